@@ -1,0 +1,52 @@
+# `make help` lists what there is.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: help setup check format test demo dev bench soak clean
+
+help:
+	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
+	@echo "make test    set up, then run the tests          make check   format, lint, types, import contracts"
+	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
+	@echo "make soak    the long fault suites               make setup   .venv with everything"
+
+setup: $(STAMP)
+
+# constraints.txt pins what was tested; pip chooses the CPU or the CUDA build of torch by where it runs.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev]' 2>&1 \
+		| grep -v '^WARNING: Location' || true
+	@$(BIN)/python -c 'import torch, fastapi, tokenizers, pytest'
+	@touch $@
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test: setup
+	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+
+demo: setup
+	@$(BIN)/trainyard demo
+
+dev: setup
+	$(BIN)/trainyard serve
+
+bench: setup
+	$(BIN)/python -m benchmarks
+
+soak: setup
+	$(BIN)/python -m pytest -m soak -s $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,83 @@
+"""What rank 0, the agent and the service tell each other about an attempt, apart from the outbox lines."""
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from contract.status import Desired, Reason
+
+
+class Message(BaseModel):
+    """Frozen; unknown keys are ignored, so that agent and service may differ by a release."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ErrorCard(Message):
+    """A failure as the user sees it: the same object in the API, the terminal and a webhook."""
+
+    code: str
+    message: str
+    hint: str | None = None
+    rank: int | None = None
+    traceback: str | None = None
+
+
+class Outcome(Message):
+    """outcome.json: rank 0's own word. ``completed``: all steps done. ``stopped``: saved because it was asked to."""
+
+    outcome: Literal["completed", "stopped", "failed"]
+    step: int
+    reason: Reason | None = None
+    message: str | None = None
+    error: ErrorCard | None = None
+
+
+class RankExit(Message):
+    """How one rank ended; exactly one of the two is set where it is known."""
+
+    rank: int
+    exit_code: int | None = None
+    signal: str | None = None
+
+
+class ExitReport(Message):
+    """exit.json: the agent's report once nothing of the attempt lives.
+
+    ``outcome`` is rank 0's, or ``crashed`` where the ranks ended without one, or ``killed`` where the agent ended them
+    because it was told to. It is never ``completed`` without outcome.json saying so.
+    """
+
+    outcome: Literal["completed", "stopped", "failed", "crashed", "killed"]
+    step: int
+    reason: Reason
+    message: str
+    error: ErrorCard | None = None
+    ranks: list[RankExit] = Field(default_factory=list)
+    last_seq: int = Field(ge=0, description="lines in the outbox; the service has all of them once acked equals this")
+    ended_at: datetime
+
+
+class EventBatch(Message):
+    """POST /internal/attempts/{id}/events: consecutive outbox lines, as they stand in the file.
+
+    A line is a JSON object with its ``seq``. One that the service cannot read is kept as a warning, never refused:
+    refusing it would stop all those behind it.
+    """
+
+    events: list[dict[str, Any]] = Field(min_length=1, max_length=5000)
+
+
+class Heartbeat(Message):
+    """POST /internal/attempts/{id}/heartbeat: sent when there is no new line."""
+
+    step: int | None = None
+    last_seq: int = 0
+
+
+class Ack(Message):
+    """The answer to all three: the highest seq that is stored for good, and what the user wants of the job."""
+
+    acked: int
+    desired: Desired
