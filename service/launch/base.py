@@ -1,0 +1,74 @@
+"""What the scheduler asks of a launcher: start an attempt, find it again, end it, read what it left."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from contract.report import ExitReport
+from contract.spec import JobSpec
+
+
+@dataclass(frozen=True)
+class AttemptName:
+    """Names one attempt for ever, also to a service that was restarted in between."""
+
+    job_id: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.job_id}/{self.number}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that is needed to start an attempt. ``devices`` are lease ids: ``cuda:0`` or ``cpu:3``."""
+
+    name: AttemptName
+    attempt_id: str
+    spec: JobSpec
+    devices: tuple[str, ...]
+    token: str
+
+
+class State(StrEnum):
+    """What a launcher found of an attempt."""
+
+    ABSENT = "absent"
+    """It was never started: no trace of an agent."""
+    ALIVE = "alive"
+    """Its agent lives, and speaks for it."""
+    ORPHANED = "orphaned"
+    """Its agent is gone and some of its processes live."""
+    ENDED = "ended"
+    """Nothing of it lives."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """``report`` is set exactly where ``state`` is ENDED; where the agent left none, it says what is known, no more."""
+
+    state: State
+    report: ExitReport | None = None
+
+
+class LaunchRefused(Exception):
+    """The attempt could not be started; the message says why, and nothing of it lives."""
+
+
+class Launcher(Protocol):
+    """One way to run attempts. Every method is bounded in time and safe to call again."""
+
+    def start(self, launch: Launch) -> None:
+        """Start the attempt and return once its agent is on its way. Raises LaunchRefused."""
+
+    def find(self, name: AttemptName) -> Found:
+        """Look the attempt up by what is on the host, not by what was remembered."""
+
+    def stop(self, name: AttemptName) -> None:
+        """Ask for save-and-stop without the agent's next report: the same wish, heard sooner."""
+
+    def end(self, name: AttemptName) -> None:
+        """End every process of an attempt that its agent no longer answers for. Returns when none is left."""
+
+    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+        """Outbox lines behind ``after_seq``, oldest first, at most ``limit``; [] where none is left."""
