@@ -51,7 +51,7 @@ class ExitReport(Message):
 
     outcome: Literal["completed", "stopped", "failed", "crashed", "killed"]
     step: int
-    reason: Reason
+    reason: Reason | None = Field(description="null only where completed: then nobody is at fault")
     message: str
     error: ErrorCard | None = None
     ranks: list[RankExit] = Field(default_factory=list)

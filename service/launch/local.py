@@ -1,0 +1,261 @@
+"""Runs attempts on this host: a detached agent for each, which outlives the service."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from contract.locks import is_held
+from contract.outbox import OutboxReader
+from contract.processes import MARKER, ProcessIdentity, boot_id, marked, signal_all, wait_gone
+from contract.report import ErrorCard, ExitReport, Outcome
+from contract.rundir import AttemptDir, RunDir, read_json, write_atomically
+from contract.status import Reason
+from service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
+
+WORKER_AGENT = "worker.agent"
+"""All that the service knows of the worker."""
+
+INHERITED = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "LD_PRELOAD",
+    "VIRTUAL_ENV",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+)
+INHERITED_PREFIXES = (
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "PYTORCH_",
+    "OMP_",
+    "MKL_",
+    "KMP_",
+    "WANDB_",
+    "HF_",
+)
+"""Environment variables that reach a worker. All others, the service's secrets among them, stay here."""
+
+END_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
+END_SECONDS = 5.0
+
+
+class LocalLauncher:
+    """A launcher whose facts are the kernel's: locks, marked processes, and the files of the attempt."""
+
+    def __init__(self, home: Path, corpus_cache: Path) -> None:
+        self._home = home
+        self._corpus_cache = corpus_cache
+        self._agents: dict[AttemptName, subprocess.Popen[bytes]] = {}
+        self._readers: dict[AttemptName, OutboxReader] = {}
+
+    def start(self, launch: Launch) -> None:
+        """Write the spec and start the agent, detached. A second call for the same attempt does nothing."""
+        if self.find(launch.name).state is not State.ABSENT:
+            return
+        attempt = self._attempt(launch.name)
+        try:
+            attempt.logs.mkdir(parents=True, exist_ok=True)
+            self._corpus_cache.mkdir(parents=True, exist_ok=True)
+            write_atomically(attempt.spec, launch.spec.model_dump_json(indent=1).encode() + b"\n")
+            self._agents[launch.name] = self._spawn(launch, attempt)
+        except OSError as error:
+            raise LaunchRefused(f"the attempt could not be started: {error}") from error
+
+    def _spawn(self, launch: Launch, attempt: AttemptDir) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", WORKER_AGENT, str(attempt.path.parent), f"--attempt={launch.name.number}"]
+        with attempt.agent_log.open("ab") as log:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                # A pipe or a shared session would end the run together with the service or the terminal.
+                start_new_session=True,
+                cwd=attempt.path,
+                env=self._environment(launch),
+            )
+
+    def _environment(self, launch: Launch) -> dict[str, str]:
+        cuda = [device.removeprefix("cuda:") for device in launch.devices if device.startswith("cuda:")]
+        service = read_json(self._home / "service.json") or {}
+        return {
+            **inherited(dict(os.environ)),
+            # The worker is found where the service's own code is, installed or not.
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            MARKER: str(launch.name),
+            "CUDA_VISIBLE_DEVICES": ",".join(cuda),
+            "TRAINYARD_THREADS": str(threads_per_rank(launch.spec.resources.nproc_per_node, os.cpu_count() or 1)),
+            "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
+            "TRAINYARD_REPORT_URL": str(service.get("url", "")),
+            "TRAINYARD_SERVICE_FILE": str(self._home / "service.json"),
+            "TRAINYARD_ATTEMPT_ID": launch.attempt_id,
+            "TRAINYARD_ATTEMPT_TOKEN": launch.token,
+        }
+
+    def find(self, name: AttemptName) -> Found:
+        """What the kernel and the files say. The order matters: exit.json is written only when nothing lives."""
+        self._reap(name)
+        attempt = self._attempt(name)
+        report = _report(attempt.exit)
+        if report is not None:
+            return Found(State.ENDED, report)
+        processes = marked(str(name))
+        if any(_is_agent(process) for process in processes):
+            return Found(State.ALIVE)
+        if processes or self._ranks_hold_lock(name):
+            return Found(State.ORPHANED)
+        # Looked at once more: an agent that ended between the two looks has published its report by now.
+        report = _report(attempt.exit)
+        if report is not None:
+            return Found(State.ENDED, report)
+        if not attempt.started.exists():
+            return Found(State.ABSENT)
+        return Found(State.ENDED, _deduced(attempt))
+
+    def _ranks_hold_lock(self, name: AttemptName) -> bool:
+        """Processes that cannot be seen from here, as from another container, still hold the kernel's lock."""
+        run = self._run(name)
+        try:
+            current = run.current.read_text().strip()
+        except FileNotFoundError:
+            return False
+        return current == str(name.number) and is_held(run.alive_lock)
+
+    def stop(self, name: AttemptName) -> None:
+        """Leave the wish where the ranks look for it at each step."""
+        attempt = self._attempt(name)
+        if attempt.path.is_dir():
+            attempt.stop.touch()
+
+    def end(self, name: AttemptName) -> None:
+        """SIGKILL whatever carries the attempt's mark, until there is nothing."""
+        for _ in range(3):
+            found = marked(str(name))
+            if not found:
+                break
+            signal_all(found, *END_SIGNALS)
+            self._reap(name)
+            wait_gone(found, END_SECONDS)
+
+    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+        """Lines of the outbox that the service does not have yet."""
+        reader = self._readers.setdefault(name, OutboxReader(self._attempt(name).outbox))
+        reader.rewind_to(after_seq)
+        lines = reader.read(limit)
+        if not lines:
+            del self._readers[name]
+        return lines
+
+    def _reap(self, name: AttemptName) -> None:
+        agent = self._agents.get(name)
+        if agent is not None and agent.poll() is not None:
+            del self._agents[name]
+
+    def _run(self, name: AttemptName) -> RunDir:
+        return RunDir(self._home / "runs" / name.job_id)
+
+    def _attempt(self, name: AttemptName) -> AttemptDir:
+        return self._run(name).attempt(name.number)
+
+
+def inherited(environment: dict[str, str]) -> dict[str, str]:
+    """The part of the service's environment that a worker gets."""
+    return {
+        name: value for name, value in environment.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)
+    }
+
+
+def threads_per_rank(ranks: int, cores: int) -> int:
+    """CPU threads of each rank. A function of the host and the spec alone: the same threads give the same bits."""
+    return max(1, cores // ranks)
+
+
+def _is_agent(process: ProcessIdentity) -> bool:
+    try:
+        words = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return WORKER_AGENT.encode() in words
+
+
+def _report(file: Path) -> ExitReport | None:
+    try:
+        return ExitReport.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _deduced(attempt: AttemptDir) -> ExitReport:
+    """The end of an attempt whose agent left no report: rank 0's own word where there is one, else what is known."""
+    reader = OutboxReader(attempt.outbox)
+    while reader.read(5000):
+        pass
+    ended_at = datetime.fromtimestamp(_last_sign(attempt), UTC)
+    said = _outcome(attempt.outcome)
+    if said is not None:
+        return ExitReport(
+            outcome=said.outcome,
+            step=said.step,
+            reason=said.reason,
+            message=said.message or f"{said.outcome} at step {said.step}",
+            error=said.error,
+            last_seq=reader.seq,
+            ended_at=ended_at,
+        )
+    reason, message = _why_lost(attempt)
+    card = ErrorCard(code=reason, message=message)
+    return ExitReport(
+        outcome="crashed",
+        step=_step(attempt),
+        reason=reason,
+        message=message,
+        error=card,
+        last_seq=reader.seq,
+        ended_at=ended_at,
+    )
+
+
+def _why_lost(attempt: AttemptDir) -> tuple[Reason, str]:
+    try:
+        agent = ProcessIdentity.from_json(json.loads(attempt.started.read_bytes())["agent"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return Reason.AGENT_LOST, "the attempt's agent is gone and left no readable record"
+    if agent.boot_id != boot_id():
+        return Reason.HOST_RESTARTED, "the host was restarted during the run"
+    return Reason.AGENT_LOST, "the attempt's agent is gone and left no report"
+
+
+def _outcome(file: Path) -> Outcome | None:
+    try:
+        return Outcome.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _step(attempt: AttemptDir) -> int:
+    try:
+        return int(attempt.progress.read_text().strip() or "0")
+    except (OSError, ValueError):
+        return 0
+
+
+def _last_sign(attempt: AttemptDir) -> float:
+    """When the attempt last wrote anything, in seconds since 1970."""
+    files = [attempt.outcome, attempt.outbox, attempt.progress, attempt.started]
+    return max(file.stat().st_mtime for file in files if file.exists())

@@ -1,0 +1,84 @@
+"""`python -m worker.agent RUN_DIR --attempt N`: the small, torch-free parent of one attempt's processes on one node.
+
+It outlives the service that started it. It never ends a run because it cannot reach somebody: it stops one only when
+the service says so, when it is told by a signal, or when the ranks are beyond doubt dead or stuck.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+from contract.locks import FileLock, LockBusy
+from contract.rundir import AttemptDir, RunDir
+from worker.agent.children import Children, become_subreaper
+from worker.agent.launch import launch_torchrun, write_started
+
+TICK_SECONDS = 0.05
+LAUNCH_LOCK_SECONDS = 10.0
+ORPHAN_SECONDS = 10.0
+
+EX_REFUSED = 75
+"""sysexits.h EX_TEMPFAIL: nothing was started, because something else of this job still lives."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one attempt to its end and report it; the exit code says whether anything was started."""
+    run, attempt = _parse(arguments)
+    become_subreaper()
+    attempt.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        launch_lock = FileLock(run.launch_lock).take(seconds=LAUNCH_LOCK_SECONDS)
+        alive_lock = FileLock(run.alive_lock).take(seconds=ORPHAN_SECONDS)
+    except LockBusy as busy:
+        return _refuse(attempt, str(busy))
+    children = _start(run, attempt, alive_lock)
+    # Imported only now: torchrun needs seconds to start, and pydantic's import hides behind them.
+    from worker.agent.supervise import Supervisor
+
+    supervisor = Supervisor.of(attempt, children)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, supervisor.on_signal)
+    while supervisor.step(time.monotonic()):
+        time.sleep(TICK_SECONDS)
+    alive_lock.release()
+    supervisor.write_report()
+    # Free before the report is delivered: the next attempt must not wait for a service that is away.
+    launch_lock.release()
+    supervisor.deliver()
+    return 0
+
+
+def _parse(arguments: list[str] | None) -> tuple[RunDir, AttemptDir]:
+    parser = argparse.ArgumentParser(prog="python -m worker.agent", description=__doc__)
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--attempt", type=int, required=True)
+    parsed = parser.parse_args(arguments)
+    run = RunDir(parsed.run_dir.resolve())
+    return run, run.attempt(parsed.attempt)
+
+
+def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock) -> Children:
+    """Everything that must be true before the first rank exists.
+
+    ``current`` is written while the alive lock is ours alone, so a rank of an earlier attempt that was still on its way
+    either holds the lock, and we did not get here, or will read that it is not wanted any more and end.
+    """
+    run.current.write_text(str(attempt.number))
+    alive_lock.take(shared=True)
+    write_started(attempt)
+    return Children(launch_torchrun(run, attempt, alive_lock))
+
+
+def _refuse(attempt: AttemptDir, message: str) -> int:
+    from worker.agent.verdict import refused
+
+    print(f"agent: nothing was started: {message}", file=sys.stderr, flush=True)
+    if not attempt.exit.exists():
+        refused(attempt, message)
+    return EX_REFUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

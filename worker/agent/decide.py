@@ -1,0 +1,67 @@
+"""What the agent does next: a pure function of what it sees."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import assert_never
+
+from contract.spec import Timeouts
+from contract.status import Desired
+
+
+class Action(StrEnum):
+    """One step of the escalation. KILL also clears away what is left once torchrun has ended."""
+
+    WAIT = "wait"
+    ASK = "ask"
+    TERMINATE = "terminate"
+    KILL = "kill"
+
+
+class Cause(StrEnum):
+    """Why the agent ended the ranks. None of these: they ended by themselves."""
+
+    KILLED = "killed"
+    """The user asked for an end without a save."""
+    OVERDUE = "overdue"
+    """They were asked to save and stop, and did not within the grace."""
+    HUNG = "hung"
+    """They made no progress."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the agent knows at one moment; times are of the monotonic clock, in seconds."""
+
+    torchrun_ended: bool
+    desired: Desired
+    signalled: bool
+    asked_at: float | None
+    termed_at: float | None
+    stuck: bool
+
+
+def decide(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | None]:
+    """The next action, and why, where it is the agent that ends the ranks."""
+    if seen.torchrun_ended:
+        return Action.KILL, None
+    match seen.desired:
+        case Desired.KILL:
+            return Action.KILL, Cause.KILLED
+        case Desired.PAUSE | Desired.CANCEL:
+            return _escalate(seen, timeouts, now)
+        case Desired.RUN:
+            if seen.signalled or seen.asked_at is not None:
+                # A stop once asked for goes its way: ranks that are saving must not be told to go on.
+                return _escalate(seen, timeouts, now)
+            return (Action.KILL, Cause.HUNG) if seen.stuck else (Action.WAIT, None)
+        case _:
+            assert_never(seen.desired)
+
+
+def _escalate(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | None]:
+    if seen.asked_at is None:
+        return Action.ASK, None
+    if seen.termed_at is None:
+        return (Action.TERMINATE if now - seen.asked_at >= timeouts.stop else Action.WAIT), None
+    overdue = now - seen.termed_at >= timeouts.term
+    return (Action.KILL, Cause.OVERDUE) if overdue else (Action.WAIT, None)

@@ -1,0 +1,122 @@
+"""What a finished attempt left on disk: rank 0's word, the ranks' error files, torchrun's summary, the logs' tails."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from contract.report import Outcome, RankExit
+from contract.rundir import AttemptDir
+from worker.agent.progress import read_step
+
+TAIL_LINES = 15
+TAIL_BYTES = 16384
+
+# torchrun's summary of failed ranks is text for people; nothing else of it names a rank that was killed by a signal.
+SUMMARY = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*\n\s*exitcode\s*:\s*(-?\d+)")
+
+
+@dataclass(frozen=True)
+class RankError:
+    """One rank's exception as its error.json has it; ``at`` is in seconds since 1970."""
+
+    rank: int
+    at: float
+    message: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything the verdict is made of. ``errors`` are in the order in which they happened."""
+
+    outcome: Outcome | None
+    torchrun_status: int | None
+    errors: tuple[RankError, ...]
+    ranks: tuple[RankExit, ...]
+    step: int
+    memory_kills: int
+    tails: dict[int, str]
+    agent_tail: str
+
+
+def gather(attempt: AttemptDir, torchrun_status: int | None, memory_kills: int) -> Evidence:
+    """Read it all; whatever is missing or torn is left out, and never makes this fail."""
+    return Evidence(
+        outcome=_outcome(attempt.outcome),
+        torchrun_status=torchrun_status,
+        errors=_rank_errors(attempt.torchrun_logs),
+        ranks=_rank_exits(_tail(attempt.agent_log, 4 * TAIL_BYTES)),
+        step=read_step(attempt.progress) or 0,
+        memory_kills=memory_kills,
+        tails={rank: _last_lines(log) for rank, log in _rank_logs(attempt)},
+        agent_tail=_last_lines(attempt.agent_log),
+    )
+
+
+def _outcome(file: Path) -> Outcome | None:
+    try:
+        return Outcome.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _rank_errors(torchrun_logs: Path) -> tuple[RankError, ...]:
+    """The earliest is the real one: the others only report that a peer went away."""
+    found = [error for file in torchrun_logs.glob("**/error.json") if (error := _rank_error(file))]
+    return tuple(sorted(found, key=lambda error: error.at))
+
+
+def _rank_error(file: Path) -> RankError | None:
+    try:
+        message = json.loads(file.read_bytes())["message"]
+        extra = message["extraInfo"] if isinstance(message, dict) else {}
+        text = message["message"] if isinstance(message, dict) else str(message)
+        return RankError(
+            rank=int(file.parent.name),
+            # The recorded time has whole seconds only, and two ranks often fail within one.
+            at=file.stat().st_mtime,
+            message=str(text),
+            traceback=str(extra.get("py_callstack", "")),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _rank_exits(torchrun_summary: str) -> tuple[RankExit, ...]:
+    found = {int(rank): int(code) for rank, code in SUMMARY.findall(torchrun_summary)}
+    return tuple(rank_exit(rank, code) for rank, code in sorted(found.items()))
+
+
+def rank_exit(rank: int, status: int) -> RankExit:
+    """A rank's end from its exit status, negative for a signal."""
+    return RankExit(rank=rank, signal=signal_name(-status)) if status < 0 else RankExit(rank=rank, exit_code=status)
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL`` for 9."""
+    import signal
+
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _rank_logs(attempt: AttemptDir) -> list[tuple[int, Path]]:
+    return sorted((int(log.stem.removeprefix("rank-")), log) for log in attempt.logs.glob("rank-*.log"))
+
+
+def _tail(file: Path, size: int) -> str:
+    try:
+        with file.open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - size))
+            return log.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _last_lines(file: Path) -> str:
+    return "\n".join(_tail(file, TAIL_BYTES).splitlines()[-TAIL_LINES:])

@@ -1,0 +1,60 @@
+"""How torchrun is started: its command line and its environment. Standard library only."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from contract.locks import FileLock
+from contract.processes import ProcessIdentity
+from contract.rundir import AttemptDir, RunDir, write_json
+
+SECRETS = ("TRAINYARD_ATTEMPT_TOKEN", "TRAINYARD_REPORT_URL", "TRAINYARD_SERVICE_FILE", "TRAINYARD_ATTEMPT_ID")
+"""What the agent needs to report, and the training process does not."""
+
+RANK_LOGS = "TRAINYARD_RANK_LOGS"
+"""Set: each rank writes what it prints to the attempt's ``logs/rank-N.log``."""
+
+
+def torchrun_command(run: RunDir, attempt: AttemptDir, resources: dict[str, Any]) -> list[str]:
+    """The command line of one attempt on one node."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={resources['nproc_per_node']}",
+        f"--log-dir={attempt.torchrun_logs}",
+        "-m",
+        "worker",
+        str(run.path),
+        f"--attempt={attempt.number}",
+    ]
+
+
+def launch_torchrun(run: RunDir, attempt: AttemptDir, alive_lock: FileLock) -> "subprocess.Popen[bytes]":
+    """Start torchrun; it inherits the alive lock, so the lock is held from before the first rank to after the last."""
+    resources = json.loads(attempt.spec.read_bytes())["resources"]
+    return subprocess.Popen(
+        torchrun_command(run, attempt, resources),
+        stdin=subprocess.DEVNULL,
+        env=rank_environment(dict(os.environ)),
+        pass_fds=(alive_lock.descriptor,),
+        cwd=attempt.path,
+    )
+
+
+def rank_environment(environment: dict[str, str]) -> dict[str, str]:
+    """The ranks' environment: the agent's, less what only the agent may know."""
+    kept = {name: value for name, value in environment.items() if name not in SECRETS}
+    return {**kept, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
+
+
+def write_started(attempt: AttemptDir) -> None:
+    """Leave this agent's identity for a service that has to find it again."""
+    identity = ProcessIdentity.of(os.getpid())
+    assert identity is not None
+    record = {"agent": identity.to_json(), "started_at": datetime.now(UTC).isoformat()}
+    write_json(attempt.started, record)

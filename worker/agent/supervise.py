@@ -1,0 +1,106 @@
+"""One attempt under supervision: look, decide, act. The decision is `worker.agent.decide.decide`."""
+
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Self
+
+from contract.outbox import OutboxReader
+from contract.report import ExitReport
+from contract.rundir import AttemptDir, write_json
+from contract.spec import JobSpec
+from worker.agent.children import Children
+from worker.agent.decide import Action, Cause, Seen, decide
+from worker.agent.evidence import gather
+from worker.agent.memory import MemoryEvents
+from worker.agent.progress import ProgressWatch
+from worker.agent.shipper import Shipper
+from worker.agent.verdict import verdict
+
+STACKS_SECONDS = 1.0
+
+
+@dataclass
+class Supervisor:
+    """What is known of the attempt, and the one loop step that acts on it."""
+
+    attempt: AttemptDir
+    children: Children
+    spec: JobSpec
+    shipper: Shipper
+    watch: ProgressWatch
+    memory: MemoryEvents
+    signalled: threading.Event = field(default_factory=threading.Event)
+    asked_at: float | None = None
+    termed_at: float | None = None
+    cause: Cause | None = None
+    report: ExitReport | None = None
+
+    @classmethod
+    def of(cls, attempt: AttemptDir, children: Children) -> Self:
+        """Start shipping and watching ``attempt``, whose torchrun has just been started."""
+        spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
+        shipper = Shipper.from_environment(attempt)
+        shipper.start()
+        watch = ProgressWatch(attempt.progress, OutboxReader(attempt.outbox), spec.resources.timeouts)
+        return cls(attempt, children, spec, shipper, watch, MemoryEvents.of_this_cgroup())
+
+    def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
+        """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person."""
+        self.signalled.set()
+
+    def step(self, now: float) -> bool:
+        """Look once and act once; False as soon as nothing of the attempt lives."""
+        seen = self._look(now)
+        action, cause = decide(seen, self.spec.resources.timeouts, now)
+        self.cause = self.cause or cause
+        match action:
+            case Action.WAIT:
+                return True
+            case Action.ASK:
+                self.attempt.stop.touch()
+                self.asked_at = now
+            case Action.TERMINATE:
+                self.children.ask_to_end()
+                self.termed_at = now
+            case Action.KILL:
+                self._keep_stacks(cause)
+                return not self.children.end()
+        return True
+
+    def _look(self, now: float) -> Seen:
+        self.watch.look(now)
+        return Seen(
+            torchrun_ended=self.children.torchrun_status() is not None,
+            desired=self.shipper.desired,
+            signalled=self.signalled.is_set(),
+            asked_at=self.asked_at,
+            termed_at=self.termed_at,
+            stuck=self.watch.stuck(now),
+        )
+
+    def _keep_stacks(self, cause: Cause | None) -> None:
+        """Where it hangs is in the ranks' logs before anything is killed: the ranks print their stacks on SIGUSR2."""
+        if cause is not Cause.HUNG:
+            return
+        for process in self.children.living():
+            if process.pid != self.children.torchrun.pid:
+                process.send(signal.SIGUSR2)
+        time.sleep(STACKS_SECONDS)
+
+    def write_report(self) -> None:
+        """Publish exit.json: from here on the attempt's end is on disk, whatever happens to agent and service."""
+        lines = OutboxReader(self.attempt.outbox)
+        while lines.read(5000):
+            pass
+        evidence = gather(self.attempt, self.children.torchrun.returncode, self.memory.killed())
+        self.report = verdict(evidence, self.cause, last_seq=lines.seq, now=datetime.now(UTC))
+        write_json(self.attempt.exit, self.report.model_dump(mode="json"))
+
+    def deliver(self) -> None:
+        """Ship what is left and the report, within a bounded time: the service also finds both on disk."""
+        assert self.report is not None
+        self.shipper.finish(self.report)

@@ -1,0 +1,159 @@
+"""How an attempt ended and who is at fault: a pure function of the evidence. The unknown stays unknown."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal, assert_never
+
+from contract.report import ErrorCard, ExitReport
+from contract.rundir import AttemptDir, write_json
+from contract.status import Reason
+from worker.agent.decide import Cause
+from worker.agent.evidence import Evidence, RankError, signal_name
+
+# The ranks of an attempt fail one after the other; these only say that a peer was lost.
+ECHOES = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed")
+
+KNOWN: tuple[tuple[str, Reason, str], ...] = (
+    (
+        "outofmemoryerror",
+        Reason.OUT_OF_MEMORY,
+        "Lower training.batch_size and raise training.accumulation_steps by the same factor: the result is the same.",
+    ),
+    ("no space left on device", Reason.DISK_FULL, "Free space, or point checkpoint.save_dir at a larger disk."),
+)
+"""Part of an exception's text -> who is at fault, and what to do."""
+
+
+@dataclass(frozen=True)
+class _End:
+    outcome: Literal["completed", "stopped", "failed", "crashed", "killed"]
+    reason: Reason | None
+    message: str
+    error: ErrorCard | None = None
+
+
+def verdict(evidence: Evidence, cause: Cause | None, last_seq: int, now: datetime) -> ExitReport:
+    """The exit report. Rank 0's own word counts before everything: an exit code says nothing about success.
+
+    torchrun exits with 1 after a crash and after a clean stop alike, and a rank may abort after its work was done.
+    """
+    end = _by_own_word(evidence) or _by_agent(evidence, cause) or _by_crash(evidence)
+    return ExitReport(
+        outcome=end.outcome,
+        reason=end.reason,
+        message=end.message,
+        error=end.error,
+        step=evidence.outcome.step if evidence.outcome else evidence.step,
+        ranks=list(evidence.ranks),
+        last_seq=last_seq,
+        ended_at=now,
+    )
+
+
+def refused(attempt: AttemptDir, message: str) -> None:
+    """Report an attempt of which nothing was started."""
+    error = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint="End the other processes of this job first.")
+    report = ExitReport(
+        outcome="crashed",
+        step=0,
+        reason=Reason.LAUNCH_FAILED,
+        message=message,
+        error=error,
+        last_seq=0,
+        ended_at=datetime.now(UTC),
+    )
+    write_json(attempt.exit, report.model_dump(mode="json"))
+
+
+def _by_own_word(evidence: Evidence) -> _End | None:
+    said = evidence.outcome
+    if said is None:
+        return None
+    match said.outcome:
+        case "completed":
+            return _End("completed", None, said.message or f"finished at step {said.step}")
+        case "stopped":
+            return _End("stopped", said.reason or Reason.USER, said.message or f"saved and stopped at step {said.step}")
+        case "failed":
+            message = said.message or "the run failed"
+            reason = said.reason or Reason.UNKNOWN
+            return _End("failed", reason, message, said.error or ErrorCard(code=reason, message=message))
+        case _:
+            assert_never(said.outcome)
+
+
+def _by_agent(evidence: Evidence, cause: Cause | None) -> _End | None:
+    match cause:
+        case None:
+            return None
+        case Cause.KILLED:
+            return _End("killed", Reason.USER, f"ended at step {evidence.step} as asked, without a save")
+        case Cause.OVERDUE:
+            message = f"was asked to save and stop, did not within the grace, and was ended at step {evidence.step}"
+            return _End("killed", Reason.USER, message)
+        case Cause.HUNG:
+            message = f"made no progress after step {evidence.step}"
+            hint = "The stacks of all ranks are at the end of their logs."
+            card = ErrorCard(code=Reason.HUNG, message=message, hint=hint, traceback=evidence.tails.get(0))
+            return _End("crashed", Reason.HUNG, message, card)
+        case _:
+            assert_never(cause)
+
+
+def _by_crash(evidence: Evidence) -> _End:
+    if evidence.torchrun_status is not None and evidence.torchrun_status < 0:
+        name = signal_name(-evidence.torchrun_status)
+        message = f"torchrun was killed by {name} at step {evidence.step}; its ranks were ended"
+        return _crash(Reason.WORKER_CRASHED, message, evidence)
+    killed = next((rank for rank in evidence.ranks if rank.signal), None)
+    first = _first_real_error(evidence)
+    if killed is not None and (first is None or _is_echo(first)):
+        return _killed_rank(evidence, killed.rank, str(killed.signal))
+    if first is not None:
+        return _exception(evidence, first)
+    if evidence.ranks:
+        rank = evidence.ranks[0]
+        message = f"rank {rank.rank} ended with exit code {rank.exit_code} at step {evidence.step}"
+        return _crash(Reason.WORKER_CRASHED, message, evidence, rank.rank)
+    message = (
+        f"the ranks ended at step {evidence.step} without a word; torchrun's exit code was {evidence.torchrun_status}"
+    )
+    return _crash(Reason.UNKNOWN, message, evidence)
+
+
+def _killed_rank(evidence: Evidence, rank: int, name: str) -> _End:
+    message = f"rank {rank} was killed by {name} at step {evidence.step}; the other ranks were ended"
+    if name == "SIGKILL" and evidence.memory_kills:
+        message = f"the kernel killed rank {rank} for want of memory at step {evidence.step}"
+        return _crash(Reason.HOST_OUT_OF_MEMORY, message, evidence, rank)
+    return _crash(Reason.WORKER_CRASHED, message, evidence, rank)
+
+
+def _exception(evidence: Evidence, error: RankError) -> _End:
+    message = f"rank {error.rank} failed at step {evidence.step}: {_first_line(error.message)}"
+    everything = f"{error.message}\n{error.traceback}".lower()
+    reason, hint = next(
+        ((reason, hint) for part, reason, hint in KNOWN if part in everything), (Reason.WORKER_CRASHED, None)
+    )
+    card = ErrorCard(
+        code=reason, message=message, hint=hint, rank=error.rank, traceback=error.traceback or error.message
+    )
+    return _End("failed" if reason is not Reason.WORKER_CRASHED else "crashed", reason, message, card)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "no message")[:500]
+
+
+def _first_real_error(evidence: Evidence) -> RankError | None:
+    real = [error for error in evidence.errors if not _is_echo(error)]
+    return next(iter(real or evidence.errors), None)
+
+
+def _is_echo(error: RankError) -> bool:
+    return any(echo in error.message.lower() for echo in ECHOES)
+
+
+def _crash(reason: Reason, message: str, evidence: Evidence, rank: int | None = None) -> _End:
+    tail = evidence.tails.get(rank or 0) or evidence.agent_tail
+    return _End("crashed", reason, message, ErrorCard(code=reason, message=message, rank=rank, traceback=tail or None))
