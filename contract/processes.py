@@ -45,6 +45,10 @@ class ProcessIdentity:
         """A JSON object for started.json."""
         return asdict(self)
 
+    def variable(self, name: str) -> str | None:
+        """An environment variable that the process was started with; None where it has none or is gone."""
+        return _variable(self.pid, name)
+
     def alive(self) -> bool:
         """Whether this very process lives."""
         return ProcessIdentity.of(self.pid) == self
@@ -102,16 +106,19 @@ def all_pids() -> Iterator[int]:
 
 def marked(mark: str) -> list[ProcessIdentity]:
     """Every living process whose environment carries this attempt's marker, this process excepted."""
-    wanted = f"{MARKER}={mark}".encode()
-    carriers = [pid for pid in all_pids() if pid != os.getpid() and _has_variable(pid, wanted)]
+    carriers = [pid for pid in all_pids() if pid != os.getpid() and _variable(pid, MARKER) == mark]
     return [identity for pid in carriers if (identity := ProcessIdentity.of(pid))]
 
 
-def _has_variable(pid: int, wanted: bytes) -> bool:
+def _variable(pid: int, name: str) -> str | None:
     try:
-        return wanted in (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except OSError:
-        return False  # gone, or not ours to read
+        return None  # gone, or not ours to read
+    start = name.encode() + b"="
+    return next(
+        (entry[len(start) :].decode(errors="replace") for entry in environment if entry.startswith(start)), None
+    )
 
 
 def descendants(ancestor: int) -> list[ProcessIdentity]:

@@ -1,9 +1,10 @@
 """What rank 0, the agent and the service tell each other about an attempt, apart from the outbox lines."""
 
 from datetime import datetime
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contract.status import Desired, Reason
 
@@ -12,6 +13,17 @@ class Message(BaseModel):
     """Frozen; unknown keys are ignored, so that agent and service may differ by a release."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+M = TypeVar("M", bound=Message)
+
+
+def read_message(kind: type[M], file: Path) -> M | None:
+    """The message in ``file``, or None where there is none that can be read: then nothing is known."""
+    try:
+        return kind.model_validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 class ErrorCard(Message):

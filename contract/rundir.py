@@ -45,6 +45,13 @@ class AttemptDir:
         """The last optimizer step, rewritten in place at each step: the sign of life between two metric lines."""
         return self.path / "progress"
 
+    def read_step(self) -> int | None:
+        """The step in `progress`, or None where there is none yet."""
+        try:
+            return int(self.progress.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
     @property
     def started(self) -> Path:
         """The agent's identity (boot id, pid namespace, pid, start time) and its command."""

@@ -9,17 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from contract.locks import is_held
 from contract.outbox import OutboxReader
 from contract.processes import MARKER, ProcessIdentity, boot_id, marked, signal_all, wait_gone
-from contract.report import ErrorCard, ExitReport, Outcome
+from contract.report import ErrorCard, ExitReport, Outcome, read_message
 from contract.rundir import AttemptDir, RunDir, read_json, write_atomically
 from contract.status import Reason
 from service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
 
-WORKER_AGENT = "worker.agent"
+WORKER_AGENT = (sys.executable, "-m", "worker.agent")
 """All that the service knows of the worker."""
 
 INHERITED = (
@@ -58,8 +56,9 @@ END_SECONDS = 5.0
 class LocalLauncher:
     """A launcher whose facts are the kernel's: locks, marked processes, and the files of the attempt."""
 
-    def __init__(self, home: Path, corpus_cache: Path) -> None:
+    def __init__(self, home: Path, corpus_cache: Path, agent: tuple[str, ...] = WORKER_AGENT) -> None:
         self._home = home
+        self._agent = agent
         self._corpus_cache = corpus_cache
         self._agents: dict[AttemptName, subprocess.Popen[bytes]] = {}
         self._readers: dict[AttemptName, OutboxReader] = {}
@@ -78,7 +77,7 @@ class LocalLauncher:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
 
     def _spawn(self, launch: Launch, attempt: AttemptDir) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-m", WORKER_AGENT, str(attempt.path.parent), f"--attempt={launch.name.number}"]
+        command = [*self._agent, str(attempt.path.parent), f"--attempt={launch.name.number}"]
         with attempt.agent_log.open("ab") as log:
             return subprocess.Popen(
                 command,
@@ -112,7 +111,7 @@ class LocalLauncher:
         """What the kernel and the files say. The order matters: exit.json is written only when nothing lives."""
         self._reap(name)
         attempt = self._attempt(name)
-        report = _report(attempt.exit)
+        report = read_message(ExitReport, attempt.exit)
         if report is not None:
             return Found(State.ENDED, report)
         processes = marked(str(name))
@@ -121,7 +120,7 @@ class LocalLauncher:
         if processes or self._ranks_hold_lock(name):
             return Found(State.ORPHANED)
         # Looked at once more: an agent that ended between the two looks has published its report by now.
-        report = _report(attempt.exit)
+        report = read_message(ExitReport, attempt.exit)
         if report is not None:
             return Found(State.ENDED, report)
         if not attempt.started.exists():
@@ -187,27 +186,15 @@ def threads_per_rank(ranks: int, cores: int) -> int:
 
 
 def _is_agent(process: ProcessIdentity) -> bool:
-    try:
-        words = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return WORKER_AGENT.encode() in words
-
-
-def _report(file: Path) -> ExitReport | None:
-    try:
-        return ExitReport.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        return None
+    """Only the agent has what it takes to report; it keeps that from the processes it starts."""
+    return process.variable("TRAINYARD_ATTEMPT_TOKEN") is not None
 
 
 def _deduced(attempt: AttemptDir) -> ExitReport:
     """The end of an attempt whose agent left no report: rank 0's own word where there is one, else what is known."""
-    reader = OutboxReader(attempt.outbox)
-    while reader.read(5000):
-        pass
+    lines = OutboxReader(attempt.outbox).skip_to_end()
     ended_at = datetime.fromtimestamp(_last_sign(attempt), UTC)
-    said = _outcome(attempt.outcome)
+    said = read_message(Outcome, attempt.outcome)
     if said is not None:
         return ExitReport(
             outcome=said.outcome,
@@ -215,18 +202,18 @@ def _deduced(attempt: AttemptDir) -> ExitReport:
             reason=said.reason,
             message=said.message or f"{said.outcome} at step {said.step}",
             error=said.error,
-            last_seq=reader.seq,
+            last_seq=lines,
             ended_at=ended_at,
         )
     reason, message = _why_lost(attempt)
     card = ErrorCard(code=reason, message=message)
     return ExitReport(
         outcome="crashed",
-        step=_step(attempt),
+        step=attempt.read_step() or 0,
         reason=reason,
         message=message,
         error=card,
-        last_seq=reader.seq,
+        last_seq=lines,
         ended_at=ended_at,
     )
 
@@ -239,20 +226,6 @@ def _why_lost(attempt: AttemptDir) -> tuple[Reason, str]:
     if agent.boot_id != boot_id():
         return Reason.HOST_RESTARTED, "the host was restarted during the run"
     return Reason.AGENT_LOST, "the attempt's agent is gone and left no report"
-
-
-def _outcome(file: Path) -> Outcome | None:
-    try:
-        return Outcome.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def _step(attempt: AttemptDir) -> int:
-    try:
-        return int(attempt.progress.read_text().strip() or "0")
-    except (OSError, ValueError):
-        return 0
 
 
 def _last_sign(attempt: AttemptDir) -> float:

@@ -2,14 +2,12 @@
 
 import json
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from contract.report import Outcome, RankExit
+from contract.report import Outcome, RankExit, read_message
 from contract.rundir import AttemptDir
-from worker.agent.progress import read_step
 
 TAIL_LINES = 15
 TAIL_BYTES = 16384
@@ -45,22 +43,15 @@ class Evidence:
 def gather(attempt: AttemptDir, torchrun_status: int | None, memory_kills: int) -> Evidence:
     """Read it all; whatever is missing or torn is left out, and never makes this fail."""
     return Evidence(
-        outcome=_outcome(attempt.outcome),
+        outcome=read_message(Outcome, attempt.outcome),
         torchrun_status=torchrun_status,
         errors=_rank_errors(attempt.torchrun_logs),
         ranks=_rank_exits(_tail(attempt.agent_log, 4 * TAIL_BYTES)),
-        step=read_step(attempt.progress) or 0,
+        step=attempt.read_step() or 0,
         memory_kills=memory_kills,
         tails={rank: _last_lines(log) for rank, log in _rank_logs(attempt)},
         agent_tail=_last_lines(attempt.agent_log),
     )
-
-
-def _outcome(file: Path) -> Outcome | None:
-    try:
-        return Outcome.model_validate_json(file.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def _rank_errors(torchrun_logs: Path) -> tuple[RankError, ...]:
@@ -97,8 +88,6 @@ def rank_exit(rank: int, status: int) -> RankExit:
 
 def signal_name(number: int) -> str:
     """``SIGKILL`` for 9."""
-    import signal
-
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -2,9 +2,9 @@
 
 import statistics
 from collections import deque
-from pathlib import Path
 
 from contract.outbox import OutboxReader
+from contract.rundir import AttemptDir
 from contract.spec import Timeouts
 from contract.status import Phase
 
@@ -18,10 +18,10 @@ UNKNOWN_PACE_SECONDS = 3600.0
 class ProgressWatch:
     """Watches one attempt's step file and phases. All times are of the monotonic clock, in seconds."""
 
-    def __init__(self, step_file: Path, events: OutboxReader, timeouts: Timeouts) -> None:
+    def __init__(self, attempt: AttemptDir, events: OutboxReader, timeouts: Timeouts) -> None:
         self.step: int | None = None
         self.phase: Phase = Phase.LOADING
-        self._step_file = step_file
+        self._attempt = attempt
         self._events = events
         self._timeouts = timeouts
         self._paces: deque[float] = deque(maxlen=64)
@@ -42,7 +42,7 @@ class ProgressWatch:
                 self.phase = Phase(event["phase"])
 
     def _follow_step(self, now: float) -> None:
-        step = read_step(self._step_file)
+        step = self._attempt.read_step()
         if step is None or step == self.step:
             return
         assert self._moved_at is not None
@@ -61,11 +61,3 @@ class ProgressWatch:
         if len(self._paces) < 2:
             return max(self._timeouts.progress, UNKNOWN_PACE_SECONDS)
         return max(self._timeouts.progress, 10 * statistics.median(self._paces))
-
-
-def read_step(step_file: Path) -> int | None:
-    """The step in an attempt's ``progress`` file, or None where there is none yet."""
-    try:
-        return int(step_file.read_text().strip() or "0")
-    except (FileNotFoundError, ValueError):
-        return None

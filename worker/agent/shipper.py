@@ -16,7 +16,6 @@ from contract.outbox import OutboxReader
 from contract.report import ExitReport
 from contract.rundir import AttemptDir, read_json
 from contract.status import Desired
-from worker.agent.progress import read_step
 
 BATCH_LINES = 500
 POLL_SECONDS = 0.1
@@ -131,7 +130,7 @@ class Shipper:
 
     def _ship_or_beat(self) -> None:
         if not self._ship() and time.monotonic() >= self._next_heartbeat:
-            step = read_step(self._attempt.progress)
+            step = self._attempt.read_step()
             self._tell("heartbeat", json.dumps({"step": step, "last_seq": self._outbox.seq}).encode())
 
     def _drain(self) -> bool:

@@ -45,7 +45,7 @@ class Supervisor:
         spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
         shipper = Shipper.from_environment(attempt)
         shipper.start()
-        watch = ProgressWatch(attempt.progress, OutboxReader(attempt.outbox), spec.resources.timeouts)
+        watch = ProgressWatch(attempt, OutboxReader(attempt.outbox), spec.resources.timeouts)
         return cls(attempt, children, spec, shipper, watch, MemoryEvents.of_this_cgroup())
 
     def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
@@ -93,11 +93,10 @@ class Supervisor:
 
     def write_report(self) -> None:
         """Publish exit.json: from here on the attempt's end is on disk, whatever happens to agent and service."""
-        lines = OutboxReader(self.attempt.outbox)
-        while lines.read(5000):
-            pass
         evidence = gather(self.attempt, self.children.torchrun.returncode, self.memory.killed())
-        self.report = verdict(evidence, self.cause, last_seq=lines.seq, now=datetime.now(UTC))
+        self.report = verdict(
+            evidence, self.cause, last_seq=OutboxReader(self.attempt.outbox).skip_to_end(), now=datetime.now(UTC)
+        )
         write_json(self.attempt.exit, self.report.model_dump(mode="json"))
 
     def deliver(self) -> None:
