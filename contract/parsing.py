@@ -129,7 +129,7 @@ class _Tidied:
         for key, value in leaves.items():
             if not self._carries(value, group, key):
                 continue
-            name = ALIASES[key][1] if ALIASES.get(key, ("", ""))[0] == group else key
+            name = _own_name(group, key)
             if name in canonical:
                 other = self.original.get((group, name), name)
                 self.problems.append(Problem(pointer_to(group, key), f"is the same setting as {other}: give one"))
@@ -162,6 +162,11 @@ class _Tidied:
         if kind in ("extra_forbidden", "unexpected_keyword_argument"):
             message = _unknown(loc)
         return Problem(pointer_to(*(part for part in loc if part != "[key]")), plain(message))
+
+
+def _own_name(group: str, key: str) -> str:
+    alias = ALIASES.get(key)
+    return alias[1] if alias is not None and alias[0] == group else key
 
 
 def _habit(name: str, value: Any) -> Any:

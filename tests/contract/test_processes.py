@@ -1,0 +1,81 @@
+"""A process is known by more than its pid, and a stranger is never signalled."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from contract.locks import FileLock, LockBusy, is_held
+from contract.processes import MARKER, ProcessIdentity, descendants, marked, wait_gone
+
+SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    environment = {**os.environ, MARKER: "job_test/1"}
+    with subprocess.Popen(SLEEPER, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_the_marker_finds_it_and_only_it(sleeper: subprocess.Popen[bytes]) -> None:
+    assert [found.pid for found in marked("job_test/1")] == [sleeper.pid]
+    assert marked("job_test/11") == []
+    assert sleeper.pid in [found.pid for found in descendants(os.getpid())]
+
+
+def test_a_signal_ends_exactly_the_one_that_was_found(sleeper: subprocess.Popen[bytes]) -> None:
+    identity = ProcessIdentity.of(sleeper.pid)
+    assert identity is not None
+    for other in (
+        dataclasses.replace(identity, start_ticks=identity.start_ticks + 1),
+        dataclasses.replace(identity, boot_id="another boot"),
+        dataclasses.replace(identity, pid_namespace="pid:[1]"),
+    ):
+        assert not other.send(signal.SIGKILL)
+        assert not other.alive()
+    assert identity.alive()
+    assert identity.send(signal.SIGKILL)
+    assert wait_gone([identity], 5) == []
+    assert not identity.send(signal.SIGKILL)
+
+
+def test_a_zombie_is_not_alive(sleeper: subprocess.Popen[bytes]) -> None:
+    identity = ProcessIdentity.of(sleeper.pid)
+    assert identity is not None
+    identity.send(signal.SIGKILL)
+    assert wait_gone([identity], 5) == []  # not reaped yet: Popen has not looked
+    assert ProcessIdentity.of(sleeper.pid) is None
+
+
+def test_identity_survives_json() -> None:
+    identity = ProcessIdentity.of(os.getpid())
+    assert identity is not None
+    assert ProcessIdentity.from_json(identity.to_json()) == identity
+
+
+def test_an_exclusive_lock_says_that_nobody_shares(tmp_path: Path) -> None:
+    file = tmp_path / "alive.lock"
+    assert not is_held(file)
+    with FileLock(file).take(shared=True), FileLock(file).take(shared=True):
+        assert is_held(file)
+        with FileLock(file) as third, pytest.raises(LockBusy):
+            third.take(seconds=0.05)
+    assert not is_held(file)
+
+
+def test_a_lock_ends_with_its_last_inheritor(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "launch.lock").take()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.descriptor,))
+    lock.release()
+    assert is_held(lock.path)
+    child.communicate(b"\n")
+    assert not is_held(lock.path)

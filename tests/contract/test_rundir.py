@@ -1,0 +1,57 @@
+"""Paths of a run, and files that are whole or not there."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from contract.rundir import ProductDir, RunDir, read_json, write_atomically, write_json
+
+
+def test_attempts_are_found_in_their_order(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for number in (10, 2, 1):
+        run.attempt(number).path.mkdir()
+    (tmp_path / "attempt-x").mkdir()
+    assert [attempt.number for attempt in run.attempts()] == [1, 2, 10]
+
+
+def test_only_published_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    for step in (100, 20):
+        products.checkpoint(step).mkdir(parents=True)
+    (products.checkpoints / ".step-00000300.tmp").mkdir()
+    (products.checkpoints / "step-00000400").write_text("a file, not a checkpoint")
+    assert [step for step, _ in products.published()] == [100, 20]
+
+
+def test_products_of_two_jobs_in_one_save_dir_do_not_meet(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path / "job_a").products("/out"), RunDir(tmp_path / "job_b").products("/out")
+    assert first.path == Path("/out/job_a")
+    assert first.path != second.path
+
+
+def test_minimind_s_names(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    assert products.weights("pretrain", 512, use_moe=False).name == "pretrain_512.pth"
+    assert products.weights("pretrain", 640, use_moe=True).name == "pretrain_640_moe.pth"
+
+
+def test_an_atomic_write_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "outcome.json"
+    write_json(file, {"step": 1})
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(file, b"{}")
+    assert read_json(file) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["outcome.json"]
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"loss": float("nan")})
+    assert read_json(tmp_path / "x.json") is None
