@@ -1,0 +1,140 @@
+"""The parts of a decoder block: norm, rotary positions, attention, feed-forward.
+
+Legend: ``B`` rows, ``S`` positions, ``C`` hidden size, ``H`` query heads, ``K`` key-value heads, ``D`` head size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import ModelConfig
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype matrix products of ``x`` run in: autocast's where it is on, else that of ``x``."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class Linear(nn.Linear):
+    """A linear layer without bias, whose weight the decoder initialises."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Leave the weight as it is: torch's own initialisation would be thrown away, and costs start-up time."""
+
+
+class RMSNorm(nn.Module):
+    """``x / rms(x) * weight`` over the last dimension, computed in float32, returned in ``dtype`` or that of ``x``."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[..., size] -> [..., size]."""
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(dtype or x.dtype)
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of every position's angles, float32, [B or 1, S, 1, D / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, head_dim: int, theta: float) -> "Rotary":
+        """The tables for ``positions`` [B or 1, S]. Computed anew for each forward: no buffer that DDP would send."""
+        exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+        angles = positions[..., None, None].float() * theta**-exponents
+        return cls(angles.cos(), angles.sin())
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate [B, S, heads, D]: element i of the first half of D pairs with element i of the second."""
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [B, K, capacity, D]; the first ``length`` positions are filled."""
+
+    keys: Tensor
+    values: Tensor
+
+    def extended(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``keys`` and ``values`` [B, K, S, D] behind position ``length``; all up to there."""
+        end = length + keys.shape[2]
+        self.keys[:, :, length:end] = keys
+        self.values[:, :, length:end] = values
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class Reach(NamedTuple):
+    """Which positions a query sees. ``mask`` [B or 1, 1, S, T], added to the scores; None: all, or all before it."""
+
+    mask: Tensor | None
+    causal: bool
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and, where the config asks, a norm on each query and key head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.head_dim is not None
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = Linear(config.hidden_size, queries)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(queries, config.hidden_size)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, reach: Reach, cache: LayerCache | None = None, cached: int = 0
+    ) -> Tensor:
+        """[B, S, C] -> [B, S, C]. With a ``cache`` that holds ``cached`` positions, S new ones are added to it."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        queries, keys = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
+        values = self.v_proj(x).view(heads).transpose(1, 2)
+        if self.qk_norm:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries = rotary.rotate(queries).to(values.dtype).transpose(1, 2)
+        keys = rotary.rotate(keys).to(values.dtype).transpose(1, 2)
+        if cache is not None:
+            keys, values = cache.extended(cached, keys, values)
+        attended = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=reach.mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=reach.causal,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )
+        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
