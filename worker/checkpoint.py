@@ -1,0 +1,259 @@
+"""Checkpoints: written beside, published by one rename, verified before they are believed.
+
+    checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+    checkpoints/.saving-...     one that is being written; collected at the next start
+    checkpoints/.invalid-...    one that was found damaged, set aside for whoever wants to look
+
+``manifest.json`` is {"files": {name: {"bytes": n, "sha256": hex}}}; it is written last.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file
+
+from contract.rundir import ProductDir, fsync_directory
+from worker.tensorfile import Written, sha256_of, write_blocks, write_tensors
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+FILES = (MODEL, OPTIMIZER, STATE)
+SAVING, REMOVING, INVALID = ".saving-", ".removing-", ".invalid-"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same for a resume to be the same run."""
+
+    model: dict[str, Any]
+    tokenizer: str
+    corpus: str
+    seed: int
+    max_seq_len: int
+    packing: str
+
+    def differences(self, other: Self) -> list[str]:
+        """What differs, in words: ``seed is 43 and was 42 in the checkpoint``; ``other`` is the checkpoint's."""
+        found = []
+        for name, mine in asdict(self).items():
+            theirs = getattr(other, name)
+            if name == "model":
+                keys = sorted(set(mine) | set(theirs))
+                found += [_difference(f"model.{key}", mine.get(key), theirs.get(key)) for key in keys]
+            else:
+                found.append(_difference(name, mine, theirs))
+        return [text for text in found if text]
+
+
+def _difference(name: str, mine: Any, theirs: Any) -> str:
+    if mine == theirs:
+        return ""
+    if name in ("corpus", "tokenizer"):
+        return f"the {name} is another one (fingerprint {str(mine)[:12]} and was {str(theirs)[:12]})"
+    return f"{name} is {mine} and was {theirs}"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything a resume needs beside the tensors. One JSON object, state.json.
+
+    ``data_offset``: steps of data that were left out by rollbacks. ``interval``: each rank's sums since the last
+    metric line. ``scaler``: the fp16 scaler's state, {} without one.
+    """
+
+    step: int
+    tokens: int
+    rows_per_step: int
+    world_size: int
+    identity: Identity
+    data_offset: int = 0
+    loss: float | None = None
+    interval: list[list[float]] = field(default_factory=list)
+    trouble: dict[str, int] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    torch_version: str = torch.__version__
+    version: int = 1
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        """The inverse of `asdict`. Raises KeyError or TypeError."""
+        return cls(**{**value, "identity": Identity(**value["identity"])})
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A published checkpoint."""
+
+    step: int
+    path: Path
+    bytes: int
+    sha256: str
+
+
+def publish(
+    products: ProductDir, state: RunState, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+) -> Saved:
+    """Write a checkpoint and publish it. Raises OSError, and then leaves nothing behind."""
+    final = products.checkpoint(state.step)
+    products.checkpoints.mkdir(parents=True, exist_ok=True)
+    unfinished = products.checkpoints / f"{SAVING}{final.name}-{os.getpid()}"
+    try:
+        unfinished.mkdir()
+        written = {
+            MODEL: write_tensors(unfinished / MODEL, model),
+            OPTIMIZER: write_tensors(unfinished / OPTIMIZER, optimizer),
+            STATE: write_blocks(unfinished / STATE, iter([_json(asdict(state))])),
+        }
+        manifest = {"files": {name: asdict(file) for name, file in written.items()}}
+        written[MANIFEST] = write_blocks(unfinished / MANIFEST, iter([_json(manifest)]))
+        fsync_directory(unfinished)
+        unfinished.rename(final)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    fsync_directory(products.checkpoints)
+    return _saved(state.step, final, written)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, indent=1).encode() + b"\n"
+
+
+def _saved(step: int, path: Path, files: Mapping[str, Written]) -> Saved:
+    return Saved(step, path, sum(file.bytes for file in files.values()), files[MODEL].sha256)
+
+
+def manifest_of(path: Path) -> dict[str, Written]:
+    """What the manifest says of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged one."""
+    described = json.loads((path / MANIFEST).read_bytes())["files"]
+    found = {name: Written(int(file["bytes"]), str(file["sha256"])) for name, file in described.items()}
+    if not set(FILES) <= set(found):
+        raise ValueError("names too few files")
+    return found
+
+
+def find_damage(path: Path, *, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint, e.g. ``model.safetensors sha256``; None where it is sound.
+
+    ``thorough`` reads every byte; otherwise only the manifest and the sizes are looked at.
+    """
+    try:
+        manifest = manifest_of(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} {_kind(error)}"
+    for name, said in manifest.items():
+        try:
+            if (path / name).stat().st_size != said.bytes:
+                return f"{name} size"
+            if thorough and sha256_of(path / name) != said.sha256:
+                return f"{name} sha256"
+        except OSError as error:
+            return f"{name} {_kind(error)}"
+    return None
+
+
+def _kind(error: Exception) -> str:
+    return "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({type(error).__name__})"
+
+
+def read_state(path: Path) -> RunState:
+    """The state of a verified checkpoint. Raises ValueError where it was written by a newer version."""
+    value = json.loads((path / STATE).read_bytes())
+    if value.get("version") != 1:
+        raise ValueError(f"{path / STATE} has version {value.get('version')}; this program reads 1")
+    return RunState.from_json(value)
+
+
+def saved_at(step: int, path: Path) -> Saved:
+    """What was published as ``path``. Raises as `manifest_of`."""
+    manifest = manifest_of(path)
+    size = (path / MANIFEST).stat().st_size
+    return Saved(step, path, size + sum(file.bytes for file in manifest.values()), manifest[MODEL].sha256)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A published checkpoint that is not what its manifest says, and where it was put."""
+
+    step: int
+    path: Path
+    what: str
+
+    def __str__(self) -> str:
+        return f"checkpoint {self.step} invalid: {self.what}"
+
+
+def newest_valid(products: ProductDir, damaged: list[Damage]) -> Path | None:
+    """The newest checkpoint that is sound, byte for byte.
+
+    Damaged ones are set aside under another name, so that nothing lists them, and appended to ``damaged``.
+    """
+    for step, path in products.published():
+        what = find_damage(path)
+        if what is None:
+            return path
+        damaged.append(Damage(step, path, what))
+        set_aside(path)
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint to ``.invalid-step-...``, numbered where there is one already."""
+    for attempt in range(1000):
+        aside = path.with_name(f"{INVALID}{path.name}" + (f"-{attempt}" if attempt else ""))
+        if not aside.exists():
+            path.rename(aside)
+            return aside
+    raise FileExistsError(f"{path.parent} holds a thousand damaged copies of {path.name}")
+
+
+def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+    """Put a verified checkpoint into ``model`` and ``optimizer``, in place."""
+    state = read_state(path)
+    tensors = load_file(path / MODEL)
+    own = model.state_dict()
+    for names in shared_names(own):
+        tensors.update(dict.fromkeys(names, tensors[names[0]]))
+    model.load_state_dict(tensors, strict=True)
+    _load_optimizer(load_file(path / OPTIMIZER), model, optimizer)
+    return state
+
+
+def unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict, each tensor once: tied weights stand under their first name."""
+    own = model.state_dict()
+    return {names[0]: own[names[0]] for names in shared_names(own)}
+
+
+def shared_names(state: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
+    """Groups of names that stand for the same memory, each in the state dict's order."""
+    groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, tensor in state.items():
+        groups.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
+    yield from groups.values()
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state as ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>`` and ``step.<parameter>``."""
+    return {
+        f"{key}.{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer(
+    tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    named: dict[str, dict[str, torch.Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        key, _, name = full_name.partition(".")
+        named.setdefault(name, {})[key] = tensor
+    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    state = {order[id(parameter)]: named[name] for name, parameter in model.named_parameters() if name in named}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,168 @@
+"""Who this rank is, the few collectives outside the gradient's, and the wish to stop that all ranks agree on.
+
+There are two groups: the default one carries gradients (NCCL on CUDA, else gloo) and gives up after
+``timeouts.collective``; the control group is always gloo, and patient, because one rank may prepare data or save for a
+long time while the others wait.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from contract.spec import JobSpec, Timeouts
+from contract.status import Reason
+from worker.failure import Failure
+
+T = TypeVar("T")
+
+Row = list[float]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this rank is among all. Of one rank alone there is no process group, and every collective is a plain return."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.rank == 0
+
+    def gather(self, row: Row) -> list[Row]:
+        """Every rank's ``row``, in the order of ranks, as float64: sums of it are the same everywhere."""
+        if self.control is None:
+            return [row]
+        mine = torch.tensor(row, dtype=torch.float64)
+        all_rows = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(all_rows, mine, group=self.control)
+        return [gathered.tolist() for gathered in all_rows]
+
+    def wait_for_all(self) -> None:
+        """Return once every rank has come here."""
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def from_leader(self, work: Callable[[], T]) -> T:
+        """What rank 0 got by ``work()``, on every rank. Its Failure is raised on every rank as well.
+
+        Any other exception ends rank 0 alone: the others learn of it by the broken connection.
+        """
+        said: list[Any] = [None, None]
+        if self.leads:
+            try:
+                said = [work(), None]
+            except Failure as failure:
+                said = [None, failure]
+        if self.control is not None:
+            dist.broadcast_object_list(said, src=0, group=self.control)
+        if said[1] is not None:
+            raise said[1]
+        result: T = said[0]
+        return result
+
+
+def join(timeouts: Timeouts, device: str, environment: dict[str, str] | None = None) -> Ranks:
+    """Take the place that torchrun gave this process; without torchrun it is the only rank."""
+    place = dict(os.environ) if environment is None else environment
+    rank, world = int(place.get("RANK", "0")), int(place.get("WORLD_SIZE", "1"))
+    local_rank, local_world = int(place.get("LOCAL_RANK", "0")), int(place.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads_per_rank(place, local_world, len(os.sched_getaffinity(0))))
+    own = own_device(device, local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if world == 1:
+        return Ranks(rank, world, local_rank, local_world, own)
+    backend = "nccl" if own.type == "cuda" else "gloo"
+    bound = own if own.type == "cuda" else None
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeouts.collective), device_id=bound)
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.preparing))
+    return Ranks(rank, world, local_rank, local_world, own, control)
+
+
+def own_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of one rank. "auto" is CUDA where there is some; what cannot be had stays a CPU, see `require`."""
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    first = int(wanted.partition(":")[2] or 0)
+    index = first + local_rank
+    return torch.device("cuda", index) if index < torch.cuda.device_count() else torch.device("cpu")
+
+
+def require(ranks: Ranks, spec: JobSpec) -> None:
+    """Raise Failure where CUDA was asked for, or half of the ranks have it, and this rank has none."""
+    wanted = spec.resources.device
+    if ranks.device.type == "cuda" or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return
+    message = (
+        f"resources.device is {wanted} and rank {ranks.rank} of {ranks.world} has no GPU: "
+        f"{torch.cuda.device_count()} can be seen"
+    )
+    hint = 'Lower resources.nproc_per_node, or set resources.device to "cpu".'
+    raise Failure(Reason.SPEC_INVALID, message, hint, ranks.rank)
+
+
+def threads_per_rank(environment: dict[str, str], local_world: int, cores: int) -> int:
+    """CPU threads of one rank: as told, else an even share of the cores. Sums differ in their last bits with it."""
+    told = environment.get("TRAINYARD_THREADS")
+    if told:
+        return max(1, int(told))
+    by_user = environment.get("OMP_NUM_THREADS")
+    # torchrun sets OMP_NUM_THREADS=1 by itself for more than one rank: that is nobody's wish.
+    torchrun_did = "TORCHELASTIC_RUN_ID" in environment and local_world > 1 and by_user == "1"
+    if by_user and by_user.isdigit() and not torchrun_did:
+        return max(1, int(by_user))
+    return max(1, cores // local_world)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What any rank wished, known to all."""
+
+    stop: bool = False
+    save: bool = False
+
+
+class Agreement:
+    """Makes one rank's wish everybody's, at no cost: it is summed in the background and read a step later."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def exchange(self, mine: Wishes) -> Wishes:
+        """Give this step's wishes and take those that were given a step ago. Each rank calls it once a step."""
+        if self._ranks.control is None:
+            return mine
+        agreed = self.settle()
+        wishes = torch.tensor([mine.stop, mine.save], dtype=torch.uint8)
+        work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
+        assert work is not None
+        self._pending = (work, wishes)
+        return agreed
+
+    def settle(self) -> Wishes:
+        """Take what is still under way, so that nothing is when the ranks part."""
+        if self._pending is None:
+            return Wishes()
+        work, wishes = self._pending
+        work.wait()
+        self._pending = None
+        return Wishes(stop=bool(wishes[0]), save=bool(wishes[1]))
+
+
+def leave(ranks: Ranks) -> None:
+    """Part in peace, at the end of a run that went well."""
+    if ranks.control is not None:
+        dist.barrier(group=ranks.control)
+        dist.destroy_process_group()

@@ -1,0 +1,72 @@
+"""Ends of a run that are foreseen: each has a reason, a sentence and advice. Everything else is a crash and a bug."""
+
+import errno
+
+from contract.report import ErrorCard, Outcome
+from contract.status import Reason
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+class Failure(Exception):
+    """The run cannot go on. ``message`` says what happened and where, ``hint`` what to do."""
+
+    def __init__(self, reason: Reason, message: str, hint: str | None = None, rank: int | None = None) -> None:
+        super().__init__(reason, message, hint, rank)
+        self.reason = reason
+        self.message = message
+        self.hint = hint
+        self.rank = rank
+
+    def __str__(self) -> str:
+        return self.message + (f"\n  {self.hint}" if self.hint else "")
+
+    def outcome(self, step: int) -> Outcome:
+        """What outcome.json says of it."""
+        card = ErrorCard(code=self.reason, message=self.message, hint=self.hint, rank=self.rank)
+        return Outcome(outcome="failed", step=step, reason=self.reason, message=self.message, error=card)
+
+
+class StopAsked(Exception):
+    """The run was asked to stop before there was anything to save."""
+
+
+def not_saved(error: OSError, what: str) -> Failure:
+    """A save that the run cannot end without has failed, and failed again."""
+    hint = (
+        "Free space, or point checkpoint.save_dir at a larger disk, then resume."
+        if error.errno in FULL
+        else "Make the directory writable, or choose another checkpoint.save_dir, then resume."
+    )
+    return Failure(Reason.DISK_FULL, f"{what} could not be written: {describe(error)}", hint)
+
+
+def describe(error: OSError) -> str:
+    """``No space left on device (/a/b)``."""
+    place = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or type(error).__name__}{place}"
+
+
+def out_of_memory(error: BaseException, *, rank: int, step: int, batch_size: int, accumulation: int) -> Failure | None:
+    """The failure behind an exception that says there was not enough memory; None for any other exception."""
+    if not _is_out_of_memory(error):
+        return None
+    said = " ".join(str(error).split())[:300]
+    message = f"out of memory on rank {rank} at step {step} with {batch_size} rows in a micro-batch: {said}"
+    return Failure(Reason.OUT_OF_MEMORY, message, _memory_hint(batch_size, accumulation), rank)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch raises its own class on CUDA and a plain RuntimeError on a CPU.
+    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
+
+
+def _memory_hint(batch_size: int, accumulation: int) -> str:
+    if batch_size == 1:
+        return "One row is too much already: lower data.max_seq_len or the model's size, or use more memory."
+    half = (batch_size + 1) // 2
+    return (
+        f"Set training.batch_size to {half} and training.accumulation_steps to {accumulation * 2}: "
+        "the result is the same, the memory of activations is halved."
+    )

@@ -1,0 +1,67 @@
+"""What a step with a non-finite gradient does to the run: a pure function of the policy and of what was before."""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Literal, assert_never
+
+Policy = Literal["fail", "skip", "rollback"]
+
+SKIPS_IN_A_ROW = 10
+SKIPS_IN_ALL = 100
+ROLLBACKS = 3
+
+ORDINARY_SCALE = 1.0
+"""Above this loss scale an fp16 overflow is the scaler finding its level; at or below it the gradient itself is bad."""
+
+
+class Verdict(StrEnum):
+    """What becomes of a step."""
+
+    APPLIED = "applied"
+    OVERFLOWED = "overflowed"
+    """The fp16 scaler tried too high a scale: no update, and nothing to speak of."""
+    SKIP = "skip"
+    ROLL_BACK = "roll_back"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Non-finite steps so far; part of every checkpoint, so that a resume does not forget them."""
+
+    in_a_row: int = 0
+    skipped: int = 0
+    rollbacks: int = 0
+
+
+def judge(finite: bool, policy: Policy, before: Trouble, loss_scale: float | None) -> tuple[Verdict, Trouble]:
+    """The verdict on a step, and the count from now on. ``loss_scale`` is the fp16 scaler's during the step."""
+    if finite:
+        return Verdict.APPLIED, replace(before, in_a_row=0)
+    if loss_scale is not None and loss_scale > ORDINARY_SCALE:
+        return Verdict.OVERFLOWED, before
+    match policy:
+        case "fail":
+            return Verdict.FAIL, before
+        case "skip":
+            after = replace(before, in_a_row=before.in_a_row + 1, skipped=before.skipped + 1)
+            exhausted = after.in_a_row > SKIPS_IN_A_ROW or after.skipped > SKIPS_IN_ALL
+            return (Verdict.FAIL if exhausted else Verdict.SKIP), after
+        case "rollback":
+            after = replace(before, rollbacks=before.rollbacks + 1)
+            return (Verdict.FAIL if after.rollbacks > ROLLBACKS else Verdict.ROLL_BACK), after
+        case _:
+            assert_never(policy)
+
+
+def describe(step: int, rows: tuple[int, ...], bad_losses: tuple[int, ...]) -> str:
+    """Names the step and the rows of the corpus, those with a non-finite loss where that is known."""
+    if bad_losses:
+        return f"the loss is not finite at step {step}, in {_named(bad_losses)}"
+    return f"the gradient is not finite at step {step}, over {_named(rows)}; every loss was finite"
+
+
+def _named(rows: tuple[int, ...]) -> str:
+    shown = ", ".join(map(str, rows[:8]))
+    more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"

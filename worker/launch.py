@@ -1,0 +1,121 @@
+"""The attempt this process belongs to: which one, whether it may run, and where what it prints goes."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from contract.locks import FileLock, LockBusy
+from contract.parsing import parse_spec
+from contract.rundir import AttemptDir, RunDir, write_atomically
+from contract.spec import JobSpec
+from contract.status import Reason
+from worker.distributed import Ranks
+from worker.failure import Failure
+
+RANK_LOGS = "TRAINYARD_RANK_LOGS"
+LOCK_SECONDS = 10.0
+
+
+class SpecUnusable(Exception):
+    """The spec cannot be run; the message lists every mistake in it."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt, and the locks this process holds for as long as it lives."""
+
+    run: RunDir
+    directory: AttemptDir
+    locks: tuple[FileLock, ...]
+
+
+def read_spec(run: RunDir, number: int | None) -> JobSpec:
+    """The spec of attempt ``number``, as the service resolved it; by hand, RUN_DIR/spec.json. Raises SpecUnusable."""
+    file = run.spec if number is None else run.attempt(number).spec
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise SpecUnusable(f"{file} cannot be read: {error.strerror}") from error
+    return _by_hand(file, content) if number is None else _resolved(file, content)
+
+
+def _resolved(file: Path, content: bytes) -> JobSpec:
+    try:
+        return JobSpec.model_validate_json(content)
+    except ValidationError as error:
+        raise SpecUnusable(f"{file}: {error}") from error
+
+
+def _by_hand(file: Path, content: bytes) -> JobSpec:
+    import json
+
+    try:
+        parsed = parse_spec(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise SpecUnusable(f"{file} is not JSON: {error}") from error
+    if parsed.problems:
+        lines = [f"  {problem.pointer or '/'}  {problem.message}" for problem in parsed.problems]
+        raise SpecUnusable("\n".join([f"{file} has {len(lines)} mistakes:", *lines]))
+    return parsed.spec
+
+
+def log_to_file(attempt: AttemptDir, rank: int) -> None:
+    """Under an agent, let everything this process prints, libraries included, go to its own log."""
+    if not os.environ.get(RANK_LOGS):
+        return
+    attempt.logs.mkdir(parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    descriptor = os.open(attempt.rank_log(rank), flags, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def claim(run: RunDir, number: int | None, ranks: Ranks, spec: JobSpec) -> Attempt:
+    """Hold the liveness lock, then make sure that this attempt is the one that may run. Raises Failure otherwise.
+
+    The order matters: whoever starts another attempt takes the lock alone before writing ``current``, so either it
+    finds our lock held, or we find its number. By hand there is no agent, and rank 0 does the agent's part.
+    """
+    held: list[FileLock] = []
+    if number is None:
+        number = ranks.from_leader(lambda: _begin(run, spec, held))
+    alive = FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS)
+    current = _current(run)
+    if current is not None and current != number:
+        message = f"attempt {number} of {run.path} is not the current one, which is {current}"
+        raise Failure(Reason.LAUNCH_FAILED, message, rank=ranks.rank)
+    return Attempt(run, run.attempt(number), (*held, alive))
+
+
+def _begin(run: RunDir, spec: JobSpec, held: list[FileLock]) -> int:
+    try:
+        held.append(FileLock(run.launch_lock).take())
+        # Only looked at: each rank takes its own shared hold on it in a moment.
+        FileLock(run.alive_lock).take(seconds=LOCK_SECONDS).release()
+    except LockBusy as busy:
+        message = f"another attempt of this run is alive: {busy}"
+        raise Failure(Reason.LAUNCH_FAILED, message, "Stop it first, or wait for its end.") from busy
+    number = max((attempt.number for attempt in run.attempts()), default=0) + 1
+    directory = run.attempt(number)
+    directory.path.mkdir()
+    write_spec(directory, spec)
+    run.current.write_text(str(number))
+    return number
+
+
+def write_spec(directory: AttemptDir, spec: JobSpec) -> None:
+    """Keep the spec this attempt runs."""
+    write_atomically(directory.spec, spec.model_dump_json(indent=1).encode() + b"\n")
+
+
+def _current(run: RunDir) -> int | None:
+    try:
+        return int(run.current.read_text())
+    except (FileNotFoundError, ValueError):
+        return None

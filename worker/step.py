@@ -1,0 +1,187 @@
+"""One optimizer step: micro-batches, one gradient exchange, clipping, and the gate before the update."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class Batch(Protocol):
+    """One micro-batch of one rank on its device: B rows of S tokens."""
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """[B, S] token ids."""
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """[B, S] positions, from 0 in each piece."""
+
+    @property
+    def segment_ids(self) -> torch.Tensor | None:
+        """[B, S] number of the piece; tokens see only their own. None: one piece a row."""
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """[B, S] the next token, or -100."""
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch and the factor that turns its summed loss into its part of the step's loss."""
+
+    batch: Batch
+    factor: float
+    rows: tuple[int, ...] = ()
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How the forward pass computes; the weights are float32 in any case."""
+
+    device_type: str
+    dtype: torch.dtype
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step measured on this rank. ``grad_norm`` is that of the exchanged gradient, equal on all ranks."""
+
+    grad_norm: float
+    loss_sum: float
+    aux_sum: float
+    tokens: int
+    applied: bool
+    suspects: tuple[int, ...] = field(default=())
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradient was finite. Equal on all ranks: a NaN of one rank is in the sum that all have."""
+        return math.isfinite(self.grad_norm)
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Everything a step works on. ``module`` is ``model`` as it is run: compiled, or wrapped to exchange gradients."""
+
+    module: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    precision: Precision
+    aux_coefficient: float
+    grad_clip: float
+
+    def step(self, micros: Iterable[Micro], learning_rate: float, seed_of: Callable[[int], None]) -> StepResult:
+        """Run one step; the weights change only if the whole gradient is finite.
+
+        ``seed_of(i)`` seeds the dropout of micro-batch i.
+        """
+        sums, run = self._accumulate(micros, seed_of)
+        norm = self._norm()
+        # One transfer from the device for everything that is to be known of this step.
+        values = torch.stack([*sums, norm.to(torch.float64)]).tolist()
+        grad_norm, losses, aux = values[-1], values[:-1:2], values[1:-1:2]
+        applied = math.isfinite(grad_norm)
+        if applied:
+            self._update(norm, learning_rate)
+        self._loosen_or_tighten()
+        # With DDP the gradients are views into its buckets, and worth keeping: nothing is copied then.
+        self.optimizer.zero_grad(set_to_none=not self.exchanges)
+        return StepResult(
+            grad_norm=grad_norm,
+            loss_sum=sum(losses),
+            aux_sum=sum(aux),
+            tokens=sum(micro.tokens for micro in run),
+            applied=applied,
+            suspects=tuple(
+                row for micro, loss in zip(run, losses, strict=True) if not math.isfinite(loss) for row in micro.rows
+            ),
+        )
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether ranks exchange gradients."""
+        return isinstance(self.module, nn.parallel.DistributedDataParallel)
+
+    def _accumulate(
+        self, micros: Iterable[Micro], seed_of: Callable[[int], None]
+    ) -> tuple[list[torch.Tensor], list[Micro]]:
+        """Backward through all micro-batches; ranks exchange gradients in the last one only."""
+        sums: list[torch.Tensor] = []
+        run: list[Micro] = []
+        for index, (micro, last) in enumerate(_with_last(micros)):
+            seed_of(index)
+            with self._exchange(last):
+                with self.precision.autocast():
+                    output = forward(self.module, micro.batch)
+                    loss = (output.loss_sum + self.aux_coefficient * output.aux_sum) * micro.factor
+                self.scaler.scale(loss).backward()
+            sums += [output.loss_sum.detach().to(torch.float64), output.aux_sum.detach().to(torch.float64)]
+            run.append(micro)
+        return sums, run
+
+    def _exchange(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        if last or not isinstance(self.module, nn.parallel.DistributedDataParallel):
+            return contextlib.nullcontext()
+        return self.module.no_sync()
+
+    def _norm(self) -> torch.Tensor:
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return nn.utils.get_total_norm(gradients)
+
+    def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
+        if self.grad_clip > 0:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+    def _loosen_or_tighten(self) -> None:
+        """Let the fp16 scaler learn from this step; it has seen in unscale_ whether the gradient overflowed."""
+        if self.scaler.is_enabled():
+            self.scaler.update()
+
+
+def forward(module: nn.Module, batch: Batch) -> Any:
+    """One forward pass; the output has ``loss_sum`` and ``aux_sum``, both summed over label tokens."""
+    return module(batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, labels=batch.labels)
+
+
+def _with_last(micros: Iterable[Micro]) -> Iterator[tuple[Micro, bool]]:
+    """Each micro-batch, and whether it is the last, looking one ahead."""
+    iterator = iter(micros)
+    current = next(iterator)
+    for following in iterator:
+        yield current, False
+        current = following
+    yield current, True
+
+
+def seed_dropout(seed: int, step: int, rank: int, micro: int) -> None:
+    """Seed torch's generators as a pure function of where in the run we are, so that no generator needs saving."""
+    mixed = seed
+    for part in (step, rank, micro):
+        mixed = _mix(mixed ^ part)
+    torch.manual_seed(mixed)
+
+
+def _mix(value: int) -> int:
+    """splitmix64: neighbouring inputs give unrelated outputs. Source: Steele, Lea, Flood, OOPSLA 2014."""
+    mask = 2**64 - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)

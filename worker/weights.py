@@ -1,0 +1,113 @@
+"""Weights-only files under MiniMind's names: written for inference, read to start from (``from_weight``)."""
+
+import io
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contract.rundir import ProductDir, write_atomically
+from contract.spec import JobSpec
+from contract.status import Reason
+from worker.checkpoint import shared_names
+from worker.failure import Failure
+
+SHOWN = 12
+
+
+def weights_file(products: ProductDir, spec: JobSpec) -> Path:
+    """``out/pretrain_512.pth``."""
+    return products.weights(spec.checkpoint.save_weight, spec.model.hidden_size, spec.model.use_moe)
+
+
+def write_weights(path: Path, model: torch.nn.Module) -> None:
+    """Publish ``model`` in half precision under ``path``; equal weights give equal bytes. Raises OSError."""
+    own, half = model.state_dict(), {}
+    for names in shared_names(own):
+        # Tied names go on sharing memory, so the file holds each matrix once, as torch.save does for the model itself.
+        shared = own[names[0]].detach().to("cpu", torch.float16)
+        half.update(dict.fromkeys(names, shared))
+    buffer = io.BytesIO()
+    torch.save({name: half[name] for name in own}, buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, buffer.getvalue())
+
+
+def start_from(model: torch.nn.Module, spec: JobSpec, products: ProductDir) -> Path:
+    """Load ``training.from_weight`` into ``model``, strictly. Raises Failure that lists every mismatch."""
+    path = find_weights(spec, products)
+    tensors = _read(path)
+    problems = mismatches(model.state_dict(), tensors)
+    if problems:
+        shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+        hint = "Set the model group to the shape these weights have, or take other weights."
+        raise Failure(Reason.CHECKPOINT_INVALID, f"from_weight: {path} does not fit the model: {shown}", hint)
+    for names in shared_names(model.state_dict()):
+        given = next(tensors[name] for name in names if name in tensors)
+        tensors.update(dict.fromkeys(names, given))
+    model.load_state_dict(tensors, strict=True)
+    return path
+
+
+def find_weights(spec: JobSpec, products: ProductDir) -> Path:
+    """The file that ``from_weight`` means: a path, or MiniMind's name, looked for where weights are saved."""
+    wanted = str(spec.training.from_weight)
+    name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
+    folders = [products.out, products.path]
+    if spec.checkpoint.save_dir is not None:
+        folders.insert(0, Path(spec.checkpoint.save_dir))
+    candidates = [Path(wanted), *(folder / name for folder in folders)]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        looked = ", ".join(map(str, candidates))
+        hint = "Give the path of a .pth or .safetensors file, or a name as in save_weight."
+        raise Failure(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {looked}", hint)
+    return found
+
+
+def mismatches(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
+    """Every reason why ``given`` is not a state dict for ``own``; either name of a tied pair will do."""
+    found = []
+    for names in shared_names(own):
+        present = [name for name in names if name in given]
+        if not present:
+            found.append(f"{names[0]} is missing")
+        found += [
+            f"{name} is {list(given[name].shape)} and must be {list(own[name].shape)}"
+            for name in present
+            if given[name].shape != own[name].shape
+        ]
+        if any(not torch.equal(given[name], given[present[0]]) for name in present[1:]):
+            found.append(f"{' and '.join(present)} differ and must be one")
+    return found + [f"{name} is not part of the model" for name in given if name not in own]
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that may come from anybody: no pickled code is ever run."""
+    try:
+        content = _content(path)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise _refused(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise _refused(path, "it is not a plain state dict of tensors")
+    return {str(name): value for name, value in content.items()}
+
+
+def _content(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        # Its errors are a class of its own, of the library's compiled part.
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _refused(path: Path, why: str) -> Failure:
+    hint = "Nothing in the file was executed. Give a file of plain weights, as torch.save(state_dict) writes it."
+    return Failure(Reason.CHECKPOINT_INVALID, f"from_weight: {path} cannot be read as weights: {why}", hint)
