@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +16,8 @@ from contract.rundir import AttemptDir, RunDir, read_json, write_atomically
 from contract.status import Reason
 from service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
 
-WORKER_AGENT = (sys.executable, "-m", "worker.agent")
-"""All that the service knows of the worker."""
+WORKER_AGENT = (sys.executable, "-P", "-m", "worker.agent")
+"""All that the service knows of the worker. -P: a folder named worker/ where the service was started is not ours."""
 
 INHERITED = (
     "PATH",
@@ -60,7 +59,7 @@ class LocalLauncher:
         self._home = home
         self._agent = agent
         self._corpus_cache = corpus_cache
-        self._agents: dict[AttemptName, subprocess.Popen[bytes]] = {}
+        self._agents: dict[AttemptName, int] = {}
         self._readers: dict[AttemptName, OutboxReader] = {}
 
     def start(self, launch: Launch) -> None:
@@ -76,19 +75,21 @@ class LocalLauncher:
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
 
-    def _spawn(self, launch: Launch, attempt: AttemptDir) -> "subprocess.Popen[bytes]":
+    def _spawn(self, launch: Launch, attempt: AttemptDir) -> int:
         command = [*self._agent, str(attempt.path.parent), f"--attempt={launch.name.number}"]
-        with attempt.agent_log.open("ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                # A pipe or a shared session would end the run together with the service or the terminal.
-                start_new_session=True,
-                cwd=attempt.path,
-                env=self._environment(launch),
-            )
+        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        return os.posix_spawn(
+            command[0],
+            command,
+            self._environment(launch),
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(attempt.agent_log), append, 0o644),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            # A pipe or a shared session would end the run together with the service or the terminal.
+            setsid=True,
+        )
 
     def _environment(self, launch: Launch) -> dict[str, str]:
         cuda = [device.removeprefix("cuda:") for device in launch.devices if device.startswith("cuda:")]
@@ -162,8 +163,15 @@ class LocalLauncher:
         return lines
 
     def _reap(self, name: AttemptName) -> None:
-        agent = self._agents.get(name)
-        if agent is not None and agent.poll() is not None:
+        """Collect the agent's exit status, if it is ours and has ended: a zombie would keep its pid for nothing."""
+        pid = self._agents.get(name)
+        if pid is None:
+            return
+        try:
+            ended, _ = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            ended = pid
+        if ended == pid:
             del self._agents[name]
 
     def _run(self, name: AttemptName) -> RunDir:

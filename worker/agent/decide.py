@@ -43,7 +43,8 @@ class Seen:
 def decide(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | None]:
     """The next action, and why, where it is the agent that ends the ranks."""
     if seen.torchrun_ended:
-        return Action.KILL, None
+        # Once SIGTERM was sent, an end without a word of rank 0 is our doing and no crash of theirs.
+        return Action.KILL, None if seen.termed_at is None else Cause.OVERDUE
     match seen.desired:
         case Desired.KILL:
             return Action.KILL, Cause.KILLED

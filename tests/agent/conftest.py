@@ -1,0 +1,54 @@
+"""A launcher whose agent is real and whose ranks are fake, and a service that listens to it."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from contract.processes import marked
+from contract.rundir import AttemptDir, RunDir, write_json
+from contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
+from service.launch.base import AttemptName, Launch
+from service.launch.local import LocalLauncher
+from tests.agent.fake_service import FakeService
+
+DRIVER = (sys.executable, str(Path(__file__).with_name("driver.py")))
+NAME = AttemptName("job_fake", 1)
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[FakeService]:
+    fake = FakeService()
+    write_json(tmp_path / "service.json", {"url": fake.url})
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, service: FakeService) -> Iterator[LocalLauncher]:
+    local = LocalLauncher(tmp_path, tmp_path / "cache", DRIVER)
+    yield local
+    for number in (1, 2, 3):
+        local.end(AttemptName("job_fake", number))
+        assert marked(f"job_fake/{number}") == []
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> AttemptDir:
+    return RunDir(tmp_path / "runs" / NAME.job_id).attempt(NAME.number)
+
+
+def launch(timeouts: Timeouts | None = None, number: int = 1, **labels: str) -> Launch:
+    resources = ResourcesSpec(nproc_per_node=2, timeouts=timeouts or Timeouts())
+    spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"), resources=resources)
+    return Launch(AttemptName("job_fake", number), "att_1", spec, ("cpu:0", "cpu:1"), f"secret-of-{os.getpid()}")

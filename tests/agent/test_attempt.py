@@ -1,0 +1,226 @@
+"""One attempt from launch to report, with every way it can end. The agent is real, the ranks are fake and quick."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from contract.locks import is_held
+from contract.processes import ProcessIdentity, marked
+from contract.report import ExitReport, read_message
+from contract.rundir import AttemptDir, RunDir
+from contract.spec import Timeouts
+from contract.status import Desired, Reason
+from service.launch.base import State
+from service.launch.local import LocalLauncher
+from tests.agent.conftest import NAME, launch, until
+from tests.agent.fake_service import FakeService
+
+
+def ended(launcher: LocalLauncher, seconds: float = 20.0) -> ExitReport:
+    until(lambda: launcher.find(NAME).state is State.ENDED, seconds)
+    report = launcher.find(NAME).report
+    assert report is not None
+    assert marked(str(NAME)) == [] or all(process.variable("RANK") is None for process in marked(str(NAME)))
+    return report
+
+
+def processes(variable: str, value: str | None = None) -> list[ProcessIdentity]:
+    found = [process for process in marked(str(NAME)) if process.variable(variable) is not None]
+    return [process for process in found if value is None or process.variable(variable) == value]
+
+
+def torchrun() -> ProcessIdentity:
+    plain = [p for p in marked(str(NAME)) if p.variable("RANK") is None and p.variable("TRAINYARD_ATTEMPT_ID") is None]
+    return plain[0]
+
+
+def test_a_good_run_ships_every_line_once_and_says_completed(
+    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+) -> None:
+    assert launcher.find(NAME).state is State.ABSENT
+    launcher.start(launch(steps="30"))
+    assert launcher.find(NAME).state is State.ALIVE
+    report = ended(launcher)
+    assert (report.outcome, report.step, report.reason) == ("completed", 30, None)
+    until(lambda: service.reports)
+    assert ExitReport.model_validate(service.reports[0]) == report
+    assert sorted(service.lines) == list(range(1, report.last_seq + 1))
+    assert service.duplicates == 0
+    assert [line["step"] for line in service.lines.values() if line["kind"] == "metric"] == list(range(1, 31))
+    assert len(service.tokens) == 1
+    assert not is_held(RunDir(attempt.path.parent).launch_lock)
+    assert not is_held(RunDir(attempt.path.parent).alive_lock)
+
+
+def test_the_token_never_reaches_the_ranks_and_stands_in_no_file(
+    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+) -> None:
+    wanted = launch(steps="50")
+    launcher.start(wanted)
+    until(lambda: processes("RANK"))
+    for process in processes("RANK"):
+        environment = Path(f"/proc/{process.pid}/environ").read_bytes()
+        assert wanted.token.encode() not in environment
+    ended(launcher)
+    for file in attempt.path.rglob("*"):
+        if file.is_file():
+            assert wanted.token.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.parametrize("desired", [Desired.PAUSE, Desired.CANCEL])
+def test_a_wish_to_stop_is_heard_and_the_ranks_save(
+    launcher: LocalLauncher, service: FakeService, desired: Desired
+) -> None:
+    launcher.start(launch(steps="1000"))
+    until(lambda: len(service.lines) > 5)
+    service.desired = desired
+    report = ended(launcher)
+    assert report.outcome == "stopped"
+    assert 0 < report.step < 1000
+
+
+def test_the_launcher_s_own_hint_stops_without_the_service(launcher: LocalLauncher, service: FakeService) -> None:
+    service.down = True
+    launcher.start(launch(steps="1000"))
+    until(lambda: processes("RANK"))
+    launcher.stop(NAME)
+    assert ended(launcher).outcome == "stopped"
+    service.down = False
+    until(lambda: service.reports)
+
+
+def test_kill_ends_all_at_once_and_is_no_success(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(steps="1000"))
+    until(lambda: len(service.lines) > 5)
+    service.desired = Desired.KILL
+    report = ended(launcher)
+    assert (report.outcome, report.reason) == ("killed", Reason.USER)
+
+
+def test_ranks_that_ignore_the_wish_are_ended_after_the_grace(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(Timeouts(stop=0.3, term=0.3), steps="100000", fault="ignore_stop"))
+    until(lambda: len(service.lines) > 5)
+    service.desired = Desired.PAUSE
+    report = ended(launcher)
+    assert (report.outcome, report.reason) == ("killed", Reason.USER)
+    assert "grace" in report.message
+
+
+def test_a_rank_killed_is_named(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(steps="1000", fault="crash_rank_1_at_5"))
+    report = ended(launcher)
+    assert (report.outcome, report.reason) == ("crashed", Reason.WORKER_CRASHED)
+    assert "rank 1 was killed by SIGKILL" in report.message
+    assert report.error is not None
+    assert report.error.rank == 1
+
+
+def test_torchrun_killed_leaves_no_rank(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(steps="100000"))
+    until(lambda: len(service.lines) > 5)
+    ranks = processes("RANK")
+    assert len(ranks) == 2
+    torchrun().send(signal.SIGKILL)
+    report = ended(launcher)
+    assert (report.outcome, report.reason) == ("crashed", Reason.WORKER_CRASHED)
+    assert "torchrun was killed by SIGKILL" in report.message
+    assert not any(rank.alive() for rank in ranks)
+
+
+def test_a_child_of_a_rank_does_not_survive_the_attempt(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(steps="20", fault="orphan_at_5"))
+    assert ended(launcher).outcome == "completed"
+    until(lambda: not processes("RANK"))
+
+
+def test_stopped_ranks_are_found_by_their_lack_of_progress(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(Timeouts(progress=1.0), steps="1000", fault="hang_at_100"))
+    report = ended(launcher)
+    assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
+
+
+def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(steps="60"))
+    until(lambda: len(service.lines) > 5)
+    service.down = True
+    report = ended(launcher)
+    assert report.outcome == "completed"
+    assert len(service.lines) < report.last_seq
+    missing = launcher.unread(NAME, len(service.lines), 1000)
+    assert [line["seq"] for line in missing] == list(range(len(service.lines) + 1, report.last_seq + 1))
+    service.down = False
+    until(lambda: service.reports)
+    assert sorted(service.lines) == list(range(1, report.last_seq + 1))
+
+
+def test_a_restarted_service_is_found_at_its_new_address(
+    launcher: LocalLauncher, service: FakeService, tmp_path: Path
+) -> None:
+    launcher.start(launch(steps="60"))
+    until(lambda: len(service.lines) > 5)
+    service.down = True
+    second = FakeService()
+    second.lines.update(service.lines)
+    (tmp_path / "service.json").write_text(json.dumps({"url": second.url}))
+    report = ended(launcher)
+    until(lambda: second.reports)
+    assert sorted(second.lines) == list(range(1, report.last_seq + 1))
+    second.close()
+
+
+def test_agent_killed_is_seen_as_orphans_and_they_can_be_ended(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(steps="100000"))
+    until(lambda: len(service.lines) > 5)
+    for agent in processes("TRAINYARD_ATTEMPT_ID"):
+        agent.send(signal.SIGKILL)
+    until(lambda: launcher.find(NAME).state is State.ORPHANED)
+    launcher.end(NAME)
+    found = launcher.find(NAME)
+    assert found.state is State.ENDED
+    assert found.report is not None
+    assert (found.report.outcome, found.report.reason) == ("crashed", Reason.AGENT_LOST)
+    assert found.report.step > 0
+
+
+def test_no_second_attempt_starts_while_a_rank_of_the_first_lives(
+    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launcher.start(launch(steps="100000"))
+    until(lambda: len(service.lines) > 5)
+    for agent in processes("TRAINYARD_ATTEMPT_ID"):
+        agent.send(signal.SIGKILL)
+    launcher.start(launch(number=2, steps="5"))
+    second = RunDir(attempt.path.parent).attempt(2)
+    until(lambda: second.exit.exists(), 30)
+    report = read_message(ExitReport, second.exit)
+    assert report is not None
+    assert (report.outcome, report.reason) == ("crashed", Reason.LAUNCH_FAILED)
+    assert not second.outbox.exists()
+    assert processes("RANK"), "the first attempt's ranks are untouched"
+
+
+def test_an_attempt_of_before_a_reboot_is_told_from_a_lost_one(
+    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+) -> None:
+    attempt.path.mkdir(parents=True)
+    identity = ProcessIdentity.of(os.getpid())
+    assert identity is not None
+    # This very process has the recorded pid: a stranger that must neither be taken for the agent nor signalled.
+    attempt.started.write_text(json.dumps({"agent": {**identity.to_json(), "boot_id": "the boot before"}}))
+    found = launcher.find(NAME)
+    assert found.state is State.ENDED
+    assert found.report is not None
+    assert found.report.reason is Reason.HOST_RESTARTED
+    launcher.end(NAME)
+
+
+def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeService) -> None:
+    launcher.start(launch(steps="40"))
+    launcher.start(launch(steps="40"))
+    assert ended(launcher).outcome == "completed"
+    launcher.start(launch(steps="40"))
+    until(lambda: service.reports)
+    assert [line["step"] for line in service.lines.values() if line["kind"] == "metric"] == list(range(1, 41))

@@ -1,0 +1,122 @@
+"""Who is at fault, from what was left on disk. What is unknown stays unknown, and is never success."""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.report import ErrorCard, ExitReport, Outcome, RankExit
+from contract.rundir import AttemptDir
+from contract.status import Reason
+from worker.agent.decide import Cause
+from worker.agent.evidence import Evidence, RankError, gather
+from worker.agent.verdict import verdict
+
+NOW = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+def judge(cause: Cause | None = None, **found: Any) -> ExitReport:
+    nothing = Evidence(
+        outcome=None, torchrun_status=1, errors=(), ranks=(), step=7, memory_kills=0, tails={}, agent_tail=""
+    )
+    return verdict(Evidence(**{**nothing.__dict__, **found}), cause, last_seq=3, now=NOW)
+
+
+def error(rank: int, at: float, message: str) -> RankError:
+    return RankError(rank, at, message, f"Traceback of rank {rank}")
+
+
+ECHO = error(0, 1.0, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1")
+
+
+def test_rank_0_s_word_counts_whatever_torchrun_says() -> None:
+    for status in (0, 1, -6):
+        report = judge(outcome=Outcome(outcome="completed", step=9), torchrun_status=status)
+        assert (report.outcome, report.step, report.reason) == ("completed", 9, None)
+
+
+def test_exit_code_0_without_a_word_is_not_success() -> None:
+    report = judge(torchrun_status=0)
+    assert (report.outcome, report.reason) == ("crashed", Reason.UNKNOWN)
+    assert "without a word" in report.message
+
+
+def test_a_failure_with_a_card_is_passed_on() -> None:
+    card = ErrorCard(code="data_invalid", message="line 7 is not JSON", hint="fix it")
+    said = Outcome(outcome="failed", step=0, reason=Reason.DATA_INVALID, message="line 7 is not JSON", error=card)
+    report = judge(outcome=said)
+    assert (report.outcome, report.reason, report.error) == ("failed", Reason.DATA_INVALID, card)
+
+
+def test_the_earliest_real_error_is_the_cause_not_the_echo() -> None:
+    report = judge(errors=(ECHO, error(1, 2.0, "ZeroDivisionError: division by zero")))
+    assert report.error is not None
+    assert (report.error.rank, report.error.traceback) == (1, "Traceback of rank 1")
+    assert report.message == "rank 1 failed at step 7: ZeroDivisionError: division by zero"
+
+
+def test_a_killed_rank_beats_the_echoes_of_its_peers() -> None:
+    report = judge(errors=(ECHO,), ranks=(RankExit(rank=1, signal="SIGKILL"),), tails={1: "last line"})
+    assert "rank 1 was killed by SIGKILL" in report.message
+    assert report.error is not None
+    assert (report.error.rank, report.error.traceback) == (1, "last line")
+
+
+def test_host_memory_is_blamed_only_when_the_kernel_says_so() -> None:
+    killed = (RankExit(rank=1, signal="SIGKILL"),)
+    assert judge(ranks=killed).reason is Reason.WORKER_CRASHED
+    assert judge(ranks=killed, memory_kills=1).reason is Reason.HOST_OUT_OF_MEMORY
+
+
+def test_out_of_gpu_memory_on_any_rank_gets_the_knob() -> None:
+    report = judge(errors=(error(2, 1.0, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"),))
+    assert (report.outcome, report.reason) == ("failed", Reason.OUT_OF_MEMORY)
+    assert report.error is not None
+    assert "batch_size" in (report.error.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("cause", "outcome", "reason"),
+    [
+        (Cause.KILLED, "killed", Reason.USER),
+        (Cause.OVERDUE, "killed", Reason.USER),
+        (Cause.HUNG, "crashed", Reason.HUNG),
+    ],
+)
+def test_what_the_agent_ended_itself_is_no_crash_of_the_ranks(cause: Cause, outcome: str, reason: Reason) -> None:
+    report = judge(cause, torchrun_status=-9, errors=(ECHO,))
+    assert (report.outcome, report.reason) == (outcome, reason)
+
+
+def test_a_rank_that_saved_before_it_was_killed_has_saved() -> None:
+    report = judge(Cause.KILLED, outcome=Outcome(outcome="stopped", step=8))
+    assert (report.outcome, report.step) == ("stopped", 8)
+
+
+def test_gathering_reads_torchrun_s_own_files(tmp_path: Path) -> None:
+    attempt = AttemptDir(tmp_path)
+    for rank, at, text in ((0, 20, "RuntimeError: Connection closed by peer"), (1, 10, "ValueError: bad")):
+        file = attempt.torchrun_logs / "none_ab" / "attempt_0" / str(rank) / "error.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps({"message": {"message": text, "extraInfo": {"py_callstack": "tb"}}}))
+        os.utime(file, (at, at))
+    attempt.rank_log(1).write_text("\n".join(f"line {n}" for n in range(40)))
+    attempt.agent_log.write_text(
+        "[0]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -11 (pid: 5)\n  error_file: <N/A>\n"
+    )
+    attempt.outcome.write_text("{ torn")
+    attempt.progress.write_text("12")
+    evidence = gather(attempt, 1, 0)
+    assert [found.rank for found in evidence.errors] == [1, 0]
+    assert evidence.ranks == (RankExit(rank=1, signal="SIGSEGV"),)
+    assert evidence.outcome is None
+    assert evidence.step == 12
+    assert evidence.tails[1].splitlines()[0] == "line 25"
+
+
+def test_an_empty_directory_is_evidence_of_nothing(tmp_path: Path) -> None:
+    evidence = gather(AttemptDir(tmp_path), None, 0)
+    assert (evidence.errors, evidence.ranks, evidence.step, evidence.tails) == ((), (), 0, {})
