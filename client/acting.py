@@ -1,0 +1,78 @@
+"""The subcommands that change a job: pause, resume, cancel, kill, delete."""
+
+import argparse
+from typing import Any
+
+from client.advice import what_next
+from client.api import Trainyard
+from client.console import Console
+from client.exits import Exit, UsageError
+from client.flags import parse_assignment
+from client.reading import connect
+from client.shapes import Job
+from client.words import one_line
+
+
+def pause(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard pause`."""
+    with connect(args) as trainyard:
+        return _report(trainyard.pause(_id(trainyard, args)), args, console)
+
+
+def resume(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard resume`."""
+    changes = _changes(args)
+    with connect(args) as trainyard:
+        return _report(trainyard.resume(_id(trainyard, args), **changes), args, console)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    plain = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
+    changes: dict[str, Any] = {name: value for name, value in plain.items() if value is not None}
+    for assignment in args.set:
+        place, value = parse_assignment(assignment)
+        if len(place) != 2 or place[0] != "resources":
+            raise UsageError(f"only resources can be changed on resume: --set resources.FIELD=JSON, not {assignment!r}")
+        changes.setdefault("resources", {})[place[1]] = value
+    return changes
+
+
+def cancel(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard cancel`."""
+    with connect(args) as trainyard:
+        return _report(trainyard.cancel(_id(trainyard, args)), args, console)
+
+
+def kill(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard kill`."""
+    with connect(args) as trainyard:
+        return _report(trainyard.kill(_id(trainyard, args)), args, console)
+
+
+def delete(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard delete`. Asks on a terminal: the checkpoints go with it."""
+    with connect(args) as trainyard:
+        job = trainyard.find(args.job)
+        question = f"Delete {one_line(job['name'], 60)} ({job['id']}) with its checkpoints, logs and metrics?"
+        if console.interactive and not args.yes and not console.agrees(question):
+            console.say("nothing was deleted")
+            return Exit.REFUSED
+        trainyard.delete(job["id"])
+    if args.json:
+        console.json({"id": job["id"], "deleted": True})
+    else:
+        console.say(f"deleted {job['id']}")
+    return Exit.SUCCEEDED
+
+
+def _id(trainyard: Trainyard, args: argparse.Namespace) -> str:
+    return trainyard.find(args.job)["id"]
+
+
+def _report(job: Job, args: argparse.Namespace, console: Console) -> int:
+    if args.json:
+        console.json(job)
+        return Exit.SUCCEEDED
+    console.data(f"{job['id']} {job['status']}")
+    console.say(f"next:  {what_next(job, args.job)[0]}")
+    return Exit.SUCCEEDED

@@ -1,0 +1,254 @@
+"""The Python client of a Trainyard service.
+
+with Trainyard() as trainyard:
+    job = trainyard.submit({"data": {"data_path": "/data/corpus.jsonl"}})
+    job = trainyard.wait(job["id"])
+    print(job["status"], job["checkpoint"]["path"])
+"""
+
+import os
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Self, cast
+from urllib.parse import quote
+
+import httpx2
+
+from client.connection import Connection, Patience
+from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
+from client.exits import at_rest
+from client.shapes import Checkpoint, Job, LogChunk, Metric, Version
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+PAGE = 100
+METRICS_PAGE = 1000
+
+
+class Trainyard:
+    """A service, as an object: one method for each route.
+
+    Args:
+        url: where it is; else ``TRAINYARD_URL``, else http://127.0.0.1:8000.
+        token: bearer token; else ``TRAINYARD_TOKEN``, else none.
+        timeout: seconds for one try of one call.
+        patience: how long a call whose answer was lost is tried again, where that is safe.
+        transport: stands in for the network in tests.
+
+    Every method raises `ServiceUnreachable` where nothing answers and `Refused` where the service says no.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        token: str | None = None,
+        timeout: float = 10.0,
+        patience: Patience | None = None,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self.url = (url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL).rstrip("/")
+        token = token or os.environ.get("TRAINYARD_TOKEN")
+        self._connection = Connection(self.url, token, timeout, patience or Patience(), transport)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        self._connection.close()
+
+    # Jobs
+
+    def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
+        """Launch a run. The key makes a lost answer harmless: the same key never makes a second job.
+
+        Raises:
+            InvalidSpec: with every mistake at once in ``errors``.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return cast(Job, self._connection.call("POST", "/jobs", body=spec, headers=headers))
+
+    def jobs(
+        self,
+        *,
+        status: str | None = None,
+        labels: Collection[str] = (),
+        name: str | None = None,
+        order: str | None = None,
+        limit: int | None = None,
+    ) -> Iterator[Job]:
+        """Jobs, page by page; ``labels`` are ``key=value``; at most ``limit`` in all."""
+        params = {"status": status, "label": list(labels) or None, "name": name, "order": order}
+        return cast(Iterator[Job], self._pages("/jobs", params, limit))
+
+    def job(self, job_id: str) -> Job:
+        """One job by its id."""
+        return cast(Job, self._connection.call("GET", _path(job_id)))
+
+    def find(self, id_or_name: str) -> Job:
+        """One job by its id or by its name.
+
+        Raises:
+            NotFound: no job has this id or name.
+            NameShared: several jobs have this name; the message lists their ids.
+        """
+        if id_or_name.startswith("job_"):
+            try:
+                return self.job(id_or_name)
+            except NotFound:
+                pass
+        found = [job for job in self.jobs(name=id_or_name, limit=PAGE) if job["name"] == id_or_name]
+        if not found:
+            raise NotFound(404, {"code": "not_found", "detail": f"no job has the id or name {id_or_name!r}"})
+        if len(found) > 1:
+            ids = ", ".join(f"{job['id']} ({job['status']})" for job in found[:5])
+            raise NameShared(f"{len(found)} jobs are named {id_or_name!r}; say which by id: {ids}")
+        return found[0]
+
+    def update(self, job_id: str, **changes: Any) -> Job:
+        """Change ``name``, ``labels``, ``priority``, ``log_interval``, ``save_interval`` or ``keep_last``."""
+        return cast(Job, self._connection.call("PATCH", _path(job_id), body=changes))
+
+    def pause(self, job_id: str) -> Job:
+        """Save and stop; the job can be resumed."""
+        return self._act(job_id, "pause")
+
+    def resume(self, job_id: str, **changes: Any) -> Job:
+        """Go on from the newest valid checkpoint. May raise ``epochs`` or ``max_steps``, change ``resources``."""
+        return self._act(job_id, "resume", changes or None)
+
+    def cancel(self, job_id: str) -> Job:
+        """Save and stop for good."""
+        return self._act(job_id, "cancel")
+
+    def kill(self, job_id: str) -> Job:
+        """Stop now; nothing is saved."""
+        return self._act(job_id, "kill")
+
+    def delete(self, job_id: str) -> None:
+        """Remove the record and the files of a job that has ended."""
+        self._connection.call("DELETE", _path(job_id))
+
+    def wait(
+        self,
+        job_id: str,
+        until: Collection[str] | Callable[[Job], bool] | None = None,
+        timeout: float | None = None,
+        interval: float = 0.5,
+    ) -> Job:
+        """Wait until the job has one of the statuses ``until``, or until it is at rest where that is None.
+
+        A service that is away is waited for as well, once it was seen.
+
+        Raises:
+            WaitTimedOut: ``timeout`` seconds passed.
+            WaitedInVain: the job came to rest in another status.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        job: Job | None = None
+        while True:
+            job = self._look(job_id, job)
+            if _arrived(job, until):
+                return job
+            if not callable(until) and at_rest(job):
+                raise WaitedInVain(job)
+            if deadline is not None and time.monotonic() + interval > deadline:
+                raise WaitTimedOut(timeout or 0.0, job)
+            time.sleep(interval)
+
+    # What a job leaves behind
+
+    def metrics(self, job_id: str, *, after_step: int = 0, attempt: int | None = None) -> Iterator[Metric]:
+        """Every point of the curve behind ``after_step``, oldest first, fetched page by page."""
+        while True:
+            params = {"after_step": after_step, "limit": METRICS_PAGE, "attempt": attempt}
+            page = self._connection.call("GET", _path(job_id, "metrics"), params=params)
+            yield from page["data"]
+            if not page["has_more"] or not page["data"]:
+                return
+            after_step = page["data"][-1]["step"]
+
+    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        """The checkpoints, newest first."""
+        return list(cast(Iterator[Checkpoint], self._pages(_path(job_id, "checkpoints"))))
+
+    def events(self, job_id: str) -> Iterator[dict[str, Any]]:
+        """Transitions, warnings, saves, restarts, and who asked."""
+        return self._pages(_path(job_id, "events"))
+
+    def attempts(self, job_id: str) -> list[dict[str, Any]]:
+        """One row a launch: why it began, from which step, how it ended."""
+        return list(self._pages(_path(job_id, "attempts")))
+
+    def samples(self, job_id: str) -> list[dict[str, Any]]:
+        """Texts the model wrote, by step."""
+        return list(self._pages(_path(job_id, "samples")))
+
+    def logs(
+        self,
+        job_id: str,
+        *,
+        attempt: int | None = None,
+        rank: int | None = None,
+        tail: int | None = None,
+        offset: int | None = None,
+    ) -> LogChunk:
+        """A piece of a log: the last ``tail`` lines, or what stands behind byte ``offset``."""
+        params = {"attempt": attempt, "rank": rank, "tail": tail, "offset": offset}
+        return cast(LogChunk, self._connection.call("GET", _path(job_id, "logs"), params=params))
+
+    # The service itself
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Every device: model, memory, who leases it."""
+        return list(self._pages("/devices"))
+
+    def health(self) -> dict[str, Any]:
+        """Whether the process lives."""
+        return cast(dict[str, Any], self._connection.call("GET", "/health"))
+
+    def ready(self) -> dict[str, Any]:
+        """Whether it can take work; `Refused` or `ServiceUnreachable` where it cannot."""
+        return cast(dict[str, Any], self._connection.call("GET", "/ready"))
+
+    def version(self) -> Version:
+        """What is running there."""
+        return cast(Version, self._connection.call("GET", "/version"))
+
+    def _act(self, job_id: str, verb: str, body: Mapping[str, Any] | None = None) -> Job:
+        return cast(Job, self._connection.call("POST", _path(job_id, verb), body=body))
+
+    def _look(self, job_id: str, before: Job | None) -> Job:
+        try:
+            return self.job(job_id)
+        except ServiceUnreachable:
+            if before is None:
+                raise
+            return before
+
+    def _pages(
+        self, path: str, params: Mapping[str, Any] | None = None, limit: int | None = None
+    ) -> Iterator[dict[str, Any]]:
+        after: object = None
+        left = limit
+        while left is None or left > 0:
+            wanted = {**(params or {}), "limit": PAGE if left is None else min(left, PAGE), "after": after}
+            page = self._connection.call("GET", path, params=wanted)
+            yield from page["data"]
+            if not page.get("has_more") or not page["data"]:
+                return
+            after = page["data"][-1]["id"]
+            left = None if left is None else left - len(page["data"])
+
+
+def _path(job_id: str, *below: str) -> str:
+    return "/".join(["/jobs", quote(job_id, safe=""), *below])
+
+
+def _arrived(job: Job, until: Collection[str] | Callable[[Job], bool] | None) -> bool:
+    if until is None:
+        return at_rest(job)
+    return until(job) if callable(until) else job["status"] in until

@@ -1,0 +1,155 @@
+"""The command line of `trainyard`. Nothing heavy is imported here: ``--help`` must answer at once.
+
+Each subcommand names the function that runs it as "module:function"; `client.cli` imports that module and no other.
+"""
+
+import argparse
+from typing import Any
+
+SUBMIT = "submit"
+OWN_SUBMIT_FLAGS = frozenset(
+    {"--help", "--name", "--labels", "--set", "--yes", "--watch", "--json", "--timeout", "--url", "--token"}
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Whole option names only: an abbreviation would change its meaning with the next option that is added."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, but for the flags of `submit`, which need the job spec."""
+    parser = Parser(
+        prog="trainyard",
+        description="Launch, watch, interrupt and resume pretraining runs.",
+        epilog="Exit codes: 0 succeeded, 1 the service said no, 2 wrong usage, 3 no service there, 4 not authorised, "
+        "10 the run failed, 11 cancelled, 12 paused or interrupted, 124 --timeout passed, 130 detached. "
+        "Settings: TRAINYARD_URL, TRAINYARD_TOKEN, TRAINYARD_HOME, TRAINYARD_DATABASE_URL.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_local(commands)
+    commands.add_parser(SUBMIT, help="launch a run: SPEC.json, or MiniMind's flags", add_help=False)
+    _add_reading(commands)
+    _add_following(commands)
+    _add_acting(commands)
+    return parser
+
+
+def add_service_options(parser: argparse.ArgumentParser) -> None:
+    """Where the service is and who asks."""
+    parser.add_argument("--url", help="of the service (TRAINYARD_URL, else http://127.0.0.1:8000)")
+    parser.add_argument("--token", help="bearer token (TRAINYARD_TOKEN)")
+
+
+def submit_parser() -> argparse.ArgumentParser:
+    """`submit` without the flags of the spec: `client.flags.add_leaf_flags` adds them."""
+    parser = Parser(
+        prog=f"trainyard {SUBMIT}",
+        usage="trainyard submit [SPEC.json | -] [--data_path FILE --batch_size 64 ...] [-y] [--watch]",
+        description="Launch a run from a spec file (- reads it from stdin), from MiniMind's flags, or from both: "
+        "flags override the file. Relative paths are taken from the working directory.",
+    )
+    parser.add_argument("spec", nargs="?", metavar="SPEC.json", help="job spec; - is stdin")
+    parser.add_argument("--name", default=argparse.SUPPRESS, help="of the job")
+    parser.add_argument("--labels", nargs="+", action="extend", metavar="K=V", default=[], help="may be repeated")
+    parser.add_argument("--set", action="append", metavar="GROUP.FIELD=JSON", default=[], help="any field, typed")
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+    parser.add_argument("--watch", action="store_true", help="follow the run; its end decides the exit code")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="with --watch: follow no longer")
+    parser.add_argument("--json", action="store_true", help="print the job as JSON")
+    add_service_options(parser)
+    return parser
+
+
+def _add(commands: Any, name: str, run: str, explained: str, *, job: bool = False) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=explained, description=explained)
+    parser.set_defaults(run=run)
+    if job:
+        parser.add_argument("job", metavar="JOB", help="id, or a name that only one job has")
+    return parser
+
+
+def _add_remote(commands: Any, name: str, run: str, explained: str, *, job: bool = True) -> argparse.ArgumentParser:
+    parser = _add(commands, name, run, explained, job=job)
+    parser.add_argument("--json", action="store_true", help="JSON, as the API has it")
+    add_service_options(parser)
+    return parser
+
+
+def _add_local(commands: Any) -> None:
+    demo = _add(commands, "demo", "client.demo.story:run", "a real run on this machine, from nothing")
+    demo.add_argument("--home", help="folder for the demo (default: a new one in ./trainyard-home)")
+    demo.add_argument("--keep", action="store_true", help="leave the service running at the end")
+    serve = _add(commands, "serve", "client.local:serve", "run the service in the foreground")
+    serve.add_argument("--host", help="address to bind (127.0.0.1)")
+    serve.add_argument("--port", type=int, help="port to bind (8000)")
+    _add_store_options(serve)
+    _add_tools(commands)
+
+
+def _add_store_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--home", help="folder of everything the service keeps (./trainyard-home)")
+    parser.add_argument("--database-url", help="default: SQLite in the home")
+
+
+def _add_tools(commands: Any) -> None:
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(
+        metavar="train", required=True
+    )
+    train = _add(tokenizer, "train", "client.local:train_tokenizer", "train a byte-level BPE on a JSONL corpus")
+    train.add_argument("file", metavar="FILE", help="JSONL, one document a line")
+    train.add_argument("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)")
+    train.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
+    train.add_argument("--text-field", default="text", help="key of the text (text)")
+    corpus = commands.add_parser("corpus", help="look a corpus over").add_subparsers(metavar="check", required=True)
+    check = _add(corpus, "check", "client.local:check_corpus", "count the texts, name every line that cannot be read")
+    check.add_argument("file", metavar="FILE", help="JSONL, one document a line")
+    check.add_argument("--text-field", default="text", help="key of the text (text)")
+    database = commands.add_parser("db", help="the service's database").add_subparsers(metavar="upgrade", required=True)
+    upgrade = _add(database, "upgrade", "client.local:upgrade_database", "bring the tables to this version")
+    _add_store_options(upgrade)
+
+
+def _add_reading(commands: Any) -> None:
+    jobs = _add_remote(commands, "list", "client.reading:list_jobs", "the jobs, newest first", job=False)
+    jobs.add_argument("--status", help="only jobs with this status")
+    jobs.add_argument("--label", action="append", metavar="K=V", default=[], help="only jobs with this label")
+    jobs.add_argument("--name", help="only jobs with this name")
+    jobs.add_argument("--limit", type=int, default=20, help="at most so many (20)")
+    _add_remote(commands, "show", "client.reading:show", "one job: how it is, why, and what can be done")
+    metrics = _add_remote(commands, "metrics", "client.reading:metrics", "the points of the curve")
+    metrics.add_argument("--csv", action="store_true", help="every field, comma-separated")
+    metrics.add_argument("--after-step", type=int, default=0, metavar="STEP", help="only points behind this step")
+    metrics.add_argument("--attempt", type=int, help="of this attempt alone")
+    _add_remote(commands, "events", "client.reading:events", "what happened to the job, and who asked for it")
+    _add_remote(commands, "checkpoints", "client.reading:checkpoints", "the checkpoints, newest first")
+    _add_remote(commands, "attempts", "client.reading:attempts", "the launches of the job and how they ended")
+    _add_remote(commands, "samples", "client.reading:samples", "texts the model wrote")
+    _add_remote(commands, "devices", "client.reading:devices", "the devices and who has them", job=False)
+    _add_remote(commands, "version", "client.reading:version", "versions of this command and of the service", job=False)
+
+
+def _add_following(commands: Any) -> None:
+    watch = _add_remote(commands, "watch", "client.watch:watch", "follow a run until it ends")
+    watch.add_argument("--timeout", type=float, metavar="SECONDS", help="follow no longer; exit 124")
+    logs = _add_remote(commands, "logs", "client.logs:logs", "what a rank printed")
+    logs.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
+    logs.add_argument("--rank", type=int, help="which rank (0)")
+    logs.add_argument("--attempt", type=int, help="which attempt (the newest)")
+    logs.add_argument("--tail", type=int, metavar="LINES", help="only the last lines")
+    logs.add_argument("--timeout", type=float, metavar="SECONDS", help="with --follow: no longer; exit 124")
+
+
+def _add_acting(commands: Any) -> None:
+    _add_remote(commands, "pause", "client.acting:pause", "save and stop, to be resumed")
+    resume = _add_remote(commands, "resume", "client.acting:resume", "go on from the newest valid checkpoint")
+    resume.add_argument("--epochs", type=int, help="raise the number of epochs")
+    resume.add_argument("--max_steps", "--max-steps", type=int, help="raise the number of steps")
+    resume.add_argument("--step", type=int, help="go on from this checkpoint")
+    resume.add_argument("--set", action="append", default=[], metavar="resources.FIELD=JSON", help="other resources")
+    _add_remote(commands, "cancel", "client.acting:cancel", "save and stop for good")
+    _add_remote(commands, "kill", "client.acting:kill", "stop now, nothing saved")
+    delete = _add_remote(commands, "delete", "client.acting:delete", "remove a job that has ended, with its files")
+    delete.add_argument("-y", "--yes", action="store_true", help="do not ask")

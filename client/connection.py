@@ -1,0 +1,141 @@
+"""One HTTP connection to the service: what is tried again, for how long, and what an answer means."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2
+
+from client.errors import ServiceUnreachable, refusal
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How a call that failed is tried again: pauses of ``first``, doubled up to ``longest``, for ``seconds`` in all."""
+
+    seconds: float = 5.0
+    first: float = 0.1
+    longest: float = 2.0
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds to wait before each new try; they add up to at most ``seconds``."""
+        pause, left = self.first, self.seconds
+        while pause <= left:
+            yield pause
+            left -= pause
+            pause = min(2 * pause, self.longest)
+
+
+class Unanswered(Exception):
+    """A try that may be made again: there was no answer, or one that says "later"."""
+
+
+class Connection:
+    """Sends requests and turns answers into values or exceptions.
+
+    Args:
+        url: base address of the service.
+        token: bearer token, or None.
+        timeout: seconds for one try.
+        patience: how long a call is tried again.
+        transport: stands in for the network in tests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str | None,
+        timeout: float,
+        patience: Patience,
+        transport: httpx2.BaseTransport | None = None,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._patience = patience
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        # A proxy from the environment would be asked for this machine's own address, and fail.
+        remote = urlsplit(self.url).hostname not in LOOPBACK
+        self._http = httpx2.Client(
+            base_url=self.url, headers=headers, timeout=timeout, transport=transport, trust_env=remote
+        )
+
+    def close(self) -> None:
+        """Give the sockets back."""
+        self._http.close()
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Mapping[str, Any] | None = None,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Any:
+        """The JSON of the answer, None where it has none.
+
+        A request that never reached the service is always sent again. One whose answer was lost is sent again only
+        where a second arrival does no harm: reads, and writes with an Idempotency-Key.
+
+        Raises:
+            ServiceUnreachable: no answer within the client's patience.
+            Refused: the service said no.
+        """
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        content: dict[str, Any] = {} if body is None else {"json": body}
+        request = self._http.build_request(method, path, params=given, headers=dict(headers or {}), **content)
+        repeatable = method == "GET" or "Idempotency-Key" in request.headers
+        return self._answer(self._persistently(request, repeatable))
+
+    def _persistently(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
+        pauses = self._patience.pauses()
+        while True:
+            try:
+                return self._once(request, repeatable)
+            except Unanswered as failure:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise ServiceUnreachable(self.url, str(failure)) from failure
+                time.sleep(pause)
+
+    def _once(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
+        try:
+            response = self._http.send(request)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
+            raise Unanswered(_cause(error)) from error
+        except httpx2.TransportError as error:
+            if not repeatable:
+                message = f"{_cause(error)}; whether {request.method} {request.url.path} was done is not known"
+                raise ServiceUnreachable(self.url, message) from error
+            raise Unanswered(_cause(error)) from error
+        if repeatable and response.status_code in (502, 503, 504):
+            raise Unanswered(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
+        return response
+
+    def _answer(self, response: httpx2.Response) -> Any:
+        if response.status_code >= 400:
+            raise refusal(response.status_code, _problem(response))
+        if response.status_code == 204 or not response.content:
+            return None
+        try:
+            return response.json()
+        except ValueError:
+            cause = f"what answers there is no Trainyard service ({response.status_code}, not JSON)"
+            raise ServiceUnreachable(self.url, cause) from None
+
+
+def _cause(error: httpx2.TransportError) -> str:
+    return str(error) or type(error).__name__
+
+
+def _problem(response: httpx2.Response) -> dict[str, Any]:
+    try:
+        problem = response.json()
+    except ValueError:
+        problem = None
+    if isinstance(problem, dict):
+        return problem
+    return {"detail": f"HTTP {response.status_code} {response.reason_phrase} without an explanation"}

@@ -1,0 +1,167 @@
+"""The picture that `watch` draws: at most 14 lines of styled pieces. Pure; nothing here knows of a terminal."""
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, TypeAlias
+
+from client.page import alert_text
+from client.scene import Scene
+from client.words import (
+    ago,
+    bar,
+    count,
+    duration,
+    fixed,
+    large,
+    moment,
+    one_line,
+    scientific,
+    size,
+    sparkline,
+    status_word,
+)
+
+Piece: TypeAlias = tuple[str, str]
+"""(text, style)."""
+
+Line: TypeAlias = Sequence[Piece]
+
+MOST_LINES = 14
+MOST_ALERTS = 3
+BAR = 30
+SPARK = 24
+STYLES = {
+    "running": "bold green",
+    "succeeded": "bold green",
+    "failed": "bold red",
+    "interrupted": "bold red",
+    "paused": "bold yellow",
+    "cancelled": "bold yellow",
+}
+
+
+def frame(scene: Scene, now: datetime, width: int = 100) -> list[Line]:
+    """The whole picture, at most `MOST_LINES` lines, none longer than ``width``."""
+    lines: list[Line] = [_title(scene, width), _state(scene, now), *_sentence(scene)]
+    if scene.progress.get("step") or scene.curve.last:
+        lines += [_loss(scene), _speed(scene), _optimizer(scene)]
+    if scene.job.get("checkpoint"):
+        lines.append(_checkpoint(scene, now))
+    lines += [[("  alert     ", "yellow"), (alert_text(alert), "")] for alert in _alerts(scene)]
+    lines.append(_footer(scene, now))
+    return [_cut(line, width) for line in lines[:MOST_LINES]]
+
+
+def plain(lines: Sequence[Line]) -> list[str]:
+    """The same without styles."""
+    return ["".join(text for text, _ in line).rstrip() for line in lines]
+
+
+def _alerts(scene: Scene) -> list[Any]:
+    return list(scene.job.get("alerts") or [])[:MOST_ALERTS]
+
+
+def _title(scene: Scene, width: int) -> Line:
+    job = scene.job
+    attempt = f"   attempt {job['attempt']}" if job.get("attempt") else ""
+    left = f"{one_line(str(job.get('name', scene.handle)), 40)}{attempt}   {job.get('id', '')}"
+    hint = "Ctrl-C detaches; the job keeps running"
+    gap = width - len(left) - len(hint)
+    return [(left, "bold"), (" " * gap + hint, "dim")] if gap >= 3 else [(left, "bold")]
+
+
+def _state(scene: Scene, now: datetime) -> Line:
+    status, progress = str(scene.job.get("status", "connecting")), scene.progress
+    pieces: list[Piece] = [(status_word(status), STYLES.get(status, "bold"))]
+    phase = scene.job.get("phase")
+    if phase and phase != "training":
+        pieces.append((f" ({phase})", ""))
+    if progress.get("step") is None:
+        return pieces
+    steps, percent = progress.get("steps"), progress.get("percent")
+    pieces.append((f"   step {count(progress['step'])} / {count(steps)}", ""))
+    if percent is not None:
+        pieces += [(f"   {fixed(percent, 1)} %   ", ""), (bar(percent / 100, BAR), "cyan")]
+    return [*pieces, (_eta(scene, now), "")]
+
+
+def _eta(scene: Scene, now: datetime) -> str:
+    eta = scene.progress.get("eta_seconds")
+    if not eta or scene.job.get("status") != "running":
+        return ""
+    return f"   ETA {duration(eta)} ({(now + timedelta(seconds=eta)).astimezone():%H:%M})"
+
+
+def _sentence(scene: Scene) -> list[Line]:
+    """What the numbers do not say: why the job waits, restarts, or ended."""
+    job = scene.job
+    training = job.get("status") == "running" and job.get("phase") in (None, "training")
+    text = job.get("message") or (None if training else job.get("summary"))
+    return [[(f"  {one_line(str(text), 300)}", "")]] if text else []
+
+
+def _loss(scene: Scene) -> Line:
+    curve = scene.curve
+    pieces: list[Piece] = [(f"  loss      {fixed(curve.ema)} ema   {fixed(scene.newest('loss'))} last   ", "")]
+    pieces.append((sparkline(curve.losses, SPARK), "magenta"))
+    if curve.evaluated:
+        step, loss = curve.evaluated
+        pieces.append((f"   eval {fixed(loss)} at {count(step)}", ""))
+    return pieces
+
+
+def _speed(scene: Scene) -> Line:
+    mfu = scene.newest("mfu")
+    parts = [
+        f"{count(scene.newest('tokens_per_second'))} tok/s",
+        f"{fixed(scene.newest('step_seconds'))} s/step",
+        *([] if mfu is None else [f"MFU {100 * mfu:.0f} %"]),
+        f"tokens {large(scene.newest('tokens'))}{_of_all_tokens(scene)}",
+    ]
+    return [("  speed     " + "   ".join(parts), "")]
+
+
+def _of_all_tokens(scene: Scene) -> str:
+    per_step, steps = (scene.job.get("plan") or {}).get("tokens_per_step"), scene.progress.get("steps")
+    return f" of {large(per_step * steps)}" if per_step and steps else ""
+
+
+def _optimizer(scene: Scene) -> Line:
+    rate, norm = scientific(scene.newest("learning_rate")), fixed(scene.newest("grad_norm"), 2)
+    return [(f"  optim     lr {rate}   grad norm {norm}", "")]
+
+
+def _checkpoint(scene: Scene, now: datetime) -> Line:
+    saved = scene.job["checkpoint"]
+    text = (
+        f"  ckpt      {count(saved.get('step'))} saved {ago(saved.get('created_at'), now)}, {size(saved.get('bytes'))}"
+    )
+    return [(text + _next_save(scene), "")]
+
+
+def _next_save(scene: Scene) -> str:
+    interval = ((scene.job.get("spec") or {}).get("checkpoint") or {}).get("save_interval")
+    step, steps, seconds = scene.progress.get("step"), scene.progress.get("steps"), scene.newest("step_seconds")
+    if scene.job.get("status") != "running" or not interval or step is None or not seconds:
+        return ""
+    following = min(interval * (step // interval + 1), steps or interval * (step // interval + 1))
+    return f"; next in {duration((following - step) * seconds)}"
+
+
+def _footer(scene: Scene, now: datetime) -> Line:
+    where = f"{scene.url}/jobs/{scene.job['id']}" if scene.job.get("id") else scene.url
+    if scene.lost is not None:
+        since = duration((now - scene.seen_at).total_seconds()) if scene.seen_at else "now"
+        return [(f"reconnecting, no answer for {since}", "bold yellow"), (f"   {where}", "")]
+    updated = moment(scene.progress.get("updated_at")) or scene.seen_at
+    age = f", updated {duration((now - updated).total_seconds())} ago" if updated else ""
+    return [(f"live{age}   {where}", "dim")]
+
+
+def _cut(line: Line, width: int) -> Line:
+    """The line without what does not fit: a line that wraps would break the redrawing in place."""
+    kept: list[Piece] = []
+    for text, style in line:
+        left = width - sum(len(piece) for piece, _ in kept)
+        kept.append((one_line(text, max(left, 0)), style) if len(text) > left else (one_line(text, len(text)), style))
+    return kept

@@ -1,0 +1,42 @@
+"""The subcommands that run a program of this installation: they become it, so signals and exit codes are its own."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+
+from client.console import Console
+
+
+def serve(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard serve`: ``python -m service``."""
+    settings = {**store_settings(args), "TRAINYARD_HOST": args.host, "TRAINYARD_PORT": args.port}
+    return become("service", [], settings)
+
+
+def upgrade_database(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard db upgrade`: ``python -m service.db upgrade``."""
+    return become("service.db", ["upgrade"], store_settings(args))
+
+
+def train_tokenizer(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard tokenizer train`: ``python -m worker.tokenizers train``."""
+    options = ["--vocab-size", str(args.vocab_size), "--out", args.out, "--text-field", args.text_field]
+    return become("worker.tokenizers", ["train", args.file, *options], {})
+
+
+def check_corpus(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard corpus check`: ``python -m worker.corpus check``."""
+    return become("worker.corpus", ["check", args.file, "--text-field", args.text_field], {})
+
+
+def store_settings(args: argparse.Namespace) -> dict[str, object]:
+    """The environment variables that the options stand for."""
+    return {"TRAINYARD_HOME": args.home, "TRAINYARD_DATABASE_URL": args.database_url}
+
+
+def become(module: str, arguments: list[str], settings: Mapping[str, object]) -> int:
+    """Replace this process by ``python -m module``. Settings that are None keep what the environment says."""
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items() if value is not None}}
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)  # noqa: S606 - no shell on purpose

@@ -1,0 +1,102 @@
+"""`trainyard logs`: what a rank printed, once or as it comes."""
+
+import argparse
+import shlex
+from collections.abc import Iterator
+
+from client.advice import ending
+from client.api import Trainyard
+from client.console import Console
+from client.errors import NotFound, ServiceUnreachable
+from client.exits import Exit, exit_of_job
+from client.reading import connect
+from client.shapes import Job
+from client.watch import INTERVAL, Clock
+
+
+def logs(args: argparse.Namespace, console: Console) -> int:
+    """Print a log. With ``--follow`` the end of the run decides the exit code."""
+    with connect(args) as trainyard:
+        job = trainyard.find(args.job)
+        if args.follow:
+            return follow_log(LogReader(trainyard, job, args), args, console, Clock())
+        for text in LogReader(trainyard, job, args).pieces():
+            _print(text, args, console)
+    return Exit.SUCCEEDED
+
+
+def follow_log(reader: "LogReader", args: argparse.Namespace, console: Console, clock: Clock) -> int:
+    """Print what comes until the job is at rest and its log is read to the end."""
+    deadline = None if args.timeout is None else clock.monotonic() + args.timeout
+    try:
+        while True:
+            job, complete = _turn(reader, args, console)
+            code = exit_of_job(job)
+            if code is not None and complete:
+                for line in ending(job, args.job):
+                    console.say(line)
+                return code
+            if deadline is not None and clock.monotonic() >= deadline:
+                console.say(f"{args.timeout:g} s passed. Job continues.")
+                return Exit.TIMED_OUT
+            clock.sleep(INTERVAL)
+    except KeyboardInterrupt:
+        console.say(f"Detached. Job continues. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
+        return Exit.DETACHED
+
+
+def _turn(reader: "LogReader", args: argparse.Namespace, console: Console) -> tuple[Job, bool]:
+    """One look at the job, then at its log: whatever was printed before its end is read after it."""
+    try:
+        reader.refresh()
+        for text in reader.pieces():
+            _print(text, args, console)
+    except ServiceUnreachable as error:
+        console.say(f"reconnecting: {error.cause}")
+        return reader.job, False
+    return reader.job, True
+
+
+def _print(text: str, args: argparse.Namespace, console: Console) -> None:
+    if args.json:
+        console.json({"data": text})
+    else:
+        console.raw(text)
+
+
+class LogReader:
+    """Where in which log we are. A new attempt is a new log, read from its beginning."""
+
+    def __init__(self, trainyard: Trainyard, job: Job, args: argparse.Namespace) -> None:
+        self.job = job
+        self._trainyard = trainyard
+        self._rank: int | None = args.rank
+        self._fixed: int | None = args.attempt
+        self._attempt: int | None = args.attempt or job.get("attempt")
+        self._tail: int | None = args.tail
+        self._offset: int | None = None if args.tail else 0
+
+    def refresh(self) -> None:
+        """Look at the job, and go to its new attempt's log where there is one."""
+        self.job = self._trainyard.job(self.job["id"])
+        newest = self.job.get("attempt")
+        if self._fixed is None and newest != self._attempt:
+            self._attempt, self._offset, self._tail = newest, 0, None
+
+    def pieces(self) -> Iterator[str]:
+        """What stands behind the place we are at, up to the end as it is now."""
+        while True:
+            try:
+                chunk = self._read()
+            except NotFound:
+                return  # no process has printed anything yet
+            if not chunk["data"]:
+                return
+            yield chunk["data"]
+
+    def _read(self) -> dict[str, str]:
+        where = {"attempt": self._attempt, "rank": self._rank}
+        wanted = {"tail": self._tail} if self._offset is None else {"offset": self._offset}
+        chunk = self._trainyard.logs(self.job["id"], **where, **wanted)
+        self._offset = chunk["next_offset"]
+        return {"data": chunk["data"]}

@@ -1,0 +1,129 @@
+"""The service's answers as types, for editors and type checkers. At run time they are plain dicts.
+
+Keys the service adds later are simply there. Times are RFC 3339 UTC strings, sizes bytes, durations seconds.
+"""
+
+from typing import Any, TypedDict
+
+
+class ErrorCard(TypedDict, total=False):
+    """Why a run failed, with what to do about it."""
+
+    code: str
+    message: str
+    hint: str | None
+    rank: int | None
+    traceback: str | None
+
+
+class Progress(TypedDict, total=False):
+    """How far a run is; ``step`` counts optimizer steps from 1, ``percent`` runs from 0 to 100."""
+
+    step: int | None
+    steps: int | None
+    epoch: float | None
+    tokens: int | None
+    loss: float | None
+    learning_rate: float | None
+    grad_norm: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+    eta_seconds: float | None
+    percent: float | None
+    updated_at: str | None
+
+
+class Checkpoint(TypedDict, total=False):
+    """A checkpoint that exists, is complete and loads. ``sha256`` is that of its model.safetensors."""
+
+    object: str
+    job_id: str
+    attempt: int
+    step: int
+    path: str
+    bytes: int
+    sha256: str
+    kind: str
+    loss: float | None
+    created_at: str
+
+
+class Action(TypedDict, total=False):
+    """Whether a verb fits the job's present state, and if not, why."""
+
+    action: str
+    allowed: bool
+    why_not: str | None
+
+
+class Queue(TypedDict, total=False):
+    """Where a queued job stands and what it waits for."""
+
+    position: int | None
+    waiting_for: str | None
+
+
+class Job(TypedDict, total=False):
+    """One pretraining run."""
+
+    object: str
+    id: str
+    name: str
+    labels: dict[str, str]
+    status: str
+    desired: str
+    phase: str | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    spec: dict[str, Any]
+    plan: dict[str, Any] | None
+    progress: Progress | None
+    attempt: int | None
+    resumable: bool
+    resume_blocker: str | None
+    checkpoint: Checkpoint | None
+    queue: Queue | None
+    parent: dict[str, Any] | None
+    allowed_actions: list[Action]
+    summary: str
+    alerts: list[Any]
+    created_at: str
+    queued_at: str | None
+    started_at: str | None
+    finished_at: str | None
+
+
+class Metric(TypedDict, total=False):
+    """One point of the curve. ``loss`` is the mean over every token since the point before."""
+
+    step: int
+    attempt: int
+    epoch: float
+    loss: float | None
+    aux_loss: float | None
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    tokens_per_second: float | None
+    mfu: float | None
+    step_seconds: float | None
+    data_seconds: float | None
+    memory_bytes: int | None
+    eval_loss: float | None
+    nonfinite: bool
+    at: str
+
+
+class LogChunk(TypedDict):
+    """A piece of a log and where to go on reading."""
+
+    data: str
+    next_offset: int
+
+
+class Version(TypedDict, total=False):
+    """What is running at the URL."""
+
+    name: str
+    version: str
