@@ -1,0 +1,71 @@
+"""What exists stands in docs/, and what stands in docs/ exists."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from contract.parsing import ALIASES, GROUPS
+from contract.status import JobStatus, Reason
+from service.settings import Settings
+from tests.habits.surface import commands, routes
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "docs" / "reference"
+
+
+def text(page: str) -> str:
+    return (REFERENCE / page).read_text()
+
+
+def test_every_field_of_the_spec_stands_in_the_reference() -> None:
+    page = text("spec.md")
+    assert [leaf for leaves in GROUPS.values() for leaf in leaves if f"`{leaf}`" not in page] == []
+    assert [alias for alias in ALIASES if f"`{alias}`" not in page] == []
+
+
+def test_every_route_stands_in_the_reference_and_the_other_way_round() -> None:
+    page = text("api.md")
+    documented = set(re.findall(r"`(GET|POST|PATCH|DELETE) (/[^`?\s]*)", page))
+    assert routes() == documented
+
+
+def test_every_command_stands_in_the_reference() -> None:
+    page = text("command.md")
+    assert [name for name in commands() if f"`trainyard {name}" not in page] == []
+
+
+def test_every_setting_stands_in_the_reference() -> None:
+    page = text("settings.md")
+    names = set(re.findall(r"TRAINYARD_[A-Z_]+", (ROOT / "service" / "settings.py").read_text()))
+    assert names
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+    assert fields(Settings)
+
+
+@pytest.mark.parametrize("word", [*JobStatus, *Reason])
+def test_every_status_and_reason_is_explained(word: str) -> None:
+    assert f"`{word}`" in text("statuses.md")
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    broken = []
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text()):
+            if not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)} -> {target}")
+    assert broken == []
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    foreign = re.compile(r"/work/|pypi\.org|registry\.npmjs|deb\.debian")
+    found = [
+        str(file.relative_to(ROOT))
+        for file in ROOT.rglob("*")
+        if file.suffix in {".py", ".md", ".toml", ".yml", ".txt", ".sh"}
+        and not {".venv", ".git", "trainyard-home"} & set(file.relative_to(ROOT).parts)
+        and file != Path(__file__)
+        and foreign.search(file.read_text())
+    ]
+    assert found == []
