@@ -25,7 +25,7 @@ Row = list[float]
 
 @dataclass(frozen=True)
 class Ranks:
-    """Who this rank is among all. Of one rank alone there is no process group, and every collective is a plain return."""
+    """Who this rank is among all. A rank alone has no process group, and every collective is a plain return."""
 
     rank: int
     world: int

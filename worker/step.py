@@ -110,6 +110,16 @@ class Stepper:
             ),
         )
 
+    def warm_up(self, micro: Micro) -> None:
+        """Run a micro-batch without labels: compiles what is compiled, and lets DDP settle on its buckets.
+
+        DDP orders its buckets anew after the first backward pass, and sums over three or more ranks depend on that
+        order in their last bits. Every attempt settles it on the same batch before its first step, so a resumed run
+        never differs from an untouched one.
+        """
+        self._accumulate([micro], lambda _: None)
+        self.optimizer.zero_grad(set_to_none=not self.exchanges)
+
     @property
     def exchanges(self) -> bool:
         """Whether ranks exchange gradients."""

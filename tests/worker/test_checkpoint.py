@@ -1,0 +1,245 @@
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import random
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from contract.rundir import ProductDir
+from worker import checkpoint, retention, tensorfile
+from worker.checkpoint import MODEL, OPTIMIZER, STATE, Damage, Identity, RunState
+
+IDENTITY = Identity(
+    model={"hidden_size": 8, "vocab_size": 32}, tokenizer="t" * 64, corpus="c" * 64, seed=1, max_seq_len=16, packing="none"
+)
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 4)
+        self.head = torch.nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+
+def trained(seed: int) -> tuple[Tied, torch.optim.AdamW]:
+    torch.manual_seed(seed)
+    model = Tied()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        step(model, optimizer)
+    return model, optimizer
+
+
+def step(model: Tied, optimizer: torch.optim.AdamW) -> None:
+    (model.head(model.embed.weight) * model.scale).pow(2).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state(step: int) -> RunState:
+    return RunState(step=step, tokens=step * 100, rows_per_step=8, world_size=1, identity=IDENTITY)
+
+
+def publish(products: ProductDir, step: int, seed: int = 0) -> checkpoint.Saved:
+    model, optimizer = trained(seed)
+    tensors, moments = checkpoint.unique_tensors(model), checkpoint.optimizer_tensors(model, optimizer)
+    return checkpoint.publish(products, state(step), tensors, moments)
+
+
+def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    tensors = {
+        "b": torch.randn(3, 5).to(torch.bfloat16),
+        "a": torch.randn(7, 2).t(),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(3.5),
+        "n": torch.arange(6),
+    }
+    written = tensorfile.write_tensors(tmp_path / "ours", tensors)
+    read = load_file(tmp_path / "ours")
+    assert set(read) == set(tensors)
+    for name, tensor in tensors.items():
+        assert read[name].dtype is tensor.dtype
+        assert torch.equal(read[name], tensor)
+    content = (tmp_path / "ours").read_bytes()
+    assert written == tensorfile.Written(len(content), hashlib.sha256(content).hexdigest())
+    save_file({"a": tensors["a"].contiguous()}, tmp_path / "theirs")
+    tensorfile.write_tensors(tmp_path / "single", {"a": tensors["a"]})
+    assert (tmp_path / "single").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    model, optimizer = trained(seed=3)
+    moments = checkpoint.optimizer_tensors(model, optimizer)
+    saved = checkpoint.publish(products, state(3), checkpoint.unique_tensors(model), moments)
+    other, other_optimizer = trained(seed=4)
+    restored = checkpoint.load(saved.path, other, other_optimizer)
+    assert restored == state(3)
+    assert other.head.weight is other.embed.weight
+    for _ in range(2):
+        step(model, optimizer)
+        step(other, other_optimizer)
+    assert torch.equal(model.embed.weight, other.embed.weight)
+    assert torch.equal(model.scale, other.scale)
+
+
+def test_a_fresh_optimizer_takes_the_state_too(tmp_path: Path) -> None:
+    model, optimizer = trained(seed=3)
+    moments = checkpoint.optimizer_tensors(model, optimizer)
+    assert sorted(moments) == [f"{key}.{p}" for key in ("exp_avg", "exp_avg_sq", "step") for p in ("embed.weight", "scale")]
+    saved = checkpoint.publish(ProductDir(tmp_path), state(3), checkpoint.unique_tensors(model), moments)
+    fresh = Tied()
+    fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.5, fused=True)
+    checkpoint.load(saved.path, fresh, fresh_optimizer)
+    assert fresh_optimizer.param_groups[0]["lr"] == 0.5
+    assert float(fresh_optimizer.state[fresh.scale]["step"]) == 3.0
+    assert torch.equal(fresh_optimizer.state[fresh.scale]["exp_avg_sq"], optimizer.state[model.scale]["exp_avg_sq"])
+
+
+def test_tied_weights_stand_once_and_equal_weights_give_equal_files(tmp_path: Path) -> None:
+    first, second = publish(ProductDir(tmp_path / "a"), 1), publish(ProductDir(tmp_path / "b"), 1)
+    assert set(load_file(first.path / MODEL)) == {"embed.weight", "scale"}
+    assert first.sha256 == second.sha256
+    assert first.sha256 == hashlib.sha256((first.path / MODEL).read_bytes()).hexdigest()
+    assert first.bytes == sum(file.stat().st_size for file in first.path.iterdir())
+    assert checkpoint.saved_at(1, first.path) == first
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    chooser = random.Random(11)
+    saved = publish(ProductDir(tmp_path), 400)
+    assert checkpoint.find_damage(saved.path) is None
+    for _ in range(100):
+        name = chooser.choice([MODEL, OPTIMIZER, STATE])
+        content = bytearray((saved.path / name).read_bytes())
+        position, bit = chooser.randrange(len(content)), 1 << chooser.randrange(8)
+        content[position] ^= bit
+        (saved.path / name).write_bytes(content)
+        assert checkpoint.find_damage(saved.path) == f"{name} sha256"
+        assert checkpoint.find_damage(saved.path, thorough=False) is None
+        content[position] ^= bit
+        (saved.path / name).write_bytes(content)
+    assert checkpoint.find_damage(saved.path) is None
+
+
+def test_other_damage_is_named(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    cut, missing, no_manifest, torn = (publish(products, step) for step in (1, 2, 3, 4))
+    os.truncate(cut.path / MODEL, 10)
+    (missing.path / OPTIMIZER).unlink()
+    (no_manifest.path / "manifest.json").unlink()
+    (torn.path / "manifest.json").write_text('{"files": {}}')
+    assert checkpoint.find_damage(cut.path, thorough=False) == "model.safetensors size"
+    assert checkpoint.find_damage(missing.path) == "optimizer.safetensors missing"
+    assert checkpoint.find_damage(no_manifest.path) == "manifest.json missing"
+    assert checkpoint.find_damage(torn.path) == "manifest.json unreadable (ValueError)"
+
+
+def test_the_newest_sound_one_is_found_and_damaged_ones_are_set_aside(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    for number in (380, 400):
+        publish(products, number)
+    with (products.checkpoint(400) / MODEL).open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    damaged: list[Damage] = []
+    assert checkpoint.newest_valid(products, damaged) == products.checkpoint(380)
+    assert [str(damage) for damage in damaged] == ["checkpoint 400 invalid: model.safetensors sha256"]
+    assert [number for number, _ in products.published()] == [380]
+    assert (products.checkpoints / ".invalid-step-00000400" / MODEL).exists()
+    publish(products, 400)
+    assert checkpoint.set_aside(products.checkpoint(400)).name == ".invalid-step-00000400-1"
+
+
+def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    products, real_write, room = ProductDir(tmp_path), os.write, 600
+    publish(products, 1)
+
+    def write(descriptor: int, data: memoryview) -> int:
+        nonlocal room
+        if room <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        part = bytes(data)[:room]
+        room -= len(part)
+        return real_write(descriptor, part)
+
+    monkeypatch.setattr(os, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        publish(products, 2)
+    assert sorted(path.name for path in products.checkpoints.iterdir()) == ["step-00000001"]
+    assert checkpoint.find_damage(products.checkpoint(1)) is None
+
+
+def test_state_survives_json_exactly(tmp_path: Path) -> None:
+    full = dataclasses.replace(
+        state(5), interval=[[0.1 + 0.2, 1e-300, 3.0, 0.0]], trouble={"in_a_row": 1}, scaler={"scale": 2.0**16}, loss=1 / 3
+    )
+    assert RunState.from_json(json.loads(json.dumps(asdict(full)))) == full
+
+
+def test_a_newer_state_is_refused(tmp_path: Path) -> None:
+    saved = publish(ProductDir(tmp_path), 1)
+    value = json.loads((saved.path / STATE).read_bytes())
+    (saved.path / STATE).write_text(json.dumps({**value, "version": 2}))
+    with pytest.raises(ValueError, match="version 2; this program reads 1"):
+        checkpoint.read_state(saved.path)
+
+
+def test_differences_are_named() -> None:
+    other = dataclasses.replace(IDENTITY, seed=2, model={"hidden_size": 16, "vocab_size": 32}, corpus="d" * 64)
+    assert IDENTITY.differences(IDENTITY) == []
+    assert IDENTITY.differences(other) == [
+        "model.hidden_size is 8 and was 16",
+        f"the corpus is another one (fingerprint {'c' * 12} and was {'d' * 12})",
+        "seed is 1 and was 2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "keep_last", "keep_every", "gone"),
+    [
+        ([1, 2, 3, 4, 5], 3, None, [2, 1]),
+        ([1, 2, 3], 1, None, [1]),
+        ([10, 20, 30, 40, 50], 2, 20, [30, 10]),
+        ([7], 1, None, []),
+        ([], 3, None, []),
+    ],
+)
+def test_surplus(steps: list[int], keep_last: int, keep_every: int | None, gone: list[int]) -> None:
+    assert retention.surplus(steps, keep_last, keep_every) == gone
+
+
+def test_pruning_never_counts_a_damaged_one_as_kept(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    for number in (1, 2, 3, 4):
+        publish(products, number)
+    os.truncate(products.checkpoint(4) / MODEL, 10)
+    removed = retention.prune(products, keep_last=1, keep_every=None)
+    assert [number for number, _ in removed] == [1]
+    assert [number for number, _ in products.published()] == [4, 3, 2]
+
+
+def test_leftovers_are_collected_and_nothing_else(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    publish(products, 1)
+    publish(products, 2)
+    checkpoint.set_aside(products.checkpoint(2))
+    for name in (".saving-step-00000003-99", ".removing-step-00000001"):
+        (products.checkpoints / name).mkdir()
+        (products.checkpoints / name / MODEL).write_bytes(b"torn")
+    products.out.mkdir()
+    (products.out / ".pretrain_8.pth.abc").write_bytes(b"torn")
+    (products.out / "pretrain_8.pth").write_bytes(b"whole")
+    assert retention.collect_leftovers(products) == 3
+    left = sorted(path.name for path in products.checkpoints.iterdir())
+    assert left == [".invalid-step-00000002", "step-00000001"]
+    assert [path.name for path in products.out.iterdir()] == ["pretrain_8.pth"]

@@ -1,0 +1,83 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from contract.events import EVENT, Metric, PhaseChanged, Warned
+from contract.outbox import OutboxReader
+from contract.status import Phase
+from worker.outbox import Outbox, Silent
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_lines_are_numbered_and_readable_by_the_contract(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with Outbox(path) as outbox:
+        outbox.say(PhaseChanged(phase=Phase.TRAINING))
+        outbox.say(Metric(step=3, epoch=0.5, loss=2.0, learning_rate=1e-3, tokens=10))
+    events = [EVENT.validate_json(line) for line in path.read_text().splitlines()]
+    assert [event.seq for event in events] == [1, 2]
+    assert isinstance(events[1], Metric)
+    assert events[1].loss == 2.0
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with Outbox(path) as outbox:
+        outbox.say(Metric(step=1, epoch=0, loss=float("nan"), grad_norm=float("inf"), learning_rate=1.0, tokens=1))
+    assert "NaN" not in path.read_text()
+    assert "Infinity" not in path.read_text()
+    assert lines(path)[0]["loss"] is None
+
+
+def test_text_of_any_kind_stays_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    message = 'line\nbreak \u2028 and \x85 and "quotes" and \0'
+    with Outbox(path) as outbox:
+        outbox.say(Warned(code="x", message=message))
+        outbox.say(Warned(code="y", message="next"))
+    assert path.read_bytes().count(b"\n") == 2
+    assert [line["message"] for line in OutboxReader(path).read(10)] == [message, "next"]
+
+
+def test_seq_goes_on_and_a_torn_line_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    with Outbox(path) as outbox:
+        outbox.say(Warned(code="a", message="a"))
+    with path.open("ab") as file:
+        file.write(b'{"kind": "warn')
+    with Outbox(path) as outbox:
+        outbox.say(Warned(code="b", message="b"))
+    assert [(line["seq"], line["code"]) for line in lines(path)] == [(1, "a"), (2, "b")]
+
+
+def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real_write, full = tmp_path / "events.jsonl", os.write, True
+
+    def write(descriptor: int, data: bytes) -> int:
+        if not full:
+            return real_write(descriptor, data)
+        if len(data) < 60:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_write(descriptor, data[:20])
+
+    monkeypatch.setattr(os, "write", write)
+    outbox = Outbox(path)
+    outbox.say(Warned(code="a", message="first"))
+    assert path.read_bytes() == b""
+    full = False
+    outbox.say(Warned(code="b", message="second"))
+    outbox.close()
+    assert [(line["seq"], line["code"]) for line in lines(path)] == [(1, "a"), (2, "b")]
+
+
+def test_other_ranks_say_nothing() -> None:
+    silent = Silent()
+    silent.say(Warned(code="a", message="a"))
+    silent.close()
+    assert silent.seq == 0

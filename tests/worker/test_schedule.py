@@ -1,0 +1,69 @@
+import math
+
+import pytest
+
+from contract.spec import JobSpec
+from worker.schedule import Calendar, LearningRate, lr_at, total_steps
+
+
+def spec(**groups: object) -> JobSpec:
+    return JobSpec.model_validate({"data": {"data_path": "/x"}, **groups})
+
+
+def minimind(step: int, steps: int, peak: float) -> float:
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+
+
+def test_without_warm_up_the_rate_is_minimind_s() -> None:
+    for step in range(1, 1001):
+        assert lr_at(step, 1000, 5e-4) == pytest.approx(minimind(step, 1000, 5e-4), rel=0, abs=1e-12)
+
+
+def test_the_ends_of_the_cosine() -> None:
+    assert lr_at(0, 100, 1.0) == pytest.approx(1.0, abs=1e-15)
+    assert lr_at(50, 100, 1.0, floor=0.2) == pytest.approx(0.6, abs=1e-15)
+    assert lr_at(100, 100, 1.0) == pytest.approx(0.1, abs=1e-15)
+
+
+def test_warm_up_is_linear_and_meets_the_peak() -> None:
+    rates = [lr_at(step, 110, 2.0, warmup=10) for step in range(1, 12)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[10] < 2.0
+    assert lr_at(110, 110, 2.0, warmup=10) == pytest.approx(0.2)
+
+
+def test_linear_and_constant() -> None:
+    assert lr_at(25, 100, 1.0, floor=0.0, kind="linear") == pytest.approx(0.75)
+    assert lr_at(100, 100, 1.0, floor=0.1, kind="linear") == pytest.approx(0.1)
+    assert lr_at(99, 100, 3.0, kind="constant") == 3.0
+    with pytest.raises(ValueError, match="sawtooth"):
+        lr_at(1, 2, 1.0, kind="sawtooth")
+
+
+def test_the_spec_s_schedule() -> None:
+    training = spec(training={"learning_rate": 0.01, "warmup_steps": 4, "min_lr_ratio": 0.5}).training
+    rate = LearningRate.of(training, 20)
+    assert rate.at(2) == pytest.approx(0.005)
+    assert rate.at(20) == pytest.approx(0.005)
+    assert rate.at(12) == lr_at(12, 20, 0.01, 0.5, 4)
+
+
+def test_total_steps_are_epochs_unless_max_steps_is_given() -> None:
+    assert total_steps(spec(training={"epochs": 3}).training, 7) == 21
+    assert total_steps(spec(training={"epochs": 3, "max_steps": 5}).training, 7) == 5
+
+
+def test_calendar_logs_at_the_interval_at_evaluations_and_at_the_end() -> None:
+    calendar = Calendar(steps=25, log_interval=10, save_interval=8, eval_interval=12)
+    assert [step for step in range(1, 26) if calendar.logs(step)] == [10, 12, 20, 24, 25]
+    assert [step for step in range(1, 26) if calendar.saves(step)] == [8, 16, 24, 25]
+    assert [step for step in range(1, 26) if calendar.evaluates(step)] == [12, 24, 25]
+
+
+def test_calendar_evaluates_at_saves_unless_told_otherwise() -> None:
+    by_save = Calendar.of(spec(checkpoint={"save_interval": 5}), 11, evaluates=True)
+    assert [step for step in range(1, 12) if by_save.evaluates(step)] == [5, 10, 11]
+    own = Calendar.of(spec(checkpoint={"save_interval": 5}, reporting={"eval_interval": 4}), 11, evaluates=True)
+    assert [step for step in range(1, 12) if own.evaluates(step)] == [4, 8, 11]
+    never = Calendar.of(spec(), 11, evaluates=False)
+    assert not any(never.evaluates(step) for step in range(1, 12))

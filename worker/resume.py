@@ -1,0 +1,108 @@
+"""Where an attempt begins: at the newest sound checkpoint of its job, at an earlier job's (``from_resume``), or at 0."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from contract.events import Event, Warned
+from contract.rundir import ProductDir, RunDir
+from contract.spec import JobSpec
+from contract.status import Reason
+from worker import checkpoint
+from worker.checkpoint import Damage, Identity, RunState
+from worker.failure import Failure
+from worker.retention import collect_leftovers
+from worker.saving import report_damage
+
+
+def find_start(
+    spec: JobSpec,
+    run: RunDir,
+    products: ProductDir,
+    identity: Identity,
+    steps_of: Callable[[int], int],
+    say: Callable[[Event], None],
+) -> Path | None:
+    """The checkpoint to go on from, verified byte for byte; None: begin at step 0. Only rank 0 calls it.
+
+    ``steps_of(rows_per_step)``: the length of the whole run. Raises Failure where the job's own checkpoints cannot be
+    used: beginning anew without a word would throw work away.
+    """
+    collect_leftovers(products)
+    own = newest_of(products, say)
+    if own is not None:
+        require_fit(own, identity)
+        return own
+    if not spec.checkpoint.from_resume:
+        return None
+    return _of_earlier_job(spec, run, products, identity, steps_of, say)
+
+
+def newest_of(products: ProductDir, say: Callable[[Event], None]) -> Path | None:
+    """The newest sound checkpoint of this job; None where it has none at all, Failure where all are damaged."""
+    damaged: list[Damage] = []
+    found = checkpoint.newest_valid(products, damaged)
+    report_damage(say, damaged)
+    if found is None and damaged:
+        message = f"no checkpoint of this run is sound: {'; '.join(map(str, damaged))}"
+        hint = f"They stand aside in {products.checkpoints}. Resume once more to begin at step 0, or bring back a copy."
+        raise Failure(Reason.CHECKPOINT_INVALID, message, hint)
+    return found
+
+
+def require_fit(path: Path, identity: Identity) -> None:
+    """Raise Failure naming everything in which the checkpoint is another run's."""
+    differences = identity.differences(_state(path).identity)
+    if differences:
+        message = f"{path} is of another run: {'; '.join(differences)}"
+        raise Failure(Reason.CHECKPOINT_INVALID, message, "Undo the change, or start a new job.")
+
+
+def _state(path: Path) -> RunState:
+    try:
+        return checkpoint.read_state(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Failure(Reason.CHECKPOINT_INVALID, f"{path} cannot be read: {error}") from error
+
+
+def _of_earlier_job(
+    spec: JobSpec,
+    run: RunDir,
+    products: ProductDir,
+    identity: Identity,
+    steps_of: Callable[[int], int],
+    say: Callable[[Event], None],
+) -> Path | None:
+    folder = Path(spec.checkpoint.save_dir) if spec.checkpoint.save_dir else run.path.parent
+    passed_over: list[str] = []
+    for path in _newest_first(folder, products):
+        objection = _objection(path, identity, steps_of)
+        if objection is None:
+            return path
+        passed_over.append(f"{path}: {objection}")
+    looked = f" ({'; '.join(passed_over[:5])})" if passed_over else ""
+    message = f"from_resume: no earlier job below {folder} has a checkpoint that fits{looked}; training begins at step 0"
+    say(Warned(code="nothing_to_resume", message=message))
+    return None
+
+
+def _newest_first(folder: Path, own: ProductDir) -> Iterator[Path]:
+    """Other jobs' published checkpoints, the last written first."""
+    jobs = [ProductDir(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    found = [path for job in jobs if job.path.resolve() != own.path.resolve() for _, path in job.published()]
+    yield from sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _objection(path: Path, identity: Identity, steps_of: Callable[[int], int]) -> str | None:
+    """Why a foreign checkpoint will not do, the cheap reasons first."""
+    if checkpoint.find_damage(path, thorough=False) is not None:
+        return "damaged"
+    try:
+        state = checkpoint.read_state(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unreadable"
+    differences = identity.differences(state.identity)
+    if differences:
+        return ", ".join(differences)
+    if state.step >= steps_of(state.rows_per_step):
+        return f"already at step {state.step}, with nothing left to train"
+    return checkpoint.find_damage(path)

@@ -1,0 +1,42 @@
+"""Texts the model writes at each save, so that a person sees what a loss means."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from contract.events import Sample
+from model.decoder import Decoder
+from worker.step import Precision
+
+NEW_TOKENS = 64
+
+
+class Codec(Protocol):
+    """The part of a tokenizer that is needed here."""
+
+    bos_id: int
+    eos_id: int
+
+    def encode_batch(self, texts: Sequence[str]) -> Any:
+        """Token ids of each text, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``."""
+
+
+def written(
+    model: Decoder, codec: Codec, prompts: Sequence[str], step: int, precision: Precision, limit: int
+) -> Iterator[Sample]:
+    """The likeliest continuation of each prompt, at most NEW_TOKENS long and within ``limit`` positions."""
+    for prompt in prompts:
+        ids = [codec.bos_id, *map(int, codec.encode_batch([prompt])[0])][: max(1, limit - NEW_TOKENS)]
+        inputs = torch.tensor([ids], device=next(model.parameters()).device)
+        with precision.autocast():
+            output = model.generate(inputs, max_new_tokens=NEW_TOKENS, eos_token_id=codec.eos_id)
+        text = codec.decode([token for token in output[0, len(ids) :].tolist() if token != codec.eos_id])
+        yield Sample(step=step, prompt=prompt, text=_encodable(text))
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="replace").decode()

@@ -1,0 +1,122 @@
+"""What is trained: the model, its optimizer and scaler, and the few numbers that say how far it is."""
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from contract.spec import TrainingSpec
+from model.config import ModelConfig
+from model.decoder import Decoder
+from worker import checkpoint
+from worker.checkpoint import Identity, RunState
+from worker.distributed import Ranks, Row
+from worker.gate import Trouble
+from worker.step import Precision, Stepper
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the run is. ``data_offset``: steps of data that rollbacks left out."""
+
+    step: int = 0
+    tokens: int = 0
+    data_offset: int = 0
+    trouble: Trouble = Trouble()
+
+    def after(self, step_tokens: int, trouble: Trouble) -> Self:
+        """One step further."""
+        return replace(self, step=self.step + 1, tokens=self.tokens + step_tokens, trouble=trouble)
+
+    @classmethod
+    def of(cls, state: RunState) -> Self:
+        """Where a checkpoint was."""
+        return cls(state.step, state.tokens, state.data_offset, Trouble(**state.trouble))
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """The model, always float32, with optimizer and scaler, and the stepper that trains them."""
+
+    model: Decoder
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+    stepper: Stepper
+
+    @property
+    def precision(self) -> Precision:
+        """How forward passes compute."""
+        return self.stepper.precision
+
+    def loss_scale(self) -> float | None:
+        """The fp16 scaler's factor, or None without one."""
+        return self.scaler.get_scale() if self.scaler.is_enabled() else None
+
+    def state(
+        self, progress: Progress, identity: Identity, *, rows_per_step: int, interval: list[Row], loss: float | None
+    ) -> RunState:
+        """All that a checkpoint holds beside the tensors."""
+        return RunState(
+            step=progress.step,
+            tokens=progress.tokens,
+            rows_per_step=rows_per_step,
+            world_size=len(interval),
+            identity=identity,
+            data_offset=progress.data_offset,
+            loss=loss,
+            interval=interval,
+            trouble=dataclasses.asdict(progress.trouble),
+            scaler=self.scaler.state_dict(),
+        )
+
+    def load(self, path: Path) -> RunState:
+        """Go back, or on, to a verified checkpoint."""
+        state = checkpoint.load(path, self.model, self.optimizer)
+        if state.scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state.scaler)
+        return state
+
+
+def initial_model(config: ModelConfig, seed: int, device: torch.device) -> Decoder:
+    """Random weights that depend on the seed alone: drawn on the CPU, whatever the device."""
+    return Decoder(config, torch.Generator().manual_seed(seed)).to(device)
+
+
+def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks: Ranks) -> Trainee:
+    """Optimizer, scaler and stepper around ``model``."""
+    dtype = DTYPES[training.dtype]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=training.learning_rate,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        fused=True,  # on a CPU as well: several times faster, and elementwise, so its result has no order to depend on
+    )
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16)
+    stepper = Stepper(
+        module=_wrapped(model, training.use_compile, ranks),
+        model=model,
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=Precision(ranks.device.type, dtype),
+        aux_coefficient=aux_coefficient,
+        grad_clip=training.grad_clip,
+    )
+    return Trainee(model, optimizer, scaler, stepper)
+
+
+def _wrapped(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
+    inner: Any = torch.compile(model) if compiled else model
+    if ranks.world == 1:
+        module: nn.Module = inner
+        return module
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    # static_graph would save a little, and fails together with no_sync. Buffers are constants, so none is sent.
+    return nn.parallel.DistributedDataParallel(
+        inner, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
