@@ -1,0 +1,341 @@
+"""From a JSONL file to token shards on disk, once, and the command that checks a corpus.
+
+A corpus is kept below the cache directory under a key of its content, the tokenizer, the text field and the format:
+``tokens.bin`` (every document as beginning, text, end; uint16 or uint32), ``offsets.bin`` (int64, where each document
+begins, and the end), ``meta.json``. It is built in a directory of its own under a lock and published by rename, so
+ranks and jobs that want the same one build it once, and a build that was killed leaves nothing that could be taken for
+a corpus.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from contract.locks import FileLock
+from contract.rundir import fsync_directory, read_json, write_json
+from contract.vocabulary import TokenizerInvalid
+from worker.lines import DataInvalid, Document, LineReader, Tally, open_regular, refuse_changed
+from worker.tokenizers import Ids, Tokenizer, load
+
+FORMAT = 1
+"""Part of the key: a change of what is stored makes new shards and never misreads old ones."""
+
+BATCH_CHARACTERS = 1 << 20
+"""Text handed to the tokenizer at once."""
+
+BUILD_SECONDS = 7 * 86400.0
+"""Longest wait for another process that is building the same corpus; the lock ends with its holder."""
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in total), after each batch of documents."""
+
+
+@dataclass(frozen=True)
+class CorpusMeta:
+    """What the shards hold. ``tokens`` counts beginnings and ends too; ``named`` are the first bad lines and why."""
+
+    content: str
+    bytes: int
+    tokenizer: str
+    text_field: str
+    vocab_size: int
+    token_bytes: int
+    documents: int
+    tokens: int
+    lines: int
+    blank_lines: int
+    bad_lines: int
+    named: tuple[tuple[int, str], ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """From meta.json."""
+        raw: dict[str, Any] = json.loads(path.read_bytes())
+        named = tuple((int(line), str(why)) for line, why in raw.pop("named"))
+        return cls(named=named, **raw)
+
+    @property
+    def tally(self) -> Tally:
+        """The counts of lines."""
+        return Tally(self.lines, self.blank_lines, self.bad_lines, self.documents, list(self.named))
+
+
+class Corpus:
+    """Token shards, memory-mapped: document i is ``tokens[offsets[i] : offsets[i + 1]]``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.meta = CorpusMeta.read(directory / "meta.json")
+        dtype = np.uint16 if self.meta.token_bytes == 2 else np.uint32
+        self.tokens: npt.NDArray[Any] = mapped(directory / "tokens.bin", dtype, self.meta.tokens)
+        self.offsets: npt.NDArray[np.int64] = mapped(directory / "offsets.bin", np.int64, self.meta.documents + 1)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held while something is added beside the shards."""
+        with FileLock(self.directory.with_suffix(".lock")).take(seconds=BUILD_SECONDS):
+            yield
+
+
+def open_corpus(
+    path: Path,
+    tokenizer: Tokenizer,
+    *,
+    cache: Path,
+    text_field: str = "text",
+    max_bad_lines: float = 0.01,
+    progress: Progress | None = None,
+) -> Corpus:
+    """The token shards of ``path``, built first where the ``cache`` does not have them yet.
+
+    Raises:
+        DataInvalid: ``path`` is no readable JSONL file, changed while it was read, holds no document, or more than a
+            share of ``max_bad_lines`` of its lines is unreadable.
+        OSError: the cache cannot be written, for instance for want of space.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    content = content_digest(path, cache)
+    key = hashlib.sha256(json.dumps([FORMAT, content, tokenizer.fingerprint, text_field]).encode()).hexdigest()[:32]
+    directory = cache / key
+    if not (directory / "meta.json").exists():
+        with FileLock(directory.with_suffix(".lock")).take(seconds=BUILD_SECONDS):
+            if not (directory / "meta.json").exists():
+                _build(path, tokenizer, text_field, content, directory, progress)
+    corpus = Corpus(directory)
+    require_usable(path, corpus.meta.tally, text_field, max_bad_lines)
+    return corpus
+
+
+def require_usable(path: Path, tally: Tally, text_field: str, max_bad_lines: float) -> None:
+    """Raise DataInvalid where there is nothing to train on, or too many bad lines."""
+    if tally.documents == 0:
+        raise DataInvalid(f"{path} {tally.why_empty(text_field)}")
+    share = tally.bad_lines / (tally.bad_lines + tally.documents)
+    if share > max_bad_lines:
+        raise DataInvalid(
+            f"{path} has {tally.describe_bad()}. That is {share:.2%} of its lines, and max_bad_lines allows "
+            f"{max_bad_lines:.2%}: mend the lines, or raise max_bad_lines"
+        )
+
+
+def content_digest(path: Path, cache: Path) -> str:
+    """sha256 of the file. Remembered below ``cache`` for as long as the file's inode, size and times are the same."""
+    with open_regular(path) as file, FileLock(cache / "content.lock").take(seconds=BUILD_SECONDS):
+        before = os.fstat(file.fileno())
+        identity = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
+        memo = cache / f"content-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.json"
+        known = read_json(memo)
+        if known is not None:
+            return str(known["sha256"])
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        after = os.fstat(file.fileno())
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            refuse_changed(path)
+        # A write within the clock's grain of the last one would not show in the times: a fresh file is not remembered.
+        if time.time() - before.st_ctime > 2:
+            write_json(memo, {"sha256": digest, "path": str(path)})
+        return digest
+
+
+def _build(
+    path: Path, tokenizer: Tokenizer, text_field: str, content: str, directory: Path, progress: Progress | None
+) -> None:
+    """Write the shards into a directory of their own and publish it as ``directory``. Called under its lock."""
+    with published(directory) as building:
+        token_bytes = 2 if tokenizer.vocab_size <= 1 << 16 else 4
+        with LineReader(path) as reader, Shards(building, tokenizer, token_bytes) as shards:
+            scan(reader, tokenizer, text_field, shards, progress)
+            if reader.digest != content:
+                refuse_changed(path)
+            tally = reader.tally
+        meta = CorpusMeta(
+            content=content,
+            bytes=reader.size,
+            tokenizer=tokenizer.fingerprint,
+            text_field=text_field,
+            vocab_size=tokenizer.vocab_size,
+            token_bytes=token_bytes,
+            documents=tally.documents,
+            tokens=shards.tokens,
+            lines=tally.lines,
+            blank_lines=tally.blank_lines,
+            bad_lines=tally.bad_lines,
+            named=tuple(tally.named),
+        )
+        write_json(building / "meta.json", asdict(meta))
+
+
+class Sink(Protocol):
+    """Takes the token ids of documents, in order."""
+
+    def add(self, documents: Sequence[Ids]) -> None:
+        """Take some more."""
+
+
+def scan(
+    reader: LineReader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress | None = None
+) -> None:
+    """Read all of ``reader``'s documents into ``sink``. A text without a token is a bad line too."""
+    for batch in batches(reader.documents(text_field)):
+        encoded = tokenizer.encode_batch([document.text for document in batch])
+        for document, ids in zip(batch, encoded, strict=True):
+            if not len(ids):
+                reader.tally.documents -= 1
+                reader.tally.add_bad(document.line, "the tokenizer makes no token of its text")
+        sink.add([ids for ids in encoded if len(ids)])
+        if progress is not None:
+            progress(reader.done, reader.size)
+
+
+def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Groups of documents whose texts are about ``BATCH_CHARACTERS`` long together."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class Shards:
+    """The token and offset files while they are written. `scan`'s sink."""
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
+        self.tokens = 0
+        self._dtype = np.uint16 if token_bytes == 2 else np.uint32
+        self._begin = np.array([tokenizer.bos_id], dtype=self._dtype)
+        self._end = np.array([tokenizer.eos_id], dtype=self._dtype)
+        self._columns = Columns(directory, ("tokens.bin", "offsets.bin"))
+        self._columns.append(np.zeros(0, dtype=self._dtype), np.zeros(1, dtype=np.int64))
+
+    def add(self, documents: Sequence[Ids]) -> None:
+        """Append documents, each between beginning and end."""
+        if not documents:
+            return
+        parts = [part for ids in documents for part in (self._begin, ids.astype(self._dtype), self._end)]
+        ends = self.tokens + np.cumsum([len(ids) + 2 for ids in documents], dtype=np.int64)
+        self._columns.append(np.concatenate(parts), ends)
+        self.tokens = int(ends[-1])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._columns.close()
+
+
+class Columns:
+    """Files of bare numbers that are written side by side."""
+
+    def __init__(self, directory: Path, names: Sequence[str]) -> None:
+        self._files = [(directory / name).open("wb") for name in names]
+
+    def append(self, *columns: npt.NDArray[Any]) -> None:
+        """Add numbers to each file, in the order of the names."""
+        for file, column in zip(self._files, columns, strict=True):
+            file.write(np.ascontiguousarray(column).data)
+
+    def close(self) -> None:
+        """Close the files, safe from a power cut: a rename must not outlive what it publishes."""
+        for file in self._files:
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+
+
+@contextmanager
+def published(directory: Path) -> Iterator[Path]:
+    """A directory to build in, which becomes ``directory`` when the block ends well. The caller holds a lock on it."""
+    building = directory.with_name(f".{directory.name}.building")
+    # What stands there is of a build that was killed: the lock is ours, so nobody is writing to it.
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        fsync_directory(building)
+        os.rename(building, directory)
+        fsync_directory(directory.parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def mapped(path: Path, dtype: type[np.generic], count: int) -> npt.NDArray[Any]:
+    """``count`` numbers of a file without a header, memory-mapped. Raises OSError where the file has another size."""
+    expected = count * np.dtype(dtype).itemsize
+    if path.stat().st_size != expected:
+        raise OSError(f"{path} has {path.stat().st_size} bytes, not {expected}: remove {path.parent} to build it again")
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype=dtype)
+
+
+class Count:
+    """A sink that keeps nothing but the number of tokens."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+
+    def add(self, documents: Sequence[Ids]) -> None:
+        """Count documents, each with its beginning and end."""
+        self.tokens += sum(len(ids) + 2 for ids in documents)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m worker.corpus check FILE``; 1 where a job would refuse the file, 2 on wrong usage."""
+    parser = argparse.ArgumentParser(prog="trainyard corpus", description="Corpora for pretraining.")
+    command = parser.add_subparsers(dest="command", required=True, metavar="check")
+    checking = command.add_parser("check", help="read a JSONL file as a job would, and name its bad lines")
+    checking.add_argument("file", type=Path, metavar="FILE", help="JSONL, one document a line")
+    checking.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
+    checking.add_argument("--tokenizer", "--tokenizer_path", default="byte", metavar="DIR", help='or "byte"')
+    checking.add_argument("--max-bad-lines", "--max_bad_lines", type=_share, default=0.01, metavar="SHARE")
+    options = parser.parse_args(arguments)
+    try:
+        check(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
+    except (DataInvalid, TokenizerInvalid, OSError) as error:
+        print(f"trainyard corpus: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError("must be a number from 0 to 1")
+    return share
+
+
+def check(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> None:
+    """Print what a job would find in ``file``. Raises what `open_corpus` would raise. Stores nothing."""
+    tokenizer, count = load(tokenizer_path), Count()
+    with LineReader(file) as reader:
+        scan(reader, tokenizer, text_field, count)
+    tally = reader.tally
+    print(f"{file}: {tally.documents:,} documents, {count.tokens:,} tokens, {tally.lines:,} lines")
+    if tally.blank_lines:
+        print(f"{tally.blank_lines:,} blank lines")
+    require_usable(file, tally, text_field, max_bad_lines)
+    if tally.bad_lines:
+        print(tally.describe_bad())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

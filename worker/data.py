@@ -1,0 +1,103 @@
+"""Which rows an optimizer step takes: a pure function of seed and step, so a resume needs no loader's state.
+
+The rows of an epoch are permuted by a keyed pseudo-random permutation that is computed where it is needed: nothing is
+stored, and any step costs the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.rows import Integers, mixed
+
+ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """A pseudo-random order of 0 .. ``size`` - 1, one for each ``seed`` and ``epoch``.
+
+    A Feistel network permutes the smallest square power of two that holds ``size``; a value that falls outside is sent
+    through again until it falls inside, which keeps it a permutation (cycle walking: Black and Rogaway, 2002).
+    """
+
+    size: int
+    seed: int
+    epoch: int
+
+    def __call__(self, positions: npt.ArrayLike) -> Integers:
+        """What stands at each of these positions."""
+        values = np.asarray(positions, dtype=np.uint64)
+        half = max(1, (max(1, self.size - 1).bit_length() + 1) // 2)
+        keys = self._keys()
+        values = _feistel(values, half, keys)
+        while (outside := values >= self.size).any():
+            values[outside] = _feistel(values[outside], half, keys)
+        return values.astype(np.int64)
+
+    def _keys(self) -> list[int]:
+        base = mixed(mixed(np.array([self.seed], dtype=np.uint64), 0x0DDB_A115), self.epoch)
+        return [int(mixed(base, (number + 1) * 0x9E3779B97F4A7C15)[0]) for number in range(ROUNDS)]
+
+
+def _feistel(values: npt.NDArray[np.uint64], half: int, keys: list[int]) -> npt.NDArray[np.uint64]:
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (mixed(right, key) & mask)
+    return (left << shift) | right
+
+
+@dataclass(frozen=True)
+class Order:
+    """The rows of every optimizer step. Steps count from 1 over the whole job.
+
+    ``targets`` [rows]: how many tokens each row predicts. ``global_batch``: rows of a step over all ranks; the last
+    step of an epoch may have fewer.
+    """
+
+    targets: npt.NDArray[np.int32]
+    global_batch: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return -(-len(self.targets) // self.global_batch)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that ``step`` belongs to."""
+        return (step - 1) // self.steps_per_epoch
+
+    def epochs_done(self, step: int) -> float:
+        """Passes over the rows that are complete after ``step``, with the fraction of the one under way."""
+        if step < 1:
+            return 0.0
+        return self.epoch_of(step) + self._range(step)[1] / len(self.targets)
+
+    def rows_of(self, step: int) -> Integers:
+        """The rows of ``step``, of all ranks together."""
+        first, last = self._range(step)
+        return Permutation(len(self.targets), self.seed, self.epoch_of(step))(np.arange(first, last))
+
+    def _range(self, step: int) -> tuple[int, int]:
+        first = (step - 1) % self.steps_per_epoch * self.global_batch
+        return first, min(first + self.global_batch, len(self.targets))
+
+    def step_tokens(self, step: int) -> int:
+        """Predictions of ``step`` over all ranks: what its loss is divided by."""
+        return int(self.targets[self.rows_of(step)].sum(dtype=np.int64))
+
+    def share(self, step: int, rank: int, world: int) -> Integers:
+        """The rows of ``step`` that ``rank`` of ``world`` takes: contiguous, as even as can be, perhaps none."""
+        rows = self.rows_of(step)
+        return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
+
+    def micro_batches(self, step: int, rank: int, world: int, batch_size: int) -> list[Integers]:
+        """The rank's share in parts of at most ``batch_size`` rows; one empty part where the share is empty.
+
+        An empty part makes a batch that predicts nothing, so that the rank still takes part in the gradient's sum.
+        """
+        share = self.share(step, rank, world)
+        return [share[start : start + batch_size] for start in range(0, max(1, len(share)), batch_size)]
