@@ -30,7 +30,7 @@ class Trainyard:
 
     Args:
         url: where it is; else ``TRAINYARD_URL``, else http://127.0.0.1:8000.
-        token: bearer token; else ``TRAINYARD_TOKEN``, else none.
+        token: bearer token; else ``TRAINYARD_TOKEN``, else none; "" is none whatever the environment says.
         timeout: seconds for one try of one call.
         patience: how long a call whose answer was lost is tried again, where that is safe.
         transport: stands in for the network in tests.
@@ -47,7 +47,7 @@ class Trainyard:
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = (url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL).rstrip("/")
-        token = token or os.environ.get("TRAINYARD_TOKEN")
+        token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
         self._connection = Connection(self.url, token, timeout, patience or Patience(), transport)
 
     def __enter__(self) -> Self:

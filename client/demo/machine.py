@@ -1,0 +1,34 @@
+"""What this machine has, as far as a look at the kernel's files tells."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from client.words import size
+
+
+@dataclass(frozen=True)
+class Machine:
+    """``cores`` are those this process may use; ``gpus`` the NVIDIA devices that have a device file."""
+
+    cores: int
+    memory_bytes: int
+    gpus: int
+
+    @classmethod
+    def found(cls, devices: Path = Path("/dev")) -> "Machine":
+        """What is here."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(len(os.sched_getaffinity(0)), memory, len(list(devices.glob("nvidia[0-9]*"))))
+
+    @property
+    def ranks(self) -> int:
+        """Worker processes the demo uses: two where there is room, because one has nothing to agree with."""
+        return min(2, self.gpus or self.cores)
+
+    def __str__(self) -> str:
+        gpus = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}" if self.gpus else "no GPU"
+        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''} on the {'GPU' if self.gpus else 'CPU'}"
+        cores = f"{self.cores} core{'s' if self.cores > 1 else ''}"
+        return f"{cores}, {size(self.memory_bytes)} memory, {gpus}, Python {platform.python_version()}: {ranks}"

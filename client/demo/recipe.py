@@ -1,0 +1,42 @@
+"""The run of the demo: small enough for two cores and three minutes, large enough that it visibly learns."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from client.demo.machine import Machine
+
+VOCABULARY = 6400
+UNTRAINED_LOSS = math.log(VOCABULARY)
+LEARNED_LOSS = 0.6 * UNTRAINED_LOSS
+"""The demo fails where the last loss is not below this."""
+
+STEPS = 240
+SAVE_INTERVAL = 60
+LOG_INTERVAL = 5
+PAUSE_AFTER = 65
+KILL_AFTER = 140
+"""A little behind the save at 120, so that there are steps to be done a second time and compared."""
+
+PROMPTS = ("Return the", "Raise")
+
+
+def spec(machine: Machine, corpus: Path, tokenizer: Path) -> dict[str, Any]:
+    """The job spec that the demo submits."""
+    return {
+        "name": "demo",
+        "labels": {"made-by": "trainyard-demo"},
+        "model": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "data": {"data_path": str(corpus), "tokenizer_path": str(tokenizer), "max_seq_len": 128},
+        "training": {
+            "max_steps": STEPS,
+            "batch_size": 16 // machine.ranks,
+            "accumulation_steps": 1,
+            "learning_rate": 4e-3,
+            "warmup_steps": 20,
+            "dtype": "bfloat16" if machine.gpus else "float32",
+        },
+        "checkpoint": {"save_interval": SAVE_INTERVAL},
+        "reporting": {"log_interval": LOG_INTERVAL, "sample_prompts": list(PROMPTS)},
+        "resources": {"device": "auto" if machine.gpus else "cpu", "nproc_per_node": machine.ranks},
+    }
