@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from contract.spec import JobSpec, Timeouts
 from contract.status import Reason
-from worker.failure import Failure
+from worker.failure import Failure, StopAsked
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ class Ranks:
             dist.barrier(group=self.control)
 
     def from_leader(self, work: Callable[[], T]) -> T:
-        """What rank 0 got by ``work()``, on every rank. Its Failure is raised on every rank as well.
+        """What rank 0 got by ``work()``, on every rank. Its Failure or StopAsked is raised on every rank as well.
 
         Any other exception ends rank 0 alone: the others learn of it by the broken connection.
         """
@@ -62,8 +62,8 @@ class Ranks:
         if self.leads:
             try:
                 said = [work(), None]
-            except Failure as failure:
-                said = [None, failure]
+            except (Failure, StopAsked) as end:
+                said = [None, end]
         if self.control is not None:
             dist.broadcast_object_list(said, src=0, group=self.control)
         if said[1] is not None:

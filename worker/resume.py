@@ -1,4 +1,4 @@
-"""Where an attempt begins: at the newest sound checkpoint of its job, at an earlier job's (``from_resume``), or at 0."""
+"""Where an attempt begins: at its job's newest sound checkpoint, at an earlier job's (``from_resume``), or at 0."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,7 +80,7 @@ def _of_earlier_job(
             return path
         passed_over.append(f"{path}: {objection}")
     looked = f" ({'; '.join(passed_over[:5])})" if passed_over else ""
-    message = f"from_resume: no earlier job below {folder} has a checkpoint that fits{looked}; training begins at step 0"
+    message = f"from_resume: no earlier job below {folder} has a checkpoint that fits{looked}; beginning at step 0"
     say(Warned(code="nothing_to_resume", message=message))
     return None
 

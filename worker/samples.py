@@ -1,32 +1,19 @@
 """Texts the model writes at each save, so that a person sees what a loss means."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
 
 import torch
 
 from contract.events import Sample
 from model.decoder import Decoder
 from worker.step import Precision
+from worker.tokenizers import Tokenizer
 
 NEW_TOKENS = 64
 
 
-class Codec(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    bos_id: int
-    eos_id: int
-
-    def encode_batch(self, texts: Sequence[str]) -> Any:
-        """Token ids of each text, without special tokens."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``."""
-
-
 def written(
-    model: Decoder, codec: Codec, prompts: Sequence[str], step: int, precision: Precision, limit: int
+    model: Decoder, codec: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
 ) -> Iterator[Sample]:
     """The likeliest continuation of each prompt, at most NEW_TOKENS long and within ``limit`` positions."""
     for prompt in prompts:

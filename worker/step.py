@@ -18,12 +18,12 @@ class Batch(Protocol):
         """[B, S] token ids."""
 
     @property
-    def position_ids(self) -> torch.Tensor:
-        """[B, S] positions, from 0 in each piece."""
+    def position_ids(self) -> torch.Tensor | None:
+        """[B, S] positions, from 0 in each piece; None: each row is one piece."""
 
     @property
     def segment_ids(self) -> torch.Tensor | None:
-        """[B, S] number of the piece; tokens see only their own. None: one piece a row."""
+        """[B, S] number of the piece; tokens see only their own. None: each row is one piece."""
 
     @property
     def labels(self) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """TensorBoard and Weights & Biases, where they are asked for and installed. What they lack or do never ends a run."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from contract.events import Metric, Warned
+from contract.events import Event, Metric, Warned
 from contract.spec import JobSpec
-from worker.outbox import AnyOutbox
 
 SHOWN = (
     "loss",
@@ -90,12 +90,13 @@ def numbers(metric: Metric) -> dict[str, float]:
 class Trackers:
     """All that were asked for and could be had. One that fails is dropped with a warning."""
 
-    def __init__(self, spec: JobSpec, run_path: Path, outbox: AnyOutbox) -> None:
-        self._outbox = outbox
+    def __init__(self, spec: JobSpec | None, run_path: Path, say: Callable[[Event], None]) -> None:
+        """None for ``spec``: this rank tells nobody."""
+        self._say = say
         self._active: list[Tracker] = []
-        if spec.reporting.tensorboard:
+        if spec is not None and spec.reporting.tensorboard:
             self._try("tensorboard", lambda: TensorBoard(run_path / "tensorboard"))
-        if spec.reporting.use_wandb:
+        if spec is not None and spec.reporting.use_wandb:
             self._try("wandb", lambda: Wandb(spec, run_path.name, run_path))
 
     def _try(self, name: str, make: Any) -> None:
@@ -103,13 +104,13 @@ class Trackers:
             self._active.append(make())
         except ImportError:
             message = f"{name} is not installed: training goes on without it; `pip install {name}` brings it"
-            self._outbox.say(Warned(code=f"{name}_missing", message=message))
+            self._say(Warned(code=f"{name}_missing", message=message))
         except Exception as error:
             self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
         message = f"{name} failed and is not told any more: {type(error).__name__}: {str(error)[:300]}"
-        self._outbox.say(Warned(code=f"{name}_failed", message=message))
+        self._say(Warned(code=f"{name}_failed", message=message))
 
     def log(self, metric: Metric) -> None:
         """Tell everybody."""

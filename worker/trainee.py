@@ -1,7 +1,7 @@
 """What is trained: the model, its optimizer and scaler, and the few numbers that say how far it is."""
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ class Progress:
     step: int = 0
     tokens: int = 0
     data_offset: int = 0
-    trouble: Trouble = Trouble()
+    trouble: Trouble = field(default_factory=Trouble)
 
     def after(self, step_tokens: int, trouble: Trouble) -> Self:
         """One step further."""

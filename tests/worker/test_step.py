@@ -1,0 +1,189 @@
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from contract.spec import TrainingSpec
+from model.config import ModelConfig
+from model.decoder import Decoder
+from worker.distributed import Ranks
+from worker.step import Micro, StepResult, seed_dropout
+from worker.trainee import Trainee, build, initial_model
+
+SHAPE = ModelConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=61, intermediate_size=64
+)
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Rows:
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    segment_ids: torch.Tensor | None = None
+
+    def __getitem__(self, part: slice) -> "Rows":
+        return Rows(self.input_ids[part], self.labels[part], self.position_ids[part])
+
+    @property
+    def tokens(self) -> int:
+        return int((self.labels != -100).sum())
+
+
+def rows(count: int, seed: int, length: int = 12) -> Rows:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 61, (count, length + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    for row in range(count):
+        labels[row, int(torch.randint(4, length + 1, (1,), generator=generator)) :] = -100
+    return Rows(ids[:, :-1], labels, torch.arange(length).expand(count, length))
+
+
+def trainee(shape: ModelConfig = SHAPE, **training: object) -> Trainee:
+    spec = TrainingSpec.model_validate({"dtype": "float32", **training})
+    return build(initial_model(shape, spec.seed, CPU), spec, shape.router_aux_loss_coef, ALONE)
+
+
+def cut(batch: Rows, size: int) -> list[Micro]:
+    parts = [batch[i : i + size] for i in range(0, len(batch.input_ids), size)]
+    return [Micro(part, 1 / batch.tokens, tokens=part.tokens) for part in parts]
+
+
+def unseeded(_: int) -> None:
+    """No dropout, nothing to seed."""
+
+
+def run(student: Trainee, batches: list[list[Micro]], rate: float = 1e-2) -> list[StepResult]:
+    return [student.stepper.step(micros, rate, unseeded) for micros in batches]
+
+
+def test_a_step_is_the_textbook_s() -> None:
+    batch, ours, plain = rows(6, seed=1), trainee(grad_clip=0.5), initial_model(SHAPE, 42, CPU)
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for _ in range(3):
+        logits = plain(batch.input_ids, logits=True).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        result = ours.stepper.step(cut(batch, 6), 1e-2, unseeded)
+        assert result.loss_sum / result.tokens == pytest.approx(float(loss), abs=1e-5)
+        assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+    for (name, mine), theirs in zip(ours.model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5), name
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
+    shape = ModelConfig(**{**vars(SHAPE), "use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05})
+    whole, halves, singles = (trainee(shape) for _ in range(3))
+    data = [rows(8, seed) for seed in range(4)]
+    expected = run(whole, [cut(batch, 8) for batch in data])
+    for student, size in ((halves, 4), (singles, 1)):
+        for mine, theirs in zip(run(student, [cut(batch, size) for batch in data]), expected, strict=True):
+            assert mine.loss_sum / mine.tokens == pytest.approx(theirs.loss_sum / theirs.tokens, abs=1e-5)
+            assert mine.aux_sum / mine.tokens == pytest.approx(theirs.aux_sum / theirs.tokens, abs=1e-5)
+        for mine_p, theirs_p in zip(student.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.allclose(mine_p, theirs_p, atol=2e-5)
+
+
+def test_clipping_limits_and_zero_only_measures() -> None:
+    batch = rows(4, seed=3)
+    free, clipped = trainee(grad_clip=0.0), trainee(grad_clip=1e-3)
+    norms = [student.stepper.step(cut(batch, 4), 0.0, unseeded).grad_norm for student in (free, clipped)]
+    assert norms[0] == norms[1] > 1e-3
+    unclipped = free.optimizer.state[free.model.lm_head.weight]["exp_avg"]
+    small = clipped.optimizer.state[clipped.model.lm_head.weight]["exp_avg"]
+    assert torch.allclose(small * (norms[0] / 1e-3), unclipped, rtol=1e-3, atol=1e-8)
+
+
+def poisoned(batch: Rows, model: Decoder) -> Callable[[], None]:
+    weight = model.model.norm.weight
+
+    def undo() -> None:
+        with torch.no_grad():
+            weight[0] = 1.0
+
+    with torch.no_grad():
+        weight[0] = float("nan")
+    return undo
+
+
+def test_a_step_that_is_not_finite_changes_nothing() -> None:
+    batch, student = rows(4, seed=5), trainee()
+    student.stepper.step(cut(batch, 4), 1e-2, unseeded)
+    undo = poisoned(batch, student.model)
+    before = {name: value.clone() for name, value in student.model.state_dict().items()}
+    moments = student.optimizer.state[student.model.lm_head.weight]["exp_avg"].clone()
+    micros = [Micro(batch[i : i + 2], 0.1, rows=(10 * i, 10 * i + 1), tokens=3) for i in (0, 2)]
+    result = student.stepper.step(micros, 1e-2, unseeded)
+    assert not result.finite
+    assert not result.applied
+    assert math.isnan(result.grad_norm)
+    assert result.suspects == (0, 1, 20, 21)
+    for name, value in student.model.state_dict().items():
+        assert torch.equal(value, before[name]) or value.isnan().any(), name
+    assert torch.equal(student.optimizer.state[student.model.lm_head.weight]["exp_avg"], moments)
+    undo()
+    assert student.stepper.step(cut(batch, 4), 1e-2, unseeded).applied
+
+
+def test_fp16_skips_overflows_by_itself_and_learns_a_scale() -> None:
+    batch, student = rows(4, seed=6), trainee(dtype="float16")
+    student.scaler.load_state_dict({**student.scaler.state_dict(), "scale": 2.0**40})
+    before = student.model.lm_head.weight.clone()
+    first = student.stepper.step(cut(batch, 4), 1e-2, unseeded)
+    assert not first.applied
+    assert first.suspects == ()
+    assert student.loss_scale() == 2.0**39
+    assert torch.equal(student.model.lm_head.weight, before)
+    student.scaler.load_state_dict({**student.scaler.state_dict(), "scale": 2.0**10})
+    losses = [student.stepper.step(cut(batch, 4), 1e-2, unseeded) for _ in range(30)]
+    assert all(result.applied for result in losses)
+    assert losses[-1].loss_sum < 0.5 * losses[0].loss_sum
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_and_moments_stay_float32(dtype: str) -> None:
+    student = trainee(dtype=dtype)
+    student.stepper.step(cut(rows(2, seed=7), 2), 1e-3, unseeded)
+    assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+    assert {m["exp_avg"].dtype for m in student.optimizer.state.values()} == {torch.float32}
+
+
+def test_a_batch_without_labels_gives_zero_gradients_for_every_parameter() -> None:
+    shape = ModelConfig(**{**vars(SHAPE), "use_moe": True, "moe_intermediate_size": 32})
+    student, batch = trainee(shape), rows(1, seed=8)
+    student.stepper.warm_up(Micro(Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids), 1.0))
+    assert all(p.grad is None for p in student.model.parameters())
+    empty = Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)
+    result = student.stepper.step([Micro(empty, 1.0)], 0.0, unseeded)
+    assert (result.grad_norm, result.loss_sum, result.tokens) == (0.0, 0.0, 0)
+    assert len(student.optimizer.state) == len(list(student.model.parameters()))
+
+
+def test_dropout_is_a_function_of_place() -> None:
+    def draw(*place: int) -> list[float]:
+        seed_dropout(*place)
+        drawn: list[float] = torch.rand(4).tolist()
+        return drawn
+
+    places = [(1, 2, 3, 4), (1, 2, 3, 5), (1, 2, 4, 4), (1, 3, 3, 4), (2, 2, 3, 4), (1, 2, 4, 3)]
+    drawn = [draw(*place) for place in places]
+    assert drawn == [draw(*place) for place in places]
+    assert len({tuple(values) for values in drawn}) == len(places)
+
+
+def test_the_initial_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = initial_model(SHAPE, 7, CPU)
+    torch.manual_seed(2)
+    same, other = initial_model(SHAPE, 7, CPU), initial_model(SHAPE, 8, CPU)
+    assert torch.equal(first.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, other.lm_head.weight)

@@ -1,0 +1,41 @@
+"""The `started` event: everything that is known of an attempt before its first step."""
+
+from pathlib import Path
+
+import torch
+
+from contract.events import Started
+from worker.data import Order
+from worker.distributed import Ranks
+from worker.material import Material
+from worker.meters import device_name
+from worker.trainee import Trainee
+
+
+def started(
+    material: Material, trainee: Trainee, ranks: Ranks, order: Order, start_step: int, steps: int, begin: Path | None
+) -> Started:
+    """What this attempt runs, on what, over which data, and from where."""
+    spec, meta = material.spec, material.corpus.meta
+    assert spec.model.vocab_size is not None
+    return Started(
+        start_step=start_step,
+        steps=steps,
+        world_size=ranks.world,
+        device=ranks.device.type,
+        device_name=device_name(ranks.device),
+        dtype=spec.training.dtype,
+        torch_version=torch.__version__,
+        parameters=sum(p.numel() for p in trainee.model.parameters()),
+        active_parameters=sum(p.numel() for p in trainee.model.parameters()),
+        vocab_size=spec.model.vocab_size,
+        samples=len(material.rows),
+        documents=meta.documents,
+        tokens=meta.tokens,
+        bad_lines=meta.bad_lines,
+        global_batch=order.global_batch,
+        tokens_per_step=material.rows.tokens / order.steps_per_epoch,
+        steps_per_epoch=order.steps_per_epoch,
+        flops_per_token=6.0 * sum(p.numel() for p in trainee.model.parameters()),
+        resumed_from=str(begin) if begin is not None else None,
+    )

@@ -1,0 +1,248 @@
+"""One attempt of a run, from its data to its last checkpoint. Read it from top to bottom."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from contract.events import Event, PhaseChanged, Warned
+from contract.report import Outcome
+from contract.spec import JobSpec
+from contract.status import Phase, Reason
+from worker import gate
+from worker.data import Order
+from worker.distributed import Agreement, Ranks, Wishes, require
+from worker.evaluation import Evaluation
+from worker.facts import started
+from worker.failure import Failure
+from worker.feed import Feed
+from worker.gate import Verdict
+from worker.launch import Attempt
+from worker.life import SignOfLife
+from worker.material import Material, prepare
+from worker.meters import Interval, Meters, own_interval
+from worker.resume import find_start, newest_of
+from worker.roots import check_roots
+from worker.samples import written
+from worker.saving import Saver
+from worker.schedule import Calendar, LearningRate, total_steps
+from worker.step import StepResult, seed_dropout
+from worker.stopping import StopWish
+from worker.trackers import Trackers
+from worker.trainee import Progress, Trainee, build, initial_model
+from worker.weights import start_from
+
+Say = Callable[[Event], None]
+
+
+def train(
+    spec: JobSpec, attempt: Attempt, ranks: Ranks, life: SignOfLife, stop: StopWish, trackers: Trackers, say: Say
+) -> Outcome:
+    """Run the attempt until the last step, or until it is asked to stop. All ranks run this alike; rank 0 speaks.
+
+    Raises Failure for every end that was foreseen, and StopAsked where there was nothing to save yet.
+    """
+    # What we run on, and what we may touch.
+    require(ranks, spec)
+    check_roots(spec, attempt.run)
+    say(PhaseChanged(phase=Phase.LOADING))
+    if spec.resources.device == "auto" and ranks.device.type == "cpu":
+        message = 'there is no CUDA device here, so this runs on the CPU; set resources.device to "cpu" if you mean it'
+        say(Warned(code="cpu_fallback", message=message))
+    if spec.training.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+    # The data: token shards and rows, built once by rank 0. The vocabulary is known from here on.
+    say(PhaseChanged(phase=Phase.PREPARING_DATA))
+    material = prepare(spec, attempt.run, ranks, say, stop.asked)
+    spec = material.spec
+    products = attempt.run.products(spec.checkpoint.save_dir)
+    say(PhaseChanged(phase=Phase.LOADING))
+
+    # The model, and where it goes on: from this job's newest sound checkpoint, an earlier job's, weights, or nothing.
+    def steps_of(rows_per_step: int) -> int:
+        return total_steps(spec.training, -(-len(material.rows) // rows_per_step))
+
+    begin = ranks.from_leader(lambda: find_start(spec, attempt.run, products, material.identity, steps_of, say))
+    model = initial_model(spec.model, spec.training.seed, ranks.device)
+    if begin is None and spec.training.from_weight is not None:
+        start_from(model, spec, products)
+    trainee = build(model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks)
+    progress, interval, rows_per_step = _restored(begin, trainee, spec, ranks)
+
+    # The order of rows is a function of seed and step; how many make a step was fixed by the first attempt.
+    order = Order(material.rows.targets, rows_per_step, spec.training.seed)
+    steps = steps_of(rows_per_step)
+    fact = started(material, trainee, ranks, order, progress.step, steps, begin)
+    loop = Loop(
+        spec=spec,
+        material=material,
+        trainee=trainee,
+        ranks=ranks,
+        feed=Feed(material.rows, order, ranks, spec.training.batch_size, spec.training.loss_normalization),
+        rate=LearningRate.of(spec.training, steps),
+        calendar=Calendar.of(spec, steps, evaluates=material.evaluation is not None),
+        meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe),
+        saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic()),
+        trackers=trackers,
+        life=life,
+        say=say,
+    )
+    say(fact)
+    life.beat(progress.step)
+
+    # The steps, and the end: the last checkpoint and the weights are of the last step.
+    loop.warm_up()
+    say(PhaseChanged(phase=Phase.TRAINING))
+    progress, asked = loop.run(progress, steps, stop)
+    if asked and progress.step < steps:
+        return Outcome(
+            outcome="stopped", step=progress.step, reason=Reason.USER, message=f"saved at step {progress.step}"
+        )
+    return Outcome(outcome="completed", step=progress.step, message=f"all {steps} steps done")
+
+
+def _restored(begin: Path | None, trainee: Trainee, spec: JobSpec, ranks: Ranks) -> tuple[Progress, Interval, int]:
+    """(how far the run is, this rank's sums since the last metric line, rows in a step)."""
+    if begin is None:
+        return Progress(), Interval(), spec.rows_per_step
+    state = trainee.load(begin)
+    return Progress.of(state), own_interval(state.interval, ranks), state.rows_per_step
+
+
+@dataclass
+class Loop:
+    """The steps of one attempt."""
+
+    spec: JobSpec
+    material: Material
+    trainee: Trainee
+    ranks: Ranks
+    feed: Feed
+    rate: LearningRate
+    calendar: Calendar
+    meters: Meters
+    saver: Saver
+    trackers: Trackers
+    life: SignOfLife
+    say: Say
+
+    def warm_up(self) -> None:
+        """One pass without labels, where there is something to compile or buckets to settle."""
+        training = self.spec.training
+        if training.use_compile:
+            self.say(PhaseChanged(phase=Phase.COMPILING))
+        if training.use_compile or self.ranks.world > 1:
+            self.trainee.stepper.warm_up(self.feed.dummy(training.batch_size if training.use_compile else 1))
+        self.trainee.model.train()
+
+    def run(self, progress: Progress, steps: int, stop: StopWish) -> tuple[Progress, bool]:
+        """All steps behind ``progress``; the second value says whether the run ended because it was asked to."""
+        agreement = Agreement(self.ranks)
+        if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
+            self.saver.save(self.trainee, progress, self.meters, must=True)
+        if progress.step >= steps:
+            self._save(progress, must=True)
+        while progress.step < steps:
+            before, progress = progress, self._step(progress)
+            if progress.step <= before.step:
+                continue
+            self.life.beat(progress.step)
+            due_by_time = self.ranks.leads and self.saver.is_due_by_time(time.monotonic())
+            wishes = agreement.exchange(Wishes(stop=stop.asked(), save=due_by_time))
+            last = progress.step == steps
+            if self.calendar.saves(progress.step) or wishes.save or wishes.stop:
+                self._save(progress, must=last or wishes.stop)
+            if wishes.stop and not last:
+                agreement.settle()
+                return progress, True
+        agreement.settle()
+        return progress, False
+
+    def _step(self, progress: Progress) -> Progress:
+        """One optimizer step, judged and counted; after a rollback the progress returned is further back."""
+        step, training = progress.step + 1, self.spec.training
+        data_step = step + progress.data_offset
+        scale = self.trainee.loss_scale()
+        self.meters.begin_step()
+        result = self.trainee.stepper.step(self.feed.micros(data_step), self.rate.at(step), self._seeding(step))
+        verdict, trouble = gate.judge(result.finite, training.on_nonfinite, progress.trouble, scale)
+        if verdict in (Verdict.FAIL, Verdict.ROLL_BACK, Verdict.SKIP):
+            what = gate.describe(step, tuple(self.feed.order.rows_of(data_step).tolist()), self._suspects(result))
+            if verdict is Verdict.FAIL:
+                raise _diverged(what, trouble)
+            if verdict is Verdict.ROLL_BACK:
+                return self._rolled_back(replace(progress, trouble=trouble), what)
+            self.say(Warned(code="step_skipped", message=f"{what}; the update was left out", step=step))
+        step_tokens = self.feed.tokens(data_step)
+        progress = progress.after(step_tokens, trouble)
+        self.meters.end_step(result, step_tokens, self.feed.waited)
+        if self.calendar.logs(step):
+            self._log(progress, result)
+        return progress
+
+    def _seeding(self, step: int) -> Callable[[int], None]:
+        if self.spec.model.dropout == 0:
+            return lambda _: None
+        return lambda micro: seed_dropout(self.spec.training.seed, step, self.ranks.rank, micro)
+
+    def _suspects(self, result: StepResult) -> tuple[int, ...]:
+        """Rows of all ranks whose loss was not finite. Every rank is here, because all saw the same gradient."""
+        own = [float(row) for row in result.suspects[:8]]
+        rows = self.ranks.gather((own + [-1.0] * 8)[:8])
+        return tuple(int(row) for rank_rows in rows for row in rank_rows if row >= 0)
+
+    def _rolled_back(self, progress: Progress, what: str) -> Progress:
+        """Back to the newest sound checkpoint; the data from there to the bad step is left out from now on."""
+        path = self.ranks.from_leader(lambda: newest_of(self.saver.products, self.say))
+        if path is None:
+            raise _diverged(f"{what}, and there is no checkpoint to go back to", progress.trouble)
+        state = self.trainee.load(path)
+        self.meters.rewind(own_interval(state.interval, self.ranks))
+        bad_step = progress.step + 1
+        message = f"{what}; back at step {state.step}, and on without the data of steps {state.step + 1} to {bad_step}"
+        self.say(Warned(code="rolled_back", message=message, step=bad_step, data={"to_step": state.step}))
+        offset = progress.data_offset + bad_step - state.step
+        return replace(Progress.of(state), data_offset=offset, trouble=progress.trouble)
+
+    def _log(self, progress: Progress, result: StepResult) -> None:
+        """The metric line that is due, with the held-out loss where that is due too."""
+        step, held_out = progress.step, self.material.evaluation
+        eval_loss = None
+        if held_out is not None and self.calendar.evaluates(step):
+            self.say(PhaseChanged(phase=Phase.EVALUATING))
+            eval_loss = Evaluation(held_out, self.ranks, self.spec.training.batch_size).loss(self.trainee)
+            self.say(PhaseChanged(phase=Phase.TRAINING))
+        line = self.meters.line(
+            step=step,
+            epoch=self.feed.order.epochs_done(step),
+            learning_rate=self.rate.at(step),
+            tokens=progress.tokens,
+            grad_norm=result.grad_norm,
+            eval_loss=eval_loss,
+        )
+        self.say(line)
+        self.trackers.log(line)
+
+    def _save(self, progress: Progress, *, must: bool) -> None:
+        """Checkpoint and weights, and what the model writes now."""
+        self.saver.save(self.trainee, progress, self.meters, must=must)
+        if self.ranks.leads and self.calendar.saves(progress.step):
+            prompts, limit = self.spec.reporting.sample_prompts, self.spec.model.max_position_embeddings
+            model, tokenizer = self.trainee.model, self.material.tokenizer
+            for sample in written(model, tokenizer, prompts, progress.step, self.trainee.precision, limit):
+                self.say(sample)
+        self.ranks.wait_for_all()
+        self.say(PhaseChanged(phase=Phase.TRAINING))
+
+
+def _diverged(what: str, trouble: gate.Trouble) -> Failure:
+    """The failure of a run whose numbers are no longer numbers. Every checkpoint is from before."""
+    counts = f" ({trouble.skipped} steps skipped, {trouble.rollbacks} rollbacks)" if trouble != gate.Trouble() else ""
+    hint = (
+        "Resume goes on from the last sound checkpoint. Lower training.learning_rate, set training.grad_clip or "
+        'training.warmup_steps, look at those rows, or set training.on_nonfinite to "skip" or "rollback".'
+    )
+    return Failure(Reason.DIVERGED, f"{what}{counts}; the update was not applied", hint)
