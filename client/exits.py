@@ -44,7 +44,7 @@ def exit_of_error(error: TrainyardError) -> Exit:
 
 def restart_pending(job: Mapping[str, Any]) -> bool:
     """Whether an interrupted job is waiting for its own restart, so that there is something to wait for."""
-    return job["status"] == JobStatus.INTERRUPTED and job.get("desired") == "run"
+    return job["status"] == JobStatus.INTERRUPTED and job.get("restart_at") is not None
 
 
 def at_rest(job: Mapping[str, Any]) -> bool:

@@ -161,7 +161,10 @@ def _footer(scene: Scene, now: datetime) -> Line:
 def _cut(line: Line, width: int) -> Line:
     """The line without what does not fit: a line that wraps would break the redrawing in place."""
     kept: list[Piece] = []
+    left = width
     for text, style in line:
-        left = width - sum(len(piece) for piece, _ in kept)
-        kept.append((one_line(text, max(left, 0)), style) if len(text) > left else (one_line(text, len(text)), style))
+        kept.append((one_line(text, left), style))
+        left -= len(text)
+        if left <= 0:
+            break
     return kept

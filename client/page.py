@@ -12,10 +12,17 @@ def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:
     """Lines of `trainyard show`."""
     phase = f" ({job['phase']})" if job.get("phase") else ""
     lines = [f"{job['name']}   {job['id']}   {status_word(job['status'])}{phase}"]
-    lines += [str(text) for text in (job.get("summary"), job.get("message")) if text]
+    lines += _sentences(job)
     for block in (_facts(job, now), _alerts(job), error_card(job), _actions(job)):
         lines += ["", *block] if block else []
     return lines
+
+
+def _sentences(job: Mapping[str, Any]) -> list[str]:
+    """The summary, and the message where it says more."""
+    summary, message = str(job.get("summary") or ""), str(job.get("message") or "")
+    repeated = message.rstrip(".").lower() in summary.lower()
+    return [text for text in (summary, "" if repeated else message) if text]
 
 
 def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:

@@ -115,14 +115,8 @@ def events(args: argparse.Namespace, console: Console) -> int:
 
 
 def _event_row(event: Any) -> Row:
-    what = (
-        event.get("message") or event.get("detail") or _rest(event, {"id", "object", "job_id", "at", "kind", "message"})
-    )
-    return (str(event.get("at", UNKNOWN)), str(event.get("kind", UNKNOWN)), one_line(str(what), 200))
-
-
-def _rest(row: Any, known: set[str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in row.items() if key not in known and value is not None)
+    by = "" if event.get("actor") in (None, "") else f"  (by {event['actor']})"
+    return (str(event.get("at", UNKNOWN)), str(event.get("kind")), one_line(f"{event.get('message')}{by}", 200))
 
 
 def checkpoints(args: argparse.Namespace, console: Console) -> int:
@@ -139,20 +133,20 @@ def _checkpoint_row(found: Any) -> Row:
 
 def attempts(args: argparse.Namespace, console: Console) -> int:
     """`trainyard attempts`."""
-    return _rows(args, console, Trainyard.attempts, ("ATTEMPT", "FROM STEP", "BEGAN", "ENDED", "HOW"), _attempt_row)
+    return _rows(
+        args,
+        console,
+        Trainyard.attempts,
+        ("ATTEMPT", "WHY", "FROM STEP", "TO STEP", "BEGAN", "ENDED", "HOW"),
+        _attempt_row,
+    )
 
 
 def _attempt_row(found: Any) -> Row:
-    outcome = " ".join(str(found[key]) for key in ("outcome", "reason", "message") if found.get(key))
-    number = found.get("number", found.get("attempt", UNKNOWN))
-    began, ended = found.get("started_at") or found.get("created_at"), found.get("ended_at") or found.get("finished_at")
-    return (
-        str(number),
-        count(found.get("start_step")),
-        str(began or UNKNOWN),
-        str(ended or UNKNOWN),
-        one_line(outcome, 160),
-    )
+    how = ": ".join(str(found[key]) for key in ("outcome", "message") if found.get(key))
+    steps = (count(found.get("start_step")), count(found.get("end_step")))
+    times = (str(found.get("created_at") or UNKNOWN), str(found.get("ended_at") or UNKNOWN))
+    return (str(found["number"]), str(found.get("trigger")), *steps, *times, one_line(how, 160))
 
 
 def samples(args: argparse.Namespace, console: Console) -> int:
@@ -175,11 +169,10 @@ def devices(args: argparse.Namespace, console: Console) -> int:
 
 
 def _device_row(found: Any) -> Row:
-    name = one_line(str(found.get("model") or found.get("name") or UNKNOWN), CELL)
-    memory = found.get("memory_bytes") or found.get("memory_total_bytes")
-    lease = found.get("leased_to") or found.get("job_id") or found.get("lease") or "free"
-    lease = lease.get("job_id", lease) if isinstance(lease, dict) else lease
-    return (str(found.get("id")), name, size(memory), str(lease))
+    name = one_line(str(found.get("model") or UNKNOWN), CELL)
+    strangers = ", ".join(map(str, found.get("processes") or []))
+    lease = str(found.get("job_id") or ("free" if not strangers else f"nobody, but used by process {strangers}"))
+    return (str(found["id"]), name, size(found.get("memory_bytes")), lease)
 
 
 def version(args: argparse.Namespace, console: Console) -> int:

@@ -88,6 +88,7 @@ class Job(TypedDict, total=False):
     allowed_actions: list[Action]
     summary: str
     alerts: list[Any]
+    restart_at: str | None
     created_at: str
     queued_at: str | None
     started_at: str | None

@@ -139,7 +139,7 @@ def one_line(text: str, width: int) -> str:
     Names and messages come from others: a terminal must not obey what is in them.
     """
     clean = "".join(character if character.isprintable() else " " for character in text)
-    return clean if len(clean) <= width else clean[: max(0, width - 3)] + "..."
+    return clean if len(clean) <= width else clean[: max(0, width - 3)] + "..."[:width]
 
 
 def safe(text: str) -> str:

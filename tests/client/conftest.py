@@ -1,0 +1,59 @@
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from client import api, cli, watch
+from client.api import Trainyard
+from client.connection import Connection
+from tests.client.fake_service import QUICK, URL, FakeService, console, job, written
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TRAINYARD_URL", "TRAINYARD_TOKEN", "TRAINYARD_HOME", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "110")
+    monkeypatch.setenv("TERM", "xterm")
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService(job())
+
+
+@pytest.fixture
+def trainyard(service: FakeService) -> Trainyard:
+    return Trainyard(URL, patience=QUICK, transport=service.transport)
+
+
+@pytest.fixture
+def run(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command against the fake: ``run("list", "--json")`` -> (exit code, stdout, stderr)."""
+
+    def connected(url: str, token: str | None, timeout: float, *_: object) -> Connection:
+        return Connection(url, token, timeout, QUICK, service.transport)
+
+    monkeypatch.setattr(api, "Connection", connected)
+    monkeypatch.setattr(watch, "INTERVAL", 0.001)
+
+    def command(*arguments: str, typed: str = "", terminal: bool = False) -> tuple[int, str, str]:
+        to = console(typed, terminal=terminal)
+        try:
+            code = cli.main(list(arguments), to)
+        except SystemExit as error:
+            code = int(str(error.code))
+        return (int(code), *written(to))
+
+    return command
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port of this machine where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

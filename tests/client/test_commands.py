@@ -1,0 +1,287 @@
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from client.arguments import build_parser
+from client.cli import runner
+from tests.client.conftest import Run
+from tests.client.fake_service import FakeService, body_of, job, metric, problem, refused
+
+READING = ("list", "show", "metrics", "events", "checkpoints", "attempts", "samples", "devices", "version")
+OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "logs")
+
+
+def arguments(command: str) -> list[str]:
+    return [command, "pre-12"] if command in OF_JOB else [command]
+
+
+def subcommands() -> list[str]:
+    actions = [action for action in vars(build_parser())["_actions"] if action.dest == "command"]
+    return list(actions[0].choices)
+
+
+def test_the_commands_are_those_of_the_contract() -> None:
+    expected = "demo serve submit list show watch metrics logs events checkpoints attempts samples devices "
+    expected += "pause resume cancel kill delete tokenizer corpus db version"
+    assert set(subcommands()) == set(expected.split())
+
+
+def test_every_command_names_a_function_that_exists() -> None:
+    lines = [[name, *(["j"] if name in (*OF_JOB, "watch", "pause", "resume", "cancel", "kill", "delete") else [])]
+             for name in subcommands() if name not in ("submit", "tokenizer", "corpus", "db")]  # fmt: skip
+    lines += [["tokenizer", "train", "f", "--out", "d"], ["corpus", "check", "f"], ["db", "upgrade"]]
+    for line in lines:
+        assert callable(runner(build_parser().parse_args(line).run)), line
+
+
+def test_building_the_parser_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; import client.cli; client.cli.build_parser(); "
+        "print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("torch", "pydantic", "httpx2", "rich", "numpy", "sqlalchemy", "fastapi"):
+        assert f"'{heavy}'" not in loaded
+
+
+@pytest.mark.parametrize("command", [*READING, "logs"])
+def test_every_reading_command_speaks_json(run: Run, service: FakeService, command: str) -> None:
+    service.log = "a\n"
+    code, out, _ = run(*arguments(command), "--json")
+    assert code == 0
+    assert isinstance(json.loads(out), dict)
+
+
+@pytest.mark.parametrize("command", [*READING, "watch", "logs", "pause", "resume", "cancel", "kill", "delete"])
+def test_exit_codes_without_a_service_and_without_a_right(run: Run, service: FakeService, command: str) -> None:
+    line = [command] if command in ("list", "devices", "version") else [command, "pre-12"]
+    service.faults = [refused] * 50
+    code, _, err = run(*line)
+    assert code == (0 if command == "version" else 3)
+    assert "connection refused" in err
+    service.faults = [lambda _: problem(401, "unauthorized", "A valid token is needed.")]
+    assert run(*line)[0] == 4
+
+
+@pytest.mark.parametrize("line", [[], ["nonsense"], ["show"], ["list", "--limit", "x"], ["show", "a", "--jso"]])
+def test_wrong_usage_is_2(run: Run, capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
+    assert run(*line)[0] == 2
+    assert "usage: trainyard" in capsys.readouterr().err
+
+
+def test_a_name_that_is_shared_is_wrong_usage(run: Run, service: FakeService) -> None:
+    service.jobs["job_2"] = job(id="job_2")
+    code, _, err = run("show", "pre-12")
+    assert code == 2
+    assert "job_7f3kq9" in err
+    assert "job_2" in err
+
+
+def test_a_refusal_is_1_and_says_everything(run: Run, service: FakeService) -> None:
+    service.faults = [
+        lambda _: None,
+        lambda _: problem(409, "invalid_state", "The job is failed.", allowed_actions=["resume", "delete"]),
+    ]
+    code, out, err = run("pause", "pre-12")
+    assert (code, out) == (1, "")
+    assert "The job is failed. [invalid_state]" in err
+    assert "what fits now: resume, delete" in err
+
+
+def test_an_error_of_the_service_names_the_request(run: Run, service: FakeService) -> None:
+    service.faults = [lambda _: problem(500, "internal_error", "The service made a mistake.")]
+    code, _, err = run("list")
+    assert code == 1
+    assert "req-1" in err
+
+
+def test_list(run: Run, service: FakeService) -> None:
+    service.jobs["job_2"] = job("queued", id="job_2", name="wait\x1b[2J", progress=None)
+    code, out, _ = run("list")
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["ID", "NAME", "STATUS", "STEP", "LOSS", "ETA", "CREATED"]
+    assert lines[1].startswith("job_7f3kq9  pre-12")
+    assert "> RUNNING  12,400 / 40,000  2.887  2 h 10 min" in lines[1]
+    assert "~ QUEUED" in lines[2]
+    assert "\x1b" not in out
+
+
+def test_list_says_that_there_is_more(run: Run, service: FakeService) -> None:
+    for number in range(5):
+        service.jobs[f"job_{number}"] = job(id=f"job_{number}")
+    _, out, err = run("list", "--limit", "3")
+    assert len(out.splitlines()) == 4
+    assert "trainyard list --limit 30" in err
+    assert json.loads(run("list", "--limit", "3", "--json")[1])["has_more"] is True
+
+
+def test_an_empty_list_says_what_to_type(run: Run, service: FakeService) -> None:
+    service.jobs.clear()
+    assert run("list")[1] == ""
+    assert "trainyard submit" in run("list")[2]
+
+
+def test_show(run: Run, service: FakeService) -> None:
+    error: dict[str, Any] = {
+        "code": "diverged",
+        "message": "loss is NaN at step 7",
+        "hint": "lower the rate",
+        "rank": None,
+    }
+    service.jobs["job_7f3kq9"] = job(
+        "failed",
+        error=error,
+        message="Loss is NaN",
+        summary="Failed at step 7.",
+        resumable=True,
+        alerts=[{"message": "flat"}],
+    )
+    code, out, _ = run("show", "pre-12")
+    assert code == 0
+    for line in (
+        "pre-12   job_7f3kq9   ! FAILED",
+        "Failed at step 7.",
+        "Loss is NaN",
+        "  progress   step 12,400 of 40,000, 31.0 %, ETA 2 h 10 min",
+        "  alert: flat",
+        "error: loss is NaN at step 7 [diverged]",
+        "hint: lower the rate",
+        "  you can: pause",
+        "  resume     possible",
+    ):
+        assert line in out.splitlines(), line
+
+
+def test_show_does_not_say_the_same_twice(run: Run, service: FakeService) -> None:
+    service.jobs["job_7f3kq9"] = job("failed", message="rank 1 died.", summary="Rank 1 died. Try again.")
+    out = run("show", "job_7f3kq9")[1]
+    assert out.lower().count("rank 1 died") == 1
+
+
+def test_metrics_as_table_and_csv(run: Run, service: FakeService) -> None:
+    service.curve = [metric(1, 8.76), metric(2, None)]
+    lines = run("metrics", "pre-12")[1].splitlines()
+    assert lines[1].split() == ["1", "8.7600", "2.61e-04", "0.480", "118,240"]
+    assert "not finite" in lines[2]
+    rows = run("metrics", "pre-12", "--csv")[1].splitlines()
+    assert rows[0].startswith("step,attempt,epoch,loss,")
+    assert rows[1].startswith("1,1,0.1,8.76,")
+    assert rows[2].startswith("2,1,0.1,,")
+    assert run("metrics", "pre-12", "--after-step", "1", "--csv")[1].count("\n") == 2
+    assert run("metrics", "pre-12", "--attempt", "7", "--csv")[1] == ""
+
+
+def test_the_other_tables(run: Run, service: FakeService) -> None:
+    service.rows = {
+        "events": [{"id": "1", "at": "2026-01-31T16:31:05Z", "kind": "status", "message": "queued", "actor": "user"}],
+        "checkpoints": [{"step": 60, "kind": "full", "loss": 5.5, "bytes": 12_000_000, "sha256": "ab12", "path": "/c"}],
+        "attempts": [
+            {"number": 1, "trigger": "submit", "start_step": 0, "end_step": 60, "created_at": "t0", "ended_at": "t1",
+             "outcome": "stopped", "message": "saved"},
+        ],
+        "samples": [{"step": 60, "prompt": "Return", "text": "the\nvalue"}],
+        "devices": [
+            {"id": "cpu:0", "model": "CPU core", "memory_bytes": None, "job_id": None, "processes": []},
+            {"id": "cuda:0", "model": "H100", "memory_bytes": 80_000_000_000, "job_id": None, "processes": [7]},
+        ],
+    }  # fmt: skip
+    assert run("events", "pre-12")[1].splitlines()[1] == "2026-01-31T16:31:05Z  status  queued  (by user)"
+    assert run("checkpoints", "pre-12")[1].splitlines()[1] == "60    full  5.5000  12.0 MB  ab12    /c"
+    assert run("attempts", "pre-12")[1].splitlines()[1].split() == [
+        "1",
+        "submit",
+        "0",
+        "60",
+        "t0",
+        "t1",
+        "stopped:",
+        "saved",
+    ]
+    assert run("samples", "pre-12")[1] == "step 60  'Return'\n  the\n  value\n"
+    devices = run("devices")[1].splitlines()
+    assert devices[1].split() == ["cpu:0", "CPU", "core", "-", "free"]
+    assert devices[2].endswith("80.0 GB  nobody, but used by process 7")
+
+
+def test_version_names_both(run: Run) -> None:
+    assert run("version")[1] == "client 0.1.0\nservice 9.9 at http://127.0.0.1:8000\n"
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "cancel", "kill"])
+def test_actions_say_the_state_and_what_is_next(run: Run, service: FakeService, verb: str) -> None:
+    code, out, err = run(verb, "pre-12")
+    assert (code, out) == (0, "job_7f3kq9 running\n")
+    assert err.startswith("next:  trainyard watch pre-12")
+    assert service.requests[-1].url.path == f"/jobs/job_7f3kq9/{verb}"
+
+
+def test_resume_with_changes(run: Run, service: FakeService) -> None:
+    run("resume", "pre-12", "--max_steps", "500", "--set", "resources.nproc_per_node=2", "--set", "device=cpu")
+    assert body_of(service.requests[-1]) == {"max_steps": 500, "resources": {"nproc_per_node": 2, "device": "cpu"}}
+    code, _, err = run("resume", "pre-12", "--set", "training.batch_size=2")
+    assert code == 2
+    assert "only resources" in err
+
+
+@pytest.mark.parametrize(("typed", "left", "code"), [("y\n", 0, 0), ("n\n", 1, 1)])
+def test_delete_asks_on_a_terminal(run: Run, service: FakeService, typed: str, left: int, code: int) -> None:
+    found, _, err = run("delete", "pre-12", typed=typed, terminal=True)
+    assert (found, len(service.jobs)) == (code, left)
+    assert "with its checkpoints" in err
+
+
+def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> None:
+    assert run("delete", "pre-12", "--json")[:2] == (0, '{"id": "job_7f3kq9", "deleted": true}\n')
+    assert service.jobs == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "module", "passed", "settings"),
+    [
+        (
+            ["serve", "--host", "::1", "--port", "81", "--home", "/h", "--database-url", "sqlite://"],
+            "service",
+            [],
+            {
+                "TRAINYARD_HOST": "::1",
+                "TRAINYARD_PORT": "81",
+                "TRAINYARD_HOME": "/h",
+                "TRAINYARD_DATABASE_URL": "sqlite://",
+            },
+        ),
+        (["db", "upgrade", "--home", "/h"], "service.db", ["upgrade"], {"TRAINYARD_HOME": "/h"}),
+        (
+            ["tokenizer", "train", "f.jsonl", "--vocab-size", "500", "--out", "d"],
+            "worker.tokenizers",
+            ["train", "f.jsonl", "--vocab-size", "500", "--out", "d", "--text-field", "text"],
+            {},
+        ),
+        (["corpus", "check", "f", "--text-field", "b"], "worker.corpus", ["check", "f", "--text-field", "b"], {}),
+    ],
+)
+def test_local_commands_become_their_program(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    line: list[str],
+    module: str,
+    passed: list[str],
+    settings: dict[str, str],
+) -> None:
+    became: list[Any] = []
+
+    def execve(program: str, arguments: list[str], environment: dict[str, str]) -> None:
+        became.extend([program, arguments, environment])
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execve", execve)
+    run(*line)
+    program, arguments_, environment = became
+    assert program == sys.executable
+    assert arguments_ == [sys.executable, "-m", module, *passed]
+    given = {name: value for name, value in environment.items() if name.startswith("TRAINYARD_")}
+    assert given == settings

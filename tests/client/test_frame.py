@@ -1,0 +1,91 @@
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from client.frame import MOST_LINES, frame, plain
+from client.scene import Scene
+from contract.status import JobStatus
+from tests.client.fake_service import NOW, URL, job, metric
+
+
+def scene(**changes: Any) -> Scene:
+    made = Scene(handle="pre-12", url=URL, job=job(**changes), seen_at=NOW)
+    made.curve.extend(metric(step, 8.0 - step / 2000, attempt=2) for step in range(100, 12401, 100))
+    made.curve.extend([metric(12400, 2.887, attempt=2, eval_loss=None)])
+    made.curve.evaluated = (12000, 3.021)
+    return made
+
+
+def drawn(of: Scene, width: int = 110) -> list[str]:
+    return plain(frame(of, NOW, width))
+
+
+def test_the_picture_of_a_running_job() -> None:
+    eta = (NOW + timedelta(seconds=7800)).astimezone().strftime("%H:%M")
+    lines = drawn(scene())
+    ema = lines[2].split()[1]
+    assert 2.0 < float(ema) < 3.0
+    assert lines == [
+        "pre-12   attempt 2   job_7f3kq9" + " " * 41 + "Ctrl-C detaches; the job keeps running",
+        f"> RUNNING   step 12,400 / 40,000   31.0 %   #########---------------------   ETA 2 h 10 min ({eta})",
+        f"  loss      {ema} ema   2.887 last   ██▇▇▇▆▆▆▆▅▅▅▄▄▄▃▃▃▂▂▂▁▁▁   eval 3.021 at 12,000",
+        "  speed     118,240 tok/s   0.277 s/step   MFU 41 %   tokens 406 M of 1.31 B",
+        "  optim     lr 2.61e-04   grad norm 0.48",
+        "  ckpt      12,000 saved 3 min ago, 766.0 MB; next in 2 min 46 s",
+        "live, updated 1 s ago   http://127.0.0.1:8000/jobs/job_7f3kq9",
+    ]
+
+
+def test_before_the_first_look_there_is_a_picture_too() -> None:
+    empty = Scene(handle="pre-12", url=URL, lost="connection refused")
+    assert drawn(empty)[0].startswith("pre-12")
+    assert drawn(empty)[-1] == f"reconnecting, no answer for now   {URL}"
+
+
+def test_a_lost_service_keeps_the_numbers_and_says_since_when() -> None:
+    lost = scene()
+    lost.lost, lost.seen_at = "connection refused", NOW - timedelta(seconds=12)
+    lines = drawn(lost)
+    assert lines[-1] == "reconnecting, no answer for 12 s   http://127.0.0.1:8000/jobs/job_7f3kq9"
+    assert lines[:-1] == drawn(scene())[:-1]
+
+
+def test_a_waiting_job_says_what_for() -> None:
+    waiting = Scene("p", URL, job("queued", progress={"step": None}, checkpoint=None, summary="Waiting for 2 GPUs."))
+    assert drawn(waiting)[1:3] == ["~ QUEUED", "  Waiting for 2 GPUs."]
+
+
+def test_a_phase_that_is_not_training_is_named() -> None:
+    lines = drawn(scene(phase="preparing_data", summary="Preparing the data (40 %)."))
+    assert lines[1].startswith("> RUNNING (preparing_data)   step")
+    assert lines[2] == "  Preparing the data (40 %)."
+
+
+def test_messages_and_alerts_are_there_but_never_too_many_lines() -> None:
+    alerts = [{"code": "flat", "message": f"alert {number}\nsecond line"} for number in range(30)]
+    lines = drawn(scene(message="restarting in 5 s, 1 of 3", alerts=alerts))
+    assert "  restarting in 5 s, 1 of 3" in lines
+    assert "  alert     alert 0 second line" in lines
+    assert len(lines) <= MOST_LINES
+    assert lines[-1].startswith("live")
+
+
+@pytest.mark.parametrize("width", [1, 20, 40, 80, 200])
+def test_no_line_is_longer_than_the_screen(width: int) -> None:
+    lines = drawn(scene(name="n" * 300 + "\x1b[2J", message="m" * 500), width)
+    assert max(map(len, lines)) <= width
+    assert not any("\x1b" in line or "\n" in line for line in lines)
+
+
+@pytest.mark.parametrize("status", list(JobStatus))
+def test_every_status_is_a_word(status: JobStatus) -> None:
+    assert status.upper() in drawn(scene(status=status))[1]
+
+
+def test_unknown_numbers_are_dashes() -> None:
+    bare = Scene("p", URL, job(progress={"step": 3, "steps": None, "percent": None}, checkpoint=None, plan=None))
+    text = "\n".join(drawn(bare))
+    assert "step 3 / -" in text
+    assert "loss      - ema   - last" in text
+    assert "MFU" not in text

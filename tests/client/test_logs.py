@@ -1,0 +1,91 @@
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from client.api import Trainyard
+from client.connection import Patience
+from client.logs import LogReader, follow_log
+from tests.client.conftest import Run
+from tests.client.fake_service import URL, FakeService, console, job, problem, refused, written
+from tests.client.test_watch import Hurried
+
+JOB = "job_7f3kq9"
+
+
+def options(**changes: Any) -> argparse.Namespace:
+    given = {"json": False, "timeout": None, "rank": None, "attempt": None, "tail": None, "job": "pre-12"}
+    return argparse.Namespace(**(given | changes))
+
+
+def follow(service: FakeService, script: Callable[[float], None], **changes: Any) -> tuple[int, str, str]:
+    trainyard = Trainyard(URL, patience=Patience(seconds=0), transport=service.transport)
+    args, to = options(**changes), console()
+    reader = LogReader(trainyard, trainyard.job(JOB), args)
+    code = follow_log(reader, args, to, Hurried(after_sleep=script))
+    return (int(code), *written(to))
+
+
+def test_a_log_is_printed_once_and_as_it_is(run: Run, service: FakeService) -> None:
+    service.log = "one\ntwo\n\x1b[2Jthree"
+    assert run("logs", "pre-12")[:2] == (0, "one\ntwo\n\N{REPLACEMENT CHARACTER}[2Jthree")
+
+
+def test_tail_rank_and_attempt_are_asked_of_the_service(run: Run, service: FakeService) -> None:
+    service.log = "one\ntwo\n"
+    assert run("logs", "pre-12", "--tail", "1", "--rank", "3", "--attempt", "1")[1] == "two\n"
+    asked = next(request for request in service.requests if request.url.path.endswith("/logs"))
+    assert dict(asked.url.params) == {"attempt": "1", "rank": "3", "tail": "1"}
+
+
+def test_no_log_yet_is_no_error(run: Run, service: FakeService) -> None:
+    service.faults = [lambda _: None, lambda _: problem(404, "log_not_found", "The attempt has no such log yet.")]
+    assert run("logs", "pre-12") == (0, "", "")
+
+
+def test_follow_prints_what_comes_until_the_end(service: FakeService) -> None:
+    service.log = "a\n"
+
+    def script(passed: float) -> None:
+        service.log += f"{passed:.0f}\n"
+        if passed >= 3:
+            service.jobs[JOB] = job("failed", message="why")
+
+    code, out, err = follow(service, script)
+    assert (code, out) == (10, "a\n1\n2\n3\n")
+    assert "failed: why" in err
+
+
+def test_follow_goes_over_to_a_new_attempt(service: FakeService) -> None:
+    service.log = "first\n"
+
+    def script(passed: float) -> None:
+        service.log = "second\n"
+        service.jobs[JOB] = job("succeeded" if passed > 2 else "running", attempt=3)
+
+    assert follow(service, script)[:2] == (0, "first\nsecond\n")
+
+
+def test_follow_outlives_the_service(service: FakeService) -> None:
+    service.log = "a\n"
+
+    def script(passed: float) -> None:
+        service.faults = [refused] if passed < 3 else []
+        if passed >= 3:
+            service.jobs[JOB] = job("succeeded")
+
+    code, out, err = follow(service, script)
+    assert (code, out) == (0, "a\n")
+    assert "reconnecting: connection refused" in err
+
+
+@pytest.mark.parametrize(("timeout", "code"), [(2.0, 124), (None, 130)])
+def test_follow_ends_by_timeout_or_ctrl_c(service: FakeService, timeout: float | None, code: int) -> None:
+    def script(passed: float) -> None:
+        if passed > 5:
+            raise KeyboardInterrupt
+
+    found, _, err = follow(service, script, timeout=timeout)
+    assert found == code
+    assert "Job continues." in err

@@ -1,0 +1,150 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.client.conftest import Run
+from tests.client.fake_service import FakeService, body_of, job, problem
+
+
+def sent(service: FakeService) -> Any:
+    return body_of(next(request for request in service.requests if request.method == "POST"))
+
+
+def test_off_a_terminal_it_submits_at_once(run: Run, service: FakeService) -> None:
+    code, out, err = run(
+        "submit", "--data_path", "/d/a.jsonl", "--batch_size", "64", "--name", "mine", "--labels", "a=1"
+    )
+    assert code == 0
+    assert out == "job_0\n"
+    assert "next:  trainyard watch job_0" in err
+    assert sent(service) == {
+        "data": {"data_path": "/d/a.jsonl"},
+        "training": {"batch_size": 64},
+        "name": "mine",
+        "labels": {"a": "1"},
+    }
+
+
+def test_a_spec_file_with_flags_behind_it(run: Run, service: FakeService, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps({"data": {"data_path": "/d"}, "training": {"epochs": 1}, "labels": {"a": "1"}}))
+    code, _, _ = run("submit", str(file), "--epochs", "2", "--labels", "b=2", "--set", "checkpoint.keep_last=5")
+    assert code == 0
+    assert sent(service) == {
+        "data": {"data_path": "/d"},
+        "training": {"epochs": 2},
+        "labels": {"a": "1", "b": "2"},
+        "checkpoint": {"keep_last": 5},
+    }
+
+
+def test_a_spec_from_stdin_is_not_asked_about(run: Run, service: FakeService) -> None:
+    code, _, _ = run("submit", "-", typed='{"data": {"data_path": "/d"}}', terminal=True)
+    assert code == 0
+    assert sent(service) == {"data": {"data_path": "/d"}}
+
+
+def test_relative_paths_are_made_absolute(
+    run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("submit", "--data_path", "a.jsonl")
+    assert sent(service)["data"]["data_path"] == str(tmp_path / "a.jsonl")
+
+
+def test_json_prints_the_job(run: Run) -> None:
+    code, out, _ = run("submit", "--data_path", "/d", "--json")
+    assert code == 0
+    assert json.loads(out)["id"] == "job_0"
+
+
+@pytest.mark.parametrize(("typed", "code", "posts"), [("\n", 0, 1), ("y\n", 0, 1), ("n\n", 1, 0), ("", 1, 0)])
+def test_on_a_terminal_it_shows_and_asks(run: Run, service: FakeService, typed: str, code: int, posts: int) -> None:
+    found, _, err = run("submit", "--data_path", "/d", "--batch_size", "64", typed=typed, terminal=True)
+    assert found == code
+    assert len([request for request in service.requests if request.method == "POST"]) == posts
+    assert re.search(r"training\.batch_size +64\n", err)
+    assert "Submit? [Y/n]" in err
+    assert "accumulation_steps" not in err
+
+
+def test_yes_does_not_ask(run: Run, service: FakeService) -> None:
+    code, _, err = run("submit", "--data_path", "/d", "-y", terminal=True)
+    assert code == 0
+    assert "Submit?" not in err
+
+
+def test_on_a_terminal_a_wrong_spec_is_not_worth_a_question(run: Run, service: FakeService) -> None:
+    code, _, err = run("submit", "--batch_size", "0", terminal=True)
+    assert code == 1
+    assert service.requests == []
+    assert "--batch_size (/training/batch_size):" in err
+    assert "/data/data_path: is required" in err
+
+
+def test_every_problem_of_the_service_is_printed_with_its_flag(run: Run, service: FakeService) -> None:
+    errors = [
+        {"pointer": "/training/learning_rate", "message": "must be greater than 0"},
+        {"pointer": "/training/epochs", "message": "must be positive"},
+        {"pointer": "/data/data_path", "message": "is required"},
+        {"pointer": "", "message": "must be an object"},
+    ]
+    service.faults = [lambda _: problem(422, "invalid_spec", "4 mistakes found", errors=errors)]
+    code, out, err = run("submit", "--learning_rate", "0", "--num_train_epochs", "-1")
+    assert (code, out) == (1, "")
+    assert "4 mistakes found" in err
+    assert "--learning_rate (/training/learning_rate): must be greater than 0" in err
+    assert "--num_train_epochs (/training/epochs): must be positive" in err
+    assert "  /data/data_path: is required" in err
+    assert "  the spec: must be an object" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--batchsize", "3"], "there is no flag --batchsize; did you mean --batch_size"),
+        ([], "give a SPEC.json"),
+        (["/nowhere/spec.json"], "cannot read /nowhere/spec.json: No such file"),
+        (["--data_path", "/d", "--timeout", "3"], "--watch"),
+        (["--data_path", "/d", "--labels", "x"], "KEY=VALUE"),
+        (["--data_path"], "expected one argument"),
+    ],
+)
+def test_wrong_usage(
+    run: Run, service: FakeService, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    code, _, err = run("submit", *arguments)
+    assert code == 2
+    assert said in err + capsys.readouterr().err
+    assert service.requests == []
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"a"', "[" * 100_000])
+def test_a_file_that_holds_no_spec(run: Run, tmp_path: Path, text: str) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(text)
+    code, _, err = run("submit", str(file))
+    assert code == 2
+    assert str(file) in err
+
+
+def test_watch_follows_with_the_run_s_exit_code(run: Run, service: FakeService) -> None:
+    service.faults = [
+        lambda _: None,
+        lambda _: service.jobs.update(job_0=job("failed", id="job_0", message="diverged")),
+    ]
+    code, out, err = run("submit", "--data_path", "/d", "--watch")
+    assert code == 10
+    assert "status=failed" in out
+    assert "failed: diverged" in err
+
+
+def test_help_shows_the_spec_s_groups(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, _ = run("submit", "--help")
+    shown = capsys.readouterr().out
+    assert code == 0
+    for part in ("--data_path", "--use_moe", "micro-batches in a step", "resources:", "--num_train_epochs"):
+        assert part in shown
