@@ -1,0 +1,16 @@
+"""Alembic's entry: works on the connection it is handed, inside its transaction."""
+
+from alembic import context
+
+from service.tables import Table
+
+connection = context.config.attributes["connection"]
+context.configure(
+    connection=connection,
+    target_metadata=Table.metadata,
+    compare_type=True,
+    # SQLite cannot alter a table in place; alembic copies it.
+    render_as_batch=connection.dialect.name == "sqlite",
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,95 @@
+"""``python -m service``: bind, say where, migrate, look after what lives, serve."""
+
+import argparse
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from contract.locks import FileLock, LockBusy
+from contract.rundir import write_json
+from service.app import build, create_app
+from service.launch.local import LocalLauncher
+from service.settings import Settings, UnsafeSettings
+
+BACKLOG = 512
+PREDECESSOR_SECONDS = 20.0
+SHUTDOWN_SECONDS = 10
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT. Runs go on without us. Returns an exit code."""
+    try:
+        settings = _settings(arguments)
+    except UnsafeSettings as error:
+        print(f"service: {error}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    settings.home.mkdir(parents=True, exist_ok=True)
+    try:
+        # Two services on one home would both launch; a predecessor that is shutting down is waited for.
+        with FileLock(settings.home / "service.lock").take(seconds=PREDECESSOR_SECONDS):
+            return _serve(settings)
+    except LockBusy:
+        print(f"service: another service runs on {settings.home}", file=sys.stderr)
+    except OSError as error:
+        print(f"service: {settings.host}:{settings.port}: {error}", file=sys.stderr)
+    return 1
+
+
+def _settings(arguments: list[str] | None) -> Settings:
+    parser = argparse.ArgumentParser(prog="python -m service", description="The Trainyard service")
+    parser.add_argument("--host", help="address to listen on (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="port to listen on (8000); 0: any free one")
+    parser.add_argument("--home", type=Path, help="directory for runs, database and caches (./trainyard-home)")
+    parser.add_argument("--database-url", help="default: SQLite in the home")
+    given = parser.parse_args(arguments)
+    return Settings.read(os.environ, given.host, given.port, given.home, given.database_url)
+
+
+def _serve(settings: Settings) -> int:
+    with _bound(settings) as listener:
+        url = _url(settings.host, listener.getsockname()[1])
+        services = build(settings, LocalLauncher(settings.home, settings.corpus_cache))
+
+        def ready() -> None:
+            print(f"Trainyard is ready at {url}", flush=True)
+
+        app = create_app(services, ready)
+        # Agents of runs that outlived our predecessor find us by this file.
+        write_json(settings.service_file, {"url": url})
+        config = uvicorn.Config(
+            app,
+            access_log=False,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_keep_alive=30,
+        )
+        server = uvicorn.Server(config)
+        server.run(sockets=[listener])
+        return 0 if server.started else 1
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """A listening socket: connections made from now on are answered as soon as we serve."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((settings.host, settings.port))
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _url(host: str, port: int) -> str:
+    """Where agents on this host reach us."""
+    local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
+    return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

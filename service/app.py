@@ -1,0 +1,80 @@
+"""The application: routes, errors, and a life that begins with the migrations and the scheduler."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+
+from contract.spec import JobSpec
+from service import status_routes
+from service.context import Services
+from service.dashboard import pages
+from service.db import Database
+from service.devices import routes as device_routes
+from service.devices.inventory import HostInventory, Inventory, visible_devices
+from service.errors import ServiceError, handle
+from service.jobs import products
+from service.jobs import routes as job_routes
+from service.launch.base import Launcher
+from service.metrics import routes as metric_routes
+from service.reports import routes as report_routes
+from service.scheduler.loop import Scheduler
+from service.settings import Settings
+from service.web import Gate
+
+DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
+
+
+def build(settings: Settings, launcher: Launcher, inventory: Inventory | None = None) -> Services:
+    """The parts of a service. Nothing runs yet, and nothing was written."""
+    settings.home.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.database_url)
+    devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
+    return Services(settings, database, devices, Scheduler(database, launcher, devices))
+
+
+def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
+    """The ASGI application. ``ready`` is called once it works; ``scheduling`` False leaves the rounds to the caller."""
+
+    @contextlib.asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        services.database.upgrade(services.settings.home / "migrate.lock")
+        if scheduling:
+            services.scheduler.start()
+        if ready is not None:
+            ready()
+        yield
+        services.scheduler.stop()
+        services.database.close()
+
+    app = FastAPI(
+        title="Trainyard",
+        version=status_routes.package_version(),
+        description=DESCRIPTION,
+        lifespan=life,
+        redoc_url=None,
+    )
+    app.state.services = services
+    for kind in (ServiceError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, handle)
+    app.add_middleware(Gate, settings=services.settings)
+    for routes in (job_routes, products, metric_routes, report_routes, device_routes, status_routes, pages):
+        app.include_router(routes.router)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
+    return app
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The document with the job spec in it: its body is read by our own parser, which FastAPI does not see."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        spec = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update(spec.pop("$defs"))
+        schemas["JobSpec"] = spec
+        app.openapi_schema = document
+    return app.openapi_schema

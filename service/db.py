@@ -1,0 +1,136 @@
+"""The database: one engine, readers that see one moment, writers that come one by one, and the migrations.
+
+SQLite by the standard library's driver, Postgres by psycopg 3. ``python -m service.db upgrade`` brings a database up to
+date; the service does the same when it starts.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import alembic.config
+from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy.engine import make_url
+from sqlalchemy.orm import Session
+
+import migrations
+from contract.locks import FileLock
+from service.settings import Settings
+
+BUSY_SECONDS = 30
+MIGRATION_LOCK = 7_263_054_117
+"""Key of the Postgres advisory lock that one migrating service holds."""
+
+
+class Database:
+    """Sessions on one database; `close` gives its connections back."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = _engine(url)
+        self.is_sqlite = self.engine.dialect.name == "sqlite"
+        # A reader on Postgres must see one moment too, as a SQLite reader does.
+        self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ") if not self.is_sqlite else None
+        self._writing = self.engine.execution_options(writes=True)
+        # SQLite has one writer at a time and its waiters poll; ours queue up instead.
+        self._turn: contextlib.AbstractContextManager[Any] = (
+            threading.Lock() if self.is_sqlite else contextlib.nullcontext()
+        )
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session for reading only; whatever it would change is dropped."""
+        with Session(self._reading or self.engine, autoflush=False, expire_on_commit=False) as session:
+            yield session
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[Session]:
+        """One transaction: committed when the block ends, dropped when it raises."""
+        with self._turn, Session(self._writing, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def upgrade(self, lock_file: Path | None = None) -> None:
+        """Run the migrations that are missing, one service at a time."""
+        with contextlib.ExitStack() as stack:
+            if self.is_sqlite and lock_file is not None:
+                stack.enter_context(FileLock(lock_file).take(seconds=BUSY_SECONDS))
+            connection = stack.enter_context(self._writing.begin())
+            if not self.is_sqlite:
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+            alembic.command.upgrade(alembic_config(connection), "head")
+
+    def close(self) -> None:
+        """Close every connection."""
+        self.engine.dispose()
+
+
+def alembic_config(connection: Connection) -> alembic.config.Config:
+    """Alembic, told to work on this very connection and its transaction."""
+    config = alembic.config.Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(Path(migrations.__path__[0])))
+    return config
+
+
+def _engine(url: str) -> Engine:
+    parsed = make_url(url)
+    if parsed.drivername in ("postgres", "postgresql"):
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    if parsed.get_backend_name() != "sqlite":
+        return create_engine(parsed, pool_size=16, max_overflow=32, pool_pre_ping=True, pool_timeout=10)
+    if parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_engine(
+        parsed,
+        pool_size=16,
+        max_overflow=32,
+        pool_timeout=BUSY_SECONDS,
+        connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
+    )
+    event.listen(engine, "connect", _prepare_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:
+    # The driver's own BEGIN is switched off: it comes too late and never as IMMEDIATE.
+    connection.isolation_level = None
+    for pragma in (
+        f"busy_timeout={BUSY_SECONDS * 1000}",
+        "journal_mode=WAL",
+        # FULL: an answered POST and an acknowledged outbox line survive a power cut, for one fsync a commit.
+        "synchronous=FULL",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A reader that turns into a writer later cannot wait for the lock and fails at once, so writers say so first.
+    writes = connection.get_execution_options().get("writes")
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m service.db upgrade [--database-url URL]``."""
+    parser = argparse.ArgumentParser(prog="python -m service.db", description="The service's database")
+    parser.add_argument("what", choices=["upgrade"], help="bring the tables up to date")
+    parser.add_argument("--database-url", help="default: TRAINYARD_DATABASE_URL, or SQLite in the home")
+    given = parser.parse_args(arguments)
+    settings = Settings.read(os.environ, host="127.0.0.1", database_url=given.database_url)
+    settings.home.mkdir(parents=True, exist_ok=True)
+    database = Database(settings.database_url)
+    try:
+        database.upgrade(settings.home / "migrate.lock")
+    finally:
+        database.close()
+    print("the database is up to date", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What this host can run on: CUDA devices as NVML sees them, and CPU slots."""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import pynvml
+
+from contract.processes import MARKER, PROC
+
+FRESH_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that a rank can have.
+
+    ``processes`` are those on it, whosever they are; ``strangers`` those among them that belong to no attempt.
+    """
+
+    id: str
+    kind: str
+    model: str | None = None
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    processes: tuple[int, ...] = ()
+    strangers: tuple[int, ...] = ()
+
+
+class Inventory(Protocol):
+    """Where the scheduler learns of devices."""
+
+    def devices(self) -> Sequence[Device]:
+        """Every device of this host, in a steady order."""
+
+
+@dataclass(frozen=True)
+class FixedInventory:
+    """Devices that never change."""
+
+    fixed: tuple[Device, ...]
+
+    def devices(self) -> Sequence[Device]:
+        """Those that were given."""
+        return self.fixed
+
+
+def cpu_slots(slots: int) -> tuple[Device, ...]:
+    """``cpu:0`` and on."""
+    return tuple(Device(f"cpu:{i}", "cpu") for i in range(slots))
+
+
+class HostInventory:
+    """The devices of this host. NVML is asked at most once a second; a host without NVML has no CUDA devices."""
+
+    def __init__(self, slots: int, visible: str | None = None) -> None:
+        self._cpu = cpu_slots(slots)
+        self._visible = visible
+        self._nvml = _nvml_starts()
+        self._lock = threading.Lock()
+        self._cached: tuple[Device, ...] = ()
+        self._asked_at = float("-inf")
+
+    def devices(self) -> Sequence[Device]:
+        """CUDA devices first."""
+        if not self._nvml:
+            return self._cpu
+        with self._lock:
+            if time.monotonic() - self._asked_at > FRESH_SECONDS:
+                self._cached = tuple(_cuda_devices(self._visible))
+                self._asked_at = time.monotonic()
+            return (*self._cached, *self._cpu)
+
+
+def kind_for(asked: str, devices: Sequence[Device]) -> str:
+    """What ``resources.device`` means here: ``cpu``, ``cuda``, or one device such as ``cuda:1``."""
+    if asked != "auto":
+        return asked
+    return "cuda" if count(devices, "cuda") else "cpu"
+
+
+def count(devices: Sequence[Device], kind: str) -> int:
+    """How many devices of a kind, or of a name, there are."""
+    return sum(kind in (device.kind, device.id) for device in devices)
+
+
+def _nvml_starts() -> bool:
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    return True
+
+
+def _cuda_devices(visible: str | None) -> Iterator[Device]:
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        if visible is None or str(index) in visible.split(","):
+            yield _cuda_device(index)
+
+
+def _cuda_device(index: int) -> Device:
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    running = tuple(process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+    return Device(
+        id=f"cuda:{index}",
+        kind="cuda",
+        model=str(pynvml.nvmlDeviceGetName(handle)),
+        memory_bytes=int(memory.total),
+        memory_used_bytes=int(memory.used),
+        processes=running,
+        strangers=tuple(pid for pid in running if not _is_ours(pid)),
+    )
+
+
+def _is_ours(pid: int) -> bool:
+    """Whether the process carries an attempt's mark."""
+    try:
+        variables = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False  # another user's, another container's, or gone
+    return any(variable.startswith(MARKER.encode() + b"=") for variable in variables)
+
+
+def visible_devices() -> str | None:
+    """The service's own CUDA_VISIBLE_DEVICES where it lists numbers; None: all."""
+    text = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if text is None or any(not part.strip().isdecimal() for part in text.split(",") if part):
+        return None
+    return text

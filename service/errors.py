@@ -1,0 +1,212 @@
+"""Every "no" the service can say: the class is status and code, the docstring is the message.
+
+All of them leave as RFC 9457 ``application/problem+json``. Nothing that a client sent is ever echoed.
+"""
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any, ClassVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+
+from contract.parsing import Problem, plain, pointer_to
+
+PROBLEM = "application/problem+json"
+
+
+class ServiceError(Exception):
+    """The request was refused."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, detail: str | None = None, headers: dict[str, str] | None = None, **extra: Any) -> None:
+        self.detail = detail or (type(self).__doc__ or "").strip()
+        self.headers = headers or {}
+        self.extra = extra
+        super().__init__(self.detail)
+
+
+class Internal(ServiceError):
+    """The service made a mistake. It is in the service's log under this request id."""
+
+
+class DatabaseAway(ServiceError):
+    """The database does not answer. Nothing was changed; try again."""
+
+    status, code = 503, "database_unavailable"
+
+
+class NotReady(ServiceError):
+    """The service is not ready to take work."""
+
+    status, code = 503, "not_ready"
+
+
+class NotFound(ServiceError):
+    """There is nothing at this address."""
+
+    status, code = 404, "not_found"
+
+
+class JobNotFound(ServiceError):
+    """No job has this id."""
+
+    status, code = 404, "job_not_found"
+
+
+class LogNotFound(ServiceError):
+    """The attempt has no such log yet."""
+
+    status, code = 404, "log_not_found"
+
+
+class InvalidState(ServiceError):
+    """The action does not fit the job's present status."""
+
+    status, code = 409, "invalid_state"
+
+
+class Conflict(ServiceError):
+    """Somebody else changed the job at the same moment. Look again."""
+
+    status, code = 409, "conflict"
+
+
+class StepUnavailable(ServiceError):
+    """A run goes on from its newest valid checkpoint, and this step is not that."""
+
+    status, code = 409, "step_unavailable"
+
+
+class SpecInvalid(ServiceError):
+    """The job spec has mistakes."""
+
+    status, code = 422, "invalid_spec"
+
+
+class RequestInvalid(ServiceError):
+    """The request has mistakes."""
+
+    status, code = 422, "invalid_request"
+
+
+class KeyReused(ServiceError):
+    """The Idempotency-Key was used before, with another body."""
+
+    status, code = 422, "idempotency_key_reused"
+
+
+class BodyNotJson(ServiceError):
+    """The body is not JSON."""
+
+    status, code = 422, "invalid_json"
+
+
+class BodyTooLarge(ServiceError):
+    """The body is larger than this address takes."""
+
+    status, code = 413, "body_too_large"
+
+
+class WrongMediaType(ServiceError):
+    """The body must be sent as Content-Type: application/json."""
+
+    status, code = 415, "unsupported_media_type"
+
+
+class Unauthorized(ServiceError):
+    """A valid token is needed: Authorization: Bearer <token>."""
+
+    status, code = 401, "unauthorized"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+class ForeignHost(ServiceError):
+    """The service is not known under the name in the Host header. TRAINYARD_ALLOWED_HOSTS lists its names."""
+
+    status, code = 403, "foreign_host"
+
+
+class ForeignOrigin(ServiceError):
+    """A page of another origin must not change anything here."""
+
+    status, code = 403, "foreign_origin"
+
+
+def with_problems(kind: type[ServiceError], problems: Sequence[Problem]) -> ServiceError:
+    """An error that lists every mistake with its pointer."""
+    count = len(problems)
+    detail = f"{count} mistake{'s' if count != 1 else ''} found; nothing was changed"
+    return kind(detail, errors=[{"pointer": p.pointer, "message": p.message} for p in problems])
+
+
+def answer(error: ServiceError, request_id: str | None) -> JSONResponse:
+    """The error as problem+json."""
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(error.status).phrase,
+        "status": error.status,
+        "code": error.code,
+        "detail": error.detail,
+        "request_id": request_id,
+        **error.extra,
+    }
+    return JSONResponse(body, error.status, headers=error.headers, media_type=PROBLEM)
+
+
+def from_exception(error: Exception) -> ServiceError:
+    """Whatever was raised, as one of ours."""
+    match error:
+        case ServiceError():
+            return error
+        case HTTPException():
+            return _from_http(error)
+        case RequestValidationError():
+            return _from_validation(error)
+        case OperationalError() | InterfaceError() | PoolTimeout():
+            return DatabaseAway(headers={"Retry-After": "1"})
+        case DBAPIError() if error.connection_invalidated:
+            return DatabaseAway(headers={"Retry-After": "1"})
+        case _:
+            return Internal()
+
+
+def handle(request: Request, error: Exception) -> JSONResponse:
+    """FastAPI's exception handler for everything."""
+    return answer(from_exception(error), request.scope.get("request_id"))
+
+
+def _from_http(error: HTTPException) -> ServiceError:
+    made = NotFound() if error.status_code == HTTPStatus.NOT_FOUND else ServiceError(_plain_detail(error.status_code))
+    if not isinstance(made, NotFound):
+        phrase = HTTPStatus(error.status_code).phrase
+        made = _adhoc(error.status_code, phrase.lower().replace(" ", "_").replace("-", "_"))
+    made.headers = dict(error.headers or {})
+    return made
+
+
+def _plain_detail(status: int) -> str:
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return "This address does not take this method; the Allow header lists those it takes."
+    return f"{HTTPStatus(status).phrase}."
+
+
+def _adhoc(status: int, code: str) -> ServiceError:
+    """What the framework itself refuses has a status and no class of ours."""
+    kind = type("Refused", (ServiceError,), {"status": status, "code": code})
+    error = kind(_plain_detail(status))
+    assert isinstance(error, ServiceError)
+    return error
+
+
+def _from_validation(error: RequestValidationError) -> ServiceError:
+    problems = [Problem(pointer_to(*found["loc"]), plain(found["msg"])) for found in error.errors()]
+    return with_problems(RequestInvalid, problems)

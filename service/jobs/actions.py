@@ -1,0 +1,191 @@
+"""What users do to jobs. Each function is one transaction's work; the rules decide, this carries out."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.orm import Session
+
+from contract.parsing import Problem
+from contract.spec import JobSpec
+from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
+from service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
+from service.jobs import store
+from service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
+from service.jobs.store import Note
+from service.tables import CheckpointRow, JobRow
+
+ASKED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
+
+RESTING_MESSAGE = {
+    JobStatus.PAUSED: "paused while it was waiting",
+    JobStatus.CANCELLED: "cancelled while nothing was running",
+}
+
+
+def stop(session: Session, job_id: str, action: Action, now: datetime) -> JobRow:
+    """Pause, cancel or kill. Raises InvalidState where that does not fit."""
+    job = store.lock(session, job_id)
+    decision = _fitting(job, action)
+    if isinstance(decision, UnderWay):
+        return job
+    message = f"asked to {ASKED[action]}"
+    if decision.to is None:
+        return _wish(session, job, action, decision, now)
+    changes: dict[str, Any] = {"desired": decision.desired, "restart_at": None, "asked_at": now}
+    if decision.to in RESTING_MESSAGE:
+        changes |= {"reason": Reason.USER, "message": RESTING_MESSAGE[decision.to], "asked_at": None}
+    if decision.to in TERMINAL:
+        changes["finished_at"] = now
+    store.move(session, job, decision.to, Note(action, message, "user", data={"action": action}), now, **changes)
+    return job
+
+
+def _wish(session: Session, job: JobRow, action: Action, decision: Move, now: datetime) -> JobRow:
+    """The status stays: a cancel becomes a kill, or a restart that was due is called off."""
+    job.desired = decision.desired
+    if job.status == JobStatus.INTERRUPTED:
+        job.restart_at = None
+        job.message = (job.message or "").partition("; restarting")[0] + "; the restart was called off"
+        store.tell(session, job, Note(action, "the restart was called off", "user"), now)
+    else:
+        job.asked_at = now
+        store.tell(session, job, Note(action, f"asked to {ASKED[action]}", "user"), now)
+    session.flush()
+    return job
+
+
+def resume_under_way(session: Session, job_id: str, changed: bool) -> bool:
+    """Whether a resume without changes was asked for already and goes its way. Raises InvalidState."""
+    job = store.find(session, job_id)
+    decision = decide("resume", store.standing(job))
+    if isinstance(decision, UnderWay) and not changed:
+        return True
+    if isinstance(decision, UnderWay):
+        raise invalid_state(job, "it is being resumed already, without these changes")
+    if isinstance(decision, Refusal) and not (job.status == JobStatus.SUCCEEDED and changed):
+        raise invalid_state(job, decision.why)
+    return False
+
+
+def resume(
+    session: Session, job_id: str, before: dict[str, Any], spec: JobSpec, step: int | None, now: datetime
+) -> JobRow:
+    """Queue the job again with ``spec``, which is ``before`` with what the user changed."""
+    job = _unchanged(session, job_id, before)
+    if job.status == JobStatus.SUCCEEDED:
+        _require_more_steps(job, spec)
+    else:
+        _fitting(job, "resume")
+    _require_newest(session, job, step)
+    newest = newest_step(session, job)
+    origin = f"goes on from step {newest:,}" if newest is not None else "there is no checkpoint: it starts anew"
+    after = spec.model_dump(mode="json")
+    job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
+    job.ranks = spec.resources.nproc_per_node * spec.resources.nnodes
+    note = Note("resume", f"asked to resume; {origin}", "user", data={"changes": differences(before, after)})
+    changes = {
+        "desired": Desired.RUN,
+        "trigger": "resume",
+        "queued_at": now,
+        "restart_at": None,
+        "restarts": 0,
+        "finished_at": None,
+        "asked_at": None,
+    }
+    cleared = {"reason": None, "message": None, "error": None}
+    store.move(session, job, JobStatus.QUEUED, note, now, **changes, **cleared)
+    return job
+
+
+def patch(
+    session: Session, job_id: str, before: dict[str, Any], changes: dict[str, Any], spec: JobSpec, now: datetime
+) -> JobRow:
+    """Store ``spec``, which is ``before`` with ``changes`` in it."""
+    job = _unchanged(session, job_id, before)
+    live = [name for name in changes if name in RUN_SETTINGS]
+    if live and JobStatus(job.status) in LIVE:
+        raise invalid_state(job, f"{live[0]} cannot be changed while the job is {job.status}: pause it first")
+    job.spec = spec.model_dump(mode="json")
+    job.name, job.priority = spec.name, spec.resources.priority
+    if "labels" in changes:
+        store.put_labels(session, job, dict(spec.labels))
+    message = f"changed {', '.join(sorted(changes))}" if changes else "nothing was changed"
+    store.tell(session, job, Note("changed", message, "user", data={"fields": sorted(changes)}), now)
+    session.flush()
+    return job
+
+
+RUN_SETTINGS: dict[str, tuple[str, str]] = {
+    "log_interval": ("reporting", "log_interval"),
+    "save_interval": ("checkpoint", "save_interval"),
+    "keep_last": ("checkpoint", "keep_last"),
+}
+"""What an attempt reads when it starts: it is not changed under a live one."""
+
+
+def remove(session: Session, job_id: str) -> JobRow:
+    """Remove the record; the caller removes the files once that is committed."""
+    job = store.lock(session, job_id)
+    _fitting(job, "delete")
+    session.execute(delete(JobRow).where(JobRow.id == job.id, JobRow.version == job.version))
+    return job
+
+
+def invalid_state(job: JobRow, why: str) -> InvalidState:
+    """The 409 that says the present status and the verbs that fit it."""
+    fits = fitting(store.standing(job))
+    hint = f"; what fits: {', '.join(fits)}" if fits else "; nothing fits but waiting"
+    return InvalidState(f"{why[:1].upper()}{why[1:]}{hint}.", job_status=job.status, allowed_actions=fits)
+
+
+def newest_step(session: Session, job: JobRow) -> int | None:
+    """Step of the newest full checkpoint."""
+    full = (CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
+    return session.scalar(select(CheckpointRow.step).where(*full).order_by(CheckpointRow.step.desc()).limit(1))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
+    """Pointers of the leaves that differ."""
+    found: list[str] = []
+    for key in sorted({*before, *after}):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{path}/{key}")
+        elif old != new:
+            found.append(f"{path}/{key}")
+    return found
+
+
+def _fitting(job: JobRow, action: Action) -> Move | UnderWay:
+    decision = decide(action, store.standing(job))
+    if isinstance(decision, Refusal):
+        raise invalid_state(job, decision.why)
+    return decision
+
+
+def _require_newest(session: Session, job: JobRow, step: int | None) -> None:
+    if step is not None and step != newest_step(session, job):
+        raise StepUnavailable()
+
+
+def _unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:
+    """The job, locked. Raises Conflict where its spec is no longer the one that was worked on."""
+    job = store.lock(session, job_id)
+    if job.spec != spec:
+        raise Conflict()
+    return job
+
+
+def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
+    """A finished job goes on only where there is more to do."""
+    was, now = job.spec["training"], spec.training
+    leaf = "max_steps" if now.max_steps is not None else "epochs"
+    old, new = was[leaf], getattr(now, leaf)
+    if leaf == "max_steps":
+        old = old or job.facts.get("steps")
+    if old is not None and new <= old:
+        message = "must be more than it was: the job has finished all of it"
+        if leaf == "max_steps":
+            message += "; max_steps, where given, decides alone"
+        raise with_problems(SpecInvalid, [Problem(f"/{leaf}", message)])

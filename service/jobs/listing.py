@@ -1,0 +1,86 @@
+"""Pages of jobs, and of what belongs to one job."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
+
+from contract.parsing import Problem
+from contract.status import JobStatus
+from service.errors import RequestInvalid, with_problems
+from service.jobs.store import JOB_ID
+from service.tables import JobRow, LabelRow
+
+R = TypeVar("R")
+
+LONGEST_NUMBER = 18
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which jobs, in which order, from where."""
+
+    status: tuple[JobStatus, ...]
+    labels: tuple[tuple[str, str], ...]
+    name: str | None
+    newest_first: bool
+    limit: int
+    after: str | None
+
+
+def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """``key=value`` as pairs. Raises RequestInvalid."""
+    if any("=" not in text or "\0" in text for text in given):
+        raise with_problems(RequestInvalid, [Problem("/query/label", "must be key=value")])
+    return tuple((text.partition("=")[0], text.partition("=")[2]) for text in given)
+
+
+def jobs(session: Session, wanted: Wanted) -> tuple[Sequence[JobRow], bool]:
+    """A page, and whether more follow."""
+    query = _filtered(wanted)
+    if wanted.after is not None:
+        number = _number(session, wanted.after)
+        query = query.where(JobRow.number < number if wanted.newest_first else JobRow.number > number)
+    order = JobRow.number.desc() if wanted.newest_first else JobRow.number.asc()
+    found = session.scalars(query.order_by(order).limit(wanted.limit + 1)).all()
+    return found[: wanted.limit], len(found) > wanted.limit
+
+
+def _filtered(wanted: Wanted) -> Select[JobRow]:
+    query = select(JobRow)
+    if wanted.status:
+        query = query.where(JobRow.status.in_(wanted.status))
+    if wanted.name is not None:
+        query = query.where(JobRow.name == wanted.name)
+    for key, value in wanted.labels:
+        holders = select(LabelRow.job_id).where(LabelRow.key == key, LabelRow.value == value)
+        query = query.where(JobRow.id.in_(holders))
+    return query
+
+
+def _number(session: Session, job_id: str) -> int:
+    known = JOB_ID.fullmatch(job_id) is not None
+    number = session.scalar(select(JobRow.number).where(JobRow.id == job_id)) if known else None
+    if number is None:
+        raise with_problems(RequestInvalid, [Problem("/query/after", "must be the id of a job that is there")])
+    return number
+
+
+def page(
+    session: Session,
+    query: Select[R],
+    number: InstrumentedAttribute[int],
+    limit: int,
+    after: str | None,
+    newest_first: bool = False,
+) -> tuple[Sequence[R], bool]:
+    """A page of numbered rows; ``after`` is the last row's number as text."""
+    if after is not None:
+        if not after.isdecimal() or not after.isascii() or len(after) > LONGEST_NUMBER:
+            raise with_problems(RequestInvalid, [Problem("/query/after", "must be an id from this list")])
+        query = query.where(number < int(after) if newest_first else number > int(after))
+    order = number.desc() if newest_first else number.asc()
+    found = session.scalars(query.order_by(order).limit(limit + 1)).all()
+    return found[:limit], len(found) > limit

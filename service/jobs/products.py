@@ -1,0 +1,98 @@
+"""The routes of what a job leaves behind: checkpoints, events, attempts, samples, logs."""
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from sqlalchemy import select
+
+from contract.parsing import Problem
+from contract.rundir import RunDir
+from service.context import ServicesNeeded
+from service.errors import LogNotFound, RequestInvalid, with_problems
+from service.jobs import logs, store, views
+from service.jobs.listing import page
+from service.jobs.routes import Limit, Text
+from service.shapes import Attempt, Checkpoint, Event, LogChunk, Page, Sample
+from service.tables import AttemptRow, CheckpointRow, EventRow, SampleRow
+
+AGENT = "agent"
+RANK = re.compile(r"[0-9]{1,6}")
+LARGEST = 2**53 - 1
+
+router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
+
+
+@router.get("/checkpoints")
+def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
+    """Published checkpoints that are there, newest first."""
+    with services.database.read() as session:
+        job = store.find(session, job_id)
+        query = select(CheckpointRow).where(CheckpointRow.job_id == job.id)
+        rows, more = page(session, query, CheckpointRow.number, limit, after, newest_first=True)
+    # The disk is looked at outside of the transaction: somebody may have removed one by hand.
+    return Page(data=[views.show_checkpoint(row) for row in rows if views.there(row)], has_more=more)
+
+
+@router.get("/events")
+def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
+    """What happened, oldest first: changes of status, warnings, saves, restarts, and who asked."""
+    with services.database.read() as session:
+        job = store.find(session, job_id)
+        rows, more = page(session, select(EventRow).where(EventRow.job_id == job.id), EventRow.number, limit, after)
+    return Page(data=[views.show_event(row) for row in rows], has_more=more)
+
+
+@router.get("/samples")
+def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
+    """Texts the model wrote, oldest first."""
+    with services.database.read() as session:
+        job = store.find(session, job_id)
+        rows, more = page(session, select(SampleRow).where(SampleRow.job_id == job.id), SampleRow.number, limit, after)
+    return Page(data=[views.show_sample(row) for row in rows], has_more=more)
+
+
+@router.get("/attempts")
+def attempts(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Attempt]:
+    """Every launch, oldest first: why it began, from which step, how it ended."""
+    with services.database.read() as session:
+        job = store.find(session, job_id)
+        query = select(AttemptRow).where(AttemptRow.job_id == job.id)
+        if after is not None:
+            last = session.scalar(query.where(AttemptRow.id == after))
+            if last is None:
+                raise with_problems(RequestInvalid, [Problem("/query/after", "must be an id from this list")])
+            query = query.where(AttemptRow.number > last.number)
+        rows = session.scalars(query.order_by(AttemptRow.number).limit(limit + 1)).all()
+    return Page(data=[views.show_attempt(row) for row in rows[:limit]], has_more=len(rows) > limit)
+
+
+@router.get("/logs")
+def log(
+    services: ServicesNeeded,
+    job_id: str,
+    attempt: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
+    rank: Annotated[str, Query(max_length=20)] = "0",
+    tail: Annotated[int | None, Query(ge=1, le=100_000)] = None,
+    offset: Annotated[int | None, Query(ge=0, le=LARGEST)] = None,
+    limit: Annotated[int, Query(ge=4, le=logs.LARGEST_CHUNK)] = 64 << 10,
+) -> LogChunk:
+    """A piece of a rank's log, or of the agent's with `rank=agent`: the last `tail` lines, or what follows `offset`.
+
+    `limit` is in bytes. Reading on from `next_offset` misses nothing and repeats nothing.
+    """
+    if rank != AGENT and not RANK.fullmatch(rank):
+        raise with_problems(RequestInvalid, [Problem("/query/rank", 'must be a rank\'s number, or "agent"')])
+    if tail is not None and offset is not None:
+        raise with_problems(RequestInvalid, [Problem("/query/offset", "cannot be given with tail")])
+    with services.database.read() as session:
+        job = store.find(session, job_id)
+    number = attempt or job.attempt
+    if not 1 <= number <= job.attempt:
+        raise LogNotFound()
+    directory = RunDir(services.settings.runs / job.id).attempt(number)
+    file = logs.log_file(directory, None if rank == AGENT else int(rank))
+    data, next_offset = (
+        logs.read_from(file, offset, limit) if offset is not None else logs.read_tail(file, tail or 200, limit)
+    )
+    return LogChunk(data=data, next_offset=next_offset)

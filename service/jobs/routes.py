@@ -1,0 +1,203 @@
+"""The routes of a job's life. Each reads or changes in one transaction and answers after its commit."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Response
+
+from contract.parsing import Problem
+from contract.spec import JobSpec
+from contract.status import JobStatus
+from service.context import Services, ServicesNeeded
+from service.devices.inventory import kind_for
+from service.errors import RequestInvalid, with_problems
+from service.jobs import actions, changes, files, listing, store, views
+from service.jobs.rules import Action
+from service.jobs.specs import accept
+from service.scheduler.apply import utc_now
+from service.shapes import Job, Page
+from service.tables import JobRow
+from service.web import JsonBody
+
+KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+Text = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
+Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+router = APIRouter(tags=["jobs"])
+
+
+def body_of(schema: str) -> dict[str, Any]:
+    """The request body in the OpenAPI document, for bodies that we read ourselves."""
+    return {"requestBody": {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}}
+
+
+@router.post("/jobs", status_code=201, openapi_extra=body_of("JobSpec"))
+def submit(
+    services: ServicesNeeded,
+    response: Response,
+    body: JsonBody,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> Job:
+    """Launch a run. The same `Idempotency-Key` with the same body answers 200 and the job that is there."""
+    digest = store.body_digest(body)
+    made = _replayed(services, idempotency_key, digest)
+    if made is None:
+        made = _create(services, accept(body, services.host), idempotency_key, digest)
+        services.scheduler.wake()
+    if not made.created_now:
+        response.status_code = 200
+    response.headers["Location"] = f"/jobs/{made.job_id}"
+    return show(services, made.job_id)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A submission's job, and whether this request made it."""
+
+    job_id: str
+    created_now: bool
+
+
+def _replayed(services: Services, key: str | None, digest: str) -> _Made | None:
+    if key is None:
+        return None
+    if not KEY.fullmatch(key):
+        message = "must be 1 to 255 printable ASCII characters"
+        raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
+    with services.database.read() as session:
+        job = store.replay(session, key, digest)
+        return _Made(job.id, False) if job is not None else None
+
+
+def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> _Made:
+    facts, kind = _known_at_submit(spec, services)
+    now = utc_now()
+    with services.database.write() as session:
+        job = store.create(session, spec, facts, [], now)
+        if kind == "cpu" and spec.resources.device == "auto":
+            store.alert(job, "cpu_unasked", "there is no GPU on this host: this run will use the CPU", now)
+        if key is None or store.remember_key(session, key, digest, job, now):
+            return _Made(job.id, True)
+        session.rollback()
+    # Another request with this key was faster by a moment; its job is the one.
+    made = _replayed(services, key, digest)
+    assert made is not None
+    return made
+
+
+def _known_at_submit(spec: JobSpec, services: Services) -> tuple[dict[str, Any], str]:
+    kind = kind_for(spec.resources.device, services.host.devices)
+    world = spec.resources.nproc_per_node * spec.resources.nnodes
+    assert spec.model.vocab_size is not None
+    facts = {
+        "steps": spec.training.max_steps,
+        "world_size": world,
+        "global_batch": spec.rows_per_step,
+        "device": kind,
+        "dtype": spec.training.dtype,
+        "vocab_size": spec.model.vocab_size,
+        "expected_first_loss": math.log(spec.model.vocab_size),
+    }
+    return facts, kind
+
+
+def show(services: Services, job_id: str) -> Job:
+    """The job as it is now."""
+    with services.database.read() as session:
+        found = views.gather(session, [store.find(session, job_id)])
+    return views.show_all(found, services.scheduler.waiting)[0]
+
+
+@router.get("/jobs")
+def list_jobs(
+    services: ServicesNeeded,
+    status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
+    label: Labels = [],  # noqa: B006
+    name: Text = None,
+    order: Literal["newest", "oldest"] = "newest",
+    limit: Limit = 20,
+    after: Text = None,
+) -> Page[Job]:
+    """Jobs; `label=key=value` may stand several times and all must hold."""
+    wanted = listing.Wanted(tuple(status), listing.label_pairs(label), name, order == "newest", limit, after)
+    with services.database.read() as session:
+        jobs, has_more = listing.jobs(session, wanted)
+        found = views.gather(session, jobs)
+    return Page(data=views.show_all(found, services.scheduler.waiting), has_more=has_more)
+
+
+@router.get("/jobs/{job_id}")
+def get_job(services: ServicesNeeded, job_id: str) -> Job:
+    """One job."""
+    return show(services, job_id)
+
+
+@router.patch("/jobs/{job_id}")
+def patch_job(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+    """Change `name`, `labels`, `priority`; and `log_interval`, `save_interval`, `keep_last` of a job at rest."""
+    asked = changes.read(body, changes.PATCH_FIELDS)
+    before = _spec_of(services, job_id).spec
+    spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)
+    with services.database.write() as session:
+        actions.patch(session, job_id, before, asked, spec, utc_now())
+    services.scheduler.wake()
+    return show(services, job_id)
+
+
+@router.post("/jobs/{job_id}/pause", status_code=202)
+def pause(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+    """Save and stop; the job can be resumed."""
+    return _stop(services, job_id, "pause", body)
+
+
+@router.post("/jobs/{job_id}/cancel", status_code=202)
+def cancel(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+    """Save and stop for good."""
+    return _stop(services, job_id, "cancel", body)
+
+
+@router.post("/jobs/{job_id}/kill", status_code=202)
+def kill(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+    """Stop now; nothing is saved."""
+    return _stop(services, job_id, "kill", body)
+
+
+def _stop(services: Services, job_id: str, action: Action, body: object) -> Job:
+    changes.read(body, {})
+    with services.database.write() as session:
+        actions.stop(session, job_id, action, utc_now())
+    services.scheduler.wake()
+    return show(services, job_id)
+
+
+@router.post("/jobs/{job_id}/resume", status_code=202)
+def resume(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+    """Go on from the newest valid checkpoint, or anew where there is none."""
+    asked = changes.read(body, changes.RESUME_FIELDS)
+    step = changes.resume_step(asked)
+    with services.database.read() as session:
+        under_way = actions.resume_under_way(session, job_id, bool(asked))
+    if not under_way:
+        job = _spec_of(services, job_id)
+        spec = changes.resumed_spec(job.spec, job.facts.get("steps"), asked, services.host)
+        with services.database.write() as session:
+            actions.resume(session, job_id, job.spec, spec, step, utc_now())
+        services.scheduler.wake()
+    return show(services, job_id)
+
+
+def _spec_of(services: Services, job_id: str) -> JobRow:
+    with services.database.read() as session:
+        return store.find(session, job_id)
+
+
+@router.delete("/jobs/{job_id}", status_code=204)
+def delete(services: ServicesNeeded, job_id: str) -> None:
+    """Remove the record and the files of a job that has ended."""
+    with services.database.write() as session:
+        job = actions.remove(session, job_id)
+    files.remove(services.settings, job.id, job.spec["checkpoint"]["save_dir"])

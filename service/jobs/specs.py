@@ -1,0 +1,189 @@
+"""The last look at a spec before it becomes a job: what only this host can know, all mistakes at once."""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract.parsing import ParsedSpec, Problem, parse_spec
+from contract.spec import JobSpec
+from contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
+from service.devices.inventory import Device, count, kind_for
+from service.errors import SpecInvalid, with_problems
+from service.settings import Settings
+
+LARGEST_TOKENIZER_BYTES = 256 << 20
+LARGEST_VOCABULARY = 2**24
+WEIGHT_ENDINGS = (".pth", ".safetensors")
+
+Found = tuple[Problem, tuple[str, ...]]
+"""A mistake, with the pointers of every field that takes part in it."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a spec is held against."""
+
+    settings: Settings
+    devices: Sequence[Device]
+
+
+def accept(raw: object, host: Host) -> JobSpec:
+    """The resolved spec: absolute paths, the vocabulary's size. Raises SpecInvalid with every mistake."""
+    parsed = parse_spec(raw)
+    if not isinstance(raw, dict):
+        raise with_problems(SpecInvalid, parsed.problems)
+    check = _Check(parsed, host)
+    problems = [*parsed.problems, *check.problems()]
+    if problems:
+        raise with_problems(SpecInvalid, problems)
+    return check.resolved()
+
+
+class _Check:
+    """One spec held against the host. What was resolved on the way is kept for `resolved`."""
+
+    def __init__(self, parsed: ParsedSpec, host: Host) -> None:
+        self.parsed = parsed
+        self.spec = parsed.spec
+        self.host = host
+        self.paths: dict[str, str] = {}
+        self.vocabulary: int | None = None
+
+    def problems(self) -> list[Problem]:
+        found = [*self._data(), *self._tokenizer(), *self._weights(), *self._save_dir(), *self._devices()]
+        return [problem for problem, involved in found if self.parsed.trusts(*involved, *map(_group, involved))]
+
+    def resolved(self) -> JobSpec:
+        """The spec with what was found out."""
+        spec = self.spec
+        assert self.vocabulary is not None
+        return spec.model_copy(
+            update={
+                "model": spec.model.with_vocab_size(self.vocabulary),
+                "data": spec.data.model_copy(update=self._real("data_path", "eval_data_path", "tokenizer_path")),
+                "training": spec.training.model_copy(update=self._real("from_weight")),
+                "checkpoint": spec.checkpoint.model_copy(update=self._real("save_dir")),
+            }
+        )
+
+    def _real(self, *leaves: str) -> dict[str, str]:
+        return {leaf: self.paths[leaf] for leaf in leaves if leaf in self.paths}
+
+    def _data(self) -> Iterator[Found]:
+        for leaf, given in (("data_path", self.spec.data.data_path), ("eval_data_path", self.spec.data.eval_data_path)):
+            if given is not None:
+                trouble = self._below_roots(leaf, given) or _why_no_corpus(Path(self.paths[leaf]))
+                yield from _at(f"/data/{leaf}", trouble)
+
+    def _tokenizer(self) -> Iterator[Found]:
+        given = self.spec.data.tokenizer_path
+        trouble = None
+        if given != BYTE:
+            trouble = self._below_roots("tokenizer_path", given)
+        if trouble is None:
+            trouble = self._read_vocabulary(self.paths.get("tokenizer_path", BYTE))
+        yield from _at("/data/tokenizer_path", trouble)
+        size = self.spec.model.vocab_size
+        if self.vocabulary is not None and size is not None and size < self.vocabulary:
+            message = f"must be at least the tokenizer's size, {self.vocabulary}, or left out"
+            yield Problem("/model/vocab_size", message), ("/model/vocab_size", "/data/tokenizer_path")
+
+    def _read_vocabulary(self, path: str) -> str | None:
+        try:
+            if path != BYTE and tokenizer_file(path).stat().st_size > LARGEST_TOKENIZER_BYTES:
+                return "holds a tokenizer.json that is far too large"
+            size = vocabulary_size(path)
+        except (TokenizerInvalid, OSError, ArithmeticError):
+            return (
+                'must be a directory with a readable tokenizer.json, or "byte"; `trainyard tokenizer train` makes one'
+            )
+        if not 0 < size <= LARGEST_VOCABULARY:
+            return f"must have at most {LARGEST_VOCABULARY} tokens"
+        self.vocabulary = size
+        return None
+
+    def _weights(self) -> Iterator[Found]:
+        given = self.spec.training.from_weight
+        if given is None or not ("/" in given or given.endswith(WEIGHT_ENDINGS)):
+            return  # nothing, or MiniMind's bare name, which the worker looks up in save_dir
+        trouble = self._below_roots("from_weight", given)
+        if trouble is None and not _is_file(Path(self.paths["from_weight"])):
+            trouble = "does not exist or is not a file"
+        yield from _at("/training/from_weight", trouble)
+
+    def _save_dir(self) -> Iterator[Found]:
+        given = self.spec.checkpoint.save_dir
+        if given is None:
+            return
+        settings = self.host.settings
+        trouble = self._resolve("save_dir", given, (*settings.save_roots, settings.home), "TRAINYARD_SAVE_ROOTS")
+        yield from _at("/checkpoint/save_dir", trouble or _why_not_writable(Path(self.paths["save_dir"])))
+
+    def _devices(self) -> Iterator[Found]:
+        asked, ranks = self.spec.resources.device, self.spec.resources.nproc_per_node
+        kind = kind_for(asked, self.host.devices)
+        have = count(self.host.devices, kind)
+        if kind.startswith("cuda") and have == 0:
+            there = "there is none" if kind == "cuda" else "there is no such device"
+            yield from _at("/resources/device", f'asks for CUDA, and {there} on this host; "auto" takes what there is')
+        elif ranks > have:
+            what = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, "device of that name")
+            message = f"must be at most {have}: this host has {have} {what}"
+            yield Problem("/resources/nproc_per_node", message), ("/resources/nproc_per_node", "/resources/device")
+
+    def _below_roots(self, leaf: str, given: str) -> str | None:
+        settings = self.host.settings
+        return self._resolve(leaf, given, (*settings.data_roots, settings.home), "TRAINYARD_DATA_ROOTS")
+
+    def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
+        """Put the real path into ``paths``; else say why not."""
+        try:
+            path = Path(given).resolve()
+        except (OSError, RuntimeError, ValueError):
+            return "cannot be resolved"
+        if not any(path.is_relative_to(root) for root in roots):
+            return f"lies outside the directories that {setting} allows"
+        self.paths[leaf] = str(path)
+        return None
+
+
+def _group(pointer: str) -> str:
+    """``/data`` of ``/data/data_path``: a group that is wrong as a whole was reported as a whole."""
+    return pointer.rpartition("/")[0]
+
+
+def _at(pointer: str, trouble: str | None) -> Iterator[Found]:
+    if trouble is not None:
+        yield Problem(pointer, trouble), (pointer,)
+
+
+def _why_no_corpus(path: Path) -> str | None:
+    """A first cheap look that opens nothing: a FIFO would hang, and a device would never end."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return "does not exist or cannot be reached"
+    if not stat.S_ISREG(found.st_mode):
+        return "must be a regular file"
+    if not os.access(path, os.R_OK):
+        return "cannot be read by the service"
+    return "is empty" if found.st_size == 0 else None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _why_not_writable(path: Path) -> str | None:
+    try:
+        nearest = next(p for p in (path, *path.parents) if p.exists())
+    except OSError:
+        return "cannot be reached"
+    if not nearest.is_dir():
+        return "must be a directory"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else "cannot be written by the service"

@@ -1,0 +1,181 @@
+"""Jobs in the database: found, locked, changed. Every change of status is one guarded update plus its event row."""
+
+import hashlib
+import json
+import logging
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from contract.spec import JobSpec
+from contract.status import Desired, JobStatus, may_become
+from service.errors import Conflict, JobNotFound, KeyReused
+from service.jobs.rules import Standing
+from service.tables import EventRow, IdempotencyRow, JobRow, LabelRow
+
+JOB_ID = re.compile(r"job_[a-z2-7]{1,30}")
+LETTERS = "abcdefghijkmnpqrstuvwxyz234567"
+LAST_ALERTS = 20
+
+log = logging.getLogger("trainyard")
+
+
+class ImpossibleTransition(RuntimeError):
+    """Code asked for a change of status that the table does not have."""
+
+
+def new_id(prefix: str, letters: int = 10) -> str:
+    """An id of our own, e.g. ``job_7f3kq9mzba``: safe in a path, an argument and a URL."""
+    return f"{prefix}_" + "".join(secrets.choice(LETTERS) for _ in range(letters))
+
+
+def find(session: Session, job_id: str) -> JobRow:
+    """The job. Raises JobNotFound, also for what cannot be an id."""
+    job = session.scalar(select(JobRow).where(JobRow.id == job_id)) if JOB_ID.fullmatch(job_id) else None
+    if job is None:
+        raise JobNotFound()
+    return job
+
+
+def lock(session: Session, job_id: str) -> JobRow:
+    """The job, for changing it: nobody else changes it or its attempts before this transaction ends."""
+    if not JOB_ID.fullmatch(job_id):
+        raise JobNotFound()
+    job = session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
+    if job is None:
+        raise JobNotFound()
+    return job
+
+
+def standing(job: JobRow) -> Standing:
+    """The job as the rules see it."""
+    return Standing(JobStatus(job.status), Desired(job.desired), job.restart_at is not None, job.attempt)
+
+
+@dataclass(frozen=True)
+class Note:
+    """An event: who did what, in one sentence. ``actor`` is user, service, scheduler or worker."""
+
+    kind: str
+    message: str
+    actor: str = "service"
+    attempt: int | None = None
+    seq: int | None = None
+    data: dict[str, Any] | None = None
+
+
+def tell(session: Session, job: JobRow, note: Note, now: datetime) -> None:
+    """Write an event row."""
+    session.add(
+        EventRow(
+            job_id=job.id,
+            attempt=note.attempt if note.attempt is not None else (job.attempt or None),
+            seq=note.seq,
+            kind=note.kind,
+            actor=note.actor,
+            message=note.message,
+            data=note.data or {},
+            at=now,
+        )
+    )
+
+
+def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime, **changes: Any) -> None:
+    """Change the status, and ``changes`` with it, if nobody was faster; and write the event.
+
+    Raises:
+        ImpossibleTransition: the table has no such change.
+        Conflict: the job was changed by somebody else since it was read.
+    """
+    before = JobStatus(job.status)
+    if not may_become(before, to):
+        raise ImpossibleTransition(f"{job.id}: {before} -> {to}")
+    session.flush()
+    guard = (JobRow.id == job.id, JobRow.status == before, JobRow.version == job.version)
+    values = {"status": to, "version": job.version + 1, **changes}
+    done = session.execute(update(JobRow).where(*guard).values(values).execution_options(synchronize_session=False))
+    if getattr(done, "rowcount", 0) != 1:
+        raise Conflict()
+    data = {"from": before, "to": to, "reason": changes.get("reason"), **(note.data or {})}
+    tell(session, job, Note("status", note.message, note.actor, note.attempt, note.seq, data), now)
+    session.flush()
+    session.refresh(job)
+    log.info("job=%s attempt=%s %s -> %s", job.id, job.attempt, before, to)
+
+
+def create(session: Session, spec: JobSpec, facts: dict[str, Any], alerts: list[Any], now: datetime) -> JobRow:
+    """A new queued job."""
+    job = JobRow(
+        id=new_id("job"),
+        name=spec.name,
+        labels=dict(spec.labels),
+        status=JobStatus.QUEUED,
+        desired=Desired.RUN,
+        spec=spec.model_dump(mode="json"),
+        facts=facts,
+        progress={},
+        alerts=alerts,
+        device=spec.resources.device,
+        ranks=spec.resources.nproc_per_node * spec.resources.nnodes,
+        priority=spec.resources.priority,
+        created_at=now,
+        queued_at=now,
+    )
+    session.add(job)
+    session.flush()
+    put_labels(session, job, dict(spec.labels))
+    tell(session, job, Note("created", "submitted", "user", data={"to": JobStatus.QUEUED}), now)
+    return job
+
+
+def put_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
+    """Make ``labels`` the job's labels."""
+    session.execute(delete(LabelRow).where(LabelRow.job_id == job.id))
+    if labels:
+        session.execute(insert(LabelRow), [{"job_id": job.id, "key": k, "value": v} for k, v in labels.items()])
+    job.labels = labels
+
+
+def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
+    """Show something on the job itself; the newest of each code is kept."""
+    shown = {"code": code, "message": message, "step": step, "at": now.isoformat().replace("+00:00", "Z")}
+    others = [other for other in job.alerts if other.get("code") != code]
+    job.alerts = [*others, shown][-LAST_ALERTS:]
+
+
+def body_digest(raw: object) -> str:
+    """sha256 of a JSON value, whatever its spacing and order of keys."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def replay(session: Session, key: str, digest: str) -> JobRow | None:
+    """The job that was made under this key. Raises KeyReused where it was made from another body."""
+    known = session.get(IdempotencyRow, key)
+    if known is None:
+        return None
+    if known.body_sha256 != digest:
+        raise KeyReused()
+    return find(session, known.job_id)
+
+
+def remember_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:
+    """Bind the key to the job; False where another request was faster."""
+    try:
+        with session.begin_nested():
+            session.add(IdempotencyRow(key=key, body_sha256=digest, job_id=job.id, created_at=now))
+    except IntegrityError:
+        return False
+    return True
+
+
+def queue_order(session: Session) -> Sequence[str]:
+    """Ids of the queued jobs, the next one first."""
+    order = (JobRow.priority.desc(), JobRow.queued_at, JobRow.number)
+    return session.scalars(select(JobRow.id).where(JobRow.status == JobStatus.QUEUED).order_by(*order)).all()

@@ -1,0 +1,143 @@
+"""The one plain sentence on a job. Pure."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import assert_never
+
+from contract.status import Desired, JobStatus, Phase
+from service.shapes import Checkpoint, Progress, Queue
+
+SILENT_SECONDS = 10.0
+
+BUSY_WITH = {
+    Phase.LOADING: "Loading",
+    Phase.PREPARING_DATA: "Preparing the data",
+    Phase.COMPILING: "Compiling the model",
+    Phase.TRAINING: "Training",
+    Phase.EVALUATING: "Evaluating",
+    Phase.SAVING: "Saving a checkpoint",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the sentence is made of."""
+
+    status: JobStatus
+    desired: Desired
+    attempt: int
+    message: str | None
+    hint: str | None
+    phase: Phase | None
+    phase_detail: dict[str, object]
+    progress: Progress
+    checkpoint: Checkpoint | None
+    queue: Queue | None
+    heard_at: datetime | None
+
+
+def summary(job: Facts, now: datetime) -> str:
+    """One or two plain sentences; the most telling first."""
+    match job.status:
+        case JobStatus.QUEUED:
+            assert job.queue is not None
+            return f"Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
+        case JobStatus.STARTING:
+            return f"Starting attempt {job.attempt}."
+        case JobStatus.RUNNING:
+            return _silence(job, now) or _running(job, now)
+        case JobStatus.PAUSING:
+            return f"Saving and pausing{_at_step(job)}."
+        case JobStatus.CANCELLING:
+            return (
+                f"{'Ending without a save' if job.desired is Desired.KILL else 'Saving and stopping'}{_at_step(job)}."
+            )
+        case JobStatus.PAUSED:
+            return f"Paused{_at_step(job)}; {_resume_point(job)}."
+        case JobStatus.CANCELLED:
+            return f"Cancelled{_at_step(job)}; {_resume_point(job)}."
+        case JobStatus.SUCCEEDED:
+            return f"Finished{_at_step(job)}{_loss(job)}."
+        case JobStatus.INTERRUPTED | JobStatus.FAILED:
+            return _trouble(job)
+        case _:
+            assert_never(job.status)
+
+
+def _running(job: Facts, now: datetime) -> str:
+    progress = job.progress
+    if job.phase not in (None, Phase.TRAINING, Phase.SAVING, Phase.EVALUATING) or progress.step is None:
+        return _phase(job)
+    parts = [f"Step {progress.step:,}"]
+    if progress.steps:
+        parts = [f"Step {progress.step:,} of {progress.steps:,} ({progress.percent or 0:.0f} %)"]
+    if progress.eta_seconds is not None:
+        parts.append(f"ETA {duration(progress.eta_seconds)}")
+    if progress.tokens_per_second:
+        parts.append(f"{_rate(progress.tokens_per_second)} tok/s")
+    if progress.loss is not None:
+        parts.append(f"loss {progress.loss:.3f}")
+    elif progress.nonfinite:
+        parts.append("loss not finite")
+    if job.checkpoint is not None:
+        ago = duration((now - job.checkpoint.created_at).total_seconds())
+        parts.append(f"checkpoint {ago} ago at {job.checkpoint.step:,}")
+    return ", ".join(parts) + "."
+
+
+def _phase(job: Facts) -> str:
+    doing = BUSY_WITH.get(job.phase or Phase.LOADING, "Loading")
+    done, total = job.phase_detail.get("done"), job.phase_detail.get("total")
+    if isinstance(done, int) and isinstance(total, int) and total > 0:
+        doing += f" ({100 * done / total:.0f} %)"
+    message = job.phase_detail.get("message")
+    return f"{doing}: {message}." if message else f"{doing}."
+
+
+def _silence(job: Facts, now: datetime) -> str | None:
+    if job.heard_at is None:
+        return None
+    silent = (now - job.heard_at).total_seconds()
+    if silent < SILENT_SECONDS:
+        return None
+    last = _at_step(job, "last at")
+    return f"No report for {duration(silent)}{last}. Not treated as failed: its processes are looked at."
+
+
+def _trouble(job: Facts) -> str:
+    what = (job.message or "Ended for an unknown reason").rstrip(".")
+    hint = f" {job.hint}" if job.hint else ""
+    return f"{what[:1].upper()}{what[1:]}.{hint}"
+
+
+def _at_step(job: Facts, words: str = "at") -> str:
+    return f" {words} step {job.progress.step:,}" if job.progress.step else ""
+
+
+def _loss(job: Facts) -> str:
+    return f", loss {job.progress.loss:.3f}" if job.progress.loss is not None else ""
+
+
+def _resume_point(job: Facts) -> str:
+    if job.checkpoint is None:
+        return "no checkpoint, so resuming starts anew"
+    return f"resuming goes on from step {job.checkpoint.step:,}"
+
+
+def duration(seconds: float) -> str:
+    """For people: ``45 s``, ``3 min``, ``2 h 10 min``, ``3 d 4 h``."""
+    whole = max(0, round(seconds))
+    if whole < 90:
+        return f"{whole} s"
+    minutes = round(whole / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def _rate(value: float) -> str:
+    return f"{value / 1000:,.0f}k" if value >= 10_000 else f"{value:,.0f}"

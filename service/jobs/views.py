@@ -1,0 +1,179 @@
+"""Rows as the shapes of the API."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from contract.report import ErrorCard
+from contract.status import Desired, JobStatus, Phase
+from service.jobs import store
+from service.jobs.rules import ACTIONS, Refusal, decide, resume_blocker
+from service.jobs.summary import Facts, summary
+from service.shapes import (
+    Alert,
+    AllowedAction,
+    Attempt,
+    Checkpoint,
+    Event,
+    Job,
+    Parent,
+    Plan,
+    Progress,
+    Queue,
+    Sample,
+)
+from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
+
+NEXT_ROUND = "the scheduler's next look"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows read in one transaction, to be shown after it."""
+
+    jobs: Sequence[JobRow]
+    checkpoints: Mapping[str, Sequence[CheckpointRow]]
+    order: Sequence[str]
+
+
+def gather(session: Session, jobs: Sequence[JobRow]) -> Gathered:
+    """Read what belongs to ``jobs``."""
+    ids = [job.id for job in jobs]
+    rows = session.scalars(
+        select(CheckpointRow)
+        .where(CheckpointRow.job_id.in_(ids), CheckpointRow.kind == "full")
+        .order_by(CheckpointRow.step.desc(), CheckpointRow.number.desc())
+    ).all()
+    by_job: dict[str, list[CheckpointRow]] = {}
+    for row in rows:
+        by_job.setdefault(row.job_id, []).append(row)
+    queued = any(job.status == JobStatus.QUEUED for job in jobs)
+    return Gathered(jobs, by_job, store.queue_order(session) if queued else ())
+
+
+def show_all(found: Gathered, waiting: Mapping[str, str]) -> list[Job]:
+    """The jobs as the API shows them. Looks at the disk: a checkpoint is shown only while it is there."""
+    positions = {job_id: place for place, job_id in enumerate(found.order, start=1)}
+    now = datetime.now(UTC)
+    return [_show(job, found, positions, waiting, now) for job in found.jobs]
+
+
+def _show(job: JobRow, found: Gathered, positions: Mapping[str, int], waiting: Mapping[str, str], now: datetime) -> Job:
+    standing = store.standing(job)
+    blocker = resume_blocker(standing)
+    newest = next((row for row in found.checkpoints.get(job.id, ()) if there(row)), None)
+    queue = None
+    if job.status == JobStatus.QUEUED:
+        queue = Queue(position=positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
+    checkpoint = show_checkpoint(newest) if newest is not None else None
+    progress = Progress.model_validate(job.progress)
+    return Job(
+        id=job.id,
+        name=job.name,
+        labels=job.labels,
+        status=standing.status,
+        desired=standing.desired,
+        phase=job.phase,
+        reason=job.reason,
+        message=job.message,
+        error=ErrorCard.model_validate(job.error) if job.error else None,
+        spec=job.spec,
+        plan=Plan.model_validate(job.facts),
+        progress=progress,
+        attempt=job.attempt or None,
+        resumable=blocker is None,
+        resume_blocker=blocker,
+        checkpoint=checkpoint,
+        queue=queue,
+        parent=Parent(job_id=job.parent_job_id, step=job.parent_step) if job.parent_job_id else None,
+        allowed_actions=_actions(job),
+        summary=summary(_facts(job, progress, checkpoint, queue), now),
+        alerts=[Alert.model_validate(alert) for alert in job.alerts],
+        restart_at=job.restart_at,
+        created_at=job.created_at,
+        queued_at=job.queued_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+    )
+
+
+def _actions(job: JobRow) -> list[AllowedAction]:
+    shown = []
+    for action in ACTIONS:
+        decision = decide(action, store.standing(job))
+        why_not = decision.why if isinstance(decision, Refusal) else None
+        shown.append(AllowedAction(action=action, allowed=why_not is None, why_not=why_not))
+    return shown
+
+
+def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue: Queue | None) -> Facts:
+    return Facts(
+        status=JobStatus(job.status),
+        desired=Desired(job.desired),
+        attempt=job.attempt,
+        message=job.message,
+        hint=(job.error or {}).get("hint"),
+        phase=Phase(job.phase) if job.phase else None,
+        phase_detail=job.phase_detail or {},
+        progress=progress,
+        checkpoint=checkpoint,
+        queue=queue,
+        heard_at=job.heard_at,
+    )
+
+
+def there(row: CheckpointRow) -> bool:
+    """Whether the checkpoint is still on disk."""
+    return os.path.exists(row.path)
+
+
+def show_checkpoint(row: CheckpointRow) -> Checkpoint:
+    """A checkpoint row as the API shows it."""
+    return Checkpoint(
+        id=str(row.number),
+        job_id=row.job_id,
+        attempt=row.attempt,
+        step=row.step,
+        path=row.path,
+        bytes=row.bytes,
+        sha256=row.sha256,
+        kind=row.kind,
+        loss=row.loss,
+        created_at=row.created_at,
+    )
+
+
+def show_event(row: EventRow) -> Event:
+    """An event row as the API shows it."""
+    return Event(
+        id=str(row.number),
+        job_id=row.job_id,
+        attempt=row.attempt,
+        kind=row.kind,
+        actor=row.actor,
+        message=row.message,
+        data=row.data,
+        at=row.at,
+    )
+
+
+def show_attempt(row: AttemptRow) -> Attempt:
+    """An attempt row as the API shows it; its token's hash stays here."""
+    return Attempt.model_validate({**vars(row), "ranks": row.ranks or []})
+
+
+def show_sample(row: SampleRow) -> Sample:
+    """A sample row as the API shows it."""
+    return Sample(
+        id=str(row.number),
+        job_id=row.job_id,
+        attempt=row.attempt,
+        step=row.step,
+        prompt=row.prompt,
+        text=row.text,
+        at=row.at,
+    )

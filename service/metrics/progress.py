@@ -1,0 +1,54 @@
+"""Where a job is, from its newest lines. Pure: the stored progress in, the next one out."""
+
+from datetime import datetime
+from typing import Any
+
+from contract.events import Metric, Started
+
+SHOWN = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite")
+
+
+def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
+    """An attempt begins; what it will repeat no longer counts."""
+    return {**progress, **_how_far(event.start_step, event.steps), "eta_seconds": None, "updated_at": _time(event.at)}
+
+
+def after_metric(progress: dict[str, Any], event: Metric, facts: dict[str, Any]) -> dict[str, Any]:
+    """A point of the curve came. ``facts`` are those of the attempt's `Started` line."""
+    steps = facts.get("steps")
+    shown = {name: getattr(event, name) for name in SHOWN}
+    seconds = event.step_seconds or _step_seconds(event, facts)
+    eta = seconds * max(0, steps - event.step) if seconds and steps else None
+    return {
+        **progress,
+        **shown,
+        **_how_far(event.step, steps),
+        "eta_seconds": eta,
+        "updated_at": _time(event.at),
+        "step_seconds": seconds,
+    }
+
+
+def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -> dict[str, Any]:
+    """A sign of life between two points."""
+    if step is None or step <= (progress.get("step") or 0) or step > 2**53:
+        return progress
+    steps, seconds = progress.get("steps"), progress.get("step_seconds")
+    eta = seconds * max(0, steps - step) if seconds and steps else progress.get("eta_seconds")
+    return {**progress, **_how_far(step, steps), "eta_seconds": eta, "updated_at": _time(now)}
+
+
+def _how_far(step: int, steps: int | None) -> dict[str, Any]:
+    percent = min(100.0, 100.0 * step / steps) if steps else None
+    return {"step": step, "steps": steps, "percent": percent}
+
+
+def _step_seconds(event: Metric, facts: dict[str, Any]) -> float | None:
+    per_step = facts.get("tokens_per_step")
+    if not per_step or not event.tokens_per_second:
+        return None
+    return float(per_step / event.tokens_per_second)
+
+
+def _time(at: datetime) -> str:
+    return at.isoformat()

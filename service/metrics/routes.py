@@ -1,0 +1,87 @@
+"""GET /jobs/{id}/metrics, as JSON, CSV or one object a line."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
+
+from contract.parsing import Problem
+from service.context import ServicesNeeded
+from service.errors import RequestInvalid, with_problems
+from service.jobs import store as jobs
+from service.metrics import store
+from service.metrics.buckets import buckets, width
+
+LARGEST = 2**53 - 1
+DEFAULT_LIMIT = 1000
+LARGEST_LIMIT = 10_000
+
+Step = Annotated[int, Query(ge=0, le=LARGEST)]
+Count = Annotated[int, Query(ge=1, le=LARGEST_LIMIT)]
+
+router = APIRouter(tags=["metrics"])
+
+
+@router.get("/jobs/{job_id}/metrics")
+def metrics(
+    request: Request,
+    services: ServicesNeeded,
+    job_id: str,
+    after_step: Step = 0,
+    limit: Count = DEFAULT_LIMIT,
+    attempt: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
+    fields: Annotated[str | None, Query(max_length=1000)] = None,
+    max_points: Annotated[int | None, Query(ge=1, le=LARGEST_LIMIT)] = None,
+    ema_half_life: Annotated[float, Query(ge=0, le=1e9, allow_inf_nan=False)] = 50.0,
+) -> Response:
+    """The curve, oldest step first. Without `attempt` it is stitched: each step stands once.
+
+    With `max_points` the rows are buckets over the whole curve, and `resolution` is the steps in each.
+    """
+    wanted = _fields(fields)
+    with services.database.read() as session:
+        jobs.find(session, job_id)
+        if max_points is None:
+            found = store.rows(session, job_id, attempt, after_step, limit + 1, wanted)
+            return _answer(request, found[:limit], {"has_more": len(found) > limit})
+        wide = width(store.last_step(session, job_id, attempt), max_points)
+        rows = list(buckets(store.points(session, job_id, attempt), wide, ema_half_life))
+    return _answer(request, rows, {"has_more": False, "resolution": wide})
+
+
+def _fields(given: str | None) -> Sequence[str]:
+    if given is None:
+        return store.FIELDS
+    asked = [name.strip() for name in given.split(",") if name.strip()]
+    if any(name not in store.FIELDS for name in asked):
+        message = f"must be names among {', '.join(store.FIELDS)}, separated by commas"
+        raise with_problems(RequestInvalid, [Problem("/query/fields", message)])
+    return list(dict.fromkeys([*store.ALWAYS, *asked]))
+
+
+def _answer(request: Request, rows: list[dict[str, Any]], rest: dict[str, Any]) -> Response:
+    for row in rows:
+        if isinstance(row.get("at"), datetime):
+            row["at"] = row["at"].isoformat().replace("+00:00", "Z")
+    accept = request.headers.get("accept", "")
+    if "text/csv" in accept:
+        return Response(_csv(rows), media_type="text/csv")
+    if "application/x-ndjson" in accept:
+        lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        return Response(lines, media_type="application/x-ndjson")
+    return JSONResponse({"object": "list", "data": rows, **rest})
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return ""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,88 @@
+"""The end of an attempt: its row, its leases and its job, in one transaction."""
+
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete
+from sqlalchemy.orm import Session
+
+from contract.report import ExitReport
+from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
+from service.jobs import store
+from service.jobs.rules import Ending, after_exit
+from service.jobs.store import Note
+from service.reports.lines import plain_report
+from service.tables import AttemptRow, JobRow, LeaseRow
+
+NOT_LAUNCHED = "not_launched"
+"""An attempt's outcome where the service ended between its decision and the launch."""
+
+
+def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, now: datetime) -> None:
+    """Nothing of the attempt lives any more: close it, free its devices, and move the job on. Twice is once."""
+    if attempt.ended_at is not None:
+        return
+    report = plain_report(report)
+    _close(session, attempt, report.outcome, now)
+    attempt.ended_at = report.ended_at
+    attempt.end_step = report.step
+    attempt.reason = report.reason
+    attempt.message = report.message
+    attempt.error = report.error.model_dump(mode="json") if report.error else None
+    attempt.ranks = [rank.model_dump(mode="json") for rank in report.ranks]
+    if attempt.number == job.attempt and JobStatus(job.status) in LIVE:
+        max_restarts = int(job.spec["resources"]["max_restarts"])
+        ending = after_exit(JobStatus(job.status), report, job.restarts, max_restarts)
+        _move_on(session, job, attempt, ending, report, now)
+
+
+def never_launched(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> None:
+    """The attempt was decided and never started: the job takes its place in the queue again, or stops as asked."""
+    if attempt.ended_at is not None:
+        return
+    _close(session, attempt, NOT_LAUNCHED, now)
+    attempt.message = "the service ended before the launch"
+    if attempt.number != job.attempt:
+        return
+    match JobStatus(job.status):
+        case JobStatus.STARTING:
+            note = Note("status", "the launch did not happen: queued again", "scheduler", attempt.number)
+            store.move(session, job, JobStatus.QUEUED, note, now)
+        case JobStatus.PAUSING:
+            note = Note("status", "paused before it was launched", "scheduler", attempt.number)
+            store.move(session, job, JobStatus.PAUSED, note, now, reason=Reason.USER, message=note.message)
+        case JobStatus.CANCELLING:
+            note = Note("status", "cancelled before it was launched", "scheduler", attempt.number)
+            ended = {"reason": Reason.USER, "message": note.message, "finished_at": now}
+            store.move(session, job, JobStatus.CANCELLED, note, now, **ended)
+
+
+def _close(session: Session, attempt: AttemptRow, outcome: str, now: datetime) -> None:
+    session.execute(delete(LeaseRow).where(LeaseRow.attempt_id == attempt.id))
+    attempt.ended_at = now
+    attempt.outcome = outcome
+
+
+def _move_on(
+    session: Session, job: JobRow, attempt: AttemptRow, ending: Ending, report: ExitReport, now: datetime
+) -> None:
+    if not may_become(JobStatus(job.status), ending.status):
+        # The report is the first word of an attempt that ran while nobody listened.
+        note = Note("status", f"attempt {attempt.number} had been running", "worker", attempt.number)
+        store.move(session, job, JobStatus.RUNNING, note, now, started_at=job.started_at or attempt.created_at)
+    restart_at = now + timedelta(seconds=ending.restart_seconds) if ending.restart_seconds is not None else None
+    changes = {
+        "reason": ending.reason,
+        "message": ending.message,
+        "error": ending.error.model_dump(mode="json") if ending.error else None,
+        "phase": None,
+        "phase_detail": None,
+        "restarts": ending.restarts,
+        "restart_at": restart_at,
+        "asked_at": None,
+        "finished_at": report.ended_at if ending.status in TERMINAL else None,
+        "desired": Desired.RUN if restart_at is not None else job.desired,
+    }
+    if report.step > (job.progress.get("step") or 0):
+        job.progress = {**job.progress, "step": report.step}
+    job.progress = {**job.progress, "eta_seconds": None}
+    store.move(session, job, ending.status, Note("status", ending.message, "worker", attempt.number), now, **changes)

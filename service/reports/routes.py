@@ -1,0 +1,105 @@
+"""What agents call: their outbox lines, their signs of life, their last word. Each with its attempt's own token."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Annotated, TypeVar
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel, ValidationError
+from sqlalchemy.orm import Session
+
+from contract.parsing import Problem, plain, pointer_to
+from contract.report import Ack, EventBatch, ExitReport, Heartbeat
+from service.context import Services, ServicesNeeded
+from service.errors import RequestInvalid, with_problems
+from service.jobs import store
+from service.metrics.progress import after_heartbeat
+from service.reports import ending, ingest
+from service.scheduler.apply import utc_now
+from service.tables import AttemptRow, JobRow
+from service.web import JsonBody, bearer
+
+HEARD_AGAIN = timedelta(seconds=2)
+"""Signs of life that come closer together are answered and not written: each write is a commit to the disk."""
+
+M = TypeVar("M", bound=BaseModel)
+
+router = APIRouter(prefix="/internal/attempts/{attempt_id}", include_in_schema=False)
+
+
+def _token(request: Request) -> str:
+    return bearer(request.headers.get("authorization"))
+
+
+Token = Annotated[str, Depends(_token)]
+
+
+@router.post("/events")
+def events(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
+    """Store lines. ``acked`` is the last one that is stored for good."""
+    batch = _read(EventBatch, body)
+
+    def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
+        ingest.hear(session, job, attempt, utc_now())
+        ingest.ingest(session, job, attempt, batch.events)
+
+    return _report(services, attempt_id, token, work)
+
+
+@router.post("/heartbeat")
+def heartbeat(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
+    """Note a sign of life."""
+    beat = _read(Heartbeat, body)
+    now = utc_now()
+    with services.database.read() as session:
+        attempt = ingest.authenticate(session, attempt_id, token)
+        if attempt.heard_at is not None and now - attempt.heard_at < HEARD_AGAIN:
+            return _ack(session, attempt)
+
+    def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
+        ingest.hear(session, job, attempt, now)
+        if attempt.number == job.attempt:
+            job.progress = after_heartbeat(job.progress, beat.step, now)
+
+    return _report(services, attempt_id, token, work)
+
+
+@router.post("/exit")
+def exit_(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
+    """The attempt has ended and nothing of it lives. Where lines are missing, the scheduler fetches them first."""
+    report = _read(ExitReport, body)
+
+    def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
+        if attempt.acked_seq >= report.last_seq:
+            ending.end(session, job, attempt, report, utc_now())
+
+    acked = _report(services, attempt_id, token, work)
+    services.scheduler.wake()
+    return acked
+
+
+Work = Callable[[Session, JobRow, AttemptRow], None]
+
+
+def _report(services: Services, attempt_id: str, token: str, work: Work) -> Ack:
+    """Do ``work`` on the attempt and its job in one transaction, for the one who has the attempt's token."""
+    with services.database.read() as session:
+        job_id = ingest.authenticate(session, attempt_id, token).job_id
+    with services.database.write() as session:
+        job, attempt = ingest.lock(session, attempt_id, job_id)
+        work(session, job, attempt)
+        session.flush()
+        return Ack(acked=attempt.acked_seq, desired=ingest.desired_of(job, attempt))
+
+
+def _ack(session: Session, attempt: AttemptRow) -> Ack:
+    return Ack(acked=attempt.acked_seq, desired=ingest.desired_of(store.find(session, attempt.job_id), attempt))
+
+
+def _read(model: type[M], body: object) -> M:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        problems = [Problem(pointer_to(*e["loc"]), plain(e["msg"])) for e in found[:20]]
+        raise with_problems(RequestInvalid, problems) from None

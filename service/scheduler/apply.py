@@ -1,0 +1,229 @@
+"""Carries out what the plan decided. Launchers are called between transactions, never inside one."""
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import assert_never
+
+from sqlalchemy import insert
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from contract.report import ErrorCard, ExitReport
+from contract.spec import JobSpec
+from contract.status import Desired, JobStatus, Reason
+from service.db import Database
+from service.errors import Conflict, JobNotFound
+from service.jobs import store
+from service.jobs.store import Note
+from service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
+from service.reports import ending, ingest
+from service.scheduler.plan import Action, End, Hint, Look, Restart, Start
+from service.scheduler.snapshot import LiveAttempt, Memory
+from service.tables import AttemptRow, JobRow, LeaseRow
+
+UNREAD_LINES = 2000
+
+log = logging.getLogger("trainyard")
+
+
+class Applier:
+    """Does one action at a time. ``clock`` gives the time in UTC."""
+
+    def __init__(self, database: Database, launcher: Launcher, memory: Memory, clock: Callable[[], datetime]) -> None:
+        self._database = database
+        self._launcher = launcher
+        self._memory = memory
+        self._clock = clock
+
+    def do(self, action: Action) -> bool:
+        """Carry ``action`` out. True where devices or jobs were freed, so that another look is worth it at once."""
+        try:
+            match action:
+                case Start():
+                    return self._start(action)
+                case Restart():
+                    return self._restart(action.job_id)
+                case Look():
+                    return self._look(action.attempt)
+                case Hint():
+                    return self._hint(action.attempt)
+                case End():
+                    return self._end(action.attempt)
+                case _:
+                    assert_never(action)
+        except (Conflict, JobNotFound):
+            return True  # somebody was faster; the next snapshot shows what is true now
+
+    def _start(self, action: Start) -> bool:
+        launch = self._claim(action)
+        if launch is None:
+            return False
+        self._memory.looked_at[launch.attempt_id] = self._clock()
+        log.info("job=%s attempt=%s launching on %s", launch.name.job_id, launch.name.number, ",".join(launch.devices))
+        try:
+            self._launcher.start(launch)
+        except Exception as error:
+            if not isinstance(error, LaunchRefused):
+                log.exception("job=%s the launcher failed", launch.name.job_id)
+            self._launch_refused(launch, str(error))
+            return True
+        with self._database.write() as session:
+            job, attempt = ingest.lock(session, launch.attempt_id, launch.name.job_id)
+            attempt.launched_at = attempt.launched_at or self._clock()
+            job.heard_at = job.heard_at or attempt.launched_at
+        return False
+
+    def _claim(self, action: Start) -> Launch | None:
+        """Queued -> starting, the attempt's row and its leases, all or nothing."""
+        token = secrets.token_urlsafe(32)
+        try:
+            with self._database.write() as session:
+                job = store.lock(session, action.job_id)
+                return _claimed(session, job, action.devices, token, self._clock())
+        except IntegrityError:
+            return None  # a device was leased in between
+
+    def _launch_refused(self, launch: Launch, why: str) -> None:
+        report = ExitReport(
+            outcome="crashed",
+            step=0,
+            reason=Reason.LAUNCH_FAILED,
+            message=f"the launch failed: {why}",
+            error=ErrorCard(code=Reason.LAUNCH_FAILED, message=why),
+            last_seq=0,
+            ended_at=self._clock(),
+        )
+        self._close(launch.attempt_id, launch.name, report)
+
+    def _restart(self, job_id: str) -> bool:
+        with self._database.write() as session:
+            job = store.lock(session, job_id)
+            if job.status != JobStatus.INTERRUPTED or job.restart_at is None:
+                return False
+            note = Note("status", "the back-off is over: queued again", "scheduler")
+            changes = {"restart_at": None, "trigger": "restart", "desired": Desired.RUN}
+            store.move(session, job, JobStatus.QUEUED, note, self._clock(), **changes)
+        return True
+
+    def _look(self, live: LiveAttempt) -> bool:
+        self._memory.looked_at[live.id] = self._clock()
+        found = self._launcher.find(live.name)
+        match found.state:
+            case State.ALIVE:
+                return self._adopt(live)
+            case State.ENDED:
+                return self._ended(live, found)
+            case State.ORPHANED:
+                log.warning("job=%s attempt=%s has lost its agent", live.name.job_id, live.name.number)
+                self._launcher.end(live.name)
+                return self._ended(live, self._launcher.find(live.name))
+            case State.ABSENT:
+                return self._absent(live)
+            case _:
+                assert_never(found.state)
+
+    def _adopt(self, live: LiveAttempt) -> bool:
+        if live.launched:
+            return False
+        with self._database.write() as session:
+            job, attempt = ingest.lock(session, live.id, live.name.job_id)
+            attempt.launched_at = attempt.launched_at or self._clock()
+            note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
+            store.tell(session, job, note, self._clock())
+        return False
+
+    def _ended(self, live: LiveAttempt, found: Found) -> bool:
+        if found.state is not State.ENDED or found.report is None:
+            return False
+        self._read_rest(live)
+        self._close(live.id, live.name, found.report)
+        return True
+
+    def _read_rest(self, live: LiveAttempt) -> None:
+        """Store the lines that the agent could not deliver any more."""
+        acked = self._acked(live)
+        while lines := self._launcher.unread(live.name, acked, UNREAD_LINES):
+            with self._database.write() as session:
+                job, attempt = ingest.lock(session, live.id, live.name.job_id)
+                new = ingest.ingest(session, job, attempt, lines)
+                acked = attempt.acked_seq
+            if not new:
+                return
+
+    def _acked(self, live: LiveAttempt) -> int:
+        with self._database.read() as session:
+            attempt = session.get(AttemptRow, live.id)
+            return attempt.acked_seq if attempt is not None else 0
+
+    def _absent(self, live: LiveAttempt) -> bool:
+        if not live.launched and live.heard_at is None:
+            with self._database.write() as session:
+                job, attempt = ingest.lock(session, live.id, live.name.job_id)
+                ending.never_launched(session, job, attempt, self._clock())
+            return True
+        message = "nothing is left of the attempt, neither processes nor files"
+        report = ExitReport(
+            outcome="crashed",
+            step=0,
+            reason=Reason.AGENT_LOST,
+            message=message,
+            last_seq=0,
+            ended_at=self._clock(),
+        )
+        self._close(live.id, live.name, report)
+        return True
+
+    def _close(self, attempt_id: str, name: AttemptName, report: ExitReport) -> None:
+        with self._database.write() as session:
+            job, attempt = ingest.lock(session, attempt_id, name.job_id)
+            ending.end(session, job, attempt, report, self._clock())
+
+    def _hint(self, live: LiveAttempt) -> bool:
+        self._launcher.stop(live.name)
+        self._memory.told[live.id] = live.desired
+        return False
+
+    def _end(self, live: LiveAttempt) -> bool:
+        self._launcher.end(live.name)
+        self._memory.looked_at.pop(live.id, None)
+        return True
+
+
+def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime) -> Launch | None:
+    if job.status != JobStatus.QUEUED:
+        return None
+    name = AttemptName(job.id, job.attempt + 1)
+    attempt = AttemptRow(
+        id=store.new_id("att", 16),
+        job_id=job.id,
+        number=name.number,
+        token_sha256=ingest.token_hash(token),
+        trigger=job.trigger,
+        devices=list(devices),
+        created_at=now,
+    )
+    session.add(attempt)
+    session.flush()
+    leases = [{"device": device, "attempt_id": attempt.id, "job_id": job.id} for device in devices]
+    session.execute(insert(LeaseRow), leases)
+    note = Note("status", f"starting attempt {name.number} on {', '.join(devices)}", "scheduler", name.number)
+    changes = {"attempt": name.number, "reason": None, "message": None, "error": None, "heard_at": None}
+    store.move(session, job, JobStatus.STARTING, note, now, **changes, phase=None, phase_detail=None)
+    return Launch(name, attempt.id, _attempt_spec(job, devices), tuple(devices), token)
+
+
+def _attempt_spec(job: JobRow, devices: Sequence[str]) -> JobSpec:
+    """The job's spec for this attempt. Which GPU is the lease's business: the worker sees only those it has."""
+    spec = JobSpec.model_validate_json(json.dumps(job.spec))
+    if not spec.resources.device.startswith("cuda:"):
+        return spec
+    kind = devices[0].partition(":")[0]
+    return spec.model_copy(update={"resources": spec.resources.model_copy(update={"device": kind})})
+
+
+def utc_now() -> datetime:
+    """The time, in UTC."""
+    return datetime.now(UTC)

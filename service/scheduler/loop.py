@@ -1,0 +1,97 @@
+"""The one acting loop: snapshot, plan, apply; woken at once, and once a second anyway."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from service.db import Database
+from service.devices.inventory import Inventory
+from service.launch.base import Launcher
+from service.scheduler.apply import Applier, utc_now
+from service.scheduler.plan import Action, plan
+from service.scheduler.snapshot import Memory, Snapshot, take
+
+ROUND_SECONDS = 1.0
+MOST_ROUNDS_AT_ONCE = 20
+
+log = logging.getLogger("trainyard")
+
+
+class Scheduler:
+    """Runs rounds in a thread of its own. Tests call `round` themselves."""
+
+    def __init__(
+        self,
+        database: Database,
+        launcher: Launcher,
+        inventory: Inventory,
+        clock: Callable[[], datetime] = utc_now,
+    ) -> None:
+        self._database = database
+        self._inventory = inventory
+        self._clock = clock
+        self._memory = Memory()
+        self._applier = Applier(database, launcher, self._memory, clock)
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self.waiting: Mapping[str, str] = {}
+        """What each queued job waits for, by the newest plan."""
+
+    def start(self) -> None:
+        """Begin. The first round looks at every attempt that the database believes alive."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the loop after the round that is going on. Attempts are left alone."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(30)
+
+    def wake(self) -> None:
+        """Something has changed: look at once."""
+        self._wake.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the loop runs."""
+        return self._thread.is_alive()
+
+    def settle(self) -> None:
+        """Rounds until one changes nothing that another could build on."""
+        for _ in range(MOST_ROUNDS_AT_ONCE):
+            if not self.round():
+                return
+
+    def round(self) -> bool:
+        """One look and what follows from it; True where another look is worth it at once."""
+        decided = plan(self._snapshot(), self._clock())
+        self.waiting = decided.waiting
+        outcomes = [self._do(action) for action in decided.actions]
+        return any(outcomes)
+
+    def _do(self, action: Action) -> bool:
+        try:
+            return self._applier.do(action)
+        except Exception:
+            # One job's trouble must not keep the others from being looked after.
+            log.exception("an action of the scheduler failed: %s", type(action).__name__)
+            return False
+
+    def _snapshot(self) -> Snapshot:
+        devices = self._inventory.devices()
+        with self._database.read() as session:
+            snapshot = take(session, devices, self._memory, self._clock())
+        self._memory.forget_ended(snapshot.live)
+        return snapshot
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self.settle()
+            except Exception:
+                log.exception("a round of the scheduler failed")
+            self._wake.wait(ROUND_SECONDS)
+            self._wake.clear()

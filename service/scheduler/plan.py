@@ -1,0 +1,146 @@
+"""What to do next: a pure function of the snapshot and the time."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from itertools import islice
+
+from contract.status import Desired
+from service.devices.inventory import Device, kind_for
+from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+
+QUIET = timedelta(seconds=5)
+"""An attempt not heard for so long is looked up on the host, again and again. Silence alone never ends it."""
+
+KILL_GRACE = timedelta(seconds=10)
+"""An agent that is silent has so long to carry out a kill; then the launcher does."""
+
+PATIENCE = timedelta(minutes=5)
+"""So long smaller jobs may overtake one that does not fit; then free devices are kept for it."""
+
+NAMES = {"cpu": ("CPU slot", "CPU slots"), "cuda": ("GPU", "GPUs")}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Lease the devices to a queued job and launch its next attempt."""
+
+    job_id: str
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Queue an interrupted job again: its back-off is over."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class Look:
+    """Ask the launcher what is left of a quiet attempt, and believe the kernel."""
+
+    attempt: LiveAttempt
+
+
+@dataclass(frozen=True)
+class Hint:
+    """Tell the ranks directly what their agent will hear in its next report."""
+
+    attempt: LiveAttempt
+
+
+@dataclass(frozen=True)
+class End:
+    """End a killed attempt whose agent does not answer."""
+
+    attempt: LiveAttempt
+
+
+Action = Start | Restart | Look | Hint | End
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Actions in the order in which they are done, and what each job that stays queued waits for."""
+
+    actions: tuple[Action, ...] = ()
+    waiting: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan(snapshot: Snapshot, now: datetime) -> Plan:
+    """Look after what lives, then start what fits."""
+    attended = [action for attempt in snapshot.live if (action := _attend(attempt, now)) is not None]
+    restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
+    starts, waiting = _place(snapshot, now)
+    return Plan((*attended, *restarts, *starts), waiting)
+
+
+def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
+    quiet = attempt.heard_at is None or now - attempt.heard_at > QUIET
+    if attempt.looked_at is None or (quiet and now - attempt.looked_at > QUIET):
+        return Look(attempt)
+    if attempt.desired is Desired.KILL and quiet and attempt.asked_at and now - attempt.asked_at > KILL_GRACE:
+        return End(attempt)
+    if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.told is not attempt.desired:
+        return Hint(attempt)
+    return None
+
+
+class _Pools:
+    """Free devices by kind. Devices are taken in the inventory's order."""
+
+    def __init__(self, devices: Sequence[Device], leases: Mapping[str, str]) -> None:
+        self.total: dict[str, int] = {}
+        self.free: dict[str, dict[str, None]] = {"cpu": {}, "cuda": {}}
+        for device in devices:
+            self.total[device.kind] = self.total.get(device.kind, 0) + 1
+            if device.id not in leases and not device.processes:
+                self.free[device.kind][device.id] = None
+
+    def fits(self, kind: str, ranks: int) -> bool:
+        pool = self.free[_pool(kind)]
+        return ranks <= len(pool) if kind in self.free else (kind in pool and ranks == 1)
+
+    def take(self, kind: str, ranks: int) -> tuple[str, ...]:
+        pool = self.free[_pool(kind)]
+        taken = tuple(islice(pool, ranks)) if kind in self.free else (kind,)
+        for device in taken:
+            del pool[device]
+        return taken
+
+    def reserve(self, kind: str) -> None:
+        """Keep what is free for the job in front: nobody behind it gets any."""
+        if kind in self.free:
+            self.free[kind] = {}
+        else:
+            self.free[_pool(kind)].pop(kind, None)
+
+
+def _pool(kind: str) -> str:
+    return kind.partition(":")[0]
+
+
+def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start], dict[str, str]]:
+    """Start by priority, then age. Who does not fit is overtaken for PATIENCE at most."""
+    pools = _Pools(snapshot.devices, snapshot.leases)
+    started: list[Start] = []
+    waiting: dict[str, str] = {}
+    for job in sorted(snapshot.queued, key=lambda j: (-j.priority, j.queued_at, j.number)):
+        kind = kind_for(job.device, snapshot.devices)
+        if pools.fits(kind, job.ranks):
+            started.append(Start(job.id, pools.take(kind, job.ranks)))
+            continue
+        waiting[job.id] = _waits_for(job, kind, pools, snapshot)
+        if now - job.queued_at > PATIENCE:
+            pools.reserve(kind)
+    return started, waiting
+
+
+def _waits_for(job: QueuedJob, kind: str, pools: _Pools, snapshot: Snapshot) -> str:
+    if kind not in NAMES:
+        holder = snapshot.leases.get(kind)
+        return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
+    one, many = NAMES[kind]
+    free, total = len(pools.free[kind]), pools.total.get(kind, 0)
+    return f"{job.ranks} {one if job.ranks == 1 else many}; {free} of {total} free"

@@ -1,0 +1,106 @@
+"""Everything a scheduling round looks at, read in one transaction."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from contract.status import Desired, JobStatus
+from service.devices.inventory import Device
+from service.launch.base import AttemptName
+from service.tables import AttemptRow, JobRow, LeaseRow
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that waits for devices. ``device`` is the spec's: auto, cpu, cuda or one such as cuda:1."""
+
+    id: str
+    name: str
+    device: str
+    ranks: int
+    priority: int
+    queued_at: datetime
+    number: int
+
+
+@dataclass(frozen=True)
+class LiveAttempt:
+    """An attempt that has not ended, as far as the database knows."""
+
+    id: str
+    name: AttemptName
+    desired: Desired
+    launched: bool
+    asked_at: datetime | None
+    heard_at: datetime | None
+    looked_at: datetime | None = None
+    told: Desired | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """``looked_at`` and ``told`` of live attempts are this process's own memory: after a restart they are empty."""
+
+    queued: Sequence[QueuedJob] = ()
+    live: Sequence[LiveAttempt] = ()
+    restarts_due: Sequence[str] = ()
+    leases: Mapping[str, str] = field(default_factory=dict)
+    devices: Sequence[Device] = ()
+
+
+@dataclass
+class Memory:
+    """What this process did already; losing it costs a second look, nothing else."""
+
+    looked_at: dict[str, datetime] = field(default_factory=dict)
+    told: dict[str, Desired] = field(default_factory=dict)
+
+    def forget_ended(self, live: Sequence[LiveAttempt]) -> None:
+        """Keep only what concerns attempts that live."""
+        ids = {attempt.id for attempt in live}
+        self.looked_at = {k: v for k, v in self.looked_at.items() if k in ids}
+        self.told = {k: v for k, v in self.told.items() if k in ids}
+
+
+def take(session: Session, devices: Sequence[Device], memory: Memory, now: datetime) -> Snapshot:
+    """Read the snapshot."""
+    due = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at <= now)
+    leases = session.execute(select(LeaseRow.device, LeaseRow.job_id)).all()
+    return Snapshot(
+        queued=_queued(session),
+        live=_live(session, memory),
+        restarts_due=session.scalars(select(JobRow.id).where(*due)).all(),
+        leases={row.device: row.job_id for row in leases},
+        devices=devices,
+    )
+
+
+def _queued(session: Session) -> list[QueuedJob]:
+    columns = (JobRow.id, JobRow.name, JobRow.device, JobRow.ranks, JobRow.priority, JobRow.queued_at, JobRow.number)
+    rows = session.execute(select(*columns).where(JobRow.status == JobStatus.QUEUED)).all()
+    return [QueuedJob(*row) for row in rows]
+
+
+def _live(session: Session, memory: Memory) -> list[LiveAttempt]:
+    rows = session.execute(
+        select(AttemptRow, JobRow.desired, JobRow.asked_at)
+        .join(JobRow, JobRow.id == AttemptRow.job_id)
+        .where(AttemptRow.ended_at.is_(None))
+        .order_by(AttemptRow.created_at)
+    ).all()
+    return [
+        LiveAttempt(
+            id=row.id,
+            name=AttemptName(row.job_id, row.number),
+            desired=Desired(desired),
+            launched=row.launched_at is not None,
+            asked_at=asked_at,
+            heard_at=max(filter(None, (row.heard_at, row.launched_at)), default=None),
+            looked_at=memory.looked_at.get(row.id),
+            told=memory.told.get(row.id),
+        )
+        for row, desired, asked_at in rows
+    ]

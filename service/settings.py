@@ -1,0 +1,111 @@
+"""The service's settings: frozen, read once from the environment and the command line."""
+
+import ipaddress
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class UnsafeSettings(ValueError):
+    """The settings would put the service at risk; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the service keeps its things, what it may read and write, and who may talk to it.
+
+    ``data_roots`` are read below, ``save_roots`` written below; the home always counts among both. ``cpu_slots`` is the
+    number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
+    """
+
+    home: Path
+    database_url: str
+    data_roots: tuple[Path, ...]
+    save_roots: tuple[Path, ...]
+    corpus_cache: Path
+    cpu_slots: int
+    host: str = "127.0.0.1"
+    port: int = 8000
+    token: str | None = field(default=None, repr=False)
+    allowed_hosts: tuple[str, ...] = LOOPBACK_NAMES
+
+    @classmethod
+    def read(
+        cls,
+        environment: Mapping[str, str],
+        host: str | None = None,
+        port: int | None = None,
+        home: Path | None = None,
+        database_url: str | None = None,
+    ) -> "Settings":
+        """Arguments win over ``environment``, which wins over the defaults. Raises UnsafeSettings."""
+        home = (home or Path(environment.get("TRAINYARD_HOME") or "trainyard-home")).resolve()
+        host = host or environment.get("TRAINYARD_HOST") or "127.0.0.1"
+        token = environment.get("TRAINYARD_TOKEN") or None
+        default_roots = (Path.cwd(), home, Path(tempfile.gettempdir()))
+        settings = cls(
+            home=home,
+            database_url=database_url or environment.get("TRAINYARD_DATABASE_URL") or f"sqlite:///{home}/trainyard.db",
+            data_roots=_paths(environment.get("TRAINYARD_DATA_ROOTS")) or tuple(p.resolve() for p in default_roots),
+            save_roots=_paths(environment.get("TRAINYARD_SAVE_ROOTS")),
+            corpus_cache=Path(environment.get("TRAINYARD_CORPUS_CACHE") or home / "cache" / "corpus").resolve(),
+            cpu_slots=_whole(environment, "TRAINYARD_CPU_SLOTS", os.cpu_count() or 1),
+            host=host,
+            port=port if port is not None else _whole(environment, "TRAINYARD_PORT", 8000),
+            token=token,
+            allowed_hosts=_allowed_hosts(environment.get("TRAINYARD_ALLOWED_HOSTS"), host),
+        )
+        settings.require_safe()
+        return settings
+
+    def require_safe(self) -> None:
+        """Raise UnsafeSettings where others on the network could use the service without a token."""
+        if self.token is None and not is_loopback(self.host):
+            raise UnsafeSettings(
+                "refusing to listen on an address that others can reach without a token: "
+                "set TRAINYARD_TOKEN, or listen on 127.0.0.1"
+            )
+
+    @property
+    def runs(self) -> Path:
+        """Holds one directory a job."""
+        return self.home / "runs"
+
+    @property
+    def service_file(self) -> Path:
+        """Where agents find the URL of the service that runs now."""
+        return self.home / "service.json"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _allowed_hosts(given: str | None, host: str) -> tuple[str, ...]:
+    if given:
+        return (*LOOPBACK_NAMES, *(name.strip().lower() for name in given.split(",") if name.strip()))
+    # A wildcard address has no name of its own; there a token is required, and no page elsewhere knows it.
+    return ("*",) if host in ("0.0.0.0", "::") else (*LOOPBACK_NAMES, host.lower())  # noqa: S104 - compared, not bound
+
+
+def _paths(text: str | None) -> tuple[Path, ...]:
+    return tuple(Path(part).resolve() for part in (text or "").split(":") if part)
+
+
+def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name)
+    if not text:
+        return default
+    if not text.isdecimal():
+        raise UnsafeSettings(f"{name} must be a whole number")
+    return int(text)

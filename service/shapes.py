@@ -1,0 +1,247 @@
+"""What the API answers with, as models: they make /docs and keep every field present, null where unknown."""
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from contract.report import ErrorCard
+from contract.status import Desired, JobStatus
+
+T = TypeVar("T")
+
+
+class Shape(BaseModel):
+    """Made from a row or a mapping; frozen."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class Page(Shape, Generic[T]):
+    """A list. The next page is ``after=<last id>``, that of metrics ``after_step=<last step>``."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+
+
+class MemoryPlan(Shape):
+    """Bytes on each rank."""
+
+    weights: int | None = None
+    gradients: int | None = None
+    optimizer: int | None = None
+    activations: int | None = None
+
+
+class Plan(Shape):
+    """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started."""
+
+    parameters: int | None = None
+    active_parameters: int | None = None
+    tokens: int | None = None
+    samples: int | None = None
+    documents: int | None = None
+    bad_lines: int | None = None
+    steps: int | None = None
+    steps_per_epoch: int | None = None
+    tokens_per_step: float | None = None
+    global_batch: int | None = None
+    world_size: int | None = None
+    device: str | None = None
+    device_name: str | None = None
+    dtype: str | None = None
+    torch_version: str | None = None
+    vocab_size: int | None = None
+    flops_per_token: float | None = None
+    memory_bytes: MemoryPlan = MemoryPlan()
+    checkpoint_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    flops: float | None = None
+    eta_seconds: float | None = None
+    expected_first_loss: float | None = None
+    warnings: list[str] = []
+
+
+class Progress(Shape):
+    """How far the job is, by its newest report. ``percent`` goes from 0 to 100."""
+
+    step: int | None = None
+    steps: int | None = None
+    epoch: float | None = None
+    tokens: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    eta_seconds: float | None = None
+    percent: float | None = None
+    updated_at: datetime | None = None
+    nonfinite: bool = False
+
+
+class Queue(Shape):
+    """Where a queued job stands (1 is next), and what it waits for."""
+
+    position: int
+    waiting_for: str
+
+
+class Parent(Shape):
+    """What a fork was made from."""
+
+    job_id: str
+    step: int | None
+
+
+class AllowedAction(Shape):
+    """Whether a verb fits the present status, and if not, why."""
+
+    action: str
+    allowed: bool
+    why_not: str | None
+
+
+class Alert(Shape):
+    """Something the user should know of while the run goes on."""
+
+    code: str
+    message: str
+    step: int | None = None
+    at: datetime
+
+
+class Checkpoint(Shape):
+    """A published checkpoint. ``sha256`` is that of its model.safetensors, ``bytes`` that of all its files."""
+
+    object: Literal["checkpoint"] = "checkpoint"
+    id: str
+    job_id: str
+    attempt: int
+    step: int
+    path: str
+    bytes: int
+    sha256: str
+    kind: str
+    loss: float | None
+    created_at: datetime
+
+
+class Job(Shape):
+    """One pretraining run."""
+
+    object: Literal["job"] = "job"
+    id: str
+    name: str
+    labels: dict[str, str]
+    status: JobStatus
+    desired: Desired
+    phase: str | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    spec: dict[str, Any]
+    plan: Plan
+    progress: Progress
+    attempt: int | None
+    resumable: bool
+    resume_blocker: str | None
+    checkpoint: Checkpoint | None
+    queue: Queue | None
+    parent: Parent | None
+    allowed_actions: list[AllowedAction]
+    summary: str
+    alerts: list[Alert]
+    restart_at: datetime | None
+    created_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class Event(Shape):
+    """Something that happened to a job. ``actor``: user, service, scheduler or worker."""
+
+    object: Literal["event"] = "event"
+    id: str
+    job_id: str
+    attempt: int | None
+    kind: str
+    actor: str
+    message: str
+    data: dict[str, Any]
+    at: datetime
+
+
+class Attempt(Shape):
+    """One launch of a job's workers. ``trigger``: submit, resume or restart."""
+
+    object: Literal["attempt"] = "attempt"
+    id: str
+    job_id: str
+    number: int
+    trigger: str
+    devices: list[str]
+    start_step: int | None
+    end_step: int | None
+    outcome: str | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    ranks: list[Any]
+    created_at: datetime
+    launched_at: datetime | None
+    started_at: datetime | None
+    heard_at: datetime | None
+    ended_at: datetime | None
+
+
+class Sample(Shape):
+    """A text the model wrote at a step."""
+
+    object: Literal["sample"] = "sample"
+    id: str
+    job_id: str
+    attempt: int
+    step: int
+    prompt: str
+    text: str
+    at: datetime
+
+
+class LogChunk(Shape):
+    """A piece of a log; reading goes on at ``next_offset``."""
+
+    data: str
+    next_offset: int
+
+
+class LeasedDevice(Shape):
+    """A device, who has it, and processes on it that belong to no attempt."""
+
+    object: Literal["device"] = "device"
+    id: str
+    kind: str
+    model: str | None
+    memory_bytes: int | None
+    memory_used_bytes: int | None
+    job_id: str | None
+    attempt_id: str | None
+    processes: list[int]
+
+
+class Health(Shape):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Version(Shape):
+    """What is running here."""
+
+    name: str
+    version: str
+    api: int
+    python: str
+    database: str

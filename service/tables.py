@@ -1,0 +1,249 @@
+"""The tables. Migrations build the same; a test compares the two."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Whole = BigInteger().with_variant(Integer, "sqlite")
+"""64 bits; SQLite counts rows by itself only where the column is spelt INTEGER."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An instant: aware, in UTC, on both databases."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        """To UTC; a naive time has no place here."""
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a time without its zone")
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        """SQLite gives back what was UTC without saying so."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Table(DeclarativeBase):
+    """Base of all tables."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_N_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own spelling
+        datetime: UtcDateTime(),
+        dict[str, Any]: JSON(none_as_null=True),
+        list[Any]: JSON(none_as_null=True),
+        int: Whole,
+        float: Float(53),
+        str: Text(),
+    }
+
+
+def _job_id() -> Mapped[str]:
+    return mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
+
+
+class JobRow(Table):
+    """One job. ``version`` counts changes of status; ``number`` orders jobs by age."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (Index("ix_jobs_status", "status", "priority", "queued_at"), Index("ix_jobs_name", "name"))
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    version: Mapped[int] = mapped_column(default=1)
+    name: Mapped[str]
+    labels: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(String(20))
+    desired: Mapped[str] = mapped_column(String(20))
+    phase: Mapped[str | None] = mapped_column(String(20))
+    phase_detail: Mapped[dict[str, Any] | None]
+    reason: Mapped[str | None] = mapped_column(String(40))
+    message: Mapped[str | None]
+    error: Mapped[dict[str, Any] | None]
+    spec: Mapped[dict[str, Any]]
+    facts: Mapped[dict[str, Any]]
+    progress: Mapped[dict[str, Any]]
+    alerts: Mapped[list[Any]]
+    device: Mapped[str] = mapped_column(String(20))
+    ranks: Mapped[int]
+    priority: Mapped[int]
+    attempt: Mapped[int] = mapped_column(default=0)
+    trigger: Mapped[str] = mapped_column(String(20), default="submit")
+    restarts: Mapped[int] = mapped_column(default=0)
+    restart_at: Mapped[datetime | None]
+    asked_at: Mapped[datetime | None]
+    heard_at: Mapped[datetime | None]
+    parent_job_id: Mapped[str | None] = mapped_column(String(40))
+    parent_step: Mapped[int | None]
+    created_at: Mapped[datetime]
+    queued_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class LabelRow(Table):
+    """The labels again, one a row, to find jobs by."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("ix_job_labels_key_value", "key", "value"),)
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+class IdempotencyRow(Table):
+    """A submission that may be sent again."""
+
+    __tablename__ = "idempotency_keys"
+
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime]
+
+
+class AttemptRow(Table):
+    """One launch. ``launched_at`` is null until the launcher has said that it started."""
+
+    __tablename__ = "attempts"
+    __table_args__ = (UniqueConstraint("job_id", "number"), Index("ix_attempts_ended_at", "ended_at"))
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    job_id: Mapped[str] = _job_id()
+    number: Mapped[int]
+    token_sha256: Mapped[str] = mapped_column(String(64))
+    trigger: Mapped[str] = mapped_column(String(20))
+    devices: Mapped[list[Any]]
+    acked_seq: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime]
+    launched_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    heard_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    start_step: Mapped[int | None]
+    end_step: Mapped[int | None]
+    outcome: Mapped[str | None] = mapped_column(String(20))
+    reason: Mapped[str | None] = mapped_column(String(40))
+    message: Mapped[str | None]
+    error: Mapped[dict[str, Any] | None]
+    ranks: Mapped[list[Any] | None]
+
+
+class LeaseRow(Table):
+    """A device in the hands of one attempt; no row: nobody has it."""
+
+    __tablename__ = "leases"
+
+    device: Mapped[str] = mapped_column(String(20), primary_key=True)
+    attempt_id: Mapped[str] = mapped_column(String(40), ForeignKey("attempts.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str] = mapped_column(String(40))
+
+
+class MetricRow(Table):
+    """One point. ``stitched`` is false where a later attempt, or a rollback, went over this step again."""
+
+    __tablename__ = "metrics"
+    __table_args__ = (
+        Index("ix_metrics_curve", "job_id", "stitched", "step"),
+        Index("ix_metrics_attempt", "job_id", "attempt", "step"),
+    )
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int]
+    stitched: Mapped[bool]
+    epoch: Mapped[float]
+    loss: Mapped[float | None]
+    aux_loss: Mapped[float | None]
+    learning_rate: Mapped[float]
+    grad_norm: Mapped[float | None]
+    tokens: Mapped[int]
+    tokens_per_second: Mapped[float | None]
+    mfu: Mapped[float | None]
+    step_seconds: Mapped[float | None]
+    data_seconds: Mapped[float | None]
+    memory_bytes: Mapped[int | None]
+    eval_loss: Mapped[float | None]
+    nonfinite: Mapped[bool]
+    at: Mapped[datetime]
+
+
+class EventRow(Table):
+    """What happened to a job, and who asked for it."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_job_id", "job_id", "number"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = _job_id()
+    attempt: Mapped[int | None]
+    seq: Mapped[int | None]
+    kind: Mapped[str] = mapped_column(String(40))
+    actor: Mapped[str] = mapped_column(String(20))
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    at: Mapped[datetime]
+
+
+class CheckpointRow(Table):
+    """A published checkpoint or weights file that is still there."""
+
+    __tablename__ = "checkpoints"
+    # No unique index on the path: it may be longer than an index entry. Writers hold the job and replace by path.
+    __table_args__ = (Index("ix_checkpoints_job_id_step", "job_id", "step"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = _job_id()
+    attempt: Mapped[int]
+    seq: Mapped[int]
+    step: Mapped[int]
+    path: Mapped[str]
+    bytes: Mapped[int]
+    sha256: Mapped[str]
+    kind: Mapped[str] = mapped_column(String(20))
+    loss: Mapped[float | None]
+    created_at: Mapped[datetime]
+
+
+class SampleRow(Table):
+    """A text the model wrote."""
+
+    __tablename__ = "samples"
+    __table_args__ = (Index("ix_samples_job_id", "job_id", "number"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = _job_id()
+    attempt: Mapped[int]
+    seq: Mapped[int]
+    step: Mapped[int]
+    prompt: Mapped[str]
+    text: Mapped[str]
+    at: Mapped[datetime]

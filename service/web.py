@@ -1,0 +1,188 @@
+"""Around every request: its id, who may come in, how much it may bring, and what leaves when something breaks.
+
+And the one strict reader of JSON bodies.
+"""
+
+import hmac
+import json
+import logging
+import re
+import secrets
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import Depends, Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import (
+    BodyNotJson,
+    BodyTooLarge,
+    ForeignHost,
+    ForeignOrigin,
+    Unauthorized,
+    WrongMediaType,
+    answer,
+    from_exception,
+)
+from service.settings import Settings
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+OPEN_PATHS = frozenset({"/health", "/ready"})
+INTERNAL = "/internal/"
+BODY_BYTES = 1 << 20
+REPORT_BYTES = 64 << 20
+
+log = logging.getLogger("trainyard")
+
+
+class Gate:
+    """The outermost layer: nothing passes that should not, and nothing leaves but an answer with a request id."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        scope["request_id"] = request_id
+        answered = _Answered(send, request_id)
+        try:
+            self._admit(scope, headers)
+            await self._app(scope, _Limited(receive, _limit(scope)), answered)
+        except Exception as error:
+            await self._refuse(error, scope, receive, answered)
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        host = headers.get("host", "")
+        if not _host_allowed(host, self._settings.allowed_hosts):
+            raise ForeignHost()
+        if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
+            raise ForeignOrigin()
+        path = scope["path"]
+        if self._settings.token and path not in OPEN_PATHS and not path.startswith(INTERNAL):
+            require_token(bearer(headers.get("authorization")), self._settings.token)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > _limit(scope):
+            raise BodyTooLarge()
+
+    async def _refuse(self, error: Exception, scope: Scope, receive: Receive, answered: "_Answered") -> None:
+        made = from_exception(error)
+        if made.status >= 500:
+            log.error("request=%s %s failed", scope["request_id"], scope["method"], exc_info=error)
+        if answered.begun:
+            raise error
+        await answer(made, scope["request_id"])(scope, receive, answered)
+
+
+class _Answered:
+    """Puts the request's id on the answer."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.begun = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.begun = True
+            extra = [
+                (b"x-request-id", self._request_id.encode()),
+                (b"x-content-type-options", b"nosniff"),
+                (b"cache-control", b"no-store"),
+            ]
+            message = {**message, "headers": [*message.get("headers", ()), *extra]}
+        await self._send(message)
+
+
+class _Limited:
+    """Stops reading a body that is longer than it may be, chunked or not."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._left = limit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            if self._left < 0:
+                raise BodyTooLarge()
+        return message
+
+
+def bearer(header: str | None) -> str:
+    """The token of an Authorization header, or ''."""
+    scheme, _, token = (header or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def require_token(given: str, expected: str) -> None:
+    """Raise Unauthorized unless they are equal; the time it takes tells nothing."""
+    if not hmac.compare_digest(given.encode(errors="replace"), expected.encode()):
+        raise Unauthorized()
+
+
+def _request_id(headers: Headers) -> str:
+    given = headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
+
+
+def _limit(scope: Scope) -> int:
+    return REPORT_BYTES if scope["path"].startswith(INTERNAL) else BODY_BYTES
+
+
+def _host_allowed(header: str, allowed: tuple[str, ...]) -> bool:
+    if "*" in allowed:
+        return True
+    try:
+        return (urlsplit(f"//{header}").hostname or "") in allowed
+    except ValueError:
+        return False
+
+
+def _same_origin(origin: str | None, host: str) -> bool:
+    """Browsers send Origin with every unsafe request; other clients send none."""
+    if origin is None:
+        return True
+    try:
+        return bool(host) and urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
+
+
+async def _json_body(request: Request) -> Any:
+    """The body as a JSON value; None where there is none. NaN stays for the field that gets it to refuse."""
+    body = await request.body()
+    if not body.strip():
+        return None
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise WrongMediaType()
+    try:
+        return json.loads(body, object_pairs_hook=_without_doubles)
+    except RecursionError:
+        raise BodyNotJson("The body is nested too deeply.") from None
+    except UnicodeDecodeError:
+        raise BodyNotJson("The body is not UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise BodyNotJson(f"The body is not JSON: line {error.lineno}, column {error.colno}.") from None
+    except ValueError:
+        raise BodyNotJson("The body holds a number that is far too long.") from None
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise BodyNotJson("The body has an object with the same key twice.")
+    return value
+
+
+JsonBody = Annotated[Any, Depends(_json_body)]
+"""A `def` endpoint's body, read strictly."""
