@@ -1,0 +1,25 @@
+"""`make bench`: figures measured side by side in one run, printed as ratios or differences. `--only NAME` runs one."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from benchmarks import launch, reporting
+
+BENCHMARKS: dict[str, Callable[[], None]] = {"launch": launch.main, "reporting": reporting.main}
+
+
+def main() -> int:
+    """Run what was asked for, one after the other: two at once would measure each other."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=sorted(BENCHMARKS))
+    chosen = parser.parse_args().only
+    for name, benchmark in BENCHMARKS.items():
+        if chosen in (None, name):
+            print(f"\n== {name}", flush=True)
+            benchmark()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,14 @@
+"""A corpus for measurements and tests: the demo's docstrings, as many as are wanted."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+from client.demo.docstrings import docstrings, standard_library
+
+
+def write_docstrings(file: Path, limit: int) -> int:
+    """Write the first ``limit`` docstrings of the standard library as JSONL; returns how many there were."""
+    texts = list(islice(docstrings(standard_library()), limit))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return len(texts)

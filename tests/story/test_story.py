@@ -1,0 +1,186 @@
+"""The main job on real text, with real ranks: what the README tells, asserted."""
+
+import math
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.corpus import write_docstrings
+from contract.processes import ProcessIdentity, marked
+from contract.rundir import RunDir
+from contract.spec import JobSpec
+from tests.story.served import RANKS, Served, until
+
+pytestmark = pytest.mark.slow
+
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "corpus.jsonl"
+    assert write_docstrings(file, 400) == 400
+    return file
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Served]:
+    service = Served(tmp_path_factory.mktemp("home") / "home", [corpus.parent])
+    service.start()
+    yield service
+    service.stop()
+
+
+def spec(corpus: Path, **resources: Any) -> dict[str, Any]:
+    return {
+        "name": "story",
+        "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "data": {"data_path": str(corpus), "max_seq_len": 64},
+        "training": {
+            "max_steps": STEPS,
+            "batch_size": 4,
+            "accumulation_steps": 2,
+            "learning_rate": 2e-3,
+            "warmup_steps": 0,
+        },
+        "checkpoint": {"save_interval": 20},
+        "reporting": {"log_interval": 1},
+        "resources": {"device": "cpu", "nproc_per_node": RANKS, "max_restarts": 0, **resources},
+    }
+
+
+def final_sha256(served: Served, job_id: str) -> str:
+    newest = served.get(f"/jobs/{job_id}/checkpoints").json()["data"][0]
+    assert newest["step"] == STEPS
+    return str(newest["sha256"])
+
+
+@pytest.fixture(scope="module")
+def untouched(served: Served, corpus: Path) -> str:
+    job_id = served.submit(spec(corpus))
+    served.wait(job_id, "succeeded")
+    return job_id
+
+
+def test_a_run_that_nobody_touches_succeeds_and_learns(served: Served, untouched: str) -> None:
+    job = served.job(untouched)
+    rows = served.metrics(untouched)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {row["attempt"] for row in rows} == {1}
+    assert rows[0]["loss"] == pytest.approx(math.log(259), rel=0.02)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    assert job["progress"]["step"] == STEPS
+    assert job["summary"]
+    listed = served.get(f"/jobs/{untouched}/checkpoints").json()["data"]
+    assert [item["step"] for item in listed] == [60, 40, 20]
+    assert all(Path(item["path"]).is_dir() for item in listed)
+
+
+def test_the_learning_rate_is_the_formula_at_every_step(served: Served, untouched: str) -> None:
+    for row in served.metrics(untouched):
+        expected = 2e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * row["step"] / STEPS)))
+        assert abs(row["learning_rate"] - expected) < 1e-12
+
+
+def test_torchrun_killed_and_resumed_gives_the_same_weights(served: Served, untouched: str, corpus: Path) -> None:
+    job_id = served.submit(spec(corpus))
+    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 30)
+    torchrun(job_id).send(signal.SIGKILL)
+    failed = served.wait(job_id, "failed", "interrupted")
+    assert "torchrun was killed by SIGKILL" in failed["message"]
+    until(lambda: not ranks(job_id), 5)
+    assert served.post(f"/jobs/{job_id}/resume").status_code == 202
+    served.wait(job_id, "succeeded")
+    assert final_sha256(served, job_id) == final_sha256(served, untouched)
+    one, two = (weights(served, job) for job in (job_id, untouched))
+    assert one.read_bytes() == two.read_bytes()
+    rows, expected = served.metrics(job_id), served.metrics(untouched)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    assert {row["attempt"] for row in rows} == {1, 2}
+    attempts = served.get(f"/jobs/{job_id}/attempts").json()["data"]
+    assert len(attempts) == 2
+
+
+def test_a_rank_killed_is_recovered_without_anybody(served: Served, untouched: str, corpus: Path) -> None:
+    job_id = served.submit(spec(corpus, max_restarts=3))
+    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 25)
+    one = next(process for process in ranks(job_id) if process.variable("RANK") == "1")
+    one.send(signal.SIGKILL)
+    served.wait(job_id, "succeeded")
+    assert final_sha256(served, job_id) == final_sha256(served, untouched)
+    told = served.get(f"/jobs/{job_id}/events").json()["data"]
+    assert any("rank 1 was killed by SIGKILL" in str(event) for event in told)
+
+
+def test_paused_and_resumed_is_the_same_run(served: Served, untouched: str, corpus: Path) -> None:
+    job_id = served.submit(spec(corpus))
+    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 10)
+    assert served.post(f"/jobs/{job_id}/pause").status_code == 202
+    paused = served.wait(job_id, "paused", "succeeded")
+    assert paused["status"] == "paused"
+    assert paused["resumable"]
+    assert paused["checkpoint"]["step"] < STEPS
+    assert ranks(job_id) == []
+    assert served.post(f"/jobs/{job_id}/resume").status_code == 202
+    served.wait(job_id, "succeeded")
+    assert final_sha256(served, job_id) == final_sha256(served, untouched)
+
+
+def test_the_server_killed_while_it_runs_costs_nothing(served: Served, untouched: str, corpus: Path) -> None:
+    job_id = served.submit(spec(corpus))
+    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 5)
+    served.kill()
+    run = RunDir(served.home / "runs" / job_id)
+    before = run.attempt(1).read_step() or 0
+    until(lambda: (run.attempt(1).read_step() or 0) > before + 3)
+    served.start()
+    job = served.wait(job_id, "succeeded")
+    assert job["attempt"] == 1
+    rows = served.metrics(job_id)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {row["attempt"] for row in rows} == {1}
+    assert final_sha256(served, job_id) == final_sha256(served, untouched)
+
+
+def test_a_run_that_ends_while_the_server_is_away_has_ended_well(served: Served, corpus: Path) -> None:
+    job_id = served.submit(spec(corpus))
+    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 5)
+    served.kill()
+    exit_report = RunDir(served.home / "runs" / job_id).attempt(1).exit
+    until(exit_report.exists)
+    served.start()
+    served.wait(job_id, "succeeded", seconds=20)
+    assert [row["step"] for row in served.metrics(job_id)] == list(range(1, STEPS + 1))
+
+
+def test_a_broken_line_is_named_by_its_number(served: Served, corpus: Path) -> None:
+    broken = corpus.with_name("broken.jsonl")
+    broken.write_text('{"text": "a good line, long enough to be read"}\n' * 6 + '{"text": \n')
+    wanted = spec(broken)
+    wanted["data"]["max_bad_lines"] = 0.0
+    job_id = served.submit(wanted)
+    failed = served.wait(job_id, "failed")
+    assert failed["reason"] == "data_invalid"
+    assert "line 7" in failed["error"]["message"]
+
+
+def ranks(job_id: str) -> list[ProcessIdentity]:
+    return [process for process in all_of(job_id) if process.variable("RANK") is not None]
+
+
+def torchrun(job_id: str) -> ProcessIdentity:
+    plain = [p for p in all_of(job_id) if p.variable("RANK") is None and p.variable("TRAINYARD_ATTEMPT_ID") is None]
+    assert len(plain) == 1
+    return plain[0]
+
+
+def all_of(job_id: str) -> list[ProcessIdentity]:
+    return [process for number in (1, 2, 3) for process in marked(f"{job_id}/{number}")]
+
+
+def weights(served: Served, job_id: str) -> Path:
+    wanted = JobSpec.model_validate_json((served.home / "runs" / job_id / "attempt-0001" / "spec.json").read_bytes())
+    return RunDir(served.home / "runs" / job_id).path / "out" / wanted.weights_name()
