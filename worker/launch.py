@@ -1,7 +1,5 @@
 """The attempt this process belongs to: which one, whether it may run, and where what it prints goes."""
 
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +13,6 @@ from contract.status import Reason
 from worker.distributed import Ranks
 from worker.failure import Failure
 
-RANK_LOGS = "TRAINYARD_RANK_LOGS"
 LOCK_SECONDS = 10.0
 
 
@@ -60,20 +57,6 @@ def _by_hand(file: Path, content: bytes) -> JobSpec:
         lines = [f"  {problem.pointer or '/'}  {problem.message}" for problem in parsed.problems]
         raise SpecUnusable("\n".join([f"{file} has {len(lines)} mistakes:", *lines]))
     return parsed.spec
-
-
-def log_to_file(attempt: AttemptDir, rank: int) -> None:
-    """Under an agent, let everything this process prints, libraries included, go to its own log."""
-    if not os.environ.get(RANK_LOGS):
-        return
-    attempt.logs.mkdir(parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    descriptor = os.open(attempt.rank_log(rank), flags, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def claim(run: RunDir, number: int | None, ranks: Ranks, spec: JobSpec) -> Attempt:

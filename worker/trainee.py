@@ -118,5 +118,5 @@ def _wrapped(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     # static_graph would save a little, and fails together with no_sync. Buffers are constants, so none is sent.
     return nn.parallel.DistributedDataParallel(
-        inner, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        inner, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
     )

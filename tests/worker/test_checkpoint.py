@@ -16,7 +16,12 @@ from worker import checkpoint, retention, tensorfile
 from worker.checkpoint import MODEL, OPTIMIZER, STATE, Damage, Identity, RunState
 
 IDENTITY = Identity(
-    model={"hidden_size": 8, "vocab_size": 32}, tokenizer="t" * 64, corpus="c" * 64, seed=1, max_seq_len=16, packing="none"
+    model={"hidden_size": 8, "vocab_size": 32},
+    tokenizer="t" * 64,
+    corpus="c" * 64,
+    seed=1,
+    max_seq_len=16,
+    packing="none",
 )
 
 
@@ -95,7 +100,9 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path
 def test_a_fresh_optimizer_takes_the_state_too(tmp_path: Path) -> None:
     model, optimizer = trained(seed=3)
     moments = checkpoint.optimizer_tensors(model, optimizer)
-    assert sorted(moments) == [f"{key}.{p}" for key in ("exp_avg", "exp_avg_sq", "step") for p in ("embed.weight", "scale")]
+    assert sorted(moments) == [
+        f"{key}.{p}" for key in ("exp_avg", "exp_avg_sq", "step") for p in ("embed.weight", "scale")
+    ]
     saved = checkpoint.publish(ProductDir(tmp_path), state(3), checkpoint.unique_tensors(model), moments)
     fresh = Tied()
     fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.5, fused=True)
@@ -181,7 +188,11 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
 
 def test_state_survives_json_exactly(tmp_path: Path) -> None:
     full = dataclasses.replace(
-        state(5), interval=[[0.1 + 0.2, 1e-300, 3.0, 0.0]], trouble={"in_a_row": 1}, scaler={"scale": 2.0**16}, loss=1 / 3
+        state(5),
+        interval=[[0.1 + 0.2, 1e-300, 3.0, 0.0]],
+        trouble={"in_a_row": 1},
+        scaler={"scale": 2.0**16},
+        loss=1 / 3,
     )
     assert RunState.from_json(json.loads(json.dumps(asdict(full)))) == full
 

@@ -14,7 +14,12 @@ from worker.step import Micro, StepResult, seed_dropout
 from worker.trainee import Trainee, build, initial_model
 
 SHAPE = ModelConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=61, intermediate_size=64
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=61,
+    intermediate_size=64,
 )
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")
@@ -81,7 +86,9 @@ def test_a_step_is_the_textbook_s() -> None:
 
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
-    shape = ModelConfig(**{**vars(SHAPE), "use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05})
+    shape = ModelConfig(
+        **{**vars(SHAPE), "use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
+    )
     whole, halves, singles = (trainee(shape) for _ in range(3))
     data = [rows(8, seed) for seed in range(4)]
     expected = run(whole, [cut(batch, 8) for batch in data])

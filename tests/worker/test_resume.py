@@ -1,0 +1,149 @@
+"""An interrupted run and one that nobody touched leave the same bytes and the same curve."""
+
+import json
+import random
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.events import CheckpointRemoved, Started
+from contract.rundir import RunDir
+from tests.worker import driver
+
+pytestmark = pytest.mark.slow
+
+SEED = 20240611
+MOE = {"use_moe": True, "num_experts": 4, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
+
+RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
+    "dense bf16 dropout": (1, {"model": {"dropout": 0.1}}),
+    "moe bf16 dropout": (1, {"model": {"dropout": 0.1, **MOE}}),
+    "dense fp16": (1, {"training": {"dtype": "float16", "max_steps": 16}, "checkpoint": {"save_interval": 4}}),
+    "two ranks dense bf16 dropout": (2, {"model": {"dropout": 0.1}, "data": {"packing": "none"}}),
+    "two ranks moe": (2, {"model": MOE, "training": {"max_steps": 12}, "checkpoint": {"save_interval": 5}}),
+    "three ranks uneven": (3, {"training": {"batch_size": 3, "accumulation_steps": 1, "max_steps": 12}}),
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return driver.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_stopped_and_killed_at_random_steps_it_is_the_same_run(name: str, text: Path, tmp_path: Path) -> None:
+    world, changes = RUNS[name]
+    described = driver.spec(text, **changes)
+    steps = described["training"]["max_steps"]
+    untouched, broken = (driver.new_run(tmp_path / kind, described) for kind in ("untouched", "broken"))
+    assert driver.run_to_end(untouched, world).outcome == "completed"
+    chooser = random.Random(f"{SEED} {name}")
+    stop_at, kill_at = sorted(chooser.sample(range(1, steps - 2), 2))
+    print(f"seed {SEED}: stop after step {stop_at}, SIGKILL after step {kill_at}")
+    stopped = driver.run_to_end(broken, world, partial(stop_after, broken, 1, stop_at))
+    # Two ranks hear of it one step later, which is what makes the agreement free.
+    assert (stopped.outcome, stopped.step) == ("stopped", stop_at + (world > 1))
+    killed = driver.start(broken, world, partial(kill_after, kill_at))
+    assert -signal.SIGKILL in killed.wait()
+    assert not broken.attempt(2).outcome.exists()
+    assert driver.run_to_end(broken, world).step == steps
+    assert dict(driver.products(broken))[f"checkpoints/step-{steps:08d}/model.safetensors"]
+    last = {key: value for key, value in driver.products(untouched) if f"{steps:08d}" in key or key.startswith("out/")}
+    assert len(last) == 3
+    for key, value in driver.products(broken):
+        assert value == last.get(key, value), key
+    assert driver.curve(broken) == driver.curve(untouched)
+
+
+def stop_after(run: RunDir, attempt: int, step: int) -> None:
+    """Touch the stop file right after ``step``."""
+    from worker.life import SignOfLife
+
+    beat = SignOfLife.beat
+
+    def noticed(self: SignOfLife, done: int) -> None:
+        beat(self, done)
+        if done == step:
+            run.attempt(attempt).stop.touch()
+
+    SignOfLife.beat = noticed  # type: ignore[method-assign]
+
+
+def kill_after(step: int) -> None:
+    """SIGKILL to this very rank right after ``step``; the others see a broken connection."""
+    import os
+
+    from worker.life import SignOfLife
+
+    beat = SignOfLife.beat
+
+    def fatal(self: SignOfLife, done: int) -> None:
+        beat(self, done)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    SignOfLife.beat = fatal  # type: ignore[method-assign]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    assert driver.run_to_end(run).step == 24
+    before = dict(driver.products(run))
+    file = run.products(None).checkpoint(24) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert driver.run_to_end(run).outcome == "completed"
+    found = driver.events(run, 2)
+    assert driver.warned(run, 2)["checkpoint_invalid"].message == "checkpoint 24 invalid: model.safetensors sha256"
+    removed = [(e.step, e.why) for e in found if isinstance(e, CheckpointRemoved)]
+    assert (24, "invalid") in removed
+    started = next(e for e in found if isinstance(e, Started))
+    assert started.start_step == 16
+    assert str(started.resumed_from).endswith("step-00000016")
+    assert dict(driver.products(run)) == before
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away_without_a_word(text: Path, tmp_path: Path) -> None:
+    described = driver.spec(text, training={"max_steps": 4}, checkpoint={"save_interval": 2})
+    run = driver.new_run(tmp_path / "run", described)
+    driver.run_to_end(run)
+    for _, path in run.products(None).published():
+        (path / "manifest.json").unlink()
+    failed = driver.run_to_end(run)
+    assert (failed.outcome, failed.reason) == ("failed", "checkpoint_invalid")
+    assert "checkpoint 4 invalid: manifest.json missing; checkpoint 2 invalid" in str(failed.message)
+    assert failed.error is not None
+    assert "Resume once more to begin at step 0" in str(failed.error.hint)
+    assert driver.run_to_end(run).outcome == "completed"
+
+
+def test_another_run_s_checkpoint_is_refused_by_name(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"max_steps": 2}))
+    driver.run_to_end(run)
+    other = driver.corpus(tmp_path / "other.jsonl", seed=6)
+    changed = driver.spec(other, training={"max_steps": 4, "seed": 43}, model={"hidden_size": 48})
+    run.spec.write_text(json.dumps(changed))
+    failed = driver.run_to_end(run)
+    assert failed.reason == "checkpoint_invalid"
+    for part in ("model.hidden_size is 48 and was 32", "the corpus is another one", "seed is 43 and was 42"):
+        assert part in str(failed.message)
+
+
+def test_more_steps_other_intervals_and_another_world_keep_the_rows_of_a_step(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"max_steps": 6}))
+    assert driver.run_to_end(run).step == 6
+    longer = driver.spec(
+        text, training={"max_steps": 10}, checkpoint={"save_interval": 3}, reporting={"log_interval": 2}
+    )
+    run.spec.write_text(json.dumps(longer))
+    assert driver.run_to_end(run, world=2).step == 10
+    started = next(e for e in driver.events(run, 2) if isinstance(e, Started))
+    assert (started.start_step, started.steps, started.world_size, started.global_batch) == (6, 10, 2, 8)
+    assert sorted(driver.metrics(run, 2)) == [8, 10]
+    whole = driver.new_run(tmp_path / "whole", longer)
+    driver.run_to_end(whole)
+    assert driver.metrics(run, 2)[10].tokens == driver.metrics(whole)[10].tokens
