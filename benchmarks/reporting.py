@@ -87,7 +87,7 @@ class Stopwatch:
 
 
 class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
-    """Times everything of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
+    """Times all of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
 
     def __init__(self, clock: Stopwatch) -> None:
         from worker.life import SignOfLife

@@ -30,10 +30,10 @@ def test_the_reference_is_what_the_spec_says() -> None:
     assert text("spec.md") == render(), "run: python -m contract.reference > docs/reference/spec.md"
 
 
-def test_every_route_stands_in_the_reference_and_the_other_way_round() -> None:
+def test_every_route_stands_in_the_reference_and_the_other_way_round(tmp_path: Path) -> None:
     page = text("api.md")
     documented = set(re.findall(r"`(GET|POST|PATCH|DELETE) (/[^`?\s]*)", page))
-    assert routes() == documented
+    assert routes(tmp_path) == documented
 
 
 def test_every_command_stands_in_the_reference() -> None:
@@ -57,7 +57,7 @@ def test_every_status_and_reason_is_explained(word: str) -> None:
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     links = [(page, link) for page in pages for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())]
-    assert len(links) > 5
+    assert links
     assert [f"{page.name} -> {link}" for page, link in links if not (page.parent / link).exists()] == []
 
 

@@ -77,6 +77,9 @@ class Served:
         answer: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
         return answer
 
+    def step(self, job_id: str) -> int:
+        return int(self.job(job_id)["progress"]["step"] or 0)
+
     def submit(self, spec: object) -> str:
         answer = self.post("/jobs", spec)
         assert answer.status_code == 201, answer.text

@@ -87,7 +87,7 @@ def test_the_learning_rate_is_the_formula_at_every_step(served: Served, untouche
 
 def test_torchrun_killed_and_resumed_gives_the_same_weights(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
-    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 30)
+    until(lambda: served.step(job_id) >= 30)
     torchrun(job_id).send(signal.SIGKILL)
     failed = served.wait(job_id, "failed", "interrupted")
     assert "torchrun was killed by SIGKILL" in failed["message"]
@@ -106,7 +106,7 @@ def test_torchrun_killed_and_resumed_gives_the_same_weights(served: Served, unto
 
 def test_a_rank_killed_is_recovered_without_anybody(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus, max_restarts=3))
-    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 25)
+    until(lambda: served.step(job_id) >= 25)
     one = next(process for process in ranks(job_id) if process.variable("RANK") == "1")
     one.send(signal.SIGKILL)
     served.wait(job_id, "succeeded")
@@ -117,7 +117,7 @@ def test_a_rank_killed_is_recovered_without_anybody(served: Served, untouched: s
 
 def test_paused_and_resumed_is_the_same_run(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
-    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 10)
+    until(lambda: served.step(job_id) >= 10)
     assert served.post(f"/jobs/{job_id}/pause").status_code == 202
     paused = served.wait(job_id, "paused", "succeeded")
     assert paused["status"] == "paused"
@@ -131,7 +131,7 @@ def test_paused_and_resumed_is_the_same_run(served: Served, untouched: str, corp
 
 def test_the_server_killed_while_it_runs_costs_nothing(served: Served, untouched: str, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
-    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 5)
+    until(lambda: served.step(job_id) >= 5)
     served.kill()
     run = RunDir(served.home / "runs" / job_id)
     before = run.attempt(1).read_step() or 0
@@ -147,7 +147,7 @@ def test_the_server_killed_while_it_runs_costs_nothing(served: Served, untouched
 
 def test_a_run_that_ends_while_the_server_is_away_has_ended_well(served: Served, corpus: Path) -> None:
     job_id = served.submit(spec(corpus))
-    until(lambda: (served.job(job_id)["progress"] or {}).get("step", 0) >= 5)
+    until(lambda: served.step(job_id) >= 5)
     served.kill()
     exit_report = RunDir(served.home / "runs" / job_id).attempt(1).exit
     until(exit_report.exists)

@@ -1,0 +1,31 @@
+"""What the project offers: its routes and its commands, asked of the code itself."""
+
+import argparse
+from pathlib import Path
+
+from client.arguments import build_parser
+from service.app import build, create_app
+from service.launch.fake import FakeLauncher
+from service.settings import Settings
+
+
+def routes(home: Path) -> set[tuple[str, str]]:
+    """(method, path) of every public route, as the service's own OpenAPI document has them."""
+    settings = Settings.read({}, home=home, database_url=f"sqlite:///{home}/x.db")
+    app = create_app(build(settings, FakeLauncher()), scheduling=False)
+    paths = app.openapi()["paths"]
+    return {(method.upper(), path) for path, operations in paths.items() for method in operations}
+
+
+def commands() -> list[str]:
+    """Every command with its second word where it has one, e.g. ``tokenizer train``."""
+    return [
+        " ".join([name, second]).strip()
+        for name, parser in _subparsers(build_parser()).items()
+        for second in _subparsers(parser) or [""]
+    ]
+
+
+def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(actions[0].choices) if actions else {}
