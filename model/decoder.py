@@ -254,11 +254,11 @@ def block_diagonal(segment_ids: Tensor) -> Tensor:
 def additive(allowed: Tensor, like: Tensor) -> Tensor:
     """0 where ``allowed``, else minus infinity, in the dtype attention runs in.
 
-    Made once a forward: from a mask of booleans, attention would make it again in each layer.
+    Made once a forward, in rows of a multiple of 8 numbers: attention would make both anew in each layer.
     """
-    return torch.zeros(allowed.shape, dtype=compute_dtype(like), device=allowed.device).masked_fill(
-        ~allowed, -torch.inf
-    )
+    S = allowed.shape[-1]
+    room = torch.zeros((*allowed.shape[:-1], -(-S // 8) * 8), dtype=compute_dtype(like), device=allowed.device)
+    return room[..., :S].masked_fill_(~allowed, -torch.inf)
 
 
 class Choice(NamedTuple):

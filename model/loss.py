@@ -30,16 +30,15 @@ def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     chunked: Callable[..., Tensor] = ChunkedCrossEntropy.apply
     rows = max(64, elements // weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
-        return chunked(hidden, weight, labels, rows)
+        return chunked(hidden, weight, labels, rows, torch.is_grad_enabled())
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of cross-entropies, ``rows`` tokens at a time; the gradient is a by-product of the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, needs_grad: bool) -> Tensor:
         """See `cross_entropy_sum`. ``weight`` is float32 and so is the sum of its gradient."""
-        needs_grad = any(ctx.needs_input_grad)
         cast = weight.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if needs_grad else None
@@ -56,10 +55,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Scale what the forward pass made by the gradient of the sum."""
         hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grads[0].to(hidden_grad.dtype), weight_grad * grads[0], None, None
+        return hidden_grad * grads[0].to(hidden_grad.dtype), weight_grad * grads[0], None, None, None
 
 
 def _chunk(logits: Tensor, labels: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor | None]:

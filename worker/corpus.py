@@ -9,6 +9,7 @@ a corpus.
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from contract.locks import FileLock
+from contract.locks import FileLock, LockBusy
 from contract.rundir import fsync_directory, read_json, write_json
 from contract.vocabulary import TokenizerInvalid
 from worker.lines import DataInvalid, Document, LineReader, Tally, open_regular, refuse_changed
@@ -35,11 +37,12 @@ FORMAT = 1
 BATCH_CHARACTERS = 1 << 20
 """Text handed to the tokenizer at once."""
 
-BUILD_SECONDS = 7 * 86400.0
-"""Longest wait for another process that is building the same corpus; the lock ends with its holder."""
+FRESH_SECONDS = 2.0
+"""A file that changed less than so long ago may change again without a trace in its times."""
 
 Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in total), after each batch of documents."""
+"""Called with (bytes done, bytes in total): after each batch of documents, and with 0 done while the file is hashed or
+another process builds the same corpus. It may raise, which ends the work."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Corpus:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Held while something is added beside the shards."""
-        with FileLock(self.directory.with_suffix(".lock")).take(seconds=BUILD_SECONDS):
+        with locked(self.directory.with_suffix(".lock"), lambda: None):
             yield
 
 
@@ -106,11 +109,12 @@ def open_corpus(
         OSError: the cache cannot be written, for instance for want of space.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    content = content_digest(path, cache)
+    progress = progress or _silent
+    content = content_digest(path, cache, progress)
     key = hashlib.sha256(json.dumps([FORMAT, content, tokenizer.fingerprint, text_field]).encode()).hexdigest()[:32]
     directory = cache / key
     if not (directory / "meta.json").exists():
-        with FileLock(directory.with_suffix(".lock")).take(seconds=BUILD_SECONDS):
+        with locked(directory.with_suffix(".lock"), partial(progress, 0, path.stat().st_size)):
             if not (directory / "meta.json").exists():
                 _build(path, tokenizer, text_field, content, directory, progress)
     corpus = Corpus(directory)
@@ -130,27 +134,55 @@ def require_usable(path: Path, tally: Tally, text_field: str, max_bad_lines: flo
         )
 
 
-def content_digest(path: Path, cache: Path) -> str:
+def content_digest(path: Path, cache: Path, progress: Progress) -> str:
     """sha256 of the file. Remembered below ``cache`` for as long as the file's inode, size and times are the same."""
-    with open_regular(path) as file, FileLock(cache / "content.lock").take(seconds=BUILD_SECONDS):
+    with open_regular(path) as file:
         before = os.fstat(file.fileno())
         identity = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
-        memo = cache / f"content-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]}.json"
-        known = read_json(memo)
-        if known is not None:
-            return str(known["sha256"])
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        after = os.fstat(file.fileno())
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            refuse_changed(path)
-        # A write within the clock's grain of the last one would not show in the times: a fresh file is not remembered.
-        if time.time() - before.st_ctime > 2:
-            write_json(memo, {"sha256": digest, "path": str(path)})
-        return digest
+        name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+        waiting = partial(progress, 0, before.st_size)
+        # One lock for every 256th file, so that their number stays bounded.
+        with locked(cache / f"content-{name[:2]}.lock", waiting):
+            known = read_json(cache / f"content-{name}.json")
+            if known is not None:
+                return str(known["sha256"])
+            digest = _digest(file, waiting)
+            after = os.fstat(file.fileno())
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                refuse_changed(path)
+            # A write within the clock's grain of the last one does not show in the times: a fresh file is forgotten.
+            if time.time() - before.st_ctime > FRESH_SECONDS:
+                write_json(cache / f"content-{name}.json", {"sha256": digest, "path": str(path)})
+    return digest
+
+
+def _digest(file: io.BufferedReader, waiting: Callable[[], None]) -> str:
+    found = hashlib.sha256()
+    while block := file.read(1 << 22):
+        found.update(block)
+        waiting()
+    return found.hexdigest()
+
+
+@contextmanager
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock on ``path``; ``waiting`` is called each second until then, and may raise."""
+    with FileLock(path) as lock:
+        while True:
+            try:
+                lock.take(seconds=1.0)
+                break
+            except LockBusy:
+                waiting()
+        yield
+
+
+def _silent(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 def _build(
-    path: Path, tokenizer: Tokenizer, text_field: str, content: str, directory: Path, progress: Progress | None
+    path: Path, tokenizer: Tokenizer, text_field: str, content: str, directory: Path, progress: Progress
 ) -> None:
     """Write the shards into a directory of their own and publish it as ``directory``. Called under its lock."""
     with published(directory) as building:
@@ -184,9 +216,7 @@ class Sink(Protocol):
         """Take some more."""
 
 
-def scan(
-    reader: LineReader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress | None = None
-) -> None:
+def scan(reader: LineReader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress) -> None:
     """Read all of ``reader``'s documents into ``sink``. A text without a token is a bad line too."""
     for batch in batches(reader.documents(text_field)):
         encoded = tokenizer.encode_batch([document.text for document in batch])
@@ -195,8 +225,7 @@ def scan(
                 reader.tally.documents -= 1
                 reader.tally.add_bad(document.line, "the tokenizer makes no token of its text")
         sink.add([ids for ids in encoded if len(ids)])
-        if progress is not None:
-            progress(reader.done, reader.size)
+        progress(reader.done, reader.size)
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -327,7 +356,7 @@ def check(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float
     """Print what a job would find in ``file``. Raises what `open_corpus` would raise. Stores nothing."""
     tokenizer, count = load(tokenizer_path), Count()
     with LineReader(file) as reader:
-        scan(reader, tokenizer, text_field, count)
+        scan(reader, tokenizer, text_field, count, _silent)
     tally = reader.tally
     print(f"{file}: {tally.documents:,} documents, {count.tokens:,} tokens, {tally.lines:,} lines")
     if tally.blank_lines:

@@ -49,8 +49,7 @@ class Tally:
     def add_bad(self, line: int, why: str) -> None:
         """Count a bad line, and name it if few were."""
         self.bad_lines += 1
-        if len(self.named) < KEPT_BAD_LINES:
-            self.named.append((line, why))
+        self.named = sorted([*self.named, (line, why)])[:KEPT_BAD_LINES]
 
     def describe_bad(self) -> str:
         """``2 bad lines: line 3: not JSON; line 7: not UTF-8``."""

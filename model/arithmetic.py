@@ -1,0 +1,141 @@
+"""What a model of a given shape costs: parameters, floating-point operations, memory. Pure, and without torch.
+
+Legend: ``B`` rows, ``S`` positions, ``V`` vocabulary, ``L`` layers, ``C`` hidden size, ``I`` intermediate size.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from model.config import ModelConfig
+
+FLOAT32 = 4
+ADAM_MOMENTS = 2
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes one rank needs, at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+def parameters(config: ModelConfig) -> int:
+    """Trained numbers; tied embeddings count once."""
+    embeddings = _vocabulary(config) * config.hidden_size
+    return _layers(config, config.num_experts) + (embeddings if config.tie_word_embeddings else 2 * embeddings)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Those that one token meets: all of a dense model, and the chosen experts of the others."""
+    return parameters(config) - _layers(config, config.num_experts) + _layers(config, config.num_experts_per_tok)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations that training spends on one token of a row of ``seq_len``, forward and backward.
+
+    Six for each weight that is multiplied (two forward, four backward): all active matrices and the one that makes the
+    logits, but not the embedding table, which is only looked up. Attention adds ``6 * L * heads * head_dim * seq_len``:
+    scores and mix over the half of the row that a causal mask leaves, which is half of what the usual estimate counts.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, less what the mask cuts off.
+    """
+    assert config.head_dim is not None
+    matrices = _matrices(config, config.num_experts_per_tok) + _vocabulary(config) * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6.0 * matrices + 6.0 * attention
+
+
+def memory_bytes(config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16") -> Memory:
+    """What one rank holds at the peak of a step, in bytes. Weights and gradients are float32, the optimizer is AdamW.
+
+    Under autocast the copies of the matrices in ``dtype`` count as weights. Activations are what the layers keep for
+    the backward pass, and the gradient of the matrix that makes the logits, which is made with the loss. What lives
+    only inside one operation is not counted, nor is what the libraries take for themselves.
+    """
+    count = parameters(config)
+    copies = 0 if dtype == "float32" else DTYPE_BYTES[dtype] * _matrices(config, config.num_experts)
+    return Memory(
+        weights=FLOAT32 * count + copies,
+        gradients=FLOAT32 * count,
+        optimizer=ADAM_MOMENTS * FLOAT32 * count,
+        activations=batch_size * seq_len * _activation_bytes(config, DTYPE_BYTES[dtype])
+        + FLOAT32 * _vocabulary(config) * config.hidden_size,
+    )
+
+
+def checkpoint_bytes(config: ModelConfig) -> int:
+    """Size of a full checkpoint: float32 weights and both of AdamW's moments, without headers."""
+    return (1 + ADAM_MOMENTS) * FLOAT32 * parameters(config)
+
+
+def _vocabulary(config: ModelConfig) -> int:
+    if config.vocab_size is None:
+        raise ValueError("vocab_size must be set: it is what the tokenizer has")
+    return config.vocab_size
+
+
+def _layers(config: ModelConfig, experts: int) -> int:
+    """Parameters of all layers and the last norm, with so many ``experts`` in each layer."""
+    assert config.head_dim is not None
+    head_norms = 2 * config.head_dim if config.qk_norm else 0
+    norms = config.num_hidden_layers * (2 * config.hidden_size + head_norms) + config.hidden_size
+    return _matrices(config, experts) + norms
+
+
+def _matrices(config: ModelConfig, experts: int) -> int:
+    """Elements of the layers' matrices, with so many ``experts`` in each layer of a model that has some."""
+    assert config.head_dim is not None
+    C = config.hidden_size
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = C * heads * config.head_dim
+    if config.use_moe:
+        assert config.moe_intermediate_size is not None
+        feed_forward = experts * 3 * C * config.moe_intermediate_size + config.num_experts * C
+    else:
+        assert config.intermediate_size is not None
+        feed_forward = 3 * C * config.intermediate_size
+    return config.num_hidden_layers * (attention + feed_forward)
+
+
+def _activation_bytes(config: ModelConfig, width: int) -> int:
+    """Bytes kept for the backward pass for each token, where products run in a dtype of ``width`` bytes."""
+    C, L = config.hidden_size, config.num_hidden_layers
+    feed_forward = (
+        _expert_bytes(config, width) if config.use_moe else _feed_forward_bytes(config.intermediate_size, width)
+    )
+    # Of each layer: both norms' inputs, what goes into the first products, attention, feed-forward.
+    layer = 2 * FLOAT32 * (C + 1) + 2 * width * C + _attention_bytes(config, width) + feed_forward
+    # Around them: the last norm's input and output, and the gradient by the output, which is made with the loss.
+    return L * layer + FLOAT32 * (C + 1) + 2 * width * C
+
+
+def _attention_bytes(config: ModelConfig, width: int) -> int:
+    """Queries and keys before and after norm and rotation, values, the output, and one sum a head."""
+    assert config.head_dim is not None
+    heads, pairs = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
+    normed = FLOAT32 * pairs * (config.head_dim + 1) if config.qk_norm else 0
+    return normed + width * 2 * pairs * config.head_dim + FLOAT32 * heads
+
+
+def _feed_forward_bytes(intermediate_size: int | None, width: int) -> int:
+    """Gate, its SiLU, up, and their product."""
+    assert intermediate_size is not None
+    return 4 * width * intermediate_size
+
+
+def _expert_bytes(config: ModelConfig, width: int) -> int:
+    """The router's input and scores, and for each chosen expert a token's copy, the way through it and the result."""
+    C, E, K = config.hidden_size, config.num_experts, config.num_experts_per_tok
+    through = 2 * width * C + _feed_forward_bytes(config.moe_intermediate_size, width)
+    return FLOAT32 * (C + 2 * E) + K * (through + 5 * FLOAT32)
