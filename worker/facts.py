@@ -5,16 +5,14 @@ from pathlib import Path
 import torch
 
 from contract.events import Started
+from model.arithmetic import active_parameters, flops_per_token, parameters
 from worker.data import Order
 from worker.distributed import Ranks
 from worker.material import Material
 from worker.meters import device_name
-from worker.trainee import Trainee
 
 
-def started(
-    material: Material, trainee: Trainee, ranks: Ranks, order: Order, start_step: int, steps: int, begin: Path | None
-) -> Started:
+def started(material: Material, ranks: Ranks, order: Order, start_step: int, steps: int, begin: Path | None) -> Started:
     """What this attempt runs, on what, over which data, and from where."""
     spec, meta = material.spec, material.corpus.meta
     assert spec.model.vocab_size is not None
@@ -26,8 +24,8 @@ def started(
         device_name=device_name(ranks.device),
         dtype=spec.training.dtype,
         torch_version=torch.__version__,
-        parameters=sum(p.numel() for p in trainee.model.parameters()),
-        active_parameters=sum(p.numel() for p in trainee.model.parameters()),
+        parameters=parameters(spec.model),
+        active_parameters=active_parameters(spec.model),
         vocab_size=spec.model.vocab_size,
         samples=len(material.rows),
         documents=meta.documents,
@@ -36,6 +34,6 @@ def started(
         global_batch=order.global_batch,
         tokens_per_step=material.rows.tokens / order.steps_per_epoch,
         steps_per_epoch=order.steps_per_epoch,
-        flops_per_token=6.0 * sum(p.numel() for p in trainee.model.parameters()),
+        flops_per_token=flops_per_token(spec.model, spec.data.max_seq_len),
         resumed_from=str(begin) if begin is not None else None,
     )

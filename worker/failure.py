@@ -48,11 +48,14 @@ def describe(error: OSError) -> str:
 
 
 def out_of_memory(error: BaseException, *, rank: int, step: int, batch_size: int, accumulation: int) -> Failure | None:
-    """The failure behind an exception that says there was not enough memory; None for any other exception."""
+    """The failure behind an exception that says there was not enough memory; None for any other exception.
+
+    ``step`` is the last one that was done.
+    """
     if not _is_out_of_memory(error):
         return None
     said = " ".join(str(error).split())[:300]
-    message = f"out of memory on rank {rank} at step {step} with {batch_size} rows in a micro-batch: {said}"
+    message = f"out of memory on rank {rank} in step {step + 1} with {batch_size} rows in a micro-batch: {said}"
     return Failure(Reason.OUT_OF_MEMORY, message, _memory_hint(batch_size, accumulation), rank)
 
 

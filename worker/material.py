@@ -54,9 +54,9 @@ def prepare(
     spec: JobSpec, run: RunDir, ranks: Ranks, say: Callable[[Event], None], stop_asked: Callable[[], bool]
 ) -> Material:
     """Open everything, built first where it is not in the cache. Raises Failure, or StopAsked, on every rank."""
-    tellers = _Teller(say, stop_asked)
-    ranks.from_leader(lambda: _open_or_fail(spec, run, tellers).rows.tokens)
-    material = _open_or_fail(spec, run, tellers)
+    ranks.from_leader(lambda: _open_or_fail(spec, run, _Teller(say, stop_asked)).rows.tokens)
+    # Everything is there now, and a rank that stopped here would stop alone.
+    material = _open_or_fail(spec, run, _Teller(say, lambda: False))
     _tell_bad_lines(material, say)
     return material
 

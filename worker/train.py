@@ -75,7 +75,7 @@ def train(
     # The order of rows is a function of seed and step; how many make a step was fixed by the first attempt.
     order = Order(material.rows.targets, rows_per_step, spec.training.seed)
     steps = steps_of(rows_per_step)
-    fact = started(material, trainee, ranks, order, progress.step, steps, begin)
+    fact = started(material, ranks, order, progress.step, steps, begin)
     loop = Loop(
         spec=spec,
         material=material,
@@ -107,7 +107,8 @@ def train(
 def _restored(begin: Path | None, trainee: Trainee, spec: JobSpec, ranks: Ranks) -> tuple[Progress, Interval, int]:
     """(how far the run is, this rank's sums since the last metric line, rows in a step)."""
     if begin is None:
-        return Progress(), Interval(), spec.rows_per_step
+        # As many as there are ranks, not as the spec says: by hand it is torchrun that decides.
+        return Progress(), Interval(), spec.training.batch_size * spec.training.accumulation_steps * ranks.world
     state = trainee.load(begin)
     return Progress.of(state), own_interval(state.interval, ranks), state.rows_per_step
 
@@ -204,6 +205,7 @@ class Loop:
         bad_step = progress.step + 1
         message = f"{what}; back at step {state.step}, and on without the data of steps {state.step + 1} to {bad_step}"
         self.say(Warned(code="rolled_back", message=message, step=bad_step, data={"to_step": state.step}))
+        self.life.beat(state.step)
         offset = progress.data_offset + bad_step - state.step
         return replace(Progress.of(state), data_offset=offset, trouble=progress.trouble)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from contract.events import EVENT, CheckpointSaved, Event, Metric, Warned
 from contract.report import Outcome
-from contract.rundir import RunDir
+from contract.rundir import AttemptDir, RunDir
 
 DEADLINE = 120.0
 SERVER = multiprocessing.get_context("forkserver")
@@ -97,11 +97,7 @@ class Ranks:
 
     def wait_for_step(self, step: int) -> None:
         """Return once ``step`` is done."""
-        file, deadline = self.run.attempt(self.attempt).progress, time.monotonic() + DEADLINE
-        while not file.exists() or int(file.read_text().strip() or "0") < step:
-            assert time.monotonic() < deadline, f"step {step} never came:\n{self.logs()}"
-            assert any(process.is_alive() for process in self.processes), self.logs()
-            time.sleep(0.002)
+        wait_for_step(self.run.attempt(self.attempt), step, lambda: any(p.is_alive() for p in self.processes))
 
     def kill(self) -> None:
         """SIGKILL to all of them."""
@@ -113,6 +109,15 @@ class Ranks:
     def logs(self) -> str:
         """What they printed."""
         return "\n".join(file.read_text() for file in sorted(self.run.path.glob("printed-*")))
+
+
+def wait_for_step(attempt: AttemptDir, step: int, alive: Callable[[], bool]) -> None:
+    """Return once ``step`` is done; fail where nobody is alive to do it."""
+    deadline = time.monotonic() + DEADLINE
+    while (attempt.read_step() or 0) < step:
+        assert time.monotonic() < deadline, f"step {step} never came"
+        assert alive(), f"nobody is left to do step {step}"
+        time.sleep(0.002)
 
 
 def start(run: RunDir, world: int = 1, patch: Patch | None = None, **environment: str) -> Ranks:
@@ -129,7 +134,7 @@ def start(run: RunDir, world: int = 1, patch: Patch | None = None, **environment
     }
     processes = []
     for rank in range(world):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TRAINYARD_THREADS": "1", **shared, **environment}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TRAINYARD_THREADS": "1", **shared}
         log = run.path / f"printed-{attempt}-{rank}"
         process = SERVER.Process(target=rank_process, args=(run, own, log, patch), daemon=True)
         process.start()

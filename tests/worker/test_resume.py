@@ -6,6 +6,7 @@ import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -69,7 +70,7 @@ def stop_after(run: RunDir, attempt: int, step: int) -> None:
         if done == step:
             run.attempt(attempt).stop.touch()
 
-    SignOfLife.beat = noticed  # type: ignore[method-assign]
+    mock.patch.object(SignOfLife, "beat", noticed).start()
 
 
 def kill_after(step: int) -> None:
@@ -85,7 +86,7 @@ def kill_after(step: int) -> None:
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    SignOfLife.beat = fatal  # type: ignore[method-assign]
+    mock.patch.object(SignOfLife, "beat", fatal).start()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text: Path, tmp_path: Path) -> None:

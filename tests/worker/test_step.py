@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -73,15 +73,16 @@ def test_a_step_is_the_textbook_s() -> None:
     for _ in range(3):
         logits = plain(batch.input_ids, logits=True).logits
         loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
-        loss.backward()
+        torch.autograd.backward(loss)
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
         result = ours.stepper.step(cut(batch, 6), 1e-2, unseeded)
-        assert result.loss_sum / result.tokens == pytest.approx(float(loss), abs=1e-5)
-        assert result.grad_norm == pytest.approx(float(norm), rel=1e-4)
+        assert result.loss_sum / result.tokens == pytest.approx(loss.item(), abs=1e-5)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     for (name, mine), theirs in zip(ours.model.named_parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-5), name
+        # On the whole: AdamW turns the rounding noise of a gradient near zero into a step of any size.
+        assert (mine - theirs).abs().mean() < 1e-6, name
 
 
 @pytest.mark.parametrize("use_moe", [False, True])
@@ -91,13 +92,15 @@ def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
     )
     whole, halves, singles = (trainee(shape) for _ in range(3))
     data = [rows(8, seed) for seed in range(4)]
-    expected = run(whole, [cut(batch, 8) for batch in data])
+    # A small rate: AdamW turns the rounding noise of a gradient near zero into a whole step of the rate.
+    expected = run(whole, [cut(batch, 8) for batch in data], rate=1e-5)
     for student, size in ((halves, 4), (singles, 1)):
-        for mine, theirs in zip(run(student, [cut(batch, size) for batch in data]), expected, strict=True):
+        for mine, theirs in zip(run(student, [cut(batch, size) for batch in data], rate=1e-5), expected, strict=True):
+            assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
             assert mine.loss_sum / mine.tokens == pytest.approx(theirs.loss_sum / theirs.tokens, abs=1e-5)
             assert mine.aux_sum / mine.tokens == pytest.approx(theirs.aux_sum / theirs.tokens, abs=1e-5)
         for mine_p, theirs_p in zip(student.model.parameters(), whole.model.parameters(), strict=True):
-            assert torch.allclose(mine_p, theirs_p, atol=2e-5)
+            assert torch.allclose(mine_p, theirs_p, atol=1e-5)
 
 
 def test_clipping_limits_and_zero_only_measures() -> None:
@@ -165,7 +168,7 @@ def test_weights_and_moments_stay_float32(dtype: str) -> None:
 
 
 def test_a_batch_without_labels_gives_zero_gradients_for_every_parameter() -> None:
-    shape = ModelConfig(**{**vars(SHAPE), "use_moe": True, "moe_intermediate_size": 32})
+    shape = replace(SHAPE, use_moe=True)
     student, batch = trainee(shape), rows(1, seed=8)
     student.stepper.warm_up(Micro(Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids), 1.0))
     assert all(p.grad is None for p in student.model.parameters())

@@ -1,0 +1,221 @@
+"""Several ranks: the same numbers however a step is cut, and no rank's end is masked by another's."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from contract.report import Outcome
+from contract.rundir import RunDir
+from contract.spec import JobSpec
+from tests.worker import driver
+from worker.data import Order
+from worker.distributed import Ranks
+from worker.material import prepare
+from worker.stopping import StopWish
+from worker.trainee import initial_model
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return driver.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl", documents=50)
+
+
+FP32 = {"dtype": "float32", "max_steps": 8, "learning_rate": 1e-4}
+CUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "8 x 1": (1, {"batch_size": 8, "accumulation_steps": 1}),
+    "4 x 2": (1, {"batch_size": 4, "accumulation_steps": 2}),
+    "2 ranks x 4 x 1": (2, {"batch_size": 4, "accumulation_steps": 1}),
+    "2 ranks x 2 x 2": (2, {"batch_size": 2, "accumulation_steps": 2}),
+}
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_a_step_cut_differently_is_the_same_step(use_moe: bool, text: Path, tmp_path: Path) -> None:
+    """Over more than an epoch, so that the short last step of an epoch, and ranks without a row, are part of it."""
+    results = {}
+    for name, (world, cut) in CUTS.items():
+        model = {"use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
+        described = driver.spec(text, model=model, training={**FP32, **cut}, reporting={"log_interval": 1})
+        run = driver.new_run(tmp_path / name.replace(" ", ""), described)
+        driver.run_to_end(run, world)
+        weights = load_file(run.products(None).checkpoint(8) / "model.safetensors")
+        results[name] = (driver.metrics(run), weights)
+    lines, weights = results["8 x 1"]
+    assert len(lines) == 8
+    for name, (other_lines, other_weights) in results.items():
+        for step, line in lines.items():
+            assert other_lines[step].loss == pytest.approx(line.loss, abs=1e-5), name
+            assert other_lines[step].aux_loss == (pytest.approx(line.aux_loss, abs=1e-5) if use_moe else None), name
+            assert other_lines[step].grad_norm == pytest.approx(line.grad_norm, rel=1e-4), name
+            assert other_lines[step].tokens == line.tokens, name
+        for key, value in weights.items():
+            assert (other_weights[key] - value).abs().max() < 1e-5, (name, key)
+
+
+def test_micro_batch_mean_is_minimind_s_loop(text: Path, tmp_path: Path) -> None:
+    """Two ranks of ours against one plain loop that does what MiniMind does on both, rank by rank."""
+    training = {
+        **FP32,
+        "batch_size": 3,
+        "accumulation_steps": 2,
+        "loss_normalization": "micro_batch_mean",
+        "max_steps": 6,
+    }
+    described = driver.spec(text, data={"packing": "none"}, training=training, reporting={"log_interval": 1})
+    run = driver.new_run(tmp_path / "run", described)
+    driver.run_to_end(run, world=2)
+    ours = [line.loss for line in driver.metrics(run).values()]
+    assert ours == pytest.approx(minimind(run, JobSpec.model_validate_json(json.dumps(described))), abs=1e-5)
+
+
+def minimind(run: RunDir, spec: JobSpec) -> list[float]:
+    """Mean of each micro-batch, divided by the number of micro-batches, backward, clip, AdamW with torch's defaults."""
+    alone = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    material = prepare(spec, run, alone, lambda _: None, StopWish(None).asked)
+    order = Order(material.rows.targets, 12, 42)
+    model = initial_model(material.spec.model, 42, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    curve = []
+    for step in range(1, 7):
+        micros = [part for rank in range(2) for part in order.micro_batches(step, rank, 2, 3)]
+        losses, tokens = 0.0, 0
+        for part in micros:
+            batch = material.rows.batch(part)
+            logits = model(batch.input_ids, logits=True).logits
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
+            torch.autograd.backward(loss / len(micros))
+            counted = int((batch.labels != -100).sum())
+            losses, tokens = losses + loss.item() * counted, tokens + counted
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-4 * (0.1 + 0.45 * (1 + math.cos(math.pi * step / 6)))
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(losses / tokens)
+    return curve
+
+
+def test_evaluation_does_not_depend_on_the_number_of_ranks(text: Path, tmp_path: Path) -> None:
+    held_out = driver.corpus(tmp_path / "held-out.jsonl", documents=7, seed=9)
+    losses = []
+    for world in (1, 2):
+        training = {**FP32, "batch_size": 8 // world, "accumulation_steps": 1, "max_steps": 3}
+        described = driver.spec(text, data={"eval_data_path": str(held_out)}, training=training)
+        run = driver.new_run(tmp_path / f"run-{world}", described)
+        driver.run_to_end(run, world)
+        losses.append(driver.metrics(run)[3].eval_loss)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def torchrun(run: RunDir, world: int, **environment: str) -> "subprocess.Popen[str]":
+    """As a person starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return subprocess.Popen(
+        [*command, "--log-dir", str(run.path / "torchrun"), "-m", "worker", str(run.path)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_torchrun_stops_on_sigterm_and_goes_on_by_hand(text: Path, tmp_path: Path) -> None:
+    described = driver.spec(text, training={"max_steps": 100_000}, checkpoint={"save_interval": 100_000})
+    run = driver.new_run(tmp_path / "run", described)
+    process = torchrun(run, 2)
+    driver.wait_for_step(run.attempt(1), 3, lambda: process.poll() is None)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=driver.DEADLINE)
+    outcome = Outcome.model_validate_json(run.attempt(1).outcome.read_bytes())
+    assert outcome.outcome == "stopped", output
+    assert outcome.step >= 3
+    assert driver.saves(run) == [outcome.step]
+    assert json.loads((run.products(None).checkpoint(outcome.step) / "state.json").read_bytes())["step"] == outcome.step
+
+
+def short_of_memory() -> None:
+    """Rank 1 runs out of memory in the second step: its fourth pass, as one without labels comes before the first."""
+    from worker import step
+
+    forward, calls = step.forward, iter(range(1000))
+
+    def limited(*arguments: Any) -> Any:
+        if os.environ["RANK"] == "1" and next(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(*arguments)
+
+    mock.patch.object(step, "forward", limited).start()
+
+
+def test_the_rank_that_failed_is_the_one_that_is_named(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    ranks = driver.start(run, 2, short_of_memory)
+    assert ranks.wait() == [1, 1]
+    outcome = Outcome.model_validate_json(run.attempt(1).outcome.read_bytes())
+    assert (outcome.outcome, outcome.reason) == ("failed", "out_of_memory")
+    assert outcome.error is not None
+    assert outcome.error.rank == 1
+    assert "out of memory on rank 1 in step 2 with 4 rows" in outcome.error.message
+
+
+def test_all_ranks_see_one_rank_s_bad_gradient(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    failed = driver.run_to_end(run, 2, partial(poison_rank, 1, 6))
+    assert (failed.reason, failed.step) == ("diverged", 5)
+    assert "the loss is not finite at step 6, in row" in str(failed.message)
+
+
+def poison_rank(rank: int, at: int) -> None:
+    """Make one rank's weights bad for one step: its loss is not a number, and so is everybody's gradient."""
+    from worker.train import Loop
+
+    step = Loop._step
+
+    def poisoned(self: Loop, progress: Any) -> Any:
+        if self.ranks.rank == rank and progress.step + 1 == at:
+            with torch.no_grad():
+                self.trainee.model.model.norm.weight[0] = math.nan
+        return step(self, progress)
+
+    mock.patch.object(Loop, "_step", poisoned).start()
+
+
+def test_a_second_launch_is_refused_while_the_first_lives(text: Path, tmp_path: Path) -> None:
+    described = driver.spec(text, training={"max_steps": 100_000}, checkpoint={"save_interval": 100_000})
+    run = driver.new_run(tmp_path / "run", described)
+    first = driver.start(run)
+    try:
+        first.wait_for_step(1)
+        second = driver.start(run)
+        assert second.wait() == [1]
+        assert "another attempt of this run is alive" in second.logs()
+        assert [attempt.number for attempt in run.attempts()] == [1]
+    finally:
+        first.kill()
+
+
+def test_a_rank_of_a_superseded_attempt_ends(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    driver.run_to_end(run)
+    run.current.write_text("7")
+    late = subprocess.run(
+        [sys.executable, "-m", "worker", str(run.path), "--attempt", "1"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert late.returncode == 1
+    assert "attempt 1 of" in late.stderr
+    assert "is not the current one, which is 7" in late.stderr

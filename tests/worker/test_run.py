@@ -1,0 +1,376 @@
+"""One rank, by hand: what a run says, writes and leaves, and how it ends when something is wrong."""
+
+import errno
+import json
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from contract.events import CheckpointRemoved, CheckpointSaved, Finished, Metric, PhaseChanged, Sample, Started, Warned
+from contract.report import Outcome
+from contract.rundir import RunDir
+from contract.spec import JobSpec
+from tests.worker import driver
+from tests.worker.test_resume import stop_after
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return driver.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A run with everything in it: held-out data, samples, missing trackers, retention, warm-up."""
+    described = driver.spec(
+        text,
+        data={"eval_fraction": 0.2},
+        training={"warmup_steps": 3},
+        checkpoint={"save_interval": 5, "keep_last": 1, "keep_every": 10},
+        reporting={"log_interval": 4, "sample_prompts": ["the cat", ""], "tensorboard": True, "use_wandb": True},
+        resources={"device": "auto"},
+    )
+    run = driver.new_run(tmp_path_factory.mktemp("runs") / "finished", described)
+    assert driver.run_to_end(run) == Outcome(outcome="completed", step=24, message="all 24 steps done")
+    return run
+
+
+def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
+    started = next(event for event in driver.events(finished) if isinstance(event, Started))
+    weights = torch.load(finished.products(None).out / "pretrain_32.pth", weights_only=True)
+    unique = {value.data_ptr(): value.numel() for value in weights.values()}
+    assert started.parameters == started.active_parameters == sum(unique.values())
+    assert (started.start_step, started.steps, started.world_size, started.vocab_size) == (0, 24, 1, 259)
+    assert (started.documents, started.bad_lines, started.global_batch) == (60, 0, 8)
+    assert started.tokens == sum(len(json.loads(line)["text"]) + 2 for line in text.read_text().splitlines())
+    assert started.steps_per_epoch == math.ceil(started.samples / 8)
+    assert started.flops_per_token > 6 * (started.parameters - 259 * 32)
+    assert started.resumed_from is None
+
+
+def test_by_hand_the_resolved_spec_is_kept(finished: RunDir) -> None:
+    kept = JobSpec.model_validate_json(finished.attempt(1).spec.read_bytes())
+    assert kept.checkpoint.keep_every == 10
+    assert kept.model.intermediate_size == 128
+    assert finished.current.read_text() == "1"
+
+
+def test_metric_lines_are_due_when_they_should_be_and_true(finished: RunDir) -> None:
+    lines = driver.metrics(finished)
+    assert sorted(lines) == [4, 5, 8, 10, 12, 15, 16, 20, 24]
+    for step, line in lines.items():
+        done = (step - 3) / 21
+        assert line.learning_rate == pytest.approx(5e-3 * (0.1 + 0.45 * (1 + math.cos(math.pi * done))), abs=1e-12)
+        assert (line.eval_loss is not None) == (step in (5, 10, 15, 20, 24))
+        assert line.mfu is None
+        assert line.memory_bytes is not None
+        assert line.memory_bytes > 50e6
+        assert line.tokens_per_second is not None
+        assert line.step_seconds is not None
+        assert line.data_seconds is not None
+        assert 0 < line.data_seconds < line.step_seconds
+        assert not line.nonfinite
+    assert [line.tokens for line in lines.values()] == sorted(line.tokens for line in lines.values())
+    first, last = lines[4], lines[24]
+    assert first.loss is not None
+    assert last.loss is not None
+    assert last.eval_loss is not None
+    assert last.loss < 0.7 * first.loss
+    assert last.eval_loss == pytest.approx(last.loss, abs=0.5)
+
+
+def test_events_come_in_order(finished: RunDir) -> None:
+    found = driver.events(finished)
+    phases = [event.phase for event in found if isinstance(event, PhaseChanged)]
+    assert phases[:4] == ["loading", "preparing_data", "loading", "training"]
+    assert {"evaluating", "saving"} <= set(phases)
+    assert isinstance(found[-1], Finished)
+    assert (found[-1].outcome, found[-1].step) == ("completed", 24)
+    saved = [event for event in found if isinstance(event, CheckpointSaved)]
+    assert [event.step for event in saved] == [5, 10, 15, 20, 24]
+    removed = [event.step for event in found if isinstance(event, CheckpointRemoved)]
+    assert removed == [5, 15]
+    assert [step for step, _ in finished.products(None).published()] == [24, 20, 10]
+    losses = {step: line.loss for step, line in driver.metrics(finished).items()}
+    assert saved[0].loss == losses[5]
+    assert finished.attempt(1).progress.read_text().strip() == "24"
+
+
+def test_samples_are_written_at_saves(finished: RunDir) -> None:
+    samples = [event for event in driver.events(finished) if isinstance(event, Sample)]
+    assert [(sample.step, sample.prompt) for sample in samples[:3]] == [(5, "the cat"), (5, ""), (10, "the cat")]
+    assert all(len(sample.text.encode()) <= 200 for sample in samples)
+    assert any(sample.text for sample in samples)
+
+
+def test_what_is_missing_or_unasked_is_a_warning(finished: RunDir) -> None:
+    warned = driver.warned(finished)
+    assert set(warned) == {"cpu_fallback", "tensorboard_missing", "wandb_missing"}
+    assert "pip install tensorboard" in warned["tensorboard_missing"].message
+    assert "pip install wandb" in warned["wandb_missing"].message
+
+
+def test_the_weights_are_minimind_s(finished: RunDir) -> None:
+    weights = torch.load(finished.products(None).out / "pretrain_32.pth", weights_only=True)
+    assert {value.dtype for value in weights.values()} == {torch.float16}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_norm.weight"} <= set(weights)
+    assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+
+
+def test_a_person_can_read_the_terminal(finished: RunDir) -> None:
+    printed = (finished.path / "printed-1-0").read_text().splitlines()
+    assert any(line.startswith("step 24/24  loss ") and "tok/s" in line and "ETA 0 s" in line for line in printed)
+    assert all(len(line) < 300 for line in printed)
+
+
+def test_the_loss_of_an_untrained_model_is_that_of_guessing(text: Path, tmp_path: Path) -> None:
+    described = driver.spec(text, training={"learning_rate": 1e-12, "max_steps": 2}, reporting={"log_interval": 1})
+    described["model"] = {"hidden_size": 128, "num_hidden_layers": 2}
+    run = driver.new_run(tmp_path / "run", described)
+    driver.run_to_end(run)
+    for line in driver.metrics(run).values():
+        assert line.loss == pytest.approx(math.log(259), rel=0.02)
+
+
+def fail_save(run: RunDir, fail_at: int, code: int) -> None:
+    """Make each save of one step fail half way."""
+    from worker import checkpoint, tensorfile
+
+    write = tensorfile.write_tensors
+
+    def full(path: Path, tensors: Any) -> tensorfile.Written:
+        written = write(path, tensors)
+        if f"{fail_at:08d}" in str(path) and path.name == checkpoint.OPTIMIZER:
+            raise OSError(code, "No space left on device", str(path))
+        return written
+
+    mock.patch.object(checkpoint, "write_tensors", full).start()
+
+
+def test_a_failed_save_is_a_warning_and_the_next_one_works(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    assert driver.run_to_end(run, patch=partial(fail_save, run, 16, errno.ENOSPC)).outcome == "completed"
+    warning = driver.warned(run)["save_failed"]
+    assert warning.step == 16
+    assert "No space left on device" in warning.message
+    assert driver.saves(run) == [8, 24]
+    assert sorted(path.name for path in run.products(None).checkpoints.iterdir()) == ["step-00000008", "step-00000024"]
+
+
+def test_a_last_save_that_fails_is_no_success(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    failed = driver.run_to_end(run, patch=partial(fail_save, run, 24, errno.EDQUOT))
+    assert (failed.outcome, failed.reason, failed.step) == ("failed", "disk_full", 24)
+    assert "checkpoint of step 24" in str(failed.message)
+    assert driver.saves(run) == [8, 16]
+    assert driver.run_to_end(run).outcome == "completed"
+    assert driver.saves(run, 2) == [24]
+
+
+def poison(*steps: int) -> None:
+    """Make the gradient of these data steps not finite."""
+    from worker.feed import Feed
+
+    micros = Feed.micros
+
+    def poisoned(self: Feed, step: int) -> Any:
+        for micro in micros(self, step):
+            yield micro if step not in steps else type(micro)(micro.batch, math.nan, micro.rows, micro.tokens)
+
+    mock.patch.object(Feed, "micros", poisoned).start()
+
+
+def test_fail_applies_nothing_and_names_step_and_rows(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    failed = driver.run_to_end(run, patch=partial(poison, 11))
+    assert (failed.outcome, failed.reason, failed.step) == ("failed", "diverged", 10)
+    assert "not finite at step 11, over rows " in str(failed.message)
+    assert failed.error is not None
+    assert "learning_rate" in str(failed.error.hint)
+    assert [step for step, _ in run.products(None).published()] == [8]
+    assert isinstance(driver.events(run)[-1], Finished)
+    resumed = driver.run_to_end(run)
+    assert resumed.outcome == "completed"
+
+
+def test_skip_leaves_the_update_out(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"on_nonfinite": "skip"}))
+    assert driver.run_to_end(run, patch=partial(poison, 10, 11)).outcome == "completed"
+    skipped = [e.step for e in driver.events(run) if isinstance(e, Warned) and e.code == "step_skipped"]
+    assert skipped == [10, 11]
+    assert driver.metrics(run)[10].nonfinite
+    assert driver.metrics(run)[10].grad_norm is None
+    assert not driver.metrics(run)[20].nonfinite
+
+
+def test_skip_gives_up_in_the_end(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"on_nonfinite": "skip"}))
+    failed = driver.run_to_end(run, patch=partial(poison, *range(9, 25)))
+    assert (failed.reason, failed.step) == ("diverged", 18)
+    assert "(11 steps skipped, 0 rollbacks)" in str(failed.message)
+
+
+def test_rollback_goes_back_and_around_the_bad_data(text: Path, tmp_path: Path) -> None:
+    described = driver.spec(text, training={"on_nonfinite": "rollback"}, reporting={"log_interval": 1})
+    run = driver.new_run(tmp_path / "run", described)
+    assert driver.run_to_end(run, patch=partial(poison, 3, 11)).outcome == "completed"
+    warnings = [event for event in driver.events(run) if isinstance(event, Warned)]
+    rolled = [(event.step, event.data["to_step"]) for event in warnings if event.code == "rolled_back"]
+    # Steps 3 and 8 fail: after the first one, step n takes the data of step n + 3.
+    assert rolled == [(3, 0), (8, 0)]
+    steps = [e.step for e in driver.events(run) if isinstance(e, Metric)]
+    assert steps == [1, 2, 1, 2, 3, 4, 5, 6, 7, *range(1, 25)]
+    state = json.loads((run.products(None).checkpoint(24) / "state.json").read_bytes())
+    assert (state["data_offset"], state["trouble"]["rollbacks"]) == (11, 2)
+
+
+def test_rollback_gives_up_after_three(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"on_nonfinite": "rollback"}))
+    failed = driver.run_to_end(run, patch=partial(poison, *range(2, 100)))
+    assert (failed.reason, failed.step) == ("diverged", 0)
+
+
+def no_memory() -> None:
+    """Fail as torch does on a CPU."""
+    from worker import step
+
+    def forward(*_: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 99 bytes")
+
+    mock.patch.object(step, "forward", forward).start()
+
+
+def test_out_of_memory_says_what_to_change(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    failed = driver.run_to_end(run, patch=no_memory)
+    assert failed.reason == "out_of_memory"
+    assert "with 4 rows in a micro-batch" in str(failed.message)
+    assert failed.error is not None
+    assert (failed.error.rank, failed.error.code) == (0, "out_of_memory")
+    assert "batch_size to 2 and training.accumulation_steps to 4" in str(failed.error.hint)
+
+
+def test_an_unforeseen_exception_is_a_crash_and_no_outcome(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    ranks = driver.start(run, patch=bug)
+    assert ranks.wait() == [1]
+    assert not run.attempt(1).outcome.exists()
+    assert not any(isinstance(event, Finished) for event in driver.events(run))
+    assert "ZeroDivisionError" in ranks.logs()
+
+
+def bug() -> None:
+    """Something nobody thought of."""
+    from worker import step
+
+    mock.patch.object(step, "forward", side_effect=ZeroDivisionError("nobody thought of it")).start()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "says"),
+    [
+        ("", "data_invalid", "holds no document"),
+        ('{"text": "a"}\n{"text": 3}\n', "data_invalid", "line 2"),
+        (None, "data_invalid", "corpus.jsonl"),
+    ],
+)
+def test_data_that_cannot_be_used(content: str | None, reason: str, says: str, tmp_path: Path) -> None:
+    data = tmp_path / "corpus.jsonl"
+    if content is not None:
+        data.write_text(content)
+    run = driver.new_run(tmp_path / "run", driver.spec(data))
+    failed = driver.run_to_end(run)
+    assert (failed.outcome, failed.reason, failed.step) == ("failed", reason, 0)
+    assert says in str(failed.message)
+    assert "Traceback" not in driver.start(run).logs()
+
+
+def test_a_stop_before_the_first_step_has_nothing_to_save(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", driver.spec(text))
+    stopped = driver.run_to_end(run, patch=partial(stop_while_preparing, run))
+    assert (stopped.outcome, stopped.step, stopped.reason) == ("stopped", 0, "user")
+    assert run.products(None).published() == []
+
+
+def stop_while_preparing(run: RunDir) -> None:
+    """Touch the stop file as soon as the data is being read."""
+    from worker import material, tokenizers
+
+    load = tokenizers.load
+
+    def stopping(path: str) -> Any:
+        run.attempt(1).stop.touch()
+        return load(path)
+
+    mock.patch.object(material, "load", stopping).start()
+
+
+def test_wrong_usage_names_every_mistake(tmp_path: Path) -> None:
+    run = driver.new_run(tmp_path / "run", {"data": {}, "training": {"epochz": 1, "learning_rate": -1}})
+    ranks = driver.start(run)
+    assert ranks.wait() == [2]
+    for part in ("/data/data_path", "/training/epochz", "/training/learning_rate"):
+        assert part in ranks.logs()
+
+
+def test_save_minutes_saves_in_between(text: Path, tmp_path: Path) -> None:
+    run = driver.new_run(
+        tmp_path / "run", driver.spec(text, training={"max_steps": 3}, checkpoint={"save_minutes": 1e-9})
+    )
+    driver.run_to_end(run)
+    assert driver.saves(run) == [1, 2, 3]
+
+
+def test_weights_of_one_run_start_another(finished: RunDir, text: Path, tmp_path: Path) -> None:
+    def first_loss(start: str | None, **model: Any) -> float:
+        training = {"from_weight": start, "max_steps": 1, "learning_rate": 1e-12}
+        place = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        described = driver.spec(text, training=training, checkpoint={"save_dir": str(finished.path / "out")})
+        run = driver.new_run(place, described)
+        outcome = driver.run_to_end(run)
+        assert outcome.outcome == "completed", outcome
+        loss = driver.metrics(run)[1].loss
+        assert loss is not None
+        return loss
+
+    fresh = first_loss(None)
+    by_path = first_loss(str(finished.path / "out" / "pretrain_32.pth"))
+    by_name = first_loss("pretrain")
+    assert by_path == by_name < 0.7 * fresh
+
+
+def test_weights_that_do_not_fit_are_refused_with_every_mismatch(finished: RunDir, text: Path, tmp_path: Path) -> None:
+    start = str(finished.path / "out" / "pretrain_32.pth")
+    described = driver.spec(text, training={"from_weight": start}, model={"hidden_size": 48, "num_hidden_layers": 3})
+    failed = driver.run_to_end(driver.new_run(tmp_path / "run", described))
+    assert failed.reason == "checkpoint_invalid"
+    assert "model.embed_tokens.weight is [259, 32] and must be [259, 48]" in str(failed.message)
+    missing = driver.spec(text, training={"from_weight": "nowhere"})
+    failed = driver.run_to_end(driver.new_run(tmp_path / "other", missing))
+    assert failed.reason == "spec_invalid"
+    assert "nowhere_32.pth" in str(failed.message)
+
+
+def test_from_resume_goes_on_from_an_earlier_job(text: Path, tmp_path: Path) -> None:
+    described = driver.spec(text, checkpoint={"save_dir": str(tmp_path / "out"), "from_resume": True})
+    first = driver.new_run(tmp_path / "first", described)
+    stopped = driver.run_to_end(first, patch=partial(stop_after, first, 1, 13))
+    assert stopped.step == 13
+    assert "nothing_to_resume" in driver.warned(first)
+    second = driver.new_run(tmp_path / "second", described)
+    assert driver.run_to_end(second).step == 24
+    started = next(event for event in driver.events(second) if isinstance(event, Started))
+    assert started.start_step == 13
+    assert started.resumed_from == str(tmp_path / "out" / "first" / "checkpoints" / "step-00000013")
+    third = driver.new_run(tmp_path / "third", {**described, "training": {**described["training"], "seed": 1}})
+    driver.run_to_end(third)
+    message = driver.warned(third)["nothing_to_resume"].message
+    assert "seed is 1 and was 42" in message
+    assert next(event for event in driver.events(third) if isinstance(event, Started)).start_step == 0
