@@ -74,8 +74,10 @@ class Gate:
 
     async def _refuse(self, error: Exception, scope: Scope, receive: Receive, answered: "_Answered") -> None:
         made = from_exception(error)
-        if made.status >= 500:
+        if made.status == 500:
             log.error("request=%s %s failed", scope["request_id"], scope["method"], exc_info=error)
+        elif made.status > 500:
+            log.warning("request=%s %s refused: %s: %s", scope["request_id"], scope["method"], made.code, error)
         if answered.begun:
             raise error
         await answer(made, scope["request_id"])(scope, receive, answered)

@@ -78,10 +78,12 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
 
 def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
     quiet = attempt.heard_at is None or now - attempt.heard_at > QUIET
-    if attempt.looked_at is None or (quiet and now - attempt.looked_at > QUIET):
+    if attempt.looked_at is None:
         return Look(attempt)
     if attempt.desired is Desired.KILL and quiet and attempt.asked_at and now - attempt.asked_at > KILL_GRACE:
         return End(attempt)
+    if quiet and now - attempt.looked_at > QUIET:
+        return Look(attempt)
     if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.told is not attempt.desired:
         return Hint(attempt)
     return None

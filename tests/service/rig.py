@@ -81,13 +81,13 @@ class Rig:
 
     def submit(self, **groups: Any) -> str:
         answer = self.client.post("/jobs", json=self.spec(**groups))
-        assert answer.status_code == 201, answer.text
+        assert answer.status_code == 201, answer.text[:500]
         job_id: str = answer.json()["id"]
         return job_id
 
-    def get(self, path: str, status: int = 200, **params: Any) -> Any:
+    def get(self, path: str, expect: int = 200, **params: Any) -> Any:
         answer = self.client.get(path, params=params)
-        assert answer.status_code == status, answer.text
+        assert answer.status_code == expect, answer.text[:500]
         return answer.json()
 
     def job(self, job_id: str) -> dict[str, Any]:
@@ -103,7 +103,7 @@ class Rig:
             if body
             else self.client.post(f"/jobs/{job_id}/{verb}")
         )
-        assert answer.status_code == status, answer.text
+        assert answer.status_code == status, answer.text[:500]
         found: dict[str, Any] = answer.json()
         return found
 
@@ -114,23 +114,24 @@ class Rig:
     # What agents do
 
     def report(self, attempt: FakeAttempt, what: str, body: Any, token: str | None = None) -> httpx2.Response:
+        token = attempt.launch.token if token is None else token
         answer: httpx2.Response = self.client.post(
             f"/internal/attempts/{attempt.launch.attempt_id}/{what}",
             content=body if isinstance(body, str) else json.dumps(body),
-            headers={"Authorization": f"Bearer {token or attempt.launch.token}", "Content-Type": "application/json"},
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/json"},
         )
         return answer
 
     def ship(self, attempt: FakeAttempt, lines: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
         """Send the given lines, or all of the outbox."""
         answer = self.report(attempt, "events", {"events": list(lines if lines is not None else attempt.lines)})
-        assert answer.status_code == 200, answer.text
+        assert answer.status_code == 200, answer.text[:500]
         acked: dict[str, Any] = answer.json()
         return acked
 
     def beat(self, attempt: FakeAttempt, step: int | None = None) -> dict[str, Any]:
         answer = self.report(attempt, "heartbeat", {"step": step})
-        assert answer.status_code == 200, answer.text
+        assert answer.status_code == 200, answer.text[:500]
         acked: dict[str, Any] = answer.json()
         return acked
 
@@ -140,7 +141,7 @@ class Rig:
             self.ship(attempt)
         report = attempt.end(*args, **kwargs)
         answer = self.report(attempt, "exit", report.model_dump(mode="json"))
-        assert answer.status_code == 200, answer.text
+        assert answer.status_code == 200, answer.text[:500]
         acked: dict[str, Any] = answer.json()
         return acked
 

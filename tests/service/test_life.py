@@ -227,7 +227,7 @@ def test_delete_removes_record_and_files(any_rig: Rig) -> None:
     assert not path.exists()
     assert not (rig.home / "runs" / job_id).exists()
     for what in ("", "/metrics", "/events", "/attempts", "/checkpoints", "/samples", "/logs"):
-        assert rig.get(f"/jobs/{job_id}{what}", status=404)["code"] == "job_not_found"
+        assert rig.get(f"/jobs/{job_id}{what}", expect=404)["code"] == "job_not_found"
     assert rig.client.delete(f"/jobs/{job_id}").status_code == 404
     assert rig.report(attempt, "heartbeat", {}).status_code == 401
 

@@ -1,0 +1,210 @@
+"""Actions that do not fit, actions at once, changes of a job."""
+
+from typing import Any
+
+import pytest
+
+from contract.status import JobStatus, Reason
+from tests.service.rig import Rig, in_threads
+
+
+def test_a_refusal_says_the_status_and_what_fits(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running()
+    refused = any_rig.act(job_id, "resume", status=409)
+    assert refused["code"] == "invalid_state"
+    assert refused["job_status"] == "running"
+    assert refused["allowed_actions"] == ["pause", "cancel", "kill"]
+    assert refused["detail"] == "The job is running; what fits: pause, cancel, kill."
+    any_rig.exit(attempt, "completed", step=10)
+    for verb in ("pause", "cancel", "kill", "resume"):
+        assert any_rig.act(job_id, verb, status=409)["allowed_actions"] == ["delete"]
+
+
+def test_pausing_cannot_be_resumed_until_it_has_stopped(rig: Rig) -> None:
+    job_id, _ = rig.running()
+    rig.act(job_id, "pause")
+    assert "wait until it has stopped" in rig.act(job_id, "resume", status=409)["detail"]
+
+
+def test_allowed_actions_say_why_not(rig: Rig) -> None:
+    job = rig.job(rig.submit())
+    assert {a["action"]: a["why_not"] for a in job["allowed_actions"]} == {
+        "pause": None,
+        "resume": "the job is queued",
+        "cancel": None,
+        "kill": None,
+        "delete": "the job is queued: cancel it first",
+    }
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "cancel", "kill"])
+def test_no_such_job(rig: Rig, verb: str) -> None:
+    for job_id in ("job_aaaaaaaaaa", "nonsense", "job_", "JOB_A", "%2e%2e%2fetc", "job_a%00", "x" * 5000):
+        assert rig.client.post(f"/jobs/{job_id}/{verb}").status_code == 404, job_id
+
+
+@pytest.mark.parametrize("verb", ["pause", "cancel", "kill", "resume"])
+def test_bodies_are_read_strictly(rig: Rig, verb: str) -> None:
+    job_id, _ = rig.running()
+    refused = rig.act(job_id, verb, {"gently": True}, status=422)
+    assert refused["errors"] == [{"pointer": "/gently", "message": "is not a field here"}]
+    assert rig.status(job_id) is JobStatus.RUNNING
+    rig.act(job_id, verb, [1], status=422)
+
+
+def paused(rig: Rig, **groups: Any) -> str:
+    job_id, attempt = rig.running(**groups)
+    rig.checkpoint(job_id, attempt, 5)
+    rig.act(job_id, "pause")
+    rig.exit(attempt, "stopped", Reason.USER, step=5)
+    return job_id
+
+
+def test_resume_changes_what_it_may(any_rig: Rig) -> None:
+    job_id = paused(any_rig)
+    body = {"epochs": 4, "max_steps": 500, "resources": {"nproc_per_node": 2, "priority": 7}, "step": 5}
+    job = any_rig.act(job_id, "resume", body)
+    assert (job["spec"]["training"]["epochs"], job["spec"]["training"]["max_steps"]) == (4, 500)
+    assert job["spec"]["resources"]["nproc_per_node"] == 2
+    assert job["spec"]["resources"]["max_restarts"] == 3, "what is not named stays"
+    any_rig.settle()
+    launch = any_rig.launcher.of(job_id, 2).launch
+    assert launch.devices == ("cpu:0", "cpu:1")
+    assert launch.spec.training.max_steps == 500
+    asked = next(e for e in any_rig.data(job_id, "events") if e["data"].get("changes"))
+    assert asked["data"]["changes"] == [
+        "/resources/nproc_per_node",
+        "/resources/priority",
+        "/training/epochs",
+        "/training/max_steps",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "pointers"),
+    [
+        ({"epochs": 1, "max_steps": 3}, ["/epochs", "/max_steps"]),
+        ({"epochs": None}, ["/epochs"]),
+        ({"epochs": "x"}, ["/epochs"]),
+        ({"epochs": 2**60}, ["/epochs"]),
+        ({"max_steps": 10.5}, ["/max_steps"]),
+        ({"resources": 5}, ["/resources"]),
+        ({"resources": {"nproc_per_node": 9}}, ["/resources/nproc_per_node"]),
+        ({"resources": {"nprocs": 1}}, ["/resources/nprocs"]),
+        ({"step": "x"}, ["/step"]),
+        ({"step": True}, ["/step"]),
+        ({"step": -1}, ["/step"]),
+        ({"step": 2**63}, ["/step"]),
+        ({"learning_rate": 1}, ["/learning_rate"]),
+    ],
+)
+def test_resume_refuses_what_it_may_not(rig: Rig, body: dict[str, Any], pointers: list[str]) -> None:
+    job_id = paused(rig, training={"epochs": 2, "max_steps": 10})
+    refused = rig.act(job_id, "resume", body, status=422)
+    assert [e["pointer"] for e in refused["errors"]] == pointers
+    assert rig.status(job_id) is JobStatus.PAUSED
+
+
+def test_resume_from_a_step_that_is_not_the_newest(rig: Rig) -> None:
+    job_id = paused(rig)
+    assert rig.act(job_id, "resume", {"step": 4}, status=409)["code"] == "step_unavailable"
+    assert rig.act(job_id, "resume", {"step": 5})["status"] == "queued"
+
+
+def test_resume_where_the_corpus_is_gone(rig: Rig) -> None:
+    job_id = paused(rig)
+    rig.corpus.unlink()
+    refused = rig.act(job_id, "resume", status=422)
+    assert refused["errors"] == [{"pointer": "/data/data_path", "message": "does not exist or cannot be reached"}]
+
+
+def test_resume_with_changes_while_it_is_being_resumed(rig: Rig) -> None:
+    job_id = paused(rig)
+    rig.act(job_id, "resume")
+    rig.act(job_id, "resume")
+    assert rig.act(job_id, "resume", {"epochs": 9}, status=409)["code"] == "invalid_state"
+
+
+def test_patch(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id = rig.submit(labels={"a": "1"})
+    body = {
+        "name": "renamed",
+        "labels": {"b": "2"},
+        "priority": 5,
+        "log_interval": 7,
+        "save_interval": 8,
+        "keep_last": 9,
+    }
+    answer = rig.client.patch(f"/jobs/{job_id}", json=body)
+    assert answer.status_code == 200
+    job = answer.json()
+    assert (job["name"], job["labels"]) == ("renamed", {"b": "2"})
+    assert (job["spec"]["name"], job["spec"]["labels"]) == ("renamed", {"b": "2"})
+    assert job["spec"]["resources"]["priority"] == 5
+    assert job["spec"]["reporting"]["log_interval"] == 7
+    assert (job["spec"]["checkpoint"]["save_interval"], job["spec"]["checkpoint"]["keep_last"]) == (8, 9)
+    assert [j["id"] for j in rig.get("/jobs", label="b=2")["data"]] == [job_id]
+    assert rig.get("/jobs", label="a=1")["data"] == []
+    rig.settle()
+    refused = rig.client.patch(f"/jobs/{job_id}", json={"log_interval": 1})
+    assert (refused.status_code, refused.json()["code"]) == (409, "invalid_state")
+    assert rig.client.patch(f"/jobs/{job_id}", json={"name": "again"}).json()["name"] == "again"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({"name": ""}, "/name"),
+        ({"name": "a\nb"}, "/name"),
+        ({"name": "x" * 10_000}, "/name"),
+        ({"labels": {"a": 1}}, "/labels/a"),
+        ({"priority": "high"}, "/priority"),
+        ({"priority": 2**70}, "/priority"),
+        ({"keep_last": 0}, "/keep_last"),
+        ({"status": "succeeded"}, "/status"),
+        ([], ""),
+    ],
+)
+def test_patch_refuses(rig: Rig, body: Any, pointer: str) -> None:
+    answer = rig.client.patch(f"/jobs/{rig.submit()}", json=body)
+    assert answer.status_code == 422, answer.text
+    assert pointer in [e["pointer"] for e in answer.json()["errors"]]
+
+
+def test_priority_decides_who_is_next(rig: Rig) -> None:
+    rig.running(resources={"nproc_per_node": 2})
+    first, second = rig.submit(), rig.submit()
+    assert [rig.job(j)["queue"]["position"] for j in (first, second)] == [1, 2]
+    rig.client.patch(f"/jobs/{second}", json={"priority": 1})
+    assert [rig.job(j)["queue"]["position"] for j in (first, second)] == [2, 1]
+
+
+def test_many_at_once_have_one_winner(any_rig: Rig) -> None:
+    """Pause, cancel and kill from many threads: one truth, and an event log that is a path of the table."""
+    job_id, attempt = any_rig.running()
+    verbs = ["pause", "cancel", "kill"] * 4
+
+    def act(index: int) -> int:
+        return int(any_rig.client.post(f"/jobs/{job_id}/{verbs[index]}").status_code)
+
+    answers = in_threads(len(verbs), act)
+    assert set(answers) <= {202, 409}
+    assert any_rig.status(job_id) is JobStatus.CANCELLING
+    assert any_rig.job(job_id)["desired"] == "kill"
+    any_rig.exit(attempt, "killed", Reason.USER, step=1)
+    assert any_rig.status(job_id) is JobStatus.CANCELLED
+
+
+def test_finish_against_cancel(any_rig: Rig) -> None:
+    for _ in range(5):
+        job_id, attempt = any_rig.running()
+        report = attempt.end("completed", step=10).model_dump(mode="json")
+
+        def race(index: int, job_id: str = job_id, attempt: Any = attempt, report: Any = report) -> int:
+            if index:
+                return int(any_rig.client.post(f"/jobs/{job_id}/cancel").status_code)
+            return int(any_rig.report(attempt, "exit", report).status_code)
+
+        assert in_threads(2, race)[0] == 200
+        assert any_rig.status(job_id) is JobStatus.SUCCEEDED

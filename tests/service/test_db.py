@@ -1,0 +1,192 @@
+"""The database: migrations build what the tables say, writers queue up, readers see one moment."""
+
+import threading
+from pathlib import Path
+
+import alembic.command
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+
+from service import db
+from service.db import Database, alembic_config
+from service.jobs import store
+from service.scheduler.apply import utc_now
+from service.tables import EventRow, JobRow, LeaseRow, Table
+from tests.service.rig import Rig, in_threads
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def empty(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without tables."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/new/trainyard.db"
+    url: str = request.getfixturevalue("postgres_url")
+    database = Database(url)
+    with database.engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA IF EXISTS public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    database.close()
+    return url
+
+
+@pytest.fixture(autouse=True)
+def _tables_again(request: pytest.FixtureRequest) -> object:
+    """The tests behind these find the tables that they expect."""
+    yield
+    if "empty" in request.fixturenames and "postgres" in request.node.name:
+        database = Database(request.getfixturevalue("postgres_url"))
+        database.upgrade()
+        database.close()
+
+
+def test_migrations_build_what_the_tables_say(empty: str) -> None:
+    database = Database(empty)
+    database.upgrade()
+    with database.engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), Table.metadata)
+        assert differences == []
+        found = inspect(connection)
+        assert set(Table.metadata.tables) <= set(found.get_table_names())
+        for name, table in Table.metadata.tables.items():
+            assert [c["name"] for c in found.get_columns(name)] == [c.name for c in table.columns]
+            wanted = {index.name for index in table.indexes}
+            assert wanted <= {index["name"] for index in found.get_indexes(name)}
+    database.close()
+
+
+def test_migrations_go_down_and_up_again(empty: str) -> None:
+    database = Database(empty)
+    database.upgrade()
+    with database.engine.execution_options(writes=True).begin() as connection:
+        alembic.command.downgrade(alembic_config(connection), "base")
+    with database.engine.connect() as connection:
+        assert set(inspect(connection).get_table_names()) == {"alembic_version"}
+    database.upgrade()
+    database.upgrade()
+    with database.write() as session:
+        session.execute(text("SELECT count(*) FROM jobs"))
+    database.close()
+
+
+def test_two_services_that_migrate_at_once(empty: str, tmp_path: Path) -> None:
+    def upgrade(_: int) -> None:
+        database = Database(empty)
+        database.upgrade(tmp_path / "migrate.lock")
+        database.close()
+
+    assert in_threads(3, upgrade) == [None] * 3
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
+    assert db.main(["upgrade"]) == 0
+    assert (tmp_path / "home" / "trainyard.db").exists()
+    assert capsys.readouterr().err == "the database is up to date\n"
+    with pytest.raises(SystemExit):
+        db.main(["destroy"])
+
+
+def test_sqlite_is_set_up_for_many(sqlite_url: str) -> None:
+    database = Database(sqlite_url)
+    with database.read() as session:
+        values = [
+            session.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous", "foreign_keys")
+        ]
+    assert values == ["wal", 2, 1]
+    database.close()
+
+
+def test_many_writers_at_once(any_rig: Rig) -> None:
+    """Eight writers, each a read and a write in one transaction: none is turned away and nothing is lost."""
+    job_id = any_rig.submit()
+
+    def write(_: int) -> int:
+        for _ in range(10):
+            with any_rig.database.write() as session:
+                job = store.lock(session, job_id)
+                job.restarts += 1
+        return 1
+
+    assert in_threads(8, write) == [1] * 8
+    with any_rig.database.read() as session:
+        assert store.find(session, job_id).restarts == 80
+
+
+def test_writers_of_two_services_on_one_file(rig: Rig) -> None:
+    """The lock in this process does not help here: BEGIN IMMEDIATE and the busy timeout do."""
+    job_id = rig.submit()
+    others = [Database(rig.url) for _ in range(4)]
+
+    def write(index: int) -> int:
+        for _ in range(10):
+            with others[index].write() as session:
+                store.lock(session, job_id).restarts += 1
+        return 1
+
+    assert in_threads(4, write) == [1] * 4
+    with rig.database.read() as session:
+        assert store.find(session, job_id).restarts == 40
+    for database in others:
+        database.close()
+
+
+def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: Rig) -> None:
+    job_id = any_rig.submit()
+    with any_rig.database.read() as session:
+        before = store.find(session, job_id).status
+        done = threading.Thread(target=any_rig.act, args=(job_id, "cancel"))
+        done.start()
+        done.join(20)
+        assert not done.is_alive()
+        session.expire_all()
+        assert store.find(session, job_id).status == before == "queued"
+    assert any_rig.status(job_id) == "cancelled"
+
+
+def test_a_write_that_fails_leaves_nothing(any_rig: Rig) -> None:
+    job_id = any_rig.submit()
+    with pytest.raises(ZeroDivisionError), any_rig.database.write() as session:
+        store.lock(session, job_id).name = "changed"
+        session.flush()
+        raise ZeroDivisionError
+    assert any_rig.job(job_id)["name"] == "pretrain"
+
+
+def test_a_status_changes_only_by_the_table_and_only_once(any_rig: Rig) -> None:
+    from contract.status import JobStatus
+    from service.errors import Conflict
+    from service.jobs.store import ImpossibleTransition, Note
+
+    job_id = any_rig.submit()
+    note = Note("status", "test")
+    with pytest.raises(ImpossibleTransition), any_rig.database.write() as session:
+        store.move(session, store.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
+    with any_rig.database.read() as session:
+        stale = store.find(session, job_id)
+    any_rig.act(job_id, "pause")
+    with pytest.raises(Conflict), any_rig.database.write() as session:
+        store.move(session, stale, JobStatus.STARTING, note, utc_now())
+    assert any_rig.status(job_id) is JobStatus.PAUSED
+    with any_rig.database.read() as session:
+        moves = [e.message for e in session.query(EventRow).filter(EventRow.kind == "status")]
+        versions = [j.version for j in session.query(JobRow)]
+    assert moves == ["asked to pause"]
+    assert versions == [2]
+
+
+def test_a_device_cannot_have_two_leases(any_rig: Rig) -> None:
+    _, attempt = any_rig.running()
+    with pytest.raises(IntegrityError), any_rig.database.write() as session:
+        session.add(LeaseRow(device="cpu:0", attempt_id=attempt.launch.attempt_id, job_id="x"))
+
+
+def test_times_have_a_zone(any_rig: Rig) -> None:
+    from datetime import datetime
+
+    with pytest.raises(Exception, match="without its zone"), any_rig.database.write() as session:
+        session.add(EventRow(job_id="x", kind="k", actor="a", message="m", data={}, at=datetime(2026, 1, 1)))
+    job = any_rig.job(any_rig.submit())
+    assert job["created_at"].endswith("Z")

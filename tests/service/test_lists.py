@@ -1,0 +1,161 @@
+"""Lists: filters, order, pages."""
+
+from typing import Any
+
+import pytest
+
+from contract.status import Reason
+from tests.service.rig import Rig
+
+
+def ids(page: dict[str, Any]) -> list[str]:
+    return [job["id"] for job in page["data"]]
+
+
+def test_filters_order_and_pages(any_rig: Rig) -> None:
+    rig = any_rig
+    made = [rig.submit(name=f"n{i % 2}", labels={"odd": str(i % 2), "all": "yes"}) for i in range(5)]
+    newest = list(reversed(made))
+    assert ids(rig.get("/jobs")) == newest
+    assert ids(rig.get("/jobs", order="oldest")) == made
+    assert ids(rig.get("/jobs", name="n1")) == [made[3], made[1]]
+    assert ids(rig.get("/jobs", name="n")) == []
+    assert ids(rig.get("/jobs", label="odd=0")) == [made[4], made[2], made[0]]
+    assert ids(rig.get("/jobs", label=["odd=0", "all=yes"])) == [made[4], made[2], made[0]]
+    assert ids(rig.get("/jobs", label=["odd=0", "all=no"])) == []
+    rig.act(made[0], "cancel")
+    assert ids(rig.get("/jobs", status="cancelled")) == [made[0]]
+    assert ids(rig.get("/jobs", status=["cancelled", "queued"])) == newest
+
+    for order, expected in (("newest", newest), ("oldest", made)):
+        seen: list[str] = []
+        page: dict[str, Any] = {"has_more": True}
+        while page["has_more"]:
+            after: dict[str, Any] = {"after": seen[-1]} if seen else {}
+            page = rig.get("/jobs", order=order, limit=2, **after)
+            seen += ids(page)
+        assert seen == expected
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"limit": 0},
+        {"limit": 101},
+        {"limit": 2**63},
+        {"limit": -(2**63)},
+        {"limit": "x"},
+        {"limit": "NaN"},
+        {"status": "dancing"},
+        {"order": "random"},
+        {"label": "nothing"},
+        {"label": "a\0=b"},
+        {"name": "a\0b"},
+        {"name": "x" * 301},
+        {"after": "job_aaaaaaaaaa"},
+        {"after": "a\0b"},
+        {"after": "1 OR 1=1"},
+    ],
+)
+def test_bad_questions_are_422(any_rig: Rig, params: dict[str, Any]) -> None:
+    answer = any_rig.client.get("/jobs", params=params)
+    assert answer.status_code == 422
+    body = answer.json()
+    assert body["code"] == "invalid_request"
+    assert body["errors"][0]["pointer"].startswith("/query/")
+
+
+@pytest.mark.parametrize("what", ["events", "samples", "checkpoints", "attempts"])
+def test_pages_of_what_belongs_to_a_job(any_rig: Rig, what: str) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running()
+    for step in (1, 2, 3):
+        rig.checkpoint(job_id, attempt, step)
+        attempt.say("sample", step=step, prompt="p", text=f"t{step}")
+    rig.exit(attempt, "crashed", Reason.HUNG, step=3)
+    for number in (2, 3):
+        rig.act(job_id, "resume")
+        rig.exit(rig.next_attempt(job_id, number, start_step=3), "crashed", Reason.HUNG, step=3)
+    whole = rig.get(f"/jobs/{job_id}/{what}")
+    assert whole["object"] == "list"
+    assert whole["has_more"] is False
+    assert len(whole["data"]) >= 3
+    seen: list[Any] = []
+    page: dict[str, Any] = {"has_more": True}
+    while page["has_more"]:
+        page = rig.get(f"/jobs/{job_id}/{what}", limit=1, **({"after": seen[-1]["id"]} if seen else {}))
+        seen += page["data"]
+    assert seen == whole["data"]
+    for after in ("x", "-1", "9" * 30, "a\0", "²"):
+        assert rig.client.get(f"/jobs/{job_id}/{what}", params={"after": after}).status_code == 422
+
+
+def test_attempts_show_no_secret(rig: Rig) -> None:
+    job_id, attempt = rig.running()
+    text = rig.client.get(f"/jobs/{job_id}/attempts").text
+    assert attempt.launch.token not in text
+    assert "token" not in text
+
+
+def test_what_comes_later_is_not_there_yet(rig: Rig) -> None:
+    job_id = rig.submit()
+    for method, path in (
+        ("GET", "metrics/stream"),
+        ("POST", "save"),
+        ("POST", "fork"),
+        ("GET", "checkpoints/1/files/model.safetensors"),
+        ("POST", "checkpoints/1/export"),
+    ):
+        assert rig.client.request(method, f"/jobs/{job_id}/{path}").status_code == 404
+
+
+def test_devices_and_status_pages(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running()
+    devices = any_rig.get("/devices")["data"]
+    assert [(d["id"], d["kind"], d["job_id"], d["attempt_id"]) for d in devices] == [
+        ("cpu:0", "cpu", job_id, attempt.launch.attempt_id),
+        ("cpu:1", "cpu", None, None),
+    ]
+    assert any_rig.get("/health") == {"status": "ok"}
+    version = any_rig.get("/version")
+    assert (version["name"], version["api"]) == ("trainyard", 1)
+    text = any_rig.client.get("/metrics").text
+    assert 'trainyard_jobs{status="running"} 1' in text
+    assert "trainyard_devices_leased 1" in text
+    assert any_rig.get("/ready", expect=503)["code"] == "not_ready", "no scheduler runs in this test"
+
+
+def test_the_page_shows_names_as_text(rig: Rig) -> None:
+    assert "No job yet" in rig.client.get("/").text
+    rig.submit(name="<script>alert(1)</script>")
+    page = rig.client.get("/").text
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+
+
+def test_the_document_describes_every_route(rig: Rig) -> None:
+    document = rig.get("/openapi.json")
+    assert {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods} == {
+        "POST /jobs",
+        "GET /jobs",
+        "GET /jobs/{job_id}",
+        "PATCH /jobs/{job_id}",
+        "DELETE /jobs/{job_id}",
+        "POST /jobs/{job_id}/pause",
+        "POST /jobs/{job_id}/resume",
+        "POST /jobs/{job_id}/cancel",
+        "POST /jobs/{job_id}/kill",
+        "GET /jobs/{job_id}/metrics",
+        "GET /jobs/{job_id}/checkpoints",
+        "GET /jobs/{job_id}/events",
+        "GET /jobs/{job_id}/attempts",
+        "GET /jobs/{job_id}/samples",
+        "GET /jobs/{job_id}/logs",
+        "GET /devices",
+        "GET /health",
+        "GET /ready",
+        "GET /version",
+        "GET /metrics",
+    }
+    assert "learning_rate" in document["components"]["schemas"]["TrainingSpec"]["properties"]
+    assert "summary" in document["components"]["schemas"]["Job"]["properties"]

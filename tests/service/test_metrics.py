@@ -1,0 +1,164 @@
+"""The curve: stitched, by attempt, page by page, in buckets."""
+
+import csv
+import io
+import json
+import math
+import random
+from typing import Any
+
+import pytest
+
+from contract.status import Reason
+from service.metrics.buckets import Point, buckets, width
+from tests.service.rig import Rig
+
+
+def curve(rig: Rig, job_id: str, **params: Any) -> list[tuple[int, int, float]]:
+    return [(m["step"], m["attempt"], m["loss"]) for m in rig.data(job_id, "metrics", **params)]
+
+
+def test_a_curve_over_attempts_has_each_step_once(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, first = rig.running()
+    for step in range(1, 8):
+        first.metric(step, loss=1.0 + step)
+    rig.exit(first, "crashed", Reason.HUNG, step=7)
+    rig.act(job_id, "resume")
+    second = rig.next_attempt(job_id, 2, start_step=5)
+    assert [s for s, _, _ in curve(rig, job_id)] == [1, 2, 3, 4, 5]
+    for step in range(6, 10):
+        second.metric(step, loss=2.0 + step)
+    rig.exit(second, "crashed", Reason.HUNG, step=9)
+    rig.act(job_id, "resume")
+    third = rig.next_attempt(job_id, 3, start_step=2)
+    third.metric(3, loss=9.0)
+    rig.ship(third)
+
+    assert curve(rig, job_id) == [(1, 1, 2.0), (2, 1, 3.0), (3, 3, 9.0)]
+    assert curve(rig, job_id, attempt=1) == [(s, 1, 1.0 + s) for s in range(1, 8)]
+    assert curve(rig, job_id, attempt=2) == [(s, 2, 2.0 + s) for s in range(6, 10)]
+    assert curve(rig, job_id, attempt=4) == []
+
+
+def test_an_attempt_that_goes_back_by_itself(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running()
+    for step, loss in ((1, 1.0), (2, 2.0), (3, 99.0), (2, 2.5), (3, 3.5)):
+        attempt.metric(step, loss=loss)
+    any_rig.ship(attempt)
+    assert curve(any_rig, job_id) == [(1, 1, 1.0), (2, 1, 2.5), (3, 1, 3.5)]
+    assert len(curve(any_rig, job_id, attempt=1)) == 5
+
+
+def test_lines_of_an_old_attempt_that_come_late_do_not_cross_the_new_one(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, first = rig.running()
+    rig.exit(first, "crashed", Reason.HUNG, step=3)
+    for step in (1, 2, 3):
+        first.metric(step)
+    rig.act(job_id, "resume")
+    rig.next_attempt(job_id, 2, start_step=2)
+    rig.ship(first)
+    assert [s for s, _, _ in curve(rig, job_id)] == [1, 2]
+
+
+def test_pages_and_fields(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running(steps=100)
+    for step in range(1, 26):
+        attempt.metric(step, loss=float(step), grad_norm=0.5)
+    any_rig.ship(attempt)
+    seen: list[int] = []
+    page: dict[str, Any] = {"has_more": True}
+    while page["has_more"]:
+        page = any_rig.get(f"/jobs/{job_id}/metrics", after_step=seen[-1] if seen else 0, limit=10)
+        seen += [m["step"] for m in page["data"]]
+    assert seen == list(range(1, 26))
+    row = any_rig.data(job_id, "metrics", fields="loss, grad_norm", limit=1)[0]
+    assert row == {"step": 1, "attempt": 1, "loss": 1.0, "grad_norm": 0.5}
+    assert any_rig.client.get(f"/jobs/{job_id}/metrics", params={"fields": "loss,secret"}).status_code == 422
+    whole = any_rig.data(job_id, "metrics", limit=1)[0]
+    assert set(whole) == {
+        "step", "attempt", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
+        "mfu", "step_seconds", "data_seconds", "memory_bytes", "eval_loss", "nonfinite", "at",
+    }  # fmt: skip
+    assert whole["at"].endswith("Z")
+
+
+def test_numbers_come_back_exactly(any_rig: Rig) -> None:
+    dice = random.Random(3)
+    rates = [dice.random() * 10 ** dice.randrange(-12, 3) for _ in range(50)]
+    job_id, attempt = any_rig.running(steps=100)
+    for step, rate in enumerate(rates, start=1):
+        attempt.metric(step, learning_rate=rate, tokens=2**53 - step)
+    any_rig.ship(attempt)
+    found = any_rig.data(job_id, "metrics")
+    assert [m["learning_rate"] for m in found] == rates
+    assert [m["tokens"] for m in found] == [2**53 - s for s in range(1, 51)]
+
+
+def test_other_formats_have_the_same_rows(rig: Rig) -> None:
+    job_id, attempt = rig.running()
+    attempt.metric(1, loss=2.5)
+    attempt.metric(2, loss=None, nonfinite=True)
+    rig.ship(attempt)
+    rows = rig.data(job_id, "metrics")
+    lines = rig.client.get(f"/jobs/{job_id}/metrics", headers={"Accept": "application/x-ndjson"})
+    assert lines.headers["content-type"].startswith("application/x-ndjson")
+    assert [json.loads(line) for line in lines.text.splitlines()] == rows
+    text = rig.client.get(f"/jobs/{job_id}/metrics", headers={"Accept": "text/csv"})
+    found = list(csv.DictReader(io.StringIO(text.text)))
+    assert [(row["step"], row["loss"]) for row in found] == [("1", "2.5"), ("2", "")]
+
+
+def test_buckets_over_the_api(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running(steps=100)
+    for step in range(1, 21):
+        attempt.metric(step, loss=50.0 if step == 11 else float(step))
+    any_rig.ship(attempt)
+    page = any_rig.get(f"/jobs/{job_id}/metrics", max_points=6)
+    assert page["resolution"] == 4
+    assert [(b["first_step"], b["step"], b["count"]) for b in page["data"]] == [
+        (1, 3, 3), (4, 7, 4), (8, 11, 4), (12, 15, 4), (16, 19, 4), (20, 20, 1),
+    ]  # fmt: skip
+    third = page["data"][2]
+    assert (third["loss"], third["loss_min"], third["loss_max"]) == (50.0, 8.0, 50.0)
+    assert third["loss_mean"] == pytest.approx((8 + 9 + 10 + 50) / 4)
+
+
+def points(*losses: float | None) -> list[Point]:
+    return [Point(step, loss, 1) for step, loss in enumerate(losses, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("last", "most", "wide"), [(0, 1, 1), (1, 1, 2), (7, 8, 1), (8, 8, 2), (1_000_000, 1000, 1024)]
+)
+def test_width(last: int, most: int, wide: int) -> None:
+    assert width(last, most) == wide
+    assert last // wide + 1 <= most
+
+
+def test_a_growing_curve_never_moves() -> None:
+    dice = random.Random(11)
+    losses = [dice.random() for _ in range(200)]
+    before, after = list(buckets(points(*losses[:150]), 16, 50)), list(buckets(points(*losses), 16, 50))
+    assert after[: len(before) - 1] == before[:-1]
+
+
+def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
+    losses = [3.0, 2.0, None, 9.0, math.inf, 1.0]
+    rows = list(buckets(points(*losses), 8, 50))
+    assert len(rows) == 1
+    half = 0.5 ** (1 / 50)
+    total = weight = 0.0
+    before = 1
+    for step, loss in enumerate(losses, start=1):
+        if loss is not None and math.isfinite(loss):
+            decay = half ** (step - before)
+            total, weight, before = decay * total + loss, decay * weight + 1, step
+    assert rows[0]["loss_ema"] == pytest.approx(total / weight)
+    assert (rows[0]["loss_max"], rows[0]["loss_min"], rows[0]["nonfinite_count"]) == (9.0, 1.0, 2)
+    assert list(buckets([], 8, 50)) == []
+
+
+def test_with_no_half_life_the_mean_is_the_point_itself() -> None:
+    assert [row["loss_ema"] for row in buckets(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]

@@ -1,0 +1,108 @@
+"""`python -m service` as a process: it binds before it says so, ends on SIGTERM, and is alone on its home."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DEADLINE = 40.0
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + DEADLINE
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+    return value
+
+
+class Process:
+    """A service in a home of its own."""
+
+    def __init__(self, home: Path, *arguments: str, **environment: str) -> None:
+        home.mkdir(exist_ok=True)
+        self.home = home
+        self.log = home / "out"
+        self.begin = self.log.stat().st_size if self.log.exists() else 0
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service", "--port=0", f"--home={home}", *arguments],
+                cwd=home,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                stdout=log,
+                stderr=log,
+            )
+
+    def url(self) -> str:
+        """As it is printed: from then on it answers."""
+        line = wait_for(lambda: next((t for t in self.said().splitlines() if "ready at" in t), None))
+        url: str = line.split()[-1]
+        return url
+
+    def said(self) -> str:
+        """What was printed since it was started."""
+        return self.log.read_text()[self.begin :]
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(DEADLINE)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    made: list[Process] = []
+
+    def make(*arguments: str, home: str = "home", **environment: str) -> Process:
+        made.append(Process(tmp_path / home, *arguments, **environment))
+        return made[-1]
+
+    yield make
+    for process in made:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.process.wait()
+
+
+def test_a_life(start: Callable[..., Process]) -> None:
+    service = start()
+    url = service.url()
+    assert httpx2.get(f"{url}/health").json() == {"status": "ok"}
+    assert wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 200)
+    assert json.loads((service.home / "service.json").read_text()) == {"url": url}
+    assert httpx2.get(f"{url}/jobs").json() == {"object": "list", "data": [], "has_more": False}
+    assert "server" not in httpx2.get(f"{url}/jobs").headers
+    assert service.end() in (0, -signal.SIGTERM)
+
+
+def test_a_successor_waits_for_its_predecessor(start: Callable[..., Process]) -> None:
+    first = start()
+    before = first.url()
+    second = start()
+    assert httpx2.get(f"{before}/health").status_code == 200
+    assert "ready at" not in second.said()
+    first.end()
+    after = second.url()
+    assert httpx2.get(f"{after}/health").status_code == 200
+    assert json.loads((second.home / "service.json").read_text()) == {"url": after}
+
+
+def test_it_refuses_to_be_open_to_all(start: Callable[..., Process]) -> None:
+    service = start("--host=0.0.0.0")
+    assert service.process.wait(DEADLINE) == 2
+    assert "TRAINYARD_TOKEN" in service.log.read_text()
+
+
+def test_a_port_that_is_taken(start: Callable[..., Process]) -> None:
+    port = start().url().rsplit(":", 1)[1]
+    other = start(f"--port={port}", home="other")
+    assert other.process.wait(DEADLINE) == 1
+    assert f"127.0.0.1:{port}" in other.log.read_text()

@@ -1,0 +1,246 @@
+"""Deaths of the service, of agents and of launches: never twice, never stuck, never forgotten."""
+
+import pytest
+
+from contract.report import Ack
+from contract.status import JobStatus, Reason
+from service.launch.base import AttemptName, State
+from service.launch.fake import Failpoint, ServiceKilled
+from tests.service.conftest import MakeRig
+from tests.service.rig import Rig, path_of
+
+
+@pytest.mark.parametrize("failpoint", ["before_spawn", "after_spawn"])
+def test_killed_around_the_spawn(make_rig: MakeRig, any_url: str, failpoint: Failpoint) -> None:
+    first = make_rig(any_url)
+    job_id = first.submit()
+    first.launcher.fail_next = failpoint
+    with pytest.raises(ServiceKilled):
+        first.settle()
+    assert first.status(job_id) is JobStatus.STARTING
+
+    second = first.reborn()
+    second.settle()
+    assert len(second.launcher.living(job_id)) == 1
+    attempts = second.data(job_id, "attempts")
+    if failpoint == "before_spawn":
+        assert [a["outcome"] for a in attempts] == ["not_launched", None]
+        assert second.launcher.starts == [AttemptName(job_id, 1), AttemptName(job_id, 2)]
+        assert path_of(second.data(job_id, "events")) == ["starting", "queued", "starting"]
+    else:
+        assert [a["outcome"] for a in attempts] == [None]
+        assert second.launcher.starts == [AttemptName(job_id, 1)]
+        assert any(e["kind"] == "adopted" for e in second.data(job_id, "events"))
+    attempt = second.launcher.living(job_id)[0]
+    attempt.started()
+    second.ship(attempt)
+    assert second.status(job_id) is JobStatus.RUNNING
+    leased = [d["job_id"] for d in second.get("/devices")["data"]]
+    assert leased.count(job_id) == 1
+    second.close()
+
+
+@pytest.mark.parametrize("verb", ["cancel", "kill", "pause"])
+def test_stopped_before_it_was_launched(make_rig: MakeRig, sqlite_url: str, verb: str) -> None:
+    first = make_rig(sqlite_url)
+    job_id = first.submit()
+    first.launcher.fail_next = "before_spawn"
+    with pytest.raises(ServiceKilled):
+        first.settle()
+    first.act(job_id, verb)
+    second = first.reborn()
+    second.settle()
+    assert second.status(job_id) is (JobStatus.PAUSED if verb == "pause" else JobStatus.CANCELLED)
+    assert second.launcher.living(job_id) == []
+    assert all(d["job_id"] is None for d in second.get("/devices")["data"])
+    second.close()
+
+
+def test_a_run_goes_on_over_a_restart_without_a_gap(make_rig: MakeRig, any_url: str) -> None:
+    first = make_rig(any_url)
+    job_id, attempt = first.running()
+    attempt.metric(1)
+    first.ship(attempt)
+    second = first.reborn()
+    attempt.metric(2)
+    attempt.metric(3)
+    second.settle()
+    assert second.ship(attempt)["acked"] == 4
+    assert [m["step"] for m in second.data(job_id, "metrics")] == [1, 2, 3]
+    assert second.job(job_id)["attempt"] == 1
+    assert second.launcher.starts == [AttemptName(job_id, 1)]
+    second.close()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "expected"),
+    [
+        ("completed", None, JobStatus.SUCCEEDED),
+        ("failed", Reason.DIVERGED, JobStatus.FAILED),
+        ("crashed", Reason.WORKER_CRASHED, JobStatus.INTERRUPTED),
+    ],
+)
+def test_a_job_that_ended_while_the_service_was_down(
+    make_rig: MakeRig, any_url: str, outcome: str, reason: Reason | None, expected: JobStatus
+) -> None:
+    first = make_rig(any_url)
+    job_id, attempt = first.running()
+    first.close()
+    for step in range(1, 6):
+        attempt.metric(step)
+    report = attempt.end(outcome, reason, step=5)  # type: ignore[arg-type] # one of the outcomes
+    second = make_rig(any_url, launcher=first.launcher, clock=first.clock)
+    second.settle()
+    job = second.job(job_id)
+    assert job["status"] == expected
+    assert [m["step"] for m in second.data(job_id, "metrics")] == [1, 2, 3, 4, 5]
+    ended = second.data(job_id, "attempts")[0]["ended_at"]
+    assert ended.rstrip("Z") == report.ended_at.isoformat().removesuffix("+00:00"), "its true time, not ours"
+    second.close()
+
+
+def test_an_attempt_that_ran_and_ended_while_nobody_listened(make_rig: MakeRig, sqlite_url: str) -> None:
+    first = make_rig(sqlite_url)
+    job_id = first.submit()
+    first.launcher.fail_next = "after_spawn"
+    with pytest.raises(ServiceKilled):
+        first.settle()
+    attempt = first.launcher.of(job_id)
+    attempt.end("completed", step=10)
+    second = first.reborn()
+    second.settle()
+    assert second.status(job_id) is JobStatus.SUCCEEDED
+    assert path_of(second.data(job_id, "events")) == ["starting", "running", "succeeded"]
+    second.close()
+
+
+def test_silence_alone_never_ends_an_attempt(rig: Rig) -> None:
+    job_id, attempt = rig.running()
+    for _ in range(5):
+        rig.clock.forward(3600)
+        rig.settle()
+    assert rig.status(job_id) is JobStatus.RUNNING
+    assert attempt.ended_by_launcher == 0
+    assert rig.launcher.starts == [AttemptName(job_id, 1)]
+
+
+def test_an_orphan_is_ended_and_the_job_restarts(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running(resources={"max_restarts": 0})
+    attempt.metric(1)
+    attempt.metric(2)
+    attempt.lose_agent()
+    rig.clock.forward(6)
+    rig.settle()
+    assert attempt.ended_by_launcher == 1
+    job = rig.job(job_id)
+    assert (job["status"], job["reason"]) == ("interrupted", "agent_lost")
+    assert [m["step"] for m in rig.data(job_id, "metrics")] == [1, 2]
+    rig.clock.forward(6)
+    rig.settle()
+    assert rig.job(job_id)["attempt"] == 2
+
+
+def test_a_kill_that_no_agent_hears_is_carried_out(rig: Rig) -> None:
+    job_id, attempt = rig.running()
+    rig.act(job_id, "kill")
+    rig.settle()
+    assert attempt.ended_by_launcher == 0
+    rig.clock.forward(30)
+    rig.settle()
+    assert attempt.ended_by_launcher == 1
+    assert rig.status(job_id) is JobStatus.CANCELLED
+
+
+def test_a_refused_launch_is_tried_again_and_then_fails(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id = rig.submit(resources={"max_restarts": 1})
+    rig.launcher.fail_next = "refuse"
+    rig.settle()
+    job = rig.job(job_id)
+    assert (job["status"], job["reason"]) == ("interrupted", "launch_failed")
+    assert job["message"] == "the launch failed: no room in the test; restarting in 5 s, 1 of 1"
+    rig.launcher.fail_next = "refuse"
+    rig.clock.forward(6)
+    rig.settle()
+    job = rig.job(job_id)
+    assert (job["status"], job["reason"], job["error"]["code"]) == ("failed", "max_restarts", "launch_failed")
+    assert all(d["job_id"] is None for d in rig.get("/devices")["data"])
+
+
+def test_a_launcher_that_breaks_does_not_stop_the_others(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, whole = rig.submit(), rig.submit()
+    start = rig.launcher.start
+
+    def break_once(launch: object) -> None:
+        monkeypatch.setattr(rig.launcher, "start", start)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rig.launcher, "start", break_once)
+    rig.settle()
+    assert rig.status(broken) is JobStatus.INTERRUPTED
+    assert rig.status(whole) is JobStatus.STARTING
+
+
+def test_an_attempt_that_vanished_with_its_files_is_lost(rig: Rig) -> None:
+    job_id, _ = rig.running()
+    rig.launcher.attempts.clear()
+    rig.clock.forward(6)
+    rig.settle()
+    job = rig.job(job_id)
+    assert (job["status"], job["reason"]) == ("interrupted", "agent_lost")
+
+
+def test_an_agent_of_a_replaced_attempt_is_told_to_go(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, first = rig.running()
+    rig.exit(first, "crashed", Reason.WORKER_CRASHED, step=1)
+    rig.act(job_id, "resume")
+    rig.next_attempt(job_id, 2)
+    answer = rig.report(first, "heartbeat", {"step": 5})
+    assert Ack.model_validate(answer.json()).desired == "kill"
+    assert rig.job(job_id)["progress"]["step"] == 0
+    assert rig.report(first, "exit", first.end("completed", step=10).model_dump(mode="json")).status_code == 200
+    assert rig.status(job_id) is JobStatus.RUNNING
+
+
+def test_an_exit_with_lines_missing_waits_for_them(rig: Rig) -> None:
+    job_id, attempt = rig.running()
+    attempt.metric(1)
+    report = attempt.end("completed", step=1)
+    assert rig.report(attempt, "exit", report.model_dump(mode="json")).json()["acked"] == 1
+    assert rig.status(job_id) is JobStatus.RUNNING
+    rig.clock.forward(6)
+    rig.settle()
+    assert rig.status(job_id) is JobStatus.SUCCEEDED
+    assert [m["step"] for m in rig.data(job_id, "metrics")] == [1]
+
+
+def test_a_lease_is_given_once(any_rig: Rig) -> None:
+    jobs = [any_rig.submit() for _ in range(5)]
+    any_rig.settle()
+    assert len(any_rig.launcher.starts) == 2
+    for job_id in jobs:
+        for attempt in any_rig.launcher.living(job_id):
+            any_rig.exit(attempt, "completed", step=1)
+            any_rig.settle()
+    assert len(any_rig.launcher.starts) == 5
+    assert [any_rig.status(j) for j in jobs] == [JobStatus.SUCCEEDED] * 5
+    devices = [d for name in any_rig.launcher.starts for d in any_rig.launcher.attempts[name].launch.devices]
+    assert devices.count("cpu:0") + devices.count("cpu:1") == 5
+
+
+def test_state_of_the_fake_is_the_real_ones() -> None:
+    assert {s.value for s in State} == {"absent", "alive", "orphaned", "ended"}
+
+
+def test_the_spec_of_an_attempt_names_the_kind_and_the_lease_names_the_card(make_rig: MakeRig, sqlite_url: str) -> None:
+    from tests.service.test_plan import gpus
+
+    rig = make_rig(sqlite_url, devices=gpus(2))
+    job_id = rig.submit(resources={"device": "cuda:1"})
+    rig.settle()
+    launch = rig.launcher.of(job_id).launch
+    assert (launch.devices, launch.spec.resources.device) == (("cuda:1",), "cuda")
+    assert rig.job(job_id)["spec"]["resources"]["device"] == "cuda:1"
+    rig.close()

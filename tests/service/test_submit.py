@@ -1,0 +1,248 @@
+"""POST /jobs: every mistake at once, each launched once, nothing echoed."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service.conftest import MakeRig
+from tests.service.rig import Rig, in_threads
+from tests.service.test_plan import gpus
+
+JOB = """object id name labels status desired phase reason message error spec plan progress attempt resumable
+    resume_blocker checkpoint queue parent allowed_actions summary alerts created_at queued_at started_at finished_at"""
+PLAN = """parameters active_parameters tokens samples bad_lines steps tokens_per_step world_size memory_bytes
+    checkpoint_bytes disk_free_bytes flops eta_seconds expected_first_loss warnings"""
+PROGRESS = """step steps epoch tokens loss learning_rate grad_norm tokens_per_second mfu eta_seconds percent
+    updated_at"""
+
+SECRET = "canary-7f3a"
+
+
+def mistakes(rig: Rig, body: Any) -> dict[str, str]:
+    answer = rig.client.post("/jobs", json=body)
+    assert answer.status_code == 422, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["code"] == "invalid_spec"
+    return {e["pointer"]: e["message"] for e in answer.json()["errors"]}
+
+
+def test_five_mistakes_are_five_answers(rig: Rig) -> None:
+    found = mistakes(
+        rig,
+        {
+            "data": {"data_path": str(rig.home / "missing.jsonl")},
+            "training": {"learning_rate": -1},
+            "model": {"hiden_size": 64, "num_key_value_heads": 3},
+            "resources": {"nproc_per_node": 3},
+        },
+    )
+    assert found == {
+        "/data/data_path": "does not exist or cannot be reached",
+        "/training/learning_rate": "should be greater than 0",
+        "/model/hiden_size": "is not a field of the job spec; did you mean hidden_size?",
+        "/model/num_key_value_heads": "must divide num_attention_heads (8), which 3 does not",
+        "/resources/nproc_per_node": "must be at most 2: this host has 2 CPU slots",
+    }
+
+
+def test_the_answer_is_the_stored_job(any_rig: Rig) -> None:
+    answer = any_rig.client.post("/jobs", json=any_rig.spec(name="pre-01", labels={"team": "nlp"}))
+    assert answer.status_code == 201
+    job = answer.json()
+    assert answer.headers["location"] == f"/jobs/{job['id']}"
+    assert any_rig.get(answer.headers["location"]) == job
+    assert (job["object"], job["status"], job["desired"], job["attempt"]) == ("job", "queued", "run", None)
+    assert job["labels"] == {"team": "nlp"}
+    assert job["spec"]["model"]["vocab_size"] == 259
+    assert job["spec"]["model"]["intermediate_size"] == 1664
+    assert job["spec"]["training"]["batch_size"] == 32
+    assert job["plan"]["expected_first_loss"] == pytest.approx(5.5568, abs=1e-4)
+    assert job["plan"]["global_batch"] == 256
+    assert any_rig.launcher.starts == [], "a launch never happens in a request"
+
+
+def test_every_field_of_the_shapes_is_there(rig: Rig) -> None:
+    job = rig.job(rig.submit())
+    assert set(JOB.split()) <= set(job)
+    assert set(PLAN.split()) <= set(job["plan"])
+    assert set(job["plan"]["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations"}
+    assert set(PROGRESS.split()) <= set(job["progress"])
+    assert {a["action"] for a in job["allowed_actions"]} == {"pause", "resume", "cancel", "kill", "delete"}
+
+
+def test_minimind_habits_and_hugging_face_names(rig: Rig) -> None:
+    job = rig.job(
+        rig.submit(
+            training={"num_train_epochs": 2, "use_compile": 0, "from_weight": "none"},
+            model={"use_moe": 1},
+            checkpoint={"save_steps": 50},
+        )
+    )
+    assert job["spec"]["training"]["epochs"] == 2
+    assert job["spec"]["training"]["use_compile"] is False
+    assert job["spec"]["model"]["use_moe"] is True
+    assert job["spec"]["checkpoint"]["save_interval"] == 50
+
+
+def test_an_unasked_cpu_is_a_warning_and_an_asked_one_is_not(rig: Rig) -> None:
+    assert [a["code"] for a in rig.job(rig.submit())["alerts"]] == ["cpu_unasked"]
+    assert rig.job(rig.submit(resources={"device": "cpu"}))["alerts"] == []
+
+
+def test_devices_that_are_not_there(rig: Rig, make_rig: MakeRig, sqlite_url: str) -> None:
+    for device in ("cuda", "cuda:0"):
+        assert list(mistakes(rig, rig.spec(resources={"device": device}))) == ["/resources/device"]
+    two = make_rig(sqlite_url, devices=gpus(2))
+    assert list(mistakes(two, two.spec(resources={"nproc_per_node": 3}))) == ["/resources/nproc_per_node"]
+    assert list(mistakes(two, two.spec(resources={"device": "cuda:2"}))) == ["/resources/device"]
+    named = two.spec(resources={"device": "cuda:1", "nproc_per_node": 2})
+    assert list(mistakes(two, named)) == ["/resources/nproc_per_node"]
+    two.close()
+
+
+def test_corpora_that_are_none(rig: Rig) -> None:
+    fifo, empty, link = rig.home / "fifo", rig.home / "empty", rig.home / "link"
+    os.mkfifo(fifo)
+    empty.touch()
+    link.symlink_to("/etc/passwd")
+    outside = "lies outside the directories that TRAINYARD_DATA_ROOTS allows"
+    for path, message in {
+        str(fifo): "must be a regular file",
+        str(rig.home): "must be a regular file",
+        str(empty): "is empty",
+        str(link): outside,
+        "/etc/passwd": outside,
+        "/dev/zero": outside,
+        f"{rig.home}/../../../../../../etc/passwd": outside,
+        f"{rig.home}/{'x' * 300}": "does not exist or cannot be reached",
+    }.items():
+        assert mistakes(rig, {"data": {"data_path": path}}) == {"/data/data_path": message}, path
+        assert mistakes(rig, rig.spec() | {"data": {"data_path": str(rig.corpus), "eval_data_path": path}}) == {
+            "/data/eval_data_path": message
+        }
+
+
+def test_paths_are_stored_resolved(rig: Rig) -> None:
+    link = rig.home / "link.jsonl"
+    link.symlink_to(rig.corpus)
+    (rig.home / "out").mkdir()
+    job = rig.job(
+        rig.submit(data={"data_path": f"{rig.home}/out/../link.jsonl"}, checkpoint={"save_dir": f"{rig.home}/out/."})
+    )
+    assert job["spec"]["data"]["data_path"] == str(rig.corpus)
+    assert job["spec"]["checkpoint"]["save_dir"] == str(rig.home / "out")
+
+
+def test_where_may_be_written(rig: Rig) -> None:
+    assert list(mistakes(rig, rig.spec(checkpoint={"save_dir": "/usr/share/x"}))) == ["/checkpoint/save_dir"]
+    assert mistakes(rig, rig.spec(checkpoint={"save_dir": str(rig.corpus)})) == {
+        "/checkpoint/save_dir": "must be a directory"
+    }
+    assert rig.submit(checkpoint={"save_dir": str(rig.home / "new" / "one")})
+
+
+def test_weights_to_start_from(rig: Rig) -> None:
+    weights = rig.home / "w.pth"
+    assert list(mistakes(rig, rig.spec(training={"from_weight": str(weights)}))) == ["/training/from_weight"]
+    assert list(mistakes(rig, rig.spec(training={"from_weight": "/etc/shadow"}))) == ["/training/from_weight"]
+    weights.touch()
+    job = rig.job(rig.submit(training={"from_weight": str(weights)}))
+    assert job["spec"]["training"]["from_weight"] == str(weights)
+    assert rig.job(rig.submit(training={"from_weight": "pretrain"}))["spec"]["training"]["from_weight"] == "pretrain"
+
+
+def tokenizer(directory: Path, text: str) -> str:
+    directory.mkdir(exist_ok=True)
+    (directory / "tokenizer.json").write_text(text)
+    return str(directory)
+
+
+def test_the_vocabulary_comes_from_the_tokenizer(rig: Rig) -> None:
+    path = tokenizer(rig.home / "tok", '{"model": {"vocab": {"a": 0, "b": 6399}}, "added_tokens": []}')
+    data = {"data_path": str(rig.corpus), "tokenizer_path": path}
+    assert rig.job(rig.submit(data=data))["spec"]["model"]["vocab_size"] == 6400
+    assert rig.job(rig.submit(data=data, model={"vocab_size": 8000}))["spec"]["model"]["vocab_size"] == 8000
+    assert mistakes(rig, {"data": data, "model": {"vocab_size": 100}}) == {
+        "/model/vocab_size": "must be at least the tokenizer's size, 6400, or left out"
+    }
+
+
+TOKENIZERS = [
+    "",
+    "[]",
+    "{",
+    '{"model": {"vocab": {}}}',
+    '{"model": {"vocab": {"a": 1e400}}}',
+    '{"model": {"vocab": {"a": 99999999999}}}',
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("text", TOKENIZERS)
+def test_tokenizers_that_are_none(rig: Rig, text: str) -> None:
+    path = tokenizer(rig.home / "tok", text)
+    assert list(mistakes(rig, {"data": {"data_path": str(rig.corpus), "tokenizer_path": path}})) == [
+        "/data/tokenizer_path"
+    ]
+
+
+def test_nothing_is_echoed(rig: Rig) -> None:
+    body = {
+        "name": {"a": SECRET},
+        "data": {"data_path": f"/{SECRET}", "tokenizer_path": f"/tmp/{SECRET}", "text_field": ["x", SECRET]},
+        "training": {"learning_rate": SECRET, "dtype": SECRET, "from_weight": f"/tmp/{SECRET}"},
+        "checkpoint": {"save_dir": f"/{SECRET}", "save_weight": f"../{SECRET}"},
+        "resources": {"device": SECRET},
+    }
+    answer = rig.client.post("/jobs", json=body)
+    assert answer.status_code == 422
+    assert len(answer.json()["errors"]) == 10
+    assert SECRET not in answer.text
+
+
+@pytest.mark.parametrize("body", [None, [], 5, "x", True])
+def test_a_body_that_is_no_object(rig: Rig, body: Any) -> None:
+    assert mistakes(rig, body) == {"": "must be a JSON object"}
+
+
+def test_a_key_makes_a_submission_safe_to_repeat(any_rig: Rig) -> None:
+    headers = {"Idempotency-Key": "k-1"}
+    first = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
+    again = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
+    assert (first.status_code, again.status_code) == (201, 200)
+    assert again.json()["id"] == first.json()["id"]
+    assert again.headers["location"] == first.headers["location"]
+    other = any_rig.client.post("/jobs", json=any_rig.spec(name="other"), headers=headers)
+    assert (other.status_code, other.json()["code"]) == (422, "idempotency_key_reused")
+    assert len(any_rig.get("/jobs")["data"]) == 1
+    any_rig.corpus.unlink()
+    assert any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers).status_code == 200
+
+
+def test_one_key_from_many_threads_is_one_job(any_rig: Rig) -> None:
+    def submit(_: int) -> tuple[int, str]:
+        answer = any_rig.client.post("/jobs", json=any_rig.spec(), headers={"Idempotency-Key": "same"})
+        return answer.status_code, answer.json()["id"]
+
+    answers = in_threads(12, submit)
+    assert sorted(code for code, _ in answers) == [200] * 11 + [201]
+    assert len({job_id for _, job_id in answers}) == 1
+    assert len(any_rig.get("/jobs")["data"]) == 1
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "\x7f"])
+def test_keys_that_are_none(rig: Rig, key: str) -> None:
+    answer = rig.client.post("/jobs", json=rig.spec(), headers={"Idempotency-Key": key})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["pointer"] == "/header/Idempotency-Key"
+
+
+def test_a_key_is_free_again_once_its_job_is_deleted(any_rig: Rig) -> None:
+    headers = {"Idempotency-Key": "k"}
+    first = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers).json()["id"]
+    any_rig.act(first, "cancel")
+    any_rig.client.delete(f"/jobs/{first}")
+    second = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
+    assert (second.status_code, second.json()["id"] != first) == (201, True)
