@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,11 +25,12 @@ class Feed:
     batch_size: int
     normalization: Normalization
     waited: float = 0.0
+    _known: dict[int, Integers] = field(default_factory=dict)
 
     def micros(self, step: int) -> Iterator[Micro]:
         """The micro-batches of this rank in data step ``step``: at least one, which may predict nothing."""
         self.waited, began = 0.0, time.perf_counter()
-        rows = self.order.rows_of(step)
+        rows = self.rows_of(step)
         factors = self._factors(rows)
         for part in cut(own_share(rows, self.ranks.rank, self.ranks.world), self.batch_size):
             tokens = int(self.table.targets[part].sum())
@@ -38,10 +39,20 @@ class Feed:
             self.waited += time.perf_counter() - began
             yield micro
             began = time.perf_counter()
+        # Whoever takes these looks one ahead, so a GPU is still busy with the micro-batch before the last one.
+        self.rows_of(step + 1)
+        self.waited += time.perf_counter() - began
+
+    def rows_of(self, step: int) -> Integers:
+        """The rows of a data step, of all ranks together. The last few are remembered: they are asked for again."""
+        if step not in self._known:
+            self._known = {known: rows for known, rows in self._known.items() if known == step - 1}
+            self._known[step] = self.order.rows_of(step)
+        return self._known[step]
 
     def tokens(self, step: int) -> int:
         """Predictions of the whole step, over all ranks."""
-        return self.order.step_tokens(step)
+        return int(self.table.targets[self.rows_of(step)].sum())
 
     def dummy(self, count: int = 1) -> Micro:
         """A batch of ``count`` rows that predicts nothing: what every rank warms up on."""

@@ -171,7 +171,7 @@ class Loop:
         result = self.trainee.stepper.step(self.feed.micros(data_step), self.rate.at(step), self._seeding(step))
         verdict, trouble = gate.judge(result.finite, training.on_nonfinite, progress.trouble, scale)
         if verdict in (Verdict.FAIL, Verdict.ROLL_BACK, Verdict.SKIP):
-            what = gate.describe(step, tuple(self.feed.order.rows_of(data_step).tolist()), self._suspects(result))
+            what = gate.describe(step, tuple(self.feed.rows_of(data_step).tolist()), self._suspects(result))
             if verdict is Verdict.FAIL:
                 raise _diverged(what, trouble)
             if verdict is Verdict.ROLL_BACK:

@@ -111,7 +111,9 @@ def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks:
 
 
 def _wrapped(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
-    inner: Any = torch.compile(model) if compiled else model
+    # One graph for each shape: with dynamic shapes, which graph runs would depend on the shapes seen before, and a
+    # resumed run has seen other ones.
+    inner: Any = torch.compile(model, dynamic=False) if compiled else model
     if ranks.world == 1:
         module: nn.Module = inner
         return module

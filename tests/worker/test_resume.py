@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 
-from contract.events import CheckpointRemoved, Started
+from contract.events import CheckpointRemoved, PhaseChanged, Started
 from contract.rundir import RunDir
 from tests.worker import driver
 
@@ -57,6 +57,22 @@ def test_stopped_and_killed_at_random_steps_it_is_the_same_run(name: str, text: 
     for key, value in driver.products(broken):
         assert value == last.get(key, value), key
     assert driver.curve(broken) == driver.curve(untouched)
+
+
+@pytest.mark.soak
+def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path) -> None:
+    """Over the end of an epoch, whose last micro-batch has a shape of its own."""
+    training = {"use_compile": True, "max_steps": 12, "batch_size": 5, "accumulation_steps": 1}
+    described = driver.spec(text, training=training, checkpoint={"save_interval": 100})
+    untouched, broken = (driver.new_run(tmp_path / kind, described) for kind in ("untouched", "broken"))
+    driver.run_to_end(untouched)
+    assert driver.run_to_end(broken, 1, partial(stop_after, broken, 1, 8)).step == 8
+    driver.run_to_end(broken)
+    assert driver.curve(broken) == driver.curve(untouched)
+    last = {key: value for key, value in driver.products(broken) if "08" not in key}
+    assert last == dict(driver.products(untouched))
+    phases = [event.phase for event in driver.events(untouched) if isinstance(event, PhaseChanged)]
+    assert phases[3:5] == ["compiling", "training"]
 
 
 def stop_after(run: RunDir, attempt: int, step: int) -> None:
