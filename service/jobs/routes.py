@@ -1,6 +1,5 @@
 """The routes of a job's life. Each reads or changes in one transaction and answers after its commit."""
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -14,6 +13,7 @@ from service.context import Services, ServicesNeeded
 from service.devices.inventory import kind_for
 from service.errors import RequestInvalid, with_problems
 from service.jobs import actions, changes, files, listing, store, views
+from service.jobs.facts import known_at_submit
 from service.jobs.rules import Action
 from service.jobs.specs import accept
 from service.scheduler.apply import utc_now
@@ -74,12 +74,13 @@ def _replayed(services: Services, key: str | None, digest: str) -> _Made | None:
 
 
 def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> _Made:
-    facts, kind = _known_at_submit(spec, services)
+    kind = kind_for(spec.resources.device, services.inventory.devices())
+    facts = known_at_submit(spec, kind)
     now = utc_now()
     with services.database.write() as session:
         job = store.create(session, spec, facts, [], now)
         if kind == "cpu" and spec.resources.device == "auto":
-            store.alert(job, "cpu_unasked", "there is no GPU on this host: this run will use the CPU", now)
+            store.alert(job, "cpu_fallback", "there is no GPU on this host: this run will use the CPU", now)
         if key is None or store.remember_key(session, key, digest, job, now):
             return _Made(job.id, True)
         session.rollback()
@@ -87,22 +88,6 @@ def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> 
     made = _replayed(services, key, digest)
     assert made is not None
     return made
-
-
-def _known_at_submit(spec: JobSpec, services: Services) -> tuple[dict[str, Any], str]:
-    kind = kind_for(spec.resources.device, services.host.devices)
-    world = spec.resources.nproc_per_node * spec.resources.nnodes
-    assert spec.model.vocab_size is not None
-    facts = {
-        "steps": spec.training.max_steps,
-        "world_size": world,
-        "global_batch": spec.rows_per_step,
-        "device": kind,
-        "dtype": spec.training.dtype,
-        "vocab_size": spec.model.vocab_size,
-        "expected_first_loss": math.log(spec.model.vocab_size),
-    }
-    return facts, kind
 
 
 def show(services: Services, job_id: str) -> Job:

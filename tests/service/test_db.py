@@ -148,10 +148,15 @@ def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: Rig) -> None:
 
 def test_a_write_that_fails_leaves_nothing(any_rig: Rig) -> None:
     job_id = any_rig.submit()
-    with pytest.raises(ZeroDivisionError), any_rig.database.write() as session:
-        store.lock(session, job_id).name = "changed"
-        session.flush()
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with any_rig.database.write() as session:
+            store.lock(session, job_id).name = "changed"
+            session.flush()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert any_rig.job(job_id)["name"] == "pretrain"
 
 

@@ -170,7 +170,7 @@ def test_warnings_become_alerts_once_a_code(rig: Rig) -> None:
         attempt.say("warning", code="spike", message=f"spike at {step}", step=step)
     attempt.say("warning", code="slow", message="slow")
     rig.ship(attempt)
-    alerts = [a for a in rig.job(job_id)["alerts"] if a["code"] != "cpu_unasked"]
+    alerts = [a for a in rig.job(job_id)["alerts"] if a["code"] != "cpu_fallback"]
     assert [(a["code"], a["message"], a["step"]) for a in alerts] == [
         ("spike", "spike at 3", 3),
         ("slow", "slow", None),

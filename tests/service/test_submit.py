@@ -87,7 +87,7 @@ def test_minimind_habits_and_hugging_face_names(rig: Rig) -> None:
 
 
 def test_an_unasked_cpu_is_a_warning_and_an_asked_one_is_not(rig: Rig) -> None:
-    assert [a["code"] for a in rig.job(rig.submit())["alerts"]] == ["cpu_unasked"]
+    assert [a["code"] for a in rig.job(rig.submit())["alerts"]] == ["cpu_fallback"]
     assert rig.job(rig.submit(resources={"device": "cpu"}))["alerts"] == []
 
 

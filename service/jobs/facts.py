@@ -1,0 +1,32 @@
+"""What is known of a run before anything has run: a function of the spec alone. Pure."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from contract.spec import JobSpec
+from model import arithmetic
+
+
+def known_at_submit(spec: JobSpec, device: str) -> dict[str, Any]:
+    """The plan's fields that do not need the corpus. ``device`` is what the spec's device means on this host."""
+    model, training = spec.model, spec.training
+    assert model.vocab_size is not None
+    memory = arithmetic.memory_bytes(
+        model, batch_size=training.batch_size, seq_len=spec.data.max_seq_len, dtype=training.dtype
+    )
+    return {
+        "parameters": arithmetic.parameters(model),
+        "active_parameters": arithmetic.active_parameters(model),
+        "steps": training.max_steps,
+        "world_size": spec.resources.nproc_per_node * spec.resources.nnodes,
+        "global_batch": spec.rows_per_step,
+        "device": device,
+        "dtype": training.dtype,
+        "vocab_size": model.vocab_size,
+        "flops_per_token": arithmetic.flops_per_token(model, spec.data.max_seq_len),
+        "memory_bytes": asdict(memory),
+        "checkpoint_bytes": arithmetic.checkpoint_bytes(model),
+        # An untrained model gives every token the same probability.
+        "expected_first_loss": math.log(model.vocab_size),
+    }
