@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from worker.rows import Integers, mixed
+from worker.rows import GAMMA, Integers, mixed
 
 ROUNDS = 8
 
@@ -37,8 +37,9 @@ class Permutation:
         return values.astype(np.int64)
 
     def _keys(self) -> list[int]:
-        base = mixed(mixed(np.array([self.seed], dtype=np.uint64), 0x0DDB_A115), self.epoch)
-        return [int(mixed(base, (number + 1) * 0x9E3779B97F4A7C15)[0]) for number in range(ROUNDS)]
+        base = mixed(mixed(np.array([self.seed], dtype=np.uint64), 0), self.epoch)
+        keys: list[int] = mixed(np.arange(1, ROUNDS + 1, dtype=np.uint64) * GAMMA, int(base[0])).tolist()
+        return keys
 
 
 def _feistel(values: npt.NDArray[np.uint64], half: int, keys: list[int]) -> npt.NDArray[np.uint64]:

@@ -61,7 +61,7 @@ class Tally:
     def why_empty(self, text_field: str) -> str:
         """Why there is nothing to train on, and what to do."""
         if self.bad_lines:
-            return f"no line holds a text under {text_field!r}; {self.describe_bad()}"
+            return f"holds no text under {text_field!r}: {self.describe_bad()}"
         return f'holds no document: it needs one JSON object a line, such as {{"{text_field}": "..."}}'
 
 
@@ -149,10 +149,10 @@ def open_regular(path: Path) -> io.BufferedReader:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise DataInvalid(f"{path} cannot be read: {error.strerror or error}") from error
-    file: io.BufferedReader = io.BufferedReader(io.FileIO(descriptor), 1 << 20)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise DataInvalid(f"{path} is not a regular file: give a JSONL file, one document a line")
+    file: io.BufferedReader = io.BufferedReader(io.FileIO(descriptor), 1 << 20)
     try:
         _require_utf8(path, file.peek(4096)[:4096])
     except (DataInvalid, OSError):

@@ -163,6 +163,10 @@ def _scattered(shape: tuple[int, int], fill: int, place: Integers, values: Integ
     return torch.from_numpy(out)
 
 
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
+"""Its multiples are far apart: what is numbered from 1 is multiplied by it before it is mixed."""
+
+
 def mixed(numbers: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
     """A well-mixed 64-bit function of each number and ``key``.
 
@@ -203,7 +207,7 @@ class Held:
     @classmethod
     def marks(cls, start: int, end: int) -> npt.NDArray[np.uint64]:
         """A number for each document from ``start`` to ``end``, uniform below 2 ** 64."""
-        return mixed(np.arange(start + 1, end + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), cls.KEY)
+        return mixed(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, cls.KEY)
 
     def taken(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """For each document from ``start`` to ``end``: whether the split has it."""

@@ -120,25 +120,24 @@ def _unreachable(described: dict[str, Any]) -> list[str]:
 
 
 def _text_only(described: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without a way from text to a control token.
+    """The same tokenizer without a way from text to a control token, and with the same ids.
 
-    Added tokens are matched before anything else, so they go. A Unigram or word model could still find them in its own
-    vocabulary: there they are renamed to what no text holds.
+    Control tokens are renamed to what no text holds: among the added tokens, which are matched before anything else,
+    and in the vocabulary, where a Unigram or word model would find them. Leaving them out would give others their ids.
     """
-    control = set(_unreachable(described))
-    kept = [token for token in described.get("added_tokens") or () if token["content"] not in control]
     model = dict(described["model"])
-
-    def renamed(token: str | None) -> str | None:
-        return f"\0{hashlib.sha256(token.encode()).hexdigest()}" if token in control and token is not None else token
-
+    renamed = {name: f"\0{hashlib.sha256(name.encode()).hexdigest()}" for name in _unreachable(described)}
     if isinstance(model["vocab"], list):
-        model["vocab"] = [[renamed(token), score] for token, score in model["vocab"]]
+        model["vocab"] = [[renamed.get(token, token), score] for token, score in model["vocab"]]
     else:
-        model["vocab"] = {renamed(token): number for token, number in model["vocab"].items()}
-    if "unk_token" in model:
-        model["unk_token"] = renamed(model["unk_token"])
-    return {**described, "model": model, "added_tokens": kept, "post_processor": None}
+        model["vocab"] = {renamed.get(token, token): number for token, number in model["vocab"].items()}
+    if model.get("unk_token") is not None:
+        model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+    added = [
+        {**token, "content": renamed.get(token["content"], token["content"])}
+        for token in described.get("added_tokens") or ()
+    ]
+    return {**described, "model": model, "added_tokens": added, "post_processor": None}
 
 
 def _control_ids(file: Path, names: dict[str, int]) -> tuple[int, int, int]:
@@ -189,6 +188,10 @@ def train(texts: Iterable[str], vocab_size: int, out: Path) -> int:
     The special tokens get the ids 0, 1, 2 and the 256 bytes come next, so every text can be encoded. The same texts
     give the same files. Returns the size of the vocabulary, which is smaller than asked for where the texts are few.
     """
+    return _save(_learned(texts, vocab_size), out)
+
+
+def _learned(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     if vocab_size < BYTE_VOCABULARY:
         raise ValueError(f"a vocabulary needs at least {BYTE_VOCABULARY} tokens: 3 special ones and 256 bytes")
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -201,6 +204,10 @@ def train(texts: Iterable[str], vocab_size: int, out: Path) -> int:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _save(tokenizer: tokenizers.Tokenizer, out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "tokenizer_config.json", json.dumps(_config_for_transformers(), indent=2).encode() + b"\n")
     write_atomically(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode() + b"\n")
@@ -246,10 +253,11 @@ def _vocabulary_size(text: str) -> int:
 
 def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) -> int:
     with LineReader(file) as reader:
-        size = train(_texts(reader, text_field), vocab_size, out)
+        tokenizer = _learned(_texts(reader, text_field), vocab_size)
     report = reader.tally
     if report.documents == 0:
-        raise DataInvalid(f"{file}: {report.why_empty(text_field)}")
+        raise DataInvalid(f"{file} {report.why_empty(text_field)}")
+    size = _save(tokenizer, out)
     print(f"{out}: {size:,} tokens from {report.documents:,} documents")
     if report.bad_lines:
         print(report.describe_bad(), file=sys.stderr)

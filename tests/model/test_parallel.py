@@ -34,12 +34,12 @@ def run_rank(rank: int, store: str, changes: dict[str, Any], out: str) -> None:
 def test_a_rank_with_padding_alone_takes_part(changes: dict[str, Any], tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     arguments = [(rank, str(tmp_path / "store"), changes, str(tmp_path)) for rank in range(2)]
-    ranks = [context.Process(target=run_rank, args=each) for each in arguments]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=90)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    processes = [context.Process(target=run_rank, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=90)
+    assert [process.exitcode for process in processes] == [0, 0]
     ids = random_ids(2, 9)
     _, _, expected = train_on(small_decoder(**changes), input_ids=ids, labels=ids)
     for rank in range(2):

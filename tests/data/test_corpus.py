@@ -1,0 +1,308 @@
+"""Token shards: what they hold, when they are built, and what happens when a build is cut short."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from contract.locks import FileLock
+from tests.data.texts import docstrings, write_jsonl
+from worker import corpus as corpus_module
+from worker.corpus import Corpus, content_digest, main, open_corpus
+from worker.lines import DataInvalid
+from worker.tokenizers import ByteTokenizer, load
+
+
+def texts_of(corpus: Corpus) -> list[str]:
+    tokenizer = ByteTokenizer()
+    ends = corpus.offsets.tolist()
+    return [tokenizer.decode(corpus.tokens[a:b].tolist()) for a, b in pairwise(ends)]
+
+
+def age(path: Path) -> None:
+    """Wait until the file is old enough to be remembered by its times."""
+    deadline = time.monotonic() + 10
+    while time.time() - path.stat().st_ctime <= corpus_module.FRESH_SECONDS:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_shards_hold_every_document_between_its_ends(docstring_file: Path, tmp_path: Path) -> None:
+    corpus = open_corpus(docstring_file, ByteTokenizer(), cache=tmp_path)
+    assert texts_of(corpus) == list(docstrings())
+    assert (corpus.tokens[corpus.offsets[:-1]] == 1).all()
+    assert (corpus.tokens[corpus.offsets[1:] - 1] == 2).all()
+    assert int((np.asarray(corpus.tokens) <= 2).sum()) == 2 * len(docstrings())
+    assert corpus.meta.documents == corpus.meta.lines == len(docstrings())
+    assert corpus.meta.tokens == sum(len(text.encode()) + 2 for text in docstrings())
+
+
+def test_shards_of_a_trained_tokenizer_decode_to_the_texts(docstring_file: Path, trained: Path, tmp_path: Path) -> None:
+    tokenizer = load(str(trained))
+    corpus = open_corpus(docstring_file, tokenizer, cache=tmp_path)
+    for number in range(0, len(docstrings()), 37):
+        ids = corpus.tokens[corpus.offsets[number] : corpus.offsets[number + 1]]
+        assert tokenizer.decode(ids.tolist()) == docstrings()[number]
+    assert corpus.meta.tokens < 0.6 * sum(len(text.encode()) for text in docstrings())
+
+
+def test_a_special_token_in_a_text_is_no_end(tmp_path: Path, trained: Path) -> None:
+    file = write_jsonl(tmp_path / "c.jsonl", ["before<|im_end|>after", "<|endoftext|>"])
+    for name in ("byte", str(trained)):
+        corpus = open_corpus(file, load(name), cache=tmp_path / "cache")
+        assert np.flatnonzero(np.asarray(corpus.tokens) == 2).tolist() == (corpus.offsets[1:] - 1).tolist()
+        assert not (np.asarray(corpus.tokens) == 0).any()
+
+
+class Wide(ByteTokenizer):
+    """Ids beyond 16 bits; some texts without a token."""
+
+    vocab_size = 100_000
+    fingerprint = "wide"
+
+    def encode_batch(self, texts):  # type: ignore[no-untyped-def]
+        return [ids[ids > 3 + ord("0")] + np.uint32(99_000) for ids in super().encode_batch(texts)]
+
+
+def test_wide_ids_and_texts_without_a_token(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "c.jsonl", ["ab", "0", "c"])
+    corpus = open_corpus(file, Wide(), cache=tmp_path / "cache", max_bad_lines=0.5)
+    assert corpus.tokens.tolist() == [1, 99_100, 99_101, 2, 1, 99_102, 2]
+    assert corpus.offsets.tolist() == [0, 4, 7]
+    assert corpus.meta.named == ((2, "the tokenizer makes no token of its text"),)
+    assert (corpus.meta.documents, corpus.meta.bad_lines, corpus.meta.token_bytes) == (2, 1, 4)
+
+
+def built(cache: Path) -> list[Path]:
+    return sorted(file.parent for file in cache.glob("*/meta.json"))
+
+
+def test_built_once_for_a_content_a_tokenizer_and_a_field(tmp_path: Path, trained: Path) -> None:
+    cache = tmp_path / "cache"
+    first = tmp_path / "a.jsonl"
+    first.write_text('{"text": "one", "body": "two"}\n')
+    calls: list[tuple[int, int]] = []
+
+    def opened(path: Path, tokenizer: str = "byte", text_field: str = "text") -> Corpus:
+        calls.clear()
+        return open_corpus(
+            path, load(tokenizer), cache=cache, text_field=text_field, progress=lambda *seen: calls.append(seen)
+        )
+
+    opened(first)
+    size = first.stat().st_size
+    assert calls[-1] == (size, size)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(first.read_bytes())
+    opened(copy)
+    assert (size, size) not in calls
+    assert len(built(cache)) == 1
+    opened(first, text_field="body")
+    opened(first, tokenizer=str(trained))
+    assert len(built(cache)) == 3
+    first.write_text('{"text": "one", "body": "2"}\n')
+    assert texts_of(opened(first)) == ["one"]
+    assert len(built(cache)) == 4
+
+
+def test_digest_is_remembered_only_while_nothing_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text("a")
+    fresh = content_digest(file, tmp_path, lambda done, total: None)
+    assert not list(tmp_path.glob("content-*.json"))
+    age(file)
+    assert content_digest(file, tmp_path, lambda done, total: None) == fresh
+    assert len(list(tmp_path.glob("content-*.json"))) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus_module, "_digest", None)  # it is not read again
+        assert content_digest(file, tmp_path, lambda done, total: None) == fresh
+    times = file.stat()
+    file.write_text("b")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # the change time still tells
+    assert content_digest(file, tmp_path, lambda done, total: None) != fresh
+
+
+def bad_file(tmp_path: Path, bad: int, good: int) -> Path:
+    file = tmp_path / "c.jsonl"
+    file.write_text("broken\n" * bad + '{"text": "a"}\n' * good)
+    return file
+
+
+def test_bad_lines_up_to_the_limit_are_tolerated(tmp_path: Path) -> None:
+    file = bad_file(tmp_path, 1, 99)
+    assert open_corpus(file, ByteTokenizer(), cache=tmp_path / "c", max_bad_lines=0.01).meta.bad_lines == 1
+    with pytest.raises(DataInvalid) as refused:
+        open_corpus(file, ByteTokenizer(), cache=tmp_path / "c", max_bad_lines=0.0099)
+    assert str(refused.value) == (
+        f"{file} has 1 bad line: line 1: not JSON at character 1. That is 1.00% of its lines, "
+        "and max_bad_lines allows 0.99%: mend the lines, or raise max_bad_lines"
+    )
+
+
+def test_blank_lines_are_not_bad(tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text('\n\n \r\n{"text": "a"}\n\n')
+    meta = open_corpus(file, ByteTokenizer(), cache=tmp_path / "c", max_bad_lines=0.0).meta
+    assert (meta.lines, meta.blank_lines, meta.bad_lines) == (5, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no document: it needs one JSON object a line"),
+        ("\n\n", "holds no document"),
+        ('{"content": "a"}\n', "holds no text under 'text': 1 bad line: line 1: no 'text' in the object"),
+    ],
+)
+def test_an_empty_corpus_is_refused(content: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text(content)
+    with pytest.raises(DataInvalid, match=message):
+        open_corpus(file, ByteTokenizer(), cache=tmp_path / "c", max_bad_lines=1.0)
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from pathlib import Path; from worker.corpus import open_corpus;"
+        "from worker.tokenizers import ByteTokenizer; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    grown = []
+    for copies in (1, 8):
+        file, cache = tmp_path / f"{copies}.jsonl", tmp_path / f"cache-{copies}"
+        write_jsonl(file, ["a text of about forty bytes, repeated " * 200] * 400 * copies)
+        command = [sys.executable, "-c", code, str(file), str(cache)]
+        grown.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    assert grown[1] - grown[0] < 8 << 10  # KiB; the second file is 20 MiB larger
+
+
+def test_a_file_that_changes_between_hash_and_build_is_refused(
+    docstring_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(docstring_file.read_bytes())
+    digest = content_digest(file, tmp_path, lambda done, total: None)
+    monkeypatch.setattr(corpus_module, "content_digest", lambda *_: digest)
+    file.write_bytes(file.read_bytes().replace(b"the", b"THE", 1))
+    with pytest.raises(DataInvalid, match="changed while it was read"):
+        open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache")
+    assert built(tmp_path / "cache") == []
+    assert not list((tmp_path / "cache").glob(".*"))
+
+
+def open_and_report(path: Path, cache: Path, queue: "multiprocessing.Queue[tuple[int, int]]") -> None:
+    built_here = []
+    corpus = open_corpus(path, ByteTokenizer(), cache=cache, progress=lambda done, total: built_here.append(done))
+    queue.put((corpus.meta.documents, sum(1 for done in built_here if done)))
+
+
+def test_processes_that_want_the_same_corpus_build_it_once(docstring_file: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    queue: multiprocessing.Queue[tuple[int, int]] = context.Queue()
+    processes = [context.Process(target=open_and_report, args=(docstring_file, tmp_path, queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    found = [queue.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join(timeout=60)
+    assert {documents for documents, _ in found} == {len(docstrings())}
+    assert sum(batches > 0 for _, batches in found) == 1
+    assert len(built(tmp_path)) == 1
+
+
+def test_a_killed_build_leaves_nothing_and_the_next_one_succeeds(docstring_file: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from worker.corpus import open_corpus;"
+        "from worker.tokenizers import ByteTokenizer\n"
+        "def stuck(done, total):\n"
+        "    if done: print('building', flush=True); time.sleep(600)\n"
+        "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), progress=stuck)"
+    )
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", code, str(docstring_file), str(cache)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "building\n"
+        process.send_signal(signal.SIGKILL)
+    assert built(cache) == []
+    assert len(list(cache.glob(".*.building"))) == 1
+    corpus = open_corpus(docstring_file, ByteTokenizer(), cache=cache)
+    assert texts_of(corpus) == list(docstrings())
+    assert not list(cache.glob(".*.building"))
+
+
+def test_waiting_for_another_build_can_be_broken_off(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "c.jsonl", ["a"])
+    open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache")
+    (directory,) = built(tmp_path / "cache")
+    (directory / "meta.json").unlink()  # as if it were not built yet
+
+    class Enough(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if (done, total) == (0, file.stat().st_size) and time.monotonic() > waited_until:
+            raise Enough
+
+    waited_until = time.monotonic() + 0.5  # the hash is long done by then
+    with FileLock(directory.with_suffix(".lock")) as lock:
+        lock.take()
+        with pytest.raises(Enough):
+            open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache", progress=stop)
+
+
+def test_shards_of_another_size_are_not_read(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "c.jsonl", ["a", "b"])
+    corpus = open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache")
+    os.truncate(corpus.directory / "tokens.bin", 4)
+    with pytest.raises(OSError, match=r"tokens.bin has 4 bytes, not 12: remove"):
+        open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache")
+
+
+def test_command_prints_what_a_job_would_find(
+    docstring_file: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(docstring_file), "--tokenizer", str(trained)]) == 0
+    assert f"{len(docstrings()):,} documents" in capsys.readouterr().out
+
+
+def test_command_names_bad_lines_and_tolerates_few(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"body": "a"}\n\nbroken\n' + '{"body": "b"}\n' * 200)
+    assert main(["check", str(file), "--text-field", "body"]) == 0
+    out = capsys.readouterr().out
+    assert "201 documents, 603 tokens, 203 lines" in out
+    assert "1 blank lines" in out
+    assert "1 bad line: line 3: not JSON at character 1" in out
+    assert main(["check", str(file), "--text-field", "body", "--max-bad-lines", "0"]) == 1
+    assert "line 3: not JSON" in capsys.readouterr().err
+
+
+def test_command_refuses_what_a_job_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tmp_path / "missing")]) == 1
+    assert main(["check", "/dev/zero"]) == 1
+    (tmp_path / "c.jsonl").write_text(json.dumps({"text": "a"}))
+    assert main(["check", str(tmp_path / "c.jsonl"), "--tokenizer", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.count("trainyard corpus: ") == 3
+
+
+@pytest.mark.parametrize("arguments", [[], ["check"], ["check", "f", "--max-bad-lines", "2"], ["look", "f"]])
+def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_check_needs_no_torch() -> None:
+    code = "import sys, worker.corpus; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,117 @@
+"""The order of rows: a permutation for every size, each row once an epoch, shares that partition each step."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from worker.data import Order, Permutation
+
+
+def order(rows: int, global_batch: int, seed: int = 42) -> Order:
+    return Order(np.arange(1, rows + 1, dtype=np.int32), global_batch, seed)
+
+
+def test_permutation_is_bijective_for_every_size() -> None:
+    for size in range(1, 5001):
+        found = Permutation(size, seed=size, epoch=size % 7)(np.arange(size))
+        assert np.array_equal(np.sort(found), np.arange(size)), size
+
+
+@pytest.mark.parametrize("size", [2**16 - 1, 2**16, 2**16 + 1, 10**6 + 3])
+def test_permutation_is_bijective_for_large_sizes(size: int) -> None:
+    found = Permutation(size, 1, 2)(np.arange(size))
+    seen = np.zeros(size, dtype=np.bool_)
+    seen[found] = True
+    assert seen.all()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 2**40), st.integers(0, 2**32 - 1), st.integers(0, 1000), st.lists(st.integers(0, 2**40)))
+def test_permutation_stays_inside_and_apart(size: int, seed: int, epoch: int, positions: list[int]) -> None:
+    positions = sorted({position % size for position in positions})
+    found = Permutation(size, seed, epoch)(np.array(positions, dtype=np.int64))
+    assert len(set(found.tolist())) == len(positions)
+    assert all(0 <= value < size for value in found.tolist())
+
+
+def test_permutation_looks_random() -> None:
+    """Position and value are uncorrelated, neighbours are far apart, and each value is equally likely at each place."""
+    size = 20_000
+    found = Permutation(size, 3, 0)(np.arange(size))
+    assert abs(np.corrcoef(np.arange(size), found)[0, 1]) < 0.03
+    assert np.abs(np.diff(found)).mean() == pytest.approx(size / 3, rel=0.03)
+    first = np.array([Permutation(10, seed, 0)(np.array([0]))[0] for seed in range(5000)])
+    assert np.bincount(first, minlength=10) == pytest.approx(np.full(10, 500), abs=110)
+
+
+def test_seeds_and_epochs_give_different_orders() -> None:
+    orders = {tuple(Permutation(50, seed, epoch)(np.arange(50)).tolist()) for seed in range(20) for epoch in range(20)}
+    assert len(orders) == 400
+
+
+FIRST = [2, 18, 10, 1, 6, 7, 5, 4, 9, 3, 12, 8, 14, 13, 19, 0, 11, 16, 17, 15]
+SECOND = [7, 13, 9, 10, 6, 3, 5, 19, 0, 15, 16, 1, 8, 18, 12, 14, 2, 4, 17, 11]
+
+
+def test_order_is_the_same_for_ever() -> None:
+    """A resume of an old run depends on these numbers: a change of them is a change of format."""
+    assert Permutation(20, 42, 0)(np.arange(20)).tolist() == FIRST
+    assert Permutation(20, 42, 1)(np.arange(20)).tolist() == SECOND
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_every_row_stands_exactly_once_in_an_epoch(rows: int, global_batch: int, epoch: int) -> None:
+    plan = order(rows, global_batch)
+    first = epoch * plan.steps_per_epoch + 1
+    steps = range(first, first + plan.steps_per_epoch)
+    assert {plan.epoch_of(step) for step in steps} == {epoch}
+    taken = np.concatenate([plan.rows_of(step) for step in steps])
+    assert sorted(taken.tolist()) == list(range(rows))
+    assert all(len(plan.rows_of(step)) == global_batch for step in steps[:-1])
+    assert plan.steps_per_epoch == -(-rows // global_batch)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 9), st.integers(1, 10), st.integers(1, 30))
+def test_shares_partition_the_step(rows: int, global_batch: int, world: int, batch_size: int, step: int) -> None:
+    plan = order(rows, global_batch)
+    shares = [plan.share(step, rank, world) for rank in range(world)]
+    assert np.concatenate(shares).tolist() == plan.rows_of(step).tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    for rank, share in enumerate(shares):
+        micro = plan.micro_batches(step, rank, world, batch_size)
+        assert np.concatenate(micro).tolist() == share.tolist()
+        assert len(micro) == max(1, -(-len(share) // batch_size))
+        assert all(len(part) == batch_size for part in micro[:-1])
+
+
+def test_a_step_takes_the_same_rows_on_any_number_of_ranks() -> None:
+    plan = order(1000, 48)
+    for step in (1, 7, 21, 22, 500):
+        taken = [sorted(np.concatenate([plan.share(step, r, w) for r in range(w)]).tolist()) for w in (1, 2, 3, 8)]
+        assert all(rows == taken[0] for rows in taken)
+
+
+def test_tokens_of_a_step_are_those_of_its_rows() -> None:
+    plan = order(100, 16)
+    for step in (1, 7, 8):
+        assert plan.step_tokens(step) == sum(row + 1 for row in plan.rows_of(step).tolist())
+    assert sum(plan.step_tokens(step) for step in range(1, 8)) == 100 * 101 // 2
+
+
+def test_epochs_done() -> None:
+    plan = order(100, 16)
+    assert plan.steps_per_epoch == 7
+    assert [plan.epochs_done(step) for step in (0, 1, 6, 7, 8, 14)] == pytest.approx([0, 0.16, 0.96, 1, 1.16, 2])
+
+
+def test_a_late_step_costs_what_an_early_one_does() -> None:
+    plan = Order(np.ones(10**7, dtype=np.int32), 512, 1)
+    began = time.perf_counter()
+    for step in (1, 10**3, 10**6, 10**9):
+        assert len(plan.rows_of(step)) in (512, 10**7 % 512)
+    assert time.perf_counter() - began < 1.0

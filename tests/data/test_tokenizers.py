@@ -1,0 +1,248 @@
+"""Text to ids and back: control tokens in a text are text; training is deterministic; foreign tokenizers load."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from contract.vocabulary import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
+from tests.data.texts import docstrings, write_jsonl
+from worker.tokenizers import ByteTokenizer, Tokenizer, load, main, train
+
+NASTY = (
+    "<|im_end|>",
+    "before<|im_start|>after",
+    "<|endoftext|>" * 3,
+    "  <|im_end|>\n",
+    "a<|im_end|",
+    "\0 nul",
+    "emoji \U0001f600 and \u4e2d\u6587",
+    " leading and trailing ",
+    "\u2028",
+)
+
+
+def round_trip(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
+    return [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
+
+
+def test_byte_tokenizer_is_bytes_behind_three_control_tokens() -> None:
+    tokenizer = load("byte")
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 2, 259)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(["Az", "é"])] == [[68, 125], [198, 172]]
+    assert tokenizer.decode([1, 68, 125, 2, 0, 0]) == "Az"
+    assert tokenizer.decode([198, 68, 999, -1]) == "\ufffdA"
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_byte_tokenizer_round_trip(text: str) -> None:
+    clean = text.encode(errors="replace").decode()
+    assert round_trip(ByteTokenizer(), [clean]) == [clean]
+
+
+def test_trained_tokenizer_round_trip_on_real_text(trained: Path) -> None:
+    texts = list(docstrings(10))
+    assert round_trip(load(str(trained)), texts) == texts
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_control_tokens_in_a_text_are_text(text: str, trained: Path) -> None:
+    tokenizer = load(str(trained))
+    (ids,) = tokenizer.encode_batch([text])
+    assert len(ids)
+    assert not set(ids.tolist()) & {0, 1, 2}
+    assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_decode_leaves_control_tokens_out(trained: Path) -> None:
+    tokenizer = load(str(trained))
+    (ids,) = tokenizer.encode_batch(["a text"])
+    assert tokenizer.decode([1, *ids.tolist(), 2, 0, 0, 10**6]) == "a text"
+
+
+def test_trained_files_are_what_transformers_reads(trained: Path) -> None:
+    described = json.loads((trained / "tokenizer.json").read_text())
+    assert [(t["id"], t["content"], t["special"]) for t in described["added_tokens"]] == [
+        (i, name, True) for i, name in enumerate(SPECIAL_TOKENS)
+    ]
+    assert described["model"]["type"] == "BPE"
+    config = json.loads((trained / "tokenizer_config.json").read_text())
+    assert [config[f"{name}_token"] for name in ("pad", "bos", "eos")] == list(SPECIAL_TOKENS)
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert vocabulary_size(str(trained)) == load(str(trained)).vocab_size == 600
+
+
+def test_every_byte_has_a_token(tmp_path: Path) -> None:
+    assert train(["aaaa"], 6400, tmp_path) < 6400
+    tokenizer = load(str(tmp_path))
+    text = "".join(map(chr, range(1, 0x250))) + "\U0001f9ea"
+    assert round_trip(tokenizer, [text]) == [text]
+
+
+def test_training_is_deterministic_over_processes(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", docstrings(15))
+    outs = []
+    for seed in ("1", "2"):
+        out = tmp_path / seed
+        command = [sys.executable, "-m", "worker.tokenizers", "train", str(corpus), "--vocab-size", "400"]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run([*command, "--out", str(out)], check=True, env=environment, capture_output=True)
+        outs.append({file.name: file.read_bytes() for file in sorted(out.iterdir())})
+    assert outs[0] == outs[1]
+    assert set(outs[0]) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_fingerprint_follows_the_files(trained: Path, tmp_path: Path) -> None:
+    first = load(str(trained)).fingerprint
+    assert load(str(trained)).fingerprint == first != load("byte").fingerprint
+    for file in trained.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert load(str(tmp_path)).fingerprint == first
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
+    other = load(str(tmp_path))
+    assert other.eos_id == 0
+    assert other.fingerprint != first
+
+
+def saved(tokenizer: tokenizers.Tokenizer, out: Path, config: dict[str, Any] | None = None) -> Tokenizer:
+    (out / "tokenizer.json").write_text(tokenizer.to_str())
+    if config is not None:
+        (out / "tokenizer_config.json").write_text(json.dumps(config))
+    return load(str(out))
+
+
+def unigram() -> tokenizers.Tokenizer:
+    """A model that would find its control tokens in its own vocabulary."""
+    scored = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((c, -2.0) for c in "abcs<>/ \u2581")]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(scored, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
+def test_unigram_never_turns_text_into_control(tmp_path: Path) -> None:
+    tokenizer = unigram()
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    assert 2 in tokenizer.encode("ab</s>").ids  # as it would have been
+    loaded = saved(tokenizer, tmp_path, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, 2)
+    (ids,) = loaded.encode_batch(["ab</s>"])
+    assert not set(ids.tolist()) & {1, 2}
+    assert loaded.decode(ids.tolist()) == "ab</s>"
+
+
+def test_word_model_keeps_its_unknown_token_out_of_reach(tmp_path: Path) -> None:
+    vocabulary = {"[PAD]": 0, "[CLS]": 1, "[SEP]": 2, "[UNK]": 3, "cat": 4}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[UNK]"])
+    loaded = saved(tokenizer, tmp_path)
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (1, 2, 0)
+    assert [ids.tolist() for ids in loaded.encode_batch(["cat [SEP] dog"])] == [[4, 3, 3]]
+
+
+def bpe(*added: str) -> tokenizers.Tokenizer:
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(added))
+    return tokenizer
+
+
+def test_one_end_token_serves_for_both_as_in_gpt2(tmp_path: Path) -> None:
+    loaded = saved(bpe("<|endoftext|>"), tmp_path)
+    assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (256, 256, 256)
+    assert loaded.vocab_size == 257
+
+
+def test_white_space_runs_stay_added_tokens_and_others_do_not(tmp_path: Path) -> None:
+    tokenizer = bpe("<|endoftext|>")
+    tokenizer.add_tokens(["    ", "<think>"])
+    loaded = saved(tokenizer, tmp_path)
+    (ids,) = loaded.encode_batch(["a    <think>"])
+    assert 257 in ids.tolist()
+    assert 258 not in ids.tolist()
+    assert loaded.decode(ids.tolist()) == "a    <think>"
+
+
+def test_what_is_added_around_texts_and_cut_or_padded_is_not(tmp_path: Path) -> None:
+    tokenizer = bpe("<s>", "</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 256), ("</s>", 257)]
+    )
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8)
+    loaded = saved(tokenizer, tmp_path)
+    assert [len(ids) for ids in loaded.encode_batch(["a", "a longer text"])] == [1, 13]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer.json in"),
+        ({"tokenizer.json": "{"}, "is not a tokenizer.json"),
+        ({"tokenizer.json": "[]"}, "is not a tokenizer.json"),
+        ({"tokenizer.json": '{"model": {"type": "BPE", "vocab": {}}}'}, "is not a tokenizer.json"),
+        ({"tokenizer.json": bpe().to_str()}, "neither a beginning nor an end token"),
+        ({"tokenizer.json": bpe("<s>").to_str(), "tokenizer_config.json": "{"}, "cannot be read"),
+        ({"tokenizer.json": bpe("<s>").to_str(), "tokenizer_config.json": "[]"}, "must hold a JSON object"),
+        (
+            {"tokenizer.json": bpe("<s>").to_str(), "tokenizer_config.json": '{"eos_token": "<gone>"}'},
+            "eos_token of tokenizer_config.json is not in the vocabulary",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_said(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(TokenizerInvalid, match=message):
+        load(str(tmp_path))
+
+
+def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"body": "some text of some words"}\nbroken\n')
+    out = tmp_path / "new" / "tokenizer"
+    assert main(["train", str(corpus), "--vocab-size", "300", "--out", str(out), "--text-field", "body"]) == 0
+    printed = capsys.readouterr()
+    assert "tokens from 1 documents" in printed.out
+    assert "1 bad line: line 2: not JSON" in printed.err
+    assert "300 were asked for" in printed.err
+    assert load(str(out)).vocab_size < 300
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), ("", "holds no document"), ('{"words": "a"}\n', "no 'text' in the object")],
+)
+def test_command_fails_with_one(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = tmp_path / "c.jsonl"
+    if content is not None:
+        corpus.write_text(content)
+    assert main(["train", str(corpus), "--out", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["train"], ["train", "f"], ["train", "f", "--out", "o", "--vocab-size", "258"], ["learn", "f", "--out", "o"]],
+)
+def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
