@@ -10,14 +10,15 @@ from client.exits import at_rest
 from client.shapes import Job
 from client.words import bar, fixed, scientific
 
-EVERY = 30
+EVERY = 50
 """Steps between loss lines: the whole demo fits on one screen."""
 
 BAR = 24
+INTERVAL = 0.3
 
 
 class LossLines:
-    """Says the loss at each multiple of `EVERY` steps, once, however often the curve is read."""
+    """Says the loss of the first point and at each multiple of `EVERY` steps, once, however often the curve is read."""
 
     def __init__(self, trainyard: Trainyard, job_id: str, untrained_loss: float, say: Callable[[str], None]) -> None:
         self._trainyard = trainyard
@@ -40,11 +41,11 @@ class LossLines:
                 return job
             if time.monotonic() > deadline:
                 raise WaitTimedOut(seconds, job)
-            time.sleep(0.3)
+            time.sleep(INTERVAL)
 
     def _tell(self, points: Iterable[Any]) -> None:
         for point in points:
-            if point["step"] % EVERY == 0 and point["step"] > self._said:
+            if (point["step"] % EVERY == 0 or not self._said) and point["step"] > self._said:
                 self._said = point["step"]
                 self._say(loss_line(point, self._untrained_loss))
 
@@ -71,5 +72,15 @@ def running_again(attempt: int) -> Callable[[Job], bool]:
     def arrived(job: Job) -> bool:
         trains = job["status"] == "running" and job.get("phase") == "training"
         return ((job.get("attempt") or 0) > attempt and trains) or at_rest(job)
+
+    return arrived
+
+
+def done_again(trainyard: Trainyard, step: int) -> Callable[[Job], bool]:
+    """Whether the newest attempt has itself got to ``step``: the job's progress may still be that of the one before."""
+
+    def arrived(job: Job) -> bool:
+        own = trainyard.metrics(job["id"], after_step=step - 1, attempt=job.get("attempt"))
+        return next(own, None) is not None or at_rest(job)
 
     return arrived

@@ -1,10 +1,11 @@
 """Looking at what the service promises, instead of believing it."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contract.rundir import read_json
+from contract.rundir import ProductDir, read_json
 
 
 def sha256(file: Path) -> str:
@@ -27,3 +28,13 @@ def done_twice(before: list[Any], after: list[Any]) -> list[tuple[int, float, fl
     """(step, loss before, loss after) for the steps that two attempts both made."""
     first = {point["step"]: point["loss"] for point in before}
     return [(point["step"], first[point["step"]], point["loss"]) for point in after if point["step"] in first]
+
+
+def weights_of(job: Mapping[str, Any], checkpoint: Path) -> Path:
+    """The weights file of the job that wrote ``checkpoint``. OSError where it is not there."""
+    spec = job["spec"]
+    model, stem = spec["model"], spec["checkpoint"]["save_weight"]
+    file = ProductDir(checkpoint.parent.parent).weights(stem, model["hidden_size"], model["use_moe"])
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no weights file {file}")
+    return file

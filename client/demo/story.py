@@ -18,9 +18,9 @@ from client.api import Trainyard
 from client.console import Console
 from client.demo.curl import curl
 from client.demo.docstrings import write_corpus
-from client.demo.loss_lines import LossLines, past, running_again
+from client.demo.loss_lines import LossLines, done_again, past, running_again
 from client.demo.machine import Machine
-from client.demo.proof import damaged_files, done_twice, sha256
+from client.demo.proof import damaged_files, done_twice, sha256, weights_of
 from client.demo.ranks import kill_one
 from client.demo.recipe import KILL_AFTER, LEARNED_LOSS, PAUSE_AFTER, STEPS, UNTRAINED_LOSS, VOCABULARY, spec
 from client.demo.server import DemoService, ServiceFailed
@@ -176,23 +176,24 @@ class Story:
         rank, pid = kill_one(self._id, attempt)
         began = time.monotonic()
         self._say("accident", f"$ kill -9 {pid}   (rank {rank}, in the middle of a step)")
-        job = lines.until(running_again(attempt), MOST_SECONDS)
-        self._expect(job, "running")
+        job = self._expect(lines.until(running_again(attempt), MOST_SECONDS), "running")
         took = duration(time.monotonic() - began)
         self._more(f"trains again after {took}, as attempt {job.get('attempt')}, and nobody did anything")
+        self._compare(attempt, lines)
 
-    def _finish(self, lines: LossLines) -> None:
-        job = self._expect(lines.until(at_rest, MOST_SECONDS), "succeeded")
-        self._job = job
-        attempt = job.get("attempt") or 0
-        before, after = (list(self._api.metrics(self._id, attempt=number)) for number in (attempt - 1, attempt))
-        twice = done_twice(before, after)
+    def _compare(self, attempt: int, lines: LossLines) -> None:
+        before = list(self._api.metrics(self._id, attempt=attempt))
+        job = lines.until(done_again(self._api, before[-1]["step"]), MOST_SECONDS)
+        twice = done_twice(before, list(self._api.metrics(self._id, attempt=job.get("attempt"))))
         if not twice:
             raise DemoFailed("no step was done twice around the accident, so nothing can be compared")
         for step, first, second in twice[-2:]:
-            self._more(f"step {step}: loss {first:.6f} before the accident, {second:.6f} after")
+            self._more(f"step {step}: loss {first:.9f} before the accident, {second:.9f} after")
         self._require_same(twice)
-        self._require_learned((job.get("progress") or {}).get("loss"))
+
+    def _finish(self, lines: LossLines) -> None:
+        self._job = self._expect(lines.until(at_rest, MOST_SECONDS), "succeeded")
+        self._require_learned((self._job.get("progress") or {}).get("loss"))
 
     def _require_same(self, twice: list[tuple[int, float, float]]) -> None:
         other = [step for step, first, second in twice if abs(first - second) > self._tolerance * abs(first)]
@@ -211,20 +212,22 @@ class Story:
         self._say("finished", f"loss {loss:.3f}, {share:.0f} % of where it began")
 
     def _products(self) -> None:
-        saved = self._api.checkpoints(self._id)
-        for checkpoint in [found for found in saved if found["kind"] == "full"][:2]:
+        full = [found for found in self._api.checkpoints(self._id) if found["kind"] == "full"]
+        for checkpoint in full[:2]:
             self._say("checkpoint", f"step {checkpoint['step']}  sha256 {checkpoint['sha256']}")
             self._more(self._relative(checkpoint["path"]))
-        weights = next((found for found in saved if found["kind"] == "weights"), None)
-        if weights is None or sha256(Path(weights["path"])) != weights["sha256"]:
-            raise DemoFailed("the weights file is missing or has another sha256 than the API says")
-        self._say("weights", f"sha256 {weights['sha256']}")
-        self._more(self._relative(weights["path"]))
+        weights = weights_of(self._api.job(self._id), Path(full[0]["path"]))
+        self._say("weights", f"MiniMind's keys, half precision  sha256 {sha256(weights)}")
+        self._more(self._relative(str(weights)))
+        self._sample()
+
+    def _sample(self) -> None:
         samples = self._api.samples(self._id)
-        if not samples:
-            raise DemoFailed("the model wrote no sample")
-        newest = max(samples, key=lambda sample: (sample["step"], -samples.index(sample)))
-        self._say("sample", one_line(f"{newest['prompt']} ... {newest['text']}", 100))
+        newest = next((sample for sample in samples if sample["step"] == STEPS), None)
+        if newest is None:
+            raise DemoFailed("the model wrote no sample at the last step")
+        text = one_line(str(newest["text"]).strip(), 60)
+        self._say("sample", f"asked to go on from {newest['prompt']!r} it wrote: {text}")
 
     def _relative(self, path: str) -> str:
         return str(Path(path).relative_to(self.home)) if Path(path).is_relative_to(self.home) else path
