@@ -1,0 +1,175 @@
+"""Saves that are cut short at any point, and what the loop does around a save."""
+
+import json
+import os
+import random
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
+from contract.rundir import ProductDir
+from contract.spec import JobSpec
+from model.config import ModelConfig
+from tests.worker import driver
+from worker import checkpoint
+from worker.checkpoint import Identity
+from worker.distributed import Ranks
+from worker.failure import Failure
+from worker.meters import Interval, Meters
+from worker.saving import Saver
+from worker.trainee import Progress, Trainee, build, initial_model
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+SHAPE = ModelConfig(
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    vocab_size=32,
+    intermediate_size=16,
+)
+IDENTITY = Identity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
+
+
+def spec(**checkpointing: Any) -> JobSpec:
+    described = {"data": {"data_path": "/x"}, "model": {"hidden_size": 16}, "checkpoint": checkpointing}
+    return JobSpec.model_validate_json(json.dumps(described))
+
+
+class Bench:
+    """A saver with everything it needs, and what it said."""
+
+    def __init__(self, path: Path, **checkpointing: Any) -> None:
+        self.said: list[Event] = []
+        self.products = ProductDir(path)
+        self.meters = Meters(ALONE, Interval(loss_sum=3.0, tokens=2.0), 6.0, has_aux=False)
+        self.trainee: Trainee = build(initial_model(SHAPE, 1, ALONE.device), spec().training, 0.0, ALONE)
+        self.saver = Saver(spec(**checkpointing), self.products, IDENTITY, 8, ALONE, self.said.append)
+
+    def save(self, step: int, *, must: bool = False) -> None:
+        self.saver.save(self.trainee, Progress(step=step, tokens=step), self.meters, must=must)
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.said if isinstance(event, kind)]
+
+
+def test_a_save_publishes_tells_and_prunes(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, keep_last=2)
+    for step in (1, 2, 3):
+        bench.save(step)
+    assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2, 3]
+    assert [(event.step, event.why) for event in bench.of(CheckpointRemoved)] == [(1, "retention")]
+    saved = bench.of(CheckpointSaved)[-1]
+    assert saved.path == str(bench.products.checkpoint(3))
+    assert (saved.sha256, saved.bytes) == (
+        checkpoint.saved_at(3, bench.products.checkpoint(3)).sha256,
+        sum(file.stat().st_size for file in bench.products.checkpoint(3).iterdir()),
+    )
+    state = checkpoint.read_state(bench.products.checkpoint(3))
+    assert (state.step, state.tokens, state.rows_per_step) == (3, 3, 8)
+    assert state.interval == [[3.0, 0.0, 2.0, 0.0]]
+    assert (bench.products.out / "pretrain_16.pth").is_file()
+    assert [event.phase for event in bench.of(PhaseChanged)] == ["saving"] * 3
+
+
+def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    bench.save(5)
+    file = bench.products.checkpoint(5) / "model.safetensors"
+    written = file.stat().st_mtime_ns
+    bench.save(5)
+    assert file.stat().st_mtime_ns == written
+    os.truncate(file, 20)
+    bench.save(5)
+    assert checkpoint.find_damage(bench.products.checkpoint(5)) is None
+    assert [event.message for event in bench.of(Warned)] == ["checkpoint 5 invalid: model.safetensors size"]
+    assert (bench.products.checkpoints / ".invalid-step-00000005").is_dir()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_save_is_tried_twice(failures: int, tmp_path: Path) -> None:
+    bench, real, left = Bench(tmp_path), checkpoint.publish, iter(range(failures))
+
+    def publish(*arguments: Any) -> checkpoint.Saved:
+        if next(left, None) is not None:
+            raise PermissionError(13, "Permission denied", "/d")
+        return real(*arguments)
+
+    with mock.patch.object(checkpoint, "publish", publish):
+        bench.save(4)
+    assert len(bench.of(CheckpointSaved)) == 2 - failures
+    messages = [event.message for event in bench.of(Warned)]
+    assert messages == (
+        ["checkpoint 4 was not saved: Permission denied (/d); training goes on"] if failures == 2 else []
+    )
+
+
+def test_a_save_that_must_not_fail_is_a_failure_with_advice(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    (tmp_path / "checkpoints").write_text("a file where a directory belongs")
+    bench.save(4)
+    assert "checkpoint 4 was not saved" in bench.of(Warned)[0].message
+    with pytest.raises(Failure, match="the checkpoint of step 4 could not be written") as failed:
+        bench.save(4, must=True)
+    assert failed.value.reason == "disk_full"
+
+
+def test_save_minutes_are_counted_from_the_last_save(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, save_minutes=2.0)
+    bench.saver.saved_at = 1000.0
+    assert not bench.saver.is_due_by_time(1119.0)
+    assert bench.saver.is_due_by_time(1120.0)
+    assert not Bench(tmp_path).saver.is_due_by_time(1e9)
+
+
+def kill_in_save(step: int, at_write: int) -> None:
+    """SIGKILL to this process at the n-th write of the save of ``step``; the write itself gets half way."""
+    writes = iter(range(10**9))
+    real = os.write
+    publish = checkpoint.publish
+
+    def fatal(descriptor: int, data: Any) -> int:
+        if next(writes) == at_write:
+            real(descriptor, memoryview(data)[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(descriptor, data)
+
+    def watched(products: Any, state: Any, *rest: Any) -> Any:
+        if state.step == step:
+            mock.patch.object(os, "write", fatal).start()
+        return publish(products, state, *rest)
+
+    mock.patch.object(checkpoint, "publish", watched).start()
+
+
+@pytest.mark.slow
+def test_killed_at_any_byte_of_a_save_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
+    seed = 77
+    chooser = random.Random(seed)
+    text = driver.corpus(tmp_path / "corpus.jsonl")
+    described = driver.spec(text, training={"max_steps": 6}, checkpoint={"save_interval": 2})
+    untouched = driver.new_run(tmp_path / "untouched", described)
+    driver.run_to_end(untouched)
+    expected = dict(driver.products(untouched))
+    # About 26 tensors in the model, three times as many in the optimizer, then state and manifest.
+    for number, at_write in enumerate(sorted(chooser.sample(range(90), 3))):
+        print(f"seed {seed}: killed at write {at_write}")
+        run = driver.new_run(tmp_path / f"run-{number}", described)
+        killed = driver.start(run, patch=partial(kill_in_save, 4, at_write))
+        assert killed.wait() == [-signal.SIGKILL], killed.logs()
+        assert [step for step, _ in run.products(None).published()] == [2]
+        assert any(path.name.startswith(".saving-") for path in run.products(None).checkpoints.iterdir())
+        driver.run_to_end(run)
+        assert driver.events(run, 2)[-1].step == 6  # type: ignore[union-attr]
+        assert sorted(path.name for path in run.products(None).checkpoints.iterdir()) == [
+            "step-00000002",
+            "step-00000004",
+            "step-00000006",
+        ]
+        assert dict(driver.products(run)) == expected
