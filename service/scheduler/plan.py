@@ -93,6 +93,7 @@ class _Pools:
     """Free devices by kind. Devices are taken in the inventory's order."""
 
     def __init__(self, devices: Sequence[Device], leases: Mapping[str, str]) -> None:
+        self.leases = leases
         self.total: dict[str, int] = {}
         self.free: dict[str, dict[str, None]] = {"cpu": {}, "cuda": {}}
         for device in devices:
@@ -111,6 +112,14 @@ class _Pools:
             del pool[device]
         return taken
 
+    def lacks(self, kind: str, ranks: int) -> str:
+        """What a job waits for that does not fit."""
+        if kind not in NAMES:
+            holder = self.leases.get(kind)
+            return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
+        one, many = NAMES[kind]
+        return f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free"
+
     def reserve(self, kind: str) -> None:
         """Keep what is free for the job in front: nobody behind it gets any."""
         if kind in self.free:
@@ -126,23 +135,19 @@ def _pool(kind: str) -> str:
 def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start], dict[str, str]]:
     """Start by priority, then age. Who does not fit is overtaken for PATIENCE at most."""
     pools = _Pools(snapshot.devices, snapshot.leases)
+    auto = kind_for("auto", snapshot.devices)
     started: list[Start] = []
     waiting: dict[str, str] = {}
-    for job in sorted(snapshot.queued, key=lambda j: (-j.priority, j.queued_at, j.number)):
-        kind = kind_for(job.device, snapshot.devices)
+    for job in sorted(snapshot.queued, key=_turn):
+        kind = auto if job.device == "auto" else job.device
         if pools.fits(kind, job.ranks):
             started.append(Start(job.id, pools.take(kind, job.ranks)))
             continue
-        waiting[job.id] = _waits_for(job, kind, pools, snapshot)
+        waiting[job.id] = pools.lacks(kind, job.ranks)
         if now - job.queued_at > PATIENCE:
             pools.reserve(kind)
     return started, waiting
 
 
-def _waits_for(job: QueuedJob, kind: str, pools: _Pools, snapshot: Snapshot) -> str:
-    if kind not in NAMES:
-        holder = snapshot.leases.get(kind)
-        return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
-    one, many = NAMES[kind]
-    free, total = len(pools.free[kind]), pools.total.get(kind, 0)
-    return f"{job.ranks} {one if job.ranks == 1 else many}; {free} of {total} free"
+def _turn(job: QueuedJob) -> tuple[int, datetime, int]:
+    return -job.priority, job.queued_at, job.number

