@@ -54,7 +54,7 @@ def _settings(arguments: list[str] | None) -> Settings:
 def _serve(settings: Settings) -> int:
     with _bound(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        services = build(settings, LocalLauncher(settings.home, settings.corpus_cache))
+        services = build(settings, _launcher(settings))
 
         def ready() -> None:
             print(f"Trainyard is ready at {url}", flush=True)
@@ -73,6 +73,10 @@ def _serve(settings: Settings) -> int:
         server = uvicorn.Server(config)
         server.run(sockets=[listener])
         return 0 if server.started else 1
+
+
+def _launcher(settings: Settings) -> LocalLauncher:
+    return LocalLauncher(settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots)
 
 
 def _bound(settings: Settings) -> socket.socket:

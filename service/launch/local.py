@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ INHERITED_PREFIXES = (
     "TORCH_",
     "PYTORCH_",
     "OMP_",
+    "GOMP_",
     "MKL_",
     "KMP_",
     "WANDB_",
@@ -55,9 +57,21 @@ END_SECONDS = 5.0
 class LocalLauncher:
     """A launcher whose facts are the kernel's: locks, marked processes, and the files of the attempt."""
 
-    def __init__(self, home: Path, corpus_cache: Path, agent: tuple[str, ...] = WORKER_AGENT) -> None:
+    def __init__(
+        self,
+        home: Path,
+        corpus_cache: Path,
+        data_roots: Sequence[Path] = (),
+        save_roots: Sequence[Path] = (),
+        agent: tuple[str, ...] = WORKER_AGENT,
+    ) -> None:
         self._home = home
         self._agent = agent
+        # The home is always among them, so that neither list is empty: to the worker an empty one means no limits.
+        self._roots = {
+            "TRAINYARD_DATA_ROOTS": (*data_roots, home),
+            "TRAINYARD_SAVE_ROOTS": (*save_roots, home),
+        }
         self._corpus_cache = corpus_cache
         self._agents: dict[AttemptName, int] = {}
         self._readers: dict[AttemptName, OutboxReader] = {}
@@ -102,6 +116,8 @@ class LocalLauncher:
             "CUDA_VISIBLE_DEVICES": ",".join(cuda),
             "TRAINYARD_THREADS": str(threads_per_rank(launch.spec.resources.nproc_per_node, os.cpu_count() or 1)),
             "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
+            # The worker looks again at each path: a link may have been changed since the spec was accepted.
+            **{name: ":".join(map(str, roots)) for name, roots in self._roots.items()},
             "TRAINYARD_REPORT_URL": str(service.get("url", "")),
             "TRAINYARD_SERVICE_FILE": str(self._home / "service.json"),
             "TRAINYARD_ATTEMPT_ID": launch.attempt_id,

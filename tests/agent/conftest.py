@@ -36,7 +36,7 @@ def service(tmp_path: Path) -> Iterator[FakeService]:
 
 @pytest.fixture
 def launcher(tmp_path: Path, service: FakeService) -> Iterator[LocalLauncher]:
-    local = LocalLauncher(tmp_path, tmp_path / "cache", DRIVER)
+    local = LocalLauncher(tmp_path, tmp_path / "cache", agent=DRIVER)
     yield local
     for number in (1, 2, 3):
         local.end(AttemptName("job_fake", number))

@@ -15,7 +15,7 @@ from contract.spec import Timeouts
 from contract.status import Desired, Reason
 from service.launch.base import State
 from service.launch.local import LocalLauncher
-from tests.agent.conftest import NAME, launch, until
+from tests.agent.conftest import DRIVER, NAME, launch, until
 from tests.agent.fake_service import FakeService
 
 
@@ -224,3 +224,13 @@ def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeServic
     launcher.start(launch(steps="40"))
     until(lambda: service.reports)
     assert [line["step"] for line in service.lines.values() if line["kind"] == "metric"] == list(range(1, 41))
+
+
+def test_the_worker_learns_where_it_may_read_and_write(tmp_path: Path, service: FakeService) -> None:
+    local = LocalLauncher(tmp_path, tmp_path / "cache", [Path("/data"), Path("/more")], agent=DRIVER)
+    local.start(launch(steps="1000"))
+    until(lambda: processes("RANK"))
+    rank = processes("RANK")[0]
+    assert rank.variable("TRAINYARD_DATA_ROOTS") == f"/data:/more:{tmp_path}"
+    assert rank.variable("TRAINYARD_SAVE_ROOTS") == str(tmp_path)
+    local.end(NAME)
