@@ -8,7 +8,7 @@ from importlib import import_module
 
 from client.arguments import SUBMIT, build_parser
 from client.console import Console
-from client.errors import InvalidState, Refused, TrainyardError
+from client.errors import Refused, TrainyardError
 from client.exits import Exit, UsageError, exit_of_error
 
 
@@ -54,8 +54,6 @@ def explain(error: TrainyardError, console: Console) -> None:
     if isinstance(error, Refused):
         for problem in error.errors:
             console.say(f"  {problem.pointer or '/'}: {problem.message}")
-        if isinstance(error, InvalidState) and error.problem.get("allowed_actions"):
-            console.say(f"  what fits now: {', '.join(map(str, error.problem['allowed_actions'])) or 'nothing'}")
         if error.request_id and error.status >= 500:
             console.say(f"  request {error.request_id}: the service's log has more")
     elif exit_of_error(error) == Exit.NO_SERVICE:

@@ -126,7 +126,7 @@ def _known(argument: str, known: frozenset[str]) -> str:
     for candidate in (name, with_underscores):
         if candidate in known:
             return candidate + equals + value
-    near = get_close_matches(with_underscores, sorted(known), n=2, cutoff=0.6)
+    near = get_close_matches(with_underscores, sorted(known), n=2, cutoff=0.7)
     meant = f"; did you mean {' or '.join(near)}?" if near else "; `trainyard submit --help` lists them all"
     raise UsageError(f"there is no flag {name}{meant}")
 

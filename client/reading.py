@@ -169,7 +169,7 @@ def devices(args: argparse.Namespace, console: Console) -> int:
 
 
 def _device_row(found: Any) -> Row:
-    name = one_line(str(found.get("model") or UNKNOWN), CELL)
+    name = one_line(str(found.get("model") or found.get("kind")), CELL)
     strangers = ", ".join(map(str, found.get("processes") or []))
     lease = str(found.get("job_id") or ("free" if not strangers else f"nobody, but used by process {strangers}"))
     return (str(found["id"]), name, size(found.get("memory_bytes")), lease)

@@ -84,12 +84,11 @@ def test_a_name_that_is_shared_is_wrong_usage(run: Run, service: FakeService) ->
 def test_a_refusal_is_1_and_says_everything(run: Run, service: FakeService) -> None:
     service.faults = [
         lambda _: None,
-        lambda _: problem(409, "invalid_state", "The job is failed.", allowed_actions=["resume", "delete"]),
+        lambda _: problem(409, "invalid_state", "The job is failed; what fits: resume, delete."),
     ]
     code, out, err = run("pause", "pre-12")
     assert (code, out) == (1, "")
-    assert "The job is failed. [invalid_state]" in err
-    assert "what fits now: resume, delete" in err
+    assert "trainyard: The job is failed; what fits: resume, delete. [invalid_state]" in err
 
 
 def test_an_error_of_the_service_names_the_request(run: Run, service: FakeService) -> None:
@@ -186,8 +185,8 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         ],
         "samples": [{"step": 60, "prompt": "Return", "text": "the\nvalue"}],
         "devices": [
-            {"id": "cpu:0", "model": "CPU core", "memory_bytes": None, "job_id": None, "processes": []},
-            {"id": "cuda:0", "model": "H100", "memory_bytes": 80_000_000_000, "job_id": None, "processes": [7]},
+            {"id": "cpu:0", "kind": "cpu", "model": None, "memory_bytes": None, "job_id": None, "processes": []},
+            {"id": "cuda:0", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [7]},
         ],
     }  # fmt: skip
     assert run("events", "pre-12")[1].splitlines()[1] == "2026-01-31T16:31:05Z  status  queued  (by user)"
@@ -204,7 +203,7 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
     ]
     assert run("samples", "pre-12")[1] == "step 60  'Return'\n  the\n  value\n"
     devices = run("devices")[1].splitlines()
-    assert devices[1].split() == ["cpu:0", "CPU", "core", "-", "free"]
+    assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
     assert devices[2].endswith("80.0 GB  nobody, but used by process 7")
 
 
