@@ -65,6 +65,49 @@ def test_a_killed_rank_beats_the_echoes_of_its_peers() -> None:
     assert (report.error.rank, report.error.traceback) == (1, "last line")
 
 
+def test_the_ranks_that_torchrun_ended_are_not_blamed() -> None:
+    first, others = (
+        RankExit(rank=1, exit_code=1),
+        (RankExit(rank=0, signal="SIGTERM"), RankExit(rank=2, signal="SIGTERM")),
+    )
+    report = judge(errors=(error(1, 1.0, "ValueError: bad"),), ranks=(first, *others))
+    assert report.message == "rank 1 failed at step 7: ValueError: bad"
+    assert "rank 2 was killed by SIGSEGV" in judge(ranks=(first, RankExit(rank=2, signal="SIGSEGV"))).message
+    assert "rank 1 ended with exit code 1" in judge(ranks=(first, *others)).message
+
+
+SUMMARY = """worker FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-25_03:26:51
+  host      : localhost
+  rank      : 0 (local_rank: 0)
+  exitcode  : -15 (pid: 27472)  (SIGTERM)
+  error_file: /tmp/error.json
+  traceback : Traceback (most recent call last):
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  time      : 2026-11-25_03:26:51
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : -9 (pid: 27473)  (SIGKILL)
+  error_file: <N/A>
+  traceback : Signal 9 (SIGKILL) received by PID 27473
+============================================================
+"""
+
+
+def test_torchrun_s_root_cause_comes_first(tmp_path: Path) -> None:
+    attempt = AttemptDir(tmp_path)
+    attempt.logs.mkdir()
+    attempt.agent_log.write_text(SUMMARY)
+    evidence = gather(attempt, 1, 0)
+    assert evidence.ranks == (RankExit(rank=1, signal="SIGKILL"), RankExit(rank=0, signal="SIGTERM"))
+    assert "rank 1 was killed by SIGKILL" in verdict(evidence, None, 0, NOW).message
+
+
 def test_host_memory_is_blamed_only_when_the_kernel_says_so() -> None:
     killed = (RankExit(rank=1, signal="SIGKILL"),)
     assert judge(ranks=killed).reason is Reason.WORKER_CRASHED

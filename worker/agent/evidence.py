@@ -15,6 +15,8 @@ TAIL_BYTES = 16384
 # torchrun's summary of failed ranks is text for people; nothing else of it names a rank that was killed by a signal.
 SUMMARY = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*\n\s*exitcode\s*:\s*(-?\d+)")
 
+ROOT_CAUSE = "Root Cause (first observed failure)"
+
 
 @dataclass(frozen=True)
 class RankError:
@@ -28,7 +30,10 @@ class RankError:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Everything the verdict is made of. ``errors`` are in the order in which they happened."""
+    """Everything the verdict is made of. ``errors`` are in the order in which they happened.
+
+    ``ranks`` begins with the one that torchrun saw fail first: it sends SIGTERM to the others, which die of that.
+    """
 
     outcome: Outcome | None
     torchrun_status: int | None
@@ -77,8 +82,9 @@ def _rank_error(file: Path) -> RankError | None:
 
 
 def _rank_exits(torchrun_summary: str) -> tuple[RankExit, ...]:
-    found = {int(rank): int(code) for rank, code in SUMMARY.findall(torchrun_summary)}
-    return tuple(rank_exit(rank, code) for rank, code in sorted(found.items()))
+    others, _, root = torchrun_summary.partition(ROOT_CAUSE)
+    found = [*SUMMARY.findall(root)[:1], *sorted(SUMMARY.findall(others))]
+    return tuple(rank_exit(int(rank), int(code)) for rank, code in dict(found).items())
 
 
 def rank_exit(rank: int, status: int) -> RankExit:

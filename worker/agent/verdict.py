@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, assert_never
 
-from contract.report import ErrorCard, ExitReport
+from contract.report import ErrorCard, ExitReport, RankExit
 from contract.rundir import AttemptDir, write_json
 from contract.status import Reason
 from worker.agent.decide import Cause
@@ -105,7 +105,7 @@ def _by_crash(evidence: Evidence) -> _End:
         name = signal_name(-evidence.torchrun_status)
         message = f"torchrun was killed by {name} at step {evidence.step}; its ranks were ended"
         return _crash(Reason.WORKER_CRASHED, message, evidence)
-    killed = next((rank for rank in evidence.ranks if rank.signal), None)
+    killed = _killed_first(evidence)
     first = _first_real_error(evidence)
     if killed is not None and (first is None or _is_echo(first)):
         return _killed_rank(evidence, killed.rank, str(killed.signal))
@@ -119,6 +119,14 @@ def _by_crash(evidence: Evidence) -> _End:
         f"the ranks ended at step {evidence.step} without a word; torchrun's exit code was {evidence.torchrun_status}"
     )
     return _crash(Reason.UNKNOWN, message, evidence)
+
+
+def _killed_first(evidence: Evidence) -> RankExit | None:
+    """The rank that a signal ended first. SIGTERM counts only there: to the others it came from torchrun."""
+    first, *others = evidence.ranks or (None,)
+    if first is not None and first.signal:
+        return first
+    return next((rank for rank in others if rank.signal not in (None, "SIGTERM")), None)
 
 
 def _killed_rank(evidence: Evidence, rank: int, name: str) -> _End:
