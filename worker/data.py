@@ -18,8 +18,8 @@ ROUNDS = 8
 class Permutation:
     """A pseudo-random order of 0 .. ``size`` - 1, one for each ``seed`` and ``epoch``.
 
-    A Feistel network permutes the smallest square power of two that holds ``size``; a value that falls outside is sent
-    through again until it falls inside, which keeps it a permutation (cycle walking: Black and Rogaway, 2002).
+    A Feistel network permutes the smallest power of two that holds ``size``; a value that falls outside is sent through
+    again until it falls inside, which keeps it a permutation (cycle walking: Black and Rogaway, 2002).
     """
 
     size: int
@@ -29,11 +29,11 @@ class Permutation:
     def __call__(self, positions: npt.ArrayLike) -> Integers:
         """What stands at each of these positions."""
         values = np.asarray(positions, dtype=np.uint64)
-        half = max(1, (max(1, self.size - 1).bit_length() + 1) // 2)
+        bits = max(2, (self.size - 1).bit_length())
         keys = self._keys()
-        values = _feistel(values, half, keys)
+        values = _feistel(values, bits, keys)
         while (outside := values >= self.size).any():
-            values[outside] = _feistel(values[outside], half, keys)
+            values[outside] = _feistel(values[outside], bits, keys)
         return values.astype(np.int64)
 
     def _keys(self) -> list[int]:
@@ -42,11 +42,14 @@ class Permutation:
         return keys
 
 
-def _feistel(values: npt.NDArray[np.uint64], half: int, keys: list[int]) -> npt.NDArray[np.uint64]:
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = values >> shift, values & mask
-    for key in keys:
-        left, right = right, left ^ (mixed(right, key) & mask)
+def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: list[int]) -> npt.NDArray[np.uint64]:
+    """A permutation of the numbers of so many bits. The halves differ by one bit where ``bits`` is odd."""
+    low, high = bits // 2, bits - bits // 2
+    shift, masks = np.uint64(low), (np.uint64((1 << high) - 1), np.uint64((1 << low) - 1))
+    left, right = values >> shift, values & masks[1]
+    for number, key in enumerate(keys):
+        # The halves change places, and so their widths; the number of rounds is even, so they end where they began.
+        left, right = right, left ^ (mixed(right, key) & masks[number % 2])
     return (left << shift) | right
 
 

@@ -52,8 +52,8 @@ def test_seeds_and_epochs_give_different_orders() -> None:
     assert len(orders) == 400
 
 
-FIRST = [2, 18, 10, 1, 6, 7, 5, 4, 9, 3, 12, 8, 14, 13, 19, 0, 11, 16, 17, 15]
-SECOND = [7, 13, 9, 10, 6, 3, 5, 19, 0, 15, 16, 1, 8, 18, 12, 14, 2, 4, 17, 11]
+FIRST = [12, 16, 7, 10, 18, 4, 11, 17, 8, 0, 15, 5, 19, 1, 14, 2, 9, 13, 6, 3]
+SECOND = [9, 4, 18, 13, 14, 19, 16, 1, 15, 10, 17, 2, 8, 11, 5, 0, 7, 6, 12, 3]
 
 
 def test_order_is_the_same_for_ever() -> None:
