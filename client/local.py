@@ -39,4 +39,4 @@ def become(module: str, arguments: list[str], settings: Mapping[str, object]) ->
     """Replace this process by ``python -m module``. Settings that are None keep what the environment says."""
     environment = {**os.environ, **{name: str(value) for name, value in settings.items() if value is not None}}
     sys.stdout.flush()
-    os.execve(sys.executable, [sys.executable, "-m", module, *arguments], environment)  # noqa: S606 - no shell on purpose
+    os.execve(sys.executable, [sys.executable, "-P", "-m", module, *arguments], environment)  # noqa: S606 - no shell on purpose

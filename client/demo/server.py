@@ -41,7 +41,7 @@ class DemoService:
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C ends the story first, and the story ends the service.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "service"],
+                [sys.executable, "-P", "-m", "service"],
                 env=environment(os.environ, self.home),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -135,7 +135,7 @@ class Story:
     def _tokenizer(self) -> None:
         began = time.monotonic()
         arguments = ["train", str(self.home / "corpus.jsonl"), "--vocab-size", str(VOCABULARY)]
-        command = [sys.executable, "-m", "worker.tokenizers", *arguments, "--out", str(self.home / "tokenizer")]
+        command = [sys.executable, "-P", "-m", "worker.tokenizers", *arguments, "--out", str(self.home / "tokenizer")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise DemoFailed(f"training the tokenizer ended with {done.returncode}:\n{done.stderr.strip()}")

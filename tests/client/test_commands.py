@@ -281,6 +281,6 @@ def test_local_commands_become_their_program(
     run(*line)
     program, arguments_, environment = became
     assert program == sys.executable
-    assert arguments_ == [sys.executable, "-m", module, *passed]
+    assert arguments_ == [sys.executable, "-P", "-m", module, *passed]
     given = {name: value for name, value in environment.items() if name.startswith("TRAINYARD_")}
     assert given == settings

@@ -1,0 +1,27 @@
+"""The command works in any folder, also in one that has folders of our names: training code often has a ``model/``."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TRAINYARD = Path(sys.executable).with_name("trainyard")
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    for name in ("model", "worker", "service", "contract", "client"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('a stranger was imported')\n")
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a text"}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", [["corpus", "check", "corpus.jsonl"], ["db", "upgrade"], ["--help"]])
+def test_a_folder_of_our_name_is_not_taken_for_ours(foreign: Path, words: list[str]) -> None:
+    environment = {**os.environ, "TRAINYARD_HOME": str(foreign / "home")}
+    done = subprocess.run([TRAINYARD, *words], cwd=foreign, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "stranger" not in done.stderr
