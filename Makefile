@@ -43,6 +43,8 @@ dev: setup
 	$(BIN)/trainyard serve
 
 bench: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev,bench]' 2>&1 \
+		| grep -v '^WARNING: Location' || true
 	$(BIN)/python -m benchmarks
 
 soak: setup

@@ -1,0 +1,120 @@
+"""Tokens a second of this loop against Hugging Face's Trainer on Qwen3: same shape, same rows, alternated in one run.
+
+Needs `pip install '.[bench]'` (transformers, accelerate); says so where they are missing.
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.corpus import write_docstrings
+from contract.rundir import RunDir
+
+ROUNDS = 3
+STEPS = 8
+WARM = 2
+BATCH, LENGTH, VOCABULARY = 8, 340, 6400
+"""MiniMind's rows: rows in a micro-batch, tokens in a row, tokens of the tokenizer."""
+
+LEARNING_RATE = 5e-4
+
+
+def main() -> None:
+    """Eager against eager; with TRAINYARD_BENCH_COMPILE=1 compiled against compiled as well."""
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
+        print("skipped: transformers and accelerate are not installed (pip install '.[bench]')")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_docstrings(root / "corpus.jsonl", 7000)
+        tokenizer = [sys.executable, "-m", "worker.tokenizers", "train", str(root / "corpus.jsonl")]
+        subprocess.run([*tokenizer, "--out", str(root / "tokenizer")], check=True, capture_output=True)
+        print(f"bf16 matrix product of this machine: {matmul_peak() / 1e12:.2f} TFLOP/s at its best")
+        compare(root, "eager", compiled=False)
+        if os.environ.get("TRAINYARD_BENCH_COMPILE") == "1":
+            compare(root, "compiled", compiled=True)
+
+
+def compare(root: Path, name: str, *, compiled: bool) -> None:
+    """Alternate the two in processes of their own and print the median of the pairs' ratios."""
+    pairs = []
+    for number in range(ROUNDS):
+        ours = trainyard(root, f"{name}-{number}", compiled=compiled)
+        theirs = trainer(root, compiled=compiled)
+        pairs.append((ours, theirs))
+        print(f"{name} round {number + 1}: {ours:7.0f} tokens/s here, {theirs:7.0f} with Trainer", flush=True)
+    ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+    share = max(ours for ours, _ in pairs) * flops_per_token() / matmul_peak()
+    goal = 1.35 if compiled else 1.15
+    print(f"{name}: {ratio:.2f} x Trainer (goal {goal} x); {100 * share:.0f} % of the matrix-product peak")
+
+
+def trainyard(root: Path, name: str, *, compiled: bool) -> float:
+    """Tokens a second of the worker, all positions counted, over the steps behind the warm ones."""
+    run = RunDir(root / name)
+    run.path.mkdir()
+    run.spec.write_text(json.dumps(spec(root, compiled=compiled)))
+    # The corpus is tokenized once for all rounds.
+    environment = {**os.environ, "TRAINYARD_CORPUS_CACHE": str(root / "cache")}
+    subprocess.run([sys.executable, "-m", "worker", str(run.path)], check=True, capture_output=True, env=environment)
+    lines = [json.loads(line) for line in run.attempt(1).outbox.read_text().splitlines()]
+    seconds = [float(line["step_seconds"]) for line in lines if line["kind"] == "metric"][WARM:]
+    return BATCH * LENGTH / statistics.median(seconds)
+
+
+def trainer(root: Path, *, compiled: bool) -> float:
+    """The same of Hugging Face's Trainer, on the rows of the same table."""
+    command = [sys.executable, "-m", "benchmarks.huggingface", str(root), "compiled" if compiled else "eager"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return float(done.stdout.splitlines()[-1])
+
+
+def spec(root: Path, *, compiled: bool) -> dict[str, Any]:
+    """MiniMind's shape and rows."""
+    return {
+        "data": {
+            "data_path": str(root / "corpus.jsonl"),
+            "tokenizer_path": str(root / "tokenizer"),
+            "max_seq_len": LENGTH,
+        },
+        "training": {
+            "max_steps": STEPS,
+            "batch_size": BATCH,
+            "accumulation_steps": 1,
+            "learning_rate": LEARNING_RATE,
+            "use_compile": compiled,
+        },
+        "reporting": {"log_interval": 1},
+        "resources": {"device": "cpu"},
+    }
+
+
+def matmul_peak() -> float:
+    """FLOP/s of the best of some bf16 matrix products of the model's size, on all cores."""
+    import time
+
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    A, B = torch.randn(2720, 1664).bfloat16(), torch.randn(1664, 2048).bfloat16()
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        A @ B
+        best = min(best, time.perf_counter() - began)
+    return 2 * 2720 * 1664 * 2048 / best
+
+
+def flops_per_token() -> float:
+    """Forward and backward of the measured shape, as the worker itself counts them."""
+    from model.arithmetic import flops_per_token as count
+    from model.config import ModelConfig
+
+    return float(count(ModelConfig(vocab_size=VOCABULARY), LENGTH))
