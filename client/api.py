@@ -18,7 +18,7 @@ import httpx2
 from client.connection import Connection, Patience
 from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
 from client.exits import at_rest
-from client.shapes import Checkpoint, Job, LogChunk, Metric, Version
+from client.shapes import Checkpoint, Job, LogChunk, Metric, Plan, Version
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100
@@ -70,6 +70,14 @@ class Trainyard:
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", "/jobs", body=spec, headers=headers))
+
+    def plan(self, spec: Mapping[str, Any]) -> Plan:
+        """What the run of ``spec`` would be: size, memory, disk, time, warnings. Nothing is stored.
+
+        Raises:
+            InvalidSpec: with every mistake at once in ``errors``.
+        """
+        return cast(Plan, self._connection.call("POST", "/jobs/plan", body=spec))
 
     def jobs(
         self,

@@ -7,6 +7,7 @@ import argparse
 from typing import Any
 
 SUBMIT = "submit"
+PLAN = "plan"
 OWN_SUBMIT_FLAGS = frozenset(
     {"--help", "--name", "--labels", "--set", "--yes", "--watch", "--json", "--timeout", "--url", "--token"}
 )
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_local(commands)
     commands.add_parser(SUBMIT, help="launch a run: SPEC.json, or MiniMind's flags", add_help=False)
+    commands.add_parser(PLAN, help="what a run would be: the same arguments as submit", add_help=False)
     _add_reading(commands)
     _add_following(commands)
     _add_acting(commands)
@@ -43,22 +45,25 @@ def add_service_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--token", help="bearer token (TRAINYARD_TOKEN)")
 
 
-def submit_parser() -> argparse.ArgumentParser:
-    """`submit` without the flags of the spec: `client.flags.add_leaf_flags` adds them."""
+def submit_parser(command: str = SUBMIT) -> argparse.ArgumentParser:
+    """`submit` or `plan` without the flags of the spec: `client.flags.add_leaf_flags` adds them."""
+    does = {SUBMIT: "Launch a run", PLAN: "Show what a run would be, and launch nothing,"}[command]
+    more = " [-y] [--watch]" if command == SUBMIT else " [--json]"
     parser = Parser(
-        prog=f"trainyard {SUBMIT}",
-        usage="trainyard submit [SPEC.json | -] [--data_path FILE --batch_size 64 ...] [-y] [--watch]",
-        description="Launch a run from a spec file (- reads it from stdin), from MiniMind's flags, or from both: "
+        prog=f"trainyard {command}",
+        usage=f"trainyard {command} [SPEC.json | -] [--data_path FILE --batch_size 64 ...]{more}",
+        description=f"{does} from a spec file (- reads it from stdin), from MiniMind's flags, or from both: "
         "flags override the file. Relative paths are taken from the working directory.",
     )
     parser.add_argument("spec", nargs="?", metavar="SPEC.json", help="job spec; - is stdin")
     parser.add_argument("--name", default=argparse.SUPPRESS, help="of the job")
     parser.add_argument("--labels", nargs="+", action="extend", metavar="K=V", default=[], help="may be repeated")
     parser.add_argument("--set", action="append", metavar="GROUP.FIELD=JSON", default=[], help="any field, typed")
-    parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
-    parser.add_argument("--watch", action="store_true", help="follow the run; its end decides the exit code")
-    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="with --watch: follow no longer")
-    parser.add_argument("--json", action="store_true", help="print the job as JSON")
+    if command == SUBMIT:
+        parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+        parser.add_argument("--watch", action="store_true", help="follow the run; its end decides the exit code")
+        parser.add_argument("--timeout", type=float, metavar="SECONDS", help="with --watch: follow no longer")
+    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     add_service_options(parser)
     return parser
 

@@ -63,6 +63,30 @@ class Queue(TypedDict, total=False):
     waiting_for: str | None
 
 
+class Plan(TypedDict, total=False):
+    """What a run is, or would be. ``estimated``: what depends on the corpus comes from a glance at it."""
+
+    parameters: int | None
+    active_parameters: int | None
+    tokens: int | None
+    samples: int | None
+    bad_lines: int | None
+    steps: int | None
+    tokens_per_step: float | None
+    world_size: int | None
+    memory_bytes: dict[str, int | None]
+    memory_limit_bytes: int | None
+    checkpoint_bytes: int | None
+    disk_free_bytes: int | None
+    flops: float | None
+    eta_seconds: float | None
+    eta_basis: str | None
+    expected_first_loss: float | None
+    estimated: bool
+    warnings: list[str]
+    queue: Queue
+
+
 class Job(TypedDict, total=False):
     """One pretraining run."""
 
@@ -77,7 +101,7 @@ class Job(TypedDict, total=False):
     message: str | None
     error: ErrorCard | None
     spec: dict[str, Any]
-    plan: dict[str, Any] | None
+    plan: Plan | None
     progress: Progress | None
     attempt: int | None
     resumable: bool

@@ -21,6 +21,7 @@ from service.jobs import products
 from service.jobs import routes as job_routes
 from service.launch.base import Launcher
 from service.metrics import routes as metric_routes
+from service.planning import routes as plan_routes
 from service.reports import routes as report_routes
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
@@ -62,7 +63,16 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)
     app.add_middleware(Gate, settings=services.settings)
-    for routes in (job_routes, products, metric_routes, report_routes, device_routes, status_routes, pages):
+    for routes in (
+        job_routes,
+        plan_routes,
+        products,
+        metric_routes,
+        report_routes,
+        device_routes,
+        status_routes,
+        pages,
+    ):
         app.include_router(routes.router)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
     return app

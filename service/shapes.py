@@ -35,7 +35,10 @@ class MemoryPlan(Shape):
 
 
 class Plan(Shape):
-    """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started."""
+    """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started.
+
+    ``estimated``: what depends on the corpus comes from a glance at it. ``eta_basis`` says whose speed was taken.
+    """
 
     parameters: int | None = None
     active_parameters: int | None = None
@@ -59,14 +62,17 @@ class Plan(Shape):
     disk_free_bytes: int | None = None
     flops: float | None = None
     eta_seconds: float | None = None
+    eta_basis: str | None = None
+    memory_limit_bytes: int | None = None
     expected_first_loss: float | None = None
     warnings: list[str] = []
+    estimated: bool = False
 
 
 class Progress(Shape):
-    """How far the job is, by its newest report. ``percent`` goes from 0 to 100."""
+    """How far the job is, by its newest report. ``percent`` goes from 0 to 100. Before any report 0 steps are done."""
 
-    step: int | None = None
+    step: int = 0
     steps: int | None = None
     epoch: float | None = None
     tokens: int | None = None
@@ -86,6 +92,13 @@ class Queue(Shape):
 
     position: int
     waiting_for: str
+
+
+class Forecast(Plan):
+    """The plan of a run that was not submitted, and where it would stand in the queue."""
+
+    object: Literal["plan"] = "plan"
+    queue: Queue
 
 
 class Parent(Shape):

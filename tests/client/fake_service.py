@@ -108,6 +108,33 @@ def metric(step: int, loss: float | None = 3.0, **changes: Any) -> dict[str, Any
     return made | changes
 
 
+def plan(**changes: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "object": "plan",
+        "parameters": 25_830_000,
+        "active_parameters": 25_830_000,
+        "tokens": 1_310_000,
+        "samples": 4000,
+        "bad_lines": 0,
+        "steps": 1200,
+        "tokens_per_step": 32768.0,
+        "world_size": 1,
+        "device": "cuda",
+        "memory_bytes": {"weights": 100_000_000, "gradients": 100_000_000, "optimizer": 200_000_000, "activations": 5},
+        "memory_limit_bytes": 80_000_000_000,
+        "checkpoint_bytes": 309_000_000,
+        "disk_free_bytes": 40_000_000_000,
+        "flops": 6.1e15,
+        "eta_seconds": 7800.0,
+        "eta_basis": "118,240 tokens/s in job_0 on H100",
+        "expected_first_loss": 8.764,
+        "estimated": True,
+        "warnings": [],
+        "queue": {"position": 1, "waiting_for": "nothing: it would start at once"},
+    }
+    return made | changes
+
+
 def problem(status: int, code: str, detail: str, **more: Any) -> httpx2.Response:
     body = {"title": detail, "status": status, "code": code, "detail": detail, "request_id": "req-1", **more}
     return httpx2.Response(status, json=body, headers={"Content-Type": "application/problem+json"})
@@ -125,6 +152,7 @@ class FakeService:
         self.curve: list[dict[str, Any]] = []
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.log = ""
+        self.plan = plan()
         self.requests: list[httpx2.Request] = []
         self.faults: list[Fault] = []
         self.submitted: dict[str, dict[str, Any]] = {}
@@ -141,6 +169,8 @@ class FakeService:
             if response is not None:
                 return response
         parts = request.url.path.strip("/").split("/")
+        if parts == ["jobs", "plan"]:
+            return httpx2.Response(200, json=self.plan)
         if parts == ["jobs"]:
             return self._submit(request) if request.method == "POST" else self._list(request)
         if parts[0] == "jobs":

@@ -25,14 +25,14 @@ def subcommands() -> list[str]:
 
 
 def test_the_commands_are_those_of_the_contract() -> None:
-    expected = "demo serve submit list show watch metrics logs events checkpoints attempts samples devices "
+    expected = "demo serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
     expected += "pause resume cancel kill delete tokenizer corpus db version"
     assert set(subcommands()) == set(expected.split())
 
 
 def test_every_command_names_a_function_that_exists() -> None:
     lines = [[name, *(["j"] if name in (*OF_JOB, "watch", "pause", "resume", "cancel", "kill", "delete") else [])]
-             for name in subcommands() if name not in ("submit", "tokenizer", "corpus", "db")]  # fmt: skip
+             for name in subcommands() if name not in ("submit", "plan", "tokenizer", "corpus", "db")]  # fmt: skip
     lines += [["tokenizer", "train", "f", "--out", "d"], ["corpus", "check", "f"], ["db", "upgrade"]]
     for line in lines:
         assert callable(runner(build_parser().parse_args(line).run)), line

@@ -10,7 +10,7 @@ from tests.client.fake_service import FakeService, body_of, job, problem
 
 
 def sent(service: FakeService) -> Any:
-    return body_of(next(request for request in service.requests if request.method == "POST"))
+    return body_of(next(request for request in service.requests if request.url.path == "/jobs"))
 
 
 def test_off_a_terminal_it_submits_at_once(run: Run, service: FakeService) -> None:
@@ -65,7 +65,8 @@ def test_json_prints_the_job(run: Run) -> None:
 def test_on_a_terminal_it_shows_and_asks(run: Run, service: FakeService, typed: str, code: int, posts: int) -> None:
     found, _, err = run("submit", "--data_path", "/d", "--batch_size", "64", typed=typed, terminal=True)
     assert found == code
-    assert len([request for request in service.requests if request.method == "POST"]) == posts
+    assert len([request for request in service.requests if request.url.path == "/jobs"]) == posts
+    assert "time     about 2 h 10 min, by 118,240 tokens/s in job_0 on H100" in err
     assert re.search(r"training\.batch_size +64\n", err)
     assert "Submit? [Y/n]" in err
     assert "accumulation_steps" not in err
@@ -74,6 +75,25 @@ def test_on_a_terminal_it_shows_and_asks(run: Run, service: FakeService, typed: 
 def test_yes_does_not_ask(run: Run, service: FakeService) -> None:
     code, _, err = run("submit", "--data_path", "/d", "-y", terminal=True)
     assert code == 0
+    assert "Submit?" not in err
+    assert [request.url.path for request in service.requests] == ["/jobs"]
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_a_service_without_plans_gets_the_settings_shown(run: Run, service: FakeService, status: int) -> None:
+    service.faults = [lambda _: problem(status, "no", "No.")]
+    code, _, err = run("submit", "--data_path", "/d", "--epochs", "2", typed="y\n", terminal=True)
+    assert code == 0
+    assert "training.epochs" in err
+    assert "what it would be" not in err
+
+
+def test_what_only_the_service_finds_wrong_is_not_asked_about(run: Run, service: FakeService) -> None:
+    errors = [{"pointer": "/data/data_path", "message": "does not exist"}]
+    service.faults = [lambda _: problem(422, "invalid_spec", "1 mistake found", errors=errors)]
+    code, _, err = run("submit", "--data_path", "/d", terminal=True)
+    assert code == 1
+    assert "--data_path (/data/data_path): does not exist" in err
     assert "Submit?" not in err
 
 

@@ -1,0 +1,111 @@
+"""`trainyard plan`: what a run would be, before anything is stored or taken."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from client.api import Trainyard
+from client.arguments import PLAN
+from client.console import Console
+from client.errors import InvalidSpec, NotFound, Refused
+from client.exits import Exit
+from client.flags import differences
+from client.submission import Submission
+from client.words import count, duration, fixed, large, one_line, size
+from contract.parsing import parse_spec
+
+NOT_ALLOWED = 405
+
+
+def plan(arguments: Sequence[str], console: Console) -> int:
+    """Show the plan of a spec file, of MiniMind's flags, or of both."""
+    asked = Submission.read(PLAN, arguments, console)
+    with Trainyard(asked.args.url, asked.args.token) as trainyard:
+        try:
+            found = trainyard.plan(asked.spec)
+        except InvalidSpec as error:
+            asked.refused(error, console)
+            return Exit.REFUSED
+    if asked.args.json:
+        console.json(found)
+    else:
+        console.lines([*settings(asked.spec), *plan_page(found)])
+    return Exit.SUCCEEDED
+
+
+def shown_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> list[str]:
+    """What `submit` shows before it asks. A service without plans gets only the settings shown."""
+    try:
+        page = plan_page(trainyard.plan(spec))
+    except NotFound:
+        page = []
+    except Refused as error:
+        if error.status != NOT_ALLOWED:
+            raise
+        page = []
+    return [*settings(spec), *page]
+
+
+def settings(spec: Mapping[str, Any]) -> list[str]:
+    """What differs from the defaults."""
+    changed = differences(parse_spec(spec).spec, spec)
+    return ["not as by default:", *(f"  {place:<32}{value}" for place, value in changed)]
+
+
+def plan_page(plan: Mapping[str, Any]) -> list[str]:
+    """The plan for people, a fact a line. Pure."""
+    facts = {
+        "model": _model(plan),
+        "corpus": _corpus(plan),
+        "run": _run(plan),
+        "memory": _memory(plan),
+        "disk": f"{size(plan.get('checkpoint_bytes'))} a checkpoint, {size(plan.get('disk_free_bytes'))} free",
+        "time": _time(plan),
+        "queue": _queue(plan.get("queue") or {}),
+    }
+    warned = [f"  {'warning':<9}{one_line(str(text), 300)}" for text in plan.get("warnings") or []]
+    return ["what it would be:", *(f"  {name:<9}{text}" for name, text in facts.items() if text), *warned]
+
+
+def _model(plan: Mapping[str, Any]) -> str:
+    all_of_them, active = plan.get("parameters"), plan.get("active_parameters")
+    used = f", {large(active)} of them for a token" if active != all_of_them else ""
+    first = fixed(plan.get("expected_first_loss"))
+    return f"{large(all_of_them)} parameters{used}; an untrained one has a loss of {first}"
+
+
+def _corpus(plan: Mapping[str, Any]) -> str:
+    if plan.get("tokens") is None:
+        return ""
+    about = "about " if plan.get("estimated") else ""
+    bad = plan.get("bad_lines")
+    unreadable = f", {count(bad)} bad lines" if bad else ""
+    return f"{about}{large(plan['tokens'])} tokens, {count(plan.get('samples'))} rows{unreadable}"
+
+
+def _run(plan: Mapping[str, Any]) -> str:
+    steps, per_step = plan.get("steps"), plan.get("tokens_per_step")
+    if steps is None or per_step is None:
+        return "steps are not known before the corpus is read" if steps is None else f"{count(steps)} steps"
+    ranks = f" on {plan['world_size']} {plan.get('device')} ranks" if (plan.get("world_size") or 1) > 1 else ""
+    work = f", {plan['flops']:.2g} FLOPs" if plan.get("flops") else ""
+    return f"{count(steps)} steps of {large(per_step)} tokens{ranks}: {large(steps * per_step)} tokens{work}"
+
+
+def _memory(plan: Mapping[str, Any]) -> str:
+    parts = {name: value for name, value in (plan.get("memory_bytes") or {}).items() if value is not None}
+    if not parts:
+        return ""
+    listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+    limit = plan.get("memory_limit_bytes")
+    there = f"; there is {size(limit)}" if limit else ""
+    return f"{size(sum(parts.values()))} a rank ({listed}){there}"
+
+
+def _time(plan: Mapping[str, Any]) -> str:
+    if plan.get("eta_seconds") is None:
+        return "not known: no run of this shape went on this kind of device yet"
+    return f"about {duration(plan['eta_seconds'])}, by {plan.get('eta_basis')}"
+
+
+def _queue(queue: Mapping[str, Any]) -> str:
+    return f"position {queue['position']}, waiting for {queue.get('waiting_for')}" if queue.get("position") else ""

@@ -1,0 +1,79 @@
+"""The spec that a command line describes: a spec file, MiniMind's flags, or both. Shared by `submit` and `plan`."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from client.arguments import OWN_SUBMIT_FLAGS, submit_parser
+from client.console import Console
+from client.errors import InvalidSpec
+from client.exits import UsageError
+from client.flags import add_leaf_flags, leaf_flags, parse_labels, require_known, spec_of
+from contract.parsing import ALIASES, GROUP_OF_LEAF
+
+
+@dataclass(frozen=True)
+class Submission:
+    """``spec`` is what will be sent, ``given`` the leaves that had flags of their own."""
+
+    args: argparse.Namespace
+    given: Mapping[str, Any]
+    spec: dict[str, Any]
+
+    @classmethod
+    def read(cls, command: str, arguments: Sequence[str], console: Console) -> Self:
+        """From the arguments of ``command``. Raises UsageError."""
+        parser = submit_parser(command)
+        add_leaf_flags(parser)
+        args = parser.parse_args(require_known(arguments, OWN_SUBMIT_FLAGS | leaf_flags()))
+        given = {name: value for name, value in vars(args).items() if name in GROUP_OF_LEAF or name in ALIASES}
+        return cls(args, given, _spec(command, args, given, console))
+
+    def refused(self, error: InvalidSpec, console: Console) -> None:
+        """Say every mistake that the service found, with the flag that made it."""
+        console.say(f"trainyard: {error.detail}")
+        self.list_problems([(problem.pointer, problem.message) for problem in error.errors], console)
+
+    def list_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
+        """One line a mistake."""
+        for pointer, message in problems:
+            console.say(f"  {_place(pointer, self.given)}: {message}")
+
+
+def _spec(command: str, args: argparse.Namespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    base = _read(args.spec, console) if args.spec else {}
+    if not base and not given and not args.set:
+        raise UsageError(
+            f"give a SPEC.json, or at least --data_path FILE; `trainyard {command} --help` lists all flags"
+        )
+    spec = spec_of(base, given, args.set, Path.cwd())
+    if "name" in args:
+        spec["name"] = args.name
+    if args.labels:
+        before = spec.get("labels")
+        spec["labels"] = {**(before if isinstance(before, dict) else {}), **parse_labels(args.labels)}
+    return spec
+
+
+def _read(source: str, console: Console) -> dict[str, Any]:
+    try:
+        text = console.into.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        spec = json.loads(text)
+    except OSError as error:
+        raise UsageError(f"cannot read {source}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{source} is not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise UsageError(f"{source} must hold a JSON object")
+    return spec
+
+
+def _place(pointer: str, given: Mapping[str, Any]) -> str:
+    """The flag that set the field, where one did, beside the pointer."""
+    leaf = pointer.split("/")[2] if pointer.count("/") >= 2 else pointer[1:]
+    names = [leaf, *(alias for alias, (_, ours) in ALIASES.items() if ours == leaf)]
+    flag = next((name for name in names if name in given), None)
+    return f"--{flag} ({pointer})" if flag else pointer or "the spec"

@@ -1,0 +1,40 @@
+"""How much memory and disk there is on this host."""
+
+import shutil
+from pathlib import Path
+
+MEMINFO = Path("/proc/meminfo")
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP_LIMIT) -> int | None:
+    """Bytes that processes here may have: the machine's, or its container's where that is less."""
+    found = [size for size in (_total(meminfo), _whole(cgroup)) if size is not None]
+    return min(found, default=None)
+
+
+def disk_free(path: Path) -> int | None:
+    """Bytes free where ``path`` is, or would be made."""
+    for place in (path, *path.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None
+
+
+def _total(meminfo: Path) -> int | None:
+    try:
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
+        return int(line.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
+def _whole(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,96 @@
+"""What a run would be, put together: the spec's arithmetic, a glance at the corpus, this host, earlier runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from contract.spec import JobSpec
+from service.devices.inventory import Device, count, kind_for
+from service.devices.memory import disk_free, host_memory
+from service.jobs.facts import known_at_submit
+from service.planning.estimate import Size, size_of
+from service.planning.glance import glance
+from service.planning.history import Pace
+from service.planning.tokens import counter
+from service.planning.warnings import Surroundings, warnings
+from service.shapes import Forecast, Queue
+
+
+@dataclass(frozen=True)
+class Line:
+    """The queue as the job would find it: how many are before it, and how many devices are free."""
+
+    ahead: int
+    free: int
+
+
+def look(spec: JobSpec) -> Size | None:
+    """The run's size by a bounded read of its corpus."""
+    found = glance(Path(spec.data.data_path), spec.data.text_field)
+    if found is None:
+        return None
+    tokens = counter(spec.data.tokenizer_path, found.texts)
+    return size_of(spec, [tokens(text) for text in found.texts], found.bad_lines, found.scale)
+
+
+def forecast(
+    spec: JobSpec, size: Size | None, devices: Sequence[Device], pace: Pace | None, line: Line, home: Path
+) -> Forecast:
+    """The plan as the API shows it."""
+    kind = kind_for(spec.resources.device, devices)
+    facts = known_at_submit(spec, kind)
+    here = _surroundings(spec, facts, kind, devices, home)
+    return Forecast.model_validate(
+        {
+            **facts,
+            **_sizes(size, facts, pace),
+            "memory_limit_bytes": here.memory_limit,
+            "disk_free_bytes": here.disk_free,
+            "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
+            "queue": Queue(position=line.ahead + 1, waiting_for=_waiting_for(spec, kind, line, devices)),
+            "warnings": warnings(spec, size, here),
+        }
+    )
+
+
+def _sizes(size: Size | None, facts: dict[str, Any], pace: Pace | None) -> dict[str, Any]:
+    if size is None:
+        return {"estimated": True}
+    return {
+        "estimated": True,
+        "tokens": size.tokens,
+        "samples": size.samples,
+        "documents": size.documents,
+        "bad_lines": size.bad_lines,
+        "steps": size.steps,
+        "steps_per_epoch": size.steps_per_epoch,
+        "tokens_per_step": size.tokens_per_step,
+        "flops": facts["flops_per_token"] * size.trained_tokens,
+        "eta_seconds": size.trained_tokens / pace.tokens_per_second if pace else None,
+        "eta_basis": str(pace) if pace else None,
+    }
+
+
+def _surroundings(
+    spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], home: Path
+) -> Surroundings:
+    if kind == "cpu":
+        limit = host_memory()
+    else:
+        limit = min((d.memory_bytes for d in devices if kind in (d.kind, d.id) and d.memory_bytes), default=None)
+    return Surroundings(
+        kind=kind,
+        memory_needed=sum(facts["memory_bytes"].values()),
+        memory_limit=limit,
+        checkpoint_bytes=facts["checkpoint_bytes"],
+        disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
+    )
+
+
+def _waiting_for(spec: JobSpec, kind: str, line: Line, devices: Sequence[Device]) -> str:
+    ranks = spec.resources.nproc_per_node
+    if line.free >= ranks:
+        return "nothing: it would start at once"
+    what = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, kind)
+    return f"{ranks} {what}; {line.free} of {count(devices, kind)} free"

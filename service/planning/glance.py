@@ -1,0 +1,102 @@
+"""A bounded look at a corpus: at most 4 MiB of it are read, however long it is."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+SAMPLE_BYTES = 4 << 20
+BLOCKS = 16
+BLANK = b" \t\r\n"
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass
+class Glance:
+    """What the lines that were looked at hold.
+
+    Attributes:
+        size: bytes of the whole file.
+        seen: bytes of the lines that were looked at; ``size`` where that is all of it.
+        texts: the documents.
+        bad_lines: lines that are neither blank nor a document.
+    """
+
+    size: int
+    seen: int = 0
+    texts: list[str] = field(default_factory=list)
+    bad_lines: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was left out, so that counts are no estimates."""
+        return self.seen == self.size
+
+    @property
+    def scale(self) -> float:
+        """Counts of the whole file are those of the sample times this; 0 where no whole line was seen."""
+        return self.size / self.seen if self.seen else 0.0
+
+    def add(self, raw: bytes, text_field: str) -> None:
+        """Take one line in, with its end."""
+        self.seen += len(raw)
+        if not raw.strip(BLANK):
+            return
+        text = _text_of(raw, text_field)
+        if text is None:
+            self.bad_lines += 1
+        else:
+            self.texts.append(text)
+
+
+def glance(path: Path, text_field: str) -> Glance | None:
+    """Look at the file; None where it cannot be read. A short file is read whole, a long one in equal distances."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return None
+            found = Glance(os.fstat(descriptor).st_size)
+            for raw in _lines(file, found.size):
+                found.add(raw, text_field)
+            return found
+    except (OSError, ValueError):
+        return None
+
+
+def _lines(file: BinaryIO, size: int) -> Iterator[bytes]:
+    if size <= SAMPLE_BYTES:
+        yield from _whole_lines(file.read(SAMPLE_BYTES), from_start=True, to_end=True)
+        return
+    block = SAMPLE_BYTES // BLOCKS
+    for number in range(BLOCKS):
+        start = number * (size - block) // (BLOCKS - 1)
+        file.seek(start)
+        yield from _whole_lines(file.read(block), from_start=number == 0, to_end=number == BLOCKS - 1)
+
+
+def _whole_lines(data: bytes, from_start: bool, to_end: bool) -> Iterator[bytes]:
+    """The lines that begin and end in ``data``."""
+    parts = data.split(b"\n")
+    lines = [part + b"\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
+    if not from_start:
+        lines = lines[1:]
+    if not to_end and lines and not lines[-1].endswith(b"\n"):
+        lines = lines[:-1]
+    yield from lines
+
+
+def _text_of(raw: bytes, text_field: str) -> str | None:
+    """The text of a line, or None where it is no document."""
+    try:
+        value = json.loads(raw.removeprefix(BOM).decode())
+        text = value.get(text_field) if isinstance(value, dict) else None
+        if not isinstance(text, str) or not text:
+            return None
+        text.encode()
+    except (ValueError, RecursionError):
+        return None
+    return text

@@ -1,0 +1,45 @@
+"""POST /jobs/plan: what a run would be. Nothing is stored."""
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from contract.spec import JobSpec
+from contract.status import JobStatus
+from service.context import ServicesNeeded
+from service.devices.inventory import Device, kind_for
+from service.jobs.routes import body_of
+from service.jobs.specs import accept
+from service.planning.forecast import Line, forecast, look
+from service.planning.history import pace
+from service.shapes import Forecast
+from service.tables import JobRow, LeaseRow
+from service.web import JsonBody
+
+router = APIRouter(tags=["jobs"])
+
+
+@router.post("/jobs/plan", openapi_extra=body_of("JobSpec"))
+def plan(services: ServicesNeeded, body: JsonBody) -> Forecast:
+    """What the run of this spec would be: size, memory, disk, time, and what to know before. Nothing is stored.
+
+    What depends on the corpus is estimated from at most 4 MiB of it; a job's own plan is exact once it has started.
+    """
+    spec = accept(body, services.host)
+    devices = services.inventory.devices()
+    kind = kind_for(spec.resources.device, devices)
+    size = look(spec)
+    with services.database.read() as session:
+        past = pace(session, spec, kind)
+        line = _line(session, spec, kind, devices)
+    return forecast(spec, size, devices, past, line, services.settings.home)
+
+
+def _line(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> Line:
+    before = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
+    ahead = session.scalar(select(func.count()).select_from(JobRow).where(*before)) or 0
+    leased = set(session.scalars(select(LeaseRow.device)))
+    free = [d for d in devices if kind in (d.kind, d.id) and d.id not in leased and not d.processes]
+    return Line(ahead, len(free))

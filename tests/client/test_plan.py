@@ -1,0 +1,79 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from client.api import Trainyard
+from client.plan import plan_page
+from tests.client.conftest import Run
+from tests.client.fake_service import FakeService, body_of, plan, problem
+
+
+def test_the_page(run: Run, service: FakeService) -> None:
+    del service.plan["memory_bytes"]["activations"]
+    service.plan |= plan(
+        memory_bytes=service.plan["memory_bytes"],
+        warnings=["there is no GPU on this host: this run will use the CPU"],
+        bad_lines=3,
+    )
+    code, out, _ = run("plan", "--data_path", "/d", "--batch_size", "64")
+    assert code == 0
+    assert out.splitlines() == [
+        "not as by default:",
+        '  data.data_path                  "/d"',
+        "  training.batch_size             64",
+        "what it would be:",
+        "  model    25.8 M parameters; an untrained one has a loss of 8.764",
+        "  corpus   about 1.31 M tokens, 4,000 rows, 3 bad lines",
+        "  run      1,200 steps of 32.8 k tokens: 39.3 M tokens, 6.1e+15 FLOPs",
+        "  memory   400.0 MB a rank (weights 100.0 MB, gradients 100.0 MB, optimizer 200.0 MB); there is 80.0 GB",
+        "  disk     309.0 MB a checkpoint, 40.0 GB free",
+        "  time     about 2 h 10 min, by 118,240 tokens/s in job_0 on H100",
+        "  queue    position 1, waiting for nothing: it would start at once",
+        "  warning  there is no GPU on this host: this run will use the CPU",
+    ]
+    assert [request.url.path for request in service.requests] == ["/jobs/plan"]
+    assert body_of(service.requests[0]) == {"data": {"data_path": "/d"}, "training": {"batch_size": 64}}
+
+
+def test_what_is_not_known_is_said_or_left_out() -> None:
+    lines = plan_page({"parameters": 1000, "active_parameters": 500, "world_size": 2, "steps": None})
+    text = "\n".join(lines)
+    assert "500 of them for a token" in text
+    assert "steps are not known before the corpus is read" in text
+    assert "not known: no run of this shape" in text
+    assert "  corpus" not in text
+    assert "queue" not in text
+    assert "  run      7 steps" in plan_page({"steps": 7})
+    assert "on 2 cpu ranks: 200 tokens" in "\n".join(
+        plan_page({"steps": 2, "tokens_per_step": 100.0, "world_size": 2, "device": "cpu"})
+    )
+
+
+def test_json_is_the_service_s_own(run: Run, service: FakeService, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text('{"data": {"data_path": "/d"}}')
+    code, out, _ = run("plan", str(file), "--json")
+    assert (code, json.loads(out)) == (0, service.plan)
+
+
+def test_a_wrong_spec_is_named_by_its_flags(run: Run, service: FakeService) -> None:
+    errors = [{"pointer": "/training/learning_rate", "message": "must be greater than 0"}]
+    service.faults = [lambda _: problem(422, "invalid_spec", "1 mistake found", errors=errors)]
+    code, out, err = run("plan", "--data_path", "/d", "--learning_rate", "-1")
+    assert (code, out) == (1, "")
+    assert "--learning_rate (/training/learning_rate): must be greater than 0" in err
+
+
+def test_usage(run: Run, service: FakeService, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan")[0] == 2
+    assert run("plan", "--data_path", "/d", "--watch")[0] == 2
+    code, _, _ = run("plan", "--help")
+    assert code == 0
+    assert "launch nothing" in capsys.readouterr().out.replace("\n", " ")
+    assert service.requests == []
+
+
+def test_the_client_s_method(trainyard: Trainyard, service: FakeService) -> None:
+    assert trainyard.plan({"data": {"data_path": "/d"}})["steps"] == 1200
+    assert service.submitted == {}

@@ -1,0 +1,287 @@
+"""POST /jobs/plan: the estimate against the worker's own counts, the warnings, and that nothing is stored."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.spec import JobSpec
+from contract.status import Reason
+from service.devices.inventory import Device
+from service.devices.memory import disk_free, host_memory
+from service.planning import glance as glances
+from service.planning.estimate import Size, size_of
+from service.planning.glance import Glance, glance
+from service.planning.tokens import counter, longest_matches
+from service.planning.warnings import Surroundings, warnings
+from tests.service.conftest import MakeRig
+from tests.service.rig import Rig
+
+WORDS = ["the", "of", "and", "to", "in", "was", "for", "with", "they", "have", "from", "one", "word", "but", "what"]
+
+
+def write_corpus(path: Path, documents: int, seed: int, bad_every: int = 0, most_words: int = 60) -> None:
+    dice = random.Random(seed)
+    with path.open("w") as file:
+        for number in range(documents):
+            if bad_every and number % bad_every == 0:
+                file.write("{not json\n")
+            text = " ".join(dice.choice(WORDS) for _ in range(1 + dice.randrange(most_words)))
+            file.write(json.dumps({"text": text + "é" * dice.randrange(3)}) + "\n")
+
+
+def plan(rig: Rig, expect: int = 200, **groups: Any) -> dict[str, Any]:
+    answer = rig.client.post("/jobs/plan", json=rig.spec(**groups))
+    assert answer.status_code == expect, answer.text[:500]
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+# The glance
+
+
+def test_a_short_file_is_counted_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": ""}\n{"text": 3}\n[1]\nx\n{"text": "\xc3\xa9\xe2\x80\xa8b"}'
+    )
+    found = glance(path, "text")
+    assert found is not None
+    assert (found.texts, found.bad_lines, found.whole, found.scale) == (["a", "é\u2028b"], 4, True, 1.0)
+
+
+def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
+    assert glance(tmp_path / "none", "text") is None
+    assert glance(tmp_path, "text") is None
+    empty = tmp_path / "empty"
+    empty.touch()
+    found = glance(empty, "text")
+    assert found == Glance(0)
+    assert found.scale == 0.0
+
+
+def test_of_a_long_file_little_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glances, "SAMPLE_BYTES", 64 << 10)
+    path = tmp_path / "c.jsonl"
+    write_corpus(path, 20_000, seed=1, bad_every=50)
+    found = glance(path, "text")
+    assert found is not None
+    assert not found.whole
+    assert found.seen <= 64 << 10
+    assert found.scale * len(found.texts) == pytest.approx(20_000, rel=0.1)
+    assert found.scale * found.bad_lines == pytest.approx(400, rel=0.6)
+
+
+def test_one_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glances, "SAMPLE_BYTES", 16 << 10)
+    path = tmp_path / "c.jsonl"
+    path.write_text("x" * 200_000)
+    found = glance(path, "text")
+    assert found is not None
+    assert (found.texts, found.scale) == ([], 0.0)
+
+
+# Tokens
+
+
+def test_bytes_are_counted_exactly() -> None:
+    assert counter("byte", [])("aé") == 2 + 3
+
+
+def test_a_vocabulary_is_used_by_its_longest_matches(tmp_path: Path) -> None:
+    assert longest_matches("abcab", frozenset({"a", "b", "c", "ab", "abc"})) == 2
+    assert longest_matches("zzz", frozenset({"a"})) == 3
+    spelt = ["a", "b", "\u0120", "ab", "\u0120ab"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {t: i for i, t in enumerate(spelt)}}}))
+    count = counter(str(tmp_path), ["ab ab ab ab"])
+    assert count("ab ab ab ab") == pytest.approx(2 + 4)
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["\u2581a", 0.1], ["a", 0.2]]}}))
+    assert counter(str(tmp_path), ["a a a"])("a a a") == pytest.approx(2 + 3)
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert counter(str(tmp_path), ["abc"])("abc") == 5
+
+
+# The size, against the worker's own
+
+
+@pytest.mark.parametrize("packing", ["document", "none"])
+@pytest.mark.parametrize("seq_len", [64, 340])
+def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any, seq_len: int) -> None:
+    from worker.corpus import open_corpus
+    from worker.rows import RowTable
+    from worker.tokenizers import load
+
+    path = tmp_path / "c.jsonl"
+    write_corpus(path, 1500, seed=seq_len)
+    corpus = open_corpus(path, load("byte"), cache=tmp_path / "cache")
+    rows = RowTable.open(corpus, max_seq_len=seq_len, packing=packing)
+    spec = JobSpec.model_validate({"data": {"data_path": str(path), "max_seq_len": seq_len, "packing": packing}})
+    found = glance(path, "text")
+    assert found is not None
+    count = counter("byte", found.texts)
+    size = size_of(spec, [count(text) for text in found.texts], found.bad_lines, found.scale)
+    assert size is not None
+    assert (size.tokens, size.documents) == (corpus.meta.tokens, corpus.meta.documents)
+    assert size.targets == rows.tokens
+    assert size.samples == pytest.approx(len(rows), rel=0.05)
+    assert packing == "document" or size.samples == len(rows)
+
+
+def test_a_learned_vocabulary_is_guessed_within_a_tenth(tmp_path: Path) -> None:
+    from worker.tokenizers import load, train
+
+    path = tmp_path / "c.jsonl"
+    write_corpus(path, 400, seed=9)
+    found = glance(path, "text")
+    assert found is not None
+    train(found.texts, 320, tmp_path / "tokenizer")
+    exact = sum(2 + len(ids) for ids in load(str(tmp_path / "tokenizer")).encode_batch(found.texts))
+    count = counter(str(tmp_path / "tokenizer"), found.texts)
+    assert sum(map(count, found.texts)) == pytest.approx(exact, rel=0.1)
+
+
+def test_steps_follow_epochs_or_max_steps() -> None:
+    def size(**training: Any) -> Size:
+        batch = {"batch_size": 2, "accumulation_steps": 2}
+        spec = JobSpec.model_validate(
+            {"data": {"data_path": "x", "max_seq_len": 10, "packing": "none"}, "training": {**batch, **training}}
+        )
+        found = size_of(spec, [10.0] * 9, 0, 2.0)
+        assert found is not None
+        return found
+
+    assert (size().samples, size().steps_per_epoch, size().steps) == (18, 5, 5)
+    assert size(epochs=3).steps == 15
+    assert size(max_steps=7).steps == 7
+    assert size(max_steps=7).trained_tokens == pytest.approx(7 * 18 * 9 / 5)
+    spec = JobSpec.model_validate({"data": {"data_path": "x", "eval_fraction": 0.5, "packing": "none"}})
+    half = size_of(spec, [10.0] * 10, 0, 1.0)
+    assert half is not None
+    assert (half.samples, half.targets, half.tokens) == (5, 45, 100)
+    assert size_of(spec, [], 3, 1.0) is None
+
+
+# Warnings
+
+
+SIZE = Size(documents=100, tokens=10_000, bad_lines=0, samples=1000, targets=9000, steps_per_epoch=10, steps=2000)
+HERE = Surroundings("cpu", 1 << 30, 8 << 30, 1 << 20, 1 << 40)
+
+
+def sentences(size: Size | None = SIZE, here: Surroundings = HERE, **groups: Any) -> list[str]:
+    spec = {"data": {"data_path": "x"}, "resources": {"device": "cpu"}, **groups}
+    return warnings(JobSpec.model_validate(spec), size, here)
+
+
+def test_nothing_to_say() -> None:
+    assert sentences() == []
+
+
+@pytest.mark.parametrize(
+    ("size", "here", "groups", "said"),
+    [
+        (SIZE, HERE, {"resources": {"device": "auto"}}, "will use the CPU"),
+        (SIZE, replace(HERE, memory_limit=1 << 29), {}, "needs about 1.1 GB of memory and this host has 0.5 GB"),
+        (SIZE, replace(HERE, memory_limit=(1 << 30) + 1), {}, "it may not fit"),
+        (SIZE, replace(HERE, memory_limit=3 << 30), {"resources": {"device": "cpu", "nproc_per_node": 4}}, "4.3 GB"),
+        (SIZE, replace(HERE, disk_free=1 << 21), {}, "4 checkpoints (keep_last and the one being written) take 4.2 MB"),
+        (SIZE, replace(HERE, kind="cuda"), {"training": {"batch_size": 1}}, "gives a GPU 340 tokens at once"),
+        (replace(SIZE, bad_lines=10), HERE, {}, "9.1 % of the lines cannot be read and max_bad_lines allows 1.0 %"),
+        (replace(SIZE, samples=10), HERE, {}, "one step takes 256 rows and the corpus has about 10"),
+        (replace(SIZE, steps=50), HERE, {"training": {"warmup_steps": 50}}, "warmup_steps 50 is not shorter"),
+        (replace(SIZE, steps=999), HERE, {}, "save_interval 1,000 is longer than the run (999 steps)"),
+        (replace(SIZE, steps=99), HERE, {}, "log_interval 100 is longer than the run (99 steps)"),
+        (None, HERE, {}, "no document was found"),
+    ],
+)
+def test_each_warning(size: Size | None, here: Surroundings, groups: dict[str, Any], said: str) -> None:
+    assert [text for text in sentences(size, here, **groups) if said in text], sentences(size, here, **groups)
+
+
+def test_what_is_not_known_is_not_warned_of() -> None:
+    assert sentences(here=replace(HERE, memory_limit=None, disk_free=None)) == []
+    assert sentences(replace(SIZE, steps=999), checkpoint={"save_minutes": 5}) == []
+
+
+def test_memory_of_the_host(tmp_path: Path) -> None:
+    meminfo, cgroup = tmp_path / "meminfo", tmp_path / "max"
+    assert host_memory(meminfo, cgroup) is None
+    meminfo.write_text("MemTotal:        1000 kB\nMemFree: 1 kB\n")
+    cgroup.write_text("max\n")
+    assert host_memory(meminfo, cgroup) == 1_024_000
+    cgroup.write_text("5000\n")
+    assert host_memory(meminfo, cgroup) == 5000
+    assert (disk_free(tmp_path / "not" / "there") or 0) > 0
+
+
+# The route
+
+
+def test_a_plan_is_complete_and_stores_nothing(any_rig: Rig) -> None:
+    write_corpus(any_rig.corpus, 300, seed=5)
+    found = plan(any_rig, training={"batch_size": 4, "accumulation_steps": 2}, resources={"device": "cpu"})
+    assert found["object"] == "plan"
+    assert found["estimated"] is True
+    for name in (
+        "parameters",
+        "tokens",
+        "samples",
+        "steps",
+        "checkpoint_bytes",
+        "disk_free_bytes",
+        "memory_limit_bytes",
+    ):
+        assert found[name] > 0, name
+    assert found["active_parameters"] == found["parameters"]
+    assert found["steps"] == found["steps_per_epoch"] == math.ceil(found["samples"] / 8)
+    assert found["flops"] == pytest.approx(found["flops_per_token"] * found["tokens_per_step"] * found["steps"])
+    assert found["expected_first_loss"] == pytest.approx(math.log(259))
+    assert (found["eta_seconds"], found["eta_basis"], found["world_size"]) == (None, None, 1)
+    assert found["queue"] == {"position": 1, "waiting_for": "nothing: it would start at once"}
+    assert set(found["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations"}
+    assert any_rig.get("/jobs")["data"] == []
+
+
+def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: Rig) -> None:
+    body = rig.spec(training={"learning_rate": -1, "x": 1}, model={"hidden_size": 0})
+    answers = [rig.client.post(path, json=body).json() for path in ("/jobs/plan", "/jobs")]
+    assert [answer["code"] for answer in answers] == ["invalid_spec"] * 2
+    assert answers[0]["errors"] == answers[1]["errors"]
+    assert len(answers[0]["errors"]) == 3
+
+
+def test_the_time_comes_from_a_like_run(any_rig: Rig) -> None:
+    rig = any_rig
+    write_corpus(rig.corpus, 300, seed=6)
+    job_id, attempt = rig.running(resources={"device": "cpu"})
+    attempt.metric(1, tokens_per_second=500.0)
+    rig.exit(attempt, "crashed", Reason.HUNG, step=1)
+    found = plan(rig, resources={"device": "cpu"})
+    assert found["eta_seconds"] == pytest.approx(found["tokens_per_step"] * found["steps"] / 500)
+    assert found["eta_basis"] == f"500 tokens/s in {job_id} on fake CPU"
+    others: list[dict[str, Any]] = [
+        {"training": {"batch_size": 1}},
+        {"data": {"data_path": str(rig.corpus), "max_seq_len": 64}},
+    ]
+    for other in others:
+        assert plan(rig, resources={"device": "cpu"}, **other)["eta_seconds"] is None
+    assert plan(rig, resources={"device": "cpu", "nproc_per_node": 2})["eta_seconds"] is None
+
+
+def test_where_it_would_stand(any_rig: Rig) -> None:
+    any_rig.running(resources={"nproc_per_node": 2})
+    any_rig.submit()
+    assert plan(any_rig)["queue"] == {"position": 2, "waiting_for": "1 CPU slots; 0 of 2 free"}
+    assert plan(any_rig, resources={"priority": 5})["queue"]["position"] == 1
+
+
+def test_a_gpu_and_its_memory(make_rig: MakeRig, sqlite_url: str) -> None:
+    rig = make_rig(sqlite_url, devices=[Device("cuda:0", "cuda", model="H100", memory_bytes=1 << 30)])
+    found = plan(rig, training={"batch_size": 512})
+    assert (found["device"], found["device_name"], found["memory_limit_bytes"]) == ("cuda", "H100", 1 << 30)
+    assert any("the device has 1.1 GB" in text for text in found["warnings"])
+    rig.close()
