@@ -66,9 +66,11 @@ def summary(job: Facts, now: datetime) -> str:
 
 def _running(job: Facts, now: datetime) -> str:
     progress = job.progress
-    if job.phase not in (None, Phase.TRAINING, Phase.SAVING, Phase.EVALUATING) or progress.steps is None:
+    if job.phase not in (None, Phase.TRAINING, Phase.SAVING, Phase.EVALUATING) or not (progress.step or progress.steps):
         return _phase(job)
-    parts = [f"Step {progress.step:,} of {progress.steps:,} ({progress.percent or 0:.0f} %)"]
+    parts = [f"Step {progress.step:,}"]
+    if progress.steps:
+        parts = [f"Step {progress.step:,} of {progress.steps:,} ({progress.percent or 0:.0f} %)"]
     if progress.eta_seconds is not None:
         parts.append(f"ETA {duration(progress.eta_seconds)}")
     if progress.tokens_per_second:
