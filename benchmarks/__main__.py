@@ -4,9 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benchmarks import launch, reporting
+from benchmarks import launch, reporting, saving, trainer
 
-BENCHMARKS: dict[str, Callable[[], None]] = {"launch": launch.main, "reporting": reporting.main}
+BENCHMARKS: dict[str, Callable[[], None]] = {
+    "launch": launch.main,
+    "reporting": reporting.main,
+    "saving": saving.main,
+    "trainer": trainer.main,
+}
 
 
 def main() -> int:

@@ -125,6 +125,20 @@ class Warned(Line):
     data: dict[str, Any] = Field(default_factory=dict)
 
 
+class ResumeVerified(Line):
+    """A checkpoint's probe, rows that are the same for the whole job, was scored again by the attempt that goes on.
+
+    ``expected`` is the loss that the checkpoint was saved with, ``found`` what it gives now, both means in nats a
+    token; ``found`` is null where it is not finite. On the same hardware, threads and dtype the difference is 0.
+    """
+
+    kind: Literal["resume_verified"] = "resume_verified"
+    step: Step
+    expected: float
+    found: float | None
+    difference: float | None
+
+
 class Finished(Line):
     """The last line of an attempt that ended in its own time; the same truth as outcome.json."""
 
@@ -135,7 +149,9 @@ class Finished(Line):
     message: str | None = None
 
 
-Event: TypeAlias = Started | PhaseChanged | Metric | CheckpointSaved | CheckpointRemoved | Sample | Warned | Finished
+Event: TypeAlias = (
+    Started | PhaseChanged | Metric | CheckpointSaved | CheckpointRemoved | Sample | Warned | ResumeVerified | Finished
+)
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 """Reads one line: ``EVENT.validate_json(line)`` raises ValidationError on anything else."""

@@ -63,7 +63,8 @@ class RunState:
     """Everything a resume needs beside the tensors. One JSON object, state.json.
 
     ``data_offset``: steps of data that were left out by rollbacks. ``interval``: each rank's sums since the last
-    metric line. ``scaler``: the fp16 scaler's state, {} without one.
+    metric line. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: what a few rows score with these
+    weights, see `worker.probe`; {} where that is not known.
     """
 
     step: int
@@ -76,6 +77,7 @@ class RunState:
     interval: list[list[float]] = field(default_factory=list)
     trouble: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, Any] = field(default_factory=dict)
     torch_version: str = torch.__version__
     version: int = 1
 
@@ -224,10 +226,9 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return state
 
 
-def unique_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict, each tensor once: tied weights stand under their first name."""
-    own = model.state_dict()
-    return {names[0]: own[names[0]] for names in shared_names(own)}
+def unique_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict with each tensor once: tied weights stand under their first name."""
+    return {names[0]: state[names[0]] for names in shared_names(state)}
 
 
 def shared_names(state: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:

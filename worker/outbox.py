@@ -4,6 +4,7 @@ The training process never waits for anybody here. What a full disk refuses is k
 """
 
 import os
+import threading
 from collections import deque
 from pathlib import Path
 from typing import Self
@@ -15,26 +16,31 @@ KEPT_LINES = 100_000
 
 
 class Outbox:
-    """The outbox of one attempt, written by rank 0 alone. Every other rank has a `Silent` one."""
+    """The outbox of one attempt, written by rank 0 alone, from any of its threads. Other ranks have a `Silent` one."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self._unwritten: deque[bytes] = deque(maxlen=KEPT_LINES)
+        self._lock = threading.Lock()
         self.seq = _recover(self._descriptor)
 
     def say(self, event: Event) -> None:
         """Append ``event`` under the next ``seq``. Never raises for want of space."""
-        self.seq += 1
-        line = event.model_copy(update={"seq": self.seq}).model_dump_json(exclude_none=False)
-        self._unwritten.append(line.encode() + b"\n")
-        while self._unwritten and _append(self._descriptor, self._unwritten[0]):
-            self._unwritten.popleft()
+        with self._lock:
+            self.seq += 1
+            line = event.model_copy(update={"seq": self.seq}).model_dump_json(exclude_none=False)
+            self._unwritten.append(line.encode() + b"\n")
+            self._write_what_is_left()
 
     def close(self) -> None:
         """Write what is left, as far as the disk allows."""
+        with self._lock:
+            self._write_what_is_left()
+            os.close(self._descriptor)
+
+    def _write_what_is_left(self) -> None:
         while self._unwritten and _append(self._descriptor, self._unwritten[0]):
             self._unwritten.popleft()
-        os.close(self._descriptor)
 
     def __enter__(self) -> Self:
         return self

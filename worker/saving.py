@@ -1,27 +1,36 @@
-"""When and how the loop saves: all ranks meet, rank 0 writes, and what goes wrong is told and survived."""
+"""When and how the loop saves: rank 0 copies the step, and writes the copy while training goes on.
+
+At most one save is under way: the next one waits for it, so that what is saved depends on the spec and never on how
+fast the disk is. Pause, cancel and the end wait for their own save as well.
+"""
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
 from contract.rundir import ProductDir
 from contract.spec import JobSpec
 from contract.status import Phase
 from worker import checkpoint, retention
+from worker.beside import Beside
 from worker.checkpoint import Identity, RunState, Saved
 from worker.distributed import Ranks
 from worker.failure import describe, not_saved
 from worker.meters import Meters
+from worker.probe import Probe
+from worker.snapshot import Copies, Snapshot
 from worker.trainee import Progress, Trainee
 from worker.weights import weights_file, write_weights
 
 TRIES = 2
+RETRY_SECONDS = 1.0
+"""Before a save is tried again: a disk that was full for a moment, a mount that blinked."""
 
 
 @dataclass
 class Saver:
-    """Saves one job. ``saved_at`` is on the monotonic clock."""
+    """Saves one job. ``saved_at`` is on the monotonic clock. ``say`` is called from the writing thread too."""
 
     spec: JobSpec
     products: ProductDir
@@ -30,6 +39,9 @@ class Saver:
     ranks: Ranks
     say: Callable[[Event], None]
     saved_at: float = 0.0
+    probe: Probe | None = None
+    _writer: Beside = field(default_factory=lambda: Beside("save"))
+    _snapshot: Snapshot | None = None
 
     def is_due_by_time(self, now: float) -> bool:
         """Whether ``save_minutes`` have passed since the last save or the start."""
@@ -37,11 +49,13 @@ class Saver:
         return minutes is not None and now - self.saved_at >= minutes * 60
 
     def save(self, trainee: Trainee, progress: Progress, meters: Meters, *, must: bool) -> None:
-        """Publish a checkpoint and the weights. All ranks call it together.
+        """Save the step that was just done. All ranks call it together.
 
-        A save that fails twice is a warning, and the run goes on; where it ``must`` succeed, because the run ends with
-        it, it is a Failure on every rank.
+        Returns at once, while the copy is being made; where the save ``must`` succeed, because the run ends with it,
+        once it is published. A save that fails twice is a warning, and the run goes on; one that must succeed is a
+        Failure on every rank.
         """
+        self.settle()
         state = trainee.state(
             progress,
             self.identity,
@@ -49,32 +63,72 @@ class Saver:
             interval=self.ranks.gather(meters.interval.row()),
             loss=meters.last_loss,
         )
-        self.ranks.from_leader(lambda: self._save(trainee, state, must))
         self.saved_at = time.monotonic()
+        if self.ranks.leads:
+            scored = self.probe.score(trainee) if self.probe is not None else {}
+            self._begin(trainee, replace(state, probe=scored), must)
+        if must:
+            self.settle()
 
-    def _save(self, trainee: Trainee, state: RunState, must: bool) -> None:
-        self.say(PhaseChanged(phase=Phase.SAVING))
+    def settle(self) -> None:
+        """Return once no save is under way. All ranks call it together; raises the Failure of a save that must not."""
+        self.ranks.from_leader(self._finish)
+
+    def close(self) -> None:
+        """Let a save that is under way come to its end, when this rank leaves for whatever reason."""
+        self._writer.join()
+
+    def _finish(self) -> None:
+        if self._writer.running:
+            self.say(PhaseChanged(phase=Phase.SAVING))
+            self._writer.wait()
+            self.say(PhaseChanged(phase=Phase.TRAINING))
+        self._writer.wait()
+
+    def _begin(self, trainee: Trainee, state: RunState, must: bool) -> None:
+        snapshot = self._snapshot = self._snapshot or Snapshot(trainee.model, trainee.optimizer)
+        try:
+            copies = snapshot.take()
+        except (MemoryError, RuntimeError) as error:
+            self._save_in_place(trainee, state, must, error)
+            return
+
+        def work() -> None:
+            snapshot.fill()
+            self._save(copies, state, must)
+
+        self._writer.begin(work)
+
+    def _save_in_place(self, trainee: Trainee, state: RunState, must: bool, error: Exception) -> None:
+        """There is no memory for a copy: write what training works on, while it waits."""
+        self._snapshot = None
+        message = f"no memory for a copy of step {state.step}, so training waits for its save: {str(error)[:200]}"
+        self.say(Warned(code="save_blocks", message=message, step=state.step))
+        copies = Copies.live(trainee.model, trainee.optimizer)
+        self._writer.begin(lambda: self._save(copies, state, must))
+        self._writer.join()
+
+    def _save(self, copies: Copies, state: RunState, must: bool) -> None:
         for left in reversed(range(TRIES)):
             try:
-                self._write(trainee, state)
+                self._write(copies, state)
                 self._prune()
                 return
             except OSError as error:
-                if left == 0 and must:
+                if left:
+                    time.sleep(RETRY_SECONDS)
+                elif must:
                     raise not_saved(error, f"the checkpoint of step {state.step}") from error
-                if left == 0:
+                else:
                     message = f"checkpoint {state.step} was not saved: {describe(error)}; training goes on"
                     self.say(Warned(code="save_failed", message=message, step=state.step))
 
-    def _write(self, trainee: Trainee, state: RunState) -> None:
+    def _write(self, copies: Copies, state: RunState) -> None:
         began = time.monotonic()
         saved = self._published_before(state.step) or checkpoint.publish(
-            self.products,
-            state,
-            checkpoint.unique_tensors(trainee.model),
-            checkpoint.optimizer_tensors(trainee.model, trainee.optimizer),
+            self.products, state, checkpoint.unique_tensors(copies.model), copies.optimizer
         )
-        write_weights(weights_file(self.products, self.spec), trainee.model)
+        write_weights(weights_file(self.products, self.spec), copies.model)
         self.say(
             CheckpointSaved(
                 step=saved.step,

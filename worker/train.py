@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from worker.launch import Attempt
 from worker.life import SignOfLife
 from worker.material import Material, prepare
 from worker.meters import Interval, Meters, own_interval
+from worker.probe import Probe, verified
 from worker.resume import find_start, newest_of
 from worker.roots import check_roots
 from worker.samples import written
@@ -70,11 +72,12 @@ def train(
     if begin is None and spec.training.from_weight is not None:
         start_from(model, spec, products)
     trainee = build(model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks)
-    progress, interval, rows_per_step = _restored(begin, trainee, spec, ranks)
+    progress, interval, rows_per_step, scored = _restored(begin, trainee, spec, ranks)
 
     # The order of rows is a function of seed and step; how many make a step was fixed by the first attempt.
     order = Order(material.rows.targets, rows_per_step, spec.training.seed)
     steps = steps_of(rows_per_step)
+    probe = Probe.of(material.rows, spec.training, ranks.device)
     fact = started(material, ranks, order, progress.step, steps, begin)
     loop = Loop(
         spec=spec,
@@ -85,18 +88,24 @@ def train(
         rate=LearningRate.of(spec.training, steps),
         calendar=Calendar.of(spec, steps, evaluates=material.evaluation is not None),
         meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe),
-        saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic()),
+        saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic(), probe),
         trackers=trackers,
         life=life,
         say=say,
     )
     say(fact)
     life.beat(progress.step)
+    if begin is not None and ranks.leads:
+        for event in verified(progress.step, scored, probe.score(trainee)):
+            say(event)
 
     # The steps, and the end: the last checkpoint and the weights are of the last step.
     loop.warm_up()
     say(PhaseChanged(phase=Phase.TRAINING))
-    progress, asked = loop.run(progress, steps, stop)
+    try:
+        progress, asked = loop.run(progress, steps, stop)
+    finally:
+        loop.saver.close()
     if asked and progress.step < steps:
         return Outcome(
             outcome="stopped", step=progress.step, reason=Reason.USER, message=f"saved at step {progress.step}"
@@ -104,13 +113,15 @@ def train(
     return Outcome(outcome="completed", step=progress.step, message=f"all {steps} steps done")
 
 
-def _restored(begin: Path | None, trainee: Trainee, spec: JobSpec, ranks: Ranks) -> tuple[Progress, Interval, int]:
-    """(how far the run is, this rank's sums since the last metric line, rows in a step)."""
+def _restored(
+    begin: Path | None, trainee: Trainee, spec: JobSpec, ranks: Ranks
+) -> tuple[Progress, Interval, int, dict[str, Any]]:
+    """(how far the run is, this rank's sums since the last metric line, rows in a step, what its probe scored)."""
     if begin is None:
         # As many as there are ranks, not as the spec says: by hand it is torchrun that decides.
-        return Progress(), Interval(), spec.training.batch_size * spec.training.accumulation_steps * ranks.world
+        return Progress(), Interval(), spec.training.batch_size * spec.training.accumulation_steps * ranks.world, {}
     state = trainee.load(begin)
-    return Progress.of(state), own_interval(state.interval, ranks), state.rows_per_step
+    return Progress.of(state), own_interval(state.interval, ranks), state.rows_per_step, state.probe
 
 
 @dataclass
@@ -197,6 +208,7 @@ class Loop:
 
     def _rolled_back(self, progress: Progress, what: str) -> Progress:
         """Back to the newest sound checkpoint; the data from there to the bad step is left out from now on."""
+        self.saver.settle()
         path = self.ranks.from_leader(lambda: newest_of(self.saver.products, self.say))
         if path is None:
             raise _diverged(f"{what}, and there is no checkpoint to go back to", progress.trouble)
@@ -229,7 +241,7 @@ class Loop:
         self.trackers.log(line)
 
     def _save(self, progress: Progress, *, must: bool) -> None:
-        """Checkpoint and weights, and what the model writes now."""
+        """Checkpoint and weights, written beside the next steps, and what the model writes now."""
         self.saver.save(self.trainee, progress, self.meters, must=must)
         if self.ranks.leads and self.calendar.saves(progress.step):
             prompts, limit = self.spec.reporting.sample_prompts, self.spec.model.max_position_embeddings
@@ -237,7 +249,6 @@ class Loop:
             for sample in written(model, tokenizer, prompts, progress.step, self.trainee.precision, limit):
                 self.say(sample)
         self.ranks.wait_for_all()
-        self.say(PhaseChanged(phase=Phase.TRAINING))
 
 
 def _diverged(what: str, trouble: gate.Trouble) -> Failure:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from contract.rundir import ProductDir, write_atomically
@@ -22,17 +23,22 @@ def weights_file(products: ProductDir, spec: JobSpec) -> Path:
     return products.weights(spec.checkpoint.save_weight, spec.model.hidden_size, spec.model.use_moe)
 
 
-def write_weights(path: Path, model: torch.nn.Module) -> None:
-    """Publish ``model`` in half precision under ``path``; equal weights give equal bytes. Raises OSError."""
-    own, half = model.state_dict(), {}
-    for names in shared_names(own):
+def write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Publish a state dict in half precision under ``path``; equal weights give equal bytes. Raises OSError."""
+    half: dict[str, torch.Tensor] = {}
+    for names in shared_names(state):
         # Tied names go on sharing memory, so the file holds each matrix once, as torch.save does for the model itself.
-        shared = own[names[0]].detach().to("cpu", torch.float16)
-        half.update(dict.fromkeys(names, shared))
+        half.update(dict.fromkeys(names, _halved(state[names[0]])))
     buffer = io.BytesIO()
-    torch.save({name: half[name] for name in own}, buffer)
+    torch.save({name: half[name] for name in state}, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
+
+
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
+    """In numpy and not in torch: this runs beside training, and torch would take all cores away from it."""
+    with np.errstate(over="ignore"):  # as torch: what is too large becomes infinite
+        return torch.from_numpy(tensor.detach().cpu().numpy().astype(np.float16))
 
 
 def start_from(model: torch.nn.Module, spec: JobSpec, products: ProductDir) -> Path:

@@ -18,6 +18,7 @@ from contract.events import (
     Finished,
     Metric,
     PhaseChanged,
+    ResumeVerified,
     Sample,
     Started,
     Warned,
@@ -147,6 +148,8 @@ class _Ingest:
                 self._sample(event)
             case Warned():
                 self._warned(event)
+            case ResumeVerified():
+                self._verified(event)
             case Finished():
                 self._finished(event)
             case _:
@@ -223,6 +226,12 @@ class _Ingest:
     def _warned(self, event: Warned) -> None:
         store.alert(self.job, event.code, event.message, event.at, event.step)
         self._tell("warning", event.message, event)
+
+    def _verified(self, event: ResumeVerified) -> None:
+        now = "not finite" if event.found is None else f"{event.found:.6f}"
+        apart = "" if event.difference is None else f", difference {event.difference:g}"
+        message = f"the probe of step {event.step:,} was saved with {event.expected:.6f} and is {now}{apart}"
+        self._tell("resume_verified", message, event)
 
     def _finished(self, event: Finished) -> None:
         if self.current:

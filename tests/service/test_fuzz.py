@@ -43,6 +43,7 @@ LINES: dict[str, dict[str, Any]] = {
     "checkpoint_removed": {"step": 1, "path": "/x", "why": "retention"},
     "sample": {"step": 1, "prompt": "p", "text": "t"},
     "warning": {"code": "c", "message": "m", "step": 1, "data": {}},
+    "resume_verified": {"step": 1, "expected": 2.0, "found": 2.0, "difference": 0.0},
     "finished": {"outcome": "completed", "step": 1, "message": "m"},
 }
 

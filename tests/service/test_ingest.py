@@ -178,6 +178,24 @@ def test_warnings_become_alerts_once_a_code(rig: Rig) -> None:
     assert sum(e["kind"] == "warning" for e in rig.data(job_id, "events")) == 4
 
 
+@pytest.mark.parametrize(
+    ("found", "difference", "says"),
+    [
+        (2.5, 0.0, "the probe of step 1,200 was saved with 2.500000 and is 2.500000, difference 0"),
+        (2.75, 0.25, "the probe of step 1,200 was saved with 2.500000 and is 2.750000, difference 0.25"),
+        (None, None, "the probe of step 1,200 was saved with 2.500000 and is not finite"),
+    ],
+)
+def test_a_verified_resume_is_an_event(rig: Rig, found: float | None, difference: float | None, says: str) -> None:
+    job_id, attempt = rig.running()
+    attempt.say("resume_verified", step=1200, expected=2.5, found=found, difference=difference)
+    rig.ship(attempt)
+    (event,) = [e for e in rig.data(job_id, "events") if e["kind"] == "resume_verified"]
+    assert event["message"] == says
+    assert event["data"] == {"step": 1200, "expected": 2.5, "found": found, "difference": difference}
+    assert [alert["code"] for alert in rig.job(job_id)["alerts"]] == ["cpu_fallback"]
+
+
 def test_progress_between_two_points(rig: Rig) -> None:
     job_id, attempt = rig.running(steps=100)
     attempt.metric(10, step_seconds=2.0)

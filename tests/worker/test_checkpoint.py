@@ -55,7 +55,7 @@ def state(step: int) -> RunState:
 
 def publish(products: ProductDir, step: int, seed: int = 0) -> checkpoint.Saved:
     model, optimizer = trained(seed)
-    tensors, moments = checkpoint.unique_tensors(model), checkpoint.optimizer_tensors(model, optimizer)
+    tensors, moments = checkpoint.unique_tensors(model.state_dict()), checkpoint.optimizer_tensors(model, optimizer)
     return checkpoint.publish(products, state(step), tensors, moments)
 
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path
     products = ProductDir(tmp_path)
     model, optimizer = trained(seed=3)
     moments = checkpoint.optimizer_tensors(model, optimizer)
-    saved = checkpoint.publish(products, state(3), checkpoint.unique_tensors(model), moments)
+    saved = checkpoint.publish(products, state(3), checkpoint.unique_tensors(model.state_dict()), moments)
     other, other_optimizer = trained(seed=4)
     restored = checkpoint.load(saved.path, other, other_optimizer)
     assert restored == state(3)
@@ -103,7 +103,7 @@ def test_a_fresh_optimizer_takes_the_state_too(tmp_path: Path) -> None:
     assert sorted(moments) == [
         f"{key}.{p}" for key in ("exp_avg", "exp_avg_sq", "step") for p in ("embed.weight", "scale")
     ]
-    saved = checkpoint.publish(ProductDir(tmp_path), state(3), checkpoint.unique_tensors(model), moments)
+    saved = checkpoint.publish(ProductDir(tmp_path), state(3), checkpoint.unique_tensors(model.state_dict()), moments)
     fresh = Tied()
     fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.5, fused=True)
     checkpoint.load(saved.path, fresh, fresh_optimizer)

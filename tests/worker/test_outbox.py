@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,21 @@ def test_other_ranks_say_nothing() -> None:
     silent.say(Warned(code="a", message="a"))
     silent.close()
     assert silent.seq == 0
+
+
+def test_two_threads_never_share_a_line_or_a_number(tmp_path: Path) -> None:
+    path, each = tmp_path / "events.jsonl", 400
+    with Outbox(path) as outbox:
+
+        def speak(who: str) -> None:
+            for number in range(each):
+                outbox.say(Warned(code=who, message="x" * (number % 50)))
+
+        threads = [threading.Thread(target=speak, args=(who,)) for who in ("training", "save")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    found = lines(path)
+    assert [line["seq"] for line in found] == list(range(1, 2 * each + 1))
+    assert sorted(str(line["code"]) for line in found) == ["save"] * each + ["training"] * each

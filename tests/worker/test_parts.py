@@ -263,12 +263,12 @@ def test_every_mismatch_is_listed() -> None:
 def test_half_precision_weights_come_back_as_float32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
-    write_weights(tmp_path / "out" / "w.pth", model)
+    write_weights(tmp_path / "out" / "w.pth", model.state_dict())
     start_from(other, spec(training={"from_weight": str(tmp_path / "out" / "w.pth")}), ProductDir(tmp_path))
     assert other.weight.dtype is torch.float32
     assert torch.equal(other.weight, model.weight.half().float())
     first = (tmp_path / "out" / "w.pth").read_bytes()
-    write_weights(tmp_path / "out" / "w.pth", model)
+    write_weights(tmp_path / "out" / "w.pth", model.state_dict())
     assert (tmp_path / "out" / "w.pth").read_bytes() == first
 
 

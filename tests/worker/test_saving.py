@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
 from contract.rundir import ProductDir
 from contract.spec import JobSpec
 from model.config import ModelConfig
 from tests.worker import driver
-from worker import checkpoint
+from worker import checkpoint, saving
 from worker.checkpoint import Identity
 from worker.distributed import Ranks
 from worker.failure import Failure
 from worker.meters import Interval, Meters
 from worker.saving import Saver
+from worker.snapshot import Snapshot
 from worker.trainee import Progress, Trainee, build, initial_model
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -52,8 +55,12 @@ class Bench:
         self.trainee: Trainee = build(initial_model(SHAPE, 1, ALONE.device), spec().training, 0.0, ALONE)
         self.saver = Saver(spec(**checkpointing), self.products, IDENTITY, 8, ALONE, self.said.append)
 
-    def save(self, step: int, *, must: bool = False) -> None:
+    def begin(self, step: int, *, must: bool = False) -> None:
         self.saver.save(self.trainee, Progress(step=step, tokens=step), self.meters, must=must)
+
+    def save(self, step: int, *, must: bool = False) -> None:
+        self.begin(step, must=must)
+        self.saver.settle()
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.said if isinstance(event, kind)]
@@ -75,7 +82,7 @@ def test_a_save_publishes_tells_and_prunes(tmp_path: Path) -> None:
     assert (state.step, state.tokens, state.rows_per_step) == (3, 3, 8)
     assert state.interval == [[3.0, 0.0, 2.0, 0.0]]
     assert (bench.products.out / "pretrain_16.pth").is_file()
-    assert [event.phase for event in bench.of(PhaseChanged)] == ["saving"] * 3
+    assert bench.saver.saved_at > 0
 
 
 def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path) -> None:
@@ -92,6 +99,159 @@ def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path)
     assert (bench.products.checkpoints / ".invalid-step-00000005").is_dir()
 
 
+class Held:
+    """Lets saves be published only when the test says so."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+        self._publish = checkpoint.publish
+
+    def publish(self, *arguments: Any) -> checkpoint.Saved:
+        self.begun.set()
+        assert self.go.wait(30)
+        return self._publish(*arguments)
+
+    def __enter__(self) -> "Held":
+        self._patch = mock.patch.object(checkpoint, "publish", self.publish)
+        self._patch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.go.set()
+        self._patch.stop()
+
+
+def train_on(trainee: Trainee) -> None:
+    """One update, of any kind, in place."""
+    for parameter in trainee.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    trainee.optimizer.step()
+
+
+def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    train_on(bench.trainee)
+    weights = {name: value.clone() for name, value in bench.trainee.model.state_dict().items()}
+    moments = {
+        name: value.clone()
+        for name, value in checkpoint.optimizer_tensors(bench.trainee.model, bench.trainee.optimizer).items()
+    }
+    with Held() as held:
+        bench.begin(5)
+        assert held.begun.wait(30)
+        assert bench.products.published() == []
+        for _ in range(3):
+            train_on(bench.trainee)
+        held.go.set()
+        bench.saver.settle()
+    path = bench.products.checkpoint(5)
+    saved, saved_moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in saved.items())
+    assert set(saved_moments) == set(moments)
+    assert all(torch.equal(value, moments[name]) for name, value in saved_moments.items())
+    half = torch.load(bench.products.out / "pretrain_16.pth", weights_only=True)
+    assert list(half) == list(weights)
+    assert all(torch.equal(value, weights[name].half()) for name, value in half.items())
+
+
+def test_the_next_save_waits_for_the_one_before_and_says_so(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with Held() as held:
+        bench.begin(1)
+        assert held.begun.wait(30)
+        later = threading.Timer(0.05, held.go.set)
+        later.start()
+        bench.begin(2, must=True)
+        later.join()
+    assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
+    phases = [event.phase for event in bench.of(PhaseChanged)]
+    assert phases[:2] == ["saving", "training"]
+    kinds = [event.kind for event in bench.said]
+    assert kinds.index("phase") < kinds.index("checkpoint")
+
+
+def test_leaving_lets_a_save_come_to_its_end(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with Held() as held:
+        bench.begin(3)
+        later = threading.Timer(0.05, held.go.set)
+        later.start()
+        bench.saver.close()
+        later.join()
+    assert checkpoint.find_damage(bench.products.checkpoint(3)) is None
+
+
+def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with mock.patch.object(checkpoint, "publish", side_effect=ZeroDivisionError("nobody thought of it")):
+        bench.begin(3)
+        bench.saver.close()
+        with pytest.raises(ZeroDivisionError):
+            bench.saver.settle()
+    bench.save(4)
+    assert [event.step for event in bench.of(CheckpointSaved)] == [4]
+
+
+def test_without_room_for_a_copy_training_waits_and_the_user_is_told(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    with mock.patch.object(Snapshot, "take", side_effect=RuntimeError("can't allocate memory")):
+        bench.begin(3)
+        assert checkpoint.find_damage(bench.products.checkpoint(3)) is None
+    (warning,) = bench.of(Warned)
+    assert (warning.code, warning.step) == ("save_blocks", 3)
+    bench.save(4)
+    assert len(bench.of(Warned)) == 1
+
+
+def test_a_snapshot_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    snapshot = Snapshot(bench.trainee.model, bench.trainee.optimizer)
+    first = snapshot.take()
+    snapshot.fill()
+    assert first.optimizer == {}
+    assert list(first.model) == list(bench.trainee.model.state_dict())
+    assert first.model["lm_head.weight"] is first.model["model.embed_tokens.weight"]
+    train_on(bench.trainee)
+    second = snapshot.take()
+    snapshot.fill()
+    assert {value.data_ptr() for value in second.model.values()} == {v.data_ptr() for v in first.model.values()}
+    assert set(checkpoint.unique_tensors(second.model)) == set(dict(bench.trainee.model.named_parameters()))
+    assert len(second.optimizer) == 3 * len(list(bench.trainee.model.parameters()))
+
+
+def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    snapshot = Snapshot(bench.trainee.model, bench.trainee.optimizer)
+    expected = {name: value.clone() for name, value in bench.trainee.model.state_dict().items()}
+    copies = snapshot.take()
+    later = threading.Timer(0.05, snapshot.fill)
+    later.start()
+    train_on(bench.trainee)
+    later.join()
+    assert snapshot.held > 0.01
+    assert all(torch.equal(value, expected[name]) for name, value in copies.model.items())
+    assert not torch.equal(bench.trainee.model.lm_head.weight, expected["lm_head.weight"])
+    held = snapshot.held
+    train_on(bench.trainee)
+    assert snapshot.held == held
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
+    device = torch.device("cuda")
+    ranks = Ranks(0, 1, 0, 1, device)
+    trainee = build(initial_model(SHAPE, 1, device), spec().training, 0.0, ranks)
+    snapshot = Snapshot(trainee.model, trainee.optimizer)
+    for _ in range(20):
+        train_on(trainee)
+        expected = {name: value.cpu() for name, value in trainee.model.state_dict().items()}
+        copies = snapshot.take()
+        train_on(trainee)
+        snapshot.fill()
+        assert all(value.is_pinned() and torch.equal(value, expected[name]) for name, value in copies.model.items())
+
+
 @pytest.mark.parametrize("failures", [1, 2])
 def test_a_save_is_tried_twice(failures: int, tmp_path: Path) -> None:
     bench, real, left = Bench(tmp_path), checkpoint.publish, iter(range(failures))
@@ -101,7 +261,7 @@ def test_a_save_is_tried_twice(failures: int, tmp_path: Path) -> None:
             raise PermissionError(13, "Permission denied", "/d")
         return real(*arguments)
 
-    with mock.patch.object(checkpoint, "publish", publish):
+    with mock.patch.object(checkpoint, "publish", publish), mock.patch.object(saving, "RETRY_SECONDS", 0.0):
         bench.save(4)
     assert len(bench.of(CheckpointSaved)) == 2 - failures
     messages = [event.message for event in bench.of(Warned)]

@@ -1,0 +1,124 @@
+"""Saving beside training: how long training stands still for a save, against a save that it waits for."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.corpus import write_docstrings
+from contract.events import Event, Warned
+from contract.rundir import ProductDir, RunDir
+from contract.spec import JobSpec
+from model.config import ModelConfig
+from worker import checkpoint
+from worker.data import Order
+from worker.distributed import Ranks
+from worker.feed import Feed
+from worker.material import prepare
+from worker.meters import Interval, Meters
+from worker.probe import Probe
+from worker.saving import Saver
+from worker.snapshot import Copies, Snapshot
+from worker.trainee import Progress, Trainee, build, initial_model
+from worker.weights import write_weights
+
+ROUNDS = 5
+LIMIT = 0.15
+ROWS = 2
+SHAPE = ModelConfig(hidden_size=512, num_hidden_layers=8, vocab_size=6400)
+
+
+class Bench:
+    """A model of MiniMind's size in training, with everything a save needs."""
+
+    def __init__(self, folder: Path) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.ranks = Ranks(0, 1, 0, 1, device)
+        write_docstrings(folder / "corpus.jsonl", 300)
+        data = {"data_path": str(folder / "corpus.jsonl")}
+        asked = JobSpec.model_validate({"data": data, "model": SHAPE, "training": {"batch_size": ROWS}})
+        material = prepare(asked, RunDir(folder), self.ranks, self.heard, lambda: False)
+        self.spec, self.products = material.spec, ProductDir(folder)
+        order = Order(material.rows.targets, ROWS, 1)
+        self.feed = Feed(material.rows, order, self.ranks, ROWS, "global_tokens")
+        self.trainee: Trainee = build(initial_model(SHAPE, 1, device), self.spec.training, 0.0, self.ranks)
+        self.meters = Meters(self.ranks, Interval(), 1.0, has_aux=False)
+        self.saver = Saver(self.spec, self.products, material.identity, ROWS, self.ranks, self.heard)
+        self.saver.probe = Probe.of(material.rows, self.spec.training, device)
+        self.step = 0
+
+    def heard(self, event: Event) -> None:
+        """Whatever goes wrong ends the measurement."""
+        if isinstance(event, Warned):
+            raise RuntimeError(event.message)
+
+    def train(self) -> float:
+        """Seconds of one optimizer step."""
+        began = time.perf_counter()
+        self.step += 1
+        self.trainee.stepper.step(self.feed.micros(self.step), 1e-4, lambda _: None)
+        return time.perf_counter() - began
+
+    def waited_for(self) -> float:
+        """Seconds of a save straight from what is trained, which training waits for."""
+        began = time.perf_counter()
+        state = self.trainee.state(
+            Progress(step=self.step), self.saver.identity, rows_per_step=ROWS, interval=[], loss=None
+        )
+        copies = Copies.live(self.trainee.model, self.trainee.optimizer)
+        checkpoint.publish(self.products, state, checkpoint.unique_tensors(copies.model), copies.optimizer)
+        write_weights(self.products.out / "waited_for.pth", copies.model)
+        return time.perf_counter() - began
+
+    def beside(self) -> tuple[float, list[float]]:
+        """Seconds that training stands still for a save, and those of each step until it is published."""
+        held, published, began = self._held(), self.products.checkpoint(self.step), time.perf_counter()
+        self.saver.save(self.trainee, Progress(step=self.step), self.meters, must=False)
+        blocked = time.perf_counter() - began
+        steps: list[float] = []
+        while not (published.exists() and steps):
+            steps.append(self.train())
+        self.saver.settle()
+        return blocked + self._held() - held, steps
+
+    def _held(self) -> float:
+        snapshot: Snapshot | None = self.saver._snapshot  # noqa: SLF001
+        return snapshot.held if snapshot is not None else 0.0
+
+
+def main() -> None:
+    """Measure in a process whose OpenMP threads wait as those of a run do: asleep. It is read when torch is loaded."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([sys.executable, "-m", "benchmarks.saving"], env=environment, check=True)
+
+
+def measure() -> None:
+    """Alternate the two, so that a slow minute of the machine hits both."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        waited, blocked, alone, meanwhile = [], [], [], []
+        for number in range(ROUNDS + 1):
+            steps = [bench.train() for _ in range(3)]
+            whole = bench.waited_for()
+            bench.train()
+            still, during = bench.beside()
+            if number:  # the first round makes the buffers, the optimizer's state and the disk's cache
+                waited.append(whole)
+                blocked.append(still)
+                alone += steps
+                meanwhile += during
+    ratio = statistics.median(b / w for b, w in zip(blocked, waited, strict=True))
+    slower = statistics.median(meanwhile) / statistics.median(alone) - 1
+    print(f"a save training waits for    {statistics.median(waited):6.2f} s (512 x 8, median of {ROUNDS})")
+    print(f"a save beside training       {statistics.median(blocked):6.2f} s standing still")
+    print(f"ratio                        {ratio:6.1%} (median of pairs; goal: under {LIMIT:.0%})")
+    print(f"steps while one is written   {slower:+6.0%} longer, on {os.cpu_count()} cores that do both")
+
+
+if __name__ == "__main__":
+    measure()
