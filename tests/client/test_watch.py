@@ -345,7 +345,12 @@ def served(service: FakeService) -> Iterator[str]:
 def test_a_real_ctrl_c_exits_130(served: str) -> None:
     command = [sys.executable, "-c", "import sys; from client.cli import main; sys.exit(main())", "watch", "pre-12"]
     with subprocess.Popen(
-        [*command, "--url", served], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [*command, "--url", served],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts what it runs in the background with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         assert "status=running" in process.stdout.readline()
