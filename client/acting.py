@@ -1,4 +1,4 @@
-"""The subcommands that change a job: pause, resume, cancel, kill, delete."""
+"""The subcommands that change a job: pause, resume, save, cancel, kill, delete."""
 
 import argparse
 from typing import Any
@@ -17,6 +17,12 @@ def pause(args: argparse.Namespace, console: Console) -> int:
     """`trainyard pause`."""
     with connect(args) as trainyard:
         return _report(trainyard.pause(_id(trainyard, args)), args, console)
+
+
+def save(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard save`."""
+    with connect(args) as trainyard:
+        return _report(trainyard.save(_id(trainyard, args)), args, console)
 
 
 def resume(args: argparse.Namespace, console: Console) -> int:

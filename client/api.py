@@ -124,8 +124,15 @@ class Trainyard:
         """Save and stop; the job can be resumed."""
         return self._act(job_id, "pause")
 
+    def save(self, job_id: str) -> Job:
+        """Ask for a checkpoint at the next step; the run goes on."""
+        return self._act(job_id, "save")
+
     def resume(self, job_id: str, **changes: Any) -> Job:
-        """Go on from the newest valid checkpoint. May raise ``epochs`` or ``max_steps``, change ``resources``."""
+        """Go on from the newest valid checkpoint, or from that of ``step``.
+
+        May raise ``epochs`` or ``max_steps``, and change ``resources``.
+        """
         return self._act(job_id, "resume", changes or None)
 
     def cancel(self, job_id: str) -> Job:

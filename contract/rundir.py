@@ -73,6 +73,23 @@ class AttemptDir:
         return self.path / "stop"
 
     @property
+    def save(self) -> Path:
+        """Its existence asks the ranks to save at the next step and go on; rank 0 removes it once it has heard."""
+        return self.path / "save"
+
+    @property
+    def resume_from(self) -> Path:
+        """The step of the checkpoint that the attempt is to begin at, as text. None there: at the newest sound one."""
+        return self.path / "resume_from"
+
+    def read_resume_from(self) -> int | None:
+        """The step in `resume_from`, or None where none was named."""
+        try:
+            return int(self.resume_from.read_text())
+        except FileNotFoundError:
+            return None
+
+    @property
     def logs(self) -> Path:
         """Directory of the logs."""
         return self.path / "logs"

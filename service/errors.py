@@ -79,7 +79,7 @@ class Conflict(ServiceError):
 
 
 class StepUnavailable(ServiceError):
-    """A run goes on from its newest valid checkpoint, and this step is not that."""
+    """The job has no full checkpoint of this step."""
 
     status, code = 409, "step_unavailable"
 

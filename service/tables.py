@@ -69,7 +69,10 @@ def _job_id() -> Mapped[str]:
 
 
 class JobRow(Table):
-    """One job. ``version`` counts changes of status; ``number`` orders jobs by age."""
+    """One job. ``version`` counts changes of status; ``number`` orders jobs by age.
+
+    ``resume_step``: the checkpoint the next attempt is to begin at, until one has.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (Index("ix_jobs_status", "status", "priority", "queued_at"), Index("ix_jobs_name", "name"))
@@ -105,6 +108,7 @@ class JobRow(Table):
     queued_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    resume_step: Mapped[int | None]
 
 
 class LabelRow(Table):
@@ -194,6 +198,7 @@ class MetricRow(Table):
     eval_loss: Mapped[float | None]
     nonfinite: Mapped[bool]
     at: Mapped[datetime]
+    expert_load: Mapped[list[Any] | None]
 
 
 class EventRow(Table):

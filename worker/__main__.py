@@ -1,4 +1,4 @@
-"""`torchrun --standalone --nproc_per_node N -m worker RUN_DIR [--attempt N]`: the training process.
+"""`torchrun --standalone --nproc_per_node N -m worker RUN_DIR [--attempt N | --from-step N]`: the training process.
 
 Also `python -m worker RUN_DIR` for one rank. Without --attempt it is started by hand: RUN_DIR/spec.json is what to run,
 and a checkpoint in RUN_DIR is gone on from. Exit code 0: done, or stopped as asked; 1: failed; 2: wrong usage.
@@ -17,7 +17,7 @@ RANK_LOGS = "TRAINYARD_RANK_LOGS"
 
 def main() -> None:
     """Run one rank of one attempt."""
-    run, number = _parse()
+    run, number, from_step = _parse()
     if number is not None and os.environ.get(RANK_LOGS):
         _log_to_file(run.attempt(number), int(os.environ.get("RANK", "0")))
     # By default OpenMP's threads wait for each other in a busy loop. Where anything else wants the cores, that makes a
@@ -27,18 +27,20 @@ def main() -> None:
 
     from worker.program import run_rank
 
-    record(run_rank)(run, number)
+    record(run_rank)(run, number, from_step)
 
 
-def _parse() -> tuple[RunDir, int | None]:
+def _parse() -> tuple[RunDir, int | None, int | None]:
     parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="holds spec.json; gets checkpoints and weights")
-    parser.add_argument("--attempt", type=int, metavar="N", help="run RUN_DIR/attempt-000N/spec.json, as an agent does")
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--attempt", type=int, metavar="N", help="run RUN_DIR/attempt-000N/spec.json, as an agent does")
+    one_of.add_argument("--from-step", type=int, metavar="N", help="go back to this checkpoint; set newer ones aside")
     parsed = parser.parse_args()
     run = RunDir(parsed.run_dir.resolve())
     if not run.path.is_dir():
         parser.error(f"{run.path} is not a directory")
-    return run, parsed.attempt
+    return run, parsed.attempt, parsed.from_step
 
 
 def _log_to_file(attempt: AttemptDir, rank: int) -> None:

@@ -3,6 +3,7 @@
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
     checkpoints/.saving-...     one that is being written; collected at the next start
     checkpoints/.invalid-...    one that was found damaged, set aside for whoever wants to look
+    checkpoints/.superseded-... one from behind the step that the user went back to; kept until the job is deleted
 
 ``manifest.json`` is {"files": {name: {"bytes": n, "sha256": hex}}}; it is written last.
 """
@@ -23,7 +24,7 @@ from worker.tensorfile import Written, sha256_of, write_blocks, write_tensors
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
-SAVING, REMOVING, INVALID = ".saving-", ".removing-", ".invalid-"
+SAVING, REMOVING, INVALID, SUPERSEDED = ".saving-", ".removing-", ".invalid-", ".superseded-"
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,14 @@ def newest_valid(products: ProductDir, damaged: list[Damage]) -> Path | None:
     return None
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint to ``.invalid-step-...``, numbered where there is one already."""
+def set_aside(path: Path, why: str = INVALID) -> Path:
+    """Rename a checkpoint to ``.invalid-step-...``, or as ``why`` says, numbered where there is one already."""
     for attempt in range(1000):
-        aside = path.with_name(f"{INVALID}{path.name}" + (f"-{attempt}" if attempt else ""))
+        aside = path.with_name(f"{why}{path.name}" + (f"-{attempt}" if attempt else ""))
         if not aside.exists():
             path.rename(aside)
             return aside
-    raise FileExistsError(f"{path.parent} holds a thousand damaged copies of {path.name}")
+    raise FileExistsError(f"{path.parent} holds a thousand copies of {why}{path.name}")
 
 
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:

@@ -59,15 +59,16 @@ def _by_hand(file: Path, content: bytes) -> JobSpec:
     return parsed.spec
 
 
-def claim(run: RunDir, number: int | None, ranks: Ranks, spec: JobSpec) -> Attempt:
+def claim(run: RunDir, number: int | None, ranks: Ranks, spec: JobSpec, from_step: int | None = None) -> Attempt:
     """Hold the liveness lock, then make sure that this attempt is the one that may run. Raises Failure otherwise.
 
     The order matters: whoever starts another attempt takes the lock alone before writing ``current``, so either it
-    finds our lock held, or we find its number. By hand there is no agent, and rank 0 does the agent's part.
+    finds our lock held, or we find its number. By hand there is no agent, and rank 0 does the agent's part: it also
+    leaves ``from_step`` where the service leaves it.
     """
     held: list[FileLock] = []
     if number is None:
-        number = ranks.from_leader(lambda: _begin(run, spec, held))
+        number = ranks.from_leader(lambda: _begin(run, spec, from_step, held))
     alive = FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS)
     current = _current(run)
     if current is not None and current != number:
@@ -76,7 +77,7 @@ def claim(run: RunDir, number: int | None, ranks: Ranks, spec: JobSpec) -> Attem
     return Attempt(run, run.attempt(number), (*held, alive))
 
 
-def _begin(run: RunDir, spec: JobSpec, held: list[FileLock]) -> int:
+def _begin(run: RunDir, spec: JobSpec, from_step: int | None, held: list[FileLock]) -> int:
     try:
         held.append(FileLock(run.launch_lock).take())
         # Only looked at: each rank takes its own shared hold on it in a moment.
@@ -87,6 +88,8 @@ def _begin(run: RunDir, spec: JobSpec, held: list[FileLock]) -> int:
     number = max((attempt.number for attempt in run.attempts()), default=0) + 1
     directory = run.attempt(number)
     directory.path.mkdir()
+    if from_step is not None:
+        write_atomically(directory.resume_from, f"{from_step}\n".encode())
     write_spec(directory, spec)
     run.current.write_text(str(number))
     return number

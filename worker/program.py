@@ -22,8 +22,11 @@ from worker.train import Say, train
 FAILED, USAGE = 1, 2
 
 
-def run_rank(run: RunDir, number: int | None) -> None:
-    """Run one rank of attempt ``number``; None: started by hand. Ends with SystemExit unless all went well."""
+def run_rank(run: RunDir, number: int | None, from_step: int | None = None) -> None:
+    """Run one rank of attempt ``number``; None: started by hand. Ends with SystemExit unless all went well.
+
+    ``from_step``: by hand, the checkpoint to go back to.
+    """
     try:
         spec = read_spec(run, number)
     except SpecUnusable as unusable:
@@ -33,7 +36,7 @@ def run_rank(run: RunDir, number: int | None) -> None:
     _configure(spec)
     ranks = join(spec.resources.timeouts, spec.resources.device)
     try:
-        attempt = claim(run, number, ranks, spec)
+        attempt = claim(run, number, ranks, spec, from_step)
     except Failure as failure:
         print(failure, file=sys.stderr, flush=True)
         sys.exit(FAILED)

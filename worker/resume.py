@@ -1,9 +1,9 @@
-"""Where an attempt begins: at its job's newest sound checkpoint, at an earlier job's (``from_resume``), or at 0."""
+"""Where an attempt begins: at the named checkpoint, its job's newest sound one, an earlier job's, or at step 0."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from contract.events import Event, Warned
+from contract.events import CheckpointRemoved, Event, Warned
 from contract.rundir import ProductDir, RunDir
 from contract.spec import JobSpec
 from contract.status import Reason
@@ -21,13 +21,16 @@ def find_start(
     identity: Identity,
     steps_of: Callable[[int], int],
     say: Callable[[Event], None],
+    from_step: int | None = None,
 ) -> Path | None:
     """The checkpoint to go on from, verified byte for byte; None: begin at step 0. Only rank 0 calls it.
 
-    ``steps_of(rows_per_step)``: the length of the whole run. Raises Failure where the job's own checkpoints cannot be
-    used: beginning anew without a word would throw work away.
+    ``steps_of(rows_per_step)``: the length of the whole run. ``from_step``: the one the user wants to go back to.
+    Raises Failure where the job's own checkpoints cannot be used: beginning anew without a word would throw work away.
     """
     collect_leftovers(products)
+    if from_step is not None:
+        return go_back(products, from_step, identity, say)
     own = newest_of(products, say)
     if own is not None:
         require_fit(own, identity)
@@ -35,6 +38,26 @@ def find_start(
     if not spec.checkpoint.from_resume:
         return None
     return _of_earlier_job(spec, run, products, identity, steps_of, say)
+
+
+def go_back(products: ProductDir, step: int, identity: Identity, say: Callable[[Event], None]) -> Path:
+    """The checkpoint of ``step``, once all newer ones are set aside: from now on it is the newest of this run.
+
+    Nothing is touched, and Failure raised, where that checkpoint cannot be gone on from.
+    """
+    path = products.checkpoint(step)
+    damage = checkpoint.find_damage(path) if path.is_dir() else "there is none"
+    if damage is not None:
+        there = ", ".join(str(number) for number, _ in products.published()[:10]) or "none"
+        message = f"the checkpoint of step {step}, which was asked for, cannot be used: {damage}"
+        hint = f"There are, newest first: {there}. Nothing was set aside; resume from another step, or from the newest."
+        raise Failure(Reason.CHECKPOINT_INVALID, message, hint)
+    require_fit(path, identity)
+    for newer, its_path in products.published():
+        if newer > step:
+            checkpoint.set_aside(its_path, checkpoint.SUPERSEDED)
+            say(CheckpointRemoved(step=newer, path=str(its_path), why="superseded"))
+    return path
 
 
 def newest_of(products: ProductDir, say: Callable[[Event], None]) -> Path | None:

@@ -67,7 +67,10 @@ def train(
     def steps_of(rows_per_step: int) -> int:
         return total_steps(spec.training, -(-len(material.rows) // rows_per_step))
 
-    begin = ranks.from_leader(lambda: find_start(spec, attempt.run, products, material.identity, steps_of, say))
+    from_step = attempt.directory.read_resume_from()
+    begin = ranks.from_leader(
+        lambda: find_start(spec, attempt.run, products, material.identity, steps_of, say, from_step)
+    )
     model = initial_model(spec.model, spec.training.seed, ranks.device)
     if begin is None and spec.training.from_weight is not None:
         start_from(model, spec, products)
@@ -89,6 +92,7 @@ def train(
         calendar=Calendar.of(spec, steps, evaluates=material.evaluation is not None),
         meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe),
         saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic(), probe),
+        asked_to_save=attempt.directory.save,
         trackers=trackers,
         life=life,
         say=say,
@@ -137,6 +141,7 @@ class Loop:
     calendar: Calendar
     meters: Meters
     saver: Saver
+    asked_to_save: Path
     trackers: Trackers
     life: SignOfLife
     say: Say
@@ -162,8 +167,7 @@ class Loop:
             if progress.step <= before.step:
                 continue
             self.life.beat(progress.step)
-            due_by_time = self.ranks.leads and self.saver.is_due_by_time(time.monotonic())
-            wishes = agreement.exchange(Wishes(stop=stop.asked(), save=due_by_time))
+            wishes = agreement.exchange(Wishes(stop=stop.asked(), save=self.ranks.leads and self._wants_save()))
             last = progress.step == steps
             if self.calendar.saves(progress.step) or wishes.save or wishes.stop:
                 self._save(progress, must=last or wishes.stop)
@@ -172,6 +176,13 @@ class Loop:
                 return progress, True
         agreement.settle()
         return progress, False
+
+    def _wants_save(self) -> bool:
+        """Whether a save is due by the clock, or somebody asked for one since the last step. The wish is taken away."""
+        asked = self.asked_to_save.exists()
+        if asked:
+            self.asked_to_save.unlink(missing_ok=True)
+        return asked or self.saver.is_due_by_time(time.monotonic())
 
     def _step(self, progress: Progress) -> Progress:
         """One optimizer step, judged and counted; after a rollback the progress returned is further back."""

@@ -13,6 +13,7 @@ from service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable,
 from service.jobs import store
 from service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
 from service.jobs.store import Note
+from service.launch.base import AttemptName
 from service.tables import CheckpointRow, JobRow
 
 ASKED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
@@ -55,6 +56,14 @@ def _wish(session: Session, job: JobRow, action: Action, decision: Move, now: da
     return job
 
 
+def save(session: Session, job_id: str, now: datetime) -> AttemptName:
+    """Note the wish for a checkpoint, and return the attempt that is to hear of it. Raises InvalidState."""
+    job = store.lock(session, job_id)
+    _fitting(job, "save")
+    store.tell(session, job, Note("save", "asked to save", "user"), now)
+    return AttemptName(job.id, job.attempt)
+
+
 def resume_under_way(session: Session, job_id: str, changed: bool) -> bool:
     """Whether a resume without changes was asked for already and goes its way. Raises InvalidState."""
     job = store.find(session, job_id)
@@ -77,9 +86,12 @@ def resume(
         _require_more_steps(job, spec)
     else:
         _fitting(job, "resume")
-    _require_newest(session, job, step)
+    if step is not None and checkpoint_path(session, job.id, step) is None:
+        raise StepUnavailable()
     newest = newest_step(session, job)
     origin = f"goes on from step {newest:,}" if newest is not None else "there is no checkpoint: it starts anew"
+    if step is not None:
+        origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
     job.ranks = spec.resources.nproc_per_node * spec.resources.nnodes
@@ -92,6 +104,7 @@ def resume(
         "restarts": 0,
         "finished_at": None,
         "asked_at": None,
+        "resume_step": step,
     }
     cleared = {"reason": None, "message": None, "error": None}
     store.move(session, job, JobStatus.QUEUED, note, now, **changes, **cleared)
@@ -145,6 +158,12 @@ def newest_step(session: Session, job: JobRow) -> int | None:
     return session.scalar(select(CheckpointRow.step).where(*full).order_by(CheckpointRow.step.desc()).limit(1))
 
 
+def checkpoint_path(session: Session, job_id: str, step: int) -> str | None:
+    """Where the full checkpoint of ``step`` is, as far as it was reported."""
+    which = (CheckpointRow.job_id == job_id, CheckpointRow.kind == "full", CheckpointRow.step == step)
+    return session.scalar(select(CheckpointRow.path).where(*which).limit(1))
+
+
 def differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -> list[str]:
     """Pointers of the leaves that differ."""
     found: list[str] = []
@@ -162,11 +181,6 @@ def _fitting(job: JobRow, action: Action) -> Move | UnderWay:
     if isinstance(decision, Refusal):
         raise invalid_state(job, decision.why)
     return decision
-
-
-def _require_newest(session: Session, job: JobRow, step: int | None) -> None:
-    if step is not None and step != newest_step(session, job):
-        raise StepUnavailable()
 
 
 def _unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:

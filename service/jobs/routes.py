@@ -1,5 +1,6 @@
 """The routes of a job's life. Each reads or changes in one transaction and answers after its commit."""
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from contract.spec import JobSpec
 from contract.status import JobStatus
 from service.context import Services, ServicesNeeded
 from service.devices.inventory import kind_for
-from service.errors import RequestInvalid, with_problems
+from service.errors import RequestInvalid, StepUnavailable, with_problems
 from service.jobs import actions, changes, files, listing, store, views
 from service.jobs.facts import known_at_submit
 from service.jobs.rules import Action
@@ -159,20 +160,44 @@ def _stop(services: Services, job_id: str, action: Action, body: object) -> Job:
     return show(services, job_id)
 
 
+@router.post("/jobs/{job_id}/save", status_code=202)
+def save(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+    """Write a checkpoint at the next step, and go on."""
+    changes.read(body, {})
+    with services.database.write() as session:
+        attempt = actions.save(session, job_id, utc_now())
+    services.scheduler.save_now(attempt)
+    return show(services, job_id)
+
+
 @router.post("/jobs/{job_id}/resume", status_code=202)
 def resume(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
-    """Go on from the newest valid checkpoint, or anew where there is none."""
+    """Go on from the newest valid checkpoint, or anew where there is none; or back at the checkpoint of `step`.
+
+    Newer checkpoints than `step` are set aside on disk when the attempt begins, and no longer listed.
+    """
     asked = changes.read(body, changes.RESUME_FIELDS)
     step = changes.resume_step(asked)
     with services.database.read() as session:
         under_way = actions.resume_under_way(session, job_id, bool(asked))
     if not under_way:
         job = _spec_of(services, job_id)
+        _require_there(services, job_id, step)
         spec = changes.resumed_spec(job.spec, job.facts.get("steps"), asked, services.host)
         with services.database.write() as session:
             actions.resume(session, job_id, job.spec, spec, step, utc_now())
         services.scheduler.wake()
     return show(services, job_id)
+
+
+def _require_there(services: Services, job_id: str, step: int | None) -> None:
+    """Raise StepUnavailable where the checkpoint of ``step`` is not on disk any more."""
+    if step is None:
+        return
+    with services.database.read() as session:
+        path = actions.checkpoint_path(session, job_id, step)
+    if path is None or not os.path.exists(path):
+        raise StepUnavailable()
 
 
 def _spec_of(services: Services, job_id: str) -> JobRow:

@@ -6,8 +6,8 @@ from typing import Literal, assert_never
 from contract.report import ErrorCard, ExitReport
 from contract.status import LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, Desired, JobStatus, Reason
 
-Action = Literal["pause", "resume", "cancel", "kill", "delete"]
-ACTIONS: tuple[Action, ...] = ("pause", "resume", "cancel", "kill", "delete")
+Action = Literal["pause", "resume", "save", "cancel", "kill", "delete"]
+ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "cancel", "kill", "delete")
 
 BACKOFF_SECONDS = (5.0, 20.0, 60.0)
 """Wait before restart 1, 2, and 3 and later."""
@@ -55,6 +55,9 @@ def decide(action: Action, job: Standing) -> Decision:
             return _pause(job)
         case "resume":
             return _resume(job)
+        case "save":
+            running = job.status is JobStatus.RUNNING
+            return Move(None, job.desired) if running else Refusal(_is(job.status))
         case "cancel":
             return _stop(job, Desired.CANCEL)
         case "kill":

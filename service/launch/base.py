@@ -21,13 +21,17 @@ class AttemptName:
 
 @dataclass(frozen=True)
 class Launch:
-    """All that is needed to start an attempt. ``devices`` are lease ids: ``cuda:0`` or ``cpu:3``."""
+    """All that is needed to start an attempt. ``devices`` are lease ids: ``cuda:0`` or ``cpu:3``.
+
+    ``resume_step``: the checkpoint to begin at; None: the newest sound one.
+    """
 
     name: AttemptName
     attempt_id: str
     spec: JobSpec
     devices: tuple[str, ...]
     token: str
+    resume_step: int | None = None
 
 
 class State(StrEnum):
@@ -66,6 +70,9 @@ class Launcher(Protocol):
 
     def stop(self, name: AttemptName) -> None:
         """Ask for save-and-stop without the agent's next report: the same wish, heard sooner."""
+
+    def save(self, name: AttemptName) -> None:
+        """Ask for a checkpoint at the next step. A wish: nothing is remembered where nobody is there to hear it."""
 
     def end(self, name: AttemptName) -> None:
         """End every process of an attempt that its agent no longer answers for. Returns when none is left."""

@@ -25,6 +25,7 @@ class FakeAttempt:
     state: State = State.ALIVE
     report: ExitReport | None = None
     stop_asked: int = 0
+    save_asked: int = 0
     ended_by_launcher: int = 0
 
     def say(self, kind: str, **fields: Any) -> dict[str, Any]:
@@ -131,6 +132,11 @@ class FakeLauncher:
         """Count the wish."""
         if name in self.attempts:
             self.attempts[name].stop_asked += 1
+
+    def save(self, name: AttemptName) -> None:
+        """Count the wish."""
+        if name in self.attempts:
+            self.attempts[name].save_asked += 1
 
     def end(self, name: AttemptName) -> None:
         """End it as the kernel would: without a word."""

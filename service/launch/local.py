@@ -84,6 +84,8 @@ class LocalLauncher:
         try:
             attempt.logs.mkdir(parents=True, exist_ok=True)
             self._corpus_cache.mkdir(parents=True, exist_ok=True)
+            if launch.resume_step is not None:
+                write_atomically(attempt.resume_from, f"{launch.resume_step}\n".encode())
             write_atomically(attempt.spec, launch.spec.model_dump_json(indent=1).encode() + b"\n")
             self._agents[launch.name] = self._spawn(launch, attempt)
         except OSError as error:
@@ -158,6 +160,12 @@ class LocalLauncher:
         attempt = self._attempt(name)
         if attempt.path.is_dir():
             attempt.stop.touch()
+
+    def save(self, name: AttemptName) -> None:
+        """Leave the wish where rank 0 looks for it at each step."""
+        attempt = self._attempt(name)
+        if attempt.path.is_dir():
+            attempt.save.touch()
 
     def end(self, name: AttemptName) -> None:
         """SIGKILL whatever carries the attempt's mark, until there is nothing."""

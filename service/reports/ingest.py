@@ -183,6 +183,7 @@ class _Ingest:
         self.attempt.start_step = event.start_step
         self._unstitch(MetricRow.attempt < self.attempt.number, event.start_step)
         if self.current:
+            self.job.resume_step = None
             known = event.model_dump(mode="json", exclude={"kind", "seq", "at", "start_step", "resumed_from"})
             self.job.facts = {**self.job.facts, **known}
             self.job.progress = after_start(self.job.progress, event)

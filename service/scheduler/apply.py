@@ -212,7 +212,7 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
     note = Note("status", f"starting attempt {name.number} on {', '.join(devices)}", "scheduler", name.number)
     changes = {"attempt": name.number, "reason": None, "message": None, "error": None, "heard_at": None}
     store.move(session, job, JobStatus.STARTING, note, now, **changes, phase=None, phase_detail=None)
-    return Launch(name, attempt.id, _attempt_spec(job, devices), tuple(devices), token)
+    return Launch(name, attempt.id, _attempt_spec(job, devices), tuple(devices), token, job.resume_step)
 
 
 def _attempt_spec(job: JobRow, devices: Sequence[str]) -> JobSpec:

@@ -7,7 +7,7 @@ from datetime import datetime
 
 from service.db import Database
 from service.devices.inventory import Inventory
-from service.launch.base import Launcher
+from service.launch.base import AttemptName, Launcher
 from service.scheduler.apply import Applier, utc_now
 from service.scheduler.plan import Action, plan
 from service.scheduler.snapshot import Memory, Snapshot, take
@@ -30,6 +30,7 @@ class Scheduler:
     ) -> None:
         self._database = database
         self._inventory = inventory
+        self._launcher = launcher
         self._clock = clock
         self._memory = Memory()
         self._applier = Applier(database, launcher, self._memory, clock)
@@ -53,6 +54,10 @@ class Scheduler:
     def wake(self) -> None:
         """Something has changed: look at once."""
         self._wake.set()
+
+    def save_now(self, name: AttemptName) -> None:
+        """Pass on the wish for a checkpoint: it changes no state, so it waits for no round."""
+        self._launcher.save(name)
 
     @property
     def alive(self) -> bool:

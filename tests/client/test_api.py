@@ -46,7 +46,7 @@ def test_every_route_has_a_method(service: FakeService, trainyard: Trainyard) ->
     list(trainyard.jobs())
     trainyard.job("job_7f3kq9")
     trainyard.update("job_7f3kq9", priority=3)
-    for verb in (trainyard.pause, trainyard.resume, trainyard.cancel, trainyard.kill):
+    for verb in (trainyard.pause, trainyard.save, trainyard.resume, trainyard.cancel, trainyard.kill):
         assert verb("job_7f3kq9")["id"] == "job_7f3kq9"
     list(trainyard.metrics("job_7f3kq9"))
     trainyard.checkpoints("job_7f3kq9")
@@ -65,7 +65,7 @@ def test_every_route_has_a_method(service: FakeService, trainyard: Trainyard) ->
         "GET /jobs",
         f"GET {of_job}",
         f"PATCH {of_job}",
-        *(f"POST {of_job}/{verb}" for verb in ("pause", "resume", "cancel", "kill")),
+        *(f"POST {of_job}/{verb}" for verb in ("pause", "save", "resume", "cancel", "kill")),
         *(f"GET {of_job}/{part}" for part in ("metrics", "checkpoints", "events", "attempts", "samples", "logs")),
         *(f"GET /{part}" for part in ("devices", "health", "ready", "version")),
         f"DELETE {of_job}",

@@ -26,12 +26,13 @@ def subcommands() -> list[str]:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
-    expected += "pause resume cancel kill delete tokenizer corpus db version"
+    expected += "pause resume save cancel kill delete tokenizer corpus db version"
     assert set(subcommands()) == set(expected.split())
 
 
 def test_every_command_names_a_function_that_exists() -> None:
-    lines = [[name, *(["j"] if name in (*OF_JOB, "watch", "pause", "resume", "cancel", "kill", "delete") else [])]
+    of_job = (*OF_JOB, "watch", "pause", "resume", "save", "cancel", "kill", "delete")
+    lines = [[name, *(["j"] if name in of_job else [])]
              for name in subcommands() if name not in ("submit", "plan", "tokenizer", "corpus", "db")]  # fmt: skip
     lines += [["tokenizer", "train", "f", "--out", "d"], ["corpus", "check", "f"], ["db", "upgrade"]]
     for line in lines:
@@ -56,7 +57,7 @@ def test_every_reading_command_speaks_json(run: Run, service: FakeService, comma
     assert isinstance(json.loads(out), dict)
 
 
-@pytest.mark.parametrize("command", [*READING, "watch", "logs", "pause", "resume", "cancel", "kill", "delete"])
+@pytest.mark.parametrize("command", [*READING, "watch", "logs", "pause", "resume", "save", "cancel", "kill", "delete"])
 def test_exit_codes_without_a_service_and_without_a_right(run: Run, service: FakeService, command: str) -> None:
     line = [command] if command in ("list", "devices", "version") else [command, "pre-12"]
     service.faults = [refused] * 50
@@ -211,7 +212,7 @@ def test_version_names_both(run: Run) -> None:
     assert run("version")[1] == "client 0.1.0\nservice 9.9 at http://127.0.0.1:8000\n"
 
 
-@pytest.mark.parametrize("verb", ["pause", "resume", "cancel", "kill"])
+@pytest.mark.parametrize("verb", ["pause", "resume", "save", "cancel", "kill"])
 def test_actions_say_the_state_and_what_is_next(run: Run, service: FakeService, verb: str) -> None:
     code, out, err = run(verb, "pre-12")
     assert (code, out) == (0, "job_7f3kq9 running\n")

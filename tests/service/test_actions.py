@@ -13,8 +13,8 @@ def test_a_refusal_says_the_status_and_what_fits(any_rig: Rig) -> None:
     refused = any_rig.act(job_id, "resume", status=409)
     assert refused["code"] == "invalid_state"
     assert refused["job_status"] == "running"
-    assert refused["allowed_actions"] == ["pause", "cancel", "kill"]
-    assert refused["detail"] == "The job is running; what fits: pause, cancel, kill."
+    assert refused["allowed_actions"] == ["pause", "save", "cancel", "kill"]
+    assert refused["detail"] == "The job is running; what fits: pause, save, cancel, kill."
     any_rig.exit(attempt, "completed", step=10)
     for verb in ("pause", "cancel", "kill", "resume"):
         assert any_rig.act(job_id, verb, status=409)["allowed_actions"] == ["delete"]
@@ -31,19 +31,20 @@ def test_allowed_actions_say_why_not(rig: Rig) -> None:
     assert {a["action"]: a["why_not"] for a in job["allowed_actions"]} == {
         "pause": None,
         "resume": "the job is queued",
+        "save": "the job is queued",
         "cancel": None,
         "kill": None,
         "delete": "the job is queued: cancel it first",
     }
 
 
-@pytest.mark.parametrize("verb", ["pause", "resume", "cancel", "kill"])
+@pytest.mark.parametrize("verb", ["pause", "resume", "save", "cancel", "kill"])
 def test_no_such_job(rig: Rig, verb: str) -> None:
     for job_id in ("job_aaaaaaaaaa", "nonsense", "job_", "JOB_A", "%2e%2e%2fetc", "job_a%00", "x" * 5000):
         assert rig.client.post(f"/jobs/{job_id}/{verb}").status_code == 404, job_id
 
 
-@pytest.mark.parametrize("verb", ["pause", "cancel", "kill", "resume"])
+@pytest.mark.parametrize("verb", ["pause", "save", "cancel", "kill", "resume"])
 def test_bodies_are_read_strictly(rig: Rig, verb: str) -> None:
     job_id, _ = rig.running()
     refused = rig.act(job_id, verb, {"gently": True}, status=422)
@@ -105,10 +106,83 @@ def test_resume_refuses_what_it_may_not(rig: Rig, body: dict[str, Any], pointers
     assert rig.status(job_id) is JobStatus.PAUSED
 
 
-def test_resume_from_a_step_that_is_not_the_newest(rig: Rig) -> None:
-    job_id = paused(rig)
+def saved_at(rig: Rig, *steps: int) -> str:
+    """A paused job with these checkpoints and a point of the curve at every step."""
+    job_id, attempt = rig.running()
+    for step in range(1, max(steps) + 1):
+        attempt.metric(step)
+    for step in steps:
+        rig.checkpoint(job_id, attempt, step)
+    rig.act(job_id, "pause")
+    rig.exit(attempt, "stopped", Reason.USER, step=max(steps))
+    return job_id
+
+
+def test_resume_from_a_named_step(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id = saved_at(rig, 3, 5, 8)
+    asked = rig.act(job_id, "resume", {"step": 5})
+    assert asked["status"] == "queued"
+    message = [event["message"] for event in rig.data(job_id, "events") if event["data"].get("to") == "queued"][-1]
+    assert message == "asked to resume; goes back to step 5; newer checkpoints are set aside"
+    rig.settle()
+    attempt = rig.launcher.of(job_id, 2)
+    assert attempt.launch.resume_step == 5
+    gone = rig.home / "runs" / job_id / "checkpoints" / "step-00000008"
+    attempt.say("checkpoint_removed", step=8, path=str(gone), why="superseded")
+    attempt.started(start_step=5)
+    attempt.metric(6, loss=0.5)
+    rig.ship(attempt)
+    assert [(m["step"], m["attempt"]) for m in rig.data(job_id, "metrics")] == [
+        *((step, 1) for step in range(1, 6)),
+        (6, 2),
+    ]
+    assert [c["step"] for c in rig.data(job_id, "checkpoints")] == [5, 3]
+    rig.exit(attempt, "crashed", Reason.WORKER_CRASHED, step=6)
+    rig.clock.forward(60)
+    rig.settle()
+    assert rig.launcher.of(job_id, 3).launch.resume_step is None
+
+
+def test_an_attempt_that_never_began_leaves_the_named_step_to_the_next(rig: Rig) -> None:
+    job_id = saved_at(rig, 3, 5)
+    rig.act(job_id, "resume", {"step": 3})
+    rig.settle()
+    rig.exit(rig.launcher.of(job_id, 2), "crashed", Reason.WORKER_CRASHED)
+    rig.clock.forward(60)
+    rig.settle()
+    assert rig.launcher.of(job_id, 3).launch.resume_step == 3
+    rig.act(job_id, "pause")
+    rig.exit(rig.launcher.of(job_id, 3), "stopped", Reason.USER)
+    rig.act(job_id, "resume")
+    rig.settle()
+    assert rig.launcher.of(job_id, 4).launch.resume_step is None, "a later wish is the one that counts"
+
+
+def test_a_step_without_a_full_checkpoint_cannot_be_gone_on_from(rig: Rig) -> None:
+    job_id = saved_at(rig, 3, 5)
     assert rig.act(job_id, "resume", {"step": 4}, status=409)["code"] == "step_unavailable"
+    assert rig.act(job_id, "resume", {"step": 0}, status=409)["code"] == "step_unavailable"
+    (rig.home / "runs" / job_id / "checkpoints" / "step-00000003").rmdir()
+    assert rig.act(job_id, "resume", {"step": 3}, status=409)["code"] == "step_unavailable"
+    assert rig.status(job_id) is JobStatus.PAUSED
     assert rig.act(job_id, "resume", {"step": 5})["status"] == "queued"
+
+
+def test_save_now(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running()
+    for _ in range(2):
+        assert rig.act(job_id, "save")["status"] == "running"
+    assert (attempt.save_asked, attempt.stop_asked) == (2, 0)
+    asked = [(e["kind"], e["actor"], e["message"]) for e in rig.data(job_id, "events") if e["kind"] == "save"]
+    assert asked == [("save", "user", "asked to save")] * 2
+    rig.act(job_id, "pause")
+    refused = rig.act(job_id, "save", status=409)
+    assert (refused["code"], refused["job_status"]) == ("invalid_state", "pausing")
+    rig.exit(attempt, "stopped", Reason.USER, step=1)
+    assert rig.act(job_id, "save", status=409)["allowed_actions"] == ["resume", "cancel", "kill"]
+    assert attempt.save_asked == 2
 
 
 def test_resume_where_the_corpus_is_gone(rig: Rig) -> None:

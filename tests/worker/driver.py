@@ -120,7 +120,9 @@ def wait_for_step(attempt: AttemptDir, step: int, alive: Callable[[], bool]) -> 
         time.sleep(0.002)
 
 
-def start(run: RunDir, world: int = 1, patch: Patch | None = None, **environment: str) -> Ranks:
+def start(
+    run: RunDir, world: int = 1, patch: Patch | None = None, from_step: int | None = None, **environment: str
+) -> Ranks:
     """Start an attempt by hand."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -136,13 +138,15 @@ def start(run: RunDir, world: int = 1, patch: Patch | None = None, **environment
     for rank in range(world):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TRAINYARD_THREADS": "1", **shared}
         log = run.path / f"printed-{attempt}-{rank}"
-        process = SERVER.Process(target=rank_process, args=(run, own, log, patch), daemon=True)
+        process = SERVER.Process(target=rank_process, args=(run, own, log, patch, from_step), daemon=True)
         process.start()
         processes.append(process)
     return Ranks(run, attempt, processes)
 
 
-def rank_process(run: RunDir, environment: dict[str, str], log: Path, patch: Patch | None) -> None:
+def rank_process(
+    run: RunDir, environment: dict[str, str], log: Path, patch: Patch | None, from_step: int | None
+) -> None:
     """What a forked rank does: as `python -m worker`, and any warning is an error."""
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -155,13 +159,15 @@ def rank_process(run: RunDir, environment: dict[str, str], log: Path, patch: Pat
 
     if patch is not None:
         patch()
-    run_rank(run, None)
+    run_rank(run, None, from_step)
     sys.stdout.flush()
 
 
-def run_to_end(run: RunDir, world: int = 1, patch: Patch | None = None, **environment: str) -> Outcome:
+def run_to_end(
+    run: RunDir, world: int = 1, patch: Patch | None = None, from_step: int | None = None, **environment: str
+) -> Outcome:
     """Run one attempt and return what outcome.json says; the exit codes agree with it."""
-    ranks = start(run, world, patch, **environment)
+    ranks = start(run, world, patch, from_step, **environment)
     codes = ranks.wait()
     file = run.attempt(ranks.attempt).outcome
     assert file.exists(), ranks.logs()
