@@ -73,6 +73,11 @@ class AttemptDir:
         return self.path / "stop"
 
     @property
+    def closed(self) -> Path:
+        """Its existence says that the attempt is over for the service: an agent that comes late starts nothing."""
+        return self.path / "closed"
+
+    @property
     def save(self) -> Path:
         """Its existence asks the ranks to save at the next step and go on; rank 0 removes it once it has heard."""
         return self.path / "save"

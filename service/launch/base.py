@@ -75,7 +75,10 @@ class Launcher(Protocol):
         """Ask for a checkpoint at the next step. A wish: nothing is remembered where nobody is there to hear it."""
 
     def end(self, name: AttemptName) -> None:
-        """End every process of an attempt that its agent no longer answers for. Returns when none is left."""
+        """End every process of an attempt that its agent no longer answers for. Returns when none is left.
+
+        None starts afterwards either, also where a `start` of this attempt is still on its way in another service.
+        """
 
     def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Outbox lines behind ``after_seq``, oldest first, at most ``limit``; [] where none is left."""

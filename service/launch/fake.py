@@ -97,6 +97,7 @@ class FakeLauncher:
         self.attempts: dict[AttemptName, FakeAttempt] = {}
         self.starts: list[AttemptName] = []
         self.looks: list[AttemptName] = []
+        self.closed: set[AttemptName] = set()
         self.fail_next: Failpoint | None = None
 
     def of(self, job_id: str, number: int = 1) -> FakeAttempt:
@@ -116,7 +117,8 @@ class FakeLauncher:
             raise LaunchRefused("no room in the test")
         if failpoint == "before_spawn":
             raise ServiceKilled()
-        self.attempts.setdefault(launch.name, FakeAttempt(launch))
+        if launch.name not in self.closed:
+            self.attempts.setdefault(launch.name, FakeAttempt(launch))
         if failpoint == "after_spawn":
             raise ServiceKilled()
 
@@ -139,7 +141,8 @@ class FakeLauncher:
             self.attempts[name].save_asked += 1
 
     def end(self, name: AttemptName) -> None:
-        """End it as the kernel would: without a word."""
+        """End it as the kernel would: without a word. What did not begin yet never will."""
+        self.closed.add(name)
         attempt = self.attempts.get(name)
         if attempt is None or attempt.state is State.ENDED:
             return

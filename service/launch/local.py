@@ -1,5 +1,6 @@
 """Runs attempts on this host: a detached agent for each, which outlives the service."""
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ from typing import Any
 
 from contract.locks import is_held
 from contract.outbox import OutboxReader
-from contract.processes import MARKER, ProcessIdentity, boot_id, marked, signal_all, wait_gone
+from contract.processes import MARKER, ProcessIdentity, boot_id, marked, pid_namespace, signal_all, wait_gone
 from contract.report import ErrorCard, ExitReport, Outcome, read_message
 from contract.rundir import AttemptDir, RunDir, read_json, write_atomically
 from contract.status import Reason
@@ -52,6 +53,7 @@ INHERITED_PREFIXES = (
 
 END_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 END_SECONDS = 5.0
+LOG_TAIL_BYTES = 4096
 
 
 class LocalLauncher:
@@ -78,9 +80,11 @@ class LocalLauncher:
 
     def start(self, launch: Launch) -> None:
         """Write the spec and start the agent, detached. A second call for the same attempt does nothing."""
-        if self.find(launch.name).state is not State.ABSENT:
-            return
+        for earlier in list(self._agents):
+            self._reap(earlier)
         attempt = self._attempt(launch.name)
+        if self.find(launch.name).state is not State.ABSENT or attempt.closed.exists():
+            return
         try:
             attempt.logs.mkdir(parents=True, exist_ok=True)
             self._corpus_cache.mkdir(parents=True, exist_ok=True)
@@ -142,9 +146,11 @@ class LocalLauncher:
         report = read_message(ExitReport, attempt.exit)
         if report is not None:
             return Found(State.ENDED, report)
-        if not attempt.started.exists():
-            return Found(State.ABSENT)
-        return Found(State.ENDED, _deduced(attempt))
+        if attempt.started.exists():
+            return Found(State.ENDED, _deduced(attempt))
+        if attempt.agent_log.exists() and attempt.closed.exists():
+            return Found(State.ENDED, _never_began(attempt))
+        return Found(State.ABSENT)
 
     def _ranks_hold_lock(self, name: AttemptName) -> bool:
         """Processes that cannot be seen from here, as from another container, still hold the kernel's lock."""
@@ -168,7 +174,15 @@ class LocalLauncher:
             attempt.save.touch()
 
     def end(self, name: AttemptName) -> None:
-        """SIGKILL whatever carries the attempt's mark, until there is nothing."""
+        """SIGKILL whatever carries the attempt's mark, until there is nothing; and let nothing of it begin any more.
+
+        The word that it is over is left first. An agent can be seen before it looks for that word: so either it
+        finds it, or we find the agent.
+        """
+        attempt = self._attempt(name)
+        with contextlib.suppress(OSError):  # a full disk must not keep us from ending what lives
+            attempt.path.mkdir(parents=True, exist_ok=True)
+            attempt.closed.touch()
         for _ in range(3):
             found = marked(str(name))
             if not found:
@@ -238,12 +252,24 @@ def _deduced(attempt: AttemptDir) -> ExitReport:
             ended_at=ended_at,
         )
     reason, message = _why_lost(attempt)
-    card = ErrorCard(code=reason, message=message)
+    return _crashed(attempt, ErrorCard(code=reason, message=message), lines, ended_at)
+
+
+def _never_began(attempt: AttemptDir) -> ExitReport:
+    """Its agent was spawned and ended before it could leave its name: the host cannot run it, and why is in its log."""
+    tail = attempt.agent_log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
+    last = next(iter(reversed(tail.strip().splitlines())), "it said nothing")
+    message = f"the attempt's agent ended before it began: {last[:500]}"
+    card = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, traceback=tail or None)
+    return _crashed(attempt, card, 0, datetime.fromtimestamp(attempt.agent_log.stat().st_mtime, UTC))
+
+
+def _crashed(attempt: AttemptDir, card: ErrorCard, lines: int, ended_at: datetime) -> ExitReport:
     return ExitReport(
         outcome="crashed",
         step=attempt.read_step() or 0,
-        reason=reason,
-        message=message,
+        reason=Reason(card.code),
+        message=card.message,
         error=card,
         last_seq=lines,
         ended_at=ended_at,
@@ -257,6 +283,8 @@ def _why_lost(attempt: AttemptDir) -> tuple[Reason, str]:
         return Reason.AGENT_LOST, "the attempt's agent is gone and left no readable record"
     if agent.boot_id != boot_id():
         return Reason.HOST_RESTARTED, "the host was restarted during the run"
+    if agent.pid_namespace != pid_namespace():
+        return Reason.HOST_RESTARTED, "the container was restarted during the run"
     return Reason.AGENT_LOST, "the attempt's agent is gone and left no report"
 
 

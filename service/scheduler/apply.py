@@ -159,6 +159,11 @@ class Applier:
             return attempt.acked_seq if attempt is not None else 0
 
     def _absent(self, live: LiveAttempt) -> bool:
+        # Whoever was about to start it may only be slow: from here on it cannot begin any more.
+        self._launcher.end(live.name)
+        found = self._launcher.find(live.name)
+        if found.state is not State.ABSENT:
+            return self._ended(live, found)
         if not live.launched and live.heard_at is None:
             with self._database.write() as session:
                 job, attempt = ingest.lock(session, live.id, live.name.job_id)

@@ -8,6 +8,7 @@ import argparse
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from contract.locks import FileLock, LockBusy
@@ -31,16 +32,22 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         launch_lock = FileLock(run.launch_lock).take(seconds=LAUNCH_LOCK_SECONDS)
         alive_lock = FileLock(run.alive_lock).take(seconds=ORPHAN_SECONDS)
-    except LockBusy as busy:
-        return _refuse(attempt, str(busy))
-    children = _start(run, attempt, alive_lock)
+        _require_wanted(run, attempt)
+        children = _start(run, attempt, alive_lock)
+    except (LockBusy, NotWanted, OSError, ValueError, KeyError) as why:
+        return _refuse(attempt, why)
     # Imported only now: torchrun needs seconds to start, and pydantic's import hides behind them.
     from worker.agent.supervise import Supervisor
 
-    supervisor = Supervisor.of(attempt, children)
+    try:
+        supervisor = Supervisor.of(attempt, children)
+    except Exception as error:
+        # Whatever it is: ranks that nobody watches must not go on.
+        children.end()
+        return _refuse(attempt, error)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, supervisor.on_signal)
-    while supervisor.step(time.monotonic()):
+    while supervisor.goes_on(time.monotonic()):
         time.sleep(TICK_SECONDS)
     alive_lock.release()
     supervisor.write_report()
@@ -59,6 +66,25 @@ def _parse(arguments: list[str] | None) -> tuple[RunDir, AttemptDir]:
     return run, run.attempt(parsed.attempt)
 
 
+class NotWanted(Exception):
+    """The attempt was given up, or another one followed it, before this agent came to start it."""
+
+
+def _require_wanted(run: RunDir, attempt: AttemptDir) -> None:
+    """Raise NotWanted where this agent comes too late: its service was stopped between the decision and the launch.
+
+    Asked while the launch lock is held, so that nobody else starts an attempt of this job meanwhile.
+    """
+    if attempt.closed.exists():
+        raise NotWanted("the attempt was given up before its agent started")
+    try:
+        current = int(run.current.read_text())
+    except (FileNotFoundError, ValueError):
+        return
+    if current > attempt.number:
+        raise NotWanted(f"attempt {current} was started before attempt {attempt.number} was")
+
+
 def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock) -> Children:
     """Everything that must be true before the first rank exists.
 
@@ -71,10 +97,13 @@ def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock) -> Children:
     return Children(launch_torchrun(run, attempt, alive_lock))
 
 
-def _refuse(attempt: AttemptDir, message: str) -> int:
+def _refuse(attempt: AttemptDir, why: Exception) -> int:
     from worker.agent.verdict import refused
 
+    message = str(why) if isinstance(why, LockBusy | NotWanted) else f"{type(why).__name__}: {why}"
     print(f"agent: nothing was started: {message}", file=sys.stderr, flush=True)
+    if not isinstance(why, LockBusy | NotWanted):
+        traceback.print_exception(why)
     if not attempt.exit.exists():
         refused(attempt, message)
     return EX_REFUSED

@@ -38,6 +38,7 @@ class Supervisor:
     termed_at: float | None = None
     cause: Cause | None = None
     report: ExitReport | None = None
+    trouble: str | None = None
 
     @classmethod
     def of(cls, attempt: AttemptDir, children: Children) -> Self:
@@ -52,6 +53,18 @@ class Supervisor:
         """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person."""
         self.signalled.set()
 
+    def goes_on(self, now: float) -> bool:
+        """`step`, on a host in trouble too: a disk that is full or away for a while must not cost a good run."""
+        try:
+            running = self.step(now)
+        except OSError as trouble:
+            if self.trouble != str(trouble):
+                print(f"agent: {trouble}; training goes on", flush=True)
+            self.trouble = str(trouble)
+            return True
+        self.trouble = None
+        return running
+
     def step(self, now: float) -> bool:
         """Look once and act once; False as soon as nothing of the attempt lives."""
         seen = self._look(now)
@@ -61,8 +74,8 @@ class Supervisor:
             case Action.WAIT:
                 return True
             case Action.ASK:
-                self.attempt.stop.touch()
                 self.asked_at = now
+                self._ask()
             case Action.TERMINATE:
                 self.children.ask_to_end()
                 self.termed_at = now
@@ -70,6 +83,12 @@ class Supervisor:
                 self._keep_stacks(cause)
                 return not self.children.end()
         return True
+
+    def _ask(self) -> None:
+        try:
+            self.attempt.stop.touch()
+        except OSError:
+            self.children.ask_to_end()  # no room even for an empty file: SIGTERM is the same wish
 
     def _look(self, now: float) -> Seen:
         self.watch.look(now)

@@ -52,7 +52,8 @@ def verdict(evidence: Evidence, cause: Cause | None, last_seq: int, now: datetim
 
 def refused(attempt: AttemptDir, message: str) -> None:
     """Report an attempt of which nothing was started."""
-    error = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint="End the other processes of this job first.")
+    hint = "End the other processes of this job first." if "held by another process" in message else None
+    error = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint=hint)
     report = ExitReport(
         outcome="crashed",
         step=0,

@@ -1,0 +1,160 @@
+"""I1 to I9, checked on a real home: its database, the process table, the run directories. Usable after every fault.
+
+I1  at most one live attempt of a job at any instant        I6  every listed checkpoint is there and sound
+I2  nothing lives once its job is terminal, plus the grace  I7  final weights are the untouched run's
+I3  a device is leased to one live attempt, or free         I8  no 5xx for any client
+I4  steps 1..N without a gap, a step twice has one value    I9  an unknown outcome is never success
+I5  the event log is a path of the transition table
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from contract.report import ExitReport, Outcome, read_message
+from contract.status import LIVE, TERMINAL, JobStatus, may_become
+from service.db import Database
+from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, LeaseRow, MetricRow
+from tests.faults import ranks
+from tests.faults.home import Home, Member, until
+
+GRACE_SECONDS = 5.0
+SAMPLE_SECONDS = 0.03
+
+Damage = Callable[[Path], str | None]
+
+
+class Sampler:
+    """Looks at the process table all the time: what was true only for an instant is found as well (I1)."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+        self.found: list[str] = []
+        self.samples = 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sampler", daemon=True)
+
+    def __enter__(self) -> "Sampler":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        self._thread.join(20)
+
+    def _run(self) -> None:
+        while not self._stopping.wait(SAMPLE_SECONDS):
+            self.samples += 1
+            for job_id, numbers in self._several().items():
+                self.found.append(f"I1: attempts {sorted(numbers)} of {job_id} live at once")
+
+    def _several(self) -> dict[str, set[int]]:
+        living: dict[str, list[Member]] = {}
+        for member in working(self.home):
+            living.setdefault(member.job, []).append(member)
+        several = {job: found for job, found in living.items() if len({m.number for m in found}) > 1}
+        # Seen one after the other; only those that are alive now, after all were seen, lived at one instant.
+        still = {job: {m.number for m in found if m.process.alive()} for job, found in several.items()}
+        return {job: numbers for job, numbers in still.items() if len(numbers) > 1}
+
+
+def working(home: Home) -> list[Member]:
+    """Living processes that count: all but an agent that has not begun, or that only delivers its report."""
+
+    def counts(member: Member) -> bool:
+        attempt = home.run(member.job).attempt(member.number)
+        return member.role != "agent" or (attempt.started.exists() and not attempt.exit.exists())
+
+    return [member for member in home.processes() if counts(member)]
+
+
+@contextmanager
+def reading(home: Home) -> Iterator[Session]:
+    database = Database(home.database_url)
+    try:
+        with database.read() as session:
+            yield session
+    finally:
+        database.close()
+
+
+def check(home: Home, sampler: Sampler | None = None, damage: Damage = ranks.damage) -> None:
+    """Raise AssertionError for the first invariant that does not hold."""
+    assert sampler is None or sampler.found == []
+    assert home.server_errors == [], "I8"
+    with reading(home) as session:
+        check_leases(session)
+        jobs = session.scalars(select(JobRow)).all()
+        for job in jobs:
+            check_curve(session, job)
+            check_path(session, job)
+            check_success(home, job)
+        check_checkpoints(session, damage)
+    ended = {job.id for job in jobs if job.status in TERMINAL}
+    until(lambda: not [m for m in working(home) if m.job in ended], GRACE_SECONDS, "I2: nothing of ended jobs lives")
+
+
+def check_leases(session: Session) -> None:
+    """I3; a device has one row at most by its primary key."""
+    held: dict[str, list[str]] = {}
+    for lease in session.scalars(select(LeaseRow)):
+        held.setdefault(lease.attempt_id, []).append(lease.device)
+    live = {row.id: sorted(row.devices) for row in session.scalars(select(AttemptRow)) if row.ended_at is None}
+    assert {attempt: sorted(devices) for attempt, devices in held.items()} == live, "I3"
+    for job in session.scalars(select(JobRow)):
+        alive = select(AttemptRow.id).where(AttemptRow.job_id == job.id, AttemptRow.ended_at.is_(None))
+        assert len(session.scalars(alive).all()) == (job.status in LIVE), f"I3: {job.id} is {job.status}"
+
+
+def check_curve(session: Session, job: JobRow) -> None:
+    """I4."""
+    columns = select(MetricRow.step, MetricRow.loss, MetricRow.stitched).where(MetricRow.job_id == job.id)
+    rows = session.execute(columns.order_by(MetricRow.step)).all()
+    stitched = [row.step for row in rows if row.stitched]
+    assert stitched == list(range(1, len(stitched) + 1)), f"I4: a gap in {stitched}"
+    values: dict[int, set[float | None]] = {}
+    for row in rows:
+        values.setdefault(row.step, set()).add(row.loss)
+    assert [step for step, losses in values.items() if len(losses) > 1] == [], "I4: a step with two values"
+    if job.status == JobStatus.SUCCEEDED:
+        assert len(stitched) == job.progress["step"], f"I4: {len(stitched)} of {job.progress['step']} points"
+
+
+def check_path(session: Session, job: JobRow) -> None:
+    """I5."""
+    log = select(EventRow.data).where(EventRow.job_id == job.id, EventRow.kind == "status").order_by(EventRow.number)
+    walked = [JobStatus.QUEUED]
+    for data in session.scalars(log):
+        assert data["from"] == walked[-1], f"I5: {walked} and then {data}"
+        walked.append(JobStatus(data["to"]))
+        assert may_become(walked[-2], walked[-1]), f"I5: {walked}"
+    assert walked[-1] == job.status, f"I5: {walked}, and the job is {job.status}"
+
+
+def check_checkpoints(session: Session, damage: Damage) -> None:
+    """I6."""
+    for row in session.scalars(select(CheckpointRow).where(CheckpointRow.kind == "full")):
+        found = damage(Path(row.path))
+        assert found is None, f"I6: {found}"
+
+
+def check_success(home: Home, job: JobRow) -> None:
+    """I9."""
+    if job.status != JobStatus.SUCCEEDED:
+        return
+    attempt = home.run(job.id).attempt(job.attempt)
+    said = read_message(Outcome, attempt.outcome)
+    report = read_message(ExitReport, attempt.exit)
+    assert said is not None, "I9"
+    assert said.outcome == "completed", "I9"
+    assert report is None or report.outcome == "completed", "I9"
+
+
+def check_weights(home: Home, job_id: str, steps: int) -> None:
+    """I7, for the fake ranks."""
+    model = home.run(job_id).products(None).checkpoint(steps) / ranks.MODEL
+    assert model.read_text() == ranks.weights_after(steps), "I7"

@@ -1,0 +1,116 @@
+"""The real service with three things changed: which agent it starts, how long it waits, and where it dies.
+
+    python -m tests.faults.program      reads one JSON object a line, {"home", "environment", ...}, answers {"pid"}
+
+Each line makes a service in a process of its own: forked from one that has imported everything, so that a thousand
+deaths take no hour. What a test wants to see at work is `service.__main__.main`, from its first line to its last.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import service.__main__
+from service.jobs import rules
+from service.launch.local import WORKER_AGENT, LocalLauncher
+from service.scheduler import apply, plan
+from service.scheduler.apply import Applier
+
+DIED_AT_FAILPOINT = 77
+FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("driver.py")))
+PATHS = {
+    "launch": (Applier._start, Applier._claim, apply._claimed, LocalLauncher.start, LocalLauncher._spawn),
+}
+"""The functions in which a service may be told to die, at the n-th line that it runs there."""
+
+
+def main() -> None:
+    """Fork a service for each line, until there are no more lines."""
+    signal.signal(signal.SIGCHLD, _reap)
+    while line := _next_line():
+        wanted = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            _become_service(wanted)
+        print(json.dumps({"pid": pid}), flush=True)
+
+
+def _next_line() -> bytes:
+    # Unbuffered: a child must not find in its copy of a buffer what is meant for its parent.
+    found = b""
+    while not found.endswith(b"\n"):
+        got = os.read(0, 1)
+        if not got:
+            return b""
+        found += got
+    return found
+
+
+def _reap(_signum: int, _frame: FrameType | None) -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _become_service(wanted: dict[str, Any]) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    home = Path(wanted["home"])
+    log = os.open(home / "service.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(wanted.get("environment", {}))
+    _change(wanted)
+    code = 1
+    try:
+        code = service.__main__.main([f"--home={home}", "--port=0", *wanted.get("arguments", [])])
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _change(wanted: dict[str, Any]) -> None:
+    agent = tuple(wanted.get("agent", WORKER_AGENT if wanted.get("real_ranks") else FAKE_AGENT))
+    service.__main__._launcher = lambda settings: LocalLauncher(  # type: ignore[attr-defined, unused-ignore]
+        settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots, agent
+    )
+    scale = float(wanted.get("scale", 1.0))
+    first, second, third = rules.BACKOFF_SECONDS
+    rules.BACKOFF_SECONDS = first * scale, second * scale, third * scale
+    plan.QUIET = plan.QUIET * scale
+    plan.KILL_GRACE = plan.KILL_GRACE * scale
+    if "die_at" in wanted:
+        where, line = wanted["die_at"]
+        threading.settrace(die_at({function.__code__ for function in PATHS[where]}, int(line)))
+
+
+def die_at(codes: set[CodeType], number: int) -> Callable[[FrameType, str, Any], Any]:
+    """A trace function that ends the process, as SIGKILL would, before the ``number``-th line run in ``codes``."""
+    left = number
+
+    def local(frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal left
+        if event == "line":
+            left -= 1
+            if left == 0:
+                print(f"died at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}", file=sys.stderr, flush=True)
+                os._exit(DIED_AT_FAILPOINT)
+        return local
+
+    def entered(frame: FrameType, _event: str, _argument: Any) -> Any:
+        return local if frame.f_code in codes else None
+
+    return entered
+
+
+if __name__ == "__main__":
+    main()

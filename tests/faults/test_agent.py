@@ -1,0 +1,171 @@
+"""An agent that comes too late, or on a host in trouble."""
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from contract.processes import MARKER, marked
+from contract.report import ExitReport, read_message
+from contract.rundir import AttemptDir, RunDir
+from contract.spec import DataSpec, JobSpec, Timeouts
+from contract.status import Desired, Reason
+from service.launch.base import AttemptName, Launch, State
+from service.launch.local import LocalLauncher
+from tests.faults.home import until
+from tests.faults.program import FAKE_AGENT
+from worker.agent.__main__ import EX_REFUSED
+from worker.agent.children import Children
+from worker.agent.supervise import Supervisor
+
+
+def launcher(home: Path) -> LocalLauncher:
+    return LocalLauncher(home, home / "cache", agent=FAKE_AGENT)
+
+
+def launch(number: int = 1, **labels: str) -> Launch:
+    spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"))
+    return Launch(AttemptName("job_late", number), "att_1", spec, ("cpu:0",), "secret")
+
+
+def agent(home: Path, number: int = 1) -> int:
+    """The exit code of the agent of an attempt whose launch was held up until now."""
+    attempt = RunDir(home / "runs" / "job_late").attempt(number)
+    attempt.path.mkdir(parents=True, exist_ok=True)
+    attempt.spec.write_text(launch(number, steps="3", ranks="1").spec.model_dump_json())
+    environment = {**os.environ, MARKER: f"job_late/{number}"}
+    return subprocess.run([*FAKE_AGENT, str(attempt.path.parent), f"--attempt={number}"], env=environment).returncode
+
+
+def test_an_attempt_that_was_given_up_is_not_started_by_a_late_agent(tmp_path: Path) -> None:
+    local = launcher(tmp_path)
+    assert local.find(launch().name).state is State.ABSENT
+    local.end(launch().name)
+    assert local.find(launch().name).state is State.ABSENT
+    assert agent(tmp_path) == EX_REFUSED
+    attempt = RunDir(tmp_path / "runs" / "job_late").attempt(1)
+    report = read_message(ExitReport, attempt.exit)
+    assert report is not None
+    assert (report.outcome, report.reason) == ("crashed", Reason.LAUNCH_FAILED)
+    assert "given up before its agent started" in report.message
+    assert not attempt.outbox.exists()
+
+
+def test_nor_by_a_late_launcher(tmp_path: Path) -> None:
+    launcher(tmp_path).end(launch().name)
+    late = launcher(tmp_path)
+    late.start(launch(steps="3"))
+    assert late.find(launch().name).state is State.ABSENT
+    assert not RunDir(tmp_path / "runs" / "job_late").attempt(1).agent_log.exists()
+
+
+def test_an_agent_whose_attempt_has_a_successor_starts_nothing(tmp_path: Path) -> None:
+    """The successor has ended meanwhile, so that no lock is held any more: the numbers still say who is late."""
+    assert agent(tmp_path, 2) == 0
+    assert agent(tmp_path, 1) == EX_REFUSED
+    first = RunDir(tmp_path / "runs" / "job_late").attempt(1)
+    assert not first.outbox.exists()
+    assert agent(tmp_path, 3) == 0
+
+
+def test_an_agent_without_a_readable_spec_says_so_and_counts_as_a_failed_launch(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "runs" / "job_late")
+    run.attempt(1).path.mkdir(parents=True)
+    run.attempt(1).spec.write_text("{")
+    environment = {**os.environ, MARKER: "job_late/1"}
+    done = subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment, capture_output=True, text=True)
+    assert done.returncode == EX_REFUSED
+    found = launcher(tmp_path).find(launch().name)
+    assert found.report is not None
+    assert found.report.reason is Reason.LAUNCH_FAILED
+    assert "JSONDecodeError" in found.report.message
+
+
+def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
+    """The spec is good enough to start torchrun and not to supervise it."""
+    run = RunDir(tmp_path / "runs" / "job_late")
+    run.attempt(1).path.mkdir(parents=True)
+    run.attempt(1).spec.write_text('{"resources": {"nproc_per_node": 1}, "labels": {"steps": "100000"}}')
+    environment = {**os.environ, MARKER: "job_late/1"}
+    assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EX_REFUSED
+    until(lambda: marked("job_late/1") == [], 5)
+    found = launcher(tmp_path).find(launch().name)
+    assert found.report is not None
+    assert found.report.reason is Reason.LAUNCH_FAILED
+
+
+def test_an_agent_that_died_before_it_began_is_a_failed_launch(tmp_path: Path) -> None:
+    broken = LocalLauncher(tmp_path, tmp_path / "cache", agent=("/bin/sh", "-c", "echo no torch here >&2; exit 1"))
+    broken.start(launch())
+    until(lambda: not marked("job_late/1"), 5)
+    broken.end(launch().name)
+    found = broken.find(launch().name)
+    assert found.report is not None
+    assert (found.report.outcome, found.report.reason) == ("crashed", Reason.LAUNCH_FAILED)
+    assert found.report.message == "the attempt's agent ended before it began: no torch here"
+    assert found.report.error is not None
+    assert found.report.error.traceback == "no torch here\n"
+
+
+class Troubled:
+    """A supervisor on a disk that fails as often as a test says."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        attempt = RunDir(tmp_path).attempt(1)
+        attempt.path.mkdir()
+        attempt.spec.write_text(launch(steps="3").spec.model_dump_json())
+        torchrun = subprocess.Popen(["/bin/sleep", "100"])
+        self.supervisor = Supervisor.of(attempt, Children(torchrun))
+        self.failures = 0
+        self.monkeypatch = monkeypatch
+
+    def break_(self, what: str) -> None:
+        intact: Callable[..., Any] = getattr(AttemptDir, what).fget if what == "stop" else getattr(AttemptDir, what)
+
+        def broken(attempt: AttemptDir) -> Any:
+            self.failures += 1
+            if self.failures < 4:
+                raise OSError(28, "No space left on device")
+            return intact(attempt)
+
+        self.monkeypatch.setattr(AttemptDir, what, property(broken) if what == "stop" else broken)
+
+    def close(self) -> None:
+        self.supervisor.children.end()
+
+
+def test_a_disk_in_trouble_does_not_end_a_good_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    troubled = Troubled(tmp_path, monkeypatch)
+    troubled.break_("read_step")
+    assert all(troubled.supervisor.goes_on(now) for now in (0.0, 0.1, 0.2, 0.3))
+    assert troubled.failures == 4
+    assert capsys.readouterr().out.count("No space left on device; training goes on") == 1
+    assert troubled.supervisor.children.torchrun.poll() is None
+    troubled.close()
+
+
+def test_a_wish_to_stop_that_cannot_be_written_is_a_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    troubled = Troubled(tmp_path, monkeypatch)
+    monkeypatch.setattr("worker.agent.children.descendants", lambda _: [ProcessOf(troubled)])
+    troubled.break_("stop")
+    troubled.supervisor.shipper.desired = Desired.PAUSE
+    assert troubled.supervisor.goes_on(0.0)
+    until(lambda: troubled.supervisor.children.torchrun.poll() == -15, 5)
+    assert troubled.supervisor.asked_at == 0.0
+    assert Timeouts().stop == 120.0
+
+
+class ProcessOf:
+    """The supervisor's torchrun alone: this test's own process has other children."""
+
+    def __init__(self, troubled: Troubled) -> None:
+        self.process = troubled.supervisor.children.torchrun
+
+    def send(self, signum: int) -> bool:
+        self.process.send_signal(signum)
+        return True
