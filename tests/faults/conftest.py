@@ -35,7 +35,7 @@ def make_home(nursery: Nursery, tmp_path: Path) -> Iterator[MakeHome]:
     try:
         for home, sampler in made:
             sampler.__exit__()
-            invariants.check(home, sampler)
+            invariants.check(home, sampler, home.damage)
     finally:
         for home, _ in made:
             home.end_all()

@@ -15,6 +15,7 @@ import httpx2
 
 from contract.processes import MARKER, ProcessIdentity, all_pids
 from contract.rundir import RunDir, read_json
+from tests.faults import ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +63,7 @@ class Home:
         self.environment = {"TRAINYARD_CPU_SLOTS": str(slots), "TRAINYARD_DATA_ROOTS": str(path)}
         self.service: ProcessIdentity | None = None
         self.server_errors: list[str] = []
+        self.damage: Callable[[Path], str | None] = ranks.damage
         path.mkdir(parents=True, exist_ok=True)
         (path / "corpus.jsonl").write_text('{"text": "one"}\n')
 

@@ -1,0 +1,106 @@
+"""Kills at random, a seed that is printed, and an account of what was done and what held."""
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.faults import invariants
+from tests.faults.home import Home, Member
+from tests.faults.invariants import Damage, Sampler
+
+SERVER = "server"
+TARGETS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "server": (3, (SERVER,)),
+    "agent": (2, ("agent",)),
+    "torchrun": (2, ("torchrun",)),
+    "rank": (3, ("rank",)),
+    "agent and torchrun": (1, ("agent", "torchrun")),
+    "server and agent": (1, (SERVER, "agent")),
+    "everything": (1, (SERVER, "agent", "torchrun", "rank")),
+}
+"""What dies together, and how often that is chosen."""
+
+CHECK_EVERY = 25
+
+
+@dataclass
+class Killer:
+    """Keeps ``at_once`` jobs going in a home and kills what belongs to them."""
+
+    home: Home
+    submit: Callable[[], str]
+    seed: int
+    at_once: int
+    longest_wait: float
+    damage: Damage
+    done: Counter[str] = field(default_factory=Counter)
+    jobs: list[str] = field(default_factory=list)
+    slowest_start: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.dice = random.Random(self.seed)
+
+    def run(self, kills: int, seconds: float, sampler: Sampler) -> None:
+        """``kills`` of them, or as many as fit into ``seconds``."""
+        deadline = time.monotonic() + seconds
+        self.home.start()
+        while sum(self.done.values()) < kills and time.monotonic() < deadline:
+            self.keep_busy()
+            time.sleep(self.dice.uniform(0, self.longest_wait))
+            self.kill_something()
+            if sum(self.done.values()) % CHECK_EVERY == 0:
+                assert sampler.found == []
+        self.finish(sampler)
+
+    def keep_busy(self) -> None:
+        running = [job for job in self.jobs if self.home.job(job)["status"] != "succeeded"]
+        self.jobs += [self.submit() for _ in range(self.at_once - len(running))]
+
+    def kill_something(self) -> None:
+        chosen = self.dice.choices(list(TARGETS), [weight for weight, _ in TARGETS.values()])[0]
+        roles = TARGETS[chosen][1]
+        victims = self.victims(roles)
+        if not victims and SERVER not in roles:
+            return
+        if SERVER in roles:
+            self.home.signal(signal.SIGKILL)
+        for victim in victims:
+            victim.process.send(signal.SIGKILL)
+        self.done[chosen] += 1
+        if SERVER in roles:
+            self.home.wait_down()
+            time.sleep(self.dice.choice((0.0, 0.0, 0.2, 1.0)))
+            self.slowest_start = max(self.slowest_start, self.home.start())
+
+    def victims(self, roles: tuple[str, ...]) -> list[Member]:
+        """Of one job: each agent and torchrun, and one rank or, where everything dies, all of them."""
+        living = self.home.processes()
+        jobs = sorted({member.job for member in living if member.role in roles})
+        if not jobs:
+            return []
+        job = self.dice.choice(jobs)
+        found = [member for member in living if member.job == job and member.role in roles]
+        ranks = [member for member in found if member.role == "rank"]
+        if roles == ("rank",):
+            return [self.dice.choice(ranks)]
+        return found
+
+    def finish(self, sampler: Sampler) -> None:
+        """Nobody is killed any more: every job comes to its end, and every invariant holds."""
+        for job in self.jobs:
+            self.home.wait(job, "succeeded", seconds=180)
+        invariants.check(self.home, sampler, self.damage)
+
+    def account(self, sampler: Sampler) -> str:
+        """What was injected, how often, and what held."""
+        attempts = [self.home.job(job)["attempt"] for job in self.jobs]
+        lines = [f"seed {self.seed}: {sum(self.done.values())} kills"]
+        lines += [f"  {count:5} x {what}" for what, count in sorted(self.done.items())]
+        lines.append(f"  {len(self.jobs)} jobs, {sum(attempts)} attempts, all succeeded")
+        lines.append(f"  slowest start of a server {self.slowest_start:.2f} s")
+        lines.append(f"  the process table was looked at {sampler.samples} times: never two attempts of a job")
+        lines.append("  no metric point missing, no orphan, every checkpoint sound, weights as of the untouched run")
+        return "\n".join(lines)
