@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
+MILESTONE_DIRECTORY = re.compile(r"step-(\d{8,})-weights")
 ATTEMPT_DIRECTORY = re.compile(r"attempt-(\d{4,})")
 
 
@@ -183,15 +184,26 @@ class ProductDir:
         """Where the checkpoint of optimizer step ``step`` is published."""
         return self.checkpoints / f"step-{step:08d}"
 
+    def milestone(self, step: int) -> Path:
+        """Where the weights of step ``step`` are kept once nothing else of its checkpoint is."""
+        return self.checkpoints / f"step-{step:08d}-weights"
+
     def weights(self, save_weight: str, hidden_size: int, use_moe: bool) -> Path:
         """MiniMind's file name: ``pretrain_512.pth``, or ``pretrain_512_moe.pth``."""
         return self.out / f"{save_weight}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
     def published(self) -> list[tuple[int, Path]]:
         """(step, path) of every published checkpoint, newest first. Published does not mean verified."""
+        return self._directories(STEP_DIRECTORY)
+
+    def milestones(self) -> list[tuple[int, Path]]:
+        """(step, path) of every milestone of which only the weights are left, newest first."""
+        return self._directories(MILESTONE_DIRECTORY)
+
+    def _directories(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         if not self.checkpoints.is_dir():
             return []
-        found = [(STEP_DIRECTORY.fullmatch(p.name), p) for p in self.checkpoints.iterdir() if p.is_dir()]
+        found = [(pattern.fullmatch(p.name), p) for p in self.checkpoints.iterdir() if p.is_dir()]
         return sorted(((int(m.group(1)), p) for m, p in found if m), reverse=True)
 
 

@@ -114,7 +114,9 @@ class CheckpointSpec(Group):
     save_interval: Positive = Field(1000, description="steps between checkpoints")
     save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="also save this often")
     keep_last: Annotated[int, Field(ge=1, le=100000)] = Field(3, description="newest ones kept; never under 2 valid")
-    keep_every: Positive | None = Field(None, description="also keep checkpoints at multiples of this step")
+    keep_every: Positive | None = Field(
+        None, description="keep the weights of checkpoints at multiples of this step for good"
+    )
     from_resume: bool = Field(
         False, description="go on from the newest fitting checkpoint of an earlier job below save_dir, if there is one"
     )

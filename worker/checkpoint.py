@@ -1,6 +1,7 @@
 """Checkpoints: written beside, published by one rename, verified before they are believed.
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
+    checkpoints/step-...-weights/  a milestone of which only the weights are left, see `worker.milestones`
     checkpoints/.saving-...     one that is being written; collected at the next start
     checkpoints/.invalid-...    one that was found damaged, set aside for whoever wants to look
     checkpoints/.superseded-... one from behind the step that the user went back to; kept until the job is deleted
@@ -11,7 +12,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -131,11 +132,11 @@ def _saved(step: int, path: Path, files: Mapping[str, Written]) -> Saved:
     return Saved(step, path, sum(file.bytes for file in files.values()), files[MODEL].sha256)
 
 
-def manifest_of(path: Path) -> dict[str, Written]:
+def manifest_of(path: Path, needed: Iterable[str] = FILES) -> dict[str, Written]:
     """What the manifest says of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged one."""
     described = json.loads((path / MANIFEST).read_bytes())["files"]
     found = {name: Written(int(file["bytes"]), str(file["sha256"])) for name, file in described.items()}
-    if not set(FILES) <= set(found):
+    if not set(needed) <= set(found):
         raise ValueError("names too few files")
     return found
 

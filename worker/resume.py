@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Literal
 
 from contract.events import CheckpointRemoved, Event, Warned
 from contract.rundir import ProductDir, RunDir
@@ -53,10 +54,13 @@ def go_back(products: ProductDir, step: int, identity: Identity, say: Callable[[
         hint = f"There are, newest first: {there}. Nothing was set aside; resume from another step, or from the newest."
         raise Failure(Reason.CHECKPOINT_INVALID, message, hint)
     require_fit(path, identity)
-    for newer, its_path in products.published():
-        if newer > step:
-            checkpoint.set_aside(its_path, checkpoint.SUPERSEDED)
-            say(CheckpointRemoved(step=newer, path=str(its_path), why="superseded"))
+    kinds: tuple[tuple[Literal["full", "weights"], list[tuple[int, Path]]], ...]
+    kinds = ("full", products.published()), ("weights", products.milestones())
+    for kind, there_are in kinds:
+        for newer, its_path in there_are:
+            if newer > step:
+                checkpoint.set_aside(its_path, checkpoint.SUPERSEDED)
+                say(CheckpointRemoved(step=newer, path=str(its_path), checkpoint_kind=kind, why="superseded"))
     return path
 
 

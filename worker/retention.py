@@ -1,29 +1,51 @@
 """Which checkpoints are kept. The decision is pure; removal takes the name away first, then the files."""
 
+import contextlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from contract.rundir import ProductDir
-from worker.checkpoint import REMOVING, SAVING, find_damage
+from worker.checkpoint import REMOVING, SAVING, Saved, find_damage
+from worker.milestones import keep_weights
 
 LEAST = 2
 """Sound checkpoints that are kept whatever ``keep_last`` says: one may turn out damaged."""
 
 
-def surplus(sound_steps: Iterable[int], keep_last: int, keep_every: int | None) -> list[int]:
-    """The steps that need not be kept: older than the newest ``keep_last``, and no multiple of ``keep_every``."""
+def surplus(sound_steps: Iterable[int], keep_last: int, keep_every: int | None) -> tuple[list[int], list[int]]:
+    """(steps that go, steps of which the weights stay): older than the newest ``keep_last``, newest first.
+
+    The weights of multiples of ``keep_every`` stay.
+    """
     newest_first = sorted(sound_steps, reverse=True)
     old = newest_first[max(keep_last, LEAST) :]
-    return [step for step in old if not (keep_every and step % keep_every == 0)]
+    kept = [step for step in old if keep_every and step % keep_every == 0]
+    return [step for step in old if step not in kept], kept
 
 
-def prune(products: ProductDir, keep_last: int, keep_every: int | None) -> list[tuple[int, Path]]:
-    """Remove what is surplus and return it as (step, path). One that looks damaged never counts as one that is kept."""
+class Pruned(NamedTuple):
+    """A full checkpoint that is gone, and what is left of it."""
+
+    step: int
+    path: Path
+    weights: Saved | None = None
+
+
+def prune(products: ProductDir, keep_last: int, keep_every: int | None) -> list[Pruned]:
+    """Remove what is surplus. One that looks damaged never counts as one that is kept.
+
+    Where a milestone's weights cannot be put aside, its whole checkpoint stays until the next time.
+    """
     published = dict(products.published())
     sound = [step for step, path in published.items() if find_damage(path, thorough=False) is None]
-    leaving = [(step, published[step]) for step in surplus(sound, keep_last, keep_every)]
-    return [(step, path) for step, path in leaving if remove(path)]
+    going, staying = surplus(sound, keep_last, keep_every)
+    leaving = [Pruned(step, published[step]) for step in going]
+    for step in staying:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            leaving.append(Pruned(step, published[step], keep_weights(products, step, published[step])))
+    return [pruned for pruned in leaving if remove(pruned.path)]
 
 
 def remove(path: Path) -> bool:

@@ -154,8 +154,16 @@ class Saver:
 
     def _prune(self) -> None:
         keeping = self.spec.checkpoint
-        for step, path in retention.prune(self.products, keeping.keep_last, keeping.keep_every):
-            self.say(CheckpointRemoved(step=step, path=str(path)))
+        for pruned in retention.prune(self.products, keeping.keep_last, keeping.keep_every):
+            if pruned.weights is not None:
+                self._tell_weights(pruned.weights)
+            why = "retention" if pruned.weights is None else "only its weights are kept"
+            self.say(CheckpointRemoved(step=pruned.step, path=str(pruned.path), why=why))
+
+    def _tell_weights(self, kept: Saved) -> None:
+        loss = checkpoint.read_state(kept.path).loss
+        said = {"step": kept.step, "path": str(kept.path), "bytes": kept.bytes, "sha256": kept.sha256, "loss": loss}
+        self.say(CheckpointSaved(**said, checkpoint_kind="weights"))
 
 
 def report_damage(say: Callable[[Event], None], damaged: list[checkpoint.Damage]) -> None:

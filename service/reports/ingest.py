@@ -199,6 +199,8 @@ class _Ingest:
     def _saved(self, event: CheckpointSaved) -> None:
         same = (CheckpointRow.job_id == self.job.id, CheckpointRow.path == event.path)
         self.session.execute(delete(CheckpointRow).where(*same))
+        if event.checkpoint_kind == "weights" and self._thinned(event):
+            return
         self.session.add(
             CheckpointRow(
                 job_id=self.job.id,
@@ -214,6 +216,17 @@ class _Ingest:
             )
         )
         self._tell("checkpoint", f"saved {event.checkpoint_kind} checkpoint at step {event.step:,}", event)
+
+    def _thinned(self, event: CheckpointSaved) -> bool:
+        """A full checkpoint becomes a weights-only one in its own place: the list stays in the order of steps."""
+        full = (CheckpointRow.job_id == self.job.id, CheckpointRow.step == event.step, CheckpointRow.kind == "full")
+        row = self.session.scalar(select(CheckpointRow).where(*full).limit(1))
+        if row is None:
+            return False
+        row.path, row.bytes, row.sha256, row.kind = event.path, event.bytes, event.sha256, event.checkpoint_kind
+        self.session.flush()
+        self._tell("checkpoint", f"of the checkpoint at step {event.step:,} the weights are kept", event)
+        return True
 
     def _removed(self, event: CheckpointRemoved) -> None:
         same = (CheckpointRow.job_id == self.job.id, CheckpointRow.path == event.path)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,18 @@ def test_a_good_run_ships_every_line_once_and_says_completed(
     assert len(service.tokens) == 1
     assert not is_held(RunDir(attempt.path.parent).launch_lock)
     assert not is_held(RunDir(attempt.path.parent).alive_lock)
+
+
+def test_the_step_to_begin_at_and_the_wish_to_save_are_left_where_the_ranks_look(
+    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+) -> None:
+    launcher.save(NAME)
+    assert not attempt.path.exists(), "a wish that nobody is there to hear is not kept"
+    launcher.start(replace(launch(steps="30"), resume_step=1200))
+    assert attempt.read_resume_from() == 1200
+    launcher.save(NAME)
+    assert attempt.save.exists()
+    assert ended(launcher).outcome == "completed"
 
 
 def test_the_token_never_reaches_the_ranks_and_stands_in_no_file(

@@ -55,3 +55,23 @@ def test_json_is_strict(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"loss": float("nan")})
     assert read_json(tmp_path / "x.json") is None
+
+
+def test_the_step_to_begin_at_is_read_where_one_was_named(tmp_path: Path) -> None:
+    attempt = RunDir(tmp_path).attempt(3)
+    attempt.path.mkdir()
+    assert attempt.read_resume_from() is None
+    write_atomically(attempt.resume_from, b"1200\n")
+    assert attempt.read_resume_from() == 1200
+    assert attempt.save == tmp_path / "attempt-0003" / "save"
+
+
+def test_milestones_are_no_checkpoints(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    assert products.milestones() == []
+    for step in (100, 20):
+        products.milestone(step).mkdir(parents=True)
+    products.checkpoint(20).mkdir()
+    (products.checkpoints / ".saving-step-00000300-weights-7").mkdir()
+    assert [step for step, _ in products.milestones()] == [100, 20]
+    assert [step for step, _ in products.published()] == [20]

@@ -152,6 +152,26 @@ def test_checkpoints_are_listed_while_they_are_there(any_rig: Rig) -> None:
     assert rig.job(job_id)["checkpoint"] is None
 
 
+def test_a_milestone_becomes_its_weights_in_its_own_place(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running()
+    paths = [rig.checkpoint(job_id, attempt, step) for step in (10, 20, 30)]
+    rig.ship(attempt)
+    thin = paths[0].with_name(f"{paths[0].name}-weights")
+    paths[0].rename(thin)
+    for _ in range(2):
+        attempt.say("checkpoint", step=10, path=str(thin), bytes=4, sha256="b" * 64, checkpoint_kind="weights")
+        attempt.say("checkpoint_removed", step=10, path=str(paths[0]), why="only its weights are kept")
+    rig.ship(attempt)
+    listed = [(c["step"], c["kind"], c["bytes"]) for c in rig.data(job_id, "checkpoints")]
+    assert sorted(listed) == [(10, "weights", 4), (20, "full", 10), (30, "full", 10)]
+    rig.act(job_id, "pause")
+    rig.exit(attempt, "stopped", Reason.USER, step=30)
+    assert rig.act(job_id, "resume", {"step": 10}, status=409)["code"] == "step_unavailable"
+    job = rig.job(job_id)
+    assert job["checkpoint"]["step"] == 30
+
+
 def test_a_checkpoint_written_again_is_one_row(any_rig: Rig) -> None:
     rig = any_rig
     job_id, attempt = rig.running()

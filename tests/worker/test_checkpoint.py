@@ -218,14 +218,15 @@ def test_differences_are_named() -> None:
 @pytest.mark.parametrize(
     ("steps", "keep_last", "keep_every", "gone"),
     [
-        ([1, 2, 3, 4, 5], 3, None, [2, 1]),
-        ([1, 2, 3], 1, None, [1]),
-        ([10, 20, 30, 40, 50], 2, 20, [30, 10]),
-        ([7], 1, None, []),
-        ([], 3, None, []),
+        ([1, 2, 3, 4, 5], 3, None, ([2, 1], [])),
+        ([1, 2, 3], 1, None, ([1], [])),
+        ([10, 20, 30, 40, 50], 2, 20, ([30, 10], [20])),
+        ([10, 20, 30, 40], 2, 10, ([], [20, 10])),
+        ([7], 1, None, ([], [])),
+        ([], 3, None, ([], [])),
     ],
 )
-def test_surplus(steps: list[int], keep_last: int, keep_every: int | None, gone: list[int]) -> None:
+def test_surplus(steps: list[int], keep_last: int, keep_every: int | None, gone: tuple[list[int], list[int]]) -> None:
     assert retention.surplus(steps, keep_last, keep_every) == gone
 
 
@@ -235,7 +236,7 @@ def test_pruning_never_counts_a_damaged_one_as_kept(tmp_path: Path) -> None:
         publish(products, number)
     os.truncate(products.checkpoint(4) / MODEL, 10)
     removed = retention.prune(products, keep_last=1, keep_every=None)
-    assert [number for number, _ in removed] == [1]
+    assert [(pruned.step, pruned.weights) for pruned in removed] == [(1, None)]
     assert [number for number, _ in products.published()] == [4, 3, 2]
 
 

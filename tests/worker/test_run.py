@@ -94,10 +94,12 @@ def test_events_come_in_order(finished: RunDir) -> None:
     assert isinstance(found[-1], Finished)
     assert (found[-1].outcome, found[-1].step) == ("completed", 24)
     saved = [event for event in found if isinstance(event, CheckpointSaved)]
-    assert [event.step for event in saved] == [5, 10, 15, 20, 24]
-    removed = [event.step for event in found if isinstance(event, CheckpointRemoved)]
-    assert removed == [5, 15]
-    assert [step for step, _ in finished.products(None).published()] == [24, 20, 10]
+    full = [event.step for event in saved if event.checkpoint_kind == "full"]
+    assert full == [5, 10, 15, 20, 24]
+    removed = [(event.step, event.why) for event in found if isinstance(event, CheckpointRemoved)]
+    assert removed == [(5, "retention"), (10, "only its weights are kept"), (15, "retention")]
+    assert [step for step, _ in finished.products(None).published()] == [24, 20]
+    assert [step for step, _ in finished.products(None).milestones()] == [10]
     losses = {step: line.loss for step, line in driver.metrics(finished).items()}
     assert saved[0].loss == losses[5]
     assert finished.attempt(1).progress.read_text().strip() == "24"
