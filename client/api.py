@@ -19,6 +19,7 @@ from client.connection import Connection, Patience
 from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
 from client.exits import at_rest
 from client.shapes import Checkpoint, Job, LogChunk, Metric, Plan, Version
+from client.streams import StreamEvent
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100
@@ -185,6 +186,29 @@ class Trainyard:
             if not page["has_more"] or not page["data"]:
                 return
             after_step = page["data"][-1]["step"]
+
+    def metric_stream(
+        self, job_id: str, *, after_step: int = 0, last_event_id: str | None = None
+    ) -> Iterator[StreamEvent]:
+        """``metric`` events as they come, ``attempt`` where another one goes on from an earlier step, then ``end``.
+
+        One connection: where it breaks, `ServiceUnreachable` is raised, or the iterator ends without ``end``; go on
+        with the id of the last event.
+        """
+        return self._connection.stream(_path(job_id, "metrics", "stream"), {"after_step": after_step}, last_event_id)
+
+    def log_stream(
+        self,
+        job_id: str,
+        *,
+        attempt: int | None = None,
+        rank: int | None = None,
+        offset: int | None = None,
+        last_event_id: str | None = None,
+    ) -> Iterator[StreamEvent]:
+        """``log`` events ``{attempt, offset, data, next_offset}`` as they come, then ``end``. One connection."""
+        params = {"attempt": attempt, "rank": rank, "offset": offset}
+        return self._connection.stream(_path(job_id, "logs", "stream"), params, last_event_id)
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """The checkpoints, newest first."""

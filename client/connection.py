@@ -9,6 +9,11 @@ from urllib.parse import urlsplit
 import httpx2
 
 from client.errors import ServiceUnreachable, refusal
+from client.streams import OPENED, NoStream, StreamEvent, parse
+
+CONNECT_SECONDS = 10.0
+SILENT_SECONDS = 40.0
+"""A stream sends a comment every 15 s; one that is silent for longer is dead."""
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -89,6 +94,32 @@ class Connection:
         request = self._http.build_request(method, path, params=given, headers=dict(headers or {}), **content)
         repeatable = method == "GET" or "Idempotency-Key" in request.headers
         return self._answer(self._persistently(request, repeatable))
+
+    def stream(
+        self, path: str, params: Mapping[str, Any] | None = None, last_event_id: str | None = None
+    ) -> Iterator[StreamEvent]:
+        """The events of a stream, the first of which says that it is open; ends when the connection does.
+
+        Raises:
+            NoStream: what answers is no stream.
+            Refused: the service said no.
+            ServiceUnreachable: there was no answer, or nothing more came: not even the comments.
+        """
+        given = {name: value for name, value in (params or {}).items() if value is not None}
+        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
+        timeout = httpx2.Timeout(CONNECT_SECONDS, read=SILENT_SECONDS)
+        try:
+            with self._http.stream("GET", path, params=given, headers=headers, timeout=timeout) as response:
+                if response.status_code >= 400:
+                    response.read()
+                    raise refusal(response.status_code, _problem(response))
+                if not response.headers.get("content-type", "").startswith("text/event-stream"):
+                    raise NoStream(f"{path} is no stream")
+                yield StreamEvent(OPENED)
+                yield from parse(response.iter_lines())
+        except (httpx2.TransportError, httpx2.StreamError, RuntimeError, ValueError) as error:
+            # RuntimeError: the client was closed meanwhile, which is how a reader is told to end.
+            raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from error
 
     def _persistently(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
         pauses = self._patience.pauses()

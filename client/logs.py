@@ -8,9 +8,10 @@ from client.advice import ending
 from client.api import Trainyard
 from client.console import Console
 from client.errors import NotFound, ServiceUnreachable
-from client.exits import Exit, exit_of_job
+from client.exits import Exit, at_rest, exit_of_job
 from client.reading import connect
 from client.shapes import Job
+from client.streams import Feed, StreamEvent
 from client.watch import INTERVAL, Clock
 
 
@@ -19,7 +20,7 @@ def logs(args: argparse.Namespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         if args.follow:
-            return follow_log(LogReader(trainyard, job, args), args, console, Clock())
+            return follow_log(LogReader(trainyard, job, args, streams=True), args, console, Clock())
         for text in LogReader(trainyard, job, args).pieces():
             _print(text, args, console)
     return Exit.SUCCEEDED
@@ -39,10 +40,12 @@ def follow_log(reader: "LogReader", args: argparse.Namespace, console: Console, 
             if deadline is not None and clock.monotonic() >= deadline:
                 console.say(f"{args.timeout:g} s passed. Job continues.")
                 return Exit.TIMED_OUT
-            clock.sleep(INTERVAL)
+            reader.pause(INTERVAL, clock)
     except KeyboardInterrupt:
         console.say(f"Detached. Job continues. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
         return Exit.DETACHED
+    finally:
+        reader.close()
 
 
 def _turn(reader: "LogReader", args: argparse.Namespace, console: Console) -> tuple[Job, bool]:
@@ -65,26 +68,77 @@ def _print(text: str, args: argparse.Namespace, console: Console) -> None:
 
 
 class LogReader:
-    """Where in which log we are. A new attempt is a new log, read from its beginning."""
+    """Where in which log we are. A new attempt is a new log, read from its beginning.
 
-    def __init__(self, trainyard: Trainyard, job: Job, args: argparse.Namespace) -> None:
+    With ``streams`` the text comes by a stream; while it does not stand it is asked for. Offsets make both fit.
+    """
+
+    def __init__(self, trainyard: Trainyard, job: Job, args: argparse.Namespace, streams: bool = False) -> None:
         self.job = job
         self._trainyard = trainyard
+        self._streams = streams
+        self._feed: Feed | None = None
         self._rank: int | None = args.rank
         self._fixed: int | None = args.attempt
         self._attempt: int | None = args.attempt or job.get("attempt")
         self._tail: int | None = args.tail
         self._offset: int | None = None if args.tail else 0
 
+    def close(self) -> None:
+        """Nothing more is wanted."""
+        if self._feed is not None:
+            self._feed.close()
+
+    def pause(self, seconds: float, clock: Clock) -> None:
+        """Wait, but not for longer than until something comes."""
+        if self._feed is not None and self._feed.healthy:
+            self._feed.wait(seconds)
+        else:
+            clock.sleep(seconds)
+
     def refresh(self) -> None:
-        """Look at the job, and go to its new attempt's log where there is one."""
+        """Look at the job, and go to its new attempt's log where there is one and the stream does not lead there."""
         self.job = self._trainyard.job(self.job["id"])
         newest = self.job.get("attempt")
-        if self._fixed is None and newest != self._attempt:
+        if self._fixed is None and newest != self._attempt and not self._streamed:
             self._attempt, self._offset, self._tail = newest, 0, None
+
+    @property
+    def _streamed(self) -> bool:
+        return self._feed is not None and self._feed.healthy and not at_rest(self.job)
 
     def pieces(self) -> Iterator[str]:
         """What stands behind the place we are at, up to the end as it is now."""
+        if self._streamed:
+            yield from self._taken()
+            return
+        yield from self._asked()
+        if self._streams and self._feed is None and self._offset is not None and self._attempt:
+            self._feed = Feed(self._open).start()
+
+    def _open(self, _behind: str | None) -> Iterator[StreamEvent]:
+        """From where we are now, which may be behind the last event: text was asked for meanwhile."""
+        place = f"{self._attempt}-{self._offset}"
+        return self._trainyard.log_stream(self.job["id"], attempt=self._fixed, rank=self._rank, last_event_id=place)
+
+    def _taken(self) -> Iterator[str]:
+        assert self._feed is not None
+        for event in self._feed.take():
+            if event.kind != "log":
+                continue
+            said = event.data
+            follows = said["attempt"] > (self._attempt or 0) or said["offset"] == self._offset
+            if said["attempt"] == self._attempt and said["next_offset"] <= (self._offset or 0):
+                continue
+            if not follows:
+                # It overlaps with what was asked for: ask for the rest as well.
+                self._streams = False
+                self.close()
+                return
+            self._attempt, self._offset = said["attempt"], said["next_offset"]
+            yield said["data"]
+
+    def _asked(self) -> Iterator[str]:
         while True:
             try:
                 chunk = self._read()

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -12,9 +12,10 @@ from client.api import Trainyard
 from client.connection import Patience
 from client.console import Console
 from client.errors import Refused, ServiceUnreachable
-from client.exits import Exit, exit_of_job
+from client.exits import Exit, at_rest, exit_of_job
 from client.scene import Scene
 from client.shapes import Job
+from client.streams import Feed, StreamEvent
 from client.views import View, view_for
 
 INTERVAL = 1.0
@@ -47,7 +48,7 @@ def watch(args: argparse.Namespace, console: Console) -> int:
 def follow_job(job_id: str, args: argparse.Namespace, console: Console, handle: str) -> int:
     """Follow over a connection that does not wait for itself."""
     with Trainyard(args.url, args.token, timeout=5.0, patience=IMPATIENT) as trainyard:
-        return follow(Watcher(trainyard, job_id, handle), args, console, Clock())
+        return follow(Watcher(trainyard, job_id, handle, streams=True), args, console, Clock())
 
 
 def follow(watcher: "Watcher", args: argparse.Namespace, console: Console, clock: Clock) -> int:
@@ -62,6 +63,7 @@ def follow(watcher: "Watcher", args: argparse.Namespace, console: Console, clock
         return Exit.DETACHED
     finally:
         view.close()
+        watcher.close()
     if code == Exit.TIMED_OUT:
         console.say(f"{args.timeout:g} s passed. Job continues. Re-attach: trainyard watch {shlex.quote(handle)}")
     else:
@@ -85,12 +87,23 @@ def look_until_rest(watcher: "Watcher", view: View, clock: Clock, timeout: float
 
 
 class Watcher:
-    """Asks the service and keeps the scene. An answer that does not come leaves the scene as it was."""
+    """Asks the service and keeps the scene. An answer that does not come leaves the scene as it was.
 
-    def __init__(self, trainyard: Trainyard, job_id: str, handle: str) -> None:
+    With ``streams`` the points come by a stream; while it does not stand they are asked for.
+    """
+
+    def __init__(self, trainyard: Trainyard, job_id: str, handle: str, streams: bool = False) -> None:
         self._trainyard = trainyard
         self._job_id = job_id
+        self._streams = streams
+        self._feed: Feed | None = None
+        self._attempt: int | None = None
         self.scene = Scene(handle=handle, url=trainyard.url)
+
+    def close(self) -> None:
+        """Nothing more is wanted."""
+        if self._feed is not None:
+            self._feed.close()
 
     def look(self, now: datetime) -> Scene:
         """One look. Raises Refused where the service says no: the job is gone, or the token is."""
@@ -109,13 +122,39 @@ class Watcher:
 
     def _update(self, job: Job) -> None:
         scene = self.scene
-        if not scene.job:
+        first = not scene.job
+        # What a job at rest said last may still be under way in the stream.
+        if self._feed is None or not self._feed.healthy or at_rest(job):
+            self._ask(job, first)
+        else:
+            self._take(self._feed)
+        scene.job = job
+        if first and self._streams:
+            step = scene.curve.step
+            self._feed = Feed(lambda behind: self._stream(step, behind)).start()
+
+    def _stream(self, after_step: int, behind: str | None) -> Iterator[StreamEvent]:
+        return self._trainyard.metric_stream(self._job_id, after_step=after_step, last_event_id=behind)
+
+    def _ask(self, job: Job, first: bool) -> None:
+        scene = self.scene
+        if first:
             start = _start_of_backlog(job)
         else:
-            start = self._after_restart(job) if job.get("attempt") != scene.job.get("attempt") else scene.curve.step
+            start = self._after_restart(job) if job.get("attempt") != self._attempt else scene.curve.step
+        self._attempt = job.get("attempt")
         scene.fresh = list(self._trainyard.metrics(self._job_id, after_step=start))
         scene.curve.extend(scene.fresh)
-        scene.job = job
+
+    def _take(self, feed: Feed) -> None:
+        for event in feed.take():
+            if event.kind == "attempt":
+                self._attempt = event.data["attempt"]
+                self.scene.curve.rewind(event.data["start_step"])
+            elif event.kind == "metric" and event.data["step"] > self.scene.curve.step:
+                # Not beyond it: it was asked for already, while the stream did not stand.
+                self.scene.fresh.append(event.data)
+                self.scene.curve.extend([event.data])
 
     def _after_restart(self, job: Job) -> int:
         """A new attempt goes on from the newest checkpoint: points behind it will come again."""

@@ -13,11 +13,13 @@ from contract.locks import FileLock, LockBusy
 from contract.rundir import write_json
 from service.app import build, create_app
 from service.launch.local import LocalLauncher
+from service.server import HEAD_BYTES, Protocol, Server
 from service.settings import Settings, UnsafeSettings
 
 BACKLOG = 512
 PREDECESSOR_SECONDS = 20.0
 SHUTDOWN_SECONDS = 10
+UNREAD_MILLISECONDS = 60_000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,8 +71,10 @@ def _serve(settings: Settings) -> int:
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
+            http=Protocol,
+            h11_max_incomplete_event_size=HEAD_BYTES,
         )
-        server = uvicorn.Server(config)
+        server = Server(config, services.pulse.stop)
         server.run(sockets=[listener])
         return 0 if server.started else 1
 
@@ -84,6 +88,8 @@ def _bound(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Connections inherit it: what a peer does not take for so long is thrown away with its connection.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
     listener.bind((settings.host, settings.port))
     listener.listen(BACKLOG)
     return listener

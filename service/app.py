@@ -25,6 +25,8 @@ from service.planning import routes as plan_routes
 from service.reports import routes as report_routes
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
+from service.streams import routes as stream_routes
+from service.streams.pulse import Pulse
 from service.web import Gate
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
@@ -35,7 +37,7 @@ def build(settings: Settings, launcher: Launcher, inventory: Inventory | None = 
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
-    return Services(settings, database, devices, Scheduler(database, launcher, devices))
+    return Services(settings, database, devices, Scheduler(database, launcher, devices), Pulse(database))
 
 
 def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
@@ -49,6 +51,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         if ready is not None:
             ready()
         yield
+        services.pulse.stop()
         services.scheduler.stop()
         services.database.close()
 
@@ -68,6 +71,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         plan_routes,
         products,
         metric_routes,
+        stream_routes,
         report_routes,
         device_routes,
         status_routes,

@@ -10,6 +10,7 @@ from service.devices.inventory import Inventory
 from service.jobs.specs import Host
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
+from service.streams.pulse import Pulse
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Services:
     database: Database
     inventory: Inventory
     scheduler: Scheduler
+    pulse: Pulse
 
     @property
     def host(self) -> Host:

@@ -102,6 +102,12 @@ class KeyReused(ServiceError):
     status, code = 422, "idempotency_key_reused"
 
 
+class TooManyStreams(ServiceError):
+    """More streams are open than this service serves. Close some, or read page by page."""
+
+    status, code = 429, "too_many_streams"
+
+
 class BodyNotJson(ServiceError):
     """The body is not JSON."""
 

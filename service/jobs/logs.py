@@ -10,6 +10,7 @@ from service.errors import LogNotFound
 BLOCK = 64 << 10
 LARGEST_CHUNK = 1 << 20
 NEWLINE = b"\n"
+LONGEST_CHARACTER = 4
 
 
 def log_file(attempt: AttemptDir, rank: int | None) -> Path:
@@ -25,6 +26,24 @@ def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
         ended = len(data) < limit
     whole = data if ended else _whole_characters(data)
     return whole.decode(errors="replace"), offset + len(whole)
+
+
+def read_whole(path: Path, offset: int, limit: int, last: bool) -> tuple[str, int]:
+    """As `read_from`, of a log that is being written: a character whose rest is still to come waits for it."""
+    with _opened(path) as file:
+        file.seek(offset)
+        data = file.read(limit)
+    whole = data if last else _whole_characters(data)
+    if not last and len(data) < LONGEST_CHARACTER and _begins_character(data):
+        whole = b""
+    return whole.decode(errors="replace"), offset + len(whole)
+
+
+def start_of_tail(path: Path, lines: int, limit: int) -> int:
+    """Where the last ``lines`` lines begin, or as many of them as ``limit`` bytes hold."""
+    with _opened(path) as file:
+        end = file.seek(0, os.SEEK_END)
+        return _start_of_tail(file, end, lines, max(0, end - limit))
 
 
 def read_tail(path: Path, lines: int, limit: int) -> tuple[str, int]:
@@ -68,13 +87,22 @@ def _opened(path: Path) -> BinaryIO:
         raise LogNotFound() from None
 
 
+def _begins_character(data: bytes) -> bool:
+    """Whether all of it is the beginning of one character."""
+    return len(data) > 0 and data[0] >= 0xC0 and _bytes_of(data[0]) > len(data)
+
+
+def _bytes_of(first: int) -> int:
+    """How many bytes a character has that begins so."""
+    return 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+
+
 def _whole_characters(data: bytes) -> bytes:
     """Without the first bytes of a character whose rest is not here."""
     for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:
-            needed = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return data[:-back] if needed > back and back < len(data) else data
+            return data[:-back] if _bytes_of(byte) > back and back < len(data) else data
         if byte < 0x80:
             return data
     return data

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -65,9 +64,7 @@ def _fields(given: str | None) -> Sequence[str]:
 
 
 def _answer(request: Request, rows: list[dict[str, Any]], rest: dict[str, Any]) -> Response:
-    for row in rows:
-        if isinstance(row.get("at"), datetime):
-            row["at"] = row["at"].isoformat().replace("+00:00", "Z")
+    rows = [store.shown(row) for row in rows]
     accept = request.headers.get("accept", "")
     if "text/csv" in accept:
         return Response(_csv(rows), media_type="text/csv")

@@ -1,9 +1,10 @@
 """The curve: stitched over attempts, by attempt, or in buckets."""
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select
+from sqlalchemy import ColumnElement, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
 from service.metrics.buckets import Point
@@ -41,6 +42,45 @@ def rows(
     query = select(*columns).where(*_curve(job_id, attempt), MetricRow.step > after_step)
     found = session.execute(query.order_by(MetricRow.step, MetricRow.seq).limit(limit)).all()
     return [dict(zip(fields, row, strict=True)) for row in found]
+
+
+def newest_place(session: Session, job_id: str) -> tuple[int, int]:
+    """(attempt, seq) of the newest point; (0, 0) where there is none."""
+    order = (MetricRow.attempt.desc(), MetricRow.seq.desc())
+    query = select(MetricRow.attempt, MetricRow.seq).where(MetricRow.job_id == job_id).order_by(*order).limit(1)
+    found = session.execute(query).first()
+    return (found.attempt, found.seq) if found is not None else (0, 0)
+
+
+def rows_behind(
+    session: Session,
+    job_id: str,
+    place: tuple[int, int],
+    limit: int,
+    past: tuple[int, int] = (0, 0),
+    after_step: int = 0,
+) -> list[dict[str, Any]]:
+    """Points of the stitched curve in the order in which they were said, behind (attempt, seq); times as text.
+
+    Those up to ``past`` count only behind ``after_step``.
+    """
+    said = tuple_(MetricRow.attempt, MetricRow.seq)
+    names = ("seq", *FIELDS)
+    query = select(*(getattr(MetricRow, name) for name in names)).where(
+        MetricRow.job_id == job_id,
+        MetricRow.stitched.is_(True),
+        said > tuple_(*place),
+        or_(MetricRow.step > after_step, said > tuple_(*past)),
+    )
+    found = session.execute(query.order_by(MetricRow.attempt, MetricRow.seq).limit(limit)).all()
+    return [shown(dict(zip(names, row, strict=True))) for row in found]
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with its time as the API writes it."""
+    if isinstance(row.get("at"), datetime):
+        row["at"] = row["at"].isoformat().replace("+00:00", "Z")
+    return row
 
 
 def last_step(session: Session, job_id: str, attempt: int | None) -> int:

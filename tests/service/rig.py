@@ -19,6 +19,7 @@ from service.devices.inventory import Device, FixedInventory, cpu_slots
 from service.launch.fake import FakeAttempt, FakeLauncher
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
+from service.streams.pulse import Pulse
 
 URL = "http://127.0.0.1:8000"
 
@@ -59,7 +60,8 @@ class Rig:
         self.database = Database(url)
         inventory = FixedInventory(tuple(devices))
         self.scheduler = Scheduler(self.database, self.launcher, inventory, self.clock)
-        services = Services(self.settings, self.database, inventory, self.scheduler)
+        self.pulse = Pulse(self.database)
+        services = Services(self.settings, self.database, inventory, self.scheduler, self.pulse)
         self.app = create_app(services, scheduling=scheduling)
         self.client = TestClient(self.app, base_url=URL, raise_server_exceptions=True)
         self.client.__enter__()
