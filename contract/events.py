@@ -64,6 +64,7 @@ class Metric(Line):
 
     ``loss`` is the mean over every token of every rank in the steps since the last line, in nats; ``tokens`` counts
     trained tokens over the whole job; times are in seconds, ``memory_bytes`` is the peak of the fullest rank.
+    ``expert_load``: each expert's share of the tokens since the last line, over all layers; null for a dense model.
     """
 
     kind: Literal["metric"] = "metric"
@@ -80,6 +81,7 @@ class Metric(Line):
     data_seconds: float | None = None
     memory_bytes: int | None = None
     eval_loss: float | None = None
+    expert_load: list[float] | None = None
     nonfinite: bool = False
 
 

@@ -131,6 +131,7 @@ class Wishes:
 
     stop: bool = False
     save: bool = False
+    spike: bool = False
 
 
 class Agreement:
@@ -145,7 +146,7 @@ class Agreement:
         if self._ranks.control is None:
             return mine
         agreed = self.settle()
-        wishes = torch.tensor([mine.stop, mine.save], dtype=torch.uint8)
+        wishes = torch.tensor([mine.stop, mine.save, mine.spike], dtype=torch.uint8)
         work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
         assert work is not None
         self._pending = (work, wishes)
@@ -158,7 +159,7 @@ class Agreement:
         work, wishes = self._pending
         work.wait()
         self._pending = None
-        return Wishes(stop=bool(wishes[0]), save=bool(wishes[1]))
+        return Wishes(*(bool(wish) for wish in wishes))
 
 
 def leave(ranks: Ranks) -> None:

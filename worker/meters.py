@@ -47,12 +47,26 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Interval:
-    """One rank's sums since the last metric line. It is part of every checkpoint: a resumed curve has equal points."""
+    """One rank's sums since the last metric line. It is part of every checkpoint: a resumed curve has equal points.
+
+    ``experts``: tokens that each expert was given, over all layers; () for a dense model.
+    """
 
     loss_sum: float = 0.0
     aux_sum: float = 0.0
     tokens: float = 0.0
     nonfinite: float = 0.0
+    experts: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, row: Row) -> Self:
+        """The inverse of `row`."""
+        loss_sum, aux_sum, tokens, nonfinite = row[:4]
+        return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]))
+
+    def wide(self, experts: int) -> Self:
+        """With room for so many experts: all ranks' rows must be of one length, also that of one without a step."""
+        return self if self.experts else replace(self, experts=(0.0,) * experts)
 
     def plus(self, result: StepResult) -> Self:
         """The sums with one more step; what is not finite is counted, not added."""
@@ -63,19 +77,24 @@ class Interval:
             loss_sum=self.loss_sum + result.loss_sum,
             aux_sum=self.aux_sum + result.aux_sum,
             tokens=self.tokens + result.tokens,
+            experts=_added(self.experts, result.experts),
         )
 
     def row(self) -> Row:
         """As numbers, to be gathered or stored."""
-        return [self.loss_sum, self.aux_sum, self.tokens, self.nonfinite]
+        return [self.loss_sum, self.aux_sum, self.tokens, self.nonfinite, *self.experts]
+
+
+def _added(before: tuple[float, ...], new: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip(before, new, strict=True))
 
 
 def own_interval(rows: list[Row], ranks: Ranks) -> Interval:
     """What this rank goes on from: its own sums, or, with another number of ranks, rank 0 takes them all."""
     if len(rows) == ranks.world:
-        return Interval(*rows[ranks.rank])
+        return Interval.of(rows[ranks.rank])
     if ranks.leads and rows:
-        return Interval(*(sum(column) for column in zip(*rows, strict=True)))
+        return Interval.of([sum(column) for column in zip(*rows, strict=True)])
     return Interval()
 
 
@@ -100,13 +119,16 @@ class Pace:
 class Meters:
     """The sums of this rank, and how a metric line is made of everybody's."""
 
-    def __init__(self, ranks: Ranks, interval: Interval, flops_per_token: float, has_aux: bool) -> None:
-        self.interval = interval
+    def __init__(
+        self, ranks: Ranks, interval: Interval, flops_per_token: float, has_aux: bool, experts: int = 0
+    ) -> None:
+        self.interval = interval.wide(experts)
         self.pace = Pace()
         self.last_loss: float | None = None
         self._ranks = ranks
         self._flops_per_token = flops_per_token
         self._has_aux = has_aux
+        self._experts = experts
         self._peak = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" else None
         self._pace_tokens = 0
         self._began = time.perf_counter()
@@ -123,15 +145,16 @@ class Meters:
 
     def rewind(self, interval: Interval) -> None:
         """Go on from a checkpoint's sums."""
-        self.interval, self.pace, self._pace_tokens = interval, Pace(), 0
+        self.interval, self.pace, self._pace_tokens = interval.wide(self._experts), Pace(), 0
 
     def line(
         self, *, step: int, epoch: float, learning_rate: float, tokens: int, grad_norm: float, eval_loss: float | None
     ) -> Metric:
         """The metric line of everything since the last one: the one collective there is. All ranks call it together."""
-        own = [*self.interval.row(), self.pace.data_seconds, float(memory_bytes(self._ranks.device))]
+        own = [self.pace.data_seconds, float(memory_bytes(self._ranks.device)), *self.interval.row()]
         rows = self._ranks.gather(own)
-        loss_sum, aux_sum, counted, nonfinite = (sum(row[i] for row in rows) for i in range(4))
+        data_seconds, memory = (max(row[i] for row in rows) for i in range(2))
+        loss_sum, aux_sum, counted, nonfinite, *experts = (sum(column) for column in list(zip(*rows, strict=True))[2:])
         loss = loss_sum / counted if counted else None
         steps, seconds = self.pace.steps, self.pace.seconds
         speed = self._pace_tokens / seconds if seconds else None
@@ -148,9 +171,10 @@ class Meters:
             tokens_per_second=speed,
             mfu=self._mfu(speed),
             step_seconds=seconds / steps if steps else None,
-            data_seconds=max(row[4] for row in rows) / steps if steps else None,
-            memory_bytes=int(max(row[5] for row in rows)),
+            data_seconds=data_seconds / steps if steps else None,
+            memory_bytes=int(memory),
             eval_loss=eval_loss,
+            expert_load=[tokens / sum(experts) for tokens in experts] if sum(experts) else None,
             nonfinite=bool(nonfinite) or not math.isfinite(grad_norm),
         )
 

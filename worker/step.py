@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from worker.experts import ExpertLoad
+
 
 class Batch(Protocol):
     """One micro-batch of one rank on its device: B rows of S tokens."""
@@ -56,7 +58,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step measured on this rank. ``grad_norm`` is that of the exchanged gradient, equal on all ranks."""
+    """What a step measured on this rank. ``grad_norm`` is that of the exchanged gradient, equal on all ranks.
+
+    ``suspects``: rows of the micro-batches whose loss was not finite; ``worst``: rows of the one with the highest mean
+    loss. ``experts``: tokens that each expert was given, () for a dense model.
+    """
 
     grad_norm: float
     loss_sum: float
@@ -64,6 +70,13 @@ class StepResult:
     tokens: int
     applied: bool
     suspects: tuple[int, ...] = field(default=())
+    worst: tuple[int, ...] = field(default=())
+    experts: tuple[float, ...] = field(default=())
+
+    @property
+    def loss(self) -> float:
+        """Mean over this rank's tokens; not a number where it had none."""
+        return self.loss_sum / self.tokens if self.tokens else math.nan
 
     @property
     def finite(self) -> bool:
@@ -82,12 +95,14 @@ class Stepper:
     precision: Precision
     aux_coefficient: float
     grad_clip: float
+    experts: ExpertLoad
 
     def step(self, micros: Iterable[Micro], learning_rate: float, seed_of: Callable[[int], None]) -> StepResult:
         """Run one step; the weights change only if the whole gradient is finite.
 
         ``seed_of(i)`` seeds the dropout of micro-batch i.
         """
+        self.experts.take()
         sums, run = self._accumulate(micros, seed_of)
         norm = self._norm()
         # One transfer from the device for everything that is to be known of this step.
@@ -108,6 +123,8 @@ class Stepper:
             suspects=tuple(
                 row for micro, loss in zip(run, losses, strict=True) if not math.isfinite(loss) for row in micro.rows
             ),
+            worst=max(zip(losses, run, strict=True), key=_mean_loss)[1].rows,
+            experts=self.experts.take(),
         )
 
     def warm_up(self, micro: Micro) -> None:
@@ -168,6 +185,10 @@ class Stepper:
 def forward(module: nn.Module, batch: Batch) -> Any:
     """One forward pass; the output has ``loss_sum`` and ``aux_sum``, both summed over label tokens."""
     return module(batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, labels=batch.labels)
+
+
+def _mean_loss(of: tuple[float, Micro]) -> float:
+    return of[0] / max(1, of[1].tokens)
 
 
 def _with_last(micros: Iterable[Micro]) -> Iterator[tuple[Micro, bool]]:

@@ -84,6 +84,8 @@ class Wandb:
 def numbers(metric: Metric) -> dict[str, float]:
     """The known numbers of a metric line."""
     found = {name: getattr(metric, name) for name in SHOWN}
+    if metric.expert_load:
+        found |= {"expert_load_least": min(metric.expert_load), "expert_load_most": max(metric.expert_load)}
     return {name: float(value) for name, value in found.items() if value is not None}
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from contract.report import Outcome
 from contract.spec import JobSpec
 from contract.status import Phase, Reason
 from worker import gate
+from worker.curve import CurveWatch
 from worker.data import Order
 from worker.distributed import Agreement, Ranks, Wishes, require
 from worker.evaluation import Evaluation
@@ -30,6 +31,7 @@ from worker.roots import check_roots
 from worker.samples import written
 from worker.saving import Saver
 from worker.schedule import Calendar, LearningRate, total_steps
+from worker.spikes import Spikes, told
 from worker.step import StepResult, seed_dropout
 from worker.stopping import StopWish
 from worker.trackers import Trackers
@@ -72,6 +74,7 @@ def train(
         lambda: find_start(spec, attempt.run, products, material.identity, steps_of, say, from_step)
     )
     model = initial_model(spec.model, spec.training.seed, ranks.device)
+    untrained = begin is None and spec.training.from_weight is None
     if begin is None and spec.training.from_weight is not None:
         start_from(model, spec, products)
     trainee = build(model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks)
@@ -81,6 +84,7 @@ def train(
     order = Order(material.rows.targets, rows_per_step, spec.training.seed)
     steps = steps_of(rows_per_step)
     probe = Probe.of(material.rows, spec.training, ranks.device)
+    experts = spec.model.num_experts if spec.model.use_moe else 0
     fact = started(material, ranks, order, progress.step, steps, begin)
     loop = Loop(
         spec=spec,
@@ -90,12 +94,13 @@ def train(
         feed=Feed(material.rows, order, ranks, spec.training.batch_size, spec.training.loss_normalization),
         rate=LearningRate.of(spec.training, steps),
         calendar=Calendar.of(spec, steps, evaluates=material.evaluation is not None),
-        meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe),
+        meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe, experts),
         saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic(), probe),
         asked_to_save=attempt.directory.save,
         trackers=trackers,
         life=life,
         say=say,
+        watch=CurveWatch(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
     )
     say(fact)
     life.beat(progress.step)
@@ -145,6 +150,8 @@ class Loop:
     trackers: Trackers
     life: SignOfLife
     say: Say
+    watch: CurveWatch
+    spikes: Spikes = field(default_factory=Spikes)
 
     def warm_up(self) -> None:
         """One pass without labels, where there is something to compile or buckets to settle."""
@@ -167,10 +174,13 @@ class Loop:
             if progress.step <= before.step:
                 continue
             self.life.beat(progress.step)
-            wishes = agreement.exchange(Wishes(stop=stop.asked(), save=self.ranks.leads and self._wants_save()))
+            save, spike = self.ranks.leads and self._wants_save(), self.spikes.pending is not None
+            wishes = agreement.exchange(Wishes(stop=stop.asked(), save=save, spike=spike))
             last = progress.step == steps
             if self.calendar.saves(progress.step) or wishes.save or wishes.stop:
                 self._save(progress, must=last or wishes.stop)
+            if wishes.spike and (warning := told(self.ranks.gather(self.spikes.row()))) is not None:
+                self.say(warning)
             if wishes.stop and not last:
                 agreement.settle()
                 return progress, True
@@ -202,6 +212,9 @@ class Loop:
         step_tokens = self.feed.tokens(data_step)
         progress = progress.after(step_tokens, trouble)
         self.meters.end_step(result, step_tokens, self.feed.waited)
+        self.spikes.look(step, result.loss, result.worst)
+        for warning in self.watch.step(step, result.loss, result.grad_norm):
+            self.say(warning)
         if self.calendar.logs(step):
             self._log(progress, result)
         return progress
@@ -250,6 +263,8 @@ class Loop:
         )
         self.say(line)
         self.trackers.log(line)
+        for warning in self.watch.line(step, line.loss):
+            self.say(warning)
 
     def _save(self, progress: Progress, *, must: bool) -> None:
         """Checkpoint and weights, written beside the next steps, and what the model writes now."""

@@ -14,6 +14,7 @@ from model.decoder import Decoder
 from worker import checkpoint
 from worker.checkpoint import Identity, RunState
 from worker.distributed import Ranks, Row
+from worker.experts import ExpertLoad
 from worker.gate import Trouble
 from worker.step import Precision, Stepper
 
@@ -106,6 +107,7 @@ def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks:
         precision=Precision(ranks.device.type, dtype),
         aux_coefficient=aux_coefficient,
         grad_clip=training.grad_clip,
+        experts=ExpertLoad(model),
     )
     return Trainee(model, optimizer, scaler, stepper)
 

@@ -25,6 +25,7 @@ FIELDS = (
     "data_seconds",
     "memory_bytes",
     "eval_loss",
+    "expert_load",
     "nonfinite",
     "at",
 )

@@ -79,9 +79,17 @@ def test_pages_and_fields(any_rig: Rig) -> None:
     whole = any_rig.data(job_id, "metrics", limit=1)[0]
     assert set(whole) == {
         "step", "attempt", "epoch", "loss", "aux_loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
-        "mfu", "step_seconds", "data_seconds", "memory_bytes", "eval_loss", "nonfinite", "at",
+        "mfu", "step_seconds", "data_seconds", "memory_bytes", "eval_loss", "expert_load", "nonfinite", "at",
     }  # fmt: skip
     assert whole["at"].endswith("Z")
+
+
+def test_the_experts_load_comes_back(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running()
+    attempt.metric(1)
+    attempt.metric(2, expert_load=[0.5, 0.25, 0.25, 0.0])
+    any_rig.ship(attempt)
+    assert [m["expert_load"] for m in any_rig.data(job_id, "metrics")] == [None, [0.5, 0.25, 0.25, 0.0]]
 
 
 def test_numbers_come_back_exactly(any_rig: Rig) -> None:
