@@ -24,6 +24,7 @@ from contract.locks import FileLock
 from service.settings import Settings
 
 BUSY_SECONDS = 30
+IDLE_SECONDS = 10
 MIGRATION_LOCK = 7_263_054_117
 """Key of the Postgres advisory lock that one migrating service holds."""
 
@@ -81,7 +82,16 @@ def _engine(url: str) -> Engine:
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "sqlite":
-        return create_engine(parsed, pool_size=16, max_overflow=32, pool_pre_ping=True, pool_timeout=10)
+        # A service that is stopped in the middle of a transaction must not hold its rows for ever.
+        options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS * 1000}"
+        return create_engine(
+            parsed,
+            pool_size=16,
+            max_overflow=32,
+            pool_pre_ping=True,
+            pool_timeout=10,
+            connect_args={"options": options},
+        )
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(

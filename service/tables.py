@@ -170,6 +170,17 @@ class LeaseRow(Table):
     job_id: Mapped[str] = mapped_column(String(40))
 
 
+class LeaderRow(Table):
+    """The one row that says which service schedules. ``holder`` null: nobody does."""
+
+    __tablename__ = "leader"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    epoch: Mapped[int]
+    beat: Mapped[int]
+    holder: Mapped[str | None]
+
+
 class MetricRow(Table):
     """One point. ``stitched`` is false where a later attempt, or a rollback, went over this step again."""
 

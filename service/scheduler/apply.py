@@ -1,9 +1,10 @@
 """Carries out what the plan decided. Launchers are called between transactions, never inside one."""
 
+import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import assert_never
 
@@ -20,6 +21,7 @@ from service.jobs import store
 from service.jobs.store import Note
 from service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
 from service.reports import ending, ingest
+from service.scheduler.lease import Lease
 from service.scheduler.plan import Action, End, Hint, Look, Restart, Start
 from service.scheduler.snapshot import LiveAttempt, Memory
 from service.tables import AttemptRow, JobRow, LeaseRow
@@ -30,13 +32,33 @@ log = logging.getLogger("trainyard")
 
 
 class Applier:
-    """Does one action at a time. ``clock`` gives the time in UTC."""
+    """Does one action at a time. ``clock`` gives the time in UTC. Without a ``lease`` it is alone on its database."""
 
-    def __init__(self, database: Database, launcher: Launcher, memory: Memory, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        launcher: Launcher,
+        memory: Memory,
+        clock: Callable[[], datetime],
+        lease: Lease | None = None,
+    ) -> None:
         self._database = database
         self._launcher = launcher
         self._memory = memory
         self._clock = clock
+        self._lease = lease
+
+    @contextlib.contextmanager
+    def _write(self) -> Iterator[Session]:
+        """A transaction that is refused where another service schedules. Raises Deposed."""
+        with self._database.write() as session:
+            if self._lease is not None:
+                self._lease.fence(session)
+            yield session
+
+    def _leads(self) -> bool:
+        """Whether what was looked at is still ours to act on: this process may have been stopped since."""
+        return self._lease is None or self._lease.fresh()
 
     def do(self, action: Action) -> bool:
         """Carry ``action`` out. True where devices or jobs were freed, so that another look is worth it at once."""
@@ -59,8 +81,8 @@ class Applier:
 
     def _start(self, action: Start) -> bool:
         launch = self._claim(action)
-        if launch is None:
-            return False
+        if launch is None or not self._leads():
+            return False  # stopped right here for long: whoever leads now finds that it was never launched
         self._memory.looked_at[launch.attempt_id] = self._clock()
         log.info("job=%s attempt=%s launching on %s", launch.name.job_id, launch.name.number, ",".join(launch.devices))
         try:
@@ -70,7 +92,7 @@ class Applier:
                 log.exception("job=%s the launcher failed", launch.name.job_id)
             self._launch_refused(launch, str(error))
             return True
-        with self._database.write() as session:
+        with self._write() as session:
             job, attempt = ingest.lock(session, launch.attempt_id, launch.name.job_id)
             attempt.launched_at = attempt.launched_at or self._clock()
             job.heard_at = job.heard_at or attempt.launched_at
@@ -80,7 +102,7 @@ class Applier:
         """Queued -> starting, the attempt's row and its leases, all or nothing."""
         token = secrets.token_urlsafe(32)
         try:
-            with self._database.write() as session:
+            with self._write() as session:
                 job = store.lock(session, action.job_id)
                 return _claimed(session, job, action.devices, token, self._clock())
         except IntegrityError:
@@ -99,7 +121,7 @@ class Applier:
         self._close(launch.attempt_id, launch.name, report)
 
     def _restart(self, job_id: str) -> bool:
-        with self._database.write() as session:
+        with self._write() as session:
             job = store.lock(session, job_id)
             if job.status != JobStatus.INTERRUPTED or job.restart_at is None:
                 return False
@@ -111,6 +133,8 @@ class Applier:
     def _look(self, live: LiveAttempt) -> bool:
         self._memory.looked_at[live.id] = self._clock()
         found = self._launcher.find(live.name)
+        if not self._leads():
+            return False
         match found.state:
             case State.ALIVE:
                 return self._adopt(live)
@@ -128,7 +152,7 @@ class Applier:
     def _adopt(self, live: LiveAttempt) -> bool:
         if live.launched:
             return False
-        with self._database.write() as session:
+        with self._write() as session:
             job, attempt = ingest.lock(session, live.id, live.name.job_id)
             attempt.launched_at = attempt.launched_at or self._clock()
             note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
@@ -146,7 +170,7 @@ class Applier:
         """Store the lines that the agent could not deliver any more."""
         acked = self._acked(live)
         while lines := self._launcher.unread(live.name, acked, UNREAD_LINES):
-            with self._database.write() as session:
+            with self._write() as session:
                 job, attempt = ingest.lock(session, live.id, live.name.job_id)
                 new = ingest.ingest(session, job, attempt, lines)
                 acked = attempt.acked_seq
@@ -165,7 +189,7 @@ class Applier:
         if found.state is not State.ABSENT:
             return self._ended(live, found)
         if not live.launched and live.heard_at is None:
-            with self._database.write() as session:
+            with self._write() as session:
                 job, attempt = ingest.lock(session, live.id, live.name.job_id)
                 ending.never_launched(session, job, attempt, self._clock())
             return True
@@ -182,7 +206,7 @@ class Applier:
         return True
 
     def _close(self, attempt_id: str, name: AttemptName, report: ExitReport) -> None:
-        with self._database.write() as session:
+        with self._write() as session:
             job, attempt = ingest.lock(session, attempt_id, name.job_id)
             ending.end(session, job, attempt, report, self._clock())
 

@@ -9,6 +9,7 @@ from service.db import Database
 from service.devices.inventory import Inventory
 from service.launch.base import AttemptName, Launcher
 from service.scheduler.apply import Applier, utc_now
+from service.scheduler.lease import Deposed, Lease
 from service.scheduler.plan import Action, plan
 from service.scheduler.snapshot import Memory, Snapshot, take
 
@@ -19,7 +20,11 @@ log = logging.getLogger("trainyard")
 
 
 class Scheduler:
-    """Runs rounds in a thread of its own. Tests call `round` themselves."""
+    """Runs rounds in a thread of its own. Tests call `round` themselves.
+
+    With a ``lease`` it acts only while it leads, and ``on_lead`` is called each time it begins to. One that is not
+    ``wanted`` never starts: another service on the same database schedules.
+    """
 
     def __init__(
         self,
@@ -27,22 +32,29 @@ class Scheduler:
         launcher: Launcher,
         inventory: Inventory,
         clock: Callable[[], datetime] = utc_now,
+        lease: Lease | None = None,
+        wanted: bool = True,
     ) -> None:
         self._database = database
         self._inventory = inventory
         self._launcher = launcher
         self._clock = clock
         self._memory = Memory()
-        self._applier = Applier(database, launcher, self._memory, clock)
+        self._applier = Applier(database, launcher, self._memory, clock, lease)
+        self._lease = lease
+        self._wanted = wanted
+        self._led = False
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self.waiting: Mapping[str, str] = {}
         """What each queued job waits for, by the newest plan."""
+        self.on_lead: Callable[[], None] = _nothing
 
     def start(self) -> None:
         """Begin. The first round looks at every attempt that the database believes alive."""
-        self._thread.start()
+        if self._wanted:
+            self._thread.start()
 
     def stop(self) -> None:
         """End the loop after the round that is going on. Attempts are left alone."""
@@ -50,6 +62,7 @@ class Scheduler:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(30)
+            self._give_up()
 
     def wake(self) -> None:
         """Something has changed: look at once."""
@@ -61,8 +74,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether the loop runs."""
-        return self._thread.is_alive()
+        """Whether the loop runs, as far as it should."""
+        return self._thread.is_alive() or not self._wanted
 
     def settle(self) -> None:
         """Rounds until one changes nothing that another could build on."""
@@ -74,12 +87,32 @@ class Scheduler:
         """One look and what follows from it; True where another look is worth it at once."""
         decided = plan(self._snapshot(), self._clock())
         self.waiting = decided.waiting
-        outcomes = [self._do(action) for action in decided.actions]
+        outcomes = [self._leads() and self._do(action) for action in decided.actions]
         return any(outcomes)
+
+    def _leads(self) -> bool:
+        """Keep the lease, or try for it. One who begins to lead knows nothing of what the one before did."""
+        leads = self._lease is None or self._lease.keep()
+        if leads and not self._led:
+            self._memory.looked_at.clear()
+            self._memory.told.clear()
+            self.on_lead()
+        self._led = leads
+        return leads
+
+    def _give_up(self) -> None:
+        try:
+            if self._lease is not None:
+                self._lease.give_up()
+        except Exception:
+            log.exception("the lease could not be given up; it runs out by itself")
 
     def _do(self, action: Action) -> bool:
         try:
             return self._applier.do(action)
+        except Deposed:
+            log.warning("another service schedules now; %s is left to it", type(action).__name__)
+            return False
         except Exception:
             # One job's trouble must not keep the others from being looked after.
             log.exception("an action of the scheduler failed: %s", type(action).__name__)
@@ -95,8 +128,13 @@ class Scheduler:
     def _run(self) -> None:
         while not self._stopping:
             try:
-                self.settle()
+                if self._leads():
+                    self.settle()
             except Exception:
                 log.exception("a round of the scheduler failed")
             self._wake.wait(ROUND_SECONDS)
             self._wake.clear()
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
