@@ -100,7 +100,9 @@ class TrainingSpec(Group):
         "fail", description="what a step with a non-finite loss or gradient does"
     )
     from_weight: PathText | None = Field(
-        None, description="weights to start from: a .pth or .safetensors file, or a name in save_dir as MiniMind has it"
+        None,
+        description="weights to start from: a .pth or .safetensors file, a Hugging Face directory of the same shape, "
+        "or a name in save_dir as MiniMind has it",
     )
 
 

@@ -14,6 +14,7 @@ from contract.spec import JobSpec
 from contract.status import Reason
 from worker.checkpoint import shared_names
 from worker.failure import Failure
+from worker.huggingface import config_problems, files_of, is_directory_of_weights, read_config, split_experts
 
 SHOWN = 12
 
@@ -45,7 +46,7 @@ def start_from(model: torch.nn.Module, spec: JobSpec, products: ProductDir) -> P
     """Load ``training.from_weight`` into ``model``, strictly. Raises Failure that lists every mismatch."""
     path = find_weights(spec, products)
     tensors = _read(path)
-    problems = mismatches(model.state_dict(), tensors)
+    problems = [*_config_problems(path, spec), *mismatches(model.state_dict(), tensors)]
     if problems:
         shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
         hint = "Set the model group to the shape these weights have, or take other weights."
@@ -58,17 +59,17 @@ def start_from(model: torch.nn.Module, spec: JobSpec, products: ProductDir) -> P
 
 
 def find_weights(spec: JobSpec, products: ProductDir) -> Path:
-    """The file that ``from_weight`` means: a path, or MiniMind's name, looked for where weights are saved."""
+    """What ``from_weight`` means: a file or a Hugging Face directory, or MiniMind's name where weights are saved."""
     wanted = str(spec.training.from_weight)
     name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
     folders = [products.out, products.path]
     if spec.checkpoint.save_dir is not None:
         folders.insert(0, Path(spec.checkpoint.save_dir))
     candidates = [Path(wanted), *(folder / name for folder in folders)]
-    found = next((path for path in candidates if path.is_file()), None)
+    found = next((path for path in candidates if path.is_file() or is_directory_of_weights(path)), None)
     if found is None:
         looked = ", ".join(map(str, candidates))
-        hint = "Give the path of a .pth or .safetensors file, or a name as in save_weight."
+        hint = "Give a .pth or .safetensors file, a Hugging Face directory, or a name as in save_weight."
         raise Failure(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {looked}", hint)
     return found
 
@@ -90,15 +91,28 @@ def mismatches(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor
     return found + [f"{name} is not part of the model" for name in given if name not in own]
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that may come from anybody: no pickled code is ever run."""
+def _config_problems(path: Path, spec: JobSpec) -> list[str]:
+    """What a directory's config.json says that no tensor would show, such as rope_theta."""
     try:
-        content = _content(path)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        described = read_config(path) if path.is_dir() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refused(path, f"{type(error).__name__}: {str(error)[:200]}") from error
+    return [] if described is None else list(config_problems(described, spec.model))
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file or a directory that may come from anybody: no pickled code is ever run."""
+    try:
+        files = files_of(path) if path.is_dir() else [path]
+        content: Any = {}
+        for file in files:
+            part = _content(file)
+            content = part if len(files) == 1 else {**content, **part}
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
         raise _refused(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise _refused(path, "it is not a plain state dict of tensors")
-    return {str(name): value for name, value in content.items()}
+    return split_experts({str(name): value for name, value in content.items()})
 
 
 def _content(path: Path) -> Any:

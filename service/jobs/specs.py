@@ -109,8 +109,8 @@ class _Check:
         if given is None or not ("/" in given or given.endswith(WEIGHT_ENDINGS)):
             return  # nothing, or MiniMind's bare name, which the worker looks up in save_dir
         trouble = self._below_roots("from_weight", given)
-        if trouble is None and not _is_file(Path(self.paths["from_weight"])):
-            trouble = "does not exist or is not a file"
+        if trouble is None and not _holds_weights(Path(self.paths["from_weight"])):
+            trouble = "must be a file of weights, or a Hugging Face directory with a model.safetensors"
         yield from _at("/training/from_weight", trouble)
 
     def _save_dir(self) -> Iterator[Found]:
@@ -170,6 +170,11 @@ def _why_no_corpus(path: Path) -> str | None:
     if not os.access(path, os.R_OK):
         return "cannot be read by the service"
     return "is empty" if found.st_size == 0 else None
+
+
+def _holds_weights(path: Path) -> bool:
+    """A file, or a directory as Hugging Face writes it: in one piece or with an index."""
+    return any(map(_is_file, (path, path / "model.safetensors", path / "model.safetensors.index.json")))
 
 
 def _is_file(path: Path) -> bool:

@@ -148,6 +148,11 @@ def test_weights_to_start_from(rig: Rig) -> None:
     assert list(mistakes(rig, rig.spec(training={"from_weight": str(weights)}))) == ["/training/from_weight"]
     assert list(mistakes(rig, rig.spec(training={"from_weight": "/etc/shadow"}))) == ["/training/from_weight"]
     weights.touch()
+    directory = weights.parent / "exported"
+    directory.mkdir()
+    assert list(mistakes(rig, rig.spec(training={"from_weight": str(directory)}))) == ["/training/from_weight"]
+    (directory / "model.safetensors").write_bytes(b"w")
+    rig.job(rig.submit(training={"from_weight": str(directory)}))
     job = rig.job(rig.submit(training={"from_weight": str(weights)}))
     assert job["spec"]["training"]["from_weight"] == str(weights)
     assert rig.job(rig.submit(training={"from_weight": "pretrain"}))["spec"]["training"]["from_weight"] == "pretrain"
