@@ -90,6 +90,7 @@ def _add_local(commands: Any) -> None:
     serve = _add(commands, "serve", "client.local:serve", "run the service in the foreground")
     serve.add_argument("--host", help="address to bind (127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to bind (8000)")
+    serve.add_argument("--no-scheduler", action="store_true", help="only answer: another service here schedules")
     _add_store_options(serve)
     _add_tools(commands)
 

@@ -11,7 +11,7 @@ from client.console import Console
 def serve(args: argparse.Namespace, _console: Console) -> int:
     """`trainyard serve`: ``python -m service``."""
     settings = {**store_settings(args), "TRAINYARD_HOST": args.host, "TRAINYARD_PORT": args.port}
-    return become("service", [], settings)
+    return become("service", ["--no-scheduler"] if args.no_scheduler else [], settings)
 
 
 def upgrade_database(args: argparse.Namespace, _console: Console) -> int:

@@ -254,6 +254,7 @@ def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> N
                 "TRAINYARD_DATABASE_URL": "sqlite://",
             },
         ),
+        (["serve", "--no-scheduler"], "service", ["--no-scheduler"], {}),
         (["db", "upgrade", "--home", "/h"], "service.db", ["upgrade"], {"TRAINYARD_HOME": "/h"}),
         (
             ["tokenizer", "train", "f.jsonl", "--vocab-size", "500", "--out", "d"],

@@ -62,6 +62,8 @@ class Home:
         self.wanted = wanted
         self.environment = {"TRAINYARD_CPU_SLOTS": str(slots), "TRAINYARD_DATA_ROOTS": str(path)}
         self.service: ProcessIdentity | None = None
+        # A connection of its own for each request: the server may be another one each time.
+        self.client = httpx2.Client(timeout=10, limits=httpx2.Limits(max_keepalive_connections=0))
         self.server_errors: list[str] = []
         self.damage: Callable[[Path], str | None] = ranks.damage
         path.mkdir(parents=True, exist_ok=True)
@@ -104,10 +106,10 @@ class Home:
         return str(read_json(self.path / "service.json")["url"])  # type: ignore[index]
 
     def get(self, path: str) -> httpx2.Response:
-        return self.noted(httpx2.get(self.url + path, timeout=10))
+        return self.noted(self.client.get(self.url + path))
 
     def post(self, path: str, body: object = None) -> httpx2.Response:
-        return self.noted(httpx2.post(self.url + path, json=body, timeout=10))
+        return self.noted(self.client.post(self.url + path, json=body))
 
     def noted(self, answer: httpx2.Response) -> httpx2.Response:
         """Keep what must not have been answered (I8); /ready says 503 for as long as it is not."""
@@ -163,6 +165,7 @@ class Home:
 
     def end_all(self) -> None:
         """Leave nothing behind, whatever the test did."""
+        self.client.close()
         self.signal(signal.SIGCONT)
         self.kill()
         for _ in range(5):

@@ -38,6 +38,7 @@ class Killer:
     damage: Damage
     done: Counter[str] = field(default_factory=Counter)
     jobs: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
     slowest_start: float = 0.0
 
     def __post_init__(self) -> None:
@@ -56,8 +57,10 @@ class Killer:
         self.finish(sampler)
 
     def keep_busy(self) -> None:
-        running = [job for job in self.jobs if self.home.job(job)["status"] != "succeeded"]
-        self.jobs += [self.submit() for _ in range(self.at_once - len(running))]
+        self.running = [job for job in self.running if self.home.job(job)["status"] != "succeeded"]
+        fresh = [self.submit() for _ in range(self.at_once - len(self.running))]
+        self.running += fresh
+        self.jobs += fresh
 
     def kill_something(self) -> None:
         chosen = self.dice.choices(list(TARGETS), [weight for weight, _ in TARGETS.values()])[0]

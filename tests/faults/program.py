@@ -19,7 +19,7 @@ from typing import Any
 import service.__main__
 from service.jobs import rules
 from service.launch.local import WORKER_AGENT, LocalLauncher
-from service.scheduler import apply, plan
+from service.scheduler import apply, lease, plan
 from service.scheduler.apply import Applier
 
 DIED_AT_FAILPOINT = 77
@@ -88,13 +88,28 @@ def _change(wanted: dict[str, Any]) -> None:
     rules.BACKOFF_SECONDS = first * scale, second * scale, third * scale
     plan.QUIET = plan.QUIET * scale
     plan.KILL_GRACE = plan.KILL_GRACE * scale
-    if "die_at" in wanted:
-        where, line = wanted["die_at"]
-        threading.settrace(die_at({function.__code__ for function in PATHS[where]}, int(line)))
+    lease.LEASE_SECONDS *= float(wanted.get("lease_scale", 1.0))
+    lease.RENEW_SECONDS *= float(wanted.get("lease_scale", 1.0))
+    for name, fate in (("die_at", _die), ("stop_at", _stop)):
+        if name in wanted:
+            where, line = wanted[name]
+            threading.settrace(at_line({function.__code__ for function in PATHS[where]}, int(line), fate))
 
 
-def die_at(codes: set[CodeType], number: int) -> Callable[[FrameType, str, Any], Any]:
-    """A trace function that ends the process, as SIGKILL would, before the ``number``-th line run in ``codes``."""
+def _die(where: str) -> None:
+    """As SIGKILL would."""
+    print(f"died at {where}", file=sys.stderr, flush=True)
+    os._exit(DIED_AT_FAILPOINT)
+
+
+def _stop(where: str) -> None:
+    """All threads, until somebody sends SIGCONT."""
+    print(f"stopped at {where}", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def at_line(codes: set[CodeType], number: int, fate: Callable[[str], None]) -> Callable[[FrameType, str, Any], Any]:
+    """A trace function that calls ``fate`` before the ``number``-th line that is run in ``codes``."""
     left = number
 
     def local(frame: FrameType, event: str, _argument: Any) -> Any:
@@ -102,8 +117,7 @@ def die_at(codes: set[CodeType], number: int) -> Callable[[FrameType, str, Any],
         if event == "line":
             left -= 1
             if left == 0:
-                print(f"died at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}", file=sys.stderr, flush=True)
-                os._exit(DIED_AT_FAILPOINT)
+                fate(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
         return local
 
     def entered(frame: FrameType, _event: str, _argument: Any) -> Any:
