@@ -10,12 +10,14 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self, cast
 from urllib.parse import quote
 
 import httpx2
 
 from client.connection import Connection, Patience
+from client.download import fetch
 from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
 from client.exits import at_rest
 from client.shapes import Checkpoint, Job, LogChunk, Metric, Plan, Version
@@ -213,6 +215,17 @@ class Trainyard:
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """The checkpoints, newest first."""
         return list(cast(Iterator[Checkpoint], self._pages(_path(job_id, "checkpoints"))))
+
+    def download(self, job_id: str, step: int, into: str | os.PathLike[str]) -> list[str]:
+        """Fetch every file of a checkpoint into the folder ``into``; what an earlier try left is gone on with.
+
+        Returns the names. Raises `Damaged` where a file is not what the manifest says, beside what every call raises.
+        """
+        return fetch(self._connection, _path(job_id, "checkpoints", str(step), "files"), Path(into))
+
+    def delete_checkpoint(self, job_id: str, step: int) -> None:
+        """Remove a full checkpoint with its files; the service refuses for the last valid one."""
+        self._connection.call("DELETE", _path(job_id, "checkpoints", str(step)))
 
     def events(self, job_id: str) -> Iterator[dict[str, Any]]:
         """Transitions, warnings, saves, restarts, and who asked."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -120,6 +121,23 @@ class Connection:
         except (httpx2.TransportError, httpx2.StreamError, RuntimeError, ValueError) as error:
             # RuntimeError: the client was closed meanwhile, which is how a reader is told to end.
             raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from error
+
+    @contextmanager
+    def download(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
+        """An answer whose body is read by the caller, as it comes.
+
+        Raises:
+            Refused: the service said no.
+            ServiceUnreachable: there was no answer, or the body was cut off.
+        """
+        try:
+            with self._http.stream("GET", path, headers=dict(headers)) as response:
+                if response.status_code >= 400:
+                    response.read()
+                    raise refusal(response.status_code, _problem(response))
+                yield response
+        except httpx2.TransportError as error:
+            raise ServiceUnreachable(self.url, _cause(error)) from error
 
     def _persistently(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
         pauses = self._patience.pauses()

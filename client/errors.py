@@ -35,6 +35,10 @@ class WaitedInVain(TrainyardError):
         self.job = job
 
 
+class Damaged(TrainyardError):
+    """A file that was fetched is not what the checkpoint's manifest says; the message names it."""
+
+
 class NameShared(TrainyardError):
     """Several jobs have the name; the message lists their ids."""
 

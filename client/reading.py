@@ -111,7 +111,7 @@ def _print_points(points: Iterable[Any], console: Console) -> None:
 
 def events(args: argparse.Namespace, console: Console) -> int:
     """`trainyard events`."""
-    return _rows(args, console, Trainyard.events, ("AT", "KIND", "WHAT"), _event_row)
+    return rows(args, console, Trainyard.events, ("AT", "KIND", "WHAT"), _event_row)
 
 
 def _event_row(event: Any) -> Row:
@@ -119,21 +119,9 @@ def _event_row(event: Any) -> Row:
     return (str(event.get("at", UNKNOWN)), str(event.get("kind")), one_line(f"{event.get('message')}{by}", 200))
 
 
-def checkpoints(args: argparse.Namespace, console: Console) -> int:
-    """`trainyard checkpoints`."""
-    header = ("STEP", "KIND", "LOSS", "SIZE", "SHA256", "PATH")
-    return _rows(args, console, Trainyard.checkpoints, header, _checkpoint_row)
-
-
-def _checkpoint_row(found: Any) -> Row:
-    sha256 = str(found.get("sha256") or UNKNOWN)
-    words = (count(found["step"]), str(found.get("kind")), fixed(found.get("loss"), 4), size(found.get("bytes")))
-    return (*words, sha256, str(found.get("path")))
-
-
 def attempts(args: argparse.Namespace, console: Console) -> int:
     """`trainyard attempts`."""
-    return _rows(
+    return rows(
         args,
         console,
         Trainyard.attempts,
@@ -193,13 +181,14 @@ def version(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def _rows(
+def rows(
     args: argparse.Namespace,
     console: Console,
     read: Callable[[Trainyard, str], Iterable[Any]],
     header: Row,
     row: Callable[[Any], Row],
 ) -> int:
+    """Print what ``read`` finds of the job that the options name."""
     with connect(args) as trainyard:
         found = list(islice(read(trainyard, trainyard.find(args.job)["id"]), None))
     return _print_rows(args, console, found, header, row)

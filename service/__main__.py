@@ -1,6 +1,7 @@
 """``python -m service``: bind, say where, migrate, look after what lives, serve."""
 
 import argparse
+import contextlib
 import logging
 import os
 import socket
@@ -25,7 +26,7 @@ UNREAD_MILLISECONDS = 60_000
 def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Runs go on without us. Returns an exit code."""
     try:
-        settings = _settings(arguments)
+        settings, schedules = _settings(arguments)
     except UnsafeSettings as error:
         print(f"service: {error}", file=sys.stderr)
         return 2
@@ -33,9 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     settings.home.mkdir(parents=True, exist_ok=True)
     try:
-        # Two services on one home would both launch; a predecessor that is shutting down is waited for.
-        with FileLock(settings.home / "service.lock").take(seconds=PREDECESSOR_SECONDS):
-            return _serve(settings)
+        with _alone(settings) if schedules else contextlib.nullcontext():
+            return _serve(settings, schedules)
     except LockBusy:
         print(f"service: another service runs on {settings.home}", file=sys.stderr)
     except OSError as error:
@@ -43,27 +43,43 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
 
 
-def _settings(arguments: list[str] | None) -> Settings:
+def _alone(settings: Settings) -> contextlib.AbstractContextManager[object]:
+    """On SQLite, one service on a home; a predecessor that is shutting down is waited for. Raises LockBusy.
+
+    On Postgres there may be several, on this host or others: the lease says which of them schedules.
+    """
+    if not settings.database_url.startswith("sqlite"):
+        return contextlib.nullcontext()
+    return FileLock(settings.home / "service.lock").take(seconds=PREDECESSOR_SECONDS)
+
+
+def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
+    """The settings, and whether this service may schedule."""
     parser = argparse.ArgumentParser(prog="python -m service", description="The Trainyard service")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8000); 0: any free one")
     parser.add_argument("--home", type=Path, help="directory for runs, database and caches (./trainyard-home)")
     parser.add_argument("--database-url", help="default: SQLite in the home")
+    parser.add_argument("--no-scheduler", action="store_true", help="only answer: another service here schedules")
     given = parser.parse_args(arguments)
-    return Settings.read(os.environ, given.host, given.port, given.home, given.database_url)
+    settings = Settings.read(os.environ, given.host, given.port, given.home, given.database_url)
+    return settings, not given.no_scheduler
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings, schedules: bool) -> int:
     with _bound(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        services = build(settings, _launcher(settings))
+        services = build(settings, _launcher(settings), schedules=schedules)
+
+        def lead() -> None:
+            # Agents of runs that outlived our predecessor find us by this file.
+            write_json(settings.service_file, {"url": url})
 
         def ready() -> None:
             print(f"Trainyard is ready at {url}", flush=True)
 
         app = create_app(services, ready)
-        # Agents of runs that outlived our predecessor find us by this file.
-        write_json(settings.service_file, {"url": url})
+        services.scheduler.on_lead = lead
         config = uvicorn.Config(
             app,
             access_log=False,

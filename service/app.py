@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from contract.spec import JobSpec
 from service import status_routes
+from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
 from service.dashboard import pages
 from service.db import Database
@@ -23,6 +24,7 @@ from service.launch.base import Launcher
 from service.metrics import routes as metric_routes
 from service.planning import routes as plan_routes
 from service.reports import routes as report_routes
+from service.scheduler.lease import Lease
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams import routes as stream_routes
@@ -32,12 +34,15 @@ from service.web import Gate
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
 
 
-def build(settings: Settings, launcher: Launcher, inventory: Inventory | None = None) -> Services:
-    """The parts of a service. Nothing runs yet, and nothing was written."""
+def build(
+    settings: Settings, launcher: Launcher, inventory: Inventory | None = None, schedules: bool = True
+) -> Services:
+    """The parts of a service. Nothing runs yet, and nothing was written. One that never ``schedules`` only answers."""
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
-    return Services(settings, database, devices, Scheduler(database, launcher, devices), Pulse(database))
+    scheduler = Scheduler(database, launcher, devices, lease=Lease(database), wanted=schedules)
+    return Services(settings, database, devices, scheduler, Pulse(database))
 
 
 def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
@@ -72,6 +77,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         products,
         metric_routes,
         stream_routes,
+        checkpoint_routes,
         report_routes,
         device_routes,
         status_routes,

@@ -66,6 +66,36 @@ class LogNotFound(ServiceError):
     status, code = 404, "log_not_found"
 
 
+class CheckpointNotFound(ServiceError):
+    """The job has no checkpoint of this step."""
+
+    status, code = 404, "checkpoint_not_found"
+
+
+class FileNotInCheckpoint(ServiceError):
+    """The checkpoint's manifest names no such file, or the file is not there any more."""
+
+    status, code = 404, "file_not_found"
+
+
+class LastCheckpoint(ServiceError):
+    """It is the last valid checkpoint of the job: without it nothing is left to go on from."""
+
+    status, code = 409, "last_checkpoint"
+
+
+class CheckpointInUse(ServiceError):
+    """The checkpoint is in use."""
+
+    status, code = 409, "checkpoint_in_use"
+
+
+class RangeUnsatisfiable(ServiceError):
+    """The range begins behind the end of the file."""
+
+    status, code = 416, "range_not_satisfiable"
+
+
 class InvalidState(ServiceError):
     """The action does not fit the job's present status."""
 

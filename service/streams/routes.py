@@ -3,6 +3,7 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
+from fastapi.responses import Response
 
 from contract.parsing import Problem
 from contract.rundir import RunDir
@@ -21,7 +22,7 @@ DESCRIBED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stre
 router = APIRouter(prefix="/jobs/{job_id}", tags=["streams"])
 
 
-@router.get("/metrics/stream", response_class=EventStream, responses=DESCRIBED)
+@router.get("/metrics/stream", response_class=Response, responses=DESCRIBED)
 async def metric_stream(
     services: ServicesNeeded,
     job_id: str,
@@ -39,7 +40,7 @@ async def metric_stream(
     return EventStream(pieces, lambda: services.pulse.close(channel))
 
 
-@router.get("/logs/stream", response_class=EventStream, responses=DESCRIBED)
+@router.get("/logs/stream", response_class=Response, responses=DESCRIBED)
 async def log_stream(
     services: ServicesNeeded,
     job_id: str,

@@ -153,6 +153,7 @@ class FakeService:
         self.rows: dict[str, list[dict[str, Any]]] = {}
         self.log = ""
         self.plan = plan()
+        self.files: dict[int, dict[str, bytes]] = {}
         self.requests: list[httpx2.Request] = []
         self.faults: list[Fault] = []
         self.submitted: dict[str, dict[str, Any]] = {}
@@ -197,6 +198,8 @@ class FakeService:
     def _job(self, request: httpx2.Request, job_id: str, *below: str) -> httpx2.Response:
         if job_id not in self.jobs:
             return problem(404, "job_not_found", "No job has this id.")
+        if below[:1] == ("checkpoints",) and len(below) > 1:
+            return self._checkpoint(request, int(below[1]), *below[2:])
         if request.method == "DELETE":
             del self.jobs[job_id]
             return httpx2.Response(204)
@@ -207,6 +210,17 @@ class FakeService:
         if below == ("logs",):
             return self._logs(request)
         return listed(self.rows.get(below[0], []))
+
+    def _checkpoint(self, request: httpx2.Request, step: int, *below: str) -> httpx2.Response:
+        if step not in self.files:
+            return problem(404, "checkpoint_not_found", "The job has no checkpoint of this step.")
+        if request.method == "DELETE":
+            del self.files[step]
+            return httpx2.Response(204)
+        data = self.files[step][below[1]]
+        asked = request.headers.get("Range")
+        begin = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+        return httpx2.Response(206 if asked else 200, content=data[begin:])
 
     def _metrics(self, request: httpx2.Request) -> httpx2.Response:
         after = int(request.url.params["after_step"])

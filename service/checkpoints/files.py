@@ -1,0 +1,117 @@
+"""The files of a checkpoint: those that its manifest names, opened so that nothing else can be meant."""
+
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from contract.rundir import ProductDir
+from service.errors import FileNotInCheckpoint, RangeUnsatisfiable
+
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 << 20
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Bytes ``first`` to ``last`` of a file of ``size``, both included. ``partial``: not all of it was asked for."""
+
+    first: int
+    last: int
+    size: int
+    partial: bool
+
+    @property
+    def length(self) -> int:
+        """How many bytes that is."""
+        return self.last - self.first + 1
+
+
+def place_of(products: ProductDir, step: int, path: str) -> Path | None:
+    """Where a checkpoint's files are, if ``path``, which an attempt has reported, is where they must be; else None."""
+    return next((place for place in (products.checkpoint(step), products.milestone(step)) if str(place) == path), None)
+
+
+def manifest_of(directory: Path) -> dict[str, Listed] | None:
+    """What the manifest says; None where there is none that can be read."""
+    try:
+        with _opened(directory, MANIFEST) as file:
+            described = json.loads(file.read(LARGEST_MANIFEST))["files"]
+        found = {name: Listed(int(said["bytes"]), str(said["sha256"])) for name, said in described.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return {name: said for name, said in found.items() if NAME.fullmatch(name)}
+
+
+def looks_sound(directory: Path) -> bool:
+    """Whether every file that the manifest names is there with its size. The bytes are not read."""
+    manifest = manifest_of(directory)
+    if not manifest:
+        return False
+    try:
+        return all((directory / name).lstat().st_size == said.bytes for name, said in manifest.items())
+    except OSError:
+        return False
+
+
+def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
+    """The file, and its sha256 by the manifest; None for the manifest itself. Raises FileNotInCheckpoint.
+
+    A file that retention removes meanwhile can be read to its end: it is open.
+    """
+    manifest = manifest_of(directory)
+    if manifest is None or (name != MANIFEST and name not in manifest):
+        raise FileNotInCheckpoint()
+    try:
+        return _opened(directory, name), manifest[name].sha256 if name != MANIFEST else None
+    except OSError:
+        raise FileNotInCheckpoint() from None
+
+
+def _opened(directory: Path, name: str) -> BinaryIO:
+    """Open a regular file that lies in ``directory`` itself: neither it nor the directory may be a link by now."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+    within = os.open(directory, flags | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(name, flags | os.O_NONBLOCK, dir_fd=within)
+    finally:
+        os.close(within)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileNotFoundError(name)
+    return os.fdopen(descriptor, "rb")
+
+
+def slice_of(asked: str | None, size: int) -> Slice:
+    """What a Range header asks of a file. One that is not understood, or asks for several pieces, gets all of it.
+
+    Raises:
+        RangeUnsatisfiable: it begins behind the end.
+    """
+    whole = Slice(0, size - 1, size, partial=False)
+    match = ONE_RANGE.fullmatch((asked or "").replace(" ", ""))
+    if match is None or match.groups() == ("", ""):
+        return whole
+    first, last = match.groups()
+    if not first:
+        begin, end = max(0, size - int(last)), size - 1
+    else:
+        begin, end = int(first), min(int(last), size - 1) if last else size - 1
+        if last and int(last) < begin:
+            return whole
+    if begin >= size or end < begin:
+        raise RangeUnsatisfiable(headers={"Content-Range": f"bytes */{size}"})
+    return Slice(begin, end, size, partial=True)

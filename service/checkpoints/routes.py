@@ -1,0 +1,70 @@
+"""The files of one checkpoint, and its removal."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header
+from fastapi import Path as InPath
+from fastapi.responses import Response
+from sqlalchemy import select
+
+from contract.rundir import RunDir
+from service.checkpoints import removal
+from service.checkpoints.download import Download
+from service.checkpoints.files import open_listed, place_of, slice_of
+from service.context import Services, ServicesNeeded
+from service.errors import CheckpointNotFound
+from service.jobs import store
+from service.scheduler.apply import utc_now
+from service.tables import CheckpointRow
+
+LARGEST = 2**53 - 1
+Step = Annotated[int, InPath(ge=0, le=LARGEST)]
+Name = Annotated[str, InPath(max_length=200)]
+BYTES: dict[str, Any] = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+
+router = APIRouter(prefix="/jobs/{job_id}/checkpoints/{step}", tags=["products"])
+
+
+@router.get("/files/{name}", response_class=Response, responses={200: BYTES, 206: BYTES})
+def download(
+    services: ServicesNeeded,
+    job_id: str,
+    step: Step,
+    name: Name,
+    range_: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
+    if_range: Annotated[str | None, Header(max_length=200)] = None,
+) -> Response:
+    """A file that the checkpoint's manifest names, or the manifest itself. `Range` takes a piece of it.
+
+    `ETag` is the sha256 that the manifest gives: a piece asked for with `If-Range` is of the same file, or all of it.
+    """
+    file, sha256 = open_listed(_directory(services, job_id, step), name)
+    try:
+        etag = f'"{sha256}"' if sha256 is not None else None
+        wanted = range_ if if_range in (None, etag) else None
+        return Download(file, slice_of(wanted, os.fstat(file.fileno()).st_size), name, etag)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _directory(services: Services, job_id: str, step: int) -> Path:
+    with services.database.read() as session:
+        job = store.find(session, job_id)
+        of_step = (CheckpointRow.job_id == job.id, CheckpointRow.step == step)
+        paths = session.scalars(select(CheckpointRow.path).where(*of_step).order_by(CheckpointRow.kind)).all()
+    products = RunDir(services.settings.runs / job.id).products(job.spec["checkpoint"]["save_dir"])
+    place = next((place for path in paths if (place := place_of(products, step, path)) is not None), None)
+    if place is None or not place.is_dir():
+        raise CheckpointNotFound()
+    return place
+
+
+@router.delete("", status_code=204)
+def remove(services: ServicesNeeded, job_id: str, step: Step) -> None:
+    """Remove a full checkpoint with its files; never the last valid one, nor one that a live run may need."""
+    with services.database.write() as session:
+        leaving = removal.unpublish(session, services.settings.runs, job_id, step, utc_now())
+    removal.discard(leaving)
