@@ -5,6 +5,7 @@ import errno
 from contract.report import ErrorCard, Outcome
 from contract.status import Reason
 
+COMPILER = ("torch._dynamo", "torch._inductor")
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -57,6 +58,19 @@ def out_of_memory(error: BaseException, *, rank: int, step: int, batch_size: int
     said = " ".join(str(error).split())[:300]
     message = f"out of memory on rank {rank} in step {step + 1} with {batch_size} rows in a micro-batch: {said}"
     return Failure(Reason.OUT_OF_MEMORY, message, _memory_hint(batch_size, accumulation), rank)
+
+
+def cannot_compile(error: BaseException) -> Failure | None:
+    """The failure behind an exception of torch's compiler; None for any other exception."""
+    if not type(error).__module__.startswith(COMPILER):
+        return None
+    said = " ".join(str(error).split())[:300]
+    message = f"training.use_compile: the model cannot be compiled here: {said}"
+    # The class of the real cause is often only named in the text of the one that is raised.
+    missing = any(name in f"{type(error).__name__} {said}" for name in ("InvalidCxxCompiler", "C++ compiler"))
+    need = "A C++ compiler is missing: install one (Debian: apt-get install g++), or name it in CXX. Or set"
+    hint = f"{need if missing else 'Set'} training.use_compile to false: the run is slower and otherwise the same."
+    return Failure(Reason.SPEC_INVALID, message, hint)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -10,7 +10,7 @@ from contract.spec import JobSpec
 from contract.status import Reason
 from worker.console import Console
 from worker.distributed import Ranks, join, leave
-from worker.failure import Failure, StopAsked, out_of_memory
+from worker.failure import Failure, StopAsked, cannot_compile, out_of_memory
 from worker.launch import Attempt, SpecUnusable, claim, read_spec
 from worker.life import SignOfLife
 from worker.outbox import AnyOutbox, Outbox, Silent
@@ -85,7 +85,7 @@ def _trained(spec: JobSpec, attempt: Attempt, ranks: Ranks, life: SignOfLife, sa
         return failure.outcome(life.step)
     except (RuntimeError, MemoryError) as error:
         training = spec.training
-        failure_or_none = out_of_memory(
+        failure_or_none = cannot_compile(error) or out_of_memory(
             error,
             rank=ranks.rank,
             step=life.step,

@@ -1,0 +1,79 @@
+"""The compiled model: one graph without breaks, and a clear word where nothing can compile it."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.worker import driver
+from tests.worker.test_step import SHAPE, rows
+from worker.distributed import Ranks
+from worker.failure import cannot_compile
+from worker.trainee import initial_model
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+def packed(batch: Any) -> dict[str, Any]:
+    """The arguments of a training pass over rows of two pieces each."""
+    half = batch.input_ids.shape[1] // 2
+    segments = torch.ones_like(batch.input_ids)
+    segments[:, half:] = 2
+    positions = torch.arange(batch.input_ids.shape[1]) % half
+    return {"position_ids": positions.expand_as(segments).contiguous(), "segment_ids": segments}
+
+
+@pytest.mark.filterwarnings("default::DeprecationWarning:torch.*")
+@pytest.mark.filterwarnings("default::FutureWarning:torch.*")
+@pytest.mark.parametrize("packing", ["document", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dense_model_is_one_graph(packing: str, dtype: torch.dtype) -> None:
+    import torch._dynamo
+
+    model, batch = initial_model(SHAPE, 1, ALONE.device), rows(2, seed=1)
+    more = packed(batch) if packing == "document" else {}
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
+        explained = torch._dynamo.explain(model)(batch.input_ids, labels=batch.labels, **more)
+    assert explained.break_reasons == []
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+def no_compiler() -> None:
+    """As on a host without g++, whatever was compiled there before."""
+    import torch._inductor.config as config
+
+    # With its caches off the compiler warns of that.
+    warnings.simplefilter("default")
+    config.force_disable_caches = True
+    config.cpp.cxx = (None, "no-such-compiler")
+    os.environ["PATH"] = "/nonexistent"
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
+    text = driver.corpus(tmp_path / "corpus.jsonl")
+    described = driver.spec(text, training={"use_compile": True, "max_steps": 2})
+    run = driver.new_run(tmp_path / "run", described)
+    failed = driver.run_to_end(run, patch=no_compiler)
+    assert (failed.outcome, failed.reason, failed.step) == ("failed", "spec_invalid", 0)
+    assert "training.use_compile: the model cannot be compiled here" in str(failed.message)
+    assert failed.error is not None
+    assert "A C++ compiler is missing: install one" in str(failed.error.hint)
+    assert "training.use_compile to false" in str(failed.error.hint)
+
+
+def test_what_the_compiler_raises_is_told_from_other_errors() -> None:
+    from torch._inductor.exc import InvalidCxxCompiler, TritonMissing
+
+    missing = cannot_compile(InvalidCxxCompiler())
+    assert missing is not None
+    assert "C++ compiler is missing" in str(missing.hint)
+    other = cannot_compile(TritonMissing(None))
+    assert other is not None
+    assert str(other.hint).startswith("Set training.use_compile to false")
+    assert cannot_compile(RuntimeError("shapes differ")) is None
+    assert cannot_compile(MemoryError()) is None
