@@ -77,16 +77,21 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
 
 
 def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
-    quiet = attempt.heard_at is None or now - attempt.heard_at > QUIET
+    quiet = attempt.heard_at is None or _long_ago(attempt.heard_at, now, QUIET)
     if attempt.looked_at is None:
         return Look(attempt)
-    if attempt.desired is Desired.KILL and quiet and attempt.asked_at and now - attempt.asked_at > KILL_GRACE:
+    if attempt.desired is Desired.KILL and quiet and attempt.asked_at and _long_ago(attempt.asked_at, now, KILL_GRACE):
         return End(attempt)
-    if quiet and now - attempt.looked_at > QUIET:
+    if quiet and _long_ago(attempt.looked_at, now, QUIET):
         return Look(attempt)
     if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.told is not attempt.desired:
         return Hint(attempt)
     return None
+
+
+def _long_ago(then: datetime, now: datetime, patience: timedelta) -> bool:
+    """Whether it is longer ago than that. What lies ahead was before the clock was set back: nobody knows how long."""
+    return abs(now - then) > patience
 
 
 class _Pools:

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from contract.status import Desired, JobStatus
 from service.devices.inventory import Device
+from service.jobs import rules
 from service.launch.base import AttemptName
 from service.tables import AttemptRow, JobRow, LeaseRow
 
@@ -65,14 +66,20 @@ class Memory:
         self.told = {k: v for k, v in self.told.items() if k in ids}
 
 
+def is_due(restart_at: datetime, now: datetime) -> bool:
+    """Whether the back-off is over. One that is longer than there are any means that the clock was set back."""
+    return restart_at <= now or restart_at - now > timedelta(seconds=max(rules.BACKOFF_SECONDS))
+
+
 def take(session: Session, devices: Sequence[Device], memory: Memory, now: datetime) -> Snapshot:
     """Read the snapshot."""
-    due = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at <= now)
+    waiting = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
+    restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*waiting)).all()
     leases = session.execute(select(LeaseRow.device, LeaseRow.job_id)).all()
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
-        restarts_due=session.scalars(select(JobRow.id).where(*due)).all(),
+        restarts_due=[row.id for row in restarts if is_due(row.restart_at, now)],
         leases={row.device: row.job_id for row in leases},
         devices=devices,
     )

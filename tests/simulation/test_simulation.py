@@ -1,0 +1,119 @@
+"""The plan and the rules under a simulated clock and simulated hosts. A failing seed replays by itself.
+
+python -m pytest tests/simulation --seed-of-a-failure 123    is not needed: TRAINYARD_SIMULATION_SEED=123 does it
+"""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+
+from tests.simulation.world import World
+
+EVENTS = 200
+SHORT_SEEDS = 400
+LONG_SEEDS = 100_000
+
+
+def simulate(seed: int) -> World:
+    """One world from its first event to its rest. Raises AssertionError with the seed and what led there."""
+    world = World(seed)
+    try:
+        for _ in range(EVENTS):
+            world.step()
+            world.check()
+        world.come_to_rest()
+    except AssertionError as error:
+        path = " ".join(world.happened[-40:])
+        raise AssertionError(f"seed {seed}, event {len(world.happened)}: {error}\n{path}") from error
+    return world
+
+
+def test_some_hundred_seeds() -> None:
+    given = os.environ.get("TRAINYARD_SIMULATION_SEED")
+    for seed in [int(given)] if given else range(SHORT_SEEDS):
+        simulate(seed)
+
+
+def test_a_seed_is_the_same_world_each_time() -> None:
+    one, two = simulate(5), simulate(5)
+    assert one.happened == two.happened
+    assert one.jobs == two.jobs
+    assert one.hosts == two.hosts
+
+
+def test_the_worlds_are_not_all_alike() -> None:
+    """What never happens in the simulation is not tested by it."""
+    worlds = [simulate(seed) for seed in range(60)]
+    statuses = {job.status for world in worlds for job in world.jobs.values()}
+    assert {"paused", "cancelled", "failed", "succeeded", "interrupted"} <= statuses
+    assert max(len(job.attempts) for world in worlds for job in world.jobs.values()) >= 5
+    assert any(process.closed for world in worlds for process in world.hosts.values())
+
+
+@pytest.mark.parametrize("broken", ["two leases", "two attempts", "success of nothing"])
+def test_the_checks_see_what_they_are_for(broken: str) -> None:
+    world = World(1)
+    world.submit()
+    world.schedule()
+    job = next(iter(world.jobs.values()))
+    world.check()
+    if broken == "two leases":
+        world.leases["cpu:99"] = job.id
+    elif broken == "two attempts":
+        name, process = next(iter(world.hosts.items()))
+        world.hosts[type(name)(job.id, 2)] = process
+    else:
+        world.free(job, job.newest)
+        job.status = type(job.status).SUCCEEDED
+    with pytest.raises(AssertionError):
+        world.check()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_a_hundred_thousand_seeds() -> None:
+    seeds = int(os.environ.get("TRAINYARD_SIMULATION_SEEDS", LONG_SEEDS))
+    began = time.perf_counter()
+    for seed in range(seeds):
+        simulate(seed)
+    took = time.perf_counter() - began
+    print(f"\n{seeds} seeds of {EVENTS} events in {took:.0f} s, {seeds / took:.0f} a second: no invariant broken")
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_delays_no_restart_and_hides_no_lost_agent(hours: int) -> None:
+    """Set back, "not heard for five seconds" would be true an hour late, and devices stay with a dead attempt."""
+    world = World(1)
+    world.submit()
+    world.schedule()
+    world.agents_speak()
+    (process,) = world.hosts.values()
+    (job,) = world.jobs.values()
+    world.hear(next(iter(world.hosts)), process)
+    assert job.status == "running"
+    process.agent = process.ranks = False
+    world.now += timedelta(hours=hours)
+    world.schedule()
+    assert job.status == "interrupted"
+    world.now += timedelta(hours=hours)
+    world.schedule()
+    assert job.status == "queued"
+    world.schedule()
+    assert job.status == "starting"
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+def test_a_clock_that_is_set_declares_nothing_dead(hours: int) -> None:
+    world = World(2)
+    world.submit()
+    world.schedule()
+    (name,) = world.hosts
+    world.hear(name, world.hosts[name])
+    world.now += timedelta(hours=hours)
+    for _ in range(5):
+        world.schedule()
+        world.now += timedelta(seconds=1)
+    assert world.hosts[name].lives
+    assert world.jobs[name.job_id].status == "running"
