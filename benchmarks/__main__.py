@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benchmarks import launch, reporting, saving, trainer
+from benchmarks import launch, reporting, saving, scheduler, trainer
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "launch": launch.main,
     "reporting": reporting.main,
     "saving": saving.main,
+    "scheduler": scheduler.main,
     "trainer": trainer.main,
 }
 
