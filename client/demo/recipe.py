@@ -11,7 +11,7 @@ UNTRAINED_LOSS = math.log(VOCABULARY)
 LEARNED_LOSS = 0.6 * UNTRAINED_LOSS
 """The demo fails where the last loss is not below this."""
 
-STEPS = 400
+STEPS = 500
 SAVE_INTERVAL = 100
 LOG_INTERVAL = 10
 PAUSE_AFTER = 130
@@ -37,7 +37,7 @@ def spec(machine: Machine, corpus: Path, tokenizer: Path) -> dict[str, Any]:
             "accumulation_steps": 1,
             "learning_rate": 4e-3,
             "warmup_steps": 20,
-            "dtype": "bfloat16" if machine.gpus else "float32",
+            "dtype": "bfloat16" if machine.bf16 else "float32",
         },
         "checkpoint": {"save_interval": SAVE_INTERVAL},
         "reporting": {"log_interval": LOG_INTERVAL, "sample_prompts": list(PROMPTS)},

@@ -116,6 +116,16 @@ def test_the_machine_in_words(tmp_path: Path) -> None:
     (tmp_path / "nvidiactl").touch()
     assert Machine.found(tmp_path).gpus == 1
     assert Machine.found(tmp_path / "none").cores == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [("avx2 avx512_bf16", "bfloat16"), ("avx2 avx512f", "float32")])
+def test_bfloat16_is_used_where_the_cores_have_it(tmp_path: Path, flags: str, dtype: str) -> None:
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    machine = Machine.found(tmp_path, tmp_path / "cpuinfo")
+    assert spec(machine, tmp_path, tmp_path)["training"]["dtype"] == dtype
+
+
+def test_a_machine_describes_itself() -> None:
     assert "2 cores, 8.0 GB memory, no GPU" in str(Machine(2, 8_000_000_000, 0))
     assert str(Machine(1, 1, 0)).endswith("1 rank on the CPU")
     assert str(Machine(4, 1, 3)).endswith("2 ranks on the GPU")
