@@ -31,6 +31,9 @@ from service.metrics.progress import after_metric, after_start
 from service.reports.lines import contiguous, read
 from service.tables import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
 
+SET_ASIDE = ("invalid", "superseded")
+"""Reasons of a removal that leaves the files under another name."""
+
 
 def token_hash(token: str) -> str:
     """How a token is stored."""
@@ -231,7 +234,8 @@ class _Ingest:
     def _removed(self, event: CheckpointRemoved) -> None:
         same = (CheckpointRow.job_id == self.job.id, CheckpointRow.path == event.path)
         self.session.execute(delete(CheckpointRow).where(*same))
-        self._tell("checkpoint_removed", f"removed the checkpoint of step {event.step:,}: {event.why}", event)
+        done = "set aside" if event.why in SET_ASIDE else "removed"
+        self._tell("checkpoint_removed", f"{done} the checkpoint of step {event.step:,}: {event.why}", event)
 
     def _sample(self, event: Sample) -> None:
         text = {"step": event.step, "prompt": event.prompt, "text": event.text, "at": event.at, "seq": event.seq}

@@ -172,6 +172,23 @@ def test_a_milestone_becomes_its_weights_in_its_own_place(any_rig: Rig) -> None:
     assert job["checkpoint"]["step"] == 30
 
 
+@pytest.mark.parametrize(
+    ("why", "says"),
+    [
+        ("retention", "removed the checkpoint of step 10: retention"),
+        ("invalid", "set aside the checkpoint of step 10: invalid"),
+        ("superseded", "set aside the checkpoint of step 10: superseded"),
+    ],
+)
+def test_what_is_set_aside_is_not_called_removed(rig: Rig, why: str, says: str) -> None:
+    job_id, attempt = rig.running()
+    path = rig.checkpoint(job_id, attempt, 10)
+    attempt.say("checkpoint_removed", step=10, path=str(path), why=why)
+    rig.ship(attempt)
+    assert rig.data(job_id, "events")[-1]["message"] == says
+    assert rig.data(job_id, "checkpoints") == []
+
+
 def test_a_checkpoint_written_again_is_one_row(any_rig: Rig) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
