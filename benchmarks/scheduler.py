@@ -39,7 +39,7 @@ def crowded(seed: int) -> Snapshot:
 def main() -> None:
     """Plan it several times; the median counts, the worst is said too."""
     snapshot = crowded(1)
-    took = []
+    took, decided = [], plan(snapshot, NOW)
     for _ in range(ROUNDS):
         began = time.thread_time()
         decided = plan(snapshot, NOW)

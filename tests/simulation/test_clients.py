@@ -1,0 +1,212 @@
+"""Ten clients at once, with random verbs, against a whole service: what they are told fits one order of their requests.
+
+Each burst of requests is held against the rules: there must be an order in which, one after the other, each request
+gets the answer that it got. Where only one can win, one wins and the others are told 409.
+"""
+
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import select
+
+from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
+from service.jobs import store
+from service.jobs.rules import Action, Move, Refusal, Standing, decide
+from service.launch.base import State
+from service.tables import EventRow
+from tests.service.conftest import migrated_sqlite
+from tests.service.rig import Rig, in_threads
+
+__all__ = ["migrated_sqlite"]
+
+CLIENTS = 10
+VERBS: tuple[Action, ...] = ("pause", "resume", "cancel", "kill")
+
+Answers = tuple[tuple[Action, int], ...]
+
+
+def explained(before: Standing, answers: Answers, after: Standing) -> bool:
+    """Whether some order of these requests gives each its answer, and the job that there is now."""
+
+    @cache
+    def possible(job: Standing, left: Answers) -> bool:
+        if not left:
+            return (job.status, job.desired) == (after.status, after.desired)
+        for verb, status in dict.fromkeys(left):
+            followed, expected = carried_out(job, verb)
+            rest = list(left)
+            rest.remove((verb, status))
+            if status == expected and possible(followed, tuple(rest)):
+                return True
+        return False
+
+    return possible(before, answers)
+
+
+def carried_out(job: Standing, verb: Action) -> tuple[Standing, int]:
+    decision = decide(verb, job)
+    if isinstance(decision, Refusal):
+        return job, 409
+    if isinstance(decision, Move):
+        return replace(job, status=decision.to or job.status, desired=decision.desired, restart_due=False), 202
+    return job, 202
+
+
+class Clients(RuleBasedStateMachine):
+    """One service on SQLite, with the launcher that does what it is told."""
+
+    template: Path
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="trainyard-clients-"))
+        shutil.copy(self.template, self.folder / "trainyard.db")
+        self.rig = Rig(self.folder / "home", f"sqlite:///{self.folder}/trainyard.db")
+        self.jobs: list[str] = []
+
+    @rule(restarts=st.integers(0, 2))
+    @precondition(lambda self: len(self.jobs) < 3)
+    def submit(self, restarts: int) -> None:
+        self.jobs.append(self.rig.submit(resources={"device": "cpu", "max_restarts": restarts}))
+
+    @rule(which=st.integers(0, 2), verbs=st.lists(st.sampled_from(VERBS), min_size=2, max_size=CLIENTS))
+    @precondition(lambda self: self.jobs)
+    def all_at_once(self, which: int, verbs: list[Action]) -> None:
+        job_id = self.jobs[which % len(self.jobs)]
+        before = self.standing(job_id)
+        answers = in_threads(len(verbs), lambda i: self.rig.client.post(f"/jobs/{job_id}/{verbs[i]}"))
+        statuses = [answer.status_code for answer in answers]
+        assert set(statuses) <= {202, 409}, [answer.text for answer in answers]
+        told = tuple(sorted(zip(verbs, statuses, strict=True)))
+        after = self.standing(job_id)
+        assert explained(before, told, after), f"{before} {told} {after}"
+
+    @rule(which=st.integers(0, 2))
+    @precondition(lambda self: self.jobs)
+    def delete_by_all(self, which: int) -> None:
+        job_id = self.jobs[which % len(self.jobs)]
+        ended = self.rig.status(job_id) in TERMINAL
+        answers = in_threads(CLIENTS, lambda _: self.rig.client.delete(f"/jobs/{job_id}"))
+        told = Counter(answer.status_code for answer in answers)
+        assert told == ({204: 1, 404: CLIENTS - 1} if ended else {409: CLIENTS}), "one winner"
+        if ended:
+            self.jobs.remove(job_id)
+
+    @rule()
+    def schedule(self) -> None:
+        self.rig.settle()
+
+    @rule(seconds=st.sampled_from([1, 6, 30, 120]))
+    def time_passes(self, seconds: float) -> None:
+        self.rig.clock.forward(seconds)
+
+    @rule()
+    def agents_speak(self) -> None:
+        for attempt in self.alive():
+            if not attempt.lines:
+                attempt.started()
+            self.rig.ship(attempt)
+
+    @rule(
+        end=st.sampled_from(
+            [("completed", None), ("stopped", Reason.USER), ("crashed", Reason.UNKNOWN), ("failed", Reason.DIVERGED)]
+        ),
+        verb=st.sampled_from(VERBS),
+    )
+    def one_ends_while_it_is_asked(self, end: tuple[Any, Reason | None], verb: Action) -> None:
+        """Finish against cancel: whichever is first, the other is told the truth."""
+        for attempt in self.alive()[:1]:
+            job_id = attempt.launch.name.job_id
+            if attempt.lines:
+                self.rig.ship(attempt)
+            report = attempt.end(*end).model_dump(mode="json")
+
+            def either(number: int, attempt: Any = attempt, report: Any = report, job_id: str = job_id) -> int:
+                if number:
+                    return int(self.rig.client.post(f"/jobs/{job_id}/{verb}").status_code)
+                return int(self.rig.report(attempt, "exit", report).status_code)
+
+            exit_status, asked = in_threads(2, either)
+            assert exit_status == 200
+            assert asked in (202, 404, 409), asked
+            if end[0] == "completed" and job_id in self.jobs and attempt.launch.name.number == self.attempt(job_id):
+                assert self.rig.status(job_id) is JobStatus.SUCCEEDED, "what was done is done"
+
+    @invariant()
+    def event_logs_are_paths_of_the_table(self) -> None:
+        for job_id in getattr(self, "jobs", []):
+            walked = [JobStatus.QUEUED]
+            for data in self.changes(job_id):
+                assert data["from"] == walked[-1]
+                walked.append(JobStatus(data["to"]))
+                assert may_become(walked[-2], walked[-1]), walked
+            assert walked[-1] is self.rig.status(job_id)
+
+    @invariant()
+    def at_most_one_attempt_lives_and_only_of_a_live_job(self) -> None:
+        for job_id in getattr(self, "jobs", []):
+            living = self.rig.launcher.living(job_id)
+            assert len(living) <= 1
+            assert not living or self.rig.status(job_id) in LIVE
+
+    def teardown(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def alive(self) -> list[Any]:
+        return [attempt for attempt in self.rig.launcher.attempts.values() if attempt.state is State.ALIVE]
+
+    def attempt(self, job_id: str) -> int:
+        return int(self.rig.job(job_id)["attempt"])
+
+    def standing(self, job_id: str) -> Standing:
+        with self.rig.database.read() as session:
+            return store.standing(store.find(session, job_id))
+
+    def changes(self, job_id: str) -> list[dict[str, Any]]:
+        log = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.kind == "status")
+        with self.rig.database.read() as session:
+            return list(session.scalars(log.order_by(EventRow.number)))
+
+
+@pytest.mark.parametrize(("examples", "steps"), [(8, 12), pytest.param(400, 40, marks=pytest.mark.soak)])
+@pytest.mark.timeout(3600)
+def test_ten_clients(migrated_sqlite: Path, examples: int, steps: int) -> None:
+    Clients.template = migrated_sqlite
+    run_state_machine_as_test(
+        Clients,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=examples < 100,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_an_order_is_found_only_where_there_is_one() -> None:
+    running = Standing(JobStatus.RUNNING, Desired.RUN, attempts=1)
+    pausing = Standing(JobStatus.PAUSING, Desired.PAUSE, attempts=1)
+    cancelling = Standing(JobStatus.CANCELLING, Desired.CANCEL, attempts=1)
+    assert explained(running, (("cancel", 202), ("pause", 202)), cancelling)
+    assert explained(running, (("cancel", 202), ("pause", 409)), cancelling)
+    assert not explained(running, (("cancel", 202), ("pause", 202)), pausing), "a cancel is not taken back"
+    assert not explained(running, (("pause", 409),), running)
