@@ -84,8 +84,11 @@ def resume(
     job = _unchanged(session, job_id, before)
     if job.status == JobStatus.SUCCEEDED:
         _require_more_steps(job, spec)
-    else:
-        _fitting(job, "resume")
+    elif isinstance(_fitting(job, "resume"), UnderWay):
+        # Another request was faster since this one looked; it is the same wish, or one that comes too late.
+        if spec.model_dump(mode="json") == before and step is None:
+            return job
+        raise invalid_state(job, "it is being resumed already, without these changes")
     if step is not None and checkpoint_path(session, job.id, step) is None:
         raise StepUnavailable()
     newest = newest_step(session, job)

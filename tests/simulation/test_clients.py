@@ -4,6 +4,7 @@ Each burst of requests is held against the rules: there must be an order in whic
 gets the answer that it got. Where only one can win, one wins and the others are told 409.
 """
 
+import json
 import shutil
 import tempfile
 from collections import Counter
@@ -25,15 +26,18 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
+from contract.spec import JobSpec
 from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
-from service.jobs import store
+from service.errors import InvalidState
+from service.jobs import actions, store
 from service.jobs.rules import Action, Move, Refusal, Standing, decide
 from service.launch.base import State
+from service.scheduler.apply import utc_now
 from service.tables import EventRow
-from tests.service.conftest import migrated_sqlite
+from tests.service.conftest import make_rig, migrated_sqlite, rig, sqlite_url
 from tests.service.rig import Rig, in_threads
 
-__all__ = ["migrated_sqlite"]
+__all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
 
 CLIENTS = 10
 VERBS: tuple[Action, ...] = ("pause", "resume", "cancel", "kill")
@@ -210,3 +214,21 @@ def test_an_order_is_found_only_where_there_is_one() -> None:
     assert explained(running, (("cancel", 202), ("pause", 409)), cancelling)
     assert not explained(running, (("cancel", 202), ("pause", 202)), pausing), "a cancel is not taken back"
     assert not explained(running, (("pause", 409),), running)
+
+
+def test_two_resumes_that_both_found_it_paused(rig: Rig) -> None:
+    """Each looks first and writes later: the second one's write comes upon a job that is queued already."""
+    job_id, attempt = rig.running()
+    rig.act(job_id, "pause")
+    rig.exit(attempt, "stopped", Reason.USER, step=3)
+    with rig.database.read() as session:
+        before = store.find(session, job_id).spec
+    spec = JobSpec.model_validate_json(json.dumps(before))
+    for _ in range(2):
+        with rig.database.write() as session:
+            job = actions.resume(session, job_id, before, spec, None, utc_now())
+            assert job.status == JobStatus.QUEUED
+    resumed = [event for event in rig.data(job_id, "events") if event["data"].get("to") == "queued"]
+    assert len(resumed) == 2, "submitted, and resumed once"
+    with rig.database.write() as session, pytest.raises(InvalidState):
+        actions.resume(session, job_id, before, spec.model_copy(update={"name": "another"}), None, utc_now())
