@@ -71,7 +71,8 @@ def _job_id() -> Mapped[str]:
 class JobRow(Table):
     """One job. ``version`` counts changes of status; ``number`` orders jobs by age.
 
-    ``resume_step``: the checkpoint the next attempt is to begin at, until one has.
+    ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
+    of the curve is summed up in stretches.
     """
 
     __tablename__ = "jobs"
@@ -109,6 +110,7 @@ class JobRow(Table):
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
     resume_step: Mapped[int | None]
+    sealed_step: Mapped[int] = mapped_column(default=0)
 
 
 class LabelRow(Table):
@@ -130,7 +132,7 @@ class IdempotencyRow(Table):
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
-    created_at: Mapped[datetime]
+    created_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class AttemptRow(Table):
@@ -210,6 +212,37 @@ class MetricRow(Table):
     nonfinite: Mapped[bool]
     at: Mapped[datetime]
     expert_load: Mapped[list[Any] | None]
+
+
+class StretchRow(Table):
+    """A stretch of a long curve, summed up: see `service.metrics.sealing`. ``bucket``: its steps divided by ``width``.
+
+    ``total_H`` and ``weight_H`` are the sums of the running mean with half-life H, carried to ``finite_step``.
+    """
+
+    __tablename__ = "metric_stretches"
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    width: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    bucket: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    first_step: Mapped[int]
+    step: Mapped[int]
+    attempt: Mapped[int]
+    count: Mapped[int]
+    nonfinite: Mapped[int]
+    loss: Mapped[float | None]
+    loss_sum: Mapped[float]
+    loss_min: Mapped[float | None]
+    loss_max: Mapped[float | None]
+    finite_step: Mapped[int | None]
+    total_10: Mapped[float]
+    total_50: Mapped[float]
+    total_200: Mapped[float]
+    total_1000: Mapped[float]
+    weight_10: Mapped[float]
+    weight_50: Mapped[float]
+    weight_200: Mapped[float]
+    weight_1000: Mapped[float]
 
 
 class EventRow(Table):

@@ -13,7 +13,7 @@ from contract.parsing import Problem
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store as jobs
-from service.metrics import store
+from service.metrics import sealing, store, summaries
 from service.metrics.buckets import buckets, width
 
 LARGEST = 2**53 - 1
@@ -44,12 +44,15 @@ def metrics(
     """
     wanted = _fields(fields)
     with services.database.read() as session:
-        jobs.find(session, job_id)
+        job = jobs.find(session, job_id)
         if max_points is None:
             found = store.rows(session, job_id, attempt, after_step, limit + 1, wanted)
             return _answer(request, found[:limit], {"has_more": len(found) > limit})
         wide = width(store.last_step(session, job_id, attempt), max_points)
-        rows = list(buckets(store.points(session, job_id, attempt), wide, ema_half_life))
+        if attempt is None and sealing.is_kept(wide, ema_half_life):
+            rows = list(summaries.rows(sealing.parts(session, job, wide, ema_half_life), wide, ema_half_life))
+        else:
+            rows = list(buckets(store.points(session, job_id, attempt), wide, ema_half_life))
     return _answer(request, rows, {"has_more": False, "resolution": wide})
 
 

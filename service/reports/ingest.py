@@ -27,6 +27,7 @@ from contract.status import Desired, JobStatus
 from service.errors import Unauthorized
 from service.jobs import store
 from service.jobs.store import Note
+from service.metrics import sealing
 from service.metrics.progress import after_metric, after_start
 from service.reports.lines import contiguous, read
 from service.tables import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
@@ -98,6 +99,7 @@ def _store(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[
         for event in events:
             into.take(event)
         into.finish()
+        into.seal()
 
 
 def _store_one_by_one(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[Event]) -> None:
@@ -120,6 +122,7 @@ class _Ingest:
     job: JobRow
     attempt: AttemptRow
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    reached: int | None = None
 
     def __post_init__(self) -> None:
         self.current = self.attempt.number == self.job.attempt
@@ -164,6 +167,11 @@ class _Ingest:
             self.session.execute(insert(MetricRow), self.metrics)
             self.metrics = []
 
+    def seal(self) -> None:
+        """Sum up what has become complete of a long curve."""
+        if self.reached is not None:
+            sealing.advance(self.session, self.job, self.reached)
+
     def _metric(self, event: Metric) -> None:
         if event.step <= self.last_step:
             # The attempt went back by itself and does these steps again.
@@ -173,10 +181,14 @@ class _Ingest:
         point = event.model_dump(exclude={"kind"})
         stitched = self.cut is None or event.step <= self.cut
         self.metrics.append({"job_id": self.job.id, "attempt": self.attempt.number, "stitched": stitched, **point})
+        if stitched:
+            sealing.reopen(self.session, self.job, event.step)
         if self.current:
+            self.reached = event.step
             self.job.progress = after_metric(self.job.progress, event, self.job.facts)
 
     def _unstitch(self, which: Any, behind: int) -> None:
+        sealing.reopen(self.session, self.job, behind + 1)
         where = (MetricRow.job_id == self.job.id, which, MetricRow.step > behind)
         self.session.execute(
             update(MetricRow).where(*where).values(stitched=False).execution_options(synchronize_session=False)

@@ -1,0 +1,113 @@
+"""Long curves are summed up as they grow, so that a million points are read in a moment.
+
+What lies before a job's ``sealed_step`` is summed up in stretches of each width of LEVELS, aligned at multiples of the
+width. Stretches never change; where the curve itself does, they are removed and made again.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, insert, select
+from sqlalchemy.orm import Session
+
+from service.metrics.summaries import HALF_LIVES, Part, Summary, part_of, summed_up
+from service.tables import JobRow, MetricRow, StretchRow
+
+LEVELS = (64, 1024, 16_384, 262_144, 4_194_304)
+FINEST = LEVELS[0]
+SEAL_EVERY = 1024
+"""Steps that may be unsealed before they are looked at: a batch with one point then costs nothing."""
+
+MOST_POINTS = 20_000
+"""Points that one look sums up: the transaction stays short."""
+
+PLAIN = (
+    "first_step", "step", "attempt", "count", "nonfinite", "loss", "loss_sum", "loss_min", "loss_max", "finite_step",
+)  # fmt: skip
+
+
+def advance(session: Session, job: JobRow, newest_step: int) -> None:
+    """Sum up what has become complete below ``newest_step``, the newest of the curve."""
+    while newest_step + 1 - job.sealed_step >= SEAL_EVERY:
+        query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(
+            MetricRow.job_id == job.id, MetricRow.stitched.is_(True), MetricRow.step >= job.sealed_step
+        )
+        found = session.execute(query.order_by(MetricRow.step, MetricRow.seq).limit(MOST_POINTS)).all()
+        reached = newest_step + 1 if len(found) < MOST_POINTS else found[-1].step
+        end = reached // FINEST * FINEST
+        if end <= job.sealed_step:
+            return
+        points = (Summary.of(*row) for row in found if row.step < end)
+        _store(session, job, FINEST, summed_up(points, FINEST))
+        for below, level in pairwise(LEVELS):
+            begun, done = job.sealed_step // level * level, end // level * level
+            _store(session, job, level, summed_up(_stretches(session, job.id, below, begun, done), level))
+        job.sealed_step = end
+
+
+def reopen(session: Session, job: JobRow, step: int) -> None:
+    """The curve changes from ``step`` on."""
+    if step >= job.sealed_step:
+        return
+    job.sealed_step = step // FINEST * FINEST
+    behind = (StretchRow.bucket + 1) * StretchRow.width > job.sealed_step
+    session.execute(delete(StretchRow).where(StretchRow.job_id == job.id, behind))
+
+
+def is_kept(wide: int, half_life: float) -> bool:
+    """Whether rows of this width and half-life can be made of what is summed up."""
+    return wide >= FINEST and half_life in HALF_LIVES
+
+
+def parts(session: Session, job: JobRow, wide: int, half_life: float) -> Iterator[Part]:
+    """The whole curve for rows of width ``wide``: the widest stretches that fit, then narrower ones, then points."""
+    begin = 0
+    for level in reversed([level for level in LEVELS if level <= wide]):
+        end = job.sealed_step // level * level
+        if end > begin:
+            yield from _parts(session, job.id, level, begin, end, half_life)
+            begin = end
+    query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(
+        MetricRow.job_id == job.id, MetricRow.stitched.is_(True), MetricRow.step >= begin
+    )
+    for row in session.execute(query.order_by(MetricRow.step, MetricRow.seq).execution_options(yield_per=5000)):
+        yield part_of(*row)
+
+
+def _parts(session: Session, job_id: str, level: int, begin: int, end: int, half_life: float) -> Iterator[Part]:
+    names = (*PLAIN, f"total_{int(half_life)}", f"weight_{int(half_life)}")
+    query = select(*(getattr(StretchRow, name) for name in names)).where(*_where(job_id, level, begin, end))
+    for row in session.execute(query.order_by(StretchRow.bucket)):
+        yield Part(*row)
+
+
+def _stretches(session: Session, job_id: str, level: int, begin: int, end: int) -> Iterator[Summary]:
+    names = (*PLAIN, *(f"total_{kept}" for kept in HALF_LIVES), *(f"weight_{kept}" for kept in HALF_LIVES))
+    query = select(*(getattr(StretchRow, name) for name in names)).where(*_where(job_id, level, begin, end))
+    sums = len(PLAIN) + len(HALF_LIVES)
+    for row in session.execute(query.order_by(StretchRow.bucket)).all():
+        values: list[Any] = list(row)
+        yield Summary(*values[: len(PLAIN)], values[len(PLAIN) : sums], values[sums:])  # type: ignore[call-arg] # counted
+
+
+def _where(job_id: str, level: int, begin: int, end: int) -> tuple[ColumnElement[bool], ...]:
+    buckets = (StretchRow.bucket >= begin // level, StretchRow.bucket < end // level)
+    return (StretchRow.job_id == job_id, StretchRow.width == level, *buckets)
+
+
+def _store(session: Session, job: JobRow, level: int, stretches: list[Summary]) -> None:
+    if not stretches:
+        return
+    rows = [
+        {
+            "job_id": job.id,
+            "width": level,
+            "bucket": stretch.step // level,
+            **{name: getattr(stretch, name) for name in PLAIN},
+            **{f"total_{kept}": total for kept, total in zip(HALF_LIVES, stretch.totals, strict=True)},
+            **{f"weight_{kept}": weight for kept, weight in zip(HALF_LIVES, stretch.weights, strict=True)},
+        }
+        for stretch in stretches
+    ]
+    session.execute(insert(StretchRow), rows)
