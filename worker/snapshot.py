@@ -43,8 +43,8 @@ class Snapshot:
         self._copied = threading.Event()
         self._copied.set()
         self._device = next(model.parameters()).device
-        # Any: torch leaves its streams and events unannotated.
-        self._stream: Any = torch.Stream(self._device) if self._device.type == "cuda" else None
+        cuda: Any = torch.cuda  # its streams and events are unannotated
+        self._stream: Any = cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._filled: Any = None
         optimizer.register_step_pre_hook(self._hold_update)
 
