@@ -54,9 +54,11 @@ class Group(BaseModel):
 class DataSpec(Group):
     """What is read."""
 
-    data_path: PathText = Field(description="JSONL file, one document a line")
+    data_path: PathText = Field(
+        description="the corpus: JSONL, one document a line; plain text; either packed; parquet"
+    )
     tokenizer_path: PathText = Field("byte", description='directory with a tokenizer.json, or "byte"')
-    text_field: Name = Field("text", description="key of the text in each line")
+    text_field: Name = Field("text", description="key of the text in each line, or its column")
     max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="tokens in a row")
     packing: Literal["document", "none"] = Field(
         "document",
@@ -65,7 +67,7 @@ class DataSpec(Group):
     max_bad_lines: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="share of unreadable lines above which the run is refused"
     )
-    eval_data_path: PathText | None = Field(None, description="held-out JSONL file")
+    eval_data_path: PathText | None = Field(None, description="held-out file, of the same forms")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the documents that is held out where there is no eval_data_path"
     )

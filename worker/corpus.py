@@ -1,4 +1,4 @@
-"""From a JSONL file to token shards on disk, once, and the command that checks a corpus.
+"""From a corpus file to token shards on disk, once, and the command that checks a corpus.
 
 A corpus is kept below the cache directory under a key of its content, the tokenizer, the text field and the format:
 ``tokens.bin`` (every document as beginning, text, end; uint16 or uint32), ``offsets.bin`` (int64, where each document
@@ -28,7 +28,9 @@ import numpy.typing as npt
 from contract.locks import FileLock, LockBusy
 from contract.rundir import fsync_directory, read_json, write_json
 from contract.vocabulary import TokenizerInvalid
-from worker.lines import DataInvalid, Document, LineReader, Tally, open_regular, refuse_changed
+from worker.lines import DataInvalid, Document, Tally, refuse_changed
+from worker.readers import Reader, open_reader, reads_as_plain_text
+from worker.source import open_regular
 from worker.tokenizers import Ids, Tokenizer, load
 
 FORMAT = 1
@@ -104,15 +106,14 @@ def open_corpus(
     """The token shards of ``path``, built first where the ``cache`` does not have them yet.
 
     Raises:
-        DataInvalid: ``path`` is no readable JSONL file, changed while it was read, holds no document, or more than a
+        DataInvalid: ``path`` is no readable corpus, changed while it was read, holds no document, or more than a
             share of ``max_bad_lines`` of its lines is unreadable.
         OSError: the cache cannot be written, for instance for want of space.
     """
     cache.mkdir(parents=True, exist_ok=True)
     progress = progress or _silent
     content = content_digest(path, cache, progress)
-    key = hashlib.sha256(json.dumps([FORMAT, content, tokenizer.fingerprint, text_field]).encode()).hexdigest()[:32]
-    directory = cache / key
+    directory = cache / _key(content, tokenizer.fingerprint, text_field, plain=reads_as_plain_text(path))
     if not (directory / "meta.json").exists():
         with locked(directory.with_suffix(".lock"), partial(progress, 0, path.stat().st_size)):
             if not (directory / "meta.json").exists():
@@ -120,6 +121,12 @@ def open_corpus(
     corpus = Corpus(directory)
     require_usable(path, corpus.meta.tally, text_field, max_bad_lines)
     return corpus
+
+
+def _key(content: str, tokenizer: str, text_field: str, *, plain: bool) -> str:
+    """Name of the shards. Plain text has no fields, and the same bytes as JSONL are other documents."""
+    parts = [FORMAT, content, tokenizer, *(["", "plain text"] if plain else [text_field])]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def require_usable(path: Path, tally: Tally, text_field: str, max_bad_lines: float) -> None:
@@ -187,7 +194,7 @@ def _build(
     """Write the shards into a directory of their own and publish it as ``directory``. Called under its lock."""
     with published(directory) as building:
         token_bytes = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-        with LineReader(path) as reader, Shards(building, tokenizer, token_bytes) as shards:
+        with open_reader(path) as reader, Shards(building, tokenizer, token_bytes) as shards:
             scan(reader, tokenizer, text_field, shards, progress)
             if reader.digest != content:
                 refuse_changed(path)
@@ -216,7 +223,7 @@ class Sink(Protocol):
         """Take some more."""
 
 
-def scan(reader: LineReader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress) -> None:
+def scan(reader: Reader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress) -> None:
     """Read all of ``reader``'s documents into ``sink``. A text without a token is a bad line too."""
     for batch in batches(reader.documents(text_field)):
         encoded = tokenizer.encode_batch([document.text for document in batch])
@@ -328,8 +335,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m worker.corpus check FILE``; 1 where a job would refuse the file, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="trainyard corpus", description="Corpora for pretraining.")
     command = parser.add_subparsers(dest="command", required=True, metavar="check")
-    checking = command.add_parser("check", help="read a JSONL file as a job would, and name its bad lines")
-    checking.add_argument("file", type=Path, metavar="FILE", help="JSONL, one document a line")
+    checking = command.add_parser("check", help="read a corpus as a job would, and name its bad lines")
+    checking.add_argument("file", type=Path, metavar="FILE", help="JSONL, .txt, packed or parquet")
     checking.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
     checking.add_argument("--tokenizer", "--tokenizer_path", default="byte", metavar="DIR", help='or "byte"')
     checking.add_argument("--max-bad-lines", "--max_bad_lines", type=_share, default=0.01, metavar="SHARE")
@@ -355,7 +362,7 @@ def _share(text: str) -> float:
 def check(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> None:
     """Print what a job would find in ``file``. Raises what `open_corpus` would raise. Stores nothing."""
     tokenizer, count = load(tokenizer_path), Count()
-    with LineReader(file) as reader:
+    with open_reader(file) as reader:
         scan(reader, tokenizer, text_field, count, _silent)
     tally = reader.tally
     print(f"{file}: {tally.documents:,} documents, {count.tokens:,} tokens, {tally.lines:,} lines")

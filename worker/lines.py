@@ -1,23 +1,15 @@
-"""A JSONL file, line by line: which lines are documents, which are not and why. Constant memory."""
+"""Lines of a corpus: which are documents, which are not and why."""
 
-import hashlib
-import io
 import json
-import os
-import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 MAX_LINE_BYTES = 8 << 20
 """A longer line is a bad line: one document is held in memory together with its tokens."""
 
 KEPT_BAD_LINES = 20
 """How many bad lines are named; all are counted."""
-
-BOM = b"\xef\xbb\xbf"
-BLANK = b" \t\r\n"
 
 
 class DataInvalid(ValueError):
@@ -62,110 +54,13 @@ class Tally:
         """Why there is nothing to train on, and what to do."""
         if self.bad_lines:
             return f"holds no text under {text_field!r}: {self.describe_bad()}"
-        return f'holds no document: it needs one JSON object a line, such as {{"{text_field}": "..."}}'
-
-
-class LineReader:
-    """An open JSONL file that is read once, at most to the size it had when it was opened.
-
-    ``tally`` and ``digest`` (sha256 of what was read) are complete once `documents` has been read to its end; ``done``
-    of ``size`` bytes are read.
-    Raises DataInvalid at once for anything that is not a readable regular file of UTF-8 text.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tally = Tally()
-        self._hash = hashlib.sha256()
-        self._file = open_regular(path)
-        self._before = os.fstat(self._file.fileno())
-        self.done = 0
-        self.size = self._before.st_size
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the bytes read so far."""
-        return self._hash.hexdigest()
-
-    def documents(self, text_field: str) -> Iterator[Document]:
-        """Each document in order; everything else is counted in ``tally``. DataInvalid where the file changes."""
-        for number, raw in enumerate(self._raw_lines(), start=1):
-            self.tally.lines = number
-            if raw is not None and not raw.strip(BLANK):
-                self.tally.blank_lines += 1
-                continue
-            try:
-                text = text_of(raw, text_field)
-            except BadLine as bad:
-                self.tally.add_bad(number, str(bad))
-                continue
-            self.tally.documents += 1
-            yield Document(number, text)
-        self._require_unchanged()
-
-    def _raw_lines(self) -> Iterator[bytes | None]:
-        """Lines without a byte order mark; None for one that is too long."""
-        while block := self._read(MAX_LINE_BYTES):
-            if self.done == len(block):
-                block = block.removeprefix(BOM)
-            if len(block) < MAX_LINE_BYTES or block.endswith(b"\n"):
-                yield block
-            else:
-                self._skip_line()
-                yield None
-
-    def _skip_line(self) -> None:
-        while (block := self._read(MAX_LINE_BYTES)) and not block.endswith(b"\n"):
-            pass
-
-    def _read(self, limit: int) -> bytes:
-        block = self._file.readline(min(limit, self.size - self.done))
-        self._hash.update(block)
-        self.done += len(block)
-        return block
-
-    def _require_unchanged(self) -> None:
-        after = os.fstat(self._file.fileno())
-        same = (after.st_size, after.st_mtime_ns) == (self._before.st_size, self._before.st_mtime_ns)
-        if not same or self.done != self.size:
-            refuse_changed(self.path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+        needed = f'it needs one JSON object a line, such as {{"{text_field}": "..."}}'
+        return f"holds no document: {needed}, or any text where its name ends in .txt"
 
 
 def refuse_changed(path: Path) -> NoReturn:
     """Raise the DataInvalid of a file that is still being written."""
     raise DataInvalid(f"{path} changed while it was read: wait until it is complete, then start again")
-
-
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file of UTF-8 text to read. Raises DataInvalid for anything else, without waiting on it."""
-    try:
-        # O_NONBLOCK: the open of a FIFO nobody writes to would otherwise never return.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise DataInvalid(f"{path} cannot be read: {error.strerror or error}") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DataInvalid(f"{path} is not a regular file: give a JSONL file, one document a line")
-    file: io.BufferedReader = io.BufferedReader(io.FileIO(descriptor), 1 << 20)
-    try:
-        _require_utf8(path, file.peek(4096)[:4096])
-    except (DataInvalid, OSError):
-        file.close()
-        raise
-    return file
-
-
-def _require_utf8(path: Path, head: bytes) -> None:
-    marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    # JSON never holds a raw NUL, and in UTF-16 about every second byte of it is one.
-    if marked or head.count(0) > len(head) // 4:
-        raise DataInvalid(f"{path} is UTF-16 or binary: save it as UTF-8, one JSON object a line")
 
 
 def text_of(raw: bytes | None, text_field: str) -> str:

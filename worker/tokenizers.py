@@ -19,7 +19,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from contract.rundir import write_atomically
 from contract.vocabulary import BYTE, BYTE_VOCABULARY, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
-from worker.lines import DataInvalid, LineReader
+from worker.lines import DataInvalid
+from worker.readers import Reader, open_reader
 
 Ids = npt.NDArray[np.uint32]
 
@@ -232,8 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """``python -m worker.tokenizers train FILE --vocab-size 6400 --out DIR``; 1 on failure, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="trainyard tokenizer", description="Tokenizers for pretraining.")
     command = parser.add_subparsers(dest="command", required=True, metavar="train")
-    training = command.add_parser("train", help="learn a byte-level BPE from a JSONL file")
-    training.add_argument("file", type=Path, metavar="FILE", help="JSONL, one document a line")
+    training = command.add_parser("train", help="learn a byte-level BPE from a corpus")
+    training.add_argument("file", type=Path, metavar="FILE", help="JSONL, .txt, packed or parquet")
     training.add_argument("--vocab-size", "--vocab_size", type=_vocabulary_size, default=6400, metavar="N")
     training.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     training.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
@@ -252,7 +253,7 @@ def _vocabulary_size(text: str) -> int:
 
 
 def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) -> int:
-    with LineReader(file) as reader:
+    with open_reader(file) as reader:
         tokenizer = _learned(_texts(reader, text_field), vocab_size)
     report = reader.tally
     if report.documents == 0:
@@ -266,7 +267,7 @@ def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) ->
     return 0
 
 
-def _texts(reader: LineReader, text_field: str) -> Iterator[str]:
+def _texts(reader: Reader, text_field: str) -> Iterator[str]:
     for document in reader.documents(text_field):
         yield document.text
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from contract.corpora import Packing, is_plain_text, packing_of
+
+HEAD_BYTES = 4096
 SAMPLE_BYTES = 4 << 20
 BLOCKS = 16
 BLANK = b" \t\r\n"
@@ -53,12 +56,19 @@ class Glance:
 
 
 def glance(path: Path, text_field: str) -> Glance | None:
-    """Look at the file; None where it cannot be read. A short file is read whole, a long one in equal distances."""
+    """Look at the file. A short one is read whole, a long one in equal distances.
+
+    None where it cannot be read, or is not JSONL: a part of a packed file says nothing of the rest.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return None
+            head = file.read(HEAD_BYTES)
+            if packing_of(head) is not Packing.NONE or is_plain_text(path.name, head):
+                return None
+            file.seek(0)
             found = Glance(os.fstat(descriptor).st_size)
             for raw in _lines(file, found.size):
                 found.add(raw, text_field)

@@ -57,6 +57,14 @@ def test_a_short_file_is_counted_exactly(tmp_path: Path) -> None:
 def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
     assert glance(tmp_path / "none", "text") is None
     assert glance(tmp_path, "text") is None
+    for name, content in (
+        ("c.gz", b"\x1f\x8b"),
+        ("c.zst", b"\x28\xb5\x2f\xfd"),
+        ("c", b"PAR1"),
+        ("c.txt", b"any text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert glance(tmp_path / name, "text") is None
     empty = tmp_path / "empty"
     empty.touch()
     found = glance(empty, "text")
