@@ -46,7 +46,7 @@ def fake_kills(make_home: MakeHome, seed: int, kills: int, seconds: float) -> st
 
 
 def test_a_few_kills_of_fake_ranks(make_home: MakeHome) -> None:
-    fake_kills(make_home, seed=7, kills=12, seconds=60)
+    fake_kills(make_home, seed=7, kills=6, seconds=60)
 
 
 @pytest.mark.soak
@@ -104,7 +104,7 @@ def losses(home: Home, job_id: str) -> list[float]:
 
 @pytest.mark.slow
 def test_a_few_kills_of_gloo_ranks(make_home: MakeHome) -> None:
-    gloo_kills(make_home, seed=11, kills=2, seconds=60)
+    gloo_kills(make_home, seed=11, kills=1, seconds=60)
 
 
 @pytest.mark.soak

@@ -179,6 +179,8 @@ def addresses(home: Home) -> list[str]:
 
 @pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
 def test_a_leader_stopped_and_woken_launches_nothing_twice(servers: list[Home], any_url: str) -> None:
+    for server in servers:
+        server.wanted["lease_scale"] = 0.25
     start_all(servers)
     first = servers[0]
     until(lambda: len(addresses(first)) == 3)
