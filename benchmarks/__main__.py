@@ -4,9 +4,10 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benchmarks import launch, reporting, saving, scheduler, trainer
+from benchmarks import corpus_speed, launch, reporting, saving, scheduler, trainer
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
+    "corpus_speed": corpus_speed.main,
     "launch": launch.main,
     "reporting": reporting.main,
     "saving": saving.main,

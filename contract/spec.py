@@ -72,7 +72,7 @@ class DataSpec(Group):
         0.0, description="share of the documents that is held out where there is no eval_data_path"
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
-        None, description="threads that tokenize the corpus; null: one a core"
+        None, description="threads that tokenize the corpus, 0 being one; null: one a core"
     )
 
 

@@ -15,8 +15,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -225,14 +226,32 @@ class Sink(Protocol):
 
 def scan(reader: Reader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress) -> None:
     """Read all of ``reader``'s documents into ``sink``. A text without a token is a bad line too."""
-    for batch in batches(reader.documents(text_field)):
-        encoded = tokenizer.encode_batch([document.text for document in batch])
-        for document, ids in zip(batch, encoded, strict=True):
-            if not len(ids):
-                reader.tally.documents -= 1
-                reader.tally.add_bad(document.line, "the tokenizer makes no token of its text")
-        sink.add([ids for ids in encoded if len(ids)])
-        progress(reader.done, reader.size)
+    with closing(_encoded(batches(reader.documents(text_field)), tokenizer)) as encoded_batches:
+        for batch, encoded in encoded_batches:
+            for document, ids in zip(batch, encoded, strict=True):
+                if not len(ids):
+                    reader.tally.documents -= 1
+                    reader.tally.add_bad(document.line, "the tokenizer makes no token of its text")
+            sink.add([ids for ids in encoded if len(ids)])
+            progress(reader.done, reader.size)
+
+
+def _encoded(
+    batched: Iterator[list[Document]], tokenizer: Tokenizer
+) -> Generator[tuple[list[Document], list[Ids]], None, None]:
+    """Each batch with its ids, in order. While the library's threads work on one, the last is stored and the next read.
+
+    At most two batches wait, so memory stays bounded.
+    """
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: tuple[list[Document], Future[list[Ids]]] | None = None
+        for batch in batched:
+            following = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch])
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

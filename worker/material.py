@@ -19,7 +19,7 @@ from worker.distributed import Ranks
 from worker.failure import Failure, StopAsked, not_saved
 from worker.lines import DataInvalid
 from worker.rows import RowTable, Split
-from worker.tokenizers import Tokenizer, load
+from worker.tokenizers import Tokenizer, limit_threads, load
 
 CACHE = "TRAINYARD_CORPUS_CACHE"
 TOLD_SECONDS = 1.0
@@ -90,9 +90,7 @@ def _open_or_fail(spec: JobSpec, run: RunDir, teller: _Teller) -> Material:
 
 def _open(spec: JobSpec, run: RunDir, teller: _Teller) -> Material:
     data = spec.data
-    if data.num_workers:
-        # Read by the tokenizers library when it starts its threads, which is later than this.
-        os.environ.setdefault("RAYON_NUM_THREADS", str(data.num_workers))
+    limit_threads(data.num_workers)
     tokenizer = load(data.tokenizer_path)
     spec = _with_vocabulary(spec, tokenizer)
     cache = Path(os.environ.get(CACHE) or run.corpus_cache)

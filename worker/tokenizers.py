@@ -7,6 +7,7 @@ the control token. Beginning and end are added by the corpus builder, by id.
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -53,6 +54,16 @@ class Tokenizer(Protocol):
 def load(tokenizer_path: str) -> Tokenizer:
     """The tokenizer "byte", or that of a Hugging Face directory. Raises TokenizerInvalid."""
     return ByteTokenizer() if tokenizer_path == BYTE else FileTokenizer(tokenizer_file(tokenizer_path))
+
+
+def limit_threads(count: int | None) -> None:
+    """Let all tokenizers run on ``count`` threads, 0 being one; None: one a core.
+
+    To be called before the first text is encoded: the library reads it when it starts its threads, once a process.
+    What the environment says already is kept.
+    """
+    if count is not None:
+        os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, count)))
 
 
 class ByteTokenizer:

@@ -1,0 +1,54 @@
+"""Building token shards, from the file to the disk, against what the tokenizers library takes for the texts alone."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tokenizers import Tokenizer as Library
+
+from benchmarks.corpus import write_docstrings
+from worker.corpus import open_corpus
+from worker.readers import open_reader
+from worker.tokenizers import FileTokenizer, train
+
+DOCSTRINGS = 7000
+COPIES = 3
+ROUNDS = 5
+GOAL = 0.8
+
+
+def main() -> None:
+    """Alternate the two, so that a slow minute of the machine hits both."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        file = root / "corpus.jsonl"
+        write_docstrings(file, DOCSTRINGS)
+        file.write_bytes(file.read_bytes() * COPIES)
+        with open_reader(file) as reader:
+            texts = [document.text for document in reader.documents("text")]
+        train(texts[:DOCSTRINGS], 6400, root)
+        tokenizer, library = FileTokenizer(root / "tokenizer.json"), Library.from_file(str(root / "tokenizer.json"))
+        library.encode_batch(texts[:1000])
+        tokenizer.encode_batch(texts[:1000])
+        alone, whole = [], []
+        for number in range(ROUNDS):
+            alone.append(_seconds(partial(library.encode_batch, texts, add_special_tokens=False)))
+            whole.append(_seconds(partial(open_corpus, file, tokenizer, cache=root / f"cache-{number}")))
+    _report(alone, whole, sum(len(text.encode()) for text in texts) / 1e6)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _report(alone: list[float], whole: list[float], megabytes: float) -> None:
+    ratio = statistics.median(a / w for a, w in zip(alone, whole, strict=True))
+    print(f"the library's encode_batch   {megabytes / statistics.median(alone):6.2f} MB/s ({os.cpu_count()} cores)")
+    print(f"file to shards               {megabytes / statistics.median(whole):6.2f} MB/s")
+    print(f"ratio                        {ratio:6.1%} (median of {ROUNDS} pairs; goal: at least {GOAL:.0%})")

@@ -1,0 +1,108 @@
+"""Tokenization on several threads, with reading and storing beside it: the same shards, in order, and ends at once."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import corpus_speed
+from tests.data.texts import docstrings, write_jsonl
+from worker import corpus as corpus_module
+from worker.corpus import open_corpus
+from worker.lines import DataInvalid
+from worker.tokenizers import ByteTokenizer, Ids, limit_threads
+
+COUNTING = """
+import os, sys
+from worker.tokenizers import limit_threads, load
+tokenizer = load(sys.argv[1])
+before = len(os.listdir("/proc/self/task"))
+limit_threads({count})
+tokenizer.encode_batch(["some text"] * 50)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+@pytest.mark.parametrize(("count", "expected"), [(0, 1), (1, 1), (3, 3), (None, len(os.sched_getaffinity(0)))])
+def test_as_many_threads_as_asked_for(count: int | None, expected: int, trained: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RAYON_NUM_THREADS"}
+    command = [sys.executable, "-c", COUNTING.format(count=count), str(trained)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=60)
+    assert int(done.stdout) == expected
+
+
+def test_the_environment_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYON_NUM_THREADS", "5")
+    limit_threads(2)
+    assert os.environ["RAYON_NUM_THREADS"] == "5"
+    monkeypatch.delenv("RAYON_NUM_THREADS")
+    limit_threads(None)
+    assert "RAYON_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize("characters", [1, 1000, 1 << 20])
+def test_batches_change_nothing(
+    characters: int, docstring_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", characters)
+    told: list[tuple[int, int]] = []
+    corpus = open_corpus(docstring_file, ByteTokenizer(), cache=tmp_path, progress=lambda *at: told.append(at))
+    ids = [np.concatenate(([1], own, [2])) for own in ByteTokenizer().encode_batch(docstrings())]
+    assert corpus.tokens.tolist() == np.concatenate(ids).tolist()
+    assert told[-1] == (docstring_file.stat().st_size,) * 2
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+
+
+class Broken(ByteTokenizer):
+    """Fails at a text, on whatever thread it is encoded."""
+
+    fingerprint = "broken"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        if "bad" in texts:
+            raise MemoryError("no room")
+        return super().encode_batch(texts)
+
+
+def pool_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name]
+
+
+def test_what_goes_wrong_beside_is_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 1)
+    file = write_jsonl(tmp_path / "c.jsonl", ["a", "b", "bad", "c", "d"])
+    before = pool_threads()
+    with pytest.raises(MemoryError, match="no room"):
+        open_corpus(file, Broken(), cache=tmp_path / "cache")
+    assert pool_threads() == before
+    assert not list((tmp_path / "cache").glob("*/meta.json"))
+
+
+def test_a_wish_to_stop_ends_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 1)
+    file = write_jsonl(tmp_path / "c.jsonl", map(str, range(100)))
+    before, calls = pool_threads(), 0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal calls
+        calls += done > 0
+        if calls == 3:
+            raise DataInvalid("stop")
+
+    with pytest.raises(DataInvalid, match="stop"):
+        open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache", progress=progress)
+    assert calls == 3
+    assert pool_threads() == before
+
+
+def test_the_benchmark_measures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("DOCSTRINGS", 200), ("COPIES", 1), ("ROUNDS", 1)):
+        monkeypatch.setattr(corpus_speed, name, value)
+    corpus_speed.main()
+    assert "ratio" in capsys.readouterr().out
