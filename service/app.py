@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
 from contract.spec import JobSpec
-from service import status_routes
+from service import exposition, status_routes
 from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
 from service.dashboard import pages
@@ -70,7 +70,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     app.state.services = services
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)
-    app.add_middleware(Gate, settings=services.settings)
+    app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry)
     for routes in (
         job_routes,
         plan_routes,
@@ -81,6 +81,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         report_routes,
         device_routes,
         status_routes,
+        exposition,
         pages,
     ):
         app.include_router(routes.router)

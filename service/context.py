@@ -1,6 +1,6 @@
 """What the routes work with, made once when the app is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -11,6 +11,7 @@ from service.jobs.specs import Host
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams.pulse import Pulse
+from service.telemetry import Telemetry
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Services:
     inventory: Inventory
     scheduler: Scheduler
     pulse: Pulse
+    telemetry: Telemetry = field(default_factory=Telemetry)
 
     @property
     def host(self) -> Host:

@@ -150,6 +150,27 @@ class BodyTooLarge(ServiceError):
     status, code = 413, "body_too_large"
 
 
+class BodyTooSlow(ServiceError):
+    """The body did not arrive in time."""
+
+    status, code = 408, "request_timeout"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"Connection": "close"})
+
+
+class UrlTooLong(ServiceError):
+    """The address is longer than this service takes."""
+
+    status, code = 414, "url_too_long"
+
+
+class HeadersTooLarge(ServiceError):
+    """The headers are larger than this service takes."""
+
+    status, code = 431, "headers_too_large"
+
+
 class WrongMediaType(ServiceError):
     """The body must be sent as Content-Type: application/json."""
 

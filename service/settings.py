@@ -20,6 +20,7 @@ class Settings:
 
     ``data_roots`` are read below, ``save_roots`` written below; the home always counts among both. ``cpu_slots`` is the
     number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
+    ``idempotency_days``: how long a submission may be sent again.
     """
 
     home: Path
@@ -32,6 +33,7 @@ class Settings:
     port: int = 8000
     token: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = LOOPBACK_NAMES
+    idempotency_days: int = 7
 
     @classmethod
     def read(
@@ -58,6 +60,7 @@ class Settings:
             port=port if port is not None else _whole(environment, "TRAINYARD_PORT", 8000),
             token=token,
             allowed_hosts=_allowed_hosts(environment.get("TRAINYARD_ALLOWED_HOSTS"), host),
+            idempotency_days=_whole(environment, "TRAINYARD_IDEMPOTENCY_DAYS", 7),
         )
         settings.require_safe()
         return settings

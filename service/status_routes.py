@@ -1,16 +1,14 @@
-"""Whether the service lives, can work, and how much it does."""
+"""Whether the service lives, and can work."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import APIRouter, Response
-from sqlalchemy import func, select, text
+from fastapi import APIRouter
+from sqlalchemy import text
 
-from contract.status import JobStatus
 from service.context import ServicesNeeded
 from service.errors import NotReady
 from service.shapes import Health, Version
-from service.tables import JobRow, LeaseRow, MetricRow
 
 API_VERSION = 1
 
@@ -51,25 +49,3 @@ def package_version() -> str:
         return version("trainyard")
     except PackageNotFoundError:
         return "unknown"
-
-
-@router.get("/metrics", response_class=Response)
-def prometheus(services: ServicesNeeded) -> Response:
-    """Prometheus text."""
-    with services.database.read() as session:
-        counted = session.execute(select(JobRow.status, func.count()).group_by(JobRow.status)).all()
-        leased = session.scalar(select(func.count()).select_from(LeaseRow)) or 0
-        tokens = session.execute(
-            select(JobRow.id, func.max(MetricRow.tokens))
-            .join(MetricRow, MetricRow.job_id == JobRow.id)
-            .where(JobRow.status == JobStatus.RUNNING)
-            .group_by(JobRow.id)
-        ).all()
-    by_status = {row[0]: row[1] for row in counted}
-    lines = ["# TYPE trainyard_jobs gauge"]
-    lines += [f'trainyard_jobs{{status="{status}"}} {by_status.get(status, 0)}' for status in JobStatus]
-    lines += ["# TYPE trainyard_devices gauge", f"trainyard_devices {len(services.inventory.devices())}"]
-    lines += ["# TYPE trainyard_devices_leased gauge", f"trainyard_devices_leased {leased}"]
-    lines += ["# TYPE trainyard_job_tokens counter"]
-    lines += [f'trainyard_job_tokens{{job="{job_id}"}} {count}' for job_id, count in tokens]
-    return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")

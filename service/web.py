@@ -3,11 +3,13 @@
 And the one strict reader of JSON bodies.
 """
 
+import asyncio
 import hmac
 import json
 import logging
 import re
 import secrets
+import time
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -18,14 +20,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.errors import (
     BodyNotJson,
     BodyTooLarge,
+    BodyTooSlow,
     ForeignHost,
     ForeignOrigin,
+    HeadersTooLarge,
     Unauthorized,
+    UrlTooLong,
     WrongMediaType,
     answer,
     from_exception,
 )
 from service.settings import Settings
+from service.telemetry import Telemetry
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -33,6 +39,13 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 INTERNAL = "/internal/"
 BODY_BYTES = 1 << 20
 REPORT_BYTES = 64 << 20
+URL_BYTES = 8 << 10
+HEADER_BYTES = 32 << 10
+BODY_SECONDS = 30.0
+"""For the whole body, however it drips."""
+
+UNTIMED = ("/stream", "/files/{name}")
+METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
 
 log = logging.getLogger("trainyard")
 
@@ -40,9 +53,10 @@ log = logging.getLogger("trainyard")
 class Gate:
     """The outermost layer: nothing passes that should not, and nothing leaves but an answer with a request id."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry) -> None:
         self._app = app
         self._settings = settings
+        self._telemetry = telemetry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -53,13 +67,27 @@ class Gate:
         request_id = _request_id(headers)
         scope["request_id"] = request_id
         answered = _Answered(send, request_id)
+        begun = time.monotonic()
         try:
             self._admit(scope, headers)
             await self._app(scope, _Limited(receive, _limit(scope)), answered)
         except Exception as error:
             await self._refuse(error, scope, receive, answered)
+        finally:
+            self._count(scope, answered.status, time.monotonic() - begun)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        """By route, not by address: the number of series stays small whatever is asked for."""
+        route = getattr(scope.get("route"), "path", "none")
+        if not route.endswith(UNTIMED):
+            labels = (("method", _known(scope["method"])), ("route", route), ("status", str(status)))
+            self._telemetry.requests.observe(seconds, labels)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
+        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > URL_BYTES:
+            raise UrlTooLong()
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+            raise HeadersTooLarge()
         host = headers.get("host", "")
         if not _host_allowed(host, self._settings.allowed_hosts):
             raise ForeignHost()
@@ -90,10 +118,12 @@ class _Answered:
         self._send = send
         self._request_id = request_id
         self.begun = False
+        self.status = 0
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.begun = True
+            self.status = message["status"]
             extra = [
                 (b"x-request-id", self._request_id.encode()),
                 (b"x-content-type-options", b"nosniff"),
@@ -104,14 +134,21 @@ class _Answered:
 
 
 class _Limited:
-    """Stops reading a body that is longer than it may be, chunked or not."""
+    """Stops reading a body that is longer than it may be, chunked or not, or that takes too long to come."""
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
         self._left = limit
+        self._deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def __call__(self) -> Message:
-        message = await self._receive()
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            raise BodyTooSlow() from None
+        if not message.get("more_body", False):
+            self._deadline = None
         if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))
             if self._left < 0:
@@ -134,6 +171,10 @@ def require_token(given: str, expected: str) -> None:
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
+
+
+def _known(method: str) -> str:
+    return method if method in METHODS else "other"
 
 
 def _limit(scope: Scope) -> int:

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Response
@@ -70,8 +71,12 @@ def _replayed(services: Services, key: str | None, digest: str) -> _Made | None:
         message = "must be 1 to 255 printable ASCII characters"
         raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
     with services.database.read() as session:
-        job = store.replay(session, key, digest)
+        job = store.replay(session, key, digest, _oldest_key(services))
         return _Made(job.id, False) if job is not None else None
+
+
+def _oldest_key(services: Services) -> datetime:
+    return utc_now() - timedelta(days=services.settings.idempotency_days)
 
 
 def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> _Made:
@@ -82,6 +87,8 @@ def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> 
         job = store.create(session, spec, facts, [], now)
         if kind == "cpu" and spec.resources.device == "auto":
             store.alert(job, "cpu_fallback", "there is no GPU on this host: this run will use the CPU", now)
+        if key is not None:
+            store.forget_keys(session, _oldest_key(services))
         if key is None or store.remember_key(session, key, digest, job, now):
             return _Made(job.id, True)
         session.rollback()

@@ -155,14 +155,19 @@ def body_digest(raw: object) -> str:
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
-def replay(session: Session, key: str, digest: str) -> JobRow | None:
-    """The job that was made under this key. Raises KeyReused where it was made from another body."""
+def replay(session: Session, key: str, digest: str, oldest: datetime) -> JobRow | None:
+    """The job made under this key since ``oldest``. Raises KeyReused where it was made from another body."""
     known = session.get(IdempotencyRow, key)
-    if known is None:
+    if known is None or known.created_at < oldest:
         return None
     if known.body_sha256 != digest:
         raise KeyReused()
     return find(session, known.job_id)
+
+
+def forget_keys(session: Session, oldest: datetime) -> None:
+    """Drop the keys of submissions that are older than that; their jobs stay."""
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < oldest))
 
 
 def remember_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:

@@ -1,7 +1,7 @@
 """What agents call: their outbox lines, their signs of life, their last word. Each with its attempt's own token."""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Request
@@ -43,7 +43,18 @@ def events(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBo
         ingest.hear(session, job, attempt, utc_now())
         ingest.ingest(session, job, attempt, batch.events)
 
-    return _report(services, attempt_id, token, work)
+    acked = _report(services, attempt_id, token, work)
+    services.telemetry.lag.observe(_age(batch.events[-1].get("at")))
+    return acked
+
+
+def _age(at: object) -> float:
+    """Seconds since a line was written, as far as it says so."""
+    try:
+        written = datetime.fromisoformat(at) if isinstance(at, str) else utc_now()
+        return max(0.0, (utc_now() - written).total_seconds())
+    except (ValueError, TypeError, OverflowError):
+        return 0.0
 
 
 @router.post("/heartbeat")

@@ -100,10 +100,7 @@ def test_attempts_show_no_secret(rig: Rig) -> None:
 def test_what_comes_later_is_not_there_yet(rig: Rig) -> None:
     job_id = rig.submit()
     for method, path in (
-        ("GET", "metrics/stream"),
-        ("POST", "save"),
         ("POST", "fork"),
-        ("GET", "checkpoints/1/files/model.safetensors"),
         ("POST", "checkpoints/1/export"),
     ):
         assert rig.client.request(method, f"/jobs/{job_id}/{path}").status_code == 404

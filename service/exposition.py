@@ -1,0 +1,68 @@
+"""GET /metrics: the service's state as Prometheus text."""
+
+from collections.abc import Iterator
+from datetime import datetime
+
+from fastapi import APIRouter, Response
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from contract.status import JobStatus
+from service.context import Services, ServicesNeeded
+from service.scheduler.apply import utc_now
+from service.tables import AttemptRow, JobRow, LeaseRow
+from service.telemetry import counter, gauge
+
+TEXT = "text/plain; version=0.0.4"
+
+router = APIRouter(tags=["service"])
+
+
+@router.get("/metrics", response_class=Response)
+def prometheus(services: ServicesNeeded) -> Response:
+    """Prometheus text: jobs, queue, devices, attempts, reports, requests, streams."""
+    now = utc_now()
+    with services.database.read() as session:
+        lines = [*_jobs(session, now), *_attempts(session, now), *_running(session)]
+        leased = session.scalar(select(func.count()).select_from(LeaseRow)) or 0
+    lines += [*_devices(services, leased), *services.telemetry.lines()]
+    return Response("\n".join(lines) + "\n", media_type=TEXT)
+
+
+def _jobs(session: Session, now: datetime) -> Iterator[str]:
+    counted = {row[0]: row[1] for row in session.execute(select(JobRow.status, func.count()).group_by(JobRow.status))}
+    by_status = [((("status", status.value),), counted.get(status.value, 0)) for status in JobStatus]
+    yield from gauge("trainyard_jobs", "Jobs by status.", by_status)
+    oldest = session.scalar(select(func.min(JobRow.queued_at)).where(JobRow.status == JobStatus.QUEUED))
+    waits = (now - oldest).total_seconds() if oldest is not None else 0.0
+    queued = counted.get(JobStatus.QUEUED.value, 0)
+    yield from gauge("trainyard_queue_length", "Jobs that wait for devices.", [((), queued)])
+    yield from gauge("trainyard_queue_oldest_seconds", "How long the oldest of them has waited.", [((), waits)])
+
+
+def _attempts(session: Session, now: datetime) -> Iterator[str]:
+    ended = session.execute(
+        select(AttemptRow.outcome, func.count()).where(AttemptRow.ended_at.is_not(None)).group_by(AttemptRow.outcome)
+    ).all()
+    live, quiet = session.execute(
+        select(func.count(), func.min(AttemptRow.heard_at)).where(AttemptRow.ended_at.is_(None))
+    ).one()
+    by_outcome = [((("outcome", str(outcome)),), float(number)) for outcome, number in ended]
+    silence = (now - quiet).total_seconds() if quiet is not None else 0.0
+    # Deleting a job takes its attempts along, so that this may go down: a gauge.
+    yield from gauge("trainyard_attempts_ended", "Attempts that have ended, by outcome.", by_outcome)
+    yield from gauge("trainyard_attempts_live", "Attempts that have not ended.", [((), float(live))])
+    yield from gauge("trainyard_report_age_seconds", "Since the quietest live attempt was heard.", [((), silence)])
+
+
+def _running(session: Session) -> Iterator[str]:
+    rows = session.execute(select(JobRow.id, JobRow.progress).where(JobRow.status == JobStatus.RUNNING)).all()
+    values = [((("job", job_id),), float(progress.get("tokens") or 0)) for job_id, progress in rows]
+    yield from counter("trainyard_job_tokens_total", "Tokens that a running job was trained on.", values)
+
+
+def _devices(services: Services, leased: int) -> Iterator[str]:
+    devices = len(services.inventory.devices())
+    yield from gauge("trainyard_devices", "Devices of this host.", [((), devices)])
+    yield from gauge("trainyard_devices_leased", "Devices that an attempt has.", [((), leased)])
+    yield from gauge("trainyard_streams", "Streams that are open here.", [((), services.pulse.readers)])

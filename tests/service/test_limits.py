@@ -1,0 +1,188 @@
+"""What the service takes, how long it waits for it, and what it counts of its own work."""
+
+import json
+import re
+import select
+import socket
+import time
+from datetime import timedelta
+
+import pytest
+
+from contract.status import Reason
+from service import server, web
+from service.jobs import store
+from service.scheduler.apply import utc_now
+from service.settings import Settings
+from service.tables import IdempotencyRow
+from service.telemetry import Histogram, sample
+from tests.service.rig import Rig
+from tests.service.served import DEADLINE, served
+
+
+def raw(address: tuple[str, int], *pieces: bytes, pause: float = 0.0) -> bytes:
+    """What is answered to these bytes, read as it comes, until the connection ends."""
+    answer = b""
+    with socket.create_connection(address, timeout=DEADLINE) as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+                if select.select([connection], [], [], pause)[0]:
+                    answer += connection.recv(65536)
+            while data := connection.recv(65536):
+                answer += data
+        except OSError:
+            pass
+    return answer
+
+
+def code(answer: bytes) -> str:
+    found: str = json.loads(answer.partition(b"\r\n\r\n")[2])["code"]
+    return found
+
+
+HEAD = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+
+
+def test_a_body_that_drips_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "BODY_SECONDS", 0.3)
+    with served(rig) as address:
+        begin = time.monotonic()
+        answer = raw(address, HEAD + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 8, pause=0.05)
+        assert b" 408 " in answer.splitlines()[0]
+        assert code(answer) == "request_timeout"
+        chunked = raw(address, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1\r\nx\r\n"] * 8, pause=0.05)
+        assert code(chunked) == "request_timeout"
+        assert time.monotonic() - begin < 5
+
+
+def test_a_head_that_drips_is_cut_off(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    with served(rig) as address:
+        begin = time.monotonic()
+        assert raw(address) == b"", "one that says nothing"
+        assert raw(address, b"GET /health HT", *[b"T"] * 20, pause=0.05) == b""
+        assert time.monotonic() - begin < 5
+        whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        assert raw(address, whole + b"Connection: close\r\n\r\n").startswith(b"HTTP/1.1 200")
+        second = raw(address, whole + b"\r\n", b"GET /he", *[b"a"] * 20, pause=0.05)
+        assert second.count(b"HTTP/1.1") == 1, "the next head on the same connection has its deadline too"
+
+
+def test_a_stream_is_not_under_the_deadline_of_requests(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(web, "BODY_SECONDS", 0.2)
+    from tests.service.served import Reader
+
+    job_id, attempt = rig.running()
+    with served(rig) as address:
+        reader = Reader(address, f"/jobs/{job_id}/metrics/stream")
+        time.sleep(0.6)  # longer than both: that nothing happens is what is looked at
+        attempt.metric(1)
+        rig.ship(attempt)
+        assert reader.take(1)[0]["data"]["step"] == 1
+        reader.close()
+
+
+def test_addresses_and_headers_over_the_limit(rig: Rig) -> None:
+    long = rig.client.get("/jobs", params={"name": "x" * 9000})
+    assert (long.status_code, long.json()["code"]) == (414, "url_too_long")
+    assert rig.client.get("/" + "x" * 9000).status_code == 414
+    large = rig.client.get("/jobs", headers={"X-Large": "y" * 40_000})
+    assert (large.status_code, large.json()["code"]) == (431, "headers_too_large")
+    with served(rig) as address:
+        huge = raw(address, b"GET /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"y" * (80 << 10) + b"\r\n\r\n")
+        assert huge.split()[1] in (b"400", b"431")
+
+
+# Idempotency keys
+
+
+def test_a_key_is_forgotten_after_its_days(any_rig: Rig) -> None:
+    def submit(key: str, name: str) -> tuple[int, str]:
+        body = any_rig.spec(name=name)
+        answer = any_rig.client.post("/jobs", json=body, headers={"Idempotency-Key": key})
+        return answer.status_code, answer.json().get("id")
+
+    first = submit("a", "one")
+    assert submit("a", "one") == (200, first[1])
+    assert submit("a", "two")[0] == 422
+    with any_rig.database.write() as session:
+        known = session.get(IdempotencyRow, "a")
+        assert known is not None
+        known.created_at = utc_now() - timedelta(days=8)
+    again = submit("a", "two")
+    assert again[0] == 201
+    assert again[1] != first[1]
+    assert submit("a", "two") == (200, again[1])
+    with any_rig.database.write() as session:
+        store.forget_keys(session, utc_now() + timedelta(seconds=5))
+    assert submit("a", "three")[0] == 201
+    assert len(any_rig.get("/jobs")["data"]) == 3
+
+
+def test_the_setting() -> None:
+    assert Settings.read({}).idempotency_days == 7
+    assert Settings.read({"TRAINYARD_IDEMPOTENCY_DAYS": "30"}).idempotency_days == 30
+
+
+# Prometheus
+
+LINE = re.compile(r'[a-z_]+(\{[a-z]+="[^"\n]*"(,[a-z]+="[^"\n]*")*\})? [0-9.e+-]+')
+
+
+def test_the_text_is_complete_and_well_formed(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running()
+    attempt.metric(1, tokens=1234)
+    rig.ship(attempt)
+    _, failed = rig.running()
+    rig.exit(failed, "crashed", Reason.HUNG, step=0)
+    rig.submit(resources={"nproc_per_node": 2})
+    rig.get(f"/jobs/{job_id}")
+    rig.client.request("BREW", "/nowhere")
+    text = rig.client.get("/metrics")
+    assert text.headers["content-type"].startswith("text/plain; version=0.0.4")
+    lines = text.text.splitlines()
+    samples = [line for line in lines if not line.startswith("#")]
+    assert [line for line in samples if not LINE.fullmatch(line)] == []
+    described = {line.split()[2] for line in lines if line.startswith("# HELP")}
+    typed = {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")}
+    assert described == set(typed)
+    for line in samples:
+        name = re.split(r"[{ ]", line)[0]
+        assert name in typed or re.sub(r"_(bucket|sum|count)$", "", name) in typed, line
+    assert all(name.endswith("_total") for name, kind in typed.items() if kind == "counter")
+    for line in (
+        'trainyard_jobs{status="queued"} 1',
+        "trainyard_queue_length 1",
+        "trainyard_devices 2",
+        "trainyard_devices_leased 1",
+        "trainyard_attempts_live 1",
+        'trainyard_attempts_ended{outcome="crashed"} 1',
+        f'trainyard_job_tokens_total{{job="{job_id}"}} 1234',
+        "trainyard_streams 0",
+        'trainyard_request_seconds_count{method="GET",route="/jobs/{job_id}",status="200"} ',
+        'trainyard_request_seconds_count{method="other",route="none",status="404"} 1',
+        'trainyard_ingest_lag_seconds_bucket{le="+Inf"} ',
+        "trainyard_report_age_seconds ",
+        "trainyard_queue_oldest_seconds ",
+    ):
+        assert [found for found in samples if found.startswith(line)], line
+    assert "/stream" not in text.text
+
+
+def test_a_histogram_counts_up() -> None:
+    histogram = Histogram("h", "Of a test.", (1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value, (("a", "b"),))
+    assert list(histogram.lines()) == [
+        "# HELP h Of a test.",
+        "# TYPE h histogram",
+        'h_bucket{a="b",le="1.0"} 2',
+        'h_bucket{a="b",le="2.0"} 3',
+        'h_bucket{a="b",le="+Inf"} 4',
+        'h_sum{a="b"} 12',
+        'h_count{a="b"} 4',
+    ]
+    assert sample("x", 0.5) == "x 0.5"
