@@ -87,7 +87,10 @@ class TrainingSpec(Group):
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last rate / highest rate")
     warmup_steps: NotNegative = Field(0, description="steps of linear warm-up")
-    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(0.01, description="AdamW's, on every parameter")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: for the matrices of the layers; embeddings, head, router and norms stay with AdamW"
+    )
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(0.01, description="decoupled, on every parameter")
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's")
     grad_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(1.0, description="largest gradient norm; 0: no clipping")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="autocast; weights stay float32")

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from contract.spec import TrainingSpec
+from contract.status import Reason
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.muon import Muon, hidden_matrices
 from worker import checkpoint
 from worker.checkpoint import Identity, RunState
 from worker.distributed import Ranks, Row
 from worker.experts import ExpertLoad
+from worker.failure import Failure
 from worker.gate import Trouble
 from worker.step import Precision, Stepper
 
@@ -45,7 +49,7 @@ class Trainee:
     """The model, always float32, with optimizer and scaler, and the stepper that trains them."""
 
     model: Decoder
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     stepper: Stepper
 
@@ -77,6 +81,7 @@ class Trainee:
 
     def load(self, path: Path) -> RunState:
         """Go back, or on, to a verified checkpoint."""
+        _require_same_optimizer(path, self.optimizer)
         state = checkpoint.load(path, self.model, self.optimizer)
         if state.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
@@ -91,13 +96,7 @@ def initial_model(config: ModelConfig, seed: int, device: torch.device) -> Decod
 def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks: Ranks) -> Trainee:
     """Optimizer, scaler and stepper around ``model``."""
     dtype = DTYPES[training.dtype]
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=training.learning_rate,
-        betas=training.betas,
-        weight_decay=training.weight_decay,
-        fused=True,  # on a CPU as well: several times faster, and elementwise, so its result has no order to depend on
-    )
+    optimizer = _optimizer(model, training)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16)
     stepper = Stepper(
         module=_wrapped(model, training.use_compile, ranks),
@@ -110,6 +109,27 @@ def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks:
         experts=ExpertLoad(model),
     )
     return Trainee(model, optimizer, scaler, stepper)
+
+
+def _optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
+    lr, betas, weight_decay = training.learning_rate, training.betas, training.weight_decay
+    if training.optimizer == "muon":
+        matrices = hidden_matrices(model)
+        chosen = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        return Muon(matrices, others, lr=lr, betas=betas, weight_decay=weight_decay)
+    # Fused on a CPU as well: several times faster, and elementwise, so its result has no order to depend on.
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    with safe_open(path / checkpoint.OPTIMIZER, framework="pt") as file:
+        names = list(file.keys())
+    has_momentum = any(name.startswith("momentum.") for name in names)
+    if names and has_momentum != isinstance(optimizer, Muon):
+        theirs = "muon" if has_momentum else "adamw"
+        hint = f'Set training.optimizer to "{theirs}", or start a new run with from_weight.'
+        raise Failure(Reason.CHECKPOINT_INVALID, f"{path} was trained with {theirs}", hint)
 
 
 def _wrapped(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
