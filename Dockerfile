@@ -23,5 +23,5 @@ CMD ["python", "-m", "service"]
 
 FROM control AS worker
 USER root
-RUN pip install -c constraints.txt -e '.[worker]'
+RUN pip install -c constraints.txt -e '.[worker,corpora]'
 USER trainyard

@@ -18,7 +18,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) (a minute, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev]' 2>&1 \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,corpora,dev]' 2>&1 \
 		| grep -v '^WARNING: Location' || true
 	@$(BIN)/python -c 'import torch, fastapi, tokenizers, pytest'
 	@touch $@
@@ -43,7 +43,7 @@ dev: setup
 	$(BIN)/trainyard serve
 
 bench: setup
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev,bench]' 2>&1 \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,corpora,dev,bench]' 2>&1 \
 		| grep -v '^WARNING: Location' || true
 	$(BIN)/python -m benchmarks
 

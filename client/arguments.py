@@ -104,14 +104,14 @@ def _add_tools(commands: Any) -> None:
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer").add_subparsers(
         metavar="train", required=True
     )
-    train = _add(tokenizer, "train", "client.local:train_tokenizer", "train a byte-level BPE on a JSONL corpus")
-    train.add_argument("file", metavar="FILE", help="JSONL, one document a line")
+    train = _add(tokenizer, "train", "client.local:train_tokenizer", "train a byte-level BPE on a corpus")
+    train.add_argument("file", metavar="FILE", help="corpus: JSONL, text, gzip, zstandard or parquet")
     train.add_argument("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)")
     train.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
     train.add_argument("--text-field", default="text", help="key of the text (text)")
     corpus = commands.add_parser("corpus", help="look a corpus over").add_subparsers(metavar="check", required=True)
     check = _add(corpus, "check", "client.local:check_corpus", "count the texts, name every line that cannot be read")
-    check.add_argument("file", metavar="FILE", help="JSONL, one document a line")
+    check.add_argument("file", metavar="FILE", help="corpus: JSONL, text, gzip, zstandard or parquet")
     check.add_argument("--text-field", default="text", help="key of the text (text)")
     database = commands.add_parser("db", help="the service's database").add_subparsers(metavar="upgrade", required=True)
     upgrade = _add(database, "upgrade", "client.local:upgrade_database", "bring the tables to this version")
