@@ -184,8 +184,3 @@ class JobSpec(Group):
         """Rows of one optimizer step over all ranks: the global batch."""
         world = self.resources.nproc_per_node * self.resources.nnodes
         return self.training.batch_size * self.training.accumulation_steps * world
-
-    def weights_name(self) -> str:
-        """MiniMind's name of the weights file, e.g. ``pretrain_512.pth``."""
-        moe = "_moe" if self.model.use_moe else ""
-        return f"{self.checkpoint.save_weight}_{self.model.hidden_size}{moe}.pth"

@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 from contract.rundir import AttemptDir, RunDir
-
-RANK_LOGS = "TRAINYARD_RANK_LOGS"
-"""Set by the agent: each rank writes what it prints to the attempt's ``logs/rank-N.log``."""
+from worker.agent.launch import RANK_LOGS
 
 
 def main() -> None:

@@ -120,7 +120,6 @@ class LocalLauncher:
             "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             MARKER: str(launch.name),
             "CUDA_VISIBLE_DEVICES": ",".join(cuda),
-            "TRAINYARD_THREADS": str(threads_per_rank(launch.spec.resources.nproc_per_node, os.cpu_count() or 1)),
             "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
             # The worker looks again at each path: a link may have been changed since the spec was accepted.
             **{name: ":".join(map(str, roots)) for name, roots in self._roots.items()},
@@ -224,11 +223,6 @@ def inherited(environment: dict[str, str]) -> dict[str, str]:
     return {
         name: value for name, value in environment.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)
     }
-
-
-def threads_per_rank(ranks: int, cores: int) -> int:
-    """CPU threads of each rank. A function of the host and the spec alone: the same threads give the same bits."""
-    return max(1, cores // ranks)
 
 
 def _is_agent(process: ProcessIdentity) -> bool:

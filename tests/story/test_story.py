@@ -183,4 +183,5 @@ def all_of(job_id: str) -> list[ProcessIdentity]:
 
 def weights(served: Served, job_id: str) -> Path:
     wanted = JobSpec.model_validate_json((served.home / "runs" / job_id / "attempt-0001" / "spec.json").read_bytes())
-    return RunDir(served.home / "runs" / job_id).path / "out" / wanted.weights_name()
+    products = RunDir(served.home / "runs" / job_id).products(wanted.checkpoint.save_dir)
+    return products.weights(wanted.checkpoint.save_weight, wanted.model.hidden_size, wanted.model.use_moe)
