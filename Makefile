@@ -1,5 +1,7 @@
 # `make help` lists what there is.
 PYTHON ?= python3
+# Processes the tests are spread over: most of them wait for a process or a database, not for a core.
+WORKERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
@@ -34,7 +36,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 test: setup
-	$(BIN)/python -m pytest -m "not soak" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not soak" $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/trainyard demo
