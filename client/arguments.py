@@ -60,7 +60,7 @@ def submit_parser(command: str = SUBMIT) -> argparse.ArgumentParser:
     parser.add_argument("--labels", nargs="+", action="extend", metavar="K=V", default=[], help="may be repeated")
     parser.add_argument("--set", action="append", metavar="GROUP.FIELD=JSON", default=[], help="any field, typed")
     if command == SUBMIT:
-        parser.add_argument("-y", "--yes", action="store_true", help="do not ask")
+        parser.add_argument("-y", "--yes", action="store_true", help="do not ask, and submit in spite of warnings")
         parser.add_argument("--watch", action="store_true", help="follow the run; its end decides the exit code")
         parser.add_argument("--timeout", type=float, metavar="SECONDS", help="with --watch: follow no longer")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")

@@ -32,17 +32,27 @@ def plan(arguments: Sequence[str], console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def shown_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> list[str]:
-    """What `submit` shows before it asks. A service without plans gets only the settings shown."""
+def asked_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The plan of what is to be submitted; {} from a service without plans."""
     try:
-        page = plan_page(trainyard.plan(spec))
+        return trainyard.plan(spec)
     except NotFound:
-        page = []
+        return {}
     except Refused as error:
         if error.status != NOT_ALLOWED:
             raise
-        page = []
-    return [*settings(spec), *page]
+        return {}
+
+
+def shown_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> list[str]:
+    """What `submit` shows before it asks. A service without plans gets only the settings shown."""
+    found = asked_before(trainyard, spec)
+    return [*settings(spec), *(plan_page(found) if found else [])]
+
+
+def warned_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> list[str]:
+    """What the plan warns of, a line each."""
+    return _warned(asked_before(trainyard, spec))
 
 
 def settings(spec: Mapping[str, Any]) -> list[str]:
@@ -62,8 +72,11 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "time": _time(plan),
         "queue": _queue(plan.get("queue") or {}),
     }
-    warned = [f"  {'warning':<9}{one_line(str(text), 300)}" for text in plan.get("warnings") or []]
-    return ["what it would be:", *(f"  {name:<9}{text}" for name, text in facts.items() if text), *warned]
+    return ["what it would be:", *(f"  {name:<9}{text}" for name, text in facts.items() if text), *_warned(plan)]
+
+
+def _warned(plan: Mapping[str, Any]) -> list[str]:
+    return [f"  {'warning':<9}{one_line(str(text), 300)}" for text in plan.get("warnings") or []]
 
 
 def _model(plan: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from client.arguments import SUBMIT
 from client.console import Console
 from client.errors import InvalidSpec
 from client.exits import Exit, UsageError
-from client.plan import shown_before
+from client.plan import shown_before, warned_before
 from client.shapes import Job
 from client.submission import Submission
 from contract.parsing import parse_spec
@@ -23,13 +23,26 @@ def submit(arguments: Sequence[str], console: Console) -> int:
         raise UsageError("--timeout says how long to follow: give --watch as well")
     with Trainyard(args.url, args.token) as trainyard:
         try:
-            if console.interactive and args.spec != "-" and not args.yes and not _agreed(asked, trainyard, console):
+            if not args.yes and not _wanted(asked, trainyard, console):
                 return Exit.REFUSED
             job = trainyard.submit(asked.spec)
         except InvalidSpec as error:
             asked.refused(error, console)
             return Exit.REFUSED
         return _launched(job, args, console)
+
+
+def _wanted(asked: Submission, trainyard: Trainyard, console: Console) -> bool:
+    """A person is shown the plan and asked; nobody is there to ask where the plan has warnings."""
+    if console.interactive and asked.args.spec != "-":
+        return _agreed(asked, trainyard, console)
+    warned = warned_before(trainyard, asked.spec)
+    if warned:
+        console.say("trainyard: not submitted, because the plan has warnings:")
+        for line in warned:
+            console.say(line)
+        console.say("-y submits in spite of them; `trainyard plan` shows the whole plan")
+    return not warned
 
 
 def _agreed(asked: Submission, trainyard: Trainyard, console: Console) -> bool:

@@ -73,7 +73,7 @@ def until(condition: Callable[[], bool], what: str) -> None:
 
 def test_a_run_is_watched_through_the_death_of_its_service(live: Restartable, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = run(
-        live, "submit", "--data_path", "corpus.jsonl", "--max_steps", "1000000", "--name", "live", *TINY.split()
+        live, "submit", "-y", "--data_path", "corpus.jsonl", "--max_steps", "1000000", "--name", "live", *TINY.split()
     )
     assert launched.returncode == 0, launched.stderr
     job_id = launched.stdout.strip()
@@ -114,10 +114,10 @@ def test_a_run_is_watched_through_the_death_of_its_service(live: Restartable, mo
 
 
 def test_a_run_that_ends_well_and_one_that_is_refused(live: Restartable) -> None:
-    done = run(live, "submit", "--data_path", "corpus.jsonl", "--max_steps", "40", "--watch", *TINY.split())
+    done = run(live, "submit", "-y", "--data_path", "corpus.jsonl", "--max_steps", "40", "--watch", *TINY.split())
     assert done.returncode == 0, done.stderr
     assert "status=succeeded" in done.stdout.splitlines()[-1]
-    refused = run(live, "submit", "--data_path", "nowhere.jsonl", "--learning_rate", "-1", "--use_moe", "7")
+    refused = run(live, "submit", "-y", "--data_path", "nowhere.jsonl", "--learning_rate", "-1", "--use_moe", "7")
     assert refused.returncode == 1
     for flag in (
         "--data_path (/data/data_path)",

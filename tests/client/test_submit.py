@@ -28,6 +28,32 @@ def test_off_a_terminal_it_submits_at_once(run: Run, service: FakeService) -> No
     }
 
 
+WARNING = "save_interval 1,000 is longer than the run (40 steps): the only checkpoint is that of the end"
+
+
+def test_off_a_terminal_warnings_stop_it(run: Run, service: FakeService) -> None:
+    service.plan["warnings"] = [WARNING]
+    code, out, err = run("submit", "--data_path", "/d")
+    assert code == 1
+    assert out == ""
+    assert WARNING in err
+    assert "-y submits" in err
+    assert [request.url.path for request in service.requests] == ["/jobs/plan"]
+
+
+def test_off_a_terminal_yes_submits_in_spite_of_warnings(run: Run, service: FakeService) -> None:
+    service.plan["warnings"] = [WARNING]
+    code, out, _ = run("submit", "--data_path", "/d", "-y")
+    assert code == 0
+    assert out == "job_0\n"
+
+
+@pytest.mark.parametrize("status", [404, 405])
+def test_off_a_terminal_a_service_without_plans_is_sent_the_spec(run: Run, service: FakeService, status: int) -> None:
+    service.faults = [lambda _: problem(status, "no", "No.")]
+    assert run("submit", "--data_path", "/d")[0] == 0
+
+
 def test_a_spec_file_with_flags_behind_it(run: Run, service: FakeService, tmp_path: Path) -> None:
     file = tmp_path / "spec.json"
     file.write_text(json.dumps({"data": {"data_path": "/d"}, "training": {"epochs": 1}, "labels": {"a": "1"}}))
@@ -156,7 +182,7 @@ def test_watch_follows_with_the_run_s_exit_code(run: Run, service: FakeService) 
         lambda _: None,
         lambda _: service.jobs.update(job_0=job("failed", id="job_0", message="diverged")),
     ]
-    code, out, err = run("submit", "--data_path", "/d", "--watch")
+    code, out, err = run("submit", "--data_path", "/d", "--watch", "-y")
     assert code == 10
     assert "status=failed" in out
     assert "failed: diverged" in err
