@@ -72,9 +72,10 @@ FLAGS = frozenset(
         "from_resume",
         "tensorboard",
         "use_wandb",
+        "preemptible",
     }
 )
-"""Leaves for which MiniMind's 0 and 1 are taken as false and true."""
+"""Leaves for which 0 and 1 are taken as false and true, as in MiniMind's flags."""
 
 
 def parse_spec(raw: object) -> ParsedSpec:

@@ -163,6 +163,9 @@ class ResourcesSpec(Group):
     launcher: Literal["local"] | None = Field(None, description="null: the service's own choice")
     priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="higher starts earlier")
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(3, description="new attempts after a crash")
+    preemptible: bool = Field(
+        True, description="may be paused for a job of higher priority, where the service preempts; it goes on by itself"
+    )
     timeouts: Timeouts = Field(default_factory=Timeouts)
 
 

@@ -56,24 +56,25 @@ class Reason(StrEnum):
     LAUNCH_FAILED = "launch_failed"
     MAX_RESTARTS = "max_restarts"
     TERMINATED = "terminated"
+    PREEMPTED = "preempted"
     UNKNOWN = "unknown"
 
 
 RESTARTABLE = frozenset(
     {
-        Reason.HOST_OUT_OF_MEMORY,
         Reason.WORKER_CRASHED,
         Reason.HUNG,
         Reason.HOST_RESTARTED,
         Reason.AGENT_LOST,
         Reason.LAUNCH_FAILED,
         Reason.TERMINATED,
+        Reason.PREEMPTED,
         Reason.UNKNOWN,
     }
 )
 """Ends after which another attempt on the same spec may go better."""
 
-NOT_COUNTED = frozenset({Reason.HOST_RESTARTED, Reason.AGENT_LOST, Reason.TERMINATED})
+NOT_COUNTED = frozenset({Reason.HOST_RESTARTED, Reason.AGENT_LOST, Reason.TERMINATED, Reason.PREEMPTED})
 """Ends that are no fault of the job's, so that they do not use up ``max_restarts``."""
 
 LIVE = frozenset({JobStatus.STARTING, JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})

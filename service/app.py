@@ -24,6 +24,7 @@ from service.launch.base import Launcher
 from service.metrics import routes as metric_routes
 from service.planning import routes as plan_routes
 from service.reports import routes as report_routes
+from service.scheduler.bulletin import PublishedInventory
 from service.scheduler.lease import Lease
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
@@ -41,8 +42,11 @@ def build(
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
-    scheduler = Scheduler(database, launcher, devices, lease=Lease(database), wanted=schedules)
-    return Services(settings, database, devices, scheduler, Pulse(database))
+    scheduler = Scheduler(
+        database, launcher, devices, lease=Lease(database), wanted=schedules, preempts=settings.preemption
+    )
+    seen = devices if schedules else PublishedInventory(database, devices)
+    return Services(settings, database, seen, scheduler, Pulse(database))
 
 
 def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:

@@ -20,7 +20,8 @@ class Settings:
 
     ``data_roots`` are read below, ``save_roots`` written below; the home always counts among both. ``cpu_slots`` is the
     number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
-    ``idempotency_days``: how long a submission may be sent again.
+    ``idempotency_days``: how long a submission may be sent again. ``preemption``: a job of higher priority that waits
+    makes those of lower priority pause.
     """
 
     home: Path
@@ -34,6 +35,7 @@ class Settings:
     token: str | None = field(default=None, repr=False)
     allowed_hosts: tuple[str, ...] = LOOPBACK_NAMES
     idempotency_days: int = 7
+    preemption: bool = False
 
     @classmethod
     def read(
@@ -61,6 +63,7 @@ class Settings:
             token=token,
             allowed_hosts=_allowed_hosts(environment.get("TRAINYARD_ALLOWED_HOSTS"), host),
             idempotency_days=_whole(environment, "TRAINYARD_IDEMPOTENCY_DAYS", 7),
+            preemption=_switch(environment, "TRAINYARD_PREEMPTION"),
         )
         settings.require_safe()
         return settings
@@ -112,3 +115,10 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
     if not text.isdecimal():
         raise UnsafeSettings(f"{name} must be a whole number")
     return int(text)
+
+
+def _switch(environment: Mapping[str, str], name: str) -> bool:
+    text = environment.get(name) or "off"
+    if text not in ("on", "off"):
+        raise UnsafeSettings(f"{name} must be on or off")
+    return text == "on"

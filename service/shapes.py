@@ -188,7 +188,7 @@ class Event(Shape):
 
 
 class Attempt(Shape):
-    """One launch of a job's workers. ``trigger``: submit, resume or restart."""
+    """One launch of a job's workers. ``trigger``: submit, resume, restart or preemption."""
 
     object: Literal["attempt"] = "attempt"
     id: str

@@ -72,7 +72,7 @@ class JobRow(Table):
     """One job. ``version`` counts changes of status; ``number`` orders jobs by age.
 
     ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
-    of the curve is summed up in stretches.
+    of the curve is summed up in stretches. ``preempted_by``: the job for which this one is pausing.
     """
 
     __tablename__ = "jobs"
@@ -111,6 +111,7 @@ class JobRow(Table):
     finished_at: Mapped[datetime | None]
     resume_step: Mapped[int | None]
     sealed_step: Mapped[int] = mapped_column(default=0)
+    preempted_by: Mapped[str | None] = mapped_column(String(40))
 
 
 class LabelRow(Table):
@@ -173,7 +174,10 @@ class LeaseRow(Table):
 
 
 class LeaderRow(Table):
-    """The one row that says which service schedules. ``holder`` null: nobody does."""
+    """The one row that says which service schedules. ``holder`` null: nobody does.
+
+    ``offer``: what it leases out, for services that answer elsewhere; see `service.scheduler.bulletin`.
+    """
 
     __tablename__ = "leader"
 
@@ -181,6 +185,7 @@ class LeaderRow(Table):
     epoch: Mapped[int]
     beat: Mapped[int]
     holder: Mapped[str | None]
+    offer: Mapped[dict[str, Any] | None]
 
 
 class MetricRow(Table):

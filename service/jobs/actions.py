@@ -34,6 +34,8 @@ def stop(session: Session, job_id: str, action: Action, now: datetime) -> JobRow
     if decision.to is None:
         return _wish(session, job, action, decision, now)
     changes: dict[str, Any] = {"desired": decision.desired, "restart_at": None, "asked_at": now}
+    if job.preempted_by is not None:
+        changes |= {"preempted_by": None, "reason": None}
     if decision.to in RESTING_MESSAGE:
         changes |= {"reason": Reason.USER, "message": RESTING_MESSAGE[decision.to], "asked_at": None}
     if decision.to in TERMINAL:
@@ -51,6 +53,8 @@ def _wish(session: Session, job: JobRow, action: Action, decision: Move, now: da
         store.tell(session, job, Note(action, "the restart was called off", "user"), now)
     else:
         job.asked_at = now
+        if job.preempted_by is not None:
+            job.preempted_by = job.reason = None  # it stays paused, and is not queued again
         store.tell(session, job, Note(action, f"asked to {ASKED[action]}", "user"), now)
     session.flush()
     return job

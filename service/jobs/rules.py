@@ -5,24 +5,35 @@ from typing import Literal, assert_never
 
 from contract.report import ErrorCard, ExitReport
 from contract.status import LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, Desired, JobStatus, Reason
+from service.jobs.streaks import Past, fault
 
 Action = Literal["pause", "resume", "save", "cancel", "kill", "delete"]
 ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "cancel", "kill", "delete")
 
 BACKOFF_SECONDS = (5.0, 20.0, 60.0)
-"""Wait before restart 1, 2, and 3 and later."""
+"""Wait before restart 1, 2, and 3 and later, where the job is at fault."""
+
+SETBACK_SECONDS: tuple[float, ...] = (5.0, 20.0, 60.0, 180.0, 600.0)
+"""Wait after so many ends in a row, none of them the job's fault, that let it make no step."""
+
+MOST_FRUITLESS = 2
+"""After so many attempts in a row that failed and made no step, a further one would not either."""
 
 FINISHED_BLOCKER = "finished: give more epochs or max_steps to go on"
 
 
 @dataclass(frozen=True)
 class Standing:
-    """All that the rules look at. ``restart_due``: an interrupted job that will start again by itself."""
+    """All that the rules look at. ``restart_due``: an interrupted job that will start again by itself.
+
+    ``preempted``: it is pausing for a job of higher priority, and will be queued again by itself.
+    """
 
     status: JobStatus
     desired: Desired
     restart_due: bool = False
     attempts: int = 0
+    preempted: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +99,8 @@ def _pause(job: Standing) -> Decision:
             return Move(JobStatus.PAUSED, Desired.PAUSE)
         case JobStatus.STARTING | JobStatus.RUNNING:
             return Move(JobStatus.PAUSING, Desired.PAUSE)
+        case JobStatus.PAUSING if job.preempted:
+            return Move(None, Desired.PAUSE)
         case JobStatus.PAUSING:
             return UnderWay()
         case JobStatus.INTERRUPTED if job.restart_due:
@@ -103,6 +116,8 @@ def _resume(job: Standing) -> Decision:
         case JobStatus.SUCCEEDED:
             return Refusal(FINISHED_BLOCKER)
         case JobStatus.QUEUED | JobStatus.STARTING if job.attempts > (job.status is JobStatus.STARTING):
+            return UnderWay()
+        case JobStatus.PAUSING if job.preempted:
             return UnderWay()
         case JobStatus.PAUSING | JobStatus.CANCELLING:
             return Refusal(f"{_is(job.status)}: wait until it has stopped")
@@ -128,7 +143,10 @@ def _is(status: JobStatus) -> str:
 
 @dataclass(frozen=True)
 class Ending:
-    """What an attempt's end makes of its job. ``restart_seconds`` None: nothing happens without the user."""
+    """What an attempt's end makes of its job. ``restart_seconds`` None: nothing happens without the user.
+
+    ``queued_again``: it has made room for another job, and takes its place in the queue again at once.
+    """
 
     status: JobStatus
     reason: Reason | None
@@ -136,26 +154,41 @@ class Ending:
     error: ErrorCard | None = None
     restart_seconds: float | None = None
     restarts: int = 0
+    queued_again: bool = False
 
 
-def after_exit(status: JobStatus, report: ExitReport, restarts: int, max_restarts: int) -> Ending:
+def after_exit(
+    status: JobStatus, report: ExitReport, past: Past, max_restarts: int, preempted_by: str | None = None
+) -> Ending:
     """Where a job goes from ``status`` when its attempt has ended as ``report`` says.
 
     Args:
         status: one of the live ones; it says what the user wanted.
         report: how the attempt ended. Anything but ``completed`` is never success.
-        restarts: restarts since the user last started the job, those that count.
-        max_restarts: how many there may be.
+        past: what this attempt and those before it have come to, since the user last started the job.
+        max_restarts: how many restarts that count there may be.
+        preempted_by: the job for which this one is pausing; None: for its user.
     """
     assert status in LIVE, status
     if report.outcome == "completed":
-        return Ending(JobStatus.SUCCEEDED, None, report.message, restarts=restarts)
+        return Ending(JobStatus.SUCCEEDED, None, report.message, restarts=past.restarts)
     if status is JobStatus.CANCELLING:
         saved = "" if report.outcome == "stopped" else "; nothing was saved by this stop"
-        return Ending(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=restarts)
+        return Ending(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=past.restarts)
+    if status is JobStatus.PAUSING and preempted_by is not None:
+        return _after_making_room(report, past, max_restarts, preempted_by)
     if status is JobStatus.PAUSING:
-        return _after_pausing(report, restarts)
-    return _after_crash(report, restarts, max_restarts)
+        return _after_pausing(report, past.restarts)
+    return _after_crash(report, fault(report.outcome, report.reason), past, max_restarts)
+
+
+def _after_making_room(report: ExitReport, past: Past, max_restarts: int, preempted_by: str) -> Ending:
+    if report.outcome == "stopped":
+        message = f"{report.message}, to make room for {preempted_by}; it goes on by itself"
+        return Ending(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=past.restarts, queued_again=True)
+    # Ended after the grace: we asked for the stop, so it is no fault of the job's.
+    why = Reason.PREEMPTED if report.outcome == "killed" else fault(report.outcome, report.reason)
+    return _after_crash(report, why, past, max_restarts)
 
 
 def _after_pausing(report: ExitReport, restarts: int) -> Ending:
@@ -168,25 +201,42 @@ def _after_pausing(report: ExitReport, restarts: int) -> Ending:
     return Ending(JobStatus.INTERRUPTED, reason, message, _card(report), restarts=restarts)
 
 
-def _after_crash(report: ExitReport, restarts: int, max_restarts: int) -> Ending:
-    reason = report.reason or Reason.UNKNOWN
-    if report.outcome == "stopped":
-        # Nobody here asked for it: a host that shuts down, or a person with a shell.
-        reason = Reason.TERMINATED
-    if report.outcome == "killed":
-        reason = Reason.UNKNOWN
+def _after_crash(report: ExitReport, reason: Reason, past: Past, max_restarts: int) -> Ending:
     if reason not in RESTARTABLE:
-        return Ending(JobStatus.FAILED, reason, report.message, _card(report), restarts=restarts)
+        return Ending(JobStatus.FAILED, reason, report.message, _card(report), restarts=past.restarts)
     counted = reason not in NOT_COUNTED
-    if counted and restarts >= max_restarts:
+    given_up = _given_up(past, max_restarts) if counted else None
+    if given_up is not None:
         why = Reason.MAX_RESTARTS if max_restarts else reason
-        used_up = f"; all {max_restarts} restarts are used up" if max_restarts else ""
-        return Ending(JobStatus.FAILED, why, f"{report.message}{used_up}", _card(report), restarts=restarts)
-    seconds = BACKOFF_SECONDS[min(restarts, len(BACKOFF_SECONDS) - 1)]
-    number = restarts + counted
+        return Ending(JobStatus.FAILED, why, f"{report.message}{given_up}", _card(report), restarts=past.restarts)
+    seconds = _wait(past, counted)
+    number = past.restarts + counted
     which = f", {number} of {max_restarts}" if counted else ""
     message = f"{report.message}; restarting in {seconds:g} s{which}"
     return Ending(JobStatus.INTERRUPTED, reason, message, _card(report), seconds, number)
+
+
+def _given_up(past: Past, max_restarts: int) -> str | None:
+    """What is to be said of a job that is not started again, or None where it is."""
+    if past.restarts >= max_restarts:
+        return f"; all {max_restarts} restarts are used up" if max_restarts else ""
+    if past.fruitless >= MOST_FRUITLESS:
+        return (
+            f"; {past.fruitless} attempts in a row made no step, so it is given up "
+            f"after {past.restarts} of {max_restarts} restarts"
+        )
+    return None
+
+
+def _wait(past: Past, counted: bool) -> float:
+    """Seconds until the next attempt; longer each time, also where nobody is to blame."""
+    table, before = (BACKOFF_SECONDS, past.restarts) if counted else (SETBACK_SECONDS, max(0, past.setbacks - 1))
+    return table[min(before, len(table) - 1)]
+
+
+def longest_wait() -> float:
+    """No restart is further ahead than this."""
+    return max(*BACKOFF_SECONDS, *SETBACK_SECONDS)
 
 
 def _card(report: ExitReport) -> ErrorCard | None:

@@ -56,7 +56,13 @@ def lock(session: Session, job_id: str) -> JobRow:
 
 def standing(job: JobRow) -> Standing:
     """The job as the rules see it."""
-    return Standing(JobStatus(job.status), Desired(job.desired), job.restart_at is not None, job.attempt)
+    return Standing(
+        JobStatus(job.status),
+        Desired(job.desired),
+        job.restart_at is not None,
+        job.attempt,
+        job.preempted_by is not None,
+    )
 
 
 @dataclass(frozen=True)

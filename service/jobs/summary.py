@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
-from contract.status import Desired, JobStatus, Phase
+from contract.status import Desired, JobStatus, Phase, Reason
 from service.shapes import Checkpoint, Progress, Queue
 
 SILENT_SECONDS = 10.0
@@ -34,6 +34,7 @@ class Facts:
     checkpoint: Checkpoint | None
     queue: Queue | None
     heard_at: datetime | None
+    reason: Reason | None = None
 
 
 def summary(job: Facts, now: datetime) -> str:
@@ -41,13 +42,14 @@ def summary(job: Facts, now: datetime) -> str:
     match job.status:
         case JobStatus.QUEUED:
             assert job.queue is not None
-            return f"Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
+            return f"{_made_room(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
         case JobStatus.STARTING:
             return f"Starting attempt {job.attempt}."
         case JobStatus.RUNNING:
             return _silence(job, now) or _running(job, now)
         case JobStatus.PAUSING:
-            return f"Saving and pausing{_at_step(job)}."
+            why = " to make room for a job of higher priority" if job.reason is Reason.PREEMPTED else ""
+            return f"Saving and pausing{_at_step(job)}{why}."
         case JobStatus.CANCELLING:
             return (
                 f"{'Ending without a save' if job.desired is Desired.KILL else 'Saving and stopping'}{_at_step(job)}."
@@ -62,6 +64,12 @@ def summary(job: Facts, now: datetime) -> str:
             return _trouble(job)
         case _:
             assert_never(job.status)
+
+
+def _made_room(job: Facts) -> str:
+    if job.reason is not Reason.PREEMPTED:
+        return ""
+    return f"Paused{_at_step(job)} to make room for a job of higher priority; goes on by itself. "
 
 
 def _running(job: Facts, now: datetime) -> str:

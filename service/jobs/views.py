@@ -9,7 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from contract.report import ErrorCard
-from contract.status import Desired, JobStatus, Phase
+from contract.status import Desired, JobStatus, Phase, Reason
 from service.jobs import store
 from service.jobs.rules import ACTIONS, Refusal, decide, resume_blocker
 from service.jobs.summary import Facts, summary
@@ -123,6 +123,7 @@ def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue
         checkpoint=checkpoint,
         queue=queue,
         heard_at=job.heard_at,
+        reason=Reason(job.reason) if job.reason else None,
     )
 
 

@@ -2,12 +2,12 @@
 
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from contract.report import ExitReport
 from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
-from service.jobs import store
+from service.jobs import store, streaks
 from service.jobs.rules import Ending, after_exit
 from service.jobs.store import Note
 from service.reports.lines import plain_report
@@ -15,6 +15,9 @@ from service.tables import AttemptRow, JobRow, LeaseRow
 
 NOT_LAUNCHED = "not_launched"
 """An attempt's outcome where the service ended between its decision and the launch."""
+
+MOST_COUNTED = 10
+"""So many attempts are looked back at; none of the rules asks for more."""
 
 
 def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, now: datetime) -> None:
@@ -31,8 +34,24 @@ def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, 
     attempt.ranks = [rank.model_dump(mode="json") for rank in report.ranks]
     if attempt.number == job.attempt and JobStatus(job.status) in LIVE:
         max_restarts = int(job.spec["resources"]["max_restarts"])
-        ending = after_exit(JobStatus(job.status), report, job.restarts, max_restarts)
+        past = _past(session, job, attempt)
+        ending = after_exit(JobStatus(job.status), report, past, max_restarts, job.preempted_by)
+        if ending.queued_again:
+            attempt.reason = ending.reason
         _move_on(session, job, attempt, ending, report, now)
+
+
+def _past(session: Session, job: JobRow, attempt: AttemptRow) -> streaks.Past:
+    """What this attempt and those before it have come to."""
+    earlier = (AttemptRow.job_id == job.id, AttemptRow.number < attempt.number, AttemptRow.outcome != NOT_LAUNCHED)
+    newest_first = select(AttemptRow).where(*earlier).order_by(AttemptRow.number.desc()).limit(MOST_COUNTED)
+    return streaks.past(job.restarts, map(_ended, (attempt, *session.scalars(newest_first))))
+
+
+def _ended(row: AttemptRow) -> streaks.Ended:
+    reason = Reason(row.reason) if row.reason else None
+    why = streaks.fault(row.outcome or "", reason)
+    return streaks.Ended(row.trigger, why, streaks.made_a_step(row.start_step, row.end_step))
 
 
 def never_launched(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> None:
@@ -79,6 +98,7 @@ def _move_on(
         "restarts": ending.restarts,
         "restart_at": restart_at,
         "asked_at": None,
+        "preempted_by": None,
         "finished_at": report.ended_at if ending.status in TERMINAL else None,
         "desired": Desired.RUN if restart_at is not None else job.desired,
     }
@@ -86,3 +106,7 @@ def _move_on(
         job.progress = {**job.progress, "step": report.step}
     job.progress = {**job.progress, "eta_seconds": None}
     store.move(session, job, ending.status, Note("status", ending.message, "worker", attempt.number), now, **changes)
+    if ending.queued_again:
+        note = Note("status", "queued again: it goes on when devices are free", "scheduler", attempt.number)
+        again = {"desired": Desired.RUN, "trigger": "preemption", "reason": ending.reason}
+        store.move(session, job, JobStatus.QUEUED, note, now, **again)

@@ -21,8 +21,9 @@ from service.jobs import store
 from service.jobs.store import Note
 from service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
 from service.reports import ending, ingest
+from service.scheduler.bulletin import Bulletin
 from service.scheduler.lease import Lease
-from service.scheduler.plan import Action, End, Hint, Look, Restart, Start
+from service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start
 from service.scheduler.snapshot import LiveAttempt, Memory
 from service.tables import AttemptRow, JobRow, LeaseRow
 
@@ -74,6 +75,8 @@ class Applier:
                     return self._hint(action.attempt)
                 case End():
                     return self._end(action.attempt)
+                case Preempt():
+                    return self._preempt(action)
                 case _:
                     assert_never(action)
         except (Conflict, JobNotFound):
@@ -219,6 +222,34 @@ class Applier:
         self._launcher.end(live.name)
         self._memory.looked_at.pop(live.id, None)
         return True
+
+    def _preempt(self, action: Preempt) -> bool:
+        """Running -> pausing, for a job of higher priority that still waits."""
+        name = action.attempt.name
+        with self._write() as session:
+            job = store.lock(session, name.job_id)
+            waiting = store.find(session, action.job_id)
+            if not _yields(job, name.number, waiting):
+                return False
+            message = f"makes room for {waiting.id} (priority {waiting.priority}): saves, and goes on by itself later"
+            note = Note("status", message, "scheduler", name.number, data={"preempted_by": waiting.id})
+            changes = {"desired": Desired.PAUSE, "preempted_by": waiting.id, "asked_at": self._clock()}
+            store.move(session, job, JobStatus.PAUSING, note, self._clock(), **changes, reason=Reason.PREEMPTED)
+            told = f"{job.id} (priority {job.priority}) makes room for this job"
+            store.tell(session, waiting, Note("preempts", told, "scheduler", data={"job_id": job.id}), self._clock())
+        return True
+
+    def publish(self, bulletin: Bulletin) -> None:
+        """Say to the other services what is leased out here. Alone on its database there is nobody to tell."""
+        if self._lease is not None:
+            with self._write() as session:
+                bulletin.write(session)
+
+
+def _yields(job: JobRow, attempt: int, waiting: JobRow) -> bool:
+    """Whether what the plan saw is still so."""
+    runs = (job.status, job.desired, job.attempt) == (JobStatus.RUNNING, Desired.RUN, attempt)
+    return runs and waiting.status == JobStatus.QUEUED and waiting.priority > job.priority
 
 
 def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime) -> Launch | None:

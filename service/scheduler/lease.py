@@ -78,7 +78,7 @@ class Lease:
         self.epoch = None
 
     def _may_write(self, row: LeaderRow | None, now: float) -> bool:
-        if row is None or row.holder is None or self._is_mine(row) or _is_dead(row.holder):
+        if row is None or row.holder is None or self._is_mine(row) or is_dead(row.holder):
             return True
         if self._seen != (row.epoch, row.beat):
             self._seen, self._seen_at = (row.epoch, row.beat), now
@@ -109,7 +109,7 @@ class Lease:
         return True
 
 
-def _is_dead(holder: str) -> bool:
+def is_dead(holder: str) -> bool:
     """Whether the holder ran on this host, in this boot and container, and is gone beyond doubt."""
     try:
         process = ProcessIdentity.from_json(json.loads(holder))

@@ -9,7 +9,9 @@ from service.db import Database
 from service.devices.inventory import Inventory
 from service.launch.base import AttemptName, Launcher
 from service.scheduler.apply import Applier, utc_now
+from service.scheduler.bulletin import Bulletin, News
 from service.scheduler.lease import Deposed, Lease
+from service.scheduler.outlook import Outlook
 from service.scheduler.plan import Action, plan
 from service.scheduler.snapshot import Memory, Snapshot, take
 
@@ -23,7 +25,8 @@ class Scheduler:
     """Runs rounds in a thread of its own. Tests call `round` themselves.
 
     With a ``lease`` it acts only while it leads, and ``on_lead`` is called each time it begins to. One that is not
-    ``wanted`` never starts: another service on the same database schedules.
+    ``wanted`` never starts: another service on the same database schedules. One that ``preempts`` makes jobs of lower
+    priority pause for those of higher priority.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Scheduler:
         clock: Callable[[], datetime] = utc_now,
         lease: Lease | None = None,
         wanted: bool = True,
+        preempts: bool = False,
     ) -> None:
         self._database = database
         self._inventory = inventory
@@ -43,12 +47,14 @@ class Scheduler:
         self._applier = Applier(database, launcher, self._memory, clock, lease)
         self._lease = lease
         self._wanted = wanted
+        self._preempts = preempts
         self._led = False
+        self._news = News()
+        self._outlook = Outlook(database, clock)
         self._wake = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
-        self.waiting: Mapping[str, str] = {}
-        """What each queued job waits for, by the newest plan."""
+        self._waiting: Mapping[str, str] = {}
         self.on_lead: Callable[[], None] = _nothing
 
     def start(self) -> None:
@@ -73,6 +79,11 @@ class Scheduler:
         self._launcher.save(name)
 
     @property
+    def waiting(self) -> Mapping[str, str]:
+        """What each queued job waits for: by the newest plan, or by the one foreseen of the service that schedules."""
+        return self._waiting if self._lease is None or self._led else self._outlook.waiting()
+
+    @property
     def alive(self) -> bool:
         """Whether the loop runs, as far as it should."""
         return self._thread.is_alive() or not self._wanted
@@ -85,10 +96,21 @@ class Scheduler:
 
     def round(self) -> bool:
         """One look and what follows from it; True where another look is worth it at once."""
-        decided = plan(self._snapshot(), self._clock())
-        self.waiting = decided.waiting
+        snapshot = self._snapshot()
+        decided = plan(snapshot, self._clock())
+        self._waiting = decided.waiting
+        self._publish(Bulletin(tuple(snapshot.devices), self._preempts))
         outcomes = [self._leads() and self._do(action) for action in decided.actions]
         return any(outcomes)
+
+    def _publish(self, bulletin: Bulletin) -> None:
+        if not self._news.in_(bulletin):
+            return
+        try:
+            self._applier.publish(bulletin)
+            self._news.told(bulletin)
+        except Deposed:
+            log.warning("another service schedules now, and says itself what it has")
 
     def _leads(self) -> bool:
         """Keep the lease, or try for it. One who begins to lead knows nothing of what the one before did."""
@@ -96,6 +118,7 @@ class Scheduler:
         if leads and not self._led:
             self._memory.looked_at.clear()
             self._memory.told.clear()
+            self._news.forget()
             self.on_lead()
         self._led = leads
         return leads
@@ -121,7 +144,7 @@ class Scheduler:
     def _snapshot(self) -> Snapshot:
         devices = self._inventory.devices()
         with self._database.read() as session:
-            snapshot = take(session, devices, self._memory, self._clock())
+            snapshot = take(session, devices, self._memory, self._clock(), self._preempts)
         self._memory.forget_ended(snapshot.live)
         return snapshot
 

@@ -7,6 +7,7 @@ from itertools import islice
 
 from contract.status import Desired
 from service.devices.inventory import Device, kind_for
+from service.scheduler.preemption import Yielding
 from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 
 QUIET = timedelta(seconds=5)
@@ -57,7 +58,15 @@ class End:
     attempt: LiveAttempt
 
 
-Action = Start | Restart | Look | Hint | End
+@dataclass(frozen=True)
+class Preempt:
+    """Ask a running attempt to save and stop, so that ``job_id`` gets its devices; its own job is queued again."""
+
+    attempt: LiveAttempt
+    job_id: str
+
+
+Action = Start | Restart | Look | Hint | End | Preempt
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,8 @@ def plan(snapshot: Snapshot, now: datetime) -> Plan:
     """Look after what lives, then start what fits."""
     attended = [action for attempt in snapshot.live if (action := _attend(attempt, now)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
-    starts, waiting = _place(snapshot, now)
-    return Plan((*attended, *restarts, *starts), waiting)
+    placed, waiting = _place(snapshot, now)
+    return Plan((*attended, *restarts, *placed), waiting)
 
 
 def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
@@ -98,7 +107,7 @@ class _Pools:
     """Free devices by kind. Devices are taken in the inventory's order."""
 
     def __init__(self, devices: Sequence[Device], leases: Mapping[str, str]) -> None:
-        self.leases = leases
+        self.leases = dict(leases)
         self.total: dict[str, int] = {}
         self.free: dict[str, dict[str, None]] = {"cpu": {}, "cuda": {}}
         for device in devices:
@@ -107,14 +116,19 @@ class _Pools:
                 self.free[device.kind][device.id] = None
 
     def fits(self, kind: str, ranks: int) -> bool:
-        pool = self.free[_pool(kind)]
-        return ranks <= len(pool) if kind in self.free else (kind in pool and ranks == 1)
+        return ranks <= self.count(kind) if kind in self.free else ranks == self.count(kind) == 1
 
-    def take(self, kind: str, ranks: int) -> tuple[str, ...]:
+    def count(self, kind: str) -> int:
+        """How many devices of a kind, or of a name, are free."""
+        pool = self.free[_pool(kind)]
+        return len(pool) if kind in self.free else int(kind in pool)
+
+    def take(self, kind: str, ranks: int, job_id: str) -> tuple[str, ...]:
         pool = self.free[_pool(kind)]
         taken = tuple(islice(pool, ranks)) if kind in self.free else (kind,)
         for device in taken:
             del pool[device]
+            self.leases[device] = job_id
         return taken
 
     def lacks(self, kind: str, ranks: int) -> str:
@@ -137,21 +151,29 @@ def _pool(kind: str) -> str:
     return kind.partition(":")[0]
 
 
-def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start], dict[str, str]]:
-    """Start by priority, then age. Who does not fit is overtaken for PATIENCE at most."""
+def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt], dict[str, str]]:
+    """Start by priority, then age. Who does not fit is overtaken for PATIENCE at most, or room is made for it."""
     pools = _Pools(snapshot.devices, snapshot.leases)
+    yielding = Yielding(snapshot)
     auto = kind_for("auto", snapshot.devices)
-    started: list[Start] = []
+    placed: list[Start | Preempt] = []
     waiting: dict[str, str] = {}
     for job in sorted(snapshot.queued, key=_turn):
         kind = auto if job.device == "auto" else job.device
         if pools.fits(kind, job.ranks):
-            started.append(Start(job.id, pools.take(kind, job.ranks)))
+            placed.append(Start(job.id, pools.take(kind, job.ranks, job.id)))
             continue
         waiting[job.id] = pools.lacks(kind, job.ranks)
-        if now - job.queued_at > PATIENCE:
+        room = yielding.room_for(job, kind, pools.count(kind))
+        if room is not None:
+            placed += [Preempt(attempt, job.id) for attempt in room.victims]
+            waiting[job.id] += f"; {room}"
+        else:
+            yielding.close(kind)
+        if room is not None or now - job.queued_at > PATIENCE:
+            # What is free meanwhile is kept: else who made room would take it again, and make room again.
             pools.reserve(kind)
-    return started, waiting
+    return placed, waiting
 
 
 def _turn(job: QueuedJob) -> tuple[int, datetime, int]:

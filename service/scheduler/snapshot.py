@@ -10,8 +10,12 @@ from sqlalchemy.orm import Session
 from contract.status import Desired, JobStatus
 from service.devices.inventory import Device
 from service.jobs import rules
+from service.jobs.streaks import made_a_step
 from service.launch.base import AttemptName
 from service.tables import AttemptRow, JobRow, LeaseRow
+
+MAY_YIELD = JobRow.spec[("resources", "preemptible")].as_boolean()
+"""Null in a spec of before there was such a field."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class QueuedJob:
 
 @dataclass(frozen=True)
 class LiveAttempt:
-    """An attempt that has not ended, as far as the database knows."""
+    """An attempt that has not ended, as far as the database knows. ``moved``: it has made a step of its own."""
 
     id: str
     name: AttemptName
@@ -39,17 +43,27 @@ class LiveAttempt:
     heard_at: datetime | None
     looked_at: datetime | None = None
     told: Desired | None = None
+    running: bool = False
+    moved: bool = False
+    preemptible: bool = True
+    priority: int = 0
+    devices: tuple[str, ...] = ()
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """``looked_at`` and ``told`` of live attempts are this process's own memory: after a restart they are empty."""
+    """``looked_at`` and ``told`` of live attempts are this process's own memory: after a restart they are empty.
+
+    ``preempts``: jobs of lower priority are paused where one of higher priority waits.
+    """
 
     queued: Sequence[QueuedJob] = ()
     live: Sequence[LiveAttempt] = ()
     restarts_due: Sequence[str] = ()
     leases: Mapping[str, str] = field(default_factory=dict)
     devices: Sequence[Device] = ()
+    preempts: bool = False
 
 
 @dataclass
@@ -68,10 +82,12 @@ class Memory:
 
 def is_due(restart_at: datetime, now: datetime) -> bool:
     """Whether the back-off is over. One that is longer than there are any means that the clock was set back."""
-    return restart_at <= now or restart_at - now > timedelta(seconds=max(rules.BACKOFF_SECONDS))
+    return restart_at <= now or restart_at - now > timedelta(seconds=rules.longest_wait())
 
 
-def take(session: Session, devices: Sequence[Device], memory: Memory, now: datetime) -> Snapshot:
+def take(
+    session: Session, devices: Sequence[Device], memory: Memory, now: datetime, preempts: bool = False
+) -> Snapshot:
     """Read the snapshot."""
     waiting = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
     restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*waiting)).all()
@@ -82,6 +98,7 @@ def take(session: Session, devices: Sequence[Device], memory: Memory, now: datet
         restarts_due=[row.id for row in restarts if is_due(row.restart_at, now)],
         leases={row.device: row.job_id for row in leases},
         devices=devices,
+        preempts=preempts,
     )
 
 
@@ -93,7 +110,7 @@ def _queued(session: Session) -> list[QueuedJob]:
 
 def _live(session: Session, memory: Memory) -> list[LiveAttempt]:
     rows = session.execute(
-        select(AttemptRow, JobRow.desired, JobRow.asked_at)
+        select(AttemptRow, JobRow.desired, JobRow.asked_at, JobRow.status, JobRow.priority, JobRow.progress, MAY_YIELD)
         .join(JobRow, JobRow.id == AttemptRow.job_id)
         .where(AttemptRow.ended_at.is_(None))
         .order_by(AttemptRow.created_at)
@@ -108,6 +125,12 @@ def _live(session: Session, memory: Memory) -> list[LiveAttempt]:
             heard_at=max(filter(None, (row.heard_at, row.launched_at)), default=None),
             looked_at=memory.looked_at.get(row.id),
             told=memory.told.get(row.id),
+            running=status == JobStatus.RUNNING,
+            moved=made_a_step(row.start_step, progress.get("step")),
+            preemptible=may_yield is not False,
+            priority=priority,
+            devices=tuple(row.devices),
+            created_at=row.created_at,
         )
-        for row, desired, asked_at in rows
+        for row, desired, asked_at, status, priority, progress, may_yield in rows
     ]

@@ -86,6 +86,7 @@ def _change(wanted: dict[str, Any]) -> None:
     scale = float(wanted.get("scale", 1.0))
     first, second, third = rules.BACKOFF_SECONDS
     rules.BACKOFF_SECONDS = first * scale, second * scale, third * scale
+    rules.SETBACK_SECONDS = tuple(seconds * scale for seconds in rules.SETBACK_SECONDS)
     plan.QUIET = plan.QUIET * scale
     plan.KILL_GRACE = plan.KILL_GRACE * scale
     lease.LEASE_SECONDS *= float(wanted.get("lease_scale", 1.0))

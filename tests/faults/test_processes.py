@@ -187,8 +187,17 @@ def test_many_jobs_at_once(make_home: MakeHome, count: int) -> None:
         check_weights(home, job_id, 10)
 
 
-def test_a_crash_at_step_0_again_and_again_is_given_up(home: Home) -> None:
-    job_id = home.submit(max_restarts=2, fault="exit_13_at_0", always="1")
+def test_a_crash_at_step_0_again_is_given_up(home: Home) -> None:
+    job_id = home.submit(max_restarts=3, fault="exit_13_at_0", always="1")
+    job = home.wait(job_id, "failed")
+    assert job["reason"] == "max_restarts"
+    assert "2 attempts in a row made no step, so it is given up after 1 of 3 restarts" in job["message"]
+    assert "about to end with exit code 13" in job["error"]["traceback"]
+    assert len(home.get(f"/jobs/{job_id}/attempts").json()["data"]) == 2
+
+
+def test_a_crash_again_and_again_uses_up_the_restarts(home: Home) -> None:
+    job_id = home.submit(max_restarts=2, fault="exit_13_at_7", always="1")
     job = home.wait(job_id, "failed")
     assert job["reason"] == "max_restarts"
     assert "all 2 restarts are used up" in job["message"]

@@ -49,6 +49,7 @@ class Rig:
         clock: Clock | None = None,
         token: str | None = None,
         scheduling: bool = False,
+        preempts: bool = False,
     ) -> None:
         self.home, self.url, self.devices = home, url, devices
         self.launcher = launcher or FakeLauncher()
@@ -59,7 +60,7 @@ class Rig:
         self.corpus.write_text('{"text": "one"}\n')
         self.database = Database(url)
         inventory = FixedInventory(tuple(devices))
-        self.scheduler = Scheduler(self.database, self.launcher, inventory, self.clock)
+        self.scheduler = Scheduler(self.database, self.launcher, inventory, self.clock, preempts=preempts)
         self.pulse = Pulse(self.database)
         services = Services(self.settings, self.database, inventory, self.scheduler, self.pulse)
         self.app = create_app(services, scheduling=scheduling)

@@ -28,14 +28,13 @@ from service.jobs.rules import (
     after_exit,
     decide,
     fitting,
+    longest_wait,
     resume_blocker,
 )
+from service.jobs.streaks import Ended, Past, fault, made_a_step, past
 
 OUTCOMES: tuple[Any, ...] = get_args(ExitReport.model_fields["outcome"].annotation)
-STANDINGS = [
-    Standing(status, desired, due, attempts)
-    for status, desired, due, attempts in itertools.product(JobStatus, Desired, (False, True), (0, 1, 3))
-]
+STANDINGS = [Standing(*each) for each in itertools.product(JobStatus, Desired, (False, True), (0, 1, 3), (False, True))]
 
 
 def report(outcome: Any, reason: Reason | None = Reason.UNKNOWN) -> ExitReport:
@@ -85,13 +84,14 @@ def test_only_what_has_stopped_can_be_resumed() -> None:
 @pytest.mark.parametrize("status", sorted(LIVE))
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_every_ending_is_reachable_by_the_table(status: JobStatus, outcome: Any) -> None:
-    for reason, restarts in itertools.product(Reason, (0, 3)):
-        ending = after_exit(status, report(outcome, reason), restarts, 3)
+    for reason, restarts, fruitless, by in itertools.product(Reason, (0, 3), (0, 2), (None, "job_front")):
+        ending = after_exit(status, report(outcome, reason), Past(restarts, fruitless), 3, by)
         reachable = TRANSITIONS[status] | (TRANSITIONS[JobStatus.RUNNING] if status is JobStatus.STARTING else set())
         assert ending.status in reachable, (status, outcome, reason)
         assert (ending.status is JobStatus.SUCCEEDED) == (outcome == "completed")
         assert (ending.restart_seconds is not None) <= (ending.status is JobStatus.INTERRUPTED)
         assert ending.status in TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
+        assert ending.queued_again <= (ending.status is JobStatus.PAUSED and by is not None)
 
 
 @pytest.mark.parametrize(
@@ -116,17 +116,18 @@ def test_every_ending_is_reachable_by_the_table(status: JobStatus, outcome: Any)
         (JobStatus.RUNNING, "failed", Reason.DATA_INVALID, JobStatus.FAILED, False),
         (JobStatus.RUNNING, "killed", Reason.USER, JobStatus.INTERRUPTED, True),
         (JobStatus.STARTING, "crashed", Reason.LAUNCH_FAILED, JobStatus.INTERRUPTED, True),
+        (JobStatus.RUNNING, "failed", Reason.HOST_OUT_OF_MEMORY, JobStatus.FAILED, False),
     ],
 )
 def test_endings(status: JobStatus, outcome: Any, reason: Reason | None, expected: JobStatus, restarts: bool) -> None:
-    ending = after_exit(status, report(outcome, reason), 0, 3)
+    ending = after_exit(status, report(outcome, reason), Past(), 3)
     assert ending.status is expected
     assert (ending.restart_seconds is not None) is restarts
 
 
 def test_back_off_grows_and_is_counted() -> None:
     crash = report("crashed", Reason.WORKER_CRASHED)
-    endings = [after_exit(JobStatus.RUNNING, crash, n, 5) for n in range(6)]
+    endings = [after_exit(JobStatus.RUNNING, crash, Past(n), 5) for n in range(6)]
     assert [e.restart_seconds for e in endings] == [5.0, 20.0, 60.0, 60.0, 60.0, None]
     assert [e.restarts for e in endings] == [1, 2, 3, 4, 5, 5]
     assert endings[0].message == "it ended; restarting in 5 s, 1 of 5"
@@ -138,10 +139,122 @@ def test_back_off_grows_and_is_counted() -> None:
 @pytest.mark.parametrize("reason", sorted(NOT_COUNTED))
 def test_what_is_no_fault_of_the_job_uses_nothing_up(reason: Reason) -> None:
     assert reason in RESTARTABLE
-    ending = after_exit(JobStatus.RUNNING, report("crashed", reason), 3, 3)
-    assert (ending.status, ending.restarts, ending.restart_seconds) == (JobStatus.INTERRUPTED, 3, 60.0)
+    ending = after_exit(JobStatus.RUNNING, report("crashed", reason), Past(3), 3)
+    assert (ending.status, ending.restarts, ending.restart_seconds) == (JobStatus.INTERRUPTED, 3, 5.0)
 
 
 def test_with_no_restart_allowed_the_reason_is_the_crash_itself() -> None:
-    ending = after_exit(JobStatus.RUNNING, report("crashed", Reason.HUNG), 0, 0)
+    ending = after_exit(JobStatus.RUNNING, report("crashed", Reason.HUNG), Past(), 0)
     assert (ending.status, ending.reason, ending.message) == (JobStatus.FAILED, Reason.HUNG, "it ended")
+
+
+NOTHING = Ended("restart", Reason.WORKER_CRASHED, False)
+A_STEP = Ended("restart", Reason.WORKER_CRASHED, True)
+LOST = Ended("restart", Reason.AGENT_LOST, False)
+ASKED_FOR = Ended("resume", Reason.HUNG, False)
+
+
+@pytest.mark.parametrize(
+    ("newest_first", "fruitless", "setbacks"),
+    [
+        ([], 0, 0),
+        ([A_STEP, NOTHING, NOTHING], 0, 0),
+        ([NOTHING], 1, 0),
+        ([NOTHING, A_STEP, NOTHING], 1, 0),
+        ([NOTHING, NOTHING, A_STEP], 2, 0),
+        ([NOTHING, ASKED_FOR, NOTHING, NOTHING], 2, 0),
+        ([ASKED_FOR, NOTHING], 1, 0),
+        ([LOST, LOST, A_STEP], 0, 2),
+        # A host that went down in between says nothing about the job, for or against it.
+        ([NOTHING, LOST, NOTHING, A_STEP], 2, 1),
+        ([LOST, Ended("submit", Reason.HOST_RESTARTED, False)], 0, 2),
+        ([NOTHING, Ended("preemption", Reason.TERMINATED, True)], 1, 0),
+    ],
+)
+def test_what_attempts_in_a_row_have_come_to(newest_first: list[Ended], fruitless: int, setbacks: int) -> None:
+    assert past(1, newest_first) == Past(1, fruitless, setbacks)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "moved"),
+    [
+        (None, None, False),
+        (None, 0, False),
+        (0, 0, False),
+        (None, 1, True),
+        (40, 0, False),
+        (40, 40, False),
+        (40, 41, True),
+    ],
+)
+def test_a_step_counts_only_beyond_where_the_attempt_began(start: int | None, end: int | None, moved: bool) -> None:
+    assert made_a_step(start, end) is moved
+
+
+def test_two_attempts_in_a_row_without_a_step_are_enough() -> None:
+    crash = report("crashed", Reason.WORKER_CRASHED)
+    first = after_exit(JobStatus.RUNNING, crash, Past(0, 1), 3)
+    assert (first.status, first.restart_seconds) == (JobStatus.INTERRUPTED, 5.0)
+    second = after_exit(JobStatus.RUNNING, crash, Past(1, 2), 3)
+    assert (second.status, second.reason, second.restart_seconds) == (JobStatus.FAILED, Reason.MAX_RESTARTS, None)
+    assert second.message == "it ended; 2 attempts in a row made no step, so it is given up after 1 of 3 restarts"
+    assert second.error is not None
+    assert second.error.code == "worker_crashed"
+
+
+def test_where_restarts_are_used_up_that_is_what_is_said() -> None:
+    ending = after_exit(JobStatus.RUNNING, report("crashed", Reason.HUNG), Past(1, 2), 1)
+    assert (ending.reason, ending.message) == (Reason.MAX_RESTARTS, "it ended; all 1 restarts are used up")
+
+
+@pytest.mark.parametrize("reason", sorted(NOT_COUNTED))
+def test_setbacks_wait_longer_each_time_and_never_end_a_job(reason: Reason) -> None:
+    endings = [after_exit(JobStatus.RUNNING, report("crashed", reason), Past(0, 0, n), 0) for n in range(8)]
+    assert [ending.restart_seconds for ending in endings] == [5.0, 5.0, 20.0, 60.0, 180.0, 600.0, 600.0, 600.0]
+    assert {ending.status for ending in endings} == {JobStatus.INTERRUPTED}
+    assert max(ending.restart_seconds or 0 for ending in endings) <= longest_wait()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "expected"),
+    [
+        ("stopped", Reason.USER, Reason.TERMINATED),
+        ("killed", Reason.USER, Reason.UNKNOWN),
+        ("crashed", None, Reason.UNKNOWN),
+        ("crashed", Reason.HUNG, Reason.HUNG),
+        ("failed", Reason.DISK_FULL, Reason.DISK_FULL),
+    ],
+)
+def test_who_is_at_fault_for_an_end_that_nobody_asked_for(
+    outcome: str, reason: Reason | None, expected: Reason
+) -> None:
+    assert fault(outcome, reason) is expected
+
+
+@pytest.mark.parametrize(
+    ("outcome", "reason", "status", "becomes", "again", "restarts"),
+    [
+        ("stopped", Reason.USER, JobStatus.PAUSED, Reason.PREEMPTED, True, 0),
+        ("completed", None, JobStatus.SUCCEEDED, None, False, 0),
+        # It did not save within the grace: we asked, so it is not counted, and starts again after a while.
+        ("killed", Reason.USER, JobStatus.INTERRUPTED, Reason.PREEMPTED, False, 0),
+        ("crashed", Reason.WORKER_CRASHED, JobStatus.INTERRUPTED, Reason.WORKER_CRASHED, False, 1),
+        ("crashed", Reason.AGENT_LOST, JobStatus.INTERRUPTED, Reason.AGENT_LOST, False, 0),
+        ("failed", Reason.DIVERGED, JobStatus.FAILED, Reason.DIVERGED, False, 0),
+    ],
+)
+def test_the_end_of_an_attempt_that_made_room(
+    outcome: str, reason: Reason | None, status: JobStatus, becomes: Reason | None, again: bool, restarts: int
+) -> None:
+    ending = after_exit(JobStatus.PAUSING, report(outcome, reason), Past(), 3, "job_front")
+    assert (ending.status, ending.reason, ending.queued_again, ending.restarts) == (status, becomes, again, restarts)
+    assert (ending.restart_seconds is not None) == (status is JobStatus.INTERRUPTED)
+    if again:
+        assert ending.message == "it ended, to make room for job_front; it goes on by itself"
+
+
+def test_a_user_may_still_have_their_way_with_a_job_that_makes_room() -> None:
+    pausing = Standing(JobStatus.PAUSING, Desired.PAUSE, attempts=1, preempted=True)
+    assert decide("pause", pausing) == Move(None, Desired.PAUSE)
+    assert decide("resume", pausing) == UnderWay()
+    assert decide("cancel", pausing) == Move(JobStatus.CANCELLING, Desired.CANCEL)

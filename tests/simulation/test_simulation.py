@@ -5,10 +5,14 @@ python -m pytest tests/simulation --seed-of-a-failure 123    is not needed: TRAI
 
 import os
 import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
+from service.jobs import rules
 from tests.simulation.world import World
 
 EVENTS = 200
@@ -30,10 +34,17 @@ def simulate(seed: int) -> World:
     return world
 
 
+def simulate_all(seeds: Iterable[int]) -> Counter[str]:
+    """What happened in all of them, and how often."""
+    done: Counter[str] = Counter()
+    for seed in seeds:
+        done.update(simulate(seed).done)
+    return done
+
+
 def test_some_hundred_seeds() -> None:
     given = os.environ.get("TRAINYARD_SIMULATION_SEED")
-    for seed in [int(given)] if given else range(SHORT_SEEDS):
-        simulate(seed)
+    simulate_all([int(given)] if given else range(SHORT_SEEDS))
 
 
 def test_a_seed_is_the_same_world_each_time() -> None:
@@ -45,11 +56,14 @@ def test_a_seed_is_the_same_world_each_time() -> None:
 
 def test_the_worlds_are_not_all_alike() -> None:
     """What never happens in the simulation is not tested by it."""
-    worlds = [simulate(seed) for seed in range(60)]
+    worlds = [simulate(seed) for seed in range(150)]
     statuses = {job.status for world in worlds for job in world.jobs.values()}
     assert {"paused", "cancelled", "failed", "succeeded", "interrupted"} <= statuses
     assert max(len(job.attempts) for world in worlds for job in world.jobs.values()) >= 5
     assert any(process.closed for world in worlds for process in world.hosts.values())
+    done = sum((world.done for world in worlds), Counter())
+    for what in ("Preempt", "ended paused: preempted", "ended failed: max_restarts", "ended interrupted: agent_lost"):
+        assert done[what] >= 3, what
 
 
 @pytest.mark.parametrize("broken", ["two leases", "two attempts", "success of nothing"])
@@ -69,6 +83,34 @@ def test_the_checks_see_what_they_are_for(broken: str) -> None:
         job.status = type(job.status).SUCCEEDED
     with pytest.raises(AssertionError):
         world.check()
+
+
+@pytest.mark.parametrize("rule", ["give up", "wait longer", "a step first", "lower priority"])
+def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the simulation proves nothing about it."""
+    match rule:
+        case "give up":
+            monkeypatch.setattr(rules, "MOST_FRUITLESS", 99)
+        case "wait longer":
+            monkeypatch.setattr(rules, "SETBACK_SECONDS", (5.0,))
+        case "a step first":
+            monkeypatch.setattr(
+                World, "live", lambda world, job, live=World.live: replace(live(world, job), moved=True)
+            )
+        case _:
+            monkeypatch.setattr(
+                World, "live", lambda world, job, live=World.live: replace(live(world, job), priority=-1)
+            )
+    with pytest.raises(AssertionError, match=MISSED[rule]):
+        simulate_all(range(SHORT_SEEDS))
+
+
+MISSED = {
+    "give up": "gets nowhere and is started again",
+    "wait longer": "restarts too soon",
+    "a step first": "has made no step since",
+    "lower priority": "is not more important",
+}
 
 
 @pytest.mark.soak

@@ -4,77 +4,27 @@ The plan and the rules are the real ones. `World.step` does one random thing; `W
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from typing import Literal
 
 from contract.report import ErrorCard, ExitReport
-from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
+from contract.status import LIVE, NOT_COUNTED, TERMINAL, Desired, JobStatus, Reason, may_become
 from service.devices.inventory import Device
-from service.jobs import rules
-from service.jobs.rules import Move, Refusal, Standing, UnderWay
+from service.jobs import rules, streaks
+from service.jobs.rules import Move, Refusal, UnderWay
 from service.launch.base import AttemptName
-from service.scheduler.plan import Action, End, Hint, Look, Restart, Start, plan
+from service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start, plan
 from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot, is_due
+from tests.simulation.rows import Attempt, Job, Process
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 MAX_RESTARTS = 2
 
 Outcome = Literal["completed", "stopped", "failed", "crashed", "killed"]
 MOST_JOBS = 8
-
-
-@dataclass
-class Process:
-    """What a host knows of an attempt. ``agent`` False and ``ranks`` True: orphans."""
-
-    agent: bool = True
-    ranks: bool = True
-    heard: Desired = Desired.RUN
-    report: ExitReport | None = None
-    closed: bool = False
-    began: bool = False
-
-    @property
-    def lives(self) -> bool:
-        return self.agent or self.ranks
-
-
-@dataclass
-class Attempt:
-    """A row."""
-
-    number: int
-    devices: tuple[str, ...]
-    launched: bool = False
-    ended: bool = False
-    heard_at: datetime | None = None
-
-
-@dataclass
-class Job:
-    """A row, its attempts, and the path it has walked."""
-
-    id: str
-    ranks: int
-    priority: int
-    number: int
-    queued_at: datetime
-    status: JobStatus = JobStatus.QUEUED
-    desired: Desired = Desired.RUN
-    restarts: int = 0
-    restart_at: datetime | None = None
-    asked_at: datetime | None = None
-    attempts: list[Attempt] = field(default_factory=list)
-    completed: bool = False
-
-    @property
-    def newest(self) -> Attempt:
-        return self.attempts[-1]
-
-    def standing(self) -> Standing:
-        return Standing(self.status, self.desired, self.restart_at is not None, len(self.attempts))
 
 
 class World:
@@ -85,6 +35,7 @@ class World:
         self.dice = random.Random(seed)
         self.now = EPOCH
         self.devices = tuple(Device(f"cpu:{i}", "cpu") for i in range(self.dice.randint(2, 5)))
+        self.preempts = self.dice.random() < 0.5
         self.jobs: dict[str, Job] = {}
         self.leases: dict[str, str] = {}
         self.hosts: dict[AttemptName, Process] = {}
@@ -92,6 +43,7 @@ class World:
         self.told: dict[str, Desired] = {}
         self.late: list[AttemptName] = []
         self.happened: list[str] = []
+        self.done: Counter[str] = Counter()
         self.made = 0
 
     # What may happen
@@ -100,14 +52,16 @@ class World:
         doing, *rest = self.dice.choices(DOINGS, WEIGHTS)
         assert not rest
         self.happened.append(doing.__name__)
+        self.done[doing.__name__] += 1
         doing(self)
 
     def submit(self) -> None:
         if len(self.jobs) < MOST_JOBS:
             self.made += 1
             job_id = f"job_{self.made}"
-            ranks, priority = self.dice.randint(1, len(self.devices)), self.dice.choice((0, 0, 0, 5))
-            self.jobs[job_id] = Job(job_id, ranks, priority, self.made, self.now)
+            ranks, priority = self.dice.randint(1, len(self.devices)), self.dice.choice((0, 0, 0, 5, 9))
+            preemptible = self.dice.random() < 0.8
+            self.jobs[job_id] = Job(job_id, ranks, priority, self.made, self.now, preemptible)
 
     def ask(self) -> None:
         """A user does something; what the rules refuse changes nothing."""
@@ -122,9 +76,9 @@ class World:
                 if action == "delete":
                     del self.jobs[job.id]
                     return
-                job.desired = desired
+                job.desired, job.preempted_by = desired, None
                 if action == "resume":
-                    job.queued_at, job.restarts, job.asked_at = self.now, 0, None
+                    job.queued_at, job.restarts, job.asked_at, job.trigger = self.now, 0, None, "resume"
                 elif to is None or to in LIVE:
                     job.asked_at = self.now
                 job.restart_at = None
@@ -166,15 +120,17 @@ class World:
             process.heard = Desired.KILL
         else:
             attempt.heard_at, attempt.launched = self.now, True
+            attempt.start_step, attempt.step = process.start, process.step
             if job.status is JobStatus.STARTING:
                 self.move(job, JobStatus.RUNNING)
             process.heard = job.desired
 
     def agents_act(self) -> None:
-        """An agent carries out what it heard; ranks end by themselves now and then."""
+        """Ranks make steps and save; an agent carries out what it heard; ranks end by themselves now and then."""
         for name, process in list(self.hosts.items()):
             if not process.agent or process.report is not None:
                 continue
+            self.train(name, process)
             if process.heard is Desired.KILL:
                 self.leave(name, process, "killed", Reason.USER)
             elif process.heard is not Desired.RUN and self.dice.random() < 0.8:
@@ -182,12 +138,31 @@ class World:
             elif self.dice.random() < 0.15:
                 self.leave(name, process, *self.dice.choice(ENDS))
 
+    def train(self, name: AttemptName, process: Process) -> None:
+        steps = self.dice.choice((0, 0, 1, 3))
+        process.step += steps
+        job = self.jobs.get(name.job_id)
+        if job is not None:
+            job.steps_made += steps
+            job.attempts[name.number - 1].moved |= steps > 0
+            if self.dice.random() < 0.3:
+                job.checkpoint = process.step
+
     def leave(self, name: AttemptName, process: Process, outcome: Outcome, reason: Reason | None) -> None:
         """The ranks end, the report is written, and in half of all cases it arrives."""
         process.ranks = process.agent = False
+        if outcome == "stopped" and name.job_id in self.jobs:
+            self.jobs[name.job_id].checkpoint = process.step
         card = ErrorCard(code=str(reason), message=outcome) if outcome in ("failed", "crashed") else None
         process.report = ExitReport.model_construct(
-            outcome=outcome, step=1, reason=reason, message=outcome, error=card, last_seq=0, ended_at=self.now, ranks=[]
+            outcome=outcome,
+            step=process.step,
+            reason=reason,
+            message=outcome,
+            error=card,
+            last_seq=0,
+            ended_at=self.now,
+            ranks=[],
         )
         if self.dice.random() < 0.5:
             self.close(name, process.report)
@@ -200,7 +175,7 @@ class World:
             victim.ranks = self.dice.random() < 0.7
 
     def time_passes(self) -> None:
-        self.now += timedelta(seconds=self.dice.choice((0.5, 1, 6, 30, 120)))
+        self.now += timedelta(seconds=self.dice.choice((0.5, 1, 6, 30, 120, 700)))
 
     def clock_is_set(self) -> None:
         self.now += timedelta(hours=self.dice.choice((-1, 1)))
@@ -208,6 +183,7 @@ class World:
     # What the applier does
 
     def apply(self, action: Action) -> None:
+        self.done[type(action).__name__] += 1
         match action:
             case Start():
                 name = self.claim(action)
@@ -218,7 +194,7 @@ class World:
             case Restart(job_id):
                 job = self.jobs[job_id]
                 if job.status is JobStatus.INTERRUPTED and job.restart_at is not None:
-                    job.restart_at, job.desired = None, Desired.RUN
+                    job.restart_at, job.desired, job.trigger = None, Desired.RUN, "restart"
                     self.move(job, JobStatus.QUEUED)
             case Look(live):
                 self.look(live)
@@ -230,6 +206,8 @@ class World:
             case End(live):
                 self.end(live.name)
                 self.looked_at.pop(live.id, None)
+            case Preempt(live, waiting):
+                self.preempt(live, waiting)
 
     def claim(self, action: Action) -> AttemptName | None:
         assert isinstance(action, Start)
@@ -238,10 +216,22 @@ class World:
             return None
         assert not [device for device in action.devices if device in self.leases], "I3: a device that is leased"
         name = AttemptName(job.id, len(job.attempts) + 1)
-        job.attempts.append(Attempt(name.number, action.devices))
+        job.attempts.append(Attempt(name.number, action.devices, job.trigger, self.now))
         self.leases.update(dict.fromkeys(action.devices, job.id))
         self.move(job, JobStatus.STARTING)
         return name
+
+    def preempt(self, live: LiveAttempt, waiting_id: str) -> None:
+        job, waiting = self.jobs[live.name.job_id], self.jobs[waiting_id]
+        if job.status is not JobStatus.RUNNING or waiting.status is not JobStatus.QUEUED:
+            return
+        assert self.preempts, "nobody is preempted where that is switched off"
+        assert job.preemptible, f"{job.id} must not be preempted"
+        assert job.priority < waiting.priority, f"{waiting.id} is not more important than {job.id}"
+        assert job.steps_made > job.preempted_after, f"{job.id} is preempted again and has made no step since"
+        job.preempted_after, job.preempted_by = job.steps_made, waiting.id
+        job.desired, job.asked_at = Desired.PAUSE, self.now
+        self.move(job, JobStatus.PAUSING)
 
     def spawn(self, name: AttemptName) -> None:
         """The launcher and the agent's own refusals: closed attempts, later attempts, locks that are held."""
@@ -254,6 +244,7 @@ class World:
             self.leave(name, known, "crashed", Reason.LAUNCH_FAILED)
             return
         known.agent = known.ranks = known.began = True
+        known.start = known.step = self.jobs[name.job_id].checkpoint if name.job_id in self.jobs else 0
 
     def look(self, live: LiveAttempt) -> None:
         self.looked_at[live.id] = self.now
@@ -266,7 +257,7 @@ class World:
         if process is not None and process.report is not None:
             self.close(live.name, process.report)
         elif live.launched or (process is not None and process.began):
-            self.close(live.name, lost(self.now))
+            self.close(live.name, lost(self.now, process.step if process is not None else 0))
         else:
             self.end(live.name)
             self.never_launched(live.name)
@@ -276,7 +267,7 @@ class World:
         process.closed = True
         if process.lives:
             process.agent = process.ranks = False
-            process.report = process.report or lost(self.now)
+            process.report = process.report or lost(self.now, process.step)
 
     def never_launched(self, name: AttemptName) -> None:
         job, attempt = self.rows(name)
@@ -291,17 +282,41 @@ class World:
         if job is None or attempt is None or attempt.ended:
             return
         self.free(job, attempt)
+        process = self.hosts.get(name)
+        attempt.start_step = process.start if process is not None and process.began else None
+        attempt.step, attempt.outcome, attempt.reason = report.step, report.outcome, report.reason
         if attempt is not job.newest or job.status not in LIVE:
             return
-        ending = rules.after_exit(job.status, report, job.restarts, MAX_RESTARTS)
+        ended = (each.as_ended() for each in reversed(job.attempts) if each.outcome)
+        past = streaks.past(job.restarts, ended)
+        ending = rules.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by)
         if not may_become(job.status, ending.status):
             self.move(job, JobStatus.RUNNING)
-        job.restarts, job.asked_at = ending.restarts, None
+        job.restarts, job.asked_at, job.preempted_by = ending.restarts, None, None
         job.restart_at = None
         if ending.restart_seconds is not None:
             job.restart_at, job.desired = self.now + timedelta(seconds=ending.restart_seconds), Desired.RUN
         job.completed = job.completed or report.outcome == "completed"
         self.move(job, ending.status)
+        self.done[f"ended {ending.status}: {ending.reason}"] += 1
+        if ending.queued_again:
+            job.desired, job.trigger = Desired.RUN, "preemption"
+            self.move(job, JobStatus.QUEUED)
+        self.check_restart(job, ending)
+
+    def check_restart(self, job: Job, ending: rules.Ending) -> None:
+        """Who made no step twice in a row by its own fault is not started again, and waits grow for the others."""
+        if ending.restart_seconds is None:
+            return
+        mine = [a for a in job.attempts if a.outcome]
+        asked = max((n for n, a in enumerate(mine) if a.trigger in ("submit", "resume")), default=0)
+        idle = list(takewhile(lambda a: not a.moved, reversed(mine[asked:])))
+        if ending.reason in NOT_COUNTED:
+            setbacks = sum(streaks.fault(a.outcome, a.reason) in NOT_COUNTED for a in idle)
+            assert ending.restart_seconds >= (0, 5, 20, 60, 180, 600)[min(setbacks, 5)], f"{job.id} restarts too soon"
+        else:
+            faults = [a for a in idle if streaks.fault(a.outcome, a.reason) not in NOT_COUNTED]
+            assert len(faults) < 2, f"{job.id} gets nowhere and is started again"
 
     def free(self, job: Job, attempt: Attempt) -> None:
         attempt.ended = True
@@ -322,6 +337,7 @@ class World:
             restarts_due=due,
             leases=dict(self.leases),
             devices=self.devices,
+            preempts=self.preempts,
         )
 
     def is_due(self, job: Job) -> bool:
@@ -330,8 +346,22 @@ class World:
     def live(self, job: Job) -> LiveAttempt:
         name, attempt = AttemptName(job.id, job.newest.number), job.newest
         looked, told = self.looked_at.get(str(name)), self.told.get(str(name))
-        row = LiveAttempt(str(name), name, job.desired, attempt.launched, job.asked_at, attempt.heard_at)
-        return replace(row, looked_at=looked, told=told)
+        return LiveAttempt(
+            id=str(name),
+            name=name,
+            desired=job.desired,
+            launched=attempt.launched,
+            asked_at=job.asked_at,
+            heard_at=attempt.heard_at,
+            looked_at=looked,
+            told=told,
+            running=job.status is JobStatus.RUNNING,
+            moved=streaks.made_a_step(attempt.start_step, attempt.step),
+            preemptible=job.preemptible,
+            priority=job.priority,
+            devices=attempt.devices,
+            created_at=attempt.created_at,
+        )
 
     def rows(self, name: AttemptName) -> tuple[Job | None, Attempt | None]:
         job = self.jobs.get(name.job_id)
@@ -373,6 +403,8 @@ class World:
                     self.hear(name, process)
                     self.leave(name, process, *LAST_ENDS[process.heard])
             self.check()
+            if self.rests():
+                break
         resting = {JobStatus.PAUSED, JobStatus.INTERRUPTED, *TERMINAL}
         stuck = {job.id: job.status for job in self.jobs.values() if job.status not in resting}
         assert stuck == {}, "a job is stuck"
@@ -380,13 +412,17 @@ class World:
         assert waiting == [], "a restart that never came"
         assert self.leases == {}
 
+    def rests(self) -> bool:
+        waiting = any(job.restart_at is not None or job.status is JobStatus.QUEUED for job in self.jobs.values())
+        return not self.leases and not waiting
 
-def lost(now: datetime) -> ExitReport:
+
+def lost(now: datetime, step: int) -> ExitReport:
     """What a launcher says of an attempt whose agent left nothing."""
     card = ErrorCard(code=Reason.AGENT_LOST, message="lost")
     return ExitReport.model_construct(
         outcome="crashed",
-        step=1,
+        step=step,
         reason=Reason.AGENT_LOST,
         message="lost",
         error=card,
@@ -401,7 +437,10 @@ ENDS: tuple[tuple[Outcome, Reason | None], ...] = (
     ("stopped", Reason.USER),
     ("failed", Reason.DIVERGED),
     ("crashed", Reason.WORKER_CRASHED),
+    ("crashed", Reason.WORKER_CRASHED),
+    ("crashed", Reason.LAUNCH_FAILED),
     ("crashed", Reason.UNKNOWN),
+    ("crashed", Reason.HOST_RESTARTED),
 )
 
 LAST_ENDS: dict[Desired, tuple[Outcome, Reason | None]] = {
@@ -413,14 +452,14 @@ LAST_ENDS: dict[Desired, tuple[Outcome, Reason | None]] = {
 
 CHANCES: dict[Callable[[World], None], int] = {
     World.submit: 3,
-    World.ask: 6,
+    World.ask: 4,
     World.schedule: 10,
     World.die_while_scheduling: 2,
     World.late_launch: 2,
-    World.agents_speak: 8,
-    World.agents_act: 5,
-    World.agent_is_killed: 2,
-    World.time_passes: 6,
+    World.agents_speak: 9,
+    World.agents_act: 9,
+    World.agent_is_killed: 1,
+    World.time_passes: 8,
     World.clock_is_set: 1,
 }
 DOINGS, WEIGHTS = list(CHANCES), list(CHANCES.values())

@@ -1,0 +1,234 @@
+"""A service that only answers, beside the one that schedules: positions, reasons to wait and devices, as true there."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from service.app import build, create_app
+from service.context import Services
+from service.db import Database
+from service.devices.inventory import Device, FixedInventory, cpu_slots
+from service.launch.fake import FakeLauncher
+from service.scheduler.bulletin import MEMORY_SECONDS, Bulletin, News, PublishedInventory
+from service.scheduler.lease import LEASE_SECONDS
+from service.scheduler.outlook import AT_ONCE, NOBODY, Outlook
+from service.settings import Settings
+from service.tables import LeaderRow
+from tests.service.rig import URL
+from tests.service.test_plan import gpus
+
+
+class Clock:
+    """Monotonic, and goes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Pair:
+    """A service that schedules two CPU slots and a GPU, when it is told to; and one on a host that has neither."""
+
+    def __init__(self, home: Path, url: str, preemption: str = "off") -> None:
+        settings = Settings.read({"TRAINYARD_PREEMPTION": preemption}, home=home, database_url=url)
+        devices = FixedInventory((*gpus(1), *cpu_slots(2)))
+        self.launcher = FakeLauncher()
+        self.leader = build(settings, self.launcher, devices)
+        self.replica = build(settings, FakeLauncher(), FixedInventory(()), schedules=False)
+        self.corpus = home / "corpus.jsonl"
+        self.corpus.write_text('{"text": "one"}\n')
+        self.clients = [self._client(services) for services in (self.leader, self.replica)]
+
+    def _client(self, services: Services) -> TestClient:
+        client = TestClient(create_app(services, scheduling=False), base_url=URL)
+        client.__enter__()
+        return client
+
+    def round(self) -> None:
+        assert self.leader.scheduler._leads()
+        self.leader.scheduler.settle()
+
+    def submit(self, client: int = 1, **resources: Any) -> str:
+        body = {"data": {"data_path": str(self.corpus)}, "resources": {"device": "cpu", **resources}}
+        answer = self.clients[client].post("/jobs", json=body)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    def queue(self, job_id: str) -> list[dict[str, Any] | None]:
+        """What each of the two says."""
+        for services in (self.leader, self.replica):
+            services.scheduler._outlook._looked_at = float("-inf")
+        return [client.get(f"/jobs/{job_id}").json()["queue"] for client in self.clients]
+
+    def close(self) -> None:
+        for client in self.clients:
+            client.__exit__(None, None, None)
+
+
+@pytest.fixture
+def pair(tmp_path: Path, any_url: str) -> Iterator[Pair]:
+    made = Pair(tmp_path, any_url)
+    yield made
+    made.close()
+
+
+def test_both_say_the_same(pair: Pair) -> None:
+    pair.round()
+    running = pair.submit(nproc_per_node=2)
+    pair.round()
+    assert pair.launcher.starts[0].job_id == running
+    waiting = pair.submit(nproc_per_node=2)
+    urgent = pair.submit(priority=7)
+    named = pair.submit(device="cuda:0")
+    behind = pair.submit(device="cuda:0")
+    pair.round()
+    expected = {
+        urgent: {"position": 1, "waiting_for": "1 CPU slot; 0 of 2 free"},
+        waiting: {"position": 2, "waiting_for": "2 CPU slots; 0 of 2 free"},
+        behind: {"position": 3, "waiting_for": f"cuda:0, which {named} has"},
+    }
+    for job_id, said in expected.items():
+        assert pair.queue(job_id) == [said, said]
+    listed = pair.clients[1].get("/jobs", params={"status": "queued"}).json()["data"]
+    assert {job["id"]: job["queue"] for job in listed} == expected
+    assert f"Waiting for cuda:0, which {named} has. Position 3." in {job["summary"] for job in listed}
+
+
+def test_what_fits_says_so_before_the_next_look(pair: Pair) -> None:
+    pair.round()
+    job_id = pair.submit()
+    assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": AT_ONCE}
+
+
+def test_a_replica_knows_the_devices_of_the_one_that_schedules(pair: Pair) -> None:
+    before = pair.clients[1].get("/devices").json()["data"]
+    assert before == [], "its own, until anybody has said otherwise"
+    pair.round()
+    pair.replica.inventory._read_at = float("-inf")  # type: ignore[attr-defined] # as if a second had passed
+    shown = [client.get("/devices").json() for client in pair.clients]
+    assert shown[0] == shown[1]
+    assert [device["id"] for device in shown[1]["data"]] == ["cuda:0", "cpu:0", "cpu:1"]
+    job_id = pair.submit(device="auto")
+    assert pair.clients[1].get(f"/jobs/{job_id}").json()["alerts"] == [], "there is a GPU, elsewhere"
+
+
+def test_where_nobody_schedules_that_is_what_jobs_wait_for(pair: Pair) -> None:
+    job_id = pair.submit(client=0)
+    assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": NOBODY}
+    pair.round()
+    pair.submit()
+    pair.leader.scheduler._give_up()
+    waiting = pair.submit(nproc_per_node=2)
+    assert pair.queue(waiting)[1] == {"position": 2, "waiting_for": NOBODY}
+
+
+def test_a_leader_that_counts_on_no_more_is_nobody(pair: Pair) -> None:
+    clock = Clock()
+    outlook = Outlook(pair.replica.database, lambda: datetime.now(UTC), clock)
+    pair.round()
+    running = pair.submit(nproc_per_node=2)
+    pair.round()
+    job_id = pair.submit()
+    with pair.leader.database.write() as session:
+        row = session.get(LeaderRow, 1)
+        assert row is not None
+        row.holder = row.holder.replace('"boot_id": "', '"boot_id": "elsewhere ')  # type: ignore[union-attr]
+    assert outlook.waiting() == {job_id: "1 CPU slot; 0 of 2 free"}
+    clock.now += LEASE_SECONDS + 1
+    assert outlook.waiting() == {job_id: NOBODY}
+    with pair.leader.database.write() as session:
+        row = session.get(LeaderRow, 1)
+        assert row is not None
+        row.beat += 1
+    clock.now += 1.5
+    assert outlook.waiting() == {job_id: "1 CPU slot; 0 of 2 free"}
+    assert running not in outlook.waiting()
+
+
+def test_many_who_ask_cost_one_look_a_second(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    outlook = Outlook(pair.replica.database, lambda: datetime.now(UTC), clock)
+    looks: list[object] = []
+
+    def foresee(session: object) -> dict[str, str]:
+        looks.append(session)
+        return {}
+
+    monkeypatch.setattr(outlook, "_foresee", foresee)
+    for _ in range(50):
+        outlook.waiting()
+    clock.now += 1.5
+    outlook.waiting()
+    assert len(looks) == 2
+
+
+def test_room_that_is_made_is_foreseen(tmp_path: Path, sqlite_url: str) -> None:
+    pair = Pair(tmp_path, sqlite_url, "on")
+    pair.round()
+    low = pair.submit(nproc_per_node=2)
+    pair.round()
+    front = pair.submit(priority=5)
+    with pair.leader.database.write() as session:
+        from service.tables import AttemptRow, JobRow
+
+        session.query(JobRow).filter_by(id=low).update({"status": "running", "progress": {"step": 3}})
+        session.query(AttemptRow).filter_by(job_id=low).update({"start_step": 0})
+    assert pair.queue(front)[1] == {"position": 1, "waiting_for": f"1 CPU slot; 0 of 2 free; {low} makes room"}
+    pair.close()
+
+
+def bulletin(**fields: Any) -> Bulletin:
+    card = Device("cuda:0", "cuda", "H100", 80, 10, (5, 6), (6,))
+    return Bulletin((replace(card, **fields), *cpu_slots(1)), True)
+
+
+def test_a_bulletin_survives_its_row() -> None:
+    row = LeaderRow(id=1, epoch=1, beat=1)
+    assert Bulletin.of(None) is None
+    assert Bulletin.of(row) is None
+    row.offer = {"preempts": True, "devices": [{**vars(device)} for device in bulletin().devices]}
+    assert Bulletin.of(row) == bulletin()
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"devices": []}, {"preempts": True, "devices": [{"id": "cuda:0"}]}, {"devices": 3}]
+)
+def test_what_another_release_said_is_not_guessed_at(said: dict[str, Any]) -> None:
+    assert Bulletin.of(LeaderRow(id=1, epoch=1, beat=1, offer=said)) is None
+
+
+def test_what_changes_all_the_time_is_not_news_each_second() -> None:
+    clock = Clock()
+    news = News(clock)
+    assert news.in_(bulletin())
+    news.told(bulletin())
+    assert not news.in_(bulletin())
+    assert not news.in_(bulletin(memory_used_bytes=11))
+    assert news.in_(bulletin(processes=(5,)))
+    clock.now += MEMORY_SECONDS + 1
+    assert not news.in_(bulletin())
+    assert news.in_(bulletin(memory_used_bytes=11))
+    news.forget()
+    assert news.in_(bulletin())
+
+
+def test_own_devices_until_somebody_has_spoken(sqlite_url: str) -> None:
+    clock = Clock()
+    database = Database(sqlite_url)
+    inventory = PublishedInventory(database, FixedInventory(cpu_slots(3)), clock)
+    assert len(inventory.devices()) == 3
+    with database.write() as session:
+        session.add(LeaderRow(id=1, epoch=1, beat=1))
+        session.flush()
+        bulletin().write(session)
+    assert len(inventory.devices()) == 3, "read once a second"
+    clock.now += 1.5
+    assert inventory.devices() == bulletin().devices
+    database.close()

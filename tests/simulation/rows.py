@@ -1,0 +1,81 @@
+"""What the simulated database and the simulated hosts hold."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from contract.report import ExitReport
+from contract.status import Desired, JobStatus, Reason
+from service.jobs import streaks
+from service.jobs.rules import Standing
+
+
+@dataclass
+class Process:
+    """What a host knows of an attempt. ``agent`` False and ``ranks`` True: orphans."""
+
+    agent: bool = True
+    ranks: bool = True
+    heard: Desired = Desired.RUN
+    report: ExitReport | None = None
+    closed: bool = False
+    began: bool = False
+    start: int = 0
+    step: int = 0
+
+    @property
+    def lives(self) -> bool:
+        return self.agent or self.ranks
+
+
+@dataclass
+class Attempt:
+    """A row. ``start_step`` and ``step`` are what was reported; ``moved`` is what was true on the host."""
+
+    number: int
+    devices: tuple[str, ...]
+    trigger: str
+    created_at: datetime
+    launched: bool = False
+    ended: bool = False
+    heard_at: datetime | None = None
+    start_step: int | None = None
+    step: int = 0
+    outcome: str = ""
+    reason: Reason | None = None
+    moved: bool = False
+
+    def as_ended(self) -> streaks.Ended:
+        moved = streaks.made_a_step(self.start_step, self.step)
+        return streaks.Ended(self.trigger, streaks.fault(self.outcome, self.reason), moved)
+
+
+@dataclass
+class Job:
+    """A row, its attempts, and what is on its disk: the newest checkpoint's step."""
+
+    id: str
+    ranks: int
+    priority: int
+    number: int
+    queued_at: datetime
+    preemptible: bool = True
+    status: JobStatus = JobStatus.QUEUED
+    desired: Desired = Desired.RUN
+    trigger: str = "submit"
+    restarts: int = 0
+    restart_at: datetime | None = None
+    asked_at: datetime | None = None
+    preempted_by: str | None = None
+    checkpoint: int = 0
+    steps_made: int = 0
+    preempted_after: int = -1
+    attempts: list[Attempt] = field(default_factory=list)
+    completed: bool = False
+
+    @property
+    def newest(self) -> Attempt:
+        return self.attempts[-1]
+
+    def standing(self) -> Standing:
+        preempted = self.preempted_by is not None
+        return Standing(self.status, self.desired, self.restart_at is not None, len(self.attempts), preempted)
