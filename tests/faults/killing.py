@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from tests.faults import invariants
 from tests.faults.home import Home, Member
 from tests.faults.invariants import Damage, Sampler
+from tests.soak import Account
 
 SERVER = "server"
 TARGETS: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -40,6 +41,7 @@ class Killer:
     jobs: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
     slowest_start: float = 0.0
+    resumed: int = 0
 
     def __post_init__(self) -> None:
         self.dice = random.Random(self.seed)
@@ -57,10 +59,17 @@ class Killer:
         self.finish(sampler)
 
     def keep_busy(self) -> None:
-        self.running = [job for job in self.running if self.home.job(job)["status"] != "succeeded"]
+        self.running = [job for job in self.running if self.goes_on(job)]
         fresh = [self.submit() for _ in range(self.at_once - len(self.running))]
         self.running += fresh
         self.jobs += fresh
+
+    def goes_on(self, job_id: str) -> bool:
+        """False where the job has succeeded. One that was killed twice before it made a step is resumed by its user."""
+        job = self.home.job(job_id)
+        if job["status"] == "failed" and "made no step" in job["message"]:
+            self.resumed += self.home.post(f"/jobs/{job_id}/resume").status_code == 202
+        return bool(job["status"] != "succeeded")
 
     def kill_something(self) -> None:
         chosen = self.dice.choices(list(TARGETS), [weight for weight, _ in TARGETS.values()])[0]
@@ -94,16 +103,17 @@ class Killer:
     def finish(self, sampler: Sampler) -> None:
         """Nobody is killed any more: every job comes to its end, and every invariant holds."""
         for job in self.jobs:
+            self.goes_on(job)
             self.home.wait(job, "succeeded", seconds=180)
         invariants.check(self.home, sampler, self.damage)
 
-    def account(self, sampler: Sampler) -> str:
+    def tell(self, account: Account, sampler: Sampler) -> None:
         """What was injected, how often, and what held."""
-        attempts = [self.home.job(job)["attempt"] for job in self.jobs]
-        lines = [f"seed {self.seed}: {sum(self.done.values())} kills"]
-        lines += [f"  {count:5} x {what}" for what, count in sorted(self.done.items())]
-        lines.append(f"  {len(self.jobs)} jobs, {sum(attempts)} attempts, all succeeded")
-        lines.append(f"  slowest start of a server {self.slowest_start:.2f} s")
-        lines.append(f"  the process table was looked at {sampler.samples} times: never two attempts of a job")
-        lines.append("  no metric point missing, no orphan, every checkpoint sound, weights as of the untouched run")
-        return "\n".join(lines)
+        account.injected.update({f"killed: {what}": count for what, count in self.done.items()})
+        account.figure("slowest start of a server, s", self.slowest_start)
+        attempts = sum(self.home.job(job)["attempt"] for job in self.jobs)
+        account.held += [
+            f"{len(self.jobs)} jobs, {attempts} attempts, all succeeded; {self.resumed} user resumes",
+            f"I1: {sampler.samples} looks at the process table, never two attempts of a job",
+            "I2 to I9: no orphan, no metric point missing, every checkpoint sound, weights as of the untouched run",
+        ]

@@ -1,38 +1,29 @@
 """Random kills of everything: thousands with fake ranks, hundreds with real gloo ranks; a few of each in `make test`.
 
-TRAINYARD_SOAK_SEED, _KILLS and _SECONDS choose seed, number and longest time of the long forms.
+TRAINYARD_SOAK_KILLS and _SECONDS choose number and longest time of the long forms.
 """
 
-import os
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.corpus import write_docstrings
+from tests import soak
 from tests.faults.conftest import MakeHome
 from tests.faults.home import Home
 from tests.faults.invariants import Sampler, check_weights
 from tests.faults.killing import Killer
 from tests.faults.ranks import damage
+from tests.soak import Account
 from worker.checkpoint import find_damage
 
 FAKE_STEPS = 40
 GLOO_STEPS = 40
 
 
-def chosen(name: str, default: float) -> float:
-    return float(os.environ.get(f"TRAINYARD_SOAK_{name}", default))
-
-
-def fresh_seed() -> int:
-    return int(chosen("SEED", random.SystemRandom().randrange(2**31)))
-
-
-def fake_kills(make_home: MakeHome, seed: int, kills: int, seconds: float) -> str:
+def fake_kills(make_home: MakeHome, account: Account, seed: int, kills: int, seconds: float) -> None:
     home = make_home(slots=4, scale=0.02)
-    print(f"\nseed {seed}", flush=True)
 
     def submit() -> str:
         return home.submit(max_restarts=1000, steps=str(FAKE_STEPS), pace="0.02")
@@ -42,17 +33,17 @@ def fake_kills(make_home: MakeHome, seed: int, kills: int, seconds: float) -> st
         killer.run(kills, seconds, sampler)
         for job in killer.jobs:
             check_weights(home, job, FAKE_STEPS)
-        return killer.account(sampler)
+        killer.tell(account, sampler)
 
 
-def test_a_few_kills_of_fake_ranks(make_home: MakeHome) -> None:
-    fake_kills(make_home, seed=7, kills=6, seconds=60)
+def test_a_few_kills_of_fake_ranks(make_home: MakeHome, account: Account) -> None:
+    fake_kills(make_home, account, seed=7, kills=6, seconds=60)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_thousands_of_kills_of_fake_ranks(make_home: MakeHome) -> None:
-    print(fake_kills(make_home, fresh_seed(), int(chosen("KILLS", 2000)), chosen("SECONDS", 3600)))
+def test_thousands_of_kills_of_fake_ranks(make_home: MakeHome, account: Account) -> None:
+    fake_kills(make_home, account, soak.seed(), int(soak.chosen("KILLS", 2000)), soak.chosen("SECONDS", 3600))
 
 
 def gloo_spec(corpus: Path) -> dict[str, Any]:
@@ -73,12 +64,11 @@ def final_weights(home: Home, job_id: str) -> tuple[str, bytes]:
     return str(newest["sha256"]), (home.run(job_id).path / "out" / "pretrain_64.pth").read_bytes()
 
 
-def gloo_kills(make_home: MakeHome, seed: int, kills: int, seconds: float) -> str:
+def gloo_kills(make_home: MakeHome, account: Account, seed: int, kills: int, seconds: float) -> None:
     home = make_home(slots=2, scale=0.02, real_ranks=True)
     home.damage = find_damage
     corpus = home.path / "docstrings.jsonl"
     write_docstrings(corpus, 400)
-    print(f"\nseed {seed}", flush=True)
 
     def submit() -> str:
         answer = home.post("/jobs", gloo_spec(corpus))
@@ -95,7 +85,7 @@ def gloo_kills(make_home: MakeHome, seed: int, kills: int, seconds: float) -> st
         for job in killer.jobs:
             assert final_weights(home, job) == final_weights(home, untouched), "I7"
             assert losses(home, job) == losses(home, untouched), "I4"
-        return killer.account(sampler)
+        killer.tell(account, sampler)
 
 
 def losses(home: Home, job_id: str) -> list[float]:
@@ -103,11 +93,11 @@ def losses(home: Home, job_id: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_few_kills_of_gloo_ranks(make_home: MakeHome) -> None:
-    gloo_kills(make_home, seed=11, kills=1, seconds=60)
+def test_a_few_kills_of_gloo_ranks(make_home: MakeHome, account: Account) -> None:
+    gloo_kills(make_home, account, seed=11, kills=1, seconds=60)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_hundreds_of_kills_of_gloo_ranks(make_home: MakeHome) -> None:
-    print(gloo_kills(make_home, fresh_seed(), int(chosen("KILLS", 200)), chosen("SECONDS", 7200)))
+def test_hundreds_of_kills_of_gloo_ranks(make_home: MakeHome, account: Account) -> None:
+    gloo_kills(make_home, account, soak.seed(), int(soak.chosen("KILLS", 200)), soak.chosen("SECONDS", 7200))

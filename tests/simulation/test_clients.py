@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -34,8 +34,10 @@ from service.jobs.rules import Action, Move, Refusal, Standing, decide
 from service.launch.base import State
 from service.scheduler.apply import utc_now
 from service.tables import EventRow
+from tests import soak
 from tests.service.conftest import make_rig, migrated_sqlite, rig, sqlite_url
 from tests.service.rig import Rig, in_threads
+from tests.soak import Account
 
 __all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
 
@@ -76,6 +78,7 @@ class Clients(RuleBasedStateMachine):
     """One service on SQLite, with the launcher that does what it is told."""
 
     template: Path
+    account: Account
 
     @initialize()
     def begin(self) -> None:
@@ -94,6 +97,7 @@ class Clients(RuleBasedStateMachine):
     def all_at_once(self, which: int, verbs: list[Action]) -> None:
         job_id = self.jobs[which % len(self.jobs)]
         before = self.standing(job_id)
+        self.account.injected["requests in bursts of up to ten clients"] += len(verbs)
         answers = in_threads(len(verbs), lambda i: self.rig.client.post(f"/jobs/{job_id}/{verbs[i]}"))
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) <= {202, 409}, [answer.text for answer in answers]
@@ -147,6 +151,7 @@ class Clients(RuleBasedStateMachine):
                 return int(self.rig.report(attempt, "exit", report).status_code)
 
             exit_status, asked = in_threads(2, either)
+            self.account.injected[f"end against {verb}"] += 1
             assert exit_status == 200
             assert asked in (202, 404, 409), asked
             if end[0] == "completed" and job_id in self.jobs and attempt.launch.name.number == self.attempt(job_id):
@@ -192,10 +197,10 @@ class Clients(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(("examples", "steps"), [(8, 12), pytest.param(400, 40, marks=pytest.mark.soak)])
 @pytest.mark.timeout(3600)
-def test_ten_clients(migrated_sqlite: Path, examples: int, steps: int) -> None:
-    Clients.template = migrated_sqlite
+def test_ten_clients(migrated_sqlite: Path, account: Account, examples: int, steps: int) -> None:
+    Clients.template, Clients.account = migrated_sqlite, account
     run_state_machine_as_test(
-        Clients,
+        seed(soak.seed())(Clients),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -204,6 +209,7 @@ def test_ten_clients(migrated_sqlite: Path, examples: int, steps: int) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    account.held.append("each burst of answers fits one order of its requests; every event log is a path of the table")
 
 
 def test_an_order_is_found_only_where_there_is_one() -> None:
