@@ -25,7 +25,10 @@ class Line(BaseModel):
 
 
 class Started(Line):
-    """The attempt is set up: what it runs on, what the corpus holds, where it goes on from."""
+    """The attempt is set up: what it runs on, what the corpus holds, where it goes on from.
+
+    ``base_step``: steps that lie before the run's own schedule, see `contract.report.Fork`; ``steps`` counts them too.
+    """
 
     kind: Literal["started"] = "started"
     start_step: Step
@@ -46,6 +49,7 @@ class Started(Line):
     tokens_per_step: float
     steps_per_epoch: int
     flops_per_token: float
+    base_step: Step = 0
     resumed_from: str | None = None
 
 

@@ -71,6 +71,18 @@ class ExitReport(Message):
     ended_at: datetime
 
 
+class Fork(Message):
+    """fork.json in a run directory: the job began as a fork of another one, whose files of ``step`` are in ``origin/``.
+
+    ``keep``: the data order goes on where the parent's was. ``restart``: it begins anew, and the schedule with it; the
+    steps go on being counted.
+    """
+
+    job_id: str
+    step: int = Field(ge=0)
+    data: Literal["keep", "restart"]
+
+
 class EventBatch(Message):
     """POST /internal/attempts/{id}/events: consecutive outbox lines, as they stand in the file.
 

@@ -142,6 +142,11 @@ class RunDir:
         return self.path / "current"
 
     @property
+    def fork(self) -> Path:
+        """What the job is a fork of, as `contract.report.Fork`. None there: it is no fork."""
+        return self.path / "fork.json"
+
+    @property
     def corpus_cache(self) -> Path:
         """Token shards of a run without a service; the service has one cache for all jobs."""
         return self.path / "corpus"
@@ -179,6 +184,20 @@ class ProductDir:
     def out(self) -> Path:
         """Directory of weights-only files under MiniMind's names."""
         return self.path / "out"
+
+    @property
+    def origin(self) -> Path:
+        """What a fork has of its parent: the same files by another name, until the first attempt has begun."""
+        return self.path / "origin"
+
+    @property
+    def exports(self) -> Path:
+        """Directory of what was exported, see `export`."""
+        return self.path / "exports"
+
+    def export(self, step: int, form: str) -> Path:
+        """Where the checkpoint of ``step`` is exported to in the format ``form``: hf or minimind."""
+        return self.exports / f"step-{step:08d}-{form}"
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of optimizer step ``step`` is published."""

@@ -64,7 +64,7 @@ def _difference(name: str, mine: Any, theirs: Any) -> str:
 class RunState:
     """Everything a resume needs beside the tensors. One JSON object, state.json.
 
-    ``data_offset``: steps of data that were left out by rollbacks. ``interval``: each rank's sums since the last
+    ``data_offset``, ``base_step``: see `worker.trainee.Progress`. ``interval``: each rank's sums since the last
     metric line. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: what a few rows score with these
     weights, see `worker.probe`; {} where that is not known.
     """
@@ -75,6 +75,7 @@ class RunState:
     world_size: int
     identity: Identity
     data_offset: int = 0
+    base_step: int = 0
     loss: float | None = None
     interval: list[list[float]] = field(default_factory=list)
     trouble: dict[str, int] = field(default_factory=dict)

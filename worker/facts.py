@@ -10,14 +10,18 @@ from worker.data import Order
 from worker.distributed import Ranks
 from worker.material import Material
 from worker.meters import device_name
+from worker.trainee import Progress
 
 
-def started(material: Material, ranks: Ranks, order: Order, start_step: int, steps: int, begin: Path | None) -> Started:
+def started(
+    material: Material, ranks: Ranks, order: Order, progress: Progress, steps: int, begin: Path | None
+) -> Started:
     """What this attempt runs, on what, over which data, and from where."""
     spec, meta = material.spec, material.corpus.meta
     assert spec.model.vocab_size is not None
     return Started(
-        start_step=start_step,
+        start_step=progress.step,
+        base_step=progress.base_step,
         steps=steps,
         world_size=ranks.world,
         device=ranks.device.type,

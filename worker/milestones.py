@@ -42,7 +42,7 @@ def _publish(products: ProductDir, full: Path, final: Path, manifest: dict[str, 
     try:
         unfinished.mkdir()
         for name in manifest:
-            _link(full / name, unfinished / name)
+            link(full / name, unfinished / name)
         said = {"files": {name: asdict(file) for name, file in manifest.items()}}
         write_blocks(unfinished / MANIFEST, iter([json.dumps(said, indent=1).encode() + b"\n"]))
         fsync_directory(unfinished)
@@ -53,7 +53,8 @@ def _publish(products: ProductDir, full: Path, final: Path, manifest: dict[str, 
     fsync_directory(products.checkpoints)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """The same file under another name; a copy where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:

@@ -11,6 +11,7 @@ from contract.status import Reason
 from worker import checkpoint
 from worker.checkpoint import Damage, Identity, RunState
 from worker.failure import Failure
+from worker.fork import adopt, fork_of, unusable
 from worker.retention import collect_leftovers
 from worker.saving import report_damage
 
@@ -23,19 +24,26 @@ def find_start(
     steps_of: Callable[[int], int],
     say: Callable[[Event], None],
     from_step: int | None = None,
+    world: int = 1,
 ) -> Path | None:
     """The checkpoint to go on from, verified byte for byte; None: begin at step 0. Only rank 0 calls it.
 
     ``steps_of(rows_per_step)``: the length of the whole run. ``from_step``: the one the user wants to go back to.
-    Raises Failure where the job's own checkpoints cannot be used: beginning anew without a word would throw work away.
+    A fork without a checkpoint of its own begins with its parent's, on ``world`` ranks. Raises Failure where the job's
+    own checkpoints cannot be used: beginning anew without a word would throw work away.
     """
     collect_leftovers(products)
+    fork = fork_of(run)
+    if fork is not None and products.origin.is_dir():
+        adopt(fork, products, identity, spec, world, say)
     if from_step is not None:
         return go_back(products, from_step, identity, say)
     own = newest_of(products, say)
     if own is not None:
         require_fit(own, identity)
         return own
+    if fork is not None:
+        raise unusable(fork, "nothing is left of it, nor of any later one")
     if not spec.checkpoint.from_resume:
         return None
     return _of_earlier_job(spec, run, products, identity, steps_of, say)
@@ -130,6 +138,6 @@ def _objection(path: Path, identity: Identity, steps_of: Callable[[int], int]) -
     differences = identity.differences(state.identity)
     if differences:
         return ", ".join(differences)
-    if state.step >= steps_of(state.rows_per_step):
+    if state.step - state.base_step >= steps_of(state.rows_per_step):
         return f"already at step {state.step}, with nothing left to train"
     return checkpoint.find_damage(path)

@@ -13,24 +13,27 @@ from contract.spec import JobSpec, TrainingSpec
 
 @dataclass(frozen=True)
 class LearningRate:
-    """The rate as a function of the step: linear warm-up, then a decline from ``peak`` to ``peak * floor``."""
+    """The rate as a function of the step: linear warm-up, then a decline from ``peak`` to ``peak * floor``.
+
+    ``steps`` and ``warmup`` are counted behind ``base``.
+    """
 
     peak: float
     floor: float
     steps: int
     warmup: int = 0
     kind: str = "cosine"
+    base: int = 0
 
     @classmethod
-    def of(cls, training: TrainingSpec, steps: int) -> Self:
-        """The schedule of a run of ``steps`` steps."""
-        return cls(
-            training.learning_rate, training.min_lr_ratio, steps, training.warmup_steps, str(training.lr_scheduler)
-        )
+    def of(cls, training: TrainingSpec, steps: int, base: int = 0) -> Self:
+        """The schedule of a run that ends with step ``steps``, counted behind step ``base``."""
+        kind, own = str(training.lr_scheduler), steps - base
+        return cls(training.learning_rate, training.min_lr_ratio, own, training.warmup_steps, kind, base)
 
     def at(self, step: int) -> float:
         """The rate that step ``step`` is taken with."""
-        return lr_at(step, self.steps, self.peak, self.floor, self.warmup, self.kind)
+        return lr_at(step - self.base, self.steps, self.peak, self.floor, self.warmup, self.kind)
 
 
 def lr_at(step: int, steps: int, peak: float, floor: float = 0.1, warmup: int = 0, kind: str = "cosine") -> float:

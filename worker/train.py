@@ -71,7 +71,7 @@ def train(
 
     from_step = attempt.directory.read_resume_from()
     begin = ranks.from_leader(
-        lambda: find_start(spec, attempt.run, products, material.identity, steps_of, say, from_step)
+        lambda: find_start(spec, attempt.run, products, material.identity, steps_of, say, from_step, ranks.world)
     )
     model = initial_model(spec.model, spec.training.seed, ranks.device)
     untrained = begin is None and spec.training.from_weight is None
@@ -82,17 +82,17 @@ def train(
 
     # The order of rows is a function of seed and step; how many make a step was fixed by the first attempt.
     order = Order(material.rows.targets, rows_per_step, spec.training.seed)
-    steps = steps_of(rows_per_step)
+    steps = progress.base_step + steps_of(rows_per_step)
     probe = Probe.of(material.rows, spec.training, ranks.device)
     experts = spec.model.num_experts if spec.model.use_moe else 0
-    fact = started(material, ranks, order, progress.step, steps, begin)
+    fact = started(material, ranks, order, progress, steps, begin)
     loop = Loop(
         spec=spec,
         material=material,
         trainee=trainee,
         ranks=ranks,
         feed=Feed(material.rows, order, ranks, spec.training.batch_size, spec.training.loss_normalization),
-        rate=LearningRate.of(spec.training, steps),
+        rate=LearningRate.of(spec.training, steps, progress.base_step),
         calendar=Calendar.of(spec, steps, evaluates=material.evaluation is not None),
         meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe, experts),
         saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic(), probe),
@@ -255,7 +255,7 @@ class Loop:
             self.say(PhaseChanged(phase=Phase.TRAINING))
         line = self.meters.line(
             step=step,
-            epoch=self.feed.order.epochs_done(step),
+            epoch=self.feed.order.epochs_done(step + progress.data_offset),
             learning_rate=self.rate.at(step),
             tokens=progress.tokens,
             grad_norm=result.grad_norm,

@@ -27,11 +27,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the run is. ``data_offset``: steps of data that rollbacks left out."""
+    """How far the run is. ``data_offset``: steps of data that rollbacks left out, less than 0 where data began anew.
+
+    ``base_step``: the step behind which schedule and length of the run are counted, 0 but for some forks.
+    """
 
     step: int = 0
     tokens: int = 0
     data_offset: int = 0
+    base_step: int = 0
     trouble: Trouble = field(default_factory=Trouble)
 
     def after(self, step_tokens: int, trouble: Trouble) -> Self:
@@ -41,7 +45,7 @@ class Progress:
     @classmethod
     def of(cls, state: RunState) -> Self:
         """Where a checkpoint was."""
-        return cls(state.step, state.tokens, state.data_offset, Trouble(**state.trouble))
+        return cls(state.step, state.tokens, state.data_offset, state.base_step, Trouble(**state.trouble))
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Trainee:
             world_size=len(interval),
             identity=identity,
             data_offset=progress.data_offset,
+            base_step=progress.base_step,
             loss=loss,
             interval=interval,
             trouble=dataclasses.asdict(progress.trouble),
