@@ -18,7 +18,8 @@ from service.db import Database
 from service.devices import routes as device_routes
 from service.devices.inventory import HostInventory, Inventory, visible_devices
 from service.errors import ServiceError, handle
-from service.jobs import products
+from service.forks import routes as fork_routes
+from service.jobs import files, products
 from service.jobs import routes as job_routes
 from service.launch.base import Launcher
 from service.metrics import routes as metric_routes
@@ -55,6 +56,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         services.database.upgrade(services.settings.home / "migrate.lock")
+        files.sweep(services.settings, services.database)
         if scheduling:
             services.scheduler.start()
         if ready is not None:
@@ -77,6 +79,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry)
     for routes in (
         job_routes,
+        fork_routes,
         plan_routes,
         products,
         metric_routes,

@@ -82,6 +82,11 @@ class Settings:
         return self.home / "runs"
 
     @property
+    def trash(self) -> Path:
+        """Notes of files that are to go, see `service.jobs.files`."""
+        return self.home / "trash"
+
+    @property
     def service_file(self) -> Path:
         """Where agents find the URL of the service that runs now."""
         return self.home / "service.json"

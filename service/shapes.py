@@ -37,6 +37,7 @@ class MemoryPlan(Shape):
 class Plan(Shape):
     """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started.
 
+    ``base_step``: steps of a fork's ancestors that lie before its own schedule; ``steps`` counts them too.
     ``estimated``: what depends on the corpus comes from a glance at it. ``eta_basis`` says whose speed was taken.
     """
 
@@ -47,6 +48,7 @@ class Plan(Shape):
     documents: int | None = None
     bad_lines: int | None = None
     steps: int | None = None
+    base_step: int = 0
     steps_per_epoch: int | None = None
     tokens_per_step: float | None = None
     global_batch: int | None = None
@@ -102,10 +104,11 @@ class Forecast(Plan):
 
 
 class Parent(Shape):
-    """What a fork was made from."""
+    """What a fork was made from. ``data``: keep or restart."""
 
     job_id: str
     step: int | None
+    data: str | None = None
 
 
 class AllowedAction(Shape):

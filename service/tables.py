@@ -73,6 +73,7 @@ class JobRow(Table):
 
     ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
     of the curve is summed up in stretches. ``preempted_by``: the job for which this one is pausing.
+    ``lineage``: what a fork remembers of its ancestors, see `service.forks.lineage`.
     """
 
     __tablename__ = "jobs"
@@ -103,7 +104,7 @@ class JobRow(Table):
     restart_at: Mapped[datetime | None]
     asked_at: Mapped[datetime | None]
     heard_at: Mapped[datetime | None]
-    parent_job_id: Mapped[str | None] = mapped_column(String(40))
+    parent_job_id: Mapped[str | None] = mapped_column(String(40), index=True)
     parent_step: Mapped[int | None]
     created_at: Mapped[datetime]
     queued_at: Mapped[datetime]
@@ -112,6 +113,7 @@ class JobRow(Table):
     resume_step: Mapped[int | None]
     sealed_step: Mapped[int] = mapped_column(default=0)
     preempted_by: Mapped[str | None] = mapped_column(String(40))
+    lineage: Mapped[dict[str, Any] | None]
 
 
 class LabelRow(Table):

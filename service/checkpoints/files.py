@@ -48,7 +48,7 @@ def place_of(products: ProductDir, step: int, path: str) -> Path | None:
 def manifest_of(directory: Path) -> dict[str, Listed] | None:
     """What the manifest says; None where there is none that can be read."""
     try:
-        with _opened(directory, MANIFEST) as file:
+        with opened(directory, MANIFEST) as file:
             described = json.loads(file.read(LARGEST_MANIFEST))["files"]
         found = {name: Listed(int(said["bytes"]), str(said["sha256"])) for name, said in described.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -76,13 +76,13 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
     if manifest is None or (name != MANIFEST and name not in manifest):
         raise FileNotInCheckpoint()
     try:
-        return _opened(directory, name), manifest[name].sha256 if name != MANIFEST else None
+        return opened(directory, name), manifest[name].sha256 if name != MANIFEST else None
     except OSError:
         raise FileNotInCheckpoint() from None
 
 
-def _opened(directory: Path, name: str) -> BinaryIO:
-    """Open a regular file that lies in ``directory`` itself: neither it nor the directory may be a link by now."""
+def opened(directory: Path, name: str) -> BinaryIO:
+    """A regular file that lies in ``directory`` itself: neither may be a link by now. Raises OSError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
     within = os.open(directory, flags | os.O_DIRECTORY)
     try:

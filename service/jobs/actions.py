@@ -1,10 +1,11 @@
 """What users do to jobs. Each function is one transaction's work; the rules decide, this carries out."""
 
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import delete, select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, object_session
 
 from contract.parsing import Problem
 from contract.spec import JobSpec
@@ -96,7 +97,7 @@ def resume(
     if step is not None and checkpoint_path(session, job.id, step) is None:
         raise StepUnavailable()
     newest = newest_step(session, job)
-    origin = f"goes on from step {newest:,}" if newest is not None else "there is no checkpoint: it starts anew"
+    origin = _origin(job, newest)
     if step is not None:
         origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
     after = spec.model_dump(mode="json")
@@ -116,6 +117,14 @@ def resume(
     cleared = {"reason": None, "message": None, "error": None}
     store.move(session, job, JobStatus.QUEUED, note, now, **changes, **cleared)
     return job
+
+
+def _origin(job: JobRow, newest: int | None) -> str:
+    if newest is not None:
+        return f"goes on from step {newest:,}"
+    if job.parent_step is not None:
+        return f"goes on from step {job.parent_step:,} of its parent"
+    return "there is no checkpoint: it starts anew"
 
 
 def patch(
@@ -154,7 +163,9 @@ def remove(session: Session, job_id: str) -> JobRow:
 
 def invalid_state(job: JobRow, why: str) -> InvalidState:
     """The 409 that says the present status and the verbs that fit it."""
-    fits = fitting(store.standing(job))
+    session = object_session(job)
+    has_checkpoint = session is not None and newest_step(session, job) is not None
+    fits = fitting(replace(store.standing(job), has_checkpoint=has_checkpoint))
     hint = f"; what fits: {', '.join(fits)}" if fits else "; nothing fits but waiting"
     return InvalidState(f"{why[:1].upper()}{why[1:]}{hint}.", job_status=job.status, allowed_actions=fits)
 
@@ -190,6 +201,12 @@ def _fitting(job: JobRow, action: Action) -> Move | UnderWay:
     return decision
 
 
+def own_steps(job: JobRow) -> int | None:
+    """The length of the job's own schedule, where that is known: `max_steps` counts behind the base of a fork."""
+    steps = job.facts.get("steps")
+    return steps - (job.facts.get("base_step") or 0) if steps is not None else None
+
+
 def _unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:
     """The job, locked. Raises Conflict where its spec is no longer the one that was worked on."""
     job = store.lock(session, job_id)
@@ -204,7 +221,7 @@ def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
     leaf = "max_steps" if now.max_steps is not None else "epochs"
     old, new = was[leaf], getattr(now, leaf)
     if leaf == "max_steps":
-        old = old or job.facts.get("steps")
+        old = old or own_steps(job)
     if old is not None and new <= old:
         message = "must be more than it was: the job has finished all of it"
         if leaf == "max_steps":

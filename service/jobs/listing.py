@@ -28,6 +28,7 @@ class Wanted:
     newest_first: bool
     limit: int
     after: str | None
+    parent: str | None = None
 
 
 def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -54,6 +55,8 @@ def _filtered(wanted: Wanted) -> Select[JobRow]:
         query = query.where(JobRow.status.in_(wanted.status))
     if wanted.name is not None:
         query = query.where(JobRow.name == wanted.name)
+    if wanted.parent is not None:
+        query = query.where(JobRow.parent_job_id == wanted.parent)
     for key, value in wanted.labels:
         holders = select(LabelRow.job_id).where(LabelRow.key == key, LabelRow.value == value)
         query = query.where(JobRow.id.in_(holders))

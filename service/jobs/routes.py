@@ -13,7 +13,7 @@ from contract.spec import JobSpec
 from contract.status import JobStatus
 from service.context import Services, ServicesNeeded
 from service.devices.inventory import kind_for
-from service.errors import RequestInvalid, StepUnavailable, with_problems
+from service.errors import RequestInvalid, ServiceError, StepUnavailable, with_problems
 from service.jobs import actions, changes, files, listing, store, views
 from service.jobs.facts import known_at_submit
 from service.jobs.rules import Action
@@ -46,7 +46,7 @@ def submit(
 ) -> Job:
     """Launch a run. The same `Idempotency-Key` with the same body answers 200 and the job that is there."""
     digest = store.body_digest(body)
-    made = _replayed(services, idempotency_key, digest)
+    made = replayed(services, idempotency_key, digest)
     if made is None:
         made = _create(services, accept(body, services.host), idempotency_key, digest)
         services.scheduler.wake()
@@ -57,29 +57,31 @@ def submit(
 
 
 @dataclass(frozen=True)
-class _Made:
+class Made:
     """A submission's job, and whether this request made it."""
 
     job_id: str
     created_now: bool
 
 
-def _replayed(services: Services, key: str | None, digest: str) -> _Made | None:
+def replayed(services: Services, key: str | None, digest: str) -> Made | None:
+    """The job that was made under this key. Raises RequestInvalid for what is no key, KeyReused for another body."""
     if key is None:
         return None
     if not KEY.fullmatch(key):
         message = "must be 1 to 255 printable ASCII characters"
         raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
     with services.database.read() as session:
-        job = store.replay(session, key, digest, _oldest_key(services))
-        return _Made(job.id, False) if job is not None else None
+        job = store.replay(session, key, digest, oldest_key(services))
+        return Made(job.id, False) if job is not None else None
 
 
-def _oldest_key(services: Services) -> datetime:
+def oldest_key(services: Services) -> datetime:
+    """What was made before is not replayed any more."""
     return utc_now() - timedelta(days=services.settings.idempotency_days)
 
 
-def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> _Made:
+def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> Made:
     kind = kind_for(spec.resources.device, services.inventory.devices())
     facts = known_at_submit(spec, kind)
     now = utc_now()
@@ -88,12 +90,12 @@ def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> 
         if kind == "cpu" and spec.resources.device == "auto":
             store.alert(job, "cpu_fallback", "there is no GPU on this host: this run will use the CPU", now)
         if key is not None:
-            store.forget_keys(session, _oldest_key(services))
+            store.forget_keys(session, oldest_key(services))
         if key is None or store.remember_key(session, key, digest, job, now):
-            return _Made(job.id, True)
+            return Made(job.id, True)
         session.rollback()
     # Another request with this key was faster by a moment; its job is the one.
-    made = _replayed(services, key, digest)
+    made = replayed(services, key, digest)
     assert made is not None
     return made
 
@@ -114,9 +116,10 @@ def list_jobs(
     order: Literal["newest", "oldest"] = "newest",
     limit: Limit = 20,
     after: Text = None,
+    parent: Text = None,
 ) -> Page[Job]:
-    """Jobs; `label=key=value` may stand several times and all must hold."""
-    wanted = listing.Wanted(tuple(status), listing.label_pairs(label), name, order == "newest", limit, after)
+    """Jobs; `label=key=value` may stand several times and all must hold. `parent`: the forks of this job."""
+    wanted = listing.Wanted(tuple(status), listing.label_pairs(label), name, order == "newest", limit, after, parent)
     with services.database.read() as session:
         jobs, has_more = listing.jobs(session, wanted)
         found = views.gather(session, jobs)
@@ -190,7 +193,7 @@ def resume(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
     if not under_way:
         job = _spec_of(services, job_id)
         _require_there(services, job_id, step)
-        spec = changes.resumed_spec(job.spec, job.facts.get("steps"), asked, services.host)
+        spec = changes.resumed_spec(job.spec, actions.own_steps(job), asked, services.host)
         with services.database.write() as session:
             actions.resume(session, job_id, job.spec, spec, step, utc_now())
         services.scheduler.wake()
@@ -215,6 +218,12 @@ def _spec_of(services: Services, job_id: str) -> JobRow:
 @router.delete("/jobs/{job_id}", status_code=204)
 def delete(services: ServicesNeeded, job_id: str) -> None:
     """Remove the record and the files of a job that has ended."""
-    with services.database.write() as session:
-        job = actions.remove(session, job_id)
-    files.remove(services.settings, job.id, job.spec["checkpoint"]["save_dir"])
+    job = _spec_of(services, job_id)
+    with files.doomed(services.settings, job.id, job.spec["checkpoint"]["save_dir"]) as doomed:
+        try:
+            with services.database.write() as session:
+                actions.remove(session, job_id)
+        except ServiceError:
+            doomed.forget()
+            raise
+        doomed.carry_out()

@@ -7,8 +7,8 @@ from contract.report import ErrorCard, ExitReport
 from contract.status import LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, Desired, JobStatus, Reason
 from service.jobs.streaks import Past, fault
 
-Action = Literal["pause", "resume", "save", "cancel", "kill", "delete"]
-ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "cancel", "kill", "delete")
+Action = Literal["pause", "resume", "save", "fork", "cancel", "kill", "delete"]
+ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "fork", "cancel", "kill", "delete")
 
 BACKOFF_SECONDS = (5.0, 20.0, 60.0)
 """Wait before restart 1, 2, and 3 and later, where the job is at fault."""
@@ -34,6 +34,7 @@ class Standing:
     restart_due: bool = False
     attempts: int = 0
     preempted: bool = False
+    has_checkpoint: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ def decide(action: Action, job: Standing) -> Decision:
         case "save":
             running = job.status is JobStatus.RUNNING
             return Move(None, job.desired) if running else Refusal(_is(job.status))
+        case "fork":
+            return Move(None, job.desired) if job.has_checkpoint else Refusal("there is no checkpoint to begin at")
         case "cancel":
             return _stop(job, Desired.CANCEL)
         case "kill":

@@ -116,10 +116,21 @@ def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime
     log.info("job=%s attempt=%s %s -> %s", job.id, job.attempt, before, to)
 
 
-def create(session: Session, spec: JobSpec, facts: dict[str, Any], alerts: list[Any], now: datetime) -> JobRow:
-    """A new queued job."""
+SUBMITTED = Note("", "submitted")
+
+
+def create(
+    session: Session,
+    spec: JobSpec,
+    facts: dict[str, Any],
+    alerts: list[Any],
+    now: datetime,
+    job_id: str | None = None,
+    note: Note = SUBMITTED,
+) -> JobRow:
+    """A new queued job. ``note``: where it comes from."""
     job = JobRow(
-        id=new_id("job"),
+        id=job_id or new_id("job"),
         name=spec.name,
         labels=dict(spec.labels),
         status=JobStatus.QUEUED,
@@ -137,7 +148,8 @@ def create(session: Session, spec: JobSpec, facts: dict[str, Any], alerts: list[
     session.add(job)
     session.flush()
     put_labels(session, job, dict(spec.labels))
-    tell(session, job, Note("created", "submitted", "user", data={"to": JobStatus.QUEUED}), now)
+    data = {"to": JobStatus.QUEUED, **(note.data or {})}
+    tell(session, job, Note("created", note.message, "user", data=data), now)
     return job
 
 

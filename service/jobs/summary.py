@@ -35,6 +35,7 @@ class Facts:
     queue: Queue | None
     heard_at: datetime | None
     reason: Reason | None = None
+    parent_step: int | None = None
 
 
 def summary(job: Facts, now: datetime) -> str:
@@ -127,6 +128,8 @@ def _loss(job: Facts) -> str:
 
 
 def _resume_point(job: Facts) -> str:
+    if job.checkpoint is None and job.parent_step is not None:
+        return f"resuming goes on from step {job.parent_step:,} of its parent"
     if job.checkpoint is None:
         return "no checkpoint, so resuming starts anew"
     return f"resuming goes on from step {job.checkpoint.step:,}"

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from sqlalchemy import select
@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from contract.report import ErrorCard
 from contract.status import Desired, JobStatus, Phase, Reason
 from service.jobs import store
-from service.jobs.rules import ACTIONS, Refusal, decide, resume_blocker
+from service.jobs.rules import ACTIONS, Refusal, Standing, decide, resume_blocker
 from service.jobs.summary import Facts, summary
 from service.shapes import (
     Alert,
@@ -89,8 +89,8 @@ def _show(job: JobRow, found: Gathered, positions: Mapping[str, int], waiting: M
         resume_blocker=blocker,
         checkpoint=checkpoint,
         queue=queue,
-        parent=Parent(job_id=job.parent_job_id, step=job.parent_step) if job.parent_job_id else None,
-        allowed_actions=_actions(job),
+        parent=_parent(job),
+        allowed_actions=_actions(replace(standing, has_checkpoint=newest is not None)),
         summary=summary(_facts(job, progress, checkpoint, queue), now),
         alerts=[Alert.model_validate(alert) for alert in job.alerts],
         restart_at=job.restart_at,
@@ -101,10 +101,16 @@ def _show(job: JobRow, found: Gathered, positions: Mapping[str, int], waiting: M
     )
 
 
-def _actions(job: JobRow) -> list[AllowedAction]:
+def _parent(job: JobRow) -> Parent | None:
+    if job.parent_job_id is None:
+        return None
+    return Parent(job_id=job.parent_job_id, step=job.parent_step, data=(job.lineage or {}).get("data"))
+
+
+def _actions(standing: Standing) -> list[AllowedAction]:
     shown = []
     for action in ACTIONS:
-        decision = decide(action, store.standing(job))
+        decision = decide(action, standing)
         why_not = decision.why if isinstance(decision, Refusal) else None
         shown.append(AllowedAction(action=action, allowed=why_not is None, why_not=why_not))
     return shown

@@ -13,7 +13,7 @@ from contract.parsing import Problem
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store as jobs
-from service.metrics import sealing, store, summaries
+from service.metrics import ancestry, sealing, store, summaries
 from service.metrics.buckets import buckets, width
 
 LARGEST = 2**53 - 1
@@ -37,14 +37,27 @@ def metrics(
     fields: Annotated[str | None, Query(max_length=1000)] = None,
     max_points: Annotated[int | None, Query(ge=1, le=LARGEST_LIMIT)] = None,
     ema_half_life: Annotated[float, Query(ge=0, le=1e9, allow_inf_nan=False)] = 50.0,
+    lineage: bool = False,
 ) -> Response:
     """The curve, oldest step first. Without `attempt` it is stitched: each step stands once.
 
-    With `max_points` the rows are buckets over the whole curve, and `resolution` is the steps in each.
+    With `max_points` the rows are buckets over the whole curve, and `resolution` is the steps in each. With `lineage` a
+    fork's curve begins with those of its ancestors; `lineage` in the list and `job_id` in each row say whose it is.
     """
     wanted = _fields(fields)
+    if lineage and attempt is not None:
+        raise with_problems(RequestInvalid, [Problem("/query/lineage", "cannot be given with attempt")])
     with services.database.read() as session:
         job = jobs.find(session, job_id)
+        if lineage:
+            if max_points is None:
+                found = ancestry.rows(session, job, after_step, limit + 1, wanted)
+                rest: dict[str, Any] = {"has_more": len(found) > limit}
+            else:
+                wide = width(max(store.last_step(session, job_id, None), job.parent_step or 0), max_points)
+                found, limit = ancestry.buckets(session, job, wide, ema_half_life), LARGEST
+                rest = {"has_more": False, "resolution": wide}
+            return _answer(request, found[:limit], {**rest, "lineage": ancestry.shown(session, job)})
         if max_points is None:
             found = store.rows(session, job_id, attempt, after_step, limit + 1, wanted)
             return _answer(request, found[:limit], {"has_more": len(found) > limit})

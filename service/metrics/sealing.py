@@ -60,17 +60,22 @@ def is_kept(wide: int, half_life: float) -> bool:
     return wide >= FINEST and half_life in HALF_LIVES
 
 
-def parts(session: Session, job: JobRow, wide: int, half_life: float) -> Iterator[Part]:
-    """The whole curve for rows of width ``wide``: the widest stretches that fit, then narrower ones, then points."""
-    begin = 0
+def parts(session: Session, job: JobRow, wide: int, half_life: float, until: int | None = None) -> Iterator[Part]:
+    """The whole curve for rows of width ``wide``: the widest stretches that fit, then narrower ones, then points.
+
+    ``until``: the last step that counts.
+    """
+    begin, sealed = 0, job.sealed_step if until is None else min(job.sealed_step, until + 1)
     for level in reversed([level for level in LEVELS if level <= wide]):
-        end = job.sealed_step // level * level
+        end = sealed // level * level
         if end > begin:
             yield from _parts(session, job.id, level, begin, end, half_life)
             begin = end
     query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(
         MetricRow.job_id == job.id, MetricRow.stitched.is_(True), MetricRow.step >= begin
     )
+    if until is not None:
+        query = query.where(MetricRow.step <= until)
     for row in session.execute(query.order_by(MetricRow.step, MetricRow.seq).execution_options(yield_per=5000)):
         yield part_of(*row)
 

@@ -32,6 +32,7 @@ def test_allowed_actions_say_why_not(rig: Rig) -> None:
         "pause": None,
         "resume": "the job is queued",
         "save": "the job is queued",
+        "fork": "there is no checkpoint to begin at",
         "cancel": None,
         "kill": None,
         "delete": "the job is queued: cancel it first",

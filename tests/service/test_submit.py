@@ -69,7 +69,15 @@ def test_every_field_of_the_shapes_is_there(rig: Rig) -> None:
     assert set(PLAN.split()) <= set(job["plan"])
     assert set(job["plan"]["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations"}
     assert set(PROGRESS.split()) <= set(job["progress"])
-    assert {a["action"] for a in job["allowed_actions"]} == {"pause", "resume", "save", "cancel", "kill", "delete"}
+    assert {a["action"] for a in job["allowed_actions"]} == {
+        "pause",
+        "resume",
+        "save",
+        "fork",
+        "cancel",
+        "kill",
+        "delete",
+    }
 
 
 def test_minimind_habits_and_hugging_face_names(rig: Rig) -> None:

@@ -15,6 +15,7 @@ from contract.report import Fork
 from contract.rundir import ProductDir, RunDir, write_json
 from tests.worker import driver
 from worker import checkpoint, fork
+from worker.failure import Failure
 from worker.milestones import keep_weights
 from worker.schedule import LearningRate, lr_at
 
@@ -148,13 +149,13 @@ def test_a_fork_never_begins_at_step_0(parent: RunDir, tmp_path: Path) -> None:
     whole = (origin / "model.safetensors").read_bytes()
     (origin / "model.safetensors").unlink()
     (origin / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(fork.Failure, match=r"step 8 of job_parent, where this fork begins.*model.safetensors sha256"):
+    with pytest.raises(Failure, match=r"step 8 of job_parent, where this fork begins.*model.safetensors sha256"):
         begin(run, [])
     shutil.rmtree(origin)
-    with pytest.raises(fork.Failure, match="nothing is left of it"):
+    with pytest.raises(Failure, match="nothing is left of it"):
         begin(run, [], state.identity)
     run.fork.write_text("{")
-    with pytest.raises(fork.Failure, match="cannot be read"):
+    with pytest.raises(Failure, match="cannot be read"):
         begin(run, [], state.identity)
 
 
@@ -165,12 +166,12 @@ def test_what_cannot_be_another_run_is_refused_by_name(parent: RunDir, tmp_path:
     kept, anew = forked(parent, tmp_path / "kept", "keep"), forked(parent, tmp_path / "anew", "restart")
     theirs = checkpoint.read_state(kept.products(None).origin).identity
     other = replace(theirs, corpus="c" * 64, max_seq_len=16)
-    with pytest.raises(fork.Failure, match=r"the corpus is another one.*max_seq_len is 16 and was 32"):
+    with pytest.raises(Failure, match=r"the corpus is another one.*max_seq_len is 16 and was 32"):
         begin(kept, [], other)
-    with pytest.raises(fork.Failure, match="optimizer is not muon"):
+    with pytest.raises(Failure, match="optimizer is not muon"):
         begin(kept, [], optimizer="muon")
     for wrong in (replace(other, tokenizer="t" * 64), replace(other, model={**theirs.model, "num_hidden_layers": 3})):
-        with pytest.raises(fork.Failure, match=r"the tokenizer is another one|num_hidden_layers is 3 and was 2"):
+        with pytest.raises(Failure, match=r"the tokenizer is another one|num_hidden_layers is 3 and was 2"):
             begin(anew, [], wrong)
     assert begin(anew, [], replace(other, model={**theirs.model, "dropout": 0.5}))
     state = checkpoint.read_state(anew.products(None).checkpoint(STEP))

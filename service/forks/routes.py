@@ -1,0 +1,85 @@
+"""POST /jobs/{id}/fork."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Response
+
+from service.context import Services, ServicesNeeded
+from service.errors import KeyReused, ServiceError
+from service.forks import making
+from service.forks.asked import Asked, forked_spec, read
+from service.jobs import files, store
+from service.jobs.routes import Made, oldest_key, replayed, show
+from service.scheduler.apply import utc_now
+from service.shapes import Job
+from service.web import JsonBody
+
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {
+                        "step": {"type": "integer", "minimum": 0},
+                        "overrides": {"type": "object"},
+                        "data": {"enum": ["keep", "restart"], "default": "keep"},
+                    },
+                }
+            }
+        }
+    }
+}
+
+router = APIRouter(tags=["jobs"])
+
+
+@router.post("/jobs/{job_id}/fork", status_code=201, openapi_extra=BODY)
+def fork(
+    services: ServicesNeeded,
+    response: Response,
+    job_id: str,
+    body: JsonBody,
+    idempotency_key: Annotated[str | None, Header()] = None,
+) -> Job:
+    """A new job that begins at this job's checkpoint of `step` (the newest where none is named), with `overrides`.
+
+    `data` "keep": the run goes on as the parent's would, the same samples in the same steps. "restart": the data and
+    the schedule begin anew, the steps go on being counted. The parent may be in any state, and may be deleted later.
+    """
+    digest = store.body_digest({"fork": job_id, "body": body})
+    made = replayed(services, idempotency_key, digest)
+    if made is None:
+        made = _make(services, job_id, read(body), idempotency_key, digest)
+        services.scheduler.wake()
+    if not made.created_now:
+        response.status_code = 200
+    response.headers["Location"] = f"/jobs/{made.job_id}"
+    return show(services, made.job_id)
+
+
+def _make(services: Services, job_id: str, asked: Asked, key: str | None, digest: str) -> Made:
+    settings, host = services.settings, services.host
+    with services.database.read() as session:
+        parent = making.parent_of(session, settings.runs, job_id, asked)
+    spec = forked_spec(asked, parent.origin, host)
+    fork_id = store.new_id("job")
+    with files.doomed(settings, fork_id, spec.checkpoint.save_dir) as half_made:
+        try:
+            making.lay_out(settings, fork_id, spec, asked, parent)
+            with services.database.write() as session:
+                job = making.insert(session, fork_id, spec, asked, parent, host, utc_now())
+                if key is not None:
+                    store.forget_keys(session, oldest_key(services))
+                if key is not None and not store.remember_key(session, key, digest, job, utc_now()):
+                    # Another request with this key was faster by a moment; its job is the one.
+                    raise KeyReused()
+        except (ServiceError, OSError) as error:
+            half_made.carry_out()
+            earlier = replayed(services, key, digest) if isinstance(error, KeyReused) else None
+            if earlier is None:
+                raise
+            return earlier
+        half_made.forget()
+    return Made(fork_id, created_now=True)

@@ -1,0 +1,95 @@
+"""A fork's curve with those of its ancestors before it, each up to where the next job began."""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
+
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from service.forks.lineage import Piece, by_job, own_pieces, pieces
+from service.metrics import sealing, store
+from service.metrics.summaries import Part, part_of
+from service.metrics.summaries import rows as summed
+from service.tables import JobRow, MetricRow
+
+
+def rows(session: Session, job: JobRow, after_step: int, limit: int, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """At most ``limit`` points behind ``after_step``, oldest first, each with the ``job_id`` it belongs to."""
+    found: list[dict[str, Any]] = []
+    for piece in pieces(job):
+        if len(found) < limit and piece.until > after_step:
+            more = _of_piece(session, piece, max(after_step, piece.after), limit - len(found), fields)
+            found += [{"job_id": piece.job_id, **row} for row in more]
+    if len(found) < limit:
+        own = store.rows(session, job.id, None, after_step, limit - len(found), fields)
+        found += [{"job_id": job.id, **row} for row in own]
+    return found
+
+
+def _of_piece(session: Session, piece: Piece, after: int, limit: int, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """Each step once, as it was done last: an attempt that went back by itself did some twice."""
+    columns = [getattr(MetricRow, name) for name in fields]
+    found: list[dict[str, Any]] = []
+    while len(found) < limit:
+        page = session.execute(_points(piece, after, columns).limit(limit)).all()
+        for row in page:
+            if row.step > after:
+                found.append(dict(zip(fields, row, strict=True)))
+                after = row.step
+        if len(page) < limit:
+            break
+    return found[:limit]
+
+
+def _points(piece: Piece, after: int, columns: Sequence[Any]) -> Select[Any]:
+    of_attempt = (MetricRow.job_id == piece.job_id, MetricRow.attempt == piece.attempt)
+    query = select(*columns).where(*of_attempt, MetricRow.step > after, MetricRow.step <= piece.until)
+    return query.order_by(MetricRow.step, MetricRow.seq.desc())
+
+
+def buckets(session: Session, job: JobRow, wide: int, half_life: float) -> list[dict[str, Any]]:
+    """The whole line as rows of width ``wide``."""
+    ancestors = by_job(pieces(job))
+    parts = chain.from_iterable(_ancestor(session, found, wide, half_life) for _, found in ancestors)
+    own = sealing.parts(session, job, wide, half_life) if sealing.is_kept(wide, half_life) else _all(session, job.id)
+    bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
+
+    def whose(step: int) -> str:
+        return next((job_id for until, job_id in bounds if step <= until), job.id)
+
+    return [{"job_id": whose(row["step"]), **row} for row in summed(chain(parts, own), wide, half_life)]
+
+
+def _all(session: Session, job_id: str) -> Iterator[Part]:
+    return (part_of(point.step, point.loss, point.attempt) for point in store.points(session, job_id, None))
+
+
+def _ancestor(session: Session, found: list[Piece], wide: int, half_life: float) -> Iterator[Part]:
+    """From what is summed up, where the ancestor's curve still is what led to the fork; else from its points."""
+    until = found[-1].until
+    job = session.get(JobRow, _number(session, found[0].job_id))
+    if job is not None and sealing.is_kept(wide, half_life) and own_pieces(session, job, until) == found:
+        yield from sealing.parts(session, job, wide, half_life, until)
+        return
+    for piece in found:
+        last = piece.after
+        columns = (MetricRow.step, MetricRow.loss, MetricRow.attempt)
+        for row in session.execute(_points(piece, piece.after, columns).execution_options(yield_per=5000)):
+            if row.step > last:
+                last = row.step
+                yield part_of(*row)
+
+
+def _number(session: Session, job_id: str) -> int:
+    return session.scalar(select(JobRow.number).where(JobRow.id == job_id)) or 0
+
+
+def shown(session: Session, job: JobRow) -> list[dict[str, Any]]:
+    """Whose curve it is up to which step, oldest first; ``deleted`` ones have left no points."""
+    ancestors = by_job(pieces(job))
+    there = set(session.scalars(select(JobRow.id).where(JobRow.id.in_([job_id for job_id, _ in ancestors]))))
+    known = [
+        {"job_id": job_id, "until_step": found[-1].until, "deleted": job_id not in there} for job_id, found in ancestors
+    ]
+    return [*known, {"job_id": job.id, "until_step": None, "deleted": False}]
