@@ -113,9 +113,19 @@ def _add_tools(commands: Any) -> None:
     check = _add(corpus, "check", "client.local:check_corpus", "count the texts, name every line that cannot be read")
     check.add_argument("file", metavar="FILE", help="corpus: JSONL, text, gzip, zstandard or parquet")
     check.add_argument("--text-field", default="text", help="key of the text (text)")
-    database = commands.add_parser("db", help="the service's database").add_subparsers(metavar="upgrade", required=True)
+    _add_database(commands.add_parser("db", help="the service's database"))
+
+
+def _add_database(parser: argparse.ArgumentParser) -> None:
+    database = parser.add_subparsers(metavar="upgrade|copy|backup", required=True)
     upgrade = _add(database, "upgrade", "client.local:upgrade_database", "bring the tables to this version")
     _add_store_options(upgrade)
+    copy = _add(database, "copy", "client.local:copy_database", "move everything into another, empty database")
+    for name, explained in (("source", "FROM"), ("target", "TO")):
+        copy.add_argument(name, metavar=explained, help="URL of a database, a SQLite file, or a home")
+    backup = _add(database, "backup", "client.local:back_up_database", "copy the SQLite database while it is in use")
+    backup.add_argument("file", metavar="FILE", help="where to; must not be there yet")
+    _add_store_options(backup)
 
 
 def _add_reading(commands: Any) -> None:

@@ -15,8 +15,18 @@ def serve(args: argparse.Namespace, _console: Console) -> int:
 
 
 def upgrade_database(args: argparse.Namespace, _console: Console) -> int:
-    """`trainyard db upgrade`: ``python -m service.db upgrade``."""
-    return become("service.db", ["upgrade"], store_settings(args))
+    """`trainyard db upgrade`: ``python -m service.maintenance upgrade``."""
+    return become("service.maintenance", ["upgrade"], store_settings(args))
+
+
+def copy_database(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard db copy`: ``python -m service.maintenance copy``."""
+    return become("service.maintenance", ["copy", args.source, args.target], {})
+
+
+def back_up_database(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard db backup`: ``python -m service.maintenance backup``."""
+    return become("service.maintenance", ["backup", args.file], store_settings(args))
 
 
 def train_tokenizer(args: argparse.Namespace, _console: Console) -> int:

@@ -1,13 +1,9 @@
 """The database: one engine, readers that see one moment, writers that come one by one, and the migrations.
 
-SQLite by the standard library's driver, Postgres by psycopg 3. ``python -m service.db upgrade`` brings a database up to
-date; the service does the same when it starts.
+SQLite by the standard library's driver, Postgres by psycopg 3.
 """
 
-import argparse
 import contextlib
-import os
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +12,18 @@ from typing import Any
 import alembic.command
 import alembic.config
 from sqlalchemy import Connection, Engine, create_engine, event, text
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import Session
 
 import migrations
 from contract.locks import FileLock
-from service.settings import Settings
 
 BUSY_SECONDS = 30
+ALONE_SECONDS = 3
 IDLE_SECONDS = 10
+APPLICATION = "trainyard"
+"""What our connections are called in `pg_stat_activity`."""
+
 MIGRATION_LOCK = 7_263_054_117
 """Key of the Postgres advisory lock that one migrating service holds."""
 
@@ -33,7 +32,7 @@ class Database:
     """Sessions on one database; `close` gives its connections back."""
 
     def __init__(self, url: str) -> None:
-        self.engine = _engine(url)
+        self.engine = engine_for(make_url(url))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         # A reader on Postgres must see one moment too, as a SQLite reader does.
         self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ") if not self.is_sqlite else None
@@ -77,8 +76,8 @@ def alembic_config(connection: Connection) -> alembic.config.Config:
     return config
 
 
-def _engine(url: str) -> Engine:
-    parsed = make_url(url)
+def engine_for(parsed: URL, alone: bool = False) -> Engine:
+    """Connections to a database. ``alone``: SQLite refuses it where another process has it open, and then has it."""
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() != "sqlite":
@@ -90,7 +89,7 @@ def _engine(url: str) -> Engine:
             max_overflow=32,
             pool_pre_ping=True,
             pool_timeout=10,
-            connect_args={"options": options},
+            connect_args={"options": options, "application_name": APPLICATION},
         )
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
@@ -99,18 +98,24 @@ def _engine(url: str) -> Engine:
         pool_size=16,
         max_overflow=32,
         pool_timeout=BUSY_SECONDS,
-        connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False},
+        connect_args={"timeout": ALONE_SECONDS if alone else BUSY_SECONDS, "check_same_thread": False},
     )
+    if alone:
+        event.listen(engine, "connect", _shut_out_others)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _shut_out_others(connection: Any, _record: object) -> None:
+    # The lock that every reader of the file shares is taken for this connection alone, by its next write.
+    connection.execute("PRAGMA locking_mode=EXCLUSIVE")
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:
     # The driver's own BEGIN is switched off: it comes too late and never as IMMEDIATE.
     connection.isolation_level = None
     for pragma in (
-        f"busy_timeout={BUSY_SECONDS * 1000}",
         "journal_mode=WAL",
         # FULL: an answered POST and an acknowledged outbox line survive a power cut, for one fsync a commit.
         "synchronous=FULL",
@@ -123,24 +128,3 @@ def _begin_sqlite(connection: Connection) -> None:
     # A reader that turns into a writer later cannot wait for the lock and fails at once, so writers say so first.
     writes = connection.get_execution_options().get("writes")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """``python -m service.db upgrade [--database-url URL]``."""
-    parser = argparse.ArgumentParser(prog="python -m service.db", description="The service's database")
-    parser.add_argument("what", choices=["upgrade"], help="bring the tables up to date")
-    parser.add_argument("--database-url", help="default: TRAINYARD_DATABASE_URL, or SQLite in the home")
-    given = parser.parse_args(arguments)
-    settings = Settings.read(os.environ, host="127.0.0.1", database_url=given.database_url)
-    settings.home.mkdir(parents=True, exist_ok=True)
-    database = Database(settings.database_url)
-    try:
-        database.upgrade(settings.home / "migrate.lock")
-    finally:
-        database.close()
-    print("the database is up to date", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

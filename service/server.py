@@ -1,6 +1,7 @@
 """The server around the application: what HTTP itself needs and uvicorn has not."""
 
 import asyncio
+import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -69,7 +70,8 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._ending = ending
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT came."""
+    def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT came. uvicorn would raise it once more at the end: a clean end is no death by signal."""
         self._ending()
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True

@@ -255,7 +255,9 @@ def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> N
             },
         ),
         (["serve", "--no-scheduler"], "service", ["--no-scheduler"], {}),
-        (["db", "upgrade", "--home", "/h"], "service.db", ["upgrade"], {"TRAINYARD_HOME": "/h"}),
+        (["db", "upgrade", "--home", "/h"], "service.maintenance", ["upgrade"], {"TRAINYARD_HOME": "/h"}),
+        (["db", "copy", "/h", "postgresql:///t"], "service.maintenance", ["copy", "/h", "postgresql:///t"], {}),
+        (["db", "backup", "/b", "--home", "/h"], "service.maintenance", ["backup", "/b"], {"TRAINYARD_HOME": "/h"}),
         (
             ["tokenizer", "train", "f.jsonl", "--vocab-size", "500", "--out", "d"],
             "worker.tokenizers",

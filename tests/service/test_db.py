@@ -10,7 +10,6 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from service import db
 from service.db import Database, alembic_config
 from service.jobs import store
 from service.scheduler.apply import utc_now
@@ -78,15 +77,6 @@ def test_two_services_that_migrate_at_once(empty: str, tmp_path: Path) -> None:
         database.close()
 
     assert in_threads(3, upgrade) == [None] * 3
-
-
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
-    assert db.main(["upgrade"]) == 0
-    assert (tmp_path / "home" / "trainyard.db").exists()
-    assert capsys.readouterr().err == "the database is up to date\n"
-    with pytest.raises(SystemExit):
-        db.main(["destroy"])
 
 
 def test_sqlite_is_set_up_for_many(sqlite_url: str) -> None:

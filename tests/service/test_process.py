@@ -80,7 +80,20 @@ def test_a_life(start: Callable[..., Process]) -> None:
     assert json.loads((service.home / "service.json").read_text()) == {"url": url}
     assert httpx2.get(f"{url}/jobs").json() == {"object": "list", "data": [], "has_more": False}
     assert "server" not in httpx2.get(f"{url}/jobs").headers
-    assert service.end() in (0, -signal.SIGTERM)
+    assert service.end() == 0, "a clean end"
+
+
+def test_it_ends_cleanly_with_streams_open(start: Callable[..., Process]) -> None:
+    service = start("--no-scheduler")
+    url = service.url()
+    (service.home / "corpus.jsonl").write_text('{"text": "one"}\n')
+    spec = {"data": {"data_path": str(service.home / "corpus.jsonl")}}
+    job_id = httpx2.post(f"{url}/jobs", json=spec).json()["id"]
+    with httpx2.stream("GET", f"{url}/jobs/{job_id}/metrics/stream", timeout=DEADLINE) as stream:
+        service.process.send_signal(signal.SIGTERM)
+        assert "event: end" not in "".join(stream.iter_text()), "cut, so that its reader comes again"
+    assert service.process.wait(DEADLINE) == 0
+    assert "Traceback" not in service.said()
 
 
 def test_a_successor_waits_for_its_predecessor(start: Callable[..., Process]) -> None:
