@@ -1,16 +1,17 @@
-"""The subcommands that change a job: pause, resume, save, cancel, kill, delete."""
+"""The subcommands that change a job: pause, resume, save, fork, export, cancel, kill, delete."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from client.advice import what_next
 from client.api import Trainyard
 from client.console import Console
 from client.exits import Exit, UsageError
-from client.flags import parse_assignment
+from client.flags import parse_assignment, with_absolute_paths
 from client.reading import connect
 from client.shapes import Job
-from client.words import one_line
+from client.words import count, one_line, size
 
 
 def pause(args: argparse.Namespace, console: Console) -> int:
@@ -41,6 +42,45 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"only resources can be changed on resume: --set resources.FIELD=JSON, not {assignment!r}")
         changes.setdefault("resources", {})[place[1]] = value
     return changes
+
+
+def fork(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard fork`."""
+    overrides: dict[str, Any] = {} if args.name is None else {"name": args.name}
+    for assignment in args.set:
+        place, value = parse_assignment(assignment)
+        if len(place) > 2:
+            raise UsageError(f"--set takes GROUP.FIELD=JSON, not {assignment!r}")
+        into = overrides.setdefault(place[0], {}) if len(place) == 2 else overrides
+        into[place[-1]] = value
+    data = "restart" if args.restart_data else "keep"
+    with connect(args) as trainyard:
+        job = trainyard.fork(_id(trainyard, args), args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
+    if not args.json:
+        parent = job["parent"] or {}
+        console.say(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
+    return _report(job, args, console)
+
+
+def export(args: argparse.Namespace, console: Console) -> int:
+    """`trainyard export`: of the newest checkpoint where no step is named."""
+    with connect(args) as trainyard:
+        job_id = _id(trainyard, args)
+        step = args.step if args.step is not None else _newest(trainyard, job_id)
+        made = trainyard.export(job_id, step, format=args.format)
+    if args.json:
+        console.json(made)
+        return Exit.SUCCEEDED
+    console.data(str(made["path"]))
+    console.say(f"step {made['step']:,} as {made['format']}: {len(made['files'])} files, {size(made['bytes'])}")
+    return Exit.SUCCEEDED
+
+
+def _newest(trainyard: Trainyard, job_id: str) -> int:
+    found = trainyard.checkpoints(job_id)
+    if not found:
+        raise UsageError("the job has no checkpoint to export yet")
+    return int(found[0]["step"])
 
 
 def cancel(args: argparse.Namespace, console: Console) -> int:

@@ -20,7 +20,7 @@ from client.connection import Connection, Patience
 from client.download import fetch
 from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
 from client.exits import at_rest
-from client.shapes import Checkpoint, Job, LogChunk, Metric, Plan, Version
+from client.shapes import Checkpoint, Export, Job, LogChunk, Metric, Plan, Version
 from client.streams import StreamEvent
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -138,6 +138,26 @@ class Trainyard:
         """
         return self._act(job_id, "resume", changes or None)
 
+    def fork(
+        self,
+        job_id: str,
+        step: int | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        data: str = "keep",
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """A new job that begins at the checkpoint of ``step``, or the newest; ``overrides`` are a part of a job spec.
+
+        ``data``: "keep" goes on with the parent's order of samples, "restart" begins data and schedule anew.
+
+        Raises:
+            InvalidSpec: with every mistake at once in ``errors``.
+        """
+        body = {"step": step, "overrides": overrides or {}, "data": data}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return cast(Job, self._connection.call("POST", _path(job_id, "fork"), body=body, headers=headers))
+
     def cancel(self, job_id: str) -> Job:
         """Save and stop for good."""
         return self._act(job_id, "cancel")
@@ -179,10 +199,15 @@ class Trainyard:
 
     # What a job leaves behind
 
-    def metrics(self, job_id: str, *, after_step: int = 0, attempt: int | None = None) -> Iterator[Metric]:
-        """Every point of the curve behind ``after_step``, oldest first, fetched page by page."""
+    def metrics(
+        self, job_id: str, *, after_step: int = 0, attempt: int | None = None, lineage: bool = False
+    ) -> Iterator[Metric]:
+        """Every point of the curve behind ``after_step``, oldest first, fetched page by page.
+
+        ``lineage``: a fork's curve begins with those of its ancestors; ``job_id`` in each point says whose it is.
+        """
         while True:
-            params = {"after_step": after_step, "limit": METRICS_PAGE, "attempt": attempt}
+            params = {"after_step": after_step, "limit": METRICS_PAGE, "attempt": attempt, "lineage": lineage or None}
             page = self._connection.call("GET", _path(job_id, "metrics"), params=params)
             yield from page["data"]
             if not page["has_more"] or not page["data"]:
@@ -222,6 +247,18 @@ class Trainyard:
         Returns the names. Raises `Damaged` where a file is not what the manifest says, beside what every call raises.
         """
         return fetch(self._connection, _path(job_id, "checkpoints", str(step), "files"), Path(into))
+
+    def export(self, job_id: str, step: int, *, format: str = "hf", timeout: float = 900.0) -> Export:  # noqa: A002 - as the API has it
+        """Write a checkpoint beside the run as others load it: "hf" or "minimind". Returns where it is.
+
+        The same export again is answered with the same path. ``timeout``: seconds, for it is written meanwhile.
+        """
+        path = _path(job_id, "checkpoints", str(step), "export")
+        return cast(Export, self._connection.call("POST", path, body={"format": format}, timeout=timeout))
+
+    def exports(self, job_id: str) -> list[Export]:
+        """What was exported, newest step first."""
+        return list(cast(Iterator[Export], self._pages(_path(job_id, "exports"))))
 
     def delete_checkpoint(self, job_id: str, step: int) -> None:
         """Remove a full checkpoint with its files; the service refuses for the last valid one."""

@@ -80,11 +80,13 @@ class Connection:
         params: Mapping[str, Any] | None = None,
         body: Any = None,
         headers: Mapping[str, str] | None = None,
+        timeout: float | None = None,
     ) -> Any:
         """The JSON of the answer, None where it has none.
 
         A request that never reached the service is always sent again. One whose answer was lost is sent again only
-        where a second arrival does no harm: reads, and writes with an Idempotency-Key.
+        where a second arrival does no harm: reads, and writes with an Idempotency-Key. ``timeout``: seconds for one
+        try, where the answer takes longer than most.
 
         Raises:
             ServiceUnreachable: no answer within the client's patience.
@@ -92,6 +94,8 @@ class Connection:
         """
         given = {name: value for name, value in (params or {}).items() if value is not None}
         content: dict[str, Any] = {} if body is None else {"json": body}
+        if timeout is not None:
+            content["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
         request = self._http.build_request(method, path, params=given, headers=dict(headers or {}), **content)
         repeatable = method == "GET" or "Idempotency-Key" in request.headers
         return self._answer(self._persistently(request, repeatable))

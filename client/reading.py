@@ -69,7 +69,7 @@ def metrics(args: argparse.Namespace, console: Console) -> int:
     """`trainyard metrics`. The points are printed as they come, so that a long curve takes no memory."""
     with connect(args) as trainyard:
         job_id = trainyard.find(args.job)["id"]
-        points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt)
+        points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
         if args.json:
             console.json({"object": "list", "data": list(points), "has_more": False})
         elif args.csv:

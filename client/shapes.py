@@ -48,6 +48,19 @@ class Checkpoint(TypedDict, total=False):
     created_at: str
 
 
+class Export(TypedDict, total=False):
+    """A checkpoint as others load it; ``path`` is on the service's host."""
+
+    object: str
+    id: str
+    job_id: str
+    step: int
+    format: str
+    path: str
+    bytes: int
+    files: list[dict[str, Any]]
+
+
 class Action(TypedDict, total=False):
     """Whether a verb fits the job's present state, and if not, why."""
 
@@ -122,6 +135,7 @@ class Job(TypedDict, total=False):
 class Metric(TypedDict, total=False):
     """One point of the curve. ``loss`` is the mean over every token since the point before."""
 
+    job_id: str
     step: int
     attempt: int
     epoch: float

@@ -18,6 +18,7 @@ from service.db import Database
 from service.devices import routes as device_routes
 from service.devices.inventory import HostInventory, Inventory, visible_devices
 from service.errors import ServiceError, handle
+from service.exports import routes as export_routes
 from service.forks import routes as fork_routes
 from service.jobs import files, products
 from service.jobs import routes as job_routes
@@ -85,6 +86,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         metric_routes,
         stream_routes,
         checkpoint_routes,
+        export_routes,
         report_routes,
         device_routes,
         status_routes,

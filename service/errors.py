@@ -114,6 +114,39 @@ class StepUnavailable(ServiceError):
     status, code = 409, "step_unavailable"
 
 
+class FileNotInExport(ServiceError):
+    """There is no such export, or it has no such file."""
+
+    status, code = 404, "file_not_found"
+
+
+class ExportUnderWay(ServiceError):
+    """An export of this job is being made. Ask again when it is done."""
+
+    status, code = 409, "export_under_way"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"Retry-After": "5"})
+
+
+class ExportFailed(ServiceError):
+    """The checkpoint could not be exported."""
+
+    status, code = 409, "export_failed"
+
+
+class ExportUnavailable(ServiceError):
+    """The server has no torch, so it cannot export. Ask one that has, or run `python -m worker.export` yourself."""
+
+    status, code = 501, "export_unavailable"
+
+
+class ExportTimedOut(ServiceError):
+    """The export took longer than it may and was ended. Nothing of it is left."""
+
+    status, code = 504, "export_timeout"
+
+
 class SpecInvalid(ServiceError):
     """The job spec has mistakes."""
 

@@ -213,6 +213,26 @@ class Attempt(Shape):
     ended_at: datetime | None
 
 
+class ExportedFile(Shape):
+    """A file of an export."""
+
+    name: str
+    bytes: int
+
+
+class Export(Shape):
+    """A checkpoint as others load it: a Hugging Face directory, or one with MiniMind's file."""
+
+    object: Literal["export"] = "export"
+    id: str
+    job_id: str
+    step: int
+    format: str
+    path: str
+    bytes: int
+    files: list[ExportedFile]
+
+
 class Sample(Shape):
     """A text the model wrote at a step."""
 

@@ -117,10 +117,10 @@ def tokenizer_of(source: Source, given: str | None) -> tuple[str, Tokenizer]:
     return path, tokenizer
 
 
-def export_minimind(source: Source, out: Path) -> Path:
-    """Write ``out/pretrain_512.pth``: half precision, MiniMind's keys. Returns its path."""
+def export_minimind(source: Source, out: Path, stem: str | None = None) -> Path:
+    """Write ``out/pretrain_512.pth``: half precision, MiniMind's keys. Returns its path. ``stem``: for ``pretrain``."""
     model = source.model
-    stem = source.spec.checkpoint.save_weight if source.spec is not None else "pretrain"
+    stem = stem or (source.spec.checkpoint.save_weight if source.spec is not None else "pretrain")
     file = out / f"{stem}_{model.hidden_size}{'_moe' if model.use_moe else ''}.pth"
     tensors = source.tensors()
     if model.tie_word_embeddings:
@@ -204,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=("hf", "minimind"), default="hf", help="default: hf")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--tokenizer", metavar="DIR", help='or "byte"; not needed inside a run directory')
+    parser.add_argument("--stem", help="first part of MiniMind's file name; not needed inside a run directory")
     options = parser.parse_args(arguments)
     try:
         source = find_source(options.source.resolve())
@@ -216,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _export(source: Source, options: argparse.Namespace) -> Path:
     if options.format == "minimind":
-        return export_minimind(source, options.out)
+        return export_minimind(source, options.out, options.stem)
     return export_huggingface(source, options.out, *tokenizer_of(source, options.tokenizer))
 
 

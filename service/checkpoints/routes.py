@@ -40,7 +40,7 @@ def download(
 
     `ETag` is the sha256 that the manifest gives: a piece asked for with `If-Range` is of the same file, or all of it.
     """
-    file, sha256 = open_listed(_directory(services, job_id, step), name)
+    file, sha256 = open_listed(directory_of(services, job_id, step), name)
     try:
         etag = f'"{sha256}"' if sha256 is not None else None
         wanted = range_ if if_range in (None, etag) else None
@@ -50,7 +50,8 @@ def download(
         raise
 
 
-def _directory(services: Services, job_id: str, step: int) -> Path:
+def directory_of(services: Services, job_id: str, step: int) -> Path:
+    """Where the checkpoint's files are, the full one where there are both. Raises CheckpointNotFound."""
     with services.database.read() as session:
         job = store.find(session, job_id)
         of_step = (CheckpointRow.job_id == job.id, CheckpointRow.step == step)

@@ -198,6 +198,12 @@ class FakeService:
     def _job(self, request: httpx2.Request, job_id: str, *below: str) -> httpx2.Response:
         if job_id not in self.jobs:
             return problem(404, "job_not_found", "No job has this id.")
+        if below[-1:] == ("export",):
+            return httpx2.Response(201, json=self._export(job_id, int(below[1]), body_of(request)["format"]))
+        if below == ("fork",):
+            asked = body_of(request)
+            parent = {"job_id": job_id, "step": asked["step"] or 400, "data": asked["data"]}
+            return httpx2.Response(201, json={**self.jobs[job_id], "id": "job_fork", "parent": parent})
         if below[:1] == ("checkpoints",) and len(below) > 1:
             return self._checkpoint(request, int(below[1]), *below[2:])
         if request.method == "DELETE":
@@ -210,6 +216,19 @@ class FakeService:
         if below == ("logs",):
             return self._logs(request)
         return listed(self.rows.get(below[0], []))
+
+    def _export(self, job_id: str, step: int, form: str) -> dict[str, Any]:
+        path = f"/runs/{job_id}/exports/step-{step:08d}-{form}"
+        files = [{"name": "config.json", "bytes": 300}]
+        return {
+            "object": "export",
+            "job_id": job_id,
+            "step": step,
+            "format": form,
+            "path": path,
+            "bytes": 300,
+            "files": files,
+        }
 
     def _checkpoint(self, request: httpx2.Request, step: int, *below: str) -> httpx2.Response:
         if step not in self.files:

@@ -26,12 +26,12 @@ def subcommands() -> list[str]:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
-    expected += "pause resume save cancel kill delete tokenizer corpus db version"
+    expected += "pause resume save fork export cancel kill delete tokenizer corpus db version"
     assert set(subcommands()) == set(expected.split())
 
 
 def test_every_command_names_a_function_that_exists() -> None:
-    of_job = (*OF_JOB, "watch", "pause", "resume", "save", "cancel", "kill", "delete")
+    of_job = (*OF_JOB, "watch", "pause", "resume", "save", "fork", "export", "cancel", "kill", "delete")
     lines = [[name, *(["j"] if name in of_job else [])]
              for name in subcommands() if name not in ("submit", "plan", "tokenizer", "corpus", "db")]  # fmt: skip
     lines += [["tokenizer", "train", "f", "--out", "d"], ["corpus", "check", "f"], ["db", "upgrade"]]

@@ -97,12 +97,6 @@ def test_attempts_show_no_secret(rig: Rig) -> None:
     assert "token" not in text
 
 
-def test_what_comes_later_is_not_there_yet(rig: Rig) -> None:
-    job_id = rig.submit()
-    for method, path in (("POST", "checkpoints/1/export"),):
-        assert rig.client.request(method, f"/jobs/{job_id}/{path}").status_code == 404
-
-
 def test_devices_and_status_pages(any_rig: Rig) -> None:
     job_id, attempt = any_rig.running()
     devices = any_rig.get("/devices")["data"]
@@ -147,6 +141,9 @@ def test_the_document_describes_every_route(rig: Rig) -> None:
         "GET /jobs/{job_id}/checkpoints",
         "GET /jobs/{job_id}/checkpoints/{step}/files/{name}",
         "DELETE /jobs/{job_id}/checkpoints/{step}",
+        "POST /jobs/{job_id}/checkpoints/{step}/export",
+        "GET /jobs/{job_id}/exports",
+        "GET /jobs/{job_id}/exports/{step}/{form}/files/{name}",
         "GET /jobs/{job_id}/events",
         "GET /jobs/{job_id}/attempts",
         "GET /jobs/{job_id}/samples",

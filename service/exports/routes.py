@@ -1,0 +1,113 @@
+"""Exports of checkpoints: made, listed, fetched."""
+
+import os
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Response
+
+from contract.parsing import Problem
+from contract.rundir import ProductDir, RunDir
+from service.checkpoints.download import Download
+from service.checkpoints.files import NAME, opened, slice_of
+from service.checkpoints.routes import BYTES, Name, Step, directory_of
+from service.context import Services, ServicesNeeded
+from service.errors import FileNotInExport, RequestInvalid, with_problems
+from service.exports import making
+from service.jobs import changes, store
+from service.jobs.store import Note
+from service.scheduler.apply import utc_now
+from service.shapes import Export, Page
+from service.tables import JobRow
+from service.web import JsonBody
+
+FORMATS = ("hf", "minimind")
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": {"format": {"enum": list(FORMATS), "default": "hf"}},
+                }
+            }
+        }
+    }
+}
+
+router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
+
+
+@router.post("/checkpoints/{step}/export", status_code=201, openapi_extra=BODY)
+def export(services: ServicesNeeded, response: Response, job_id: str, step: Step, body: JsonBody) -> Export:
+    """Write the checkpoint as a Hugging Face directory (`hf`), or as MiniMind's `.pth`, beside the run.
+
+    Answers once it is written: 201, or 200 where the same weights were exported before. One at a time for each job.
+    """
+    form = changes.read(body, {"format": ()}).get("format", "hf")
+    if form not in FORMATS:
+        raise with_problems(RequestInvalid, [Problem("/format", 'must be "hf" or "minimind"')])
+    with services.database.read() as session:
+        job = store.find(session, job_id)
+    data, keeping = job.spec["data"], job.spec["checkpoint"]
+    place = directory_of(services, job_id, step)
+    wanted = making.Wanted(_products(services, job), place, step, form, data["tokenizer_path"], keeping["save_weight"])
+    if making.existing(wanted):
+        response.status_code = 200
+    else:
+        making.make(wanted)
+        _tell(services, job_id, wanted)
+    return _shown(job_id, making.described(wanted.products, step, form))
+
+
+def _tell(services: Services, job_id: str, wanted: making.Wanted) -> None:
+    path = str(wanted.products.export(wanted.step, wanted.form))
+    data = {"step": wanted.step, "format": wanted.form, "path": path}
+    with services.database.write() as session:
+        job = store.lock(session, job_id)
+        message = f"exported the checkpoint of step {wanted.step:,} as {wanted.form}"
+        store.tell(session, job, Note("exported", message, "user", data=data), utc_now())
+
+
+@router.get("/exports")
+def exports(services: ServicesNeeded, job_id: str) -> Page[Export]:
+    """What was exported and is there, newest step first."""
+    found = making.listed(_products(services, _job(services, job_id)))
+    return Page(data=[_shown(job_id, one) for one in found], has_more=False)
+
+
+@router.get("/exports/{step}/{form}/files/{name}", response_class=Response, responses={200: BYTES, 206: BYTES})
+def download(
+    services: ServicesNeeded,
+    job_id: str,
+    step: Step,
+    form: Literal["hf", "minimind"],
+    name: Name,
+    range_: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
+) -> Response:
+    """A file of an export. `Range` takes a piece of it."""
+    directory = _products(services, _job(services, job_id)).export(step, form)
+    try:
+        if not NAME.fullmatch(name):
+            raise FileNotFoundError(name)
+        file = opened(directory, name)
+    except OSError:
+        raise FileNotInExport() from None
+    try:
+        return Download(file, slice_of(range_, os.fstat(file.fileno()).st_size), name, None)
+    except BaseException:
+        file.close()
+        raise
+
+
+def _job(services: Services, job_id: str) -> JobRow:
+    with services.database.read() as session:
+        return store.find(session, job_id)
+
+
+def _products(services: Services, job: JobRow) -> ProductDir:
+    return RunDir(services.settings.runs / job.id).products(job.spec["checkpoint"]["save_dir"])
+
+
+def _shown(job_id: str, found: dict[str, Any]) -> Export:
+    return Export.model_validate({"id": f"{found['step']}-{found['format']}", "job_id": job_id, **found})

@@ -1,0 +1,151 @@
+"""Exports: one directory whole or not at all, made by a child that can be ended."""
+
+import importlib.util
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from contract.locks import FileLock
+from service.exports import child
+from tests.service.rig import Rig
+from tests.service.test_checkpoints import saved, write_checkpoint
+
+EXPORTER = """
+import os, pathlib, signal, sys, time
+source, form, out = sys.argv[1], sys.argv[3], pathlib.Path(sys.argv[5])
+what = (pathlib.Path(source) / "state.json").read_text()
+if "refuse" in what:
+    sys.exit("noise\\ntrainyard export: the model has no class there")
+if "crash" in what:
+    os.kill(os.getpid(), signal.SIGKILL)
+if "slow" in what:
+    time.sleep(60)
+out.mkdir()
+(out / "config.json").write_text(form + " " + " ".join(sys.argv[6:]))
+(out / "model.safetensors").write_bytes((pathlib.Path(source) / "model.safetensors").read_bytes())
+"""
+
+
+@pytest.fixture(autouse=True)
+def exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", EXPORTER))
+
+
+def export(rig: Rig, job_id: str, step: int, body: object = None) -> tuple[int, dict[str, Any]]:
+    answer = rig.client.post(f"/jobs/{job_id}/checkpoints/{step}/export", json=body)
+    return answer.status_code, answer.json()
+
+
+def test_an_export_is_written_beside_the_run_and_found_again(any_rig: Rig) -> None:
+    job_id, _ = saved(any_rig, 10, 20, checkpoint={"save_weight": "mine"})
+    status, made = export(any_rig, job_id, 10, {"format": "hf"})
+    path = any_rig.home / "runs" / job_id / "exports" / "step-00000010-hf"
+    assert (status, made["path"], made["step"], made["format"]) == (201, str(path), 10, "hf")
+    assert (path / "config.json").read_text() == "hf --tokenizer byte --stem mine"
+    assert [file["name"] for file in made["files"]] == ["config.json", "model.safetensors"]
+    assert made["bytes"] == sum(file["bytes"] for file in made["files"])
+    assert export(any_rig, job_id, 10) == (200, made), "hf is the default, and the same export is the same path"
+    assert export(any_rig, job_id, 20, {"format": "minimind"})[0] == 201
+    listed = any_rig.data(job_id, "exports")
+    assert [(one["step"], one["format"]) for one in listed] == [(20, "minimind"), (10, "hf")]
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [
+        ".lock", ".step-00000010-hf.json", ".step-00000020-minimind.json", "step-00000010-hf",
+        "step-00000020-minimind"]  # fmt: skip
+    told = [event for event in any_rig.data(job_id, "events") if event["kind"] == "exported"]
+    assert (told[0]["actor"], told[0]["data"]["path"]) == ("user", str(path))
+    assert len(told) == 2
+
+
+def test_other_weights_of_the_same_step_are_exported_anew(rig: Rig) -> None:
+    job_id, _ = saved(rig, 10)
+    _, made = export(rig, job_id, 10)
+    write_checkpoint(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", b"other weights")
+    status, again = export(rig, job_id, 10)
+    assert (status, again["path"]) == (201, made["path"])
+    assert (Path(again["path"]) / "model.safetensors").read_bytes() == b"other weights"
+
+
+def test_files_are_fetched_whole_and_in_pieces_and_no_others(rig: Rig) -> None:
+    job_id, _ = saved(rig, 10)
+    _, made = export(rig, job_id, 10)
+    url = f"/jobs/{job_id}/exports/10/hf/files"
+    assert rig.client.get(f"{url}/config.json").text == "hf --tokenizer byte --stem pretrain"
+    piece = rig.client.get(f"{url}/config.json", headers={"Range": "bytes=0-1"})
+    assert (piece.status_code, piece.text) == (206, "hf")
+    (Path(made["path"]) / "link").symlink_to("/etc/hostname")
+    for name in ("link", "none", "..%2f.lock", "..", ".hidden", "%2fetc%2fpasswd"):
+        assert rig.client.get(f"{url}/{name}").status_code == 404, name
+    assert rig.client.get(f"/jobs/{job_id}/exports/11/hf/files/config.json").json()["code"] == "file_not_found"
+    assert rig.client.get(f"/jobs/{job_id}/exports/10/gguf/files/config.json").status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [("refuse", "The model has no class there."), ("crash", "The exporter was ended by signal 9: it said nothing")],
+)
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(any_rig: Rig, state: str, said: str) -> None:
+    job_id, _ = saved(any_rig, 10)
+    directory = any_rig.home / "runs" / job_id
+    broken(directory / "checkpoints" / "step-00000010", state)
+    status, problem = export(any_rig, job_id, 10)
+    assert (status, problem["code"], problem["detail"]) == (409, "export_failed", said)
+    assert [entry.name for entry in (directory / "exports").iterdir()] == [".lock"]
+    assert any_rig.data(job_id, "exports") == []
+
+
+def broken(directory: Path, state: str) -> None:
+    with mock.patch.dict("tests.service.test_checkpoints.OTHERS", {"state.json": state.encode()}):
+        write_checkpoint(directory)
+
+
+def test_one_that_takes_too_long_is_ended(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "SECONDS", 0.3)
+    job_id, _ = saved(rig, 10)
+    broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")
+    assert export(rig, job_id, 10)[1]["code"] == "export_timeout"
+    FileLock(rig.home / "runs" / job_id / "exports" / ".lock").take().release()
+
+
+def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: Rig) -> None:
+    job_id, _ = saved(rig, 10, 20)
+    broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")
+    children: list[Any] = []
+    real = subprocess.Popen
+
+    def popen(*args: Any, **kwargs: Any) -> Any:
+        children.append(real(*args, **kwargs))
+        return children[-1]
+
+    with mock.patch.object(subprocess, "Popen", popen):
+        first = threading.Thread(target=export, args=(rig, job_id, 10))
+        first.start()
+        deadline = time.monotonic() + 20
+        while not children and time.monotonic() < deadline:
+            time.sleep(0.01)
+        status, problem = export(rig, job_id, 20)
+        assert (status, problem["code"]) == (409, "export_under_way")
+        children[0].kill()
+        first.join(20)
+    assert export(rig, job_id, 20)[0] == 201
+
+
+def test_without_torch_it_says_so_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, _ = saved(rig, 10)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
+    status, problem = export(rig, job_id, 10)
+    assert (status, problem["code"]) == (501, "export_unavailable")
+
+
+def test_what_is_not_there_or_not_understood(rig: Rig) -> None:
+    job_id, _ = saved(rig, 10)
+    assert export(rig, job_id, 11)[1]["code"] == "checkpoint_not_found"
+    assert export(rig, "job_none", 10)[1]["code"] == "job_not_found"
+    assert export(rig, job_id, 10, {"format": "gguf"})[1]["errors"][0]["pointer"] == "/format"
+    assert export(rig, job_id, 10, {"form": "hf"})[1]["errors"][0]["pointer"] == "/form"
