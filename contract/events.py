@@ -145,6 +145,17 @@ class ResumeVerified(Line):
     difference: float | None
 
 
+class SettingsChanged(Line):
+    """Settings that were changed while the run goes on; they hold for what is due behind ``step``."""
+
+    kind: Literal["settings"] = "settings"
+    step: Step
+    log_interval: int
+    save_interval: int
+    keep_last: int
+    message: str
+
+
 class Finished(Line):
     """The last line of an attempt that ended in its own time; the same truth as outcome.json."""
 
@@ -156,7 +167,16 @@ class Finished(Line):
 
 
 Event: TypeAlias = (
-    Started | PhaseChanged | Metric | CheckpointSaved | CheckpointRemoved | Sample | Warned | ResumeVerified | Finished
+    Started
+    | PhaseChanged
+    | Metric
+    | CheckpointSaved
+    | CheckpointRemoved
+    | Sample
+    | Warned
+    | ResumeVerified
+    | SettingsChanged
+    | Finished
 )
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])

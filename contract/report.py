@@ -100,8 +100,20 @@ class Heartbeat(Message):
     last_seq: int = 0
 
 
+class RunSettings(Message):
+    """What may be changed while a run goes on; settings.json in an attempt's directory, once it was."""
+
+    log_interval: int = Field(ge=1, le=2**53 - 1)
+    save_interval: int = Field(ge=1, le=2**53 - 1)
+    keep_last: int = Field(ge=1, le=100_000)
+
+
 class Ack(Message):
-    """The answer to all three: the highest seq that is stored for good, and what the user wants of the job."""
+    """The answer to all three: the highest seq that is stored for good, and what the user wants of the job.
+
+    ``settings``: those that are to hold; null from a service that does not say.
+    """
 
     acked: int
     desired: Desired
+    settings: RunSettings | None = None

@@ -84,6 +84,11 @@ class AttemptDir:
         return self.path / "save"
 
     @property
+    def settings(self) -> Path:
+        """What the user has changed since the attempt began, see `contract.report.RunSettings`."""
+        return self.path / "settings.json"
+
+    @property
     def resume_from(self) -> Path:
         """The step of the checkpoint that the attempt is to begin at, as text. None there: at the newest sound one."""
         return self.path / "resume_from"

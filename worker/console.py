@@ -1,6 +1,6 @@
 """What a person reads in the terminal, or in rank 0's log: one short line for each event that matters."""
 
-from contract.events import CheckpointSaved, Event, Metric, PhaseChanged, Sample, Started, Warned
+from contract.events import CheckpointSaved, Event, Metric, PhaseChanged, Sample, SettingsChanged, Started, Warned
 
 
 class Console:
@@ -29,6 +29,8 @@ class Console:
                 return f"sample at step {event.step}: {event.prompt + event.text!r}"
             case Warned():
                 return f"warning: {event.message}"
+            case SettingsChanged():
+                return f"from step {event.step + 1} on: {event.message}"
             case PhaseChanged(message=str(message)):
                 return message
             case _:

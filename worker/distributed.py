@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from contract.report import RunSettings
 from contract.spec import JobSpec, Timeouts
 from contract.status import Reason
 from worker.failure import Failure, StopAsked
@@ -132,6 +133,20 @@ class Wishes:
     stop: bool = False
     save: bool = False
     spike: bool = False
+    settings: RunSettings | None = None
+
+    def numbers(self) -> list[int]:
+        """For a sum by maximum: one rank alone has other settings, and nobody's are 0."""
+        nobody = dict.fromkeys(RunSettings.model_fields, 0)
+        settings = self.settings.model_dump() if self.settings is not None else nobody
+        return [self.stop, self.save, self.spike, *settings.values()]
+
+    @classmethod
+    def of(cls, numbers: list[int]) -> Self:
+        """The inverse."""
+        stop, save, spike, *settings = numbers
+        found = dict(zip(RunSettings.model_fields, settings, strict=True))
+        return cls(bool(stop), bool(save), bool(spike), RunSettings(**found) if any(settings) else None)
 
 
 class Agreement:
@@ -146,7 +161,7 @@ class Agreement:
         if self._ranks.control is None:
             return mine
         agreed = self.settle()
-        wishes = torch.tensor([mine.stop, mine.save, mine.spike], dtype=torch.uint8)
+        wishes = torch.tensor(mine.numbers(), dtype=torch.int64)
         work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
         assert work is not None
         self._pending = (work, wishes)
@@ -159,7 +174,7 @@ class Agreement:
         work, wishes = self._pending
         work.wait()
         self._pending = None
-        return Wishes(*(bool(wish) for wish in wishes))
+        return Wishes.of(wishes.tolist())
 
 
 def leave(ranks: Ranks) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from contract.events import Event, PhaseChanged, Warned
-from contract.report import Outcome
+from contract.report import Outcome, RunSettings
 from contract.spec import JobSpec
 from contract.status import Phase, Reason
 from worker import gate
@@ -23,6 +23,7 @@ from worker.feed import Feed
 from worker.gate import Verdict
 from worker.launch import Attempt
 from worker.life import SignOfLife
+from worker.live import SettingsWish, changed, settings_of, with_settings
 from worker.material import Material, prepare
 from worker.meters import Interval, Meters, own_interval
 from worker.probe import Probe, verified
@@ -97,6 +98,7 @@ def train(
         meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe, experts),
         saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic(), probe),
         asked_to_save=attempt.directory.save,
+        settings=SettingsWish(attempt.directory.settings, settings_of(spec)),
         trackers=trackers,
         life=life,
         say=say,
@@ -147,6 +149,7 @@ class Loop:
     meters: Meters
     saver: Saver
     asked_to_save: Path
+    settings: SettingsWish
     trackers: Trackers
     life: SignOfLife
     say: Say
@@ -175,7 +178,10 @@ class Loop:
                 continue
             self.life.beat(progress.step)
             save, spike = self.ranks.leads and self._wants_save(), self.spikes.pending is not None
-            wishes = agreement.exchange(Wishes(stop=stop.asked(), save=save, spike=spike))
+            news = self.settings.news() if self.ranks.leads else None
+            wishes = agreement.exchange(Wishes(stop=stop.asked(), save=save, spike=spike, settings=news))
+            if wishes.settings is not None:
+                self._take_over(wishes.settings, progress.step, steps)
             last = progress.step == steps
             if self.calendar.saves(progress.step) or wishes.save or wishes.stop:
                 self._save(progress, must=last or wishes.stop)
@@ -186,6 +192,12 @@ class Loop:
                 return progress, True
         agreement.settle()
         return progress, False
+
+    def _take_over(self, settings: RunSettings, step: int, steps: int) -> None:
+        """Tell and save by other settings from now on, on all ranks at the same step."""
+        self.say(changed(step, settings_of(self.spec), settings))
+        self.spec = self.saver.spec = with_settings(self.spec, settings)
+        self.calendar = Calendar.of(self.spec, steps, evaluates=self.material.evaluation is not None)
 
     def _wants_save(self) -> bool:
         """Whether a save is due by the clock, or somebody asked for one since the last step. The wish is taken away."""

@@ -132,14 +132,13 @@ def patch(
 ) -> JobRow:
     """Store ``spec``, which is ``before`` with ``changes`` in it."""
     job = _unchanged(session, job_id, before)
-    live = [name for name in changes if name in RUN_SETTINGS]
-    if live and JobStatus(job.status) in LIVE:
-        raise invalid_state(job, f"{live[0]} cannot be changed while the job is {job.status}: pause it first")
     job.spec = spec.model_dump(mode="json")
     job.name, job.priority = spec.name, spec.resources.priority
     if "labels" in changes:
         store.put_labels(session, job, dict(spec.labels))
     message = f"changed {', '.join(sorted(changes))}" if changes else "nothing was changed"
+    if JobStatus(job.status) in LIVE and not RUN_SETTINGS.keys().isdisjoint(changes):
+        message += "; the run hears of it with its next report"
     store.tell(session, job, Note("changed", message, "user", data={"fields": sorted(changes)}), now)
     session.flush()
     return job
@@ -150,7 +149,7 @@ RUN_SETTINGS: dict[str, tuple[str, str]] = {
     "save_interval": ("checkpoint", "save_interval"),
     "keep_last": ("checkpoint", "keep_last"),
 }
-"""What an attempt reads when it starts: it is not changed under a live one."""
+"""What a live attempt hears of in the answer to its next report, and takes over at a step."""
 
 
 def remove(session: Session, job_id: str) -> JobRow:

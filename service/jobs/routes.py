@@ -134,7 +134,7 @@ def get_job(services: ServicesNeeded, job_id: str) -> Job:
 
 @router.patch("/jobs/{job_id}")
 def patch_job(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
-    """Change `name`, `labels`, `priority`; and `log_interval`, `save_interval`, `keep_last` of a job at rest."""
+    """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`; a live run takes them over."""
     asked = changes.read(body, changes.PATCH_FIELDS)
     before = _spec_of(services, job_id).spec
     spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)

@@ -20,9 +20,11 @@ from contract.events import (
     PhaseChanged,
     ResumeVerified,
     Sample,
+    SettingsChanged,
     Started,
     Warned,
 )
+from contract.report import RunSettings
 from contract.status import Desired, JobStatus
 from service.errors import Unauthorized
 from service.jobs import store
@@ -76,6 +78,16 @@ def desired_of(job: JobRow, attempt: AttemptRow) -> Desired:
     if attempt.number != job.attempt or attempt.ended_at is not None:
         return Desired.KILL
     return Desired(job.desired)
+
+
+def settings_of(job: JobRow) -> RunSettings:
+    """What the agent should pass on to the ranks."""
+    reporting, checkpoint = job.spec["reporting"], job.spec["checkpoint"]
+    return RunSettings(
+        log_interval=reporting["log_interval"],
+        save_interval=checkpoint["save_interval"],
+        keep_last=checkpoint["keep_last"],
+    )
 
 
 def ingest(session: Session, job: JobRow, attempt: AttemptRow, lines: Iterable[dict[str, Any]]) -> int:
@@ -154,8 +166,8 @@ class _Ingest:
                 self._sample(event)
             case Warned():
                 self._warned(event)
-            case ResumeVerified():
-                self._verified(event)
+            case ResumeVerified() | SettingsChanged():
+                self._noted(event)
             case Finished():
                 self._finished(event)
             case _:
@@ -257,7 +269,10 @@ class _Ingest:
         store.alert(self.job, event.code, event.message, event.at, event.step)
         self._tell("warning", event.message, event)
 
-    def _verified(self, event: ResumeVerified) -> None:
+    def _noted(self, event: ResumeVerified | SettingsChanged) -> None:
+        if isinstance(event, SettingsChanged):
+            self._tell("settings", f"from step {event.step + 1:,} on: {event.message}", event)
+            return
         now = "not finite" if event.found is None else f"{event.found:.6f}"
         apart = "" if event.difference is None else f", difference {event.difference:g}"
         message = f"the probe of step {event.step:,} was saved with {event.expected:.6f} and is {now}{apart}"

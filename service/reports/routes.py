@@ -100,11 +100,16 @@ def _report(services: Services, attempt_id: str, token: str, work: Work) -> Ack:
         job, attempt = ingest.lock(session, attempt_id, job_id)
         work(session, job, attempt)
         session.flush()
-        return Ack(acked=attempt.acked_seq, desired=ingest.desired_of(job, attempt))
+        return _answer(job, attempt)
 
 
 def _ack(session: Session, attempt: AttemptRow) -> Ack:
-    return Ack(acked=attempt.acked_seq, desired=ingest.desired_of(store.find(session, attempt.job_id), attempt))
+    return _answer(store.find(session, attempt.job_id), attempt)
+
+
+def _answer(job: JobRow, attempt: AttemptRow) -> Ack:
+    desired = ingest.desired_of(job, attempt)
+    return Ack(acked=attempt.acked_seq, desired=desired, settings=ingest.settings_of(job))
 
 
 def _read(model: type[M], body: object) -> M:

@@ -15,6 +15,7 @@ class FakeService:
         self.lines: dict[int, dict[str, Any]] = {}
         self.reports: list[dict[str, Any]] = []
         self.desired = Desired.RUN
+        self.settings: Any = None
         self.tokens: set[str] = set()
         self.down = False
         self.duplicates = 0
@@ -49,7 +50,7 @@ class FakeService:
         acked = 0
         while acked + 1 in self.lines:
             acked += 1
-        return {"acked": acked, "desired": self.desired}
+        return {"acked": acked, "desired": self.desired, "settings": self.settings}
 
     @property
     def url(self) -> str:

@@ -11,7 +11,7 @@ import pytest
 from contract.locks import is_held
 from contract.processes import ProcessIdentity, marked
 from contract.report import ExitReport, read_message
-from contract.rundir import AttemptDir, RunDir
+from contract.rundir import AttemptDir, RunDir, read_json
 from contract.spec import Timeouts
 from contract.status import Desired, Reason
 from service.launch.base import State
@@ -66,6 +66,27 @@ def test_the_step_to_begin_at_and_the_wish_to_save_are_left_where_the_ranks_look
     launcher.save(NAME)
     assert attempt.save.exists()
     assert ended(launcher).outcome == "completed"
+
+
+def test_changed_settings_are_left_where_the_ranks_look_and_only_those(
+    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+) -> None:
+    spec = launch().spec
+    same = {"log_interval": spec.reporting.log_interval, "save_interval": spec.checkpoint.save_interval, "keep_last": 3}
+    service.settings = same
+    launcher.start(launch(steps="1000"))
+    until(lambda: len(service.lines) > 5)
+    assert not attempt.settings.exists(), "nothing was changed"
+    service.settings = {**same, "log_interval": 7}
+    until(attempt.settings.exists)
+    assert read_json(attempt.settings) == service.settings
+    # An answer that makes no sense is no answer, and harms nothing.
+    service.settings = {**same, "log_interval": 0}
+    known = len(service.lines)
+    service.settings = {**same, "log_interval": 8}
+    until(lambda: len(service.lines) > known and read_json(attempt.settings) == service.settings)
+    service.desired = Desired.KILL
+    assert ended(launcher).outcome == "killed"
 
 
 def test_the_token_never_reaches_the_ranks_and_stands_in_no_file(

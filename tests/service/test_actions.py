@@ -222,9 +222,29 @@ def test_patch(any_rig: Rig) -> None:
     assert [j["id"] for j in rig.get("/jobs", label="b=2")["data"]] == [job_id]
     assert rig.get("/jobs", label="a=1")["data"] == []
     rig.settle()
-    refused = rig.client.patch(f"/jobs/{job_id}", json={"log_interval": 1})
-    assert (refused.status_code, refused.json()["code"]) == (409, "invalid_state")
     assert rig.client.patch(f"/jobs/{job_id}", json={"name": "again"}).json()["name"] == "again"
+
+
+def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running(reporting={"log_interval": 5})
+    spec = any_rig.job(job_id)["spec"]
+    before = {"log_interval": 5, **{name: spec["checkpoint"][name] for name in ("save_interval", "keep_last")}}
+    assert any_rig.beat(attempt, 1)["settings"] == before
+    answer = any_rig.client.patch(f"/jobs/{job_id}", json={"log_interval": 2, "keep_last": 4})
+    assert (answer.status_code, answer.json()["spec"]["reporting"]["log_interval"]) == (200, 2)
+    after = {**before, "log_interval": 2, "keep_last": 4}
+    assert any_rig.beat(attempt, 2)["settings"] == after
+    attempt.say("settings", step=7, message="log_interval is 2 and was 5", **after)
+    assert any_rig.ship(attempt)["settings"] == after
+    told = {event["kind"]: event for event in any_rig.data(job_id, "events")}
+    assert told["changed"]["message"] == "changed keep_last, log_interval; the run hears of it with its next report"
+    assert told["settings"]["message"] == "from step 8 on: log_interval is 2 and was 5"
+    assert told["settings"]["data"] == {"step": 7, **after}
+    # The next attempt begins with them.
+    any_rig.exit(attempt, "stopped", step=7)
+    any_rig.act(job_id, "resume")
+    any_rig.settle()
+    assert any_rig.launcher.of(job_id, 2).launch.spec.reporting.log_interval == 2
 
 
 @pytest.mark.parametrize(

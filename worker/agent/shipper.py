@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from contract.outbox import OutboxReader
-from contract.report import ExitReport
+from contract.report import ExitReport, RunSettings
 from contract.rundir import AttemptDir, read_json
 from contract.status import Desired
 
@@ -69,10 +69,11 @@ class Address:
 
 
 class Shipper:
-    """Ships one attempt's lines in order until `finish`; ``desired`` is what the service last said."""
+    """Ships one attempt's lines in order until `finish`; ``desired``, ``settings``: what the service last said."""
 
     def __init__(self, attempt: AttemptDir, address: Address | None) -> None:
         self.desired = Desired.RUN
+        self.settings: RunSettings | None = None
         self.acked = 0
         self._attempt = attempt
         self._address = address
@@ -155,6 +156,8 @@ class Shipper:
         answer = self._address.post(what, body)
         try:
             self.acked, self.desired = int(answer["acked"]), Desired(answer["desired"])
+            said = answer.get("settings")
+            self.settings = RunSettings.model_validate(said) if said is not None else self.settings
         except (KeyError, ValueError) as error:
             raise Unreachable(f"{what}: the answer is no acknowledgement: {error}") from error
         self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS

@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Self
 
 from contract.outbox import OutboxReader
-from contract.report import ExitReport
+from contract.report import ExitReport, RunSettings
 from contract.rundir import AttemptDir, write_json
 from contract.spec import JobSpec
 from worker.agent.children import Children
@@ -19,6 +19,7 @@ from worker.agent.memory import MemoryEvents
 from worker.agent.progress import ProgressWatch
 from worker.agent.shipper import Shipper
 from worker.agent.verdict import verdict
+from worker.live import settings_of
 
 STACKS_SECONDS = 1.0
 
@@ -33,6 +34,7 @@ class Supervisor:
     shipper: Shipper
     watch: ProgressWatch
     memory: MemoryEvents
+    settings: RunSettings
     signalled: threading.Event = field(default_factory=threading.Event)
     asked_at: float | None = None
     termed_at: float | None = None
@@ -47,7 +49,7 @@ class Supervisor:
         shipper = Shipper.from_environment(attempt)
         shipper.start()
         watch = ProgressWatch(attempt, OutboxReader(attempt.outbox), spec.resources.timeouts)
-        return cls(attempt, children, spec, shipper, watch, MemoryEvents.of_this_cgroup())
+        return cls(attempt, children, spec, shipper, watch, MemoryEvents.of_this_cgroup(), settings_of(spec))
 
     def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person."""
@@ -72,7 +74,7 @@ class Supervisor:
         self.cause = self.cause or cause
         match action:
             case Action.WAIT:
-                return True
+                self._pass_settings_on()
             case Action.ASK:
                 self.asked_at = now
                 self._ask()
@@ -83,6 +85,13 @@ class Supervisor:
                 self._keep_stacks(cause)
                 return not self.children.end()
         return True
+
+    def _pass_settings_on(self) -> None:
+        """Leave what the user has changed where rank 0 looks for it. Raises OSError, and is tried again then."""
+        settings = self.shipper.settings
+        if settings is not None and settings != self.settings:
+            write_json(self.attempt.settings, settings.model_dump())
+            self.settings = settings
 
     def _ask(self) -> None:
         try:
