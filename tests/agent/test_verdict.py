@@ -13,6 +13,7 @@ from contract.rundir import AttemptDir
 from contract.status import Reason
 from worker.agent.decide import Cause
 from worker.agent.evidence import Evidence, RankError, gather
+from worker.agent.memory import Shortage
 from worker.agent.verdict import verdict
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -20,7 +21,7 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 def judge(cause: Cause | None = None, **found: Any) -> ExitReport:
     nothing = Evidence(
-        outcome=None, torchrun_status=1, errors=(), ranks=(), step=7, memory_kills=0, tails={}, agent_tail=""
+        outcome=None, torchrun_status=1, errors=(), ranks=(), step=7, memory=Shortage(), tails={}, agent_tail=""
     )
     return verdict(Evidence(**{**nothing.__dict__, **found}), cause, last_seq=3, now=NOW)
 
@@ -103,7 +104,7 @@ def test_torchrun_s_root_cause_comes_first(tmp_path: Path) -> None:
     attempt = AttemptDir(tmp_path)
     attempt.logs.mkdir()
     attempt.agent_log.write_text(SUMMARY)
-    evidence = gather(attempt, 1, 0)
+    evidence = gather(attempt, 1, Shortage())
     assert evidence.ranks == (RankExit(rank=1, signal="SIGKILL"), RankExit(rank=0, signal="SIGTERM"))
     assert "rank 1 was killed by SIGKILL" in verdict(evidence, None, 0, NOW).message
 
@@ -111,7 +112,25 @@ def test_torchrun_s_root_cause_comes_first(tmp_path: Path) -> None:
 def test_host_memory_is_blamed_only_when_the_kernel_says_so() -> None:
     killed = (RankExit(rank=1, signal="SIGKILL"),)
     assert judge(ranks=killed).reason is Reason.WORKER_CRASHED
-    assert judge(ranks=killed, memory_kills=1).reason is Reason.HOST_OUT_OF_MEMORY
+    assert judge(ranks=killed, memory=Shortage(0, 5 * 10**9)).reason is Reason.WORKER_CRASHED
+    report = judge(ranks=killed, memory=Shortage(1, 5 * 10**9, 6 * 10**9), tails={1: "its last line"})
+    assert (report.outcome, report.reason) == ("failed", Reason.HOST_OUT_OF_MEMORY)
+    assert report.message == (
+        "the kernel killed rank 1 for want of memory at step 7; "
+        "the run's processes had 5.0 GB at most of 6.0 GB allowed"
+    )
+    assert report.error is not None
+    assert (report.error.rank, report.error.traceback) == (1, "its last line")
+    assert "batch_size" in (report.error.hint or "")
+
+
+def test_torchrun_may_be_the_one_that_the_kernel_chose() -> None:
+    assert judge(torchrun_status=-9).reason is Reason.WORKER_CRASHED
+    report = judge(torchrun_status=-9, memory=Shortage(2))
+    assert report.reason is Reason.HOST_OUT_OF_MEMORY
+    assert report.message == "the kernel killed torchrun for want of memory at step 7; its peak is not known"
+    segfault = judge(torchrun_status=-11, memory=Shortage(1))
+    assert segfault.reason is Reason.WORKER_CRASHED, "another process's misfortune explains no segfault"
 
 
 def test_out_of_gpu_memory_on_any_rank_gets_the_knob() -> None:
@@ -152,7 +171,7 @@ def test_gathering_reads_torchrun_s_own_files(tmp_path: Path) -> None:
     )
     attempt.outcome.write_text("{ torn")
     attempt.progress.write_text("12")
-    evidence = gather(attempt, 1, 0)
+    evidence = gather(attempt, 1, Shortage())
     assert [found.rank for found in evidence.errors] == [1, 0]
     assert evidence.ranks == (RankExit(rank=1, signal="SIGSEGV"),)
     assert evidence.outcome is None
@@ -161,5 +180,5 @@ def test_gathering_reads_torchrun_s_own_files(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_is_evidence_of_nothing(tmp_path: Path) -> None:
-    evidence = gather(AttemptDir(tmp_path), None, 0)
+    evidence = gather(AttemptDir(tmp_path), None, Shortage())
     assert (evidence.errors, evidence.ranks, evidence.step, evidence.tails) == ((), (), 0, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from contract.report import Outcome, RankExit, read_message
 from contract.rundir import AttemptDir
+from worker.agent.memory import Shortage
 
 TAIL_LINES = 15
 TAIL_BYTES = 16384
@@ -40,12 +41,12 @@ class Evidence:
     errors: tuple[RankError, ...]
     ranks: tuple[RankExit, ...]
     step: int
-    memory_kills: int
+    memory: Shortage
     tails: dict[int, str]
     agent_tail: str
 
 
-def gather(attempt: AttemptDir, torchrun_status: int | None, memory_kills: int) -> Evidence:
+def gather(attempt: AttemptDir, torchrun_status: int | None, memory: Shortage) -> Evidence:
     """Read it all; whatever is missing or torn is left out, and never makes this fail."""
     return Evidence(
         outcome=read_message(Outcome, attempt.outcome),
@@ -53,7 +54,7 @@ def gather(attempt: AttemptDir, torchrun_status: int | None, memory_kills: int) 
         errors=_rank_errors(attempt.torchrun_logs),
         ranks=_rank_exits(_tail(attempt.agent_log, 4 * TAIL_BYTES)),
         step=attempt.read_step() or 0,
-        memory_kills=memory_kills,
+        memory=memory,
         tails={rank: _last_lines(log) for rank, log in _rank_logs(attempt)},
         agent_tail=_last_lines(attempt.agent_log),
     )

@@ -15,7 +15,7 @@ from contract.spec import JobSpec
 from worker.agent.children import Children
 from worker.agent.decide import Action, Cause, Seen, decide
 from worker.agent.evidence import gather
-from worker.agent.memory import MemoryEvents
+from worker.agent.memory import MemoryWatch, of_this_agent
 from worker.agent.progress import ProgressWatch
 from worker.agent.shipper import Shipper
 from worker.agent.verdict import verdict
@@ -33,7 +33,7 @@ class Supervisor:
     spec: JobSpec
     shipper: Shipper
     watch: ProgressWatch
-    memory: MemoryEvents
+    memory: MemoryWatch
     settings: RunSettings
     signalled: threading.Event = field(default_factory=threading.Event)
     asked_at: float | None = None
@@ -49,7 +49,7 @@ class Supervisor:
         shipper = Shipper.from_environment(attempt)
         shipper.start()
         watch = ProgressWatch(attempt, OutboxReader(attempt.outbox), spec.resources.timeouts)
-        return cls(attempt, children, spec, shipper, watch, MemoryEvents.of_this_cgroup(), settings_of(spec))
+        return cls(attempt, children, spec, shipper, watch, of_this_agent(), settings_of(spec))
 
     def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person."""
@@ -101,6 +101,7 @@ class Supervisor:
 
     def _look(self, now: float) -> Seen:
         self.watch.look(now)
+        self.memory.look(now)
         return Seen(
             torchrun_ended=self.children.torchrun_status() is not None,
             desired=self.shipper.desired,
@@ -121,7 +122,7 @@ class Supervisor:
 
     def write_report(self) -> None:
         """Publish exit.json: from here on the attempt's end is on disk, whatever happens to agent and service."""
-        evidence = gather(self.attempt, self.children.torchrun.returncode, self.memory.killed())
+        evidence = gather(self.attempt, self.children.torchrun.returncode, self.memory.shortage(time.monotonic()))
         self.report = verdict(
             evidence, self.cause, last_seq=OutboxReader(self.attempt.outbox).skip_to_end(), now=datetime.now(UTC)
         )

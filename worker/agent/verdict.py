@@ -23,6 +23,11 @@ KNOWN: tuple[tuple[str, Reason, str], ...] = (
 )
 """Part of an exception's text -> who is at fault, and what to do."""
 
+MORE_MEMORY = (
+    "Give the host or its container more memory, or ask for less: fewer ranks on it, a smaller batch_size with more "
+    "accumulation_steps, a smaller max_seq_len. Saving keeps a copy of weights and moments on rank 0 for a while."
+)
+
 
 @dataclass(frozen=True)
 class _End:
@@ -104,6 +109,8 @@ def _by_agent(evidence: Evidence, cause: Cause | None) -> _End | None:
 def _by_crash(evidence: Evidence) -> _End:
     if evidence.torchrun_status is not None and evidence.torchrun_status < 0:
         name = signal_name(-evidence.torchrun_status)
+        if name == "SIGKILL" and evidence.memory.kills:
+            return _out_of_memory(evidence, "torchrun")
         message = f"torchrun was killed by {name} at step {evidence.step}; its ranks were ended"
         return _crash(Reason.WORKER_CRASHED, message, evidence)
     killed = _killed_first(evidence)
@@ -132,10 +139,16 @@ def _killed_first(evidence: Evidence) -> RankExit | None:
 
 def _killed_rank(evidence: Evidence, rank: int, name: str) -> _End:
     message = f"rank {rank} was killed by {name} at step {evidence.step}; the other ranks were ended"
-    if name == "SIGKILL" and evidence.memory_kills:
-        message = f"the kernel killed rank {rank} for want of memory at step {evidence.step}"
-        return _crash(Reason.HOST_OUT_OF_MEMORY, message, evidence, rank)
+    if name == "SIGKILL" and evidence.memory.kills:
+        return _out_of_memory(evidence, f"rank {rank}", rank)
     return _crash(Reason.WORKER_CRASHED, message, evidence, rank)
+
+
+def _out_of_memory(evidence: Evidence, who: str, rank: int | None = None) -> _End:
+    message = f"the kernel killed {who} for want of memory at step {evidence.step}; {evidence.memory}"
+    tail = evidence.tails.get(rank or 0) or None
+    card = ErrorCard(code=Reason.HOST_OUT_OF_MEMORY, message=message, hint=MORE_MEMORY, rank=rank, traceback=tail)
+    return _End("failed", Reason.HOST_OUT_OF_MEMORY, message, card)
 
 
 def _exception(evidence: Evidence, error: RankError) -> _End:
