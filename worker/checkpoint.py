@@ -4,7 +4,7 @@
     checkpoints/step-...-weights/  a milestone of which only the weights are left, see `worker.milestones`
     checkpoints/.saving-...     one that is being written; collected at the next start
     checkpoints/.invalid-...    one that was found damaged, set aside for whoever wants to look
-    checkpoints/.superseded-... one from behind the step that the user went back to; kept until the job is deleted
+    checkpoints/.superseded-... one from behind the step that the user went back to; until the run has come as far
 
 ``manifest.json`` is {"files": {name: {"bytes": n, "sha256": hex}}}; it is written last.
 """

@@ -1,14 +1,18 @@
 """Which checkpoints are kept. The decision is pure; removal takes the name away first, then the files."""
 
 import contextlib
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from contract.rundir import ProductDir
-from worker.checkpoint import REMOVING, SAVING, Saved, find_damage
+from worker.checkpoint import REMOVING, SAVING, SUPERSEDED, Saved, find_damage
 from worker.milestones import keep_weights
+
+ASIDE = re.compile(re.escape(SUPERSEDED) + r"step-(\d{8,})(?:-weights)?(?:-\d+)?")
+"""A checkpoint that was set aside because the run went back behind it."""
 
 LEAST = 2
 """Sound checkpoints that are kept whatever ``keep_last`` says: one may turn out damaged."""
@@ -45,7 +49,18 @@ def prune(products: ProductDir, keep_last: int, keep_every: int | None) -> list[
     for step in staying:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             leaving.append(Pruned(step, published[step], keep_weights(products, step, published[step])))
+    _forget_superseded(products, sound)
     return [pruned for pruned in leaving if remove(pruned.path)]
+
+
+def _forget_superseded(products: ProductDir, sound: list[int]) -> None:
+    """Delete what the user went back behind, once the run has come as far again and has ``LEAST`` sound ones."""
+    if len(sound) < LEAST:
+        return
+    for path in _entries(products.checkpoints):
+        match = ASIDE.fullmatch(path.name)
+        if match is not None and int(match.group(1)) <= max(sound):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> bool:

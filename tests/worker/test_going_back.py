@@ -13,7 +13,7 @@ from contract.events import CheckpointRemoved, Event, Started
 from contract.rundir import ProductDir, RunDir
 from tests.worker import driver
 from tests.worker.test_begin import ALONE, IDENTITY, publish, spec
-from worker import checkpoint
+from worker import checkpoint, retention
 from worker.failure import Failure
 from worker.launch import claim
 from worker.resume import find_start, go_back
@@ -37,6 +37,36 @@ def test_newer_ones_are_set_aside_and_the_named_one_is_the_newest_from_then_on(t
     publish(products, 6)
     go_back(products, 4, IDENTITY, said.append)
     assert (products.checkpoints / ".superseded-step-00000006-1" / "model.safetensors").exists()
+
+
+def test_superseded_ones_go_once_the_run_has_come_as_far(tmp_path: Path) -> None:
+    products = ProductDir(tmp_path)
+    for step in (2, 4, 6, 8):
+        publish(products, step)
+    go_back(products, 2, IDENTITY, lambda _: None)
+
+    def aside() -> list[str]:
+        return sorted(path.name for path in products.checkpoints.iterdir() if path.name.startswith("."))
+
+    publish(products, 4)
+    retention.prune(products, 5, None)
+    assert aside() == [".superseded-step-00000006", ".superseded-step-00000008"]
+    publish(products, 6)
+    go_back(products, 4, IDENTITY, lambda _: None)
+    assert aside() == [".superseded-step-00000006", ".superseded-step-00000006-1", ".superseded-step-00000008"]
+    publish(products, 7)
+    retention.prune(products, 5, None)
+    assert aside() == [".superseded-step-00000008"]
+    (products.checkpoints / ".superseded-notes").mkdir()
+    publish(products, 9)
+    # A late one that is alone and damaged is nothing to rely on.
+    os.truncate(products.checkpoint(9) / "model.safetensors", 3)
+    retention.prune(products, 5, None)
+    assert aside() == [".superseded-notes", ".superseded-step-00000008"]
+    publish(products, 10)
+    retention.prune(products, 5, None)
+    assert aside() == [".superseded-notes"]
+    assert [step for step, _ in products.published()] == [10, 9, 7, 4, 2]
 
 
 def test_where_it_cannot_go_back_nothing_is_touched(tmp_path: Path) -> None:
