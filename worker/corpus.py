@@ -4,7 +4,7 @@ A corpus is kept below the cache directory under a key of its content, the token
 ``tokens.bin`` (every document as beginning, text, end; uint16 or uint32), ``offsets.bin`` (int64, where each document
 begins, and the end), ``meta.json``. It is built in a directory of its own under a lock and published by rename, so
 ranks and jobs that want the same one build it once, and a build that was killed leaves nothing that could be taken for
-a corpus.
+a corpus. The next build of the same goes on where it ended.
 """
 
 import argparse
@@ -12,13 +12,12 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -27,10 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from contract.locks import FileLock, LockBusy
-from contract.rundir import fsync_directory, read_json, write_json
+from contract.rundir import read_json, write_json
 from contract.vocabulary import TokenizerInvalid
 from worker.lines import DataInvalid, Document, Tally, refuse_changed
 from worker.readers import Reader, open_reader, reads_as_plain_text
+from worker.shards import Shards, mapped, published
 from worker.source import open_regular
 from worker.tokenizers import Ids, Tokenizer, load
 
@@ -193,13 +193,14 @@ def _build(
     path: Path, tokenizer: Tokenizer, text_field: str, content: str, directory: Path, progress: Progress
 ) -> None:
     """Write the shards into a directory of their own and publish it as ``directory``. Called under its lock."""
-    with published(directory) as building:
+    with published(directory, goes_on=True) as building:
         token_bytes = 2 if tokenizer.vocab_size <= 1 << 16 else 4
         with open_reader(path) as reader, Shards(building, tokenizer, token_bytes) as shards:
-            scan(reader, tokenizer, text_field, shards, progress)
+            if shards.begun is not None:
+                reader.skip(shards.begun.tally, lambda: progress(reader.done, reader.size))
+            tally = scan(reader, tokenizer, text_field, shards, progress)
             if reader.digest != content:
                 refuse_changed(path)
-            tally = reader.tally
         meta = CorpusMeta(
             content=content,
             bytes=reader.size,
@@ -220,33 +221,40 @@ def _build(
 class Sink(Protocol):
     """Takes the token ids of documents, in order."""
 
-    def add(self, documents: Sequence[Ids]) -> None:
-        """Take some more."""
+    def add(self, documents: Sequence[Ids], tally: Tally) -> None:
+        """Take some more; ``tally`` counts what the corpus holds up to the last of them."""
 
 
-def scan(reader: Reader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress) -> None:
-    """Read all of ``reader``'s documents into ``sink``. A text without a token is a bad line too."""
-    with closing(_encoded(batches(reader.documents(text_field)), tokenizer)) as encoded_batches:
+def scan(reader: Reader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress) -> Tally:
+    """Read the rest of ``reader`` into ``sink``; what all of it holds. A text without a token is a bad line too."""
+    without = Tally()
+    with closing(_encoded(batches(reader, text_field), tokenizer)) as encoded_batches:
         for batch, encoded in encoded_batches:
-            for document, ids in zip(batch, encoded, strict=True):
+            for document, ids in zip(batch.documents, encoded, strict=True):
                 if not len(ids):
-                    reader.tally.documents -= 1
-                    reader.tally.add_bad(document.line, "the tokenizer makes no token of its text")
-            sink.add([ids for ids in encoded if len(ids)])
+                    without.add_bad(document.line, "the tokenizer makes no token of its text")
+            sink.add([ids for ids in encoded if len(ids)], batch.tally.less(without))
             progress(reader.done, reader.size)
+    return reader.tally.less(without)
 
 
-def _encoded(
-    batched: Iterator[list[Document]], tokenizer: Tokenizer
-) -> Generator[tuple[list[Document], list[Ids]], None, None]:
+@dataclass(frozen=True)
+class Batch:
+    """Documents that are encoded at once, and what was read up to the last of them."""
+
+    documents: list[Document]
+    tally: Tally
+
+
+def _encoded(batched: Iterator[Batch], tokenizer: Tokenizer) -> Generator[tuple[Batch, list[Ids]], None, None]:
     """Each batch with its ids, in order. While the library's threads work on one, the last is stored and the next read.
 
     At most two batches wait, so memory stays bounded.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: tuple[list[Document], Future[list[Ids]]] | None = None
+        waiting: tuple[Batch, Future[list[Ids]]] | None = None
         for batch in batched:
-            following = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch])
+            following = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch.documents])
             if waiting is not None:
                 yield waiting[0], waiting[1].result()
             waiting = following
@@ -254,89 +262,18 @@ def _encoded(
             yield waiting[0], waiting[1].result()
 
 
-def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def batches(reader: Reader, text_field: str) -> Iterator[Batch]:
     """Groups of documents whose texts are about ``BATCH_CHARACTERS`` long together."""
     batch: list[Document] = []
     characters = 0
-    for document in documents:
+    for document in reader.documents(text_field):
         batch.append(document)
         characters += len(document.text)
         if characters >= BATCH_CHARACTERS:
-            yield batch
+            yield Batch(batch, replace(reader.tally))
             batch, characters = [], 0
     if batch:
-        yield batch
-
-
-class Shards:
-    """The token and offset files while they are written. `scan`'s sink."""
-
-    def __init__(self, directory: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
-        self.tokens = 0
-        self._dtype = np.uint16 if token_bytes == 2 else np.uint32
-        self._begin = np.array([tokenizer.bos_id], dtype=self._dtype)
-        self._end = np.array([tokenizer.eos_id], dtype=self._dtype)
-        self._columns = Columns(directory, ("tokens.bin", "offsets.bin"))
-        self._columns.append(np.zeros(0, dtype=self._dtype), np.zeros(1, dtype=np.int64))
-
-    def add(self, documents: Sequence[Ids]) -> None:
-        """Append documents, each between beginning and end."""
-        if not documents:
-            return
-        parts = [part for ids in documents for part in (self._begin, ids.astype(self._dtype), self._end)]
-        ends = self.tokens + np.cumsum([len(ids) + 2 for ids in documents], dtype=np.int64)
-        self._columns.append(np.concatenate(parts), ends)
-        self.tokens = int(ends[-1])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._columns.close()
-
-
-class Columns:
-    """Files of bare numbers that are written side by side."""
-
-    def __init__(self, directory: Path, names: Sequence[str]) -> None:
-        self._files = [(directory / name).open("wb") for name in names]
-
-    def append(self, *columns: npt.NDArray[Any]) -> None:
-        """Add numbers to each file, in the order of the names."""
-        for file, column in zip(self._files, columns, strict=True):
-            file.write(np.ascontiguousarray(column).data)
-
-    def close(self) -> None:
-        """Close the files, safe from a power cut: a rename must not outlive what it publishes."""
-        for file in self._files:
-            with file:
-                file.flush()
-                os.fsync(file.fileno())
-
-
-@contextmanager
-def published(directory: Path) -> Iterator[Path]:
-    """A directory to build in, which becomes ``directory`` when the block ends well. The caller holds a lock on it."""
-    building = directory.with_name(f".{directory.name}.building")
-    # What stands there is of a build that was killed: the lock is ours, so nobody is writing to it.
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        fsync_directory(building)
-        os.rename(building, directory)
-        fsync_directory(directory.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def mapped(path: Path, dtype: type[np.generic], count: int) -> npt.NDArray[Any]:
-    """``count`` numbers of a file without a header, memory-mapped. Raises OSError where the file has another size."""
-    expected = count * np.dtype(dtype).itemsize
-    if path.stat().st_size != expected:
-        raise OSError(f"{path} has {path.stat().st_size} bytes, not {expected}: remove {path.parent} to build it again")
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype=dtype)
+        yield Batch(batch, replace(reader.tally))
 
 
 class Count:
@@ -345,8 +282,9 @@ class Count:
     def __init__(self) -> None:
         self.tokens = 0
 
-    def add(self, documents: Sequence[Ids]) -> None:
+    def add(self, documents: Sequence[Ids], tally: Tally) -> None:
         """Count documents, each with its beginning and end."""
+        del tally
         self.tokens += sum(len(ids) + 2 for ids in documents)
 
 
@@ -382,8 +320,7 @@ def check(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float
     """Print what a job would find in ``file``. Raises what `open_corpus` would raise. Stores nothing."""
     tokenizer, count = load(tokenizer_path), Count()
     with open_reader(file) as reader:
-        scan(reader, tokenizer, text_field, count, _silent)
-    tally = reader.tally
+        tally = scan(reader, tokenizer, text_field, count, _silent)
     print(f"{file}: {tally.documents:,} documents, {count.tokens:,} tokens, {tally.lines:,} lines")
     if tally.blank_lines:
         print(f"{tally.blank_lines:,} blank lines")

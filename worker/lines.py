@@ -43,6 +43,16 @@ class Tally:
         self.bad_lines += 1
         self.named = sorted([*self.named, (line, why)])[:KEPT_BAD_LINES]
 
+    def less(self, found: "Tally") -> "Tally":
+        """The counts where the documents that ``found`` calls bad are none."""
+        return Tally(
+            lines=self.lines,
+            blank_lines=self.blank_lines,
+            bad_lines=self.bad_lines + found.bad_lines,
+            documents=self.documents - found.bad_lines,
+            named=sorted([*self.named, *found.named])[:KEPT_BAD_LINES],
+        )
+
     def describe_bad(self) -> str:
         """``2 bad lines: line 3: not JSON; line 7: not UTF-8``."""
         listed = "; ".join(f"line {line}: {why}" for line, why in self.named)

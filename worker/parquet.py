@@ -3,7 +3,8 @@
 The column is read as a dictionary: a file may say one text a million times in a few bytes, and it is held once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 from worker import lines
@@ -46,9 +47,15 @@ class ParquetReader:
         """sha256 of the file, once it is read."""
         return self._source.digest
 
+    def skip(self, past: Tally, seen: Callable[[], None]) -> None:
+        """See `worker.readers.Reader`. Row groups that are past are not read."""
+        del seen
+        self.tally = replace(past)
+
     def documents(self, text_field: str) -> Iterator[Document]:
         """See `worker.readers.Reader`."""
-        for number, value in enumerate(self._values(text_field), start=1):
+        past = self.tally.lines
+        for number, value in enumerate(self._values(text_field, past), start=past + 1):
             self.tally.lines = number
             try:
                 text = _text_of(value, text_field)
@@ -61,7 +68,8 @@ class ParquetReader:
         self._source.raw.seek(0)
         self._source.finish()
 
-    def _values(self, text_field: str) -> Iterator[bytes | None]:
+    def _values(self, text_field: str, past: int) -> Iterator[bytes | None]:
+        """What stands in each row behind the first ``past``."""
         path = self._source.path
         try:
             # By the descriptor that was checked: the name may stand for another file by now.
@@ -71,11 +79,23 @@ class ParquetReader:
             file = self._parquet.ParquetFile(
                 self._source.raw, metadata=described.metadata, read_dictionary=[text_field]
             )
-            for batch in file.iter_batches(batch_size=ROWS, columns=[text_field]):
-                yield from self._of_batch(batch.column(0))
+            groups = self._groups_behind(described.metadata, past)
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_field]):
+                yield from self._of_batch(batch.column(0).slice(min(len(batch), max(0, past - self._rows_done))))
                 self._rows_done += len(batch)
         except (self._arrow.ArrowException, OSError) as error:
             raise DataInvalid(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+
+    def _groups_behind(self, metadata: Any, past: int) -> list[int]:
+        """The row groups that hold a row behind the first ``past``; the rows before them are done."""
+        first = 0
+        while first < metadata.num_row_groups:
+            rows = metadata.row_group(first).num_rows
+            if self._rows_done + rows > past:
+                break
+            self._rows_done += rows
+            first += 1
+        return list(range(first, metadata.num_row_groups))
 
     def _require_column(self, file: Any, text_field: str) -> None:
         schema, path = file.schema_arrow, self._source.path

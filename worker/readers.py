@@ -3,7 +3,9 @@
 Constant memory: one line or one document at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -12,6 +14,9 @@ from worker import lines
 from worker.lines import BadLine, Document, Tally, text_of
 from worker.parquet import ParquetReader
 from worker.source import Source
+
+SKIPPED_LINES = 1 << 16
+"""Lines that are passed over between two signs of life."""
 
 
 class Reader(Protocol):
@@ -34,6 +39,9 @@ class Reader(Protocol):
     @property
     def digest(self) -> str:
         """sha256 of the bytes read so far."""
+
+    def skip(self, past: Tally, seen: Callable[[], None]) -> None:
+        """Go on behind what ``past`` counts, which becomes ``tally``. ``seen`` is called now and then."""
 
     def documents(self, text_field: str) -> Iterator[Document]:
         """Each document in order; all else is counted in ``tally``. DataInvalid where the file changes."""
@@ -65,6 +73,7 @@ class LineReader:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.tally = Tally()
+        self._lines = self._raw_lines()
 
     @property
     def done(self) -> int:
@@ -81,9 +90,16 @@ class LineReader:
         """sha256 of the bytes read so far."""
         return self.source.digest
 
+    def skip(self, past: Tally, seen: Callable[[], None]) -> None:
+        """See `Reader`. Lines are found again, and hashed with the rest; nothing is parsed."""
+        for number, _ in enumerate(islice(self._lines, past.lines), start=1):
+            if number % SKIPPED_LINES == 0:
+                seen()
+        self.tally = replace(past)
+
     def documents(self, text_field: str) -> Iterator[Document]:
         """See `Reader`."""
-        for number, raw in enumerate(self.raw_lines(), start=1):
+        for number, raw in enumerate(self._lines, start=self.tally.lines + 1):
             self.tally.lines = number
             if raw is not None and not raw.strip(BLANK):
                 self.tally.blank_lines += 1
@@ -97,7 +113,7 @@ class LineReader:
             yield Document(number, text)
         self.source.finish()
 
-    def raw_lines(self) -> Iterator[bytes | None]:
+    def _raw_lines(self) -> Iterator[bytes | None]:
         """Lines without a byte order mark; None for one that is too long."""
         limit, mark = lines.MAX_LINE_BYTES, BOM
         while block := self._line(limit):
@@ -151,7 +167,7 @@ class TextReader(LineReader):
         """(number of its first line, its bytes) of each document; None for one that is too long."""
         held: list[bytes] = []
         first, size = 0, 0
-        for number, raw in enumerate(self.raw_lines(), start=1):
+        for number, raw in enumerate(self._lines, start=self.tally.lines + 1):
             self.tally.lines = number
             if raw is not None and not raw.strip(BLANK):
                 self.tally.blank_lines += 1

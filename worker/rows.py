@@ -17,8 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worker.corpus import Columns, Corpus, mapped, published
+from worker.corpus import Corpus
 from worker.lines import DataInvalid
+from worker.shards import Columns, mapped, published
 
 Integers = npt.NDArray[np.int64]
 Packing = Literal["document", "none"]
