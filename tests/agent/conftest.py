@@ -14,8 +14,9 @@ from contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
 from service.launch.base import AttemptName, Launch
 from service.launch.local import LocalLauncher
 from tests.agent.fake_service import FakeService
+from tests.faults import ranks
 
-DRIVER = (sys.executable, str(Path(__file__).with_name("driver.py")))
+DRIVER = (sys.executable, str(Path(ranks.__file__).with_name("driver.py")))
 NAME = AttemptName("job_fake", 1)
 
 

@@ -135,7 +135,7 @@ def test_kill_ends_all_at_once_and_is_no_success(launcher: LocalLauncher, servic
 
 
 def test_ranks_that_ignore_the_wish_are_ended_after_the_grace(launcher: LocalLauncher, service: FakeService) -> None:
-    launcher.start(launch(Timeouts(stop=0.3, term=0.3), steps="100000", fault="ignore_stop"))
+    launcher.start(launch(Timeouts(stop=0.3, term=0.3), steps="100000", deaf="1"))
     until(lambda: len(service.lines) > 5)
     service.desired = Desired.PAUSE
     report = ended(launcher)
@@ -144,7 +144,7 @@ def test_ranks_that_ignore_the_wish_are_ended_after_the_grace(launcher: LocalLau
 
 
 def test_a_rank_killed_is_named(launcher: LocalLauncher, service: FakeService) -> None:
-    launcher.start(launch(steps="1000", fault="crash_rank_1_at_5"))
+    launcher.start(launch(steps="1000", fault="signal_9_at_5", fault_rank="1"))
     report = ended(launcher)
     assert (report.outcome, report.reason) == ("crashed", Reason.WORKER_CRASHED)
     assert "rank 1 was killed by SIGKILL" in report.message
@@ -165,13 +165,13 @@ def test_torchrun_killed_leaves_no_rank(launcher: LocalLauncher, service: FakeSe
 
 
 def test_a_child_of_a_rank_does_not_survive_the_attempt(launcher: LocalLauncher, service: FakeService) -> None:
-    launcher.start(launch(steps="20", fault="orphan_at_5"))
+    launcher.start(launch(steps="20", fault="loader_at_5"))
     assert ended(launcher).outcome == "completed"
     until(lambda: not processes("RANK"))
 
 
 def test_stopped_ranks_are_found_by_their_lack_of_progress(launcher: LocalLauncher, service: FakeService) -> None:
-    launcher.start(launch(Timeouts(progress=1.0), steps="1000", fault="hang_at_100"))
+    launcher.start(launch(Timeouts(progress=1.0), steps="1000", fault="signal_19_at_100"))
     report = ended(launcher)
     assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
 

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -21,6 +22,7 @@ from service.jobs import rules
 from service.launch.local import WORKER_AGENT, LocalLauncher
 from service.scheduler import apply, lease, plan
 from service.scheduler.apply import Applier
+from service.scheduler.loop import Scheduler
 
 DIED_AT_FAILPOINT = 77
 FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("driver.py")))
@@ -91,10 +93,26 @@ def _change(wanted: dict[str, Any]) -> None:
     plan.KILL_GRACE = plan.KILL_GRACE * scale
     lease.LEASE_SECONDS *= float(wanted.get("lease_scale", 1.0))
     lease.RENEW_SECONDS *= float(wanted.get("lease_scale", 1.0))
+    if wanted.get("clock"):
+        _let_the_clock_be_set(Path(wanted["home"]) / "clock")
     for name, fate in (("die_at", _die), ("stop_at", _stop)):
         if name in wanted:
             where, line = wanted[name]
             threading.settrace(at_line({function.__code__ for function in PATHS[where]}, int(line), fate))
+
+
+def _let_the_clock_be_set(file: Path) -> None:
+    """The service's wall clock is off by as many seconds as stand in ``file``, from one look to the next."""
+    right = apply.utc_now
+
+    def wrong() -> datetime:
+        return right() + timedelta(seconds=float(file.read_text()) if file.exists() else 0.0)
+
+    for module in list(sys.modules.values()):
+        if getattr(module, "utc_now", None) is right:
+            module.utc_now = wrong  # type: ignore[attr-defined]
+    defaults = Scheduler.__init__.__defaults__ or ()
+    Scheduler.__init__.__defaults__ = tuple(wrong if value is right else value for value in defaults)
 
 
 def _die(where: str) -> None:

@@ -2,7 +2,7 @@
 
 The "weights" are a chain of hashes over the steps, so a step left out, or done twice, changes the last ones. What is
 to happen stands in the spec's labels: {"steps": "40", "pace": "0.02", "save": "5", "fault": "signal_9_at_5"}. A fault
-strikes in the first attempt, or with {"always": "1"} in each.
+strikes in the first attempt, or with {"always": "1"} in each. {"deaf": "1"}: no wish to stop is heard, nor SIGTERM.
 """
 
 import hashlib
@@ -85,6 +85,9 @@ class Rank:
         self.steps = int(self.labels.get("steps", "20"))
         self.pace = float(self.labels.get("pace", "0.02"))
         self.save_interval = int(self.labels.get("save", "5"))
+        self.deaf = "deaf" in self.labels
+        if self.deaf:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def train(self) -> int:
         self.fault(0)
@@ -97,7 +100,7 @@ class Rank:
             weights = next_weights(weights, step)
             self.beat(step)
             self.say("metric", step=step, epoch=0.0, loss=loss_of(weights), learning_rate=1e-3, tokens=step)
-            stopping = self.attempt.stop.exists()
+            stopping = self.attempt.stop.exists() and not self.deaf
             if step % self.save_interval == 0 or step == self.steps or stopping:
                 self.save(step, weights)
             if stopping and step < self.steps:

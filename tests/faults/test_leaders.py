@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx2
@@ -19,6 +19,7 @@ from service.db import Database
 from service.scheduler import lease as leasing
 from service.scheduler.lease import LEASE_SECONDS, RENEW_SECONDS, Deposed, Lease
 from service.tables import LeaderRow
+from tests import soak
 from tests.faults.conftest import MakeHome
 from tests.faults.home import Home, Nursery, until
 from tests.faults.invariants import check_weights
@@ -299,3 +300,57 @@ def write_late(group: Group, lease: Lease) -> None:
         row.beat = 12345
         session.flush()
         lease.fence(session)
+
+
+def leading(url: str) -> tuple[int, int]:
+    """(pid of the one that schedules, epoch)."""
+    database = Database(url)
+    try:
+        with database.read() as session:
+            row = session.get(LeaderRow, 1)
+            assert row is not None
+            return int(json.loads(row.holder)["pid"]) if row.holder else 0, row.epoch
+    finally:
+        database.close()
+
+
+def followed(url: str, pid: int, epoch: int) -> Callable[[], bool]:
+    """Whether another one than ``pid`` leads, in a later epoch."""
+
+    def is_() -> bool:
+        now, later = leading(url)
+        return later > epoch and now not in (0, pid)
+
+    return is_
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
+def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url: str, account: Account) -> None:
+    for server in servers:
+        server.wanted["lease_scale"] = 0.25
+    start_all(servers)
+    first = servers[0]
+    until(lambda: len(addresses(first)) == 3)
+    steady = first.submit(steps="6000", ranks="1")
+    done = []
+    for _ in range(int(soak.chosen("LEADERS", 20))):
+        pid, epoch = leading(any_url)
+        (leader,) = [server for server in servers if server.service is not None and server.service.pid == pid]
+        leader.signal(signal.SIGSTOP)
+        began = time.monotonic()
+        until(followed(any_url, pid, epoch), 40, "another one leads")
+        account.figure("another one leads after (leases a quarter as long), s", time.monotonic() - began)
+        until(first.ready)
+        done.append(first.submit(steps="10", ranks="1"))
+        first.wait(done[-1], "succeeded")
+        leader.signal(signal.SIGCONT)
+        account.injected["leader stopped past its lease and woken"] += 1
+    assert first.job(steady)["attempt"] == 1, "no run was disturbed"
+    for job_id in done:
+        assert first.job(job_id)["attempt"] == 1
+        check_weights(first, job_id, 10)
+    first.post(f"/jobs/{steady}/kill")
+    first.wait(steady, "cancelled")
+    account.held.append(f"{len(done)} jobs launched once each, one running all the while was not touched")

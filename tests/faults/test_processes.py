@@ -27,10 +27,10 @@ def soak(*values: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "down", [0.0, pytest.param(1.0, marks=pytest.mark.soak), pytest.param(20.0, marks=pytest.mark.soak)]
+    "down", [0.0, *(pytest.param(seconds, marks=pytest.mark.soak) for seconds in (1.0, 20.0, 60.0))]
 )
 def test_the_server_killed_and_away_costs_nothing(home: Home, down: float) -> None:
-    steps = 60 if down < 5 else 1200
+    steps = 60 if down < 5 else 60 * int(down)
     job_id = home.submit(steps=str(steps))
     until(lambda: home.step(job_id) >= 5)
     home.kill()
