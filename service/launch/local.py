@@ -277,7 +277,10 @@ def _why_lost(attempt: AttemptDir) -> tuple[Reason, str]:
         return Reason.AGENT_LOST, "the attempt's agent is gone and left no readable record"
     if agent.boot_id != boot_id():
         return Reason.HOST_RESTARTED, "the host was restarted during the run"
-    if agent.pid_namespace != pid_namespace():
+    init = ProcessIdentity.of(1)
+    # A namespace's number may be given again; nothing in a container is older than its first process.
+    of_before = init is not None and agent.start_ticks < init.start_ticks
+    if of_before or agent.pid_namespace != pid_namespace():
         return Reason.HOST_RESTARTED, "the container was restarted during the run"
     return Reason.AGENT_LOST, "the attempt's agent is gone and left no report"
 

@@ -251,6 +251,20 @@ def test_an_attempt_of_before_a_reboot_is_told_from_a_lost_one(
     launcher.end(NAME)
 
 
+def test_a_container_restarted_under_the_same_namespace_number_is_told_from_a_lost_agent(
+    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+) -> None:
+    attempt.path.mkdir(parents=True)
+    first = ProcessIdentity.of(1)
+    assert first is not None
+    older = {**first.to_json(), "start_ticks": first.start_ticks - 1}
+    for record, reason in ((older, Reason.HOST_RESTARTED), (first.to_json(), Reason.AGENT_LOST)):
+        attempt.started.write_text(json.dumps({"agent": record}))
+        found = launcher.find(NAME)
+        assert found.report is not None
+        assert found.report.reason is reason
+
+
 def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeService) -> None:
     launcher.start(launch(steps="40"))
     launcher.start(launch(steps="40"))

@@ -233,15 +233,14 @@ def launch_by_a_leader_that_sleeps(servers: list[Home], line: int) -> bool:
     stopped = home.log().count("stopped at") > stops
     if stopped:
         until(lambda: home.url == other, 40, "the other one leads")
-        until(lambda: httpx2.get(f"{other}/jobs/{job_id}", timeout=10).json()["status"] == "succeeded")
+    until(lambda: httpx2.get(f"{other}/jobs/{job_id}", timeout=10).json()["status"] == "succeeded")
+    if stopped:
         lead.send(signal.SIGCONT)
         until(lambda: httpx2.get(mine + "/ready", timeout=10).status_code == 200)
         time.sleep(1.0)  # an agent that it launched now would need as long to refuse
     ran = [attempt.number for attempt in home.run(job_id).attempts() if attempt.outbox.exists()]
     assert len(ran) == 1, f"launched twice, after a stop at line {line}"
     check_weights(home, job_id, 20)
-    job = httpx2.get(f"{other}/jobs/{job_id}", timeout=10).json()
-    assert job["status"] in ("succeeded", "running")
     return stopped
 
 

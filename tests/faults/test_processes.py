@@ -74,7 +74,7 @@ def test_what_ended_while_the_server_was_away_has_its_true_end_and_time(
     ("forged", "reason"),
     [
         ({}, "agent_lost"),
-        pytest.param({"start_ticks": 1}, "agent_lost", marks=pytest.mark.soak),
+        pytest.param({"start_ticks": 10**12}, "agent_lost", marks=pytest.mark.soak),
         pytest.param({"boot_id": "another boot"}, "host_restarted", marks=pytest.mark.soak),
         ({"pid_namespace": "pid:[1]"}, "host_restarted"),
     ],
