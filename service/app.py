@@ -2,14 +2,11 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
 
-from contract.spec import JobSpec
 from service import exposition, status_routes
 from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
@@ -17,6 +14,7 @@ from service.dashboard import pages
 from service.db import Database
 from service.devices import routes as device_routes
 from service.devices.inventory import HostInventory, Inventory, visible_devices
+from service.document import openapi
 from service.errors import ServiceError, handle
 from service.exports import routes as export_routes
 from service.forks import routes as fork_routes
@@ -73,6 +71,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         description=DESCRIPTION,
         lifespan=life,
         redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
     )
     app.state.services = services
     for kind in (ServiceError, HTTPException, RequestValidationError):
@@ -94,17 +93,5 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         pages,
     ):
         app.include_router(routes.router)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
+    app.openapi = lambda: openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
     return app
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The document with the job spec in it: its body is read by our own parser, which FastAPI does not see."""
-    if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        spec = JobSpec.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas.update(spec.pop("$defs"))
-        schemas["JobSpec"] = spec
-        app.openapi_schema = document
-    return app.openapi_schema

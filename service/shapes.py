@@ -281,3 +281,74 @@ class Version(Shape):
     api: int
     python: str
     database: str
+
+
+class Metric(Shape):
+    """A point of the curve. ``fields`` may leave out all but the first two; null where not measured or not finite."""
+
+    step: int
+    attempt: int
+    epoch: float | None = None
+    loss: float | None = None
+    aux_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    step_seconds: float | None = None
+    data_seconds: float | None = None
+    memory_bytes: int | None = None
+    eval_loss: float | None = None
+    expert_load: list[Any] | None = None
+    nonfinite: bool | None = None
+    at: datetime | None = None
+    job_id: str | None = None
+
+
+class Bucket(Shape):
+    """A stretch of the curve. ``loss`` is its last one; what is not finite is left out of the means."""
+
+    first_step: int
+    step: int
+    attempt: int
+    count: int
+    loss: float | None
+    loss_mean: float | None
+    loss_min: float | None
+    loss_max: float | None
+    loss_ema: float | None
+    nonfinite_count: int
+    nonfinite: bool | None = None
+    job_id: str | None = None
+
+
+class MetricPage(Shape):
+    """Points, or with ``max_points`` buckets of ``resolution`` steps; ``lineage`` where it was asked for."""
+
+    object: Literal["list"] = "list"
+    data: list[Bucket | Metric]
+    has_more: bool
+    resolution: int | None = None
+    lineage: list[Any] | None = None
+
+
+class FieldMistake(Shape):
+    """Where something is wrong (an RFC 6901 pointer) and what should be there."""
+
+    pointer: str
+    message: str
+
+
+class ProblemDetails(Shape):
+    """RFC 9457. ``code`` is for programs, ``detail`` for people; ``errors`` lists all mistakes of a spec or request."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str | None
+    errors: list[FieldMistake] = []

@@ -209,7 +209,7 @@ async def _json_body(request: Request) -> Any:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise WrongMediaType()
     try:
-        return json.loads(body, object_pairs_hook=_without_doubles)
+        return json.loads(body.decode(), object_pairs_hook=_without_doubles)
     except RecursionError:
         raise BodyNotJson("The body is nested too deeply.") from None
     except UnicodeDecodeError:

@@ -9,6 +9,7 @@ import pytest
 from contract.parsing import ALIASES, GROUPS
 from contract.reference import render
 from contract.status import JobStatus, Reason
+from service import errors
 from service.settings import Settings
 from tests.habits.surface import commands, routes
 
@@ -52,6 +53,14 @@ def test_every_setting_stands_in_the_reference() -> None:
 @pytest.mark.parametrize("word", [*JobStatus, *Reason])
 def test_every_status_and_reason_is_explained(word: str) -> None:
     assert f"`{word}`" in text("statuses.md")
+
+
+def test_every_error_code_is_explained_and_the_other_way_round() -> None:
+    kinds = list(errors.ServiceError.__subclasses__())
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    known = {(str(kind.status), kind.code) for kind in kinds if kind.code != "refused"}
+    assert set(re.findall(r"^\| (\d{3}) \| `([a-z_]+)`", text("errors.md"), re.MULTILINE)) == known
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -1,0 +1,102 @@
+"""The OpenAPI document: what FastAPI finds in the routes, and what it cannot see there.
+
+Bodies are read by our own parsers, every error is a problem, and one address answers with three kinds of rows.
+"""
+
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from contract.spec import JobSpec
+from service.errors import PROBLEM
+from service.jobs.changes import PATCH_FIELDS, RESUME_FIELDS
+from service.shapes import Bucket, Metric, MetricPage, ProblemDetails
+
+REF = "#/components/schemas/{model}"
+CHANGES = {("patch", "/jobs/{job_id}"): PATCH_FIELDS, ("post", "/jobs/{job_id}/resume"): RESUME_FIELDS}
+CURVE = ("get", "/jobs/{job_id}/metrics")
+SUBMIT = ("post", "/jobs")
+SPECS = ("/jobs", "/jobs/plan")
+"""Addresses that take a job spec, and nothing less."""
+
+PROMETHEUS = ("get", "/metrics")
+ALWAYS = (401, 403, 408, 413, 414, 422, 431, 503)
+"""What the gate around every route may answer, and a request with mistakes."""
+
+
+def openapi(app: FastAPI) -> dict[str, Any]:
+    """The document, made once."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas = document.setdefault("components", {}).setdefault("schemas", {})
+        for model in (JobSpec, ProblemDetails, MetricPage, Metric, Bucket):
+            schema = model.model_json_schema(ref_template=REF)
+            schemas.update(schema.pop("$defs", {}))
+            schemas[model.__name__] = schema
+        # Kept as it came from the database, where it went as a whole spec.
+        schemas["Job"]["properties"]["spec"] = {"$ref": REF.format(model=JobSpec.__name__)}
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{}, {"token": []}]
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                _complete((method, path), operation, schemas)
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _complete(place: tuple[str, str], operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+    responses = operation["responses"]
+    responses.update({str(status): _problem(status) for status in _refusals(place)})
+    responses["default"] = _problem(None)
+    if operation.get("requestBody"):
+        operation["requestBody"]["required"] = place[1] in SPECS
+    if place in CHANGES:
+        operation["requestBody"] = _content(_changes(CHANGES[place], schemas))
+    if place == SUBMIT:
+        location = {"description": "Address of the job.", "schema": {"type": "string"}}
+        responses["201"]["headers"] = {"Location": location}
+        responses["200"] = {**responses["201"], "description": "It was submitted before, under the same key."}
+    if place == CURVE:
+        rows = {"schema": {"type": "string"}}
+        page = {"schema": {"$ref": REF.format(model="MetricPage")}}
+        responses["200"]["content"] = {"application/json": page, "text/csv": rows, "application/x-ndjson": rows}
+    if place == PROMETHEUS:
+        responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+
+
+def _refusals(place: tuple[str, str]) -> list[int]:
+    method, path = place
+    more = [404] if "{" in path else []
+    more += [409] if method != "get" and "{" in path else []
+    more += [415] if method in ("post", "patch") else []
+    return sorted([*ALWAYS, *more, *([429] if path.endswith("/stream") else [])])
+
+
+def _problem(status: int | None) -> dict[str, Any]:
+    described = HTTPStatus(status).phrase if status is not None else "Anything else that went wrong"
+    schema = {"$ref": REF.format(model=ProblemDetails.__name__)}
+    return {"description": described, "content": {PROBLEM: {"schema": schema}}}
+
+
+def _content(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"required": False, "content": {"application/json": {"schema": schema}}}
+
+
+def _changes(fields: dict[str, tuple[str, ...]], schemas: dict[str, Any]) -> dict[str, Any]:
+    """An object of members that are each what the job spec says of its place."""
+    step = {"type": ["integer", "null"], "minimum": 0}
+    members = {name: _leaf(schemas, place) if place else step for name, place in fields.items()}
+    return {"type": "object", "additionalProperties": False, "properties": members}
+
+
+def _leaf(schemas: dict[str, Any], place: tuple[str, ...]) -> Any:
+    found: Any = schemas[JobSpec.__name__]
+    for name in place:
+        if "$ref" in found:
+            found = schemas[found["$ref"].rpartition("/")[2]]
+        found = found["properties"][name]
+    return {key: value for key, value in found.items() if key != "default"}

@@ -1,0 +1,135 @@
+"""Requests that schemathesis makes of the OpenAPI document: no answer of 5xx, none that the document does not know."""
+
+import collections
+import gc
+import os
+import resource
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from contract.status import Reason
+from tests.service.conftest import MakeRig
+from tests.service.rig import Rig
+from tests.service.served import served
+
+schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+
+SEED = int(os.environ.get("TRAINYARD_SEED", "20261125"))
+ROUND = 250
+ENDLESS = ("/stream",)
+"""Streams of a job that never ends do not end; they have tests of their own."""
+
+TOKEN = "a-token-of-the-test"
+
+
+def jobs(rig: Rig) -> list[str]:
+    """One that runs, one that failed, one that waits."""
+    running, attempt = rig.running()
+    for step in range(1, 30):
+        attempt.metric(step)
+    attempt.metric(30, loss=float("nan"))
+    attempt.say("sample", step=3, prompt="p", text="t")
+    rig.ship(attempt)
+    rig.checkpoint(running, attempt, 10)
+    rig.ship(attempt)
+    failed, attempt = rig.running()
+    rig.exit(attempt, "crashed", Reason.DATA_INVALID, step=0)
+    return [running, failed, rig.submit(resources={"nproc_per_node": 2})]
+
+
+def operations(rig: Rig) -> list[Any]:
+    schema = schemathesis.openapi.from_dict(rig.app.openapi())
+    found = [result.ok() for result in schema.get_all_operations()]
+    return [operation for operation in found if not operation.path.endswith(ENDLESS)]
+
+
+@st.composite
+def requests(draw: st.DrawFn, known: list[Any], ids: list[str]) -> Any:
+    """A request to any operation; most ask for a job that is there, some break the schema on purpose."""
+    operation = draw(st.sampled_from(known))
+    mode = draw(st.sampled_from(list(schemathesis.GenerationMode)))
+    try:
+        case = draw(operation.as_strategy(generation_mode=mode))
+    except Exception as error:  # what takes no parameter cannot be broken
+        if "negat" not in str(error).lower() and "Unsatisfiable" not in type(error).__name__:
+            raise
+        case = draw(operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE))
+    if "job_id" in (case.path_parameters or {}) and draw(st.integers(0, 4)):
+        case.path_parameters["job_id"] = draw(st.sampled_from(ids))
+    return case
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def explore(rig: Rig, count: int, token: str | None) -> collections.Counter[int]:
+    """Send ``count`` requests and hold every answer against the document; how often each status came."""
+    seen: collections.Counter[int] = collections.Counter()
+    sizes: list[int] = []
+    ids = jobs(rig)
+    with served(rig) as (host, port):
+        base = f"http://{host}:{port}"
+
+        @settings(
+            max_examples=min(count, ROUND),
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=requests(operations(rig), ids))
+        def one(case: Any) -> None:
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            answer = case.call(base_url=base, headers=headers, timeout=30)
+            seen[answer.status_code] += 1
+            # The rig's scheduler has no thread of its own, and /ready says so.
+            assert answer.status_code < 500 or case.path == "/ready", (case.as_curl_command(), answer.text[:500])
+            case.validate_response(answer, checks=CHECKS if answer.status_code < 500 else CHECKS[1:])
+
+        # What the generator remembers of a round goes with it: what stays is the service's.
+        for number in range(-(-count // ROUND)):
+            seed(SEED + number)(one)()
+            gc.collect()
+            sizes.append(resident())
+    print(f"seed {SEED}: {sum(seen.values())} requests, {dict(sorted(seen.items()))}, MiB {[s >> 20 for s in sizes]}")
+    # The first half fills what is kept for good.
+    assert sizes[-1] - sizes[len(sizes) // 2] < 16 << 20, "memory is flat"
+    return seen
+
+
+CHECKS = [
+    getattr(schemathesis.checks, name, None) or getattr(schemathesis.specs.openapi.checks, name)
+    for name in (
+        "not_a_server_error",
+        "status_code_conformance",
+        "content_type_conformance",
+        "response_headers_conformance",
+        "response_schema_conformance",
+    )
+]
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_generated_requests(make_rig: MakeRig, any_url: str, token: str | None) -> None:
+    rig = make_rig(any_url, token=token)
+    rig.client.headers["Authorization"] = f"Bearer {token}"
+    seen = explore(rig, 40, token)
+    rig.close()
+    assert sum(seen.values()) >= 40
+    assert len(seen) >= 3
+    assert 401 not in seen
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("token", [None, TOKEN])
+def test_ten_thousand_generated_requests(make_rig: MakeRig, any_url: str, token: str | None) -> None:
+    rig = make_rig(any_url, token=token)
+    rig.client.headers["Authorization"] = f"Bearer {token}"
+    assert sum(explore(rig, 10_000, token).values()) >= 10_000
+    rig.close()
