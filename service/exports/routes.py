@@ -77,7 +77,7 @@ def exports(services: ServicesNeeded, job_id: str) -> Page[Export]:
 
 
 @router.get("/exports/{step}/{form}/files/{name}", response_class=Response, responses={200: BYTES, 206: BYTES})
-def download(
+def download_export(
     services: ServicesNeeded,
     job_id: str,
     step: Step,
