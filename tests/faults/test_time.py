@@ -90,11 +90,14 @@ def slowness() -> float:
 
 
 def race(home: Home, seed: int) -> str:
-    """One job's finish against one cancel, within 5 ms; returns what became of it."""
+    """One job's finish against one cancel; returns what became of it.
+
+    The wish needs some ten milliseconds to the ranks, so it is sent up to as much before their end, and 5 ms behind it.
+    """
     dice = random.Random(seed)
-    job_id = home.submit(steps="4", pace="0.01", ranks="1")
-    home.reach(job_id, 3)
-    time.sleep(dice.uniform(0.005, 0.015))
+    job_id = home.submit(steps="10", pace="0.01", ranks="1")
+    home.reach(job_id, dice.randint(2, 9))
+    time.sleep(dice.uniform(0, 0.015))
     answered = home.post(f"/jobs/{job_id}/cancel").status_code
     job = home.wait(job_id, "cancelled", "succeeded")
     said = (read_json(home.run(job_id).attempt(1).outcome) or {}).get("outcome")
@@ -112,6 +115,6 @@ def test_a_thousand_finishes_against_cancel(make_home: MakeHome, account: Accoun
     seeds = range(first, first + int(soak.chosen("RACES", 1000)))
     with ThreadPoolExecutor(4) as pool:
         ends = Counter(pool.map(lambda seed: race(home, seed), seeds))
-    account.injected.update({f"finish against cancel within 5 ms: {end}": count for end, count in ends.items()})
+    account.injected.update({f"finish against cancel: {end}": count for end, count in ends.items()})
     account.held.append("one truth: succeeded exactly where rank 0 had said completed")
     assert len(ends) > 1, "always the same one was first"
