@@ -186,3 +186,17 @@ def test_a_histogram_counts_up() -> None:
         'h_count{a="b"} 4',
     ]
     assert sample("x", 0.5) == "x 0.5"
+
+
+def test_a_parser_of_prometheus_takes_it(rig: Rig) -> None:
+    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
+    job_id, attempt = rig.running()
+    attempt.metric(1, tokens=1234)
+    rig.ship(attempt)
+    families = {
+        family.name: family for family in parser.text_string_to_metric_families(rig.client.get("/metrics").text)
+    }
+    assert families["trainyard_request_seconds"].type == "histogram"
+    tokens = families["trainyard_job_tokens"].samples
+    assert [(found.labels, found.value) for found in tokens] == [({"job": job_id}, 1234.0)]
+    assert all(family.documentation for family in families.values())
