@@ -85,6 +85,7 @@ class Plan(TypedDict, total=False):
     samples: int | None
     bad_lines: int | None
     steps: int | None
+    base_step: int
     tokens_per_step: float | None
     world_size: int | None
     memory_bytes: dict[str, int | None]

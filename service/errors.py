@@ -117,7 +117,18 @@ class StepUnavailable(ServiceError):
 class FileNotInExport(ServiceError):
     """There is no such export, or it has no such file."""
 
-    status, code = 404, "file_not_found"
+    status, code = 404, "export_not_found"
+
+
+class DiskTrouble(ServiceError):
+    """The files could not be written on the service's host. Nothing of them is left."""
+
+    status, code = 507, "disk_trouble"
+
+    @classmethod
+    def of(cls, error: OSError) -> "DiskTrouble":
+        """With the system's own word."""
+        return cls(f"{(cls.__doc__ or '').strip()} It said: {error.strerror or type(error).__name__}.")
 
 
 class ExportUnderWay(ServiceError):

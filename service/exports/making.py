@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from contract.locks import FileLock, LockBusy
 from contract.rundir import ProductDir, fsync_directory, read_json, write_json
 from service.checkpoints.files import manifest_of
-from service.errors import CheckpointNotFound, ExportUnderWay
+from service.errors import CheckpointNotFound, DiskTrouble, ExportUnderWay
 from service.exports import child
 from service.forks.links import share
 
@@ -42,8 +42,15 @@ def existing(wanted: Wanted) -> bool:
 
 
 def make(wanted: Wanted) -> None:
-    """Export. Raises ExportUnavailable, ExportUnderWay, ExportFailed, ExportTimedOut or StepUnavailable."""
+    """Export. Raises StepUnavailable, DiskTrouble, ExportUnavailable, -UnderWay, -Failed, -TimedOut."""
     child.require_exporter()
+    try:
+        _make_alone(wanted)
+    except OSError as error:
+        raise DiskTrouble.of(error) from error
+
+
+def _make_alone(wanted: Wanted) -> None:
     wanted.products.exports.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(wanted.products.exports / ".lock").take()

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Response
 
 from service.context import Services, ServicesNeeded
-from service.errors import KeyReused, ServiceError
+from service.errors import DiskTrouble, KeyReused, ServiceError
 from service.forks import making
 from service.forks.asked import Asked, forked_spec, read
 from service.jobs import files, store
@@ -78,8 +78,8 @@ def _make(services: Services, job_id: str, asked: Asked, key: str | None, digest
         except (ServiceError, OSError) as error:
             half_made.carry_out()
             earlier = replayed(services, key, digest) if isinstance(error, KeyReused) else None
-            if earlier is None:
-                raise
-            return earlier
+            if earlier is not None:
+                return earlier
+            raise DiskTrouble.of(error) if isinstance(error, OSError) else error from error
         half_made.forget()
     return Made(fork_id, created_now=True)

@@ -282,6 +282,7 @@ def test_local_commands_become_their_program(
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execve", execve)
+    monkeypatch.delenv("TRAINYARD_SOAK_SEED", raising=False)
     run(*line)
     program, arguments_, environment = became
     assert program == sys.executable

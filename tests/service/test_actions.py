@@ -225,6 +225,39 @@ def test_patch(any_rig: Rig) -> None:
     assert rig.client.patch(f"/jobs/{job_id}", json={"name": "again"}).json()["name"] == "again"
 
 
+def in_every_status(rig: Rig) -> dict[str, str]:
+    """A job in each status in which a job can rest or wait, none of them leased anything that another needs."""
+    found: dict[str, str] = {}
+    for outcome, reason, verb in (
+        ("completed", None, None), ("failed", Reason.DIVERGED, None), ("stopped", None, "pause"),
+        ("stopped", None, "cancel"), ("crashed", Reason.WORKER_CRASHED, None),
+    ):  # fmt: skip
+        job_id, attempt = rig.running()
+        if verb:
+            rig.act(job_id, verb)
+            found[rig.status(job_id)] = job_id
+        rig.exit(attempt, outcome, reason, step=5)
+        found[rig.status(job_id)] = job_id
+    running, _ = rig.running()
+    starting = rig.submit()
+    rig.settle()
+    queued = rig.submit()
+    return {**found, "running": running, "starting": starting, "queued": queued}
+
+
+def test_resumable_is_what_a_resume_says_on_every_job(any_rig: Rig) -> None:
+    jobs = in_every_status(any_rig)
+    statuses = {status: any_rig.job(job_id) for status, job_id in jobs.items()}
+    seen = {job["status"] for job in statuses.values()}
+    assert seen == {"succeeded", "failed", "paused", "cancelled", "interrupted", "running", "starting", "queued"}
+    for job in statuses.values():
+        assert job["resumable"] == (job["resume_blocker"] is None)
+        answer = any_rig.client.post(f"/jobs/{job['id']}/resume")
+        assert (answer.status_code == 202) == job["resumable"], (job["status"], answer.text)
+        if not job["resumable"]:
+            assert job["resume_blocker"].lower()[:20] in answer.json()["detail"].lower()
+
+
 def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: Rig) -> None:
     job_id, attempt = any_rig.running(reporting={"log_interval": 5})
     spec = any_rig.job(job_id)["spec"]

@@ -81,7 +81,7 @@ def test_files_are_fetched_whole_and_in_pieces_and_no_others(rig: Rig) -> None:
     (Path(made["path"]) / "link").symlink_to("/etc/hostname")
     for name in ("link", "none", "..%2f.lock", "..", ".hidden", "%2fetc%2fpasswd"):
         assert rig.client.get(f"{url}/{name}").status_code == 404, name
-    assert rig.client.get(f"/jobs/{job_id}/exports/11/hf/files/config.json").json()["code"] == "file_not_found"
+    assert rig.client.get(f"/jobs/{job_id}/exports/11/hf/files/config.json").json()["code"] == "export_not_found"
     assert rig.client.get(f"/jobs/{job_id}/exports/10/gguf/files/config.json").status_code == 422
 
 
@@ -141,6 +141,14 @@ def test_without_torch_it_says_so_at_once(rig: Rig, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
     status, problem = export(rig, job_id, 10)
     assert (status, problem["code"]) == (501, "export_unavailable")
+
+
+def test_a_disk_that_takes_nothing_is_said(rig: Rig) -> None:
+    job_id, _ = saved(rig, 10)
+    (rig.home / "runs" / job_id / "exports").write_text("in the way")
+    status, problem = export(rig, job_id, 10)
+    assert (status, problem["code"]) == (507, "disk_trouble")
+    assert "File exists" in problem["detail"]
 
 
 def test_what_is_not_there_or_not_understood(rig: Rig) -> None:

@@ -205,6 +205,17 @@ def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: 
     assert list(any_rig.settings.trash.iterdir()) == []
 
 
+def test_a_full_disk_makes_no_fork_and_leaves_nothing(rig: Rig) -> None:
+    job_id = ready(rig)
+    from service.forks import making
+
+    with mock.patch.object(making, "write_json", side_effect=OSError(28, "No space left on device")):
+        refused = fork(rig, job_id, {"step": 400}, 507)
+    assert (refused["code"], "No space left" in refused["detail"]) == ("disk_trouble", True)
+    assert [path.name for path in (rig.home / "runs").iterdir()] == [job_id]
+    assert list(rig.settings.trash.iterdir()) == []
+
+
 def test_without_links_the_files_are_copied_and_a_link_in_their_place_is_not_followed(rig: Rig, tmp_path: Path) -> None:
     job_id = ready(rig)
     with mock.patch.object(os, "link", side_effect=OSError(18, "Invalid cross-device link")):
