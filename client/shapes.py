@@ -91,6 +91,7 @@ class Plan(TypedDict, total=False):
     memory_bytes: dict[str, int | None]
     memory_limit_bytes: int | None
     checkpoint_bytes: int | None
+    snapshot_bytes: int | None
     disk_free_bytes: int | None
     flops: float | None
     eta_seconds: float | None

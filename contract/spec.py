@@ -90,7 +90,10 @@ class TrainingSpec(Group):
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for the matrices of the layers; embeddings, head, router and norms stay with AdamW"
     )
-    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(0.01, description="decoupled, on every parameter")
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(0.01, description="decoupled")
+    weight_decay_on: Literal["all", "matrices"] = Field(
+        "all", description="all: every parameter, as MiniMind does; matrices: embeddings among them, but not the norms"
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's")
     grad_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(1.0, description="largest gradient norm; 0: no clipping")
     dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="autocast; weights stay float32")

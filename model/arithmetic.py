@@ -13,6 +13,7 @@ ADAM_MOMENTS = 2
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 6.0 * matrices + 6.0 * attention
 
 
-def memory_bytes(config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16") -> Memory:
-    """What one rank holds at the peak of a step, in bytes. Weights and gradients are float32, the optimizer is AdamW.
+def memory_bytes(
+    config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw"
+) -> Memory:
+    """What one rank holds at the peak of a step, in bytes. Weights, gradients and the optimizer's state are float32.
 
     Under autocast the copies of the matrices in ``dtype`` count as weights. Activations are what the layers keep for
     the backward pass, and the gradient of the matrix that makes the logits, which is made with the loss. What lives
@@ -68,15 +71,25 @@ def memory_bytes(config: ModelConfig, *, batch_size: int, seq_len: int, dtype: D
     return Memory(
         weights=FLOAT32 * count + copies,
         gradients=FLOAT32 * count,
-        optimizer=ADAM_MOMENTS * FLOAT32 * count,
+        optimizer=optimizer_bytes(config, optimizer),
         activations=batch_size * seq_len * _activation_bytes(config, DTYPE_BYTES[dtype])
         + FLOAT32 * _vocabulary(config) * config.hidden_size,
     )
 
 
-def checkpoint_bytes(config: ModelConfig) -> int:
-    """Size of a full checkpoint: float32 weights and both of AdamW's moments, without headers."""
-    return (1 + ADAM_MOMENTS) * FLOAT32 * parameters(config)
+def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
+    """What an optimizer remembers: two moments of each parameter; with Muon one of the layers' matrices but routers."""
+    both = ADAM_MOMENTS * FLOAT32 * parameters(config)
+    routers = config.num_hidden_layers * config.num_experts * config.hidden_size if config.use_moe else 0
+    return both if optimizer == "adamw" else both - FLOAT32 * (_matrices(config, config.num_experts) - routers)
+
+
+def checkpoint_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
+    """Size of a full checkpoint: float32 weights and what the optimizer remembers, without headers.
+
+    As much host memory is taken by the copy that a save is written from.
+    """
+    return FLOAT32 * parameters(config) + optimizer_bytes(config, optimizer)
 
 
 def _vocabulary(config: ModelConfig) -> int:

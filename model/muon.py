@@ -23,18 +23,18 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for ``matrices``, AdamW for ``others``. One state for both, float32: ``momentum``, or AdamW's moments."""
+    """Muon for ``matrices``, AdamW for ``others``. One state, float32: ``momentum``, or AdamW's moments."""
 
     def __init__(
         self,
         matrices: Iterable[nn.Parameter],
-        others: Iterable[nn.Parameter],
+        others: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float],
         weight_decay: float,
     ) -> None:
-        self._adamw = torch.optim.AdamW(list(others), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
         groups = [{"params": list(matrices), "lr": lr, "weight_decay": weight_decay}, *self._adamw.param_groups]
         super().__init__(groups, {})
 

@@ -38,6 +38,7 @@ class Plan(Shape):
     """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started.
 
     ``base_step``: steps of a fork's ancestors that lie before its own schedule; ``steps`` counts them too.
+    ``snapshot_bytes``: host memory of rank 0 for the copy that saves are written from.
     ``estimated``: what depends on the corpus comes from a glance at it. ``eta_basis`` says whose speed was taken.
     """
 
@@ -61,6 +62,7 @@ class Plan(Shape):
     flops_per_token: float | None = None
     memory_bytes: MemoryPlan = MemoryPlan()
     checkpoint_bytes: int | None = None
+    snapshot_bytes: int | None = None
     disk_free_bytes: int | None = None
     flops: float | None = None
     eta_seconds: float | None = None

@@ -11,7 +11,7 @@ SKIPS_IN_ALL = 100
 ROLLBACKS = 3
 
 ORDINARY_SCALE = 1.0
-"""Above this loss scale an fp16 overflow is the scaler finding its level; at or below it the gradient itself is bad."""
+"""Above this loss scale an fp16 overflow of the gradient is the scaler finding its level; at or below it, it is bad."""
 
 
 class Verdict(StrEnum):
@@ -34,11 +34,17 @@ class Trouble:
     rollbacks: int = 0
 
 
-def judge(finite: bool, policy: Policy, before: Trouble, loss_scale: float | None) -> tuple[Verdict, Trouble]:
-    """The verdict on a step, and the count from now on. ``loss_scale`` is the fp16 scaler's during the step."""
+def judge(
+    finite: bool, policy: Policy, before: Trouble, loss_scale: float | None, *, losses_finite: bool = True
+) -> tuple[Verdict, Trouble]:
+    """The verdict on a step, and the count from now on. ``loss_scale`` is the fp16 scaler's during the step.
+
+    ``finite``: the gradient. A loss is not scaled before the backward pass, so one that is not finite is no overflow
+    that a lower scale would mend.
+    """
     if finite:
         return Verdict.APPLIED, replace(before, in_a_row=0)
-    if loss_scale is not None and loss_scale > ORDINARY_SCALE:
+    if losses_finite and loss_scale is not None and loss_scale > ORDINARY_SCALE:
         return Verdict.OVERFLOWED, before
     match policy:
         case "fail":

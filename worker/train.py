@@ -213,9 +213,12 @@ class Loop:
         scale = self.trainee.loss_scale()
         self.meters.begin_step()
         result = self.trainee.stepper.step(self.feed.micros(data_step), self.rate.at(step), self._seeding(step))
-        verdict, trouble = gate.judge(result.finite, training.on_nonfinite, progress.trouble, scale)
+        suspects = () if result.finite else self._suspects(result)
+        verdict, trouble = gate.judge(
+            result.finite, training.on_nonfinite, progress.trouble, scale, losses_finite=not suspects
+        )
         if verdict in (Verdict.FAIL, Verdict.ROLL_BACK, Verdict.SKIP):
-            what = gate.describe(step, tuple(self.feed.rows_of(data_step).tolist()), self._suspects(result))
+            what = gate.describe(step, tuple(self.feed.rows_of(data_step).tolist()), suspects)
             if verdict is Verdict.FAIL:
                 raise _diverged(what, trouble)
             if verdict is Verdict.ROLL_BACK:

@@ -122,9 +122,19 @@ def _optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
         matrices = hidden_matrices(model)
         chosen = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-        return Muon(matrices, others, lr=lr, betas=betas, weight_decay=weight_decay)
+        return Muon(matrices, _decayed(others, training), lr=lr, betas=betas, weight_decay=weight_decay)
     # Fused on a CPU as well: several times faster, and elementwise, so its result has no order to depend on.
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+    groups = _decayed(list(model.parameters()), training)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def _decayed(parameters: list[nn.Parameter], training: TrainingSpec) -> list[dict[str, Any]]:
+    """The parameters in groups by whether they decay."""
+    if training.weight_decay_on == "all":
+        return [{"params": parameters}]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
 
 
 def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -13,8 +13,13 @@ def known_at_submit(spec: JobSpec, device: str) -> dict[str, Any]:
     model, training = spec.model, spec.training
     assert model.vocab_size is not None
     memory = arithmetic.memory_bytes(
-        model, batch_size=training.batch_size, seq_len=spec.data.max_seq_len, dtype=training.dtype
+        model,
+        batch_size=training.batch_size,
+        seq_len=spec.data.max_seq_len,
+        dtype=training.dtype,
+        optimizer=training.optimizer,
     )
+    saved = arithmetic.checkpoint_bytes(model, training.optimizer)
     return {
         "parameters": arithmetic.parameters(model),
         "active_parameters": arithmetic.active_parameters(model),
@@ -26,7 +31,8 @@ def known_at_submit(spec: JobSpec, device: str) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "flops_per_token": arithmetic.flops_per_token(model, spec.data.max_seq_len),
         "memory_bytes": asdict(memory),
-        "checkpoint_bytes": arithmetic.checkpoint_bytes(model),
+        "checkpoint_bytes": saved,
+        "snapshot_bytes": saved,
         # An untrained model gives every token the same probability.
         "expected_first_loss": math.log(model.vocab_size),
     }

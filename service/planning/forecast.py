@@ -10,7 +10,7 @@ from service.devices.inventory import Device, count, kind_for
 from service.devices.memory import disk_free, host_memory
 from service.jobs.facts import known_at_submit
 from service.planning.estimate import Size, size_of
-from service.planning.glance import glance
+from service.planning.glance import glance, other_form
 from service.planning.history import Pace
 from service.planning.tokens import counter
 from service.planning.warnings import Surroundings, warnings
@@ -85,6 +85,8 @@ def _surroundings(
         memory_limit=limit,
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
+        snapshot=facts["snapshot_bytes"],
+        other_form=other_form(Path(spec.data.data_path)),
     )
 
 

@@ -77,6 +77,19 @@ def glance(path: Path, text_field: str) -> Glance | None:
         return None
 
 
+def other_form(path: Path) -> str | None:
+    """What form a readable corpus has that is not JSONL; else None."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            head = file.read(HEAD_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+    except (OSError, ValueError):
+        return None
+    if (packing := packing_of(head)) is not Packing.NONE:
+        return str(packing)
+    return "plain text" if head and is_plain_text(path.name, head) else None
+
+
 def _lines(file: BinaryIO, size: int) -> Iterator[bytes]:
     if size <= SAMPLE_BYTES:
         yield from _whole_lines(file.read(SAMPLE_BYTES), from_start=True, to_end=True)

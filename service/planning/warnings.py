@@ -16,18 +16,25 @@ LEAST_KEPT = 2
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the run would meet here. Bytes; None: not known. ``kind`` is that of the device, e.g. ``cuda``."""
+    """What the run would meet here. Bytes; None: not known. ``kind`` is that of the device, e.g. ``cuda``.
+
+    ``snapshot``: host memory of the copy that saves are written from. ``other_form``: of a corpus that is no JSONL.
+    """
 
     kind: str
     memory_needed: int
     memory_limit: int | None
     checkpoint_bytes: int
     disk_free: int | None
+    snapshot: int = 0
+    other_form: str | None = None
 
 
 def warnings(spec: JobSpec, size: Size | None, here: Surroundings) -> list[str]:
     """The sentences, the gravest first."""
     found = [*_memory(spec, here), *_disk(spec, here), *_device(spec, here)]
+    if size is None and here.other_form is not None:
+        return [*found, f"the corpus is {here.other_form}: tokens, steps and time are known once it is tokenized"]
     if size is None:
         return [*found, "no document was found in what was looked at of the corpus: steps and time are not known"]
     return [*found, *_corpus(spec, size), *_intervals(spec, size)]
@@ -38,7 +45,9 @@ def _memory(spec: JobSpec, here: Surroundings) -> Iterator[str]:
         return
     cpu = here.kind == "cpu"
     ranks = spec.resources.nproc_per_node if cpu else 1
-    needed, whose = here.memory_needed * ranks, "this host" if cpu else "the device"
+    # Only rank 0 saves, and on a GPU the copy is in the host's memory.
+    snapshot = here.snapshot if cpu else 0
+    needed, whose = here.memory_needed * ranks + snapshot, "this host" if cpu else "the device"
     if needed > here.memory_limit:
         yield (
             f"it needs about {_gb(needed)} of memory and {whose} has {_gb(here.memory_limit)}: "

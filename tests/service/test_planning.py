@@ -15,7 +15,7 @@ from service.devices.inventory import Device
 from service.devices.memory import disk_free, host_memory
 from service.planning import glance as glances
 from service.planning.estimate import Size, size_of
-from service.planning.glance import Glance, glance
+from service.planning.glance import Glance, glance, other_form
 from service.planning.tokens import counter, longest_matches
 from service.planning.warnings import Surroundings, warnings
 from tests.service.conftest import MakeRig
@@ -204,6 +204,8 @@ def test_nothing_to_say() -> None:
         (replace(SIZE, steps=999), HERE, {}, "save_interval 1,000 is longer than the run (999 steps)"),
         (replace(SIZE, steps=99), HERE, {}, "log_interval 100 is longer than the run (99 steps)"),
         (None, HERE, {}, "no document was found"),
+        (None, replace(HERE, other_form="parquet"), {}, "the corpus is parquet: tokens, steps and time are known once"),
+        (SIZE, replace(HERE, memory_limit=3 << 29, snapshot=1 << 30), {}, "needs about 2.1 GB of memory"),
     ],
 )
 def test_each_warning(size: Size | None, here: Surroundings, groups: dict[str, Any], said: str) -> None:
@@ -213,6 +215,24 @@ def test_each_warning(size: Size | None, here: Surroundings, groups: dict[str, A
 def test_what_is_not_known_is_not_warned_of() -> None:
     assert sentences(here=replace(HERE, memory_limit=None, disk_free=None)) == []
     assert sentences(replace(SIZE, steps=999), checkpoint={"save_minutes": 5}) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "form"),
+    [
+        ("c.jsonl", b'{"text": "a"}', None),
+        ("c.jsonl.gz", b"\x1f\x8b\x08", "gzip"),
+        ("c.zst", b"\x28\xb5\x2f\xfd", "zstd"),
+        ("c.parquet", b"PAR1", "parquet"),
+        ("c.txt", b"Once", "plain text"),
+        ("c.txt", b'{"text": "a"}', None),
+        ("c.txt", b"", None),
+    ],
+)
+def test_a_corpus_that_is_not_looked_into_is_named(name: str, head: bytes, form: str | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(head)
+    assert other_form(tmp_path / name) == form
+    assert other_form(tmp_path) is other_form(tmp_path / "missing") is None
 
 
 def test_memory_of_the_host(tmp_path: Path) -> None:

@@ -44,6 +44,13 @@ def test_an_fp16_overflow_is_ordinary_until_the_scale_is_down(policy: Policy) ->
     assert judge(False, policy, Trouble(), 1.0)[0] is not Verdict.OVERFLOWED
 
 
+@pytest.mark.parametrize("policy", ["fail", "skip", "rollback"])
+def test_a_loss_that_is_no_number_is_no_fp16_overflow(policy: Policy) -> None:
+    found = judge(False, policy, Trouble(), 65536.0, losses_finite=False)
+    assert found == judge(False, policy, Trouble(), None)
+    assert found[0] is not Verdict.OVERFLOWED
+
+
 def test_the_description_names_step_and_rows() -> None:
     assert describe(7, (3, 4, 5), (4,)) == "the loss is not finite at step 7, in row 4"
     text = describe(9, tuple(range(12)), ())

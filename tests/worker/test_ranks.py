@@ -173,8 +173,10 @@ def test_the_rank_that_failed_is_the_one_that_is_named(text: Path, tmp_path: Pat
     assert "out of memory on rank 1 in step 2 with 4 rows" in outcome.error.message
 
 
-def test_all_ranks_see_one_rank_s_bad_gradient(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_all_ranks_see_one_rank_s_bad_gradient(dtype: str, text: Path, tmp_path: Path) -> None:
+    """With float16 too at once: a loss that is not finite is no overflow of the scaled gradient."""
+    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"dtype": dtype}))
     failed = driver.run_to_end(run, 2, partial(poison_rank, 1, 6))
     assert (failed.reason, failed.step) == ("diverged", 5)
     assert "the loss is not finite at step 6, in row" in str(failed.message)
