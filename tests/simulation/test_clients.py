@@ -86,15 +86,19 @@ class Clients(RuleBasedStateMachine):
         shutil.copy(self.template, self.folder / "trainyard.db")
         self.rig = Rig(self.folder / "home", f"sqlite:///{self.folder}/trainyard.db")
         self.jobs: list[str] = []
+        self.made = 0
 
     @rule(restarts=st.integers(0, 2))
-    @precondition(lambda self: len(self.jobs) < 3)
+    @precondition(lambda self: self.made < 4)
     def submit(self, restarts: int) -> None:
+        self.made += 1
         self.jobs.append(self.rig.submit(resources={"device": "cpu", "max_restarts": restarts}))
 
     @rule(which=st.integers(0, 2), verbs=st.lists(st.sampled_from(VERBS), min_size=2, max_size=CLIENTS))
-    @precondition(lambda self: self.jobs)
+    @precondition(lambda self: self.made)
     def all_at_once(self, which: int, verbs: list[Action]) -> None:
+        if not self.jobs:
+            return  # who was deleted hangs on races, and which rules there are must not
         job_id = self.jobs[which % len(self.jobs)]
         before = self.standing(job_id)
         self.account.injected["requests in bursts of up to ten clients"] += len(verbs)
@@ -106,8 +110,10 @@ class Clients(RuleBasedStateMachine):
         assert explained(before, told, after), f"{before} {told} {after}"
 
     @rule(which=st.integers(0, 2))
-    @precondition(lambda self: self.jobs)
+    @precondition(lambda self: self.made)
     def delete_by_all(self, which: int) -> None:
+        if not self.jobs:
+            return  # who was deleted hangs on races, and which rules there are must not
         job_id = self.jobs[which % len(self.jobs)]
         ended = self.rig.status(job_id) in TERMINAL
         answers = in_threads(CLIENTS, lambda _: self.rig.client.delete(f"/jobs/{job_id}"))
