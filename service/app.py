@@ -10,7 +10,8 @@ from starlette.exceptions import HTTPException
 from service import exposition, status_routes
 from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
-from service.dashboard import pages
+from service.dashboard.assets import Assets
+from service.dashboard.pages import Pages
 from service.db import Database
 from service.devices import routes as device_routes
 from service.devices.inventory import HostInventory, Inventory, visible_devices
@@ -76,6 +77,8 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     app.state.services = services
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, handle)
+    app.add_middleware(Pages, assets=Assets(services.settings.home / "cache" / "dashboard"))
+    # Added last, so outermost: even pages come from a host that is ours.
     app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry)
     for routes in (
         job_routes,
@@ -90,7 +93,6 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         device_routes,
         status_routes,
         exposition,
-        pages,
     ):
         app.include_router(routes.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document

@@ -17,6 +17,7 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.dashboard.negotiation import is_file, is_page
 from service.errors import (
     BodyNotJson,
     BodyTooLarge,
@@ -93,8 +94,7 @@ class Gate:
             raise ForeignHost()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
             raise ForeignOrigin()
-        path = scope["path"]
-        if self._settings.token and path not in OPEN_PATHS and not path.startswith(INTERNAL):
+        if self._settings.token and not _is_open(scope, headers):
             require_token(bearer(headers.get("authorization")), self._settings.token)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > _limit(scope):
@@ -111,6 +111,14 @@ class Gate:
         await answer(made, scope["request_id"])(scope, receive, answered)
 
 
+def _is_open(scope: Scope, headers: Headers) -> bool:
+    """Whether it needs no token of the user's: the pulse, agents with their own, and the page that asks for it."""
+    method, path = scope["method"], scope["path"]
+    if path in OPEN_PATHS or path.startswith(INTERNAL):
+        return True
+    return is_page(method, path, headers.get("accept", "")) or is_file(method, path)
+
+
 class _Answered:
     """Puts the request's id on the answer."""
 
@@ -124,12 +132,11 @@ class _Answered:
         if message["type"] == "http.response.start":
             self.begun = True
             self.status = message["status"]
-            extra = [
-                (b"x-request-id", self._request_id.encode()),
-                (b"x-content-type-options", b"nosniff"),
-                (b"cache-control", b"no-store"),
-            ]
-            message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            given = list(message.get("headers", ()))
+            extra = [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff")]
+            if not any(name.lower() == b"cache-control" for name, _ in given):
+                extra.append((b"cache-control", b"no-store"))
+            message = {**message, "headers": [*given, *extra]}
         await self._send(message)
 
 

@@ -1,71 +1,85 @@
-"""A plain page that lists the jobs. No script, no build step."""
+"""Answers with the dashboard's page and files, before the API is asked; marks what the two share."""
 
-from html import escape
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fastapi import APIRouter
-from fastapi.responses import HTMLResponse
+from service.dashboard.assets import Asset, Assets
+from service.dashboard.negotiation import accepts_gzip, is_file, is_page, is_shared
 
-from service.context import ServicesNeeded
-from service.jobs import listing, views
-from service.shapes import Job
-
-SHOWN = 100
-
-GLYPHS = {
-    "queued": "…",
-    "starting": "▷",
-    "running": "▶",
-    "pausing": "◫",
-    "paused": "❚❚",
-    "cancelling": "◫",
-    "cancelled": "■",
-    "interrupted": "↯",
-    "succeeded": "✓",
-    "failed": "✗",
-}
-"""A status is never told by a colour alone."""
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
-       color: #1F2933; background: #fff }
-table { border-collapse: collapse; width: 100% } td, th { text-align: left; padding: .4rem .8rem .4rem 0;
-        border-bottom: 1px solid #ddd; vertical-align: top } a { color: #0072B2 }
-pre { background: #f4f5f7; padding: .8rem; overflow-x: auto }
-@media (prefers-color-scheme: dark) { body { color: #e6e8ea; background: #111418 } a { color: #56B4E9 }
-       td, th { border-color: #333 } pre { background: #1c2127 } }
-"""
-
-EMPTY = """<p>No job yet. To submit one:</p>
-<pre>trainyard demo
-trainyard submit --data_path corpus.jsonl --watch
-curl --json '{"data": {"data_path": "/data/corpus.jsonl"}}' http://127.0.0.1:8000/jobs</pre>"""
-
-router = APIRouter(include_in_schema=False)
-
-
-@router.get("/", response_class=HTMLResponse)
-def index(services: ServicesNeeded) -> HTMLResponse:
-    """The newest jobs."""
-    wanted = listing.Wanted((), (), None, True, SHOWN, None)
-    with services.database.read() as session:
-        rows, _ = listing.jobs(session, wanted)
-        found = views.gather(session, rows)
-    return HTMLResponse(page(views.show_all(found, services.scheduler.waiting)))
-
-
-def page(jobs: list[Job]) -> str:
-    """The page. Pure; everything that a user wrote is escaped."""
-    rows = "".join(_row(job) for job in jobs)
-    head = "<tr><th scope=col>Job</th><th scope=col>Status</th><th scope=col>How it is</th></tr>"
-    table = f"<table><thead>{head}</thead><tbody>{rows}</tbody></table>" if jobs else EMPTY
-    return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8><title>Trainyard</title>"
-        '<meta name=viewport content="width=device-width"><meta http-equiv=refresh content=10>'
-        f"<style>{STYLE}</style></head><body><h1>Trainyard</h1>"
-        f'<p><a href="/docs">API</a> · <a href="/devices">Devices</a></p>{table}</body></html>'
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
     )
+)
+"""No inline script, no inline style, nothing from elsewhere; nobody frames us."""
+
+IMMUTABLE = "public, max-age=31536000, immutable"
+"""An address with a hash in it always means the same bytes."""
+
+REVALIDATED = "no-cache"
 
 
-def _row(job: Job) -> str:
-    name = f'<a href="/jobs/{escape(job.id)}">{escape(job.name)}</a><br><small>{escape(job.id)}</small>'
-    return f"<tr><td>{name}</td><td>{GLYPHS[job.status]} {job.status}</td><td>{escape(job.summary)}</td></tr>"
+class Pages:
+    """In front of the routes."""
+
+    def __init__(self, app: ASGIApp, assets: Assets) -> None:
+        self._app = app
+        self._assets = assets
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
+        asset = self._assets.find(path) if is_file(method, path) else None
+        if is_page(method, path, headers.get("accept", "")):
+            await self._page(headers, path)(scope, receive, send)
+        elif asset is not None:
+            await _file(asset, headers)(scope, receive, send)
+        else:
+            await self._app(scope, receive, _varying(send) if is_shared(path) else send)
+
+    def _page(self, headers: Headers, path: str) -> Response:
+        vary = "Accept, Accept-Encoding" if is_shared(path) else "Accept-Encoding"
+        own = {
+            "Cache-Control": REVALIDATED,
+            "ETag": self._assets.shell_tag,
+            "Vary": vary,
+            "Content-Security-Policy": POLICY,
+            "Referrer-Policy": "no-referrer",
+            "X-Frame-Options": "DENY",
+            "Cross-Origin-Opener-Policy": "same-origin",
+        }
+        if headers.get("if-none-match") == self._assets.shell_tag:
+            return Response(status_code=304, headers=own)
+        return _sent(self._assets.shell, headers, own)
+
+
+def _file(asset: Asset, headers: Headers) -> Response:
+    own = {"Cache-Control": IMMUTABLE, "Vary": "Accept-Encoding", "Cross-Origin-Resource-Policy": "same-origin"}
+    return _sent(asset, headers, own)
+
+
+def _sent(asset: Asset, headers: Headers, own: dict[str, str]) -> Response:
+    """Packed where the reader takes that. The server itself leaves the body out of an answer to HEAD."""
+    if accepts_gzip(headers.get("accept-encoding", "")):
+        return Response(asset.packed, media_type=asset.media_type, headers={**own, "Content-Encoding": "gzip"})
+    return Response(asset.plain, media_type=asset.media_type, headers=own)
+
+
+def _varying(send: Send) -> Send:
+    async def marked(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).add_vary_header("Accept")
+        await send(message)
+
+    return marked

@@ -64,10 +64,10 @@ class _Bucket:
         }
 
 
-def width(last_step: int, max_points: int) -> int:
-    """The smallest power of two that makes at most ``max_points`` buckets of the steps 0 to ``last_step``."""
+def width(last_step: int, max_points: int, first_step: int = 0) -> int:
+    """The smallest power of two that makes at most ``max_points`` buckets of ``first_step`` to ``last_step``."""
     wide = 1
-    while last_step // wide + 1 > max_points:
+    while last_step // wide - first_step // wide + 1 > max_points:
         wide *= 2
     return wide
 

@@ -36,6 +36,7 @@ def metrics(
     attempt: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
     fields: Annotated[str | None, Query(max_length=1000)] = None,
     max_points: Annotated[int | None, Query(ge=1, le=LARGEST_LIMIT)] = None,
+    until_step: Annotated[int | None, Query(ge=0, le=LARGEST)] = None,
     ema_half_life: Annotated[float, Query(ge=0, le=1e9, allow_inf_nan=False)] = 50.0,
     lineage: bool = False,
 ) -> Response:
@@ -61,11 +62,16 @@ def metrics(
         if max_points is None:
             found = store.rows(session, job_id, attempt, after_step, limit + 1, wanted)
             return _answer(request, found[:limit], {"has_more": len(found) > limit})
-        wide = width(store.last_step(session, job_id, attempt), max_points)
-        if attempt is None and sealing.is_kept(wide, ema_half_life):
-            rows = list(summaries.rows(sealing.parts(session, job, wide, ema_half_life), wide, ema_half_life))
+        last = store.last_step(session, job_id, attempt)
+        wide = width(min(last, until_step) if until_step is not None else last, max_points, after_step + 1)
+        view = sealing.View(wide, ema_half_life, (after_step + 1) // wide * wide, until_step)
+        if attempt is None and sealing.is_kept(view):
+            found = summaries.rows(sealing.parts(session, job, view), wide, ema_half_life)
         else:
-            rows = list(buckets(store.points(session, job_id, attempt), wide, ema_half_life))
+            found = buckets(store.points(session, job_id, attempt, until_step), wide, ema_half_life)
+        rows = [row for row in found if row["step"] >= view.begin]
+        if fields is not None:
+            store.add_last(session, job_id, rows, wanted)
     return _answer(request, rows, {"has_more": False, "resolution": wide})
 
 

@@ -5,6 +5,7 @@ width. Stretches never change; where the curve itself does, they are removed and
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -55,27 +56,36 @@ def reopen(session: Session, job: JobRow, step: int) -> None:
     session.execute(delete(StretchRow).where(StretchRow.job_id == job.id, behind))
 
 
-def is_kept(wide: int, half_life: float) -> bool:
-    """Whether rows of this width and half-life can be made of what is summed up."""
-    return wide >= FINEST and half_life in HALF_LIVES
+@dataclass(frozen=True)
+class View:
+    """Rows ``wide`` steps wide, from ``begin``, a multiple of that, up to ``until_step``; None: to the end."""
+
+    wide: int
+    half_life: float
+    begin: int = 0
+    until_step: int | None = None
 
 
-def parts(session: Session, job: JobRow, wide: int, half_life: float, until: int | None = None) -> Iterator[Part]:
-    """The whole curve for rows of width ``wide``: the widest stretches that fit, then narrower ones, then points.
+def is_kept(view: View) -> bool:
+    """Whether such rows can be made of what is summed up: wide ones, or narrow ones far behind the beginning."""
+    return max(view.wide, view.begin) >= FINEST and view.half_life in HALF_LIVES
 
-    ``until``: the last step that counts.
-    """
-    begin, sealed = 0, job.sealed_step if until is None else min(job.sealed_step, until + 1)
-    for level in reversed([level for level in LEVELS if level <= wide]):
-        end = sealed // level * level
-        if end > begin:
-            yield from _parts(session, job.id, level, begin, end, half_life)
-            begin = end
+
+def parts(session: Session, job: JobRow, view: View) -> Iterator[Part]:
+    """The curve up to the view's end: what lies before it in the widest stretches, then in none wider than its rows."""
+    begin = 0
+    sealed = job.sealed_step if view.until_step is None else min(job.sealed_step, view.until_step + 1)
+    for wanted, target in ((LEVELS[-1], min(view.begin, sealed)), (view.wide, sealed)):
+        for level in reversed([level for level in LEVELS if level <= wanted]):
+            end = target // level * level
+            if end > begin:
+                yield from _parts(session, job.id, level, begin, end, view.half_life)
+                begin = end
     query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(
         MetricRow.job_id == job.id, MetricRow.stitched.is_(True), MetricRow.step >= begin
     )
-    if until is not None:
-        query = query.where(MetricRow.step <= until)
+    if view.until_step is not None:
+        query = query.where(MetricRow.step <= view.until_step)
     for row in session.execute(query.order_by(MetricRow.step, MetricRow.seq).execution_options(yield_per=5000)):
         yield part_of(*row)
 

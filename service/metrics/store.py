@@ -30,6 +30,8 @@ FIELDS = (
     "at",
 )
 ALWAYS = ("step", "attempt")
+MOST_NAMED = 1000
+"""Steps that one query names."""
 
 
 def rows(
@@ -89,11 +91,27 @@ def last_step(session: Session, job_id: str, attempt: int | None) -> int:
     return session.scalar(select(func.max(MetricRow.step)).where(*_curve(job_id, attempt))) or 0
 
 
-def points(session: Session, job_id: str, attempt: int | None) -> Iterator[Point]:
+def points(session: Session, job_id: str, attempt: int | None, until_step: int | None = None) -> Iterator[Point]:
     """Every point, streamed: memory stays flat however long the run is."""
     query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(*_curve(job_id, attempt))
+    if until_step is not None:
+        query = query.where(MetricRow.step <= until_step)
     for row in session.execute(query.order_by(MetricRow.step, MetricRow.seq).execution_options(yield_per=5000)):
         yield Point(row.step, row.loss, row.attempt)
+
+
+def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:
+    """Put ``fields`` of its last point into each bucket, where the bucket has no such field of its own."""
+    named = {(row["step"], row["attempt"]): row for row in buckets}
+    extra = [name for name in fields if name not in ("step", "attempt", "loss")]
+    columns = [getattr(MetricRow, name) for name in ("step", "attempt", *extra)]
+    steps = [row["step"] for row in buckets]
+    for begin in range(0, len(steps), MOST_NAMED):
+        some = MetricRow.step.in_(steps[begin : begin + MOST_NAMED])
+        found = session.execute(select(*columns).where(MetricRow.job_id == job_id, some).order_by(MetricRow.seq))
+        for step, attempt, *values in found:
+            if (step, attempt) in named:
+                named[step, attempt].update(zip(extra, values, strict=True))
 
 
 def _curve(job_id: str, attempt: int | None) -> tuple[ColumnElement[bool], ...]:

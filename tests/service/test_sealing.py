@@ -144,10 +144,10 @@ def test_a_deleted_job_takes_its_sums_along(any_rig: Rig, monkeypatch: pytest.Mo
 
 
 def test_which_questions_the_sums_answer() -> None:
-    assert sealing.is_kept(64, 50)
-    assert not sealing.is_kept(32, 50)
-    assert not sealing.is_kept(64, 0)
-    assert not sealing.is_kept(64, 49.5)
+    assert sealing.is_kept(sealing.View(64, 50))
+    assert not sealing.is_kept(sealing.View(32, 50))
+    assert not sealing.is_kept(sealing.View(64, 0))
+    assert not sealing.is_kept(sealing.View(64, 49.5))
 
 
 def long_curve(rig: Rig, points: int) -> str:

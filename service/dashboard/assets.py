@@ -1,0 +1,114 @@
+"""The dashboard's files, read once: each at an address that changes with its content, and packed beside it.
+
+The modules lie in one folder whose name is a hash over all of them, so that they find each other by relative
+addresses. The chart library has a hash of its own: it is large, and stays in the browser's cache when the rest changes.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import threading
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from contract.rundir import write_atomically
+from service.dashboard.negotiation import OWN
+
+STATIC = Path(__file__).parent / "static"
+SHELL = "index.html"
+TYPES = {
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".html": "text/html; charset=utf-8",
+}
+DIGITS = 16
+UNMARKED_TIME = 0
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A file as it is sent."""
+
+    media_type: str
+    plain: bytes
+    packed: bytes
+
+
+class LibraryMissing(RuntimeError):
+    """The chart library's script is not where its package keeps it: install the plotly that is pinned."""
+
+
+class Assets:
+    """Every file of the dashboard by its address, and the page that names them."""
+
+    def __init__(self, cache: Path, folder: Path = STATIC) -> None:
+        self._cache = cache
+        self._library = library_file()
+        self._lock = threading.Lock()
+        self._charts: Asset | None = None
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)}
+        shell = files.pop(SHELL).decode()
+        base = f"{OWN}{_digest(*(part for name in sorted(files) for part in (name.encode(), files[name])))}/"
+        self._library_digest = _digest(self._library.read_bytes())
+        self.library_path = f"{OWN}plotly-{self._library_digest}.js"
+        self._files: Mapping[str, Asset] = {base + name: _asset(name, data) for name, data in files.items()}
+        page = shell.replace("{{base}}", base).replace("{{charts}}", self.library_path)
+        self.shell = _asset(SHELL, page.encode())
+        self.shell_tag = f'"{_digest(page.encode())}"'
+
+    def find(self, path: str) -> Asset | None:
+        """The file at an address; None where there is none, or none any more."""
+        return self._library_asset() if path == self.library_path else self._files.get(path)
+
+    def addresses(self) -> list[str]:
+        """Every address there is."""
+        return [*self._files, self.library_path]
+
+    def _library_asset(self) -> Asset:
+        """Read and packed at its first use; packed takes a second, so what was packed is kept in the cache."""
+        with self._lock:
+            if self._charts is None:
+                plain = self._library.read_bytes()
+                self._charts = Asset(TYPES[".js"], plain, self._packed_library(plain))
+            return self._charts
+
+    def _packed_library(self, plain: bytes) -> bytes:
+        kept = self._cache / f"plotly-{self._library_digest}.js.gz"
+        try:
+            packed = kept.read_bytes()
+            if gzip.decompress(packed) == plain:
+                return packed
+        except (OSError, EOFError, zlib.error):
+            pass  # None yet, or half a file: made anew.
+        packed = gzip.compress(plain, 9, mtime=UNMARKED_TIME)
+        self._cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, packed)
+        return packed
+
+
+def library_file() -> Path:
+    """The chart library's script, in its package; the package itself is not imported. Raises LibraryMissing."""
+    found = importlib.util.find_spec("plotly")
+    for folder in (found.submodule_search_locations or ()) if found is not None else ():
+        file = Path(folder) / "package_data" / "plotly.min.js"
+        if file.is_file():
+            return file
+    raise LibraryMissing(LibraryMissing.__doc__)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix in TYPES]
+
+
+def _asset(name: str, data: bytes) -> Asset:
+    return Asset(TYPES[Path(name).suffix], data, gzip.compress(data, 9, mtime=UNMARKED_TIME))
+
+
+def _digest(*parts: bytes) -> str:
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(len(part).to_bytes(8, "big") + part)
+    return whole.hexdigest()[:DIGITS]

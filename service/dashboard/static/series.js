@@ -1,0 +1,71 @@
+// The metrics' rows as what charts draw. Pure.
+
+export const LIGHT = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#1F2933"];
+export const DARK = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442"];
+export const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
+export const AXES = { step: "Step", tokens: "Tokens", active: "Active time (h)", clock: "Wall clock" };
+export const HALF_LIVES = [0, 10, 50, 200, 1000];
+
+const PAUSE_MS = 60_000;
+
+/** x of every row on the chosen axis; active time leaves out what lies between attempts. */
+export function places(rows, axis, attempts) {
+  if (axis === "tokens") return rows.map((row) => row.tokens ?? null);
+  if (axis === "clock") return rows.map((row) => row.at ?? null);
+  if (axis === "step") return rows.map((row) => row.step);
+  const spans = attempts.map((one) => [Date.parse(one.started_at ?? one.created_at), Date.parse(one.ended_at ?? new Date())]);
+  return rows.map((row) => (row.at ? activeHours(Date.parse(row.at), spans) : null));
+}
+
+function activeHours(at, spans) {
+  return spans.reduce((sum, [from, to]) => sum + Math.max(0, Math.min(at, to) - from), 0) / 3_600_000;
+}
+
+/** Where the line breaks: before these rows the run stood still. Only on the axis where standing still takes room. */
+export function gaps(rows, axis, attempts) {
+  if (axis !== "clock") return new Set();
+  const begun = new Map(attempts.map((one) => [one.number, Date.parse(one.started_at ?? one.created_at)]));
+  return new Set(rows.flatMap((row, i) => {
+    const before = rows[i - 1];
+    const changed = before && row.attempt !== before.attempt;
+    return changed && begun.get(row.attempt) - Date.parse(before.at) > PAUSE_MS ? [i] : [];
+  }));
+}
+
+/** A line's x and y, with nulls put in at the gaps. */
+export function line(xs, ys, breaks) {
+  if (!breaks.size) return { x: xs, y: ys };
+  const found = { x: [], y: [] };
+  xs.forEach((x, i) => {
+    if (breaks.has(i)) {
+      found.x.push(x);
+      found.y.push(null);
+    }
+    found.x.push(x);
+    found.y.push(ys[i]);
+  });
+  return found;
+}
+
+/** How many values a log axis cannot show. */
+export const unshown = (values) => values.filter((value) => value !== null && value !== undefined && value <= 0).length;
+
+/** "1 point = 32 steps" */
+export const grain = (resolution) => (resolution > 1 ? `1 point = ${resolution} steps` : "1 point = 1 report");
+
+/** "Train loss, step 0 to 12,400, now 2.913" */
+export function described(name, rows, value, write) {
+  if (!rows.length) return `${name}, no point yet`;
+  const last = rows.findLast((row) => value(row) !== null && value(row) !== undefined);
+  const now = last ? `, now ${write(value(last))}` : "";
+  return `${name}, step ${rows[0].first_step ?? rows[0].step} to ${rows.at(-1).step.toLocaleString("en-US")}${now}`;
+}
+
+/** The parts of earlier attempts that a later one went over again: [attempt, after step, up to step]. */
+export function superseded(attempts) {
+  return attempts.flatMap((one, i) => {
+    const later = attempts.slice(i + 1).map((next) => next.start_step).filter((step) => step !== null);
+    const from = Math.min(...later);
+    return one.end_step !== null && from < one.end_step ? [[one.number, from, one.end_step]] : [];
+  });
+}
