@@ -52,7 +52,8 @@ def buckets(session: Session, job: JobRow, wide: int, half_life: float) -> list[
     """The whole line as rows of width ``wide``."""
     ancestors = by_job(pieces(job))
     parts = chain.from_iterable(_ancestor(session, found, wide, half_life) for _, found in ancestors)
-    own = sealing.parts(session, job, wide, half_life) if sealing.is_kept(wide, half_life) else _all(session, job.id)
+    view = sealing.View(wide, half_life)
+    own = sealing.parts(session, job, view) if sealing.is_kept(view) else _all(session, job.id)
     bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
 
     def whose(step: int) -> str:
@@ -68,9 +69,10 @@ def _all(session: Session, job_id: str) -> Iterator[Part]:
 def _ancestor(session: Session, found: list[Piece], wide: int, half_life: float) -> Iterator[Part]:
     """From what is summed up, where the ancestor's curve still is what led to the fork; else from its points."""
     until = found[-1].until
+    view = sealing.View(wide, half_life, 0, until)
     job = session.get(JobRow, _number(session, found[0].job_id))
-    if job is not None and sealing.is_kept(wide, half_life) and own_pieces(session, job, until) == found:
-        yield from sealing.parts(session, job, wide, half_life, until)
+    if job is not None and sealing.is_kept(view) and own_pieces(session, job, until) == found:
+        yield from sealing.parts(session, job, view)
         return
     for piece in found:
         last = piece.after

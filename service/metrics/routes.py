@@ -66,10 +66,10 @@ def metrics(
         wide = width(min(last, until_step) if until_step is not None else last, max_points, after_step + 1)
         view = sealing.View(wide, ema_half_life, (after_step + 1) // wide * wide, until_step)
         if attempt is None and sealing.is_kept(view):
-            found = summaries.rows(sealing.parts(session, job, view), wide, ema_half_life)
+            made = summaries.rows(sealing.parts(session, job, view), wide, ema_half_life)
         else:
-            found = buckets(store.points(session, job_id, attempt, until_step), wide, ema_half_life)
-        rows = [row for row in found if row["step"] >= view.begin]
+            made = buckets(store.points(session, job_id, attempt, until_step), wide, ema_half_life)
+        rows = [row for row in made if row["step"] >= view.begin]
         if fields is not None:
             store.add_last(session, job_id, rows, wanted)
     return _answer(request, rows, {"has_more": False, "resolution": wide})

@@ -38,7 +38,7 @@ def page() -> Iterator[Page]:
 
 
 def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
-    job_id, attempt = rig.running(steps=100, name=NAME)
+    _, attempt = rig.running(steps=100, name=NAME)
     for step in range(1, 41):
         attempt.metric(step, loss=5 - step / 20)
     rig.ship(attempt)

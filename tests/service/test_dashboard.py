@@ -58,6 +58,7 @@ def test_the_page_has_a_strict_policy_and_head(rig: Rig) -> None:
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["referrer-policy"] == "no-referrer"
         assert answer.headers["cache-control"] == "no-cache"
+    answer = rig.client.get("/")
     again = rig.client.get("/", headers={"If-None-Match": answer.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
 
