@@ -7,6 +7,7 @@ addresses. The chart library has a hash of its own: it is large, and stays in th
 import gzip
 import hashlib
 import importlib.util
+import logging
 import threading
 import zlib
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ TYPES = {
 DIGITS = 16
 UNMARKED_TIME = 0
 
+log = logging.getLogger("trainyard")
+
 
 @dataclass(frozen=True)
 class Asset:
@@ -46,13 +49,13 @@ class Assets:
 
     def __init__(self, cache: Path, folder: Path = STATIC) -> None:
         self._cache = cache
-        self._library = library_file()
+        self._library = _library()
         self._lock = threading.Lock()
         self._charts: Asset | None = None
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)}
         shell = files.pop(SHELL).decode()
         base = f"{OWN}{_digest(*(part for name in sorted(files) for part in (name.encode(), files[name])))}/"
-        self._library_digest = _digest(self._library.read_bytes())
+        self._library_digest = _digest(self._library.read_bytes() if self._library is not None else b"")
         self.library_path = f"{OWN}plotly-{self._library_digest}.js"
         self._files: Mapping[str, Asset] = {base + name: _asset(name, data) for name, data in files.items()}
         page = shell.replace("{{base}}", base).replace("{{charts}}", self.library_path)
@@ -61,17 +64,19 @@ class Assets:
 
     def find(self, path: str) -> Asset | None:
         """The file at an address; None where there is none, or none any more."""
-        return self._library_asset() if path == self.library_path else self._files.get(path)
+        if path == self.library_path and self._library is not None:
+            return self._library_asset(self._library)
+        return self._files.get(path)
 
     def addresses(self) -> list[str]:
         """Every address there is."""
         return [*self._files, self.library_path]
 
-    def _library_asset(self) -> Asset:
+    def _library_asset(self, library: Path) -> Asset:
         """Read and packed at its first use; packed takes a second, so what was packed is kept in the cache."""
         with self._lock:
             if self._charts is None:
-                plain = self._library.read_bytes()
+                plain = library.read_bytes()
                 self._charts = Asset(TYPES[".js"], plain, self._packed_library(plain))
             return self._charts
 
@@ -97,6 +102,15 @@ def library_file() -> Path:
         if file.is_file():
             return file
     raise LibraryMissing(LibraryMissing.__doc__)
+
+
+def _library() -> Path | None:
+    """None where it is missing: the pages work without their charts, and jobs without the pages."""
+    try:
+        return library_file()
+    except LibraryMissing as missing:
+        log.warning("%s", missing)
+        return None
 
 
 def _files(folder: Path) -> list[Path]:
