@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.attention import fits
 from model.config import ModelConfig
 from model.layers import Attention, FeedForward, LayerCache, Linear, Reach, RMSNorm, Rotary, compute_dtype
 from model.loss import cross_entropy_sum
@@ -155,6 +156,7 @@ class Decoder(nn.Module):
         *,
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
+        offsets: Tensor | None = None,
         labels: Tensor | None = None,
         cache: Cache | None = None,
         logits: bool = False,
@@ -167,7 +169,7 @@ class Decoder(nn.Module):
         nothing is predicted.
         """
         rotary = self._rotary(input_ids, position_ids, cache)
-        reach = self._reach(input_ids, segment_ids, cache)
+        reach = self._reach(input_ids, segment_ids, offsets, cache)
         pieces = Pieces.of(labels, segment_ids) if self.config.use_moe and labels is not None else None
         hidden, aux_sum = self.model(input_ids, rotary, reach, pieces, cache)
         loss_sum = None
@@ -183,14 +185,24 @@ class Decoder(nn.Module):
             position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         return Rotary.at(position_ids, self.config.head_dim, self.config.rope_theta)
 
-    def _reach(self, input_ids: Tensor, segment_ids: Tensor | None, cache: Cache | None) -> Reach:
+    def _reach(
+        self, input_ids: Tensor, segment_ids: Tensor | None, offsets: Tensor | None, cache: Cache | None
+    ) -> Reach:
         S, cached = input_ids.shape[1], cache.length if cache is not None else 0
+        if offsets is not None and cache is None and self._takes_pieces():
+            return Reach(None, causal=False, offsets=offsets)
         if segment_ids is not None:
             return Reach(additive(block_diagonal(segment_ids), self.model.embed_tokens.weight), causal=False)
         if cached == 0 or S == 1:
             return Reach(None, causal=cached == 0 and S > 1)
         keys = torch.arange(cached + S, device=input_ids.device)
         return Reach((keys <= keys[cached:, None])[None, None], causal=False)
+
+    def _takes_pieces(self) -> bool:
+        """Whether attention may go piece by piece: its kernels drop nothing out."""
+        weight = self.model.embed_tokens.weight
+        drops = self.training and self.config.dropout > 0
+        return not drops and fits(weight.device, compute_dtype(weight))
 
     @torch.no_grad()
     def generate(
@@ -236,7 +248,7 @@ class Decoder(nn.Module):
                 return
 
     def _last_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
-        rotary, reach = self._rotary(tokens, None, cache), self._reach(tokens, None, cache)
+        rotary, reach = self._rotary(tokens, None, cache), self._reach(tokens, None, None, cache)
         hidden, _ = self.model(tokens, rotary, reach, None, cache)
         scores: Tensor = self.lm_head(hidden[:, -1]).float()
         return scores

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.attention import within_pieces
 from model.config import ModelConfig
 
 
@@ -104,10 +105,14 @@ class LayerCache(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """Which positions a query sees. ``mask`` [B or 1, 1, S, T], added to the scores; None: all, or all before it."""
+    """Which positions a query sees. ``mask`` [B or 1, 1, S, T], added to the scores; None: all, or all before it.
+
+    ``offsets``: those before it in its piece, see `model.attention`; neither of the others counts then.
+    """
 
     mask: Tensor | None
     causal: bool
+    offsets: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -134,18 +139,30 @@ class Attention(nn.Module):
         """[B, S, C] -> [B, S, C]. With a ``cache`` that holds ``cached`` positions, S new ones are added to it."""
         heads = (*x.shape[:2], -1, self.head_dim)
         queries, keys = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
-        values = self.v_proj(x).view(heads).transpose(1, 2)
+        values = self.v_proj(x).view(heads)
         if self.qk_norm:
             queries, keys = self.q_norm(queries, torch.float32), self.k_norm(keys, torch.float32)
-        queries = rotary.rotate(queries).to(values.dtype).transpose(1, 2)
-        keys = rotary.rotate(keys).to(values.dtype).transpose(1, 2)
+        queries = rotary.rotate(queries).to(values.dtype)
+        keys = rotary.rotate(keys).to(values.dtype)
+        if reach.offsets is not None:
+            attended = within_pieces(queries, keys, values, reach.offsets)
+        else:
+            heads_first = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+            attended = self._in_rows(*heads_first, reach, cache, cached).transpose(1, 2)
+        out: Tensor = self.o_proj(attended.flatten(2))
+        return out
+
+    def _in_rows(
+        self, queries: Tensor, keys: Tensor, values: Tensor, reach: Reach, cache: LayerCache | None, cached: int
+    ) -> Tensor:
+        """[B, H, S, D] and twice [B, K, S, D] -> [B, H, S, D]."""
         if cache is not None:
             keys, values = cache.extended(cached, keys, values)
         if keys.is_cuda and reach.mask is not None:
             # The one CUDA kernel that takes a mask takes no grouped heads: without this, the slow path is chosen.
             groups = queries.shape[1] // keys.shape[1]
             keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-        attended = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             queries,
             keys,
             values,
@@ -154,8 +171,6 @@ class Attention(nn.Module):
             is_causal=reach.causal,
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
-        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
-        return out
 
 
 class FeedForward(nn.Module):

@@ -47,13 +47,16 @@ class Batch(NamedTuple):
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]`` in its piece, -100 where there is none.
     ``segment_ids`` is
     0 for padding and counts the pieces of a row from 1; ``position_ids`` begin at 0 in each piece. Both are None
-    where every row is one piece: the decoder needs neither there, and is faster without.
+    where every row is one piece: the decoder needs neither there, and is faster without. ``offsets`` [P + 1] int32 says
+    where each piece begins among all B * S tokens, padding counted as one more piece of its row, and is filled up with
+    B * S to a size that depends on B alone; None with the others.
     """
 
     input_ids: Tensor
     position_ids: Tensor | None
     segment_ids: Tensor | None
     labels: Tensor
+    offsets: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on ``device``; from pinned memory the copy does not wait."""
@@ -64,13 +67,7 @@ class Batch(NamedTuple):
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        positions, segments = self.position_ids, self.segment_ids
-        return Batch(
-            change(self.input_ids),
-            None if positions is None else change(positions),
-            None if segments is None else change(segments),
-            change(self.labels),
-        )
+        return Batch(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
 class RowTable:
@@ -85,6 +82,7 @@ class RowTable:
         self._lengths = mapped(directory / "lengths.bin", np.int32, pieces)
         self._firsts = mapped(directory / "firsts.bin", np.int64, rows + 1)
         self.targets: npt.NDArray[np.int32] = mapped(directory / "targets.bin", np.int32, rows)
+        self._most_pieces = int(np.diff(self._firsts).max(initial=0))
 
     @classmethod
     def open(cls, corpus: Corpus, *, max_seq_len: int, packing: Packing, split: Split | None = None) -> "RowTable":
@@ -130,7 +128,16 @@ class RowTable:
             None if segments is None else _scattered(shape, 0, place, position),
             None if segments is None else _scattered(shape, 0, place, segments),
             _scattered(shape, IGNORED, place, following),
+            None if segments is None else self._offsets(shape[0], row * self.max_seq_len + begins, length),
         )
+
+    def _offsets(self, rows: int, begins: Integers, length: Integers) -> Tensor:
+        """Where the pieces, and the padding behind them, begin among the tokens of so many rows."""
+        edges = np.arange(rows + 1) * self.max_seq_len
+        places = np.unique(np.concatenate((begins, begins + length, edges)))
+        out = np.full(rows * (self._most_pieces + 1) + 1, edges[-1], dtype=np.int32)
+        out[: len(places)] = places
+        return torch.from_numpy(out)
 
     def _pieces(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
         """(place of its row in ``rows``, first token, length) of each piece of these rows."""

@@ -28,6 +28,10 @@ class Batch(Protocol):
         """[B, S] number of the piece; tokens see only their own. None: each row is one piece."""
 
     @property
+    def offsets(self) -> torch.Tensor | None:
+        """[P + 1] int32, where the pieces begin among the B * S tokens, for `model.attention`; None: not known."""
+
+    @property
     def labels(self) -> torch.Tensor:
         """[B, S] the next token, or -100."""
 
@@ -184,7 +188,13 @@ class Stepper:
 
 def forward(module: nn.Module, batch: Batch) -> Any:
     """One forward pass; the output has ``loss_sum`` and ``aux_sum``, both summed over label tokens."""
-    return module(batch.input_ids, position_ids=batch.position_ids, segment_ids=batch.segment_ids, labels=batch.labels)
+    return module(
+        batch.input_ids,
+        position_ids=batch.position_ids,
+        segment_ids=batch.segment_ids,
+        offsets=batch.offsets,
+        labels=batch.labels,
+    )
 
 
 def _mean_loss(of: tuple[float, Micro]) -> float:

@@ -103,6 +103,25 @@ def test_packing_document_by_hand(tmp_path: Path) -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2]]
     assert batch.labels.tolist() == [[1, 2, 3, -100, 13, 14, 15, -100], [5, 6, -100, 8, 9, 10, 11, -100]]
+    assert batch.offsets is not None
+    assert batch.offsets.tolist() == [0, 4, 8, 11, 16, 16, 16]
+
+
+def test_offsets_count_padding_as_a_piece_and_keep_their_size(tmp_path: Path) -> None:
+    table = RowTable.open(numbered(corpus_of([3, 3, 4, 6], tmp_path)), max_seq_len=9, packing="document")
+    assert len(table) == 2
+    offsets = {}
+    for rows in ([0, 1], [1, 0], [1], []):
+        batch = table.batch(rows)
+        assert batch.offsets is not None
+        assert batch.segment_ids is not None
+        flat = batch.segment_ids.flatten()
+        changes = (flat.diff() != 0).nonzero().flatten() + 1
+        edges = {0, *changes.tolist(), *range(0, len(flat) + 1, 9)}
+        assert sorted(set(batch.offsets.tolist())) == sorted(edges)
+        offsets[tuple(rows)] = len(batch.offsets)
+    assert offsets[0, 1] == offsets[1, 0]
+    assert offsets[(1,)] == offsets[()]
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -131,7 +150,9 @@ def test_no_row_at_all_is_one_row_of_padding(corpus: Corpus) -> None:
 def test_batch_moves_and_keeps_its_dtype(corpus: Corpus) -> None:
     batch = RowTable.open(corpus, max_seq_len=20, packing="document").batch([3, 1])
     moved = batch.to("cpu")
-    assert all(tensor is not None and tensor.dtype == torch.int64 and tensor.shape == (2, 20) for tensor in moved)
+    assert all(tensor is not None and tensor.dtype == torch.int64 and tensor.shape == (2, 20) for tensor in moved[:4])
+    assert moved.offsets is not None
+    assert moved.offsets.dtype == torch.int32
     assert RowTable.open(corpus, max_seq_len=20, packing="none").batch([3]).to("cpu").segment_ids is None
 
 

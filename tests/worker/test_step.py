@@ -31,6 +31,7 @@ class Rows:
     labels: torch.Tensor
     position_ids: torch.Tensor
     segment_ids: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
 
     def __getitem__(self, part: slice) -> "Rows":
         return Rows(self.input_ids[part], self.labels[part], self.position_ids[part])

@@ -1,0 +1,141 @@
+"""Attention in rows that hold several pieces: each token sees the tokens of its own piece, at or before it.
+
+A mask over whole rows makes every kernel compute what it then throws away. Here the pieces are computed one by one:
+on CUDA by flash attention for sequences of variable length, on a CPU by its own flash kernel, piece after piece.
+
+Legend: ``B`` rows, ``S`` positions, ``T`` = B * S tokens, ``H`` query heads, ``K`` key-value heads, ``G`` = H / K,
+``D`` head size, ``P`` pieces.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# torch's public function takes a whole batch of one length, and looks anew at each call for the kernel to use.
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
+
+
+def within_pieces(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Tensor:
+    """Causal attention within pieces: [B, S, H, D] of the dtype of ``queries``.
+
+    ``queries`` [B, S, H, D], ``keys`` and ``values`` [B, S, K, D], all of one dtype. ``offsets`` [P + 1] int32: where
+    each piece begins among all T tokens, then T; equal neighbours are pieces of no token, and fill it up to a fixed
+    size, so that a compiled graph fits every batch.
+    """
+    parts = queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
+    if queries.is_cuda:
+        return _variable_length(*parts, offsets, queries.shape[1]).view_as(queries)
+    attended: Tensor = piecewise_attention(*parts, offsets)[0]
+    return attended.view_as(queries)
+
+
+def fits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `within_pieces` runs there: CUDA's kernel knows the half precisions alone."""
+    return device.type == "cpu" or (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
+
+
+def _variable_length(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, longest: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # A window without an end to the left and of nothing to the right is causal attention.
+    attended: Any = varlen_attn(
+        queries, keys, values, offsets, offsets, longest, longest, window_size=(-1, 0), enable_gqa=True
+    )
+    out: Tensor = attended
+    return out
+
+
+@torch.library.custom_op("trainyard::piecewise_attention", mutates_args=(), device_types="cpu")
+def piecewise_attention(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """(attended [T, H, D], log of each softmax's sum [K, G, T] float32) of [T, H, D], [T, K, D], [T, K, D].
+
+    An operator of its own, because its loop over pieces is data: a compiled graph calls it and need not know. It
+    computes in float32, whatever comes in: the CPU's kernel is twice as slow backward in bfloat16.
+    """
+    heads = keys.shape[1]
+    out = torch.empty(queries.shape, dtype=torch.float32)
+    sums = torch.empty(heads, queries.shape[1] // heads, len(queries), dtype=torch.float32)
+    wide = [part.float() for part in (queries, keys, values)]
+    for piece in _pieces(offsets):
+        attended, sums[:, :, piece] = FORWARD(
+            _grouped(wide[0][piece], heads),
+            _shared(wide[1][piece], sums),
+            _shared(wide[2][piece], sums),
+            0.0,
+            True,
+        )
+        _grouped(out[piece], heads).copy_(attended)
+    return out.to(queries.dtype), sums
+
+
+@torch.library.custom_op("trainyard::piecewise_attention_backward", mutates_args=(), device_types="cpu")
+def piecewise_attention_backward(
+    grad: Tensor, queries: Tensor, keys: Tensor, values: Tensor, out: Tensor, sums: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by ``queries``, ``keys`` and ``values``, in their shapes and dtypes, from that by ``out``."""
+    heads = keys.shape[1]
+    grads = [torch.empty(part.shape, dtype=torch.float32) for part in (queries, keys, values)]
+    wide_grad, wide_out, *wide = [part.float() for part in (grad, out, queries, keys, values)]
+    for piece in _pieces(offsets):
+        by_queries, by_keys, by_values = BACKWARD(
+            _grouped(wide_grad[piece], heads),
+            _grouped(wide[0][piece], heads),
+            _shared(wide[1][piece], sums),
+            _shared(wide[2][piece], sums),
+            _grouped(wide_out[piece], heads),
+            sums[:, :, piece].contiguous(),
+            0.0,
+            True,
+        )
+        _grouped(grads[0][piece], heads).copy_(by_queries)
+        # The heads of a group share their keys: what each wants of them adds up.
+        torch.sum(by_keys, dim=1, out=grads[1][piece].transpose(0, 1))
+        torch.sum(by_values, dim=1, out=grads[2][piece].transpose(0, 1))
+    return grads[0].to(queries.dtype), grads[1].to(keys.dtype), grads[2].to(values.dtype)
+
+
+def _pieces(offsets: Tensor) -> Iterator[slice]:
+    places: list[int] = offsets.tolist()
+    return (slice(begin, end) for begin, end in pairwise(places) if end > begin)
+
+
+def _grouped(part: Tensor, heads: int) -> Tensor:
+    """[L, H, D] -> [K, G, L, D], a view: query heads by the key-value head they share."""
+    return part.view(len(part), heads, -1, part.shape[-1]).permute(1, 2, 0, 3)
+
+
+def _shared(part: Tensor, sums: Tensor) -> Tensor:
+    """[L, K, D] -> [K, G, L, D], a view: each key-value head, seen by its group."""
+    return part.transpose(0, 1)[:, None].expand(-1, sums.shape[1], -1, -1)
+
+
+@piecewise_attention.register_fake
+def _(queries: Tensor, keys: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    heads = keys.shape[1]
+    sums = queries.new_empty(heads, queries.shape[1] // heads, queries.shape[0], dtype=torch.float32)
+    return torch.empty_like(queries, memory_format=torch.contiguous_format), sums
+
+
+@piecewise_attention_backward.register_fake
+def _(_: Tensor, queries: Tensor, keys: Tensor, values: Tensor, *__: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    by_queries, by_keys, by_values = (
+        torch.empty_like(part, memory_format=torch.contiguous_format) for part in (queries, keys, values)
+    )
+    return by_queries, by_keys, by_values
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    by_queries, by_keys, by_values = piecewise_attention_backward(grad, *ctx.saved_tensors)
+    return by_queries, by_keys, by_values, None
+
+
+piecewise_attention.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,122 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import fits, piecewise_attention, within_pieces
+from model.config import ModelConfig
+from model.decoder import Decoder
+
+SEED = 5
+LENGTHS = (5, 1, 9, 1, 16, 3, 13)
+"""Of the pieces of three rows of 16 tokens."""
+
+OFFSETS = torch.tensor([0, 5, 6, 15, 16, 32, 35, 48, 48, 48], dtype=torch.int32)
+
+
+def heads(seed: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(3, 16, number, 8, generator=random).requires_grad_() for number in (queries, keys, keys))
+    return q, k, v
+
+
+def plainly(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """The same by a softmax over a mask of all tokens."""
+    piece = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    seen = (piece[:, None] == piece).tril()
+    q, k, v = (part.flatten(0, 1) for part in (queries, keys, values))
+    groups = q.shape[1] // k.shape[1]
+    scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(groups, 1)) / q.shape[2] ** 0.5
+    shares = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", shares, v.repeat_interleave(groups, 1)).view_as(queries)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(4, 4), (4, 2), (6, 1)])
+def test_values_and_gradients_are_those_of_a_masked_softmax(queries: int, keys: int) -> None:
+    ours, theirs = heads(SEED, queries, keys), heads(SEED, queries, keys)
+    upstream = torch.randn(3, 16, queries, 8, generator=torch.Generator().manual_seed(1))
+    attended, expected = within_pieces(*ours, OFFSETS), plainly(*theirs)
+    torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-6)
+    torch.autograd.backward(attended, upstream)
+    torch.autograd.backward(expected, upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_piece_knows_nothing_of_its_row() -> None:
+    ours = heads(SEED, 4, 2)
+    together = within_pieces(*ours, OFFSETS)
+    q, k, v = (part[1:2].detach() for part in ours)
+    alone = within_pieces(q, k, v, torch.tensor([0, 16], dtype=torch.int32))
+    torch.testing.assert_close(alone, together[1:2], rtol=0, atol=0)
+
+
+def test_in_bfloat16_it_computes_in_float32_and_answers_in_bfloat16() -> None:
+    half = [part.detach().bfloat16() for part in heads(SEED, 4, 2)]
+    attended = within_pieces(half[0], half[1], half[2], OFFSETS)
+    expected = plainly(half[0].float(), half[1].float(), half[2].float()).bfloat16()
+    assert attended.dtype == torch.bfloat16
+    torch.testing.assert_close(attended, expected, rtol=8e-3, atol=1e-4)
+
+
+def test_the_operator_is_what_a_compiler_may_take_it_for() -> None:
+    flat = [part.detach().flatten(0, 1).requires_grad_() for part in heads(SEED, 4, 2)]
+    # By the checks of torch itself: shapes, strides, aliases and gradients with and without real data.
+    checked = torch.library.opcheck(piecewise_attention, (*flat, OFFSETS))
+    assert set(checked.values()) == {"SUCCESS"}
+
+
+def decoder(**changes: Any) -> tuple[Decoder, dict[str, Tensor]]:
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Decoder(ModelConfig(vocab_size=50, **{**shape, **changes}), torch.Generator().manual_seed(SEED))
+    random = torch.Generator().manual_seed(SEED)
+    segments = torch.tensor([[1] * 5 + [2] + [3] * 9 + [0], [1] * 16, [1] * 3 + [2] * 13])
+    positions = torch.cat([torch.arange(length) for length in LENGTHS]).view(3, 16)
+    ids = torch.randint(3, 50, (3, 16), generator=random)
+    labels = torch.where(segments > 0, ids.roll(-1, 1), -100)
+    return model, {"input_ids": ids, "position_ids": positions, "segment_ids": segments, "labels": labels}
+
+
+@pytest.mark.parametrize("use_moe", [False, True])
+def test_the_decoder_gives_the_loss_and_gradients_of_its_mask(use_moe: bool) -> None:
+    found = []
+    for more in ({}, {"offsets": OFFSETS}):
+        model, inputs = decoder(use_moe=use_moe)
+        out = model(**inputs, **more)
+        out.loss_sum.backward()
+        found.append((float(out.loss_sum.detach()), {name: p.grad for name, p in model.named_parameters()}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name, grad in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], grad, rtol=1e-4, atol=1e-5)
+
+
+def test_with_dropout_the_mask_is_taken() -> None:
+    model, inputs = decoder(dropout=0.5)
+    wrong = torch.tensor([0, 48], dtype=torch.int32)
+    torch.manual_seed(SEED)
+    masked = model(**inputs).loss_sum
+    torch.manual_seed(SEED)
+    torch.testing.assert_close(model(**inputs, offsets=wrong).loss_sum, masked, rtol=0, atol=0)
+    model.eval()
+    assert not torch.equal(model(**inputs, offsets=wrong).loss_sum, model(**inputs).loss_sum)
+
+
+def test_where_the_kernels_are() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert fits(cpu, torch.float32)
+    assert fits(cuda, torch.bfloat16)
+    assert not fits(cuda, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_cuda_the_decoder_gives_the_loss_of_its_mask(dtype: torch.dtype) -> None:
+    model, inputs = decoder(hidden_size=64, head_dim=32)
+    model = model.cuda()
+    on_device = {name: tensor.cuda() for name, tensor in inputs.items()}
+    with torch.autocast("cuda", dtype=dtype):
+        masked = model(**on_device).loss_sum
+        by_pieces = model(**on_device, offsets=OFFSETS.cuda()).loss_sum
+    torch.testing.assert_close(by_pieces, masked, rtol=1e-2, atol=1e-2)
