@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from service.tokens import tokens_in
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -33,6 +35,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     token: str | None = field(default=None, repr=False)
+    token_file: Path | None = None
     allowed_hosts: tuple[str, ...] = LOOPBACK_NAMES
     idempotency_days: int = 7
     preemption: bool = False
@@ -61,6 +64,7 @@ class Settings:
             host=host,
             port=port if port is not None else _whole(environment, "TRAINYARD_PORT", 8000),
             token=token,
+            token_file=_token_file(environment.get("TRAINYARD_TOKEN_FILE")),
             allowed_hosts=_allowed_hosts(environment.get("TRAINYARD_ALLOWED_HOSTS"), host),
             idempotency_days=_whole(environment, "TRAINYARD_IDEMPOTENCY_DAYS", 7),
             preemption=_switch(environment, "TRAINYARD_PREEMPTION"),
@@ -70,10 +74,10 @@ class Settings:
 
     def require_safe(self) -> None:
         """Raise UnsafeSettings where others on the network could use the service without a token."""
-        if self.token is None and not is_loopback(self.host):
+        if self.token is None and self.token_file is None and not is_loopback(self.host):
             raise UnsafeSettings(
                 "refusing to listen on an address that others can reach without a token: "
-                "set TRAINYARD_TOKEN, or listen on 127.0.0.1"
+                "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
             )
 
     @property
@@ -107,6 +111,20 @@ def _allowed_hosts(given: str | None, host: str) -> tuple[str, ...]:
         return (*LOOPBACK_NAMES, *(name.strip().lower() for name in given.split(",") if name.strip()))
     # A wildcard address has no name of its own; there a token is required, and no page elsewhere knows it.
     return ("*",) if host in ("0.0.0.0", "::") else (*LOOPBACK_NAMES, host.lower())  # noqa: S104 - compared, not bound
+
+
+def _token_file(given: str | None) -> Path | None:
+    """Looked into now: a wrong path must not be found out by the first request."""
+    if not given:
+        return None
+    file = Path(given).resolve()
+    try:
+        found = tokens_in(file)
+    except (OSError, ValueError):
+        raise UnsafeSettings("TRAINYARD_TOKEN_FILE must be a text file that the service can read") from None
+    if not found:
+        raise UnsafeSettings("TRAINYARD_TOKEN_FILE holds no token: one a line")
+    return file
 
 
 def _paths(text: str | None) -> tuple[Path, ...]:
