@@ -1,43 +1,18 @@
 """The pages in a real browser, over a service on a real socket."""
 
 import re
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.browser.looks import in_both_themes
 from tests.service.rig import Rig
 from tests.service.served import served
 
-CHROMIUM = shutil.which("chromium")
-PATIENCE_MS = 60_000
 NAME = "<script>document.title = 'taken'</script>"
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db")
-    yield made
-    made.close()
-    made.database.close()
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        made = browser.new_page()
-        made.set_default_timeout(PATIENCE_MS)
-        expect.set_options(timeout=PATIENCE_MS)
-        yield made
-        browser.close()
 
 
 def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
@@ -49,6 +24,8 @@ def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
     page.on("pageerror", lambda error: broken.append(str(error)))
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/")
+        expect(page.get_by_role("link", name=NAME)).to_be_visible()
+        in_both_themes(page, "jobs")
         page.get_by_role("link", name=NAME).click()
         expect(page.get_by_role("heading", name=NAME)).to_be_visible()
         assert "taken" not in (page.title().removeprefix(NAME))
@@ -59,6 +36,7 @@ def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
             attempt.metric(step, loss=5 - step / 20)
         rig.ship(attempt)
         expect(page.locator(".facts")).to_contain_text("50 of 100")
+        in_both_themes(page, "job")
         page.get_by_role("tab", name="events").click()
         expect(page.get_by_role("tabpanel")).to_contain_text("status")
         assert "tab=events" in page.url

@@ -2,12 +2,15 @@
 import { connection, token } from "./api.js";
 import { h } from "./dom.js";
 import { watchFreshness } from "./live.js";
+import { compare } from "./pages/compare.js";
 import { job } from "./pages/job.js";
 import { jobs } from "./pages/jobs.js";
+import { submit } from "./pages/submit.js";
+import { system } from "./pages/system.js";
 import { open, page, start } from "./router.js";
 import { setUp } from "./theme.js";
 
-const NAV = [["/", "Jobs"]];
+const NAV = [["/", "Jobs"], ["/compare", "Compare"], ["/system", "System"], ["/submit", "Submit"]];
 
 function login() {
   const main = document.getElementById("main");
@@ -34,4 +37,7 @@ connection.addEventListener("token", login);
 page("/", jobs);
 page("/jobs", jobs);
 page("/jobs/:id", job);
+page("/compare", compare);
+page("/system", system);
+page("/submit", submit);
 start();

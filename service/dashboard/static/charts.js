@@ -24,7 +24,8 @@ export class Board {
     this.axis = "step";
     this.zoom = readZoom();
     this.onZoom = () => {};
-    this.recolour = () => this.redraw();
+    this.onTheme = () => this.redraw();
+    this.recolour = () => this.onTheme();
     changed.addEventListener("change", this.recolour);
   }
 

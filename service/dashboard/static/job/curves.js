@@ -23,6 +23,7 @@ export class Curves {
     this.board = new Board();
     this.board.axis = kept("x") in AXES ? kept("x") : "step";
     this.board.onZoom = () => this.refetch();
+    this.board.onTheme = () => this.got && this.draw();
     this.half = HALF_LIVES.includes(Number(kept("smooth") ?? 50)) ? Number(kept("smooth") ?? 50) : 50;
     this.lossChart = new Chart("Train loss", { height: 300, write: loss });
     this.loss = this.board.add(this.lossChart);

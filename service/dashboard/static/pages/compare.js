@@ -1,0 +1,173 @@
+// Several jobs over each other; a fork begins with its parent's curve. Only the settings in which they differ.
+import { get, query } from "../api.js";
+import { Board, Chart } from "../charts.js";
+import { attr, h, list, show, text } from "../dom.js";
+import { count, figure, loss, short } from "../format.js";
+import { beat } from "../live.js";
+import { keep, kept } from "../router.js";
+import { AXES, DARK, DASHES, HALF_LIVES, LIGHT, described, gaps, line, places } from "../series.js";
+import { differing } from "../settings.js";
+import { OVER } from "../status.js";
+import { isDark } from "../theme.js";
+
+const MOST = 10;
+const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at";
+const CHARTS = [
+  ["Train loss", "loss_ema", { height: 340, write: loss }],
+  ["Gradient norm", "grad_norm", { height: 170, write: figure, log: true }],
+  ["Tokens/s", "tokens_per_second", { height: 170, write: short }],
+  ["Learning rate", "learning_rate", { height: 170, write: figure }],
+];
+
+export const compare = { title: "Compare", open };
+
+function open(place) {
+  const page = new Page(place);
+  return () => page.close();
+}
+
+class Page {
+  constructor(place) {
+    this.got = new Map();
+    this.board = new Board();
+    // Tokens, because batches differ.
+    this.board.axis = kept("x") in AXES ? kept("x") : "tokens";
+    this.half = HALF_LIVES.includes(Number(kept("smooth") ?? 50)) ? Number(kept("smooth") ?? 50) : 50;
+    this.charts = CHARTS.map(([name, , options]) => new Chart(name, options));
+    this.board.onTheme = () => this.draw();
+    const [first, ...small] = this.charts.map((chart) => this.board.add(chart));
+    this.key = h("ul", { class: "key" });
+    this.choices = h("div", { class: "choices" });
+    this.hint = h("p", { class: "muted" }, "Choose jobs to lay over each other.");
+    this.table = h("table", {}, h("caption", { class: "unseen" }, "Differing settings"));
+    this.settings = h("section", { hidden: true }, h("h2", {}, "Settings that differ"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Differing settings" }, this.table));
+    this.drawn = h("div", { hidden: true }, this.key, first, h("div", { class: "small three" }, small));
+    const chooser = h("details", { open: !this.chosen().length }, h("summary", {}, "Jobs"), this.choices);
+    place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.drawn, this.settings);
+    this.look = beat(() => this.load());
+  }
+
+  controls() {
+    const axis = h("select", { id: "axis" }, Object.entries(AXES).map(([key, name]) => h("option", { value: key }, name)));
+    const half = h("select", { id: "smooth" }, HALF_LIVES.map((steps) => h("option", { value: steps }, steps ? `half-life ${steps} steps` : "none")));
+    axis.value = this.board.axis;
+    half.value = this.half;
+    axis.addEventListener("change", () => {
+      this.board.axis = axis.value;
+      keep("x", axis.value === "tokens" ? null : axis.value);
+      this.board.setZoom(null);
+      this.draw();
+    });
+    half.addEventListener("change", () => {
+      this.half = Number(half.value);
+      keep("smooth", this.half === 50 ? null : this.half);
+      this.got.clear();
+      this.look.now();
+    });
+    return h("div", { class: "bar" }, h("label", { for: "axis" }, "Along"), axis, h("label", { for: "smooth" }, "Smoothing"), half);
+  }
+
+  chosen() {
+    return (kept("jobs") ?? "").split(",").filter(Boolean).slice(0, MOST);
+  }
+
+  choose(id, wanted) {
+    const others = this.chosen().filter((one) => one !== id);
+    keep("jobs", (wanted ? [...others, id] : others).join(","));
+    this.look.now();
+  }
+
+  async load() {
+    this.jobs = (await get("/jobs?limit=100")).data;
+    this.offer();
+    const ids = this.chosen();
+    for (const id of ids) await this.fetch(id);
+    for (const id of this.got.keys()) if (!ids.includes(id)) this.got.delete(id);
+    await this.draw();
+  }
+
+  /** What is over is asked for once. */
+  async fetch(id) {
+    const address = `/jobs/${encodeURIComponent(id)}`;
+    const job = this.jobs.find((one) => one.id === id) ?? (await get(address));
+    const known = this.got.get(id);
+    const mark = `${job.progress.step} ${job.attempt} ${job.status}`;
+    if (known?.mark === mark) return;
+    const wanted = { max_points: 1000, ema_half_life: this.half, fields: FIELDS, lineage: job.parent ? true : null };
+    const [metrics, attempts] = await Promise.all([get(query(`${address}/metrics`, wanted)), get(`${address}/attempts`)]);
+    this.got.set(id, { mark, job, rows: metrics.data, attempts: attempts.data, over: OVER.has(job.status) });
+  }
+
+  offer() {
+    const ids = this.chosen();
+    const some = this.jobs.filter((job) => ids.includes(job.id) || job.progress.step > 0);
+    list(this.choices, some, (job) => job.id, (job) => this.choice(job), (part, job) => {
+      part.box.checked = ids.includes(job.id);
+      part.box.disabled = !part.box.checked && ids.length >= MOST;
+      text(part.name, `${job.name}  ${job.id}  ${job.status}  step ${count(job.progress.step)}`);
+    });
+  }
+
+  choice(job) {
+    const box = h("input", { type: "checkbox", id: `choose-${job.id}`, onchange: () => this.choose(job.id, box.checked) });
+    const name = h("label", { for: `choose-${job.id}` });
+    return Object.assign(h("div", {}, box, name), { box, name });
+  }
+
+  async draw() {
+    const found = this.chosen().map((id) => this.got.get(id)).filter(Boolean);
+    show(this.hint, !found.length);
+    show(this.drawn, found.length);
+    this.drawKey(found);
+    this.drawSettings(found);
+    if (!found.length) return;
+    this.charts.forEach((chart, i) => chart.show(this.content(CHARTS[i], found)));
+    await this.board.redraw();
+  }
+
+  style(i) {
+    const colours = isDark() ? DARK : LIGHT;
+    return { color: colours[i % colours.length], dash: DASHES[Math.floor(i / colours.length) % DASHES.length] };
+  }
+
+  content([name, field, { write }], found) {
+    const { axis } = this.board;
+    const traces = found.map(({ job, rows, attempts }, i) => {
+      const xs = places(rows, axis, attempts);
+      const ys = rows.map((row) => row[field] ?? null);
+      return { uid: job.id, ...line(xs, ys, gaps(rows, axis, attempts)), line: { width: 1.8, ...this.style(i) }, main: i === 0, counted: true };
+    });
+    const rows = found[0].rows;
+    const values = rows.map((row) => [row.step.toLocaleString("en-US"), write(row[field])]);
+    return { traces, values, columns: ["step", found[0].job.name], label: `${described(name, rows, (row) => row[field] ?? null, write)}, ${found.length} jobs`, note: "" };
+  }
+
+  drawKey(found) {
+    list(this.key, found.map((one, i) => [one, i]), ([one]) => one.job.id, () => h("li", {}, h("span", { class: "swatch", "aria-hidden": "true" }), h("a"), h("span", { class: "muted" })), (part, [one, i]) => {
+      const { color, dash } = this.style(i);
+      part.firstChild.style.borderTopColor = color;
+      part.firstChild.style.borderTopStyle = dash === "solid" ? "solid" : dash === "dot" ? "dotted" : "dashed";
+      attr(part.children[1], "href", `/jobs/${one.job.id}`);
+      text(part.children[1], one.job.name);
+      const from = one.job.parent?.step ? `, forked at step ${count(one.job.parent.step)}` : "";
+      text(part.lastChild, `${one.job.status}, step ${count(one.job.progress.step)}, loss ${loss(one.job.progress.loss)}${from}`);
+    });
+  }
+
+  drawSettings(found) {
+    // The name stands in the head already.
+    const rows = found.length > 1 ? differing(found.map((one) => one.job.spec)).filter(([name]) => name !== "name") : [];
+    show(this.settings, rows.length);
+    const mark = JSON.stringify([found.map((one) => one.job.id), rows]);
+    if (mark === this.settingsMark) return;
+    this.settingsMark = mark;
+    const head = h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), found.map((one) => h("th", { scope: "col" }, one.job.name))));
+    const body = h("tbody", {}, rows.map(([name, values]) => h("tr", {}, h("th", { scope: "row", class: "mono" }, name), values.map((value) => h("td", {}, value)))));
+    this.table.replaceChildren(this.table.caption, head, body);
+  }
+
+  close() {
+    this.look();
+    this.board.close();
+  }
+}

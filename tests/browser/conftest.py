@@ -1,0 +1,37 @@
+"""A real browser, and a service on a real socket."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.service.rig import Rig
+
+CHROMIUM = shutil.which("chromium")
+PATIENCE_MS = 60_000
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    made = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db")
+    yield made
+    made.close()
+    made.database.close()
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        made = browser.new_page()
+        made.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
+        yield made
+        browser.close()

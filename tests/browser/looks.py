@@ -1,0 +1,44 @@
+"""What every page must bear: both themes, a narrow window, and the eyes of axe."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page
+
+PICTURES = os.environ.get("TRAINYARD_SCREENSHOTS")
+"""A folder for pictures of each page; none are made without it."""
+
+SERIOUS = ("serious", "critical")
+
+
+def picture(page: Page, name: str) -> None:
+    if PICTURES is None:
+        return
+    Path(PICTURES).mkdir(parents=True, exist_ok=True)
+    for width, place in ((1280, "desktop"), (360, "phone")):
+        page.set_viewport_size({"width": width, "height": 800})
+        page.screenshot(path=f"{PICTURES}/{name}-{place}.png", full_page=True)
+    page.set_viewport_size({"width": 1280, "height": 800})
+
+
+def serious(page: Page) -> list[Any]:
+    """What axe finds that keeps somebody out. Its script runs in the page's own world, past the policy."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    found = axe.Axe().run(page).response["violations"]
+    return [(one["id"], [node["html"][:120] for node in one["nodes"]]) for one in found if one["impact"] in SERIOUS]
+
+
+def no_sideways_scroll(page: Page) -> None:
+    page.set_viewport_size({"width": 360, "height": 800})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.set_viewport_size({"width": 1280, "height": 800})
+
+
+def in_both_themes(page: Page, name: str) -> None:
+    for theme in ("light", "dark"):
+        assert serious(page) == [], theme
+        picture(page, f"{name}-{theme}")
+        page.locator("#theme").click()
+    no_sideways_scroll(page)
