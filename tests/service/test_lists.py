@@ -113,12 +113,12 @@ def test_devices_and_status_pages(any_rig: Rig) -> None:
     assert any_rig.get("/ready", expect=503)["code"] == "not_ready", "no scheduler runs in this test"
 
 
-def test_the_page_shows_names_as_text(rig: Rig) -> None:
-    assert "No job yet" in rig.client.get("/").text
-    rig.submit(name="<script>alert(1)</script>")
-    page = rig.client.get("/").text
-    assert "<script>" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+def test_the_page_holds_no_name_at_all(rig: Rig) -> None:
+    rig.submit(name="<b>alert</b>")
+    page = rig.client.get("/", headers={"Accept": "text/html"}).text
+    assert page.startswith("<!doctype html>")
+    # Names come by the API, and tests/browser sees them shown as text.
+    assert "alert" not in page
 
 
 def test_the_document_describes_every_route(rig: Rig) -> None:
