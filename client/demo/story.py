@@ -27,7 +27,7 @@ from client.demo.server import DemoService, ServiceFailed
 from client.errors import TrainyardError
 from client.exits import Exit, at_rest
 from client.shapes import Job
-from client.words import count, duration, one_line, size
+from client.words import count, duration, fixed, large, one_line, size
 
 LABEL = 11
 MOST_SECONDS = 300.0
@@ -150,10 +150,21 @@ class Story:
         file = self.home / "spec.json"
         wanted = spec(self.machine, self.home / "corpus.jsonl", self.home / "tokenizer")
         file.write_text(json.dumps(wanted, indent=2) + "\n")
+        self._plan(wanted)
         self._say("submit", "$ " + curl("POST", f"{self._service.url}/jobs", file))
         self._job = self._api.submit(wanted)
-        self._more(f"{self._id}: {STEPS} steps; a model that knows nothing has a loss of {UNTRAINED_LOSS:.2f}")
+        self._more(f"{self._id}   {self._service.url}/jobs/{self._id}")
         return LossLines(self._api, self._id, UNTRAINED_LOSS, self._more)
+
+    def _plan(self, wanted: dict[str, Any]) -> None:
+        plan = self._api.plan(wanted)
+        memory = sum(part for part in (plan.get("memory_bytes") or {}).values() if part)
+        checkpoint = size(plan.get("checkpoint_bytes"))
+        self._say(
+            "plan", f"{large(plan.get('parameters'))} parameters, {size(memory)} a rank, {checkpoint} a checkpoint"
+        )
+        first = fixed(plan.get("expected_first_loss"), 2)
+        self._more(f"{STEPS} steps; a model that knows nothing has a loss of {first}")
 
     def _pause(self, lines: LossLines) -> None:
         self._expect(lines.until(past(PAUSE_AFTER), MOST_SECONDS), "running")
@@ -213,12 +224,13 @@ class Story:
 
     def _products(self) -> None:
         full = [found for found in self._api.checkpoints(self._id) if found["kind"] == "full"]
-        for checkpoint in full[:2]:
-            self._say("checkpoint", f"step {checkpoint['step']}  sha256 {checkpoint['sha256']}")
-            self._more(self._relative(checkpoint["path"]))
+        self._say("checkpoint", f"step {full[0]['step']}  sha256 {full[0]['sha256']}")
+        self._more(self._relative(full[0]["path"]))
         weights = weights_of(self._api.job(self._id), Path(full[0]["path"]))
         self._say("weights", f"MiniMind's keys, half precision  sha256 {sha256(weights)}")
         self._more(self._relative(str(weights)))
+        exported = self._api.export(self._id, full[0]["step"])
+        self._say("exported", f"{self._relative(exported['path'])}, for transformers")
         self._sample()
 
     def _sample(self) -> None:

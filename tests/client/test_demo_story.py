@@ -147,8 +147,8 @@ def test_the_whole_story_fits_on_a_screen(perform: Callable[..., tuple[int, str,
     assert len(lines) < 40
     labels = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert labels == [
-        *("machine", "home", "corpus", "service", "submit", "pause", "resume", "accident"),
-        *("finished", "checkpoint", "checkpoint", "weights", "sample", "next"),
+        *("machine", "home", "corpus", "service", "plan", "submit", "pause", "resume", "accident"),
+        *("finished", "checkpoint", "weights", "exported", "sample", "next"),
     ]
     assert f"$ curl -sS -X POST {URL}/jobs/{JOB}/pause" in out
     assert f"saved at step {played.rows['checkpoints'][-1]['step']}, verified" in out
