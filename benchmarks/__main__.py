@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benchmarks import corpus_speed, launch, reporting, saving, scheduler, trainer
+from benchmarks import corpus_speed, launch, padding, reporting, saving, scheduler, trainer
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "corpus_speed": corpus_speed.main,
     "launch": launch.main,
+    "padding": padding.main,
     "reporting": reporting.main,
     "saving": saving.main,
     "scheduler": scheduler.main,

@@ -1,0 +1,76 @@
+"""Useful tokens a second of packed rows against the same loop over padded ones, on docstrings, alternated in one run.
+
+Useful are the tokens that are predicted; a padded row spends the same time on its padding.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.corpus import write_docstrings
+from contract.rundir import RunDir
+
+ROUNDS = 3
+STEPS = 8
+WARM = 2
+SHAPE = {"hidden_size": 512, "num_hidden_layers": 4}
+"""Half of MiniMind's layers: the ratio does not depend on their number, and the bench takes half the time."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of one run: predicted tokens a second, and predicted tokens a step."""
+
+    useful: float
+    per_step: float
+
+
+def main() -> None:
+    """Print the ratio of useful tokens a second beside the ratio of padding won."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_docstrings(root / "corpus.jsonl", 7000)
+        won, measured = [], []
+        for number in range(ROUNDS):
+            packed, padded = run(root, "document", number), run(root, "none", number)
+            measured.append(packed.useful / padded.useful)
+            won.append(packed.per_step / padded.per_step)
+            print(
+                f"round {number + 1}: {packed.useful:.0f} useful tokens/s packed, {padded.useful:.0f} padded",
+                flush=True,
+            )
+        ratio, padding = statistics.median(measured), statistics.median(won)
+    print(f"packed: {ratio:.2f} x the useful tokens/s; {padding:.2f} x the useful tokens a step")
+    print(f"of the padding won, {100 * ratio / padding:.0f} % is won in time (goal: at least 95 %)")
+
+
+def run(root: Path, packing: str, number: int) -> Measured:
+    """The worker for a few steps on rows of 1,024 bytes; the tokens of each step from its own reports."""
+    here = RunDir(root / f"{packing}-{number}")
+    here.path.mkdir()
+    here.spec.write_text(json.dumps(spec(root, packing)))
+    environment = {**os.environ, "TRAINYARD_CORPUS_CACHE": str(root / "cache")}
+    subprocess.run([sys.executable, "-m", "worker", str(here.path)], check=True, capture_output=True, env=environment)
+    lines = [json.loads(line) for line in here.attempt(1).outbox.read_text().splitlines()]
+    points = [line for line in lines if line["kind"] == "metric"]
+    tokens = [after["tokens"] - before["tokens"] for before, after in pairwise(points)][WARM - 1 :]
+    seconds = [point["step_seconds"] for point in points[WARM:]]
+    return Measured(sum(tokens) / sum(seconds), sum(tokens) / len(tokens))
+
+
+def spec(root: Path, packing: str) -> dict[str, Any]:
+    """The same loop, but for how rows are made."""
+    return {
+        "model": SHAPE,
+        "data": {"data_path": str(root / "corpus.jsonl"), "max_seq_len": 1024, "packing": packing},
+        "training": {"max_steps": STEPS, "batch_size": 4, "accumulation_steps": 1},
+        "reporting": {"log_interval": 1},
+        "resources": {"device": "cpu"},
+    }
