@@ -3,11 +3,7 @@
 Useful are the tokens that are predicted; a padded row spends the same time on its padding.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.corpus import write_docstrings
-from contract.rundir import RunDir
+from benchmarks.running import worker_points
 
 ROUNDS = 3
 STEPS = 8
@@ -53,13 +49,7 @@ def main() -> None:
 
 def run(root: Path, packing: str, number: int) -> Measured:
     """The worker for a few steps on rows of 1,024 bytes; the tokens of each step from its own reports."""
-    here = RunDir(root / f"{packing}-{number}")
-    here.path.mkdir()
-    here.spec.write_text(json.dumps(spec(root, packing)))
-    environment = {**os.environ, "TRAINYARD_CORPUS_CACHE": str(root / "cache")}
-    subprocess.run([sys.executable, "-m", "worker", str(here.path)], check=True, capture_output=True, env=environment)
-    lines = [json.loads(line) for line in here.attempt(1).outbox.read_text().splitlines()]
-    points = [line for line in lines if line["kind"] == "metric"]
+    points = worker_points(root, f"{packing}-{number}", spec(root, packing))
     tokens = [after["tokens"] - before["tokens"] for before, after in pairwise(points)][WARM - 1 :]
     seconds = [point["step_seconds"] for point in points[WARM:]]
     return Measured(sum(tokens) / sum(seconds), sum(tokens) / len(tokens))

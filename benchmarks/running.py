@@ -1,6 +1,7 @@
 """Starting the service and a run by hand, for measurements."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from contract.rundir import read_json
+from contract.rundir import RunDir, read_json
 
 
 def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -41,6 +42,17 @@ def service(home: Path, *roots: Path) -> Iterator[httpx2.Client]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Run ``spec`` by hand below ``root`` and read back its metric points; a corpus is tokenized once for all runs."""
+    run = RunDir(root / name)
+    run.path.mkdir()
+    run.spec.write_text(json.dumps(spec))
+    environment = {**os.environ, "TRAINYARD_CORPUS_CACHE": str(root / "cache")}
+    subprocess.run([sys.executable, "-m", "worker", str(run.path)], check=True, capture_output=True, env=environment)
+    lines = [json.loads(line) for line in run.attempt(1).outbox.read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "metric"]
 
 
 def torchrun(run_dir: Path, ranks: int) -> "subprocess.Popen[bytes]":

@@ -4,7 +4,6 @@ Needs `pip install '.[bench]'` (transformers, accelerate); says so where they ar
 """
 
 import importlib.util
-import json
 import os
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.corpus import write_docstrings
-from contract.rundir import RunDir
+from benchmarks.running import worker_points
 
 ROUNDS = 3
 STEPS = 8
@@ -37,8 +36,9 @@ def main() -> None:
         write_docstrings(root / "corpus.jsonl", 7000)
         tokenizer = [sys.executable, "-m", "worker.tokenizers", "train", str(root / "corpus.jsonl")]
         subprocess.run([*tokenizer, "--out", str(root / "tokenizer")], check=True, capture_output=True)
-        print(f"bf16 matrix product of this machine: {matmul_peak() / 1e12:.2f} TFLOP/s at its best")
-        summarize([played(root, number) for number in range(ROUNDS)])
+        peak = matmul_peak()
+        print(f"bf16 matrix product of this machine: {peak / 1e12:.2f} TFLOP/s at its best")
+        summarize([played(root, number) for number in range(ROUNDS)], peak)
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ def played(root: Path, number: int) -> Round:
     return found
 
 
-def summarize(rounds: list[Round]) -> None:
-    """The medians of the rounds' ratios, and the share of what the machine can do."""
+def summarize(rounds: list[Round], peak: float) -> None:
+    """The medians of the rounds' ratios, and the share of ``peak`` FLOP/s, what the machine can do."""
 
     def ratio(of: Callable[[Round], float]) -> str:
         return f"{statistics.median(of(each) for each in rounds):.2f} x"
 
     def share(of: Callable[[Round], float]) -> str:
-        return f"{100 * max(of(each) for each in rounds) * flops_per_token() / matmul_peak():.0f} %"
+        return f"{100 * max(of(each) for each in rounds) * flops_per_token() / peak:.0f} %"
 
     print(f"eager: {ratio(lambda r: r.eager / r.trainer)} Trainer (goal 1.15 x)")
     print(
@@ -87,14 +87,8 @@ def summarize(rounds: list[Round]) -> None:
 
 def trainyard(root: Path, name: str, *, compiled: bool) -> float:
     """Tokens a second of the worker, all positions counted, over the steps behind the warm ones."""
-    run = RunDir(root / name)
-    run.path.mkdir()
-    run.spec.write_text(json.dumps(spec(root, compiled=compiled)))
-    # The corpus is tokenized once for all rounds.
-    environment = {**os.environ, "TRAINYARD_CORPUS_CACHE": str(root / "cache")}
-    subprocess.run([sys.executable, "-m", "worker", str(run.path)], check=True, capture_output=True, env=environment)
-    lines = [json.loads(line) for line in run.attempt(1).outbox.read_text().splitlines()]
-    seconds = [float(line["step_seconds"]) for line in lines if line["kind"] == "metric"][WARM:]
+    points = worker_points(root, name, spec(root, compiled=compiled))
+    seconds = [float(point["step_seconds"]) for point in points][WARM:]
     return BATCH * LENGTH / statistics.median(seconds)
 
 

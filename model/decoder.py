@@ -166,7 +166,8 @@ class Decoder(nn.Module):
         ``position_ids`` [B, S]: 0, 1, 2, ... where not given, behind what the ``cache`` holds. ``segment_ids`` [B, S]:
         0 is padding, 1 and up are pieces that do not see each other; None: each row is one piece, and padding can only
         stand behind it. ``labels`` [B, S], already shifted (labels[t] is the token to predict at t), -100 where
-        nothing is predicted.
+        nothing is predicted. ``offsets`` [P + 1] int32: the same pieces as `model.attention` wants them,
+        taken instead of a mask of ``segment_ids`` where it can be.
         """
         rotary = self._rotary(input_ids, position_ids, cache)
         reach = self._reach(input_ids, segment_ids, offsets, cache)

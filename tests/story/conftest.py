@@ -1,13 +1,16 @@
-"""What the stories need of this machine."""
+"""The service that a module's stories are told to; each module has its own ``corpus``."""
 
-import socket
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.story.served import Served
 
-@pytest.fixture
-def free_port() -> str:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Served]:
+    service = Served(tmp_path_factory.mktemp("home") / "home", [corpus.parent])
+    service.start()
+    yield service
+    service.stop()

@@ -1,7 +1,6 @@
 """Forks, exports, live changes and resumes over the API, with real ranks: what the guides promise, to the last bit."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "corpus.jsonl"
     assert write_docstrings(file, 200) == 200
     return file
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Served]:
-    service = Served(tmp_path_factory.mktemp("home") / "home", [corpus.parent])
-    service.start()
-    yield service
-    service.stop()
 
 
 def spec(corpus: Path, **training: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import math
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("data") / "corpus.jsonl"
     assert write_docstrings(file, 400) == 400
     return file
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Served]:
-    service = Served(tmp_path_factory.mktemp("home") / "home", [corpus.parent])
-    service.start()
-    yield service
-    service.stop()
 
 
 def spec(corpus: Path, **resources: Any) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 // Loss and its companions: fetched in buckets, drawn at most every 2 s, fetched again where the user zooms in.
 import { get, query } from "../api.js";
 import { Board, Chart } from "../charts.js";
+import { chosenView, controls } from "../controls.js";
 import { h } from "../dom.js";
 import { figure, loss, short } from "../format.js";
 import { atMost } from "../live.js";
-import { keep, kept } from "../router.js";
-import { AXES, DARK, HALF_LIVES, LIGHT, described, gaps, grain, line, places, superseded } from "../series.js";
+import { DARK, LIGHT, described, gaps, grain, line, places, superseded } from "../series.js";
 import { isDark } from "../theme.js";
 
 const POINTS = 1000;
@@ -21,10 +21,9 @@ export class Curves {
   constructor(address) {
     this.address = address;
     this.board = new Board();
-    this.board.axis = kept("x") in AXES ? kept("x") : "step";
+    ({ axis: this.board.axis, half: this.half } = chosenView("step"));
     this.board.onZoom = () => this.refetch();
     this.board.onTheme = () => this.got && this.draw();
-    this.half = HALF_LIVES.includes(Number(kept("smooth") ?? 50)) ? Number(kept("smooth") ?? 50) : 50;
     this.lossChart = new Chart("Train loss", { height: 300, write: loss });
     this.loss = this.board.add(this.lossChart);
     this.smallCharts = SMALL.map(([name, , options]) => new Chart(name, { ...options, height: 150 }));
@@ -36,22 +35,16 @@ export class Curves {
   }
 
   controls() {
-    const axis = h("select", { id: "axis" }, Object.entries(AXES).map(([key, name]) => h("option", { value: key }, name)));
-    const half = h("select", { id: "smooth" }, HALF_LIVES.map((steps) => h("option", { value: steps }, steps ? `half-life ${steps} steps` : "none")));
-    axis.value = this.board.axis;
-    half.value = this.half;
-    axis.addEventListener("change", () => {
-      this.board.axis = axis.value;
-      keep("x", axis.value === "step" ? null : axis.value);
+    const axis = (chosen) => {
+      this.board.axis = chosen;
       this.board.setZoom(null);
-    });
-    half.addEventListener("change", () => {
-      this.half = Number(half.value);
-      keep("smooth", this.half === 50 ? null : this.half);
+    };
+    const half = (chosen) => {
+      this.half = chosen;
       this.refetch();
-    });
-    return h("div", { class: "bar" }, h("label", { for: "axis" }, "Along"), axis, h("label", { for: "smooth" }, "Smoothing"), half,
-      h("span", { class: "muted" }, "Drag to zoom, double-click for the whole run"));
+    };
+    const hint = h("span", { class: "muted" }, "Drag to zoom, double-click for the whole run");
+    return controls({ axis: this.board.axis, half: this.half }, "step", axis, half, hint);
   }
 
   /** Called with every look at the job: asks for points only where something may have changed. */

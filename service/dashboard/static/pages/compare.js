@@ -1,16 +1,19 @@
 // Several jobs over each other; a fork begins with its parent's curve. Only the settings in which they differ.
 import { get, query } from "../api.js";
 import { Board, Chart } from "../charts.js";
+import { chosenView, controls } from "../controls.js";
 import { attr, h, list, show, text } from "../dom.js";
 import { count, figure, loss, short } from "../format.js";
 import { beat } from "../live.js";
 import { keep, kept } from "../router.js";
-import { AXES, DARK, DASHES, HALF_LIVES, LIGHT, described, gaps, line, places } from "../series.js";
+import { DARK, DASHES, LIGHT, described, gaps, line, places } from "../series.js";
 import { differing } from "../settings.js";
 import { OVER } from "../status.js";
 import { isDark } from "../theme.js";
 
 const MOST = 10;
+// Batches differ, so steps do not compare.
+const USUAL = "tokens";
 const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at";
 const CHARTS = [
   ["Train loss", "loss_ema", { height: 340, write: loss }],
@@ -30,9 +33,7 @@ class Page {
   constructor(place) {
     this.got = new Map();
     this.board = new Board();
-    // Tokens, because batches differ.
-    this.board.axis = kept("x") in AXES ? kept("x") : "tokens";
-    this.half = HALF_LIVES.includes(Number(kept("smooth") ?? 50)) ? Number(kept("smooth") ?? 50) : 50;
+    ({ axis: this.board.axis, half: this.half } = chosenView(USUAL));
     this.charts = CHARTS.map(([name, , options]) => new Chart(name, options));
     this.board.onTheme = () => this.draw();
     const [first, ...small] = this.charts.map((chart) => this.board.add(chart));
@@ -48,23 +49,17 @@ class Page {
   }
 
   controls() {
-    const axis = h("select", { id: "axis" }, Object.entries(AXES).map(([key, name]) => h("option", { value: key }, name)));
-    const half = h("select", { id: "smooth" }, HALF_LIVES.map((steps) => h("option", { value: steps }, steps ? `half-life ${steps} steps` : "none")));
-    axis.value = this.board.axis;
-    half.value = this.half;
-    axis.addEventListener("change", () => {
-      this.board.axis = axis.value;
-      keep("x", axis.value === "tokens" ? null : axis.value);
+    const axis = (chosen) => {
+      this.board.axis = chosen;
       this.board.setZoom(null);
       this.draw();
-    });
-    half.addEventListener("change", () => {
-      this.half = Number(half.value);
-      keep("smooth", this.half === 50 ? null : this.half);
+    };
+    const half = (chosen) => {
+      this.half = chosen;
       this.got.clear();
       this.look.now();
-    });
-    return h("div", { class: "bar" }, h("label", { for: "axis" }, "Along"), axis, h("label", { for: "smooth" }, "Smoothing"), half);
+    };
+    return controls({ axis: this.board.axis, half: this.half }, USUAL, axis, half);
   }
 
   chosen() {
