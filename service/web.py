@@ -163,6 +163,16 @@ class _Limited:
         return message
 
 
+def described(schema: dict[str, Any]) -> dict[str, Any]:
+    """What the OpenAPI document says of a JSON body that we read ourselves."""
+    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
+
+
+def described_fields(properties: dict[str, Any]) -> dict[str, Any]:
+    """The same for an object of these members and no others."""
+    return described({"type": "object", "additionalProperties": False, "properties": properties})
+
+
 def bearer(header: str | None) -> str:
     """The token of an Authorization header, or ''."""
     scheme, _, token = (header or "").partition(" ")

@@ -18,22 +18,10 @@ from service.jobs.store import Note
 from service.scheduler.apply import utc_now
 from service.shapes import Export, Page
 from service.tables import JobRow
-from service.web import JsonBody
+from service.web import JsonBody, described_fields
 
 FORMATS = ("hf", "minimind")
-BODY: dict[str, Any] = {
-    "requestBody": {
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": {"format": {"enum": list(FORMATS), "default": "hf"}},
-                }
-            }
-        }
-    }
-}
+BODY = described_fields({"format": {"enum": list(FORMATS), "default": "hf"}})
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
 

@@ -1,6 +1,6 @@
 """POST /jobs/{id}/fork."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
@@ -12,25 +12,15 @@ from service.jobs import files, store
 from service.jobs.routes import Made, oldest_key, replayed, show
 from service.scheduler.apply import utc_now
 from service.shapes import Job
-from service.web import JsonBody
+from service.web import JsonBody, described_fields
 
-BODY: dict[str, Any] = {
-    "requestBody": {
-        "content": {
-            "application/json": {
-                "schema": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": {
-                        "step": {"type": "integer", "minimum": 0},
-                        "overrides": {"type": "object"},
-                        "data": {"enum": ["keep", "restart"], "default": "keep"},
-                    },
-                }
-            }
-        }
+BODY = described_fields(
+    {
+        "step": {"type": "integer", "minimum": 0},
+        "overrides": {"type": "object"},
+        "data": {"enum": ["keep", "restart"], "default": "keep"},
     }
-}
+)
 
 router = APIRouter(tags=["jobs"])
 

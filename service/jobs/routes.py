@@ -21,7 +21,7 @@ from service.jobs.specs import accept
 from service.scheduler.apply import utc_now
 from service.shapes import Job, Page
 from service.tables import JobRow
-from service.web import JsonBody
+from service.web import JsonBody, described
 
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
@@ -33,8 +33,8 @@ router = APIRouter(tags=["jobs"])
 
 
 def body_of(schema: str) -> dict[str, Any]:
-    """The request body in the OpenAPI document, for bodies that we read ourselves."""
-    return {"requestBody": {"content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}}}
+    """The request body in the OpenAPI document: one of its schemas."""
+    return described({"$ref": f"#/components/schemas/{schema}"})
 
 
 @router.post("/jobs", status_code=201, openapi_extra=body_of("JobSpec"))
