@@ -14,6 +14,7 @@ from tests.service.rig import Rig
 
 CHROMIUM = shutil.which("chromium")
 PATIENCE_MS = 60_000
+POLICY = "Content Security Policy"
 
 
 @pytest.fixture
@@ -31,7 +32,10 @@ def page() -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         made = browser.new_page()
+        blocked: list[str] = []
+        made.on("console", lambda said: blocked.append(said.text) if POLICY in said.text else None)
         made.set_default_timeout(PATIENCE_MS)
         expect.set_options(timeout=PATIENCE_MS)
         yield made
         browser.close()
+        assert blocked == [], "the pages and the chart library must bear the policy"

@@ -1,6 +1,7 @@
 """The dashboard's page and files: who gets HTML where the API gives JSON, what is cached, what the policy allows."""
 
 import gzip
+import re
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,15 @@ def test_no_script_or_style_stands_in_the_page(rig: Rig) -> None:
     assert "<style" not in page
     assert "style=" not in page
     assert page.count("<script") == page.count('<script type="module" src=')
+
+
+def test_the_library_finds_its_style_elements_there_already(rig: Rig) -> None:
+    """Where an element has the id of one that it would make, it makes none; the policy would block it."""
+    library = library_file().read_text()
+    made = set(re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', library)) | {"plotly.js-style-global"}
+    there = set(re.findall(r' id="([^"]+)"', rig.client.get("/").text))
+    assert len(made) > 1
+    assert made <= there
 
 
 def test_files_are_immutable_and_packed(rig: Rig, tmp_path: Path) -> None:
