@@ -19,7 +19,7 @@ from service.document import openapi
 from service.errors import ServiceError, handle
 from service.exports import routes as export_routes
 from service.forks import routes as fork_routes
-from service.jobs import files, products
+from service.jobs import files, log_routes, products
 from service.jobs import routes as job_routes
 from service.launch.base import Launcher
 from service.metrics import routes as metric_routes
@@ -85,6 +85,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         fork_routes,
         plan_routes,
         products,
+        log_routes,
         metric_routes,
         stream_routes,
         checkpoint_routes,

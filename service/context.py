@@ -7,6 +7,7 @@ from fastapi import Depends, Request
 
 from service.db import Database
 from service.devices.inventory import Inventory
+from service.jobs.lines import Lines
 from service.jobs.specs import Host
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
@@ -24,6 +25,7 @@ class Services:
     scheduler: Scheduler
     pulse: Pulse
     telemetry: Telemetry = field(default_factory=Telemetry)
+    lines: Lines = field(default_factory=Lines)
 
     @property
     def host(self) -> Host:

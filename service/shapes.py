@@ -255,6 +255,33 @@ class LogChunk(Shape):
     next_offset: int
 
 
+class LogLines(Shape):
+    """Lines of a log, from number ``first_line`` on; ``bytes`` of it are counted in ``total_lines``."""
+
+    object: Literal["log_lines"] = "log_lines"
+    first_line: int
+    lines: list[str]
+    total_lines: int
+    bytes: int
+
+
+class LogMatch(Shape):
+    """A line that has what was looked for, counted from 1, and the byte at which it begins."""
+
+    line: int
+    offset: int
+    text: str
+
+
+class LogMatches(Shape):
+    """Matches in the order of the log; ``searched_lines`` were looked through."""
+
+    object: Literal["list"] = "list"
+    data: list[LogMatch]
+    has_more: bool
+    searched_lines: int
+
+
 class LeasedDevice(Shape):
     """A device, who has it, and processes on it that belong to no attempt."""
 

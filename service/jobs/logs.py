@@ -20,7 +20,7 @@ def log_file(attempt: AttemptDir, rank: int | None) -> Path:
 
 def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
     """At most ``limit`` bytes from ``offset``, and where to go on. A character is never cut in two."""
-    with _opened(path) as file:
+    with opened(path) as file:
         file.seek(offset)
         data = file.read(limit)
         ended = len(data) < limit
@@ -30,7 +30,7 @@ def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
 
 def read_whole(path: Path, offset: int, limit: int, last: bool) -> tuple[str, int]:
     """As `read_from`, of a log that is being written: a character whose rest is still to come waits for it."""
-    with _opened(path) as file:
+    with opened(path) as file:
         file.seek(offset)
         data = file.read(limit)
     whole = data if last else _whole_characters(data)
@@ -41,14 +41,14 @@ def read_whole(path: Path, offset: int, limit: int, last: bool) -> tuple[str, in
 
 def start_of_tail(path: Path, lines: int, limit: int) -> int:
     """Where the last ``lines`` lines begin, or as many of them as ``limit`` bytes hold."""
-    with _opened(path) as file:
+    with opened(path) as file:
         end = file.seek(0, os.SEEK_END)
         return _start_of_tail(file, end, lines, max(0, end - limit))
 
 
 def read_tail(path: Path, lines: int, limit: int) -> tuple[str, int]:
     """The last ``lines`` lines, at most ``limit`` bytes of them, and where to go on."""
-    with _opened(path) as file:
+    with opened(path) as file:
         end = file.seek(0, os.SEEK_END)
         start = _start_of_tail(file, end, lines, max(0, end - limit))
         file.seek(start)
@@ -80,7 +80,8 @@ def _next_line(file: BinaryIO, position: int, end: int) -> int:
     return position + found + 1 if 0 <= found < end - position - 1 else position
 
 
-def _opened(path: Path) -> BinaryIO:
+def opened(path: Path) -> BinaryIO:
+    """A log for reading. Raises LogNotFound."""
     try:
         return path.open("rb")
     except (OSError, ValueError):

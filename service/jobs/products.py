@@ -1,24 +1,16 @@
-"""The routes of what a job leaves behind: checkpoints, events, attempts, samples, logs."""
+"""The routes of what a job leaves behind: checkpoints, events, attempts, samples."""
 
-import re
-from typing import Annotated
-
-from fastapi import APIRouter, Query
+from fastapi import APIRouter
 from sqlalchemy import select
 
 from contract.parsing import Problem
-from contract.rundir import RunDir
 from service.context import ServicesNeeded
-from service.errors import LogNotFound, RequestInvalid, with_problems
-from service.jobs import logs, store, views
+from service.errors import RequestInvalid, with_problems
+from service.jobs import store, views
 from service.jobs.listing import page
 from service.jobs.routes import Limit, Text
-from service.shapes import Attempt, Checkpoint, Event, LogChunk, Page, Sample
+from service.shapes import Attempt, Checkpoint, Event, Page, Sample
 from service.tables import AttemptRow, CheckpointRow, EventRow, SampleRow
-
-AGENT = "agent"
-RANK = re.compile(r"[0-9]{1,6}")
-LARGEST = 2**53 - 1
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
 
@@ -65,34 +57,3 @@ def attempts(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: T
             query = query.where(AttemptRow.number > last.number)
         rows = session.scalars(query.order_by(AttemptRow.number).limit(limit + 1)).all()
     return Page(data=[views.show_attempt(row) for row in rows[:limit]], has_more=len(rows) > limit)
-
-
-@router.get("/logs")
-def log(
-    services: ServicesNeeded,
-    job_id: str,
-    attempt: Annotated[int | None, Query(ge=1, le=LARGEST)] = None,
-    rank: Annotated[str, Query(max_length=20)] = "0",
-    tail: Annotated[int | None, Query(ge=1, le=100_000)] = None,
-    offset: Annotated[int | None, Query(ge=0, le=LARGEST)] = None,
-    limit: Annotated[int, Query(ge=4, le=logs.LARGEST_CHUNK)] = 64 << 10,
-) -> LogChunk:
-    """A piece of a rank's log, or of the agent's with `rank=agent`: the last `tail` lines, or what follows `offset`.
-
-    `limit` is in bytes. Reading on from `next_offset` misses nothing and repeats nothing.
-    """
-    if rank != AGENT and not RANK.fullmatch(rank):
-        raise with_problems(RequestInvalid, [Problem("/query/rank", 'must be a rank\'s number, or "agent"')])
-    if tail is not None and offset is not None:
-        raise with_problems(RequestInvalid, [Problem("/query/offset", "cannot be given with tail")])
-    with services.database.read() as session:
-        job = store.find(session, job_id)
-    number = attempt or job.attempt
-    if not 1 <= number <= job.attempt:
-        raise LogNotFound()
-    directory = RunDir(services.settings.runs / job.id).attempt(number)
-    file = logs.log_file(directory, None if rank == AGENT else int(rank))
-    data, next_offset = (
-        logs.read_from(file, offset, limit) if offset is not None else logs.read_tail(file, tail or 200, limit)
-    )
-    return LogChunk(data=data, next_offset=next_offset)

@@ -9,7 +9,7 @@ from contract.parsing import Problem
 from contract.rundir import RunDir
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
-from service.jobs.products import AGENT, RANK
+from service.jobs.log_routes import AGENT, require_good
 from service.streams import readers
 from service.streams.frames import Place, place_of
 from service.streams.response import EventStream
@@ -54,7 +54,7 @@ async def log_stream(
 
     Without `attempt` a new attempt's log follows the one before. `end` comes when nothing more can.
     """
-    _require_good(rank, tail, offset)
+    require_good(rank, tail, offset)
     since = _place(last_event_id)
     channel = await services.pulse.open(job_id)
     place = readers.LogPlace(
@@ -67,13 +67,6 @@ async def log_stream(
     run = RunDir(services.settings.runs / channel.job_id)
     pieces = readers.logs(services.pulse, channel, run, place)
     return EventStream(pieces, lambda: services.pulse.close(channel))
-
-
-def _require_good(rank: str, tail: int | None, offset: int | None) -> None:
-    if rank != AGENT and not RANK.fullmatch(rank):
-        raise with_problems(RequestInvalid, [Problem("/query/rank", 'must be a rank\'s number, or "agent"')])
-    if tail is not None and offset is not None:
-        raise with_problems(RequestInvalid, [Problem("/query/offset", "cannot be given with tail")])
 
 
 def _place(last_event_id: str | None) -> Place | None:

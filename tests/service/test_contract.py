@@ -122,7 +122,8 @@ def test_bodies_that_are_no_spec(any_rig: Rig, name: str) -> None:
 NUMBERS = ["-1", "9223372036854775808", "18446744073709551616", "1" * 400, "NaN", "1e3", "0x10", "1.5", "", "٣", "a\0"]
 QUERIES = ["/jobs?limit", "/jobs/{}/metrics?after_step", "/jobs/{}/metrics?limit", "/jobs/{}/metrics?attempt",
            "/jobs/{}/metrics?max_points", "/jobs/{}/logs?offset", "/jobs/{}/logs?limit", "/jobs/{}/logs?attempt",
-           "/jobs/{}/logs?tail", "/jobs/{}/events?limit", "/jobs/{}/metrics/stream?after_step"]  # fmt: skip
+           "/jobs/{}/logs?tail", "/jobs/{}/logs/lines?first", "/jobs/{}/logs/lines?count", "/jobs/{}/logs/search?limit",
+           "/jobs/{}/events?limit", "/jobs/{}/metrics/stream?after_step"]  # fmt: skip
 
 
 @pytest.mark.parametrize("query", QUERIES)

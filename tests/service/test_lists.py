@@ -148,6 +148,8 @@ def test_the_document_describes_every_route(rig: Rig) -> None:
         "GET /jobs/{job_id}/attempts",
         "GET /jobs/{job_id}/samples",
         "GET /jobs/{job_id}/logs",
+        "GET /jobs/{job_id}/logs/lines",
+        "GET /jobs/{job_id}/logs/search",
         "GET /jobs/{job_id}/logs/stream",
         "GET /devices",
         "GET /health",
