@@ -9,7 +9,10 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from contract.parsing import ALIASES
+from contract.reference import NOTES, TITLES
 from contract.spec import JobSpec
+from contract.units import UNITS
 from service.errors import PROBLEM
 from service.jobs.changes import PATCH_FIELDS, RESUME_FIELDS
 from service.shapes import Bucket, Metric, MetricPage, ProblemDetails
@@ -35,6 +38,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             schema = model.model_json_schema(ref_template=REF)
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema
+        _annotate(schemas)
         # Kept as it came from the database, where it went as a whole spec.
         schemas["Job"]["properties"]["spec"] = {"$ref": REF.format(model=JobSpec.__name__)}
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -46,6 +50,34 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             schemas.pop(name, None)
         app.openapi_schema = document
     return app.openapi_schema
+
+
+def _annotate(schemas: dict[str, Any]) -> None:
+    """The spec's schemas with what a form needs beside them: a word on each setting, its unit, its other names."""
+    whole = schemas[JobSpec.__name__]
+    groups = {name: _of(schemas, described) for name, described in whole["properties"].items() if "$ref" in described}
+    groups["timeouts"] = _of(schemas, groups["resources"]["properties"]["timeouts"])
+    for name, group in (("", whole), *groups.items()):
+        group["description"] = TITLES[name][1] if name in TITLES else group.get("description", "")
+        for leaf, described in group["properties"].items():
+            _annotate_leaf(leaf, described)
+
+
+def _annotate_leaf(leaf: str, described: dict[str, Any]) -> None:
+    if "$ref" in described:
+        return
+    if leaf in NOTES:
+        described.setdefault("description", NOTES[leaf])
+    if leaf in UNITS:
+        described["x-unit"] = UNITS[leaf]
+    names = [alias for alias, (_, own) in ALIASES.items() if own == leaf]
+    if names:
+        described["x-aliases"] = names
+
+
+def _of(schemas: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = schemas[described["$ref"].rpartition("/")[2]]
+    return found
 
 
 def _complete(place: tuple[str, str], operation: dict[str, Any], schemas: dict[str, Any]) -> None:
@@ -97,6 +129,6 @@ def _leaf(schemas: dict[str, Any], place: tuple[str, ...]) -> Any:
     found: Any = schemas[JobSpec.__name__]
     for name in place:
         if "$ref" in found:
-            found = schemas[found["$ref"].rpartition("/")[2]]
+            found = _of(schemas, found)
         found = found["properties"][name]
     return {key: value for key, value in found.items() if key != "default"}

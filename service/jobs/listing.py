@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from contract.parsing import Problem
@@ -29,6 +29,7 @@ class Wanted:
     limit: int
     after: str | None
     parent: str | None = None
+    search: str | None = None
 
 
 def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -57,6 +58,9 @@ def _filtered(wanted: Wanted) -> Select[JobRow]:
         query = query.where(JobRow.name == wanted.name)
     if wanted.parent is not None:
         query = query.where(JobRow.parent_job_id == wanted.parent)
+    if wanted.search:
+        within = JobRow.name.icontains(wanted.search, autoescape=True)
+        query = query.where(or_(within, JobRow.id.startswith(wanted.search, autoescape=True)))
     for key, value in wanted.labels:
         holders = select(LabelRow.job_id).where(LabelRow.key == key, LabelRow.value == value)
         query = query.where(JobRow.id.in_(holders))

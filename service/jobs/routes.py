@@ -117,9 +117,14 @@ def list_jobs(
     limit: Limit = 20,
     after: Text = None,
     parent: Text = None,
+    search: Text = None,
 ) -> Page[Job]:
-    """Jobs; `label=key=value` may stand several times and all must hold. `parent`: the forks of this job."""
-    wanted = listing.Wanted(tuple(status), listing.label_pairs(label), name, order == "newest", limit, after, parent)
+    """Jobs; `label=key=value` may stand several times and all must hold. `parent`: the forks of this job.
+
+    `search`: a part of the name, in capitals or not, or the beginning of the id.
+    """
+    labels = listing.label_pairs(label)
+    wanted = listing.Wanted(tuple(status), labels, name, order == "newest", limit, after, parent, search)
     with services.database.read() as session:
         jobs, has_more = listing.jobs(session, wanted)
         found = views.gather(session, jobs)

@@ -7,11 +7,23 @@ from typing import Any
 
 import pytest
 
+from contract.parsing import ALIASES
+from contract.units import UNITS
 from service.metrics import store
 from service.shapes import Bucket, Metric, MetricPage, ProblemDetails
 from tests.service.rig import Rig
 
 ROOT = Path(__file__).parents[2]
+GROUP_SCHEMAS = {
+    "": "JobSpec",
+    "model": "ModelConfig",
+    "data": "DataSpec",
+    "training": "TrainingSpec",
+    "checkpoint": "CheckpointSpec",
+    "reporting": "ReportingSpec",
+    "resources": "ResourcesSpec",
+    "timeouts": "Timeouts",
+}
 
 
 def operations(rig: Rig) -> list[tuple[str, str, dict[str, Any]]]:
@@ -45,6 +57,17 @@ def test_every_reference_in_the_document_is_there_and_used(rig: Rig) -> None:
     named = set(re.findall(r'"#/components/schemas/([^"]+)"', text))
     assert named <= set(document["components"]["schemas"])
     assert set(document["components"]["schemas"]) - named == set()
+
+
+def test_every_setting_is_described_for_those_who_fill_in_a_form(rig: Rig) -> None:
+    schemas = rig.app.openapi()["components"]["schemas"]
+    groups = {group: schemas[name] for group, name in GROUP_SCHEMAS.items()}
+    leaves = {leaf: found for group in groups.values() for leaf, found in group["properties"].items()}
+    assert [leaf for leaf, found in leaves.items() if "$ref" not in found and not found.get("description")] == []
+    assert {leaf: found["x-unit"] for leaf, found in leaves.items() if "x-unit" in found} == UNITS
+    aliases = {alias: leaf for leaf, found in leaves.items() for alias in found.get("x-aliases", ())}
+    assert aliases == {alias: leaf for alias, (_, leaf) in ALIASES.items()}
+    assert [group for group, found in groups.items() if not found["description"]] == []
 
 
 def test_rows_of_the_curve_are_what_the_document_says(rig: Rig) -> None:

@@ -37,6 +37,17 @@ def test_filters_order_and_pages(any_rig: Rig) -> None:
         assert seen == expected
 
 
+def test_search_takes_parts_of_names_and_beginnings_of_ids(any_rig: Rig) -> None:
+    rig = any_rig
+    made = [rig.submit(name=name) for name in ("Base-100%", "base_2", "other")]
+    assert ids(rig.get("/jobs", search="BASE")) == [made[1], made[0]]
+    assert ids(rig.get("/jobs", search="%")) == [made[0]]
+    assert ids(rig.get("/jobs", search="_")) == [made[1]]
+    assert ids(rig.get("/jobs", search=made[2])) == ids(rig.get("/jobs", search=made[2][:8])) == [made[2]]
+    assert ids(rig.get("/jobs", search=made[2][1:])) == []
+    assert ids(rig.get("/jobs", search="base", limit=1, after=made[1])) == [made[0]]
+
+
 @pytest.mark.parametrize(
     "params",
     [

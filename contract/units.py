@@ -1,0 +1,33 @@
+"""In what the spec's numbers are counted: for forms that ask for them."""
+
+UNITS = {
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "heads",
+    "vocab_size": "tokens",
+    "max_position_embeddings": "tokens",
+    "num_experts": "experts",
+    "num_experts_per_tok": "experts",
+    "max_seq_len": "tokens",
+    "num_workers": "threads",
+    "epochs": "passes",
+    "max_steps": "steps",
+    "batch_size": "rows",
+    "accumulation_steps": "micro-batches",
+    "warmup_steps": "steps",
+    "save_interval": "steps",
+    "save_minutes": "min",
+    "keep_last": "checkpoints",
+    "keep_every": "steps",
+    "log_interval": "steps",
+    "eval_interval": "steps",
+    "nproc_per_node": "ranks",
+    "nnodes": "nodes",
+    "max_restarts": "restarts",
+    "stop": "s",
+    "term": "s",
+    "progress": "s",
+    "preparing": "s",
+    "collective": "s",
+}
+"""Leaf -> its unit. Ratios and sizes without one are left out."""
