@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import logging
 import os
 import socket
 import sys
@@ -12,6 +11,7 @@ import uvicorn
 
 from contract.locks import FileLock, LockBusy
 from contract.rundir import write_json
+from service import logs
 from service.app import build, create_app
 from service.launch.local import LocalLauncher
 from service.server import HEAD_BYTES, Protocol, Server
@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UnsafeSettings as error:
         print(f"service: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logs.set_up(settings.log_format, settings.log_level, settings.secrets())
     settings.home.mkdir(parents=True, exist_ok=True)
     try:
         with _alone(settings) if schedules else contextlib.nullcontext():
@@ -83,6 +82,8 @@ def _serve(settings: Settings, schedules: bool) -> int:
         config = uvicorn.Config(
             app,
             access_log=False,
+            # Its loggers write where ours do, and as ours do.
+            log_config=None,
             log_level="warning",
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,

@@ -89,6 +89,7 @@ def engine_for(parsed: URL, alone: bool = False) -> Engine:
             max_overflow=32,
             pool_pre_ping=True,
             pool_timeout=10,
+            hide_parameters=True,
             connect_args={"options": options, "application_name": APPLICATION},
         )
     if parsed.database:
@@ -98,6 +99,7 @@ def engine_for(parsed: URL, alone: bool = False) -> Engine:
         pool_size=16,
         max_overflow=32,
         pool_timeout=BUSY_SECONDS,
+        hide_parameters=True,
         connect_args={"timeout": ALONE_SECONDS if alone else BUSY_SECONDS, "check_same_thread": False},
     )
     if alone:

@@ -3,10 +3,13 @@
 import ipaddress
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sqlalchemy.engine import make_url
+
+from service.logs import FORMATS, LEVELS
 from service.tokens import tokens_in
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -39,6 +42,8 @@ class Settings:
     allowed_hosts: tuple[str, ...] = LOOPBACK_NAMES
     idempotency_days: int = 7
     preemption: bool = False
+    log_format: str = "text"
+    log_level: str = "info"
 
     @classmethod
     def read(
@@ -67,7 +72,9 @@ class Settings:
             token_file=_token_file(environment.get("TRAINYARD_TOKEN_FILE")),
             allowed_hosts=_allowed_hosts(environment.get("TRAINYARD_ALLOWED_HOSTS"), host),
             idempotency_days=_whole(environment, "TRAINYARD_IDEMPOTENCY_DAYS", 7),
-            preemption=_switch(environment, "TRAINYARD_PREEMPTION"),
+            preemption=_one_of(environment, "TRAINYARD_PREEMPTION", ("off", "on")) == "on",
+            log_format=_one_of(environment, "TRAINYARD_LOG_FORMAT", FORMATS),
+            log_level=_one_of(environment, "TRAINYARD_LOG_LEVEL", ("info", *LEVELS)),
         )
         settings.require_safe()
         return settings
@@ -79,6 +86,12 @@ class Settings:
                 "refusing to listen on an address that others can reach without a token: "
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
             )
+
+    def secrets(self) -> list[str]:
+        """What must be seen nowhere: the tokens as they are now, and the database's password."""
+        listed = tokens_in(self.token_file) if self.token_file is not None else []
+        password = make_url(self.database_url).password
+        return [secret for secret in (self.token, *listed, password) if secret]
 
     @property
     def runs(self) -> Path:
@@ -140,8 +153,9 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def _switch(environment: Mapping[str, str], name: str) -> bool:
-    text = environment.get(name) or "off"
-    if text not in ("on", "off"):
-        raise UnsafeSettings(f"{name} must be on or off")
-    return text == "on"
+def _one_of(environment: Mapping[str, str], name: str, words: Sequence[str]) -> str:
+    """One of ``words``, the first where nothing is said."""
+    text = environment.get(name) or words[0]
+    if text not in words:
+        raise UnsafeSettings(f"{name} must be {' or '.join(sorted(set(words)))}")
+    return text

@@ -16,6 +16,7 @@ from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service import logs
 from service.dashboard.negotiation import is_file, is_page
 from service.errors import (
     BodyNotJson,
@@ -29,6 +30,7 @@ from service.errors import (
     answer,
     from_exception,
 )
+from service.jobs.store import JOB_ID
 from service.settings import Settings
 from service.telemetry import Telemetry
 from service.tokens import Tokens
@@ -69,19 +71,22 @@ class Gate:
         scope["request_id"] = request_id
         answered = _Answered(send, request_id)
         begun = time.monotonic()
-        try:
-            self._admit(scope, headers)
-            await self._app(scope, _Limited(receive, _limit(scope)), answered)
-        except Exception as error:
-            await self._refuse(error, scope, receive, answered)
-        finally:
-            self._count(scope, answered.status, time.monotonic() - begun)
+        with logs.about(request_id=request_id):
+            try:
+                self._admit(scope, headers)
+                await self._app(scope, _Limited(receive, _limit(scope)), answered)
+            except Exception as error:
+                await self._refuse(error, scope, receive, answered)
+            finally:
+                self._account(scope, answered.status, time.monotonic() - begun)
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        """By route, not by address: the number of series stays small whatever is asked for."""
-        route = getattr(scope.get("route"), "path", "none")
+    def _account(self, scope: Scope, status: int, seconds: float) -> None:
+        """Log and count, by route and not by address: it tells no secret, and the number of series stays small."""
+        method, route = _known(scope["method"]), getattr(scope.get("route"), "path", "none")
+        fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
+        log.info("request", extra={"job_id": _job_id(scope), **fields})
         if not route.endswith(UNTIMED):
-            labels = (("method", _known(scope["method"])), ("route", route), ("status", str(status)))
+            labels = (("method", method), ("route", route), ("status", str(status)))
             self._telemetry.requests.observe(seconds, labels)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
@@ -96,6 +101,7 @@ class Gate:
             raise ForeignOrigin()
         if self._tokens.needed and not _is_open(scope, headers):
             self._tokens.require(bearer(headers.get("authorization")))
+            logs.note(actor="user")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > _limit(scope):
             raise BodyTooLarge()
@@ -103,9 +109,9 @@ class Gate:
     async def _refuse(self, error: Exception, scope: Scope, receive: Receive, answered: "_Answered") -> None:
         made = from_exception(error)
         if made.status == 500:
-            log.error("request=%s %s failed", scope["request_id"], scope["method"], exc_info=error)
+            log.error("a request failed", exc_info=error)
         elif made.status > 500:
-            log.warning("request=%s %s refused: %s: %s", scope["request_id"], scope["method"], made.code, error)
+            log.warning("a request was refused: %s", error, extra={"code": made.code})
         if answered.begun:
             raise error
         await answer(made, scope["request_id"])(scope, receive, answered)
@@ -182,6 +188,12 @@ def bearer(header: str | None) -> str:
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
+
+
+def _job_id(scope: Scope) -> str | None:
+    """The job in the address, where it can be one."""
+    given = scope.get("path_params", {}).get("job_id", "")
+    return given if JOB_ID.fullmatch(given) else None
 
 
 def _known(method: str) -> str:

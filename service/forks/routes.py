@@ -4,6 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
+from service import logs
 from service.context import Services, ServicesNeeded
 from service.errors import DiskTrouble, KeyReused, ServiceError
 from service.forks import making
@@ -43,6 +44,7 @@ def fork(
     if made is None:
         made = _make(services, job_id, read(body), idempotency_key, digest)
         services.scheduler.wake()
+    logs.note(fork_id=made.job_id)
     if not made.created_now:
         response.status_code = 200
     response.headers["Location"] = f"/jobs/{made.job_id}"

@@ -114,7 +114,7 @@ def _settle(note: Doomed, database: Database) -> None:
     if kept or not note.paths():
         note.forget()
         return
-    log.info("job=%s removing files that were left behind", note.job_id)
+    log.info("removing files that were left behind", extra={"job_id": note.job_id})
     note.carry_out()
 
 

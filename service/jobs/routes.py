@@ -11,6 +11,7 @@ from fastapi import APIRouter, Header, Query, Response
 from contract.parsing import Problem
 from contract.spec import JobSpec
 from contract.status import JobStatus
+from service import logs
 from service.context import Services, ServicesNeeded
 from service.devices.inventory import kind_for
 from service.errors import RequestInvalid, ServiceError, StepUnavailable, with_problems
@@ -50,6 +51,7 @@ def submit(
     if made is None:
         made = _create(services, accept(body, services.host), idempotency_key, digest)
         services.scheduler.wake()
+    logs.note(job_id=made.job_id)
     if not made.created_now:
         response.status_code = 200
     response.headers["Location"] = f"/jobs/{made.job_id}"

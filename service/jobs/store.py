@@ -113,7 +113,7 @@ def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime
     tell(session, job, Note("status", note.message, note.actor, note.attempt, note.seq, data), now)
     session.flush()
     session.refresh(job)
-    log.info("job=%s attempt=%s %s -> %s", job.id, job.attempt, before, to)
+    log.info("%s -> %s", before, to, extra={"job_id": job.id, "attempt": job.attempt, "actor": note.actor})
 
 
 SUBMITTED = Note("", "submitted")

@@ -18,6 +18,11 @@ class AttemptName:
     def __str__(self) -> str:
         return f"{self.job_id}/{self.number}"
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What a line of the log that is about it has."""
+        return {"job_id": self.job_id, "attempt": self.number}
+
 
 @dataclass(frozen=True)
 class Launch:

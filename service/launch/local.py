@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -55,6 +56,8 @@ END_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 END_SECONDS = 5.0
 LOG_TAIL_BYTES = 4096
 
+log = logging.getLogger("trainyard")
+
 
 class LocalLauncher:
     """A launcher whose facts are the kernel's: locks, marked processes, and the files of the attempt."""
@@ -92,6 +95,7 @@ class LocalLauncher:
                 write_atomically(attempt.resume_from, f"{launch.resume_step}\n".encode())
             write_atomically(attempt.spec, launch.spec.model_dump_json(indent=1).encode() + b"\n")
             self._agents[launch.name] = self._spawn(launch, attempt)
+            log.info("the agent was started", extra={**launch.name.fields, "pid": self._agents[launch.name]})
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
 
@@ -186,6 +190,7 @@ class LocalLauncher:
             found = marked(str(name))
             if not found:
                 break
+            log.warning("ending what lives of an attempt", extra={**name.fields, "processes": len(found)})
             signal_all(found, *END_SIGNALS)
             self._reap(name)
             wait_gone(found, END_SECONDS)

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from contract.parsing import Problem, plain, pointer_to
 from contract.report import Ack, EventBatch, ExitReport, Heartbeat
+from service import logs
 from service.context import Services, ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store
@@ -63,7 +64,7 @@ def heartbeat(services: ServicesNeeded, attempt_id: str, token: Token, body: Jso
     beat = _read(Heartbeat, body)
     now = utc_now()
     with services.database.read() as session:
-        attempt = ingest.authenticate(session, attempt_id, token)
+        attempt = _authenticated(session, attempt_id, token)
         if attempt.heard_at is not None and now - attempt.heard_at < HEARD_AGAIN:
             return _ack(session, attempt)
 
@@ -95,12 +96,19 @@ Work = Callable[[Session, JobRow, AttemptRow], None]
 def _report(services: Services, attempt_id: str, token: str, work: Work) -> Ack:
     """Do ``work`` on the attempt and its job in one transaction, for the one who has the attempt's token."""
     with services.database.read() as session:
-        job_id = ingest.authenticate(session, attempt_id, token).job_id
+        job_id = _authenticated(session, attempt_id, token).job_id
     with services.database.write() as session:
         job, attempt = ingest.lock(session, attempt_id, job_id)
         work(session, job, attempt)
         session.flush()
         return _answer(job, attempt)
+
+
+def _authenticated(session: Session, attempt_id: str, token: str) -> AttemptRow:
+    """The attempt, for the one who has its token; the log's line of this request says whose it is."""
+    attempt = ingest.authenticate(session, attempt_id, token)
+    logs.note(actor="worker", job_id=attempt.job_id, attempt=attempt.number)
+    return attempt
 
 
 def _ack(session: Session, attempt: AttemptRow) -> Ack:

@@ -87,12 +87,12 @@ class Applier:
         if launch is None or not self._leads():
             return False  # stopped right here for long: whoever leads now finds that it was never launched
         self._memory.looked_at[launch.attempt_id] = self._clock()
-        log.info("job=%s attempt=%s launching on %s", launch.name.job_id, launch.name.number, ",".join(launch.devices))
+        log.info("launching", extra={**launch.name.fields, "devices": ",".join(launch.devices)})
         try:
             self._launcher.start(launch)
         except Exception as error:
             if not isinstance(error, LaunchRefused):
-                log.exception("job=%s the launcher failed", launch.name.job_id)
+                log.exception("the launcher failed", extra=launch.name.fields)
             self._launch_refused(launch, str(error))
             return True
         with self._write() as session:
@@ -144,7 +144,7 @@ class Applier:
             case State.ENDED:
                 return self._ended(live, found)
             case State.ORPHANED:
-                log.warning("job=%s attempt=%s has lost its agent", live.name.job_id, live.name.number)
+                log.warning("an attempt has lost its agent", extra=live.name.fields)
                 self._launcher.end(live.name)
                 return self._ended(live, self._launcher.find(live.name))
             case State.ABSENT:

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
+from service import logs
 from service.db import Database
 from service.devices.inventory import Inventory
 from service.launch.base import AttemptName, Launcher
@@ -12,7 +13,7 @@ from service.scheduler.apply import Applier, utc_now
 from service.scheduler.bulletin import Bulletin, News
 from service.scheduler.lease import Deposed, Lease
 from service.scheduler.outlook import Outlook
-from service.scheduler.plan import Action, plan
+from service.scheduler.plan import Action, plan, subject
 from service.scheduler.snapshot import Memory, Snapshot, take
 
 ROUND_SECONDS = 1.0
@@ -131,15 +132,15 @@ class Scheduler:
             log.exception("the lease could not be given up; it runs out by itself")
 
     def _do(self, action: Action) -> bool:
-        try:
-            return self._applier.do(action)
-        except Deposed:
-            log.warning("another service schedules now; %s is left to it", type(action).__name__)
-            return False
-        except Exception:
-            # One job's trouble must not keep the others from being looked after.
-            log.exception("an action of the scheduler failed: %s", type(action).__name__)
-            return False
+        with logs.about(action=type(action).__name__.lower(), **subject(action)):
+            try:
+                return self._applier.do(action)
+            except Deposed:
+                log.warning("another service schedules now; the action is left to it")
+            except Exception:
+                # One job's trouble must not keep the others from being looked after.
+                log.exception("an action of the scheduler failed")
+        return False
 
     def _snapshot(self) -> Snapshot:
         devices = self._inventory.devices()

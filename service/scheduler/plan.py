@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import islice
+from typing import Any, assert_never
 
 from contract.status import Desired
 from service.devices.inventory import Device, kind_for
@@ -67,6 +68,17 @@ class Preempt:
 
 
 Action = Start | Restart | Look | Hint | End | Preempt
+
+
+def subject(action: Action) -> dict[str, Any]:
+    """Which job an action is done to, and which attempt of it: fields of the log's lines."""
+    match action:
+        case Start() | Restart():
+            return {"job_id": action.job_id}
+        case Look() | Hint() | End() | Preempt():
+            return action.attempt.name.fields
+        case _:
+            assert_never(action)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class EventStream(Response):
         # Proxies that collect answers before they pass them on would make the stream useless.
         self.headers["x-accel-buffering"] = "no"
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the first of the three."""
         pump = asyncio.ensure_future(self._pump(send))
         gone = asyncio.ensure_future(_gone(receive))
@@ -43,7 +43,7 @@ class EventStream(Response):
             await self._pieces.aclose()
             self._closed()
         if isinstance(ended, TimeoutError):
-            log.info("request=%s a reader of a stream did not read and was dropped", scope.get("request_id"))
+            log.info("a reader of a stream did not read and was dropped")
         elif isinstance(ended, Exception):
             raise ended
 

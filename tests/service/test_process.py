@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,3 +120,25 @@ def test_a_port_that_is_taken(start: Callable[..., Process]) -> None:
     other = start(f"--port={port}", home="other")
     assert other.process.wait(DEADLINE) == 1
     assert f"127.0.0.1:{port}" in other.log.read_text()
+
+
+def test_its_log_is_json_from_the_first_line_to_the_last(start: Callable[..., Process]) -> None:
+    token = "canary-of-the-log"
+    service = start(TRAINYARD_LOG_FORMAT="json", TRAINYARD_TOKEN=token)
+    url = service.url()
+    headers = {"Authorization": f"Bearer {token}"}
+    assert wait_for(lambda: httpx2.get(f"{url}/ready").status_code == 200)
+    assert httpx2.get(f"{url}/jobs", params={"name": "canary-name"}, headers=headers).status_code == 200
+    with httpx2.stream("GET", f"{url}/jobs/job_x/metrics/stream", headers=headers) as refused:
+        assert refused.status_code == 404
+    raw = b"GET / HTTP/1.1\r\nHost: \xff\r\nBad Header\r\n\r\n"
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=DEADLINE) as connection:
+        connection.sendall(raw)
+        assert b" 400 " in connection.recv(1000)
+    assert service.end() == 0
+    lines = [json.loads(line) for line in service.said().splitlines() if not line.startswith("Trainyard is ready")]
+    assert "uvicorn.error" in {line["logger"] for line in lines}, "it complained of the head that is none"
+    asked = [line for line in lines if line.get("route") == "/jobs"]
+    assert [(line["actor"], line["status"], line["method"]) for line in asked] == [("user", 200, "GET")]
+    assert "canary" not in service.said()
