@@ -1,6 +1,7 @@
 """TensorBoard and Weights & Biases, where they are asked for and installed. What they lack or do never ends a run."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,9 @@ class Tracker(Protocol):
 
     name: str
 
+    def begin(self, step: int) -> None:
+        """What is told from now on lies behind ``step``: later points were of steps that are done once more."""
+
     def log(self, metric: Metric) -> None:
         """Tell one metric line."""
 
@@ -36,23 +40,31 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/`` of the run directory."""
+    """Event files in ``tensorboard/`` of the run directory, one for each attempt and each way back."""
 
     name = "tensorboard"
 
     def __init__(self, directory: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(directory))
+        self._open = partial(SummaryWriter, str(directory))
+        self._writer: Any = None
+
+    def begin(self, step: int) -> None:
+        """A file that makes readers drop what earlier ones have behind ``step``."""
+        self.close()
+        self._writer = self._open(purge_step=step + 1)
 
     def log(self, metric: Metric) -> None:
-        """One scalar for each known number."""
+        """One scalar for each known number, on disk at once: no resume tells what was lost with a process."""
         for tag, value in numbers(metric).items():
             self._writer.add_scalar(tag, value, metric.step)
+        self._writer.flush()
 
     def close(self) -> None:
-        """Flush."""
-        self._writer.close()
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Wandb:
@@ -71,6 +83,9 @@ class Wandb:
             dir=str(directory),
             config=spec.model_dump(mode="json"),
         )
+
+    def begin(self, step: int) -> None:
+        """Nothing: steps that are told again are passed over there."""
 
     def log(self, metric: Metric) -> None:
         """One row, at the optimizer step."""
@@ -114,6 +129,10 @@ class Trackers:
         message = f"{name} failed and is not told any more: {type(error).__name__}: {str(error)[:300]}"
         self._say(Warned(code=f"{name}_failed", message=message))
 
+    def begin(self, step: int) -> None:
+        """Say to everybody that the next point lies behind ``step``."""
+        self._each("begin", step)
+
     def log(self, metric: Metric) -> None:
         """Tell everybody."""
         self._each("log", metric)
@@ -122,7 +141,7 @@ class Trackers:
         """Let everybody tell what is left."""
         self._each("close")
 
-    def _each(self, what: str, *arguments: Metric) -> None:
+    def _each(self, what: str, *arguments: Metric | int) -> None:
         for tracker in list(self._active):
             try:
                 getattr(tracker, what)(*arguments)

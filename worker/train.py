@@ -105,6 +105,7 @@ def train(
         watch=CurveWatch(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
     )
     say(fact)
+    trackers.begin(progress.step)
     life.beat(progress.step)
     if begin is not None and ranks.leads:
         for event in verified(progress.step, scored, probe.score(trainee)):
@@ -256,6 +257,7 @@ class Loop:
         bad_step = progress.step + 1
         message = f"{what}; back at step {state.step}, and on without the data of steps {state.step + 1} to {bad_step}"
         self.say(Warned(code="rolled_back", message=message, step=bad_step, data={"to_step": state.step}))
+        self.trackers.begin(state.step)
         self.life.beat(state.step)
         offset = progress.data_offset + bad_step - state.step
         return replace(Progress.of(state), data_offset=offset, trouble=progress.trouble)

@@ -121,7 +121,11 @@ def wait_for_step(attempt: AttemptDir, step: int, alive: Callable[[], bool]) -> 
 
 
 def start(
-    run: RunDir, world: int = 1, patch: Patch | None = None, from_step: int | None = None, **environment: str
+    run: RunDir,
+    world: int = 1,
+    patch: Patch | None = None,
+    from_step: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Ranks:
     """Start an attempt by hand."""
     with socket.socket() as probe:
@@ -136,7 +140,7 @@ def start(
     }
     processes = []
     for rank in range(world):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TRAINYARD_THREADS": "1", **shared}
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TRAINYARD_THREADS": "1", **shared, **(environment or {})}
         log = run.path / f"printed-{attempt}-{rank}"
         process = SERVER.Process(target=rank_process, args=(run, own, log, patch, from_step), daemon=True)
         process.start()
@@ -164,10 +168,14 @@ def rank_process(
 
 
 def run_to_end(
-    run: RunDir, world: int = 1, patch: Patch | None = None, from_step: int | None = None, **environment: str
+    run: RunDir,
+    world: int = 1,
+    patch: Patch | None = None,
+    from_step: int | None = None,
+    environment: dict[str, str] | None = None,
 ) -> Outcome:
     """Run one attempt and return what outcome.json says; the exit codes agree with it."""
-    ranks = start(run, world, patch, from_step, **environment)
+    ranks = start(run, world, patch, from_step, environment)
     codes = ranks.wait()
     file = run.attempt(ranks.attempt).outcome
     assert file.exists(), ranks.logs()

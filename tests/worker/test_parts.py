@@ -3,15 +3,13 @@
 import importlib
 import math
 import pickle
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from contract.events import Event, Metric, Sample, Started, Warned
+from contract.events import Metric, Sample, Started, Warned
 from contract.report import Outcome
 from contract.rundir import ProductDir, RunDir
 from contract.spec import JobSpec
@@ -26,7 +24,6 @@ from worker.outcome import publish_outcome
 from worker.roots import check_roots
 from worker.step import StepResult
 from worker.stopping import StopWish
-from worker.trackers import Trackers
 from worker.weights import mismatches, start_from, write_weights
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
@@ -270,68 +267,6 @@ def test_half_precision_weights_come_back_as_float32(tmp_path: Path) -> None:
     first = (tmp_path / "out" / "w.pth").read_bytes()
     write_weights(tmp_path / "out" / "w.pth", model.state_dict())
     assert (tmp_path / "out" / "w.pth").read_bytes() == first
-
-
-class FakeWriter:
-    """Stands in for TensorBoard's."""
-
-    written: list[tuple[str, float, int]] = []  # noqa: RUF012 - shared on purpose
-    fails = False
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
-        if self.fails:
-            raise OSError("no space")
-        self.written.append((tag, value, step))
-
-    def close(self) -> None:
-        """Nothing to flush."""
-
-
-class FakeRun:
-    def __init__(self) -> None:
-        self.logged: list[tuple[dict[str, float], int]] = []
-        self.finished = False
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.logged.append((values, step))
-
-    def finish(self) -> None:
-        self.finished = True
-
-
-def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    board, wandb, run = types.ModuleType("torch.utils.tensorboard"), types.ModuleType("wandb"), FakeRun()
-    given: dict[str, Any] = {}
-
-    def init(**settings: Any) -> FakeRun:
-        given.update(settings)
-        return run
-
-    vars(board)["SummaryWriter"], vars(wandb)["init"] = FakeWriter, init
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    said: list[Event] = []
-    wanted = spec(name="mine", reporting={"tensorboard": True, "use_wandb": True, "wandb_project": "p"})
-    trackers = Trackers(wanted, tmp_path / "job_1", said.append)
-    trackers.log(Metric(step=3, epoch=0.5, loss=2.0, learning_rate=0.1, tokens=4))
-    assert FakeWriter.written == [
-        ("loss", 2.0, 3),
-        ("learning_rate", 0.1, 3),
-        ("tokens", 4.0, 3),
-        ("epoch", 0.5, 3),
-    ]
-    assert run.logged == [({"loss": 2.0, "learning_rate": 0.1, "tokens": 4.0, "epoch": 0.5}, 3)]
-    assert (given["project"], given["name"], given["id"], given["resume"]) == ("p", "mine", "job_1", "allow")
-    monkeypatch.setattr(FakeWriter, "fails", True)
-    for step in (4, 5):
-        trackers.log(Metric(step=step, epoch=0.5, loss=2.0, learning_rate=0.1, tokens=4))
-    assert [event.code for event in said if isinstance(event, Warned)] == ["tensorboard_failed"]
-    assert len(run.logged) == 3
-    trackers.close()
-    assert run.finished
 
 
 def test_the_started_line_says_where_it_goes_on_from() -> None:
