@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("playwright", reason="playwright is not installed")
 
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.service.rig import Rig
 
@@ -25,17 +25,24 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     made.database.close()
 
 
-@pytest.fixture
-def page() -> Iterator[Page]:
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """One for all tests; each has a context, and so a cache and a store, of its own."""
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        made = browser.new_page()
-        blocked: list[str] = []
-        made.on("console", lambda said: blocked.append(said.text) if POLICY in said.text else None)
-        made.set_default_timeout(PATIENCE_MS)
-        expect.set_options(timeout=PATIENCE_MS)
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield made
-        browser.close()
-        assert blocked == [], "the pages and the chart library must bear the policy"
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    made = browser.new_page()
+    blocked: list[str] = []
+    made.on("console", lambda said: blocked.append(said.text) if POLICY in said.text else None)
+    made.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    yield made
+    made.close()
+    assert blocked == [], "the pages and the chart library must bear the policy"

@@ -6,8 +6,8 @@ const TALLEST = 12_000_000; // px: browsers cut taller boxes off
 const AROUND = 30;
 
 export class LineView {
-  /** `onTop(isAtEnd)` is told where the reader scrolled to; `onPick(number)` which line's number was pressed. */
-  constructor(name, { onEnd = () => {}, onPick = null } = {}) {
+  /** `onEnd(isAtEnd)` is told where the reader scrolled to; `onPick(number)` which number was pressed; `sticks()`: the end stays in sight. */
+  constructor(name, { onEnd = () => {}, onPick = null, sticks = () => false } = {}) {
     this.onPick = onPick;
     this.rows = h("div", { class: "rows" });
     this.space = h("div", { class: "space" }, this.rows);
@@ -19,11 +19,11 @@ export class LineView {
       this.put = null;
       this.draw();
     });
-    this.sized = new ResizeObserver(() => this.draw());
+    this.sized = new ResizeObserver(() => (sticks() ? this.toEnd() : this.draw()));
     this.sized.observe(this.node);
   }
 
-  /** Lines from `source`: `total`, `at(i)` as `{number, text}` or null while it is not here, `want(from, to)` asks for some. */
+  /** Lines from `source`: `total`, `largest` number, `at(i)` as `{number, text}` or null while it is not here, `want(from, to)` asks for some. */
   show(source) {
     this.source = source;
     this.widest = 0;
@@ -35,7 +35,10 @@ export class LineView {
   grown() {
     const before = this.scale;
     const top = this.first();
-    this.scale = Math.min(1, TALLEST / Math.max(1, this.source.total * LINE));
+    // Only now and then: what is read would move by a hair each time.
+    const height = this.source.total * LINE;
+    if (!before || height * before > TALLEST * 1.1 || this.source.total < this.most) this.scale = Math.min(1, TALLEST / Math.max(1, height));
+    this.most = this.source.total;
     this.space.style.height = `${Math.ceil(this.source.total * LINE * this.scale)}px`;
     if (before && before !== this.scale) this.scrollTo(top * LINE * this.scale);
     this.draw();
@@ -89,7 +92,7 @@ export class LineView {
     const wanted = [];
     for (let i = from; i < to; i++) wanted.push([i, source.at(i)]);
     this.rows.style.top = `${node.scrollTop - (top - from) * LINE}px`;
-    this.rows.style.setProperty("--digits", `${String(source.total).length}ch`);
+    this.rows.style.setProperty("--digits", `${String(source.largest ?? source.total).length}ch`);
     list(this.rows, wanted, ([i]) => i, () => this.row(), (part, [i, line]) => this.fill(part, i, line));
     this.widest = Math.max(this.widest, this.rows.scrollWidth);
     this.rows.style.minWidth = `max(100%, ${this.widest}px)`;
@@ -97,7 +100,7 @@ export class LineView {
 
   row() {
     const number = this.onPick ? h("button", { type: "button", class: "at", onclick: () => this.onPick(part.number) }) : h("span", { class: "at" });
-    const part = h("div", { class: "line" }, number, h("span", { class: "said" }));
+    const part = h("div", { class: "line" }, number, h("span", { class: "words" }));
     return part;
   }
 

@@ -18,7 +18,7 @@ export class Logs {
     this.search = h("input", { id: "grep", type: "search", placeholder: "Search the whole log", "aria-label": "Search the whole log", maxlength: "200", value: kept("grep") ?? "" });
     this.follow = h("input", { id: "follow", type: "checkbox", checked: !kept("line") });
     this.note = h("span", { class: "muted", role: "status" });
-    this.log = new LineView("Log", { onEnd: (isEnd) => this.scrolled(isEnd) });
+    this.log = new LineView("Log", { onEnd: (isEnd) => this.scrolled(isEnd), sticks: () => this.follow.checked });
     this.found = new LineView("Lines that match", { onPick: (number) => this.goTo(number) });
     this.bar = h("div", { class: "bar" }, h("label", { for: "attempt" }, "Attempt"), this.attempt, h("label", { for: "rank" }, "Rank"), this.rank,
       this.search, h("label", { for: "follow" }, "Follow"), this.follow, this.note);
@@ -66,13 +66,13 @@ export class Logs {
 
   offer(job) {
     const numbers = Array.from({ length: job.attempt ?? 0 }, (_, i) => String(job.attempt - i));
-    const ranks = [...Array.from({ length: job.plan.world_size ?? 1 }, (_, i) => String(i)), "agent"];
+    const whose = [...Array.from({ length: ranks(job) }, (_, i) => String(i)), "agent"];
     const fill = (node, values, wanted) => {
       list(node, values, ([value]) => value, ([value, words]) => h("option", { value }, words));
       node.value = values.some(([value]) => value === wanted) ? wanted : values[0][0];
     };
     fill(this.attempt, [["", "newest"], ...numbers.map((one) => [one, one])], this.attempt.value || (kept("attempt") ?? ""));
-    fill(this.rank, ranks.map((one) => [one, one]), this.rank.value || (kept("rank") ?? "0"));
+    fill(this.rank, whose.map((one) => [one, one]), this.rank.value || (kept("rank") ?? "0"));
   }
 
   /** What the address asks for, once the log is here. */
@@ -174,7 +174,7 @@ export class Logs {
     }
     this.found.needle = wanted;
     const { matches } = this;
-    this.found.show({ get total() { return matches.length; }, at: (i) => matches[i] ?? null, want: () => {} });
+    this.found.show({ get total() { return matches.length; }, get largest() { return matches.at(-1)?.number ?? 0; }, at: (i) => matches[i] ?? null, want: () => {} });
     await this.seekOn();
   }
 
@@ -230,6 +230,9 @@ export class Logs {
     this.found.close();
   }
 }
+
+/** What was launched; before that, what was asked for. */
+const ranks = ({ plan, spec: { resources } }) => Math.max(plan.world_size ?? 1, resources.nproc_per_node * resources.nnodes);
 
 // eslint-disable-next-line no-control-regex -- colours of terminals, and lines that were written over
 const CODES = /\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*(\x07|\x1b\\)/g;
