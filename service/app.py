@@ -31,6 +31,7 @@ from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams import routes as stream_routes
 from service.streams.pulse import Pulse
+from service.upkeep.loop import Upkeep
 from service.web import Gate
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
@@ -52,17 +53,21 @@ def build(
 
 def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
     """The ASGI application. ``ready`` is called once it works; ``scheduling`` False leaves the rounds to the caller."""
+    upkeep = Upkeep(services.scheduler, services.disks)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
         services.database.upgrade(services.settings.home / "migrate.lock")
         files.sweep(services.settings, services.database)
+        services.leader  # noqa: B018 - from now on its silence counts
         if scheduling:
             services.scheduler.start()
+            upkeep.start()
         if ready is not None:
             ready()
         yield
         services.pulse.stop()
+        upkeep.stop()
         services.scheduler.stop()
         services.database.close()
 

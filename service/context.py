@@ -1,6 +1,7 @@
 """What the routes work with, made once when the app is."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -9,10 +10,12 @@ from service.db import Database
 from service.devices.inventory import Inventory
 from service.jobs.lines import Lines
 from service.jobs.specs import Host
+from service.scheduler.lease import LeaderWatch
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams.pulse import Pulse
 from service.telemetry import Telemetry
+from service.upkeep.disks import DiskWatch
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,16 @@ class Services:
     pulse: Pulse
     telemetry: Telemetry = field(default_factory=Telemetry)
     lines: Lines = field(default_factory=Lines)
+
+    @cached_property
+    def disks(self) -> DiskWatch:
+        """How full the disks are."""
+        return DiskWatch.of(self.settings)
+
+    @cached_property
+    def leader(self) -> LeaderWatch:
+        """Whether the service that schedules goes on, where that is another one."""
+        return LeaderWatch()
 
     @property
     def host(self) -> Host:

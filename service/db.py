@@ -4,6 +4,7 @@ SQLite by the standard library's driver, Postgres by psycopg 3.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import alembic.command
 import alembic.config
+from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.orm import Session
@@ -23,6 +25,9 @@ ALONE_SECONDS = 3
 IDLE_SECONDS = 10
 APPLICATION = "trainyard"
 """What our connections are called in `pg_stat_activity`."""
+
+PROMPT = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+"""A server that has gone without a word is noticed within half a minute, not when the kernel gives up."""
 
 MIGRATION_LOCK = 7_263_054_117
 """Key of the Postgres advisory lock that one migrating service holds."""
@@ -69,6 +74,16 @@ class Database:
         self.engine.dispose()
 
 
+@functools.cache
+def newest_revision() -> str:
+    """What the tables of this release are at."""
+    config = alembic.config.Config()
+    config.set_main_option("script_location", str(Path(migrations.__path__[0])))
+    head = ScriptDirectory.from_config(config).get_current_head()
+    assert head is not None
+    return head
+
+
 def alembic_config(connection: Connection) -> alembic.config.Config:
     """Alembic, told to work on this very connection and its transaction."""
     config = alembic.config.Config(attributes={"connection": connection})
@@ -90,7 +105,7 @@ def engine_for(parsed: URL, alone: bool = False) -> Engine:
             pool_pre_ping=True,
             pool_timeout=10,
             hide_parameters=True,
-            connect_args={"options": options, "application_name": APPLICATION},
+            connect_args={"options": options, "application_name": APPLICATION, **PROMPT},
         )
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)

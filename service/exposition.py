@@ -5,6 +5,8 @@ from datetime import datetime
 
 from fastapi import APIRouter, Response
 from sqlalchemy import func, select
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from contract.status import JobStatus
@@ -12,6 +14,7 @@ from service.context import Services, ServicesNeeded
 from service.scheduler.apply import utc_now
 from service.tables import AttemptRow, JobRow, LeaseRow
 from service.telemetry import counter, gauge
+from service.upkeep.disks import State
 
 TEXT = "text/plain; version=0.0.4"
 
@@ -21,12 +24,21 @@ router = APIRouter(tags=["service"])
 @router.get("/metrics", response_class=Response)
 def prometheus(services: ServicesNeeded) -> Response:
     """Prometheus text: jobs, queue, devices, attempts, reports, requests, streams."""
+    try:
+        lines, up = _of_the_database(services), 1
+    except (OperationalError, InterfaceError, PoolTimeout):
+        lines, up = [], 0  # an alert on an outage needs what this process still knows
+    lines += gauge("trainyard_database_up", "Whether the database answers.", [((), up)])
+    lines += [*_scheduler(services), *_disks(services), *services.telemetry.lines()]
+    return Response("\n".join(lines) + "\n", media_type=TEXT)
+
+
+def _of_the_database(services: Services) -> list[str]:
     now = utc_now()
     with services.database.read() as session:
         lines = [*_jobs(session, now), *_attempts(session, now), *_running(session)]
         leased = session.scalar(select(func.count()).select_from(LeaseRow)) or 0
-    lines += [*_devices(services, leased), *services.telemetry.lines()]
-    return Response("\n".join(lines) + "\n", media_type=TEXT)
+    return [*lines, *_devices(services, leased)]
 
 
 def _jobs(session: Session, now: datetime) -> Iterator[str]:
@@ -59,6 +71,23 @@ def _running(session: Session) -> Iterator[str]:
     rows = session.execute(select(JobRow.id, JobRow.progress).where(JobRow.status == JobStatus.RUNNING)).all()
     values = [((("job", job_id),), float(progress.get("tokens") or 0)) for job_id, progress in rows]
     yield from counter("trainyard_job_tokens_total", "Tokens that a running job was trained on.", values)
+
+
+def _scheduler(services: Services) -> Iterator[str]:
+    scheduler = services.scheduler
+    yield from gauge("trainyard_scheduler_leads", "Whether this service schedules.", [((), scheduler.leads)])
+    silence = [((), scheduler.silence)] if scheduler.leads else []
+    yield from gauge("trainyard_scheduler_silence_seconds", "Since it finished a round, where it schedules.", silence)
+
+
+def _disks(services: Services) -> Iterator[str]:
+    known = [((("disk", disk.name),), disk) for disk in services.disks.seen() if disk.state is not State.UNREADABLE]
+    all_ = [((("disk", disk.name),), disk.state is not State.OK) for disk in services.disks.seen()]
+    free = [(labels, disk.usage.free) for labels, disk in known]
+    total = [(labels, disk.usage.total) for labels, disk in known]
+    yield from gauge("trainyard_disk_free_bytes", "Free on a disk that the service writes to.", free)
+    yield from gauge("trainyard_disk_size_bytes", "Size of such a disk.", total)
+    yield from gauge("trainyard_disk_low", "Whether it is nearly full, full, or does not answer.", all_)
 
 
 def _devices(services: Services, leased: int) -> Iterator[str]:

@@ -44,6 +44,8 @@ class Settings:
     preemption: bool = False
     log_format: str = "text"
     log_level: str = "info"
+    disk_bytes: int = 5 << 30
+    disk_percent: int = 10
 
     @classmethod
     def read(
@@ -74,6 +76,8 @@ class Settings:
             idempotency_days=_whole(environment, "TRAINYARD_IDEMPOTENCY_DAYS", 7),
             preemption=_one_of(environment, "TRAINYARD_PREEMPTION", ("off", "on")) == "on",
             log_format=_one_of(environment, "TRAINYARD_LOG_FORMAT", FORMATS),
+            disk_bytes=_whole(environment, "TRAINYARD_DISK_LOW_BYTES", 5 << 30),
+            disk_percent=_whole(environment, "TRAINYARD_DISK_LOW_PERCENT", 10),
             log_level=_one_of(environment, "TRAINYARD_LOG_LEVEL", ("info", *LEVELS)),
         )
         settings.require_safe()

@@ -1,14 +1,17 @@
 """Whether the service lives, and can work."""
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
-from sqlalchemy import text
 
+from service import readiness
 from service.context import ServicesNeeded
-from service.errors import NotReady
+from service.errors import DatabaseAway, NotReady
 from service.shapes import Health, Version
+from service.upkeep.disks import Disk, State
+from service.upkeep.shapes import DiskUsage, Readiness, ReadyPart, ServiceStatus
 
 API_VERSION = 1
 
@@ -22,13 +25,35 @@ def health() -> Health:
 
 
 @router.get("/ready")
-def ready(services: ServicesNeeded) -> Health:
-    """The database answers and the scheduler runs."""
-    with services.database.read() as session:
-        session.execute(text("SELECT 1"))
-    if not services.scheduler.alive:
-        raise NotReady("The scheduler does not run.")
-    return Health()
+def ready(services: ServicesNeeded) -> Readiness:
+    """Whether it can take work: its database, its tables, the scheduler and the disks. 503 says what is wrong."""
+    found = list(readiness.parts(services))
+    broken = [part for part in found if not part.ok]
+    if broken:
+        detail = "; ".join(f"{part.name}: {part.detail}" for part in broken)
+        kind = DatabaseAway if broken[0].name == "database" else NotReady
+        raise kind(f"Not ready. {detail}.", {"Retry-After": "1"}, parts=[asdict(part) for part in found])
+    return Readiness(parts=[ReadyPart.model_validate(part) for part in found])
+
+
+@router.get("/status")
+def status(services: ServicesNeeded) -> ServiceStatus:
+    """How the service itself is: what /ready looks at, and its disks."""
+    parts = [ReadyPart.model_validate(part) for part in readiness.parts(services)]
+    disks = [_shown(disk) for disk in services.disks.seen()]
+    return ServiceStatus(ready=all(part.ok for part in parts), parts=parts, disks=disks, schedules=services.scheduler.leads)
+
+
+def _shown(disk: Disk) -> DiskUsage:
+    known = disk.state is not State.UNREADABLE
+    return DiskUsage(
+        id=disk.name,
+        paths=[str(path) for path in disk.paths],
+        state=disk.state,
+        total_bytes=disk.usage.total if known else None,
+        free_bytes=disk.usage.free if known else None,
+        low_below_bytes=disk.limit if known else None,
+    )
 
 
 @router.get("/version")

@@ -76,7 +76,7 @@ def head(name: str, kind: str, explained: str) -> Iterator[str]:
 
 
 def sample(name: str, value: float, labels: Labels = ()) -> str:
-    """One line. Label values are ours: ids, statuses, routes."""
+    """One line. Label values are ours: ids, statuses, routes, names of disks."""
     inside = ",".join(f'{key}="{text}"' for key, text in labels)
     return f"{name}{{{inside}}} {value:.17g}" if inside else f"{name} {value:.17g}"
 

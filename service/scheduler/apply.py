@@ -50,7 +50,7 @@ class Applier:
         self._lease = lease
 
     @contextlib.contextmanager
-    def _write(self) -> Iterator[Session]:
+    def write(self) -> Iterator[Session]:
         """A transaction that is refused where another service schedules. Raises Deposed."""
         with self._database.write() as session:
             if self._lease is not None:
@@ -95,7 +95,7 @@ class Applier:
                 log.exception("the launcher failed", extra=launch.name.fields)
             self._launch_refused(launch, str(error))
             return True
-        with self._write() as session:
+        with self.write() as session:
             job, attempt = ingest.lock(session, launch.attempt_id, launch.name.job_id)
             attempt.launched_at = attempt.launched_at or self._clock()
             job.heard_at = job.heard_at or attempt.launched_at
@@ -105,7 +105,7 @@ class Applier:
         """Queued -> starting, the attempt's row and its leases, all or nothing."""
         token = secrets.token_urlsafe(32)
         try:
-            with self._write() as session:
+            with self.write() as session:
                 job = store.lock(session, action.job_id)
                 return _claimed(session, job, action.devices, token, self._clock())
         except IntegrityError:
@@ -124,7 +124,7 @@ class Applier:
         self._close(launch.attempt_id, launch.name, report)
 
     def _restart(self, job_id: str) -> bool:
-        with self._write() as session:
+        with self.write() as session:
             job = store.lock(session, job_id)
             if job.status != JobStatus.INTERRUPTED or job.restart_at is None:
                 return False
@@ -155,7 +155,7 @@ class Applier:
     def _adopt(self, live: LiveAttempt) -> bool:
         if live.launched:
             return False
-        with self._write() as session:
+        with self.write() as session:
             job, attempt = ingest.lock(session, live.id, live.name.job_id)
             attempt.launched_at = attempt.launched_at or self._clock()
             note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
@@ -173,7 +173,7 @@ class Applier:
         """Store the lines that the agent could not deliver any more."""
         acked = self._acked(live)
         while lines := self._launcher.unread(live.name, acked, UNREAD_LINES):
-            with self._write() as session:
+            with self.write() as session:
                 job, attempt = ingest.lock(session, live.id, live.name.job_id)
                 new = ingest.ingest(session, job, attempt, lines)
                 acked = attempt.acked_seq
@@ -192,7 +192,7 @@ class Applier:
         if found.state is not State.ABSENT:
             return self._ended(live, found)
         if not live.launched and live.heard_at is None:
-            with self._write() as session:
+            with self.write() as session:
                 job, attempt = ingest.lock(session, live.id, live.name.job_id)
                 ending.never_launched(session, job, attempt, self._clock())
             return True
@@ -209,7 +209,7 @@ class Applier:
         return True
 
     def _close(self, attempt_id: str, name: AttemptName, report: ExitReport) -> None:
-        with self._write() as session:
+        with self.write() as session:
             job, attempt = ingest.lock(session, attempt_id, name.job_id)
             ending.end(session, job, attempt, report, self._clock())
 
@@ -226,7 +226,7 @@ class Applier:
     def _preempt(self, action: Preempt) -> bool:
         """Running -> pausing, for a job of higher priority that still waits."""
         name = action.attempt.name
-        with self._write() as session:
+        with self.write() as session:
             job = store.lock(session, name.job_id)
             waiting = store.find(session, action.job_id)
             if not _yields(job, name.number, waiting):
@@ -242,7 +242,7 @@ class Applier:
     def publish(self, bulletin: Bulletin) -> None:
         """Say to the other services what is leased out here. Alone on its database there is nobody to tell."""
         if self._lease is not None:
-            with self._write() as session:
+            with self.write() as session:
                 bulletin.write(session)
 
 

@@ -109,6 +109,22 @@ class Lease:
         return True
 
 
+class LeaderWatch:
+    """Whether the one that schedules goes on counting, as another process sees it, by that process's own clock."""
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._last: tuple[int, int] | None = None
+        self._since = monotonic()
+
+    def silence(self, row: LeaderRow | None) -> float:
+        """Seconds since it was seen to count on; where nobody leads, since somebody did, or since we began to look."""
+        found = (row.epoch, row.beat) if row is not None and row.holder is not None else None
+        if found is not None and found != self._last:
+            self._last, self._since = found, self._monotonic()
+        return self._monotonic() - self._since
+
+
 def is_dead(holder: str) -> bool:
     """Whether the holder ran on this host, in this boot and container, and is gone beyond doubt."""
     try:

@@ -2,8 +2,12 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime
+
+from sqlalchemy.orm import Session
 
 from service import logs
 from service.db import Database
@@ -39,6 +43,7 @@ class Scheduler:
         lease: Lease | None = None,
         wanted: bool = True,
         preempts: bool = False,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._database = database
         self._inventory = inventory
@@ -50,6 +55,8 @@ class Scheduler:
         self._wanted = wanted
         self._preempts = preempts
         self._led = False
+        self._monotonic = monotonic
+        self._rounded_at = monotonic()
         self._news = News()
         self._outlook = Outlook(database, clock)
         self._wake = threading.Event()
@@ -88,6 +95,24 @@ class Scheduler:
     def alive(self) -> bool:
         """Whether the loop runs, as far as it should."""
         return self._thread.is_alive() or not self._wanted
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the service that schedules now."""
+        return self._wanted and (self._lease is None or self._led)
+
+    @property
+    def silence(self) -> float:
+        """Seconds since it last finished a round, or was begun."""
+        return self._monotonic() - self._rounded_at
+
+    def reading(self) -> AbstractContextManager[Session]:
+        """A session to look at what the rounds look at."""
+        return self._database.read()
+
+    def writing(self) -> AbstractContextManager[Session]:
+        """A transaction for what only the one that schedules may do. Raises Deposed where that is another one."""
+        return self._applier.write()
 
     def settle(self) -> None:
         """Rounds until one changes nothing that another could build on."""
@@ -154,6 +179,7 @@ class Scheduler:
             try:
                 if self._leads():
                     self.settle()
+                self._rounded_at = self._monotonic()
             except Exception:
                 log.exception("a round of the scheduler failed")
             self._wake.wait(ROUND_SECONDS)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from service.db import Database
 from service.scheduler.bulletin import Bulletin
-from service.scheduler.lease import LEASE_SECONDS, ROW, is_dead
+from service.scheduler.lease import LEASE_SECONDS, ROW, LeaderWatch, is_dead
 from service.scheduler.plan import Start, plan
 from service.scheduler.snapshot import Memory, Snapshot, take
 from service.tables import LeaderRow
@@ -35,8 +35,7 @@ class Outlook:
         self._lock = threading.Lock()
         self._waiting: Mapping[str, str] = {}
         self._looked_at = float("-inf")
-        self._beat: tuple[int, int] | None = None
-        self._beat_at = 0.0
+        self._leader = LeaderWatch(monotonic)
 
     def waiting(self) -> Mapping[str, str]:
         """Job id -> what it waits for, of every queued job."""
@@ -58,10 +57,7 @@ class Outlook:
 
     def _is_silent(self, row: LeaderRow) -> bool:
         """Whether the one that schedules is gone, or has not counted on for as long as makes another one follow it."""
-        now = self._monotonic()
-        if self._beat != (row.epoch, row.beat):
-            self._beat, self._beat_at = (row.epoch, row.beat), now
-        return row.holder is None or is_dead(row.holder) or now - self._beat_at > LEASE_SECONDS
+        return row.holder is None or is_dead(row.holder) or self._leader.silence(row) > LEASE_SECONDS
 
 
 def foreseen(snapshot: Snapshot, now: datetime) -> Mapping[str, str]:

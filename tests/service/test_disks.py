@@ -1,0 +1,238 @@
+"""The disk watch: when a disk is low, who hears of it, and when it has room again."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.settings import Settings
+from service.upkeep import disks
+from service.upkeep.disks import DiskWatch, Limits, State, Usage, judge
+from service.upkeep.loop import Upkeep
+from service.upkeep.warnings import described
+from tests.service.rig import Rig
+
+GIB = 1 << 30
+
+
+class Disks:
+    """File systems that are as full as the test says, by the folder they are mounted at."""
+
+    def __init__(self, **free: float) -> None:
+        self.free = {name: int(share * 100 * GIB) for name, share in free.items()}
+        self.more: dict[str, Any] = {}
+        self.asked: list[Path] = []
+
+    def __call__(self, path: Path) -> Usage:
+        self.asked.append(path)
+        if path.name.startswith("new"):
+            raise FileNotFoundError(path)
+        if path.name not in self.free:
+            raise OSError(5, "Input/output error")
+        device = sorted(self.free).index(path.name)
+        return Usage(100 * GIB, self.free[path.name], device=device, **self.more)
+
+
+def watch(found: Disks, **roots: list[Path]) -> DiskWatch:
+    return DiskWatch(roots or {"home": [Path("/home")]}, Limits(5 * GIB, 10), found)
+
+
+@pytest.mark.parametrize(
+    ("size", "percent", "total", "limit"),
+    [
+        (5 * GIB, 10, 100 * GIB, 5 * GIB),
+        (5 * GIB, 10, 10 * GIB, 1 * GIB),
+        (0, 10, 100 * GIB, 10 * GIB),
+        (5 * GIB, 0, 10 * GIB, 5 * GIB),
+        (0, 0, 100 * GIB, 0),
+    ],
+)
+def test_the_smaller_of_both_limits_counts(size: int, percent: int, total: int, limit: int) -> None:
+    assert Limits(size, percent).of(total) == limit
+
+
+@pytest.mark.parametrize(
+    ("free", "before", "state"),
+    [
+        (6.0, None, State.OK),
+        (5.0, None, State.OK),
+        (4.99, None, State.LOW),
+        (5.2, State.OK, State.OK),
+        (5.2, State.LOW, State.LOW),
+        (5.2, State.FULL, State.LOW),
+        (5.6, State.LOW, State.OK),
+        (0.05, None, State.FULL),
+        (0.05, State.OK, State.FULL),
+    ],
+)
+def test_a_disk_at_its_limit_is_not_told_of_again_and_again(free: float, before: State | None, state: State) -> None:
+    assert judge(Usage(100 * GIB, int(free * GIB)), Limits(5 * GIB, 10), before) is state
+
+
+def test_other_ways_to_be_full() -> None:
+    limits = Limits(5 * GIB, 10)
+    assert judge(Usage(100 * GIB, 50 * GIB, read_only=True), limits, None) is State.FULL
+    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=0), limits, None) is State.FULL
+    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=50), limits, None) is State.LOW
+    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, State.LOW) is State.LOW
+    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, None) is State.OK
+    assert judge(Usage(100 * GIB, 50 * GIB, files=0), limits, None) is State.OK
+    assert judge(Usage(100 * GIB, 1 * GIB), Limits(0, 0), None) is State.OK, "the watch is off"
+
+
+def test_folders_of_one_file_system_are_one_disk() -> None:
+    found = Disks(home=0.5, saves=0.02)
+    roots = {
+        "home": [Path("/home")],
+        "save_root": [Path("/saves"), Path("/home/new-1"), Path("/gone/away")],
+        "corpus_cache": [Path("/home/new/new")],
+    }
+    seen = watch(found, **roots).look()
+    assert [(disk.name, disk.state) for disk in seen] == [
+        ("home+save_root+corpus_cache", State.OK),
+        ("save_root", State.LOW),
+        ("save_root", State.UNREADABLE),
+    ]
+    assert seen[0].paths == (Path("/home"), Path("/home/new-1"), Path("/home/new/new"))
+    assert (seen[1].usage.free, seen[1].limit) == (2 * GIB, 5 * GIB)
+
+
+def test_a_real_file_system(tmp_path: Path) -> None:
+    usage = disks.usage_of(tmp_path)
+    assert 0 < usage.free <= usage.total
+    assert usage.device == tmp_path.stat().st_dev
+    settings = Settings.read({"TRAINYARD_SAVE_ROOTS": str(tmp_path / "later")}, home=tmp_path)
+    (disk,) = DiskWatch.of(settings).look()
+    assert disk.name == "home+save_root+corpus_cache"
+
+
+def test_a_disk_that_hangs_keeps_nobody_waiting() -> None:
+    now = [0.0]
+    made = DiskWatch({"home": [Path("/home")]}, Limits(0, 0), Disks(home=0.5), lambda: now[0])
+    assert made.seen() is made.seen(), "looked at once"
+    now[0] = 59.0
+    assert not made.stale
+    now[0] = 61.0
+    assert made.stale
+    made.look()
+    assert not made.stale
+
+
+def low(rig: Rig, job_id: str) -> list[str]:
+    return [alert["message"] for alert in rig.job(job_id)["alerts"] if alert["code"] == "disk_low"]
+
+
+def kinds(rig: Rig, job_id: str) -> list[tuple[str, str]]:
+    events = rig.data(job_id, "events", limit=100)
+    return [(e["kind"], e["actor"]) for e in events if e["kind"] == "disk" or e["data"].get("code") == "disk_low"]
+
+
+def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: Rig) -> None:
+    rig = any_rig
+    found = Disks(home=0.02)
+    upkeep = Upkeep(rig.scheduler, watch(found), rig.clock)
+    job_id, _ = rig.running()
+    ended, attempt = rig.running()
+    rig.exit(attempt, "completed", step=10)
+    waiting = rig.submit(resources={"nproc_per_node": 2})
+    upkeep.round()
+    upkeep.round()
+    assert low(rig, job_id) == [
+        "the disk of home is nearly full: 2.0 GiB of 100.0 GiB are free, and below 5.0 GiB is little"
+    ]
+    assert kinds(rig, job_id) == [("warning", "service")]
+    assert low(rig, ended) == low(rig, waiting) == []
+    late, _ = rig.running()
+    found.free["home"] = int(5.2 * GIB)
+    upkeep.round()
+    assert low(rig, late), "a job that began later is told too, and the disk still counts as low"
+    assert len(low(rig, job_id)) == 1
+    found.free["home"] = 6 * GIB
+    upkeep.round()
+    upkeep.round()
+    for each in (job_id, late):
+        assert low(rig, each) == []
+        assert kinds(rig, each) == [("warning", "service"), ("disk", "service")]
+    found.free["home"] = 1 * GIB
+    upkeep.round()
+    assert low(rig, job_id), "and again, when it is low again"
+
+
+def test_only_those_who_save_there_hear_of_a_save_root(rig: Rig, tmp_path: Path) -> None:
+    found = Disks(home=0.5, saves=0.02)
+    other = rig.home / "elsewhere"
+    there, _ = rig.running(checkpoint={"save_dir": str(other)})
+    here, _ = rig.running()
+    disk = watch(found, home=[Path("/home")], save_root=[Path("/saves")])
+    Upkeep(rig.scheduler, disk, rig.clock).round()
+    assert low(rig, here) == low(rig, there) == []
+
+    def ask(path: Path) -> Usage:
+        return found(Path("/saves") if path.is_relative_to(other) else Path("/home"))
+
+    disk = DiskWatch({"home": [rig.home], "save_root": [other]}, Limits(5 * GIB, 10), ask)
+    Upkeep(rig.scheduler, disk, rig.clock).round()
+    assert low(rig, here) == []
+    assert len(low(rig, there)) == 1
+    assert "save_root" in low(rig, there)[0]
+
+
+def test_who_does_not_schedule_only_looks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, _ = rig.running()
+    monkeypatch.setattr(rig.scheduler, "_wanted", False)
+    upkeep = Upkeep(rig.scheduler, watch(Disks(home=0.02)), rig.clock)
+    upkeep.round()
+    assert low(rig, job_id) == []
+
+
+def test_the_log_says_it_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "trainyard")
+    found = Disks(home=0.5)
+    upkeep = Upkeep(rig.scheduler, watch(found), rig.clock)
+    for share in (0.5, 0.02, 0.02, 0.0, 0.5, 0.5):
+        found.free["home"] = int(share * 100 * GIB)
+        upkeep.round()
+    said = [record.getMessage() for record in caplog.records if "disk" in record.getMessage()]
+    assert len(said) == 3, said
+    assert "2.0 GiB" in said[0]
+    assert "0.0 GiB" in said[1]
+    assert said[2] == "the disk of home has room again"
+
+
+def test_the_loop_goes_on_whatever_happens(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.upkeep.loop.ROUND_SECONDS", 0.01)
+    import threading
+
+    calls, thrice = [], threading.Event()
+
+    def look() -> tuple[()]:
+        calls.append(1)
+        if len(calls) >= 3:
+            thrice.set()
+        raise OSError("hangs no more, but is broken")
+
+    made = watch(Disks(home=0.5))
+    monkeypatch.setattr(made, "look", look)
+    upkeep = Upkeep(rig.scheduler, made)
+    upkeep.start()
+    assert thrice.wait(20)
+    upkeep.stop()
+
+
+def test_what_is_said_names_no_path() -> None:
+    found = Disks(home=0.5)
+    found.more = {"read_only": True}
+    disk = watch(found).look()[0]
+    assert described(disk) == "the disk of home can only be read"
+    found.more = {"files": 1000, "files_free": 3}
+    assert described(watch(found).look()[0]) == "the disk of home is about to run out of inodes: 3 are left"
+    assert described(watch(Disks()).look()[0]) == "the disk of home does not answer"
+
+
+def test_the_settings() -> None:
+    settings = Settings.read({})
+    assert (settings.disk_bytes, settings.disk_percent) == (5 * GIB, 10)
+    given = {"TRAINYARD_DISK_LOW_BYTES": "0", "TRAINYARD_DISK_LOW_PERCENT": "3"}
+    settings = Settings.read(given)
+    assert (settings.disk_bytes, settings.disk_percent) == (0, 3)
