@@ -41,7 +41,9 @@ def status(services: ServicesNeeded) -> ServiceStatus:
     """How the service itself is: what /ready looks at, and its disks."""
     parts = [ReadyPart.model_validate(part) for part in readiness.parts(services)]
     disks = [_shown(disk) for disk in services.disks.seen()]
-    return ServiceStatus(ready=all(part.ok for part in parts), parts=parts, disks=disks, schedules=services.scheduler.leads)
+    return ServiceStatus(
+        ready=all(part.ok for part in parts), parts=parts, disks=disks, schedules=services.scheduler.leads
+    )
 
 
 def _shown(disk: Disk) -> DiskUsage:

@@ -165,6 +165,7 @@ def test_the_document_describes_every_route(rig: Rig) -> None:
         "GET /devices",
         "GET /health",
         "GET /ready",
+        "GET /status",
         "GET /version",
         "GET /metrics",
     }
