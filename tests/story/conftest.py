@@ -1,5 +1,6 @@
-"""The service that a module's stories are told to; each module has its own ``corpus``."""
+"""The service that a module's stories are told to (each module has its own ``corpus``), and a port for a service of one's own."""
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,3 +15,11 @@ def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[S
     service.start()
     yield service
     service.stop()
+
+
+@pytest.fixture
+def free_port() -> str:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

@@ -103,7 +103,7 @@ def test_a_rank_killed_is_recovered_without_anybody(served: Served, untouched: s
     served.wait(job_id, "succeeded")
     assert final_sha256(served, job_id) == final_sha256(served, untouched)
     told = served.get(f"/jobs/{job_id}/events").json()["data"]
-    assert any("rank 1 was killed by SIGKILL" in str(event) for event in told)
+    assert any("rank 1 was killed by SIGKILL" in str(event) for event in told), told
 
 
 def test_paused_and_resumed_is_the_same_run(served: Served, untouched: str, corpus: Path) -> None:
