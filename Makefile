@@ -36,7 +36,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not soak" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not soak" $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/trainyard demo

@@ -13,6 +13,7 @@ from contract.locks import FileLock, LockBusy
 from contract.rundir import write_json
 from service import logs
 from service.app import build, create_app
+from service.db import UnknownTables
 from service.launch.local import LocalLauncher
 from service.server import HEAD_BYTES, Protocol, Server
 from service.settings import Settings, UnsafeSettings
@@ -37,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
             return _serve(settings, schedules)
     except LockBusy:
         print(f"service: another service runs on {settings.home}", file=sys.stderr)
+    except UnknownTables as error:
+        print(f"service: {error}", file=sys.stderr)
     except OSError as error:
         print(f"service: {settings.host}:{settings.port}: {error}", file=sys.stderr)
     return 1
@@ -69,6 +72,7 @@ def _serve(settings: Settings, schedules: bool) -> int:
     with _bound(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
         services = build(settings, _launcher(settings), schedules=schedules)
+        services.database.check()
 
         def lead() -> None:
             # Agents of runs that outlived our predecessor find us by this file.

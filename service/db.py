@@ -12,6 +12,7 @@ from typing import Any
 
 import alembic.command
 import alembic.config
+from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
@@ -31,6 +32,16 @@ PROMPT = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5
 
 MIGRATION_LOCK = 7_263_054_117
 """Key of the Postgres advisory lock that one migrating service holds."""
+
+
+class UnknownTables(Exception):
+    """The tables are of a version that this one does not know, most likely a later one."""
+
+    def __init__(self, revision: str) -> None:
+        super().__init__(
+            f"the database is at migration {revision}, which this version does not know; nothing was changed. Start "
+            "the version that made it, or restore the backup from before the upgrade"
+        )
 
 
 class Database:
@@ -60,14 +71,21 @@ class Database:
             yield session
 
     def upgrade(self, lock_file: Path | None = None) -> None:
-        """Run the migrations that are missing, one service at a time."""
+        """Run the migrations that are missing, one service at a time. Raises UnknownTables."""
         with contextlib.ExitStack() as stack:
             if self.is_sqlite and lock_file is not None:
                 stack.enter_context(FileLock(lock_file).take(seconds=BUSY_SECONDS))
             connection = stack.enter_context(self._writing.begin())
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
-            alembic.command.upgrade(alembic_config(connection), "head")
+            config = alembic_config(connection)
+            _refuse_unknown(config, connection)
+            alembic.command.upgrade(config, "head")
+
+    def check(self) -> None:
+        """Look whether this version can work with the tables, without changing them. Raises UnknownTables."""
+        with self.engine.connect() as connection:
+            _refuse_unknown(alembic_config(connection), connection)
 
     def close(self) -> None:
         """Close every connection."""
@@ -82,6 +100,13 @@ def newest_revision() -> str:
     head = ScriptDirectory.from_config(config).get_current_head()
     assert head is not None
     return head
+
+
+def _refuse_unknown(config: alembic.config.Config, connection: Connection) -> None:
+    present = MigrationContext.configure(connection).get_current_revision()
+    known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+    if present is not None and present not in known:
+        raise UnknownTables(present)
 
 
 def alembic_config(connection: Connection) -> alembic.config.Config:

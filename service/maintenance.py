@@ -11,7 +11,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from contract.rundir import fsync_directory
-from service.db import Database
+from service.db import Database, UnknownTables
 from service.settings import Settings
 from service.transfer import Copied, CopyRefused, copy, shown
 
@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except (CopyRefused, BackupRefused, ArgumentError) as error:
+    except (CopyRefused, BackupRefused, UnknownTables, ArgumentError) as error:
         print(f"{given.what}: {error}", file=sys.stderr)
         return 1
     return 0

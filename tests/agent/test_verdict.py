@@ -153,6 +153,20 @@ def test_what_the_agent_ended_itself_is_no_crash_of_the_ranks(cause: Cause, outc
     assert (report.outcome, report.reason) == (outcome, reason)
 
 
+def test_a_peer_that_torchrun_takes_for_the_first_does_not_hide_the_killed_rank() -> None:
+    """The peer wrote its echo a second before torchrun saw that rank 1 was gone, and was then sent SIGTERM itself."""
+    ranks = (RankExit(rank=0, signal="SIGTERM"), RankExit(rank=1, signal="SIGKILL"))
+    report = judge(errors=(ECHO,), ranks=ranks)
+    assert report.message == "rank 1 was killed by SIGKILL at step 7; the other ranks were ended"
+
+
+def test_a_rank_killed_after_its_own_echo_is_not_the_cause() -> None:
+    """torchrun ends with SIGKILL what does not heed its SIGTERM."""
+    ranks = (RankExit(rank=0, signal="SIGKILL"), RankExit(rank=1, signal="SIGSEGV"))
+    report = judge(errors=(ECHO,), ranks=ranks)
+    assert report.message.startswith("rank 1 was killed by SIGSEGV")
+
+
 def test_a_rank_that_saved_before_it_was_killed_has_saved() -> None:
     report = judge(Cause.KILLED, outcome=Outcome(outcome="stopped", step=8))
     assert (report.outcome, report.step) == ("stopped", 8)

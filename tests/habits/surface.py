@@ -21,11 +21,12 @@ def commands() -> list[str]:
     """Every command with its second word where it has one, e.g. ``tokenizer train``."""
     return [
         " ".join([name, second]).strip()
-        for name, parser in _subparsers(build_parser()).items()
-        for second in _subparsers(parser) or [""]
+        for name, parser in parsers(build_parser()).items()
+        for second in parsers(parser) or [""]
     ]
 
 
-def _subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+def parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The subcommands of a parser by their names."""
     actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     return dict(actions[0].choices) if actions else {}

@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from service.db import Database, alembic_config
+from service.db import Database, UnknownTables, alembic_config
 from service.jobs import store
 from service.scheduler.apply import utc_now
 from service.tables import EventRow, JobRow, LeaseRow, Table
@@ -67,6 +67,21 @@ def test_migrations_go_down_and_up_again(empty: str) -> None:
     database.upgrade()
     with database.write() as session:
         session.execute(text("SELECT count(*) FROM jobs"))
+    database.close()
+
+
+def test_tables_of_a_later_version_are_left_alone(empty: str) -> None:
+    database = Database(empty)
+    database.upgrade()
+    with database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    for refused in (database.check, database.upgrade):
+        with pytest.raises(UnknownTables, match="at migration 9999, which this version does not know"):
+            refused()
+    with database.write() as session:
+        session.execute(text("DELETE FROM alembic_version"))
+        Table.metadata.drop_all(session.connection())
+    database.check()
     database.close()
 
 

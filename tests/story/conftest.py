@@ -1,4 +1,4 @@
-"""The service that a module's stories are told to (each module has its own ``corpus``), and a port for a service of one's own."""
+"""The service that a module's stories are told to, each with its own ``corpus``; a port for a service of one's own."""
 
 import socket
 from collections.abc import Iterator

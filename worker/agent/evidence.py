@@ -33,7 +33,8 @@ class RankError:
 class Evidence:
     """Everything the verdict is made of. ``errors`` are in the order in which they happened.
 
-    ``ranks`` begins with the one that torchrun saw fail first: it sends SIGTERM to the others, which die of that.
+    ``ranks`` begins with the one that torchrun takes for the first to fail: it sends SIGTERM to the others, which die
+    of that.
     """
 
     outcome: Outcome | None

@@ -130,11 +130,17 @@ def _by_crash(evidence: Evidence) -> _End:
 
 
 def _killed_first(evidence: Evidence) -> RankExit | None:
-    """The rank that a signal ended first. SIGTERM counts only there: to the others it came from torchrun."""
-    first, *others = evidence.ranks or (None,)
-    if first is not None and first.signal:
-        return first
-    return next((rank for rank in others if rank.signal not in (None, "SIGTERM")), None)
+    """The rank that a signal ended, and no exception before it. torchrun sends SIGTERM to all but the first.
+
+    The first place alone proves nothing: torchrun sorts a killed rank by when it looked, and a peer that lost it by the
+    time in the peer's error file, which is earlier.
+    """
+    killed = [rank for rank in evidence.ranks if rank.signal not in (None, "SIGTERM")]
+    first = next(iter(evidence.ranks), None)
+    if not killed and first is not None and first.signal:
+        killed = [first]
+    raised = {error.rank for error in evidence.errors}
+    return next((rank for rank in killed if rank.rank not in raised), None)
 
 
 def _killed_rank(evidence: Evidence, rank: int, name: str) -> _End:
