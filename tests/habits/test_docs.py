@@ -81,3 +81,10 @@ def test_the_project_speaks_of_itself_alone() -> None:
         and foreign.search(file.read_text())
     ]
     assert found == []
+
+
+def test_every_guide_can_be_found_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
+    assert guides
+    assert [guide.name for guide in guides if f"(docs/guides/{guide.name})" not in readme] == []
