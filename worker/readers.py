@@ -117,9 +117,10 @@ class LineReader:
         """Lines without a byte order mark; None for one that is too long."""
         limit, mark = lines.MAX_LINE_BYTES, BOM
         while block := self._line(limit):
+            whole = len(block) < limit or block.endswith(b"\n")
             if mark:
                 block, mark = block.removeprefix(mark), b""
-            if len(block) < limit or block.endswith(b"\n"):
+            if whole:
                 yield block
             else:
                 self._skip_line(limit)

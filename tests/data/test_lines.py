@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from contract.corpora import Packing, packing_of
+from tests.nobody import as_nobody, open_folder
 from worker import lines
 from worker.lines import BadLine, DataInvalid, Tally, text_of
 from worker.readers import open_reader
@@ -127,6 +128,17 @@ def test_a_line_that_is_too_long_is_one_bad_line(length: int, tmp_path: Path, mo
     assert tally.named == ([] if fits else [(2, "longer than 0 MiB")])
 
 
+def test_a_long_first_line_behind_a_byte_order_mark_is_one_bad_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
+    file = tmp_path / "long.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + b"a" * 150 + b'\n{"text": "after"}\n')
+    documents, tally = read(file)
+    assert documents == [(2, "after")]
+    assert tally.named == [(1, "longer than 0 MiB")]
+
+
 def refused(path: Path) -> str:
     with pytest.raises(DataInvalid) as found:
         read(path)
@@ -148,12 +160,15 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     assert "cannot be read" in refused(tmp_path / "loop")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "secret.jsonl"
-    file.write_text('{"text": "a"}\n')
-    file.chmod(0)
-    assert "Permission denied" in refused(file)
+def test_a_file_without_permission_is_refused() -> None:
+    with open_folder() as folder:
+        file = folder / "secret.jsonl"
+        file.write_text('{"text": "a"}\n')
+        with as_nobody():
+            assert read(file)[1].documents == 1
+        file.chmod(0)
+        with as_nobody():
+            assert "Permission denied" in refused(file)
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])

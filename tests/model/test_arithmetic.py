@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.arithmetic import active_parameters, checkpoint_bytes, flops_per_token, memory_bytes, parameters
 from model.config import ModelConfig
@@ -51,6 +54,31 @@ def test_flops_of_experts_do_not_grow_with_their_number() -> None:
     few, many = (small_config(use_moe=True, num_experts=n) for n in (4, 40))
     router = 6 * 2 * 32 * 36
     assert flops_per_token(many, 10) - flops_per_token(few, 10) == router
+
+
+def counted(model: Decoder, ids: torch.Tensor) -> dict[str, float]:
+    """Operations of a training pass by torch's own counter, a token: of matrix products, and of those in batches."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(ids, labels=ids).loss_sum.backward()
+    return {str(name): count / ids.numel() for name, count in counter.get_flop_counts()["Global"].items()}
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
+    """All products exactly; of attention the half that the causal mask leaves, where the counter sees the whole."""
+    config = small_config(**changes)
+    found = counted(small_decoder(**changes), random_ids(2, 48))
+    assert found["aten.mm"] == flops_per_token(config, 0)
+    attention = flops_per_token(config, 48) - flops_per_token(config, 0)
+    assert found["aten.bmm"] == pytest.approx(2 * attention, rel=0.05), "the auxiliary loss has a few more"
+
+
+def test_flops_at_minimind_s_size_are_within_a_tenth_of_all_that_is_counted() -> None:
+    config = ModelConfig(vocab_size=6400)
+    model = Decoder(config, torch.Generator().manual_seed(1))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        found = sum(counted(model, torch.zeros(2, 340, dtype=torch.long)).values())
+    assert found == pytest.approx(flops_per_token(config, 340), rel=0.1)
 
 
 def kept_for_backward(model: Decoder, rows: int, length: int, dtype: torch.dtype) -> int:

@@ -21,11 +21,12 @@ SEED = int(os.environ.get("TRAINYARD_KILL_SEED", "20261125"))
 STEPS, SAVE_INTERVAL = 30, 4
 EXPERTS = {"use_moe": True, "num_experts": 4, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
 
-RUNS: dict[str, tuple[dict[str, Any], str]] = {
-    "dense bf16": ({"dropout": 0.1}, "bfloat16"),
-    "moe bf16": ({"dropout": 0.1, **EXPERTS}, "bfloat16"),
-    "dense fp16": ({"dropout": 0.1}, "float16"),
-    "moe fp16": ({"dropout": 0.1, **EXPERTS}, "float16"),
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dense bf16": ({"dropout": 0.1}, {"dtype": "bfloat16"}),
+    "moe bf16": ({"dropout": 0.1, **EXPERTS}, {"dtype": "bfloat16"}),
+    "dense fp16": ({"dropout": 0.1}, {"dtype": "float16"}),
+    "moe fp16": ({"dropout": 0.1, **EXPERTS}, {"dtype": "float16"}),
+    "moe bf16 muon": ({"dropout": 0.1, **EXPERTS}, {"dtype": "bfloat16", "optimizer": "muon"}),
 }
 
 
@@ -143,12 +144,12 @@ def require_the_same(broken: RunDir, untouched: RunDir, kills: int) -> str:
 
 
 def described(text: Path, name: str) -> dict[str, Any]:
-    model, dtype = RUNS[name]
+    model, training = RUNS[name]
     return driver.spec(
         text,
         model=model,
         data={"eval_fraction": 0.3, "packing": "none"},
-        training={"dtype": dtype, "max_steps": STEPS},
+        training={**training, "max_steps": STEPS},
         checkpoint={"save_interval": SAVE_INTERVAL},
         reporting={"log_interval": 3, "eval_interval": 3},
     )
@@ -176,7 +177,7 @@ def test_three_kills_in_a_step_in_a_save_and_in_an_evaluation(tmp_path: Path) ->
 @pytest.mark.soak
 @pytest.mark.parametrize("name", RUNS)
 def test_twenty_kills(name: str, tmp_path: Path) -> None:
-    """Five for each of the four."""
+    """Five for each of the four, and five more with Muon."""
     survive(name, ["step", "step", "save", "save", "evaluation"], tmp_path)
 
 

@@ -19,6 +19,7 @@ from contract.report import Outcome
 from contract.rundir import RunDir
 from contract.spec import JobSpec
 from tests.worker import driver
+from tests.worker.test_resume import stop_after
 from worker.data import Order
 from worker.distributed import Ranks
 from worker.material import prepare
@@ -44,13 +45,14 @@ CUTS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("use_moe", [False, True])
-def test_a_step_cut_differently_is_the_same_step(use_moe: bool, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["dense", "moe", "muon"])
+def test_a_step_cut_differently_is_the_same_step(kind: str, text: Path, tmp_path: Path) -> None:
     """Over more than an epoch, so that the short last step of an epoch, and ranks without a row, are part of it."""
-    results = {}
+    results, use_moe = {}, kind == "moe"
     for name, (world, cut) in CUTS.items():
         model = {"use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
-        described = driver.spec(text, model=model, training={**FP32, **cut}, reporting={"log_interval": 1})
+        training = {**FP32, **cut, "optimizer": "muon" if kind == "muon" else "adamw"}
+        described = driver.spec(text, model=model, training=training, reporting={"log_interval": 1})
         run = driver.new_run(tmp_path / name.replace(" ", ""), described)
         driver.run_to_end(run, world)
         weights = load_file(run.products(None).checkpoint(8) / "model.safetensors")
@@ -65,6 +67,25 @@ def test_a_step_cut_differently_is_the_same_step(use_moe: bool, text: Path, tmp_
             assert other_lines[step].tokens == line.tokens, name
         for key, value in weights.items():
             assert (other_weights[key] - value).abs().max() < 1e-5, (name, key)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resumed_on_other_numbers_of_ranks_it_keeps_its_losses(optimizer: str, text: Path, tmp_path: Path) -> None:
+    """One rank, then two, then one again: in float32 each loss is that of the untouched run to 1e-5."""
+    training = {**FP32, "learning_rate": 1e-3, "max_steps": 12, "optimizer": optimizer}
+    described = driver.spec(text, training=training, reporting={"log_interval": 1})
+    untouched, moved = (driver.new_run(tmp_path / kind, described) for kind in ("untouched", "moved"))
+    driver.run_to_end(untouched)
+    for attempt, (world, after) in enumerate([(1, 4), (2, 8)], start=1):
+        stopped = driver.run_to_end(moved, world, partial(stop_after, moved, attempt, after))
+        assert stopped.outcome == "stopped"
+    assert driver.run_to_end(moved, 1).step == 12
+    expected, found = driver.curve(untouched), driver.curve(moved)
+    assert list(found) == list(expected) == list(range(1, 13))
+    for step, (loss, _, tokens, rate, norm) in expected.items():
+        assert found[step][2:4] == (tokens, rate)
+        assert found[step][0] == pytest.approx(loss, abs=1e-5), step
+        assert found[step][4] == pytest.approx(norm, rel=1e-4), step
 
 
 def test_micro_batch_mean_is_minimind_s_loop(text: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ RUNS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "dense fp16": (1, {"training": {"dtype": "float16", "max_steps": 16}, "checkpoint": {"save_interval": 4}}),
     "two ranks dense bf16 dropout": (2, {"model": {"dropout": 0.1}, "data": {"packing": "none"}}),
     "two ranks moe": (2, {"model": MOE, "training": {"max_steps": 12}, "checkpoint": {"save_interval": 5}}),
+    "two ranks muon": (2, {"training": {"optimizer": "muon", "max_steps": 12}, "checkpoint": {"save_interval": 5}}),
     "three ranks uneven": (3, {"training": {"batch_size": 3, "accumulation_steps": 1, "max_steps": 12}}),
 }
 
