@@ -5,10 +5,12 @@ import sys
 from collections.abc import Callable
 
 from benchmarks import corpus_speed, launch, padding, reporting, saving, scheduler, trainer
+from benchmarks.load import __main__ as load
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "corpus_speed": corpus_speed.main,
     "launch": launch.main,
+    "load": load.main,
     "padding": padding.main,
     "reporting": reporting.main,
     "saving": saving.main,

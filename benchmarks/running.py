@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from contract.rundir import RunDir, read_json
+from contract.rundir import RunDir
 
 
 def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -28,20 +29,56 @@ def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
 @contextlib.contextmanager
 def service(home: Path, *roots: Path) -> Iterator[httpx2.Client]:
     """A service of its own on a free port, and a client of it; ended on the way out."""
-    home.mkdir(parents=True)
-    environment = {**os.environ, "TRAINYARD_HOME": str(home), "TRAINYARD_DATA_ROOTS": ":".join(map(str, roots))}
-    with (home / "service.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--port", "0"], env=environment, stdout=log, stderr=log
-        )
-    try:
-        record = until(lambda: read_json(home / "service.json"))
-        with httpx2.Client(base_url=record["url"], timeout=10) as client:
+    with served(home, *roots) as found:
+        with httpx2.Client(base_url=found.url, timeout=10) as client:
             until(lambda: client.get("/ready").status_code == 200)
             yield client
+
+
+@dataclass(frozen=True)
+class Served:
+    """A service in a process of its own."""
+
+    url: str
+    process: "subprocess.Popen[bytes]"
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of its process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    @property
+    def memory_bytes(self) -> int:
+        """Resident now, what it shares with others left out."""
+        lines = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+
+@contextlib.contextmanager
+def served(home: Path, *roots: Path, arguments: Sequence[str] = (), **environment: str) -> Iterator[Served]:
+    """A service on a free port, in a home that may have seen others; ended on the way out."""
+    home.mkdir(parents=True, exist_ok=True)
+    own = {"TRAINYARD_HOME": str(home), "TRAINYARD_DATA_ROOTS": ":".join(map(str, roots))}
+    begin = (home / "service.log").stat().st_size if (home / "service.log").exists() else 0
+    with (home / "service.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "--port", "0", *arguments],
+            env={**os.environ, **own, **environment},
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield Served(until(lambda: _address(home / "service.log", begin)), process)
     finally:
         process.terminate()
         process.wait(30)
+
+
+def _address(log: Path, begin: int) -> str | None:
+    """Where it answers, once it has said so behind ``begin``; its file in the home is written by one that schedules."""
+    said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    return next((line.split()[-1] for line in said if line.startswith("Trainyard is ready at ")), None)
 
 
 def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:

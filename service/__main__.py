@@ -107,7 +107,8 @@ def _launcher(settings: Settings) -> LocalLauncher:
 def _bound(settings: Settings) -> socket.socket:
     """A listening socket: connections made from now on are answered as soon as we serve."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    # Said to be TCP in so many words: only then does asyncio switch off that small answers wait for the peer's ACK.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it: what a peer does not take for so long is thrown away with its connection.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)

@@ -1,5 +1,6 @@
 """`python -m service` as a process: it binds before it says so, ends on SIGTERM, and is alone on its home."""
 
+import http.client
 import json
 import os
 import signal
@@ -142,3 +143,17 @@ def test_its_log_is_json_from_the_first_line_to_the_last(start: Callable[..., Pr
     asked = [line for line in lines if line.get("route") == "/jobs"]
     assert [(line["actor"], line["status"], line["method"]) for line in asked] == [("user", 200, "GET")]
     assert "canary" not in service.said()
+
+
+def test_an_answer_waits_for_nothing(start: Callable[..., Process]) -> None:
+    """Head and body are two writes: where the second waits for the peer's ACK, each answer takes 40 ms."""
+    host, port = start("--no-scheduler").url().removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=DEADLINE)
+    took = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"status":"ok"}'
+        took.append(time.perf_counter() - begin)
+    connection.close()
+    assert min(took[1:]) < 0.035

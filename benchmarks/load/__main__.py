@@ -1,0 +1,42 @@
+"""``python -m benchmarks.load [ROW ...]``: how the service bears load, each row of its table for itself."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+from benchmarks import scheduler
+from benchmarks.load import adoption, curve, ingest, readers, submissions, tail, training
+from benchmarks.load.figures import Figure, machine
+
+ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
+    "training": training.measure,
+    "submissions": submissions.measure,
+    "ingest": ingest.measure,
+    "curve": curve.measure,
+    "readers": readers.measure,
+    "tail": tail.measure,
+    "adoption": adoption.measure,
+}
+
+
+def main() -> None:
+    """All rows, and the scheduler's."""
+    run(tuple(ROWS))
+    scheduler.main()
+
+
+def run(rows: tuple[str, ...]) -> bool:
+    """Print the figures of ``rows``; whether all met their goals."""
+    print(machine(), flush=True)
+    met = True
+    for row in rows:
+        for figure in ROWS[row]():
+            print(figure.line(), flush=True)
+            met = met and figure.met
+    return met
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    parser.add_argument("rows", nargs="*", choices=[[], *ROWS], metavar="ROW", help=", ".join(ROWS))
+    sys.exit(0 if run(tuple(parser.parse_args().rows) or tuple(ROWS)) else 1)

@@ -1,0 +1,59 @@
+"""A service that starts and finds a hundred attempts running: how long until it knows all of them again."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load import live
+from benchmarks.load.figures import Figure
+from benchmarks.load.live import Agent
+from benchmarks.load.wire import Wire
+from benchmarks.running import served, until
+from contract.processes import MARKER
+
+ATTEMPTS = 100
+
+
+def measure() -> Iterator[Figure]:
+    """Every attempt has a process with its mark that lives and says nothing, so each has to be looked up."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
+        corpus.write_text('{"text": "one"}\n')
+        with live.database(home) as made:
+            agents = live.running(made, corpus, ATTEMPTS)
+        processes = [subprocess.Popen(["sleep", "600"], env=_environment(agent)) for agent in agents]
+        try:
+            took, untouched = _start(home, corpus, agents)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+    yield Figure(f"{ATTEMPTS} running attempts found again, from the start on", took, "s", 5)
+    yield Figure("attempts that were restarted", ATTEMPTS - untouched, "", 0.5)
+
+
+def _environment(agent: Agent) -> dict[str, str]:
+    mark = {MARKER: f"{agent.job_id}/1", "TRAINYARD_ATTEMPT_TOKEN": agent.token}
+    return {"PATH": os.environ["PATH"], **mark}
+
+
+def _start(home: Path, corpus: Path, agents: list[Agent]) -> tuple[float, int]:
+    """(seconds until the scheduler has got to what it does last, attempts that still are the first and run)."""
+    began = time.monotonic()
+    with served(home, corpus.parent, TRAINYARD_CPU_SLOTS=str(ATTEMPTS + 1)) as service, Wire(service.url) as wire:
+        # Attempts are looked at before anything is launched: once this one is, all the others were found.
+        late = wire.json("POST", "/jobs", {"data": {"data_path": str(corpus)}, "resources": {"device": "cpu"}})["id"]
+        until(lambda: wire.json("GET", f"/jobs/{late}")["status"] != "queued")
+        took = time.monotonic() - began
+        wire.json("POST", f"/jobs/{late}/kill")
+        jobs = [wire.json("GET", f"/jobs/{agent.job_id}") for agent in agents]
+        until(lambda: wire.json("GET", f"/jobs/{late}")["status"] in ("cancelled", "failed"))
+    return took, sum(_untouched(job) for job in jobs)
+
+
+def _untouched(job: dict[str, Any]) -> bool:
+    return (job["status"], job["attempt"]) == ("running", 1)

@@ -1,0 +1,75 @@
+"""``python -m benchmarks.load.crowd URL JOB CORPUS SECONDS``: 64 clients that send 100 requests a second between them.
+
+Requests are sent by the clock, whether the ones before were answered or not, and their time counts from when they were
+due: a service that stands still is not spared the requests it would have had. Prints the times as JSON.
+"""
+
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from benchmarks.load.wire import Wire
+
+CLIENTS = 64
+PER_SECOND = 100
+WRITES = 0.1
+"""One request in ten changes something."""
+
+
+def main() -> None:
+    """Send, and tell."""
+    url, job_id, corpus, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+    took: dict[str, list[float]] = {"read": [], "write": []}
+    begin = time.monotonic() + 0.2
+    total = int(seconds * PER_SECOND)
+    threads = [
+        threading.Thread(target=client, args=(url, requests(job_id, corpus, number), number, total, begin, took))
+        for number in range(CLIENTS)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(json.dumps({**took, "client_cpu": time.process_time()}))
+
+
+Request = tuple[str, str, str, object]
+
+
+def requests(job_id: str, corpus: str, seed: int) -> Callable[[], Request]:
+    """What a client asks next: what dashboards, `watch` and scripts ask for."""
+    dice = random.Random(seed)
+    spec = {"data": {"data_path": corpus}, "resources": {"device": "cpu"}}
+    reads = (f"/jobs/{job_id}", "/jobs?limit=20", f"/jobs/{job_id}/metrics?max_points=500",
+             f"/jobs/{job_id}/events?limit=50", f"/jobs/{job_id}/logs?tail=100", "/devices")  # fmt: skip
+    writes: tuple[Request, ...] = (
+        ("write", "POST", "/jobs", spec),
+        ("write", "PATCH", f"/jobs/{job_id}", {"labels": {"looked": "at"}}),
+    )
+
+    def following() -> Request:
+        if dice.random() < WRITES:
+            return dice.choice(writes)
+        return "read", "GET", dice.choice(reads), None
+
+    return following
+
+
+def client(
+    url: str, following: Callable[[], Request], number: int, total: int, begin: float, took: dict[str, list[float]]
+) -> None:
+    """Every 64th request."""
+    with Wire(url) as wire:
+        for place in range(number, total, CLIENTS):
+            kind, method, path, body = following()
+            due = begin + place / PER_SECOND
+            time.sleep(max(0.0, due - time.monotonic()))
+            wire.json(method, path, body)
+            took[kind].append(time.monotonic() - due)
+
+
+if __name__ == "__main__":
+    main()

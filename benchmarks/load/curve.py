@@ -1,0 +1,57 @@
+"""A job of a million points: how long its curve takes as a thousand rows, and what memory that needs."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sqlalchemy import insert
+
+from benchmarks.load import live
+from benchmarks.load.figures import Figure, quantile
+from benchmarks.load.wire import Wire
+from benchmarks.running import served
+from service.db import Database
+from service.jobs import store
+from service.metrics import sealing
+from service.tables import MetricRow
+
+POINTS = 1_000_000
+AT_ONCE = 20_000
+ASKED = 40
+
+
+def measure() -> Iterator[Figure]:
+    """The whole curve, as a page that opens asks for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
+        corpus.write_text('{"text": "one"}\n')
+        with live.database(home) as made:
+            job_id = live.running(made, corpus, 1)[0].job_id
+            _fill(made, job_id)
+        with served(home, Path(folder), arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
+            took, rows = [], 0
+            memory = 0
+            for number in range(ASKED):
+                begin = time.perf_counter()
+                rows = len(wire.json("GET", f"/jobs/{job_id}/metrics?max_points=1000")["data"])
+                took.append(1000 * (time.perf_counter() - begin))
+                if number == 2:
+                    memory = service.memory_bytes
+            grown = service.memory_bytes - memory
+        assert 400 < rows <= 1000, rows
+    yield Figure(f"{POINTS:,} points, max_points=1000: median", quantile(took, 0.5), "ms", 100)
+    yield Figure(f"{POINTS:,} points, max_points=1000: worst of {ASKED}", max(took[1:]), "ms")
+    yield Figure(f"memory that {ASKED - 3} more of them add", grown / (1 << 20), "MiB", 8)
+
+
+def _fill(made: Database, job_id: str) -> None:
+    now = datetime.now(UTC)
+    same = {"job_id": job_id, "attempt": 1, "stitched": True, "epoch": 0.0, "learning_rate": 1e-3, "at": now}
+    for first in range(1, POINTS + 1, AT_ONCE):
+        steps = range(first, min(first + AT_ONCE, POINTS + 1))
+        rows = [{**same, "seq": s, "step": s, "loss": 2.0 + s % 7, "tokens": s, "nonfinite": False} for s in steps]
+        with made.write() as session:
+            session.execute(insert(MetricRow), rows)
+            sealing.advance(session, store.lock(session, job_id), steps[-1])

@@ -1,0 +1,81 @@
+"""Attempts that live, as the database knows them, and agents that report for them: without processes of their own."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.load.wire import Wire
+from contract.spec import JobSpec
+from contract.status import JobStatus
+from service.db import Database
+from service.jobs import store
+from service.reports.ingest import token_hash
+from service.tables import AttemptRow
+
+
+@dataclass
+class Agent:
+    """Reports for one attempt. ``outbox`` holds every line; ``acked`` of them are stored."""
+
+    job_id: str
+    attempt_id: str
+    token: str
+    outbox: list[dict[str, Any]] = field(default_factory=list)
+    acked: int = 0
+
+    def metric(self) -> None:
+        """One more point."""
+        step = len(self.outbox) + 1
+        point = {"step": step, "epoch": 0.0, "loss": 2.0, "learning_rate": 1e-3, "tokens": step, "grad_norm": 1.0}
+        line = {"kind": "metric", "seq": step, "at": datetime.now(UTC).isoformat(), "nonfinite": False}
+        self.outbox.append({**line, **point})
+
+    def ship(self, wire: Wire, most: int = 500) -> None:
+        """Send what is not stored yet. Raises OSError where the service is away."""
+        lines = self.outbox[self.acked : self.acked + most]
+        if lines:
+            found = wire.json("POST", f"/internal/attempts/{self.attempt_id}/events", {"events": lines})
+            self.acked = int(found["acked"])
+
+
+@contextmanager
+def database(home: Path) -> Iterator[Database]:
+    """The home's SQLite database, with its tables."""
+    home.mkdir(parents=True, exist_ok=True)
+    made = Database(f"sqlite:///{home}/trainyard.db")
+    made.upgrade(home / "migrate.lock")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def running(made: Database, corpus: Path, count: int) -> list[Agent]:
+    """So many jobs whose first attempt runs."""
+    spec = JobSpec.model_validate({"data": {"data_path": str(corpus)}, "resources": {"device": "cpu"}})
+    now = datetime.now(UTC)
+    agents = []
+    for number in range(count):
+        agent = Agent("", store.new_id("att", 16), secrets.token_urlsafe(32))
+        with made.write() as session:
+            job = store.create(session, spec, {}, [], now)
+            agent.job_id = job.id
+            session.add(
+                AttemptRow(
+                    id=agent.attempt_id,
+                    job_id=job.id,
+                    number=1,
+                    token_sha256=token_hash(agent.token),
+                    trigger="submit",
+                    devices=[f"cpu:{number}"],
+                    created_at=now,
+                    launched_at=now,
+                )
+            )
+            job.attempt, job.status, job.started_at, job.heard_at = 1, JobStatus.RUNNING, now, now
+        agents.append(agent)
+    return agents
