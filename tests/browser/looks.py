@@ -19,6 +19,9 @@ def picture(page: Page, name: str) -> None:
     Path(PICTURES).mkdir(parents=True, exist_ok=True)
     for width, place in ((1280, "desktop"), (360, "phone")):
         page.set_viewport_size({"width": width, "height": 800})
+        # Charts are drawn when they are seen: all of the page, once.
+        page.set_viewport_size({"width": width, "height": page.evaluate("document.documentElement.scrollHeight")})
+        page.evaluate("() => new Promise(done => setTimeout(done, 700))")
         page.screenshot(path=f"{PICTURES}/{name}-{place}.png", full_page=True)
     page.set_viewport_size({"width": 1280, "height": 800})
 

@@ -1,8 +1,10 @@
 // Charts by plotly: only `react`, so that a zoom survives every update. The library is loaded at the first chart.
-import { attr, h, list, text } from "./dom.js";
-import { keep, kept } from "./router.js";
-import { unshown } from "./series.js";
-import { changed, isDark } from "./theme.js";
+import { attr, h, list, show, text } from "./dom.js";
+import { endLabels } from "./labels.js";
+import { moment, unshown } from "./series.js";
+import { isDark } from "./theme.js";
+
+export { Board } from "./board.js";
 
 const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
 let loading = null;
@@ -17,61 +19,23 @@ export function library() {
   return loading;
 }
 
-/** All charts of a page: one x axis and one zoom for all, hover in step. */
-export class Board {
-  constructor() {
-    this.charts = [];
-    this.axis = "step";
-    this.zoom = readZoom();
-    this.onZoom = () => {};
-    this.onTheme = () => this.redraw();
-    this.recolour = () => this.onTheme();
-    changed.addEventListener("change", this.recolour);
-  }
-
-  add(chart) {
-    chart.board = this;
-    this.charts.push(chart);
-    return chart.node;
-  }
-
-  redraw() {
-    return Promise.all(this.charts.map((chart) => chart.draw()));
-  }
-
-  /** [from, to] on the x axis, or null for all. */
-  setZoom(zoom, from = null) {
-    this.zoom = zoom;
-    keep("zoom", zoom ? zoom.map((value) => (typeof value === "number" ? +value.toPrecision(8) : value)).join("..") : null);
-    for (const chart of this.charts) if (chart !== from) chart.applyZoom();
-    this.onZoom();
-  }
-
-  hover(x, from) {
-    for (const chart of this.charts) if (chart !== from) chart.point(x);
-  }
-
-  close() {
-    changed.removeEventListener("change", this.recolour);
-    for (const chart of this.charts) chart.close();
-  }
-}
-
-function readZoom() {
-  const parts = (kept("zoom") ?? "").split("..");
-  if (parts.length !== 2 || parts.some((part) => part === "")) return null;
-  return parts.every((part) => Number.isFinite(Number(part))) ? parts.map(Number) : parts;
-}
+/** Says which charts are seen, or nearly: the others are drawn when they are. */
+const eyes = new IntersectionObserver((found) => {
+  for (const { target, isIntersecting } of found) target.chart.seen(isIntersecting);
+}, { rootMargin: "300px" });
 
 export class Chart {
-  /** `log` is how the y axis begins; `height` in px. */
-  constructor(name, { log = false, height = 190, write = String } = {}) {
+  /** `log` is how the y axis begins; `height` in px; `ticks` how plotly writes them. */
+  constructor(name, { log = false, height = 190, write = String, ticks = null } = {}) {
+    this.ticks = ticks;
     this.name = name;
     this.log = log;
     this.height = height;
     this.write = write;
     this.content = null;
     this.plot = h("div", { class: "plot" });
+    this.rule = h("div", { class: "rule", hidden: true });
+    this.box = h("div", { class: "plotbox" }, this.plot, this.rule);
     this.plot.style.height = `${height}px`;
     this.note = h("span", { class: "muted" });
     this.now = h("strong", { class: "now" });
@@ -80,7 +44,15 @@ export class Chart {
     this.reset = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.board.setZoom(null) }, "whole run");
     this.rows = h("div", { class: "scroll values", hidden: true, tabindex: "0" });
     const head = h("figcaption", {}, h("span", { class: "title" }, name), this.now, h("span", { class: "tools" }, this.reset, this.switch, this.data));
-    this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no point yet` }, head, this.plot, this.note, this.rows);
+    this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no point yet` }, head, this.box, this.note, this.rows);
+    this.node.chart = this;
+    this.isSeen = false;
+    eyes.observe(this.node);
+  }
+
+  seen(wanted) {
+    this.isSeen = wanted;
+    if (wanted && this.isStale) this.draw().catch((error) => console.warn(error));
   }
 
   /** `{traces, shapes, label, now, note, columns}`; drawn with the next `draw`. */
@@ -88,34 +60,47 @@ export class Chart {
     this.content = content;
   }
 
+  /** The words at once; the picture now if it is seen, else when it will be. */
   async draw() {
     if (!this.content) return;
-    const { traces, shapes = [], label, now = "", note = "" } = this.content;
+    const { traces, label } = this.content;
+    const isEmpty = !traces.some((one) => one.y.some(Number.isFinite));
     attr(this.node, "aria-label", label);
-    text(this.now, now);
-    const lost = this.log ? unshown(traces.filter((one) => one.counted).flatMap((one) => one.y)) : 0;
-    text(this.note, [note, lost ? `${lost} not shown on a log axis` : ""].filter(Boolean).join(" · "));
-    this.reset.hidden = !this.board.zoom;
+    this.tell(this.at ?? null);
+    text(this.note, this.words(isEmpty));
+    show(this.box, !isEmpty);
+    show(this.reset, this.board.zoom);
     if (!this.rows.hidden) this.fillData();
+    this.isStale = !this.isSeen;
+    if (this.isStale || isEmpty) return;
     const Plotly = await library();
     if (this.gone) return;
-    const drawn = traces.map(({ counted: _, ...trace }) => ({ type: "scatter", mode: "lines", hoverinfo: "none", ...trace }));
-    await Plotly.react(this.plot, drawn, this.layout(shapes), this.started ? undefined : CONFIG);
+    const ends = endLabels(traces, this.log, this.height, inks()[0]);
+    const drawn = traces.map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: modeOf(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(positive) : trace.y }));
+    await Plotly.react(this.plot, drawn, this.layout(ends), this.started ? undefined : CONFIG);
     if (!this.started) this.listen();
-    this.applyZoom();
+    await this.applyZoom();
+    this.putRule();
   }
 
-  layout(shapes) {
-    const dark = isDark();
-    const [ink, grid] = dark ? ["#a3adb8", "#2a3138"] : ["#52606d", "#e6e9ed"];
+  words(isEmpty) {
+    const { traces, note = "" } = this.content;
+    const values = (one) => (one.counted === true ? one.y : one.counted);
+    const lost = this.log ? traces.filter((one) => one.counted).reduce((sum, one) => sum + unshown(values(one)), 0) : 0;
+    const empty = isEmpty ? "Not reported by this run so far" : "";
+    return [empty || note, lost ? `${lost} not shown on a log axis` : ""].filter(Boolean).join(" · ");
+  }
+
+  layout({ room, annotations }) {
+    const [ink, grid] = inks();
     const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickfont: { size: 11 }, automargin: false };
     const date = this.board.axis === "clock";
     return {
-      uirevision: this.board.axis, autosize: true, height: this.height, margin: { l: 52, r: 12, t: 6, b: 26 }, showlegend: false, dragmode: "zoom",
+      uirevision: this.board.axis, autosize: true, height: this.height, margin: { l: 52, r: room, t: 6, b: 26 }, showlegend: false, dragmode: "zoom",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", size: 11, color: ink },
-      hovermode: "x", hoverdistance: -1, shapes, separators: ".,",
+      hovermode: "x", hoverdistance: -1, shapes: this.content.shapes ?? [], annotations, separators: ".,",
       xaxis: { ...axis, autorange: true, type: date ? "date" : "linear", nticks: 6, ...(date ? {} : { tickformat: "~s", rangemode: "normal" }) },
-      yaxis: { ...axis, autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.log ? "~g" : "~r" },
+      yaxis: { ...axis, autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
     };
   }
 
@@ -128,36 +113,49 @@ export class Chart {
       else if (change["xaxis.autorange"]) this.board.setZoom(null, this);
     });
     this.plot.on("plotly_doubleclick", () => this.board.setZoom(null));
-    this.plot.on("plotly_hover", (event) => this.say(event));
-    this.plot.on("plotly_unhover", () => this.plot.dispatchEvent(new Event("quiet")));
+    this.plot.on("plotly_hover", (event) => event.points?.[0] && this.board.hover(this.near(event.points[0].x)));
+    this.plot.on("plotly_unhover", () => this.board.hover(null));
+    this.plot.addEventListener("pointerleave", () => this.board.hover(null));
   }
 
-  say(event) {
-    const point = event.points?.[0];
-    if (!point || this.pointing) return;
-    this.board.hover(point.x, this);
-    this.tell(point.x);
+  /** The place of the main line that is nearest to x. */
+  near(x) {
+    const main = this.content.traces.find((one) => one.main);
+    const at = main ? nearest(main, x) : -1;
+    return at < 0 ? x : main.x[at];
   }
 
-  /** A rule at x, drawn in every chart, and the value beside the name. */
+  /** The pointer is at x, here or in another chart: a rule there, and the values beside the name. */
   point(x) {
+    this.at = x;
     this.tell(x);
+    this.putRule();
   }
 
   tell(x) {
-    const main = this.content?.traces.find((one) => one.main);
-    const at = main ? nearest(main.x, x) : -1;
-    if (at < 0) return;
-    text(this.now, this.write(main.y[at]));
-    attr(this.now, "title", `at ${main.x[at]}`);
-    clearTimeout(this.back);
-    this.back = setTimeout(() => (text(this.now, this.content.now ?? ""), attr(this.now, "title", null)), 2500);
+    if (!this.content) return;
+    const told = x === null ? [] : this.content.traces.filter((one) => one.main || one.end);
+    const values = told.map((one) => [one.y[nearest(one, x)], one.end]).filter(([y]) => Number.isFinite(y));
+    const words = values.map(([y, name]) => (name && told.length > 1 ? `${name} ${this.write(y)}` : this.write(y))).join("   ");
+    text(this.now, words ? `${words} at ${this.board.place(x)}` : (this.content.now ?? ""));
+  }
+
+  putRule() {
+    const { xaxis } = this.plot._fullLayout ?? {};
+    const place = this.at !== null && this.at !== undefined && xaxis ? xaxis.d2p(this.at) : NaN;
+    const inside = place >= 0 && place <= xaxis._length;
+    show(this.rule, inside);
+    if (inside) this.rule.style.left = `${Math.round(xaxis._offset + place)}px`;
   }
 
   async applyZoom() {
+    show(this.reset, this.board.zoom);
     if (!this.started || this.gone) return;
+    if (!this.isSeen) {
+      this.isStale = true;
+      return;
+    }
     const { zoom } = this.board;
-    this.reset.hidden = !zoom;
     const shown = this.plot.layout?.xaxis;
     const same = zoom ? shown && !shown.autorange && zoom.every((value, i) => value === shown.range[i]) : shown?.autorange;
     if (same) return;
@@ -165,12 +163,13 @@ export class Chart {
     const change = zoom ? { "xaxis.range": [...zoom], "xaxis.autorange": false } : { "xaxis.autorange": true, "yaxis.autorange": true };
     await window.Plotly.relayout(this.plot, change);
     this.moving = false;
+    this.putRule();
   }
 
   turn() {
     this.log = !this.log;
     attr(this.switch, "aria-pressed", String(this.log));
-    this.draw();
+    this.draw().catch((error) => console.warn(error));
   }
 
   toggleData() {
@@ -195,17 +194,28 @@ export class Chart {
 
   close() {
     this.gone = true;
-    clearTimeout(this.back);
+    eyes.unobserve(this.node);
     if (this.started) window.Plotly.purge(this.plot);
   }
 }
 
-function nearest(xs, x) {
-  const wanted = typeof x === "string" ? Date.parse(x.replace(" ", "T")) : x;
-  const value = (one) => (typeof one === "string" ? Date.parse(one) : one);
+const inks = () => (isDark() ? ["#a3adb8", "#2a3138"] : ["#52606d", "#e6e9ed"]);
+
+/** What a log axis can show: of a zero plotly would draw a fall out of the picture. */
+const positive = (y) => (y > 0 ? y : null);
+
+/** A line of one point is a point. */
+const modeOf = ({ y }) => (y.filter(Number.isFinite).length > 1 ? "lines" : "lines+markers");
+
+/** The index of the value that is nearest to x; -1 where there is none. */
+function nearest({ x: xs, y: ys }, x) {
+  const wanted = moment(x);
   let best = -1;
+  let least = Infinity;
   xs.forEach((one, i) => {
-    if (one !== null && (best < 0 || Math.abs(value(one) - wanted) < Math.abs(value(xs[best]) - wanted))) best = i;
+    if (one === null || !Number.isFinite(ys[i])) return;
+    const apart = Math.abs(moment(one) - wanted);
+    if (apart < least) [best, least] = [i, apart];
   });
   return best;
 }

@@ -11,11 +11,20 @@ const PAUSE_MS = 60_000;
 /** x of every row on the chosen axis; active time leaves out what lies between attempts. */
 export function places(rows, axis, attempts) {
   if (axis === "tokens") return rows.map((row) => row.tokens ?? null);
-  if (axis === "clock") return rows.map((row) => row.at ?? null);
+  if (axis === "clock") return rows.map((row) => (row.at ? wallClock(row.at) : null));
   if (axis === "step") return rows.map((row) => row.step);
   const spans = attempts.map((one) => [Date.parse(one.started_at ?? one.created_at), Date.parse(one.ended_at ?? new Date())]);
   return rows.map((row) => (row.at ? activeHours(Date.parse(row.at), spans) : null));
 }
+
+/** Local, as the chart library writes dates: it knows no zones. */
+export function wallClock(at) {
+  const then = new Date(at);
+  return new Date(then - then.getTimezoneOffset() * 60_000).toISOString().replace("T", " ").replace("Z", "");
+}
+
+/** x as a number: of a wall clock in ms. */
+export const moment = (x) => (typeof x === "string" ? Date.parse(x.replace(" ", "T")) : x);
 
 function activeHours(at, spans) {
   return spans.reduce((sum, [from, to]) => sum + Math.max(0, Math.min(at, to) - from), 0) / 3_600_000;
@@ -47,18 +56,26 @@ export function line(xs, ys, breaks) {
   return found;
 }
 
-/** How many values a log axis cannot show. */
-export const unshown = (values) => values.filter((value) => value !== null && value !== undefined && value <= 0).length;
+const isNumber = (value) => value !== null && value !== undefined;
 
-/** "1 point = 32 steps" */
-export const grain = (resolution) => (resolution > 1 ? `1 point = ${resolution} steps` : "1 point = 1 report");
+/** How many values a log axis cannot show: zeros, negatives, and those that were no number in a series that has some. */
+export function unshown(values) {
+  return values.some(isNumber) ? values.filter((value) => !isNumber(value) || value <= 0).length : 0;
+}
+
+/** "1 point = 32 steps": what the service put together, or what lies between two reports. */
+export function grain(resolution, rows) {
+  const apart = rows.length > 1 ? Math.round((rows.at(-1).step - rows[0].step) / (rows.length - 1)) : 1;
+  const steps = resolution > 1 ? resolution : Math.max(1, apart);
+  return `1 point = ${steps.toLocaleString("en-US")} ${steps === 1 ? "step" : "steps"}`;
+}
 
 /** "Train loss, step 0 to 12,400, now 2.913" */
 export function described(name, rows, value, write) {
   if (!rows.length) return `${name}, no point yet`;
   const last = rows.findLast((row) => value(row) !== null && value(row) !== undefined);
   const now = last ? `, now ${write(value(last))}` : "";
-  return `${name}, step ${rows[0].first_step ?? rows[0].step} to ${rows.at(-1).step.toLocaleString("en-US")}${now}`;
+  return `${name}, step ${(rows[0].first_step ?? rows[0].step).toLocaleString("en-US")} to ${rows.at(-1).step.toLocaleString("en-US")}${now}`;
 }
 
 /** The parts of earlier attempts that a later one went over again: [attempt, after step, up to step]. */

@@ -5,6 +5,7 @@ import { Checkpoints } from "./checkpoints.js";
 import { Config } from "./config.js";
 import { Listing, cell, moved } from "./listing.js";
 import { Logs } from "./logs.js";
+import { Metrics } from "./metrics.js";
 
 class Overview extends Listing {
   constructor(place, address) {
@@ -38,4 +39,4 @@ class Samples extends Listing {
   }
 }
 
-export const TABS = { overview: Overview, logs: Logs, checkpoints: Checkpoints, samples: Samples, config: Config, events: Events };
+export const TABS = { overview: Overview, metrics: Metrics, logs: Logs, checkpoints: Checkpoints, samples: Samples, config: Config, events: Events };

@@ -1,0 +1,191 @@
+"""Curves in a browser: what they show of a run's life, and that nobody's zoom or place is lost while they grow."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Locator, Page, expect
+
+from service.launch.fake import FakeAttempt
+from tests.browser.looks import in_both_themes
+from tests.service.rig import Rig
+from tests.service.served import served
+
+
+def say(attempt: FakeAttempt, steps: range, lift: float = 0.0) -> None:
+    for step in steps:
+        attempt.metric(
+            step,
+            loss=None if step == 30 else 2 + 6 / (1 + step / 20) + lift + (step % 5) / 20,
+            nonfinite=step == 30,
+            learning_rate=step / 1000,
+            grad_norm=0.0 if step == 2 else 1 + 3 / step,
+            tokens=step * 2048,
+            step_seconds=0.1 + (step % 7) / 200,
+            data_seconds=0.002,
+            memory_bytes=61_000_000_000,
+            eval_loss=2.2 + 6 / (1 + step / 20) if step % 20 == 0 else None,
+        )
+
+
+@dataclass
+class Run:
+    rig: Rig
+    attempt: FakeAttempt
+    url: str
+
+
+@pytest.fixture
+def run(rig: Rig) -> Iterator[Run]:
+    """A run that came to step 60, was killed, went on from its checkpoint at 40, and is at 80."""
+    job_id, first = rig.running(steps=400, name="curves")
+    say(first, range(1, 41))
+    rig.checkpoint(job_id, first, 40)
+    say(first, range(41, 61), lift=0.4)
+    rig.exit(first, "killed", step=60)
+    if rig.job(job_id)["restart_at"]:
+        rig.clock.forward(3600)
+    second = rig.next_attempt(job_id, 2, start_step=40, steps=400)
+    say(second, range(41, 81))
+    second.say("warning", code="loss_spike", message="the loss rose to 5.1 at step 70", step=70)
+    rig.ship(second)
+    with served(rig) as (host, port):
+        yield Run(rig, second, f"http://{host}:{port}/jobs/{job_id}")
+
+
+def figure(page: Page, name: str) -> Locator:
+    return page.get_by_role("group", name=re.compile(f"^{name}"))
+
+
+def zoomed(page: Page) -> list[float]:
+    found: list[float] = (
+        figure(page, "Train loss")
+        .locator(".js-plotly-plot")
+        .first.evaluate("node => [...node.layout.xaxis.range].map(Number)")
+    )
+    return found
+
+
+def drag(page: Page, chart: Locator, begin: float, end: float) -> None:
+    """Over the middle of the chart, from one share of its width to another."""
+    box = chart.locator(".nsewdrag").first.bounding_box()
+    assert box is not None
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + begin * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + end * box["width"], middle, steps=4)
+    page.mouse.up()
+
+
+def test_what_the_loss_shows_of_a_life(run: Run, page: Page) -> None:
+    broken: list[str] = []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    page.goto(run.url)
+    chart = figure(page, "Train loss")
+    expect(chart).to_have_attribute("aria-label", re.compile(r"^Train loss, step 1 to 80, now \d\.\d{3}$"))
+    for words in (
+        "1 point = 1 step",
+        "✕ 1 not finite",
+        "◆ evaluation",
+        "new attempt",
+        "gone over again",
+        "alert",
+        "saved",
+    ):
+        expect(chart).to_contain_text(words)
+    lines = chart.locator(".js-plotly-plot").first.evaluate(
+        "node => node.data.map(one => [one.uid, one.type, one.x.length])"
+    )
+    known = {uid: points for uid, _, points in lines}
+    assert {kind for _, kind, _ in lines} == {"scatter"}
+    assert (known["ema"], known["eval"], known["bad"], known["old-1"]) == (80, 4, 1, 20)
+    assert chart.locator(".js-plotly-plot").first.evaluate("node => node.layout.shapes.length") == 3
+    expect(figure(page, "Gradient norm")).to_contain_text("1 not shown on a log axis")
+    chart.get_by_role("button", name="log").click()
+    expect(chart).to_contain_text("1 not shown on a log axis")
+    chart.get_by_role("button", name="log").click()
+    chart.get_by_role("button", name="data").click()
+    expect(chart.get_by_role("region", name="Train loss as a table").get_by_role("row")).to_have_count(81)
+    chart.get_by_role("button", name="data").click()
+    for axis, words in (("tokens", "tokens"), ("active", " h"), ("clock", ":"), ("step", "step")):
+        page.get_by_label("Along").select_option(axis)
+        expect(figure(page, "Tokens.s").locator(".scatterlayer .trace")).to_have_count(1)
+        page.mouse.move(5, 5)
+        chart.locator(".nsewdrag").first.hover()
+        expect(chart.locator(".now")).to_contain_text(re.compile(f" at .*{words}"))
+        expect(figure(page, "Learning rate").locator(".now")).to_contain_text(re.compile(f" at .*{words}"))
+        expect(figure(page, "Learning rate").locator(".rule")).to_be_visible()
+    page.mouse.move(5, 5)
+    expect(figure(page, "Learning rate").locator(".rule")).to_be_hidden()
+    in_both_themes(page, "job-curves")
+    assert broken == []
+
+
+def test_a_zoom_outlives_updates_and_the_page(run: Run, page: Page) -> None:
+    page.goto(run.url)
+    chart = figure(page, "Train loss")
+    expect(chart.locator(".nsewdrag").first).to_be_visible()
+    drag(page, chart, 0.25, 0.5)
+    page.wait_for_url(re.compile("zoom="))
+    before = zoomed(page)
+    assert 10 < before[0] < before[1] < 60
+    expect(figure(page, "Tokens.s").get_by_role("button", name="whole run")).to_be_visible()
+    page.get_by_role("tab", name="config").focus()
+    page.evaluate("scrollTo(0, 120)")
+    say(run.attempt, range(81, 121))
+    run.rig.ship(run.attempt)
+    expect(page.locator(".facts")).to_contain_text("120 of 400")
+    page.wait_for_function("document.querySelector('.js-plotly-plot').data.some(one => one.uid === 'ema')")
+    assert zoomed(page) == before
+    assert page.evaluate("[scrollY, document.activeElement.id]") == [120, "tab-config"]
+    page.reload()
+    expect(chart.locator(".nsewdrag").first).to_be_visible()
+    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.xaxis.autorange === false")
+    assert [round(end) for end in zoomed(page)] == [round(end) for end in before]
+    chart.get_by_role("button", name="whole run").click()
+    expect(chart).to_have_attribute("aria-label", re.compile("step 1 to 120"))
+    assert "zoom=" not in page.url
+    assert zoomed(page)[1] > 110
+
+
+def test_all_metrics_are_drawn_as_they_come_into_sight_and_found_by_words(run: Run, page: Page) -> None:
+    page.goto(f"{run.url}?tab=metrics")
+    panel = page.get_by_role("tabpanel")
+    charts = panel.get_by_role("group")
+    expect(charts).to_have_count(8)
+    panel.get_by_role("button", name="Show all").click()
+    expect(charts).to_have_count(15)
+    assert panel.locator(".main-svg").count() == 0, "nobody has seen them yet"
+    last = panel.get_by_role("group", name=re.compile("^Epoch"))
+    last.scroll_into_view_if_needed()
+    expect(last.locator(".scatterlayer .trace")).to_have_count(1)
+    expect(panel.get_by_role("group", name=re.compile("^Load"))).to_contain_text("Not reported by this run")
+    page.get_by_label("Search the charts").fill("memory")
+    expect(charts).to_have_count(1)
+    expect(charts.first).to_have_attribute("aria-label", re.compile("now 61.0 GB$"))
+    assert "chart=memory" in page.url
+    page.get_by_label("Search the charts").fill("")
+    expect(charts).to_have_count(15)
+    in_both_themes(page, "metrics")
+
+
+def test_a_hidden_tab_asks_for_nothing(run: Run, page: Page) -> None:
+    page.clock.install()
+    page.goto(run.url)
+    expect(figure(page, "Train loss").locator(".nsewdrag").first).to_be_visible()
+    page.evaluate("Object.defineProperty(document, 'hidden', { get: () => globalThis.away, configurable: true })")
+    page.evaluate("globalThis.away = true; document.dispatchEvent(new Event('visibilitychange'))")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.fast_forward(30_000)
+    say(run.attempt, range(81, 91))
+    run.rig.ship(run.attempt)
+    page.clock.fast_forward(30_000)
+    assert asked == []
+    page.evaluate("globalThis.away = false; document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page.locator(".facts")).to_contain_text("90 of 400")
+    assert sum("stream" in url for url in asked) == 1
