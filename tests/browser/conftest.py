@@ -11,9 +11,11 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.service.rig import Rig
+from tests.service.served import served
+from tests.service.test_checkpoints import write_checkpoint
 
 CHROMIUM = shutil.which("chromium")
-PATIENCE_MS = 60_000
+PATIENCE_MS = 30_000
 POLICY = "Content Security Policy"
 
 
@@ -23,6 +25,23 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
     yield made
     made.close()
     made.database.close()
+
+
+@pytest.fixture
+def service(rig: Rig) -> Iterator[str]:
+    """Two jobs that differ in their learning rate, each with two checkpoints, one that runs and one that waits."""
+    for name, rate, offset in (("slow", 1e-4, 0.5), ("fast", 1e-3, 0.0)):
+        job_id, attempt = rig.running(steps=60, name=name, training={"learning_rate": rate})
+        for step in range(1, 61):
+            attempt.metric(step, loss=8 - step / 12 + offset, tokens=step * 2048, learning_rate=rate)
+        for step in (20, 40):
+            write_checkpoint(rig.checkpoint(job_id, attempt, step))
+        rig.ship(attempt)
+        rig.exit(attempt, "completed", step=60)
+    rig.running(steps=1000, name="holds-the-slots", resources={"nproc_per_node": 2})
+    rig.submit(name="waits", resources={"nproc_per_node": 2})
+    with served(rig) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 @pytest.fixture(scope="session")

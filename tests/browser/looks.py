@@ -41,7 +41,8 @@ def no_sideways_scroll(page: Page) -> None:
 
 def in_both_themes(page: Page, name: str) -> None:
     for theme in ("light", "dark"):
-        assert serious(page) == [], theme
+        found = serious(page)
+        assert found == [], (theme, found)
         picture(page, f"{name}-{theme}")
         page.locator("#theme").click()
     no_sideways_scroll(page)

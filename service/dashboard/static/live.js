@@ -1,5 +1,5 @@
 // The page's heartbeat: looks again while it is seen, says how fresh it is, and keeps what it has when the service is away.
-import { connection } from "./api.js";
+import { Away, connection } from "./api.js";
 import { h, show, text } from "./dom.js";
 import { clock, duration } from "./format.js";
 
@@ -35,6 +35,18 @@ export function beat(look, every = BEAT_MS) {
     },
     { now: once },
   );
+}
+
+/** Calls `work` until it was done once, unless `gone` says that nobody waits any more. */
+export async function untilDone(work, gone) {
+  while (!gone()) {
+    try {
+      return await work();
+    } catch (error) {
+      if (!(error instanceof Away)) throw error;
+      await new Promise((done) => setTimeout(done, BEAT_MS));
+    }
+  }
 }
 
 /** Calls `work` now or later, never more often than every 2 s. */

@@ -21,7 +21,7 @@ function checkpointRow(one, listing) {
   const doing = [
     act("Download", () => download(`${at}/files/model.safetensors`, name)),
     act("Export HF", async () => say(`Exported to ${(await send("POST", `${at}/export`, { format: "hf" })).path}`)),
-    act("Fork from here", async () => go(`/jobs/${(await send("POST", `${listing.address}/fork`, { step: one.step })).id}`)),
+    act("Fork from here", () => go(`/submit?fork=${encodeURIComponent(one.job_id)}&step=${one.step}`)),
   ];
   return h("tr", {}, cell(one.step.toLocaleString("en-US"), "num"), cell(one.kind), cell(loss(one.loss), "num"), cell(bytes(one.bytes), "num"),
     cell(ago(one.created_at), "", exact(one.created_at)), h("td", {}, h("code", { title: one.sha256 }, one.sha256.slice(0, 12))),

@@ -1,111 +1,237 @@
-// A job spec as JSON: planned first, then launched. Every mistake stands at its place in a list.
-import { Refused, send } from "../api.js";
-import { attr, h, list, say, show, text } from "../dom.js";
-import { NONE, bytes, count, duration, loss, short } from "../format.js";
-import { go } from "../router.js";
+// A new job: from the defaults, like another job, or as a fork of one. Planned first, then launched.
+import { Refused, get, query, send } from "../api.js";
+import { attr, h, say, show, text } from "../dom.js";
+import { Editor } from "../form/editor.js";
+import { SpecForm } from "../form/form.js";
+import { PlanView } from "../form/plan.js";
+import { merged } from "../form/values.js";
+import { count } from "../format.js";
+import { untilDone } from "../live.js";
+import { schemas } from "../openapi.js";
+import { go, keep, kept } from "../router.js";
 
-const EXAMPLE = { name: "pretrain", data: { data_path: "/data/corpus.jsonl" }, training: { batch_size: 32, epochs: 1 } };
+const EXAMPLE = { name: "pretrain", data: { data_path: "" } };
 const KEY = "trainyard-draft";
+const DATA = { keep: "go on as the parent would: the same samples in the same steps", restart: "begin data and schedule anew, with the weights" };
 
 export const submit = { title: "Submit", open };
 
 function open(place) {
-  const page = new Page(place);
-  return () => page.close();
+  const state = { gone: false };
+  untilDone(async () => build(place, await load()), () => state.gone);
+  return () => (state.gone = true);
 }
 
-class Page {
-  constructor(place) {
-    this.spec = h("textarea", { id: "spec", rows: "18", spellcheck: "false", class: "mono", "aria-describedby": "wrong" });
-    this.spec.value = sessionStorage.getItem(KEY) ?? JSON.stringify(EXAMPLE, null, 2);
-    this.wrong = h("p", { class: "wrong", id: "wrong", role: "alert", hidden: true });
-    this.errors = h("ul", { class: "errors", hidden: true });
-    this.facts = h("dl", { class: "facts" });
-    this.warnings = h("ul", { class: "alerts" });
-    this.plan = h("section", { hidden: true }, h("h2", {}, "What it would be"), this.facts, this.warnings);
-    this.launch = h("button", { type: "button", class: "primary", onclick: () => this.press("/jobs") }, "Submit");
-    const look = h("button", { type: "submit" }, "Plan");
-    const form = h("form", { class: "submit", onsubmit: (event) => (event.preventDefault(), this.press("/jobs/plan")) },
-      h("label", { for: "spec" }, "Job spec, JSON; what is left out is as by default"), this.spec, this.wrong, this.errors, h("div", { class: "bar" }, look, this.launch));
-    const words = h("p", { class: "muted" }, "Every setting is in ", h("a", { href: "/docs", target: "_blank", rel: "noreferrer" }, "the API's page"), ". Nothing is stored before you submit.");
-    // One key a draft: a second press of the button after a lost answer is the same job.
+/** What the page is made of: the schemas, and the job that is forked or followed. */
+async function load() {
+  const id = kept("fork") ?? kept("like");
+  const found = { schemas: await schemas(), job: null, steps: [], fork: kept("fork") !== null };
+  if (id === null) return found;
+  try {
+    found.job = await get(`/jobs/${encodeURIComponent(id)}`);
+    if (found.fork) found.steps = await steps(id);
+  } catch (error) {
+    if (!(error instanceof Refused) || error.status !== 404) throw error;
+    found.missing = id;
+  }
+  return found;
+}
+
+async function steps(id) {
+  const { data } = await get(query(`/jobs/${encodeURIComponent(id)}/checkpoints`, { limit: 100 }));
+  return data.filter((one) => one.kind === "full").map((one) => one.step);
+}
+
+function build(place, found) {
+  if (found.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no job ${found.missing}. `, h("a", { href: "/submit" }, "A new one")));
+  else if (found.job && found.fork) new Fork(place, found);
+  else new Submission(place, found);
+}
+
+/** A new job. What differs in a fork stands in methods of their own. */
+class Submission {
+  constructor(place, found) {
+    Object.assign(this, found);
+    this.form = new SpecForm(found.schemas, this.base(), this.whose(), () => (this.editor.follow(), this.changed()));
+    this.editor = new Editor(this.form, this.words(), () => this.changed());
+    this.plan = new PlanView("Plan it to see size, memory, time, and what to know before. Nothing is stored before you submit.");
+    this.wrong = h("p", { class: "wrong", role: "alert", hidden: true });
+    this.look = h("button", { type: "submit" }, "Plan");
+    this.launch = h("button", { type: "button", class: "primary", onclick: () => this.press(true) }, this.verb());
+    this.many = h("p", { class: "muted" });
+    const anew = h("button", { type: "button", class: "quiet", onclick: () => this.start(this.first()) }, "Start over");
+    const side = h("div", { class: "side" }, h("div", { class: "bar" }, this.look, this.launch, anew), this.many, this.wrong, this.plan.node);
+    place.append(h("h1", {}, ...this.title()), h("form", { class: "submit", novalidate: true, onsubmit: (event) => (event.preventDefault(), this.press(false)) },
+      h("div", { class: "what" }, this.extra(), this.editor.node), side));
+    const kept_ = sessionStorage.getItem(this.draftKey());
+    this.start(kept_ ?? this.first());
+  }
+
+  base() {
+    return null;
+  }
+
+  whose() {
+    return "default";
+  }
+
+  words() {
+    return "Job spec, JSON; what is left out is as by default";
+  }
+
+  verb() {
+    return "Submit";
+  }
+
+  title() {
+    return this.job ? ["Submit a job like ", h("a", { href: `/jobs/${this.job.id}` }, this.job.name)] : ["Submit"];
+  }
+
+  extra() {
+    return null;
+  }
+
+  draftKey() {
+    return this.job ? `${KEY}-like-${this.job.id}` : KEY;
+  }
+
+  first() {
+    if (!this.job) return JSON.stringify(EXAMPLE, null, 2);
+    this.form.fill(this.job.spec);
+    return JSON.stringify(this.form.value, null, 2);
+  }
+
+  /** What is sent where, for a plan and for a launch. */
+  request(spec, launching) {
+    return [launching ? "/jobs" : "/jobs/plan", spec];
+  }
+
+  start(draft) {
+    this.editor.draft = draft;
+    this.editor.refuse([]);
+    this.plan.show(null);
+    this.changed();
+  }
+
+  /** One key a draft: a second press of the button after a lost answer is the same job. */
+  changed() {
+    sessionStorage.setItem(this.draftKey(), this.editor.draft);
     this.key = crypto.randomUUID();
-    this.spec.addEventListener("input", () => {
-      sessionStorage.setItem(KEY, this.spec.value);
-      this.key = crypto.randomUUID();
-    });
-    place.append(h("h1", {}, "Submit"), words, form, this.plan);
+    this.planned = null;
+    this.plan.stale(true);
+    text(this.launch, this.verb());
+    const many = this.form.changed.length;
+    text(this.many, many ? `${count(many)} ${many === 1 ? "setting differs" : "settings differ"} from ${this.job && this.fork ? "the parent's" : "the defaults"}.` : "");
   }
 
-  async press(address) {
-    const spec = this.read();
-    if (!spec) return;
-    attr(this.launch, "aria-disabled", "true");
+  /** Plans; a launch goes on from there at once where the plan has no warning that was not seen. */
+  async press(launching) {
+    const spec = this.editor.read();
+    if (!spec || this.busy) return;
+    this.busy = true;
+    for (const button of [this.look, this.launch]) attr(button, "aria-disabled", "true");
     try {
-      const answer = await send("POST", address, spec, address === "/jobs" ? { "Idempotency-Key": this.key } : {});
-      if (this.gone) return;
-      this.refused("", []);
-      if (address === "/jobs") {
-        sessionStorage.removeItem(KEY);
-        say(`${answer.name}: ${answer.status}`);
-        go(`/jobs/${answer.id}`);
-      } else this.show(answer);
+      const seen = this.planned !== null;
+      if (!launching || !seen) await this.lookAhead(spec);
+      if (launching && (seen || !this.planned.warnings.length)) await this.send(spec);
+      else this.asks(launching);
     } catch (error) {
-      show(this.plan, false);
-      this.refused(error.message, error instanceof Refused ? error.errors : []);
+      this.refused(error);
     } finally {
-      attr(this.launch, "aria-disabled", null);
+      this.busy = false;
+      for (const button of [this.look, this.launch]) attr(button, "aria-disabled", null);
     }
   }
 
-  read() {
-    try {
-      return JSON.parse(this.spec.value);
-    } catch (error) {
-      this.refused(`This is not JSON: ${error.message}`, []);
-      return null;
-    }
+  async lookAhead(spec) {
+    const plan = await send("POST", ...this.request(spec, false));
+    this.editor.refuse([]);
+    this.tell("");
+    this.plan.show(plan);
+    this.planned = plan;
   }
 
-  refused(words, errors) {
+  asks(launching) {
+    const many = this.planned.warnings.length;
+    if (many) text(this.launch, `${this.verb()} in spite of ${many === 1 ? "the warning" : `${many} warnings`}`);
+    if (launching && many) this.plan.node.focus();
+    say(many ? `Planned, with ${many} ${many === 1 ? "warning" : "warnings"}` : "Planned, without a warning");
+  }
+
+  async send(spec) {
+    const job = await send("POST", ...this.request(spec, true), { "Idempotency-Key": this.key });
+    sessionStorage.removeItem(this.draftKey());
+    say(`${job.name}: ${job.status}`);
+    go(`/jobs/${job.id}`);
+  }
+
+  refused(error) {
+    const errors = error instanceof Refused ? error.errors.map((one) => this.placed(one)) : [];
+    this.plan.show(null);
+    this.tell(errors.length ? `${errors.length === 1 ? "One setting is" : `${errors.length} settings are`} not right yet.` : error.message);
+    this.editor.refuse(errors);
+  }
+
+  placed(error) {
+    return error;
+  }
+
+  tell(words) {
     show(this.wrong, words);
     text(this.wrong, words);
-    attr(this.spec, "aria-invalid", words ? "true" : null);
-    show(this.errors, errors.length);
-    list(this.errors, errors, (one) => `${one.pointer} ${one.message}`, () => h("li", {}, h("button", { type: "button", class: "quiet mono" }), h("span")), (part, one) => {
-      text(part.firstChild, one.pointer || "/");
-      part.firstChild.onclick = () => this.point(one.pointer);
-      text(part.lastChild, ` ${one.message}`);
-    });
+  }
+}
+
+/** A new job from a checkpoint of another one: only what it is to have otherwise. */
+class Fork extends Submission {
+  base() {
+    const { spec } = this.job;
+    // As the service makes it: a fork begins at the checkpoint, and has a name of its own.
+    return merged(spec, { name: `${spec.name}-fork-${this.step()}`, training: { from_weight: null }, checkpoint: { from_resume: false } });
   }
 
-  /** Selects the key that a pointer names, where it is written. */
-  point(pointer) {
-    let at = 0;
-    for (const name of pointer.split("/").slice(1)) {
-      const found = this.spec.value.indexOf(JSON.stringify(name), at);
-      if (found < 0) break;
-      at = found + 1;
-      this.spec.setSelectionRange(found, found + name.length + 2);
-    }
-    this.spec.focus();
+  whose() {
+    return "parent's";
   }
 
-  show(plan) {
-    const memory = Object.values(plan.memory_bytes ?? {}).reduce((sum, value) => sum + (value ?? 0), 0);
-    const facts = [
-      ["Parameters", plan.active_parameters === plan.parameters ? short(plan.parameters) : `${short(plan.parameters)}, ${short(plan.active_parameters)} of them for a token`],
-      ["Tokens", short(plan.tokens)], ["Steps", count(plan.steps)], ["Tokens a step", short(plan.tokens_per_step)],
-      ["Ranks", plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE], ["Memory a rank", bytes(memory || null)],
-      ["A checkpoint", `${bytes(plan.checkpoint_bytes)}, ${bytes(plan.disk_free_bytes)} free`], ["Time", plan.eta_seconds === null ? "not known yet" : `about ${duration(plan.eta_seconds)}`],
-      ["First loss", loss(plan.expected_first_loss)], ["Queue", plan.queue ? `position ${plan.queue.position}, ${plan.queue.waiting_for}` : NONE],
-    ];
-    list(this.facts, facts, ([name]) => name, ([name]) => h("div", {}, h("dt", {}, name), h("dd")), (part, [, value]) => text(part.lastChild, value));
-    list(this.warnings, plan.warnings ?? [], (words) => words, () => h("li"), (part, words) => text(part, words));
-    show(this.plan, true);
+  words() {
+    return "Overrides, JSON; what is left out is as in the parent";
   }
 
-  close() {
-    this.gone = true;
+  verb() {
+    return "Fork";
+  }
+
+  title() {
+    return ["Fork ", h("a", { href: `/jobs/${this.job.id}` }, this.job.name)];
+  }
+
+  draftKey() {
+    return `${KEY}-fork-${this.job.id}`;
+  }
+
+  first() {
+    return "{}";
+  }
+
+  step() {
+    const wanted = Number(kept("step") ?? NaN);
+    return this.steps.includes(wanted) ? wanted : (this.steps[0] ?? null);
+  }
+
+  extra() {
+    const step = h("select", { id: "fork-step", onchange: () => (keep("step", step.value), location.reload()) }, this.steps.map((one) => h("option", { value: one }, count(one))));
+    step.value = this.step() ?? "";
+    this.data = h("select", { id: "fork-data", onchange: () => this.changed() }, Object.entries(DATA).map(([value, words]) => h("option", { value }, words)));
+    return h("div", { class: "bar from" }, h("label", { for: "fork-step" }, "From the checkpoint of step"), step, h("label", { for: "fork-data" }, "and"), this.data);
+  }
+
+  request(spec, launching) {
+    if (launching) return [`/jobs/${this.job.id}/fork`, { step: this.step(), data: this.data.value, overrides: spec }];
+    return ["/jobs/plan", merged(this.base(), spec)];
+  }
+
+  placed({ pointer, message }) {
+    return { pointer: pointer.replace(/^\/overrides(?=\/)/, ""), message };
   }
 }
