@@ -3,11 +3,13 @@
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from service import exposition, status_routes
+from service.access import routes as access_routes
+from service.access.scopes import authorise
 from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
 from service.dashboard.assets import Assets
@@ -77,6 +79,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         description=DESCRIPTION,
         lifespan=life,
         redoc_url=None,
+        dependencies=[Depends(authorise)],
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.services = services
@@ -84,7 +87,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         app.add_exception_handler(kind, handle)
     app.add_middleware(Pages, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
-    app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry)
+    app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)
     for routes in (
         job_routes,
         fork_routes,
@@ -97,6 +100,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         export_routes,
         report_routes,
         device_routes,
+        access_routes,
         status_routes,
         exposition,
     ):

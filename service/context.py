@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.access.gatekeeper import Gatekeeper
 from service.db import Database
 from service.devices.inventory import Inventory
 from service.jobs.lines import Lines
@@ -39,6 +40,11 @@ class Services:
     def leader(self) -> LeaderWatch:
         """Whether the service that schedules goes on, where that is another one."""
         return LeaderWatch()
+
+    @cached_property
+    def gatekeeper(self) -> Gatekeeper:
+        """Knows the tokens."""
+        return Gatekeeper(self.settings, self.database)
 
     @property
     def host(self) -> Host:

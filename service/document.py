@@ -21,8 +21,10 @@ REF = "#/components/schemas/{model}"
 CHANGES = {("patch", "/jobs/{job_id}"): PATCH_FIELDS, ("post", "/jobs/{job_id}/resume"): RESUME_FIELDS}
 CURVE = ("get", "/jobs/{job_id}/metrics")
 SUBMIT = ("post", "/jobs")
-SPECS = ("/jobs", "/jobs/plan")
-"""Addresses that take a job spec, and nothing less."""
+NEEDED = ("/jobs", "/jobs/plan", "/tokens")
+"""Addresses whose body may not be left out."""
+
+QUOTAS = (("post", "/jobs"), ("post", "/jobs/{job_id}/resume"), ("post", "/jobs/{job_id}/fork"))
 
 PROMETHEUS = ("get", "/metrics")
 ALWAYS = (401, 403, 408, 413, 414, 422, 431, 503)
@@ -85,7 +87,7 @@ def _complete(place: tuple[str, str], operation: dict[str, Any], schemas: dict[s
     responses.update({str(status): _problem(status) for status in _refusals(place)})
     responses["default"] = _problem(None)
     if operation.get("requestBody"):
-        operation["requestBody"]["required"] = place[1] in SPECS
+        operation["requestBody"]["required"] = place[1] in NEEDED
     if place in CHANGES:
         operation["requestBody"] = _content(_changes(CHANGES[place], schemas))
     if place == SUBMIT:
@@ -104,8 +106,9 @@ def _refusals(place: tuple[str, str]) -> list[int]:
     method, path = place
     more = [404] if "{" in path else []
     more += [409] if method != "get" and "{" in path else []
+    more += [409] if place == ("post", "/tokens") else []
     more += [415] if method in ("post", "patch") else []
-    return sorted([*ALWAYS, *more, *([429] if path.endswith("/stream") else [])])
+    return sorted([*ALWAYS, *more, *([429] if path.endswith("/stream") or place in QUOTAS else [])])
 
 
 def _problem(status: int | None) -> dict[str, Any]:

@@ -230,6 +230,36 @@ class Unauthorized(ServiceError):
         super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
 
 
+class Forbidden(ServiceError):
+    """The token's scope is not enough for this."""
+
+    status, code = 403, "forbidden"
+
+
+class QuotaExceeded(ServiceError):
+    """The token has as many jobs or devices queued or running as it may have."""
+
+    status, code = 429, "quota_exceeded"
+
+
+class TokenNotFound(ServiceError):
+    """No token has this name."""
+
+    status, code = 404, "token_not_found"
+
+
+class TokenNameTaken(ServiceError):
+    """The name is taken, or was: a name is given once, so that it means one token in every event."""
+
+    status, code = 409, "token_name_taken"
+
+
+class TokenRevoked(ServiceError):
+    """The token was revoked, and stays so: make another one."""
+
+    status, code = 409, "token_revoked"
+
+
 class ForeignHost(ServiceError):
     """The service is not known under the name in the Host header. TRAINYARD_ALLOWED_HOSTS lists its names."""
 

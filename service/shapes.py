@@ -168,6 +168,7 @@ class Job(Shape):
     checkpoint: Checkpoint | None
     queue: Queue | None
     parent: Parent | None
+    submitted_by: str | None
     allowed_actions: list[AllowedAction]
     summary: str
     alerts: list[Alert]
@@ -179,7 +180,7 @@ class Job(Shape):
 
 
 class Event(Shape):
-    """Something that happened to a job. ``actor``: user, service, scheduler or worker."""
+    """Something that happened to a job. ``actor``: a token's name, admin, local, service, scheduler or agent."""
 
     object: Literal["event"] = "event"
     id: str

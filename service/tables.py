@@ -74,10 +74,15 @@ class JobRow(Table):
     ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
     of the curve is summed up in stretches. ``preempted_by``: the job for which this one is pausing.
     ``lineage``: what a fork remembers of its ancestors, see `service.forks.lineage`.
+    ``submitted_by`` made it; ``queued_by`` queued it last, and has it counted against a quota.
     """
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_status", "status", "priority", "queued_at"), Index("ix_jobs_name", "name"))
+    __table_args__ = (
+        Index("ix_jobs_status", "status", "priority", "queued_at"),
+        Index("ix_jobs_name", "name"),
+        Index("ix_jobs_queued_by", "queued_by", "status"),
+    )
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(40), unique=True)
@@ -114,6 +119,8 @@ class JobRow(Table):
     sealed_step: Mapped[int] = mapped_column(default=0)
     preempted_by: Mapped[str | None] = mapped_column(String(40))
     lineage: Mapped[dict[str, Any] | None]
+    submitted_by: Mapped[str | None] = mapped_column(String(64))
+    queued_by: Mapped[str | None] = mapped_column(String(64))
 
 
 class LabelRow(Table):
@@ -136,6 +143,30 @@ class IdempotencyRow(Table):
     body_sha256: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class TokenRow(Table):
+    """A named token. ``sha256`` is that of the whole token, which is kept nowhere. A name is never given twice.
+
+    ``previous_sha256`` is good until ``previous_until``, beside the one that replaced it.
+    """
+
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    scope: Mapped[str] = mapped_column(String(20))
+    sha256: Mapped[str] = mapped_column(String(64))
+    previous_sha256: Mapped[str | None] = mapped_column(String(64))
+    previous_until: Mapped[datetime | None]
+    max_jobs: Mapped[int | None]
+    max_devices: Mapped[int | None]
+    created_by: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    rotated_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
 
 
 class AttemptRow(Table):
@@ -263,7 +294,7 @@ class EventRow(Table):
     attempt: Mapped[int | None]
     seq: Mapped[int | None]
     kind: Mapped[str] = mapped_column(String(40))
-    actor: Mapped[str] = mapped_column(String(20))
+    actor: Mapped[str] = mapped_column(String(64))
     message: Mapped[str]
     data: Mapped[dict[str, Any]]
     at: Mapped[datetime]

@@ -9,14 +9,18 @@ import logging
 import re
 import secrets
 import time
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
+from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from contract.parsing import Problem, plain, pointer_to
 from service import logs
+from service.access.callers import NOBODY, Caller
+from service.access.gatekeeper import Gatekeeper
 from service.dashboard.negotiation import is_file, is_page
 from service.errors import (
     BodyNotJson,
@@ -25,15 +29,16 @@ from service.errors import (
     ForeignHost,
     ForeignOrigin,
     HeadersTooLarge,
+    RequestInvalid,
     UrlTooLong,
     WrongMediaType,
     answer,
     from_exception,
+    with_problems,
 )
 from service.jobs.store import JOB_ID
 from service.settings import Settings
 from service.telemetry import Telemetry
-from service.tokens import Tokens
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -49,17 +54,19 @@ BODY_SECONDS = 30.0
 UNTIMED = ("/stream", "/files/{name}")
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
 
+M = TypeVar("M", bound=BaseModel)
+
 log = logging.getLogger("trainyard")
 
 
 class Gate:
     """The outermost layer: nothing passes that should not, and nothing leaves but an answer with a request id."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry, gatekeeper: Gatekeeper) -> None:
         self._app = app
         self._settings = settings
-        self._tokens = Tokens(settings.token, settings.token_file)
         self._telemetry = telemetry
+        self._gatekeeper = gatekeeper
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -74,6 +81,8 @@ class Gate:
         with logs.about(request_id=request_id):
             try:
                 self._admit(scope, headers)
+                scope["caller"] = await self._caller(scope, headers)
+                self._require_short(scope, headers)
                 await self._app(scope, _Limited(receive, _limit(scope)), answered)
             except Exception as error:
                 await self._refuse(error, scope, receive, answered)
@@ -99,9 +108,16 @@ class Gate:
             raise ForeignHost()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
             raise ForeignOrigin()
-        if self._tokens.needed and not _is_open(scope, headers):
-            self._tokens.require(bearer(headers.get("authorization")))
-            logs.note(actor="user")
+
+    async def _caller(self, scope: Scope, headers: Headers) -> Caller:
+        """Who asks. Raises Unauthorized."""
+        if _is_open(scope, headers):
+            return NOBODY
+        caller = await self._gatekeeper.caller(bearer(headers.get("authorization")))
+        logs.note(actor=caller.name)
+        return caller
+
+    def _require_short(self, scope: Scope, headers: Headers) -> None:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > _limit(scope):
             raise BodyTooLarge()
@@ -177,6 +193,21 @@ def described(schema: dict[str, Any]) -> dict[str, Any]:
 def described_fields(properties: dict[str, Any]) -> dict[str, Any]:
     """The same for an object of these members and no others."""
     return described({"type": "object", "additionalProperties": False, "properties": properties})
+
+
+def described_model(model: type[BaseModel]) -> dict[str, Any]:
+    """The same for a body that `as_model` reads."""
+    return described(model.model_json_schema())
+
+
+def as_model(model: type[M], body: object) -> M:
+    """A body as a model. Raises RequestInvalid with the first mistakes, without what was given."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False, include_context=False)
+        problems = [Problem(pointer_to(*e["loc"]), plain(e["msg"])) for e in found[:20]]
+        raise with_problems(RequestInvalid, problems) from None
 
 
 def bearer(header: str | None) -> str:

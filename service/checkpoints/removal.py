@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from contract.rundir import RunDir
 from contract.status import LIVE, JobStatus
+from service.access.callers import Caller
 from service.checkpoints.files import looks_sound, place_of
 from service.errors import CheckpointInUse, CheckpointNotFound, LastCheckpoint
 from service.jobs import store
@@ -22,7 +23,7 @@ REMOVING = ".removing-"
 log = logging.getLogger("trainyard")
 
 
-def unpublish(session: Session, runs: Path, job_id: str, step: int, now: datetime) -> Path:
+def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Caller, now: datetime) -> Path:
     """Take the full checkpoint of ``step`` out of the list and away from its name; the caller deletes what is returned.
 
     The rename is done here, under the job's lock: decision and deed are one, or two removals at once would each take
@@ -42,7 +43,7 @@ def unpublish(session: Session, runs: Path, job_id: str, step: int, now: datetim
     _require_unused(session, job, step, max(others, default=-1))
     same = (CheckpointRow.job_id == job.id, CheckpointRow.path == str(places[step]))
     session.execute(delete(CheckpointRow).where(*same))
-    store.tell(session, job, Note("checkpoint_removed", _message(step), "user", data={"step": step}), now)
+    store.tell(session, job, Note("checkpoint_removed", _message(step), by.name, data={"step": step}), now)
     session.flush()
     return _renamed(places[step])
 

@@ -10,6 +10,7 @@ from fastapi.responses import Response
 from sqlalchemy import select
 
 from contract.rundir import RunDir
+from service.access.callers import CallerNeeded
 from service.checkpoints import removal
 from service.checkpoints.download import Download
 from service.checkpoints.files import open_listed, place_of, slice_of
@@ -64,8 +65,8 @@ def directory_of(services: Services, job_id: str, step: int) -> Path:
 
 
 @router.delete("", status_code=204)
-def remove(services: ServicesNeeded, job_id: str, step: Step) -> None:
+def remove(services: ServicesNeeded, caller: CallerNeeded, job_id: str, step: Step) -> None:
     """Remove a full checkpoint with its files; never the last valid one, nor one that a live run may need."""
     with services.database.write() as session:
-        leaving = removal.unpublish(session, services.settings.runs, job_id, step, utc_now())
+        leaving = removal.unpublish(session, services.settings.runs, job_id, step, caller, utc_now())
     removal.discard(leaving)

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Header, Response
 
 from contract.parsing import Problem
 from contract.rundir import ProductDir, RunDir
+from service.access.callers import Caller, CallerNeeded
 from service.checkpoints.download import Download
 from service.checkpoints.files import NAME, opened, slice_of
 from service.checkpoints.routes import BYTES, Name, Step, directory_of
@@ -27,7 +28,9 @@ router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
 
 
 @router.post("/checkpoints/{step}/export", status_code=201, openapi_extra=BODY)
-def export(services: ServicesNeeded, response: Response, job_id: str, step: Step, body: JsonBody) -> Export:
+def export(
+    services: ServicesNeeded, caller: CallerNeeded, response: Response, job_id: str, step: Step, body: JsonBody
+) -> Export:
     """Write the checkpoint as a Hugging Face directory (`hf`), or as MiniMind's `.pth`, beside the run.
 
     Answers once it is written: 201, or 200 where the same weights were exported before. One at a time for each job.
@@ -44,17 +47,17 @@ def export(services: ServicesNeeded, response: Response, job_id: str, step: Step
         response.status_code = 200
     else:
         making.make(wanted)
-        _tell(services, job_id, wanted)
+        _tell(services, job_id, wanted, caller)
     return _shown(job_id, making.described(wanted.products, step, form))
 
 
-def _tell(services: Services, job_id: str, wanted: making.Wanted) -> None:
+def _tell(services: Services, job_id: str, wanted: making.Wanted, by: Caller) -> None:
     path = str(wanted.products.export(wanted.step, wanted.form))
     data = {"step": wanted.step, "format": wanted.form, "path": path}
     with services.database.write() as session:
         job = store.lock(session, job_id)
         message = f"exported the checkpoint of step {wanted.step:,} as {wanted.form}"
-        store.tell(session, job, Note("exported", message, "user", data=data), utc_now())
+        store.tell(session, job, Note("exported", message, by.name, data=data), utc_now())
 
 
 @router.get("/exports")

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from contract.report import Fork
 from contract.rundir import RunDir, write_json
 from contract.spec import JobSpec
+from service.access.callers import Caller
 from service.checkpoints.files import place_of
 from service.devices.inventory import kind_for
 from service.errors import StepUnavailable
@@ -86,7 +87,7 @@ def lay_out(settings: Settings, fork_id: str, spec: JobSpec, asked: Asked, paren
 
 
 def insert(
-    session: Session, fork_id: str, spec: JobSpec, asked: Asked, parent: Parent, host: Host, now: datetime
+    session: Session, fork_id: str, spec: JobSpec, asked: Asked, parent: Parent, host: Host, by: Caller, now: datetime
 ) -> JobRow:
     """The record of the fork, and an event on both jobs. Raises JobNotFound where the parent was deleted meanwhile."""
     job = store.lock(session, parent.job.id)
@@ -94,13 +95,13 @@ def insert(
     message = f"forked from {job.id} at step {parent.step:,}, {_meaning(asked)}"
     said = {"parent": job.id, "step": parent.step, "data": asked.data}
     fork = store.create(
-        session, spec, _facts(spec, asked, parent, kind), [], now, fork_id, Note("", message, data=said)
+        session, spec, _facts(spec, asked, parent, kind), [], by, now, fork_id, Note("", message, data=said)
     )
     fork.parent_job_id, fork.parent_step = job.id, parent.step
     fork.lineage = lineage.record(session, job, parent.step, parent.attempt, asked.data)
     fork.progress = {"step": parent.step, "steps": fork.facts["steps"]}
     told = {"fork": fork.id, "step": parent.step, "data": asked.data}
-    store.tell(session, job, Note("forked", f"forked at step {parent.step:,} as {fork.id}", "user", data=told), now)
+    store.tell(session, job, Note("forked", f"forked at step {parent.step:,} as {fork.id}", by.name, data=told), now)
     session.flush()
     return fork
 

@@ -5,8 +5,9 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Response
 
 from service import logs
+from service.access.callers import Caller, CallerNeeded
 from service.context import Services, ServicesNeeded
-from service.errors import DiskTrouble, KeyReused, ServiceError
+from service.errors import DiskTrouble, KeyReused, QuotaExceeded, ServiceError
 from service.forks import making
 from service.forks.asked import Asked, forked_spec, read
 from service.jobs import files, store
@@ -29,6 +30,7 @@ router = APIRouter(tags=["jobs"])
 @router.post("/jobs/{job_id}/fork", status_code=201, openapi_extra=BODY)
 def fork(
     services: ServicesNeeded,
+    caller: CallerNeeded,
     response: Response,
     job_id: str,
     body: JsonBody,
@@ -42,7 +44,7 @@ def fork(
     digest = store.body_digest({"fork": job_id, "body": body})
     made = replayed(services, idempotency_key, digest)
     if made is None:
-        made = _make(services, job_id, read(body), idempotency_key, digest)
+        made = _make(services, caller, job_id, read(body), idempotency_key, digest)
         services.scheduler.wake()
     logs.note(fork_id=made.job_id)
     if not made.created_now:
@@ -51,7 +53,7 @@ def fork(
     return show(services, made.job_id)
 
 
-def _make(services: Services, job_id: str, asked: Asked, key: str | None, digest: str) -> Made:
+def _make(services: Services, by: Caller, job_id: str, asked: Asked, key: str | None, digest: str) -> Made:
     settings, host = services.settings, services.host
     with services.database.read() as session:
         parent = making.parent_of(session, settings.runs, job_id, asked)
@@ -61,7 +63,7 @@ def _make(services: Services, job_id: str, asked: Asked, key: str | None, digest
         try:
             making.lay_out(settings, fork_id, spec, asked, parent)
             with services.database.write() as session:
-                job = making.insert(session, fork_id, spec, asked, parent, host, utc_now())
+                job = making.insert(session, fork_id, spec, asked, parent, host, by, utc_now())
                 if key is not None:
                     store.forget_keys(session, oldest_key(services))
                 if key is not None and not store.remember_key(session, key, digest, job, utc_now()):
@@ -69,7 +71,7 @@ def _make(services: Services, job_id: str, asked: Asked, key: str | None, digest
                     raise KeyReused()
         except (ServiceError, OSError) as error:
             half_made.carry_out()
-            earlier = replayed(services, key, digest) if isinstance(error, KeyReused) else None
+            earlier = replayed(services, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None
             if earlier is not None:
                 return earlier
             raise DiskTrouble.of(error) if isinstance(error, OSError) else error from error

@@ -10,6 +10,8 @@ from sqlalchemy.orm import Session, object_session
 from contract.parsing import Problem
 from contract.spec import JobSpec
 from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
+from service.access import quotas
+from service.access.callers import Caller
 from service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
 from service.jobs import store
 from service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
@@ -25,7 +27,7 @@ RESTING_MESSAGE = {
 }
 
 
-def stop(session: Session, job_id: str, action: Action, now: datetime) -> JobRow:
+def stop(session: Session, job_id: str, action: Action, by: Caller, now: datetime) -> JobRow:
     """Pause, cancel or kill. Raises InvalidState where that does not fit."""
     job = store.lock(session, job_id)
     decision = _fitting(job, action)
@@ -33,7 +35,7 @@ def stop(session: Session, job_id: str, action: Action, now: datetime) -> JobRow
         return job
     message = f"asked to {ASKED[action]}"
     if decision.to is None:
-        return _wish(session, job, action, decision, now)
+        return _wish(session, job, action, decision, by, now)
     changes: dict[str, Any] = {"desired": decision.desired, "restart_at": None, "asked_at": now}
     if job.preempted_by is not None:
         changes |= {"preempted_by": None, "reason": None}
@@ -41,31 +43,31 @@ def stop(session: Session, job_id: str, action: Action, now: datetime) -> JobRow
         changes |= {"reason": Reason.USER, "message": RESTING_MESSAGE[decision.to], "asked_at": None}
     if decision.to in TERMINAL:
         changes["finished_at"] = now
-    store.move(session, job, decision.to, Note(action, message, "user", data={"action": action}), now, **changes)
+    store.move(session, job, decision.to, Note(action, message, by.name, data={"action": action}), now, **changes)
     return job
 
 
-def _wish(session: Session, job: JobRow, action: Action, decision: Move, now: datetime) -> JobRow:
+def _wish(session: Session, job: JobRow, action: Action, decision: Move, by: Caller, now: datetime) -> JobRow:
     """The status stays: a cancel becomes a kill, or a restart that was due is called off."""
     job.desired = decision.desired
     if job.status == JobStatus.INTERRUPTED:
         job.restart_at = None
         job.message = (job.message or "").partition("; restarting")[0] + "; the restart was called off"
-        store.tell(session, job, Note(action, "the restart was called off", "user"), now)
+        store.tell(session, job, Note(action, "the restart was called off", by.name), now)
     else:
         job.asked_at = now
         if job.preempted_by is not None:
             job.preempted_by = job.reason = None  # it stays paused, and is not queued again
-        store.tell(session, job, Note(action, f"asked to {ASKED[action]}", "user"), now)
+        store.tell(session, job, Note(action, f"asked to {ASKED[action]}", by.name), now)
     session.flush()
     return job
 
 
-def save(session: Session, job_id: str, now: datetime) -> AttemptName:
+def save(session: Session, job_id: str, by: Caller, now: datetime) -> AttemptName:
     """Note the wish for a checkpoint, and return the attempt that is to hear of it. Raises InvalidState."""
     job = store.lock(session, job_id)
     _fitting(job, "save")
-    store.tell(session, job, Note("save", "asked to save", "user"), now)
+    store.tell(session, job, Note("save", "asked to save", by.name), now)
     return AttemptName(job.id, job.attempt)
 
 
@@ -83,9 +85,9 @@ def resume_under_way(session: Session, job_id: str, changed: bool) -> bool:
 
 
 def resume(
-    session: Session, job_id: str, before: dict[str, Any], spec: JobSpec, step: int | None, now: datetime
+    session: Session, job_id: str, before: dict[str, Any], spec: JobSpec, step: int | None, by: Caller, now: datetime
 ) -> JobRow:
-    """Queue the job again with ``spec``, which is ``before`` with what the user changed."""
+    """Queue the job again with ``spec``, which is ``before`` with what the user changed. Raises QuotaExceeded."""
     job = _unchanged(session, job_id, before)
     if job.status == JobStatus.SUCCEEDED:
         _require_more_steps(job, spec)
@@ -100,10 +102,12 @@ def resume(
     origin = _origin(job, newest)
     if step is not None:
         origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
+    ranks = spec.resources.nproc_per_node * spec.resources.nnodes
+    quotas.require_room(session, by, ranks, but=job.id)
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
-    job.ranks = spec.resources.nproc_per_node * spec.resources.nnodes
-    note = Note("resume", f"asked to resume; {origin}", "user", data={"changes": differences(before, after)})
+    job.ranks, job.queued_by = ranks, by.name
+    note = Note("resume", f"asked to resume; {origin}", by.name, data={"changes": differences(before, after)})
     changes = {
         "desired": Desired.RUN,
         "trigger": "resume",
@@ -128,7 +132,13 @@ def _origin(job: JobRow, newest: int | None) -> str:
 
 
 def patch(
-    session: Session, job_id: str, before: dict[str, Any], changes: dict[str, Any], spec: JobSpec, now: datetime
+    session: Session,
+    job_id: str,
+    before: dict[str, Any],
+    changes: dict[str, Any],
+    spec: JobSpec,
+    by: Caller,
+    now: datetime,
 ) -> JobRow:
     """Store ``spec``, which is ``before`` with ``changes`` in it."""
     job = _unchanged(session, job_id, before)
@@ -139,7 +149,7 @@ def patch(
     message = f"changed {', '.join(sorted(changes))}" if changes else "nothing was changed"
     if JobStatus(job.status) in LIVE and not RUN_SETTINGS.keys().isdisjoint(changes):
         message += "; the run hears of it with its next report"
-    store.tell(session, job, Note("changed", message, "user", data={"fields": sorted(changes)}), now)
+    store.tell(session, job, Note("changed", message, by.name, data={"fields": sorted(changes)}), now)
     session.flush()
     return job
 

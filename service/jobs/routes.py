@@ -12,9 +12,10 @@ from contract.parsing import Problem
 from contract.spec import JobSpec
 from contract.status import JobStatus
 from service import logs
+from service.access.callers import Caller, CallerNeeded
 from service.context import Services, ServicesNeeded
 from service.devices.inventory import kind_for
-from service.errors import RequestInvalid, ServiceError, StepUnavailable, with_problems
+from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
 from service.jobs import actions, changes, files, listing, store, views
 from service.jobs.facts import known_at_submit
 from service.jobs.rules import Action
@@ -41,6 +42,7 @@ def body_of(schema: str) -> dict[str, Any]:
 @router.post("/jobs", status_code=201, openapi_extra=body_of("JobSpec"))
 def submit(
     services: ServicesNeeded,
+    caller: CallerNeeded,
     response: Response,
     body: JsonBody,
     idempotency_key: Annotated[str | None, Header()] = None,
@@ -49,7 +51,7 @@ def submit(
     digest = store.body_digest(body)
     made = replayed(services, idempotency_key, digest)
     if made is None:
-        made = _create(services, accept(body, services.host), idempotency_key, digest)
+        made = _create(services, caller, accept(body, services.host), idempotency_key, digest)
         services.scheduler.wake()
     logs.note(job_id=made.job_id)
     if not made.created_now:
@@ -83,23 +85,26 @@ def oldest_key(services: Services) -> datetime:
     return utc_now() - timedelta(days=services.settings.idempotency_days)
 
 
-def _create(services: Services, spec: JobSpec, key: str | None, digest: str) -> Made:
+def _create(services: Services, by: Caller, spec: JobSpec, key: str | None, digest: str) -> Made:
     kind = kind_for(spec.resources.device, services.inventory.devices())
     facts = known_at_submit(spec, kind)
     now = utc_now()
-    with services.database.write() as session:
-        job = store.create(session, spec, facts, [], now)
-        if kind == "cpu" and spec.resources.device == "auto":
-            store.alert(job, "cpu_fallback", "there is no GPU on this host: this run will use the CPU", now)
-        if key is not None:
-            store.forget_keys(session, oldest_key(services))
-        if key is None or store.remember_key(session, key, digest, job, now):
-            return Made(job.id, True)
-        session.rollback()
-    # Another request with this key was faster by a moment; its job is the one.
-    made = replayed(services, key, digest)
-    assert made is not None
-    return made
+    try:
+        with services.database.write() as session:
+            job = store.create(session, spec, facts, [], by, now)
+            if kind == "cpu" and spec.resources.device == "auto":
+                store.alert(job, "cpu_fallback", "there is no GPU on this host: this run will use the CPU", now)
+            if key is not None:
+                store.forget_keys(session, oldest_key(services))
+            if key is not None and not store.remember_key(session, key, digest, job, now):
+                raise KeyReused()
+    except (KeyReused, QuotaExceeded):
+        # Another request with this key was faster by a moment; its job is the one.
+        made = replayed(services, key, digest)
+        if made is None:
+            raise
+        return made
+    return Made(job.id, True)
 
 
 def show(services: Services, job_id: str) -> Job:
@@ -140,55 +145,55 @@ def get_job(services: ServicesNeeded, job_id: str) -> Job:
 
 
 @router.patch("/jobs/{job_id}")
-def patch_job(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+def patch_job(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`; a live run takes them over."""
     asked = changes.read(body, changes.PATCH_FIELDS)
     before = _spec_of(services, job_id).spec
     spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)
     with services.database.write() as session:
-        actions.patch(session, job_id, before, asked, spec, utc_now())
+        actions.patch(session, job_id, before, asked, spec, caller, utc_now())
     services.scheduler.wake()
     return show(services, job_id)
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202)
-def pause(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+def pause(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Save and stop; the job can be resumed."""
-    return _stop(services, job_id, "pause", body)
+    return _stop(services, caller, job_id, "pause", body)
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202)
-def cancel(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+def cancel(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Save and stop for good."""
-    return _stop(services, job_id, "cancel", body)
+    return _stop(services, caller, job_id, "cancel", body)
 
 
 @router.post("/jobs/{job_id}/kill", status_code=202)
-def kill(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+def kill(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Stop now; nothing is saved."""
-    return _stop(services, job_id, "kill", body)
+    return _stop(services, caller, job_id, "kill", body)
 
 
-def _stop(services: Services, job_id: str, action: Action, body: object) -> Job:
+def _stop(services: Services, by: Caller, job_id: str, action: Action, body: object) -> Job:
     changes.read(body, {})
     with services.database.write() as session:
-        actions.stop(session, job_id, action, utc_now())
+        actions.stop(session, job_id, action, by, utc_now())
     services.scheduler.wake()
     return show(services, job_id)
 
 
 @router.post("/jobs/{job_id}/save", status_code=202)
-def save(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+def save(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Write a checkpoint at the next step, and go on."""
     changes.read(body, {})
     with services.database.write() as session:
-        attempt = actions.save(session, job_id, utc_now())
+        attempt = actions.save(session, job_id, caller, utc_now())
     services.scheduler.save_now(attempt)
     return show(services, job_id)
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202)
-def resume(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
+def resume(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Go on from the newest valid checkpoint, or anew where there is none; or back at the checkpoint of `step`.
 
     Newer checkpoints than `step` are set aside on disk when the attempt begins, and no longer listed.
@@ -202,7 +207,7 @@ def resume(services: ServicesNeeded, job_id: str, body: JsonBody) -> Job:
         _require_there(services, job_id, step)
         spec = changes.resumed_spec(job.spec, actions.own_steps(job), asked, services.host)
         with services.database.write() as session:
-            actions.resume(session, job_id, job.spec, spec, step, utc_now())
+            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
         services.scheduler.wake()
     return show(services, job_id)
 

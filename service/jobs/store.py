@@ -16,6 +16,8 @@ from sqlalchemy.orm import Session
 
 from contract.spec import JobSpec
 from contract.status import Desired, JobStatus, may_become
+from service.access import quotas
+from service.access.callers import Caller
 from service.errors import Conflict, JobNotFound, KeyReused
 from service.jobs.rules import Standing
 from service.tables import EventRow, IdempotencyRow, JobRow, LabelRow
@@ -67,7 +69,7 @@ def standing(job: JobRow) -> Standing:
 
 @dataclass(frozen=True)
 class Note:
-    """An event: who did what, in one sentence. ``actor`` is user, service, scheduler or worker."""
+    """An event: who did what, in one sentence. ``actor`` is a caller's name, service, scheduler or agent."""
 
     kind: str
     message: str
@@ -124,11 +126,14 @@ def create(
     spec: JobSpec,
     facts: dict[str, Any],
     alerts: list[Any],
+    by: Caller,
     now: datetime,
     job_id: str | None = None,
     note: Note = SUBMITTED,
 ) -> JobRow:
-    """A new queued job. ``note``: where it comes from."""
+    """A new queued job. ``note``: where it comes from. Raises QuotaExceeded."""
+    ranks = spec.resources.nproc_per_node * spec.resources.nnodes
+    quotas.require_room(session, by, ranks)
     job = JobRow(
         id=job_id or new_id("job"),
         name=spec.name,
@@ -140,16 +145,18 @@ def create(
         progress={},
         alerts=alerts,
         device=spec.resources.device,
-        ranks=spec.resources.nproc_per_node * spec.resources.nnodes,
+        ranks=ranks,
         priority=spec.resources.priority,
         created_at=now,
         queued_at=now,
+        submitted_by=by.name,
+        queued_by=by.name,
     )
     session.add(job)
     session.flush()
     put_labels(session, job, dict(spec.labels))
     data = {"to": JobStatus.QUEUED, **(note.data or {})}
-    tell(session, job, Note("created", note.message, "user", data=data), now)
+    tell(session, job, Note("created", note.message, by.name, data=data), now)
     return job
 
 

@@ -90,6 +90,7 @@ def _show(job: JobRow, found: Gathered, positions: Mapping[str, int], waiting: M
         checkpoint=checkpoint,
         queue=queue,
         parent=_parent(job),
+        submitted_by=job.submitted_by,
         allowed_actions=_actions(replace(standing, has_checkpoint=newest is not None)),
         summary=summary(_facts(job, progress, checkpoint, queue), now),
         alerts=[Alert.model_validate(alert) for alert in job.alerts],

@@ -86,7 +86,7 @@ def _move_on(
 ) -> None:
     if not may_become(JobStatus(job.status), ending.status):
         # The report is the first word of an attempt that ran while nobody listened.
-        note = Note("status", f"attempt {attempt.number} had been running", "worker", attempt.number)
+        note = Note("status", f"attempt {attempt.number} had been running", "agent", attempt.number)
         store.move(session, job, JobStatus.RUNNING, note, now, started_at=job.started_at or attempt.created_at)
     restart_at = now + timedelta(seconds=ending.restart_seconds) if ending.restart_seconds is not None else None
     changes = {
@@ -105,7 +105,7 @@ def _move_on(
     if report.step > (job.progress.get("step") or 0):
         job.progress = {**job.progress, "step": report.step}
     job.progress = {**job.progress, "eta_seconds": None}
-    store.move(session, job, ending.status, Note("status", ending.message, "worker", attempt.number), now, **changes)
+    store.move(session, job, ending.status, Note("status", ending.message, "agent", attempt.number), now, **changes)
     if ending.queued_again:
         note = Note("status", "queued again: it goes on when devices are free", "scheduler", attempt.number)
         again = {"desired": Desired.RUN, "trigger": "preemption", "reason": ending.reason}

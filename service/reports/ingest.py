@@ -69,7 +69,7 @@ def hear(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> N
         return
     job.heard_at = now
     if job.status == JobStatus.STARTING:
-        note = Note("status", f"attempt {attempt.number} reports", "worker", attempt.number)
+        note = Note("status", f"attempt {attempt.number} reports", "agent", attempt.number)
         store.move(session, job, JobStatus.RUNNING, note, now, started_at=job.started_at or now)
 
 
@@ -285,5 +285,5 @@ class _Ingest:
 
     def _tell(self, kind: str, message: str, event: Event) -> None:
         data = event.model_dump(mode="json", exclude={"kind", "seq", "at", "message"})
-        note = Note(kind, message, "worker", self.attempt.number, event.seq, data)
+        note = Note(kind, message, "agent", self.attempt.number, event.seq, data)
         store.tell(self.session, self.job, note, event.at)

@@ -2,28 +2,23 @@
 
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 
-from contract.parsing import Problem, plain, pointer_to
 from contract.report import Ack, EventBatch, ExitReport, Heartbeat
 from service import logs
 from service.context import Services, ServicesNeeded
-from service.errors import RequestInvalid, with_problems
 from service.jobs import store
 from service.metrics.progress import after_heartbeat
 from service.reports import ending, ingest
 from service.scheduler.apply import utc_now
 from service.tables import AttemptRow, JobRow
-from service.web import JsonBody, bearer
+from service.web import JsonBody, as_model, bearer
 
 HEARD_AGAIN = timedelta(seconds=2)
 """Signs of life that come closer together are answered and not written: each write is a commit to the disk."""
-
-M = TypeVar("M", bound=BaseModel)
 
 router = APIRouter(prefix="/internal/attempts/{attempt_id}", include_in_schema=False)
 
@@ -38,7 +33,7 @@ Token = Annotated[str, Depends(_token)]
 @router.post("/events")
 def events(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
     """Store lines. ``acked`` is the last one that is stored for good."""
-    batch = _read(EventBatch, body)
+    batch = as_model(EventBatch, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         ingest.hear(session, job, attempt, utc_now())
@@ -61,7 +56,7 @@ def _age(at: object) -> float:
 @router.post("/heartbeat")
 def heartbeat(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
     """Note a sign of life."""
-    beat = _read(Heartbeat, body)
+    beat = as_model(Heartbeat, body)
     now = utc_now()
     with services.database.read() as session:
         attempt = _authenticated(session, attempt_id, token)
@@ -79,7 +74,7 @@ def heartbeat(services: ServicesNeeded, attempt_id: str, token: Token, body: Jso
 @router.post("/exit")
 def exit_(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
     """The attempt has ended and nothing of it lives. Where lines are missing, the scheduler fetches them first."""
-    report = _read(ExitReport, body)
+    report = as_model(ExitReport, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         if attempt.acked_seq >= report.last_seq:
@@ -107,7 +102,7 @@ def _report(services: Services, attempt_id: str, token: str, work: Work) -> Ack:
 def _authenticated(session: Session, attempt_id: str, token: str) -> AttemptRow:
     """The attempt, for the one who has its token; the log's line of this request says whose it is."""
     attempt = ingest.authenticate(session, attempt_id, token)
-    logs.note(actor="worker", job_id=attempt.job_id, attempt=attempt.number)
+    logs.note(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
     return attempt
 
 
@@ -118,12 +113,3 @@ def _ack(session: Session, attempt: AttemptRow) -> Ack:
 def _answer(job: JobRow, attempt: AttemptRow) -> Ack:
     desired = ingest.desired_of(job, attempt)
     return Ack(acked=attempt.acked_seq, desired=desired, settings=ingest.settings_of(job))
-
-
-def _read(model: type[M], body: object) -> M:
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=False)
-        problems = [Problem(pointer_to(*e["loc"]), plain(e["msg"])) for e in found[:20]]
-        raise with_problems(RequestInvalid, problems) from None

@@ -177,7 +177,7 @@ def test_save_now(any_rig: Rig) -> None:
         assert rig.act(job_id, "save")["status"] == "running"
     assert (attempt.save_asked, attempt.stop_asked) == (2, 0)
     asked = [(e["kind"], e["actor"], e["message"]) for e in rig.data(job_id, "events") if e["kind"] == "save"]
-    assert asked == [("save", "user", "asked to save")] * 2
+    assert asked == [("save", "local", "asked to save")] * 2
     rig.act(job_id, "pause")
     refused = rig.act(job_id, "save", status=409)
     assert (refused["code"], refused["job_status"]) == ("invalid_state", "pausing")

@@ -180,7 +180,7 @@ def test_a_checkpoint_is_removed_with_its_files(any_rig: Rig) -> None:
     checkpoints = any_rig.home / "runs" / job_id / "checkpoints"
     assert sorted(os.listdir(checkpoints)) == ["step-00000010", "step-00000030"]
     removed = [e for e in any_rig.data(job_id, "events") if e["kind"] == "checkpoint_removed"]
-    assert [(e["actor"], e["data"]["step"]) for e in removed] == [("user", 20)]
+    assert [(e["actor"], e["data"]["step"]) for e in removed] == [("local", 20)]
     assert any_rig.client.delete(f"/jobs/{job_id}/checkpoints/20").status_code == 404
 
 

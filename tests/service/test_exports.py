@@ -58,7 +58,7 @@ def test_an_export_is_written_beside_the_run_and_found_again(any_rig: Rig) -> No
         ".lock", ".step-00000010-hf.json", ".step-00000020-minimind.json", "step-00000010-hf",
         "step-00000020-minimind"]  # fmt: skip
     told = [event for event in any_rig.data(job_id, "events") if event["kind"] == "exported"]
-    assert (told[0]["actor"], told[0]["data"]["path"]) == ("user", str(path))
+    assert (told[0]["actor"], told[0]["data"]["path"]) == ("local", str(path))
     assert len(told) == 2
 
 

@@ -47,7 +47,7 @@ def test_a_fork_is_a_job_with_a_parent_and_its_files(any_rig: Rig) -> None:
     assert Fork.model_validate_json(run.fork.read_bytes()) == Fork(job_id=job_id, step=400, data="keep")
     told = {event["kind"]: event for event in any_rig.data(job_id, "events")}
     assert told["forked"]["data"] == {"fork": made["id"], "step": 400, "data": "keep"}
-    assert told["forked"]["actor"] == "user"
+    assert told["forked"]["actor"] == "local"
     created = any_rig.data(made["id"], "events")[0]
     assert created["message"] == f"forked from {job_id} at step 400, its data order kept"
     assert [job["id"] for job in any_rig.get("/jobs", parent=job_id)["data"]] == [made["id"]]

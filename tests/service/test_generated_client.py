@@ -77,7 +77,7 @@ def test_a_generated_client_runs_a_job(generated: str, rig: Rig) -> None:
             assert changed.labels.to_dict() == {"a": "b"}
             assert call("jobs.pause", job.id).desired.value == "pause"
             events = call("products.events", job.id).data
-            assert "user" in {event.actor for event in events}
+            assert "local" in {event.actor for event in events}
             problem = call("jobs.get_job", "job_nobody")
             assert (type(problem).__name__, problem.code, problem.status) == ("ProblemDetails", "job_not_found", 404)
             bad = call("jobs.resume", job.id, body=models.ResumeBody.from_dict({"max_steps": -1}))

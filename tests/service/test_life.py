@@ -78,7 +78,7 @@ def test_resume_without_a_checkpoint_starts_anew_and_says_so(any_rig: Rig) -> No
     rig.exit(attempt, "stopped", Reason.USER, step=0)
     assert rig.job(job_id)["summary"] == "Paused; no checkpoint, so resuming starts anew."
     rig.act(job_id, "resume")
-    asked = [e for e in rig.data(job_id, "events") if e["actor"] == "user"][-1]
+    asked = [e for e in rig.data(job_id, "events") if e["actor"] == "local"][-1]
     assert "there is no checkpoint: it starts anew" in asked["message"]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from sqlalchemy import insert
 
 from contract.spec import JobSpec
+from service.access.callers import LOCAL
 from service.jobs import store
 from service.scheduler.apply import utc_now
 from service.tables import MetricRow
@@ -35,7 +36,7 @@ def test_a_thousand_jobs(any_rig: Rig) -> None:
     with any_rig.database.write() as session:
         spec = JobSpec.model_validate_json(json.dumps(store.find(session, first).spec))
         for _ in range(999):
-            store.create(session, spec, {}, [], utc_now())
+            store.create(session, spec, {}, [], LOCAL, utc_now())
     seconds = timed(lambda: any_rig.get("/jobs", limit=100))
     filtered = timed(lambda: any_rig.get("/jobs", limit=100, label="a=b"))
     rounds = timed(any_rig.scheduler.round)

@@ -28,6 +28,7 @@ from sqlalchemy import select
 
 from contract.spec import JobSpec
 from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
+from service.access.callers import LOCAL
 from service.errors import InvalidState
 from service.jobs import actions, store
 from service.jobs.rules import Action, Move, Refusal, Standing, decide
@@ -238,9 +239,9 @@ def test_two_resumes_that_both_found_it_paused(rig: Rig) -> None:
     spec = JobSpec.model_validate_json(json.dumps(before))
     for _ in range(2):
         with rig.database.write() as session:
-            job = actions.resume(session, job_id, before, spec, None, utc_now())
+            job = actions.resume(session, job_id, before, spec, None, LOCAL, utc_now())
             assert job.status == JobStatus.QUEUED
     resumed = [event for event in rig.data(job_id, "events") if event["data"].get("to") == "queued"]
     assert len(resumed) == 2, "submitted, and resumed once"
     with rig.database.write() as session, pytest.raises(InvalidState):
-        actions.resume(session, job_id, before, spec.model_copy(update={"name": "another"}), None, utc_now())
+        actions.resume(session, job_id, before, spec.model_copy(update={"name": "another"}), None, LOCAL, utc_now())

@@ -1,0 +1,90 @@
+"""The routes of named tokens, for admins."""
+
+import logging
+from typing import Annotated
+
+from fastapi import APIRouter
+from fastapi import Path as InPath
+from sqlalchemy import select
+
+from service.access import quotas, store
+from service.access.callers import RESERVED, CallerNeeded
+from service.access.quotas import Usage
+from service.access.shapes import AskedQuotas, AskedRotation, AskedToken, NewToken, Token
+from service.context import Services, ServicesNeeded
+from service.errors import TokenNameTaken
+from service.scheduler.apply import utc_now
+from service.shapes import Page
+from service.tables import JobRow, TokenRow
+from service.web import JsonBody, as_model, described_model
+
+Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
+
+log = logging.getLogger("trainyard")
+
+router = APIRouter(prefix="/tokens", tags=["access"])
+
+
+@router.get("")
+def list_tokens(services: ServicesNeeded) -> Page[Token]:
+    """All named tokens, oldest first, those that were revoked among them; never their secrets."""
+    with services.database.read() as session:
+        rows = session.scalars(select(TokenRow).order_by(TokenRow.created_at, TokenRow.id)).all()
+        used = quotas.usage(session)
+    return Page(data=[_shown(row, used.get(row.name, Usage())) for row in rows], has_more=False)
+
+
+@router.post("", status_code=201, openapi_extra=described_model(AskedToken))
+def create_token(services: ServicesNeeded, caller: CallerNeeded, body: JsonBody) -> NewToken:
+    """Make a token. The answer has its secret, which is shown this once."""
+    asked = as_model(AskedToken, body)
+    if asked.name.lower() in RESERVED:
+        raise TokenNameTaken()
+    with services.database.write() as session:
+        row, token = store.create(session, asked, caller.name, utc_now())
+    return _secret(services, row, token, "created")
+
+
+@router.patch("/{name}", openapi_extra=described_model(AskedQuotas))
+def change_token(services: ServicesNeeded, name: Name, body: JsonBody) -> Token:
+    """Change quotas: `max_jobs`, `max_devices`. What is queued or runs already stays."""
+    asked = as_model(AskedQuotas, body)
+    with services.database.write() as session:
+        row = store.lock(session, name)
+        for field in asked.model_fields_set:
+            setattr(row, field, getattr(asked, field))
+    log.info("a token got other quotas", extra={"token_name": row.name})
+    return _shown(row, _usage(services, row))
+
+
+@router.post("/{name}/rotate", openapi_extra=described_model(AskedRotation))
+def rotate_token(services: ServicesNeeded, name: Name, body: JsonBody) -> NewToken:
+    """Another secret for the token; the one it had stays good for `overlap` seconds, 0 where that is left out."""
+    asked = as_model(AskedRotation, body if body is not None else {})
+    with services.database.write() as session:
+        row, token = store.rotate(session, name, asked.overlap, asked.expires_in, utc_now())
+    return _secret(services, row, token, "rotated")
+
+
+@router.delete("/{name}", status_code=204)
+def revoke_token(services: ServicesNeeded, name: Name) -> None:
+    """Let nobody in by it any more, from now on. Its jobs go on; its name stays taken."""
+    with services.database.write() as session:
+        row = store.revoke(session, name, utc_now())
+    services.gatekeeper.forget()
+    log.info("a token was revoked", extra={"token_name": row.name})
+
+
+def _secret(services: Services, row: TokenRow, token: str, what: str) -> NewToken:
+    services.gatekeeper.forget()
+    log.info("a token was %s", what, extra={"token_name": row.name})
+    return NewToken(**_shown(row, _usage(services, row)).model_dump(), token=token)
+
+
+def _usage(services: Services, row: TokenRow) -> Usage:
+    with services.database.read() as session:
+        return quotas.usage(session, JobRow.queued_by == row.name).get(row.name, Usage())
+
+
+def _shown(row: TokenRow, used: Usage) -> Token:
+    return Token.model_validate({**vars(row), **used._asdict()})
