@@ -20,7 +20,7 @@ from client.connection import Connection, Patience
 from client.download import fetch
 from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
 from client.exits import at_rest
-from client.shapes import Checkpoint, Export, Job, LogChunk, Metric, Plan, Version
+from client.shapes import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
 from client.streams import StreamEvent
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -307,6 +307,40 @@ class Trainyard:
         """What is running there."""
         return cast(Version, self._connection.call("GET", "/version"))
 
+    # Named tokens, for admins
+
+    def create_token(
+        self,
+        name: str,
+        scope: str = "read",
+        *,
+        expires_in: int | None = None,
+        max_jobs: int | None = None,
+        max_devices: int | None = None,
+    ) -> NewToken:
+        """Make a token: scope read, submit or admin; ``expires_in`` seconds. ``token`` in the answer is its secret."""
+        quotas = {"max_jobs": max_jobs, "max_devices": max_devices}
+        body = {"name": name, "scope": scope, "expires_in": expires_in, **quotas}
+        return cast(NewToken, self._connection.call("POST", "/tokens", body=body))
+
+    def tokens(self) -> list[Token]:
+        """All named tokens, oldest first, without their secrets."""
+        return cast(list[Token], self._connection.call("GET", "/tokens")["data"])
+
+    def limit_token(self, name: str, *, max_jobs: int | None = None, max_devices: int | None = None) -> Token:
+        """Change its quotas; None is no limit."""
+        body = {"max_jobs": max_jobs, "max_devices": max_devices}
+        return cast(Token, self._connection.call("PATCH", _token(name), body=body))
+
+    def rotate_token(self, name: str, *, overlap: int = 0, expires_in: int | None = None) -> NewToken:
+        """Another secret for the token; the one it had stays good for ``overlap`` seconds."""
+        body = {"overlap": overlap, "expires_in": expires_in}
+        return cast(NewToken, self._connection.call("POST", f"{_token(name)}/rotate", body=body))
+
+    def revoke_token(self, name: str) -> None:
+        """Let nobody in by it any more."""
+        self._connection.call("DELETE", _token(name))
+
     def _act(self, job_id: str, verb: str, body: Mapping[str, Any] | None = None) -> Job:
         return cast(Job, self._connection.call("POST", _path(job_id, verb), body=body))
 
@@ -335,6 +369,10 @@ class Trainyard:
 
 def _path(job_id: str, *below: str) -> str:
     return "/".join(["/jobs", quote(job_id, safe=""), *below])
+
+
+def _token(name: str) -> str:
+    return f"/tokens/{quote(name, safe='')}"
 
 
 def _arrived(job: Job, until: Collection[str] | Callable[[Job], bool] | None) -> bool:

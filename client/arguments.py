@@ -6,6 +6,8 @@ Each subcommand names the function that runs it as "module:function"; `client.cl
 import argparse
 from typing import Any
 
+from contract.access import Scope
+
 SUBMIT = "submit"
 PLAN = "plan"
 OWN_SUBMIT_FLAGS = frozenset(
@@ -36,6 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_reading(commands)
     _add_following(commands)
     _add_acting(commands)
+    _add_tokens(commands.add_parser("token", help="named tokens of the service, for admins"))
     return parser
 
 
@@ -126,6 +129,35 @@ def _add_database(parser: argparse.ArgumentParser) -> None:
     backup = _add(database, "backup", "client.local:back_up_database", "copy the SQLite database while it is in use")
     backup.add_argument("file", metavar="FILE", help="where to; must not be there yet")
     _add_store_options(backup)
+
+
+def _add_tokens(parser: argparse.ArgumentParser) -> None:
+    tokens = parser.add_subparsers(metavar="create|list|limit|rotate|revoke", required=True)
+    create = _add_token(tokens, "create", "make a token; its secret is printed once")
+    create.add_argument("--scope", choices=list(Scope), default=Scope.READ, help="what it may do (read)")
+    _add_expiry(create)
+    _add_quotas(create)
+    _add_remote(tokens, "list", "client.access:list_tokens", "the tokens and what they have running", job=False)
+    _add_quotas(_add_token(tokens, "limit", "change the quotas of a token; what is left out is no limit"))
+    rotate = _add_token(tokens, "rotate", "another secret for a token, printed once")
+    rotate.add_argument("--overlap", default="0", metavar="TIME", help="the old one stays good for so long: 1h, 2d (0)")
+    _add_expiry(rotate)
+    _add_token(tokens, "revoke", "let nobody in by a token any more")
+
+
+def _add_token(tokens: Any, name: str, explained: str) -> argparse.ArgumentParser:
+    parser = _add_remote(tokens, name, f"client.access:{name}", explained, job=False)
+    parser.add_argument("name", metavar="NAME", help="of the token")
+    return parser
+
+
+def _add_expiry(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--expires-in", metavar="TIME", help="it is good for so long: 12h, 90d")
+
+
+def _add_quotas(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-jobs", type=int, metavar="N", help="so many jobs queued or running (no limit)")
+    parser.add_argument("--max-devices", type=int, metavar="N", help="so many devices for them together (no limit)")
 
 
 def _add_reading(commands: Any) -> None:

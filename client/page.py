@@ -33,6 +33,7 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
         ("queue", _queue(job.get("queue"))),
         ("attempt", _text(job.get("attempt"))),
         ("reason", _text(job.get("reason"))),
+        ("by", _text(job.get("submitted_by"))),
         ("labels", " ".join(f"{key}={value}" for key, value in sorted((job.get("labels") or {}).items()))),
         ("corpus", _text(((job.get("spec") or {}).get("data") or {}).get("data_path"))),
         ("times", _times(job, now)),

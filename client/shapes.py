@@ -124,6 +124,7 @@ class Job(TypedDict, total=False):
     checkpoint: Checkpoint | None
     queue: Queue | None
     parent: dict[str, Any] | None
+    submitted_by: str | None
     allowed_actions: list[Action]
     summary: str
     alerts: list[Any]
@@ -132,6 +133,32 @@ class Job(TypedDict, total=False):
     queued_at: str | None
     started_at: str | None
     finished_at: str | None
+
+
+class Token(TypedDict, total=False):
+    """A named token, without its secret."""
+
+    object: str
+    id: str
+    name: str
+    scope: str
+    max_jobs: int | None
+    max_devices: int | None
+    jobs: int
+    devices: int
+    created_by: str
+    created_at: str
+    rotated_at: str | None
+    previous_until: str | None
+    expires_at: str | None
+    revoked_at: str | None
+    last_used_at: str | None
+
+
+class NewToken(Token, total=False):
+    """The same, with its secret, which is shown once."""
+
+    token: str
 
 
 class Metric(TypedDict, total=False):

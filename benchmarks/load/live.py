@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.load.wire import Wire
 from contract.spec import JobSpec
 from contract.status import JobStatus
+from service.access.callers import LOCAL
 from service.db import Database
 from service.jobs import store
 from service.reports.ingest import token_hash
@@ -62,7 +63,7 @@ def running(made: Database, corpus: Path, count: int) -> list[Agent]:
     for number in range(count):
         agent = Agent("", store.new_id("att", 16), secrets.token_urlsafe(32))
         with made.write() as session:
-            job = store.create(session, spec, {}, [], now)
+            job = store.create(session, spec, {}, [], LOCAL, now)
             agent.job_id = job.id
             session.add(
                 AttemptRow(

@@ -36,6 +36,8 @@ NEEDS: dict[tuple[str, str], str] = {
     ("GET", f"{JOB}/metrics"): READ,
     ("GET", f"{JOB}/metrics/stream"): READ,
     ("GET", f"{JOB}/logs"): READ,
+    ("GET", f"{JOB}/logs/lines"): READ,
+    ("GET", f"{JOB}/logs/search"): READ,
     ("GET", f"{JOB}/logs/stream"): READ,
     ("GET", f"{JOB}/events"): READ,
     ("GET", f"{JOB}/attempts"): READ,

@@ -60,6 +60,7 @@ def create(session: Session, asked: AskedToken, by: str, now: datetime) -> tuple
             session.add(row)
     except IntegrityError:
         raise TokenNameTaken() from None
+    session.refresh(row)
     return row, token
 
 

@@ -23,15 +23,20 @@ HEARD_AGAIN = timedelta(seconds=2)
 router = APIRouter(prefix="/internal/attempts/{attempt_id}", include_in_schema=False)
 
 
-def _token(request: Request) -> str:
-    return bearer(request.headers.get("authorization"))
+def _reporting(services: ServicesNeeded, request: Request, attempt_id: str) -> AttemptRow:
+    """The attempt, for the one who has its token; asked before any of the body is read. Raises Unauthorized."""
+    with services.database.read() as session:
+        attempt = ingest.authenticate(session, attempt_id, bearer(request.headers.get("authorization")))
+    logs.note(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
+    return attempt
 
 
-Token = Annotated[str, Depends(_token)]
+Reporting = Annotated[AttemptRow, Depends(_reporting)]
+"""The attempt that reports. Stands in front of the body."""
 
 
 @router.post("/events")
-def events(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
+def events(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """Store lines. ``acked`` is the last one that is stored for good."""
     batch = as_model(EventBatch, body)
 
@@ -39,7 +44,7 @@ def events(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBo
         ingest.hear(session, job, attempt, utc_now())
         ingest.ingest(session, job, attempt, batch.events)
 
-    acked = _report(services, attempt_id, token, work)
+    acked = _report(services, reporting, work)
     services.telemetry.lag.observe(_age(batch.events[-1].get("at")))
     return acked
 
@@ -54,25 +59,24 @@ def _age(at: object) -> float:
 
 
 @router.post("/heartbeat")
-def heartbeat(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
+def heartbeat(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """Note a sign of life."""
     beat = as_model(Heartbeat, body)
     now = utc_now()
-    with services.database.read() as session:
-        attempt = _authenticated(session, attempt_id, token)
-        if attempt.heard_at is not None and now - attempt.heard_at < HEARD_AGAIN:
-            return _ack(session, attempt)
+    if reporting.heard_at is not None and now - reporting.heard_at < HEARD_AGAIN:
+        with services.database.read() as session:
+            return _answer(store.find(session, reporting.job_id), reporting)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         ingest.hear(session, job, attempt, now)
         if attempt.number == job.attempt:
             job.progress = after_heartbeat(job.progress, beat.step, now)
 
-    return _report(services, attempt_id, token, work)
+    return _report(services, reporting, work)
 
 
 @router.post("/exit")
-def exit_(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBody) -> Ack:
+def exit_(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """The attempt has ended and nothing of it lives. Where lines are missing, the scheduler fetches them first."""
     report = as_model(ExitReport, body)
 
@@ -80,7 +84,7 @@ def exit_(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBod
         if attempt.acked_seq >= report.last_seq:
             ending.end(session, job, attempt, report, utc_now())
 
-    acked = _report(services, attempt_id, token, work)
+    acked = _report(services, reporting, work)
     services.scheduler.wake()
     return acked
 
@@ -88,26 +92,13 @@ def exit_(services: ServicesNeeded, attempt_id: str, token: Token, body: JsonBod
 Work = Callable[[Session, JobRow, AttemptRow], None]
 
 
-def _report(services: Services, attempt_id: str, token: str, work: Work) -> Ack:
-    """Do ``work`` on the attempt and its job in one transaction, for the one who has the attempt's token."""
-    with services.database.read() as session:
-        job_id = _authenticated(session, attempt_id, token).job_id
+def _report(services: Services, reporting: AttemptRow, work: Work) -> Ack:
+    """Do ``work`` on the attempt and its job in one transaction."""
     with services.database.write() as session:
-        job, attempt = ingest.lock(session, attempt_id, job_id)
+        job, attempt = ingest.lock(session, reporting.id, reporting.job_id)
         work(session, job, attempt)
         session.flush()
         return _answer(job, attempt)
-
-
-def _authenticated(session: Session, attempt_id: str, token: str) -> AttemptRow:
-    """The attempt, for the one who has its token; the log's line of this request says whose it is."""
-    attempt = ingest.authenticate(session, attempt_id, token)
-    logs.note(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
-    return attempt
-
-
-def _ack(session: Session, attempt: AttemptRow) -> Ack:
-    return _answer(store.find(session, attempt.job_id), attempt)
 
 
 def _answer(job: JobRow, attempt: AttemptRow) -> Ack:

@@ -135,6 +135,11 @@ def test_the_page_holds_no_name_at_all(rig: Rig) -> None:
 def test_the_document_describes_every_route(rig: Rig) -> None:
     document = rig.get("/openapi.json")
     assert {f"{method.upper()} {path}" for path, methods in document["paths"].items() for method in methods} == {
+        "GET /tokens",
+        "POST /tokens",
+        "PATCH /tokens/{name}",
+        "DELETE /tokens/{name}",
+        "POST /tokens/{name}/rotate",
         "POST /jobs",
         "POST /jobs/plan",
         "GET /jobs",

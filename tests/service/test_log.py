@@ -62,6 +62,7 @@ def test_a_line_for_each_request(rig: Rig, log: Log) -> None:
         "logger": "trainyard",
         "message": "request",
         "request_id": "mine-1",
+        "actor": "local",
         "job_id": job_id,
         "method": "POST",
         "route": "/jobs",
@@ -92,7 +93,7 @@ def test_what_happens_in_a_request_has_its_id(rig: Rig, log: Log) -> None:
     job_id = rig.submit()
     rig.client.post(f"/jobs/{job_id}/cancel", headers={"X-Request-ID": "mine-2"})
     (moved,) = log.lines("queued -> cancelled")
-    assert (moved["request_id"], moved["job_id"], moved["actor"]) == ("mine-2", job_id, "user")
+    assert (moved["request_id"], moved["job_id"], moved["actor"]) == ("mine-2", job_id, "local")
 
 
 def test_scheduler_and_launcher_say_which_job(rig: Rig, log: Log) -> None:
@@ -100,8 +101,8 @@ def test_scheduler_and_launcher_say_which_job(rig: Rig, log: Log) -> None:
     launching = log.lines("launching", job_id=job_id, attempt=1)
     assert [(line["devices"], line["action"]) for line in launching] == [("cpu:0", "start")]
     assert "request_id" not in launching[0]
-    assert log.lines("starting -> running", job_id=job_id, attempt=1, actor="worker")
-    reported = log.lines("request", actor="worker", job_id=job_id, attempt=1)
+    assert log.lines("starting -> running", job_id=job_id, attempt=1, actor="agent")
+    reported = log.lines("request", actor="agent", job_id=job_id, attempt=1)
     assert {line["route"] for line in reported} == {"/internal/attempts/{attempt_id}/events"}
     rig.launcher.of(job_id).lose_agent()
     rig.clock.forward(60)
@@ -128,7 +129,7 @@ def test_a_token_makes_an_actor(make_rig: MakeRig, sqlite_url: str, log: Log) ->
     rig = make_rig(sqlite_url, token=SECRET)
     rig.client.get("/jobs")
     rig.client.get("/jobs", headers={"Authorization": f"Bearer {SECRET}"})
-    assert [(line["status"], line.get("actor")) for line in log.lines("request")] == [(401, None), (200, "user")]
+    assert [(line["status"], line.get("actor")) for line in log.lines("request")] == [(401, None), (200, "admin")]
     assert SECRET not in log.text
     rig.close()
 

@@ -141,7 +141,7 @@ def test_its_log_is_json_from_the_first_line_to_the_last(start: Callable[..., Pr
     lines = [json.loads(line) for line in service.said().splitlines() if not line.startswith("Trainyard is ready")]
     assert "uvicorn.error" in {line["logger"] for line in lines}, "it complained of the head that is none"
     asked = [line for line in lines if line.get("route") == "/jobs"]
-    assert [(line["actor"], line["status"], line["method"]) for line in asked] == [("user", 200, "GET")]
+    assert [(line["actor"], line["status"], line["method"]) for line in asked] == [("admin", 200, "GET")]
     assert "canary" not in service.said()
 
 

@@ -1,0 +1,365 @@
+"""Named tokens: what each may do, how they come and go, and who stands in the events."""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.routing import APIRoute
+from sqlalchemy import event, select
+
+from contract.access import Scope
+from service.access import gatekeeper
+from service.access.callers import RESERVED
+from service.access.gatekeeper import Gatekeeper
+from service.access.scopes import ATTEMPT, NEEDS, OPEN
+from service.errors import Unauthorized
+from service.scheduler.apply import utc_now
+from service.tables import TokenRow
+from tests.service.conftest import MakeRig
+from tests.service.rig import Rig
+
+ADMIN_TOKEN = "the-operator's-own"
+WHEN = "2026-01-01T00:00:00Z"
+NOT_OURS = {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
+"""The framework's own pages: for every token there is."""
+
+
+@pytest.fixture
+def guarded(make_rig: MakeRig, any_url: str) -> Rig:
+    """A service that wants a token; its client has the operator's."""
+    rig = make_rig(any_url, token=ADMIN_TOKEN)
+    rig.client.headers["Authorization"] = f"Bearer {ADMIN_TOKEN}"
+    return rig
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def created(rig: Rig, name: str = "ci", **asked: Any) -> str:
+    answer = rig.client.post("/tokens", json={"name": name, **asked})
+    assert answer.status_code == 201, answer.text
+    token: str = answer.json()["token"]
+    return token
+
+
+def listed(rig: Rig) -> dict[str, dict[str, Any]]:
+    return {found["name"]: found for found in rig.get("/tokens")["data"]}
+
+
+def status(rig: Rig, token: str, path: str = "/jobs") -> int:
+    code: int = rig.client.get(path, headers=bearer(token)).status_code
+    return code
+
+
+# Scopes
+
+
+def filled(path: str) -> str:
+    return re.sub(r"\{\w+\}", "1", path)
+
+
+def all_routes(routes: Iterable[Any]) -> Iterator[Any]:
+    """Newer versions of the framework keep what was included as a router of its own."""
+    for route in routes:
+        inner = getattr(route, "original_router", None)
+        yield from all_routes(inner.routes) if inner is not None else [route]
+
+
+def test_the_table_has_every_route_and_no_other(rig: Rig) -> None:
+    there = list(all_routes(rig.app.routes))
+    ours = [route for route in there if isinstance(route, APIRoute)]
+    assert {(method, route.path) for route in ours for method in route.methods or ()} == set(NEEDS)
+    assert {route.path for route in there if not isinstance(route, APIRoute)} == NOT_OURS
+
+
+def test_each_route_asks_for_its_scope(make_rig: MakeRig, sqlite_url: str) -> None:
+    rig = make_rig(sqlite_url, token=ADMIN_TOKEN)
+    rig.client.headers["Authorization"] = f"Bearer {ADMIN_TOKEN}"
+    tokens = {scope: created(rig, f"of-{scope}", scope=scope) for scope in Scope}
+    del rig.client.headers["Authorization"]
+    for (method, path), need in NEEDS.items():
+        if path.endswith("/stream"):
+            path = path.replace("{job_id}", "job_aaaa")
+        nobody = rig.client.request(method, filled(path))
+        assert (nobody.status_code == 401) == (need != OPEN), (method, path)
+        for scope, token in tokens.items():
+            answer = rig.client.request(method, filled(path), headers=bearer(token))
+            if need == ATTEMPT:
+                assert answer.status_code == 401, "a user's token reports nothing"
+            elif need != OPEN:
+                allowed = scope.covers(Scope(need))
+                assert (answer.status_code == 403) == (not allowed), (method, path, scope, answer.text)
+                assert allowed or answer.json()["code"] == "forbidden"
+                assert answer.status_code != 401
+    for path in NOT_OURS:
+        assert rig.client.get(path).status_code == 401
+        assert rig.client.get(path, headers=bearer(tokens[Scope.READ])).status_code == 200
+
+
+def test_a_route_that_nobody_thought_of_is_for_admins(guarded: Rig) -> None:
+    token = created(guarded, scope="submit")
+
+    @guarded.app.get("/forgotten")
+    def forgotten() -> str:
+        return "secret"
+
+    assert status(guarded, token, "/forgotten") == 403
+    assert guarded.client.get("/forgotten").status_code == 200
+
+
+def test_what_a_scope_says(guarded: Rig) -> None:
+    token = created(guarded, "reader")
+    answer = guarded.client.post("/jobs", json=guarded.spec(), headers=bearer(token))
+    assert answer.status_code == 403
+    assert answer.json()["detail"] == "This needs the scope submit; the token reader has read."
+    assert [one.covers(other) for one in Scope for other in Scope] == [1, 0, 0, 1, 1, 0, 1, 1, 1]
+
+
+# The life of a token
+
+
+def test_a_secret_is_shown_once_and_kept_nowhere(guarded: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    token = created(guarded, "ci", scope="submit", max_jobs=2, max_devices=4, expires_in=3600)
+    assert re.fullmatch(r"ty_[a-z2-7]{12}_[A-Za-z0-9_-]{43}", token)
+    shown = listed(guarded)["ci"]
+    assert (shown["scope"], shown["max_jobs"], shown["max_devices"]) == ("submit", 2, 4)
+    assert (shown["created_by"], shown["jobs"], shown["last_used_at"]) == ("admin", 0, None)
+    assert shown["expires_at"] > shown["created_at"]
+    assert status(guarded, token) == 200
+    secret = token.rpartition("_")[2]
+    with guarded.database.read() as session:
+        row = session.scalars(select(TokenRow)).one()
+        assert not any(secret in str(value) for value in vars(row).values())
+        assert len(row.sha256) == 64
+    text = json.dumps(guarded.get("/tokens"))
+    assert secret not in text
+    assert row.sha256 not in text
+    assert secret not in caplog.text
+
+
+def test_a_changed_or_cut_token_is_nobody_s(guarded: Rig) -> None:
+    token = created(guarded)
+    other = created(guarded, "other")
+    swapped = "_".join([*token.split("_")[:2], other.split("_", 2)[2]])
+    for wrong in (token[:-1], token + "a", swapped, token.upper(), "ty_", "ty_aaaaaaaaaaaa_" + "a" * 43, ""):
+        assert status(guarded, wrong) == 401, wrong
+    assert status(guarded, token) == 200
+
+
+def test_rotation_with_and_without_an_overlap(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = created(guarded)
+    assert status(guarded, first) == 200
+    answer = guarded.client.post("/tokens/ci/rotate", json={"overlap": 600})
+    second = answer.json()["token"]
+    assert answer.json()["previous_until"] is not None
+    assert [status(guarded, token) for token in (first, second)] == [200, 200]
+    ahead = [timedelta(seconds=601)]
+    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + ahead[0])
+    late = guarded.client.get("/jobs", headers=bearer(first))
+    assert (late.status_code, late.json()["detail"]) == (401, "The token was replaced by another one.")
+    assert status(guarded, second) == 200
+    ahead[0] = timedelta()
+    third = guarded.client.post("/tokens/ci/rotate").json()["token"]
+    assert [status(guarded, token) for token in (first, second, third)] == [401, 401, 200]
+    assert listed(guarded)["ci"]["rotated_at"] is not None
+
+
+def test_expiry_and_a_longer_life_by_rotation(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = created(guarded, expires_in=60)
+    ahead = [timedelta(seconds=59)]
+    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + ahead[0])
+    assert status(guarded, token) == 200
+    ahead[0] = timedelta(seconds=61)
+    late = guarded.client.get("/jobs", headers=bearer(token))
+    assert (late.status_code, late.json()["detail"]) == (401, "The token has expired.")
+    renewed = guarded.client.post("/tokens/ci/rotate", json={"expires_in": 3600}).json()["token"]
+    assert status(guarded, renewed) == 200
+
+
+def test_revocation_holds_at_once_and_for_good(guarded: Rig) -> None:
+    token = created(guarded, scope="admin")
+    assert status(guarded, token) == 200
+    for _ in range(2):
+        assert guarded.client.delete("/tokens/ci").status_code == 204
+    refused = guarded.client.get("/jobs", headers=bearer(token))
+    assert (refused.status_code, refused.json()["detail"]) == (401, "The token was revoked.")
+    assert listed(guarded)["ci"]["revoked_at"] is not None
+    assert guarded.client.post("/tokens/ci/rotate").json()["code"] == "token_revoked"
+    again = guarded.client.post("/tokens", json={"name": "ci"})
+    assert (again.status_code, again.json()["code"]) == (409, "token_name_taken")
+
+
+def test_another_server_hears_of_it_in_its_time(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = created(guarded)
+    elsewhere = Gatekeeper(guarded.settings, guarded.database)
+    assert asyncio.run(elsewhere.caller(token)).name == "ci"
+    guarded.client.delete("/tokens/ci")
+    assert asyncio.run(elsewhere.caller(token)).name == "ci", "it looked a moment ago"
+    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 0.0)
+    with pytest.raises(Unauthorized, match="revoked"):
+        asyncio.run(elsewhere.caller(token))
+
+
+def test_uses_are_written_now_and_then(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = created(guarded)
+    written: list[str] = []
+
+    def note(_c: object, _x: object, statement: str, *_: object) -> None:
+        if statement.startswith("UPDATE tokens"):
+            written.append(statement)
+
+    event.listen(guarded.database.engine, "before_cursor_execute", note)
+    for _ in range(5):
+        assert status(guarded, token) == 200
+    assert len(written) == 1
+    first = listed(guarded)["ci"]["last_used_at"]
+    assert first is not None
+    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + gatekeeper.USED_AGAIN)
+    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 0.0)
+    for _ in range(3):
+        assert status(guarded, token) == 200
+    assert len(written) == 2
+    assert listed(guarded)["ci"]["last_used_at"] > first
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        {},
+        [],
+        {"name": ""},
+        {"name": "-x"},
+        {"name": "a b"},
+        {"name": "a\n"},
+        {"name": "a" * 65},
+        {"name": 1},
+        {"name": "x", "scope": "root"},
+        {"name": "x", "expires_in": 0},
+        {"name": "x", "expires_in": "60"},
+        {"name": "x", "expires_in": 2**63},
+        {"name": "x", "max_jobs": -1},
+        {"name": "x", "max_jobs": True},
+        {"name": "x", "max_devices": 2**63},
+        {"name": "x", "sha256": "0" * 64},
+    ],
+)
+def test_what_is_no_token(guarded: Rig, body: Any) -> None:
+    answer = guarded.client.post("/tokens", json=body)
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request")
+    assert listed(guarded) == {}
+
+
+def test_names_that_mean_something_else_are_not_given(guarded: Rig) -> None:
+    for name in sorted(RESERVED):
+        assert guarded.client.post("/tokens", json={"name": name.title()}).status_code == 409
+    for path in ("/tokens/nobody-knows", "/tokens/%00", "/tokens/" + "x" * 200):
+        for method, verb in (("POST", "/rotate"), ("DELETE", ""), ("PATCH", "")):
+            answer = guarded.client.request(method, path + verb, json={} if method != "DELETE" else None)
+            assert answer.status_code in (404, 422), (method, path, answer.text)
+
+
+# A service without a token of its own
+
+
+def test_where_no_token_is_needed_a_named_one_counts_all_the_same(any_rig: Rig) -> None:
+    token = created(any_rig, "reader")
+    assert listed(any_rig)["reader"]["created_by"] == "local"
+    assert any_rig.client.post("/jobs", json=any_rig.spec()).json()["submitted_by"] == "local"
+    assert any_rig.client.post("/jobs", json=any_rig.spec(), headers=bearer(token)).status_code == 403
+    assert status(any_rig, token) == 200
+    any_rig.client.delete("/tokens/reader")
+    assert status(any_rig, token) == 401, "what was taken back opens nothing, here neither"
+    assert status(any_rig, token[:-2]) == 401
+    assert status(any_rig, "somebody else's") == 200, "what is no token of ours is not looked at"
+
+
+# Who did it
+
+
+def test_events_say_who_asked(guarded: Rig) -> None:
+    alice, bob = created(guarded, "alice", scope="submit"), created(guarded, "bob", scope="submit")
+    job = guarded.client.post("/jobs", json=guarded.spec(), headers=bearer(alice)).json()
+    assert job["submitted_by"] == "alice"
+    guarded.settle()
+    attempt = guarded.launcher.of(job["id"])
+    attempt.started(steps=10)
+    guarded.ship(attempt)
+    guarded.checkpoint(job["id"], attempt, 5)
+    guarded.ship(attempt)
+
+    def ask(method: str, below: str, token: str, body: Any = None) -> Any:
+        answer = guarded.client.request(method, f"/jobs/{job['id']}{below}", json=body, headers=bearer(token))
+        assert answer.status_code < 300, answer.text
+        return answer.json() if answer.content else None
+
+    ask("PATCH", "", bob, {"priority": 3})
+    ask("POST", "/save", alice)
+    ask("POST", "/pause", bob)
+    guarded.exit(attempt, "stopped", step=5)
+    assert ask("POST", "/resume", bob)["submitted_by"] == "alice"
+    ask("POST", "/cancel", alice)
+    told = [(e["kind"], e["data"].get("to"), e["actor"]) for e in guarded.data(job["id"], "events")]
+    assert [found for found in told if found[2] in ("alice", "bob")] == [
+        ("created", "queued", "alice"),
+        ("changed", None, "bob"),
+        ("save", None, "alice"),
+        ("status", "pausing", "bob"),
+        ("status", "queued", "bob"),
+        ("status", "cancelled", "alice"),
+    ]
+    assert {actor for _, _, actor in told} == {"alice", "bob", "agent", "scheduler"}
+
+
+# Attempts
+
+
+def test_an_attempt_s_token_reports_that_attempt_and_nothing_else(guarded: Rig) -> None:
+    first_job, first = guarded.running()
+    _, second = guarded.running()
+    named = created(guarded, scope="admin")
+    routes = [path for (_, path), need in NEEDS.items() if need == ATTEMPT]
+    assert len(routes) == 3
+    bodies = {
+        "events": {"events": [{"seq": 2, "event": "warning", "code": "x", "message": "forged"}]},
+        "heartbeat": {"step": 3},
+        "exit": {
+            "outcome": "completed",
+            "step": 1,
+            "reason": None,
+            "message": "",
+            "last_seq": 1,
+            "ended_at": "2026-01-01T00:00:00Z",
+        },
+    }
+    before = guarded.job(first_job)
+    for path in routes:
+        what = path.rpartition("/")[2]
+        for token in (second.launch.token, named, ADMIN_TOKEN, "", first.launch.token[:-1], first.launch.token + "x"):
+            answer = guarded.report(first, what, bodies[what], token)
+            assert answer.status_code == 401, (what, answer.text)
+            assert answer.json()["detail"] == "The token does not belong to this attempt."
+        nonsense = guarded.report(first, what, "[" * 100_000, "")
+        assert nonsense.status_code == 401, "who has no token has nothing of the body read"
+    assert guarded.job(first_job) == before
+    for method, path in NEEDS:
+        if NEEDS[method, path] not in (OPEN, ATTEMPT):
+            assert status(guarded, first.launch.token, filled(path)) == 401, "it opens no user's route"
+    assert guarded.report(first, "heartbeat", bodies["heartbeat"]).status_code == 200
+
+
+def test_hashes_are_all_that_is_kept_of_secrets(guarded: Rig) -> None:
+    token = created(guarded)
+    _, attempt = guarded.running()
+    if guarded.url.startswith("sqlite"):
+        files = [Path(guarded.url.removeprefix("sqlite:///") + ending) for ending in ("", "-wal")]
+        content = b"".join(file.read_bytes() for file in files if file.exists())
+        for secret in (token, attempt.launch.token, ADMIN_TOKEN):
+            assert secret.encode() not in content
