@@ -19,6 +19,7 @@ NEEDS: dict[tuple[str, str], str] = {
     ("GET", "/health"): OPEN,
     ("GET", "/ready"): OPEN,
     ("GET", "/version"): READ,
+    ("GET", "/status"): READ,
     ("GET", "/metrics"): READ,
     ("GET", "/devices"): READ,
     ("GET", "/jobs"): READ,
