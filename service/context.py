@@ -52,7 +52,8 @@ class Services:
         return Host(self.settings, self.inventory.devices())
 
 
-def _services(request: Request) -> Services:
+# A coroutine: a plain function would be sent to a thread and back, for one attribute.
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import and_, delete, func, insert, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -154,7 +154,7 @@ def create(
     )
     session.add(job)
     session.flush()
-    put_labels(session, job, dict(spec.labels))
+    _add_labels(session, job, dict(spec.labels))
     data = {"to": JobStatus.QUEUED, **(note.data or {})}
     tell(session, job, Note("created", note.message, by.name, data=data), now)
     return job
@@ -163,9 +163,13 @@ def create(
 def put_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
     """Make ``labels`` the job's labels."""
     session.execute(delete(LabelRow).where(LabelRow.job_id == job.id))
+    _add_labels(session, job, labels)
+    job.labels = labels
+
+
+def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
     if labels:
         session.execute(insert(LabelRow), [{"job_id": job.id, "key": k, "value": v} for k, v in labels.items()])
-    job.labels = labels
 
 
 def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
@@ -205,7 +209,22 @@ def remember_key(session: Session, key: str, digest: str, job: JobRow, now: date
     return True
 
 
-def queue_order(session: Session) -> Sequence[str]:
-    """Ids of the queued jobs, the next one first."""
+def queue_positions(session: Session, jobs: Sequence[JobRow]) -> dict[str, int]:
+    """The place in the queue of each of ``jobs`` that is queued; 1 is next."""
+    queued = [job for job in jobs if job.status == JobStatus.QUEUED]
+    if len(queued) == 1:
+        return {queued[0].id: _ahead(session, queued[0]) + 1}
     order = (JobRow.priority.desc(), JobRow.queued_at, JobRow.number)
-    return session.scalars(select(JobRow.id).where(JobRow.status == JobStatus.QUEUED).order_by(*order)).all()
+    place = func.row_number().over(order_by=order).label("place")
+    line = select(JobRow.id, place).where(JobRow.status == JobStatus.QUEUED).subquery()
+    wanted = select(line.c.id, line.c.place).where(line.c.id.in_([job.id for job in queued]))
+    return {row.id: row.place for row in session.execute(wanted)} if queued else {}
+
+
+def _ahead(session: Session, job: JobRow) -> int:
+    """Counted by the index, where the queue is long: who submits should not pay for all who did before."""
+    same, earlier = JobRow.priority == job.priority, JobRow.queued_at < job.queued_at
+    at_once = and_(JobRow.queued_at == job.queued_at, JobRow.number < job.number)
+    before = or_(JobRow.priority > job.priority, and_(same, or_(earlier, at_once)))
+    count = select(func.count()).select_from(JobRow).where(JobRow.status == JobStatus.QUEUED, before)
+    return session.scalar(count) or 0

@@ -37,7 +37,7 @@ class Gathered:
 
     jobs: Sequence[JobRow]
     checkpoints: Mapping[str, Sequence[CheckpointRow]]
-    order: Sequence[str]
+    positions: Mapping[str, int]
 
 
 def gather(session: Session, jobs: Sequence[JobRow]) -> Gathered:
@@ -51,24 +51,22 @@ def gather(session: Session, jobs: Sequence[JobRow]) -> Gathered:
     by_job: dict[str, list[CheckpointRow]] = {}
     for row in rows:
         by_job.setdefault(row.job_id, []).append(row)
-    queued = any(job.status == JobStatus.QUEUED for job in jobs)
-    return Gathered(jobs, by_job, store.queue_order(session) if queued else ())
+    return Gathered(jobs, by_job, store.queue_positions(session, jobs))
 
 
 def show_all(found: Gathered, waiting: Mapping[str, str]) -> list[Job]:
     """The jobs as the API shows them. Looks at the disk: a checkpoint is shown only while it is there."""
-    positions = {job_id: place for place, job_id in enumerate(found.order, start=1)}
     now = datetime.now(UTC)
-    return [_show(job, found, positions, waiting, now) for job in found.jobs]
+    return [_show(job, found, waiting, now) for job in found.jobs]
 
 
-def _show(job: JobRow, found: Gathered, positions: Mapping[str, int], waiting: Mapping[str, str], now: datetime) -> Job:
+def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetime) -> Job:
     standing = store.standing(job)
     blocker = resume_blocker(standing)
     newest = next((row for row in found.checkpoints.get(job.id, ()) if there(row)), None)
     queue = None
     if job.status == JobStatus.QUEUED:
-        queue = Queue(position=positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
+        queue = Queue(position=found.positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
     checkpoint = show_checkpoint(newest) if newest is not None else None
     progress = Progress.model_validate(job.progress)
     return Job(

@@ -3,8 +3,10 @@
 from typing import Any
 
 import pytest
+from sqlalchemy import select, update
 
 from contract.status import Reason
+from service.tables import JobRow
 from tests.service.rig import Rig
 
 
@@ -176,3 +178,19 @@ def test_the_document_describes_every_route(rig: Rig) -> None:
     }
     assert "learning_rate" in document["components"]["schemas"]["TrainingSpec"]["properties"]
     assert "summary" in document["components"]["schemas"]["Job"]["properties"]
+
+
+def test_places_in_the_queue_are_the_same_one_by_one_and_in_a_list(any_rig: Rig) -> None:
+    """Also of jobs that were queued at the same moment: the older one goes first."""
+    priorities = [0, 5, 0, -3, 5, 0, 7]
+    ids = [any_rig.submit(resources={"priority": priority}) for priority in priorities]
+    with any_rig.database.write() as session:
+        moment = session.scalars(select(JobRow.queued_at).where(JobRow.id == ids[0])).one()
+        session.execute(update(JobRow).where(JobRow.id.in_(ids[:3])).values(queued_at=moment))
+    order = sorted(range(len(ids)), key=lambda n: (-priorities[n], n))
+    wanted = {ids[n]: place for place, n in enumerate(order, start=1)}
+    assert {job_id: any_rig.job(job_id)["queue"]["position"] for job_id in ids} == wanted
+    assert {job["id"]: job["queue"]["position"] for job in any_rig.get("/jobs")["data"]} == wanted
+    any_rig.act(ids[6], "cancel")
+    assert any_rig.job(ids[1])["queue"]["position"] == 1
+    assert any_rig.job(ids[6])["queue"] is None
