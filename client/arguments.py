@@ -112,11 +112,21 @@ def _add_tools(commands: Any) -> None:
     train.add_argument("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)")
     train.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
     train.add_argument("--text-field", default="text", help="key of the text (text)")
-    corpus = commands.add_parser("corpus", help="look a corpus over").add_subparsers(metavar="check", required=True)
+    _add_corpora(commands.add_parser("corpus", help="look a corpus over; those that are tokenized here"))
+    _add_database(commands.add_parser("db", help="the service's database"))
+
+
+def _add_corpora(parser: argparse.ArgumentParser) -> None:
+    corpus = parser.add_subparsers(metavar="check|list|prune", required=True)
     check = _add(corpus, "check", "client.local:check_corpus", "count the texts, name every line that cannot be read")
     check.add_argument("file", metavar="FILE", help="corpus: JSONL, text, gzip, zstandard or parquet")
     check.add_argument("--text-field", default="text", help="key of the text (text)")
-    _add_database(commands.add_parser("db", help="the service's database"))
+    shown = _add(corpus, "list", "client.local:list_corpora", "what is in this host's cache of tokenized corpora")
+    prune = _add(corpus, "prune", "client.local:prune_corpora", "remove tokenized corpora that nobody uses, now")
+    for each in (shown, prune):
+        each.add_argument("--home", help="folder of everything the service keeps (./trainyard-home)")
+    prune.add_argument("--days", help="those unused for longer; 0: of any age (TRAINYARD_CORPUS_DAYS)")
+    prune.add_argument("--bytes", help="the least used until the cache is no larger (TRAINYARD_CORPUS_BYTES)")
 
 
 def _add_database(parser: argparse.ArgumentParser) -> None:

@@ -40,6 +40,18 @@ def check_corpus(args: argparse.Namespace, _console: Console) -> int:
     return become("worker.corpus", ["check", args.file, "--text-field", args.text_field], {})
 
 
+def list_corpora(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard corpus list`: ``python -m service.upkeep.corpora list``."""
+    return become("service.upkeep.corpora", ["list"], {"TRAINYARD_HOME": args.home})
+
+
+def prune_corpora(args: argparse.Namespace, _console: Console) -> int:
+    """`trainyard corpus prune`: ``python -m service.upkeep.corpora prune``."""
+    given = {"--days": args.days, "--bytes": args.bytes}
+    options = [f"{name}={value}" for name, value in given.items() if value is not None]
+    return become("service.upkeep.corpora", ["prune", *options], {"TRAINYARD_HOME": args.home})
+
+
 def store_settings(args: argparse.Namespace) -> dict[str, object]:
     """The environment variables that the options stand for."""
     return {"TRAINYARD_HOME": args.home, "TRAINYARD_DATABASE_URL": args.database_url}

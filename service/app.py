@@ -33,6 +33,7 @@ from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams import routes as stream_routes
 from service.streams.pulse import Pulse
+from service.upkeep.corpora import CorpusShelf
 from service.upkeep.loop import Upkeep
 from service.web import Gate
 
@@ -55,7 +56,7 @@ def build(
 
 def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
     """The ASGI application. ``ready`` is called once it works; ``scheduling`` False leaves the rounds to the caller."""
-    upkeep = Upkeep(services.scheduler, services.disks)
+    upkeep = Upkeep(services.scheduler, services.disks, corpora=CorpusShelf.of(services.settings))
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:

@@ -26,7 +26,8 @@ class Settings:
     ``data_roots`` are read below, ``save_roots`` written below; the home always counts among both. ``cpu_slots`` is the
     number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
     ``idempotency_days``: how long a submission may be sent again. ``preemption``: a job of higher priority that waits
-    makes those of lower priority pause.
+    makes those of lower priority pause. ``corpus_days``, ``corpus_bytes``: what of the corpus cache goes, see
+    `service.upkeep.corpora`.
     """
 
     home: Path
@@ -46,6 +47,8 @@ class Settings:
     log_level: str = "info"
     disk_bytes: int = 5 << 30
     disk_percent: int = 10
+    corpus_days: int = 30
+    corpus_bytes: int = 0
 
     @classmethod
     def read(
@@ -78,6 +81,8 @@ class Settings:
             log_format=_one_of(environment, "TRAINYARD_LOG_FORMAT", FORMATS),
             disk_bytes=_whole(environment, "TRAINYARD_DISK_LOW_BYTES", 5 << 30),
             disk_percent=_whole(environment, "TRAINYARD_DISK_LOW_PERCENT", 10),
+            corpus_days=_whole(environment, "TRAINYARD_CORPUS_DAYS", 30),
+            corpus_bytes=_whole(environment, "TRAINYARD_CORPUS_BYTES", 0),
             log_level=_one_of(environment, "TRAINYARD_LOG_LEVEL", ("info", *LEVELS)),
         )
         settings.require_safe()

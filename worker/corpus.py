@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -25,6 +26,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from contract.cache import CorpusCache
 from contract.locks import FileLock, LockBusy
 from contract.rundir import read_json, write_json
 from contract.vocabulary import TokenizerInvalid
@@ -79,9 +81,13 @@ class CorpusMeta:
 
 
 class Corpus:
-    """Token shards, memory-mapped: document i is ``tokens[offsets[i] : offsets[i + 1]]``."""
+    """Token shards, memory-mapped: document i is ``tokens[offsets[i] : offsets[i + 1]]``.
 
-    def __init__(self, directory: Path) -> None:
+    ``use`` keeps it in the cache for as long as this object lives.
+    """
+
+    def __init__(self, directory: Path, use: FileLock) -> None:
+        weakref.finalize(self, use.release)
         self.directory = directory
         self.meta = CorpusMeta.read(directory / "meta.json")
         dtype = np.uint16 if self.meta.token_bytes == 2 else np.uint32
@@ -114,12 +120,19 @@ def open_corpus(
     cache.mkdir(parents=True, exist_ok=True)
     progress = progress or _silent
     content = content_digest(path, cache, progress)
-    directory = cache / _key(content, tokenizer.fingerprint, text_field, plain=reads_as_plain_text(path))
-    if not (directory / "meta.json").exists():
-        with locked(directory.with_suffix(".lock"), partial(progress, 0, path.stat().st_size)):
-            if not (directory / "meta.json").exists():
-                _build(path, tokenizer, text_field, content, directory, progress)
-    corpus = Corpus(directory)
+    key = _key(content, tokenizer.fingerprint, text_field, plain=reads_as_plain_text(path))
+    waiting = partial(progress, 0, path.stat().st_size)
+    use = CorpusCache(cache).use(key, waiting)
+    try:
+        directory = cache / key
+        if not (directory / "meta.json").exists():
+            with locked(directory.with_suffix(".lock"), waiting):
+                if not (directory / "meta.json").exists():
+                    _build(path, tokenizer, text_field, content, directory, progress)
+        corpus = Corpus(directory, use)
+    except BaseException:
+        use.release()
+        raise
     require_usable(path, corpus.meta.tally, text_field, max_bad_lines)
     return corpus
 

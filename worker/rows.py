@@ -76,6 +76,8 @@ class RowTable:
     def __init__(self, corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing) -> None:
         self.max_seq_len = max_seq_len
         self.packing = packing
+        # Kept whole: while somebody has it, the cache does not let it go.
+        self._corpus = corpus
         self._tokens = corpus.tokens
         pieces, rows = (directory / "starts.bin").stat().st_size // 8, (directory / "targets.bin").stat().st_size // 4
         self._starts = mapped(directory / "starts.bin", np.int64, pieces)

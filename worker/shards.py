@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from contract.cache import building_of
 from contract.rundir import fsync_directory, read_json, write_json
 from worker.lines import DataInvalid, Tally
 from worker.tokenizers import Ids, Tokenizer
@@ -142,14 +143,15 @@ def published(directory: Path, *, goes_on: bool = False) -> Iterator[Path]:
 
     ``goes_on``: what a build left that was killed or stopped is kept for the next one.
     """
-    building = directory.with_name(f".{directory.name}.building")
+    building = building_of(directory)
     # What stands there is of a build that was killed: the lock is ours, so nobody is writing to it.
     if not goes_on:
         shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True, exist_ok=True)
     try:
         yield building
-        for entry in building.glob(f"*{JOURNAL}*"):
+        # The journal, and what was being written when a build was killed: files are written under a name with a dot.
+        for entry in {*building.glob(JOURNAL), *building.glob(".*")}:
             entry.unlink()
         fsync_directory(building)
         os.rename(building, directory)

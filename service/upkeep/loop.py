@@ -9,6 +9,7 @@ from service.scheduler.apply import utc_now
 from service.scheduler.lease import Deposed
 from service.scheduler.loop import Scheduler
 from service.upkeep import warnings
+from service.upkeep.corpora import CorpusShelf
 from service.upkeep.disks import Disk, DiskWatch, State
 
 ROUND_SECONDS = 10.0
@@ -19,10 +20,17 @@ log = logging.getLogger("trainyard")
 class Upkeep:
     """Runs rounds in a thread of its own. Tests call `round` themselves."""
 
-    def __init__(self, scheduler: Scheduler, disks: DiskWatch, clock: Callable[[], datetime] = utc_now) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        disks: DiskWatch,
+        clock: Callable[[], datetime] = utc_now,
+        corpora: CorpusShelf | None = None,
+    ) -> None:
         self._scheduler = scheduler
         self._disks = disks
         self._clock = clock
+        self._corpora = corpora
         self._told: dict[str, State] = {}
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
@@ -44,6 +52,8 @@ class Upkeep:
             self._log(disk)
         if self._scheduler.leads:
             self._warn(disks)
+        if self._corpora is not None:
+            self._corpora.tidy_when_due()
 
     def _log(self, disk: Disk) -> None:
         before = self._told.get(disk.name, State.OK)

@@ -264,6 +264,8 @@ def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> N
             ["train", "f.jsonl", "--vocab-size", "500", "--out", "d", "--text-field", "text"],
             {},
         ),
+        (["corpus", "list", "--home", "/h"], "service.upkeep.corpora", ["list"], {"TRAINYARD_HOME": "/h"}),
+        (["corpus", "prune", "--days", "7"], "service.upkeep.corpora", ["prune", "--days=7"], {}),
         (["corpus", "check", "f", "--text-field", "b"], "worker.corpus", ["check", "f", "--text-field", "b"], {}),
     ],
 )

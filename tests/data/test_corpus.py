@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -13,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from contract.cache import CorpusCache
 from contract.locks import FileLock
 from tests.data.texts import docstrings, write_jsonl
 from worker import corpus as corpus_module
 from worker.corpus import Corpus, content_digest, main, open_corpus
 from worker.lines import DataInvalid
+from worker.rows import RowTable
 from worker.tokenizers import ByteTokenizer, load
 
 
@@ -238,6 +241,43 @@ def test_a_killed_build_leaves_nothing_and_the_next_one_succeeds(docstring_file:
     corpus = open_corpus(docstring_file, ByteTokenizer(), cache=cache)
     assert texts_of(corpus) == list(docstrings())
     assert not list(cache.glob(".*.building"))
+
+
+def test_an_open_corpus_stays_in_the_cache_and_one_that_left_comes_back_the_same(tmp_path: Path) -> None:
+    file, shelf = write_jsonl(tmp_path / "c.jsonl", docstrings()[:50]), CorpusCache(tmp_path / "cache")
+    corpus = open_corpus(file, ByteTokenizer(), cache=shelf.path)
+    before = (corpus.directory / "tokens.bin").read_bytes()
+    rows = RowTable.open(corpus, max_seq_len=32, packing="document")
+    del corpus
+    assert not shelf.remove(shelf.kept()[0]), "its rows are still in use"
+    del rows
+    assert shelf.remove(shelf.kept()[0])
+    assert (open_corpus(file, ByteTokenizer(), cache=shelf.path).directory / "tokens.bin").read_bytes() == before
+
+
+def test_corpora_are_opened_whole_while_they_are_removed_all_the_time(tmp_path: Path) -> None:
+    file, shelf = write_jsonl(tmp_path / "c.jsonl", docstrings()[:5]), CorpusCache(tmp_path / "cache")
+    removed: list[bool] = []
+    ended = threading.Event()
+
+    def remove_all() -> None:
+        while not ended.is_set():
+            removed.extend(shelf.remove(each) for each in shelf.kept())
+
+    remover = threading.Thread(target=remove_all)
+    remover.start()
+    try:
+        deadline = time.monotonic() + 60
+        while removed.count(True) < 8:
+            assert time.monotonic() < deadline, "it was not removed again and again"
+            corpus = open_corpus(file, ByteTokenizer(), cache=shelf.path)
+            assert texts_of(corpus) == list(docstrings()[:5])
+            RowTable.open(corpus, max_seq_len=32, packing="document").batch([0])
+            del corpus
+            ended.wait(0.005)  # nobody has it open for a moment
+    finally:
+        ended.set()
+        remover.join()
 
 
 def test_waiting_for_another_build_can_be_broken_off(tmp_path: Path) -> None:

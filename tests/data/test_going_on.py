@@ -214,6 +214,7 @@ def test_what_was_left_is_not_trusted_where_it_does_not_fit(damage: str, tmp_pat
         case _:
             (left / shards.OFFSETS).unlink()
     (left / f".{shards.JOURNAL}.abc123").write_text("of a kill while the journal was written")
+    (left / ".meta.json.abc123").write_text("of a kill just before the end")
     assert len(build(file, tmp_path / "cache")) == batches
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
 

@@ -1,0 +1,125 @@
+"""What leaves the corpus cache and what cannot: by names and locks alone."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from contract.cache import CorpusCache, building_of
+from contract.locks import FileLock
+
+KEYS = ["a" * 32, "b" * 32, "c" * 32]
+LONG_AGO = 1_000_000.0
+
+
+def nothing() -> None:
+    """Nobody is waited for."""
+
+
+def filled(path: Path, *keys: str, size: int = 10) -> CorpusCache:
+    """Corpora of so many bytes that were last used long ago, the first longest ago."""
+    cache = CorpusCache(path)
+    for number, key in enumerate(keys):
+        cache.directory(key).mkdir(parents=True)
+        (cache.directory(key) / "tokens.bin").write_bytes(b"x" * size)
+        cache.use(key, nothing).release()
+        os.utime(cache.used(key), (LONG_AGO + number,) * 2)
+    return cache
+
+
+def test_what_is_kept_is_told_with_its_last_use(tmp_path: Path) -> None:
+    cache = filled(tmp_path, *KEYS[:2])
+    building_of(cache.directory(KEYS[2])).mkdir()
+    (building_of(cache.directory(KEYS[2])) / "tokens.bin").write_bytes(b"yyy")
+    for stranger in ("content-0.json", ".hidden", "notes"):
+        (tmp_path / stranger).mkdir()
+    found = cache.kept()
+    assert [(each.key, each.bytes, each.whole) for each in found] == [
+        (KEYS[0], 10, True),
+        (KEYS[1], 10, True),
+        (KEYS[2], 3, False),
+    ]
+    assert [each.used_at for each in found[:2]] == [LONG_AGO, LONG_AGO + 1]
+    assert CorpusCache(tmp_path / "none").kept() == []
+
+
+def test_what_nobody_uses_can_go(tmp_path: Path) -> None:
+    cache = filled(tmp_path, *KEYS)
+    building_of(cache.directory(KEYS[1])).mkdir()
+    assert [cache.remove(each) for each in cache.kept()] == [True] * 4
+    assert cache.kept() == []
+    assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".used"}
+
+
+def hold_used(cache: CorpusCache) -> FileLock:
+    return cache.use(KEYS[0], nothing)
+
+
+def hold_lock(cache: CorpusCache) -> FileLock:
+    return FileLock(cache.lock(KEYS[0])).take()
+
+
+@pytest.mark.parametrize("hold", [hold_used, hold_lock])
+def test_what_is_open_or_built_stays(hold: Callable[[CorpusCache], FileLock], tmp_path: Path) -> None:
+    cache = filled(tmp_path, *KEYS[:1])
+    before = cache.kept()[0]
+    building_of(before.path).mkdir()
+    with hold(cache):
+        assert [each.in_use for each in cache.kept()] == [True, True]
+        # As it was looked at before somebody came.
+        assert not cache.remove(before)
+        assert not cache.remove(cache.kept()[1])
+    assert before.path.is_dir()
+
+
+def test_what_was_used_since_it_was_looked_at_stays(tmp_path: Path) -> None:
+    cache = filled(tmp_path, *KEYS[:1])
+    (seen,) = cache.kept()
+    cache.use(KEYS[0], nothing).release()
+    assert not cache.remove(seen)
+    assert cache.remove(cache.kept()[0])
+    assert not cache.remove(seen), "it has gone"
+
+
+def test_a_corpus_of_before_uses_were_noted_is_as_old_as_its_files(tmp_path: Path) -> None:
+    cache = filled(tmp_path, *KEYS[:1])
+    cache.used(KEYS[0]).unlink()
+    for path in (cache.directory(KEYS[0]) / "tokens.bin", cache.directory(KEYS[0])):
+        os.utime(path, (LONG_AGO + 7,) * 2)
+    (seen,) = cache.kept()
+    assert seen.used_at == LONG_AGO + 7
+    assert cache.remove(seen)
+
+
+def test_what_a_killed_remover_left_is_collected(tmp_path: Path) -> None:
+    cache = filled(tmp_path, *KEYS[:1])
+    (tmp_path / f".{KEYS[1]}.removing-12-34").mkdir()
+    cache.collect()
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [KEYS[0]]
+
+
+def test_old_digests_are_forgotten_but_not_while_somebody_reads(tmp_path: Path) -> None:
+    cache = CorpusCache(tmp_path)
+    for name, age in (("content-00aa", 0), ("content-01bb", 0), ("content-02cc", 100)):
+        (tmp_path / f"{name}.json").write_text("{}")
+        os.utime(tmp_path / f"{name}.json", (LONG_AGO + age,) * 2)
+    with FileLock(tmp_path / "content-01.lock") as lock:
+        lock.take()
+        assert cache.forget_digests(LONG_AGO + 50) == 1
+    assert sorted(path.name for path in cache.digests()) == ["content-01bb.json", "content-02cc.json"]
+    assert cache.forget_digests(LONG_AGO + 50) == 1
+
+
+def test_waiting_for_a_use_can_be_broken_off(tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def enough() -> None:
+        raise Enough
+
+    cache = filled(tmp_path, *KEYS[:1])
+    with FileLock(cache.used(KEYS[0])) as lock:
+        lock.take()
+        with pytest.raises(Enough):
+            cache.use(KEYS[0], enough)
