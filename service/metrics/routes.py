@@ -4,10 +4,13 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
+from sqlalchemy.orm import Session
 
 from contract.parsing import Problem
 from service.context import ServicesNeeded
@@ -57,6 +60,8 @@ def metrics(
             else:
                 wide = width(max(store.last_step(session, job_id, None), job.parent_step or 0), max_points)
                 found, limit = ancestry.buckets(session, job, wide, ema_half_life), LARGEST
+                if fields is not None:
+                    _add_of_each(session, found, wanted)
                 rest = {"has_more": False, "resolution": wide}
             return _answer(request, found[:limit], {**rest, "lineage": ancestry.shown(session, job)})
         if max_points is None:
@@ -72,7 +77,20 @@ def metrics(
         rows = [row for row in made if row["step"] >= view.begin]
         if fields is not None:
             store.add_last(session, job_id, rows, wanted)
+            if "eval_loss" in wanted:
+                store.add_evaluations(session, job_id, attempt, rows, _evaluated_every(job.spec))
     return _answer(request, rows, {"has_more": False, "resolution": wide})
+
+
+def _add_of_each(session: Session, rows: list[dict[str, Any]], wanted: Sequence[str]) -> None:
+    """Fields of a line's rows, each from the job that it belongs to."""
+    for job_id, own in groupby(rows, itemgetter("job_id")):
+        store.add_last(session, job_id, list(own), wanted)
+
+
+def _evaluated_every(spec: dict[str, Any]) -> int:
+    """Steps from one evaluation to the next, as the worker's calendar has it."""
+    return int(spec["reporting"]["eval_interval"] or spec["checkpoint"]["save_interval"])
 
 
 def _fields(given: str | None) -> Sequence[str]:

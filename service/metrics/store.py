@@ -114,6 +114,23 @@ def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], field
                 named[step, attempt].update(zip(extra, values, strict=True))
 
 
+def add_evaluations(
+    session: Session, job_id: str, attempt: int | None, buckets: list[dict[str, Any]], every: int
+) -> None:
+    """Put the last evaluation in each bucket into it where its last point has none; one came each ``every`` steps."""
+    due = {
+        row["step"] // every * every: row
+        for row in buckets
+        if row["eval_loss"] is None and row["step"] // every * every >= row["first_step"]
+    }
+    steps = list(due)
+    for begin in range(0, len(steps), MOST_NAMED):
+        some = MetricRow.step.in_(steps[begin : begin + MOST_NAMED])
+        query = select(MetricRow.step, MetricRow.eval_loss).where(*_curve(job_id, attempt), some)
+        for step, loss in session.execute(query.order_by(MetricRow.seq)):
+            due[step]["eval_loss"] = loss
+
+
 def _curve(job_id: str, attempt: int | None) -> tuple[ColumnElement[bool], ...]:
     which = MetricRow.stitched.is_(True) if attempt is None else MetricRow.attempt == attempt
     return MetricRow.job_id == job_id, which

@@ -263,6 +263,13 @@ def test_the_curve_joins_the_parents_as_it_was_at_the_fork(any_rig: Rig) -> None
     assert drawn(any_rig, made, limit=2) == line[:2]
     assert [row["step"] for row in any_rig.data(made, "metrics")] == list(range(5, 10))
     buckets = any_rig.get(f"/jobs/{made}/metrics", lineage=True, max_points=5)
+    of_each = any_rig.data(made, "metrics", lineage=True, max_points=5, fields="tokens,learning_rate")
+    points = any_rig.data(made, "metrics", lineage=True)
+    assert [(row["job_id"], row["step"], row["tokens"]) for row in of_each] == [
+        (row["job_id"], row["step"], row["tokens"])
+        for row in points
+        if row["step"] in {one["step"] for one in buckets["data"]}
+    ]
     assert buckets["resolution"] == 2
     assert [(row["first_step"], row["step"], row["loss_max"]) for row in buckets["data"]][:3] == [
         (1, 1, 1.0), (2, 3, 3.0), (4, 5, 50.0)]  # fmt: skip

@@ -170,3 +170,16 @@ def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
 
 def test_with_no_half_life_the_mean_is_the_point_itself() -> None:
     assert [row["loss_ema"] for row in buckets(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]
+
+
+def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Rig) -> None:
+    job_id, attempt = any_rig.running(steps=300, reporting={"eval_interval": 50})
+    for step in range(1, 301):
+        attempt.metric(step, eval_loss=3 + step / 100 if step % 50 == 0 else None)
+    any_rig.ship(attempt)
+    rows = any_rig.data(job_id, "metrics", max_points=20, fields="eval_loss")
+    assert len(rows) < 21
+    found = {row["eval_loss"]: row for row in rows if row["eval_loss"] is not None}
+    assert list(found) == [3 + step / 100 for step in range(50, 301, 50)]
+    for step, row in zip(range(50, 301, 50), found.values(), strict=True):
+        assert row["first_step"] <= step <= row["step"]

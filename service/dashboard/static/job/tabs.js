@@ -6,6 +6,7 @@ import { Config } from "./config.js";
 import { Listing, cell, moved } from "./listing.js";
 import { Logs } from "./logs.js";
 import { Metrics } from "./metrics.js";
+import { Samples } from "./samples.js";
 
 class Overview extends Listing {
   constructor(place, address) {
@@ -26,16 +27,6 @@ class Events extends Listing {
       row: (one) => h("tr", {}, cell(clock(one.at), "num", exact(one.at)), cell(one.actor), cell(one.kind), cell(one.message)),
     });
     this.newestFirst = true;
-  }
-}
-
-class Samples extends Listing {
-  constructor(place, address) {
-    super(place, address, {
-      path: "/samples", caption: "Samples by step", none: "No sample yet: name prompts in reporting.sample_prompts.", mark: (job) => `${moved(job)} ${job.progress.step}`,
-      columns: [["Step", "num"], ["Prompt"], ["Text"]],
-      row: (one) => h("tr", {}, cell(one.step.toLocaleString("en-US"), "num"), cell(one.prompt), h("td", { class: "sample" }, one.text)),
-    });
   }
 }
 
