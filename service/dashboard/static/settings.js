@@ -1,5 +1,7 @@
 // Job specs as flat lists of settings, and what differs between several. Pure.
 
+import { written } from "./form/values.js";
+
 /** {a: {b: 1}} -> [["a.b", 1]]; lists stay whole. */
 export function flat(spec, before = "") {
   return Object.entries(spec ?? {}).flatMap(([name, value]) => {
@@ -8,10 +10,10 @@ export function flat(spec, before = "") {
   });
 }
 
-/** [[setting, [value of each job]]] for those settings in which the jobs are not all alike; "–" where one has none. */
+/** [[setting, [value of each job]]] for those settings in which they are not all alike, as people write them; "–" where one has none. */
 export function differing(specs) {
   const known = specs.map((spec) => new Map(flat(spec)));
   const names = [...new Set(known.flatMap((one) => [...one.keys()]))];
-  const written = (value) => (value === undefined ? "–" : typeof value === "string" ? value : JSON.stringify(value));
-  return names.map((name) => [name, known.map((one) => written(one.get(name)))]).filter(([, values]) => new Set(values).size > 1);
+  const shown = (value) => (value === undefined ? "–" : written(value));
+  return names.map((name) => [name, known.map((one) => shown(one.get(name)))]).filter(([, values]) => new Set(values).size > 1);
 }

@@ -12,7 +12,7 @@ export function inputFor(field, id, told) {
 
 const blank = (field) => (field.nullable ? null : BAD);
 // As its help calls it.
-const nothing = (field) => (!field.nullable ? null : field.help.includes("null") ? "null" : "none");
+const nothing = (field) => (!field.nullable ? null : field.none ? field.none : field.help.includes("null") ? "null" : "none");
 
 function text(field, id, told) {
   const control = h("input", { id, type: "text", maxlength: field.longest, placeholder: nothing(field), spellcheck: "false", autocomplete: "off", oninput: told });

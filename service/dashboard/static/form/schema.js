@@ -29,7 +29,7 @@ export function fieldOf(described, path, schemas, required = false) {
     path, pointer: pointer(path), name: path.at(-1), kind, nullable, required,
     choices: form.enum ?? ("const" in form ? [form.const] : null), least: form.minimum, above: form.exclusiveMinimum, most: form.maximum, below: form.exclusiveMaximum,
     longest: form.maxLength, parts: form.prefixItems?.length, usual: "default" in described ? described.default : empty(kind, nullable),
-    help: described.description ?? form.description ?? "", unit: described["x-unit"] ?? "", aliases: described["x-aliases"] ?? [],
+    help: described.description ?? form.description ?? "", unit: described["x-unit"] ?? "", none: described["x-none"], aliases: described["x-aliases"] ?? [],
   };
 }
 

@@ -2,6 +2,7 @@
 import { Refused, send } from "../api.js";
 import { attr, h, say, show, text } from "../dom.js";
 import { go } from "../router.js";
+import { resumeWith } from "./resuming.js";
 
 const ASKED = {
   kill: "Kill this job now? Nothing is saved: it goes back to its newest checkpoint.",
@@ -9,18 +10,24 @@ const ASKED = {
   delete: "Delete this job's record and files? This cannot be undone.",
 };
 const VERBS = ["pause", "resume", "save", "cancel", "kill", "delete"];
+const WORDS = { save: "save now" };
 
 export class Actions {
   constructor(address, done) {
     this.address = address;
     this.done = done;
     this.wrong = h("p", { class: "wrong", role: "alert", hidden: true });
-    this.buttons = new Map(VERBS.map((verb) => [verb, h("button", { type: "button", class: verb in ASKED ? "danger" : "", onclick: () => this.press(verb) }, verb)]));
-    this.node = h("div", { class: "actions" }, h("div", { class: "bar" }, ...this.buttons.values()), this.wrong);
+    this.buttons = new Map(VERBS.map((verb) => [verb, h("button", { type: "button", class: verb in ASKED ? "danger" : "", onclick: () => this.press(verb) }, WORDS[verb] ?? verb)]));
+    this.changed = h("button", { type: "button", hidden: true, onclick: () => this.resume() }, "resume with…");
+    this.node = h("div", { class: "actions" }, h("div", { class: "bar", role: "group", "aria-label": "Actions" }, ...this.buttons.values()), this.wrong);
+    this.buttons.get("resume").after(this.changed);
     this.whyNot = new Map();
   }
 
   update(job) {
+    this.job = job;
+    // A finished job goes on only with more to do, so there it is the only way.
+    show(this.changed, job.resumable || job.status === "succeeded");
     for (const { action, allowed, why_not: why } of job.allowed_actions) {
       const button = this.buttons.get(action);
       if (!button) continue;
@@ -42,6 +49,14 @@ export class Actions {
       else go("/");
     } catch (error) {
       this.tell(error instanceof Refused ? `${verb}: ${error.message}` : error.message);
+    }
+  }
+
+  async resume() {
+    try {
+      await resumeWith(this.address, this.job, (job) => (say("resume: asked for"), this.done(job)));
+    } catch (error) {
+      this.tell(error.message);
     }
   }
 

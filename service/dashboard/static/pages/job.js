@@ -3,7 +3,9 @@ import { Refused, get } from "../api.js";
 import { attr, h, list, show, text } from "../dom.js";
 import { Actions } from "../job/actions.js";
 import { Curves } from "../job/curves.js";
+import { Details } from "../job/details.js";
 import { Facts } from "../job/facts.js";
+import { Lineage } from "../job/lineage.js";
 import { TABS } from "../job/tabs.js";
 import { exact } from "../format.js";
 import { beat, freshNow } from "../live.js";
@@ -30,10 +32,10 @@ class Page {
     this.actions = new Actions(this.address, (job) => this.draw(job));
     this.facts = new Facts();
     this.curves = new Curves(this.address);
-    const parent = h("span", { class: "muted" });
-    this.parent = parent;
-    place.append(h("div", { class: "head" }, h("div", { class: "who" }, this.name, this.status, h("code", { class: "muted" }, id), parent), this.actions.node),
-      this.sentence, this.error, this.alerts, this.curves.bar,
+    this.details = new Details(this.address, (job) => this.draw(job));
+    this.lineage = new Lineage(id);
+    place.append(h("div", { class: "head" }, h("div", { class: "who" }, this.name, this.status, h("code", { class: "muted" }, id)), this.actions.node),
+      this.details.node, this.sentence, this.lineage.node, this.error, this.alerts, this.curves.bar,
       h("div", { class: "front" }, this.curves.loss, this.facts.node), this.curves.small, this.tabs());
     this.look = beat(() => this.load());
     this.seen = () => this.listen();
@@ -91,7 +93,7 @@ class Page {
       }
       throw error;
     }
-    await this.curves.update(this.job);
+    await Promise.all([this.curves.update(this.job), this.lineage.update(this.job)]);
     this.listen();
   }
 
@@ -101,20 +103,15 @@ class Page {
     text(this.name, found.name);
     showStatus(this.status, found.status);
     text(this.sentence, found.summary);
-    this.drawParent(found.parent);
     card(this.error, found.error);
     list(this.alerts, found.alerts, (one) => `${one.code} ${one.at}`, () => h("li"), (part, one) => {
       text(part, one.message);
       attr(part, "title", exact(one.at));
     });
     this.actions.update(found);
+    this.details.update(found);
     this.facts.update(found);
     this.openTab();
-  }
-
-  drawParent(parent) {
-    if (!parent || this.parent.firstChild) return;
-    this.parent.append("forked from ", h("a", { href: `/jobs/${parent.job_id}` }, parent.job_id), parent.step === null ? "" : ` at step ${parent.step}`);
   }
 
   /** The one stream: closed while the tab is hidden, and when nothing more will come. */

@@ -1,0 +1,167 @@
+"""What is done with a job on its own page, and where a refusal stands."""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Page, expect
+
+from service.exports import child
+from tests.browser.looks import in_both_themes
+from tests.browser.test_submit import field, refusal
+from tests.service.rig import Rig
+from tests.service.test_checkpoints import MODEL
+from tests.service.test_exports import exporter
+
+__all__ = ["exporter"]
+
+
+def named(rig: Rig, name: str) -> dict[str, Any]:
+    """The one job of this name."""
+    [found] = rig.get("/jobs", name=name)["data"]
+    job: dict[str, Any] = found
+    return job
+
+
+def test_a_job_is_edited_where_it_stands(service: str, rig: Rig, page: Page) -> None:
+    job_id = named(rig, "waits")["id"]
+    page.goto(f"{service}/jobs/{job_id}")
+    page.get_by_role("button", name="Edit").click()
+    expect(field(page, "name")).to_be_focused()
+    field(page, "priority").fill("1001")
+    page.get_by_role("button", name="Add a label").click()
+    page.keyboard.type("team")
+    page.keyboard.press("Tab")
+    page.keyboard.type("<b>nlp</b>")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(refusal(page, "priority")).to_contain_text("less than or equal to 1000")
+    expect(field(page, "priority")).to_be_focused()
+    field(page, "priority").fill("7")
+    # Somebody else is faster: what is untouched follows, what was typed stays and says so.
+    rig.client.patch(f"/jobs/{job_id}", json={"name": "renamed", "priority": 3})
+    expect(refusal(page, "priority")).to_contain_text("changed to 3 meanwhile")
+    expect(field(page, "name")).to_have_value("renamed")
+    expect(field(page, "priority")).to_have_value("7")
+    in_both_themes(page, "edit")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_role("button", name="Edit")).to_be_focused()
+    expect(page.get_by_role("link", name="team=<b>nlp</b>")).to_be_visible()
+    job = rig.job(job_id)
+    assert (job["name"], job["labels"]) == ("renamed", {"team": "<b>nlp</b>"})
+    assert job["spec"]["resources"]["priority"] == 7
+    page.get_by_role("link", name="team=<b>nlp</b>").click()
+    expect(page.get_by_role("region", name="Jobs").get_by_role("link", name="renamed")).to_be_visible()
+    expect(page.get_by_role("region", name="Jobs").locator("tbody tr")).to_have_count(1)
+
+
+def test_a_finished_job_goes_on_with_more_steps_from_an_older_checkpoint(service: str, rig: Rig, page: Page) -> None:
+    job_id = named(rig, "fast")["id"]
+    page.goto(f"{service}/jobs/{job_id}")
+    again = page.get_by_role("button", name="resume with")
+    again.click()
+    dialog = page.get_by_role("dialog", name="Resume fast")
+    expect(field(page, "max_steps")).to_be_focused()
+    field(page, "max_steps").fill("2")
+    dialog.get_by_role("button", name="Resume").click()
+    expect(refusal(page, "max_steps")).to_have_text("may only be raised")
+    in_both_themes(page, "resume")
+    page.keyboard.press("Escape")
+    expect(dialog).to_have_count(0)
+    expect(again).to_be_focused()
+    again.click()
+    field(page, "max_steps").fill("100")
+    field(page, "step").select_option("20")
+    dialog.get_by_role("button", name="Resume").click()
+    expect(page.locator(".who .status")).to_contain_text("queued")
+    assert rig.job(job_id)["spec"]["training"]["max_steps"] == 100
+    told = [event["message"] for event in rig.data(job_id, "events") if event["data"].get("changes")]
+    assert told == ["asked to resume; goes back to step 20; newer checkpoints are set aside"]
+
+
+def test_a_kill_asks_first_and_a_save_does_not(service: str, rig: Rig, page: Page) -> None:
+    job_id = named(rig, "holds-the-slots")["id"]
+    page.goto(f"{service}/jobs/{job_id}")
+    page.get_by_role("button", name="save now").click()
+    expect(page.get_by_text("save: asked for")).to_be_visible()
+    kill = page.get_by_role("button", name="kill", exact=True)
+    kill.click()
+    expect(page.get_by_role("button", name="Leave it")).to_be_focused()
+    page.get_by_role("button", name="Leave it").press("Enter")
+    assert rig.job(job_id)["desired"] == "run"
+    kill.click()
+    page.get_by_role("dialog").get_by_role("button", name="kill").click()
+    expect(page.locator(".who .status")).to_contain_text("cancelling")
+    assert rig.job(job_id)["desired"] == "kill"
+    assert [event["kind"] for event in rig.data(job_id, "events")].count("save") == 1
+
+
+def test_checkpoints_are_downloaded_exported_and_forked(service: str, rig: Rig, page: Page) -> None:
+    assert child.WORKER_EXPORT[1] == "-S"
+    job_id = named(rig, "fast")["id"]
+    page.goto(f"{service}/jobs/{job_id}?tab=checkpoints")
+    row = page.get_by_role("row", name=re.compile("^40 "))
+    with page.expect_download() as found:
+        row.get_by_role("button", name="Download").click()
+    assert (found.value.suggested_filename, Path(found.value.path()).read_bytes()) == ("model.safetensors", MODEL)
+    for form, words in (("hf", "Hugging Face"), ("minimind", "MiniMind")):
+        row.get_by_role("button", name=f"Export {words}").click()
+        path = rig.home / "runs" / job_id / "exports" / f"step-00000040-{form}"
+        expect(page.get_by_role("region", name="Exports")).to_contain_text(str(path))
+        assert (path / "config.json").exists()
+    with page.expect_download() as found:
+        page.get_by_role("button", name="config.json").first.click()
+    assert found.value.suggested_filename == "config.json"
+    in_both_themes(page, "checkpoints")
+    row.get_by_role("button", name="Fork from here").click()
+    expect(page.get_by_label("From the checkpoint of step")).to_have_value("40")
+
+
+def test_parent_and_forks_name_each_other(service: str, rig: Rig, page: Page) -> None:
+    parent = named(rig, "fast")["id"]
+    overrides = {"name": "<i>child</i>", "training": {"max_steps": 500}}
+    made = rig.client.post(f"/jobs/{parent}/fork", json={"step": 20, "overrides": overrides}).json()["id"]
+    page.goto(f"{service}/jobs/{made}")
+    lineage = page.locator(".lineage")
+    expect(lineage).to_contain_text("Forked from fast at step 20")
+    lineage.get_by_role("link", name="fast").click()
+    expect(lineage).to_contain_text("1 fork: <i>child</i> at 20, queued")
+    in_both_themes(page, "lineage")
+    lineage.get_by_role("link", name="Compare them").click()
+    assert page.url.partition("jobs=")[2].replace("%2C", ",") == f"{parent},{made}"
+
+
+def test_a_spec_against_its_defaults_and_another_jobs(service: str, rig: Rig, page: Page) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    job_id, other = named(rig, "fast")["id"], named(rig, "slow")["id"]
+    page.goto(f"{service}/jobs/{job_id}?tab=config")
+    differs = page.get_by_role("region", name="Settings that differ")
+    rig.client.patch(f"/jobs/{job_id}", json={"labels": {"true": 'null "quoted" \\ é'}})
+    expect(differs.get_by_role("row", name="labels.true")).to_contain_text('null "quoted"')
+    expect(differs.get_by_role("row", name="training.learning_rate")).to_contain_text("1e-3")
+    expect(differs.get_by_role("row", name="training.learning_rate")).to_contain_text("5e-4")
+    expect(differs).not_to_contain_text("batch_size")
+    page.get_by_label("Differs from").fill(f"slow ({other})")
+    expect(differs.get_by_role("row")).to_have_count(4)
+    expect(differs.get_by_role("row", name="training.learning_rate")).to_contain_text("1e-4")
+    in_both_themes(page, "config")
+    page.reload()
+    expect(differs.get_by_role("row", name="training.learning_rate")).to_contain_text("1e-4")
+    copied = {}
+    for form in ("JSON", "curl", "command", "Python"):
+        page.get_by_role("button", name=form, exact=True).click()
+        expect(page.get_by_text(f"{form} copied")).to_be_visible()
+        copied[form] = page.evaluate("navigator.clipboard.readText()")
+    assert json.loads(copied["JSON"]) == rig.job(job_id)["spec"]
+    short = json.loads(copied["command"].partition("\n")[2].rpartition("\n")[0])
+    assert rig.client.post("/jobs", json=short).json()["spec"] == rig.job(job_id)["spec"]
+    assert short["training"] == {"learning_rate": 1e-3}
+    assert copied["curl"].splitlines()[1:] == copied["command"].splitlines()[1:]
+    literal = copied["Python"].partition("spec = ")[2].partition("\n\nwith")[0]
+    assert ast.literal_eval(literal) == short
+    compile(copied["Python"], "copied", "exec")
