@@ -36,6 +36,9 @@ from service.streams.pulse import Pulse
 from service.upkeep.corpora import CorpusShelf
 from service.upkeep.loop import Upkeep
 from service.web import Gate
+from service.webhooks import routes as webhook_routes
+from service.webhooks.courier import Courier
+from service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
 
@@ -47,11 +50,11 @@ def build(
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
-    scheduler = Scheduler(
-        database, launcher, devices, lease=Lease(database), wanted=schedules, preempts=settings.preemption
-    )
+    lease = Lease(database)
+    scheduler = Scheduler(database, launcher, devices, lease=lease, wanted=schedules, preempts=settings.preemption)
+    sender = Sender(database, Courier(settings.webhook_networks), lease, wanted=schedules)
     seen = devices if schedules else PublishedInventory(database, devices)
-    return Services(settings, database, seen, scheduler, Pulse(database))
+    return Services(settings, database, seen, scheduler, Pulse(database), sender)
 
 
 def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
@@ -66,11 +69,14 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         if scheduling:
             services.scheduler.start()
             upkeep.start()
+            services.sender.start()
         if ready is not None:
             ready()
         yield
         services.pulse.stop()
         upkeep.stop()
+        # While the lease is still held: what was sent a moment ago is written down as sent.
+        services.sender.stop()
         services.scheduler.stop()
         services.database.close()
 
@@ -102,6 +108,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         report_routes,
         device_routes,
         access_routes,
+        webhook_routes,
         status_routes,
         exposition,
     ):

@@ -17,6 +17,7 @@ from service.settings import Settings
 from service.streams.pulse import Pulse
 from service.telemetry import Telemetry
 from service.upkeep.disks import DiskWatch
+from service.webhooks.sender import Sender
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Services:
     inventory: Inventory
     scheduler: Scheduler
     pulse: Pulse
+    sender: Sender
     telemetry: Telemetry = field(default_factory=Telemetry)
     lines: Lines = field(default_factory=Lines)
 

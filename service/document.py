@@ -16,14 +16,16 @@ from contract.units import UNITS
 from service.errors import PROBLEM
 from service.jobs.changes import PATCH_FIELDS, RESUME_FIELDS
 from service.shapes import Bucket, Metric, MetricPage, ProblemDetails
+from service.webhooks.asked import NewWebhook
 
 REF = "#/components/schemas/{model}"
 CHANGES = {("patch", "/jobs/{job_id}"): PATCH_FIELDS, ("post", "/jobs/{job_id}/resume"): RESUME_FIELDS}
 CURVE = ("get", "/jobs/{job_id}/metrics")
 SUBMIT = ("post", "/jobs")
-NEEDED = ("/jobs", "/jobs/plan", "/tokens")
+NEEDED = ("/jobs", "/jobs/plan", "/tokens", "/webhooks")
 """Addresses whose body may not be left out."""
 
+WEBHOOKS = ("post", "/webhooks")
 QUOTAS = (("post", "/jobs"), ("post", "/jobs/{job_id}/resume"), ("post", "/jobs/{job_id}/fork"))
 
 PROMETHEUS = ("get", "/metrics")
@@ -36,7 +38,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in (JobSpec, ProblemDetails, MetricPage, Metric, Bucket):
+        for model in (JobSpec, ProblemDetails, MetricPage, Metric, Bucket, NewWebhook):
             schema = model.model_json_schema(ref_template=REF)
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema
@@ -94,6 +96,8 @@ def _complete(place: tuple[str, str], operation: dict[str, Any], schemas: dict[s
         location = {"description": "Address of the job.", "schema": {"type": "string"}}
         responses["201"]["headers"] = {"Location": location}
         responses["200"] = {**responses["201"], "description": "It was submitted before, under the same key."}
+    if place == WEBHOOKS:
+        responses["201"]["headers"] = {"Location": {"description": "Address of it.", "schema": {"type": "string"}}}
     if place == CURVE:
         rows = {"schema": {"type": "string"}}
         page = {"schema": {"$ref": REF.format(model="MetricPage")}}
@@ -106,7 +110,7 @@ def _refusals(place: tuple[str, str]) -> list[int]:
     method, path = place
     more = [404] if "{" in path else []
     more += [409] if method != "get" and "{" in path else []
-    more += [409] if place == ("post", "/tokens") else []
+    more += [409] if place in (("post", "/tokens"), WEBHOOKS) else []
     more += [415] if method in ("post", "patch") else []
     return sorted([*ALWAYS, *more, *([429] if path.endswith("/stream") or place in QUOTAS else [])])
 

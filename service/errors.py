@@ -60,6 +60,24 @@ class JobNotFound(ServiceError):
     status, code = 404, "job_not_found"
 
 
+class WebhookNotFound(ServiceError):
+    """No webhook has this id."""
+
+    status, code = 404, "webhook_not_found"
+
+
+class DeliveryNotFound(ServiceError):
+    """The webhook has no such delivery. Those that ended are kept for 30 days."""
+
+    status, code = 404, "delivery_not_found"
+
+
+class TooManyWebhooks(ServiceError):
+    """There are as many webhooks as this service has room for. Delete some."""
+
+    status, code = 409, "too_many_webhooks"
+
+
 class LogNotFound(ServiceError):
     """The attempt has no such log yet."""
 

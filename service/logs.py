@@ -20,8 +20,8 @@ HIDDEN = "***"
 SHORTEST_SECRET = 6
 """What is shorter stands in every other line by chance."""
 
-CREDENTIALS = re.compile(r"(?i)(\bbearer\s+|://[^\s/:@]*:)[^\s@\"',]+")
-"""What follows the word Bearer, and the password of a URL."""
+CREDENTIALS = re.compile(r"(?i)(\bbearer\s+|://[^\s/:@]*:|\bwhsec_)[^\s@\"',]+")
+"""What follows the word Bearer, the password of a URL, and the secret of a webhook."""
 
 TALKATIVE = ("alembic", "httpx2", "httpcore2")
 """Libraries that say at each step what they do; clients of others even whole addresses."""

@@ -11,6 +11,7 @@ from sqlalchemy.engine import make_url
 
 from service.logs import FORMATS, LEVELS
 from service.tokens import tokens_in
+from service.webhooks.addresses import Network
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -27,7 +28,7 @@ class Settings:
     number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
     ``idempotency_days``: how long a submission may be sent again. ``preemption``: a job of higher priority that waits
     makes those of lower priority pause. ``corpus_days``, ``corpus_bytes``: what of the corpus cache goes, see
-    `service.upkeep.corpora`.
+    `service.upkeep.corpora`. ``webhook_networks``: not public, and may be sent to all the same.
     """
 
     home: Path
@@ -49,6 +50,7 @@ class Settings:
     disk_percent: int = 10
     corpus_days: int = 30
     corpus_bytes: int = 0
+    webhook_networks: tuple[Network, ...] = ()
 
     @classmethod
     def read(
@@ -83,6 +85,7 @@ class Settings:
             disk_percent=_whole(environment, "TRAINYARD_DISK_LOW_PERCENT", 10),
             corpus_days=_whole(environment, "TRAINYARD_CORPUS_DAYS", 30),
             corpus_bytes=_whole(environment, "TRAINYARD_CORPUS_BYTES", 0),
+            webhook_networks=_networks(environment.get("TRAINYARD_WEBHOOK_NETWORKS")),
             log_level=_one_of(environment, "TRAINYARD_LOG_LEVEL", ("info", *LEVELS)),
         )
         settings.require_safe()
@@ -147,6 +150,13 @@ def _token_file(given: str | None) -> Path | None:
     if not found:
         raise UnsafeSettings("TRAINYARD_TOKEN_FILE holds no token: one a line")
     return file
+
+
+def _networks(given: str | None) -> tuple[Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(part.strip()) for part in (given or "").split(",") if part.strip())
+    except ValueError:
+        raise UnsafeSettings("TRAINYARD_WEBHOOK_NETWORKS must hold networks such as 10.1.0.0/16,fd00::/8") from None
 
 
 def _paths(text: str | None) -> tuple[Path, ...]:

@@ -1,67 +1,12 @@
 """The tables. Migrations build the same; a test compares the two."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    DateTime,
-    Dialect,
-    Float,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Text,
-    TypeDecorator,
-    UniqueConstraint,
-)
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import ForeignKey, Index, String, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column
 
-Whole = BigInteger().with_variant(Integer, "sqlite")
-"""64 bits; SQLite counts rows by itself only where the column is spelt INTEGER."""
-
-
-class UtcDateTime(TypeDecorator[datetime]):
-    """An instant: aware, in UTC, on both databases."""
-
-    impl = DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
-        """To UTC; a naive time has no place here."""
-        if value is not None and value.tzinfo is None:
-            raise ValueError("a time without its zone")
-        return value.astimezone(UTC) if value is not None else None
-
-    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
-        """SQLite gives back what was UTC without saying so."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-class Table(DeclarativeBase):
-    """Base of all tables."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(column_0_N_label)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
-    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own spelling
-        datetime: UtcDateTime(),
-        dict[str, Any]: JSON(none_as_null=True),
-        list[Any]: JSON(none_as_null=True),
-        int: Whole,
-        float: Float(53),
-        str: Text(),
-    }
+from service.columns import Table as Table
 
 
 def _job_id() -> Mapped[str]:
@@ -334,3 +279,80 @@ class SampleRow(Table):
     prompt: Mapped[str]
     text: Mapped[str]
     at: Mapped[datetime]
+
+
+class WebhookRow(Table):
+    """Somebody who wants to hear. ``secret`` signs, and so does ``old_secret`` until ``old_secret_until``.
+
+    ``rules_since``: rules do not look at what a job had said before. ``failures``: tries in a row that failed.
+    ``retry_at``: nothing is sent before, however many deliveries wait.
+    """
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_job_id", "job_id"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    url: Mapped[str]
+    description: Mapped[str]
+    secret: Mapped[str]
+    old_secret: Mapped[str | None]
+    old_secret_until: Mapped[datetime | None]
+    events: Mapped[list[Any]]
+    labels: Mapped[dict[str, Any]]
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    rules: Mapped[list[Any]]
+    rules_since: Mapped[datetime]
+    enabled: Mapped[bool]
+    disabled_reason: Mapped[str | None]
+    failures: Mapped[int] = mapped_column(default=0)
+    failing_since: Mapped[datetime | None]
+    retry_at: Mapped[datetime | None]
+    succeeded_at: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+
+
+class DeliveryRow(Table):
+    """What a webhook is to hear: ``body`` to the byte. Those of one ``lane`` are sent one after the other.
+
+    ``claimed_by``: the sender that is at it. No foreign key: a webhook that is deleted meanwhile must not make a job's
+    change of status fail.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index("ix_webhook_deliveries_open", "state", "webhook_id", "lane", "number"),
+        Index("ix_webhook_deliveries_log", "webhook_id", "number"),
+        Index("ix_webhook_deliveries_ended_at", "ended_at"),
+    )
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    webhook_id: Mapped[str] = mapped_column(String(40))
+    event_id: Mapped[str] = mapped_column(String(60))
+    kind: Mapped[str] = mapped_column(String(60))
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    lane: Mapped[str] = mapped_column(String(60))
+    body: Mapped[str]
+    state: Mapped[str] = mapped_column(String(20))
+    attempts: Mapped[int] = mapped_column(default=0)
+    tries: Mapped[list[Any]]
+    next_at: Mapped[datetime | None]
+    claimed_by: Mapped[str | None] = mapped_column(String(60))
+    redelivers: Mapped[int | None]
+    created_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class WatchRow(Table):
+    """What a webhook's rule remembers of a job: how far it has read, and whether it has told what it saw."""
+
+    __tablename__ = "webhook_watches"
+
+    webhook_id: Mapped[str] = mapped_column(String(40), ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    rule: Mapped[str] = mapped_column(String(200), primary_key=True)
+    attempt: Mapped[int]
+    seq: Mapped[int]
+    seen: Mapped[dict[str, Any]]
+    final: Mapped[bool]

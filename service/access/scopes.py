@@ -13,6 +13,7 @@ ATTEMPT = "attempt"
 """For the agent of an attempt, whose own token the route looks at itself."""
 
 JOB = "/jobs/{job_id}"
+WEBHOOK = "/webhooks/{webhook_id}"
 READ, SUBMIT, ADMIN = Scope.READ, Scope.SUBMIT, Scope.ADMIN
 
 NEEDS: dict[tuple[str, str], str] = {
@@ -54,6 +55,17 @@ NEEDS: dict[tuple[str, str], str] = {
     ("PATCH", "/tokens/{name}"): ADMIN,
     ("POST", "/tokens/{name}/rotate"): ADMIN,
     ("DELETE", "/tokens/{name}"): ADMIN,
+    # For many receivers the address alone lets in whoever knows it, so that readers do not see it.
+    ("GET", "/webhooks"): SUBMIT,
+    ("POST", "/webhooks"): SUBMIT,
+    ("GET", WEBHOOK): SUBMIT,
+    ("PATCH", WEBHOOK): SUBMIT,
+    ("DELETE", WEBHOOK): SUBMIT,
+    ("POST", f"{WEBHOOK}/rotate"): SUBMIT,
+    ("POST", f"{WEBHOOK}/test"): SUBMIT,
+    ("GET", f"{WEBHOOK}/deliveries"): SUBMIT,
+    ("GET", f"{WEBHOOK}/deliveries/{{delivery_id}}"): SUBMIT,
+    ("POST", f"{WEBHOOK}/deliveries/{{delivery_id}}/redeliver"): SUBMIT,
     ("POST", "/internal/attempts/{attempt_id}/events"): ATTEMPT,
     ("POST", "/internal/attempts/{attempt_id}/heartbeat"): ATTEMPT,
     ("POST", "/internal/attempts/{attempt_id}/exit"): ATTEMPT,

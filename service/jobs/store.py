@@ -21,6 +21,7 @@ from service.access.callers import Caller
 from service.errors import Conflict, JobNotFound, KeyReused
 from service.jobs.rules import Standing
 from service.tables import EventRow, IdempotencyRow, JobRow, LabelRow
+from service.webhooks import outbox
 
 JOB_ID = re.compile(r"job_[a-z2-7]{1,30}")
 LETTERS = "abcdefghijkmnpqrstuvwxyz234567"
@@ -79,20 +80,26 @@ class Note:
     data: dict[str, Any] | None = None
 
 
-def tell(session: Session, job: JobRow, note: Note, now: datetime) -> None:
-    """Write an event row."""
-    session.add(
-        EventRow(
-            job_id=job.id,
-            attempt=note.attempt if note.attempt is not None else (job.attempt or None),
-            seq=note.seq,
-            kind=note.kind,
-            actor=note.actor,
-            message=note.message,
-            data=note.data or {},
-            at=now,
-        )
+def tell(session: Session, job: JobRow, note: Note, now: datetime) -> EventRow:
+    """Write an event row, and put it into the boxes of those who want to hear of it."""
+    event = _write_down(session, job, note, now)
+    outbox.post(session, job, event)
+    return event
+
+
+def _write_down(session: Session, job: JobRow, note: Note, now: datetime) -> EventRow:
+    event = EventRow(
+        job_id=job.id,
+        attempt=note.attempt if note.attempt is not None else (job.attempt or None),
+        seq=note.seq,
+        kind=note.kind,
+        actor=note.actor,
+        message=note.message,
+        data=note.data or {},
+        at=now,
     )
+    session.add(event)
+    return event
 
 
 def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime, **changes: Any) -> None:
@@ -112,9 +119,10 @@ def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime
     if getattr(done, "rowcount", 0) != 1:
         raise Conflict()
     data = {"from": before, "to": to, "reason": changes.get("reason"), **(note.data or {})}
-    tell(session, job, Note("status", note.message, note.actor, note.attempt, note.seq, data), now)
+    event = _write_down(session, job, Note("status", note.message, note.actor, note.attempt, note.seq, data), now)
     session.flush()
     session.refresh(job)
+    outbox.post(session, job, event)
     log.info("%s -> %s", before, to, extra={"job_id": job.id, "attempt": job.attempt, "actor": note.actor})
 
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import assert_never
 
@@ -22,7 +22,7 @@ from service.jobs.store import Note
 from service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
 from service.reports import ending, ingest
 from service.scheduler.bulletin import Bulletin
-from service.scheduler.lease import Lease
+from service.scheduler.lease import Lease, fenced
 from service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start
 from service.scheduler.snapshot import LiveAttempt, Memory
 from service.tables import AttemptRow, JobRow, LeaseRow
@@ -49,13 +49,9 @@ class Applier:
         self._clock = clock
         self._lease = lease
 
-    @contextlib.contextmanager
-    def write(self) -> Iterator[Session]:
+    def write(self) -> contextlib.AbstractContextManager[Session]:
         """A transaction that is refused where another service schedules. Raises Deposed."""
-        with self._database.write() as session:
-            if self._lease is not None:
-                self._lease.fence(session)
-            yield session
+        return fenced(self._database, self._lease)
 
     def _leads(self) -> bool:
         """Whether what was looked at is still ours to act on: this process may have been stopped since."""

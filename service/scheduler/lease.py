@@ -5,11 +5,12 @@ raising the epoch; on the leader's own host the kernel is asked instead, so that
 that was stopped and wakes finds another epoch, and every one of its writes is refused: `Lease.fence`.
 """
 
+import contextlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -123,6 +124,15 @@ class LeaderWatch:
         if found is not None and found != self._last:
             self._last, self._since = found, self._monotonic()
         return self._monotonic() - self._since
+
+
+@contextlib.contextmanager
+def fenced(database: Database, lease: Lease | None) -> Iterator[Session]:
+    """A transaction that is refused where another service leads; without a lease nobody else can. Raises Deposed."""
+    with database.write() as session:
+        if lease is not None:
+            lease.fence(session)
+        yield session
 
 
 def is_dead(holder: str) -> bool:

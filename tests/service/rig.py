@@ -20,6 +20,8 @@ from service.launch.fake import FakeAttempt, FakeLauncher
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams.pulse import Pulse
+from service.webhooks.courier import Courier
+from service.webhooks.sender import Sender
 
 URL = "http://127.0.0.1:8000"
 
@@ -50,19 +52,24 @@ class Rig:
         token: str | None = None,
         scheduling: bool = False,
         preempts: bool = False,
+        courier: Courier | None = None,
+        **environment: str,
     ) -> None:
         self.home, self.url, self.devices = home, url, devices
         self.launcher = launcher or FakeLauncher()
         self.clock = clock or Clock()
         self.corpus = home / "corpus.jsonl"
-        self.settings = Settings.read({"TRAINYARD_TOKEN": token or ""}, home=home, database_url=url)
+        given = {"TRAINYARD_TOKEN": token or "", "TRAINYARD_WEBHOOK_NETWORKS": "127.0.0.0/8", **environment}
+        self.settings = Settings.read(given, home=home, database_url=url)
         home.mkdir(parents=True, exist_ok=True)
         self.corpus.write_text('{"text": "one"}\n')
         self.database = Database(url)
         inventory = FixedInventory(tuple(devices))
         self.scheduler = Scheduler(self.database, self.launcher, inventory, self.clock, preempts=preempts)
         self.pulse = Pulse(self.database)
-        services = Services(self.settings, self.database, inventory, self.scheduler, self.pulse)
+        courier = courier or Courier(self.settings.webhook_networks)
+        self.sender = Sender(self.database, courier, clock=self.clock)
+        services = Services(self.settings, self.database, inventory, self.scheduler, self.pulse, self.sender)
         self.app = create_app(services, scheduling=scheduling)
         self.client = TestClient(self.app, base_url=URL, raise_server_exceptions=True)
         self.client.__enter__()
@@ -113,6 +120,13 @@ class Rig:
     def data(self, job_id: str, what: str, **params: Any) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.get(f"/jobs/{job_id}/{what}", **params)["data"]
         return found
+
+    def report_raw(self, path: str, body: object) -> httpx2.Response:
+        """POST a body that the client's own encoder would refuse."""
+        answer: httpx2.Response = self.client.post(
+            path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+        )
+        return answer
 
     # What agents do
 

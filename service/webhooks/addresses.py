@@ -1,0 +1,112 @@
+"""Where a webhook may lead: never into our own network, unless the settings say so.
+
+A name is resolved once for each try, and the connection goes to the address that was looked at: a name that leads
+elsewhere a moment later gains nothing.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from urllib.parse import SplitResult, urlsplit
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Resolver = Callable[[str, int], Sequence[str]]
+
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+PLATFORM = frozenset({ipaddress.ip_address("168.63.129.16")})
+"""Public by their number, and yet a cloud's own service for its machines."""
+
+LONGEST_URL = 2000
+PORTS = {"http": 80, "https": 443}
+
+
+class AddressRefused(Exception):
+    """The address may not be sent to; the message says why and never more than what the user knows."""
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """The addresses of a name, by the system. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def mistake(url: str, allowed: Sequence[Network]) -> str | None:
+    """Why this is no URL to send to, as far as it can be known without asking anybody."""
+    parts = split(url)
+    if parts is None:
+        return "must be an http or https URL with a host, without user, password or fragment"
+    host = parts.hostname or ""
+    literal = _literal(host)
+    if literal is None and host.rstrip(".").rpartition(".")[2] == "localhost":
+        literal = ipaddress.ip_address("127.0.0.1")
+    return why_refused(literal, allowed) if literal is not None else None
+
+
+def split(url: str) -> SplitResult | None:
+    """The parts of a URL that we would send to, or None."""
+    if len(url) > LONGEST_URL or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+        return None
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return None
+    plain = parts.username is None and parts.password is None and not parts.fragment and port != 0
+    return parts if parts.scheme in PORTS and parts.hostname and plain else None
+
+
+def port_of(parts: SplitResult) -> int:
+    """The port that is named, or the scheme's."""
+    return parts.port or PORTS[parts.scheme]
+
+
+def _literal(host: str) -> Address | None:
+    """The address where the host is one, in any spelling that the system takes: 127.1, 0x7f000001, 2130706433."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    except (OSError, ValueError):
+        return None
+
+
+def checked(addresses: Sequence[str], allowed: Sequence[Network]) -> list[str]:
+    """The addresses, all of which may be connected to. Raises AddressRefused: a name that leads to both is refused."""
+    if not addresses:
+        raise AddressRefused("the name has no address")
+    for address in addresses:
+        why = why_refused(ipaddress.ip_address(address.partition("%")[0]), allowed)
+        if why is not None:
+            raise AddressRefused(why)
+    return list(addresses)
+
+
+def why_refused(address: Address, allowed: Sequence[Network]) -> str | None:
+    """Why nothing may be sent to this address, or None. One that stands for another is judged by that one."""
+    for one in tuple(_inside(address)) or (address,):
+        if not (_is_public(one) or any(one in network for network in allowed)):
+            return "leads to an address that is not public: TRAINYARD_WEBHOOK_NETWORKS lists those allowed anyway"
+    return None
+
+
+def _is_public(address: Address) -> bool:
+    if address in PLATFORM or address.is_multicast or address.is_reserved or address.is_unspecified:
+        return False
+    return address.is_global and not (isinstance(address, ipaddress.IPv6Address) and address.is_site_local)
+
+
+def _inside(address: Address) -> Iterator[Address]:
+    """The IPv4 addresses that an IPv6 one stands for: mapped, 6to4, Teredo, NAT64."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return
+    if address.ipv4_mapped is not None:
+        yield address.ipv4_mapped
+    if address.sixtofour is not None:
+        yield address.sixtofour
+    if address.teredo is not None:
+        yield from address.teredo
+    if address in NAT64:
+        yield ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)

@@ -1,0 +1,252 @@
+"""The one that sends: a thread of its own beside the scheduler, on the server that leads.
+
+A delivery is claimed before it is sent and its result written after, each in a transaction that is refused where
+another server leads by now. What was claimed and never finished is sent again: at least once, under the same event id.
+"""
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session
+
+from service.db import Database
+from service.scheduler.apply import utc_now
+from service.scheduler.lease import Deposed, Lease, fenced
+from service.tables import DeliveryRow, WebhookRow
+from service.webhooks import backlog, signing, store
+from service.webhooks.asked import TEST
+from service.webhooks.courier import Answer, Courier
+from service.webhooks.outbox import DELIVERED, FAILED, PENDING
+from service.webhooks.schedule import PATIENCE, after_failure, pause, pick
+from service.webhooks.watch import Watcher
+
+ROUND_SECONDS = 1.0
+AT_ONCE = 16
+GRACE_SECONDS = 5.0
+"""So long after another sender's deadline its claims count as dropped."""
+
+MOST_TRIES = 20
+SWEEP_SECONDS = 3600.0
+STOP_SECONDS = 3.0
+
+log = logging.getLogger("trainyard")
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is sent, read in the transaction that claimed it."""
+
+    number: int
+    webhook_id: str
+    event_id: str
+    url: str
+    good: tuple[str, ...]
+    body: bytes
+
+
+class Sender:
+    """Runs rounds in a thread of its own; each delivery has one too, at most AT_ONCE. Tests call `round` themselves."""
+
+    def __init__(
+        self,
+        database: Database,
+        courier: Courier,
+        lease: Lease | None = None,
+        clock: Callable[[], datetime] = utc_now,
+        monotonic: Callable[[], float] = time.monotonic,
+        wanted: bool = True,
+    ) -> None:
+        self._database = database
+        self._courier = courier
+        self._lease = lease
+        self._clock = clock
+        self._monotonic = monotonic
+        self._wanted = wanted
+        self._watcher = Watcher(database, lease, clock, monotonic)
+        self._name = secrets.token_hex(8)
+        self._busy: dict[int, str] = {}
+        self._quiet = threading.Condition()
+        self._epoch: int | None = None
+        self._led_since = monotonic()
+        self._swept_at = float("-inf")
+        self._wake = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        if self._wanted:
+            self._thread.start()
+
+    def stop(self) -> None:
+        """End. What is on its way may end for a moment; after that it is sent again by whoever leads next."""
+        self._stopping.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(STOP_SECONDS)
+        self.settle(STOP_SECONDS)
+
+    def wake(self) -> None:
+        """Something is to be sent: look at once."""
+        self._wake.set()
+
+    def settle(self, seconds: float) -> bool:
+        """Wait until nothing is on its way; False where it took longer."""
+        with self._quiet:
+            return self._quiet.wait_for(lambda: not self._busy, seconds)
+
+    def round(self) -> int:
+        """Look at the rules, then begin to send what is due; how many that were."""
+        if not self._leads():
+            return 0
+        self._watcher.look()
+        self._sweep()
+        with self._database.read() as session:
+            heads = backlog.heads(session, self._clock(), self._name, self._others_are_late())
+        with self._quiet:
+            chosen = pick(heads, self._busy, AT_ONCE - len(self._busy))
+            self._busy |= {head.number: head.webhook_id for head in chosen}
+        for head in chosen:
+            threading.Thread(target=self._deliver, args=(head.number,), name="webhook", daemon=True).start()
+        return len(chosen)
+
+    def _leads(self) -> bool:
+        """Whether this server may send. One that begins to lead waits for what the one before may still be sending."""
+        if self._lease is None:
+            return True
+        leads = self._lease.fresh()
+        if leads and self._lease.epoch != self._epoch:
+            self._epoch, self._led_since = self._lease.epoch, self._monotonic()
+        return leads
+
+    def _others_are_late(self) -> bool:
+        return self._monotonic() - self._led_since > self._courier.seconds + GRACE_SECONDS
+
+    def _sweep(self) -> None:
+        if self._monotonic() - self._swept_at > SWEEP_SECONDS:
+            self._swept_at = self._monotonic()
+            with fenced(self._database, self._lease) as session:
+                backlog.sweep(session, self._clock())
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.round()
+            except Deposed:
+                log.warning("another service sends the webhooks now")
+            except Exception:
+                log.exception("a round of the webhooks failed")
+            self._wake.wait(ROUND_SECONDS)
+            self._wake.clear()
+
+    def _deliver(self, number: int) -> None:
+        try:
+            parcel = self._claim(number)
+            # Stopped here for long, another server has this delivery by now: the look at the clock comes last.
+            if parcel is not None and self._leads():
+                self._record(parcel, self._send(parcel))
+        except Deposed:
+            log.warning("another service sends the webhooks now", extra={"delivery_id": number})
+        except Exception:
+            log.exception("a delivery could not be dealt with", extra={"delivery_id": number})
+        finally:
+            with self._quiet:
+                del self._busy[number]
+                self._quiet.notify_all()
+            self._wake.set()
+
+    def _claim(self, number: int) -> Parcel | None:
+        with fenced(self._database, self._lease) as session:
+            webhook, delivery = _locked(session, number)
+            if webhook is None or delivery is None or delivery.state != PENDING:
+                return None
+            delivery.claimed_by = self._name
+            delivery.attempts += 1
+            good = tuple(store.secrets_of(webhook, self._clock()))
+            return Parcel(number, webhook.id, delivery.event_id, webhook.url, good, delivery.body.encode())
+
+    def _send(self, parcel: Parcel) -> Answer:
+        signed = signing.headers(parcel.good, parcel.event_id, int(self._clock().timestamp()), parcel.body)
+        answer = self._courier.post(parcel.url, signed, parcel.body)
+        said = answer.status if answer.status is not None else answer.error
+        fields = {"webhook_id": parcel.webhook_id, "event_id": parcel.event_id, "seconds": round(answer.seconds, 3)}
+        log.info("webhook sent: %s", said, extra=fields)
+        return answer
+
+    def _record(self, parcel: Parcel, answer: Answer) -> None:
+        """Write what came of it. A database that is away is waited for while nobody else can send."""
+        while True:
+            try:
+                with fenced(self._database, self._lease) as session:
+                    self._write_down(session, parcel, answer)
+                return
+            except (OperationalError, InterfaceError):
+                if not self._leads() or self._stopping.wait(ROUND_SECONDS):
+                    raise
+
+    def _write_down(self, session: Session, parcel: Parcel, answer: Answer) -> None:
+        webhook, delivery = _locked(session, parcel.number)
+        if webhook is None or delivery is None or delivery.claimed_by != self._name:
+            return
+        now = self._clock()
+        delivery.claimed_by = None
+        delivery.tries = [*delivery.tries, _try(answer, parcel, now)][-MOST_TRIES:]
+        if answer.took:
+            _end(delivery, DELIVERED, now)
+            webhook.failures, webhook.failing_since, webhook.retry_at, webhook.succeeded_at = 0, None, None, now
+        elif delivery.kind == TEST:
+            _end(delivery, FAILED, now)
+        else:
+            _failed(webhook, delivery, answer, now)
+
+
+def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryRow | None]:
+    """The webhook first, as those who redeliver do."""
+    delivery = session.get(DeliveryRow, number)
+    if delivery is None:
+        return None, None
+    webhook = session.query(WebhookRow).filter_by(id=delivery.webhook_id).with_for_update(key_share=True).one_or_none()
+    session.refresh(delivery, with_for_update=True)
+    return webhook, delivery
+
+
+def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: Answer, now: datetime) -> None:
+    webhook.failures += 1
+    webhook.failing_since = webhook.failing_since or now
+    chance = random.random()  # noqa: S311 - spreads tries out, and guards nothing
+    verdict = after_failure(answer, delivery.attempts, delivery.created_at, webhook.failing_since, now, chance)
+    if verdict.retry_at is None:
+        _end(delivery, FAILED, now)
+    else:
+        delivery.next_at = verdict.retry_at
+    if webhook.failures >= PATIENCE:
+        webhook.retry_at = now + timedelta(seconds=pause(webhook.failures, chance))
+    if verdict.disable is not None:
+        webhook.enabled, webhook.disabled_reason = False, verdict.disable
+        log.warning("a webhook is switched off: %s", verdict.disable, extra={"webhook_id": webhook.id})
+
+
+def _end(delivery: DeliveryRow, state: str, now: datetime) -> None:
+    delivery.state, delivery.ended_at, delivery.next_at = state, now, None
+
+
+def _try(answer: Answer, parcel: Parcel, now: datetime) -> dict[str, Any]:
+    snippet = answer.snippet
+    for secret in parcel.good:
+        # A receiver that shows what it was set up with must not make us show it.
+        snippet = snippet.replace(secret, "***") if snippet is not None else None
+    return {
+        "at": now.isoformat().replace("+00:00", "Z"),
+        "status": answer.status,
+        "seconds": round(answer.seconds, 6),
+        "error": answer.error,
+        "response": snippet,
+    }

@@ -1,0 +1,358 @@
+"""Sending: what fails is tried again, what is slow holds nobody up, and only the server that leads sends."""
+
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import select
+
+from service.scheduler.lease import LEASE_SECONDS, Lease
+from service.tables import DeliveryRow
+from service.webhooks.courier import SEND_SECONDS, Answer, Courier
+from service.webhooks.schedule import (
+    DISABLE,
+    FIRST_SECONDS,
+    GIVE_UP,
+    LONGEST_SECONDS,
+    SIDE_BY_SIDE,
+    Head,
+    Verdict,
+    after_failure,
+    pause,
+    pick,
+)
+from service.webhooks.sender import AT_ONCE, GRACE_SECONDS, Sender
+from tests.service.conftest import MakeRig
+from tests.service.receiver import DEADLINE, Receiver, receiving, status
+from tests.service.rig import Rig
+from tests.service.test_webhooks import deliveries, register, send
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with receiving() as made:
+        yield made
+
+
+def no(status_code: int | None = 500, retry_after: float | None = None) -> Answer:
+    return Answer(status_code, None, 0.1, retry_after=retry_after)
+
+
+def test_pauses_grow_to_a_limit_and_are_spread_out() -> None:
+    whole = [pause(n, 0.0) for n in range(1, 14)]
+    assert whole[:4] == [FIRST_SECONDS * 2**n for n in range(4)]
+    assert whole[-1] == LONGEST_SECONDS
+    assert pause(10_000, 0.0) == LONGEST_SECONDS
+    assert pause(3, 0.999) == pytest.approx(whole[2] / 2, rel=0.01)
+
+
+def test_what_follows_from_a_failure() -> None:
+    def verdict(answer: Answer, age: timedelta = timedelta(), failing: timedelta = timedelta()) -> Verdict:
+        return after_failure(answer, 1, NOW - age, NOW - failing, NOW, 0.0)
+
+    assert verdict(no()) == Verdict(NOW + timedelta(seconds=FIRST_SECONDS))
+    assert verdict(no(429, retry_after=90)) == Verdict(NOW + timedelta(seconds=90))
+    assert verdict(no(429, retry_after=10**6)) == Verdict(NOW + timedelta(seconds=LONGEST_SECONDS))
+    assert verdict(no(), age=GIVE_UP) == Verdict(None)
+    assert verdict(no(410)).disable is not None
+    assert verdict(no(), failing=DISABLE).disable is not None
+    assert verdict(no(None), failing=DISABLE / 2).disable is None
+
+
+def test_a_receiver_gets_a_few_at_once_and_one_that_is_away_one() -> None:
+    heads = [Head(number, "a", 0) for number in range(10)] + [Head(20 + n, "b", 9) for n in range(3)]
+    assert [h.number for h in pick(heads, {}, AT_ONCE)] == [0, 1, 2, 3, 20]
+    assert [h.number for h in pick(heads, {0: "a", 1: "a", 2: "a", 20: "b"}, AT_ONCE)] == [3]
+    assert [h.number for h in pick(heads, {}, 2)] == [0, 1]
+    assert pick(heads, {}, 0) == []
+    assert SIDE_BY_SIDE == 4
+
+
+def test_what_fails_is_tried_again_later_under_the_same_id(any_rig: Rig, receiver: Receiver) -> None:
+    webhook = register(any_rig, receiver.url, events=["job.created"])
+    receiver.answer = status(500, "broken")
+    any_rig.submit()
+    send(any_rig)
+    assert len(receiver.got) == 1
+    [waits] = deliveries(any_rig, webhook)
+    assert (waits["state"], waits["attempts"], waits["tries"][0]["response"]) == ("pending", 1, "broken")
+    any_rig.clock.forward(FIRST_SECONDS / 2 - 1)
+    send(any_rig)
+    assert len(receiver.got) == 1, "not before its time"
+    any_rig.clock.forward(FIRST_SECONDS)
+    receiver.answer = status(204)
+    send(any_rig)
+    first, second = receiver.got
+    assert (first.id, first.body) == (second.id, second.body)
+    assert int(second.headers["webhook-timestamp"]) > int(first.headers["webhook-timestamp"])
+    [done] = deliveries(any_rig, webhook)
+    assert (done["state"], [one["status"] for one in done["tries"]]) == ("delivered", [500, 204])
+
+
+def test_a_job_waits_for_its_own_past_and_for_no_other_job(any_rig: Rig, receiver: Receiver) -> None:
+    register(any_rig, receiver.url, events=["*"])
+    sick, well = any_rig.submit(name="sick"), any_rig.submit(name="well")
+    failing = status(500)
+
+    def answer(one: Receiver, handler: Any, got: Any) -> None:
+        (failing if got.payload["data"]["job"]["id"] == sick else status(204))(one, handler, got)
+
+    receiver.answer = answer
+    for job_id in (sick, well):
+        any_rig.act(job_id, "cancel")
+    send(any_rig)
+    told = [(got.payload["data"]["job"]["name"], got.type) for got in receiver.got]
+    assert [kind for name, kind in told if name == "well"] == ["job.created", "job.cancelled"]
+    assert [kind for name, kind in told if name == "sick"] == ["job.created"]
+    receiver.answer = status(204)
+    any_rig.clock.forward(60)
+    send(any_rig)
+    assert [got.type for got in receiver.got[-2:]] == ["job.created", "job.cancelled"]
+
+
+def test_a_receiver_that_is_away_is_asked_less_and_less_and_then_never(any_rig: Rig, receiver: Receiver) -> None:
+    webhook = register(any_rig, receiver.url, events=["job.created"])
+    receiver.answer = status(503)
+    any_rig.submit()
+    for number in range(400):
+        send(any_rig)
+        if not any_rig.get(f"/webhooks/{webhook['id']}")["enabled"]:
+            break
+        any_rig.clock.forward(LONGEST_SECONDS / 2)
+        if number % 20 == 19:
+            any_rig.submit()
+    shown = any_rig.get(f"/webhooks/{webhook['id']}")
+    assert not shown["enabled"]
+    assert "3 days" in shown["disabled_reason"]
+    assert 30 < len(receiver.got) < 100, "once an hour or so"
+    assert {d["state"] for d in deliveries(any_rig, webhook, limit=100)} >= {"failed"}
+    said = len(receiver.got)
+    any_rig.submit()
+    any_rig.clock.forward(LONGEST_SECONDS)
+    send(any_rig)
+    assert len(receiver.got) == said
+    again = any_rig.client.patch(f"/webhooks/{webhook['id']}", json={"enabled": True}).json()
+    assert (again["enabled"], again["disabled_reason"], again["failures"]) == (True, None, 0)
+    receiver.answer = status(204)
+    any_rig.submit()
+    send(any_rig)
+    assert deliveries(any_rig, webhook)[0]["state"] == "delivered"
+
+
+def test_410_means_never_again(rig: Rig, receiver: Receiver) -> None:
+    webhook = register(rig, receiver.url, events=["*"])
+    receiver.answer = status(410)
+    rig.submit()
+    rig.submit()
+    send(rig)
+    assert rig.get(f"/webhooks/{webhook['id']}")["disabled_reason"] == "the receiver answered 410 Gone"
+
+
+def test_one_that_waits_is_sent_at_once_when_asked_to(any_rig: Rig, receiver: Receiver) -> None:
+    webhook = register(any_rig, receiver.url, events=["job.created"])
+    receiver.answer = status(500)
+    any_rig.submit()
+    for _ in range(4):
+        send(any_rig)
+        any_rig.clock.forward(60)
+    receiver.answer = status(204)
+    [waits] = deliveries(any_rig, webhook)
+    any_rig.client.post(f"/webhooks/{webhook['id']}/deliveries/{waits['id']}/redeliver")
+    send(any_rig)
+    assert deliveries(any_rig, webhook)[0]["state"] == "delivered"
+
+
+def test_a_receiver_that_does_not_answer_holds_up_nobody(any_rig: Rig, receiver: Receiver) -> None:
+    """The scheduler goes on, and so do other receivers, also while every connection of one hangs."""
+    with receiving() as slow:
+        slow.hold.clear()
+        register(any_rig, slow.url, events=["*"])
+        register(any_rig, receiver.url, events=["job.created"])
+        jobs = [any_rig.submit() for _ in range(8)]
+        assert any_rig.sender.round() == 2 * SIDE_BY_SIDE
+        slow.wait(SIDE_BY_SIDE)
+        begun = time.monotonic()
+        any_rig.settle()
+        for job_id in jobs:
+            any_rig.act(job_id, "cancel")
+        assert time.monotonic() - begun < SEND_SECONDS / 2, "no transaction is open while something is sent"
+        receiver.wait(SIDE_BY_SIDE)
+        while len(receiver.got) < len(jobs):
+            any_rig.sender.round()
+            time.sleep(0.01)
+        assert len(slow.got) == SIDE_BY_SIDE
+        slow.hold.set()
+        assert any_rig.sender.settle(DEADLINE)
+
+
+def test_a_webhook_that_is_deleted_while_it_is_sent(any_rig: Rig, receiver: Receiver) -> None:
+    webhook = register(any_rig, receiver.url, events=["*"])
+    receiver.hold.clear()
+    job_id = any_rig.submit()
+    assert any_rig.sender.round() == 1
+    receiver.wait(1)
+    assert any_rig.client.delete(f"/webhooks/{webhook['id']}").status_code == 204
+    receiver.hold.set()
+    assert any_rig.sender.settle(DEADLINE)
+    any_rig.act(job_id, "cancel")
+    send(any_rig)
+    assert len(receiver.got) == 1
+
+
+class Ticks:
+    """A monotonic clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_what_a_killed_server_was_sending_is_sent_again(any_rig: Rig, receiver: Receiver) -> None:
+    """Killed between the receiver's yes and writing it down: claimed, and nobody knows what came of it."""
+    webhook = register(any_rig, receiver.url, events=["job.created"])
+    any_rig.submit()
+    with any_rig.database.write() as session:
+        row = session.scalars(select(DeliveryRow)).one()
+        row.claimed_by, row.attempts = "a server that was killed", 1
+    ticks = Ticks()
+    ours = Sender(any_rig.database, Courier(any_rig.settings.webhook_networks), clock=any_rig.clock, monotonic=ticks)
+    assert ours.round() == 0, "it may still be sending"
+    ticks.now += SEND_SECONDS + GRACE_SECONDS + 1
+    assert ours.round() == 1
+    assert ours.settle(DEADLINE)
+    [done] = deliveries(any_rig, webhook)
+    assert (done["state"], done["attempts"]) == ("delivered", 2)
+    assert len(receiver.got) == 1
+
+
+def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: Rig, receiver: Receiver) -> None:
+    """Three senders at once on one database; each in turn is the leader."""
+    ticks = Ticks()
+    leases = [Lease(any_rig.database, ticks) for _ in range(3)]
+    courier = Courier(any_rig.settings.webhook_networks)
+    senders = [Sender(any_rig.database, courier, lease, any_rig.clock, ticks) for lease in leases]
+    register(any_rig, receiver.url, events=["job.created"])
+    for leader in (0, 1, 2):
+        assert leases[leader].keep()
+        for _ in range(5):
+            any_rig.submit()
+        begun = [0, 0, 0]
+        for _ in range(10):
+            for index, sender in enumerate(senders):
+                begun[index] += sender.round()
+                assert sender.settle(DEADLINE)
+        assert [count > 0 for count in begun] == [index == leader for index in range(3)]
+        leases[leader].give_up()
+    ids = [got.id for got in receiver.got]
+    assert len(ids) == len(set(ids)) == 15
+
+
+def test_a_leader_that_slept_sends_nothing_when_it_wakes(any_rig: Rig, receiver: Receiver) -> None:
+    ticks = Ticks()
+    lease = Lease(any_rig.database, ticks)
+    sender = Sender(any_rig.database, Courier(any_rig.settings.webhook_networks), lease, any_rig.clock, ticks)
+    webhook = register(any_rig, receiver.url, events=["job.created"])
+    assert lease.keep()
+    any_rig.submit()
+    claim = sender._claim
+
+    def slow_claim(number: int) -> Any:
+        parcel = claim(number)
+        ticks.now += LEASE_SECONDS + 1  # stopped right behind the claim, and woken past its lease
+        return parcel
+
+    sender._claim = slow_claim  # type: ignore[method-assign] # where the process is stopped
+    assert sender.round() == 1
+    assert sender.settle(DEADLINE)
+    assert receiver.got == []
+    other = Lease(any_rig.database, ticks)
+    lease.give_up()
+    assert other.keep()
+    heir = Sender(any_rig.database, Courier(any_rig.settings.webhook_networks), other, any_rig.clock, ticks)
+    assert heir.round() == 0
+    ticks.now += SEND_SECONDS + GRACE_SECONDS + 1
+    assert other.keep()
+    assert heir.round() == 1
+    assert heir.settle(DEADLINE)
+    assert deliveries(any_rig, webhook)[0]["state"] == "delivered"
+
+
+def test_a_server_that_is_restarted_goes_on(make_rig: MakeRig, any_url: str, receiver: Receiver) -> None:
+    """With the threads that a real server has."""
+    rig = make_rig(any_url, scheduling=True)
+    register(rig, receiver.url, events=["job.created", "job.cancelled"], labels={"of": "interest"})
+    receiver.answer = status(500)
+    rig.submit(resources={"nproc_per_node": 2})
+    job_id = rig.submit(resources={"nproc_per_node": 2}, labels={"of": "interest"})
+    receiver.wait(1)
+    rig.act(job_id, "cancel")
+    rig.close()
+    receiver.answer = status(204)
+    again = make_rig(any_url, scheduling=True, clock=rig.clock)
+    rig.clock.forward(60)
+    got = receiver.wait(3)
+    assert [one.type for one in got][:3] == ["job.created", "job.created", "job.cancelled"]
+    again.close()
+
+
+def test_what_ended_long_ago_is_forgotten(any_rig: Rig, receiver: Receiver) -> None:
+    webhook = register(any_rig, receiver.url, events=["job.created"])
+    job_id = any_rig.submit()
+    of_one = register(any_rig, receiver.url, events=["job.cancelled"], job_id=job_id)
+    send(any_rig)
+    any_rig.act(job_id, "cancel")
+    assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
+    any_rig.sender._swept_at = float("-inf")
+    send(any_rig)
+    any_rig.get(f"/webhooks/{of_one['id']}")
+    assert [got.type for got in receiver.got] == ["job.created", "job.cancelled"], "it is told although the job is gone"
+    any_rig.sender._swept_at = float("-inf")
+    send(any_rig)
+    any_rig.get(f"/webhooks/{of_one['id']}", expect=404)
+    assert len(deliveries(any_rig, webhook)) == 1
+    any_rig.clock.forward(31 * 86400)
+    any_rig.sender._swept_at = float("-inf")
+    send(any_rig)
+    assert deliveries(any_rig, webhook) == []
+
+
+def test_ten_threads_change_jobs_and_nothing_is_lost_or_out_of_order(any_rig: Rig, receiver: Receiver) -> None:
+    register(any_rig, receiver.url, events=["*"])
+    stop = threading.Event()
+
+    def keep_sending() -> None:
+        while not stop.is_set():
+            any_rig.sender.round()
+            stop.wait(0.005)
+
+    sending = threading.Thread(target=keep_sending)
+    sending.start()
+
+    def live(_: int) -> None:
+        for _ in range(2):
+            job_id = any_rig.submit(resources={"nproc_per_node": 2})
+            for verb in ("pause", "resume", "cancel"):
+                any_rig.act(job_id, verb)
+
+    threads = [threading.Thread(target=live, args=(n,)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    receiver.wait(5 * 2 * 4)
+    stop.set()
+    sending.join()
+    assert any_rig.sender.settle(DEADLINE)
+    by_job: dict[str, list[str]] = {}
+    for got in receiver.got:
+        by_job.setdefault(got.payload["data"]["job"]["id"], []).append(got.type)
+    assert len(by_job) == 10
+    for types in by_job.values():
+        assert types == ["job.created", "job.paused", "job.queued", "job.cancelled"]
