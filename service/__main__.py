@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _alone(settings) if schedules else contextlib.nullcontext():
             return _serve(settings, schedules)
+    except UnsafeSettings as error:
+        print(f"service: {error}", file=sys.stderr)
+        return 2
     except LockBusy:
         print(f"service: another service runs on {settings.home}", file=sys.stderr)
     except UnknownTables as error:
@@ -93,6 +96,8 @@ def _serve(settings: Settings, schedules: bool) -> int:
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
             http=Protocol,
+            # Who may speak for others is ours to decide, see `service.proxies`; uvicorn would believe all of loopback.
+            proxy_headers=False,
             h11_max_incomplete_event_size=HEAD_BYTES,
         )
         server = Server(config, services.pulse.stop)
@@ -113,6 +118,11 @@ def _bound(settings: Settings) -> socket.socket:
     # Connections inherit it: what a peer does not take for so long is thrown away with its connection.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
     listener.bind((settings.host, settings.port))
+    try:
+        settings.require_safe(listener.getsockname()[0])
+    except UnsafeSettings:
+        listener.close()
+        raise
     listener.listen(BACKLOG)
     return listener
 

@@ -11,7 +11,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 REQUEST_SECONDS = 15.0
-"""From the first to the last byte of a request's head. Bodies have a deadline of their own."""
+"""From the first to the last byte of a request's head, and from an early answer to the end of the body that it refused.
+
+Bodies that are read have a deadline of their own.
+"""
 
 HEAD_BYTES = 64 << 10
 """Request line and headers together; beyond that the connection is refused before anything is read of it."""
@@ -32,13 +35,15 @@ class Protocol(H11Protocol):
         if self._idle() and self._deadline is None:
             self._expect()
         super().data_received(data)
-        if not self._idle():
+        if not self._idle() and not self._answered_early():
             self._forget()
 
     def on_response_complete(self) -> None:
-        """Between two requests the keep-alive timer counts."""
+        """Between two requests the keep-alive timer counts; a body that was refused must end in time all the same."""
         super().on_response_complete()
         self._forget()
+        if self._answered_early():
+            self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It is over."""
@@ -48,6 +53,10 @@ class Protocol(H11Protocol):
     def _idle(self) -> bool:
         """Whether no request is being answered."""
         return self.conn.their_state is h11.IDLE
+
+    def _answered_early(self) -> bool:
+        """Whether the answer is out and the request's body still comes, of which nobody reads any more."""
+        return self.conn.our_state in (h11.DONE, h11.MUST_CLOSE) and self.conn.their_state is h11.SEND_BODY
 
     def _expect(self) -> None:
         self._deadline = self.loop.call_later(REQUEST_SECONDS, self._late)
@@ -59,7 +68,7 @@ class Protocol(H11Protocol):
 
     def _late(self) -> None:
         self._deadline = None
-        if self._idle():
+        if self._idle() or self._answered_early():
             self.transport.abort()
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 
 from service.logs import FORMATS, LEVELS
+from service.proxies import Proxies
 from service.tokens import tokens_in
 from service.webhooks.addresses import Network
 
@@ -32,7 +33,7 @@ class Settings:
     """
 
     home: Path
-    database_url: str
+    database_url: str = field(repr=False)
     data_roots: tuple[Path, ...]
     save_roots: tuple[Path, ...]
     corpus_cache: Path
@@ -41,6 +42,7 @@ class Settings:
     port: int = 8000
     token: str | None = field(default=None, repr=False)
     token_file: Path | None = None
+    proxies: Proxies = field(default_factory=Proxies)
     allowed_hosts: tuple[str, ...] = LOOPBACK_NAMES
     idempotency_days: int = 7
     preemption: bool = False
@@ -77,6 +79,7 @@ class Settings:
             port=port if port is not None else _whole(environment, "TRAINYARD_PORT", 8000),
             token=token,
             token_file=_token_file(environment.get("TRAINYARD_TOKEN_FILE")),
+            proxies=_proxies(environment.get("TRAINYARD_TRUSTED_PROXIES")),
             allowed_hosts=_allowed_hosts(environment.get("TRAINYARD_ALLOWED_HOSTS"), host),
             idempotency_days=_whole(environment, "TRAINYARD_IDEMPOTENCY_DAYS", 7),
             preemption=_one_of(environment, "TRAINYARD_PREEMPTION", ("off", "on")) == "on",
@@ -91,9 +94,18 @@ class Settings:
         settings.require_safe()
         return settings
 
-    def require_safe(self) -> None:
-        """Raise UnsafeSettings where others on the network could use the service without a token."""
-        if self.token is None and self.token_file is None and not is_loopback(self.host):
+    def require_safe(self, address: str | None = None) -> None:
+        """Raise UnsafeSettings where others on the network could use the service without a token.
+
+        ``address``: what was bound to, where that is known: a name may mean anything.
+        """
+        if self.token is not None or self.token_file is not None:
+            return
+        if self.proxies.networks:
+            raise UnsafeSettings(
+                "refusing to serve others through a proxy without a token: set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE"
+            )
+        if not is_loopback(self.host) or not is_loopback(address or self.host):
             raise UnsafeSettings(
                 "refusing to listen on an address that others can reach without a token: "
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
@@ -136,6 +148,14 @@ def _allowed_hosts(given: str | None, host: str) -> tuple[str, ...]:
         return (*LOOPBACK_NAMES, *(name.strip().lower() for name in given.split(",") if name.strip()))
     # A wildcard address has no name of its own; there a token is required, and no page elsewhere knows it.
     return ("*",) if host in ("0.0.0.0", "::") else (*LOOPBACK_NAMES, host.lower())  # noqa: S104 - compared, not bound
+
+
+def _proxies(given: str | None) -> Proxies:
+    try:
+        return Proxies.of((given or "").split(","))
+    except ValueError:
+        message = "TRAINYARD_TRUSTED_PROXIES must be addresses or networks, separated by commas: 10.0.0.5,10.1.0.0/24"
+        raise UnsafeSettings(message) from None
 
 
 def _token_file(given: str | None) -> Path | None:

@@ -9,6 +9,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -30,6 +31,7 @@ from service.errors import (
     ForeignOrigin,
     HeadersTooLarge,
     RequestInvalid,
+    Unauthorized,
     UrlTooLong,
     WrongMediaType,
     answer,
@@ -50,6 +52,12 @@ URL_BYTES = 8 << 10
 HEADER_BYTES = 32 << 10
 BODY_SECONDS = 30.0
 """For the whole body, however it drips."""
+
+MOST_DEEP = 64
+"""Levels of arrays and objects in a body."""
+
+LOOK_AGAIN_SECONDS = 15.0
+"""So often a stream's reader is asked whether his token is still good."""
 
 UNTIMED = ("/stream", "/files/{name}")
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
@@ -73,6 +81,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = self._settings.proxies.seen_through(scope)
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["request_id"] = request_id
@@ -82,6 +91,7 @@ class Gate:
             try:
                 self._admit(scope, headers)
                 scope["caller"] = await self._caller(scope, headers)
+                answered.still = lambda: self._caller(scope, headers)
                 self._require_short(scope, headers)
                 await self._app(scope, _Limited(receive, _limit(scope)), answered)
             except Exception as error:
@@ -92,8 +102,9 @@ class Gate:
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         """Log and count, by route and not by address: it tells no secret, and the number of series stays small."""
         method, route = _known(scope["method"]), getattr(scope.get("route"), "path", "none")
+        client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
-        log.info("request", extra={"job_id": _job_id(scope), **fields})
+        log.info("request", extra={"job_id": _job_id(scope), "client": client, **fields})
         if not route.endswith(UNTIMED):
             labels = (("method", method), ("route", route), ("status", str(status)))
             self._telemetry.requests.observe(seconds, labels)
@@ -128,6 +139,9 @@ class Gate:
             log.error("a request failed", exc_info=error)
         elif made.status > 500:
             log.warning("a request was refused: %s", error, extra={"code": made.code})
+        if answered.begun and isinstance(error, Unauthorized):
+            await answered.cut()
+            return
         if answered.begun:
             raise error
         await answer(made, scope["request_id"])(scope, receive, answered)
@@ -149,6 +163,8 @@ class _Answered:
         self._request_id = request_id
         self.begun = False
         self.status = 0
+        self.still: Callable[[], Awaitable[object]] | None = None
+        self._looked_at: float | None = None
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -159,7 +175,22 @@ class _Answered:
             if not any(name.lower() == b"cache-control" for name, _ in given):
                 extra.append((b"cache-control", b"no-store"))
             message = {**message, "headers": [*given, *extra]}
+            if any(value.startswith(b"text/event-stream") for name, value in given if name.lower() == b"content-type"):
+                self._looked_at = time.monotonic()
+        elif self._looked_at is not None:
+            await self._look_again(self._looked_at)
         await self._send(message)
+
+    async def _look_again(self, before: float) -> None:
+        """A stream may last for days; it ends with the token that opened it. Raises Unauthorized."""
+        now = time.monotonic()
+        if self.still is not None and now - before >= LOOK_AGAIN_SECONDS:
+            self._looked_at = now
+            await self.still()
+
+    async def cut(self) -> None:
+        """End what has begun: a stream without its last event, whose reader comes again and hears why."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _Limited:
@@ -263,15 +294,31 @@ async def _json_body(request: Request) -> Any:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise WrongMediaType()
     try:
-        return json.loads(body.decode(), object_pairs_hook=_without_doubles)
+        return _shallow(json.loads(body.decode(), object_pairs_hook=_without_doubles))
     except RecursionError:
-        raise BodyNotJson("The body is nested too deeply.") from None
+        raise BodyNotJson(TOO_DEEP) from None
     except UnicodeDecodeError:
         raise BodyNotJson("The body is not UTF-8.") from None
     except json.JSONDecodeError as error:
         raise BodyNotJson(f"The body is not JSON: line {error.lineno}, column {error.colno}.") from None
     except ValueError:
         raise BodyNotJson("The body holds a number that is far too long.") from None
+
+
+TOO_DEEP = f"The body is nested more than {MOST_DEEP} levels deep."
+
+
+def _shallow(value: Any) -> Any:
+    """The value, which everything behind this may walk through by recursion. Raises BodyNotJson."""
+    level = [value]
+    for _ in range(MOST_DEEP + 1):
+        inner = [
+            found.values() if isinstance(found, dict) else found for found in level if isinstance(found, dict | list)
+        ]
+        if not inner:
+            return value
+        level = [found for part in inner for found in part]
+    raise BodyNotJson(TOO_DEEP)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

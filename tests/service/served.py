@@ -23,7 +23,13 @@ def served(rig: Rig) -> Iterator[tuple[str, int]]:
     # The kernel would take megabytes for a reader that does not read.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
     config = uvicorn.Config(
-        rig.app, http=Protocol, lifespan="off", log_level="critical", access_log=False, timeout_graceful_shutdown=2
+        rig.app,
+        http=Protocol,
+        lifespan="off",
+        log_level="critical",
+        access_log=False,
+        timeout_graceful_shutdown=2,
+        proxy_headers=False,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],))

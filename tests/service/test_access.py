@@ -1,6 +1,7 @@
 """Named tokens: what each may do, how they come and go, and who stands in the events."""
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from fastapi.routing import APIRoute
 from sqlalchemy import event, select
 
 from contract.access import Scope
+from service import web
 from service.access import gatekeeper
 from service.access.callers import RESERVED
 from service.access.gatekeeper import Gatekeeper
@@ -22,6 +24,7 @@ from service.scheduler.apply import utc_now
 from service.tables import TokenRow
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig
+from tests.service.served import Reader, served
 
 ADMIN_TOKEN = "the-operator's-own"
 WHEN = "2026-01-01T00:00:00Z"
@@ -264,6 +267,25 @@ def test_names_that_mean_something_else_are_not_given(guarded: Rig) -> None:
         for method, verb in (("POST", "/rotate"), ("DELETE", ""), ("PATCH", "")):
             answer = guarded.client.request(method, path + verb, json={} if method != "DELETE" else None)
             assert answer.status_code in (404, 422), (method, path, answer.text)
+
+
+def test_a_stream_ends_with_the_token_that_opened_it(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web, "LOOK_AGAIN_SECONDS", 0.0)
+    token = created(guarded)
+    job_id, attempt = guarded.running()
+    with served(guarded) as address:
+        path = f"/jobs/{job_id}/metrics/stream"
+        reader = Reader(address, path, Authorization=f"Bearer {token}")
+        attempt.metric(1)
+        guarded.ship(attempt)
+        assert reader.take(1)[0]["data"]["step"] == 1
+        guarded.client.delete("/tokens/ci")
+        attempt.metric(2)
+        guarded.ship(attempt)
+        assert [event["event"] for event in reader.iterator] == [], "cut, without its last event"
+        reader.close()
+        with contextlib.closing(Reader(address, path, Authorization=f"Bearer {token}")) as refused:
+            assert refused.status == 401
 
 
 # A service without a token of its own

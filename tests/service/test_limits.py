@@ -69,6 +69,46 @@ def test_a_head_that_drips_is_cut_off(rig: Rig, monkeypatch: pytest.MonkeyPatch)
         assert second.count(b"HTTP/1.1") == 1, "the next head on the same connection has its deadline too"
 
 
+@pytest.mark.parametrize("length", [b"Content-Length: 100000", b"Transfer-Encoding: chunked"])
+def test_a_body_that_was_refused_cannot_drip_on(rig: Rig, monkeypatch: pytest.MonkeyPatch, length: bytes) -> None:
+    """Anybody can be refused: who goes on sending after the answer must not keep the connection."""
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    drop = b"1\r\nx\r\n" if b"chunked" in length else b"x"
+    with served(rig) as address:
+        begin = time.monotonic()
+        foreign = b"POST /jobs HTTP/1.1\r\nHost: elsewhere\r\n" + length + b"\r\n\r\n"
+        answer = raw(address, foreign, *[drop] * 400, pause=0.05)
+        assert b" 403 " in answer.splitlines()[0]
+        assert time.monotonic() - begin < 5
+        # A small one that comes whole leaves the connection as it was.
+        whole = b"POST /jobs HTTP/1.1\r\nHost: elsewhere\r\nContent-Length: 1\r\n\r\nx"
+        again = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+        assert raw(address, whole, again, pause=0.2).count(b"HTTP/1.1 ") == 2
+
+
+def test_a_chunked_body_over_the_limit_is_cut_off_on_the_wire(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
+    with served(rig) as address:
+        answer = raw(address, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 17, pause=0.01)
+        assert b" 413 " in answer.splitlines()[0]
+        assert code(answer) == "body_too_large"
+
+
+def test_a_body_may_be_so_deep_and_no_deeper(rig: Rig) -> None:
+    def code_of(body: str) -> tuple[int, str, str]:
+        answer = rig.client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
+        return answer.status_code, answer.json()["code"], answer.json()["detail"]
+
+    for open_, shut in (("[", "]"), ('{"a":', "}")):
+        for levels in (web.MOST_DEEP + 1, 500, 2000, 50_000):
+            found = code_of(open_ * levels + "1" + shut * levels)
+            assert found == (422, "invalid_json", "The body is nested more than 64 levels deep."), levels
+        assert code_of(open_ * web.MOST_DEEP + "1" + shut * web.MOST_DEEP)[1] == "invalid_spec"
+    wide = json.dumps({"data": {"data_path": str(rig.corpus)}, "labels": {f"k{n}": "v" for n in range(64)}})
+    assert rig.client.post("/jobs", content=wide, headers={"Content-Type": "application/json"}).status_code == 201
+
+
 def test_a_stream_is_not_under_the_deadline_of_requests(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
     monkeypatch.setattr(web, "BODY_SECONDS", 0.2)

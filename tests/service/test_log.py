@@ -63,6 +63,7 @@ def test_a_line_for_each_request(rig: Rig, log: Log) -> None:
         "message": "request",
         "request_id": "mine-1",
         "actor": "local",
+        "client": "testclient",
         "job_id": job_id,
         "method": "POST",
         "route": "/jobs",
