@@ -24,7 +24,9 @@ SAID = {"X-Forwarded-For": "198.51.100.7", "X-Forwarded-Proto": "https", "X-Forw
 def client(rig: Rig, proxies: str, peer: str = "10.0.0.5", hosts: tuple[str, ...] = ("127.0.0.1",)) -> TestClient:
     """A client of the rig's service as somebody at ``peer`` reaches it."""
     settings = replace(rig.settings, proxies=Proxies.of(proxies.split(",")), allowed_hosts=hosts)
-    services = Services(settings, rig.database, FixedInventory(tuple(rig.devices)), rig.scheduler, rig.pulse)
+    services = Services(
+        settings, rig.database, FixedInventory(tuple(rig.devices)), rig.scheduler, rig.pulse, rig.sender
+    )
     app = create_app(services, scheduling=False)
     return TestClient(app, base_url="http://127.0.0.1:8000", client=(peer, 40000), follow_redirects=False)
 
