@@ -40,7 +40,9 @@ class LeafType:
             )
         if "string" in self.kinds:
             return text
-        return _number(text, whole="number" not in self.kinds) if self.kinds & {"integer", "number"} else _json(text)
+        if ("object" in self.kinds and text.startswith("{")) or not self.kinds & {"integer", "number"}:
+            return _json(text)
+        return _number(text, whole="number" not in self.kinds)
 
 
 def leaf_types() -> dict[str, LeafType]:

@@ -268,9 +268,12 @@ def _between_fields(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     if steps is not None and spec.training.warmup_steps >= steps:
         message = f"must be less than max_steps ({steps})"
         yield Problem("/training/warmup_steps", message), ("/training/warmup_steps", "/training/max_steps")
-    if spec.resources.nnodes > 1:
+    resources = spec.resources
+    if resources.least_nodes > resources.most_nodes:
+        yield Problem("/resources/nnodes", "must have min at most as large as max"), ("/resources/nnodes",)
+    if resources.most_nodes > 1 and resources.launcher == "local":
         message = "must be 1: the local launcher runs on one node"
-        yield Problem("/resources/nnodes", message), ("/resources/nnodes",)
+        yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
 
 
 def pointer_to(*parts: int | str) -> str:

@@ -27,6 +27,7 @@ TITLES = {
     "reporting": ("`reporting`", "What is told."),
     "resources": ("`resources`", "What it runs on."),
     "timeouts": ("`resources.timeouts`", "Seconds to wait before something is taken for stuck."),
+    "slurm": ("`resources.slurm`", "What [Slurm](../guides/slurm.md) is asked for; null: as the service is set up."),
 }
 
 NOTES = {
@@ -57,15 +58,17 @@ NOTES = {
     "tensorboard": "write TensorBoard files, where tensorboard is installed",
     "use_wandb": "log to Weights & Biases, where wandb is installed",
     "wandb_project": "its project",
-    "nnodes": "more than one needs a cluster launcher",
     "timeouts": "see below",
+    "slurm": "see below",
 }
 
 
 def render() -> str:
     """The whole page."""
     schema = JobSpec.model_json_schema()
-    groups = {"": schema["properties"], **_groups(schema), "timeouts": schema["$defs"]["Timeouts"]["properties"]}
+    nested = {"timeouts": "Timeouts", "slurm": "SlurmSpec"}
+    below = {name: schema["$defs"][kind]["properties"] for name, kind in nested.items()}
+    groups = {"": schema["properties"], **_groups(schema), **below}
     return HEAD + "".join(_section(group, leaves) for group, leaves in groups.items())
 
 

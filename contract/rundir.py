@@ -14,6 +14,8 @@ from typing import Any
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 MILESTONE_DIRECTORY = re.compile(r"step-(\d{8,})-weights")
+RANK_FILE = "rank"
+"""A rank's number among all, beside the file that torchrun has it write its exception to."""
 ATTEMPT_DIRECTORY = re.compile(r"attempt-(\d{4,})")
 
 
@@ -69,6 +71,35 @@ class AttemptDir:
         return self.path / "exit.json"
 
     @property
+    def rendezvous(self) -> Path:
+        """Where the ranks of several nodes meet: the first node's agent leaves host and port here for the others."""
+        return self.path / "rendezvous.json"
+
+    @property
+    def over(self) -> Path:
+        """Its existence says that the first node's ranks have ended: the other nodes' end too."""
+        return self.path / "over"
+
+    def node(self, number: int) -> Path:
+        """How the ranks of node ``number``, not the first, ended: its agent's word to the first node's."""
+        return self.path / f"node-{number}.json"
+
+    @property
+    def batch(self) -> Path:
+        """What the attempt's cluster was given to run."""
+        return self.path / "batch.sh"
+
+    @property
+    def submitted(self) -> Path:
+        """What the cluster said when it took the attempt on: its own id of it."""
+        return self.path / "submitted.json"
+
+    @property
+    def time_limit(self) -> Path:
+        """Its existence says that the cluster will end the attempt soon: it saves, stops, and is started again."""
+        return self.path / "time_limit"
+
+    @property
     def stop(self) -> Path:
         """Its existence asks the ranks to save and stop at the next step."""
         return self.path / "stop"
@@ -109,6 +140,15 @@ class AttemptDir:
     def agent_log(self) -> Path:
         """What the agent and torchrun itself said."""
         return self.logs / "agent.log"
+
+    def node_log(self, number: int) -> Path:
+        """What agent and torchrun said on node ``number``; the first node's is `agent_log`."""
+        return self.logs / f"agent-{number}.log" if number else self.agent_log
+
+    @property
+    def cluster_log(self) -> Path:
+        """What the cluster itself printed."""
+        return self.logs / "cluster.log"
 
     @property
     def torchrun_logs(self) -> Path:

@@ -43,6 +43,9 @@ Positive = Annotated[int, Field(ge=1, le=LONG)]
 NotNegative = Annotated[int, Field(ge=0, le=LONG)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+Nodes = Annotated[int, Field(ge=1, le=4096)]
+SlurmWord = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.][A-Za-z0-9_.,:+-]{0,99}$")]
+SlurmLine = Annotated[str, Field(pattern=r"^--[a-z][a-z-]{1,40}(=[A-Za-z0-9_.,:%@/+*&|()\[\]-]{1,200})?$")]
 
 
 class Group(BaseModel):
@@ -155,6 +158,31 @@ class Timeouts(Group):
     collective: Seconds = Field(600.0, description="longest wait of one rank for another")
 
 
+class NodeRange(Group):
+    """Any number of nodes between the two; a step is always that of ``max`` nodes."""
+
+    min: Nodes
+    max: Nodes
+
+
+class SlurmSpec(Group):
+    """What Slurm is asked for; null: as the service is set up."""
+
+    partition: SlurmWord | None = Field(None, description="one, or several separated by commas")
+    account: SlurmWord | None = Field(None, description="who pays")
+    qos: SlurmWord | None = Field(None, description="quality of service")
+    gpu_type: SlurmWord | None = Field(None, description="type of the GRES: gpu:TYPE:nproc_per_node on each node")
+    time_limit: Annotated[float, Field(ge=60, le=366 * 86400)] | None = Field(
+        None, description="seconds Slurm lets one attempt run; the next goes on from its checkpoint"
+    )
+    constraint: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:&|*()\[\]-]{1,200}$")] | None = Field(
+        None, description="features of the nodes"
+    )
+    extra: Annotated[list[SlurmLine], Field(max_length=32)] = Field(
+        default_factory=list, description="further options of sbatch, such as `--mem=64G`, as far as the service allows"
+    )
+
+
 class ResourcesSpec(Group):
     """What it runs on."""
 
@@ -162,14 +190,32 @@ class ResourcesSpec(Group):
         "auto", description="auto: CUDA where there is some, else CPU with a warning"
     )
     nproc_per_node: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="ranks, one device each")
-    nnodes: Annotated[int, Field(ge=1, le=4096)] = 1
-    launcher: Literal["local"] | None = Field(None, description="null: the service's own choice")
+    nnodes: Nodes | NodeRange = Field(
+        1, description='more than one needs a cluster\'s launcher; `{"min": 1, "max": 2}`: as many as can be had'
+    )
+    launcher: Literal["local", "slurm"] | None = Field(None, description="null: the service's own choice")
     priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="higher starts earlier")
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(3, description="new attempts after a crash")
     preemptible: bool = Field(
         True, description="may be paused for a job of higher priority, where the service preempts; it goes on by itself"
     )
     timeouts: Timeouts = Field(default_factory=Timeouts)
+    slurm: SlurmSpec = Field(default_factory=SlurmSpec)
+
+    @property
+    def least_nodes(self) -> int:
+        """Nodes without which it does not begin."""
+        return self.nnodes.min if isinstance(self.nnodes, NodeRange) else self.nnodes
+
+    @property
+    def most_nodes(self) -> int:
+        """Nodes it takes where they can be had."""
+        return self.nnodes.max if isinstance(self.nnodes, NodeRange) else self.nnodes
+
+    @property
+    def ranks(self) -> int:
+        """Ranks over all nodes, the most there may be."""
+        return self.nproc_per_node * self.most_nodes
 
 
 class JobSpec(Group):
@@ -188,5 +234,4 @@ class JobSpec(Group):
     @property
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all ranks: the global batch."""
-        world = self.resources.nproc_per_node * self.resources.nnodes
-        return self.training.batch_size * self.training.accumulation_steps * world
+        return self.training.batch_size * self.training.accumulation_steps * self.resources.ranks

@@ -57,6 +57,8 @@ class Reason(StrEnum):
     MAX_RESTARTS = "max_restarts"
     TERMINATED = "terminated"
     PREEMPTED = "preempted"
+    TIME_LIMIT = "time_limit"
+    NODE_LOST = "node_lost"
     UNKNOWN = "unknown"
 
 
@@ -69,12 +71,23 @@ RESTARTABLE = frozenset(
         Reason.LAUNCH_FAILED,
         Reason.TERMINATED,
         Reason.PREEMPTED,
+        Reason.TIME_LIMIT,
+        Reason.NODE_LOST,
         Reason.UNKNOWN,
     }
 )
 """Ends after which another attempt on the same spec may go better."""
 
-NOT_COUNTED = frozenset({Reason.HOST_RESTARTED, Reason.AGENT_LOST, Reason.TERMINATED, Reason.PREEMPTED})
+NOT_COUNTED = frozenset(
+    {
+        Reason.HOST_RESTARTED,
+        Reason.AGENT_LOST,
+        Reason.TERMINATED,
+        Reason.PREEMPTED,
+        Reason.TIME_LIMIT,
+        Reason.NODE_LOST,
+    }
+)
 """Ends that are no fault of the job's, so that they do not use up ``max_restarts``."""
 
 LIVE = frozenset({JobStatus.STARTING, JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})

@@ -14,7 +14,11 @@ from contract.rundir import write_json
 from service import logs
 from service.app import build, create_app
 from service.db import UnknownTables
+from service.launch.base import LOCAL, Launcher
+from service.launch.environment import WORKER_AGENT
 from service.launch.local import LocalLauncher
+from service.launch.side_by_side import SideBySide
+from service.launch.slurm import SLURM, SlurmLauncher
 from service.server import HEAD_BYTES, Protocol, Server
 from service.settings import Settings, UnsafeSettings
 
@@ -105,8 +109,13 @@ def _serve(settings: Settings, schedules: bool) -> int:
         return 0 if server.started else 1
 
 
-def _launcher(settings: Settings) -> LocalLauncher:
-    return LocalLauncher(settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots)
+def _launcher(settings: Settings) -> Launcher:
+    roots = (settings.data_roots, settings.save_roots)
+    local = LocalLauncher(settings.home, settings.corpus_cache, *roots, WORKER_AGENT)
+    if settings.slurm is None:
+        return local
+    slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, WORKER_AGENT)
+    return SideBySide({LOCAL: local, SLURM: slurm})
 
 
 def _bound(settings: Settings) -> socket.socket:

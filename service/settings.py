@@ -6,9 +6,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sqlalchemy.engine import make_url
 
+from service.launch.base import LOCAL
+from service.launch.slurm_setup import SlurmSetup
 from service.logs import FORMATS, LEVELS
 from service.proxies import Proxies
 from service.tokens import tokens_in
@@ -29,7 +32,8 @@ class Settings:
     number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
     ``idempotency_days``: how long a submission may be sent again. ``preemption``: a job of higher priority that waits
     makes those of lower priority pause. ``corpus_days``, ``corpus_bytes``: what of the corpus cache goes, see
-    `service.upkeep.corpora`. ``webhook_networks``: not public, and may be sent to all the same.
+    `service.upkeep.corpora`. ``webhook_networks``: not public, and may be sent to all the same. ``slurm``: how Slurm is
+    used; None: it is not. ``launcher``: the one of jobs whose spec names none.
     """
 
     home: Path
@@ -53,6 +57,8 @@ class Settings:
     corpus_days: int = 30
     corpus_bytes: int = 0
     webhook_networks: tuple[Network, ...] = ()
+    launcher: str = LOCAL
+    slurm: SlurmSetup | None = None
 
     @classmethod
     def read(
@@ -90,6 +96,7 @@ class Settings:
             corpus_bytes=_whole(environment, "TRAINYARD_CORPUS_BYTES", 0),
             webhook_networks=_networks(environment.get("TRAINYARD_WEBHOOK_NETWORKS")),
             log_level=_one_of(environment, "TRAINYARD_LOG_LEVEL", ("info", *LEVELS)),
+            **_launchers(environment),
         )
         settings.require_safe()
         return settings
@@ -198,3 +205,15 @@ def _one_of(environment: Mapping[str, str], name: str, words: Sequence[str]) -> 
     if text not in words:
         raise UnsafeSettings(f"{name} must be {' or '.join(sorted(set(words)))}")
     return text
+
+
+def _launchers(environment: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        slurm = SlurmSetup.read(environment)
+    except ValueError as error:
+        raise UnsafeSettings(str(error)) from None
+    launcher = environment.get("TRAINYARD_LAUNCHER") or LOCAL
+    there = (LOCAL, "slurm") if slurm is not None else (LOCAL,)
+    if launcher not in there:
+        raise UnsafeSettings(f"TRAINYARD_LAUNCHER must be {' or '.join(there)}; TRAINYARD_SLURM=on adds slurm")
+    return {"launcher": launcher, "slurm": slurm}

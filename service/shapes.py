@@ -92,9 +92,9 @@ class Progress(Shape):
 
 
 class Queue(Shape):
-    """Where a queued job stands (1 is next), and what it waits for."""
+    """Where a queued job stands (1 is next; null in a cluster's queue), and what it waits for."""
 
-    position: int
+    position: int | None
     waiting_for: str
 
 
@@ -111,6 +111,19 @@ class Parent(Shape):
     job_id: str
     step: int | None
     data: str | None = None
+
+
+class Placement(Shape):
+    """Where a cluster has put an attempt, in its own words; ``engine_id`` is its number there.
+
+    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs on the node.
+    """
+
+    engine_id: str
+    state: str
+    waiting_for: str | None
+    nodes: list[str]
+    devices: list[str]
 
 
 class AllowedAction(Shape):
@@ -167,6 +180,7 @@ class Job(Shape):
     resume_blocker: str | None
     checkpoint: Checkpoint | None
     queue: Queue | None
+    placement: Placement | None
     parent: Parent | None
     submitted_by: str | None
     allowed_actions: list[AllowedAction]
@@ -201,6 +215,8 @@ class Attempt(Shape):
     job_id: str
     number: int
     trigger: str
+    launcher: str
+    placement: Placement | None
     devices: list[str]
     start_step: int | None
     end_step: int | None
@@ -289,12 +305,12 @@ class LeasedDevice(Shape):
     object: Literal["device"] = "device"
     id: str
     kind: str
-    model: str | None
-    memory_bytes: int | None
-    memory_used_bytes: int | None
+    model: str | None = None
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
     job_id: str | None
     attempt_id: str | None
-    processes: list[int]
+    processes: list[int] = []
 
 
 class Health(Shape):

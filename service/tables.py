@@ -115,7 +115,10 @@ class TokenRow(Table):
 
 
 class AttemptRow(Table):
-    """One launch. ``launched_at`` is null until the launcher has said that it started."""
+    """One launch. ``launched_at`` is null until the launcher has said that it started.
+
+    ``placement``: where a cluster has put it, see `service.launch.base.Placement`; null on this host.
+    """
 
     __tablename__ = "attempts"
     __table_args__ = (UniqueConstraint("job_id", "number"), Index("ix_attempts_ended_at", "ended_at"))
@@ -139,6 +142,8 @@ class AttemptRow(Table):
     message: Mapped[str | None]
     error: Mapped[dict[str, Any] | None]
     ranks: Mapped[list[Any] | None]
+    launcher: Mapped[str] = mapped_column(String(20), default="local", server_default="local")
+    placement: Mapped[dict[str, Any] | None]
 
 
 class LeaseRow(Table):

@@ -5,11 +5,12 @@ and a checkpoint in RUN_DIR is gone on from. Exit code 0: done, or stopped as as
 """
 
 import argparse
+import contextlib
 import os
 import sys
 from pathlib import Path
 
-from contract.rundir import AttemptDir, RunDir
+from contract.rundir import RANK_FILE, AttemptDir, RunDir
 from worker.agent.launch import RANK_LOGS
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     run, number, from_step = _parse()
     if number is not None and os.environ.get(RANK_LOGS):
         _log_to_file(run.attempt(number), int(os.environ.get("RANK", "0")))
+        _name_the_error_file()
     # By default OpenMP's threads wait for each other in a busy loop. Where anything else wants the cores, that makes a
     # CPU run a hundred times slower. Read when torch is loaded, so torch must not be imported above.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -50,6 +52,14 @@ def _log_to_file(attempt: AttemptDir, rank: int) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
+
+
+def _name_the_error_file() -> None:
+    """Leave this rank's number beside the file for its exception: torchrun's folder has its number on the node."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file:
+        with contextlib.suppress(OSError):
+            Path(error_file).with_name(RANK_FILE).write_text(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

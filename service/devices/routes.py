@@ -1,21 +1,28 @@
 """GET /devices."""
 
+from collections.abc import Iterator, Sequence
+
 from fastapi import APIRouter
 from sqlalchemy import select
 
 from service.context import ServicesNeeded
 from service.shapes import LeasedDevice, Page
-from service.tables import LeaseRow
+from service.tables import AttemptRow, LeaseRow
 
 router = APIRouter(tags=["service"])
 
 
 @router.get("/devices")
 def devices(services: ServicesNeeded) -> Page[LeasedDevice]:
-    """Every device of this host, who leases it, and processes on it that belong to no attempt."""
+    """Every device of this host, who leases it, and processes on it that belong to no attempt.
+
+    Behind them those that a cluster has given to attempts that live: its other devices are its own business.
+    """
     there = services.inventory.devices()
     with services.database.read() as session:
         leases = {lease.device: lease for lease in session.scalars(select(LeaseRow))}
+        placed = (AttemptRow.ended_at.is_(None), AttemptRow.placement.is_not(None))
+        elsewhere = session.scalars(select(AttemptRow).where(*placed).order_by(AttemptRow.created_at)).all()
     shown = [
         LeasedDevice(
             id=device.id,
@@ -29,4 +36,11 @@ def devices(services: ServicesNeeded) -> Page[LeasedDevice]:
         )
         for device in there
     ]
-    return Page(data=shown, has_more=False)
+    return Page(data=[*shown, *_on_clusters(elsewhere)], has_more=False)
+
+
+def _on_clusters(attempts: Sequence[AttemptRow]) -> Iterator[LeasedDevice]:
+    for attempt in attempts:
+        for device in (attempt.placement or {}).get("devices", ()):
+            kind = device.rpartition("/")[2].partition(":")[0]
+            yield LeasedDevice(id=device, kind=kind, job_id=attempt.job_id, attempt_id=attempt.id)

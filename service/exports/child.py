@@ -9,7 +9,7 @@ from pathlib import Path
 
 from contract.locks import FileLock
 from service.errors import ExportFailed, ExportTimedOut, ExportUnavailable
-from service.launch.local import inherited
+from service.launch.environment import inherited
 
 WORKER_EXPORT = (sys.executable, "-P", "-m", "worker.export")
 """All that the service knows of the exporter. -P: a folder named worker/ where the service was started is not ours."""

@@ -13,14 +13,13 @@ from contract.rundir import RunDir, write_json
 from contract.spec import JobSpec
 from service.access.callers import Caller
 from service.checkpoints.files import place_of
-from service.devices.inventory import kind_for
 from service.errors import StepUnavailable
 from service.forks import lineage
 from service.forks.asked import Asked, Origin
 from service.forks.links import share
 from service.jobs import store
 from service.jobs.facts import known_at_submit
-from service.jobs.specs import Host
+from service.jobs.specs import Host, kind_of
 from service.jobs.store import Note
 from service.settings import Settings
 from service.tables import CheckpointRow, JobRow
@@ -91,7 +90,7 @@ def insert(
 ) -> JobRow:
     """The record of the fork, and an event on both jobs. Raises JobNotFound where the parent was deleted meanwhile."""
     job = store.lock(session, parent.job.id)
-    kind = kind_for(spec.resources.device, host.devices)
+    kind = kind_of(spec, host)
     message = f"forked from {job.id} at step {parent.step:,}, {_meaning(asked)}"
     said = {"parent": job.id, "step": parent.step, "data": asked.data}
     fork = store.create(

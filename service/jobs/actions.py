@@ -17,7 +17,7 @@ from service.jobs import store
 from service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
 from service.jobs.store import Note
 from service.launch.base import AttemptName
-from service.tables import CheckpointRow, JobRow
+from service.tables import AttemptRow, CheckpointRow, JobRow
 
 ASKED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
 
@@ -68,7 +68,12 @@ def save(session: Session, job_id: str, by: Caller, now: datetime) -> AttemptNam
     job = store.lock(session, job_id)
     _fitting(job, "save")
     store.tell(session, job, Note("save", "asked to save", by.name), now)
-    return AttemptName(job.id, job.attempt)
+    return AttemptName(job.id, job.attempt, _launcher_of(session, job))
+
+
+def _launcher_of(session: Session, job: JobRow) -> str:
+    which = (AttemptRow.job_id == job.id, AttemptRow.number == job.attempt)
+    return session.scalars(select(AttemptRow.launcher).where(*which)).one()
 
 
 def resume_under_way(session: Session, job_id: str, changed: bool) -> bool:
@@ -102,7 +107,7 @@ def resume(
     origin = _origin(job, newest)
     if step is not None:
         origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
-    ranks = spec.resources.nproc_per_node * spec.resources.nnodes
+    ranks = spec.resources.ranks
     quotas.require_room(session, by, ranks, but=job.id)
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority

@@ -24,7 +24,7 @@ def known_at_submit(spec: JobSpec, device: str) -> dict[str, Any]:
         "parameters": arithmetic.parameters(model),
         "active_parameters": arithmetic.active_parameters(model),
         "steps": training.max_steps,
-        "world_size": spec.resources.nproc_per_node * spec.resources.nnodes,
+        "world_size": spec.resources.ranks,
         "global_batch": spec.rows_per_step,
         "device": device,
         "dtype": training.dtype,

@@ -14,12 +14,12 @@ from contract.status import JobStatus
 from service import logs
 from service.access.callers import Caller, CallerNeeded
 from service.context import Services, ServicesNeeded
-from service.devices.inventory import kind_for
 from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
 from service.jobs import actions, changes, files, listing, store, views
 from service.jobs.facts import known_at_submit
 from service.jobs.rules import Action
-from service.jobs.specs import accept
+from service.jobs.specs import accept, kind_of
+from service.launch.slurm import SLURM
 from service.scheduler.apply import utc_now
 from service.shapes import Job, Page
 from service.tables import JobRow
@@ -86,13 +86,13 @@ def oldest_key(services: Services) -> datetime:
 
 
 def _create(services: Services, by: Caller, spec: JobSpec, key: str | None, digest: str) -> Made:
-    kind = kind_for(spec.resources.device, services.inventory.devices())
+    kind = kind_of(spec, services.host)
     facts = known_at_submit(spec, kind)
     now = utc_now()
     try:
         with services.database.write() as session:
             job = store.create(session, spec, facts, [], by, now)
-            if kind == "cpu" and spec.resources.device == "auto":
+            if kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM:
                 store.alert(job, "cpu_fallback", "there is no GPU on this host: this run will use the CPU", now)
             if key is not None:
                 store.forget_keys(session, oldest_key(services))

@@ -212,7 +212,8 @@ def _after_crash(report: ExitReport, reason: Reason, past: Past, max_restarts: i
     if given_up is not None:
         why = Reason.MAX_RESTARTS if max_restarts else reason
         return Ending(JobStatus.FAILED, why, f"{report.message}{given_up}", _card(report), restarts=past.restarts)
-    seconds = _wait(past, counted)
+    # A time limit that was met with new steps is how a long run goes on, and nothing to wait after.
+    seconds = 0.0 if reason is Reason.TIME_LIMIT and not past.setbacks else _wait(past, counted)
     number = past.restarts + counted
     which = f", {number} of {max_restarts}" if counted else ""
     message = f"{report.message}; restarting in {seconds:g} s{which}"

@@ -11,6 +11,7 @@ from contract.spec import JobSpec
 from contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
 from service.devices.inventory import Device, count, kind_for
 from service.errors import SpecInvalid, with_problems
+from service.launch.slurm import SLURM, device_on_nodes
 from service.settings import Settings
 
 LARGEST_TOKENIZER_BYTES = 256 << 20
@@ -27,6 +28,14 @@ class Host:
 
     settings: Settings
     devices: Sequence[Device]
+
+
+def kind_of(spec: JobSpec, host: Host) -> str:
+    """What ``resources.device`` comes to where the job will run: ``cpu``, ``cuda``, or one such as ``cuda:1``."""
+    setup = host.settings.slurm
+    if spec.resources.launcher == SLURM and setup is not None:
+        return device_on_nodes(spec, setup)
+    return kind_for(spec.resources.device, host.devices)
 
 
 def accept(raw: object, host: Host) -> JobSpec:
@@ -52,7 +61,14 @@ class _Check:
         self.vocabulary: int | None = None
 
     def problems(self) -> list[Problem]:
-        found = [*self._data(), *self._tokenizer(), *self._weights(), *self._save_dir(), *self._devices()]
+        found = [
+            *self._data(),
+            *self._tokenizer(),
+            *self._weights(),
+            *self._save_dir(),
+            *self._launcher(),
+            *self._devices(),
+        ]
         return [problem for problem, involved in found if self.parsed.trusts(*involved, *map(_group, involved))]
 
     def resolved(self) -> JobSpec:
@@ -65,6 +81,9 @@ class _Check:
                 "data": spec.data.model_copy(update=self._real("data_path", "eval_data_path", "tokenizer_path")),
                 "training": spec.training.model_copy(update=self._real("from_weight")),
                 "checkpoint": spec.checkpoint.model_copy(update=self._real("save_dir")),
+                "resources": spec.resources.model_copy(update={"launcher": SLURM})
+                if self.elsewhere
+                else spec.resources,
             }
         )
 
@@ -121,7 +140,37 @@ class _Check:
         trouble = self._resolve("save_dir", given, (*settings.save_roots, settings.home), "TRAINYARD_SAVE_ROOTS")
         yield from _at("/checkpoint/save_dir", trouble or _why_not_writable(Path(self.paths["save_dir"])))
 
+    def _launcher(self) -> Iterator[Found]:
+        """Which launcher it will be, and whether it can do what is asked."""
+        resources, settings = self.spec.resources, self.host.settings
+        if self.elsewhere:
+            yield from self._on_slurm()
+        elif resources.launcher is None and resources.most_nodes > 1:
+            message = 'must be 1 on this host; "launcher": "slurm" runs on several nodes'
+            yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
+        if resources.launcher == SLURM and settings.slurm is None:
+            yield from _at("/resources/launcher", 'must be "local": this service is not set up for Slurm')
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it does not run on this host's devices."""
+        return (self.spec.resources.launcher or self.host.settings.launcher) == SLURM
+
+    def _on_slurm(self) -> Iterator[Found]:
+        resources, setup = self.spec.resources, self.host.settings.slurm
+        if ":" in resources.device:
+            yield from _at("/resources/device", 'must name no device: Slurm chooses; "cuda" is any')
+        for place, line in enumerate(resources.slurm.extra if setup is not None else ()):
+            name = line.partition("=")[0].removeprefix("--")
+            if setup is not None and name not in setup.allowed:
+                allowed = ", ".join(setup.allowed) or "none"
+                yield from _at(
+                    f"/resources/slurm/extra/{place}", f"is not allowed; TRAINYARD_SLURM_ALLOW has: {allowed}"
+                )
+
     def _devices(self) -> Iterator[Found]:
+        if self.elsewhere:
+            return
         asked, ranks = self.spec.resources.device, self.spec.resources.nproc_per_node
         kind = kind_for(asked, self.host.devices)
         have = count(self.host.devices, kind)

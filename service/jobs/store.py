@@ -140,7 +140,7 @@ def create(
     note: Note = SUBMITTED,
 ) -> JobRow:
     """A new queued job. ``note``: where it comes from. Raises QuotaExceeded."""
-    ranks = spec.resources.nproc_per_node * spec.resources.nnodes
+    ranks = spec.resources.ranks
     quotas.require_room(session, by, ranks)
     job = JobRow(
         id=job_id or new_id("job"),

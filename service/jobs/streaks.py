@@ -38,6 +38,8 @@ def made_a_step(start_step: int | None, end_step: int | None) -> bool:
 
 def fault(outcome: str, reason: Reason | None) -> Reason:
     """Why an attempt ended that nobody here had asked to end."""
+    if reason is Reason.TIME_LIMIT:
+        return reason  # saved in time or not
     match outcome:
         case "stopped":
             return Reason.TERMINATED  # a host that shuts down, or a person with a shell

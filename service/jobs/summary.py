@@ -45,7 +45,8 @@ def summary(job: Facts, now: datetime) -> str:
             assert job.queue is not None
             return f"{_made_room(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
         case JobStatus.STARTING:
-            return f"Starting attempt {job.attempt}."
+            waiting = f", waiting for {job.queue.waiting_for}" if job.queue is not None else ""
+            return f"Starting attempt {job.attempt}{waiting}."
         case JobStatus.RUNNING:
             return _silence(job, now) or _running(job, now)
         case JobStatus.PAUSING:

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -21,6 +22,7 @@ from service.shapes import (
     Event,
     Job,
     Parent,
+    Placement,
     Plan,
     Progress,
     Queue,
@@ -38,6 +40,7 @@ class Gathered:
     jobs: Sequence[JobRow]
     checkpoints: Mapping[str, Sequence[CheckpointRow]]
     positions: Mapping[str, int]
+    placements: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def gather(session: Session, jobs: Sequence[JobRow]) -> Gathered:
@@ -51,7 +54,15 @@ def gather(session: Session, jobs: Sequence[JobRow]) -> Gathered:
     by_job: dict[str, list[CheckpointRow]] = {}
     for row in rows:
         by_job.setdefault(row.job_id, []).append(row)
-    return Gathered(jobs, by_job, store.queue_positions(session, jobs))
+    return Gathered(jobs, by_job, store.queue_positions(session, jobs), _placements(session, jobs))
+
+
+def _placements(session: Session, jobs: Sequence[JobRow]) -> dict[str, dict[str, Any]]:
+    """Job id -> where a cluster has put its newest attempt."""
+    newest = {job.id: job.attempt for job in jobs}
+    placed = (AttemptRow.job_id.in_(newest), AttemptRow.placement.is_not(None))
+    rows = session.execute(select(AttemptRow.job_id, AttemptRow.number, AttemptRow.placement).where(*placed))
+    return {row.job_id: row.placement for row in rows if row.number == newest[row.job_id]}
 
 
 def show_all(found: Gathered, waiting: Mapping[str, str]) -> list[Job]:
@@ -67,6 +78,9 @@ def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetim
     queue = None
     if job.status == JobStatus.QUEUED:
         queue = Queue(position=found.positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
+    placement = found.placements.get(job.id)
+    if job.status == JobStatus.STARTING and placement is not None and placement["waiting_for"] is not None:
+        queue = Queue(position=None, waiting_for=placement["waiting_for"])
     checkpoint = show_checkpoint(newest) if newest is not None else None
     progress = Progress.model_validate(job.progress)
     return Job(
@@ -87,6 +101,7 @@ def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetim
         resume_blocker=blocker,
         checkpoint=checkpoint,
         queue=queue,
+        placement=Placement.model_validate(placement) if placement is not None else None,
         parent=_parent(job),
         submitted_by=job.submitted_by,
         allowed_actions=_actions(replace(standing, has_checkpoint=newest is not None)),

@@ -1,19 +1,23 @@
 """What the scheduler asks of a launcher: start an attempt, find it again, end it, read what it left."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 from contract.report import ExitReport
 from contract.spec import JobSpec
 
+LOCAL = "local"
+"""The launcher of this host: the only one whose devices the service leases out itself."""
+
 
 @dataclass(frozen=True)
 class AttemptName:
-    """Names one attempt for ever, also to a service that was restarted in between."""
+    """Names one attempt for ever, also to a service that was restarted in between. ``launcher``: who runs it."""
 
     job_id: str
     number: int
+    launcher: str = field(default=LOCAL, compare=False)
 
     def __str__(self) -> str:
         return f"{self.job_id}/{self.number}"
@@ -26,7 +30,7 @@ class AttemptName:
 
 @dataclass(frozen=True)
 class Launch:
-    """All that is needed to start an attempt. ``devices`` are lease ids: ``cuda:0`` or ``cpu:3``.
+    """All that is needed to start an attempt. ``devices`` are lease ids: ``cuda:0`` or ``cpu:3``; () on a cluster.
 
     ``resume_step``: the checkpoint to begin at; None: the newest sound one.
     """
@@ -50,31 +54,60 @@ class State(StrEnum):
     """Its agent is gone and some of its processes live."""
     ENDED = "ended"
     """Nothing of it lives."""
+    UNKNOWN = "unknown"
+    """Who would know does not answer: nothing follows from that."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a cluster has put an attempt, as it says itself.
+
+    ``engine_id``: the cluster's own number of it. ``waiting_for``: why it does not run yet; None where it does.
+    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs there.
+    """
+
+    engine_id: str
+    state: str
+    waiting_for: str | None = None
+    nodes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object for the attempt's row."""
+        return {**asdict(self), "nodes": list(self.nodes), "devices": list(self.devices)}
 
 
 @dataclass(frozen=True)
 class Found:
-    """``report`` is set exactly where ``state`` is ENDED; where the agent left none, it says what is known, no more."""
+    """``report`` is set exactly where ``state`` is ENDED; where the agent left none, it says what is known, no more.
+
+    ``placement``: a cluster's, while the attempt is ALIVE.
+    """
 
     state: State
     report: ExitReport | None = None
+    placement: Placement | None = None
 
 
 class LaunchRefused(Exception):
     """The attempt could not be started; the message says why, and nothing of it lives."""
 
 
+class NoAnswer(Exception):
+    """Who would have to do it does not answer: it may have been done or not, and `find` will tell."""
+
+
 class Launcher(Protocol):
     """One way to run attempts. Every method is bounded in time and safe to call again."""
 
     def start(self, launch: Launch) -> None:
-        """Start the attempt and return once its agent is on its way. Raises LaunchRefused."""
+        """Start the attempt and return once its agent is on its way. Raises LaunchRefused or NoAnswer."""
 
     def find(self, name: AttemptName) -> Found:
         """Look the attempt up by what is on the host, not by what was remembered."""
 
     def stop(self, name: AttemptName) -> None:
-        """Ask for save-and-stop without the agent's next report: the same wish, heard sooner."""
+        """Ask for save-and-stop without the agent's next report: the same wish, heard sooner. Raises NoAnswer."""
 
     def save(self, name: AttemptName) -> None:
         """Ask for a checkpoint at the next step. A wish: nothing is remembered where nobody is there to hear it."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from contract.spec import JobSpec
-from service.devices.inventory import Device, count, kind_for
+from service.devices.inventory import Device, count
 from service.devices.memory import disk_free, host_memory
 from service.jobs.facts import known_at_submit
+from service.launch.slurm import SLURM
 from service.planning.estimate import Size, size_of
 from service.planning.glance import glance, other_form
 from service.planning.history import Pace
@@ -35,10 +36,9 @@ def look(spec: JobSpec) -> Size | None:
 
 
 def forecast(
-    spec: JobSpec, size: Size | None, devices: Sequence[Device], pace: Pace | None, line: Line, home: Path
+    spec: JobSpec, kind: str, size: Size | None, devices: Sequence[Device], pace: Pace | None, line: Line, home: Path
 ) -> Forecast:
-    """The plan as the API shows it."""
-    kind = kind_for(spec.resources.device, devices)
+    """The plan as the API shows it. ``kind``: what its device means where it will run; ``devices``: of this host."""
     facts = known_at_submit(spec, kind)
     here = _surroundings(spec, facts, kind, devices, home)
     return Forecast.model_validate(
@@ -75,7 +75,9 @@ def _sizes(size: Size | None, facts: dict[str, Any], pace: Pace | None) -> dict[
 def _surroundings(
     spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], home: Path
 ) -> Surroundings:
-    if kind == "cpu":
+    if spec.resources.launcher == SLURM:
+        limit = None
+    elif kind == "cpu":
         limit = host_memory()
     else:
         limit = min((d.memory_bytes for d in devices if kind in (d.kind, d.id) and d.memory_bytes), default=None)
@@ -92,6 +94,8 @@ def _surroundings(
 
 def _waiting_for(spec: JobSpec, kind: str, line: Line, devices: Sequence[Device]) -> str:
     ranks = spec.resources.nproc_per_node
+    if spec.resources.launcher == SLURM:
+        return "Slurm, once it is submitted"
     if line.free >= ranks:
         return "nothing: it would start at once"
     what = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, kind)

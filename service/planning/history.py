@@ -36,7 +36,7 @@ def pace(session: Session, spec: JobSpec, kind: str) -> Pace | None:
     """
     wanted = _shape(spec.model_dump(mode="json"))
     columns = (JobRow.id, JobRow.name, JobRow.spec, JobRow.facts, JobRow.progress)
-    ran = (JobRow.started_at.is_not(None), JobRow.ranks == spec.resources.nproc_per_node * spec.resources.nnodes)
+    ran = (JobRow.started_at.is_not(None), JobRow.ranks == spec.resources.ranks)
     rows = session.execute(select(*columns).where(*ran).order_by(JobRow.number.desc()).limit(LOOKED_AT))
     for row in rows:
         speed = row.progress.get("tokens_per_second")

@@ -9,9 +9,10 @@ from sqlalchemy.orm import Session
 from contract.spec import JobSpec
 from contract.status import JobStatus
 from service.context import ServicesNeeded
-from service.devices.inventory import Device, kind_for
+from service.devices.inventory import Device
 from service.jobs.routes import body_of
-from service.jobs.specs import accept
+from service.jobs.specs import accept, kind_of
+from service.launch.slurm import SLURM
 from service.planning.forecast import Line, forecast, look
 from service.planning.history import pace
 from service.shapes import Forecast
@@ -28,13 +29,14 @@ def plan(services: ServicesNeeded, body: JsonBody) -> Forecast:
     What depends on the corpus is estimated from at most 4 MiB of it; a job's own plan is exact once it has started.
     """
     spec = accept(body, services.host)
-    devices = services.inventory.devices()
-    kind = kind_for(spec.resources.device, devices)
+    # A cluster's devices are not this host's: nothing is known of them before Slurm has chosen some.
+    devices = services.inventory.devices() if spec.resources.launcher != SLURM else ()
+    kind = kind_of(spec, services.host)
     size = look(spec)
     with services.database.read() as session:
         past = pace(session, spec, kind)
         line = _line(session, spec, kind, devices)
-    return forecast(spec, size, devices, past, line, services.settings.home)
+    return forecast(spec, kind, size, devices, past, line, services.settings.home)
 
 
 def _line(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> Line:

@@ -79,6 +79,8 @@ def _close(session: Session, attempt: AttemptRow, outcome: str, now: datetime) -
     session.execute(delete(LeaseRow).where(LeaseRow.attempt_id == attempt.id))
     attempt.ended_at = now
     attempt.outcome = outcome
+    if attempt.placement is not None:
+        attempt.placement = {**attempt.placement, "state": "ended", "waiting_for": None}
 
 
 def _move_on(

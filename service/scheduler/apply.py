@@ -19,7 +19,7 @@ from service.db import Database
 from service.errors import Conflict, JobNotFound
 from service.jobs import store
 from service.jobs.store import Note
-from service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
+from service.launch.base import LOCAL, AttemptName, Found, Launch, Launcher, LaunchRefused, NoAnswer, State
 from service.reports import ending, ingest
 from service.scheduler.bulletin import Bulletin
 from service.scheduler.lease import Lease, fenced
@@ -83,9 +83,14 @@ class Applier:
         if launch is None or not self._leads():
             return False  # stopped right here for long: whoever leads now finds that it was never launched
         self._memory.looked_at[launch.attempt_id] = self._clock()
-        log.info("launching", extra={**launch.name.fields, "devices": ",".join(launch.devices)})
+        where = ",".join(launch.devices) or launch.name.launcher
+        log.info("launching", extra={**launch.name.fields, "devices": where})
         try:
             self._launcher.start(launch)
+        except NoAnswer as trouble:
+            # Whether it was launched is found out by looking, as after a death of ours at this point.
+            log.warning("not known to be launched: %s", trouble, extra=launch.name.fields)
+            return False
         except Exception as error:
             if not isinstance(error, LaunchRefused):
                 log.exception("the launcher failed", extra=launch.name.fields)
@@ -135,8 +140,10 @@ class Applier:
         if not self._leads():
             return False
         match found.state:
+            case State.UNKNOWN:
+                return False
             case State.ALIVE:
-                return self._adopt(live)
+                return self._adopt(live, found)
             case State.ENDED:
                 return self._ended(live, found)
             case State.ORPHANED:
@@ -148,14 +155,17 @@ class Applier:
             case _:
                 assert_never(found.state)
 
-    def _adopt(self, live: LiveAttempt) -> bool:
-        if live.launched:
+    def _adopt(self, live: LiveAttempt, found: Found) -> bool:
+        placement = found.placement.to_json() if found.placement is not None else None
+        if live.launched and live.placement == placement:
             return False
         with self.write() as session:
             job, attempt = ingest.lock(session, live.id, live.name.job_id)
-            attempt.launched_at = attempt.launched_at or self._clock()
-            note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
-            store.tell(session, job, note, self._clock())
+            attempt.placement = placement
+            if not live.launched:
+                attempt.launched_at = attempt.launched_at or self._clock()
+                note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
+                store.tell(session, job, note, self._clock())
         return False
 
     def _ended(self, live: LiveAttempt, found: Found) -> bool:
@@ -210,7 +220,11 @@ class Applier:
             ending.end(session, job, attempt, report, self._clock())
 
     def _hint(self, live: LiveAttempt) -> bool:
-        self._launcher.stop(live.name)
+        try:
+            self._launcher.stop(live.name)
+        except NoAnswer as trouble:
+            log.warning("not told to stop yet: %s", trouble, extra=live.name.fields)
+            return False  # told again in the next round
         self._memory.told[live.id] = live.desired
         return False
 
@@ -251,7 +265,8 @@ def _yields(job: JobRow, attempt: int, waiting: JobRow) -> bool:
 def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime) -> Launch | None:
     if job.status != JobStatus.QUEUED:
         return None
-    name = AttemptName(job.id, job.attempt + 1)
+    spec = _attempt_spec(job, devices)
+    name = AttemptName(job.id, job.attempt + 1, spec.resources.launcher or LOCAL)
     attempt = AttemptRow(
         id=store.new_id("att", 16),
         job_id=job.id,
@@ -259,22 +274,25 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
         token_sha256=ingest.token_hash(token),
         trigger=job.trigger,
         devices=list(devices),
+        launcher=name.launcher,
         created_at=now,
     )
     session.add(attempt)
     session.flush()
     leases = [{"device": device, "attempt_id": attempt.id, "job_id": job.id} for device in devices]
-    session.execute(insert(LeaseRow), leases)
-    note = Note("status", f"starting attempt {name.number} on {', '.join(devices)}", "scheduler", name.number)
+    if leases:
+        session.execute(insert(LeaseRow), leases)
+    where = ", ".join(devices) or name.launcher
+    note = Note("status", f"starting attempt {name.number} on {where}", "scheduler", name.number)
     changes = {"attempt": name.number, "reason": None, "message": None, "error": None, "heard_at": None}
     store.move(session, job, JobStatus.STARTING, note, now, **changes, phase=None, phase_detail=None)
-    return Launch(name, attempt.id, _attempt_spec(job, devices), tuple(devices), token, job.resume_step)
+    return Launch(name, attempt.id, spec, tuple(devices), token, job.resume_step)
 
 
 def _attempt_spec(job: JobRow, devices: Sequence[str]) -> JobSpec:
     """The job's spec for this attempt. Which GPU is the lease's business: the worker sees only those it has."""
     spec = JobSpec.model_validate_json(json.dumps(job.spec))
-    if not spec.resources.device.startswith("cuda:"):
+    if not devices or not spec.resources.device.startswith("cuda:"):
         return spec
     kind = devices[0].partition(":")[0]
     return spec.model_copy(update={"resources": spec.resources.model_copy(update={"device": kind})})

@@ -8,11 +8,15 @@ from typing import Any, assert_never
 
 from contract.status import Desired
 from service.devices.inventory import Device, kind_for
+from service.launch.base import LOCAL
 from service.scheduler.preemption import Yielding
 from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 
 QUIET = timedelta(seconds=5)
 """An attempt not heard for so long is looked up on the host, again and again. Silence alone never ends it."""
+
+WATCHED = timedelta(seconds=1)
+"""An attempt that waits on its cluster is looked up so often: nobody else can say what it waits for."""
 
 KILL_GRACE = timedelta(seconds=10)
 """An agent that is silent has so long to carry out a kill; then the launcher does."""
@@ -25,7 +29,7 @@ NAMES = {"cpu": ("CPU slot", "CPU slots"), "cuda": ("GPU", "GPUs")}
 
 @dataclass(frozen=True)
 class Start:
-    """Lease the devices to a queued job and launch its next attempt."""
+    """Lease the devices to a queued job and launch its next attempt; on a cluster there is nothing to lease."""
 
     job_id: str
     devices: tuple[str, ...]
@@ -101,12 +105,16 @@ def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
     quiet = attempt.heard_at is None or _long_ago(attempt.heard_at, now, QUIET)
     if attempt.looked_at is None:
         return Look(attempt)
+    if attempt.desired is Desired.KILL and not attempt.placed:
+        return End(attempt)
     if attempt.desired is Desired.KILL and quiet and attempt.asked_at and _long_ago(attempt.asked_at, now, KILL_GRACE):
         return End(attempt)
     if quiet and _long_ago(attempt.looked_at, now, QUIET):
         return Look(attempt)
     if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.told is not attempt.desired:
         return Hint(attempt)
+    if not attempt.placed and _long_ago(attempt.looked_at, now, WATCHED):
+        return Look(attempt)
     return None
 
 
@@ -171,6 +179,9 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt], di
     placed: list[Start | Preempt] = []
     waiting: dict[str, str] = {}
     for job in sorted(snapshot.queued, key=_turn):
+        if job.launcher not in (None, LOCAL):
+            placed.append(Start(job.id, ()))  # the cluster has a queue of its own
+            continue
         kind = auto if job.device == "auto" else job.device
         if pools.fits(kind, job.ranks):
             placed.append(Start(job.id, pools.take(kind, job.ranks, job.id)))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -11,16 +12,22 @@ from contract.status import Desired, JobStatus
 from service.devices.inventory import Device
 from service.jobs import rules
 from service.jobs.streaks import made_a_step
-from service.launch.base import AttemptName
+from service.launch.base import LOCAL, AttemptName
 from service.tables import AttemptRow, JobRow, LeaseRow
 
 MAY_YIELD = JobRow.spec[("resources", "preemptible")].as_boolean()
 """Null in a spec of before there was such a field."""
 
+LAUNCHER = JobRow.spec[("resources", "launcher")].as_string()
+"""Null: this host's."""
+
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that waits for devices. ``device`` is the spec's: auto, cpu, cuda or one such as cuda:1."""
+    """A job that waits for devices. ``device`` is the spec's: auto, cpu, cuda or one such as cuda:1.
+
+    ``launcher``: the spec's; None: this host's.
+    """
 
     id: str
     name: str
@@ -29,11 +36,15 @@ class QueuedJob:
     priority: int
     queued_at: datetime
     number: int
+    launcher: str | None = None
 
 
 @dataclass(frozen=True)
 class LiveAttempt:
-    """An attempt that has not ended, as far as the database knows. ``moved``: it has made a step of its own."""
+    """An attempt that has not ended, as far as the database knows. ``moved``: it has made a step of its own.
+
+    ``placement``: where its cluster has put it, as far as that was seen.
+    """
 
     id: str
     name: AttemptName
@@ -49,6 +60,12 @@ class LiveAttempt:
     priority: int = 0
     devices: tuple[str, ...] = ()
     created_at: datetime | None = None
+    placement: Mapping[str, Any] | None = None
+
+    @property
+    def placed(self) -> bool:
+        """Whether it runs where it is known to be. One on a cluster waits there before it does."""
+        return self.name.launcher == LOCAL or bool(self.placement and self.placement["nodes"])
 
 
 @dataclass(frozen=True)
@@ -103,8 +120,8 @@ def take(
 
 
 def _queued(session: Session) -> list[QueuedJob]:
-    columns = (JobRow.id, JobRow.name, JobRow.device, JobRow.ranks, JobRow.priority, JobRow.queued_at, JobRow.number)
-    rows = session.execute(select(*columns).where(JobRow.status == JobStatus.QUEUED)).all()
+    of_job = (JobRow.id, JobRow.name, JobRow.device, JobRow.ranks, JobRow.priority, JobRow.queued_at, JobRow.number)
+    rows = session.execute(select(*of_job, LAUNCHER).where(JobRow.status == JobStatus.QUEUED)).all()
     return [QueuedJob(*row) for row in rows]
 
 
@@ -118,7 +135,7 @@ def _live(session: Session, memory: Memory) -> list[LiveAttempt]:
     return [
         LiveAttempt(
             id=row.id,
-            name=AttemptName(row.job_id, row.number),
+            name=AttemptName(row.job_id, row.number, row.launcher),
             desired=Desired(desired),
             launched=row.launched_at is not None,
             asked_at=asked_at,
@@ -131,6 +148,7 @@ def _live(session: Session, memory: Memory) -> list[LiveAttempt]:
             priority=priority,
             devices=tuple(row.devices),
             created_at=row.created_at,
+            placement=row.placement,
         )
         for row, desired, asked_at, status, priority, progress, may_yield in rows
     ]

@@ -7,9 +7,12 @@ from typing import Any
 from contract.rundir import AttemptDir, RunDir
 from worker.agent import launch
 from worker.agent.__main__ import main
+from worker.agent.place import ALONE, Meeting, Place
 
 
-def fake_command(run: RunDir, attempt: AttemptDir, resources: dict[str, Any]) -> list[str]:
+def fake_command(
+    run: RunDir, attempt: AttemptDir, resources: dict[str, Any], place: Place = ALONE, meeting: Meeting | None = None
+) -> list[str]:
     return [sys.executable, "-S", str(Path(__file__).with_name("ranks.py")), str(run.path), str(attempt.number)]
 
 

@@ -19,7 +19,8 @@ from typing import Any
 
 import service.__main__
 from service.jobs import rules
-from service.launch.local import WORKER_AGENT, LocalLauncher
+from service.launch.environment import WORKER_AGENT
+from service.launch.local import LocalLauncher
 from service.scheduler import apply, lease, plan
 from service.scheduler.apply import Applier
 from service.scheduler.loop import Scheduler
@@ -82,9 +83,7 @@ def _become_service(wanted: dict[str, Any]) -> None:
 
 def _change(wanted: dict[str, Any]) -> None:
     agent = tuple(wanted.get("agent", WORKER_AGENT if wanted.get("real_ranks") else FAKE_AGENT))
-    service.__main__._launcher = lambda settings: LocalLauncher(  # type: ignore[attr-defined, unused-ignore]
-        settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots, agent
-    )
+    service.__main__.WORKER_AGENT = agent  # type: ignore[attr-defined]
     scale = float(wanted.get("scale", 1.0))
     first, second, third = rules.BACKOFF_SECONDS
     rules.BACKOFF_SECONDS = first * scale, second * scale, third * scale

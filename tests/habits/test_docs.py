@@ -44,7 +44,10 @@ def test_every_command_stands_in_the_reference() -> None:
 
 def test_every_setting_stands_in_the_reference() -> None:
     page = text("settings.md")
-    names = set(re.findall(r"TRAINYARD_[A-Z_]+", (ROOT / "service" / "settings.py").read_text()))
+    files = ("settings.py", "launch/slurm_setup.py")
+    names = {
+        name for file in files for name in re.findall(r'"(TRAINYARD_[A-Z_]+)"', (ROOT / "service" / file).read_text())
+    }
     assert names
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
     assert fields(Settings)

@@ -1,10 +1,13 @@
 """`python -m worker.agent RUN_DIR --attempt N`: the small, torch-free parent of one attempt's processes on one node.
 
+On several nodes there is one on each, see `worker.agent.place`; what is written here is of the first.
+
 It outlives the service that started it. It never ends a run because it cannot reach somebody: it stops one only when
 the service says so, when it is told by a signal, or when the ranks are beyond doubt dead or stuck.
 """
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -14,7 +17,9 @@ from pathlib import Path
 from contract.locks import FileLock, LockBusy
 from contract.rundir import AttemptDir, RunDir
 from worker.agent.children import Children, become_subreaper
+from worker.agent.follow import follow
 from worker.agent.launch import launch_torchrun, write_started
+from worker.agent.place import Place, appoint
 
 TICK_SECONDS = 0.05
 LAUNCH_LOCK_SECONDS = 10.0
@@ -27,20 +32,29 @@ EX_REFUSED = 75
 def main(arguments: list[str] | None = None) -> int:
     """Run one attempt to its end and report it; the exit code says whether anything was started."""
     run, attempt = _parse(arguments)
+    place = Place.of(os.environ)
     become_subreaper()
     attempt.logs.mkdir(parents=True, exist_ok=True)
+    if place.clustered:
+        _log_to_own_file(attempt, place)
+    if not place.leads:
+        return follow(run, attempt, place)
+    if place.clustered and attempt.started.exists():
+        # A cluster may start again what it had started. What was reported of it then stays true.
+        print("agent: nothing was started: this attempt was started before", file=sys.stderr, flush=True)
+        return EX_REFUSED
     try:
         launch_lock = FileLock(run.launch_lock).take(seconds=LAUNCH_LOCK_SECONDS)
         alive_lock = FileLock(run.alive_lock).take(seconds=ORPHAN_SECONDS)
         _require_wanted(run, attempt)
-        children = _start(run, attempt, alive_lock)
+        children = _start(run, attempt, alive_lock, place)
     except (LockBusy, NotWanted, OSError, ValueError, KeyError) as why:
         return _refuse(attempt, why)
     # Imported only now: torchrun needs seconds to start, and pydantic's import hides behind them.
     from worker.agent.supervise import Supervisor
 
     try:
-        supervisor = Supervisor.of(attempt, children)
+        supervisor = Supervisor.of(attempt, children, place)
     except Exception as error:
         # Whatever it is: ranks that nobody watches must not go on.
         children.end()
@@ -66,6 +80,14 @@ def _parse(arguments: list[str] | None) -> tuple[RunDir, AttemptDir]:
     return run, run.attempt(parsed.attempt)
 
 
+def _log_to_own_file(attempt: AttemptDir, place: Place) -> None:
+    """What a cluster's own log holds of several nodes at once would be mixed line by line."""
+    descriptor = os.open(attempt.node_log(place.node), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
 class NotWanted(Exception):
     """The attempt was given up, or another one followed it, before this agent came to start it."""
 
@@ -85,7 +107,7 @@ def _require_wanted(run: RunDir, attempt: AttemptDir) -> None:
         raise NotWanted(f"attempt {current} was started before attempt {attempt.number} was")
 
 
-def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock) -> Children:
+def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock, place: Place) -> Children:
     """Everything that must be true before the first rank exists.
 
     ``current`` is written while the alive lock is ours alone, so a rank of an earlier attempt that was still on its way
@@ -94,7 +116,7 @@ def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock) -> Children:
     run.current.write_text(str(attempt.number))
     alive_lock.take(shared=True)
     write_started(attempt)
-    return Children(launch_torchrun(run, attempt, alive_lock))
+    return Children(launch_torchrun(run, attempt, alive_lock, place, appoint(attempt, place)))
 
 
 def _refuse(attempt: AttemptDir, why: Exception) -> int:

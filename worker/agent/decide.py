@@ -26,6 +26,8 @@ class Cause(StrEnum):
     """They were asked to save and stop, and did not within the grace."""
     HUNG = "hung"
     """They made no progress."""
+    DESERTED = "deserted"
+    """The ranks of another node had ended, and these did not."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Seen:
     asked_at: float | None
     termed_at: float | None
     stuck: bool
+    deserted: bool = False
 
 
 def decide(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | None]:
@@ -45,6 +48,8 @@ def decide(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | 
     if seen.torchrun_ended:
         # Once SIGTERM was sent, an end without a word of rank 0 is our doing and no crash of theirs.
         return Action.KILL, None if seen.termed_at is None else Cause.OVERDUE
+    if seen.deserted:
+        return Action.KILL, Cause.DESERTED
     match seen.desired:
         case Desired.KILL:
             return Action.KILL, Cause.KILLED

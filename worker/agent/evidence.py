@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.report import Outcome, RankExit, read_message
-from contract.rundir import AttemptDir
+from contract.rundir import RANK_FILE, AttemptDir
 from worker.agent.memory import Shortage
+from worker.agent.nodes import NodeEnd, OtherNodes
 
 TAIL_LINES = 15
 TAIL_BYTES = 16384
@@ -35,6 +36,7 @@ class Evidence:
 
     ``ranks`` begins with the one that torchrun takes for the first to fail: it sends SIGTERM to the others, which die
     of that.
+    ``nodes``: how torchrun ended on the other nodes; ``lost_nodes``: those that nobody has heard of again.
     """
 
     outcome: Outcome | None
@@ -45,19 +47,28 @@ class Evidence:
     memory: Shortage
     tails: dict[int, str]
     agent_tail: str
+    nodes: tuple[NodeEnd, ...] = ()
+    lost_nodes: tuple[int, ...] = ()
 
 
-def gather(attempt: AttemptDir, torchrun_status: int | None, memory: Shortage) -> Evidence:
+def gather(
+    attempt: AttemptDir, torchrun_status: int | None, memory: Shortage, others: OtherNodes | None = None
+) -> Evidence:
     """Read it all; whatever is missing or torn is left out, and never makes this fail."""
+    ended = others.ended if others is not None else {}
     return Evidence(
         outcome=read_message(Outcome, attempt.outcome),
         torchrun_status=torchrun_status,
         errors=_rank_errors(attempt.torchrun_logs),
-        ranks=_rank_exits(_tail(attempt.agent_log, 4 * TAIL_BYTES)),
+        ranks=tuple(
+            rank for node in (0, *ended) for rank in _rank_exits(_tail(attempt.node_log(node), 4 * TAIL_BYTES))
+        ),
         step=attempt.read_step() or 0,
         memory=memory,
         tails={rank: _last_lines(log) for rank, log in _rank_logs(attempt)},
         agent_tail=_last_lines(attempt.agent_log),
+        nodes=tuple(ended.values()),
+        lost_nodes=tuple(others.missing()) if others is not None else (),
     )
 
 
@@ -73,7 +84,7 @@ def _rank_error(file: Path) -> RankError | None:
         extra = message["extraInfo"] if isinstance(message, dict) else {}
         text = message["message"] if isinstance(message, dict) else str(message)
         return RankError(
-            rank=int(file.parent.name),
+            rank=_rank_of(file),
             # The recorded time has whole seconds only, and two ranks often fail within one.
             at=file.stat().st_mtime,
             message=str(text),
@@ -81,6 +92,14 @@ def _rank_error(file: Path) -> RankError | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _rank_of(error_file: Path) -> int:
+    """The rank says it itself beside the file: torchrun's folder has only its number on the node."""
+    try:
+        return int((error_file.parent / RANK_FILE).read_text())
+    except (OSError, ValueError):
+        return int(error_file.parent.name)
 
 
 def _rank_exits(torchrun_summary: str) -> tuple[RankExit, ...]:

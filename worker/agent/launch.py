@@ -10,6 +10,7 @@ from typing import Any
 from contract.locks import FileLock
 from contract.processes import ProcessIdentity
 from contract.rundir import AttemptDir, RunDir, write_json
+from worker.agent.place import ALONE, Meeting, Place
 
 SECRETS = ("TRAINYARD_ATTEMPT_TOKEN", "TRAINYARD_REPORT_URL", "TRAINYARD_SERVICE_FILE", "TRAINYARD_ATTEMPT_ID")
 """What the agent needs to report, and the training process does not."""
@@ -18,15 +19,23 @@ RANK_LOGS = "TRAINYARD_RANK_LOGS"
 """Set: each rank writes what it prints to the attempt's ``logs/rank-N.log``."""
 
 
-def torchrun_command(run: RunDir, attempt: AttemptDir, resources: dict[str, Any]) -> list[str]:
-    """The command line of one attempt on one node."""
+def torchrun_command(
+    run: RunDir,
+    attempt: AttemptDir,
+    resources: dict[str, Any],
+    place: Place = ALONE,
+    meeting: Meeting | None = None,
+) -> list[str]:
+    """The command line of one attempt on one node; ``meeting``: where those of several nodes meet."""
+    where = ["--standalone"] if meeting is None else meeting.options(place, f"{run.path.name}-{attempt.number}")
+    logs = attempt.torchrun_logs if place.leads else attempt.torchrun_logs / f"node-{place.node}"
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--standalone",
+        *where,
         f"--nproc-per-node={resources['nproc_per_node']}",
-        f"--log-dir={attempt.torchrun_logs}",
+        f"--log-dir={logs}",
         "-m",
         "worker",
         str(run.path),
@@ -34,15 +43,19 @@ def torchrun_command(run: RunDir, attempt: AttemptDir, resources: dict[str, Any]
     ]
 
 
-def launch_torchrun(run: RunDir, attempt: AttemptDir, alive_lock: FileLock) -> "subprocess.Popen[bytes]":
+def launch_torchrun(
+    run: RunDir, attempt: AttemptDir, alive_lock: FileLock, place: Place = ALONE, meeting: Meeting | None = None
+) -> "subprocess.Popen[bytes]":
     """Start torchrun; it inherits the alive lock, so the lock is held from before the first rank to after the last."""
     resources = json.loads(attempt.spec.read_bytes())["resources"]
     return subprocess.Popen(
-        torchrun_command(run, attempt, resources),
+        torchrun_command(run, attempt, resources, place, meeting),
         stdin=subprocess.DEVNULL,
         env=rank_environment(dict(os.environ)),
         pass_fds=(alive_lock.descriptor,),
         cwd=attempt.path,
+        # A cluster signals the agent's process group. What it means by that is the agent's to tell the ranks.
+        start_new_session=place.clustered,
     )
 
 

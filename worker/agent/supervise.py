@@ -1,5 +1,6 @@
 """One attempt under supervision: look, decide, act. The decision is `worker.agent.decide.decide`."""
 
+import os
 import signal
 import threading
 import time
@@ -12,13 +13,16 @@ from contract.outbox import OutboxReader
 from contract.report import ExitReport, RunSettings
 from contract.rundir import AttemptDir, write_json
 from contract.spec import JobSpec
+from contract.status import Desired
 from worker.agent.children import Children
 from worker.agent.decide import Action, Cause, Seen, decide
 from worker.agent.evidence import gather
 from worker.agent.memory import MemoryWatch, of_this_agent
+from worker.agent.nodes import OtherNodes
+from worker.agent.place import ALONE, Place
 from worker.agent.progress import ProgressWatch
 from worker.agent.shipper import Shipper
-from worker.agent.verdict import verdict
+from worker.agent.verdict import at_the_limit, verdict
 from worker.live import settings_of
 
 STACKS_SECONDS = 1.0
@@ -35,6 +39,9 @@ class Supervisor:
     watch: ProgressWatch
     memory: MemoryWatch
     settings: RunSettings
+    place: Place
+    others: OtherNodes
+    parent: int = field(default_factory=os.getppid)
     signalled: threading.Event = field(default_factory=threading.Event)
     asked_at: float | None = None
     termed_at: float | None = None
@@ -43,13 +50,14 @@ class Supervisor:
     trouble: str | None = None
 
     @classmethod
-    def of(cls, attempt: AttemptDir, children: Children) -> Self:
+    def of(cls, attempt: AttemptDir, children: Children, place: Place = ALONE) -> Self:
         """Start shipping and watching ``attempt``, whose torchrun has just been started."""
         spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
         shipper = Shipper.from_environment(attempt)
         shipper.start()
         watch = ProgressWatch(attempt, OutboxReader(attempt.outbox), spec.resources.timeouts)
-        return cls(attempt, children, spec, shipper, watch, of_this_agent(), settings_of(spec))
+        others = OtherNodes(attempt, place)
+        return cls(attempt, children, spec, shipper, watch, of_this_agent(), settings_of(spec), place, others)
 
     def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person."""
@@ -102,14 +110,24 @@ class Supervisor:
     def _look(self, now: float) -> Seen:
         self.watch.look(now)
         self.memory.look(now)
+        self.others.look(now)
         return Seen(
             torchrun_ended=self.children.torchrun_status() is not None,
             desired=self.shipper.desired,
-            signalled=self.signalled.is_set(),
+            signalled=self.signalled.is_set() or self._limit_near(),
             asked_at=self.asked_at,
             termed_at=self.termed_at,
             stuck=self.watch.stuck(now),
+            deserted=self.others.deserted(now) or self._abandoned(),
         )
+
+    def _limit_near(self) -> bool:
+        """Whether the cluster will end the attempt soon."""
+        return self.place.clustered and self.attempt.time_limit.exists()
+
+    def _abandoned(self) -> bool:
+        """Whether what the cluster had put above this agent is gone: to the cluster nothing runs here any more."""
+        return self.place.clustered and os.getppid() != self.parent
 
     def _keep_stacks(self, cause: Cause | None) -> None:
         """Where it hangs is in the ranks' logs before anything is killed: the ranks print their stacks on SIGUSR2."""
@@ -122,10 +140,16 @@ class Supervisor:
 
     def write_report(self) -> None:
         """Publish exit.json: from here on the attempt's end is on disk, whatever happens to agent and service."""
-        evidence = gather(self.attempt, self.children.torchrun.returncode, self.memory.shortage(time.monotonic()))
+        shortage = self.memory.shortage(time.monotonic())
+        if self.place.nodes > 1:
+            self.attempt.over.touch()
+            self.others.wait()
+        evidence = gather(self.attempt, self.children.torchrun.returncode, shortage, self.others)
         self.report = verdict(
             evidence, self.cause, last_seq=OutboxReader(self.attempt.outbox).skip_to_end(), now=datetime.now(UTC)
         )
+        if self._limit_near() and self.shipper.desired is Desired.RUN:
+            self.report = at_the_limit(self.report)
         write_json(self.attempt.exit, self.report.model_dump(mode="json"))
 
     def deliver(self) -> None:

@@ -55,6 +55,14 @@ def verdict(evidence: Evidence, cause: Cause | None, last_seq: int, now: datetim
     )
 
 
+def at_the_limit(report: ExitReport) -> ExitReport:
+    """The report of an attempt that the cluster's time limit ended: whether it was saved in time or not."""
+    if report.outcome in ("completed", "failed"):
+        return report
+    message = f"{report.message}: its time on the cluster was over"
+    return report.model_copy(update={"reason": Reason.TIME_LIMIT, "message": message})
+
+
 def refused(attempt: AttemptDir, message: str) -> None:
     """Report an attempt of which nothing was started."""
     hint = "End the other processes of this job first." if "held by another process" in message else None
@@ -97,6 +105,8 @@ def _by_agent(evidence: Evidence, cause: Cause | None) -> _End | None:
         case Cause.OVERDUE:
             message = f"was asked to save and stop, did not within the grace, and was ended at step {evidence.step}"
             return _End("killed", Reason.USER, message)
+        case Cause.DESERTED:
+            return _lost_node(evidence) or _elsewhere(evidence)
         case Cause.HUNG:
             message = f"made no progress after step {evidence.step}"
             hint = "The stacks of all ranks are at the end of their logs."
@@ -106,7 +116,39 @@ def _by_agent(evidence: Evidence, cause: Cause | None) -> _End | None:
             assert_never(cause)
 
 
+def _lost_node(evidence: Evidence) -> _End | None:
+    """A node of which nobody has heard again, where nothing else is known to have failed."""
+    first = _first_real_error(evidence)
+    if not evidence.lost_nodes or (first is not None and not _is_echo(first)):
+        return None
+    names = ", ".join(f"node {number}" for number in evidence.lost_nodes)
+    message = f"{names} of {len(evidence.nodes) + len(evidence.lost_nodes) + 1} was lost at step {evidence.step}"
+    return _crash(Reason.NODE_LOST, message, evidence)
+
+
+def _elsewhere(evidence: Evidence) -> _End:
+    """The ranks of another node ended first."""
+    first = _first_real_error(evidence)
+    if first is not None and not _is_echo(first):
+        return _exception(evidence, first)
+    said = next((node for node in evidence.nodes if node.message), None)
+    if said is not None or not evidence.nodes:
+        what = (
+            f"on {said.name}: {said.message}"
+            if said is not None
+            else "the cluster lost sight of the first node's agent"
+        )
+        return _crash(Reason.NODE_LOST, f"{what}, at step {evidence.step}", evidence)
+    node = evidence.nodes[0]
+    code = f"torchrun's exit code was {node.status}"
+    message = f"the ranks on {node.name} ended at step {evidence.step} ({code}), and the others hung"
+    return _crash(Reason.WORKER_CRASHED, message, evidence)
+
+
 def _by_crash(evidence: Evidence) -> _End:
+    lost = _lost_node(evidence)
+    if lost is not None:
+        return lost
     if evidence.torchrun_status is not None and evidence.torchrun_status < 0:
         name = signal_name(-evidence.torchrun_status)
         if name == "SIGKILL" and evidence.memory.kills:

@@ -232,7 +232,7 @@ export class Logs {
 }
 
 /** What was launched; before that, what was asked for. */
-const ranks = ({ plan, spec: { resources } }) => Math.max(plan.world_size ?? 1, resources.nproc_per_node * resources.nnodes);
+const ranks = ({ plan, spec: { resources } }) => Math.max(plan.world_size ?? 1, resources.nproc_per_node * (resources.nnodes.max ?? resources.nnodes));
 
 // eslint-disable-next-line no-control-regex -- colours of terminals, and lines that were written over
 const CODES = /\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*(\x07|\x1b\\)/g;

@@ -1,0 +1,62 @@
+"""What a launcher writes into an attempt's directory, and reads there: the same wherever the attempt runs."""
+
+from pathlib import Path
+from typing import Any
+
+from contract.outbox import OutboxReader
+from contract.rundir import AttemptDir, RunDir, write_atomically
+from service.launch.base import AttemptName, Launch
+
+
+class AttemptFiles:
+    """The attempts of one home, and how far each one's outbox was read."""
+
+    def __init__(self, home: Path, corpus_cache: Path) -> None:
+        self._home = home
+        self._corpus_cache = corpus_cache
+        self._readers: dict[AttemptName, OutboxReader] = {}
+
+    def run(self, name: AttemptName) -> RunDir:
+        """The job's directory."""
+        return RunDir(self._home / "runs" / name.job_id)
+
+    def attempt(self, name: AttemptName) -> AttemptDir:
+        """The attempt's directory."""
+        return self.run(name).attempt(name.number)
+
+    def write(self, launch: Launch) -> AttemptDir:
+        """All that its agent will look for. Raises OSError."""
+        attempt = self.attempt(launch.name)
+        attempt.logs.mkdir(parents=True, exist_ok=True)
+        self._corpus_cache.mkdir(parents=True, exist_ok=True)
+        if launch.resume_step is not None:
+            write_atomically(attempt.resume_from, f"{launch.resume_step}\n".encode())
+        write_atomically(attempt.spec, launch.spec.model_dump_json(indent=1).encode() + b"\n")
+        return attempt
+
+    def ask_to_stop(self, name: AttemptName) -> None:
+        """Leave the wish where the ranks look for it at each step."""
+        attempt = self.attempt(name)
+        if attempt.path.is_dir():
+            attempt.stop.touch()
+
+    def ask_to_save(self, name: AttemptName) -> None:
+        """Leave the wish where rank 0 looks for it at each step."""
+        attempt = self.attempt(name)
+        if attempt.path.is_dir():
+            attempt.save.touch()
+
+    def close(self, name: AttemptName) -> None:
+        """Leave word that the attempt is over: an agent that comes late starts nothing. Raises OSError."""
+        attempt = self.attempt(name)
+        attempt.path.mkdir(parents=True, exist_ok=True)
+        attempt.closed.touch()
+
+    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+        """Lines of the outbox that the service does not have yet."""
+        reader = self._readers.setdefault(name, OutboxReader(self.attempt(name).outbox))
+        reader.rewind_to(after_seq)
+        lines = reader.read(limit)
+        if not lines:
+            del self._readers[name]
+        return lines

@@ -1,0 +1,225 @@
+"""Runs attempts on a Slurm cluster: one batch job for each, one agent on each of its nodes.
+
+Slurm is the engine; what is ours is to submit no attempt twice, to find it again, and to believe nothing that nobody
+said. All attempts of a job have one name in Slurm, and each has its own in the comment: Slurm's ``singleton`` runs one
+of them at a time, also where two services, or one that was killed and started again, have submitted it twice.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from contract.report import ErrorCard, ExitReport, read_message
+from contract.rundir import AttemptDir, write_atomically, write_json
+from contract.spec import JobSpec
+from contract.status import Reason
+from service.launch import commands, remains
+from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
+from service.launch.batch import Batch, asked_of, job_name, render
+from service.launch.commands import Queue
+from service.launch.environment import WORKER_AGENT, WorkerEnvironment
+from service.launch.files import AttemptFiles
+from service.launch.slurm_setup import SlurmSetup
+from service.launch.squeue import SlurmJob
+
+SLURM = "slurm"
+PREFIX = job_name("")
+END_SECONDS = 5.0
+
+ENDS: dict[str, tuple[Reason, str]] = {
+    "NODE_FAIL": (Reason.NODE_LOST, "Slurm lost a node of the attempt"),
+    "BOOT_FAIL": (Reason.NODE_LOST, "a node of the attempt did not boot"),
+    "TIMEOUT": (Reason.TIME_LIMIT, "its time on the cluster was over, and nothing was saved at the end"),
+    "DEADLINE": (Reason.TIME_LIMIT, "its deadline on the cluster was over, and nothing was saved at the end"),
+    "PREEMPTED": (Reason.PREEMPTED, "Slurm gave its nodes to another job"),
+    "CANCELLED": (Reason.TERMINATED, "somebody cancelled it in Slurm"),
+    "OUT_OF_MEMORY": (Reason.HOST_OUT_OF_MEMORY, "Slurm ended it for want of memory; ask for more with `--mem`"),
+}
+"""Slurm's word on an attempt that left none itself."""
+
+
+class SlurmLauncher:
+    """A launcher whose facts are Slurm's queue and the files of the attempt. No answer is no fact."""
+
+    def __init__(
+        self,
+        home: Path,
+        corpus_cache: Path,
+        setup: SlurmSetup,
+        data_roots: Sequence[Path] = (),
+        save_roots: Sequence[Path] = (),
+        agent: tuple[str, ...] = WORKER_AGENT,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._setup = setup
+        self._agent = agent
+        self._monotonic = monotonic
+        self._environment = WorkerEnvironment(home, corpus_cache, data_roots, save_roots)
+        self._files = AttemptFiles(home, corpus_cache)
+        self._queue = Queue(lambda: commands.look(PREFIX), monotonic)
+        self._changed_at = float("-inf")
+
+    def start(self, launch: Launch) -> None:
+        """Submit the attempt, unless Slurm has it already: a service that was killed may have submitted it."""
+        attempt = self._files.attempt(launch.name)
+        known = self._jobs(launch.name, anew=True)
+        if attempt.closed.exists() or _of(known, launch.name) is not None:
+            return
+        for leftover in known:
+            if not leftover.ended:
+                commands.cancel(leftover)  # of an attempt that is over: the next would wait for it
+        try:
+            self._files.write(launch)
+            write_atomically(attempt.batch, render(self._batch(launch, attempt)).encode())
+        except OSError as error:
+            raise LaunchRefused(f"the attempt could not be written down: {error}") from error
+        try:
+            number = commands.submit(attempt.batch, self._variables(launch))
+        finally:
+            self._changed_at = self._monotonic()
+        with contextlib.suppress(OSError):  # for people; we look in the queue
+            write_json(attempt.submitted, {"slurm_job_id": number, "at": datetime.now(UTC).isoformat()})
+
+    def find(self, name: AttemptName) -> Found:
+        """What its files and the queue say. exit.json is written only once nothing of it lives."""
+        attempt = self._files.attempt(name)
+        report = read_message(ExitReport, attempt.exit)
+        if report is not None:
+            return Found(State.ENDED, report)
+        try:
+            job = _of(self._jobs(name), name)
+        except NoAnswer:
+            return Found(State.UNKNOWN)
+        if job is not None and not job.ended:
+            return Found(State.ALIVE, placement=job.placement(_ranks_per_node(attempt)))
+        # Looked at once more: an agent that ended between the two looks has published its report by now.
+        report = read_message(ExitReport, attempt.exit)
+        if report is None and job is None and not attempt.started.exists() and not attempt.submitted.exists():
+            return Found(State.ABSENT)
+        return Found(State.ENDED, report or _deduced(attempt, job.state if job is not None else None))
+
+    def stop(self, name: AttemptName) -> None:
+        """The wish for the ranks, and SIGTERM to the agents; an attempt that still waits is taken out of the queue."""
+        self._files.ask_to_stop(name)
+        job = _of(self._jobs(name, anew=True), name)
+        if job is None or job.ended:
+            return
+        commands.cancel(job, *(() if job.pending else ("--signal=TERM",)))
+        self._changed_at = self._monotonic()
+
+    def save(self, name: AttemptName) -> None:
+        """Leave the wish where rank 0 looks for it at each step."""
+        self._files.ask_to_save(name)
+
+    def end(self, name: AttemptName) -> None:
+        """SIGKILL to all of it, and let nothing of it begin any more. Where Slurm does not answer, `find` says so."""
+        with contextlib.suppress(OSError):  # a full disk must not keep us from ending what lives
+            self._files.close(name)
+        deadline = self._monotonic() + END_SECONDS
+        with contextlib.suppress(NoAnswer):
+            while (job := _of(self._jobs(name, anew=True), name)) is not None and not job.ended:
+                if not job.completing:
+                    commands.cancel(job, "--signal=KILL", "--full")
+                    commands.cancel(job)
+                self._changed_at = self._monotonic()
+                if self._monotonic() > deadline:
+                    return
+                time.sleep(0.2)
+
+    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+        """Lines of the outbox that the service does not have yet."""
+        return self._files.unread(name, after_seq, limit)
+
+    def _jobs(self, name: AttemptName, anew: bool = False) -> list[SlurmJob]:
+        """All attempts of the job that Slurm knows, as they are after our own last change. Raises NoAnswer."""
+        since = self._monotonic() if anew else max(self._changed_at, self._monotonic() - commands.FRESH_SECONDS)
+        return [job for job in self._queue.jobs(since) if job.name == job_name(name.job_id)]
+
+    def _batch(self, launch: Launch, attempt: AttemptDir) -> Batch:
+        resources = launch.spec.resources
+        return Batch(
+            name=launch.name,
+            attempt=attempt,
+            resources=resources,
+            asked=asked_of(resources.slurm, self._setup.defaults),
+            gpus=device_on_nodes(launch.spec, self._setup) == "cuda",
+            warning=self._setup.warning,
+            agent=self._agent,
+        )
+
+    def _variables(self, launch: Launch) -> dict[str, str]:
+        """The job's environment: sbatch passes its own on. Which GPUs there are Slurm says on each node."""
+        variables = {**self._environment.of(launch), **commands.slurm_environment()}
+        variables.pop("CUDA_VISIBLE_DEVICES", None)
+        if self._setup.reports == "directory":
+            variables["TRAINYARD_REPORT_URL"] = ""
+        elif self._setup.url is not None:
+            variables["TRAINYARD_REPORT_URL"] = self._setup.url
+            del variables["TRAINYARD_SERVICE_FILE"]  # the address in it may be good on the service's own host only
+        return variables
+
+
+def device_on_nodes(spec: JobSpec, setup: SlurmSetup) -> str:
+    """``cuda`` or ``cpu``: what the spec's device means on the cluster's nodes."""
+    return setup.device if spec.resources.device == "auto" else spec.resources.device.partition(":")[0]
+
+
+def _of(jobs: Sequence[SlurmJob], name: AttemptName) -> SlurmJob | None:
+    """The attempt's own submission; of several the one that has not ended, then the newest."""
+    own = [job for job in jobs if job.comment == str(name)]
+    return max(own, key=lambda job: (not job.ended, int(job.id)), default=None)
+
+
+def _ranks_per_node(attempt: AttemptDir) -> int:
+    try:
+        return JobSpec.model_validate_json(attempt.spec.read_bytes()).resources.nproc_per_node
+    except (OSError, ValueError):
+        return 1
+
+
+def _deduced(attempt: AttemptDir, state: str | None) -> ExitReport:
+    """The end of an attempt that Slurm has no longer, or has ended, and whose agent left no report.
+
+    What was asked for is ours to remember: Slurm calls a run that was stopped failed, and one that was ended cancelled.
+    """
+    said = remains.by_own_word(attempt)
+    if said is not None:
+        return said
+    began = attempt.started.exists()
+    if state == "CANCELLED" and attempt.stop.exists() and not began:
+        return _on_request(attempt, "stopped", "stopped while it waited in Slurm; nothing of it had begun")
+    if state == "CANCELLED" and (attempt.stop.exists() or attempt.closed.exists()):
+        return _on_request(attempt, "killed", "ended in Slurm as asked, without a save")
+    if state in ENDS:
+        return remains.lost(attempt, *ENDS[state])
+    if not began:
+        return _never_began(attempt, state)
+    gone = f"Slurm says {state}" if state is not None else "Slurm knows nothing of it any more"
+    return remains.lost(attempt, Reason.AGENT_LOST, f"the attempt's agent is gone and left no report; {gone}")
+
+
+def _on_request(attempt: AttemptDir, outcome: str, message: str) -> ExitReport:
+    return ExitReport.model_validate(
+        {
+            "outcome": outcome,
+            "step": attempt.read_step() or 0,
+            "reason": Reason.USER,
+            "message": message,
+            "last_seq": remains.lines_of(attempt),
+            "ended_at": datetime.now(UTC),
+        }
+    )
+
+
+def _never_began(attempt: AttemptDir, state: str | None) -> ExitReport:
+    """Slurm has run it and no agent has said a word: why is in Slurm's own log of it."""
+    tail = ""
+    with contextlib.suppress(OSError):
+        tail = attempt.cluster_log.read_bytes()[-remains.LOG_TAIL_BYTES :].decode(errors="replace")
+    last = next(iter(reversed(tail.strip().splitlines())), f"Slurm says {state or 'nothing'}")
+    message = f"the attempt's agent did not begin on the cluster: {last[:500]}"
+    card = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, traceback=tail or None)
+    return remains.crashed(attempt, card, remains.lines_of(attempt), datetime.now(UTC))

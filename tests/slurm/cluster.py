@@ -1,0 +1,241 @@
+"""A real Slurm cluster of two nodes on this machine: its own keys, ports and state, ready in about a second."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from contract.processes import PROC, ProcessIdentity, all_pids
+from tests.faults.home import ROOT, until
+
+NODES = ("node1", "node2")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "scontrol")
+PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+
+CONF = """\
+ClusterName=trainyard-test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={dir}/munge.socket,cred_expire=5
+CryptoType=crypto/munge
+StateSaveLocation={dir}/state
+SlurmdSpoolDir={dir}/spool-%n
+SlurmctldPidFile={dir}/slurmctld.pid
+SlurmdPidFile={dir}/slurmd-%n.pid
+SlurmctldLogFile={dir}/slurmctld.log
+SlurmdLogFile={dir}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+ReturnToService=2
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MessageTimeout=5
+KillWait=10
+InactiveLimit=0
+JobRequeue=1
+MinJobAge=300
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,bf_interval=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+AccountingStorageType=accounting_storage/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdParameters=config_overrides
+GresTypes=gpu
+{nodes}
+PartitionName=train Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=spare Nodes=node2 MaxTime=INFINITE State=UP
+"""
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+)
+
+
+def why_not() -> str | None:
+    """Why there can be no cluster here, or None."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+    if missing:
+        return f"Slurm is not installed: {', '.join(missing)} not found"
+    return None if os.geteuid() == 0 else "a test cluster of Slurm needs root"
+
+
+class Cluster:
+    """Two `slurmd` on one host are two nodes. ``environment`` is what Slurm's commands need to find it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.environment = {"SLURM_CONF": str(directory / "slurm.conf")}
+        self._warden = subprocess.Popen(
+            [sys.executable, "-m", "tests.slurm.warden"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **self.environment, "PATH": PATH},
+        )
+
+    def start(self) -> None:
+        """Write the configuration, start all daemons, and return once both nodes are idle."""
+        self._configure()
+        self._start_munge()
+        self.start_controller()
+        for node in NODES:
+            self.start_node(node)
+        until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), 30, f"idle nodes; {self.states()} {self.logs()}")
+
+    def stop(self) -> None:
+        """End everything: the warden does, once its input is closed."""
+        assert self._warden.stdin is not None
+        assert self._warden.stdout is not None
+        self._warden.stdin.close()
+        self._warden.stdout.close()
+        self._warden.wait(30)
+
+    def _configure(self) -> None:
+        host, directory = socket.gethostname(), self.directory
+        (directory / "state").mkdir()
+        ports = _free_ports(3)
+        nodes = [NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports[1:], strict=True)]
+        text = CONF.format(host=host, controller_port=ports[0], dir=directory, nodes="\n".join(nodes))
+        (directory / "slurm.conf").write_text(text)
+        (directory / "cgroup.conf").write_text("CgroupAutomount=no\n")
+        (directory / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={directory}/fakegpu[0-1]\n")
+        for number in range(2):
+            # Like /dev/null: enough to be leased. What is leased is tested, not that it is kept from others.
+            os.mknod(directory / f"fakegpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+
+    def _start_munge(self) -> None:
+        directory = self.directory
+        key = directory / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log"}
+        options = [f"--{name}={directory / file}" for name, file in {**files, "seed-file": "munge.seed"}.items()]
+        self._spawn("munge.out", "munged", "--foreground", "--force", "--num-threads=2", *options)
+        until((directory / "munge.socket").exists, 10, "munged listens")
+
+    def start_controller(self) -> None:
+        self._spawn("slurmctld.out", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
+
+    def start_node(self, name: str) -> None:
+        self._spawn(f"{name}.out", "slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", name)
+
+    def _spawn(self, log: str, program: str, *arguments: str) -> int:
+        assert self._warden.stdin is not None
+        assert self._warden.stdout is not None
+        found = shutil.which(program, path=PATH)
+        request = [str(self.directory / log), [found, *arguments]]
+        self._warden.stdin.write(json.dumps(request).encode() + b"\n")
+        self._warden.stdin.flush()
+        return int(self._warden.stdout.readline())
+
+    def run(self, *command: str, seconds: float = 20.0) -> str:
+        """What one of Slurm's commands prints."""
+        environment = {**os.environ, **self.environment, "PATH": PATH}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def states(self) -> dict[str, str]:
+        """Node -> its state, as `scontrol` has it."""
+        try:
+            lines = self.run("scontrol", "show", "node", "-o").splitlines()
+        except AssertionError:
+            return {}
+        fields = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in lines]
+        return {each["NodeName"]: each["State"] for each in fields}
+
+    def jobs(self) -> list[dict[str, Any]]:
+        """Every job that Slurm still knows of."""
+        found: list[dict[str, Any]] = json.loads(self.run("squeue", "--json", "-t", "all"))["jobs"]
+        return found
+
+    def drain(self, node: str) -> None:
+        self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+
+    def undrain(self, node: str) -> None:
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+    def controllers(self) -> list[ProcessIdentity]:
+        """The controller's process."""
+        return self._processes(lambda words: words[0].endswith("slurmctld"))
+
+    def daemons(self, node: str) -> list[ProcessIdentity]:
+        """The node's slurmd."""
+        return self._processes(lambda words: words[0].endswith("slurmd") and words[-1] == node)
+
+    def steps(self, node: str) -> list[ProcessIdentity]:
+        """What runs steps on the node: its slurmstepd processes, which carry its name only in their environment."""
+        found = self._processes(lambda words: words[0].startswith("slurmstepd:"), conf=False)
+        return [process for process in found if process.variable("SLURMD_NODENAME") == node]
+
+    def _processes(self, wanted: Any, conf: bool = True) -> list[ProcessIdentity]:
+        found = []
+        for pid in all_pids():
+            words = _command(pid)
+            mine = not conf or self.environment["SLURM_CONF"] in words
+            if words and mine and wanted(words) and (identity := ProcessIdentity.of(pid)):
+                found.append(identity)
+        return found
+
+    def kill(self, processes: list[ProcessIdentity]) -> None:
+        """SIGKILL, and return once they are gone."""
+        for process in processes:
+            process.send(signal.SIGKILL)
+        until(lambda: not any(process.alive() for process in processes), 10, "they are gone")
+
+    def heal(self) -> None:
+        """Whatever a test did: a controller, both nodes idle, no job."""
+        if not self.controllers():
+            self.start_controller()
+        for node in NODES:
+            if not self.daemons(node):
+                self.start_node(node)
+        until(lambda: set(self.states()) == set(NODES), 30, "the controller answers")
+        self.run("scancel", "--user=root", "--full", "--signal=KILL")
+        self.run("scancel", "--user=root")
+        deadline = time.monotonic() + 60
+        while self.states() != dict.fromkeys(NODES, "IDLE"):
+            assert time.monotonic() < deadline, f"{self.states()}: {self.logs()}"
+            for node, state in self.states().items():
+                if "DRAIN" in state or "DOWN" in state:
+                    subprocess.run(
+                        ["scontrol", "update", f"NodeName={node}", "State=RESUME"],
+                        env={**os.environ, **self.environment},
+                        capture_output=True,
+                    )
+            time.sleep(0.1)
+
+    def logs(self) -> str:
+        """The ends of the daemons' logs."""
+        return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in sorted(self.directory.glob("*.log")))
+
+
+def _command(pid: int) -> list[str]:
+    try:
+        text = (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return []
+    return [word.decode(errors="replace") for word in text.rstrip(b"\0").split(b"\0")] if text else []
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()

@@ -1,0 +1,62 @@
+"""What Slurm is given to run, to the letter."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from contract.rundir import RunDir
+from contract.spec import NodeRange, ResourcesSpec, SlurmSpec
+from service.launch.base import AttemptName
+from service.launch.batch import Batch, asked_of, job_name, render
+
+GOLDEN = Path(__file__).with_name("golden")
+
+SERVICE = SlurmSpec(partition="train", account="lab", time_limit=86400, extra=["--mem=64G"])
+WISHED = SlurmSpec(account="mine", qos="long", gpu_type="a100", constraint="ib&nvme", extra=["--exclusive"])
+TWO_NODES = Batch(
+    name=AttemptName("job_abc", 3, "slurm"),
+    attempt=RunDir(Path("/shared/home/runs/job_abc")).attempt(3),
+    resources=ResourcesSpec(nnodes=2, nproc_per_node=8, launcher="slurm", slurm=WISHED),
+    asked=asked_of(WISHED, SERVICE),
+    gpus=True,
+    warning=300.0,
+    agent=("/opt/trainyard/bin/python", "-P", "-m", "worker.agent"),
+)
+ON_CPUS = replace(
+    TWO_NODES,
+    attempt=RunDir(Path('/shared/my "own" home/runs/job_abc')).attempt(3),
+    resources=ResourcesSpec(nnodes=NodeRange(min=1, max=2), nproc_per_node=2, launcher="slurm"),
+    asked=SlurmSpec(time_limit=61),
+    gpus=False,
+)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("two_nodes", TWO_NODES), ("on_cpus", ON_CPUS)])
+def test_the_script_is_the_golden_one(name: str, batch: Batch) -> None:
+    assert render(batch) == (GOLDEN / f"{name}.sh").read_text()
+
+
+@pytest.mark.parametrize("name", ["two_nodes", "on_cpus"])
+def test_the_golden_scripts_are_scripts(name: str) -> None:
+    done = subprocess.run(["bash", "-n", str(GOLDEN / f"{name}.sh")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_the_spec_wishes_goes_over_what_the_service_is_set_up_with() -> None:
+    asked = asked_of(WISHED, SERVICE)
+    assert (asked.partition, asked.account, asked.time_limit) == ("train", "mine", 86400)
+    assert asked.extra == ["--mem=64G", "--exclusive"]
+    assert asked_of(SlurmSpec(), SERVICE) == SERVICE
+
+
+def test_without_a_time_limit_only_the_warning_is_asked_for() -> None:
+    script = render(replace(ON_CPUS, asked=SlurmSpec(), warning=90.5))
+    assert "--time" not in script
+    assert "#SBATCH --signal=B:USR1@91\n" in script
+
+
+def test_all_attempts_of_a_job_have_one_name() -> None:
+    assert f"--job-name={job_name('job_abc')}\n" in render(TWO_NODES)
+    assert "--comment=job_abc/3\n" in render(TWO_NODES)

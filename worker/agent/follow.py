@@ -1,0 +1,75 @@
+"""The agent on any node but the first: it starts its share of the ranks, watches them, and ends with the first node's.
+
+It takes no part in any decision: a wish to stop reaches the ranks by the run directory or by SIGTERM, and ranks agree.
+What it must see to is that nothing of the attempt is left on its node.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+from types import FrameType
+
+from contract.locks import FileLock, LockBusy
+from contract.rundir import AttemptDir, RunDir, write_json
+from worker.agent.children import Children
+from worker.agent.launch import launch_torchrun
+from worker.agent.nodes import PARTING_SECONDS
+from worker.agent.place import NoMeeting, Place, await_meeting
+
+TICK_SECONDS = 0.1
+LEADER_SECONDS = 120.0
+LOCK_SECONDS = 10.0
+
+
+def follow(run: RunDir, attempt: AttemptDir, place: Place) -> int:
+    """Run this node's ranks to their end, and leave word of it; the exit code is torchrun's, or 1."""
+    parent = os.getppid()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, _leave_it_to_the_first)
+    try:
+        children = _start(run, attempt, place)
+    except (NoMeeting, LockBusy, OSError, ValueError, KeyError, TypeError) as why:
+        print(f"agent: nothing was started: {why}", file=sys.stderr, flush=True)
+        _leave_word(attempt, place, None, str(why))
+        return 1
+    message = _watch(children, attempt, parent)
+    children.end()
+    status = children.torchrun.returncode
+    _leave_word(attempt, place, status, message)
+    return 0 if status == 0 or attempt.outcome.exists() else 1
+
+
+def _start(run: RunDir, attempt: AttemptDir, place: Place) -> Children:
+    meeting = await_meeting(attempt, LEADER_SECONDS)
+    # The first node's agent said where to meet once the attempt was the current one, so what is read now is true.
+    current = run.current.read_text().strip()
+    if current != str(attempt.number):
+        raise NoMeeting(f"attempt {current} has followed this one")
+    with FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS) as alive:
+        return Children(launch_torchrun(run, attempt, alive, place, meeting))
+
+
+def _watch(children: Children, attempt: AttemptDir, parent: int) -> str | None:
+    """Return once torchrun has ended, or must be: with what is to be said of it then."""
+    over_at: float | None = None
+    while children.torchrun_status() is None:
+        if os.getppid() != parent:
+            return "the cluster lost sight of this node's agent"
+        if over_at is None and attempt.over.exists():
+            over_at = time.monotonic()
+        if over_at is not None and time.monotonic() - over_at > PARTING_SECONDS:
+            return "the first node's ranks ended, and these did not follow"
+        time.sleep(TICK_SECONDS)
+    return None
+
+
+def _leave_word(attempt: AttemptDir, place: Place, status: int | None, message: str | None) -> None:
+    word = {"name": socket.gethostname(), "status": status, "message": message}
+    word["name"] = os.environ.get("SLURMD_NODENAME") or word["name"]
+    write_json(attempt.node(place.node), word)
+
+
+def _leave_it_to_the_first(_signum: int, _frame: FrameType | None) -> None:
+    """SIGTERM comes to all nodes; the first one's agent asks the ranks to save, and they agree among themselves."""
