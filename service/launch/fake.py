@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from contract.report import ErrorCard, ExitReport
 from contract.status import Reason
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
+from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
 
 
 class ServiceKilled(BaseException):
     """Stands for a SIGKILL of the service at this very point; nothing in the service may catch it."""
 
 
-Failpoint = Literal["before_spawn", "after_spawn", "refuse"]
+Failpoint = Literal["before_spawn", "after_spawn", "refuse", "no_answer", "no_answer_but_done"]
 
 
 @dataclass
@@ -117,10 +117,14 @@ class FakeLauncher:
             raise LaunchRefused("no room in the test")
         if failpoint == "before_spawn":
             raise ServiceKilled()
+        if failpoint == "no_answer":
+            raise NoAnswer("the test does not answer")
         if launch.name not in self.closed:
             self.attempts.setdefault(launch.name, FakeAttempt(launch))
         if failpoint == "after_spawn":
             raise ServiceKilled()
+        if failpoint == "no_answer_but_done":
+            raise NoAnswer("the test does not answer")
 
     def find(self, name: AttemptName) -> Found:
         """What became of it."""

@@ -140,7 +140,9 @@ def test_back_off_grows_and_is_counted() -> None:
 def test_what_is_no_fault_of_the_job_uses_nothing_up(reason: Reason) -> None:
     assert reason in RESTARTABLE
     ending = after_exit(JobStatus.RUNNING, report("crashed", reason), Past(3), 3)
-    assert (ending.status, ending.restarts, ending.restart_seconds) == (JobStatus.INTERRUPTED, 3, 5.0)
+    # With steps made until its time was over, a long run goes on at once.
+    seconds = 0.0 if reason is Reason.TIME_LIMIT else 5.0
+    assert (ending.status, ending.restarts, ending.restart_seconds) == (JobStatus.INTERRUPTED, 3, seconds)
 
 
 def test_with_no_restart_allowed_the_reason_is_the_crash_itself() -> None:
@@ -210,9 +212,16 @@ def test_where_restarts_are_used_up_that_is_what_is_said() -> None:
 @pytest.mark.parametrize("reason", sorted(NOT_COUNTED))
 def test_setbacks_wait_longer_each_time_and_never_end_a_job(reason: Reason) -> None:
     endings = [after_exit(JobStatus.RUNNING, report("crashed", reason), Past(0, 0, n), 0) for n in range(8)]
-    assert [ending.restart_seconds for ending in endings] == [5.0, 5.0, 20.0, 60.0, 180.0, 600.0, 600.0, 600.0]
+    first = 0.0 if reason is Reason.TIME_LIMIT else 5.0
+    assert [ending.restart_seconds for ending in endings] == [first, 5.0, 20.0, 60.0, 180.0, 600.0, 600.0, 600.0]
     assert {ending.status for ending in endings} == {JobStatus.INTERRUPTED}
     assert max(ending.restart_seconds or 0 for ending in endings) <= longest_wait()
+
+
+@pytest.mark.parametrize("outcome", ["stopped", "killed", "crashed"])
+def test_a_time_limit_is_no_fault_whether_it_was_saved_in_time_or_not(outcome: str) -> None:
+    ending = after_exit(JobStatus.RUNNING, report(outcome, Reason.TIME_LIMIT), Past(3), 3)
+    assert (ending.status, ending.reason, ending.restart_seconds) == (JobStatus.INTERRUPTED, Reason.TIME_LIMIT, 0.0)
 
 
 @pytest.mark.parametrize(

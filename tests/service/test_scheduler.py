@@ -124,6 +124,33 @@ def test_silence_alone_never_ends_an_attempt(rig: Rig) -> None:
     assert rig.launcher.starts == [AttemptName(job_id, 1)]
 
 
+def test_who_does_not_answer_says_nothing(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running()
+    attempt.state = State.UNKNOWN
+    for _ in range(5):
+        rig.clock.forward(3600)
+        rig.settle()
+    assert rig.status(job_id) is JobStatus.RUNNING
+    assert (attempt.ended_by_launcher, rig.launcher.starts) == (0, [AttemptName(job_id, 1)])
+
+
+def test_a_launch_without_an_answer_is_looked_for_and_not_repeated(any_rig: Rig) -> None:
+    rig = any_rig
+    rig.launcher.fail_next = "no_answer_but_done"
+    done = rig.submit()
+    rig.settle()
+    rig.launcher.fail_next = "no_answer"
+    lost = rig.submit()
+    rig.settle()
+    rig.clock.forward(10)
+    rig.settle()
+    assert rig.launcher.starts.count(AttemptName(done, 1)) == 1
+    assert [attempt.state for attempt in rig.launcher.living(done)] == [State.ALIVE]
+    assert rig.launcher.starts.count(AttemptName(lost, 2)) == 1, "nothing was found of it, so it was queued again"
+    assert [event["kind"] for event in rig.data(done, "events")].count("adopted") == 1
+
+
 def test_an_orphan_is_ended_and_the_job_restarts(any_rig: Rig) -> None:
     rig = any_rig
     job_id, attempt = rig.running(resources={"max_restarts": 0})
@@ -231,7 +258,7 @@ def test_a_lease_is_given_once(any_rig: Rig) -> None:
 
 
 def test_state_of_the_fake_is_the_real_ones() -> None:
-    assert {s.value for s in State} == {"absent", "alive", "orphaned", "ended"}
+    assert {s.value for s in State} == {"absent", "alive", "orphaned", "ended", "unknown"}
 
 
 def test_the_spec_of_an_attempt_names_the_kind_and_the_lease_names_the_card(make_rig: MakeRig, sqlite_url: str) -> None:
