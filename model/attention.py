@@ -1,18 +1,20 @@
 """Attention in rows that hold several pieces: each token sees the tokens of its own piece, at or before it.
 
 A mask over whole rows makes every kernel compute what it then throws away. Here the pieces are computed one by one:
-on CUDA by flash attention for sequences of variable length, on a CPU by its own flash kernel, piece after piece.
+on CUDA by flash attention for sequences of variable length, on a CPU by its own flash kernel, piece after piece, or
+many short ones at once (`model.grouped`).
 
 Legend: ``B`` rows, ``S`` positions, ``T`` = B * S tokens, ``H`` query heads, ``K`` key-value heads, ``G`` = H / K,
 ``D`` head size, ``P`` pieces.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from model import grouped
+from model.grouped import Groups
 
 # torch's public function takes a whole batch of one length, and looks anew at each call for the kernel to use.
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
@@ -53,14 +55,19 @@ def _variable_length(queries: Tensor, keys: Tensor, values: Tensor, offsets: Ten
 def piecewise_attention(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """(attended [T, H, D], log of each softmax's sum [K, G, T] float32) of [T, H, D], [T, K, D], [T, K, D].
 
-    An operator of its own, because its loop over pieces is data: a compiled graph calls it and need not know. It
-    computes in float32, whatever comes in: the CPU's kernel is twice as slow backward in bfloat16.
+    An operator of its own, because its loop over pieces is data: a compiled graph calls it and need not know. In
+    bfloat16 short pieces go together, by matrix products (and have no sums); all others are computed in float32, one
+    by one: the CPU's flash kernel is twice as slow backward in bfloat16.
     """
     heads = keys.shape[1]
-    out = torch.empty(queries.shape, dtype=torch.float32)
-    sums = torch.empty(heads, queries.shape[1] // heads, len(queries), dtype=torch.float32)
-    wide = [part.float() for part in (queries, keys, values)]
-    for piece in _pieces(offsets):
+    out = torch.empty(queries.shape, dtype=queries.dtype)
+    sums = torch.zeros(heads, queries.shape[1] // heads, len(queries), dtype=torch.float32)
+    groups = _groups(queries, offsets, heads)
+    if groups.shapes:
+        grouped.forward(queries, keys, values, groups, out)
+    wide = [part.float() for part in (queries, keys, values)] if groups.others else []
+    for begin, end in groups.others:
+        piece = slice(begin, end)
         attended, sums[:, :, piece] = FORWARD(
             _grouped(wide[0][piece], heads),
             _shared(wide[1][piece], sums),
@@ -69,7 +76,7 @@ def piecewise_attention(queries: Tensor, keys: Tensor, values: Tensor, offsets: 
             True,
         )
         _grouped(out[piece], heads).copy_(attended)
-    return out.to(queries.dtype), sums
+    return out, sums
 
 
 @torch.library.custom_op("trainyard::piecewise_attention_backward", mutates_args=(), device_types="cpu")
@@ -78,29 +85,33 @@ def piecewise_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by ``queries``, ``keys`` and ``values``, in their shapes and dtypes, from that by ``out``."""
     heads = keys.shape[1]
-    grads = [torch.empty(part.shape, dtype=torch.float32) for part in (queries, keys, values)]
-    wide_grad, wide_out, *wide = [part.float() for part in (grad, out, queries, keys, values)]
-    for piece in _pieces(offsets):
-        by_queries, by_keys, by_values = BACKWARD(
-            _grouped(wide_grad[piece], heads),
+    by_queries, by_keys, by_values = (torch.empty(part.shape, dtype=part.dtype) for part in (queries, keys, values))
+    groups = _groups(queries, offsets, heads)
+    if groups.shapes:
+        grouped.backward(grad, queries, keys, values, groups, (by_queries, by_keys, by_values))
+    wide = [part.float() for part in (grad, out, queries, keys, values)] if groups.others else []
+    for begin, end in groups.others:
+        piece = slice(begin, end)
+        grads = BACKWARD(
             _grouped(wide[0][piece], heads),
-            _shared(wide[1][piece], sums),
-            _shared(wide[2][piece], sums),
-            _grouped(wide_out[piece], heads),
+            _grouped(wide[2][piece], heads),
+            _shared(wide[3][piece], sums),
+            _shared(wide[4][piece], sums),
+            _grouped(wide[1][piece], heads),
             sums[:, :, piece].contiguous(),
             0.0,
             True,
         )
-        _grouped(grads[0][piece], heads).copy_(by_queries)
+        _grouped(by_queries[piece], heads).copy_(grads[0])
         # The heads of a group share their keys: what each wants of them adds up.
-        torch.sum(by_keys, dim=1, out=grads[1][piece].transpose(0, 1))
-        torch.sum(by_values, dim=1, out=grads[2][piece].transpose(0, 1))
-    return grads[0].to(queries.dtype), grads[1].to(keys.dtype), grads[2].to(values.dtype)
+        by_keys[piece].transpose(0, 1).copy_(grads[1].sum(dim=1))
+        by_values[piece].transpose(0, 1).copy_(grads[2].sum(dim=1))
+    return by_queries, by_keys, by_values
 
 
-def _pieces(offsets: Tensor) -> Iterator[slice]:
-    places: list[int] = offsets.tolist()
-    return (slice(begin, end) for begin, end in pairwise(places) if end > begin)
+def _groups(queries: Tensor, offsets: Tensor, heads: int) -> Groups:
+    longest = grouped.LONGEST if queries.dtype is torch.bfloat16 else 0
+    return grouped.groups_of(offsets, heads, longest)
 
 
 def _grouped(part: Tensor, heads: int) -> Tensor:
