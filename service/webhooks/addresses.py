@@ -14,8 +14,8 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolver = Callable[[str, int], Sequence[str]]
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-PLATFORM = frozenset({ipaddress.ip_address("168.63.129.16")})
-"""Public by their number, and yet a cloud's own service for its machines."""
+PLATFORM = (ipaddress.IPv4Network("168.63.129.16/32"), ipaddress.IPv4Network("192.0.0.0/24"))
+"""Public as the standard library has it, and yet where clouds keep services for their own machines."""
 
 LONGEST_URL = 2000
 PORTS = {"http": 80, "https": 443}
@@ -93,7 +93,12 @@ def why_refused(address: Address, allowed: Sequence[Network]) -> str | None:
 
 
 def _is_public(address: Address) -> bool:
-    if address in PLATFORM or address.is_multicast or address.is_reserved or address.is_unspecified:
+    if (
+        any(address in network for network in PLATFORM)
+        or address.is_multicast
+        or address.is_reserved
+        or address.is_unspecified
+    ):
         return False
     return address.is_global and not (isinstance(address, ipaddress.IPv6Address) and address.is_site_local)
 
