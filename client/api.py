@@ -241,6 +241,11 @@ class Trainyard:
         """The checkpoints, newest first."""
         return list(cast(Iterator[Checkpoint], self._pages(_path(job_id, "checkpoints"))))
 
+    def manifest(self, job_id: str, step: int) -> dict[str, Any]:
+        """What a checkpoint's manifest says of each of its files: ``{"files": {name: {"bytes", "sha256"}}}``."""
+        path = _path(job_id, "checkpoints", str(step), "files", "manifest.json")
+        return cast(dict[str, Any], self._connection.call("GET", path))
+
     def download(self, job_id: str, step: int, into: str | os.PathLike[str]) -> list[str]:
         """Fetch every file of a checkpoint into the folder ``into``; what an earlier try left is gone on with.
 

@@ -1,6 +1,6 @@
 """The picture that `watch` draws: at most 14 lines of styled pieces. Pure; nothing here knows of a terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
@@ -132,20 +132,34 @@ def _optimizer(scene: Scene) -> Line:
 
 
 def _checkpoint(scene: Scene, now: datetime) -> Line:
-    saved = scene.job["checkpoint"]
-    text = (
-        f"  ckpt      {count(saved.get('step'))} saved {ago(saved.get('created_at'), now)}, {size(saved.get('bytes'))}"
-    )
-    return [(text + _next_save(scene), "")]
+    saved, kept = scene.job["checkpoint"], scene.kept
+    verified = ", verified" if kept and kept.verified and kept.step == saved.get("step") else ""
+    there = f"; {kept.count} kept, {size(kept.bytes)}" if kept else f"; {size(saved.get('bytes'))}"
+    when = f"{count(saved.get('step'))} saved {ago(saved.get('created_at'), now)}"
+    return [(f"  ckpt      {when}{verified}{_next_save(scene, now)}{there}", "")]
 
 
-def _next_save(scene: Scene) -> str:
-    interval = ((scene.job.get("spec") or {}).get("checkpoint") or {}).get("save_interval")
+def _next_save(scene: Scene, now: datetime) -> str:
+    due = [seconds for seconds in (_by_steps(scene), _by_minutes(scene, now)) if seconds is not None]
+    return f"; next in {duration(min(due))}" if due and scene.job.get("status") == "running" else ""
+
+
+def _keeping(scene: Scene) -> Mapping[str, Any]:
+    return (scene.job.get("spec") or {}).get("checkpoint") or {}
+
+
+def _by_steps(scene: Scene) -> float | None:
+    interval = _keeping(scene).get("save_interval")
     step, steps, seconds = scene.progress.get("step"), scene.progress.get("steps"), scene.newest("step_seconds")
-    if scene.job.get("status") != "running" or not interval or step is None or not seconds:
-        return ""
-    following = min(interval * (step // interval + 1), steps or interval * (step // interval + 1))
-    return f"; next in {duration((following - step) * seconds)}"
+    if not interval or step is None or not seconds:
+        return None
+    following = interval * (step // interval + 1)
+    return float((min(following, steps or following) - step) * seconds)
+
+
+def _by_minutes(scene: Scene, now: datetime) -> float | None:
+    minutes, saved = _keeping(scene).get("save_minutes"), moment(scene.job["checkpoint"].get("created_at"))
+    return max(0.0, 60 * minutes - (now - saved).total_seconds()) if minutes and saved else None
 
 
 def _footer(scene: Scene, now: datetime) -> Line:

@@ -68,7 +68,7 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
         "corpus": _corpus(plan),
         "run": _run(plan),
         "memory": _memory(plan),
-        "disk": f"{size(plan.get('checkpoint_bytes'))} a checkpoint, {size(plan.get('disk_free_bytes'))} free",
+        "disk": _disk(plan),
         "time": _time(plan),
         "queue": _queue(plan.get("queue") or {}),
     }
@@ -109,9 +109,24 @@ def _memory(plan: Mapping[str, Any]) -> str:
     if not parts:
         return ""
     listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items())
+    return f"{size(sum(parts.values()))} a rank ({listed}){_fits(plan, sum(parts.values()))}"
+
+
+def _fits(plan: Mapping[str, Any], of_a_rank: int) -> str:
+    """Ranks on CPUs share the host's memory, with the copy that saves are written from; a GPU has one rank."""
     limit = plan.get("memory_limit_bytes")
-    there = f"; there is {size(limit)}" if limit else ""
-    return f"{size(sum(parts.values()))} a rank ({listed}){there}"
+    if not limit:
+        return ""
+    cpu = plan.get("device") == "cpu"
+    needed = of_a_rank * (plan.get("world_size") or 1) + (plan.get("snapshot_bytes") or 0) if cpu else of_a_rank
+    whose = "this host" if cpu else "the device"
+    return f"; {'fits in' if needed <= limit else 'DOES NOT FIT in'} the {size(limit)} of {whose}"
+
+
+def _disk(plan: Mapping[str, Any]) -> str:
+    one, free = plan.get("checkpoint_bytes"), plan.get("disk_free_bytes")
+    room = f", room for {count(free // one)}" if one and free else ""
+    return f"{size(one)} a checkpoint, {size(free)} free{room}"
 
 
 def _time(plan: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from datetime import datetime
 from typing import Any
 
 from client.curve import Curve
+from client.saves import Kept
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Scene:
         job: as last seen; {} before the first look.
         seen_at: when the service last answered.
         lost: why it does not answer now, or None.
+        kept: the checkpoints there are, None where that is not known.
     """
 
     handle: str
@@ -27,6 +29,7 @@ class Scene:
     fresh: list[Any] = field(default_factory=list)
     seen_at: datetime | None = None
     lost: str | None = None
+    kept: Kept | None = None
 
     @property
     def progress(self) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from client.connection import Patience
 from client.console import Console
 from client.errors import Refused, ServiceUnreachable
 from client.exits import Exit, at_rest, exit_of_job
+from client.saves import Saves
 from client.scene import Scene
 from client.shapes import Job
 from client.streams import Feed, StreamEvent
@@ -98,6 +99,7 @@ class Watcher:
         self._streams = streams
         self._feed: Feed | None = None
         self._attempt: int | None = None
+        self._saves = Saves(trainyard, job_id)
         self.scene = Scene(handle=handle, url=trainyard.url)
 
     def close(self) -> None:
@@ -123,6 +125,7 @@ class Watcher:
     def _update(self, job: Job) -> None:
         scene = self.scene
         first = not scene.job
+        scene.kept = self._saves.look(job.get("checkpoint"))
         # What a job at rest said last may still be under way in the stream.
         if self._feed is None or not self._feed.healthy or at_rest(job):
             self._ask(job, first)

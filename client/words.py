@@ -83,9 +83,12 @@ def moment(text: str | None) -> datetime | None:
 
 
 def ago(text: str | None, now: datetime) -> str:
-    """How long ago an API time was: "3 min ago"."""
+    """How long ago an API time was: "3 min ago"; past a minute nobody counts seconds."""
     then = moment(text)
-    return UNKNOWN if then is None else f"{duration((now - then).total_seconds())} ago"
+    if then is None:
+        return UNKNOWN
+    seconds = (now - then).total_seconds()
+    return f"{duration(seconds if seconds < 60 else seconds // 60 * 60)} ago"
 
 
 def utc(now: datetime) -> str:

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from client.frame import MOST_LINES, frame, plain
+from client.saves import Kept
 from client.scene import Scene
 from contract.status import JobStatus
 from tests.client.fake_service import NOW, URL, job, metric
@@ -14,6 +15,7 @@ def scene(**changes: Any) -> Scene:
     made.curve.extend(metric(step, 8.0 - step / 2000, attempt=2) for step in range(100, 12401, 100))
     made.curve.extend([metric(12400, 2.887, attempt=2, eval_loss=None)])
     made.curve.evaluated = (12000, 3.021)
+    made.kept = Kept(12000, 3, 2_300_000_000, verified=True)
     return made
 
 
@@ -32,7 +34,7 @@ def test_the_picture_of_a_running_job() -> None:
         f"  loss      {ema} ema   2.887 last   ██▇▇▇▆▆▆▆▅▅▅▄▄▄▃▃▃▂▂▂▁▁▁   eval 3.021 at 12,000",
         "  speed     118,240 tok/s   0.277 s/step   MFU 41 %   tokens 406 M of 1.31 B",
         "  optim     lr 2.61e-04   grad norm 0.48",
-        "  ckpt      12,000 saved 3 min ago, 766.0 MB; next in 2 min 46 s",
+        "  ckpt      12,000 saved 3 min ago, verified; next in 2 min 46 s; 3 kept, 2.3 GB",
         "live, updated 1 s ago   http://127.0.0.1:8000/jobs/job_7f3kq9",
     ]
 
@@ -89,3 +91,16 @@ def test_unknown_numbers_are_dashes() -> None:
     assert "step 3 / -" in text
     assert "loss      - ema   - last" in text
     assert "MFU" not in text
+
+
+def test_a_checkpoint_is_said_to_be_verified_only_where_it_was() -> None:
+    for kept in (None, Kept(12000, 1, 766_000_000, verified=False), Kept(11000, 1, 766_000_000, verified=True)):
+        unsure = scene()
+        unsure.kept = kept
+        assert "verified" not in "\n".join(drawn(unsure))
+        assert "766.0 MB" in "\n".join(drawn(unsure))
+
+
+def test_the_next_save_may_come_by_the_clock() -> None:
+    timed = scene(spec={"checkpoint": {"save_interval": 1000, "save_minutes": 4}})
+    assert "; next in 1 min; 3 kept" in drawn(timed)[5]

@@ -18,6 +18,7 @@ def test_the_page(run: Run, service: FakeService) -> None:
     )
     code, out, _ = run("plan", "--data_path", "/d", "--batch_size", "64")
     assert code == 0
+    parts = "weights 100.0 MB, gradients 100.0 MB, optimizer 200.0 MB"
     assert out.splitlines() == [
         "not as by default:",
         '  data.data_path                  "/d"',
@@ -26,8 +27,8 @@ def test_the_page(run: Run, service: FakeService) -> None:
         "  model    25.8 M parameters; an untrained one has a loss of 8.764",
         "  corpus   about 1.31 M tokens, 4,000 rows, 3 bad lines",
         "  run      1,200 steps of 32.8 k tokens: 39.3 M tokens, 6.1e+15 FLOPs",
-        "  memory   400.0 MB a rank (weights 100.0 MB, gradients 100.0 MB, optimizer 200.0 MB); there is 80.0 GB",
-        "  disk     309.0 MB a checkpoint, 40.0 GB free",
+        f"  memory   400.0 MB a rank ({parts}); fits in the 80.0 GB of the device",
+        "  disk     309.0 MB a checkpoint, 40.0 GB free, room for 129",
         "  time     about 2 h 10 min, by 118,240 tokens/s in job_0 on H100",
         "  queue    position 1, waiting for nothing: it would start at once",
         "  warning  there is no GPU on this host: this run will use the CPU",
@@ -77,3 +78,18 @@ def test_usage(run: Run, service: FakeService, capsys: pytest.CaptureFixture[str
 def test_the_client_s_method(trainyard: Trainyard, service: FakeService) -> None:
     assert trainyard.plan({"data": {"data_path": "/d"}})["steps"] == 1200
     assert service.submitted == {}
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "limit", "said"),
+    [
+        ("cuda", 4, 400, "fits in the 400 B of the device"),
+        ("cuda", 1, 399, "DOES NOT FIT in the 399 B of the device"),
+        ("cpu", 2, 850, "fits in the 850 B of this host"),
+        ("cpu", 2, 849, "DOES NOT FIT in the 849 B of this host"),
+    ],
+)
+def test_whether_it_fits_is_said(device: str, ranks: int, limit: int, said: str) -> None:
+    memory = {"weights": 100, "gradients": 100, "optimizer": 200}
+    facts = {"device": device, "world_size": ranks, "memory_bytes": memory, "snapshot_bytes": 50}
+    assert said in "\n".join(plan_page({**facts, "memory_limit_bytes": limit}))

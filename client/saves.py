@@ -1,0 +1,62 @@
+"""What `watch` knows of a run's checkpoints: how many are kept, and whether the newest is what was told of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from client.api import Trainyard
+from client.errors import Refused
+
+MODEL = "model.safetensors"
+LOOK_EVERY = 10
+"""Looks at the job between two at its checkpoints: old ones are removed a moment after a new one came."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """``count`` checkpoints with ``bytes`` of files. ``verified``: the manifest of ``step`` agrees with the record."""
+
+    step: int
+    count: int
+    bytes: int
+    verified: bool
+
+
+class Saves:
+    """Looks at the checkpoints when there is a new one, and now and then."""
+
+    def __init__(self, trainyard: Trainyard, job_id: str) -> None:
+        self._trainyard = trainyard
+        self._job_id = job_id
+        self._looks = 0
+        self._asked: int | None = None
+        self.kept: Kept | None = None
+
+    def look(self, newest: Mapping[str, Any] | None) -> Kept | None:
+        """What is kept, as far as the service says so; ``newest`` is the job's own word of its newest checkpoint."""
+        self._looks += 1
+        if newest and (self._asked != newest["step"] or self._looks % LOOK_EVERY == 0):
+            self._asked = newest["step"]
+            try:
+                self.kept = self._ask(newest)
+            except Refused:
+                self.kept = None  # Removed a moment ago, or a service that has no such answers.
+        return self.kept
+
+    def _ask(self, newest: Mapping[str, Any]) -> Kept | None:
+        found = self._trainyard.checkpoints(self._job_id)
+        if not found:
+            return None
+        step = newest["step"]
+        known = self.kept is not None and self.kept.step == step and self.kept.verified
+        verified = known or agrees(self._trainyard.manifest(self._job_id, step), newest)
+        return Kept(step, len(found), sum(one.get("bytes") or 0 for one in found), verified)
+
+
+def agrees(manifest: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
+    """Whether a manifest names the weights with the sha256 that was told of them, and no more bytes in all."""
+    files = manifest.get("files") or {}
+    total = sum(file["bytes"] for file in files.values())
+    return (
+        bool(files) and files.get(MODEL, {}).get("sha256") == told.get("sha256") and total <= (told.get("bytes") or 0)
+    )

@@ -1,0 +1,156 @@
+"""A real service with real ranks, by the page alone: submitted, watched, paused, left by its server, and compared."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Locator, Page, expect
+
+from benchmarks.corpus import write_docstrings
+from tests.browser.test_charts import drag, figure, zoomed
+from tests.story.served import RANKS, Served, until
+
+pytestmark = pytest.mark.slow
+
+NAME = "<script>document.title = 'taken'</script>"
+STEPS = 20_000
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "corpus.jsonl"
+    assert write_docstrings(file, 200) == 200
+    return file
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[Served]:
+    service = Served(tmp_path_factory.mktemp("home") / "home", [corpus.parent])
+    service.start()
+    yield service
+    service.stop()
+
+
+def spec(corpus: Path) -> dict[str, Any]:
+    """Small steps, and many: a watcher is slower than they are."""
+    return {
+        "name": NAME,
+        "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
+        "data": {"data_path": str(corpus), "max_seq_len": 32},
+        "training": {"max_steps": STEPS, "batch_size": 2, "accumulation_steps": 1, "learning_rate": 2e-3},
+        "checkpoint": {"save_interval": 100},
+        "reporting": {"log_interval": 5, "sample_prompts": ["Return the"]},
+        "resources": {"device": "cpu", "nproc_per_node": RANKS},
+    }
+
+
+def submitted(page: Page, served: Served, wanted: dict[str, Any]) -> str:
+    """By the page's form, as JSON; the id is in the address of the page that opens."""
+    page.goto(f"{served.url}/submit")
+    page.get_by_role("tab", name="JSON").click()
+    page.get_by_label("Job spec").fill(json.dumps(wanted))
+    return launched(page, "Submit")
+
+
+def launched(page: Page, verb: str) -> str:
+    """Pressed, and once more where the plan warns of something."""
+    page.get_by_role("button", name=re.compile(f"^{verb}")).click()
+    left = page.get_by_role("tab", name="overview")
+    warned = page.get_by_role("button", name=re.compile("in spite of"))
+    expect(left.or_(warned)).to_be_visible()
+    if warned.is_visible():
+        warned.click()
+    expect(left).to_be_visible()
+    return page.url.rsplit("/", 1)[1].partition("?")[0]
+
+
+def step_of(chart: Locator) -> int:
+    """How far the curve goes, as the chart says it."""
+    found = re.search(r" to ([\d,]+), now", chart.get_attribute("aria-label") or "")
+    return int(found.group(1).replace(",", "")) if found else 0
+
+
+def grown(chart: Locator, beyond: int) -> int:
+    """Waits until the curve goes on behind a step."""
+    until(lambda: step_of(chart) > beyond)
+    return step_of(chart)
+
+
+def test_a_run_from_its_submission_to_its_end_by_the_page_alone(served: Served, corpus: Path, page: Page) -> None:
+    broken: list[str] = []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    job_id = submitted(page, served, spec(corpus))
+    expect(page.get_by_role("heading", name=NAME)).to_be_visible()
+    assert "taken" not in page.title().removeprefix(NAME)
+    chart, status = figure(page, "Train loss"), page.locator(".who .status")
+    expect(status).to_contain_text("running")
+    at = grown(chart, grown(chart, 0))
+    expect(chart.locator(".nsewdrag").first).to_be_visible()
+    drag(page, chart, 0.2, 0.6)
+    page.wait_for_url(re.compile("zoom="))
+    before = zoomed(page)
+    expect(page.locator(".facts")).not_to_contain_text(re.compile(rf"Step ?{at:,} of"))
+    page.get_by_role("button", name="pause", exact=True).click()
+    expect(status).to_contain_text("paused")
+    assert zoomed(page) == before
+    chart.get_by_role("button", name="whole run").click()
+    paused_at = served.step(job_id)
+    grown(chart, at)
+    page.get_by_role("button", name="resume", exact=True).click()
+    expect(status).to_contain_text("running")
+    served.kill()
+    expect(page.locator("#away")).to_contain_text("runs go on without it")
+    kept = step_of(chart)
+    assert kept > 0
+    expect(status).to_contain_text("running")
+    served.start()
+    expect(page.locator("#away")).to_be_hidden()
+    assert grown(chart, max(kept, paused_at)) > paused_at
+    page.get_by_role("button", name="cancel", exact=True).click()
+    page.get_by_role("dialog").get_by_role("button", name="cancel").click()
+    expect(status).to_contain_text("cancelled")
+    page.get_by_role("tab", name="overview").click()
+    expect(page.get_by_role("region", name="Attempts").get_by_role("row")).to_have_count(3)
+    page.get_by_role("tab", name="logs").click()
+    expect(page.get_by_role("region", name="Log", exact=True)).to_contain_text("loss")
+    path = f"/jobs/{job_id}/metrics?max_points=1000&fields=tokens,grad_norm,at"
+    assert served.get(path).content == served.get(path).content
+    assert broken == []
+
+
+@pytest.mark.soak
+def test_a_checkpoint_is_downloaded_and_forked_and_the_two_are_compared(
+    served: Served, corpus: Path, page: Page
+) -> None:
+    wanted = {**spec(corpus), "name": "parent", "training": {**spec(corpus)["training"], "max_steps": 200}}
+    parent = served.submit(wanted)
+    served.wait(parent, "succeeded")
+    page.goto(f"{served.url}/jobs/{parent}?tab=checkpoints")
+    row = page.get_by_role("row", name=re.compile("^100 "))
+    with page.expect_download() as downloading:
+        row.get_by_role("button", name="Download").click()
+    saved = Path(downloading.value.path()).read_bytes()
+    listed = {one["step"]: one["sha256"] for one in served.get(f"/jobs/{parent}/checkpoints").json()["data"]}
+    assert hashlib.sha256(saved).hexdigest() == listed[100]
+    row.get_by_role("button", name="Fork from here").click()
+    page.get_by_label("learning_rate", exact=True).fill("4e-3")
+    child = launched(page, "Fork")
+    served.wait(child, "succeeded")
+    page.goto(f"{served.url}/compare?jobs={parent},{child}&x=step")
+    chart = figure(page, "Train loss")
+    expect(chart.locator(".scatterlayer .trace")).to_have_count(2)
+    drawn = chart.locator(".js-plotly-plot").first.evaluate("node => node.data.map(one => [one.uid, one.x, one.y])")
+    curves = {uid: dict(zip(xs, ys, strict=True)) for uid, xs, ys in drawn}
+    assert min(curves[child]) == min(curves[parent]), "a fork begins with its parent's curve"
+    assert [curves[child][step] for step in curves[parent] if step <= 100] == [
+        value for step, value in curves[parent].items() if step <= 100
+    ]
+    assert curves[child][200] != curves[parent][200]
+    expect(page.get_by_role("region", name="Differing settings")).to_contain_text("training.learning_rate")
