@@ -18,6 +18,7 @@ from worker.corpus import Corpus, open_corpus
 from worker.distributed import Ranks
 from worker.failure import Failure, StopAsked, not_saved
 from worker.lines import DataInvalid
+from worker.roots import check_roots
 from worker.rows import RowTable, Split
 from worker.tokenizers import Tokenizer, limit_threads, load
 
@@ -96,6 +97,8 @@ def _open(spec: JobSpec, run: RunDir, teller: _Teller) -> Material:
     cache = Path(os.environ.get(CACHE) or run.corpus_cache)
 
     def shards(path: str) -> Corpus:
+        # Of the second corpus too: the first one may have taken hours.
+        check_roots(spec, run)
         return open_corpus(
             Path(path),
             tokenizer,

@@ -77,6 +77,8 @@ def train(
     model = initial_model(spec.model, spec.training.seed, ranks.device)
     untrained = begin is None and spec.training.from_weight is None
     if begin is None and spec.training.from_weight is not None:
+        # Looked at again: the tokenization may have taken hours.
+        check_roots(spec, attempt.run)
         start_from(model, spec, products)
     trainee = build(model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks)
     progress, interval, rows_per_step, scored = _restored(begin, trainee, spec, ranks)

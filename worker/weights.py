@@ -60,18 +60,23 @@ def start_from(model: torch.nn.Module, spec: JobSpec, products: ProductDir) -> P
 
 def find_weights(spec: JobSpec, products: ProductDir) -> Path:
     """What ``from_weight`` means: a file or a Hugging Face directory, or MiniMind's name where weights are saved."""
-    wanted = str(spec.training.from_weight)
-    name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
-    folders = [products.out, products.path]
-    if spec.checkpoint.save_dir is not None:
-        folders.insert(0, Path(spec.checkpoint.save_dir))
-    candidates = [Path(wanted), *(folder / name for folder in folders)]
+    candidates = places_of_weights(spec, products)
     found = next((path for path in candidates if path.is_file() or is_directory_of_weights(path)), None)
     if found is None:
         looked = ", ".join(map(str, candidates))
         hint = "Give a .pth or .safetensors file, a Hugging Face directory, or a name as in save_weight."
         raise Failure(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {looked}", hint)
     return found
+
+
+def places_of_weights(spec: JobSpec, products: ProductDir) -> list[Path]:
+    """Where ``from_weight`` is looked for, in this order."""
+    wanted = str(spec.training.from_weight)
+    name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
+    folders = [products.out, products.path]
+    if spec.checkpoint.save_dir is not None:
+        folders.insert(0, Path(spec.checkpoint.save_dir))
+    return [Path(wanted), *(folder / name for folder in folders)]
 
 
 def mismatches(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:

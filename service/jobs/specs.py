@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.parsing import ParsedSpec, Problem, parse_spec
+from contract.roots import why_outside
 from contract.spec import JobSpec
 from contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
 from service.devices.inventory import Device, count, kind_for
@@ -188,13 +189,10 @@ class _Check:
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
         """Put the real path into ``paths``; else say why not."""
-        try:
-            path = Path(given).resolve()
-        except (OSError, RuntimeError, ValueError):
-            return "cannot be resolved"
-        if not any(path.is_relative_to(root) for root in roots):
-            return f"lies outside the directories that {setting} allows"
-        self.paths[leaf] = str(path)
+        trouble = why_outside(given, roots, content=leaf != "save_dir")
+        if trouble is not None:
+            return f"{trouble} the directories that {setting} allows"
+        self.paths[leaf] = str(Path(given).resolve())
         return None
 
 

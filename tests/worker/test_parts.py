@@ -216,13 +216,14 @@ def test_paths_outside_the_roots_are_refused(tmp_path: Path) -> None:
         check_roots(spec(data={"data_path": str(good)}), run, roots)
     check_roots(spec(data={"data_path": str(outside)}), run, {})
     (data / "link").symlink_to(outside)
+    inside = {"data": {"data_path": str(data / "c.jsonl")}}
     bad: list[tuple[str, dict[str, Any]]] = [
         ("data.data_path", {"data": {"data_path": str(data / "link" / "c.jsonl")}}),
         ("data.data_path", {"data": {"data_path": str(data / ".." / "outside" / "c")}}),
-        ("data.eval_data_path", {"data": {"data_path": str(data), "eval_data_path": str(outside)}}),
-        ("data.tokenizer_path", {"data": {"data_path": str(data), "tokenizer_path": str(outside)}}),
-        ("training.from_weight", {"data": {"data_path": str(data)}, "training": {"from_weight": str(outside / "w")}}),
-        ("checkpoint.save_dir", {"data": {"data_path": str(data)}, "checkpoint": {"save_dir": str(outside)}}),
+        ("data.eval_data_path", {"data": {"data_path": str(data / "c.jsonl"), "eval_data_path": str(outside)}}),
+        ("data.tokenizer_path", {"data": {"data_path": str(data / "c.jsonl"), "tokenizer_path": str(outside)}}),
+        ("training.from_weight", {**inside, "training": {"from_weight": str(outside / "w")}}),
+        ("checkpoint.save_dir", {**inside, "checkpoint": {"save_dir": str(outside)}}),
     ]
     for field, groups in bad:
         with pytest.raises(Failure, match=f"{field} lies outside"):
