@@ -17,6 +17,9 @@ from service.settings import Settings
 
 LARGEST_TOKENIZER_BYTES = 256 << 20
 LARGEST_VOCABULARY = 2**24
+FOLDERS = ("tokenizer_path", "from_weight")
+"""What may be a folder of files to be read."""
+
 WEIGHT_ENDINGS = (".pth", ".safetensors")
 
 Found = tuple[Problem, tuple[str, ...]]
@@ -189,7 +192,7 @@ class _Check:
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
         """Put the real path into ``paths``; else say why not."""
-        trouble = why_outside(given, roots, content=leaf != "save_dir")
+        trouble = why_outside(given, roots, content=leaf in FOLDERS)
         if trouble is not None:
             return f"{trouble} the directories that {setting} allows"
         self.paths[leaf] = str(Path(given).resolve())
