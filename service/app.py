@@ -35,6 +35,7 @@ from service.streams import routes as stream_routes
 from service.streams.pulse import Pulse
 from service.upkeep.corpora import CorpusShelf
 from service.upkeep.loop import Upkeep
+from service.upkeep.retention import Policy
 from service.web import Gate
 from service.webhooks import routes as webhook_routes
 from service.webhooks.courier import Courier
@@ -59,7 +60,7 @@ def build(
 
 def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
     """The ASGI application. ``ready`` is called once it works; ``scheduling`` False leaves the rounds to the caller."""
-    upkeep = Upkeep(services.scheduler, services.disks, corpora=CorpusShelf.of(services.settings))
+    upkeep = _upkeep(services)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -115,3 +116,9 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         app.include_router(routes.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
     return app
+
+
+def _upkeep(services: Services) -> Upkeep:
+    settings, telemetry = services.settings, services.telemetry
+    shelf, policy = CorpusShelf.of(settings), Policy.of(settings)
+    return Upkeep(services.scheduler, services.disks, corpora=shelf, policy=policy, count=telemetry.removes)

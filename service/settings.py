@@ -59,6 +59,9 @@ class Settings:
     webhook_networks: tuple[Network, ...] = ()
     launcher: str = LOCAL
     slurm: SlurmSetup | None = None
+    thin_metrics_days: int = 0
+    metrics_days: int = 0
+    events_days: int = 0
 
     @classmethod
     def read(
@@ -95,6 +98,9 @@ class Settings:
             corpus_days=_whole(environment, "TRAINYARD_CORPUS_DAYS", 30),
             corpus_bytes=_whole(environment, "TRAINYARD_CORPUS_BYTES", 0),
             webhook_networks=_networks(environment.get("TRAINYARD_WEBHOOK_NETWORKS")),
+            thin_metrics_days=_whole(environment, "TRAINYARD_THIN_METRICS_DAYS", 0),
+            metrics_days=_whole(environment, "TRAINYARD_METRICS_DAYS", 0),
+            events_days=_whole(environment, "TRAINYARD_EVENTS_DAYS", 0),
             log_level=_one_of(environment, "TRAINYARD_LOG_LEVEL", ("info", *LEVELS)),
             **_launchers(environment),
         )

@@ -2,6 +2,7 @@
 
 import threading
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -63,8 +64,17 @@ class Telemetry:
         )
     )
 
+    removed: Counter[str] = field(default_factory=Counter)
+    """Rows that retention took, by what they were."""
+
+    def removes(self, what: str, rows: int) -> None:
+        """Retention took so many."""
+        self.removed[what] += rows
+
     def lines(self) -> Iterator[str]:
         """All of them."""
+        taken = [((("what", what),), count) for what, count in sorted(self.removed.items())]
+        yield from counter("trainyard_retention_removed_total", "Rows of old jobs that were removed.", taken)
         yield from self.requests.lines()
         yield from self.lag.lines()
 

@@ -11,8 +11,12 @@ from service.scheduler.loop import Scheduler
 from service.upkeep import warnings
 from service.upkeep.corpora import CorpusShelf
 from service.upkeep.disks import Disk, DiskWatch, State
+from service.upkeep.retention import Policy, Retention
 
 ROUND_SECONDS = 10.0
+STEPS_A_ROUND = 50
+BREATH_SECONDS = 0.05
+"""Between two steps of retention: others who write have their turn."""
 
 log = logging.getLogger("trainyard")
 
@@ -26,11 +30,14 @@ class Upkeep:
         disks: DiskWatch,
         clock: Callable[[], datetime] = utc_now,
         corpora: CorpusShelf | None = None,
+        policy: Policy | None = None,
+        count: Callable[[str, int], None] = lambda _what, _rows: None,
     ) -> None:
         self._scheduler = scheduler
         self._disks = disks
         self._clock = clock
         self._corpora = corpora
+        self._retention = Retention(policy or Policy(), scheduler.reading, scheduler.writing, count)
         self._told: dict[str, State] = {}
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
@@ -52,6 +59,7 @@ class Upkeep:
             self._log(disk)
         if self._scheduler.leads:
             self._warn(disks)
+            self._retain()
         if self._corpora is not None:
             self._corpora.tidy_when_due()
 
@@ -69,6 +77,11 @@ class Upkeep:
         for job_id, disk in found:
             with self._scheduler.writing() as session:
                 warnings.tell(session, job_id, disk, self._clock())
+
+    def _retain(self) -> None:
+        for _ in range(STEPS_A_ROUND):
+            if not self._retention.step(self._clock()) or self._ending.wait(BREATH_SECONDS):
+                return
 
     def _run(self) -> None:
         while not self._ending.is_set():

@@ -1,0 +1,322 @@
+"""Retention: nothing unless asked, nothing of a job that may go on, and a curve that keeps its outline."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import func, insert, select
+from sqlalchemy.orm import Session
+
+from contract.status import Reason
+from service.jobs import store
+from service.metrics import sealing
+from service.scheduler.lease import Deposed
+from service.settings import Settings
+from service.tables import EventRow, JobRow, MetricRow, StretchRow
+from service.upkeep import retention
+from service.upkeep.retention import KEPT_BUCKETS, Line, Policy, Retention, doomed
+from tests.service.rig import Rig, path_of
+
+DAY = 86400.0
+
+
+class Keeper:
+    """Retention over a rig's database, with an hour hand of its own."""
+
+    def __init__(self, rig: Rig, **policy: int) -> None:
+        self.rig, self.now, self.removed = rig, 0.0, dict.fromkeys(("metrics", "events"), 0)
+        self.transactions = 0
+        self.retention = Retention(Policy(**policy), rig.database.read, self.writing, self.count, lambda: self.now)
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        self.transactions += 1
+        with self.rig.scheduler.writing() as session:
+            yield session
+
+    def count(self, what: str, rows: int) -> None:
+        self.removed[what] += rows
+
+    def whole_pass(self) -> int:
+        """Steps until all jobs were looked at; an hour later another pass may begin."""
+        steps = 0
+        while self.retention.step(self.rig.clock()):
+            steps += 1
+            assert steps < 1000
+        self.now += retention.PASS_SECONDS
+        return steps
+
+
+def long_run(rig: Rig, points: int, stride: int = 1, seed: int = 1) -> str:
+    """A job that ended, with so many points."""
+    dice = random.Random(seed)
+    job_id, attempt = rig.running(steps=points * stride)
+    same = {"job_id": job_id, "attempt": 1, "stitched": True, "epoch": 0.0, "learning_rate": 1e-3, "nonfinite": False}
+    rows = []
+    for number in range(1, points + 1):
+        loss = None if dice.random() < 0.01 else dice.uniform(1, 3) + (50 if number == points // 3 else 0)
+        own = {"step": number * stride, "seq": 10 + number, "loss": loss, "tokens": number, "at": rig.clock()}
+        rows.append({**same, **own, "eval_loss": 1.5 if number % 500 == 0 else None})
+    with rig.database.write() as session:
+        session.execute(insert(MetricRow), rows)
+        sealing.advance(session, store.lock(session, job_id), points * stride)
+    rig.exit(attempt, "completed", step=points * stride)
+    return job_id
+
+
+def counted(rig: Rig, table: Any, job_id: str) -> int:
+    with rig.database.read() as session:
+        return session.scalar(select(func.count()).select_from(table).where(table.job_id == job_id)) or 0
+
+
+def curve(rig: Rig, job_id: str, points: int) -> Any:
+    return rig.get(f"/jobs/{job_id}/metrics", max_points=points)
+
+
+def test_everything_is_kept_unless_asked(rig: Rig) -> None:
+    job_id = long_run(rig, 3000)
+    rig.clock.forward(1000 * DAY)
+    keeper = Keeper(rig)
+    assert keeper.whole_pass() == 0
+    assert counted(rig, MetricRow, job_id) == 3000
+    assert Policy.of(rig.settings).shortest == 0
+
+
+def test_a_thinned_curve_keeps_its_outline(any_rig: Rig) -> None:
+    rig = any_rig
+    job_id = long_run(rig, 6000)
+    before = {points: curve(rig, job_id, points) for points in (10, 90)}
+    keeper = Keeper(rig, thin_metrics=30)
+    rig.clock.forward(29 * DAY)
+    keeper.whole_pass()
+    assert keeper.removed["metrics"] == 0, "not old enough"
+    rig.clock.forward(2 * DAY)
+    keeper.whole_pass()
+    left = counted(rig, MetricRow, job_id)
+    assert keeper.removed["metrics"] == 6000 - left
+    assert 500 < left < 5 * KEPT_BUCKETS
+    for points, whole in before.items():
+        assert curve(rig, job_id, points) == whole, "wide rows come from the sums"
+    rows = rig.data(job_id, "metrics", limit=10_000)
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(steps)
+    assert steps[-1] == 6000
+    assert max(row["loss"] or 0 for row in rows) > 50, "a spike stays"
+    assert [row["step"] for row in rows if row["eval_loss"]] == list(range(500, 6001, 500))
+    again = Keeper(rig, thin_metrics=30)
+    again.whole_pass()
+    assert again.removed["metrics"] == 0, "it remembers what it did, also in the next service"
+
+
+def test_a_job_that_ran_again_is_thinned_again(rig: Rig) -> None:
+    job_id = long_run(rig, 3000)
+    with rig.database.write() as session:
+        job = store.lock(session, job_id)
+        job.facts = {**job.facts, retention.THINNED: "of an earlier end"}
+    rig.clock.forward(31 * DAY)
+    keeper = Keeper(rig, thin_metrics=30)
+    keeper.whole_pass()
+    assert keeper.removed["metrics"] > 0
+
+
+def test_short_curves_are_left_alone(rig: Rig) -> None:
+    job_id = long_run(rig, 300, stride=10)
+    rig.clock.forward(31 * DAY)
+    keeper = Keeper(rig, thin_metrics=30)
+    keeper.whole_pass()
+    assert counted(rig, MetricRow, job_id) >= 290
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_thinned_out_of_a_stretch(seed: int) -> None:
+    dice = random.Random(seed)
+    lines = [
+        Line(1, n, n, True, None if dice.random() < 0.2 else dice.random(), 1.0 if dice.random() < 0.05 else None)
+        for n in range(1, 400)
+    ]
+    gone = set(doomed(lines, 64))
+    left = [line for line in lines if line not in gone]
+    for bucket in range(400 // 64 + 1):
+        whole, kept = ([line for line in some if line.step // 64 == bucket] for some in (lines, left))
+        losses, kept_losses = ([line.loss for line in some if line.loss is not None] for some in (whole, kept))
+        assert kept[-1] == whole[-1]
+        assert (min(kept_losses), max(kept_losses)) == (min(losses), max(losses))
+        assert any(line.loss is None for line in kept) == any(line.loss is None for line in whole)
+    assert [line for line in left if line.eval_loss] == [line for line in lines if line.eval_loss]
+    assert len(left) < 60
+
+
+def test_thinning_in_many_small_steps_is_thinning_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = [long_run(rig, 3000), long_run(rig, 3000)]
+    rig.clock.forward(31 * DAY)
+    with rig.database.write() as session:
+        session.execute(insert(MetricRow), _second_attempt(session, ids[0]))
+        session.execute(insert(MetricRow), _second_attempt(session, ids[1]))
+        store.lock(session, ids[1]).facts = {retention.THINNED: "later"}
+    monkeypatch.setattr(retention, "ROWS", 100_000)
+    whole = Keeper(rig, thin_metrics=30)
+    whole.retention._next = lambda now: None if whole.removed["metrics"] else (1, ids[0])  # type: ignore[method-assign]
+    whole.whole_pass()
+    monkeypatch.setattr(retention, "ROWS", 90)
+    small = Keeper(rig, thin_metrics=30)
+    assert small.whole_pass() > 20
+    assert left(rig, ids[0]) == left(rig, ids[1])
+    assert {attempt for attempt, _ in left(rig, ids[0])} == {1, 2}
+
+
+def _second_attempt(session: Session, job_id: str) -> list[dict[str, Any]]:
+    """Points that do not count, of an attempt that was gone over."""
+    columns = [column.name for column in MetricRow.__table__.columns]
+    found = session.scalars(select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.step <= 1500))
+    return [{**{name: getattr(row, name) for name in columns}, "attempt": 2, "stitched": False} for row in found]
+
+
+def left(rig: Rig, job_id: str) -> list[tuple[int, int]]:
+    query = select(MetricRow.attempt, MetricRow.seq).where(MetricRow.job_id == job_id)
+    with rig.database.read() as session:
+        return [(row.attempt, row.seq) for row in session.execute(query.order_by(MetricRow.attempt, MetricRow.seq))]
+
+
+def test_curves_go_altogether_and_the_job_stays(any_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "ROWS", 1000)
+    rig = any_rig
+    job_id, other = long_run(rig, 3500), long_run(rig, 200)
+    before = rig.job(job_id)
+    rig.clock.forward(91 * DAY)
+    late = long_run(rig, 200)
+    with rig.database.write() as session:
+        store.lock(session, late).finished_at = rig.clock()
+    keeper = Keeper(rig, metrics=90, thin_metrics=30)
+    keeper.whole_pass()
+    assert [counted(rig, MetricRow, each) for each in (job_id, other, late)] == [0, 0, 200]
+    assert counted(rig, StretchRow, job_id) == 0
+    assert keeper.removed["metrics"] == 3700
+    assert keeper.transactions >= 4, "no transaction is long"
+    assert rig.data(job_id, "metrics") == []
+    assert curve(rig, job_id, 100)["data"] == []
+    assert rig.job(job_id)["progress"] == before["progress"]
+
+
+def test_events_go_and_the_path_and_who_asked_stay(any_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "ROWS", 5)
+    rig = any_rig
+    job_id, attempt = rig.running()
+    for step in range(1, 21):
+        attempt.say("warning", code="spike", message=f"at {step}", step=step)
+    rig.client.patch(f"/jobs/{job_id}", json={"labels": {"a": "b"}})
+    rig.exit(attempt, "failed", Reason.DIVERGED, step=20)
+    before = rig.data(job_id, "events", limit=100)
+    rig.clock.forward(11 * DAY)
+    keeper = Keeper(rig, events=10)
+    keeper.whole_pass()
+    after = rig.data(job_id, "events", limit=100)
+    assert len(before) - len(after) == keeper.removed["events"] > 20
+    assert [e["kind"] for e in after if e["kind"] == "warning"] == []
+    assert path_of(after) == path_of(before)
+    assert after[0]["kind"] == "created"
+    assert [e for e in after if e["actor"] not in retention.OWN_ACTORS] == [
+        e for e in before if e["actor"] not in retention.OWN_ACTORS
+    ]
+    assert counted(rig, MetricRow, job_id) == 0
+
+
+def test_jobs_that_may_go_on_keep_all(any_rig: Rig) -> None:
+    rig = any_rig
+    running, attempt = rig.running()
+    attempt.metric(1)
+    rig.ship(attempt)
+    paused, other = rig.running()
+    other.metric(1)
+    rig.ship(other)
+    rig.act(paused, "pause")
+    rig.exit(other, "stopped", step=1)
+    rig.clock.forward(1000 * DAY)
+    events = {job_id: rig.data(job_id, "events") for job_id in (running, paused)}
+    keeper = Keeper(rig, metrics=1, events=1, thin_metrics=1)
+    keeper.whole_pass()
+    assert keeper.removed == {"metrics": 0, "events": 0}
+    assert {job_id: rig.data(job_id, "events") for job_id in (running, paused)} == events
+
+
+def test_a_job_that_is_resumed_or_deleted_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id = long_run(rig, 100)
+    gone = long_run(rig, 100)
+    rig.clock.forward(91 * DAY)
+    keeper = Keeper(rig, metrics=90)
+    with rig.database.read() as session:
+        numbers = dict(session.execute(select(JobRow.id, JobRow.number)).all())
+    assert rig.client.delete(f"/jobs/{gone}").status_code == 204
+    assert keeper.retention._work(gone, rig.clock()) is False
+    with rig.database.write() as session:
+        store.lock(session, job_id).finished_at = None
+    monkeypatch.setattr(keeper.retention, "_next", lambda _: None if keeper.transactions else (numbers[job_id], job_id))
+    keeper.whole_pass()
+    assert keeper.removed["metrics"] == 0
+
+
+def test_a_thinned_job_goes_on_where_it_failed(rig: Rig) -> None:
+    """Its sums are made again from where it goes on; the curve has each step once, and no gap behind that."""
+    job_id, attempt = rig.running(steps=6000)
+    for step in range(1, 3001):
+        attempt.metric(step)
+    rig.checkpoint(job_id, attempt, 2500)
+    rig.exit(attempt, "failed", Reason.DIVERGED, step=3000)
+    rig.clock.forward(31 * DAY)
+    keeper = Keeper(rig, thin_metrics=30)
+    keeper.whole_pass()
+    assert keeper.removed["metrics"] > 0
+    rig.act(job_id, "resume")
+    following = rig.next_attempt(job_id, 2, start_step=2500, steps=6000)
+    for step in range(2501, 6001):
+        following.metric(step)
+    rig.ship(following)
+    steps = [row["step"] for row in rig.data(job_id, "metrics", limit=10_000)]
+    assert steps == sorted(set(steps))
+    assert steps[-3500:] == list(range(2501, 6001))
+    rows = curve(rig, job_id, 100)["data"]
+    assert sum(row["count"] for row in rows) > 5900, "what is summed up still counts"
+
+
+def test_only_the_service_that_schedules_removes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from service.upkeep.loop import Upkeep
+
+    job_id = long_run(rig, 100)
+    rig.clock.forward(91 * DAY)
+    services = rig.app.state.services
+    upkeep = Upkeep(
+        rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.telemetry.removes
+    )
+    monkeypatch.setattr(rig.scheduler, "_wanted", False)
+    upkeep.round()
+    assert counted(rig, MetricRow, job_id) == 100
+    monkeypatch.setattr(rig.scheduler, "_wanted", True)
+    upkeep.round()
+    assert counted(rig, MetricRow, job_id) == 0
+    assert 'trainyard_retention_removed_total{what="metrics"} 100' in rig.client.get("/metrics").text
+
+
+def test_one_that_is_deposed_removes_nothing(any_rig: Rig) -> None:
+    job_id = long_run(any_rig, 100)
+    any_rig.clock.forward(91 * DAY)
+
+    @contextmanager
+    def refused() -> Iterator[Session]:
+        with any_rig.database.write() as session:
+            yield session
+            raise Deposed()
+
+    removal = Retention(Policy(metrics=90, events=1), any_rig.database.read, refused, lambda _what, _rows: None)
+    with pytest.raises(Deposed):
+        removal.step(any_rig.clock())
+    assert counted(any_rig, MetricRow, job_id) == 100
+    assert counted(any_rig, EventRow, job_id) > 3
+
+
+def test_the_settings() -> None:
+    given = {"TRAINYARD_THIN_METRICS_DAYS": "30", "TRAINYARD_METRICS_DAYS": "365", "TRAINYARD_EVENTS_DAYS": "90"}
+    policy = Policy.of(Settings.read(given))
+    assert (policy.thin_metrics, policy.metrics, policy.events, policy.shortest) == (30, 365, 90, 30)
+    assert timedelta(days=policy.shortest).total_seconds() == 30 * DAY
