@@ -4,13 +4,14 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benchmarks import corpus_speed, launch, padding, reporting, saving, scheduler, trainer
+from benchmarks import corpus_speed, launch, optimizers, padding, reporting, saving, scheduler, trainer
 from benchmarks.load import __main__ as load
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "corpus_speed": corpus_speed.main,
     "launch": launch.main,
     "load": load.main,
+    "optimizers": optimizers.main,
     "padding": padding.main,
     "reporting": reporting.main,
     "saving": saving.main,

@@ -1,0 +1,163 @@
+"""Disks that are really full, read-only, closed or limited: a failed save is told, and nothing before it is lost."""
+
+import ctypes
+import os
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from contract.events import CheckpointSaved, Warned
+from tests.nobody import NOBODY
+from tests.worker import driver
+from tests.worker.test_saving import Bench, train_on
+from worker import checkpoint, saving
+
+CLONE_NEWNS = 0x20000
+
+
+def mounts() -> bool:
+    """Whether a process of ours may mount something that nobody else sees."""
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+needs_mounts = pytest.mark.skipif(not mounts(), reason="may not mount here")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody")
+
+
+def of_its_own(work: Callable[[Path], None], path: Path) -> None:
+    """Run ``work`` in a process of its own, whose mounts, limits and user end with it."""
+    log = path / "printed"
+    process = driver.SERVER.Process(target=in_child, args=(work, path, log))
+    process.start()
+    process.join(driver.DEADLINE)
+    assert process.exitcode == 0, log.read_text()
+
+
+def in_child(work: Callable[[Path], None], path: Path, log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    with mock.patch.object(saving, "RETRY_SECONDS", 0.0):
+        work(path)
+
+
+def mount(path: Path, *options: str) -> None:
+    subprocess.run(["mount", *options, str(path)], check=True)
+
+
+def own_disk(path: Path) -> Path:
+    """A file system that this process alone sees."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS) != 0:
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    disk = path / "disk"
+    disk.mkdir()
+    mount(disk, "-t", "tmpfs", "-o", "size=16m", "none")
+    return disk
+
+
+def begun(path: Path) -> Bench:
+    """Step 1 is saved and training goes on."""
+    bench = Bench(path, keep_last=5)
+    train_on(bench.trainee)
+    bench.save(1)
+    return bench
+
+
+def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
+    """The save of ``step`` failed: it is told once, the first is whole, nothing half is left, and training goes on."""
+    bench.save(step)
+    (warning,) = bench.of(Warned)
+    assert (warning.code, warning.step) == ("save_failed", step)
+    assert why in warning.message
+    assert warning.message.endswith("; training goes on")
+    assert [event.step for event in bench.of(CheckpointSaved)] == [1]
+    assert checkpoint.find_damage(bench.products.checkpoint(1)) is None
+    assert [path.name for path in bench.products.checkpoints.iterdir()] == ["step-00000001"]
+    train_on(bench.trainee)
+
+
+def require_the_next_works(bench: Bench, step: int) -> None:
+    bench.save(step, must=True)
+    assert [event.step for event in bench.of(CheckpointSaved)] == [1, step]
+    assert len(bench.of(Warned)) == 1
+    for saved in (1, step):
+        assert checkpoint.find_damage(bench.products.checkpoint(saved)) is None
+
+
+def full(path: Path) -> None:
+    disk = own_disk(path)
+    bench = begun(disk)
+    held = os.statvfs(disk)
+    used = (held.f_blocks - held.f_bfree) * held.f_frsize
+    # Room for a model more, and for half of an optimizer's state.
+    mount(disk, "-o", f"remount,size={used + used // 2}")
+    require_told_and_kept(bench, 2, "No space left on device")
+    mount(disk, "-o", "remount,size=16m")
+    require_the_next_works(bench, 3)
+
+
+def read_only(path: Path) -> None:
+    disk = own_disk(path)
+    bench = begun(disk)
+    mount(disk, "-o", "remount,ro")
+    require_told_and_kept(bench, 2, "Read-only file system")
+    mount(disk, "-o", "remount,rw")
+    require_the_next_works(bench, 3)
+
+
+def limited(path: Path) -> None:
+    bench = begun(path / "disk")
+    size = (bench.products.checkpoint(1) / "optimizer.safetensors").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, resource.RLIM_INFINITY))
+    require_told_and_kept(bench, 2, "File too large")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    require_the_next_works(bench, 3)
+
+
+def closed(path: Path) -> None:
+    bench = begun(path / "disk")
+    for parent in (path, *path.parents[:2]):
+        parent.chmod(0o755)
+    os.seteuid(NOBODY)
+    require_told_and_kept(bench, 2, "Permission denied")
+    os.seteuid(0)
+    require_the_next_works(bench, 3)
+
+
+def gone(path: Path) -> None:
+    """Somebody deletes everything: what was saved is lost, what comes is saved."""
+    bench = begun(path / "disk")
+    shutil.rmtree(path / "disk")
+    bench.save(2)
+    assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
+    assert checkpoint.find_damage(bench.products.checkpoint(2)) is None
+
+
+@needs_mounts
+def test_a_full_disk(tmp_path: Path) -> None:
+    of_its_own(full, tmp_path)
+
+
+@needs_mounts
+def test_a_disk_that_became_read_only(tmp_path: Path) -> None:
+    of_its_own(read_only, tmp_path)
+
+
+def test_a_limit_on_files(tmp_path: Path) -> None:
+    of_its_own(limited, tmp_path)
+
+
+@needs_root
+def test_a_directory_that_was_closed(tmp_path: Path) -> None:
+    of_its_own(closed, tmp_path)
+
+
+def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+    of_its_own(gone, tmp_path)
