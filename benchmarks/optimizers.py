@@ -27,7 +27,7 @@ from worker.material import Material, prepare
 from worker.schedule import LearningRate
 from worker.trainee import Trainee, build, initial_model
 
-STEPS, ROWS, LENGTH = 200, 8, 256
+STEPS, ROWS, LENGTH, DOCUMENTS = 200, 8, 256, 100_000
 SHAPE = ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (1e-2, 2e-2, 4e-2)}
 """Each optimizer is held against the other at the best of its own."""
@@ -94,7 +94,7 @@ def measured() -> list[Learner]:
 
 def docstrings(folder: Path, ranks: Ranks) -> Material:
     """All docstrings of the standard library, a twentieth of them held out."""
-    write_docstrings(folder / "corpus.jsonl", 100_000)
+    write_docstrings(folder / "corpus.jsonl", DOCUMENTS)
     data = {"data_path": str(folder / "corpus.jsonl"), "max_seq_len": LENGTH, "eval_fraction": 0.05}
     return prepare(JobSpec.model_validate({"data": data, "model": SHAPE}), RunDir(folder), ranks, ignore, lambda: False)
 

@@ -1,7 +1,10 @@
 """How much memory and disk there is on this host."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+
+from service.devices.inventory import Device
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -11,6 +14,15 @@ def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP_LIMIT) -> int | N
     """Bytes that processes here may have: the machine's, or its container's where that is less."""
     found = [size for size in (_total(meminfo), _whole(cgroup)) if size is not None]
     return min(found, default=None)
+
+
+def limit_for(kind: str, devices: Sequence[Device]) -> int | None:
+    """Bytes that a run on this kind of device may have: all ranks of it on a CPU, each on a GPU. None: not known."""
+    if kind == "cpu":
+        return host_memory()
+    return min(
+        (each.memory_bytes for each in devices if kind in (each.kind, each.id) and each.memory_bytes), default=None
+    )
 
 
 def disk_free(path: Path) -> int | None:

@@ -3,14 +3,16 @@
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from contract.parsing import ParsedSpec, Problem, parse_spec
 from contract.roots import why_outside
 from contract.spec import JobSpec
 from contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
+from model.arithmetic import memory_bytes
 from service.devices.inventory import Device, count, kind_for
+from service.devices.memory import limit_for
 from service.errors import SpecInvalid, with_problems
 from service.launch.slurm import SLURM, device_on_nodes
 from service.settings import Settings
@@ -72,6 +74,7 @@ class _Check:
             *self._save_dir(),
             *self._launcher(),
             *self._devices(),
+            *self._memory(),
         ]
         return [problem for problem, involved in found if self.parsed.trusts(*involved, *map(_group, involved))]
 
@@ -185,6 +188,25 @@ class _Check:
             what = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, "device of that name")
             message = f"must be at most {have}: this host has {have} {what}"
             yield Problem("/resources/nproc_per_node", message), ("/resources/nproc_per_node", "/resources/device")
+
+    def _memory(self) -> Iterator[Found]:
+        """Only what no other batch would change; all else is an estimate, and for the plan to warn of."""
+        resources, kind = self.spec.resources, kind_for(self.spec.resources.device, self.host.devices)
+        limit = limit_for(kind, self.host.devices)
+        size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
+        if self.elsewhere or limit is None or not size:
+            return
+        model, optimizer = replace(self.spec.model, vocab_size=size), self.spec.training.optimizer
+        least = memory_bytes(model, batch_size=1, seq_len=1, dtype="float32", optimizer=optimizer)
+        alone = least.weights + least.gradients + least.optimizer
+        needed = alone * (resources.nproc_per_node if kind == "cpu" else 1)
+        if needed > limit:
+            whose = "this host" if kind == "cpu" else "the device"
+            message = (
+                f"needs {needed / 1e9:,.1f} GB for weights, gradients and the optimizer alone, and {whose} has "
+                f"{limit / 1e9:,.1f} GB: take a smaller model"
+            )
+            yield Problem("/model", message), ("/model", "/resources/nproc_per_node", "/resources/device")
 
     def _below_roots(self, leaf: str, given: str) -> str | None:
         settings = self.host.settings

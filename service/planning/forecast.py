@@ -7,7 +7,7 @@ from typing import Any
 
 from contract.spec import JobSpec
 from service.devices.inventory import Device, count
-from service.devices.memory import disk_free, host_memory
+from service.devices.memory import disk_free, limit_for
 from service.jobs.facts import known_at_submit
 from service.launch.slurm import SLURM
 from service.planning.estimate import Size, size_of
@@ -75,16 +75,11 @@ def _sizes(size: Size | None, facts: dict[str, Any], pace: Pace | None) -> dict[
 def _surroundings(
     spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], home: Path
 ) -> Surroundings:
-    if spec.resources.launcher == SLURM:
-        limit = None
-    elif kind == "cpu":
-        limit = host_memory()
-    else:
-        limit = min((d.memory_bytes for d in devices if kind in (d.kind, d.id) and d.memory_bytes), default=None)
+    away = spec.resources.launcher == SLURM
     return Surroundings(
         kind=kind,
         memory_needed=sum(facts["memory_bytes"].values()),
-        memory_limit=limit,
+        memory_limit=None if away else limit_for(kind, devices),
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
         snapshot=facts["snapshot_bytes"],

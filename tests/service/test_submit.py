@@ -1,6 +1,8 @@
 """POST /jobs: every mistake at once, each launched once, nothing echoed."""
 
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,29 @@ def test_devices_that_are_not_there(rig: Rig, make_rig: MakeRig, sqlite_url: str
     named = two.spec(resources={"device": "cuda:1", "nproc_per_node": 2})
     assert list(mistakes(two, named)) == ["/resources/nproc_per_node"]
     two.close()
+
+
+def test_more_memory_than_there_is(rig: Rig, make_rig: MakeRig, sqlite_url: str) -> None:
+    """Refused where no batch would help; a run that merely may not fit is for the plan to warn of."""
+    huge = {"hidden_size": 65536, "num_hidden_layers": 200, "num_attention_heads": 64, "num_key_value_heads": 8}
+    found = mistakes(rig, rig.spec(model=huge, training={"learning_rate": -1}))
+    assert list(found) == ["/training/learning_rate", "/model"], "all at once"
+    assert re.fullmatch(
+        r"needs 1\d\d,\d{3}\.\d GB for weights, gradients and the optimizer alone, and this host has [\d,.]+ GB: "
+        r"take a smaller model",
+        found["/model"],
+    )
+    device = replace(gpus(1)[0], memory_bytes=10**9)
+    small = make_rig(sqlite_url, devices=(device,))
+    assert small.client.post("/jobs", json=small.spec()).status_code == 201
+    large = small.spec(model={"hidden_size": 1024, "num_hidden_layers": 16})
+    assert "and the device has 1.0 GB" in mistakes(small, large)["/model"]
+    # Muon remembers half as much: what AdamW has no room for may fit.
+    between = small.spec(model={"hidden_size": 768, "num_hidden_layers": 9})
+    assert list(mistakes(small, between)) == ["/model"]
+    between["training"] = {"optimizer": "muon"}
+    assert small.client.post("/jobs", json=between).status_code == 201
+    small.close()
 
 
 def test_corpora_that_are_none(rig: Rig) -> None:

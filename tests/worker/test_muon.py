@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import optimizers
 from contract.rundir import RunDir
 from contract.spec import JobSpec
+from model.config import ModelConfig
 from tests.worker import driver
 from worker import trainee
 from worker.distributed import Ranks
@@ -48,3 +51,29 @@ def test_a_resumed_run_is_the_untouched_one(tmp_path: Path) -> None:
     training = described.training.model_copy(update={"optimizer": "adamw"})
     with pytest.raises(Failure, match="was trained with muon"):
         trainee.build(model, training, 0.0, ranks).load(files[1])
+
+
+@pytest.mark.slow
+def test_the_bench_holds_both_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, and with few steps: what is measured is real, what it comes to is the long form's to say."""
+    shape = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    sizes = {"STEPS": 6, "ROWS": 2, "LENGTH": 32, "WINDOW": 2, "SHAPE": shape, "DOCUMENTS": 40}
+    for name, value in {**sizes, "RATES": {"adamw": (1e-5,), "muon": (1e-2,)}}.items():
+        monkeypatch.setattr(optimizers, name, value)
+    adamw, muon = optimizers.measured()
+    assert [len(each.losses) for each in (adamw, muon)] == [6, 6]
+    assert adamw.losses[0] == muon.losses[0], "the same weights and rows"
+    assert muon.held_out < adamw.held_out < 6
+    lines = optimizers.table([adamw, muon])
+    assert lines[2].startswith("| adamw | 1e-05 | 5.")
+    assert "Muon comes to 5." in lines[-1]
+    drawn = ElementTree.fromstring(optimizers.drawn([adamw, muon]))
+    assert len([part for part in drawn if part.tag.endswith("polyline")]) == 2
+
+
+def test_a_learner_reaches_a_loss_with_the_mean_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "WINDOW", 2)
+    made = optimizers.Learner("muon", 1.0, None, None, [4.0, 2.0, 0.0, 0.0], [1.0, 3.0, 2.0, 2.0])  # type: ignore[arg-type]
+    assert made.smooth == [4.0, 3.0, 1.0, 0.0]
+    assert made.clock == [2.0, 4.0, 6.0, 8.0]
+    assert [made.reaches(loss) for loss in (9.0, 3.0, 2.0, 1.0, -1.0)] == [2, 2, 3, 3, None]
