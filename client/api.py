@@ -22,6 +22,7 @@ from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain
 from client.exits import at_rest
 from client.shapes import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
 from client.streams import StreamEvent
+from client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100
@@ -38,7 +39,8 @@ class Trainyard:
         patience: how long a call whose answer was lost is tried again, where that is safe.
         transport: stands in for the network in tests.
 
-    Every method raises `ServiceUnreachable` where nothing answers and `Refused` where the service says no.
+    Every method raises `ServiceUnreachable` where nothing answers and `Refused` where the service says no. The routes
+    of webhooks are methods of ``webhooks``.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Trainyard:
         self.url = (url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL).rstrip("/")
         token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
         self._connection = Connection(self.url, token, timeout, patience or Patience(), transport)
+        self.webhooks = Webhooks(self._connection, self._pages)
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,9 @@ OWN_SUBMIT_FLAGS = frozenset(
 )
 
 
+_RULES = "nonfinite, no_progress=MINUTES, plateau=STEPS, eval_loss_below=VALUE; may be repeated"
+
+
 class Parser(argparse.ArgumentParser):
     """Whole option names only: an abbreviation would change its meaning with the next option that is added."""
 
@@ -39,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_following(commands)
     _add_acting(commands)
     _add_tokens(commands.add_parser("token", help="named tokens of the service, for admins"))
+    _add_webhooks(commands.add_parser("webhook", help="who is told of jobs, and whether it arrived"))
     return parser
 
 
@@ -153,6 +157,40 @@ def _add_tokens(parser: argparse.ArgumentParser) -> None:
     rotate.add_argument("--overlap", default="0", metavar="TIME", help="the old one stays good for so long: 1h, 2d (0)")
     _add_expiry(rotate)
     _add_token(tokens, "revoke", "let nobody in by a token any more")
+
+
+def _add_webhooks(parser: argparse.ArgumentParser) -> None:
+    names = "create|list|show|deliveries|test|redeliver|rotate|enable|disable|delete"
+    webhooks = parser.add_subparsers(metavar=names, required=True)
+    create = _add_remote(webhooks, "create", "client.hooking:create", "send events; prints the secret, once", job=False)
+    create.add_argument("to", metavar="URL", help="where to: http or https")
+    create.add_argument(
+        "--event", action="append", metavar="TYPE", help="job.failed, ..., or * (every change of status)"
+    )
+    create.add_argument("--rule", action="append", metavar="RULE", default=[], help=_RULES)
+    create.add_argument("--label", action="append", metavar="K=V", default=[], help="only of jobs with this label")
+    create.add_argument("--job", metavar="JOB", help="only of this job: its id, or a name that only one job has")
+    create.add_argument("--description", help="for people")
+    _add_remote(webhooks, "list", "client.hooking:list_webhooks", "all of them, newest first", job=False)
+    _add_webhook(webhooks, "show", "one of them")
+    sent = _add_webhook(webhooks, "deliveries", "what was sent and what waits, newest first")
+    sent.add_argument("--state", choices=("pending", "delivered", "failed"), help="only those")
+    sent.add_argument("--limit", type=int, default=20, help="at most so many (20)")
+    test = _add_webhook(webhooks, "test", "send webhook.test, and say what came of it")
+    test.add_argument("--timeout", type=float, metavar="SECONDS", default=20.0, help="wait no longer (20)")
+    again = _add_webhook(webhooks, "redeliver", "send one once more, under the same event id")
+    again.add_argument("delivery", metavar="DELIVERY", help="its id: `trainyard webhook deliveries` lists them")
+    _add_webhook(webhooks, "rotate", "another secret, printed once; for a day both sign")
+    _add_webhook(webhooks, "enable", "switch it on, anew")
+    _add_webhook(webhooks, "disable", "switch it off")
+    gone = _add_webhook(webhooks, "delete", "remove it, with its log")
+    gone.add_argument("-y", "--yes", action="store_true", help="do not ask")
+
+
+def _add_webhook(webhooks: Any, name: str, explained: str) -> argparse.ArgumentParser:
+    parser = _add_remote(webhooks, name, f"client.hooking:{name}", explained, job=False)
+    parser.add_argument("webhook", metavar="WEBHOOK", help="its id")
+    return parser
 
 
 def _add_token(tokens: Any, name: str, explained: str) -> argparse.ArgumentParser:

@@ -3,7 +3,7 @@
 Keys the service adds later are simply there. Times are RFC 3339 UTC strings, sizes bytes, durations seconds.
 """
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class ErrorCard(TypedDict, total=False):
@@ -195,3 +195,45 @@ class Version(TypedDict, total=False):
 
     name: str
     version: str
+
+
+class Webhook(TypedDict):
+    """Who is told of jobs. ``secret`` is there only where it is new."""
+
+    object: str
+    id: str
+    url: str
+    description: str
+    events: list[str]
+    labels: dict[str, str]
+    job_id: str | None
+    rules: list[dict[str, Any]]
+    enabled: bool
+    disabled_reason: str | None
+    failures: int
+    failing_since: str | None
+    retry_at: str | None
+    succeeded_at: str | None
+    old_secret_until: str | None
+    created_at: str
+    updated_at: str
+    secret: NotRequired[str]
+
+
+class Delivery(TypedDict):
+    """One event on its way to one receiver; ``tries`` have ``at, status, seconds, error, response``."""
+
+    object: str
+    id: str
+    webhook_id: str
+    event_id: str
+    type: str
+    job_id: str | None
+    state: str
+    attempts: int
+    tries: list[dict[str, Any]]
+    next_attempt_at: str | None
+    redelivers: str | None
+    created_at: str
+    ended_at: str | None
+    payload: NotRequired[dict[str, Any]]

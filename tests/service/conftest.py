@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from sqlalchemy import text
 
+from client import api, cli
+from client.connection import Connection, Patience
 from service.db import Database
 from service.tables import Table
+from tests.client.fake_service import console, written
 from tests.service.rig import Rig
 
 MakeRig = Callable[..., Rig]
+Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -121,3 +126,31 @@ def any_rig(make_rig: MakeRig, any_url: str) -> Iterator[Rig]:
     made = make_rig(any_url)
     yield made
     made.close()
+
+
+@pytest.fixture
+def command(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command, connected to the rig: ``command("token", "list")`` -> (exit code, stdout, stderr)."""
+
+    def answered(request: httpx2.Request) -> httpx2.Response:
+        answer = rig.client.request(
+            request.method, str(request.url), content=request.content, headers=list(request.headers.multi_items())
+        )
+        return httpx2.Response(answer.status_code, headers=answer.headers, content=answer.content)
+
+    def connected(url: str, token: str | None, timeout: float, *_: object) -> Connection:
+        return Connection(url, token, timeout, Patience(seconds=0), httpx2.MockTransport(answered))
+
+    monkeypatch.setattr(api, "Connection", connected)
+    for name in ("TRAINYARD_TOKEN", "TRAINYARD_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        to = console()
+        try:
+            code = int(cli.main(list(arguments), to))
+        except SystemExit as error:
+            code = int(str(error.code))
+        return (code, *written(to))
+
+    return run
