@@ -308,6 +308,7 @@ class LeasedDevice(Shape):
     model: str | None = None
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
+    temperature_celsius: int | None = None
     job_id: str | None
     attempt_id: str | None
     processes: list[int] = []

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pynvml
 
@@ -26,6 +26,7 @@ class Device:
     model: str | None = None
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
+    temperature_celsius: int | None = None
     processes: tuple[int, ...] = ()
     strangers: tuple[int, ...] = ()
 
@@ -111,9 +112,18 @@ def _cuda_device(index: int) -> Device:
         model=str(pynvml.nvmlDeviceGetName(handle)),
         memory_bytes=int(memory.total),
         memory_used_bytes=int(memory.used),
+        temperature_celsius=_temperature(handle),
         processes=running,
         strangers=tuple(pid for pid in running if not _is_ours(pid)),
     )
+
+
+def _temperature(handle: Any) -> int | None:
+    """Of the chip, in degrees Celsius; None where the driver does not tell."""
+    try:
+        return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+    except pynvml.NVMLError:
+        return None
 
 
 def _is_ours(pid: int) -> bool:

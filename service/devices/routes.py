@@ -30,6 +30,7 @@ def devices(services: ServicesNeeded) -> Page[LeasedDevice]:
             model=device.model,
             memory_bytes=device.memory_bytes,
             memory_used_bytes=device.memory_used_bytes,
+            temperature_celsius=device.temperature_celsius,
             job_id=leases[device.id].job_id if device.id in leases else None,
             attempt_id=leases[device.id].attempt_id if device.id in leases else None,
             processes=list(device.strangers),

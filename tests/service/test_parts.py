@@ -171,6 +171,7 @@ class FakeNvml:
     """Two cards; a stranger on the second."""
 
     NVMLError = pynvml.NVMLError
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
     asked = 0
 
     def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
@@ -185,6 +186,12 @@ class FakeNvml:
 
     def nvmlDeviceGetMemoryInfo(self, _: int) -> Any:  # noqa: N802
         return SimpleNamespace(total=80 << 30, used=1 << 30)
+
+    def nvmlDeviceGetTemperature(self, index: int, sensor: int) -> int:  # noqa: N802
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        if index:
+            raise self.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 61
 
     def nvmlDeviceGetName(self, _: int) -> str:  # noqa: N802
         return "NVIDIA Test"
@@ -203,6 +210,7 @@ def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.Mon
     first, second, cpu = host.devices()
     assert (first.id, first.kind, first.model, first.memory_bytes) == ("cuda:0", "cuda", "NVIDIA Test", 80 << 30)
     assert (first.processes, first.strangers) == ((), ())
+    assert (first.temperature_celsius, second.temperature_celsius, cpu.temperature_celsius) == (61, None, None)
     assert (second.processes, second.strangers) == ((77, 78), (78,))
     assert (cpu.id, cpu.kind) == ("cpu:0", "cpu")
     host.devices()

@@ -10,9 +10,12 @@ export function beat(look, every = BEAT_MS) {
   let timer = null;
   let ended = false;
   let busy = false;
+  let again = false;
   const once = async () => {
     clearTimeout(timer);
-    if (busy || ended || document.hidden) return;
+    if (ended || document.hidden) return;
+    again = busy;
+    if (busy) return;
     busy = true;
     try {
       await look();
@@ -22,7 +25,8 @@ export function beat(look, every = BEAT_MS) {
     } finally {
       busy = false;
     }
-    if (!ended && !document.hidden) timer = setTimeout(once, every);
+    // Who asked meanwhile wants what is there now, not what was asked for before.
+    if (!ended && !document.hidden) timer = setTimeout(once, again ? 0 : every);
   };
   const turned = () => (document.hidden ? clearTimeout(timer) : once());
   document.addEventListener("visibilitychange", turned);

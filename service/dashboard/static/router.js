@@ -54,6 +54,15 @@ export function keep(name, value) {
   if (address.href !== location.href) history.replaceState(null, "", address);
 }
 
+/** The same for a part that may stand several times. */
+export function keepAll(name, values) {
+  const address = new URL(location.href);
+  address.searchParams.delete(name);
+  for (const value of values) address.searchParams.append(name, value);
+  if (address.href !== location.href) history.replaceState(null, "", address);
+}
+
+export const keptAll = (name) => new URLSearchParams(location.search).getAll(name);
 export const kept = (name) => new URLSearchParams(location.search).get(name);
 
 function find(path) {

@@ -86,3 +86,10 @@ export function superseded(attempts) {
     return one.end_step !== null && from < one.end_step ? [[one.number, from, one.end_step]] : [];
   });
 }
+
+/** A fork's rows as `[inherited, own]`. Its own begin with the last inherited one: there the two lines meet. */
+export function forked(rows, id) {
+  const first = rows.findIndex((row) => (row.job_id ?? id) === id);
+  if (first < 0) return [rows, []];
+  return [rows.slice(0, first), rows.slice(Math.max(0, first - 1))];
+}

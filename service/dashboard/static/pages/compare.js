@@ -1,12 +1,12 @@
 // Several jobs over each other; a fork begins with its parent's curve. Only the settings in which they differ.
-import { get, query } from "../api.js";
+import { Refused, get, query } from "../api.js";
 import { Board, Chart } from "../charts.js";
 import { chosenView, controls } from "../controls.js";
 import { attr, h, list, show, text } from "../dom.js";
 import { count, figure, loss, short } from "../format.js";
 import { beat } from "../live.js";
 import { keep, kept } from "../router.js";
-import { DARK, DASHES, LIGHT, described, gaps, line, places } from "../series.js";
+import { DARK, DASHES, LIGHT, described, forked, gaps, line, places } from "../series.js";
 import { differing } from "../settings.js";
 import { OVER } from "../status.js";
 import { isDark } from "../theme.js";
@@ -40,11 +40,14 @@ class Page {
     this.key = h("ul", { class: "key" });
     this.choices = h("div", { class: "choices" });
     this.hint = h("p", { class: "muted" }, "Choose jobs to lay over each other.");
+    this.gone = h("p", { class: "wrong", role: "status", hidden: true });
+    this.search = h("input", { type: "search", id: "find-job", placeholder: "Part of a name, or an id", autocomplete: "off", oninput: () => this.look.now() });
     this.table = h("table", {}, h("caption", { class: "unseen" }, "Differing settings"));
     this.settings = h("section", { hidden: true }, h("h2", {}, "Settings that differ"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Differing settings" }, this.table));
     this.drawn = h("div", { hidden: true }, this.key, first, h("div", { class: "small three" }, small));
-    const chooser = h("details", { open: !this.chosen().length }, h("summary", {}, "Jobs"), this.choices);
-    place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.drawn, this.settings);
+    const chooser = h("details", { open: !this.chosen().length }, h("summary", {}, "Jobs"),
+      h("div", { class: "bar" }, h("label", { for: "find-job" }, "Find"), this.search, h("span", { class: "muted" }, `up to ${MOST}`)), this.choices);
+    place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.gone, this.drawn, this.settings);
     this.look = beat(() => this.load());
   }
 
@@ -73,10 +76,13 @@ class Page {
   }
 
   async load() {
-    this.jobs = (await get("/jobs?limit=100")).data;
-    this.offer();
     const ids = this.chosen();
-    for (const id of ids) await this.fetch(id);
+    this.jobs = (await get(query("/jobs", { search: this.search.value.trim(), limit: 100 }))).data;
+    await Promise.all(ids.map((id) => this.fetch(id)));
+    this.offer();
+    const missing = ids.filter((id) => !this.got.has(id));
+    show(this.gone, missing.length);
+    text(this.gone, `Not there any more: ${missing.join(", ")}`);
     for (const id of this.got.keys()) if (!ids.includes(id)) this.got.delete(id);
     await this.draw();
   }
@@ -84,7 +90,8 @@ class Page {
   /** What is over is asked for once. */
   async fetch(id) {
     const address = `/jobs/${encodeURIComponent(id)}`;
-    const job = this.jobs.find((one) => one.id === id) ?? (await get(address));
+    const job = this.jobs.find((one) => one.id === id) ?? (await get(address).catch(absent));
+    if (!job) return;
     const known = this.got.get(id);
     const mark = `${job.progress.step} ${job.attempt} ${job.status}`;
     if (known?.mark === mark) return;
@@ -95,7 +102,8 @@ class Page {
 
   offer() {
     const ids = this.chosen();
-    const some = this.jobs.filter((job) => ids.includes(job.id) || job.progress.step > 0);
+    const chosen = ids.map((id) => this.got.get(id)?.job).filter(Boolean);
+    const some = [...chosen, ...this.jobs.filter((job) => !ids.includes(job.id) && job.progress.step > 0)];
     list(this.choices, some, (job) => job.id, (job) => this.choice(job), (part, job) => {
       part.box.checked = ids.includes(job.id);
       part.box.disabled = !part.box.checked && ids.length >= MOST;
@@ -126,15 +134,28 @@ class Page {
   }
 
   content([name, field, { write }], found) {
-    const { axis } = this.board;
-    const traces = found.map(({ job, rows, attempts }, i) => {
-      const xs = places(rows, axis, attempts);
-      const ys = rows.map((row) => row[field] ?? null);
-      return { uid: job.id, ...line(xs, ys, gaps(rows, axis, attempts)), line: { width: 1.8, ...this.style(i) }, main: i === 0, counted: true };
-    });
+    const traces = found.flatMap((one, i) => this.lines(one, i, field, found));
     const rows = found[0].rows;
     const values = rows.map((row) => [row.step.toLocaleString("en-US"), write(row[field])]);
-    return { traces, values, columns: ["step", found[0].job.name], label: `${described(name, rows, (row) => row[field] ?? null, write)}, ${found.length} jobs`, note: "" };
+    return { traces, values, columns: ["step", found[0].job.name], label: `${described(name, rows, (row) => row[field] ?? null, write)}, ${found.length} ${found.length === 1 ? "job" : "jobs"}`, note: "" };
+  }
+
+  /** A job's line; a fork's begins at its parent's, or with what it inherited from those that are not shown, thin. */
+  lines({ job, rows, attempts }, i, field, found) {
+    const { axis } = this.board;
+    const style = this.style(i);
+    const drawn = (uid, part, more) => ({ uid, ...line(places(part, axis, attempts), part.map((row) => row[field] ?? null), gaps(part, axis, attempts)), ...more });
+    const [inherited, whole] = forked(rows, job.id);
+    // Its attempts say nothing of the time that its ancestors took.
+    const joins = axis === "step" || axis === "tokens";
+    const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
+    const mine = drawn(job.id, own, { line: { width: 1.8, ...style }, main: i === 0, end: job.name, counted: true });
+    if (!joins || !inherited.length) return [mine];
+    const shown = new Set(found.map((one) => one.job.id));
+    const alone = inherited.filter((row) => !shown.has(row.job_id));
+    const meeting = drawn(`${job.id}-joint`, own.slice(0, 1), { mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
+    const before = drawn(`${job.id}-before`, alone, { line: { width: 1, color: style.color, dash: "dot" } });
+    return alone.length ? [before, meeting, mine] : [meeting, mine];
   }
 
   drawKey(found) {
@@ -144,7 +165,7 @@ class Page {
       part.firstChild.style.borderTopStyle = dash === "solid" ? "solid" : dash === "dot" ? "dotted" : "dashed";
       attr(part.children[1], "href", `/jobs/${one.job.id}`);
       text(part.children[1], one.job.name);
-      const from = one.job.parent?.step ? `, forked at step ${count(one.job.parent.step)}` : "";
+      const from = one.job.parent?.step ? `, ○ forked at step ${count(one.job.parent.step)}` : "";
       text(part.lastChild, `${one.job.status}, step ${count(one.job.progress.step)}, loss ${loss(one.job.progress.loss)}${from}`);
     });
   }
@@ -165,4 +186,10 @@ class Page {
     this.look();
     this.board.close();
   }
+}
+
+/** Nothing for a job that was deleted; other refusals go on. */
+function absent(error) {
+  if (error instanceof Refused && error.status === 404) return null;
+  throw error;
 }

@@ -1,0 +1,80 @@
+"""Compare, light and dark, without serious findings of axe."""
+
+import re
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Page, expect
+
+from tests.browser.looks import in_both_themes
+from tests.service.rig import Rig
+from tests.service.served import served
+from tests.service.test_checkpoints import write_checkpoint
+
+
+def test_jobs_over_each_other_with_the_settings_that_differ(service: str, page: Page) -> None:
+    broken: list[str] = []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    page.goto(f"{service}/compare")
+    page.get_by_label(re.compile("^slow ")).check()
+    page.get_by_label(re.compile("^fast ")).check()
+    assert page.evaluate("new URLSearchParams(location.search).get('jobs').split(',').length") == 2
+    drawn = page.get_by_role("group", name=re.compile("^Train loss"))
+    expect(drawn).to_have_attribute("aria-label", re.compile("2 jobs$"))
+    expect(drawn.locator(".scatterlayer .trace")).to_have_count(2)
+    differing = page.get_by_role("region", name="Differing settings")
+    expect(differing.get_by_role("row")).to_have_count(2)
+    expect(differing).to_contain_text("training.learning_rate")
+    expect(differing).to_contain_text("1e-4")
+    line = drawn.locator(".js-line").first
+    before = line.evaluate("node => getComputedStyle(node).stroke")
+    page.locator("#theme").click()
+    expect(line).not_to_have_css("stroke", before)
+    page.locator("#theme").click()
+    in_both_themes(page, "compare")
+    page.reload()
+    expect(page.get_by_role("group", name=re.compile("^Train loss"))).to_have_attribute(
+        "aria-label", re.compile("2 jobs$")
+    )
+    assert broken == []
+
+
+def lines(page: Page) -> dict[str, list[float]]:
+    """The loss chart's lines: their name, and the first and last place on the x axis."""
+    found: list[tuple[str, list[float]]] = page.locator(".plot").first.evaluate(
+        "node => node.data.map((one) => [one.uid, [one.x[0], one.x.at(-1)]])"
+    )
+    return dict(found)
+
+
+def test_a_fork_joins_its_parent_at_its_step(rig: Rig, page: Page) -> None:
+    parent, attempt = rig.running(steps=60, name="parent", training={"max_steps": 60})
+    for step in range(1, 61):
+        attempt.metric(step, loss=8 - step / 12, tokens=step * 100)
+    write_checkpoint(rig.checkpoint(parent, attempt, 20))
+    rig.ship(attempt)
+    rig.exit(attempt, "completed", step=60)
+    body = {"step": 20, "overrides": {"name": "<u>fork</u>", "training": {"learning_rate": 1e-4}}}
+    fork = rig.client.post(f"/jobs/{parent}/fork", json=body).json()["id"]
+    own = rig.next_attempt(fork, 1, start_step=20, steps=60)
+    for step in range(21, 51):
+        own.metric(step, loss=6 - step / 10, tokens=step * 100)
+    rig.ship(own)
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/compare?jobs={parent},{fork},job_gone")
+        loss = page.get_by_role("group", name=re.compile("^Train loss"))
+        expect(loss).to_have_attribute("aria-label", re.compile("2 jobs$"))
+        expect(loss.locator(".scatterlayer .trace")).to_have_count(3)
+        assert lines(page) == {parent: [100, 6000], f"{fork}-joint": [2000, 2000], fork: [2000, 5000]}
+        expect(page.get_by_text("Not there any more: job_gone")).to_be_visible()
+        expect(page.locator(".key")).to_contain_text("<u>fork</u>")
+        expect(page.locator(".key")).to_contain_text("forked at step 20")
+        in_both_themes(page, "fork-compared")
+        page.get_by_text("Jobs", exact=True).last.click()
+        page.get_by_label("Find").fill("parent")
+        page.get_by_label(re.compile("^parent ")).uncheck()
+        expect(loss).to_have_attribute("aria-label", re.compile("1 job$"))
+        assert lines(page) == {
+            f"{fork}-before": [100, 2000], f"{fork}-joint": [2000, 2000], fork: [2000, 5000]}  # fmt: skip
