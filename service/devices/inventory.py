@@ -26,9 +26,9 @@ class Device:
     model: str | None = None
     memory_bytes: int | None = None
     memory_used_bytes: int | None = None
-    temperature_celsius: int | None = None
     processes: tuple[int, ...] = ()
     strangers: tuple[int, ...] = ()
+    temperature_celsius: int | None = None
 
 
 class Inventory(Protocol):

@@ -46,7 +46,8 @@ class Bulletin:
 
     def steady(self) -> Self:
         """It without what changes all the time."""
-        return replace(self, devices=tuple(replace(device, memory_used_bytes=None) for device in self.devices))
+        still = (replace(device, memory_used_bytes=None, temperature_celsius=None) for device in self.devices)
+        return replace(self, devices=tuple(still))
 
 
 def _device(said: dict[str, Any]) -> Device:

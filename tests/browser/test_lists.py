@@ -81,8 +81,8 @@ def test_a_hundred_jobs_and_then_the_rest(rig: Rig, page: Page) -> None:
 def test_the_machine_its_queue_and_its_disks(tmp_path: Path, sqlite_home: str, page: Page) -> None:
     gigabyte = 1 << 30
     cards = (
-        Device("cuda:0", "cuda", "NVIDIA Test", 80 * gigabyte, 61 * gigabyte, 64),
-        Device("cuda:1", "cuda", "NVIDIA Test", 80 * gigabyte, 3 * gigabyte, 38, (4242,), (4242,)),
+        Device("cuda:0", "cuda", "NVIDIA Test", 80 * gigabyte, 61 * gigabyte, temperature_celsius=64),
+        Device("cuda:1", "cuda", "NVIDIA Test", 80 * gigabyte, 3 * gigabyte, (4242,), (4242,), 38),
         Device("cpu:0", "cpu"),
     )
     rig = Rig(tmp_path / "cards", sqlite_home, devices=cards)

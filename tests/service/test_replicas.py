@@ -211,6 +211,7 @@ def test_what_changes_all_the_time_is_not_news_each_second() -> None:
     news.told(bulletin())
     assert not news.in_(bulletin())
     assert not news.in_(bulletin(memory_used_bytes=11))
+    assert not news.in_(bulletin(temperature_celsius=70))
     assert news.in_(bulletin(processes=(5,)))
     clock.now += MEMORY_SECONDS + 1
     assert not news.in_(bulletin())
