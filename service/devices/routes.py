@@ -6,7 +6,8 @@ from fastapi import APIRouter
 from sqlalchemy import select
 
 from service.context import ServicesNeeded
-from service.shapes import LeasedDevice, Page
+from service.devices.shapes import LeasedDevice
+from service.shapes import Page
 from service.tables import AttemptRow, LeaseRow
 
 router = APIRouter(tags=["service"])
