@@ -19,8 +19,10 @@ from typing import Any
 
 import service.__main__
 from service.jobs import rules
+from service.launch import commands
 from service.launch.environment import WORKER_AGENT
 from service.launch.local import LocalLauncher
+from service.launch.slurm import SlurmLauncher
 from service.scheduler import apply, lease, plan
 from service.scheduler.apply import Applier
 from service.scheduler.loop import Scheduler
@@ -28,6 +30,7 @@ from service.scheduler.loop import Scheduler
 DIED_AT_FAILPOINT = 77
 FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("driver.py")))
 PATHS = {
+    "slurm": (Applier._start, Applier._claim, apply._claimed, SlurmLauncher.start, commands.submit),
     "launch": (Applier._start, Applier._claim, apply._claimed, LocalLauncher.start, LocalLauncher._spawn),
 }
 """The functions in which a service may be told to die, at the n-th line that it runs there."""

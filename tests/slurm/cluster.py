@@ -189,6 +189,12 @@ class Cluster:
                 found.append(identity)
         return found
 
+    def remember(self, number: object) -> None:
+        """Return once the controller has written down what it knows of the job: it does so every few seconds only."""
+        began = time.time()
+        self.run("scontrol", "update", f"JobId={number}", "AdminComment=remember")
+        until(lambda: (self.directory / "state" / "job_state").stat().st_mtime > began, 20, "it is written down")
+
     def kill(self, processes: list[ProcessIdentity]) -> None:
         """SIGKILL, and return once they are gone."""
         for process in processes:

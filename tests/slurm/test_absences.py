@@ -1,0 +1,49 @@
+"""Who is away harms nobody: Slurm's controller, the service, both. The ranks are fake and quick."""
+
+import pytest
+
+from tests.faults.home import until
+from tests.faults.invariants import check_weights
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import MakeSlurmHome
+from tests.slurm.jobs import attempts, completed, fake, submit
+
+
+@pytest.mark.parametrize("away", ["controller", "service", "both"])
+def test_a_run_goes_on_whoever_is_killed(cluster: Cluster, slurm_home: MakeSlurmHome, away: str) -> None:
+    home = slurm_home()
+    job_id = submit(home, fake(home, steps="150", pace="0.1"))
+    home.reach(job_id, 5)
+    cluster.remember(cluster.jobs()[-1]["job_id"])
+    if away != "service":
+        cluster.kill(cluster.controllers())
+    if away != "controller":
+        home.kill()
+    seen = home.step(job_id)
+    until(lambda: home.step(job_id) > seen + 10, what="it goes on")
+    if away != "controller":
+        home.start()
+        until(lambda: home.job(job_id)["progress"]["step"] > seen, what="the service has caught up")
+    if away != "service":
+        assert home.job(job_id)["status"] == "running", "no answer is no end"
+        cluster.start_controller()
+    job = home.wait(job_id, "succeeded")
+    assert [each["message"] for each in attempts(home, job_id)] == ["finished at step 150"], cluster.logs()
+    assert [row["step"] for row in home.metrics(job_id)] == list(range(1, 151)), "no gap"
+    check_weights(home, job_id, 150)
+
+
+def test_what_is_submitted_while_the_controller_is_away_runs_once_it_is_back(
+    cluster: Cluster, slurm_home: MakeSlurmHome
+) -> None:
+    home = slurm_home()
+    cluster.kill(cluster.controllers())
+    job_id = submit(home, fake(home, nnodes=1))
+    here = home.submit(steps="10", ranks="1")
+    home.wait(here, "succeeded")
+    assert home.job(job_id)["status"] in ("queued", "starting")
+    cluster.start_controller()
+    job = home.wait(job_id, "succeeded")
+    until(lambda: completed(cluster, job_id), 20, "Slurm has ended it")
+    assert completed(cluster, job_id) == [f"{job_id}/{job['attempt']}"]
+    check_weights(home, job_id, 20)
