@@ -6,13 +6,14 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help setup check format test demo dev bench soak clean
+.PHONY: help setup check format test demo dev bench soak slurm-test clean
 
 help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
 	@echo "make test    set up, then run the tests          make check   format, lint, types, import contracts"
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
+	@echo "make slurm-test    all that needs a Slurm cluster, on two nodes that it starts here (root; Slurm and munge installed)"
 
 setup: $(STAMP)
 
@@ -51,6 +52,9 @@ bench: setup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -s $(PYTEST_ARGS)
+
+slurm-test: setup
+	$(BIN)/python -m pytest -m "soak or not soak" tests/slurm $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -9,6 +9,7 @@ from tests.slurm.conftest import MakeSlurmHome
 from tests.slurm.jobs import attempts, completed, fake, submit
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("away", ["controller", "service", "both"])
 def test_a_run_goes_on_whoever_is_killed(cluster: Cluster, slurm_home: MakeSlurmHome, away: str) -> None:
     home = slurm_home()
@@ -33,6 +34,7 @@ def test_a_run_goes_on_whoever_is_killed(cluster: Cluster, slurm_home: MakeSlurm
     check_weights(home, job_id, 150)
 
 
+@pytest.mark.soak
 def test_what_is_submitted_while_the_controller_is_away_runs_once_it_is_back(
     cluster: Cluster, slurm_home: MakeSlurmHome
 ) -> None:

@@ -102,7 +102,7 @@ def test_what_slurm_refuses_is_said_and_given_up(cluster: Cluster, slurm_home: M
     assert in_slurm(cluster, job_id) == []
 
 
-@pytest.mark.parametrize("line", [3, 12, 21])
+@pytest.mark.parametrize("line", [12, *(pytest.param(n, marks=pytest.mark.soak) for n in (3, 6, 9, 15, 18, 21, 24))])
 def test_a_service_that_dies_on_the_way_to_sbatch_submits_once(
     cluster: Cluster, slurm_home: MakeSlurmHome, line: int
 ) -> None:
