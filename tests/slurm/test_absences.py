@@ -28,7 +28,7 @@ def test_a_run_goes_on_whoever_is_killed(cluster: Cluster, slurm_home: MakeSlurm
     if away != "service":
         assert home.job(job_id)["status"] == "running", "no answer is no end"
         cluster.start_controller()
-    job = home.wait(job_id, "succeeded")
+    home.wait(job_id, "succeeded")
     assert [each["message"] for each in attempts(home, job_id)] == ["finished at step 150"], cluster.logs()
     assert [row["step"] for row in home.metrics(job_id)] == list(range(1, 151)), "no gap"
     check_weights(home, job_id, 150)
