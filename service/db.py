@@ -16,10 +16,12 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 import migrations
 from contract.locks import FileLock
+from service.errors import DatabaseAway, OutcomeUnknown
 
 BUSY_SECONDS = 30
 ALONE_SECONDS = 3
@@ -44,6 +46,20 @@ class UnknownTables(Exception):
         )
 
 
+class Turn:
+    """One writer at a time. Who waits for too long gives up: else all would wait behind one who is held up."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(timeout=BUSY_SECONDS):
+            raise DatabaseAway(headers={"Retry-After": "1"})
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Database:
     """Sessions on one database; `close` gives its connections back."""
 
@@ -54,9 +70,7 @@ class Database:
         self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ") if not self.is_sqlite else None
         self._writing = self.engine.execution_options(writes=True)
         # SQLite has one writer at a time and its waiters poll; ours queue up instead.
-        self._turn: contextlib.AbstractContextManager[Any] = (
-            threading.Lock() if self.is_sqlite else contextlib.nullcontext()
-        )
+        self._turn: contextlib.AbstractContextManager[Any] = Turn() if self.is_sqlite else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
@@ -66,9 +80,19 @@ class Database:
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Session]:
-        """One transaction: committed when the block ends, dropped when it raises."""
-        with self._turn, Session(self._writing, expire_on_commit=False) as session, session.begin():
+        """One transaction: committed when the block ends, dropped when it raises.
+
+        Raises OutcomeUnknown where the database went away between our COMMIT and its answer.
+        """
+        with self._turn, Session(self._writing, expire_on_commit=False) as session, session.begin() as transaction:
             yield session
+            if not transaction.is_active:
+                return  # dropped inside
+            session.flush()
+            try:
+                transaction.commit()
+            except (OperationalError, InterfaceError) as error:
+                raise OutcomeUnknown() from error
 
     def upgrade(self, lock_file: Path | None = None) -> None:
         """Run the migrations that are missing, one service at a time. Raises UnknownTables."""

@@ -42,6 +42,15 @@ class DatabaseAway(ServiceError):
     status, code = 503, "database_unavailable"
 
 
+class OutcomeUnknown(ServiceError):
+    """The database went away at the very end: the change was made, or was not. Look, or send it again with its key."""
+
+    status, code = 503, "outcome_unknown"
+
+    def __init__(self, detail: str | None = None) -> None:
+        super().__init__(detail, headers={"Retry-After": "1"})
+
+
 class NotReady(ServiceError):
     """The service is not ready to take work."""
 

@@ -18,6 +18,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from service.db import Database
+from service.errors import DatabaseAway, OutcomeUnknown
 from service.scheduler.apply import utc_now
 from service.scheduler.lease import Deposed, Lease, fenced
 from service.tables import DeliveryRow, WebhookRow
@@ -188,7 +189,7 @@ class Sender:
                 with fenced(self._database, self._lease) as session:
                     self._write_down(session, parcel, answer)
                 return
-            except (OperationalError, InterfaceError):
+            except (OperationalError, InterfaceError, DatabaseAway, OutcomeUnknown):
                 if not self._leads() or self._stopping.wait(ROUND_SECONDS):
                     raise
 

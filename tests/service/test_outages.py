@@ -1,0 +1,307 @@
+"""The database goes away at the worst moment, or somebody else holds it: 503 with Retry-After, and nothing is lost."""
+
+import functools
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from sqlalchemy import func, select
+
+from service import db
+from service.db import Database
+from service.tables import JobRow
+from tests.service.conftest import MakeRig
+from tests.service.cutting import Cutter, When, cutting
+from tests.service.rig import Rig, in_threads, path_of
+from tests.service.served import served
+from tests.soak import Account
+
+ENDS: list[When] = ["before", "after"]
+
+
+def submit(rig: Rig, key: str) -> Any:
+    return rig.client.post("/jobs", json=rig.spec(name=key), headers={"Idempotency-Key": key})
+
+
+def jobs_in(database: Database) -> int:
+    with database.read() as session:
+        return session.scalar(select(func.count()).select_from(JobRow)) or 0
+
+
+def require_503(answer: Any) -> None:
+    assert answer.status_code == 503, answer.text
+    assert int(answer.headers["retry-after"]) > 0
+    assert answer.json()["code"] in ("database_unavailable", "outcome_unknown")
+
+
+# One key, many threads
+
+
+def one_key_a_round(rig: Rig, rounds: int, threads: int = 50) -> Counter[int]:
+    seen: Counter[int] = Counter()
+    with served(rig) as (host, port):
+        clients = [httpx2.Client(base_url=f"http://{host}:{port}", timeout=60, trust_env=False) for _ in range(threads)]
+        for number in range(rounds):
+            headers = {"Idempotency-Key": f"round-{number}"}
+
+            def post(index: int, headers: dict[str, str] = headers, number: int = number) -> tuple[int, str]:
+                answer = clients[index].post("/jobs", json=rig.spec(name=f"n{number}"), headers=headers)
+                return answer.status_code, answer.json().get("id")
+
+            answers = in_threads(threads, post)
+            assert Counter(code for code, _ in answers) == {201: 1, 200: threads - 1}, answers
+            assert len({job_id for _, job_id in answers}) == 1
+            seen.update(code for code, _ in answers)
+        for client in clients:
+            client.close()
+    assert jobs_in(rig.database) == rounds, "one job a round"
+    return seen
+
+
+def test_fifty_threads_with_one_key_are_one_job(any_rig: Rig) -> None:
+    one_key_a_round(any_rig, 1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_two_hundred_rounds_of_fifty_threads_with_one_key(account: Account, any_rig: Rig) -> None:
+    begun = time.monotonic()
+    seen = one_key_a_round(any_rig, 200)
+    account.injected["submission with a shared key"] += seen.total()
+    account.figure("a round of 50, s", (time.monotonic() - begun) / 200)
+    account.held.append("each of 200 rounds made one job, and answered 201 once and 200 to all others")
+
+
+# The connection is lost inside COMMIT
+
+
+@pytest.fixture
+def cut(make_rig: MakeRig, request: pytest.FixtureRequest) -> Iterator[tuple[Rig, Cutter]]:
+    """A service whose way to Postgres can be cut at a COMMIT."""
+    if "any_url" not in request.fixturenames:
+        raise AssertionError
+    folder = Path(tempfile.mkdtemp(prefix="trainyard-cut-", dir="/tmp"))
+    with cutting(request.getfixturevalue("any_url"), folder) as (url, cutter):
+        rig = make_rig(url)
+        yield rig, cutter
+        rig.close()
+        rig.database.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+only_postgres = pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
+
+
+@only_postgres
+@pytest.mark.parametrize("when", ENDS)
+def test_a_submission_whose_commit_was_lost_is_made_once(cut: tuple[Rig, Cutter], any_url: str, when: When) -> None:
+    rig, cutter = cut
+    before = rig.submit()
+    cutter.cut(when)
+    answer = submit(rig, "lost")
+    require_503(answer)
+    assert answer.json()["code"] == "outcome_unknown", "it is not said that nothing was changed"
+    direct = Database(any_url)
+    assert jobs_in(direct) == (2 if when == "after" else 1), "the database knows"
+    direct.close()
+    again = submit(rig, "lost")
+    assert again.status_code == (200 if when == "after" else 201)
+    assert submit(rig, "lost").json()["id"] == again.json()["id"]
+    assert [job["id"] for job in rig.get("/jobs")["data"]] == [again.json()["id"], before]
+    assert cutter.cuts == 1
+
+
+@only_postgres
+@pytest.mark.parametrize("when", ENDS)
+def test_a_report_whose_commit_was_lost_counts_once(cut: tuple[Rig, Cutter], any_url: str, when: When) -> None:
+    rig, cutter = cut
+    job_id, attempt = rig.running()
+    for step in range(1, 21):
+        attempt.metric(step)
+    attempt.say("sample", step=3, prompt="p", text="t")
+    cutter.cut(when)
+    require_503(rig.report(attempt, "events", {"events": attempt.lines}))
+    acked = rig.ship(attempt)
+    assert acked["acked"] == len(attempt.lines)
+    assert [row["step"] for row in rig.data(job_id, "metrics")] == list(range(1, 21))
+    assert len(rig.data(job_id, "samples")) == 1
+    assert cutter.cuts == 1
+
+
+@only_postgres
+@pytest.mark.parametrize("when", ENDS)
+def test_a_launch_whose_commit_was_lost_happens_once(cut: tuple[Rig, Cutter], any_url: str, when: When) -> None:
+    """The claim may stand without anybody knowing: it is found, given back, and made anew. Never two at once."""
+    rig, cutter = cut
+    job_id = rig.submit()
+    cutter.cut(when)
+    for _ in range(5):
+        rig.settle()
+        assert len(rig.launcher.living(job_id)) <= 1
+        rig.clock.forward(30)
+    assert cutter.cuts == 1
+    [attempt] = rig.launcher.living(job_id)
+    attempt.started(steps=5)
+    rig.ship(attempt)
+    assert rig.status(job_id) == "running"
+    path_of(rig.data(job_id, "events"))
+
+
+@only_postgres
+def test_every_commit_of_a_life_is_lost_once(cut: tuple[Rig, Cutter], any_url: str) -> None:
+    """Pause, resume, cancel, ends: each is asked for again until it is answered, and is done once."""
+    rig, cutter = cut
+    job_id, attempt = rig.running()
+
+    def insist(path: str) -> Any:
+        for when in ENDS:
+            cutter.cut(when)
+            answer = rig.client.post(path)
+            if answer.status_code != 503:
+                return answer  # there was nothing left to be done, and nothing to commit
+            require_503(answer)
+        return rig.client.post(path)
+
+    assert insist(f"/jobs/{job_id}/pause").status_code == 202
+    cutter._armed = None
+    rig.exit(attempt, "stopped", step=3)
+    assert rig.status(job_id) == "paused"
+    assert insist(f"/jobs/{job_id}/resume").status_code == 202
+    assert insist(f"/jobs/{job_id}/cancel").status_code == 409, "it was cancelled when the answer was lost"
+    cutter._armed = None
+    assert rig.status(job_id) == "cancelled"
+    assert path_of(rig.data(job_id, "events"))[2:] == ["pausing", "paused", "queued", "cancelled"]
+
+
+# Somebody else has the SQLite file
+
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=60)
+connection.execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+sys.stdin.readline()
+connection.execute("COMMIT")
+"""
+
+
+class Holder:
+    """Another process that has the file for itself until it is told to let go."""
+
+    def __init__(self, url: str) -> None:
+        command = [sys.executable, "-c", HOLDER, url.removeprefix("sqlite:///")]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "held\n"
+
+    def let_go(self) -> None:
+        self.process.communicate("\n", timeout=60)
+        assert self.process.returncode == 0
+
+
+class Held:
+    """Writers insist, readers read and an agent reports while the file is held; what they saw."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.seen: Counter[str] = Counter()
+        self.reads: list[float] = []
+        self.failed: list[int] = []
+        self.job_id, self.attempt = rig.running(steps=1000)
+        self._stop, self._released = threading.Event(), threading.Event()
+
+    def hold(self, seconds: float, writers: int = 12) -> None:
+        threads = [threading.Thread(target=work) for work in (self._read, self._report)]
+        threads += [threading.Thread(target=self._write, args=(number,)) for number in range(writers)]
+        holder = Holder(self.rig.url)
+        for thread in threads:
+            thread.start()
+        self._stop.wait(seconds)
+        self._released.set()
+        holder.let_go()
+        self._until_made(self.seen["submission"] + writers)
+        self._stop.set()
+        for thread in threads:
+            thread.join(120)
+            assert not thread.is_alive()
+
+    def require_whole(self) -> None:
+        """Each submission is one job, and each step is there once."""
+        assert self.failed == []
+        assert jobs_in(self.rig.database) == self.seen["submission"] + 1
+        steps = [row["step"] for row in self.rig.data(self.job_id, "metrics", limit=10_000)]
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) == self.seen["report"] > 0
+
+    def _until_made(self, count: int) -> None:
+        deadline = time.monotonic() + 120
+        while self.seen["submission"] < count:
+            assert time.monotonic() < deadline, self.seen
+            time.sleep(0.02)
+
+    def _insist(self, what: str, send: Callable[[], Any]) -> None:
+        while (answer := send()).status_code not in (200, 201):
+            self.seen[f"503 to a {what}"] += 1
+            require_503(answer)
+            time.sleep(0.05)
+        self.seen[what] += 1
+
+    def _write(self, writer: int) -> None:
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            self._insist("submission", functools.partial(submit, self.rig, f"w{writer}-{number}"))
+
+    def _report(self) -> None:
+        step = 0
+        while not self._stop.is_set():
+            step += 1
+            self.attempt.metric(step)
+            body = {"events": self.attempt.lines[-50:]}
+            self._insist("report", functools.partial(self.rig.report, self.attempt, "events", body))
+
+    def _read(self) -> None:
+        while not self._stop.is_set():
+            begun = time.monotonic()
+            status = self.rig.client.get(f"/jobs/{self.job_id}").status_code
+            self.failed += [status] if status != 200 else []
+            if not self._released.is_set():
+                self.reads.append(time.monotonic() - begun)
+            self._stop.wait(0.05)
+
+
+def test_a_file_that_somebody_else_holds(rig: Rig, make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(db, "BUSY_SECONDS", 0.2)
+    impatient = make_rig(rig.url)
+    held = Held(impatient)
+    held.hold(1.5)
+    held.require_whole()
+    impatient.close()
+    assert held.seen["503 to a submission"] > 0
+    assert held.seen["503 to a report"] > 0
+    assert held.reads, "readers go on meanwhile"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_file_that_somebody_else_holds_for_a_minute(account: Account, rig: Rig) -> None:
+    """With the patience that the service has: a writer waits half a minute, and is then told to come again."""
+    held = Held(rig)
+    held.hold(60.0)
+    held.require_whole()
+    account.injected.update(held.seen)
+    account.injected["seconds that the file was held"] += 60
+    for seconds in held.reads:
+        account.figure("a read while the file was held, s", seconds)
+    assert held.seen["503 to a submission"] > 0
+    account.held.append("readers were answered, writers heard 503 with Retry-After, nothing was lost or made twice")
