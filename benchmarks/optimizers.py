@@ -29,7 +29,7 @@ from worker.trainee import Trainee, build, initial_model
 
 STEPS, ROWS, LENGTH, DOCUMENTS = 200, 8, 256, 100_000
 SHAPE = ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-RATES = {"adamw": (2e-3, 4e-3, 8e-3), "muon": (1e-2, 2e-2, 4e-2)}
+RATES = {"adamw": (1e-3, 2e-3, 4e-3), "muon": (5e-3, 1e-2, 2e-2)}
 """Each optimizer is held against the other at the best of its own."""
 
 WINDOW = 20

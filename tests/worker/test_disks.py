@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from contract.events import CheckpointSaved, Warned
-from tests.nobody import NOBODY
+from tests.nobody import NOBODY, open_folder
 from tests.worker import driver
 from tests.worker.test_saving import Bench, train_on
 from worker import checkpoint, saving
@@ -123,8 +123,6 @@ def limited(path: Path) -> None:
 
 def closed(path: Path) -> None:
     bench = begun(path / "disk")
-    for parent in (path, *path.parents[:2]):
-        parent.chmod(0o755)
     os.seteuid(NOBODY)
     require_told_and_kept(bench, 2, "Permission denied")
     os.seteuid(0)
@@ -155,8 +153,9 @@ def test_a_limit_on_files(tmp_path: Path) -> None:
 
 
 @needs_root
-def test_a_directory_that_was_closed(tmp_path: Path) -> None:
-    of_its_own(closed, tmp_path)
+def test_a_directory_that_was_closed() -> None:
+    with open_folder() as folder:
+        of_its_own(closed, folder)
 
 
 def test_a_directory_that_is_gone(tmp_path: Path) -> None:
