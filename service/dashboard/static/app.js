@@ -22,7 +22,7 @@ function login() {
     open();
   };
   const wrong = token.get() ? h("p", { class: "wrong", id: "token-wrong" }, "That token was not accepted.") : null;
-  const words = h("p", { class: "muted" }, "The service was started with TRAINYARD_TOKEN. It stays in this tab only.");
+  const words = h("p", { class: "muted" }, "The service wants a token. It stays in this tab only.");
   const form = h("form", { id: "login", class: "login", onsubmit: enter }, h("h1", {}, "Token"), words,
     h("label", { for: "token" }, "Token"), field, wrong, h("button", { class: "primary" }, "Enter"));
   token.set(null);
