@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benchmarks import corpus_speed, launch, optimizers, padding, reporting, saving, scheduler, trainer
+from benchmarks import command, corpus_speed, launch, optimizers, padding, reporting, saving, scheduler, trainer
 from benchmarks.load import __main__ as load
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
+    "command": command.main,
     "corpus_speed": corpus_speed.main,
     "launch": launch.main,
     "load": load.main,

@@ -10,6 +10,8 @@ from contract.access import Scope
 
 SUBMIT = "submit"
 PLAN = "plan"
+COMPLETE = "__complete"
+"""What a shell asks at each Tab; not for people."""
 OWN_SUBMIT_FLAGS = frozenset(
     {"--help", "--name", "--labels", "--set", "--yes", "--watch", "--json", "--timeout", "--url", "--token"}
 )
@@ -116,6 +118,8 @@ def _add_tools(commands: Any) -> None:
     train.add_argument("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)")
     train.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer.json")
     train.add_argument("--text-field", default="text", help="key of the text (text)")
+    shell = _add(commands, "completion", "client.completion:completion", "what a shell reads to complete on Tab")
+    shell.add_argument("shell", choices=("bash", "zsh", "fish"), help="which shell")
     _add_corpora(commands.add_parser("corpus", help="look a corpus over; those that are tokenized here"))
     _add_database(commands.add_parser("db", help="the service's database"))
 

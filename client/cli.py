@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from client.arguments import PLAN, SUBMIT, build_parser
+from client.arguments import COMPLETE, PLAN, SUBMIT, build_parser
 from client.console import Console
 from client.errors import Refused, TrainyardError
 from client.exits import Exit, UsageError, exit_of_error
@@ -33,6 +33,9 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 
 def _run(given: list[str], console: Console) -> int:
+    if given[:1] == [COMPLETE]:
+        answer: Callable[[list[str], Console], int] = import_module("client.completion").answer
+        return answer(given[1:], console)
     if given[:1] in ([SUBMIT], [PLAN]):
         # Their flags are the leaves of the spec, which take pydantic to read.
         described: Callable[[list[str], Console], int] = getattr(import_module(f"client.{given[0]}"), given[0])

@@ -2,8 +2,12 @@
 
 import json
 import socket
+import time
 from typing import Any, Self
 from urllib.parse import urlsplit
+
+IDLE_SECONDS = 10.0
+"""A connection that nobody used for longer may be hung up by the service at the very moment it is used."""
 
 
 class Wire:
@@ -17,6 +21,7 @@ class Wire:
         self._head = "\r\n".join(head + ([f"Authorization: Bearer {token}"] if token else []))
         self._socket: socket.socket | None = None
         self._rest = b""
+        self._used_at = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -39,6 +44,9 @@ class Wire:
         return json.loads(data)
 
     def _ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        if time.monotonic() - self._used_at > IDLE_SECONDS:
+            self.close()
+        self._used_at = time.monotonic()
         if self._socket is None:
             self._socket = socket.create_connection(self._address, timeout=60)
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -15,6 +15,10 @@ READING = ("list", "show", "metrics", "events", "checkpoints", "attempts", "samp
 OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "logs")
 
 
+GROUPS = ("submit", "plan", "tokenizer", "corpus", "db", "token", "webhook", "completion")
+"""What needs more words than a job."""
+
+
 def arguments(command: str) -> list[str]:
     return [command, "pre-12"] if command in OF_JOB else [command]
 
@@ -26,15 +30,20 @@ def subcommands() -> list[str]:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
-    expected += "pause resume save fork export cancel kill delete tokenizer corpus db version"
+    expected += "pause resume save fork export cancel kill delete tokenizer corpus db version completion token webhook"
     assert set(subcommands()) == set(expected.split())
 
 
 def test_every_command_names_a_function_that_exists() -> None:
     of_job = (*OF_JOB, "watch", "pause", "resume", "save", "fork", "export", "cancel", "kill", "delete")
     lines = [[name, *(["j"] if name in of_job else [])]
-             for name in subcommands() if name not in ("submit", "plan", "tokenizer", "corpus", "db")]  # fmt: skip
-    lines += [["tokenizer", "train", "f", "--out", "d"], ["corpus", "check", "f"], ["db", "upgrade"]]
+             for name in subcommands() if name not in GROUPS]  # fmt: skip
+    lines += [
+        ["tokenizer", "train", "f", "--out", "d"],
+        ["corpus", "check", "f"],
+        ["db", "upgrade"],
+        ["completion", "bash"],
+    ]
     for line in lines:
         assert callable(runner(build_parser().parse_args(line).run)), line
 
