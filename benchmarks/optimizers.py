@@ -51,7 +51,7 @@ class Learner:
     def learn(self, feed: Feed, step: int) -> None:
         """One step."""
         began = time.perf_counter()
-        result = self.trainee.stepper.step(feed.micros(step), self.rate.at(step), lambda _: None)
+        result = self.trainee.stepper.step(feed.micros(step), self.rate.at(step), lambda _: None).read()
         self.seconds.append(time.perf_counter() - began)
         self.losses.append(result.loss)
 

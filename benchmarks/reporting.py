@@ -100,6 +100,7 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
         self._places: list[tuple[type, str]] = [
             (Outbox, "say"),
             (Meters, "line"),
+            (Meters, "count"),
             (Meters, "end_step"),
             (SignOfLife, "beat"),
             (StopWish, "asked"),

@@ -1,11 +1,12 @@
 """Mixture of experts: each token goes through ``num_experts_per_tok`` of ``num_experts`` feed-forward layers.
 
-Tokens are sorted by expert and each expert runs once on its slice, so a layer costs one host sync (the slice sizes)
-whatever the number of experts. Sorting is undone by gathers in both directions: nothing is summed in an order that
-could differ from run to run. An expert that got no token runs on an empty slice, so its weights get a zero gradient
-and not none: DistributedDataParallel never finds an unused parameter.
+Each choice of a token gets a slot; those of an expert lie together, and grouped matrix products take them expert by
+expert. Where an expert's slots end stays on the device: nothing waits for it, whatever the number of experts.
+Slots are filled and left by copies in both directions: nothing is summed in an order that could differ from run to run.
+An expert that got no token has products of no rows, so its weights get a zero gradient and not none:
+DistributedDataParallel never finds an unused parameter.
 
-Legend: ``N`` tokens, ``C`` hidden size, ``E`` experts, ``K`` experts of a token, ``P`` pieces.
+Legend: ``N`` tokens, ``C`` hidden size, ``E`` experts, ``K`` experts of a token, ``P`` pieces, ``M`` slots.
 """
 
 from collections.abc import Callable
@@ -14,9 +15,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.functional import grouped_mm
 
 from model.config import ModelConfig
 from model.layers import FeedForward, Linear
+
+ALIGNED = 8
+"""Experts begin at multiples of so many slots: CUDA's grouped products read 16 bytes at a time."""
+
+
+class Slots(NamedTuple):
+    """Where each choice of each token is computed.
+
+    ``of`` [N * K]: its slot, below ``total``. ``ends`` [E] int32: where the slots of each expert end; empty ones before
+    that hold zeros, and the last expert has all that are left over. ``counts`` [E]: choices of each expert.
+    """
+
+    of: Tensor
+    ends: Tensor
+    counts: Tensor
+    total: int
+
+    @classmethod
+    def found(cls, chosen: Tensor, experts: int) -> "Slots":
+        """Slots for ``chosen`` [N, K]: so many that any choice fits, since how many it takes only the device knows."""
+        choices = chosen.flatten()
+        places = torch.arange(len(choices), device=chosen.device)
+        ranked, order = choices.sort(stable=True)
+        begun_before = torch.searchsorted(ranked, torch.arange(experts + 1, device=chosen.device))
+        counts = begun_before.diff()
+        widths = (counts + ALIGNED - 1) // ALIGNED * ALIGNED
+        ends = widths.cumsum(0)
+        # How far an expert's slots lie behind where its choices would lie without empty slots.
+        shift = ends - widths - begun_before[:-1]
+        of = torch.empty_like(choices).scatter_(0, order, places) + shift[choices]
+        total = -(-len(choices) // ALIGNED) * ALIGNED + experts * ALIGNED
+        ends = torch.cat((ends[:-1], ends.new_full((1,), total)))
+        return cls(of, ends.to(torch.int32), counts, total)
 
 
 class Pieces(NamedTuple):
@@ -51,6 +86,9 @@ class MoE(nn.Module):
         assert config.moe_intermediate_size is not None
         self.per_token = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
+        self.count: Callable[[Tensor], None] | None = None
+        """Told in training how many choices fell on each expert, [E] on the device."""
+
         self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = nn.ModuleList(
             FeedForward(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
@@ -72,18 +110,45 @@ class MoE(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             return F.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1)
 
-    # The slice sizes are data: a compiled graph would be made anew for each, so the experts stay outside of it.
+    # Compiled, the grouped products would be taken apart again, by sizes that only a run knows.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _mixed(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        dispatch: Callable[..., Tensor] = Dispatch.apply
-        permute: Callable[..., Tensor] = Permute.apply
-        order = chosen.flatten().argsort(stable=True)
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        sizes = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        slices = torch.split(dispatch(tokens, order, inverse, self.per_token), sizes)
-        outputs = torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
-        back = permute(outputs, inverse, order).view(*chosen.shape, -1)
+        slots = Slots.found(chosen, len(self.experts))
+        if self.count is not None and self.training:
+            self.count(slots.counts)
+        filled: Callable[..., Tensor] = Filled.apply
+        taken: Callable[..., Tensor] = Taken.apply
+        outputs = self._computed(filled(tokens, slots.of, self.per_token, slots.total), slots)
+        back = taken(outputs, slots.of).view(*chosen.shape, -1)
         return torch.einsum("nkc,nk->nc", back, weights.to(back.dtype))
+
+    def _computed(self, x: Tensor, slots: Slots) -> Tensor:
+        """[M, C] -> [M, C], each slot by its expert."""
+        if not can_group(x, self._matrices("gate_proj")):
+            # One wait a layer, for the sizes of the slices.
+            slices = torch.tensor_split(x, slots.ends[:-1].tolist())
+            return torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
+        gate, up, down = (
+            torch.stack([matrix.to(x.dtype) for matrix in self._matrices(name)]).transpose(1, 2)
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        hidden = F.silu(grouped_mm(x, gate, offs=slots.ends)) * grouped_mm(x, up, offs=slots.ends)
+        out: Tensor = grouped_mm(hidden, down, offs=slots.ends)
+        return out
+
+    def _matrices(self, name: str) -> list[Tensor]:
+        return [getattr(expert, name).weight for expert in self.experts]
+
+
+def can_group(x: Tensor, matrices: list[Tensor]) -> bool:
+    """Whether grouped products of ``x`` [M, C] with such ``matrices`` run without a wait for the device.
+
+    On CUDA the kernel is Hopper's and later cards', knows bfloat16, and wants rows of whole 16 bytes.
+    """
+    if not x.is_cuda:
+        return True
+    whole = all(size % ALIGNED == 0 for size in matrices[0].shape)
+    return whole and x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def auxiliary_sum(scores: Tensor, chosen: Tensor, pieces: Pieces) -> Tensor:
@@ -104,34 +169,36 @@ def auxiliary_sum(scores: Tensor, chosen: Tensor, pieces: Pieces) -> Tensor:
     return ((scores * load[pieces.piece]).sum(dim=-1) * pieces.counted).sum()
 
 
-class Dispatch(torch.autograd.Function):
-    """Copies of tokens [N, C] in the order of their experts, [N * K, C]; the gradient sums a token's copies."""
+class Filled(torch.autograd.Function):
+    """Slots [total, C] with copies of tokens [N, C], zeros in between; the gradient sums a token's copies."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor, copies: int) -> Tensor:
-        """Slot i of the sorted choices belongs to token ``order[i] // copies``."""
-        ctx.save_for_backward(inverse)
+    def forward(ctx: Any, tokens: Tensor, slots: Tensor, copies: int, total: int) -> Tensor:
+        """Slot ``slots[i]`` holds token ``i // copies``."""
+        ctx.save_for_backward(slots)
         ctx.copies = copies
-        return tokens[order // copies]
+        spread = tokens.repeat_interleave(copies, dim=0)
+        return tokens.new_zeros(total, tokens.shape[1]).index_copy_(0, slots, spread)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        """[N * K, C] -> [N, C]."""
-        (inverse,) = ctx.saved_tensors
-        return grads[0][inverse].view(-1, ctx.copies, grads[0].shape[-1]).sum(dim=1), None, None, None
+        """[total, C] -> [N, C]."""
+        (slots,) = ctx.saved_tensors
+        return grads[0][slots].view(-1, ctx.copies, grads[0].shape[-1]).sum(dim=1), None, None, None
 
 
-class Permute(torch.autograd.Function):
-    """``x[order]``, whose gradient is a gather by the inverse: torch's own would be a slower, unordered sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        """[M, C] -> [M, C]."""
-        ctx.save_for_backward(inverse)
-        return x[order]
+class Taken(torch.autograd.Function):
+    """``x[slots]``, whose gradient is a copy, since no slot is taken twice: torch's own is a slower, unordered sum."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        """[M, C] -> [M, C]."""
-        (inverse,) = ctx.saved_tensors
-        return grads[0][inverse], None, None
+    def forward(ctx: Any, x: Tensor, slots: Tensor) -> Tensor:
+        """[M, C] -> [N * K, C]."""
+        ctx.save_for_backward(slots)
+        ctx.total = len(x)
+        return x[slots]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """[N * K, C] -> [M, C]."""
+        (slots,) = ctx.saved_tensors
+        return grads[0].new_zeros(ctx.total, grads[0].shape[1]).index_copy_(0, slots, grads[0]), None

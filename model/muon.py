@@ -40,25 +40,32 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+        """Update all parameters that have a gradient; none where ``found_inf`` is set to 1, as in fused AdamW."""
         assert closure is None
+        held: Tensor | None = getattr(self, "found_inf", None)
         group = self.param_groups[0]
         for parameter in group["params"]:
             if parameter.grad is not None:
-                self._update(parameter, parameter.grad, group["lr"], group["weight_decay"])
+                self._update(parameter, parameter.grad, group["lr"], group["weight_decay"], held)
         # Loading a state makes new objects of both, so they are handed over each time.
         self._adamw.state, self._adamw.param_groups = self.state, self.param_groups[1:]
+        self._adamw.found_inf = held  # type: ignore[attr-defined]
         self._adamw.step()
 
-    def _update(self, parameter: nn.Parameter, grad: Tensor, lr: float, weight_decay: float) -> None:
+    def _update(
+        self, parameter: nn.Parameter, grad: Tensor, lr: float, weight_decay: float, held: Tensor | None
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
-        momentum.lerp_(grad, 1 - MOMENTUM)
-        direction = orthogonal(grad.lerp(momentum, MOMENTUM))
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.add_(direction, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape)))
+        moved = momentum.lerp(grad, 1 - MOMENTUM)
+        direction = orthogonal(grad.lerp(moved, MOMENTUM))
+        updated = parameter * (1 - lr * weight_decay)
+        updated.add_(direction, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape)))
+        for place, value in ((momentum, moved), (parameter, updated)):
+            # A choice and no product: what is held back is not finite, and 0 times that is not 0.
+            place.copy_(value if held is None else torch.where(held.bool(), place, value))
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -137,9 +137,12 @@ class Meters:
         """Start the clock of a step. What happens between steps (saving, evaluating) is nobody's step time."""
         self._began = time.perf_counter()
 
-    def end_step(self, result: StepResult, step_tokens: int, data_seconds: float) -> None:
-        """Count a step; ``step_tokens`` are those of all ranks."""
+    def count(self, result: StepResult) -> None:
+        """Add what a step measured to the sums."""
         self.interval = self.interval.plus(result)
+
+    def end_step(self, step_tokens: int, data_seconds: float) -> None:
+        """Stop the clock of a step; ``step_tokens`` are those of all ranks."""
         self.pace = self.pace.plus(time.perf_counter() - self._began, data_seconds)
         self._pace_tokens += step_tokens
 

@@ -1,6 +1,7 @@
 """One optimizer step: micro-batches, one gradient exchange, clipping, and the gate before the update."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from worker.brake import Brake
 from worker.experts import ExpertLoad
 
 
@@ -89,6 +91,47 @@ class StepResult:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """What a step measured, on the device still: reading it waits until the step is done.
+
+    ``values`` float64: loss and auxiliary sum of each micro-batch, the gradient's norm, 1 where the update was held
+    back, and the experts' tokens. ``micros``: (rows, tokens) of each micro-batch.
+    """
+
+    values: torch.Tensor
+    micros: list[tuple[tuple[int, ...], int]]
+
+    def read(self) -> StepResult:
+        """Wait for the step, in one transfer from the device."""
+        return self.of(self.values.tolist())
+
+    def of(self, values: list[float]) -> StepResult:
+        """The result that these ``values`` are."""
+        sums, (grad_norm, held, *experts) = values[: 2 * len(self.micros)], values[2 * len(self.micros) :]
+        losses, aux = sums[::2], sums[1::2]
+        bad = [rows for (rows, _), loss in zip(self.micros, losses, strict=True) if not math.isfinite(loss)]
+        means = [loss / max(1, tokens) for (_, tokens), loss in zip(self.micros, losses, strict=True)]
+        return StepResult(
+            grad_norm=grad_norm,
+            loss_sum=sum(losses),
+            aux_sum=sum(aux),
+            tokens=sum(tokens for _, tokens in self.micros),
+            applied=not held,
+            suspects=tuple(row for rows in bad for row in rows),
+            worst=self.micros[means.index(max(means))][0],
+            experts=tuple(experts),
+        )
+
+
+def read(steps: list[Unread]) -> list[StepResult]:
+    """Wait for all of ``steps``, in one transfer."""
+    sizes = [len(step.values) for step in steps]
+    values = torch.cat([step.values for step in steps]).tolist()
+    ends = list(itertools.accumulate(sizes))
+    return [step.of(values[end - size : end]) for step, size, end in zip(steps, sizes, ends, strict=True)]
+
+
+@dataclass(frozen=True)
 class Stepper:
     """Everything a step works on. ``module`` is ``model`` as it is run: compiled, or wrapped to exchange gradients."""
 
@@ -100,36 +143,24 @@ class Stepper:
     aux_coefficient: float
     grad_clip: float
     experts: ExpertLoad
+    brake: Brake
 
-    def step(self, micros: Iterable[Micro], learning_rate: float, seed_of: Callable[[int], None]) -> StepResult:
-        """Run one step; the weights change only if the whole gradient is finite.
+    def step(self, micros: Iterable[Micro], learning_rate: float, seed_of: Callable[[int], None]) -> Unread:
+        """Run one step; the weights change only if the whole gradient is finite, and the brake lets them.
 
-        ``seed_of(i)`` seeds the dropout of micro-batch i.
+        ``seed_of(i)`` seeds the dropout of micro-batch i. Nothing here waits for the device.
         """
         self.experts.take()
         sums, run = self._accumulate(micros, seed_of)
         norm = self._norm()
-        # One transfer from the device for everything that is to be known of this step.
-        values = torch.stack([*sums, norm.to(torch.float64)]).tolist()
-        grad_norm, losses, aux = values[-1], values[:-1:2], values[1:-1:2]
-        applied = math.isfinite(grad_norm)
-        if applied:
-            self._update(norm, learning_rate)
+        held = self.brake.hold(norm)
+        self._update(norm, learning_rate, held)
         self._loosen_or_tighten()
         # With DDP the gradients are views into its buckets, and worth keeping: nothing is copied then.
         self.optimizer.zero_grad(set_to_none=not self.exchanges)
-        return StepResult(
-            grad_norm=grad_norm,
-            loss_sum=sum(losses),
-            aux_sum=sum(aux),
-            tokens=sum(micro.tokens for micro in run),
-            applied=applied,
-            suspects=tuple(
-                row for micro, loss in zip(run, losses, strict=True) if not math.isfinite(loss) for row in micro.rows
-            ),
-            worst=max(zip(losses, run, strict=True), key=_mean_loss)[1].rows,
-            experts=self.experts.take(),
-        )
+        scalars = torch.stack([*sums, norm.to(torch.float64), held.to(torch.float64)])
+        values = torch.cat([scalars, *self.experts.take()])
+        return Unread(values, [(micro.rows, micro.tokens) for micro in run])
 
     def warm_up(self, micro: Micro) -> None:
         """Run a micro-batch without labels: compiles what is compiled, and lets DDP settle on its buckets.
@@ -173,11 +204,13 @@ class Stepper:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
 
-    def _update(self, norm: torch.Tensor, learning_rate: float) -> None:
+    def _update(self, norm: torch.Tensor, learning_rate: float, held: torch.Tensor) -> None:
         if self.grad_clip > 0:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.grad_clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        # What GradScaler tells fused optimizers by: their kernels leave everything as it is where it is 1.
+        self.optimizer.found_inf = held  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def _loosen_or_tighten(self) -> None:
@@ -195,10 +228,6 @@ def forward(module: nn.Module, batch: Batch) -> Any:
         offsets=batch.offsets,
         labels=batch.labels,
     )
-
-
-def _mean_loss(of: tuple[float, Micro]) -> float:
-    return of[0] / max(1, of[1].tokens)
 
 
 def _with_last(micros: Iterable[Micro]) -> Iterator[tuple[Micro, bool]]:

@@ -33,13 +33,16 @@ from worker.samples import written
 from worker.saving import Saver
 from worker.schedule import Calendar, LearningRate, total_steps
 from worker.spikes import Spikes, told
-from worker.step import StepResult, seed_dropout
+from worker.step import StepResult, Unread, read, seed_dropout
 from worker.stopping import StopWish
 from worker.trackers import Trackers
 from worker.trainee import Progress, Trainee, build, initial_model
 from worker.weights import start_from
 
 Say = Callable[[Event], None]
+
+MOST_UNREAD = 100
+"""Steps that are at most taken before somebody looks at how they went."""
 
 
 def train(
@@ -138,9 +141,24 @@ def _restored(
     return Progress.of(state), own_interval(state.interval, ranks), state.rows_per_step, state.probe
 
 
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken and not looked at yet. ``scale``: the fp16 scaler's during it."""
+
+    step: int
+    data_step: int
+    tokens: int
+    scale: float | None
+    measured: Unread
+
+
 @dataclass
 class Loop:
-    """The steps of one attempt."""
+    """The steps of one attempt.
+
+    Where reading a step's numbers would wait for the device they are read together, when something is due (`_read`).
+    The brake has kept what is not finite from the weights by then, and on all ranks alike.
+    """
 
     spec: JobSpec
     material: Material
@@ -158,6 +176,8 @@ class Loop:
     say: Say
     watch: CurveWatch
     spikes: Spikes = field(default_factory=Spikes)
+    unread: list[Taken] = field(default_factory=list)
+    last: StepResult | None = None
 
     def warm_up(self) -> None:
         """One pass without labels, where there is something to compile or buckets to settle."""
@@ -171,6 +191,7 @@ class Loop:
     def run(self, progress: Progress, steps: int, stop: StopWish) -> tuple[Progress, bool]:
         """All steps behind ``progress``; the second value says whether the run ended because it was asked to."""
         agreement = Agreement(self.ranks)
+        self.trainee.stepper.brake.release(progress.trouble)
         if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
             self.saver.save(self.trainee, progress, self.meters, must=True)
         if progress.step >= steps:
@@ -187,6 +208,8 @@ class Loop:
                 self._take_over(wishes.settings, progress.step, steps)
             last = progress.step == steps
             if self.calendar.saves(progress.step) or wishes.save or wishes.stop:
+                if (progress := self._read(progress)).step <= before.step:
+                    continue
                 self._save(progress, must=last or wishes.stop)
             if wishes.spike and (warning := told(self.ranks.gather(self.spikes.row()))) is not None:
                 self.say(warning)
@@ -210,32 +233,62 @@ class Loop:
         return asked or self.saver.is_due_by_time(time.monotonic())
 
     def _step(self, progress: Progress) -> Progress:
-        """One optimizer step, judged and counted; after a rollback the progress returned is further back."""
-        step, training = progress.step + 1, self.spec.training
+        """One optimizer step, and where it is time, a look at it; after a rollback the progress is further back."""
+        step = progress.step + 1
         data_step = step + progress.data_offset
         scale = self.trainee.loss_scale()
         self.meters.begin_step()
-        result = self.trainee.stepper.step(self.feed.micros(data_step), self.rate.at(step), self._seeding(step))
-        suspects = () if result.finite else self._suspects(result)
-        verdict, trouble = gate.judge(
-            result.finite, training.on_nonfinite, progress.trouble, scale, losses_finite=not suspects
-        )
-        if verdict in (Verdict.FAIL, Verdict.ROLL_BACK, Verdict.SKIP):
-            what = gate.describe(step, tuple(self.feed.rows_of(data_step).tolist()), suspects)
-            if verdict is Verdict.FAIL:
-                raise _diverged(what, trouble)
+        measured = self.trainee.stepper.step(self.feed.micros(data_step), self.rate.at(step), self._seeding(step))
+        tokens, waited = self.feed.tokens(data_step), self.feed.waited
+        self.unread.append(Taken(step, data_step, tokens, scale, measured))
+        progress, due = progress.after(tokens, progress.trouble), self.calendar.logs(step)
+        if due or self.calendar.saves(step) or not self.trainee.may_lag() or len(self.unread) >= MOST_UNREAD:
+            progress = self._read(progress)
+        if progress.step == step:
+            self.meters.end_step(tokens, waited)
+            if due:
+                self._log(progress)
+        return progress
+
+    def _read(self, progress: Progress) -> Progress:
+        """See how the steps went that nobody has looked at yet. All ranks come here together.
+
+        Raises Failure where the run must end; after a rollback the progress is further back.
+        """
+        taken, self.unread = self.unread, []
+        if not taken:
+            return progress
+        for step, result in zip(taken, read([step.measured for step in taken]), strict=True):
+            verdict, trouble, what = self._judged(step, result, progress.trouble)
+            progress = replace(progress, trouble=trouble)
             if verdict is Verdict.ROLL_BACK:
-                return self._rolled_back(replace(progress, trouble=trouble), what)
-            self.say(Warned(code="step_skipped", message=f"{what}; the update was left out", step=step))
-        step_tokens = self.feed.tokens(data_step)
-        progress = progress.after(step_tokens, trouble)
-        self.meters.end_step(result, step_tokens, self.feed.waited)
+                return self._rolled_back(replace(progress, step=step.step - 1), what)
+            self._count(step.step, result)
+        return progress
+
+    def _judged(self, taken: Taken, result: StepResult, before: gate.Trouble) -> tuple[Verdict, gate.Trouble, str]:
+        """(verdict, trouble from now on, what is to be said of it). Raises Failure where the run must end."""
+        suspects = () if result.finite else self._suspects(result)
+        policy = self.spec.training.on_nonfinite
+        verdict, trouble = gate.judge(result.finite, policy, before, taken.scale, losses_finite=not suspects)
+        if verdict in (Verdict.APPLIED, Verdict.OVERFLOWED):
+            return verdict, trouble, ""
+        what = gate.describe(taken.step, tuple(self.feed.rows_of(taken.data_step).tolist()), suspects)
+        if verdict is Verdict.FAIL:
+            # Steps behind this one were held back, whatever the sign of life has told since.
+            self.life.beat(taken.step - 1)
+            raise _diverged(what, trouble)
+        if verdict is Verdict.SKIP:
+            self.say(Warned(code="step_skipped", message=f"{what}; the update was left out", step=taken.step))
+        return verdict, trouble, what
+
+    def _count(self, step: int, result: StepResult) -> None:
+        """A step that stays counts in the next metric line, and is looked at by those who warn."""
+        self.last = result
+        self.meters.count(result)
         self.spikes.look(step, result.loss, result.worst)
         for warning in self.watch.step(step, result.loss, result.grad_norm):
             self.say(warning)
-        if self.calendar.logs(step):
-            self._log(progress, result)
-        return progress
 
     def _seeding(self, step: int) -> Callable[[int], None]:
         if self.spec.model.dropout == 0:
@@ -255,6 +308,7 @@ class Loop:
         if path is None:
             raise _diverged(f"{what}, and there is no checkpoint to go back to", progress.trouble)
         state = self.trainee.load(path)
+        self.trainee.stepper.brake.release(progress.trouble)
         self.meters.rewind(own_interval(state.interval, self.ranks))
         bad_step = progress.step + 1
         message = f"{what}; back at step {state.step}, and on without the data of steps {state.step + 1} to {bad_step}"
@@ -264,8 +318,9 @@ class Loop:
         offset = progress.data_offset + bad_step - state.step
         return replace(Progress.of(state), data_offset=offset, trouble=progress.trouble)
 
-    def _log(self, progress: Progress, result: StepResult) -> None:
+    def _log(self, progress: Progress) -> None:
         """The metric line that is due, with the held-out loss where that is due too."""
+        assert self.last is not None
         step, held_out = progress.step, self.material.evaluation
         eval_loss = None
         if held_out is not None and self.calendar.evaluates(step):
@@ -277,7 +332,7 @@ class Loop:
             epoch=self.feed.order.epochs_done(step + progress.data_offset),
             learning_rate=self.rate.at(step),
             tokens=progress.tokens,
-            grad_norm=result.grad_norm,
+            grad_norm=self.last.grad_norm,
             eval_loss=eval_loss,
         )
         self.say(line)

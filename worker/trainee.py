@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.muon import Muon, hidden_matrices
 from worker import checkpoint
+from worker.brake import Brake
 from worker.checkpoint import Identity, RunState
 from worker.distributed import Ranks, Row
 from worker.experts import ExpertLoad
@@ -61,6 +62,10 @@ class Trainee:
     def precision(self) -> Precision:
         """How forward passes compute."""
         return self.stepper.precision
+
+    def may_lag(self) -> bool:
+        """Whether steps are better read together, later: where reading waits for the device, and the brake holds."""
+        return self.stepper.brake.holding and self.stepper.brake.device.type == "cuda"
 
     def loss_scale(self) -> float | None:
         """The fp16 scaler's factor, or None without one."""
@@ -112,6 +117,7 @@ def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks:
         aux_coefficient=aux_coefficient,
         grad_clip=training.grad_clip,
         experts=ExpertLoad(model),
+        brake=Brake(training.on_nonfinite, holding=not scaler.is_enabled(), device=ranks.device),
     )
     return Trainee(model, optimizer, scaler, stepper)
 

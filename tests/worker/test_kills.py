@@ -91,9 +91,9 @@ def in_evaluation(at: int, depth: int) -> None:
     batches, log = Evaluation._batches, Loop._log
     reached: list[int] = []
 
-    def noted(self: Loop, progress: Any, result: Any) -> None:
+    def noted(self: Loop, progress: Any) -> None:
         reached.append(progress.step)
-        log(self, progress, result)
+        log(self, progress)
 
     def fatal(self: Evaluation) -> Any:
         for index, batch in enumerate(batches(self)):

@@ -116,21 +116,24 @@ def test_the_loss_of_a_line_is_the_mean_over_tokens_since_the_last_one() -> None
     meters = Meters(ALONE, Interval(), 6.0, has_aux=True)
     for loss, tokens in ((30.0, 10), (20.0, 20)):
         meters.begin_step()
-        meters.end_step(result(loss, tokens), tokens, 0.25)
+        meters.count(result(loss, tokens))
+        meters.end_step(tokens, 0.25)
     first = line(meters)
     assert first.loss == pytest.approx(50 / 30)
     assert first.aux_loss == pytest.approx(4 / 30)
     assert first.data_seconds == pytest.approx(0.25)
     assert meters.last_loss == first.loss
     meters.begin_step()
-    meters.end_step(result(7.0, 7), 7, 0.0)
+    meters.count(result(7.0, 7))
+    meters.end_step(7, 0.0)
     assert line(meters).loss == 1.0
 
 
 def test_what_is_not_finite_is_counted_and_not_added() -> None:
     meters = Meters(ALONE, Interval(loss_sum=10.0, tokens=5.0), 6.0, has_aux=False)
     meters.begin_step()
-    meters.end_step(result(math.nan, 5), 5, 0.0)
+    meters.count(result(math.nan, 5))
+    meters.end_step(5, 0.0)
     first = line(meters, norm=math.inf)
     assert (first.loss, first.grad_norm, first.nonfinite, first.aux_loss) == (2.0, None, True, None)
     assert not line(meters).nonfinite

@@ -10,6 +10,7 @@ from contract.spec import TrainingSpec
 from model.config import ModelConfig
 from model.decoder import Decoder
 from worker.distributed import Ranks
+from worker.gate import Trouble
 from worker.step import Micro, StepResult, seed_dropout
 from worker.trainee import Trainee, build, initial_model
 
@@ -65,7 +66,7 @@ def unseeded(_: int) -> None:
 
 
 def run(student: Trainee, batches: list[list[Micro]], rate: float = 1e-2) -> list[StepResult]:
-    return [student.stepper.step(micros, rate, unseeded) for micros in batches]
+    return [student.stepper.step(micros, rate, unseeded).read() for micros in batches]
 
 
 def test_a_step_is_the_textbook_s() -> None:
@@ -78,7 +79,7 @@ def test_a_step_is_the_textbook_s() -> None:
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        result = ours.stepper.step(cut(batch, 6), 1e-2, unseeded)
+        result = ours.stepper.step(cut(batch, 6), 1e-2, unseeded).read()
         assert result.loss_sum / result.tokens == pytest.approx(loss.item(), abs=1e-5)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     for (name, mine), theirs in zip(ours.model.named_parameters(), plain.parameters(), strict=True):
@@ -107,7 +108,7 @@ def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
 def test_clipping_limits_and_zero_only_measures() -> None:
     batch = rows(4, seed=3)
     free, clipped = trainee(grad_clip=0.0), trainee(grad_clip=1e-3)
-    norms = [student.stepper.step(cut(batch, 4), 0.0, unseeded).grad_norm for student in (free, clipped)]
+    norms = [student.stepper.step(cut(batch, 4), 0.0, unseeded).read().grad_norm for student in (free, clipped)]
     assert norms[0] == norms[1] > 1e-3
     unclipped = free.optimizer.state[free.model.lm_head.weight]["exp_avg"]
     small = clipped.optimizer.state[clipped.model.lm_head.weight]["exp_avg"]
@@ -133,7 +134,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
     moments = student.optimizer.state[student.model.lm_head.weight]["exp_avg"].clone()
     micros = [Micro(batch[i : i + 2], 0.1, rows=(10 * i, 10 * i + 1), tokens=3) for i in (0, 2)]
-    result = student.stepper.step(micros, 1e-2, unseeded)
+    result = student.stepper.step(micros, 1e-2, unseeded).read()
     assert not result.finite
     assert not result.applied
     assert math.isnan(result.grad_norm)
@@ -142,20 +143,21 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
         assert torch.equal(value, before[name]) or value.isnan().any(), name
     assert torch.equal(student.optimizer.state[student.model.lm_head.weight]["exp_avg"], moments)
     undo()
-    assert student.stepper.step(cut(batch, 4), 1e-2, unseeded).applied
+    student.stepper.brake.release(Trouble())
+    assert student.stepper.step(cut(batch, 4), 1e-2, unseeded).read().applied
 
 
 def test_fp16_skips_overflows_by_itself_and_learns_a_scale() -> None:
     batch, student = rows(4, seed=6), trainee(dtype="float16")
     student.scaler.load_state_dict({**student.scaler.state_dict(), "scale": 2.0**40})
     before = student.model.lm_head.weight.clone()
-    first = student.stepper.step(cut(batch, 4), 1e-2, unseeded)
+    first = student.stepper.step(cut(batch, 4), 1e-2, unseeded).read()
     assert not first.applied
     assert first.suspects == ()
     assert student.loss_scale() == 2.0**39
     assert torch.equal(student.model.lm_head.weight, before)
     student.scaler.load_state_dict({**student.scaler.state_dict(), "scale": 2.0**10})
-    losses = [student.stepper.step(cut(batch, 4), 1e-2, unseeded) for _ in range(30)]
+    losses = [student.stepper.step(cut(batch, 4), 1e-2, unseeded).read() for _ in range(30)]
     assert all(result.applied for result in losses)
     assert losses[-1].loss_sum < 0.5 * losses[0].loss_sum
 
@@ -174,7 +176,7 @@ def test_a_batch_without_labels_gives_zero_gradients_for_every_parameter() -> No
     student.stepper.warm_up(Micro(Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids), 1.0))
     assert all(p.grad is None for p in student.model.parameters())
     empty = Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)
-    result = student.stepper.step([Micro(empty, 1.0)], 0.0, unseeded)
+    result = student.stepper.step([Micro(empty, 1.0)], 0.0, unseeded).read()
     assert (result.grad_norm, result.loss_sum, result.tokens) == (0.0, 0.0, 0)
     assert len(student.optimizer.state) == len(list(student.model.parameters()))
 

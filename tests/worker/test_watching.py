@@ -161,7 +161,7 @@ def test_the_load_is_what_the_router_chose() -> None:
     student.model.eval()
     with torch.no_grad():
         student.model(batch.input_ids)
-    assert student.stepper.experts.take() == (0.0,) * 4
+    assert student.stepper.experts.take() == []
     assert run(trainee(), [cut(batch, 2)])[0].experts == ()
 
 
@@ -187,7 +187,8 @@ def test_shares_are_of_all_steps_since_the_last_line_and_survive_a_resume() -> N
     step = StepResult(1.0, 20.0, 2.0, 10, True, experts=(30.0, 10.0, 0.0, 0.0))
     for _ in range(2):
         meters.begin_step()
-        meters.end_step(step, 10, 0.0)
+        meters.count(step)
+        meters.end_step(10, 0.0)
     stored = json.loads(json.dumps([meters.interval.row()]))
     line = line_of(meters)
     assert line.expert_load == [0.75, 0.25, 0.0, 0.0]
@@ -207,7 +208,8 @@ def test_a_checkpoint_from_before_there_were_loads_is_taken() -> None:
     old = own_interval([[1.0, 2.0, 3.0, 0.0]], ALONE)
     meters = Meters(ALONE, old, 6.0, has_aux=True, experts=2)
     meters.begin_step()
-    meters.end_step(StepResult(1.0, 20.0, 2.0, 10, True, experts=(1.0, 3.0)), 10, 0.0)
+    meters.count(StepResult(1.0, 20.0, 2.0, 10, True, experts=(1.0, 3.0)))
+    meters.end_step(10, 0.0)
     assert line_of(meters).expert_load == [0.25, 0.75]
 
 
