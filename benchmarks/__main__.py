@@ -4,12 +4,24 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from benchmarks import command, corpus_speed, launch, optimizers, padding, reporting, saving, scheduler, trainer
+from benchmarks import (
+    command,
+    corpus_speed,
+    dashboard,
+    launch,
+    optimizers,
+    padding,
+    reporting,
+    saving,
+    scheduler,
+    trainer,
+)
 from benchmarks.load import __main__ as load
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "command": command.main,
     "corpus_speed": corpus_speed.main,
+    "dashboard": dashboard.main,
     "launch": launch.main,
     "load": load.main,
     "optimizers": optimizers.main,

@@ -29,7 +29,7 @@ def measure() -> Iterator[Figure]:
         corpus.write_text('{"text": "one"}\n')
         with live.database(home) as made:
             job_id = live.running(made, corpus, 1)[0].job_id
-            _fill(made, job_id)
+            fill(made, job_id, POINTS)
         with served(home, Path(folder), arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
             took, rows = [], 0
             memory = 0
@@ -46,12 +46,20 @@ def measure() -> Iterator[Figure]:
     yield Figure(f"memory that {ASKED - 3} more of them add", grown / (1 << 20), "MiB", 8)
 
 
-def _fill(made: Database, job_id: str) -> None:
+def fill(made: Database, job_id: str, points: int) -> None:
+    """A curve of so many points, summed up as ingest would have."""
     now = datetime.now(UTC)
     same = {"job_id": job_id, "attempt": 1, "stitched": True, "epoch": 0.0, "learning_rate": 1e-3, "at": now}
-    for first in range(1, POINTS + 1, AT_ONCE):
-        steps = range(first, min(first + AT_ONCE, POINTS + 1))
-        rows = [{**same, "seq": s, "step": s, "loss": 2.0 + s % 7, "tokens": s, "nonfinite": False} for s in steps]
+    for first in range(1, points + 1, AT_ONCE):
+        steps = range(first, min(first + AT_ONCE, points + 1))
+        rows = [{**same, "seq": s, "step": s, **_point(s)} for s in steps]
         with made.write() as session:
             session.execute(insert(MetricRow), rows)
             sealing.advance(session, store.lock(session, job_id), steps[-1])
+
+
+def _point(step: int) -> dict[str, object]:
+    """Every number that the page draws."""
+    timing = {"tokens_per_second": 1e5 + step % 900, "step_seconds": 0.3 + step % 5 / 50, "data_seconds": 0.001}
+    shape = {"loss": 2.0 + step % 7, "grad_norm": 0.4 + step % 11 / 20, "memory_bytes": 60_000_000_000}
+    return {**timing, **shape, "tokens": step * 32768, "nonfinite": False}

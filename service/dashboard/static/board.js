@@ -26,8 +26,15 @@ export class Board {
     chart.close();
   }
 
-  redraw() {
-    return Promise.all([...this.charts].map((chart) => chart.draw()));
+  /** One after the other in the order of the page; each that is new is seen before the next is made. */
+  async redraw() {
+    const number = (this.drawing = (this.drawing ?? 0) + 1);
+    for (const chart of this.charts) {
+      if (number !== this.drawing) return;
+      const isNew = !chart.started;
+      await chart.draw();
+      if (isNew && chart.started) await painted();
+    }
   }
 
   /** [from, to] on the x axis, or null for all; kept in the address. */
@@ -55,6 +62,12 @@ export class Board {
     for (const chart of this.charts) chart.close();
   }
 }
+
+/** Once what was drawn is on the screen; a hidden tab has no frames. */
+const painted = () => new Promise((done) => {
+  requestAnimationFrame(() => setTimeout(done));
+  setTimeout(done, 100);
+});
 
 function readZoom() {
   const parts = (kept("zoom") ?? "").split("..");

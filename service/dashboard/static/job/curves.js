@@ -1,6 +1,6 @@
 // A job's curves: fetched in buckets, drawn at most every 2 s, fetched again where the user zooms in.
 import { get, query } from "../api.js";
-import { Board, Chart } from "../charts.js";
+import { Board, Chart, library } from "../charts.js";
 import { chosenView, controls } from "../controls.js";
 import { h } from "../dom.js";
 import { loss } from "../format.js";
@@ -57,6 +57,8 @@ export class Curves {
     if (mark === this.mark) return;
     const isFirst = this.mark === undefined;
     this.mark = mark;
+    // The text is painted first; the library is read while the points come.
+    if (isFirst) requestAnimationFrame(() => setTimeout(() => library().catch(() => {})));
     if (isFirst) await this.refetch();
     else this.stale();
   }
