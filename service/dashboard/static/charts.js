@@ -114,7 +114,7 @@ export class Chart {
     });
     this.plot.on("plotly_doubleclick", () => this.board.setZoom(null));
     this.plot.on("plotly_hover", (event) => event.points?.[0] && this.board.hover(this.near(event.points[0].x)));
-    this.plot.on("plotly_unhover", () => this.board.hover(null));
+    // Not plotly's own unhover: it comes with every update too, and what is read under a resting pointer would go.
     this.plot.addEventListener("pointerleave", () => this.board.hover(null));
   }
 
