@@ -43,7 +43,7 @@ def test_jobs_are_searched_and_filtered_in_the_address(service: str, rig: Rig, p
     expect(page.locator(".queue li")).to_have_count(4)
     curve = rows(page).filter(has_text="fast").locator(".spark polyline")
     expect(curve).to_have_attribute("points", re.compile(r"^1\.0,"))
-    in_both_themes(page, "queue")
+    in_both_themes(page, "jobs")
     page.get_by_label("Search").fill("MORE")
     expect(rows(page)).to_have_count(3)
     rows(page).get_by_role("link", name="team=nlp").first.click()

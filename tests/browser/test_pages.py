@@ -1,6 +1,7 @@
 """The pages in a real browser, over a service on a real socket."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/")
         expect(page.get_by_role("link", name=NAME)).to_be_visible()
-        in_both_themes(page, "jobs")
+        in_both_themes(page, "named")
         page.get_by_role("link", name=NAME).click()
         expect(page.get_by_role("heading", name=NAME)).to_be_visible()
         assert "taken" not in (page.title().removeprefix(NAME))
@@ -44,3 +45,26 @@ def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
         expect(page.locator(".who .status")).to_contain_text("pausing")
     expect(page.locator("#away")).to_be_visible()
     assert broken == []
+
+
+def test_a_token_is_asked_for_and_stands_in_no_address(tmp_path: Path, page: Page) -> None:
+    secret = "sesame-open"
+    rig = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/token.db", token=secret)
+    addresses: list[str] = []
+    page.on("request", lambda request: addresses.append(request.url))
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/")
+        page.get_by_label("Token").fill("wrong")
+        page.get_by_role("button", name="Enter").click()
+        expect(page.get_by_text("That token was not accepted.")).to_be_visible()
+        page.get_by_label("Token").fill(secret)
+        page.get_by_role("button", name="Enter").click()
+        expect(page.get_by_role("heading", name="No job yet")).to_be_visible()
+        expect(page.locator(".command pre").last).to_contain_text("$TRAINYARD_TOKEN")
+        page.get_by_role("link", name="System").click()
+        expect(page.get_by_role("region", name="Devices")).to_be_visible()
+        assert secret not in page.content()
+    assert len(addresses) > 10
+    assert [address for address in addresses if secret in address] == []
+    rig.close()
+    rig.database.close()

@@ -145,12 +145,11 @@ def test_a_checkpoint_is_downloaded_and_forked_and_the_two_are_compared(
     served.wait(child, "succeeded")
     page.goto(f"{served.url}/compare?jobs={parent},{child}&x=step")
     chart = figure(page, "Train loss")
-    expect(chart.locator(".scatterlayer .trace")).to_have_count(2)
+    # The two lines, and the circle where they meet.
+    expect(chart.locator(".scatterlayer .trace")).to_have_count(3)
     drawn = chart.locator(".js-plotly-plot").first.evaluate("node => node.data.map(one => [one.uid, one.x, one.y])")
     curves = {uid: dict(zip(xs, ys, strict=True)) for uid, xs, ys in drawn}
-    assert min(curves[child]) == min(curves[parent]), "a fork begins with its parent's curve"
-    assert [curves[child][step] for step in curves[parent] if step <= 100] == [
-        value for step, value in curves[parent].items() if step <= 100
-    ]
+    assert min(curves[child]) == 100, "a fork joins its parent at its step"
+    assert curves[child][100] == curves[parent][100]
     assert curves[child][200] != curves[parent][200]
     expect(page.get_by_role("region", name="Differing settings")).to_contain_text("training.learning_rate")

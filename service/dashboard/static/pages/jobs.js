@@ -11,9 +11,9 @@ const PAGE = 100;
 const SPARK_POINTS = 64;
 const SPARK_MS = 10_000;
 const AT_ONCE = 6; // curves in one look
-const KEY = token.get() ? '-H "Authorization: Bearer $TRAINYARD_TOKEN" ' : "";
-const COMMANDS = ["trainyard demo", "trainyard submit --data_path corpus.jsonl --watch",
-  `curl ${KEY}--json '{"data": {"data_path": "/data/corpus.jsonl"}}' ${location.origin}/jobs`];
+const KEY = '-H "Authorization: Bearer $TRAINYARD_TOKEN" ';
+const commands = () => ["trainyard demo", "trainyard submit --data_path corpus.jsonl --watch",
+  `curl ${token.get() ? KEY : ""}--json '{"data": {"data_path": "/data/corpus.jsonl"}}' ${location.origin}/jobs`];
 
 export const jobs = { title: "Jobs", open };
 
@@ -70,9 +70,9 @@ function build(place, state, again) {
 }
 
 function empty() {
-  const commands = COMMANDS.map((words) =>
+  const parts = commands().map((words) =>
     h("div", { class: "command" }, h("pre", { tabindex: "0" }, words), h("button", { type: "button", "aria-label": `Copy: ${words}`, onclick: () => copy(words, "Command") }, "Copy")));
-  return h("div", { class: "empty" }, h("h2", {}, "No job yet"), h("p", {}, "Any of these starts one, and so does ", h("a", { href: "/submit" }, "the form"), ":"), commands);
+  return h("div", { class: "empty" }, h("h2", {}, "No job yet"), h("p", {}, "Any of these starts one, and so does ", h("a", { href: "/submit" }, "the form"), ":"), parts);
 }
 
 function draw(view, state) {
