@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.moe import MoE, Pieces, auxiliary_sum
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
@@ -137,6 +138,37 @@ def test_router_is_float32_under_autocast() -> None:
         exact = layer._scores(x.flatten(0, 1))
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(layer._scores(x.flatten(0, 1)), exact, rtol=0, atol=0)
+
+
+class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what makes the host wait for a device: numbers that are read, and shapes that depend on numbers."""
+
+    WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+
+    count: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name().split(".")[0] in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("number_of_experts", [2, 16])
+def test_the_host_waits_once_a_layer_whatever_the_number_of_experts(
+    number_of_experts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x, whole = experts(num_experts=number_of_experts), hidden().requires_grad_(), torch.Tensor.tolist
+    lists: list[tuple[int, ...]] = []
+
+    def tolist(tensor: Tensor) -> Any:
+        lists.append(tuple(tensor.shape))
+        return whole(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    with Syncs() as syncs:  # type: ignore[no-untyped-call]
+        layer(x, None)[0].sum().backward()
+    assert lists == [(number_of_experts,)], "the sizes of the slices"
+    # Where `tolist` goes through the dispatcher it is counted a second time, one number at a time or all at once.
+    assert syncs.count <= 1
 
 
 def test_same_weights_same_bits() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,20 @@ def test_the_dense_model_is_one_graph(packing: str, dtype: torch.dtype) -> None:
         explained = torch._dynamo.explain(model)(batch.input_ids, labels=batch.labels, **more)
     assert explained.break_reasons == []
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+
+
+# torch's own graph capture warns of what it does itself where a graph breaks.
+@pytest.mark.filterwarnings("ignore")
+def test_with_experts_the_graph_breaks_at_their_slices_alone() -> None:
+    """Their sizes are data, so the experts stay outside on purpose; all else is compiled."""
+    import torch._dynamo
+
+    shape = replace(SHAPE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    model, batch = initial_model(shape, 1, ALONE.device), rows(2, seed=1)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(batch.input_ids, labels=batch.labels, **packed(batch))
+    assert explained.break_reasons
+    assert [why.reason for why in explained.break_reasons if "torch.compiler.disable()" not in why.reason] == []
 
 
 def no_compiler() -> None:
