@@ -115,33 +115,33 @@ def test_a_job_waits_for_its_own_past_and_for_no_other_job(any_rig: Rig, receive
     assert [got.type for got in receiver.got[-2:]] == ["job.created", "job.cancelled"]
 
 
-def test_a_receiver_that_is_away_is_asked_less_and_less_and_then_never(any_rig: Rig, receiver: Receiver) -> None:
-    webhook = register(any_rig, receiver.url, events=["job.created"])
+def test_a_receiver_that_is_away_is_asked_less_and_less_and_then_never(rig: Rig, receiver: Receiver) -> None:
+    webhook = register(rig, receiver.url, events=["job.created"])
     receiver.answer = status(503)
-    any_rig.submit()
+    rig.submit()
     for number in range(400):
-        send(any_rig)
-        if not any_rig.get(f"/webhooks/{webhook['id']}")["enabled"]:
+        send(rig)
+        if not rig.get(f"/webhooks/{webhook['id']}")["enabled"]:
             break
-        any_rig.clock.forward(LONGEST_SECONDS / 2)
+        rig.clock.forward(LONGEST_SECONDS / 2)
         if number % 20 == 19:
-            any_rig.submit()
-    shown = any_rig.get(f"/webhooks/{webhook['id']}")
+            rig.submit()
+    shown = rig.get(f"/webhooks/{webhook['id']}")
     assert not shown["enabled"]
     assert "3 days" in shown["disabled_reason"]
     assert 30 < len(receiver.got) < 100, "once an hour or so"
-    assert {d["state"] for d in deliveries(any_rig, webhook, limit=100)} >= {"failed"}
+    assert {d["state"] for d in deliveries(rig, webhook, limit=100)} >= {"failed"}
     said = len(receiver.got)
-    any_rig.submit()
-    any_rig.clock.forward(LONGEST_SECONDS)
-    send(any_rig)
+    rig.submit()
+    rig.clock.forward(LONGEST_SECONDS)
+    send(rig)
     assert len(receiver.got) == said
-    again = any_rig.client.patch(f"/webhooks/{webhook['id']}", json={"enabled": True}).json()
+    again = rig.client.patch(f"/webhooks/{webhook['id']}", json={"enabled": True}).json()
     assert (again["enabled"], again["disabled_reason"], again["failures"]) == (True, None, 0)
     receiver.answer = status(204)
-    any_rig.submit()
-    send(any_rig)
-    assert deliveries(any_rig, webhook)[0]["state"] == "delivered"
+    rig.submit()
+    send(rig)
+    assert deliveries(rig, webhook)[0]["state"] == "delivered"
 
 
 def test_410_means_never_again(rig: Rig, receiver: Receiver) -> None:

@@ -164,22 +164,22 @@ def test_no_progress(watched: Watched, receiver: Receiver) -> None:
     job_id, attempt = rig.running()
     attempt.metric(1, at=rig.clock().isoformat())
     rig.ship(attempt)
-    for _ in range(19):
-        watched.look(30)
+    for _ in range(11):
+        watched.look(50)
         rig.beat(attempt, 1)
-    assert told(receiver) == [], "nine and a half minutes"
-    for _ in range(10):
-        watched.look(30)
+    assert told(receiver) == [], "nine minutes and ten seconds"
+    for _ in range(3):
+        watched.look(50)
         rig.beat(attempt, 1)
     assert told(receiver) == [("rule.no_progress", 1)], "a heartbeat is no progress"
     attempt.metric(2, at=rig.clock().isoformat())
     rig.ship(attempt)
-    for _ in range(25):
-        watched.look(30)
+    for _ in range(14):
+        watched.look(50)
     assert told(receiver) == [("rule.no_progress", 1), ("rule.no_progress", 2)]
     rig.act(job_id, "pause")
-    for _ in range(30):
-        watched.look(30)
+    for _ in range(14):
+        watched.look(50)
     assert len(told(receiver)) == 2, "who was asked to stop need not get on"
 
 
@@ -193,8 +193,8 @@ def test_a_server_that_slept_an_hour_blames_nobody(watched: Watched, receiver: R
     watched.look(3600)
     assert told(receiver) == []
     assert ASLEEP_SECONDS < 600
-    for _ in range(21):
-        watched.look(30)
+    for _ in range(13):
+        watched.look(50)
     assert told(receiver) == [("rule.no_progress", 1)]
 
 
