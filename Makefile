@@ -1,6 +1,7 @@
 # `make help` lists what there is.
 PYTHON ?= python3
-# Processes the tests are spread over: most of them wait for a process or a database, not for a core.
+# Processes the tests are spread over: most of them wait for a process or a database, not for a core. A module's tests stay
+# together, because many share a service and a finished run.
 WORKERS ?= 2
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -37,7 +38,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 test: setup
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not soak" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not soak" $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/trainyard demo

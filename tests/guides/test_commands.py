@@ -17,8 +17,7 @@ from tests.guides.box import HOWS, Box
 from tests.guides.words import commands_in, misunderstood
 from tests.service.conftest import postgres_url as postgres_url
 
-# One folder with one finished run serves all guides.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("guides")]
+pytestmark = pytest.mark.slow
 
 PAGES = [page for page in GUIDES if runnable(page)]
 SHELL_WORDS = ("export", "curl", "trainyard", "torchrun", "python", "make", "docker", "psql", "pip", "git", "sbatch")
