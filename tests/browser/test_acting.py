@@ -84,6 +84,7 @@ def test_a_finished_job_goes_on_with_more_steps_from_an_older_checkpoint(service
     assert told == ["asked to resume; goes back to step 20; newer checkpoints are set aside"]
 
 
+@pytest.mark.soak
 def test_a_kill_asks_first_and_a_save_does_not(service: str, rig: Rig, page: Page) -> None:
     job_id = named(rig, "holds-the-slots")["id"]
     page.goto(f"{service}/jobs/{job_id}")
@@ -122,6 +123,7 @@ def test_checkpoints_are_downloaded_exported_and_forked(service: str, rig: Rig, 
     expect(page.get_by_label("From the checkpoint of step")).to_have_value("40")
 
 
+@pytest.mark.soak
 def test_parent_and_forks_name_each_other(service: str, rig: Rig, page: Page) -> None:
     parent = named(rig, "fast")["id"]
     overrides = {"name": "<i>child</i>", "training": {"max_steps": 500}}

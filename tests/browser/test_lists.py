@@ -66,6 +66,7 @@ def test_jobs_are_searched_and_filtered_in_the_address(service: str, rig: Rig, p
     expect(rows(page)).to_have_count(3)
 
 
+@pytest.mark.soak
 def test_a_hundred_jobs_and_then_the_rest(rig: Rig, page: Page) -> None:
     for i in range(103):
         rig.submit(name=f"job-{i}")

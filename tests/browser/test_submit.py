@@ -115,6 +115,7 @@ def test_form_and_json_are_one_spec(service: str, page: Page) -> None:
     expect(page.get_by_text("This is not JSON")).to_be_visible()
 
 
+@pytest.mark.soak
 def test_a_draft_survives_a_reload_and_can_be_dropped(service: str, page: Page) -> None:
     page.goto(f"{service}/submit")
     field(page, "name").fill("half-typed")
