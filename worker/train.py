@@ -10,7 +10,7 @@ import torch
 
 from contract.events import Event, PhaseChanged, Warned
 from contract.report import Outcome, RunSettings
-from contract.spec import JobSpec
+from contract.spec import JobSpec, NodeRange
 from contract.status import Phase, Reason
 from worker import gate
 from worker.curve import CurveWatch
@@ -135,8 +135,10 @@ def _restored(
 ) -> tuple[Progress, Interval, int, dict[str, Any]]:
     """(how far the run is, this rank's sums since the last metric line, rows in a step, what its probe scored)."""
     if begin is None:
-        # As many as there are ranks, not as the spec says: by hand it is torchrun that decides.
-        return Progress(), Interval(), spec.training.batch_size * spec.training.accumulation_steps * ranks.world, {}
+        # As many as there are ranks, not as the spec says: by hand it is torchrun that decides. Where the spec leaves it
+        # to the cluster how many nodes there are, a step must not depend on how many were free at the beginning.
+        world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
+        return Progress(), Interval(), spec.training.batch_size * spec.training.accumulation_steps * world, {}
     state = trainee.load(begin)
     return Progress.of(state), own_interval(state.interval, ranks), state.rows_per_step, state.probe
 

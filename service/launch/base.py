@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from contract.report import ExitReport
+from contract.report import ExitReport, RunSettings
 from contract.spec import JobSpec
 
 LOCAL = "local"
@@ -63,7 +63,8 @@ class Placement:
     """Where a cluster has put an attempt, as it says itself.
 
     ``engine_id``: the cluster's own number of it. ``waiting_for``: why it does not run yet; None where it does.
-    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs there.
+    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs there. ``tailed``: its agent cannot reach the
+    service, which reads what is written in the run directory instead.
     """
 
     engine_id: str
@@ -71,6 +72,7 @@ class Placement:
     waiting_for: str | None = None
     nodes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    tailed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object for the attempt's row."""
@@ -117,6 +119,9 @@ class Launcher(Protocol):
 
         None starts afterwards either, also where a `start` of this attempt is still on its way in another service.
         """
+
+    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+        """Leave the settings that are to hold, for ranks whose agent cannot be told. Raises OSError."""
 
     def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Outbox lines behind ``after_seq``, oldest first, at most ``limit``; [] where none is left."""

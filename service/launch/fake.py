@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from contract.report import ErrorCard, ExitReport
+from contract.report import ErrorCard, ExitReport, RunSettings
 from contract.status import Reason
 from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
 
@@ -152,6 +152,9 @@ class FakeLauncher:
             return
         attempt.ended_by_launcher += 1
         attempt.end("crashed", Reason.AGENT_LOST, message="the attempt's agent is gone and left no report")
+
+    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+        """Its agents hear of them in the answers to their reports."""
 
     def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Lines behind ``after_seq``."""

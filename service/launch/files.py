@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from contract.outbox import OutboxReader
-from contract.rundir import AttemptDir, RunDir, write_atomically
+from contract.report import RunSettings, read_message
+from contract.rundir import AttemptDir, RunDir, write_atomically, write_json
+from contract.spec import JobSpec
 from service.launch.base import AttemptName, Launch
 
 
@@ -45,6 +47,20 @@ class AttemptFiles:
         attempt = self.attempt(name)
         if attempt.path.is_dir():
             attempt.save.touch()
+
+    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+        """Leave the settings where rank 0 looks for them, if they are others than it has. Raises OSError."""
+        attempt = self.attempt(name)
+        has = read_message(RunSettings, attempt.settings)
+        if has is None:
+            spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
+            has = RunSettings(
+                log_interval=spec.reporting.log_interval,
+                save_interval=spec.checkpoint.save_interval,
+                keep_last=spec.checkpoint.keep_last,
+            )
+        if has != settings:
+            write_json(attempt.settings, settings.model_dump())
 
     def close(self, name: AttemptName) -> None:
         """Leave word that the attempt is over: an agent that comes late starts nothing. Raises OSError."""

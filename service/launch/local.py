@@ -11,7 +11,7 @@ from typing import Any
 
 from contract.locks import is_held
 from contract.processes import ProcessIdentity, boot_id, marked, pid_namespace, signal_all, wait_gone
-from contract.report import ExitReport, read_message
+from contract.report import ExitReport, RunSettings, read_message
 from contract.rundir import AttemptDir
 from contract.status import Reason
 from service.launch import remains
@@ -127,6 +127,10 @@ class LocalLauncher:
             signal_all(found, *END_SIGNALS)
             self._reap(name)
             wait_gone(found, END_SECONDS)
+
+    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+        """Leave them where rank 0 looks for them."""
+        self._files.settle(name, settings)
 
     def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Lines of the outbox that the service does not have yet."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from contract.report import RunSettings
 from service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
 
 
@@ -38,6 +39,11 @@ class SideBySide:
         """Pass it on."""
         if (launcher := self._launchers.get(name.launcher)) is not None:
             launcher.end(name)
+
+    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+        """Pass it on."""
+        if (launcher := self._launchers.get(name.launcher)) is not None:
+            launcher.settle(name, settings)
 
     def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Pass it on."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from contract.report import ErrorCard, ExitReport, read_message
+from contract.report import ErrorCard, ExitReport, RunSettings, read_message
 from contract.rundir import AttemptDir, write_atomically, write_json
 from contract.spec import JobSpec
 from contract.status import Reason
@@ -94,7 +94,8 @@ class SlurmLauncher:
         except NoAnswer:
             return Found(State.UNKNOWN)
         if job is not None and not job.ended:
-            return Found(State.ALIVE, placement=job.placement(_ranks_per_node(attempt)))
+            placement = job.placement(_ranks_per_node(attempt), tailed=self._setup.reports == "directory")
+            return Found(State.ALIVE, placement=placement)
         # Looked at once more: an agent that ended between the two looks has published its report by now.
         report = read_message(ExitReport, attempt.exit)
         if report is None and job is None and not attempt.started.exists() and not attempt.submitted.exists():
@@ -128,6 +129,10 @@ class SlurmLauncher:
                 if self._monotonic() > deadline:
                     return
                 time.sleep(0.2)
+
+    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+        """Leave them where rank 0 looks for them."""
+        self._files.settle(name, settings)
 
     def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Lines of the outbox that the service does not have yet."""

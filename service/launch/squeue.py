@@ -52,10 +52,10 @@ class SlurmJob:
         """Slurm knows of nothing that lives of it."""
         return self.state in ENDED and not self.completing
 
-    def placement(self, ranks: int) -> Placement:
+    def placement(self, ranks: int, tailed: bool = False) -> Placement:
         """As the API shows it. ``ranks``: on each node."""
         waiting = f"Slurm: {self.reason or NEXT_LOOK}" if self.pending else None
-        return Placement(self.id, self.state.lower(), waiting, self.nodes, tuple(self._devices(ranks)))
+        return Placement(self.id, self.state.lower(), waiting, self.nodes, tuple(self._devices(ranks)), tailed)
 
     def _devices(self, ranks: int) -> Iterator[str]:
         for place, node in enumerate(self.nodes):

@@ -143,7 +143,10 @@ class Applier:
             case State.UNKNOWN:
                 return False
             case State.ALIVE:
-                return self._adopt(live, found)
+                self._adopt(live, found)
+                if live.tailed:
+                    self._tail(live)
+                return False
             case State.ENDED:
                 return self._ended(live, found)
             case State.ORPHANED:
@@ -155,10 +158,10 @@ class Applier:
             case _:
                 assert_never(found.state)
 
-    def _adopt(self, live: LiveAttempt, found: Found) -> bool:
+    def _adopt(self, live: LiveAttempt, found: Found) -> None:
         placement = found.placement.to_json() if found.placement is not None else None
         if live.launched and live.placement == placement:
-            return False
+            return
         with self.write() as session:
             job, attempt = ingest.lock(session, live.id, live.name.job_id)
             attempt.placement = placement
@@ -166,7 +169,16 @@ class Applier:
                 attempt.launched_at = attempt.launched_at or self._clock()
                 note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
                 store.tell(session, job, note, self._clock())
-        return False
+
+    def _tail(self, live: LiveAttempt) -> None:
+        """Read what an agent that cannot report has shipped to nobody; that the cluster runs it is its sign of life."""
+        self._read_rest(live)
+        with self.write() as session:
+            job, attempt = ingest.lock(session, live.id, live.name.job_id)
+            if attempt.acked_seq:
+                ingest.hear(session, job, attempt, self._clock())
+            settings = ingest.settings_of(job)
+        self._launcher.settle(live.name, settings)
 
     def _ended(self, live: LiveAttempt, found: Found) -> bool:
         if found.state is not State.ENDED or found.report is None:

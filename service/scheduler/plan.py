@@ -16,7 +16,9 @@ QUIET = timedelta(seconds=5)
 """An attempt not heard for so long is looked up on the host, again and again. Silence alone never ends it."""
 
 WATCHED = timedelta(seconds=1)
-"""An attempt that waits on its cluster is looked up so often: nobody else can say what it waits for."""
+"""An attempt that waits on its cluster is looked up so often: nobody else can say what it waits for.
+
+So is one whose agent cannot report: at each look its outbox is read."""
 
 KILL_GRACE = timedelta(seconds=10)
 """An agent that is silent has so long to carry out a kill; then the launcher does."""
@@ -105,7 +107,7 @@ def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
     quiet = attempt.heard_at is None or _long_ago(attempt.heard_at, now, QUIET)
     if attempt.looked_at is None:
         return Look(attempt)
-    if attempt.desired is Desired.KILL and not attempt.placed:
+    if attempt.desired is Desired.KILL and (attempt.tailed or not attempt.placed):
         return End(attempt)
     if attempt.desired is Desired.KILL and quiet and attempt.asked_at and _long_ago(attempt.asked_at, now, KILL_GRACE):
         return End(attempt)
@@ -113,7 +115,7 @@ def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
         return Look(attempt)
     if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.told is not attempt.desired:
         return Hint(attempt)
-    if not attempt.placed and _long_ago(attempt.looked_at, now, WATCHED):
+    if (attempt.tailed or not attempt.placed) and _long_ago(attempt.looked_at, now, WATCHED):
         return Look(attempt)
     return None
 

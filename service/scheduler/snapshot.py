@@ -67,6 +67,11 @@ class LiveAttempt:
         """Whether it runs where it is known to be. One on a cluster waits there before it does."""
         return self.name.launcher == LOCAL or bool(self.placement and self.placement["nodes"])
 
+    @property
+    def tailed(self) -> bool:
+        """Whether it is read in the run directory, because its agent cannot report."""
+        return bool(self.placement and self.placement.get("tailed"))
+
 
 @dataclass(frozen=True)
 class Snapshot:

@@ -176,15 +176,21 @@ class Cluster:
         return self._processes(lambda words: words[0].endswith("slurmd") and words[-1] == node)
 
     def steps(self, node: str) -> list[ProcessIdentity]:
-        """What runs steps on the node: its slurmstepd processes, which carry its name only in their environment."""
-        found = self._processes(lambda words: words[0].startswith("slurmstepd:"), conf=False)
-        return [process for process in found if process.variable("SLURMD_NODENAME") == node]
+        """The slurmstepd processes of the node. They overwrite their own environment; their children have it."""
+        parents = {process: parent_of(process.pid) for pid in all_pids() if (process := ProcessIdentity.of(pid))}
+        mine = {
+            parent
+            for process, parent in parents.items()
+            if process.variable("SLURMD_NODENAME") == node
+            and process.variable("SLURM_CONF") == self.environment["SLURM_CONF"]
+        }
+        return [each for each in parents if each.pid in mine and "slurmstepd" in " ".join(_command(each.pid))]
 
-    def _processes(self, wanted: Any, conf: bool = True) -> list[ProcessIdentity]:
+    def _processes(self, wanted: Any) -> list[ProcessIdentity]:
         found = []
         for pid in all_pids():
             words = _command(pid)
-            mine = not conf or self.environment["SLURM_CONF"] in words
+            mine = self.environment["SLURM_CONF"] in words
             if words and mine and wanted(words) and (identity := ProcessIdentity.of(pid)):
                 found.append(identity)
         return found
@@ -234,6 +240,13 @@ def _command(pid: int) -> list[str]:
     except OSError:
         return []
     return [word.decode(errors="replace") for word in text.rstrip(b"\0").split(b"\0")] if text else []
+
+
+def parent_of(pid: int) -> int:
+    try:
+        return int((PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _free_ports(count: int) -> list[int]:
