@@ -17,6 +17,7 @@ from benchmarks import (
     trainer,
 )
 from benchmarks.load import __main__ as load
+from benchmarks.slurm import main as slurm
 
 BENCHMARKS: dict[str, Callable[[], None]] = {
     "command": command.main,
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
     "reporting": reporting.main,
     "saving": saving.main,
     "scheduler": scheduler.main,
+    "slurm": slurm,
     "trainer": trainer.main,
 }
 
