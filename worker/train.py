@@ -135,8 +135,8 @@ def _restored(
 ) -> tuple[Progress, Interval, int, dict[str, Any]]:
     """(how far the run is, this rank's sums since the last metric line, rows in a step, what its probe scored)."""
     if begin is None:
-        # As many as there are ranks, not as the spec says: by hand it is torchrun that decides. Where the cluster decides
-        # on the number of nodes, a step must not depend on how many were free at the beginning.
+        # As many as there are ranks, not as the spec says: by hand it is torchrun that decides. Where a cluster chooses
+        # the number of nodes, a step must not depend on how many were free at the beginning.
         world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
         return Progress(), Interval(), spec.training.batch_size * spec.training.accumulation_steps * world, {}
     state = trainee.load(begin)
