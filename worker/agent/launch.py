@@ -1,7 +1,9 @@
 """How torchrun is started: its command line and its environment. Standard library only."""
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -14,6 +16,8 @@ from worker.agent.place import ALONE, Meeting, Place
 
 SECRETS = ("TRAINYARD_ATTEMPT_TOKEN", "TRAINYARD_REPORT_URL", "TRAINYARD_SERVICE_FILE", "TRAINYARD_ATTEMPT_ID")
 """What the agent needs to report, and the training process does not."""
+
+PR_SET_PDEATHSIG = 1
 
 RANK_LOGS = "TRAINYARD_RANK_LOGS"
 """Set: each rank writes what it prints to the attempt's ``logs/rank-N.log``."""
@@ -56,7 +60,16 @@ def launch_torchrun(
         cwd=attempt.path,
         # A cluster signals the agent's process group. What it means by that is the agent's to tell the ranks.
         start_new_session=place.clustered,
+        preexec_fn=end_with_this_agent if place.clustered else None,
     )
+
+
+def end_with_this_agent() -> None:
+    """Have this child told to end (SIGTERM) when the thread that started it does: the agent's main one.
+
+    A cluster that follows processes by their parents loses those whose agent was killed. torchrun has its ranks save.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def rank_environment(environment: dict[str, str]) -> dict[str, str]:
