@@ -183,3 +183,40 @@ def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Rig) 
     assert list(found) == [3 + step / 100 for step in range(50, 301, 50)]
     for step, row in zip(range(50, 301, 50), found.values(), strict=True):
         assert row["first_step"] <= step <= row["step"]
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+@pytest.mark.parametrize("half_life", [0, 10])
+def test_buckets_of_one_attempt_with_fields_and_without_a_mean(any_rig: Rig, attempt: int, half_life: float) -> None:
+    """All of them at once: rows are of that attempt alone, have the fields, and a half-life of 0 is the loss itself."""
+    rig = any_rig
+    job_id, first = rig.running(steps=200)
+    for step in range(1, 101):
+        first.metric(step, loss=None if step == 50 else 1.0 + step, grad_norm=step / 2)
+    rig.checkpoint(job_id, first, 60)
+    rig.exit(first, "failed", Reason.DIVERGED, step=100)
+    rig.act(job_id, "resume")
+    second = rig.next_attempt(job_id, 2, start_step=60, steps=200)
+    for step in range(61, 201):
+        second.metric(step, loss=500.0 + step, grad_norm=step / 4)
+    rig.ship(second)
+    wanted: dict[str, Any] = {
+        "max_points": 10,
+        "attempt": attempt,
+        "fields": "grad_norm,tokens",
+        "ema_half_life": half_life,
+    }
+    answer = rig.get(f"/jobs/{job_id}/metrics", **wanted)
+    rows, wide = answer["data"], answer["resolution"]
+    assert 1 < len(rows) <= 10
+    begin, end = {1: (1, 100), 2: (61, 200)}[attempt]
+    assert sum(row["count"] for row in rows) == end - begin + 1
+    assert {row["attempt"] for row in rows} == {attempt}
+    for row in rows:
+        last = min(end, (row["step"] // wide + 1) * wide - 1)
+        assert (row["step"], row["grad_norm"], row["tokens"]) == (last, last / (2 * attempt), last * 100)
+        assert (half_life == 0) == (row["loss_ema"] == row["loss"])
+    assert sum(row["nonfinite_count"] for row in rows) == (attempt == 1)
+    part = rig.get(f"/jobs/{job_id}/metrics", **wanted, after_step=70, until_step=90)["data"]
+    assert part[0]["step"] >= 70
+    assert part[-1]["step"] <= 90
