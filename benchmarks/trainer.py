@@ -33,12 +33,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        write_docstrings(root / "corpus.jsonl", 7000)
-        tokenizer = [sys.executable, "-m", "worker.tokenizers", "train", str(root / "corpus.jsonl")]
-        subprocess.run([*tokenizer, "--out", str(root / "tokenizer")], check=True, capture_output=True)
-        peak = matmul_peak()
-        print(f"bf16 matrix product of this machine: {peak / 1e12:.2f} TFLOP/s at its best")
-        summarize([played(root, number) for number in range(ROUNDS)], peak)
+        prepare(root)
+        summarize([played(root, number) for number in range(ROUNDS)])
+
+
+def prepare(root: Path) -> None:
+    """The corpus and a tokenizer of `VOCABULARY` tokens for it, where `spec` looks for them."""
+    write_docstrings(root / "corpus.jsonl", 7000)
+    tokenizer = [sys.executable, "-m", "worker.tokenizers", "train", str(root / "corpus.jsonl")]
+    subprocess.run([*tokenizer, "--out", str(root / "tokenizer")], check=True, capture_output=True)
 
 
 @dataclass(frozen=True)
@@ -67,22 +70,17 @@ def played(root: Path, number: int) -> Round:
     return found
 
 
-def summarize(rounds: list[Round], peak: float) -> None:
-    """The medians of the rounds' ratios, and the share of ``peak`` FLOP/s, what the machine can do."""
+def summarize(rounds: list[Round]) -> None:
+    """The medians of the rounds' ratios."""
 
     def ratio(of: Callable[[Round], float]) -> str:
         return f"{statistics.median(of(each) for each in rounds):.2f} x"
-
-    def share(of: Callable[[Round], float]) -> str:
-        return f"{100 * max(of(each) for each in rounds) * flops_per_token() / peak:.0f} %"
 
     print(f"eager: {ratio(lambda r: r.eager / r.trainer)} Trainer (goal 1.15 x)")
     print(
         f"compiled: {ratio(lambda r: r.compiled / r.trainer)} Trainer (goal 1.35 x), "
         f"{ratio(lambda r: r.compiled / r.trainer_compiled)} Trainer with torch_compile"
     )
-    shares = f"eager {share(lambda r: r.eager)}, compiled {share(lambda r: r.compiled)}"
-    print(f"of the matrix-product peak: {shares} (goal 55 %)")
 
 
 def trainyard(root: Path, name: str, *, compiled: bool) -> float:
