@@ -200,6 +200,7 @@ def test_revocation_holds_at_once_and_for_good(guarded: Rig) -> None:
 
 
 def test_another_server_hears_of_it_in_its_time(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 3600.0)
     token = created(guarded)
     elsewhere = Gatekeeper(guarded.settings, guarded.database)
     assert asyncio.run(elsewhere.caller(token)).name == "ci"
