@@ -62,26 +62,28 @@ def memory_bytes(
 ) -> Memory:
     """What one rank holds at the peak of a step, in bytes. Weights, gradients and the optimizer's state are float32.
 
-    Under autocast the copies of the matrices in ``dtype`` count as weights. Activations are what the layers keep for
+    Under autocast the copies of the matrices in ``dtype`` count as weights; in float32 nothing is copied but the
+    experts' stacks, which grouped products take and the backward pass needs. Activations are what the layers keep for
     the backward pass, and the gradient of the matrix that makes the logits, which is made with the loss. What lives
     only inside one operation is not counted, nor is what the libraries take for themselves.
     """
     count = parameters(config)
     copies = 0 if dtype == "float32" else DTYPE_BYTES[dtype] * _matrices(config, config.num_experts)
+    stacks = FLOAT32 * _stacked(config) if dtype == "float32" else 0
     return Memory(
         weights=FLOAT32 * count + copies,
         gradients=FLOAT32 * count,
         optimizer=optimizer_bytes(config, optimizer),
         activations=batch_size * seq_len * _activation_bytes(config, DTYPE_BYTES[dtype])
-        + FLOAT32 * _vocabulary(config) * config.hidden_size,
+        + FLOAT32 * _vocabulary(config) * config.hidden_size
+        + stacks,
     )
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
     """What an optimizer remembers: two moments of each parameter; with Muon one of the layers' matrices but routers."""
     both = ADAM_MOMENTS * FLOAT32 * parameters(config)
-    routers = config.num_hidden_layers * config.num_experts * config.hidden_size if config.use_moe else 0
-    return both if optimizer == "adamw" else both - FLOAT32 * (_matrices(config, config.num_experts) - routers)
+    return both if optimizer == "adamw" else both - FLOAT32 * (_matrices(config, config.num_experts) - _routers(config))
 
 
 def checkpoint_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
@@ -96,6 +98,17 @@ def _vocabulary(config: ModelConfig) -> int:
     if config.vocab_size is None:
         raise ValueError("vocab_size must be set: it is what the tokenizer has")
     return config.vocab_size
+
+
+def _routers(config: ModelConfig) -> int:
+    return config.num_hidden_layers * config.num_experts * config.hidden_size if config.use_moe else 0
+
+
+def _stacked(config: ModelConfig) -> int:
+    """Elements of the experts' matrices, which lie in a stack for the products of a layer."""
+    if not config.use_moe:
+        return 0
+    return _matrices(config, config.num_experts) - _matrices(config, 0)
 
 
 def _layers(config: ModelConfig, experts: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from model import moe
 from model.moe import MoE, Pieces, auxiliary_sum
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
 
@@ -153,8 +154,9 @@ class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("number_of_experts", [2, 16])
-def test_the_host_waits_once_a_layer_whatever_the_number_of_experts(
-    number_of_experts: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_host_waits_for_the_sizes_of_slices_and_for_nothing_where_products_are_grouped(
+    number_of_experts: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer, x, whole = experts(num_experts=number_of_experts), hidden().requires_grad_(), torch.Tensor.tolist
     lists: list[tuple[int, ...]] = []
@@ -163,12 +165,13 @@ def test_the_host_waits_once_a_layer_whatever_the_number_of_experts(
         lists.append(tuple(tensor.shape))
         return whole(tensor)
 
+    monkeypatch.setattr(moe, "can_group", lambda *_: grouped)
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     with Syncs() as syncs:  # type: ignore[no-untyped-call]
         layer(x, None)[0].sum().backward()
-    assert lists == [(number_of_experts,)], "the sizes of the slices"
+    assert lists == ([] if grouped else [(number_of_experts - 1,)])
     # Where `tolist` goes through the dispatcher it is counted a second time, one number at a time or all at once.
-    assert syncs.count <= 1
+    assert syncs.count <= len(lists)
 
 
 def test_same_weights_same_bits() -> None:

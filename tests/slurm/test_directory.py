@@ -1,5 +1,7 @@
 """Nodes that cannot reach the service: it reads the run directory, and its wishes go there. The ranks are fake."""
 
+import pytest
+
 from contract.rundir import read_json
 from tests.faults.home import until
 from tests.faults.invariants import check_weights
@@ -10,6 +12,7 @@ from tests.slurm.jobs import fake, submit
 DIRECTORY = {"TRAINYARD_SLURM_REPORTS": "directory"}
 
 
+@pytest.mark.soak
 def test_a_run_is_read_in_its_directory_paused_resumed_and_killed(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
     home = slurm_home(settings=DIRECTORY)
     job_id = submit(home, fake(home, steps="60", pace="0.1", save="1000"))

@@ -66,9 +66,10 @@ def test_what_waits_is_paused_resumed_cancelled_and_killed(cluster: Cluster, slu
     check_weights(home, paused, 20)
 
 
+@pytest.mark.soak
 def test_a_running_job_saves_and_pauses_and_another_one_is_killed(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
     home = slurm_home()
-    job_id = submit(home, fake(home, pace="0.05", steps="200", save="1000"))
+    job_id = submit(home, fake(home, pace="0.05", steps="4000", save="10000"))
     home.reach(job_id, 5)
     assert home.post(f"/jobs/{job_id}/pause").status_code == 202
     job = home.wait(job_id, "paused")
