@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ class LocalLauncher:
             return
         try:
             self._files.write(launch)
-            self._agents[launch.name] = self._spawn(launch, attempt)
-            log.info("the agent was started", extra={**launch.name.fields, "pid": self._agents[launch.name]})
+            self._agents[launch.name] = pid = self._spawn(launch, attempt)
+            # An agent outlives its last report by a moment, and nobody may look for its attempt again.
+            threading.Thread(target=_collect, args=(pid,), daemon=True).start()
+            log.info("the agent was started", extra={**launch.name.fields, "pid": pid})
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
 
@@ -147,6 +150,11 @@ class LocalLauncher:
             ended = pid
         if ended == pid:
             del self._agents[name]
+
+
+def _collect(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, 0)
 
 
 def _is_agent(process: ProcessIdentity) -> bool:
