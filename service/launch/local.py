@@ -40,19 +40,15 @@ class LocalLauncher:
         self._agent = agent
         self._environment = WorkerEnvironment(home, corpus_cache, data_roots, save_roots)
         self._files = AttemptFiles(home, corpus_cache)
-        self._agents: dict[AttemptName, int] = {}
 
     def start(self, launch: Launch) -> None:
         """Write the spec and start the agent, detached. A second call for the same attempt does nothing."""
-        for earlier in list(self._agents):
-            self._reap(earlier)
         attempt = self._files.attempt(launch.name)
         if self.find(launch.name).state is not State.ABSENT or attempt.closed.exists():
             return
         try:
             self._files.write(launch)
-            self._agents[launch.name] = pid = self._spawn(launch, attempt)
-            # An agent outlives its last report by a moment, and nobody may look for its attempt again.
+            pid = self._spawn(launch, attempt)
             threading.Thread(target=_collect, args=(pid,), daemon=True).start()
             log.info("the agent was started", extra={**launch.name.fields, "pid": pid})
         except OSError as error:
@@ -77,7 +73,6 @@ class LocalLauncher:
 
     def find(self, name: AttemptName) -> Found:
         """What the kernel and the files say. The order matters: exit.json is written only when nothing lives."""
-        self._reap(name)
         attempt = self._files.attempt(name)
         report = read_message(ExitReport, attempt.exit)
         if report is not None:
@@ -128,7 +123,6 @@ class LocalLauncher:
                 break
             log.warning("ending what lives of an attempt", extra={**name.fields, "processes": len(found)})
             signal_all(found, *END_SIGNALS)
-            self._reap(name)
             wait_gone(found, END_SECONDS)
 
     def settle(self, name: AttemptName, settings: RunSettings) -> None:
@@ -139,20 +133,10 @@ class LocalLauncher:
         """Lines of the outbox that the service does not have yet."""
         return self._files.unread(name, after_seq, limit)
 
-    def _reap(self, name: AttemptName) -> None:
-        """Collect the agent's exit status, if it is ours and has ended: a zombie would keep its pid for nothing."""
-        pid = self._agents.get(name)
-        if pid is None:
-            return
-        try:
-            ended, _ = os.waitpid(pid, os.WNOHANG)
-        except ChildProcessError:
-            ended = pid
-        if ended == pid:
-            del self._agents[name]
-
 
 def _collect(pid: int) -> None:
+    # A zombie would keep its pid for nothing. An agent outlives its last report by a moment, and nobody may
+    # look for its attempt after that, so a thread waits for each.
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
 

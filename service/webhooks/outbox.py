@@ -13,7 +13,8 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from contract.report import ErrorCard
-from service.shapes import Event, Progress
+from service.jobs.views import show_event
+from service.shapes import Progress
 from service.tables import DeliveryRow, EventRow, JobRow, WebhookRow
 from service.webhooks.asked import ALL, TEST
 from service.webhooks.shapes import JobNews, News, Payload
@@ -45,7 +46,7 @@ def fits(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
 
 def put(session: Session, webhook_id: str, kind: str, job: JobRow, event: EventRow) -> None:
     """One event into one box. The body is made now: later the job is another one."""
-    news = News(webhook_id=webhook_id, event=_event(event), job=_job(job))
+    news = News(webhook_id=webhook_id, event=show_event(event), job=_job(job))
     payload = Payload(type=kind, id=f"evt_{event.number}", timestamp=event.at, data=news)
     session.add(_row(webhook_id, payload, job.id, job.id, event.at))
 
@@ -93,19 +94,6 @@ def _row(webhook_id: str, payload: Payload, job_id: str | None, lane: str, at: d
         tries=[],
         next_at=at,
         created_at=at,
-    )
-
-
-def _event(row: EventRow) -> Event:
-    return Event(
-        id=str(row.number),
-        job_id=row.job_id,
-        attempt=row.attempt,
-        kind=row.kind,
-        actor=row.actor,
-        message=row.message,
-        data=row.data,
-        at=row.at,
     )
 
 
