@@ -35,9 +35,21 @@ def within_pieces(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor
     return attended.view_as(queries)
 
 
-def fits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `within_pieces` runs there: CUDA's kernel knows the half precisions alone."""
-    return device.type == "cpu" or (device.type == "cuda" and dtype in (torch.bfloat16, torch.float16))
+def fits(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `within_pieces` runs there. Where it does not, a mask over whole rows gives the same."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    # Properties and not the capability: a compiled graph takes them for constants.
+    generation = torch.cuda.get_device_properties(device).major
+    return flash_knows(generation, dtype, head_dim)
+
+
+def flash_knows(generation: int, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether CUDA's flash kernel of variable length can do it: half precision, on Ampere (8) and later cards.
+
+    Its heads have a multiple of 8 numbers, at most 256.
+    """
+    return generation >= 8 and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 def _variable_length(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor, longest: int) -> Tensor:

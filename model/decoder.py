@@ -203,7 +203,8 @@ class Decoder(nn.Module):
         """Whether attention may go piece by piece: its kernels drop nothing out."""
         weight = self.model.embed_tokens.weight
         drops = self.training and self.config.dropout > 0
-        return not drops and fits(weight.device, compute_dtype(weight))
+        assert self.config.head_dim is not None
+        return not drops and fits(weight.device, compute_dtype(weight), self.config.head_dim)
 
     @torch.no_grad()
     def generate(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import fits, piecewise_attention, within_pieces
+from model.attention import fits, flash_knows, piecewise_attention, within_pieces
 from model.config import ModelConfig
 from model.decoder import Decoder
 
@@ -139,11 +139,24 @@ def test_with_dropout_the_mask_is_taken() -> None:
     assert not torch.equal(model(**inputs, offsets=wrong).loss_sum, model(**inputs).loss_sum)
 
 
-def test_where_the_kernels_are() -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    assert fits(cpu, torch.float32)
-    assert fits(cuda, torch.bfloat16)
-    assert not fits(cuda, torch.float32)
+def test_a_cpu_has_its_kernel_and_other_devices_the_mask() -> None:
+    assert fits(torch.device("cpu"), torch.float32, head_dim=20)
+    assert not fits(torch.device("meta"), torch.bfloat16, head_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "head_dim", "known"),
+    [
+        (8, torch.bfloat16, 64, True),
+        (9, torch.float16, 256, True),
+        (9, torch.float32, 64, False),
+        (7, torch.float16, 64, False),  # a T4 or V100 takes the mask
+        (8, torch.bfloat16, 20, False),
+        (8, torch.bfloat16, 264, False),
+    ],
+)
+def test_what_cudas_flash_kernel_knows(generation: int, dtype: torch.dtype, head_dim: int, known: bool) -> None:
+    assert flash_knows(generation, dtype, head_dim) is known
 
 
 @pytest.mark.gpu
