@@ -1,10 +1,12 @@
-"""The `started` event: everything that is known of an attempt before its first step."""
+"""What is known of an attempt before its first step: its `started` event, and cautions about the device."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from contract.events import Started
+from contract.events import Started, Warned
+from contract.spec import JobSpec
 from model.arithmetic import active_parameters, flops_per_token, parameters
 from worker.data import Order
 from worker.distributed import Ranks
@@ -41,3 +43,20 @@ def started(
         flops_per_token=flops_per_token(spec.model, spec.data.max_seq_len),
         resumed_from=str(begin) if begin is not None else None,
     )
+
+
+def cautions(spec: JobSpec, device: str, has_bfloat16: bool) -> Iterator[Warned]:
+    """What the user should hear of the ``device`` type that the run was given."""
+    if spec.resources.device == "auto" and device == "cpu":
+        message = 'there is no CUDA device here, so this runs on the CPU; set resources.device to "cpu" if you mean it'
+        yield Warned(code="cpu_fallback", message=message)
+    if device == "cuda" and spec.training.dtype == "bfloat16" and not has_bfloat16:
+        message = (
+            'this card computes bfloat16 by float32 (Ampere and later have it): training.dtype "float16" is faster'
+        )
+        yield Warned(code="bfloat16_emulated", message=message)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed as such there. A CPU may be slow at it, and has nothing better to offer."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8

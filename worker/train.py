@@ -17,7 +17,7 @@ from worker.curve import CurveWatch
 from worker.data import Order
 from worker.distributed import Agreement, Ranks, Wishes, require
 from worker.evaluation import Evaluation
-from worker.facts import started
+from worker.facts import cautions, has_bfloat16, started
 from worker.failure import Failure
 from worker.feed import Feed
 from worker.gate import Verdict
@@ -56,9 +56,8 @@ def train(
     require(ranks, spec)
     check_roots(spec, attempt.run)
     say(PhaseChanged(phase=Phase.LOADING))
-    if spec.resources.device == "auto" and ranks.device.type == "cpu":
-        message = 'there is no CUDA device here, so this runs on the CPU; set resources.device to "cpu" if you mean it'
-        say(Warned(code="cpu_fallback", message=message))
+    for caution in cautions(spec, ranks.device.type, has_bfloat16(ranks.device)):
+        say(caution)
     if spec.training.deterministic:
         torch.use_deterministic_algorithms(True)
 

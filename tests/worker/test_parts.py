@@ -16,6 +16,7 @@ from contract.spec import JobSpec
 from contract.status import Reason
 from worker.console import Console, duration
 from worker.distributed import Agreement, Ranks, Wishes, join, own_device, require, threads_per_rank
+from worker.facts import cautions, has_bfloat16
 from worker.failure import Failure, StopAsked, not_saved, out_of_memory
 from worker.feed import Factors, cut, own_share
 from worker.life import SignOfLife
@@ -33,6 +34,22 @@ def spec(**groups: Any) -> JobSpec:
     import json
 
     return JobSpec.model_validate_json(json.dumps({"data": {"data_path": "/x"}, **groups}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "device", "native", "codes"),
+    [
+        ("auto", "bfloat16", "cpu", True, ["cpu_fallback"]),
+        ("cpu", "bfloat16", "cpu", True, []),
+        ("auto", "bfloat16", "cuda", True, []),
+        ("cuda", "bfloat16", "cuda", False, ["bfloat16_emulated"]),
+        ("cuda", "float16", "cuda", False, []),
+    ],
+)
+def test_cautions_about_the_device(wanted: str, dtype: str, device: str, native: bool, codes: list[str]) -> None:
+    asked = spec(training={"dtype": dtype}, resources={"device": wanted})
+    assert [caution.code for caution in cautions(asked, device, native)] == codes
+    assert has_bfloat16(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
