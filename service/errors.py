@@ -141,6 +141,12 @@ class StepUnavailable(ServiceError):
     status, code = 409, "step_unavailable"
 
 
+class RunDiffers(ServiceError):
+    """The run cannot go on: its corpus, vocabulary or shape is not the one its checkpoint was saved with."""
+
+    status, code = 409, "run_differs"
+
+
 class FileNotInExport(ServiceError):
     """There is no such export, or it has no such file."""
 

@@ -20,44 +20,13 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file
 
+from contract.identity import Identity
 from contract.rundir import ProductDir, fsync_directory
 from worker.tensorfile import Written, sha256_of, write_blocks, write_tensors
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FILES = (MODEL, OPTIMIZER, STATE)
 SAVING, REMOVING, INVALID, SUPERSEDED = ".saving-", ".removing-", ".invalid-", ".superseded-"
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must be the same for a resume to be the same run."""
-
-    model: dict[str, Any]
-    tokenizer: str
-    corpus: str
-    seed: int
-    max_seq_len: int
-    packing: str
-
-    def differences(self, other: Self) -> list[str]:
-        """What differs, in words: ``seed is 43 and was 42 in the checkpoint``; ``other`` is the checkpoint's."""
-        found = []
-        for name, mine in asdict(self).items():
-            theirs = getattr(other, name)
-            if name == "model":
-                keys = sorted(set(mine) | set(theirs))
-                found += [_difference(f"model.{key}", mine.get(key), theirs.get(key)) for key in keys]
-            else:
-                found.append(_difference(name, mine, theirs))
-        return [text for text in found if text]
-
-
-def _difference(name: str, mine: Any, theirs: Any) -> str:
-    if mine == theirs:
-        return ""
-    if name in ("corpus", "tokenizer"):
-        return f"the {name} is another one (fingerprint {str(mine)[:12]} and was {str(theirs)[:12]})"
-    return f"{name} is {mine} and was {theirs}"
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,17 @@ from typing import Any
 from safetensors import safe_open
 
 from contract.events import CheckpointSaved, Event, Warned
+from contract.identity import FREE_SHAPE, Identity
 from contract.report import Fork, read_message
 from contract.rundir import ProductDir, RunDir, fsync_directory
 from contract.spec import JobSpec
 from contract.status import Reason
 from worker import checkpoint
-from worker.checkpoint import MANIFEST, MODEL, OPTIMIZER, SAVING, STATE, Identity, RunState
+from worker.checkpoint import MANIFEST, MODEL, OPTIMIZER, SAVING, STATE, RunState
 from worker.failure import Failure
 from worker.milestones import KEPT, link
 from worker.retention import remove
 from worker.tensorfile import Written, sha256_of, write_blocks, write_tensors
-
-FREE = ("dropout", "router_aux_loss_coef", "rope_theta", "max_position_embeddings")
-"""What of a model may be another one where the data begins anew: the weights have the same shapes and mean the same."""
 
 
 def fork_of(run: RunDir) -> Fork | None:
@@ -101,7 +99,7 @@ def _anew(state: RunState, identity: Identity, spec: JobSpec, world: int) -> Run
 
 
 def _model(mine: Identity, theirs: Identity) -> dict[str, Any]:
-    return {**theirs.model, **{name: mine.model[name] for name in FREE if name in mine.model}}
+    return {**theirs.model, **{name: mine.model[name] for name in FREE_SHAPE if name in mine.model}}
 
 
 def _require_fit(origin: Path, state: RunState, identity: Identity) -> None:

@@ -6,14 +6,17 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from contract.corpora import Sketch
 from contract.events import Event, PhaseChanged, Warned
+from contract.identity import Identity
 from contract.rundir import RunDir
 from contract.spec import JobSpec
 from contract.status import Phase, Reason
 from contract.vocabulary import TokenizerInvalid
-from worker.checkpoint import Identity
 from worker.corpus import Corpus, open_corpus
 from worker.distributed import Ranks
 from worker.failure import Failure, StopAsked, not_saved
@@ -36,7 +39,7 @@ class Material:
     rows: RowTable
     evaluation: RowTable | None
 
-    @property
+    @cached_property
     def identity(self) -> Identity:
         """What makes another run of a checkpoint."""
         data, meta = self.spec.data, self.corpus.meta
@@ -48,7 +51,17 @@ class Material:
             seed=self.spec.training.seed,
             max_seq_len=data.max_seq_len,
             packing=data.packing,
+            corpus_file=self._corpus_file(),
+            vocabulary=self.tokenizer.vocab_size,
         )
+
+    def _corpus_file(self) -> dict[str, Any]:
+        """The sketch of the file as it is now; {} where that cannot be the one that was read any more."""
+        try:
+            found = Sketch.of(Path(self.spec.data.data_path))
+        except OSError:
+            return {}
+        return asdict(found) if found.bytes == self.corpus.meta.bytes else {}
 
 
 def prepare(

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from contract.events import CheckpointRemoved, Event, Warned
+from contract.identity import Identity
 from contract.rundir import ProductDir, RunDir
 from contract.spec import JobSpec
 from contract.status import Reason
 from worker import checkpoint
-from worker.checkpoint import Damage, Identity, RunState
+from worker.checkpoint import Damage, RunState
 from worker.failure import Failure
 from worker.fork import adopt, fork_of, unusable
 from worker.retention import collect_leftovers

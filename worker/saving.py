@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
+from contract.identity import Identity
 from contract.rundir import ProductDir
 from contract.spec import JobSpec
 from contract.status import Phase
 from worker import checkpoint, retention
 from worker.beside import Beside
-from worker.checkpoint import Identity, RunState, Saved
+from worker.checkpoint import RunState, Saved
 from worker.distributed import Ranks
 from worker.failure import describe, not_saved
 from worker.meters import Meters

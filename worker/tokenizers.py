@@ -19,7 +19,15 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from contract.rundir import write_atomically
-from contract.vocabulary import BYTE, BYTE_VOCABULARY, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
+from contract.vocabulary import (
+    BYTE,
+    BYTE_FINGERPRINT,
+    BYTE_VOCABULARY,
+    SPECIAL_TOKENS,
+    TokenizerInvalid,
+    Vocabulary,
+    tokenizer_file,
+)
 from worker.lines import DataInvalid
 from worker.readers import Reader, open_reader
 
@@ -27,11 +35,6 @@ Ids = npt.NDArray[np.uint32]
 
 PAD, BOS, EOS = range(3)
 """Ids of our own special tokens."""
-
-BOS_NAMES = (SPECIAL_TOKENS[BOS], "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
-EOS_NAMES = (SPECIAL_TOKENS[EOS], "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
-PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
-"""Tried in this order where tokenizer_config.json names none."""
 
 
 class Tokenizer(Protocol):
@@ -71,7 +74,7 @@ class ByteTokenizer:
 
     vocab_size = BYTE_VOCABULARY
     pad_id, bos_id, eos_id = PAD, BOS, EOS
-    fingerprint = hashlib.sha256(b"byte 1").hexdigest()
+    fingerprint = BYTE_FINGERPRINT
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer`."""
@@ -88,23 +91,19 @@ class FileTokenizer:
     """A ``tokenizer.json`` of the ``tokenizers`` library, with its control tokens made unreachable from text."""
 
     def __init__(self, file: Path) -> None:
+        found = Vocabulary.read(file)
         try:
-            raw = file.read_bytes()
-            described = json.loads(raw)
-            added = {str(token["content"]): int(token["id"]) for token in described.get("added_tokens") or ()}
-            names = _names(described, added)
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_text_only(described)))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_text_only(found.described)))
         # The library raises plain Exception for whatever it does not like.
         except Exception as error:
             raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
         # A tokenizer made for training sentence pairs may cut or pad what it encodes.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = max(names.values()) + 1
-        self.bos_id, self.eos_id, self.pad_id = _control_ids(file, names)
-        self._control = frozenset(added[name] for name in _unreachable(described))
+        self.vocab_size, self.fingerprint = found.size, found.fingerprint
+        self.bos_id, self.eos_id, self.pad_id = found.bos_id, found.eos_id, found.pad_id
+        self._control = frozenset(found.added[name] for name in _unreachable(found.described))
         self._control |= {self.bos_id, self.eos_id, self.pad_id}
-        self.fingerprint = hashlib.sha256(raw + f"{self.bos_id} {self.eos_id} {self.pad_id}".encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """See `Tokenizer`. Runs on as many threads as ``RAYON_NUM_THREADS`` says."""
@@ -116,14 +115,6 @@ class FileTokenizer:
         known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._control]
         text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
-
-
-def _names(described: dict[str, Any], added: dict[str, int]) -> dict[str, int]:
-    """Every token's id. A Unigram vocabulary is a list of [token, score], the others are mappings."""
-    vocabulary = described["model"]["vocab"]
-    if isinstance(vocabulary, list):
-        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    return {**vocabulary, **added}
 
 
 def _unreachable(described: dict[str, Any]) -> list[str]:
@@ -150,48 +141,6 @@ def _text_only(described: dict[str, Any]) -> dict[str, Any]:
         for token in described.get("added_tokens") or ()
     ]
     return {**described, "model": model, "added_tokens": added, "post_processor": None}
-
-
-def _control_ids(file: Path, names: dict[str, int]) -> tuple[int, int, int]:
-    """(beginning, end, padding): by tokenizer_config.json, else by well-known names.
-
-    A tokenizer with only one of beginning and end uses it for both, as GPT-2 does. Padding may be the end: padded
-    positions are never trained on.
-    """
-    config = _tokenizer_config(file)
-    bos = _control_id("bos_token", config, names, BOS_NAMES)
-    eos = _control_id("eos_token", config, names, EOS_NAMES)
-    pad = _control_id("pad_token", config, names, PAD_NAMES)
-    ends = [found for found in (bos, eos) if found is not None]
-    if not ends:
-        raise TokenizerInvalid(
-            f"{file} has neither a beginning nor an end token: name them as bos_token and eos_token in "
-            f"{file.with_name('tokenizer_config.json')}"
-        )
-    eos = eos if eos is not None else ends[0]
-    return ends[0], eos, pad if pad is not None else eos
-
-
-def _tokenizer_config(file: Path) -> dict[str, Any]:
-    config_file = file.with_name("tokenizer_config.json")
-    try:
-        config = json.loads(config_file.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise TokenizerInvalid(f"{config_file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise TokenizerInvalid(f"{config_file} must hold a JSON object")
-    return config
-
-
-def _control_id(key: str, config: dict[str, Any], names: dict[str, int], usual: tuple[str, ...]) -> int | None:
-    named = config.get(key)
-    named = named.get("content") if isinstance(named, dict) else named
-    if named is not None and named not in names:
-        raise TokenizerInvalid(f"{key} of tokenizer_config.json is not in the vocabulary: {named!r}")
-    candidates = usual if named is None else (named,)
-    return next((names[name] for name in candidates if name in names), None)
 
 
 def train(texts: Iterable[str], vocab_size: int, out: Path) -> int:

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from contract.identity import Identity
 from contract.spec import TrainingSpec
 from contract.status import Reason
 from model.config import ModelConfig
@@ -16,7 +17,7 @@ from model.decoder import Decoder
 from model.muon import Muon, hidden_matrices
 from worker import checkpoint
 from worker.brake import Brake
-from worker.checkpoint import Identity, RunState
+from worker.checkpoint import RunState
 from worker.distributed import Ranks, Row
 from worker.experts import ExpertLoad
 from worker.failure import Failure

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from contract.identity import FREE_SHAPE
 from contract.parsing import ALIASES, GROUPS, Problem, pointer_to
 from contract.spec import JobSpec
 from service.errors import RequestInvalid, SpecInvalid, with_problems
@@ -15,9 +16,6 @@ from service.jobs.specs import Host, accept
 
 FIELDS: dict[str, tuple[str, ...]] = {"step": (), "overrides": (), "data": ()}
 LONGEST_NAME = 200
-
-FREE_SHAPE = ("dropout", "router_aux_loss_coef", "rope_theta", "max_position_embeddings")
-"""Of the model, what may be another one where the data begins anew: the weights fit as they are."""
 
 ORDER: dict[str, tuple[str, ...]] = {
     "data": ("data_path", "text_field", "max_seq_len", "packing", "eval_fraction"),

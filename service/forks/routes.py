@@ -6,6 +6,8 @@ from fastapi import APIRouter, Header, Response
 
 from service import logs
 from service.access.callers import Caller, CallerNeeded
+from service.checkpoints import sameness
+from service.checkpoints.sameness import Begin
 from service.context import Services, ServicesNeeded
 from service.errors import DiskTrouble, KeyReused, QuotaExceeded, ServiceError
 from service.forks import making
@@ -57,6 +59,8 @@ def _make(services: Services, by: Caller, job_id: str, asked: Asked, key: str | 
     settings, host = services.settings, services.host
     with services.database.read() as session:
         parent = making.parent_of(session, settings.runs, job_id, asked)
+    begin = Begin(parent.step, parent.checkpoint, anew=asked.data == "restart")
+    sameness.require_same([begin], parent.origin.spec, settings)
     spec = forked_spec(asked, parent.origin, host)
     fork_id = store.new_id("job")
     with files.doomed(settings, fork_id, spec.checkpoint.save_dir) as half_made:

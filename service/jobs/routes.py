@@ -13,6 +13,7 @@ from contract.spec import JobSpec
 from contract.status import JobStatus
 from service import logs
 from service.access.callers import Caller, CallerNeeded
+from service.checkpoints import sameness
 from service.context import Services, ServicesNeeded
 from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
 from service.jobs import actions, changes, files, listing, store, views
@@ -196,7 +197,8 @@ def save(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: Json
 def resume(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Go on from the newest valid checkpoint, or anew where there is none; or back at the checkpoint of `step`.
 
-    Newer checkpoints than `step` are set aside on disk when the attempt begins, and no longer listed.
+    Newer checkpoints than `step` are set aside on disk when the attempt begins, and no longer listed. 409 `run_differs`
+    where the corpus, the vocabulary or the shape is not the one that the checkpoint was saved with.
     """
     asked = changes.read(body, changes.RESUME_FIELDS)
     step = changes.resume_step(asked)
@@ -205,6 +207,7 @@ def resume(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: Js
     if not under_way:
         job = _spec_of(services, job_id)
         _require_there(services, job_id, step)
+        _require_same(services, job, step)
         spec = changes.resumed_spec(job.spec, actions.own_steps(job), asked, services.host)
         with services.database.write() as session:
             actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
@@ -220,6 +223,13 @@ def _require_there(services: Services, job_id: str, step: int | None) -> None:
         path = actions.checkpoint_path(session, job_id, step)
     if path is None or not os.path.exists(path):
         raise StepUnavailable()
+
+
+def _require_same(services: Services, job: JobRow, step: int | None) -> None:
+    """Raise RunDiffers where its checkpoint was saved with another corpus, vocabulary or shape."""
+    with services.database.read() as session:
+        candidates = sameness.begins(session, services.settings, job, step)
+    sameness.require_same(candidates, job.spec, services.settings)
 
 
 def _spec_of(services: Services, job_id: str) -> JobRow:

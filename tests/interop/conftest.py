@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from contract.identity import Identity
 from contract.rundir import RunDir
 from model.config import ModelConfig
 from model.decoder import Decoder
 from tests.data.texts import docstrings
 from worker import checkpoint
-from worker.checkpoint import Identity, RunState
+from worker.checkpoint import RunState
 from worker.tokenizers import load, train
 
 Make = Callable[..., tuple[RunDir, Decoder]]

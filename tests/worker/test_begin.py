@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from contract.events import Event, PhaseChanged, Warned
+from contract.identity import Identity
 from contract.locks import FileLock
 from contract.rundir import ProductDir, RunDir
 from contract.spec import JobSpec
 from tests.worker import driver
 from worker import checkpoint
-from worker.checkpoint import Identity, RunState
+from worker.checkpoint import RunState
 from worker.data import Order
 from worker.distributed import Ranks
 from worker.failure import Failure, StopAsked

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from contract.identity import Identity
 from contract.rundir import ProductDir
 from worker import checkpoint, retention, tensorfile
-from worker.checkpoint import MODEL, OPTIMIZER, STATE, Damage, Identity, RunState
+from worker.checkpoint import MODEL, OPTIMIZER, STATE, Damage, RunState
 
 IDENTITY = Identity(
     model={"hidden_size": 8, "vocab_size": 32},

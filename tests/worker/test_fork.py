@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 
 from contract.events import CheckpointSaved, Metric, ResumeVerified, Started
+from contract.identity import Identity
 from contract.report import Fork
 from contract.rundir import ProductDir, RunDir, write_json
 from tests.worker import driver
@@ -114,7 +115,7 @@ def test_weights_alone_begin_with_a_new_optimizer(parent: RunDir, tmp_path: Path
     assert "names too few files" in str(failed.message)
 
 
-def begin(run: RunDir, said: list[Any], identity: checkpoint.Identity | None = None, **training: Any) -> Path | None:
+def begin(run: RunDir, said: list[Any], identity: Identity | None = None, **training: Any) -> Path | None:
     """What an attempt of the fork would begin with."""
     from contract.spec import JobSpec
     from worker.resume import find_start

@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 import signal
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,13 @@ from unittest import mock
 
 import pytest
 
+from contract.corpora import Sketch
 from contract.events import CheckpointRemoved, PhaseChanged, Started
 from contract.rundir import RunDir
+from contract.vocabulary import identified
+from service.checkpoints.sameness import Begin, require_same
+from service.errors import RunDiffers
+from service.settings import Settings
 from tests.worker import driver
 
 pytestmark = pytest.mark.slow
@@ -149,6 +156,27 @@ def test_another_run_s_checkpoint_is_refused_by_name(text: Path, tmp_path: Path)
     assert failed.reason == "checkpoint_invalid"
     for part in ("model.hidden_size is 48 and was 32", "the corpus is another one", "seed is 43 and was 42"):
         assert part in str(failed.message)
+
+
+def test_the_service_sees_in_a_checkpoint_what_the_worker_would_refuse(text: Path, tmp_path: Path) -> None:
+    corpus = Path(shutil.copyfile(text, tmp_path / "corpus.jsonl"))
+    run = driver.new_run(tmp_path / "run", driver.spec(corpus, training={"max_steps": 2}))
+    driver.run_to_end(run)
+    saved = json.loads((run.products(None).checkpoint(2) / "state.json").read_bytes())["identity"]
+    assert saved["corpus_file"] == asdict(Sketch.of(corpus))
+    assert (saved["vocabulary"], saved["tokenizer"]) == identified("byte")
+    with corpus.open("a") as more:
+        more.write('{"text": "one more"}\n')
+    begin, settings = Begin(2, run.products(None).checkpoint(2)), Settings.read({}, home=tmp_path)
+    resolved = json.loads(run.attempt(1).spec.read_bytes())
+    resolved["model"]["vocab_size"] = 259
+    with pytest.raises(RunDiffers, match=r"data_path: .* bytes when step 2 was saved"):
+        require_same([begin], resolved, settings)
+    run.spec.write_text(json.dumps(driver.spec(corpus, training={"max_steps": 4})))
+    assert "the corpus is another one" in str(driver.run_to_end(run).message)
+    shutil.copyfile(text, corpus)
+    require_same([begin], resolved, settings)
+    assert driver.run_to_end(run).outcome == "completed"
 
 
 def test_more_steps_other_intervals_and_another_world_keep_the_rows_of_a_step(text: Path, tmp_path: Path) -> None:

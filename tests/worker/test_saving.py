@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
+from contract.identity import Identity
 from contract.rundir import ProductDir
 from contract.spec import JobSpec
 from model.config import ModelConfig
 from tests.worker import driver
 from worker import checkpoint, saving
-from worker.checkpoint import Identity
 from worker.distributed import Ranks
 from worker.failure import Failure
 from worker.meters import Interval, Meters
