@@ -2,25 +2,27 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import socket
 import sys
 from pathlib import Path
 
 import uvicorn
+from sqlalchemy.exc import DBAPIError
 
 from contract.locks import FileLock, LockBusy
-from contract.rundir import write_json
+from contract.rundir import read_json, write_json
 from service import logs
 from service.app import build, create_app
-from service.db import UnknownTables
+from service.db import UnknownTables, what_it_said
 from service.launch.base import LOCAL, Launcher
 from service.launch.environment import WORKER_AGENT
 from service.launch.local import LocalLauncher
 from service.launch.side_by_side import SideBySide
 from service.launch.slurm import SLURM, SlurmLauncher
 from service.server import HEAD_BYTES, Protocol, Server
-from service.settings import Settings, UnsafeSettings
+from service.settings import Settings, SettingsRefused
 
 BACKLOG = 512
 PREDECESSOR_SECONDS = 20.0
@@ -28,38 +30,63 @@ SHUTDOWN_SECONDS = 10
 UNREAD_MILLISECONDS = 60_000
 
 
+class CannotListen(Exception):
+    """The address cannot be listened at; the message says why and what to do."""
+
+
+class NotAlone(Exception):
+    """Another service runs on the home; the message says where."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT. Runs go on without us. Returns an exit code."""
     try:
-        settings, schedules = _settings(arguments)
-    except UnsafeSettings as error:
-        print(f"service: {error}", file=sys.stderr)
-        return 2
-    logs.set_up(settings.log_format, settings.log_level, settings.secrets())
-    settings.home.mkdir(parents=True, exist_ok=True)
-    try:
-        with _alone(settings) if schedules else contextlib.nullcontext():
-            return _serve(settings, schedules)
-    except UnsafeSettings as error:
-        print(f"service: {error}", file=sys.stderr)
-        return 2
-    except LockBusy:
-        print(f"service: another service runs on {settings.home}", file=sys.stderr)
-    except UnknownTables as error:
-        print(f"service: {error}", file=sys.stderr)
+        return _run(*_settings(arguments))
+    except SettingsRefused as error:
+        return _refuse(str(error), code=2)
+    except (CannotListen, NotAlone, UnknownTables) as error:
+        return _refuse(str(error))
+    except DBAPIError as error:
+        return _refuse(what_it_said(error))
     except OSError as error:
-        print(f"service: {settings.host}:{settings.port}: {error}", file=sys.stderr)
-    return 1
+        return _refuse(f"{error.filename}: {error.strerror}; --home or TRAINYARD_HOME says where the service may write")
+
+
+def _refuse(why: str, code: int = 1) -> int:
+    print(f"service: {why}", file=sys.stderr)
+    return code
+
+
+def _run(settings: Settings, schedules: bool) -> int:
+    settings.home.mkdir(parents=True, exist_ok=True)
+    with _alone(settings) if schedules else contextlib.nullcontext():
+        logs.set_up(settings.log_format, settings.log_level, settings.secrets())
+        return _serve(settings, schedules)
 
 
 def _alone(settings: Settings) -> contextlib.AbstractContextManager[object]:
-    """On SQLite, one service on a home; a predecessor that is shutting down is waited for. Raises LockBusy.
+    """On SQLite, one service on a home; a predecessor that is shutting down is waited for. Raises NotAlone.
 
     On Postgres there may be several, on this host or others: the lease says which of them schedules.
     """
     if not settings.database_url.startswith("sqlite"):
         return contextlib.nullcontext()
-    return FileLock(settings.home / "service.lock").take(seconds=PREDECESSOR_SECONDS)
+    lock = FileLock(settings.home / "service.lock")
+    with contextlib.suppress(LockBusy):
+        return lock.take()
+    there = f"another service runs on {settings.home}{_its_url(settings)}"
+    print(f"service: {there}; waiting {PREDECESSOR_SECONDS:g} s for it to end", file=sys.stderr, flush=True)
+    try:
+        return lock.take(seconds=PREDECESSOR_SECONDS)
+    except LockBusy:
+        raise NotAlone(f"{there}: use that one, stop it, or give this one a --home of its own") from None
+
+
+def _its_url(settings: Settings) -> str:
+    with contextlib.suppress(OSError, ValueError):
+        said = read_json(settings.service_file)
+        return f", at {said['url']}" if isinstance(said, dict) and "url" in said else ""
+    return ""
 
 
 def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
@@ -79,7 +106,8 @@ def _serve(settings: Settings, schedules: bool) -> int:
     with _bound(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
         services = build(settings, _launcher(settings), schedules=schedules)
-        services.database.check()
+        # Here, and not only in the application's life: what a database says no to is said in a line.
+        services.database.upgrade(settings.home / "migrate.lock")
 
         def lead() -> None:
             # Agents of runs that outlived our predecessor find us by this file.
@@ -126,14 +154,24 @@ def _bound(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it: what a peer does not take for so long is thrown away with its connection.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
-    listener.bind((settings.host, settings.port))
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise CannotListen(f"{settings.host}:{settings.port}: {_why_not(error)}") from error
     try:
         settings.require_safe(listener.getsockname()[0])
-    except UnsafeSettings:
+    except SettingsRefused:
         listener.close()
         raise
     listener.listen(BACKLOG)
     return listener
+
+
+def _why_not(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "another program listens there already; --port takes another port, and --port 0 any that is free"
+    return f"cannot be listened at: {error.strerror}; --host and --port say where"
 
 
 def _url(host: str, port: int) -> str:

@@ -16,7 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 import migrations
@@ -106,14 +106,15 @@ class Database:
             _refuse_unknown(config, connection)
             alembic.command.upgrade(config, "head")
 
-    def check(self) -> None:
-        """Look whether this version can work with the tables, without changing them. Raises UnknownTables."""
-        with self.engine.connect() as connection:
-            _refuse_unknown(alembic_config(connection), connection)
-
     def close(self) -> None:
         """Close every connection."""
         self.engine.dispose()
+
+
+def what_it_said(error: DBAPIError) -> str:
+    """The database's own words in one line, for who started a program that needs it. No password is among them."""
+    said = str(error.orig).strip().partition("\n")[0]
+    return f"the database cannot be used: {said}; --database-url or TRAINYARD_DATABASE_URL says which one it is"
 
 
 @functools.cache

@@ -8,11 +8,11 @@ from contextlib import closing
 from pathlib import Path
 
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from contract.rundir import fsync_directory
-from service.db import Database, UnknownTables
-from service.settings import Settings
+from service.db import Database, UnknownTables, what_it_said
+from service.settings import Settings, SettingsRefused
 from service.transfer import Copied, CopyRefused, copy, shown
 
 DATABASE = "trainyard.db"
@@ -27,10 +27,18 @@ def main(arguments: list[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except (CopyRefused, BackupRefused, UnknownTables, ArgumentError) as error:
-        print(f"{given.what}: {error}", file=sys.stderr)
-        return 1
+    except DBAPIError as error:
+        return _refuse(given, what_it_said(error))
+    except OSError as error:
+        return _refuse(given, f"{error.filename}: {error.strerror}")
+    except (CopyRefused, BackupRefused, UnknownTables, ArgumentError, SettingsRefused) as error:
+        return _refuse(given, str(error))
     return 0
+
+
+def _refuse(given: argparse.Namespace, why: str) -> int:
+    print(f"{given.what}: {why}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from service.launch.base import LOCAL
 from service.launch.slurm_setup import SlurmSetup
@@ -18,10 +19,12 @@ from service.tokens import tokens_in
 from service.webhooks.addresses import Network
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+DATABASES = ("sqlite", "postgresql", "postgres", "postgresql+psycopg")
+LARGEST_PORT = 65535
 
 
-class UnsafeSettings(ValueError):
-    """The settings would put the service at risk; the message says what to change."""
+class SettingsRefused(ValueError):
+    """The settings cannot be worked with, or would put the service at risk; the message says what to change."""
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,22 @@ class Settings:
         home: Path | None = None,
         database_url: str | None = None,
     ) -> "Settings":
-        """Arguments win over ``environment``, which wins over the defaults. Raises UnsafeSettings."""
+        """Arguments win over ``environment``, which wins over the defaults. Raises SettingsRefused."""
         home = (home or Path(environment.get("TRAINYARD_HOME") or "trainyard-home")).resolve()
         host = host or environment.get("TRAINYARD_HOST") or "127.0.0.1"
         token = environment.get("TRAINYARD_TOKEN") or None
         default_roots = (Path.cwd(), home, Path(tempfile.gettempdir()))
         settings = cls(
             home=home,
-            database_url=database_url or environment.get("TRAINYARD_DATABASE_URL") or f"sqlite:///{home}/trainyard.db",
+            database_url=_database(
+                database_url or environment.get("TRAINYARD_DATABASE_URL") or f"sqlite:///{home}/trainyard.db"
+            ),
             data_roots=_paths(environment.get("TRAINYARD_DATA_ROOTS")) or tuple(p.resolve() for p in default_roots),
             save_roots=_paths(environment.get("TRAINYARD_SAVE_ROOTS")),
             corpus_cache=Path(environment.get("TRAINYARD_CORPUS_CACHE") or home / "cache" / "corpus").resolve(),
             cpu_slots=_whole(environment, "TRAINYARD_CPU_SLOTS", os.cpu_count() or 1),
             host=host,
-            port=port if port is not None else _whole(environment, "TRAINYARD_PORT", 8000),
+            port=_port(port if port is not None else _whole(environment, "TRAINYARD_PORT", 8000)),
             token=token,
             token_file=_token_file(environment.get("TRAINYARD_TOKEN_FILE")),
             proxies=_proxies(environment.get("TRAINYARD_TRUSTED_PROXIES")),
@@ -108,18 +113,18 @@ class Settings:
         return settings
 
     def require_safe(self, address: str | None = None) -> None:
-        """Raise UnsafeSettings where others on the network could use the service without a token.
+        """Raise SettingsRefused where others on the network could use the service without a token.
 
         ``address``: what was bound to, where that is known: a name may mean anything.
         """
         if self.token is not None or self.token_file is not None:
             return
         if self.proxies.networks:
-            raise UnsafeSettings(
+            raise SettingsRefused(
                 "refusing to serve others through a proxy without a token: set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE"
             )
         if not is_loopback(self.host) or not is_loopback(address or self.host):
-            raise UnsafeSettings(
+            raise SettingsRefused(
                 "refusing to listen on an address that others can reach without a token: "
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
             )
@@ -163,12 +168,32 @@ def _allowed_hosts(given: str | None, host: str) -> tuple[str, ...]:
     return ("*",) if host in ("0.0.0.0", "::") else (*LOOPBACK_NAMES, host.lower())  # noqa: S104 - compared, not bound
 
 
+def _database(url: str) -> str:
+    """The URL, if it is one of a database that we work with. It is not shown: it may hold a password."""
+    try:
+        known = make_url(url).drivername in DATABASES
+    except (ArgumentError, ValueError):
+        known = False
+    if not known:
+        raise SettingsRefused(
+            "TRAINYARD_DATABASE_URL or --database-url must be sqlite:////FOLDER/FILE or "
+            "postgresql+psycopg://USER:PASSWORD@HOST/NAME; where it is left out, a SQLite file in the home is used"
+        )
+    return url
+
+
+def _port(number: int) -> int:
+    if not 0 <= number <= LARGEST_PORT:
+        raise SettingsRefused(f"TRAINYARD_PORT or --port must be 0 to {LARGEST_PORT}; 0 takes a free one")
+    return number
+
+
 def _proxies(given: str | None) -> Proxies:
     try:
         return Proxies.of((given or "").split(","))
     except ValueError:
         message = "TRAINYARD_TRUSTED_PROXIES must be addresses or networks, separated by commas: 10.0.0.5,10.1.0.0/24"
-        raise UnsafeSettings(message) from None
+        raise SettingsRefused(message) from None
 
 
 def _token_file(given: str | None) -> Path | None:
@@ -179,9 +204,9 @@ def _token_file(given: str | None) -> Path | None:
     try:
         found = tokens_in(file)
     except (OSError, ValueError):
-        raise UnsafeSettings("TRAINYARD_TOKEN_FILE must be a text file that the service can read") from None
+        raise SettingsRefused("TRAINYARD_TOKEN_FILE must be a text file that the service can read") from None
     if not found:
-        raise UnsafeSettings("TRAINYARD_TOKEN_FILE holds no token: one a line")
+        raise SettingsRefused("TRAINYARD_TOKEN_FILE holds no token: one a line")
     return file
 
 
@@ -189,7 +214,7 @@ def _networks(given: str | None) -> tuple[Network, ...]:
     try:
         return tuple(ipaddress.ip_network(part.strip()) for part in (given or "").split(",") if part.strip())
     except ValueError:
-        raise UnsafeSettings("TRAINYARD_WEBHOOK_NETWORKS must hold networks such as 10.1.0.0/16,fd00::/8") from None
+        raise SettingsRefused("TRAINYARD_WEBHOOK_NETWORKS must hold networks such as 10.1.0.0/16,fd00::/8") from None
 
 
 def _paths(text: str | None) -> tuple[Path, ...]:
@@ -201,7 +226,7 @@ def _whole(environment: Mapping[str, str], name: str, default: int) -> int:
     if not text:
         return default
     if not text.isdecimal():
-        raise UnsafeSettings(f"{name} must be a whole number")
+        raise SettingsRefused(f"{name} must be a whole number")
     return int(text)
 
 
@@ -209,7 +234,7 @@ def _one_of(environment: Mapping[str, str], name: str, words: Sequence[str]) -> 
     """One of ``words``, the first where nothing is said."""
     text = environment.get(name) or words[0]
     if text not in words:
-        raise UnsafeSettings(f"{name} must be {' or '.join(sorted(set(words)))}")
+        raise SettingsRefused(f"{name} must be {' or '.join(sorted(set(words)))}")
     return text
 
 
@@ -217,9 +242,9 @@ def _launchers(environment: Mapping[str, str]) -> dict[str, Any]:
     try:
         slurm = SlurmSetup.read(environment)
     except ValueError as error:
-        raise UnsafeSettings(str(error)) from None
+        raise SettingsRefused(str(error)) from None
     launcher = environment.get("TRAINYARD_LAUNCHER") or LOCAL
     there = (LOCAL, "slurm") if slurm is not None else (LOCAL,)
     if launcher not in there:
-        raise UnsafeSettings(f"TRAINYARD_LAUNCHER must be {' or '.join(there)}; TRAINYARD_SLURM=on adds slurm")
+        raise SettingsRefused(f"TRAINYARD_LAUNCHER must be {' or '.join(there)}; TRAINYARD_SLURM=on adds slurm")
     return {"launcher": launcher, "slurm": slurm}

@@ -14,7 +14,7 @@ from typing import Self
 
 from contract.cache import CorpusCache, Kept
 from contract.rundir import read_json
-from service.settings import Settings, UnsafeSettings
+from service.settings import Settings, SettingsRefused
 
 DAY = 86400.0
 EVERY_SECONDS = 3600.0
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = shelf.cache.kept()
         paths = _paths(shelf.cache, kept)
         shown = kept if given.verb == "list" else _pruned(shelf, given)
-    except (UnsafeSettings, OSError) as error:
+    except (SettingsRefused, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
     for each in shown:

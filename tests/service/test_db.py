@@ -75,13 +75,12 @@ def test_tables_of_a_later_version_are_left_alone(empty: str) -> None:
     database.upgrade()
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    for refused in (database.check, database.upgrade):
-        with pytest.raises(UnknownTables, match="at migration 9999, which this version does not know"):
-            refused()
+    with pytest.raises(UnknownTables, match="at migration 9999, which this version does not know"):
+        database.upgrade()
     with database.write() as session:
         session.execute(text("DELETE FROM alembic_version"))
         Table.metadata.drop_all(session.connection())
-    database.check()
+    database.upgrade()
     database.close()
 
 

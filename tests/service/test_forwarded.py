@@ -15,7 +15,7 @@ from service.app import create_app
 from service.context import Services
 from service.devices.inventory import FixedInventory
 from service.proxies import Proxies, address_in
-from service.settings import Settings, UnsafeSettings
+from service.settings import Settings, SettingsRefused
 from tests.service.rig import Rig
 
 SAID = {"X-Forwarded-For": "198.51.100.7", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "yard.example"}
@@ -143,17 +143,17 @@ def test_a_name_that_means_another_address_is_found_out(tmp_path: Path, monkeypa
     settings = Settings.read({}, host="localhost", port=0, home=tmp_path)
     real = socket.socket.bind
     monkeypatch.setattr(socket.socket, "bind", lambda self, _: real(self, ("0.0.0.0", 0)))
-    with pytest.raises(UnsafeSettings, match="others can reach"):
+    with pytest.raises(SettingsRefused, match="others can reach"):
         entry._bound(settings)
     with entry._bound(replace(settings, token="long enough")) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"
 
 
 def test_the_setting() -> None:
-    with pytest.raises(UnsafeSettings, match="through a proxy without a token"):
+    with pytest.raises(SettingsRefused, match="through a proxy without a token"):
         Settings.read({"TRAINYARD_TRUSTED_PROXIES": "127.0.0.1"})
     for wrong in ("proxy.example", "10.0.0.5/8", "10.0.0.256", "*"):
-        with pytest.raises(UnsafeSettings, match="addresses or networks"):
+        with pytest.raises(SettingsRefused, match="addresses or networks"):
             Settings.read({"TRAINYARD_TRUSTED_PROXIES": wrong, "TRAINYARD_TOKEN": "x"})
     settings = Settings.read({"TRAINYARD_TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/8,", "TRAINYARD_TOKEN": "x"})
     assert len(settings.proxies.networks) == 2

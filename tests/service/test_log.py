@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service import logs
-from service.settings import Settings, UnsafeSettings
+from service.settings import Settings, SettingsRefused
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig
 from tests.service.served import served
@@ -208,7 +208,7 @@ def test_the_settings() -> None:
     found = Settings.read({"TRAINYARD_LOG_FORMAT": "json", "TRAINYARD_LOG_LEVEL": "warning"})
     assert (found.log_format, found.log_level) == ("json", "warning")
     for name in ("TRAINYARD_LOG_FORMAT", "TRAINYARD_LOG_LEVEL", "TRAINYARD_PREEMPTION"):
-        with pytest.raises(UnsafeSettings, match=name):
+        with pytest.raises(SettingsRefused, match=name):
             Settings.read({name: "loud"})
     secret = Settings.read({"TRAINYARD_TOKEN": SECRET, "TRAINYARD_DATABASE_URL": "postgresql://u:p4ssw0rd@h/d"})
     assert secret.secrets() == [SECRET, "p4ssw0rd"]

@@ -269,6 +269,12 @@ def test_the_command_upgrades(
     assert capsys.readouterr().err == "the database is up to date\n"
     with pytest.raises(SystemExit):
         maintenance.main(["destroy"])
+    capsys.readouterr()
+    assert maintenance.main(["upgrade", "--database-url", "nothing"]) == 1
+    assert capsys.readouterr().err.startswith("upgrade: TRAINYARD_DATABASE_URL or --database-url must be")
+    away = "postgresql://u:secret@127.0.0.1:1/x"
+    assert maintenance.main(["upgrade", "--database-url", away]) == 1
+    assert capsys.readouterr().err.startswith("upgrade: the database cannot be used: connection failed")
 
 
 def test_the_command_copies_homes(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

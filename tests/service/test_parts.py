@@ -14,7 +14,7 @@ from contract.status import Desired, JobStatus, Phase
 from service.devices import inventory
 from service.devices.inventory import HostInventory, kind_for
 from service.jobs.summary import Facts, duration, summary
-from service.settings import Settings, UnsafeSettings, is_loopback
+from service.settings import Settings, SettingsRefused, is_loopback
 from service.shapes import Checkpoint, Progress, Queue
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -60,7 +60,7 @@ def test_the_environment_and_then_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "2130706433"])
 def test_others_may_reach_it_only_with_a_token(host: str) -> None:
-    with pytest.raises(UnsafeSettings, match="TRAINYARD_TOKEN"):
+    with pytest.raises(SettingsRefused, match="TRAINYARD_TOKEN"):
         Settings.read({}, host=host)
     assert Settings.read({"TRAINYARD_TOKEN": "x"}, host=host).host == host
     assert not is_loopback(host)
@@ -73,8 +73,24 @@ def test_loopback_needs_none(host: str) -> None:
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "²"])
 def test_numbers_that_are_none(text: str) -> None:
-    with pytest.raises(UnsafeSettings, match="TRAINYARD_PORT"):
+    with pytest.raises(SettingsRefused, match="TRAINYARD_PORT"):
         Settings.read({"TRAINYARD_PORT": text})
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"port": 65536}, "--port must be 0 to 65535"),
+        ({"port": -1}, "--port must be 0 to 65535"),
+        ({"database_url": "nothing"}, "TRAINYARD_DATABASE_URL"),
+        ({"database_url": "mysql://root:secret@host/name"}, "TRAINYARD_DATABASE_URL"),
+        ({"database_url": "postgresql://u:secret@host:port/name"}, "TRAINYARD_DATABASE_URL"),
+    ],
+)
+def test_what_cannot_be_worked_with(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(SettingsRefused, match=named) as refused:
+        Settings.read({}, **given)
+    assert "secret" not in str(refused.value)
 
 
 def test_names_it_is_known_by() -> None:

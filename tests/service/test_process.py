@@ -15,6 +15,9 @@ from typing import Any
 import httpx2
 import pytest
 
+from contract.locks import FileLock
+from service.__main__ import main
+
 ROOT = Path(__file__).parents[2]
 DEADLINE = 40.0
 
@@ -103,6 +106,8 @@ def test_a_successor_waits_for_its_predecessor(start: Callable[..., Process]) ->
     before = first.url()
     second = start()
     assert httpx2.get(f"{before}/health").status_code == 200
+    waiting = f"another service runs on {first.home}, at {before}; waiting"
+    assert wait_for(lambda: waiting in second.said())
     assert "ready at" not in second.said()
     first.end()
     after = second.url()
@@ -120,7 +125,34 @@ def test_a_port_that_is_taken(start: Callable[..., Process]) -> None:
     port = start().url().rsplit(":", 1)[1]
     other = start(f"--port={port}", home="other")
     assert other.process.wait(DEADLINE) == 1
-    assert f"127.0.0.1:{port}" in other.log.read_text()
+    assert f"service: 127.0.0.1:{port}: another program listens there already; --port takes" in other.said()
+    assert "Traceback" not in other.said()
+
+
+def test_a_home_that_another_service_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("service.__main__.PREDECESSOR_SECONDS", 0.0)
+    (tmp_path / "service.json").write_text('{"url": "http://127.0.0.1:1"}')
+    with FileLock(tmp_path / "service.lock").take():
+        assert main(["--port=0", f"--home={tmp_path}"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"service: another service runs on {tmp_path}, at http://127.0.0.1:1: use that one")
+
+
+def test_a_home_that_cannot_be_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["--port=0", f"--home={file}"]) == 1
+    assert f"service: {file}: File exists; --home or TRAINYARD_HOME" in capsys.readouterr().err
+
+
+def test_a_database_that_is_away(start: Callable[..., Process]) -> None:
+    service = start("--database-url=postgresql://trainyard:secret@127.0.0.1:1/none")
+    assert service.process.wait(DEADLINE) == 1
+    assert "service: the database cannot be used: connection failed" in service.said()
+    assert "Traceback" not in service.said()
+    assert "secret" not in service.said()
 
 
 def test_its_log_is_json_from_the_first_line_to_the_last(start: Callable[..., Process]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import Unauthorized
-from service.settings import Settings, UnsafeSettings
+from service.settings import Settings, SettingsRefused
 from service.tokens import Tokens
 
 
@@ -47,13 +47,13 @@ def test_an_empty_file_lets_nobody_in_and_a_missing_one_changes_nothing(tmp_path
 
 def test_the_setting(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    with pytest.raises(UnsafeSettings, match="can read"):
+    with pytest.raises(SettingsRefused, match="can read"):
         Settings.read({"TRAINYARD_TOKEN_FILE": str(file)})
     file.write_text("\n# nothing\n")
-    with pytest.raises(UnsafeSettings, match="no token"):
+    with pytest.raises(SettingsRefused, match="no token"):
         Settings.read({"TRAINYARD_TOKEN_FILE": str(file)})
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UnsafeSettings, match="can read"):
+    with pytest.raises(SettingsRefused, match="can read"):
         Settings.read({"TRAINYARD_TOKEN_FILE": str(file)})
     file.write_text("secret\n")
     settings = Settings.read({"TRAINYARD_TOKEN_FILE": str(file)}, host="10.0.0.5")

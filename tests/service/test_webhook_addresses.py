@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, UnsafeSettings
+from service.settings import Settings, SettingsRefused
 from service.webhooks.addresses import AddressRefused, Network, checked, mistake, resolve, why_refused
 from service.webhooks.courier import MOST_READ, SNIPPET_BYTES, Answer, Courier
 from tests.service.receiver import receiving, status
@@ -110,7 +110,7 @@ def test_the_setting() -> None:
     assert read.webhook_networks == (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
     assert Settings.read({}).webhook_networks == ()
     for wrong in ("10.0.0.0/8,x", "10.0.0.1/8", "on"):
-        with pytest.raises(UnsafeSettings, match="TRAINYARD_WEBHOOK_NETWORKS"):
+        with pytest.raises(SettingsRefused, match="TRAINYARD_WEBHOOK_NETWORKS"):
             Settings.read({"TRAINYARD_WEBHOOK_NETWORKS": wrong})
 
 

@@ -8,7 +8,7 @@ import pytest
 from service.errors import SpecInvalid
 from service.jobs.specs import Host, accept, kind_of
 from service.launch.slurm_setup import ALLOWED, SlurmSetup
-from service.settings import Settings, UnsafeSettings
+from service.settings import Settings, SettingsRefused
 
 ON = {"TRAINYARD_SLURM": "on"}
 
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, resources: dict[str, Any], **environment: str) -> di
 def test_slurm_is_not_used_unless_asked_for(tmp_path: Path) -> None:
     assert settings(tmp_path).slurm is None
     assert settings(tmp_path, **ON).slurm == SlurmSetup()
-    with pytest.raises(UnsafeSettings, match="TRAINYARD_LAUNCHER must be local"):
+    with pytest.raises(SettingsRefused, match="TRAINYARD_LAUNCHER must be local"):
         settings(tmp_path, TRAINYARD_LAUNCHER="slurm")
 
 
@@ -78,7 +78,7 @@ def test_what_is_asked_of_slurm_comes_from_the_settings(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, name: str, value: str) -> None:
-    with pytest.raises(UnsafeSettings, match=name):
+    with pytest.raises(SettingsRefused, match=name):
         settings(tmp_path, **{**ON, name: value})
 
 
