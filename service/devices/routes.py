@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter
 from sqlalchemy import select
 
+from service.answers import written
 from service.context import ServicesNeeded
 from service.devices.shapes import LeasedDevice
 from service.shapes import Page
@@ -14,6 +15,7 @@ router = APIRouter(tags=["service"])
 
 
 @router.get("/devices")
+@written()
 def devices(services: ServicesNeeded) -> Page[LeasedDevice]:
     """Every device of this host, who leases it, and processes on it that belong to no attempt.
 

@@ -13,7 +13,7 @@ from service.errors import DiskTrouble, KeyReused, QuotaExceeded, ServiceError
 from service.forks import making
 from service.forks.asked import Asked, forked_spec, read
 from service.jobs import files, store
-from service.jobs.routes import Made, oldest_key, replayed, show
+from service.jobs.routes import Made, announced, oldest_key, replayed
 from service.scheduler.apply import utc_now
 from service.shapes import Job
 from service.web import JsonBody, described_fields
@@ -29,15 +29,14 @@ BODY = described_fields(
 router = APIRouter(tags=["jobs"])
 
 
-@router.post("/jobs/{job_id}/fork", status_code=201, openapi_extra=BODY)
+@router.post("/jobs/{job_id}/fork", status_code=201, response_model=Job, openapi_extra=BODY)
 def fork(
     services: ServicesNeeded,
     caller: CallerNeeded,
-    response: Response,
     job_id: str,
     body: JsonBody,
     idempotency_key: Annotated[str | None, Header()] = None,
-) -> Job:
+) -> Response:
     """A new job that begins at this job's checkpoint of `step` (the newest where none is named), with `overrides`.
 
     `data` "keep": the run goes on as the parent's would, the same samples in the same steps. "restart": the data and
@@ -49,10 +48,7 @@ def fork(
         made = _make(services, caller, job_id, read(body), idempotency_key, digest)
         services.scheduler.wake()
     logs.note(fork_id=made.job_id)
-    if not made.created_now:
-        response.status_code = 200
-    response.headers["Location"] = f"/jobs/{made.job_id}"
-    return show(services, made.job_id)
+    return announced(services, made)
 
 
 def _make(services: Services, by: Caller, job_id: str, asked: Asked, key: str | None, digest: str) -> Made:

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from sqlalchemy import Select, or_, select
+from sqlalchemy import Connection, Row, Select, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from contract.parsing import Problem
 from contract.status import JobStatus
 from service.errors import RequestInvalid, with_problems
+from service.jobs.gathering import PLACED
 from service.jobs.store import JOB_ID
 from service.tables import JobRow, LabelRow
 
@@ -39,19 +40,19 @@ def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple((text.partition("=")[0], text.partition("=")[2]) for text in given)
 
 
-def jobs(session: Session, wanted: Wanted) -> tuple[Sequence[JobRow], bool]:
-    """A page, and whether more follow."""
+def jobs(connection: Connection, wanted: Wanted) -> tuple[Sequence[Row[Any]], bool]:
+    """A page, as rows of `PLACED`, and whether more follow."""
     query = _filtered(wanted)
     if wanted.after is not None:
-        number = _number(session, wanted.after)
+        number = _number(connection, wanted.after)
         query = query.where(JobRow.number < number if wanted.newest_first else JobRow.number > number)
     order = JobRow.number.desc() if wanted.newest_first else JobRow.number.asc()
-    found = session.scalars(query.order_by(order).limit(wanted.limit + 1)).all()
+    found = connection.execute(query.order_by(order).limit(wanted.limit + 1)).all()
     return found[: wanted.limit], len(found) > wanted.limit
 
 
-def _filtered(wanted: Wanted) -> Select[JobRow]:
-    query = select(JobRow)
+def _filtered(wanted: Wanted) -> Select[Any]:
+    query: Select[Any] = PLACED
     if wanted.status:
         query = query.where(JobRow.status.in_(wanted.status))
     if wanted.name is not None:
@@ -67,9 +68,9 @@ def _filtered(wanted: Wanted) -> Select[JobRow]:
     return query
 
 
-def _number(session: Session, job_id: str) -> int:
+def _number(connection: Connection, job_id: str) -> int:
     known = JOB_ID.fullmatch(job_id) is not None
-    number = session.scalar(select(JobRow.number).where(JobRow.id == job_id)) if known else None
+    number = connection.scalar(select(JobRow.number).where(JobRow.id == job_id)) if known else None
     if number is None:
         raise with_problems(RequestInvalid, [Problem("/query/after", "must be the id of a job that is there")])
     return number

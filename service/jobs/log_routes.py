@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query
 
 from contract.parsing import Problem
 from contract.rundir import RunDir
+from service.answers import written
 from service.context import Services, ServicesNeeded
 from service.errors import LogNotFound, RequestInvalid, with_problems
 from service.jobs import logs, store
@@ -26,6 +27,7 @@ router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["products"])
 
 
 @router.get("")
+@written()
 def log(
     services: ServicesNeeded,
     job_id: str,
@@ -48,6 +50,7 @@ def log(
 
 
 @router.get("/lines")
+@written()
 def log_lines(
     services: ServicesNeeded,
     job_id: str,
@@ -63,6 +66,7 @@ def log_lines(
 
 
 @router.get("/search")
+@written()
 def log_search(
     services: ServicesNeeded,
     job_id: str,

@@ -4,6 +4,7 @@ from fastapi import APIRouter
 from sqlalchemy import select
 
 from contract.parsing import Problem
+from service.answers import written
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store, views
@@ -16,6 +17,7 @@ router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
 
 
 @router.get("/checkpoints")
+@written()
 def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
     """Published checkpoints that are there, newest first."""
     with services.database.read() as session:
@@ -27,6 +29,7 @@ def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after
 
 
 @router.get("/events")
+@written()
 def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
     """What happened, oldest first: changes of status, warnings, saves, restarts, and who asked."""
     with services.database.read() as session:
@@ -36,6 +39,7 @@ def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Tex
 
 
 @router.get("/samples")
+@written()
 def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
     """Texts the model wrote, oldest first."""
     with services.database.read() as session:
@@ -45,6 +49,7 @@ def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Te
 
 
 @router.get("/attempts")
+@written()
 def attempts(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Attempt]:
     """Every launch, oldest first: why it began, from which step, how it ended."""
     with services.database.read() as session:

@@ -7,17 +7,20 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Response
+from sqlalchemy.orm import Session
 
 from contract.parsing import Problem
 from contract.spec import JobSpec
 from contract.status import JobStatus
 from service import logs
 from service.access.callers import Caller, CallerNeeded
+from service.answers import sent, written
 from service.checkpoints import sameness
 from service.context import Services, ServicesNeeded
 from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
-from service.jobs import actions, changes, files, listing, store, views
+from service.jobs import actions, changes, files, gathering, listing, store, views
 from service.jobs.facts import known_at_submit
+from service.jobs.gathering import Gathered
 from service.jobs.rules import Action
 from service.jobs.specs import accept, kind_of
 from service.launch.slurm import SLURM
@@ -26,6 +29,7 @@ from service.shapes import Job, Page
 from service.tables import JobRow
 from service.web import JsonBody, described
 
+NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 Text = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
@@ -40,14 +44,13 @@ def body_of(schema: str) -> dict[str, Any]:
     return described({"$ref": f"#/components/schemas/{schema}"})
 
 
-@router.post("/jobs", status_code=201, openapi_extra=body_of("JobSpec"))
+@router.post("/jobs", status_code=201, response_model=Job, openapi_extra=body_of("JobSpec"))
 def submit(
     services: ServicesNeeded,
     caller: CallerNeeded,
-    response: Response,
     body: JsonBody,
     idempotency_key: Annotated[str | None, Header()] = None,
-) -> Job:
+) -> Response:
     """Launch a run. The same `Idempotency-Key` with the same body answers 200 and the job that is there."""
     digest = store.body_digest(body)
     made = replayed(services, idempotency_key, digest)
@@ -55,18 +58,22 @@ def submit(
         made = _create(services, caller, accept(body, services.host), idempotency_key, digest)
         services.scheduler.wake()
     logs.note(job_id=made.job_id)
-    if not made.created_now:
-        response.status_code = 200
-    response.headers["Location"] = f"/jobs/{made.job_id}"
-    return show(services, made.job_id)
+    return announced(services, made)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A submission's job, and whether this request made it."""
+    """A submission's job, and whether this request made it; ``found``: what is shown of it, as it was committed."""
 
     job_id: str
     created_now: bool
+    found: Gathered | None = None
+
+
+def announced(services: Services, made: Made) -> Response:
+    """The answer to who submitted it: 201, or 200 where it was there before."""
+    job = _shown(services, made.found) if made.found is not None else show(services, made.job_id)
+    return sent(job, 201 if made.created_now else 200, {"Location": f"/jobs/{made.job_id}"})
 
 
 def replayed(services: Services, key: str | None, digest: str) -> Made | None:
@@ -90,32 +97,44 @@ def _create(services: Services, by: Caller, spec: JobSpec, key: str | None, dige
     kind = kind_of(spec, services.host)
     facts = known_at_submit(spec, kind)
     now = utc_now()
+    falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
+    alerts = [store.shown_alert("cpu_fallback", NO_GPU, now)] if falls_back else []
     try:
         with services.database.write() as session:
-            job = store.create(session, spec, facts, [], by, now)
-            if kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM:
-                store.alert(job, "cpu_fallback", "there is no GPU on this host: this run will use the CPU", now)
+            job = store.create(session, spec, facts, alerts, by, now)
             if key is not None:
                 store.forget_keys(session, oldest_key(services))
             if key is not None and not store.remember_key(session, key, digest, job, now):
                 raise KeyReused()
+            found = as_changed(session, job.id)
     except (KeyReused, QuotaExceeded):
         # Another request with this key was faster by a moment; its job is the one.
         made = replayed(services, key, digest)
         if made is None:
             raise
         return made
-    return Made(job.id, True)
+    return Made(job.id, True, found)
+
+
+def as_changed(session: Session, job_id: str) -> Gathered:
+    """What is to be shown of a job once this transaction is committed."""
+    session.flush()
+    return gathering.one(session.connection(), job_id)
 
 
 def show(services: Services, job_id: str) -> Job:
     """The job as it is now."""
-    with services.database.read() as session:
-        found = views.gather(session, [store.find(session, job_id)])
+    with services.database.look() as connection:
+        found = gathering.one(connection, job_id)
+    return _shown(services, found)
+
+
+def _shown(services: Services, found: Gathered) -> Job:
     return views.show_all(found, services.scheduler.waiting)[0]
 
 
 @router.get("/jobs")
+@written()
 def list_jobs(
     services: ServicesNeeded,
     status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
@@ -133,19 +152,21 @@ def list_jobs(
     """
     labels = listing.label_pairs(label)
     wanted = listing.Wanted(tuple(status), labels, name, order == "newest", limit, after, parent, search)
-    with services.database.read() as session:
-        jobs, has_more = listing.jobs(session, wanted)
-        found = views.gather(session, jobs)
+    with services.database.look() as connection:
+        jobs, has_more = listing.jobs(connection, wanted)
+        found = gathering.belonging(connection, jobs)
     return Page(data=views.show_all(found, services.scheduler.waiting), has_more=has_more)
 
 
 @router.get("/jobs/{job_id}")
+@written()
 def get_job(services: ServicesNeeded, job_id: str) -> Job:
     """One job."""
     return show(services, job_id)
 
 
 @router.patch("/jobs/{job_id}")
+@written()
 def patch_job(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`; a live run takes them over."""
     asked = changes.read(body, changes.PATCH_FIELDS)
@@ -153,23 +174,27 @@ def patch_job(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body:
     spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)
     with services.database.write() as session:
         actions.patch(session, job_id, before, asked, spec, caller, utc_now())
+        found = as_changed(session, job_id)
     services.scheduler.wake()
-    return show(services, job_id)
+    return _shown(services, found)
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202)
+@written(202)
 def pause(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Save and stop; the job can be resumed."""
     return _stop(services, caller, job_id, "pause", body)
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202)
+@written(202)
 def cancel(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Save and stop for good."""
     return _stop(services, caller, job_id, "cancel", body)
 
 
 @router.post("/jobs/{job_id}/kill", status_code=202)
+@written(202)
 def kill(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Stop now; nothing is saved."""
     return _stop(services, caller, job_id, "kill", body)
@@ -179,21 +204,25 @@ def _stop(services: Services, by: Caller, job_id: str, action: Action, body: obj
     changes.read(body, {})
     with services.database.write() as session:
         actions.stop(session, job_id, action, by, utc_now())
+        found = as_changed(session, job_id)
     services.scheduler.wake()
-    return show(services, job_id)
+    return _shown(services, found)
 
 
 @router.post("/jobs/{job_id}/save", status_code=202)
+@written(202)
 def save(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Write a checkpoint at the next step, and go on."""
     changes.read(body, {})
     with services.database.write() as session:
         attempt = actions.save(session, job_id, caller, utc_now())
+        found = as_changed(session, job_id)
     services.scheduler.save_now(attempt)
-    return show(services, job_id)
+    return _shown(services, found)
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202)
+@written(202)
 def resume(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Go on from the newest valid checkpoint, or anew where there is none; or back at the checkpoint of `step`.
 

@@ -5,12 +5,11 @@ import json
 import logging
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, delete, func, insert, or_, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -182,9 +181,14 @@ def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
 
 def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
     """Show something on the job itself; the newest of each code is kept."""
-    shown = {"code": code, "message": message, "step": step, "at": now.isoformat().replace("+00:00", "Z")}
+    shown = shown_alert(code, message, now, step)
     others = [other for other in job.alerts if other.get("code") != code]
     job.alerts = [*others, shown][-LAST_ALERTS:]
+
+
+def shown_alert(code: str, message: str, now: datetime, step: int | None = None) -> dict[str, Any]:
+    """An alert as it is stored."""
+    return {"code": code, "message": message, "step": step, "at": now.isoformat().replace("+00:00", "Z")}
 
 
 def body_digest(raw: object) -> str:
@@ -215,24 +219,3 @@ def remember_key(session: Session, key: str, digest: str, job: JobRow, now: date
     except IntegrityError:
         return False
     return True
-
-
-def queue_positions(session: Session, jobs: Sequence[JobRow]) -> dict[str, int]:
-    """The place in the queue of each of ``jobs`` that is queued; 1 is next."""
-    queued = [job for job in jobs if job.status == JobStatus.QUEUED]
-    if len(queued) == 1:
-        return {queued[0].id: _ahead(session, queued[0]) + 1}
-    order = (JobRow.priority.desc(), JobRow.queued_at, JobRow.number)
-    place = func.row_number().over(order_by=order).label("place")
-    line = select(JobRow.id, place).where(JobRow.status == JobStatus.QUEUED).subquery()
-    wanted = select(line.c.id, line.c.place).where(line.c.id.in_([job.id for job in queued]))
-    return {row.id: row.place for row in session.execute(wanted)} if queued else {}
-
-
-def _ahead(session: Session, job: JobRow) -> int:
-    """Counted by the index, where the queue is long: who submits should not pay for all who did before."""
-    same, earlier = JobRow.priority == job.priority, JobRow.queued_at < job.queued_at
-    at_once = and_(JobRow.queued_at == job.queued_at, JobRow.number < job.number)
-    before = or_(JobRow.priority > job.priority, and_(same, or_(earlier, at_once)))
-    count = select(func.count()).select_from(JobRow).where(JobRow.status == JobStatus.QUEUED, before)
-    return session.scalar(count) or 0

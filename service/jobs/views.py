@@ -1,17 +1,15 @@
 """Rows as the shapes of the API."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
-
-from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from contract.report import ErrorCard
 from contract.status import Desired, JobStatus, Phase, Reason
 from service.jobs import store
+from service.jobs.gathering import Gathered
 from service.jobs.rules import ACTIONS, Refusal, Standing, decide, resume_blocker
 from service.jobs.summary import Facts, summary
 from service.shapes import (
@@ -31,38 +29,6 @@ from service.shapes import (
 from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
 
 NEXT_ROUND = "the scheduler's next look"
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """Rows read in one transaction, to be shown after it."""
-
-    jobs: Sequence[JobRow]
-    checkpoints: Mapping[str, Sequence[CheckpointRow]]
-    positions: Mapping[str, int]
-    placements: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def gather(session: Session, jobs: Sequence[JobRow]) -> Gathered:
-    """Read what belongs to ``jobs``."""
-    ids = [job.id for job in jobs]
-    rows = session.scalars(
-        select(CheckpointRow)
-        .where(CheckpointRow.job_id.in_(ids), CheckpointRow.kind == "full")
-        .order_by(CheckpointRow.step.desc(), CheckpointRow.number.desc())
-    ).all()
-    by_job: dict[str, list[CheckpointRow]] = {}
-    for row in rows:
-        by_job.setdefault(row.job_id, []).append(row)
-    return Gathered(jobs, by_job, store.queue_positions(session, jobs), _placements(session, jobs))
-
-
-def _placements(session: Session, jobs: Sequence[JobRow]) -> dict[str, dict[str, Any]]:
-    """Job id -> where a cluster has put its newest attempt."""
-    newest = {job.id: job.attempt for job in jobs}
-    placed = (AttemptRow.job_id.in_(newest), AttemptRow.placement.is_not(None))
-    rows = session.execute(select(AttemptRow.job_id, AttemptRow.number, AttemptRow.placement).where(*placed))
-    return {row.job_id: row.placement for row in rows if row.number == newest[row.job_id]}
 
 
 def show_all(found: Gathered, waiting: Mapping[str, str]) -> list[Job]:
@@ -121,7 +87,9 @@ def _parent(job: JobRow) -> Parent | None:
     return Parent(job_id=job.parent_job_id, step=job.parent_step, data=(job.lineage or {}).get("data"))
 
 
+@functools.lru_cache(maxsize=1024)
 def _actions(standing: Standing) -> list[AllowedAction]:
+    """Shared by all jobs that stand like this: nobody changes it."""
     shown = []
     for action in ACTIONS:
         decision = decide(action, standing)

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from contract.report import Ack, EventBatch, ExitReport, Heartbeat
 from service import logs
+from service.answers import written
 from service.context import Services, ServicesNeeded
 from service.jobs import store
 from service.metrics.progress import after_heartbeat
@@ -36,6 +37,7 @@ Reporting = Annotated[AttemptRow, Depends(_reporting)]
 
 
 @router.post("/events")
+@written()
 def events(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """Store lines. ``acked`` is the last one that is stored for good."""
     batch = as_model(EventBatch, body)
@@ -59,6 +61,7 @@ def _age(at: object) -> float:
 
 
 @router.post("/heartbeat")
+@written()
 def heartbeat(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """Note a sign of life."""
     beat = as_model(Heartbeat, body)
@@ -76,6 +79,7 @@ def heartbeat(services: ServicesNeeded, reporting: Reporting, body: JsonBody) ->
 
 
 @router.post("/exit")
+@written()
 def exit_(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """The attempt has ended and nothing of it lives. Where lines are missing, the scheduler fetches them first."""
     report = as_model(ExitReport, body)

@@ -1,0 +1,92 @@
+"""The rows that a job's shape is made of, read in one transaction.
+
+The statements are built once: to build one anew costs several times what it takes to run. They give plain rows, which
+nobody is to change.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from sqlalchemy import Connection, Row, Select, and_, bindparam, func, or_, select
+
+from contract.status import JobStatus
+from service.errors import JobNotFound
+from service.jobs import store
+from service.tables import AttemptRow, CheckpointRow, JobRow
+
+ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
+
+NEWEST = and_(ATTEMPTS.c.job_id == JOBS.c.id, ATTEMPTS.c.number == JOBS.c.attempt)
+PLACED: Select[Any] = select(*JOBS.c, ATTEMPTS.c.placement).select_from(JOBS.outerjoin(ATTEMPTS, NEWEST))
+"""Jobs, each with where a cluster has put its newest attempt."""
+
+ONE = PLACED.where(JOBS.c.id == bindparam("job_id"))
+
+KEPT = (
+    select(*CHECKPOINTS.c)
+    .where(CHECKPOINTS.c.job_id.in_(bindparam("ids", expanding=True)), CHECKPOINTS.c.kind == "full")
+    .order_by(CHECKPOINTS.c.step.desc(), CHECKPOINTS.c.number.desc())
+)
+
+QUEUED = JOBS.c.status == JobStatus.QUEUED
+
+_EARLIER = or_(
+    JOBS.c.queued_at < bindparam("queued_at"),
+    and_(JOBS.c.queued_at == bindparam("queued_at"), JOBS.c.number < bindparam("number")),
+)
+_BEFORE = or_(JOBS.c.priority > bindparam("priority"), and_(JOBS.c.priority == bindparam("priority"), _EARLIER))
+
+AHEAD = select(func.count()).select_from(JOBS).where(QUEUED, _BEFORE)
+"""Counted by the index, where the queue is long: who submits should not pay for all who did before."""
+
+_PLACE = func.row_number().over(order_by=(JOBS.c.priority.desc(), JOBS.c.queued_at, JOBS.c.number)).label("place")
+_LINE = select(JOBS.c.id, _PLACE).where(QUEUED).subquery()
+PLACES = select(_LINE.c.id, _LINE.c.place).where(_LINE.c.id.in_(bindparam("ids", expanding=True)))
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows read in one transaction, to be shown after it. ``checkpoints``: full ones, newest first."""
+
+    jobs: Sequence[JobRow]
+    checkpoints: Mapping[str, Sequence[CheckpointRow]]
+    positions: Mapping[str, int]
+    placements: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def one(connection: Connection, job_id: str) -> Gathered:
+    """What belongs to a job. Raises JobNotFound, also for what cannot be an id."""
+    row = connection.execute(ONE, {"job_id": job_id}).first() if store.JOB_ID.fullmatch(job_id) else None
+    if row is None:
+        raise JobNotFound()
+    return belonging(connection, [row])
+
+
+def belonging(connection: Connection, rows: Sequence[Row[Any]]) -> Gathered:
+    """What belongs to the jobs of these rows of `PLACED`."""
+    # They have all that a JobRow has, and cost a tenth of it: nothing watches them for changes.
+    jobs = cast(Sequence[JobRow], rows)
+    placements = {row.id: row.placement for row in rows if row.placement is not None}
+    return Gathered(jobs, _checkpoints(connection, jobs), _positions(connection, jobs), placements)
+
+
+def _checkpoints(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, list[CheckpointRow]]:
+    begun = [job.id for job in jobs if job.attempt]
+    found: dict[str, list[CheckpointRow]] = {}
+    for row in connection.execute(KEPT, {"ids": begun}) if begun else ():
+        found.setdefault(row.job_id, []).append(cast(CheckpointRow, row))
+    return found
+
+
+def _positions(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, int]:
+    """The place in the queue of each of ``jobs`` that is queued; 1 is next."""
+    queued = [job for job in jobs if job.status == JobStatus.QUEUED]
+    if not queued:
+        return {}
+    if len(queued) > 1:
+        rows = connection.execute(PLACES, {"ids": [job.id for job in queued]})
+        return {row.id: row.place for row in rows}
+    job = queued[0]
+    place = {"priority": job.priority, "queued_at": job.queued_at, "number": job.number}
+    return {job.id: (connection.scalar(AHEAD, place) or 0) + 1}

@@ -1,0 +1,88 @@
+"""What a request costs, counted in statements: each is a round trip, and more of a request than anything else."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from contract.status import JobStatus
+from service.jobs import gathering, store
+from tests.service.rig import Rig
+
+
+@contextlib.contextmanager
+def statements(rig: Rig) -> Iterator[list[str]]:
+    """What is said to the database meanwhile, the beginning and end of transactions left out."""
+    said: list[str] = []
+
+    def hear(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if not statement.startswith("BEGIN"):
+            said.append(statement)
+
+    event.listen(rig.database.engine, "before_cursor_execute", hear)
+    try:
+        yield said
+    finally:
+        event.remove(rig.database.engine, "before_cursor_execute", hear)
+
+
+def test_a_job_is_read_by_two_statements(any_rig: Rig) -> None:
+    queued = any_rig.submit()
+    running, attempt = any_rig.running()
+    any_rig.checkpoint(running, attempt, 5)
+    any_rig.ship(attempt)
+    for job_id in (queued, running):
+        with statements(any_rig) as said:
+            assert any_rig.job(job_id)["id"] == job_id
+        assert len(said) <= 2, said
+    assert any_rig.job(running)["checkpoint"]["step"] == 5
+
+
+def test_a_page_is_read_by_three_however_long_it_is(any_rig: Rig) -> None:
+    any_rig.running()
+    for _ in range(5):
+        any_rig.submit()
+    for limit in (2, 6):
+        with statements(any_rig) as said:
+            assert len(any_rig.get("/jobs", limit=limit, order="oldest")["data"]) == limit
+        assert len(said) <= 3, said
+
+
+def test_a_submission_is_one_transaction(any_rig: Rig) -> None:
+    any_rig.submit()
+    begun: list[Any] = []
+    event.listen(any_rig.database.engine, "begin", lambda connection: begun.append(connection))
+    with statements(any_rig) as said:
+        any_rig.submit()
+    assert len(begun) == 1
+    # The job, its event, who wants to hear of it, and the job with its place in the queue as it is shown.
+    assert len(said) <= 5, said
+
+
+@pytest.mark.parametrize("verb", ["pause", "cancel", "kill"])
+def test_what_a_verb_shows_is_what_it_has_committed(any_rig: Rig, verb: str) -> None:
+    job_id = any_rig.submit(labels={"a": "b"})
+    shown = any_rig.act(job_id, verb)
+    assert shown == any_rig.job(job_id)
+    assert shown["status"] == ("paused" if verb == "pause" else "cancelled")
+
+
+def test_what_a_submission_shows_is_what_it_has_committed(any_rig: Rig) -> None:
+    any_rig.submit()
+    answer = any_rig.client.post("/jobs", json=any_rig.spec(name="second", labels={"k": "v"}))
+    assert answer.json() == any_rig.job(answer.json()["id"])
+    assert answer.json()["queue"]["position"] == 2
+
+
+def test_rows_are_shown_as_the_entities_would_be(any_rig: Rig) -> None:
+    """The plain rows have every attribute of the entity, converted alike."""
+    job_id, _ = any_rig.running(labels={"a": "b"})
+    with any_rig.database.look() as connection:
+        (row,) = gathering.one(connection, job_id).jobs
+    with any_rig.database.read() as session:
+        entity = store.find(session, job_id)
+    names = [attribute.key for attribute in type(entity).__mapper__.column_attrs]
+    assert {name: getattr(row, name) for name in names} == {name: getattr(entity, name) for name in names}
+    assert row.status == JobStatus.RUNNING
