@@ -125,6 +125,16 @@ def test_what_the_loss_shows_of_a_life(run: Run, page: Page) -> None:
     assert broken == []
 
 
+def test_what_hardly_changes_is_a_level(run: Run, page: Page) -> None:
+    page.goto(run.url)
+    # A slash would end the pattern.
+    plot = figure(page, "Tokens.s").locator(".js-plotly-plot").first
+    expect(plot).to_be_visible()
+    low, high = plot.evaluate("node => node._fullLayout.yaxis.range")
+    assert low <= 900
+    assert high >= 1100
+
+
 def test_a_zoom_outlives_updates_and_the_page(run: Run, page: Page) -> None:
     page.goto(run.url)
     chart = figure(page, "Train loss")

@@ -7,6 +7,7 @@ export const AXES = { step: "Step", tokens: "Tokens", active: "Active time (h)",
 export const HALF_LIVES = [0, 10, 50, 200, 1000];
 
 const PAUSE_MS = 60_000;
+const LEVEL = 0.02;
 
 /** x of every row on the chosen axis; active time leaves out what lies between attempts. */
 export function places(rows, axis, attempts) {
@@ -39,6 +40,15 @@ export function gaps(rows, axis, attempts) {
     const changed = before && row.attempt !== before.attempt;
     return changed && begun.get(row.attempt) - Date.parse(before.at) > PAUSE_MS ? [i] : [];
   }));
+}
+
+/** What a y axis must hold beside its data: values that hardly differ are a level, and not the noise of their last digits. */
+export function headroom(traces) {
+  const values = traces.flatMap((one) => one.y.filter(Number.isFinite));
+  const [least, most] = [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
+  const size = Math.max(Math.abs(least), Math.abs(most));
+  if (!values.length || most - least > LEVEL * size) return [];
+  return size === 0 ? [0, 1] : [least - size / 10, most + size / 10];
 }
 
 /** A line's x and y, with nulls put in at the gaps. */
