@@ -83,16 +83,21 @@ class Placement:
 class Found:
     """``report`` is set exactly where ``state`` is ENDED; where the agent left none, it says what is known, no more.
 
-    ``placement``: a cluster's, while the attempt is ALIVE.
+    ``placement``: a cluster's, while the attempt is ALIVE. ``silence``: why it is UNKNOWN.
     """
 
     state: State
     report: ExitReport | None = None
     placement: Placement | None = None
+    silence: str | None = None
 
 
 class LaunchRefused(Exception):
-    """The attempt could not be started; the message says why, and nothing of it lives."""
+    """The attempt could not be started; the message says why, and nothing of it lives. ``hint``: what to do."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class NoAnswer(Exception):

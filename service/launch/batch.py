@@ -7,13 +7,21 @@ from dataclasses import dataclass
 
 from contract.rundir import AttemptDir
 from contract.spec import ResourcesSpec, SlurmSpec
-from service.launch.base import AttemptName
+from service.launch.base import AttemptName, LaunchRefused
 
 STEP = """\
 # The time is nearly over: this file tells the agent, which has the ranks save. As a signal to the step it would end
-# an agent that is only just starting.
-trap ': > {time_limit}' USR1
-srun --kill-on-bad-exit=1 --wait=0 bash -c '
+# an agent that is only just starting. Slurm warns up to a minute early, and at once where the whole limit is shorter
+# than the warning, as a partition's own may be: what is left for training is left to it.
+warned() {{
+  left=$(( $(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) - $(date +%s) ))
+  margin=$(( (left + SECONDS) / 4 ))
+  [ "$margin" -lt {warning} ] || margin={warning}
+  [ "$left" -le "$margin" ] || sleep $(( left - margin ))
+  : > {time_limit}
+}}
+trap 'warned &' USR1
+srun --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none bash -c '
   export TRAINYARD_NODE=$SLURM_PROCID TRAINYARD_NODES=$SLURM_STEP_NUM_NODES
   export TRAINYARD_FIRST_NODE=$SLURM_LAUNCH_NODE_IPADDR
   exec "$@"' agent {agent} &
@@ -46,11 +54,15 @@ def job_name(job_id: str) -> str:
 
 
 def render(batch: Batch) -> str:
-    """The whole script."""
-    options = "".join(f"#SBATCH {option}\n" for option in _options(batch))
+    """The whole script. Raises LaunchRefused where an option would be more than one line."""
+    options = list(_options(batch))
+    for option in options:
+        if not option.isprintable():
+            raise LaunchRefused(f"sbatch cannot be given {option!r}")
     command = [*batch.agent, str(batch.attempt.path.parent), f"--attempt={batch.name.number}"]
-    step = STEP.format(time_limit=batch.attempt.time_limit.name, agent=shlex.join(command))
-    return f"#!/bin/bash\n{options}\n{step}"
+    time_limit, warning = batch.attempt.time_limit.name, math.ceil(_warning(batch))
+    step = STEP.format(time_limit=time_limit, warning=warning, agent=shlex.join(command))
+    return "".join(["#!/bin/bash\n", *(f"#SBATCH {option}\n" for option in options), f"\n{step}"])
 
 
 def asked_of(spec: SlurmSpec, service: SlurmSpec) -> SlurmSpec:
@@ -81,6 +93,7 @@ def _options(batch: Batch) -> Iterator[str]:
     yield f"--chdir={_quoted(str(batch.attempt.path))}"
     yield f"--output={batch.attempt.cluster_log.relative_to(batch.attempt.path)}"
     yield "--open-mode=append"
+    yield "--propagate=NONE"  # a login node's limits are none of the run's
     yield from asked.extra
 
 
@@ -90,13 +103,16 @@ def _nodes(resources: ResourcesSpec) -> str:
 
 
 def _time(batch: Batch) -> Iterator[str]:
-    """Slurm counts whole minutes; it warns up to a minute early, and a short limit must leave time to train."""
-    limit, warning = batch.asked.time_limit, batch.warning
+    limit = batch.asked.time_limit
     if limit is not None:
-        minutes = math.ceil(limit / 60)
-        yield f"--time={minutes}"
-        warning = min(warning, minutes * 60 / 4)
-    yield f"--signal=B:USR1@{math.ceil(warning)}"
+        yield f"--time={math.ceil(limit / 60)}"
+    yield f"--signal=B:USR1@{math.ceil(_warning(batch))}"
+
+
+def _warning(batch: Batch) -> float:
+    """Seconds before its end that a run saves. Slurm counts whole minutes; a short limit must leave time to train."""
+    limit = batch.asked.time_limit
+    return batch.warning if limit is None else min(batch.warning, math.ceil(limit / 60) * 60 / 4)
 
 
 def _quoted(text: str) -> str:

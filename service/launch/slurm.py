@@ -6,6 +6,8 @@ of them at a time, also where two services, or one that was killed and started a
 """
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.report import ErrorCard, ExitReport, RunSettings, read_message
-from contract.rundir import AttemptDir, write_atomically, write_json
+from contract.rundir import AttemptDir, read_json, write_atomically, write_json
 from contract.spec import JobSpec
 from contract.status import Reason
 from service.launch import commands, remains
@@ -28,6 +30,9 @@ from service.launch.squeue import SlurmJob
 SLURM = "slurm"
 PREFIX = job_name("")
 END_SECONDS = 5.0
+STOP_SIGNAL = signal.SIGURG.value
+"""Some clusters signal every process of a job, and torchrun takes SIGTERM for its own end: it gives ranks no time to
+save. Who does not listen for this one does not notice it."""
 
 ENDS: dict[str, tuple[Reason, str]] = {
     "NODE_FAIL": (Reason.NODE_LOST, "Slurm lost a node of the attempt"),
@@ -39,6 +44,10 @@ ENDS: dict[str, tuple[Reason, str]] = {
     "OUT_OF_MEMORY": (Reason.HOST_OUT_OF_MEMORY, "Slurm ended it for want of memory; ask for more with `--mem`"),
 }
 """Slurm's word on an attempt that left none itself."""
+
+UNSHARED = (
+    "Not even a log was written: do all nodes have {path}, under this path, and may the service's user write there?"
+)
 
 
 class SlurmLauncher:
@@ -61,6 +70,7 @@ class SlurmLauncher:
         self._files = AttemptFiles(home, corpus_cache)
         self._queue = Queue(lambda: commands.look(PREFIX), monotonic)
         self._changed_at = float("-inf")
+        self._cluster: str | None = None
 
     def start(self, launch: Launch) -> None:
         """Submit the attempt, unless Slurm has it already: a service that was killed may have submitted it."""
@@ -80,8 +90,7 @@ class SlurmLauncher:
             number = commands.submit(attempt.batch, self._variables(launch))
         finally:
             self._changed_at = self._monotonic()
-        with contextlib.suppress(OSError):  # for people; we look in the queue
-            write_json(attempt.submitted, {"slurm_job_id": number, "at": datetime.now(UTC).isoformat()})
+        self._note_submission(attempt, number)
 
     def find(self, name: AttemptName) -> Found:
         """What its files and the queue say. exit.json is written only once nothing of it lives."""
@@ -91,8 +100,10 @@ class SlurmLauncher:
             return Found(State.ENDED, report)
         try:
             job = _of(self._jobs(name), name)
-        except NoAnswer:
-            return Found(State.UNKNOWN)
+            if job is None:
+                self._require_same_cluster(attempt)
+        except NoAnswer as trouble:
+            return Found(State.UNKNOWN, silence=str(trouble))
         if job is not None and not job.ended:
             placement = job.placement(_ranks_per_node(attempt), tailed=self._setup.reports == "directory")
             return Found(State.ALIVE, placement=placement)
@@ -103,12 +114,12 @@ class SlurmLauncher:
         return Found(State.ENDED, report or _deduced(attempt, job.state if job is not None else None))
 
     def stop(self, name: AttemptName) -> None:
-        """The wish for the ranks, and SIGTERM to the agents; an attempt that still waits is taken out of the queue."""
+        """The wish for the ranks, and a signal to the agents; an attempt that still waits is taken out of the queue."""
         self._files.ask_to_stop(name)
         job = _of(self._jobs(name, anew=True), name)
         if job is None or job.ended:
             return
-        commands.cancel(job, *(() if job.pending else ("--signal=TERM",)))
+        commands.cancel(job, *(() if job.pending else (f"--signal={STOP_SIGNAL}",)))
         self._changed_at = self._monotonic()
 
     def save(self, name: AttemptName) -> None:
@@ -140,8 +151,29 @@ class SlurmLauncher:
 
     def _jobs(self, name: AttemptName, anew: bool = False) -> list[SlurmJob]:
         """All attempts of the job that Slurm knows, as they are after our own last change. Raises NoAnswer."""
-        since = self._monotonic() if anew else max(self._changed_at, self._monotonic() - commands.FRESH_SECONDS)
+        since = self._monotonic() if anew else max(self._changed_at, self._monotonic() - self._queue.fresh_seconds)
         return [job for job in self._queue.jobs(since) if job.name == job_name(name.job_id)]
+
+    def _note_submission(self, attempt: AttemptDir, number: str | None) -> None:
+        """Leave word of who was asked: another cluster, or another user, would know nothing of it."""
+        asked: dict[str, object] = {"slurm_job_id": number, "uid": os.getuid(), "at": datetime.now(UTC).isoformat()}
+        with contextlib.suppress(NoAnswer):
+            asked["cluster"] = self._asked_cluster()
+        with contextlib.suppress(OSError):  # we look in the queue all the same
+            write_json(attempt.submitted, asked)
+
+    def _require_same_cluster(self, attempt: AttemptDir) -> None:
+        """Raise NoAnswer where the queue that does not have the attempt is not the one it was submitted to, as us."""
+        asked = _submission(attempt)
+        if asked.get("uid", os.getuid()) != os.getuid():
+            raise NoAnswer(f"the attempt was submitted by user {asked['uid']}, and this service runs as another one")
+        if "cluster" in asked and asked["cluster"] != self._asked_cluster():
+            raise NoAnswer(f"the attempt is on cluster {asked['cluster']}, and SLURM_CONF leads to {self._cluster}")
+
+    def _asked_cluster(self) -> str:
+        if self._cluster is None:
+            self._cluster = commands.cluster_name()
+        return self._cluster
 
     def _batch(self, launch: Launch, attempt: AttemptDir) -> Batch:
         resources = launch.spec.resources
@@ -158,7 +190,8 @@ class SlurmLauncher:
     def _variables(self, launch: Launch) -> dict[str, str]:
         """The job's environment: sbatch passes its own on. Which GPUs there are Slurm says on each node."""
         variables = {**self._environment.of(launch), **commands.slurm_environment()}
-        variables.pop("CUDA_VISIBLE_DEVICES", None)
+        for here_only in ("CUDA_VISIBLE_DEVICES", "TMPDIR"):
+            variables.pop(here_only, None)
         if self._setup.reports == "directory":
             variables["TRAINYARD_REPORT_URL"] = ""
         elif self._setup.url is not None:
@@ -178,6 +211,15 @@ def _of(jobs: Sequence[SlurmJob], name: AttemptName) -> SlurmJob | None:
     return max(own, key=lambda job: (not job.ended, int(job.id)), default=None)
 
 
+def _submission(attempt: AttemptDir) -> dict[str, Any]:
+    """What was written down of it; nothing where that cannot be read."""
+    try:
+        asked = read_json(attempt.submitted)
+    except (OSError, ValueError):
+        return {}
+    return asked if isinstance(asked, dict) else {}
+
+
 def _ranks_per_node(attempt: AttemptDir) -> int:
     try:
         return JobSpec.model_validate_json(attempt.spec.read_bytes()).resources.nproc_per_node
@@ -194,9 +236,10 @@ def _deduced(attempt: AttemptDir, state: str | None) -> ExitReport:
     if said is not None:
         return said
     began = attempt.started.exists()
-    if state == "CANCELLED" and attempt.stop.exists() and not began:
+    cancelled = state in ("CANCELLED", None)  # Slurm forgets what has ended, after a while that is the cluster's to say
+    if cancelled and attempt.stop.exists() and not began:
         return _on_request(attempt, "stopped", "stopped while it waited in Slurm; nothing of it had begun")
-    if state == "CANCELLED" and (attempt.stop.exists() or attempt.closed.exists()):
+    if cancelled and (attempt.closed.exists() or (state is not None and attempt.stop.exists())):
         return _on_request(attempt, "killed", "ended in Slurm as asked, without a save")
     if state in ENDS:
         return remains.lost(attempt, *ENDS[state])
@@ -226,5 +269,6 @@ def _never_began(attempt: AttemptDir, state: str | None) -> ExitReport:
         tail = attempt.cluster_log.read_bytes()[-remains.LOG_TAIL_BYTES :].decode(errors="replace")
     last = next(iter(reversed(tail.strip().splitlines())), f"Slurm says {state or 'nothing'}")
     message = f"the attempt's agent did not begin on the cluster: {last[:500]}"
-    card = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, traceback=tail or None)
+    hint = None if attempt.cluster_log.exists() else UNSHARED.format(path=attempt.path)
+    card = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint=hint, traceback=tail or None)
     return remains.crashed(attempt, card, remains.lines_of(attempt), datetime.now(UTC))

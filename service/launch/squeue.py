@@ -24,9 +24,11 @@ ENDED = frozenset(
     }
 )
 COMPLETING = "COMPLETING"
+CONFIGURING = "CONFIGURING"
 
 NEXT_LOOK = "its next look"
 """What a job waits for that Slurm's scheduler has not thought about yet."""
+BOOTING = "its nodes, which boot"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class SlurmJob:
 
     def placement(self, ranks: int, tailed: bool = False) -> Placement:
         """As the API shows it. ``ranks``: on each node."""
-        waiting = f"Slurm: {self.reason or NEXT_LOOK}" if self.pending else None
+        nothing_said = BOOTING if self.state == CONFIGURING else NEXT_LOOK
+        waiting = f"Slurm: {self.reason or nothing_said}" if self.pending else None
         return Placement(self.id, self.state.lower(), waiting, self.nodes, tuple(self._devices(ranks)), tailed)
 
     def _devices(self, ranks: int) -> Iterator[str]:
@@ -66,24 +69,26 @@ class SlurmJob:
 
 
 def jobs_in(text: str, prefix: str) -> list[SlurmJob]:
-    """The jobs whose names begin with ``prefix``. Raises ValueError where it is not squeue's JSON."""
+    """The jobs whose names begin with ``prefix``. Raises ValueError where it is not squeue's JSON.
+
+    What is ours must be understood to the last. What others call their jobs, in whatever characters, does not matter.
+    """
     try:
-        found = json.loads(text)["jobs"]
-        return [_job(each) for each in found if str(each["name"]).startswith(prefix)]
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        found = json.loads(text, strict=False)["jobs"]
+        return [_job(each) for each in found if str(each.get("name")).startswith(prefix)]
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"squeue said something unknown: {type(error).__name__}: {error}") from error
 
 
 def _job(said: dict[str, Any]) -> SlurmJob:
     states = _words(said["job_state"])
-    state = next((word for word in states if word != COMPLETING), COMPLETING)
     comment = said.get("comment") or ""
     reason = said.get("state_description") or said.get("state_reason")
     return SlurmJob(
-        id=str(said["job_id"]),
+        id=_number(said["job_id"]),
         name=str(said["name"]),
         comment=str(comment),
-        state=state,
+        state=CONFIGURING if CONFIGURING in states else next((w for w in states if w != COMPLETING), COMPLETING),
         completing=COMPLETING in states,
         reason=str(reason) if reason and reason != "None" else None,
         nodes=tuple(hosts(said.get("nodes") or "")),
@@ -94,6 +99,13 @@ def _job(said: dict[str, Any]) -> SlurmJob:
 def _words(state: str | Sequence[str]) -> list[str]:
     """One word in older releases, a list of a state and its flags in newer ones."""
     return [state] if isinstance(state, str) else [str(word) for word in state]
+
+
+def _number(said: object) -> str:
+    """A number of a job: plain, or as newer releases write most numbers, with a word on whether it is one."""
+    if isinstance(said, dict):
+        said = said["number"] if said["set"] and not said["infinite"] else None
+    return str(int(str(said)))
 
 
 def hosts(text: str) -> Iterator[str]:
@@ -116,6 +128,6 @@ def _spelt_out(part: str) -> Iterator[str]:
 
 
 def _indices(detail: str) -> tuple[int, ...]:
-    """``gpu:a100:3(IDX:0-1,3)`` is 0, 1, 3; () for what is no GPU."""
-    match = re.search(r"\bgpu\b[^(]*\(IDX:([0-9,-]+)\)", detail)
-    return tuple(int(each) for each in hosts(f"[{match.group(1)}]")) if match else ()
+    """``gpu:a100:2(IDX:0-1),gpu:h100:1(IDX:3)`` is 0, 1, 3; () for what is no GPU."""
+    found = re.findall(r"\bgpu\b[^(,]*\(IDX:([0-9,-]+)\)", detail)
+    return tuple(int(each) for each in hosts(f"[{','.join(found)}]")) if found else ()

@@ -19,7 +19,7 @@ from service.db import Database
 from service.errors import Conflict, JobNotFound
 from service.jobs import store
 from service.jobs.store import Note
-from service.launch.base import LOCAL, AttemptName, Found, Launch, Launcher, LaunchRefused, NoAnswer, State
+from service.launch.base import LOCAL, AttemptName, Found, Launch, Launcher, LaunchRefused, NoAnswer, Placement, State
 from service.reports import ending, ingest
 from service.scheduler.bulletin import Bulletin
 from service.scheduler.lease import Lease, fenced
@@ -94,7 +94,7 @@ class Applier:
         except Exception as error:
             if not isinstance(error, LaunchRefused):
                 log.exception("the launcher failed", extra=launch.name.fields)
-            self._launch_refused(launch, str(error))
+            self._launch_refused(launch, error)
             return True
         with self.write() as session:
             job, attempt = ingest.lock(session, launch.attempt_id, launch.name.job_id)
@@ -112,13 +112,14 @@ class Applier:
         except IntegrityError:
             return None  # a device was leased in between
 
-    def _launch_refused(self, launch: Launch, why: str) -> None:
+    def _launch_refused(self, launch: Launch, why: Exception) -> None:
+        hint = why.hint if isinstance(why, LaunchRefused) else None
         report = ExitReport(
             outcome="crashed",
             step=0,
             reason=Reason.LAUNCH_FAILED,
             message=f"the launch failed: {why}",
-            error=ErrorCard(code=Reason.LAUNCH_FAILED, message=why),
+            error=ErrorCard(code=Reason.LAUNCH_FAILED, message=str(why), hint=hint),
             last_seq=0,
             ended_at=self._clock(),
         )
@@ -141,10 +142,11 @@ class Applier:
             return False
         match found.state:
             case State.UNKNOWN:
+                self._wait_for_answer(live, found.silence)
                 return False
             case State.ALIVE:
                 self._adopt(live, found)
-                if live.tailed:
+                if live.tailed or (found.placement is not None and found.placement.nodes):
                     self._tail(live)
                 return False
             case State.ENDED:
@@ -170,8 +172,20 @@ class Applier:
                 note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
                 store.tell(session, job, note, self._clock())
 
+    def _wait_for_answer(self, live: LiveAttempt, silence: str | None) -> None:
+        """Have a job whose cluster says nothing tell why it stands still, until it is known where it runs."""
+        before = live.placement or Placement("", "unknown").to_json()
+        if live.placed or silence is None or before["waiting_for"] == silence:
+            return
+        with self.write() as session:
+            _, attempt = ingest.lock(session, live.id, live.name.job_id)
+            attempt.placement = {**before, "waiting_for": silence}
+
     def _tail(self, live: LiveAttempt) -> None:
-        """Read what an agent that cannot report has shipped to nobody; that the cluster runs it is its sign of life."""
+        """Read what an agent has shipped to nobody: it cannot reach us, or has not for a while.
+
+        That the cluster runs it is its sign of life then.
+        """
         self._read_rest(live)
         with self.write() as session:
             job, attempt = ingest.lock(session, live.id, live.name.job_id)

@@ -19,6 +19,7 @@ CALM = Seen(torchrun_ended=False, desired=Desired.RUN, signalled=False, asked_at
         ({"torchrun_ended": True}, 0.0, (Action.KILL, None)),
         ({"torchrun_ended": True, "desired": Desired.PAUSE, "asked_at": 0.0}, 1.0, (Action.KILL, None)),
         ({"torchrun_ended": True, "asked_at": 0.0, "termed_at": 1.0}, 2.0, (Action.KILL, Cause.OVERDUE)),
+        ({"torchrun_ended": True, "desired": Desired.KILL}, 0.0, (Action.KILL, Cause.KILLED)),
         ({"stuck": True}, 0.0, (Action.KILL, Cause.HUNG)),
         ({"desired": Desired.KILL}, 0.0, (Action.KILL, Cause.KILLED)),
         ({"desired": Desired.KILL, "asked_at": 0.0}, 1.0, (Action.KILL, Cause.KILLED)),

@@ -14,7 +14,8 @@ from contract.status import Reason
 from worker.agent.decide import Cause
 from worker.agent.evidence import Evidence, RankError, gather
 from worker.agent.memory import Shortage
-from worker.agent.verdict import verdict
+from worker.agent.nodes import NodeEnd
+from worker.agent.verdict import at_the_limit, verdict
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -196,3 +197,52 @@ def test_gathering_reads_torchrun_s_own_files(tmp_path: Path) -> None:
 def test_an_empty_directory_is_evidence_of_nothing(tmp_path: Path) -> None:
     evidence = gather(AttemptDir(tmp_path), None, Shortage())
     assert (evidence.errors, evidence.ranks, evidence.step, evidence.tails) == ((), (), 0, {})
+
+
+def test_a_node_that_nobody_has_heard_of_again_was_lost() -> None:
+    report = judge(lost_nodes=(1,))
+    assert (report.outcome, report.reason, report.message) == (
+        *("crashed", Reason.NODE_LOST),
+        "node 2 of 2 was lost at step 7",
+    )
+    assert judge(lost_nodes=(1,), errors=(ECHO,)).reason is Reason.NODE_LOST
+    report = judge(lost_nodes=(2,), nodes=(NodeEnd(1, "n2", 1),), errors=(error(1, 2.0, "ValueError: bad"),))
+    assert report.message == "rank 1 failed at step 7: ValueError: bad", "what is known to have failed first"
+
+
+@pytest.mark.parametrize("cause", [None, Cause.DESERTED])
+def test_a_lost_node_is_told_however_ours_ended(cause: Cause | None) -> None:
+    assert judge(cause, lost_nodes=(1, 2)).message == "node 2, node 3 of 3 was lost at step 7"
+
+
+@pytest.mark.parametrize(
+    ("found", "reason", "message"),
+    [
+        ({"nodes": (NodeEnd(1, "n2", -9),)}, Reason.WORKER_CRASHED, "the ranks on n2 ended at step 7 (torchrun's exit"),
+        ({"nodes": (NodeEnd(1, "n2", None, "no room"),)}, Reason.NODE_LOST, "on n2: no room, at step 7"),
+        ({}, Reason.NODE_LOST, "the cluster lost sight of the first node's agent, at step 7"),
+        ({"nodes": (NodeEnd(1, "n2", 1),), "errors": (ECHO, error(3, 2.0, "ValueError: x"))}, None, "rank 3 failed"),
+    ],
+)
+def test_ranks_that_were_deserted_are_not_blamed(found: dict[str, Any], reason: Reason | None, message: str) -> None:
+    report = judge(Cause.DESERTED, **found)
+    assert report.outcome == "crashed"
+    assert report.message.startswith(message)
+    assert reason in (None, report.reason)
+
+
+@pytest.mark.parametrize(
+    ("cause", "found", "outcome", "reason"),
+    [
+        (None, {"outcome": Outcome(outcome="stopped", step=9)}, "stopped", Reason.TIME_LIMIT),
+        (None, {"outcome": Outcome(outcome="completed", step=9)}, "completed", None),
+        (None, {"outcome": Outcome(outcome="failed", step=9, reason=Reason.DIVERGED)}, "failed", Reason.DIVERGED),
+        (Cause.OVERDUE, {}, "killed", Reason.TIME_LIMIT),
+        (None, {"torchrun_status": -15}, "crashed", Reason.TIME_LIMIT),
+    ],
+)
+def test_time_that_is_over_is_blamed_for_whatever_did_not_end_by_itself(
+    cause: Cause | None, found: dict[str, Any], outcome: str, reason: Reason | None
+) -> None:
+    report = at_the_limit(judge(cause, **found))
+    assert (report.outcome, report.reason) == (outcome, reason)

@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 from contract.report import ExitReport, Outcome, read_message
 from contract.status import LIVE, TERMINAL, JobStatus, may_become
 from service.db import Database
+from service.launch.base import LOCAL
 from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, LeaseRow, MetricRow
 from tests.faults import ranks
 from tests.faults.home import Home, Member, until
@@ -103,7 +104,8 @@ def check_leases(session: Session) -> None:
     held: dict[str, list[str]] = {}
     for lease in session.scalars(select(LeaseRow)):
         held.setdefault(lease.attempt_id, []).append(lease.device)
-    live = {row.id: sorted(row.devices) for row in session.scalars(select(AttemptRow)) if row.ended_at is None}
+    here = select(AttemptRow).where(AttemptRow.ended_at.is_(None), AttemptRow.launcher == LOCAL)
+    live = {row.id: sorted(row.devices) for row in session.scalars(here)}
     assert {attempt: sorted(devices) for attempt, devices in held.items()} == live, "I3"
     for job in session.scalars(select(JobRow)):
         alive = select(AttemptRow.id).where(AttemptRow.job_id == job.id, AttemptRow.ended_at.is_(None))

@@ -21,7 +21,7 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 CONF = """\
 ClusterName=trainyard-test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={controller_port}
 SlurmUser=root
 SlurmdUser=root
@@ -57,9 +57,10 @@ GresTypes=gpu
 {nodes}
 PartitionName=train Nodes=node1,node2 Default=YES MaxTime=INFINITE State=UP
 PartitionName=spare Nodes=node2 MaxTime=INFINITE State=UP
+PartitionName=short Nodes=node1,node2 MaxTime=2 DefaultTime=2 State=UP
 """
 NODE = (
-    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+    "NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} CPUs=2 RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
 )
 
 
@@ -73,6 +74,8 @@ def why_not() -> str | None:
 
 class Cluster:
     """Two `slurmd` on one host are two nodes. ``environment`` is what Slurm's commands need to find it."""
+
+    controller = "127.0.0.1"
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -103,17 +106,22 @@ class Cluster:
         self._warden.wait(30)
 
     def _configure(self) -> None:
-        host, directory = socket.gethostname(), self.directory
+        directory = self.directory
         (directory / "state").mkdir()
-        ports = _free_ports(3)
-        nodes = [NODE.format(name=name, host=host, port=port) for name, port in zip(NODES, ports[1:], strict=True)]
-        text = CONF.format(host=host, controller_port=ports[0], dir=directory, nodes="\n".join(nodes))
+        port, *ports = _free_ports(3)
+        nodes = "\n".join(self.node_line(name, port) for name, port in zip(NODES, ports, strict=True))
+        where = {"host": socket.gethostname(), "controller": self.controller, "controller_port": port}
+        text = CONF.format(**where, dir=directory, nodes=nodes)
         (directory / "slurm.conf").write_text(text)
         (directory / "cgroup.conf").write_text("CgroupAutomount=no\n")
         (directory / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={directory}/fakegpu[0-1]\n")
         for number in range(2):
             # Like /dev/null: enough to be leased. What is leased is tested, not that it is kept from others.
             os.mknod(directory / f"fakegpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+
+    def node_line(self, name: str, port: int) -> str:
+        """What slurm.conf has of a node."""
+        return NODE.format(name=name, host=socket.gethostname(), address="127.0.0.1", port=port)
 
     def _start_munge(self) -> None:
         directory = self.directory
@@ -122,16 +130,20 @@ class Cluster:
         key.chmod(0o600)
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log"}
         options = [f"--{name}={directory / file}" for name, file in {**files, "seed-file": "munge.seed"}.items()]
-        self._spawn("munge.out", "munged", "--foreground", "--force", "--num-threads=2", *options)
+        self.spawn("munge.out", "munged", "--foreground", "--force", "--num-threads=2", *options)
         until((directory / "munge.socket").exists, 10, "munged listens")
 
     def start_controller(self) -> None:
-        self._spawn("slurmctld.out", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
+        self.spawn("slurmctld.out", "slurmctld", "-D", "-f", self.environment["SLURM_CONF"])
 
     def start_node(self, name: str) -> None:
-        self._spawn(f"{name}.out", "slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", name)
+        self.spawn(f"{name}.out", *self.node_command(name))
 
-    def _spawn(self, log: str, program: str, *arguments: str) -> int:
+    def node_command(self, name: str) -> list[str]:
+        """The node's slurmd."""
+        return ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", name]
+
+    def spawn(self, log: str, program: str, *arguments: str) -> int:
         assert self._warden.stdin is not None
         assert self._warden.stdout is not None
         found = shutil.which(program, path=PATH)

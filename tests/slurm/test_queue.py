@@ -100,6 +100,7 @@ def test_what_slurm_refuses_is_said_and_given_up(cluster: Cluster, slurm_home: M
     job_id = submit(home, fake(home, slurm={"partition": "nowhere"}))
     job = home.wait(job_id, "failed", seconds=90)
     assert "partition" in job["error"]["message"].lower()
+    assert "sinfo" in job["error"]["hint"]
     assert in_slurm(cluster, job_id) == []
 
 

@@ -1,6 +1,7 @@
 """What is read out of squeue's JSON, in the forms of several releases."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ def test_a_running_job_has_its_nodes_and_gpus() -> None:
 
 def test_without_gpus_each_rank_has_a_place_on_its_node() -> None:
     assert job(nodes="n1", gres_detail=[]).placement(2).devices == ("n1/cpu:0", "n1/cpu:1")
+    mixed = "gpu:a100:1(IDX:0),gpu:h100:2(IDX:2-3),mps:0(IDX:N/A)"
+    assert job(nodes="n1", gres_detail=[mixed]).placement(1).devices == ("n1/cuda:0", "n1/cuda:2", "n1/cuda:3")
     assert job(nodes="n1", gres_detail=["license:1(IDX:0)"]).placement(1).devices == ("n1/cpu:0",)
 
 
@@ -71,9 +74,51 @@ def test_an_unknown_state_is_not_an_end(state: object, pending: bool, ended: boo
     assert (found.pending, found.ended) == (pending, ended)
 
 
+def test_a_job_whose_nodes_boot_waits_for_them() -> None:
+    for state in ("CONFIGURING", ["RUNNING", "CONFIGURING"], ["CONFIGURING"]):
+        found = job(job_state=state)
+        assert (found.pending, found.placement(1).waiting_for) == (True, "Slurm: its nodes, which boot")
+
+
+@pytest.mark.parametrize("reason", ["AssocMaxJobsLimit", "QOSMaxJobsPerUserLimit", "PartitionTimeLimit", "Dependency"])
+def test_limits_and_quotas_are_reasons_as_slurm_calls_them(reason: str) -> None:
+    assert job(job_state="PENDING", state_reason=reason, nodes="").placement(1).waiting_for == f"Slurm: {reason}"
+
+
+RELEASES = sorted((Path(__file__).parent / "golden").glob("squeue-*.json"))
+
+
+@pytest.mark.parametrize("file", RELEASES, ids=lambda file: file.stem)
+def test_every_release_s_form_is_read(file: Path) -> None:
+    running, pending, ended = jobs_in(file.read_text(), "trainyard-")
+    assert (running.id, running.name, running.comment) == ("71", "trainyard-job_a", "job_a/1")
+    assert running.placement(1).devices == ("node1/cuda:0", "node1/cuda:1", "node2/cuda:0", "node2/cuda:1")
+    assert (pending.pending, pending.placement(1).waiting_for) == (True, "Slurm: Resources")
+    assert (ended.ended, ended.state, ended.comment) == (True, "CANCELLED", "job_c/12")
+
+
+def test_there_are_forms_of_several_releases() -> None:
+    assert [file.stem for file in RELEASES] == [f"squeue-{number}" for number in ("22.05", "23.02", "23.11", "24.05")]
+
+
+def test_a_number_may_come_with_a_word_on_whether_it_is_one() -> None:
+    assert job(job_id={"set": True, "infinite": False, "number": 12}).id == "12"
+    for nothing in ({"set": False, "infinite": False, "number": 0}, {"set": True, "infinite": True, "number": 0}, "x"):
+        with pytest.raises(ValueError):
+            job(job_id=nothing)
+
+
 def test_only_our_jobs_are_read() -> None:
-    text = json.dumps({"jobs": [RUNNING, {"name": "somebody-else's", "job_state": 17}]})
-    assert len(jobs_in(text, "trainyard-")) == 1
+    others: list[dict[str, Any]] = [{"name": "somebody-else's", "job_state": 17}, {}, {"name": None}, {"name": ["x"]}]
+    assert len(jobs_in(json.dumps({"jobs": [RUNNING, *others]}), "trainyard-")) == 1
+
+
+@pytest.mark.parametrize("name", ["tab\there", "line\nbreak", "\x01\x7f", "\ud800", "\u202etfel", '\\"'])
+def test_what_others_call_their_jobs_does_not_matter(name: str) -> None:
+    """Some releases write such characters as they are."""
+    text = json.dumps({"jobs": [{**RUNNING, "name": "NAME", "comment": "NAME"}, RUNNING]}, ensure_ascii=False)
+    for said in (text.replace("NAME", name.replace('\\"', "")), text.replace('"NAME"', json.dumps(name))):
+        assert [each.comment for each in jobs_in(said, "trainyard-")] == ["job_a/1"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"jobs": [{"name": "trainyard-x"}]}', '{"jobs": null}'])

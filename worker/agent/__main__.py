@@ -19,10 +19,11 @@ from contract.rundir import AttemptDir, RunDir
 from worker.agent.children import Children, become_subreaper
 from worker.agent.follow import follow
 from worker.agent.launch import launch_torchrun, write_started
-from worker.agent.place import Place, appoint
+from worker.agent.place import UNSEEN, Place, appoint, node_name, sees
 
 TICK_SECONDS = 0.05
 LAUNCH_LOCK_SECONDS = 10.0
+HOME_SECONDS = 10.0
 ORPHAN_SECONDS = 10.0
 
 EX_REFUSED = 75
@@ -34,6 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
     run, attempt = _parse(arguments)
     place = Place.of(os.environ)
     become_subreaper()
+    if place.clustered and not sees(attempt, HOME_SECONDS):
+        print(f"{UNSEEN}: {attempt.path} is not there on {node_name()}", file=sys.stderr, flush=True)
+        return EX_REFUSED
     attempt.logs.mkdir(parents=True, exist_ok=True)
     if place.clustered:
         _log_to_own_file(attempt, place)
@@ -59,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Whatever it is: ranks that nobody watches must not go on.
         children.end()
         return _refuse(attempt, error)
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in (signal.SIGTERM, signal.SIGINT, *((signal.SIGURG,) if place.clustered else ())):
         signal.signal(signum, supervisor.on_signal)
     while supervisor.goes_on(time.monotonic()):
         time.sleep(TICK_SECONDS)

@@ -46,8 +46,9 @@ class Seen:
 def decide(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | None]:
     """The next action, and why, where it is the agent that ends the ranks."""
     if seen.torchrun_ended:
-        # Once SIGTERM was sent, an end without a word of rank 0 is our doing and no crash of theirs.
-        return Action.KILL, None if seen.termed_at is None else Cause.OVERDUE
+        # Where they were to be ended, an end without a word of rank 0 is our doing and no crash of theirs.
+        asked_for = Cause.KILLED if seen.desired is Desired.KILL else None
+        return Action.KILL, asked_for if seen.termed_at is None else Cause.OVERDUE
     if seen.deserted:
         return Action.KILL, Cause.DESERTED
     match seen.desired:

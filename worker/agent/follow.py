@@ -6,7 +6,6 @@ What it must see to is that nothing of the attempt is left on its node.
 
 import os
 import signal
-import socket
 import sys
 import time
 from types import FrameType
@@ -16,7 +15,7 @@ from contract.rundir import AttemptDir, RunDir, write_json
 from worker.agent.children import Children
 from worker.agent.launch import launch_torchrun
 from worker.agent.nodes import PARTING_SECONDS
-from worker.agent.place import NoMeeting, Place, await_meeting
+from worker.agent.place import NoMeeting, Place, await_meeting, node_name
 
 TICK_SECONDS = 0.1
 LEADER_SECONDS = 120.0
@@ -42,7 +41,7 @@ def follow(run: RunDir, attempt: AttemptDir, place: Place) -> int:
 
 
 def _start(run: RunDir, attempt: AttemptDir, place: Place) -> Children:
-    meeting = await_meeting(attempt, LEADER_SECONDS)
+    meeting = await_meeting(attempt, place, LEADER_SECONDS)
     # The first node's agent said where to meet once the attempt was the current one, so what is read now is true.
     current = run.current.read_text().strip()
     if current != str(attempt.number):
@@ -66,9 +65,7 @@ def _watch(children: Children, attempt: AttemptDir, parent: int) -> str | None:
 
 
 def _leave_word(attempt: AttemptDir, place: Place, status: int | None, message: str | None) -> None:
-    word = {"name": socket.gethostname(), "status": status, "message": message}
-    word["name"] = os.environ.get("SLURMD_NODENAME") or word["name"]
-    write_json(attempt.node(place.node), word)
+    write_json(attempt.node(place.node), {"name": node_name(), "status": status, "message": message})
 
 
 def _leave_it_to_the_first(_signum: int, _frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from contract.locks import FileLock
 from contract.processes import ProcessIdentity
 from contract.rundir import AttemptDir, RunDir, write_json
-from worker.agent.place import ALONE, Meeting, Place
+from worker.agent.place import ALONE, Meeting, Place, address_towards, interface_of
 
 SECRETS = ("TRAINYARD_ATTEMPT_TOKEN", "TRAINYARD_REPORT_URL", "TRAINYARD_SERVICE_FILE", "TRAINYARD_ATTEMPT_ID")
 """What the agent needs to report, and the training process does not."""
@@ -55,7 +55,7 @@ def launch_torchrun(
     return subprocess.Popen(
         torchrun_command(run, attempt, resources, place, meeting),
         stdin=subprocess.DEVNULL,
-        env=rank_environment(dict(os.environ)),
+        env=rank_environment(dict(os.environ), meeting),
         pass_fds=(alive_lock.descriptor,),
         cwd=attempt.path,
         # A cluster signals the agent's process group. What it means by that is the agent's to tell the ranks.
@@ -72,10 +72,16 @@ def end_with_this_agent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def rank_environment(environment: dict[str, str]) -> dict[str, str]:
-    """The ranks' environment: the agent's, less what only the agent may know."""
+def rank_environment(environment: dict[str, str], meeting: Meeting | None = None) -> dict[str, str]:
+    """The ranks' environment: the agent's, less what only the agent may know.
+
+    Of several nodes each is reached at the address by which it reaches the first one: Gloo would take that which the
+    node's name leads to, and that may lead nowhere, or to the node alone.
+    """
     kept = {name: value for name, value in environment.items() if name not in SECRETS}
-    return {**kept, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
+    interface = interface_of(address_towards(meeting.host)) if meeting is not None else None
+    chosen = {"GLOO_SOCKET_IFNAME": interface} if interface is not None else {}
+    return {**chosen, **kept, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
 
 
 def write_started(attempt: AttemptDir) -> None:

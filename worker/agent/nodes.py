@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from contract.rundir import AttemptDir, read_json
 from worker.agent.place import Place
@@ -42,9 +41,9 @@ class OtherNodes:
             return
         self._looked_at = now
         for node in self.missing():
-            said = read_json(self._attempt.node(node))
+            said = _word(self._attempt, node)
             if said is not None:
-                self.ended[node] = _read(node, said)
+                self.ended[node] = said
                 self._first_at = self._first_at or now
 
     def deserted(self, now: float) -> bool:
@@ -64,5 +63,18 @@ class OtherNodes:
             time.sleep(0.05)
 
 
-def _read(node: int, said: dict[str, Any]) -> NodeEnd:
-    return NodeEnd(node, str(said.get("name", node)), said.get("status"), said.get("message"))
+def _word(attempt: AttemptDir, node: int) -> NodeEnd | None:
+    """What the node's agent has left; None where that is nothing, or nothing that can be read."""
+    try:
+        said = read_json(attempt.node(node))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(said, dict):
+        return None
+    status, message = said.get("status"), said.get("message")
+    return NodeEnd(
+        node,
+        str(said.get("name", node)),
+        status if isinstance(status, int) else None,
+        str(message) if message is not None else None,
+    )

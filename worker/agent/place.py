@@ -4,8 +4,12 @@ A cluster starts one agent on each node. The first node's agent leads: it holds 
 others start their share of the ranks and end with it: see `worker.agent.follow`.
 """
 
+import fcntl
+import ipaddress
 import os
+import random
 import socket
+import struct
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +18,17 @@ from typing import Self
 from contract.rundir import AttemptDir, read_json, write_json
 
 POLL_SECONDS = 0.1
+
+PORTS = range(20000, 32768)
+"""Below those that the kernel gives away itself: an outgoing connection takes none of these in the seconds until
+torchrun binds the one that was chosen, and two jobs on a node seldom choose the same."""
+
+UNSEEN = "this node does not see the run's directory; the home must be shared by all nodes, under one path"
+
+OUTSIDE = "192.0.2.1"
+"""An address kept for examples: the way there is the way out of this host."""
+
+SIOCGIFADDR = 0x8915
 
 
 class NoMeeting(Exception):
@@ -72,16 +87,37 @@ def appoint(attempt: AttemptDir, place: Place) -> Meeting | None:
     """The first node's agent chooses a port and says so; None where there is nobody to meet."""
     if place.nodes == 1:
         return None
-    host = place.first or socket.gethostname()
-    # The port is free now and bound by torchrun in a moment; who was faster meanwhile costs one attempt, nothing else.
-    with socket.create_server(("", 0)) as probe:
-        meeting = Meeting(host, probe.getsockname()[1])
+    meeting = Meeting(_own_address(place), _free_port())
     write_json(attempt.rendezvous, asdict(meeting))
     return meeting
 
 
-def await_meeting(attempt: AttemptDir, seconds: float) -> Meeting:
-    """Where the first node's agent said to meet. Raises NoMeeting."""
+def _own_address(place: Place) -> str:
+    """The address at which other nodes reach this one: what the cluster gives the node itself may be good on it alone.
+
+    Many distributions have the node's own name lead to 127.0.1.1, and so a cluster's program that asks there.
+    """
+    if place.first is not None and not is_loopback(place.first):
+        return place.first
+    try:
+        return address_towards(OUTSIDE)
+    except OSError:  # no way out: then all nodes are on this host
+        return place.first or socket.gethostname()
+
+
+def _free_port() -> int:
+    """Free now, and bound by torchrun in a moment; who was faster meanwhile costs one attempt, nothing else."""
+    for port in random.sample(PORTS, 100):
+        try:
+            socket.create_server(("", port)).close()
+        except OSError:
+            continue
+        return port
+    raise OSError("none of a hundred ports is free for the rendezvous")
+
+
+def await_meeting(attempt: AttemptDir, place: Place, seconds: float) -> Meeting:
+    """Where the first node's agent said to meet, by the address that leads there from here. Raises NoMeeting."""
     deadline = time.monotonic() + seconds
     while attempt.rendezvous.name not in _names(attempt):
         if attempt.exit.name in _names(attempt):
@@ -91,7 +127,22 @@ def await_meeting(attempt: AttemptDir, seconds: float) -> Meeting:
         time.sleep(POLL_SECONDS)
     said = read_json(attempt.rendezvous)
     assert said is not None
-    return Meeting(str(said["host"]), int(said["port"]))
+    heard_from = place.first if place.first is not None and not is_loopback(place.first) else None
+    return Meeting(heard_from or str(said["host"]), int(said["port"]))
+
+
+def sees(attempt: AttemptDir, seconds: float) -> bool:
+    """Whether this node has the attempt's directory, as the service has left it."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if attempt.spec.name in _names(attempt):
+                return True
+        except FileNotFoundError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
 
 
 def _names(attempt: AttemptDir) -> list[str]:
@@ -105,3 +156,29 @@ def address_towards(host: str) -> str:
     with socket.socket(family, kind, protocol) as way:
         way.connect(address)
         return str(way.getsockname()[0])
+
+
+def node_name() -> str:
+    """What the cluster calls this node."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is an address that leads to this host from everywhere. A name is none."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has this IPv4 address, or None."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has none
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None

@@ -60,7 +60,10 @@ class Supervisor:
         return cls(attempt, children, spec, shipper, watch, of_this_agent(), settings_of(spec), place, others)
 
     def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
-        """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person."""
+        """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person.
+
+        So is SIGURG on a cluster, by which the service has it look for what was left in the attempt's directory.
+        """
         self.signalled.set()
 
     def goes_on(self, now: float) -> bool:
@@ -113,8 +116,8 @@ class Supervisor:
         self.others.look(now)
         return Seen(
             torchrun_ended=self.children.torchrun_status() is not None,
-            desired=self.shipper.desired,
-            signalled=self.signalled.is_set() or self._limit_near(),
+            desired=Desired.KILL if self._given_up() else self.shipper.desired,
+            signalled=self.signalled.is_set() or self._limit_near() or self._stop_left(),
             asked_at=self.asked_at,
             termed_at=self.termed_at,
             stuck=self.watch.stuck(now),
@@ -124,6 +127,14 @@ class Supervisor:
     def _limit_near(self) -> bool:
         """Whether the cluster will end the attempt soon."""
         return self.place.clustered and self.attempt.time_limit.exists()
+
+    def _stop_left(self) -> bool:
+        """Whether a stop was asked for where this agent may not have been there to hear the signal."""
+        return self.place.clustered and self.attempt.stop.exists()
+
+    def _given_up(self) -> bool:
+        """Whether the service has the cluster end the attempt: to the ranks that begins as a wish to stop does."""
+        return self.place.clustered and self.attempt.closed.exists()
 
     def _abandoned(self) -> bool:
         """Whether what the cluster had put above this agent is gone: to the cluster nothing runs here any more."""

@@ -121,7 +121,7 @@ def _lost_node(evidence: Evidence) -> _End | None:
     first = _first_real_error(evidence)
     if not evidence.lost_nodes or (first is not None and not _is_echo(first)):
         return None
-    names = ", ".join(f"node {number}" for number in evidence.lost_nodes)
+    names = ", ".join(f"node {number + 1}" for number in evidence.lost_nodes)
     message = f"{names} of {len(evidence.nodes) + len(evidence.lost_nodes) + 1} was lost at step {evidence.step}"
     return _crash(Reason.NODE_LOST, message, evidence)
 

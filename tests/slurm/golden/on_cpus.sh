@@ -11,11 +11,20 @@
 #SBATCH --chdir="/shared/my \"own\" home/runs/job_abc/attempt-0003"
 #SBATCH --output=logs/cluster.log
 #SBATCH --open-mode=append
+#SBATCH --propagate=NONE
 
 # The time is nearly over: this file tells the agent, which has the ranks save. As a signal to the step it would end
-# an agent that is only just starting.
-trap ': > time_limit' USR1
-srun --kill-on-bad-exit=1 --wait=0 bash -c '
+# an agent that is only just starting. Slurm warns up to a minute early, and at once where the whole limit is shorter
+# than the warning, as a partition's own may be: what is left for training is left to it.
+warned() {
+  left=$(( $(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) - $(date +%s) ))
+  margin=$(( (left + SECONDS) / 4 ))
+  [ "$margin" -lt 30 ] || margin=30
+  [ "$left" -le "$margin" ] || sleep $(( left - margin ))
+  : > time_limit
+}
+trap 'warned &' USR1
+srun --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none bash -c '
   export TRAINYARD_NODE=$SLURM_PROCID TRAINYARD_NODES=$SLURM_STEP_NUM_NODES
   export TRAINYARD_FIRST_NODE=$SLURM_LAUNCH_NODE_IPADDR
   exec "$@"' agent /opt/trainyard/bin/python -P -m worker.agent '/shared/my "own" home/runs/job_abc' --attempt=3 &
