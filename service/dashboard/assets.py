@@ -1,7 +1,7 @@
 """The dashboard's files, read once: each at an address that changes with its content, and packed beside it.
 
-The modules lie in one folder whose name is a hash over all of them, so that they find each other by relative
-addresses. The chart library has a hash of its own: it is large, and stays in the browser's cache when the rest changes.
+All modules are one file, and so are all styles: the page is there after two requests. The chart library has a hash of
+its own: it is large, and stays in the browser's cache when the rest changes.
 """
 
 import gzip
@@ -15,10 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from contract.rundir import write_atomically
+from service.dashboard.linking import linked
 from service.dashboard.negotiation import OWN
 
 STATIC = Path(__file__).parent / "static"
 SHELL = "index.html"
+ENTRY = "app.js"
+STYLES = ("styles.css", "job.css", "form.css")
+"""In the order in which one overrides the other."""
+
 TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -26,6 +31,9 @@ TYPES = {
     ".html": "text/html; charset=utf-8",
 }
 DIGITS = 16
+HUGE = (b'(typeof self !== "undefined" ? self : this, () => {', b"}));")
+"""How the chart library's one large function begins, and how the file ends behind it."""
+
 UNMARKED_TIME = 0
 
 log = logging.getLogger("trainyard")
@@ -52,10 +60,10 @@ class Assets:
         self._library = _library()
         self._lock = threading.Lock()
         self._charts: Asset | None = None
-        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)}
+        files = _joined({path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)})
         shell = files.pop(SHELL).decode()
         base = f"{OWN}{_digest(*(part for name in sorted(files) for part in (name.encode(), files[name])))}/"
-        self._library_digest = _digest(self._library.read_bytes() if self._library is not None else b"")
+        self._library_digest = _digest(compiled_ahead(self._library.read_bytes()) if self._library is not None else b"")
         self.library_path = f"{OWN}plotly-{self._library_digest}.js"
         self._files: Mapping[str, Asset] = {base + name: _asset(name, data) for name, data in files.items()}
         page = shell.replace("{{base}}", base).replace("{{charts}}", self.library_path)
@@ -76,7 +84,7 @@ class Assets:
         """Read and packed at its first use; packed takes a second, so what was packed is kept in the cache."""
         with self._lock:
             if self._charts is None:
-                plain = library.read_bytes()
+                plain = compiled_ahead(library.read_bytes())
                 self._charts = Asset(TYPES[".js"], plain, self._packed_library(plain))
             return self._charts
 
@@ -104,6 +112,19 @@ def library_file() -> Path:
     raise LibraryMissing(LibraryMissing.__doc__)
 
 
+def compiled_ahead(library: bytes) -> bytes:
+    """The library with its one large function in parentheses: browsers take that for a function that is called at once.
+
+    They then compile it while it is loading, beside the page. Without, they read through it twice, and the second time
+    the page stands still. Where it does not begin and end as expected it is left as it is.
+    """
+    begin, end = HUGE
+    if library.count(begin) != 1 or not library.endswith(end):
+        return library
+    opened = library.replace(begin, begin.replace(b"() => {", b"(() => {"))
+    return opened.removesuffix(end) + end.replace(b"}", b"})", 1)
+
+
 def _library() -> Path | None:
     """None where it is missing: the pages work without their charts, and jobs without the pages."""
     try:
@@ -115,6 +136,14 @@ def _library() -> Path | None:
 
 def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and path.suffix in TYPES]
+
+
+def _joined(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The same with one file of scripts and one of styles."""
+    scripts = {name: data.decode() for name, data in files.items() if name.endswith(".js")}
+    rest = {name: data for name, data in files.items() if not name.endswith((".js", ".css"))}
+    styles = b"".join(files[name] for name in STYLES if name in files)
+    return {**rest, "pages.js": linked(scripts, ENTRY).encode(), "pages.css": styles}
 
 
 def _asset(name: str, data: bytes) -> Asset:

@@ -110,7 +110,7 @@ def _silence(job: Facts, now: datetime) -> str | None:
     silent = (now - job.heard_at).total_seconds()
     if silent < SILENT_SECONDS:
         return None
-    last = _at_step(job, "last at")
+    last = f", last at step {job.progress.step:,}" if job.progress.step else ""
     return f"No report for {duration(silent)}{last}. Not treated as failed: its processes are looked at."
 
 
@@ -120,8 +120,8 @@ def _trouble(job: Facts) -> str:
     return f"{what[:1].upper()}{what[1:]}.{hint}"
 
 
-def _at_step(job: Facts, words: str = "at") -> str:
-    return f" {words} step {job.progress.step:,}" if job.progress.step else ""
+def _at_step(job: Facts) -> str:
+    return f" at step {job.progress.step:,}" if job.progress.step else ""
 
 
 def _loss(job: Facts) -> str:

@@ -1,6 +1,7 @@
 """A fork's curve with those of its ancestors before it, each up to where the next job began."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -48,37 +49,38 @@ def _points(piece: Piece, after: int, columns: Sequence[Any]) -> Select[Any]:
     return query.order_by(MetricRow.step, MetricRow.seq.desc())
 
 
-def buckets(session: Session, job: JobRow, wide: int, half_life: float) -> list[dict[str, Any]]:
-    """The whole line as rows of width ``wide``."""
+def buckets(session: Session, job: JobRow, view: sealing.View) -> list[dict[str, Any]]:
+    """The view of the line, with the mean that has run on over all that lies before it."""
     ancestors = by_job(pieces(job))
-    parts = chain.from_iterable(_ancestor(session, found, wide, half_life) for _, found in ancestors)
-    view = sealing.View(wide, half_life)
-    own = sealing.parts(session, job, view) if sealing.is_kept(view) else _all(session, job.id)
+    parts = chain.from_iterable(_ancestor(session, found, view) for _, found in ancestors)
+    own = sealing.parts(session, job, view) if sealing.is_kept(view) else _all(session, job.id, view.until_step)
     bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
 
     def whose(step: int) -> str:
         return next((job_id for until, job_id in bounds if step <= until), job.id)
 
-    return [{"job_id": whose(row["step"]), **row} for row in summed(chain(parts, own), wide, half_life)]
+    made = summed(chain(parts, own), view.wide, view.half_life)
+    return [{"job_id": whose(row["step"]), **row} for row in made if row["step"] >= view.begin]
 
 
-def _all(session: Session, job_id: str) -> Iterator[Part]:
-    return (part_of(point.step, point.loss, point.attempt) for point in store.points(session, job_id, None))
+def _all(session: Session, job_id: str, until: int | None) -> Iterator[Part]:
+    return (part_of(point.step, point.loss, point.attempt) for point in store.points(session, job_id, None, until))
 
 
-def _ancestor(session: Session, found: list[Piece], wide: int, half_life: float) -> Iterator[Part]:
+def _ancestor(session: Session, found: list[Piece], view: sealing.View) -> Iterator[Part]:
     """From what is summed up, where the ancestor's curve still is what led to the fork; else from its points."""
-    until = found[-1].until
-    view = sealing.View(wide, half_life, 0, until)
+    whole = found[-1].until
+    until = whole if view.until_step is None else min(whole, view.until_step)
+    part = replace(view, until_step=until)
     job = session.get(JobRow, _number(session, found[0].job_id))
-    if job is not None and sealing.is_kept(view) and own_pieces(session, job, until) == found:
-        yield from sealing.parts(session, job, view)
+    if job is not None and sealing.is_kept(part) and own_pieces(session, job, whole) == found:
+        yield from sealing.parts(session, job, part)
         return
     for piece in found:
         last = piece.after
         columns = (MetricRow.step, MetricRow.loss, MetricRow.attempt)
         for row in session.execute(_points(piece, piece.after, columns).execution_options(yield_per=5000)):
-            if row.step > last:
+            if last < row.step <= until:
                 last = row.step
                 yield part_of(*row)
 

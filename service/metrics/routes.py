@@ -18,6 +18,7 @@ from service.errors import RequestInvalid, with_problems
 from service.jobs import store as jobs
 from service.metrics import ancestry, sealing, store, summaries
 from service.metrics.buckets import buckets, width
+from service.tables import JobRow
 
 LARGEST = 2**53 - 1
 DEFAULT_LIMIT = 1000
@@ -53,33 +54,36 @@ def metrics(
         raise with_problems(RequestInvalid, [Problem("/query/lineage", "cannot be given with attempt")])
     with services.database.read() as session:
         job = jobs.find(session, job_id)
-        if lineage:
-            if max_points is None:
-                found = ancestry.rows(session, job, after_step, limit + 1, wanted)
-                rest: dict[str, Any] = {"has_more": len(found) > limit}
-            else:
-                wide = width(max(store.last_step(session, job_id, None), job.parent_step or 0), max_points)
-                found, limit = ancestry.buckets(session, job, wide, ema_half_life), LARGEST
-                if fields is not None:
-                    _add_of_each(session, found, wanted)
-                rest = {"has_more": False, "resolution": wide}
-            return _answer(request, found[:limit], {**rest, "lineage": ancestry.shown(session, job)})
+        rest: dict[str, Any] = {"lineage": ancestry.shown(session, job)} if lineage else {}
         if max_points is None:
-            found = store.rows(session, job_id, attempt, after_step, limit + 1, wanted)
-            return _answer(request, found[:limit], {"has_more": len(found) > limit})
+            found = (
+                ancestry.rows(session, job, after_step, limit + 1, wanted)
+                if lineage
+                else store.rows(session, job_id, attempt, after_step, limit + 1, wanted)
+            )
+            return _answer(request, found[:limit], {"has_more": len(found) > limit, **rest})
         last = store.last_step(session, job_id, attempt)
+        if lineage:
+            last = max(last, job.parent_step or 0)
         wide = width(min(last, until_step) if until_step is not None else last, max_points, after_step + 1)
         view = sealing.View(wide, ema_half_life, (after_step + 1) // wide * wide, until_step)
-        if attempt is None and sealing.is_kept(view):
-            made = summaries.rows(sealing.parts(session, job, view), wide, ema_half_life)
-        else:
-            made = buckets(store.points(session, job_id, attempt, until_step), wide, ema_half_life)
-        rows = [row for row in made if row["step"] >= view.begin]
-        if fields is not None:
+        rows = ancestry.buckets(session, job, view) if lineage else _own(session, job, attempt, view)
+        if fields is not None and lineage:
+            _add_of_each(session, rows, wanted)
+        elif fields is not None:
             store.add_last(session, job_id, rows, wanted)
             if "eval_loss" in wanted:
                 store.add_evaluations(session, job_id, attempt, rows, _evaluated_every(job.spec))
-    return _answer(request, rows, {"has_more": False, "resolution": wide})
+    return _answer(request, rows, {"has_more": False, "resolution": wide, **rest})
+
+
+def _own(session: Session, job: JobRow, attempt: int | None, view: sealing.View) -> list[dict[str, Any]]:
+    """The view of the job's curve, or of one attempt's."""
+    if attempt is None and sealing.is_kept(view):
+        made = summaries.rows(sealing.parts(session, job, view), view.wide, view.half_life)
+    else:
+        made = buckets(store.points(session, job.id, attempt, view.until_step), view.wide, view.half_life)
+    return [row for row in made if row["step"] >= view.begin]
 
 
 def _add_of_each(session: Session, rows: list[dict[str, Any]], wanted: Sequence[str]) -> None:

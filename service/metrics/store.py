@@ -1,7 +1,9 @@
 """The curve: stitched over attempts, by attempt, or in buckets."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, or_, select, tuple_
@@ -101,17 +103,28 @@ def points(session: Session, job_id: str, attempt: int | None, until_step: int |
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:
-    """Put ``fields`` of its last point into each bucket, where the bucket has no such field of its own."""
-    named = {(row["step"], row["attempt"]): row for row in buckets}
+    """Put ``fields`` of its last point into each bucket, where the bucket has no such field of its own.
+
+    Attempt by attempt and put in order here: for an order SQLite leaves the index of job, attempt and step, and reads
+    the whole curve.
+    """
     extra = [name for name in fields if name not in ("step", "attempt", "loss")]
-    columns = [getattr(MetricRow, name) for name in ("step", "attempt", *extra)]
-    steps = [row["step"] for row in buckets]
-    for begin in range(0, len(steps), MOST_NAMED):
-        some = MetricRow.step.in_(steps[begin : begin + MOST_NAMED])
-        found = session.execute(select(*columns).where(MetricRow.job_id == job_id, some).order_by(MetricRow.seq))
-        for step, attempt, *values in found:
-            if (step, attempt) in named:
-                named[step, attempt].update(zip(extra, values, strict=True))
+    columns = [getattr(MetricRow, name) for name in ("seq", "step", *extra)]
+    by_attempt: dict[int, dict[int, dict[str, Any]]] = {}
+    for row in buckets:
+        by_attempt.setdefault(row["attempt"], {})[row["step"]] = row
+    for attempt, named in by_attempt.items():
+        for some in _batched(named, MOST_NAMED):
+            of_job = (MetricRow.job_id == job_id, MetricRow.attempt == attempt, MetricRow.step.in_(some))
+            for _, step, *values in sorted(session.execute(select(*columns).where(*of_job)), key=itemgetter(0)):
+                named[step].update(zip(extra, values, strict=True))
+
+
+def _batched(steps: Iterable[int], most: int) -> Iterator[list[int]]:
+    """The steps in lists of at most ``most``."""
+    rest = iter(steps)
+    while some := list(islice(rest, most)):
+        yield some
 
 
 def add_evaluations(
@@ -123,10 +136,8 @@ def add_evaluations(
         for row in buckets
         if row["eval_loss"] is None and row["step"] // every * every >= row["first_step"]
     }
-    steps = list(due)
-    for begin in range(0, len(steps), MOST_NAMED):
-        some = MetricRow.step.in_(steps[begin : begin + MOST_NAMED])
-        query = select(MetricRow.step, MetricRow.eval_loss).where(*_curve(job_id, attempt), some)
+    for some in _batched(due, MOST_NAMED):
+        query = select(MetricRow.step, MetricRow.eval_loss).where(*_curve(job_id, attempt), MetricRow.step.in_(some))
         for step, loss in session.execute(query.order_by(MetricRow.seq)):
             due[step]["eval_loss"] = loss
 

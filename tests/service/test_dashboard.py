@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from service.dashboard.assets import STATIC, Assets, library_file
+from service.dashboard.assets import STATIC, Assets, compiled_ahead, library_file
+from service.dashboard.linking import CannotLink, linked
 from service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig
@@ -120,8 +121,46 @@ def test_a_broken_cache_of_the_library_is_made_anew(tmp_path: Path) -> None:
         kept.write_bytes(broken)
         found = Assets(cache).find(made.library_path)
         assert found is not None
-        assert gzip.decompress(found.packed) == library_file().read_bytes()
+        assert gzip.decompress(found.packed) == compiled_ahead(library_file().read_bytes())
         assert kept.read_bytes() == whole
+
+
+def test_the_library_is_sent_as_it_is_but_for_two_parentheses() -> None:
+    library = library_file().read_bytes()
+    sent = compiled_ahead(library)
+    assert len(sent) == len(library) + 2
+    assert sent.replace(b"this, (() => {", b"this, () => {").removesuffix(b"})));") == library.removesuffix(b"}));")
+    assert compiled_ahead(b"another library") == b"another library"
+
+
+def test_modules_are_linked_so_that_each_finds_what_it_needs(tmp_path: Path) -> None:
+    modules = {
+        "app.js": 'import { twice as two } from "./sums/sums.js";\nimport { one } from "./one.js";\nsay(two(one));',
+        "sums/sums.js": 'export { one } from "../one.js";\nexport function twice(x) {\n  return 2 * x;\n}\n',
+        "one.js": "export const one = 1;\n",
+        "nobody.js": "broken(",
+    }
+    script = linked(modules, "app.js")
+    names = re.findall(r"^// (.+)$", script, re.MULTILINE)
+    assert names == ["one.js", "sums/sums.js", "app.js"]
+    assert "const { twice: two } = module1;" in script
+    assert "return { twice, one: module0.one };" in script
+    for source in ('import "./one.js";', 'import * as one from "./one.js";', "export let x = 1;", "export default 1;"):
+        with pytest.raises(CannotLink):
+            linked({**modules, "one.js": source}, "app.js")
+    with pytest.raises(CannotLink, match=re.escape("app.js > sums/sums.js > one.js > sums/sums.js")):
+        linked({**modules, "one.js": 'import { twice } from "./sums/sums.js";'}, "app.js")
+    with pytest.raises(CannotLink, match=re.escape("app.js > gone.js")):
+        linked({"app.js": 'import { a } from "./gone.js";'}, "app.js")
+
+
+def test_the_page_is_two_requests(rig: Rig) -> None:
+    page = rig.client.get("/").text
+    [script] = re.findall(r'src="([^"]+)"', page)
+    [style] = re.findall(r'rel="stylesheet"[^>]* href="([^"]+)"', page)
+    assert "import {" not in rig.client.get(script).text
+    for words in (".card", ".choices", ".field"):
+        assert words in rig.client.get(style).text
 
 
 def test_the_page_asks_for_the_token_so_it_needs_none(make_rig: MakeRig, sqlite_url: str) -> None:

@@ -308,6 +308,14 @@ def test_a_long_parent_is_read_from_what_is_summed_up(rig: Rig) -> None:
         assert one["loss_mean"] == pytest.approx(other["loss_mean"])
     assert sum(row["count"] for row in quick["data"]) == 4199
     assert sum(row["nonfinite_count"] for row in quick["data"]) == 1
+    # A stretch over the fork is finer, and as it is in the whole.
+    whole = rig.data(made, "metrics", lineage=True, max_points=10_000)
+    part = rig.get(f"/jobs/{made}/metrics", lineage=True, max_points=500, after_step=2399, until_step=2600)
+    assert part["resolution"] == 1
+    expected = [row for row in whole if 2400 <= row["step"] <= 2600]
+    assert [row["job_id"] for row in part["data"]] == [job_id] * 101 + [made] * 100
+    for one, other in zip(part["data"], expected, strict=True):
+        assert one == {**other, "loss_ema": pytest.approx(other["loss_ema"])}
 
 
 # Files that are to go

@@ -75,8 +75,8 @@ export class Chart {
     if (this.isStale || isEmpty) return;
     const Plotly = await library();
     if (this.gone) return;
-    const ends = endLabels(traces, this.log, this.height, inks()[0]);
-    const drawn = traces.map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: modeOf(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(positive) : trace.y }));
+    const ends = endLabels(traces, { isLog: this.log, height: this.height, ink: inks()[0], zoom: this.board.zoom });
+    const drawn = traces.filter((one) => one.x.length).map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: modeOf(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(positive) : trace.y }));
     await Plotly.react(this.plot, drawn, this.layout(ends), this.started ? undefined : CONFIG);
     if (!this.started) this.listen();
     await this.applyZoom();

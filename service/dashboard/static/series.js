@@ -18,6 +18,20 @@ export function places(rows, axis, attempts) {
   return rows.map((row) => (row.at ? activeHours(Date.parse(row.at), spans) : null));
 }
 
+/** What a zoom is in steps, a little wider; [null, null] for all. `whole` are the rows of the whole run, where they are known. */
+export function stepsOf(zoom, axis, whole, attempts) {
+  if (!zoom) return [null, null];
+  let ends = zoom;
+  if (axis !== "step") {
+    const xs = places(whole ?? [], axis, attempts);
+    const inside = (whole ?? []).filter((_, i) => moment(xs[i]) >= moment(zoom[0]) && moment(xs[i]) <= moment(zoom[1]));
+    if (!inside.length) return [null, null];
+    ends = [inside[0].first_step, inside.at(-1).step];
+  }
+  const edge = Math.max(1, (ends[1] - ends[0]) * 0.05);
+  return [Math.max(0, Math.floor(ends[0] - edge)), Math.max(1, Math.ceil(ends[1] + edge))];
+}
+
 /** Local, as the chart library writes dates: it knows no zones. */
 export function wallClock(at) {
   const then = new Date(at);

@@ -5,7 +5,7 @@ import { chosenView, controls } from "../controls.js";
 import { h } from "../dom.js";
 import { loss } from "../format.js";
 import { atMost } from "../live.js";
-import { DARK, LIGHT, gaps, moment, places, superseded } from "../series.js";
+import { DARK, LIGHT, gaps, places, stepsOf, superseded } from "../series.js";
 import { isDark } from "../theme.js";
 import { SMALL, contentOf } from "./catalogue.js";
 import { lossContent, marks } from "./losschart.js";
@@ -47,6 +47,8 @@ export class Curves {
   /** `{fields, draw(view)}` of a tab that shows more of the same rows; null where there is none. */
   join(extra) {
     this.extra = extra;
+    // What was asked for before the tab was known has not all of its fields.
+    if (extra) this.ahead = null;
     if (extra && this.got) this.refetch();
   }
 
@@ -63,38 +65,37 @@ export class Curves {
     else this.stale();
   }
 
+  /** Asks before the job itself is known: the curve comes beside it, not behind it. */
+  begin() {
+    this.ahead = this.fetch();
+    this.ahead.catch(() => {});
+  }
+
   async refetch() {
     const number = (this.asked = (this.asked ?? 0) + 1);
-    const [from, to] = this.steps();
-    const fields = [...new Set([...ALWAYS, ...(this.extra?.fields ?? [])])].join(",");
-    const wanted = { max_points: POINTS, ema_half_life: this.half, fields, after_step: from, until_step: to };
+    const asked = this.ahead ?? this.fetch();
+    this.ahead = null;
     try {
-      const [metrics, attempts, checkpoints] = await Promise.all([
-        get(query(`${this.address}/metrics`, wanted)), get(`${this.address}/attempts`), get(`${this.address}/checkpoints`)]);
+      const { metrics, attempts, checkpoints, isWhole } = await asked;
       if (number !== this.asked || this.gone) return;
       this.got = { rows: metrics.data, resolution: metrics.resolution, attempts: attempts.data, checkpoints: checkpoints.data };
-      if (from === null) this.whole = metrics.data;
+      if (isWhole) this.whole = metrics.data;
       await this.fetchOld(attempts.data);
       this.draw();
     } catch (error) {
+      // The next look asks once more.
+      this.mark = null;
       if (error.name === "TypeError") throw error;
     }
   }
 
-  /** What the zoom is in steps, a little wider; [null, null] for all. */
-  steps() {
-    const { zoom, axis } = this.board;
-    if (!zoom) return [null, null];
-    let ends = zoom;
-    if (axis !== "step") {
-      if (!this.whole) return [null, null];
-      const xs = places(this.whole, axis, this.got.attempts);
-      const inside = this.whole.filter((_, i) => moment(xs[i]) >= moment(zoom[0]) && moment(xs[i]) <= moment(zoom[1]));
-      if (!inside.length) return [null, null];
-      ends = [inside[0].first_step, inside.at(-1).step];
-    }
-    const edge = Math.max(1, (ends[1] - ends[0]) * 0.05);
-    return [Math.max(0, Math.floor(ends[0] - edge)), Math.max(1, Math.ceil(ends[1] + edge))];
+  async fetch() {
+    const [from, to] = stepsOf(this.board.zoom, this.board.axis, this.whole, this.got?.attempts);
+    const fields = [...new Set([...ALWAYS, ...(this.extra?.fields ?? [])])].join(",");
+    const wanted = { max_points: POINTS, ema_half_life: this.half, fields, after_step: from, until_step: to };
+    const [metrics, attempts, checkpoints] = await Promise.all([
+      get(query(`${this.address}/metrics`, wanted)), get(`${this.address}/attempts`), get(`${this.address}/checkpoints`)]);
+    return { metrics, attempts, checkpoints, isWhole: from === null };
   }
 
   async fetchOld(attempts) {

@@ -6,14 +6,14 @@ import { attr, h, list, show, text } from "../dom.js";
 import { count, figure, loss, short } from "../format.js";
 import { beat } from "../live.js";
 import { keep, kept } from "../router.js";
-import { DARK, DASHES, LIGHT, described, forked, gaps, line, places } from "../series.js";
+import { DARK, DASHES, LIGHT, described, forked, gaps, line, places, stepsOf } from "../series.js";
 import { differing } from "../settings.js";
-import { OVER } from "../status.js";
 import { isDark } from "../theme.js";
 
 const MOST = 10;
 // Batches differ, so steps do not compare.
 const USUAL = "tokens";
+const POINTS = 1000;
 const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at";
 const CHARTS = [
   ["Train loss", "loss_ema", { height: 340, write: loss }],
@@ -36,6 +36,7 @@ class Page {
     ({ axis: this.board.axis, half: this.half } = chosenView(USUAL));
     this.charts = CHARTS.map(([name, , options]) => new Chart(name, options));
     this.board.onTheme = () => this.draw();
+    this.board.onZoom = () => this.look.now();
     const [first, ...small] = this.charts.map((chart) => this.board.add(chart));
     this.key = h("ul", { class: "key" });
     this.choices = h("div", { class: "choices" });
@@ -54,6 +55,7 @@ class Page {
   controls() {
     const axis = (chosen) => {
       this.board.axis = chosen;
+      this.board.hover(null);
       this.board.setZoom(null);
       this.draw();
     };
@@ -87,17 +89,33 @@ class Page {
     await this.draw();
   }
 
-  /** What is over is asked for once. */
+  /** A job's whole curve, where it has changed, and what is zoomed in to. */
   async fetch(id) {
     const address = `/jobs/${encodeURIComponent(id)}`;
     const job = this.jobs.find((one) => one.id === id) ?? (await get(address).catch(absent));
     if (!job) return;
     const known = this.got.get(id);
     const mark = `${job.progress.step} ${job.attempt} ${job.status}`;
-    if (known?.mark === mark) return;
-    const wanted = { max_points: 1000, ema_half_life: this.half, fields: FIELDS, lineage: job.parent ? true : null };
-    const [metrics, attempts] = await Promise.all([get(query(`${address}/metrics`, wanted)), get(`${address}/attempts`)]);
-    this.got.set(id, { mark, job, rows: metrics.data, attempts: attempts.data, over: OVER.has(job.status) });
+    if (known?.mark !== mark) {
+      const [whole, attempts] = await Promise.all([this.rows(job, [null, null]), get(`${address}/attempts`)]);
+      this.got.set(id, { near: known?.near ?? null, mark, job, whole, attempts: attempts.data });
+    }
+    await this.focus(this.got.get(id));
+  }
+
+  async rows(job, [from, to]) {
+    const wanted = { max_points: POINTS, ema_half_life: this.half, fields: FIELDS, lineage: job.parent ? true : null, after_step: from, until_step: to };
+    return (await get(query(`/jobs/${encodeURIComponent(job.id)}/metrics`, wanted))).data;
+  }
+
+  /** Finer rows of what is zoomed in to. Those that are there stay until they come. */
+  async focus(one) {
+    const { zoom, axis } = this.board;
+    const wanted = JSON.stringify([zoom, axis, one.mark]);
+    if (one.focused === wanted) return;
+    const [from, to] = stepsOf(zoom, axis, one.whole, one.attempts);
+    const near = from === null ? null : await this.rows(one.job, [from, to]);
+    Object.assign(one, { near, focused: wanted });
   }
 
   offer() {
@@ -130,22 +148,24 @@ class Page {
 
   style(i) {
     const colours = isDark() ? DARK : LIGHT;
-    return { color: colours[i % colours.length], dash: DASHES[Math.floor(i / colours.length) % DASHES.length] };
+    // The colours come again, with other dashes.
+    const round = Math.floor(i / colours.length);
+    return { color: colours[i % colours.length], dash: DASHES[(i + round) % DASHES.length] };
   }
 
   content([name, field, { write }], found) {
     const traces = found.flatMap((one, i) => this.lines(one, i, field, found));
-    const rows = found[0].rows;
-    const values = rows.map((row) => [row.step.toLocaleString("en-US"), write(row[field])]);
-    return { traces, values, columns: ["step", found[0].job.name], label: `${described(name, rows, (row) => row[field] ?? null, write)}, ${found.length} ${found.length === 1 ? "job" : "jobs"}`, note: "" };
+    const label = `${described(name, rowsOf(found[0]), (row) => row[field] ?? null, write)}, ${found.length} ${found.length === 1 ? "job" : "jobs"}`;
+    return { traces, values: tableOf(found, field, write), columns: ["step", ...found.map((one) => one.job.name)], label, note: "" };
   }
 
   /** A job's line; a fork's begins at its parent's, or with what it inherited from those that are not shown, thin. */
-  lines({ job, rows, attempts }, i, field, found) {
+  lines(one, i, field, found) {
+    const { job, attempts } = one;
     const { axis } = this.board;
     const style = this.style(i);
     const drawn = (uid, part, more) => ({ uid, ...line(places(part, axis, attempts), part.map((row) => row[field] ?? null), gaps(part, axis, attempts)), ...more });
-    const [inherited, whole] = forked(rows, job.id);
+    const [inherited, whole] = forked(rowsOf(one), job.id);
     // Its attempts say nothing of the time that its ancestors took.
     const joins = axis === "step" || axis === "tokens";
     const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
@@ -186,6 +206,16 @@ class Page {
     this.look();
     this.board.close();
   }
+}
+
+/** What is drawn of a job: the part that is zoomed in to, once it is here. */
+const rowsOf = ({ near, whole }) => near ?? whole;
+
+/** A row for each step that any of them has, a column for each job. */
+function tableOf(found, field, write) {
+  const known = found.map((one) => new Map(rowsOf(one).map((row) => [row.step, row[field] ?? null])));
+  const steps = [...new Set(known.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b);
+  return steps.map((step) => [count(step), ...known.map((one) => write(one.get(step)))]);
 }
 
 /** Nothing for a job that was deleted; other refusals go on. */

@@ -38,6 +38,7 @@ class Page {
       this.details.node, this.sentence, this.lineage.node, this.error, this.alerts, this.curves.bar,
       h("div", { class: "front" }, this.curves.loss, this.facts.node), this.curves.small, this.tabs());
     this.look = beat(() => this.load());
+    this.curves.begin();
     this.seen = () => this.listen();
     document.addEventListener("visibilitychange", this.seen);
   }
