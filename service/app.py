@@ -2,14 +2,16 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from http import HTTPStatus
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service import exposition, status_routes
 from service.access import routes as access_routes
-from service.access.scopes import authorise
+from service.access.scopes import authorise, methods_at
 from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
 from service.dashboard.assets import Assets
@@ -18,7 +20,7 @@ from service.db import Database
 from service.devices import routes as device_routes
 from service.devices.inventory import HostInventory, Inventory, visible_devices
 from service.document import openapi
-from service.errors import ServiceError, handle
+from service.errors import ServiceError, answer, from_exception
 from service.exports import routes as export_routes
 from service.forks import routes as fork_routes
 from service.jobs import files, log_routes, products
@@ -92,7 +94,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     )
     app.state.services = services
     for kind in (ServiceError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, handle)
+        app.add_exception_handler(kind, _refused)
     app.add_middleware(Pages, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
     app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)
@@ -116,6 +118,15 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         app.include_router(routes.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
     return app
+
+
+def _refused(request: Request, error: Exception) -> JSONResponse:
+    """Every "no" as a problem. With a 405 the framework names the methods of the first route alone that it finds."""
+    made = from_exception(error)
+    if made.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        methods = methods_at(request.url.path)
+        made.headers |= {"Allow": ", ".join(methods)} if methods else {}
+    return answer(made, request.scope.get("request_id"))
 
 
 def _upkeep(services: Services) -> Upkeep:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -343,17 +342,14 @@ def from_exception(error: Exception) -> ServiceError:
             return Internal()
 
 
-def handle(request: Request, error: Exception) -> JSONResponse:
-    """FastAPI's exception handler for everything."""
-    return answer(from_exception(error), request.scope.get("request_id"))
-
-
 def _from_http(error: HTTPException) -> ServiceError:
-    made = NotFound() if error.status_code == HTTPStatus.NOT_FOUND else ServiceError(_plain_detail(error.status_code))
-    if not isinstance(made, NotFound):
-        phrase = HTTPStatus(error.status_code).phrase
-        made = _adhoc(error.status_code, phrase.lower().replace(" ", "_").replace("-", "_"))
-    made.headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        return NotFound(headers=dict(error.headers or {}))
+    phrase = HTTPStatus(error.status_code).phrase
+    code = phrase.lower().replace(" ", "_").replace("-", "_")
+    kind = type("Refused", (ServiceError,), {"status": error.status_code, "code": code})
+    made = kind(_plain_detail(error.status_code), headers=dict(error.headers or {}))
+    assert isinstance(made, ServiceError)
     return made
 
 
@@ -361,14 +357,6 @@ def _plain_detail(status: int) -> str:
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         return "This address does not take this method; the Allow header lists those it takes."
     return f"{HTTPStatus(status).phrase}."
-
-
-def _adhoc(status: int, code: str) -> ServiceError:
-    """What the framework itself refuses has a status and no class of ours."""
-    kind = type("Refused", (ServiceError,), {"status": status, "code": code})
-    error = kind(_plain_detail(status))
-    assert isinstance(error, ServiceError)
-    return error
 
 
 def _from_validation(error: RequestValidationError) -> ServiceError:

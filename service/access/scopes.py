@@ -1,6 +1,7 @@
 """What each route asks of a token. A test holds this against the routes there are; one that is missing needs admin."""
 
 from fastapi import Request
+from starlette.routing import compile_path
 
 from contract.access import Scope
 from service.access.callers import Caller
@@ -70,6 +71,14 @@ NEEDS: dict[tuple[str, str], str] = {
     ("POST", "/internal/attempts/{attempt_id}/heartbeat"): ATTEMPT,
     ("POST", "/internal/attempts/{attempt_id}/exit"): ATTEMPT,
 }
+
+
+PATTERNS = [(method, compile_path(path)[0]) for method, path in NEEDS]
+
+
+def methods_at(path: str) -> list[str]:
+    """The methods that an address takes; [] where there is none, or a page."""
+    return sorted(method for method, pattern in PATTERNS if pattern.match(path))
 
 
 async def authorise(request: Request) -> None:

@@ -8,6 +8,20 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+BUCKET_FIELDS = (
+    "first_step",
+    "step",
+    "attempt",
+    "count",
+    "loss",
+    "loss_mean",
+    "loss_min",
+    "loss_max",
+    "loss_ema",
+    "nonfinite_count",
+    "nonfinite",
+)
+
 
 @dataclass(frozen=True)
 class Point:
@@ -61,6 +75,7 @@ class _Bucket:
             "loss_max": max(finite, default=None),
             "loss_ema": self.ema,
             "nonfinite_count": self.nonfinite,
+            "nonfinite": self.last is None,
         }
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from typing import Annotated, Any
@@ -17,12 +18,13 @@ from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store as jobs
 from service.metrics import ancestry, sealing, store, summaries
-from service.metrics.buckets import buckets, width
+from service.metrics.buckets import BUCKET_FIELDS, buckets, width
 from service.tables import JobRow
 
 LARGEST = 2**53 - 1
 DEFAULT_LIMIT = 1000
 LARGEST_LIMIT = 10_000
+NONFINITE = "nonfinite"
 
 Step = Annotated[int, Query(ge=0, le=LARGEST)]
 Count = Annotated[int, Query(ge=1, le=LARGEST_LIMIT)]
@@ -49,32 +51,65 @@ def metrics(
     With `max_points` the rows are buckets over the whole curve, and `resolution` is the steps in each. With `lineage` a
     fork's curve begins with those of its ancestors; `lineage` in the list and `job_id` in each row say whose it is.
     """
-    wanted = _fields(fields)
+    asked = Asked(_fields(fields), fields is not None, after_step, until_step, limit, attempt, lineage, ema_half_life)
     if lineage and attempt is not None:
         raise with_problems(RequestInvalid, [Problem("/query/lineage", "cannot be given with attempt")])
     with services.database.read() as session:
         job = jobs.find(session, job_id)
         rest: dict[str, Any] = {"lineage": ancestry.shown(session, job)} if lineage else {}
-        if max_points is None:
-            found = (
-                ancestry.rows(session, job, after_step, limit + 1, wanted)
-                if lineage
-                else store.rows(session, job_id, attempt, after_step, limit + 1, wanted)
-            )
-            return _answer(request, found[:limit], {"has_more": len(found) > limit, **rest})
-        last = store.last_step(session, job_id, attempt)
-        if lineage:
-            last = max(last, job.parent_step or 0)
-        wide = width(min(last, until_step) if until_step is not None else last, max_points, after_step + 1)
-        view = sealing.View(wide, ema_half_life, (after_step + 1) // wide * wide, until_step)
-        rows = ancestry.buckets(session, job, view) if lineage else _own(session, job, attempt, view)
-        if fields is not None and lineage:
-            _add_of_each(session, rows, wanted)
-        elif fields is not None:
-            store.add_last(session, job_id, rows, wanted)
-            if "eval_loss" in wanted:
-                store.add_evaluations(session, job_id, attempt, rows, _evaluated_every(job.spec))
-    return _answer(request, rows, {"has_more": False, "resolution": wide, **rest})
+        found = _points(session, job, asked) if max_points is None else _buckets(session, job, asked, max_points)
+    return _answer(request, replace(found, rest={**found.rest, **rest}))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a reader of the curve wants. ``some``: the fields were named one by one."""
+
+    fields: Sequence[str]
+    some: bool
+    after_step: int
+    until_step: int | None
+    limit: int
+    attempt: int | None
+    lineage: bool
+    half_life: float
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """What is read of a point: a number that was not finite is told from one that was not measured."""
+        return list(dict.fromkeys([*self.fields, NONFINITE]))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows, the names that each has, also where there are none, and what stands beside them in the list."""
+
+    rows: list[dict[str, Any]]
+    names: Sequence[str]
+    rest: dict[str, Any]
+
+
+def _points(session: Session, job: JobRow, asked: Asked) -> Found:
+    """A page of the points themselves."""
+    if asked.lineage:
+        rows = ancestry.rows(session, job, asked.after_step, asked.limit + 1, asked.columns)
+    else:
+        rows = store.rows(session, job.id, asked.attempt, asked.after_step, asked.limit + 1, asked.columns)
+    names = ["job_id", *asked.fields] if asked.lineage else asked.fields
+    return Found(rows[: asked.limit], names, {"has_more": len(rows) > asked.limit})
+
+
+def _buckets(session: Session, job: JobRow, asked: Asked, max_points: int) -> Found:
+    """The curve, or the part of it that is looked at, as rows of one width."""
+    last, until = store.last_step(session, job.id, asked.attempt), asked.until_step
+    if asked.lineage:
+        last = max(last, job.parent_step or 0)
+    wide = width(min(last, until) if until is not None else last, max_points, asked.after_step + 1)
+    view = sealing.View(wide, asked.half_life, (asked.after_step + 1) // wide * wide, until)
+    rows = ancestry.buckets(session, job, view) if asked.lineage else _own(session, job, asked.attempt, view)
+    if asked.some:
+        _add_fields(session, job, asked, rows)
+    return Found(rows, _bucket_names(asked), {"has_more": False, "resolution": wide})
 
 
 def _own(session: Session, job: JobRow, attempt: int | None, view: sealing.View) -> list[dict[str, Any]]:
@@ -86,10 +121,20 @@ def _own(session: Session, job: JobRow, attempt: int | None, view: sealing.View)
     return [row for row in made if row["step"] >= view.begin]
 
 
-def _add_of_each(session: Session, rows: list[dict[str, Any]], wanted: Sequence[str]) -> None:
-    """Fields of a line's rows, each from the job that it belongs to."""
-    for job_id, own in groupby(rows, itemgetter("job_id")):
-        store.add_last(session, job_id, list(own), wanted)
+def _add_fields(session: Session, job: JobRow, asked: Asked, rows: list[dict[str, Any]]) -> None:
+    """The fields that were named, of a line's rows each from the job that it belongs to."""
+    if asked.lineage:
+        for job_id, own in groupby(rows, itemgetter("job_id")):
+            store.add_last(session, job_id, list(own), asked.columns)
+        return
+    store.add_last(session, job.id, rows, asked.columns)
+    if "eval_loss" in asked.fields:
+        store.add_evaluations(session, job.id, asked.attempt, rows, _evaluated_every(job.spec))
+
+
+def _bucket_names(asked: Asked) -> Sequence[str]:
+    first, extra = ["job_id"] if asked.lineage else [], asked.fields if asked.some else ()
+    return list(dict.fromkeys([*first, *BUCKET_FIELDS, *extra]))
 
 
 def _evaluated_every(spec: dict[str, Any]) -> int:
@@ -107,22 +152,36 @@ def _fields(given: str | None) -> Sequence[str]:
     return list(dict.fromkeys([*store.ALWAYS, *asked]))
 
 
-def _answer(request: Request, rows: list[dict[str, Any]], rest: dict[str, Any]) -> Response:
-    rows = [store.shown(row) for row in rows]
+def _answer(request: Request, found: Found) -> Response:
+    rows = [store.shown(_told(row, found.names)) for row in found.rows]
     accept = request.headers.get("accept", "")
     if "text/csv" in accept:
-        return Response(_csv(rows), media_type="text/csv")
+        return Response(_csv(rows, found.names), media_type="text/csv", headers=_next(request, found))
     if "application/x-ndjson" in accept:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        return Response(lines, media_type="application/x-ndjson")
-    return JSONResponse({"object": "list", "data": rows, **rest})
+        return Response(lines, media_type="application/x-ndjson", headers=_next(request, found))
+    return JSONResponse({"object": "list", "data": rows, **found.rest})
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return ""
+def _told(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The row; that a number in it was not finite is told also where that was not asked for."""
+    if NONFINITE not in names and not row[NONFINITE]:
+        del row[NONFINITE]
+    return row
+
+
+def _next(request: Request, found: Found) -> dict[str, str]:
+    """Where the next page is, for rows that have no list around them to say that there is one."""
+    if not found.rest["has_more"]:
+        return {}
+    following = request.url.include_query_params(after_step=found.rows[-1]["step"])
+    return {"Link": f'<{following.path}?{following.query}>; rel="next"'}
+
+
+def _csv(rows: list[dict[str, Any]], names: Sequence[str]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    told = [NONFINITE] if NONFINITE not in names and any(NONFINITE in row for row in rows) else []
+    writer = csv.DictWriter(text, fieldnames=[*names, *told])
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

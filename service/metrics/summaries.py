@@ -57,6 +57,7 @@ class _Stretch:
             "loss_max": max((part.loss_max for part in finite if part.loss_max is not None), default=None),
             "loss_ema": ema if finite else None,
             "nonfinite_count": sum(part.nonfinite for part in self.parts),
+            "nonfinite": last.loss is None,
         }
 
 

@@ -116,6 +116,49 @@ def test_other_formats_have_the_same_rows(rig: Rig) -> None:
     text = rig.client.get(f"/jobs/{job_id}/metrics", headers={"Accept": "text/csv"})
     found = list(csv.DictReader(io.StringIO(text.text)))
     assert [(row["step"], row["loss"]) for row in found] == [("1", "2.5"), ("2", "")]
+    assert "link" not in text.headers
+
+
+@pytest.mark.parametrize("form", ["text/csv", "application/x-ndjson"])
+def test_rows_without_a_list_around_them_say_where_the_next_page_is(any_rig: Rig, form: str) -> None:
+    job_id, attempt = any_rig.running(steps=100)
+    for step in range(1, 6):
+        attempt.metric(step)
+    any_rig.ship(attempt)
+    address: str | None = f"/jobs/{job_id}/metrics?limit=2&fields=step,loss"
+    seen: list[str] = []
+    while address is not None:
+        page = any_rig.client.get(address, headers={"Accept": form})
+        seen += [line for line in page.text.splitlines() if not line.startswith("step,")]
+        address = page.links["next"]["url"] if "link" in page.headers else None
+    assert len(seen) == 5
+
+
+def test_a_table_without_rows_has_its_columns(any_rig: Rig) -> None:
+    job_id, _ = any_rig.running()
+    for asked, begins in (({"fields": "loss"}, "step,attempt,loss\r\n"), ({"max_points": 9}, "first_step,step,")):
+        text = any_rig.client.get(f"/jobs/{job_id}/metrics", params=asked, headers={"Accept": "text/csv"}).text
+        assert text.startswith(begins)
+        assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("half_life", [50, 33])
+def test_beside_what_was_not_finite_stands_that_it_was_not(any_rig: Rig, half_life: int) -> None:
+    """Whatever the fields, the form, and whether the rows are made of points or of sums."""
+    job_id, attempt = any_rig.running(steps=100)
+    attempt.metric(1, loss=2.5)
+    attempt.metric(2, loss=None, nonfinite=True)
+    attempt.metric(3, loss=2.5, grad_norm=None, nonfinite=True)
+    any_rig.ship(attempt)
+    told = {"step": 2, "attempt": 1, "loss": None, "nonfinite": True}
+    rows = any_rig.data(job_id, "metrics", fields="loss")
+    assert rows[:2] == [{"step": 1, "attempt": 1, "loss": 2.5}, told]
+    text = any_rig.client.get(f"/jobs/{job_id}/metrics?fields=loss", headers={"Accept": "text/csv"}).text
+    assert text.splitlines() == ["step,attempt,loss,nonfinite", "1,1,2.5,", "2,1,,True", "3,1,2.5,True"]
+    wide = {"max_points": 100, "ema_half_life": half_life}
+    assert [b["nonfinite"] for b in any_rig.data(job_id, "metrics", **wide)] == [False, True, False]
+    named = any_rig.data(job_id, "metrics", fields="grad_norm", **wide)
+    assert [b["nonfinite"] for b in named] == [False, True, True]
 
 
 def test_buckets_over_the_api(any_rig: Rig) -> None:
