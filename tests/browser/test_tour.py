@@ -37,6 +37,11 @@ def served() -> Iterator[Served]:
     service = Served(folder / "home", [folder])
     service.start()
     yield service
+    # Runs outlive their service.
+    going = [job["id"] for job in service.get("/jobs?status=running").json()["data"]]
+    for job_id in going:
+        service.post(f"/jobs/{job_id}/kill")
+        service.wait(job_id, "cancelled", seconds=PATIENCE)
     service.stop()
     shutil.rmtree(folder)
 
