@@ -65,6 +65,13 @@ export function headroom(traces) {
   return size === 0 ? [0, 1] : [least - size / 10, most + size / 10];
 }
 
+/** Where a log axis has its numbers: at 1, 2 and 5 of each decade where all nine would stand in each other's way. */
+export function logTicks(traces) {
+  const values = traces.flatMap((one) => one.y.filter((value) => Number.isFinite(value) && value > 0));
+  const decades = Math.log10(values.reduce((a, b) => Math.max(a, b), 0) / values.reduce((a, b) => Math.min(a, b), Infinity));
+  return decades > 3 ? { dtick: 1 } : decades > 0.5 ? { dtick: "D2" } : {};
+}
+
 /** A line's x and y, with nulls put in at the gaps. */
 export function line(xs, ys, breaks) {
   if (!breaks.size) return { x: xs, y: ys };

@@ -17,7 +17,13 @@ export function lossContent(view, got, old) {
   ];
   const values = rows.map((row) => [row.step.toLocaleString("en-US"), loss(row.loss_ema), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
   return { traces, values, columns: ["step", "smoothed", "last", "least", "most"], shapes: marks(view, got),
-    label: described("Train loss", rows, (row) => row.loss_ema, loss), now: loss(rows.findLast((row) => row.loss_ema !== null)?.loss_ema), note: key(view, got, old) };
+    label: described("Train loss", rows, (row) => row.loss_ema, loss), now: newest(rows), note: key(view, got, old) };
+}
+
+/** Both values that the picture ends with, said apart: the facts beside it have the last one. */
+function newest(rows) {
+  const [smoothed, last] = ["loss_ema", "loss"].map((name) => rows.findLast((row) => isMeasured(row[name]))?.[name]);
+  return isMeasured(smoothed) ? `${loss(smoothed)} smoothed, ${loss(last)} last` : loss(smoothed);
 }
 
 /** From the least to the most, over points without a finite loss: a fill with a hole is drawn crosswise. */
