@@ -30,7 +30,7 @@ from contract.cache import CorpusCache
 from contract.locks import FileLock, LockBusy
 from contract.rundir import read_json, write_json
 from contract.vocabulary import TokenizerInvalid
-from worker.lines import DataInvalid, Document, Tally, refuse_changed
+from worker.lines import DataInvalid, Document, Naming, Runs, Tally, refuse_changed
 from worker.readers import Reader, open_reader, reads_as_plain_text
 from worker.shards import Shards, mapped, published
 from worker.source import open_regular
@@ -238,9 +238,14 @@ class Sink(Protocol):
         """Take some more; ``tally`` counts what the corpus holds up to the last of them."""
 
 
-def scan(reader: Reader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress) -> Tally:
-    """Read the rest of ``reader`` into ``sink``; what all of it holds. A text without a token is a bad line too."""
-    without = Tally()
+def scan(
+    reader: Reader, tokenizer: Tokenizer, text_field: str, sink: Sink, progress: Progress, without: Tally | None = None
+) -> Tally:
+    """Read the rest of ``reader`` into ``sink``; what all of it holds.
+
+    A text without a token is a bad line too: ``without`` counts these.
+    """
+    without = without or Tally()
     with closing(_encoded(batches(reader, text_field), tokenizer)) as encoded_batches:
         for batch, encoded in encoded_batches:
             for document, ids in zip(batch.documents, encoded, strict=True):
@@ -331,15 +336,16 @@ def _share(text: str) -> float:
 
 def check(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> None:
     """Print what a job would find in ``file``. Raises what `open_corpus` would raise. Stores nothing."""
-    tokenizer, count = load(tokenizer_path), Count()
+    tokenizer, count, bad = load(tokenizer_path), Count(), Runs(print)
     with open_reader(file) as reader:
-        tally = scan(reader, tokenizer, text_field, count, _silent)
+        reader.tally = Naming(runs=bad)
+        tally = scan(reader, tokenizer, text_field, count, _silent, Naming(runs=bad))
+    bad.end()
     print(f"{file}: {tally.documents:,} documents, {count.tokens:,} tokens, {tally.lines:,} lines")
-    if tally.blank_lines:
-        print(f"{tally.blank_lines:,} blank lines")
+    for number, what in ((tally.blank_lines, "blank"), (tally.bad_lines, "bad")):
+        if number:
+            print(f"{number:,} {what} line{'s' if number != 1 else ''}")
     require_usable(file, tally, text_field, max_bad_lines)
-    if tally.bad_lines:
-        print(tally.describe_bad())
 
 
 if __name__ == "__main__":

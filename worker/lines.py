@@ -1,6 +1,7 @@
 """Lines of a corpus: which are documents, which are not and why."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,11 @@ MAX_LINE_BYTES = 8 << 20
 
 KEPT_BAD_LINES = 20
 """How many bad lines are named; all are counted."""
+
+
+INSTEAD = ", which has "
+LONGEST_NAME, MOST_NAMES = 40, 5
+"""Of the keys that a bad line has in place of the text's."""
 
 
 class DataInvalid(ValueError):
@@ -54,18 +60,60 @@ class Tally:
         )
 
     def describe_bad(self) -> str:
-        """``2 bad lines: line 3: not JSON; line 7: not UTF-8``."""
-        listed = "; ".join(f"line {line}: {why}" for line, why in self.named)
+        """``5 bad lines: line 3: not JSON; lines 7 to 10: not UTF-8``."""
+        said: list[str] = []
+        runs = Runs(said.append)
+        for line, why in self.named:
+            runs.add(line, why)
+        runs.end()
+        listed = "; ".join(said)
         more = self.bad_lines - len(self.named)
         noun = "bad line" if self.bad_lines == 1 else "bad lines"
         return f"{self.bad_lines:,} {noun}: {listed}" + (f"; and {more:,} more" if more else "")
 
     def why_empty(self, text_field: str) -> str:
         """Why there is nothing to train on, and what to do."""
-        if self.bad_lines:
-            return f"holds no text under {text_field!r}: {self.describe_bad()}"
         needed = f'it needs one JSON object a line, such as {{"{text_field}": "..."}}'
-        return f"holds no document: {needed}, or any text where its name ends in .txt"
+        if not self.bad_lines:
+            return f"holds no document: {needed}, or any text where its name ends in .txt"
+        elsewhere = any(INSTEAD in why for _, why in self.named)
+        advice = "text_field says under which key the texts are" if elsewhere else needed
+        return f"holds no text under {text_field!r}: {self.describe_bad()}. What to do: {advice}"
+
+
+class Runs:
+    """Says bad lines as they are found, those that follow each other and are bad for one reason together."""
+
+    def __init__(self, say: Callable[[str], object]) -> None:
+        self._say = say
+        self._first = self._last = 0
+        self._why = ""
+
+    def add(self, line: int, why: str) -> None:
+        """One more."""
+        if (line, why) != (self._last + 1, self._why):
+            self.end()
+            self._first, self._why = line, why
+        self._last = line
+
+    def end(self) -> None:
+        """No more."""
+        if self._first:
+            which = f"line {self._first}" if self._first == self._last else f"lines {self._first} to {self._last}"
+            self._say(f"{which}: {self._why}")
+        self._first = self._last = 0
+
+
+@dataclass
+class Naming(Tally):
+    """A tally that says every bad line, however many there are."""
+
+    runs: Runs = field(default_factory=lambda: Runs(print), compare=False)
+
+    def add_bad(self, line: int, why: str) -> None:
+        """Count it, and say it."""
+        super().add_bad(line, why)
+        self.runs.add(line, why)
 
 
 def refuse_changed(path: Path) -> NoReturn:
@@ -81,7 +129,7 @@ def text_of(raw: bytes | None, text_field: str) -> str:
     if not isinstance(value, dict):
         raise BadLine(f"not a JSON object but {_kind(value)}")
     if text_field not in value:
-        raise BadLine(f"no {text_field!r} in the object")
+        raise BadLine(f"no {text_field!r} in the object{_instead(value)}")
     text = value[text_field]
     if not isinstance(text, str):
         raise BadLine(f"{text_field!r} is not a string but {_kind(text)}")
@@ -108,6 +156,13 @@ def _parsed(raw: bytes) -> Any:
     except ValueError:
         # Python reads no integer of more than 4,300 digits.
         raise BadLine("holds a number with too many digits") from None
+
+
+def _instead(value: dict[str, Any]) -> str:
+    """The names under which the object has texts, of which one may be the one that was meant."""
+    names = [repr(name) for name, text in value.items() if isinstance(text, str) and name.isprintable()]
+    short = [name for name in names if len(name) <= LONGEST_NAME][:MOST_NAMES]
+    return f"{INSTEAD}{', '.join(short)}" if short else ""
 
 
 def _no_constant(name: str) -> NoReturn:

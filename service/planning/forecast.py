@@ -1,7 +1,7 @@
 """What a run would be, put together: the spec's arithmetic, a glance at the corpus, this host, earlier runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,31 @@ class Line:
     free: int
 
 
-def look(spec: JobSpec) -> Size | None:
-    """The run's size by a bounded read of its corpus."""
+@dataclass(frozen=True)
+class Looked:
+    """What a bounded read of the corpus found. ``size`` None: no document; ``names``: see `Glance`."""
+
+    size: Size | None
+    names: tuple[str, ...] = ()
+
+
+def look(spec: JobSpec) -> Looked:
+    """Read a little of the corpus."""
     found = glance(Path(spec.data.data_path), spec.data.text_field)
     if found is None:
-        return None
+        return Looked(None)
     tokens = counter(spec.data.tokenizer_path, found.texts)
-    return size_of(spec, [tokens(text) for text in found.texts], found.bad_lines, found.scale)
+    size = size_of(spec, [tokens(text) for text in found.texts], found.bad_lines, found.scale)
+    return Looked(size, found.names)
 
 
 def forecast(
-    spec: JobSpec, kind: str, size: Size | None, devices: Sequence[Device], pace: Pace | None, line: Line, home: Path
+    spec: JobSpec, kind: str, looked: Looked, devices: Sequence[Device], pace: Pace | None, line: Line, home: Path
 ) -> Forecast:
     """The plan as the API shows it. ``kind``: what its device means where it will run; ``devices``: of this host."""
     facts = known_at_submit(spec, kind)
-    here = _surroundings(spec, facts, kind, devices, home)
+    here = replace(_surroundings(spec, facts, kind, devices, home), names=looked.names)
+    size = looked.size
     return Forecast.model_validate(
         {
             **facts,

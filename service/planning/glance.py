@@ -13,6 +13,7 @@ from contract.corpora import Packing, is_plain_text, packing_of
 HEAD_BYTES = 4096
 SAMPLE_BYTES = 4 << 20
 BLOCKS = 16
+LONGEST_NAME, MOST_NAMES = 40, 5
 BLANK = b" \t\r\n"
 BOM = b"\xef\xbb\xbf"
 
@@ -26,12 +27,14 @@ class Glance:
         seen: bytes of the lines that were looked at; ``size`` where that is all of it.
         texts: the documents.
         bad_lines: lines that are neither blank nor a document.
+        names: where the first of those is an object, the names under which it has texts.
     """
 
     size: int
     seen: int = 0
     texts: list[str] = field(default_factory=list)
     bad_lines: int = 0
+    names: tuple[str, ...] = ()
 
     @property
     def whole(self) -> bool:
@@ -48,8 +51,10 @@ class Glance:
         self.seen += len(raw)
         if not raw.strip(BLANK):
             return
-        text = _text_of(raw, text_field)
+        value = _value_of(raw)
+        text = _text_of(value, text_field)
         if text is None:
+            self.names = self.names if self.bad_lines else _names_in(value)
             self.bad_lines += 1
         else:
             self.texts.append(text)
@@ -112,14 +117,30 @@ def _whole_lines(data: bytes, from_start: bool, to_end: bool) -> Iterator[bytes]
     yield from lines
 
 
-def _text_of(raw: bytes, text_field: str) -> str | None:
-    """The text of a line, or None where it is no document."""
+def _value_of(raw: bytes) -> object:
+    """What the line holds; None where it is no JSON."""
     try:
-        value = json.loads(raw.removeprefix(BOM).decode())
-        text = value.get(text_field) if isinstance(value, dict) else None
-        if not isinstance(text, str) or not text:
-            return None
-        text.encode()
+        return json.loads(raw.removeprefix(BOM).decode())
     except (ValueError, RecursionError):
         return None
-    return text
+
+
+def _text_of(value: object, text_field: str) -> str | None:
+    """The text of a line, or None where it is no document."""
+    text = value.get(text_field) if isinstance(value, dict) else None
+    return text if isinstance(text, str) and text and _is_text(text) else None
+
+
+def _names_in(value: object) -> tuple[str, ...]:
+    if not isinstance(value, dict):
+        return ()
+    names = (name for name, text in value.items() if isinstance(text, str) and name.isprintable())
+    return tuple(name for name in names if len(name) <= LONGEST_NAME)[:MOST_NAMES]
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

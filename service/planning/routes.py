@@ -32,11 +32,11 @@ def plan(services: ServicesNeeded, body: JsonBody) -> Forecast:
     # A cluster's devices are not this host's: nothing is known of them before Slurm has chosen some.
     devices = services.inventory.devices() if spec.resources.launcher != SLURM else ()
     kind = kind_of(spec, services.host)
-    size = look(spec)
+    looked = look(spec)
     with services.database.read() as session:
         past = pace(session, spec, kind)
         line = _line(session, spec, kind, devices)
-    return forecast(spec, kind, size, devices, past, line, services.settings.home)
+    return forecast(spec, kind, looked, devices, past, line, services.settings.home)
 
 
 def _line(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> Line:

@@ -19,6 +19,7 @@ class Surroundings:
     """What the run would meet here. Bytes; None: not known. ``kind`` is that of the device, e.g. ``cuda``.
 
     ``snapshot``: host memory of the copy that saves are written from. ``other_form``: of a corpus that is no JSONL.
+    ``names``: under which the first line of it that is no document has texts.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Surroundings:
     disk_free: int | None
     snapshot: int = 0
     other_form: str | None = None
+    names: tuple[str, ...] = ()
 
 
 def warnings(spec: JobSpec, size: Size | None, here: Surroundings) -> list[str]:
@@ -36,8 +38,14 @@ def warnings(spec: JobSpec, size: Size | None, here: Surroundings) -> list[str]:
     if size is None and here.other_form is not None:
         return [*found, f"the corpus is {here.other_form}: tokens, steps and time are known once it is tokenized"]
     if size is None:
-        return [*found, "no document was found in what was looked at of the corpus: steps and time are not known"]
+        return [*found, _no_document(spec.data.text_field, here.names)]
     return [*found, *_corpus(spec, size), *_intervals(spec, size)]
+
+
+def _no_document(text_field: str, names: tuple[str, ...]) -> str:
+    has = f"lines have texts under {', '.join(map(repr, names))}: set text_field"
+    needed = f'it needs one JSON object a line, such as {{"{text_field}": "..."}}'
+    return f"no document was found in what was looked at of the corpus: {has if names else needed}"
 
 
 def _memory(spec: JobSpec, here: Surroundings) -> Iterator[str]:

@@ -162,7 +162,10 @@ def test_blank_lines_are_not_bad(tmp_path: Path) -> None:
     [
         ("", "holds no document: it needs one JSON object a line"),
         ("\n\n", "holds no document"),
-        ('{"content": "a"}\n', "holds no text under 'text': 1 bad line: line 1: no 'text' in the object"),
+        (
+            '{"content": "a"}\n',
+            "holds no text under 'text': 1 bad line: line 1: no 'text' in the object, which has 'content'. What",
+        ),
     ],
 )
 def test_an_empty_corpus_is_refused(content: str, message: str, tmp_path: Path) -> None:
@@ -321,10 +324,18 @@ def test_command_names_bad_lines_and_tolerates_few(tmp_path: Path, capsys: pytes
     assert main(["check", str(file), "--text-field", "body"]) == 0
     out = capsys.readouterr().out
     assert "201 documents, 603 tokens, 203 lines" in out
-    assert "1 blank lines" in out
-    assert "1 bad line: line 3: not JSON at character 1" in out
+    assert "1 blank line\n1 bad line\n" in out
+    assert out.startswith("line 3: not JSON at character 1\n")
     assert main(["check", str(file), "--text-field", "body", "--max-bad-lines", "0"]) == 1
     assert "line 3: not JSON" in capsys.readouterr().err
+
+
+def test_command_names_every_bad_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"text": "a"}\nx\n' * 100)
+    assert main(["check", str(file)]) == 1
+    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith("line ")]
+    assert named == [f"line {number}: not JSON at character 1" for number in range(2, 201, 2)]
 
 
 def test_command_refuses_what_a_job_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

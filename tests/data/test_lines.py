@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from contract.corpora import Packing, packing_of
 from tests.nobody import as_nobody, open_folder
 from worker import lines
-from worker.lines import BadLine, DataInvalid, Tally, text_of
+from worker.lines import BadLine, DataInvalid, Runs, Tally, text_of
 from worker.readers import open_reader
 
 BAD = [
@@ -27,7 +27,7 @@ BAD = [
     (b"17", "not a JSON object but a number"),
     (b"true", "not a JSON object but a boolean"),
     (b"{}", "no 'text' in the object"),
-    (b'{"Text": "a"}', "no 'text' in the object"),
+    (b'{"Text": "a"}', "no 'text' in the object, which has 'Text'"),
     (b'{"text": null}', "'text' is not a string but null"),
     (b'{"text": 1}', "'text' is not a string but a number"),
     (b'{"text": 1.5}', "'text' is not a string but a number"),
@@ -105,6 +105,28 @@ def test_the_first_twenty_are_named_and_all_are_counted(tmp_path: Path) -> None:
     assert tally.bad_lines == 1000
     assert [line for line, _ in tally.named] == list(range(1, 21))
     assert tally.describe_bad().endswith("; and 980 more")
+
+
+def test_lines_that_are_bad_for_one_reason_are_named_together() -> None:
+    tally, said = Tally(), list[str]()
+    runs = Runs(said.append)
+    for line, why in ((1, "a"), (2, "a"), (3, "b"), (5, "b"), (6, "b"), (7, "b")):
+        tally.add_bad(line, why)
+        runs.add(line, why)
+    assert said == ["lines 1 to 2: a", "line 3: b"]
+    runs.end()
+    runs.end()
+    assert said == ["lines 1 to 2: a", "line 3: b", "lines 5 to 7: b"]
+    assert tally.describe_bad() == "6 bad lines: lines 1 to 2: a; line 3: b; lines 5 to 7: b"
+
+
+def test_an_object_without_the_text_says_which_texts_it_has(tmp_path: Path) -> None:
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"content": "a", "id": 3, "' + "x" * 50 + '": "b", "title": "c"}\n{"id": 3}\n')
+    _, tally = read(file)
+    said = "no 'text' in the object"
+    assert tally.named == [(1, f"{said}, which has 'content', 'title'"), (2, said)]
+    assert tally.why_empty("text").endswith("What to do: text_field says under which key the texts are")
 
 
 def test_one_bad_line_is_singular() -> None:

@@ -52,6 +52,15 @@ def test_a_short_file_is_counted_exactly(tmp_path: Path) -> None:
     found = glance(path, "text")
     assert found is not None
     assert (found.texts, found.bad_lines, found.whole, found.scale) == (["a", "é\u2028b"], 4, True, 1.0)
+    assert found.names == ("text",)
+
+
+def test_a_file_under_another_name_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"content": "a", "id": 1, "title": "b"}\n{"body": "c"}\n')
+    found = glance(path, "text")
+    assert found is not None
+    assert (found.texts, found.bad_lines, found.names) == ([], 2, ("content", "title"))
 
 
 def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
@@ -203,7 +212,8 @@ def test_nothing_to_say() -> None:
         (replace(SIZE, steps=50), HERE, {"training": {"warmup_steps": 50}}, "warmup_steps 50 is not shorter"),
         (replace(SIZE, steps=999), HERE, {}, "save_interval 1,000 is longer than the run (999 steps)"),
         (replace(SIZE, steps=99), HERE, {}, "log_interval 100 is longer than the run (99 steps)"),
-        (None, HERE, {}, "no document was found"),
+        (None, HERE, {}, "no document was found in what was looked at of the corpus: it needs one JSON object a line"),
+        (None, replace(HERE, names=("content", "id")), {}, "lines have texts under 'content', 'id': set text_field"),
         (None, replace(HERE, other_form="parquet"), {}, "the corpus is parquet: tokens, steps and time are known once"),
         (SIZE, replace(HERE, memory_limit=3 << 29, snapshot=1 << 30), {}, "needs about 2.1 GB of memory"),
     ],
