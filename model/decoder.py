@@ -16,7 +16,7 @@ from model.attention import fits
 from model.config import ModelConfig
 from model.layers import Attention, FeedForward, LayerCache, Linear, Reach, RMSNorm, Rotary, compute_dtype
 from model.loss import cross_entropy_sum
-from model.moe import MoE, Pieces
+from model.moe import Balance, MoE, Pieces
 
 INITIAL_STD = 0.02
 
@@ -27,12 +27,13 @@ class DecoderOutput(NamedTuple):
     ``loss_sum``: float32 scalar, the sum of cross-entropies over the labels that are not -100; None without labels.
     ``aux_sum``: float32 scalar, the experts' load balance summed over layers and label tokens, without its
     coefficient; 0 for a dense model. ``logits``: [B, S, V] float32; None where labels were given and logits not asked
-    for.
+    for. ``expert_counts`` [E]: tokens that each expert was given, over all layers; None for a dense model.
     """
 
     loss_sum: Tensor | None
     aux_sum: Tensor
     logits: Tensor | None
+    expert_counts: Tensor | None = None
 
 
 @dataclass
@@ -71,15 +72,15 @@ class Layer(nn.Module):
         pieces: Pieces | None,
         cache: LayerCache | None,
         cached: int,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, S, C] -> ([B, S, C], auxiliary sum or None)."""
+    ) -> tuple[Tensor, Balance | None]:
+        """[B, S, C] -> ([B, S, C], how its experts were chosen, if it has some)."""
         # The residual stream x keeps its dtype (float32 under autocast); what is multiplied is cast once, here.
         dtype = compute_dtype(x)
         x = x + self.dropout(self.self_attn(self.input_layernorm(x, dtype), rotary, reach, cache, cached))
         normed = self.post_attention_layernorm(x, dtype)
         if isinstance(self.mlp, MoE):
-            mixed, aux = self.mlp(normed, pieces)
-            return x + self.dropout(mixed), aux
+            mixed, balance = self.mlp(normed, pieces)
+            return x + self.dropout(mixed), balance
         return x + self.dropout(self.mlp(normed)), None
 
 
@@ -103,17 +104,19 @@ class Body(nn.Module):
 
     def forward(
         self, input_ids: Tensor, rotary: Rotary, reach: Reach, pieces: Pieces | None, cache: Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        """[B, S] token ids -> ([B, S, C] normed hidden states in the compute dtype, auxiliary sum over layers)."""
-        x = self.dropout(self.embed_tokens(input_ids))
-        aux_sum = torch.zeros((), device=x.device)
+    ) -> tuple[Tensor, Balance | None]:
+        """[B, S] token ids -> ([B, S, C] normed hidden states in the compute dtype, the experts' choice in all layers).
+
+        The second is None for a dense model.
+        """
+        x, total = self.dropout(self.embed_tokens(input_ids)), None
         cached = cache.length if cache is not None else 0
         for number, layer in enumerate(self.layers):
-            x, aux = layer(x, rotary, reach, pieces, cache.layers[number] if cache is not None else None, cached)
-            aux_sum = aux_sum if aux is None else aux_sum + aux
+            x, balance = layer(x, rotary, reach, pieces, cache.layers[number] if cache is not None else None, cached)
+            total = balance if total is None else total.plus(balance)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x, compute_dtype(x)), aux_sum
+        return self.norm(x, compute_dtype(x)), total
 
 
 class Decoder(nn.Module):
@@ -172,12 +175,13 @@ class Decoder(nn.Module):
         rotary = self._rotary(input_ids, position_ids, cache)
         reach = self._reach(input_ids, segment_ids, offsets, cache)
         pieces = Pieces.of(labels, segment_ids) if self.config.use_moe and labels is not None else None
-        hidden, aux_sum = self.model(input_ids, rotary, reach, pieces, cache)
+        hidden, balance = self.model(input_ids, rotary, reach, pieces, cache)
         loss_sum = None
         if labels is not None:
             loss_sum = cross_entropy_sum(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
         scores = self.lm_head(hidden).float() if logits or labels is None else None
-        return DecoderOutput(loss_sum, aux_sum, scores)
+        aux_sum = balance.aux if balance is not None else torch.zeros((), device=hidden.device)
+        return DecoderOutput(loss_sum, aux_sum, scores, balance.counts if balance is not None else None)
 
     def _rotary(self, input_ids: Tensor, position_ids: Tensor | None, cache: Cache | None) -> Rotary:
         assert self.config.head_dim is not None

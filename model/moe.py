@@ -15,13 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.functional import grouped_mm
 
 from model.config import ModelConfig
 from model.layers import FeedForward, Linear
-
-ALIGNED = 8
-"""Experts begin at multiples of so many slots: CUDA's grouped products read 16 bytes at a time."""
+from model.product import ALIGNED, can_group, product
 
 
 class Slots(NamedTuple):
@@ -78,6 +75,21 @@ class Pieces(NamedTuple):
         return cls(piece, counted, size.clamp(min=1.0), B * widest)
 
 
+class Balance(NamedTuple):
+    """How the experts of one layer, or of all, were chosen.
+
+    ``aux``: float32 scalar, see `auxiliary_sum`; 0 where nothing is predicted. ``counts`` [E]: choices of each expert,
+    padding's among them.
+    """
+
+    aux: Tensor
+    counts: Tensor
+
+    def plus(self, other: "Balance") -> "Balance":
+        """Of several layers together."""
+        return Balance(self.aux + other.aux, self.counts + other.counts)
+
+
 class MoE(nn.Module):
     """Router and experts. ``gate`` is the router, as MiniMind names it."""
 
@@ -86,69 +98,48 @@ class MoE(nn.Module):
         assert config.moe_intermediate_size is not None
         self.per_token = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        self.count: Callable[[Tensor], None] | None = None
-        """Told in training how many choices fell on each expert, [E] on the device."""
 
         self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = nn.ModuleList(
             FeedForward(config.hidden_size, config.moe_intermediate_size) for _ in range(config.num_experts)
         )
 
-    def forward(self, x: Tensor, pieces: Pieces | None) -> tuple[Tensor, Tensor]:
-        """[B, S, C] -> ([B, S, C], auxiliary sum: float32 scalar, 0 without ``pieces``)."""
+    def forward(self, x: Tensor, pieces: Pieces | None) -> tuple[Tensor, "Balance"]:
+        """[B, S, C] -> ([B, S, C], how the experts were chosen)."""
         tokens = x.flatten(0, 1)
         scores = self._scores(tokens)
         weights, chosen = scores.topk(self.per_token, dim=-1)
         if self.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        mixed = self._mixed(tokens, weights, chosen)
+        slots = Slots.found(chosen, len(self.experts))
+        mixed = self._mixed(tokens, weights, chosen, slots)
         aux = scores.new_zeros(()) if pieces is None else auxiliary_sum(scores, chosen, pieces)
-        return mixed.view_as(x), aux
+        return mixed.view_as(x), Balance(aux, slots.counts)
 
     def _scores(self, tokens: Tensor) -> Tensor:
         # In float32 also under autocast: bfloat16 logits tie often, and a tie decides which expert learns.
         with torch.autocast(tokens.device.type, enabled=False):
             return F.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1)
 
-    # Compiled, the grouped products would be taken apart again, by sizes that only a run knows.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _mixed(self, tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        slots = Slots.found(chosen, len(self.experts))
-        if self.count is not None and self.training:
-            self.count(slots.counts)
+    def _mixed(self, tokens: Tensor, weights: Tensor, chosen: Tensor, slots: Slots) -> Tensor:
         filled: Callable[..., Tensor] = Filled.apply
         taken: Callable[..., Tensor] = Taken.apply
-        outputs = self._computed(filled(tokens, slots.of, self.per_token, slots.total), slots)
+        outputs = self._computed(filled(tokens, slots.of, self.per_token, slots.total), slots.ends)
         back = taken(outputs, slots.of).view(*chosen.shape, -1)
         return torch.einsum("nkc,nk->nc", back, weights.to(back.dtype))
 
-    def _computed(self, x: Tensor, slots: Slots) -> Tensor:
+    def _computed(self, x: Tensor, ends: Tensor) -> Tensor:
         """[M, C] -> [M, C], each slot by its expert."""
-        if not can_group(x, self._matrices("gate_proj")):
-            # One wait a layer, for the sizes of the slices.
-            slices = torch.tensor_split(x, slots.ends[:-1].tolist())
-            return torch.cat([expert(part) for expert, part in zip(self.experts, slices, strict=True)])
         gate, up, down = (
-            torch.stack([matrix.to(x.dtype) for matrix in self._matrices(name)]).transpose(1, 2)
+            torch.stack([getattr(expert, name).weight.to(x.dtype) for expert in self.experts])
             for name in ("gate_proj", "up_proj", "down_proj")
         )
-        hidden = F.silu(grouped_mm(x, gate, offs=slots.ends)) * grouped_mm(x, up, offs=slots.ends)
-        out: Tensor = grouped_mm(hidden, down, offs=slots.ends)
+        grouped = can_group(x, gate.shape[2], gate.shape[1])
+        # Where products are not grouped: the one wait a layer, for the sizes of its slices.
+        ends = ends if grouped else ends.cpu()
+        hidden = F.silu(product(x, gate, ends, grouped)) * product(x, up, ends, grouped)
+        out: Tensor = product(hidden, down, ends, grouped)
         return out
-
-    def _matrices(self, name: str) -> list[Tensor]:
-        return [getattr(expert, name).weight for expert in self.experts]
-
-
-def can_group(x: Tensor, matrices: list[Tensor]) -> bool:
-    """Whether grouped products of ``x`` [M, C] with such ``matrices`` run without a wait for the device.
-
-    On CUDA the kernel is Hopper's and later cards', knows bfloat16, and wants rows of whole 16 bytes.
-    """
-    if not x.is_cuda:
-        return True
-    whole = all(size % ALIGNED == 0 for size in matrices[0].shape)
-    return whole and x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
 def auxiliary_sum(scores: Tensor, chosen: Tensor, pieces: Pieces) -> Tensor:

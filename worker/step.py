@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from worker.brake import Brake
-from worker.experts import ExpertLoad
 
 
 class Batch(Protocol):
@@ -142,7 +141,6 @@ class Stepper:
     precision: Precision
     aux_coefficient: float
     grad_clip: float
-    experts: ExpertLoad
     brake: Brake
 
     def step(self, micros: Iterable[Micro], learning_rate: float, seed_of: Callable[[int], None]) -> Unread:
@@ -150,8 +148,7 @@ class Stepper:
 
         ``seed_of(i)`` seeds the dropout of micro-batch i. Nothing here waits for the device.
         """
-        self.experts.take()
-        sums, run = self._accumulate(micros, seed_of)
+        sums, loads, run = self._accumulate(micros, seed_of)
         norm = self._norm()
         held = self.brake.hold(norm)
         self._update(norm, learning_rate, held)
@@ -159,7 +156,7 @@ class Stepper:
         # With DDP the gradients are views into its buckets, and worth keeping: nothing is copied then.
         self.optimizer.zero_grad(set_to_none=not self.exchanges)
         scalars = torch.stack([*sums, norm.to(torch.float64), held.to(torch.float64)])
-        values = torch.cat([scalars, *self.experts.take()])
+        values = torch.cat([scalars, *([sum(loads[1:], start=loads[0]).double()] if loads else [])])
         return Unread(values, [(micro.rows, micro.tokens) for micro in run])
 
     def warm_up(self, micro: Micro) -> None:
@@ -179,9 +176,13 @@ class Stepper:
 
     def _accumulate(
         self, micros: Iterable[Micro], seed_of: Callable[[int], None]
-    ) -> tuple[list[torch.Tensor], list[Micro]]:
-        """Backward through all micro-batches; ranks exchange gradients in the last one only."""
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Micro]]:
+        """Backward through all micro-batches; ranks exchange gradients in the last one only.
+
+        The results: loss and auxiliary sum of each, the experts' tokens in each (none for a dense model), and they.
+        """
         sums: list[torch.Tensor] = []
+        loads: list[torch.Tensor] = []
         run: list[Micro] = []
         for index, (micro, last) in enumerate(_with_last(micros)):
             seed_of(index)
@@ -191,8 +192,9 @@ class Stepper:
                     loss = (output.loss_sum + self.aux_coefficient * output.aux_sum) * micro.factor
                 self.scaler.scale(loss).backward()
             sums += [output.loss_sum.detach().to(torch.float64), output.aux_sum.detach().to(torch.float64)]
+            loads += [output.expert_counts] if output.expert_counts is not None else []
             run.append(micro)
-        return sums, run
+        return sums, loads, run
 
     def _exchange(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or not isinstance(self.module, nn.parallel.DistributedDataParallel):
@@ -220,7 +222,7 @@ class Stepper:
 
 
 def forward(module: nn.Module, batch: Batch) -> Any:
-    """One forward pass; the output has ``loss_sum`` and ``aux_sum``, both summed over label tokens."""
+    """One forward pass; what comes out is a `model.decoder.DecoderOutput`."""
     return module(
         batch.input_ids,
         position_ids=batch.position_ids,

@@ -19,7 +19,6 @@ from worker import checkpoint
 from worker.brake import Brake
 from worker.checkpoint import RunState
 from worker.distributed import Ranks, Row
-from worker.experts import ExpertLoad
 from worker.failure import Failure
 from worker.gate import Trouble
 from worker.step import Precision, Stepper
@@ -117,7 +116,6 @@ def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks:
         precision=Precision(ranks.device.type, dtype),
         aux_coefficient=aux_coefficient,
         grad_clip=training.grad_clip,
-        experts=ExpertLoad(model),
         brake=Brake(training.on_nonfinite, holding=not scaler.is_enabled(), device=ranks.device),
     )
     return Trainee(model, optimizer, scaler, stepper)

@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import moe
 from model.arithmetic import active_parameters, checkpoint_bytes, flops_per_token, memory_bytes, parameters
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.product import ALIGNED
 from tests.model.shapes import random_ids, small_config, small_decoder
 
 SHAPES: list[dict[str, Any]] = [
@@ -59,7 +59,11 @@ def test_flops_of_experts_do_not_grow_with_their_number() -> None:
 
 def counted(model: Decoder, ids: torch.Tensor) -> dict[str, float]:
     """Operations of a training pass by torch's own counter, a token: of matrix products, and of those in batches."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    experts = {
+        torch.ops.trainyard.product: lambda x, matrices, *_, **__: 2 * x[0] * matrices[1] * matrices[2],
+        torch.ops.trainyard.product_by_matrices: lambda grad, x, *_, **__: 2 * x[0] * x[1] * grad[1],
+    }
+    with FlopCounterMode(display=False, custom_mapping=experts) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, labels=ids).loss_sum.backward()
     return {str(name): count / ids.numel() for name, count in counter.get_flop_counts()["Global"].items()}
 
@@ -70,17 +74,16 @@ def of_empty_slots(config: ModelConfig, tokens: int) -> float:
         return 0.0
     assert config.moe_intermediate_size is not None
     matrices = config.num_hidden_layers * 3 * config.hidden_size * config.moe_intermediate_size
-    return 6 * matrices * config.num_experts * moe.ALIGNED / tokens
+    return 6 * matrices * config.num_experts * ALIGNED / tokens
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_flops_are_those_that_torch_counts(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     """All products exactly; of attention the half that the causal mask leaves, where the counter sees the whole."""
-    # The counter does not know grouped products; slice by slice they are the same ones, empty slots included.
-    monkeypatch.setattr(moe, "can_group", lambda *_: False)
     config = small_config(**changes)
     found = counted(small_decoder(**changes), random_ids(2, 48))
-    assert found["aten.mm"] == flops_per_token(config, 0) + of_empty_slots(config, tokens=96)
+    products = sum(count for name, count in found.items() if name.startswith(("aten.mm", "trainyard.product")))
+    assert products == flops_per_token(config, 0) + of_empty_slots(config, tokens=96)
     attention = flops_per_token(config, 48) - flops_per_token(config, 0)
     assert found["aten.bmm"] == pytest.approx(2 * attention, rel=0.05), "the auxiliary loss has a few more"
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import moe
 from model.moe import MoE, Pieces, auxiliary_sum
+from model.product import product
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
 
 
@@ -158,20 +159,49 @@ class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_the_host_waits_for_the_sizes_of_slices_and_for_nothing_where_products_are_grouped(
     number_of_experts: int, grouped: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer, x, whole = experts(num_experts=number_of_experts), hidden().requires_grad_(), torch.Tensor.tolist
-    lists: list[tuple[int, ...]] = []
+    layer, x = experts(num_experts=number_of_experts), hidden().requires_grad_()
+    fetched: list[Tensor] = []
+    listed: list[Tensor] = []
 
-    def tolist(tensor: Tensor) -> Any:
-        lists.append(tuple(tensor.shape))
+    def cpu(tensor: Tensor) -> Tensor:
+        fetched.append(tensor.clone())
+        return fetched[-1]
+
+    def tolist(tensor: Tensor, whole: Any = torch.Tensor.tolist) -> Any:
+        listed.append(tensor)
         return whole(tensor)
 
     monkeypatch.setattr(moe, "can_group", lambda *_: grouped)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     with Syncs() as syncs:  # type: ignore[no-untyped-call]
         layer(x, None)[0].sum().backward()
-    assert lists == ([] if grouped else [(number_of_experts - 1,)])
-    # Where `tolist` goes through the dispatcher it is counted a second time, one number at a time or all at once.
-    assert syncs.count <= len(lists)
+    assert [tuple(tensor.shape) for tensor in fetched] == ([] if grouped else [(number_of_experts,)])
+    assert {tensor.data_ptr() for tensor in listed} == {tensor.data_ptr() for tensor in fetched}
+    assert syncs.count == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_one_by_one_are_what_grouped_products_are(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = experts(num_experts=6), hidden()
+    found = []
+    for grouped in (True, False):
+        monkeypatch.setattr(moe, "can_group", lambda *_, grouped=grouped: grouped)
+        layer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            out: Tensor = layer(x.to(dtype), None)[0]
+        torch.autograd.backward(out.float().square().sum())
+        found.append([out, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    assert len(found[0]) == 1 + len(list(layer.parameters()))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_the_product_is_an_operator_by_torch_s_own_tests() -> None:
+    drawn = torch.Generator().manual_seed(1)
+    x, matrices = (torch.randn(shape, generator=drawn).requires_grad_() for shape in ((24, 8), (3, 16, 8)))
+    for grouped in (True, False):
+        torch.library.opcheck(product, (x, matrices, torch.tensor([8, 8, 24], dtype=torch.int32), grouped))
 
 
 def test_same_weights_same_bits() -> None:

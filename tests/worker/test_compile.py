@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from model.config import ModelConfig
 from tests.worker import driver
 from tests.worker.test_step import SHAPE, rows
 from worker.distributed import Ranks
@@ -16,6 +17,7 @@ from worker.failure import cannot_compile
 from worker.trainee import initial_model
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+EXPERTS = replace(SHAPE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 
 def packed(batch: Any) -> dict[str, Any]:
@@ -29,32 +31,19 @@ def packed(batch: Any) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("default::DeprecationWarning:torch.*")
 @pytest.mark.filterwarnings("default::FutureWarning:torch.*")
+@pytest.mark.parametrize("shape", [SHAPE, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("packing", ["document", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_dense_model_is_one_graph(packing: str, dtype: torch.dtype) -> None:
+def test_the_model_is_one_graph(packing: str, dtype: torch.dtype, shape: ModelConfig) -> None:
     import torch._dynamo
 
-    model, batch = initial_model(SHAPE, 1, ALONE.device), rows(2, seed=1)
+    model, batch = initial_model(shape, 1, ALONE.device), rows(2, seed=1)
     more = packed(batch) if packing == "document" else {}
     torch._dynamo.reset()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
         explained = torch._dynamo.explain(model)(batch.input_ids, labels=batch.labels, **more)
     assert explained.break_reasons == []
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
-
-
-# torch's own graph capture warns of what it does itself where a graph breaks.
-@pytest.mark.filterwarnings("ignore")
-def test_with_experts_the_graph_breaks_at_their_slices_alone() -> None:
-    """Their sizes are data, so the experts stay outside on purpose; all else is compiled."""
-    import torch._dynamo
-
-    shape = replace(SHAPE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    model, batch = initial_model(shape, 1, ALONE.device), rows(2, seed=1)
-    torch._dynamo.reset()
-    explained = torch._dynamo.explain(model)(batch.input_ids, labels=batch.labels, **packed(batch))
-    assert explained.break_reasons
-    assert [why.reason for why in explained.break_reasons if "torch.compiler.disable()" not in why.reason] == []
 
 
 def no_compiler() -> None:

@@ -68,10 +68,11 @@ def test_stopped_and_killed_at_random_steps_it_is_the_same_run(name: str, text: 
 
 
 @pytest.mark.soak
-def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [{}, MOE], ids=["dense", "moe"])
+def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path, model: dict[str, Any]) -> None:
     """Over the end of an epoch, whose last micro-batch has a shape of its own."""
     training = {"use_compile": True, "max_steps": 12, "batch_size": 5, "accumulation_steps": 1}
-    described = driver.spec(text, training=training, checkpoint={"save_interval": 100})
+    described = driver.spec(text, training=training, checkpoint={"save_interval": 100}, model=model)
     untouched, broken = (driver.new_run(tmp_path / kind, described) for kind in ("untouched", "broken"))
     driver.run_to_end(untouched)
     assert driver.run_to_end(broken, 1, partial(stop_after, broken, 1, 8)).step == 8
