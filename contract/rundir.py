@@ -16,6 +16,8 @@ STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 MILESTONE_DIRECTORY = re.compile(r"step-(\d{8,})-weights")
 RANK_FILE = "rank"
 """A rank's number among all, beside the file that torchrun has it write its exception to."""
+UNSEEN = "this node does not see the run's directory; the home must be shared by all nodes, under one path"
+"""What an agent says in the cluster's own log, because it has no other."""
 ATTEMPT_DIRECTORY = re.compile(r"attempt-(\d{4,})")
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from contract.report import ErrorCard, ExitReport, RunSettings
 from contract.status import Reason
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
+from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, Placement, State
 
 
 class ServiceKilled(BaseException):
@@ -18,7 +18,10 @@ Failpoint = Literal["before_spawn", "after_spawn", "refuse", "no_answer", "no_an
 
 @dataclass
 class FakeAttempt:
-    """One launched attempt: what its ranks wrote, and what became of it."""
+    """One launched attempt: what its ranks wrote, and what became of it.
+
+    ``placement``, ``silence``: what a cluster says of it, or why it says nothing.
+    """
 
     launch: Launch
     lines: list[dict[str, Any]] = field(default_factory=list)
@@ -27,6 +30,8 @@ class FakeAttempt:
     stop_asked: int = 0
     save_asked: int = 0
     ended_by_launcher: int = 0
+    placement: Placement | None = None
+    silence: str | None = None
 
     def say(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Append a line to the outbox, and return it."""
@@ -114,7 +119,7 @@ class FakeLauncher:
         failpoint, self.fail_next = self.fail_next, None
         self.starts.append(launch.name)
         if failpoint == "refuse":
-            raise LaunchRefused("no room in the test")
+            raise LaunchRefused("no room in the test", "make room in the test")
         if failpoint == "before_spawn":
             raise ServiceKilled()
         if failpoint == "no_answer":
@@ -132,7 +137,8 @@ class FakeLauncher:
         attempt = self.attempts.get(name)
         if attempt is None:
             return Found(State.ABSENT)
-        return Found(attempt.state, attempt.report if attempt.state is State.ENDED else None)
+        report = attempt.report if attempt.state is State.ENDED else None
+        return Found(attempt.state, report, attempt.placement, attempt.silence)
 
     def stop(self, name: AttemptName) -> None:
         """Count the wish."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.report import ErrorCard, ExitReport, RunSettings, read_message
-from contract.rundir import AttemptDir, read_json, write_atomically, write_json
+from contract.rundir import UNSEEN, AttemptDir, read_json, write_atomically, write_json
 from contract.spec import JobSpec
 from contract.status import Reason
 from service.launch import commands, remains
@@ -45,6 +45,9 @@ ENDS: dict[str, tuple[Reason, str]] = {
 }
 """Slurm's word on an attempt that left none itself."""
 
+SHARED = (
+    "Mount the directory that the service keeps its home in on every node that Slurm may choose, or exclude the node."
+)
 UNSHARED = (
     "Not even a log was written: do all nodes have {path}, under this path, and may the service's user write there?"
 )
@@ -241,12 +244,29 @@ def _deduced(attempt: AttemptDir, state: str | None) -> ExitReport:
         return _on_request(attempt, "stopped", "stopped while it waited in Slurm; nothing of it had begun")
     if cancelled and (attempt.closed.exists() or (state is not None and attempt.stop.exists())):
         return _on_request(attempt, "killed", "ended in Slurm as asked, without a save")
+    if (unseen := _unseen(attempt)) is not None:
+        card = ErrorCard(code=Reason.LAUNCH_FAILED, message=unseen, hint=SHARED)
+        return remains.crashed(attempt, card, remains.lines_of(attempt), remains.last_sign(attempt))
     if state in ENDS:
         return remains.lost(attempt, *ENDS[state])
     if not began:
         return _never_began(attempt, state)
     gone = f"Slurm says {state}" if state is not None else "Slurm knows nothing of it any more"
     return remains.lost(attempt, Reason.AGENT_LOST, f"the attempt's agent is gone and left no report; {gone}")
+
+
+def _unseen(attempt: AttemptDir) -> str | None:
+    """What the agent of a node said that does not have the home; the cluster has ended those of the others then."""
+    said = _last_words(attempt).splitlines()
+    return next((line[:500] for line in said if line.startswith(UNSEEN)), None)
+
+
+def _last_words(attempt: AttemptDir) -> str:
+    """The end of Slurm's own log of it."""
+    try:
+        return attempt.cluster_log.read_bytes()[-remains.LOG_TAIL_BYTES :].decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _on_request(attempt: AttemptDir, outcome: str, message: str) -> ExitReport:
@@ -264,9 +284,7 @@ def _on_request(attempt: AttemptDir, outcome: str, message: str) -> ExitReport:
 
 def _never_began(attempt: AttemptDir, state: str | None) -> ExitReport:
     """Slurm has run it and no agent has said a word: why is in Slurm's own log of it."""
-    tail = ""
-    with contextlib.suppress(OSError):
-        tail = attempt.cluster_log.read_bytes()[-remains.LOG_TAIL_BYTES :].decode(errors="replace")
+    tail = _last_words(attempt)
     last = next(iter(reversed(tail.strip().splitlines())), f"Slurm says {state or 'nothing'}")
     message = f"the attempt's agent did not begin on the cluster: {last[:500]}"
     hint = None if attempt.cluster_log.exists() else UNSHARED.format(path=attempt.path)

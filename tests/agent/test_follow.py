@@ -13,10 +13,10 @@ import pytest
 
 from contract.locks import FileLock
 from contract.processes import MARKER, marked
-from contract.rundir import AttemptDir, RunDir, read_json, write_json
+from contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
 from tests.agent.conftest import DRIVER, until
 from worker.agent import follow
-from worker.agent.place import UNSEEN, Place
+from worker.agent.place import Place
 
 MARK = "job_follow/1"
 RESOURCES = '{"resources": {"nproc_per_node": 1}}'

@@ -187,6 +187,7 @@ def test_a_refused_launch_is_tried_again_and_then_fails(any_rig: Rig) -> None:
     job = rig.job(job_id)
     assert (job["status"], job["reason"]) == ("interrupted", "launch_failed")
     assert job["message"] == "the launch failed: no room in the test; restarting in 5 s, 1 of 1"
+    assert job["error"]["hint"] == "make room in the test"
     rig.launcher.fail_next = "refuse"
     rig.clock.forward(6)
     rig.settle()

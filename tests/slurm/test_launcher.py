@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from contract.report import ExitReport
-from contract.rundir import AttemptDir, RunDir, read_json, write_json
+from contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
 from contract.spec import DataSpec, JobSpec, ResourcesSpec
 from contract.status import Reason
 from service.launch import commands
@@ -422,6 +422,21 @@ def test_nodes_without_the_home_are_thought_of_where_not_even_a_log_was_written(
     assert (report.error.hint, report.message) == (
         None,
         "the attempt's agent did not begin on the cluster: bash: python: command not found",
+    )
+
+
+def test_a_node_without_the_home_counts_against_the_launch_whatever_became_of_the_others(
+    slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir
+) -> None:
+    launcher.start(LAUNCH)
+    begin(attempt)
+    attempt.cluster_log.write_text(f"slurmstepd: error\n{UNSEEN}: {attempt.path} is not there on n2\nsrun: error: n1\n")
+    slurm.queue({"job_state": "FAILED"})
+    report = judged(launcher).report
+    assert report is not None
+    assert (report.reason, report.message) == (
+        Reason.LAUNCH_FAILED,
+        f"{UNSEEN}: {attempt.path} is not there on n2",
     )
 
 

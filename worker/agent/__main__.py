@@ -15,11 +15,11 @@ import traceback
 from pathlib import Path
 
 from contract.locks import FileLock, LockBusy
-from contract.rundir import AttemptDir, RunDir
+from contract.rundir import UNSEEN, AttemptDir, RunDir
 from worker.agent.children import Children, become_subreaper
 from worker.agent.follow import follow
 from worker.agent.launch import launch_torchrun, write_started
-from worker.agent.place import UNSEEN, Place, appoint, node_name, sees
+from worker.agent.place import Place, appoint, node_name, sees
 
 TICK_SECONDS = 0.05
 LAUNCH_LOCK_SECONDS = 10.0

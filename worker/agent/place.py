@@ -23,8 +23,6 @@ PORTS = range(20000, 32768)
 """Below those that the kernel gives away itself: an outgoing connection takes none of these in the seconds until
 torchrun binds the one that was chosen, and two jobs on a node seldom choose the same."""
 
-UNSEEN = "this node does not see the run's directory; the home must be shared by all nodes, under one path"
-
 OUTSIDE = "192.0.2.1"
 """An address kept for examples: the way there is the way out of this host."""
 

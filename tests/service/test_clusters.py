@@ -1,0 +1,96 @@
+"""Attempts on a cluster: what their jobs wait for, and agents that cannot reach the service."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from contract.status import JobStatus
+from service.launch.base import Placement, State
+from service.launch.fake import FakeAttempt
+from tests.service.conftest import MakeRig
+from tests.service.rig import Rig
+
+SILENCE = "Slurm does not answer: squeue takes long"
+WAITING = Placement("7", "pending", "Slurm: Resources")
+PLACED = Placement("7", "running", nodes=("node1",), devices=("node1/cuda:0",))
+
+
+@pytest.fixture
+def cluster(make_rig: MakeRig, any_url: str) -> Iterator[Rig]:
+    made = make_rig(any_url, TRAINYARD_SLURM="on", TRAINYARD_LAUNCHER="slurm")
+    yield made
+    made.close()
+
+
+def submitted(rig: Rig) -> tuple[str, FakeAttempt]:
+    job_id = rig.submit()
+    rig.settle()
+    return job_id, rig.launcher.of(job_id)
+
+
+def later(rig: Rig, seconds: float = 6.0) -> None:
+    rig.clock.forward(seconds)
+    rig.settle()
+
+
+def waiting_for(rig: Rig, job_id: str) -> str | None:
+    queue = rig.job(job_id)["queue"]
+    return queue["waiting_for"] if queue is not None else None
+
+
+def test_a_job_waits_for_its_cluster_s_answer_and_says_so(cluster: Rig) -> None:
+    job_id, attempt = submitted(cluster)
+    attempt.state, attempt.silence = State.UNKNOWN, SILENCE
+    later(cluster)
+    assert cluster.job(job_id)["placement"]["engine_id"] == ""
+    assert waiting_for(cluster, job_id) == SILENCE
+    attempt.state, attempt.placement = State.ALIVE, WAITING
+    later(cluster)
+    assert waiting_for(cluster, job_id) == "Slurm: Resources"
+    attempt.state = State.UNKNOWN
+    later(cluster)
+    assert (cluster.job(job_id)["placement"]["engine_id"], waiting_for(cluster, job_id)) == ("7", SILENCE)
+    attempt.state, attempt.placement = State.ALIVE, PLACED
+    later(cluster)
+    assert waiting_for(cluster, job_id) is None
+    attempt.state = State.UNKNOWN
+    later(cluster)
+    assert cluster.job(job_id)["placement"]["waiting_for"] is None, "it runs, whoever is silent"
+
+
+def test_a_launch_without_an_answer_says_why_it_stands_still(cluster: Rig) -> None:
+    cluster.launcher.fail_next = "no_answer_but_done"
+    job_id, attempt = submitted(cluster)
+    attempt.state, attempt.silence = State.UNKNOWN, SILENCE
+    later(cluster)
+    assert (cluster.status(job_id), waiting_for(cluster, job_id)) == (JobStatus.STARTING, SILENCE)
+    assert cluster.data(job_id, "attempts")[0]["launched_at"] is None, "nobody knows that"
+
+
+def test_an_agent_that_cannot_report_is_read_all_the_same(cluster: Rig) -> None:
+    job_id, attempt = submitted(cluster)
+    attempt.placement = PLACED
+    attempt.started()
+    attempt.metric(1)
+    later(cluster)
+    assert cluster.status(job_id) is JobStatus.RUNNING
+    assert [row["step"] for row in cluster.data(job_id, "metrics")] == [1]
+    attempt.metric(2)
+    later(cluster)
+    cluster.ship(attempt)
+    assert [row["step"] for row in cluster.data(job_id, "metrics")] == [1, 2], "each line once, whoever brings it"
+    assert cluster.act(job_id, "kill")["status"] == "cancelling"
+    later(cluster, 11.0)
+    later(cluster, 11.0)
+    assert (cluster.status(job_id), attempt.ended_by_launcher) == (JobStatus.CANCELLED, 1)
+
+
+def test_an_agent_that_reports_is_not_read_beside(cluster: Rig) -> None:
+    job_id, attempt = submitted(cluster)
+    attempt.placement = PLACED
+    later(cluster)
+    attempt.started()
+    cluster.ship(attempt)
+    attempt.metric(1)
+    later(cluster, 1.0)
+    assert cluster.data(job_id, "metrics") == []
