@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from client.connection import Connection, Patience
+from client.connection import Connection, Patience, address_of
 from client.download import fetch
 from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
 from client.exits import at_rest
@@ -33,7 +33,7 @@ class Trainyard:
     """A service, as an object: one method for each route.
 
     Args:
-        url: where it is; else ``TRAINYARD_URL``, else http://127.0.0.1:8000.
+        url: where it is, "http://" where it says no scheme; else ``TRAINYARD_URL``, else http://127.0.0.1:8000.
         token: bearer token; else ``TRAINYARD_TOKEN``, else none; "" is none whatever the environment says.
         timeout: seconds for one try of one call.
         patience: how long a call whose answer was lost is tried again, where that is safe.
@@ -51,7 +51,7 @@ class Trainyard:
         patience: Patience | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        self.url = (url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL).rstrip("/")
+        self.url = address_of(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
         token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
         self._connection = Connection(self.url, token, timeout, patience or Patience(), transport)
         self.webhooks = Webhooks(self._connection, self._pages)
@@ -116,7 +116,7 @@ class Trainyard:
                 pass
         found = [job for job in self.jobs(name=id_or_name, limit=PAGE) if job["name"] == id_or_name]
         if not found:
-            raise NotFound(404, {"code": "not_found", "detail": f"no job has the id or name {id_or_name!r}"})
+            raise NotFound(404, {"code": "job_not_found", "detail": f"no job has the id or name {id_or_name!r}"})
         if len(found) > 1:
             ids = ", ".join(f"{job['id']} ({job['status']})" for job in found[:5])
             raise NameShared(f"{len(found)} jobs are named {id_or_name!r}; say which by id: {ids}")

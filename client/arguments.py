@@ -4,6 +4,8 @@ Each subcommand names the function that runs it as "module:function"; `client.cl
 """
 
 import argparse
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any
 
 from contract.access import Scope
@@ -25,6 +27,24 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, but what is left over is refused here, where it is known what was meant."""
+        parsed, left = super().parse_known_args(args, namespace)
+        if left:
+            self.error(f"there is no {left[0]} here{_meant(left[0], self._option_string_actions)}")
+        return parsed, left
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        near = _meant(value, action.choices) if action.choices is not None and value not in action.choices else ""
+        if near:
+            raise argparse.ArgumentError(action, f"there is no {value!r}{near}")
+        super()._check_value(action, value)
+
+
+def _meant(given: str, there: Iterable[str]) -> str:
+    near = get_close_matches(given.partition("=")[0], list(there), n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def build_parser() -> argparse.ArgumentParser:

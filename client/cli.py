@@ -57,6 +57,8 @@ def explain(error: TrainyardError, console: Console) -> None:
     if isinstance(error, Refused):
         for problem in error.errors:
             console.say(f"  {problem.pointer or '/'}: {problem.message}")
+        if error.code == "job_not_found":
+            console.say("  `trainyard list` shows those that there are")
         if error.request_id and error.status >= 500:
             console.say(f"  request {error.request_id}: the service's log has more")
     elif exit_of_error(error) == Exit.NO_SERVICE:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from client.errors import ServiceUnreachable, refusal
+from client.errors import NoAddress, ServiceUnreachable, refusal
 from client.streams import OPENED, NoStream, StreamEvent, parse
 
 CONNECT_SECONDS = 10.0
@@ -178,6 +178,19 @@ class Connection:
         except ValueError:
             cause = f"what answers there is no Trainyard service ({response.status_code}, not JSON)"
             raise ServiceUnreachable(self.url, cause) from None
+
+
+def address_of(url: str) -> str:
+    """``localhost:8000`` as ``http://localhost:8000``. Raises NoAddress for what leads to no service."""
+    whole = (url if "://" in url else f"http://{url}").rstrip("/")
+    try:
+        parts = urlsplit(whole)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise NoAddress(url)
+    return whole
 
 
 def _cause(error: httpx2.TransportError) -> str:

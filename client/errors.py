@@ -18,6 +18,13 @@ class ServiceUnreachable(TrainyardError):
         self.cause = cause
 
 
+class NoAddress(TrainyardError):
+    """What was given as the service's URL is none; the message says what one looks like."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(f"{url!r} is no address of a service: it must be like http://127.0.0.1:8000")
+
+
 class WaitTimedOut(TrainyardError):
     """The job did not get where it was waited for in time; ``job`` is how it was last seen, if at all."""
 

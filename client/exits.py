@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
-from client.errors import NameShared, NotAuthorised, ServiceUnreachable, TrainyardError, WaitTimedOut
+from client.errors import NameShared, NoAddress, NotAuthorised, ServiceUnreachable, TrainyardError, WaitTimedOut
 from contract.status import TERMINAL, JobStatus
 
 
@@ -34,7 +34,7 @@ def exit_of_error(error: TrainyardError) -> Exit:
             return Exit.NO_SERVICE
         case NotAuthorised():
             return Exit.NOT_AUTHORISED
-        case NameShared():
+        case NameShared() | NoAddress():
             return Exit.USAGE
         case WaitTimedOut():
             return Exit.TIMED_OUT

@@ -21,6 +21,26 @@ PATHS = (
 BUILT_IN_TOKENIZER = "byte"
 ABSENT = frozenset({"none", "null", "None"})
 SEVERAL = frozenset({"betas", "sample_prompts"})
+OTHER_WORDS = {
+    "accumulation": "accumulation_steps",
+    "bs": "batch_size",
+    "data": "data_path",
+    "dim": "hidden_size",
+    "gpus": "nproc_per_node",
+    "lr": "learning_rate",
+    "max_length": "max_seq_len",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "n_layers": "num_hidden_layers",
+    "nproc": "nproc_per_node",
+    "out_dir": "save_dir",
+    "seq_len": "max_seq_len",
+    "tokenizer": "tokenizer_path",
+    "warmup_iters": "warmup_steps",
+}
+"""What other trainers call a leaf, to be told its name here."""
+
+PROGRAMS = frozenset({"torchrun", "python", "python3"})
 
 
 class LeafType:
@@ -118,6 +138,12 @@ def require_known(arguments: Sequence[str], known: frozenset[str]) -> list[str]:
     return [_known(argument, known) if _is_long_flag(argument) else argument for argument in arguments]
 
 
+def without_program(arguments: Sequence[str]) -> list[str]:
+    """A whole command line of MiniMind's, as it is pasted, without ``torchrun`` and the name of its script."""
+    pasted = arguments[0] in PROGRAMS if arguments else False
+    return [word for word in arguments[pasted:] if not word.endswith("train_pretrain.py")]
+
+
 def _is_long_flag(argument: str) -> bool:
     return argument.startswith("--") and len(argument) > 2
 
@@ -128,6 +154,8 @@ def _known(argument: str, known: frozenset[str]) -> str:
     for candidate in (name, with_underscores):
         if candidate in known:
             return candidate + equals + value
+    if name[2:] in OTHER_WORDS:
+        raise UsageError(f"there is no flag {name}; did you mean --{OTHER_WORDS[name[2:]]}?")
     near = get_close_matches(with_underscores, sorted(known), n=2, cutoff=0.7)
     meant = f"; did you mean {' or '.join(near)}?" if near else "; `trainyard submit --help` lists them all"
     raise UsageError(f"there is no flag {name}{meant}")

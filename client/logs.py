@@ -12,7 +12,7 @@ from client.exits import Exit, at_rest, exit_of_job
 from client.reading import connect
 from client.shapes import Job
 from client.streams import Feed, StreamEvent
-from client.watch import INTERVAL, Clock
+from client.watch import INTERVAL, Clock, patience_of
 
 
 def logs(args: argparse.Namespace, console: Console) -> int:
@@ -29,6 +29,7 @@ def logs(args: argparse.Namespace, console: Console) -> int:
 def follow_log(reader: "LogReader", args: argparse.Namespace, console: Console, clock: Clock) -> int:
     """Print what comes until the job is at rest and its log is read to the end."""
     deadline = None if args.timeout is None else clock.monotonic() + args.timeout
+    patience, answered = patience_of(console), clock.monotonic()
     try:
         while True:
             job, complete = _turn(reader, args, console)
@@ -38,8 +39,14 @@ def follow_log(reader: "LogReader", args: argparse.Namespace, console: Console, 
                     console.say(line)
                 return code
             if deadline is not None and clock.monotonic() >= deadline:
-                console.say(f"{args.timeout:g} s passed. Job continues.")
+                how = "Job continues." if complete else "The service is lost."
+                again = f"Re-attach: trainyard logs --follow {shlex.quote(args.job)}"
+                console.say(f"{args.timeout:g} s passed. {how} {again}")
                 return Exit.TIMED_OUT
+            answered = clock.monotonic() if complete else answered
+            if patience is not None and clock.monotonic() - answered >= patience:
+                console.say(f"The service is lost. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
+                return Exit.NO_SERVICE
             reader.pause(INTERVAL, clock)
     except KeyboardInterrupt:
         console.say(f"Detached. Job continues. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")

@@ -11,7 +11,15 @@ from client.arguments import OWN_SUBMIT_FLAGS, submit_parser
 from client.console import Console
 from client.errors import InvalidSpec
 from client.exits import UsageError
-from client.flags import add_leaf_flags, leaf_flags, parse_labels, require_known, spec_of
+from client.flags import (
+    PATHS,
+    add_leaf_flags,
+    leaf_flags,
+    parse_labels,
+    require_known,
+    spec_of,
+    without_program,
+)
 from contract.parsing import ALIASES, GROUP_OF_LEAF
 
 
@@ -28,7 +36,8 @@ class Submission:
         """From the arguments of ``command``. Raises UsageError."""
         parser = submit_parser(command)
         add_leaf_flags(parser)
-        args = parser.parse_args(require_known(arguments, OWN_SUBMIT_FLAGS | leaf_flags()))
+        known = require_known(without_program(arguments), OWN_SUBMIT_FLAGS | leaf_flags())
+        args = parser.parse_args(known)
         given = {name: value for name, value in vars(args).items() if name in GROUP_OF_LEAF or name in ALIASES}
         return cls(args, given, _spec(command, args, given, console))
 
@@ -40,7 +49,14 @@ class Submission:
     def list_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
         """One line a mistake."""
         for pointer, message in problems:
-            console.say(f"  {_place(pointer, self.given)}: {message}")
+            console.say(f"  {_place(pointer, self.given)}: {message}{self._where(pointer)}")
+
+    def _where(self, pointer: str) -> str:
+        """The path itself where a path is wrong: a relative one was looked for somewhere."""
+        group, _, leaf = pointer[1:].partition("/")
+        inside = self.spec.get(group) if (group, leaf) in PATHS else None
+        value = inside.get(leaf) if isinstance(inside, dict) else None
+        return f": {value}" if isinstance(value, str) else ""
 
 
 def _spec(command: str, args: argparse.Namespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:

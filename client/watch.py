@@ -23,6 +23,9 @@ INTERVAL = 1.0
 BACKLOG = 2000
 """Log intervals of the curve that are fetched at the start; a sparkline needs no more."""
 
+LOST_SECONDS = 900.0
+"""A service that did not answer for so long will not be back soon: off a terminal nobody is there to see it."""
+
 IMPATIENT = Patience(seconds=0.0)
 """The loop itself is the patience, and the picture goes on while the service is away."""
 
@@ -57,7 +60,7 @@ def follow(watcher: "Watcher", args: argparse.Namespace, console: Console, clock
     handle = watcher.scene.handle
     view = view_for(console, args.json)
     try:
-        scene, code = look_until_rest(watcher, view, clock, args.timeout)
+        scene, code = look_until_rest(watcher, view, clock, args.timeout, patience_of(console))
     except KeyboardInterrupt:
         view.close()
         console.say(f"Detached. Job continues. Re-attach: trainyard watch {shlex.quote(handle)}")
@@ -66,15 +69,26 @@ def follow(watcher: "Watcher", args: argparse.Namespace, console: Console, clock
         view.close()
         watcher.close()
     if code == Exit.TIMED_OUT:
-        console.say(f"{args.timeout:g} s passed. Job continues. Re-attach: trainyard watch {shlex.quote(handle)}")
+        how = "Job continues." if scene.lost is None else f"The service is lost: {scene.lost}."
+        console.say(f"{args.timeout:g} s passed. {how} Re-attach: trainyard watch {shlex.quote(handle)}")
+    elif code == Exit.NO_SERVICE:
+        console.say(f"The service is lost: {scene.lost}. Re-attach: trainyard watch {shlex.quote(handle)}")
     else:
         for line in ending(scene.job, handle):
             console.say(line)
     return code
 
 
-def look_until_rest(watcher: "Watcher", view: View, clock: Clock, timeout: float | None) -> tuple[Scene, Exit]:
-    """The loop: look, show, decide, sleep. Only ``timeout`` seconds bound it."""
+def patience_of(console: Console) -> float | None:
+    """How long a service that is lost is waited for: on a terminal as long as somebody looks at it."""
+    return None if console.draws else LOST_SECONDS
+
+
+def look_until_rest(
+    watcher: "Watcher", view: View, clock: Clock, timeout: float | None, patience: float | None
+) -> tuple[Scene, Exit]:
+    """The loop: look, show, decide, sleep. ``timeout`` seconds bound it, and ``patience`` without an answer."""
+    answered = clock.monotonic()
     deadline = None if timeout is None else clock.monotonic() + timeout
     while True:
         scene = watcher.look(clock.now())
@@ -84,6 +98,9 @@ def look_until_rest(watcher: "Watcher", view: View, clock: Clock, timeout: float
             return scene, code
         if deadline is not None and clock.monotonic() >= deadline:
             return scene, Exit.TIMED_OUT
+        answered = answered if scene.lost is not None else clock.monotonic()
+        if patience is not None and clock.monotonic() - answered >= patience:
+            return scene, Exit.NO_SERVICE
         clock.sleep(INTERVAL if deadline is None else min(INTERVAL, max(0.0, deadline - clock.monotonic())))
 
 

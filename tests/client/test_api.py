@@ -171,6 +171,15 @@ def test_pauses_double_up_to_the_longest_and_stay_within_the_patience() -> None:
     assert sum(Patience().pauses()) <= Patience().seconds
 
 
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [("localhost:8000", "http://localhost:8000"), ("box", "http://box"), ("https://box/", "https://box")],
+)
+def test_an_address_may_leave_out_its_scheme(given: str, url: str) -> None:
+    with Trainyard(given) as found:
+        assert found.url == url
+
+
 def test_a_lost_answer_to_submit_is_asked_for_again_with_the_same_key(
     service: FakeService, trainyard: Trainyard
 ) -> None:

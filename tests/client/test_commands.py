@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from client.arguments import build_parser
-from client.cli import runner
+from client.cli import main, runner
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, job, metric, problem, refused
 
@@ -81,6 +81,37 @@ def test_exit_codes_without_a_service_and_without_a_right(run: Run, service: Fak
 def test_wrong_usage_is_2(run: Run, capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
     assert run(*line)[0] == 2
     assert "usage: trainyard" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["sumbit"], "there is no 'sumbit'; did you mean submit?"),
+        (["watch", "pre-12", "--timout", "3"], "trainyard watch: error: there is no --timout here; did you mean"),
+        (["list", "--state=failed"], "there is no --state=failed here; did you mean --status?"),
+        (["pause", "a", "b"], "trainyard pause: error: there is no b here"),
+        (["token", "lst"], "there is no 'lst'; did you mean list?"),
+    ],
+)
+def test_a_typo_is_told_what_was_meant(
+    run: Run, capsys: pytest.CaptureFixture[str], line: list[str], said: str
+) -> None:
+    assert run(*line)[0] == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_name_that_no_job_has_leads_to_the_list(run: Run) -> None:
+    code, out, err = run("watch", "nosuch")
+    assert (code, out) == (1, "")
+    assert err == (
+        "trainyard: no job has the id or name 'nosuch' [job_not_found]\n  `trainyard list` shows those that there are\n"
+    )
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:99999", "http://[::1"])
+def test_an_address_that_is_none_is_wrong_usage(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--url", url]) == 2
+    assert "must be like http://127.0.0.1:8000" in capsys.readouterr().err
 
 
 def test_a_name_that_is_shared_is_wrong_usage(run: Run, service: FakeService) -> None:

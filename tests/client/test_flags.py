@@ -6,6 +6,7 @@ import pytest
 
 from client.exits import UsageError
 from client.flags import (
+    OTHER_WORDS,
     add_leaf_flags,
     differences,
     leaf_flags,
@@ -117,6 +118,8 @@ def test_values_get_the_type_of_their_leaf(line: str, group: str, leaf: str, val
     [
         ("--batchsize", "--batch_size"),
         ("--lr_rate", None),
+        ("--lr", "--learning_rate"),
+        ("--n_layers", "--num_hidden_layers"),
         ("--learning-rat", "--learning_rate"),
         ("--data", "--data_path"),
     ],
@@ -125,6 +128,11 @@ def test_a_wrong_flag_names_the_one_that_was_meant(flag: str, meant: str | None)
     with pytest.raises(UsageError, match=f"there is no flag {flag}") as caught:
         require_known([flag, "3"], leaf_flags())
     assert meant is None or f"did you mean {meant}" in str(caught.value)
+
+
+def test_other_words_lead_to_leaves() -> None:
+    assert {f"--{leaf}" for leaf in OTHER_WORDS.values()} <= leaf_flags()
+    assert not {f"--{word}" for word in OTHER_WORDS} & leaf_flags()
 
 
 def test_a_flag_that_is_like_nothing_points_to_the_help() -> None:

@@ -80,6 +80,16 @@ def test_follow_outlives_the_service(service: FakeService) -> None:
     assert "reconnecting: connection refused" in err
 
 
+@pytest.mark.parametrize(("timeout", "code"), [(None, 3), (5.0, 124)])
+def test_a_service_that_stays_away_is_given_up(service: FakeService, timeout: float | None, code: int) -> None:
+    def script(_: float) -> None:
+        service.faults = [refused] * 5
+
+    found, _, err = follow(service, script, timeout=timeout)
+    assert found == code
+    assert "The service is lost. Re-attach: trainyard logs --follow" in err
+
+
 @pytest.mark.parametrize(("timeout", "code"), [(2.0, 124), (None, 130)])
 def test_follow_ends_by_timeout_or_ctrl_c(service: FakeService, timeout: float | None, code: int) -> None:
     def script(passed: float) -> None:

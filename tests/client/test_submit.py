@@ -131,6 +131,26 @@ def test_on_a_terminal_a_wrong_spec_is_not_worth_a_question(run: Run, service: F
     assert "/data/data_path: is required" in err
 
 
+@pytest.mark.parametrize(
+    "program", [["torchrun", "--nproc_per_node", "4", "trainer/train_pretrain.py"], ["python", "train_pretrain.py"]]
+)
+def test_minimind_s_whole_command_line_may_be_pasted(run: Run, service: FakeService, program: list[str]) -> None:
+    assert run("submit", *program, "--data_path", "/d/a.jsonl", "--batch_size", "64", "-y")[0] == 0
+    ranks = {"resources": {"nproc_per_node": 4}} if "4" in program else {}
+    assert sent(service) == {"data": {"data_path": "/d/a.jsonl"}, "training": {"batch_size": 64}, **ranks}
+
+
+def test_a_path_that_is_wrong_is_shown_as_it_was_looked_for(
+    run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    errors = [{"pointer": "/data/data_path", "message": "does not exist"}]
+    service.faults = [lambda _: problem(422, "invalid_spec", "1 mistake found", errors=errors)]
+    code, _, err = run("submit", "--data_path", "../d.jsonl", "-y")
+    assert code == 1
+    assert f"--data_path (/data/data_path): does not exist: {tmp_path}/../d.jsonl" in err
+
+
 def test_every_problem_of_the_service_is_printed_with_its_flag(run: Run, service: FakeService) -> None:
     errors = [
         {"pointer": "/training/learning_rate", "message": "must be greater than 0"},

@@ -163,11 +163,24 @@ def test_an_answer_of_503_is_a_service_that_is_away(service: FakeService) -> Non
     assert play(service, script)[0] == 0
 
 
-def test_a_lost_service_is_bounded_by_the_timeout_alone(service: FakeService) -> None:
+def lost_for_good(service: FakeService) -> Callable[[float], None]:
     def script(_: float) -> None:
         service.faults = [refused] * 5
 
-    assert play(service, script, timeout=4000.0)[0] == 124
+    return script
+
+
+def test_on_a_terminal_a_lost_service_is_bounded_by_the_timeout_alone(service: FakeService) -> None:
+    code, _, err = play(service, lost_for_good(service), console(terminal=True), timeout=4000.0)
+    assert code == 124
+    assert "4000 s passed. The service is lost: connection refused. Re-attach: trainyard watch pre-12" in err
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_off_a_terminal_a_service_that_stays_away_is_given_up(service: FakeService, as_json: bool) -> None:
+    code, _, err = play(service, lost_for_good(service), timeout=4000.0, json=as_json)
+    assert code == 3
+    assert err == "The service is lost: connection refused. Re-attach: trainyard watch pre-12\n"
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 4), (404, 1)])
