@@ -69,23 +69,58 @@ def test_a_step_cut_differently_is_the_same_step(kind: str, text: Path, tmp_path
             assert (other_weights[key] - value).abs().max() < 1e-5, (name, key)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_resumed_on_other_numbers_of_ranks_it_keeps_its_losses(optimizer: str, text: Path, tmp_path: Path) -> None:
-    """One rank, then two, then one again: in float32 each loss is that of the untouched run to 1e-5."""
-    training = {**FP32, "learning_rate": 1e-3, "max_steps": 12, "optimizer": optimizer}
-    described = driver.spec(text, training=training, reporting={"log_interval": 1})
+AGREE = {"float32": 1e-5, "bfloat16": 2e-3, "float16": 3e-4}
+"""Nats by which a loss may differ once the run was moved: what docs/guides/resuming.md says."""
+
+EXPERTS_AGREE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
+"""With experts: where two score nearly alike, the last bit decides which one a token goes through."""
+
+
+def moved_there_and_back(
+    text: Path, tmp_path: Path, steps: int, worlds: list[int], **groups: dict[str, Any]
+) -> dict[str, float]:
+    """A run that changes its number of ranks every few steps beside one that nobody moved.
+
+    Returns the largest differences of their losses, and of their gradients' norms relative to them.
+    """
+    training = {"learning_rate": 1e-3, "max_steps": steps, **groups.pop("training")}
+    described = driver.spec(text, training=training, reporting={"log_interval": 1}, **groups)
     untouched, moved = (driver.new_run(tmp_path / kind, described) for kind in ("untouched", "moved"))
     driver.run_to_end(untouched)
-    for attempt, (world, after) in enumerate([(1, 4), (2, 8)], start=1):
-        stopped = driver.run_to_end(moved, world, partial(stop_after, moved, attempt, after))
+    for attempt, world in enumerate(worlds[:-1], start=1):
+        stopped = driver.run_to_end(moved, world, partial(stop_after, moved, attempt, 4 * attempt))
         assert stopped.outcome == "stopped"
-    assert driver.run_to_end(moved, 1).step == 12
+    assert driver.run_to_end(moved, worlds[-1]).step == steps
     expected, found = driver.curve(untouched), driver.curve(moved)
-    assert list(found) == list(expected) == list(range(1, 13))
-    for step, (loss, _, tokens, rate, norm) in expected.items():
-        assert found[step][2:4] == (tokens, rate)
-        assert found[step][0] == pytest.approx(loss, abs=1e-5), step
-        assert found[step][4] == pytest.approx(norm, rel=1e-4), step
+    assert list(found) == list(expected) == list(range(1, steps + 1))
+    assert [line[2:4] for line in found.values()] == [line[2:4] for line in expected.values()], "tokens and rates"
+    pairs = [(found[step], expected[step]) for step in expected]
+    return {
+        "loss": max(abs(mine[0] - theirs[0]) for mine, theirs in pairs),
+        "norm": max(abs(mine[4] / theirs[4] - 1) for mine, theirs in pairs),
+    }
+
+
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "float32"), ("muon", "float32"), ("adamw", "bfloat16")])
+def test_resumed_on_other_numbers_of_ranks_it_keeps_its_losses(
+    optimizer: str, dtype: str, text: Path, tmp_path: Path
+) -> None:
+    """One rank, then two, then one again."""
+    found = moved_there_and_back(text, tmp_path, 12, [1, 2, 1], training={"optimizer": optimizer, "dtype": dtype})
+    assert found["loss"] <= AGREE[dtype]
+    if dtype == "float32":
+        assert found["norm"] <= 1e-4
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("dtype", AGREE)
+def test_a_hundred_steps_behind_the_move_it_still_does(dtype: str, kind: str, text: Path, tmp_path: Path) -> None:
+    """One rank, then three, then two for a hundred steps."""
+    model = {"use_moe": True, "moe_intermediate_size": 32} if kind == "moe" else {}
+    found = moved_there_and_back(text, tmp_path, 108, [1, 3, 2], model=model, training={"dtype": dtype})
+    print(f"{kind} {dtype}: losses within {found['loss']:.1e}, norms within {found['norm']:.1e} of the untouched run's")
+    assert found["loss"] <= (EXPERTS_AGREE if kind == "moe" else AGREE)[dtype]
 
 
 def test_micro_batch_mean_is_minimind_s_loop(text: Path, tmp_path: Path) -> None:
