@@ -96,8 +96,8 @@ def moved_there_and_back(
     assert [line[2:4] for line in found.values()] == [line[2:4] for line in expected.values()], "tokens and rates"
     pairs = [(found[step], expected[step]) for step in expected]
     return {
-        "loss": max(abs(mine[0] - theirs[0]) for mine, theirs in pairs),
-        "norm": max(abs(mine[4] / theirs[4] - 1) for mine, theirs in pairs),
+        "loss": max(abs(float(mine[0] or 0) - float(theirs[0] or 0)) for mine, theirs in pairs),
+        "norm": max(abs(float(mine[4] or 0) / float(theirs[4] or math.nan) - 1) for mine, theirs in pairs),
     }
 
 
