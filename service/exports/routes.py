@@ -1,6 +1,7 @@
 """Exports of checkpoints: made, listed, fetched."""
 
 import os
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Response
@@ -12,7 +13,7 @@ from service.checkpoints.download import Download
 from service.checkpoints.files import NAME, opened, slice_of
 from service.checkpoints.routes import BYTES, Name, Step, directory_of
 from service.context import Services, ServicesNeeded
-from service.errors import FileNotInExport, RequestInvalid, with_problems
+from service.errors import FileNotInExport
 from service.exports import making
 from service.jobs import changes, store
 from service.jobs.store import Note
@@ -35,9 +36,7 @@ def export(
 
     Answers once it is written: 201, or 200 where the same weights were exported before. One at a time for each job.
     """
-    form = changes.read(body, {"format": ()}).get("format", "hf")
-    if form not in FORMATS:
-        raise with_problems(RequestInvalid, [Problem("/format", 'must be "hf" or "minimind"')])
+    form = changes.read(body, {"format": ()}, _no_format).get("format", "hf")
     with services.database.read() as session:
         job = store.find(session, job_id)
     data, keeping = job.spec["data"], job.spec["checkpoint"]
@@ -49,6 +48,11 @@ def export(
         making.make(wanted)
         _tell(services, job_id, wanted, caller)
     return _shown(job_id, making.described(wanted.products, step, form))
+
+
+def _no_format(body: Mapping[str, Any]) -> Iterator[Problem]:
+    if body.get("format", "hf") not in FORMATS:
+        yield Problem("/format", 'must be "hf" or "minimind"')
 
 
 def _tell(services: Services, job_id: str, wanted: making.Wanted, by: Caller) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from contract.identity import FREE_SHAPE
 from contract.parsing import ALIASES, GROUPS, Problem, pointer_to
 from contract.spec import JobSpec
-from service.errors import RequestInvalid, SpecInvalid, with_problems
+from service.errors import SpecInvalid, with_problems
 from service.jobs import changes
 from service.jobs.specs import Host, accept
 
@@ -56,16 +56,16 @@ class Origin:
 
 def read(body: object) -> Asked:
     """The body. Raises RequestInvalid or SpecInvalid."""
-    found = changes.read(body, FIELDS)
-    step = changes.resume_step(found)
-    data = found.get("data", "keep")
-    if data not in ("keep", "restart"):
-        raise with_problems(RequestInvalid, [Problem("/data", 'must be "keep" or "restart"')])
-    overrides = found.get("overrides")
-    if not isinstance(overrides, dict | None):
-        raise with_problems(RequestInvalid, [Problem("/overrides", "must be a JSON object")])
-    canonical, given = _canonical(overrides or {})
-    return Asked(step, data, canonical, given)
+    found = changes.read(body, FIELDS, changes.no_step, _mistakes)
+    canonical, given = _canonical(found.get("overrides") or {})
+    return Asked(found.get("step"), found.get("data", "keep"), canonical, given)
+
+
+def _mistakes(body: Mapping[str, Any]) -> Iterator[Problem]:
+    if body.get("data", "keep") not in ("keep", "restart"):
+        yield Problem("/data", 'must be "keep" or "restart"')
+    if not isinstance(body.get("overrides"), dict | None):
+        yield Problem("/overrides", "must be a JSON object")
 
 
 def _canonical(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[tuple[str, str], str]]:

@@ -1,6 +1,6 @@
 """Bodies of resume and PATCH: read strictly, put into the job's spec, and looked at as a whole again."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from contract.parsing import Problem, pointer_to, printable
@@ -26,39 +26,48 @@ PATCH_FIELDS: dict[str, tuple[str, ...]] = {
 """Name in the body -> place in the spec."""
 
 
-def read(body: object, fields: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The body's members, all of them known. Raises RequestInvalid."""
+Check = Callable[[Mapping[str, Any]], Iterator[Problem]]
+"""Looks a body over for mistakes of one kind."""
+
+
+def read(body: object, fields: Mapping[str, tuple[str, ...]], *checks: Check) -> dict[str, Any]:
+    """The body's members, all of them known and passed by ``checks``. Raises RequestInvalid with all mistakes."""
     if body is None:
         return {}
     if not isinstance(body, dict):
         raise with_problems(RequestInvalid, [Problem("", "must be a JSON object")])
-    unknown = [Problem(pointer_to(printable(name)), "is not a field here") for name in body if name not in fields]
-    if unknown:
-        raise with_problems(RequestInvalid, unknown)
+    there = f"those here are {', '.join(fields)}" if fields else "there are none here"
+    problems = [Problem(pointer_to(printable(name)), f"is not a field; {there}") for name in body if name not in fields]
+    problems += [problem for mistakes in checks for problem in mistakes(body)]
+    if problems:
+        raise with_problems(RequestInvalid, problems)
     return body
 
 
-def resume_step(changes: Mapping[str, Any]) -> int | None:
-    """The step to go on from, where the body names one."""
-    step = changes.get("step")
-    if step is None:
-        return None
-    if type(step) is not int or not 0 <= step <= LARGEST:
-        raise with_problems(RequestInvalid, [Problem("/step", "must be a whole number, 0 or more")])
-    return step
+def no_step(body: Mapping[str, Any]) -> Iterator[Problem]:
+    """A ``step`` that is none."""
+    step = body.get("step")
+    if step is not None and (type(step) is not int or not 0 <= step <= LARGEST):
+        yield Problem("/step", "must be a whole number, 0 or more")
 
 
 def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, Any], host: Host) -> JobSpec:
     """The spec with the changes of a resume; epochs and max_steps may only grow. ``steps``: the run's, where known."""
     before = {"epochs": spec["training"]["epochs"], "max_steps": spec["training"]["max_steps"] or steps}
     problems = [
-        Problem(f"/{name}", "may only be raised")
+        Problem(f"/{name}", f"may only be raised: it is {old:,}" if old is not None else "may only be raised")
         for name, old in before.items()
         if name in changes and _lowered(old, changes[name])
     ]
+    try:
+        resumed = changed_spec(spec, changes, RESUME_FIELDS, host)
+    except SpecInvalid as error:
+        known = {problem.pointer for problem in problems}
+        others = [Problem(e["pointer"], e["message"]) for e in error.extra["errors"] if e["pointer"] not in known]
+        raise with_problems(SpecInvalid, [*problems, *others]) from None
     if problems:
         raise with_problems(SpecInvalid, problems)
-    return changed_spec(spec, changes, RESUME_FIELDS, host)
+    return resumed
 
 
 def _lowered(old: int | None, new: object) -> bool:

@@ -229,8 +229,8 @@ def resume(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: Js
     Newer checkpoints than `step` are set aside on disk when the attempt begins, and no longer listed. 409 `run_differs`
     where the corpus, the vocabulary or the shape is not the one that the checkpoint was saved with.
     """
-    asked = changes.read(body, changes.RESUME_FIELDS)
-    step = changes.resume_step(asked)
+    asked = changes.read(body, changes.RESUME_FIELDS, changes.no_step)
+    step: int | None = asked.get("step")
     with services.database.read() as session:
         under_way = actions.resume_under_way(session, job_id, bool(asked))
     if not under_way:

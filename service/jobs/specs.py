@@ -22,6 +22,11 @@ LARGEST_VOCABULARY = 2**24
 FOLDERS = ("tokenizer_path", "from_weight")
 """What may be a folder of files to be read."""
 
+UNLESS_SET = {
+    "TRAINYARD_DATA_ROOTS": "unless it is set: where the service was started, its home and the temporary directory",
+    "TRAINYARD_SAVE_ROOTS": "unless it is set: the service's home alone",
+}
+
 WEIGHT_ENDINGS = (".pth", ".safetensors")
 
 Found = tuple[Problem, tuple[str, ...]]
@@ -216,7 +221,7 @@ class _Check:
         """Put the real path into ``paths``; else say why not."""
         trouble = why_outside(given, roots, content=leaf in FOLDERS)
         if trouble is not None:
-            return f"{trouble} the directories that {setting} allows"
+            return f"{trouble} the directories that {setting} allows; {UNLESS_SET[setting]}"
         self.paths[leaf] = str(Path(given).resolve())
         return None
 

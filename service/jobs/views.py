@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from contract.report import ErrorCard
 from contract.status import Desired, JobStatus, Phase, Reason
@@ -60,7 +61,7 @@ def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetim
         message=job.message,
         error=ErrorCard.model_validate(job.error) if job.error else None,
         spec=job.spec,
-        plan=Plan.model_validate(job.facts),
+        plan=_plan(job.facts),
         progress=progress,
         attempt=job.attempt or None,
         resumable=blocker is None,
@@ -79,6 +80,15 @@ def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetim
         started_at=job.started_at,
         finished_at=job.finished_at,
     )
+
+
+def _plan(facts: Mapping[str, Any]) -> Plan:
+    """The plan as far as it is known, and the work that the job's own steps come to."""
+    plan = Plan.model_validate(facts)
+    if plan.flops is not None or None in (plan.flops_per_token, plan.tokens_per_step, plan.steps):
+        return plan
+    tokens = (plan.tokens_per_step or 0) * ((plan.steps or 0) - plan.base_step)
+    return plan.model_copy(update={"flops": tokens * (plan.flops_per_token or 0)})
 
 
 def _parent(job: JobRow) -> Parent | None:

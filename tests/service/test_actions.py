@@ -49,7 +49,8 @@ def test_no_such_job(rig: Rig, verb: str) -> None:
 def test_bodies_are_read_strictly(rig: Rig, verb: str) -> None:
     job_id, _ = rig.running()
     refused = rig.act(job_id, verb, {"gently": True}, status=422)
-    assert refused["errors"] == [{"pointer": "/gently", "message": "is not a field here"}]
+    there = "those here are epochs, max_steps, resources, step" if verb == "resume" else "there are none here"
+    assert refused["errors"] == [{"pointer": "/gently", "message": f"is not a field; {there}"}]
     assert rig.status(job_id) is JobStatus.RUNNING
     rig.act(job_id, verb, [1], status=422)
 
@@ -98,6 +99,8 @@ def test_resume_changes_what_it_may(any_rig: Rig) -> None:
         ({"step": -1}, ["/step"]),
         ({"step": 2**63}, ["/step"]),
         ({"learning_rate": 1}, ["/learning_rate"]),
+        ({"learning_rate": 1, "step": -1}, ["/learning_rate", "/step"]),
+        ({"max_steps": 3, "resources": {"nproc_per_node": 9}}, ["/max_steps", "/resources/nproc_per_node"]),
     ],
 )
 def test_resume_refuses_what_it_may_not(rig: Rig, body: dict[str, Any], pointers: list[str]) -> None:

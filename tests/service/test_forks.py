@@ -103,8 +103,11 @@ def test_mistakes_are_named_where_they_stand(rig: Rig, body: Any, pointer: str, 
 
 
 def test_all_mistakes_come_at_once(rig: Rig) -> None:
+    job_id = ready(rig)
+    refused = fork(rig, job_id, {"data": "mix", "steps": 4, "step": -1, "overrides": 3}, 422)
+    assert sorted(found["pointer"] for found in refused["errors"]) == ["/data", "/overrides", "/step", "/steps"]
     overrides = {"model": {"num_hidden_layers": 3}, "training": {"learning_rate": "x", "seed": 3}, "labels": 1}
-    refused = fork(rig, ready(rig), {"overrides": overrides}, 422)
+    refused = fork(rig, job_id, {"overrides": overrides}, 422)
     pointers = sorted(found["pointer"].removeprefix("/overrides") for found in refused["errors"])
     assert pointers == ["/labels", "/model/num_hidden_layers", "/training/learning_rate", "/training/seed"]
     both = {"training": {"epochs": 3, "num_train_epochs": 3}}

@@ -28,6 +28,8 @@ def test_from_submit_to_success(any_rig: Rig) -> None:
     assert job["checkpoint"]["step"] == 3
     assert job["plan"]["tokens"] == 12345
     assert job["plan"]["bad_lines"] == 1
+    per_step = job["plan"]["flops_per_token"] * job["plan"]["tokens_per_step"]
+    assert job["plan"]["flops"] == pytest.approx(per_step * job["plan"]["steps"])
     assert job["started_at"]
     assert job["finished_at"] >= job["started_at"] >= job["created_at"]
     assert job["summary"] == "Finished at step 3, loss 2.700."

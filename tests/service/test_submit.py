@@ -140,7 +140,10 @@ def test_corpora_that_are_none(rig: Rig) -> None:
     os.mkfifo(fifo)
     empty.touch()
     link.symlink_to("/etc/passwd")
-    outside = "lies outside the directories that TRAINYARD_DATA_ROOTS allows"
+    outside = (
+        "lies outside the directories that TRAINYARD_DATA_ROOTS allows; unless it is set: where the service was "
+        "started, its home and the temporary directory"
+    )
     for path, message in {
         str(fifo): "must be a regular file",
         str(rig.home): "must be a regular file",
