@@ -232,7 +232,7 @@ class Trainyard:
         job_id: str,
         *,
         attempt: int | None = None,
-        rank: int | None = None,
+        rank: int | str | None = None,
         offset: int | None = None,
         last_event_id: str | None = None,
     ) -> Iterator[StreamEvent]:
@@ -289,7 +289,7 @@ class Trainyard:
         job_id: str,
         *,
         attempt: int | None = None,
-        rank: int | None = None,
+        rank: int | str | None = None,
         tail: int | None = None,
         offset: int | None = None,
     ) -> LogChunk:

@@ -256,12 +256,17 @@ def _add_reading(commands: Any) -> None:
     _add_remote(commands, "version", "client.reading:version", "versions of this command and of the service", job=False)
 
 
+def rank(text: str) -> int | str:
+    """A rank's number, or ``agent``."""
+    return text if text == "agent" else int(text)
+
+
 def _add_following(commands: Any) -> None:
     watch = _add_remote(commands, "watch", "client.watch:watch", "follow a run until it ends")
     watch.add_argument("--timeout", type=float, metavar="SECONDS", help="follow no longer; exit 124")
     logs = _add_remote(commands, "logs", "client.logs:logs", "what a rank printed")
     logs.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
-    logs.add_argument("--rank", type=int, help="which rank (0)")
+    logs.add_argument("--rank", type=rank, metavar="RANK", help="which rank (0), or agent: what torchrun said")
     logs.add_argument("--attempt", type=int, help="which attempt (the newest)")
     logs.add_argument("--tail", type=int, metavar="LINES", help="only the last lines")
     logs.add_argument("--timeout", type=float, metavar="SECONDS", help="with --follow: no longer; exit 124")

@@ -85,7 +85,7 @@ class LogReader:
         self._trainyard = trainyard
         self._streams = streams
         self._feed: Feed | None = None
-        self._rank: int | None = args.rank
+        self._rank: int | str | None = args.rank
         self._fixed: int | None = args.attempt
         self._attempt: int | None = args.attempt or job.get("attempt")
         self._tail: int | None = args.tail
@@ -156,8 +156,7 @@ class LogReader:
             yield chunk["data"]
 
     def _read(self) -> dict[str, str]:
-        where = {"attempt": self._attempt, "rank": self._rank}
         wanted = {"tail": self._tail} if self._offset is None else {"offset": self._offset}
-        chunk = self._trainyard.logs(self.job["id"], **where, **wanted)
+        chunk = self._trainyard.logs(self.job["id"], attempt=self._attempt, rank=self._rank, **wanted)
         self._offset = chunk["next_offset"]
         return {"data": chunk["data"]}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from client.advice import error_card
+from client.advice import error_card, remedies
 from client.words import ago, count, duration, fixed, large, scientific, size, status_word
 
 
@@ -13,7 +13,8 @@ def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:
     phase = f" ({job['phase']})" if job.get("phase") else ""
     lines = [f"{job['name']}   {job['id']}   {status_word(job['status'])}{phase}"]
     lines += _sentences(job)
-    for block in (_facts(job, now), _alerts(job), error_card(job), _actions(job)):
+    helps = [f"  {line}" for line in remedies(job)]
+    for block in (_facts(job, now), _alerts(job), error_card(job), ["next:", *helps] if helps else [], _actions(job)):
         lines += ["", *block] if block else []
     return lines
 

@@ -6,6 +6,17 @@ Keys the service adds later are simply there. Times are RFC 3339 UTC strings, si
 from typing import Any, NotRequired, TypedDict
 
 
+class NextAction(TypedDict):
+    """Something that helps a job that failed: a call of the API, and the same as a command."""
+
+    action: str
+    words: str
+    command: str
+    method: str
+    path: str
+    body: dict[str, Any] | None
+
+
 class ErrorCard(TypedDict, total=False):
     """Why a run failed, with what to do about it."""
 
@@ -14,6 +25,9 @@ class ErrorCard(TypedDict, total=False):
     hint: str | None
     rank: int | None
     traceback: str | None
+    log_tail: list[str]
+    peak_memory_bytes: int | None
+    next: list[NextAction]
 
 
 class Progress(TypedDict, total=False):

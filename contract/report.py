@@ -27,13 +27,39 @@ def read_message(kind: type[M], file: Path) -> M | None:
 
 
 class ErrorCard(Message):
-    """A failure as the user sees it: the same object in the API, the terminal and a webhook."""
+    """A failure as the user sees it: the same object in the API, the terminal and a webhook.
+
+    ``log_tail``: the last lines that its rank printed, rank 0 where it has none. ``peak_memory_bytes``: the most that
+    the rank, or where it is not known which, any rank has used.
+    """
 
     code: str
     message: str
     hint: str | None = None
     rank: int | None = None
     traceback: str | None = None
+    log_tail: list[str] = Field(default_factory=list)
+    peak_memory_bytes: int | None = None
+
+
+class NextAction(Message):
+    """Something that helps a job that failed. The call of the API, and the same as a ``command``.
+
+    ``action``: resume, fork, submit or logs. ``body``: null of a call that takes none.
+    """
+
+    action: Literal["resume", "fork", "submit", "logs"]
+    words: str
+    command: str
+    method: Literal["GET", "POST"]
+    path: str
+    body: dict[str, Any] | None
+
+
+class Failure(ErrorCard):
+    """A failure with what to do about it, the likeliest first; [] once it was done."""
+
+    next: list[NextAction] = Field(default_factory=list)
 
 
 class Outcome(Message):

@@ -116,6 +116,13 @@ class TrainingSpec(Group):
         "or a name in save_dir as MiniMind has it",
     )
 
+    def smaller_batch(self) -> tuple[int, int] | None:
+        """(batch_size, accumulation_steps) with fewer rows at once and as many in a step; None where there is one."""
+        if self.batch_size == 1:
+            return None
+        factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
+        return self.batch_size // factor, self.accumulation_steps * factor
+
 
 class CheckpointSpec(Group):
     """What is kept."""

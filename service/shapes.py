@@ -5,7 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from contract.report import ErrorCard
+from contract.report import ErrorCard, Failure
 from contract.status import Desired, JobStatus
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ class Job(Shape):
     phase: str | None
     reason: str | None
     message: str | None
-    error: ErrorCard | None
+    error: Failure | None
     spec: dict[str, Any]
     plan: Plan
     progress: Progress

@@ -3,6 +3,7 @@
 import errno
 
 from contract.report import ErrorCard, Outcome
+from contract.spec import TrainingSpec
 from contract.status import Reason
 
 COMPILER = ("torch._dynamo", "torch._inductor")
@@ -12,19 +13,33 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 class Failure(Exception):
     """The run cannot go on. ``message`` says what happened and where, ``hint`` what to do."""
 
-    def __init__(self, reason: Reason, message: str, hint: str | None = None, rank: int | None = None) -> None:
-        super().__init__(reason, message, hint, rank)
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        hint: str | None = None,
+        rank: int | None = None,
+        peak_memory_bytes: int | None = None,
+    ) -> None:
+        super().__init__(reason, message, hint, rank, peak_memory_bytes)
         self.reason = reason
         self.message = message
         self.hint = hint
         self.rank = rank
+        self.peak_memory_bytes = peak_memory_bytes
 
     def __str__(self) -> str:
         return self.message + (f"\n  {self.hint}" if self.hint else "")
 
     def outcome(self, step: int) -> Outcome:
         """What outcome.json says of it."""
-        card = ErrorCard(code=self.reason, message=self.message, hint=self.hint, rank=self.rank)
+        card = ErrorCard(
+            code=self.reason,
+            message=self.message,
+            hint=self.hint,
+            rank=self.rank,
+            peak_memory_bytes=self.peak_memory_bytes,
+        )
         return Outcome(outcome="failed", step=step, reason=self.reason, message=self.message, error=card)
 
 
@@ -48,16 +63,19 @@ def describe(error: OSError) -> str:
     return f"{error.strerror or type(error).__name__}{place}"
 
 
-def out_of_memory(error: BaseException, *, rank: int, step: int, batch_size: int, accumulation: int) -> Failure | None:
+def out_of_memory(
+    error: BaseException, *, rank: int, step: int, training: TrainingSpec, peak_bytes: int | None = None
+) -> Failure | None:
     """The failure behind an exception that says there was not enough memory; None for any other exception.
 
-    ``step`` is the last one that was done.
+    ``step`` is the last one that was done, ``peak_bytes`` the most memory the rank has had.
     """
     if not _is_out_of_memory(error):
         return None
     said = " ".join(str(error).split())[:300]
-    message = f"out of memory on rank {rank} in step {step + 1} with {batch_size} rows in a micro-batch: {said}"
-    return Failure(Reason.OUT_OF_MEMORY, message, _memory_hint(batch_size, accumulation), rank)
+    rows = training.batch_size
+    message = f"out of memory on rank {rank} in step {step + 1} with {rows} rows in a micro-batch: {said}"
+    return Failure(Reason.OUT_OF_MEMORY, message, _memory_hint(training), rank, peak_bytes)
 
 
 def cannot_compile(error: BaseException) -> Failure | None:
@@ -79,11 +97,12 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
 
 
-def _memory_hint(batch_size: int, accumulation: int) -> str:
-    if batch_size == 1:
+def _memory_hint(training: TrainingSpec) -> str:
+    smaller = training.smaller_batch()
+    if smaller is None:
         return "One row is too much already: lower data.max_seq_len or the model's size, or use more memory."
-    half = (batch_size + 1) // 2
+    rows, micro_batches = smaller
     return (
-        f"Set training.batch_size to {half} and training.accumulation_steps to {accumulation * 2}: "
-        "the result is the same, the memory of activations is halved."
+        f"Set training.batch_size to {rows} and training.accumulation_steps to {micro_batches}: "
+        f"the result is the same, with 1/{training.batch_size // rows} of the memory of activations."
     )

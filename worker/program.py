@@ -13,6 +13,7 @@ from worker.distributed import Ranks, join, leave
 from worker.failure import Failure, StopAsked, cannot_compile, out_of_memory
 from worker.launch import Attempt, SpecUnusable, claim, read_spec
 from worker.life import SignOfLife
+from worker.meters import memory_bytes
 from worker.outbox import AnyOutbox, Outbox, Silent
 from worker.outcome import publish_outcome
 from worker.stopping import StopWish
@@ -84,13 +85,12 @@ def _trained(spec: JobSpec, attempt: Attempt, ranks: Ranks, life: SignOfLife, sa
     except Failure as failure:
         return failure.outcome(life.step)
     except (RuntimeError, MemoryError) as error:
-        training = spec.training
         failure_or_none = cannot_compile(error) or out_of_memory(
             error,
             rank=ranks.rank,
             step=life.step,
-            batch_size=training.batch_size,
-            accumulation=training.accumulation_steps,
+            training=spec.training,
+            peak_bytes=memory_bytes(ranks.device),
         )
         if failure_or_none is None:
             raise

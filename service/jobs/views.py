@@ -7,9 +7,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from contract.report import ErrorCard
 from contract.status import Desired, JobStatus, Phase, Reason
 from service.jobs import store
+from service.jobs.failing import failure
 from service.jobs.gathering import Gathered
 from service.jobs.rules import ACTIONS, Refusal, Standing, decide, resume_blocker
 from service.jobs.summary import Facts, summary
@@ -59,7 +59,7 @@ def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetim
         phase=job.phase,
         reason=job.reason,
         message=job.message,
-        error=ErrorCard.model_validate(job.error) if job.error else None,
+        error=failure(job, newest.step if newest is not None else None),
         spec=job.spec,
         plan=_plan(job.facts),
         progress=progress,
@@ -122,6 +122,7 @@ def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue
         queue=queue,
         heard_at=job.heard_at,
         reason=Reason(job.reason) if job.reason else None,
+        parent_step=job.parent_step,
     )
 
 

@@ -11,7 +11,7 @@ from service.jobs import store, streaks
 from service.jobs.rules import Ending, after_exit
 from service.jobs.store import Note
 from service.reports.lines import plain_report
-from service.tables import AttemptRow, JobRow, LeaseRow
+from service.tables import AttemptRow, JobRow, LeaseRow, MetricRow
 
 NOT_LAUNCHED = "not_launched"
 """An attempt's outcome where the service ended between its decision and the launch."""
@@ -24,7 +24,7 @@ def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, 
     """Nothing of the attempt lives any more: close it, free its devices, and move the job on. Twice is once."""
     if attempt.ended_at is not None:
         return
-    report = plain_report(report)
+    report = _with_memory(session, attempt, plain_report(report))
     _close(session, attempt, report.outcome, now)
     attempt.ended_at = report.ended_at
     attempt.end_step = report.step
@@ -39,6 +39,16 @@ def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, 
         if ending.queued_again:
             attempt.reason = ending.reason
         _move_on(session, job, attempt, ending, report, now)
+
+
+def _with_memory(session: Session, attempt: AttemptRow, report: ExitReport) -> ExitReport:
+    """The report's card with the most memory that any rank has told of, where the report does not know it better."""
+    if report.error is None or report.error.peak_memory_bytes is not None:
+        return report
+    told = (MetricRow.job_id == attempt.job_id, MetricRow.attempt == attempt.number)
+    newest = select(MetricRow.memory_bytes).where(*told).order_by(MetricRow.seq.desc()).limit(1)
+    card = report.error.model_copy(update={"peak_memory_bytes": session.scalar(newest)})
+    return report.model_copy(update={"error": card})
 
 
 def _past(session: Session, job: JobRow, attempt: AttemptRow) -> streaks.Past:

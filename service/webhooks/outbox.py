@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
-from contract.report import ErrorCard
+from service.jobs.failing import failure
 from service.jobs.views import show_event
 from service.shapes import Progress
-from service.tables import DeliveryRow, EventRow, JobRow, WebhookRow
+from service.tables import CheckpointRow, DeliveryRow, EventRow, JobRow, WebhookRow
 from service.webhooks.asked import ALL, TEST
 from service.webhooks.shapes import JobNews, News, Payload
 
@@ -46,7 +46,7 @@ def fits(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
 
 def put(session: Session, webhook_id: str, kind: str, job: JobRow, event: EventRow) -> None:
     """One event into one box. The body is made now: later the job is another one."""
-    news = News(webhook_id=webhook_id, event=show_event(event), job=_job(job))
+    news = News(webhook_id=webhook_id, event=show_event(event), job=_job(session, job))
     payload = Payload(type=kind, id=f"evt_{event.number}", timestamp=event.at, data=news)
     session.add(_row(webhook_id, payload, job.id, job.id, event.at))
 
@@ -97,7 +97,13 @@ def _row(webhook_id: str, payload: Payload, job_id: str | None, lane: str, at: d
     )
 
 
-def _job(job: JobRow) -> JobNews:
+def _newest(session: Session, job: JobRow) -> int | None:
+    """Step of the newest full checkpoint, as far as it was reported: nobody looks at the disk in a transaction."""
+    full = (CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
+    return session.scalar(select(func.max(CheckpointRow.step)).where(*full))
+
+
+def _job(session: Session, job: JobRow) -> JobNews:
     return JobNews(
         id=job.id,
         name=job.name,
@@ -106,7 +112,7 @@ def _job(job: JobRow) -> JobNews:
         desired=job.desired,
         reason=job.reason,
         message=job.message,
-        error=ErrorCard.model_validate(job.error) if job.error else None,
+        error=failure(job, _newest(session, job)) if job.error else None,
         progress=Progress.model_validate(job.progress),
         attempt=job.attempt or None,
         restart_at=job.restart_at,

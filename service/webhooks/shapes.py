@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Literal
 
-from contract.report import ErrorCard
+from contract.report import Failure
 from contract.status import Desired, JobStatus
 from service.shapes import Event, Progress, Shape
 
@@ -84,7 +84,7 @@ class JobNews(Shape):
     desired: Desired
     reason: str | None
     message: str | None
-    error: ErrorCard | None
+    error: Failure | None
     progress: Progress
     attempt: int | None
     restart_at: datetime | None

@@ -246,3 +246,18 @@ def test_time_that_is_over_is_blamed_for_whatever_did_not_end_by_itself(
 ) -> None:
     report = at_the_limit(judge(cause, **found))
     assert (report.outcome, report.reason) == (outcome, reason)
+
+
+def test_a_card_has_the_last_lines_of_its_rank() -> None:
+    tails = {0: "of rank 0", 1: "first\nsecond"}
+    failed = judge(errors=(error(1, 1.0, "ValueError: bad"),), tails=tails)
+    assert failed.error is not None
+    assert (failed.error.rank, failed.error.log_tail) == (1, ["first", "second"])
+    said = Outcome(outcome="failed", step=0, error=ErrorCard(code="data_invalid", message="line 7"))
+    assert judge(outcome=said, tails=tails).error == ErrorCard(
+        code="data_invalid", message="line 7", log_tail=["of rank 0"]
+    )
+    silent = judge(torchrun_status=1, agent_tail="it said")
+    assert silent.error is not None
+    assert silent.error.log_tail == ["it said"]
+    assert judge(outcome=Outcome(outcome="completed", step=9), tails=tails).error is None

@@ -1,6 +1,7 @@
 """Compare, light and dark, without serious findings of axe."""
 
 import re
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Page, expect
 
 from tests.browser.looks import in_both_themes
+from tests.browser.test_charts import drag
 from tests.service.rig import Rig
 from tests.service.served import served
 from tests.service.test_checkpoints import write_checkpoint
@@ -49,6 +51,14 @@ def lines(page: Page) -> dict[str, list[float]]:
     return dict(found)
 
 
+def labels(page: Page) -> list[list[Any]]:
+    """The loss chart's names at the ends of lines, and where they stand."""
+    found: list[list[Any]] = page.locator(".plot").first.evaluate(
+        "node => node.layout.annotations.map((one) => [one.text, one.xref, one.x])"
+    )
+    return found
+
+
 def test_a_fork_joins_its_parent_at_its_step(rig: Rig, page: Page) -> None:
     parent, attempt = rig.running(steps=60, name="parent", training={"max_steps": 60})
     for step in range(1, 61):
@@ -71,7 +81,22 @@ def test_a_fork_joins_its_parent_at_its_step(rig: Rig, page: Page) -> None:
         expect(page.get_by_text("Not there any more: job_gone")).to_be_visible()
         expect(page.locator(".key")).to_contain_text("<u>fork</u>")
         expect(page.locator(".key")).to_contain_text("forked at step 20")
+        assert labels(page) == [["parent", "paper", 1], ["&lt;u&gt;fork&lt;/u&gt;", "x", 5000]], "at the lines' ends"
         in_both_themes(page, "fork-compared")
+        expect(loss.locator(".nsewdrag").first).to_be_visible()
+        drag(page, loss, 0.4, 0.6)
+        page.wait_for_url(re.compile("zoom="))
+        # The finer rows are those of the stretch, a little wider; the fork's begin behind its circle.
+        page.wait_for_function(
+            "id => document.querySelector('.plot').data.find((one) => one.uid === id).x[0] > 100", arg=parent
+        )
+        begin, end = lines(page)[parent]
+        assert 1500 < begin < end < 4500
+        assert [name for name, xref, _ in labels(page) if xref == "paper"] == ["&lt;u&gt;fork&lt;/u&gt;", "parent"]
+        loss.get_by_role("button", name="whole run").click()
+        page.wait_for_function(
+            "id => document.querySelector('.plot').data.find((one) => one.uid === id).x[0] === 100", arg=parent
+        )
         page.get_by_text("Jobs", exact=True).last.click()
         page.get_by_label("Find").fill("parent")
         page.get_by_label(re.compile("^parent ")).uncheck()

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from client.advice import TRACEBACK_LINES, ending, error_card, what_next
+from client.advice import EVIDENCE_LINES, ending, error_card, what_next
 from client.errors import NameShared, ServiceUnreachable, TrainyardError, WaitTimedOut, refusal
 from client.exits import Exit, at_rest, exit_of_error, exit_of_job, restart_pending
 from client.page import alert_text, job_page
@@ -69,7 +69,7 @@ def test_no_error_no_card() -> None:
 
 
 def test_the_card_has_what_the_evidence_and_the_hint() -> None:
-    lines = [f"line {number}" for number in range(TRACEBACK_LINES + 5)]
+    lines = [f"line {number}" for number in range(EVIDENCE_LINES + 5)]
     card = {
         "code": "hung",
         "message": "no step for 60 s",
@@ -81,6 +81,20 @@ def test_the_card_has_what_the_evidence_and_the_hint() -> None:
     assert shown[0] == "error: no step for 60 s (rank 0) [hung]"
     assert shown[1:-1] == [f"  | {line}" for line in lines[5:]]
     assert shown[-1] == "hint: look"
+    newer = {**card, "log_tail": ["printed last"], "peak_memory_bytes": 61 * 10**9}
+    assert error_card(job(error=newer))[1:] == ["  | printed last", "peak memory of a rank: 61.0 GB", "hint: look"]
+
+
+def test_what_helps_a_failed_job_is_typed_as_the_service_says_it() -> None:
+    helps = [
+        {"words": "Fork from step 400 with learning_rate 0.001", "command": "trainyard fork job_1 --step 400"},
+        {"words": "Resume from step 400", "command": "trainyard resume job_1"},
+    ]
+    failed = job("failed", error={"code": "diverged", "message": "why", "next": helps})
+    typed = ["next:", *(f"  {line}" for one in helps for line in (f"# {one['words']}", one["command"]))]
+    assert ending(failed, "a")[-5:] == typed
+    page = job_page(failed, NOW)
+    assert page[page.index("next:") :][:5] == typed
 
 
 # What to type next

@@ -12,7 +12,7 @@ import torch
 from contract.events import Metric, Sample, Started, Warned
 from contract.report import Outcome
 from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
+from contract.spec import JobSpec, TrainingSpec
 from contract.status import Reason
 from worker.console import Console, duration
 from worker.distributed import Agreement, Ranks, Wishes, join, own_device, require, threads_per_rank
@@ -213,11 +213,14 @@ def test_a_wish_to_stop(tmp_path: Path) -> None:
 
 
 def test_failures_carry_advice_with_numbers() -> None:
-    memory = out_of_memory(torch.OutOfMemoryError("2 GiB"), rank=1, step=4, batch_size=32, accumulation=2)
+    training = TrainingSpec(batch_size=32, accumulation_steps=2)
+    memory = out_of_memory(torch.OutOfMemoryError("2 GiB"), rank=1, step=4, training=training, peak_bytes=7 * 10**9)
     assert memory is not None
+    assert (memory.rank, memory.outcome(4).error.peak_memory_bytes) == (1, 7 * 10**9)  # type: ignore[union-attr]
     assert "batch_size to 16 and training.accumulation_steps to 4" in str(memory)
-    assert out_of_memory(RuntimeError("shapes differ"), rank=0, step=0, batch_size=1, accumulation=1) is None
-    single = out_of_memory(MemoryError(), rank=0, step=0, batch_size=1, accumulation=1)
+    one_row = TrainingSpec(batch_size=1)
+    assert out_of_memory(RuntimeError("shapes differ"), rank=0, step=0, training=one_row) is None
+    single = out_of_memory(MemoryError(), rank=0, step=0, training=one_row)
     assert "max_seq_len" in str(single)
     full = not_saved(OSError(28, "No space left on device", "/d/x"), "the checkpoint of step 3")
     assert str(full).splitlines()[0] == "the checkpoint of step 3 could not be written: No space left on device (/d/x)"

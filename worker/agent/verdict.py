@@ -47,12 +47,20 @@ def verdict(evidence: Evidence, cause: Cause | None, last_seq: int, now: datetim
         outcome=end.outcome,
         reason=end.reason,
         message=end.message,
-        error=end.error,
+        error=_with_tail(end.error, evidence),
         step=evidence.outcome.step if evidence.outcome else evidence.step,
         ranks=list(evidence.ranks),
         last_seq=last_seq,
         ended_at=now,
     )
+
+
+def _with_tail(card: ErrorCard | None, evidence: Evidence) -> ErrorCard | None:
+    """The card with the last lines of its rank, or of the agent where the rank printed none."""
+    if card is None:
+        return None
+    tail = evidence.tails.get(card.rank or 0) or evidence.agent_tail
+    return card.model_copy(update={"log_tail": tail.splitlines()})
 
 
 def at_the_limit(report: ExitReport) -> ExitReport:

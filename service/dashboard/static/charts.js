@@ -100,7 +100,7 @@ export class Chart {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", size: 11, color: ink },
       hovermode: "x", hoverdistance: -1, shapes: this.content.shapes ?? [], annotations, separators: ".,",
       xaxis: { ...axis, autorange: true, type: date ? "date" : "linear", nticks: 6, ...(date ? {} : { tickformat: "~s", rangemode: "normal" }) },
-      yaxis: { ...axis, ...(this.log ? logTicks(this.content.traces) : { autorangeoptions: { include: headroom(this.content.traces) } }), autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
+      yaxis: { ...axis, ...(this.log ? logTicks(this.content.traces) : { autorangeoptions: headroom(this.content.traces) }), autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
     };
   }
 

@@ -11,7 +11,7 @@ export function endLabels(traces, { isLog, height, ink, zoom }) {
   const shown = ({ x, y }, i) => Number.isFinite(y[i]) && (!isLog || y[i] > 0) && x[i] !== null && (!zoom || (moment(x[i]) >= moment(zoom[0]) && moment(x[i]) <= moment(zoom[1])));
   const ends = traces.filter((one) => one.end).flatMap((one) => {
     const i = one.y.findLastIndex((_, at) => shown(one, at));
-    return i < 0 ? [] : [{ name: one.end, x: one.x[i], y: one.y[i] }];
+    return i < 0 ? [] : [{ name: one.end, x: one.x[i], y: one.y[i], goesOn: i < one.y.findLastIndex(Number.isFinite) }];
   });
   if (ends.length < 2 || ends.length > MOST) return { room: 12, annotations: [] };
   const points = traces.flatMap((one) => one.y.flatMap((_, i) => (shown(one, i) ? [[moment(one.x[i]), one.y[i]]] : [])));
@@ -19,7 +19,7 @@ export function endLabels(traces, { isLog, height, ink, zoom }) {
   const value = (y) => (isLog ? Math.log10(y) : y);
   const [low, high] = extent(points.map(([, y]) => value(y)));
   const scale = (height - 32) / (high - low || 1);
-  const atEdge = ends.filter((one) => moment(one.x) >= right - EDGE * (right - left));
+  const atEdge = ends.filter((one) => one.goesOn || moment(one.x) >= right - EDGE * (right - left));
   const label = { xanchor: "left", yref: "y", showarrow: false, font: { size: 11, color: ink } };
   const behind = spread(atEdge, (one) => value(one.y) * scale).map(({ name, y, shift }) => ({ ...label, xref: "paper", x: 1, xshift: 3, y: value(y), yshift: shift, text: plain(name) }));
   const within = ends.filter((one) => !atEdge.includes(one)).map(({ name, x, y }) => ({ ...label, xref: "x", x, xshift: 3, y: value(y), text: plain(name) }));

@@ -56,13 +56,15 @@ export function gaps(rows, axis, attempts) {
   }));
 }
 
-/** What a y axis must hold beside its data: values that hardly differ are a level, and not the noise of their last digits. */
+/** Where a y axis begins and ends: values that hardly differ are a level, and not the noise of their last digits. {} for others. */
 export function headroom(traces) {
   const values = traces.flatMap((one) => one.y.filter(Number.isFinite));
   const [least, most] = [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
   const size = Math.max(Math.abs(least), Math.abs(most));
-  if (!values.length || most - least > LEVEL * size) return [];
-  return size === 0 ? [0, 1] : [least - size / 10, most + size / 10];
+  if (!values.length || most - least > LEVEL * size) return {};
+  // To the point: else the library puts 1 above and below what is but one value, however small it is.
+  const [minallowed, maxallowed] = size === 0 ? [0, 1] : [least - size / 10, most + size / 10];
+  return { minallowed, maxallowed };
 }
 
 /** Where a log axis has its numbers: at 1, 2 and 5 of each decade where all nine would stand in each other's way. */

@@ -4,6 +4,7 @@ import { attr, h, list, show, text } from "../dom.js";
 import { Actions } from "../job/actions.js";
 import { Curves } from "../job/curves.js";
 import { Details } from "../job/details.js";
+import { FailureCard } from "../job/failure.js";
 import { Facts } from "../job/facts.js";
 import { Lineage } from "../job/lineage.js";
 import { TABS } from "../job/tabs.js";
@@ -27,7 +28,7 @@ class Page {
     this.name = h("h1", {}, id);
     this.status = badge();
     this.sentence = h("p", { class: "sentence" });
-    this.error = h("div", { class: "card", hidden: true });
+    this.failure = new FailureCard((job) => this.draw(job));
     this.alerts = h("ul", { class: "alerts" });
     this.actions = new Actions(this.address, (job) => this.draw(job));
     this.facts = new Facts();
@@ -35,7 +36,7 @@ class Page {
     this.details = new Details(this.address, (job) => this.draw(job));
     this.lineage = new Lineage(id);
     place.append(h("div", { class: "head" }, h("div", { class: "who" }, this.name, this.status, h("code", { class: "muted" }, id)), this.actions.node),
-      this.details.node, this.sentence, this.lineage.node, this.error, this.alerts, this.curves.bar,
+      this.details.node, this.sentence, this.lineage.node, this.failure.node, this.alerts, this.curves.bar,
       h("div", { class: "front" }, this.curves.loss, this.facts.node), this.curves.small, this.tabs());
     this.look = beat(() => this.load());
     this.curves.begin();
@@ -103,8 +104,9 @@ class Page {
     document.title = `${found.name} · Trainyard`;
     text(this.name, found.name);
     showStatus(this.status, found.status);
-    text(this.sentence, found.summary);
-    card(this.error, found.error);
+    // The hint stands in the card, beside what helps.
+    text(this.sentence, found.error?.hint ? found.summary.replace(found.error.hint, "").trim() : found.summary);
+    this.failure.update(found);
     list(this.alerts, found.alerts, (one) => `${one.code} ${one.at}`, () => h("li"), (part, one) => {
       text(part, one.message);
       attr(part, "title", exact(one.at));
@@ -141,16 +143,3 @@ class Page {
     this.curves.close();
   }
 }
-
-/** What went wrong: what, evidence, hint. Made once for each error. */
-function card(place, error) {
-  show(place, error);
-  const mark = JSON.stringify(error);
-  if (!error || place.mark === mark) return;
-  place.mark = mark;
-  const where = error.rank === null || error.rank === undefined ? "" : `rank ${error.rank}`;
-  place.replaceChildren(h("h2", {}, `✗ ${error.code.replaceAll("_", " ")}`), h("p", {}, error.message),
-    error.hint ? h("p", { class: "hint" }, error.hint) : "",
-    error.traceback ? h("details", {}, h("summary", {}, `Traceback ${where}`), h("pre", { tabindex: "0" }, error.traceback)) : "");
-}
-

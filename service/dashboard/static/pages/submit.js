@@ -1,6 +1,7 @@
 // A new job: from the defaults, like another job, or as a fork of one. Planned first, then launched.
 import { Refused, get, query, send } from "../api.js";
 import { attr, h, say, show, text } from "../dom.js";
+import { draftKey } from "../form/drafts.js";
 import { Editor } from "../form/editor.js";
 import { SpecForm } from "../form/form.js";
 import { PlanView } from "../form/plan.js";
@@ -11,7 +12,6 @@ import { schemas } from "../openapi.js";
 import { go, keep, kept } from "../router.js";
 
 const EXAMPLE = { name: "pretrain", data: { data_path: "" } };
-const KEY = "trainyard-draft";
 const DATA = { keep: "go on as the parent would: the same samples in the same steps", restart: "begin data and schedule anew, with the weights" };
 
 export const submit = { title: "Submit", open };
@@ -92,7 +92,7 @@ class Submission {
   }
 
   draftKey() {
-    return this.job ? `${KEY}-like-${this.job.id}` : KEY;
+    return draftKey({ like: this.job?.id });
   }
 
   first() {
@@ -207,7 +207,7 @@ class Fork extends Submission {
   }
 
   draftKey() {
-    return `${KEY}-fork-${this.job.id}`;
+    return draftKey({ fork: this.job.id });
   }
 
   first() {
