@@ -82,7 +82,7 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
             timeout=seconds,
         )
     except subprocess.TimeoutExpired as late:
-        raise NoAnswer(f"{command[0]} did not answer within {seconds:g} s") from late
+        raise NoAnswer(f"{command[0]} did not answer within {seconds:g} s{_last_line(late.stderr)}") from late
     except OSError as error:
         raise _refusal(f"{command[0]} cannot be run: {error.strerror}") from error
     said = " ".join(done.stderr.split())
@@ -91,6 +91,13 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
     if any(words in said.lower() for words in UNREACHABLE):
         raise NoAnswer(f"{command[0]}: {said}")
     raise _refusal(said or f"{command[0]} ended with {done.returncode}")
+
+
+def _last_line(said: bytes | str | None) -> str:
+    """What a command complained of while it went on trying: a login node without munge says so only there."""
+    text = said.decode(errors="replace") if isinstance(said, bytes) else said or ""
+    lines = text.strip().splitlines()
+    return f": {lines[-1][:300]}" if lines else ""
 
 
 def _refusal(said: str) -> LaunchRefused:

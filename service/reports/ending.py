@@ -25,6 +25,7 @@ def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, 
     if attempt.ended_at is not None:
         return
     report = _with_memory(session, attempt, plain_report(report))
+    report = report.model_copy(update={"ended_at": _when(report.ended_at, attempt.created_at, now)})
     _close(session, attempt, report.outcome, now)
     attempt.ended_at = report.ended_at
     attempt.end_step = report.step
@@ -49,6 +50,11 @@ def _with_memory(session: Session, attempt: AttemptRow, report: ExitReport) -> E
     newest = select(MetricRow.memory_bytes).where(*told).order_by(MetricRow.seq.desc()).limit(1)
     card = report.error.model_copy(update={"peak_memory_bytes": session.scalar(newest)})
     return report.model_copy(update={"error": card})
+
+
+def _when(said: datetime, created_at: datetime, now: datetime) -> datetime:
+    """The time that the agent says, as far as it can be: its host has a clock of its own, and old jobs are deleted."""
+    return max(created_at, min(said, now))
 
 
 def _past(session: Session, job: JobRow, attempt: AttemptRow) -> streaks.Past:

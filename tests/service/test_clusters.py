@@ -1,6 +1,7 @@
 """Attempts on a cluster: what their jobs wait for, and agents that cannot reach the service."""
 
 from collections.abc import Iterator
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -94,3 +95,18 @@ def test_an_agent_that_reports_is_not_read_beside(cluster: Rig) -> None:
     attempt.metric(1)
     later(cluster, 1.0)
     assert cluster.data(job_id, "metrics") == []
+
+
+@pytest.mark.parametrize("days", [-20000, 400])
+def test_a_node_s_clock_moves_no_job_into_another_year(cluster: Rig, days: int) -> None:
+    job_id, attempt = submitted(cluster)
+    attempt.started()
+    cluster.ship(attempt)
+    report = attempt.end("completed", step=10).model_dump(mode="json")
+    report["ended_at"] = (cluster.clock() + timedelta(days=days)).isoformat()
+    assert cluster.report(attempt, "exit", report).status_code == 200
+    job, told = cluster.job(job_id), cluster.data(job_id, "attempts")[0]
+    assert job["status"] == "succeeded"
+    times = [datetime.fromisoformat(time) for time in (told["created_at"], told["ended_at"])]
+    assert times[0] <= times[1] <= cluster.clock()
+    assert datetime.fromisoformat(job["finished_at"]) == times[1]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.processes import PROC, ProcessIdentity, all_pids
-from tests.faults.home import ROOT, until
+from tests.faults.home import ROOT, members, until
 
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "scontrol")
@@ -220,7 +220,15 @@ class Cluster:
         until(lambda: not any(process.alive() for process in processes), 10, "they are gone")
 
     def heal(self) -> None:
-        """Whatever a test did: a controller, both nodes idle, no job."""
+        """Whatever a test did: a controller, two idle nodes, no job and nothing of one; if need be by a new cluster."""
+        self._end_strays()
+        try:
+            self._mend()
+        except (AssertionError, subprocess.TimeoutExpired) as why:
+            print(f"the cluster is begun anew: {why}")
+            self._begin_anew()
+
+    def _mend(self) -> None:
         if not self.controllers():
             self.start_controller()
         for node in NODES:
@@ -229,17 +237,35 @@ class Cluster:
         until(lambda: set(self.states()) == set(NODES), 30, "the controller answers")
         self.run("scancel", "--user=root", "--full", "--signal=KILL")
         self.run("scancel", "--user=root")
-        deadline = time.monotonic() + 60
-        while self.states() != dict.fromkeys(NODES, "IDLE"):
-            assert time.monotonic() < deadline, f"{self.states()}: {self.logs()}"
-            for node, state in self.states().items():
-                if "DRAIN" in state or "DOWN" in state:
-                    subprocess.run(
-                        ["scontrol", "update", f"NodeName={node}", "State=RESUME"],
-                        env={**os.environ, **self.environment},
-                        capture_output=True,
-                    )
-            time.sleep(0.1)
+        until(self._idle, 40, "both nodes are idle")
+
+    def _idle(self) -> bool:
+        """Whether both nodes are; one that is drained or down is asked back."""
+        states = self.states()
+        for node, state in states.items():
+            if "DRAIN" in state or "DOWN" in state:
+                command = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+                subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, timeout=20)
+        return states == dict.fromkeys(NODES, "IDLE")
+
+    def _end_strays(self) -> None:
+        """Processes of attempts that no test looks after any more: by our mark, and only those of this cluster."""
+        for member in members():
+            if member.process.variable("SLURM_CONF") == self.environment["SLURM_CONF"]:
+                member.process.send(signal.SIGKILL)
+
+    def _begin_anew(self) -> None:
+        """All daemons and steps, and what the controller remembers."""
+        for _ in range(3):
+            self._end_strays()
+            nodes = [process for node in NODES for process in (*self.daemons(node), *self.steps(node))]
+            self.kill([*self.controllers(), *nodes])
+        shutil.rmtree(self.directory / "state")
+        (self.directory / "state").mkdir()
+        self.start_controller()
+        for node in NODES:
+            self.start_node(node)
+        until(self._idle, 60, f"idle nodes; {self.states()} {self.logs()}")
 
     def logs(self) -> str:
         """The ends of the daemons' logs."""

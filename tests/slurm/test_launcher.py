@@ -193,6 +193,17 @@ def test_a_controller_that_hangs_holds_nobody_up_and_ends_nothing(
     assert launcher.find(NAME).state is State.ALIVE
 
 
+def test_what_a_command_complains_of_before_it_hangs_is_told(
+    slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "LOOK_SECONDS", 0.3)
+    slurm.body("squeue", "echo 'squeue: error: Munge encode failed: Failed to access socket' >&2; exec sleep 30")
+    assert str(launcher.find(NAME).silence) == (
+        "Slurm does not answer: squeue did not answer within 0.3 s: "
+        "squeue: error: Munge encode failed: Failed to access socket"
+    )
+
+
 def test_another_cluster_s_queue_says_nothing_of_the_attempt(
     slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, tmp_path: Path
 ) -> None:

@@ -95,6 +95,21 @@ def test_a_time_limit_met_three_times_leaves_no_step_out(cluster: Cluster, slurm
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(400)
+def test_a_partition_s_limit_that_is_shorter_than_the_warning_leaves_time_to_train(
+    cluster: Cluster, slurm_home: MakeSlurmHome
+) -> None:
+    """Slurm warns such a job as soon as it has begun."""
+    home = slurm_home()
+    job_id = submit(home, fake(home, slurm={"partition": "short"}, steps="1000", pace="0.1", save="10000"))
+    home.wait(job_id, "succeeded", seconds=300)
+    first, *others = attempts(home, job_id)
+    assert (first["outcome"], first["reason"], len(others)) == ("stopped", "time_limit", 1)
+    assert first["end_step"] > 500, "three quarters of two minutes"
+    check_weights(home, job_id, 1000)
+
+
+@pytest.mark.soak
 def test_gpus_are_leased_by_slurm_on_each_node(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
     home = slurm_home(settings={"TRAINYARD_SLURM_DEVICE": "cuda"})
     spec = fake(home, steps="60", pace="0.1")
