@@ -1,10 +1,11 @@
 """Pages of jobs, and of what belongs to one job."""
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Row, Select, or_, select
+from sqlalchemy import BindParameter, Connection, Row, Select, bindparam, or_, select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from contract.parsing import Problem
@@ -42,13 +43,22 @@ def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 def jobs(connection: Connection, wanted: Wanted) -> tuple[Sequence[Row[Any]], bool]:
     """A page, as rows of `PLACED`, and whether more follow."""
+    behind = {"number": _number(connection, wanted.after)} if wanted.after is not None else {}
+    # Whoever turns pages asks the same each time, but for where the page begins.
+    query = _query(replace(wanted, after="") if behind else wanted)
+    found = connection.execute(query, behind).all()
+    return found[: wanted.limit], len(found) > wanted.limit
+
+
+@functools.lru_cache(maxsize=64)
+def _query(wanted: Wanted) -> Select[Any]:
+    """Kept: a dashboard asks the same again and again, and to build it costs more than to run it."""
     query = _filtered(wanted)
     if wanted.after is not None:
-        number = _number(connection, wanted.after)
+        number: BindParameter[int] = bindparam("number")
         query = query.where(JobRow.number < number if wanted.newest_first else JobRow.number > number)
     order = JobRow.number.desc() if wanted.newest_first else JobRow.number.asc()
-    found = connection.execute(query.order_by(order).limit(wanted.limit + 1)).all()
-    return found[: wanted.limit], len(found) > wanted.limit
+    return query.order_by(order).limit(wanted.limit + 1)
 
 
 def _filtered(wanted: Wanted) -> Select[Any]:

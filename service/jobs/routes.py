@@ -175,7 +175,8 @@ def patch_job(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body:
     with services.database.write() as session:
         actions.patch(session, job_id, before, asked, spec, caller, utc_now())
         found = as_changed(session, job_id)
-    services.scheduler.wake()
+    if "priority" in asked:
+        services.scheduler.wake()
     return _shown(services, found)
 
 

@@ -21,6 +21,9 @@ from service.scheduler.plan import Action, plan, subject
 from service.scheduler.snapshot import Memory, Snapshot, take
 
 ROUND_SECONDS = 1.0
+PAUSE_SECONDS = 0.1
+"""Between two rounds at least: what a burst of requests has changed is looked at together, not once for each."""
+
 MOST_ROUNDS_AT_ONCE = 20
 
 log = logging.getLogger("trainyard")
@@ -60,7 +63,7 @@ class Scheduler:
         self._news = News()
         self._outlook = Outlook(database, clock)
         self._wake = threading.Event()
-        self._stopping = False
+        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._waiting: Mapping[str, str] = {}
         self.on_lead: Callable[[], None] = _nothing
@@ -72,14 +75,14 @@ class Scheduler:
 
     def stop(self) -> None:
         """End the loop after the round that is going on. Attempts are left alone."""
-        self._stopping = True
+        self._ending.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(30)
             self._give_up()
 
     def wake(self) -> None:
-        """Something has changed: look at once."""
+        """Something has changed: look at once, or as soon as the pause after the last look is over."""
         self._wake.set()
 
     def save_now(self, name: AttemptName) -> None:
@@ -175,14 +178,15 @@ class Scheduler:
         return snapshot
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._ending.is_set():
             try:
                 if self._leads():
                     self.settle()
                 self._rounded_at = self._monotonic()
             except Exception:
                 log.exception("a round of the scheduler failed")
-            self._wake.wait(ROUND_SECONDS)
+            self._ending.wait(PAUSE_SECONDS)
+            self._wake.wait(ROUND_SECONDS - PAUSE_SECONDS)
             self._wake.clear()
 
 

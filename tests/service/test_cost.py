@@ -9,6 +9,10 @@ from sqlalchemy import event
 
 from contract.status import JobStatus
 from service.jobs import gathering, store
+from service.scheduler import loop
+from service.scheduler.loop import Scheduler
+from tests.faults.home import until
+from tests.service.conftest import MakeRig
 from tests.service.rig import Rig
 
 
@@ -86,3 +90,28 @@ def test_rows_are_shown_as_the_entities_would_be(any_rig: Rig) -> None:
     names = [attribute.key for attribute in type(entity).__mapper__.column_attrs]
     assert {name: getattr(row, name) for name in names} == {name: getattr(entity, name) for name in names}
     assert row.status == JobStatus.RUNNING
+
+
+def test_a_burst_of_submissions_is_looked_at_together(
+    make_rig: MakeRig, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds: list[object] = []
+    settle = Scheduler.settle
+    monkeypatch.setattr(Scheduler, "settle", lambda self: rounds.append(settle(self)))
+    monkeypatch.setattr(loop, "PAUSE_SECONDS", 600.0)
+    rig = make_rig(sqlite_url, scheduling=True)
+    until(lambda: rounds)
+    jobs = [rig.submit() for _ in range(5)]
+    assert {rig.status(job_id) for job_id in jobs} == {JobStatus.QUEUED}
+    rig.close()
+    assert len(rounds) == 1, "one look, and then the pause, however many ask for another"
+    assert not rig.scheduler._thread.is_alive(), "who is asked to end does not wait for the pause"
+
+
+def test_only_a_change_that_matters_to_it_wakes_the_scheduler(rig: Rig) -> None:
+    job_id = rig.submit()
+    rig.scheduler._wake.clear()
+    rig.client.patch(f"/jobs/{job_id}", json={"labels": {"a": "b"}, "name": "other"})
+    assert not rig.scheduler._wake.is_set()
+    rig.client.patch(f"/jobs/{job_id}", json={"priority": 3})
+    assert rig.scheduler._wake.is_set()
