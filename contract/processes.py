@@ -110,11 +110,30 @@ def marked(mark: str) -> list[ProcessIdentity]:
     return [identity for pid in carriers if (identity := ProcessIdentity.of(pid))]
 
 
+def marks(besides: str) -> set[str]:
+    """The markers of all living processes that were also given the variable ``besides``, by one look at the host."""
+    found = set()
+    for pid in all_pids():
+        environment = _environment(pid)
+        mark = _value(environment, MARKER)
+        # A zombie, which does not live, shows no environment.
+        if mark is not None and pid != os.getpid() and _value(environment, besides) is not None:
+            found.add(mark)
+    return found
+
+
 def _variable(pid: int, name: str) -> str | None:
+    return _value(_environment(pid), name)
+
+
+def _environment(pid: int) -> list[bytes]:
     try:
-        environment = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
+        return (PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except OSError:
-        return None  # gone, or not ours to read
+        return []  # gone, or not ours to read
+
+
+def _value(environment: list[bytes], name: str) -> str | None:
     start = name.encode() + b"="
     return next(
         (entry[len(start) :].decode(errors="replace") for entry in environment if entry.startswith(start)), None

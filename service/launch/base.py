@@ -1,5 +1,6 @@
 """What the scheduler asks of a launcher: start an attempt, find it again, end it, read what it left."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -112,6 +113,9 @@ class Launcher(Protocol):
 
     def find(self, name: AttemptName) -> Found:
         """Look the attempt up by what is on the host, not by what was remembered."""
+
+    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+        """Those of which one look at the host sees that `find` would say ALIVE and no more; of the others nothing."""
 
     def stop(self, name: AttemptName) -> None:
         """Ask for save-and-stop without the agent's next report: the same wish, heard sooner. Raises NoAnswer."""

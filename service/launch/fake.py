@@ -1,5 +1,6 @@
 """The launcher's twin in memory: attempts do exactly what a test says, when it says so."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -102,6 +103,7 @@ class FakeLauncher:
         self.attempts: dict[AttemptName, FakeAttempt] = {}
         self.starts: list[AttemptName] = []
         self.looks: list[AttemptName] = []
+        self.glances = 0
         self.closed: set[AttemptName] = set()
         self.fail_next: Failpoint | None = None
 
@@ -139,6 +141,11 @@ class FakeLauncher:
             return Found(State.ABSENT)
         report = attempt.report if attempt.state is State.ENDED else None
         return Found(attempt.state, report, attempt.placement, attempt.silence)
+
+    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+        """Those that run."""
+        self.glances += 1
+        return {name for name in names if name in self.attempts and self.attempts[name].state is State.ALIVE}
 
     def stop(self, name: AttemptName) -> None:
         """Count the wish."""

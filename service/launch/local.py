@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.locks import is_held
-from contract.processes import ProcessIdentity, boot_id, marked, pid_namespace, signal_all, wait_gone
+from contract.processes import ProcessIdentity, boot_id, marked, marks, pid_namespace, signal_all, wait_gone
 from contract.report import ExitReport, RunSettings, read_message
 from contract.rundir import AttemptDir
 from contract.status import Reason
@@ -22,6 +22,8 @@ from service.launch.files import AttemptFiles
 
 END_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 END_SECONDS = 5.0
+AGENTS_TOKEN = "TRAINYARD_ATTEMPT_TOKEN"  # noqa: S105 - the variable that holds it
+"""Only the agent has what it takes to report; it keeps that from the processes it starts."""
 
 log = logging.getLogger("trainyard")
 
@@ -92,6 +94,11 @@ class LocalLauncher:
             return Found(State.ENDED, remains.never_began(attempt))
         return Found(State.ABSENT)
 
+    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+        """Whose agent lives and has not left its report yet."""
+        agents = marks(besides=AGENTS_TOKEN)
+        return {name for name in names if str(name) in agents and not self._files.attempt(name).exit.exists()}
+
     def _ranks_hold_lock(self, name: AttemptName) -> bool:
         """Processes that cannot be seen from here, as from another container, still hold the kernel's lock."""
         run = self._files.run(name)
@@ -142,8 +149,7 @@ def _collect(pid: int) -> None:
 
 
 def _is_agent(process: ProcessIdentity) -> bool:
-    """Only the agent has what it takes to report; it keeps that from the processes it starts."""
-    return process.variable("TRAINYARD_ATTEMPT_TOKEN") is not None
+    return process.variable(AGENTS_TOKEN) is not None
 
 
 def _deduced(attempt: AttemptDir) -> ExitReport:

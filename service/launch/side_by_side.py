@@ -1,6 +1,6 @@
 """Several launchers in one service: each attempt is its own launcher's, by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from contract.report import RunSettings
@@ -24,6 +24,13 @@ class SideBySide:
         """Nothing is known of an attempt whose launcher this service does not have."""
         launcher = self._launchers.get(name.launcher)
         return launcher.find(name) if launcher is not None else Found(State.UNKNOWN)
+
+    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+        """Each launcher looks for its own."""
+        found: set[AttemptName] = set()
+        for key, launcher in self._launchers.items():
+            found |= launcher.alive_among([name for name in names if name.launcher == key])
+        return found
 
     def stop(self, name: AttemptName) -> None:
         """Pass it on."""

@@ -116,6 +116,10 @@ class SlurmLauncher:
             return Found(State.ABSENT)
         return Found(State.ENDED, report or _deduced(attempt, job.state if job is not None else None))
 
+    def alive_among(self, _names: Sequence[AttemptName]) -> set[AttemptName]:
+        """None: `find` reads a list of the queue that was asked for once, and has more to say."""
+        return set()
+
     def stop(self, name: AttemptName) -> None:
         """The wish for the ranks, and a signal to the agents; an attempt that still waits is taken out of the queue."""
         self._files.ask_to_stop(name)

@@ -17,7 +17,7 @@ from service.scheduler.apply import Applier, utc_now
 from service.scheduler.bulletin import Bulletin, News
 from service.scheduler.lease import Deposed, Lease
 from service.scheduler.outlook import Outlook
-from service.scheduler.plan import Action, plan, subject
+from service.scheduler.plan import Action, Look, plan, subject
 from service.scheduler.snapshot import Memory, Snapshot, take
 
 ROUND_SECONDS = 1.0
@@ -129,6 +129,7 @@ class Scheduler:
         decided = plan(snapshot, self._clock())
         self._waiting = decided.waiting
         self._publish(Bulletin(tuple(snapshot.devices), self._preempts))
+        self._applier.glance([action.attempt.name for action in decided.actions if isinstance(action, Look)])
         outcomes = [self._leads() and self._do(action) for action in decided.actions]
         return any(outcomes)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from contract.locks import FileLock, LockBusy, is_held
-from contract.processes import MARKER, ProcessIdentity, descendants, marked, wait_gone
+from contract.processes import MARKER, ProcessIdentity, descendants, marked, marks, wait_gone
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 
@@ -79,3 +79,22 @@ def test_a_lock_ends_with_its_last_inheritor(tmp_path: Path) -> None:
     assert is_held(lock.path)
     child.communicate(b"\n")
     assert not is_held(lock.path)
+
+
+def test_one_look_for_all_attempts_sees_those_that_live() -> None:
+    def started(mark: str, **besides: str) -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: mark, **besides})
+
+    processes = [started("job_a/1", SPEAKS="yes"), started("job_b/2"), started("job_c/3", SPEAKS="")]
+    gone = started("job_d/4", SPEAKS="yes")
+    gone.kill()
+    try:
+        # The kernel shows what a process was given once it has become another program.
+        while not all(marked(mark) for mark in ("job_a/1", "job_b/2", "job_c/3")):
+            assert all(process.poll() is None for process in processes)
+        assert marks(besides="SPEAKS") & {"job_a/1", "job_b/2", "job_c/3", "job_d/4"} == {"job_a/1", "job_c/3"}
+    finally:
+        gone.wait()
+        for process in processes:
+            process.kill()
+            process.wait()

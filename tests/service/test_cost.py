@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from contract.status import JobStatus
+from service.devices.inventory import cpu_slots
 from service.jobs import gathering, store
 from service.scheduler import loop
 from service.scheduler.loop import Scheduler
@@ -115,3 +116,19 @@ def test_only_a_change_that_matters_to_it_wakes_the_scheduler(rig: Rig) -> None:
     assert not rig.scheduler._wake.is_set()
     rig.client.patch(f"/jobs/{job_id}", json={"priority": 3})
     assert rig.scheduler._wake.is_set()
+
+
+def test_attempts_that_run_are_found_again_by_one_look(make_rig: MakeRig, sqlite_url: str) -> None:
+    first = make_rig(sqlite_url, devices=cpu_slots(5))
+    jobs = [first.running()[0] for _ in range(4)]
+    lost, _ = first.running()
+    first.launcher.of(lost).lose_agent()
+    second = first.reborn()
+    second.launcher.looks.clear()
+    second.launcher.glances = 0
+    second.scheduler.round()
+    assert second.launcher.glances == 1
+    assert {name.job_id for name in second.launcher.looks} == {lost}, "only who was not seen to live is looked up"
+    assert {second.status(job_id) for job_id in jobs} == {JobStatus.RUNNING}
+    assert second.status(lost) is JobStatus.INTERRUPTED
+    second.close()

@@ -1,5 +1,7 @@
 """The database: migrations build what the tables say, writers queue up, readers see one moment."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -7,10 +9,11 @@ import alembic.command
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from service.db import Database, UnknownTables, alembic_config
+from service.db import Database, UnknownTables, alembic_config, newest_revision
 from service.jobs import store
 from service.scheduler.apply import utc_now
 from service.tables import EventRow, JobRow, LeaseRow, Table
@@ -199,3 +202,20 @@ def test_times_have_a_zone(any_rig: Rig) -> None:
         session.add(EventRow(job_id="x", kind="k", actor="a", message="m", data={}, at=datetime(2026, 1, 1)))
     job = any_rig.job(any_rig.submit())
     assert job["created_at"].endswith("Z")
+
+
+def test_the_newest_migration_is_known_without_the_tool_that_runs_them(empty: str) -> None:
+    database = Database(empty)
+    database.upgrade()
+    with database.engine.connect() as connection:
+        head = ScriptDirectory.from_config(alembic_config(connection)).get_current_head()
+        assert newest_revision() == head == connection.scalar(text("SELECT version_num FROM alembic_version"))
+    database.close()
+
+
+def test_a_service_whose_tables_are_there_starts_without_that_tool(sqlite_url: str) -> None:
+    program = (
+        "import sys, service.__main__; from service.db import Database; "
+        f"Database({sqlite_url!r}).upgrade(); sys.exit('alembic' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
