@@ -6,6 +6,7 @@ SQLite by the standard library's driver, Postgres by psycopg 3.
 import contextlib
 import functools
 import json
+import select
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic_core import from_json
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.orm import Session
 
 import migrations
@@ -169,16 +170,17 @@ def engine_for(parsed: URL, alone: bool = False) -> Engine:
     if parsed.get_backend_name() != "sqlite":
         # A service that is stopped in the middle of a transaction must not hold its rows for ever.
         options = f"-c idle_in_transaction_session_timeout={IDLE_SECONDS * 1000}"
-        return create_engine(
+        engine = create_engine(
             parsed,
             pool_size=16,
             max_overflow=32,
-            pool_pre_ping=True,
             pool_timeout=10,
             hide_parameters=True,
             json_deserializer=_read_json,
             connect_args={"options": options, "application_name": APPLICATION, **PROMPT},
         )
+        event.listen(engine, "checkout", _require_connected)
+        return engine
     if parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_engine(
@@ -202,6 +204,23 @@ def _read_json(text: str) -> Any:
         return from_json(text, cache_strings="keys")
     except ValueError:
         return json.loads(text)  # a lone surrogate, which no other reader takes
+
+
+def _require_connected(connection: Any, _record: object, _proxy: object) -> None:
+    """Where a server has gone its side of the idle connection is closed: that is seen without a question to it.
+
+    Raises InvalidatePoolError: this one and all older ones are made anew.
+    """
+    look = select.poll()
+    look.register(connection.fileno(), select.POLLIN)
+    if not look.poll(0):
+        return  # whoever is there says nothing unless he is asked
+    try:
+        # Something was said all the same: a farewell, or a notice.
+        connection.execute("SELECT 1")
+        connection.rollback()
+    except Exception as error:
+        raise InvalidatePoolError() from error
 
 
 def _shut_out_others(connection: Any, _record: object) -> None:

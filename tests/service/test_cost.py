@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
 from contract.status import JobStatus
+from service.db import APPLICATION, Database
 from service.devices.inventory import cpu_slots
 from service.jobs import gathering, store
 from service.scheduler import loop
@@ -132,3 +133,21 @@ def test_attempts_that_run_are_found_again_by_one_look(make_rig: MakeRig, sqlite
     assert {second.status(job_id) for job_id in jobs} == {JobStatus.RUNNING}
     assert second.status(lost) is JobStatus.INTERRUPTED
     second.close()
+
+
+def test_a_connection_that_the_server_has_closed_is_never_used(make_rig: MakeRig, migrated_postgres: str) -> None:
+    """Nobody asks the server before each request whether it is there: the closed connection itself says so."""
+    rig = make_rig(migrated_postgres)
+    kept = [rig.database.engine.connect() for _ in range(3)]
+    for connection in kept:
+        connection.close()
+    others = Database(migrated_postgres)
+    with others.engine.begin() as connection:
+        gone = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = :name AND pid <> "
+        ended = connection.execute(text(gone + "pg_backend_pid()"), {"name": APPLICATION}).all()
+    assert len(ended) >= 3
+    with statements(rig) as said:
+        assert [rig.client.get("/jobs").status_code for _ in range(4)] == [200] * 4
+    assert all("FROM jobs" in statement for statement in said), said
+    others.close()
+    rig.close()
