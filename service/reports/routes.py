@@ -47,6 +47,7 @@ def events(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ac
         ingest.ingest(session, job, attempt, batch.events)
 
     acked = _report(services, reporting, work)
+    services.pulse.nudge(reporting.job_id)
     services.telemetry.lag.observe(_age(batch.events[-1].get("at")))
     return acked
 
@@ -89,6 +90,7 @@ def exit_(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack
             ending.end(session, job, attempt, report, utc_now())
 
     acked = _report(services, reporting, work)
+    services.pulse.nudge(reporting.job_id)
     services.scheduler.wake()
     return acked
 

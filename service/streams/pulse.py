@@ -25,6 +25,9 @@ from service.streams.frames import Place, event
 from service.tables import AttemptRow, JobRow
 
 BEAT_SECONDS = 0.5
+LEAST_SECONDS = 0.25
+"""Between two looks, where this process itself stores what readers wait for and says so. Each wakes all of them."""
+
 TAIL = 256
 """Newest events of a job that are kept for its readers."""
 
@@ -96,8 +99,7 @@ class Channel:
 
     async def wait(self, seconds: float) -> None:
         """Until something changes, or ``seconds`` are over."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.changed.wait(), seconds)
+        await within(seconds, self.changed)
 
 
 class Pulse:
@@ -110,6 +112,7 @@ class Pulse:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="streams")
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._nudged = asyncio.Event()
         self.stopping = False
 
     @property
@@ -135,6 +138,7 @@ class Pulse:
         channel.readers += 1
         self._loop = asyncio.get_running_loop()
         if self._task is None or self._task.done():
+            self._nudged = asyncio.Event()
             self._task = self._loop.create_task(self._beat())
         return channel
 
@@ -143,6 +147,12 @@ class Pulse:
         channel.readers -= 1
         if channel.readers <= 0 and self._channels.get(channel.job_id) is channel:
             del self._channels[channel.job_id]
+
+    def nudge(self, job_id: str) -> None:
+        """Something that the job's readers wait for was stored by this process. From any thread."""
+        loop = self._loop
+        if job_id in self._channels and loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(self._nudged.set)
 
     def stop(self) -> None:
         """End all streams soon; their readers will come back to our successor. From any thread, more than once."""
@@ -169,7 +179,9 @@ class Pulse:
                 if job_id in self._channels:
                     self._channels[job_id].take(news)
             full = any(len(news.frames) == MOST_AT_ONCE for news in found.values())
-            await asyncio.sleep(0 if full else BEAT_SECONDS)
+            await asyncio.sleep(0 if full else LEAST_SECONDS)
+            await within(0 if full else BEAT_SECONDS - LEAST_SECONDS, self._nudged)
+            self._nudged.clear()
 
     def _first_look(self, job_id: str) -> tuple[News, Place]:
         with self._database.read() as session:
@@ -213,6 +225,14 @@ class Pulse:
                 return tuple(map(framed, rows))
 
         return await self.run(read)
+
+
+async def within(seconds: float, awaited: asyncio.Event) -> None:
+    """Wait for ``awaited``, but not longer."""
+    # `asyncio.wait_for` would make a task of each wait, and there is one for each reader.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await awaited.wait()
 
 
 def framed(row: dict[str, object]) -> Frame:

@@ -28,6 +28,7 @@ Open = Callable[..., Reader]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.01)
     monkeypatch.setattr(readers, "LOOK_SECONDS", 0.02)
 
 
@@ -334,3 +335,18 @@ def test_no_thread_waits_for_a_reader(make_rig: MakeRig, sqlite_url: str) -> Non
     assert os.cpu_count()
     assert asyncio.iscoroutinefunction(rig.pulse.open)
     rig.close()
+
+
+def test_what_this_process_stores_itself_waits_for_no_beat(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pulse, "BEAT_SECONDS", 600.0)
+    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.0)
+    job_id, attempt = rig.running()
+    with served(rig) as address:
+        reader = Reader(address, f"/jobs/{job_id}/metrics/stream")
+        for step in (1, 2):
+            attempt.metric(step)
+            rig.ship(attempt)
+            assert reader.take(1)[0]["data"]["step"] == step
+        rig.exit(attempt, "completed", step=2)
+        assert reader.take(1)[0]["event"] == "end"
+        reader.close()
