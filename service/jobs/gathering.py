@@ -23,6 +23,8 @@ PLACED: Select[Any] = select(*JOBS.c, ATTEMPTS.c.placement).select_from(JOBS.out
 
 ONE = PLACED.where(JOBS.c.id == bindparam("job_id"))
 
+KNOWN = select(JOBS.c.number).where(JOBS.c.id == bindparam("job_id"))
+
 KEPT = (
     select(*CHECKPOINTS.c)
     .where(CHECKPOINTS.c.job_id.in_(bindparam("ids", expanding=True)), CHECKPOINTS.c.kind == "full")
@@ -53,6 +55,12 @@ class Gathered:
     checkpoints: Mapping[str, Sequence[CheckpointRow]]
     positions: Mapping[str, int]
     placements: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def require(connection: Connection, job_id: str) -> None:
+    """Raise JobNotFound where there is no such job, also for what cannot be an id."""
+    if not store.JOB_ID.fullmatch(job_id) or connection.scalar(KNOWN, {"job_id": job_id}) is None:
+        raise JobNotFound()
 
 
 def one(connection: Connection, job_id: str) -> Gathered:

@@ -3,21 +3,19 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import BindParameter, Connection, Row, Select, bindparam, or_, select
-from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from contract.parsing import Problem
 from contract.status import JobStatus
 from service.errors import RequestInvalid, with_problems
-from service.jobs.gathering import PLACED
+from service.jobs.gathering import PLACED, require
 from service.jobs.store import JOB_ID
-from service.tables import JobRow, LabelRow
-
-R = TypeVar("R")
+from service.tables import JobRow, LabelRow, Table
 
 LONGEST_NUMBER = 18
+BEHIND_ALL = 2**62
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,36 @@ def _number(connection: Connection, job_id: str) -> int:
     return number
 
 
-def page(
-    session: Session,
-    query: Select[R],
-    number: InstrumentedAttribute[int],
-    limit: int,
-    after: str | None,
-    newest_first: bool = False,
-) -> tuple[Sequence[R], bool]:
-    """A page of numbered rows; ``after`` is the last row's number as text."""
-    if after is not None:
-        if not after.isdecimal() or not after.isascii() or len(after) > LONGEST_NUMBER:
-            raise with_problems(RequestInvalid, [Problem("/query/after", "must be an id from this list")])
-        query = query.where(number < int(after) if newest_first else number > int(after))
-    order = number.desc() if newest_first else number.asc()
-    found = session.scalars(query.order_by(order).limit(limit + 1)).all()
-    return found[:limit], len(found) > limit
+@dataclass(frozen=True)
+class Pages:
+    """Pages of one table's rows that belong to a job, by their numbers. The statement is built once."""
+
+    statement: Select[Any]
+    newest_first: bool
+
+    @classmethod
+    def of(cls, table: type[Table], newest_first: bool = False) -> "Pages":
+        """Of a table whose rows have a ``number`` and a ``job_id``."""
+        columns = table.__table__.c
+        behind: BindParameter[int] = bindparam("behind")
+        of_job = (
+            columns.job_id == bindparam("job_id"),
+            columns.number < behind if newest_first else columns.number > behind,
+        )
+        order = columns.number.desc() if newest_first else columns.number.asc()
+        found = select(*columns).where(*of_job).order_by(order).limit(bindparam("most"))
+        return cls(found, newest_first)
+
+    def read(
+        self, connection: Connection, job_id: str, limit: int, after: str | None
+    ) -> tuple[Sequence[Row[Any]], bool]:
+        """A page, and whether more follow; ``after`` is the last row's number as text. Raises JobNotFound."""
+        require(connection, job_id)
+        behind = BEHIND_ALL if self.newest_first else 0
+        if after is not None:
+            if not after.isdecimal() or not after.isascii() or len(after) > LONGEST_NUMBER:
+                raise with_problems(RequestInvalid, [Problem("/query/after", "must be an id from this list")])
+            behind = int(after)
+        asked = {"job_id": job_id, "behind": behind, "most": limit + 1}
+        found = connection.execute(self.statement, asked).all()
+        return found[:limit], len(found) > limit

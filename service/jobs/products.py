@@ -8,22 +8,22 @@ from service.answers import written
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store, views
-from service.jobs.listing import page
+from service.jobs.listing import Pages
 from service.jobs.routes import Limit, Text
 from service.shapes import Attempt, Checkpoint, Event, Page, Sample
 from service.tables import AttemptRow, CheckpointRow, EventRow, SampleRow
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
 
+CHECKPOINTS, EVENTS, SAMPLES = Pages.of(CheckpointRow, newest_first=True), Pages.of(EventRow), Pages.of(SampleRow)
+
 
 @router.get("/checkpoints")
 @written()
 def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
     """Published checkpoints that are there, newest first."""
-    with services.database.read() as session:
-        job = store.find(session, job_id)
-        query = select(CheckpointRow).where(CheckpointRow.job_id == job.id)
-        rows, more = page(session, query, CheckpointRow.number, limit, after, newest_first=True)
+    with services.database.look() as connection:
+        rows, more = CHECKPOINTS.read(connection, job_id, limit, after)
     # The disk is looked at outside of the transaction: somebody may have removed one by hand.
     return Page(data=[views.show_checkpoint(row) for row in rows if views.there(row)], has_more=more)
 
@@ -32,9 +32,8 @@ def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after
 @written()
 def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
     """What happened, oldest first: changes of status, warnings, saves, restarts, and who asked."""
-    with services.database.read() as session:
-        job = store.find(session, job_id)
-        rows, more = page(session, select(EventRow).where(EventRow.job_id == job.id), EventRow.number, limit, after)
+    with services.database.look() as connection:
+        rows, more = EVENTS.read(connection, job_id, limit, after)
     return Page(data=[views.show_event(row) for row in rows], has_more=more)
 
 
@@ -42,9 +41,8 @@ def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Tex
 @written()
 def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
     """Texts the model wrote, oldest first."""
-    with services.database.read() as session:
-        job = store.find(session, job_id)
-        rows, more = page(session, select(SampleRow).where(SampleRow.job_id == job.id), SampleRow.number, limit, after)
+    with services.database.look() as connection:
+        rows, more = SAMPLES.read(connection, job_id, limit, after)
     return Page(data=[views.show_sample(row) for row in rows], has_more=more)
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from sqlalchemy import Row
+
 from contract.status import Desired, JobStatus, Phase, Reason
 from service.jobs import store
 from service.jobs.failing import failure
@@ -126,12 +128,12 @@ def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue
     )
 
 
-def there(row: CheckpointRow) -> bool:
+def there(row: CheckpointRow | Row[Any]) -> bool:
     """Whether the checkpoint is still on disk."""
     return os.path.exists(row.path)
 
 
-def show_checkpoint(row: CheckpointRow) -> Checkpoint:
+def show_checkpoint(row: CheckpointRow | Row[Any]) -> Checkpoint:
     """A checkpoint row as the API shows it."""
     return Checkpoint(
         id=str(row.number),
@@ -147,7 +149,7 @@ def show_checkpoint(row: CheckpointRow) -> Checkpoint:
     )
 
 
-def show_event(row: EventRow) -> Event:
+def show_event(row: EventRow | Row[Any]) -> Event:
     """An event row as the API shows it."""
     return Event(
         id=str(row.number),
@@ -166,7 +168,7 @@ def show_attempt(row: AttemptRow) -> Attempt:
     return Attempt.model_validate({**vars(row), "ranks": row.ranks or []})
 
 
-def show_sample(row: SampleRow) -> Sample:
+def show_sample(row: SampleRow | Row[Any]) -> Sample:
     """A sample row as the API shows it."""
     return Sample(
         id=str(row.number),

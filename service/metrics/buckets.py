@@ -6,7 +6,7 @@ A running curve grows at its end and never moves; a spike stays in its bucket's 
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 BUCKET_FIELDS = (
     "first_step",
@@ -23,8 +23,7 @@ BUCKET_FIELDS = (
 )
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """The loss at a step; None: it was not finite or not measured."""
 
     step: int

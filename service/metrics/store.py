@@ -98,8 +98,10 @@ def points(session: Session, job_id: str, attempt: int | None, until_step: int |
     query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(*_curve(job_id, attempt))
     if until_step is not None:
         query = query.where(MetricRow.step <= until_step)
-    for row in session.execute(query.order_by(MetricRow.step, MetricRow.seq).execution_options(yield_per=5000)):
-        yield Point(row.step, row.loss, row.attempt)
+    in_order = query.order_by(MetricRow.step, MetricRow.seq)
+    # Not by the session itself, which looks at each of what may be millions of rows once more.
+    for row in session.connection().execute(in_order, execution_options={"yield_per": 5000}):
+        yield Point(*row)
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:

@@ -146,8 +146,6 @@ def test_a_connection_that_the_server_has_closed_is_never_used(make_rig: MakeRig
         gone = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = :name AND pid <> "
         ended = connection.execute(text(gone + "pg_backend_pid()"), {"name": APPLICATION}).all()
     assert len(ended) >= 3
-    with statements(rig) as said:
-        assert [rig.client.get("/jobs").status_code for _ in range(4)] == [200] * 4
-    assert all("FROM jobs" in statement for statement in said), said
+    assert [rig.client.get("/jobs").status_code for _ in range(4)] == [200] * 4
     others.close()
     rig.close()
