@@ -11,6 +11,7 @@ import pytest
 from contract.rundir import AttemptDir, RunDir, read_json, write_json
 from worker.agent import place as places
 from worker.agent.launch import rank_environment, torchrun_command
+from worker.agent.nodes import OtherNodes
 from worker.agent.place import (
     ALONE,
     PORTS,
@@ -53,6 +54,10 @@ def test_the_first_node_chooses_a_port_and_says_so(attempt: AttemptDir) -> None:
     assert meeting is not None
     assert (meeting.host, meeting.port in PORTS) == ("10.0.0.1", True)
     assert read_json(attempt.rendezvous) == {"host": "10.0.0.1", "port": meeting.port}
+    assert [attempt.node(node).exists() for node in range(3)] == [False, True, False], "a place for the other's word"
+    others = OtherNodes(attempt, Place(0, 2))
+    others.look(0.0)
+    assert others.missing() == [1], "which is none yet"
     assert await_meeting(attempt, Place(1, 2), 0.0) == meeting
 
 

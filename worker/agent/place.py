@@ -86,6 +86,10 @@ def appoint(attempt: AttemptDir, place: Place) -> Meeting | None:
     if place.nodes == 1:
         return None
     meeting = Meeting(_own_address(place), _free_port())
+    for node in range(1, place.nodes):
+        # The others' words, empty: that a name is there is asked of a network file system anew each time it is read;
+        # that it was not is remembered for a minute, and a node that did say how its ranks ended would be lost.
+        attempt.node(node).touch()
     write_json(attempt.rendezvous, asdict(meeting))
     return meeting
 
