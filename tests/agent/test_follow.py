@@ -139,7 +139,7 @@ def test_a_node_starts_nothing_beside_ranks_of_before(
     try:
         with FileLock(RunDir(attempt.path.parent).alive_lock).take():
             run = RunDir(attempt.path.parent)
-            assert follow.follow(run, attempt, Place(1, 2, clustered=True)) == 1
+            assert follow.follow(run, attempt, Place(1, 2, clustered=True)) == 0, "its word is left"
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])

@@ -261,3 +261,10 @@ def test_a_card_has_the_last_lines_of_its_rank() -> None:
     assert silent.error is not None
     assert silent.error.log_tail == ["it said"]
     assert judge(outcome=Outcome(outcome="completed", step=9), tails=tails).error is None
+
+
+def test_what_failed_before_a_cluster_ended_the_rest_is_the_cause() -> None:
+    report = judge(torchrun_status=-15, errors=(ECHO, error(1, 2.0, "ValueError: bad")))
+    assert report.message == "rank 1 failed at step 7: ValueError: bad"
+    assert judge(torchrun_status=-15, errors=(ECHO,)).message.startswith("torchrun was killed by SIGTERM")
+    assert judge(torchrun_status=-9, errors=(error(1, 2.0, "ValueError: x"),)).message.startswith("torchrun was killed")

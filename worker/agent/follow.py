@@ -23,7 +23,11 @@ LOCK_SECONDS = 10.0
 
 
 def follow(run: RunDir, attempt: AttemptDir, place: Place) -> int:
-    """Run this node's ranks to their end, and leave word of it; the exit code is torchrun's, or 1."""
+    """Run this node's ranks to their end, and leave word of it.
+
+    The exit code is 0 once the word is left, however they ended: at any other the cluster would end the first node's
+    agent at once, before it has told why.
+    """
     parent = os.getppid()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, _leave_it_to_the_first)
@@ -32,12 +36,11 @@ def follow(run: RunDir, attempt: AttemptDir, place: Place) -> int:
     except (NoMeeting, LockBusy, OSError, ValueError, KeyError, TypeError) as why:
         print(f"agent: nothing was started: {why}", file=sys.stderr, flush=True)
         _leave_word(attempt, place, None, str(why))
-        return 1
+        return 0
     message = _watch(children, attempt, parent)
     children.end()
-    status = children.torchrun.returncode
-    _leave_word(attempt, place, status, message)
-    return 0 if status == 0 or attempt.outcome.exists() else 1
+    _leave_word(attempt, place, children.torchrun.returncode, message)
+    return 0
 
 
 def _start(run: RunDir, attempt: AttemptDir, place: Place) -> Children:

@@ -159,6 +159,9 @@ def _by_crash(evidence: Evidence) -> _End:
         return lost
     if evidence.torchrun_status is not None and evidence.torchrun_status < 0:
         name = signal_name(-evidence.torchrun_status)
+        real = next((error for error in evidence.errors if not _is_echo(error)), None)
+        if name == "SIGTERM" and real is not None:  # a cluster ended what was left
+            return _exception(evidence, real)
         if name == "SIGKILL" and evidence.memory.kills:
             return _out_of_memory(evidence, "torchrun")
         message = f"torchrun was killed by {name} at step {evidence.step}; its ranks were ended"
