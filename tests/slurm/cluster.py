@@ -91,7 +91,7 @@ class Cluster:
     def start(self) -> None:
         """Write the configuration, start all daemons, and return once both nodes are idle."""
         self._configure()
-        self._start_munge()
+        self.start_munge()
         self.start_controller()
         for node in NODES:
             self.start_node(node)
@@ -123,13 +123,16 @@ class Cluster:
         """What slurm.conf has of a node."""
         return NODE.format(name=name, host=socket.gethostname(), address="127.0.0.1", port=port)
 
-    def _start_munge(self) -> None:
+    def start_munge(self) -> None:
+        """With the key that it had, where it had one."""
         directory = self.directory
         key = directory / "munge.key"
-        key.write_bytes(os.urandom(128))
-        key.chmod(0o600)
+        if not key.exists():
+            key.write_bytes(os.urandom(128))
+            key.chmod(0o600)
         files = {"socket": "munge.socket", "key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log"}
         options = [f"--{name}={directory / file}" for name, file in {**files, "seed-file": "munge.seed"}.items()]
+        (directory / "munge.socket").unlink(missing_ok=True)
         self.spawn("munge.out", "munged", "--foreground", "--force", "--num-threads=2", *options)
         until((directory / "munge.socket").exists, 10, "munged listens")
 
@@ -183,6 +186,12 @@ class Cluster:
         """The controller's process."""
         return self._processes(lambda words: words[0].endswith("slurmctld"))
 
+    def mungers(self) -> list[ProcessIdentity]:
+        """munged's process."""
+        mine = f"--socket={self.directory}/munge.socket"
+        found = [ProcessIdentity.of(pid) for pid in all_pids() if mine in _command(pid)]
+        return [process for process in found if process is not None]
+
     def daemons(self, node: str) -> list[ProcessIdentity]:
         """The node's slurmd."""
         return self._processes(lambda words: words[0].endswith("slurmd") and words[-1] == node)
@@ -229,6 +238,8 @@ class Cluster:
             self._begin_anew()
 
     def _mend(self) -> None:
+        if not self.mungers():
+            self.start_munge()
         if not self.controllers():
             self.start_controller()
         for node in NODES:

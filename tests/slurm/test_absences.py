@@ -49,3 +49,22 @@ def test_what_is_submitted_while_the_controller_is_away_runs_once_it_is_back(
     until(lambda: completed(cluster, job_id), 20, "Slurm has ended it")
     assert completed(cluster, job_id) == [f"{job_id}/{job['attempt']}"]
     check_weights(home, job_id, 20)
+
+
+@pytest.mark.soak
+def test_a_host_without_munge_keeps_a_job_waiting_and_says_why(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
+    home = slurm_home()
+    cluster.kill(cluster.mungers())
+    job_id = submit(home, fake(home, nnodes=1))
+
+    def told() -> str | None:
+        queue = home.job(job_id)["queue"]
+        return queue["waiting_for"] if queue is not None and "unge" in queue["waiting_for"] else None
+
+    assert str(until(told, 30, "why nothing happens")).startswith("Slurm does not answer: squeue")
+    assert home.job(job_id)["status"] == "starting"
+    cluster.start_munge()
+    job = home.wait(job_id, "succeeded", seconds=90)
+    until(lambda: completed(cluster, job_id), 20, "Slurm has ended it")
+    assert completed(cluster, job_id) == [f"{job_id}/{job['attempt']}"]
+    check_weights(home, job_id, 20)

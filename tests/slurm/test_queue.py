@@ -28,7 +28,7 @@ def waiting(home: Home, job_id: str) -> dict[str, Any]:
 def test_a_job_waits_for_a_drained_node_and_says_so(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
     home = slurm_home()
     cluster.drain("node2")
-    job_id = submit(home, fake(home, pace="0.1", steps="30"))
+    job_id = submit(home, fake(home, pace="0.05", steps="30"))
     job = waiting(home, job_id)
     assert job["status"] == "starting"
     assert job["queue"]["position"] is None

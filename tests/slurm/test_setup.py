@@ -7,7 +7,7 @@ import pytest
 
 from service.errors import SpecInvalid
 from service.jobs.specs import Host, accept, kind_of
-from service.launch.slurm_setup import ALLOWED, SlurmSetup
+from service.launch.slurm_setup import ALLOWED, OURS, SlurmSetup
 from service.settings import Settings, SettingsRefused
 
 ON = {"TRAINYARD_SLURM": "on"}
@@ -65,6 +65,14 @@ def test_what_is_asked_of_slurm_comes_from_the_settings(tmp_path: Path) -> None:
     assert (found.slurm.warning, found.slurm.device) == (600, "cpu")
 
 
+def test_nobody_may_allow_what_the_launcher_relies_on(tmp_path: Path) -> None:
+    found = settings(tmp_path, **ON, TRAINYARD_SLURM_ALLOW=",".join([*sorted(OURS), "mem"]))
+    assert found.slurm is not None
+    assert found.slurm.allowed == ("mem",)
+    assert {"array", "clusters", "dependency", "no-kill", "requeue", "version", "wrap"} < OURS
+    assert not OURS & set(ALLOWED)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -108,7 +116,9 @@ def test_options_that_are_not_on_the_list_are_refused(tmp_path: Path, line: str)
     assert refused(tmp_path, asked, **ON).keys() == {"/resources/slurm/extra/1"}
 
 
-@pytest.mark.parametrize("line", ["mem=1G", "--mem=1G --wrap=ls", "--mem=$(ls)", "--mem=1\n#SBATCH --wrap=x", "-n1"])
+@pytest.mark.parametrize(
+    "line", ["mem=1G", "--mem=1G --wrap=ls", "--mem=$(ls)", "--mem=1\n#SBATCH --wrap=x", "--mem=1\n", "\n", "-n1"]
+)
 def test_a_line_is_one_option(tmp_path: Path, line: str) -> None:
     problems = refused(tmp_path, {"launcher": "slurm", "slurm": {"extra": [line]}}, **ON)
     assert all(pointer.startswith("/resources/slurm/extra") for pointer in problems)
