@@ -15,7 +15,7 @@ from service.launch.squeue import SlurmJob, jobs_in
 
 SUBMIT_SECONDS = 10.0
 CANCEL_SECONDS = 10.0
-LOOK_SECONDS = 10.0
+LOOK_SECONDS = 20.0
 PATIENCE_SECONDS = 2.0
 """Whoever asks for the queue waits so long for the answer; the question goes on being asked beside."""
 

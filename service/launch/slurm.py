@@ -25,7 +25,7 @@ from service.launch.commands import Queue
 from service.launch.environment import WORKER_AGENT, WorkerEnvironment
 from service.launch.files import AttemptFiles
 from service.launch.slurm_setup import SlurmSetup
-from service.launch.squeue import SlurmJob
+from service.launch.squeue import CONFIGURING, SlurmJob
 
 SLURM = "slurm"
 PREFIX = job_name("")
@@ -78,7 +78,7 @@ class SlurmLauncher:
     def start(self, launch: Launch) -> None:
         """Submit the attempt, unless Slurm has it already: a service that was killed may have submitted it."""
         attempt = self._files.attempt(launch.name)
-        known = self._jobs(launch.name, anew=True)
+        known = self._jobs(launch.name)
         if attempt.closed.exists() or _of(known, launch.name) is not None:
             return
         for leftover in known:
@@ -123,10 +123,12 @@ class SlurmLauncher:
     def stop(self, name: AttemptName) -> None:
         """The wish for the ranks, and a signal to the agents; an attempt that still waits is taken out of the queue."""
         self._files.ask_to_stop(name)
-        job = _of(self._jobs(name, anew=True), name)
+        job = _of(self._jobs(name), name)
         if job is None or job.ended:
             return
-        commands.cancel(job, *(() if job.pending else (f"--signal={STOP_SIGNAL}",)))
+        if job.pending:  # it may run by now: then it is told, and not taken out
+            commands.cancel(job, *(() if job.state == CONFIGURING else ("--state=PENDING",)))
+        commands.cancel(job, f"--signal={STOP_SIGNAL}")
         self._changed_at = self._monotonic()
 
     def save(self, name: AttemptName) -> None:
@@ -139,7 +141,7 @@ class SlurmLauncher:
             self._files.close(name)
         deadline = self._monotonic() + END_SECONDS
         with contextlib.suppress(NoAnswer):
-            while (job := _of(self._jobs(name, anew=True), name)) is not None and not job.ended:
+            while (job := _of(self._jobs(name), name)) is not None and not job.ended:
                 if not job.completing:
                     commands.cancel(job, "--signal=KILL", "--full")
                     commands.cancel(job)
@@ -156,9 +158,13 @@ class SlurmLauncher:
         """Lines of the outbox that the service does not have yet."""
         return self._files.unread(name, after_seq, limit)
 
-    def _jobs(self, name: AttemptName, anew: bool = False) -> list[SlurmJob]:
-        """All attempts of the job that Slurm knows, as they are after our own last change. Raises NoAnswer."""
-        since = self._monotonic() if anew else max(self._changed_at, self._monotonic() - self._queue.fresh_seconds)
+    def _jobs(self, name: AttemptName) -> list[SlurmJob]:
+        """All attempts of the job that Slurm knows, as they are after our own last change. Raises NoAnswer.
+
+        Otherwise an answer of a moment ago will do, and of longer ago where squeue takes long: to insist on one of this
+        instant would never be heard there. What is submitted twice all the same does not run twice.
+        """
+        since = max(self._changed_at, self._monotonic() - self._queue.fresh_seconds)
         return [job for job in self._queue.jobs(since) if job.name == job_name(name.job_id)]
 
     def _note_submission(self, attempt: AttemptDir, number: str | None) -> None:

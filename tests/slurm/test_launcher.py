@@ -1,8 +1,10 @@
 """The launcher against programs that say what Slurm's say, and worse: time-outs, nonsense, answers that are lost."""
 
+import contextlib
 import os
 import stat
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -235,9 +237,9 @@ def test_another_user_s_queue_says_nothing_of_the_attempt(
 @pytest.mark.parametrize(
     ("state", "cancelled_with"),
     [
-        ("PENDING", ["7"]),
-        ("CONFIGURING", ["7"]),
-        (["RUNNING", "CONFIGURING"], ["7"]),
+        ("PENDING", ["--state=PENDING 7", "--signal=23 7"]),
+        ("CONFIGURING", ["7", "--signal=23 7"]),
+        (["RUNNING", "CONFIGURING"], ["7", "--signal=23 7"]),
         ("RUNNING", ["--signal=23 7"]),
         ("SUSPENDED", ["--signal=23 7"]),
         ("COMPLETED", []),
@@ -301,6 +303,29 @@ def test_the_queue_is_asked_less_often_where_an_answer_takes_long(monkeypatch: p
     now[0] += 1.0
     queue.jobs(since=now[0] - 0.5)
     assert len(asked) == 3, "whoever has changed something looks again at once"
+
+
+def test_a_cluster_whose_squeue_takes_long_is_worked_with_all_the_same(
+    slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(commands, "REST", 10.0)
+    queue = slurm.bin.parent / "queue.json"
+    slurm.body("squeue", f"cat {queue} > {queue}.seen; sleep 0.4; cat {queue}.seen")
+
+    def in_the_end(what: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(NoAnswer):
+                what()
+                return
+        raise AssertionError("it was never heard")
+
+    in_the_end(lambda: launcher.start(LAUNCH))
+    assert len(slurm.calls("sbatch")) == 1
+    slurm.queue({"job_state": "PENDING", "nodes": ""})
+    in_the_end(lambda: launcher.stop(NAME))
+    assert slurm.calls("scancel")[0] == "--state=PENDING 7"
 
 
 def test_nodes_get_nothing_that_only_the_service_s_host_has(
