@@ -38,6 +38,12 @@ def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -
     return {**progress, **_how_far(step, steps), "eta_seconds": eta, "updated_at": _time(now)}
 
 
+def after_end(progress: dict[str, Any], step: int) -> dict[str, Any]:
+    """An attempt ended at ``step``, whose point may never have come."""
+    reached = max(step, progress.get("step") or 0)
+    return {**progress, **_how_far(reached, progress.get("steps")), "eta_seconds": None}
+
+
 def _how_far(step: int, steps: int | None) -> dict[str, Any]:
     percent = min(100.0, 100.0 * step / steps) if steps else None
     return {"step": step, "steps": steps, "percent": percent}

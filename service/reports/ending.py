@@ -10,6 +10,7 @@ from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_beco
 from service.jobs import store, streaks
 from service.jobs.rules import Ending, after_exit
 from service.jobs.store import Note
+from service.metrics.progress import after_end
 from service.reports.lines import plain_report
 from service.tables import AttemptRow, JobRow, LeaseRow, MetricRow
 
@@ -120,9 +121,7 @@ def _move_on(
         "finished_at": report.ended_at if ending.status in TERMINAL else None,
         "desired": Desired.RUN if restart_at is not None else job.desired,
     }
-    if report.step > (job.progress.get("step") or 0):
-        job.progress = {**job.progress, "step": report.step}
-    job.progress = {**job.progress, "eta_seconds": None}
+    job.progress = after_end(job.progress, report.step)
     store.move(session, job, ending.status, Note("status", ending.message, "agent", attempt.number), now, **changes)
     if ending.queued_again:
         note = Note("status", "queued again: it goes on when devices are free", "scheduler", attempt.number)

@@ -6,12 +6,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import datetime
+from http import HTTPStatus
 
 from sqlalchemy.orm import Session
 
 from service import logs
 from service.db import Database
 from service.devices.inventory import Inventory
+from service.errors import from_exception
 from service.launch.base import AttemptName, Launcher
 from service.scheduler.apply import Applier, utc_now
 from service.scheduler.bulletin import Bulletin, News
@@ -27,6 +29,15 @@ PAUSE_SECONDS = 0.1
 MOST_ROUNDS_AT_ONCE = 20
 
 log = logging.getLogger("trainyard")
+
+
+def note_failure(error: Exception) -> None:
+    """Write a failed round down: in a line where the database is away or its disk full, for it may be so for hours."""
+    if from_exception(error).status == HTTPStatus.SERVICE_UNAVAILABLE:
+        why = str(error.__cause__ or error).partition("\n")[0]
+        log.warning("a round of the scheduler was not possible: %s", why)
+    else:
+        log.error("a round of the scheduler failed", exc_info=error)
 
 
 class Scheduler:
@@ -184,8 +195,8 @@ class Scheduler:
                 if self._leads():
                     self.settle()
                 self._rounded_at = self._monotonic()
-            except Exception:
-                log.exception("a round of the scheduler failed")
+            except Exception as error:
+                note_failure(error)
             self._ending.wait(PAUSE_SECONDS)
             self._wake.wait(ROUND_SECONDS - PAUSE_SECONDS)
             self._wake.clear()

@@ -11,10 +11,10 @@ from contract.status import LIVE
 from service.jobs import store
 from service.jobs.store import Note
 from service.tables import JobRow
-from service.upkeep.disks import Disk, State
+from service.upkeep.disks import FULL_BYTES, Disk, State
 
 CODE = "disk_low"
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def affected(session: Session, disks: Sequence[Disk]) -> list[tuple[str, Disk | None]]:
@@ -57,7 +57,12 @@ def described(disk: Disk) -> str:
         return f"the disk of {disk.name} can only be read"
     if disk.state is State.UNREADABLE:
         return f"the disk of {disk.name} does not answer"
-    free, total, limit = (f"{size / GIB:.1f} GiB" for size in (disk.usage.free, disk.usage.total, disk.limit))
-    if disk.usage.free >= disk.limit:
+    enough = max(disk.limit, FULL_BYTES)
+    free, total, limit = map(_size, (disk.usage.free, disk.usage.total, enough))
+    if disk.usage.free >= enough:
         return f"the disk of {disk.name} is about to run out of inodes: {disk.usage.files_free:,} are left"
     return f"the disk of {disk.name} is nearly full: {free} of {total} are free, and below {limit} is little"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.1f} MiB"

@@ -8,7 +8,7 @@ import pytest
 
 from service.settings import Settings
 from service.upkeep import disks
-from service.upkeep.disks import DiskWatch, Limits, State, Usage, judge
+from service.upkeep.disks import Disk, DiskWatch, Limits, State, Usage, judge
 from service.upkeep.loop import Upkeep
 from service.upkeep.warnings import described
 from tests.service.rig import Rig
@@ -196,7 +196,7 @@ def test_the_log_says_it_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> Non
     said = [record.getMessage() for record in caplog.records if "disk" in record.getMessage()]
     assert len(said) == 3, said
     assert "2.0 GiB" in said[0]
-    assert "0.0 GiB" in said[1]
+    assert "0.0 MiB" in said[1]
     assert said[2] == "the disk of home has room again"
 
 
@@ -227,6 +227,9 @@ def test_what_is_said_names_no_path() -> None:
     assert described(disk) == "the disk of home can only be read"
     found.more = {"files": 1000, "files_free": 3}
     assert described(watch(found).look()[0]) == "the disk of home is about to run out of inodes: 3 are left"
+    tiny = Disk((), ("home",), Usage(4 << 20, 3 << 20, files=9000, files_free=8000), 1 << 19, State.FULL)
+    said = "the disk of home is nearly full: 3.0 MiB of 4.0 MiB are free, and below 64.0 MiB is little"
+    assert described(tiny) == said
     assert described(watch(Disks()).look()[0]) == "the disk of home does not answer"
 
 

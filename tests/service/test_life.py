@@ -271,3 +271,13 @@ def test_every_change_in_the_log_is_in_the_table(any_rig: Rig) -> None:
     assert statuses[-1] == "cancelled"
     for before, after in itertools.pairwise(statuses):
         assert may_become(JobStatus(before), JobStatus(after)), (before, after)
+
+
+def test_an_end_beyond_the_last_point_counts(any_rig: Rig) -> None:
+    """Its disk was full: the points of the last steps never came."""
+    job_id, attempt = any_rig.running(steps=400)
+    attempt.metric(200)
+    any_rig.ship(attempt)
+    any_rig.exit(attempt, "failed", Reason.DIVERGED, step=300)
+    progress = any_rig.job(job_id)["progress"]
+    assert (progress["step"], progress["percent"], progress["eta_seconds"]) == (300, 75.0, None)

@@ -1,11 +1,16 @@
 """Deaths of the service, of agents and of launches: never twice, never stuck, never forgotten."""
 
+import sqlite3
+
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from contract.report import Ack
 from contract.status import JobStatus, Reason
+from service.errors import OutcomeUnknown
 from service.launch.base import AttemptName, State
 from service.launch.fake import Failpoint, ServiceKilled
+from service.scheduler.loop import note_failure
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig, path_of
 
@@ -272,3 +277,16 @@ def test_the_spec_of_an_attempt_names_the_kind_and_the_lease_names_the_card(make
     assert (launch.devices, launch.spec.resources.device) == (("cuda:1",), "cuda")
     assert rig.job(job_id)["spec"]["resources"]["device"] == "cuda:1"
     rig.close()
+
+
+def test_a_database_that_is_away_fills_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    full = OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+    try:
+        raise OutcomeUnknown() from full
+    except OutcomeUnknown as error:
+        note_failure(error)
+    note_failure(full)
+    assert [record.exc_info for record in caplog.records] == [None, None]
+    assert all("(sqlite3.OperationalError) database or disk is full" in line for line in caplog.messages)
+    note_failure(RuntimeError("a mistake of ours"))
+    assert caplog.records[-1].exc_info
