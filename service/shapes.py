@@ -99,9 +99,13 @@ class Queue(Shape):
 
 
 class Forecast(Plan):
-    """The plan of a run that was not submitted, and where it would stand in the queue."""
+    """The plan of a run that was not submitted, and where it would stand in the queue.
+
+    ``start_step``: a fork begins behind it; its time and FLOPs are those of the steps that are left.
+    """
 
     object: Literal["plan"] = "plan"
+    start_step: int = 0
     queue: Queue
 
 

@@ -34,6 +34,7 @@ NEEDS: dict[tuple[str, str], str] = {
     ("POST", f"{JOB}/resume"): SUBMIT,
     ("POST", f"{JOB}/save"): SUBMIT,
     ("POST", f"{JOB}/fork"): SUBMIT,
+    ("POST", f"{JOB}/fork/plan"): SUBMIT,
     ("POST", f"{JOB}/cancel"): SUBMIT,
     ("POST", f"{JOB}/kill"): SUBMIT,
     ("GET", f"{JOB}/metrics"): READ,

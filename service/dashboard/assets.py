@@ -4,6 +4,7 @@ All modules are one file, and so are all styles: the page is there after two req
 its own: it is large, and stays in the browser's cache when the rest changes.
 """
 
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -48,6 +49,16 @@ class Asset:
     packed: bytes
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What the files come to: all but the packed library."""
+
+    files: Mapping[str, Asset]
+    shell: Asset
+    library_path: str
+    library_digest: str
+
+
 class LibraryMissing(RuntimeError):
     """The chart library's script is not where its package keeps it: install the plotly that is pinned."""
 
@@ -60,15 +71,12 @@ class Assets:
         self._library = _library()
         self._lock = threading.Lock()
         self._charts: Asset | None = None
-        files = _joined({path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)})
-        shell = files.pop(SHELL).decode()
-        base = f"{OWN}{_digest(*(part for name in sorted(files) for part in (name.encode(), files[name])))}/"
-        self._library_digest = _digest(compiled_ahead(self._library.read_bytes()) if self._library is not None else b"")
-        self.library_path = f"{OWN}plotly-{self._library_digest}.js"
-        self._files: Mapping[str, Asset] = {base + name: _asset(name, data) for name, data in files.items()}
-        page = shell.replace("{{base}}", base).replace("{{charts}}", self.library_path)
-        self.shell = _asset(SHELL, page.encode())
-        self.shell_tag = f'"{_digest(page.encode())}"'
+        made = _made(folder, self._library, _stamps(folder, self._library))
+        self._library_digest = made.library_digest
+        self.library_path = made.library_path
+        self._files = made.files
+        self.shell = made.shell
+        self.shell_tag = f'"{_digest(made.shell.plain)}"'
 
     def find(self, path: str) -> Asset | None:
         """The file at an address; None where there is none, or none any more."""
@@ -110,6 +118,26 @@ def library_file() -> Path:
         if file.is_file():
             return file
     raise LibraryMissing(LibraryMissing.__doc__)
+
+
+def _stamps(folder: Path, library: Path | None) -> tuple[tuple[str, int, int], ...]:
+    """What tells that a file is another one."""
+    stats = ((file, file.stat()) for file in (*_files(folder), *((library,) if library is not None else ())))
+    return tuple(sorted((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats))
+
+
+@functools.lru_cache(maxsize=8)
+def _made(folder: Path, library: Path | None, _: tuple[tuple[str, int, int], ...]) -> _Made:
+    """Kept for as long as no file changes: who makes a service for each test makes many."""
+    files = _joined({path.relative_to(folder).as_posix(): path.read_bytes() for path in _files(folder)})
+    shell = files.pop(SHELL).decode()
+    base = f"{OWN}{_digest(*(part for name in sorted(files) for part in (name.encode(), files[name])))}/"
+    digest = _digest(compiled_ahead(library.read_bytes()) if library is not None else b"")
+    charts = f"{OWN}plotly-{digest}.js"
+    page = shell.replace("{{base}}", base).replace("{{charts}}", charts)
+    return _Made(
+        {base + name: _asset(name, data) for name, data in files.items()}, _asset(SHELL, page.encode()), charts, digest
+    )
 
 
 def compiled_ahead(library: bytes) -> bytes:

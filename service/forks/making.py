@@ -21,6 +21,7 @@ from service.jobs import store
 from service.jobs.facts import known_at_submit
 from service.jobs.specs import Host, kind_of
 from service.jobs.store import Note
+from service.metrics.progress import how_far
 from service.settings import Settings
 from service.tables import CheckpointRow, JobRow
 
@@ -94,11 +95,11 @@ def insert(
     message = f"forked from {job.id} at step {parent.step:,}, {_meaning(asked)}"
     said = {"parent": job.id, "step": parent.step, "data": asked.data}
     fork = store.create(
-        session, spec, _facts(spec, asked, parent, kind), [], by, now, fork_id, Note("", message, data=said)
+        session, spec, facts_of(spec, asked, parent, kind), [], by, now, fork_id, Note("", message, data=said)
     )
     fork.parent_job_id, fork.parent_step = job.id, parent.step
     fork.lineage = lineage.record(session, job, parent.step, parent.attempt, asked.data)
-    fork.progress = {"step": parent.step, "steps": fork.facts["steps"]}
+    fork.progress = how_far(parent.step, fork.facts["steps"])
     told = {"fork": fork.id, "step": parent.step, "data": asked.data}
     store.tell(session, job, Note("forked", f"forked at step {parent.step:,} as {fork.id}", by.name, data=told), now)
     session.flush()
@@ -109,7 +110,7 @@ def _meaning(asked: Asked) -> str:
     return "its data order kept" if asked.data == "keep" else "with data and schedule that begin anew"
 
 
-def _facts(spec: JobSpec, asked: Asked, parent: Parent, kind: str) -> dict[str, Any]:
+def facts_of(spec: JobSpec, asked: Asked, parent: Parent, kind: str) -> dict[str, Any]:
     """What is known of it before it has run. Length and steps are counted over the whole curve."""
     facts = known_at_submit(spec, kind)
     restart = asked.data == "restart"

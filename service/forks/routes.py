@@ -14,8 +14,11 @@ from service.forks import making
 from service.forks.asked import Asked, forked_spec, read
 from service.jobs import files, store
 from service.jobs.routes import Made, announced, oldest_key, replayed
+from service.jobs.specs import kind_of
+from service.planning.forecast import behind
+from service.planning.routes import planned
 from service.scheduler.apply import utc_now
-from service.shapes import Job
+from service.shapes import Forecast, Job
 from service.web import JsonBody, described_fields
 
 BODY = described_fields(
@@ -49,6 +52,20 @@ def fork(
         services.scheduler.wake()
     logs.note(fork_id=made.job_id)
     return announced(services, made)
+
+
+@router.post("/jobs/{job_id}/fork/plan", openapi_extra=BODY)
+def plan_fork(services: ServicesNeeded, job_id: str, body: JsonBody) -> Forecast:
+    """What the fork of the same body would be, as `/jobs/plan` says it of a new job. Nothing is stored.
+
+    `steps` counts the whole curve, time and FLOPs are those of what is left behind `start_step`.
+    """
+    asked, host = read(body), services.host
+    with services.database.read() as session:
+        parent = making.parent_of(session, services.settings.runs, job_id, asked)
+    spec = forked_spec(asked, parent.origin, host)
+    facts = making.facts_of(spec, asked, parent, kind_of(spec, host))
+    return behind(planned(services, spec), parent.step, facts["base_step"], facts["steps"])
 
 
 def _make(services: Services, by: Caller, job_id: str, asked: Asked, key: str | None, digest: str) -> Made:

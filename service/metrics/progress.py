@@ -10,7 +10,7 @@ SHOWN = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_se
 
 def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
     """An attempt begins; what it will repeat no longer counts."""
-    return {**progress, **_how_far(event.start_step, event.steps), "eta_seconds": None, "updated_at": _time(event.at)}
+    return {**progress, **how_far(event.start_step, event.steps), "eta_seconds": None, "updated_at": _time(event.at)}
 
 
 def after_metric(progress: dict[str, Any], event: Metric, facts: dict[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def after_metric(progress: dict[str, Any], event: Metric, facts: dict[str, Any])
     return {
         **progress,
         **shown,
-        **_how_far(event.step, steps),
+        **how_far(event.step, steps),
         "eta_seconds": eta,
         "updated_at": _time(event.at),
         "step_seconds": seconds,
@@ -35,16 +35,17 @@ def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -
         return progress
     steps, seconds = progress.get("steps"), progress.get("step_seconds")
     eta = seconds * max(0, steps - step) if seconds and steps else progress.get("eta_seconds")
-    return {**progress, **_how_far(step, steps), "eta_seconds": eta, "updated_at": _time(now)}
+    return {**progress, **how_far(step, steps), "eta_seconds": eta, "updated_at": _time(now)}
 
 
 def after_end(progress: dict[str, Any], step: int) -> dict[str, Any]:
     """An attempt ended at ``step``, whose point may never have come."""
     reached = max(step, progress.get("step") or 0)
-    return {**progress, **_how_far(reached, progress.get("steps")), "eta_seconds": None}
+    return {**progress, **how_far(reached, progress.get("steps")), "eta_seconds": None}
 
 
-def _how_far(step: int, steps: int | None) -> dict[str, Any]:
+def how_far(step: int, steps: int | None) -> dict[str, Any]:
+    """Where a job is that has done ``step`` of ``steps``."""
     percent = min(100.0, 100.0 * step / steps) if steps else None
     return {"step": step, "steps": steps, "percent": percent}
 

@@ -64,6 +64,20 @@ def forecast(
     )
 
 
+def behind(plan: Forecast, start: int, base: int, steps: int | None) -> Forecast:
+    """The plan of a run that begins at step ``start`` of a curve: what lies before it takes no time any more.
+
+    ``base``: steps before its own schedule. ``steps``: of the whole curve, where that is known.
+    """
+    begins = {"start_step": start, "base_step": base}
+    if plan.steps is None:
+        return plan.model_copy(update={**begins, "steps": steps})
+    whole = steps if steps is not None else base + plan.steps
+    share = max(0, whole - start) / plan.steps
+    left = {name: value * share for name in ("flops", "eta_seconds") if (value := getattr(plan, name)) is not None}
+    return plan.model_copy(update={**begins, **left, "steps": whole})
+
+
 def _sizes(size: Size | None, facts: dict[str, Any], pace: Pace | None) -> dict[str, Any]:
     if size is None:
         return {"estimated": True}

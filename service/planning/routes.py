@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from contract.spec import JobSpec
 from contract.status import JobStatus
-from service.context import ServicesNeeded
+from service.context import Services, ServicesNeeded
 from service.devices.inventory import Device
 from service.jobs.routes import body_of
 from service.jobs.specs import accept, kind_of
@@ -28,7 +28,11 @@ def plan(services: ServicesNeeded, body: JsonBody) -> Forecast:
 
     What depends on the corpus is estimated from at most 4 MiB of it; a job's own plan is exact once it has started.
     """
-    spec = accept(body, services.host)
+    return planned(services, accept(body, services.host))
+
+
+def planned(services: Services, spec: JobSpec) -> Forecast:
+    """The plan of a spec that was accepted."""
     # A cluster's devices are not this host's: nothing is known of them before Slurm has chosen some.
     devices = services.inventory.devices() if spec.resources.launcher != SLURM else ()
     kind = kind_of(spec, services.host)

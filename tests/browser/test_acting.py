@@ -69,7 +69,7 @@ def test_a_finished_job_goes_on_with_more_steps_from_an_older_checkpoint(service
     expect(field(page, "max_steps")).to_be_focused()
     field(page, "max_steps").fill("2")
     dialog.get_by_role("button", name="Resume").click()
-    expect(refusal(page, "max_steps")).to_have_text("may only be raised")
+    expect(refusal(page, "max_steps")).to_have_text("may only be raised: it is 60")
     in_both_themes(page, "resume")
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)

@@ -81,7 +81,7 @@ def test_a_fork_joins_its_parent_at_its_step(rig: Rig, page: Page) -> None:
         expect(page.get_by_text("Not there any more: job_gone")).to_be_visible()
         expect(page.locator(".key")).to_contain_text("<u>fork</u>")
         expect(page.locator(".key")).to_contain_text("forked at step 20")
-        assert labels(page) == [["parent", "paper", 1], ["&lt;u&gt;fork&lt;/u&gt;", "x", 5000]], "at the lines' ends"
+        assert labels(page) == [["&lt;u&gt;fork&lt;/u&gt;", "x", 5000], ["parent", "paper", 1]], "at the lines' ends"
         in_both_themes(page, "fork-compared")
         expect(loss.locator(".nsewdrag").first).to_be_visible()
         drag(page, loss, 0.4, 0.6)

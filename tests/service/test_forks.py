@@ -114,6 +114,35 @@ def test_all_mistakes_come_at_once(rig: Rig) -> None:
     assert "same setting" in fork(rig, ready(rig), {"overrides": both}, 422)["errors"][0]["message"]
 
 
+def test_the_plan_of_a_fork_counts_what_is_left(rig: Rig) -> None:
+    job_id = ready(rig)
+    training = {"max_steps": 1000, "learning_rate": 1e-4}
+    whole = rig.client.post("/jobs/plan", json=rig.spec(training={**training, "batch_size": 1})).json()
+    assert whole["start_step"] == 0
+
+    def planned(status: int = 200, **body: Any) -> dict[str, Any]:
+        answer = rig.client.post(f"/jobs/{job_id}/fork/plan", json=body)
+        assert answer.status_code == status, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    kept = planned(step=400, overrides={"training": training})
+    assert (kept["start_step"], kept["base_step"], kept["steps"]) == (400, 0, 1000)
+    twice = planned(step=400, overrides={"training": {**training, "max_steps": 1600}})
+    assert twice["flops"] == pytest.approx(2 * kept["flops"])
+    anew = planned(step=400, data="restart", overrides={"training": {**training, "max_steps": 600}})
+    assert (anew["start_step"], anew["base_step"], anew["steps"]) == (400, 400, 1000)
+    assert anew["flops"] == pytest.approx(kept["flops"])
+    refused = planned(422, overrides={"training": {"seed": 1}})
+    assert [found["pointer"] for found in refused["errors"]] == ["/overrides/training/seed"]
+    assert planned(409, step=7)["code"] == "step_unavailable"
+    assert len(rig.get("/jobs")["data"]) == 1
+    made = fork(rig, job_id, {"step": 400, "overrides": {"training": training}})
+    assert made["progress"]["percent"] == 40.0
+    cancelled = rig.act(made["id"], "cancel")
+    assert cancelled["summary"] == "Cancelled at step 400; resuming goes on from step 400 of its parent."
+
+
 def test_a_restart_may_change_the_data_and_counts_its_own_steps(rig: Rig) -> None:
     other = rig.home / "other.jsonl"
     other.write_text('{"text": "two"}\n')

@@ -7,6 +7,7 @@ import { isDark } from "./theme.js";
 export { Board } from "./board.js";
 
 const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
+const TICK = 70; // px that a number below the x axis needs
 let loading = null;
 
 /** The library, once. Its address stands in the page's head, so that it is asked for after text and tables are there. */
@@ -21,7 +22,10 @@ export function library() {
 
 /** Says which charts are seen, or nearly: the others are drawn when they are. */
 const eyes = new IntersectionObserver((found) => {
-  for (const { target, isIntersecting } of found) target.chart.seen(isIntersecting);
+  for (const { target, isIntersecting, boundingClientRect } of found) {
+    target.chart.width = boundingClientRect.width;
+    target.chart.seen(isIntersecting);
+  }
 }, { rootMargin: "300px" });
 
 export class Chart {
@@ -47,6 +51,7 @@ export class Chart {
     this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no point yet` }, head, this.box, this.note, this.rows);
     this.node.chart = this;
     this.isSeen = false;
+    this.width = 400;
     eyes.observe(this.node);
   }
 
@@ -73,9 +78,14 @@ export class Chart {
     if (!this.rows.hidden) this.fillData();
     this.isStale = !this.isSeen;
     if (this.isStale || isEmpty) return;
-    const Plotly = await library();
+    if (!this.started) text(this.note, "Drawing…");
+    const Plotly = await library().catch((error) => {
+      text(this.note, "The chart library did not come; the values are under “data”.");
+      throw error;
+    });
     if (this.gone) return;
-    const ends = endLabels(traces, { isLog: this.log, height: this.height, ink: inks()[0], zoom: this.board.zoom });
+    text(this.note, this.words(false));
+    const ends = endLabels(traces, { isLog: this.log, height: this.height, width: this.width, ink: inks()[0], ground: inks()[2], zoom: this.board.zoom });
     const drawn = traces.filter((one) => one.x.length).map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: modeOf(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(positive) : trace.y }));
     await Plotly.react(this.plot, drawn, this.layout(ends), this.started ? undefined : CONFIG);
     if (!this.started) this.listen();
@@ -99,7 +109,7 @@ export class Chart {
       uirevision: this.board.axis, autosize: true, height: this.height, margin: { l: 52, r: room, t: 6, b: 26 }, showlegend: false, dragmode: "zoom",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", size: 11, color: ink },
       hovermode: "x", hoverdistance: -1, shapes: this.content.shapes ?? [], annotations, separators: ".,",
-      xaxis: { ...axis, autorange: true, type: date ? "date" : "linear", nticks: 6, ...(date ? {} : { tickformat: "~s", rangemode: "normal" }) },
+      xaxis: { ...axis, autorange: true, type: date ? "date" : "linear", nticks: Math.min(10, Math.max(4, Math.floor(this.width / TICK))), ...(date ? {} : { tickformat: "~s", rangemode: "normal" }) },
       yaxis: { ...axis, ...(this.log ? logTicks(this.content.traces) : { autorangeoptions: headroom(this.content.traces) }), autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
     };
   }
@@ -199,7 +209,8 @@ export class Chart {
   }
 }
 
-const inks = () => (isDark() ? ["#a3adb8", "#2a3138"] : ["#52606d", "#e6e9ed"]);
+/** Of words, of the grid, and of what lies under words that stand among lines. */
+const inks = () => (isDark() ? ["#a3adb8", "#2a3138", "rgba(17,20,24,.8)"] : ["#52606d", "#e6e9ed", "rgba(255,255,255,.8)"]);
 
 /** What a log axis can show: of a zero plotly would draw a fall out of the picture. */
 const positive = (y) => (y > 0 ? y : null);

@@ -25,5 +25,6 @@ export function controls({ axis, half }, usual, onAxis, onHalf, ...more) {
     keep("smooth", Number(smooth.value) === SMOOTH ? null : smooth.value);
     onHalf(Number(smooth.value));
   });
-  return h("div", { class: "bar" }, h("label", { for: "axis" }, "Along"), along, h("label", { for: "smooth" }, "Smoothing"), smooth, ...more);
+  const pair = (id, words, choice) => h("span", { class: "choice" }, h("label", { for: id }, words), choice);
+  return h("div", { class: "bar" }, pair("axis", "Along", along), pair("smooth", "Smoothing", smooth), ...more);
 }

@@ -30,6 +30,9 @@ export class PlanView {
   }
 }
 
+/** A fork's are those that are left, and where they lie. */
+const stepsOf = ({ steps, start_step: start }) => (start ? `${count(Math.max(0, steps - start))}, ${count(start + 1)} to ${count(steps)}` : count(steps));
+
 function factsOf(plan) {
   const memory = Object.values(plan.memory_bytes ?? {}).reduce((sum, value) => sum + (value ?? 0), 0);
   const active = plan.active_parameters === plan.parameters ? "" : `, ${short(plan.active_parameters)} active`;
@@ -37,7 +40,7 @@ function factsOf(plan) {
   const about = plan.estimated ? "about " : "";
   return [
     ["Parameters", `${short(plan.parameters)}${active}`], ["Tokens in the corpus", plan.tokens === null ? NONE : `${about}${short(plan.tokens)}`],
-    ["Steps", plan.steps === null ? NONE : `${about}${count(plan.steps)}`], ["Tokens a step", short(plan.tokens_per_step)],
+    ["Steps", plan.steps === null ? NONE : `${about}${stepsOf(plan)}`], ["Tokens a step", short(plan.tokens_per_step)],
     ["Ranks", plan.world_size ? `${plan.world_size} × ${plan.device ?? ""}` : NONE, plan.device_name], ["Memory a rank", memory ? `${bytes(memory)}${fits}` : NONE],
     ["A checkpoint", bytes(plan.checkpoint_bytes)], ["Disk free", bytes(plan.disk_free_bytes)],
     ["Time", plan.eta_seconds === null ? "not known yet" : `about ${duration(plan.eta_seconds)}`, plan.eta_basis], ["First loss", loss(plan.expected_first_loss)],

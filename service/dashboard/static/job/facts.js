@@ -22,7 +22,9 @@ export class Facts {
     const running = job.status === "running";
     this.steps = progress.steps;
     this.put("Step", this.ofAll(progress.step));
-    this.put("Tokens", plan.tokens ? `${short(progress.tokens)} of ${short(plan.tokens)}` : short(progress.tokens));
+    // What the corpus has is one epoch: a run is as long as its steps.
+    const tokens = plan.tokens_per_step && progress.steps ? plan.tokens_per_step * progress.steps : null;
+    this.put("Tokens", tokens ? `${short(progress.tokens)} of ${short(tokens)}` : short(progress.tokens));
     this.put("Tokens/s", running ? short(progress.tokens_per_second) : "–");
     this.put("MFU", running && progress.mfu !== null ? percent(progress.mfu * 100) : "–");
     this.put("ETA", running ? duration(progress.eta_seconds) : "–");

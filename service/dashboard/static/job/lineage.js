@@ -10,7 +10,7 @@ export class Lineage {
   constructor(id) {
     this.id = id;
     this.parent = h("a");
-    this.from = h("span", {}, "⑂ Forked from ", this.parent, (this.step = h("span")));
+    this.from = h("span", {}, "↳ Forked from ", this.parent, (this.step = h("span")));
     this.forks = h("span", { class: "forks" });
     this.many = h("span");
     this.compare = h("a", {}, "Compare them");
@@ -36,7 +36,7 @@ export class Lineage {
       text(this.step, parent.step === null ? "" : ` at step ${count(parent.step)}${words}`);
     }
     show(this.many, children.length);
-    text(this.many, `${parent ? "" : "⑂ "}${children.length === 1 ? "1 fork: " : `${children.length} forks: `}`);
+    text(this.many, `${parent ? "" : "↳ "}${children.length === 1 ? "1 fork: " : `${children.length} forks: `}`);
     list(this.forks, children.slice(0, SHOWN), (one) => one.id, () => h("span", {}, h("a"), h("span")), (part, one) => {
       attr(part.firstChild, "href", `/jobs/${one.id}`);
       text(part.firstChild, one.name);

@@ -1,6 +1,6 @@
 // The tabs of a job. Each is made when it is opened, and looks again with every look at the job.
 import { h } from "../dom.js";
-import { clock, exact } from "../format.js";
+import { clock, count, exact } from "../format.js";
 import { Checkpoints } from "./checkpoints.js";
 import { Config } from "./config.js";
 import { Listing, cell, moved } from "./listing.js";
@@ -13,7 +13,7 @@ class Overview extends Listing {
     super(place, address, {
       path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: moved, key: (one) => `${one.id} ${one.ended_at} ${one.started_at}`,
       columns: [["Attempt"], ["Began by"], ["From step", "num"], ["To step", "num"], ["Devices"], ["Started"], ["Ended"], ["How it ended"]],
-      row: (one) => h("tr", {}, cell(String(one.number)), cell(one.trigger), cell(one.start_step, "num"), cell(one.end_step, "num"), cell(one.devices.join(", ")),
+      row: (one) => h("tr", {}, cell(String(one.number)), cell(one.trigger), cell(count(one.start_step), "num"), cell(count(one.end_step), "num"), cell(one.devices.join(", ")),
         cell(clock(one.started_at), "", exact(one.started_at)), cell(clock(one.ended_at), "", exact(one.ended_at)), cell(one.message ?? one.outcome)),
     });
   }

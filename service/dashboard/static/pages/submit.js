@@ -18,6 +18,7 @@ export const submit = { title: "Submit", open };
 
 function open(place) {
   const state = { gone: false };
+  place.append(h("h1", {}, kept("fork") ? "Fork" : "Submit"), h("p", { class: "muted" }, "The form is made from the service's schema…"));
   untilDone(async () => build(place, await load()), () => state.gone);
   return () => (state.gone = true);
 }
@@ -43,6 +44,7 @@ async function steps(id) {
 }
 
 function build(place, found) {
+  place.replaceChildren();
   if (found.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no job ${found.missing}. `, h("a", { href: "/submit" }, "A new one")));
   else if (found.job && found.fork) new Fork(place, found);
   else new Submission(place, found);
@@ -227,8 +229,7 @@ class Fork extends Submission {
   }
 
   request(spec, launching) {
-    if (launching) return [`/jobs/${this.job.id}/fork`, { step: this.step(), data: this.data.value, overrides: spec }];
-    return ["/jobs/plan", merged(this.base(), spec)];
+    return [`/jobs/${this.job.id}/fork${launching ? "" : "/plan"}`, { step: this.step(), data: this.data.value, overrides: spec }];
   }
 
   placed({ pointer, message }) {
