@@ -6,6 +6,7 @@ from fastapi import APIRouter, Header, Response
 
 from service import logs
 from service.access.callers import Caller, CallerNeeded
+from service.answers import threaded
 from service.checkpoints import sameness
 from service.checkpoints.sameness import Begin
 from service.context import Services, ServicesNeeded
@@ -33,6 +34,7 @@ router = APIRouter(tags=["jobs"])
 
 
 @router.post("/jobs/{job_id}/fork", status_code=201, response_model=Job, openapi_extra=BODY)
+@threaded
 def fork(
     services: ServicesNeeded,
     caller: CallerNeeded,

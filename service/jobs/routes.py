@@ -14,7 +14,7 @@ from contract.spec import JobSpec
 from contract.status import JobStatus
 from service import logs
 from service.access.callers import Caller, CallerNeeded
-from service.answers import sent, written
+from service.answers import sent, threaded, written
 from service.checkpoints import sameness
 from service.context import Services, ServicesNeeded
 from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
@@ -45,6 +45,7 @@ def body_of(schema: str) -> dict[str, Any]:
 
 
 @router.post("/jobs", status_code=201, response_model=Job, openapi_extra=body_of("JobSpec"))
+@threaded
 def submit(
     services: ServicesNeeded,
     caller: CallerNeeded,

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from contract.parsing import Problem
+from service.answers import threaded
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store as jobs
@@ -33,6 +34,7 @@ router = APIRouter(tags=["metrics"])
 
 
 @router.get("/jobs/{job_id}/metrics")
+@threaded
 def metrics(
     request: Request,
     services: ServicesNeeded,

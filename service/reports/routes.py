@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from contract.report import Ack, EventBatch, ExitReport, Heartbeat
 from service import logs
-from service.answers import written
+from service.answers import threaded, written
 from service.context import Services, ServicesNeeded
 from service.jobs import store
 from service.metrics.progress import after_heartbeat
@@ -24,6 +24,7 @@ HEARD_AGAIN = timedelta(seconds=2)
 router = APIRouter(prefix="/internal/attempts/{attempt_id}", include_in_schema=False)
 
 
+@threaded
 def _reporting(services: ServicesNeeded, request: Request, attempt_id: str) -> AttemptRow:
     """The attempt, for the one who has its token; asked before any of the body is read. Raises Unauthorized."""
     with services.database.read() as session:
