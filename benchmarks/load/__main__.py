@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import scheduler
-from benchmarks.load import adoption, curve, ingest, readers, submissions, tail, training
+from benchmarks.load import adoption, curve, ingest, readers, requests, submissions, tail, training
 from benchmarks.load.figures import Figure, machine
 
 ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "training": training.measure,
+    "requests": requests.measure,
     "submissions": submissions.measure,
     "ingest": ingest.measure,
     "curve": curve.measure,

@@ -23,6 +23,7 @@ PLACED: Select[Any] = select(*JOBS.c, ATTEMPTS.c.placement).select_from(JOBS.out
 
 ONE = PLACED.where(JOBS.c.id == bindparam("job_id"))
 
+SPEC = select(JOBS.c.spec).where(JOBS.c.id == bindparam("job_id"))
 KNOWN = select(JOBS.c.number).where(JOBS.c.id == bindparam("job_id"))
 
 KEPT = (
@@ -61,6 +62,15 @@ def require(connection: Connection, job_id: str) -> None:
     """Raise JobNotFound where there is no such job, also for what cannot be an id."""
     if not store.JOB_ID.fullmatch(job_id) or connection.scalar(KNOWN, {"job_id": job_id}) is None:
         raise JobNotFound()
+
+
+def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
+    """The job's spec as it is stored. Raises JobNotFound."""
+    row = connection.execute(SPEC, {"job_id": job_id}).first() if store.JOB_ID.fullmatch(job_id) else None
+    if row is None:
+        raise JobNotFound()
+    spec: dict[str, Any] = row.spec
+    return spec
 
 
 def one(connection: Connection, job_id: str) -> Gathered:

@@ -171,7 +171,8 @@ def get_job(services: ServicesNeeded, job_id: str) -> Job:
 def patch_job(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`; a live run takes them over."""
     asked = changes.read(body, changes.PATCH_FIELDS)
-    before = _spec_of(services, job_id).spec
+    with services.database.look() as connection:
+        before = gathering.spec_of(connection, job_id)
     spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)
     with services.database.write() as session:
         actions.patch(session, job_id, before, asked, spec, caller, utc_now())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -26,6 +26,13 @@ JOB_ID = re.compile(r"job_[a-z2-7]{1,30}")
 LETTERS = "abcdefghijkmnpqrstuvwxyz234567"
 LAST_ALERTS = 20
 
+# Built once: nearly every request runs some of them.
+FOUND = select(JobRow).where(JobRow.id == bindparam("job_id"))
+LOCKED = FOUND.with_for_update()
+WRITTEN_DOWN = insert(EventRow).returning(EventRow.number)
+UNLABELLED = delete(LabelRow).where(LabelRow.job_id == bindparam("of_job"))
+LABELLED = insert(LabelRow)
+
 log = logging.getLogger("trainyard")
 
 
@@ -40,7 +47,7 @@ def new_id(prefix: str, letters: int = 10) -> str:
 
 def find(session: Session, job_id: str) -> JobRow:
     """The job. Raises JobNotFound, also for what cannot be an id."""
-    job = session.scalar(select(JobRow).where(JobRow.id == job_id)) if JOB_ID.fullmatch(job_id) else None
+    job = session.scalar(FOUND, {"job_id": job_id}) if JOB_ID.fullmatch(job_id) else None
     if job is None:
         raise JobNotFound()
     return job
@@ -50,7 +57,7 @@ def lock(session: Session, job_id: str) -> JobRow:
     """The job, for changing it: nobody else changes it or its attempts before this transaction ends."""
     if not JOB_ID.fullmatch(job_id):
         raise JobNotFound()
-    job = session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
+    job = session.scalar(LOCKED, {"job_id": job_id})
     if job is None:
         raise JobNotFound()
     return job
@@ -87,18 +94,18 @@ def tell(session: Session, job: JobRow, note: Note, now: datetime) -> EventRow:
 
 
 def _write_down(session: Session, job: JobRow, note: Note, now: datetime) -> EventRow:
-    event = EventRow(
-        job_id=job.id,
-        attempt=note.attempt if note.attempt is not None else (job.attempt or None),
-        seq=note.seq,
-        kind=note.kind,
-        actor=note.actor,
-        message=note.message,
-        data=note.data or {},
-        at=now,
-    )
-    session.add(event)
-    return event
+    event = {
+        "job_id": job.id,
+        "attempt": note.attempt if note.attempt is not None else (job.attempt or None),
+        "seq": note.seq,
+        "kind": note.kind,
+        "actor": note.actor,
+        "message": note.message,
+        "data": note.data or {},
+        "at": now,
+    }
+    number = session.connection().execute(WRITTEN_DOWN, event).scalar_one()
+    return EventRow(number=number, **event)
 
 
 def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime, **changes: Any) -> None:
@@ -169,14 +176,14 @@ def create(
 
 def put_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
     """Make ``labels`` the job's labels."""
-    session.execute(delete(LabelRow).where(LabelRow.job_id == job.id))
+    session.connection().execute(UNLABELLED, {"of_job": job.id})
     _add_labels(session, job, labels)
     job.labels = labels
 
 
 def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
     if labels:
-        session.execute(insert(LabelRow), [{"job_id": job.id, "key": k, "value": v} for k, v in labels.items()])
+        session.connection().execute(LABELLED, [{"job_id": job.id, "key": k, "value": v} for k, v in labels.items()])
 
 
 def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:

@@ -7,7 +7,7 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Any, assert_never
 
-from sqlalchemy import delete, func, insert, select, update
+from sqlalchemy import bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import InterfaceError, OperationalError, StatementError
 from sqlalchemy.orm import Session
 
@@ -33,6 +33,10 @@ from service.metrics import sealing
 from service.metrics.progress import after_metric, after_start
 from service.reports.lines import contiguous, read
 from service.tables import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
+
+POINTS = insert(MetricRow)
+_OWN = (MetricRow.job_id == bindparam("job_id"), MetricRow.attempt == bindparam("attempt"))
+LAST_STEP = select(func.max(MetricRow.step)).where(*_OWN)
 
 SET_ASIDE = ("invalid", "superseded")
 """Reasons of a removal that leaves the files under another name."""
@@ -147,8 +151,8 @@ class _Ingest:
         return self.session.scalar(select(func.min(AttemptRow.start_step)).where(*later))
 
     def _last_step(self) -> int:
-        own = (MetricRow.job_id == self.job.id, MetricRow.attempt == self.attempt.number)
-        return self.session.scalar(select(func.max(MetricRow.step)).where(*own)) or 0
+        own = {"job_id": self.job.id, "attempt": self.attempt.number}
+        return self.session.connection().scalar(LAST_STEP, own) or 0
 
     def take(self, event: Event) -> None:
         match event:
@@ -176,7 +180,7 @@ class _Ingest:
     def finish(self) -> None:
         """Write the points that were collected."""
         if self.metrics:
-            self.session.execute(insert(MetricRow), self.metrics)
+            self.session.connection().execute(POINTS, self.metrics)
             self.metrics = []
 
     def seal(self) -> None:

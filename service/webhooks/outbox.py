@@ -33,7 +33,7 @@ def post(session: Session, job: JobRow, event: EventRow) -> None:
     kind = _type_of(event)
     if kind is None:
         return
-    for webhook_id, events, labels in session.execute(HEARING, {"job_id": job.id}):
+    for webhook_id, events, labels in session.connection().execute(HEARING, {"job_id": job.id}).all():
         if (kind in events or ALL in events) and fits(labels, job.labels):
             put(session, webhook_id, kind, job, event)
 
