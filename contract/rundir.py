@@ -267,9 +267,11 @@ class ProductDir:
         return self._directories(MILESTONE_DIRECTORY)
 
     def _directories(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
-        if not self.checkpoints.is_dir():
-            return []
-        found = [(pattern.fullmatch(p.name), p) for p in self.checkpoints.iterdir() if p.is_dir()]
+        try:
+            entries = list(self.checkpoints.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []  # not made yet, or deleted with its job just now
+        found = [(pattern.fullmatch(p.name), p) for p in entries if p.is_dir()]
         return sorted(((int(m.group(1)), p) for m, p in found if m), reverse=True)
 
 

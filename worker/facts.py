@@ -1,7 +1,6 @@
 """What is known of an attempt before its first step: its `started` event, and cautions about the device."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -12,11 +11,12 @@ from worker.data import Order
 from worker.distributed import Ranks
 from worker.material import Material
 from worker.meters import device_name
+from worker.resume import Start
 from worker.trainee import Progress
 
 
 def started(
-    material: Material, ranks: Ranks, order: Order, progress: Progress, steps: int, begin: Path | None
+    material: Material, ranks: Ranks, order: Order, progress: Progress, steps: int, begin: Start | None
 ) -> Started:
     """What this attempt runs, on what, over which data, and from where."""
     spec, meta = material.spec, material.corpus.meta
@@ -41,7 +41,7 @@ def started(
         tokens_per_step=material.rows.tokens / order.steps_per_epoch,
         steps_per_epoch=order.steps_per_epoch,
         flops_per_token=flops_per_token(spec.model, spec.data.max_seq_len),
-        resumed_from=str(begin) if begin is not None else None,
+        resumed_from=str(begin.path) if begin is not None else None,
     )
 
 

@@ -1,6 +1,8 @@
 """Where an attempt begins: at the named checkpoint, its job's newest sound one, an earlier job's, or at step 0."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +12,31 @@ from contract.rundir import ProductDir, RunDir
 from contract.spec import JobSpec
 from contract.status import Reason
 from worker import checkpoint
-from worker.checkpoint import Damage, RunState
+from worker.checkpoint import SAVING, Damage, RunState
+from worker.distributed import Ranks
 from worker.failure import Failure
 from worker.fork import adopt, fork_of, unusable
+from worker.milestones import link
 from worker.retention import collect_leftovers
 from worker.saving import report_damage
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint to go on from. ``place``: where it is loaded from.
+
+    Of another job it is a share of our own in the files of ``path``: that job may live, and remove them at any moment.
+    """
+
+    path: Path
+    place: Path
+
+    def loaded(self, ranks: Ranks) -> None:
+        """Every rank has loaded it, or is about to have: once all come here, the share is given up."""
+        if self.place != self.path:
+            ranks.wait_for_all()
+            if ranks.leads:
+                shutil.rmtree(self.place, ignore_errors=True)
 
 
 def find_start(
@@ -26,7 +48,7 @@ def find_start(
     say: Callable[[Event], None],
     from_step: int | None = None,
     world: int = 1,
-) -> Path | None:
+) -> Start | None:
     """The checkpoint to go on from, verified byte for byte; None: begin at step 0. Only rank 0 calls it.
 
     ``steps_of(rows_per_step)``: the length of the whole run. ``from_step``: the one the user wants to go back to.
@@ -38,11 +60,12 @@ def find_start(
     if fork is not None and products.origin.is_dir():
         adopt(fork, products, identity, spec, world, say)
     if from_step is not None:
-        return go_back(products, from_step, identity, say)
-    own = newest_of(products, say)
-    if own is not None:
-        require_fit(own, identity)
-        return own
+        own = go_back(products, from_step, identity, say)
+        return Start(own, own)
+    newest = newest_of(products, say)
+    if newest is not None:
+        require_fit(newest, identity)
+        return Start(newest, newest)
     if fork is not None:
         raise unusable(fork, "nothing is left of it, nor of any later one")
     if not spec.checkpoint.from_resume:
@@ -107,13 +130,19 @@ def _of_earlier_job(
     identity: Identity,
     steps_of: Callable[[int], int],
     say: Callable[[Event], None],
-) -> Path | None:
+) -> Start | None:
     folder = Path(spec.checkpoint.save_dir) if spec.checkpoint.save_dir else run.path.parent
     passed_over: list[str] = []
     for path in _newest_first(folder, products):
+        place = path
         objection = _objection(path, identity, steps_of)
         if objection is None:
-            return path
+            place = products.checkpoints / f"{SAVING}{path.name}-of-{path.parent.parent.name}"
+            objection = _shared(path, place) or _objection(place, identity, steps_of) or checkpoint.find_damage(place)
+        if objection is None:
+            return Start(path, place)
+        if place != path:
+            shutil.rmtree(place, ignore_errors=True)
         passed_over.append(f"{path}: {objection}")
     looked = f" ({'; '.join(passed_over[:5])})" if passed_over else ""
     message = f"from_resume: no earlier job below {folder} has a checkpoint that fits{looked}; beginning at step 0"
@@ -125,11 +154,32 @@ def _newest_first(folder: Path, own: ProductDir) -> Iterator[Path]:
     """Other jobs' published checkpoints, the last written first."""
     jobs = [ProductDir(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
     found = [path for job in jobs if job.path.resolve() != own.path.resolve() for _, path in job.published()]
-    yield from sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    dated = [(written, path) for path in found if (written := _written_at(path)) is not None]
+    yield from (path for _, path in sorted(dated, key=lambda pair: pair[0], reverse=True))
+
+
+def _written_at(path: Path) -> float | None:
+    """None where its own job has removed it meanwhile."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _shared(path: Path, place: Path) -> str | None:
+    """Make ``place`` a share in the files of ``path``, which outlives it; why not, where that cannot be."""
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        for name in (*checkpoint.FILES, checkpoint.MANIFEST):
+            link(path / name, place / name)
+    except OSError as error:
+        return f"cannot be had any more: {error.strerror}"
+    return None
 
 
 def _objection(path: Path, identity: Identity, steps_of: Callable[[int], int]) -> str | None:
-    """Why a foreign checkpoint will not do, the cheap reasons first."""
+    """Why a foreign checkpoint will not do, as far as can be seen without reading all of it."""
     if checkpoint.find_damage(path, thorough=False) is not None:
         return "damaged"
     try:
@@ -141,4 +191,4 @@ def _objection(path: Path, identity: Identity, steps_of: Callable[[int], int]) -
         return ", ".join(differences)
     if state.step - state.base_step >= steps_of(state.rows_per_step):
         return f"already at step {state.step}, with nothing left to train"
-    return checkpoint.find_damage(path)
+    return None

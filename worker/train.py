@@ -27,7 +27,7 @@ from worker.live import SettingsWish, changed, settings_of, with_settings
 from worker.material import Material, prepare
 from worker.meters import Interval, Meters, own_interval
 from worker.probe import Probe, verified
-from worker.resume import find_start, newest_of
+from worker.resume import Start, find_start, newest_of
 from worker.roots import check_roots
 from worker.samples import written
 from worker.saving import Saver
@@ -84,6 +84,8 @@ def train(
         start_from(model, spec, products)
     trainee = build(model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks)
     progress, interval, rows_per_step, scored = _restored(begin, trainee, spec, ranks)
+    if begin is not None:
+        begin.loaded(ranks)
 
     # The order of rows is a function of seed and step; how many make a step was fixed by the first attempt.
     order = Order(material.rows.targets, rows_per_step, spec.training.seed)
@@ -130,7 +132,7 @@ def train(
 
 
 def _restored(
-    begin: Path | None, trainee: Trainee, spec: JobSpec, ranks: Ranks
+    begin: Start | None, trainee: Trainee, spec: JobSpec, ranks: Ranks
 ) -> tuple[Progress, Interval, int, dict[str, Any]]:
     """(how far the run is, this rank's sums since the last metric line, rows in a step, what its probe scored)."""
     if begin is None:
@@ -138,7 +140,7 @@ def _restored(
         # the number of nodes, a step must not depend on how many were free at the beginning.
         world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
         return Progress(), Interval(), spec.training.batch_size * spec.training.accumulation_steps * world, {}
-    state = trainee.load(begin)
+    state = trainee.load(begin.place)
     return Progress.of(state), own_interval(state.interval, ranks), state.rows_per_step, state.probe
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +15,7 @@ from service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 16 << 20
+FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
@@ -48,7 +51,15 @@ def place_of(products: ProductDir, step: int, path: str) -> Path | None:
 def manifest_of(directory: Path) -> dict[str, Listed] | None:
     """What the manifest says; None where there is none that can be read."""
     try:
-        with opened(directory, MANIFEST) as file:
+        with held(directory) as within:
+            return _manifest_in(within)
+    except OSError:
+        return None
+
+
+def _manifest_in(within: int) -> dict[str, Listed] | None:
+    try:
+        with _opened_in(within, MANIFEST) as file:
             described = json.loads(file.read(LARGEST_MANIFEST))["files"]
         found = {name: Listed(int(said["bytes"]), str(said["sha256"])) for name, said in described.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -70,25 +81,37 @@ def looks_sound(directory: Path) -> bool:
 def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
     """The file, and its sha256 by the manifest; None for the manifest itself. Raises FileNotInCheckpoint.
 
-    A file that retention removes meanwhile can be read to its end: it is open.
+    A file that retention removes meanwhile can be read to its end: it is open. And both are of one directory, though
+    another may stand under its name by now, of a run that went back.
     """
-    manifest = manifest_of(directory)
-    if manifest is None or (name != MANIFEST and name not in manifest):
-        raise FileNotInCheckpoint()
     try:
-        return opened(directory, name), manifest[name].sha256 if name != MANIFEST else None
+        with held(directory) as within:
+            manifest = _manifest_in(within)
+            if manifest is None or (name != MANIFEST and name not in manifest):
+                raise FileNotInCheckpoint()
+            return _opened_in(within, name), manifest[name].sha256 if name != MANIFEST else None
     except OSError:
         raise FileNotInCheckpoint() from None
 
 
 def opened(directory: Path, name: str) -> BinaryIO:
     """A regular file that lies in ``directory`` itself: neither may be a link by now. Raises OSError."""
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-    within = os.open(directory, flags | os.O_DIRECTORY)
+    with held(directory) as within:
+        return _opened_in(within, name)
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[int]:
+    """A descriptor of the directory that stands under this name now, whatever stands there later. Raises OSError."""
+    within = os.open(directory, FLAGS | os.O_DIRECTORY)
     try:
-        descriptor = os.open(name, flags | os.O_NONBLOCK, dir_fd=within)
+        yield within
     finally:
         os.close(within)
+
+
+def _opened_in(within: int, name: str) -> BinaryIO:
+    descriptor = os.open(name, FLAGS | os.O_NONBLOCK, dir_fd=within)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileNotFoundError(name)

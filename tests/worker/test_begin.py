@@ -201,7 +201,8 @@ class Yard:
         self.said: list[Event] = []
 
     def begin(self, *, steps: int = 100) -> Path | None:
-        return find_start(self.spec, self.run, self.products, IDENTITY, lambda _: steps, self.said.append)
+        found = find_start(self.spec, self.run, self.products, IDENTITY, lambda _: steps, self.said.append)
+        return found.path if found is not None else None
 
     def warnings(self) -> list[str]:
         return [event.message for event in self.said if isinstance(event, Warned)]

@@ -125,7 +125,8 @@ def begin(run: RunDir, said: list[Any], identity: Identity | None = None, **trai
     products = run.products(None)
     place = products.origin if products.origin.is_dir() else products.checkpoint(STEP)
     identity = identity or checkpoint.read_state(place).identity
-    return find_start(spec, run, products, identity, lambda _: 16, said.append)
+    found = find_start(spec, run, products, identity, lambda _: 16, said.append)
+    return found.path if found is not None else None
 
 
 @pytest.mark.slow
