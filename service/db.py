@@ -39,6 +39,11 @@ MIGRATION_LOCK = 7_263_054_117
 """Key of the Postgres advisory lock that one migrating service holds."""
 
 
+GONE = (
+    "The database's file was removed or replaced under the service: nothing was changed. End it, and look at its home."
+)
+
+
 class UnknownTables(Exception):
     """The tables are of a version that this one does not know, most likely a later one."""
 
@@ -63,6 +68,27 @@ class Turn:
         self._lock.release()
 
 
+class DatabaseFile:
+    """The file of a SQLite database, which must stay the one it was: what is written to a removed one is lost."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity: tuple[int, int] | None = None
+
+    def require_there(self) -> None:
+        """Raise DatabaseAway where the file is gone, or another one is in its place."""
+        try:
+            found = self._path.stat()
+        except OSError:
+            identity = None
+        else:
+            identity = (found.st_dev, found.st_ino)
+        if self._identity is None:
+            self._identity = identity
+        elif identity != self._identity:
+            raise DatabaseAway(GONE, headers={"Retry-After": "5"})
+
+
 class Database:
     """Sessions on one database; `close` gives its connections back."""
 
@@ -74,6 +100,8 @@ class Database:
         self._writing = self.engine.execution_options(writes=True)
         # SQLite has one writer at a time and its waiters poll; ours queue up instead.
         self._turn: contextlib.AbstractContextManager[Any] = Turn() if self.is_sqlite else contextlib.nullcontext()
+        name = self.engine.url.database if self.is_sqlite else None
+        self._file = DatabaseFile(Path(name)) if name and name != ":memory:" else None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
@@ -91,8 +119,10 @@ class Database:
     def write(self) -> Iterator[Session]:
         """One transaction: committed when the block ends, dropped when it raises.
 
-        Raises OutcomeUnknown where the database went away between our COMMIT and its answer.
+        Raises OutcomeUnknown where the database went away between our COMMIT and its answer, DatabaseAway where its
+        file is gone.
         """
+        self.require_there()
         with self._turn, Session(self._writing, expire_on_commit=False) as session, session.begin() as transaction:
             yield session
             if not transaction.is_active:
@@ -102,6 +132,11 @@ class Database:
                 transaction.commit()
             except (OperationalError, InterfaceError) as error:
                 raise OutcomeUnknown() from error
+
+    def require_there(self) -> None:
+        """Raise DatabaseAway where what is written now would be lost."""
+        if self._file is not None:
+            self._file.require_there()
 
     def upgrade(self, lock_file: Path | None = None) -> None:
         """Run the migrations that are missing, one service at a time. Raises UnknownTables."""

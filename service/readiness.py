@@ -8,6 +8,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.context import Services
 from service.db import newest_revision
+from service.errors import DatabaseAway
 from service.scheduler.lease import LEASE_SECONDS, ROW, LeaderWatch
 from service.scheduler.loop import Scheduler
 from service.tables import LeaderRow
@@ -52,6 +53,7 @@ def parts(services: Services) -> Iterator[Part]:
 
 def _look(services: Services) -> Looked | Part:
     try:
+        services.database.require_there()
         with services.database.read() as session:
             session.execute(text("SELECT 1"))
             try:
@@ -59,6 +61,8 @@ def _look(services: Services) -> Looked | Part:
                 return Looked(revision, session.get(LeaderRow, ROW))
             except SQLAlchemyError:
                 return Looked(None, None)
+    except DatabaseAway:
+        return Part("database", False, "its file was removed or replaced")
     except SQLAlchemyError as error:
         return Part("database", False, f"does not answer: {type(error).__name__}")
 

@@ -80,6 +80,24 @@ def test_the_database_is_away(live: Rig, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "trainyard_jobs" not in metrics.text
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_home_that_is_deleted_under_the_service_takes_no_jobs(live: Rig, replaced: bool) -> None:
+    """SQLite would go on writing to the file that has no name any more, and all of it would be lost."""
+    job_id = live.submit()
+    file = Path(live.url.removeprefix("sqlite:///"))
+    aside = file.with_name("aside.db")
+    file.rename(aside)
+    if replaced:
+        file.touch()
+    assert told(live, 503)["database"] == (False, "its file was removed or replaced")
+    refused = live.client.post("/jobs", json=live.spec())
+    assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
+    assert "removed or replaced" in refused.json()["detail"]
+    aside.rename(file)
+    assert told(live, 200)["database"] == (True, "answers")
+    assert [job["id"] for job in live.get("/jobs")["data"]] == [job_id]
+
+
 def test_tables_of_another_release(any_rig: Rig) -> None:
     with any_rig.database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = 'v0001'"))
