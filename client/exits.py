@@ -5,7 +5,7 @@ from enum import IntEnum
 from typing import Any
 
 from client.errors import NameShared, NoAddress, NotAuthorised, ServiceUnreachable, TrainyardError, WaitTimedOut
-from contract.status import TERMINAL, JobStatus
+from contract.status import AT_REST, JobStatus
 
 
 class Exit(IntEnum):
@@ -49,8 +49,7 @@ def restart_pending(job: Mapping[str, Any]) -> bool:
 
 def at_rest(job: Mapping[str, Any]) -> bool:
     """Whether nothing more happens to the job until somebody asks for it."""
-    stopped = job["status"] in (JobStatus.PAUSED, JobStatus.INTERRUPTED) and not restart_pending(job)
-    return stopped or job["status"] in TERMINAL
+    return job["status"] in AT_REST and not restart_pending(job)
 
 
 def exit_of_job(job: Mapping[str, Any]) -> Exit | None:

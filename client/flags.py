@@ -169,7 +169,13 @@ def spec_of(base: Mapping[str, Any], given: Mapping[str, Any], sets: Sequence[st
         given: leaf or alias -> the text(s) behind its flag; these override ``base``.
         sets: ``group.field=value`` with a JSON value; these override both.
         directory: where relative paths are looked for: the service may run elsewhere.
+
+    Raises:
+        UsageError: a setting was given under two names.
     """
+    for alias, (_, leaf) in ALIASES.items():
+        if alias in given and leaf in given:
+            raise UsageError(f"--{alias} and --{leaf} are the same setting: give one")
     types = leaf_types()
     spec: dict[str, Any] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in base.items()}
     for name, value in given.items():

@@ -13,7 +13,6 @@ from client.reading import connect
 from client.shapes import Delivery, Webhook
 from client.words import UNKNOWN, ago, count, one_line, table
 
-TEST_SECONDS = 20.0
 LOOK_SECONDS = 0.2
 RULES = {"no_progress": ("minutes", float), "plateau": ("steps", int), "eval_loss_below": ("value", float)}
 

@@ -97,18 +97,6 @@ def parse_spec(raw: object) -> ParsedSpec:
     return ParsedSpec(spec, tuple(problems) + found_between, pointers)
 
 
-def from_flat(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """MiniMind's flat flags, or Hugging Face's, as groups. A name that is no leaf stays at the top, to be refused."""
-    nested: dict[str, Any] = {}
-    for name, value in flat.items():
-        group = ALIASES[name][0] if name in ALIASES else GROUP_OF_LEAF.get(name)
-        if group is None or name in JobSpec.model_fields:
-            nested[name] = value
-        else:
-            nested.setdefault(group, {})[name] = value
-    return nested
-
-
 class _Tidied:
     """Canonical names and types, and the way back from our pointer to the one the client used."""
 

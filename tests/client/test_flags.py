@@ -150,6 +150,11 @@ def test_flags_override_the_file_under_whatever_name_it_used() -> None:
     assert base["training"] == {"num_train_epochs": 9, "batch_size": 1, "seed": 3}
 
 
+def test_a_setting_under_both_its_names_is_wrong_usage() -> None:
+    with pytest.raises(UsageError, match="--num_train_epochs and --epochs are the same setting"):
+        spec_of({}, {"epochs": "2", "num_train_epochs": "3"}, [], HERE)
+
+
 def test_set_is_typed_by_json_and_wins() -> None:
     sets = ("training.learning_rate=1e-3", "resources.timeouts.stop=5", "data.text_field=body", "labels.team=nlp")
     made = spec("--learning_rate 5e-4", {}, *sets)

@@ -2,13 +2,14 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, from_flat, parse_spec
+from contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, parse_spec
 from contract.spec import JobSpec
 
 MINIMAL: dict[str, Any] = {"data": {"data_path": "/data/pretrain.jsonl"}}
@@ -99,6 +100,18 @@ def test_one_bad_value_is_one_problem_at_its_place(group: str, leaf: str, value:
     found = pointers(raw)
     assert len(found) == 1
     assert found[0].startswith(f"/{group}/{leaf}")
+
+
+def from_flat(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """MiniMind's flat flags, or Hugging Face's, as groups. A name that is no leaf stays at the top, to be refused."""
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        group = ALIASES[name][0] if name in ALIASES else GROUP_OF_LEAF.get(name)
+        if group is None or name in JobSpec.model_fields:
+            nested[name] = value
+        else:
+            nested.setdefault(group, {})[name] = value
+    return nested
 
 
 def test_minimind_s_zeros_ones_and_none_are_understood() -> None:

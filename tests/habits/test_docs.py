@@ -66,9 +66,13 @@ def test_every_error_code_is_explained_and_the_other_way_round() -> None:
     assert set(re.findall(r"^\| (\d{3}) \| `([a-z_]+)`", text("errors.md"), re.MULTILINE)) == known
 
 
+def links_of(page: Path) -> list[str]:
+    return re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    links = [(page, link) for page in pages for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text())]
+    links = [(page, link) for page in pages for link in links_of(page)]
     assert links
     assert [f"{page.name} -> {link}" for page, link in links if not (page.parent / link).exists()] == []
 
@@ -91,3 +95,13 @@ def test_every_guide_can_be_found_from_the_readme() -> None:
     guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
     assert guides
     assert [guide.name for guide in guides if f"(docs/guides/{guide.name})" not in readme] == []
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    reached, ahead = set[Path](), [ROOT / "README.md"]
+    while ahead:
+        page = ahead.pop()
+        reached.add(page)
+        pages = ((page.parent / link).resolve() for link in links_of(page) if link.endswith(".md"))
+        ahead += [found for found in pages if found not in reached]
+    assert sorted(set((ROOT / "docs").rglob("*.md")) - reached) == []
