@@ -32,6 +32,7 @@ def named(rig: Rig, name: str) -> dict[str, Any]:
 def test_a_job_is_edited_where_it_stands(service: str, rig: Rig, page: Page) -> None:
     job_id = named(rig, "waits")["id"]
     page.goto(f"{service}/jobs/{job_id}")
+    expect(page.locator(".ahead")).to_have_text("Behind holds-the-slots.")
     page.get_by_role("button", name="Edit").click()
     expect(field(page, "name")).to_be_focused()
     field(page, "priority").fill("1001")

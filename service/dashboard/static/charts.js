@@ -97,7 +97,8 @@ export class Chart {
     const { traces, note = "" } = this.content;
     const values = (one) => (one.counted === true ? one.y : one.counted);
     const lost = this.log ? traces.filter((one) => one.counted).reduce((sum, one) => sum + unshown(values(one)), 0) : 0;
-    const empty = isEmpty ? "Not reported by this run so far" : "";
+    const none = this.content.values?.length ? "Not reported by this run so far" : "No point yet";
+    const empty = isEmpty ? none : "";
     return [empty || note, lost ? `${lost} not shown on a log axis` : ""].filter(Boolean).join(" · ");
   }
 

@@ -13,6 +13,7 @@ export class Checkpoints extends Listing {
   constructor(place, address) {
     super(place, address, { path: "/checkpoints", caption: "Checkpoints, newest first", none: "No checkpoint yet.", mark: moved, columns: COLUMNS, row: checkpointRow });
     this.exported = table(EXPORTED, "Exports");
+    this.exported.node.classList.add("stack");
     this.exports = h("section", { hidden: true }, h("h2", {}, "Exports"), this.exported.node);
     place.append(this.exports);
   }
@@ -69,7 +70,7 @@ async function made(listing, at, format) {
 function exportRow(one, listing) {
   const files = one.files.map((file) =>
     act(listing, file.name, () => download(`${listing.address}/exports/${one.step}/${one.format}`, file.name)));
-  const path = h("td", {}, h("code", {}, one.path), " ", h("button", { type: "button", class: "quiet", "aria-label": `Copy the path of ${one.id}`, onclick: () => copy(one.path, "Path") }, "copy"));
+  const path = h("td", { class: "whole" }, h("code", {}, one.path), " ", h("button", { type: "button", class: "quiet", "aria-label": `Copy the path of ${one.id}`, onclick: () => copy(one.path, "Path") }, "copy"));
   return h("tr", {}, cell(count(one.step), "num"), cell(FORMATS[one.format] ?? one.format), cell(bytes(one.bytes), "num"), path, h("td", { class: "doing" }, files));
 }
 

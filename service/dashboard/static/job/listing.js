@@ -1,12 +1,17 @@
 // One of a job's lists as a table, and how a refused press in it is told.
 import { Refused, get } from "../api.js";
 import { h, list, show, table, text } from "../dom.js";
+import { NONE } from "../format.js";
+
+const UNNAMED = new Set(["Do", "Message", "How it ended"]); // These say it themselves, and take all of the width.
 
 /** A table of one of the job's lists, asked for again when `mark` of the job changes. */
 export class Listing {
   constructor(place, address, { path, columns, caption, none, key = (one) => one.id, row, mark }) {
     Object.assign(this, { address, path, key, row, mark });
     this.table = table(columns, caption);
+    this.names = columns.map(([name]) => name);
+    this.table.node.classList.add("stack");
     this.none = h("p", { class: "muted", hidden: true }, none);
     this.wrong = h("p", { class: "wrong", role: "alert" });
     place.append(this.wrong, this.none, this.table.node);
@@ -20,10 +25,16 @@ export class Listing {
       const found = await this.all();
       show(this.none, !found.length);
       show(this.table.node, found.length);
-      list(this.table.body, found, this.key, (one) => this.row(one, this));
+      list(this.table.body, found, this.key, (one) => this.named(this.row(one, this)));
     } catch {
       this.seen = null;
     }
+  }
+
+  /** In a narrow window a row is a block, and each cell says what it is. */
+  named(row) {
+    [...row.children].forEach((part, i) => !UNNAMED.has(this.names[i]) && (part.dataset.name = this.names[i].toLowerCase()));
+    return row;
   }
 
   async all() {
@@ -37,7 +48,12 @@ export class Listing {
   }
 }
 
-export const cell = (value, kind = "", title = null) => h("td", { class: kind, title }, value ?? "–");
+/** A cell; where it says nothing a narrow window leaves it out. */
+export function cell(value, kind = "", title = null) {
+  const words = value ?? NONE;
+  return h("td", { class: words === NONE ? `${kind} nothing` : kind, title }, words);
+}
+
 export const moved = (job) => `${job.status} ${job.attempt} ${job.checkpoint?.step} ${job.alerts.length}`;
 
 /** Does what a button asks for; a refusal stands above the table. */

@@ -14,7 +14,7 @@ class Overview extends Listing {
       path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: moved, key: (one) => `${one.id} ${one.ended_at} ${one.started_at}`,
       columns: [["Attempt"], ["Began by"], ["From step", "num"], ["To step", "num"], ["Devices"], ["Started"], ["Ended"], ["How it ended"]],
       row: (one) => h("tr", {}, cell(String(one.number)), cell(one.trigger), cell(count(one.start_step), "num"), cell(count(one.end_step), "num"), cell(one.devices.join(", ")),
-        cell(clock(one.started_at), "", exact(one.started_at)), cell(clock(one.ended_at), "", exact(one.ended_at)), cell(one.message ?? one.outcome)),
+        cell(clock(one.started_at), "", exact(one.started_at)), cell(clock(one.ended_at), "", exact(one.ended_at)), cell(one.message ?? one.outcome, "whole")),
     });
   }
 }
@@ -24,7 +24,7 @@ class Events extends Listing {
     super(place, address, {
       path: "/events", caption: "Events, newest first", none: "Nothing has happened yet.", mark: (job) => `${moved(job)} ${job.progress.updated_at}`,
       columns: [["When"], ["By"], ["What"], ["Message"]],
-      row: (one) => h("tr", {}, cell(clock(one.at), "num", exact(one.at)), cell(one.actor), cell(one.kind), cell(one.message)),
+      row: (one) => h("tr", {}, cell(clock(one.at), "num", exact(one.at)), cell(one.actor), cell(one.kind), cell(one.message, "whole")),
     });
     this.newestFirst = true;
   }

@@ -24,7 +24,7 @@ export class Filters {
     this.label = h("input", { id: "label", placeholder: "key=value", size: "14", autocomplete: "off", onchange: () => this.add() });
     this.chosen = h("span", { class: "labels chosen" });
     this.node = h("form", { class: "bar", role: "search", onsubmit: (event) => (event.preventDefault(), this.add()) }, h("label", { for: "search" }, "Search"), this.search,
-      h("label", { for: "status" }, "Status"), this.status, h("label", { for: "label" }, "Label"), this.label, this.chosen);
+      h("span", { class: "choice" }, h("label", { for: "status" }, "Status"), this.status), h("span", { class: "choice" }, h("label", { for: "label" }, "Label"), this.label), this.chosen);
     this.draw();
   }
 

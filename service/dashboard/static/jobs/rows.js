@@ -32,12 +32,12 @@ export function update(part, job, devices, curve) {
   });
   showStatus(cells.status, job.status);
   text(cells.why, why(job));
-  text(cells.step, progress.steps ? `${count(progress.step)} / ${count(progress.steps)}` : progress.step ? count(progress.step) : NONE);
+  put(cells.step, progress.steps ? `${count(progress.step)} / ${count(progress.steps)}` : progress.step ? count(progress.step) : NONE);
   text(cells.share, progress.steps ? percent(progress.percent) : "");
   show(cells.meter, progress.percent !== null);
   attr(cells.meter, "value", progress.percent ?? 0);
   attr(cells.meter, "aria-label", `Progress of ${job.name}`);
-  text(cells.loss, progress.nonfinite ? "not finite" : loss(progress.loss));
+  put(cells.loss, progress.nonfinite ? "not finite" : loss(progress.loss));
   const running = job.status === "running";
   put(cells.rate, running ? short(progress.tokens_per_second) : NONE);
   put(cells.eta, running ? duration(progress.eta_seconds) : NONE);
@@ -48,7 +48,7 @@ export function update(part, job, devices, curve) {
 /** A cell that a narrow window leaves out where it says nothing. */
 function put(node, words) {
   text(node, words);
-  node.classList.toggle("nothing", words === NONE);
+  node.closest("td").classList.toggle("nothing", words === NONE);
 }
 
 /** Why it is not simply running: what it waits for, what it does, what ended it. */

@@ -2,6 +2,7 @@
 import { Refused, get } from "../api.js";
 import { attr, h, list, show, text } from "../dom.js";
 import { Actions } from "../job/actions.js";
+import { Ahead } from "../job/ahead.js";
 import { Curves } from "../job/curves.js";
 import { Details } from "../job/details.js";
 import { FailureCard } from "../job/failure.js";
@@ -35,8 +36,9 @@ class Page {
     this.curves = new Curves(this.address);
     this.details = new Details(this.address, (job) => this.draw(job));
     this.lineage = new Lineage(id);
+    this.ahead = new Ahead();
     place.append(h("div", { class: "head" }, h("div", { class: "who" }, this.name, this.status, h("code", { class: "muted" }, id)), this.actions.node),
-      this.details.node, this.sentence, this.lineage.node, this.failure.node, this.alerts, this.curves.bar,
+      this.details.node, this.sentence, this.ahead.node, this.lineage.node, this.failure.node, this.alerts, this.curves.bar,
       h("div", { class: "front" }, this.curves.loss, this.facts.node), this.curves.small, this.tabs());
     this.look = beat(() => this.load());
     this.curves.begin();
@@ -95,7 +97,7 @@ class Page {
       }
       throw error;
     }
-    await Promise.all([this.curves.update(this.job), this.lineage.update(this.job)]);
+    await Promise.all([this.curves.update(this.job), this.lineage.update(this.job), this.ahead.update(this.job)]);
     this.listen();
   }
 
