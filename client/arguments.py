@@ -149,7 +149,9 @@ def _add_corpora(parser: argparse.ArgumentParser) -> None:
     check = _add(corpus, "check", "client.local:check_corpus", "count the texts, name every line that cannot be read")
     check.add_argument("file", metavar="FILE", help="corpus: JSONL, text, gzip, zstandard or parquet")
     check.add_argument("--text-field", default="text", help="key of the text (text)")
+    check.add_argument("--json", action="store_true", help="one JSON document")
     shown = _add(corpus, "list", "client.local:list_corpora", "what is in this host's cache of tokenized corpora")
+    shown.add_argument("--json", action="store_true", help="one JSON document")
     prune = _add(corpus, "prune", "client.local:prune_corpora", "remove tokenized corpora that nobody uses, now")
     for each in (shown, prune):
         each.add_argument("--home", help="folder of everything the service keeps (./trainyard-home)")

@@ -76,9 +76,9 @@ def _state(scene: Scene, now: datetime) -> Line:
     phase = scene.job.get("phase")
     if phase and phase != "training":
         pieces.append((f" ({phase})", ""))
-    if progress.get("step") is None:
-        return pieces
     steps, percent = progress.get("steps"), progress.get("percent")
+    if not progress.get("step") and steps is None:
+        return pieces
     pieces.append((f"   step {count(progress['step'])} / {count(steps)}", ""))
     if percent is not None:
         pieces += [(f"   {fixed(percent, 1)} %   ", ""), (bar(percent / 100, BAR), "cyan")]
@@ -95,7 +95,8 @@ def _eta(scene: Scene, now: datetime) -> str:
 def _sentence(scene: Scene) -> list[Line]:
     """What the numbers do not say: why the job waits, restarts, or ended."""
     job = scene.job
-    training = job.get("status") == "running" and job.get("phase") in (None, "training")
+    begun = job.get("phase") == "training" or (job.get("phase") is None and scene.progress.get("steps") is not None)
+    training = job.get("status") == "running" and begun
     text = job.get("message") or (None if training else job.get("summary"))
     return [[(f"  {one_line(str(text), 300)}", "")]] if text else []
 

@@ -37,12 +37,12 @@ def train_tokenizer(args: argparse.Namespace, _console: Console) -> int:
 
 def check_corpus(args: argparse.Namespace, _console: Console) -> int:
     """`trainyard corpus check`: ``python -m worker.corpus check``."""
-    return become("worker.corpus", ["check", args.file, "--text-field", args.text_field], {})
+    return become("worker.corpus", ["check", args.file, "--text-field", args.text_field, *_json(args)], {})
 
 
 def list_corpora(args: argparse.Namespace, _console: Console) -> int:
     """`trainyard corpus list`: ``python -m service.upkeep.corpora list``."""
-    return become("service.upkeep.corpora", ["list"], {"TRAINYARD_HOME": args.home})
+    return become("service.upkeep.corpora", ["list", *_json(args)], {"TRAINYARD_HOME": args.home})
 
 
 def prune_corpora(args: argparse.Namespace, _console: Console) -> int:
@@ -50,6 +50,10 @@ def prune_corpora(args: argparse.Namespace, _console: Console) -> int:
     given = {"--days": args.days, "--bytes": args.bytes}
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     return become("service.upkeep.corpora", ["prune", *options], {"TRAINYARD_HOME": args.home})
+
+
+def _json(args: argparse.Namespace) -> list[str]:
+    return ["--json"] if args.json else []
 
 
 def store_settings(args: argparse.Namespace) -> dict[str, object]:

@@ -315,13 +315,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checking.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
     checking.add_argument("--tokenizer", "--tokenizer_path", default="byte", metavar="DIR", help='or "byte"')
     checking.add_argument("--max-bad-lines", "--max_bad_lines", type=_share, default=0.01, metavar="SHARE")
+    checking.add_argument("--json", action="store_true", help="one JSON document")
     options = parser.parse_args(arguments)
     try:
+        if options.json:
+            return told(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
         check(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
     except (DataInvalid, TokenizerInvalid, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def told(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> int:
+    """Print what `check` finds as one JSON document, and return its exit code."""
+    tokenizer, count = load(tokenizer_path), Count()
+    with open_reader(file) as reader:
+        tally = scan(reader, tokenizer, text_field, count, _silent)
+    why_not = None
+    try:
+        require_usable(file, tally, text_field, max_bad_lines)
+    except DataInvalid as error:
+        why_not = str(error)
+    named = [{"line": line, "why": why} for line, why in tally.named]
+    found = {"path": str(file), "usable": why_not is None, "why_not": why_not, "tokens": count.tokens}
+    print(json.dumps({**found, **asdict(tally), "named": named}))
+    return 0 if why_not is None else 1
 
 
 def _share(text: str) -> float:

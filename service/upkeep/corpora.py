@@ -4,13 +4,15 @@ A run that goes on tokenizes anew what has left, to the same bytes. What a live 
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from datetime import UTC, datetime
+from typing import Any, Self
 
 from contract.cache import CorpusCache, Kept
 from contract.rundir import read_json
@@ -83,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """List the cache, or remove what is surplus; the answer is an exit code."""
     parser = argparse.ArgumentParser(prog="trainyard corpus", description="The corpora that are tokenized on this host")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("list", help="what is in the cache, the least lately used first")
+    listing = verbs.add_parser("list", help="what is in the cache, the least lately used first")
+    listing.add_argument("--json", action="store_true", help="one JSON document")
     pruning = verbs.add_parser("prune", help="remove what nobody uses, now")
     pruning.add_argument("--days", type=_whole, help="unused for longer; 0: any age (TRAINYARD_CORPUS_DAYS)")
     pruning.add_argument("--bytes", type=_whole, help="until the cache is no larger; 0: any size")
@@ -96,10 +99,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SettingsRefused, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
+    if given.verb == "list" and given.json:
+        rows = [_row(each, paths.get(each.path.name, "")) for each in kept]
+        print(json.dumps({"object": "list", "data": rows, "has_more": False}))
+        return 0
     for each in shown:
         print(line(each, paths.get(each.path.name, ""), shelf.clock()))
     print(f"{len(shown):,} {'kept' if given.verb == 'list' else 'removed'}, {_size(sum(k.bytes for k in shown))}")
     return 0
+
+
+def _row(kept: Kept, path: str) -> dict[str, Any]:
+    used_at = datetime.fromtimestamp(kept.used_at, UTC).isoformat().replace("+00:00", "Z")
+    state = {"in_use": kept.in_use, "whole": kept.whole, "used_at": used_at}
+    return {"object": "corpus", "key": kept.key, "bytes": kept.bytes, "path": path or None, **state}
 
 
 def _whole(text: str) -> int:

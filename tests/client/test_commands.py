@@ -306,6 +306,8 @@ def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> N
         ),
         (["corpus", "list", "--home", "/h"], "service.upkeep.corpora", ["list"], {"TRAINYARD_HOME": "/h"}),
         (["corpus", "prune", "--days", "7"], "service.upkeep.corpora", ["prune", "--days=7"], {}),
+        (["corpus", "list", "--json"], "service.upkeep.corpora", ["list", "--json"], {}),
+        (["corpus", "check", "f", "--json"], "worker.corpus", ["check", "f", "--text-field", "text", "--json"], {}),
         (["corpus", "check", "f", "--text-field", "b"], "worker.corpus", ["check", "f", "--text-field", "b"], {}),
     ],
 )

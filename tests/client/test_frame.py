@@ -104,3 +104,10 @@ def test_a_checkpoint_is_said_to_be_verified_only_where_it_was() -> None:
 def test_the_next_save_may_come_by_the_clock() -> None:
     timed = scene(spec={"checkpoint": {"save_interval": 1000, "save_minutes": 4}})
     assert "; next in 1 min; 3 kept" in drawn(timed)[5]
+
+
+def test_while_it_loads_the_sentence_stands_where_no_step_is() -> None:
+    loading = Scene(handle="pre-12", url=URL)
+    loading.job = job(phase=None, summary="Loading.", progress={"step": 0, "steps": None, "percent": None})
+    text = drawn(loading)
+    assert text[1:3] == ["> RUNNING", "  Loading."]

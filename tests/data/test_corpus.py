@@ -338,6 +338,20 @@ def test_command_names_every_bad_line(tmp_path: Path, capsys: pytest.CaptureFixt
     assert named == [f"line {number}: not JSON at character 1" for number in range(2, 201, 2)]
 
 
+def test_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_text('{"text": "ab"}\n\n' * 9)
+    assert main(["check", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["path"], found["usable"], found["why_not"], found["tokens"]) == (str(file), True, None, 36)
+    file.write_text("x\n")
+    assert main(["check", str(file), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["usable"], "holds no text" in found["why_not"]) == (False, True)
+    assert (found["lines"], found["bad_lines"], found["documents"], found["tokens"]) == (1, 1, 0, 0)
+    assert found["named"] == [{"line": 1, "why": "not JSON at character 1"}]
+
+
 def test_command_refuses_what_a_job_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path / "missing")]) == 1
     assert main(["check", "/dev/zero"]) == 1

@@ -1,5 +1,6 @@
 """Corpora that nobody uses leave the cache, once an hour or when they are told to."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ def test_the_command_lists_and_prunes(
         assert first.split()[-3:] == ["days", "ago", "/data/c.jsonl"]
         assert (second.split()[3:], third.split()[3:]) == (["today"], ["today", "in", "use"])
         assert last == "3 kept, 9.0 MB"
+        (told,) = map(json.loads, command("list", "--json", capsys=capsys))
+        shown = [(row["path"], row["in_use"]) for row in told["data"]]
+        assert shown == [("/data/c.jsonl", False), (None, False), (None, True)]
+        assert all(row["used_at"].endswith("Z") and row["bytes"] >= 3_000_000 for row in told["data"])
         assert command("prune", "--days", "0", capsys=capsys) == ["0 removed, 0 B"]
         gone = command("prune", capsys=capsys)
         assert gone[0].endswith("/data/c.jsonl")
