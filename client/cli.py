@@ -11,6 +11,8 @@ from client.console import Console
 from client.errors import Refused, TrainyardError
 from client.exits import Exit, UsageError, exit_of_error
 
+UNAUTHORIZED = 401
+
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
     """Run one command; the answer is the exit code."""
@@ -57,6 +59,8 @@ def explain(error: TrainyardError, console: Console) -> None:
     if isinstance(error, Refused):
         for problem in error.errors:
             console.say(f"  {problem.pointer or '/'}: {problem.message}")
+        if error.status == UNAUTHORIZED:
+            console.say("  --token or TRAINYARD_TOKEN gives it; who runs the service has it, or makes one")
         if error.code == "job_not_found":
             console.say("  `trainyard list` shows those that there are")
         if error.request_id and error.status >= 500:

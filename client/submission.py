@@ -56,7 +56,7 @@ class Submission:
         group, _, leaf = pointer[1:].partition("/")
         inside = self.spec.get(group) if (group, leaf) in PATHS else None
         value = inside.get(leaf) if isinstance(inside, dict) else None
-        return f": {value}" if isinstance(value, str) else ""
+        return f" ({value})" if isinstance(value, str) else ""
 
 
 def _spec(command: str, args: argparse.Namespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:

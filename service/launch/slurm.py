@@ -253,7 +253,7 @@ def _deduced(attempt: AttemptDir, state: str | None) -> ExitReport:
     if cancelled and attempt.stop.exists() and not began:
         return _on_request(attempt, "stopped", "stopped while it waited in Slurm; nothing of it had begun")
     if cancelled and (attempt.closed.exists() or (state is not None and attempt.stop.exists())):
-        return _on_request(attempt, "killed", "ended in Slurm as asked, without a save")
+        return _on_request(attempt, "killed", "ended in Slurm as asked")
     if (unseen := _unseen(attempt)) is not None:
         card = ErrorCard(code=Reason.LAUNCH_FAILED, message=unseen, hint=SHARED)
         return remains.crashed(attempt, card, remains.lines_of(attempt), remains.last_sign(attempt))

@@ -108,6 +108,12 @@ def test_a_name_that_no_job_has_leads_to_the_list(run: Run) -> None:
     )
 
 
+def test_without_a_token_it_is_said_how_one_is_given(run: Run, service: FakeService) -> None:
+    service.faults = [lambda _: problem(401, "unauthorized", "A valid token is needed.")]
+    code, _, err = run("list")
+    assert (code, "--token or TRAINYARD_TOKEN gives it" in err) == (4, True)
+
+
 @pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:99999", "http://[::1"])
 def test_an_address_that_is_none_is_wrong_usage(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--url", url]) == 2

@@ -148,7 +148,7 @@ def test_a_path_that_is_wrong_is_shown_as_it_was_looked_for(
     service.faults = [lambda _: problem(422, "invalid_spec", "1 mistake found", errors=errors)]
     code, _, err = run("submit", "--data_path", "../d.jsonl", "-y")
     assert code == 1
-    assert f"--data_path (/data/data_path): does not exist: {tmp_path}/../d.jsonl" in err
+    assert f"--data_path (/data/data_path): does not exist ({tmp_path}/../d.jsonl)" in err
 
 
 def test_every_problem_of_the_service_is_printed_with_its_flag(run: Run, service: FakeService) -> None:

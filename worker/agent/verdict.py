@@ -109,7 +109,7 @@ def _by_agent(evidence: Evidence, cause: Cause | None) -> _End | None:
         case None:
             return None
         case Cause.KILLED:
-            return _End("killed", Reason.USER, f"ended at step {evidence.step} as asked, without a save")
+            return _End("killed", Reason.USER, f"ended at step {evidence.step} as asked")
         case Cause.OVERDUE:
             message = f"was asked to save and stop, did not within the grace, and was ended at step {evidence.step}"
             return _End("killed", Reason.USER, message)
