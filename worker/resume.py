@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from contract.events import CheckpointRemoved, Event, Warned
+from contract.events import CheckpointRemoved, CheckpointSaved, Event, Warned
 from contract.identity import Identity
-from contract.rundir import ProductDir, RunDir
+from contract.rundir import ProductDir, RunDir, fsync_directory
 from contract.spec import JobSpec
 from contract.status import Reason
 from worker import checkpoint
-from worker.checkpoint import SAVING, Damage, RunState
-from worker.distributed import Ranks
+from worker.checkpoint import SAVING, Damage, RunState, Saved
 from worker.failure import Failure
 from worker.fork import adopt, fork_of, unusable
 from worker.milestones import link
@@ -23,20 +22,10 @@ from worker.saving import report_damage
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint to go on from. ``place``: where it is loaded from.
-
-    Of another job it is a share of our own in the files of ``path``: that job may live, and remove them at any moment.
-    """
+    """A checkpoint to go on from. ``place``: this job's own, which is loaded. ``path``: what it was, of which job."""
 
     path: Path
     place: Path
-
-    def loaded(self, ranks: Ranks) -> None:
-        """Every rank has loaded it, or is about to have: once all come here, the share is given up."""
-        if self.place != self.path:
-            ranks.wait_for_all()
-            if ranks.leads:
-                shutil.rmtree(self.place, ignore_errors=True)
 
 
 def find_start(
@@ -134,16 +123,12 @@ def _of_earlier_job(
     folder = Path(spec.checkpoint.save_dir) if spec.checkpoint.save_dir else run.path.parent
     passed_over: list[str] = []
     for path in _newest_first(folder, products):
-        place = path
         objection = _objection(path, identity, steps_of)
-        if objection is None:
-            place = products.checkpoints / f"{SAVING}{path.name}-of-{path.parent.parent.name}"
-            objection = _shared(path, place) or _objection(place, identity, steps_of) or checkpoint.find_damage(place)
-        if objection is None:
-            return Start(path, place)
-        if place != path:
-            shutil.rmtree(place, ignore_errors=True)
-        passed_over.append(f"{path}: {objection}")
+        found = _taken_over(path, products, identity, steps_of) if objection is None else objection
+        if isinstance(found, Saved):
+            say(CheckpointSaved(step=found.step, path=str(found.path), bytes=found.bytes, sha256=found.sha256))
+            return Start(path, found.path)
+        passed_over.append(f"{path}: {found}")
     looked = f" ({'; '.join(passed_over[:5])})" if passed_over else ""
     message = f"from_resume: no earlier job below {folder} has a checkpoint that fits{looked}; beginning at step 0"
     say(Warned(code="nothing_to_resume", message=message))
@@ -166,16 +151,29 @@ def _written_at(path: Path) -> float | None:
         return None
 
 
-def _shared(path: Path, place: Path) -> str | None:
-    """Make ``place`` a share in the files of ``path``, which outlives it; why not, where that cannot be."""
+def _taken_over(path: Path, products: ProductDir, identity: Identity, steps_of: Callable[[int], int]) -> Saved | str:
+    """Make another job's checkpoint the first one of this job; why not, where that cannot be.
+
+    Its job may live, and remove it at any moment: the files are linked first, and looked at where nobody takes them
+    away. And an attempt that dies before its first save goes on from the same one again, whatever is newer by then.
+    """
+    place = products.checkpoints / f"{SAVING}{path.name}-of-{path.parent.parent.name}"
     try:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         for name in (*checkpoint.FILES, checkpoint.MANIFEST):
             link(path / name, place / name)
+        objection = _objection(place, identity, steps_of) or checkpoint.find_damage(place)
+        if objection is None:
+            step = checkpoint.read_state(place).step
+            fsync_directory(place)
+            place.rename(products.checkpoint(step))
+            fsync_directory(products.checkpoints)
+            return checkpoint.saved_at(step, products.checkpoint(step))
     except OSError as error:
-        return f"cannot be had any more: {error.strerror}"
-    return None
+        objection = f"cannot be had: {error.strerror}"
+    shutil.rmtree(place, ignore_errors=True)
+    return objection
 
 
 def _objection(path: Path, identity: Identity, steps_of: Callable[[int], int]) -> str | None:

@@ -91,6 +91,7 @@ class Saver:
         try:
             copies = snapshot.take()
         except (MemoryError, RuntimeError) as error:
+            snapshot.give_up()
             self._save_in_place(trainee, state, must, error)
             return
 

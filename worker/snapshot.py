@@ -46,7 +46,7 @@ class Snapshot:
         cuda: Any = torch.cuda  # its streams and events are unannotated
         self._stream: Any = cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._filled: Any = None
-        optimizer.register_step_pre_hook(self._hold_update)
+        self._hook = optimizer.register_step_pre_hook(self._hold_update)
 
     def take(self) -> Copies:
         """The copies of everything as it is now; they hold once `fill` has returned, and until the next `take`.
@@ -64,6 +64,11 @@ class Snapshot:
         else:
             self._copied.clear()
         return Copies({name: weights[name] for name in live.model}, moments)
+
+    def give_up(self) -> None:
+        """Let go of the optimizer, and of the buffers with it: there was no room for all of them."""
+        self._hook.remove()
+        self._buffers, self._pairs = {}, []
 
     def fill(self) -> None:
         """Return once the copies are there. Called by the thread that writes them."""

@@ -84,8 +84,6 @@ def train(
         start_from(model, spec, products)
     trainee = build(model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks)
     progress, interval, rows_per_step, scored = _restored(begin, trainee, spec, ranks)
-    if begin is not None:
-        begin.loaded(ranks)
 
     # The order of rows is a function of seed and step; how many make a step was fixed by the first attempt.
     order = Order(material.rows.targets, rows_per_step, spec.training.seed)

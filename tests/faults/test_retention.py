@@ -40,7 +40,7 @@ TAKING_OVER = codes_of(
     resume._of_earlier_job,
     resume._newest_first,
     resume._written_at,
-    resume._shared,
+    resume._taken_over,
     resume._objection,
     milestones.link,
     checkpoint.find_damage,

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from contract.events import Event, PhaseChanged, Warned
+from contract.events import CheckpointSaved, Event, PhaseChanged, Warned
 from contract.identity import Identity
 from contract.locks import FileLock
 from contract.rundir import ProductDir, RunDir
@@ -222,7 +223,14 @@ def test_the_last_written_fitting_checkpoint_of_an_earlier_job_is_taken(save_dir
     older, newer = publish(ProductDir(tmp_path / "b"), 50), publish(ProductDir(tmp_path / "a"), 20)
     os.utime(older, (1000, 1000))
     assert yard.begin() == newer
+    own = yard.products.checkpoint(20)
+    assert yard.products.published() == [(20, own)]
+    assert [(event.step, event.path) for event in yard.said if isinstance(event, CheckpointSaved)] == [(20, str(own))]
+    # It is this job's own first one from here on: an attempt that dies before its first save begins there again.
     os.utime(older, (2**32, 2**32))
+    shutil.rmtree(newer)
+    assert yard.begin() == own
+    shutil.rmtree(own)
     assert yard.begin() == older
 
 

@@ -123,6 +123,21 @@ def test_a_hundred_steps_behind_the_move_it_still_does(dtype: str, kind: str, te
     assert found["loss"] <= (EXPERTS_AGREE if kind == "moe" else AGREE)[dtype]
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_compiled_ranks_have_the_losses_of_others(kind: str, text: Path, tmp_path: Path) -> None:
+    """DistributedDataParallel cuts the compiled graph at its buckets, and sums the same gradients."""
+    model = {"use_moe": True, "moe_intermediate_size": 32} if kind == "moe" else {}
+    curves = []
+    for compiled in (False, True):
+        training = {**FP32, "max_steps": 5, "use_compile": compiled}
+        described = driver.spec(text, model=model, training=training, reporting={"log_interval": 1})
+        run = driver.new_run(tmp_path / f"compiled-{compiled}", described)
+        driver.run_to_end(run, world=2)
+        curves.append([line.loss for line in driver.metrics(run).values()])
+    assert curves[1] == pytest.approx(curves[0], abs=1e-5)
+
+
 def test_micro_batch_mean_is_minimind_s_loop(text: Path, tmp_path: Path) -> None:
     """Two ranks of ours against one plain loop that does what MiniMind does on both, rank by rank."""
     training = {

@@ -1,10 +1,12 @@
 """Saves that are cut short at any point, and what the loop does around a save."""
 
+import gc
 import json
 import os
 import random
 import signal
 import threading
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,6 +203,28 @@ def test_without_room_for_a_copy_training_waits_and_the_user_is_told(tmp_path: P
     assert (warning.code, warning.step) == ("save_blocks", 3)
     bench.save(4)
     assert len(bench.of(Warned)) == 1
+
+
+def test_what_was_allocated_of_a_copy_without_room_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, buffer = Bench(tmp_path), Snapshot._buffer
+    allocated: list[weakref.ref[torch.Tensor]] = []
+
+    def short(self: Snapshot, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if len(self._buffers) == 3:
+            raise MemoryError("can't allocate memory")
+        found = buffer(self, name, tensor)
+        allocated.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(Snapshot, "_buffer", short)
+    for step in (3, 4):
+        bench.save(step)
+    gc.collect()
+    assert [event.step for event in bench.of(Warned)] == [3, 4]
+    assert [ref() for ref in allocated] == [None] * 6
+    assert len(bench.trainee.optimizer._optimizer_step_pre_hooks) == 0
 
 
 def test_a_snapshot_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
