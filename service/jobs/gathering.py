@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from sqlalchemy import Connection, Row, Select, and_, bindparam, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, Select, and_, bindparam, func, select
 
 from contract.status import JobStatus
 from service.errors import JobNotFound
-from service.jobs import store
+from service.jobs.ids import JOB_ID
 from service.tables import AttemptRow, CheckpointRow, JobRow
 
 ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
@@ -34,14 +34,20 @@ KEPT = (
 
 QUEUED = JOBS.c.status == JobStatus.QUEUED
 
-_EARLIER = or_(
-    JOBS.c.queued_at < bindparam("queued_at"),
-    and_(JOBS.c.queued_at == bindparam("queued_at"), JOBS.c.number < bindparam("number")),
-)
-_BEFORE = or_(JOBS.c.priority > bindparam("priority"), and_(JOBS.c.priority == bindparam("priority"), _EARLIER))
+_SAME = JOBS.c.priority == bindparam("priority")
 
-AHEAD = select(func.count()).select_from(JOBS).where(QUEUED, _BEFORE)
-"""Counted by the index, where the queue is long: who submits should not pay for all who did before."""
+
+def _counted(*which: ColumnElement[bool]) -> ScalarSelect[int]:
+    return select(func.count()).select_from(JOBS).where(QUEUED, *which).scalar_subquery()
+
+
+# Three stretches of the index one behind the other, instead of a condition on each who waits: where the queue is long,
+# who submits should not pay for all who did before.
+AHEAD = select(
+    _counted(JOBS.c.priority > bindparam("priority"))
+    + _counted(_SAME, JOBS.c.queued_at < bindparam("queued_at"))
+    + _counted(_SAME, JOBS.c.queued_at == bindparam("queued_at"), JOBS.c.number < bindparam("number"))
+)
 
 _PLACE = func.row_number().over(order_by=(JOBS.c.priority.desc(), JOBS.c.queued_at, JOBS.c.number)).label("place")
 _LINE = select(JOBS.c.id, _PLACE).where(QUEUED).subquery()
@@ -60,13 +66,13 @@ class Gathered:
 
 def require(connection: Connection, job_id: str) -> None:
     """Raise JobNotFound where there is no such job, also for what cannot be an id."""
-    if not store.JOB_ID.fullmatch(job_id) or connection.scalar(KNOWN, {"job_id": job_id}) is None:
+    if not JOB_ID.fullmatch(job_id) or connection.scalar(KNOWN, {"job_id": job_id}) is None:
         raise JobNotFound()
 
 
 def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
     """The job's spec as it is stored. Raises JobNotFound."""
-    row = connection.execute(SPEC, {"job_id": job_id}).first() if store.JOB_ID.fullmatch(job_id) else None
+    row = connection.execute(SPEC, {"job_id": job_id}).first() if JOB_ID.fullmatch(job_id) else None
     if row is None:
         raise JobNotFound()
     spec: dict[str, Any] = row.spec
@@ -75,7 +81,7 @@ def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
 
 def one(connection: Connection, job_id: str) -> Gathered:
     """What belongs to a job. Raises JobNotFound, also for what cannot be an id."""
-    row = connection.execute(ONE, {"job_id": job_id}).first() if store.JOB_ID.fullmatch(job_id) else None
+    row = connection.execute(ONE, {"job_id": job_id}).first() if JOB_ID.fullmatch(job_id) else None
     if row is None:
         raise JobNotFound()
     return belonging(connection, [row])

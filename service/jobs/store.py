@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import re
-import secrets
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -18,12 +16,12 @@ from contract.status import Desired, JobStatus, may_become
 from service.access import quotas
 from service.access.callers import Caller
 from service.errors import Conflict, JobNotFound, KeyReused
+from service.jobs.ids import JOB_ID as JOB_ID
+from service.jobs.ids import new_id as new_id
 from service.jobs.rules import Standing
 from service.tables import EventRow, IdempotencyRow, JobRow, LabelRow
 from service.webhooks import outbox
 
-JOB_ID = re.compile(r"job_[a-z2-7]{1,30}")
-LETTERS = "abcdefghijkmnpqrstuvwxyz234567"
 LAST_ALERTS = 20
 
 # Built once: nearly every request runs some of them.
@@ -38,11 +36,6 @@ log = logging.getLogger("trainyard")
 
 class ImpossibleTransition(RuntimeError):
     """Code asked for a change of status that the table does not have."""
-
-
-def new_id(prefix: str, letters: int = 10) -> str:
-    """An id of our own, e.g. ``job_7f3kq9mzba``: safe in a path, an argument and a URL."""
-    return f"{prefix}_" + "".join(secrets.choice(LETTERS) for _ in range(letters))
 
 
 def find(session: Session, job_id: str) -> JobRow:
