@@ -4,6 +4,7 @@ Each subcommand names the function that runs it as "module:function"; `client.cl
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -91,7 +92,7 @@ def submit_parser(command: str = SUBMIT) -> argparse.ArgumentParser:
     if command == SUBMIT:
         parser.add_argument("-y", "--yes", action="store_true", help="do not ask, and submit in spite of warnings")
         parser.add_argument("--watch", action="store_true", help="follow the run; its end decides the exit code")
-        parser.add_argument("--timeout", type=float, metavar="SECONDS", help="with --watch: follow no longer")
+        parser.add_argument("--timeout", type=seconds, metavar="SECONDS", help="with --watch: follow no longer")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     add_service_options(parser)
     return parser
@@ -201,9 +202,9 @@ def _add_webhooks(parser: argparse.ArgumentParser) -> None:
     _add_webhook(webhooks, "show", "one of them")
     sent = _add_webhook(webhooks, "deliveries", "what was sent and what waits, newest first")
     sent.add_argument("--state", choices=("pending", "delivered", "failed"), help="only those")
-    sent.add_argument("--limit", type=int, default=20, help="at most so many (20)")
+    sent.add_argument("--limit", type=positive, default=20, help="at most so many (20)")
     test = _add_webhook(webhooks, "test", "send webhook.test, and say what came of it")
-    test.add_argument("--timeout", type=float, metavar="SECONDS", default=20.0, help="wait no longer (20)")
+    test.add_argument("--timeout", type=seconds, metavar="SECONDS", default=20.0, help="wait no longer (20)")
     again = _add_webhook(webhooks, "redeliver", "send one once more, under the same event id")
     again.add_argument("delivery", metavar="DELIVERY", help="its id: `trainyard webhook deliveries` lists them")
     _add_webhook(webhooks, "rotate", "another secret, printed once; for a day both sign")
@@ -239,12 +240,12 @@ def _add_reading(commands: Any) -> None:
     jobs.add_argument("--status", help="only jobs with this status")
     jobs.add_argument("--label", action="append", metavar="K=V", default=[], help="only jobs with this label")
     jobs.add_argument("--name", help="only jobs with this name")
-    jobs.add_argument("--limit", type=int, default=20, help="at most so many (20)")
+    jobs.add_argument("--limit", type=positive, default=20, help="at most so many (20)")
     _add_remote(commands, "show", "client.reading:show", "one job: how it is, why, and what can be done")
     metrics = _add_remote(commands, "metrics", "client.reading:metrics", "the points of the curve")
     metrics.add_argument("--csv", action="store_true", help="every field, comma-separated")
     metrics.add_argument("--after-step", type=int, default=0, metavar="STEP", help="only points behind this step")
-    metrics.add_argument("--attempt", type=int, help="of this attempt alone")
+    metrics.add_argument("--attempt", type=positive, help="of this attempt alone")
     metrics.add_argument("--lineage", action="store_true", help="of a fork: its ancestors' points first")
     _add_remote(commands, "events", "client.reading:events", "what happened to the job, and who asked for it")
     saved = _add_remote(commands, "checkpoints", "client.checkpoints:checkpoints", "the checkpoints, newest first")
@@ -258,6 +259,24 @@ def _add_reading(commands: Any) -> None:
     _add_remote(commands, "version", "client.reading:version", "versions of this command and of the service", job=False)
 
 
+def positive(text: str) -> int:
+    """1 or more."""
+    if not (text.isascii() and text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError("must be a whole number, 1 or more")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time to wait, which ends."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError("must be seconds: a number, 0 or more")
+    return value
+
+
 def rank(text: str) -> int | str:
     """A rank's number, or ``agent``."""
     return text if text == "agent" else int(text)
@@ -265,13 +284,13 @@ def rank(text: str) -> int | str:
 
 def _add_following(commands: Any) -> None:
     watch = _add_remote(commands, "watch", "client.watch:watch", "follow a run until it ends")
-    watch.add_argument("--timeout", type=float, metavar="SECONDS", help="follow no longer; exit 124")
+    watch.add_argument("--timeout", type=seconds, metavar="SECONDS", help="follow no longer; exit 124")
     logs = _add_remote(commands, "logs", "client.logs:logs", "what a rank printed")
     logs.add_argument("--follow", "-f", action="store_true", help="go on until the run ends")
     logs.add_argument("--rank", type=rank, metavar="RANK", help="which rank (0), or agent: what torchrun said")
-    logs.add_argument("--attempt", type=int, help="which attempt (the newest)")
-    logs.add_argument("--tail", type=int, metavar="LINES", help="only the last lines")
-    logs.add_argument("--timeout", type=float, metavar="SECONDS", help="with --follow: no longer; exit 124")
+    logs.add_argument("--attempt", type=positive, help="which attempt (the newest)")
+    logs.add_argument("--tail", type=positive, metavar="LINES", help="only the last lines")
+    logs.add_argument("--timeout", type=seconds, metavar="SECONDS", help="with --follow: no longer; exit 124")
 
 
 def _add_acting(commands: Any) -> None:

@@ -77,7 +77,14 @@ def test_exit_codes_without_a_service_and_without_a_right(run: Run, service: Fak
     assert run(*line)[0] == 4
 
 
-@pytest.mark.parametrize("line", [[], ["nonsense"], ["show"], ["list", "--limit", "x"], ["show", "a", "--jso"]])
+@pytest.mark.parametrize(
+    "line",
+    [
+        [], ["nonsense"], ["show"], ["list", "--limit", "x"], ["list", "--limit", "0"], ["logs", "a", "--tail", "-1"],
+        ["logs", "a", "--tail", "0"], ["watch", "a", "--timeout", "nan"], ["watch", "a", "--timeout=-1"],
+        ["submit", "--watch", "--timeout", "soon"], ["metrics", "a", "--attempt", "0"], ["show", "a", "--jso"],
+    ],
+)  # fmt: skip
 def test_wrong_usage_is_2(run: Run, capsys: pytest.CaptureFixture[str], line: list[str]) -> None:
     assert run(*line)[0] == 2
     assert "usage: trainyard" in capsys.readouterr().err
