@@ -1,5 +1,6 @@
 // All charts of a page: one x axis and one zoom for all, hover in step.
 import { count, short } from "./format.js";
+import { mark } from "./marks.js";
 import { keep, kept } from "./router.js";
 import { moment } from "./series.js";
 import { changed } from "./theme.js";
@@ -33,6 +34,7 @@ export class Board {
       if (number !== this.drawing) return;
       const isNew = !chart.started;
       await chart.draw();
+      if (chart.started) mark("curve");
       if (isNew && chart.started) await painted();
     }
   }

@@ -2,6 +2,7 @@
 import { moment } from "./series.js";
 
 const MOST = 5;
+const ABOVE = 9; // px: what ends in the midst of others has its name above its end
 const APART = 13; // px between two names
 const LETTER = 6.2; // px, about
 const LEFT = 52; // px of the margin at the left
@@ -23,7 +24,7 @@ export function endLabels(traces, { isLog, height, width, ink, ground, zoom }) {
   const room = 12 + Math.min(120, Math.max(0, ...ends.filter(isAtEdge).map((one) => one.name.length)) * LETTER);
   const wide = (width - LEFT - room) / (right - left || 1);
   const tall = (height - 32) / (high - low || 1);
-  const placed = spread(ends.map((one) => ({ ...one, atEdge: isAtEdge(one), from: isAtEdge(one) ? width : (moment(one.x) - left) * wide, up: (value(one.y) - low) * tall })));
+  const placed = spread(ends.map((one) => ({ ...one, atEdge: isAtEdge(one), from: isAtEdge(one) ? width : (moment(one.x) - left) * wide, up: (value(one.y) - low) * tall + (isAtEdge(one) ? 0 : ABOVE), at: (value(one.y) - low) * tall })));
   const annotations = placed.map(({ name, x, y, atEdge, shift }) => ({
     ...(atEdge ? { xref: "paper", x: 1 } : { xref: "x", x, bgcolor: ground, borderpad: 0 }), xanchor: "left", xshift: 3, yref: "y", y: value(y), yshift: shift,
     showarrow: false, text: plain(name), font: { size: 11, color: ink } }));
@@ -39,7 +40,7 @@ function spread(ends) {
     let { up } = one;
     const beside = placed.filter((other) => one.from < other.from + other.name.length * LETTER && other.from < one.from + one.name.length * LETTER);
     for (const other of beside.sort((a, b) => a.up - b.up)) if (up < other.up + APART && up > other.up - APART) up = other.up + APART;
-    placed.push({ ...one, up, shift: up - one.up });
+    placed.push({ ...one, up, shift: up - one.at });
   }
   return placed;
 }

@@ -11,6 +11,7 @@ import { Lineage } from "../job/lineage.js";
 import { TABS } from "../job/tabs.js";
 import { exact } from "../format.js";
 import { beat, freshNow } from "../live.js";
+import { mark } from "../marks.js";
 import { keep, kept } from "../router.js";
 import { OVER, badge, showStatus } from "../status.js";
 import { follow } from "../stream.js";
@@ -113,6 +114,7 @@ class Page {
       text(part, one.message);
       attr(part, "title", exact(one.at));
     });
+    mark("text");
     this.actions.update(found);
     this.details.update(found);
     this.facts.update(found);
