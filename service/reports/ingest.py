@@ -34,6 +34,8 @@ from service.metrics.progress import after_metric, after_start
 from service.reports.lines import contiguous, read
 from service.tables import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
 
+# Built once: each report runs them.
+ATTEMPT = select(AttemptRow).where(AttemptRow.id == bindparam("attempt_id"))
 POINTS = insert(MetricRow)
 _OWN = (MetricRow.job_id == bindparam("job_id"), MetricRow.attempt == bindparam("attempt"))
 LAST_STEP = select(func.max(MetricRow.step)).where(*_OWN)
@@ -49,7 +51,8 @@ def token_hash(token: str) -> str:
 
 def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
     """The attempt, where the token is its own. Raises Unauthorized, whether there is such an attempt or not."""
-    attempt = session.get(AttemptRow, attempt_id) if attempt_id.isascii() and attempt_id.isprintable() else None
+    plain = attempt_id.isascii() and attempt_id.isprintable()
+    attempt = session.scalar(ATTEMPT, {"attempt_id": attempt_id}) if plain else None
     expected = attempt.token_sha256 if attempt is not None else "0" * 64
     if not hmac.compare_digest(token_hash(token), expected) or attempt is None:
         raise Unauthorized("The token does not belong to this attempt.")
@@ -59,7 +62,7 @@ def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
 def lock(session: Session, attempt_id: str, job_id: str) -> tuple[JobRow, AttemptRow]:
     """The attempt and its job, held until the transaction ends; always the job first, so that nobody deadlocks."""
     job = store.lock(session, job_id)
-    attempt = session.get(AttemptRow, attempt_id, populate_existing=True)
+    attempt = session.scalar(ATTEMPT, {"attempt_id": attempt_id}, execution_options={"populate_existing": True})
     assert attempt is not None
     return job, attempt
 
