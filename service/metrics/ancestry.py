@@ -15,15 +15,18 @@ from service.metrics.summaries import rows as summed
 from service.tables import JobRow, MetricRow
 
 
-def rows(session: Session, job: JobRow, after_step: int, limit: int, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """At most ``limit`` points behind ``after_step``, oldest first, each with the ``job_id`` it belongs to."""
+def rows(
+    session: Session, job: JobRow, after_step: int, limit: int, fields: Sequence[str], until_step: int | None = None
+) -> list[dict[str, Any]]:
+    """At most ``limit`` points behind ``after_step``, up to ``until_step``, oldest first, each with its ``job_id``."""
     found: list[dict[str, Any]] = []
-    for piece in pieces(job):
+    for whole in pieces(job):
+        piece = whole if until_step is None else whole._replace(until=min(whole.until, until_step))
         if len(found) < limit and piece.until > after_step:
             more = _of_piece(session, piece, max(after_step, piece.after), limit - len(found), fields)
             found += [{"job_id": piece.job_id, **row} for row in more]
     if len(found) < limit:
-        own = store.rows(session, job.id, None, after_step, limit - len(found), fields)
+        own = store.rows(session, job.id, None, after_step, limit - len(found), fields, until_step)
         found += [{"job_id": job.id, **row} for row in own]
     return found
 

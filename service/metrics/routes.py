@@ -93,10 +93,11 @@ class Found:
 
 def _points(session: Session, job: JobRow, asked: Asked) -> Found:
     """A page of the points themselves."""
+    most = asked.limit + 1
     if asked.lineage:
-        rows = ancestry.rows(session, job, asked.after_step, asked.limit + 1, asked.columns)
+        rows = ancestry.rows(session, job, asked.after_step, most, asked.columns, asked.until_step)
     else:
-        rows = store.rows(session, job.id, asked.attempt, asked.after_step, asked.limit + 1, asked.columns)
+        rows = store.rows(session, job.id, asked.attempt, asked.after_step, most, asked.columns, asked.until_step)
     names = ["job_id", *asked.fields] if asked.lineage else asked.fields
     return Found(rows[: asked.limit], names, {"has_more": len(rows) > asked.limit})
 

@@ -37,14 +37,22 @@ MOST_NAMED = 1000
 
 
 def rows(
-    session: Session, job_id: str, attempt: int | None, after_step: int, limit: int, fields: Sequence[str]
+    session: Session,
+    job_id: str,
+    attempt: int | None,
+    after_step: int,
+    limit: int,
+    fields: Sequence[str],
+    until_step: int | None = None,
 ) -> list[dict[str, Any]]:
-    """At most ``limit`` points behind ``after_step``, oldest first, with the columns ``fields``.
+    """At most ``limit`` points behind ``after_step``, up to ``until_step``, oldest first, with the columns ``fields``.
 
     Without ``attempt`` each step stands once: what a later attempt went over again is left out.
     """
     columns = [getattr(MetricRow, name) for name in fields]
     query = select(*columns).where(*_curve(job_id, attempt), MetricRow.step > after_step)
+    if until_step is not None:
+        query = query.where(MetricRow.step <= until_step)
     found = session.execute(query.order_by(MetricRow.step, MetricRow.seq).limit(limit)).all()
     return [dict(zip(fields, row, strict=True)) for row in found]
 

@@ -293,6 +293,8 @@ def test_the_curve_joins_the_parents_as_it_was_at_the_fork(any_rig: Rig) -> None
     assert drawn(any_rig, made) == line + ours
     assert drawn(any_rig, made, after_step=3, limit=3) == (line + ours)[3:6]
     assert drawn(any_rig, made, limit=2) == line[:2]
+    assert drawn(any_rig, made, until_step=2) == line[:2]
+    assert drawn(any_rig, made, after_step=2, until_step=6) == (line + ours)[2:6]
     assert [row["step"] for row in any_rig.data(made, "metrics")] == list(range(5, 10))
     buckets = any_rig.get(f"/jobs/{made}/metrics", lineage=True, max_points=5)
     of_each = any_rig.data(made, "metrics", lineage=True, max_points=5, fields="tokens,learning_rate")

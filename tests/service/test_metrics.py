@@ -73,6 +73,10 @@ def test_pages_and_fields(any_rig: Rig) -> None:
         page = any_rig.get(f"/jobs/{job_id}/metrics", after_step=seen[-1] if seen else 0, limit=10)
         seen += [m["step"] for m in page["data"]]
     assert seen == list(range(1, 26))
+    for lineage in (False, True):
+        part = any_rig.get(f"/jobs/{job_id}/metrics", after_step=3, until_step=7, limit=4, lineage=lineage)
+        assert [m["step"] for m in part["data"]] == [4, 5, 6, 7]
+        assert part["has_more"] is False
     row = any_rig.data(job_id, "metrics", fields="loss, grad_norm", limit=1)[0]
     assert row == {"step": 1, "attempt": 1, "loss": 1.0, "grad_norm": 0.5}
     assert any_rig.client.get(f"/jobs/{job_id}/metrics", params={"fields": "loss,secret"}).status_code == 422
