@@ -18,7 +18,7 @@ const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at";
 const CHARTS = [
   ["Train loss", "loss_ema", { height: 340, write: loss }],
   ["Gradient norm", "grad_norm", { height: 170, write: figure, log: true }],
-  ["Tokens/s", "tokens_per_second", { height: 170, write: short }],
+  ["Tokens/s", "tokens_per_second", { height: 170, write: short, ticks: "~s" }],
   ["Learning rate", "learning_rate", { height: 170, write: figure }],
 ];
 
