@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import pynvml
@@ -12,6 +13,7 @@ import pynvml
 from contract.processes import MARKER, PROC
 
 FRESH_SECONDS = 1.0
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,25 @@ class FixedInventory:
         return self.fixed
 
 
-def cpu_slots(slots: int) -> tuple[Device, ...]:
+def cpu_slots(slots: int, model: str | None = None) -> tuple[Device, ...]:
     """``cpu:0`` and on."""
-    return tuple(Device(f"cpu:{i}", "cpu") for i in range(slots))
+    return tuple(Device(f"cpu:{i}", "cpu", model) for i in range(slots))
+
+
+def cpu_model(cpuinfo: Path = CPUINFO) -> str | None:
+    """What the kernel calls this host's processor; None where it does not say."""
+    try:
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None) or None
 
 
 class HostInventory:
     """The devices of this host. NVML is asked at most once a second; a host without NVML has no CUDA devices."""
 
     def __init__(self, slots: int, visible: str | None = None) -> None:
-        self._cpu = cpu_slots(slots)
+        self._cpu = cpu_slots(slots, cpu_model())
         self._visible = visible
         self._nvml = _nvml_starts()
         self._lock = threading.Lock()

@@ -12,7 +12,7 @@ import pytest
 from contract.processes import MARKER
 from contract.status import Desired, JobStatus, Phase
 from service.devices import inventory
-from service.devices.inventory import HostInventory, kind_for
+from service.devices.inventory import HostInventory, cpu_slots, kind_for
 from service.jobs.summary import Facts, duration, summary
 from service.settings import Settings, SettingsRefused, is_loopback
 from service.shapes import Checkpoint, Progress, Queue
@@ -233,6 +233,16 @@ def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.Mon
     assert FakeNvml.asked == 1, "the answer is good for a second"
     assert [d.id for d in HostInventory(0, visible="1").devices()] == ["cuda:1"]
     assert kind_for("auto", host.devices()) == "cuda"
+
+
+def test_the_processor_has_the_name_that_the_kernel_gives_it(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    assert inventory.cpu_model(file) is None
+    file.write_text("processor : 0\n")
+    assert inventory.cpu_model(file) is None
+    file.write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: Another\n")
+    assert inventory.cpu_model(file) == "Some CPU @ 2 GHz"
+    assert [d.model for d in cpu_slots(2, "x")] == ["x", "x"]
 
 
 def test_a_host_without_nvml_has_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
