@@ -228,5 +228,11 @@ def _load_optimizer(
         key, _, name = full_name.partition(".")
         named.setdefault(name, {})[key] = tensor
     order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    state = {order[id(parameter)]: named[name] for name, parameter in model.named_parameters() if name in named}
+    # Copied: on a CPU the library's tensors are the file itself, mapped, and the moments would change with it until
+    # they are written to.
+    state = {
+        order[id(parameter)]: {key: tensor.clone() for key, tensor in named[name].items()}
+        for name, parameter in model.named_parameters()
+        if name in named
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -98,6 +98,20 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path
     assert torch.equal(model.scale, other.scale)
 
 
+def test_what_was_loaded_does_not_hang_on_the_files(tmp_path: Path) -> None:
+    """Neither on their bytes, as where a backup is put back over them, nor on their being there."""
+    saved = publish(ProductDir(tmp_path), 3, seed=3)
+    model, optimizer = trained(seed=4)
+    checkpoint.load(saved.path, model, optimizer)
+    before = {name: tensor.clone() for name, tensor in checkpoint.optimizer_tensors(model, optimizer).items()}
+    for name in (MODEL, OPTIMIZER):
+        with (saved.path / name).open("r+b") as file:
+            file.write(b"\xff" * (saved.path / name).stat().st_size)
+    after = checkpoint.optimizer_tensors(model, optimizer)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
 def test_a_fresh_optimizer_takes_the_state_too(tmp_path: Path) -> None:
     model, optimizer = trained(seed=3)
     moments = checkpoint.optimizer_tensors(model, optimizer)
