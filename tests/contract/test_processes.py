@@ -12,6 +12,9 @@ import pytest
 
 from contract.locks import FileLock, LockBusy, is_held
 from contract.processes import MARKER, ProcessIdentity, descendants, marked, marks, wait_gone
+from contract.rundir import RunDir
+from service.launch.base import AttemptName
+from service.launch.local import AGENTS_TOKEN, LocalLauncher
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 
@@ -96,5 +99,28 @@ def test_one_look_for_all_attempts_sees_those_that_live() -> None:
     finally:
         gone.wait()
         for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_who_lives_is_seen_by_the_launcher_until_it_has_left_its_report(tmp_path: Path) -> None:
+    launcher = LocalLauncher(tmp_path, tmp_path / "corpora")
+    names = [AttemptName("job_a", 1), AttemptName("job_a", 2), AttemptName("job_b", 1), AttemptName("job_c", 1)]
+    agents = [
+        subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(name), AGENTS_TOKEN: "secret"})
+        for name in names[:2]
+    ]
+    rank = subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(names[2])})
+    try:
+        while not all(marked(str(name)) for name in names[:3]):
+            assert all(process.poll() is None for process in (*agents, rank))
+        assert launcher.alive_among(names) == {names[0], names[1]}, "a rank without its agent is no sign of life"
+        assert launcher.alive_among(names[1:]) == {names[1]}, "only who was asked for"
+        report = RunDir(tmp_path / "runs" / "job_a").attempt(2).exit
+        report.parent.mkdir(parents=True)
+        report.write_text("{}")
+        assert launcher.alive_among(names) == {names[0]}
+    finally:
+        for process in (*agents, rank):
             process.kill()
             process.wait()
