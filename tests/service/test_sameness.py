@@ -92,16 +92,14 @@ def test_a_corpus_of_another_size_is_named_and_the_job_stays_as_it_is(any_rig: R
     assert any_rig.act(job_id, "resume")["status"] == "queued"
 
 
-def test_as_many_other_bytes_are_another_corpus_and_none_is_a_difference_too(any_rig: Rig) -> None:
-    job_id = paused_at(any_rig, 400)
-    any_rig.corpus.write_text('{"text": "two"}\n')
-    assert refused(any_rig, job_id) == [
-        "data_path: 16 bytes when step 400 was saved, as many now, and not the same ones"
-    ]
-    any_rig.corpus.unlink()
-    assert refused(any_rig, job_id) == ["data_path: 16 bytes when step 400 was saved, and it cannot be read now"]
-    os.mkfifo(any_rig.corpus)
-    assert "cannot be read now" in refused(any_rig, job_id)[0]
+def test_as_many_other_bytes_are_another_corpus_and_none_is_a_difference_too(rig: Rig) -> None:
+    job_id = paused_at(rig, 400)
+    rig.corpus.write_text('{"text": "two"}\n')
+    assert refused(rig, job_id) == ["data_path: 16 bytes when step 400 was saved, as many now, and not the same ones"]
+    rig.corpus.unlink()
+    assert refused(rig, job_id) == ["data_path: 16 bytes when step 400 was saved, and it cannot be read now"]
+    os.mkfifo(rig.corpus)
+    assert "cannot be read now" in refused(rig, job_id)[0]
 
 
 def test_a_copy_and_another_time_are_the_same_corpus(rig: Rig) -> None:
@@ -113,25 +111,25 @@ def test_a_copy_and_another_time_are_the_same_corpus(rig: Rig) -> None:
     assert rig.act(job_id, "resume")["status"] == "queued"
 
 
-def test_another_vocabulary_is_named_whether_smaller_or_larger(any_rig: Rig) -> None:
-    folder = vocabulary_of(any_rig.home / "words", 640)
-    job_id = paused_at(any_rig, 400, data={"data_path": str(any_rig.corpus), "tokenizer_path": str(folder)})
+def test_another_vocabulary_is_named_whether_smaller_or_larger(rig: Rig) -> None:
+    folder = vocabulary_of(rig.home / "words", 640)
+    job_id = paused_at(rig, 400, data={"data_path": str(rig.corpus), "tokenizer_path": str(folder)})
     for words in (320, 700):
         vocabulary_of(folder, words)
-        assert refused(any_rig, job_id) == [f"vocabulary: 640 tokens when step 400 was saved, {words} now"]
+        assert refused(rig, job_id) == [f"vocabulary: 640 tokens when step 400 was saved, {words} now"]
         # No data beginning anew makes other tokens mean the same to the weights.
-        assert "fork" not in any_rig.act(job_id, "resume", status=409)["hint"]
-        assert refused(any_rig, job_id, {"data": "restart"}, "fork")
+        assert "fork" not in rig.act(job_id, "resume", status=409)["hint"]
+        assert refused(rig, job_id, {"data": "restart"}, "fork")
     vocabulary_of(folder, 640, first="[CLS]")
-    assert refused(any_rig, job_id) == [
+    assert refused(rig, job_id) == [
         "tokenizer_path: not the tokenizer it was when step 400 was saved, though of the same size"
     ]
     (folder / "tokenizer.json").write_text("{")
-    assert refused(any_rig, job_id) == ["tokenizer_path: it could be read when step 400 was saved, and cannot be now"]
+    assert refused(rig, job_id) == ["tokenizer_path: it could be read when step 400 was saved, and cannot be now"]
     vocabulary_of(folder, 640)
     # What changes no id is no difference.
     (folder / "tokenizer_config.json").write_text('{"chat_template": "x"}')
-    assert any_rig.act(job_id, "resume")["status"] == "queued"
+    assert rig.act(job_id, "resume")["status"] == "queued"
 
 
 def test_a_checkpoint_of_another_run_in_this_one_s_place_is_named_in_all_it_differs(rig: Rig) -> None:
