@@ -21,7 +21,8 @@ warned() {{
   : > {time_limit}
 }}
 trap 'warned &' USR1
-srun --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none bash -c '
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none \\
+  bash -c '
   export TRAINYARD_NODE=$SLURM_PROCID TRAINYARD_NODES=$SLURM_STEP_NUM_NODES
   export TRAINYARD_FIRST_NODE=$SLURM_LAUNCH_NODE_IPADDR
   exec "$@"' agent {agent} &
@@ -78,8 +79,8 @@ def _options(batch: Batch) -> Iterator[str]:
     # However often it is submitted, Slurm runs one at a time; and a new attempt is the service's to make, not Slurm's.
     yield "--dependency=singleton"
     yield "--no-requeue"
+    # How many tasks there are is srun's to say: with a number of them a range of nodes never is more than its least.
     yield f"--nodes={_nodes(resources)}"
-    yield "--ntasks-per-node=1"
     ranks = resources.nproc_per_node
     if batch.gpus:
         yield f"--gres={':'.join(filter(None, ('gpu', asked.gpu_type, str(ranks))))}"

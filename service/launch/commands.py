@@ -16,6 +16,7 @@ from service.launch.squeue import SlurmJob, jobs_in
 SUBMIT_SECONDS = 10.0
 CANCEL_SECONDS = 10.0
 LOOK_SECONDS = 20.0
+NAME_SECONDS = 3.0
 PATIENCE_SECONDS = 2.0
 """Whoever asks for the queue waits so long for the answer; the question goes on being asked beside."""
 
@@ -117,7 +118,7 @@ def submit(script: Path, environment: Mapping[str, str]) -> str | None:
 def cluster_name() -> str:
     """The name of the cluster that these commands speak to. Raises NoAnswer."""
     try:
-        said = run(["scontrol", "show", "config"], LOOK_SECONDS)
+        said = run(["scontrol", "show", "config"], NAME_SECONDS)
     except LaunchRefused as trouble:
         raise NoAnswer(str(trouble)) from trouble
     found = re.search(r"^ClusterName\s*=\s*(\S+)", said, re.MULTILINE)

@@ -19,7 +19,7 @@ from contract.rundir import UNSEEN, AttemptDir, read_json, write_atomically, wri
 from contract.spec import JobSpec
 from contract.status import Reason
 from service.launch import commands, remains
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
+from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, Placement, State
 from service.launch.batch import Batch, asked_of, job_name, render
 from service.launch.commands import Queue
 from service.launch.environment import WORKER_AGENT, WorkerEnvironment
@@ -108,8 +108,7 @@ class SlurmLauncher:
         except NoAnswer as trouble:
             return Found(State.UNKNOWN, silence=str(trouble))
         if job is not None and not job.ended:
-            placement = job.placement(_ranks_per_node(attempt), tailed=self._setup.reports == "directory")
-            return Found(State.ALIVE, placement=placement)
+            return Found(State.ALIVE, placement=self._placement(job, attempt))
         # Looked at once more: an agent that ended between the two looks has published its report by now.
         report = read_message(ExitReport, attempt.exit)
         if report is None and job is None and not attempt.started.exists() and not attempt.submitted.exists():
@@ -166,6 +165,12 @@ class SlurmLauncher:
         """
         since = max(self._changed_at, self._monotonic() - self._queue.fresh_seconds)
         return [job for job in self._queue.jobs(since) if job.name == job_name(name.job_id)]
+
+    def _placement(self, job: SlurmJob, attempt: AttemptDir) -> Placement | None:
+        """None for one that is about to end: Slurm names only the nodes then that have not ended it yet."""
+        if job.completing:
+            return None
+        return job.placement(_ranks_per_node(attempt), tailed=self._setup.reports == "directory")
 
     def _note_submission(self, attempt: AttemptDir, number: str | None) -> None:
         """Leave word of who was asked: another cluster, or another user, would know nothing of it."""

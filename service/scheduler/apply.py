@@ -167,12 +167,12 @@ class Applier:
                 assert_never(found.state)
 
     def _adopt(self, live: LiveAttempt, found: Found) -> None:
-        placement = found.placement.to_json() if found.placement is not None else None
+        placement = found.placement.to_json() if found.placement is not None else live.placement
         if live.launched and live.placement == placement:
             return
         with self.write() as session:
             job, attempt = ingest.lock(session, live.id, live.name.job_id)
-            attempt.placement = placement
+            attempt.placement = dict(placement) if placement is not None else None
             if not live.launched:
                 attempt.launched_at = attempt.launched_at or self._clock()
                 note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)

@@ -66,6 +66,7 @@ class Home:
         # Without certificates: they take longer to load than the service takes to answer.
         self.client = httpx2.Client(timeout=10, limits=httpx2.Limits(max_keepalive_connections=0), verify=False)
         self.server_errors: list[str] = []
+        self.tolerance = 0.0
         self.damage: Callable[[Path], str | None] = ranks.damage
         path.mkdir(parents=True, exist_ok=True)
         (path / "corpus.jsonl").write_text('{"text": "one"}\n')

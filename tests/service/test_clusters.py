@@ -59,6 +59,15 @@ def test_a_job_waits_for_its_cluster_s_answer_and_says_so(cluster: Rig) -> None:
     assert cluster.job(job_id)["placement"]["waiting_for"] is None, "it runs, whoever is silent"
 
 
+def test_where_an_attempt_ran_is_kept_once_its_cluster_says_no_more(cluster: Rig) -> None:
+    job_id, attempt = submitted(cluster)
+    attempt.placement = PLACED
+    later(cluster)
+    attempt.placement = None
+    later(cluster)
+    assert cluster.job(job_id)["placement"]["nodes"] == ["node1"]
+
+
 def test_a_launch_without_an_answer_says_why_it_stands_still(cluster: Rig) -> None:
     cluster.launcher.fail_next = "no_answer_but_done"
     job_id, attempt = submitted(cluster)

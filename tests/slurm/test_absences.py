@@ -59,9 +59,9 @@ def test_a_host_without_munge_keeps_a_job_waiting_and_says_why(cluster: Cluster,
 
     def told() -> str | None:
         queue = home.job(job_id)["queue"]
-        return queue["waiting_for"] if queue is not None and "unge" in queue["waiting_for"] else None
+        return queue["waiting_for"] if queue is not None and "does not answer" in queue["waiting_for"] else None
 
-    assert str(until(told, 60, "why nothing happens")).startswith("Slurm does not answer: squeue")
+    assert str(until(told, 60, "why nothing happens")).startswith("Slurm does not answer: squeue ")
     assert home.job(job_id)["status"] == "starting"
     cluster.start_munge()
     job = home.wait(job_id, "succeeded", seconds=90)

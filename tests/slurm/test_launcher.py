@@ -421,13 +421,16 @@ def test_the_verdict(
 
 @pytest.mark.parametrize("state", ["PENDING", "RUNNING", "COMPLETING", "SUSPENDED", ["CANCELLED", "COMPLETING"]])
 def test_what_lives_in_slurm_has_not_ended_whatever_rank_0_says(
-    slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, state: object
+    slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, state: str | list[str]
 ) -> None:
     launcher.start(LAUNCH)
     begin(attempt)
     write_json(attempt.outcome, COMPLETED)
     slurm.queue({"job_state": state})
-    assert judged(launcher).state is State.ALIVE
+    found = judged(launcher)
+    assert found.state is State.ALIVE
+    # Which of its nodes have not ended it yet is not where it ran.
+    assert (found.placement is None) == ("COMPLETING" in state)
 
 
 def test_the_agent_s_report_counts_before_everything(

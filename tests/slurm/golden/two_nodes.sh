@@ -4,7 +4,6 @@
 #SBATCH --dependency=singleton
 #SBATCH --no-requeue
 #SBATCH --nodes=2
-#SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:a100:8
 #SBATCH --partition=train
 #SBATCH --account=mine
@@ -30,7 +29,8 @@ warned() {
   : > time_limit
 }
 trap 'warned &' USR1
-srun --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none bash -c '
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --wait=0 --mpi=none --cpu-bind=none \
+  bash -c '
   export TRAINYARD_NODE=$SLURM_PROCID TRAINYARD_NODES=$SLURM_STEP_NUM_NODES
   export TRAINYARD_FIRST_NODE=$SLURM_LAUNCH_NODE_IPADDR
   exec "$@"' agent /opt/trainyard/bin/python -P -m worker.agent /shared/home/runs/job_abc --attempt=3 &
