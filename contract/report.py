@@ -119,6 +119,10 @@ class EventBatch(Message):
     events: list[dict[str, Any]] = Field(min_length=1, max_length=5000)
 
 
+HEARTBEAT_SECONDS = 0.5
+"""How long an agent is silent at most while it can be heard."""
+
+
 class Heartbeat(Message):
     """POST /internal/attempts/{id}/heartbeat: sent when there is no new line."""
 

@@ -47,18 +47,23 @@ class StopAsked(Exception):
     """The run was asked to stop before there was anything to save."""
 
 
-def not_saved(error: OSError, what: str) -> Failure:
+def not_saved(error: OSError | MemoryError, what: str) -> Failure:
     """A save that the run cannot end without has failed, and failed again."""
+    message = f"{what} could not be written: {describe(error)}"
+    if isinstance(error, MemoryError):
+        return Failure(Reason.HOST_OUT_OF_MEMORY, message, "End other programs on the host, then resume.")
     hint = (
         "Free space, or point checkpoint.save_dir at a larger disk, then resume."
         if error.errno in FULL
         else "Make the directory writable, or choose another checkpoint.save_dir, then resume."
     )
-    return Failure(Reason.DISK_FULL, f"{what} could not be written: {describe(error)}", hint)
+    return Failure(Reason.DISK_FULL, message, hint)
 
 
-def describe(error: OSError) -> str:
+def describe(error: OSError | MemoryError) -> str:
     """``No space left on device (/a/b)``."""
+    if isinstance(error, MemoryError):
+        return "the host is out of memory"
     place = f" ({error.filename})" if error.filename else ""
     return f"{error.strerror or type(error).__name__}{place}"
 

@@ -116,7 +116,7 @@ class Saver:
                 self._write(copies, state)
                 self._prune()
                 return
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 if left:
                     time.sleep(RETRY_SECONDS)
                 elif must:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
+from contract.report import HEARTBEAT_SECONDS
 from contract.status import Desired, JobStatus, Phase, Reason
 from service.shapes import Checkpoint, Progress, Queue
 
@@ -111,7 +112,8 @@ def _silence(job: Facts, now: datetime) -> str | None:
     if silent < SILENT_SECONDS:
         return None
     last = f", last at step {job.progress.step:,}" if job.progress.step else ""
-    return f"No report for {duration(silent)}{last}. Not treated as failed: its processes are looked at."
+    expected = f"expected every {HEARTBEAT_SECONDS:g} s"
+    return f"No report for {duration(silent)}, {expected}{last}. Not treated as failed: its processes are looked at."
 
 
 def _trouble(job: Facts) -> str:

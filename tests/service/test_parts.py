@@ -141,7 +141,8 @@ def test_sentences() -> None:
     assert sentence(phase=None, progress=Progress()) == "Loading."
     assert sentence(phase=Phase.COMPILING) == "Compiling the model."
     assert sentence(heard_at=NOW - timedelta(seconds=45)) == (
-        "No report for 45 s, last at step 12,400. Not treated as failed: its processes are looked at."
+        "No report for 45 s, expected every 0.5 s, last at step 12,400. "
+        "Not treated as failed: its processes are looked at."
     )
     queue = Queue(position=3, waiting_for="2 GPUs; 1 of 4 free")
     assert sentence(status=JobStatus.QUEUED, queue=queue) == "Waiting for 2 GPUs; 1 of 4 free. Position 3."

@@ -277,21 +277,34 @@ def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_a_save_is_tried_twice(failures: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/d"), "Permission denied (/d)"),
+        (MemoryError(), "the host is out of memory"),
+    ],
+)
+def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_path: Path) -> None:
     bench, real, left = Bench(tmp_path), checkpoint.publish, iter(range(failures))
 
     def publish(*arguments: Any) -> checkpoint.Saved:
         if next(left, None) is not None:
-            raise PermissionError(13, "Permission denied", "/d")
+            raise error
         return real(*arguments)
 
     with mock.patch.object(checkpoint, "publish", publish), mock.patch.object(saving, "RETRY_SECONDS", 0.0):
         bench.save(4)
     assert len(bench.of(CheckpointSaved)) == 2 - failures
     messages = [event.message for event in bench.of(Warned)]
-    assert messages == (
-        ["checkpoint 4 was not saved: Permission denied (/d); training goes on"] if failures == 2 else []
-    )
+    assert messages == ([f"checkpoint 4 was not saved: {said}; training goes on"] if failures == 2 else [])
+
+
+def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    out = mock.patch.object(checkpoint, "publish", side_effect=MemoryError)
+    with out, mock.patch.object(saving, "RETRY_SECONDS", 0.0), pytest.raises(Failure) as failed:
+        bench.save(4, must=True)
+    assert failed.value.reason == "host_out_of_memory"
 
 
 def test_a_save_that_must_not_fail_is_a_failure_with_advice(tmp_path: Path) -> None:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from contract.outbox import OutboxReader
-from contract.report import ExitReport, RunSettings
+from contract.report import HEARTBEAT_SECONDS, ExitReport, RunSettings
 from contract.rundir import AttemptDir, read_json
 from contract.status import Desired
 
 BATCH_LINES = 500
 POLL_SECONDS = 0.1
-HEARTBEAT_SECONDS = 0.5
 REQUEST_SECONDS = 10.0
 FIRST_RETRY_SECONDS = 0.25
 LAST_RETRY_SECONDS = 5.0
