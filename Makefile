@@ -1,8 +1,8 @@
 # `make help` lists what there is.
 PYTHON ?= python3
-# Processes the tests are spread over: most of them wait for a process or a database, not for a core. A module's tests stay
+# Processes the tests are spread over, one more than two cores: most tests wait for a process or a database, not for a core. A module's tests stay
 # together, because many share a service and a finished run.
-WORKERS ?= 2
+WORKERS ?= 3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed

@@ -17,7 +17,9 @@ from tests.agent.fake_service import FakeService
 from tests.faults import ranks
 
 DRIVER = (sys.executable, str(Path(ranks.__file__).with_name("driver.py")))
-NAME = AttemptName("job_fake", 1)
+# Marks are looked for in all of the host, where other test processes run the same tests.
+JOB = f"job_fake{str(os.getpid()).translate(str.maketrans('0123456789', 'abcdefghij'))}"
+NAME = AttemptName(JOB, 1)
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -40,8 +42,8 @@ def launcher(tmp_path: Path, service: FakeService) -> Iterator[LocalLauncher]:
     local = LocalLauncher(tmp_path, tmp_path / "cache", agent=DRIVER)
     yield local
     for number in (1, 2, 3):
-        local.end(AttemptName("job_fake", number))
-        assert marked(f"job_fake/{number}") == []
+        local.end(AttemptName(JOB, number))
+        assert marked(f"{JOB}/{number}") == []
 
 
 @pytest.fixture
@@ -52,4 +54,4 @@ def attempt(tmp_path: Path) -> AttemptDir:
 def launch(timeouts: Timeouts | None = None, number: int = 1, **labels: str) -> Launch:
     resources = ResourcesSpec(nproc_per_node=2, timeouts=timeouts or Timeouts())
     spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"), resources=resources)
-    return Launch(AttemptName("job_fake", number), "att_1", spec, ("cpu:0", "cpu:1"), f"secret-of-{os.getpid()}")
+    return Launch(AttemptName(JOB, number), "att_1", spec, ("cpu:0", "cpu:1"), f"secret-of-{os.getpid()}")

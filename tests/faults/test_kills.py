@@ -1,4 +1,6 @@
-"""Random kills of everything: thousands with fake ranks, hundreds with real gloo ranks; a few of each in `make test`.
+"""Random kills of everything: thousands with fake ranks, hundreds with real gloo ranks.
+
+In `make test` a few of the former; what becomes of real ranks that are killed stands in tests/story there.
 
 TRAINYARD_SOAK_KILLS and _SECONDS choose number and longest time of the long forms.
 """
@@ -90,11 +92,6 @@ def gloo_kills(make_home: MakeHome, account: Account, seed: int, kills: int, sec
 
 def losses(home: Home, job_id: str) -> list[float]:
     return [row["loss"] for row in home.metrics(job_id)]
-
-
-@pytest.mark.slow
-def test_a_few_kills_of_gloo_ranks(make_home: MakeHome, account: Account) -> None:
-    gloo_kills(make_home, account, seed=11, kills=1, seconds=60)
 
 
 @pytest.mark.soak
