@@ -23,6 +23,7 @@ from service.document import openapi
 from service.errors import ServiceError, answer, from_exception
 from service.exports import routes as export_routes
 from service.forks import routes as fork_routes
+from service.heads import Heads
 from service.jobs import files, log_routes, products
 from service.jobs import routes as job_routes
 from service.launch.base import Launcher
@@ -95,6 +96,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     app.state.services = services
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refused)
+    app.add_middleware(Heads)
     app.add_middleware(Pages, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
     app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)

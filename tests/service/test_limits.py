@@ -1,5 +1,7 @@
 """What the service takes, how long it waits for it, and what it counts of its own work."""
 
+import contextlib
+import http.client
 import json
 import re
 import select
@@ -240,3 +242,18 @@ def test_a_parser_of_prometheus_takes_it(rig: Rig) -> None:
     tokens = families["trainyard_job_tokens"].samples
     assert [(found.labels, found.value) for found in tokens] == [({"job": job_id}, 1234.0)]
     assert all(family.documentation for family in families.values())
+
+
+def test_head_is_answered_as_get_is_without_the_body(rig: Rig) -> None:
+    job_id = rig.submit()
+    with served(rig) as (host, port), contextlib.closing(http.client.HTTPConnection(host, port, timeout=10)) as line:
+        found = {}
+        for path in ("/health", "/jobs", f"/jobs/{job_id}", "/jobs/job_aaaa", f"/jobs/{job_id}/metrics/stream"):
+            # One connection for all: a body too many would be taken for the next answer.
+            line.request("HEAD", path, headers={"Accept": "application/json"})
+            answer = line.getresponse()
+            assert answer.read() == b""
+            found[path] = answer.status
+            line.request("GET", "/health")
+            assert json.loads(line.getresponse().read())["status"] == "ok"
+    assert list(found.values()) == [200, 200, 200, 404, 405]
