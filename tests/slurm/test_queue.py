@@ -77,7 +77,8 @@ def test_a_running_job_saves_and_pauses_and_another_one_is_killed(cluster: Clust
     assert home.post(f"/jobs/{job_id}/resume").status_code == 202
     until(lambda: home.step(job_id, 2) > job["checkpoint"]["step"], what="it goes on")
     assert home.post(f"/jobs/{job_id}/kill").status_code == 202
-    assert home.wait(job_id, "cancelled")["message"].startswith("ended at step")
+    # By the agent's word, or by Slurm's where that ended the agent before its last word.
+    assert "as asked" in home.wait(job_id, "cancelled")["message"]
     until(lambda: home.processes(job_id) == [], 20, "nothing of it is left on either node")
     until(lambda: set(cluster.states().values()) == {"IDLE"}, 30, "its nodes are free")
 
