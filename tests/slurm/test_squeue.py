@@ -7,17 +7,10 @@ from typing import Any
 import pytest
 
 from service.launch.squeue import SlurmJob, hosts, jobs_in
+from tests.slurm import programs
 
-RUNNING: dict[str, Any] = {
-    "job_id": 7,
-    "name": "trainyard-job_a",
-    "comment": "job_a/1",
-    "job_state": "RUNNING",
-    "state_reason": "None",
-    "state_description": "",
-    "nodes": "node[1-2]",
-    "gres_detail": ["gpu:2(IDX:0-1)", "gpu:a100:3(IDX:0,2-3)"],
-}
+GPUS = ["gpu:2(IDX:0-1)", "gpu:a100:3(IDX:0,2-3)"]
+RUNNING: dict[str, Any] = {**programs.RUNNING, "gres_detail": GPUS}
 
 
 def job(**changes: Any) -> SlurmJob:
