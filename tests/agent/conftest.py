@@ -15,10 +15,10 @@ from service.launch.base import AttemptName, Launch
 from service.launch.local import LocalLauncher
 from tests.agent.fake_service import FakeService
 from tests.faults import ranks
+from tests.marks import own_job
 
 DRIVER = (sys.executable, str(Path(ranks.__file__).with_name("driver.py")))
-# Marks are looked for in all of the host, where other test processes run the same tests.
-JOB = f"job_fake{str(os.getpid()).translate(str.maketrans('0123456789', 'abcdefghij'))}"
+JOB = own_job("job_fake")
 NAME = AttemptName(JOB, 1)
 
 

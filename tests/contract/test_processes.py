@@ -15,13 +15,16 @@ from contract.processes import MARKER, ProcessIdentity, descendants, marked, mar
 from contract.rundir import RunDir
 from service.launch.base import AttemptName
 from service.launch.local import AGENTS_TOKEN, LocalLauncher
+from tests.marks import own_job
+
+TEST, A, B, C, D = (own_job(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 
 
 @pytest.fixture
 def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    environment = {**os.environ, MARKER: "job_test/1"}
+    environment = {**os.environ, MARKER: f"{TEST}/1"}
     with subprocess.Popen(SLEEPER, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -30,8 +33,8 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_the_marker_finds_it_and_only_it(sleeper: subprocess.Popen[bytes]) -> None:
-    assert [found.pid for found in marked("job_test/1")] == [sleeper.pid]
-    assert marked("job_test/11") == []
+    assert [found.pid for found in marked(f"{TEST}/1")] == [sleeper.pid]
+    assert marked(f"{TEST}/11") == []
     assert sleeper.pid in [found.pid for found in descendants(os.getpid())]
 
 
@@ -88,14 +91,14 @@ def test_one_look_for_all_attempts_sees_those_that_live() -> None:
     def started(mark: str, **besides: str) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: mark, **besides})
 
-    processes = [started("job_a/1", SPEAKS="yes"), started("job_b/2"), started("job_c/3", SPEAKS="")]
-    gone = started("job_d/4", SPEAKS="yes")
+    processes = [started(f"{A}/1", SPEAKS="yes"), started(f"{B}/2"), started(f"{C}/3", SPEAKS="")]
+    gone = started(f"{D}/4", SPEAKS="yes")
     gone.kill()
     try:
         # The kernel shows what a process was given once it has become another program.
-        while not all(marked(mark) for mark in ("job_a/1", "job_b/2", "job_c/3")):
+        while not all(marked(mark) for mark in (f"{A}/1", f"{B}/2", f"{C}/3")):
             assert all(process.poll() is None for process in processes)
-        assert marks(besides="SPEAKS") & {"job_a/1", "job_b/2", "job_c/3", "job_d/4"} == {"job_a/1", "job_c/3"}
+        assert marks(besides="SPEAKS") & {f"{A}/1", f"{B}/2", f"{C}/3", f"{D}/4"} == {f"{A}/1", f"{C}/3"}
     finally:
         gone.wait()
         for process in processes:
@@ -105,7 +108,7 @@ def test_one_look_for_all_attempts_sees_those_that_live() -> None:
 
 def test_who_lives_is_seen_by_the_launcher_until_it_has_left_its_report(tmp_path: Path) -> None:
     launcher = LocalLauncher(tmp_path, tmp_path / "corpora")
-    names = [AttemptName("job_a", 1), AttemptName("job_a", 2), AttemptName("job_b", 1), AttemptName("job_c", 1)]
+    names = [AttemptName(A, 1), AttemptName(A, 2), AttemptName(B, 1), AttemptName(C, 1)]
     agents = [
         subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(name), AGENTS_TOKEN: "secret"})
         for name in names[:2]
@@ -116,7 +119,7 @@ def test_who_lives_is_seen_by_the_launcher_until_it_has_left_its_report(tmp_path
             assert all(process.poll() is None for process in (*agents, rank))
         assert launcher.alive_among(names) == {names[0], names[1]}, "a rank without its agent is no sign of life"
         assert launcher.alive_among(names[1:]) == {names[1]}, "only who was asked for"
-        report = RunDir(tmp_path / "runs" / "job_a").attempt(2).exit
+        report = RunDir(tmp_path / "runs" / A).attempt(2).exit
         report.parent.mkdir(parents=True)
         report.write_text("{}")
         assert launcher.alive_among(names) == {names[0]}

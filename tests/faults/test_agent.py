@@ -17,9 +17,12 @@ from service.launch.base import AttemptName, Launch, State
 from service.launch.local import LocalLauncher
 from tests.faults.home import until
 from tests.faults.program import FAKE_AGENT
+from tests.marks import own_job
 from worker.agent.__main__ import EX_REFUSED
 from worker.agent.children import Children
 from worker.agent.supervise import Supervisor
+
+JOB = own_job("job_late")
 
 
 def launcher(home: Path) -> LocalLauncher:
@@ -28,15 +31,15 @@ def launcher(home: Path) -> LocalLauncher:
 
 def launch(number: int = 1, **labels: str) -> Launch:
     spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"))
-    return Launch(AttemptName("job_late", number), "att_1", spec, ("cpu:0",), "secret")
+    return Launch(AttemptName(JOB, number), "att_1", spec, ("cpu:0",), "secret")
 
 
 def agent(home: Path, number: int = 1) -> int:
     """The exit code of the agent of an attempt whose launch was held up until now."""
-    attempt = RunDir(home / "runs" / "job_late").attempt(number)
+    attempt = RunDir(home / "runs" / JOB).attempt(number)
     attempt.path.mkdir(parents=True, exist_ok=True)
     attempt.spec.write_text(launch(number, steps="3", ranks="1").spec.model_dump_json())
-    environment = {**os.environ, MARKER: f"job_late/{number}"}
+    environment = {**os.environ, MARKER: f"{JOB}/{number}"}
     return subprocess.run([*FAKE_AGENT, str(attempt.path.parent), f"--attempt={number}"], env=environment).returncode
 
 
@@ -46,7 +49,7 @@ def test_an_attempt_that_was_given_up_is_not_started_by_a_late_agent(tmp_path: P
     local.end(launch().name)
     assert local.find(launch().name).state is State.ABSENT
     assert agent(tmp_path) == EX_REFUSED
-    attempt = RunDir(tmp_path / "runs" / "job_late").attempt(1)
+    attempt = RunDir(tmp_path / "runs" / JOB).attempt(1)
     report = read_message(ExitReport, attempt.exit)
     assert report is not None
     assert (report.outcome, report.reason) == ("crashed", Reason.LAUNCH_FAILED)
@@ -59,23 +62,23 @@ def test_nor_by_a_late_launcher(tmp_path: Path) -> None:
     late = launcher(tmp_path)
     late.start(launch(steps="3"))
     assert late.find(launch().name).state is State.ABSENT
-    assert not RunDir(tmp_path / "runs" / "job_late").attempt(1).agent_log.exists()
+    assert not RunDir(tmp_path / "runs" / JOB).attempt(1).agent_log.exists()
 
 
 def test_an_agent_whose_attempt_has_a_successor_starts_nothing(tmp_path: Path) -> None:
     """The successor has ended meanwhile, so that no lock is held any more: the numbers still say who is late."""
     assert agent(tmp_path, 2) == 0
     assert agent(tmp_path, 1) == EX_REFUSED
-    first = RunDir(tmp_path / "runs" / "job_late").attempt(1)
+    first = RunDir(tmp_path / "runs" / JOB).attempt(1)
     assert not first.outbox.exists()
     assert agent(tmp_path, 3) == 0
 
 
 def test_an_agent_without_a_readable_spec_says_so_and_counts_as_a_failed_launch(tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "runs" / "job_late")
+    run = RunDir(tmp_path / "runs" / JOB)
     run.attempt(1).path.mkdir(parents=True)
     run.attempt(1).spec.write_text("{")
-    environment = {**os.environ, MARKER: "job_late/1"}
+    environment = {**os.environ, MARKER: f"{JOB}/1"}
     done = subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment, capture_output=True, text=True)
     assert done.returncode == EX_REFUSED
     found = launcher(tmp_path).find(launch().name)
@@ -86,12 +89,12 @@ def test_an_agent_without_a_readable_spec_says_so_and_counts_as_a_failed_launch(
 
 def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
     """The spec is good enough to start torchrun and not to supervise it."""
-    run = RunDir(tmp_path / "runs" / "job_late")
+    run = RunDir(tmp_path / "runs" / JOB)
     run.attempt(1).path.mkdir(parents=True)
     run.attempt(1).spec.write_text('{"resources": {"nproc_per_node": 1}, "labels": {"steps": "100000"}}')
-    environment = {**os.environ, MARKER: "job_late/1"}
+    environment = {**os.environ, MARKER: f"{JOB}/1"}
     assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EX_REFUSED
-    until(lambda: marked("job_late/1") == [], 5)
+    until(lambda: marked(f"{JOB}/1") == [], 5)
     found = launcher(tmp_path).find(launch().name)
     assert found.report is not None
     assert found.report.reason is Reason.LAUNCH_FAILED
@@ -100,7 +103,7 @@ def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
 def test_an_agent_that_died_before_it_began_is_a_failed_launch(tmp_path: Path) -> None:
     broken = LocalLauncher(tmp_path, tmp_path / "cache", agent=("/bin/sh", "-c", "echo no torch here >&2; exit 1"))
     broken.start(launch())
-    until(lambda: not marked("job_late/1"), 5)
+    until(lambda: not marked(f"{JOB}/1"), 5)
     broken.end(launch().name)
     found = broken.find(launch().name)
     assert found.report is not None
