@@ -11,11 +11,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from service.environment import FromEnvironment, SettingsRefused, Whole, parts
 from service.launch.base import LOCAL
 from service.launch.slurm_setup import SlurmSetup
 from service.logs import Format, Level
 from service.proxies import Proxies
+from service.settings_base import EnvironmentSettings, SettingsRefused, Whole, parts
 from service.tokens import tokens_in
 from service.webhooks.addresses import Network
 
@@ -71,7 +71,7 @@ Switch = Annotated[
 ]
 
 
-class Settings(FromEnvironment):
+class Settings(EnvironmentSettings):
     """Where the service keeps its things, what it may read and write, and who may talk to it.
 
     ``data_roots`` are read below, ``save_roots`` written below; the home always counts among both. ``cpu_slots`` is the

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from contract.spec import SlurmSpec
-from service.environment import FromEnvironment, Seconds, SettingsRefused, parts
+from service.settings_base import EnvironmentSettings, Seconds, SettingsRefused, parts
 
 ALLOWED = tuple(
     parts("""
@@ -50,7 +50,7 @@ def _defaults(environment: Mapping[str, str]) -> SlurmSpec:
         raise SettingsRefused("\n".join(lines)) from None
 
 
-class SlurmSetup(FromEnvironment):
+class SlurmSetup(EnvironmentSettings):
     """How Slurm is used. ``defaults``: what a spec leaves out. ``device``: what "auto" means on the nodes.
 
     ``reports``: how agents report, over HTTP to ``url`` (None: where the service listens) or through the run directory.

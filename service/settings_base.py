@@ -11,8 +11,8 @@ class SettingsRefused(ValueError):
     """The settings cannot be worked with, or would put the service at risk; the message says what to change."""
 
 
-class FromEnvironment(BaseSettings):
-    """Frozen settings. A field's ``alias`` is its variable, its ``description`` what that must be."""
+class EnvironmentSettings(BaseSettings):
+    """Frozen settings. The ``alias`` of a field is its variable, the ``description`` says what it must be."""
 
     model_config = SettingsConfigDict(frozen=True, case_sensitive=True, enable_decoding=False, validate_default=False)
 
