@@ -10,12 +10,15 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contract.parsing import Problem, plain, pointer_to
@@ -26,7 +29,6 @@ from service.dashboard.negotiation import is_file, is_page
 from service.errors import (
     BodyNotJson,
     BodyTooLarge,
-    BodyTooSlow,
     ForeignHost,
     ForeignOrigin,
     HeadersTooLarge,
@@ -59,7 +61,8 @@ MOST_DEEP = 64
 LOOK_AGAIN_SECONDS = 15.0
 """So often a stream's reader is asked whether his token is still good."""
 
-UNTIMED = ("/stream", "/files/{name}")
+STREAM = "/stream"
+UNTIMED = (STREAM, "/files/{name}")
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
 
 M = TypeVar("M", bound=BaseModel)
@@ -93,7 +96,7 @@ class Gate:
                 scope["caller"] = await self._caller(scope, headers)
                 answered.still = lambda: self._caller(scope, headers)
                 self._require_short(scope, headers)
-                await self._app(scope, _Limited(receive, _limit(scope)), answered)
+                await RequestBodyLimitMiddleware(self._app, _limit(scope))(scope, _timed(receive), answered)
             except Exception as error:
                 await self._refuse(error, scope, receive, answered)
             finally:
@@ -193,27 +196,45 @@ class _Answered:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _Limited:
-    """Stops reading a body that is longer than it may be, chunked or not, or that takes too long to come."""
+def _timed(receive: Receive) -> Receive:
+    """Give up a request whose body is not there in time, however it drips."""
+    deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._left = limit
-        self._deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
-
-    async def __call__(self) -> Message:
+    async def timed() -> Message:
+        nonlocal deadline
         try:
-            async with asyncio.timeout_at(self._deadline):
-                message = await self._receive()
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
         except TimeoutError:
-            raise BodyTooSlow() from None
+            # As an HTTPException, like Starlette's own of a body that is too large: FastAPI makes 400 of any other.
+            raise HTTPException(HTTPStatus.REQUEST_TIMEOUT) from None
         if not message.get("more_body", False):
-            self._deadline = None
-        if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            if self._left < 0:
-                raise BodyTooLarge()
+            deadline = None
         return message
+
+    return timed
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET, for which the routes are; the server leaves the body out.
+
+    A stream has no end to wait for: 405.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD" or scope["path"].endswith(STREAM):
+            await self._app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self._app(as_get, receive, send)
+        finally:
+            # Requests are counted by the route, which is read from the scope that came in.
+            scope["route"] = as_get.get("route")
 
 
 def described(schema: dict[str, Any]) -> dict[str, Any]:
