@@ -343,7 +343,7 @@ def from_exception(error: Exception) -> ServiceError:
 
 
 OWN_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 408: BodyTooSlow, 413: BodyTooLarge}
-"""What the framework raises by itself, or what we raise where only its own exceptions pass."""
+"""For errors that leave the framework as HTTPException."""
 
 
 def _from_http(error: HTTPException) -> ServiceError:

@@ -1,7 +1,4 @@
-"""Around every request: its id, who may come in, how much it may bring, and what leaves when something breaks.
-
-And the one strict reader of JSON bodies.
-"""
+"""Middleware around every request (id, caller, limits, errors as problem+json), and the strict reader of JSON bodies."""
 
 import asyncio
 import json
@@ -16,7 +13,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -53,13 +50,13 @@ REPORT_BYTES = 64 << 20
 URL_BYTES = 8 << 10
 HEADER_BYTES = 32 << 10
 BODY_SECONDS = 30.0
-"""For the whole body, however it drips."""
+"""For the whole body, however slowly it comes."""
 
 MOST_DEEP = 64
 """Levels of arrays and objects in a body."""
 
 LOOK_AGAIN_SECONDS = 15.0
-"""So often a stream's reader is asked whether his token is still good."""
+"""Between two checks that the token of a stream's reader is still valid."""
 
 STREAM = "/stream"
 UNTIMED = (STREAM, "/files/{name}")
@@ -71,7 +68,7 @@ log = logging.getLogger("trainyard")
 
 
 class Gate:
-    """The outermost layer: nothing passes that should not, and nothing leaves but an answer with a request id."""
+    """The middleware that checks each request, gives it an id, answers its errors, and logs and counts it."""
 
     def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry, gatekeeper: Gatekeeper) -> None:
         self._app = app
@@ -80,7 +77,7 @@ class Gate:
         self._gatekeeper = gatekeeper
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -103,7 +100,7 @@ class Gate:
                 self._account(scope, answered.status, time.monotonic() - begun)
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
-        """Log and count, by route and not by address: it tells no secret, and the number of series stays small."""
+        """Log and count by route, not by URL: a URL may hold a secret, and the number of series must stay small."""
         method, route = _known(scope["method"]), getattr(scope.get("route"), "path", "none")
         client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
@@ -124,7 +121,7 @@ class Gate:
             raise ForeignOrigin()
 
     async def _caller(self, scope: Scope, headers: Headers) -> Caller:
-        """Who asks. Raises Unauthorized."""
+        """Return the caller. Raises Unauthorized."""
         if _is_open(scope, headers):
             return NOBODY
         caller = await self._gatekeeper.caller(bearer(headers.get("authorization")))
@@ -151,7 +148,7 @@ class Gate:
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:
-    """Whether it needs no token of the user's: the pulse, agents with their own, and the page that asks for it."""
+    """Return whether it needs no user token: health, agents (they have their own), the page that asks for a token."""
     method, path = scope["method"], scope["path"]
     if path in OPEN_PATHS or path.startswith(INTERNAL):
         return True
@@ -159,7 +156,7 @@ def _is_open(scope: Scope, headers: Headers) -> bool:
 
 
 class _Answered:
-    """Puts the request's id on the answer."""
+    """Adds the headers that every response has, and checks the token of a stream again."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -173,31 +170,30 @@ class _Answered:
         if message["type"] == "http.response.start":
             self.begun = True
             self.status = message["status"]
-            given = list(message.get("headers", ()))
-            extra = [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff")]
-            if not any(name.lower() == b"cache-control" for name, _ in given):
-                extra.append((b"cache-control", b"no-store"))
-            message = {**message, "headers": [*given, *extra]}
-            if any(value.startswith(b"text/event-stream") for name, value in given if name.lower() == b"content-type"):
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._request_id
+            headers["x-content-type-options"] = "nosniff"
+            headers.setdefault("cache-control", "no-store")
+            if headers.get("content-type", "").startswith("text/event-stream"):
                 self._looked_at = time.monotonic()
         elif self._looked_at is not None:
             await self._look_again(self._looked_at)
         await self._send(message)
 
     async def _look_again(self, before: float) -> None:
-        """A stream may last for days; it ends with the token that opened it. Raises Unauthorized."""
+        """End a stream, which may last for days, when its token is revoked or expires. Raises Unauthorized."""
         now = time.monotonic()
         if self.still is not None and now - before >= LOOK_AGAIN_SECONDS:
             self._looked_at = now
             await self.still()
 
     async def cut(self) -> None:
-        """End what has begun: a stream without its last event, whose reader comes again and hears why."""
+        """End a response that has begun. A stream gets no `end` event: its reader connects again and gets the 401."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _timed(receive: Receive) -> Receive:
-    """Give up a request whose body is not there in time, however it drips."""
+    """Raise HTTPException (408) if the body is not complete in time, however slowly it comes."""
     deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def timed() -> Message:
@@ -206,7 +202,7 @@ def _timed(receive: Receive) -> Receive:
             async with asyncio.timeout_at(deadline):
                 message = await receive()
         except TimeoutError:
-            # As an HTTPException, like Starlette's own of a body that is too large: FastAPI makes 400 of any other.
+            # Not a ServiceError: where FastAPI reads the body itself, it turns all but an HTTPException into 400.
             raise HTTPException(HTTPStatus.REQUEST_TIMEOUT) from None
         if not message.get("more_body", False):
             deadline = None
@@ -216,9 +212,9 @@ def _timed(receive: Receive) -> Receive:
 
 
 class HeadMiddleware:
-    """Answers HEAD as GET, for which the routes are; the server leaves the body out.
+    """The middleware that answers HEAD as GET. The server leaves the body out.
 
-    A stream has no end to wait for: 405.
+    HEAD of a stream gets 405: the answer would never be complete.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -233,7 +229,7 @@ class HeadMiddleware:
         try:
             await self._app(as_get, receive, send)
         finally:
-            # Requests are counted by the route, which is read from the scope that came in.
+            # The outer middleware counts by route and looks for it in its own scope.
             scope["route"] = as_get.get("route")
 
 
@@ -274,7 +270,7 @@ def _request_id(headers: Headers) -> str:
 
 
 def _job_id(scope: Scope) -> str | None:
-    """The job in the address, where it can be one."""
+    """Return the job id in the path, if it is a valid one."""
     given = scope.get("path_params", {}).get("job_id", "")
     return given if JOB_ID.fullmatch(given) else None
 
@@ -287,6 +283,7 @@ def _limit(scope: Scope) -> int:
     return REPORT_BYTES if scope["path"].startswith(INTERNAL) else BODY_BYTES
 
 
+# Why not Starlette's TrustedHostMiddleware: docs/decisions/0014.
 def _host_allowed(header: str, allowed: tuple[str, ...]) -> bool:
     if "*" in allowed:
         return True
