@@ -1,4 +1,4 @@
-"""Middleware around every request (id, caller, limits, errors as problem+json), and the strict reader of JSON bodies."""
+"""Middleware around every request (id, caller, limits, errors as problem+json), and the strict JSON body reader."""
 
 import asyncio
 import json
