@@ -23,7 +23,6 @@ from service.document import openapi
 from service.errors import ServiceError, answer, from_exception
 from service.exports import routes as export_routes
 from service.forks import routes as fork_routes
-from service.heads import Heads
 from service.jobs import files, log_routes, products
 from service.jobs import routes as job_routes
 from service.launch.base import Launcher
@@ -39,7 +38,7 @@ from service.streams.pulse import Pulse
 from service.upkeep.corpora import CorpusShelf
 from service.upkeep.loop import Upkeep
 from service.upkeep.retention import Policy
-from service.web import Gate
+from service.web import Gate, HeadMiddleware
 from service.webhooks import routes as webhook_routes
 from service.webhooks.courier import Courier
 from service.webhooks.sender import Sender
@@ -96,7 +95,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     app.state.services = services
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refused)
-    app.add_middleware(Heads)
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(Pages, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
     app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)

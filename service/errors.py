@@ -342,9 +342,15 @@ def from_exception(error: Exception) -> ServiceError:
             return Internal()
 
 
+OWN_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 408: BodyTooSlow, 413: BodyTooLarge}
+"""For errors that leave the framework as HTTPException."""
+
+
 def _from_http(error: HTTPException) -> ServiceError:
-    if error.status_code == HTTPStatus.NOT_FOUND:
-        return NotFound(headers=dict(error.headers or {}))
+    if (own := OWN_ERRORS.get(error.status_code)) is not None:
+        found = own()
+        found.headers |= dict(error.headers or {})
+        return found
     phrase = HTTPStatus(error.status_code).phrase
     code = phrase.lower().replace(" ", "_").replace("-", "_")
     kind = type("Refused", (ServiceError,), {"status": error.status_code, "code": code})

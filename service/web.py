@@ -1,7 +1,4 @@
-"""Around every request: its id, who may come in, how much it may bring, and what leaves when something breaks.
-
-And the one strict reader of JSON bodies.
-"""
+"""Middleware around every request (id, caller, limits, errors as problem+json), and the strict JSON body reader."""
 
 import asyncio
 import json
@@ -10,12 +7,15 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from contract.parsing import Problem, plain, pointer_to
@@ -26,7 +26,6 @@ from service.dashboard.negotiation import is_file, is_page
 from service.errors import (
     BodyNotJson,
     BodyTooLarge,
-    BodyTooSlow,
     ForeignHost,
     ForeignOrigin,
     HeadersTooLarge,
@@ -51,15 +50,16 @@ REPORT_BYTES = 64 << 20
 URL_BYTES = 8 << 10
 HEADER_BYTES = 32 << 10
 BODY_SECONDS = 30.0
-"""For the whole body, however it drips."""
+"""For the whole body, however slowly it comes."""
 
 MOST_DEEP = 64
 """Levels of arrays and objects in a body."""
 
 LOOK_AGAIN_SECONDS = 15.0
-"""So often a stream's reader is asked whether his token is still good."""
+"""Between two checks that the token of a stream's reader is still valid."""
 
-UNTIMED = ("/stream", "/files/{name}")
+STREAM = "/stream"
+UNTIMED = (STREAM, "/files/{name}")
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
 
 M = TypeVar("M", bound=BaseModel)
@@ -68,7 +68,7 @@ log = logging.getLogger("trainyard")
 
 
 class Gate:
-    """The outermost layer: nothing passes that should not, and nothing leaves but an answer with a request id."""
+    """The middleware that checks each request, gives it an id, answers its errors, and logs and counts it."""
 
     def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry, gatekeeper: Gatekeeper) -> None:
         self._app = app
@@ -77,7 +77,7 @@ class Gate:
         self._gatekeeper = gatekeeper
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Answer one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -93,14 +93,14 @@ class Gate:
                 scope["caller"] = await self._caller(scope, headers)
                 answered.still = lambda: self._caller(scope, headers)
                 self._require_short(scope, headers)
-                await self._app(scope, _Limited(receive, _limit(scope)), answered)
+                await RequestBodyLimitMiddleware(self._app, _limit(scope))(scope, _timed(receive), answered)
             except Exception as error:
                 await self._refuse(error, scope, receive, answered)
             finally:
                 self._account(scope, answered.status, time.monotonic() - begun)
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
-        """Log and count, by route and not by address: it tells no secret, and the number of series stays small."""
+        """Log and count by route, not by URL: a URL may hold a secret, and the number of series must stay small."""
         method, route = _known(scope["method"]), getattr(scope.get("route"), "path", "none")
         client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
@@ -120,7 +120,7 @@ class Gate:
             raise ForeignOrigin()
 
     async def _caller(self, scope: Scope, headers: Headers) -> Caller:
-        """Who asks. Raises Unauthorized."""
+        """Return the caller. Raises Unauthorized."""
         if _is_open(scope, headers):
             return NOBODY
         caller = await self._gatekeeper.caller(bearer(headers.get("authorization")))
@@ -147,7 +147,7 @@ class Gate:
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:
-    """Whether it needs no token of the user's: the pulse, agents with their own, and the page that asks for it."""
+    """Return whether it needs no user token: health, agents (they have their own), the page that asks for a token."""
     method, path = scope["method"], scope["path"]
     if path in OPEN_PATHS or path.startswith(INTERNAL):
         return True
@@ -155,7 +155,7 @@ def _is_open(scope: Scope, headers: Headers) -> bool:
 
 
 class _Answered:
-    """Puts the request's id on the answer."""
+    """Adds the headers that every response has, and checks the token of a stream again."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
@@ -169,50 +169,67 @@ class _Answered:
         if message["type"] == "http.response.start":
             self.begun = True
             self.status = message["status"]
-            given = list(message.get("headers", ()))
-            extra = [(b"x-request-id", self._request_id.encode()), (b"x-content-type-options", b"nosniff")]
-            if not any(name.lower() == b"cache-control" for name, _ in given):
-                extra.append((b"cache-control", b"no-store"))
-            message = {**message, "headers": [*given, *extra]}
-            if any(value.startswith(b"text/event-stream") for name, value in given if name.lower() == b"content-type"):
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._request_id
+            headers["x-content-type-options"] = "nosniff"
+            headers.setdefault("cache-control", "no-store")
+            if headers.get("content-type", "").startswith("text/event-stream"):
                 self._looked_at = time.monotonic()
         elif self._looked_at is not None:
             await self._look_again(self._looked_at)
         await self._send(message)
 
     async def _look_again(self, before: float) -> None:
-        """A stream may last for days; it ends with the token that opened it. Raises Unauthorized."""
+        """End a stream, which may last for days, when its token is revoked or expires. Raises Unauthorized."""
         now = time.monotonic()
         if self.still is not None and now - before >= LOOK_AGAIN_SECONDS:
             self._looked_at = now
             await self.still()
 
     async def cut(self) -> None:
-        """End what has begun: a stream without its last event, whose reader comes again and hears why."""
+        """End a response that has begun. A stream gets no `end` event: its reader connects again and gets the 401."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class _Limited:
-    """Stops reading a body that is longer than it may be, chunked or not, or that takes too long to come."""
+def _timed(receive: Receive) -> Receive:
+    """Raise HTTPException (408) if the body is not complete in time, however slowly it comes."""
+    deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._left = limit
-        self._deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
-
-    async def __call__(self) -> Message:
+    async def timed() -> Message:
+        nonlocal deadline
         try:
-            async with asyncio.timeout_at(self._deadline):
-                message = await self._receive()
+            async with asyncio.timeout_at(deadline):
+                message = await receive()
         except TimeoutError:
-            raise BodyTooSlow() from None
+            # Not a ServiceError: where FastAPI reads the body itself, it turns all but an HTTPException into 400.
+            raise HTTPException(HTTPStatus.REQUEST_TIMEOUT) from None
         if not message.get("more_body", False):
-            self._deadline = None
-        if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
-            if self._left < 0:
-                raise BodyTooLarge()
+            deadline = None
         return message
+
+    return timed
+
+
+class HeadMiddleware:
+    """The middleware that answers HEAD as GET. The server leaves the body out.
+
+    HEAD of a stream gets 405: the answer would never be complete.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD" or scope["path"].endswith(STREAM):
+            await self._app(scope, receive, send)
+            return
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self._app(as_get, receive, send)
+        finally:
+            # The outer middleware counts by route and looks for it in its own scope.
+            scope["route"] = as_get.get("route")
 
 
 def described(schema: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +269,7 @@ def _request_id(headers: Headers) -> str:
 
 
 def _job_id(scope: Scope) -> str | None:
-    """The job in the address, where it can be one."""
+    """Return the job id in the path, if it is a valid one."""
     given = scope.get("path_params", {}).get("job_id", "")
     return given if JOB_ID.fullmatch(given) else None
 
@@ -265,6 +282,7 @@ def _limit(scope: Scope) -> int:
     return REPORT_BYTES if scope["path"].startswith(INTERNAL) else BODY_BYTES
 
 
+# Why not Starlette's TrustedHostMiddleware: docs/decisions/0014.
 def _host_allowed(header: str, allowed: tuple[str, ...]) -> bool:
     if "*" in allowed:
         return True

@@ -119,10 +119,10 @@ def _opened_in(within: int, name: str) -> BinaryIO:
 
 
 def slice_of(asked: str | None, size: int) -> Slice:
-    """What a Range header asks of a file. One that is not understood, or asks for several pieces, gets all of it.
+    """Return the bytes that a Range header asks for: all, if it is not valid or asks for several ranges.
 
     Raises:
-        RangeUnsatisfiable: it begins behind the end.
+        RangeUnsatisfiable: It begins after the end of the file.
     """
     whole = Slice(0, size - 1, size, partial=False)
     match = ONE_RANGE.fullmatch((asked or "").replace(" ", ""))

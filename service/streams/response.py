@@ -1,71 +1,64 @@
-"""Sends a stream to one reader, and gives it up when it does not read."""
+"""The response that sends a stream to one reader, and drops a reader that does not read."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 
-from starlette.responses import Response
+from fastapi.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from service.streams.frames import COMMENT, HELLO
 
 COMMENT_SECONDS = 15.0
 STALL_SECONDS = 10.0
-"""A reader that takes nothing for so long is dropped, and comes back with its Last-Event-ID if it still lives."""
+"""A reader that takes nothing for so long is dropped; it can come back with its Last-Event-ID."""
 
 log = logging.getLogger("trainyard")
 
 
-class EventStream(Response):
-    """Ends with ``pieces``, or when the reader goes, or does not read; ``closed`` is called whatever it was."""
+class EventStream(EventSourceResponse):
+    """Ends with ``pieces``, or if the reader leaves or does not read; ``closed`` is called in every case.
 
-    media_type = "text/event-stream"
+    The events come encoded: many readers share the bytes, which FastAPI's own encoding of a generator would make again
+    for each of them (docs/decisions/0014).
+    """
 
     def __init__(self, pieces: AsyncGenerator[bytes, None], closed: Callable[[], None]) -> None:
-        super().__init__()
-        self._pieces = pieces
+        self._pieces = _with_comments(pieces)
         self._closed = closed
-        del self.headers["content-length"]
-        # Proxies that collect answers before they pass them on would make the stream useless.
-        self.headers["x-accel-buffering"] = "no"
+        # A proxy that buffers responses would make the stream useless.
+        super().__init__(self._pieces, headers={"X-Accel-Buffering": "no"})
 
-    async def __call__(self, _scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the first of the three."""
-        pump = asyncio.ensure_future(self._pump(send))
-        gone = asyncio.ensure_future(_gone(receive))
         try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.info("a reader of a stream did not read and was dropped")
         finally:
-            gone.cancel()
-            pump.cancel()
-            ended, _ = await asyncio.gather(pump, gone, return_exceptions=True)
             await self._pieces.aclose()
             self._closed()
-        if isinstance(ended, TimeoutError):
-            log.info("a reader of a stream did not read and was dropped")
-        elif isinstance(ended, Exception):
-            raise ended
 
-    async def _pump(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await _sent(send, HELLO)
-        said = time.monotonic()
-        async for piece in self._pieces:
+    async def stream_response(self, send: Send) -> None:
+        """Send the pieces. Raises TimeoutError if the reader does not take one in time."""
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(STALL_SECONDS):
+                await send(message)
+
+        await super().stream_response(send_in_time)
+
+
+async def _with_comments(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    """Add what keeps the connection open. An empty piece is not sent: it only lets a comment come in between."""
+    async with contextlib.aclosing(pieces):
+        yield HELLO
+        last_comment = time.monotonic()
+        async for piece in pieces:
             if piece:
-                await _sent(send, piece)
-            if time.monotonic() - said >= COMMENT_SECONDS:
-                said = time.monotonic()
-                await _sent(send, COMMENT)
-        await _sent(send, b"", more=False)
-
-
-async def _sent(send: Send, body: bytes, more: bool = True) -> None:
-    message: Message = {"type": "http.response.body", "body": body, "more_body": more}
-    async with asyncio.timeout(STALL_SECONDS):
-        await send(message)
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+                yield piece
+            if time.monotonic() - last_comment >= COMMENT_SECONDS:
+                last_comment = time.monotonic()
+                yield COMMENT

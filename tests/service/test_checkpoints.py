@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from service.checkpoints.files import Slice, looks_sound, manifest_of, slice_of
 from service.errors import RangeUnsatisfiable
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig, in_threads
+from tests.service.served import DEADLINE, served
 
 MODEL = bytes(range(256)) * 40
 OTHERS = {"optimizer.safetensors": b"o" * 100, "state.json": b"{}\n"}
@@ -70,6 +73,25 @@ def test_a_file_whole_and_in_pieces(any_rig: Rig) -> None:
     manifest = any_rig.client.get(url(job_id, 20, "manifest.json"))
     assert set(manifest.json()["files"]) == {"model.safetensors", *OTHERS}
     assert "etag" not in manifest.headers
+
+
+def test_a_file_is_not_read_on_when_the_client_has_left(rig: Rig) -> None:
+    job_id, _ = saved(rig, 10)
+    path = rig.home / "runs" / job_id / "checkpoints" / "step-00000010" / "model.safetensors"
+    os.truncate(path, 1 << 40)  # sparse; to read all of it would take minutes
+
+    def is_open() -> bool:
+        return any(os.path.realpath(f"/proc/self/fd/{number}") == str(path) for number in os.listdir("/proc/self/fd"))
+
+    with served(rig) as address:
+        with socket.create_connection(address, timeout=DEADLINE) as client:
+            client.sendall(f"GET {url(job_id, 10)} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+            assert is_open()
+        deadline = time.monotonic() + DEADLINE
+        while is_open():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
