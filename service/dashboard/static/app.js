@@ -1,7 +1,7 @@
 // Begins: theme, freshness, pages, and the login where the service wants a token.
 import { connection, token } from "./api.js";
 import { h } from "./dom.js";
-import { watchFreshness } from "./live.js";
+import { watchFreshness } from "./polling.js";
 import { compare } from "./pages/compare.js";
 import { job } from "./pages/job.js";
 import { jobs } from "./pages/jobs.js";

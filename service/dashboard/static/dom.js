@@ -84,3 +84,12 @@ export async function copy(words, what) {
     say("The browser did not let us copy: select the text instead");
   }
 }
+
+const marked = new Set();
+
+/** Marks `name` behind the frame that shows what was just made; once. */
+export function mark(name) {
+  if (marked.has(name)) return;
+  marked.add(name);
+  requestAnimationFrame(() => setTimeout(() => performance.mark(name)));
+}

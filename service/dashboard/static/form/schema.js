@@ -1,4 +1,24 @@
 // The job spec's schema as fields that can be filled in. Pure: everything comes from the API's own document.
+import { get } from "../api.js";
+
+let asked = null;
+
+/** The whole OpenAPI document. */
+export function openapi() {
+  asked ??= get("/openapi.json").catch((error) => {
+    asked = null;
+    throw error;
+  });
+  return asked;
+}
+
+export const schemas = async () => (await openapi()).components.schemas;
+
+/** The members of a change's body, `{name: schema}`. */
+export async function bodyOf(method, path) {
+  const { paths } = await openapi();
+  return paths[path][method].requestBody.content["application/json"].schema.properties;
+}
 
 /** `[{name, help, fields}]`, the group "" holding what stands at the top. A group in a group is one of its own. */
 export function groupsOf(schemas) {

@@ -2,7 +2,7 @@
 import { Refused, send } from "../api.js";
 import { attr, h, say, show, text } from "../dom.js";
 import { go } from "../router.js";
-import { resumeWith } from "./resuming.js";
+import { resumeWith } from "./resume-dialog.js";
 
 const ASKED = {
   kill: "Kill this job now? Nothing is saved: it goes back to its newest checkpoint.",

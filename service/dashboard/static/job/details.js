@@ -2,10 +2,9 @@
 import { send } from "../api.js";
 import { attr, h, list, say, show, text } from "../dom.js";
 import { Field } from "../form/field.js";
-import { fieldOf } from "../form/schema.js";
-import { Sheet } from "../form/sheet.js";
+import { bodyOf, fieldOf } from "../form/schema.js";
+import { Sheet } from "../form/settings-form.js";
 import { same, written } from "../form/values.js";
-import { bodyOf } from "../openapi.js";
 
 export class Details {
   constructor(address, done) {

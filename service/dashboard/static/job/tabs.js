@@ -1,12 +1,12 @@
 // The tabs of a job. Each is made when it is opened, and looks again with every look at the job.
 import { h } from "../dom.js";
 import { clock, count, exact } from "../format.js";
-import { Checkpoints } from "./checkpoints.js";
-import { Config } from "./config.js";
-import { Listing, cell, moved } from "./listing.js";
-import { Logs } from "./logs.js";
-import { Metrics } from "./metrics.js";
-import { Samples } from "./samples.js";
+import { Checkpoints } from "./checkpoints-tab.js";
+import { Config } from "./config-tab.js";
+import { Listing, cell, moved } from "./list-tab.js";
+import { Logs } from "./logs-tab.js";
+import { Metrics } from "./metrics-tab.js";
+import { Samples } from "./samples-tab.js";
 
 class Overview extends Listing {
   constructor(place, address) {

@@ -1,13 +1,13 @@
 // Several jobs over each other; a fork begins with its parent's curve. Only the settings in which they differ.
 import { Refused, get, query } from "../api.js";
 import { Board, Chart } from "../charts.js";
-import { chosenView, controls } from "../controls.js";
+import { chosenView, controls } from "../chart-controls.js";
 import { attr, h, list, show, text } from "../dom.js";
 import { count, figure, loss, short } from "../format.js";
-import { beat } from "../live.js";
+import { beat } from "../polling.js";
 import { keep, kept } from "../router.js";
-import { DARK, DASHES, LIGHT, described, forked, gaps, line, places, stepsOf } from "../series.js";
-import { differing } from "../settings.js";
+import { DARK, DASHES, LIGHT, described, forked, gaps, line, places, stepsOf } from "../chart-data.js";
+import { differing } from "../spec-diff.js";
 import { isDark } from "../theme.js";
 
 const MOST = 10;

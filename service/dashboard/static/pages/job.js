@@ -1,20 +1,19 @@
 // One job: what it is, how it goes, what may be done; curves above, the rest in tabs.
 import { Refused, get } from "../api.js";
-import { attr, h, list, show, text } from "../dom.js";
+import { attr, h, list, mark, show, text } from "../dom.js";
 import { Actions } from "../job/actions.js";
-import { Ahead } from "../job/ahead.js";
-import { Curves } from "../job/curves.js";
+import { Ahead } from "../job/jobs-ahead.js";
+import { Curves } from "../job/job-charts.js";
 import { Details } from "../job/details.js";
-import { FailureCard } from "../job/failure.js";
-import { Facts } from "../job/facts.js";
+import { FailureCard } from "../job/failure-card.js";
+import { Facts } from "../job/key-facts.js";
 import { Lineage } from "../job/lineage.js";
 import { TABS } from "../job/tabs.js";
 import { exact } from "../format.js";
-import { beat, freshNow } from "../live.js";
-import { mark } from "../marks.js";
+import { beat, freshNow } from "../polling.js";
 import { keep, kept } from "../router.js";
 import { OVER, badge, showStatus } from "../status.js";
-import { follow } from "../stream.js";
+import { follow } from "../sse.js";
 
 export const job = { title: "Job", open };
 

@@ -3,8 +3,8 @@ import { get, query, token } from "../api.js";
 import { attr, copy, h, list, show, table, text } from "../dom.js";
 import { count } from "../format.js";
 import { Filters, isFiltered, wanted } from "../jobs/filters.js";
-import { COLUMNS, row, update } from "../jobs/rows.js";
-import { beat } from "../live.js";
+import { COLUMNS, row, update } from "../jobs/job-row.js";
+import { beat } from "../polling.js";
 import { OVER } from "../status.js";
 
 const PAGE = 100;

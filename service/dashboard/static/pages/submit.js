@@ -2,13 +2,13 @@
 import { Refused, get, query, send } from "../api.js";
 import { attr, h, say, show, text } from "../dom.js";
 import { draftKey } from "../form/drafts.js";
-import { Editor } from "../form/editor.js";
-import { SpecForm } from "../form/form.js";
-import { PlanView } from "../form/plan.js";
+import { Editor } from "../form/spec-editor.js";
+import { SpecForm } from "../form/spec-form.js";
+import { PlanView } from "../form/plan-view.js";
+import { schemas } from "../form/schema.js";
 import { merged } from "../form/values.js";
 import { count } from "../format.js";
-import { untilDone } from "../live.js";
-import { schemas } from "../openapi.js";
+import { untilDone } from "../polling.js";
 import { go, keep, kept } from "../router.js";
 
 const EXAMPLE = { name: "pretrain", data: { data_path: "" } };

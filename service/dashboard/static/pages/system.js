@@ -2,7 +2,7 @@
 import { get } from "../api.js";
 import { attr, h, list, show, table, text } from "../dom.js";
 import { NONE, bytes, count } from "../format.js";
-import { beat } from "../live.js";
+import { beat } from "../polling.js";
 import { OVER, STATUSES } from "../status.js";
 
 const DEVICES = [["Device"], ["Model"], ["Memory in use", "num"], ["Temperature", "num"], ["Held by"], ["Processes of nobody's"]];

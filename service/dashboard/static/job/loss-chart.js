@@ -1,6 +1,6 @@
 // The loss: its band, its mean, its last values, and what happened to the run, as marks. Pure.
 import { loss } from "../format.js";
-import { described, grain, line, places } from "../series.js";
+import { described, grain, line, places } from "../chart-data.js";
 
 const GREY = "#7b8794";
 const isMeasured = (value) => value !== null && value !== undefined;

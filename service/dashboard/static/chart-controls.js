@@ -1,7 +1,7 @@
 // What stands above the curves: along which axis, and how smooth. Both stay in the address.
 import { h } from "./dom.js";
 import { keep, kept } from "./router.js";
-import { AXES, HALF_LIVES } from "./series.js";
+import { AXES, HALF_LIVES } from "./chart-data.js";
 
 const SMOOTH = 50;
 

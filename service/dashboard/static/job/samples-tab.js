@@ -2,7 +2,7 @@
 import { get } from "../api.js";
 import { attr, h, list, show, text } from "../dom.js";
 import { count, exact } from "../format.js";
-import { moved } from "./listing.js";
+import { moved } from "./list-tab.js";
 
 const AT_FIRST = 6;
 const MOST = 5000;

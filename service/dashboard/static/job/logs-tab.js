@@ -3,7 +3,7 @@ import { Refused, get, query } from "../api.js";
 import { h, list, show, text } from "../dom.js";
 import { bytes, count } from "../format.js";
 import { keep, kept } from "../router.js";
-import { LineView } from "./lineview.js";
+import { LineView } from "./virtual-list.js";
 
 const PAGE = 250;
 const KEPT_PAGES = 80;

@@ -1,5 +1,5 @@
 // Names at the ends of lines, for up to five: nobody has to look from a key to a line and back. Pure.
-import { moment } from "./series.js";
+import { moment } from "./chart-data.js";
 
 const MOST = 5;
 const ABOVE = 9; // px: what ends in the midst of others has its name above its end

@@ -1,6 +1,6 @@
 // Every chart of a job but the loss itself: what it shows of a row, how it is written, and how its axis begins. Pure.
 import { bytes, figure, loss, percent, short } from "../format.js";
-import { described, line } from "../series.js";
+import { described, line } from "../chart-data.js";
 
 const field = (name, words) => ({ name, words, of: (row) => row[name] ?? null, fields: [name] });
 const SI = "~s";

@@ -1,14 +1,14 @@
 // A job's curves: fetched in buckets, drawn at most every 2 s, fetched again where the user zooms in.
 import { get, query } from "../api.js";
 import { Board, Chart, library } from "../charts.js";
-import { chosenView, controls } from "../controls.js";
+import { chosenView, controls } from "../chart-controls.js";
 import { h } from "../dom.js";
 import { loss } from "../format.js";
-import { atMost } from "../live.js";
-import { DARK, LIGHT, gaps, places, stepsOf, superseded } from "../series.js";
+import { atMost } from "../polling.js";
+import { DARK, LIGHT, gaps, places, stepsOf, superseded } from "../chart-data.js";
 import { isDark } from "../theme.js";
-import { SMALL, contentOf } from "./catalogue.js";
-import { lossContent, marks } from "./losschart.js";
+import { SMALL, contentOf } from "./metric-charts.js";
+import { lossContent, marks } from "./loss-chart.js";
 
 const POINTS = 1000;
 const ALWAYS = ["learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "eval_loss", "at"];

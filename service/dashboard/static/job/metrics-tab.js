@@ -2,7 +2,7 @@
 import { Chart } from "../charts.js";
 import { h, list, show, text } from "../dom.js";
 import { keep, kept } from "../router.js";
-import { ALL, contentOf } from "./catalogue.js";
+import { ALL, contentOf } from "./metric-charts.js";
 
 const AT_FIRST = 8;
 const HEIGHT = 200;

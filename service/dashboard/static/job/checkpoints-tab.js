@@ -3,7 +3,7 @@ import { fetched, get, send, token } from "../api.js";
 import { attr, copy, h, list, say, show, table, text } from "../dom.js";
 import { ago, bytes, count, exact, loss } from "../format.js";
 import { go } from "../router.js";
-import { Listing, cell, moved, tried } from "./listing.js";
+import { Listing, cell, moved, tried } from "./list-tab.js";
 
 const FORMATS = { hf: "Hugging Face", minimind: "MiniMind" };
 const COLUMNS = [["Step", "num"], ["Kind"], ["Loss", "num"], ["Size", "num"], ["Saved"], ["sha256"], ["Do"]];

@@ -2,10 +2,9 @@
 import { get, send } from "../api.js";
 import { h } from "../dom.js";
 import { Field } from "../form/field.js";
-import { fieldOf } from "../form/schema.js";
-import { Sheet } from "../form/sheet.js";
+import { bodyOf, fieldOf, schemas } from "../form/schema.js";
+import { Sheet } from "../form/settings-form.js";
 import { at } from "../form/values.js";
-import { bodyOf, schemas } from "../openapi.js";
 
 const RESOURCES = ["nproc_per_node", "device", "max_restarts"];
 

@@ -1,10 +1,9 @@
 // The resolved spec of a job: what differs from the defaults, or from another job; and the whole, to be copied.
 import { get, query, token } from "../api.js";
 import { copy, h, list, show, text } from "../dom.js";
-import { schemas } from "../openapi.js";
+import { schemas } from "../form/schema.js";
 import { keep, kept } from "../router.js";
-import { differing } from "../settings.js";
-import { changesOf, defaultsOf } from "./defaults.js";
+import { changesOf, defaultsOf, differing } from "../spec-diff.js";
 
 const KEY = "Authorization: Bearer $TRAINYARD_TOKEN";
 const END = "SPEC";
