@@ -1,60 +1,60 @@
-// The page's heartbeat: looks again while it is seen, says how fresh it is, and keeps what it has when the service is away.
-import { Away, connection } from "./api.js";
-import { h, show, text } from "./dom.js";
-import { clock, duration } from "./format.js";
+// Polls while the tab is visible, shows the time of the last update, and a banner while the service is unreachable.
+import { ServiceUnreachable, connection } from "./api.js";
+import { h, setText, setVisible } from "./dom.js";
+import { duration, timeOrDateTime } from "./format.js";
 
-export const BEAT_MS = 2000;
+export const POLL_MS = 2000;
 
-/** Calls `look` at once and every 2 s while the tab is seen; coming back looks at once. Returns a stop. */
-export function beat(look, every = BEAT_MS) {
+/** Calls `work` at once and every 2 s while the tab is visible, and at once when it becomes visible again. Returns a function that stops it. */
+export function poll(work, every = POLL_MS) {
   let timer = null;
-  let ended = false;
+  let stopped = false;
   let busy = false;
   let again = false;
   const once = async () => {
     clearTimeout(timer);
-    if (ended || document.hidden) return;
+    if (stopped || document.hidden) return;
     again = busy;
     if (busy) return;
     busy = true;
     try {
-      await look();
-      freshNow();
+      await work();
+      markUpdated();
     } catch (error) {
       if (error.name !== "AbortError" && error.name !== "Error") console.warn(error);
     } finally {
       busy = false;
     }
-    // Who asked meanwhile wants what is there now, not what was asked for before.
-    if (!ended && !document.hidden) timer = setTimeout(once, again ? 0 : every);
+    // A call that came during this one needs newer data than it returned.
+    if (!stopped && !document.hidden) timer = setTimeout(once, again ? 0 : every);
   };
-  const turned = () => (document.hidden ? clearTimeout(timer) : once());
-  document.addEventListener("visibilitychange", turned);
+  const onVisibility = () => (document.hidden ? clearTimeout(timer) : once());
+  document.addEventListener("visibilitychange", onVisibility);
   once();
   return Object.assign(
     () => {
-      ended = true;
+      stopped = true;
       clearTimeout(timer);
-      document.removeEventListener("visibilitychange", turned);
+      document.removeEventListener("visibilitychange", onVisibility);
     },
     { now: once },
   );
 }
 
-/** Calls `work` until it was done once, unless `gone` says that nobody waits any more. */
-export async function untilDone(work, gone) {
-  while (!gone()) {
+/** Calls `work` until it succeeds once, or until `isCancelled()` is true. */
+export async function retryUntilReachable(work, isCancelled) {
+  while (!isCancelled()) {
     try {
       return await work();
     } catch (error) {
-      if (!(error instanceof Away)) throw error;
-      await new Promise((done) => setTimeout(done, BEAT_MS));
+      if (!(error instanceof ServiceUnreachable)) throw error;
+      await new Promise((done) => setTimeout(done, POLL_MS));
     }
   }
 }
 
-/** Calls `work` now or later, never more often than every 2 s. */
-export function atMost(work, every = BEAT_MS) {
+/** Returns a function that calls `work` at most every 2 s. */
+export function throttle(work, every = POLL_MS) {
   let last = 0;
   let timer = null;
   const call = () => {
@@ -69,34 +69,34 @@ export function atMost(work, every = BEAT_MS) {
   return call;
 }
 
-let freshAt = null;
-let lostAt = null;
+let updatedAt = null;
+let offlineSince = null;
 
-export function freshNow() {
-  freshAt = Date.now();
-  tell();
+export function markUpdated() {
+  updatedAt = Date.now();
+  render();
 }
 
-/** "updated 2 s ago" in the head, and the grey banner while the service is away. */
-export function watchFreshness() {
-  setInterval(tell, 1000);
-  connection.addEventListener("lost", () => {
-    lostAt = Date.now();
-    tell();
+/** Shows "updated 2 s ago" in the header, and the grey banner while the service is unreachable. */
+export function showConnectionState() {
+  setInterval(render, 1000);
+  connection.addEventListener("offline", () => {
+    offlineSince = Date.now();
+    render();
   });
-  connection.addEventListener("found", () => {
-    lostAt = null;
-    tell();
+  connection.addEventListener("online", () => {
+    offlineSince = null;
+    render();
   });
 }
 
-function tell() {
-  const fresh = document.getElementById("fresh");
-  text(fresh, freshAt === null ? "" : `updated ${duration((Date.now() - freshAt) / 1000)} ago`);
-  const away = document.getElementById("away");
-  show(away, lostAt !== null);
-  if (lostAt === null) return;
-  const since = freshAt === null ? "" : ` What you see is from ${clock(freshAt)}.`;
-  if (!away.firstChild) away.append(h("span"));
-  text(away.firstChild, `The service is away; runs go on without it.${since} Trying again.`);
+function render() {
+  const updated = document.getElementById("updated");
+  setText(updated, updatedAt === null ? "" : `updated ${duration((Date.now() - updatedAt) / 1000)} ago`);
+  const banner = document.getElementById("offline");
+  setVisible(banner, offlineSince !== null);
+  if (offlineSince === null) return;
+  const since = updatedAt === null ? "" : ` This page shows the state of ${timeOrDateTime(updatedAt)}.`;
+  if (!banner.firstChild) banner.append(h("span"));
+  setText(banner.firstChild, `The service is unreachable; runs continue without it.${since} Retrying.`);
 }

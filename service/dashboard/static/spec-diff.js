@@ -1,32 +1,32 @@
-// Job specs as flat lists of settings, and what differs between several. Pure.
+// Flattens job specs, and compares them with each other and with the defaults. Pure.
 
-import { groupsOf } from "./form/schema.js";
-import { at, put, same, written } from "./form/values.js";
+import { fieldGroups } from "./form/schema.js";
+import { formatValue, getAt, isEqual, setAt } from "./form/values.js";
 
-/** {a: {b: 1}} -> [["a.b", 1]]; lists stay whole. */
-export function flat(spec, before = "") {
+/** {a: {b: 1}} -> [["a.b", 1]]; lists are kept whole. */
+export function flatten(spec, before = "") {
   return Object.entries(spec ?? {}).flatMap(([name, value]) => {
     const nested = value !== null && typeof value === "object" && !Array.isArray(value);
-    return nested ? flat(value, `${before}${name}.`) : [[`${before}${name}`, value]];
+    return nested ? flatten(value, `${before}${name}.`) : [[`${before}${name}`, value]];
   });
 }
 
-/** [[setting, [value of each job]]] for those settings in which they are not all alike, as people write them; "–" where one has none. */
-export function differing(specs) {
-  const known = specs.map((spec) => new Map(flat(spec)));
+/** Returns [[setting, [text for each spec]]] for the settings that differ; "–" if a spec does not have it. */
+export function differingSettings(specs) {
+  const known = specs.map((spec) => new Map(flatten(spec)));
   const names = [...new Set(known.flatMap((one) => [...one.keys()]))];
-  const shown = (value) => (value === undefined ? "–" : written(value));
+  const shown = (value) => (value === undefined ? "–" : formatValue(value));
   return names.map((name) => [name, known.map((one) => shown(one.get(name)))]).filter(([, values]) => new Set(values).size > 1);
 }
 
-/** A spec in which everything is as by default; what must be given is missing. */
-export function defaultsOf(schemas) {
-  const fields = groupsOf(schemas).flatMap((group) => group.fields);
-  return fields.filter((field) => !field.required).reduce((spec, field) => put(spec, field.path, field.usual), {});
+/** Returns a spec of all defaults, without required settings. */
+export function specDefaults(schemas) {
+  const fields = fieldGroups(schemas).flatMap((group) => group.fields);
+  return fields.filter((field) => !field.required).reduce((spec, field) => setAt(spec, field.path, field.defaultValue), {});
 }
 
-/** What makes `spec` another one than `usual`: the same run, submitted again. */
-export function changesOf(spec, usual) {
+/** Returns the settings of `spec` that differ from `defaults`: submitted again, they give the same run. */
+export function specChanges(spec, defaults) {
   const changed = {};
   walk(spec, []);
   return changed;
@@ -36,7 +36,7 @@ export function changesOf(spec, usual) {
       const place = [...path, name];
       if (place.length === 1 && name === "version") continue;
       if (path.length < 2 && name !== "labels" && value !== null && typeof value === "object" && !Array.isArray(value)) walk(value, place);
-      else if (!same(value, at(usual, place))) put(changed, place, value);
+      else if (!isEqual(value, getAt(defaults, place))) setAt(changed, place, value);
     }
   }
 }

@@ -1,117 +1,117 @@
-// A job spec as a form: groups of fields, a search over them, and only what was changed as its value.
-import { h, show, text } from "../dom.js";
+// A job spec as a form: groups of fields with a search. Its value holds only what was changed.
+import { h, setText, setVisible } from "../dom.js";
 import { Field } from "./field.js";
-import { BAD } from "./inputs.js";
-import { groupsOf } from "./schema.js";
-import { at, isObject, put, without } from "./values.js";
+import { INVALID } from "./inputs.js";
+import { fieldGroups } from "./schema.js";
+import { getAt, isObject, setAt, withoutFields } from "./values.js";
 
-const OPEN = new Set(["", "data", "training"]);
+const OPEN_GROUPS = new Set(["", "data", "training"]);
 
 export class SpecForm {
-  /** `base`: a whole spec that counts as unchanged, the schema's defaults where it is null. `whose`: its name. */
-  constructor(schemas, base, whose, told) {
-    this.told = told;
-    this.rest = {};
-    this.groups = groupsOf(schemas).map((group) => new Group(group, base, whose, () => this.typed()));
+  /** `base`: the spec that counts as unchanged, or null for the schema's defaults; `baseName`: its name. */
+  constructor(schemas, base, baseName, onChange) {
+    this.onChange = onChange;
+    this.unknownSettings = {};
+    this.groups = fieldGroups(schemas).map((group) => new FieldGroup(group, base, baseName, () => this.onInput()));
     this.fields = this.groups.flatMap((group) => group.fields);
     this.search = h("input", { type: "search", id: "settings", placeholder: "Find a setting", autocomplete: "off", oninput: () => this.filter() });
-    this.none = h("p", { class: "muted", role: "status", hidden: true }, "No setting has this in its name or description.");
-    const find = h("div", { class: "bar" }, h("label", { class: "unseen", for: "settings" }, "Find a setting"), this.search);
-    this.node = h("div", { class: "spec" }, find, this.none, this.groups.map((group) => group.node));
-    this.count();
+    this.noMatch = h("p", { class: "muted", role: "status", hidden: true }, "No setting matches.");
+    const find = h("div", { class: "bar" }, h("label", { class: "visually-hidden", for: "settings" }, "Find a setting"), this.search);
+    this.node = h("div", { class: "spec" }, find, this.noMatch, this.groups.map((group) => group.node));
+    this.updateCount();
   }
 
-  typed() {
-    this.count();
-    this.told();
+  onInput() {
+    this.updateCount();
+    this.onChange();
   }
 
-  /** What differs from the base, and what the JSON had that no field stands for. */
+  /** Changed settings, and settings of the JSON that the form does not know. */
   get value() {
-    const value = structuredClone(this.rest);
-    for (const field of this.changed) put(value, field.path, field.value);
+    const value = structuredClone(this.unknownSettings);
+    for (const field of this.changed) setAt(value, field.path, field.value);
     return value;
   }
 
   get changed() {
-    return this.fields.filter((field) => field.changed && field.value !== BAD);
+    return this.fields.filter((field) => field.changed && field.value !== INVALID);
   }
 
-  /** Fields that hold nothing that could be sent. */
-  get unfinished() {
-    return this.fields.filter((field) => field.value === BAD);
+  /** Fields without a valid value. */
+  get invalidFields() {
+    return this.fields.filter((field) => field.value === INVALID);
   }
 
-  /** Shows a spec; what it leaves out is as in the base. */
-  fill(spec) {
+  /** Shows a spec; settings that it leaves out get the base value. */
+  setSpec(spec) {
     for (const field of this.fields) {
-      const given = at(spec, field.path, field.aliases);
+      const given = getAt(spec, field.path, field.aliases);
       field.show(given === undefined ? field.base : given);
     }
-    this.rest = isObject(spec) ? without(spec, this.fields) : {};
-    this.count();
+    this.unknownSettings = isObject(spec) ? withoutFields(spec, this.fields) : {};
+    this.updateCount();
   }
 
-  /** Puts mistakes where they belong, and opens those places. Returns those that no field stands for. */
-  refuse(errors) {
-    const homeless = [];
-    for (const field of this.fields) field.complain("");
+  /** Shows errors at their fields and opens the groups. Returns the errors without a field. */
+  showErrors(errors) {
+    const withoutField = [];
+    for (const field of this.fields) field.setError("");
     for (const error of errors) {
       const field = this.fieldAt(error.pointer);
-      if (field) field.complain([field.wrong.textContent, error.message].filter(Boolean).join("; "));
-      else homeless.push(error);
+      if (field) field.setError([field.error.textContent, error.message].filter(Boolean).join("; "));
+      else withoutField.push(error);
     }
-    for (const group of this.groups) if (group.fields.some((field) => field.complains)) group.node.open = true;
-    return homeless;
+    for (const group of this.groups) if (group.fields.some((field) => field.hasError)) group.node.open = true;
+    return withoutField;
   }
 
-  /** The field that a pointer leads to, or into. */
+  /** Returns the field that a pointer points to or into. */
   fieldAt(pointer) {
-    return this.fields.find((field) => field.named(pointer));
+    return this.fields.find((field) => field.matchesPointer(pointer));
   }
 
   filter() {
     const wanted = this.search.value.trim().toLowerCase();
     const shown = this.groups.map((group) => group.filter(wanted));
-    show(this.none, !shown.some(Boolean));
+    setVisible(this.noMatch, !shown.some(Boolean));
   }
 
-  count() {
-    for (const group of this.groups) group.count();
+  updateCount() {
+    for (const group of this.groups) group.updateCount();
   }
 }
 
-class Group {
-  constructor({ name, help, fields }, base, whose, told) {
+class FieldGroup {
+  constructor({ name, help, fields }, base, baseName, onChange) {
     this.name = name;
-    const usual = (field) => (base === null ? undefined : at(base, field.path));
-    this.fields = fields.map((field) => new Field(field, usual(field) === undefined ? field.usual : usual(field), whose, told));
-    this.many = h("span", { class: "many" });
+    const baseValue = (field) => (base === null ? undefined : getAt(base, field.path));
+    this.fields = fields.map((field) => new Field(field, baseValue(field) === undefined ? field.defaultValue : baseValue(field), baseName, onChange));
+    this.changeCount = h("span", { class: "change-count" });
     const title = h("span", { class: "title" }, name === "" ? "job" : name.replaceAll(".", " › "));
-    this.node = h("details", { class: "group", open: OPEN.has(name) }, h("summary", {}, title, h("span", { class: "muted" }, help), this.many), this.fields.map((field) => field.node));
+    this.node = h("details", { class: "group", open: OPEN_GROUPS.has(name) }, h("summary", {}, title, h("span", { class: "muted" }, help), this.changeCount), this.fields.map((field) => field.node));
   }
 
-  count() {
-    const many = this.fields.filter((field) => field.changed).length;
-    text(this.many, many ? `${many} changed` : "");
+  updateCount() {
+    const total = this.fields.filter((field) => field.changed).length;
+    setText(this.changeCount, total ? `${total} changed` : "");
   }
 
-  /** Shows only fields with these words; returns whether there are any. */
+  /** Shows only fields that match; returns whether any does. */
   filter(words) {
     const fits = (field) => [field.name, field.words, ...field.aliases, this.name].some((one) => one.toLowerCase().includes(words));
     let any = false;
     for (const field of this.fields) {
       const fitting = fits(field);
-      show(field.node, fitting);
+      setVisible(field.node, fitting);
       any ||= fitting;
     }
-    show(this.node, any);
+    setVisible(this.node, any);
     if (words && any) {
-      this.was ??= this.node.open;
+      this.wasOpen ??= this.node.open;
       this.node.open = true;
-    } else if (!words && this.was !== undefined) {
-      this.node.open = this.was;
-      this.was = undefined;
+    } else if (!words && this.wasOpen !== undefined) {
+      this.node.open = this.wasOpen;
+      this.wasOpen = undefined;
     }
     return any;
   }

@@ -1,4 +1,4 @@
-"""What a model wrote, side by side over its steps."""
+"""The samples tab: generated texts by prompt and step."""
 
 import pytest
 
@@ -6,14 +6,14 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.looks import in_both_themes
+from tests.browser.page_checks import check_both_themes
 from tests.service.rig import Rig
 from tests.service.served import served
 
 PROMPTS = ("Once upon a time", "<b>def</b> main():")
 
 
-def test_samples_stand_side_by_side_over_the_steps(rig: Rig, page: Page) -> None:
+def test_samples_tab_shows_prompts_by_step(rig: Rig, page: Page) -> None:
     job_id, attempt = rig.running(steps=200, name="writer")
     for step in range(10, 121, 10):
         attempt.metric(step)
@@ -30,7 +30,7 @@ def test_samples_stand_side_by_side_over_the_steps(rig: Rig, page: Page) -> None
         )
         expect(table.get_by_role("rowheader")).to_have_text(list(PROMPTS))
         expect(table.get_by_role("row").nth(2).get_by_role("cell").first).to_contain_text("<i>cat</i> of 120 steps")
-        in_both_themes(page, "samples")
+        check_both_themes(page, "samples")
         page.get_by_role("button", name="All 12 steps").click()
         expect(table.get_by_role("columnheader")).to_have_count(13)
         attempt.metric(130)

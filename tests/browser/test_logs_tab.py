@@ -1,4 +1,4 @@
-"""Logs in a browser: a million lines by scrolling, followed while they are written, and searched as a whole."""
+"""The logs tab: a million lines that are scrolled, followed while they grow, and searched."""
 
 import re
 
@@ -8,7 +8,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.looks import in_both_themes
+from tests.browser.page_checks import check_both_themes
 from tests.service.rig import Rig
 from tests.service.served import served
 from tests.service.test_logs import log
@@ -16,7 +16,7 @@ from tests.service.test_logs import log
 MANY = 1_000_000
 
 
-def test_a_million_lines_are_scrolled_followed_and_searched(rig: Rig, page: Page) -> None:
+def test_logs_tab_scrolls_follows_and_searches_a_million_lines(rig: Rig, page: Page) -> None:
     job_id, attempt = rig.running(steps=100, name="long", resources={"nproc_per_node": 2})
     attempt.metric(5)
     rig.ship(attempt)
@@ -32,12 +32,12 @@ def test_a_million_lines_are_scrolled_followed_and_searched(rig: Rig, page: Page
         expect(box).to_contain_text("<b>the last</b>")
         expect(page.get_by_role("tabpanel")).to_contain_text("1,000,000 lines")
         assert box.locator(".line").count() < 150
-        in_both_themes(page, "logs")
+        check_both_themes(page, "logs")
         with path.open("a") as file:
             file.write("and one more\n")
         expect(box).to_contain_text("and one more")
         box.evaluate("node => { node.scrollTop = node.scrollHeight / 2; }")
-        expect(box.locator(".line .at", has_text=re.compile("^5000[0-9][0-9]$")).first).to_be_visible()
+        expect(box.locator(".line .line-number", has_text=re.compile("^5000[0-9][0-9]$")).first).to_be_visible()
         expect(page.get_by_label("Follow")).not_to_be_checked()
         stays = box.evaluate("node => node.scrollTop")
         with path.open("a") as file:
@@ -45,20 +45,20 @@ def test_a_million_lines_are_scrolled_followed_and_searched(rig: Rig, page: Page
         expect(page.get_by_role("tabpanel")).to_contain_text("1,000,002 lines")
         assert box.evaluate("node => node.scrollTop") == stays
         page.get_by_label("Search the whole log").fill("STEP 77777")
-        found = page.get_by_role("region", name="Lines that match")
-        expect(page.get_by_role("tabpanel")).to_contain_text("11 of 1,000,002 lines have it")
+        found = page.get_by_role("region", name="Matching lines")
+        expect(page.get_by_role("tabpanel")).to_contain_text("11 matching lines in 1,000,002")
         expect(found.locator("mark")).to_have_count(11)
         assert "grep=" in page.url
-        in_both_themes(page, "logs-search")
-        found.get_by_role("button", name="Show line 777777 in its place").click()
-        marked = box.locator(".line.marked")
+        check_both_themes(page, "logs-search")
+        found.get_by_role("button", name="Show line 777777 in context").click()
+        marked = box.locator(".line.highlighted")
         expect(marked).to_contain_text("step 777777 loss")
         expect(marked).to_be_in_viewport()
         page.reload()
         expect(marked).to_contain_text("step 777777 loss")
         page.get_by_label("Rank").select_option("1")
         expect(box).to_contain_text("rank one here")
-        assert [one.inner_text() for one in box.locator(".words").all()] == ["rank one here", "90 %"]
+        assert [one.inner_text() for one in box.locator(".line-text").all()] == ["rank one here", "90 %"]
         page.get_by_label("Rank").select_option("agent")
         expect(page.get_by_role("tabpanel")).to_contain_text("Nothing has been printed yet.")
     assert broken == []

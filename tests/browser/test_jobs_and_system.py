@@ -1,4 +1,4 @@
-"""Jobs and System: what is searched, filtered and loaded, why each waits, and what the machine has."""
+"""The jobs page (search, filters, paging, queue) and the system page (devices, queue, disks)."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Locator, Page, expect
 
 from service.devices.inventory import Device
-from tests.browser.looks import in_both_themes
+from tests.browser.page_checks import check_both_themes
 from tests.service.rig import Rig
 from tests.service.served import served
 
@@ -23,16 +23,16 @@ def names(page: Page) -> list[str]:
     return rows(page).locator(".name").all_text_contents()
 
 
-def test_no_job_yet_and_how_to_make_one(rig: Rig, page: Page) -> None:
+def test_empty_jobs_page_shows_commands(rig: Rig, page: Page) -> None:
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/")
         expect(page.get_by_role("heading", name="No job yet")).to_be_visible()
         expect(page.locator(".command pre")).to_have_count(3)
         expect(page.locator(".command pre").last).to_contain_text(f"http://{host}:{port}/jobs")
-        in_both_themes(page, "empty")
+        check_both_themes(page, "empty")
 
 
-def test_jobs_are_searched_and_filtered_in_the_address(service: str, rig: Rig, page: Page) -> None:
+def test_jobs_page_keeps_search_and_filters_in_the_url(service: str, rig: Rig, page: Page) -> None:
     for i in range(3):
         rig.submit(name=f"more-{i}", labels={"team": "nlp", "size": str(i)})
     rig.settle()
@@ -43,11 +43,11 @@ def test_jobs_are_searched_and_filtered_in_the_address(service: str, rig: Rig, p
     expect(page.locator(".queue li")).to_have_count(4)
     curve = rows(page).filter(has_text="fast").locator(".spark polyline")
     expect(curve).to_have_attribute("points", re.compile(r"^1\.0,"))
-    in_both_themes(page, "jobs")
+    check_both_themes(page, "jobs")
     page.get_by_label("Search").fill("MORE")
     expect(rows(page)).to_have_count(3)
     rows(page).get_by_role("link", name="team=nlp").first.click()
-    expect(page.get_by_role("button", name="Without team=nlp")).to_be_visible()
+    expect(page.get_by_role("button", name="Remove filter team=nlp")).to_be_visible()
     page.get_by_label("Label").fill("nonsense")
     page.get_by_label("Label").press("Enter")
     expect(page.get_by_label("Label")).to_have_attribute("aria-invalid", "true")
@@ -55,19 +55,19 @@ def test_jobs_are_searched_and_filtered_in_the_address(service: str, rig: Rig, p
     page.get_by_label("Label").press("Enter")
     expect(rows(page)).to_have_count(1)
     page.get_by_label("Status").select_option("succeeded")
-    expect(page.get_by_text("No job fits")).to_be_visible()
+    expect(page.get_by_text("No job matches")).to_be_visible()
     page.get_by_label("Status").select_option("active")
     expect(rows(page)).to_have_count(1)
     page.reload()
     expect(rows(page)).to_have_count(1)
     assert names(page) == ["more-1"]
-    page.get_by_role("button", name="Without size=1").click()
+    page.get_by_role("button", name="Remove filter size=1").click()
     expect(page.get_by_label("Label")).to_be_focused()
     expect(rows(page)).to_have_count(3)
 
 
 @pytest.mark.soak
-def test_a_hundred_jobs_and_then_the_rest(rig: Rig, page: Page) -> None:
+def test_jobs_page_loads_100_jobs_at_a_time(rig: Rig, page: Page) -> None:
     for i in range(103):
         rig.submit(name=f"job-{i}")
     with served(rig) as (host, port):
@@ -79,7 +79,7 @@ def test_a_hundred_jobs_and_then_the_rest(rig: Rig, page: Page) -> None:
         expect(page.get_by_role("button", name="Show 100 more")).to_be_hidden()
 
 
-def test_the_machine_its_queue_and_its_disks(tmp_path: Path, sqlite_home: str, page: Page) -> None:
+def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: str, page: Page) -> None:
     gigabyte = 1 << 30
     cards = (
         Device("cuda:0", "cuda", "NVIDIA Test", 80 * gigabyte, 61 * gigabyte, temperature_celsius=64),
@@ -105,9 +105,9 @@ def test_the_machine_its_queue_and_its_disks(tmp_path: Path, sqlite_home: str, p
         expect(queue.get_by_role("row").last).to_contain_text("1waits51 GPU; 0 of 2 free")
         disks = page.get_by_role("region", name="Disks")
         expect(disks.get_by_role("row").last).to_contain_text(str(tmp_path / "cards"))
-        expect(disks.get_by_role("row").last).to_contain_text("has room")
-        expect(page.locator(".parts")).to_contain_text("✗ scheduler does not run")
-        in_both_themes(page, "system")
+        expect(disks.get_by_role("row").last).to_contain_text("✓ ok")
+        expect(page.locator(".health-parts")).to_contain_text("✗ scheduler does not run")
+        check_both_themes(page, "system")
     rig.close()
     rig.database.close()
 

@@ -1,4 +1,4 @@
-"""Compare, light and dark, without serious findings of axe."""
+"""The compare page: curves of several jobs, forks, and differing settings."""
 
 import re
 from typing import Any
@@ -9,14 +9,14 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.looks import in_both_themes
+from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import drag
 from tests.service.rig import Rig
 from tests.service.served import served
 from tests.service.test_checkpoints import write_checkpoint
 
 
-def test_jobs_over_each_other_with_the_settings_that_differ(service: str, page: Page) -> None:
+def test_compare_page_shows_curves_and_differing_settings(service: str, page: Page) -> None:
     broken: list[str] = []
     page.on("pageerror", lambda error: broken.append(str(error)))
     page.goto(f"{service}/compare")
@@ -35,7 +35,7 @@ def test_jobs_over_each_other_with_the_settings_that_differ(service: str, page: 
     page.locator("#theme").click()
     expect(line).not_to_have_css("stroke", before)
     page.locator("#theme").click()
-    in_both_themes(page, "compare")
+    check_both_themes(page, "compare")
     page.reload()
     expect(page.get_by_role("group", name=re.compile("^Train loss"))).to_have_attribute(
         "aria-label", re.compile("2 jobs$")
@@ -44,7 +44,7 @@ def test_jobs_over_each_other_with_the_settings_that_differ(service: str, page: 
 
 
 def lines(page: Page) -> dict[str, list[float]]:
-    """The loss chart's lines: their name, and the first and last place on the x axis."""
+    """Return the first and last x value of each line of the loss chart, by name."""
     found: list[tuple[str, list[float]]] = page.locator(".plot").first.evaluate(
         "node => node.data.map((one) => [one.uid, [one.x[0], one.x.at(-1)]])"
     )
@@ -52,14 +52,14 @@ def lines(page: Page) -> dict[str, list[float]]:
 
 
 def labels(page: Page) -> list[list[Any]]:
-    """The loss chart's names at the ends of lines, and where they stand."""
+    """Return text and position of the labels at the line ends of the loss chart."""
     found: list[list[Any]] = page.locator(".plot").first.evaluate(
         "node => node.layout.annotations.map((one) => [one.text, one.xref, one.x])"
     )
     return found
 
 
-def test_a_fork_joins_its_parent_at_its_step(rig: Rig, page: Page) -> None:
+def test_a_forks_curve_starts_on_its_parents(rig: Rig, page: Page) -> None:
     parent, attempt = rig.running(steps=60, name="parent", training={"max_steps": 60})
     for step in range(1, 61):
         attempt.metric(step, loss=8 - step / 12, tokens=step * 100)
@@ -78,15 +78,15 @@ def test_a_fork_joins_its_parent_at_its_step(rig: Rig, page: Page) -> None:
         expect(loss).to_have_attribute("aria-label", re.compile("2 jobs$"))
         expect(loss.locator(".scatterlayer .trace")).to_have_count(3)
         assert lines(page) == {parent: [100, 6000], f"{fork}-joint": [2000, 2000], fork: [2000, 5000]}
-        expect(page.get_by_text("Not there any more: job_gone")).to_be_visible()
-        expect(page.locator(".key")).to_contain_text("<u>fork</u>")
-        expect(page.locator(".key")).to_contain_text("forked at step 20")
+        expect(page.get_by_text("Not found: job_gone")).to_be_visible()
+        expect(page.locator(".legend")).to_contain_text("<u>fork</u>")
+        expect(page.locator(".legend")).to_contain_text("forked at step 20")
         assert labels(page) == [["&lt;u&gt;fork&lt;/u&gt;", "x", 5000], ["parent", "paper", 1]], "at the lines' ends"
-        in_both_themes(page, "fork-compared")
+        check_both_themes(page, "fork-compared")
         expect(loss.locator(".nsewdrag").first).to_be_visible()
         drag(page, loss, 0.4, 0.6)
         page.wait_for_url(re.compile("zoom="))
-        # The finer rows are those of the stretch, a little wider; the fork's begin behind its circle.
+        # Finer rows of a slightly wider range; the fork's start after its circle.
         page.wait_for_function(
             "id => document.querySelector('.plot').data.find((one) => one.uid === id).x[0] > 100", arg=parent
         )

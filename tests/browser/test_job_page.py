@@ -1,4 +1,4 @@
-"""The pages in a real browser, over a service on a real socket."""
+"""The job page in a real browser over a real socket, and the login."""
 
 import re
 from pathlib import Path
@@ -9,14 +9,14 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.looks import in_both_themes
+from tests.browser.page_checks import check_both_themes
 from tests.service.rig import Rig
 from tests.service.served import served
 
 NAME = "<script>document.title = 'taken'</script>"
 
 
-def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
+def test_job_page_from_the_list_to_a_pause(rig: Rig, page: Page) -> None:
     _, attempt = rig.running(steps=100, name=NAME)
     for step in range(1, 41):
         attempt.metric(step, loss=5 - step / 20)
@@ -26,7 +26,7 @@ def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/")
         expect(page.get_by_role("link", name=NAME)).to_be_visible()
-        in_both_themes(page, "named")
+        check_both_themes(page, "named")
         page.get_by_role("link", name=NAME).click()
         expect(page.get_by_role("heading", name=NAME)).to_be_visible()
         assert "taken" not in (page.title().removeprefix(NAME))
@@ -37,17 +37,17 @@ def test_a_job_from_the_list_to_its_end(rig: Rig, page: Page) -> None:
             attempt.metric(step, loss=5 - step / 20)
         rig.ship(attempt)
         expect(page.locator(".facts")).to_contain_text("50 of 100")
-        in_both_themes(page, "job")
+        check_both_themes(page, "job")
         page.get_by_role("tab", name="events").click()
         expect(page.get_by_role("tabpanel")).to_contain_text("status")
         assert "tab=events" in page.url
         page.get_by_role("button", name="pause").click()
-        expect(page.locator(".who .status")).to_contain_text("pausing")
-    expect(page.locator("#away")).to_be_visible()
+        expect(page.locator(".job-title .status")).to_contain_text("pausing")
+    expect(page.locator("#offline")).to_be_visible()
     assert broken == []
 
 
-def test_a_token_is_asked_for_and_stands_in_no_address(tmp_path: Path, page: Page) -> None:
+def test_login_with_a_token_that_is_in_no_url(tmp_path: Path, page: Page) -> None:
     secret = "sesame-open"
     rig = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/token.db", token=secret)
     addresses: list[str] = []
