@@ -15,7 +15,7 @@ from service.access.scopes import authorise, methods_at
 from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
 from service.dashboard.assets import Assets
-from service.dashboard.pages import Pages
+from service.dashboard.pages import DashboardMiddleware
 from service.db import Database
 from service.devices import routes as device_routes
 from service.devices.inventory import HostInventory, Inventory, visible_devices
@@ -96,7 +96,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refused)
     app.add_middleware(HeadMiddleware)
-    app.add_middleware(Pages, assets=Assets(services.settings.home / "cache" / "dashboard"))
+    app.add_middleware(DashboardMiddleware, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
     app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)
     for routes in (
