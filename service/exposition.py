@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any
 
 from fastapi import APIRouter, Response
 from sqlalchemy import func, select
@@ -10,6 +11,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from contract.status import JobStatus
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import Services, ServicesNeeded
 from service.scheduler.apply import utc_now
 from service.tables import AttemptRow, JobRow, LeaseRow
@@ -17,11 +20,12 @@ from service.telemetry import counter, gauge
 from service.upkeep.disks import State
 
 TEXT = "text/plain; version=0.0.4"
+TEXT_CONTENT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
-router = APIRouter(tags=["service"])
+router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", dependencies=[READ], response_class=Response, responses={200: TEXT_CONTENT})
 def prometheus(services: ServicesNeeded) -> Response:
     """Prometheus text: jobs, queue, devices, attempts, reports, requests, streams."""
     try:

@@ -4,7 +4,8 @@ from fastapi import APIRouter
 from sqlalchemy import select
 
 from contract.parsing import Problem
-from service.answers import written
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store, views
@@ -13,13 +14,12 @@ from service.jobs.routes import Limit, Text
 from service.shapes import Attempt, Checkpoint, Event, Page, Sample
 from service.tables import AttemptRow, CheckpointRow, EventRow, SampleRow
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
+router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
 
 CHECKPOINTS, EVENTS, SAMPLES = Pages.of(CheckpointRow, newest_first=True), Pages.of(EventRow), Pages.of(SampleRow)
 
 
 @router.get("/checkpoints")
-@written()
 def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
     """Published checkpoints that are there, newest first."""
     with services.database.look() as connection:
@@ -29,7 +29,6 @@ def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after
 
 
 @router.get("/events")
-@written()
 def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
     """What happened, oldest first: changes of status, warnings, saves, restarts, and who asked."""
     with services.database.look() as connection:
@@ -38,7 +37,6 @@ def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Tex
 
 
 @router.get("/samples")
-@written()
 def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
     """Texts the model wrote, oldest first."""
     with services.database.look() as connection:
@@ -47,7 +45,6 @@ def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Te
 
 
 @router.get("/attempts")
-@written()
 def attempts(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Attempt]:
     """Every launch, oldest first: why it began, from which step, how it ended."""
     with services.database.read() as session:

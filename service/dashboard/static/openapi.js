@@ -16,6 +16,7 @@ export const schemas = async () => (await openapi()).components.schemas;
 
 /** The members of a change's body, `{name: schema}`. */
 export async function bodyOf(method, path) {
-  const { paths } = await openapi();
-  return paths[path][method].requestBody.content["application/json"].schema.properties;
+  const { paths, components } = await openapi();
+  const { $ref } = paths[path][method].requestBody.content["application/json"].schema;
+  return components.schemas[$ref.split("/").at(-1)].properties;
 }
