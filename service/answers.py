@@ -1,5 +1,6 @@
 """JSON answers, and the route class of every router."""
 
+import asyncio
 import functools
 import inspect
 from collections.abc import Callable, Coroutine, Mapping
@@ -21,15 +22,18 @@ def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str
 
 
 class ServiceRoute(APIRoute):
-    """A route that must declare its scope, reads JSON bodies strictly and serializes its model where it was made.
+    """A route that must declare its scope, reads JSON bodies strictly, and runs `def` endpoints in its own way.
 
-    Without the last point FastAPI validates a returned model again, in a second thread, and serializes it in the event
-    loop that all requests share. Raises RuntimeError if no scope is declared, see `service.access.scopes`.
+    FastAPI would run such an endpoint in anyio's threads, validate the returned model again in a second one, and
+    serialize it in the event loop that all requests share. Here one thread of the loop's default executor does all of
+    it, which costs half as much (docs/decisions/0013-threads-of-requests.md).
+
+    Raises RuntimeError if no scope is declared, see `service.access.scopes`.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if not inspect.iscoroutinefunction(endpoint):
-            endpoint = _serialized(endpoint, options.get("status_code") or 200)
+            endpoint = _threaded(endpoint, options.get("status_code") or 200)
         # A body without a Content-Type is taken as JSON.
         super().__init__(path, endpoint, **{**options, "strict_content_type": False})
         scope_of(self)
@@ -46,10 +50,13 @@ class ServiceRoute(APIRoute):
         return handle_strictly
 
 
-def _serialized(endpoint: Callable[..., Any], status: int) -> Callable[..., Any]:
-    @functools.wraps(endpoint)
+def _threaded(endpoint: Callable[..., Any], status: int) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         made = endpoint(*args, **kwargs)
         return json_response(made, status) if isinstance(made, BaseModel) else made
 
-    return answer
+    @functools.wraps(endpoint)
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        return await asyncio.to_thread(answer, *args, **kwargs)
+
+    return run

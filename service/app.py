@@ -1,7 +1,9 @@
 """The application: routes, errors, and a life that begins with the migrations and the scheduler."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -47,6 +49,9 @@ from service.webhooks.courier import Courier
 from service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
+REQUEST_THREADS = 32
+"""Endpoints that run at once. Fewer than the database's connections, so that none waits for one."""
+
 ROUTERS = (
     job_routes,
     fork_routes,
@@ -87,6 +92,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUEST_THREADS, "requests"))
         services.database.upgrade(services.settings.home / "migrate.lock")
         files.sweep(services.settings, services.database)
         services.leader  # noqa: B018 - from now on its silence counts

@@ -21,7 +21,7 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/health", dependencies=[OPEN])
-def health() -> Health:
+async def health() -> Health:
     """The process answers."""
     return Health()
 

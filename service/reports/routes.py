@@ -1,5 +1,6 @@
 """What agents call: their outbox lines, their signs of life, their last word. Each with its attempt's own token."""
 
+import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Annotated, TypeVar
@@ -35,10 +36,15 @@ router = APIRouter(
 )
 
 
-def _reporting(services: ServicesNeeded, request: Request, attempt_id: str) -> AttemptRow:
-    """The attempt, for the one who has its token; asked before any of the body is read. Raises Unauthorized."""
+async def _reporting(services: ServicesNeeded, request: Request, attempt_id: str) -> AttemptRow:
+    """Return the attempt if the request has its token; runs before the body is read. Raises Unauthorized."""
+    token = bearer(request.headers.get("authorization"))
+    return await asyncio.to_thread(_authenticated, services, attempt_id, token)
+
+
+def _authenticated(services: Services, attempt_id: str, token: str) -> AttemptRow:
     with services.database.read() as session:
-        attempt = ingest.authenticate(session, attempt_id, bearer(request.headers.get("authorization")))
+        attempt = ingest.authenticate(session, attempt_id, token)
     logs.note(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
     return attempt
 

@@ -157,7 +157,7 @@ def test_a_body_is_json_whatever_reads_it(rig: Rig) -> None:
         assert rig.client.post(path, content=content, headers=typed).status_code != 415
     for content in (b"", b" \n", b"null", b"{}"):
         assert rig.client.patch(f"/jobs/{job_id}", content=content, headers=JSON).status_code == 200
-        assert rig.client.post(f"/jobs/{job_id}/cancel", content=content, headers=JSON).status_code == 202
+        assert rig.client.post(f"/jobs/{rig.submit()}/cancel", content=content, headers=JSON).status_code == 202
         assert problem(rig.client.post("/tokens", content=content, headers=JSON), 422).code == "invalid_request"
     twice = rig.client.patch(f"/jobs/{job_id}", content=b'{"name": "x", "name": "y"}', headers=JSON)
     assert problem(twice, 422).code == "invalid_json"
