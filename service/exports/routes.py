@@ -27,7 +27,7 @@ Format = Literal["hf", "minimind"]
 router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], route_class=ServiceRoute)
 
 
-class ExportRequest(OptionalBody):
+class ExportBody(OptionalBody):
     """What to write the checkpoint as."""
 
     format: Format = "hf"
@@ -39,7 +39,7 @@ def export(
     caller: CallerNeeded,
     job_id: str,
     step: Step,
-    asked: ExportRequest = Body(default_factory=ExportRequest),
+    asked: ExportBody = Body(default_factory=ExportBody),
 ) -> Response:
     """Write the checkpoint as a Hugging Face directory (`hf`), or as MiniMind's `.pth`, beside the run.
 

@@ -44,7 +44,7 @@ def _as_in(group: type[BaseModel], leaf: str) -> Any:
     return Field(default=None, json_schema_extra=describe)
 
 
-class JobChanges(OptionalBody):
+class PatchJobBody(OptionalBody):
     """What is to change of a job. `changed_spec` checks the values, as part of the whole spec."""
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
@@ -57,7 +57,7 @@ class JobChanges(OptionalBody):
     keep_last: Any = _as_in(CheckpointSpec, "keep_last")
 
 
-class ResumeRequest(OptionalBody):
+class ResumeBody(OptionalBody):
     """What is to change as the run continues; ``step``: at which checkpoint, the newest if None."""
 
     model_config = ConfigDict(json_schema_extra=without_defaults)

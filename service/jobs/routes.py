@@ -21,7 +21,7 @@ from service.checkpoints import sameness
 from service.context import Services, ServicesNeeded
 from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
 from service.jobs import actions, changes, files, gathering, listing, store, views
-from service.jobs.changes import JobChanges, ResumeRequest
+from service.jobs.changes import PatchJobBody, ResumeBody
 from service.jobs.facts import known_at_submit
 from service.jobs.gathering import Gathered
 from service.jobs.rules import Action
@@ -186,7 +186,7 @@ def patch_job(
     services: ServicesNeeded,
     caller: CallerNeeded,
     job_id: str,
-    body: JobChanges = Body(default_factory=JobChanges),
+    body: PatchJobBody = Body(default_factory=PatchJobBody),
 ) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`; a live run takes them over."""
     asked = body.given()
@@ -242,7 +242,7 @@ def resume(
     services: ServicesNeeded,
     caller: CallerNeeded,
     job_id: str,
-    body: ResumeRequest = Body(default_factory=ResumeRequest),
+    body: ResumeBody = Body(default_factory=ResumeBody),
 ) -> Job:
     """Go on from the newest valid checkpoint, or anew where there is none; or back at the checkpoint of `step`.
 

@@ -62,7 +62,7 @@ class NewWebhook(WebhookSettings):
     job_id: Annotated[Text, Field(max_length=40)] | None = None
 
 
-class WebhookChanges(WebhookSettings, OptionalBody):
+class PatchWebhookBody(WebhookSettings, OptionalBody):
     """What is to change of a webhook: the fields that are given. Which job it is about cannot change."""
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
@@ -77,7 +77,7 @@ def require_allowed(asked: NewWebhook, networks: Sequence[Network]) -> None:
         raise with_problems(RequestInvalid, [Problem("/url", why)])
 
 
-def changed(before: Mapping[str, Any], changes: WebhookChanges, networks: Sequence[Network]) -> NewWebhook:
+def changed(before: Mapping[str, Any], changes: PatchWebhookBody, networks: Sequence[Network]) -> NewWebhook:
     """Return the webhook with the changes in their places. Raises RequestInvalid."""
     asked = NewWebhook.model_validate({**before, **changes.given()})
     require_allowed(asked, networks)

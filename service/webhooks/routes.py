@@ -14,7 +14,7 @@ from service.scheduler.apply import utc_now
 from service.shapes import Page
 from service.tables import DeliveryRow, WebhookRow
 from service.webhooks import asked, store
-from service.webhooks.asked import NewWebhook, WebhookChanges
+from service.webhooks.asked import NewWebhook, PatchWebhookBody
 from service.webhooks.shapes import Delivery, DeliveryWithPayload, Try, Webhook, WebhookWithSecret
 
 LARGEST = (1 << 63) - 1
@@ -54,7 +54,7 @@ def get_webhook(services: ServicesNeeded, webhook_id: str) -> Webhook:
 def patch_webhook(
     services: ServicesNeeded,
     webhook_id: str,
-    changes: WebhookChanges = Body(default_factory=WebhookChanges),
+    changes: PatchWebhookBody = Body(default_factory=PatchWebhookBody),
 ) -> Webhook:
     """Change `url`, `description`, `events`, `labels`, `rules`, `enabled`. One that is switched on begins anew."""
     with services.database.write() as session:
