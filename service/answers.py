@@ -1,53 +1,62 @@
-"""Answers that are written down where they are made: once, in the thread that worked for them.
-
-FastAPI would hold a shape of ours against its own model again, in a second thread, and write it down in the event loop,
-which all requests share.
-"""
+"""JSON answers, and the route class of every router."""
 
 import asyncio
-import contextvars
 import functools
+import inspect
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
+from fastapi import Request
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import Response
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-MOST_AT_ONCE = 32
-
-_threads = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="answers")
-"""The standard library's: to pass work to one of them and back takes half of what it takes in the framework's own."""
+from service.access.scopes import scope_of
+from service.bodies import StrictRequest
 
 
-def sent(shape: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """The shape as JSON."""
-    body = type(shape).__pydantic_serializer__.to_json(shape)
+def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the model as JSON."""
+    body = type(model).__pydantic_serializer__.to_json(model)
     return Response(body, status, headers, media_type="application/json")
 
 
-def written(status: int = 200) -> Callable[[Callable[P, BaseModel]], Callable[P, Coroutine[Any, Any, Response]]]:
-    """For a `def` endpoint that returns a shape. Its annotation is what the OpenAPI document says, as without this."""
+class ServiceRoute(APIRoute):
+    """A route that must declare its scope, reads JSON bodies strictly, and runs `def` endpoints in its own way.
 
-    def around(endpoint: Callable[P, BaseModel]) -> Callable[P, Coroutine[Any, Any, Response]]:
-        def answer(*args: P.args, **kwargs: P.kwargs) -> Response:
-            return sent(endpoint(*args, **kwargs), status)
+    FastAPI would run such an endpoint in anyio's threads, validate the returned model again in a second one, and
+    serialize it in the event loop that all requests share. Here one thread of the loop's default executor does all of
+    it, which costs half as much (docs/decisions/0013-threads-of-requests.md).
 
-        return functools.wraps(endpoint)(threaded(answer))
+    Raises RuntimeError if no scope is declared, see `service.access.scopes`.
+    """
 
-    return around
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if not inspect.iscoroutinefunction(endpoint):
+            endpoint = _threaded(endpoint, options.get("status_code") or 200)
+        # A body without a Content-Type is taken as JSON.
+        super().__init__(path, endpoint, **{**options, "strict_content_type": False})
+        scope_of(self)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's handler, given a request whose JSON is read strictly."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
 
 
-def threaded(work: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Done in a thread, which knows what is logged about the request."""
+def _threaded(endpoint: Callable[..., Any], status: int) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        made = endpoint(*args, **kwargs)
+        return json_response(made, status) if isinstance(made, BaseModel) else made
 
-    @functools.wraps(work)
-    async def done(*args: P.args, **kwargs: P.kwargs) -> T:
-        within = contextvars.copy_context()
-        asked = functools.partial(within.run, work, *args, **kwargs)
-        return await asyncio.get_running_loop().run_in_executor(_threads, asked)
+    @functools.wraps(endpoint)
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        return await asyncio.to_thread(answer, *args, **kwargs)
 
-    return done
+    return run

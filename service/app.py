@@ -1,17 +1,21 @@
 """The application: routes, errors, and a life that begins with the migrations and the scheduler."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from service import exposition, status_routes
 from service.access import routes as access_routes
-from service.access.scopes import authorise, methods_at
+from service.access.scopes import methods_at, scopes_of
+from service.answers import ServiceRoute
+from service.bodies import invalid_request
 from service.checkpoints import routes as checkpoint_routes
 from service.context import Services
 from service.dashboard.assets import Assets
@@ -44,6 +48,27 @@ from service.webhooks.courier import Courier
 from service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
+REQUEST_THREADS = 32
+"""Endpoints that run at once. Fewer than the database's connections, so that none waits for one."""
+
+ROUTERS = (
+    job_routes,
+    fork_routes,
+    plan_routes,
+    products,
+    log_routes,
+    metric_routes,
+    stream_routes,
+    checkpoint_routes,
+    export_routes,
+    report_routes,
+    device_routes,
+    access_routes,
+    webhook_routes,
+    status_routes,
+    exposition,
+)
+ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
 
 def build(
@@ -66,6 +91,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUEST_THREADS, "requests"))
         services.database.upgrade(services.settings.home / "migrate.lock")
         files.sweep(services.settings, services.database)
         services.leader  # noqa: B018 - from now on its silence counts
@@ -89,43 +115,28 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         description=DESCRIPTION,
         lifespan=life,
         redoc_url=None,
-        dependencies=[Depends(authorise)],
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.services = services
+    app.router.route_class = ServiceRoute
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refused)
     app.add_middleware(HeadMiddleware)
     app.add_middleware(DashboardMiddleware, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
     app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)
-    for routes in (
-        job_routes,
-        fork_routes,
-        plan_routes,
-        products,
-        log_routes,
-        metric_routes,
-        stream_routes,
-        checkpoint_routes,
-        export_routes,
-        report_routes,
-        device_routes,
-        access_routes,
-        webhook_routes,
-        status_routes,
-        exposition,
-    ):
-        app.include_router(routes.router)
+    scopes_of(route for module in ROUTERS for route in module.router.routes)
+    for module in ROUTERS:
+        app.include_router(module.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
     return app
 
 
 def _refused(request: Request, error: Exception) -> JSONResponse:
     """Every "no" as a problem. With a 405 the framework names the methods of the first route alone that it finds."""
-    made = from_exception(error)
+    made = invalid_request(request, error) if isinstance(error, RequestValidationError) else from_exception(error)
     if made.status == HTTPStatus.METHOD_NOT_ALLOWED:
-        methods = methods_at(request.url.path)
+        methods = methods_at(request.url.path, ROUTES)
         made.headers |= {"Allow": ", ".join(methods)} if methods else {}
     return answer(made, request.scope.get("request_id"))
 

@@ -14,21 +14,11 @@ from contract.reference import NOTES, TITLES
 from contract.spec import JobSpec
 from contract.units import UNITS
 from service.errors import PROBLEM
-from service.jobs.changes import PATCH_FIELDS, RESUME_FIELDS
-from service.shapes import Bucket, Metric, MetricPage, ProblemDetails
-from service.webhooks.asked import NewWebhook
+from service.shapes import ProblemDetails
 
 REF = "#/components/schemas/{model}"
-CHANGES = {("patch", "/jobs/{job_id}"): PATCH_FIELDS, ("post", "/jobs/{job_id}/resume"): RESUME_FIELDS}
-CURVE = ("get", "/jobs/{job_id}/metrics")
-SUBMIT = ("post", "/jobs")
-NEEDED = ("/jobs", "/jobs/plan", "/tokens", "/webhooks")
-"""Addresses whose body may not be left out."""
-
 WEBHOOKS = ("post", "/webhooks")
 QUOTAS = (("post", "/jobs"), ("post", "/jobs/{job_id}/resume"), ("post", "/jobs/{job_id}/fork"))
-
-PROMETHEUS = ("get", "/metrics")
 ALWAYS = (401, 403, 408, 413, 414, 422, 431, 503)
 """What the gate around every route may answer, and a request with mistakes."""
 
@@ -38,7 +28,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in (JobSpec, ProblemDetails, MetricPage, Metric, Bucket, NewWebhook):
+        for model in (JobSpec, ProblemDetails):
             schema = model.model_json_schema(ref_template=REF)
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema
@@ -49,7 +39,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         document["security"] = [{}, {"token": []}]
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
-                _complete((method, path), operation, schemas)
+                _complete((method, path), operation)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         app.openapi_schema = document
@@ -84,26 +74,10 @@ def _of(schemas: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _complete(place: tuple[str, str], operation: dict[str, Any], schemas: dict[str, Any]) -> None:
+def _complete(place: tuple[str, str], operation: dict[str, Any]) -> None:
     responses = operation["responses"]
     responses.update({str(status): _problem(status) for status in _refusals(place)})
     responses["default"] = _problem(None)
-    if operation.get("requestBody"):
-        operation["requestBody"]["required"] = place[1] in NEEDED
-    if place in CHANGES:
-        operation["requestBody"] = _content(_changes(CHANGES[place], schemas))
-    if place == SUBMIT:
-        location = {"description": "Address of the job.", "schema": {"type": "string"}}
-        responses["201"]["headers"] = {"Location": location}
-        responses["200"] = {**responses["201"], "description": "It was submitted before, under the same key."}
-    if place == WEBHOOKS:
-        responses["201"]["headers"] = {"Location": {"description": "Address of it.", "schema": {"type": "string"}}}
-    if place == CURVE:
-        rows = {"schema": {"type": "string"}}
-        page = {"schema": {"$ref": REF.format(model="MetricPage")}}
-        responses["200"]["content"] = {"application/json": page, "text/csv": rows, "application/x-ndjson": rows}
-    if place == PROMETHEUS:
-        responses["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
 
 
 def _refusals(place: tuple[str, str]) -> list[int]:
@@ -119,23 +93,3 @@ def _problem(status: int | None) -> dict[str, Any]:
     described = HTTPStatus(status).phrase if status is not None else "Anything else that went wrong"
     schema = {"$ref": REF.format(model=ProblemDetails.__name__)}
     return {"description": described, "content": {PROBLEM: {"schema": schema}}}
-
-
-def _content(schema: dict[str, Any]) -> dict[str, Any]:
-    return {"required": False, "content": {"application/json": {"schema": schema}}}
-
-
-def _changes(fields: dict[str, tuple[str, ...]], schemas: dict[str, Any]) -> dict[str, Any]:
-    """An object of members that are each what the job spec says of its place."""
-    step = {"type": ["integer", "null"], "minimum": 0}
-    members = {name: _leaf(schemas, place) if place else step for name, place in fields.items()}
-    return {"type": "object", "additionalProperties": False, "properties": members}
-
-
-def _leaf(schemas: dict[str, Any], place: tuple[str, ...]) -> Any:
-    found: Any = schemas[JobSpec.__name__]
-    for name in place:
-        if "$ref" in found:
-            found = _of(schemas, found)
-        found = found["properties"][name]
-    return {key: value for key, value in found.items() if key != "default"}

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from contract.parsing import Problem, plain, pointer_to
+from contract.parsing import Problem
 
 PROBLEM = "application/problem+json"
 
@@ -332,8 +331,6 @@ def from_exception(error: Exception) -> ServiceError:
             return error
         case HTTPException():
             return _from_http(error)
-        case RequestValidationError():
-            return _from_validation(error)
         case OperationalError() | InterfaceError() | PoolTimeout():
             return DatabaseAway(headers={"Retry-After": "1"})
         case DBAPIError() if error.connection_invalidated:
@@ -363,8 +360,3 @@ def _plain_detail(status: int) -> str:
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         return "This address does not take this method; the Allow header lists those it takes."
     return f"{HTTPStatus(status).phrase}."
-
-
-def _from_validation(error: RequestValidationError) -> ServiceError:
-    problems = [Problem(pointer_to(*found["loc"]), plain(found["msg"])) for found in error.errors()]
-    return with_problems(RequestInvalid, problems)

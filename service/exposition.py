@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from fastapi import APIRouter, Response
 from prometheus_client import Metric, generate_latest
@@ -15,19 +16,22 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from contract.status import JobStatus
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import Services, ServicesNeeded
 from service.scheduler.apply import utc_now
 from service.tables import AttemptRow, JobRow, LeaseRow
 from service.upkeep.disks import State
 
 TEXT = "text/plain; version=0.0.4"
+TEXT_CONTENT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 Kind = type[Gauge] | type[Counter]
 
-router = APIRouter(tags=["service"])
+router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", dependencies=[READ], response_class=Response, responses={200: TEXT_CONTENT})
 def prometheus(services: ServicesNeeded) -> Response:
     """Prometheus text: jobs, queue, devices, attempts, reports, requests, streams."""
     return Response(generate_latest(StateCollector(services)), media_type=TEXT)

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import APIRouter
 
 from service import readiness
+from service.access.scopes import OPEN, READ
+from service.answers import ServiceRoute
 from service.context import ServicesNeeded
 from service.errors import DatabaseAway, NotReady
 from service.shapes import Health, Version
@@ -15,16 +17,16 @@ from service.upkeep.shapes import DiskUsage, Readiness, ReadyPart, ServiceStatus
 
 API_VERSION = 1
 
-router = APIRouter(tags=["service"])
+router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
-@router.get("/health")
-def health() -> Health:
+@router.get("/health", dependencies=[OPEN])
+async def health() -> Health:
     """The process answers."""
     return Health()
 
 
-@router.get("/ready")
+@router.get("/ready", dependencies=[OPEN])
 def ready(services: ServicesNeeded) -> Readiness:
     """Whether it can take work: its database, its tables, the scheduler and the disks. 503 says what is wrong."""
     found = list(readiness.parts(services))
@@ -36,7 +38,7 @@ def ready(services: ServicesNeeded) -> Readiness:
     return Readiness(parts=[ReadyPart.model_validate(part) for part in found])
 
 
-@router.get("/status")
+@router.get("/status", dependencies=[READ])
 def status(services: ServicesNeeded) -> ServiceStatus:
     """How the service itself is: what /ready looks at, and its disks."""
     parts = [ReadyPart.model_validate(part) for part in readiness.parts(services)]
@@ -58,7 +60,7 @@ def _shown(disk: Disk) -> DiskUsage:
     )
 
 
-@router.get("/version")
+@router.get("/version", dependencies=[READ])
 def show_version(services: ServicesNeeded) -> Version:
     """What is running here."""
     return Version(

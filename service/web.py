@@ -1,41 +1,32 @@
-"""Middleware around every request (id, caller, limits, errors as problem+json), and the strict JSON body reader."""
+"""Around every request: its id, who may come in, how much it may bring, and what leaves when something breaks."""
 
 import asyncio
-import json
 import logging
 import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
-from typing import Annotated, Any, TypeVar
 from urllib.parse import urlsplit
 
-from fastapi import Depends, Request
-from pydantic import BaseModel, ValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from contract.parsing import Problem, plain, pointer_to
 from service import logs
 from service.access.callers import NOBODY, Caller
 from service.access.gatekeeper import Gatekeeper
 from service.dashboard.negotiation import is_file, is_page
 from service.errors import (
-    BodyNotJson,
     BodyTooLarge,
     ForeignHost,
     ForeignOrigin,
     HeadersTooLarge,
-    RequestInvalid,
     Unauthorized,
     UrlTooLong,
-    WrongMediaType,
     answer,
     from_exception,
-    with_problems,
 )
 from service.jobs.store import JOB_ID
 from service.settings import Settings
@@ -52,17 +43,12 @@ HEADER_BYTES = 32 << 10
 BODY_SECONDS = 30.0
 """For the whole body, however slowly it comes."""
 
-MOST_DEEP = 64
-"""Levels of arrays and objects in a body."""
-
 LOOK_AGAIN_SECONDS = 15.0
 """Between two checks that the token of a stream's reader is still valid."""
 
 STREAM = "/stream"
 UNTIMED = (STREAM, "/files/{name}")
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
-
-M = TypeVar("M", bound=BaseModel)
 
 log = logging.getLogger("trainyard")
 
@@ -232,31 +218,6 @@ class HeadMiddleware:
             scope["route"] = as_get.get("route")
 
 
-def described(schema: dict[str, Any]) -> dict[str, Any]:
-    """What the OpenAPI document says of a JSON body that we read ourselves."""
-    return {"requestBody": {"content": {"application/json": {"schema": schema}}}}
-
-
-def described_fields(properties: dict[str, Any]) -> dict[str, Any]:
-    """The same for an object of these members and no others."""
-    return described({"type": "object", "additionalProperties": False, "properties": properties})
-
-
-def described_model(model: type[BaseModel]) -> dict[str, Any]:
-    """The same for a body that `as_model` reads."""
-    return described(model.model_json_schema())
-
-
-def as_model(model: type[M], body: object) -> M:
-    """A body as a model. Raises RequestInvalid with the first mistakes, without what was given."""
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=False)
-        problems = [Problem(pointer_to(*e["loc"]), plain(e["msg"])) for e in found[:20]]
-        raise with_problems(RequestInvalid, problems) from None
-
-
 def bearer(header: str | None) -> str:
     """The token of an Authorization header, or ''."""
     scheme, _, token = (header or "").partition(" ")
@@ -300,50 +261,3 @@ def _same_origin(origin: str | None, host: str) -> bool:
         return bool(host) and urlsplit(origin).netloc.lower() == host.lower()
     except ValueError:
         return False
-
-
-async def _json_body(request: Request) -> Any:
-    """The body as a JSON value; None where there is none. NaN stays for the field that gets it to refuse."""
-    body = await request.body()
-    if not body.strip():
-        return None
-    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise WrongMediaType()
-    try:
-        return _shallow(json.loads(body.decode(), object_pairs_hook=_without_doubles))
-    except RecursionError:
-        raise BodyNotJson(TOO_DEEP) from None
-    except UnicodeDecodeError:
-        raise BodyNotJson("The body is not UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise BodyNotJson(f"The body is not JSON: line {error.lineno}, column {error.colno}.") from None
-    except ValueError:
-        raise BodyNotJson("The body holds a number that is far too long.") from None
-
-
-TOO_DEEP = f"The body is nested more than {MOST_DEEP} levels deep."
-
-
-def _shallow(value: Any) -> Any:
-    """The value, which everything behind this may walk through by recursion. Raises BodyNotJson."""
-    level = [value]
-    for _ in range(MOST_DEEP + 1):
-        inner = [
-            found.values() if isinstance(found, dict) else found for found in level if isinstance(found, dict | list)
-        ]
-        if not inner:
-            return value
-        level = [found for part in inner for found in part]
-    raise BodyNotJson(TOO_DEEP)
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise BodyNotJson("The body has an object with the same key twice.")
-    return value
-
-
-JsonBody = Annotated[Any, Depends(_json_body)]
-"""A `def` endpoint's body, read strictly."""

@@ -3,26 +3,27 @@
 import logging
 from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Body
 from fastapi import Path as InPath
 from sqlalchemy import select
 
 from service.access import quotas, store
 from service.access.callers import RESERVED, CallerNeeded
 from service.access.quotas import Usage
+from service.access.scopes import ADMIN
 from service.access.shapes import AskedQuotas, AskedRotation, AskedToken, NewToken, Token
+from service.answers import ServiceRoute
 from service.context import Services, ServicesNeeded
 from service.errors import TokenNameTaken
 from service.scheduler.apply import utc_now
 from service.shapes import Page
 from service.tables import JobRow, TokenRow
-from service.web import JsonBody, as_model, described_model
 
 Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
 
 log = logging.getLogger("trainyard")
 
-router = APIRouter(prefix="/tokens", tags=["access"])
+router = APIRouter(prefix="/tokens", tags=["access"], dependencies=[ADMIN], route_class=ServiceRoute)
 
 
 @router.get("")
@@ -34,10 +35,9 @@ def list_tokens(services: ServicesNeeded) -> Page[Token]:
     return Page(data=[_shown(row, used.get(row.name, Usage())) for row in rows], has_more=False)
 
 
-@router.post("", status_code=201, openapi_extra=described_model(AskedToken))
-def create_token(services: ServicesNeeded, caller: CallerNeeded, body: JsonBody) -> NewToken:
+@router.post("", status_code=201)
+def create_token(services: ServicesNeeded, caller: CallerNeeded, asked: AskedToken) -> NewToken:
     """Make a token. The answer has its secret, which is shown this once."""
-    asked = as_model(AskedToken, body)
     if asked.name.lower() in RESERVED:
         raise TokenNameTaken()
     with services.database.write() as session:
@@ -45,10 +45,9 @@ def create_token(services: ServicesNeeded, caller: CallerNeeded, body: JsonBody)
     return _secret(services, row, token, "created")
 
 
-@router.patch("/{name}", openapi_extra=described_model(AskedQuotas))
-def change_token(services: ServicesNeeded, name: Name, body: JsonBody) -> Token:
+@router.patch("/{name}")
+def change_token(services: ServicesNeeded, name: Name, asked: AskedQuotas) -> Token:
     """Change quotas: `max_jobs`, `max_devices`. What is queued or runs already stays."""
-    asked = as_model(AskedQuotas, body)
     with services.database.write() as session:
         row = store.lock(session, name)
         for field in asked.model_fields_set:
@@ -57,10 +56,13 @@ def change_token(services: ServicesNeeded, name: Name, body: JsonBody) -> Token:
     return _shown(row, _usage(services, row))
 
 
-@router.post("/{name}/rotate", openapi_extra=described_model(AskedRotation))
-def rotate_token(services: ServicesNeeded, name: Name, body: JsonBody) -> NewToken:
+@router.post("/{name}/rotate")
+def rotate_token(
+    services: ServicesNeeded,
+    name: Name,
+    asked: AskedRotation = Body(default_factory=AskedRotation),
+) -> NewToken:
     """Another secret for the token; the one it had stays good for `overlap` seconds, 0 where that is left out."""
-    asked = as_model(AskedRotation, body if body is not None else {})
     with services.database.write() as session:
         row, token = store.rotate(session, name, asked.overlap, asked.expires_in, utc_now())
     return _secret(services, row, token, "rotated")

@@ -3,9 +3,10 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from contract.access import NAME
+from service.bodies import OptionalBody, StrictBody
 from service.shapes import Shape
 
 MOST = 2**31 - 1
@@ -15,11 +16,7 @@ Lifetime = Annotated[int, Field(ge=1, le=TEN_YEARS, description="seconds from no
 Quota = Annotated[int, Field(ge=0, le=MOST, description="null: no limit")]
 
 
-class _Asked(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class AskedQuotas(_Asked):
+class AskedQuotas(StrictBody):
     """How much a token's jobs that are queued or run may come to."""
 
     max_jobs: Quota | None = None
@@ -34,7 +31,7 @@ class AskedToken(AskedQuotas):
     expires_in: Lifetime | None = None
 
 
-class AskedRotation(_Asked):
+class AskedRotation(OptionalBody):
     """Another secret for a token. ``overlap``: seconds for which the one it has stays good beside it."""
 
     overlap: Annotated[int, Field(ge=0, le=TEN_YEARS)] = 0

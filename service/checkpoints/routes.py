@@ -11,6 +11,8 @@ from sqlalchemy import select
 
 from contract.rundir import RunDir
 from service.access.callers import CallerNeeded
+from service.access.scopes import READ, SUBMIT
+from service.answers import ServiceRoute
 from service.checkpoints import removal
 from service.checkpoints.download import Download
 from service.checkpoints.files import open_listed, place_of, slice_of
@@ -25,10 +27,10 @@ Step = Annotated[int, InPath(ge=0, le=LARGEST)]
 Name = Annotated[str, InPath(max_length=200)]
 BYTES: dict[str, Any] = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
-router = APIRouter(prefix="/jobs/{job_id}/checkpoints/{step}", tags=["products"])
+router = APIRouter(prefix="/jobs/{job_id}/checkpoints/{step}", tags=["products"], route_class=ServiceRoute)
 
 
-@router.get("/files/{name}", response_class=Response, responses={200: BYTES, 206: BYTES})
+@router.get("/files/{name}", dependencies=[READ], response_class=Response, responses={200: BYTES, 206: BYTES})
 def download(
     services: ServicesNeeded,
     job_id: str,
@@ -64,7 +66,7 @@ def directory_of(services: Services, job_id: str, step: int) -> Path:
     return place
 
 
-@router.delete("", status_code=204)
+@router.delete("", status_code=204, dependencies=[SUBMIT])
 def remove(services: ServicesNeeded, caller: CallerNeeded, job_id: str, step: Step) -> None:
     """Remove a full checkpoint with its files; never the last valid one, nor one that a live run may need."""
     with services.database.write() as session:

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter
 from sqlalchemy import select
 
-from service.answers import written
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import ServicesNeeded
 from service.devices.shapes import LeasedDevice
 from service.shapes import Page
 from service.tables import AttemptRow, LeaseRow
 
-router = APIRouter(tags=["service"])
+router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
-@router.get("/devices")
-@written()
+@router.get("/devices", dependencies=[READ])
 def devices(services: ServicesNeeded) -> Page[LeasedDevice]:
     """Every device of this host, who leases it, and processes on it that belong to no attempt.
 

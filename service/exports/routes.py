@@ -1,58 +1,60 @@
 """Exports of checkpoints: made, listed, fetched."""
 
 import os
-from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Body, Header, Response
 
-from contract.parsing import Problem
 from contract.rundir import ProductDir, RunDir
 from service.access.callers import Caller, CallerNeeded
+from service.access.scopes import READ, SUBMIT
+from service.answers import ServiceRoute, json_response
+from service.bodies import OptionalBody
 from service.checkpoints.download import Download
 from service.checkpoints.files import NAME, opened, slice_of
 from service.checkpoints.routes import BYTES, Name, Step, directory_of
 from service.context import Services, ServicesNeeded
 from service.errors import FileNotInExport
 from service.exports import making
-from service.jobs import changes, store
+from service.jobs import store
 from service.jobs.store import Note
 from service.scheduler.apply import utc_now
 from service.shapes import Export, Page
 from service.tables import JobRow
-from service.web import JsonBody, described_fields
 
-FORMATS = ("hf", "minimind")
-BODY = described_fields({"format": {"enum": list(FORMATS), "default": "hf"}})
+Format = Literal["hf", "minimind"]
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
+router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], route_class=ServiceRoute)
 
 
-@router.post("/checkpoints/{step}/export", status_code=201, openapi_extra=BODY)
+class ExportBody(OptionalBody):
+    """What to write the checkpoint as."""
+
+    format: Format = "hf"
+
+
+@router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT], response_model=Export)
 def export(
-    services: ServicesNeeded, caller: CallerNeeded, response: Response, job_id: str, step: Step, body: JsonBody
-) -> Export:
+    services: ServicesNeeded,
+    caller: CallerNeeded,
+    job_id: str,
+    step: Step,
+    asked: ExportBody = Body(default_factory=ExportBody),
+) -> Response:
     """Write the checkpoint as a Hugging Face directory (`hf`), or as MiniMind's `.pth`, beside the run.
 
     Answers once it is written: 201, or 200 where the same weights were exported before. One at a time for each job.
     """
-    form = changes.read(body, {"format": ()}, _no_format).get("format", "hf")
     with services.database.read() as session:
         job = store.find(session, job_id)
-    data, keeping = job.spec["data"], job.spec["checkpoint"]
+    tokenizer, weight = job.spec["data"]["tokenizer_path"], job.spec["checkpoint"]["save_weight"]
     place = directory_of(services, job_id, step)
-    wanted = making.Wanted(_products(services, job), place, step, form, data["tokenizer_path"], keeping["save_weight"])
-    if making.existing(wanted):
-        response.status_code = 200
-    else:
+    wanted = making.Wanted(_products(services, job), place, step, asked.format, tokenizer, weight)
+    there = making.existing(wanted)
+    if not there:
         making.make(wanted)
         _tell(services, job_id, wanted, caller)
-    return _shown(job_id, making.described(wanted.products, step, form))
-
-
-def _no_format(body: Mapping[str, Any]) -> Iterator[Problem]:
-    if body.get("format", "hf") not in FORMATS:
-        yield Problem("/format", 'must be "hf" or "minimind"')
+    return json_response(_shown(job_id, making.described(wanted.products, step, asked.format)), 200 if there else 201)
 
 
 def _tell(services: Services, job_id: str, wanted: making.Wanted, by: Caller) -> None:
@@ -64,19 +66,24 @@ def _tell(services: Services, job_id: str, wanted: making.Wanted, by: Caller) ->
         store.tell(session, job, Note("exported", message, by.name, data=data), utc_now())
 
 
-@router.get("/exports")
+@router.get("/exports", dependencies=[READ])
 def exports(services: ServicesNeeded, job_id: str) -> Page[Export]:
     """What was exported and is there, newest step first."""
     found = making.listed(_products(services, _job(services, job_id)))
     return Page(data=[_shown(job_id, one) for one in found], has_more=False)
 
 
-@router.get("/exports/{step}/{form}/files/{name}", response_class=Response, responses={200: BYTES, 206: BYTES})
+@router.get(
+    "/exports/{step}/{form}/files/{name}",
+    dependencies=[READ],
+    response_class=Response,
+    responses={200: BYTES, 206: BYTES},
+)
 def download_export(
     services: ServicesNeeded,
     job_id: str,
     step: Step,
-    form: Literal["hf", "minimind"],
+    form: Format,
     name: Name,
     range_: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
 ) -> Response:

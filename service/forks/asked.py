@@ -10,11 +10,12 @@ from typing import Any, Literal
 from contract.identity import FREE_SHAPE
 from contract.parsing import ALIASES, GROUPS, Problem, pointer_to
 from contract.spec import JobSpec
-from service.errors import SpecInvalid, with_problems
-from service.jobs import changes
+from service.bodies import unknown_field
+from service.errors import RequestInvalid, SpecInvalid, with_problems
+from service.jobs.changes import LARGEST
 from service.jobs.specs import Host, accept
 
-FIELDS: dict[str, tuple[str, ...]] = {"step": (), "overrides": (), "data": ()}
+FIELDS = ("step", "overrides", "data")
 LONGEST_NAME = 200
 
 ORDER: dict[str, tuple[str, ...]] = {
@@ -56,12 +57,21 @@ class Origin:
 
 def read(body: object) -> Asked:
     """The body. Raises RequestInvalid or SpecInvalid."""
-    found = changes.read(body, FIELDS, changes.no_step, _mistakes)
+    if not isinstance(body, dict | None):
+        raise with_problems(RequestInvalid, [Problem("", "must be a JSON object")])
+    found = body or {}
+    problems = list(_mistakes(found))
+    if problems:
+        raise with_problems(RequestInvalid, problems)
     canonical, given = _canonical(found.get("overrides") or {})
     return Asked(found.get("step"), found.get("data", "keep"), canonical, given)
 
 
 def _mistakes(body: Mapping[str, Any]) -> Iterator[Problem]:
+    yield from (Problem(pointer_to(name), unknown_field(FIELDS)) for name in body if name not in FIELDS)
+    step = body.get("step")
+    if step is not None and (type(step) is not int or not 0 <= step <= LARGEST):
+        yield Problem("/step", "must be a whole number, 0 or more")
     if body.get("data", "keep") not in ("keep", "restart"):
         yield Problem("/data", 'must be "keep" or "restart"')
     if not isinstance(body.get("overrides"), dict | None):

@@ -6,7 +6,9 @@ from fastapi import APIRouter, Header, Response
 
 from service import logs
 from service.access.callers import Caller, CallerNeeded
-from service.answers import threaded
+from service.access.scopes import SUBMIT
+from service.answers import ServiceRoute
+from service.bodies import JsonBody
 from service.checkpoints import sameness
 from service.checkpoints.sameness import Begin
 from service.context import Services, ServicesNeeded
@@ -20,21 +22,20 @@ from service.planning.forecast import behind
 from service.planning.routes import planned
 from service.scheduler.apply import utc_now
 from service.shapes import Forecast, Job
-from service.web import JsonBody, described_fields
 
-BODY = described_fields(
-    {
-        "step": {"type": "integer", "minimum": 0},
-        "overrides": {"type": "object"},
-        "data": {"enum": ["keep", "restart"], "default": "keep"},
-    }
-)
+_FIELDS = {
+    "step": {"type": "integer", "minimum": 0},
+    "overrides": {"type": "object"},
+    "data": {"enum": ["keep", "restart"], "default": "keep"},
+}
+_SCHEMA = {"type": "object", "additionalProperties": False, "properties": _FIELDS}
+BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": _SCHEMA}}}}
+"""What the OpenAPI document says of the body, whose `overrides` are parsed as a job spec is."""
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
-@router.post("/jobs/{job_id}/fork", status_code=201, response_model=Job, openapi_extra=BODY)
-@threaded
+@router.post("/jobs/{job_id}/fork", status_code=201, dependencies=[SUBMIT], response_model=Job, openapi_extra=BODY)
 def fork(
     services: ServicesNeeded,
     caller: CallerNeeded,
@@ -56,7 +57,7 @@ def fork(
     return announced(services, made)
 
 
-@router.post("/jobs/{job_id}/fork/plan", openapi_extra=BODY)
+@router.post("/jobs/{job_id}/fork/plan", dependencies=[SUBMIT], openapi_extra=BODY)
 def plan_fork(services: ServicesNeeded, job_id: str, body: JsonBody) -> Forecast:
     """What the fork of the same body would be, as `/jobs/plan` says it of a new job. Nothing is stored.
 

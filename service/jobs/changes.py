@@ -1,11 +1,16 @@
-"""Bodies of resume and PATCH: read strictly, put into the job's spec, and looked at as a whole again."""
+"""Bodies of resume and PATCH: put into the job's spec, which is then checked as a whole again."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from contract.parsing import Problem, pointer_to, printable
-from contract.spec import JobSpec
-from service.errors import RequestInvalid, SpecInvalid, with_problems
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
+
+from contract.parsing import Problem, pointer_to
+from contract.reference import NOTES
+from contract.spec import CheckpointSpec, JobSpec, ReportingSpec, ResourcesSpec, TrainingSpec
+from contract.units import UNITS
+from service.bodies import OptionalBody, without_defaults
+from service.errors import SpecInvalid, with_problems
 from service.jobs.actions import RUN_SETTINGS
 from service.jobs.specs import Host, accept
 
@@ -26,29 +31,41 @@ PATCH_FIELDS: dict[str, tuple[str, ...]] = {
 """Name in the body -> place in the spec."""
 
 
-Check = Callable[[Mapping[str, Any]], Iterator[Problem]]
-"""Looks a body over for mistakes of one kind."""
+def _as_in(group: type[BaseModel], leaf: str) -> Any:
+    """Return a field that takes any value, described as in the job spec."""
+    schema = group.model_json_schema()["properties"][leaf]
+
+    def describe(found: dict[str, Any]) -> None:
+        found.clear()
+        found.update(schema)
+        found.setdefault("description", NOTES.get(leaf, ""))
+        found |= {"x-unit": UNITS[leaf]} if leaf in UNITS else {}
+
+    return Field(default=None, json_schema_extra=describe)
 
 
-def read(body: object, fields: Mapping[str, tuple[str, ...]], *checks: Check) -> dict[str, Any]:
-    """The body's members, all of them known and passed by ``checks``. Raises RequestInvalid with all mistakes."""
-    if body is None:
-        return {}
-    if not isinstance(body, dict):
-        raise with_problems(RequestInvalid, [Problem("", "must be a JSON object")])
-    there = f"those here are {', '.join(fields)}" if fields else "there are none here"
-    problems = [Problem(pointer_to(printable(name)), f"is not a field; {there}") for name in body if name not in fields]
-    problems += [problem for mistakes in checks for problem in mistakes(body)]
-    if problems:
-        raise with_problems(RequestInvalid, problems)
-    return body
+class PatchJobBody(OptionalBody):
+    """What is to change of a job. `changed_spec` checks the values, as part of the whole spec."""
+
+    model_config = ConfigDict(json_schema_extra=without_defaults)
+
+    name: Any = _as_in(JobSpec, "name")
+    labels: Any = _as_in(JobSpec, "labels")
+    priority: Any = _as_in(ResourcesSpec, "priority")
+    log_interval: Any = _as_in(ReportingSpec, "log_interval")
+    save_interval: Any = _as_in(CheckpointSpec, "save_interval")
+    keep_last: Any = _as_in(CheckpointSpec, "keep_last")
 
 
-def no_step(body: Mapping[str, Any]) -> Iterator[Problem]:
-    """A ``step`` that is none."""
-    step = body.get("step")
-    if step is not None and (type(step) is not int or not 0 <= step <= LARGEST):
-        yield Problem("/step", "must be a whole number, 0 or more")
+class ResumeBody(OptionalBody):
+    """What is to change as the run continues; ``step``: at which checkpoint, the newest if None."""
+
+    model_config = ConfigDict(json_schema_extra=without_defaults)
+
+    epochs: Any = _as_in(TrainingSpec, "epochs")
+    max_steps: Any = _as_in(TrainingSpec, "max_steps")
+    resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
+    step: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
 
 
 def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, Any], host: Host) -> JobSpec:

@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query
 
 from contract.parsing import Problem
 from contract.rundir import RunDir
-from service.answers import written
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import Services, ServicesNeeded
 from service.errors import LogNotFound, RequestInvalid, with_problems
 from service.jobs import logs, store
@@ -23,11 +24,10 @@ Attempt = Annotated[int | None, Query(ge=1, le=LARGEST)]
 Rank = Annotated[str, Query(max_length=20)]
 Place = Annotated[int, Query(ge=0, le=LARGEST)]
 
-router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["products"])
+router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
 
 
 @router.get("")
-@written()
 def log(
     services: ServicesNeeded,
     job_id: str,
@@ -50,7 +50,6 @@ def log(
 
 
 @router.get("/lines")
-@written()
 def log_lines(
     services: ServicesNeeded,
     job_id: str,
@@ -66,7 +65,6 @@ def log_lines(
 
 
 @router.get("/search")
-@written()
 def log_search(
     services: ServicesNeeded,
     job_id: str,

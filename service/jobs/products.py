@@ -4,50 +4,45 @@ from fastapi import APIRouter
 from sqlalchemy import select
 
 from contract.parsing import Problem
-from service.answers import written
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store, views
-from service.jobs.listing import Pages
+from service.jobs.listing import page_of
 from service.jobs.routes import Limit, Text
 from service.shapes import Attempt, Checkpoint, Event, Page, Sample
 from service.tables import AttemptRow, CheckpointRow, EventRow, SampleRow
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["products"])
-
-CHECKPOINTS, EVENTS, SAMPLES = Pages.of(CheckpointRow, newest_first=True), Pages.of(EventRow), Pages.of(SampleRow)
+router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
 
 
 @router.get("/checkpoints")
-@written()
 def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
     """Published checkpoints that are there, newest first."""
     with services.database.look() as connection:
-        rows, more = CHECKPOINTS.read(connection, job_id, limit, after)
+        rows, more = page_of(connection, CheckpointRow, job_id, limit, after, newest_first=True)
     # The disk is looked at outside of the transaction: somebody may have removed one by hand.
     return Page(data=[views.show_checkpoint(row) for row in rows if views.there(row)], has_more=more)
 
 
 @router.get("/events")
-@written()
 def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
     """What happened, oldest first: changes of status, warnings, saves, restarts, and who asked."""
     with services.database.look() as connection:
-        rows, more = EVENTS.read(connection, job_id, limit, after)
+        rows, more = page_of(connection, EventRow, job_id, limit, after)
     return Page(data=[views.show_event(row) for row in rows], has_more=more)
 
 
 @router.get("/samples")
-@written()
 def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
     """Texts the model wrote, oldest first."""
     with services.database.look() as connection:
-        rows, more = SAMPLES.read(connection, job_id, limit, after)
+        rows, more = page_of(connection, SampleRow, job_id, limit, after)
     return Page(data=[views.show_sample(row) for row in rows], has_more=more)
 
 
 @router.get("/attempts")
-@written()
 def attempts(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Attempt]:
     """Every launch, oldest first: why it began, from which step, how it ended."""
     with services.database.read() as session:

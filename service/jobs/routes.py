@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Body, Header, Query, Response
 from sqlalchemy.orm import Session
 
 from contract.parsing import Problem
@@ -14,11 +14,14 @@ from contract.spec import JobSpec
 from contract.status import JobStatus
 from service import logs
 from service.access.callers import Caller, CallerNeeded
-from service.answers import sent, threaded, written
+from service.access.scopes import READ, SUBMIT
+from service.answers import ServiceRoute, json_response
+from service.bodies import NO_FIELDS, JsonBody
 from service.checkpoints import sameness
 from service.context import Services, ServicesNeeded
 from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
 from service.jobs import actions, changes, files, gathering, listing, store, views
+from service.jobs.changes import PatchJobBody, ResumeBody
 from service.jobs.facts import known_at_submit
 from service.jobs.gathering import Gathered
 from service.jobs.rules import Action
@@ -27,7 +30,6 @@ from service.launch.slurm import SLURM
 from service.scheduler.apply import utc_now
 from service.shapes import Job, Page
 from service.tables import JobRow
-from service.web import JsonBody, described
 
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -36,16 +38,31 @@ Text = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
 Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
-router = APIRouter(tags=["jobs"])
+SPEC_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
+    }
+}
+"""What the OpenAPI document says of a body that is a job spec, which the endpoint parses itself."""
+
+_LOCATION = {"Location": {"description": "Address of the job.", "schema": {"type": "string"}}}
+SUBMITTED: dict[int | str, dict[str, Any]] = {
+    201: {"headers": _LOCATION},
+    200: {"model": Job, "headers": _LOCATION, "description": "It was submitted before, under the same key."},
+}
+
+router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
-def body_of(schema: str) -> dict[str, Any]:
-    """The request body in the OpenAPI document: one of its schemas."""
-    return described({"$ref": f"#/components/schemas/{schema}"})
-
-
-@router.post("/jobs", status_code=201, response_model=Job, openapi_extra=body_of("JobSpec"))
-@threaded
+@router.post(
+    "/jobs",
+    status_code=201,
+    dependencies=[SUBMIT],
+    response_model=Job,
+    responses=SUBMITTED,
+    openapi_extra=SPEC_BODY,
+)
 def submit(
     services: ServicesNeeded,
     caller: CallerNeeded,
@@ -74,7 +91,7 @@ class Made:
 def announced(services: Services, made: Made) -> Response:
     """The answer to who submitted it: 201, or 200 where it was there before."""
     job = _shown(services, made.found) if made.found is not None else show(services, made.job_id)
-    return sent(job, 201 if made.created_now else 200, {"Location": f"/jobs/{made.job_id}"})
+    return json_response(job, 201 if made.created_now else 200, {"Location": f"/jobs/{made.job_id}"})
 
 
 def replayed(services: Services, key: str | None, digest: str) -> Made | None:
@@ -134,8 +151,7 @@ def _shown(services: Services, found: Gathered) -> Job:
     return views.show_all(found, services.scheduler.waiting)[0]
 
 
-@router.get("/jobs")
-@written()
+@router.get("/jobs", dependencies=[READ])
 def list_jobs(
     services: ServicesNeeded,
     status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
@@ -159,18 +175,21 @@ def list_jobs(
     return Page(data=views.show_all(found, services.scheduler.waiting), has_more=has_more)
 
 
-@router.get("/jobs/{job_id}")
-@written()
+@router.get("/jobs/{job_id}", dependencies=[READ])
 def get_job(services: ServicesNeeded, job_id: str) -> Job:
     """One job."""
     return show(services, job_id)
 
 
-@router.patch("/jobs/{job_id}")
-@written()
-def patch_job(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
+@router.patch("/jobs/{job_id}", dependencies=[SUBMIT])
+def patch_job(
+    services: ServicesNeeded,
+    caller: CallerNeeded,
+    job_id: str,
+    body: PatchJobBody = Body(default_factory=PatchJobBody),
+) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`; a live run takes them over."""
-    asked = changes.read(body, changes.PATCH_FIELDS)
+    asked = body.given()
     with services.database.look() as connection:
         before = gathering.spec_of(connection, job_id)
     spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)
@@ -182,29 +201,25 @@ def patch_job(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body:
     return _shown(services, found)
 
 
-@router.post("/jobs/{job_id}/pause", status_code=202)
-@written(202)
-def pause(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
+@router.post("/jobs/{job_id}/pause", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+def pause(services: ServicesNeeded, caller: CallerNeeded, job_id: str) -> Job:
     """Save and stop; the job can be resumed."""
-    return _stop(services, caller, job_id, "pause", body)
+    return _stop(services, caller, job_id, "pause")
 
 
-@router.post("/jobs/{job_id}/cancel", status_code=202)
-@written(202)
-def cancel(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
+@router.post("/jobs/{job_id}/cancel", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+def cancel(services: ServicesNeeded, caller: CallerNeeded, job_id: str) -> Job:
     """Save and stop for good."""
-    return _stop(services, caller, job_id, "cancel", body)
+    return _stop(services, caller, job_id, "cancel")
 
 
-@router.post("/jobs/{job_id}/kill", status_code=202)
-@written(202)
-def kill(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
+@router.post("/jobs/{job_id}/kill", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+def kill(services: ServicesNeeded, caller: CallerNeeded, job_id: str) -> Job:
     """Stop now; nothing is saved."""
-    return _stop(services, caller, job_id, "kill", body)
+    return _stop(services, caller, job_id, "kill")
 
 
-def _stop(services: Services, by: Caller, job_id: str, action: Action, body: object) -> Job:
-    changes.read(body, {})
+def _stop(services: Services, by: Caller, job_id: str, action: Action) -> Job:
     with services.database.write() as session:
         actions.stop(session, job_id, action, by, utc_now())
         found = as_changed(session, job_id)
@@ -212,11 +227,9 @@ def _stop(services: Services, by: Caller, job_id: str, action: Action, body: obj
     return _shown(services, found)
 
 
-@router.post("/jobs/{job_id}/save", status_code=202)
-@written(202)
-def save(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
+@router.post("/jobs/{job_id}/save", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
+def save(services: ServicesNeeded, caller: CallerNeeded, job_id: str) -> Job:
     """Write a checkpoint at the next step, and go on."""
-    changes.read(body, {})
     with services.database.write() as session:
         attempt = actions.save(session, job_id, caller, utc_now())
         found = as_changed(session, job_id)
@@ -224,16 +237,19 @@ def save(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: Json
     return _shown(services, found)
 
 
-@router.post("/jobs/{job_id}/resume", status_code=202)
-@written(202)
-def resume(services: ServicesNeeded, caller: CallerNeeded, job_id: str, body: JsonBody) -> Job:
+@router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
+def resume(
+    services: ServicesNeeded,
+    caller: CallerNeeded,
+    job_id: str,
+    body: ResumeBody = Body(default_factory=ResumeBody),
+) -> Job:
     """Go on from the newest valid checkpoint, or anew where there is none; or back at the checkpoint of `step`.
 
     Newer checkpoints than `step` are set aside on disk when the attempt begins, and no longer listed. 409 `run_differs`
     where the corpus, the vocabulary or the shape is not the one that the checkpoint was saved with.
     """
-    asked = changes.read(body, changes.RESUME_FIELDS, changes.no_step)
-    step: int | None = asked.get("step")
+    asked, step = body.given(), body.step
     with services.database.read() as session:
         under_way = actions.resume_under_way(session, job_id, bool(asked))
     if not under_way:
@@ -269,7 +285,7 @@ def _spec_of(services: Services, job_id: str) -> JobRow:
         return store.find(session, job_id)
 
 
-@router.delete("/jobs/{job_id}", status_code=204)
+@router.delete("/jobs/{job_id}", status_code=204, dependencies=[SUBMIT])
 def delete(services: ServicesNeeded, job_id: str) -> None:
     """Remove the record and the files of a job that has ended."""
     job = _spec_of(services, job_id)

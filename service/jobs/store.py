@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import bindparam, delete, insert, select, update
+from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -24,13 +24,6 @@ from service.webhooks import outbox
 
 LAST_ALERTS = 20
 
-# Built once: nearly every request runs some of them.
-FOUND = select(JobRow).where(JobRow.id == bindparam("job_id"))
-LOCKED = FOUND.with_for_update()
-WRITTEN_DOWN = insert(EventRow).returning(EventRow.number)
-UNLABELLED = delete(LabelRow).where(LabelRow.job_id == bindparam("of_job"))
-LABELLED = insert(LabelRow)
-
 log = logging.getLogger("trainyard")
 
 
@@ -40,7 +33,7 @@ class ImpossibleTransition(RuntimeError):
 
 def find(session: Session, job_id: str) -> JobRow:
     """The job. Raises JobNotFound, also for what cannot be an id."""
-    job = session.scalar(FOUND, {"job_id": job_id}) if JOB_ID.fullmatch(job_id) else None
+    job = session.scalar(select(JobRow).where(JobRow.id == job_id)) if JOB_ID.fullmatch(job_id) else None
     if job is None:
         raise JobNotFound()
     return job
@@ -50,7 +43,7 @@ def lock(session: Session, job_id: str) -> JobRow:
     """The job, for changing it: nobody else changes it or its attempts before this transaction ends."""
     if not JOB_ID.fullmatch(job_id):
         raise JobNotFound()
-    job = session.scalar(LOCKED, {"job_id": job_id})
+    job = session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
     if job is None:
         raise JobNotFound()
     return job
@@ -97,7 +90,7 @@ def _write_down(session: Session, job: JobRow, note: Note, now: datetime) -> Eve
         "data": note.data or {},
         "at": now,
     }
-    number = session.connection().execute(WRITTEN_DOWN, event).scalar_one()
+    number = session.connection().execute(insert(EventRow).returning(EventRow.number), event).scalar_one()
     return EventRow(number=number, **event)
 
 
@@ -169,14 +162,15 @@ def create(
 
 def put_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
     """Make ``labels`` the job's labels."""
-    session.connection().execute(UNLABELLED, {"of_job": job.id})
+    session.connection().execute(delete(LabelRow).where(LabelRow.job_id == job.id))
     _add_labels(session, job, labels)
     job.labels = labels
 
 
 def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
     if labels:
-        session.connection().execute(LABELLED, [{"job_id": job.id, "key": k, "value": v} for k, v in labels.items()])
+        rows = [{"job_id": job.id, "key": key, "value": value} for key, value in labels.items()]
+        session.connection().execute(insert(LabelRow), rows)
 
 
 def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:

@@ -14,27 +14,30 @@ from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
 from contract.parsing import Problem
-from service.answers import threaded
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store as jobs
 from service.metrics import ancestry, sealing, store, summaries
 from service.metrics.buckets import BUCKET_FIELDS, buckets, width
+from service.shapes import MetricPage
 from service.tables import JobRow
 
 LARGEST = 2**53 - 1
 DEFAULT_LIMIT = 1000
 LARGEST_LIMIT = 10_000
 NONFINITE = "nonfinite"
+_TEXT = {"schema": {"type": "string"}}
+ROWS: dict[str, Any] = {"content": {"text/csv": _TEXT, "application/x-ndjson": _TEXT}}
 
 Step = Annotated[int, Query(ge=0, le=LARGEST)]
 Count = Annotated[int, Query(ge=1, le=LARGEST_LIMIT)]
 
-router = APIRouter(tags=["metrics"])
+router = APIRouter(tags=["metrics"], route_class=ServiceRoute)
 
 
-@router.get("/jobs/{job_id}/metrics")
-@threaded
+@router.get("/jobs/{job_id}/metrics", dependencies=[READ], response_model=MetricPage, responses={200: ROWS})
 def metrics(
     request: Request,
     services: ServicesNeeded,

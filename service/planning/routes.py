@@ -8,21 +8,23 @@ from sqlalchemy.orm import Session
 
 from contract.spec import JobSpec
 from contract.status import JobStatus
+from service.access.scopes import SUBMIT
+from service.answers import ServiceRoute
+from service.bodies import JsonBody
 from service.context import Services, ServicesNeeded
 from service.devices.inventory import Device
-from service.jobs.routes import body_of
+from service.jobs.routes import SPEC_BODY
 from service.jobs.specs import accept, kind_of
 from service.launch.slurm import SLURM
 from service.planning.forecast import Line, forecast, look
 from service.planning.history import pace
 from service.shapes import Forecast
 from service.tables import JobRow, LeaseRow
-from service.web import JsonBody
 
-router = APIRouter(tags=["jobs"])
+router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
-@router.post("/jobs/plan", openapi_extra=body_of("JobSpec"))
+@router.post("/jobs/plan", dependencies=[SUBMIT], openapi_extra=SPEC_BODY)
 def plan(services: ServicesNeeded, body: JsonBody) -> Forecast:
     """What the run of this spec would be: size, memory, disk, time, and what to know before. Nothing is stored.
 

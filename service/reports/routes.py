@@ -1,34 +1,50 @@
 """What agents call: their outbox lines, their signs of life, their last word. Each with its attempt's own token."""
 
+import asyncio
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Request
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from contract.report import Ack, EventBatch, ExitReport, Heartbeat
+from contract.parsing import Problem, plain, pointer_to
+from contract.report import Ack, EventBatch, ExitReport, Heartbeat, Message
 from service import logs
-from service.answers import threaded, written
+from service.access.scopes import ATTEMPT
+from service.answers import ServiceRoute
+from service.bodies import JsonBody
 from service.context import Services, ServicesNeeded
+from service.errors import RequestInvalid, with_problems
 from service.jobs import store
 from service.metrics.progress import after_heartbeat
 from service.reports import ending, ingest
 from service.scheduler.apply import utc_now
 from service.tables import AttemptRow, JobRow
-from service.web import JsonBody, as_model, bearer
+from service.web import bearer
 
 HEARD_AGAIN = timedelta(seconds=2)
 """Signs of life that come closer together are answered and not written: each write is a commit to the disk."""
 
-router = APIRouter(prefix="/internal/attempts/{attempt_id}", include_in_schema=False)
+MAX_PROBLEMS = 20
+
+M = TypeVar("M", bound=Message)
+
+router = APIRouter(
+    prefix="/internal/attempts/{attempt_id}", include_in_schema=False, dependencies=[ATTEMPT], route_class=ServiceRoute
+)
 
 
-@threaded
-def _reporting(services: ServicesNeeded, request: Request, attempt_id: str) -> AttemptRow:
-    """The attempt, for the one who has its token; asked before any of the body is read. Raises Unauthorized."""
+async def _reporting(services: ServicesNeeded, request: Request, attempt_id: str) -> AttemptRow:
+    """Return the attempt if the request has its token; runs before the body is read. Raises Unauthorized."""
+    token = bearer(request.headers.get("authorization"))
+    return await asyncio.to_thread(_authenticated, services, attempt_id, token)
+
+
+def _authenticated(services: Services, attempt_id: str, token: str) -> AttemptRow:
     with services.database.read() as session:
-        attempt = ingest.authenticate(session, attempt_id, bearer(request.headers.get("authorization")))
+        attempt = ingest.authenticate(session, attempt_id, token)
     logs.note(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
     return attempt
 
@@ -38,10 +54,9 @@ Reporting = Annotated[AttemptRow, Depends(_reporting)]
 
 
 @router.post("/events")
-@written()
 def events(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """Store lines. ``acked`` is the last one that is stored for good."""
-    batch = as_model(EventBatch, body)
+    batch = _message(EventBatch, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         ingest.hear(session, job, attempt, utc_now())
@@ -63,10 +78,9 @@ def _age(at: object) -> float:
 
 
 @router.post("/heartbeat")
-@written()
 def heartbeat(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """Note a sign of life."""
-    beat = as_model(Heartbeat, body)
+    beat = _message(Heartbeat, body)
     now = utc_now()
     if reporting.heard_at is not None and now - reporting.heard_at < HEARD_AGAIN:
         with services.database.read() as session:
@@ -81,10 +95,9 @@ def heartbeat(services: ServicesNeeded, reporting: Reporting, body: JsonBody) ->
 
 
 @router.post("/exit")
-@written()
 def exit_(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
     """The attempt has ended and nothing of it lives. Where lines are missing, the scheduler fetches them first."""
-    report = as_model(ExitReport, body)
+    report = _message(ExitReport, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         if attempt.acked_seq >= report.last_seq:
@@ -94,6 +107,15 @@ def exit_(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack
     services.pulse.nudge(reporting.job_id)
     services.scheduler.wake()
     return acked
+
+
+def _message(kind: type[M], body: object) -> M:
+    """Return the body as a message. Raises RequestInvalid with the first mistakes."""
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        found = error.errors(include_input=False, include_url=False, include_context=False)[:MAX_PROBLEMS]
+        raise with_problems(RequestInvalid, [Problem(pointer_to(*e["loc"]), plain(e["msg"])) for e in found]) from None
 
 
 Work = Callable[[Session, JobRow, AttemptRow], None]

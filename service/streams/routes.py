@@ -7,6 +7,8 @@ from fastapi.responses import Response
 
 from contract.parsing import Problem
 from contract.rundir import RunDir
+from service.access.scopes import READ
+from service.answers import ServiceRoute
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs.log_routes import AGENT, require_good
@@ -19,7 +21,7 @@ DEFAULT_TAIL = 200
 LastEventId = Annotated[str | None, Header(max_length=100)]
 DESCRIBED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["streams"])
+router = APIRouter(prefix="/jobs/{job_id}", tags=["streams"], dependencies=[READ], route_class=ServiceRoute)
 
 
 @router.get("/metrics/stream", response_class=Response, responses=DESCRIBED)

@@ -4,13 +4,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from contract.parsing import Problem, plain, pointer_to, printable
+from contract.parsing import Problem
 from contract.status import JobStatus
+from service.bodies import OptionalBody, StrictBody, without_defaults
 from service.errors import RequestInvalid, with_problems
 from service.webhooks.addresses import Network, mistake
-from service.webhooks.rules import KINDS, AnyRule
+from service.webhooks.rules import AnyRule
 
 STATUS_EVENTS = tuple(f"job.{status}" for status in JobStatus)
 EVENTS = ("job.created", *STATUS_EVENTS, "job.checkpoint", "job.warning")
@@ -31,82 +32,62 @@ def _known_event(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
+Url = Annotated[str, Field(max_length=2000, description="http or https; an address that is not public is refused")]
 EventName = Annotated[str, Field(max_length=40), AfterValidator(_known_event)]
 LabelKey = Annotated[Text, Field(min_length=1, max_length=100)]
 LabelValue = Annotated[Text, Field(max_length=300)]
 
 
-class NewWebhook(BaseModel):
-    """Where to send, and what: ``events`` of jobs with all these ``labels``, of one job or of all; and ``rules``."""
+class WebhookSettings(StrictBody):
+    """What a webhook sends: ``events`` of jobs with all these ``labels``; and ``rules``."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    url: Annotated[str, Field(max_length=2000, description="http or https; an address that is not public is refused")]
     description: Annotated[Text, Field(max_length=300)] = ""
-    events: Annotated[list[EventName], Field(max_length=len(EVENTS) + 1)] = list(STATUS_EVENTS)
-    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=20)] = {}
-    job_id: Annotated[Text, Field(max_length=40)] | None = None
-    rules: Annotated[list[AnyRule], Field(max_length=20)] = []
+    events: list[EventName] = Field(max_length=len(EVENTS) + 1, default=list(STATUS_EVENTS))
+    labels: dict[LabelKey, LabelValue] = Field(max_length=20, default={})
+    rules: list[AnyRule] = Field(max_length=20, default=[])
     enabled: bool = True
 
-
-FIXED = "job_id"
-"""Which job it is about is what a webhook is; all else may change."""
-
-
-def described_changes(ref_template: str) -> dict[str, Any]:
-    """What the OpenAPI document says of the body of a change."""
-    properties = NewWebhook.model_json_schema(ref_template=ref_template)["properties"]
-    for leaf in properties.values():
-        leaf.pop("default", None)
-    properties.pop(FIXED)
-    return {"type": "object", "additionalProperties": False, "properties": properties}
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if not _is_text(value):
+            raise ValueError("holds a lone surrogate, which is no text")
+        return value
 
 
-def read(body: object, networks: Sequence[Network]) -> NewWebhook:
-    """A new webhook. Raises RequestInvalid."""
-    if not isinstance(body, dict):
-        raise with_problems(RequestInvalid, [Problem("", "must be a JSON object")])
-    if not _is_text(body):
-        raise with_problems(RequestInvalid, [Problem("", "holds a lone surrogate, which is no text")])
-    try:
-        asked = NewWebhook.model_validate(body)
-    except ValidationError as error:
-        raise with_problems(RequestInvalid, [_problem(found) for found in _errors(error)]) from None
+class NewWebhook(WebhookSettings):
+    """Where to send, and what: ``events`` of jobs with all these ``labels``, of one job or of all; and ``rules``."""
+
+    url: Url
+    job_id: Annotated[Text, Field(max_length=40)] | None = None
+
+
+class PatchWebhookBody(WebhookSettings, OptionalBody):
+    """What is to change of a webhook: the fields that are given. Which job it is about cannot change."""
+
+    model_config = ConfigDict(json_schema_extra=without_defaults)
+
+    url: Url = ""
+
+
+def require_allowed(asked: NewWebhook, networks: Sequence[Network]) -> None:
+    """Raise RequestInvalid if the URL's address must not be sent to."""
     why = mistake(asked.url, networks)
     if why is not None:
         raise with_problems(RequestInvalid, [Problem("/url", why)])
+
+
+def changed(before: Mapping[str, Any], changes: PatchWebhookBody, networks: Sequence[Network]) -> NewWebhook:
+    """Return the webhook with the changes in their places. Raises RequestInvalid."""
+    asked = NewWebhook.model_validate({**before, **changes.given()})
+    require_allowed(asked, networks)
     return asked
 
 
-def changed(before: Mapping[str, Any], body: object, networks: Sequence[Network]) -> NewWebhook:
-    """The webhook with what the body says in its place. Raises RequestInvalid."""
-    if isinstance(body, dict) and FIXED in body:
-        raise with_problems(RequestInvalid, [Problem(f"/{FIXED}", "cannot be changed: make another webhook")])
-    if body is not None and not isinstance(body, dict):
-        raise with_problems(RequestInvalid, [Problem("", "must be a JSON object")])
-    return read({**before, **(body or {})}, networks)
-
-
-def _is_text(body: Mapping[str, Any]) -> bool:
+def _is_text(body: Any) -> bool:
     """Whether it can be written as UTF-8; pydantic would put other characters in the place of those that cannot."""
     try:
-        json.dumps(body, ensure_ascii=False).encode()
+        json.dumps(body, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _errors(error: ValidationError) -> list[Any]:
-    return error.errors(include_input=False, include_url=False, include_context=False)
-
-
-def _problem(found: Any) -> Problem:
-    place, message = [str(part) for part in found["loc"]], plain(found["msg"])
-    if place[:1] == ["rules"] and len(place) > 2:
-        del place[2]  # the kind of the rule, by which pydantic tells them apart
-    if found["type"].startswith("union_tag"):
-        place, message = [*place, "kind"], "must be one of " + ", ".join(KINDS)
-    if found["type"] == "extra_forbidden":
-        message = "is not a field here"
-    return Problem(pointer_to(*(printable(part) for part in place if part != "[key]")), message)

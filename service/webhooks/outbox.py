@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import bindparam, func, or_, select
+from sqlalchemy import func, or_, select
 from sqlalchemy.orm import Session
 
 from service.jobs.failing import failure
@@ -22,18 +22,16 @@ from service.webhooks.shapes import JobNews, News, Payload
 PENDING, DELIVERED, FAILED = "pending", "delivered", "failed"
 TYPES = {"created": "job.created", "checkpoint": "job.checkpoint", "warning": "job.warning"}
 
-_ABOUT = or_(WebhookRow.job_id.is_(None), WebhookRow.job_id == bindparam("job_id"))
-_WANTED = select(WebhookRow.id, WebhookRow.events, WebhookRow.labels).where(WebhookRow.enabled.is_(True), _ABOUT)
-HEARING = _WANTED.order_by(WebhookRow.number)
-"""Asked at every event, so built once."""
-
 
 def post(session: Session, job: JobRow, event: EventRow) -> None:
     """Put the event into the box of every webhook that wants it. ``event`` has its number, ``job`` is as it left it."""
     kind = _type_of(event)
     if kind is None:
         return
-    for webhook_id, events, labels in session.connection().execute(HEARING, {"job_id": job.id}).all():
+    about = or_(WebhookRow.job_id.is_(None), WebhookRow.job_id == job.id)
+    columns = select(WebhookRow.id, WebhookRow.events, WebhookRow.labels)
+    query = columns.where(WebhookRow.enabled.is_(True), about).order_by(WebhookRow.number)
+    for webhook_id, events, labels in session.connection().execute(query).all():
         if (kind in events or ALL in events) and fits(labels, job.labels):
             put(session, webhook_id, kind, job, event)
 

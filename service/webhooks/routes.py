@@ -1,38 +1,38 @@
 """Webhooks: who is to hear of jobs, what they were sent, and whether it arrived."""
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query, Response
+from fastapi import APIRouter, Body, Path, Query, Response
 
+from service.access.scopes import SUBMIT
+from service.answers import ServiceRoute, json_response
+from service.bodies import NO_FIELDS
 from service.context import ServicesNeeded
-from service.jobs import changes
-from service.jobs.routes import Limit, Text, body_of
+from service.jobs.routes import Limit, Text
 from service.scheduler.apply import utc_now
 from service.shapes import Page
 from service.tables import DeliveryRow, WebhookRow
-from service.web import JsonBody, described
 from service.webhooks import asked, store
-from service.webhooks.asked import described_changes
+from service.webhooks.asked import NewWebhook, PatchWebhookBody
 from service.webhooks.shapes import Delivery, DeliveryWithPayload, Try, Webhook, WebhookWithSecret
 
 LARGEST = (1 << 63) - 1
-CHANGES = described(described_changes("#/components/schemas/{model}"))
+LOCATION: dict[str, Any] = {"headers": {"Location": {"description": "Address of it.", "schema": {"type": "string"}}}}
 
 Number = Annotated[int, Path(ge=0, le=LARGEST)]
 After = Annotated[int | None, Query(ge=0, le=LARGEST)]
 
-router = APIRouter(prefix="/webhooks", tags=["webhooks"])
+router = APIRouter(prefix="/webhooks", tags=["webhooks"], dependencies=[SUBMIT], route_class=ServiceRoute)
 
 
-@router.post("", status_code=201, openapi_extra=body_of("NewWebhook"))
-def create_webhook(services: ServicesNeeded, response: Response, body: JsonBody) -> WebhookWithSecret:
+@router.post("", status_code=201, response_model=WebhookWithSecret, responses={201: LOCATION})
+def create_webhook(services: ServicesNeeded, wanted: NewWebhook) -> Response:
     """Send events to `url`, signed. The answer is the only one that has the secret."""
-    wanted = asked.read(body, services.settings.webhook_networks)
+    asked.require_allowed(wanted, services.settings.webhook_networks)
     with services.database.write() as session:
         row = store.create(session, wanted, utc_now())
-    response.headers["Location"] = f"/webhooks/{row.id}"
-    return _with_secret(row)
+    return json_response(_with_secret(row), 201, {"Location": f"/webhooks/{row.id}"})
 
 
 @router.get("")
@@ -50,12 +50,16 @@ def get_webhook(services: ServicesNeeded, webhook_id: str) -> Webhook:
         return _shown(store.find(session, webhook_id))
 
 
-@router.patch("/{webhook_id}", openapi_extra=CHANGES)
-def patch_webhook(services: ServicesNeeded, webhook_id: str, body: JsonBody) -> Webhook:
+@router.patch("/{webhook_id}")
+def patch_webhook(
+    services: ServicesNeeded,
+    webhook_id: str,
+    changes: PatchWebhookBody = Body(default_factory=PatchWebhookBody),
+) -> Webhook:
     """Change `url`, `description`, `events`, `labels`, `rules`, `enabled`. One that is switched on begins anew."""
     with services.database.write() as session:
         row = store.find(session, webhook_id, lock=True)
-        wanted = asked.changed(store.asked_of(row), body, services.settings.webhook_networks)
+        wanted = asked.changed(store.asked_of(row), changes, services.settings.webhook_networks)
         store.change(session, row, wanted, utc_now())
     services.sender.wake()
     return _shown(row)
@@ -68,20 +72,18 @@ def delete_webhook(services: ServicesNeeded, webhook_id: str) -> None:
         store.remove(session, webhook_id)
 
 
-@router.post("/{webhook_id}/rotate")
-def rotate_webhook_secret(services: ServicesNeeded, webhook_id: str, body: JsonBody) -> WebhookWithSecret:
+@router.post("/{webhook_id}/rotate", dependencies=[NO_FIELDS])
+def rotate_webhook_secret(services: ServicesNeeded, webhook_id: str) -> WebhookWithSecret:
     """A new secret, shown once. For 24 hours both sign."""
-    changes.read(body, {})
     with services.database.write() as session:
         row = store.find(session, webhook_id, lock=True)
         store.rotate(row, utc_now())
     return _with_secret(row)
 
 
-@router.post("/{webhook_id}/test", status_code=202)
-def test_webhook(services: ServicesNeeded, webhook_id: str, body: JsonBody) -> Delivery:
+@router.post("/{webhook_id}/test", status_code=202, dependencies=[NO_FIELDS])
+def test_webhook(services: ServicesNeeded, webhook_id: str) -> Delivery:
     """Send `webhook.test` once, also where it is switched off. What came of it is in the delivery."""
-    changes.read(body, {})
     with services.database.write() as session:
         row = store.test(session, webhook_id, utc_now())
     services.sender.wake()
@@ -110,10 +112,9 @@ def get_delivery(services: ServicesNeeded, webhook_id: str, delivery_id: Number)
     return DeliveryWithPayload(**vars(_delivery(row)), payload=json.loads(row.body))
 
 
-@router.post("/{webhook_id}/deliveries/{delivery_id}/redeliver", status_code=202)
-def redeliver(services: ServicesNeeded, webhook_id: str, delivery_id: Number, body: JsonBody) -> Delivery:
+@router.post("/{webhook_id}/deliveries/{delivery_id}/redeliver", status_code=202, dependencies=[NO_FIELDS])
+def redeliver(services: ServicesNeeded, webhook_id: str, delivery_id: Number) -> Delivery:
     """Send it once more, under the same event id; one that still waits is sent at once."""
-    changes.read(body, {})
     with services.database.write() as session:
         row = store.redeliver(session, webhook_id, delivery_id, utc_now())
     services.sender.wake()

@@ -54,7 +54,6 @@ class EvalLossBelow(Rule):
 
 
 AnyRule = Annotated[NonFinite | NoProgress | Plateau | EvalLossBelow, Field(discriminator="kind")]
-KINDS = ("nonfinite", "no_progress", "plateau", "eval_loss_below")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from sqlalchemy import event, select
 
@@ -19,11 +21,14 @@ from service import web
 from service.access import gatekeeper
 from service.access.callers import RESERVED, Caller
 from service.access.gatekeeper import Gatekeeper
-from service.access.scopes import ATTEMPT, NEEDS, OPEN
+from service.access.scopes import ADMIN, READ, scopes_of
+from service.answers import ServiceRoute
+from service.app import ROUTERS, create_app
 from service.errors import Unauthorized
 from service.scheduler.apply import utc_now
 from service.tables import TokenRow
 from tests.service.conftest import MakeRig
+from tests.service.needs import ATTEMPT, NEEDS, OPEN
 from tests.service.rig import Rig
 from tests.service.served import Reader, served
 
@@ -79,6 +84,7 @@ def test_the_table_has_every_route_and_no_other(rig: Rig) -> None:
     there = list(all_routes(rig.app.routes))
     ours = [route for route in there if isinstance(route, APIRoute)]
     assert {(method, route.path) for route in ours for method in route.methods or ()} == set(NEEDS)
+    assert scopes_of(ours) == NEEDS
     assert {route.path for route in there if not isinstance(route, APIRoute)} == NOT_OURS
 
 
@@ -106,15 +112,40 @@ def test_each_route_asks_for_its_scope(make_rig: MakeRig, sqlite_url: str) -> No
         assert rig.client.get(path, headers=bearer(tokens[Scope.READ])).status_code == 200
 
 
-def test_a_route_that_nobody_thought_of_is_for_admins(guarded: Rig) -> None:
-    token = created(guarded, scope="submit")
+def forgotten() -> str:
+    return "secret"
 
-    @guarded.app.get("/forgotten")
-    def forgotten() -> str:
-        return "secret"
 
-    assert status(guarded, token, "/forgotten") == 403
-    assert guarded.client.get("/forgotten").status_code == 200
+def test_a_route_without_a_scope_cannot_be_added(guarded: Rig) -> None:
+    router = APIRouter(route_class=ServiceRoute)
+    for add in (guarded.app.get, router.get):
+        with pytest.raises(RuntimeError, match="must declare one scope"):
+            add("/forgotten")(forgotten)
+    assert guarded.client.get("/forgotten").status_code == 404
+
+
+def test_an_app_with_a_route_without_a_scope_cannot_be_built(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if its router has the framework's own class of routes."""
+    module = SimpleNamespace(router=APIRouter())
+    module.router.get("/forgotten")(forgotten)
+    monkeypatch.setattr("service.app.ROUTERS", (*ROUTERS, module))
+    with pytest.raises(RuntimeError, match="must declare one scope"):
+        create_app(rig.app.state.services)
+
+
+def test_a_route_with_two_scopes_cannot_be_added() -> None:
+    """The reader of the route would have to work out which of them counts."""
+    router = APIRouter(route_class=ServiceRoute, dependencies=[READ])
+    with pytest.raises(RuntimeError, match="must declare one scope"):
+        router.get("/twice", dependencies=[ADMIN])(forgotten)
+
+
+def test_a_scope_is_checked_before_the_body_is_judged(guarded: Rig) -> None:
+    token = created(guarded, "reader")
+    for path in ("/tokens", "/webhooks", "/jobs", f"/jobs/{guarded.submit()}/resume"):
+        for content in (b"{", b"[]", b'{"a": 1, "a": 2}'):
+            answer = guarded.client.post(path, content=content, headers=bearer(token))
+            assert answer.status_code == 403, path
 
 
 def test_what_a_scope_says(guarded: Rig) -> None:

@@ -85,11 +85,14 @@ def test_rows_of_the_curve_are_what_the_document_says(rig: Rig) -> None:
 
 
 def test_changes_are_described_by_the_job_spec(rig: Rig) -> None:
-    paths = rig.app.openapi()["paths"]
+    document = rig.app.openapi()
+    paths, schemas = document["paths"], document["components"]["schemas"]
     patch = paths["/jobs/{job_id}"]["patch"]["requestBody"]["content"]["application/json"]["schema"]
+    patch = schemas[patch["$ref"].rpartition("/")[2]]
     assert {"name", "labels", "priority", "save_interval"} <= set(patch["properties"])
     assert patch["additionalProperties"] is False
     resume = paths["/jobs/{job_id}/resume"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    resume = schemas[resume["$ref"].rpartition("/")[2]]
     assert set(resume["properties"]) == {"epochs", "max_steps", "resources", "step"}
 
 
@@ -141,6 +144,23 @@ def test_bodies_that_are_no_spec(any_rig: Rig, name: str) -> None:
         problem(any_rig.client.patch(f"/jobs/{job_id}", content=BODIES[name], headers=JSON), 409, 422)
         problem(any_rig.client.post(f"/jobs/{job_id}/resume", content=BODIES[name], headers=JSON), 409, 422)
     assert any_rig.job(job_id) == before
+
+
+def test_a_body_is_json_whatever_reads_it(rig: Rig) -> None:
+    job_id = rig.submit()
+    for path, body in (("/jobs", rig.spec()), ("/tokens", {"name": "ci"}), ("/jobs/plan", rig.spec())):
+        content = json.dumps(body).encode()
+        refused = rig.client.post(path, content=content, headers={"Content-Type": "text/plain"})
+        assert problem(refused, 415).code == "unsupported_media_type"
+        assert rig.client.post(path, content=content).is_success, "no Content-Type at all"
+        typed = {"Content-Type": "application/merge-patch+json; charset=utf-8"}
+        assert rig.client.post(path, content=content, headers=typed).status_code != 415
+    for content in (b"", b" \n", b"null", b"{}"):
+        assert rig.client.patch(f"/jobs/{job_id}", content=content, headers=JSON).status_code == 200
+        assert rig.client.post(f"/jobs/{rig.submit()}/cancel", content=content, headers=JSON).status_code == 202
+        assert problem(rig.client.post("/tokens", content=content, headers=JSON), 422).code == "invalid_request"
+    twice = rig.client.patch(f"/jobs/{job_id}", content=b'{"name": "x", "name": "y"}', headers=JSON)
+    assert problem(twice, 422).code == "invalid_json"
 
 
 NUMBERS = ["-1", "9223372036854775808", "18446744073709551616", "1" * 400, "NaN", "1e3", "0x10", "1.5", "", "٣", "a\0"]

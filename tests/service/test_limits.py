@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from contract.status import Reason
-from service import server, web
+from service import bodies, server, web
 from service.jobs import store
 from service.scheduler.apply import utc_now
 from service.settings import Settings
@@ -104,10 +104,10 @@ def test_a_body_may_be_so_deep_and_no_deeper(rig: Rig) -> None:
         return answer.status_code, answer.json()["code"], answer.json()["detail"]
 
     for open_, shut in (("[", "]"), ('{"a":', "}")):
-        for levels in (web.MOST_DEEP + 1, 500, 2000, 50_000):
+        for levels in (bodies.MAX_DEPTH + 1, 500, 2000, 50_000):
             found = code_of(open_ * levels + "1" + shut * levels)
             assert found == (422, "invalid_json", "The body is nested more than 64 levels deep."), levels
-        assert code_of(open_ * web.MOST_DEEP + "1" + shut * web.MOST_DEEP)[1] == "invalid_spec"
+        assert code_of(open_ * bodies.MAX_DEPTH + "1" + shut * bodies.MAX_DEPTH)[1] == "invalid_spec"
     wide = json.dumps({"data": {"data_path": str(rig.corpus)}, "labels": {f"k{n}": "v" for n in range(64)}})
     assert rig.client.post("/jobs", content=wide, headers={"Content-Type": "application/json"}).status_code == 201
 

@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import select, update
 
 from contract.status import Reason
-from service.access.scopes import ATTEMPT, NEEDS
 from service.tables import JobRow
+from tests.service.needs import ATTEMPT, NEEDS
 from tests.service.rig import Rig
 
 
