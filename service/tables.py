@@ -18,7 +18,7 @@ class JobRow(Table):
 
     ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
     of the curve is summed up in stretches. ``preempted_by``: the job for which this one is pausing.
-    ``lineage``: what a fork remembers of its ancestors, see `service.forks.lineage`.
+    ``lineage``: what a fork remembers of its ancestors, see `service.metrics.lineage`.
     ``submitted_by`` made it; ``queued_by`` queued it last, and has it counted against a quota.
     """
 

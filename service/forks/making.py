@@ -14,13 +14,13 @@ from contract.spec import JobSpec
 from service.access.callers import Caller
 from service.checkpoints.files import place_of
 from service.errors import StepUnavailable
-from service.forks import lineage
 from service.forks.asked import Asked, Origin
 from service.forks.links import share
 from service.jobs import store
 from service.jobs.facts import known_at_submit
 from service.jobs.specs import Host, kind_of
 from service.jobs.store import Note
+from service.metrics import lineage
 from service.metrics.progress import how_far
 from service.settings import Settings
 from service.tables import CheckpointRow, JobRow
