@@ -38,7 +38,7 @@ from service.errors import (
     from_exception,
     with_problems,
 )
-from service.jobs.store import JOB_ID
+from service.jobs.ids import JOB_ID
 from service.settings import Settings
 from service.telemetry import Telemetry
 

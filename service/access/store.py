@@ -11,7 +11,7 @@ from service.access import keys
 from service.access.keys import Grant
 from service.access.shapes import AskedToken
 from service.errors import TokenNameTaken, TokenNotFound, TokenRevoked
-from service.jobs.store import new_id
+from service.jobs.ids import new_id
 from service.tables import TokenRow
 
 ID_LETTERS = 12

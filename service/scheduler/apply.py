@@ -18,6 +18,7 @@ from contract.status import Desired, JobStatus, Reason
 from service.db import Database
 from service.errors import Conflict, JobNotFound
 from service.jobs import store
+from service.jobs.ids import new_id
 from service.jobs.store import Note
 from service.launch.base import LOCAL, AttemptName, Found, Launch, Launcher, LaunchRefused, NoAnswer, Placement, State
 from service.reports import ending, ingest
@@ -300,7 +301,7 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
     spec = _attempt_spec(job, devices)
     name = AttemptName(job.id, job.attempt + 1, spec.resources.launcher or LOCAL)
     attempt = AttemptRow(
-        id=store.new_id("att", 16),
+        id=new_id("att", 16),
         job_id=job.id,
         number=name.number,
         token_sha256=ingest.token_hash(token),

@@ -9,12 +9,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from contract.parsing import Problem, plain, pointer_to, printable
 from contract.status import JobStatus
 from service.errors import RequestInvalid, with_problems
+from service.jobs.event_outbox import ALL
 from service.webhooks.addresses import Network, mistake
 from service.webhooks.rules import KINDS, AnyRule
 
 STATUS_EVENTS = tuple(f"job.{status}" for status in JobStatus)
 EVENTS = ("job.created", *STATUS_EVENTS, "job.checkpoint", "job.warning")
-ALL = "*"
 TEST = "webhook.test"
 
 

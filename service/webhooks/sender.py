@@ -19,13 +19,13 @@ from sqlalchemy.orm import Session
 
 from service.db import Database
 from service.errors import DatabaseAway, OutcomeUnknown
+from service.jobs.event_outbox import DELIVERED, FAILED, PENDING
 from service.scheduler.apply import utc_now
 from service.scheduler.lease import Deposed, Lease, fenced
 from service.tables import DeliveryRow, WebhookRow
 from service.webhooks import backlog, signing, store
 from service.webhooks.asked import TEST
 from service.webhooks.courier import Answer, Courier
-from service.webhooks.outbox import DELIVERED, FAILED, PENDING
 from service.webhooks.schedule import PATIENCE, after_failure, pause, pick
 from service.webhooks.watch import Watcher
 
