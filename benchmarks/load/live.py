@@ -12,10 +12,10 @@ from benchmarks.load.wire import Wire
 from contract.spec import JobSpec
 from contract.status import JobStatus
 from service.access.callers import LOCAL
+from service.access.keys import token_hash
 from service.db import Database
 from service.jobs import store
 from service.jobs.ids import new_id
-from service.reports.ingest import token_hash
 from service.tables import AttemptRow
 
 

@@ -1,5 +1,6 @@
 """Makes a fork: the parent's files first, under a name that nobody knows yet, then the record in one transaction."""
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -46,7 +47,7 @@ def parent_of(session: Session, runs: Path, job_id: str, asked: Asked) -> Parent
     place = place_of(RunDir(runs / job.id).products(job.spec["checkpoint"]["save_dir"]), row.step, row.path)
     if place is None:
         raise StepUnavailable()
-    rows = job.facts.get("global_batch") or JobSpec.model_validate_json(_json(job.spec)).rows_per_step
+    rows = job.facts.get("global_batch") or JobSpec.model_validate_json(json.dumps(job.spec)).rows_per_step
     per_epoch = job.facts.get("steps_per_epoch")
     origin = Origin(row.step, job.spec, rows, base_step(job), per_epoch)
     return Parent(job, place, row.step, row.attempt, origin)
@@ -55,12 +56,6 @@ def parent_of(session: Session, runs: Path, job_id: str, asked: Asked) -> Parent
 def base_step(job: JobRow) -> int:
     """Steps that lie before the job's own schedule."""
     return int(job.facts.get("base_step") or 0)
-
-
-def _json(spec: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(spec)
 
 
 def _checkpoint(session: Session, job: JobRow, asked: Asked) -> CheckpointRow:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from contract.report import ErrorCard, ExitReport
 from contract.spec import JobSpec
 from contract.status import Desired, JobStatus, Reason
+from service.access.keys import token_hash
 from service.db import Database
 from service.errors import Conflict, JobNotFound
 from service.jobs import store
@@ -304,7 +305,7 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
         id=new_id("att", 16),
         job_id=job.id,
         number=name.number,
-        token_sha256=ingest.token_hash(token),
+        token_sha256=token_hash(token),
         trigger=job.trigger,
         devices=list(devices),
         launcher=name.launcher,
