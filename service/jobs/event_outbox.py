@@ -1,7 +1,7 @@
 """The deliveries of an event to webhooks, written in the event's own transaction: what is committed is sent.
 
-A cursor over the events would lose some on Postgres, where numbers are given before they are seen: a transaction that
-commits late has a lower number than one that was already read past.
+A cursor over the events would lose some on Postgres: a transaction that commits late has a lower number than one that
+was read already.
 """
 
 import json
@@ -27,11 +27,11 @@ TYPES = {"created": "job.created", "checkpoint": "job.checkpoint", "warning": "j
 _ABOUT = or_(WebhookRow.job_id.is_(None), WebhookRow.job_id == bindparam("job_id"))
 _WANTED = select(WebhookRow.id, WebhookRow.events, WebhookRow.labels).where(WebhookRow.enabled.is_(True), _ABOUT)
 HEARING = _WANTED.order_by(WebhookRow.number)
-"""Asked at every event, so built once."""
+"""Run at every event, so built once."""
 
 
 class JobNews(Shape):
-    """A job in a payload: as it was when the event happened, with the names that the API has for it."""
+    """A job in a payload: as it was when the event happened, with the API's field names."""
 
     object: Literal["job"] = "job"
     id: str
@@ -83,7 +83,7 @@ def _type_of(event: EventRow) -> str | None:
 
 
 def fits(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
-    """Whether a job has all the labels that are asked for."""
+    """True if a job has all the wanted labels."""
     return all(labels.get(key) == value for key, value in wanted.items())
 
 

@@ -119,7 +119,7 @@ def _positions(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, int]
 
 
 def standing(job: JobRow) -> Standing:
-    """The job as the rules see it."""
+    """Return the job as the rules see it."""
     return Standing(
         JobStatus(job.status),
         Desired(job.desired),

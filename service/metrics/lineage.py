@@ -17,7 +17,7 @@ from service.tables import AttemptRow, JobRow, MetricRow
 
 
 class Piece(NamedTuple):
-    """What attempt ``attempt`` of a job did behind step ``after``, up to and with step ``until``."""
+    """The points of attempt ``attempt`` of a job after step ``after``, up to and including ``until``."""
 
     job_id: str
     attempt: int
@@ -26,18 +26,18 @@ class Piece(NamedTuple):
 
 
 def pieces(job: JobRow) -> list[Piece]:
-    """The ancestors' points that come before the job's own, oldest first."""
+    """Return the ancestors' pieces that come before the job's own, oldest first."""
     return [Piece(**piece) for piece in (job.lineage or {}).get("curve", ())]
 
 
 def record(session: Session, parent: JobRow, step: int, attempt: int, data: str) -> dict[str, Any]:
-    """What a fork of ``parent`` at the checkpoint that ``attempt`` saved at ``step`` is to remember."""
+    """Return the lineage to store with a fork of ``parent`` at the checkpoint that ``attempt`` saved at ``step``."""
     curve = [*pieces(parent), *own_pieces(session, parent, step, attempt)]
     return {"data": data, "curve": [piece._asdict() for piece in curve]}
 
 
 def own_pieces(session: Session, job: JobRow, step: int, attempt: int | None = None) -> list[Piece]:
-    """The job's own curve up to ``step``, as it stood when ``attempt`` was the last; None: as it stands now."""
+    """Return the job's own curve up to ``step``, as it was when ``attempt`` was the last; None: as it is now."""
     query = select(AttemptRow.number, AttemptRow.start_step).where(
         AttemptRow.job_id == job.id, AttemptRow.start_step.is_not(None)
     )
@@ -53,14 +53,14 @@ def own_pieces(session: Session, job: JobRow, step: int, attempt: int | None = N
 
 
 def by_job(curve: Iterable[Piece]) -> list[tuple[str, list[Piece]]]:
-    """The pieces of each ancestor together, oldest first."""
+    """Group the pieces by ancestor, oldest first."""
     return [(job_id, list(found)) for job_id, found in groupby(curve, key=lambda piece: piece.job_id)]
 
 
 def lineage_rows(
     session: Session, job: JobRow, after_step: int, limit: int, fields: Sequence[str], until_step: int | None = None
 ) -> list[dict[str, Any]]:
-    """At most ``limit`` points behind ``after_step``, up to ``until_step``, oldest first, each with its ``job_id``."""
+    """At most ``limit`` points after ``after_step``, up to ``until_step``, oldest first, with their ``job_id``."""
     found: list[dict[str, Any]] = []
     for whole in pieces(job):
         piece = whole if until_step is None else whole._replace(until=min(whole.until, until_step))
@@ -74,7 +74,7 @@ def lineage_rows(
 
 
 def _of_piece(session: Session, piece: Piece, after: int, limit: int, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Each step once, as it was done last: an attempt that went back by itself did some twice."""
+    """Each step once, as it was last done: an attempt that rolled back did some twice."""
     columns = [getattr(MetricRow, name) for name in fields]
     found: list[dict[str, Any]] = []
     while len(found) < limit:
@@ -95,7 +95,7 @@ def _points(piece: Piece, after: int, columns: Sequence[Any]) -> Select[Any]:
 
 
 def lineage_buckets(session: Session, job: JobRow, view: sealing.View) -> list[dict[str, Any]]:
-    """The view of the line, with the mean that has run on over all that lies before it."""
+    """Return the rows of the view, with a running mean over everything before it."""
     ancestors = by_job(pieces(job))
     parts = chain.from_iterable(_ancestor(session, found, view) for _, found in ancestors)
     own = sealing.parts(session, job, view)
@@ -109,7 +109,7 @@ def lineage_buckets(session: Session, job: JobRow, view: sealing.View) -> list[d
 
 
 def _ancestor(session: Session, found: list[Piece], view: sealing.View) -> Iterator[Part]:
-    """From what is summed up, where the ancestor's curve still is what led to the fork; else from its points."""
+    """From the sums, if the ancestor's curve still is what led to the fork; else from its points."""
     whole = found[-1].until
     until = whole if view.until_step is None else min(whole, view.until_step)
     part = replace(view, until_step=until)
@@ -131,7 +131,7 @@ def _number(session: Session, job_id: str) -> int:
 
 
 def show_lineage(session: Session, job: JobRow) -> list[dict[str, Any]]:
-    """Whose curve it is up to which step, oldest first; ``deleted`` ones have left no points."""
+    """Return whose curve it is up to which step, oldest first; ``deleted`` jobs have no points left."""
     ancestors = by_job(pieces(job))
     there = set(session.scalars(select(JobRow.id).where(JobRow.id.in_([job_id for job_id, _ in ancestors]))))
     known = [

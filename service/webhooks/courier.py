@@ -22,8 +22,9 @@ SEND_SECONDS = 10.0
 
 SNIPPET_BYTES = 500
 READ_BYTES = 4096
-MAX_READ_BYTES = 128 << 10
-"""Bytes read of an answer, head included. More than the 100 KiB at which httpcore rejects a head as malformed."""
+MAX_HEAD_BYTES = 16 << 10
+MAX_READ_BYTES = 64 << 10
+"""Bytes read of an answer, its head and all that is not shown included."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Courier:
         with contextlib.closing(_Stream(addresses, port_of(parts), time.monotonic() + self.seconds)) as stream:
             if parts.scheme == "https":
                 stream.secure(self._context or ssl.create_default_context(), parts.hostname or "")
-            connection = httpcore2.HTTP11Connection(to.origin, stream)
+            connection = _Connection(to.origin, stream)
             with connection.stream("POST", to, headers=fields, content=body) as response:
                 text = b""
                 with contextlib.suppress(OSError, httpcore2.ProtocolError, NoAnswer):
@@ -100,11 +101,16 @@ class Courier:
                 return response.status, received, text[:SNIPPET_BYTES]
 
 
+class _Connection(httpcore2.HTTP11Connection):
+    MAX_INCOMPLETE_EVENT_SIZE = MAX_HEAD_BYTES
+
+
 class _Stream(httpcore2.NetworkStream):
     """A socket to a checked address, with one deadline for everything and one limit for all that is read."""
 
     def __init__(self, addresses: Sequence[str], port: int, deadline: float) -> None:
         self._deadline = deadline
+        self._unsent = b""
         self._received = 0
         self._socket = self._connected(addresses, port)
 
@@ -114,6 +120,10 @@ class _Stream(httpcore2.NetworkStream):
         self._socket = context.wrap_socket(self._socket, server_hostname=name)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 - the deadline counts
+        if self._unsent:
+            self._socket.settimeout(self._left())
+            self._socket.sendall(self._unsent)
+            self._unsent = b""
         self._socket.settimeout(self._left())
         data = self._socket.recv(min(max_bytes, READ_BYTES))
         self._received += len(data)
@@ -122,8 +132,8 @@ class _Stream(httpcore2.NetworkStream):
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 - the deadline counts
-        self._socket.settimeout(self._left())
-        self._socket.sendall(buffer)
+        # Head and body go out at once, at the first read: a receiver that closes after half of them resets the connection.
+        self._unsent += buffer
 
     def close(self) -> None:
         self._socket.close()
@@ -133,12 +143,9 @@ class _Stream(httpcore2.NetworkStream):
         failure: OSError = TimeoutError()
         for address in addresses:
             try:
-                connected = socket.create_connection((address, port), timeout=self._left())
+                return socket.create_connection((address, port), timeout=self._left())
             except OSError as error:
                 failure = error
-            else:
-                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # head and body are two writes
-                return connected
         raise failure
 
     def _left(self) -> float:
