@@ -132,7 +132,7 @@ class _Stream(httpcore2.NetworkStream):
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 - the deadline counts
-        # Head and body go out at once, at the first read: a receiver that closes after half of them resets the connection.
+        # Both parts go out at once, at the first read: a receiver that closes after one resets the connection.
         self._unsent += buffer
 
     def close(self) -> None:
