@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 
+from contract.units import human_bytes
+
 UNKNOWN = "-"
 BLOCKS = "▁▂▃▄▅▆▇█"
 GLYPHS = {
@@ -36,13 +38,8 @@ def large(value: float | None) -> str:
 
 
 def size(value: float | None) -> str:
-    """Bytes: 2.3 GB, in powers of ten as disks are sold."""
-    if value is None:
-        return UNKNOWN
-    for unit_size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if value >= unit_size:
-            return f"{value / unit_size:.1f} {unit}"
-    return f"{value:.0f} B"
+    """Bytes: 2.3 GB."""
+    return UNKNOWN if value is None else human_bytes(value)
 
 
 def fixed(value: float | None, digits: int = 3) -> str:

@@ -15,6 +15,8 @@ from typing import Self
 PLAIN_TEXT = ".txt"
 BOM = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
+MAX_NAME_LENGTH, MAX_NAMES = 40, 5
+"""Of the keys of a bad line that are listed as what may be its text field."""
 
 
 class Packing(StrEnum):

@@ -2,9 +2,9 @@
 
 import hmac
 import logging
-from hashlib import sha256
 from pathlib import Path
 
+from service.access.keys import token_hash
 from service.errors import Unauthorized
 
 log = logging.getLogger("trainyard")
@@ -20,10 +20,10 @@ class Tokens:
     """
 
     def __init__(self, token: str | None, file: Path | None) -> None:
-        self._fixed = _hashes([token] if token else [])
+        self._fixed = (token_hash(token),) if token else ()
         self._file = file
         self._mark: Mark | None = None
-        self._read: tuple[bytes, ...] = ()
+        self._read: tuple[str, ...] = ()
 
     @property
     def needed(self) -> bool:
@@ -33,7 +33,7 @@ class Tokens:
     def require(self, given: str) -> None:
         """Raise Unauthorized unless ``given`` is one of them; the time it takes tells nothing of them."""
         self._look()
-        mine = sha256(given.encode(errors="replace")).digest()
+        mine = token_hash(given)
         if sum(hmac.compare_digest(mine, known) for known in (*self._fixed, *self._read)) == 0:
             raise Unauthorized()
 
@@ -44,7 +44,7 @@ class Tokens:
             found = self._file.stat()
             mark = (found.st_ino, found.st_mtime_ns, found.st_size)
             if mark != self._mark:
-                self._read, self._mark = _hashes(tokens_in(self._file)), mark
+                self._read, self._mark = tuple(map(token_hash, tokens_in(self._file))), mark
         except (OSError, ValueError):
             if self._mark is not None:
                 log.warning("the token file cannot be read; the tokens read last stay good")
@@ -55,7 +55,3 @@ def tokens_in(file: Path) -> list[str]:
     """One a line; empty lines and those that begin with # are none. Raises OSError, and ValueError for no UTF-8."""
     lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
-
-
-def _hashes(tokens: list[str]) -> tuple[bytes, ...]:
-    return tuple(sha256(token.encode(errors="replace")).digest() for token in tokens)

@@ -28,7 +28,7 @@ from service.errors import (
     answer,
     from_exception,
 )
-from service.jobs.store import JOB_ID
+from service.jobs.ids import JOB_ID
 from service.settings import Settings
 from service.telemetry import Telemetry
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from contract.corpora import MAX_NAME_LENGTH, MAX_NAMES
+
 MAX_LINE_BYTES = 8 << 20
 """A longer line is a bad line: one document is held in memory together with its tokens."""
 
@@ -14,8 +16,6 @@ KEPT_BAD_LINES = 20
 
 
 INSTEAD = ", which has "
-LONGEST_NAME, MOST_NAMES = 40, 5
-"""Of the keys that a bad line has in place of the text's."""
 
 
 class DataInvalid(ValueError):
@@ -161,7 +161,7 @@ def _parsed(raw: bytes) -> Any:
 def _instead(value: dict[str, Any]) -> str:
     """The names under which the object has texts, of which one may be the one that was meant."""
     names = [repr(name) for name, text in value.items() if isinstance(text, str) and name.isprintable()]
-    short = [name for name in names if len(name) <= LONGEST_NAME][:MOST_NAMES]
+    short = [name for name in names if len(name) <= MAX_NAME_LENGTH][:MAX_NAMES]
     return f"{INSTEAD}{', '.join(short)}" if short else ""
 
 

@@ -12,9 +12,10 @@ from benchmarks.load.wire import Wire
 from contract.spec import JobSpec
 from contract.status import JobStatus
 from service.access.callers import LOCAL
+from service.access.keys import token_hash
 from service.db import Database
 from service.jobs import store
-from service.reports.ingest import token_hash
+from service.jobs.ids import new_id
 from service.tables import AttemptRow
 
 
@@ -61,7 +62,7 @@ def running(made: Database, corpus: Path, count: int) -> list[Agent]:
     now = datetime.now(UTC)
     agents = []
     for number in range(count):
-        agent = Agent("", store.new_id("att", 16), secrets.token_urlsafe(32))
+        agent = Agent("", new_id("att", 16), secrets.token_urlsafe(32))
         with made.write() as session:
             job = store.create(session, spec, {}, [], LOCAL, now)
             agent.job_id = job.id

@@ -38,8 +38,8 @@ def make(token_id: str) -> str:
     return f"{PREFIX}{token_id.removeprefix('tok_')}_{secrets.token_urlsafe(SECRET_BYTES)}"
 
 
-def hashed(token: str) -> str:
-    """How a token is stored."""
+def token_hash(token: str) -> str:
+    """Return the hex digest by which a token is stored and compared, whichever kind it is."""
     return sha256(token.encode(errors="replace")).hexdigest()
 
 
@@ -51,7 +51,7 @@ def id_in(token: str) -> str | None:
 
 def why_not(grant: Grant | None, token: str, now: datetime) -> str | None:
     """Why the token is not good now, or None where it is. Only who has the right secret hears what is wrong with it."""
-    mine = hashed(token)
+    mine = token_hash(token)
     current = hmac.compare_digest(mine, grant.sha256 if grant is not None else NO_HASH)
     before = hmac.compare_digest(mine, (grant.previous_sha256 if grant is not None else None) or NO_HASH)
     if grant is None or not (current or before):

@@ -11,7 +11,7 @@ from service.access import keys
 from service.access.keys import Grant
 from service.access.shapes import AskedToken
 from service.errors import TokenNameTaken, TokenNotFound, TokenRevoked
-from service.jobs.store import new_id
+from service.jobs.ids import new_id
 from service.tables import TokenRow
 
 ID_LETTERS = 12
@@ -48,7 +48,7 @@ def create(session: Session, asked: AskedToken, by: str, now: datetime) -> tuple
         id=token_id,
         name=asked.name,
         scope=asked.scope,
-        sha256=keys.hashed(token),
+        sha256=keys.token_hash(token),
         max_jobs=asked.max_jobs,
         max_devices=asked.max_devices,
         created_by=by,
@@ -72,7 +72,7 @@ def rotate(session: Session, name: str, overlap: int, expires_in: int | None, no
     token = keys.make(row.id)
     row.previous_sha256 = row.sha256 if overlap else None
     row.previous_until = _after(now, overlap) if overlap else None
-    row.sha256, row.rotated_at = keys.hashed(token), now
+    row.sha256, row.rotated_at = keys.token_hash(token), now
     if expires_in is not None:
         row.expires_at = _after(now, expires_in)
     return row, token

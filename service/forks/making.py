@@ -1,5 +1,6 @@
 """Makes a fork: the parent's files first, under a name that nobody knows yet, then the record in one transaction."""
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,13 +15,13 @@ from contract.spec import JobSpec
 from service.access.callers import Caller
 from service.checkpoints.files import place_of
 from service.errors import StepUnavailable
-from service.forks import lineage
 from service.forks.asked import Asked, Origin
 from service.forks.links import share
 from service.jobs import store
 from service.jobs.facts import known_at_submit
 from service.jobs.specs import Host, kind_of
 from service.jobs.store import Note
+from service.metrics import lineage
 from service.metrics.progress import how_far
 from service.settings import Settings
 from service.tables import CheckpointRow, JobRow
@@ -46,7 +47,7 @@ def parent_of(session: Session, runs: Path, job_id: str, asked: Asked) -> Parent
     place = place_of(RunDir(runs / job.id).products(job.spec["checkpoint"]["save_dir"]), row.step, row.path)
     if place is None:
         raise StepUnavailable()
-    rows = job.facts.get("global_batch") or JobSpec.model_validate_json(_json(job.spec)).rows_per_step
+    rows = job.facts.get("global_batch") or JobSpec.model_validate_json(json.dumps(job.spec)).rows_per_step
     per_epoch = job.facts.get("steps_per_epoch")
     origin = Origin(row.step, job.spec, rows, base_step(job), per_epoch)
     return Parent(job, place, row.step, row.attempt, origin)
@@ -55,12 +56,6 @@ def parent_of(session: Session, runs: Path, job_id: str, asked: Asked) -> Parent
 def base_step(job: JobRow) -> int:
     """Steps that lie before the job's own schedule."""
     return int(job.facts.get("base_step") or 0)
-
-
-def _json(spec: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(spec)
 
 
 def _checkpoint(session: Session, job: JobRow, asked: Asked) -> CheckpointRow:

@@ -16,6 +16,7 @@ from service.errors import DiskTrouble, KeyReused, QuotaExceeded, ServiceError
 from service.forks import making
 from service.forks.asked import Asked, forked_spec, read
 from service.jobs import files, store
+from service.jobs.ids import new_id
 from service.jobs.routes import Made, announced, oldest_key, replayed
 from service.jobs.specs import kind_of
 from service.planning.forecast import behind
@@ -78,7 +79,7 @@ def _make(services: Services, by: Caller, job_id: str, asked: Asked, key: str | 
     begin = Begin(parent.step, parent.checkpoint, anew=asked.data == "restart")
     sameness.require_same([begin], parent.origin.spec, settings)
     spec = forked_spec(asked, parent.origin, host)
-    fork_id = store.new_id("job")
+    fork_id = new_id("job")
     with files.doomed(settings, fork_id, spec.checkpoint.save_dir) as half_made:
         try:
             making.lay_out(settings, fork_id, spec, asked, parent)

@@ -14,6 +14,7 @@ from service.access import quotas
 from service.access.callers import Caller
 from service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
 from service.jobs import store
+from service.jobs.gathering import newest_step, standing
 from service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
 from service.jobs.store import Note
 from service.launch.base import AttemptName
@@ -79,7 +80,7 @@ def _launcher_of(session: Session, job: JobRow) -> str:
 def resume_under_way(session: Session, job_id: str, changed: bool) -> bool:
     """Whether a resume without changes was asked for already and goes its way. Raises InvalidState."""
     job = store.find(session, job_id)
-    decision = decide("resume", store.standing(job))
+    decision = decide("resume", standing(job))
     if isinstance(decision, UnderWay) and not changed:
         return True
     if isinstance(decision, UnderWay):
@@ -103,7 +104,7 @@ def resume(
         raise invalid_state(job, "it is being resumed already, without these changes")
     if step is not None and checkpoint_path(session, job.id, step) is None:
         raise StepUnavailable()
-    newest = newest_step(session, job)
+    newest = newest_step(session, job.id)
     origin = _origin(job, newest)
     if step is not None:
         origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
@@ -178,16 +179,10 @@ def remove(session: Session, job_id: str) -> JobRow:
 def invalid_state(job: JobRow, why: str) -> InvalidState:
     """The 409 that says the present status and the verbs that fit it."""
     session = object_session(job)
-    has_checkpoint = session is not None and newest_step(session, job) is not None
-    fits = fitting(replace(store.standing(job), has_checkpoint=has_checkpoint))
+    has_checkpoint = session is not None and newest_step(session, job.id) is not None
+    fits = fitting(replace(standing(job), has_checkpoint=has_checkpoint))
     hint = f"; what fits: {', '.join(fits)}" if fits else "; nothing fits but waiting"
     return InvalidState(f"{why[:1].upper()}{why[1:]}{hint}.", job_status=job.status, allowed_actions=fits)
-
-
-def newest_step(session: Session, job: JobRow) -> int | None:
-    """Step of the newest full checkpoint."""
-    full = (CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
-    return session.scalar(select(CheckpointRow.step).where(*full).order_by(CheckpointRow.step.desc()).limit(1))
 
 
 def checkpoint_path(session: Session, job_id: str, step: int) -> str | None:
@@ -209,7 +204,7 @@ def differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -
 
 
 def _fitting(job: JobRow, action: Action) -> Move | UnderWay:
-    decision = decide(action, store.standing(job))
+    decision = decide(action, standing(job))
     if isinstance(decision, Refusal):
         raise invalid_state(job, decision.why)
     return decision

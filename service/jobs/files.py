@@ -19,7 +19,7 @@ from contract.locks import FileLock, LockBusy
 from contract.rundir import RunDir
 from service.db import Database
 from service.errors import Conflict
-from service.jobs.store import JOB_ID
+from service.jobs.ids import JOB_ID
 from service.settings import Settings
 from service.tables import JobRow
 

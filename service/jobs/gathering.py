@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, Select, and_, bindparam, func, select
+from sqlalchemy.orm import Session
 
-from contract.status import JobStatus
+from contract.status import Desired, JobStatus
 from service.errors import JobNotFound
 from service.jobs.ids import JOB_ID
+from service.jobs.rules import Standing
 from service.tables import AttemptRow, CheckpointRow, JobRow
 
 ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
@@ -114,3 +116,20 @@ def _positions(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, int]
     job = queued[0]
     place = {"priority": job.priority, "queued_at": job.queued_at, "number": job.number}
     return {job.id: (connection.scalar(AHEAD, place) or 0) + 1}
+
+
+def standing(job: JobRow) -> Standing:
+    """Return the job as the rules see it."""
+    return Standing(
+        JobStatus(job.status),
+        Desired(job.desired),
+        job.restart_at is not None,
+        job.attempt,
+        job.preempted_by is not None,
+    )
+
+
+def newest_step(session: Session, job_id: str) -> int | None:
+    """Step of the newest full checkpoint that was reported; the disk is not read in a transaction."""
+    full = (CheckpointRow.job_id == job_id, CheckpointRow.kind == "full")
+    return session.scalar(select(CheckpointRow.step).where(*full).order_by(CheckpointRow.step.desc()).limit(1))

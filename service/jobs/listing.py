@@ -10,7 +10,7 @@ from contract.parsing import Problem
 from contract.status import JobStatus
 from service.errors import RequestInvalid, with_problems
 from service.jobs.gathering import PLACED, require
-from service.jobs.store import JOB_ID
+from service.jobs.ids import JOB_ID
 from service.tables import JobRow, LabelRow, Table
 
 MAX_DIGITS = 18

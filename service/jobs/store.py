@@ -16,11 +16,9 @@ from contract.status import Desired, JobStatus, may_become
 from service.access import quotas
 from service.access.callers import Caller
 from service.errors import Conflict, JobNotFound, KeyReused
-from service.jobs.ids import JOB_ID as JOB_ID
-from service.jobs.ids import new_id as new_id
-from service.jobs.rules import Standing
+from service.jobs import event_outbox
+from service.jobs.ids import JOB_ID, new_id
 from service.tables import EventRow, IdempotencyRow, JobRow, LabelRow
-from service.webhooks import outbox
 
 LAST_ALERTS = 20
 
@@ -49,17 +47,6 @@ def lock(session: Session, job_id: str) -> JobRow:
     return job
 
 
-def standing(job: JobRow) -> Standing:
-    """The job as the rules see it."""
-    return Standing(
-        JobStatus(job.status),
-        Desired(job.desired),
-        job.restart_at is not None,
-        job.attempt,
-        job.preempted_by is not None,
-    )
-
-
 @dataclass(frozen=True)
 class Note:
     """An event: who did what, in one sentence. ``actor`` is a caller's name, service, scheduler or agent."""
@@ -73,9 +60,9 @@ class Note:
 
 
 def tell(session: Session, job: JobRow, note: Note, now: datetime) -> EventRow:
-    """Write an event row, and put it into the boxes of those who want to hear of it."""
+    """Write an event row, and queue it for the webhooks that want it."""
     event = _write_down(session, job, note, now)
-    outbox.post(session, job, event)
+    event_outbox.post(session, job, event)
     return event
 
 
@@ -114,7 +101,7 @@ def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime
     event = _write_down(session, job, Note("status", note.message, note.actor, note.attempt, note.seq, data), now)
     session.flush()
     session.refresh(job)
-    outbox.post(session, job, event)
+    event_outbox.post(session, job, event)
     log.info("%s -> %s", before, to, extra={"job_id": job.id, "attempt": job.attempt, "actor": note.actor})
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Row
 
 from contract.status import Desired, JobStatus, Phase, Reason
-from service.jobs import store
-from service.jobs.failing import failure
+from service.jobs import gathering
+from service.jobs.failures import failure
 from service.jobs.gathering import Gathered
 from service.jobs.rules import ACTIONS, Refusal, Standing, decide, resume_blocker
 from service.jobs.summary import Facts, summary
@@ -41,7 +41,7 @@ def show_all(found: Gathered, waiting: Mapping[str, str]) -> list[Job]:
 
 
 def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetime) -> Job:
-    standing = store.standing(job)
+    standing = gathering.standing(job)
     blocker = resume_blocker(standing)
     newest = next((row for row in found.checkpoints.get(job.id, ()) if there(row)), None)
     queue = None

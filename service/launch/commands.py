@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -134,11 +133,6 @@ def cancel(job: SlurmJob, *options: str) -> None:
     except LaunchRefused as said:
         if "already" not in str(said).lower() and "invalid job id" not in str(said).lower():
             raise NoAnswer(str(said)) from said
-
-
-def installed() -> bool:
-    """Whether Slurm's commands are here."""
-    return all(shutil.which(name) for name in ("sbatch", "squeue", "scancel"))
 
 
 Look = Callable[[], list[SlurmJob]]

@@ -19,8 +19,10 @@ from service.answers import ServiceRoute
 from service.context import ServicesNeeded
 from service.errors import RequestInvalid, with_problems
 from service.jobs import store as jobs
-from service.metrics import ancestry, sealing, store, summaries
-from service.metrics.buckets import BUCKET_FIELDS, buckets, width
+from service.metrics import sealing, store
+from service.metrics.lineage import lineage_buckets, lineage_rows, show_lineage
+from service.metrics.summaries import BUCKET_FIELDS, width
+from service.metrics.summaries import rows as bucket_rows
 from service.shapes import MetricPage
 from service.tables import JobRow
 
@@ -61,7 +63,7 @@ def metrics(
         raise with_problems(RequestInvalid, [Problem("/query/lineage", "cannot be given with attempt")])
     with services.database.read() as session:
         job = jobs.find(session, job_id)
-        rest: dict[str, Any] = {"lineage": ancestry.shown(session, job)} if lineage else {}
+        rest: dict[str, Any] = {"lineage": show_lineage(session, job)} if lineage else {}
         found = _points(session, job, asked) if max_points is None else _buckets(session, job, asked, max_points)
     return _answer(request, replace(found, rest={**found.rest, **rest}))
 
@@ -98,7 +100,7 @@ def _points(session: Session, job: JobRow, asked: Asked) -> Found:
     """A page of the points themselves."""
     most = asked.limit + 1
     if asked.lineage:
-        rows = ancestry.rows(session, job, asked.after_step, most, asked.columns, asked.until_step)
+        rows = lineage_rows(session, job, asked.after_step, most, asked.columns, asked.until_step)
     else:
         rows = store.rows(session, job.id, asked.attempt, asked.after_step, most, asked.columns, asked.until_step)
     names = ["job_id", *asked.fields] if asked.lineage else asked.fields
@@ -112,7 +114,7 @@ def _buckets(session: Session, job: JobRow, asked: Asked, max_points: int) -> Fo
         last = max(last, job.parent_step or 0)
     wide = width(min(last, until) if until is not None else last, max_points, asked.after_step + 1)
     view = sealing.View(wide, asked.half_life, (asked.after_step + 1) // wide * wide, until)
-    rows = ancestry.buckets(session, job, view) if asked.lineage else _own(session, job, asked.attempt, view)
+    rows = lineage_buckets(session, job, view) if asked.lineage else _own(session, job, asked.attempt, view)
     if asked.some:
         _add_fields(session, job, asked, rows)
     return Found(rows, _bucket_names(asked), {"has_more": False, "resolution": wide})
@@ -120,11 +122,11 @@ def _buckets(session: Session, job: JobRow, asked: Asked, max_points: int) -> Fo
 
 def _own(session: Session, job: JobRow, attempt: int | None, view: sealing.View) -> list[dict[str, Any]]:
     """The view of the job's curve, or of one attempt's."""
-    if attempt is None and sealing.is_kept(view):
-        made = summaries.rows(sealing.parts(session, job, view), view.wide, view.half_life)
+    if attempt is None:
+        parts = sealing.parts(session, job, view)
     else:
-        made = buckets(store.points(session, job.id, attempt, view.until_step), view.wide, view.half_life)
-    return [row for row in made if row["step"] >= view.begin]
+        parts = store.points(session, job.id, attempt, view.until_step)
+    return [row for row in bucket_rows(parts, view.wide, view.half_life) if row["step"] >= view.begin]
 
 
 def _add_fields(session: Session, job: JobRow, asked: Asked, rows: list[dict[str, Any]]) -> None:

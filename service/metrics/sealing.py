@@ -12,7 +12,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, insert, select
 from sqlalchemy.orm import Session
 
-from service.metrics.summaries import HALF_LIVES, Part, Summary, part_of, summed_up
+from service.metrics import store
+from service.metrics.summaries import HALF_LIVES, Part, Summary, summed_up
 from service.tables import JobRow, MetricRow, StretchRow
 
 LEVELS = (64, 1024, 16_384, 262_144, 4_194_304)
@@ -74,20 +75,15 @@ def is_kept(view: View) -> bool:
 def parts(session: Session, job: JobRow, view: View) -> Iterator[Part]:
     """The curve up to the view's end: what lies before it in the widest stretches, then in none wider than its rows."""
     begin = 0
-    sealed = job.sealed_step if view.until_step is None else min(job.sealed_step, view.until_step + 1)
-    for wanted, target in ((LEVELS[-1], min(view.begin, sealed)), (view.wide, sealed)):
-        for level in reversed([level for level in LEVELS if level <= wanted]):
-            end = target // level * level
-            if end > begin:
-                yield from _parts(session, job.id, level, begin, end, view.half_life)
-                begin = end
-    query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(
-        MetricRow.job_id == job.id, MetricRow.stitched.is_(True), MetricRow.step >= begin
-    )
-    if view.until_step is not None:
-        query = query.where(MetricRow.step <= view.until_step)
-    for row in session.execute(query.order_by(MetricRow.step, MetricRow.seq).execution_options(yield_per=5000)):
-        yield part_of(*row)
+    if is_kept(view):
+        sealed = job.sealed_step if view.until_step is None else min(job.sealed_step, view.until_step + 1)
+        for wanted, target in ((LEVELS[-1], min(view.begin, sealed)), (view.wide, sealed)):
+            for level in reversed([level for level in LEVELS if level <= wanted]):
+                end = target // level * level
+                if end > begin:
+                    yield from _parts(session, job.id, level, begin, end, view.half_life)
+                    begin = end
+    yield from store.points(session, job.id, None, view.until_step, begin)
 
 
 def _parts(session: Session, job_id: str, level: int, begin: int, end: int, half_life: float) -> Iterator[Part]:

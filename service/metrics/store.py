@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from service.metrics.buckets import Point
+from service.metrics.summaries import Part, part_of
 from service.tables import MetricRow
 
 FIELDS = (
@@ -101,15 +101,19 @@ def last_step(session: Session, job_id: str, attempt: int | None) -> int:
     return session.scalar(select(func.max(MetricRow.step)).where(*_curve(job_id, attempt))) or 0
 
 
-def points(session: Session, job_id: str, attempt: int | None, until_step: int | None = None) -> Iterator[Point]:
-    """Every point, streamed: memory stays flat however long the run is."""
+def points(
+    session: Session, job_id: str, attempt: int | None, until_step: int | None = None, first_step: int = 0
+) -> Iterator[Part]:
+    """Yield every point of ``first_step`` to ``until_step``, streamed: memory stays flat however long the run is."""
     query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(*_curve(job_id, attempt))
+    if first_step:
+        query = query.where(MetricRow.step >= first_step)
     if until_step is not None:
         query = query.where(MetricRow.step <= until_step)
     in_order = query.order_by(MetricRow.step, MetricRow.seq)
     # Not by the session itself, which looks at each of what may be millions of rows once more.
     for row in session.connection().execute(in_order, execution_options={"yield_per": 5000}):
-        yield Point(*row)
+        yield part_of(*row)
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:

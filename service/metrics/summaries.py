@@ -1,4 +1,4 @@
-"""Stretches of a curve, each summed up so that two that follow each other add up to one. Pure.
+"""A long curve as few rows, and stretches of it as sums: two stretches in a row add up to one. Pure.
 
 The running mean is kept as sums that decay: over a stretch that ends at its last finite step s, the total is the sum of
 ``loss * 0.5 ** ((s - step) / H)`` and the weight that of the factors alone. Both can be carried on to a later s.
@@ -7,10 +7,16 @@ The running mean is kept as sums that decay: over a stretch that ends at its las
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 HALF_LIVES = (10, 50, 200, 1000)
 """Those that are kept: what the dashboard offers. Any other is made of the points."""
+
+BUCKET_FIELDS = (
+    "first_step", "step", "attempt", "count", "loss", "loss_mean", "loss_min", "loss_max", "loss_ema",
+    "nonfinite_count", "nonfinite",
+)  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -37,46 +43,46 @@ def part_of(step: int, loss: float | None, attempt: int) -> Part:
     return Part(step, step, attempt, 1, 0, loss, loss, loss, loss, step, loss, 1.0)
 
 
-@dataclass
-class _Stretch:
-    part: Part
-    parts: list[Part]
-
-    def row(self, ema: float | None) -> dict[str, Any]:
-        first, last = self.parts[0], self.parts[-1]
-        finite = [part for part in self.parts if part.finite_step is not None]
-        measured = sum(part.points - part.nonfinite for part in self.parts)
-        return {
-            "first_step": first.first_step,
-            "step": last.step,
-            "attempt": last.attempt,
-            "count": sum(part.points for part in self.parts),
-            "loss": last.loss,
-            "loss_mean": math.fsum(part.loss_sum for part in finite) / measured if measured else None,
-            "loss_min": min((part.loss_min for part in finite if part.loss_min is not None), default=None),
-            "loss_max": max((part.loss_max for part in finite if part.loss_max is not None), default=None),
-            "loss_ema": ema if finite else None,
-            "nonfinite_count": sum(part.nonfinite for part in self.parts),
-            "nonfinite": last.loss is None,
-        }
+def width(last_step: int, max_points: int, first_step: int = 0) -> int:
+    """The smallest power of two that makes at most ``max_points`` rows of ``first_step`` to ``last_step``."""
+    wide = 1
+    while last_step // wide - first_step // wide + 1 > max_points:
+        wide *= 2
+    return wide
 
 
 def rows(parts: Iterable[Part], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
-    """Rows of width ``wide``, as `service.metrics.buckets.buckets` makes them of the points."""
-    stretch: _Stretch | None = None
+    """Yield a row for each ``wide`` steps, at absolute multiples: the rows of a growing curve never move.
+
+    ``parts`` come in order of their steps, and the running mean goes on over all of them.
+    """
     total = weight = 0.0
-    at: int | None = None
-    for part in parts:
-        if stretch is None or part.step // wide != stretch.part.step // wide:
-            if stretch is not None:
-                yield stretch.row(total / weight if weight else None)
-            stretch = _Stretch(part, [])
-        stretch.parts.append(part)
-        if part.finite_step is not None:
-            kept = decay(part.finite_step - at, half_life) if at is not None else 0.0
-            total, weight, at = kept * total + part.total, kept * weight + part.weight, part.finite_step
-    if stretch is not None:
-        yield stretch.row(total / weight if weight else None)
+    at = 0
+    for _, group in groupby(parts, key=lambda part: part.step // wide):
+        stretch = list(group)
+        first, last = stretch[0], stretch[-1]
+        count = nonfinite = 0
+        finite: list[Part] = []
+        for part in stretch:
+            count += part.points
+            nonfinite += part.nonfinite
+            if part.finite_step is not None:
+                finite.append(part)
+                kept = decay(part.finite_step - at, half_life)  # of nothing, before the first
+                total, weight, at = kept * total + part.total, kept * weight + part.weight, part.finite_step
+        yield {
+            "first_step": first.first_step,
+            "step": last.step,
+            "attempt": last.attempt,
+            "count": count,
+            "loss": last.loss,
+            "loss_mean": math.fsum([part.loss_sum for part in finite]) / (count - nonfinite) if finite else None,
+            "loss_min": min([part.loss_min for part in finite if part.loss_min is not None], default=None),
+            "loss_max": max([part.loss_max for part in finite if part.loss_max is not None], default=None),
+            "loss_ema": total / weight if finite else None,
+            "nonfinite_count": nonfinite,
+            "nonfinite": last.loss is None,
+        }
 
 
 def decay(distance: int, half_life: float) -> float:

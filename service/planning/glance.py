@@ -8,14 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from contract.corpora import Packing, is_plain_text, packing_of
+from contract.corpora import BLANK, BOM, MAX_NAME_LENGTH, MAX_NAMES, Packing, is_plain_text, packing_of
 
 HEAD_BYTES = 4096
 SAMPLE_BYTES = 4 << 20
 BLOCKS = 16
-LONGEST_NAME, MOST_NAMES = 40, 5
-BLANK = b" \t\r\n"
-BOM = b"\xef\xbb\xbf"
 
 
 @dataclass
@@ -135,7 +132,7 @@ def _names_in(value: object) -> tuple[str, ...]:
     if not isinstance(value, dict):
         return ()
     names = (name for name, text in value.items() if isinstance(text, str) and name.isprintable())
-    return tuple(name for name in names if len(name) <= LONGEST_NAME)[:MOST_NAMES]
+    return tuple(name for name in names if len(name) <= MAX_NAME_LENGTH)[:MAX_NAMES]
 
 
 def _is_text(text: str) -> bool:

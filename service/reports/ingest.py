@@ -4,7 +4,6 @@ import hmac
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
 from typing import Any, assert_never
 
 from sqlalchemy import bindparam, delete, func, insert, select, update
@@ -26,6 +25,7 @@ from contract.events import (
 )
 from contract.report import RunSettings
 from contract.status import Desired, JobStatus
+from service.access.keys import NO_HASH, token_hash
 from service.errors import Unauthorized
 from service.jobs import store
 from service.jobs.store import Note
@@ -44,16 +44,11 @@ SET_ASIDE = ("invalid", "superseded")
 """Reasons of a removal that leaves the files under another name."""
 
 
-def token_hash(token: str) -> str:
-    """How a token is stored."""
-    return sha256(token.encode(errors="replace")).hexdigest()
-
-
 def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
     """The attempt, where the token is its own. Raises Unauthorized, whether there is such an attempt or not."""
     plain = attempt_id.isascii() and attempt_id.isprintable()
     attempt = session.scalar(ATTEMPT, {"attempt_id": attempt_id}) if plain else None
-    expected = attempt.token_sha256 if attempt is not None else "0" * 64
+    expected = attempt.token_sha256 if attempt is not None else NO_HASH
     if not hmac.compare_digest(token_hash(token), expected) or attempt is None:
         raise Unauthorized("The token does not belong to this attempt.")
     return attempt

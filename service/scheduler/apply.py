@@ -15,9 +15,11 @@ from sqlalchemy.orm import Session
 from contract.report import ErrorCard, ExitReport
 from contract.spec import JobSpec
 from contract.status import Desired, JobStatus, Reason
+from service.access.keys import token_hash
 from service.db import Database
 from service.errors import Conflict, JobNotFound
 from service.jobs import store
+from service.jobs.ids import new_id
 from service.jobs.store import Note
 from service.launch.base import LOCAL, AttemptName, Found, Launch, Launcher, LaunchRefused, NoAnswer, Placement, State
 from service.reports import ending, ingest
@@ -300,10 +302,10 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
     spec = _attempt_spec(job, devices)
     name = AttemptName(job.id, job.attempt + 1, spec.resources.launcher or LOCAL)
     attempt = AttemptRow(
-        id=store.new_id("att", 16),
+        id=new_id("att", 16),
         job_id=job.id,
         number=name.number,
-        token_sha256=ingest.token_hash(token),
+        token_sha256=token_hash(token),
         trigger=job.trigger,
         devices=list(devices),
         launcher=name.launcher,

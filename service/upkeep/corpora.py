@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from contract.cache import CorpusCache, Kept
 from contract.rundir import read_json
+from contract.units import human_bytes
 from service.settings import Settings, SettingsRefused
 
 DAY = 86400.0
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     for each in shown:
         print(line(each, paths.get(each.path.name, ""), shelf.clock()))
-    print(f"{len(shown):,} {'kept' if given.verb == 'list' else 'removed'}, {_size(sum(k.bytes for k in shown))}")
+    print(f"{len(shown):,} {'kept' if given.verb == 'list' else 'removed'}, {human_bytes(sum(k.bytes for k in shown))}")
     return 0
 
 
@@ -133,14 +134,7 @@ def line(kept: Kept, path: str, now: float) -> str:
     days = int((now - kept.used_at) / DAY)
     when = "today" if days < 1 else f"{days} days ago" if days > 1 else "yesterday"
     state = "in use" if kept.in_use else "" if kept.whole else "unfinished"
-    return f"{kept.key}  {_size(kept.bytes):>9}  {when:<13} {state:<10}  {path}".rstrip()
-
-
-def _size(count: float) -> str:
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= limit:
-            return f"{count / limit:.1f} {unit}"
-    return f"{count:.0f} B"
+    return f"{kept.key}  {human_bytes(kept.bytes):>9}  {when:<13} {state:<10}  {path}".rstrip()
 
 
 def _paths(cache: CorpusCache, kept: Sequence[Kept]) -> dict[str, str]:

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from contract.status import TERMINAL
 from service.errors import JobNotFound
 from service.jobs import store
-from service.metrics.buckets import width
+from service.metrics.summaries import width
 from service.settings import Settings
 from service.tables import EventRow, JobRow, MetricRow, StretchRow
 

@@ -1,7 +1,7 @@
-"""Where a webhook may lead: never into our own network, unless the settings say so.
+"""Where a webhook may lead: never into our own network, unless the settings allow it.
 
-A name is resolved once for each try, and the connection goes to the address that was looked at: a name that leads
-elsewhere a moment later gains nothing.
+A name is resolved once for each try, and the connection goes to the address that was checked: a name that is bound to
+another address a moment later gains nothing.
 """
 
 import ipaddress
@@ -15,24 +15,24 @@ Resolver = Callable[[str, int], Sequence[str]]
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 PLATFORM = (ipaddress.IPv4Network("168.63.129.16/32"), ipaddress.IPv4Network("192.0.0.0/24"))
-"""Public as the standard library has it, and yet where clouds keep services for their own machines."""
+"""Public to the standard library, but clouds have services for their own machines there."""
 
 LONGEST_URL = 2000
 PORTS = {"http": 80, "https": 443}
 
 
 class AddressRefused(Exception):
-    """The address may not be sent to; the message says why and never more than what the user knows."""
+    """Nothing may be sent to the address; the message says why, and nothing that the user does not know."""
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """The addresses of a name, by the system. Raises OSError."""
+    """Return the addresses of a name. Raises OSError, and UnicodeError if a part of the name is empty or too long."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def mistake(url: str, allowed: Sequence[Network]) -> str | None:
-    """Why this is no URL to send to, as far as it can be known without asking anybody."""
+    """Return why nothing is sent to this URL, as far as that is known without resolving it, or None."""
     parts = split(url)
     if parts is None:
         return "must be an http or https URL with a host, without user, password or fragment"
@@ -44,7 +44,7 @@ def mistake(url: str, allowed: Sequence[Network]) -> str | None:
 
 
 def split(url: str) -> SplitResult | None:
-    """The parts of a URL that we would send to, or None."""
+    """Return the parts of a URL that can be sent to, or None."""
     if len(url) > LONGEST_URL or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         return None
     try:
@@ -57,12 +57,12 @@ def split(url: str) -> SplitResult | None:
 
 
 def port_of(parts: SplitResult) -> int:
-    """The port that is named, or the scheme's."""
+    """Return the port of the URL, or the scheme's default."""
     return parts.port or PORTS[parts.scheme]
 
 
 def _literal(host: str) -> Address | None:
-    """The address where the host is one, in any spelling that the system takes: 127.1, 0x7f000001, 2130706433."""
+    """The address if the host is one, in any spelling that the system accepts: 127.1, 0x7f000001, 2130706433."""
     try:
         return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -74,7 +74,7 @@ def _literal(host: str) -> Address | None:
 
 
 def checked(addresses: Sequence[str], allowed: Sequence[Network]) -> list[str]:
-    """The addresses, all of which may be connected to. Raises AddressRefused: a name that leads to both is refused."""
+    """Return the addresses, if all may be connected to. Raises AddressRefused if one may not."""
     if not addresses:
         raise AddressRefused("the name has no address")
     for address in addresses:
@@ -85,7 +85,7 @@ def checked(addresses: Sequence[str], allowed: Sequence[Network]) -> list[str]:
 
 
 def why_refused(address: Address, allowed: Sequence[Network]) -> str | None:
-    """Why nothing may be sent to this address, or None. One that stands for another is judged by that one."""
+    """Return why nothing may be sent to this address, or None. An address that embeds others is judged by those."""
     for one in tuple(_inside(address)) or (address,):
         if not (_is_public(one) or any(one in network for network in allowed)):
             return "leads to an address that is not public: TRAINYARD_WEBHOOK_NETWORKS lists those allowed anyway"
@@ -104,7 +104,7 @@ def _is_public(address: Address) -> bool:
 
 
 def _inside(address: Address) -> Iterator[Address]:
-    """The IPv4 addresses that an IPv6 one stands for: mapped, 6to4, Teredo, NAT64."""
+    """The IPv4 addresses embedded in an IPv6 one: mapped, 6to4, Teredo, NAT64."""
     if isinstance(address, ipaddress.IPv4Address):
         return
     if address.ipv4_mapped is not None:

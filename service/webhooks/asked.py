@@ -10,12 +10,12 @@ from contract.parsing import Problem
 from contract.status import JobStatus
 from service.bodies import OptionalBody, StrictBody, without_defaults
 from service.errors import RequestInvalid, with_problems
+from service.jobs.event_outbox import ALL
 from service.webhooks.addresses import Network, mistake
 from service.webhooks.rules import AnyRule
 
 STATUS_EVENTS = tuple(f"job.{status}" for status in JobStatus)
 EVENTS = ("job.created", *STATUS_EVENTS, "job.checkpoint", "job.warning")
-ALL = "*"
 TEST = "webhook.test"
 
 

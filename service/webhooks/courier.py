@@ -1,33 +1,35 @@
-"""One HTTP POST to somebody we do not trust.
+"""One HTTP POST to a receiver that is not trusted.
 
-It goes to the address that was checked, has one deadline for all of it, reads little, and follows nobody.
+The connection goes to the address that passed the check; the name is used only in TLS and in the Host header. Connect,
+TLS, request and answer share one deadline, and an answer is read up to a limit. Redirects are not followed, and no
+proxy, cookie or netrc of the environment is used: httpcore knows none of them.
 """
 
 import contextlib
 import socket
 import ssl
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import SplitResult
 
-import h11
+import httpcore2
 
 from service.webhooks.addresses import AddressRefused, Network, Resolver, checked, port_of, resolve, split
 
 SEND_SECONDS = 10.0
-"""From the connect to the end of the answer. Before that the system resolves the name, by limits of its own."""
+"""From the connect to the end of the answer. The system resolves the name before that, within its own limits."""
 
 SNIPPET_BYTES = 500
-HEAD_BYTES = 16 << 10
 READ_BYTES = 4096
-MOST_READ = 64 << 10
-"""What is read of an answer at all, its head and what is not shown included."""
+MAX_HEAD_BYTES = 16 << 10
+MAX_READ_BYTES = 64 << 10
+"""Bytes read of an answer, its head and all that is not shown included."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of it: a ``status``, or an ``error`` that says why there is none. ``retry_after`` in seconds."""
+    """The result of one POST: a ``status``, or an ``error`` that says why there is none. ``retry_after`` in seconds."""
 
     status: int | None
     error: str | None
@@ -37,16 +39,16 @@ class Answer:
 
     @property
     def took(self) -> bool:
-        """Whether the receiver has it. A redirect is a no: it may lead anywhere."""
+        """True if the receiver accepted it. A redirect is a rejection: it may lead anywhere."""
         return self.status is not None and 200 <= self.status < 300
 
 
 class NoAnswer(Exception):
-    """The receiver did not answer as HTTP has it; the message says how."""
+    """The receiver did not answer; the message says why."""
 
 
 class Courier:
-    """Sends. ``resolver`` and ``context`` stand in for the system's in tests."""
+    """Sends webhooks. Tests replace the system's ``resolver`` and TLS ``context``."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class Courier:
         self.seconds = seconds
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
-        """Send, and say what came of it; nothing is raised for what the receiver does."""
+        """Send ``body`` and return the result. Failures of the receiver and of the network are results too."""
         begun = time.monotonic()
         try:
             status, fields, text = self._exchange(url, headers, body)
@@ -69,31 +71,82 @@ class Courier:
             return Answer(None, str(error), time.monotonic() - begun)
         except TimeoutError:
             return Answer(None, f"no answer within {self.seconds:g} s", time.monotonic() - begun)
-        except (OSError, h11.ProtocolError) as error:
+        except (OSError, UnicodeError, httpcore2.ProtocolError) as error:
             return Answer(None, _cause(error), time.monotonic() - begun)
         error_text = "redirects are not followed" if 300 <= status < 400 else None
-        return Answer(status, error_text, time.monotonic() - begun, _shown(text), _seconds(fields.get(b"retry-after")))
+        return Answer(status, error_text, time.monotonic() - begun, _printable(text), _seconds(fields))
 
     def _exchange(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
+        """Return (status, headers, first bytes of the body). The status counts even if the body breaks off."""
         parts = split(url)
         if parts is None:
             raise AddressRefused("it is no URL to send to")
         addresses = checked(self._resolver(parts.hostname or "", port_of(parts)), self._allowed)
-        line = _Line(time.monotonic() + self.seconds)
-        with contextlib.closing(line):
-            line.connect(addresses, port_of(parts))
+        # Built from the parts: httpcore's own parser drops what follows a ";" in the path.
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        to = httpcore2.URL(scheme=parts.scheme, host=parts.hostname or "", port=port_of(parts), target=target)
+        fields = list(_fields(parts, headers, body).items())
+        with contextlib.closing(_Stream(addresses, port_of(parts), time.monotonic() + self.seconds)) as stream:
             if parts.scheme == "https":
-                # The certificate is the name's, wherever it was found to live.
-                line.secure(self._context or ssl.create_default_context(), parts.hostname or "")
-            return _talk(line, _request(parts, headers, body), body)
+                stream.secure(self._context or ssl.create_default_context(), parts.hostname or "")
+            connection = _Connection(to.origin, stream)
+            with connection.stream("POST", to, headers=fields, content=body) as response:
+                text = b""
+                with contextlib.suppress(OSError, httpcore2.ProtocolError, NoAnswer):
+                    for data in response.iter_stream():
+                        text += data
+                        if len(text) >= SNIPPET_BYTES:
+                            break
+                received = {name.lower(): value for name, value in response.headers}
+                return response.status, received, text[:SNIPPET_BYTES]
 
 
-class _Line:
-    """A connection on which everything together has one deadline."""
+class _Connection(httpcore2.HTTP11Connection):
+    MAX_INCOMPLETE_EVENT_SIZE = MAX_HEAD_BYTES
 
-    def __init__(self, deadline: float) -> None:
+
+class _Stream(httpcore2.NetworkStream):
+    """A socket to a checked address, with one deadline for everything and one limit for all that is read."""
+
+    def __init__(self, addresses: Sequence[str], port: int, deadline: float) -> None:
         self._deadline = deadline
-        self._socket: socket.socket | None = None
+        self._unsent = b""
+        self._received = 0
+        self._socket = self._connected(addresses, port)
+
+    def secure(self, context: ssl.SSLContext, name: str) -> None:
+        """Start TLS. The certificate must be valid for ``name``, whichever address it led to."""
+        self._socket.settimeout(self._left())
+        self._socket = context.wrap_socket(self._socket, server_hostname=name)
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 - the deadline counts
+        if self._unsent:
+            self._socket.settimeout(self._left())
+            self._socket.sendall(self._unsent)
+            self._unsent = b""
+        self._socket.settimeout(self._left())
+        data = self._socket.recv(min(max_bytes, READ_BYTES))
+        self._received += len(data)
+        if self._received > MAX_READ_BYTES:
+            raise NoAnswer("it says too much before its answer")
+        return data
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 - the deadline counts
+        # Both parts go out at once, at the first read: a receiver that closes after one resets the connection.
+        self._unsent += buffer
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _connected(self, addresses: Sequence[str], port: int) -> socket.socket:
+        """A connection to the first address that accepts."""
+        failure: OSError = TimeoutError()
+        for address in addresses:
+            try:
+                return socket.create_connection((address, port), timeout=self._left())
+            except OSError as error:
+                failure = error
+        raise failure
 
     def _left(self) -> float:
         left = self._deadline - time.monotonic()
@@ -101,42 +154,9 @@ class _Line:
             raise TimeoutError
         return left
 
-    def connect(self, addresses: Sequence[str], port: int) -> None:
-        """To the first address that takes it."""
-        trouble: OSError | None = None
-        for address in addresses:
-            try:
-                self._socket = socket.create_connection((address, port), timeout=self._left())
-                return
-            except OSError as error:
-                trouble = error
-        raise trouble or NoAnswer("the name has no address")
 
-    def secure(self, context: ssl.SSLContext, name: str) -> None:
-        """Speak TLS from here on."""
-        assert self._socket is not None
-        self._socket.settimeout(self._left())
-        self._socket = context.wrap_socket(self._socket, server_hostname=name)
-
-    def send(self, data: bytes) -> None:
-        assert self._socket is not None
-        self._socket.settimeout(self._left())
-        self._socket.sendall(data)
-
-    def receive(self) -> bytes:
-        """What came; nothing where the other side has ended."""
-        assert self._socket is not None
-        self._socket.settimeout(self._left())
-        return self._socket.recv(READ_BYTES)
-
-    def close(self) -> None:
-        if self._socket is not None:
-            self._socket.close()
-
-
-def _request(parts: SplitResult, headers: Mapping[str, str], body: bytes) -> h11.Request:
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    fields = {
+def _fields(parts: SplitResult, headers: Mapping[str, str], body: bytes) -> dict[str, str]:
+    return {
         "host": parts.netloc,
         "user-agent": "trainyard-webhook",
         "content-type": "application/json",
@@ -144,72 +164,26 @@ def _request(parts: SplitResult, headers: Mapping[str, str], body: bytes) -> h11
         "connection": "close",
         **headers,
     }
-    return h11.Request(method="POST", target=target, headers=list(fields.items()))
-
-
-def _talk(line: _Line, request: h11.Request, body: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
-    """(status, headers, the begin of the body). The status counts, even where its body breaks off."""
-    speaking = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_BYTES)
-    line.send((speaking.send(request) or b"") + (speaking.send(h11.Data(data=body)) or b""))
-    speaking.send(h11.EndOfMessage())
-    heard = _Heard(line, speaking)
-    head = heard.head()
-    text = b""
-    with contextlib.suppress(OSError, h11.ProtocolError, NoAnswer):
-        for data in heard.body():
-            text += data
-            if len(text) >= SNIPPET_BYTES:
-                break
-    return head.status_code, dict(head.headers), text[:SNIPPET_BYTES]
-
-
-class _Heard:
-    """The receiver's half of the conversation."""
-
-    def __init__(self, line: _Line, speaking: h11.Connection) -> None:
-        self._line = line
-        self._speaking = speaking
-        self._read = 0
-
-    def head(self) -> h11.Response:
-        while True:
-            event = self._next()
-            if isinstance(event, h11.Response):
-                return event
-            if not isinstance(event, h11.InformationalResponse):
-                raise NoAnswer("it closed the connection without an answer")
-
-    def body(self) -> Iterator[bytes]:
-        while isinstance(event := self._next(), h11.Data):
-            yield bytes(event.data)
-
-    def _next(self) -> object:
-        while (event := self._speaking.next_event()) is h11.NEED_DATA:
-            data = self._line.receive()
-            self._read += len(data)
-            if self._read > MOST_READ:
-                raise NoAnswer("it says too much before its answer")
-            self._speaking.receive_data(data)
-        return event
 
 
 def _cause(error: Exception) -> str:
-    """Of what went wrong, what a user may read: the system's own word."""
+    """What a user may read of a failure: the system's own words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message}"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error, socket.gaierror | UnicodeError):  # UnicodeError: a part of the name is empty or too long
         return "its name cannot be resolved"
-    if isinstance(error, h11.ProtocolError):
+    if isinstance(error, httpcore2.ProtocolError):
         return "it does not speak HTTP"
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
 
 
-def _shown(text: bytes) -> str:
-    """A piece of an answer that can be kept and printed anywhere."""
+def _printable(text: bytes) -> str:
+    """The text, with a space for each character that cannot be stored and printed everywhere."""
     decoded = text.decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else " " for letter in decoded)
 
 
-def _seconds(value: bytes | None) -> float | None:
-    """Retry-After where it is a number of seconds."""
+def _seconds(fields: Mapping[bytes, bytes]) -> float | None:
+    """Retry-After, if it is a number of seconds."""
+    value = fields.get(b"retry-after")
     return float(value) if value is not None and value.isdigit() and len(value) < 8 else None

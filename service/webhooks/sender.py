@@ -1,7 +1,7 @@
-"""The one that sends: a thread of its own beside the scheduler, on the server that leads.
+"""Sends the deliveries: a thread of its own beside the scheduler, on the server that leads.
 
-A delivery is claimed before it is sent and its result written after, each in a transaction that is refused where
-another server leads by now. What was claimed and never finished is sent again: at least once, under the same event id.
+A delivery is claimed before it is sent and its result is written after, each in a transaction that fails if another
+server leads by now. What was claimed and never finished is sent again: at least once, under the same event id.
 """
 
 import logging
@@ -19,20 +19,20 @@ from sqlalchemy.orm import Session
 
 from service.db import Database
 from service.errors import DatabaseAway, OutcomeUnknown
+from service.jobs.event_outbox import DELIVERED, FAILED, PENDING
 from service.scheduler.apply import utc_now
 from service.scheduler.lease import Deposed, Lease, fenced
 from service.tables import DeliveryRow, WebhookRow
 from service.webhooks import backlog, signing, store
 from service.webhooks.asked import TEST
 from service.webhooks.courier import Answer, Courier
-from service.webhooks.outbox import DELIVERED, FAILED, PENDING
 from service.webhooks.schedule import PATIENCE, after_failure, pause, pick
 from service.webhooks.watch import Watcher
 
 ROUND_SECONDS = 1.0
 AT_ONCE = 16
 GRACE_SECONDS = 5.0
-"""So long after another sender's deadline its claims count as dropped."""
+"""Another sender's claims count as dropped this long after its deadline."""
 
 MOST_TRIES = 20
 SWEEP_SECONDS = 3600.0
@@ -43,7 +43,7 @@ log = logging.getLogger("trainyard")
 
 @dataclass(frozen=True)
 class Parcel:
-    """What is sent, read in the transaction that claimed it."""
+    """A delivery to send, read in the transaction that claimed it. ``good``: the secrets that sign."""
 
     number: int
     webhook_id: str
@@ -83,12 +83,12 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread, if this server sends at all."""
         if self._wanted:
             self._thread.start()
 
     def stop(self) -> None:
-        """End. What is on its way may end for a moment; after that it is sent again by whoever leads next."""
+        """Stop. Deliveries under way get STOP_SECONDS to end; the next leader sends again those that did not."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -96,16 +96,16 @@ class Sender:
         self.settle(STOP_SECONDS)
 
     def wake(self) -> None:
-        """Something is to be sent: look at once."""
+        """Start a round at once: something is to be sent."""
         self._wake.set()
 
     def settle(self, seconds: float) -> bool:
-        """Wait until nothing is on its way; False where it took longer."""
+        """Wait until no delivery is under way; return False if that takes longer."""
         with self._quiet:
             return self._quiet.wait_for(lambda: not self._busy, seconds)
 
     def round(self) -> int:
-        """Look at the rules, then begin to send what is due; how many that were."""
+        """Check the rules, then start to send what is due; return how many."""
         if not self._leads():
             return 0
         self._watcher.look()
@@ -120,7 +120,7 @@ class Sender:
         return len(chosen)
 
     def _leads(self) -> bool:
-        """Whether this server may send. One that begins to lead waits for what the one before may still be sending."""
+        """True if this server may send. A new leader waits for what the one before may still be sending."""
         if self._lease is None:
             return True
         leads = self._lease.fresh()
@@ -151,7 +151,7 @@ class Sender:
     def _deliver(self, number: int) -> None:
         try:
             parcel = self._claim(number)
-            # Stopped here for long, another server has this delivery by now: the look at the clock comes last.
+            # If the process slept here, another server has this delivery by now: the lease is checked last.
             if parcel is not None and self._leads():
                 self._record(parcel, self._send(parcel))
         except Deposed:
@@ -183,7 +183,7 @@ class Sender:
         return answer
 
     def _record(self, parcel: Parcel, answer: Answer) -> None:
-        """Write what came of it. A database that is away is waited for while nobody else can send."""
+        """Write the result. If the database is away, wait for it as long as no other server may send."""
         while True:
             try:
                 with fenced(self._database, self._lease) as session:
@@ -210,7 +210,7 @@ class Sender:
 
 
 def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryRow | None]:
-    """The webhook first, as those who redeliver do."""
+    """Lock the webhook first, in the order of a redelivery."""
     delivery = session.get(DeliveryRow, number)
     if delivery is None:
         return None, None
@@ -242,7 +242,7 @@ def _end(delivery: DeliveryRow, state: str, now: datetime) -> None:
 def _try(answer: Answer, parcel: Parcel, now: datetime) -> dict[str, Any]:
     snippet = answer.snippet
     for secret in parcel.good:
-        # A receiver that shows what it was set up with must not make us show it.
+        # A receiver may echo its secret; we must not show it.
         snippet = snippet.replace(secret, "***") if snippet is not None else None
     return {
         "at": now.isoformat().replace("+00:00", "Z"),

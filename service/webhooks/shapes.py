@@ -1,11 +1,9 @@
-"""Webhooks as the API shows them, and the body that a receiver gets."""
+"""Webhooks and their deliveries as the API shows them."""
 
 from datetime import datetime
 from typing import Any, Literal
 
-from contract.report import Failure
-from contract.status import Desired, JobStatus
-from service.shapes import Event, Progress, Shape
+from service.shapes import Shape
 
 
 class Webhook(Shape):
@@ -71,41 +69,3 @@ class DeliveryWithPayload(Delivery):
     """A delivery with what the receiver gets."""
 
     payload: dict[str, Any]
-
-
-class JobNews(Shape):
-    """A job in a payload: as it was when the event happened, with the names that the API has for it."""
-
-    object: Literal["job"] = "job"
-    id: str
-    name: str
-    labels: dict[str, str]
-    status: JobStatus
-    desired: Desired
-    reason: str | None
-    message: str | None
-    error: Failure | None
-    progress: Progress
-    attempt: int | None
-    restart_at: datetime | None
-    created_at: datetime
-    queued_at: datetime | None
-    started_at: datetime | None
-    finished_at: datetime | None
-
-
-class News(Shape):
-    """What happened, and to which job; ``webhook_id`` alone in a test."""
-
-    webhook_id: str
-    event: Event | None = None
-    job: JobNews | None = None
-
-
-class Payload(Shape):
-    """The body of a delivery. ``id`` is also in the header ``webhook-id``, and the same in every try."""
-
-    type: str
-    id: str
-    timestamp: datetime
-    data: News

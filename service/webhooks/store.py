@@ -9,11 +9,11 @@ from sqlalchemy.orm import Session
 
 from contract.parsing import Problem
 from service.errors import DeliveryNotFound, RequestInvalid, TooManyWebhooks, WebhookNotFound, with_problems
-from service.jobs.store import new_id
+from service.jobs.event_outbox import PENDING, News, Payload, delivery_row
+from service.jobs.ids import new_id
 from service.tables import DeliveryRow, JobRow, WatchRow, WebhookRow
-from service.webhooks import outbox, signing
-from service.webhooks.asked import NewWebhook
-from service.webhooks.outbox import PENDING
+from service.webhooks import signing
+from service.webhooks.asked import TEST, NewWebhook
 
 MOST = 1000
 """Every event looks at all of them."""
@@ -127,14 +127,34 @@ def test(session: Session, webhook_id: str, now: datetime) -> DeliveryRow:
     """A delivery to try the receiver with, also of a webhook that is switched off."""
     row = find(session, webhook_id, lock=True)
     row.retry_at = None
-    return outbox.put_test(session, row.id, new_id("test", 16), now)
+    test_id = new_id("test", 16)
+    payload = Payload(type=TEST, id=f"evt_{test_id}", timestamp=now, data=News(webhook_id=row.id))
+    made = delivery_row(row.id, payload, None, test_id, now)  # a lane of its own: it waits for no other
+    session.add(made)
+    session.flush()
+    return made
 
 
 def redeliver(session: Session, webhook_id: str, number: int, now: datetime) -> DeliveryRow:
     """The delivery once more; one that still waits is due at once."""
     find(session, webhook_id, lock=True).retry_at = None
     row = delivery(session, webhook_id, number, lock=True)
-    if row.state != PENDING:
-        return outbox.put_again(session, row, new_id("again", 16), now)
-    row.next_at = now
-    return row
+    if row.state == PENDING:
+        row.next_at = now
+        return row
+    again = DeliveryRow(
+        webhook_id=row.webhook_id,
+        event_id=row.event_id,
+        kind=row.kind,
+        job_id=row.job_id,
+        lane=new_id("again", 16),
+        body=row.body,
+        state=PENDING,
+        tries=[],
+        next_at=now,
+        redelivers=row.number,
+        created_at=now,
+    )
+    session.add(again)
+    session.flush()
+    return again

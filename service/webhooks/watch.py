@@ -16,12 +16,11 @@ from sqlalchemy.orm import Session
 from contract.status import Desired, JobStatus
 from service.db import Database
 from service.errors import JobNotFound
-from service.jobs import store
+from service.jobs import event_outbox, store
 from service.jobs.store import Note
 from service.metrics.store import newest_place, rows_behind
 from service.scheduler.lease import Lease, fenced
 from service.tables import AttemptRow, JobRow, WatchRow, WebhookRow
-from service.webhooks import outbox
 from service.webhooks.rules import AnyRule, Firing, NoProgress, Point, Seen, advance, silence
 
 LOOK_SECONDS = 5.0
@@ -168,7 +167,7 @@ def _watches(session: Session, webhooks: Sequence[WebhookRow], job: JobRow) -> l
     }
     found = []
     for webhook in webhooks:
-        if webhook.job_id in (None, job.id) and outbox.fits(webhook.labels, job.labels):
+        if webhook.job_id in (None, job.id) and event_outbox.fits(webhook.labels, job.labels):
             rules = [RULES.validate_python(rule) for rule in webhook.rules]
             found += [_watch(session, webhook, rule, job, known) for rule in rules]
     return found
@@ -226,4 +225,4 @@ def _write(session: Session, job: JobRow, looked: Looked, now: datetime) -> None
         data = {"webhook_id": after.webhook_id, "rule": rule, "step": firing.step, **firing.data}
         event = store.tell(session, job, Note("rule", firing.message, data=data), now)
         session.flush()
-        outbox.put(session, after.webhook_id, f"rule.{after.rule.kind}", job, event)
+        event_outbox.put(session, after.webhook_id, f"rule.{after.rule.kind}", job, event)

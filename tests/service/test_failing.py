@@ -9,7 +9,7 @@ from client.arguments import build_parser, submit_parser
 from client.flags import spec_of
 from contract.spec import TrainingSpec
 from contract.status import Reason
-from service.jobs.remedies import Trouble, remedies
+from service.jobs.failures import Trouble, remedies
 from tests.service.rig import Rig
 from tests.service.test_checkpoints import write_checkpoint
 

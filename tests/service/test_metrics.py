@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from contract.status import Reason
-from service.metrics.buckets import Point, buckets, width
+from service.metrics.summaries import Part, part_of, rows, width
 from tests.service.rig import Rig
 
 
@@ -180,8 +180,8 @@ def test_buckets_over_the_api(any_rig: Rig) -> None:
     assert third["loss_mean"] == pytest.approx((8 + 9 + 10 + 50) / 4)
 
 
-def points(*losses: float | None) -> list[Point]:
-    return [Point(step, loss, 1) for step, loss in enumerate(losses, start=1)]
+def points(*losses: float | None) -> list[Part]:
+    return [part_of(step, loss, 1) for step, loss in enumerate(losses, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -195,14 +195,13 @@ def test_width(last: int, most: int, wide: int) -> None:
 def test_a_growing_curve_never_moves() -> None:
     dice = random.Random(11)
     losses = [dice.random() for _ in range(200)]
-    before, after = list(buckets(points(*losses[:150]), 16, 50)), list(buckets(points(*losses), 16, 50))
+    before, after = list(rows(points(*losses[:150]), 16, 50)), list(rows(points(*losses), 16, 50))
     assert after[: len(before) - 1] == before[:-1]
 
 
 def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
     losses = [3.0, 2.0, None, 9.0, math.inf, 1.0]
-    rows = list(buckets(points(*losses), 8, 50))
-    assert len(rows) == 1
+    [row] = rows(points(*losses), 8, 50)
     half = 0.5 ** (1 / 50)
     total = weight = 0.0
     before = 1
@@ -210,13 +209,13 @@ def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
         if loss is not None and math.isfinite(loss):
             decay = half ** (step - before)
             total, weight, before = decay * total + loss, decay * weight + 1, step
-    assert rows[0]["loss_ema"] == pytest.approx(total / weight)
-    assert (rows[0]["loss_max"], rows[0]["loss_min"], rows[0]["nonfinite_count"]) == (9.0, 1.0, 2)
-    assert list(buckets([], 8, 50)) == []
+    assert row["loss_ema"] == pytest.approx(total / weight)
+    assert (row["loss_max"], row["loss_min"], row["nonfinite_count"]) == (9.0, 1.0, 2)
+    assert list(rows([], 8, 50)) == []
 
 
 def test_with_no_half_life_the_mean_is_the_point_itself() -> None:
-    assert [row["loss_ema"] for row in buckets(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]
+    assert [row["loss_ema"] for row in rows(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]
 
 
 def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Rig) -> None:

@@ -1,8 +1,10 @@
-"""Long curves by their sums against the slow reader of every point, whatever happens to the curve meanwhile."""
+"""Long curves by their sums against a slow reader of every point, whatever happens to the curve meanwhile."""
 
 import math
 import random
 import time
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -11,8 +13,7 @@ from sqlalchemy import func, insert, select
 from contract.status import Reason
 from service.jobs import store as jobs
 from service.metrics import sealing, store, summaries
-from service.metrics.buckets import Point, buckets
-from service.metrics.summaries import Summary, part_of, summed_up
+from service.metrics.summaries import Part, Summary, part_of, summed_up
 from service.scheduler.apply import utc_now
 from service.tables import MetricRow, StretchRow
 from tests.service.rig import Rig
@@ -30,9 +31,35 @@ def same(fast: list[dict[str, Any]], slow: list[dict[str, Any]]) -> None:
             assert ours[name] == (pytest.approx(theirs[name], rel=1e-9) if theirs[name] is not None else None), name
 
 
-def random_points(dice: random.Random, count: int, stride: int) -> list[Point]:
+def buckets(points: Iterable[Part], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
+    """The rows by their definition, from single points: what the sums are held against."""
+    total = weight = 0.0
+    before: int | None = None
+    for _, found in groupby(points, key=lambda point: point.step // wide):
+        bucket = list(found)
+        finite = [point for point in bucket if point.loss is not None and math.isfinite(point.loss)]
+        for step, loss in ((point.step, point.loss or 0.0) for point in finite):
+            decay = 0.5 ** ((step - before) / half_life) if before is not None else 0.0
+            total, weight, before = decay * total + loss, decay * weight + 1.0, step
+        losses = [point.loss for point in finite if point.loss is not None]
+        yield {
+            "first_step": bucket[0].step,
+            "step": bucket[-1].step,
+            "attempt": bucket[-1].attempt,
+            "count": len(bucket),
+            "loss": bucket[-1].loss,
+            "loss_mean": math.fsum(losses) / len(losses) if losses else None,
+            "loss_min": min(losses, default=None),
+            "loss_max": max(losses, default=None),
+            "loss_ema": total / weight if losses else None,
+            "nonfinite_count": len(bucket) - len(losses),
+            "nonfinite": bucket[-1].loss is None,
+        }
+
+
+def random_points(dice: random.Random, count: int, stride: int) -> list[Part]:
     losses = [None if dice.random() < 0.05 else dice.uniform(0, 10) for _ in range(count)]
-    return [Point(1 + stride * index, loss, 1) for index, loss in enumerate(losses)]
+    return [part_of(1 + stride * index, loss, 1) for index, loss in enumerate(losses)]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -47,12 +74,11 @@ def test_sums_of_stretches_are_what_the_points_give(seed: int) -> None:
             parts = [summaries.Part._make([*list(vars(s).values())[:10], s.totals[index], s.weights[index]])
                      for s in stretches]  # fmt: skip
             same(list(summaries.rows(parts, wide, half_life)), list(buckets(points, wide, half_life)))
-        single = (part_of(p.step, p.loss, p.attempt) for p in points)
-        same(list(summaries.rows(single, 64, half_life)), list(buckets(points, 64, half_life)))
+        same(list(summaries.rows(points, 64, half_life)), list(buckets(points, 64, half_life)))
 
 
 def test_what_is_not_finite_leaves_no_mark() -> None:
-    points = [Point(1, None, 1), Point(2, math.inf, 1), Point(3, 2.0, 1), Point(200, None, 2)]
+    points = [part_of(1, None, 1), part_of(2, math.inf, 1), part_of(3, 2.0, 1), part_of(200, None, 2)]
     stretches = summed_up((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
     assert [(s.count, s.nonfinite, s.finite_step, s.loss_min) for s in stretches] == [
         (3, 2, 3, 2.0),

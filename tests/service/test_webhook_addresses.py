@@ -14,7 +14,7 @@ import pytest
 
 from service.settings import Settings, SettingsRefused
 from service.webhooks.addresses import AddressRefused, Network, checked, mistake, resolve, why_refused
-from service.webhooks.courier import MOST_READ, SNIPPET_BYTES, Answer, Courier
+from service.webhooks.courier import MAX_READ_BYTES, SNIPPET_BYTES, Answer, Courier
 from tests.service.receiver import receiving, status
 from tests.service.rig import Rig
 from tests.service.test_webhooks import deliveries, register, send
@@ -293,7 +293,7 @@ def test_of_a_long_answer_the_begin_is_read(raw: Callable[[Script], str], script
     assert answer.took
     assert answer.snippet is not None
     assert set(answer.snippet) == {"z"}
-    assert len(answer.snippet) <= SNIPPET_BYTES < MOST_READ
+    assert len(answer.snippet) <= SNIPPET_BYTES < MAX_READ_BYTES
 
 
 def test_nobody_there_and_no_such_name() -> None:
@@ -305,7 +305,18 @@ def test_nobody_there_and_no_such_name() -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     assert post(Courier(LOOPBACK, unknown), "http://nowhere.example/").error == "its name cannot be resolved"
+    for impossible in ("http://" + "a" * 64 + ".example/", "https://.example.com/", "https://a..example/"):
+        assert post(Courier(LOOPBACK), impossible).error == "its name cannot be resolved"
     assert "127.0.0.1" in resolve("localhost", 80)
+
+
+def test_the_target_and_the_headers_are_sent_as_the_url_has_them() -> None:
+    with receiving() as receiver:
+        asked = f"http://127.0.0.1:{receiver.port}/a;b/c;d%20e?x=1;y=2&z"
+        assert post(Courier(LOOPBACK), asked).took
+        assert receiver.got[0].path == "/a;b/c;d%20e?x=1;y=2&z"
+        assert receiver.got[0].headers["connection"] == "close"
+        assert receiver.got[0].headers["content-length"] == "2"
 
 
 @pytest.mark.skipif(OPENSSL is None, reason="openssl is not installed")

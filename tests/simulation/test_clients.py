@@ -30,7 +30,7 @@ from contract.spec import JobSpec
 from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
 from service.access.callers import LOCAL
 from service.errors import InvalidState
-from service.jobs import actions, store
+from service.jobs import actions, gathering, store
 from service.jobs.rules import Action, Move, Refusal, Standing, decide
 from service.launch.base import State
 from service.scheduler.apply import utc_now
@@ -194,7 +194,7 @@ class Clients(RuleBasedStateMachine):
 
     def standing(self, job_id: str) -> Standing:
         with self.rig.database.read() as session:
-            return store.standing(store.find(session, job_id))
+            return gathering.standing(store.find(session, job_id))
 
     def changes(self, job_id: str) -> list[dict[str, Any]]:
         log = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.kind == "status")

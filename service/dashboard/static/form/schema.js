@@ -16,8 +16,9 @@ export const fetchSchemas = async () => (await fetchOpenApi()).components.schema
 
 /** Returns the properties of a request body, `{name: schema}`. */
 export async function requestProperties(method, path) {
-  const { paths } = await fetchOpenApi();
-  return paths[path][method].requestBody.content["application/json"].schema.properties;
+  const { paths, components } = await fetchOpenApi();
+  const { $ref } = paths[path][method].requestBody.content["application/json"].schema;
+  return components.schemas[$ref.split("/").at(-1)].properties;
 }
 
 /** Returns `[{name, help, fields}]`. The group "" has the top-level settings; nested groups are groups of their own. */

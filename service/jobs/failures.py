@@ -1,4 +1,7 @@
-"""What helps a job that failed, the likeliest first: each as a call of the API and as a command. Pure."""
+"""The failure card: what happened, its evidence and hint as reported, and what to do now, the likeliest first. Pure.
+
+The same object in the API, in the terminal and in a webhook. Each action is a call of the API and a command.
+"""
 
 import json
 import shlex
@@ -7,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from contract.parsing import GROUPS
-from contract.report import NextAction
+from contract.report import Failure, NextAction
 from contract.spec import JobSpec, TrainingSpec
-from contract.status import Reason
+from contract.status import JobStatus, Reason
+from service.jobs.gathering import standing
+from service.jobs.rules import resume_blocker
+from service.tables import JobRow
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Group -> leaf -> what it is to be."""
@@ -46,8 +52,32 @@ class Trouble:
     restarts_itself: bool
 
 
+def failure(job: JobRow, step: int | None) -> Failure | None:
+    """Return the card of a job that failed or was interrupted; None if nothing went wrong.
+
+    ``step``: of its newest checkpoint.
+    """
+    if not job.error:
+        return None
+    card = Failure.model_validate(job.error)
+    if JobStatus(job.status) not in (JobStatus.FAILED, JobStatus.INTERRUPTED):
+        return card
+    trouble = Trouble(
+        job_id=job.id,
+        attempt=job.attempt,
+        code=card.code,
+        rank=card.rank,
+        spec=job.spec,
+        step=step,
+        inherited=job.parent_step is not None,
+        resumable=resume_blocker(standing(job)) is None,
+        restarts_itself=job.restart_at is not None,
+    )
+    return card.model_copy(update={"next": remedies(trouble)})
+
+
 def remedies(job: Trouble) -> list[NextAction]:
-    """What to do now."""
+    """Return what to do now, the likeliest first."""
     return [*_with_changes(job), *_resumed(job), _log(job)]
 
 

@@ -1,24 +1,66 @@
-"""A fork's curve with those of its ancestors before it, each up to where the next job began."""
+"""A fork's lineage: which points of its ancestors' curves lead to it, and its curve with those before it.
 
-from collections.abc import Iterator, Sequence
+What leads to a fork is recorded when it is made, because the parent may go back later.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, NamedTuple
 
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from service.forks.lineage import Piece, by_job, own_pieces, pieces
 from service.metrics import sealing, store
-from service.metrics.summaries import Part, part_of
-from service.metrics.summaries import rows as summed
-from service.tables import JobRow, MetricRow
+from service.metrics.summaries import Part, part_of, rows
+from service.tables import AttemptRow, JobRow, MetricRow
 
 
-def rows(
+class Piece(NamedTuple):
+    """The points of attempt ``attempt`` of a job after step ``after``, up to and including ``until``."""
+
+    job_id: str
+    attempt: int
+    after: int
+    until: int
+
+
+def pieces(job: JobRow) -> list[Piece]:
+    """Return the ancestors' pieces that come before the job's own, oldest first."""
+    return [Piece(**piece) for piece in (job.lineage or {}).get("curve", ())]
+
+
+def record(session: Session, parent: JobRow, step: int, attempt: int, data: str) -> dict[str, Any]:
+    """Return the lineage to store with a fork of ``parent`` at the checkpoint that ``attempt`` saved at ``step``."""
+    curve = [*pieces(parent), *own_pieces(session, parent, step, attempt)]
+    return {"data": data, "curve": [piece._asdict() for piece in curve]}
+
+
+def own_pieces(session: Session, job: JobRow, step: int, attempt: int | None = None) -> list[Piece]:
+    """Return the job's own curve up to ``step``, as it was when ``attempt`` was the last; None: as it is now."""
+    query = select(AttemptRow.number, AttemptRow.start_step).where(
+        AttemptRow.job_id == job.id, AttemptRow.start_step.is_not(None)
+    )
+    if attempt is not None:
+        query = query.where(AttemptRow.number <= attempt)
+    started = [(row.number, int(row.start_step)) for row in session.execute(query.order_by(AttemptRow.number))]
+    found = []
+    for place, (number, start) in enumerate(started):
+        until = min([step, *(later for _, later in started[place + 1 :])])
+        if until > start:
+            found.append(Piece(job.id, number, start, until))
+    return found
+
+
+def by_job(curve: Iterable[Piece]) -> list[tuple[str, list[Piece]]]:
+    """Group the pieces by ancestor, oldest first."""
+    return [(job_id, list(found)) for job_id, found in groupby(curve, key=lambda piece: piece.job_id)]
+
+
+def lineage_rows(
     session: Session, job: JobRow, after_step: int, limit: int, fields: Sequence[str], until_step: int | None = None
 ) -> list[dict[str, Any]]:
-    """At most ``limit`` points behind ``after_step``, up to ``until_step``, oldest first, each with its ``job_id``."""
+    """At most ``limit`` points after ``after_step``, up to ``until_step``, oldest first, with their ``job_id``."""
     found: list[dict[str, Any]] = []
     for whole in pieces(job):
         piece = whole if until_step is None else whole._replace(until=min(whole.until, until_step))
@@ -32,7 +74,7 @@ def rows(
 
 
 def _of_piece(session: Session, piece: Piece, after: int, limit: int, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """Each step once, as it was done last: an attempt that went back by itself did some twice."""
+    """Each step once, as it was last done: an attempt that rolled back did some twice."""
     columns = [getattr(MetricRow, name) for name in fields]
     found: list[dict[str, Any]] = []
     while len(found) < limit:
@@ -52,26 +94,22 @@ def _points(piece: Piece, after: int, columns: Sequence[Any]) -> Select[Any]:
     return query.order_by(MetricRow.step, MetricRow.seq.desc())
 
 
-def buckets(session: Session, job: JobRow, view: sealing.View) -> list[dict[str, Any]]:
-    """The view of the line, with the mean that has run on over all that lies before it."""
+def lineage_buckets(session: Session, job: JobRow, view: sealing.View) -> list[dict[str, Any]]:
+    """Return the rows of the view, with a running mean over everything before it."""
     ancestors = by_job(pieces(job))
     parts = chain.from_iterable(_ancestor(session, found, view) for _, found in ancestors)
-    own = sealing.parts(session, job, view) if sealing.is_kept(view) else _all(session, job.id, view.until_step)
+    own = sealing.parts(session, job, view)
     bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
 
     def whose(step: int) -> str:
         return next((job_id for until, job_id in bounds if step <= until), job.id)
 
-    made = summed(chain(parts, own), view.wide, view.half_life)
+    made = rows(chain(parts, own), view.wide, view.half_life)
     return [{"job_id": whose(row["step"]), **row} for row in made if row["step"] >= view.begin]
 
 
-def _all(session: Session, job_id: str, until: int | None) -> Iterator[Part]:
-    return (part_of(point.step, point.loss, point.attempt) for point in store.points(session, job_id, None, until))
-
-
 def _ancestor(session: Session, found: list[Piece], view: sealing.View) -> Iterator[Part]:
-    """From what is summed up, where the ancestor's curve still is what led to the fork; else from its points."""
+    """From the sums, if the ancestor's curve still is what led to the fork; else from its points."""
     whole = found[-1].until
     until = whole if view.until_step is None else min(whole, view.until_step)
     part = replace(view, until_step=until)
@@ -92,8 +130,8 @@ def _number(session: Session, job_id: str) -> int:
     return session.scalar(select(JobRow.number).where(JobRow.id == job_id)) or 0
 
 
-def shown(session: Session, job: JobRow) -> list[dict[str, Any]]:
-    """Whose curve it is up to which step, oldest first; ``deleted`` ones have left no points."""
+def show_lineage(session: Session, job: JobRow) -> list[dict[str, Any]]:
+    """Return whose curve it is up to which step, oldest first; ``deleted`` jobs have no points left."""
     ancestors = by_job(pieces(job))
     there = set(session.scalars(select(JobRow.id).where(JobRow.id.in_([job_id for job_id, _ in ancestors]))))
     known = [

@@ -1,30 +1,70 @@
-"""From an event to deliveries, in the event's own transaction: what is committed is sent, at least once.
+"""The deliveries of an event to webhooks, written in the event's own transaction: what is committed is sent.
 
-A cursor over the events would lose some on Postgres, where numbers are given before they are seen: a transaction that
-commits late has a lower number than one that was already read past.
+A cursor over the events would lose some on Postgres: a transaction that commits late has a lower number than one that
+was read already.
 """
 
 import json
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import func, or_, select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from service.jobs.failing import failure
+from contract.report import Failure
+from contract.status import Desired, JobStatus
+from service.jobs.failures import failure
+from service.jobs.gathering import newest_step
 from service.jobs.views import show_event
-from service.shapes import Progress
-from service.tables import CheckpointRow, DeliveryRow, EventRow, JobRow, WebhookRow
-from service.webhooks.asked import ALL, TEST
-from service.webhooks.shapes import JobNews, News, Payload
+from service.shapes import Event, Progress, Shape
+from service.tables import DeliveryRow, EventRow, JobRow, WebhookRow
 
+ALL = "*"
 PENDING, DELIVERED, FAILED = "pending", "delivered", "failed"
 TYPES = {"created": "job.created", "checkpoint": "job.checkpoint", "warning": "job.warning"}
 
 
+class JobNews(Shape):
+    """A job in a payload: as it was when the event happened, with the API's field names."""
+
+    object: Literal["job"] = "job"
+    id: str
+    name: str
+    labels: dict[str, str]
+    status: JobStatus
+    desired: Desired
+    reason: str | None
+    message: str | None
+    error: Failure | None
+    progress: Progress
+    attempt: int | None
+    restart_at: datetime | None
+    created_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class News(Shape):
+    """What happened, and to which job; ``webhook_id`` alone in a test."""
+
+    webhook_id: str
+    event: Event | None = None
+    job: JobNews | None = None
+
+
+class Payload(Shape):
+    """The body of a delivery. ``id`` is also in the header ``webhook-id``, and the same in every try."""
+
+    type: str
+    id: str
+    timestamp: datetime
+    data: News
+
+
 def post(session: Session, job: JobRow, event: EventRow) -> None:
-    """Put the event into the box of every webhook that wants it. ``event`` has its number, ``job`` is as it left it."""
+    """Queue the event for each webhook that wants it. ``event`` has its number, ``job`` is as it left it."""
     kind = _type_of(event)
     if kind is None:
         return
@@ -41,47 +81,19 @@ def _type_of(event: EventRow) -> str | None:
 
 
 def fits(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
-    """Whether a job has all the labels that are asked for."""
+    """True if a job has all the wanted labels."""
     return all(labels.get(key) == value for key, value in wanted.items())
 
 
 def put(session: Session, webhook_id: str, kind: str, job: JobRow, event: EventRow) -> None:
-    """One event into one box. The body is made now: later the job is another one."""
+    """Queue one event for one webhook. The body is made now: the job may change later."""
     news = News(webhook_id=webhook_id, event=show_event(event), job=_job(session, job))
     payload = Payload(type=kind, id=f"evt_{event.number}", timestamp=event.at, data=news)
-    session.add(_row(webhook_id, payload, job.id, job.id, event.at))
+    session.add(delivery_row(webhook_id, payload, job.id, job.id, event.at))
 
 
-def put_test(session: Session, webhook_id: str, test_id: str, now: datetime) -> DeliveryRow:
-    """Something to try the receiver with. It waits for nobody: a lane of its own."""
-    payload = Payload(type=TEST, id=f"evt_{test_id}", timestamp=now, data=News(webhook_id=webhook_id))
-    row = _row(webhook_id, payload, None, test_id, now)
-    session.add(row)
-    session.flush()
-    return row
-
-
-def put_again(session: Session, earlier: DeliveryRow, lane: str, now: datetime) -> DeliveryRow:
-    """The same once more, to the byte and under the same event id."""
-    row = DeliveryRow(
-        webhook_id=earlier.webhook_id,
-        event_id=earlier.event_id,
-        kind=earlier.kind,
-        job_id=earlier.job_id,
-        lane=lane,
-        body=earlier.body,
-        state=PENDING,
-        tries=[],
-        next_at=now,
-        redelivers=earlier.number,
-        created_at=now,
-    )
-    session.add(row)
-    session.flush()
-    return row
-
-
-def _row(webhook_id: str, payload: Payload, job_id: str | None, lane: str, at: datetime) -> DeliveryRow:
+def delivery_row(webhook_id: str, payload: Payload, job_id: str | None, lane: str, at: datetime) -> DeliveryRow:
+    """A pending delivery of ``payload``."""
     # ASCII alone: no receiver stumbles over an encoding, and no database over a character.
     body = json.dumps(payload.model_dump(mode="json"), separators=(",", ":"), allow_nan=False)
     return DeliveryRow(
@@ -98,12 +110,6 @@ def _row(webhook_id: str, payload: Payload, job_id: str | None, lane: str, at: d
     )
 
 
-def _newest(session: Session, job: JobRow) -> int | None:
-    """Step of the newest full checkpoint, as far as it was reported: nobody looks at the disk in a transaction."""
-    full = (CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
-    return session.scalar(select(func.max(CheckpointRow.step)).where(*full))
-
-
 def _job(session: Session, job: JobRow) -> JobNews:
     return JobNews(
         id=job.id,
@@ -113,7 +119,7 @@ def _job(session: Session, job: JobRow) -> JobNews:
         desired=job.desired,
         reason=job.reason,
         message=job.message,
-        error=failure(job, _newest(session, job)) if job.error else None,
+        error=failure(job, newest_step(session, job.id)) if job.error else None,
         progress=Progress.model_validate(job.progress),
         attempt=job.attempt or None,
         restart_at=job.restart_at,
