@@ -30,7 +30,7 @@ class Batch(Protocol):
 
     @property
     def offsets(self) -> torch.Tensor | None:
-        """[P + 1] int32, where the pieces begin among the B * S tokens, for `model.attention`; None: not known."""
+        """[P + 1] int32, the start of each segment among the B * S tokens, see `model.varlen_attention`; None if not known."""
 
     @property
     def labels(self) -> torch.Tensor:

@@ -14,7 +14,7 @@ from contract.spec import TrainingSpec
 from contract.status import Reason
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.muon import Muon, hidden_matrices
+from model.muon import Muon, matrix_parameters
 from worker import checkpoint
 from worker.brake import Brake
 from worker.checkpoint import RunState
@@ -124,7 +124,7 @@ def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks:
 def _optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
     lr, betas, weight_decay = training.learning_rate, training.betas, training.weight_decay
     if training.optimizer == "muon":
-        matrices = hidden_matrices(model)
+        matrices = matrix_parameters(model)
         chosen = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
         return Muon(matrices, _decayed(others, training), lr=lr, betas=betas, weight_decay=weight_decay)
