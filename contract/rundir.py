@@ -6,9 +6,11 @@ Standard library only: the agent imports it before anything else.
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ RANK_FILE = "rank"
 UNSEEN = "this node does not see the run's directory; the home must be shared by all nodes, under one path"
 """What an agent says in the cluster's own log, because it has no other."""
 ATTEMPT_DIRECTORY = re.compile(r"attempt-(\d{4,})")
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+MANIFEST_FILE = "manifest.json"
+"""Names and sha256 of a checkpoint's files. It is written last."""
+SAVING_PREFIX, REMOVING_PREFIX = ".saving-", ".removing-"
+"""Checkpoints that are being written or deleted. The next attempt deletes what is left of them."""
+INVALID_PREFIX, SUPERSEDED_PREFIX = ".invalid-", ".superseded-"
+"""Checkpoints that were found damaged, and those after the step that the user went back to."""
 
 
 @dataclass(frozen=True)
@@ -273,6 +284,54 @@ class ProductDir:
             return []  # not made yet, or deleted with its job just now
         found = [(pattern.fullmatch(p.name), p) for p in entries if p.is_dir()]
         return sorted(((int(m.group(1)), p) for m, p in found if m), reverse=True)
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and sha256 (hex) of a file, as a checkpoint's manifest has them."""
+
+    bytes: int
+    sha256: str
+
+
+def manifest_json(files: Mapping[str, FileDigest]) -> bytes:
+    """Return the content of a checkpoint's manifest: {"files": {name: {"bytes": n, "sha256": hex}}}."""
+    manifest = {"files": {name: asdict(digest) for name, digest in files.items()}}
+    return json.dumps(manifest, allow_nan=False, indent=1).encode() + b"\n"
+
+
+def parse_manifest(data: bytes) -> dict[str, FileDigest]:
+    """Return the files that a manifest lists; the inverse of `manifest_json`.
+
+    Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if ``data`` is no manifest.
+    """
+    files = json.loads(data)["files"]
+    return {name: FileDigest(int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
+
+
+@contextmanager
+def atomic_directory(final: Path, temporary: Path) -> Iterator[Path]:
+    """Create ``temporary`` to write in, and rename it to ``final`` when the block ends.
+
+    After an error ``temporary`` is deleted. Files must be fsynced by the caller. Raises OSError.
+    """
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Rename ``temporary`` to ``final``: readers see all of it or nothing, also after a power cut. Raises OSError.
+
+    Files in it must be fsynced before. Both must have the same parent directory.
+    """
+    fsync_directory(temporary)
+    temporary.rename(final)
+    fsync_directory(final.parent)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

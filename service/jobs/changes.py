@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from contract.parsing import Problem, pointer_to, printable
+from contract.report import RUN_SETTINGS
 from contract.spec import JobSpec
 from service.errors import RequestInvalid, SpecInvalid, with_problems
-from service.jobs.actions import RUN_SETTINGS
 from service.jobs.specs import Host, accept
 
 LARGEST = 2**53 - 1

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from sqlalchemy.orm import Session
 
-from contract.report import Ack, EventBatch, ExitReport, Heartbeat
+from contract.report import Ack, EventBatch, ExitReport, Heartbeat, RunSettings
 from service import logs
 from service.answers import threaded, written
 from service.context import Services, ServicesNeeded
@@ -110,4 +110,4 @@ def _report(services: Services, reporting: AttemptRow, work: Work) -> Ack:
 
 def _answer(job: JobRow, attempt: AttemptRow) -> Ack:
     desired = ingest.desired_of(job, attempt)
-    return Ack(acked=attempt.acked_seq, desired=desired, settings=ingest.settings_of(job))
+    return Ack(acked=attempt.acked_seq, desired=desired, settings=RunSettings.of(job.spec))

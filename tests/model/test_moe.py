@@ -124,7 +124,7 @@ def test_auxiliary_sum_is_one_a_token_in_balance_and_most_when_one_expert_takes_
     assert number(auxiliary_sum(all_to_first, torch.tensor([[0]] * 4), labels)) == pytest.approx(4 * 4.0)
 
 
-def test_each_piece_is_balanced_on_its_own() -> None:
+def test_each_segment_is_balanced_on_its_own() -> None:
     drawn = torch.Generator().manual_seed(4)
     scores = torch.rand(6, 3, generator=drawn).softmax(-1)
     chosen = scores.topk(2).indices
