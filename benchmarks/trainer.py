@@ -136,7 +136,7 @@ def matmul_peak() -> float:
 
 def flops_per_token() -> float:
     """Forward and backward of the measured shape, as the worker itself counts them."""
-    from model.arithmetic import flops_per_token as count
     from model.config import ModelConfig
+    from model.costs import flops_per_token as count
 
     return float(count(ModelConfig(vocab_size=VOCABULARY), LENGTH))

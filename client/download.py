@@ -1,30 +1,29 @@
 """Fetches the files of a checkpoint: piece by piece, checked, and gone on with after a break."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 from client.connection import Connection
 from client.errors import Damaged
+from contract.rundir import MANIFEST_FILE, parse_manifest
 
-MANIFEST = "manifest.json"
 PART = ".part"
 
 
 def fetch(connection: Connection, url: str, into: Path) -> list[str]:
     """Every file that the manifest at ``url`` names, and the manifest last: where it is, all of them are whole."""
     into.mkdir(parents=True, exist_ok=True)
-    with connection.download(f"{url}/{MANIFEST}", {}) as response:
+    with connection.download(f"{url}/{MANIFEST_FILE}", {}) as response:
         manifest = response.read()
-    listed = json.loads(manifest)["files"]
+    listed = parse_manifest(manifest)
     for name, said in listed.items():
         if not name or Path(name).name != name or name.startswith("."):
             raise Damaged(f"the manifest names a file that is none: {name!r}")
-        if not _is(into / name, said["sha256"]):
-            _fetch_one(connection, f"{url}/{name}", into / name, said["sha256"])
-    (into / MANIFEST).write_bytes(manifest)
-    return [*listed, MANIFEST]
+        if not _is(into / name, said.sha256):
+            _fetch_one(connection, f"{url}/{name}", into / name, said.sha256)
+    (into / MANIFEST_FILE).write_bytes(manifest)
+    return [*listed, MANIFEST_FILE]
 
 
 def _fetch_one(connection: Connection, url: str, path: Path, sha256: str) -> None:

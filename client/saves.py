@@ -6,8 +6,8 @@ from typing import Any
 
 from client.api import Trainyard
 from client.errors import Refused
+from contract.rundir import MODEL_FILE
 
-MODEL = "model.safetensors"
 LOOK_EVERY = 10
 """Looks at the job between two at its checkpoints: old ones are removed a moment after a new one came."""
 
@@ -57,6 +57,5 @@ def agrees(manifest: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
     """Whether a manifest names the weights with the sha256 that was told of them, and no more bytes in all."""
     files = manifest.get("files") or {}
     total = sum(file["bytes"] for file in files.values())
-    return (
-        bool(files) and files.get(MODEL, {}).get("sha256") == told.get("sha256") and total <= (told.get("bytes") or 0)
-    )
+    same_weights = files.get(MODEL_FILE, {}).get("sha256") == told.get("sha256")
+    return bool(files) and same_weights and total <= (told.get("bytes") or 0)

@@ -1,8 +1,9 @@
 """What rank 0, the agent and the service tell each other about an attempt, apart from the outbox lines."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -130,12 +131,25 @@ class Heartbeat(Message):
     last_seq: int = 0
 
 
+RUN_SETTINGS = {
+    "log_interval": ("reporting", "log_interval"),
+    "save_interval": ("checkpoint", "save_interval"),
+    "keep_last": ("checkpoint", "keep_last"),
+}
+"""Setting -> its section and field in a job spec."""
+
+
 class RunSettings(Message):
     """What may be changed while a run goes on; settings.json in an attempt's directory, once it was."""
 
     log_interval: int = Field(ge=1, le=2**53 - 1)
     save_interval: int = Field(ge=1, le=2**53 - 1)
     keep_last: int = Field(ge=1, le=100_000)
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> Self:
+        """Return the settings in a job spec (its JSON object)."""
+        return cls(**{name: spec[section][field] for name, (section, field) in RUN_SETTINGS.items()})
 
 
 class Ack(Message):

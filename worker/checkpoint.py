@@ -11,22 +11,33 @@
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from contract.identity import Identity
-from contract.rundir import ProductDir, fsync_directory
-from worker.tensorfile import Written, sha256_of, write_blocks, write_tensors
+from contract.rundir import (
+    CHECKPOINT_FILES,
+    INVALID_PREFIX,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    SAVING_PREFIX,
+    STATE_FILE,
+    FileDigest,
+    ProductDir,
+    atomic_directory,
+    manifest_json,
+    parse_manifest,
+)
+from worker.tensorfile import sha256_of, write_blocks, write_tensors
 
-MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FILES = (MODEL, OPTIMIZER, STATE)
-SAVING, REMOVING, INVALID, SUPERSEDED = ".saving-", ".removing-", ".invalid-", ".superseded-"
+OptimizerKind = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -74,38 +85,36 @@ def publish(
 ) -> Saved:
     """Write a checkpoint and publish it. Raises OSError, and then leaves nothing behind."""
     final = products.checkpoint(state.step)
-    products.checkpoints.mkdir(parents=True, exist_ok=True)
-    unfinished = products.checkpoints / f"{SAVING}{final.name}-{os.getpid()}"
-    try:
-        unfinished.mkdir()
-        written = {
-            MODEL: write_tensors(unfinished / MODEL, model),
-            OPTIMIZER: write_tensors(unfinished / OPTIMIZER, optimizer),
-            STATE: write_blocks(unfinished / STATE, iter([_json(asdict(state))])),
+    with atomic_directory(final, saving_directory(final)) as unfinished:
+        files = {
+            MODEL_FILE: write_tensors(unfinished / MODEL_FILE, model),
+            OPTIMIZER_FILE: write_tensors(unfinished / OPTIMIZER_FILE, optimizer),
+            STATE_FILE: write_state(unfinished, state),
         }
-        manifest = {"files": {name: asdict(file) for name, file in written.items()}}
-        written[MANIFEST] = write_blocks(unfinished / MANIFEST, iter([_json(manifest)]))
-        fsync_directory(unfinished)
-        unfinished.rename(final)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    fsync_directory(products.checkpoints)
-    return _saved(state.step, final, written)
+        manifest = write_manifest(unfinished, files)
+    size = manifest.bytes + sum(file.bytes for file in files.values())
+    return Saved(state.step, final, size, files[MODEL_FILE].sha256)
 
 
-def _json(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, indent=1).encode() + b"\n"
+def saving_directory(final: Path) -> Path:
+    """Where this process writes a checkpoint that becomes ``final``."""
+    return final.with_name(f"{SAVING_PREFIX}{final.name}-{os.getpid()}")
 
 
-def _saved(step: int, path: Path, files: Mapping[str, Written]) -> Saved:
-    return Saved(step, path, sum(file.bytes for file in files.values()), files[MODEL].sha256)
+def write_state(directory: Path, state: RunState) -> FileDigest:
+    """Write state.json. Raises OSError."""
+    content = json.dumps(asdict(state), allow_nan=False, indent=1).encode() + b"\n"
+    return write_blocks(directory / STATE_FILE, iter([content]))
 
 
-def manifest_of(path: Path, needed: Iterable[str] = FILES) -> dict[str, Written]:
+def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> FileDigest:
+    """Write manifest.json, the last file of a checkpoint. Raises OSError."""
+    return write_blocks(directory / MANIFEST_FILE, iter([manifest_json(files)]))
+
+
+def manifest_of(path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> dict[str, FileDigest]:
     """What the manifest says of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged one."""
-    described = json.loads((path / MANIFEST).read_bytes())["files"]
-    found = {name: Written(int(file["bytes"]), str(file["sha256"])) for name, file in described.items()}
+    found = parse_manifest((path / MANIFEST_FILE).read_bytes())
     if not set(needed) <= set(found):
         raise ValueError("names too few files")
     return found
@@ -119,7 +128,7 @@ def find_damage(path: Path, *, thorough: bool = True) -> str | None:
     try:
         manifest = manifest_of(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} {_kind(error)}"
+        return f"{MANIFEST_FILE} {_kind(error)}"
     for name, said in manifest.items():
         try:
             if (path / name).stat().st_size != said.bytes:
@@ -137,17 +146,17 @@ def _kind(error: Exception) -> str:
 
 def read_state(path: Path) -> RunState:
     """The state of a verified checkpoint. Raises ValueError where it was written by a newer version."""
-    value = json.loads((path / STATE).read_bytes())
+    value = json.loads((path / STATE_FILE).read_bytes())
     if value.get("version") != 1:
-        raise ValueError(f"{path / STATE} has version {value.get('version')}; this program reads 1")
+        raise ValueError(f"{path / STATE_FILE} has version {value.get('version')}; this program reads 1")
     return RunState.from_json(value)
 
 
-def saved_at(step: int, path: Path) -> Saved:
+def saved_at(step: int, path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> Saved:
     """What was published as ``path``. Raises as `manifest_of`."""
-    manifest = manifest_of(path)
-    size = (path / MANIFEST).stat().st_size
-    return Saved(step, path, size + sum(file.bytes for file in manifest.values()), manifest[MODEL].sha256)
+    manifest = manifest_of(path, needed)
+    size = (path / MANIFEST_FILE).stat().st_size
+    return Saved(step, path, size + sum(file.bytes for file in manifest.values()), manifest[MODEL_FILE].sha256)
 
 
 @dataclass(frozen=True)
@@ -176,7 +185,7 @@ def newest_valid(products: ProductDir, damaged: list[Damage]) -> Path | None:
     return None
 
 
-def set_aside(path: Path, why: str = INVALID) -> Path:
+def set_aside(path: Path, why: str = INVALID_PREFIX) -> Path:
     """Rename a checkpoint to ``.invalid-step-...``, or as ``why`` says, numbered where there is one already."""
     for attempt in range(1000):
         aside = path.with_name(f"{why}{path.name}" + (f"-{attempt}" if attempt else ""))
@@ -189,13 +198,22 @@ def set_aside(path: Path, why: str = INVALID) -> Path:
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Put a verified checkpoint into ``model`` and ``optimizer``, in place."""
     state = read_state(path)
-    tensors = load_file(path / MODEL)
+    tensors = load_file(path / MODEL_FILE)
     own = model.state_dict()
     for names in shared_names(own):
         tensors.update(dict.fromkeys(names, tensors[names[0]]))
     model.load_state_dict(tensors, strict=True)
-    _load_optimizer(load_file(path / OPTIMIZER), model, optimizer)
+    _load_optimizer(load_file(path / OPTIMIZER_FILE), model, optimizer)
     return state
+
+
+def optimizer_kind(path: Path) -> OptimizerKind | None:
+    """Return the optimizer whose state is in the checkpoint ``path``; None if it has no state yet."""
+    with safe_open(path / OPTIMIZER_FILE, framework="pt") as file:
+        names = list(file.keys())
+    if not names:
+        return None
+    return "muon" if any(name.startswith("momentum.") for name in names) else "adamw"
 
 
 def unique_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

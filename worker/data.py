@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from worker.rows import GAMMA, Integers, mixed
+from worker.rows import Integers
+from worker.splitmix import GAMMA, splitmix64
 
 ROUNDS = 8
 
@@ -37,8 +38,8 @@ class Permutation:
         return values.astype(np.int64)
 
     def _keys(self) -> list[int]:
-        base = mixed(mixed(np.array([self.seed], dtype=np.uint64), 0), self.epoch)
-        keys: list[int] = mixed(np.arange(1, ROUNDS + 1, dtype=np.uint64) * GAMMA, int(base[0])).tolist()
+        base = splitmix64(splitmix64(np.array([self.seed], dtype=np.uint64), 0), self.epoch)
+        keys: list[int] = splitmix64(np.arange(1, ROUNDS + 1, dtype=np.uint64) * GAMMA, int(base[0])).tolist()
         return keys
 
 
@@ -49,7 +50,7 @@ def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: list[int]) -> npt.
     left, right = values >> shift, values & masks[1]
     for number, key in enumerate(keys):
         # The halves change places, and so their widths; the number of rounds is even, so they end where they began.
-        left, right = right, left ^ (mixed(right, key) & masks[number % 2])
+        left, right = right, left ^ (splitmix64(right, key) & masks[number % 2])
     return (left << shift) | right
 
 

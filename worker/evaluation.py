@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from worker.distributed import Ranks
 from worker.feed import cut, on_device, own_share
 from worker.rows import Batch, RowTable
-from worker.step import forward
 from worker.trainee import Trainee
 
 
@@ -27,28 +25,13 @@ class Evaluation:
 
         All ranks call it together and get the same number.
         """
-        was_training = trainee.model.training
-        trainee.model.eval()
-        try:
-            own = self._own_sum(trainee)
-        finally:
-            trainee.model.train(was_training)
-        sums = [sum(column) for column in zip(*self.ranks.gather(own), strict=True)]
+        loss_sum, tokens = trainee.loss_sum(self._batches())
+        sums = [sum(column) for column in zip(*self.ranks.gather([loss_sum, float(tokens)]), strict=True)]
         loss = sums[0] / max(1.0, sums[1])
         return loss if math.isfinite(loss) else None
 
-    @torch.no_grad()
-    def _own_sum(self, trainee: Trainee) -> list[float]:
-        """[summed loss, tokens] of this rank's share. Every rank cuts alike, so sums do not depend on who runs what."""
-        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
-        tokens = 0
-        for batch in self._batches():
-            with trainee.precision.autocast():
-                total += forward(trainee.model, batch).loss_sum
-            tokens += int((batch.labels != -100).sum())
-        return [float(total), float(tokens)]
-
     def _batches(self) -> Iterator[Batch]:
+        """Yield the share of this rank. All ranks split alike, so sums do not depend on which rank runs which rows."""
         share = own_share(np.arange(len(self.table)), self.ranks.rank, self.ranks.world)
         for part in cut(share, self.batch_size):
             yield on_device(self.table.batch(part), self.ranks.device)

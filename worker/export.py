@@ -17,17 +17,27 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from contract.rundir import AttemptDir, ProductDir, RunDir, fsync_directory, read_json, write_json
+from contract.rundir import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    AttemptDir,
+    ProductDir,
+    RunDir,
+    atomic_directory,
+    read_json,
+    write_json,
+)
 from contract.spec import JobSpec
 from contract.vocabulary import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
 from model.config import ModelConfig
-from worker.checkpoint import MANIFEST, MODEL, STATE, RunState, manifest_of, read_state
+from worker.checkpoint import RunState, manifest_of, read_state
 from worker.huggingface import CONFIG, WEIGHTS, NotExpressible, config_json
 from worker.tensorfile import sha256_of
 from worker.tokenizers import Tokenizer, load
 from worker.weights import write_weights
 
-NEEDED = (MODEL, STATE)
+NEEDED = (MODEL_FILE, STATE_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Taken over where they lie beside tokenizer.json."""
 
@@ -51,12 +61,12 @@ class Source:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights, float32; tied ones stand under their first name."""
-        return load_file(self.path / MODEL)
+        return load_file(self.path / MODEL_FILE)
 
 
 def find_source(path: Path) -> Source:
     """The checkpoint ``path``, or the newest sound one of the run directory ``path``. Raises NotExported."""
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST_FILE).is_file():
         damage = _damage(path)
         if damage is not None:
             raise NotExported(f"{path} is damaged: {damage}; export an older checkpoint")
@@ -140,18 +150,12 @@ def export_huggingface(source: Source, out: Path, tokenizer_path: str, tokenizer
         raise NotExported(f"{out} exists and is not an empty directory: choose another --out")
     building = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    with atomic_directory(out, building):
         write_json(building / CONFIG, described)
         write_json(building / "generation_config.json", _generation(tokenizer))
         # Without this mark transformers refuses the file.
         save_file(source.tensors(), building / WEIGHTS, metadata={"format": "pt"})
         _write_tokenizer(building, tokenizer_path, tokenizer)
-        fsync_directory(building)
-        building.replace(out)
-        fsync_directory(out.parent)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return out
 
 

@@ -6,7 +6,7 @@ import torch
 
 from contract.events import Started, Warned
 from contract.spec import JobSpec
-from model.arithmetic import active_parameters, flops_per_token, parameters
+from model.costs import active_parameters, flops_per_token, parameters
 from worker.data import Order
 from worker.distributed import Ranks
 from worker.material import Material

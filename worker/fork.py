@@ -3,28 +3,32 @@
 The files are linked under the fork's own name before ``origin/`` goes, so that a crash at any point loses nothing.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from safetensors import safe_open
 
 from contract.events import CheckpointSaved, Event, Warned
 from contract.identity import FREE_SHAPE, Identity
 from contract.report import Fork, read_message
-from contract.rundir import ProductDir, RunDir, fsync_directory
+from contract.rundir import (
+    CHECKPOINT_FILES,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    FileDigest,
+    ProductDir,
+    RunDir,
+    atomic_directory,
+)
 from contract.spec import JobSpec
 from contract.status import Reason
 from worker import checkpoint
-from worker.checkpoint import MANIFEST, MODEL, OPTIMIZER, SAVING, STATE, RunState
+from worker.checkpoint import RunState
 from worker.failure import Failure
 from worker.milestones import KEPT, link
 from worker.retention import remove
-from worker.tensorfile import Written, sha256_of, write_blocks, write_tensors
+from worker.tensorfile import sha256_of, write_tensors
 
 
 def fork_of(run: RunDir) -> Fork | None:
@@ -47,7 +51,7 @@ def adopt(
     if fork.data == "restart":
         state = _anew(state, identity, spec, world)
     _require_fit(origin, state, identity)
-    fresh = OPTIMIZER not in files or _kind(origin / OPTIMIZER) not in (None, spec.training.optimizer)
+    fresh = OPTIMIZER_FILE not in files or checkpoint.optimizer_kind(origin) not in (None, spec.training.optimizer)
     if fresh and fork.data == "keep":
         raise unusable(fork, f"its optimizer is not {spec.training.optimizer}")
     if checkpoint.find_damage(products.checkpoint(fork.step)) is not None:
@@ -61,9 +65,9 @@ def adopt(
     remove(origin)
 
 
-def _sound(origin: Path, fork: Fork) -> Mapping[str, Written]:
+def _sound(origin: Path, fork: Fork) -> Mapping[str, FileDigest]:
     """What the manifest says, once every byte is as it says."""
-    needed = KEPT if fork.data == "restart" else checkpoint.FILES
+    needed = KEPT if fork.data == "restart" else CHECKPOINT_FILES
     try:
         files = checkpoint.manifest_of(origin, needed)
         damaged = [name for name, said in files.items() if sha256_of(origin / name) != said.sha256]
@@ -111,38 +115,14 @@ def _require_fit(origin: Path, state: RunState, identity: Identity) -> None:
         raise Failure(Reason.CHECKPOINT_INVALID, message, 'Undo the change; data "restart" allows another corpus.')
 
 
-def _kind(file: Path) -> str | None:
-    """Whose moments these are; None where there are none yet."""
-    with safe_open(file, framework="pt") as opened:
-        names = list(opened.keys())
-    if not names:
-        return None
-    return "muon" if any(name.startswith("momentum.") for name in names) else "adamw"
-
-
-def _publish(products: ProductDir, origin: Path, files: Mapping[str, Written], state: RunState, fresh: bool) -> None:
+def _publish(products: ProductDir, origin: Path, files: Mapping[str, FileDigest], state: RunState, fresh: bool) -> None:
     final = products.checkpoint(state.step)
-    products.checkpoints.mkdir(parents=True, exist_ok=True)
-    unfinished = products.checkpoints / f"{SAVING}{final.name}-{os.getpid()}"
-    try:
-        unfinished.mkdir()
-        link(origin / MODEL, unfinished / MODEL)
-        written = {MODEL: files[MODEL]}
+    with atomic_directory(final, checkpoint.saving_directory(final)) as unfinished:
+        link(origin / MODEL_FILE, unfinished / MODEL_FILE)
         if fresh:
-            written[OPTIMIZER] = write_tensors(unfinished / OPTIMIZER, {})
+            optimizer = write_tensors(unfinished / OPTIMIZER_FILE, {})
         else:
-            link(origin / OPTIMIZER, unfinished / OPTIMIZER)
-            written[OPTIMIZER] = files[OPTIMIZER]
-        written[STATE] = write_blocks(unfinished / STATE, iter([_json(asdict(state))]))
-        manifest = {"files": {name: asdict(file) for name, file in written.items()}}
-        write_blocks(unfinished / MANIFEST, iter([_json(manifest)]))
-        fsync_directory(unfinished)
-        unfinished.rename(final)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    fsync_directory(products.checkpoints)
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, allow_nan=False, indent=1).encode() + b"\n"
+            link(origin / OPTIMIZER_FILE, unfinished / OPTIMIZER_FILE)
+            optimizer = files[OPTIMIZER_FILE]
+        written = {MODEL_FILE: files[MODEL_FILE], OPTIMIZER_FILE: optimizer}
+        checkpoint.write_manifest(unfinished, {**written, STATE_FILE: checkpoint.write_state(unfinished, state)})

@@ -15,15 +15,6 @@ from contract.spec import JobSpec
 Stamp = tuple[int, int]
 
 
-def settings_of(spec: JobSpec) -> RunSettings:
-    """Those of a spec."""
-    return RunSettings(
-        log_interval=spec.reporting.log_interval,
-        save_interval=spec.checkpoint.save_interval,
-        keep_last=spec.checkpoint.keep_last,
-    )
-
-
 def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
     """The spec with other ones."""
     return spec.model_copy(

@@ -3,17 +3,14 @@
 ``checkpoints/step-00010000-weights/`` holds model.safetensors, state.json and a manifest. No resume ever picks it.
 """
 
-import json
 import os
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
-from contract.rundir import ProductDir, fsync_directory
-from worker.checkpoint import MANIFEST, MODEL, SAVING, STATE, Saved, manifest_of
-from worker.tensorfile import Written, write_blocks
+from contract.rundir import MODEL_FILE, STATE_FILE, FileDigest, ProductDir, atomic_directory
+from worker.checkpoint import Saved, manifest_of, saved_at, saving_directory, write_manifest
 
-KEPT = (MODEL, STATE)
+KEPT = (MODEL_FILE, STATE_FILE)
 
 
 def keep_weights(products: ProductDir, step: int, full: Path) -> Saved:
@@ -25,40 +22,28 @@ def keep_weights(products: ProductDir, step: int, full: Path) -> Saved:
     final = products.milestone(step)
     if _manifest(final) != manifest:
         shutil.rmtree(final, ignore_errors=True)
-        _publish(products, full, final, manifest)
-    size = sum(file.bytes for file in manifest.values()) + (final / MANIFEST).stat().st_size
-    return Saved(step, final, size, manifest[MODEL].sha256)
+        with atomic_directory(final, saving_directory(final)) as unfinished:
+            for name in manifest:
+                link(full / name, unfinished / name)
+            write_manifest(unfinished, manifest)
+    return saved_at(step, final, KEPT)
 
 
-def _manifest(milestone: Path) -> dict[str, Written] | None:
+def _manifest(milestone: Path) -> dict[str, FileDigest] | None:
     try:
         return manifest_of(milestone, KEPT)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _publish(products: ProductDir, full: Path, final: Path, manifest: dict[str, Written]) -> None:
-    unfinished = products.checkpoints / f"{SAVING}{final.name}-{os.getpid()}"
-    try:
-        unfinished.mkdir()
-        for name in manifest:
-            link(full / name, unfinished / name)
-        said = {"files": {name: asdict(file) for name, file in manifest.items()}}
-        write_blocks(unfinished / MANIFEST, iter([json.dumps(said, indent=1).encode() + b"\n"]))
-        fsync_directory(unfinished)
-        unfinished.rename(final)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    fsync_directory(products.checkpoints)
-
-
 def link(source: Path, target: Path) -> None:
-    """The same file under another name; a copy where the file system has no links."""
+    """Link ``source`` as ``target``, or copy it if the file system has no links. Raises OSError.
+
+    `service.forks.links` has a stricter one: the service does not follow a symbolic link that a run may have left.
+    """
     try:
         os.link(source, target)
     except OSError:
-        # Not every file system has links.
         shutil.copyfile(source, target)
         with target.open("rb") as file:
             os.fsync(file.fileno())

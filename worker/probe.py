@@ -12,7 +12,6 @@ from contract.spec import TrainingSpec
 from worker.data import Permutation
 from worker.feed import on_device
 from worker.rows import Batch, Integers, RowTable
-from worker.step import forward
 from worker.trainee import Trainee
 
 ROWS, POSITIONS = 4, 32
@@ -39,12 +38,8 @@ class Probe:
 
     def score(self, trainee: Trainee) -> dict[str, Any]:
         """What a checkpoint keeps: {"loss": mean cross-entropy, without dropout, "dtype": ...}; {} if not finite."""
-        was_training = trainee.model.training
-        trainee.model.eval()
-        try:
-            loss = self._loss(trainee)
-        finally:
-            trainee.model.train(was_training)
+        loss_sum, tokens = trainee.loss_sum([on_device(self.batch(), self.device)])
+        loss = loss_sum / max(1, tokens)
         return {"loss": loss, "dtype": self.dtype} if math.isfinite(loss) else {}
 
     def batch(self) -> Batch:
@@ -57,13 +52,6 @@ class Probe:
             segments[:, :POSITIONS].contiguous() if segments is not None else None,
             whole.labels[:, :POSITIONS].contiguous(),
         )
-
-    @torch.no_grad()
-    def _loss(self, trainee: Trainee) -> float:
-        batch = on_device(self.batch(), self.device)
-        with trainee.precision.autocast():
-            total = float(forward(trainee.model, batch).loss_sum)
-        return total / max(1, int((batch.labels != -100).sum()))
 
 
 def verified(step: int, before: dict[str, Any], now: dict[str, Any]) -> list[Event]:

@@ -8,11 +8,19 @@ from typing import Literal
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Event, Warned
 from contract.identity import Identity
-from contract.rundir import ProductDir, RunDir, fsync_directory
+from contract.rundir import (
+    CHECKPOINT_FILES,
+    MANIFEST_FILE,
+    SAVING_PREFIX,
+    SUPERSEDED_PREFIX,
+    ProductDir,
+    RunDir,
+    publish_directory,
+)
 from contract.spec import JobSpec
 from contract.status import Reason
 from worker import checkpoint
-from worker.checkpoint import SAVING, Damage, RunState, Saved
+from worker.checkpoint import Damage, RunState, Saved
 from worker.failure import Failure
 from worker.fork import adopt, fork_of, unusable
 from worker.milestones import link
@@ -80,7 +88,7 @@ def go_back(products: ProductDir, step: int, identity: Identity, say: Callable[[
     for kind, there_are in kinds:
         for newer, its_path in there_are:
             if newer > step:
-                checkpoint.set_aside(its_path, checkpoint.SUPERSEDED)
+                checkpoint.set_aside(its_path, SUPERSEDED_PREFIX)
                 say(CheckpointRemoved(step=newer, path=str(its_path), checkpoint_kind=kind, why="superseded"))
     return path
 
@@ -157,18 +165,16 @@ def _taken_over(path: Path, products: ProductDir, identity: Identity, steps_of: 
     Its job may live, and remove it at any moment: the files are linked first, and looked at where nobody takes them
     away. And an attempt that dies before its first save goes on from the same one again, whatever is newer by then.
     """
-    place = products.checkpoints / f"{SAVING}{path.name}-of-{path.parent.parent.name}"
+    place = products.checkpoints / f"{SAVING_PREFIX}{path.name}-of-{path.parent.parent.name}"
     try:
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        for name in (*checkpoint.FILES, checkpoint.MANIFEST):
+        for name in (*CHECKPOINT_FILES, MANIFEST_FILE):
             link(path / name, place / name)
         objection = _objection(place, identity, steps_of) or checkpoint.find_damage(place)
         if objection is None:
             step = checkpoint.read_state(place).step
-            fsync_directory(place)
-            place.rename(products.checkpoint(step))
-            fsync_directory(products.checkpoints)
+            publish_directory(place, products.checkpoint(step))
             return checkpoint.saved_at(step, products.checkpoint(step))
     except OSError as error:
         objection = f"cannot be had: {error.strerror}"

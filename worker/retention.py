@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from contract.rundir import ProductDir
-from worker.checkpoint import REMOVING, SAVING, SUPERSEDED, Saved, find_damage
+from contract.rundir import REMOVING_PREFIX, SAVING_PREFIX, SUPERSEDED_PREFIX, ProductDir
+from worker.checkpoint import Saved, find_damage
 from worker.milestones import keep_weights
 
-ASIDE = re.compile(re.escape(SUPERSEDED) + r"step-(\d{8,})(?:-weights)?(?:-\d+)?")
+ASIDE = re.compile(re.escape(SUPERSEDED_PREFIX) + r"step-(\d{8,})(?:-weights)?(?:-\d+)?")
 """A checkpoint that was set aside because the run went back behind it."""
 
 LEAST = 2
@@ -65,7 +65,7 @@ def _forget_superseded(products: ProductDir, sound: list[int]) -> None:
 
 def remove(path: Path) -> bool:
     """Unpublish a checkpoint by one rename, then delete its files; False where it could not be unpublished."""
-    leaving = path.with_name(f"{REMOVING}{path.name}")
+    leaving = path.with_name(f"{REMOVING_PREFIX}{path.name}")
     shutil.rmtree(leaving, ignore_errors=True)
     try:
         path.rename(leaving)
@@ -77,7 +77,7 @@ def remove(path: Path) -> bool:
 
 def collect_leftovers(products: ProductDir) -> int:
     """Delete what earlier attempts were writing or removing when they were killed. Nothing of ours may be live then."""
-    found = [p for p in _entries(products.checkpoints) if p.name.startswith((SAVING, REMOVING))]
+    found = [p for p in _entries(products.checkpoints) if p.name.startswith((SAVING_PREFIX, REMOVING_PREFIX))]
     for directory in found:
         shutil.rmtree(directory, ignore_errors=True)
     torn = [p for p in _entries(products.out) if p.name.startswith(".") and p.is_file()]

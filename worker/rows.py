@@ -20,6 +20,7 @@ from torch import Tensor
 from worker.corpus import Corpus
 from worker.lines import DataInvalid
 from worker.shards import Columns, mapped, published
+from worker.splitmix import GAMMA, splitmix64
 
 Integers = npt.NDArray[np.int64]
 Packing = Literal["document", "none"]
@@ -173,21 +174,6 @@ def _scattered(shape: tuple[int, int], fill: int, place: Integers, values: Integ
     return torch.from_numpy(out)
 
 
-GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""Its multiples are far apart: what is numbered from 1 is multiplied by it before it is mixed."""
-
-
-def mixed(numbers: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
-    """A well-mixed 64-bit function of each number and ``key``.
-
-    Source: the finaliser of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
-    """
-    x = numbers + np.uint64(key & (2**64 - 1))
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 @dataclass(frozen=True)
 class Held:
     """Which documents a split takes: a function of a document's number alone, the same for every job."""
@@ -217,7 +203,7 @@ class Held:
     @classmethod
     def marks(cls, start: int, end: int) -> npt.NDArray[np.uint64]:
         """A number for each document from ``start`` to ``end``, uniform below 2 ** 64."""
-        return mixed(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, cls.KEY)
+        return splitmix64(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, cls.KEY)
 
     def taken(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """For each document from ``start`` to ``end``: whether the split has it."""

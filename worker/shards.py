@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from contract.cache import building_of
-from contract.rundir import fsync_directory, read_json, write_json
+from contract.rundir import publish_directory, read_json, write_json
 from worker.lines import DataInvalid, Tally
 from worker.tokenizers import Ids, Tokenizer
 
@@ -153,9 +153,7 @@ def published(directory: Path, *, goes_on: bool = False) -> Iterator[Path]:
         # The journal, and what was being written when a build was killed: files are written under a name with a dot.
         for entry in {*building.glob(JOURNAL), *building.glob(".*")}:
             entry.unlink()
-        fsync_directory(building)
-        os.rename(building, directory)
-        fsync_directory(directory.parent)
+        publish_directory(building, directory)
     except UNUSABLE:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from worker.brake import Brake
+from worker.splitmix import GAMMA, splitmix64
 
 
 class Batch(Protocol):
@@ -30,7 +32,7 @@ class Batch(Protocol):
 
     @property
     def offsets(self) -> torch.Tensor | None:
-        """[P + 1] int32, where the pieces begin among the B * S tokens, for `model.attention`; None: not known."""
+        """[P + 1] int32, the start of each segment among all tokens, see `model.varlen_attention`; or None."""
 
     @property
     def labels(self) -> torch.Tensor:
@@ -244,16 +246,7 @@ def _with_last(micros: Iterable[Micro]) -> Iterator[tuple[Micro, bool]]:
 
 def seed_dropout(seed: int, step: int, rank: int, micro: int) -> None:
     """Seed torch's generators as a pure function of where in the run we are, so that no generator needs saving."""
-    mixed = seed
+    state = np.array([seed % 2**64], dtype=np.uint64)
     for part in (step, rank, micro):
-        mixed = _mix(mixed ^ part)
-    torch.manual_seed(mixed)
-
-
-def _mix(value: int) -> int:
-    """splitmix64: neighbouring inputs give unrelated outputs. Source: Steele, Lea, Flood, OOPSLA 2014."""
-    mask = 2**64 - 1
-    value = (value + 0x9E3779B97F4A7C15) & mask
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-    return value ^ (value >> 31)
+        state = splitmix64(state ^ np.uint64(part), int(GAMMA))
+    torch.manual_seed(int(state[0]))

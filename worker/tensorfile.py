@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from contract.rundir import FileDigest
 
 DTYPES = {
     torch.float64: "F64",
@@ -27,20 +28,12 @@ DTYPES = {
 BLOCK = 1 << 24
 
 
-@dataclass(frozen=True)
-class Written:
-    """What stands on disk, for the manifest."""
-
-    bytes: int
-    sha256: str
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> Written:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileDigest:
     """Write ``tensors`` to ``path`` and fsync it. The bytes depend on names and values alone. Raises OSError."""
     return write_blocks(path, _blocks(dict(sorted(tensors.items()))))
 
 
-def write_blocks(path: Path, blocks: Iterator[bytes | memoryview]) -> Written:
+def write_blocks(path: Path, blocks: Iterator[bytes | memoryview]) -> FileDigest:
     """Write ``blocks`` one after the other to a new file, fsync it, and return its size and sha256. Raises OSError."""
     digest, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:
@@ -50,7 +43,7 @@ def write_blocks(path: Path, blocks: Iterator[bytes | memoryview]) -> Written:
                 digest.update(part)
                 size += _write_all(file.fileno(), part)
         os.fsync(file.fileno())
-    return Written(size, digest.hexdigest())
+    return FileDigest(size, digest.hexdigest())
 
 
 def _write_all(descriptor: int, part: bytes | memoryview) -> int:

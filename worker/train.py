@@ -23,7 +23,7 @@ from worker.feed import Feed
 from worker.gate import Verdict
 from worker.launch import Attempt
 from worker.life import SignOfLife
-from worker.live import SettingsWish, changed, settings_of, with_settings
+from worker.live import SettingsWish, changed, with_settings
 from worker.material import Material, prepare
 from worker.meters import Interval, Meters, own_interval
 from worker.probe import Probe, verified
@@ -102,7 +102,7 @@ def train(
         meters=Meters(ranks, interval, fact.flops_per_token, spec.model.use_moe, experts),
         saver=Saver(spec, products, material.identity, rows_per_step, ranks, say, time.monotonic(), probe),
         asked_to_save=attempt.directory.save,
-        settings=SettingsWish(attempt.directory.settings, settings_of(spec)),
+        settings=SettingsWish(attempt.directory.settings, RunSettings.of(spec.model_dump())),
         trackers=trackers,
         life=life,
         say=say,
@@ -222,7 +222,7 @@ class Loop:
 
     def _take_over(self, settings: RunSettings, step: int, steps: int) -> None:
         """Tell and save by other settings from now on, on all ranks at the same step."""
-        self.say(changed(step, settings_of(self.spec), settings))
+        self.say(changed(step, RunSettings.of(self.spec.model_dump()), settings))
         self.spec = self.saver.spec = with_settings(self.spec, settings)
         self.calendar = Calendar.of(self.spec, steps, evaluates=self.material.evaluation is not None)
 

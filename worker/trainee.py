@@ -1,12 +1,12 @@
 """What is trained: the model, its optimizer and scaler, and the few numbers that say how far it is."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from contract.identity import Identity
@@ -14,14 +14,15 @@ from contract.spec import TrainingSpec
 from contract.status import Reason
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.muon import Muon, hidden_matrices
+from model.loss import IGNORED
+from model.muon import Muon, matrix_parameters
 from worker import checkpoint
 from worker.brake import Brake
 from worker.checkpoint import RunState
 from worker.distributed import Ranks, Row
 from worker.failure import Failure
 from worker.gate import Trouble
-from worker.step import Precision, Stepper
+from worker.step import Batch, Precision, Stepper, forward
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -66,6 +67,23 @@ class Trainee:
     def may_lag(self) -> bool:
         """Whether steps are better read together, later: where reading waits for the device, and the brake holds."""
         return self.stepper.brake.holding and self.stepper.brake.device.type == "cuda"
+
+    @torch.no_grad()
+    def loss_sum(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Return the summed cross-entropy of ``batches``, without dropout, and the number of their labels."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            # In float64: the sum over a whole evaluation split would lose digits in float32.
+            total: torch.Tensor | float = 0.0
+            labels = 0
+            for batch in batches:
+                with self.precision.autocast():
+                    total = total + forward(self.model, batch).loss_sum.double()
+                labels += int((batch.labels != IGNORED).sum())
+        finally:
+            self.model.train(was_training)
+        return float(total), labels
 
     def loss_scale(self) -> float | None:
         """The fp16 scaler's factor, or None without one."""
@@ -124,7 +142,7 @@ def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks:
 def _optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
     lr, betas, weight_decay = training.learning_rate, training.betas, training.weight_decay
     if training.optimizer == "muon":
-        matrices = hidden_matrices(model)
+        matrices = matrix_parameters(model)
         chosen = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
         return Muon(matrices, _decayed(others, training), lr=lr, betas=betas, weight_decay=weight_decay)
@@ -143,11 +161,9 @@ def _decayed(parameters: list[nn.Parameter], training: TrainingSpec) -> list[dic
 
 
 def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    with safe_open(path / checkpoint.OPTIMIZER, framework="pt") as file:
-        names = list(file.keys())
-    has_momentum = any(name.startswith("momentum.") for name in names)
-    if names and has_momentum != isinstance(optimizer, Muon):
-        theirs = "muon" if has_momentum else "adamw"
+    theirs = checkpoint.optimizer_kind(path)
+    own = "muon" if isinstance(optimizer, Muon) else "adamw"
+    if theirs not in (None, own):
         hint = f'Set training.optimizer to "{theirs}", or start a new run with from_weight.'
         raise Failure(Reason.CHECKPOINT_INVALID, f"{path} was trained with {theirs}", hint)
 

@@ -2,28 +2,18 @@
 
 import signal
 import time
-from pathlib import Path
 
-from contract.processes import PROC, ProcessIdentity, marked
+from contract.processes import ProcessIdentity, marked
 
 
 def ranks_of(job_id: str, attempt: int) -> dict[int, ProcessIdentity]:
     """Rank -> process. A rank's own children inherit its environment: the oldest process is the rank itself."""
     found: dict[int, ProcessIdentity] = {}
     for process in sorted(marked(f"{job_id}/{attempt}"), key=lambda process: process.start_ticks):
-        rank = _rank(process.pid)
-        if rank is not None:
-            found.setdefault(rank, process)
+        rank = process.variable("RANK")
+        if rank is not None and rank.isdecimal():
+            found.setdefault(int(rank), process)
     return found
-
-
-def _rank(pid: int, proc: Path = PROC) -> int | None:
-    try:
-        variables = (proc / str(pid) / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return None
-    values = [variable.removeprefix(b"RANK=") for variable in variables if variable.startswith(b"RANK=")]
-    return int(values[0]) if values and values[0].isdigit() else None
 
 
 def kill_one(job_id: str, attempt: int, seconds: float = 5.0) -> tuple[int, int]:

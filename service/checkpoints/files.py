@@ -1,6 +1,5 @@
 """The files of a checkpoint: those that its manifest names, opened so that nothing else can be meant."""
 
-import json
 import os
 import re
 import stat
@@ -10,22 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from contract.rundir import ProductDir
+from contract.rundir import MANIFEST_FILE, FileDigest, ProductDir, parse_manifest
 from service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
-MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 16 << 20
 FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
-
-
-@dataclass(frozen=True)
-class Listed:
-    """What a manifest says of a file."""
-
-    bytes: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +38,7 @@ def place_of(products: ProductDir, step: int, path: str) -> Path | None:
     return next((place for place in (products.checkpoint(step), products.milestone(step)) if str(place) == path), None)
 
 
-def manifest_of(directory: Path) -> dict[str, Listed] | None:
+def manifest_of(directory: Path) -> dict[str, FileDigest] | None:
     """What the manifest says; None where there is none that can be read."""
     try:
         with held(directory) as within:
@@ -57,11 +47,10 @@ def manifest_of(directory: Path) -> dict[str, Listed] | None:
         return None
 
 
-def _manifest_in(within: int) -> dict[str, Listed] | None:
+def _manifest_in(within: int) -> dict[str, FileDigest] | None:
     try:
-        with _opened_in(within, MANIFEST) as file:
-            described = json.loads(file.read(LARGEST_MANIFEST))["files"]
-        found = {name: Listed(int(said["bytes"]), str(said["sha256"])) for name, said in described.items()}
+        with _opened_in(within, MANIFEST_FILE) as file:
+            found = parse_manifest(file.read(LARGEST_MANIFEST))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return {name: said for name, said in found.items() if NAME.fullmatch(name)}
@@ -87,9 +76,9 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
     try:
         with held(directory) as within:
             manifest = _manifest_in(within)
-            if manifest is None or (name != MANIFEST and name not in manifest):
+            if manifest is None or (name != MANIFEST_FILE and name not in manifest):
                 raise FileNotInCheckpoint()
-            return _opened_in(within, name), manifest[name].sha256 if name != MANIFEST else None
+            return _opened_in(within, name), manifest[name].sha256 if name != MANIFEST_FILE else None
     except OSError:
         raise FileNotInCheckpoint() from None
 

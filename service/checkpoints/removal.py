@@ -8,7 +8,7 @@ from pathlib import Path
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from contract.rundir import RunDir
+from contract.rundir import REMOVING_PREFIX, RunDir
 from contract.status import LIVE, JobStatus
 from service.access.callers import Caller
 from service.checkpoints.files import looks_sound, place_of
@@ -17,7 +17,6 @@ from service.jobs import store
 from service.jobs.store import Note
 from service.tables import AttemptRow, CheckpointRow, JobRow
 
-REMOVING = ".removing-"
 """What a name begins with that the worker takes for a leftover, and collects."""
 
 log = logging.getLogger("trainyard")
@@ -68,7 +67,7 @@ def _require_unused(session: Session, job: JobRow, step: int, newest_other: int)
 
 
 def _renamed(path: Path) -> Path:
-    leaving = path.with_name(f"{REMOVING}{path.name}")
+    leaving = path.with_name(f"{REMOVING_PREFIX}{path.name}")
     shutil.rmtree(leaving, ignore_errors=True)
     try:
         path.rename(leaving)

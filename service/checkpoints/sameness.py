@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from contract.corpora import Sketch
 from contract.identity import FREE_SHAPE, Identity
 from contract.roots import why_outside
-from contract.rundir import RunDir
+from contract.rundir import STATE_FILE, RunDir
 from contract.vocabulary import BYTE, TokenizerInvalid, identified, tokenizer_file
 from service.checkpoints.files import opened, place_of
 from service.errors import RunDiffers
@@ -24,7 +24,6 @@ from service.jobs.specs import LARGEST_TOKENIZER_BYTES
 from service.settings import Settings
 from service.tables import CheckpointRow, JobRow
 
-STATE = "state.json"
 LARGEST_STATE = 16 << 20
 NEWEST = 5
 """Checkpoints that are looked into until one can be read: all of a job are of the same run."""
@@ -79,7 +78,7 @@ def require_same(candidates: Iterable[Begin], spec: Mapping[str, Any], settings:
 def identity_in(directory: Path) -> Identity | None:
     """What a checkpoint says it is of; None where that cannot be read."""
     try:
-        with opened(directory, STATE) as file:
+        with opened(directory, STATE_FILE) as file:
             said = json.loads(file.read(LARGEST_STATE))["identity"]
         plain = isinstance(said["model"], dict) and isinstance(said.get("corpus_file", {}), dict)
         return Identity(**said) if plain else None

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pynvml
 
-from contract.processes import MARKER, PROC
+from contract.processes import MARKER, variable_of
 
 FRESH_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
@@ -138,12 +138,8 @@ def _temperature(handle: Any) -> int | None:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether the process carries an attempt's mark."""
-    try:
-        variables = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return False  # another user's, another container's, or gone
-    return any(variable.startswith(MARKER.encode() + b"=") for variable in variables)
+    """Whether the process carries an attempt's mark; False if it is another user's, another container's, or gone."""
+    return variable_of(pid, MARKER) is not None
 
 
 def visible_devices() -> str | None:

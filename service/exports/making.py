@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from contract.locks import FileLock, LockBusy
-from contract.rundir import ProductDir, fsync_directory, read_json, write_json
+from contract.rundir import MODEL_FILE, ProductDir, fsync_directory, read_json, write_json
 from service.checkpoints.files import manifest_of
 from service.errors import CheckpointNotFound, DiskTrouble, ExportUnderWay
 from service.exports import child
 from service.forks.links import share
 
 NAMED = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
-MODEL = "model.safetensors"
 
 
 class Wanted(NamedTuple):
@@ -36,9 +35,9 @@ class Wanted(NamedTuple):
 def existing(wanted: Wanted) -> bool:
     """Whether these very weights were exported before."""
     manifest = manifest_of(wanted.checkpoint)
-    if manifest is None or MODEL not in manifest:
+    if manifest is None or MODEL_FILE not in manifest:
         raise CheckpointNotFound()
-    return _directory(wanted).is_dir() and _exported(wanted) == manifest[MODEL].sha256
+    return _directory(wanted).is_dir() and _exported(wanted) == manifest[MODEL_FILE].sha256
 
 
 def make(wanted: Wanted) -> None:
@@ -85,7 +84,7 @@ def _publish(wanted: Wanted, source: Path, building: Path, final: Path) -> None:
     building.rename(final)
     fsync_directory(final.parent)
     manifest = manifest_of(source) or {}
-    write_json(_note(wanted), {"sha256": manifest[MODEL].sha256})
+    write_json(_note(wanted), {"sha256": manifest[MODEL_FILE].sha256})
 
 
 def _directory(wanted: Wanted) -> Path:

@@ -8,8 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
-from contract.rundir import fsync_directory
-from service.checkpoints.files import MANIFEST, looks_sound, manifest_of, opened
+from contract.rundir import MANIFEST_FILE, fsync_directory
+from service.checkpoints.files import looks_sound, manifest_of, opened
 from service.errors import StepUnavailable
 
 DAMAGED = "The checkpoint of this step is damaged, or was just removed."
@@ -25,7 +25,7 @@ def share(source: Path, target: Path) -> None:
         raise StepUnavailable(DAMAGED)
     target.mkdir(parents=True)
     try:
-        for name in (*manifest, MANIFEST):
+        for name in (*manifest, MANIFEST_FILE):
             _share_file(source, target, name)
     except OSError as error:
         raise StepUnavailable(f"{DAMAGED} {error.strerror}.") from error

@@ -8,6 +8,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.orm import Session, object_session
 
 from contract.parsing import Problem
+from contract.report import RUN_SETTINGS
 from contract.spec import JobSpec
 from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
 from service.access import quotas
@@ -158,14 +159,6 @@ def patch(
     store.tell(session, job, Note("changed", message, by.name, data={"fields": sorted(changes)}), now)
     session.flush()
     return job
-
-
-RUN_SETTINGS: dict[str, tuple[str, str]] = {
-    "log_interval": ("reporting", "log_interval"),
-    "save_interval": ("checkpoint", "save_interval"),
-    "keep_last": ("checkpoint", "keep_last"),
-}
-"""What a live attempt hears of in the answer to its next report, and takes over at a step."""
 
 
 def remove(session: Session, job_id: str) -> JobRow:

@@ -7,11 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
 from contract.parsing import Problem, pointer_to
 from contract.reference import NOTES
+from contract.report import RUN_SETTINGS
 from contract.spec import CheckpointSpec, JobSpec, ReportingSpec, ResourcesSpec, TrainingSpec
 from contract.units import UNITS
 from service.bodies import OptionalBody, without_defaults
 from service.errors import SpecInvalid, with_problems
-from service.jobs.actions import RUN_SETTINGS
 from service.jobs.specs import Host, accept
 
 LARGEST = 2**53 - 1

@@ -10,7 +10,7 @@ from contract.parsing import ParsedSpec, Problem, parse_spec
 from contract.roots import why_outside
 from contract.spec import JobSpec
 from contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
-from model.arithmetic import memory_bytes
+from model.costs import memory_bytes
 from service.devices.inventory import Device, count, kind_for
 from service.devices.memory import limit_for
 from service.errors import SpecInvalid, with_problems

@@ -54,11 +54,7 @@ class AttemptFiles:
         has = read_message(RunSettings, attempt.settings)
         if has is None:
             spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
-            has = RunSettings(
-                log_interval=spec.reporting.log_interval,
-                save_interval=spec.checkpoint.save_interval,
-                keep_last=spec.checkpoint.keep_last,
-            )
+            has = RunSettings.of(spec.model_dump())
         if has != settings:
             write_json(attempt.settings, settings.model_dump())
 

@@ -23,7 +23,6 @@ from contract.events import (
     Started,
     Warned,
 )
-from contract.report import RunSettings
 from contract.status import Desired, JobStatus
 from service.access.keys import NO_HASH, token_hash
 from service.errors import Unauthorized
@@ -80,16 +79,6 @@ def desired_of(job: JobRow, attempt: AttemptRow) -> Desired:
     if attempt.number != job.attempt or attempt.ended_at is not None:
         return Desired.KILL
     return Desired(job.desired)
-
-
-def settings_of(job: JobRow) -> RunSettings:
-    """What the agent should pass on to the ranks."""
-    reporting, checkpoint = job.spec["reporting"], job.spec["checkpoint"]
-    return RunSettings(
-        log_interval=reporting["log_interval"],
-        save_interval=checkpoint["save_interval"],
-        keep_last=checkpoint["keep_last"],
-    )
 
 
 def ingest(session: Session, job: JobRow, attempt: AttemptRow, lines: Iterable[dict[str, Any]]) -> int:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from contract.parsing import Problem, plain, pointer_to
-from contract.report import Ack, EventBatch, ExitReport, Heartbeat, Message
+from contract.report import Ack, EventBatch, ExitReport, Heartbeat, Message, RunSettings
 from service import logs
 from service.access.scopes import ATTEMPT
 from service.answers import ServiceRoute
@@ -132,4 +132,4 @@ def _report(services: Services, reporting: AttemptRow, work: Work) -> Ack:
 
 def _answer(job: JobRow, attempt: AttemptRow) -> Ack:
     desired = ingest.desired_of(job, attempt)
-    return Ack(acked=attempt.acked_seq, desired=desired, settings=ingest.settings_of(job))
+    return Ack(acked=attempt.acked_seq, desired=desired, settings=RunSettings.of(job.spec))

@@ -12,7 +12,7 @@ from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from contract.report import ErrorCard, ExitReport
+from contract.report import ErrorCard, ExitReport, RunSettings
 from contract.spec import JobSpec
 from contract.status import Desired, JobStatus, Reason
 from service.access.keys import token_hash
@@ -199,7 +199,7 @@ class Applier:
             job, attempt = ingest.lock(session, live.id, live.name.job_id)
             if attempt.acked_seq:
                 ingest.hear(session, job, attempt, self._clock())
-            settings = ingest.settings_of(job)
+            settings = RunSettings.of(job.spec)
         self._launcher.settle(live.name, settings)
 
     def _ended(self, live: LiveAttempt, found: Found) -> bool:

@@ -1,11 +1,22 @@
 """Paths of a run, and files that are whole or not there."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from contract.rundir import ProductDir, RunDir, read_json, write_atomically, write_json
+from contract.rundir import (
+    FileDigest,
+    ProductDir,
+    RunDir,
+    atomic_directory,
+    manifest_json,
+    parse_manifest,
+    read_json,
+    write_atomically,
+    write_json,
+)
 
 
 def test_attempts_are_found_in_their_order(tmp_path: Path) -> None:
@@ -75,3 +86,25 @@ def test_milestones_are_no_checkpoints(tmp_path: Path) -> None:
     (products.checkpoints / ".saving-step-00000300-weights-7").mkdir()
     assert [step for step, _ in products.milestones()] == [100, 20]
     assert [step for step, _ in products.published()] == [20]
+
+
+def test_an_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    final, temporary = tmp_path / "all" / "step-1", tmp_path / "all" / ".saving-1"
+    with atomic_directory(final, temporary) as directory:
+        assert directory == temporary
+        (directory / "file").write_text("whole")
+        assert not final.exists()
+    assert (final / "file").read_text() == "whole"
+    assert not temporary.exists()
+
+    with suppress(ZeroDivisionError), atomic_directory(tmp_path / "all" / "step-2", temporary) as directory:
+        (directory / "file").write_text(str(1 // 0))
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["step-1"]
+
+
+def test_a_manifest_is_parsed_as_it_was_written() -> None:
+    files = {"model.safetensors": FileDigest(10, "ab"), "state.json": FileDigest(0, "cd")}
+    assert parse_manifest(manifest_json(files)) == files
+    for other in (b"", b"[]", b"{}", b'{"files": []}', b'{"files": {"a": 1}}', b'{"files": {"a": {"bytes": 1}}}'):
+        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+            parse_manifest(other)

@@ -18,7 +18,8 @@ from tests.data.texts import write_jsonl
 from worker import rows as rows_module
 from worker.corpus import Corpus, open_corpus
 from worker.lines import DataInvalid
-from worker.rows import Batch, Packing, RowTable, Split, best_fit, mixed, pieces_of
+from worker.rows import Batch, Packing, RowTable, Split, best_fit, pieces_of
+from worker.splitmix import splitmix64
 from worker.tokenizers import ByteTokenizer
 
 PACKINGS: tuple[Packing, ...] = ("none", "document")
@@ -243,11 +244,11 @@ def test_two_documents_can_be_split_and_one_cannot(tmp_path: Path) -> None:
         RowTable.open(one, max_seq_len=9, packing="none", split=Split("eval", 0.5))
 
 
-def test_mixed_is_splitmix64() -> None:
+def test_splitmix64_gives_its_published_numbers() -> None:
     # The first numbers of SplitMix64 seeded with 1234567: the generator's published test vector.
     gamma = 0x9E3779B97F4A7C15
     states = np.array([(1234567 + (n + 1) * gamma) % 2**64 for n in range(3)], dtype=np.uint64)
-    assert mixed(states, 0).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert splitmix64(states, 0).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_moe": True, "moe_intermediate_size": 48}], ids=["dense", "moe"])

@@ -9,6 +9,7 @@ from typing import Any
 import pynvml
 import pytest
 
+from contract import processes
 from contract.processes import MARKER
 from contract.status import Desired, JobStatus, Phase
 from service.devices import inventory
@@ -255,7 +256,7 @@ class FakeNvml:
 def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "77").mkdir()
     (tmp_path / "77" / "environ").write_bytes(f"A=1\0{MARKER}=job_a/1\0".encode())
-    monkeypatch.setattr(inventory, "PROC", tmp_path)
+    monkeypatch.setattr(processes, "PROC", tmp_path)
     monkeypatch.setattr(inventory, "pynvml", FakeNvml())
     FakeNvml.asked = 0
     host = HostInventory(slots=1)

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from contract.identity import Identity
-from contract.rundir import ProductDir
+from contract.rundir import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, FileDigest, ProductDir
 from worker import checkpoint, retention, tensorfile
-from worker.checkpoint import MODEL, OPTIMIZER, STATE, Damage, RunState
+from worker.checkpoint import Damage, RunState
 
 IDENTITY = Identity(
     model={"hidden_size": 8, "vocab_size": 32},
@@ -76,7 +76,7 @@ def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_
         assert read[name].dtype is tensor.dtype
         assert torch.equal(read[name], tensor)
     content = (tmp_path / "ours").read_bytes()
-    assert written == tensorfile.Written(len(content), hashlib.sha256(content).hexdigest())
+    assert written == FileDigest(len(content), hashlib.sha256(content).hexdigest())
     save_file({"a": tensors["a"].contiguous()}, tmp_path / "theirs")
     tensorfile.write_tensors(tmp_path / "single", {"a": tensors["a"]})
     assert (tmp_path / "single").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -104,7 +104,7 @@ def test_what_was_loaded_does_not_hang_on_the_files(tmp_path: Path) -> None:
     model, optimizer = trained(seed=4)
     checkpoint.load(saved.path, model, optimizer)
     before = {name: tensor.clone() for name, tensor in checkpoint.optimizer_tensors(model, optimizer).items()}
-    for name in (MODEL, OPTIMIZER):
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
         with (saved.path / name).open("r+b") as file:
             file.write(b"\xff" * (saved.path / name).stat().st_size)
     after = checkpoint.optimizer_tensors(model, optimizer)
@@ -129,9 +129,9 @@ def test_a_fresh_optimizer_takes_the_state_too(tmp_path: Path) -> None:
 
 def test_tied_weights_stand_once_and_equal_weights_give_equal_files(tmp_path: Path) -> None:
     first, second = publish(ProductDir(tmp_path / "a"), 1), publish(ProductDir(tmp_path / "b"), 1)
-    assert set(load_file(first.path / MODEL)) == {"embed.weight", "scale"}
+    assert set(load_file(first.path / MODEL_FILE)) == {"embed.weight", "scale"}
     assert first.sha256 == second.sha256
-    assert first.sha256 == hashlib.sha256((first.path / MODEL).read_bytes()).hexdigest()
+    assert first.sha256 == hashlib.sha256((first.path / MODEL_FILE).read_bytes()).hexdigest()
     assert first.bytes == sum(file.stat().st_size for file in first.path.iterdir())
     assert checkpoint.saved_at(1, first.path) == first
 
@@ -141,7 +141,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     saved = publish(ProductDir(tmp_path), 400)
     assert checkpoint.find_damage(saved.path) is None
     for _ in range(100):
-        name = chooser.choice([MODEL, OPTIMIZER, STATE])
+        name = chooser.choice([MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])
         content = bytearray((saved.path / name).read_bytes())
         position, bit = chooser.randrange(len(content)), 1 << chooser.randrange(8)
         content[position] ^= bit
@@ -156,8 +156,8 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 def test_other_damage_is_named(tmp_path: Path) -> None:
     products = ProductDir(tmp_path)
     cut, missing, no_manifest, torn = (publish(products, step) for step in (1, 2, 3, 4))
-    os.truncate(cut.path / MODEL, 10)
-    (missing.path / OPTIMIZER).unlink()
+    os.truncate(cut.path / MODEL_FILE, 10)
+    (missing.path / OPTIMIZER_FILE).unlink()
     (no_manifest.path / "manifest.json").unlink()
     (torn.path / "manifest.json").write_text('{"files": {}}')
     assert checkpoint.find_damage(cut.path, thorough=False) == "model.safetensors size"
@@ -170,14 +170,14 @@ def test_the_newest_sound_one_is_found_and_damaged_ones_are_set_aside(tmp_path: 
     products = ProductDir(tmp_path)
     for number in (380, 400):
         publish(products, number)
-    with (products.checkpoint(400) / MODEL).open("r+b") as file:
+    with (products.checkpoint(400) / MODEL_FILE).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     damaged: list[Damage] = []
     assert checkpoint.newest_valid(products, damaged) == products.checkpoint(380)
     assert [str(damage) for damage in damaged] == ["checkpoint 400 invalid: model.safetensors sha256"]
     assert [number for number, _ in products.published()] == [380]
-    assert (products.checkpoints / ".invalid-step-00000400" / MODEL).exists()
+    assert (products.checkpoints / ".invalid-step-00000400" / MODEL_FILE).exists()
     publish(products, 400)
     assert checkpoint.set_aside(products.checkpoint(400)).name == ".invalid-step-00000400-1"
 
@@ -214,8 +214,8 @@ def test_state_survives_json_exactly(tmp_path: Path) -> None:
 
 def test_a_newer_state_is_refused(tmp_path: Path) -> None:
     saved = publish(ProductDir(tmp_path), 1)
-    value = json.loads((saved.path / STATE).read_bytes())
-    (saved.path / STATE).write_text(json.dumps({**value, "version": 2}))
+    value = json.loads((saved.path / STATE_FILE).read_bytes())
+    (saved.path / STATE_FILE).write_text(json.dumps({**value, "version": 2}))
     with pytest.raises(ValueError, match="version 2; this program reads 1"):
         checkpoint.read_state(saved.path)
 
@@ -249,7 +249,7 @@ def test_pruning_never_counts_a_damaged_one_as_kept(tmp_path: Path) -> None:
     products = ProductDir(tmp_path)
     for number in (1, 2, 3, 4):
         publish(products, number)
-    os.truncate(products.checkpoint(4) / MODEL, 10)
+    os.truncate(products.checkpoint(4) / MODEL_FILE, 10)
     removed = retention.prune(products, keep_last=1, keep_every=None)
     assert [(pruned.step, pruned.weights) for pruned in removed] == [(1, None)]
     assert [number for number, _ in products.published()] == [4, 3, 2]
@@ -262,7 +262,7 @@ def test_leftovers_are_collected_and_nothing_else(tmp_path: Path) -> None:
     checkpoint.set_aside(products.checkpoint(2))
     for name in (".saving-step-00000003-99", ".removing-step-00000001"):
         (products.checkpoints / name).mkdir()
-        (products.checkpoints / name / MODEL).write_bytes(b"torn")
+        (products.checkpoints / name / MODEL_FILE).write_bytes(b"torn")
     products.out.mkdir()
     (products.out / ".pretrain_8.pth.abc").write_bytes(b"torn")
     (products.out / "pretrain_8.pth").write_bytes(b"whole")

@@ -13,7 +13,7 @@ from contract.rundir import RunDir, write_json
 from tests.worker import driver
 from tests.worker.test_begin import spec
 from worker.distributed import Wishes
-from worker.live import SettingsWish, changed, settings_of, with_settings
+from worker.live import SettingsWish, changed, with_settings
 
 FIRST = RunSettings(log_interval=5, save_interval=8, keep_last=3)
 SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)
@@ -36,8 +36,8 @@ def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) ->
 
 
 def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
-    assert settings_of(with_settings(spec(), SECOND)) == SECOND
-    assert with_settings(spec(), settings_of(spec())) == spec()
+    assert RunSettings.of(with_settings(spec(), SECOND).model_dump()) == SECOND
+    assert with_settings(spec(), RunSettings.of(spec().model_dump())) == spec()
     assert changed(4, FIRST, FIRST.model_copy(update={"save_interval": 1000})).message == (
         "save_interval is 1,000 and was 8"
     )

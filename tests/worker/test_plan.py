@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from contract.spec import JobSpec
-from model import arithmetic
+from model import costs
 from model.config import ModelConfig
 from tests.data.texts import docstrings, write_jsonl
 from tests.worker import driver
@@ -89,8 +89,8 @@ def most_kept(student: Trainee, rows: Feed) -> int:
 @pytest.mark.parametrize(("shape", "packing"), [(DENSE, "document"), (DENSE, "none"), (EXPERTS, "document")])
 def test_activations_of_a_real_step(shape: dict[str, Any], packing: Packing, dtype: Any, tmp_path: Path) -> None:
     model = ModelConfig(**shape).with_vocab_size(259)
-    planned = arithmetic.memory_bytes(model, batch_size=ROWS, seq_len=LENGTH, dtype=dtype)
-    copies = planned.weights - 4 * arithmetic.parameters(model)
+    planned = costs.memory_bytes(model, batch_size=ROWS, seq_len=LENGTH, dtype=dtype)
+    copies = planned.weights - 4 * costs.parameters(model)
     found = {}
     for accumulation in (1, 3):
         rows = feed(tmp_path, packing, accumulation)
@@ -111,7 +111,7 @@ def test_weights_gradients_and_optimizer_by_tensors(shape: dict[str, Any], optim
     )
     student.stepper.step(feed(tmp_path, "document", 2).micros(1), 1e-3, lambda _: None)
     state = [value for one in student.optimizer.state.values() for value in one.values() if value.ndim]
-    planned = arithmetic.memory_bytes(model, batch_size=ROWS, seq_len=LENGTH, dtype="float32", optimizer=optimizer)
+    planned = costs.memory_bytes(model, batch_size=ROWS, seq_len=LENGTH, dtype="float32", optimizer=optimizer)
     assert planned.weights == sum(parameter.nbytes for parameter in student.model.parameters())
     assert [planned.gradients] == gradients
     assert planned.optimizer == sum(value.nbytes for value in state)
@@ -127,7 +127,7 @@ def test_a_checkpoint_has_the_bytes_that_were_planned(shape: dict[str, Any], opt
     model = ModelConfig(**shape).with_vocab_size(259)
     directory = run.products(None).checkpoint(1)
     held = {name: tensors_in(directory / name) for name in ("model.safetensors", "optimizer.safetensors")}
-    assert sum(held.values()) == arithmetic.checkpoint_bytes(model, optimizer)
+    assert sum(held.values()) == costs.checkpoint_bytes(model, optimizer)
     assert sum(file.stat().st_size for file in directory.iterdir()) == pytest.approx(sum(held.values()), rel=0.1)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Finished, Metric, PhaseChanged, Sample, Started, Warned
 from contract.report import Outcome
-from contract.rundir import RunDir
+from contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
 from contract.spec import JobSpec
 from tests.worker import driver
 from tests.worker.test_resume import stop_after
@@ -154,9 +154,9 @@ def fail_save(run: RunDir, fail_at: int, code: int) -> None:
 
     write = tensorfile.write_tensors
 
-    def full(path: Path, tensors: Any) -> tensorfile.Written:
+    def full(path: Path, tensors: Any) -> FileDigest:
         written = write(path, tensors)
-        if f"{fail_at:08d}" in str(path) and path.name == checkpoint.OPTIMIZER:
+        if f"{fail_at:08d}" in str(path) and path.name == OPTIMIZER_FILE:
             raise OSError(code, "No space left on device", str(path))
         return written
 

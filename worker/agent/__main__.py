@@ -20,6 +20,7 @@ from worker.agent.children import Children, become_subreaper
 from worker.agent.follow import follow
 from worker.agent.launch import launch_torchrun, write_started
 from worker.agent.place import Place, appoint, node_name, sees
+from worker.output import redirect_output
 
 TICK_SECONDS = 0.05
 LAUNCH_LOCK_SECONDS = 10.0
@@ -40,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         return EX_REFUSED
     attempt.logs.mkdir(parents=True, exist_ok=True)
     if place.clustered:
-        _log_to_own_file(attempt, place)
+        # The cluster's own log would mix the lines of several nodes.
+        redirect_output(attempt.node_log(place.node))
     if not place.leads:
         return follow(run, attempt, place)
     if place.clustered and attempt.started.exists():
@@ -82,14 +84,6 @@ def _parse(arguments: list[str] | None) -> tuple[RunDir, AttemptDir]:
     parsed = parser.parse_args(arguments)
     run = RunDir(parsed.run_dir.resolve())
     return run, run.attempt(parsed.attempt)
-
-
-def _log_to_own_file(attempt: AttemptDir, place: Place) -> None:
-    """What a cluster's own log holds of several nodes at once would be mixed line by line."""
-    descriptor = os.open(attempt.node_log(place.node), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 class NotWanted(Exception):

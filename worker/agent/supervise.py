@@ -23,7 +23,6 @@ from worker.agent.place import ALONE, Place
 from worker.agent.progress import ProgressWatch
 from worker.agent.shipper import Shipper
 from worker.agent.verdict import at_the_limit, verdict
-from worker.live import settings_of
 
 STACKS_SECONDS = 1.0
 
@@ -57,7 +56,8 @@ class Supervisor:
         shipper.start()
         watch = ProgressWatch(attempt, OutboxReader(attempt.outbox), spec.resources.timeouts)
         others = OtherNodes(attempt, place)
-        return cls(attempt, children, spec, shipper, watch, of_this_agent(), settings_of(spec), place, others)
+        settings = RunSettings.of(spec.model_dump())
+        return cls(attempt, children, spec, shipper, watch, of_this_agent(), settings, place, others)
 
     def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
         """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person.

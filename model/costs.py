@@ -1,4 +1,4 @@
-"""What a model of a given shape costs: parameters, floating-point operations, memory. Pure, and without torch.
+"""Parameters, floating-point operations and memory of a model, computed from its config. Does not import torch.
 
 Legend: ``B`` rows, ``S`` positions, ``V`` vocabulary, ``L`` layers, ``C`` hidden size, ``I`` intermediate size.
 """
@@ -17,8 +17,8 @@ Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes one rank needs, at the peak of a step."""
+class MemoryEstimate:
+    """Bytes that one rank needs at the peak of a step."""
 
     weights: int
     gradients: int
@@ -27,29 +27,29 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Sum of all parts."""
         return sum(asdict(self).values())
 
 
 def parameters(config: ModelConfig) -> int:
-    """Trained numbers; tied embeddings count once."""
+    """Return the number of trained parameters; tied embeddings count once."""
     embeddings = _vocabulary(config) * config.hidden_size
     return _layers(config, config.num_experts) + (embeddings if config.tie_word_embeddings else 2 * embeddings)
 
 
 def active_parameters(config: ModelConfig) -> int:
-    """Those that one token meets: all of a dense model, and the chosen experts of the others."""
+    """Return the number of parameters that one token uses: all of a dense model, else only the chosen experts."""
     return parameters(config) - _layers(config, config.num_experts) + _layers(config, config.num_experts_per_tok)
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations that training spends on one token of a row of ``seq_len``, forward and backward.
+    """Return the training FLOPs of one token in a row of ``seq_len`` tokens, forward and backward.
 
-    Six for each weight that is multiplied (two forward, four backward): all active matrices and the one that makes the
-    logits, but not the embedding table, which is only looked up. Attention adds ``6 * L * heads * head_dim * seq_len``:
-    scores and mix over the half of the row that a causal mask leaves, which is half of what the usual estimate counts.
+    Six for each weight that is multiplied (two forward, four backward): all active matrices and the output matrix, but
+    not the embedding table, which is only indexed. Attention adds ``6 * L * heads * head_dim * seq_len``, for the half
+    of the scores that a causal mask leaves. The usual estimate counts all of them.
 
-    Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, less what the mask cuts off.
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, without the masked half.
     """
     assert config.head_dim is not None
     matrices = _matrices(config, config.num_experts_per_tok) + _vocabulary(config) * config.hidden_size
@@ -59,18 +59,17 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 def memory_bytes(
     config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw"
-) -> Memory:
-    """What one rank holds at the peak of a step, in bytes. Weights, gradients and the optimizer's state are float32.
+) -> MemoryEstimate:
+    """Return the bytes of one rank at the peak of a step. Weights, gradients and optimizer state are float32.
 
-    Under autocast the copies of the matrices in ``dtype`` count as weights; in float32 nothing is copied but the
-    experts' stacks, which grouped products take and the backward pass needs. Activations are what the layers keep for
-    the backward pass, and the gradient of the matrix that makes the logits, which is made with the loss. What lives
-    only inside one operation is not counted, nor is what the libraries take for themselves.
+    Weights include autocast's copies of the matrices in ``dtype``. Activations are what the layers keep for backward,
+    the gradient of the output matrix, which is computed with the loss, and in float32 the experts' stacked matrices,
+    which backward needs. Temporary buffers of single operations and the libraries' own memory are not counted.
     """
     count = parameters(config)
     copies = 0 if dtype == "float32" else DTYPE_BYTES[dtype] * _matrices(config, config.num_experts)
     stacks = FLOAT32 * _stacked(config) if dtype == "float32" else 0
-    return Memory(
+    return MemoryEstimate(
         weights=FLOAT32 * count + copies,
         gradients=FLOAT32 * count,
         optimizer=optimizer_bytes(config, optimizer),
@@ -81,15 +80,15 @@ def memory_bytes(
 
 
 def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
-    """What an optimizer remembers: two moments of each parameter; with Muon one of the layers' matrices but routers."""
+    """Return the bytes of optimizer state: two moments a parameter; one for the matrices with Muon, but routers."""
     both = ADAM_MOMENTS * FLOAT32 * parameters(config)
     return both if optimizer == "adamw" else both - FLOAT32 * (_matrices(config, config.num_experts) - _routers(config))
 
 
 def checkpoint_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
-    """Size of a full checkpoint: float32 weights and what the optimizer remembers, without headers.
+    """Return the bytes of a full checkpoint: float32 weights and optimizer state, without headers.
 
-    As much host memory is taken by the copy that a save is written from.
+    The copy in host memory that a save is written from has the same size.
     """
     return FLOAT32 * parameters(config) + optimizer_bytes(config, optimizer)
 
@@ -105,14 +104,14 @@ def _routers(config: ModelConfig) -> int:
 
 
 def _stacked(config: ModelConfig) -> int:
-    """Elements of the experts' matrices, which lie in a stack for the products of a layer."""
+    """Elements of the experts' matrices, which are stacked for grouped products."""
     if not config.use_moe:
         return 0
     return _matrices(config, config.num_experts) - _matrices(config, 0)
 
 
 def _layers(config: ModelConfig, experts: int) -> int:
-    """Parameters of all layers and the last norm, with so many ``experts`` in each layer."""
+    """Parameters of all layers and the last norm, with ``experts`` experts in each layer."""
     assert config.head_dim is not None
     head_norms = 2 * config.head_dim if config.qk_norm else 0
     norms = config.num_hidden_layers * (2 * config.hidden_size + head_norms) + config.hidden_size
@@ -120,7 +119,7 @@ def _layers(config: ModelConfig, experts: int) -> int:
 
 
 def _matrices(config: ModelConfig, experts: int) -> int:
-    """Elements of the layers' matrices, with so many ``experts`` in each layer of a model that has some."""
+    """Elements of the layers' matrices, with ``experts`` experts in each layer if the model has any."""
     assert config.head_dim is not None
     C = config.hidden_size
     heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
@@ -135,19 +134,19 @@ def _matrices(config: ModelConfig, experts: int) -> int:
 
 
 def _activation_bytes(config: ModelConfig, width: int) -> int:
-    """Bytes kept for the backward pass for each token, where products run in a dtype of ``width`` bytes."""
+    """Bytes kept for the backward pass for each token, if products run in a dtype of ``width`` bytes."""
     C, L = config.hidden_size, config.num_hidden_layers
     feed_forward = (
         _expert_bytes(config, width) if config.use_moe else _feed_forward_bytes(config.intermediate_size, width)
     )
-    # Of each layer: both norms' inputs, what goes into the first products, attention, feed-forward.
+    # In each layer: both norms' inputs, the inputs of the first products, attention, feed-forward.
     layer = 2 * FLOAT32 * (C + 1) + 2 * width * C + _attention_bytes(config, width) + feed_forward
-    # Around them: the last norm's input and output, and the gradient by the output, which is made with the loss.
+    # After them: the last norm's input and output, and the gradient of the output, which is computed with the loss.
     return L * layer + FLOAT32 * (C + 1) + 2 * width * C
 
 
 def _attention_bytes(config: ModelConfig, width: int) -> int:
-    """Queries and keys before and after norm and rotation, values, the output, and one sum a head."""
+    """Queries and keys before and after norm and rotation, values, the output, and one log-sum a head."""
     assert config.head_dim is not None
     heads, pairs = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
     normed = FLOAT32 * pairs * (config.head_dim + 1) if config.qk_norm else 0
@@ -161,7 +160,7 @@ def _feed_forward_bytes(intermediate_size: int | None, width: int) -> int:
 
 
 def _expert_bytes(config: ModelConfig, width: int) -> int:
-    """The router's input and scores, and for each chosen expert a token's copy, the way through it and the result."""
+    """The router's input and scores; for each chosen expert a copy of the token, its activations and its output."""
     C, E, K = config.hidden_size, config.num_experts, config.num_experts_per_tok
     through = 2 * width * C + _feed_forward_bytes(config.moe_intermediate_size, width)
     return FLOAT32 * (C + 2 * E) + K * (through + 5 * FLOAT32)

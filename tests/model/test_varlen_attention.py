@@ -1,17 +1,20 @@
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.attention import fits, flash_knows, piecewise_attention, within_pieces
 from model.config import ModelConfig
+from model.cpu_attention import cpu_varlen_attention
 from model.decoder import Decoder
+from model.varlen_attention import flash_supports, use_flash, varlen_attention
 
 SEED = 5
 LENGTHS = (5, 1, 9, 1, 16, 3, 13)
-"""Of the pieces of three rows of 16 tokens."""
+"""Of the segments of three rows of 16 tokens."""
 
 OFFSETS = torch.tensor([0, 5, 6, 15, 16, 32, 35, 48, 48, 48], dtype=torch.int32)
 
@@ -24,8 +27,8 @@ def heads(seed: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def plainly(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The same by a softmax over a mask of all tokens."""
-    piece = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    seen = (piece[:, None] == piece).tril()
+    segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    seen = (segment[:, None] == segment).tril()
     q, k, v = (part.flatten(0, 1) for part in (queries, keys, values))
     groups = q.shape[1] // k.shape[1]
     scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(groups, 1)) / q.shape[2] ** 0.5
@@ -37,7 +40,7 @@ def plainly(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def test_values_and_gradients_are_those_of_a_masked_softmax(queries: int, keys: int) -> None:
     ours, theirs = heads(SEED, queries, keys), heads(SEED, queries, keys)
     upstream = torch.randn(3, 16, queries, 8, generator=torch.Generator().manual_seed(1))
-    attended, expected = within_pieces(*ours, OFFSETS), plainly(*theirs)
+    attended, expected = varlen_attention(*ours, OFFSETS), plainly(*theirs)
     torch.testing.assert_close(attended, expected, rtol=1e-5, atol=1e-6)
     torch.autograd.backward(attended, upstream)
     torch.autograd.backward(expected, upstream)
@@ -45,16 +48,16 @@ def test_values_and_gradients_are_those_of_a_masked_softmax(queries: int, keys: 
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_a_piece_knows_nothing_of_its_row() -> None:
+def test_a_segment_does_not_depend_on_its_row() -> None:
     ours = heads(SEED, 4, 2)
-    together = within_pieces(*ours, OFFSETS)
+    together = varlen_attention(*ours, OFFSETS)
     q, k, v = (part[1:2].detach() for part in ours)
-    alone = within_pieces(q, k, v, torch.tensor([0, 16], dtype=torch.int32))
+    alone = varlen_attention(q, k, v, torch.tensor([0, 16], dtype=torch.int32))
     torch.testing.assert_close(alone, together[1:2], rtol=0, atol=0)
 
 
 UNEVEN = (33, 2, 64, 5, 600, 5, 1, 33, 97)
-"""Pieces of one row: short ones of several padded lengths, some of one length, and one that is too long for that."""
+"""Segments of one row: short ones of several padded lengths, some of one length, and one that is too long for that."""
 
 
 def uneven(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
@@ -70,7 +73,7 @@ def test_in_bfloat16_values_and_gradients_are_as_near_as_bfloat16_comes() -> Non
     found = []
     for dtype in (torch.bfloat16, torch.float32):
         parts, upstream, offsets = uneven(dtype)
-        attended = within_pieces(parts[0], parts[1], parts[2], offsets)
+        attended = varlen_attention(parts[0], parts[1], parts[2], offsets)
         assert attended.dtype == dtype
         torch.autograd.backward(attended, upstream)
         found.append([attended.detach(), *(part.grad for part in parts)])
@@ -81,13 +84,13 @@ def test_in_bfloat16_values_and_gradients_are_as_near_as_bfloat16_comes() -> Non
         assert (half.float() - exact).norm() < 6e-3 * exact.norm()
 
 
-def test_in_bfloat16_a_piece_knows_nothing_of_its_row() -> None:
+def test_in_bfloat16_a_segment_does_not_depend_on_its_row() -> None:
     (q, k, v), upstream, offsets = uneven(torch.bfloat16)
-    together = within_pieces(q, k, v, offsets)
+    together = varlen_attention(q, k, v, offsets)
     torch.autograd.backward(together, upstream)
     for begin, end in itertools.pairwise(offsets[:-1].tolist()):
         alone = [part[:, begin:end].detach().requires_grad_() for part in (q, k, v)]
-        attended = within_pieces(alone[0], alone[1], alone[2], torch.tensor([0, end - begin], dtype=torch.int32))
+        attended = varlen_attention(alone[0], alone[1], alone[2], torch.tensor([0, end - begin], dtype=torch.int32))
         torch.autograd.backward(attended, upstream[:, begin:end])
         assert torch.equal(attended, together[:, begin:end])
         for mine, whole in zip(alone, (q, k, v), strict=True):
@@ -100,7 +103,7 @@ def test_in_bfloat16_a_piece_knows_nothing_of_its_row() -> None:
 def test_the_operator_is_what_a_compiler_may_take_it_for(dtype: torch.dtype) -> None:
     flat = [part.detach().flatten(0, 1).to(dtype).requires_grad_() for part in heads(SEED, 4, 2)]
     # By the checks of torch itself: shapes, strides, aliases and gradients with and without real data.
-    checked = torch.library.opcheck(piecewise_attention, (*flat, OFFSETS))
+    checked = torch.library.opcheck(cpu_varlen_attention, (*flat, OFFSETS))
     assert set(checked.values()) == {"SUCCESS"}
 
 
@@ -140,8 +143,41 @@ def test_with_dropout_the_mask_is_taken() -> None:
 
 
 def test_a_cpu_has_its_kernel_and_other_devices_the_mask() -> None:
-    assert fits(torch.device("cpu"), torch.float32, head_dim=20)
-    assert not fits(torch.device("meta"), torch.bfloat16, head_dim=64)
+    assert use_flash(torch.device("cpu"), torch.float32, head_dim=20)
+    assert not use_flash(torch.device("meta"), torch.bfloat16, head_dim=64)
+
+
+WITHOUT_PRIVATE_OPERATORS = """
+import torch
+from torch._ops import _OpNamespace
+
+look_up = _OpNamespace.__getattr__
+
+def hidden(self, name):
+    if "flash_attention_for_cpu" in name:
+        raise AttributeError(name)
+    return look_up(self, name)
+
+_OpNamespace.__getattr__ = hidden
+for name in [name for name in vars(torch.ops.aten) if "flash_attention_for_cpu" in name]:
+    delattr(torch.ops.aten, name)
+
+from model import cpu_attention, varlen_attention
+from tests.model.test_varlen_attention import OFFSETS, decoder
+
+assert not cpu_attention.AVAILABLE
+assert not varlen_attention.use_flash(torch.device("cpu"), torch.float32, 8)
+model, inputs = decoder()
+print(float(model(**inputs, offsets=OFFSETS).loss_sum.detach()))
+"""
+
+
+def test_without_torchs_private_operators_the_mask_gives_the_same_loss() -> None:
+    command = [sys.executable, "-c", WITHOUT_PRIVATE_OPERATORS]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    model, inputs = decoder()
+    with_operators = model(**inputs, offsets=OFFSETS).loss_sum.detach()
+    assert float(printed) == pytest.approx(float(with_operators), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +191,8 @@ def test_a_cpu_has_its_kernel_and_other_devices_the_mask() -> None:
         (8, torch.bfloat16, 264, False),
     ],
 )
-def test_what_cudas_flash_kernel_knows(generation: int, dtype: torch.dtype, head_dim: int, known: bool) -> None:
-    assert flash_knows(generation, dtype, head_dim) is known
+def test_what_cudas_flash_kernel_supports(generation: int, dtype: torch.dtype, head_dim: int, known: bool) -> None:
+    assert flash_supports(generation, dtype, head_dim) is known
 
 
 @pytest.mark.gpu
@@ -168,5 +204,5 @@ def test_on_cuda_the_decoder_gives_the_loss_of_its_mask(dtype: torch.dtype) -> N
     on_device = {name: tensor.cuda() for name, tensor in inputs.items()}
     with torch.autocast("cuda", dtype=dtype):
         masked = model(**on_device).loss_sum
-        by_pieces = model(**on_device, offsets=OFFSETS.cuda()).loss_sum
-    torch.testing.assert_close(by_pieces, masked, rtol=1e-2, atol=1e-2)
+        by_segments = model(**on_device, offsets=OFFSETS.cuda()).loss_sum
+    torch.testing.assert_close(by_segments, masked, rtol=1e-2, atol=1e-2)

@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.arithmetic import active_parameters, checkpoint_bytes, flops_per_token, memory_bytes, parameters
 from model.config import ModelConfig
+from model.costs import active_parameters, checkpoint_bytes, flops_per_token, memory_bytes, parameters
 from model.decoder import Decoder
-from model.product import ALIGNED
+from model.grouped_gemm import ALIGNMENT
 from tests.model.shapes import random_ids, small_config, small_decoder
 
 SHAPES: list[dict[str, Any]] = [
@@ -60,8 +60,8 @@ def test_flops_of_experts_do_not_grow_with_their_number() -> None:
 def counted(model: Decoder, ids: torch.Tensor) -> dict[str, float]:
     """Operations of a training pass by torch's own counter, a token: of matrix products, and of those in batches."""
     experts = {
-        torch.ops.trainyard.product: lambda x, matrices, *_, **__: 2 * x[0] * matrices[1] * matrices[2],
-        torch.ops.trainyard.product_by_matrices: lambda grad, x, *_, **__: 2 * x[0] * x[1] * grad[1],
+        torch.ops.trainyard.grouped_mm: lambda x, matrices, *_, **__: 2 * x[0] * matrices[1] * matrices[2],
+        torch.ops.trainyard.grouped_mm_weight_grad: lambda grad, x, *_, **__: 2 * x[0] * x[1] * grad[1],
     }
     with FlopCounterMode(display=False, custom_mapping=experts) as counter, sdpa_kernel(SDPBackend.MATH):
         model(ids, labels=ids).loss_sum.backward()
@@ -69,12 +69,12 @@ def counted(model: Decoder, ids: torch.Tensor) -> dict[str, float]:
 
 
 def of_empty_slots(config: ModelConfig, tokens: int) -> float:
-    """Of each token: what its experts make of slots that hold nothing, `ALIGNED` for each of them."""
+    """Of each token: what its experts make of slots that hold nothing, `ALIGNMENT` for each of them."""
     if not config.use_moe:
         return 0.0
     assert config.moe_intermediate_size is not None
     matrices = config.num_hidden_layers * 3 * config.hidden_size * config.moe_intermediate_size
-    return 6 * matrices * config.num_experts * ALIGNED / tokens
+    return 6 * matrices * config.num_experts * ALIGNMENT / tokens
 
 
 @pytest.mark.parametrize("changes", SHAPES)
@@ -82,7 +82,7 @@ def test_flops_are_those_that_torch_counts(changes: dict[str, Any]) -> None:
     """All products exactly; of attention the half that the causal mask leaves, where the counter sees the whole."""
     config = small_config(**changes)
     found = counted(small_decoder(**changes), random_ids(2, 48))
-    products = sum(count for name, count in found.items() if name.startswith(("aten.mm", "trainyard.product")))
+    products = sum(count for name, count in found.items() if name.startswith(("aten.mm", "trainyard.grouped_mm")))
     assert products == flops_per_token(config, 0) + of_empty_slots(config, tokens=96)
     attention = flops_per_token(config, 48) - flops_per_token(config, 0)
     assert found["aten.bmm"] == pytest.approx(2 * attention, rel=0.05), "the auxiliary loss has a few more"
@@ -139,6 +139,6 @@ def test_vocabulary_is_needed() -> None:
         parameters(ModelConfig())
 
 
-def test_arithmetic_is_torch_free() -> None:
-    code = "import sys, model.arithmetic; sys.exit('torch' in sys.modules)"
+def test_costs_is_torch_free() -> None:
+    code = "import sys, model.costs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
