@@ -3,7 +3,6 @@
 Everything goes over HTTP to a real service; nothing is taken from the network; whatever is claimed is checked here.
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from client.advice import error_card
@@ -38,7 +38,7 @@ class DemoFailed(Exception):
     """A step of the story did not end as it must; the message says which and how."""
 
 
-def run(args: argparse.Namespace, console: Console) -> int:
+def run(args: SimpleNamespace, console: Console) -> int:
     """Tell the story. Exit 1 where any of it failed, with the evidence."""
     home = demo_home(args.home)
     with DemoService(home) as service:

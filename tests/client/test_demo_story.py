@@ -1,7 +1,7 @@
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -134,7 +134,7 @@ def perform(
 
     def run(**options: Any) -> tuple[int, str, str]:
         to = console()
-        code = story.run(argparse.Namespace(**({"home": str(tmp_path), "keep": False} | options)), to)
+        code = story.run(SimpleNamespace(**({"home": str(tmp_path), "keep": False} | options)), to)
         return (int(code), *written(to))
 
     return run

@@ -23,7 +23,7 @@ TINY = (
     "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1 --max_seq_len 32 "
     "--batch_size 2 --accumulation_steps 1 --dtype float32 --device cpu --log_interval 20 --save_interval 500"
 )
-COMMAND = [sys.executable, "-c", "import sys; from client.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from client.cli.main import main; sys.exit(main())"]
 
 
 class Restartable(DemoService):

@@ -1,12 +1,14 @@
 """From a command line to a job spec: MiniMind's and Hugging Face's flat flags, typed by the spec's own schema."""
 
-import argparse
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from client.cli.parser import Option
 from client.exits import UsageError
 from contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS
 from contract.spec import JobSpec
@@ -20,8 +22,11 @@ PATHS = (
 )
 BUILT_IN_TOKENIZER = "byte"
 ABSENT = frozenset({"none", "null", "None"})
-SEVERAL = frozenset({"betas", "sample_prompts"})
-OTHER_WORDS = {
+SEVERAL = frozenset({"betas", "sample_prompts", "labels"})
+"""Flags that take one value or more."""
+
+OPTION = re.compile(r"--?[A-Za-z]|--$")
+FLAG_ALIASES = {
     "accumulation": "accumulation_steps",
     "bs": "batch_size",
     "data": "data_path",
@@ -38,46 +43,40 @@ OTHER_WORDS = {
     "tokenizer": "tokenizer_path",
     "warmup_iters": "warmup_steps",
 }
-"""What other trainers call a leaf, to be told its name here."""
+"""The names of other trainers -> ours, for error messages."""
 
 PROGRAMS = frozenset({"torchrun", "python", "python3"})
 
 
-class LeafType:
-    """What a leaf of the spec may hold, read from the JSON schema."""
-
-    def __init__(self, schema: Mapping[str, Any], described: Mapping[str, Any]) -> None:
-        branches = [_resolved(schema, branch) for branch in described.get("anyOf", [described])]
-        self.kinds = frozenset(str(branch.get("type", "string")) for branch in branches)
-
-    def read(self, text: str) -> Any:
-        """``text`` as the type the leaf has. What does not fit stays text: the service refuses it with its place."""
-        if "null" in self.kinds and text in ABSENT:
-            return None
-        if "boolean" in self.kinds:
-            return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(
-                text.lower(), text
-            )
-        if "string" in self.kinds:
-            return text
-        if ("object" in self.kinds and text.startswith("{")) or not self.kinds & {"integer", "number"}:
-            return _json(text)
-        return _number(text, whole="number" not in self.kinds)
-
-
-def leaf_types() -> dict[str, LeafType]:
-    """The type of every leaf, by its own name and by its Hugging Face name."""
+@cache
+def leaf_schemas() -> dict[str, Mapping[str, Any]]:
+    """Return the JSON schema of every leaf, by its own name and by its Hugging Face name."""
     schema = JobSpec.model_json_schema()
-    found = {name: LeafType(schema, schema["properties"][name]) for name in ("name", "labels", "version")}
-    for group, leaves in GROUPS.items():
-        described = _resolved(schema, schema["properties"][group])["properties"]
-        found.update({leaf: LeafType(schema, described[leaf]) for leaf in leaves})
+    found = {name: schema["properties"][name] for name in ("name", "labels", "version")}
+    for group in GROUPS:
+        found |= _resolved(schema["properties"][group], schema)["properties"]
+    for described in found.values():
+        described["anyOf"] = [_resolved(branch, schema) for branch in described.get("anyOf", [described])]
     return found | {alias: found[leaf] for alias, (_, leaf) in ALIASES.items()}
 
 
-def _resolved(schema: Mapping[str, Any], described: Mapping[str, Any]) -> Mapping[str, Any]:
+def _resolved(described: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
     reference = described.get("$ref")
-    return schema["$defs"][reference.rsplit("/", 1)[1]] if reference else described
+    return dict(schema["$defs"][reference.rsplit("/", 1)[1]] if reference else described)
+
+
+def read_leaf(name: str, text: str) -> Any:
+    """Return ``text`` as the type of the leaf. What does not fit stays text: the service rejects it."""
+    kinds = {str(branch.get("type", "string")) for branch in leaf_schemas()[name]["anyOf"]}
+    if "null" in kinds and text in ABSENT:
+        return None
+    if "boolean" in kinds:
+        return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
+    if "string" in kinds:
+        return text
+    if ("object" in kinds and text.startswith("{")) or not kinds & {"integer", "number"}:
+        return _json(text)
+    return _number(text, whole="number" not in kinds)
 
 
 def _number(text: str, whole: bool) -> Any:
@@ -100,65 +99,59 @@ def _json(text: str) -> Any:
         return text
 
 
-def add_leaf_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag for each leaf, in the groups of the spec, so that ``--help`` reads like the spec."""
-    schema = JobSpec.model_json_schema()
-    for group, leaves in GROUPS.items():
-        described = _resolved(schema, schema["properties"][group])["properties"]
-        section = parser.add_argument_group(group)
-        for leaf in leaves:
-            _add_leaf(section, leaf, str(described[leaf].get("description", "")))
-    aliases = parser.add_argument_group("Hugging Face's names of the same")
-    for alias, (_, leaf) in ALIASES.items():
-        _add_leaf(aliases, alias, f"--{leaf}", flag=leaf in FLAGS)
+@cache
+def spec_options() -> tuple[Option, ...]:
+    """Return one option for each leaf, in the groups of the spec, so that ``--help`` reads like the spec."""
+    schemas = leaf_schemas()
+    leaves = GROUP_OF_LEAF.items()
+    options = [_option(leaf, group, schemas[leaf].get("description", ""), leaf in FLAGS) for leaf, group in leaves]
+    section = "Hugging Face's names of the same"
+    return (*options, *(_option(alias, section, f"--{leaf}", leaf in FLAGS) for alias, (_, leaf) in ALIASES.items()))
 
 
-def _add_leaf(section: Any, leaf: str, description: str, flag: bool | None = None) -> None:
-    options: dict[str, Any] = {"metavar": "X", "help": description.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if leaf in SEVERAL:
-        options["nargs"] = "+"
-    elif leaf in FLAGS if flag is None else flag:
-        options |= {"nargs": "?", "const": "true", "metavar": "0|1"}
-    section.add_argument(f"--{leaf}", **options)
+def _option(name: str, section: str, description: str, flag: bool) -> Option:
+    if flag:
+        return Option(f"--{name}", section=section, help=description, metavar="[0|1]", is_flag=False, flag_value="true")
+    metavar = "X ..." if name in SEVERAL else "X"
+    return Option(f"--{name}", section=section, help=description, metavar=metavar, multiple=name in SEVERAL)
 
 
-def leaf_flags() -> frozenset[str]:
-    """``--batch_size`` and all the others, Hugging Face's names included."""
-    return frozenset(f"--{name}" for name in (*GROUP_OF_LEAF, *ALIASES))
+def given_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the leaves and aliases that were given on the command line -> their text, or list of texts."""
+    leaves = {name: value for name, value in params.items() if name in GROUP_OF_LEAF or name in ALIASES}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in leaves.items()
+        if value not in (None, ())
+    }
 
 
-def require_known(arguments: Sequence[str], known: frozenset[str]) -> list[str]:
-    """``arguments`` with ``--batch-size`` written as ``--batch_size``.
-
-    argparse would take the value behind a flag it does not know for the SPEC, and then complain of something else.
-
-    Raises:
-        UsageError: a flag does not exist; the message names the one that was meant.
-    """
-    return [_known(argument, known) if _is_long_flag(argument) else argument for argument in arguments]
-
-
-def without_program(arguments: Sequence[str]) -> list[str]:
-    """A whole command line of MiniMind's, as it is pasted, without ``torchrun`` and the name of its script."""
-    pasted = arguments[0] in PROGRAMS if arguments else False
-    return [word for word in arguments[pasted:] if not word.endswith("train_pretrain.py")]
+def repeat_flags(words: Iterable[str]) -> list[str]:
+    """Return ``--betas 0.9 0.95`` as ``--betas 0.9 --betas 0.95``: a click option takes a fixed number of values."""
+    repeated: list[str] = []
+    flag = ""
+    for word in words:
+        if OPTION.match(word):
+            flag = word if word[2:].replace("-", "_") in SEVERAL else ""
+        elif flag and repeated[-1] != flag:
+            repeated.append(flag)
+        repeated.append(word)
+    return repeated
 
 
-def _is_long_flag(argument: str) -> bool:
-    return argument.startswith("--") and len(argument) > 2
+def without_program(words: Sequence[str]) -> list[str]:
+    """Return a pasted command line of MiniMind without ``torchrun`` and the name of its script."""
+    pasted = words[0] in PROGRAMS if words else False
+    return [word for word in words[pasted:] if not word.endswith("train_pretrain.py")]
 
 
-def _known(argument: str, known: frozenset[str]) -> str:
-    name, equals, value = argument.partition("=")
-    with_underscores = "--" + name[2:].replace("-", "_")
-    for candidate in (name, with_underscores):
-        if candidate in known:
-            return candidate + equals + value
-    if name[2:] in OTHER_WORDS:
-        raise UsageError(f"there is no flag {name}; did you mean --{OTHER_WORDS[name[2:]]}?")
-    near = get_close_matches(with_underscores, sorted(known), n=2, cutoff=0.7)
+def unknown_flag(name: str, known: Iterable[str]) -> UsageError:
+    """Return the error for a flag that does not exist. It names the one that was meant."""
+    if name[2:] in FLAG_ALIASES:
+        return UsageError(f"there is no flag {name}; did you mean --{FLAG_ALIASES[name[2:]]}?")
+    near = get_close_matches("--" + name[2:].replace("-", "_"), sorted(known), n=2, cutoff=0.7)
     meant = f"; did you mean {' or '.join(near)}?" if near else "; `trainyard submit --help` lists them all"
-    raise UsageError(f"there is no flag {name}{meant}")
+    return UsageError(f"there is no flag {name}{meant}")
 
 
 def spec_of(base: Mapping[str, Any], given: Mapping[str, Any], sets: Sequence[str], directory: Path) -> dict[str, Any]:
@@ -176,10 +169,9 @@ def spec_of(base: Mapping[str, Any], given: Mapping[str, Any], sets: Sequence[st
     for alias, (_, leaf) in ALIASES.items():
         if alias in given and leaf in given:
             raise UsageError(f"--{alias} and --{leaf} are the same setting: give one")
-    types = leaf_types()
     spec: dict[str, Any] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in base.items()}
     for name, value in given.items():
-        override(spec, _place(name), _typed(name, value, types[name]))
+        override(spec, _place(name), _typed(name, value))
     for assignment in sets:
         place, value = parse_assignment(assignment)
         override(spec, place, value)
@@ -192,9 +184,9 @@ def _place(name: str) -> tuple[str, ...]:
     return (GROUP_OF_LEAF[name], name) if name in GROUP_OF_LEAF and name not in JobSpec.model_fields else (name,)
 
 
-def _typed(name: str, value: Any, kind: LeafType) -> Any:
+def _typed(name: str, value: Any) -> Any:
     if not isinstance(value, list):
-        return kind.read(value) if isinstance(value, str) else value
+        return read_leaf(name, value) if isinstance(value, str) else value
     if len(value) == 1 and isinstance(_json(value[0]), list):
         return _json(value[0])
     return [_number(text, whole=False) for text in value] if name == "betas" else value
