@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from client.api import Trainyard
-from client.demo.server import DemoService, _answers, environment
+from client.demo.service import DemoService, _answers, environment
 from client.exits import at_rest
 from contract.rundir import read_json
 
@@ -37,7 +37,7 @@ class Restartable(DemoService):
     def start_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         port = self.url.rsplit(":", 1)[1]
         kept = environment(os.environ, self.home) | {"TRAINYARD_PORT": port}
-        monkeypatch.setattr("client.demo.server.environment", lambda *_: kept)
+        monkeypatch.setattr("client.demo.service.environment", lambda *_: kept)
         self.start()
 
 
