@@ -1,4 +1,4 @@
-"""The spec that a command line describes: a spec file, MiniMind's flags, or both. Shared by `submit` and `plan`."""
+"""The spec that a command line describes: a spec file, MiniMind's flags, or both. `submit` and `plan` share it."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,7 @@ Each command names the function that runs it as "module:function". That module i
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from itertools import groupby
 from types import SimpleNamespace
@@ -20,16 +19,6 @@ if TYPE_CHECKING:
 
 SUBMIT = "submit"
 PLAN = "plan"
-EXIT_CODES = (
-    "Exit codes: 0 succeeded, 1 the service rejected the request, 2 wrong usage, 3 the service cannot be reached, "
-    "4 not authorised, 10 the run failed, 11 cancelled, 12 paused or interrupted, 124 --timeout passed, 130 detached. "
-    "Settings: TRAINYARD_URL, TRAINYARD_TOKEN, TRAINYARD_HOME, TRAINYARD_DATABASE_URL."
-)
-
-SPEC_SOURCES = (
-    "The spec comes from a file, from MiniMind's flags, or from both: flags override the file. "
-    "Relative paths start at the working directory."
-)
 
 
 class Option(click.Option):
@@ -54,14 +43,14 @@ def _option_names(ctx: click.Context) -> set[str]:
 class Command(click.Command):
     """A command whose function takes the parsed options and a console, and returns the exit code."""
 
-    def __init__(self, name: str, explained: str, params: Sequence[click.Parameter], run: str, **settings: Any) -> None:
+    def __init__(self, name: str, run: str, explained: str, *params: click.Parameter, **settings: Any) -> None:
         super().__init__(name, help=explained, short_help=explained, params=list(params), **settings)
         self._run = run
 
     def runner(self) -> Callable[[SimpleNamespace, "Console"], int]:
         """Import and return the function of this command."""
         module, _, function = self._run.partition(":")
-        found: Callable[[SimpleNamespace, Console], int] = getattr(import_module(module), function)
+        found: Callable[[SimpleNamespace, Console], int] = getattr(import_module(f"client.{module}"), function)
         return found
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -132,9 +121,7 @@ def seconds(text: str | float) -> float:
 
 
 def rank(text: str) -> int | str:
-    """Convert to a rank's number, or ``agent``. Raises click.BadParameter."""
-    if text != "agent" and not re.fullmatch(r"-?\d+", text):
-        raise click.BadParameter("must be the number of a rank, or agent")
+    """Convert to a rank's number, or ``agent``. Raises ValueError."""
     return text if text == "agent" else int(text)
 
 
@@ -148,12 +135,8 @@ FILE = click.Path()
 POSITIVE = click.IntRange(min=1)
 
 
-def _command(name: str, run: str, explained: str, *params: click.Parameter, **settings: Any) -> Command:
-    return Command(name, explained, params, f"client.{run}", **settings)
-
-
 def _remote(name: str, run: str, explained: str, *params: click.Parameter, **settings: Any) -> Command:
-    return _command(name, run, explained, *params, JSON, *SERVICE, **settings)
+    return Command(name, run, explained, *params, JSON, *SERVICE, **settings)
 
 
 def _of_job(name: str, run: str, explained: str, *params: click.Parameter, **settings: Any) -> Command:
@@ -168,11 +151,15 @@ def _spec_command(name: str, explained: str, *params: click.Parameter) -> SpecCo
     own = (
         _argument("spec", "[SPEC.json | -]", "job spec; - reads it from stdin", type=FILE, required=False),
         Option("--name", help="of the job"),
-        Option("--labels", multiple=True, metavar="K=V ...", help="one label or more; may be repeated"),
-        Option("--set", multiple=True, metavar="GROUP.FIELD=JSON", help="any field, as JSON; may be repeated"),
+        _several("--labels", "K=V ...", "one label or more; may be repeated"),
+        _several("--set", "GROUP.FIELD=JSON", "any field, as JSON; may be repeated"),
     )
-    settings = {"context_settings": BOTH_SPELLINGS, "epilog": SPEC_SOURCES}
-    return SpecCommand(name, explained, (*own, *params, JSON, *SERVICE), f"client.{name}:{name}", **settings)
+    sources = (
+        "The spec comes from a file, from MiniMind's flags, or from both: flags override the file. "
+        "Relative paths start at the working directory."
+    )
+    settings = {"context_settings": BOTH_SPELLINGS, "epilog": sources}
+    return SpecCommand(name, f"{name}:{name}", explained, *own, *params, JSON, *SERVICE, **settings)
 
 
 def _token(name: str, explained: str, *params: click.Parameter) -> Command:
@@ -232,10 +219,10 @@ DATABASE = "URL of a database, a SQLite file, or a home"
 RULES = "nonfinite, no_progress=MINUTES, plateau=STEPS, eval_loss_below=VALUE; may be repeated"
 
 COMMANDS = (
-    _command("demo", "demo.story:run", "train a small model on this machine, from nothing",
+    Command("demo", "demo.story:run", "train a small model on this machine, from nothing",
         Option("--home", type=FILE, help="folder for the demo (default: a new one in ./trainyard-home)"),
         _flag("--keep", help="leave the service running at the end")),
-    _command("serve", "local:serve", "run the service in the foreground",
+    Command("serve", "local:serve", "run the service in the foreground",
         Option("--host", help="address to bind (127.0.0.1)"),
         Option("--port", type=int, help="port to bind (8000)"),
         _flag("--no-scheduler", help="only answer requests: another service here schedules"), *STORE),
@@ -257,7 +244,7 @@ COMMANDS = (
         _flag("--lineage", help="for a fork: its ancestors' points first")),
     _of_job("logs", "logs:logs", "print what a rank wrote",
         _flag("-f", "--follow", help="continue until the run ends"),
-        Option("--rank", type=rank, metavar="RANK", help="which rank (0), or agent: the output of torchrun"),
+        Option("--rank", type=rank, metavar="RANK|agent", help="which rank (0); agent: the output of torchrun"),
         Option("--attempt", type=POSITIVE, help="which attempt (the newest)"),
         Option("--tail", type=POSITIVE, metavar="LINES", help="only the last lines"),
         _timeout("with --follow: stop after this time; exit 124")),
@@ -288,21 +275,21 @@ COMMANDS = (
     _of_job("kill", "acting:kill", "stop now, without saving"),
     _of_job("delete", "acting:delete", "remove a job that has ended, with its files", YES),
     _group("tokenizer", "train a tokenizer",
-        _command("train", "local:train_tokenizer", "train a byte-level BPE on a corpus", CORPUS,
+        Command("train", "local:train_tokenizer", "train a byte-level BPE on a corpus", CORPUS,
             Option("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)"),
             Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
     _group("corpus", "check a corpus; list or remove the tokenized ones",
-        _command("check", "local:check_corpus", "count the texts, and name every line that cannot be read",
+        Command("check", "local:check_corpus", "count the texts, and name every line that cannot be read",
             CORPUS, TEXT_FIELD, JSON),
-        _command("list", "local:list_corpora", "list this host's cache of tokenized corpora", JSON, HOME),
-        _command("prune", "local:prune_corpora", "remove tokenized corpora that no job uses", HOME,
+        Command("list", "local:list_corpora", "list this host's cache of tokenized corpora", JSON, HOME),
+        Command("prune", "local:prune_corpora", "remove tokenized corpora that no job uses", HOME,
             Option("--days", help="those unused for longer; 0: of any age (TRAINYARD_CORPUS_DAYS)"),
             Option("--bytes", help="the least used until the cache is no larger (TRAINYARD_CORPUS_BYTES)"))),
     _group("db", "the service's database",
-        _command("upgrade", "local:upgrade_database", "bring the tables to this version", *STORE),
-        _command("copy", "local:copy_database", "copy everything into another, empty database",
+        Command("upgrade", "local:upgrade_database", "bring the tables to this version", *STORE),
+        Command("copy", "local:copy_database", "copy everything into another, empty database",
             _argument("source", "FROM", DATABASE, type=FILE), _argument("target", "TO", DATABASE, type=FILE)),
-        _command("backup", "local:back_up_database", "copy the SQLite database while it is in use",
+        Command("backup", "local:back_up_database", "copy the SQLite database while it is in use",
             _argument("file", "FILE", "the copy; must not exist yet", type=FILE), *STORE)),
     _group("token", "named tokens of the service, for admins",
         _token("create", "make a token; its secret is printed once",
@@ -333,7 +320,7 @@ COMMANDS = (
         _webhook("disable", "switch it off"),
         _webhook("delete", "remove it, with its log", YES)),
     _remote("version", "reading:version", "print the versions of this command and of the service"),
-    _command("completion", "cli.completion:completion", "print the script with which a shell completes on Tab",
+    Command("completion", "cli.completion:completion", "print the script with which a shell completes on Tab",
         click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]), help="which shell")),
 )
 # fmt: on
@@ -341,7 +328,9 @@ COMMANDS = (
 trainyard = Group(
     "trainyard",
     help="Launch, watch, interrupt and resume pretraining runs.",
-    epilog=EXIT_CODES,
+    epilog="Exit codes: 0 succeeded, 1 the service rejected the request, 2 wrong usage, 3 no service at the URL, "
+    "4 not authorised, 10 the run failed, 11 cancelled, 12 paused or interrupted, 124 --timeout passed, 130 detached. "
+    "Settings: TRAINYARD_URL, TRAINYARD_TOKEN, TRAINYARD_HOME, TRAINYARD_DATABASE_URL.",
     commands=COMMANDS,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )

@@ -1,4 +1,4 @@
-"""From a command line to a job spec: MiniMind's and Hugging Face's flat flags, typed by the spec's own schema."""
+"""The flags of `submit` and `plan`, and the job spec that they make: MiniMind's and Hugging Face's flat names."""
 
 import json
 import re
@@ -85,7 +85,7 @@ def _number(text: str, whole: bool) -> Any:
     except ValueError:
         pass
     try:
-        # 1e4 steps is a whole number to everybody but int().
+        # int() does not read 1e4, which is a whole number of steps.
         value = float(text)
         return int(value) if whole and value.is_integer() else value
     except (ValueError, OverflowError):
@@ -155,13 +155,13 @@ def unknown_flag(name: str, known: Iterable[str]) -> UsageError:
 
 
 def spec_of(base: Mapping[str, Any], given: Mapping[str, Any], sets: Sequence[str], directory: Path) -> dict[str, Any]:
-    """The spec to send.
+    """Return the spec to send.
 
     Args:
-        base: what a SPEC file holds, or {}.
-        given: leaf or alias -> the text(s) behind its flag; these override ``base``.
+        base: the content of a SPEC file, or {}.
+        given: leaf or alias -> the text(s) of its flag; these override ``base``.
         sets: ``group.field=value`` with a JSON value; these override both.
-        directory: where relative paths are looked for: the service may run elsewhere.
+        directory: where relative paths start; the service may run in another folder.
 
     Raises:
         UsageError: a setting was given under two names.
@@ -193,7 +193,7 @@ def _typed(name: str, value: Any) -> Any:
 
 
 def override(spec: dict[str, Any], place: Sequence[str], value: Any) -> None:
-    """Set a leaf, and take out what the spec held under the leaf's other names, which would contradict it."""
+    """Set a leaf, and remove what the spec holds under the leaf's other names, which would contradict it."""
     container = spec
     for part in place[:-1]:
         below = container.get(part)
@@ -206,7 +206,7 @@ def override(spec: dict[str, Any], place: Sequence[str], value: Any) -> None:
 
 
 def parse_assignment(assignment: str) -> tuple[tuple[str, ...], Any]:
-    """``training.learning_rate=3e-4`` as a place and a value: JSON where it is JSON, else text."""
+    """Split ``training.learning_rate=3e-4`` into a place and a value. The value is text if it is not JSON."""
     path, equals, text = assignment.partition("=")
     parts = tuple(path.split("."))
     if not equals or not all(parts):
@@ -217,7 +217,7 @@ def parse_assignment(assignment: str) -> tuple[tuple[str, ...], Any]:
 
 
 def parse_labels(texts: Sequence[str]) -> dict[str, str]:
-    """``k=v`` as a dict."""
+    """Return texts like ``k=v`` as a dict. Raises UsageError."""
     pairs = [text.partition("=") for text in texts]
     wrong = [text for text, (key, equals, _) in zip(texts, pairs, strict=True) if not equals or not key]
     if wrong:
@@ -226,7 +226,7 @@ def parse_labels(texts: Sequence[str]) -> dict[str, str]:
 
 
 def with_absolute_paths(spec: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Relative paths seen from ``directory``; the built-in tokenizer and MiniMind's weight names stay as they are."""
+    """Make relative paths start at ``directory``. The built-in tokenizer and MiniMind's weight names are no paths."""
     for group, leaf in PATHS:
         container = spec.get(group)
         value = container.get(leaf) if isinstance(container, dict) else None
@@ -248,17 +248,17 @@ DERIVED = ("head_dim", "intermediate_size", "moe_intermediate_size")
 
 
 def differences(spec: JobSpec, given: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(``group.field``, value) for all that is not as it would be unasked, in the order of the spec.
+    """Return (``group.field``, value) of each field that differs from its default, in the order of the spec.
 
-    Sizes that follow from others are shown only where ``given``, which is what will be sent, names them.
+    A size that follows from others is included only if ``given``, the spec that will be sent, names it.
     """
-    unasked = JobSpec.model_validate({"data": {"data_path": spec.data.data_path}}).model_dump(mode="json")
-    del unasked["data"]["data_path"]
+    defaults = JobSpec.model_validate({"data": {"data_path": spec.data.data_path}}).model_dump(mode="json")
+    del defaults["data"]["data_path"]
     model = given.get("model")
     quiet = {("model", leaf) for leaf in DERIVED if not (isinstance(model, Mapping) and leaf in model)}
     shown = [(path, value) for path, value in _leaves(spec.model_dump(mode="json")) if path not in quiet]
     return [
-        (".".join(path), json.dumps(value, ensure_ascii=False)) for path, value in shown if value != _at(unasked, path)
+        (".".join(path), json.dumps(value, ensure_ascii=False)) for path, value in shown if value != _at(defaults, path)
     ]
 
 
