@@ -1,8 +1,8 @@
 """`trainyard token create|list|limit|rotate|revoke`: who may do what."""
 
-import argparse
 import re
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 from client.console import Console
@@ -23,7 +23,7 @@ def seconds_in(text: str) -> int:
     return int(match.group(1)) * UNITS[match.group(2) or "s"]
 
 
-def create(args: argparse.Namespace, console: Console) -> int:
+def create(args: SimpleNamespace, console: Console) -> int:
     """`trainyard token create`: the secret alone on stdout, so that it can be piped into a file."""
     quotas = {"max_jobs": args.max_jobs, "max_devices": args.max_devices}
     with connect(args) as trainyard:
@@ -31,14 +31,14 @@ def create(args: argparse.Namespace, console: Console) -> int:
     return _print_secret(made, args, console)
 
 
-def rotate(args: argparse.Namespace, console: Console) -> int:
+def rotate(args: SimpleNamespace, console: Console) -> int:
     """`trainyard token rotate`."""
     with connect(args) as trainyard:
         made = trainyard.rotate_token(args.name, overlap=seconds_in(args.overlap), expires_in=_lifetime(args))
     return _print_secret(made, args, console)
 
 
-def limit(args: argparse.Namespace, console: Console) -> int:
+def limit(args: SimpleNamespace, console: Console) -> int:
     """`trainyard token limit`."""
     with connect(args) as trainyard:
         found = trainyard.limit_token(args.name, max_jobs=args.max_jobs, max_devices=args.max_devices)
@@ -49,7 +49,7 @@ def limit(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def revoke(args: argparse.Namespace, console: Console) -> int:
+def revoke(args: SimpleNamespace, console: Console) -> int:
     """`trainyard token revoke`."""
     with connect(args) as trainyard:
         trainyard.revoke_token(args.name)
@@ -60,7 +60,7 @@ def revoke(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def list_tokens(args: argparse.Namespace, console: Console) -> int:
+def list_tokens(args: SimpleNamespace, console: Console) -> int:
     """`trainyard token list`."""
     with connect(args) as trainyard:
         found = trainyard.tokens()
@@ -95,11 +95,11 @@ def _standing(token: Any, now: datetime) -> str:
     return "expired" if expires <= now else f"good until {token['expires_at']}"
 
 
-def _lifetime(args: argparse.Namespace) -> int | None:
+def _lifetime(args: SimpleNamespace) -> int | None:
     return None if args.expires_in is None else seconds_in(args.expires_in)
 
 
-def _print_secret(made: NewToken, args: argparse.Namespace, console: Console) -> int:
+def _print_secret(made: NewToken, args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json(made)
         return Exit.SUCCEEDED

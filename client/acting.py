@@ -1,39 +1,39 @@
 """The subcommands that change a job: pause, resume, save, fork, export, cancel, kill, delete."""
 
-import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from client.advice import what_next
 from client.api import Trainyard
+from client.cli.spec_flags import parse_assignment, with_absolute_paths
 from client.console import Console
 from client.exits import Exit, UsageError
-from client.flags import parse_assignment, with_absolute_paths
 from client.reading import connect
 from client.shapes import Job
 from client.words import count, one_line, size
 
 
-def pause(args: argparse.Namespace, console: Console) -> int:
+def pause(args: SimpleNamespace, console: Console) -> int:
     """`trainyard pause`."""
     with connect(args) as trainyard:
         return _report(trainyard.pause(_id(trainyard, args)), args, console)
 
 
-def save(args: argparse.Namespace, console: Console) -> int:
+def save(args: SimpleNamespace, console: Console) -> int:
     """`trainyard save`."""
     with connect(args) as trainyard:
         return _report(trainyard.save(_id(trainyard, args)), args, console)
 
 
-def resume(args: argparse.Namespace, console: Console) -> int:
+def resume(args: SimpleNamespace, console: Console) -> int:
     """`trainyard resume`."""
     changes = _changes(args)
     with connect(args) as trainyard:
         return _report(trainyard.resume(_id(trainyard, args), **changes), args, console)
 
 
-def _changes(args: argparse.Namespace) -> dict[str, Any]:
+def _changes(args: SimpleNamespace) -> dict[str, Any]:
     plain = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
     changes: dict[str, Any] = {name: value for name, value in plain.items() if value is not None}
     for assignment in args.set:
@@ -44,7 +44,7 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     return changes
 
 
-def fork(args: argparse.Namespace, console: Console) -> int:
+def fork(args: SimpleNamespace, console: Console) -> int:
     """`trainyard fork`."""
     overrides: dict[str, Any] = {} if args.name is None else {"name": args.name}
     for assignment in args.set:
@@ -62,7 +62,7 @@ def fork(args: argparse.Namespace, console: Console) -> int:
     return _report(job, args, console)
 
 
-def export(args: argparse.Namespace, console: Console) -> int:
+def export(args: SimpleNamespace, console: Console) -> int:
     """`trainyard export`: of the newest checkpoint where no step is named."""
     with connect(args) as trainyard:
         job_id = _id(trainyard, args)
@@ -83,19 +83,19 @@ def _newest(trainyard: Trainyard, job_id: str) -> int:
     return int(found[0]["step"])
 
 
-def cancel(args: argparse.Namespace, console: Console) -> int:
+def cancel(args: SimpleNamespace, console: Console) -> int:
     """`trainyard cancel`."""
     with connect(args) as trainyard:
         return _report(trainyard.cancel(_id(trainyard, args)), args, console)
 
 
-def kill(args: argparse.Namespace, console: Console) -> int:
+def kill(args: SimpleNamespace, console: Console) -> int:
     """`trainyard kill`."""
     with connect(args) as trainyard:
         return _report(trainyard.kill(_id(trainyard, args)), args, console)
 
 
-def delete(args: argparse.Namespace, console: Console) -> int:
+def delete(args: SimpleNamespace, console: Console) -> int:
     """`trainyard delete`. Asks on a terminal: the checkpoints go with it."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
@@ -111,11 +111,11 @@ def delete(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def _id(trainyard: Trainyard, args: argparse.Namespace) -> str:
+def _id(trainyard: Trainyard, args: SimpleNamespace) -> str:
     return trainyard.find(args.job)["id"]
 
 
-def _report(job: Job, args: argparse.Namespace, console: Console) -> int:
+def _report(job: Job, args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json(job)
         return Exit.SUCCEEDED

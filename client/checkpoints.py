@@ -1,7 +1,7 @@
 """`trainyard checkpoints`: list them, fetch one, or remove one."""
 
-import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from client.api import Trainyard
@@ -13,7 +13,7 @@ from client.words import UNKNOWN, count, fixed, one_line, size
 HEADER = ("STEP", "KIND", "LOSS", "SIZE", "SHA256", "PATH")
 
 
-def checkpoints(args: argparse.Namespace, console: Console) -> int:
+def checkpoints(args: SimpleNamespace, console: Console) -> int:
     """`trainyard checkpoints`, with ``--download`` or ``--delete`` where given."""
     if args.download is not None and args.delete is not None:
         raise UsageError("give either --download or --delete")
@@ -30,7 +30,7 @@ def _row(found: Any) -> Row:
     return (*words, sha256, str(found.get("path")))
 
 
-def _download(args: argparse.Namespace, console: Console) -> int:
+def _download(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job_id = trainyard.find(args.job)["id"]
         into = Path(args.out or f"{job_id}-step-{args.download}")
@@ -43,7 +43,7 @@ def _download(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def _delete(args: argparse.Namespace, console: Console) -> int:
+def _delete(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         question = f"Delete the checkpoint of step {count(args.delete)} of {one_line(job['name'], 60)} ({job['id']})?"

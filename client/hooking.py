@@ -1,9 +1,10 @@
 """`trainyard webhook create|list|show|deliveries|test|redeliver|rotate|enable|disable|delete`: who is told of jobs."""
 
-import argparse
 import json
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 from client.api import Trainyard
@@ -30,11 +31,11 @@ def rule_in(text: str) -> dict[str, Any]:
         raise UsageError(f"--rule takes {known}, not {text!r}") from None
 
 
-def create(args: argparse.Namespace, console: Console) -> int:
+def create(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook create`: the secret alone on stdout, so that it can be piped into a file."""
     fields: dict[str, Any] = {"rules": [rule_in(text) for text in args.rule], "labels": _labels(args.label)}
     if args.event:
-        fields["events"] = args.event
+        fields["events"] = list(args.event)
     if args.description:
         fields["description"] = args.description
     with connect(args) as trainyard:
@@ -44,14 +45,14 @@ def create(args: argparse.Namespace, console: Console) -> int:
     return _print_secret(made, args, console)
 
 
-def _labels(given: list[str]) -> dict[str, str]:
+def _labels(given: Iterable[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in given]
     if not all(key and equals for key, equals, _ in pairs):
         raise UsageError("--label takes KEY=VALUE")
     return {key: value for key, _, value in pairs}
 
 
-def list_webhooks(args: argparse.Namespace, console: Console) -> int:
+def list_webhooks(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook list`."""
     with connect(args) as trainyard:
         found = list(trainyard.webhooks.list())
@@ -65,7 +66,7 @@ def list_webhooks(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def show(args: argparse.Namespace, console: Console) -> int:
+def show(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook show`."""
     with connect(args) as trainyard:
         found = trainyard.webhooks.get(args.webhook)
@@ -101,7 +102,7 @@ def _about(webhook: Webhook) -> str:
     return " ".join([webhook["job_id"] or "all jobs", *labels])
 
 
-def deliveries(args: argparse.Namespace, console: Console) -> int:
+def deliveries(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook deliveries`."""
     with connect(args) as trainyard:
         found = list(trainyard.webhooks.deliveries(args.webhook, state=args.state, limit=args.limit))
@@ -129,7 +130,7 @@ def outcome(delivery: Delivery) -> str:
     return one_line(f"{said} in {1000 * last['seconds']:,.0f} ms", 100)
 
 
-def test(args: argparse.Namespace, console: Console) -> int:
+def test(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook test`: waits for what comes of it; 1 where the receiver did not take it."""
     with connect(args) as trainyard:
         found = _settled(trainyard, trainyard.webhooks.test(args.webhook), args.timeout)
@@ -150,7 +151,7 @@ def _settled(trainyard: Trainyard, delivery: Delivery, seconds: float) -> Delive
     return delivery
 
 
-def redeliver(args: argparse.Namespace, console: Console) -> int:
+def redeliver(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook redeliver`."""
     with connect(args) as trainyard:
         found = trainyard.webhooks.redeliver(args.webhook, args.delivery)
@@ -161,24 +162,24 @@ def redeliver(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def rotate(args: argparse.Namespace, console: Console) -> int:
+def rotate(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook rotate`."""
     with connect(args) as trainyard:
         made = trainyard.webhooks.rotate(args.webhook)
     return _print_secret(made, args, console)
 
 
-def enable(args: argparse.Namespace, console: Console) -> int:
+def enable(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook enable`."""
     return _switch(args, console, enabled=True)
 
 
-def disable(args: argparse.Namespace, console: Console) -> int:
+def disable(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook disable`."""
     return _switch(args, console, enabled=False)
 
 
-def _switch(args: argparse.Namespace, console: Console, *, enabled: bool) -> int:
+def _switch(args: SimpleNamespace, console: Console, *, enabled: bool) -> int:
     with connect(args) as trainyard:
         found = trainyard.webhooks.change(args.webhook, enabled=enabled)
     if args.json:
@@ -188,7 +189,7 @@ def _switch(args: argparse.Namespace, console: Console, *, enabled: bool) -> int
     return Exit.SUCCEEDED
 
 
-def delete(args: argparse.Namespace, console: Console) -> int:
+def delete(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook delete`."""
     if not args.yes and console.interactive and not console.agrees(f"delete {args.webhook}, with its log?"):
         return Exit.REFUSED
@@ -201,7 +202,7 @@ def delete(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def _print_secret(made: Webhook, args: argparse.Namespace, console: Console) -> int:
+def _print_secret(made: Webhook, args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json(made)
         return Exit.SUCCEEDED

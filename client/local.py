@@ -1,62 +1,62 @@
 """The subcommands that run a program of this installation: they become it, so signals and exit codes are its own."""
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 from client.console import Console
 
 
-def serve(args: argparse.Namespace, _console: Console) -> int:
+def serve(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard serve`: ``python -m service``."""
     settings = {**store_settings(args), "TRAINYARD_HOST": args.host, "TRAINYARD_PORT": args.port}
     return become("service", ["--no-scheduler"] if args.no_scheduler else [], settings)
 
 
-def upgrade_database(args: argparse.Namespace, _console: Console) -> int:
+def upgrade_database(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard db upgrade`: ``python -m service.maintenance upgrade``."""
     return become("service.maintenance", ["upgrade"], store_settings(args))
 
 
-def copy_database(args: argparse.Namespace, _console: Console) -> int:
+def copy_database(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard db copy`: ``python -m service.maintenance copy``."""
     return become("service.maintenance", ["copy", args.source, args.target], {})
 
 
-def back_up_database(args: argparse.Namespace, _console: Console) -> int:
+def back_up_database(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard db backup`: ``python -m service.maintenance backup``."""
     return become("service.maintenance", ["backup", args.file], store_settings(args))
 
 
-def train_tokenizer(args: argparse.Namespace, _console: Console) -> int:
+def train_tokenizer(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard tokenizer train`: ``python -m worker.tokenizers train``."""
     options = ["--vocab-size", str(args.vocab_size), "--out", args.out, "--text-field", args.text_field]
     return become("worker.tokenizers", ["train", args.file, *options], {})
 
 
-def check_corpus(args: argparse.Namespace, _console: Console) -> int:
+def check_corpus(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard corpus check`: ``python -m worker.corpus check``."""
     return become("worker.corpus", ["check", args.file, "--text-field", args.text_field, *_json(args)], {})
 
 
-def list_corpora(args: argparse.Namespace, _console: Console) -> int:
+def list_corpora(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard corpus list`: ``python -m service.upkeep.corpora list``."""
     return become("service.upkeep.corpora", ["list", *_json(args)], {"TRAINYARD_HOME": args.home})
 
 
-def prune_corpora(args: argparse.Namespace, _console: Console) -> int:
+def prune_corpora(args: SimpleNamespace, _console: Console) -> int:
     """`trainyard corpus prune`: ``python -m service.upkeep.corpora prune``."""
     given = {"--days": args.days, "--bytes": args.bytes}
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
     return become("service.upkeep.corpora", ["prune", *options], {"TRAINYARD_HOME": args.home})
 
 
-def _json(args: argparse.Namespace) -> list[str]:
+def _json(args: SimpleNamespace) -> list[str]:
     return ["--json"] if args.json else []
 
 
-def store_settings(args: argparse.Namespace) -> dict[str, object]:
+def store_settings(args: SimpleNamespace) -> dict[str, object]:
     """The environment variables that the options stand for."""
     return {"TRAINYARD_HOME": args.home, "TRAINYARD_DATABASE_URL": args.database_url}
 

@@ -1,8 +1,8 @@
 """`trainyard logs`: what a rank printed, once or as it comes."""
 
-import argparse
 import shlex
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 from client.advice import ending
 from client.api import Trainyard
@@ -15,7 +15,7 @@ from client.streams import Feed, StreamEvent
 from client.watch import INTERVAL, Clock, patience_of
 
 
-def logs(args: argparse.Namespace, console: Console) -> int:
+def logs(args: SimpleNamespace, console: Console) -> int:
     """Print a log. With ``--follow`` the end of the run decides the exit code."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
@@ -26,7 +26,7 @@ def logs(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def follow_log(reader: "LogReader", args: argparse.Namespace, console: Console, clock: Clock) -> int:
+def follow_log(reader: "LogReader", args: SimpleNamespace, console: Console, clock: Clock) -> int:
     """Print what comes until the job is at rest and its log is read to the end."""
     deadline = None if args.timeout is None else clock.monotonic() + args.timeout
     patience, answered = patience_of(console), clock.monotonic()
@@ -55,7 +55,7 @@ def follow_log(reader: "LogReader", args: argparse.Namespace, console: Console, 
         reader.close()
 
 
-def _turn(reader: "LogReader", args: argparse.Namespace, console: Console) -> tuple[Job, bool]:
+def _turn(reader: "LogReader", args: SimpleNamespace, console: Console) -> tuple[Job, bool]:
     """One look at the job, then at its log: whatever was printed before its end is read after it."""
     try:
         reader.refresh()
@@ -67,7 +67,7 @@ def _turn(reader: "LogReader", args: argparse.Namespace, console: Console) -> tu
     return reader.job, True
 
 
-def _print(text: str, args: argparse.Namespace, console: Console) -> None:
+def _print(text: str, args: SimpleNamespace, console: Console) -> None:
     if args.json:
         console.json({"data": text})
     else:
@@ -80,7 +80,7 @@ class LogReader:
     With ``streams`` the text comes by a stream; while it does not stand it is asked for. Offsets make both fit.
     """
 
-    def __init__(self, trainyard: Trainyard, job: Job, args: argparse.Namespace, streams: bool = False) -> None:
+    def __init__(self, trainyard: Trainyard, job: Job, args: SimpleNamespace, streams: bool = False) -> None:
         self.job = job
         self._trainyard = trainyard
         self._streams = streams

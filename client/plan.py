@@ -1,14 +1,15 @@
 """`trainyard plan`: what a run would be, before anything is stored or taken."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from client.api import Trainyard
-from client.arguments import PLAN
+from client.cli.parser import PLAN
+from client.cli.spec_flags import differences
 from client.console import Console
 from client.errors import InvalidSpec, NotFound, Refused
 from client.exits import Exit
-from client.flags import differences
 from client.submission import Submission
 from client.words import count, duration, fixed, large, one_line, size
 from contract.parsing import parse_spec
@@ -16,16 +17,16 @@ from contract.parsing import parse_spec
 NOT_ALLOWED = 405
 
 
-def plan(arguments: Sequence[str], console: Console) -> int:
+def plan(args: SimpleNamespace, console: Console) -> int:
     """Show the plan of a spec file, of MiniMind's flags, or of both."""
-    asked = Submission.read(PLAN, arguments, console)
-    with Trainyard(asked.args.url, asked.args.token) as trainyard:
+    asked = Submission.read(PLAN, args, console)
+    with Trainyard(args.url, args.token) as trainyard:
         try:
             found = trainyard.plan(asked.spec)
         except InvalidSpec as error:
             asked.refused(error, console)
             return Exit.REFUSED
-    if asked.args.json:
+    if args.json:
         console.json(found)
     else:
         console.lines([*settings(asked.spec), *plan_page(found)])

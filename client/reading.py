@@ -1,12 +1,12 @@
 """The subcommands that read: list, show, metrics, events, checkpoints, attempts, samples, devices, version."""
 
-import argparse
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
 from itertools import chain, islice
+from types import SimpleNamespace
 from typing import Any
 
 from client.api import Trainyard
@@ -20,12 +20,12 @@ CELL = 60
 Row = Sequence[str]
 
 
-def connect(args: argparse.Namespace) -> Trainyard:
+def connect(args: SimpleNamespace) -> Trainyard:
     """The service that the options name."""
     return Trainyard(args.url, args.token)
 
 
-def list_jobs(args: argparse.Namespace, console: Console) -> int:
+def list_jobs(args: SimpleNamespace, console: Console) -> int:
     """`trainyard list`."""
     now = datetime.now(UTC)
     with connect(args) as trainyard:
@@ -54,7 +54,7 @@ def _job_row(job: Any, now: datetime) -> Row:
     return (job["id"], name, status_word(job["status"]), step, loss, eta, ago(job.get("created_at"), now))
 
 
-def show(args: argparse.Namespace, console: Console) -> int:
+def show(args: SimpleNamespace, console: Console) -> int:
     """`trainyard show`."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
@@ -65,7 +65,7 @@ def show(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def metrics(args: argparse.Namespace, console: Console) -> int:
+def metrics(args: SimpleNamespace, console: Console) -> int:
     """`trainyard metrics`. The points are printed as they come, so that a long curve takes no memory."""
     with connect(args) as trainyard:
         job_id = trainyard.find(args.job)["id"]
@@ -109,7 +109,7 @@ def _print_points(points: Iterable[Any], console: Console) -> None:
         console.data(form.format(*cells).rstrip())
 
 
-def events(args: argparse.Namespace, console: Console) -> int:
+def events(args: SimpleNamespace, console: Console) -> int:
     """`trainyard events`."""
     return rows(args, console, Trainyard.events, ("AT", "KIND", "WHAT"), _event_row)
 
@@ -119,7 +119,7 @@ def _event_row(event: Any) -> Row:
     return (str(event.get("at", UNKNOWN)), str(event.get("kind")), one_line(f"{event.get('message')}{by}", 200))
 
 
-def attempts(args: argparse.Namespace, console: Console) -> int:
+def attempts(args: SimpleNamespace, console: Console) -> int:
     """`trainyard attempts`."""
     return rows(
         args,
@@ -137,7 +137,7 @@ def _attempt_row(found: Any) -> Row:
     return (str(found["number"]), str(found.get("trigger")), *steps, *times, one_line(how, 160))
 
 
-def samples(args: argparse.Namespace, console: Console) -> int:
+def samples(args: SimpleNamespace, console: Console) -> int:
     """`trainyard samples`."""
     with connect(args) as trainyard:
         found = trainyard.samples(trainyard.find(args.job)["id"])
@@ -149,7 +149,7 @@ def samples(args: argparse.Namespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def devices(args: argparse.Namespace, console: Console) -> int:
+def devices(args: SimpleNamespace, console: Console) -> int:
     """`trainyard devices`."""
     with connect(args) as trainyard:
         found = trainyard.devices()
@@ -163,7 +163,7 @@ def _device_row(found: Any) -> Row:
     return (str(found["id"]), name, size(found.get("memory_bytes")), lease)
 
 
-def version(args: argparse.Namespace, console: Console) -> int:
+def version(args: SimpleNamespace, console: Console) -> int:
     """`trainyard version`: its own is always known, the service's where one answers."""
     own = installed_version("trainyard")
     with connect(args) as trainyard:
@@ -182,7 +182,7 @@ def version(args: argparse.Namespace, console: Console) -> int:
 
 
 def rows(
-    args: argparse.Namespace,
+    args: SimpleNamespace,
     console: Console,
     read: Callable[[Trainyard, str], Iterable[Any]],
     header: Row,
@@ -195,7 +195,7 @@ def rows(
 
 
 def _print_rows(
-    args: argparse.Namespace, console: Console, found: list[Any], header: Row, row: Callable[[Any], Row]
+    args: SimpleNamespace, console: Console, found: list[Any], header: Row, row: Callable[[Any], Row]
 ) -> int:
     if args.json:
         console.json({"object": "list", "data": found, "has_more": False})

@@ -1,11 +1,10 @@
 """`trainyard submit`: a spec file, MiniMind's flags, or both."""
 
-import argparse
 import shlex
-from collections.abc import Sequence
+from types import SimpleNamespace
 
 from client.api import Trainyard
-from client.arguments import SUBMIT
+from client.cli.parser import SUBMIT
 from client.console import Console
 from client.errors import InvalidSpec
 from client.exits import Exit, UsageError
@@ -15,10 +14,9 @@ from client.submission import Submission
 from contract.parsing import parse_spec
 
 
-def submit(arguments: Sequence[str], console: Console) -> int:
+def submit(args: SimpleNamespace, console: Console) -> int:
     """Launch a run."""
-    asked = Submission.read(SUBMIT, arguments, console)
-    args = asked.args
+    asked = Submission.read(SUBMIT, args, console)
     if args.timeout is not None and not args.watch:
         raise UsageError("--timeout says how long to follow: give --watch as well")
     with Trainyard(args.url, args.token) as trainyard:
@@ -57,7 +55,7 @@ def _agreed(asked: Submission, trainyard: Trainyard, console: Console) -> bool:
     return console.agrees("Submit?")
 
 
-def _launched(job: Job, args: argparse.Namespace, console: Console) -> int:
+def _launched(job: Job, args: SimpleNamespace, console: Console) -> int:
     if args.watch:
         # Imported here: a submit that does not watch draws nothing.
         from client.watch import follow_job

@@ -1,11 +1,11 @@
 """`trainyard watch`: look at a run about once a second until it is at rest, whatever happens to the service."""
 
-import argparse
 import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 from client.advice import ending
 from client.api import Trainyard
@@ -42,20 +42,20 @@ class Clock:
         return datetime.now(UTC)
 
 
-def watch(args: argparse.Namespace, console: Console) -> int:
+def watch(args: SimpleNamespace, console: Console) -> int:
     """`trainyard watch`."""
     with Trainyard(args.url, args.token) as trainyard:
         job_id = trainyard.find(args.job)["id"]
     return follow_job(job_id, args, console, handle=args.job)
 
 
-def follow_job(job_id: str, args: argparse.Namespace, console: Console, handle: str) -> int:
+def follow_job(job_id: str, args: SimpleNamespace, console: Console, handle: str) -> int:
     """Follow over a connection that does not wait for itself."""
     with Trainyard(args.url, args.token, timeout=5.0, patience=IMPATIENT) as trainyard:
         return follow(Watcher(trainyard, job_id, handle, streams=True), args, console, Clock())
 
 
-def follow(watcher: "Watcher", args: argparse.Namespace, console: Console, clock: Clock) -> int:
+def follow(watcher: "Watcher", args: SimpleNamespace, console: Console, clock: Clock) -> int:
     """Show the run until its end; the exit code says how it ended."""
     handle = watcher.scene.handle
     view = view_for(console, args.json)

@@ -3,8 +3,9 @@ from collections.abc import Callable
 
 import pytest
 
-from client import api, cli, watch
+from client import api, watch
 from client.api import Trainyard
+from client.cli.main import main
 from client.connection import Connection
 from tests.client.fake_service import QUICK, URL, FakeService, console, job, written
 
@@ -42,7 +43,7 @@ def run(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> Run:
     def command(*arguments: str, typed: str = "", terminal: bool = False) -> tuple[int, str, str]:
         to = console(typed, terminal=terminal)
         try:
-            code = cli.main(list(arguments), to)
+            code = main(list(arguments), to)
         except SystemExit as error:
             code = int(str(error.code))
         return (int(code), *written(to))

@@ -1,5 +1,5 @@
-import argparse
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +14,9 @@ from tests.client.test_watch import Hurried
 JOB = "job_7f3kq9"
 
 
-def options(**changes: Any) -> argparse.Namespace:
+def options(**changes: Any) -> SimpleNamespace:
     given = {"json": False, "timeout": None, "rank": None, "attempt": None, "tail": None, "job": "pre-12"}
-    return argparse.Namespace(**(given | changes))
+    return SimpleNamespace(**(given | changes))
 
 
 def follow(service: FakeService, script: Callable[[float], None], **changes: Any) -> tuple[int, str, str]:

@@ -1,4 +1,3 @@
-import argparse
 import io
 import json
 import os
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -59,8 +59,8 @@ class Hurried(Clock):
         return NOW + timedelta(seconds=self.passed[0])
 
 
-def arguments(**changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**({"json": False, "timeout": None} | changes))
+def arguments(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**({"json": False, "timeout": None} | changes))
 
 
 def watcher(service: FakeService) -> Watcher:
@@ -356,7 +356,13 @@ def served(service: FakeService) -> Iterator[str]:
 
 
 def test_a_real_ctrl_c_exits_130(served: str) -> None:
-    command = [sys.executable, "-c", "import sys; from client.cli import main; sys.exit(main())", "watch", "pre-12"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from client.cli.main import main; sys.exit(main())",
+        "watch",
+        "pre-12",
+    ]
     with subprocess.Popen(
         [*command, "--url", served],
         stdout=subprocess.PIPE,
@@ -378,7 +384,7 @@ def test_a_reader_that_went_away_ends_the_command_quietly(served: str) -> None:
     command = [
         sys.executable,
         "-c",
-        "import sys; from client.cli import main; sys.exit(main())",
+        "import sys; from client.cli.main import main; sys.exit(main())",
         "list",
         "--url",
         served,

@@ -4,9 +4,10 @@ import re
 import shlex
 from pathlib import Path
 
-from client.arguments import PLAN, SUBMIT, build_parser, submit_parser
-from client.flags import add_leaf_flags
-from tests.habits.surface import parsers
+import click
+
+from client.cli.parser import trainyard
+from tests.habits.surface import below
 
 
 def commands_in(page: Path) -> list[str]:
@@ -40,13 +41,13 @@ def _words(command: str) -> list[str]:
 
 
 def _options(name: str, rest: list[str]) -> set[str] | None:
-    if name in (SUBMIT, PLAN):
-        parser = submit_parser(name)
-        add_leaf_flags(parser)
-        return set(parser._option_string_actions)
-    found = parsers(build_parser()).get(name)
+    found = trainyard.commands.get(name)
     if found is None:
         return None
-    below = parsers(found)
-    inner = next((below[word] for word in rest if word in below), found)
-    return set(inner._option_string_actions) | set(found._option_string_actions)
+    inner = next((below(found)[word] for word in rest if word in below(found)), found)
+    return _names(inner) | _names(found)
+
+
+def _names(command: click.Command) -> set[str]:
+    context = click.Context(command, help_option_names=["-h", "--help"])
+    return {name for param in command.get_params(context) for name in param.opts}

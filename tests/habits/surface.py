@@ -1,9 +1,10 @@
 """What the project offers: its routes and its commands, asked of the code itself."""
 
-import argparse
 from pathlib import Path
 
-from client.arguments import build_parser
+import click
+
+from client.cli.parser import trainyard
 from service.app import build, create_app
 from service.launch.fake import FakeLauncher
 from service.settings import Settings
@@ -21,12 +22,11 @@ def commands() -> list[str]:
     """Every command with its second word where it has one, e.g. ``tokenizer train``."""
     return [
         " ".join([name, second]).strip()
-        for name, parser in parsers(build_parser()).items()
-        for second in parsers(parser) or [""]
+        for name, command in trainyard.commands.items()
+        for second in below(command) or [""]
     ]
 
 
-def parsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The subcommands of a parser by their names."""
-    actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
-    return dict(actions[0].choices) if actions else {}
+def below(command: click.Command) -> dict[str, click.Command]:
+    """The subcommands of a command by their names."""
+    return dict(command.commands) if isinstance(command, click.Group) else {}

@@ -12,7 +12,8 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
-from client import api, cli
+from client import api
+from client.cli.main import main
 from client.connection import Connection, Patience
 from service.db import Database
 from service.tables import Table
@@ -148,7 +149,7 @@ def command(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Command:
     def run(*arguments: str) -> tuple[int, str, str]:
         to = console()
         try:
-            code = int(cli.main(list(arguments), to))
+            code = int(main(list(arguments), to))
         except SystemExit as error:
             code = int(str(error.code))
         return (code, *written(to))

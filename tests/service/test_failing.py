@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from client.arguments import build_parser, submit_parser
-from client.flags import spec_of
+from client.cli.parser import trainyard
+from client.cli.spec_flags import spec_of
 from contract.spec import TrainingSpec
 from contract.status import Reason
 from service.jobs.failures import Trouble, remedies
@@ -34,8 +34,7 @@ def named(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for one in found:
         program, *words = shlex.split(one["command"])
         assert program == "trainyard"
-        known = submit_parser() if words[0] == "submit" else build_parser()
-        known.parse_args(words[words[0] == "submit" :])
+        trainyard.commands[words[0]].make_context(words[0], words[1:])
     return {one["action"]: one for one in found}
 
 
@@ -67,7 +66,8 @@ def test_without_a_checkpoint_the_same_spec_is_submitted_with_changes(rig: Rig) 
     changed = {**job["spec"]["training"], "batch_size": 16, "accumulation_steps": 16}
     assert made == {**job["spec"], "training": changed}
     assert "timeouts" not in again["command"]
-    sets = submit_parser().parse_args(shlex.split(again["command"])[2:]).set
+    words = shlex.split(again["command"])[2:]
+    sets = trainyard.commands["submit"].make_context("submit", words).params["set"]
     assert spec_of({}, {}, sets, rig.home) == again["body"]
 
 

@@ -1,4 +1,4 @@
-"""A service of the demo's own: in its own folder, on a free port, ended with the demo."""
+"""The service of the demo: in its own folder, on a free port, stopped with the demo."""
 
 import os
 import subprocess
@@ -18,11 +18,11 @@ STOP_SECONDS = 10.0
 
 
 class ServiceFailed(Exception):
-    """The demo's service did not become ready; the message says how it ended."""
+    """The demo's service did not become ready. The message says how it ended."""
 
 
 class DemoService:
-    """``python -m service`` in a folder; ready once `start` returns."""
+    """``python -m service`` in a folder. It is ready when `start` returns."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -37,9 +37,9 @@ class DemoService:
         self.stop()
 
     def start(self) -> str:
-        """Start it and wait until it takes work; the answer is its URL. Raises ServiceFailed."""
+        """Start it, wait until it is ready, and return its URL. Raises ServiceFailed."""
         with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C ends the story first, and the story ends the service.
+            # A session of its own: Ctrl-C ends the demo first, and the demo ends the service.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "service"],
                 env=environment(os.environ, self.home),
@@ -63,11 +63,11 @@ class DemoService:
         raise ServiceFailed(f"the service was not ready within {START_SECONDS:.0f} s")
 
     def tail(self, lines: int) -> list[str]:
-        """The end of its log."""
+        """Return the last lines of its log."""
         return self.log.read_text(errors="replace").splitlines()[-lines:] if self.log.exists() else []
 
     def stop(self) -> None:
-        """End it; workers that still train are no child of it and go on."""
+        """Stop it. Workers that still train are not its children and continue."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.terminate()
@@ -78,13 +78,13 @@ class DemoService:
             self._process.wait()
 
     def release(self) -> int:
-        """Let it run on after the demo; its pid."""
+        """Leave it running after the demo, and return its pid."""
         process, self._process = self._process, None
         return process.pid if process else 0
 
 
 def environment(inherited: Mapping[str, str], home: Path) -> dict[str, str]:
-    """The environment of the demo's service: none of the user's own settings, a port that is free."""
+    """Return the environment of the demo's service: none of the user's own settings, and a free port."""
     kept = {name: value for name, value in inherited.items() if not name.startswith("TRAINYARD_")}
     return kept | {"TRAINYARD_HOME": str(home), "TRAINYARD_HOST": "127.0.0.1", "TRAINYARD_PORT": "0"}
 

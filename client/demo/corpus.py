@@ -1,4 +1,4 @@
-"""A corpus that every machine has: the docstrings of the installed Python's own standard library."""
+"""A corpus that every machine has: the docstrings of the standard library of its Python."""
 
 import ast
 import json
@@ -7,26 +7,26 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-LEAST_CHARACTERS = 40
-NOT_THE_LIBRARY = frozenset({"site-packages", "dist-packages", "test"})
-"""Folders that hold other people's packages, and Python's own tests."""
+MIN_CHARACTERS = 40
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test"})
+"""Folders of other packages, and of Python's own tests."""
 
 
 def standard_library() -> Path:
-    """Where the standard library of this Python is."""
+    """Return the folder of the standard library of this Python."""
     return Path(sysconfig.get_path("stdlib"))
 
 
 def docstrings(library: Path) -> Iterator[str]:
-    """Every docstring of at least `LEAST_CHARACTERS` characters, each text once, always in the same order.
+    """Yield every docstring of at least `MIN_CHARACTERS` characters, each text once, always in the same order.
 
-    Modules are parsed, never imported. A file that cannot be parsed is passed over.
+    Modules are parsed, never imported. A file that cannot be parsed is skipped.
     """
     seen: set[str] = set()
     for path in sorted(library.rglob("*.py")):
-        if NOT_THE_LIBRARY.isdisjoint(path.relative_to(library).parts):
+        if SKIPPED_FOLDERS.isdisjoint(path.relative_to(library).parts):
             for text in _docstrings_of(path):
-                if len(text) >= LEAST_CHARACTERS and text not in seen:
+                if len(text) >= MIN_CHARACTERS and text not in seen:
                     seen.add(text)
                     yield text
 
@@ -34,7 +34,7 @@ def docstrings(library: Path) -> Iterator[str]:
 def _docstrings_of(path: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            # Old code has invalid escapes; that is no concern of a reader.
+            # Old code has invalid escapes. They do not matter here.
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
@@ -47,7 +47,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 
 def write_corpus(file: Path, library: Path | None = None) -> int:
-    """Write the docstrings as JSONL, one ``{"text": ...}`` a line; the answer is their number."""
+    """Write the docstrings as JSONL, one ``{"text": ...}`` a line, and return their number."""
     number = 0
     with file.open("w", encoding="utf-8") as out:
         for text in docstrings(library or standard_library()):

@@ -1,21 +1,20 @@
-import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from client.exits import UsageError
-from client.flags import (
-    OTHER_WORDS,
-    add_leaf_flags,
+from client.cli.parser import trainyard
+from client.cli.spec_flags import (
+    FLAG_ALIASES,
     differences,
-    leaf_flags,
+    given_leaves,
     parse_assignment,
     parse_labels,
-    require_known,
     spec_of,
+    spec_options,
     with_absolute_paths,
 )
+from client.exits import UsageError
 from contract.parsing import ALIASES, GROUP_OF_LEAF, parse_spec
 
 HERE = Path("/somewhere")
@@ -29,9 +28,7 @@ MINIMIND = (
 
 
 def spec(line: str, base: dict[str, Any] | None = None, *sets: str) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_leaf_flags(parser)
-    given = vars(parser.parse_args(require_known(line.split(), leaf_flags())))
+    given = given_leaves(trainyard.commands["submit"].make_context("submit", line.split()).params)
     return spec_of(base or {}, given, sets, HERE)
 
 
@@ -102,8 +99,9 @@ def test_every_leaf_and_every_alias_is_a_flag() -> None:
         ("--text_field 12", "data", "text_field", "12"),
         ("--tokenizer_path byte", "data", "tokenizer_path", "byte"),
         ("--betas 0.9 0.95", "training", "betas", [0.9, 0.95]),
+        ("--betas=0.9 --betas 0.95", "training", "betas", [0.9, 0.95]),
         ("--betas [0.9,0.95]", "training", "betas", [0.9, 0.95]),
-        ("--sample_prompts 1 two", "reporting", "sample_prompts", ["1", "two"]),
+        ("--sample-prompts 1 two", "reporting", "sample_prompts", ["1", "two"]),
         ('--timeouts {"stop":5}', "resources", "timeouts", {"stop": 5}),
     ],
 )
@@ -126,18 +124,19 @@ def test_values_get_the_type_of_their_leaf(line: str, group: str, leaf: str, val
 )
 def test_a_wrong_flag_names_the_one_that_was_meant(flag: str, meant: str | None) -> None:
     with pytest.raises(UsageError, match=f"there is no flag {flag}") as caught:
-        require_known([flag, "3"], leaf_flags())
+        spec(f"{flag} 3")
     assert meant is None or f"did you mean {meant}" in str(caught.value)
 
 
 def test_other_words_lead_to_leaves() -> None:
-    assert {f"--{leaf}" for leaf in OTHER_WORDS.values()} <= leaf_flags()
-    assert not {f"--{word}" for word in OTHER_WORDS} & leaf_flags()
+    flags = {option.name for option in spec_options()}
+    assert set(FLAG_ALIASES.values()) <= flags
+    assert not FLAG_ALIASES.keys() & flags
 
 
 def test_a_flag_that_is_like_nothing_points_to_the_help() -> None:
     with pytest.raises(UsageError, match="submit --help"):
-        require_known(["--zzzzzzzz=1"], leaf_flags())
+        spec("--zzzzzzzz=1")
 
 
 def test_flags_override_the_file_under_whatever_name_it_used() -> None:
