@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from contract.failpoints import failpoint
+
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 MILESTONE_DIRECTORY = re.compile(r"step-(\d{8,})-weights")
 RANK_FILE = "rank"
@@ -258,6 +260,7 @@ class ProductDir:
         """MiniMind's file name: ``pretrain_512.pth``, or ``pretrain_512_moe.pth``."""
         return self.out / f"{save_weight}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
+    @failpoint("resume.list")
     def published(self) -> list[tuple[int, Path]]:
         """(step, path) of every published checkpoint, newest first. Published does not mean verified."""
         return self._directories(STEP_DIRECTORY)
@@ -266,6 +269,7 @@ class ProductDir:
         """(step, path) of every milestone of which only the weights are left, newest first."""
         return self._directories(MILESTONE_DIRECTORY)
 
+    @failpoint("resume.directories")
     def _directories(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         try:
             entries = list(self.checkpoints.iterdir())

@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from safetensors.torch import load_file
 
+from contract.failpoints import failpoint
 from contract.identity import Identity
 from contract.rundir import ProductDir, fsync_directory
 from worker.tensorfile import Written, sha256_of, write_blocks, write_tensors
@@ -102,6 +103,7 @@ def _saved(step: int, path: Path, files: Mapping[str, Written]) -> Saved:
     return Saved(step, path, sum(file.bytes for file in files.values()), files[MODEL].sha256)
 
 
+@failpoint("resume.manifest")
 def manifest_of(path: Path, needed: Iterable[str] = FILES) -> dict[str, Written]:
     """What the manifest says of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged one."""
     described = json.loads((path / MANIFEST).read_bytes())["files"]
@@ -111,6 +113,7 @@ def manifest_of(path: Path, needed: Iterable[str] = FILES) -> dict[str, Written]
     return found
 
 
+@failpoint("resume.verify")
 def find_damage(path: Path, *, thorough: bool = True) -> str | None:
     """What is wrong with a checkpoint, e.g. ``model.safetensors sha256``; None where it is sound.
 
@@ -135,6 +138,7 @@ def _kind(error: Exception) -> str:
     return "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({type(error).__name__})"
 
 
+@failpoint("resume.state")
 def read_state(path: Path) -> RunState:
     """The state of a verified checkpoint. Raises ValueError where it was written by a newer version."""
     value = json.loads((path / STATE).read_bytes())
@@ -186,6 +190,7 @@ def set_aside(path: Path, why: str = INVALID) -> Path:
     raise FileExistsError(f"{path.parent} holds a thousand copies of {why}{path.name}")
 
 
+@failpoint("resume.load")
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Put a verified checkpoint into ``model`` and ``optimizer``, in place."""
     state = read_state(path)

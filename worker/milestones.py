@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+from contract.failpoints import failpoint
 from contract.rundir import ProductDir, fsync_directory
 from worker.checkpoint import MANIFEST, MODEL, SAVING, STATE, Saved, manifest_of
 from worker.tensorfile import Written, write_blocks
@@ -53,6 +54,7 @@ def _publish(products: ProductDir, full: Path, final: Path, manifest: dict[str, 
     fsync_directory(products.checkpoints)
 
 
+@failpoint("resume.link")
 def link(source: Path, target: Path) -> None:
     """The same file under another name; a copy where the file system has no links."""
     try:

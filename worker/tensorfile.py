@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from contract.failpoints import failpoint
+
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -75,6 +77,7 @@ def _blocks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
         yield flat.numpy().data
 
 
+@failpoint("resume.digest")
 def sha256_of(path: Path) -> str:
     """The file's sha256, read in blocks. Raises OSError."""
     with path.open("rb") as file:

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from contract.failpoints import failpoint
 from contract.rundir import fsync_directory
 from service.checkpoints.files import MANIFEST, looks_sound, manifest_of, opened
 from service.errors import StepUnavailable
@@ -15,6 +16,7 @@ from service.errors import StepUnavailable
 DAMAGED = "The checkpoint of this step is damaged, or was just removed."
 
 
+@failpoint("share.checkpoint")
 def share(source: Path, target: Path) -> None:
     """Make ``target`` hold the files of the checkpoint ``source``; copies where it is on another file system.
 
@@ -34,6 +36,7 @@ def share(source: Path, target: Path) -> None:
     fsync_directory(target)
 
 
+@failpoint("share.file")
 def _share_file(source: Path, target: Path, name: str) -> None:
     with opened(source, name) as file:
         try:

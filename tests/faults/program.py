@@ -11,29 +11,26 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import service.__main__
-from service.jobs import rules
-from service.launch import commands
+from contract.failpoints import marked_code
 from service.launch.environment import WORKER_AGENT
-from service.launch.local import LocalLauncher
-from service.launch.slurm import SlurmLauncher
-from service.scheduler import apply, lease, plan
-from service.scheduler.apply import Applier
+from service.scheduler.apply import utc_now
 from service.scheduler.loop import Scheduler
+from service.timing import Timing
+from tests.faults.tracing import at_line
 
 DIED_AT_FAILPOINT = 77
 FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("driver.py")))
-PATHS = {
-    "slurm": (Applier._start, Applier._claim, apply._claimed, SlurmLauncher.start, commands.submit),
-    "launch": (Applier._start, Applier._claim, apply._claimed, LocalLauncher.start, LocalLauncher._spawn),
+AREAS = {
+    "slurm": ("launch.scheduler", "launch.slurm"),
+    "launch": ("launch.scheduler", "launch.local"),
 }
-"""The functions in which a service may be told to die, at the n-th line that it runs there."""
+"""The failpoints at which a service may be told to die, at the n-th line that it runs there."""
 
 
 def main() -> None:
@@ -75,44 +72,48 @@ def _become_service(wanted: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(wanted.get("environment", {}))
-    _change(wanted)
+    _arm(wanted)
+    agent = tuple(wanted.get("agent", WORKER_AGENT if wanted.get("real_ranks") else FAKE_AGENT))
+    arguments = [f"--home={home}", "--port=0", *wanted.get("arguments", [])]
     code = 1
     try:
-        code = service.__main__.main([f"--home={home}", "--port=0", *wanted.get("arguments", [])])
+        code = service.__main__.main(arguments, agent, _timing(wanted))
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
-def _change(wanted: dict[str, Any]) -> None:
-    agent = tuple(wanted.get("agent", WORKER_AGENT if wanted.get("real_ranks") else FAKE_AGENT))
-    service.__main__.WORKER_AGENT = agent  # type: ignore[attr-defined]
-    scale = float(wanted.get("scale", 1.0))
-    first, second, third = rules.BACKOFF_SECONDS
-    rules.BACKOFF_SECONDS = first * scale, second * scale, third * scale
-    rules.SETBACK_SECONDS = tuple(seconds * scale for seconds in rules.SETBACK_SECONDS)
-    plan.QUIET = plan.QUIET * scale
-    plan.KILL_GRACE = plan.KILL_GRACE * scale
-    lease.LEASE_SECONDS *= float(wanted.get("lease_scale", 1.0))
-    lease.RENEW_SECONDS *= float(wanted.get("lease_scale", 1.0))
+def _timing(wanted: dict[str, Any]) -> Timing:
+    usual, scale, lease_scale = Timing(), float(wanted.get("scale", 1.0)), float(wanted.get("lease_scale", 1.0))
+    return Timing(
+        backoff_seconds=tuple(seconds * scale for seconds in usual.backoff_seconds),
+        setback_seconds=tuple(seconds * scale for seconds in usual.setback_seconds),
+        quiet=usual.quiet * scale,
+        kill_grace=usual.kill_grace * scale,
+        lease_seconds=usual.lease_seconds * lease_scale,
+        renew_seconds=usual.renew_seconds * lease_scale,
+    )
+
+
+def _arm(wanted: dict[str, Any]) -> None:
     if wanted.get("clock"):
         _let_the_clock_be_set(Path(wanted["home"]) / "clock")
     for name, fate in (("die_at", _die), ("stop_at", _stop)):
         if name in wanted:
             where, line = wanted[name]
-            threading.settrace(at_line({function.__code__ for function in PATHS[where]}, int(line), fate))
+            threading.settrace(at_line(marked_code(*AREAS[where]), int(line), fate))
 
 
 def _let_the_clock_be_set(file: Path) -> None:
     """The service's wall clock is off by as many seconds as stand in ``file``, from one look to the next."""
-    right = apply.utc_now
+    right = utc_now
 
     def wrong() -> datetime:
         return right() + timedelta(seconds=float(file.read_text()) if file.exists() else 0.0)
 
     for module in list(sys.modules.values()):
-        if getattr(module, "utc_now", None) is right:
-            module.utc_now = wrong  # type: ignore[attr-defined]
+        for name in [name for name, value in getattr(module, "__dict__", {}).items() if value is right]:
+            setattr(module, name, wrong)
     defaults = Scheduler.__init__.__defaults__ or ()
     Scheduler.__init__.__defaults__ = tuple(wrong if value is right else value for value in defaults)
 
@@ -127,24 +128,6 @@ def _stop(where: str) -> None:
     """All threads, until somebody sends SIGCONT."""
     print(f"stopped at {where}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def at_line(codes: set[CodeType], number: int, fate: Callable[[str], None]) -> Callable[[FrameType, str, Any], Any]:
-    """A trace function that calls ``fate`` before the ``number``-th line that is run in ``codes``."""
-    left = number
-
-    def local(frame: FrameType, event: str, _argument: Any) -> Any:
-        nonlocal left
-        if event == "line":
-            left -= 1
-            if left == 0:
-                fate(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
-        return local
-
-    def entered(frame: FrameType, _event: str, _argument: Any) -> Any:
-        return local if frame.f_code in codes else None
-
-    return entered
 
 
 if __name__ == "__main__":

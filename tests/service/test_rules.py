@@ -28,10 +28,10 @@ from service.jobs.rules import (
     after_exit,
     decide,
     fitting,
-    longest_wait,
     resume_blocker,
 )
 from service.jobs.streaks import Ended, Past, fault, made_a_step, past
+from service.timing import Timing
 
 OUTCOMES: tuple[Any, ...] = get_args(ExitReport.model_fields["outcome"].annotation)
 STANDINGS = [Standing(*each) for each in itertools.product(JobStatus, Desired, (False, True), (0, 1, 3), (False, True))]
@@ -215,7 +215,7 @@ def test_setbacks_wait_longer_each_time_and_never_end_a_job(reason: Reason) -> N
     first = 0.0 if reason is Reason.TIME_LIMIT else 5.0
     assert [ending.restart_seconds for ending in endings] == [first, 5.0, 20.0, 60.0, 180.0, 600.0, 600.0, 600.0]
     assert {ending.status for ending in endings} == {JobStatus.INTERRUPTED}
-    assert max(ending.restart_seconds or 0 for ending in endings) <= longest_wait()
+    assert max(ending.restart_seconds or 0 for ending in endings) <= Timing().longest_restart_wait
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "killed", "crashed"])

@@ -13,6 +13,7 @@ from datetime import timedelta
 import pytest
 
 from service.jobs import rules
+from service.timing import Timing
 from tests import soak
 from tests.simulation.world import World
 from tests.soak import Account
@@ -94,7 +95,7 @@ def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPa
         case "give up":
             monkeypatch.setattr(rules, "MOST_FRUITLESS", 99)
         case "wait longer":
-            monkeypatch.setattr(rules, "SETBACK_SECONDS", (5.0,))
+            monkeypatch.setattr(World, "timing", Timing(setback_seconds=(5.0,)))
         case "a step first":
             monkeypatch.setattr(
                 World, "live", lambda world, job, live=World.live: replace(live(world, job), moved=True)

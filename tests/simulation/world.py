@@ -18,6 +18,7 @@ from service.jobs.rules import Move, Refusal, UnderWay
 from service.launch.base import AttemptName
 from service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start, plan
 from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot, is_due
+from service.timing import Timing
 from tests.simulation.rows import Attempt, Job, Process
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -29,6 +30,8 @@ MOST_JOBS = 8
 
 class World:
     """Jobs, leases, hosts and a die. ``happened`` is what led here."""
+
+    timing = Timing()
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -289,7 +292,7 @@ class World:
             return
         ended = (each.as_ended() for each in reversed(job.attempts) if each.outcome)
         past = streaks.past(job.restarts, ended)
-        ending = rules.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by)
+        ending = rules.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by, self.timing)
         if not may_become(job.status, ending.status):
             self.move(job, JobStatus.RUNNING)
         job.restarts, job.asked_at, job.preempted_by = ending.restarts, None, None
