@@ -10,8 +10,8 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Locator, Page, expect
 
-from service.launch.fake import FakeAttempt
 from tests.browser.looks import in_both_themes
+from tests.fakes.launcher import FakeAttempt
 from tests.service.rig import Rig
 from tests.service.served import served
 

@@ -47,7 +47,8 @@ def main(path: str, fails: str) -> None:
 def fail_three_times(name: str) -> list[str]:
     """Have a method or property of `AttemptDir` raise at its first three uses; returns the list of its uses."""
     found = vars(AttemptDir)[name]
-    intact, calls = found.fget if isinstance(found, property) else found, list[str]()
+    intact: Any = found.fget if isinstance(found, property) else found
+    calls: list[str] = []
 
     def broken(attempt: AttemptDir) -> Any:
         calls.append(name)

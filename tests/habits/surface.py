@@ -5,8 +5,8 @@ from pathlib import Path
 
 from client.arguments import build_parser
 from service.app import build, create_app
-from service.launch.fake import FakeLauncher
 from service.settings import Settings
+from tests.fakes.launcher import FakeLauncher
 
 
 def routes(home: Path) -> set[tuple[str, str]]:

@@ -15,13 +15,14 @@ from contract.status import JobStatus
 from service.app import create_app
 from service.context import Services
 from service.db import Database
-from service.devices.inventory import Device, FixedInventory, cpu_slots
-from service.launch.fake import FakeAttempt, FakeLauncher
+from service.devices.inventory import Device, cpu_slots
 from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams.pulse import Pulse
 from service.webhooks.courier import Courier
 from service.webhooks.sender import Sender
+from tests.fakes.inventory import FixedInventory
+from tests.fakes.launcher import FakeAttempt, FakeLauncher
 
 URL = "http://127.0.0.1:8000"
 

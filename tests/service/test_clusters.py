@@ -7,7 +7,7 @@ import pytest
 
 from contract.status import JobStatus
 from service.launch.base import Placement, State
-from service.launch.fake import FakeAttempt
+from tests.fakes.launcher import FakeAttempt
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig
 

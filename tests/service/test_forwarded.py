@@ -13,9 +13,9 @@ from fastapi.testclient import TestClient
 from service import __main__ as entry
 from service.app import create_app
 from service.context import Services
-from service.devices.inventory import FixedInventory
 from service.proxies import Proxies, address_in
 from service.settings import Settings, SettingsRefused
+from tests.fakes.inventory import FixedInventory
 from tests.service.rig import Rig
 
 SAID = {"X-Forwarded-For": "198.51.100.7", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "yard.example"}

@@ -11,10 +11,10 @@ from contract.status import Desired, JobStatus, Reason
 from service.devices.inventory import Device, cpu_slots
 from service.jobs.store import Note
 from service.launch.base import AttemptName
-from service.launch.fake import FakeAttempt
 from service.scheduler.plan import Preempt, Start, plan
 from service.scheduler.preemption import Yielding
 from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from tests.fakes.launcher import FakeAttempt
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig, path_of
 from tests.service.test_plan import NOW, gpus, job

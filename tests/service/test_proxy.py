@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from service.launch.fake import FakeAttempt
+from tests.fakes.launcher import FakeAttempt
 from tests.guides.blocks import DOCS, blocks
 from tests.service.rig import Rig
 from tests.service.served import DEADLINE, Reader, served

@@ -11,7 +11,7 @@ import pytest
 
 from contract.status import LIVE, TERMINAL, JobStatus, Reason, may_become
 from service.launch.base import State
-from service.launch.fake import FakeAttempt, ServiceKilled
+from tests.fakes.launcher import FakeAttempt, ServiceKilled
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig
 

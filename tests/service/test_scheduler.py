@@ -9,8 +9,8 @@ from contract.report import Ack
 from contract.status import JobStatus, Reason
 from service.errors import OutcomeUnknown
 from service.launch.base import AttemptName, State
-from service.launch.fake import Failpoint, ServiceKilled
 from service.scheduler.loop import note_failure
+from tests.fakes.launcher import Failpoint, ServiceKilled
 from tests.service.conftest import MakeRig
 from tests.service.rig import Rig, path_of
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from contract.status import Reason
-from service.launch.fake import FakeAttempt
 from service.webhooks.courier import Courier
 from service.webhooks.sender import Sender
 from service.webhooks.watch import ASLEEP_SECONDS, KEEP_SECONDS, LOOK_SECONDS, RECENT, Watcher
+from tests.fakes.launcher import FakeAttempt
 from tests.service.receiver import DEADLINE, Got, Receiver, receiving
 from tests.service.rig import Rig
 from tests.service.test_webhooks import deliveries, register, send

@@ -1,4 +1,4 @@
-"""The launcher's twin in memory: attempts do exactly what a test says, when it says so."""
+"""A launcher in memory: attempts do exactly what a test says, when it says so."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
