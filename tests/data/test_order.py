@@ -1,17 +1,41 @@
 """The order of rows: a permutation for every size, each row once an epoch, shares that partition each step."""
 
 import time
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.data import Order, Permutation
+from worker.distributed import Ranks
+from worker.feed import Feed, Normalization, cut, own_share
+from worker.rows import RowTable
 
 
 def order(rows: int, global_batch: int, seed: int = 42) -> Order:
     return Order(np.arange(1, rows + 1, dtype=np.int32), global_batch, seed)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of which only the number of their targets matters."""
+
+    targets: npt.NDArray[np.int32]
+
+    def batch(self, part: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return part
+
+
+def feed(
+    plan: Order, rank: int = 0, world: int = 1, batch_size: int = 4, normalization: Normalization = "global_tokens"
+) -> Feed:
+    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    return Feed(cast(RowTable, Table(plan.targets)), plan, ranks, batch_size, normalization)
 
 
 def test_permutation_is_bijective_for_every_size() -> None:
@@ -79,11 +103,11 @@ def test_every_row_stands_exactly_once_in_an_epoch(rows: int, global_batch: int,
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 9), st.integers(1, 10), st.integers(1, 30))
 def test_shares_partition_the_step(rows: int, global_batch: int, world: int, batch_size: int, step: int) -> None:
     plan = order(rows, global_batch)
-    shares = [plan.share(step, rank, world) for rank in range(world)]
+    shares = [own_share(plan.rows_of(step), rank, world) for rank in range(world)]
     assert np.concatenate(shares).tolist() == plan.rows_of(step).tolist()
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
-    for rank, share in enumerate(shares):
-        micro = plan.micro_batches(step, rank, world, batch_size)
+    for share in shares:
+        micro = list(cut(share, batch_size))
         assert np.concatenate(micro).tolist() == share.tolist()
         assert len(micro) == max(1, -(-len(share) // batch_size))
         assert all(len(part) == batch_size for part in micro[:-1])
@@ -92,15 +116,40 @@ def test_shares_partition_the_step(rows: int, global_batch: int, world: int, bat
 def test_a_step_takes_the_same_rows_on_any_number_of_ranks() -> None:
     plan = order(1000, 48)
     for step in (1, 7, 21, 22, 500):
-        taken = [sorted(np.concatenate([plan.share(step, r, w) for r in range(w)]).tolist()) for w in (1, 2, 3, 8)]
-        assert all(rows == taken[0] for rows in taken)
+        rows = plan.rows_of(step)
+        taken = [sorted(np.concatenate([own_share(rows, r, w) for r in range(w)]).tolist()) for w in range(1, 9)]
+        assert all(of_world == sorted(rows.tolist()) for of_world in taken)
 
 
 def test_tokens_of_a_step_are_those_of_its_rows() -> None:
     plan = order(100, 16)
+    fed = feed(plan)
     for step in (1, 7, 8):
-        assert plan.step_tokens(step) == sum(row + 1 for row in plan.rows_of(step).tolist())
-    assert sum(plan.step_tokens(step) for step in range(1, 8)) == 100 * 101 // 2
+        assert fed.tokens(step) == sum(row + 1 for row in plan.rows_of(step).tolist())
+    assert sum(fed.tokens(step) for step in range(1, 8)) == 100 * 101 // 2
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 100), st.integers(1, 40), st.integers(1, 8), st.integers(1, 10), st.integers(1, 30))
+def test_all_ranks_together_train_each_token_of_a_step_once(
+    rows: int, global_batch: int, world: int, batch_size: int, step: int
+) -> None:
+    """The sum over ranks of factor x tokens, divided by the world as DDP does, is 1: a mean over the step's tokens.
+
+    MiniMind's way it is the share of micro-batches that predict anything, each of which counts the same.
+    """
+    plan = order(rows, global_batch)
+    for normalization in ("global_tokens", "micro_batch_mean"):
+        feeds = [feed(plan, rank, world, batch_size, normalization) for rank in range(world)]
+        micros = [list(fed.micros(step)) for fed in feeds]
+        assert all(micros), "each rank takes part in each step"
+        together = [micro for of_rank in micros for micro in of_rank]
+        assert [row for micro in together for row in micro.rows] == plan.rows_of(step).tolist()
+        assert sum(micro.tokens for micro in together) == feeds[0].tokens(step)
+        weight = sum(micro.factor * micro.tokens for micro in together) / world
+        assert weight == pytest.approx(1.0)
+        if normalization == "micro_batch_mean":
+            assert len({round(micro.factor * micro.tokens, 9) for micro in together if micro.rows}) == 1
 
 
 def test_epochs_done() -> None:

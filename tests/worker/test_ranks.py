@@ -22,6 +22,7 @@ from tests.worker import driver
 from tests.worker.test_resume import stop_after
 from worker.data import Order
 from worker.distributed import Ranks
+from worker.feed import cut, own_share
 from worker.material import prepare
 from worker.stopping import StopWish
 from worker.trainee import initial_model
@@ -49,9 +50,9 @@ CUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_a_step_cut_differently_is_the_same_step(kind: str, text: Path, tmp_path: Path) -> None:
     """Over more than an epoch, so that the short last step of an epoch, and ranks without a row, are part of it."""
     results, use_moe = {}, kind == "moe"
-    for name, (world, cut) in CUTS.items():
+    for name, (world, changes) in CUTS.items():
         model = {"use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
-        training = {**FP32, **cut, "optimizer": "muon" if kind == "muon" else "adamw"}
+        training = {**FP32, **changes, "optimizer": "muon" if kind == "muon" else "adamw"}
         described = driver.spec(text, model=model, training=training, reporting={"log_interval": 1})
         run = driver.new_run(tmp_path / name.replace(" ", ""), described)
         driver.run_to_end(run, world)
@@ -163,7 +164,7 @@ def minimind(run: RunDir, spec: JobSpec) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     curve = []
     for step in range(1, 7):
-        micros = [part for rank in range(2) for part in order.micro_batches(step, rank, 2, 3)]
+        micros = [part for rank in range(2) for part in cut(own_share(order.rows_of(step), rank, 2), 3)]
         losses, tokens = 0.0, 0
         for part in micros:
             batch = material.rows.batch(part)
