@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.soak import Account, report
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 LONG = """
 import pytest
