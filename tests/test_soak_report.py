@@ -5,13 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.soak import Account, report
+from tests.soak_report import SoakReport, report
 
 ROOT = Path(__file__).parents[1]
 
 LONG = """
 import pytest
-from tests.soak import seed
+from tests.soak_report import seed
 
 @pytest.mark.soak
 def test_good(account):
@@ -42,7 +42,7 @@ def pytest_run(folder: Path, *arguments: str) -> str:
         "-m",
         "pytest",
         "-p",
-        "tests.soak",
+        "tests.soak_report",
         "-p",
         "no:cacheprovider",
         "-c",
@@ -77,6 +77,6 @@ def test_the_short_form_prints_no_account(tmp_path: Path) -> None:
 
 
 def test_what_became_of_a_test_that_nobody_saw_is_unknown() -> None:
-    account = Account("test_x")
-    account.injected["kill"] += 1
+    account = SoakReport("test_x")
+    account.faults["kill"] += 1
     assert report([account], {})[0] == "test_x: unknown"

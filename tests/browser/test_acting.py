@@ -15,21 +15,21 @@ from playwright.sync_api import Page, expect
 from service.exports import child
 from tests.browser.looks import in_both_themes
 from tests.browser.test_submit import field, refusal
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import MODEL
 from tests.service.test_exports import exporter
 
 __all__ = ["exporter"]
 
 
-def named(rig: Rig, name: str) -> dict[str, Any]:
+def named(rig: ServiceHarness, name: str) -> dict[str, Any]:
     """The one job of this name."""
     [found] = rig.get("/jobs", name=name)["data"]
     job: dict[str, Any] = found
     return job
 
 
-def test_a_job_is_edited_where_it_stands(service: str, rig: Rig, page: Page) -> None:
+def test_a_job_is_edited_where_it_stands(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = named(rig, "waits")["id"]
     page.goto(f"{service}/jobs/{job_id}")
     expect(page.locator(".ahead")).to_have_text("Behind holds-the-slots.")
@@ -61,7 +61,9 @@ def test_a_job_is_edited_where_it_stands(service: str, rig: Rig, page: Page) -> 
     expect(page.get_by_role("region", name="Jobs").locator("tbody tr")).to_have_count(1)
 
 
-def test_a_finished_job_goes_on_with_more_steps_from_an_older_checkpoint(service: str, rig: Rig, page: Page) -> None:
+def test_a_finished_job_goes_on_with_more_steps_from_an_older_checkpoint(
+    service: str, rig: ServiceHarness, page: Page
+) -> None:
     job_id = named(rig, "fast")["id"]
     page.goto(f"{service}/jobs/{job_id}")
     again = page.get_by_role("button", name="resume with")
@@ -86,7 +88,7 @@ def test_a_finished_job_goes_on_with_more_steps_from_an_older_checkpoint(service
 
 
 @pytest.mark.soak
-def test_a_kill_asks_first_and_a_save_does_not(service: str, rig: Rig, page: Page) -> None:
+def test_a_kill_asks_first_and_a_save_does_not(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = named(rig, "holds-the-slots")["id"]
     page.goto(f"{service}/jobs/{job_id}")
     page.get_by_role("button", name="save now").click()
@@ -103,7 +105,7 @@ def test_a_kill_asks_first_and_a_save_does_not(service: str, rig: Rig, page: Pag
     assert [event["kind"] for event in rig.data(job_id, "events")].count("save") == 1
 
 
-def test_checkpoints_are_downloaded_exported_and_forked(service: str, rig: Rig, page: Page) -> None:
+def test_checkpoints_are_downloaded_exported_and_forked(service: str, rig: ServiceHarness, page: Page) -> None:
     assert child.WORKER_EXPORT[1] == "-S"
     job_id = named(rig, "fast")["id"]
     page.goto(f"{service}/jobs/{job_id}?tab=checkpoints")
@@ -125,7 +127,7 @@ def test_checkpoints_are_downloaded_exported_and_forked(service: str, rig: Rig, 
 
 
 @pytest.mark.soak
-def test_parent_and_forks_name_each_other(service: str, rig: Rig, page: Page) -> None:
+def test_parent_and_forks_name_each_other(service: str, rig: ServiceHarness, page: Page) -> None:
     parent = named(rig, "fast")["id"]
     overrides = {"name": "<i>child</i>", "training": {"max_steps": 500}}
     made = rig.client.post(f"/jobs/{parent}/fork", json={"step": 20, "overrides": overrides}).json()["id"]
@@ -139,7 +141,7 @@ def test_parent_and_forks_name_each_other(service: str, rig: Rig, page: Page) ->
     assert page.url.partition("jobs=")[2].replace("%2C", ",") == f"{parent},{made}"
 
 
-def test_a_spec_against_its_defaults_and_another_jobs(service: str, rig: Rig, page: Page) -> None:
+def test_a_spec_against_its_defaults_and_another_jobs(service: str, rig: ServiceHarness, page: Page) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     job_id, other = named(rig, "fast")["id"], named(rig, "slow")["id"]
     page.goto(f"{service}/jobs/{job_id}?tab=config")

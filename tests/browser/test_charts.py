@@ -12,8 +12,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.looks import in_both_themes
 from tests.fakes.launcher import FakeAttempt
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 
 
 def say(attempt: FakeAttempt, steps: range, lift: float = 0.0) -> None:
@@ -34,13 +34,13 @@ def say(attempt: FakeAttempt, steps: range, lift: float = 0.0) -> None:
 
 @dataclass
 class Run:
-    rig: Rig
+    rig: ServiceHarness
     attempt: FakeAttempt
     url: str
 
 
 @pytest.fixture
-def run(rig: Rig) -> Iterator[Run]:
+def run(rig: ServiceHarness) -> Iterator[Run]:
     """A run that came to step 60, was killed, went on from its checkpoint at 40, and is at 80."""
     job_id, first = rig.running(steps=400, name="curves")
     say(first, range(1, 41))

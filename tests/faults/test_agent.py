@@ -18,13 +18,13 @@ from contract.spec import DataSpec, JobSpec, Timeouts
 from contract.status import Reason
 from service.launch.base import AttemptName, Launch, State
 from service.launch.local import LocalLauncher
-from tests.faults.home import until
-from tests.faults.program import FAKE_AGENT
-from tests.marks import own_job
+from tests.faults.forked_service import FAKE_AGENT
+from tests.faults.service_home import until
+from tests.unique_ids import unique_job_id
 from worker.agent.__main__ import EX_REFUSED
 from worker.agent.children import Children
 
-JOB = own_job("job_late")
+JOB = unique_job_id("job_late")
 
 
 def launcher(home: Path) -> LocalLauncher:

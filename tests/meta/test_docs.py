@@ -11,7 +11,7 @@ from contract.reference import render
 from contract.status import JobStatus, Reason
 from service import errors
 from service.settings import Settings
-from tests.meta.surface import commands, routes
+from tests.meta.public_surface import commands, routes
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"

@@ -9,8 +9,8 @@ import pytest
 from service.dashboard.assets import STATIC, Assets, compiled_ahead, library_file
 from service.dashboard.linking import CannotLink, linked
 from service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
@@ -30,7 +30,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         ("text/csv", False),
     ],
 )
-def test_a_page_is_for_those_who_name_html(rig: Rig, accept: str, page: bool) -> None:
+def test_a_page_is_for_those_who_name_html(rig: ServiceHarness, accept: str, page: bool) -> None:
     assert prefers_html(accept) is page
     job_id = rig.submit(name="x")
     for path in ("/jobs", f"/jobs/{job_id}"):
@@ -40,7 +40,7 @@ def test_a_page_is_for_those_who_name_html(rig: Rig, accept: str, page: bool) ->
         assert "Accept" in [word.strip() for word in answer.headers["vary"].split(",")]
 
 
-def test_what_lies_below_a_job_is_never_a_page(rig: Rig) -> None:
+def test_what_lies_below_a_job_is_never_a_page(rig: ServiceHarness) -> None:
     job_id = rig.submit()
     for what in ("metrics", "events", "checkpoints"):
         answer = rig.client.get(f"/jobs/{job_id}/{what}", headers={"Accept": BROWSER})
@@ -49,7 +49,7 @@ def test_what_lies_below_a_job_is_never_a_page(rig: Rig) -> None:
     assert rig.client.get("/jobs/nothing/here", headers={"Accept": BROWSER}).status_code == 404
 
 
-def test_the_page_has_a_strict_policy_and_head(rig: Rig) -> None:
+def test_the_page_has_a_strict_policy_and_head(rig: ServiceHarness) -> None:
     for method in ("GET", "HEAD"):
         answer = rig.client.request(method, "/", headers={"Accept": BROWSER})
         assert answer.status_code == 200
@@ -65,14 +65,14 @@ def test_the_page_has_a_strict_policy_and_head(rig: Rig) -> None:
     assert (again.status_code, again.content) == (304, b"")
 
 
-def test_no_script_or_style_stands_in_the_page(rig: Rig) -> None:
+def test_no_script_or_style_stands_in_the_page(rig: ServiceHarness) -> None:
     page = rig.client.get("/").text
     assert "<style" not in page
     assert "style=" not in page
     assert page.count("<script") == page.count('<script type="module" src=')
 
 
-def test_the_library_finds_its_style_elements_there_already(rig: Rig) -> None:
+def test_the_library_finds_its_style_elements_there_already(rig: ServiceHarness) -> None:
     """Where an element has the id of one that it would make, it makes none; the policy would block it."""
     library = library_file().read_text()
     made = set(re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', library)) | {"plotly.js-style-global"}
@@ -81,7 +81,7 @@ def test_the_library_finds_its_style_elements_there_already(rig: Rig) -> None:
     assert made <= there
 
 
-def test_files_are_immutable_and_packed(rig: Rig, tmp_path: Path) -> None:
+def test_files_are_immutable_and_packed(rig: ServiceHarness, tmp_path: Path) -> None:
     assets = Assets(tmp_path / "cache")
     for path in assets.addresses():
         packed = rig.client.get(path, headers={"Accept-Encoding": "gzip"})
@@ -154,7 +154,7 @@ def test_modules_are_linked_so_that_each_finds_what_it_needs(tmp_path: Path) -> 
         linked({"app.js": 'import { a } from "./gone.js";'}, "app.js")
 
 
-def test_the_page_is_two_requests(rig: Rig) -> None:
+def test_the_page_is_two_requests(rig: ServiceHarness) -> None:
     page = rig.client.get("/").text
     [script] = re.findall(r'src="([^"]+)"', page)
     [style] = re.findall(r'rel="stylesheet"[^>]* href="([^"]+)"', page)
@@ -163,7 +163,7 @@ def test_the_page_is_two_requests(rig: Rig) -> None:
         assert words in rig.client.get(style).text
 
 
-def test_the_page_asks_for_the_token_so_it_needs_none(make_rig: MakeRig, sqlite_url: str) -> None:
+def test_the_page_asks_for_the_token_so_it_needs_none(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig = make_rig(sqlite_url, token="sesame")
     for path in ("/", "/jobs", "/jobs/job_x"):
         assert rig.client.get(path, headers={"Accept": BROWSER}).status_code == 200
@@ -189,7 +189,7 @@ def test_nothing_in_the_scripts_reads_html_or_makes_code() -> None:
             assert word not in text, f"{script.name}: {word}"
 
 
-def test_buckets_of_a_stretch_are_those_of_the_whole(rig: Rig) -> None:
+def test_buckets_of_a_stretch_are_those_of_the_whole(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running(steps=1000)
     for step in range(1, 301):
         attempt.metric(step, loss=1 / step, learning_rate=step / 1000)

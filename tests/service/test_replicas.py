@@ -20,7 +20,7 @@ from service.settings import Settings
 from service.tables import LeaderRow
 from tests.fakes.inventory import FixedInventory
 from tests.fakes.launcher import FakeLauncher
-from tests.service.rig import URL
+from tests.service.harness import URL
 from tests.service.test_plan import gpus
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from contract.events import ResumeVerified, Started
 from contract.rundir import RunDir
-from tests.worker import driver
+from tests.worker import rank_runner
 from tests.worker.test_saving import kill_in_save
 from worker.checkpoint import manifest_of
 
@@ -117,35 +117,35 @@ def killed_at_each(run: RunDir, kills: list[Kill]) -> int:
     """Run ``kills`` attempts into their ends and one to its own; returns how many steps were done twice."""
     again = 0
     for number, kill in enumerate(kills, start=1):
-        ranks = driver.start(run, patch=kill.patch)
+        ranks = rank_runner.start(run, patch=kill.patch)
         assert ranks.wait() == [-signal.SIGKILL], f"{kill}\n{ranks.logs()}"
         assert not run.attempt(number).outcome.exists()
         again += run.attempt(number).read_step() or 0
-    assert driver.run_to_end(run).step == STEPS
+    assert rank_runner.run_to_end(run).step == STEPS
     return again - sum(started(run, attempt).start_step for attempt in range(2, len(kills) + 2))
 
 
 def started(run: RunDir, attempt: int) -> Started:
-    return next(event for event in driver.events(run, attempt) if isinstance(event, Started))
+    return next(event for event in rank_runner.events(run, attempt) if isinstance(event, Started))
 
 
 def require_the_same(broken: RunDir, untouched: RunDir, kills: int) -> str:
     """Same final files, same points at every step, and each resume proven; returns the weights' sha256."""
     last = f"{STEPS:08d}"
-    expected = {name: data for name, data in driver.products(untouched) if last in name or name.startswith("out/")}
-    found = {name: data for name, data in driver.products(broken) if last in name or name.startswith("out/")}
+    expected = {name: data for name, data in rank_runner.products(untouched) if last in name or name.startswith("out/")}
+    found = {name: data for name, data in rank_runner.products(broken) if last in name or name.startswith("out/")}
     assert len(expected) == 3
     assert found == expected
-    assert driver.curve(broken) == driver.curve(untouched)
+    assert rank_runner.curve(broken) == rank_runner.curve(untouched)
     for attempt in range(2, kills + 2):
-        proofs = [event for event in driver.events(broken, attempt) if isinstance(event, ResumeVerified)]
+        proofs = [event for event in rank_runner.events(broken, attempt) if isinstance(event, ResumeVerified)]
         assert [proof.difference for proof in proofs] == [0.0] * (started(broken, attempt).start_step > 0)
     return manifest_of(broken.products(None).checkpoint(STEPS))["model.safetensors"].sha256
 
 
 def described(text: Path, name: str) -> dict[str, Any]:
     model, training = RUNS[name]
-    return driver.spec(
+    return rank_runner.spec(
         text,
         model=model,
         data={"eval_fraction": 0.3, "packing": "none"},
@@ -157,9 +157,9 @@ def described(text: Path, name: str) -> dict[str, Any]:
 
 def survive(name: str, kinds: list[str], path: Path) -> None:
     chooser = random.Random(f"{SEED} {name}")
-    text = driver.corpus(path / "corpus.jsonl")
-    untouched, broken = (driver.new_run(path / kind, described(text, name)) for kind in ("untouched", "broken"))
-    assert driver.run_to_end(untouched).outcome == "completed"
+    text = rank_runner.corpus(path / "corpus.jsonl")
+    untouched, broken = (rank_runner.new_run(path / kind, described(text, name)) for kind in ("untouched", "broken"))
+    assert rank_runner.run_to_end(untouched).outcome == "completed"
     per_epoch = started(untouched, 1).steps_per_epoch
     assert per_epoch < STEPS / 2, "the kills must reach a second epoch"
     kills = planned(chooser, kinds, per_epoch)
