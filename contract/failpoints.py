@@ -2,8 +2,8 @@
 
 - ``@failpoint("launch.local.spawn")`` marks a function. Tests look up its code with `marked_code` and trace it, to act
   before any one of its lines. The decorator returns the function unchanged and costs nothing.
-- ``hit("step.update")`` is one point between two statements. It calls the action that a test has armed there with
-  `arm`, and does nothing else: one look-up in an empty dictionary.
+- ``hit("step.updated", self)`` is one point between two statements. It calls the action that a test has armed there
+  with `arm`, with what the point shows of itself, and does nothing else: one look-up in an empty dictionary.
 
 Nothing but tests arms a failpoint. There is no environment variable for it, so no user can.
 """
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _marked: dict[str, set[CodeType]] = {}
-_armed: dict[str, Callable[[], None]] = {}
+_armed: dict[str, Callable[..., None]] = {}
 
 
 def failpoint(*names: str) -> Callable[[Function], Function]:
@@ -45,15 +45,15 @@ def marked_code(*areas: str) -> set[CodeType]:
     return found
 
 
-def hit(name: str) -> None:
-    """Call the action that is armed at ``name``, if there is one."""
+def hit(name: str, *shown: object) -> None:
+    """Call the action that is armed at ``name``, if there is one, with ``shown``."""
     action = _armed.get(name)
     if action is not None:
-        action()
+        action(*shown)
 
 
-def arm(name: str, action: Callable[[], None]) -> None:
-    """Call ``action`` each time this process comes to ``hit(name)``. It may raise, block, or end the process."""
+def arm(name: str, action: Callable[..., None]) -> None:
+    """Call ``action`` each time this process comes to ``hit(name, ...)``. It may raise, block, or end the process."""
     _armed[name] = action
 
 
@@ -63,7 +63,7 @@ def disarm(name: str) -> None:
 
 
 @contextlib.contextmanager
-def armed(name: str, action: Callable[[], None]) -> Iterator[None]:
+def armed(name: str, action: Callable[..., None]) -> Iterator[None]:
     """Keep ``action`` armed at ``name`` for as long as the block runs."""
     arm(name, action)
     try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from contract.failpoints import hit
 from worker.distributed import Ranks
 from worker.feed import cut, on_device, own_share
 from worker.rows import Batch, RowTable
@@ -50,5 +51,6 @@ class Evaluation:
 
     def _batches(self) -> Iterator[Batch]:
         share = own_share(np.arange(len(self.table)), self.ranks.rank, self.ranks.world)
-        for part in cut(share, self.batch_size):
+        for index, part in enumerate(cut(share, self.batch_size)):
+            hit("evaluation.batch", index)
             yield on_device(self.table.batch(part), self.ranks.device)

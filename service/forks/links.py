@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from contract.failpoints import failpoint
+from contract.failpoints import failpoint, hit
 from contract.rundir import fsync_directory
 from service.checkpoints.files import MANIFEST, looks_sound, manifest_of, opened
 from service.errors import StepUnavailable
@@ -29,6 +29,7 @@ def share(source: Path, target: Path) -> None:
     try:
         for name in (*manifest, MANIFEST):
             _share_file(source, target, name)
+            hit("share.file_linked")
     except OSError as error:
         raise StepUnavailable(f"{DAMAGED} {error.strerror}.") from error
     if not looks_sound(target) or manifest_of(target) != manifest:

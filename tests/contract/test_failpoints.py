@@ -35,8 +35,8 @@ def test_only_functions_are_marked() -> None:
 def test_an_armed_action_runs_until_it_is_disarmed() -> None:
     reached: list[str] = []
     hit("test_point")
-    arm("test_point", lambda: reached.append("armed"))
-    hit("test_point")
+    arm("test_point", reached.append)
+    hit("test_point", "armed")
     hit("test_point_of_another_name")
     disarm("test_point")
     hit("test_point")

@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 
+from contract.failpoints import armed
 from contract.report import Fork
 from contract.rundir import RunDir
-from service.forks import links
 from service.jobs import files
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
@@ -214,13 +214,7 @@ def test_the_parent_may_go(any_rig: ServiceHarness) -> None:
 def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400, 800, **LONG)
     place = any_rig.home / "runs" / job_id / "checkpoints" / "step-00000400"
-    real = links._share_file
-
-    def pruned(source: Path, target: Path, name: str) -> None:
-        real(source, target, name)
-        shutil.rmtree(place, ignore_errors=True)
-
-    with mock.patch.object(links, "_share_file", pruned):
+    with armed("share.file_linked", lambda: shutil.rmtree(place, ignore_errors=True)):
         assert fork(any_rig, job_id, {"step": 400}, 409)["code"] == "step_unavailable"
     any_rig.exit(attempt, "completed", step=1000)
     from service.forks import making

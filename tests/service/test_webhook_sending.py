@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from contract.failpoints import armed
 from service.scheduler.lease import LEASE_SECONDS, Lease
 from service.tables import DeliveryRow
 from service.webhooks.courier import SEND_SECONDS, Answer, Courier
@@ -261,16 +262,13 @@ def test_a_leader_that_slept_sends_nothing_when_it_wakes(any_rig: ServiceHarness
     webhook = register(any_rig, receiver.url, events=["job.created"])
     assert lease.keep()
     any_rig.submit()
-    claim = sender._claim
 
-    def slow_claim(number: int) -> Any:
-        parcel = claim(number)
-        ticks.now += LEASE_SECONDS + 1  # stopped right behind the claim, and woken past its lease
-        return parcel
+    def sleep() -> None:
+        ticks.now += LEASE_SECONDS + 1  # stopped right after the claim, and woken past its lease
 
-    sender._claim = slow_claim  # type: ignore[method-assign] # where the process is stopped
-    assert sender.round() == 1
-    assert sender.settle(DEADLINE)
+    with armed("webhooks.claimed", sleep):
+        assert sender.round() == 1
+        assert sender.settle(DEADLINE)
     assert receiver.got == []
     other = Lease(any_rig.database, ticks)
     lease.give_up()

@@ -3,15 +3,14 @@
 import os
 import random
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
 from contract.events import ResumeVerified, Started
+from contract.failpoints import arm
 from contract.rundir import RunDir
 from tests.worker import rank_runner
 from tests.worker.test_saving import kill_in_save
@@ -48,33 +47,14 @@ def die(*_: object) -> None:
 
 
 def in_step(at: int, depth: int) -> None:
-    """Before the first pass, between micro-batches, behind the last one, or behind the update that nobody counted."""
-    from worker.step import Stepper
-    from worker.train import Loop
+    """Before the first pass, between micro-batches, after the last one, or after the update that is not counted yet."""
+    places = ("step.begin", "step.micro_batch", "step.accumulated", "step.updated")
 
-    step = Loop._step
-    places: list[tuple[Any, str, bool]] = [
-        (Stepper, "_accumulate", True),
-        (Stepper, "_exchange", True),
-        (Stepper, "_norm", True),
-        (Stepper, "_update", False),
-    ]
-    owner, name, before = places[depth % len(places)]
-
-    def watched(self: Loop, progress: Any) -> Any:
+    def begin(_loop: object, progress: Any) -> None:
         if progress.step + 1 == at:
-            mock.patch.object(owner, name, die if before else then_die(getattr(owner, name))).start()
-        return step(self, progress)
+            arm(places[depth % len(places)], die)
 
-    mock.patch.object(Loop, "_step", watched).start()
-
-
-def then_die(work: Callable[..., Any]) -> Callable[..., None]:
-    def done(*arguments: Any) -> None:
-        work(*arguments)
-        die()
-
-    return done
+    arm("train.step", begin)
 
 
 def in_save(at: int, depth: int) -> None:
@@ -85,24 +65,14 @@ def in_save(at: int, depth: int) -> None:
 
 def in_evaluation(at: int, depth: int) -> None:
     """Between two of its batches."""
-    from worker.evaluation import Evaluation
-    from worker.train import Loop
-
-    batches, log = Evaluation._batches, Loop._log
     reached: list[int] = []
 
-    def noted(self: Loop, progress: Any) -> None:
-        reached.append(progress.step)
-        log(self, progress)
+    def die_at(index: int) -> None:
+        if reached[-1] >= at and index >= depth % 2:
+            die()
 
-    def fatal(self: Evaluation) -> Any:
-        for index, batch in enumerate(batches(self)):
-            if reached[-1] >= at and index >= depth % 2:
-                die()
-            yield batch
-
-    mock.patch.object(Loop, "_log", noted).start()
-    mock.patch.object(Evaluation, "_batches", fatal).start()
+    arm("train.step", lambda _loop, progress: reached.append(progress.step + 1))
+    arm("evaluation.batch", die_at)
 
 
 def planned(chooser: random.Random, kinds: list[str], per_epoch: int) -> list[Kill]:

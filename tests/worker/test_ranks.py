@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from contract.failpoints import arm
 from contract.report import Outcome
 from contract.rundir import RunDir
 from contract.spec import JobSpec
@@ -256,17 +257,13 @@ def test_all_ranks_see_one_rank_s_bad_gradient(dtype: str, text: Path, tmp_path:
 
 def poison_rank(rank: int, at: int) -> None:
     """Make one rank's weights bad for one step: its loss is not a number, and so is everybody's gradient."""
-    from worker.train import Loop
 
-    step = Loop._step
-
-    def poisoned(self: Loop, progress: Any) -> Any:
-        if self.ranks.rank == rank and progress.step + 1 == at:
+    def poison(loop: Any, progress: Any) -> None:
+        if loop.ranks.rank == rank and progress.step + 1 == at:
             with torch.no_grad():
-                self.trainee.model.model.norm.weight[0] = math.nan
-        return step(self, progress)
+                loop.trainee.model.model.norm.weight[0] = math.nan
 
-    mock.patch.object(Loop, "_step", poisoned).start()
+    arm("train.step", poison)
 
 
 def test_a_second_launch_is_refused_while_the_first_lives(text: Path, tmp_path: Path) -> None:
