@@ -33,6 +33,10 @@ class CommitFaultProxy:
         with self._lock:
             self._armed = when
 
+    def disarm(self) -> None:
+        with self._lock:
+            self._armed = None
+
     def close(self) -> None:
         # A thread that waits in accept is not woken by a close.
         self._listener.shutdown(socket.SHUT_RDWR)

@@ -179,12 +179,12 @@ def test_every_commit_of_a_life_is_lost_once(cut: tuple[ServiceHarness, CommitFa
         return rig.client.post(path)
 
     assert insist(f"/jobs/{job_id}/pause").status_code == 202
-    cutter._armed = None
+    cutter.disarm()
     rig.exit(attempt, "stopped", step=3)
     assert rig.status(job_id) == "paused"
     assert insist(f"/jobs/{job_id}/resume").status_code == 202
     assert insist(f"/jobs/{job_id}/cancel").status_code == 409, "it was cancelled when the answer was lost"
-    cutter._armed = None
+    cutter.disarm()
     assert rig.status(job_id) == "cancelled"
     assert path_of(rig.data(job_id, "events"))[2:] == ["pausing", "paused", "queued", "cancelled"]
 
