@@ -12,10 +12,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
-FORMATS = ("text", "json")
-LEVELS = ("debug", "info", "warning", "error")
+Format = Literal["json", "text"]
+Level = Literal["debug", "error", "info", "warning"]
+
 HIDDEN = "***"
 SHORTEST_SECRET = 6
 """What is shorter stands in every other line by chance."""
@@ -63,7 +64,7 @@ def set_up(format_: str, level: str, secrets: Iterable[str] = (), stream: TextIO
 
 
 def formatter(format_: str, secrets: Iterable[str] = ()) -> logging.Formatter:
-    """Of FORMATS."""
+    """Return the formatter of a Format, which hides ``secrets``."""
     return (JsonLines if format_ == "json" else TextLines)(Censor(secrets))
 
 

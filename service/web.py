@@ -106,8 +106,7 @@ class Gate:
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
         log.info("request", extra={"job_id": _job_id(scope), "client": client, **fields})
         if not route.endswith(UNTIMED):
-            labels = (("method", method), ("route", route), ("status", str(status)))
-            self._telemetry.requests.observe(seconds, labels)
+            self._telemetry.requests.labels(method, route, str(status)).observe(seconds)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > URL_BYTES:

@@ -1,149 +1,75 @@
 """How this service uses Slurm: read from the environment with the other settings."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from contract.spec import SlurmSpec
+from service.settings_base import EnvironmentSettings, Seconds, SettingsRefused, parts
 
-Reports = Literal["http", "directory"]
-Kind = Literal["cuda", "cpu"]
-
-ALLOWED = (
-    "cpus-per-gpu",
-    "cpus-per-task",
-    "exclude",
-    "exclusive",
-    "gpu-freq",
-    "hint",
-    "licenses",
-    "mem",
-    "mem-per-cpu",
-    "mem-per-gpu",
-    "nice",
-    "nodelist",
-    "reservation",
-    "switches",
-    "tmp",
+ALLOWED = tuple(
+    parts("""
+    cpus-per-gpu, cpus-per-task, exclude, exclusive, gpu-freq, hint, licenses, mem, mem-per-cpu, mem-per-gpu, nice,
+    nodelist, reservation, switches, tmp
+    """)
 )
-"""Options of sbatch that a spec may give where the service does not say otherwise: none of them runs anything."""
+"""Options of sbatch that a spec may give if the settings name no others: none of them runs anything."""
 
 OURS = frozenset(
-    {
-        "array",
-        "batch",
-        "begin",
-        "chdir",
-        "cluster-constraint",
-        "clusters",
-        "comment",
-        "dependency",
-        "error",
-        "export",
-        "export-file",
-        "get-user-env",
-        "gid",
-        "help",
-        "hold",
-        "input",
-        "job-name",
-        "kill-on-invalid-dep",
-        "no-kill",
-        "no-requeue",
-        "nodes",
-        "ntasks",
-        "ntasks-per-node",
-        "open-mode",
-        "output",
-        "parsable",
-        "propagate",
-        "quiet",
-        "requeue",
-        "signal",
-        "test-only",
-        "uid",
-        "usage",
-        "version",
-        "wait",
-        "wrap",
-    }
+    parts("""
+    array, batch, begin, chdir, cluster-constraint, clusters, comment, dependency, error, export, export-file,
+    get-user-env, gid, help, hold, input, job-name, kill-on-invalid-dep, no-kill, no-requeue, nodes, ntasks,
+    ntasks-per-node, open-mode, output, parsable, propagate, quiet, requeue, signal, test-only, uid, usage, version,
+    wait, wrap
+    """)
 )
-"""Options that the launcher relies on, or by which a job would be another user's: never anybody else's to give."""
+"""Options that the launcher relies on, or that would make a job another user's: a spec may never give them."""
 
-
-@dataclass(frozen=True)
-class SlurmSetup:
-    """``defaults``: what is asked for where a spec is silent. ``device``: what "auto" means on the nodes.
-
-    ``reports``: how agents report, over HTTP to ``url`` (None: where the service listens) or through the run directory.
-    ``warning``: seconds before the time limit at which a run saves and goes on in its next attempt.
-    """
-
-    defaults: SlurmSpec = field(default_factory=SlurmSpec)
-    allowed: tuple[str, ...] = ALLOWED
-    device: Kind = "cuda"
-    reports: Reports = "http"
-    url: str | None = None
-    warning: float = 300.0
-
-    @classmethod
-    def read(cls, environment: Mapping[str, str]) -> "SlurmSetup | None":
-        """None where Slurm is not used. Raises ValueError, which says what is wrong."""
-        if _one_of(environment, "TRAINYARD_SLURM", ("off", "on")) == "off":
-            return None
-        allowed = environment.get("TRAINYARD_SLURM_ALLOW")
-        names = tuple(filter(None, (name.strip() for name in allowed.split(",")))) if allowed else ALLOWED
-        return cls(
-            defaults=_defaults(environment),
-            allowed=tuple(name for name in names if name not in OURS),
-            device="cpu" if _one_of(environment, "TRAINYARD_SLURM_DEVICE", get_args(Kind)) == "cpu" else "cuda",
-            reports=_reports(environment),
-            url=environment.get("TRAINYARD_SLURM_URL") or None,
-            warning=_seconds(environment, "TRAINYARD_SLURM_WARNING", 300.0),
-        )
+OF_A_SPEC = {
+    "partition": "TRAINYARD_SLURM_PARTITION",
+    "account": "TRAINYARD_SLURM_ACCOUNT",
+    "qos": "TRAINYARD_SLURM_QOS",
+    "gpu_type": "TRAINYARD_SLURM_GPU_TYPE",
+    "constraint": "TRAINYARD_SLURM_CONSTRAINT",
+    "time_limit": "TRAINYARD_SLURM_TIME_LIMIT",
+    "extra": "TRAINYARD_SLURM_EXTRA",
+}
+"""The variables for what a spec leaves out."""
 
 
 def _defaults(environment: Mapping[str, str]) -> SlurmSpec:
-    names = {
-        "partition": "TRAINYARD_SLURM_PARTITION",
-        "account": "TRAINYARD_SLURM_ACCOUNT",
-        "qos": "TRAINYARD_SLURM_QOS",
-        "gpu_type": "TRAINYARD_SLURM_GPU_TYPE",
-        "constraint": "TRAINYARD_SLURM_CONSTRAINT",
-    }
-    given: dict[str, object] = {leaf: environment[name] for leaf, name in names.items() if environment.get(name)}
-    if environment.get("TRAINYARD_SLURM_TIME_LIMIT"):
-        given["time_limit"] = _seconds(environment, "TRAINYARD_SLURM_TIME_LIMIT", 0.0)
-    given["extra"] = (environment.get("TRAINYARD_SLURM_EXTRA") or "").split()
+    given: dict[str, Any] = {leaf: environment[name] for leaf, name in OF_A_SPEC.items() if environment.get(name)}
+    given["extra"] = given.get("extra", "").split()
     try:
-        return SlurmSpec.model_validate(given)
+        return SlurmSpec.model_validate(given, strict=False)
     except ValidationError as error:
-        leaf = str(error.errors(include_input=False)[0]["loc"][0])
-        name = names.get(leaf, f"TRAINYARD_SLURM_{leaf.upper()}")
-        raise ValueError(f"{name} is not what sbatch takes") from None
+        kinds = {OF_A_SPEC[str(found["loc"][0])]: found["type"] for found in error.errors(include_input=False)}
+        must = {"float_parsing": "must be a number of seconds"}
+        lines = [f"{name} {must.get(kind, 'is not what sbatch takes')}" for name, kind in kinds.items()]
+        raise SettingsRefused("\n".join(lines)) from None
 
 
-def _reports(environment: Mapping[str, str]) -> Reports:
-    directory = _one_of(environment, "TRAINYARD_SLURM_REPORTS", get_args(Reports)) == "directory"
-    return "directory" if directory else "http"
+class SlurmSetup(EnvironmentSettings):
+    """How Slurm is used. ``defaults``: what a spec leaves out. ``device``: what "auto" means on the nodes.
 
+    ``reports``: how agents report, over HTTP to ``url`` (None: where the service listens) or through the run directory.
+    ``warning``: seconds before the time limit at which a run saves, to go on in its next attempt.
+    """
 
-def _one_of(environment: Mapping[str, str], name: str, words: tuple[str, ...]) -> str:
-    """The first of ``words`` where nothing is given."""
-    text = environment.get(name) or words[0]
-    if text not in words:
-        raise ValueError(f"{name} must be {' or '.join(words)}")
-    return text
+    defaults: Annotated[SlurmSpec, BeforeValidator(_defaults)] = Field(default_factory=SlurmSpec)
+    allowed: Annotated[tuple[str, ...], BeforeValidator(lambda text: [n for n in parts(text) if n not in OURS])] = (
+        Field(ALLOWED, alias="TRAINYARD_SLURM_ALLOW")
+    )
+    device: Literal["cuda", "cpu"] = Field("cuda", alias="TRAINYARD_SLURM_DEVICE")
+    reports: Literal["http", "directory"] = Field("http", alias="TRAINYARD_SLURM_REPORTS")
+    url: str | None = Field(None, alias="TRAINYARD_SLURM_URL")
+    warning: Seconds = Field(300.0, alias="TRAINYARD_SLURM_WARNING")
 
-
-def _seconds(environment: Mapping[str, str], name: str, default: float) -> float:
-    try:
-        seconds = float(environment.get(name) or default)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"{name} must be a number of seconds")
-    return seconds
+    @classmethod
+    def read(cls, environment: Mapping[str, str]) -> "SlurmSetup | None":
+        """None if Slurm is not used. Raises SettingsRefused."""
+        switch = environment.get("TRAINYARD_SLURM") or "off"
+        if switch not in ("off", "on"):
+            raise SettingsRefused("TRAINYARD_SLURM must be off or on")
+        return cls.from_environment(environment, defaults=environment) if switch == "on" else None

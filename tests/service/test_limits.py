@@ -10,6 +10,7 @@ import time
 from datetime import timedelta
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from contract.status import Reason
 from service import server, web
@@ -17,7 +18,7 @@ from service.jobs import store
 from service.scheduler.apply import utc_now
 from service.settings import Settings
 from service.tables import IdempotencyRow
-from service.telemetry import Histogram, sample
+from service.telemetry import Telemetry
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import DEADLINE, served
 
@@ -216,32 +217,39 @@ def test_the_text_is_complete_and_well_formed(any_rig: ServiceHarness) -> None:
     ):
         assert [found for found in samples if found.startswith(line)], line
     assert "/stream" not in text.text
+    assert "_created" not in text.text
 
 
 def test_a_histogram_counts_up() -> None:
-    histogram = Histogram("h", "Of a test.", (1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 9.0):
-        histogram.observe(value, (("a", "b"),))
-    assert list(histogram.lines()) == [
-        "# HELP h Of a test.",
-        "# TYPE h histogram",
-        'h_bucket{a="b",le="1.0"} 2',
-        'h_bucket{a="b",le="2.0"} 3',
-        'h_bucket{a="b",le="+Inf"} 4',
-        'h_sum{a="b"} 12',
-        'h_count{a="b"} 4',
-    ]
-    assert sample("x", 0.5) == "x 0.5"
+    telemetry = Telemetry()
+    for value in (0.005, 0.01, 0.02, 90.0):
+        telemetry.requests.labels("GET", "/jobs", "200").observe(value)
+    (found,) = [metric for metric in telemetry.collect() if metric.name == "trainyard_request_seconds"]
+    assert (found.documentation, found.type) == (
+        "Time to answer a request; streams and downloads are left out.",
+        "histogram",
+    )
+    labels = {"method": "GET", "route": "/jobs", "status": "200"}
+    assert all(labels.items() <= sample.labels.items() for sample in found.samples)
+    buckets = [(s.labels["le"], s.value) for s in found.samples if s.name == "trainyard_request_seconds_bucket"]
+    assert buckets[:4] == [("0.005", 1), ("0.01", 2), ("0.025", 3), ("0.05", 3)]
+    assert buckets[-2:] == [("10.0", 3), ("+Inf", 4)]
+    rest = {s.name: s.value for s in found.samples if "le" not in s.labels}
+    assert rest == {"trainyard_request_seconds_sum": pytest.approx(90.035), "trainyard_request_seconds_count": 4}
+
+
+def test_each_service_counts_its_own_work() -> None:
+    first, second = Telemetry(), Telemetry()
+    first.removes("metrics", 3)
+    assert [s.value for metric in first.collect() for s in metric.samples if s.labels == {"what": "metrics"}] == [3]
+    assert [s for metric in second.collect() for s in metric.samples if s.labels == {"what": "metrics"}] == []
 
 
 def test_a_parser_of_prometheus_takes_it(rig: ServiceHarness) -> None:
-    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
     job_id, attempt = rig.running()
     attempt.metric(1, tokens=1234)
     rig.ship(attempt)
-    families = {
-        family.name: family for family in parser.text_string_to_metric_families(rig.client.get("/metrics").text)
-    }
+    families = {family.name: family for family in text_string_to_metric_families(rig.client.get("/metrics").text)}
     assert families["trainyard_request_seconds"].type == "histogram"
     tokens = families["trainyard_job_tokens"].samples
     assert [(found.labels, found.value) for found in tokens] == [({"job": job_id}, 1234.0)]

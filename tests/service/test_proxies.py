@@ -3,7 +3,6 @@
 import json
 import logging
 import socket
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ def client(
     rig: ServiceHarness, proxies: str, peer: str = "10.0.0.5", hosts: tuple[str, ...] = ("127.0.0.1",)
 ) -> TestClient:
     """A client of the rig's service as somebody at ``peer`` reaches it."""
-    settings = replace(rig.settings, proxies=Proxies.of(proxies.split(",")), allowed_hosts=hosts)
+    settings = rig.settings.model_copy(update={"proxies": Proxies.of(proxies.split(",")), "allowed_hosts": hosts})
     services = Services(
         settings, rig.database, FixedInventory(tuple(rig.devices)), rig.scheduler, rig.pulse, rig.sender
     )
@@ -147,7 +146,7 @@ def test_a_name_that_means_another_address_is_found_out(tmp_path: Path, monkeypa
     monkeypatch.setattr(socket.socket, "bind", lambda self, _: real(self, ("0.0.0.0", 0)))
     with pytest.raises(SettingsRefused, match="others can reach"):
         entry._bound(settings)
-    with entry._bound(replace(settings, token="long enough")) as listener:
+    with entry._bound(settings.model_copy(update={"token": "long enough"})) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"
 
 

@@ -179,7 +179,7 @@ def test_a_low_disk_is_told_and_a_full_one_takes_no_work(
     assert shown["free_bytes"] == (None if state is State.UNREADABLE else 1 * GIB)
     text = live.client.get("/metrics").text
     assert f'trainyard_disk_low{{disk="home"}} {int(state is not State.OK)}' in text
-    assert ('trainyard_disk_free_bytes{disk="home"} 1073741824' in text) is (state is not State.UNREADABLE)
+    assert ('trainyard_disk_free_bytes{disk="home"} 1.073741824e+09' in text) is (state is not State.UNREADABLE)
 
 
 def test_a_disk_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:

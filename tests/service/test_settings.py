@@ -78,6 +78,41 @@ def test_what_cannot_be_worked_with(given: dict[str, Any], named: str) -> None:
     assert "secret" not in str(refused.value)
 
 
+def test_every_mistake_has_its_line() -> None:
+    environment = {
+        "TRAINYARD_CPU_SLOTS": "few",
+        "TRAINYARD_DATABASE_URL": "mysql://root:secret@host/name",
+        "TRAINYARD_LOG_LEVEL": "loud",
+        "TRAINYARD_PREEMPTION": "yes",
+        "TRAINYARD_LAUNCHER": "slurm",
+        "TRAINYARD_SLURM": "on",
+        "TRAINYARD_SLURM_QOS": "a b",
+        "TRAINYARD_SLURM_TIME_LIMIT": "soon",
+        "TRAINYARD_SLURM_WARNING": "-1",
+    }
+    with pytest.raises(SettingsRefused) as refused:
+        Settings.read(environment, port=-1)
+    database, *rest = str(refused.value).splitlines()
+    assert database.startswith("TRAINYARD_DATABASE_URL or --database-url must be sqlite:////FOLDER/FILE")
+    assert rest == [
+        "TRAINYARD_CPU_SLOTS must be a whole number",
+        "TRAINYARD_PORT or --port must be 0 to 65535; 0 takes a free one",
+        "TRAINYARD_PREEMPTION must be off or on",
+        "TRAINYARD_LOG_LEVEL must be debug or error or info or warning",
+        "TRAINYARD_SLURM_QOS is not what sbatch takes",
+        "TRAINYARD_SLURM_TIME_LIMIT must be a number of seconds",
+        "TRAINYARD_SLURM_WARNING must be a number of seconds",
+    ]
+    assert "secret" not in str(refused.value)
+
+
+def test_only_the_environment_that_is_given_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_PORT", "9")
+    assert Settings.read({}).port == 8000
+    lower_case = {"port": "9", "trainyard_port": "9", "slurm": "on", "token": "x"}
+    assert Settings.read(lower_case) == Settings.read({})
+
+
 def test_names_it_is_known_by() -> None:
     assert "10.0.0.5" in Settings.read({"TRAINYARD_TOKEN": "x"}, host="10.0.0.5").allowed_hosts
     assert Settings.read({"TRAINYARD_TOKEN": "x"}, host="0.0.0.0").allowed_hosts == ("*",)

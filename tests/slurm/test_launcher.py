@@ -41,7 +41,7 @@ def launcher(tmp_path: Path, slurm: Programs) -> SlurmLauncher:
 
 
 def made(tmp_path: Path) -> SlurmLauncher:
-    return SlurmLauncher(tmp_path, tmp_path / "cache", SlurmSetup(device="cpu"))
+    return SlurmLauncher(tmp_path, tmp_path / "cache", SlurmSetup(TRAINYARD_SLURM_DEVICE="cpu"))
 
 
 @pytest.fixture
