@@ -15,15 +15,15 @@ from tests.soak_report import seed
 
 @pytest.mark.soak
 def test_good(account):
-    account.injected["server killed"] += 1200
+    account.faults["server killed"] += 1200
     account.figure("away, s", 2.0)
     account.figure("away, s", 1.0)
-    account.held.append("nothing was lost")
+    account.invariants.append("nothing was lost")
 
 @pytest.mark.soak
 def test_bad(account):
-    account.injected["agent killed"] += 1
-    account.held.append("nobody may believe this")
+    account.faults["agent killed"] += 1
+    account.invariants.append("nobody may believe this")
     assert False
 
 @pytest.mark.soak
@@ -31,7 +31,7 @@ def test_silent():
     pass
 
 def test_short(account):
-    account.injected["not of the long form"] += 1
+    account.faults["not of the long form"] += 1
 """
 
 
