@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from contract.failpoints import failpoint
+
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 MILESTONE_DIRECTORY = re.compile(r"step-(\d{8,})-weights")
 RANK_FILE = "rank"
@@ -269,6 +271,7 @@ class ProductDir:
         """Return the path with MiniMind's file name: ``pretrain_512.pth``, or ``pretrain_512_moe.pth``."""
         return self.out / f"{save_weight}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
+    @failpoint("resume.list")
     def published(self) -> list[tuple[int, Path]]:
         """Return (step, path) of every published checkpoint, newest first. They are not verified."""
         return self._directories(STEP_DIRECTORY)
@@ -277,6 +280,7 @@ class ProductDir:
         """Return (step, path) of every checkpoint of which only the weights are left, newest first."""
         return self._directories(MILESTONE_DIRECTORY)
 
+    @failpoint("resume.directories")
     def _directories(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         try:
             entries = list(self.checkpoints.iterdir())

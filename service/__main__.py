@@ -23,6 +23,7 @@ from service.launch.side_by_side import SideBySide
 from service.launch.slurm import SLURM, SlurmLauncher
 from service.server import HEAD_BYTES, Protocol, Server
 from service.settings import Settings, SettingsRefused
+from service.timing import Timing
 
 BACKLOG = 512
 PREDECESSOR_SECONDS = 20.0
@@ -38,10 +39,14 @@ class NotAlone(Exception):
     """Another service runs on the home; the message says where."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. Runs go on without us. Returns an exit code."""
+def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGENT, timing: Timing = Timing()) -> int:
+    """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue without the service.
+
+    ``agent``: the command that starts an attempt's agent. It and ``timing`` are for tests.
+    """
     try:
-        return _run(*_settings(arguments))
+        settings, schedules = _settings(arguments)
+        return _run(settings, schedules, agent, timing)
     except SettingsRefused as error:
         return _refuse(str(error), code=2)
     except (CannotListen, NotAlone, UnknownTables) as error:
@@ -57,11 +62,11 @@ def _refuse(why: str, code: int = 1) -> int:
     return code
 
 
-def _run(settings: Settings, schedules: bool) -> int:
+def _run(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
     settings.home.mkdir(parents=True, exist_ok=True)
     with _alone(settings) if schedules else contextlib.nullcontext():
         logs.set_up(settings.log_format, settings.log_level, settings.secrets())
-        return _serve(settings, schedules)
+        return _serve(settings, schedules, agent, timing)
 
 
 def _alone(settings: Settings) -> contextlib.AbstractContextManager[object]:
@@ -102,10 +107,10 @@ def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
     return settings, not given.no_scheduler
 
 
-def _serve(settings: Settings, schedules: bool) -> int:
+def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
     with _bound(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        services = build(settings, _launcher(settings), schedules=schedules)
+        services = build(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
         # Here, and not only in the application's life: what a database says no to is said in a line.
         services.database.upgrade(settings.home / "migrate.lock")
 
@@ -137,12 +142,12 @@ def _serve(settings: Settings, schedules: bool) -> int:
         return 0 if server.started else 1
 
 
-def _launcher(settings: Settings) -> Launcher:
+def _launcher(settings: Settings, agent: tuple[str, ...]) -> Launcher:
     roots = (settings.data_roots, settings.save_roots)
-    local = LocalLauncher(settings.home, settings.corpus_cache, *roots, WORKER_AGENT)
+    local = LocalLauncher(settings.home, settings.corpus_cache, *roots, agent)
     if settings.slurm is None:
         return local
-    slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, WORKER_AGENT)
+    slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, agent)
     return SideBySide({LOCAL: local, SLURM: slurm})
 
 

@@ -39,6 +39,7 @@ from service.scheduler.loop import Scheduler
 from service.settings import Settings
 from service.streams import routes as stream_routes
 from service.streams.pulse import Pulse
+from service.timing import Timing
 from service.upkeep.corpora import CorpusShelf
 from service.upkeep.loop import Upkeep
 from service.upkeep.retention import Policy
@@ -72,14 +73,26 @@ ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
 
 def build(
-    settings: Settings, launcher: Launcher, inventory: Inventory | None = None, schedules: bool = True
+    settings: Settings,
+    launcher: Launcher,
+    inventory: Inventory | None = None,
+    schedules: bool = True,
+    timing: Timing = Timing(),
 ) -> Services:
     """The parts of a service. Nothing runs yet, and nothing was written. One that never ``schedules`` only answers."""
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
-    lease = Lease(database)
-    scheduler = Scheduler(database, launcher, devices, lease=lease, wanted=schedules, preempts=settings.preemption)
+    lease = Lease(database, timing=timing)
+    scheduler = Scheduler(
+        database,
+        launcher,
+        devices,
+        lease=lease,
+        wanted=schedules,
+        preempts=settings.preemption,
+        timing=timing,
+    )
     sender = Sender(database, Courier(settings.webhook_networks), lease, wanted=schedules)
     seen = devices if schedules else PublishedInventory(database, devices)
     return Services(settings, database, seen, scheduler, Pulse(database), sender)

@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from contract.failpoints import failpoint
 from contract.identity import Identity
 from contract.rundir import (
     CHECKPOINT_FILES,
@@ -107,6 +108,7 @@ def write_state(directory: Path, state: RunState) -> FileDigest:
     return write_blocks(directory / STATE_FILE, iter([content]))
 
 
+@failpoint("resume.manifest")
 def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> FileDigest:
     """Write manifest.json, the last file of a checkpoint. Raises OSError."""
     return write_blocks(directory / MANIFEST_FILE, iter([manifest_json(files)]))
@@ -120,6 +122,7 @@ def manifest_of(path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> dict[st
     return found
 
 
+@failpoint("resume.verify")
 def find_damage(path: Path, *, thorough: bool = True) -> str | None:
     """What is wrong with a checkpoint, e.g. ``model.safetensors sha256``; None where it is sound.
 
@@ -144,6 +147,7 @@ def _kind(error: Exception) -> str:
     return "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({type(error).__name__})"
 
 
+@failpoint("resume.state")
 def read_state(path: Path) -> RunState:
     """The state of a verified checkpoint. Raises ValueError where it was written by a newer version."""
     value = json.loads((path / STATE_FILE).read_bytes())
@@ -195,6 +199,7 @@ def set_aside(path: Path, why: str = INVALID_PREFIX) -> Path:
     raise FileExistsError(f"{path.parent} holds a thousand copies of {why}{path.name}")
 
 
+@failpoint("resume.load")
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Put a verified checkpoint into ``model`` and ``optimizer``, in place."""
     state = read_state(path)

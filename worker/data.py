@@ -89,20 +89,3 @@ class Order:
     def _range(self, step: int) -> tuple[int, int]:
         first = (step - 1) % self.steps_per_epoch * self.global_batch
         return first, min(first + self.global_batch, len(self.targets))
-
-    def step_tokens(self, step: int) -> int:
-        """Predictions of ``step`` over all ranks: what its loss is divided by."""
-        return int(self.targets[self.rows_of(step)].sum(dtype=np.int64))
-
-    def share(self, step: int, rank: int, world: int) -> Integers:
-        """The rows of ``step`` that ``rank`` of ``world`` takes: contiguous, as even as can be, perhaps none."""
-        rows = self.rows_of(step)
-        return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
-
-    def micro_batches(self, step: int, rank: int, world: int, batch_size: int) -> list[Integers]:
-        """The rank's share in parts of at most ``batch_size`` rows; one empty part where the share is empty.
-
-        An empty part makes a batch that predicts nothing, so that the rank still takes part in the gradient's sum.
-        """
-        share = self.share(step, rank, world)
-        return [share[start : start + batch_size] for start in range(0, max(1, len(share)), batch_size)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from contract.failpoints import hit
 from worker.distributed import Ranks
 from worker.feed import cut, on_device, own_share
 from worker.rows import Batch, RowTable
@@ -33,5 +34,6 @@ class Evaluation:
     def _batches(self) -> Iterator[Batch]:
         """Yield the share of this rank. All ranks split alike, so sums do not depend on which rank runs which rows."""
         share = own_share(np.arange(len(self.table)), self.ranks.rank, self.ranks.world)
-        for part in cut(share, self.batch_size):
+        for index, part in enumerate(cut(share, self.batch_size)):
+            hit("evaluation.batch", index)
             yield on_device(self.table.batch(part), self.ranks.device)

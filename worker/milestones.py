@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+from contract.failpoints import failpoint
 from contract.rundir import MODEL_FILE, STATE_FILE, FileDigest, ProductDir, atomic_directory
 from worker.checkpoint import Saved, manifest_of, saved_at, saving_directory, write_manifest
 
@@ -36,6 +37,7 @@ def _manifest(milestone: Path) -> dict[str, FileDigest] | None:
         return None
 
 
+@failpoint("resume.link")
 def link(source: Path, target: Path) -> None:
     """Link ``source`` as ``target``, or copy it if the file system has no links. Raises OSError.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Event, Warned
+from contract.failpoints import failpoint
 from contract.identity import Identity
 from contract.rundir import (
     CHECKPOINT_FILES,
@@ -120,6 +121,7 @@ def _state(path: Path) -> RunState:
         raise Failure(Reason.CHECKPOINT_INVALID, f"{path} cannot be read: {error}") from error
 
 
+@failpoint("resume.earlier_job")
 def _of_earlier_job(
     spec: JobSpec,
     run: RunDir,
@@ -143,6 +145,7 @@ def _of_earlier_job(
     return None
 
 
+@failpoint("resume.newest_first")
 def _newest_first(folder: Path, own: ProductDir) -> Iterator[Path]:
     """Other jobs' published checkpoints, the last written first."""
     jobs = [ProductDir(path) for path in sorted(folder.iterdir())] if folder.is_dir() else []
@@ -151,6 +154,7 @@ def _newest_first(folder: Path, own: ProductDir) -> Iterator[Path]:
     yield from (path for _, path in sorted(dated, key=lambda pair: pair[0], reverse=True))
 
 
+@failpoint("resume.written_at")
 def _written_at(path: Path) -> float | None:
     """None where its own job has removed it meanwhile."""
     try:
@@ -159,6 +163,7 @@ def _written_at(path: Path) -> float | None:
         return None
 
 
+@failpoint("resume.take_over")
 def _taken_over(path: Path, products: ProductDir, identity: Identity, steps_of: Callable[[int], int]) -> Saved | str:
     """Make another job's checkpoint the first one of this job; why not, where that cannot be.
 
@@ -182,6 +187,7 @@ def _taken_over(path: Path, products: ProductDir, identity: Identity, steps_of: 
     return objection
 
 
+@failpoint("resume.check")
 def _objection(path: Path, identity: Identity, steps_of: Callable[[int], int]) -> str | None:
     """Why a foreign checkpoint will not do, as far as can be seen without reading all of it."""
     if checkpoint.find_damage(path, thorough=False) is not None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from contract.failpoints import hit
 from worker.brake import Brake
 from worker.splitmix import GAMMA, splitmix64
 
@@ -150,10 +151,13 @@ class Stepper:
 
         ``seed_of(i)`` seeds the dropout of micro-batch i. Nothing here waits for the device.
         """
+        hit("step.begin")
         sums, loads, run = self._accumulate(micros, seed_of)
+        hit("step.accumulated")
         norm = self._norm()
         held = self.brake.hold(norm)
         self._update(norm, learning_rate, held)
+        hit("step.updated")
         self._loosen_or_tighten()
         # With DDP the gradients are views into its buckets, and worth keeping: nothing is copied then.
         self.optimizer.zero_grad(set_to_none=not self.exchanges)
@@ -188,6 +192,7 @@ class Stepper:
         run: list[Micro] = []
         for index, (micro, last) in enumerate(_with_last(micros)):
             seed_of(index)
+            hit("step.micro_batch")
             with self._exchange(last):
                 with self.precision.autocast():
                     output = forward(self.module, micro.batch)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from contract.failpoints import failpoint
 from contract.rundir import FileDigest
 
 DTYPES = {
@@ -68,6 +69,7 @@ def _blocks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
         yield flat.numpy().data
 
 
+@failpoint("resume.digest")
 def sha256_of(path: Path) -> str:
     """The file's sha256, read in blocks. Raises OSError."""
     with path.open("rb") as file:

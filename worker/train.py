@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from contract.events import Event, PhaseChanged, Warned
+from contract.failpoints import hit
 from contract.report import Outcome, RunSettings
 from contract.spec import JobSpec, NodeRange
 from contract.status import Phase, Reason
@@ -235,6 +236,7 @@ class Loop:
 
     def _step(self, progress: Progress) -> Progress:
         """One optimizer step, and where it is time, a look at it; after a rollback the progress is further back."""
+        hit("train.step", self, progress)
         step = progress.step + 1
         data_step = step + progress.data_offset
         scale = self.trainee.loss_scale()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from contract.failpoints import failpoint
 from contract.rundir import MANIFEST_FILE, FileDigest, ProductDir, parse_manifest
 from service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
@@ -38,6 +39,7 @@ def place_of(products: ProductDir, step: int, path: str) -> Path | None:
     return next((place for place in (products.checkpoint(step), products.milestone(step)) if str(place) == path), None)
 
 
+@failpoint("share.manifest")
 def manifest_of(directory: Path) -> dict[str, FileDigest] | None:
     """What the manifest says; None where there is none that can be read."""
     try:
@@ -47,6 +49,7 @@ def manifest_of(directory: Path) -> dict[str, FileDigest] | None:
         return None
 
 
+@failpoint("share.read_manifest", "download.read_manifest")
 def _manifest_in(within: int) -> dict[str, FileDigest] | None:
     try:
         with _opened_in(within, MANIFEST_FILE) as file:
@@ -56,6 +59,7 @@ def _manifest_in(within: int) -> dict[str, FileDigest] | None:
     return {name: said for name, said in found.items() if NAME.fullmatch(name)}
 
 
+@failpoint("share.validate")
 def looks_sound(directory: Path) -> bool:
     """Whether every file that the manifest names is there with its size. The bytes are not read."""
     manifest = manifest_of(directory)
@@ -67,6 +71,7 @@ def looks_sound(directory: Path) -> bool:
         return False
 
 
+@failpoint("download.open_listed")
 def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
     """The file, and its sha256 by the manifest; None for the manifest itself. Raises FileNotInCheckpoint.
 
@@ -83,6 +88,7 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
         raise FileNotInCheckpoint() from None
 
 
+@failpoint("share.open_file")
 def opened(directory: Path, name: str) -> BinaryIO:
     """A regular file that lies in ``directory`` itself: neither may be a link by now. Raises OSError."""
     with held(directory) as within:
@@ -99,6 +105,7 @@ def held(directory: Path) -> Iterator[int]:
         os.close(within)
 
 
+@failpoint("share.open", "download.open")
 def _opened_in(within: int, name: str) -> BinaryIO:
     descriptor = os.open(name, FLAGS | os.O_NONBLOCK, dir_fd=within)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -40,17 +40,6 @@ class Inventory(Protocol):
         """Every device of this host, in a steady order."""
 
 
-@dataclass(frozen=True)
-class FixedInventory:
-    """Devices that never change."""
-
-    fixed: tuple[Device, ...]
-
-    def devices(self) -> Sequence[Device]:
-        """Those that were given."""
-        return self.fixed
-
-
 def cpu_slots(slots: int, model: str | None = None) -> tuple[Device, ...]:
     """``cpu:0`` and on."""
     return tuple(Device(f"cpu:{i}", "cpu", model) for i in range(slots))

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from contract.failpoints import failpoint, hit
 from contract.rundir import MANIFEST_FILE, fsync_directory
 from service.checkpoints.files import looks_sound, manifest_of, opened
 from service.errors import StepUnavailable
@@ -15,6 +16,7 @@ from service.errors import StepUnavailable
 DAMAGED = "The checkpoint of this step is damaged, or was just removed."
 
 
+@failpoint("share.checkpoint")
 def share(source: Path, target: Path) -> None:
     """Make ``target`` hold the files of the checkpoint ``source``; copies where it is on another file system.
 
@@ -27,6 +29,7 @@ def share(source: Path, target: Path) -> None:
     try:
         for name in (*manifest, MANIFEST_FILE):
             _share_file(source, target, name)
+            hit("share.file_linked")
     except OSError as error:
         raise StepUnavailable(f"{DAMAGED} {error.strerror}.") from error
     if not looks_sound(target) or manifest_of(target) != manifest:
@@ -34,6 +37,7 @@ def share(source: Path, target: Path) -> None:
     fsync_directory(target)
 
 
+@failpoint("share.file")
 def _share_file(source: Path, target: Path, name: str) -> None:
     with opened(source, name) as file:
         try:

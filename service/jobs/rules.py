@@ -6,15 +6,10 @@ from typing import Literal, assert_never
 from contract.report import ErrorCard, ExitReport
 from contract.status import LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, Desired, JobStatus, Reason
 from service.jobs.streaks import Past, fault
+from service.timing import Timing
 
 Action = Literal["pause", "resume", "save", "fork", "cancel", "kill", "delete"]
 ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "fork", "cancel", "kill", "delete")
-
-BACKOFF_SECONDS = (5.0, 20.0, 60.0)
-"""Wait before restart 1, 2, and 3 and later, where the job is at fault."""
-
-SETBACK_SECONDS: tuple[float, ...] = (5.0, 20.0, 60.0, 180.0, 600.0)
-"""Wait after so many ends in a row, none of them the job's fault, that let it make no step."""
 
 MOST_FRUITLESS = 2
 """After so many attempts in a row that failed and made no step, a further one would not either."""
@@ -161,7 +156,12 @@ class Ending:
 
 
 def after_exit(
-    status: JobStatus, report: ExitReport, past: Past, max_restarts: int, preempted_by: str | None = None
+    status: JobStatus,
+    report: ExitReport,
+    past: Past,
+    max_restarts: int,
+    preempted_by: str | None = None,
+    timing: Timing = Timing(),
 ) -> Ending:
     """Where a job goes from ``status`` when its attempt has ended as ``report`` says.
 
@@ -171,6 +171,7 @@ def after_exit(
         past: what this attempt and those before it have come to, since the user last started the job.
         max_restarts: how many restarts that count there may be.
         preempted_by: the job for which this one is pausing; None: for its user.
+        timing: how long to wait before a restart.
     """
     assert status in LIVE, status
     if report.outcome == "completed":
@@ -179,19 +180,19 @@ def after_exit(
         saved = "" if report.outcome == "stopped" else "; nothing was saved by this stop"
         return Ending(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=past.restarts)
     if status is JobStatus.PAUSING and preempted_by is not None:
-        return _after_making_room(report, past, max_restarts, preempted_by)
+        return _after_making_room(report, past, max_restarts, preempted_by, timing)
     if status is JobStatus.PAUSING:
         return _after_pausing(report, past.restarts)
-    return _after_crash(report, fault(report.outcome, report.reason), past, max_restarts)
+    return _after_crash(report, fault(report.outcome, report.reason), past, max_restarts, timing)
 
 
-def _after_making_room(report: ExitReport, past: Past, max_restarts: int, preempted_by: str) -> Ending:
+def _after_making_room(report: ExitReport, past: Past, max_restarts: int, preempted_by: str, timing: Timing) -> Ending:
     if report.outcome == "stopped":
         message = f"{report.message}, to make room for {preempted_by}; it goes on by itself"
         return Ending(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=past.restarts, queued_again=True)
     # Ended after the grace: we asked for the stop, so it is no fault of the job's.
     why = Reason.PREEMPTED if report.outcome == "killed" else fault(report.outcome, report.reason)
-    return _after_crash(report, why, past, max_restarts)
+    return _after_crash(report, why, past, max_restarts, timing)
 
 
 def _after_pausing(report: ExitReport, restarts: int) -> Ending:
@@ -204,7 +205,7 @@ def _after_pausing(report: ExitReport, restarts: int) -> Ending:
     return Ending(JobStatus.INTERRUPTED, reason, message, _card(report), restarts=restarts)
 
 
-def _after_crash(report: ExitReport, reason: Reason, past: Past, max_restarts: int) -> Ending:
+def _after_crash(report: ExitReport, reason: Reason, past: Past, max_restarts: int, timing: Timing) -> Ending:
     if reason not in RESTARTABLE:
         return Ending(JobStatus.FAILED, reason, report.message, _card(report), restarts=past.restarts)
     counted = reason not in NOT_COUNTED
@@ -213,7 +214,7 @@ def _after_crash(report: ExitReport, reason: Reason, past: Past, max_restarts: i
         why = Reason.MAX_RESTARTS if max_restarts else reason
         return Ending(JobStatus.FAILED, why, f"{report.message}{given_up}", _card(report), restarts=past.restarts)
     # A time limit that was met with new steps is how a long run goes on, and nothing to wait after.
-    seconds = 0.0 if reason is Reason.TIME_LIMIT and not past.setbacks else _wait(past, counted)
+    seconds = 0.0 if reason is Reason.TIME_LIMIT and not past.setbacks else _wait(past, counted, timing)
     number = past.restarts + counted
     which = f", {number} of {max_restarts}" if counted else ""
     message = f"{report.message}; restarting in {seconds:g} s{which}"
@@ -232,15 +233,13 @@ def _given_up(past: Past, max_restarts: int) -> str | None:
     return None
 
 
-def _wait(past: Past, counted: bool) -> float:
+def _wait(past: Past, counted: bool, timing: Timing) -> float:
     """Seconds until the next attempt; longer each time, also where nobody is to blame."""
-    table, before = (BACKOFF_SECONDS, past.restarts) if counted else (SETBACK_SECONDS, max(0, past.setbacks - 1))
+    if counted:
+        table, before = timing.backoff_seconds, past.restarts
+    else:
+        table, before = timing.setback_seconds, max(0, past.setbacks - 1)
     return table[min(before, len(table) - 1)]
-
-
-def longest_wait() -> float:
-    """No restart is further ahead than this."""
-    return max(*BACKOFF_SECONDS, *SETBACK_SECONDS)
 
 
 def _card(report: ExitReport) -> ErrorCard | None:

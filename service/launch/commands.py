@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from contract.failpoints import failpoint
 from service.launch.base import LaunchRefused, NoAnswer
 from service.launch.squeue import SlurmJob, jobs_in
 
@@ -104,6 +105,7 @@ def _refusal(said: str) -> LaunchRefused:
     return LaunchRefused(said, next((hint for part, hint in HINTS if part in said.lower()), None))
 
 
+@failpoint("launch.slurm.submit")
 def submit(script: Path, environment: Mapping[str, str]) -> str | None:
     """Hand the script over; returns Slurm's number of it. ``environment`` is the job's. Raises as `run`.
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from contract.failpoints import failpoint
 from contract.locks import is_held
 from contract.processes import ProcessIdentity, boot_id, marked, marks, pid_namespace, signal_all, wait_gone
 from contract.report import ExitReport, RunSettings, read_message
@@ -43,6 +44,7 @@ class LocalLauncher:
         self._environment = WorkerEnvironment(home, corpus_cache, data_roots, save_roots)
         self._files = AttemptFiles(home, corpus_cache)
 
+    @failpoint("launch.local.start")
     def start(self, launch: Launch) -> None:
         """Write the spec and start the agent, detached. A second call for the same attempt does nothing."""
         attempt = self._files.attempt(launch.name)
@@ -56,6 +58,7 @@ class LocalLauncher:
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
 
+    @failpoint("launch.local.spawn")
     def _spawn(self, launch: Launch, attempt: AttemptDir) -> int:
         cuda = [device.removeprefix("cuda:") for device in launch.devices if device.startswith("cuda:")]
         command = [*self._agent, str(attempt.path.parent), f"--attempt={launch.name.number}"]

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from contract.failpoints import failpoint
 from contract.report import ErrorCard, ExitReport, RunSettings, read_message
 from contract.rundir import UNSEEN, AttemptDir, read_json, write_atomically, write_json
 from contract.spec import JobSpec
@@ -75,6 +76,7 @@ class SlurmLauncher:
         self._changed_at = float("-inf")
         self._cluster: str | None = None
 
+    @failpoint("launch.slurm.start")
     def start(self, launch: Launch) -> None:
         """Submit the attempt, unless Slurm has it already: a service that was killed may have submitted it."""
         attempt = self._files.attempt(launch.name)

@@ -13,6 +13,7 @@ from service.jobs.store import Note
 from service.metrics.progress import after_end
 from service.reports.lines import plain_report
 from service.tables import AttemptRow, JobRow, LeaseRow, MetricRow
+from service.timing import Timing
 
 NOT_LAUNCHED = "not_launched"
 """An attempt's outcome where the service ended between its decision and the launch."""
@@ -21,7 +22,7 @@ MOST_COUNTED = 10
 """So many attempts are looked back at; none of the rules asks for more."""
 
 
-def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, now: datetime) -> None:
+def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, now: datetime, timing: Timing) -> None:
     """Nothing of the attempt lives any more: close it, free its devices, and move the job on. Twice is once."""
     if attempt.ended_at is not None:
         return
@@ -37,7 +38,7 @@ def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, 
     if attempt.number == job.attempt and JobStatus(job.status) in LIVE:
         max_restarts = int(job.spec["resources"]["max_restarts"])
         past = _past(session, job, attempt)
-        ending = after_exit(JobStatus(job.status), report, past, max_restarts, job.preempted_by)
+        ending = after_exit(JobStatus(job.status), report, past, max_restarts, job.preempted_by, timing)
         if ending.queued_again:
             attempt.reason = ending.reason
         _move_on(session, job, attempt, ending, report, now)

@@ -101,7 +101,7 @@ def exit_(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         if attempt.acked_seq >= report.last_seq:
-            ending.end(session, job, attempt, report, utc_now())
+            ending.end(session, job, attempt, report, utc_now(), services.scheduler.timing)
 
     acked = _report(services, reporting, work)
     services.pulse.nudge(reporting.job_id)

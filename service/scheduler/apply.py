@@ -12,6 +12,7 @@ from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
+from contract.failpoints import failpoint
 from contract.report import ErrorCard, ExitReport, RunSettings
 from contract.spec import JobSpec
 from contract.status import Desired, JobStatus, Reason
@@ -28,6 +29,7 @@ from service.scheduler.lease import Lease, fenced
 from service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start
 from service.scheduler.snapshot import LiveAttempt, Memory
 from service.tables import AttemptRow, JobRow, LeaseRow
+from service.timing import Timing
 
 UNREAD_LINES = 2000
 
@@ -44,7 +46,9 @@ class Applier:
         memory: Memory,
         clock: Callable[[], datetime],
         lease: Lease | None = None,
+        timing: Timing = Timing(),
     ) -> None:
+        self._timing = timing
         self._database = database
         self._launcher = launcher
         self._memory = memory
@@ -81,6 +85,7 @@ class Applier:
         except (Conflict, JobNotFound):
             return True  # somebody was faster; the next snapshot shows what is true now
 
+    @failpoint("launch.scheduler.start")
     def _start(self, action: Start) -> bool:
         launch = self._claim(action)
         if launch is None or not self._leads():
@@ -105,6 +110,7 @@ class Applier:
             job.heard_at = job.heard_at or attempt.launched_at
         return False
 
+    @failpoint("launch.scheduler.claim")
     def _claim(self, action: Start) -> Launch | None:
         """Queued -> starting, the attempt's row and its leases, all or nothing."""
         token = secrets.token_urlsafe(32)
@@ -251,7 +257,7 @@ class Applier:
     def _close(self, attempt_id: str, name: AttemptName, report: ExitReport) -> None:
         with self.write() as session:
             job, attempt = ingest.lock(session, attempt_id, name.job_id)
-            ending.end(session, job, attempt, report, self._clock())
+            ending.end(session, job, attempt, report, self._clock(), self._timing)
 
     def _hint(self, live: LiveAttempt) -> bool:
         try:
@@ -296,6 +302,7 @@ def _yields(job: JobRow, attempt: int, waiting: JobRow) -> bool:
     return runs and waiting.status == JobStatus.QUEUED and waiting.priority > job.priority
 
 
+@failpoint("launch.scheduler.insert")
 def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime) -> Launch | None:
     if job.status != JobStatus.QUEUED:
         return None

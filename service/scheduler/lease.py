@@ -19,9 +19,10 @@ from sqlalchemy.orm import Session
 from contract.processes import ProcessIdentity, boot_id, pid_namespace
 from service.db import Database
 from service.tables import LeaderRow
+from service.timing import Timing
 
-LEASE_SECONDS = 9.0
-RENEW_SECONDS = 3.0
+LEASE_SECONDS = Timing.lease_seconds
+RENEW_SECONDS = Timing.renew_seconds
 ROW = 1
 
 log = logging.getLogger("trainyard")
@@ -34,7 +35,10 @@ class Deposed(Exception):
 class Lease:
     """A process's claim to be the one that schedules. ``epoch`` is None while it is not."""
 
-    def __init__(self, database: Database, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, database: Database, monotonic: Callable[[], float] = time.monotonic, timing: Timing = Timing()
+    ) -> None:
+        self._timing = timing
         self.epoch: int | None = None
         self._database = database
         self._monotonic = monotonic
@@ -48,7 +52,7 @@ class Lease:
     def keep(self) -> bool:
         """Renew the lease, or take it where nobody has it; whether this process leads."""
         now = self._monotonic()
-        if self.epoch is not None and now - self._renewed_at < RENEW_SECONDS:
+        if self.epoch is not None and now - self._renewed_at < self._timing.renew_seconds:
             return True
         with self._database.read() as session:
             row = session.get(LeaderRow, ROW)
@@ -59,7 +63,7 @@ class Lease:
 
     def fresh(self) -> bool:
         """Whether nobody can have taken over yet, by this process's own clock."""
-        return self.epoch is not None and self._monotonic() - self._renewed_at < LEASE_SECONDS
+        return self.epoch is not None and self._monotonic() - self._renewed_at < self._timing.lease_seconds
 
     def fence(self, session: Session) -> None:
         """Raise Deposed where another one leads. Nobody takes over before this transaction ends."""
@@ -83,7 +87,7 @@ class Lease:
             return True
         if self._seen != (row.epoch, row.beat):
             self._seen, self._seen_at = (row.epoch, row.beat), now
-        return now - self._seen_at > LEASE_SECONDS
+        return now - self._seen_at > self._timing.lease_seconds
 
     def _is_mine(self, row: LeaderRow) -> bool:
         return self.epoch is not None and row.epoch == self.epoch

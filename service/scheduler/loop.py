@@ -21,6 +21,7 @@ from service.scheduler.lease import Deposed, Lease
 from service.scheduler.outlook import Outlook
 from service.scheduler.plan import Action, Look, plan, subject
 from service.scheduler.snapshot import Memory, Snapshot, take
+from service.timing import Timing
 
 ROUND_SECONDS = 1.0
 PAUSE_SECONDS = 0.1
@@ -58,13 +59,15 @@ class Scheduler:
         wanted: bool = True,
         preempts: bool = False,
         monotonic: Callable[[], float] = time.monotonic,
+        timing: Timing = Timing(),
     ) -> None:
+        self.timing = timing
         self._database = database
         self._inventory = inventory
         self._launcher = launcher
         self._clock = clock
         self._memory = Memory()
-        self._applier = Applier(database, launcher, self._memory, clock, lease)
+        self._applier = Applier(database, launcher, self._memory, clock, lease, timing)
         self._lease = lease
         self._wanted = wanted
         self._preempts = preempts
@@ -137,7 +140,7 @@ class Scheduler:
     def round(self) -> bool:
         """One look and what follows from it; True where another look is worth it at once."""
         snapshot = self._snapshot()
-        decided = plan(snapshot, self._clock())
+        decided = plan(snapshot, self._clock(), self.timing)
         self._waiting = decided.waiting
         self._publish(Bulletin(tuple(snapshot.devices), self._preempts))
         self._applier.glance([action.attempt.name for action in decided.actions if isinstance(action, Look)])
@@ -185,7 +188,7 @@ class Scheduler:
     def _snapshot(self) -> Snapshot:
         devices = self._inventory.devices()
         with self._database.read() as session:
-            snapshot = take(session, devices, self._memory, self._clock(), self._preempts)
+            snapshot = take(session, devices, self._memory, self._clock(), self._preempts, self.timing)
         self._memory.forget_ended(snapshot.live)
         return snapshot
 

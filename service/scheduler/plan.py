@@ -11,17 +11,12 @@ from service.devices.inventory import Device, kind_for
 from service.launch.base import LOCAL
 from service.scheduler.preemption import Yielding
 from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
-
-QUIET = timedelta(seconds=5)
-"""An attempt not heard for so long is looked up on the host, again and again. Silence alone never ends it."""
+from service.timing import Timing
 
 WATCHED = timedelta(seconds=1)
 """An attempt that waits on its cluster is looked up so often: nobody else can say what it waits for.
 
 So is one whose agent cannot report: at each look its outbox is read."""
-
-KILL_GRACE = timedelta(seconds=10)
-"""An agent that is silent has so long to carry out a kill; then the launcher does."""
 
 PATIENCE = timedelta(minutes=5)
 """So long smaller jobs may overtake one that does not fit; then free devices are kept for it."""
@@ -95,23 +90,24 @@ class Plan:
     waiting: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan(snapshot: Snapshot, now: datetime) -> Plan:
+def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Plan:
     """Look after what lives, then start what fits."""
-    attended = [action for attempt in snapshot.live if (action := _attend(attempt, now)) is not None]
+    attended = [action for attempt in snapshot.live if (action := _attend(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
     placed, waiting = _place(snapshot, now)
     return Plan((*attended, *restarts, *placed), waiting)
 
 
-def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
-    quiet = attempt.heard_at is None or _long_ago(attempt.heard_at, now, QUIET)
+def _attend(attempt: LiveAttempt, now: datetime, timing: Timing) -> Action | None:
+    quiet = attempt.heard_at is None or _long_ago(attempt.heard_at, now, timing.quiet)
     if attempt.looked_at is None:
         return Look(attempt)
     if attempt.desired is Desired.KILL and (attempt.tailed or not attempt.placed):
         return End(attempt)
-    if attempt.desired is Desired.KILL and quiet and attempt.asked_at and _long_ago(attempt.asked_at, now, KILL_GRACE):
+    overdue = attempt.asked_at is not None and _long_ago(attempt.asked_at, now, timing.kill_grace)
+    if attempt.desired is Desired.KILL and quiet and overdue:
         return End(attempt)
-    if quiet and _long_ago(attempt.looked_at, now, QUIET):
+    if quiet and _long_ago(attempt.looked_at, now, timing.quiet):
         return Look(attempt)
     if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.told is not attempt.desired:
         return Hint(attempt)

@@ -10,10 +10,10 @@ from sqlalchemy.orm import Session
 
 from contract.status import Desired, JobStatus
 from service.devices.inventory import Device
-from service.jobs import rules
 from service.jobs.streaks import made_a_step
 from service.launch.base import LOCAL, AttemptName
 from service.tables import AttemptRow, JobRow, LeaseRow
+from service.timing import Timing
 
 MAY_YIELD = JobRow.spec[("resources", "preemptible")].as_boolean()
 """Null in a spec of before there was such a field."""
@@ -102,13 +102,18 @@ class Memory:
         self.told = {k: v for k, v in self.told.items() if k in ids}
 
 
-def is_due(restart_at: datetime, now: datetime) -> bool:
+def is_due(restart_at: datetime, now: datetime, timing: Timing = Timing()) -> bool:
     """Whether the back-off is over. One that is longer than there are any means that the clock was set back."""
-    return restart_at <= now or restart_at - now > timedelta(seconds=rules.longest_wait())
+    return restart_at <= now or restart_at - now > timedelta(seconds=timing.longest_restart_wait)
 
 
 def take(
-    session: Session, devices: Sequence[Device], memory: Memory, now: datetime, preempts: bool = False
+    session: Session,
+    devices: Sequence[Device],
+    memory: Memory,
+    now: datetime,
+    preempts: bool = False,
+    timing: Timing = Timing(),
 ) -> Snapshot:
     """Read the snapshot."""
     waiting = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
@@ -117,7 +122,7 @@ def take(
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
-        restarts_due=[row.id for row in restarts if is_due(row.restart_at, now)],
+        restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
         leases={row.device: row.job_id for row in leases},
         devices=devices,
         preempts=preempts,

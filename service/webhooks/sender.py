@@ -17,6 +17,7 @@ from typing import Any
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
+from contract.failpoints import hit
 from service.db import Database
 from service.errors import DatabaseAway, OutcomeUnknown
 from service.jobs.event_outbox import DELIVERED, FAILED, PENDING
@@ -151,6 +152,7 @@ class Sender:
     def _deliver(self, number: int) -> None:
         try:
             parcel = self._claim(number)
+            hit("webhooks.claimed")
             # If the process slept here, another server has this delivery by now: the lease is checked last.
             if parcel is not None and self._leads():
                 self._record(parcel, self._send(parcel))

@@ -13,12 +13,12 @@ from contract.rundir import AttemptDir, RunDir, write_json
 from contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
 from service.launch.base import AttemptName, Launch
 from service.launch.local import LocalLauncher
-from tests.agent.fake_service import FakeService
-from tests.faults import ranks
-from tests.marks import own_job
+from tests.agent.fake_ingest import FakeIngest
+from tests.faults import fake_ranks
+from tests.unique_ids import unique_job_id
 
-DRIVER = (sys.executable, str(Path(ranks.__file__).with_name("driver.py")))
-JOB = own_job("job_fake")
+DRIVER = (sys.executable, str(Path(fake_ranks.__file__).with_name("fake_agent.py")))
+JOB = unique_job_id("job_fake")
 NAME = AttemptName(JOB, 1)
 
 
@@ -30,15 +30,15 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[FakeService]:
-    fake = FakeService()
+def service(tmp_path: Path) -> Iterator[FakeIngest]:
+    fake = FakeIngest()
     write_json(tmp_path / "service.json", {"url": fake.url})
     yield fake
     fake.close()
 
 
 @pytest.fixture
-def launcher(tmp_path: Path, service: FakeService) -> Iterator[LocalLauncher]:
+def launcher(tmp_path: Path, service: FakeIngest) -> Iterator[LocalLauncher]:
     local = LocalLauncher(tmp_path, tmp_path / "cache", agent=DRIVER)
     yield local
     for number in (1, 2, 3):

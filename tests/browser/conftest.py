@@ -10,8 +10,8 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
 
 CHROMIUM = shutil.which("chromium")
@@ -20,15 +20,15 @@ POLICY = "Content Security Policy"
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db")
+def rig(tmp_path: Path) -> Iterator[ServiceHarness]:
+    made = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db")
     yield made
     made.close()
     made.database.close()
 
 
 @pytest.fixture
-def service(rig: Rig) -> Iterator[str]:
+def service(rig: ServiceHarness) -> Iterator[str]:
     """Two finished jobs with different learning rates and two checkpoints each, a running job and a queued one."""
     for name, rate, offset in (("slow", 1e-4, 0.5), ("fast", 1e-3, 0.0)):
         job_id, attempt = rig.running(steps=60, name=name, training={"learning_rate": rate})

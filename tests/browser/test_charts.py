@@ -10,10 +10,10 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Locator, Page, expect
 
-from service.launch.fake import FakeAttempt
 from tests.browser.page_checks import check_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.fakes.launcher import FakeAttempt
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 
 
 def say(attempt: FakeAttempt, steps: range, lift: float = 0.0) -> None:
@@ -34,13 +34,13 @@ def say(attempt: FakeAttempt, steps: range, lift: float = 0.0) -> None:
 
 @dataclass
 class Run:
-    rig: Rig
+    rig: ServiceHarness
     attempt: FakeAttempt
     url: str
 
 
 @pytest.fixture
-def run(rig: Rig) -> Iterator[Run]:
+def run(rig: ServiceHarness) -> Iterator[Run]:
     """A run that was killed at step 60, resumed from its checkpoint at 40, and is at step 80."""
     job_id, first = rig.running(steps=400, name="curves")
     say(first, range(1, 41))

@@ -11,8 +11,8 @@ from playwright.sync_api import Page, expect
 
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import drag
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
 
 
@@ -59,7 +59,7 @@ def labels(page: Page) -> list[list[Any]]:
     return found
 
 
-def test_a_forks_curve_starts_on_its_parents(rig: Rig, page: Page) -> None:
+def test_a_forks_curve_starts_on_its_parents(rig: ServiceHarness, page: Page) -> None:
     parent, attempt = rig.running(steps=60, name="parent", training={"max_steps": 60})
     for step in range(1, 61):
         attempt.metric(step, loss=8 - step / 12, tokens=step * 100)

@@ -12,14 +12,14 @@ from contract.report import ErrorCard
 from contract.status import Reason
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_submit_page import field
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
 
 HINT = "Set training.batch_size to 16 and training.accumulation_steps to 16: the result is the same."
 
 
-def test_failure_card_shows_next_actions_and_runs_them(rig: Rig, page: Page) -> None:
+def test_failure_card_shows_next_actions_and_runs_them(rig: ServiceHarness, page: Page) -> None:
     job_id, attempt = rig.running(steps=1000, name="pre-12", training={"max_steps": 1000})
     for step in range(1, 101):
         attempt.metric(step, loss=8 - step / 20, memory_bytes=61_000_000_000)

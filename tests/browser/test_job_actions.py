@@ -15,21 +15,21 @@ from playwright.sync_api import Page, expect
 from service.exports import child
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_submit_page import field, field_error
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import MODEL
 from tests.service.test_exports import exporter
 
 __all__ = ["exporter"]
 
 
-def job_named(rig: Rig, name: str) -> dict[str, Any]:
+def job_named(rig: ServiceHarness, name: str) -> dict[str, Any]:
     """Return the only job with this name."""
     [found] = rig.get("/jobs", name=name)["data"]
     job: dict[str, Any] = found
     return job
 
 
-def test_edit_form_saves_and_shows_concurrent_changes(service: str, rig: Rig, page: Page) -> None:
+def test_edit_form_saves_and_shows_concurrent_changes(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = job_named(rig, "waits")["id"]
     page.goto(f"{service}/jobs/{job_id}")
     expect(page.locator(".jobs-ahead")).to_have_text("Jobs ahead: holds-the-slots.")
@@ -61,7 +61,7 @@ def test_edit_form_saves_and_shows_concurrent_changes(service: str, rig: Rig, pa
     expect(page.get_by_role("region", name="Jobs").locator("tbody tr")).to_have_count(1)
 
 
-def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig: Rig, page: Page) -> None:
+def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = job_named(rig, "fast")["id"]
     page.goto(f"{service}/jobs/{job_id}")
     again = page.get_by_role("button", name="resume with")
@@ -86,7 +86,7 @@ def test_resume_dialog_with_more_steps_and_an_older_checkpoint(service: str, rig
 
 
 @pytest.mark.soak
-def test_kill_asks_for_confirmation_and_save_does_not(service: str, rig: Rig, page: Page) -> None:
+def test_kill_asks_for_confirmation_and_save_does_not(service: str, rig: ServiceHarness, page: Page) -> None:
     job_id = job_named(rig, "holds-the-slots")["id"]
     page.goto(f"{service}/jobs/{job_id}")
     page.get_by_role("button", name="save now").click()
@@ -103,7 +103,7 @@ def test_kill_asks_for_confirmation_and_save_does_not(service: str, rig: Rig, pa
     assert [event["kind"] for event in rig.data(job_id, "events")].count("save") == 1
 
 
-def test_checkpoints_tab_downloads_exports_and_forks(service: str, rig: Rig, page: Page) -> None:
+def test_checkpoints_tab_downloads_exports_and_forks(service: str, rig: ServiceHarness, page: Page) -> None:
     assert child.WORKER_EXPORT[1] == "-S"
     job_id = job_named(rig, "fast")["id"]
     page.goto(f"{service}/jobs/{job_id}?tab=checkpoints")
@@ -125,7 +125,7 @@ def test_checkpoints_tab_downloads_exports_and_forks(service: str, rig: Rig, pag
 
 
 @pytest.mark.soak
-def test_lineage_links_parent_and_forks(service: str, rig: Rig, page: Page) -> None:
+def test_lineage_links_parent_and_forks(service: str, rig: ServiceHarness, page: Page) -> None:
     parent = job_named(rig, "fast")["id"]
     overrides = {"name": "<i>child</i>", "training": {"max_steps": 500}}
     made = rig.client.post(f"/jobs/{parent}/fork", json={"step": 20, "overrides": overrides}).json()["id"]
@@ -139,7 +139,7 @@ def test_lineage_links_parent_and_forks(service: str, rig: Rig, page: Page) -> N
     assert page.url.partition("jobs=")[2].replace("%2C", ",") == f"{parent},{made}"
 
 
-def test_config_tab_compares_with_defaults_and_another_job(service: str, rig: Rig, page: Page) -> None:
+def test_config_tab_compares_with_defaults_and_another_job(service: str, rig: ServiceHarness, page: Page) -> None:
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     job_id, other = job_named(rig, "fast")["id"], job_named(rig, "slow")["id"]
     page.goto(f"{service}/jobs/{job_id}?tab=config")

@@ -10,13 +10,13 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Page, expect
 
 from tests.browser.page_checks import check_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 
 NAME = "<script>document.title = 'taken'</script>"
 
 
-def test_job_page_from_the_list_to_a_pause(rig: Rig, page: Page) -> None:
+def test_job_page_from_the_list_to_a_pause(rig: ServiceHarness, page: Page) -> None:
     _, attempt = rig.running(steps=100, name=NAME)
     for step in range(1, 41):
         attempt.metric(step, loss=5 - step / 20)
@@ -49,7 +49,7 @@ def test_job_page_from_the_list_to_a_pause(rig: Rig, page: Page) -> None:
 
 def test_login_with_a_token_that_is_in_no_url(tmp_path: Path, page: Page) -> None:
     secret = "sesame-open"
-    rig = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/token.db", token=secret)
+    rig = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/token.db", token=secret)
     addresses: list[str] = []
     page.on("request", lambda request: addresses.append(request.url))
     with served(rig) as (host, port):

@@ -11,8 +11,8 @@ from playwright.sync_api import Locator, Page, expect
 
 from service.devices.inventory import Device
 from tests.browser.page_checks import check_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 
 
 def rows(page: Page) -> Locator:
@@ -23,7 +23,7 @@ def names(page: Page) -> list[str]:
     return rows(page).locator(".name").all_text_contents()
 
 
-def test_empty_jobs_page_shows_commands(rig: Rig, page: Page) -> None:
+def test_empty_jobs_page_shows_commands(rig: ServiceHarness, page: Page) -> None:
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/")
         expect(page.get_by_role("heading", name="No job yet")).to_be_visible()
@@ -32,10 +32,10 @@ def test_empty_jobs_page_shows_commands(rig: Rig, page: Page) -> None:
         check_both_themes(page, "empty")
 
 
-def test_jobs_page_keeps_search_and_filters_in_the_url(service: str, rig: Rig, page: Page) -> None:
+def test_jobs_page_keeps_search_and_filters_in_the_url(service: str, rig: ServiceHarness, page: Page) -> None:
     for i in range(3):
         rig.submit(name=f"more-{i}", labels={"team": "nlp", "size": str(i)})
-    rig.settle()
+    rig.reconcile()
     page.goto(service)
     expect(rows(page)).to_have_count(7)
     waits = rows(page).filter(has=page.get_by_role("link", name="waits"))
@@ -67,7 +67,7 @@ def test_jobs_page_keeps_search_and_filters_in_the_url(service: str, rig: Rig, p
 
 
 @pytest.mark.soak
-def test_jobs_page_loads_100_jobs_at_a_time(rig: Rig, page: Page) -> None:
+def test_jobs_page_loads_100_jobs_at_a_time(rig: ServiceHarness, page: Page) -> None:
     for i in range(103):
         rig.submit(name=f"job-{i}")
     with served(rig) as (host, port):
@@ -86,10 +86,10 @@ def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: 
         Device("cuda:1", "cuda", "NVIDIA Test", 80 * gigabyte, 3 * gigabyte, (4242,), (4242,), 38),
         Device("cpu:0", "cpu"),
     )
-    rig = Rig(tmp_path / "cards", sqlite_home, devices=cards)
+    rig = ServiceHarness(tmp_path / "cards", sqlite_home, devices=cards)
     rig.running(steps=10, name="<b>holds</b>")
     rig.submit(name="waits", resources={"priority": 5})
-    rig.settle()
+    rig.reconcile()
     with served(rig) as (host, port):
         page.goto(f"http://{host}:{port}/system")
         devices = page.get_by_role("region", name="Devices")

@@ -10,23 +10,23 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Page, expect
 
 from tests.browser.page_checks import check_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 from tests.service.test_access import bearer, created
 
 OPERATOR = "the-operator's-own"
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", token=OPERATOR)
+def rig(tmp_path: Path) -> Iterator[ServiceHarness]:
+    made = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", token=OPERATOR)
     made.client.headers["Authorization"] = f"Bearer {OPERATOR}"
     yield made
     made.close()
     made.database.close()
 
 
-def test_a_read_token_logs_in_and_may_not_pause(rig: Rig, page: Page) -> None:
+def test_a_read_token_logs_in_and_may_not_pause(rig: ServiceHarness, page: Page) -> None:
     reader, submitter = created(rig, "reader"), created(rig, "submitter", scope="submit")
     job_id, _ = rig.running(name="mine")
     with served(rig) as (host, port):

@@ -9,14 +9,14 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Page, expect
 
 from tests.browser.page_checks import check_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
-from tests.service.test_logs import log
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
+from tests.service.test_job_logs import log
 
 MANY = 1_000_000
 
 
-def test_logs_tab_scrolls_follows_and_searches_a_million_lines(rig: Rig, page: Page) -> None:
+def test_logs_tab_scrolls_follows_and_searches_a_million_lines(rig: ServiceHarness, page: Page) -> None:
     job_id, attempt = rig.running(steps=100, name="long", resources={"nproc_per_node": 2})
     attempt.metric(5)
     rig.ship(attempt)

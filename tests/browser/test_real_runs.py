@@ -15,7 +15,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from benchmarks.corpus import write_docstrings
 from tests.browser.test_charts import drag, figure, zoomed
-from tests.story.served import RANKS, Served, until
+from tests.story.service_process import RANKS, Served, until
 
 pytestmark = pytest.mark.slow
 

@@ -7,13 +7,13 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Page, expect
 
 from tests.browser.page_checks import check_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 
 PROMPTS = ("Once upon a time", "<b>def</b> main():")
 
 
-def test_samples_tab_shows_prompts_by_step(rig: Rig, page: Page) -> None:
+def test_samples_tab_shows_prompts_by_step(rig: ServiceHarness, page: Page) -> None:
     job_id, attempt = rig.running(steps=200, name="writer")
     for step in range(10, 121, 10):
         attempt.metric(step)

@@ -19,7 +19,7 @@ from playwright.sync_api import Page, expect
 from benchmarks.corpus import write_docstrings
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_charts import figure
-from tests.story.served import Served, until
+from tests.story.service_process import Served, until
 
 pytestmark = [pytest.mark.soak, pytest.mark.slow, pytest.mark.timeout(0)]
 

@@ -11,7 +11,7 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Locator, Page, expect
 
 from tests.browser.page_checks import check_both_themes
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 
 
 def field(page: Page, name: str) -> Locator:
@@ -29,7 +29,7 @@ def spec_json(page: Page) -> dict[str, Any]:
     return found
 
 
-def test_the_form_sends_only_changed_settings(service: str, rig: Rig, page: Page) -> None:
+def test_the_form_sends_only_changed_settings(service: str, rig: ServiceHarness, page: Page) -> None:
     page.goto(f"{service}/submit")
     expect(field(page, "learning_rate")).to_have_value("5e-4")
     expect(page.get_by_text("micro-batches in a step")).to_be_visible()
@@ -125,7 +125,7 @@ def test_a_draft_survives_a_reload_and_can_be_discarded(service: str, page: Page
     expect(field(page, "name")).to_have_value("pretrain")
 
 
-def test_the_fork_form_starts_with_the_parents_values(service: str, rig: Rig, page: Page) -> None:
+def test_the_fork_form_starts_with_the_parents_values(service: str, rig: ServiceHarness, page: Page) -> None:
     [parent] = rig.get("/jobs", name="fast")["data"]
     parent_id = parent["id"]
     page.goto(f"{service}/submit?fork={parent_id}&step=20")

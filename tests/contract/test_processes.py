@@ -15,9 +15,9 @@ from contract.processes import MARKER, ProcessIdentity, descendants, marked, mar
 from contract.rundir import RunDir
 from service.launch.base import AttemptName
 from service.launch.local import AGENTS_TOKEN, LocalLauncher
-from tests.marks import own_job
+from tests.unique_ids import unique_job_id
 
-TEST, A, B, C, D = (own_job(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
+TEST, A, B, C, D = (unique_job_id(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 

@@ -20,8 +20,8 @@ from contract.status import LIVE, TERMINAL, JobStatus, may_become
 from service.db import Database
 from service.launch.base import LOCAL
 from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, LeaseRow, MetricRow
-from tests.faults import ranks
-from tests.faults.home import Home, Member, until
+from tests.faults import fake_ranks
+from tests.faults.service_home import Home, Member, until
 
 GRACE_SECONDS = 5.0
 SAMPLE_SECONDS = 0.03
@@ -83,7 +83,7 @@ def reading(home: Home) -> Iterator[Session]:
         database.close()
 
 
-def check(home: Home, sampler: Sampler | None = None, damage: Damage = ranks.damage) -> None:
+def check(home: Home, sampler: Sampler | None = None, damage: Damage = fake_ranks.damage) -> None:
     """Raise AssertionError for the first invariant that does not hold."""
     assert sampler is None or sampler.found == []
     assert home.server_errors == [], "I8"
@@ -163,5 +163,5 @@ def check_success(home: Home, job: JobRow) -> None:
 
 def check_weights(home: Home, job_id: str, steps: int) -> None:
     """I7, for the fake ranks."""
-    model = home.run(job_id).products(None).checkpoint(steps) / ranks.MODEL
-    assert model.read_text() == ranks.weights_after(steps), "I7"
+    model = home.run(job_id).products(None).checkpoint(steps) / fake_ranks.MODEL
+    assert model.read_text() == fake_ranks.weights_after(steps), "I7"

@@ -1,8 +1,11 @@
 """An agent that comes too late, or on a host in trouble."""
 
+import json
 import os
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +13,18 @@ import pytest
 
 from contract.processes import MARKER, marked
 from contract.report import ExitReport, read_message
-from contract.rundir import AttemptDir, RunDir
+from contract.rundir import RunDir
 from contract.spec import DataSpec, JobSpec, Timeouts
-from contract.status import Desired, Reason
+from contract.status import Reason
 from service.launch.base import AttemptName, Launch, State
 from service.launch.local import LocalLauncher
-from tests.faults.home import until
-from tests.faults.program import FAKE_AGENT
-from tests.marks import own_job
+from tests.faults.forked_service import FAKE_AGENT
+from tests.faults.service_home import until
+from tests.unique_ids import unique_job_id
 from worker.agent.__main__ import EX_REFUSED
 from worker.agent.children import Children
-from worker.agent.supervise import Supervisor
 
-JOB = own_job("job_late")
+JOB = unique_job_id("job_late")
 
 
 def launcher(home: Path) -> LocalLauncher:
@@ -113,62 +115,55 @@ def test_an_agent_that_died_before_it_began_is_a_failed_launch(tmp_path: Path) -
     assert found.report.error.traceback == "no torch here\n"
 
 
-class Troubled:
-    """A supervisor on a disk that fails as often as a test says."""
-
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        attempt = RunDir(tmp_path).attempt(1)
-        attempt.path.mkdir()
-        attempt.spec.write_text(launch(steps="3").spec.model_dump_json())
-        torchrun = subprocess.Popen(["/bin/sleep", "100"])
-        self.supervisor = Supervisor.of(attempt, Children(torchrun))
-        self.failures = 0
-        self.monkeypatch = monkeypatch
-
-    def break_(self, what: str) -> None:
-        intact: Callable[..., Any] = getattr(AttemptDir, what).fget if what == "stop" else getattr(AttemptDir, what)
-
-        def broken(attempt: AttemptDir) -> Any:
-            self.failures += 1
-            if self.failures < 4:
-                raise OSError(28, "No space left on device")
-            return intact(attempt)
-
-        self.monkeypatch.setattr(AttemptDir, what, property(broken) if what == "stop" else broken)
-
-    def close(self) -> None:
-        self.supervisor.children.end()
+def supervise(tmp_path: Path, fails: str) -> dict[str, Any]:
+    """What `failing_disk` reports of a supervisor whose disk fails three times."""
+    attempt = RunDir(tmp_path).attempt(1)
+    attempt.path.mkdir()
+    attempt.spec.write_text(launch(steps="3").spec.model_dump_json())
+    command = [sys.executable, "-m", "tests.faults.failing_disk", str(attempt.path), fails]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True, timeout=60
+    )
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
-def test_a_disk_in_trouble_does_not_end_a_good_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    troubled = Troubled(tmp_path, monkeypatch)
-    troubled.break_("read_step")
-    assert all(troubled.supervisor.goes_on(now) for now in (0.0, 0.1, 0.2, 0.3))
-    assert troubled.failures == 4
-    assert capsys.readouterr().out.count("No space left on device; training goes on") == 1
-    assert troubled.supervisor.children.torchrun.poll() is None
-    troubled.close()
+def test_a_disk_in_trouble_does_not_end_a_good_run(tmp_path: Path) -> None:
+    report = supervise(tmp_path, "read_step")
+    assert report["running"] == [True] * 4
+    assert report["calls"] == 4
+    assert report["printed"].count("No space left on device; training goes on") == 1
+    assert report["status"] is None
+    assert report["ended"] is True
 
 
-def test_a_wish_to_stop_that_cannot_be_written_is_a_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    troubled = Troubled(tmp_path, monkeypatch)
-    monkeypatch.setattr("worker.agent.children.descendants", lambda _: [ProcessOf(troubled)])
-    troubled.break_("stop")
-    troubled.supervisor.shipper.desired = Desired.PAUSE
-    assert troubled.supervisor.goes_on(0.0)
-    until(lambda: troubled.supervisor.children.torchrun.poll() == -15, 5)
-    assert troubled.supervisor.asked_at == 0.0
+def test_a_wish_to_stop_that_cannot_be_written_is_a_sigterm(tmp_path: Path) -> None:
+    report = supervise(tmp_path, "stop")
+    assert report["running"] == [True]
+    assert report["status"] == -15
+    assert report["asked_at"] == 0.0
     assert Timeouts().stop == 120.0
 
 
-class ProcessOf:
-    """The supervisor's torchrun alone: this test's own process has other children."""
+def test_only_what_is_below_the_ancestor_is_ended(sleep: "subprocess.Popen[bytes]") -> None:
+    """The caller's other children live on, and their exit codes are still there for whoever waits for them."""
+    shell = ["/bin/sh", "-c", "sleep 100 & sleep 100 & echo started; wait"]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE) as ancestor, subprocess.Popen(["/bin/true"]) as torchrun:
+        assert ancestor.stdout is not None
+        ancestor.stdout.readline()
+        children = Children(torchrun, ancestor=ancestor.pid)
+        assert len(children.living()) == 2
+        assert children.end()
+        assert children.living() == []
+        assert children.orphans == {}
+        assert ancestor.wait(10) == 0
+    assert sleep.poll() is None
+    sleep.terminate()
+    assert sleep.wait(10) == -signal.SIGTERM
 
-    def __init__(self, troubled: Troubled) -> None:
-        self.process = troubled.supervisor.children.torchrun
 
-    def send(self, signum: int) -> bool:
-        self.process.send_signal(signum)
-        return True
+@pytest.fixture
+def sleep() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen(["/bin/sleep", "100"]) as process:
+        yield process
+        process.kill()

@@ -19,12 +19,12 @@ from service.db import Database
 from service.scheduler import lease as leasing
 from service.scheduler.lease import LEASE_SECONDS, RENEW_SECONDS, Deposed, Lease
 from service.tables import LeaderRow
-from tests import soak
+from tests import soak_report
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, Nursery, until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import Home, Nursery, until
 from tests.service.conftest import any_url, migrated_postgres, migrated_sqlite, postgres_url, sqlite_url
-from tests.soak import Account
+from tests.soak_report import SoakReport
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 
@@ -253,13 +253,13 @@ def test_a_leader_stopped_in_a_launch_and_woken_launches_nothing_twice(servers: 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
-def test_a_leader_stopped_at_each_line_of_a_launch(servers: list[Home], any_url: str, account: Account) -> None:
+def test_a_leader_stopped_at_each_line_of_a_launch(servers: list[Home], any_url: str, account: SoakReport) -> None:
     servers[0].wanted["lease_scale"] = 0.25
     lines = 0
     while launch_by_a_leader_that_sleeps(servers, lines + 1):
         lines += 1
-        account.injected["leader stopped at a line of a launch, and woken past its lease"] += 1
-    account.held.append(f"each of the {lines} lines: nothing launched twice, no late write")
+        account.faults["leader stopped at a line of a launch, and woken past its lease"] += 1
+    account.invariants.append(f"each of the {lines} lines: nothing launched twice, no late write")
     assert lines > 40
 
 
@@ -326,7 +326,7 @@ def followed(url: str, pid: int, epoch: int) -> Callable[[], bool]:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
-def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url: str, account: Account) -> None:
+def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url: str, account: SoakReport) -> None:
     for server in servers:
         server.wanted["lease_scale"] = 0.25
     start_all(servers)
@@ -334,7 +334,7 @@ def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url:
     until(lambda: len(addresses(first)) == 3)
     steady = first.submit(steps="6000", ranks="1")
     done = []
-    for _ in range(int(soak.chosen("LEADERS", 20))):
+    for _ in range(int(soak_report.chosen("LEADERS", 20))):
         pid, epoch = leading(any_url)
         (leader,) = [server for server in servers if server.service is not None and server.service.pid == pid]
         leader.signal(signal.SIGSTOP)
@@ -345,11 +345,11 @@ def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url:
         done.append(first.submit(steps="10", ranks="1"))
         first.wait(done[-1], "succeeded")
         leader.signal(signal.SIGCONT)
-        account.injected["leader stopped past its lease and woken"] += 1
+        account.faults["leader stopped past its lease and woken"] += 1
     assert first.job(steady)["attempt"] == 1, "no run was disturbed"
     for job_id in done:
         assert first.job(job_id)["attempt"] == 1
         check_weights(first, job_id, 10)
     first.post(f"/jobs/{steady}/kill")
     first.wait(steady, "cancelled")
-    account.held.append(f"{len(done)} jobs launched once each, one running all the while was not touched")
+    account.invariants.append(f"{len(done)} jobs launched once each, one running all the while was not touched")

@@ -9,19 +9,19 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType
 
 import pytest
 import torch
 
+from contract.failpoints import marked_code
 from contract.identity import Identity
 from contract.rundir import ProductDir, RunDir
 from contract.spec import JobSpec
 from service.checkpoints import files
 from service.errors import FileNotInCheckpoint, StepUnavailable
 from service.forks import links
-from tests.faults.program import at_line
-from worker import checkpoint, milestones, resume, retention, tensorfile
+from tests.faults.tracing import at_line
+from worker import checkpoint, resume, retention
 from worker.checkpoint import RunState
 
 IDENTITY = Identity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
@@ -30,37 +30,6 @@ SHORT = 25
 """Of so many lines one, where not all are tried."""
 
 Fate = Callable[[ProductDir], None]
-
-
-def codes_of(*functions: Callable[..., object]) -> set[CodeType]:
-    return {function.__code__ for function in functions}
-
-
-TAKING_OVER = codes_of(
-    resume._of_earlier_job,
-    resume._newest_first,
-    resume._written_at,
-    resume._taken_over,
-    resume._objection,
-    milestones.link,
-    checkpoint.find_damage,
-    checkpoint.manifest_of,
-    checkpoint.read_state,
-    checkpoint.load,
-    tensorfile.sha256_of,
-    ProductDir.published,
-    ProductDir._directories,
-)
-SHARING = codes_of(
-    links.share,
-    links._share_file,
-    files.manifest_of,
-    files._manifest_in,
-    files._opened_in,
-    files.looks_sound,
-    files.opened,
-)
-OPENING = codes_of(files.open_listed, files._manifest_in, files._opened_in)
 
 
 def save(products: ProductDir, step: int, mark: float) -> None:
@@ -97,9 +66,7 @@ def job(path: Path) -> ProductDir:
     return products
 
 
-def at_each_line(
-    codes: set[CodeType], every: int, path: Path, fate: Fate, load: Callable[[ProductDir, Path], None]
-) -> int:
+def at_each_line(area: str, every: int, path: Path, fate: Fate, load: Callable[[ProductDir, Path], None]) -> int:
     """``load(job, place of its own)`` again and again, ``fate`` at one line after the other; how many there are."""
     for line in range(1, MOST_LINES, every):
         products, reached = job(path / f"job-{line}" / "theirs"), list[str]()
@@ -109,7 +76,7 @@ def at_each_line(
             reached.append(where)
             fate(products)
 
-        sys.settrace(at_line(codes, line, strike))
+        sys.settrace(at_line(marked_code(area), line, strike))
         try:
             load(products, products.path.with_name("mine"))
         except Exception as error:
@@ -174,23 +141,23 @@ def downloads(products: ProductDir, _: Path) -> None:
 
 
 LOADS = {
-    "another job": (TAKING_OVER, goes_on_from, 60),
-    "a fork or an export": (SHARING, shares, 40),
-    "a download": (OPENING, downloads, 15),
+    "another job": ("resume", goes_on_from, 60),
+    "a fork or an export": ("share", shares, 40),
+    "a download": ("download", downloads, 15),
 }
 
 
 @pytest.mark.parametrize("who", LOADS)
 def test_what_is_taken_up_is_whole_whenever_retention_strikes(who: str, tmp_path: Path) -> None:
-    codes, load, least = LOADS[who]
-    assert at_each_line(codes, SHORT, tmp_path, another_stands_there, load) > least
+    area, load, least = LOADS[who]
+    assert at_each_line(area, SHORT, tmp_path, another_stands_there, load) > least
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("fate", FATES)
 @pytest.mark.parametrize("who", LOADS)
 def test_at_each_line(who: str, fate: str, tmp_path: Path) -> None:
-    codes, load, least = LOADS[who]
-    lines = at_each_line(codes, 1, tmp_path, FATES[fate], load)
+    area, load, least = LOADS[who]
+    lines = at_each_line(area, 1, tmp_path, FATES[fate], load)
     print(f"{who}, {fate}: {lines} lines")
     assert lines > least

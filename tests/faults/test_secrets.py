@@ -18,7 +18,7 @@ from sqlalchemy.engine import make_url
 from contract.processes import all_pids
 from service.db import Database
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, environment_of, until
+from tests.faults.service_home import Home, environment_of, until
 from tests.service.conftest import any_url, migrated_postgres, migrated_sqlite, postgres_url, sqlite_url
 from tests.service.needs import ATTEMPT, NEEDS, OPEN
 

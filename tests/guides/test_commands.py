@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.guides.blocks import DOCS, GUIDES, NOT_HERE, POSTGRES, Block, runnable
-from tests.guides.box import HOWS, Box
-from tests.guides.words import commands_in, misunderstood
+from tests.guides.code_blocks import DOCS, GUIDES, NOT_HERE, POSTGRES, Block, runnable
+from tests.guides.command_lines import commands_in, misunderstood
+from tests.guides.sandbox import HOWS, Box
 from tests.service.conftest import postgres_url as postgres_url
 
 pytestmark = pytest.mark.slow

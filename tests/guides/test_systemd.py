@@ -4,8 +4,8 @@ import re
 from configparser import RawConfigParser
 
 from service.settings import Settings
-from tests.guides.blocks import DOCS, blocks
-from tests.guides.words import misunderstood
+from tests.guides.code_blocks import DOCS, blocks
+from tests.guides.command_lines import misunderstood
 
 
 class Unit(RawConfigParser):

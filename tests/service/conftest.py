@@ -18,9 +18,9 @@ from client.connection import Connection, Patience
 from service.db import Database
 from service.tables import Table
 from tests.client.fake_service import console, written
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 
-MakeRig = Callable[..., Rig]
+MakeHarness = Callable[..., ServiceHarness]
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -100,12 +100,12 @@ def _sqlite_copy(template: Path, directory: Path) -> str:
 
 
 @pytest.fixture
-def make_rig(tmp_path: Path) -> Iterator[MakeRig]:
+def make_rig(tmp_path: Path) -> Iterator[MakeHarness]:
     """Makes services on a given database, and closes them."""
-    made: list[Rig] = []
+    made: list[ServiceHarness] = []
 
-    def make(url: str, **kwargs: Any) -> Rig:
-        made.append(Rig(tmp_path / "home", url, **kwargs))
+    def make(url: str, **kwargs: Any) -> ServiceHarness:
+        made.append(ServiceHarness(tmp_path / "home", url, **kwargs))
         return made[-1]
 
     yield make
@@ -114,7 +114,7 @@ def make_rig(tmp_path: Path) -> Iterator[MakeRig]:
 
 
 @pytest.fixture
-def rig(make_rig: MakeRig, sqlite_url: str) -> Iterator[Rig]:
+def rig(make_rig: MakeHarness, sqlite_url: str) -> Iterator[ServiceHarness]:
     """A service on SQLite."""
     made = make_rig(sqlite_url)
     yield made
@@ -122,7 +122,7 @@ def rig(make_rig: MakeRig, sqlite_url: str) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def any_rig(make_rig: MakeRig, any_url: str) -> Iterator[Rig]:
+def any_rig(make_rig: MakeHarness, any_url: str) -> Iterator[ServiceHarness]:
     """A service on SQLite, and one on Postgres."""
     made = make_rig(any_url)
     yield made
@@ -130,7 +130,7 @@ def any_rig(make_rig: MakeRig, any_url: str) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def command(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The command, connected to the rig: ``command("token", "list")`` -> (exit code, stdout, stderr)."""
 
     def answered(request: httpx2.Request) -> httpx2.Response:

@@ -9,12 +9,12 @@ import pytest
 from client import access
 from client.exits import UsageError
 from tests.service.conftest import Command
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 
 OPERATOR = "the-operator's-own"
 
 
-def test_a_token_s_life(command: Command, rig: Rig) -> None:
+def test_a_token_s_life(command: Command, rig: ServiceHarness) -> None:
     code, out, err = command("token", "create", "ci", "--scope", "submit", "--expires-in", "90d", "--max-jobs", "3")
     assert code == 0
     token = out.strip()
@@ -40,7 +40,7 @@ def test_a_token_s_life(command: Command, rig: Rig) -> None:
     assert command("token", "rotate", "ci")[0] == 1
 
 
-def test_as_json_and_who_submitted(command: Command, rig: Rig) -> None:
+def test_as_json_and_who_submitted(command: Command, rig: ServiceHarness) -> None:
     assert json.loads(command("token", "list", "--json")[1]) == {"object": "list", "data": [], "has_more": False}
     assert "make one" in command("token", "list")[2]
     made = json.loads(command("token", "create", "ci", "--json")[1])

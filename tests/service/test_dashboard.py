@@ -10,8 +10,8 @@ import pytest
 
 from service.dashboard.assets import STATIC, Assets, library_file
 from service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
@@ -31,7 +31,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         ("text/csv", False),
     ],
 )
-def test_the_page_is_sent_only_if_accept_names_html(rig: Rig, accept: str, page: bool) -> None:
+def test_the_page_is_sent_only_if_accept_names_html(rig: ServiceHarness, accept: str, page: bool) -> None:
     assert prefers_html(accept) is page
     job_id = rig.submit(name="x")
     for path in ("/jobs", f"/jobs/{job_id}"):
@@ -41,7 +41,7 @@ def test_the_page_is_sent_only_if_accept_names_html(rig: Rig, accept: str, page:
         assert "Accept" in [word.strip() for word in answer.headers["vary"].split(",")]
 
 
-def test_paths_below_a_job_are_never_the_page(rig: Rig) -> None:
+def test_paths_below_a_job_are_never_the_page(rig: ServiceHarness) -> None:
     job_id = rig.submit()
     for what in ("metrics", "events", "checkpoints"):
         answer = rig.client.get(f"/jobs/{job_id}/{what}", headers={"Accept": BROWSER})
@@ -50,7 +50,7 @@ def test_paths_below_a_job_are_never_the_page(rig: Rig) -> None:
     assert rig.client.get("/jobs/nothing/here", headers={"Accept": BROWSER}).status_code == 404
 
 
-def test_get_and_head_of_the_page_have_a_strict_content_security_policy(rig: Rig) -> None:
+def test_get_and_head_of_the_page_have_a_strict_content_security_policy(rig: ServiceHarness) -> None:
     for method in ("GET", "HEAD"):
         answer = rig.client.request(method, "/", headers={"Accept": BROWSER})
         assert answer.status_code == 200
@@ -66,14 +66,14 @@ def test_get_and_head_of_the_page_have_a_strict_content_security_policy(rig: Rig
     assert (again.status_code, again.content) == (304, b"")
 
 
-def test_the_page_has_no_inline_script_or_style(rig: Rig) -> None:
+def test_the_page_has_no_inline_script_or_style(rig: ServiceHarness) -> None:
     page = rig.client.get("/").text
     assert "<style" not in page
     assert "style=" not in page
     assert page.count("<script") == page.count('<script type="module" src=')
 
 
-def test_the_page_has_the_style_elements_of_the_chart_library(rig: Rig) -> None:
+def test_the_page_has_the_style_elements_of_the_chart_library(rig: ServiceHarness) -> None:
     """The library creates a style element only if none has its id; the policy would block a new one."""
     library = library_file().read_text()
     made = set(re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', library)) | {"plotly.js-style-global"}
@@ -82,7 +82,7 @@ def test_the_page_has_the_style_elements_of_the_chart_library(rig: Rig) -> None:
     assert made <= there
 
 
-def test_files_are_immutable_and_gzipped(rig: Rig, tmp_path: Path) -> None:
+def test_files_are_immutable_and_gzipped(rig: ServiceHarness, tmp_path: Path) -> None:
     assets = Assets(tmp_path / "cache")
     for path in assets.paths():
         packed = rig.client.get(path, headers={"Accept-Encoding": "gzip"})
@@ -130,7 +130,7 @@ MODULE_IMPORT = re.compile(r'^(?:import|export) \{ ([^}]+) \} from "(\.[^"]+)";$
 EXPORT = re.compile(r"^export (?:const|let|class|function|async function) (\w+)", re.MULTILINE)
 
 
-def read_modules(rig: Rig) -> tuple[str, dict[str, str]]:
+def read_modules(rig: ServiceHarness) -> tuple[str, dict[str, str]]:
     """Return the URL path of the entry module, and the source of every module that it needs by URL path."""
     [entry] = re.findall(r'<script type="module" src="([^"]+)"', rig.client.get("/").text)
     modules: dict[str, str] = {}
@@ -150,7 +150,7 @@ def resolve(path: str, target: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
 
 
-def test_the_page_preloads_exactly_the_modules_that_it_needs(rig: Rig) -> None:
+def test_the_page_preloads_exactly_the_modules_that_it_needs(rig: ServiceHarness) -> None:
     page = rig.client.get("/").text
     entry, modules = read_modules(rig)
     preloaded = re.findall(r'<link rel="modulepreload" href="([^"]+)"', page)
@@ -162,7 +162,7 @@ def test_the_page_preloads_exactly_the_modules_that_it_needs(rig: Rig) -> None:
     assert all(path.startswith(base) for path in modules)
 
 
-def test_modules_import_only_what_others_export_and_in_no_circle(rig: Rig) -> None:
+def test_modules_import_only_what_others_export_and_in_no_circle(rig: ServiceHarness) -> None:
     _, modules = read_modules(rig)
     exports = {path: set(EXPORT.findall(source)) for path, source in modules.items()}
     needs: dict[str, set[str]] = {}
@@ -177,7 +177,7 @@ def test_modules_import_only_what_others_export_and_in_no_circle(rig: Rig) -> No
     TopologicalSorter(needs).prepare()
 
 
-def test_the_page_links_every_stylesheet(rig: Rig) -> None:
+def test_the_page_links_every_stylesheet(rig: ServiceHarness) -> None:
     styles = re.findall(r'<link rel="stylesheet"[^>]* href="([^"]+)"', rig.client.get("/").text)
     assert len(styles) == len(list(STATIC.rglob("*.css")))
     text = "".join(rig.client.get(style).text for style in styles)
@@ -185,7 +185,7 @@ def test_the_page_links_every_stylesheet(rig: Rig) -> None:
         assert selector in text
 
 
-def test_the_page_is_served_without_a_token(make_rig: MakeRig, sqlite_url: str) -> None:
+def test_the_page_is_served_without_a_token(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig = make_rig(sqlite_url, token="sesame")
     for path in ("/", "/jobs", "/jobs/job_x"):
         assert rig.client.get(path, headers={"Accept": BROWSER}).status_code == 200
@@ -211,7 +211,7 @@ def test_no_script_parses_html_or_evaluates_code() -> None:
             assert word not in text, f"{script.name}: {word}"
 
 
-def test_buckets_of_a_step_range_equal_those_of_the_whole_run(rig: Rig) -> None:
+def test_buckets_of_a_step_range_equal_those_of_the_whole_run(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running(steps=1000)
     for step in range(1, 301):
         attempt.metric(step, loss=1 / step, learning_rate=step / 1000)

@@ -17,7 +17,7 @@ from service.db import Database, UnknownTables, alembic_config, newest_revision
 from service.jobs import store
 from service.scheduler.apply import utc_now
 from service.tables import EventRow, JobRow, LeaseRow, Table
-from tests.service.rig import Rig, in_threads
+from tests.service.harness import ServiceHarness, in_threads
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -106,7 +106,7 @@ def test_sqlite_is_set_up_for_many(sqlite_url: str) -> None:
     database.close()
 
 
-def test_many_writers_at_once(any_rig: Rig) -> None:
+def test_many_writers_at_once(any_rig: ServiceHarness) -> None:
     """Eight writers, each a read and a write in one transaction: none is turned away and nothing is lost."""
     job_id = any_rig.submit()
 
@@ -122,7 +122,7 @@ def test_many_writers_at_once(any_rig: Rig) -> None:
         assert store.find(session, job_id).restarts == 80
 
 
-def test_writers_of_two_services_on_one_file(rig: Rig) -> None:
+def test_writers_of_two_services_on_one_file(rig: ServiceHarness) -> None:
     """The lock in this process does not help here: BEGIN IMMEDIATE and the busy timeout do."""
     job_id = rig.submit()
     others = [Database(rig.url) for _ in range(4)]
@@ -140,11 +140,11 @@ def test_writers_of_two_services_on_one_file(rig: Rig) -> None:
         database.close()
 
 
-def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: Rig) -> None:
+def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: ServiceHarness) -> None:
     job_id = any_rig.submit()
     with any_rig.database.read() as session:
         before = store.find(session, job_id).status
-        done = threading.Thread(target=any_rig.act, args=(job_id, "cancel"))
+        done = threading.Thread(target=any_rig.post_action, args=(job_id, "cancel"))
         done.start()
         done.join(20)
         assert not done.is_alive()
@@ -153,7 +153,7 @@ def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: Rig) -> None:
     assert any_rig.status(job_id) == "cancelled"
 
 
-def test_a_write_that_fails_leaves_nothing(any_rig: Rig) -> None:
+def test_a_write_that_fails_leaves_nothing(any_rig: ServiceHarness) -> None:
     job_id = any_rig.submit()
 
     def fail() -> None:
@@ -167,7 +167,7 @@ def test_a_write_that_fails_leaves_nothing(any_rig: Rig) -> None:
     assert any_rig.job(job_id)["name"] == "pretrain"
 
 
-def test_a_status_changes_only_by_the_table_and_only_once(any_rig: Rig) -> None:
+def test_a_status_changes_only_by_the_table_and_only_once(any_rig: ServiceHarness) -> None:
     from contract.status import JobStatus
     from service.errors import Conflict
     from service.jobs.store import ImpossibleTransition, Note
@@ -178,7 +178,7 @@ def test_a_status_changes_only_by_the_table_and_only_once(any_rig: Rig) -> None:
         store.move(session, store.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
     with any_rig.database.read() as session:
         stale = store.find(session, job_id)
-    any_rig.act(job_id, "pause")
+    any_rig.post_action(job_id, "pause")
     with pytest.raises(Conflict), any_rig.database.write() as session:
         store.move(session, stale, JobStatus.STARTING, note, utc_now())
     assert any_rig.status(job_id) is JobStatus.PAUSED
@@ -189,13 +189,13 @@ def test_a_status_changes_only_by_the_table_and_only_once(any_rig: Rig) -> None:
     assert versions == [2]
 
 
-def test_a_device_cannot_have_two_leases(any_rig: Rig) -> None:
+def test_a_device_cannot_have_two_leases(any_rig: ServiceHarness) -> None:
     _, attempt = any_rig.running()
     with pytest.raises(IntegrityError), any_rig.database.write() as session:
         session.add(LeaseRow(device="cpu:0", attempt_id=attempt.launch.attempt_id, job_id="x"))
 
 
-def test_times_have_a_zone(any_rig: Rig) -> None:
+def test_times_have_a_zone(any_rig: ServiceHarness) -> None:
     from datetime import datetime
 
     with pytest.raises(Exception, match="without its zone"), any_rig.database.write() as session:

@@ -11,7 +11,7 @@ from service.upkeep import disks
 from service.upkeep.disks import Disk, DiskWatch, Limits, State, Usage, judge
 from service.upkeep.loop import Upkeep
 from service.upkeep.warnings import described
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 
 GIB = 1 << 30
 
@@ -119,16 +119,16 @@ def test_a_disk_that_hangs_keeps_nobody_waiting() -> None:
     assert not made.stale
 
 
-def low(rig: Rig, job_id: str) -> list[str]:
+def low(rig: ServiceHarness, job_id: str) -> list[str]:
     return [alert["message"] for alert in rig.job(job_id)["alerts"] if alert["code"] == "disk_low"]
 
 
-def kinds(rig: Rig, job_id: str) -> list[tuple[str, str]]:
+def kinds(rig: ServiceHarness, job_id: str) -> list[tuple[str, str]]:
     events = rig.data(job_id, "events", limit=100)
     return [(e["kind"], e["actor"]) for e in events if e["kind"] == "disk" or e["data"].get("code") == "disk_low"]
 
 
-def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: Rig) -> None:
+def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: ServiceHarness) -> None:
     rig = any_rig
     found = Disks(home=0.02)
     upkeep = Upkeep(rig.scheduler, watch(found), rig.clock)
@@ -159,7 +159,7 @@ def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: Rig) -> 
     assert low(rig, job_id), "and again, when it is low again"
 
 
-def test_only_those_who_save_there_hear_of_a_save_root(rig: Rig, tmp_path: Path) -> None:
+def test_only_those_who_save_there_hear_of_a_save_root(rig: ServiceHarness, tmp_path: Path) -> None:
     found = Disks(home=0.5, saves=0.02)
     other = rig.home / "elsewhere"
     there, _ = rig.running(checkpoint={"save_dir": str(other)})
@@ -178,7 +178,7 @@ def test_only_those_who_save_there_hear_of_a_save_root(rig: Rig, tmp_path: Path)
     assert "save_root" in low(rig, there)[0]
 
 
-def test_who_does_not_schedule_only_looks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_schedule_only_looks(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, _ = rig.running()
     monkeypatch.setattr(rig.scheduler, "_wanted", False)
     upkeep = Upkeep(rig.scheduler, watch(Disks(home=0.02)), rig.clock)
@@ -186,7 +186,7 @@ def test_who_does_not_schedule_only_looks(rig: Rig, monkeypatch: pytest.MonkeyPa
     assert low(rig, job_id) == []
 
 
-def test_the_log_says_it_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_it_once(rig: ServiceHarness, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "trainyard")
     found = Disks(home=0.5)
     upkeep = Upkeep(rig.scheduler, watch(found), rig.clock)
@@ -200,7 +200,7 @@ def test_the_log_says_it_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> Non
     assert said[2] == "the disk of home has room again"
 
 
-def test_the_loop_goes_on_whatever_happens(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_goes_on_whatever_happens(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.upkeep.loop.ROUND_SECONDS", 0.01)
     import threading
 

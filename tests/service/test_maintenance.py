@@ -20,8 +20,8 @@ from service.db import Database
 from service.scheduler.apply import utc_now
 from service.tables import JobRow, MetricRow, Table
 from service.transfer import CopyRefused, copy, shown
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
 
 COUNT = itertools.count()
 
@@ -57,7 +57,7 @@ def quiet(_: transfer.Copied) -> None:
     pass
 
 
-def fill(rig: Rig) -> str:
+def fill(rig: ServiceHarness) -> str:
     """Something in every table; the id of a job that runs."""
     _, attempt = rig.running(name="наш ✓ 日", labels={"Ä": "ß", "a": "", "B": "b"})
     for step in range(1, 1500):
@@ -75,7 +75,7 @@ def fill(rig: Rig) -> str:
     return job_id
 
 
-def told(rig: Rig) -> dict[str, Any]:
+def told(rig: ServiceHarness) -> dict[str, Any]:
     """What the API says of everything, but for what goes with the time of asking."""
     found: dict[str, Any] = {}
     for job in rig.get("/jobs", limit=100)["data"]:
@@ -88,7 +88,7 @@ def told(rig: Rig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", [("sqlite", "postgres"), ("postgres", "sqlite")])
 def test_a_home_moves_and_its_runs_go_on(
-    make_rig: MakeRig, sqlite_url: str, targets: dict[str, str], way: tuple[str, str]
+    make_rig: MakeHarness, sqlite_url: str, targets: dict[str, str], way: tuple[str, str]
 ) -> None:
     url = sqlite_url
     if way[0] == "postgres":
@@ -115,7 +115,7 @@ def test_a_home_moves_and_its_runs_go_on(
     moved.close()
 
 
-def test_there_and_back_is_the_same(rig: Rig, empty_postgres: str, tmp_path: Path) -> None:
+def test_there_and_back_is_the_same(rig: ServiceHarness, empty_postgres: str, tmp_path: Path) -> None:
     fill(rig)
     rig.close()
     there = copy(rig.url, empty_postgres, quiet)
@@ -139,7 +139,7 @@ def test_there_and_back_is_the_same(rig: Rig, empty_postgres: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_a_target_that_holds_something_is_left_alone(rig: Rig, targets: dict[str, str], kind: str) -> None:
+def test_a_target_that_holds_something_is_left_alone(rig: ServiceHarness, targets: dict[str, str], kind: str) -> None:
     rig.submit()
     rig.close()
     copy(rig.url, targets[kind], quiet)
@@ -151,7 +151,9 @@ def test_a_target_that_holds_something_is_left_alone(rig: Rig, targets: dict[str
     database.close()
 
 
-def test_a_copy_that_fails_leaves_nothing(rig: Rig, empty_postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_leaves_nothing(
+    rig: ServiceHarness, empty_postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(rig)
     rig.close()
 
@@ -172,7 +174,7 @@ def test_a_copy_that_fails_leaves_nothing(rig: Rig, empty_postgres: str, monkeyp
 @pytest.mark.parametrize("held", ["source", "target"])
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_a_database_in_use_is_not_touched(
-    rig: Rig, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    rig: ServiceHarness, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("service.db.ALONE_SECONDS", 0.1)
     rig.close()
@@ -190,7 +192,7 @@ def test_a_database_in_use_is_not_touched(
     copy(ends["source"], ends["target"], quiet)
 
 
-def test_databases_that_cannot_be_copied(rig: Rig, empty_postgres: str, tmp_path: Path) -> None:
+def test_databases_that_cannot_be_copied(rig: ServiceHarness, empty_postgres: str, tmp_path: Path) -> None:
     rig.close()
     cases: list[tuple[str, str, str]] = [
         (rig.url, rig.url, "same one"),
@@ -209,7 +211,7 @@ def test_databases_that_cannot_be_copied(rig: Rig, empty_postgres: str, tmp_path
         copy(rig.url, empty_postgres, quiet)
 
 
-def points(rig: Rig, count: int) -> None:
+def points(rig: ServiceHarness, count: int) -> None:
     job_id, _ = rig.running(steps=count)
     with rig.database.write() as session:
         point = {"job_id": job_id, "attempt": 1, "stitched": True, "epoch": 0.0, "loss": 1.0, "learning_rate": 1e-3}
@@ -227,7 +229,7 @@ def peak(work: Callable[[], object]) -> int:
     return found
 
 
-def test_memory_does_not_grow_with_the_curve(rig: Rig, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_curve(rig: ServiceHarness, tmp_path: Path) -> None:
     points(rig, 6_000)
     rig.close()
     found = peak(lambda: copy(rig.url, f"sqlite:///{tmp_path}/big.db", quiet))
@@ -236,7 +238,7 @@ def test_memory_does_not_grow_with_the_curve(rig: Rig, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_million_points(rig: Rig, empty_postgres: str, tmp_path: Path) -> None:
+def test_a_million_points(rig: ServiceHarness, empty_postgres: str, tmp_path: Path) -> None:
     points(rig, 1_000_000)
     rig.close()
     begin = time.monotonic()
@@ -277,7 +279,7 @@ def test_the_command_upgrades(
     assert capsys.readouterr().err.startswith("upgrade: the database cannot be used: connection failed")
 
 
-def test_the_command_copies_homes(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_copies_homes(rig: ServiceHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(rig)
     rig.close()
     assert maintenance.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 0
@@ -296,7 +298,9 @@ def test_passwords_are_not_shown() -> None:
 # Backups
 
 
-def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(make_rig: MakeRig, rig: Rig, tmp_path: Path) -> None:
+def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(
+    make_rig: MakeHarness, rig: ServiceHarness, tmp_path: Path
+) -> None:
     job_id = fill(rig)
     maintenance.backup(tmp_path / "trainyard.db", tmp_path / "backup.db")
     attempt = rig.launcher.of(job_id)
@@ -306,7 +310,7 @@ def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(make_rig: MakeRi
     rig.close()
     restored = make_rig(f"sqlite:///{tmp_path}/backup.db", launcher=rig.launcher, clock=rig.clock)
     assert restored.status(job_id) == "running", "as it was then"
-    restored.settle()
+    restored.reconcile()
     assert restored.status(job_id) == "succeeded", "its end is read from the run directory"
     assert [row["step"] for row in restored.data(job_id, "metrics")] == [1, 2]
     assert restored.submit(name="goes on")
@@ -314,7 +318,7 @@ def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(make_rig: MakeRi
 
 
 def test_backups_that_cannot_be_made(
-    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rig: ServiceHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
     taken = tmp_path / "taken.db"

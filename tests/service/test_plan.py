@@ -10,8 +10,9 @@ import pytest
 from contract.status import Desired
 from service.devices.inventory import Device, cpu_slots
 from service.launch.base import AttemptName
-from service.scheduler.plan import KILL_GRACE, PATIENCE, End, Hint, Look, Restart, Start, plan
+from service.scheduler.plan import PATIENCE, End, Hint, Look, Restart, Start, plan
 from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from service.timing import Timing
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -153,7 +154,7 @@ def test_an_attempt_of_a_service_that_was_restarted_is_looked_up_first() -> None
         (live(Desired.PAUSE, told=Desired.PAUSE), None),
         (live(Desired.KILL, asked=60), None),
         (live(Desired.KILL, heard=30, asked=1), None),
-        (live(Desired.KILL, heard=30, asked=KILL_GRACE.total_seconds() + 1), End),
+        (live(Desired.KILL, heard=30, asked=Timing().kill_grace.total_seconds() + 1), End),
         (live(Desired.CANCEL, heard=3600, told=Desired.CANCEL), None),
     ],
 )

@@ -18,8 +18,8 @@ from service.planning.estimate import Size, size_of
 from service.planning.glance import Glance, glance, other_form
 from service.planning.tokens import counter, longest_matches
 from service.planning.warnings import Surroundings, warnings
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
 
 WORDS = ["the", "of", "and", "to", "in", "was", "for", "with", "they", "have", "from", "one", "word", "but", "what"]
 
@@ -34,7 +34,7 @@ def write_corpus(path: Path, documents: int, seed: int, bad_every: int = 0, most
             file.write(json.dumps({"text": text + "é" * dice.randrange(3)}) + "\n")
 
 
-def plan(rig: Rig, expect: int = 200, **groups: Any) -> dict[str, Any]:
+def plan(rig: ServiceHarness, expect: int = 200, **groups: Any) -> dict[str, Any]:
     answer = rig.client.post("/jobs/plan", json=rig.spec(**groups))
     assert answer.status_code == expect, answer.text[:500]
     found: dict[str, Any] = answer.json()
@@ -259,7 +259,7 @@ def test_memory_of_the_host(tmp_path: Path) -> None:
 # The route
 
 
-def test_a_plan_is_complete_and_stores_nothing(any_rig: Rig) -> None:
+def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
     write_corpus(any_rig.corpus, 300, seed=5)
     found = plan(any_rig, training={"batch_size": 4, "accumulation_steps": 2}, resources={"device": "cpu"})
     assert found["object"] == "plan"
@@ -284,7 +284,7 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: Rig) -> None:
     assert any_rig.get("/jobs")["data"] == []
 
 
-def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: Rig) -> None:
+def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: ServiceHarness) -> None:
     body = rig.spec(training={"learning_rate": -1, "x": 1}, model={"hidden_size": 0})
     answers = [rig.client.post(path, json=body).json() for path in ("/jobs/plan", "/jobs")]
     assert [answer["code"] for answer in answers] == ["invalid_spec"] * 2
@@ -292,7 +292,7 @@ def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: Rig) -> None:
     assert len(answers[0]["errors"]) == 3
 
 
-def test_the_time_comes_from_a_like_run(any_rig: Rig) -> None:
+def test_the_time_comes_from_a_like_run(any_rig: ServiceHarness) -> None:
     rig = any_rig
     write_corpus(rig.corpus, 300, seed=6)
     job_id, attempt = rig.running(resources={"device": "cpu"})
@@ -310,14 +310,14 @@ def test_the_time_comes_from_a_like_run(any_rig: Rig) -> None:
     assert plan(rig, resources={"device": "cpu", "nproc_per_node": 2})["eta_seconds"] is None
 
 
-def test_where_it_would_stand(any_rig: Rig) -> None:
+def test_where_it_would_stand(any_rig: ServiceHarness) -> None:
     any_rig.running(resources={"nproc_per_node": 2})
     any_rig.submit()
     assert plan(any_rig)["queue"] == {"position": 2, "waiting_for": "1 CPU slots; 0 of 2 free"}
     assert plan(any_rig, resources={"priority": 5})["queue"]["position"] == 1
 
 
-def test_a_gpu_and_its_memory(make_rig: MakeRig, sqlite_url: str) -> None:
+def test_a_gpu_and_its_memory(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig = make_rig(sqlite_url, devices=[Device("cuda:0", "cuda", model="H100", memory_bytes=1 << 30)])
     found = plan(rig, training={"batch_size": 512})
     assert (found["device"], found["device_name"], found["memory_limit_bytes"]) == ("cuda", "H100", 1 << 30)

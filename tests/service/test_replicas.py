@@ -12,14 +12,15 @@ from fastapi.testclient import TestClient
 from service.app import build, create_app
 from service.context import Services
 from service.db import Database
-from service.devices.inventory import Device, FixedInventory, cpu_slots
-from service.launch.fake import FakeLauncher
+from service.devices.inventory import Device, cpu_slots
 from service.scheduler.bulletin import MEMORY_SECONDS, Bulletin, News, PublishedInventory
 from service.scheduler.lease import LEASE_SECONDS
 from service.scheduler.outlook import AT_ONCE, NOBODY, Outlook
 from service.settings import Settings
 from service.tables import LeaderRow
-from tests.service.rig import URL
+from tests.fakes.inventory import FixedInventory
+from tests.fakes.launcher import FakeLauncher
+from tests.service.harness import URL
 from tests.service.test_plan import gpus
 
 

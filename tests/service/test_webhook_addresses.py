@@ -15,8 +15,8 @@ import pytest
 from service.settings import Settings, SettingsRefused
 from service.webhooks.addresses import AddressRefused, Network, checked, mistake, resolve, why_refused
 from service.webhooks.courier import MAX_READ_BYTES, SNIPPET_BYTES, Answer, Courier
+from tests.service.harness import ServiceHarness
 from tests.service.receiver import receiving, status
-from tests.service.rig import Rig
 from tests.service.test_webhooks import deliveries, register, send
 
 LOOPBACK: list[Network] = [ipaddress.ip_network("127.0.0.0/8")]
@@ -90,7 +90,7 @@ def test_networks_that_are_allowed() -> None:
     ["127.0.0.1", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "0", "[::1]", "[::ffff:7f00:1]", "localhost",
      "a.localhost", "LOCALHOST.", "169.254.169.254", "[fe80::1%25eth0]", "10.0.0.1:8080"],
 )  # fmt: skip
-def test_a_url_that_says_so_itself_is_refused_when_it_is_made(rig: Rig, host: str) -> None:
+def test_a_url_that_says_so_itself_is_refused_when_it_is_made(rig: ServiceHarness, host: str) -> None:
     for scheme in ("http", "https"):
         assert mistake(f"{scheme}://{host}/x", []) is not None
     answer = rig.client.post("/webhooks", json={"url": f"http://{host}/x"})
@@ -173,7 +173,7 @@ def test_the_next_address_is_tried_where_one_does_not_answer() -> None:
         assert post(courier, f"http://two.example:{there.port}/").took
 
 
-def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: Rig) -> None:
+def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: ServiceHarness) -> None:
     with receiving() as inside, receiving() as outside:
         outside.answer = status(307, Location=inside.url)
         webhook = register(any_rig, outside.url, events=["job.created"])
@@ -185,7 +185,7 @@ def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: Rig) -> None:
         assert inside.got == []
 
 
-def test_a_refused_address_says_so_in_the_log(any_rig: Rig) -> None:
+def test_a_refused_address_says_so_in_the_log(any_rig: ServiceHarness) -> None:
     any_rig.sender._courier = Courier([], lambda host, port: ["169.254.169.254"])
     webhook = register(any_rig, "https://metadata.example/", events=["job.created"])
     any_rig.submit()

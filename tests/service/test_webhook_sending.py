@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from contract.failpoints import armed
 from service.scheduler.lease import LEASE_SECONDS, Lease
 from service.tables import DeliveryRow
 from service.webhooks.courier import SEND_SECONDS, Answer, Courier
@@ -25,9 +26,9 @@ from service.webhooks.schedule import (
     pick,
 )
 from service.webhooks.sender import AT_ONCE, GRACE_SECONDS, Sender
-from tests.service.conftest import MakeRig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
 from tests.service.receiver import DEADLINE, Receiver, receiving, status
-from tests.service.rig import Rig
 from tests.service.test_webhooks import deliveries, register, send
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -73,7 +74,7 @@ def test_a_receiver_gets_a_few_at_once_and_one_that_is_away_one() -> None:
     assert SIDE_BY_SIDE == 4
 
 
-def test_what_fails_is_tried_again_later_under_the_same_id(any_rig: Rig, receiver: Receiver) -> None:
+def test_what_fails_is_tried_again_later_under_the_same_id(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, events=["job.created"])
     receiver.answer = status(500, "broken")
     any_rig.submit()
@@ -94,7 +95,7 @@ def test_what_fails_is_tried_again_later_under_the_same_id(any_rig: Rig, receive
     assert (done["state"], [one["status"] for one in done["tries"]]) == ("delivered", [500, 204])
 
 
-def test_a_job_waits_for_its_own_past_and_for_no_other_job(any_rig: Rig, receiver: Receiver) -> None:
+def test_a_job_waits_for_its_own_past_and_for_no_other_job(any_rig: ServiceHarness, receiver: Receiver) -> None:
     register(any_rig, receiver.url, events=["*"])
     sick, well = any_rig.submit(name="sick"), any_rig.submit(name="well")
     failing = status(500)
@@ -104,7 +105,7 @@ def test_a_job_waits_for_its_own_past_and_for_no_other_job(any_rig: Rig, receive
 
     receiver.answer = answer
     for job_id in (sick, well):
-        any_rig.act(job_id, "cancel")
+        any_rig.post_action(job_id, "cancel")
     send(any_rig)
     told = [(got.payload["data"]["job"]["name"], got.type) for got in receiver.got]
     assert [kind for name, kind in told if name == "well"] == ["job.created", "job.cancelled"]
@@ -115,7 +116,7 @@ def test_a_job_waits_for_its_own_past_and_for_no_other_job(any_rig: Rig, receive
     assert [got.type for got in receiver.got[-2:]] == ["job.created", "job.cancelled"]
 
 
-def test_a_receiver_that_is_away_is_asked_less_and_less_and_then_never(rig: Rig, receiver: Receiver) -> None:
+def test_a_receiver_that_is_away_is_asked_less_and_less_and_then_never(rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(rig, receiver.url, events=["job.created"])
     receiver.answer = status(503)
     rig.submit()
@@ -144,7 +145,7 @@ def test_a_receiver_that_is_away_is_asked_less_and_less_and_then_never(rig: Rig,
     assert deliveries(rig, webhook)[0]["state"] == "delivered"
 
 
-def test_410_means_never_again(rig: Rig, receiver: Receiver) -> None:
+def test_410_means_never_again(rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(rig, receiver.url, events=["*"])
     receiver.answer = status(410)
     rig.submit()
@@ -153,7 +154,7 @@ def test_410_means_never_again(rig: Rig, receiver: Receiver) -> None:
     assert rig.get(f"/webhooks/{webhook['id']}")["disabled_reason"] == "the receiver answered 410 Gone"
 
 
-def test_one_that_waits_is_sent_at_once_when_asked_to(any_rig: Rig, receiver: Receiver) -> None:
+def test_one_that_waits_is_sent_at_once_when_asked_to(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, events=["job.created"])
     receiver.answer = status(500)
     any_rig.submit()
@@ -167,7 +168,7 @@ def test_one_that_waits_is_sent_at_once_when_asked_to(any_rig: Rig, receiver: Re
     assert deliveries(any_rig, webhook)[0]["state"] == "delivered"
 
 
-def test_a_receiver_that_does_not_answer_holds_up_nobody(any_rig: Rig, receiver: Receiver) -> None:
+def test_a_receiver_that_does_not_answer_holds_up_nobody(any_rig: ServiceHarness, receiver: Receiver) -> None:
     """The scheduler goes on, and so do other receivers, also while every connection of one hangs."""
     with receiving() as slow:
         slow.hold.clear()
@@ -177,9 +178,9 @@ def test_a_receiver_that_does_not_answer_holds_up_nobody(any_rig: Rig, receiver:
         assert any_rig.sender.round() == 2 * SIDE_BY_SIDE
         slow.wait(SIDE_BY_SIDE)
         begun = time.monotonic()
-        any_rig.settle()
+        any_rig.reconcile()
         for job_id in jobs:
-            any_rig.act(job_id, "cancel")
+            any_rig.post_action(job_id, "cancel")
         assert time.monotonic() - begun < SEND_SECONDS / 2, "no transaction is open while something is sent"
         receiver.wait(SIDE_BY_SIDE)
         while len(receiver.got) < len(jobs):
@@ -190,7 +191,7 @@ def test_a_receiver_that_does_not_answer_holds_up_nobody(any_rig: Rig, receiver:
         assert any_rig.sender.settle(DEADLINE)
 
 
-def test_a_webhook_that_is_deleted_while_it_is_sent(any_rig: Rig, receiver: Receiver) -> None:
+def test_a_webhook_that_is_deleted_while_it_is_sent(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, events=["*"])
     receiver.hold.clear()
     job_id = any_rig.submit()
@@ -199,7 +200,7 @@ def test_a_webhook_that_is_deleted_while_it_is_sent(any_rig: Rig, receiver: Rece
     assert any_rig.client.delete(f"/webhooks/{webhook['id']}").status_code == 204
     receiver.hold.set()
     assert any_rig.sender.settle(DEADLINE)
-    any_rig.act(job_id, "cancel")
+    any_rig.post_action(job_id, "cancel")
     send(any_rig)
     assert len(receiver.got) == 1
 
@@ -214,7 +215,7 @@ class Ticks:
         return self.now
 
 
-def test_what_a_killed_server_was_sending_is_sent_again(any_rig: Rig, receiver: Receiver) -> None:
+def test_what_a_killed_server_was_sending_is_sent_again(any_rig: ServiceHarness, receiver: Receiver) -> None:
     """Killed between the receiver's yes and writing it down: claimed, and nobody knows what came of it."""
     webhook = register(any_rig, receiver.url, events=["job.created"])
     any_rig.submit()
@@ -232,7 +233,7 @@ def test_what_a_killed_server_was_sending_is_sent_again(any_rig: Rig, receiver: 
     assert len(receiver.got) == 1
 
 
-def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: Rig, receiver: Receiver) -> None:
+def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: ServiceHarness, receiver: Receiver) -> None:
     """Three senders at once on one database; each in turn is the leader."""
     ticks = Ticks()
     leases = [Lease(any_rig.database, ticks) for _ in range(3)]
@@ -254,23 +255,20 @@ def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: Rig, r
     assert len(ids) == len(set(ids)) == 15
 
 
-def test_a_leader_that_slept_sends_nothing_when_it_wakes(any_rig: Rig, receiver: Receiver) -> None:
+def test_a_leader_that_slept_sends_nothing_when_it_wakes(any_rig: ServiceHarness, receiver: Receiver) -> None:
     ticks = Ticks()
     lease = Lease(any_rig.database, ticks)
     sender = Sender(any_rig.database, Courier(any_rig.settings.webhook_networks), lease, any_rig.clock, ticks)
     webhook = register(any_rig, receiver.url, events=["job.created"])
     assert lease.keep()
     any_rig.submit()
-    claim = sender._claim
 
-    def slow_claim(number: int) -> Any:
-        parcel = claim(number)
-        ticks.now += LEASE_SECONDS + 1  # stopped right behind the claim, and woken past its lease
-        return parcel
+    def sleep() -> None:
+        ticks.now += LEASE_SECONDS + 1  # stopped right after the claim, and woken past its lease
 
-    sender._claim = slow_claim  # type: ignore[method-assign] # where the process is stopped
-    assert sender.round() == 1
-    assert sender.settle(DEADLINE)
+    with armed("webhooks.claimed", sleep):
+        assert sender.round() == 1
+        assert sender.settle(DEADLINE)
     assert receiver.got == []
     other = Lease(any_rig.database, ticks)
     lease.give_up()
@@ -284,7 +282,7 @@ def test_a_leader_that_slept_sends_nothing_when_it_wakes(any_rig: Rig, receiver:
     assert deliveries(any_rig, webhook)[0]["state"] == "delivered"
 
 
-def test_a_server_that_is_restarted_goes_on(make_rig: MakeRig, any_url: str, receiver: Receiver) -> None:
+def test_a_server_that_is_restarted_goes_on(make_rig: MakeHarness, any_url: str, receiver: Receiver) -> None:
     """With the threads that a real server has."""
     rig = make_rig(any_url, scheduling=True)
     register(rig, receiver.url, events=["job.created", "job.cancelled"], labels={"of": "interest"})
@@ -292,7 +290,7 @@ def test_a_server_that_is_restarted_goes_on(make_rig: MakeRig, any_url: str, rec
     rig.submit(resources={"nproc_per_node": 2})
     job_id = rig.submit(resources={"nproc_per_node": 2}, labels={"of": "interest"})
     receiver.wait(1)
-    rig.act(job_id, "cancel")
+    rig.post_action(job_id, "cancel")
     rig.close()
     receiver.answer = status(204)
     again = make_rig(any_url, scheduling=True, clock=rig.clock)
@@ -302,12 +300,12 @@ def test_a_server_that_is_restarted_goes_on(make_rig: MakeRig, any_url: str, rec
     again.close()
 
 
-def test_what_ended_long_ago_is_forgotten(any_rig: Rig, receiver: Receiver) -> None:
+def test_what_ended_long_ago_is_forgotten(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, events=["job.created"])
     job_id = any_rig.submit()
     of_one = register(any_rig, receiver.url, events=["job.cancelled"], job_id=job_id)
     send(any_rig)
-    any_rig.act(job_id, "cancel")
+    any_rig.post_action(job_id, "cancel")
     assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
     any_rig.sender._swept_at = float("-inf")
     send(any_rig)
@@ -323,7 +321,9 @@ def test_what_ended_long_ago_is_forgotten(any_rig: Rig, receiver: Receiver) -> N
     assert deliveries(any_rig, webhook) == []
 
 
-def test_ten_threads_change_jobs_and_nothing_is_lost_or_out_of_order(any_rig: Rig, receiver: Receiver) -> None:
+def test_ten_threads_change_jobs_and_nothing_is_lost_or_out_of_order(
+    any_rig: ServiceHarness, receiver: Receiver
+) -> None:
     register(any_rig, receiver.url, events=["*"])
     stop = threading.Event()
 
@@ -339,7 +339,7 @@ def test_ten_threads_change_jobs_and_nothing_is_lost_or_out_of_order(any_rig: Ri
         for _ in range(2):
             job_id = any_rig.submit(resources={"nproc_per_node": 2})
             for verb in ("pause", "resume", "cancel"):
-                any_rig.act(job_id, verb)
+                any_rig.post_action(job_id, verb)
 
     threads = [threading.Thread(target=live, args=(n,)) for n in range(5)]
     for thread in threads:

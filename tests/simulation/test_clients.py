@@ -35,10 +35,10 @@ from service.jobs.rules import Action, Move, Refusal, Standing, decide
 from service.launch.base import State
 from service.scheduler.apply import utc_now
 from service.tables import EventRow
-from tests import soak
+from tests import soak_report
 from tests.service.conftest import make_rig, migrated_sqlite, rig, sqlite_url
-from tests.service.rig import Rig, in_threads
-from tests.soak import Account
+from tests.service.harness import ServiceHarness, in_threads
+from tests.soak_report import SoakReport
 
 __all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
 
@@ -79,13 +79,13 @@ class Clients(RuleBasedStateMachine):
     """One service on SQLite, with the launcher that does what it is told."""
 
     template: Path
-    account: Account
+    account: SoakReport
 
     @initialize()
     def begin(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="trainyard-clients-"))
         shutil.copy(self.template, self.folder / "trainyard.db")
-        self.rig = Rig(self.folder / "home", f"sqlite:///{self.folder}/trainyard.db")
+        self.rig = ServiceHarness(self.folder / "home", f"sqlite:///{self.folder}/trainyard.db")
         self.jobs: list[str] = []
         self.made = 0
 
@@ -102,7 +102,7 @@ class Clients(RuleBasedStateMachine):
             return  # who was deleted hangs on races, and which rules there are must not
         job_id = self.jobs[which % len(self.jobs)]
         before = self.standing(job_id)
-        self.account.injected["requests in bursts of up to ten clients"] += len(verbs)
+        self.account.faults["requests in bursts of up to ten clients"] += len(verbs)
         answers = in_threads(len(verbs), lambda i: self.rig.client.post(f"/jobs/{job_id}/{verbs[i]}"))
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) <= {202, 409}, [answer.text for answer in answers]
@@ -125,7 +125,7 @@ class Clients(RuleBasedStateMachine):
 
     @rule()
     def schedule(self) -> None:
-        self.rig.settle()
+        self.rig.reconcile()
 
     @rule(seconds=st.sampled_from([1, 6, 30, 120]))
     def time_passes(self, seconds: float) -> None:
@@ -158,7 +158,7 @@ class Clients(RuleBasedStateMachine):
                 return int(self.rig.report(attempt, "exit", report).status_code)
 
             exit_status, asked = in_threads(2, either)
-            self.account.injected[f"end against {verb}"] += 1
+            self.account.faults[f"end against {verb}"] += 1
             assert exit_status == 200
             assert asked in (202, 404, 409), asked
             if end[0] == "completed" and job_id in self.jobs and attempt.launch.name.number == self.attempt(job_id):
@@ -204,10 +204,10 @@ class Clients(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(("examples", "steps"), [(8, 12), pytest.param(400, 40, marks=pytest.mark.soak)])
 @pytest.mark.timeout(3600)
-def test_ten_clients(migrated_sqlite: Path, account: Account, examples: int, steps: int) -> None:
+def test_ten_clients(migrated_sqlite: Path, account: SoakReport, examples: int, steps: int) -> None:
     Clients.template, Clients.account = migrated_sqlite, account
     run_state_machine_as_test(
-        seed(soak.seed())(Clients),
+        seed(soak_report.seed())(Clients),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -216,7 +216,9 @@ def test_ten_clients(migrated_sqlite: Path, account: Account, examples: int, ste
             suppress_health_check=list(HealthCheck),
         ),
     )
-    account.held.append("each burst of answers fits one order of its requests; every event log is a path of the table")
+    account.invariants.append(
+        "each burst of answers fits one order of its requests; every event log is a path of the table"
+    )
 
 
 def test_an_order_is_found_only_where_there_is_one() -> None:
@@ -229,10 +231,10 @@ def test_an_order_is_found_only_where_there_is_one() -> None:
     assert not explained(running, (("pause", 409),), running)
 
 
-def test_two_resumes_that_both_found_it_paused(rig: Rig) -> None:
+def test_two_resumes_that_both_found_it_paused(rig: ServiceHarness) -> None:
     """Each looks first and writes later: the second one's write comes upon a job that is queued already."""
     job_id, attempt = rig.running()
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=3)
     with rig.database.read() as session:
         before = store.find(session, job_id).spec

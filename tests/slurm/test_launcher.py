@@ -19,7 +19,7 @@ from service.launch import commands
 from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
 from service.launch.slurm import SlurmLauncher
 from service.launch.slurm_setup import SlurmSetup
-from tests.slurm.programs import CONFIG, Programs
+from tests.slurm.fake_commands import CONFIG, Programs
 
 NAME = AttemptName("job_a", 1, "slurm")
 SPEC = JobSpec(data=DataSpec(data_path="/nowhere"), resources=ResourcesSpec(launcher="slurm", nnodes=2))

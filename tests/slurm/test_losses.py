@@ -4,11 +4,11 @@ import signal
 
 import pytest
 
-from tests.faults.home import Home, Member, until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import Home, Member, until
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import MakeSlurmHome
-from tests.slurm.jobs import attempts, fake, real, submit
+from tests.slurm.slurm_jobs import attempts, fake, real, submit
 
 
 def weights(home: Home, job_id: str) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from benchmarks.corpus import write_docstrings
 from contract.processes import ProcessIdentity, marked
 from contract.rundir import RunDir
 from contract.spec import JobSpec
-from tests.story.served import RANKS, Served, until
+from tests.story.service_process import RANKS, Served, until
 
 pytestmark = pytest.mark.slow
 

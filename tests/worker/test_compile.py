@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from tests.worker import driver
+from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, rows
 from worker.distributed import Ranks
 from worker.failure import cannot_compile
@@ -59,10 +59,10 @@ def no_compiler() -> None:
 
 @pytest.mark.slow
 def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
-    text = driver.corpus(tmp_path / "corpus.jsonl")
-    described = driver.spec(text, training={"use_compile": True, "max_steps": 2})
-    run = driver.new_run(tmp_path / "run", described)
-    failed = driver.run_to_end(run, patch=no_compiler)
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    described = rank_runner.spec(text, training={"use_compile": True, "max_steps": 2})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    failed = rank_runner.run_to_end(run, patch=no_compiler)
     assert (failed.outcome, failed.reason, failed.step) == ("failed", "spec_invalid", 0)
     assert "training.use_compile: the model cannot be compiled here" in str(failed.message)
     assert failed.error is not None

@@ -12,8 +12,8 @@ from unittest import mock
 import pytest
 
 from contract.events import CheckpointSaved, Warned
-from tests.nobody import NOBODY, open_folder
-from tests.worker import driver
+from tests.unprivileged import NOBODY, public_tmp_dir
+from tests.worker import rank_runner
 from tests.worker.test_saving import Bench, train_on
 from worker import checkpoint, saving
 
@@ -33,9 +33,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 def of_its_own(work: Callable[[Path], None], path: Path) -> None:
     """Run ``work`` in a process of its own, whose mounts, limits and user end with it."""
     log = path / "printed"
-    process = driver.SERVER.Process(target=in_child, args=(work, path, log))
+    process = rank_runner.SERVER.Process(target=in_child, args=(work, path, log))
     process.start()
-    process.join(driver.DEADLINE)
+    process.join(rank_runner.DEADLINE)
     assert process.exitcode == 0, log.read_text()
 
 
@@ -154,7 +154,7 @@ def test_a_limit_on_files(tmp_path: Path) -> None:
 
 @needs_root
 def test_a_directory_that_was_closed() -> None:
-    with open_folder() as folder:
+    with public_tmp_dir() as folder:
         of_its_own(closed, folder)
 
 

@@ -14,7 +14,7 @@ from contract.events import CheckpointSaved, Metric, ResumeVerified, Started
 from contract.identity import Identity
 from contract.report import Fork
 from contract.rundir import ProductDir, RunDir, write_json
-from tests.worker import driver
+from tests.worker import rank_runner
 from worker import checkpoint, fork
 from worker.failure import Failure
 from worker.milestones import keep_weights
@@ -25,14 +25,14 @@ STEP = 8
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return driver.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+    return rank_runner.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="module")
 def parent(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    described = driver.spec(text, training={"max_steps": 16}, reporting={"log_interval": 3})
-    run = driver.new_run(tmp_path_factory.mktemp("parent") / "run", described)
-    assert driver.run_to_end(run).outcome == "completed"
+    described = rank_runner.spec(text, training={"max_steps": 16}, reporting={"log_interval": 3})
+    run = rank_runner.new_run(tmp_path_factory.mktemp("parent") / "run", described)
+    assert rank_runner.run_to_end(run).outcome == "completed"
     return run
 
 
@@ -41,7 +41,7 @@ def forked(parent: RunDir, path: Path, data: Any, weights: bool = False, **chang
     described = json.loads(parent.spec.read_text())
     for group, fields in changes.items():
         described[group] = {**described[group], **fields}
-    run = driver.new_run(path, described)
+    run = rank_runner.new_run(path, described)
     source = parent.products(None).checkpoint(STEP)
     shutil.copytree(source, run.products(None).origin, copy_function=os.link)
     if weights:
@@ -55,19 +55,21 @@ def forked(parent: RunDir, path: Path, data: Any, weights: bool = False, **chang
 
 
 def lines(run: RunDir, attempt: int = 1) -> dict[int, tuple[Any, ...]]:
-    return {step: (m.loss, m.learning_rate, m.grad_norm, m.tokens) for step, m in driver.metrics(run, attempt).items()}
+    return {
+        step: (m.loss, m.learning_rate, m.grad_norm, m.tokens) for step, m in rank_runner.metrics(run, attempt).items()
+    }
 
 
 @pytest.mark.slow
 def test_kept_and_unchanged_it_is_the_parents_run_to_the_last_bit(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "keep")
-    assert driver.run_to_end(run).step == 16
-    theirs, ours = dict(driver.products(parent)), dict(driver.products(run))
+    assert rank_runner.run_to_end(run).step == 16
+    theirs, ours = dict(rank_runner.products(parent)), dict(rank_runner.products(run))
     assert ours.keys() == theirs.keys() - {"checkpoints/step-00000000/model.safetensors"}
     assert all(theirs[name] == data for name, data in ours.items())
     # The sums since the parent's last line go along: the first line of the fork is the parent's.
     assert lines(run) == {step: line for step, line in lines(parent).items() if step > STEP}
-    told = driver.events(run)
+    told = rank_runner.events(run)
     assert [e.start_step for e in told if isinstance(e, Started)] == [STEP]
     assert [e.difference for e in told if isinstance(e, ResumeVerified)] == [0.0]
     assert [e.step for e in told if isinstance(e, CheckpointSaved)] == [STEP, 16]
@@ -82,8 +84,8 @@ def test_kept_and_unchanged_it_is_the_parents_run_to_the_last_bit(parent: RunDir
 def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: RunDir, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"training": {"max_steps": 12, "batch_size": 5, "accumulation_steps": 1, "seed": 7}}
     untouched = forked(parent, tmp_path / "untouched", "restart", **changes)
-    assert driver.run_to_end(untouched).step == STEP + 12
-    told = driver.events(untouched)
+    assert rank_runner.run_to_end(untouched).step == STEP + 12
+    told = rank_runner.events(untouched)
     begun = next(event for event in told if isinstance(event, Started))
     assert (begun.start_step, begun.base_step, begun.steps, begun.global_batch) == (STEP, STEP, STEP + 12, 5)
     rates = {e.step: e.learning_rate for e in told if isinstance(e, Metric)}
@@ -96,21 +98,21 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     broken = forked(parent, tmp_path / "broken", "restart", **changes)
     from tests.worker.test_resume import stop_after
 
-    assert driver.run_to_end(broken, 1, partial(stop_after, broken, 1, STEP + 3)).step == STEP + 3
-    assert driver.run_to_end(broken).step == STEP + 12
+    assert rank_runner.run_to_end(broken, 1, partial(stop_after, broken, 1, STEP + 3)).step == STEP + 3
+    assert rank_runner.run_to_end(broken).step == STEP + 12
     final = f"step-{STEP + 12:08d}/"
-    last = {name: data for name, data in driver.products(untouched) if final in name}
-    assert last == {name: data for name, data in driver.products(broken) if final in name}
+    last = {name: data for name, data in rank_runner.products(untouched) if final in name}
+    assert last == {name: data for name, data in rank_runner.products(broken) if final in name}
     assert len(last) == 2
 
 
 @pytest.mark.slow
 def test_weights_alone_begin_with_a_new_optimizer(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "restart", weights=True, training={"max_steps": 2, "optimizer": "muon"})
-    assert driver.run_to_end(run).step == STEP + 2
-    assert "optimizer_anew" in driver.warned(run)
+    assert rank_runner.run_to_end(run).step == STEP + 2
+    assert "optimizer_anew" in rank_runner.warned(run)
     kept = forked(parent, tmp_path / "kept", "keep", weights=True)
-    failed = driver.run_to_end(kept)
+    failed = rank_runner.run_to_end(kept)
     assert failed.reason == "checkpoint_invalid"
     assert "names too few files" in str(failed.message)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from contract.events import CheckpointRemoved, CheckpointSaved, Event
 from contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ProductDir
-from tests.worker.test_begin import IDENTITY, publish
+from tests.worker.test_resume_start import IDENTITY, publish
 from tests.worker.test_saving import Bench
 from worker import checkpoint, milestones, retention
 from worker.resume import go_back

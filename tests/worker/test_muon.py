@@ -12,7 +12,7 @@ from benchmarks import optimizers
 from contract.rundir import RunDir
 from contract.spec import JobSpec
 from model.config import ModelConfig
-from tests.worker import driver
+from tests.worker import rank_runner
 from worker import trainee
 from worker.distributed import Ranks
 from worker.failure import Failure
@@ -21,18 +21,18 @@ TRAINING = {"optimizer": "muon", "batch_size": 4, "accumulation_steps": 1, "lear
 
 
 def run(path: Path, text: Path, steps: int) -> RunDir:
-    described = driver.spec(text, training={**TRAINING, "lr_scheduler": "constant", "max_steps": steps})
+    described = rank_runner.spec(text, training={**TRAINING, "lr_scheduler": "constant", "max_steps": steps})
     made = RunDir(path)
     if path.exists():
         made.spec.write_text(json.dumps(described))
     else:
-        made = driver.new_run(path, described)
-    driver.run_to_end(made)
+        made = rank_runner.new_run(path, described)
+    rank_runner.run_to_end(made)
     return made
 
 
 def test_a_resumed_run_is_the_untouched_one(tmp_path: Path) -> None:
-    text = driver.corpus(tmp_path / "c.jsonl")
+    text = rank_runner.corpus(tmp_path / "c.jsonl")
     whole = run(tmp_path / "whole", text, 8)
     run(tmp_path / "parted", text, 3)
     parted = run(tmp_path / "parted", text, 8)

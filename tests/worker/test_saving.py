@@ -21,7 +21,7 @@ from contract.identity import Identity
 from contract.rundir import ProductDir
 from contract.spec import JobSpec
 from model.config import ModelConfig
-from tests.worker import driver
+from tests.worker import rank_runner
 from worker import checkpoint, saving
 from worker.distributed import Ranks
 from worker.failure import Failure
@@ -349,24 +349,24 @@ def kill_in_save(step: int, at_write: int) -> None:
 def test_killed_at_any_byte_of_a_save_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
     seed = 77
     chooser = random.Random(seed)
-    text = driver.corpus(tmp_path / "corpus.jsonl")
-    described = driver.spec(text, training={"max_steps": 6}, checkpoint={"save_interval": 2})
-    untouched = driver.new_run(tmp_path / "untouched", described)
-    driver.run_to_end(untouched)
-    expected = dict(driver.products(untouched))
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    described = rank_runner.spec(text, training={"max_steps": 6}, checkpoint={"save_interval": 2})
+    untouched = rank_runner.new_run(tmp_path / "untouched", described)
+    rank_runner.run_to_end(untouched)
+    expected = dict(rank_runner.products(untouched))
     # About 26 tensors in the model, three times as many in the optimizer, then state and manifest.
     for number, at_write in enumerate(sorted(chooser.sample(range(90), 3))):
         print(f"seed {seed}: killed at write {at_write}")
-        run = driver.new_run(tmp_path / f"run-{number}", described)
-        killed = driver.start(run, patch=partial(kill_in_save, 4, at_write))
+        run = rank_runner.new_run(tmp_path / f"run-{number}", described)
+        killed = rank_runner.start(run, patch=partial(kill_in_save, 4, at_write))
         assert killed.wait() == [-signal.SIGKILL], killed.logs()
         assert [step for step, _ in run.products(None).published()] == [2]
         assert any(path.name.startswith(".saving-") for path in run.products(None).checkpoints.iterdir())
-        driver.run_to_end(run)
-        assert driver.events(run, 2)[-1].step == 6  # type: ignore[union-attr]
+        rank_runner.run_to_end(run)
+        assert rank_runner.events(run, 2)[-1].step == 6  # type: ignore[union-attr]
         assert sorted(path.name for path in run.products(None).checkpoints.iterdir()) == [
             "step-00000002",
             "step-00000004",
             "step-00000006",
         ]
-        assert dict(driver.products(run)) == expected
+        assert dict(rank_runner.products(run)) == expected

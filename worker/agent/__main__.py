@@ -114,7 +114,8 @@ def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock, place: Place)
     run.current.write_text(str(attempt.number))
     alive_lock.take(shared=True)
     write_started(attempt)
-    return Children(launch_torchrun(run, attempt, alive_lock, place, appoint(attempt, place)))
+    torchrun = launch_torchrun(run, attempt, alive_lock, place, appoint(attempt, place))
+    return Children(torchrun, ancestor=os.getpid())
 
 
 def _refuse(attempt: AttemptDir, why: Exception) -> int:

@@ -23,10 +23,15 @@ def become_subreaper() -> None:
 
 
 class Children:
-    """One attempt's processes on this node, torchrun first."""
+    """One attempt's processes on this node, torchrun first: every process below ``ancestor``, and no other.
 
-    def __init__(self, torchrun: "subprocess.Popen[bytes]") -> None:
+    ``ancestor`` is the pid of the agent, which is a subreaper. It is passed in because `end` kills all that it finds:
+    a caller with children of its own, such as a test, must give another one.
+    """
+
+    def __init__(self, torchrun: "subprocess.Popen[bytes]", ancestor: int) -> None:
         self.torchrun = torchrun
+        self.ancestor = ancestor
         self.orphans: dict[int, int] = {}
 
     def torchrun_status(self) -> int | None:
@@ -38,7 +43,7 @@ class Children:
 
     def living(self) -> list[ProcessIdentity]:
         """Every living process of the attempt on this node."""
-        return descendants(os.getpid())
+        return descendants(self.ancestor)
 
     def ask_to_end(self) -> None:
         """SIGTERM to all: a rank saves and ends at its next step."""
@@ -57,7 +62,10 @@ class Children:
         return False
 
     def _reap_orphans(self) -> None:
-        # Only once torchrun itself is reaped: waiting for "any child" before would take its status away from Popen.
+        # Waiting for "any child" takes the status away from whoever waits for that child: so only if all children of
+        # this process are the attempt's, and only after torchrun itself is reaped, for Popen waits for that one.
+        if self.ancestor != os.getpid():
+            return
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)

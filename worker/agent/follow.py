@@ -50,7 +50,7 @@ def _start(run: RunDir, attempt: AttemptDir, place: Place) -> Children:
     if current != str(attempt.number):
         raise NoMeeting(f"attempt {current} has followed this one")
     with FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS) as alive:
-        return Children(launch_torchrun(run, attempt, alive, place, meeting))
+        return Children(launch_torchrun(run, attempt, alive, place, meeting), ancestor=os.getpid())
 
 
 def _watch(children: Children, attempt: AttemptDir, parent: int) -> str | None:

@@ -1,0 +1,59 @@
+"""Threads, the only rank of a process without torchrun, and devices that are not there."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from contract.spec import JobSpec
+from worker.distributed import Agreement, Ranks, Wishes, join, own_device, require, threads_per_rank
+from worker.failure import Failure, StopAsked
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+def spec(**groups: Any) -> JobSpec:
+    import json
+
+    return JobSpec.model_validate_json(json.dumps({"data": {"data_path": "/x"}, **groups}))
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_world", "threads"),
+    [
+        ({}, 1, 8),
+        ({}, 3, 2),
+        ({}, 100, 1),
+        ({"OMP_NUM_THREADS": "3"}, 2, 3),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 4),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, 1),
+        ({"TRAINYARD_THREADS": "5", "OMP_NUM_THREADS": "1"}, 2, 5),
+    ],
+)
+def test_threads_are_the_users_or_an_even_share(environment: dict[str, str], local_world: int, threads: int) -> None:
+    assert threads_per_rank(environment, local_world, cores=8) == threads
+
+
+def test_a_process_without_torchrun_is_the_only_rank() -> None:
+    ranks = join(spec().resources.timeouts, "cpu", {"TRAINYARD_THREADS": "1"})
+    assert ranks == ALONE
+    assert ranks.leads
+    assert ranks.gather([1.0, 2.0]) == [[1.0, 2.0]]
+    assert ranks.from_leader(lambda: "found") == "found"
+    with pytest.raises(StopAsked):
+        ranks.from_leader(raise_stop)
+    agreement = Agreement(ranks)
+    assert agreement.exchange(Wishes(stop=True)) == Wishes(stop=True)
+    assert agreement.settle() == Wishes()
+
+
+def raise_stop() -> None:
+    raise StopAsked
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_cuda_that_is_not_there_is_an_error_and_auto_is_not() -> None:
+    assert own_device("cuda:1", 0).type == "cpu"
+    require(ALONE, spec())
+    with pytest.raises(Failure, match="rank 0 of 1 has no GPU"):
+        require(ALONE, spec(resources={"device": "cuda"}))
