@@ -17,7 +17,7 @@ from benchmarks.load.figures import Figure, machine, quantile
 from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served, until
-from service.jobs import store
+from trainyard.service.jobs import store
 
 CHROMIUM = shutil.which("chromium")
 POINTS = 1_000_000

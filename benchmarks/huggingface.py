@@ -15,11 +15,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.trainer import BATCH, LEARNING_RATE, LENGTH, STEPS, VOCABULARY, WARM
-from contract.spec import TrainingSpec
-from worker import tokenizers
-from worker.corpus import open_corpus
-from worker.data import Order
-from worker.rows import RowTable
+from trainyard.contract.spec import TrainingSpec
+from trainyard.worker import tokenizers
+from trainyard.worker.corpus import open_corpus
+from trainyard.worker.data import Order
+from trainyard.worker.rows import RowTable
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]

@@ -16,16 +16,16 @@ import torch
 
 from benchmarks.corpus import write_docstrings
 from benchmarks.drawing import Line, chart
-from contract.rundir import RunDir
-from contract.spec import JobSpec, TrainingSpec
-from model.config import ModelConfig
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.evaluation import Evaluation
-from worker.feed import Feed
-from worker.material import Material, prepare
-from worker.schedule import LearningRate
-from worker.trainee import Trainee, build, initial_model
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec, TrainingSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.evaluation import Evaluation
+from trainyard.worker.feed import Feed
+from trainyard.worker.material import Material, prepare
+from trainyard.worker.schedule import LearningRate
+from trainyard.worker.trainee import Trainee, build, initial_model
 
 STEPS, ROWS, LENGTH, DOCUMENTS = 200, 8, 256, 100_000
 SHAPE = ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)

@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 
 from benchmarks.corpus import write_docstrings
-from contract.events import Event, Warned
-from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
-from worker import checkpoint
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.feed import Feed
-from worker.material import prepare
-from worker.meters import Interval, Meters
-from worker.probe import Probe
-from worker.saving import Saver
-from worker.snapshot import Copies, Snapshot
-from worker.trainee import Progress, Trainee, build, initial_model
-from worker.weights import write_weights
+from trainyard.contract.events import Event, Warned
+from trainyard.contract.rundir import ProductDir, RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker import checkpoint
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.feed import Feed
+from trainyard.worker.material import prepare
+from trainyard.worker.meters import Interval, Meters
+from trainyard.worker.probe import Probe
+from trainyard.worker.saving import Saver
+from trainyard.worker.snapshot import Copies, Snapshot
+from trainyard.worker.trainee import Progress, Trainee, build, initial_model
+from trainyard.worker.weights import write_weights
 
 ROUNDS = 5
 LIMIT = 0.15

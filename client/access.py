@@ -5,11 +5,11 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
-from client.console import Console
-from client.exits import Exit, UsageError
-from client.reading import connect
-from client.shapes import NewToken
-from client.words import ago, count, moment, table
+from trainyard.client.console import Console
+from trainyard.client.exits import Exit, UsageError
+from trainyard.client.reading import connect
+from trainyard.client.shapes import NewToken
+from trainyard.client.words import ago, count, moment, table
 
 TIME = re.compile(r"([0-9]{1,9})(s|m|min|h|d)?")
 UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}

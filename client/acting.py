@@ -4,14 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from client.advice import what_next
-from client.api import Trainyard
-from client.cli.spec_flags import parse_assignment, with_absolute_paths
-from client.console import Console
-from client.exits import Exit, UsageError
-from client.reading import connect
-from client.shapes import Job
-from client.words import count, one_line, size
+from trainyard.client.advice import what_next
+from trainyard.client.api import Trainyard
+from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
+from trainyard.client.console import Console
+from trainyard.client.exits import Exit, UsageError
+from trainyard.client.reading import connect
+from trainyard.client.shapes import Job
+from trainyard.client.words import count, one_line, size
 
 
 def pause(args: SimpleNamespace, console: Console) -> int:

@@ -4,8 +4,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from client.words import size
-from contract.status import JobStatus
+from trainyard.client.words import size
+from trainyard.contract.status import JobStatus
 
 EVIDENCE_LINES = 15
 

@@ -16,13 +16,13 @@ from urllib.parse import quote
 
 import httpx2
 
-from client.connection import Connection, Patience, address_of
-from client.download import fetch
-from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
-from client.exits import at_rest
-from client.shapes import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
-from client.streams import StreamEvent
-from client.webhooks import Webhooks
+from trainyard.client.connection import Connection, Patience, address_of
+from trainyard.client.download import fetch
+from trainyard.client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
+from trainyard.client.exits import at_rest
+from trainyard.client.shapes import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
+from trainyard.client.streams import StreamEvent
+from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100

@@ -4,11 +4,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from client.api import Trainyard
-from client.console import Console
-from client.exits import Exit, UsageError
-from client.reading import Row, connect, rows
-from client.words import UNKNOWN, count, fixed, one_line, size
+from trainyard.client.api import Trainyard
+from trainyard.client.console import Console
+from trainyard.client.exits import Exit, UsageError
+from trainyard.client.reading import Row, connect, rows
+from trainyard.client.words import UNKNOWN, count, fixed, one_line, size
 
 HEADER = ("STEP", "KIND", "LOSS", "SIZE", "SHA256", "PATH")
 

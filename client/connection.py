@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from client.errors import NoAddress, ServiceUnreachable, refusal
-from client.streams import OPENED, NoStream, StreamEvent, parse
+from trainyard.client.errors import NoAddress, ServiceUnreachable, refusal
+from trainyard.client.streams import OPENED, NoStream, StreamEvent, parse
 
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 40.0

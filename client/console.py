@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from client.words import safe
+from trainyard.client.words import safe
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import hashlib
 import os
 from pathlib import Path
 
-from client.connection import Connection
-from client.errors import Damaged
-from contract.rundir import MANIFEST_FILE, parse_manifest
+from trainyard.client.connection import Connection
+from trainyard.client.errors import Damaged
+from trainyard.contract.rundir import MANIFEST_FILE, parse_manifest
 
 PART = ".part"
 

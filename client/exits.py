@@ -4,8 +4,15 @@ from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
-from client.errors import NameShared, NoAddress, NotAuthorised, ServiceUnreachable, TrainyardError, WaitTimedOut
-from contract.status import AT_REST, JobStatus
+from trainyard.client.errors import (
+    NameShared,
+    NoAddress,
+    NotAuthorised,
+    ServiceUnreachable,
+    TrainyardError,
+    WaitTimedOut,
+)
+from trainyard.contract.status import AT_REST, JobStatus
 
 
 class Exit(IntEnum):

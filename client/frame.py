@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeAlias
 
-from client.page import alert_text
-from client.scene import Scene
-from client.words import (
+from trainyard.client.page import alert_text
+from trainyard.client.scene import Scene
+from trainyard.client.words import (
     ago,
     bar,
     count,

@@ -7,12 +7,12 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
-from client.api import Trainyard
-from client.console import Console
-from client.exits import Exit, UsageError
-from client.reading import connect
-from client.shapes import Delivery, Webhook
-from client.words import UNKNOWN, ago, count, one_line, table
+from trainyard.client.api import Trainyard
+from trainyard.client.console import Console
+from trainyard.client.exits import Exit, UsageError
+from trainyard.client.reading import connect
+from trainyard.client.shapes import Delivery, Webhook
+from trainyard.client.words import UNKNOWN, ago, count, one_line, table
 
 LOOK_SECONDS = 0.2
 RULES = {"no_progress": ("minutes", float), "plateau": ("steps", int), "eval_loss_below": ("value", float)}

@@ -5,51 +5,51 @@ import sys
 from collections.abc import Mapping
 from types import SimpleNamespace
 
-from client.console import Console
+from trainyard.client.console import Console
 
 
 def serve(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard serve`: ``python -m service``."""
+    """`trainyard serve`: ``python -m trainyard.service``."""
     settings = {**store_settings(args), "TRAINYARD_HOST": args.host, "TRAINYARD_PORT": args.port}
-    return become("service", ["--no-scheduler"] if args.no_scheduler else [], settings)
+    return become("trainyard.service", ["--no-scheduler"] if args.no_scheduler else [], settings)
 
 
 def upgrade_database(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard db upgrade`: ``python -m service.maintenance upgrade``."""
-    return become("service.maintenance", ["upgrade"], store_settings(args))
+    """`trainyard db upgrade`: ``python -m trainyard.service.maintenance upgrade``."""
+    return become("trainyard.service.maintenance", ["upgrade"], store_settings(args))
 
 
 def copy_database(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard db copy`: ``python -m service.maintenance copy``."""
-    return become("service.maintenance", ["copy", args.source, args.target], {})
+    """`trainyard db copy`: ``python -m trainyard.service.maintenance copy``."""
+    return become("trainyard.service.maintenance", ["copy", args.source, args.target], {})
 
 
 def back_up_database(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard db backup`: ``python -m service.maintenance backup``."""
-    return become("service.maintenance", ["backup", args.file], store_settings(args))
+    """`trainyard db backup`: ``python -m trainyard.service.maintenance backup``."""
+    return become("trainyard.service.maintenance", ["backup", args.file], store_settings(args))
 
 
 def train_tokenizer(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard tokenizer train`: ``python -m worker.tokenizers train``."""
+    """`trainyard tokenizer train`: ``python -m trainyard.worker.tokenizers train``."""
     options = ["--vocab-size", str(args.vocab_size), "--out", args.out, "--text-field", args.text_field]
-    return become("worker.tokenizers", ["train", args.file, *options], {})
+    return become("trainyard.worker.tokenizers", ["train", args.file, *options], {})
 
 
 def check_corpus(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard corpus check`: ``python -m worker.corpus check``."""
-    return become("worker.corpus", ["check", args.file, "--text-field", args.text_field, *_json(args)], {})
+    """`trainyard corpus check`: ``python -m trainyard.worker.corpus check``."""
+    return become("trainyard.worker.corpus", ["check", args.file, "--text-field", args.text_field, *_json(args)], {})
 
 
 def list_corpora(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard corpus list`: ``python -m service.upkeep.corpora list``."""
-    return become("service.upkeep.corpora", ["list", *_json(args)], {"TRAINYARD_HOME": args.home})
+    """`trainyard corpus list`: ``python -m trainyard.service.upkeep.corpora list``."""
+    return become("trainyard.service.upkeep.corpora", ["list", *_json(args)], {"TRAINYARD_HOME": args.home})
 
 
 def prune_corpora(args: SimpleNamespace, _console: Console) -> int:
-    """`trainyard corpus prune`: ``python -m service.upkeep.corpora prune``."""
+    """`trainyard corpus prune`: ``python -m trainyard.service.upkeep.corpora prune``."""
     given = {"--days": args.days, "--bytes": args.bytes}
     options = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return become("service.upkeep.corpora", ["prune", *options], {"TRAINYARD_HOME": args.home})
+    return become("trainyard.service.upkeep.corpora", ["prune", *options], {"TRAINYARD_HOME": args.home})
 
 
 def _json(args: SimpleNamespace) -> list[str]:

@@ -4,15 +4,15 @@ import shlex
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from client.advice import ending
-from client.api import Trainyard
-from client.console import Console
-from client.errors import NotFound, ServiceUnreachable
-from client.exits import Exit, at_rest, exit_of_job
-from client.reading import connect
-from client.shapes import Job
-from client.streams import Feed, StreamEvent
-from client.watch import INTERVAL, Clock, patience_of
+from trainyard.client.advice import ending
+from trainyard.client.api import Trainyard
+from trainyard.client.console import Console
+from trainyard.client.errors import NotFound, ServiceUnreachable
+from trainyard.client.exits import Exit, at_rest, exit_of_job
+from trainyard.client.reading import connect
+from trainyard.client.shapes import Job
+from trainyard.client.streams import Feed, StreamEvent
+from trainyard.client.watch import INTERVAL, Clock, patience_of
 
 
 def logs(args: SimpleNamespace, console: Console) -> int:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from client.advice import error_card, remedies
-from client.words import ago, count, duration, fixed, large, scientific, size, status_word
+from trainyard.client.advice import error_card, remedies
+from trainyard.client.words import ago, count, duration, fixed, large, scientific, size, status_word
 
 
 def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:

@@ -4,15 +4,15 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from client.api import Trainyard
-from client.cli.parser import PLAN
-from client.cli.spec_flags import differences
-from client.console import Console
-from client.errors import InvalidSpec, NotFound, Refused
-from client.exits import Exit
-from client.submission import Submission
-from client.words import count, duration, fixed, large, one_line, size
-from contract.parsing import parse_spec
+from trainyard.client.api import Trainyard
+from trainyard.client.cli.parser import PLAN
+from trainyard.client.cli.spec_flags import differences
+from trainyard.client.console import Console
+from trainyard.client.errors import InvalidSpec, NotFound, Refused
+from trainyard.client.exits import Exit
+from trainyard.client.submission import Submission
+from trainyard.client.words import count, duration, fixed, large, one_line, size
+from trainyard.contract.parsing import parse_spec
 
 NOT_ALLOWED = 405
 

@@ -9,12 +9,12 @@ from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any
 
-from client.api import Trainyard
-from client.console import Console
-from client.errors import ServiceUnreachable
-from client.exits import Exit
-from client.page import job_page
-from client.words import UNKNOWN, ago, count, duration, fixed, one_line, scientific, size, status_word, table
+from trainyard.client.api import Trainyard
+from trainyard.client.console import Console
+from trainyard.client.errors import ServiceUnreachable
+from trainyard.client.exits import Exit
+from trainyard.client.page import job_page
+from trainyard.client.words import UNKNOWN, ago, count, duration, fixed, one_line, scientific, size, status_word, table
 
 CELL = 60
 Row = Sequence[str]

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from client.api import Trainyard
-from client.errors import Refused
-from contract.rundir import MODEL_FILE
+from trainyard.client.api import Trainyard
+from trainyard.client.errors import Refused
+from trainyard.contract.rundir import MODEL_FILE
 
 LOOK_EVERY = 10
 """Looks at the job between two at its checkpoints: old ones are removed a moment after a new one came."""

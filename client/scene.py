@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from client.curve import Curve
-from client.saves import Kept
+from trainyard.client.curve import Curve
+from trainyard.client.saves import Kept
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from typing import Any
 
-from client.errors import Refused, ServiceUnreachable, TrainyardError
+from trainyard.client.errors import Refused, ServiceUnreachable, TrainyardError
 
 RETRY_SECONDS = 2.0
 MOST_WAITING = 2000

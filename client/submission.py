@@ -7,11 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-from client.cli.spec_flags import PATHS, given_leaves, parse_labels, spec_of
-from client.console import Console
-from client.errors import InvalidSpec
-from client.exits import UsageError
-from contract.parsing import ALIASES
+from trainyard.client.cli.spec_flags import PATHS, given_leaves, parse_labels, spec_of
+from trainyard.client.console import Console
+from trainyard.client.errors import InvalidSpec
+from trainyard.client.exits import UsageError
+from trainyard.contract.parsing import ALIASES
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 import shlex
 from types import SimpleNamespace
 
-from client.api import Trainyard
-from client.cli.parser import SUBMIT
-from client.console import Console
-from client.errors import InvalidSpec
-from client.exits import Exit, UsageError
-from client.plan import shown_before, warned_before
-from client.shapes import Job
-from client.submission import Submission
-from contract.parsing import parse_spec
+from trainyard.client.api import Trainyard
+from trainyard.client.cli.parser import SUBMIT
+from trainyard.client.console import Console
+from trainyard.client.errors import InvalidSpec
+from trainyard.client.exits import Exit, UsageError
+from trainyard.client.plan import shown_before, warned_before
+from trainyard.client.shapes import Job
+from trainyard.client.submission import Submission
+from trainyard.contract.parsing import parse_spec
 
 
 def submit(args: SimpleNamespace, console: Console) -> int:
@@ -58,7 +58,7 @@ def _agreed(asked: Submission, trainyard: Trainyard, console: Console) -> bool:
 def _launched(job: Job, args: SimpleNamespace, console: Console) -> int:
     if args.watch:
         # Imported here: a submit that does not watch draws nothing.
-        from client.watch import follow_job
+        from trainyard.client.watch import follow_job
 
         return follow_job(job["id"], args, console, handle=job["id"])
     if args.json:

@@ -3,11 +3,11 @@
 from datetime import datetime
 from typing import Any, Protocol
 
-from client.console import Console
-from client.frame import Line, frame
-from client.page import alert_text
-from client.scene import Scene
-from client.words import one_line, utc
+from trainyard.client.console import Console
+from trainyard.client.frame import Line, frame
+from trainyard.client.page import alert_text
+from trainyard.client.scene import Scene
+from trainyard.client.words import one_line, utc
 
 LINE_SECONDS = 10.0
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
-from client.advice import ending
-from client.api import Trainyard
-from client.connection import Patience
-from client.console import Console
-from client.errors import Refused, ServiceUnreachable
-from client.exits import Exit, at_rest, exit_of_job
-from client.saves import Saves
-from client.scene import Scene
-from client.shapes import Job
-from client.streams import Feed, StreamEvent
-from client.views import View, view_for
+from trainyard.client.advice import ending
+from trainyard.client.api import Trainyard
+from trainyard.client.connection import Patience
+from trainyard.client.console import Console
+from trainyard.client.errors import Refused, ServiceUnreachable
+from trainyard.client.exits import Exit, at_rest, exit_of_job
+from trainyard.client.saves import Saves
+from trainyard.client.scene import Scene
+from trainyard.client.shapes import Job
+from trainyard.client.streams import Feed, StreamEvent
+from trainyard.client.views import View, view_for
 
 INTERVAL = 1.0
 BACKLOG = 2000

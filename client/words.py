@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from contract.units import human_bytes
+from trainyard.contract.units import human_bytes
 
 UNKNOWN = "-"
 BLOCKS = "▁▂▃▄▅▆▇█"

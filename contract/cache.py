@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract.locks import FileLock, LockBusy, is_held
+from trainyard.contract.locks import FileLock, LockBusy, is_held
 
 KEY = re.compile(r"[0-9a-f]{32}")
 BUILDING, REMOVING = "building", "removing"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from contract.status import Phase, Reason
+from trainyard.contract.status import Phase, Reason
 
 Step = Annotated[int, Field(ge=0)]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec
 
 ALIASES: dict[str, tuple[str, str]] = {
     "num_train_epochs": ("training", "epochs"),

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from contract.parsing import ALIASES
-from contract.spec import JobSpec
+from trainyard.contract.parsing import ALIASES
+from trainyard.contract.spec import JobSpec
 
 HEAD = """# The job spec
 

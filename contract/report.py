@@ -7,7 +7,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from contract.status import Desired, Reason
+from trainyard.contract.status import Desired, Reason
 
 
 class Message(BaseModel):

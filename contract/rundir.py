@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from contract.failpoints import failpoint
+from trainyard.contract.failpoints import failpoint
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 MILESTONE_DIRECTORY = re.compile(r"step-(\d{8,})-weights")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from model.config import ModelConfig
+from trainyard.model.config import ModelConfig
 
 
 def _encodable(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from service.tables import Table
+from trainyard.service.tables import Table
 
 connection = context.config.attributes["connection"]
 context.configure(

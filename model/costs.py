@@ -6,7 +6,7 @@ Legend: ``B`` rows, ``S`` positions, ``V`` vocabulary, ``L`` layers, ``C`` hidde
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from model.config import ModelConfig
+from trainyard.model.config import ModelConfig
 
 FLOAT32 = 4
 ADAM_MOMENTS = 2

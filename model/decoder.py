@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import ModelConfig
-from model.layers import (
+from trainyard.model.config import ModelConfig
+from trainyard.model.layers import (
     Attention,
     AttentionMask,
     FeedForward,
@@ -23,9 +23,9 @@ from model.layers import (
     RotaryTables,
     compute_dtype,
 )
-from model.loss import cross_entropy_sum
-from model.moe import MoE, RouterStats, Segments
-from model.varlen_attention import use_flash
+from trainyard.model.loss import cross_entropy_sum
+from trainyard.model.moe import MoE, RouterStats, Segments
+from trainyard.model.varlen_attention import use_flash
 
 INITIAL_STD = 0.02
 

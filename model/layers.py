@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import ModelConfig
-from model.varlen_attention import varlen_attention
+from trainyard.model.config import ModelConfig
+from trainyard.model.varlen_attention import varlen_attention
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

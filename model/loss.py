@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.layers import compute_dtype
+from trainyard.model.layers import compute_dtype
 
 IGNORED = -100
 """Label of a position without a token to predict."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import ModelConfig
-from model.grouped_gemm import ALIGNMENT, can_group, grouped_mm
-from model.layers import FeedForward, Linear
+from trainyard.model.config import ModelConfig
+from trainyard.model.grouped_gemm import ALIGNMENT, can_group, grouped_mm
+from trainyard.model.layers import FeedForward, Linear
 
 
 class TokenDispatch(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import cpu_attention
+from trainyard.model import cpu_attention
 
 
 def varlen_attention(queries: Tensor, keys: Tensor, values: Tensor, offsets: Tensor) -> Tensor:

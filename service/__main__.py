@@ -1,4 +1,4 @@
-"""``python -m service``: bind, say where, migrate, look after what lives, serve."""
+"""``python -m trainyard.service``: bind, say where, migrate, look after what lives, serve."""
 
 import argparse
 import contextlib
@@ -11,19 +11,19 @@ from pathlib import Path
 import uvicorn
 from sqlalchemy.exc import DBAPIError
 
-from contract.locks import FileLock, LockBusy
-from contract.rundir import read_json, write_json
-from service import logs
-from service.app import build, create_app
-from service.db import UnknownTables, what_it_said
-from service.launch.base import LOCAL, Launcher
-from service.launch.environment import WORKER_AGENT
-from service.launch.local import LocalLauncher
-from service.launch.side_by_side import SideBySide
-from service.launch.slurm import SLURM, SlurmLauncher
-from service.server import HEAD_BYTES, Protocol, Server
-from service.settings import Settings, SettingsRefused
-from service.timing import Timing
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.rundir import read_json, write_json
+from trainyard.service import logs
+from trainyard.service.app import build, create_app
+from trainyard.service.db import UnknownTables, what_it_said
+from trainyard.service.launch.base import LOCAL, Launcher
+from trainyard.service.launch.environment import WORKER_AGENT
+from trainyard.service.launch.local import LocalLauncher
+from trainyard.service.launch.side_by_side import SideBySide
+from trainyard.service.launch.slurm import SLURM, SlurmLauncher
+from trainyard.service.server import HEAD_BYTES, Protocol, Server
+from trainyard.service.settings import Settings, SettingsRefused
+from trainyard.service.timing import Timing
 
 BACKLOG = 512
 PREDECESSOR_SECONDS = 20.0
@@ -96,7 +96,7 @@ def _its_url(settings: Settings) -> str:
 
 def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
     """The settings, and whether this service may schedule."""
-    parser = argparse.ArgumentParser(prog="python -m service", description="The Trainyard service")
+    parser = argparse.ArgumentParser(prog="python -m trainyard.service", description="The Trainyard service")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8000); 0: any free one")
     parser.add_argument("--home", type=Path, help="directory for runs, database and caches (./trainyard-home)")

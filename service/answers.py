@@ -11,8 +11,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from service.access.scopes import scope_of
-from service.bodies import StrictRequest
+from trainyard.service.access.scopes import scope_of
+from trainyard.service.bodies import StrictRequest
 
 
 def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

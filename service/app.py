@@ -11,42 +11,42 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service import exposition, status_routes
-from service.access import routes as access_routes
-from service.access.scopes import methods_at, scopes_of
-from service.answers import ServiceRoute
-from service.bodies import invalid_request
-from service.checkpoints import routes as checkpoint_routes
-from service.context import Services
-from service.dashboard.assets import Assets
-from service.dashboard.pages import DashboardMiddleware
-from service.db import Database
-from service.devices import routes as device_routes
-from service.devices.inventory import HostInventory, Inventory, visible_devices
-from service.document import openapi
-from service.errors import ServiceError, answer, from_exception
-from service.exports import routes as export_routes
-from service.forks import routes as fork_routes
-from service.jobs import files, log_routes, products
-from service.jobs import routes as job_routes
-from service.launch.base import Launcher
-from service.metrics import routes as metric_routes
-from service.planning import routes as plan_routes
-from service.reports import routes as report_routes
-from service.scheduler.bulletin import PublishedInventory
-from service.scheduler.lease import Lease
-from service.scheduler.loop import Scheduler
-from service.settings import Settings
-from service.streams import routes as stream_routes
-from service.streams.pulse import Pulse
-from service.timing import Timing
-from service.upkeep.corpora import CorpusShelf
-from service.upkeep.loop import Upkeep
-from service.upkeep.retention import Policy
-from service.web import Gate, HeadMiddleware
-from service.webhooks import routes as webhook_routes
-from service.webhooks.courier import Courier
-from service.webhooks.sender import Sender
+from trainyard.service import exposition, status_routes
+from trainyard.service.access import routes as access_routes
+from trainyard.service.access.scopes import methods_at, scopes_of
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.bodies import invalid_request
+from trainyard.service.checkpoints import routes as checkpoint_routes
+from trainyard.service.context import Services
+from trainyard.service.dashboard.assets import Assets
+from trainyard.service.dashboard.pages import DashboardMiddleware
+from trainyard.service.db import Database
+from trainyard.service.devices import routes as device_routes
+from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
+from trainyard.service.document import openapi
+from trainyard.service.errors import ServiceError, answer, from_exception
+from trainyard.service.exports import routes as export_routes
+from trainyard.service.forks import routes as fork_routes
+from trainyard.service.jobs import files, log_routes, products
+from trainyard.service.jobs import routes as job_routes
+from trainyard.service.launch.base import Launcher
+from trainyard.service.metrics import routes as metric_routes
+from trainyard.service.planning import routes as plan_routes
+from trainyard.service.reports import routes as report_routes
+from trainyard.service.scheduler.bulletin import PublishedInventory
+from trainyard.service.scheduler.lease import Lease
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.settings import Settings
+from trainyard.service.streams import routes as stream_routes
+from trainyard.service.streams.pulse import Pulse
+from trainyard.service.timing import Timing
+from trainyard.service.upkeep.corpora import CorpusShelf
+from trainyard.service.upkeep.loop import Upkeep
+from trainyard.service.upkeep.retention import Policy
+from trainyard.service.web import Gate, HeadMiddleware
+from trainyard.service.webhooks import routes as webhook_routes
+from trainyard.service.webhooks.courier import Courier
+from trainyard.service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
 REQUEST_THREADS = 32

@@ -8,8 +8,8 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from contract.parsing import Problem, plain, pointer_to, printable
-from service.errors import BodyNotJson, RequestInvalid, ServiceError, WrongMediaType, with_problems
+from trainyard.contract.parsing import Problem, plain, pointer_to, printable
+from trainyard.service.errors import BodyNotJson, RequestInvalid, ServiceError, WrongMediaType, with_problems
 
 MAX_DEPTH = 64
 """Levels of arrays and objects in a body."""

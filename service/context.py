@@ -6,18 +6,18 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.access.gatekeeper import Gatekeeper
-from service.db import Database
-from service.devices.inventory import Inventory
-from service.jobs.lines import Lines
-from service.jobs.specs import Host
-from service.scheduler.lease import LeaderWatch
-from service.scheduler.loop import Scheduler
-from service.settings import Settings
-from service.streams.pulse import Pulse
-from service.telemetry import Telemetry
-from service.upkeep.disks import DiskWatch
-from service.webhooks.sender import Sender
+from trainyard.service.access.gatekeeper import Gatekeeper
+from trainyard.service.db import Database
+from trainyard.service.devices.inventory import Inventory
+from trainyard.service.jobs.lines import Lines
+from trainyard.service.jobs.specs import Host
+from trainyard.service.scheduler.lease import LeaderWatch
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.settings import Settings
+from trainyard.service.streams.pulse import Pulse
+from trainyard.service.telemetry import Telemetry
+from trainyard.service.upkeep.disks import DiskWatch
+from trainyard.service.webhooks.sender import Sender
 
 
 @dataclass(frozen=True)

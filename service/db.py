@@ -18,9 +18,9 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, InterfaceError, InvalidatePoolError, OperationalError
 from sqlalchemy.orm import Session
 
-import migrations
-from contract.locks import FileLock
-from service.errors import DatabaseAway, OutcomeUnknown
+from trainyard import migrations
+from trainyard.contract.locks import FileLock
+from trainyard.service.errors import DatabaseAway, OutcomeUnknown
 
 if TYPE_CHECKING:
     # Takes a fifth of what a service needs to start, and is used where the tables are not yet of this release.

@@ -9,12 +9,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from contract.parsing import ALIASES
-from contract.reference import NOTES, TITLES
-from contract.spec import JobSpec
-from contract.units import UNITS
-from service.errors import PROBLEM
-from service.shapes import ProblemDetails
+from trainyard.contract.parsing import ALIASES
+from trainyard.contract.reference import NOTES, TITLES
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.units import UNITS
+from trainyard.service.errors import PROBLEM
+from trainyard.service.shapes import ProblemDetails
 
 REF = "#/components/schemas/{model}"
 WEBHOOKS = ("post", "/webhooks")

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from contract.parsing import Problem
+from trainyard.contract.parsing import Problem
 
 PROBLEM = "application/problem+json"
 
@@ -178,7 +178,7 @@ class ExportFailed(ServiceError):
 
 
 class ExportUnavailable(ServiceError):
-    """The server has no torch, so it cannot export. Ask one that has, or run `python -m worker.export` yourself."""
+    """The server has no torch, so it cannot export. Ask one that has, or run `python -m trainyard.worker.export` yourself."""
 
     status, code = 501, "export_unavailable"
 

@@ -15,13 +15,13 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
-from contract.status import JobStatus
-from service.access.scopes import READ
-from service.answers import ServiceRoute
-from service.context import Services, ServicesNeeded
-from service.scheduler.apply import utc_now
-from service.tables import AttemptRow, JobRow, LeaseRow
-from service.upkeep.disks import State
+from trainyard.contract.status import JobStatus
+from trainyard.service.access.scopes import READ
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import AttemptRow, JobRow, LeaseRow
+from trainyard.service.upkeep.disks import State
 
 TEXT = "text/plain; version=0.0.4"
 TEXT_CONTENT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}

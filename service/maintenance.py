@@ -1,4 +1,4 @@
-"""``python -m service.maintenance``: what is done to a database from outside the service: upgrade, copy, back up."""
+"""``python -m trainyard.service.maintenance``: what is done to a database from outside the service: upgrade, copy, back up."""
 
 import argparse
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from contract.rundir import fsync_directory
-from service.db import Database, UnknownTables, what_it_said
-from service.settings import Settings, SettingsRefused
-from service.transfer import Copied, CopyRefused, copy, shown
+from trainyard.contract.rundir import fsync_directory
+from trainyard.service.db import Database, UnknownTables, what_it_said
+from trainyard.service.settings import Settings, SettingsRefused
+from trainyard.service.transfer import Copied, CopyRefused, copy, shown
 
 DATABASE = "trainyard.db"
 
@@ -42,7 +42,9 @@ def _refuse(given: argparse.Namespace, why: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m service.maintenance", description="The service's database")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainyard.service.maintenance", description="The service's database"
+    )
     verbs = parser.add_subparsers(dest="what", required=True)
     _add(verbs, "upgrade", _upgrade, "bring the tables up to date")
     backup_parser = _add(verbs, "backup", _backup, "write a copy of the SQLite database while the service runs")

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.context import Services
-from service.db import newest_revision
-from service.errors import DatabaseAway
-from service.scheduler.lease import LEASE_SECONDS, ROW, LeaderWatch
-from service.scheduler.loop import Scheduler
-from service.tables import LeaderRow
-from service.upkeep import warnings
-from service.upkeep.disks import DiskWatch, State
+from trainyard.service.context import Services
+from trainyard.service.db import newest_revision
+from trainyard.service.errors import DatabaseAway
+from trainyard.service.scheduler.lease import LEASE_SECONDS, ROW, LeaderWatch
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.tables import LeaderRow
+from trainyard.service.upkeep import warnings
+from trainyard.service.upkeep.disks import DiskWatch, State
 
 ROUND_SECONDS = 60.0
 """A round of the scheduler that takes longer hangs: none of its calls may."""

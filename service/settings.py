@@ -11,13 +11,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from service.launch.base import LOCAL
-from service.launch.slurm_setup import SlurmSetup
-from service.logs import Format, Level
-from service.proxies import Proxies
-from service.settings_base import EnvironmentSettings, SettingsRefused, Whole, parts
-from service.tokens import tokens_in
-from service.webhooks.addresses import Network
+from trainyard.service.launch.base import LOCAL
+from trainyard.service.launch.slurm_setup import SlurmSetup
+from trainyard.service.logs import Format, Level
+from trainyard.service.proxies import Proxies
+from trainyard.service.settings_base import EnvironmentSettings, SettingsRefused, Whole, parts
+from trainyard.service.tokens import tokens_in
+from trainyard.service.webhooks.addresses import Network
 
 __all__ = ["Settings", "SettingsRefused", "is_loopback"]
 

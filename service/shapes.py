@@ -5,8 +5,8 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from contract.report import ErrorCard, Failure
-from contract.status import Desired, JobStatus
+from trainyard.contract.report import ErrorCard, Failure
+from trainyard.contract.status import Desired, JobStatus
 
 T = TypeVar("T")
 

@@ -6,14 +6,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
 
-from service import readiness
-from service.access.scopes import OPEN, READ
-from service.answers import ServiceRoute
-from service.context import ServicesNeeded
-from service.errors import DatabaseAway, NotReady
-from service.shapes import Health, Version
-from service.upkeep.disks import Disk, State
-from service.upkeep.shapes import DiskUsage, Readiness, ReadyPart, ServiceStatus
+from trainyard.service import readiness
+from trainyard.service.access.scopes import OPEN, READ
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import ServicesNeeded
+from trainyard.service.errors import DatabaseAway, NotReady
+from trainyard.service.shapes import Health, Version
+from trainyard.service.upkeep.disks import Disk, State
+from trainyard.service.upkeep.shapes import DiskUsage, Readiness, ReadyPart, ServiceStatus
 
 API_VERSION = 1
 

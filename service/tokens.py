@@ -4,8 +4,8 @@ import hmac
 import logging
 from pathlib import Path
 
-from service.access.keys import token_hash
-from service.errors import Unauthorized
+from trainyard.service.access.keys import token_hash
+from trainyard.service.errors import Unauthorized
 
 log = logging.getLogger("trainyard")
 

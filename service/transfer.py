@@ -21,8 +21,8 @@ from sqlalchemy import Connection, RowMapping, Table, func, insert, select, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from service import db, tables
-from service.db import alembic_config, engine_for
+from trainyard.service import db, tables
+from trainyard.service.db import alembic_config, engine_for
 
 BATCH_ROWS = 500
 LEFT_OUT = frozenset({tables.LeaderRow.__tablename__})

@@ -14,11 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
-from service.access.callers import NOBODY, Caller
-from service.access.gatekeeper import Gatekeeper
-from service.dashboard.negotiation import is_file, is_page
-from service.errors import (
+from trainyard.service import logs
+from trainyard.service.access.callers import NOBODY, Caller
+from trainyard.service.access.gatekeeper import Gatekeeper
+from trainyard.service.dashboard.negotiation import is_file, is_page
+from trainyard.service.errors import (
     BodyTooLarge,
     ForeignHost,
     ForeignOrigin,
@@ -28,9 +28,9 @@ from service.errors import (
     answer,
     from_exception,
 )
-from service.jobs.ids import JOB_ID
-from service.settings import Settings
-from service.telemetry import Telemetry
+from trainyard.service.jobs.ids import JOB_ID
+from trainyard.service.settings import Settings
+from trainyard.service.telemetry import Telemetry
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -1,6 +1,6 @@
-"""`torchrun --standalone --nproc_per_node N -m worker RUN_DIR [--attempt N | --from-step N]`: the training process.
+"""`torchrun --standalone --nproc_per_node N -m trainyard.worker RUN_DIR [--attempt N | --from-step N]`: the training process.
 
-Also `python -m worker RUN_DIR` for one rank. Without --attempt it is started by hand: RUN_DIR/spec.json is what to run,
+Also `python -m trainyard.worker RUN_DIR` for one rank. Without --attempt it is started by hand: RUN_DIR/spec.json is what to run,
 and a checkpoint in RUN_DIR is gone on from. Exit code 0: done, or stopped as asked; 1: failed; 2: wrong usage.
 """
 
@@ -9,9 +9,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from contract.rundir import RANK_FILE, RunDir
-from worker.agent.launch import RANK_LOGS
-from worker.output import redirect_output
+from trainyard.contract.rundir import RANK_FILE, RunDir
+from trainyard.worker.agent.launch import RANK_LOGS
+from trainyard.worker.output import redirect_output
 
 
 def main() -> None:
@@ -27,13 +27,13 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from worker.program import run_rank
+    from trainyard.worker.program import run_rank
 
     record(run_rank)(run, number, from_step)
 
 
 def _parse() -> tuple[RunDir, int | None, int | None]:
-    parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trainyard.worker", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="holds spec.json; gets checkpoints and weights")
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--attempt", type=int, metavar="N", help="run RUN_DIR/attempt-000N/spec.json, as an agent does")

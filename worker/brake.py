@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.gate import SKIPS_IN_A_ROW, SKIPS_IN_ALL, Policy, Trouble
+from trainyard.worker.gate import SKIPS_IN_A_ROW, SKIPS_IN_ALL, Policy, Trouble
 
 
 @dataclass

@@ -20,9 +20,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from contract.failpoints import failpoint
-from contract.identity import Identity
-from contract.rundir import (
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import (
     CHECKPOINT_FILES,
     INVALID_PREFIX,
     MANIFEST_FILE,
@@ -36,7 +36,7 @@ from contract.rundir import (
     manifest_json,
     parse_manifest,
 )
-from worker.tensorfile import sha256_of, write_blocks, write_tensors
+from trainyard.worker.tensorfile import sha256_of, write_blocks, write_tensors
 
 OptimizerKind = Literal["adamw", "muon"]
 

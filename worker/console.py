@@ -1,6 +1,15 @@
 """What a person reads in the terminal, or in rank 0's log: one short line for each event that matters."""
 
-from contract.events import CheckpointSaved, Event, Metric, PhaseChanged, Sample, SettingsChanged, Started, Warned
+from trainyard.contract.events import (
+    CheckpointSaved,
+    Event,
+    Metric,
+    PhaseChanged,
+    Sample,
+    SettingsChanged,
+    Started,
+    Warned,
+)
 
 
 class Console:

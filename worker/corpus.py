@@ -26,15 +26,15 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
-from contract.cache import CorpusCache
-from contract.locks import FileLock, LockBusy
-from contract.rundir import read_json, write_json
-from contract.vocabulary import TokenizerInvalid
-from worker.lines import DataInvalid, Document, Naming, Runs, Tally, refuse_changed
-from worker.readers import Reader, open_reader, reads_as_plain_text
-from worker.shards import Shards, mapped, published
-from worker.source import open_regular
-from worker.tokenizers import Ids, Tokenizer, load
+from trainyard.contract.cache import CorpusCache
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.rundir import read_json, write_json
+from trainyard.contract.vocabulary import TokenizerInvalid
+from trainyard.worker.lines import DataInvalid, Document, Naming, Runs, Tally, refuse_changed
+from trainyard.worker.readers import Reader, open_reader, reads_as_plain_text
+from trainyard.worker.shards import Shards, mapped, published
+from trainyard.worker.source import open_regular
+from trainyard.worker.tokenizers import Ids, Tokenizer, load
 
 FORMAT = 1
 """Part of the key: a change of what is stored makes new shards and never misreads old ones."""
@@ -307,7 +307,7 @@ class Count:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m worker.corpus check FILE``; 1 where a job would refuse the file, 2 on wrong usage."""
+    """``python -m trainyard.worker.corpus check FILE``; 1 where a job would refuse the file, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="trainyard corpus", description="Corpora for pretraining.")
     command = parser.add_subparsers(dest="command", required=True, metavar="check")
     checking = command.add_parser("check", help="read a corpus as a job would, and name its bad lines")

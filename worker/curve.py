@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from contract.events import Warned
+from trainyard.contract.events import Warned
 
 ABOVE_GUESSING = 0.05
 """Nats by which untrained weights are worse than guessing, see `Decoder.initialise`."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from worker.rows import Integers
-from worker.splitmix import GAMMA, splitmix64
+from trainyard.worker.rows import Integers
+from trainyard.worker.splitmix import GAMMA, splitmix64
 
 ROUNDS = 8
 

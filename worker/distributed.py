@@ -14,10 +14,10 @@ from typing import Any, Self, TypeVar
 import torch
 import torch.distributed as dist
 
-from contract.report import RunSettings
-from contract.spec import JobSpec, Timeouts
-from contract.status import Reason
-from worker.failure import Failure, StopAsked
+from trainyard.contract.report import RunSettings
+from trainyard.contract.spec import JobSpec, Timeouts
+from trainyard.contract.status import Reason
+from trainyard.worker.failure import Failure, StopAsked
 
 T = TypeVar("T")
 

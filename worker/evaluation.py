@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from contract.failpoints import hit
-from worker.distributed import Ranks
-from worker.feed import cut, on_device, own_share
-from worker.rows import Batch, RowTable
-from worker.trainee import Trainee
+from trainyard.contract.failpoints import hit
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.feed import cut, on_device, own_share
+from trainyard.worker.rows import Batch, RowTable
+from trainyard.worker.trainee import Trainee
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """From a checkpoint to what others load: a Hugging Face directory, or MiniMind's .pth.
 
-``python -m worker.export CHECKPOINT_OR_RUN_DIR --format hf|minimind --out DIR``
+``python -m trainyard.worker.export CHECKPOINT_OR_RUN_DIR --format hf|minimind --out DIR``
 """
 
 import argparse
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
-from contract.rundir import (
+from trainyard.contract.rundir import (
     MANIFEST_FILE,
     MODEL_FILE,
     STATE_FILE,
@@ -28,14 +28,14 @@ from contract.rundir import (
     read_json,
     write_json,
 )
-from contract.spec import JobSpec
-from contract.vocabulary import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
-from model.config import ModelConfig
-from worker.checkpoint import RunState, manifest_of, read_state
-from worker.huggingface import CONFIG, WEIGHTS, NotExpressible, config_json
-from worker.tensorfile import sha256_of
-from worker.tokenizers import Tokenizer, load
-from worker.weights import write_weights
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.vocabulary import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
+from trainyard.model.config import ModelConfig
+from trainyard.worker.checkpoint import RunState, manifest_of, read_state
+from trainyard.worker.huggingface import CONFIG, WEIGHTS, NotExpressible, config_json
+from trainyard.worker.tensorfile import sha256_of
+from trainyard.worker.tokenizers import Tokenizer, load
+from trainyard.worker.weights import write_weights
 
 NEEDED = (MODEL_FILE, STATE_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -203,7 +203,7 @@ def _byte_characters() -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where it is done, 1 where it was refused, 2 on wrong usage."""
-    parser = argparse.ArgumentParser(prog="python -m worker.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m trainyard.worker.export", description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_RUN_DIR", help="of a run: its newest sound one")
     parser.add_argument("--format", choices=("hf", "minimind"), default="hf", help="default: hf")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")

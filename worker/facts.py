@@ -4,15 +4,15 @@ from collections.abc import Iterator
 
 import torch
 
-from contract.events import Started, Warned
-from contract.spec import JobSpec
-from model.costs import active_parameters, flops_per_token, parameters
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.material import Material
-from worker.meters import device_name
-from worker.resume import Start
-from worker.trainee import Progress
+from trainyard.contract.events import Started, Warned
+from trainyard.contract.spec import JobSpec
+from trainyard.model.costs import active_parameters, flops_per_token, parameters
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.material import Material
+from trainyard.worker.meters import device_name
+from trainyard.worker.resume import Start
+from trainyard.worker.trainee import Progress
 
 
 def started(

@@ -2,9 +2,9 @@
 
 import errno
 
-from contract.report import ErrorCard, Outcome
-from contract.spec import TrainingSpec
-from contract.status import Reason
+from trainyard.contract.report import ErrorCard, Outcome
+from trainyard.contract.spec import TrainingSpec
+from trainyard.contract.status import Reason
 
 COMPILER = ("torch._dynamo", "torch._inductor")
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

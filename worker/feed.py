@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.rows import Batch, Integers, RowTable
-from worker.step import Micro
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.rows import Batch, Integers, RowTable
+from trainyard.worker.step import Micro
 
 Normalization = Literal["global_tokens", "micro_batch_mean"]
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from contract.events import CheckpointSaved, Event, Warned
-from contract.identity import FREE_SHAPE, Identity
-from contract.report import Fork, read_message
-from contract.rundir import (
+from trainyard.contract.events import CheckpointSaved, Event, Warned
+from trainyard.contract.identity import FREE_SHAPE, Identity
+from trainyard.contract.report import Fork, read_message
+from trainyard.contract.rundir import (
     CHECKPOINT_FILES,
     MODEL_FILE,
     OPTIMIZER_FILE,
@@ -21,14 +21,14 @@ from contract.rundir import (
     RunDir,
     atomic_directory,
 )
-from contract.spec import JobSpec
-from contract.status import Reason
-from worker import checkpoint
-from worker.checkpoint import RunState
-from worker.failure import Failure
-from worker.milestones import KEPT, link
-from worker.retention import remove
-from worker.tensorfile import sha256_of, write_tensors
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.worker import checkpoint
+from trainyard.worker.checkpoint import RunState
+from trainyard.worker.failure import Failure
+from trainyard.worker.milestones import KEPT, link
+from trainyard.worker.retention import remove
+from trainyard.worker.tensorfile import sha256_of, write_tensors
 
 
 def fork_of(run: RunDir) -> Fork | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from model.config import ModelConfig
+from trainyard.model.config import ModelConfig
 
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from contract.locks import FileLock, LockBusy
-from contract.parsing import parse_spec
-from contract.rundir import AttemptDir, RunDir, write_atomically
-from contract.spec import JobSpec
-from contract.status import Reason
-from worker.distributed import Ranks
-from worker.failure import Failure
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.parsing import parse_spec
+from trainyard.contract.rundir import AttemptDir, RunDir, write_atomically
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.failure import Failure
 
 LOCK_SECONDS = 10.0
 

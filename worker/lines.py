@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from contract.corpora import MAX_NAME_LENGTH, MAX_NAMES
+from trainyard.contract.corpora import MAX_NAME_LENGTH, MAX_NAMES
 
 MAX_LINE_BYTES = 8 << 20
 """A longer line is a bad line: one document is held in memory together with its tokens."""

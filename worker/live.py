@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from contract.events import SettingsChanged
-from contract.report import RunSettings, read_message
-from contract.spec import JobSpec
+from trainyard.contract.events import SettingsChanged
+from trainyard.contract.report import RunSettings, read_message
+from trainyard.contract.spec import JobSpec
 
 Stamp = tuple[int, int]
 

@@ -10,20 +10,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from contract.corpora import Sketch
-from contract.events import Event, PhaseChanged, Warned
-from contract.identity import Identity
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from contract.status import Phase, Reason
-from contract.vocabulary import TokenizerInvalid
-from worker.corpus import Corpus, open_corpus
-from worker.distributed import Ranks
-from worker.failure import Failure, StopAsked, not_saved
-from worker.lines import DataInvalid
-from worker.roots import check_roots
-from worker.rows import RowTable, Split
-from worker.tokenizers import Tokenizer, limit_threads, load
+from trainyard.contract.corpora import Sketch
+from trainyard.contract.events import Event, PhaseChanged, Warned
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Phase, Reason
+from trainyard.contract.vocabulary import TokenizerInvalid
+from trainyard.worker.corpus import Corpus, open_corpus
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.failure import Failure, StopAsked, not_saved
+from trainyard.worker.lines import DataInvalid
+from trainyard.worker.roots import check_roots
+from trainyard.worker.rows import RowTable, Split
+from trainyard.worker.tokenizers import Tokenizer, limit_threads, load
 
 CACHE = "TRAINYARD_CORPUS_CACHE"
 TOLD_SECONDS = 1.0

@@ -8,9 +8,9 @@ from typing import Self
 
 import torch
 
-from contract.events import Metric
-from worker.distributed import Ranks, Row
-from worker.step import StepResult
+from trainyard.contract.events import Metric
+from trainyard.worker.distributed import Ranks, Row
+from trainyard.worker.step import StepResult
 
 PEAKS: tuple[tuple[str, float], ...] = (
     ("GB200", 2.5e15),

@@ -7,9 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
-from contract.failpoints import failpoint
-from contract.rundir import MODEL_FILE, STATE_FILE, FileDigest, ProductDir, atomic_directory
-from worker.checkpoint import Saved, manifest_of, saved_at, saving_directory, write_manifest
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.rundir import MODEL_FILE, STATE_FILE, FileDigest, ProductDir, atomic_directory
+from trainyard.worker.checkpoint import Saved, manifest_of, saved_at, saving_directory, write_manifest
 
 KEPT = (MODEL_FILE, STATE_FILE)
 

@@ -9,7 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Self
 
-from contract.events import Event
+from trainyard.contract.events import Event
 
 KEPT_LINES = 100_000
 """Lines kept while the disk takes none; beyond that the oldest are lost, and the run goes on."""

@@ -4,8 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from contract.report import Outcome
-from contract.rundir import fsync_directory
+from trainyard.contract.report import Outcome
+from trainyard.contract.rundir import fsync_directory
 
 
 def publish_outcome(path: Path, outcome: Outcome) -> Outcome:

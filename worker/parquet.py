@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Self
 
-from worker import lines
-from worker.lines import BadLine, DataInvalid, Document, Tally
-from worker.source import Source, optional
+from trainyard.worker import lines
+from trainyard.worker.lines import BadLine, DataInvalid, Document, Tally
+from trainyard.worker.source import Source, optional
 
 ROWS = 256
 """Rows that are decoded at once."""

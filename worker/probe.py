@@ -7,12 +7,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from contract.events import Event, ResumeVerified, Warned
-from contract.spec import TrainingSpec
-from worker.data import Permutation
-from worker.feed import on_device
-from worker.rows import Batch, Integers, RowTable
-from worker.trainee import Trainee
+from trainyard.contract.events import Event, ResumeVerified, Warned
+from trainyard.contract.spec import TrainingSpec
+from trainyard.worker.data import Permutation
+from trainyard.worker.feed import on_device
+from trainyard.worker.rows import Batch, Integers, RowTable
+from trainyard.worker.trainee import Trainee
 
 ROWS, POSITIONS = 4, 32
 """So many rows, and the beginning of each: scoring them takes a hundredth or two of what a save takes."""

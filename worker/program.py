@@ -3,22 +3,22 @@
 import os
 import sys
 
-from contract.events import Event, Finished
-from contract.report import Outcome
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from contract.status import Reason
-from worker.console import Console
-from worker.distributed import Ranks, join, leave
-from worker.failure import Failure, StopAsked, cannot_compile, out_of_memory
-from worker.launch import Attempt, SpecUnusable, claim, read_spec
-from worker.life import SignOfLife
-from worker.meters import memory_bytes
-from worker.outbox import AnyOutbox, Outbox, Silent
-from worker.outcome import publish_outcome
-from worker.stopping import StopWish
-from worker.trackers import Trackers
-from worker.train import Say, train
+from trainyard.contract.events import Event, Finished
+from trainyard.contract.report import Outcome
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.worker.console import Console
+from trainyard.worker.distributed import Ranks, join, leave
+from trainyard.worker.failure import Failure, StopAsked, cannot_compile, out_of_memory
+from trainyard.worker.launch import Attempt, SpecUnusable, claim, read_spec
+from trainyard.worker.life import SignOfLife
+from trainyard.worker.meters import memory_bytes
+from trainyard.worker.outbox import AnyOutbox, Outbox, Silent
+from trainyard.worker.outcome import publish_outcome
+from trainyard.worker.stopping import StopWish
+from trainyard.worker.trackers import Trackers
+from trainyard.worker.train import Say, train
 
 FAILED, USAGE = 1, 2
 

@@ -9,11 +9,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self
 
-from contract.corpora import BLANK, BOM, Packing, is_plain_text
-from worker import lines
-from worker.lines import BadLine, Document, Tally, text_of
-from worker.parquet import ParquetReader
-from worker.source import Source
+from trainyard.contract.corpora import BLANK, BOM, Packing, is_plain_text
+from trainyard.worker import lines
+from trainyard.worker.lines import BadLine, Document, Tally, text_of
+from trainyard.worker.parquet import ParquetReader
+from trainyard.worker.source import Source
 
 SKIPPED_LINES = 1 << 16
 """Lines that are passed over between two signs of life."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from contract.events import CheckpointRemoved, CheckpointSaved, Event, Warned
-from contract.failpoints import failpoint
-from contract.identity import Identity
-from contract.rundir import (
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, Warned
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import (
     CHECKPOINT_FILES,
     MANIFEST_FILE,
     SAVING_PREFIX,
@@ -18,15 +18,15 @@ from contract.rundir import (
     RunDir,
     publish_directory,
 )
-from contract.spec import JobSpec
-from contract.status import Reason
-from worker import checkpoint
-from worker.checkpoint import Damage, RunState, Saved
-from worker.failure import Failure
-from worker.fork import adopt, fork_of, unusable
-from worker.milestones import link
-from worker.retention import collect_leftovers
-from worker.saving import report_damage
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.worker import checkpoint
+from trainyard.worker.checkpoint import Damage, RunState, Saved
+from trainyard.worker.failure import Failure
+from trainyard.worker.fork import adopt, fork_of, unusable
+from trainyard.worker.milestones import link
+from trainyard.worker.retention import collect_leftovers
+from trainyard.worker.saving import report_damage
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from contract.rundir import REMOVING_PREFIX, SAVING_PREFIX, SUPERSEDED_PREFIX, ProductDir
-from worker.checkpoint import Saved, find_damage
-from worker.milestones import keep_weights
+from trainyard.contract.rundir import REMOVING_PREFIX, SAVING_PREFIX, SUPERSEDED_PREFIX, ProductDir
+from trainyard.worker.checkpoint import Saved, find_damage
+from trainyard.worker.milestones import keep_weights
 
 ASIDE = re.compile(re.escape(SUPERSEDED_PREFIX) + r"step-(\d{8,})(?:-weights)?(?:-\d+)?")
 """A checkpoint that was set aside because the run went back behind it."""

@@ -4,13 +4,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from contract.roots import why_outside
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from contract.status import Reason
-from contract.vocabulary import BYTE
-from worker.failure import Failure
-from worker.weights import places_of_weights
+from trainyard.contract.roots import why_outside
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.contract.vocabulary import BYTE
+from trainyard.worker.failure import Failure
+from trainyard.worker.weights import places_of_weights
 
 DATA_ROOTS, SAVE_ROOTS = "TRAINYARD_DATA_ROOTS", "TRAINYARD_SAVE_ROOTS"
 

@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worker.corpus import Corpus
-from worker.lines import DataInvalid
-from worker.shards import Columns, mapped, published
-from worker.splitmix import GAMMA, splitmix64
+from trainyard.worker.corpus import Corpus
+from trainyard.worker.lines import DataInvalid
+from trainyard.worker.shards import Columns, mapped, published
+from trainyard.worker.splitmix import GAMMA, splitmix64
 
 Integers = npt.NDArray[np.int64]
 Packing = Literal["document", "none"]

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from contract.events import Sample
-from model.decoder import Decoder
-from worker.step import Precision
-from worker.tokenizers import Tokenizer
+from trainyard.contract.events import Sample
+from trainyard.model.decoder import Decoder
+from trainyard.worker.step import Precision
+from trainyard.worker.tokenizers import Tokenizer
 
 NEW_TOKENS = 64
 

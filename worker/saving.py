@@ -8,21 +8,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
-from contract.identity import Identity
-from contract.rundir import ProductDir
-from contract.spec import JobSpec
-from contract.status import Phase
-from worker import checkpoint, retention
-from worker.beside import Beside
-from worker.checkpoint import RunState, Saved
-from worker.distributed import Ranks
-from worker.failure import describe, not_saved
-from worker.meters import Meters
-from worker.probe import Probe
-from worker.snapshot import Copies, Snapshot
-from worker.trainee import Progress, Trainee
-from worker.weights import weights_file, write_weights
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import ProductDir
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Phase
+from trainyard.worker import checkpoint, retention
+from trainyard.worker.beside import Beside
+from trainyard.worker.checkpoint import RunState, Saved
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.failure import describe, not_saved
+from trainyard.worker.meters import Meters
+from trainyard.worker.probe import Probe
+from trainyard.worker.snapshot import Copies, Snapshot
+from trainyard.worker.trainee import Progress, Trainee
+from trainyard.worker.weights import weights_file, write_weights
 
 TRIES = 2
 RETRY_SECONDS = 1.0

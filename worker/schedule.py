@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Self
 
-from contract.spec import JobSpec, TrainingSpec
+from trainyard.contract.spec import JobSpec, TrainingSpec
 
 
 @dataclass(frozen=True)

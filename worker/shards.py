@@ -16,10 +16,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from contract.cache import building_of
-from contract.rundir import publish_directory, read_json, write_json
-from worker.lines import DataInvalid, Tally
-from worker.tokenizers import Ids, Tokenizer
+from trainyard.contract.cache import building_of
+from trainyard.contract.rundir import publish_directory, read_json, write_json
+from trainyard.worker.lines import DataInvalid, Tally
+from trainyard.worker.tokenizers import Ids, Tokenizer
 
 JOURNAL = "journal.json"
 JOURNAL_SECONDS = 5.0

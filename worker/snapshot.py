@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from worker.checkpoint import optimizer_tensors, shared_names
+from trainyard.worker.checkpoint import optimizer_tensors, shared_names
 
 
 class Copies(NamedTuple):

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from contract.corpora import Packing, packing_of
-from worker.lines import DataInvalid, refuse_changed
+from trainyard.contract.corpora import Packing, packing_of
+from trainyard.worker.lines import DataInvalid, refuse_changed
 
 BUFFER_BYTES = 1 << 20
 

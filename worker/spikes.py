@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Self
 
-from contract.events import Warned
-from worker.distributed import Row
+from trainyard.contract.events import Warned
+from trainyard.worker.distributed import Row
 
 WINDOW, LEAST = 64, 32
 SPREADS, SHARE = 10.0, 0.2

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from contract.failpoints import hit
-from worker.brake import Brake
-from worker.splitmix import GAMMA, splitmix64
+from trainyard.contract.failpoints import hit
+from trainyard.worker.brake import Brake
+from trainyard.worker.splitmix import GAMMA, splitmix64
 
 
 class Batch(Protocol):

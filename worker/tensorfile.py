@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from contract.failpoints import failpoint
-from contract.rundir import FileDigest
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.rundir import FileDigest
 
 DTYPES = {
     torch.float64: "F64",

@@ -18,8 +18,8 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from contract.rundir import write_atomically
-from contract.vocabulary import (
+from trainyard.contract.rundir import write_atomically
+from trainyard.contract.vocabulary import (
     BYTE,
     BYTE_FINGERPRINT,
     BYTE_VOCABULARY,
@@ -28,8 +28,8 @@ from contract.vocabulary import (
     Vocabulary,
     tokenizer_file,
 )
-from worker.lines import DataInvalid
-from worker.readers import Reader, open_reader
+from trainyard.worker.lines import DataInvalid
+from trainyard.worker.readers import Reader, open_reader
 
 Ids = npt.NDArray[np.uint32]
 
@@ -190,7 +190,7 @@ def _config_for_transformers() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m worker.tokenizers train FILE --vocab-size 6400 --out DIR``; 1 on failure, 2 on wrong usage."""
+    """``python -m trainyard.worker.tokenizers train FILE --vocab-size 6400 --out DIR``; 1 on failure, 2 on wrong usage."""
     parser = argparse.ArgumentParser(prog="trainyard tokenizer", description="Tokenizers for pretraining.")
     command = parser.add_subparsers(dest="command", required=True, metavar="train")
     training = command.add_parser("train", help="learn a byte-level BPE from a corpus")

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from contract.events import Event, Metric, Warned
-from contract.spec import JobSpec
+from trainyard.contract.events import Event, Metric, Warned
+from trainyard.contract.spec import JobSpec
 
 SHOWN = (
     "loss",

@@ -8,37 +8,37 @@ from typing import Any
 
 import torch
 
-from contract.events import Event, PhaseChanged, Warned
-from contract.failpoints import hit
-from contract.report import Outcome, RunSettings
-from contract.spec import JobSpec, NodeRange
-from contract.status import Phase, Reason
-from worker import gate
-from worker.curve import CurveWatch
-from worker.data import Order
-from worker.distributed import Agreement, Ranks, Wishes, require
-from worker.evaluation import Evaluation
-from worker.facts import cautions, has_bfloat16, started
-from worker.failure import Failure
-from worker.feed import Feed
-from worker.gate import Verdict
-from worker.launch import Attempt
-from worker.life import SignOfLife
-from worker.live import SettingsWish, changed, with_settings
-from worker.material import Material, prepare
-from worker.meters import Interval, Meters, own_interval
-from worker.probe import Probe, verified
-from worker.resume import Start, find_start, newest_of
-from worker.roots import check_roots
-from worker.samples import written
-from worker.saving import Saver
-from worker.schedule import Calendar, LearningRate, total_steps
-from worker.spikes import Spikes, told
-from worker.step import StepResult, Unread, read, seed_dropout
-from worker.stopping import StopWish
-from worker.trackers import Trackers
-from worker.trainee import Progress, Trainee, build, initial_model
-from worker.weights import start_from
+from trainyard.contract.events import Event, PhaseChanged, Warned
+from trainyard.contract.failpoints import hit
+from trainyard.contract.report import Outcome, RunSettings
+from trainyard.contract.spec import JobSpec, NodeRange
+from trainyard.contract.status import Phase, Reason
+from trainyard.worker import gate
+from trainyard.worker.curve import CurveWatch
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Agreement, Ranks, Wishes, require
+from trainyard.worker.evaluation import Evaluation
+from trainyard.worker.facts import cautions, has_bfloat16, started
+from trainyard.worker.failure import Failure
+from trainyard.worker.feed import Feed
+from trainyard.worker.gate import Verdict
+from trainyard.worker.launch import Attempt
+from trainyard.worker.life import SignOfLife
+from trainyard.worker.live import SettingsWish, changed, with_settings
+from trainyard.worker.material import Material, prepare
+from trainyard.worker.meters import Interval, Meters, own_interval
+from trainyard.worker.probe import Probe, verified
+from trainyard.worker.resume import Start, find_start, newest_of
+from trainyard.worker.roots import check_roots
+from trainyard.worker.samples import written
+from trainyard.worker.saving import Saver
+from trainyard.worker.schedule import Calendar, LearningRate, total_steps
+from trainyard.worker.spikes import Spikes, told
+from trainyard.worker.step import StepResult, Unread, read, seed_dropout
+from trainyard.worker.stopping import StopWish
+from trainyard.worker.trackers import Trackers
+from trainyard.worker.trainee import Progress, Trainee, build, initial_model
+from trainyard.worker.weights import start_from
 
 Say = Callable[[Event], None]
 

@@ -9,20 +9,20 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from contract.identity import Identity
-from contract.spec import TrainingSpec
-from contract.status import Reason
-from model.config import ModelConfig
-from model.decoder import Decoder
-from model.loss import IGNORED
-from model.muon import Muon, matrix_parameters
-from worker import checkpoint
-from worker.brake import Brake
-from worker.checkpoint import RunState
-from worker.distributed import Ranks, Row
-from worker.failure import Failure
-from worker.gate import Trouble
-from worker.step import Batch, Precision, Stepper, forward
+from trainyard.contract.identity import Identity
+from trainyard.contract.spec import TrainingSpec
+from trainyard.contract.status import Reason
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.model.loss import IGNORED
+from trainyard.model.muon import Muon, matrix_parameters
+from trainyard.worker import checkpoint
+from trainyard.worker.brake import Brake
+from trainyard.worker.checkpoint import RunState
+from trainyard.worker.distributed import Ranks, Row
+from trainyard.worker.failure import Failure
+from trainyard.worker.gate import Trouble
+from trainyard.worker.step import Batch, Precision, Stepper, forward
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

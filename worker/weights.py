@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from contract.rundir import ProductDir, write_atomically
-from contract.spec import JobSpec
-from contract.status import Reason
-from worker.checkpoint import shared_names
-from worker.failure import Failure
-from worker.huggingface import config_problems, files_of, is_directory_of_weights, read_config, split_experts
+from trainyard.contract.rundir import ProductDir, write_atomically
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.worker.checkpoint import shared_names
+from trainyard.worker.failure import Failure
+from trainyard.worker.huggingface import config_problems, files_of, is_directory_of_weights, read_config, split_experts
 
 SHOWN = 12
 

@@ -12,10 +12,10 @@ from benchmarks.load import live
 from benchmarks.load.figures import Figure, quantile
 from benchmarks.load.wire import Wire
 from benchmarks.running import served
-from service.db import Database
-from service.jobs import store
-from service.metrics import sealing
-from service.tables import MetricRow
+from trainyard.service.db import Database
+from trainyard.service.jobs import store
+from trainyard.service.metrics import sealing
+from trainyard.service.tables import MetricRow
 
 POINTS = 1_000_000
 AT_ONCE = 20_000

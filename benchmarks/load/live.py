@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.wire import Wire
-from contract.spec import JobSpec
-from contract.status import JobStatus
-from service.access.callers import LOCAL
-from service.access.keys import token_hash
-from service.db import Database
-from service.jobs import store
-from service.jobs.ids import new_id
-from service.tables import AttemptRow
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import JobStatus
+from trainyard.service.access.callers import LOCAL
+from trainyard.service.access.keys import token_hash
+from trainyard.service.db import Database
+from trainyard.service.jobs import store
+from trainyard.service.jobs.ids import new_id
+from trainyard.service.tables import AttemptRow
 
 
 @dataclass

@@ -10,11 +10,11 @@ from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served
-from contract.rundir import RunDir
-from service.db import Database
-from service.jobs import store
-from service.jobs.store import Note
-from service.scheduler.apply import utc_now
+from trainyard.contract.rundir import RunDir
+from trainyard.service.db import Database
+from trainyard.service.jobs import store
+from trainyard.service.jobs.store import Note
+from trainyard.service.scheduler.apply import utc_now
 
 JOBS = 30
 EVENTS = 50

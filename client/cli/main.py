@@ -7,10 +7,10 @@ from difflib import get_close_matches
 
 import click
 
-from client.cli.parser import trainyard
-from client.console import Console
-from client.errors import Refused, TrainyardError
-from client.exits import Exit, UsageError, exit_of_error
+from trainyard.client.cli.parser import trainyard
+from trainyard.client.console import Console
+from trainyard.client.errors import Refused, TrainyardError
+from trainyard.client.exits import Exit, UsageError, exit_of_error
 
 UNAUTHORIZED = 401
 COMPLETE = "__complete"
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 def _run(given: list[str], console: Console) -> int:
     if given[:1] == [COMPLETE] or COMPLETE_VARIABLE in os.environ:
-        from client.cli import completion
+        from trainyard.client.cli import completion
 
         return completion.answer(given[1:], console) if given[:1] == [COMPLETE] else completion.answer_shell()
     with trainyard.make_context("trainyard", given, obj=console) as context:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from contract.access import Scope
+from trainyard.contract.access import Scope
 
 if TYPE_CHECKING:
-    from client.console import Console
+    from trainyard.client.console import Console
 
 SUBMIT = "submit"
 PLAN = "plan"
@@ -50,7 +50,9 @@ class Command(click.Command):
     def runner(self) -> Callable[[SimpleNamespace, "Console"], int]:
         """Import and return the function of this command."""
         module, _, function = self._run.partition(":")
-        found: Callable[[SimpleNamespace, Console], int] = getattr(import_module(f"client.{module}"), function)
+        found: Callable[[SimpleNamespace, Console], int] = getattr(
+            import_module(f"trainyard.client.{module}"), function
+        )
         return found
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -74,7 +76,7 @@ class SpecCommand(Command):
         own = super().get_params(ctx)
         if ctx.resilient_parsing:
             return own
-        from client.cli.spec_flags import spec_options
+        from trainyard.client.cli.spec_flags import spec_options
 
         return [*own, *spec_options()]
 
@@ -82,7 +84,7 @@ class SpecCommand(Command):
         """Parse MiniMind's command line as well: with ``torchrun`` in front, and several values after one flag."""
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
-        from client.cli.spec_flags import repeat_flags, unknown_flag, without_program
+        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag, without_program
 
         try:
             return super().parse_args(ctx, repeat_flags(without_program(args)))
@@ -126,7 +128,7 @@ def rank(text: str) -> int | str:
 
 
 def _jobs(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    from client.cli.completion import jobs
+    from trainyard.client.cli.completion import jobs
 
     return [name for name in jobs() if name.startswith(incomplete)]
 

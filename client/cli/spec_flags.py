@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from client.cli.parser import Option
-from client.exits import UsageError
-from contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS
-from contract.spec import JobSpec
+from trainyard.client.cli.parser import Option
+from trainyard.client.exits import UsageError
+from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS
+from trainyard.contract.spec import JobSpec
 
 PATHS = (
     ("data", "data_path"),

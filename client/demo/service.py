@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from client.api import Trainyard
-from client.connection import Patience
-from client.errors import TrainyardError
-from contract.rundir import read_json
+from trainyard.client.api import Trainyard
+from trainyard.client.connection import Patience
+from trainyard.client.errors import TrainyardError
+from trainyard.contract.rundir import read_json
 
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
@@ -22,7 +22,7 @@ class ServiceFailed(Exception):
 
 
 class DemoService:
-    """``python -m service`` in a folder. It is ready when `start` returns."""
+    """``python -m trainyard.service`` in a folder. It is ready when `start` returns."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
@@ -41,7 +41,7 @@ class DemoService:
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C ends the demo first, and the demo ends the service.
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "service"],
+                [sys.executable, "-P", "-m", "trainyard.service"],
                 env=environment(os.environ, self.home),
                 stdin=subprocess.DEVNULL,
                 stdout=log,

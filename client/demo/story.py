@@ -18,18 +18,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from client.advice import error_card
-from client.api import Trainyard
-from client.console import Console
-from client.demo.corpus import write_corpus
-from client.demo.service import DemoService, ServiceFailed
-from client.download import sha256
-from client.errors import TrainyardError, WaitTimedOut
-from client.exits import Exit, at_rest
-from client.shapes import Job
-from client.words import bar, count, duration, fixed, large, one_line, scientific, size
-from contract.processes import ProcessIdentity, marked
-from contract.rundir import ProductDir, read_json
+from trainyard.client.advice import error_card
+from trainyard.client.api import Trainyard
+from trainyard.client.console import Console
+from trainyard.client.demo.corpus import write_corpus
+from trainyard.client.demo.service import DemoService, ServiceFailed
+from trainyard.client.download import sha256
+from trainyard.client.errors import TrainyardError, WaitTimedOut
+from trainyard.client.exits import Exit, at_rest
+from trainyard.client.shapes import Job
+from trainyard.client.words import bar, count, duration, fixed, large, one_line, scientific, size
+from trainyard.contract.processes import ProcessIdentity, marked
+from trainyard.contract.rundir import ProductDir, read_json
 
 VOCABULARY = 6400
 UNTRAINED_LOSS = math.log(VOCABULARY)
@@ -285,7 +285,15 @@ class Story:
     def _tokenizer(self) -> None:
         began = time.monotonic()
         arguments = ["train", str(self.home / "corpus.jsonl"), "--vocab-size", str(VOCABULARY)]
-        command = [sys.executable, "-P", "-m", "worker.tokenizers", *arguments, "--out", str(self.home / "tokenizer")]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "trainyard.worker.tokenizers",
+            *arguments,
+            "--out",
+            str(self.home / "tokenizer"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise DemoFailed(f"training the tokenizer ended with {done.returncode}:\n{done.stderr.strip()}")

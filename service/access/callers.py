@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from contract.access import Scope
+from trainyard.contract.access import Scope
 
 
 @dataclass(frozen=True)

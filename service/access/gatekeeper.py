@@ -8,14 +8,14 @@ from datetime import timedelta
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from service.access import keys, store
-from service.access.callers import ADMIN, LOCAL, Caller
-from service.access.keys import Grant
-from service.db import Database
-from service.errors import Unauthorized
-from service.scheduler.apply import utc_now
-from service.settings import Settings
-from service.tokens import Tokens
+from trainyard.service.access import keys, store
+from trainyard.service.access.callers import ADMIN, LOCAL, Caller
+from trainyard.service.access.keys import Grant
+from trainyard.service.db import Database
+from trainyard.service.errors import Unauthorized
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.settings import Settings
+from trainyard.service.tokens import Tokens
 
 REMEMBER_SECONDS = 1.0
 """How old our knowledge of a token may be: so long another server's revocation may take to reach this one."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 
-from contract.access import Scope
+from trainyard.contract.access import Scope
 
 PREFIX = "ty_"
 KEY = re.compile(r"ty_([a-z2-7]{12})_[A-Za-z0-9_-]{43}")

@@ -8,10 +8,10 @@ from typing import NamedTuple
 from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
-from contract.status import LIVE, JobStatus
-from service.access.callers import Caller
-from service.errors import QuotaExceeded
-from service.tables import JobRow, TokenRow
+from trainyard.contract.status import LIVE, JobStatus
+from trainyard.service.access.callers import Caller
+from trainyard.service.errors import QuotaExceeded
+from trainyard.service.tables import JobRow, TokenRow
 
 SHOWN = 5
 

@@ -7,17 +7,17 @@ from fastapi import APIRouter, Body
 from fastapi import Path as InPath
 from sqlalchemy import select
 
-from service.access import quotas, store
-from service.access.callers import RESERVED, CallerNeeded
-from service.access.quotas import Usage
-from service.access.scopes import ADMIN
-from service.access.shapes import AskedQuotas, AskedRotation, AskedToken, NewToken, Token
-from service.answers import ServiceRoute
-from service.context import Services, ServicesNeeded
-from service.errors import TokenNameTaken
-from service.scheduler.apply import utc_now
-from service.shapes import Page
-from service.tables import JobRow, TokenRow
+from trainyard.service.access import quotas, store
+from trainyard.service.access.callers import RESERVED, CallerNeeded
+from trainyard.service.access.quotas import Usage
+from trainyard.service.access.scopes import ADMIN
+from trainyard.service.access.shapes import AskedQuotas, AskedRotation, AskedToken, NewToken, Token
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.errors import TokenNameTaken
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.shapes import Page
+from trainyard.service.tables import JobRow, TokenRow
 
 Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
 

@@ -11,9 +11,9 @@ from fastapi.routing import APIRoute
 from fastapi.security import SecurityScopes
 from starlette.routing import BaseRoute
 
-from contract.access import Scope
-from service.access.callers import CallerNeeded
-from service.errors import Forbidden
+from trainyard.contract.access import Scope
+from trainyard.service.access.callers import CallerNeeded
+from trainyard.service.errors import Forbidden
 
 
 async def require(needed: SecurityScopes, caller: CallerNeeded) -> None:

@@ -5,9 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from contract.access import NAME
-from service.bodies import OptionalBody, StrictBody
-from service.shapes import Shape
+from trainyard.contract.access import NAME
+from trainyard.service.bodies import OptionalBody, StrictBody
+from trainyard.service.shapes import Shape
 
 MOST = 2**31 - 1
 TEN_YEARS = 3650 * 86_400

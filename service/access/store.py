@@ -6,13 +6,13 @@ from sqlalchemy import select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from contract.access import Scope
-from service.access import keys
-from service.access.keys import Grant
-from service.access.shapes import AskedToken
-from service.errors import TokenNameTaken, TokenNotFound, TokenRevoked
-from service.jobs.ids import new_id
-from service.tables import TokenRow
+from trainyard.contract.access import Scope
+from trainyard.service.access import keys
+from trainyard.service.access.keys import Grant
+from trainyard.service.access.shapes import AskedToken
+from trainyard.service.errors import TokenNameTaken, TokenNotFound, TokenRevoked
+from trainyard.service.jobs.ids import new_id
+from trainyard.service.tables import TokenRow
 
 ID_LETTERS = 12
 

@@ -6,7 +6,7 @@ from typing import BinaryIO
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from service.checkpoints.files import Slice
+from trainyard.service.checkpoints.files import Slice
 
 CHUNK = 1 << 20
 

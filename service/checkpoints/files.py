@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from contract.failpoints import failpoint
-from contract.rundir import MANIFEST_FILE, FileDigest, ProductDir, parse_manifest
-from service.errors import FileNotInCheckpoint, RangeUnsatisfiable
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.rundir import MANIFEST_FILE, FileDigest, ProductDir, parse_manifest
+from trainyard.service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
 LARGEST_MANIFEST = 16 << 20
 FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC

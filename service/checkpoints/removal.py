@@ -8,14 +8,14 @@ from pathlib import Path
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from contract.rundir import REMOVING_PREFIX, RunDir
-from contract.status import LIVE, JobStatus
-from service.access.callers import Caller
-from service.checkpoints.files import looks_sound, place_of
-from service.errors import CheckpointInUse, CheckpointNotFound, LastCheckpoint
-from service.jobs import store
-from service.jobs.store import Note
-from service.tables import AttemptRow, CheckpointRow, JobRow
+from trainyard.contract.rundir import REMOVING_PREFIX, RunDir
+from trainyard.contract.status import LIVE, JobStatus
+from trainyard.service.access.callers import Caller
+from trainyard.service.checkpoints.files import looks_sound, place_of
+from trainyard.service.errors import CheckpointInUse, CheckpointNotFound, LastCheckpoint
+from trainyard.service.jobs import store
+from trainyard.service.jobs.store import Note
+from trainyard.service.tables import AttemptRow, CheckpointRow, JobRow
 
 """What a name begins with that the worker takes for a leftover, and collects."""
 

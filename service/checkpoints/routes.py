@@ -9,18 +9,18 @@ from fastapi import Path as InPath
 from fastapi.responses import Response
 from sqlalchemy import select
 
-from contract.rundir import RunDir
-from service.access.callers import CallerNeeded
-from service.access.scopes import READ, SUBMIT
-from service.answers import ServiceRoute
-from service.checkpoints import removal
-from service.checkpoints.download import Download
-from service.checkpoints.files import open_listed, place_of, slice_of
-from service.context import Services, ServicesNeeded
-from service.errors import CheckpointNotFound
-from service.jobs import store
-from service.scheduler.apply import utc_now
-from service.tables import CheckpointRow
+from trainyard.contract.rundir import RunDir
+from trainyard.service.access.callers import CallerNeeded
+from trainyard.service.access.scopes import READ, SUBMIT
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.checkpoints import removal
+from trainyard.service.checkpoints.download import Download
+from trainyard.service.checkpoints.files import open_listed, place_of, slice_of
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.errors import CheckpointNotFound
+from trainyard.service.jobs import store
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import CheckpointRow
 
 LARGEST = 2**53 - 1
 Step = Annotated[int, InPath(ge=0, le=LARGEST)]

@@ -13,16 +13,16 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.corpora import Sketch
-from contract.identity import FREE_SHAPE, Identity
-from contract.roots import why_outside
-from contract.rundir import STATE_FILE, RunDir
-from contract.vocabulary import BYTE, TokenizerInvalid, identified, tokenizer_file
-from service.checkpoints.files import opened, place_of
-from service.errors import RunDiffers
-from service.jobs.specs import LARGEST_TOKENIZER_BYTES
-from service.settings import Settings
-from service.tables import CheckpointRow, JobRow
+from trainyard.contract.corpora import Sketch
+from trainyard.contract.identity import FREE_SHAPE, Identity
+from trainyard.contract.roots import why_outside
+from trainyard.contract.rundir import STATE_FILE, RunDir
+from trainyard.contract.vocabulary import BYTE, TokenizerInvalid, identified, tokenizer_file
+from trainyard.service.checkpoints.files import opened, place_of
+from trainyard.service.errors import RunDiffers
+from trainyard.service.jobs.specs import LARGEST_TOKENIZER_BYTES
+from trainyard.service.settings import Settings
+from trainyard.service.tables import CheckpointRow, JobRow
 
 LARGEST_STATE = 16 << 20
 NEWEST = 5

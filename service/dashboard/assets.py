@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract.rundir import write_atomically
-from service.dashboard.negotiation import URL_PREFIX
+from trainyard.contract.rundir import write_atomically
+from trainyard.service.dashboard.negotiation import URL_PREFIX
 
 STATIC = Path(__file__).parent / "static"
 INDEX_HTML = "index.html"

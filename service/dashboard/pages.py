@@ -4,8 +4,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.dashboard.assets import Asset, Assets
-from service.dashboard.negotiation import accepts_gzip, is_file, is_page, is_page_or_api
+from trainyard.service.dashboard.assets import Asset, Assets
+from trainyard.service.dashboard.negotiation import accepts_gzip, is_file, is_page, is_page_or_api
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (

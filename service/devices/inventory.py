@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pynvml
 
-from contract.processes import MARKER, variable_of
+from trainyard.contract.processes import MARKER, variable_of
 
 FRESH_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")

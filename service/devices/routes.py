@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter
 from sqlalchemy import select
 
-from service.access.scopes import READ
-from service.answers import ServiceRoute
-from service.context import ServicesNeeded
-from service.devices.shapes import LeasedDevice
-from service.shapes import Page
-from service.tables import AttemptRow, LeaseRow
+from trainyard.service.access.scopes import READ
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import ServicesNeeded
+from trainyard.service.devices.shapes import LeasedDevice
+from trainyard.service.shapes import Page
+from trainyard.service.tables import AttemptRow, LeaseRow
 
 router = APIRouter(tags=["service"], route_class=ServiceRoute)
 

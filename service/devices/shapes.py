@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from service.shapes import Shape
+from trainyard.service.shapes import Shape
 
 
 class LeasedDevice(Shape):

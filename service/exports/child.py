@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-from contract.locks import FileLock
-from service.errors import ExportFailed, ExportTimedOut, ExportUnavailable
-from service.launch.environment import inherited
+from trainyard.contract.locks import FileLock
+from trainyard.service.errors import ExportFailed, ExportTimedOut, ExportUnavailable
+from trainyard.service.launch.environment import IMPORT_ROOT, inherited
 
-WORKER_EXPORT = (sys.executable, "-P", "-m", "worker.export")
+WORKER_EXPORT = (sys.executable, "-P", "-m", "trainyard.worker.export")
 """All that the service knows of the exporter. -P: a folder named worker/ where the service was started is not ours."""
 
 SECONDS = 900.0
@@ -51,8 +50,7 @@ def run(arguments: list[str], lock: FileLock, seconds: float | None = None) -> N
 
 def _environment() -> dict[str, str]:
     # No device: an export is a copy, and devices are leased.
-    root = str(Path(__file__).resolve().parents[2])
-    return {**inherited(dict(os.environ)), "PYTHONPATH": root, "CUDA_VISIBLE_DEVICES": ""}
+    return {**inherited(dict(os.environ)), "PYTHONPATH": IMPORT_ROOT, "CUDA_VISIBLE_DEVICES": ""}
 
 
 def _end(child: "subprocess.Popen[bytes]") -> None:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contract.locks import FileLock, LockBusy
-from contract.rundir import MODEL_FILE, ProductDir, fsync_directory, read_json, write_json
-from service.checkpoints.files import manifest_of
-from service.errors import CheckpointNotFound, DiskTrouble, ExportUnderWay
-from service.exports import child
-from service.forks.links import share
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.rundir import MODEL_FILE, ProductDir, fsync_directory, read_json, write_json
+from trainyard.service.checkpoints.files import manifest_of
+from trainyard.service.errors import CheckpointNotFound, DiskTrouble, ExportUnderWay
+from trainyard.service.exports import child
+from trainyard.service.forks.links import share
 
 NAMED = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
 

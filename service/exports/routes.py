@@ -5,22 +5,22 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Response
 
-from contract.rundir import ProductDir, RunDir
-from service.access.callers import Caller, CallerNeeded
-from service.access.scopes import READ, SUBMIT
-from service.answers import ServiceRoute, json_response
-from service.bodies import OptionalBody
-from service.checkpoints.download import Download
-from service.checkpoints.files import NAME, opened, slice_of
-from service.checkpoints.routes import BYTES, Name, Step, directory_of
-from service.context import Services, ServicesNeeded
-from service.errors import FileNotInExport
-from service.exports import making
-from service.jobs import store
-from service.jobs.store import Note
-from service.scheduler.apply import utc_now
-from service.shapes import Export, Page
-from service.tables import JobRow
+from trainyard.contract.rundir import ProductDir, RunDir
+from trainyard.service.access.callers import Caller, CallerNeeded
+from trainyard.service.access.scopes import READ, SUBMIT
+from trainyard.service.answers import ServiceRoute, json_response
+from trainyard.service.bodies import OptionalBody
+from trainyard.service.checkpoints.download import Download
+from trainyard.service.checkpoints.files import NAME, opened, slice_of
+from trainyard.service.checkpoints.routes import BYTES, Name, Step, directory_of
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.errors import FileNotInExport
+from trainyard.service.exports import making
+from trainyard.service.jobs import store
+from trainyard.service.jobs.store import Note
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.shapes import Export, Page
+from trainyard.service.tables import JobRow
 
 Format = Literal["hf", "minimind"]
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from contract.identity import FREE_SHAPE
-from contract.parsing import ALIASES, GROUPS, Problem, pointer_to
-from contract.spec import JobSpec
-from service.bodies import unknown_field
-from service.errors import RequestInvalid, SpecInvalid, with_problems
-from service.jobs.changes import LARGEST
-from service.jobs.specs import Host, accept
+from trainyard.contract.identity import FREE_SHAPE
+from trainyard.contract.parsing import ALIASES, GROUPS, Problem, pointer_to
+from trainyard.contract.spec import JobSpec
+from trainyard.service.bodies import unknown_field
+from trainyard.service.errors import RequestInvalid, SpecInvalid, with_problems
+from trainyard.service.jobs.changes import LARGEST
+from trainyard.service.jobs.specs import Host, accept
 
 FIELDS = ("step", "overrides", "data")
 LONGEST_NAME = 200

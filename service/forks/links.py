@@ -8,10 +8,10 @@ import os
 import shutil
 from pathlib import Path
 
-from contract.failpoints import failpoint, hit
-from contract.rundir import MANIFEST_FILE, fsync_directory
-from service.checkpoints.files import looks_sound, manifest_of, opened
-from service.errors import StepUnavailable
+from trainyard.contract.failpoints import failpoint, hit
+from trainyard.contract.rundir import MANIFEST_FILE, fsync_directory
+from trainyard.service.checkpoints.files import looks_sound, manifest_of, opened
+from trainyard.service.errors import StepUnavailable
 
 DAMAGED = "The checkpoint of this step is damaged, or was just removed."
 

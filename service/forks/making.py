@@ -9,22 +9,22 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.report import Fork
-from contract.rundir import RunDir, write_json
-from contract.spec import JobSpec
-from service.access.callers import Caller
-from service.checkpoints.files import place_of
-from service.errors import StepUnavailable
-from service.forks.asked import Asked, Origin
-from service.forks.links import share
-from service.jobs import store
-from service.jobs.facts import known_at_submit
-from service.jobs.specs import Host, kind_of
-from service.jobs.store import Note
-from service.metrics import lineage
-from service.metrics.progress import how_far
-from service.settings import Settings
-from service.tables import CheckpointRow, JobRow
+from trainyard.contract.report import Fork
+from trainyard.contract.rundir import RunDir, write_json
+from trainyard.contract.spec import JobSpec
+from trainyard.service.access.callers import Caller
+from trainyard.service.checkpoints.files import place_of
+from trainyard.service.errors import StepUnavailable
+from trainyard.service.forks.asked import Asked, Origin
+from trainyard.service.forks.links import share
+from trainyard.service.jobs import store
+from trainyard.service.jobs.facts import known_at_submit
+from trainyard.service.jobs.specs import Host, kind_of
+from trainyard.service.jobs.store import Note
+from trainyard.service.metrics import lineage
+from trainyard.service.metrics.progress import how_far
+from trainyard.service.settings import Settings
+from trainyard.service.tables import CheckpointRow, JobRow
 
 WEIGHTS_ONLY = 'Of this step only the weights are kept: no run can be kept from it, data "restart" begins with them.'
 

@@ -4,25 +4,25 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
-from service import logs
-from service.access.callers import Caller, CallerNeeded
-from service.access.scopes import SUBMIT
-from service.answers import ServiceRoute
-from service.bodies import JsonBody
-from service.checkpoints import sameness
-from service.checkpoints.sameness import Begin
-from service.context import Services, ServicesNeeded
-from service.errors import DiskTrouble, KeyReused, QuotaExceeded, ServiceError
-from service.forks import making
-from service.forks.asked import Asked, forked_spec, read
-from service.jobs import files, store
-from service.jobs.ids import new_id
-from service.jobs.routes import Made, announced, oldest_key, replayed
-from service.jobs.specs import kind_of
-from service.planning.forecast import behind
-from service.planning.routes import planned
-from service.scheduler.apply import utc_now
-from service.shapes import Forecast, Job
+from trainyard.service import logs
+from trainyard.service.access.callers import Caller, CallerNeeded
+from trainyard.service.access.scopes import SUBMIT
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.bodies import JsonBody
+from trainyard.service.checkpoints import sameness
+from trainyard.service.checkpoints.sameness import Begin
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.errors import DiskTrouble, KeyReused, QuotaExceeded, ServiceError
+from trainyard.service.forks import making
+from trainyard.service.forks.asked import Asked, forked_spec, read
+from trainyard.service.jobs import files, store
+from trainyard.service.jobs.ids import new_id
+from trainyard.service.jobs.routes import Made, announced, oldest_key, replayed
+from trainyard.service.jobs.specs import kind_of
+from trainyard.service.planning.forecast import behind
+from trainyard.service.planning.routes import planned
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.shapes import Forecast, Job
 
 _FIELDS = {
     "step": {"type": "integer", "minimum": 0},

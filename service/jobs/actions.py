@@ -7,19 +7,19 @@ from typing import Any
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session, object_session
 
-from contract.parsing import Problem
-from contract.report import RUN_SETTINGS
-from contract.spec import JobSpec
-from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
-from service.access import quotas
-from service.access.callers import Caller
-from service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
-from service.jobs import store
-from service.jobs.gathering import newest_step, standing
-from service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
-from service.jobs.store import Note
-from service.launch.base import AttemptName
-from service.tables import AttemptRow, CheckpointRow, JobRow
+from trainyard.contract.parsing import Problem
+from trainyard.contract.report import RUN_SETTINGS
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
+from trainyard.service.access import quotas
+from trainyard.service.access.callers import Caller
+from trainyard.service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
+from trainyard.service.jobs import store
+from trainyard.service.jobs.gathering import newest_step, standing
+from trainyard.service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
+from trainyard.service.jobs.store import Note
+from trainyard.service.launch.base import AttemptName
+from trainyard.service.tables import AttemptRow, CheckpointRow, JobRow
 
 ASKED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
 

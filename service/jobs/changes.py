@@ -5,14 +5,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 
-from contract.parsing import Problem, pointer_to
-from contract.reference import NOTES
-from contract.report import RUN_SETTINGS
-from contract.spec import CheckpointSpec, JobSpec, ReportingSpec, ResourcesSpec, TrainingSpec
-from contract.units import UNITS
-from service.bodies import OptionalBody, without_defaults
-from service.errors import SpecInvalid, with_problems
-from service.jobs.specs import Host, accept
+from trainyard.contract.parsing import Problem, pointer_to
+from trainyard.contract.reference import NOTES
+from trainyard.contract.report import RUN_SETTINGS
+from trainyard.contract.spec import CheckpointSpec, JobSpec, ReportingSpec, ResourcesSpec, TrainingSpec
+from trainyard.contract.units import UNITS
+from trainyard.service.bodies import OptionalBody, without_defaults
+from trainyard.service.errors import SpecInvalid, with_problems
+from trainyard.service.jobs.specs import Host, accept
 
 LARGEST = 2**53 - 1
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from contract.report import Failure
-from contract.status import Desired, JobStatus
-from service.jobs.failures import failure
-from service.jobs.gathering import newest_step
-from service.jobs.views import show_event
-from service.shapes import Event, Progress, Shape
-from service.tables import DeliveryRow, EventRow, JobRow, WebhookRow
+from trainyard.contract.report import Failure
+from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.jobs.failures import failure
+from trainyard.service.jobs.gathering import newest_step
+from trainyard.service.jobs.views import show_event
+from trainyard.service.shapes import Event, Progress, Shape
+from trainyard.service.tables import DeliveryRow, EventRow, JobRow, WebhookRow
 
 ALL = "*"
 PENDING, DELIVERED, FAILED = "pending", "delivered", "failed"

@@ -4,8 +4,8 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from contract.spec import JobSpec
-from model import costs
+from trainyard.contract.spec import JobSpec
+from trainyard.model import costs
 
 
 def known_at_submit(spec: JobSpec, device: str) -> dict[str, Any]:

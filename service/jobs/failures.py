@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from contract.parsing import GROUPS
-from contract.report import Failure, NextAction
-from contract.spec import JobSpec, TrainingSpec
-from contract.status import JobStatus, Reason
-from service.jobs.gathering import standing
-from service.jobs.rules import resume_blocker
-from service.tables import JobRow
+from trainyard.contract.parsing import GROUPS
+from trainyard.contract.report import Failure, NextAction
+from trainyard.contract.spec import JobSpec, TrainingSpec
+from trainyard.contract.status import JobStatus, Reason
+from trainyard.service.jobs.gathering import standing
+from trainyard.service.jobs.rules import resume_blocker
+from trainyard.service.tables import JobRow
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Group -> leaf -> what it is to be."""

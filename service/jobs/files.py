@@ -15,13 +15,13 @@ from pathlib import Path
 
 from sqlalchemy import select
 
-from contract.locks import FileLock, LockBusy
-from contract.rundir import RunDir
-from service.db import Database
-from service.errors import Conflict
-from service.jobs.ids import JOB_ID
-from service.settings import Settings
-from service.tables import JobRow
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.rundir import RunDir
+from trainyard.service.db import Database
+from trainyard.service.errors import Conflict
+from trainyard.service.jobs.ids import JOB_ID
+from trainyard.service.settings import Settings
+from trainyard.service.tables import JobRow
 
 WAIT_SECONDS = 10.0
 """For another request that removes the same job's files."""

@@ -11,11 +11,11 @@ from typing import Any, cast
 from sqlalchemy import ColumnElement, Connection, Row, ScalarSelect, Select, and_, bindparam, func, select
 from sqlalchemy.orm import Session
 
-from contract.status import Desired, JobStatus
-from service.errors import JobNotFound
-from service.jobs.ids import JOB_ID
-from service.jobs.rules import Standing
-from service.tables import AttemptRow, CheckpointRow, JobRow
+from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.errors import JobNotFound
+from trainyard.service.jobs.ids import JOB_ID
+from trainyard.service.jobs.rules import Standing
+from trainyard.service.tables import AttemptRow, CheckpointRow, JobRow
 
 ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from service.jobs.logs import BLOCK, NEWLINE, opened
+from trainyard.service.jobs.logs import BLOCK, NEWLINE, opened
 
 LONGEST_LINE = 4096
 """Bytes of a line that are sent; what is behind them is named by an ellipsis."""

@@ -6,12 +6,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, Select, or_, select
 
-from contract.parsing import Problem
-from contract.status import JobStatus
-from service.errors import RequestInvalid, with_problems
-from service.jobs.gathering import PLACED, require
-from service.jobs.ids import JOB_ID
-from service.tables import JobRow, LabelRow, Table
+from trainyard.contract.parsing import Problem
+from trainyard.contract.status import JobStatus
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs.gathering import PLACED, require
+from trainyard.service.jobs.ids import JOB_ID
+from trainyard.service.tables import JobRow, LabelRow, Table
 
 MAX_DIGITS = 18
 

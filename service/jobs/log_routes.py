@@ -6,14 +6,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from contract.parsing import Problem
-from contract.rundir import RunDir
-from service.access.scopes import READ
-from service.answers import ServiceRoute
-from service.context import Services, ServicesNeeded
-from service.errors import LogNotFound, RequestInvalid, with_problems
-from service.jobs import logs, store
-from service.shapes import LogChunk, LogLines, LogMatch, LogMatches
+from trainyard.contract.parsing import Problem
+from trainyard.contract.rundir import RunDir
+from trainyard.service.access.scopes import READ
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.errors import LogNotFound, RequestInvalid, with_problems
+from trainyard.service.jobs import logs, store
+from trainyard.service.shapes import LogChunk, LogLines, LogMatch, LogMatches
 
 AGENT = "agent"
 RANK = re.compile(r"[0-9]{1,6}")

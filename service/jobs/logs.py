@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import BinaryIO
 
-from contract.rundir import AttemptDir
-from service.errors import LogNotFound
+from trainyard.contract.rundir import AttemptDir
+from trainyard.service.errors import LogNotFound
 
 BLOCK = 64 << 10
 LARGEST_CHUNK = 1 << 20

@@ -3,16 +3,16 @@
 from fastapi import APIRouter
 from sqlalchemy import select
 
-from contract.parsing import Problem
-from service.access.scopes import READ
-from service.answers import ServiceRoute
-from service.context import ServicesNeeded
-from service.errors import RequestInvalid, with_problems
-from service.jobs import store, views
-from service.jobs.listing import page_of
-from service.jobs.routes import Limit, Text
-from service.shapes import Attempt, Checkpoint, Event, Page, Sample
-from service.tables import AttemptRow, CheckpointRow, EventRow, SampleRow
+from trainyard.contract.parsing import Problem
+from trainyard.service.access.scopes import READ
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import ServicesNeeded
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs import store, views
+from trainyard.service.jobs.listing import page_of
+from trainyard.service.jobs.routes import Limit, Text
+from trainyard.service.shapes import Attempt, Checkpoint, Event, Page, Sample
+from trainyard.service.tables import AttemptRow, CheckpointRow, EventRow, SampleRow
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
 

@@ -9,27 +9,34 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Header, Query, Response
 from sqlalchemy.orm import Session
 
-from contract.parsing import Problem
-from contract.spec import JobSpec
-from contract.status import JobStatus
-from service import logs
-from service.access.callers import Caller, CallerNeeded
-from service.access.scopes import READ, SUBMIT
-from service.answers import ServiceRoute, json_response
-from service.bodies import NO_FIELDS, JsonBody
-from service.checkpoints import sameness
-from service.context import Services, ServicesNeeded
-from service.errors import KeyReused, QuotaExceeded, RequestInvalid, ServiceError, StepUnavailable, with_problems
-from service.jobs import actions, changes, files, gathering, listing, store, views
-from service.jobs.changes import PatchJobBody, ResumeBody
-from service.jobs.facts import known_at_submit
-from service.jobs.gathering import Gathered
-from service.jobs.rules import Action
-from service.jobs.specs import accept, kind_of
-from service.launch.slurm import SLURM
-from service.scheduler.apply import utc_now
-from service.shapes import Job, Page
-from service.tables import JobRow
+from trainyard.contract.parsing import Problem
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import JobStatus
+from trainyard.service import logs
+from trainyard.service.access.callers import Caller, CallerNeeded
+from trainyard.service.access.scopes import READ, SUBMIT
+from trainyard.service.answers import ServiceRoute, json_response
+from trainyard.service.bodies import NO_FIELDS, JsonBody
+from trainyard.service.checkpoints import sameness
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.errors import (
+    KeyReused,
+    QuotaExceeded,
+    RequestInvalid,
+    ServiceError,
+    StepUnavailable,
+    with_problems,
+)
+from trainyard.service.jobs import actions, changes, files, gathering, listing, store, views
+from trainyard.service.jobs.changes import PatchJobBody, ResumeBody
+from trainyard.service.jobs.facts import known_at_submit
+from trainyard.service.jobs.gathering import Gathered
+from trainyard.service.jobs.rules import Action
+from trainyard.service.jobs.specs import accept, kind_of
+from trainyard.service.launch.slurm import SLURM
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.shapes import Job, Page
+from trainyard.service.tables import JobRow
 
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")

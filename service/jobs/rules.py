@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-from contract.report import ErrorCard, ExitReport
-from contract.status import LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, Desired, JobStatus, Reason
-from service.jobs.streaks import Past, fault
-from service.timing import Timing
+from trainyard.contract.report import ErrorCard, ExitReport
+from trainyard.contract.status import LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, Desired, JobStatus, Reason
+from trainyard.service.jobs.streaks import Past, fault
+from trainyard.service.timing import Timing
 
 Action = Literal["pause", "resume", "save", "fork", "cancel", "kill", "delete"]
 ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "fork", "cancel", "kill", "delete")

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from contract.parsing import ParsedSpec, Problem, parse_spec
-from contract.roots import why_outside
-from contract.spec import JobSpec
-from contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
-from model.costs import memory_bytes
-from service.devices.inventory import Device, count, kind_for
-from service.devices.memory import limit_for
-from service.errors import SpecInvalid, with_problems
-from service.launch.slurm import SLURM, device_on_nodes
-from service.settings import Settings
+from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
+from trainyard.contract.roots import why_outside
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
+from trainyard.model.costs import memory_bytes
+from trainyard.service.devices.inventory import Device, count, kind_for
+from trainyard.service.devices.memory import limit_for
+from trainyard.service.errors import SpecInvalid, with_problems
+from trainyard.service.launch.slurm import SLURM, device_on_nodes
+from trainyard.service.settings import Settings
 
 LARGEST_TOKENIZER_BYTES = 256 << 20
 LARGEST_VOCABULARY = 2**24

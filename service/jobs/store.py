@@ -11,14 +11,14 @@ from sqlalchemy import delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from contract.spec import JobSpec
-from contract.status import Desired, JobStatus, may_become
-from service.access import quotas
-from service.access.callers import Caller
-from service.errors import Conflict, JobNotFound, KeyReused
-from service.jobs import event_outbox
-from service.jobs.ids import JOB_ID, new_id
-from service.tables import EventRow, IdempotencyRow, JobRow, LabelRow
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Desired, JobStatus, may_become
+from trainyard.service.access import quotas
+from trainyard.service.access.callers import Caller
+from trainyard.service.errors import Conflict, JobNotFound, KeyReused
+from trainyard.service.jobs import event_outbox
+from trainyard.service.jobs.ids import JOB_ID, new_id
+from trainyard.service.tables import EventRow, IdempotencyRow, JobRow, LabelRow
 
 LAST_ALERTS = 20
 

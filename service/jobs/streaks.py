@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from contract.status import NOT_COUNTED, Reason
+from trainyard.contract.status import NOT_COUNTED, Reason
 
 BY_USER = ("submit", "resume")
 """Triggers of an attempt that somebody asked for: with it everything is counted anew."""

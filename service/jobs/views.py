@@ -9,13 +9,13 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from contract.status import Desired, JobStatus, Phase, Reason
-from service.jobs import gathering
-from service.jobs.failures import failure
-from service.jobs.gathering import Gathered
-from service.jobs.rules import ACTIONS, Refusal, Standing, decide, resume_blocker
-from service.jobs.summary import Facts, summary
-from service.shapes import (
+from trainyard.contract.status import Desired, JobStatus, Phase, Reason
+from trainyard.service.jobs import gathering
+from trainyard.service.jobs.failures import failure
+from trainyard.service.jobs.gathering import Gathered
+from trainyard.service.jobs.rules import ACTIONS, Refusal, Standing, decide, resume_blocker
+from trainyard.service.jobs.summary import Facts, summary
+from trainyard.service.shapes import (
     Alert,
     AllowedAction,
     Attempt,
@@ -29,7 +29,7 @@ from service.shapes import (
     Queue,
     Sample,
 )
-from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
+from trainyard.service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
 
 NEXT_ROUND = "the scheduler's next look"
 

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from contract.report import ExitReport, RunSettings
-from contract.spec import JobSpec
+from trainyard.contract.report import ExitReport, RunSettings
+from trainyard.contract.spec import JobSpec
 
 LOCAL = "local"
 """The launcher of this host: the only one whose devices the service leases out itself."""

@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from contract.rundir import AttemptDir
-from contract.spec import ResourcesSpec, SlurmSpec
-from service.launch.base import AttemptName, LaunchRefused
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.spec import ResourcesSpec, SlurmSpec
+from trainyard.service.launch.base import AttemptName, LaunchRefused
 
 STEP = """\
 # The time is nearly over: this file tells the agent, which has the ranks save. As a signal to the step it would end

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from contract.failpoints import failpoint
-from service.launch.base import LaunchRefused, NoAnswer
-from service.launch.squeue import SlurmJob, jobs_in
+from trainyard.contract.failpoints import failpoint
+from trainyard.service.launch.base import LaunchRefused, NoAnswer
+from trainyard.service.launch.squeue import SlurmJob, jobs_in
 
 SUBMIT_SECONDS = 10.0
 CANCEL_SECONDS = 10.0

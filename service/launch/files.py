@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from contract.outbox import OutboxReader
-from contract.report import RunSettings, read_message
-from contract.rundir import AttemptDir, RunDir, write_atomically, write_json
-from contract.spec import JobSpec
-from service.launch.base import AttemptName, Launch
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.report import RunSettings, read_message
+from trainyard.contract.rundir import AttemptDir, RunDir, write_atomically, write_json
+from trainyard.contract.spec import JobSpec
+from trainyard.service.launch.base import AttemptName, Launch
 
 
 class AttemptFiles:

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contract.failpoints import failpoint
-from contract.locks import is_held
-from contract.processes import ProcessIdentity, boot_id, marked, marks, pid_namespace, signal_all, wait_gone
-from contract.report import ExitReport, RunSettings, read_message
-from contract.rundir import AttemptDir
-from contract.status import Reason
-from service.launch import remains
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
-from service.launch.environment import WORKER_AGENT, WorkerEnvironment
-from service.launch.files import AttemptFiles
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.locks import is_held
+from trainyard.contract.processes import ProcessIdentity, boot_id, marked, marks, pid_namespace, signal_all, wait_gone
+from trainyard.contract.report import ExitReport, RunSettings, read_message
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.status import Reason
+from trainyard.service.launch import remains
+from trainyard.service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
+from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
+from trainyard.service.launch.files import AttemptFiles
 
 END_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 END_SECONDS = 5.0

@@ -2,10 +2,10 @@
 
 from datetime import UTC, datetime
 
-from contract.outbox import OutboxReader
-from contract.report import ErrorCard, ExitReport, Outcome, read_message
-from contract.rundir import AttemptDir
-from contract.status import Reason
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.report import ErrorCard, ExitReport, Outcome, read_message
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.status import Reason
 
 LOG_TAIL_BYTES = 4096
 

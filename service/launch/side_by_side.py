@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from contract.report import RunSettings
-from service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
+from trainyard.contract.report import RunSettings
+from trainyard.service.launch.base import AttemptName, Found, Launch, Launcher, LaunchRefused, State
 
 
 class SideBySide:

@@ -14,19 +14,19 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from contract.failpoints import failpoint
-from contract.report import ErrorCard, ExitReport, RunSettings, read_message
-from contract.rundir import UNSEEN, AttemptDir, read_json, write_atomically, write_json
-from contract.spec import JobSpec
-from contract.status import Reason
-from service.launch import commands, remains
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, Placement, State
-from service.launch.batch import Batch, asked_of, job_name, render
-from service.launch.commands import Queue
-from service.launch.environment import WORKER_AGENT, WorkerEnvironment
-from service.launch.files import AttemptFiles
-from service.launch.slurm_setup import SlurmSetup
-from service.launch.squeue import CONFIGURING, SlurmJob
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.report import ErrorCard, ExitReport, RunSettings, read_message
+from trainyard.contract.rundir import UNSEEN, AttemptDir, read_json, write_atomically, write_json
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.service.launch import commands, remains
+from trainyard.service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, Placement, State
+from trainyard.service.launch.batch import Batch, asked_of, job_name, render
+from trainyard.service.launch.commands import Queue
+from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
+from trainyard.service.launch.files import AttemptFiles
+from trainyard.service.launch.slurm_setup import SlurmSetup
+from trainyard.service.launch.squeue import CONFIGURING, SlurmJob
 
 SLURM = "slurm"
 PREFIX = job_name("")

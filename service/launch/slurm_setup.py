@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from contract.spec import SlurmSpec
-from service.settings_base import EnvironmentSettings, Seconds, SettingsRefused, parts
+from trainyard.contract.spec import SlurmSpec
+from trainyard.service.settings_base import EnvironmentSettings, Seconds, SettingsRefused, parts
 
 ALLOWED = tuple(
     parts("""

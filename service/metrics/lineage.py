@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from service.metrics import sealing, store
-from service.metrics.summaries import Part, part_of, rows
-from service.tables import AttemptRow, JobRow, MetricRow
+from trainyard.service.metrics import sealing, store
+from trainyard.service.metrics.summaries import Part, part_of, rows
+from trainyard.service.tables import AttemptRow, JobRow, MetricRow
 
 
 class Piece(NamedTuple):

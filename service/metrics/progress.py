@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from contract.events import Metric, Started
+from trainyard.contract.events import Metric, Started
 
 SHOWN = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite")
 

@@ -13,18 +13,18 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 from sqlalchemy.orm import Session
 
-from contract.parsing import Problem
-from service.access.scopes import READ
-from service.answers import ServiceRoute
-from service.context import ServicesNeeded
-from service.errors import RequestInvalid, with_problems
-from service.jobs import store as jobs
-from service.metrics import sealing, store
-from service.metrics.lineage import lineage_buckets, lineage_rows, show_lineage
-from service.metrics.summaries import BUCKET_FIELDS, width
-from service.metrics.summaries import rows as bucket_rows
-from service.shapes import MetricPage
-from service.tables import JobRow
+from trainyard.contract.parsing import Problem
+from trainyard.service.access.scopes import READ
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import ServicesNeeded
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs import store as jobs
+from trainyard.service.metrics import sealing, store
+from trainyard.service.metrics.lineage import lineage_buckets, lineage_rows, show_lineage
+from trainyard.service.metrics.summaries import BUCKET_FIELDS, width
+from trainyard.service.metrics.summaries import rows as bucket_rows
+from trainyard.service.shapes import MetricPage
+from trainyard.service.tables import JobRow
 
 LARGEST = 2**53 - 1
 DEFAULT_LIMIT = 1000

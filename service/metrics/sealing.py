@@ -12,9 +12,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, insert, select
 from sqlalchemy.orm import Session
 
-from service.metrics import store
-from service.metrics.summaries import HALF_LIVES, Part, Summary, summed_up
-from service.tables import JobRow, MetricRow, StretchRow
+from trainyard.service.metrics import store
+from trainyard.service.metrics.summaries import HALF_LIVES, Part, Summary, summed_up
+from trainyard.service.tables import JobRow, MetricRow, StretchRow
 
 LEVELS = (64, 1024, 16_384, 262_144, 4_194_304)
 FINEST = LEVELS[0]

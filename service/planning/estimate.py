@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contract.spec import JobSpec
-from service.devices.inventory import Device, count
-from service.devices.memory import disk_free, limit_for
-from service.jobs.facts import known_at_submit
-from service.launch.slurm import SLURM
-from service.planning.estimate import Size, size_of
-from service.planning.glance import glance, other_form
-from service.planning.history import Pace
-from service.planning.tokens import counter
-from service.planning.warnings import Surroundings, warnings
-from service.shapes import Forecast, Queue
+from trainyard.contract.spec import JobSpec
+from trainyard.service.devices.inventory import Device, count
+from trainyard.service.devices.memory import disk_free, limit_for
+from trainyard.service.jobs.facts import known_at_submit
+from trainyard.service.launch.slurm import SLURM
+from trainyard.service.planning.estimate import Size, size_of
+from trainyard.service.planning.glance import glance, other_form
+from trainyard.service.planning.history import Pace
+from trainyard.service.planning.tokens import counter
+from trainyard.service.planning.warnings import Surroundings, warnings
+from trainyard.service.shapes import Forecast, Queue
 
 
 @dataclass(frozen=True)

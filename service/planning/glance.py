@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from contract.corpora import BLANK, BOM, MAX_NAME_LENGTH, MAX_NAMES, Packing, is_plain_text, packing_of
+from trainyard.contract.corpora import BLANK, BOM, MAX_NAME_LENGTH, MAX_NAMES, Packing, is_plain_text, packing_of
 
 HEAD_BYTES = 4096
 SAMPLE_BYTES = 4 << 20

@@ -6,8 +6,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.spec import JobSpec
-from service.tables import JobRow
+from trainyard.contract.spec import JobSpec
+from trainyard.service.tables import JobRow
 
 LOOKED_AT = 300
 """Newest jobs among which a like one is looked for."""

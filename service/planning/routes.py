@@ -6,20 +6,20 @@ from fastapi import APIRouter
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from contract.spec import JobSpec
-from contract.status import JobStatus
-from service.access.scopes import SUBMIT
-from service.answers import ServiceRoute
-from service.bodies import JsonBody
-from service.context import Services, ServicesNeeded
-from service.devices.inventory import Device
-from service.jobs.routes import SPEC_BODY
-from service.jobs.specs import accept, kind_of
-from service.launch.slurm import SLURM
-from service.planning.forecast import Line, forecast, look
-from service.planning.history import pace
-from service.shapes import Forecast
-from service.tables import JobRow, LeaseRow
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import JobStatus
+from trainyard.service.access.scopes import SUBMIT
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.bodies import JsonBody
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.devices.inventory import Device
+from trainyard.service.jobs.routes import SPEC_BODY
+from trainyard.service.jobs.specs import accept, kind_of
+from trainyard.service.launch.slurm import SLURM
+from trainyard.service.planning.forecast import Line, forecast, look
+from trainyard.service.planning.history import pace
+from trainyard.service.shapes import Forecast
+from trainyard.service.tables import JobRow, LeaseRow
 
 router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 
-from contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file
+from trainyard.contract.vocabulary import BYTE, TokenizerInvalid, tokenizer_file
 
 SPECIAL = 2
 """A document's beginning and its end."""

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from contract.spec import JobSpec
-from service.planning.estimate import Size
+from trainyard.contract.spec import JobSpec
+from trainyard.service.planning.estimate import Size
 
 GB = 1e9
 FEW_TOKENS = 8192

@@ -5,15 +5,15 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from contract.report import ExitReport
-from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
-from service.jobs import store, streaks
-from service.jobs.rules import Ending, after_exit
-from service.jobs.store import Note
-from service.metrics.progress import after_end
-from service.reports.lines import plain_report
-from service.tables import AttemptRow, JobRow, LeaseRow, MetricRow
-from service.timing import Timing
+from trainyard.contract.report import ExitReport
+from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
+from trainyard.service.jobs import store, streaks
+from trainyard.service.jobs.rules import Ending, after_exit
+from trainyard.service.jobs.store import Note
+from trainyard.service.metrics.progress import after_end
+from trainyard.service.reports.lines import plain_report
+from trainyard.service.tables import AttemptRow, JobRow, LeaseRow, MetricRow
+from trainyard.service.timing import Timing
 
 NOT_LAUNCHED = "not_launched"
 """An attempt's outcome where the service ended between its decision and the launch."""

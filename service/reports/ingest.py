@@ -10,7 +10,7 @@ from sqlalchemy import bindparam, delete, func, insert, select, update
 from sqlalchemy.exc import InterfaceError, OperationalError, StatementError
 from sqlalchemy.orm import Session
 
-from contract.events import (
+from trainyard.contract.events import (
     CheckpointRemoved,
     CheckpointSaved,
     Event,
@@ -23,15 +23,15 @@ from contract.events import (
     Started,
     Warned,
 )
-from contract.status import Desired, JobStatus
-from service.access.keys import NO_HASH, token_hash
-from service.errors import Unauthorized
-from service.jobs import store
-from service.jobs.store import Note
-from service.metrics import sealing
-from service.metrics.progress import after_metric, after_start
-from service.reports.lines import contiguous, read
-from service.tables import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
+from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.access.keys import NO_HASH, token_hash
+from trainyard.service.errors import Unauthorized
+from trainyard.service.jobs import store
+from trainyard.service.jobs.store import Note
+from trainyard.service.metrics import sealing
+from trainyard.service.metrics.progress import after_metric, after_start
+from trainyard.service.reports.lines import contiguous, read
+from trainyard.service.tables import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
 
 # Built once: each report runs them.
 ATTEMPT = select(AttemptRow).where(AttemptRow.id == bindparam("attempt_id"))

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from contract.events import EVENT, Event, Warned
-from contract.report import ExitReport
+from trainyard.contract.events import EVENT, Event, Warned
+from trainyard.contract.report import ExitReport
 
 LARGEST = 2**63 - 1
 LONGEST_TEXT = 100_000

@@ -9,20 +9,20 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from contract.parsing import Problem, plain, pointer_to
-from contract.report import Ack, EventBatch, ExitReport, Heartbeat, Message, RunSettings
-from service import logs
-from service.access.scopes import ATTEMPT
-from service.answers import ServiceRoute
-from service.bodies import JsonBody
-from service.context import Services, ServicesNeeded
-from service.errors import RequestInvalid, with_problems
-from service.jobs import store
-from service.metrics.progress import after_heartbeat
-from service.reports import ending, ingest
-from service.scheduler.apply import utc_now
-from service.tables import AttemptRow, JobRow
-from service.web import bearer
+from trainyard.contract.parsing import Problem, plain, pointer_to
+from trainyard.contract.report import Ack, EventBatch, ExitReport, Heartbeat, Message, RunSettings
+from trainyard.service import logs
+from trainyard.service.access.scopes import ATTEMPT
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.bodies import JsonBody
+from trainyard.service.context import Services, ServicesNeeded
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs import store
+from trainyard.service.metrics.progress import after_heartbeat
+from trainyard.service.reports import ending, ingest
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import AttemptRow, JobRow
+from trainyard.service.web import bearer
 
 HEARD_AGAIN = timedelta(seconds=2)
 """Signs of life that come closer together are answered and not written: each write is a commit to the disk."""

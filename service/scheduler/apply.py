@@ -12,24 +12,34 @@ from sqlalchemy import insert
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from contract.failpoints import failpoint
-from contract.report import ErrorCard, ExitReport, RunSettings
-from contract.spec import JobSpec
-from contract.status import Desired, JobStatus, Reason
-from service.access.keys import token_hash
-from service.db import Database
-from service.errors import Conflict, JobNotFound
-from service.jobs import store
-from service.jobs.ids import new_id
-from service.jobs.store import Note
-from service.launch.base import LOCAL, AttemptName, Found, Launch, Launcher, LaunchRefused, NoAnswer, Placement, State
-from service.reports import ending, ingest
-from service.scheduler.bulletin import Bulletin
-from service.scheduler.lease import Lease, fenced
-from service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start
-from service.scheduler.snapshot import LiveAttempt, Memory
-from service.tables import AttemptRow, JobRow, LeaseRow
-from service.timing import Timing
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.report import ErrorCard, ExitReport, RunSettings
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Desired, JobStatus, Reason
+from trainyard.service.access.keys import token_hash
+from trainyard.service.db import Database
+from trainyard.service.errors import Conflict, JobNotFound
+from trainyard.service.jobs import store
+from trainyard.service.jobs.ids import new_id
+from trainyard.service.jobs.store import Note
+from trainyard.service.launch.base import (
+    LOCAL,
+    AttemptName,
+    Found,
+    Launch,
+    Launcher,
+    LaunchRefused,
+    NoAnswer,
+    Placement,
+    State,
+)
+from trainyard.service.reports import ending, ingest
+from trainyard.service.scheduler.bulletin import Bulletin
+from trainyard.service.scheduler.lease import Lease, fenced
+from trainyard.service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start
+from trainyard.service.scheduler.snapshot import LiveAttempt, Memory
+from trainyard.service.tables import AttemptRow, JobRow, LeaseRow
+from trainyard.service.timing import Timing
 
 UNREAD_LINES = 2000
 

@@ -12,10 +12,10 @@ from typing import Any, Self
 
 from sqlalchemy.orm import Session
 
-from service.db import Database
-from service.devices.inventory import FRESH_SECONDS, Device, Inventory
-from service.scheduler.lease import ROW
-from service.tables import LeaderRow
+from trainyard.service.db import Database
+from trainyard.service.devices.inventory import FRESH_SECONDS, Device, Inventory
+from trainyard.service.scheduler.lease import ROW
+from trainyard.service.tables import LeaderRow
 
 MEMORY_SECONDS = 10.0
 """The memory that is in use changes all the time: it is told no more often than this."""

@@ -16,10 +16,10 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from contract.processes import ProcessIdentity, boot_id, pid_namespace
-from service.db import Database
-from service.tables import LeaderRow
-from service.timing import Timing
+from trainyard.contract.processes import ProcessIdentity, boot_id, pid_namespace
+from trainyard.service.db import Database
+from trainyard.service.tables import LeaderRow
+from trainyard.service.timing import Timing
 
 LEASE_SECONDS = Timing.lease_seconds
 RENEW_SECONDS = Timing.renew_seconds

@@ -10,18 +10,18 @@ from http import HTTPStatus
 
 from sqlalchemy.orm import Session
 
-from service import logs
-from service.db import Database
-from service.devices.inventory import Inventory
-from service.errors import from_exception
-from service.launch.base import AttemptName, Launcher
-from service.scheduler.apply import Applier, utc_now
-from service.scheduler.bulletin import Bulletin, News
-from service.scheduler.lease import Deposed, Lease
-from service.scheduler.outlook import Outlook
-from service.scheduler.plan import Action, Look, plan, subject
-from service.scheduler.snapshot import Memory, Snapshot, take
-from service.timing import Timing
+from trainyard.service import logs
+from trainyard.service.db import Database
+from trainyard.service.devices.inventory import Inventory
+from trainyard.service.errors import from_exception
+from trainyard.service.launch.base import AttemptName, Launcher
+from trainyard.service.scheduler.apply import Applier, utc_now
+from trainyard.service.scheduler.bulletin import Bulletin, News
+from trainyard.service.scheduler.lease import Deposed, Lease
+from trainyard.service.scheduler.outlook import Outlook
+from trainyard.service.scheduler.plan import Action, Look, plan, subject
+from trainyard.service.scheduler.snapshot import Memory, Snapshot, take
+from trainyard.service.timing import Timing
 
 ROUND_SECONDS = 1.0
 PAUSE_SECONDS = 0.1

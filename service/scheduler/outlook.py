@@ -11,12 +11,12 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
-from service.db import Database
-from service.scheduler.bulletin import Bulletin
-from service.scheduler.lease import LEASE_SECONDS, ROW, LeaderWatch, is_dead
-from service.scheduler.plan import Start, plan
-from service.scheduler.snapshot import Memory, Snapshot, take
-from service.tables import LeaderRow
+from trainyard.service.db import Database
+from trainyard.service.scheduler.bulletin import Bulletin
+from trainyard.service.scheduler.lease import LEASE_SECONDS, ROW, LeaderWatch, is_dead
+from trainyard.service.scheduler.plan import Start, plan
+from trainyard.service.scheduler.snapshot import Memory, Snapshot, take
+from trainyard.service.tables import LeaderRow
 
 FRESH_SECONDS = 1.0
 NOBODY = "a service that schedules; none answers now"

@@ -6,12 +6,12 @@ from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, assert_never
 
-from contract.status import Desired
-from service.devices.inventory import Device, kind_for
-from service.launch.base import LOCAL
-from service.scheduler.preemption import Yielding
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
-from service.timing import Timing
+from trainyard.contract.status import Desired
+from trainyard.service.devices.inventory import Device, kind_for
+from trainyard.service.launch.base import LOCAL
+from trainyard.service.scheduler.preemption import Yielding
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.service.timing import Timing
 
 WATCHED = timedelta(seconds=1)
 """An attempt that waits on its cluster is looked up so often: nobody else can say what it waits for.

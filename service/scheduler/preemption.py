@@ -8,8 +8,8 @@ priorities that come and go cannot keep it from ever getting on.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contract.status import Desired
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.contract.status import Desired
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 
 
 @dataclass(frozen=True)

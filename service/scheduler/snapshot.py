@@ -8,12 +8,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.status import Desired, JobStatus
-from service.devices.inventory import Device
-from service.jobs.streaks import made_a_step
-from service.launch.base import LOCAL, AttemptName
-from service.tables import AttemptRow, JobRow, LeaseRow
-from service.timing import Timing
+from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.devices.inventory import Device
+from trainyard.service.jobs.streaks import made_a_step
+from trainyard.service.launch.base import LOCAL, AttemptName
+from trainyard.service.tables import AttemptRow, JobRow, LeaseRow
+from trainyard.service.timing import Timing
 
 MAY_YIELD = JobRow.spec[("resources", "preemptible")].as_boolean()
 """Null in a spec of before there was such a field."""

@@ -16,13 +16,13 @@ from typing import TypeVar
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.status import TERMINAL, JobStatus
-from service.db import Database
-from service.errors import NotReady, TooManyStreams
-from service.jobs import store as jobs
-from service.metrics import store
-from service.streams.frames import Place, event
-from service.tables import AttemptRow, JobRow
+from trainyard.contract.status import TERMINAL, JobStatus
+from trainyard.service.db import Database
+from trainyard.service.errors import NotReady, TooManyStreams
+from trainyard.service.jobs import store as jobs
+from trainyard.service.metrics import store
+from trainyard.service.streams.frames import Place, event
+from trainyard.service.tables import AttemptRow, JobRow
 
 BEAT_SECONDS = 0.5
 LEAST_SECONDS = 0.25

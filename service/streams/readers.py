@@ -3,11 +3,11 @@
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
-from contract.rundir import RunDir
-from service.errors import LogNotFound
-from service.jobs.logs import log_file, read_whole, start_of_tail
-from service.streams.frames import Place, event
-from service.streams.pulse import Channel, Frame, Pulse
+from trainyard.contract.rundir import RunDir
+from trainyard.service.errors import LogNotFound
+from trainyard.service.jobs.logs import log_file, read_whole, start_of_tail
+from trainyard.service.streams.frames import Place, event
+from trainyard.service.streams.pulse import Channel, Frame, Pulse
 
 LOOK_SECONDS = 0.5
 FRAMES_A_PIECE = 64

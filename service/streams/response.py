@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from fastapi.sse import EventSourceResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from service.streams.frames import COMMENT, HELLO
+from trainyard.service.streams.frames import COMMENT, HELLO
 
 COMMENT_SECONDS = 15.0
 STALL_SECONDS = 10.0

@@ -5,16 +5,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response
 
-from contract.parsing import Problem
-from contract.rundir import RunDir
-from service.access.scopes import READ
-from service.answers import ServiceRoute
-from service.context import ServicesNeeded
-from service.errors import RequestInvalid, with_problems
-from service.jobs.log_routes import AGENT, require_good
-from service.streams import readers
-from service.streams.frames import Place, place_of
-from service.streams.response import EventStream
+from trainyard.contract.parsing import Problem
+from trainyard.contract.rundir import RunDir
+from trainyard.service.access.scopes import READ
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.context import ServicesNeeded
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs.log_routes import AGENT, require_good
+from trainyard.service.streams import readers
+from trainyard.service.streams.frames import Place, place_of
+from trainyard.service.streams.response import EventStream
 
 LARGEST = 2**53 - 1
 DEFAULT_TAIL = 200

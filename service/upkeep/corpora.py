@@ -1,4 +1,4 @@
-"""Corpora that nobody uses leave the cache; also a command: ``python -m service.upkeep.corpora``.
+"""Corpora that nobody uses leave the cache; also a command: ``python -m trainyard.service.upkeep.corpora``.
 
 A run that goes on tokenizes anew what has left, to the same bytes. What a live run has open never leaves.
 """
@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from contract.cache import CorpusCache, Kept
-from contract.rundir import read_json
-from contract.units import human_bytes
-from service.settings import Settings, SettingsRefused
+from trainyard.contract.cache import CorpusCache, Kept
+from trainyard.contract.rundir import read_json
+from trainyard.contract.units import human_bytes
+from trainyard.service.settings import Settings, SettingsRefused
 
 DAY = 86400.0
 EVERY_SECONDS = 3600.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from service.settings import Settings
+from trainyard.service.settings import Settings
 
 FULL_BYTES = 64 << 20
 """With less than this the service's own database cannot be relied on to grow."""

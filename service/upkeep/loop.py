@@ -5,13 +5,13 @@ import threading
 from collections.abc import Callable
 from datetime import datetime
 
-from service.scheduler.apply import utc_now
-from service.scheduler.lease import Deposed
-from service.scheduler.loop import Scheduler
-from service.upkeep import warnings
-from service.upkeep.corpora import CorpusShelf
-from service.upkeep.disks import Disk, DiskWatch, State
-from service.upkeep.retention import Policy, Retention
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.scheduler.lease import Deposed
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.upkeep import warnings
+from trainyard.service.upkeep.corpora import CorpusShelf
+from trainyard.service.upkeep.disks import Disk, DiskWatch, State
+from trainyard.service.upkeep.retention import Policy, Retention
 
 ROUND_SECONDS = 10.0
 STEPS_A_ROUND = 50

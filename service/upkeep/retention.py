@@ -15,12 +15,12 @@ from typing import NamedTuple
 from sqlalchemy import delete, select, tuple_
 from sqlalchemy.orm import Session
 
-from contract.status import TERMINAL
-from service.errors import JobNotFound
-from service.jobs import store
-from service.metrics.summaries import width
-from service.settings import Settings
-from service.tables import EventRow, JobRow, MetricRow, StretchRow
+from trainyard.contract.status import TERMINAL
+from trainyard.service.errors import JobNotFound
+from trainyard.service.jobs import store
+from trainyard.service.metrics.summaries import width
+from trainyard.service.settings import Settings
+from trainyard.service.tables import EventRow, JobRow, MetricRow, StretchRow
 
 ROWS = 2000
 """As many rows a step looks at."""

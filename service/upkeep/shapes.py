@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from service.shapes import Shape
+from trainyard.service.shapes import Shape
 
 
 class ReadyPart(Shape):

@@ -7,11 +7,11 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.status import LIVE
-from service.jobs import store
-from service.jobs.store import Note
-from service.tables import JobRow
-from service.upkeep.disks import FULL_BYTES, Disk, State
+from trainyard.contract.status import LIVE
+from trainyard.service.jobs import store
+from trainyard.service.jobs.store import Note
+from trainyard.service.tables import JobRow
+from trainyard.service.upkeep.disks import FULL_BYTES, Disk, State
 
 CODE = "disk_low"
 MIB, GIB = 1 << 20, 1 << 30

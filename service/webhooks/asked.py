@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from contract.parsing import Problem
-from contract.status import JobStatus
-from service.bodies import OptionalBody, StrictBody, without_defaults
-from service.errors import RequestInvalid, with_problems
-from service.jobs.event_outbox import ALL
-from service.webhooks.addresses import Network, mistake
-from service.webhooks.rules import AnyRule
+from trainyard.contract.parsing import Problem
+from trainyard.contract.status import JobStatus
+from trainyard.service.bodies import OptionalBody, StrictBody, without_defaults
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs.event_outbox import ALL
+from trainyard.service.webhooks.addresses import Network, mistake
+from trainyard.service.webhooks.rules import AnyRule
 
 STATUS_EVENTS = tuple(f"job.{status}" for status in JobStatus)
 EVENTS = ("job.created", *STATUS_EVENTS, "job.checkpoint", "job.warning")

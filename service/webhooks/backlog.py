@@ -5,9 +5,9 @@ from datetime import datetime, timedelta
 from sqlalchemy import and_, delete, exists, false, func, or_, select, true
 from sqlalchemy.orm import Session
 
-from service.jobs.event_outbox import PENDING
-from service.tables import DeliveryRow, JobRow, WebhookRow
-from service.webhooks.schedule import SIDE_BY_SIDE, Head
+from trainyard.service.jobs.event_outbox import PENDING
+from trainyard.service.tables import DeliveryRow, JobRow, WebhookRow
+from trainyard.service.webhooks.schedule import SIDE_BY_SIDE, Head
 
 KEPT = timedelta(days=30)
 

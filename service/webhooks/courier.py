@@ -15,7 +15,7 @@ from urllib.parse import SplitResult
 
 import httpcore2
 
-from service.webhooks.addresses import AddressRefused, Network, Resolver, checked, port_of, resolve, split
+from trainyard.service.webhooks.addresses import AddressRefused, Network, Resolver, checked, port_of, resolve, split
 
 SEND_SECONDS = 10.0
 """From the connect to the end of the answer. The system resolves the name before that, within its own limits."""

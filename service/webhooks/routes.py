@@ -5,17 +5,17 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Path, Query, Response
 
-from service.access.scopes import SUBMIT
-from service.answers import ServiceRoute, json_response
-from service.bodies import NO_FIELDS
-from service.context import ServicesNeeded
-from service.jobs.routes import Limit, Text
-from service.scheduler.apply import utc_now
-from service.shapes import Page
-from service.tables import DeliveryRow, WebhookRow
-from service.webhooks import asked, store
-from service.webhooks.asked import NewWebhook, PatchWebhookBody
-from service.webhooks.shapes import Delivery, DeliveryWithPayload, Try, Webhook, WebhookWithSecret
+from trainyard.service.access.scopes import SUBMIT
+from trainyard.service.answers import ServiceRoute, json_response
+from trainyard.service.bodies import NO_FIELDS
+from trainyard.service.context import ServicesNeeded
+from trainyard.service.jobs.routes import Limit, Text
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.shapes import Page
+from trainyard.service.tables import DeliveryRow, WebhookRow
+from trainyard.service.webhooks import asked, store
+from trainyard.service.webhooks.asked import NewWebhook, PatchWebhookBody
+from trainyard.service.webhooks.shapes import Delivery, DeliveryWithPayload, Try, Webhook, WebhookWithSecret
 
 LARGEST = (1 << 63) - 1
 LOCATION: dict[str, Any] = {"headers": {"Location": {"description": "Address of it.", "schema": {"type": "string"}}}}

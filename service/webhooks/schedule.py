@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from service.webhooks.courier import Answer
+from trainyard.service.webhooks.courier import Answer
 
 FIRST_SECONDS = 5.0
 LONGEST_SECONDS = 3600.0

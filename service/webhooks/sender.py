@@ -17,18 +17,18 @@ from typing import Any
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from contract.failpoints import hit
-from service.db import Database
-from service.errors import DatabaseAway, OutcomeUnknown
-from service.jobs.event_outbox import DELIVERED, FAILED, PENDING
-from service.scheduler.apply import utc_now
-from service.scheduler.lease import Deposed, Lease, fenced
-from service.tables import DeliveryRow, WebhookRow
-from service.webhooks import backlog, signing, store
-from service.webhooks.asked import TEST
-from service.webhooks.courier import Answer, Courier
-from service.webhooks.schedule import PATIENCE, after_failure, pause, pick
-from service.webhooks.watch import Watcher
+from trainyard.contract.failpoints import hit
+from trainyard.service.db import Database
+from trainyard.service.errors import DatabaseAway, OutcomeUnknown
+from trainyard.service.jobs.event_outbox import DELIVERED, FAILED, PENDING
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.scheduler.lease import Deposed, Lease, fenced
+from trainyard.service.tables import DeliveryRow, WebhookRow
+from trainyard.service.webhooks import backlog, signing, store
+from trainyard.service.webhooks.asked import TEST
+from trainyard.service.webhooks.courier import Answer, Courier
+from trainyard.service.webhooks.schedule import PATIENCE, after_failure, pause, pick
+from trainyard.service.webhooks.watch import Watcher
 
 ROUND_SECONDS = 1.0
 AT_ONCE = 16

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, Literal
 
-from service.shapes import Shape
+from trainyard.service.shapes import Shape
 
 
 class Webhook(Shape):

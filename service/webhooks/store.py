@@ -7,13 +7,13 @@ from typing import Any
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from contract.parsing import Problem
-from service.errors import DeliveryNotFound, RequestInvalid, TooManyWebhooks, WebhookNotFound, with_problems
-from service.jobs.event_outbox import PENDING, News, Payload, delivery_row
-from service.jobs.ids import new_id
-from service.tables import DeliveryRow, JobRow, WatchRow, WebhookRow
-from service.webhooks import signing
-from service.webhooks.asked import TEST, NewWebhook
+from trainyard.contract.parsing import Problem
+from trainyard.service.errors import DeliveryNotFound, RequestInvalid, TooManyWebhooks, WebhookNotFound, with_problems
+from trainyard.service.jobs.event_outbox import PENDING, News, Payload, delivery_row
+from trainyard.service.jobs.ids import new_id
+from trainyard.service.tables import DeliveryRow, JobRow, WatchRow, WebhookRow
+from trainyard.service.webhooks import signing
+from trainyard.service.webhooks.asked import TEST, NewWebhook
 
 MOST = 1000
 """Every event looks at all of them."""

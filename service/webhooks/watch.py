@@ -13,15 +13,15 @@ from pydantic import TypeAdapter
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from contract.status import Desired, JobStatus
-from service.db import Database
-from service.errors import JobNotFound
-from service.jobs import event_outbox, store
-from service.jobs.store import Note
-from service.metrics.store import newest_place, rows_behind
-from service.scheduler.lease import Lease, fenced
-from service.tables import AttemptRow, JobRow, WatchRow, WebhookRow
-from service.webhooks.rules import AnyRule, Firing, NoProgress, Point, Seen, advance, silence
+from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.db import Database
+from trainyard.service.errors import JobNotFound
+from trainyard.service.jobs import event_outbox, store
+from trainyard.service.jobs.store import Note
+from trainyard.service.metrics.store import newest_place, rows_behind
+from trainyard.service.scheduler.lease import Lease, fenced
+from trainyard.service.tables import AttemptRow, JobRow, WatchRow, WebhookRow
+from trainyard.service.webhooks.rules import AnyRule, Firing, NoProgress, Point, Seen, advance, silence
 
 LOOK_SECONDS = 5.0
 POINTS = 2000

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from contract.processes import marked
-from contract.rundir import AttemptDir, RunDir, write_json
-from contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
-from service.launch.base import AttemptName, Launch
-from service.launch.local import LocalLauncher
 from tests.agent.fake_ingest import FakeIngest
 from tests.faults import fake_ranks
 from tests.unique_ids import unique_job_id
+from trainyard.contract.processes import marked
+from trainyard.contract.rundir import AttemptDir, RunDir, write_json
+from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
+from trainyard.service.launch.base import AttemptName, Launch
+from trainyard.service.launch.local import LocalLauncher
 
 DRIVER = (sys.executable, str(Path(fake_ranks.__file__).with_name("fake_agent.py")))
 JOB = unique_job_id("job_fake")

@@ -5,7 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from contract.status import Desired
+from trainyard.contract.status import Desired
 
 
 class FakeIngest:

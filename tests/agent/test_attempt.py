@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from contract.locks import is_held
-from contract.processes import ProcessIdentity, marked
-from contract.report import ExitReport, read_message
-from contract.rundir import AttemptDir, RunDir, read_json
-from contract.spec import Timeouts
-from contract.status import Desired, Reason
-from service.launch.base import State
-from service.launch.local import LocalLauncher
 from tests.agent.conftest import DRIVER, NAME, launch, until
 from tests.agent.fake_ingest import FakeIngest
+from trainyard.contract.locks import is_held
+from trainyard.contract.processes import ProcessIdentity, marked
+from trainyard.contract.report import ExitReport, read_message
+from trainyard.contract.rundir import AttemptDir, RunDir, read_json
+from trainyard.contract.spec import Timeouts
+from trainyard.contract.status import Desired, Reason
+from trainyard.service.launch.base import State
+from trainyard.service.launch.local import LocalLauncher
 
 
 def ended(launcher: LocalLauncher, seconds: float = 20.0) -> ExitReport:

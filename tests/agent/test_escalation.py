@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from contract.spec import Timeouts
-from contract.status import Desired
-from worker.agent.decide import Action, Cause, Seen, decide
+from trainyard.contract.spec import Timeouts
+from trainyard.contract.status import Desired
+from trainyard.worker.agent.decide import Action, Cause, Seen, decide
 
 TIMEOUTS = Timeouts(stop=100.0, term=10.0)
 CALM = Seen(torchrun_ended=False, desired=Desired.RUN, signalled=False, asked_at=None, termed_at=None, stuck=False)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from contract.report import ErrorCard, ExitReport, Outcome, RankExit
-from contract.rundir import AttemptDir
-from contract.status import Reason
-from worker.agent.decide import Cause
-from worker.agent.evidence import Evidence, RankError, gather
-from worker.agent.memory import Shortage
-from worker.agent.nodes import NodeEnd
-from worker.agent.verdict import at_the_limit, verdict
+from trainyard.contract.report import ErrorCard, ExitReport, Outcome, RankExit
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.status import Reason
+from trainyard.worker.agent.decide import Cause
+from trainyard.worker.agent.evidence import Evidence, RankError, gather
+from trainyard.worker.agent.memory import Shortage
+from trainyard.worker.agent.nodes import NodeEnd
+from trainyard.worker.agent.verdict import at_the_limit, verdict
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 

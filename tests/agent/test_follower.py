@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from contract.locks import FileLock
-from contract.processes import MARKER, marked
-from contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
 from tests.agent.conftest import DRIVER, until
-from worker.agent import follow
-from worker.agent.place import Place
+from trainyard.contract.locks import FileLock
+from trainyard.contract.processes import MARKER, marked
+from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
+from trainyard.worker.agent import follow
+from trainyard.worker.agent.place import Place
 
 MARK = "job_follow/1"
 RESOURCES = '{"resources": {"nproc_per_node": 1}}'
@@ -51,7 +51,7 @@ def start(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> "subpr
     environment = {
         **os.environ,
         MARKER: MARK,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(Path(__file__).parents[2] / "src"),
         "TRAINYARD_NODE": "1",
         "TRAINYARD_NODES": "2",
         "SLURMD_NODENAME": "second",
@@ -169,7 +169,7 @@ def test_a_node_that_does_not_see_the_home_says_so_where_the_cluster_keeps_it(
     attempt: AttemptDir, started: list["subprocess.Popen[str]"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt.spec.unlink()
-    code = "import sys; from worker.agent import __main__ as agent; agent.HOME_SECONDS = 0.1; sys.exit(agent.main())"
+    code = "import sys; from trainyard.worker.agent import __main__ as agent; agent.HOME_SECONDS = 0.1; sys.exit(agent.main())"
     command = [sys.executable, "-c", code, str(attempt.path.parent), "--attempt=1"]
     environment = {**os.environ, "TRAINYARD_NODE": "1", "TRAINYARD_NODES": "2", "SLURMD_NODENAME": "second"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from contract.events import PhaseChanged
-from contract.outbox import OutboxReader
-from contract.rundir import AttemptDir
-from contract.spec import Timeouts
-from contract.status import Phase
-from worker.agent.progress import UNKNOWN_PACE_SECONDS, ProgressWatch
+from trainyard.contract.events import PhaseChanged
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.spec import Timeouts
+from trainyard.contract.status import Phase
+from trainyard.worker.agent.progress import UNKNOWN_PACE_SECONDS, ProgressWatch
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from contract.rundir import AttemptDir, RunDir, write_json
-from worker.agent import nodes
-from worker.agent.nodes import LOOK_SECONDS, PARTING_SECONDS, NodeEnd, OtherNodes
-from worker.agent.place import ALONE, Place
+from trainyard.contract.rundir import AttemptDir, RunDir, write_json
+from trainyard.worker.agent import nodes
+from trainyard.worker.agent.nodes import LOOK_SECONDS, PARTING_SECONDS, NodeEnd, OtherNodes
+from trainyard.worker.agent.place import ALONE, Place
 
 
 @pytest.fixture

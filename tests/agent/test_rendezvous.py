@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from contract.rundir import AttemptDir, RunDir, read_json, write_json
-from worker.agent import place as places
-from worker.agent.launch import rank_environment, torchrun_command
-from worker.agent.nodes import OtherNodes
-from worker.agent.place import (
+from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
+from trainyard.worker.agent import place as places
+from trainyard.worker.agent.launch import rank_environment, torchrun_command
+from trainyard.worker.agent.nodes import OtherNodes
+from trainyard.worker.agent.place import (
     ALONE,
     PORTS,
     Meeting,

@@ -8,13 +8,13 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from contract.report import ErrorCard
-from contract.status import Reason
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_submit_page import field
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
+from trainyard.contract.report import ErrorCard
+from trainyard.contract.status import Reason
 
 HINT = "Set training.batch_size to 16 and training.accumulation_steps to 16: the result is the same."
 

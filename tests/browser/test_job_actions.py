@@ -12,12 +12,12 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from service.exports import child
 from tests.browser.page_checks import check_both_themes
 from tests.browser.test_submit_page import field, field_error
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import MODEL
 from tests.service.test_exports import exporter
+from trainyard.service.exports import child
 
 __all__ = ["exporter"]
 

@@ -9,10 +9,10 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Locator, Page, expect
 
-from service.devices.inventory import Device
 from tests.browser.page_checks import check_both_themes
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
+from trainyard.service.devices.inventory import Device
 
 
 def rows(page: Page) -> Locator:

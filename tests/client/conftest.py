@@ -3,11 +3,11 @@ from collections.abc import Callable
 
 import pytest
 
-from client import api, watch
-from client.api import Trainyard
-from client.cli.main import main
-from client.connection import Connection
 from tests.client.fake_service import QUICK, URL, FakeService, console, job, written
+from trainyard.client import api, watch
+from trainyard.client.api import Trainyard
+from trainyard.client.cli.main import main
+from trainyard.client.connection import Connection
 
 Run = Callable[..., tuple[int, str, str]]
 

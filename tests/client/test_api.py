@@ -4,9 +4,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from client.api import DEFAULT_URL, Trainyard
-from client.connection import Patience
-from client.errors import (
+from tests.client.fake_service import QUICK, URL, FakeService, job, lost, metric, problem, refused
+from trainyard.client.api import DEFAULT_URL, Trainyard
+from trainyard.client.connection import Patience
+from trainyard.client.errors import (
     FieldProblem,
     InvalidSpec,
     InvalidState,
@@ -18,7 +19,6 @@ from client.errors import (
     WaitedInVain,
     WaitTimedOut,
 )
-from tests.client.fake_service import QUICK, URL, FakeService, job, lost, metric, problem, refused
 
 SPEC = {"data": {"data_path": "/data/a.jsonl"}}
 

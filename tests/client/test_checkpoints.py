@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from client.api import Trainyard
-from client.errors import Damaged, NotFound, ServiceUnreachable
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, job, lost, problem
+from trainyard.client.api import Trainyard
+from trainyard.client.errors import Damaged, NotFound, ServiceUnreachable
 
 JOB = "job_7f3kq9"
 MODEL = bytes(range(256)) * 30

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from client.cli.main import main
-from client.cli.parser import Command, Group, trainyard
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, job, metric, problem, refused
+from trainyard.client.cli.main import main
+from trainyard.client.cli.parser import Command, Group, trainyard
 
 READING = ("list", "show", "metrics", "events", "checkpoints", "attempts", "samples", "devices", "version")
 OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "logs")
@@ -36,7 +36,9 @@ def test_every_command_names_a_function_that_exists() -> None:
 
 
 def test_building_the_parser_imports_nothing_heavy() -> None:
-    code = "import sys; import client.cli.main; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    code = (
+        "import sys; import trainyard.client.cli.main; print(sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     for heavy in ("torch", "pydantic", "httpx2", "rich", "numpy", "sqlalchemy", "fastapi"):
         assert f"'{heavy}'" not in loaded
@@ -292,21 +294,41 @@ def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> N
                 "TRAINYARD_DATABASE_URL": "sqlite://",
             },
         ),
-        (["serve", "--no-scheduler"], "service", ["--no-scheduler"], {}),
-        (["db", "upgrade", "--home", "/h"], "service.maintenance", ["upgrade"], {"TRAINYARD_HOME": "/h"}),
-        (["db", "copy", "/h", "postgresql:///t"], "service.maintenance", ["copy", "/h", "postgresql:///t"], {}),
-        (["db", "backup", "/b", "--home", "/h"], "service.maintenance", ["backup", "/b"], {"TRAINYARD_HOME": "/h"}),
+        (["serve", "--no-scheduler"], "trainyard.service", ["--no-scheduler"], {}),
+        (["db", "upgrade", "--home", "/h"], "trainyard.service.maintenance", ["upgrade"], {"TRAINYARD_HOME": "/h"}),
+        (
+            ["db", "copy", "/h", "postgresql:///t"],
+            "trainyard.service.maintenance",
+            ["copy", "/h", "postgresql:///t"],
+            {},
+        ),
+        (
+            ["db", "backup", "/b", "--home", "/h"],
+            "trainyard.service.maintenance",
+            ["backup", "/b"],
+            {"TRAINYARD_HOME": "/h"},
+        ),
         (
             ["tokenizer", "train", "f.jsonl", "--vocab-size", "500", "--out", "d"],
-            "worker.tokenizers",
+            "trainyard.worker.tokenizers",
             ["train", "f.jsonl", "--vocab-size", "500", "--out", "d", "--text-field", "text"],
             {},
         ),
-        (["corpus", "list", "--home", "/h"], "service.upkeep.corpora", ["list"], {"TRAINYARD_HOME": "/h"}),
-        (["corpus", "prune", "--days", "7"], "service.upkeep.corpora", ["prune", "--days=7"], {}),
-        (["corpus", "list", "--json"], "service.upkeep.corpora", ["list", "--json"], {}),
-        (["corpus", "check", "f", "--json"], "worker.corpus", ["check", "f", "--text-field", "text", "--json"], {}),
-        (["corpus", "check", "f", "--text-field", "b"], "worker.corpus", ["check", "f", "--text-field", "b"], {}),
+        (["corpus", "list", "--home", "/h"], "trainyard.service.upkeep.corpora", ["list"], {"TRAINYARD_HOME": "/h"}),
+        (["corpus", "prune", "--days", "7"], "trainyard.service.upkeep.corpora", ["prune", "--days=7"], {}),
+        (["corpus", "list", "--json"], "trainyard.service.upkeep.corpora", ["list", "--json"], {}),
+        (
+            ["corpus", "check", "f", "--json"],
+            "trainyard.worker.corpus",
+            ["check", "f", "--text-field", "text", "--json"],
+            {},
+        ),
+        (
+            ["corpus", "check", "f", "--text-field", "b"],
+            "trainyard.worker.corpus",
+            ["check", "f", "--text-field", "b"],
+            {},
+        ),
     ],
 )
 def test_local_commands_become_their_program(

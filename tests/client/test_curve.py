@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from client.curve import KEPT, Curve, Ema
 from tests.client.fake_service import metric
+from trainyard.client.curve import KEPT, Curve, Ema
 
 
 def test_ema_is_the_published_formula() -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from client.demo.service import DemoService, ServiceFailed, environment
 from tests.client.fake_service import URL
+from trainyard.client.demo.service import DemoService, ServiceFailed, environment
 
 
 def test_the_user_s_own_settings_stay_outside(tmp_path: Path) -> None:
@@ -18,7 +18,9 @@ def test_the_user_s_own_settings_stay_outside(tmp_path: Path) -> None:
 
 
 def test_a_service_that_ends_at_once_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.demo.service.environment", lambda *_: {"PATH": "/bin", "PYTHONPATH": "/nowhere"})
+    monkeypatch.setattr(
+        "trainyard.client.demo.service.environment", lambda *_: {"PATH": "/bin", "PYTHONPATH": "/nowhere"}
+    )
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with DemoService(tmp_path) as service, pytest.raises(ServiceFailed, match="exit code 1"):
         service.start()

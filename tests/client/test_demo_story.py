@@ -12,10 +12,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from client.api import Trainyard
-from client.demo import story
-from client.demo.service import ServiceFailed
-from client.demo.story import (
+from tests.client.fake_service import QUICK, URL, FakeService, console, job, metric, written
+from trainyard.client.api import Trainyard
+from trainyard.client.demo import story
+from trainyard.client.demo.service import ServiceFailed
+from trainyard.client.demo.story import (
     EVERY,
     KILL_AFTER,
     LEARNED_LOSS,
@@ -40,11 +41,10 @@ from client.demo.story import (
     spec,
     weights_of,
 )
-from client.download import sha256
-from client.errors import WaitTimedOut
-from contract.parsing import parse_spec
-from contract.processes import MARKER
-from tests.client.fake_service import QUICK, URL, FakeService, console, job, metric, written
+from trainyard.client.download import sha256
+from trainyard.client.errors import WaitTimedOut
+from trainyard.contract.parsing import parse_spec
+from trainyard.contract.processes import MARKER
 
 FAKE_JOB = "job_7f3kq9"
 JOB = "job_demo"
@@ -162,7 +162,7 @@ def perform(
     monkeypatch.setattr(story, "write_corpus", write_corpus)
     monkeypatch.setattr(story, "kill_one", kill_one)
     monkeypatch.setattr(Story, "_tokenizer", lambda _: None)
-    monkeypatch.setattr("client.demo.story.INTERVAL", 0.001)
+    monkeypatch.setattr("trainyard.client.demo.story.INTERVAL", 0.001)
 
     def run(**options: Any) -> tuple[int, str, str]:
         to = console()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from client.api import Trainyard
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, lost
+from trainyard.client.api import Trainyard
 
 
 def test_fork_sends_what_is_to_be_different(run: Run, service: FakeService) -> None:

@@ -2,7 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from client.words import (
+from trainyard.client.words import (
     ago,
     bar,
     count,
@@ -19,7 +19,7 @@ from client.words import (
     table,
     utc,
 )
-from contract.status import JobStatus
+from trainyard.contract.status import JobStatus
 
 NOW = datetime(2026, 1, 31, 16, 31, 5, tzinfo=UTC)
 

@@ -3,11 +3,11 @@ from typing import Any
 
 import pytest
 
-from client.frame import MOST_LINES, frame, plain
-from client.saves import Kept
-from client.scene import Scene
-from contract.status import JobStatus
 from tests.client.fake_service import NOW, URL, job, metric
+from trainyard.client.frame import MOST_LINES, frame, plain
+from trainyard.client.saves import Kept
+from trainyard.client.scene import Scene
+from trainyard.contract.status import JobStatus
 
 
 def scene(**changes: Any) -> Scene:

@@ -2,12 +2,12 @@ from typing import Any
 
 import pytest
 
-from client.advice import EVIDENCE_LINES, ending, error_card, what_next
-from client.errors import NameShared, ServiceUnreachable, TrainyardError, WaitTimedOut, refusal
-from client.exits import Exit, at_rest, exit_of_error, exit_of_job, restart_pending
-from client.page import alert_text, job_page
-from contract.status import AT_REST, JobStatus
 from tests.client.fake_service import NOW, job
+from trainyard.client.advice import EVIDENCE_LINES, ending, error_card, what_next
+from trainyard.client.errors import NameShared, ServiceUnreachable, TrainyardError, WaitTimedOut, refusal
+from trainyard.client.exits import Exit, at_rest, exit_of_error, exit_of_job, restart_pending
+from trainyard.client.page import alert_text, job_page
+from trainyard.contract.status import AT_REST, JobStatus
 
 
 def page(**changes: Any) -> list[str]:

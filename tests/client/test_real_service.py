@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from client.api import Trainyard
-from client.demo.service import DemoService, _answers, environment
-from client.exits import at_rest
-from contract.rundir import read_json
+from trainyard.client.api import Trainyard
+from trainyard.client.demo.service import DemoService, _answers, environment
+from trainyard.client.exits import at_rest
+from trainyard.contract.rundir import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ TINY = (
     "--hidden_size 32 --num_hidden_layers 1 --num_attention_heads 2 --num_key_value_heads 1 --max_seq_len 32 "
     "--batch_size 2 --accumulation_steps 1 --dtype float32 --device cpu --log_interval 20 --save_interval 500"
 )
-COMMAND = [sys.executable, "-c", "import sys; from client.cli.main import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from trainyard.client.cli.main import main; sys.exit(main())"]
 
 
 class Restartable(DemoService):
@@ -37,7 +37,7 @@ class Restartable(DemoService):
     def start_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
         port = self.url.rsplit(":", 1)[1]
         kept = environment(os.environ, self.home) | {"TRAINYARD_PORT": port}
-        monkeypatch.setattr("client.demo.service.environment", lambda *_: kept)
+        monkeypatch.setattr("trainyard.client.demo.service.environment", lambda *_: kept)
         self.start()
 
 

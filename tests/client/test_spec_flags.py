@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from client.cli.parser import trainyard
-from client.cli.spec_flags import (
+from trainyard.client.cli.parser import trainyard
+from trainyard.client.cli.spec_flags import (
     FLAG_ALIASES,
     differences,
     given_leaves,
@@ -14,8 +14,8 @@ from client.cli.spec_flags import (
     spec_options,
     with_absolute_paths,
 )
-from client.exits import UsageError
-from contract.parsing import ALIASES, GROUP_OF_LEAF, parse_spec
+from trainyard.client.exits import UsageError
+from trainyard.contract.parsing import ALIASES, GROUP_OF_LEAF, parse_spec
 
 HERE = Path("/somewhere")
 

@@ -10,15 +10,15 @@ from typing import Any
 import httpx2
 import pytest
 
-from client import streams
-from client.api import Trainyard
-from client.connection import Patience
-from client.errors import NotFound, ServiceUnreachable
-from client.logs import LogReader
-from client.streams import Feed, NoStream, StreamEvent, parse
-from client.watch import Watcher
 from tests.client.fake_service import NOW, URL, FakeService, job, metric, problem
 from tests.client.test_logs import options
+from trainyard.client import streams
+from trainyard.client.api import Trainyard
+from trainyard.client.connection import Patience
+from trainyard.client.errors import NotFound, ServiceUnreachable
+from trainyard.client.logs import LogReader
+from trainyard.client.streams import Feed, NoStream, StreamEvent, parse
+from trainyard.client.watch import Watcher
 
 JOB = "job_7f3kq9"
 DEADLINE = 10.0

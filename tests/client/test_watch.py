@@ -16,12 +16,6 @@ from typing import Any
 import httpx2
 import pytest
 
-from client.api import Trainyard
-from client.connection import Patience
-from client.console import Console
-from client.scene import Scene
-from client.views import JsonView, LinesView, PictureView, log_line
-from client.watch import Clock, Watcher, follow
 from tests.client.conftest import Run
 from tests.client.fake_service import (
     NOW,
@@ -35,6 +29,12 @@ from tests.client.fake_service import (
     refused,
     written,
 )
+from trainyard.client.api import Trainyard
+from trainyard.client.connection import Patience
+from trainyard.client.console import Console
+from trainyard.client.scene import Scene
+from trainyard.client.views import JsonView, LinesView, PictureView, log_line
+from trainyard.client.watch import Clock, Watcher, follow
 
 JOB = "job_7f3kq9"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -359,7 +359,7 @@ def test_a_real_ctrl_c_exits_130(served: str) -> None:
     command = [
         sys.executable,
         "-c",
-        "import sys; from client.cli.main import main; sys.exit(main())",
+        "import sys; from trainyard.client.cli.main import main; sys.exit(main())",
         "watch",
         "pre-12",
     ]
@@ -384,7 +384,7 @@ def test_a_reader_that_went_away_ends_the_command_quietly(served: str) -> None:
     command = [
         sys.executable,
         "-c",
-        "import sys; from client.cli.main import main; sys.exit(main())",
+        "import sys; from trainyard.client.cli.main import main; sys.exit(main())",
         "list",
         "--url",
         served,

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from client.api import Trainyard
-from client.saves import LOOK_EVERY, Saves, agrees
 from tests.client.fake_service import FakeService, problem
+from trainyard.client.api import Trainyard
+from trainyard.client.saves import LOOK_EVERY, Saves, agrees
 
 JOB = "job_7f3kq9"
 SHA = "a" * 64

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from contract.cache import CorpusCache, building_of
-from contract.locks import FileLock
+from trainyard.contract.cache import CorpusCache, building_of
+from trainyard.contract.locks import FileLock
 
 KEYS = ["a" * 32, "b" * 32, "c" * 32]
 LONG_AGO = 1_000_000.0

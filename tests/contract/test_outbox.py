@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from contract.events import EVENT, Metric
-from contract.outbox import OutboxReader
+from trainyard.contract.events import EVENT, Metric
+from trainyard.contract.outbox import OutboxReader
 
 
 def test_a_line_counts_only_with_its_newline(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from contract.locks import FileLock, LockBusy, is_held
-from contract.processes import MARKER, ProcessIdentity, descendants, marked, marks, wait_gone
-from contract.rundir import RunDir
-from service.launch.base import AttemptName
-from service.launch.local import AGENTS_TOKEN, LocalLauncher
 from tests.unique_ids import unique_job_id
+from trainyard.contract.locks import FileLock, LockBusy, is_held
+from trainyard.contract.processes import MARKER, ProcessIdentity, descendants, marked, marks, wait_gone
+from trainyard.contract.rundir import RunDir
+from trainyard.service.launch.base import AttemptName
+from trainyard.service.launch.local import AGENTS_TOKEN, LocalLauncher
 
 TEST, A, B, C, D = (unique_job_id(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
 

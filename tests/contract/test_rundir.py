@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.rundir import (
+from trainyard.contract.rundir import (
     FileDigest,
     ProductDir,
     RunDir,

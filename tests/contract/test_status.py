@@ -1,6 +1,15 @@
 """The table of transitions is complete and has no dead ends that it should not have."""
 
-from contract.status import AT_REST, LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, TRANSITIONS, JobStatus, may_become
+from trainyard.contract.status import (
+    AT_REST,
+    LIVE,
+    NOT_COUNTED,
+    RESTARTABLE,
+    TERMINAL,
+    TRANSITIONS,
+    JobStatus,
+    may_become,
+)
 
 
 def test_every_status_has_a_row_and_every_target_is_reachable() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.data.texts import docstrings, write_jsonl
-from worker.tokenizers import train
+from trainyard.worker.tokenizers import train
 
 
 @pytest.fixture(autouse=True)

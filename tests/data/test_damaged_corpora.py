@@ -11,9 +11,9 @@ import pytest
 from tests.data import reference_reader
 from tests.data.texts import docstrings
 from tests.soak_report import SoakReport, chosen, seed
-from worker import lines
-from worker.lines import DataInvalid, Tally
-from worker.readers import open_reader
+from trainyard.worker import lines
+from trainyard.worker.lines import DataInvalid, Tally
+from trainyard.worker.readers import open_reader
 
 SEED = 20261125
 LIMIT = 2048

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contract.corpora import Packing, packing_of
 from tests.unprivileged import drop_root, public_tmp_dir
-from worker import lines
-from worker.lines import BadLine, DataInvalid, Runs, Tally, text_of
-from worker.readers import open_reader
+from trainyard.contract.corpora import Packing, packing_of
+from trainyard.worker import lines
+from trainyard.worker.lines import BadLine, DataInvalid, Runs, Tally, text_of
+from trainyard.worker.readers import open_reader
 
 BAD = [
     (b"\xff\xfe{", "not UTF-8 at byte 1"),

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import ModelConfig
-from model.decoder import Decoder
 from tests.data.texts import write_jsonl
-from worker import rows as rows_module
-from worker.corpus import Corpus, open_corpus
-from worker.lines import DataInvalid
-from worker.rows import Batch, Packing, RowTable, Split, best_fit, pieces_of
-from worker.splitmix import splitmix64
-from worker.tokenizers import ByteTokenizer
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.worker import rows as rows_module
+from trainyard.worker.corpus import Corpus, open_corpus
+from trainyard.worker.lines import DataInvalid
+from trainyard.worker.rows import Batch, Packing, RowTable, Split, best_fit, pieces_of
+from trainyard.worker.splitmix import splitmix64
+from trainyard.worker.tokenizers import ByteTokenizer
 
 PACKINGS: tuple[Packing, ...] = ("none", "document")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from service.devices.inventory import Device
+from trainyard.service.devices.inventory import Device
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from contract.report import ErrorCard, ExitReport, RunSettings
-from contract.status import Reason
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, Placement, State
+from trainyard.contract.report import ErrorCard, ExitReport, RunSettings
+from trainyard.contract.status import Reason
+from trainyard.service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, Placement, State
 
 
 class ServiceKilled(BaseException):

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contract.rundir import AttemptDir
-from contract.status import Desired
-from worker.agent.children import Children
-from worker.agent.supervise import Supervisor
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.status import Desired
+from trainyard.worker.agent.children import Children
+from trainyard.worker.agent.supervise import Supervisor
 
 
 def main(path: str, fails: str) -> None:

@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contract.rundir import AttemptDir, RunDir
-from worker.agent import launch
-from worker.agent.__main__ import main
-from worker.agent.place import ALONE, Meeting, Place
+from trainyard.contract.rundir import AttemptDir, RunDir
+from trainyard.worker.agent import launch
+from trainyard.worker.agent.__main__ import main
+from trainyard.worker.agent.place import ALONE, Meeting, Place
 
 ELSEWHERE = """
 import os, sys, time

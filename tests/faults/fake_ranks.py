@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from contract.locks import FileLock
-from contract.rundir import AttemptDir, ProductDir, RunDir, write_json
+from trainyard.contract.locks import FileLock
+from trainyard.contract.rundir import AttemptDir, ProductDir, RunDir, write_json
 
 MODEL, MANIFEST = "model.safetensors", "manifest.json"
 RANK_EXIT_SECONDS = 20.0

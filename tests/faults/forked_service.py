@@ -15,13 +15,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import service.__main__
-from contract.failpoints import marked_code
-from service.launch.environment import WORKER_AGENT
-from service.scheduler.apply import utc_now
-from service.scheduler.loop import Scheduler
-from service.timing import Timing
+import trainyard.service.__main__
 from tests.faults.tracing import at_line
+from trainyard.contract.failpoints import marked_code
+from trainyard.service.launch.environment import WORKER_AGENT
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.timing import Timing
 
 DIED_AT_FAILPOINT = 77
 FAKE_AGENT = (sys.executable, str(Path(__file__).with_name("fake_agent.py")))
@@ -76,7 +76,7 @@ def _become_service(wanted: dict[str, Any]) -> None:
     arguments = [f"--home={home}", "--port=0", *wanted.get("arguments", [])]
     code = 1
     try:
-        code = service.__main__.main(arguments, agent, _timing(wanted))
+        code = trainyard.service.__main__.main(arguments, agent, _timing(wanted))
     finally:
         sys.stdout.flush()
         os._exit(code)

@@ -15,13 +15,13 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.report import ExitReport, Outcome, read_message
-from contract.status import LIVE, TERMINAL, JobStatus, may_become
-from service.db import Database
-from service.launch.base import LOCAL
-from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, LeaseRow, MetricRow
 from tests.faults import fake_ranks
 from tests.faults.service_home import Home, Member, until
+from trainyard.contract.report import ExitReport, Outcome, read_message
+from trainyard.contract.status import LIVE, TERMINAL, JobStatus, may_become
+from trainyard.service.db import Database
+from trainyard.service.launch.base import LOCAL
+from trainyard.service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, LeaseRow, MetricRow
 
 GRACE_SECONDS = 5.0
 SAMPLE_SECONDS = 0.03

@@ -13,9 +13,9 @@ from typing import Any
 
 import httpx2
 
-from contract.processes import MARKER, ProcessIdentity, all_pids
-from contract.rundir import RunDir, read_json
 from tests.faults import fake_ranks
+from trainyard.contract.processes import MARKER, ProcessIdentity, all_pids
+from trainyard.contract.rundir import RunDir, read_json
 
 ROOT = Path(__file__).parents[2]
 

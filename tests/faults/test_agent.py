@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from contract.processes import MARKER, marked
-from contract.report import ExitReport, read_message
-from contract.rundir import RunDir
-from contract.spec import DataSpec, JobSpec, Timeouts
-from contract.status import Reason
-from service.launch.base import AttemptName, Launch, State
-from service.launch.local import LocalLauncher
 from tests.faults.forked_service import FAKE_AGENT
 from tests.faults.service_home import until
 from tests.unique_ids import unique_job_id
-from worker.agent.__main__ import EX_REFUSED
-from worker.agent.children import Children
+from trainyard.contract.processes import MARKER, marked
+from trainyard.contract.report import ExitReport, read_message
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import DataSpec, JobSpec, Timeouts
+from trainyard.contract.status import Reason
+from trainyard.service.launch.base import AttemptName, Launch, State
+from trainyard.service.launch.local import LocalLauncher
+from trainyard.worker.agent.__main__ import EX_REFUSED
+from trainyard.worker.agent.children import Children
 
 JOB = unique_job_id("job_late")
 

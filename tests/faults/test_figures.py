@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from contract.processes import ProcessIdentity
-from contract.rundir import AttemptDir
 from tests import soak_report
 from tests.faults.conftest import MakeHome
 from tests.faults.service_home import Home, until
 from tests.faults.test_kills import gloo_spec
 from tests.faults.test_time import slowness
 from tests.soak_report import SoakReport
-from worker.checkpoint import find_damage
+from trainyard.contract.processes import ProcessIdentity
+from trainyard.contract.rundir import AttemptDir
+from trainyard.worker.checkpoint import find_damage
 
 NOTICED_SECONDS = 2.0
 TRAINING_SECONDS = 15.0

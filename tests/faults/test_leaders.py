@@ -13,18 +13,18 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from contract.processes import ProcessIdentity
-from contract.rundir import read_json
-from service.db import Database
-from service.scheduler import lease as leasing
-from service.scheduler.lease import LEASE_SECONDS, RENEW_SECONDS, Deposed, Lease
-from service.tables import LeaderRow
 from tests import soak_report
 from tests.faults.conftest import MakeHome
 from tests.faults.invariants import check_weights
 from tests.faults.service_home import Home, Nursery, until
 from tests.service.conftest import any_url, migrated_postgres, migrated_sqlite, postgres_url, sqlite_url
 from tests.soak_report import SoakReport
+from trainyard.contract.processes import ProcessIdentity
+from trainyard.contract.rundir import read_json
+from trainyard.service.db import Database
+from trainyard.service.scheduler import lease as leasing
+from trainyard.service.scheduler.lease import LEASE_SECONDS, RENEW_SECONDS, Deposed, Lease
+from trainyard.service.tables import LeaderRow
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 

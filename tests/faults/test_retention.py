@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from contract.failpoints import marked_code
-from contract.identity import Identity
-from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
-from service.checkpoints import files
-from service.errors import FileNotInCheckpoint, StepUnavailable
-from service.forks import links
 from tests.faults.tracing import at_line
-from worker import checkpoint, resume, retention
-from worker.checkpoint import RunState
+from trainyard.contract.failpoints import marked_code
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import ProductDir, RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.service.checkpoints import files
+from trainyard.service.errors import FileNotInCheckpoint, StepUnavailable
+from trainyard.service.forks import links
+from trainyard.worker import checkpoint, resume, retention
+from trainyard.worker.checkpoint import RunState
 
 IDENTITY = Identity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
 MOST_LINES = 400

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from contract.rundir import read_json
 from tests import soak_report
 from tests.faults.conftest import MakeHome
 from tests.faults.invariants import check_weights
 from tests.faults.service_home import Home, until
 from tests.soak_report import SoakReport
+from trainyard.contract.rundir import read_json
 
 STUB = [sys.executable, "-S", str(Path(__file__).with_name("idle_agent.py"))]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from client.cli.parser import trainyard
 from tests.meta.public_surface import below
+from trainyard.client.cli.parser import trainyard
 
 
 def commands_in(page: Path) -> list[str]:

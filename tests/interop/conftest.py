@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from contract.identity import Identity
-from contract.rundir import RunDir
-from model.config import ModelConfig
-from model.decoder import Decoder
 from tests.data.texts import docstrings
-from worker import checkpoint
-from worker.checkpoint import RunState
-from worker.tokenizers import load, train
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import RunDir
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.worker import checkpoint
+from trainyard.worker.checkpoint import RunState
+from trainyard.worker.tokenizers import load, train
 
 Make = Callable[..., tuple[RunDir, Decoder]]
 

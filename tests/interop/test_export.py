@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 
-from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
-from model.decoder import Decoder
 from tests.interop.conftest import Make
-from worker import milestones
-from worker.export import NotExported, byte_library, find_source, main
-from worker.failure import Failure
-from worker.huggingface import NotExpressible, config_json, config_problems, split_experts
-from worker.tokenizers import load
-from worker.weights import start_from
+from trainyard.contract.rundir import ProductDir, RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.worker import milestones
+from trainyard.worker.export import NotExported, byte_library, find_source, main
+from trainyard.worker.failure import Failure
+from trainyard.worker.huggingface import NotExpressible, config_json, config_problems, split_experts
+from trainyard.worker.tokenizers import load
+from trainyard.worker.weights import start_from
 
 IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 0}
 EXPERTS: dict[str, Any] = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}

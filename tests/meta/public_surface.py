@@ -4,10 +4,10 @@ from pathlib import Path
 
 import click
 
-from client.cli.parser import trainyard
-from service.app import build, create_app
-from service.settings import Settings
 from tests.fakes.launcher import FakeLauncher
+from trainyard.client.cli.parser import trainyard
+from trainyard.service.app import build, create_app
+from trainyard.service.settings import Settings
 
 
 def routes(home: Path) -> set[tuple[str, str]]:

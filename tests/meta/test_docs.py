@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from contract.parsing import ALIASES, GROUPS
-from contract.reference import render
-from contract.status import JobStatus, Reason
-from service import errors
-from service.launch.slurm_setup import SlurmSetup
-from service.settings import Settings
 from tests.meta.public_surface import commands, routes
+from trainyard.contract.parsing import ALIASES, GROUPS
+from trainyard.contract.reference import render
+from trainyard.contract.status import JobStatus, Reason
+from trainyard.service import errors
+from trainyard.service.launch.slurm_setup import SlurmSetup
+from trainyard.service.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"

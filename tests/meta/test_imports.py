@@ -15,7 +15,7 @@ def module_files() -> dict[str, Path]:
     """Dotted name -> file. ``migrations/env.py`` and the versions are run by Alembic alone."""
     files = (file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))
     return {
-        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        "trainyard." + ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
         for file in files
         if file.name != "env.py" and file.parent.name != "versions"
     }
@@ -50,7 +50,7 @@ def test_no_imports_go_in_a_circle() -> None:
         for name, file in files.items()
     }  # fmt: skip
     assert len(graph) > 200
-    assert "service.tables" in graph["service.jobs.store"]
+    assert "trainyard.service.tables" in graph["trainyard.service.jobs.store"]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

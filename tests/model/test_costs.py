@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import ModelConfig
-from model.costs import active_parameters, checkpoint_bytes, flops_per_token, memory_bytes, parameters
-from model.decoder import Decoder
-from model.grouped_gemm import ALIGNMENT
 from tests.model.shapes import random_ids, small_config, small_decoder
+from trainyard.model.config import ModelConfig
+from trainyard.model.costs import active_parameters, checkpoint_bytes, flops_per_token, memory_bytes, parameters
+from trainyard.model.decoder import Decoder
+from trainyard.model.grouped_gemm import ALIGNMENT
 
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -140,5 +140,5 @@ def test_vocabulary_is_needed() -> None:
 
 
 def test_costs_is_torch_free() -> None:
-    code = "import sys, model.costs; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainyard.model.costs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -7,8 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.layers import Attention, AttentionMask, FeedForward, RMSNorm, RMSNormFunction, RotaryTables, compute_dtype
 from tests.model.shapes import number, small_config
+from trainyard.model.layers import (
+    Attention,
+    AttentionMask,
+    FeedForward,
+    RMSNorm,
+    RMSNormFunction,
+    RotaryTables,
+    compute_dtype,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import moe
-from model.grouped_gemm import grouped_mm
-from model.moe import MoE, Segments, auxiliary_sum
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
+from trainyard.model import moe
+from trainyard.model.grouped_gemm import grouped_mm
+from trainyard.model.moe import MoE, Segments, auxiliary_sum
 
 
 def experts(**changes: Any) -> MoE:

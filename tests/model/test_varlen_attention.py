@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.cpu_attention import cpu_varlen_attention
-from model.decoder import Decoder
-from model.varlen_attention import flash_supports, use_flash, varlen_attention
+from trainyard.model.config import ModelConfig
+from trainyard.model.cpu_attention import cpu_varlen_attention
+from trainyard.model.decoder import Decoder
+from trainyard.model.varlen_attention import flash_supports, use_flash, varlen_attention
 
 SEED = 5
 LENGTHS = (5, 1, 9, 1, 16, 3, 13)
@@ -162,7 +162,7 @@ _OpNamespace.__getattr__ = hidden
 for name in [name for name in vars(torch.ops.aten) if "flash_attention_for_cpu" in name]:
     delattr(torch.ops.aten, name)
 
-from model import cpu_attention, varlen_attention
+from trainyard.model import cpu_attention, varlen_attention
 from tests.model.test_varlen_attention import OFFSETS, decoder
 
 assert not cpu_attention.AVAILABLE

@@ -12,13 +12,13 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
-from client import api
-from client.cli.main import main
-from client.connection import Connection, Patience
-from service.db import Database
-from service.tables import Table
 from tests.client.fake_service import console, written
 from tests.service.harness import ServiceHarness
+from trainyard.client import api
+from trainyard.client.cli.main import main
+from trainyard.client.connection import Connection, Patience
+from trainyard.service.db import Database
+from trainyard.service.tables import Table
 
 MakeHarness = Callable[..., ServiceHarness]
 Command = Callable[..., tuple[int, str, str]]

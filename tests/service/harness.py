@@ -11,18 +11,18 @@ from typing import Any
 import httpx2
 from fastapi.testclient import TestClient
 
-from contract.status import JobStatus
-from service.app import create_app
-from service.context import Services
-from service.db import Database
-from service.devices.inventory import Device, cpu_slots
-from service.scheduler.loop import Scheduler
-from service.settings import Settings
-from service.streams.pulse import Pulse
-from service.webhooks.courier import Courier
-from service.webhooks.sender import Sender
 from tests.fakes.inventory import FixedInventory
 from tests.fakes.launcher import FakeAttempt, FakeLauncher
+from trainyard.contract.status import JobStatus
+from trainyard.service.app import create_app
+from trainyard.service.context import Services
+from trainyard.service.db import Database
+from trainyard.service.devices.inventory import Device, cpu_slots
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.settings import Settings
+from trainyard.service.streams.pulse import Pulse
+from trainyard.service.webhooks.courier import Courier
+from trainyard.service.webhooks.sender import Sender
 
 URL = "http://127.0.0.1:8000"
 

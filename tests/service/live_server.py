@@ -10,8 +10,8 @@ from typing import Any
 
 import uvicorn
 
-from service.server import Protocol
 from tests.service.harness import ServiceHarness
+from trainyard.service.server import Protocol
 
 DEADLINE = 20.0
 

@@ -16,21 +16,21 @@ from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from sqlalchemy import event, select
 
-from contract.access import Scope
-from service import web
-from service.access import gatekeeper
-from service.access.callers import RESERVED, Caller
-from service.access.gatekeeper import Gatekeeper
-from service.access.scopes import ADMIN, READ, scopes_of
-from service.answers import ServiceRoute
-from service.app import ROUTERS, create_app
-from service.errors import Unauthorized
-from service.scheduler.apply import utc_now
-from service.tables import TokenRow
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import Reader, served
 from tests.service.needs import ATTEMPT, NEEDS, OPEN
+from trainyard.contract.access import Scope
+from trainyard.service import web
+from trainyard.service.access import gatekeeper
+from trainyard.service.access.callers import RESERVED, Caller
+from trainyard.service.access.gatekeeper import Gatekeeper
+from trainyard.service.access.scopes import ADMIN, READ, scopes_of
+from trainyard.service.answers import ServiceRoute
+from trainyard.service.app import ROUTERS, create_app
+from trainyard.service.errors import Unauthorized
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import TokenRow
 
 ADMIN_TOKEN = "the-operator's-own"
 WHEN = "2026-01-01T00:00:00Z"
@@ -130,7 +130,7 @@ def test_an_app_with_a_route_without_a_scope_cannot_be_built(
     """Also if its router has the framework's own class of routes."""
     module = SimpleNamespace(router=APIRouter())
     module.router.get("/forgotten")(forgotten)
-    monkeypatch.setattr("service.app.ROUTERS", (*ROUTERS, module))
+    monkeypatch.setattr("trainyard.service.app.ROUTERS", (*ROUTERS, module))
     with pytest.raises(RuntimeError, match="must declare one scope"):
         create_app(rig.app.state.services)
 

@@ -6,10 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from client import access
-from client.exits import UsageError
 from tests.service.conftest import Command
 from tests.service.harness import ServiceHarness
+from trainyard.client import access
+from trainyard.client.exits import UsageError
 
 OPERATOR = "the-operator's-own"
 

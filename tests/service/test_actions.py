@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from contract.status import JobStatus, Reason
 from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.status import JobStatus, Reason
 
 
 def test_a_refusal_says_the_status_and_what_fits(any_rig: ServiceHarness) -> None:

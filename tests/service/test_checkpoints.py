@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
-from service.checkpoints.files import Slice, looks_sound, manifest_of, slice_of
-from service.errors import RangeUnsatisfiable
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.live_server import DEADLINE, served
+from trainyard.contract.status import Reason
+from trainyard.service.checkpoints.files import Slice, looks_sound, manifest_of, slice_of
+from trainyard.service.errors import RangeUnsatisfiable
 
 MODEL = bytes(range(256)) * 40
 OTHERS = {"optimizer.safetensors": b"o" * 100, "state.json": b"{}\n"}

@@ -5,11 +5,11 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from contract.status import JobStatus
-from service.launch.base import Placement, State
 from tests.fakes.launcher import FakeAttempt
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.contract.status import JobStatus
+from trainyard.service.launch.base import Placement, State
 
 SILENCE = "Slurm does not answer: squeue takes long"
 WAITING = Placement("7", "pending", "Slurm: Resources")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from contract.cache import CorpusCache, Kept
-from service.upkeep.corpora import DAY, CorpusShelf, Limits, main, surplus
 from tests.contract.test_cache import KEYS, LONG_AGO, filled, nothing
+from trainyard.contract.cache import CorpusCache, Kept
+from trainyard.service.upkeep.corpora import DAY, CorpusShelf, Limits, main, surplus
 
 NOW = LONG_AGO + 100 * DAY
 
@@ -89,7 +89,7 @@ def test_the_command_lists_and_prunes(
 
 
 def test_the_settings_are_the_limits(tmp_path: Path) -> None:
-    from service.settings import Settings
+    from trainyard.service.settings import Settings
 
     environment: dict[str, Any] = {"TRAINYARD_HOME": str(tmp_path), "TRAINYARD_CORPUS_BYTES": "7"}
     shelf = CorpusShelf.of(Settings.read(environment))

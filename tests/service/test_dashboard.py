@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from service.dashboard.assets import STATIC, Assets, library_file
-from service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.service.dashboard.assets import STATIC, Assets, library_file
+from trainyard.service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 

@@ -13,11 +13,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from service.db import Database, UnknownTables, alembic_config, newest_revision
-from service.jobs import store
-from service.scheduler.apply import utc_now
-from service.tables import EventRow, JobRow, LeaseRow, Table
 from tests.service.harness import ServiceHarness, in_threads
+from trainyard.service.db import Database, UnknownTables, alembic_config, newest_revision
+from trainyard.service.jobs import store
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import EventRow, JobRow, LeaseRow, Table
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -168,9 +168,9 @@ def test_a_write_that_fails_leaves_nothing(any_rig: ServiceHarness) -> None:
 
 
 def test_a_status_changes_only_by_the_table_and_only_once(any_rig: ServiceHarness) -> None:
-    from contract.status import JobStatus
-    from service.errors import Conflict
-    from service.jobs.store import ImpossibleTransition, Note
+    from trainyard.contract.status import JobStatus
+    from trainyard.service.errors import Conflict
+    from trainyard.service.jobs.store import ImpossibleTransition, Note
 
     job_id = any_rig.submit()
     note = Note("status", "test")
@@ -215,7 +215,7 @@ def test_the_newest_migration_is_known_without_the_tool_that_runs_them(empty: st
 
 def test_a_service_whose_tables_are_there_starts_without_that_tool(sqlite_url: str) -> None:
     program = (
-        "import sys, service.__main__; from service.db import Database; "
+        "import sys, trainyard.service.__main__; from trainyard.service.db import Database; "
         f"Database({sqlite_url!r}).upgrade(); sys.exit('alembic' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

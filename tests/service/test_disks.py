@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from service.settings import Settings
-from service.upkeep import disks
-from service.upkeep.disks import Disk, DiskWatch, Limits, State, Usage, judge
-from service.upkeep.loop import Upkeep
-from service.upkeep.warnings import described
 from tests.service.harness import ServiceHarness
+from trainyard.service.settings import Settings
+from trainyard.service.upkeep import disks
+from trainyard.service.upkeep.disks import Disk, DiskWatch, Limits, State, Usage, judge
+from trainyard.service.upkeep.loop import Upkeep
+from trainyard.service.upkeep.warnings import described
 
 GIB = 1 << 30
 
@@ -201,7 +201,7 @@ def test_the_log_says_it_once(rig: ServiceHarness, caplog: pytest.LogCaptureFixt
 
 
 def test_the_loop_goes_on_whatever_happens(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.upkeep.loop.ROUND_SECONDS", 0.01)
+    monkeypatch.setattr("trainyard.service.upkeep.loop.ROUND_SECONDS", 0.01)
     import threading
 
     calls, thrice = [], threading.Event()

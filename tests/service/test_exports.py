@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 
-from contract.locks import FileLock
-from service.exports import child
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import saved, write_checkpoint
+from trainyard.contract.locks import FileLock
+from trainyard.service.exports import child
 
 EXPORTER = """
 import os, pathlib, signal, sys, time

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from client.cli.parser import trainyard
-from client.cli.spec_flags import spec_of
-from contract.spec import TrainingSpec
-from contract.status import Reason
-from service.jobs.failures import Trouble, remedies
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import write_checkpoint
+from trainyard.client.cli.parser import trainyard
+from trainyard.client.cli.spec_flags import spec_of
+from trainyard.contract.spec import TrainingSpec
+from trainyard.contract.status import Reason
+from trainyard.service.jobs.failures import Trouble, remedies
 
 MEMORY = 61_000_000_000
 

@@ -9,12 +9,12 @@ from unittest import mock
 
 import pytest
 
-from contract.failpoints import armed
-from contract.report import Fork
-from contract.rundir import RunDir
-from service.jobs import files
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
+from trainyard.contract.failpoints import armed
+from trainyard.contract.report import Fork
+from trainyard.contract.rundir import RunDir
+from trainyard.service.jobs import files
 
 LONG: dict[str, Any] = {"training": {"max_steps": 1000}}
 
@@ -217,7 +217,7 @@ def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: 
     with armed("share.file_linked", lambda: shutil.rmtree(place, ignore_errors=True)):
         assert fork(any_rig, job_id, {"step": 400}, 409)["code"] == "step_unavailable"
     any_rig.exit(attempt, "completed", step=1000)
-    from service.forks import making
+    from trainyard.service.forks import making
 
     laid = making.lay_out
 
@@ -233,7 +233,7 @@ def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: 
 
 def test_a_full_disk_makes_no_fork_and_leaves_nothing(rig: ServiceHarness) -> None:
     job_id = ready(rig)
-    from service.forks import making
+    from trainyard.service.forks import making
 
     with mock.patch.object(making, "write_json", side_effect=OSError(28, "No space left on device")):
         refused = fork(rig, job_id, {"step": 400}, 507)
@@ -366,7 +366,7 @@ def test_a_service_killed_between_record_and_files_leaves_nothing(any_rig: Servi
 def test_a_service_killed_before_the_record_went_changes_nothing(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400)
     any_rig.exit(attempt, "completed", step=1000)
-    from service.jobs import actions
+    from trainyard.service.jobs import actions
 
     with mock.patch.object(actions, "remove", side_effect=RuntimeError):
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 500
@@ -383,7 +383,7 @@ def test_a_service_killed_before_the_record_went_changes_nothing(any_rig: Servic
 
 def test_a_fork_half_made_by_a_killed_service_is_cleared_away(any_rig: ServiceHarness) -> None:
     job_id = ready(any_rig)
-    from service.forks import making
+    from trainyard.service.forks import making
 
     with mock.patch.object(making, "insert", side_effect=RuntimeError):
         fork(any_rig, job_id, {"step": 400}, 500)

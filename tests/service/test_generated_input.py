@@ -8,11 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from contract.spec import JobSpec
-from contract.status import Reason
-from service.reports.lines import LARGEST, read
-from service.shapes import Job
 from tests.service.harness import ServiceHarness
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.service.reports.lines import LARGEST, read
+from trainyard.service.shapes import Job
 
 LENIENT = settings(
     max_examples=60,

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from contract.status import JobStatus, Reason
-from service.reports.lines import contiguous, read
 from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.status import JobStatus, Reason
+from trainyard.service.reports.lines import contiguous, read
 
 
 def test_duplicates_gaps_and_disorder(any_rig: ServiceHarness) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 import pynvml
 import pytest
 
-from contract import processes
-from contract.processes import MARKER
-from service.devices import inventory
-from service.devices.inventory import HostInventory, cpu_slots, kind_for
+from trainyard.contract import processes
+from trainyard.contract.processes import MARKER
+from trainyard.service.devices import inventory
+from trainyard.service.devices.inventory import HostInventory, cpu_slots, kind_for
 
 
 class FakeNvml:

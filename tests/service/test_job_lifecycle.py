@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from contract.status import JobStatus, Reason, may_become
 from tests.service.harness import ServiceHarness, path_of
+from trainyard.contract.status import JobStatus, Reason, may_become
 
 
 def test_from_submit_to_success(any_rig: ServiceHarness) -> None:

@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 import pytest
 
-from contract.report import ExitReport
-from contract.status import (
+from trainyard.contract.report import ExitReport
+from trainyard.contract.status import (
     LIVE,
     NOT_COUNTED,
     RESTARTABLE,
@@ -18,7 +18,7 @@ from contract.status import (
     Reason,
     may_become,
 )
-from service.jobs.rules import (
+from trainyard.service.jobs.rules import (
     ACTIONS,
     Action,
     Move,
@@ -30,8 +30,8 @@ from service.jobs.rules import (
     fitting,
     resume_blocker,
 )
-from service.jobs.streaks import Ended, Past, fault, made_a_step, past
-from service.timing import Timing
+from trainyard.service.jobs.streaks import Ended, Past, fault, made_a_step, past
+from trainyard.service.timing import Timing
 
 OUTCOMES: tuple[Any, ...] = get_args(ExitReport.model_fields["outcome"].annotation)
 STANDINGS = [Standing(*each) for each in itertools.product(JobStatus, Desired, (False, True), (0, 1, 3), (False, True))]

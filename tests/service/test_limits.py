@@ -12,15 +12,15 @@ from datetime import timedelta
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from contract.status import Reason
-from service import bodies, server, web
-from service.jobs import store
-from service.scheduler.apply import utc_now
-from service.settings import Settings
-from service.tables import IdempotencyRow
-from service.telemetry import Telemetry
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import DEADLINE, served
+from trainyard.contract.status import Reason
+from trainyard.service import bodies, server, web
+from trainyard.service.jobs import store
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.settings import Settings
+from trainyard.service.tables import IdempotencyRow
+from trainyard.service.telemetry import Telemetry
 
 
 def raw(address: tuple[str, int], *pieces: bytes, pause: float = 0.0) -> bytes:

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from service.jobs import lines
-from service.jobs.lines import ELLIPSIS, LONGEST_LINE, Lines
-from service.jobs.logs import BLOCK
 from tests.service.harness import ServiceHarness
 from tests.service.test_job_logs import log
+from trainyard.service.jobs import lines
+from trainyard.service.jobs.lines import ELLIPSIS, LONGEST_LINE, Lines
+from trainyard.service.jobs.logs import BLOCK
 
 SEED = 7
 

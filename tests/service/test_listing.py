@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from contract.status import Reason
-from service.tables import JobRow
 from tests.service.harness import ServiceHarness
 from tests.service.needs import ATTEMPT, NEEDS
+from trainyard.contract.status import Reason
+from trainyard.service.tables import JobRow
 
 
 def ids(page: dict[str, Any]) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from service import logs
-from service.settings import Settings, SettingsRefused
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
+from trainyard.service import logs
+from trainyard.service.settings import Settings, SettingsRefused
 
 SECRET = "canary-" + "s3cret" * 4
 
@@ -138,7 +138,7 @@ def test_a_token_makes_an_actor(make_rig: MakeHarness, sqlite_url: str, log: Log
 def test_a_failure_has_its_traceback_in_its_line(
     rig: ServiceHarness, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from service.jobs import listing
+    from trainyard.service.jobs import listing
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError(f"postgresql://trainyard:{SECRET}@db/x failed: {SECRET}")

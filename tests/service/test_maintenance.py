@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, make_url, text
 
-from contract.status import Reason
-from service import maintenance, transfer
-from service.db import Database
-from service.scheduler.apply import utc_now
-from service.tables import JobRow, MetricRow, Table
-from service.transfer import CopyRefused, copy, shown
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.contract.status import Reason
+from trainyard.service import maintenance, transfer
+from trainyard.service.db import Database
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import JobRow, MetricRow, Table
+from trainyard.service.transfer import CopyRefused, copy, shown
 
 COUNT = itertools.count()
 
@@ -176,7 +176,7 @@ def test_a_copy_that_fails_leaves_nothing(
 def test_a_database_in_use_is_not_touched(
     rig: ServiceHarness, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("service.db.ALONE_SECONDS", 0.1)
+    monkeypatch.setattr("trainyard.service.db.ALONE_SECONDS", 0.1)
     rig.close()
     ends = {"source": rig.url, "target": targets["postgres"] if kind == "postgres" else targets["sqlite"]}
     if kind == "postgres" and held == "source":
@@ -254,7 +254,7 @@ def test_a_million_points(rig: ServiceHarness, empty_postgres: str, tmp_path: Pa
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "service.maintenance", *arguments],
+        [sys.executable, "-m", "trainyard.service.maintenance", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

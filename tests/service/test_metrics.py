@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
-from service.metrics.summaries import Part, part_of, rows, width
 from tests.service.harness import ServiceHarness
+from trainyard.contract.status import Reason
+from trainyard.service.metrics.summaries import Part, part_of, rows, width
 
 
 def curve(rig: ServiceHarness, job_id: str, **params: Any) -> list[tuple[int, int, float]]:

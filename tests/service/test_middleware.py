@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from service.errors import ServiceError, from_exception
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.service.errors import ServiceError, from_exception
 
 CANARY = "canary-91c2"
 
@@ -63,7 +63,9 @@ def test_every_error_has_a_message_of_its_own() -> None:
         return [kind, *(found for below in kind.__subclasses__() for found in all_below(below))]
 
     kinds = [
-        kind for kind in all_below(ServiceError) if kind.__module__ == "service.errors" and kind.__name__ != "Refused"
+        kind
+        for kind in all_below(ServiceError)
+        if kind.__module__ == "trainyard.service.errors" and kind.__name__ != "Refused"
     ]
     assert len(kinds) > 15
     for kind in kinds:

@@ -16,14 +16,14 @@ import httpx2
 import pytest
 from sqlalchemy import func, select
 
-from service import db
-from service.db import Database
-from service.tables import JobRow
 from tests.service.commit_fault_proxy import CommitFaultProxy, When, commit_fault_proxy
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads, path_of
 from tests.service.live_server import served
 from tests.soak_report import SoakReport
+from trainyard.service import db
+from trainyard.service.db import Database
+from trainyard.service.tables import JobRow
 
 ENDS: list[When] = ["before", "after"]
 

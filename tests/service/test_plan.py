@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from contract.status import Desired
-from service.devices.inventory import Device, cpu_slots
-from service.launch.base import AttemptName
-from service.scheduler.plan import PATIENCE, End, Hint, Look, Restart, Start, plan
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
-from service.timing import Timing
+from trainyard.contract.status import Desired
+from trainyard.service.devices.inventory import Device, cpu_slots
+from trainyard.service.launch.base import AttemptName
+from trainyard.service.scheduler.plan import PATIENCE, End, Hint, Look, Restart, Start, plan
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.service.timing import Timing
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

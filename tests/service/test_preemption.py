@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from contract.status import Desired, JobStatus, Reason
-from service.devices.inventory import Device, cpu_slots
-from service.jobs.store import Note
-from service.launch.base import AttemptName
-from service.scheduler.plan import Preempt, Start, plan
-from service.scheduler.preemption import Yielding
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 from tests.fakes.launcher import FakeAttempt
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, path_of
 from tests.service.test_plan import NOW, gpus, job
+from trainyard.contract.status import Desired, JobStatus, Reason
+from trainyard.service.devices.inventory import Device, cpu_slots
+from trainyard.service.jobs.store import Note
+from trainyard.service.launch.base import AttemptName
+from trainyard.service.scheduler.plan import Preempt, Start, plan
+from trainyard.service.scheduler.preemption import Yielding
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 
 
 def holder(
@@ -344,7 +344,7 @@ def test_a_spec_that_says_no_is_left_alone(rig: ServiceHarness) -> None:
 
 
 def test_a_spec_of_before_there_was_such_a_field_may_make_room(rig: ServiceHarness) -> None:
-    from service.jobs import store
+    from trainyard.service.jobs import store
 
     low, _ = started(rig, 3)
     with rig.database.write() as session:

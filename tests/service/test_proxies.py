@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from service import __main__ as entry
-from service.app import create_app
-from service.context import Services
-from service.proxies import Proxies, address_in
-from service.settings import Settings, SettingsRefused
 from tests.fakes.inventory import FixedInventory
 from tests.service.harness import ServiceHarness
+from trainyard.service import __main__ as entry
+from trainyard.service.app import create_app
+from trainyard.service.context import Services
+from trainyard.service.proxies import Proxies, address_in
+from trainyard.service.settings import Settings, SettingsRefused
 
 SAID = {"X-Forwarded-For": "198.51.100.7", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "yard.example"}
 

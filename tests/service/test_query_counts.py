@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from contract.status import JobStatus
-from service.db import APPLICATION, Database
-from service.devices.inventory import cpu_slots
-from service.jobs import gathering, store
-from service.scheduler import loop
-from service.scheduler.loop import Scheduler
 from tests.faults.service_home import until
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.contract.status import JobStatus
+from trainyard.service.db import APPLICATION, Database
+from trainyard.service.devices.inventory import cpu_slots
+from trainyard.service.jobs import gathering, store
+from trainyard.service.scheduler import loop
+from trainyard.service.scheduler.loop import Scheduler
 
 
 @contextlib.contextmanager

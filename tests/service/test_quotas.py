@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
-from service.devices.inventory import cpu_slots
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_access import bearer, created, listed
 from tests.service.test_checkpoints import saved
+from trainyard.contract.status import Reason
+from trainyard.service.devices.inventory import cpu_slots
 
 
 def submitted(rig: ServiceHarness, token: str, **groups: Any) -> str:

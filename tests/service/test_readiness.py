@@ -11,13 +11,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from service.db import newest_revision
-from service.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, parts
-from service.scheduler.lease import LeaderWatch
-from service.tables import LeaderRow
-from service.upkeep.disks import Disk, State, Usage
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.service.db import newest_revision
+from trainyard.service.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, parts
+from trainyard.service.scheduler.lease import LeaderWatch
+from trainyard.service.tables import LeaderRow
+from trainyard.service.upkeep.disks import Disk, State, Usage
 
 GIB = 1 << 30
 PROMTOOL = shutil.which("promtool")

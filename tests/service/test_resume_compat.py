@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from contract.corpora import BLOCK_BYTES, BLOCKS, Sketch
-from contract.identity import Identity
-from contract.vocabulary import identified
-from service.checkpoints.sameness import identity_in
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import write_checkpoint
+from trainyard.contract.corpora import BLOCK_BYTES, BLOCKS, Sketch
+from trainyard.contract.identity import Identity
+from trainyard.contract.vocabulary import identified
+from trainyard.service.checkpoints.sameness import identity_in
 
 
 def identity(rig: ServiceHarness, job_id: str) -> Identity:

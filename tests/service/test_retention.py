@@ -10,15 +10,15 @@ import pytest
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from contract.status import Reason
-from service.jobs import store
-from service.metrics import sealing
-from service.scheduler.lease import Deposed
-from service.settings import Settings
-from service.tables import EventRow, JobRow, MetricRow, StretchRow
-from service.upkeep import retention
-from service.upkeep.retention import KEPT_BUCKETS, Line, Policy, Retention, doomed
 from tests.service.harness import ServiceHarness, path_of
+from trainyard.contract.status import Reason
+from trainyard.service.jobs import store
+from trainyard.service.metrics import sealing
+from trainyard.service.scheduler.lease import Deposed
+from trainyard.service.settings import Settings
+from trainyard.service.tables import EventRow, JobRow, MetricRow, StretchRow
+from trainyard.service.upkeep import retention
+from trainyard.service.upkeep.retention import KEPT_BUCKETS, Line, Policy, Retention, doomed
 
 DAY = 86400.0
 
@@ -281,7 +281,7 @@ def test_a_thinned_job_goes_on_where_it_failed(rig: ServiceHarness) -> None:
 
 
 def test_only_the_service_that_schedules_removes(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.upkeep.loop import Upkeep
+    from trainyard.service.upkeep.loop import Upkeep
 
     job_id = long_run(rig, 100)
     rig.clock.forward(91 * DAY)

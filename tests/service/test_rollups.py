@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from sqlalchemy import func, insert, select
 
-from contract.status import Reason
-from service.jobs import store as jobs
-from service.metrics import sealing, store, summaries
-from service.metrics.summaries import Part, Summary, part_of, summed_up
-from service.scheduler.apply import utc_now
-from service.tables import MetricRow, StretchRow
 from tests.service.harness import ServiceHarness
+from trainyard.contract.status import Reason
+from trainyard.service.jobs import store as jobs
+from trainyard.service.metrics import sealing, store, summaries
+from trainyard.service.metrics.summaries import Part, Summary, part_of, summed_up
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import MetricRow, StretchRow
 
 NUMBERS = ("loss", "loss_mean", "loss_min", "loss_max", "loss_ema")
 

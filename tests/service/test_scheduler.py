@@ -5,14 +5,14 @@ import sqlite3
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from contract.report import Ack
-from contract.status import JobStatus, Reason
-from service.errors import OutcomeUnknown
-from service.launch.base import AttemptName, State
-from service.scheduler.loop import note_failure
 from tests.fakes.launcher import Failpoint, ServiceKilled
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, path_of
+from trainyard.contract.report import Ack
+from trainyard.contract.status import JobStatus, Reason
+from trainyard.service.errors import OutcomeUnknown
+from trainyard.service.launch.base import AttemptName, State
+from trainyard.service.scheduler.loop import note_failure
 
 
 @pytest.mark.parametrize("failpoint", ["before_spawn", "after_spawn"])

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from contract.status import Reason
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_service_process import Process
 from tests.soak_report import SoakReport
+from trainyard.contract.status import Reason
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 

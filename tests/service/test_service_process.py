@@ -1,4 +1,4 @@
-"""`python -m service` as a process: it binds before it says so, ends on SIGTERM, and is alone on its home."""
+"""`python -m trainyard.service` as a process: it binds before it says so, ends on SIGTERM, and is alone on its home."""
 
 import http.client
 import json
@@ -15,8 +15,8 @@ from typing import Any
 import httpx2
 import pytest
 
-from contract.locks import FileLock
-from service.__main__ import main
+from trainyard.contract.locks import FileLock
+from trainyard.service.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 DEADLINE = 40.0
@@ -40,9 +40,9 @@ class Process:
         self.begin = self.log.stat().st_size if self.log.exists() else 0
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "service", "--port=0", f"--home={home}", *arguments],
+                [sys.executable, "-m", "trainyard.service", "--port=0", f"--home={home}", *arguments],
                 cwd=home,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+                env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment},
                 stdout=log,
                 stderr=log,
             )
@@ -132,7 +132,7 @@ def test_a_port_that_is_taken(start: Callable[..., Process]) -> None:
 def test_a_home_that_another_service_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("service.__main__.PREDECESSOR_SECONDS", 0.0)
+    monkeypatch.setattr("trainyard.service.__main__.PREDECESSOR_SECONDS", 0.0)
     (tmp_path / "service.json").write_text('{"url": "http://127.0.0.1:1"}')
     with FileLock(tmp_path / "service.lock").take():
         assert main(["--port=0", f"--home={tmp_path}"]) == 1

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from service.settings import Settings, SettingsRefused, is_loopback
+from trainyard.service.settings import Settings, SettingsRefused, is_loopback
 
 
 def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 from sqlalchemy import insert
 
-from contract.spec import JobSpec
-from service.access.callers import LOCAL
-from service.jobs import store
-from service.scheduler.apply import utc_now
-from service.tables import MetricRow
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.contract.spec import JobSpec
+from trainyard.service.access.callers import LOCAL
+from trainyard.service.jobs import store
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import MetricRow
 
 
 def timed(work: Any) -> float:

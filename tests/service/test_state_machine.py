@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from contract.status import LIVE, TERMINAL, JobStatus, Reason, may_become
-from service.launch.base import State
 from tests.fakes.launcher import FakeAttempt, ServiceKilled
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
+from trainyard.contract.status import LIVE, TERMINAL, JobStatus, Reason, may_become
+from trainyard.service.launch.base import State
 
 VERBS = ("pause", "resume", "cancel", "kill")
 ENDS: tuple[tuple[Any, Reason | None], ...] = (

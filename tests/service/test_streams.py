@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from sqlalchemy import insert
 
-from contract.rundir import RunDir
-from contract.status import Reason
-from service.jobs.logs import read_whole
-from service.metrics import store
-from service.scheduler.apply import utc_now
-from service.streams import pulse, readers, response
-from service.streams.frames import event, place_of
-from service.tables import MetricRow
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import DEADLINE, Reader, served
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.status import Reason
+from trainyard.service.jobs.logs import read_whole
+from trainyard.service.metrics import store
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.streams import pulse, readers, response
+from trainyard.service.streams.frames import event, place_of
+from trainyard.service.tables import MetricRow
 
 Open = Callable[..., Reader]
 

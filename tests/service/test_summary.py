@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from contract.status import Desired, JobStatus, Phase
-from service.jobs.summary import Facts, duration, summary
-from service.shapes import Checkpoint, Progress, Queue
+from trainyard.contract.status import Desired, JobStatus, Phase
+from trainyard.service.jobs.summary import Facts, duration, summary
+from trainyard.service.shapes import Checkpoint, Progress, Queue
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

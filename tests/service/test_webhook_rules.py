@@ -7,7 +7,17 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import TypeAdapter
 
-from service.webhooks.rules import AnyRule, EvalLossBelow, NonFinite, NoProgress, Plateau, Point, Seen, advance, silence
+from trainyard.service.webhooks.rules import (
+    AnyRule,
+    EvalLossBelow,
+    NonFinite,
+    NoProgress,
+    Plateau,
+    Point,
+    Seen,
+    advance,
+    silence,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

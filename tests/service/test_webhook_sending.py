@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
-from contract.failpoints import armed
-from service.scheduler.lease import LEASE_SECONDS, Lease
-from service.tables import DeliveryRow
-from service.webhooks.courier import SEND_SECONDS, Answer, Courier
-from service.webhooks.schedule import (
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
+from tests.service.receiver import DEADLINE, Receiver, receiving, status
+from tests.service.test_webhooks import deliveries, register, send
+from trainyard.contract.failpoints import armed
+from trainyard.service.scheduler.lease import LEASE_SECONDS, Lease
+from trainyard.service.tables import DeliveryRow
+from trainyard.service.webhooks.courier import SEND_SECONDS, Answer, Courier
+from trainyard.service.webhooks.schedule import (
     DISABLE,
     FIRST_SECONDS,
     GIVE_UP,
@@ -25,11 +29,7 @@ from service.webhooks.schedule import (
     pause,
     pick,
 )
-from service.webhooks.sender import AT_ONCE, GRACE_SECONDS, Sender
-from tests.service.conftest import MakeHarness
-from tests.service.harness import ServiceHarness
-from tests.service.receiver import DEADLINE, Receiver, receiving, status
-from tests.service.test_webhooks import deliveries, register, send
+from trainyard.service.webhooks.sender import AT_ONCE, GRACE_SECONDS, Sender
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
 from tests.service.harness import ServiceHarness
 from tests.service.receiver import DEADLINE, Receiver, receiving, status, verified
+from trainyard.contract.status import Reason
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_job_that_cannot_be_there(any_rig: ServiceHarness, job_id: str) -> Non
 
 
 def test_there_is_an_end_to_how_many(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.webhooks.store.MOST", 2)
+    monkeypatch.setattr("trainyard.service.webhooks.store.MOST", 2)
     register(rig, "https://example.com")
     register(rig, "https://example.com")
     assert register(rig, "https://example.com", expect=409)["code"] == "too_many_webhooks"

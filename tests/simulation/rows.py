@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from contract.report import ExitReport
-from contract.status import Desired, JobStatus, Reason
-from service.jobs import streaks
-from service.jobs.rules import Standing
+from trainyard.contract.report import ExitReport
+from trainyard.contract.status import Desired, JobStatus, Reason
+from trainyard.service.jobs import streaks
+from trainyard.service.jobs.rules import Standing
 
 
 @dataclass

@@ -11,16 +11,16 @@ from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from typing import Literal
 
-from contract.report import ErrorCard, ExitReport
-from contract.status import LIVE, NOT_COUNTED, TERMINAL, Desired, JobStatus, Reason, may_become
-from service.devices.inventory import Device
-from service.jobs import rules, streaks
-from service.jobs.rules import Move, Refusal, UnderWay
-from service.launch.base import AttemptName
-from service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start, plan
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot, is_due
-from service.timing import Timing
 from tests.simulation.rows import Attempt, Job, Process
+from trainyard.contract.report import ErrorCard, ExitReport
+from trainyard.contract.status import LIVE, NOT_COUNTED, TERMINAL, Desired, JobStatus, Reason, may_become
+from trainyard.service.devices.inventory import Device
+from trainyard.service.jobs import rules, streaks
+from trainyard.service.jobs.rules import Move, Refusal, UnderWay
+from trainyard.service.launch.base import AttemptName
+from trainyard.service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start, plan
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot, is_due
+from trainyard.service.timing import Timing
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 MAX_RESTARTS = 2

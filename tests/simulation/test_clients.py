@@ -26,19 +26,19 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from contract.spec import JobSpec
-from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
-from service.access.callers import LOCAL
-from service.errors import InvalidState
-from service.jobs import actions, gathering, store
-from service.jobs.rules import Action, Move, Refusal, Standing, decide
-from service.launch.base import State
-from service.scheduler.apply import utc_now
-from service.tables import EventRow
 from tests import soak_report
 from tests.service.conftest import make_rig, migrated_sqlite, rig, sqlite_url
 from tests.service.harness import ServiceHarness, in_threads
 from tests.soak_report import SoakReport
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
+from trainyard.service.access.callers import LOCAL
+from trainyard.service.errors import InvalidState
+from trainyard.service.jobs import actions, gathering, store
+from trainyard.service.jobs.rules import Action, Move, Refusal, Standing, decide
+from trainyard.service.launch.base import State
+from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.tables import EventRow
 
 __all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
 

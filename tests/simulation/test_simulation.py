@@ -12,11 +12,11 @@ from datetime import timedelta
 
 import pytest
 
-from service.jobs import rules
-from service.timing import Timing
 from tests import soak_report
 from tests.simulation.simulated_cluster import SimulatedCluster
 from tests.soak_report import SoakReport
+from trainyard.service.jobs import rules
+from trainyard.service.timing import Timing
 
 EVENTS = 200
 SHORT_SEEDS = 400

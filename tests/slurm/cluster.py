@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contract.processes import PROC, ProcessIdentity, all_pids
 from tests.faults.service_home import ROOT, members, until
+from trainyard.contract.processes import PROC, ProcessIdentity, all_pids
 
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "scontrol")

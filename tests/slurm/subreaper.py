@@ -14,8 +14,8 @@ import subprocess
 import sys
 from types import FrameType
 
-from contract.processes import descendants, signal_all, wait_gone
-from worker.agent.children import become_subreaper
+from trainyard.contract.processes import descendants, signal_all, wait_gone
+from trainyard.worker.agent.children import become_subreaper
 
 
 def main() -> None:

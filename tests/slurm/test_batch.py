@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from contract.rundir import RunDir
-from contract.spec import NodeRange, ResourcesSpec, SlurmSpec
-from service.launch.base import AttemptName
-from service.launch.batch import Batch, asked_of, job_name, render
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import NodeRange, ResourcesSpec, SlurmSpec
+from trainyard.service.launch.base import AttemptName
+from trainyard.service.launch.batch import Batch, asked_of, job_name, render
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -22,7 +22,7 @@ TWO_NODES = Batch(
     asked=asked_of(WISHED, SERVICE),
     gpus=True,
     warning=300.0,
-    agent=("/opt/trainyard/bin/python", "-P", "-m", "worker.agent"),
+    agent=("/opt/trainyard/bin/python", "-P", "-m", "trainyard.worker.agent"),
 )
 ON_CPUS = replace(
     TWO_NODES,

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 
-from contract.report import ExitReport
-from contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
-from contract.spec import DataSpec, JobSpec, ResourcesSpec
-from contract.status import Reason
-from service.launch import commands
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
-from service.launch.slurm import SlurmLauncher
-from service.launch.slurm_setup import SlurmSetup
 from tests.slurm.fake_commands import CONFIG, Programs
+from trainyard.contract.report import ExitReport
+from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
+from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec
+from trainyard.contract.status import Reason
+from trainyard.service.launch import commands
+from trainyard.service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
+from trainyard.service.launch.slurm import SlurmLauncher
+from trainyard.service.launch.slurm_setup import SlurmSetup
 
 NAME = AttemptName("job_a", 1, "slurm")
 SPEC = JobSpec(data=DataSpec(data_path="/nowhere"), resources=ResourcesSpec(launcher="slurm", nnodes=2))

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from service.errors import SpecInvalid
-from service.jobs.specs import Host, accept, kind_of
-from service.launch.slurm_setup import ALLOWED, OURS, SlurmSetup
-from service.settings import Settings, SettingsRefused
+from trainyard.service.errors import SpecInvalid
+from trainyard.service.jobs.specs import Host, accept, kind_of
+from trainyard.service.launch.slurm_setup import ALLOWED, OURS, SlurmSetup
+from trainyard.service.settings import Settings, SettingsRefused
 
 ON = {"TRAINYARD_SLURM": "on"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx2
 
-from contract.rundir import read_json
+from trainyard.contract.rundir import read_json
 
 RANKS = 2
 
@@ -27,7 +27,7 @@ def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
 
 
 class Served:
-    """`python -m service` in a home of its own."""
+    """`python -m trainyard.service` in a home of its own."""
 
     def __init__(self, home: Path, roots: list[Path], port: int = 0) -> None:
         self.home = home
@@ -45,7 +45,7 @@ class Served:
             "TRAINYARD_CPU_SLOTS": str(RANKS),
         }
         with (self.home / "service.log").open("ab") as log:
-            command = [sys.executable, "-m", "service", "--port", str(self.port)]
+            command = [sys.executable, "-m", "trainyard.service", "--port", str(self.port)]
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         self.url = until(lambda: (read_json(self.home / "service.json") or {}).get("url"))
         self.port = int(self.url.rsplit(":", 1)[1])

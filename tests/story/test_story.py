@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from contract.processes import ProcessIdentity, marked
-from contract.rundir import RunDir
-from contract.spec import JobSpec
 from tests.story.service_process import RANKS, Served, until
+from trainyard.contract.processes import ProcessIdentity, marked
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
 
 pytestmark = pytest.mark.slow
 

@@ -14,13 +14,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from contract.events import EVENT, CheckpointSaved, Event, Metric, Warned
-from contract.report import Outcome
-from contract.rundir import AttemptDir, RunDir
+from trainyard.contract.events import EVENT, CheckpointSaved, Event, Metric, Warned
+from trainyard.contract.report import Outcome
+from trainyard.contract.rundir import AttemptDir, RunDir
 
 DEADLINE = 240.0
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["worker.program", "torch._dynamo", "tests.worker.rank_runner"])
+SERVER.set_forkserver_preload(["trainyard.worker.program", "torch._dynamo", "tests.worker.rank_runner"])
 
 Patch = Callable[[], None]
 """Changes a rank's process before it runs, e.g. to make a save fail."""
@@ -151,7 +151,7 @@ def start(
 def rank_process(
     run: RunDir, environment: dict[str, str], log: Path, patch: Patch | None, from_step: int | None
 ) -> None:
-    """What a forked rank does: as `python -m worker`, and any warning is an error."""
+    """What a forked rank does: as `python -m trainyard.worker`, and any warning is an error."""
     os.environ.update(environment)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -159,7 +159,7 @@ def rank_process(
     warnings.simplefilter("error")
     # torch's compiler warns of torch's own old parts.
     warnings.filterwarnings("default", category=DeprecationWarning, module=r"torch\.")
-    from worker.program import run_rank
+    from trainyard.worker.program import run_rank
 
     if patch is not None:
         patch()

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 
-from contract.roots import why_outside
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from service.devices.inventory import cpu_slots
-from service.errors import SpecInvalid
-from service.jobs.specs import Host, accept
-from service.settings import Settings
 from tests.worker import rank_runner
-from worker.failure import Failure
-from worker.roots import check_roots
+from trainyard.contract.roots import why_outside
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.service.devices.inventory import cpu_slots
+from trainyard.service.errors import SpecInvalid
+from trainyard.service.jobs.specs import Host, accept
+from trainyard.service.settings import Settings
+from trainyard.worker.failure import Failure
+from trainyard.worker.roots import check_roots
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1, "b": 2}, "merges": []}, "added_tokens": []}
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contract.identity import Identity
-from contract.rundir import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, FileDigest, ProductDir
-from worker import checkpoint, retention, tensorfile
-from worker.checkpoint import Damage, RunState
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, FileDigest, ProductDir
+from trainyard.worker import checkpoint, retention, tensorfile
+from trainyard.worker.checkpoint import Damage, RunState
 
 IDENTITY = Identity(
     model={"hidden_size": 8, "vocab_size": 32},

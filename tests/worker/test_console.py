@@ -2,8 +2,8 @@
 
 import pytest
 
-from contract.events import Metric, Sample, Warned
-from worker.console import Console, duration
+from trainyard.contract.events import Metric, Sample, Warned
+from trainyard.worker.console import Console, duration
 
 
 @pytest.mark.parametrize(

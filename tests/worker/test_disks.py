@@ -11,11 +11,11 @@ from unittest import mock
 
 import pytest
 
-from contract.events import CheckpointSaved, Warned
 from tests.unprivileged import NOBODY, public_tmp_dir
 from tests.worker import rank_runner
 from tests.worker.test_saving import Bench, train_on
-from worker import checkpoint, saving
+from trainyard.contract.events import CheckpointSaved, Warned
+from trainyard.worker import checkpoint, saving
 
 CLONE_NEWNS = 0x20000
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from contract.spec import JobSpec
-from worker.distributed import Agreement, Ranks, Wishes, join, own_device, require, threads_per_rank
-from worker.failure import Failure, StopAsked
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.distributed import Agreement, Ranks, Wishes, join, own_device, require, threads_per_rank
+from trainyard.worker.failure import Failure, StopAsked
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

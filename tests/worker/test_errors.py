@@ -4,8 +4,8 @@ import pickle
 
 import torch
 
-from contract.spec import TrainingSpec
-from worker.failure import not_saved, out_of_memory
+from trainyard.contract.spec import TrainingSpec
+from trainyard.worker.failure import not_saved, out_of_memory
 
 
 def test_failures_carry_advice_with_numbers() -> None:

@@ -10,15 +10,15 @@ from unittest import mock
 
 import pytest
 
-from contract.events import CheckpointSaved, Metric, ResumeVerified, Started
-from contract.identity import Identity
-from contract.report import Fork
-from contract.rundir import ProductDir, RunDir, write_json
 from tests.worker import rank_runner
-from worker import checkpoint, fork
-from worker.failure import Failure
-from worker.milestones import keep_weights
-from worker.schedule import LearningRate, lr_at
+from trainyard.contract.events import CheckpointSaved, Metric, ResumeVerified, Started
+from trainyard.contract.identity import Identity
+from trainyard.contract.report import Fork
+from trainyard.contract.rundir import ProductDir, RunDir, write_json
+from trainyard.worker import checkpoint, fork
+from trainyard.worker.failure import Failure
+from trainyard.worker.milestones import keep_weights
+from trainyard.worker.schedule import LearningRate, lr_at
 
 STEP = 8
 
@@ -119,8 +119,8 @@ def test_weights_alone_begin_with_a_new_optimizer(parent: RunDir, tmp_path: Path
 
 def begin(run: RunDir, said: list[Any], identity: Identity | None = None, **training: Any) -> Path | None:
     """What an attempt of the fork would begin with."""
-    from contract.spec import JobSpec
-    from worker.resume import find_start
+    from trainyard.contract.spec import JobSpec
+    from trainyard.worker.resume import find_start
 
     described = json.loads(run.spec.read_text())
     spec = JobSpec.model_validate_json(json.dumps({**described, "training": {**described["training"], **training}}))

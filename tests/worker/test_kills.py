@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from contract.events import ResumeVerified, Started
-from contract.failpoints import arm
-from contract.rundir import RunDir
 from tests.worker import rank_runner
 from tests.worker.test_saving import kill_in_save
-from worker.checkpoint import manifest_of
+from trainyard.contract.events import ResumeVerified, Started
+from trainyard.contract.failpoints import arm
+from trainyard.contract.rundir import RunDir
+from trainyard.worker.checkpoint import manifest_of
 
 SEED = int(os.environ.get("TRAINYARD_KILL_SEED", "20261125"))
 STEPS, SAVE_INTERVAL = 30, 4

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from contract.events import Metric
-from worker.distributed import Ranks
-from worker.meters import Interval, Meters, own_interval, peak_flops
-from worker.step import StepResult
+from trainyard.contract.events import Metric
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.meters import Interval, Meters, own_interval, peak_flops
+from trainyard.worker.step import StepResult
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.events import CheckpointRemoved, CheckpointSaved, Event
-from contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ProductDir
 from tests.worker.test_resume_start import IDENTITY, publish
 from tests.worker.test_saving import Bench
-from worker import checkpoint, milestones, retention
-from worker.resume import go_back
-from worker.tensorfile import sha256_of
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event
+from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ProductDir
+from trainyard.worker import checkpoint, milestones, retention
+from trainyard.worker.resume import go_back
+from trainyard.worker.tensorfile import sha256_of
 
 
 def test_the_weights_stay_and_nothing_resumes_from_them(tmp_path: Path) -> None:

@@ -13,17 +13,17 @@ from unittest import mock
 import pytest
 import torch
 
-from contract.events import Metric, Warned
-from model.config import ModelConfig
-from model.moe import MoE
 from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, cut, rows, run, trainee
-from worker.curve import CurveWatch
-from worker.distributed import Ranks
-from worker.meters import Interval, Meters, own_interval
-from worker.spikes import NOTHING, ROWS, Spike, Spikes, told
-from worker.step import StepResult
-from worker.trackers import numbers
+from trainyard.contract.events import Metric, Warned
+from trainyard.model.config import ModelConfig
+from trainyard.model.moe import MoE
+from trainyard.worker.curve import CurveWatch
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.meters import Interval, Meters, own_interval
+from trainyard.worker.spikes import NOTHING, ROWS, Spike, Spikes, told
+from trainyard.worker.step import StepResult
+from trainyard.worker.trackers import numbers
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -228,7 +228,7 @@ def test_a_run_with_experts_tells_their_load(world: int, tmp_path: Path) -> None
 
 def jump(rank: int, at: int) -> None:
     """One rank's loss is far up for one step, as a batch of nonsense makes it."""
-    from worker.spikes import Spikes
+    from trainyard.worker.spikes import Spikes
 
     look = Spikes.look
 

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import optimizers
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
 from tests.worker import rank_runner
-from worker import trainee
-from worker.distributed import Ranks
-from worker.failure import Failure
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker import trainee
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.failure import Failure
 
 TRAINING = {"optimizer": "muon", "batch_size": 4, "accumulation_steps": 1, "learning_rate": 5e-3}
 

@@ -1,6 +1,6 @@
 import pytest
 
-from worker.gate import ROLLBACKS, SKIPS_IN_A_ROW, SKIPS_IN_ALL, Policy, Trouble, Verdict, describe, judge
+from trainyard.worker.gate import ROLLBACKS, SKIPS_IN_A_ROW, SKIPS_IN_ALL, Policy, Trouble, Verdict, describe, judge
 
 
 def test_a_finite_step_is_applied_and_ends_a_row_of_skips() -> None:

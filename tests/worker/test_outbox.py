@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from contract.events import EVENT, Metric, PhaseChanged, Warned
-from contract.outbox import OutboxReader
-from contract.status import Phase
-from worker.outbox import Outbox, Silent
+from trainyard.contract.events import EVENT, Metric, PhaseChanged, Warned
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.status import Phase
+from trainyard.worker.outbox import Outbox, Silent
 
 
 def lines(path: Path) -> list[dict[str, object]]:

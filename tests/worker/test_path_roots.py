@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from worker.failure import Failure
-from worker.roots import check_roots
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.failure import Failure
+from trainyard.worker.roots import check_roots
 
 
 def spec(**groups: Any) -> JobSpec:

@@ -8,18 +8,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from contract.spec import JobSpec
-from model import costs
-from model.config import ModelConfig
 from tests.data.texts import docstrings, write_jsonl
 from tests.worker import rank_runner
-from worker.corpus import open_corpus
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.feed import Feed
-from worker.rows import Packing, RowTable
-from worker.tokenizers import ByteTokenizer
-from worker.trainee import Trainee, build, initial_model
+from trainyard.contract.spec import JobSpec
+from trainyard.model import costs
+from trainyard.model.config import ModelConfig
+from trainyard.worker.corpus import open_corpus
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.feed import Feed
+from trainyard.worker.rows import Packing, RowTable
+from trainyard.worker.tokenizers import ByteTokenizer
+from trainyard.worker.trainee import Trainee, build, initial_model
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 DENSE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

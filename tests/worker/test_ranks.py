@@ -15,18 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.failpoints import arm
-from contract.report import Outcome
-from contract.rundir import RunDir
-from contract.spec import JobSpec
 from tests.worker import rank_runner
 from tests.worker.test_resume import stop_after
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.feed import cut, own_share
-from worker.material import prepare
-from worker.stopping import StopWish
-from worker.trainee import initial_model
+from trainyard.contract.failpoints import arm
+from trainyard.contract.report import Outcome
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.feed import cut, own_share
+from trainyard.worker.material import prepare
+from trainyard.worker.stopping import StopWish
+from trainyard.worker.trainee import initial_model
 
 pytestmark = pytest.mark.slow
 
@@ -198,7 +198,7 @@ def torchrun(run: RunDir, world: int, **environment: str) -> "subprocess.Popen[s
     """As a person starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     return subprocess.Popen(
-        [*command, "--log-dir", str(run.path / "torchrun"), "-m", "worker", str(run.path)],
+        [*command, "--log-dir", str(run.path / "torchrun"), "-m", "trainyard.worker", str(run.path)],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -223,7 +223,7 @@ def test_torchrun_stops_on_sigterm_and_goes_on_by_hand(text: Path, tmp_path: Pat
 
 def short_of_memory() -> None:
     """Rank 1 runs out of memory in the second step: its fourth pass, as one without labels comes before the first."""
-    from worker import step
+    from trainyard.worker import step
 
     forward, calls = step.forward, iter(range(1000))
 
@@ -285,7 +285,10 @@ def test_a_rank_of_a_superseded_attempt_ends(text: Path, tmp_path: Path) -> None
     rank_runner.run_to_end(run)
     run.current.write_text("7")
     late = subprocess.run(
-        [sys.executable, "-m", "worker", str(run.path), "--attempt", "1"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "trainyard.worker", str(run.path), "--attempt", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert late.returncode == 1
     assert "attempt 1 of" in late.stderr

@@ -12,14 +12,14 @@ from unittest import mock
 
 import pytest
 
-from contract.corpora import Sketch
-from contract.events import CheckpointRemoved, PhaseChanged, Started
-from contract.rundir import RunDir
-from contract.vocabulary import identified
-from service.checkpoints.sameness import Begin, require_same
-from service.errors import RunDiffers
-from service.settings import Settings
 from tests.worker import rank_runner
+from trainyard.contract.corpora import Sketch
+from trainyard.contract.events import CheckpointRemoved, PhaseChanged, Started
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.vocabulary import identified
+from trainyard.service.checkpoints.sameness import Begin, require_same
+from trainyard.service.errors import RunDiffers
+from trainyard.service.settings import Settings
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,7 @@ def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path, model: d
 
 def stop_after(run: RunDir, attempt: int, step: int) -> None:
     """Touch the stop file right after ``step``."""
-    from worker.life import SignOfLife
+    from trainyard.worker.life import SignOfLife
 
     beat = SignOfLife.beat
 
@@ -104,7 +104,7 @@ def kill_after(step: int) -> None:
     """SIGKILL to this very rank right after ``step``; the others see a broken connection."""
     import os
 
-    from worker.life import SignOfLife
+    from trainyard.worker.life import SignOfLife
 
     beat = SignOfLife.beat
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contract.events import ResumeVerified, Started, Warned
-from contract.rundir import RunDir
-from contract.spec import JobSpec
 from tests.worker import rank_runner
-from worker.distributed import Ranks
-from worker.material import Material, prepare
-from worker.probe import Probe, verified
-from worker.trainee import Trainee, build, initial_model
+from trainyard.contract.events import ResumeVerified, Started, Warned
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.material import Material, prepare
+from trainyard.worker.probe import Probe, verified
+from trainyard.worker.trainee import Trainee, build, initial_model
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from contract.events import CheckpointSaved, Event, PhaseChanged, Warned
-from contract.identity import Identity
-from contract.locks import FileLock
-from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
 from tests.worker import rank_runner
-from worker import checkpoint
-from worker.checkpoint import RunState
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.failure import Failure, StopAsked
-from worker.feed import Feed
-from worker.launch import SpecUnusable, claim, read_spec
-from worker.material import Material, prepare
-from worker.resume import find_start
+from trainyard.contract.events import CheckpointSaved, Event, PhaseChanged, Warned
+from trainyard.contract.identity import Identity
+from trainyard.contract.locks import FileLock
+from trainyard.contract.rundir import ProductDir, RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker import checkpoint
+from trainyard.worker.checkpoint import RunState
+from trainyard.worker.data import Order
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.failure import Failure, StopAsked
+from trainyard.worker.feed import Feed
+from trainyard.worker.launch import SpecUnusable, claim, read_spec
+from trainyard.worker.material import Material, prepare
+from trainyard.worker.resume import find_start
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 IDENTITY = Identity(model={"hidden_size": 8}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
@@ -50,7 +50,7 @@ def test_by_hand_attempts_are_numbered_and_one_holds_the_locks(tmp_path: Path) -
 
 
 def test_an_orphan_s_lock_is_enough_to_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.launch.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("trainyard.worker.launch.LOCK_SECONDS", 0.05)
     run = RunDir(tmp_path)
     with FileLock(run.alive_lock).take(shared=True):
         with pytest.raises(Failure, match=r"alive\.lock is held by another process"):
@@ -152,7 +152,7 @@ def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
 
 
 def test_preparation_is_told_and_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("worker.material.TOLD_SECONDS", 0.0)
+    monkeypatch.setattr("trainyard.worker.material.TOLD_SECONDS", 0.0)
     said: list[Event] = []
     material(tmp_path, said)
     told = [event for event in said if isinstance(event, PhaseChanged)]

@@ -9,14 +9,14 @@ from unittest import mock
 
 import pytest
 
-from contract.events import CheckpointRemoved, Event, Started
-from contract.rundir import ProductDir, RunDir
 from tests.worker import rank_runner
 from tests.worker.test_resume_start import ALONE, IDENTITY, publish, spec
-from worker import checkpoint, retention
-from worker.failure import Failure
-from worker.launch import claim
-from worker.resume import find_start, go_back
+from trainyard.contract.events import CheckpointRemoved, Event, Started
+from trainyard.contract.rundir import ProductDir, RunDir
+from trainyard.worker import checkpoint, retention
+from trainyard.worker.failure import Failure
+from trainyard.worker.launch import claim
+from trainyard.worker.resume import find_start, go_back
 
 
 def test_newer_ones_are_set_aside_and_the_named_one_is_the_newest_from_then_on(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_run_that_went_back_is_the_run_that_never_left(world: int, tmp_path: P
 
 def ask_to_save(run: RunDir, *steps: int) -> None:
     """Touch the file right after these steps."""
-    from worker.life import SignOfLife
+    from trainyard.worker.life import SignOfLife
 
     beat = SignOfLife.beat
 

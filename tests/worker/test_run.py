@@ -12,12 +12,21 @@ from unittest import mock
 import pytest
 import torch
 
-from contract.events import CheckpointRemoved, CheckpointSaved, Finished, Metric, PhaseChanged, Sample, Started, Warned
-from contract.report import Outcome
-from contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
-from contract.spec import JobSpec
 from tests.worker import rank_runner
 from tests.worker.test_resume import stop_after
+from trainyard.contract.events import (
+    CheckpointRemoved,
+    CheckpointSaved,
+    Finished,
+    Metric,
+    PhaseChanged,
+    Sample,
+    Started,
+    Warned,
+)
+from trainyard.contract.report import Outcome
+from trainyard.contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
+from trainyard.contract.spec import JobSpec
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +159,7 @@ def test_the_loss_of_an_untrained_model_is_that_of_guessing(text: Path, tmp_path
 
 def fail_save(run: RunDir, fail_at: int, code: int) -> None:
     """Make each save of one step fail half way."""
-    from worker import checkpoint, tensorfile
+    from trainyard.worker import checkpoint, tensorfile
 
     write = tensorfile.write_tensors
 
@@ -185,7 +194,7 @@ def test_a_last_save_that_fails_is_no_success(text: Path, tmp_path: Path) -> Non
 
 def poison(*steps: int) -> None:
     """Make the gradient of these data steps not finite."""
-    from worker.feed import Feed
+    from trainyard.worker.feed import Feed
 
     micros = Feed.micros
 
@@ -198,7 +207,7 @@ def poison(*steps: int) -> None:
 
 def poison_unread(*steps: int) -> None:
     """The same, with steps that are read when something is due, as on CUDA."""
-    from worker.trainee import Trainee
+    from trainyard.worker.trainee import Trainee
 
     mock.patch.object(Trainee, "may_lag", return_value=True).start()
     poison(*steps)
@@ -273,7 +282,7 @@ def test_rollback_gives_up_after_three(text: Path, tmp_path: Path) -> None:
 
 def no_memory() -> None:
     """Fail as torch does on a CPU."""
-    from worker import step
+    from trainyard.worker import step
 
     def forward(*_: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 99 bytes")
@@ -302,7 +311,7 @@ def test_an_unforeseen_exception_is_a_crash_and_no_outcome(text: Path, tmp_path:
 
 def bug() -> None:
     """Something nobody thought of."""
-    from worker import step
+    from trainyard.worker import step
 
     mock.patch.object(step, "forward", side_effect=ZeroDivisionError("nobody thought of it")).start()
 
@@ -335,7 +344,7 @@ def test_a_stop_before_the_first_step_has_nothing_to_save(text: Path, tmp_path: 
 
 def stop_while_preparing(run: RunDir) -> None:
     """Touch the stop file as soon as the data is being read."""
-    from worker import material, tokenizers
+    from trainyard.worker import material, tokenizers
 
     load = tokenizers.load
 

@@ -16,19 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
-from contract.identity import Identity
-from contract.rundir import ProductDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
 from tests.worker import rank_runner
-from worker import checkpoint, saving
-from worker.distributed import Ranks
-from worker.failure import Failure
-from worker.meters import Interval, Meters
-from worker.saving import Saver
-from worker.snapshot import Snapshot
-from worker.trainee import Progress, Trainee, build, initial_model
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
+from trainyard.contract.identity import Identity
+from trainyard.contract.rundir import ProductDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker import checkpoint, saving
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.failure import Failure
+from trainyard.worker.meters import Interval, Meters
+from trainyard.worker.saving import Saver
+from trainyard.worker.snapshot import Snapshot
+from trainyard.worker.trainee import Progress, Trainee, build, initial_model
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 SHAPE = ModelConfig(

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from contract.spec import JobSpec
-from worker.schedule import Calendar, LearningRate, lr_at, total_steps
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.schedule import Calendar, LearningRate, lr_at, total_steps
 
 
 def spec(**groups: object) -> JobSpec:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from contract.events import Started
-from contract.spec import JobSpec
-from worker.console import Console
-from worker.facts import cautions, has_bfloat16
+from trainyard.contract.events import Started
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.console import Console
+from trainyard.worker.facts import cautions, has_bfloat16
 
 
 def spec(**groups: Any) -> JobSpec:
@@ -59,4 +59,4 @@ def test_the_started_line_says_where_it_goes_on_from() -> None:
 
 
 def test_the_entry_point_loads_no_torch_before_it_has_set_up_openmp() -> None:
-    assert "torch" not in vars(importlib.import_module("worker.__main__"))
+    assert "torch" not in vars(importlib.import_module("trainyard.worker.__main__"))

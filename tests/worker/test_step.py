@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contract.spec import TrainingSpec
-from model.config import ModelConfig
-from model.decoder import Decoder
-from worker.distributed import Ranks
-from worker.gate import Trouble
-from worker.step import Micro, StepResult, seed_dropout
-from worker.trainee import Trainee, build, initial_model
+from trainyard.contract.spec import TrainingSpec
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.worker.distributed import Ranks
+from trainyard.worker.gate import Trouble
+from trainyard.worker.step import Micro, StepResult, seed_dropout
+from trainyard.worker.trainee import Trainee, build, initial_model
 
 SHAPE = ModelConfig(
     hidden_size=32,

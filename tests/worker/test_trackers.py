@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from contract.events import Event, Metric, Warned
-from contract.rundir import RunDir
-from contract.spec import JobSpec
 from tests.worker import rank_runner
 from tests.worker.test_resume import kill_after
-from worker.trackers import TensorBoard, Trackers
+from trainyard.contract.events import Event, Metric, Warned
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.trackers import TensorBoard, Trackers
 
 NAMES = ("tensorboard", "wandb")
 WITH = {

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from contract.rundir import ProductDir
-from contract.spec import JobSpec
-from worker.failure import Failure
-from worker.weights import mismatches, start_from, write_weights
+from trainyard.contract.rundir import ProductDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.failure import Failure
+from trainyard.worker.weights import mismatches, start_from, write_weights
 
 
 def spec(**groups: Any) -> JobSpec:

@@ -1,4 +1,4 @@
-"""`python -m worker.agent RUN_DIR --attempt N`: the small, torch-free parent of one attempt's processes on one node.
+"""`python -m trainyard.worker.agent RUN_DIR --attempt N`: the small, torch-free parent of one attempt's processes on one node.
 
 On several nodes there is one on each, see `worker.agent.place`; what is written here is of the first.
 
@@ -14,13 +14,13 @@ import time
 import traceback
 from pathlib import Path
 
-from contract.locks import FileLock, LockBusy
-from contract.rundir import UNSEEN, AttemptDir, RunDir
-from worker.agent.children import Children, become_subreaper
-from worker.agent.follow import follow
-from worker.agent.launch import launch_torchrun, write_started
-from worker.agent.place import Place, appoint, node_name, sees
-from worker.output import redirect_output
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir
+from trainyard.worker.agent.children import Children, become_subreaper
+from trainyard.worker.agent.follow import follow
+from trainyard.worker.agent.launch import launch_torchrun, write_started
+from trainyard.worker.agent.place import Place, appoint, node_name, sees
+from trainyard.worker.output import redirect_output
 
 TICK_SECONDS = 0.05
 LAUNCH_LOCK_SECONDS = 10.0
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (LockBusy, NotWanted, OSError, ValueError, KeyError) as why:
         return _refuse(attempt, why)
     # Imported only now: torchrun needs seconds to start, and pydantic's import hides behind them.
-    from worker.agent.supervise import Supervisor
+    from trainyard.worker.agent.supervise import Supervisor
 
     try:
         supervisor = Supervisor.of(attempt, children, place)
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> tuple[RunDir, AttemptDir]:
-    parser = argparse.ArgumentParser(prog="python -m worker.agent", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trainyard.worker.agent", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     parser.add_argument("--attempt", type=int, required=True)
     parsed = parser.parse_args(arguments)
@@ -119,7 +119,7 @@ def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock, place: Place)
 
 
 def _refuse(attempt: AttemptDir, why: Exception) -> int:
-    from worker.agent.verdict import refused
+    from trainyard.worker.agent.verdict import refused
 
     message = str(why) if isinstance(why, LockBusy | NotWanted) else f"{type(why).__name__}: {why}"
     print(f"agent: nothing was started: {message}", file=sys.stderr, flush=True)

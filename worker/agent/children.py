@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 
-from contract.processes import ProcessIdentity, descendants, signal_all, wait_gone
+from trainyard.contract.processes import ProcessIdentity, descendants, signal_all, wait_gone
 
 PR_SET_CHILD_SUBREAPER = 36
 END_SECONDS = 10.0

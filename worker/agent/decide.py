@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import assert_never
 
-from contract.spec import Timeouts
-from contract.status import Desired
+from trainyard.contract.spec import Timeouts
+from trainyard.contract.status import Desired
 
 
 class Action(StrEnum):

@@ -6,10 +6,10 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract.report import Outcome, RankExit, read_message
-from contract.rundir import RANK_FILE, AttemptDir
-from worker.agent.memory import Shortage
-from worker.agent.nodes import NodeEnd, OtherNodes
+from trainyard.contract.report import Outcome, RankExit, read_message
+from trainyard.contract.rundir import RANK_FILE, AttemptDir
+from trainyard.worker.agent.memory import Shortage
+from trainyard.worker.agent.nodes import NodeEnd, OtherNodes
 
 TAIL_LINES = 15
 TAIL_BYTES = 16384

@@ -10,12 +10,12 @@ import sys
 import time
 from types import FrameType
 
-from contract.locks import FileLock, LockBusy
-from contract.rundir import AttemptDir, RunDir, write_json
-from worker.agent.children import Children
-from worker.agent.launch import launch_torchrun
-from worker.agent.nodes import PARTING_SECONDS
-from worker.agent.place import NoMeeting, Place, await_meeting, node_name
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.rundir import AttemptDir, RunDir, write_json
+from trainyard.worker.agent.children import Children
+from trainyard.worker.agent.launch import launch_torchrun
+from trainyard.worker.agent.nodes import PARTING_SECONDS
+from trainyard.worker.agent.place import NoMeeting, Place, await_meeting, node_name
 
 TICK_SECONDS = 0.1
 LEADER_SECONDS = 120.0

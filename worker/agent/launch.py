@@ -9,10 +9,10 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-from contract.locks import FileLock
-from contract.processes import ProcessIdentity
-from contract.rundir import AttemptDir, RunDir, write_json
-from worker.agent.place import ALONE, Meeting, Place, address_towards, interface_of
+from trainyard.contract.locks import FileLock
+from trainyard.contract.processes import ProcessIdentity
+from trainyard.contract.rundir import AttemptDir, RunDir, write_json
+from trainyard.worker.agent.place import ALONE, Meeting, Place, address_towards, interface_of
 
 SECRETS = ("TRAINYARD_ATTEMPT_TOKEN", "TRAINYARD_REPORT_URL", "TRAINYARD_SERVICE_FILE", "TRAINYARD_ATTEMPT_ID")
 """What the agent needs to report, and the training process does not."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract.processes import descendants
+from trainyard.contract.processes import descendants
 
 PROC = Path("/proc")
 LOOK_SECONDS = 1.0

@@ -3,8 +3,8 @@
 import time
 from dataclasses import dataclass
 
-from contract.rundir import AttemptDir, read_json
-from worker.agent.place import Place
+from trainyard.contract.rundir import AttemptDir, read_json
+from trainyard.worker.agent.place import Place
 
 PARTING_SECONDS = 10.0
 """Ranks whose peers are gone end by themselves within moments; so long they get."""

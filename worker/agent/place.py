@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
-from contract.rundir import AttemptDir, read_json, write_json
+from trainyard.contract.rundir import AttemptDir, read_json, write_json
 
 POLL_SECONDS = 0.1
 

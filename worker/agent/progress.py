@@ -3,10 +3,10 @@
 import statistics
 from collections import deque
 
-from contract.outbox import OutboxReader
-from contract.rundir import AttemptDir
-from contract.spec import Timeouts
-from contract.status import Phase
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.spec import Timeouts
+from trainyard.contract.status import Phase
 
 SUSPENDED_SECONDS = 5.0
 """Two looks further apart than this: it was the agent that slept, so the pause is not held against the ranks."""

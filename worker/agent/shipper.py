@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from contract.outbox import OutboxReader
-from contract.report import HEARTBEAT_SECONDS, ExitReport, RunSettings
-from contract.rundir import AttemptDir, read_json
-from contract.status import Desired
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.report import HEARTBEAT_SECONDS, ExitReport, RunSettings
+from trainyard.contract.rundir import AttemptDir, read_json
+from trainyard.contract.status import Desired
 
 BATCH_LINES = 500
 POLL_SECONDS = 0.1

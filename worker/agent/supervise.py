@@ -9,20 +9,20 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import Self
 
-from contract.outbox import OutboxReader
-from contract.report import ExitReport, RunSettings
-from contract.rundir import AttemptDir, write_json
-from contract.spec import JobSpec
-from contract.status import Desired
-from worker.agent.children import Children
-from worker.agent.decide import Action, Cause, Seen, decide
-from worker.agent.evidence import gather
-from worker.agent.memory import MemoryWatch, of_this_agent
-from worker.agent.nodes import OtherNodes
-from worker.agent.place import ALONE, Place
-from worker.agent.progress import ProgressWatch
-from worker.agent.shipper import Shipper
-from worker.agent.verdict import at_the_limit, verdict
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.report import ExitReport, RunSettings
+from trainyard.contract.rundir import AttemptDir, write_json
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Desired
+from trainyard.worker.agent.children import Children
+from trainyard.worker.agent.decide import Action, Cause, Seen, decide
+from trainyard.worker.agent.evidence import gather
+from trainyard.worker.agent.memory import MemoryWatch, of_this_agent
+from trainyard.worker.agent.nodes import OtherNodes
+from trainyard.worker.agent.place import ALONE, Place
+from trainyard.worker.agent.progress import ProgressWatch
+from trainyard.worker.agent.shipper import Shipper
+from trainyard.worker.agent.verdict import at_the_limit, verdict
 
 STACKS_SECONDS = 1.0
 

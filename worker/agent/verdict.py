@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal, assert_never
 
-from contract.report import ErrorCard, ExitReport, RankExit
-from contract.rundir import AttemptDir, write_json
-from contract.status import Reason
-from worker.agent.decide import Cause
-from worker.agent.evidence import Evidence, RankError, signal_name
+from trainyard.contract.report import ErrorCard, ExitReport, RankExit
+from trainyard.contract.rundir import AttemptDir, write_json
+from trainyard.contract.status import Reason
+from trainyard.worker.agent.decide import Cause
+from trainyard.worker.agent.evidence import Evidence, RankError, signal_name
 
 # The ranks of an attempt fail one after the other; these only say that a peer was lost.
 ECHOES = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed")

@@ -91,7 +91,7 @@ const COPY_FORMATS = {
   JSON: (spec) => JSON.stringify(spec, null, 2),
   curl: (_, changed) => `curl ${token.get() ? `-H "${AUTH_HEADER}" ` : ""}--json @- ${location.origin}/jobs <<'${HEREDOC_END}'\n${changed}\n${HEREDOC_END}`,
   command: (_, changed) => `trainyard submit - <<'${HEREDOC_END}'\n${changed}\n${HEREDOC_END}`,
-  Python: (_, changed) => `from client.api import Trainyard\n\nspec = ${toPythonLiteral(changed)}\n\nwith Trainyard("${location.origin}") as trainyard:\n    job = trainyard.submit(spec)\n    print(job["id"])`,
+  Python: (_, changed) => `from trainyard import Client\n\nspec = ${toPythonLiteral(changed)}\n\nwith Client("${location.origin}") as client:\n    job = client.submit(spec)\n    print(job["id"])`,
 };
 
 /** Only true, false and null differ: a JSON string is also a Python string. */
