@@ -11,9 +11,9 @@ from pathlib import Path
 from tokenizers import Tokenizer as Library
 
 from benchmarks.corpus import write_docstrings
-from trainyard.worker.corpus import open_corpus
-from trainyard.worker.readers import open_reader
-from trainyard.worker.tokenizers import FileTokenizer, train
+from trainyard.worker.data.corpus import open_corpus
+from trainyard.worker.data.readers import open_reader
+from trainyard.worker.data.tokenizers import FileTokenizer, train
 
 DOCSTRINGS = 7000
 COPIES = 3

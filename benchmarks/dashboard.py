@@ -17,7 +17,7 @@ from benchmarks.load.figures import Figure, machine, quantile
 from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served, until
-from trainyard.service.jobs import store
+from trainyard.service.jobs import repository
 
 CHROMIUM = shutil.which("chromium")
 POINTS = 1_000_000
@@ -76,7 +76,7 @@ def bench() -> Iterator[tuple[Served, Agent, Agent]]:
             small, large = live.running(made, corpus, 2)
             curve.fill(made, large.job_id, POINTS)
             with made.write() as session:
-                store.lock(session, large.job_id).progress = {"step": POINTS, "steps": 2 * POINTS, "percent": 50.0}
+                repository.lock(session, large.job_id).progress = {"step": POINTS, "steps": 2 * POINTS, "percent": 50.0}
         with served(home, Path(folder), arguments=["--no-scheduler"]) as service:
             with Wire(service.url, small.token) as wire:
                 for _ in range(100):

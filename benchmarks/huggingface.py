@@ -16,10 +16,10 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback
 
 from benchmarks.trainer import BATCH, LEARNING_RATE, LENGTH, STEPS, VOCABULARY, WARM
 from trainyard.contract.spec import TrainingSpec
-from trainyard.worker import tokenizers
-from trainyard.worker.corpus import open_corpus
-from trainyard.worker.data import Order
-from trainyard.worker.rows import RowTable
+from trainyard.worker.data import tokenizers
+from trainyard.worker.data.corpus import open_corpus
+from trainyard.worker.data.packing import RowTable
+from trainyard.worker.data.sampler import Order
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]

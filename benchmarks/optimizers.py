@@ -19,13 +19,13 @@ from benchmarks.drawing import Line, chart
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec, TrainingSpec
 from trainyard.model.config import ModelConfig
-from trainyard.worker.data import Order
+from trainyard.worker.data.loader import Feed
+from trainyard.worker.data.prepare import Material, prepare
+from trainyard.worker.data.sampler import Order
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.evaluation import Evaluation
-from trainyard.worker.feed import Feed
-from trainyard.worker.material import Material, prepare
-from trainyard.worker.schedule import LearningRate
-from trainyard.worker.trainee import Trainee, build, initial_model
+from trainyard.worker.training.evaluate import Evaluation
+from trainyard.worker.training.schedule import LearningRate
+from trainyard.worker.training.state import Trainee, build, initial_model
 
 STEPS, ROWS, LENGTH, DOCUMENTS = 200, 8, 256, 100_000
 SHAPE = ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)

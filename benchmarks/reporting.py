@@ -90,11 +90,11 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
     """Times all of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
 
     def __init__(self, clock: Stopwatch) -> None:
-        from trainyard.worker.life import SignOfLife
-        from trainyard.worker.meters import Meters
-        from trainyard.worker.outbox import Outbox
-        from trainyard.worker.stopping import StopWish
-        from trainyard.worker.trackers import Trackers
+        from trainyard.worker.attempt import SignOfLife
+        from trainyard.worker.events.trackers import Trackers
+        from trainyard.worker.events.writer import Outbox
+        from trainyard.worker.training.control import StopWish
+        from trainyard.worker.training.metrics import Meters
 
         self._clock = clock
         self._places: list[tuple[type, str]] = [

@@ -15,17 +15,22 @@ from trainyard.contract.events import Event, Warned
 from trainyard.contract.rundir import ProductDir, RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
-from trainyard.worker import checkpoint
-from trainyard.worker.data import Order
+from trainyard.worker.checkpoint import files
+from trainyard.worker.checkpoint.saver import Saver
+from trainyard.worker.checkpoint.staging import Copies, Snapshot
+from trainyard.worker.checkpoint.weights import write_weights
+from trainyard.worker.data.loader import Feed
+from trainyard.worker.data.prepare import prepare
+from trainyard.worker.data.sampler import Order
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.feed import Feed
-from trainyard.worker.material import prepare
-from trainyard.worker.meters import Interval, Meters
-from trainyard.worker.probe import Probe
-from trainyard.worker.saving import Saver
-from trainyard.worker.snapshot import Copies, Snapshot
-from trainyard.worker.trainee import Progress, Trainee, build, initial_model
-from trainyard.worker.weights import write_weights
+from trainyard.worker.training.metrics import Interval, Meters
+from trainyard.worker.training.resume_check import Probe
+from trainyard.worker.training.state import (
+    Progress,
+    Trainee,
+    build,
+    initial_model,
+)
 
 ROUNDS = 5
 LIMIT = 0.15
@@ -71,7 +76,7 @@ class Bench:
             Progress(step=self.step), self.saver.identity, rows_per_step=ROWS, interval=[], loss=None
         )
         copies = Copies.live(self.trainee.model, self.trainee.optimizer)
-        checkpoint.publish(self.products, state, checkpoint.unique_tensors(copies.model), copies.optimizer)
+        files.publish(self.products, state, files.unique_tensors(copies.model), copies.optimizer)
         write_weights(self.products.out / "waited_for.pth", copies.model)
         return time.perf_counter() - began
 

@@ -40,7 +40,7 @@ def main() -> None:
 def prepare(root: Path) -> None:
     """The corpus and a tokenizer of `VOCABULARY` tokens for it, where `spec` looks for them."""
     write_docstrings(root / "corpus.jsonl", 7000)
-    tokenizer = [sys.executable, "-m", "trainyard.worker.tokenizers", "train", str(root / "corpus.jsonl")]
+    tokenizer = [sys.executable, "-m", "trainyard.worker.data.tokenizers", "train", str(root / "corpus.jsonl")]
     subprocess.run([*tokenizer, "--out", str(root / "tokenizer")], check=True, capture_output=True)
 
 

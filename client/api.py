@@ -18,10 +18,26 @@ import httpx2
 
 from trainyard.client.connection import Connection, Patience, address_of
 from trainyard.client.download import fetch
-from trainyard.client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
-from trainyard.client.exits import at_rest
-from trainyard.client.shapes import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
-from trainyard.client.streams import StreamEvent
+from trainyard.client.errors import (
+    NameShared,
+    NotFound,
+    ServiceUnreachable,
+    WaitedInVain,
+    WaitTimedOut,
+)
+from trainyard.client.exit_codes import at_rest
+from trainyard.client.sse import StreamEvent
+from trainyard.client.types import (
+    Checkpoint,
+    Export,
+    Job,
+    LogChunk,
+    Metric,
+    NewToken,
+    Plan,
+    Token,
+    Version,
+)
 from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"

@@ -10,7 +10,12 @@ from urllib.parse import urlsplit
 import httpx2
 
 from trainyard.client.errors import NoAddress, ServiceUnreachable, refusal
-from trainyard.client.streams import OPENED, NoStream, StreamEvent, parse
+from trainyard.client.sse import (
+    OPENED,
+    NoStream,
+    StreamEvent,
+    parse,
+)
 
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 40.0

@@ -7,10 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
-from trainyard.client.cli.spec_flags import PATHS, given_leaves, parse_labels, spec_of
-from trainyard.client.console import Console
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.spec_flags import (
+    PATHS,
+    given_leaves,
+    parse_labels,
+    spec_of,
+)
 from trainyard.client.errors import InvalidSpec
-from trainyard.client.exits import UsageError
+from trainyard.client.exit_codes import UsageError
 from trainyard.contract.parsing import ALIASES
 
 

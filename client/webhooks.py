@@ -5,7 +5,7 @@ from typing import Any, cast
 from urllib.parse import quote
 
 from trainyard.client.connection import Connection
-from trainyard.client.shapes import Delivery, Webhook
+from trainyard.client.types import Delivery, Webhook
 
 Pages = Callable[..., Iterator[dict[str, Any]]]
 

@@ -27,7 +27,7 @@ class Line(BaseModel):
 class Started(Line):
     """The attempt is set up: what it runs on, what the corpus holds, where it goes on from.
 
-    ``base_step``: steps that lie before the run's own schedule, see `contract.report.Fork`; ``steps`` counts them too.
+    ``base_step``: steps that lie before the run's own schedule, see `contract.messages.Fork`; ``steps`` counts them too.
     """
 
     kind: Literal["started"] = "started"

@@ -131,7 +131,7 @@ class AttemptDir:
 
     @property
     def settings(self) -> Path:
-        """Settings that the user changed after the attempt had started, see `contract.report.RunSettings`."""
+        """Settings that the user changed after the attempt had started, see `contract.messages.RunSettings`."""
         return self.path / "settings.json"
 
     @property
@@ -203,7 +203,7 @@ class RunDir:
 
     @property
     def fork(self) -> Path:
-        """The parent of the job, as `contract.report.Fork`. Without it the job is no fork."""
+        """The parent of the job, as `contract.messages.Fork`. Without it the job is no fork."""
         return self.path / "fork.json"
 
     @property

@@ -2,7 +2,7 @@
 
 from alembic import context
 
-from trainyard.service.tables import Table
+from trainyard.service.db.models import Table
 
 connection = context.config.attributes["connection"]
 context.configure(

@@ -13,14 +13,14 @@ from sqlalchemy.exc import DBAPIError
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
-from trainyard.service import logs
 from trainyard.service.app import build, create_app
-from trainyard.service.db import UnknownTables, what_it_said
+from trainyard.service.db.engine import UnknownTables, what_it_said
 from trainyard.service.launch.base import LOCAL, Launcher
 from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
-from trainyard.service.launch.side_by_side import SideBySide
-from trainyard.service.launch.slurm import SLURM, SlurmLauncher
+from trainyard.service.launch.router import SideBySide
+from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
+from trainyard.service.observability.logging import set_up
 from trainyard.service.server import HEAD_BYTES, Protocol, Server
 from trainyard.service.settings import Settings, SettingsRefused
 from trainyard.service.timing import Timing
@@ -65,7 +65,7 @@ def _refuse(why: str, code: int = 1) -> int:
 def _run(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
     settings.home.mkdir(parents=True, exist_ok=True)
     with _alone(settings) if schedules else contextlib.nullcontext():
-        logs.set_up(settings.log_format, settings.log_level, settings.secrets())
+        set_up(settings.log_format, settings.log_level, settings.secrets())
         return _serve(settings, schedules, agent, timing)
 
 

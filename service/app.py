@@ -11,41 +11,41 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from trainyard.service import exposition, status_routes
-from trainyard.service.access import routes as access_routes
-from trainyard.service.access.scopes import methods_at, scopes_of
-from trainyard.service.answers import ServiceRoute
-from trainyard.service.bodies import invalid_request
-from trainyard.service.checkpoints import routes as checkpoint_routes
-from trainyard.service.context import Services
+from trainyard.service.api.bodies import invalid_request
+from trainyard.service.api.dependencies import Services
+from trainyard.service.api.middleware import Gate, HeadMiddleware
+from trainyard.service.api.openapi import openapi
+from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.api.routers import artifacts, logs, prometheus, status
+from trainyard.service.api.routers import checkpoints as checkpoint_routes
+from trainyard.service.api.routers import devices as device_routes
+from trainyard.service.api.routers import exports as export_routes
+from trainyard.service.api.routers import forks as fork_routes
+from trainyard.service.api.routers import ingest as report_routes
+from trainyard.service.api.routers import jobs as job_routes
+from trainyard.service.api.routers import metrics as metric_routes
+from trainyard.service.api.routers import planning as plan_routes
+from trainyard.service.api.routers import streams as stream_routes
+from trainyard.service.api.routers import tokens as access_routes
+from trainyard.service.api.routers import webhooks as webhook_routes
+from trainyard.service.auth.permissions import methods_at, scopes_of
 from trainyard.service.dashboard.assets import Assets
 from trainyard.service.dashboard.pages import DashboardMiddleware
-from trainyard.service.db import Database
-from trainyard.service.devices import routes as device_routes
+from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
-from trainyard.service.document import openapi
 from trainyard.service.errors import ServiceError, answer, from_exception
-from trainyard.service.exports import routes as export_routes
-from trainyard.service.forks import routes as fork_routes
-from trainyard.service.jobs import files, log_routes, products
-from trainyard.service.jobs import routes as job_routes
+from trainyard.service.jobs import deletion
 from trainyard.service.launch.base import Launcher
-from trainyard.service.metrics import routes as metric_routes
-from trainyard.service.planning import routes as plan_routes
-from trainyard.service.reports import routes as report_routes
-from trainyard.service.scheduler.bulletin import PublishedInventory
-from trainyard.service.scheduler.lease import Lease
+from trainyard.service.leadership import Lease
+from trainyard.service.maintenance.corpus_cache import CorpusShelf
+from trainyard.service.maintenance.loop import Upkeep
+from trainyard.service.maintenance.retention import Policy
 from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.scheduler.published_inventory import PublishedInventory
 from trainyard.service.settings import Settings
-from trainyard.service.streams import routes as stream_routes
-from trainyard.service.streams.pulse import Pulse
+from trainyard.service.streams.broadcaster import Pulse
 from trainyard.service.timing import Timing
-from trainyard.service.upkeep.corpora import CorpusShelf
-from trainyard.service.upkeep.loop import Upkeep
-from trainyard.service.upkeep.retention import Policy
-from trainyard.service.web import Gate, HeadMiddleware
-from trainyard.service.webhooks import routes as webhook_routes
-from trainyard.service.webhooks.courier import Courier
+from trainyard.service.webhooks.http_client import Courier
 from trainyard.service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
@@ -56,8 +56,8 @@ ROUTERS = (
     job_routes,
     fork_routes,
     plan_routes,
-    products,
-    log_routes,
+    artifacts,
+    logs,
     metric_routes,
     stream_routes,
     checkpoint_routes,
@@ -66,8 +66,8 @@ ROUTERS = (
     device_routes,
     access_routes,
     webhook_routes,
-    status_routes,
-    exposition,
+    status,
+    prometheus,
 )
 ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
@@ -106,7 +106,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     async def life(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUEST_THREADS, "requests"))
         services.database.upgrade(services.settings.home / "migrate.lock")
-        files.sweep(services.settings, services.database)
+        deletion.sweep(services.settings, services.database)
         services.leader  # noqa: B018 - from now on its silence counts
         if scheduling:
             services.scheduler.start()
@@ -124,7 +124,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
 
     app = FastAPI(
         title="Trainyard",
-        version=status_routes.package_version(),
+        version=status.package_version(),
         description=DESCRIPTION,
         lifespan=life,
         redoc_url=None,

@@ -178,7 +178,7 @@ class ExportFailed(ServiceError):
 
 
 class ExportUnavailable(ServiceError):
-    """The server has no torch, so it cannot export. Ask one that has, or run `python -m trainyard.worker.export` yourself."""
+    """The server has no torch, so it cannot export. Ask one that has, or run `python -m trainyard.worker.checkpoint.export` yourself."""
 
     status, code = 501, "export_unavailable"
 

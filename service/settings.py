@@ -11,13 +11,18 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from trainyard.service.auth.static_tokens import tokens_in
 from trainyard.service.launch.base import LOCAL
-from trainyard.service.launch.slurm_setup import SlurmSetup
-from trainyard.service.logs import Format, Level
+from trainyard.service.launch.slurm.config import SlurmSetup
+from trainyard.service.observability.logging import Format, Level
 from trainyard.service.proxies import Proxies
-from trainyard.service.settings_base import EnvironmentSettings, SettingsRefused, Whole, parts
-from trainyard.service.tokens import tokens_in
-from trainyard.service.webhooks.addresses import Network
+from trainyard.service.settings_base import (
+    EnvironmentSettings,
+    SettingsRefused,
+    Whole,
+    parts,
+)
+from trainyard.service.ssrf import Network
 
 __all__ = ["Settings", "SettingsRefused", "is_loopback"]
 
@@ -78,7 +83,7 @@ class Settings(EnvironmentSettings):
     number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
     ``idempotency_days``: how long a submission may be sent again. ``preemption``: a job of higher priority that waits
     makes those of lower priority pause. ``corpus_days``, ``corpus_bytes``: what of the corpus cache goes, see
-    `service.upkeep.corpora`. ``webhook_networks``: not public, and may be sent to all the same. ``slurm``: how Slurm is
+    `service.maintenance.corpus_cache`. ``webhook_networks``: not public, and may be sent to all the same. ``slurm``: how Slurm is
     used; None: it is not. ``launcher``: the one of jobs whose spec names none.
     """
 
@@ -182,7 +187,7 @@ class Settings(EnvironmentSettings):
 
     @property
     def trash(self) -> Path:
-        """Notes of files that are to go, see `service.jobs.files`."""
+        """Notes of files that are to go, see `service.jobs.deletion`."""
         return self.home / "trash"
 
     @property

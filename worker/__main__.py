@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from trainyard.contract.rundir import RANK_FILE, RunDir
-from trainyard.worker.agent.launch import RANK_LOGS
+from trainyard.worker.agent.torchrun import RANK_LOGS
 from trainyard.worker.output import redirect_output
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from trainyard.worker.program import run_rank
+    from trainyard.worker.main import run_rank
 
     record(run_rank)(run, number, from_step)
 

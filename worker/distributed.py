@@ -9,15 +9,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from trainyard.contract.report import RunSettings
 from trainyard.contract.spec import JobSpec, Timeouts
 from trainyard.contract.status import Reason
-from trainyard.worker.failure import Failure, StopAsked
+from trainyard.worker.errors import Failure, StopAsked
 
 T = TypeVar("T")
 
@@ -124,57 +123,6 @@ def threads_per_rank(environment: dict[str, str], local_world: int, cores: int) 
     if by_user and by_user.isdigit() and not torchrun_did:
         return max(1, int(by_user))
     return max(1, cores // local_world)
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What any rank wished, known to all."""
-
-    stop: bool = False
-    save: bool = False
-    spike: bool = False
-    settings: RunSettings | None = None
-
-    def numbers(self) -> list[int]:
-        """For a sum by maximum: one rank alone has other settings, and nobody's are 0."""
-        nobody = dict.fromkeys(RunSettings.model_fields, 0)
-        settings = self.settings.model_dump() if self.settings is not None else nobody
-        return [self.stop, self.save, self.spike, *settings.values()]
-
-    @classmethod
-    def of(cls, numbers: list[int]) -> Self:
-        """The inverse."""
-        stop, save, spike, *settings = numbers
-        found = dict(zip(RunSettings.model_fields, settings, strict=True))
-        return cls(bool(stop), bool(save), bool(spike), RunSettings(**found) if any(settings) else None)
-
-
-class Agreement:
-    """Makes one rank's wish everybody's, at no cost: it is summed in the background and read a step later."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-
-    def exchange(self, mine: Wishes) -> Wishes:
-        """Give this step's wishes and take those that were given a step ago. Each rank calls it once a step."""
-        if self._ranks.control is None:
-            return mine
-        agreed = self.settle()
-        wishes = torch.tensor(mine.numbers(), dtype=torch.int64)
-        work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
-        assert work is not None
-        self._pending = (work, wishes)
-        return agreed
-
-    def settle(self) -> Wishes:
-        """Take what is still under way, so that nothing is when the ranks part."""
-        if self._pending is None:
-            return Wishes()
-        work, wishes = self._pending
-        work.wait()
-        self._pending = None
-        return Wishes.of(wishes.tolist())
 
 
 def leave(ranks: Ranks) -> None:

@@ -10,35 +10,41 @@ import torch
 
 from trainyard.contract.events import Event, PhaseChanged, Warned
 from trainyard.contract.failpoints import hit
-from trainyard.contract.report import Outcome, RunSettings
+from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
-from trainyard.worker import gate
-from trainyard.worker.curve import CurveWatch
-from trainyard.worker.data import Order
-from trainyard.worker.distributed import Agreement, Ranks, Wishes, require
-from trainyard.worker.evaluation import Evaluation
-from trainyard.worker.facts import cautions, has_bfloat16, started
-from trainyard.worker.failure import Failure
-from trainyard.worker.feed import Feed
-from trainyard.worker.gate import Verdict
-from trainyard.worker.launch import Attempt
-from trainyard.worker.life import SignOfLife
-from trainyard.worker.live import SettingsWish, changed, with_settings
-from trainyard.worker.material import Material, prepare
-from trainyard.worker.meters import Interval, Meters, own_interval
-from trainyard.worker.probe import Probe, verified
-from trainyard.worker.resume import Start, find_start, newest_of
-from trainyard.worker.roots import check_roots
-from trainyard.worker.samples import written
-from trainyard.worker.saving import Saver
-from trainyard.worker.schedule import Calendar, LearningRate, total_steps
-from trainyard.worker.spikes import Spikes, told
-from trainyard.worker.step import StepResult, Unread, read, seed_dropout
-from trainyard.worker.stopping import StopWish
-from trainyard.worker.trackers import Trackers
-from trainyard.worker.trainee import Progress, Trainee, build, initial_model
-from trainyard.worker.weights import start_from
+from trainyard.worker.attempt import Attempt, SignOfLife
+from trainyard.worker.checkpoint.resume import Start, find_start, newest_of
+from trainyard.worker.checkpoint.saver import Saver
+from trainyard.worker.checkpoint.weights import start_from
+from trainyard.worker.data.loader import Feed
+from trainyard.worker.data.paths import check_roots
+from trainyard.worker.data.prepare import Material, prepare
+from trainyard.worker.data.sampler import Order
+from trainyard.worker.distributed import Ranks, require
+from trainyard.worker.errors import Failure
+from trainyard.worker.events.trackers import Trackers
+from trainyard.worker.training import nonfinite
+from trainyard.worker.training.control import Agreement, SettingsWish, StopWish, Wishes, changed, with_settings
+from trainyard.worker.training.evaluate import Evaluation, written
+from trainyard.worker.training.metrics import Interval, Meters, own_interval
+from trainyard.worker.training.monitors import CurveWatch, Spikes, told
+from trainyard.worker.training.nonfinite import Verdict
+from trainyard.worker.training.resume_check import Probe, verified
+from trainyard.worker.training.schedule import Calendar, LearningRate, total_steps
+from trainyard.worker.training.startup import cautions, has_bfloat16, started
+from trainyard.worker.training.state import (
+    Progress,
+    Trainee,
+    build,
+    initial_model,
+)
+from trainyard.worker.training.step import (
+    StepResult,
+    Unread,
+    read,
+    seed_dropout,
+)
 
 Say = Callable[[Event], None]
 
@@ -269,14 +275,16 @@ class Loop:
             self._count(step.step, result)
         return progress
 
-    def _judged(self, taken: Taken, result: StepResult, before: gate.Trouble) -> tuple[Verdict, gate.Trouble, str]:
+    def _judged(
+        self, taken: Taken, result: StepResult, before: nonfinite.Trouble
+    ) -> tuple[Verdict, nonfinite.Trouble, str]:
         """(verdict, trouble from now on, what is to be said of it). Raises Failure where the run must end."""
         suspects = () if result.finite else self._suspects(result)
         policy = self.spec.training.on_nonfinite
-        verdict, trouble = gate.judge(result.finite, policy, before, taken.scale, losses_finite=not suspects)
+        verdict, trouble = nonfinite.judge(result.finite, policy, before, taken.scale, losses_finite=not suspects)
         if verdict in (Verdict.APPLIED, Verdict.OVERFLOWED):
             return verdict, trouble, ""
-        what = gate.describe(taken.step, tuple(self.feed.rows_of(taken.data_step).tolist()), suspects)
+        what = nonfinite.describe(taken.step, tuple(self.feed.rows_of(taken.data_step).tolist()), suspects)
         if verdict is Verdict.FAIL:
             # Steps behind this one were held back, whatever the sign of life has told since.
             self.life.beat(taken.step - 1)
@@ -354,9 +362,11 @@ class Loop:
         self.ranks.wait_for_all()
 
 
-def _diverged(what: str, trouble: gate.Trouble) -> Failure:
+def _diverged(what: str, trouble: nonfinite.Trouble) -> Failure:
     """The failure of a run whose numbers are no longer numbers. Every checkpoint is from before."""
-    counts = f" ({trouble.skipped} steps skipped, {trouble.rollbacks} rollbacks)" if trouble != gate.Trouble() else ""
+    counts = (
+        f" ({trouble.skipped} steps skipped, {trouble.rollbacks} rollbacks)" if trouble != nonfinite.Trouble() else ""
+    )
     hint = (
         "Resume goes on from the last sound checkpoint. Lower training.learning_rate, set training.grad_clip or "
         'training.warmup_steps, look at those rows, or set training.on_nonfinite to "skip" or "rollback".'

@@ -11,12 +11,12 @@ from typing import Any
 from benchmarks.load.wire import Wire
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import JobStatus
-from trainyard.service.access.callers import LOCAL
-from trainyard.service.access.keys import token_hash
-from trainyard.service.db import Database
-from trainyard.service.jobs import store
-from trainyard.service.jobs.ids import new_id
-from trainyard.service.tables import AttemptRow
+from trainyard.service.auth.api_keys import token_hash
+from trainyard.service.auth.principal import LOCAL
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import AttemptRow
+from trainyard.service.ids import new_id
+from trainyard.service.jobs import repository
 
 
 @dataclass
@@ -64,7 +64,7 @@ def running(made: Database, corpus: Path, count: int) -> list[Agent]:
     for number in range(count):
         agent = Agent("", new_id("att", 16), secrets.token_urlsafe(32))
         with made.write() as session:
-            job = store.create(session, spec, {}, [], LOCAL, now)
+            job = repository.create(session, spec, {}, [], LOCAL, now)
             agent.job_id = job.id
             session.add(
                 AttemptRow(

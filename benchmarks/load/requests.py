@@ -11,10 +11,10 @@ from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served
 from trainyard.contract.rundir import RunDir
-from trainyard.service.db import Database
-from trainyard.service.jobs import store
-from trainyard.service.jobs.store import Note
-from trainyard.service.scheduler.apply import utc_now
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import Database
+from trainyard.service.jobs import repository
+from trainyard.service.jobs.repository import Note
 
 JOBS = 30
 EVENTS = 50
@@ -77,9 +77,9 @@ def _cost(service: Served, ask: Asked) -> float:
 
 def _happen(made: Database, agent: Agent) -> None:
     with made.write() as session:
-        job = store.find(session, agent.job_id)
+        job = repository.find(session, agent.job_id)
         for number in range(EVENTS):
-            store.tell(session, job, Note("changed", f"the {number}th of them", "local", 1), utc_now())
+            repository.tell(session, job, Note("changed", f"the {number}th of them", "local", 1), utc_now())
 
 
 def _write_log(home: Path, agent: Agent) -> None:

@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 from click.shell_completion import ShellComplete, get_completion_class, shell_complete
 
+from trainyard.client.cli.console import Console
 from trainyard.client.cli.main import COMPLETE_VARIABLE
 from trainyard.client.cli.parser import trainyard
-from trainyard.client.console import Console
 
 SERVICE_SECONDS = 0.1
 NEWEST = 50

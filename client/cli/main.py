@@ -7,10 +7,10 @@ from difflib import get_close_matches
 
 import click
 
+from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import trainyard
-from trainyard.client.console import Console
 from trainyard.client.errors import Refused, TrainyardError
-from trainyard.client.exits import Exit, UsageError, exit_of_error
+from trainyard.client.exit_codes import Exit, UsageError, exit_of_error
 
 UNAUTHORIZED = 401
 COMPLETE = "__complete"

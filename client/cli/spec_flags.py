@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.client.cli.parser import Option
-from trainyard.client.exits import UsageError
-from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS
+from trainyard.client.exit_codes import UsageError
+from trainyard.contract.parsing import (
+    ALIASES,
+    FLAGS,
+    GROUP_OF_LEAF,
+    GROUPS,
+)
 from trainyard.contract.spec import JobSpec
 
 PATHS = (

@@ -18,16 +18,25 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.advice import error_card
 from trainyard.client.api import Trainyard
-from trainyard.client.console import Console
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.formatting import (
+    bar,
+    count,
+    duration,
+    fixed,
+    large,
+    one_line,
+    scientific,
+    size,
+)
+from trainyard.client.cli.hints import error_card
 from trainyard.client.demo.corpus import write_corpus
 from trainyard.client.demo.service import DemoService, ServiceFailed
 from trainyard.client.download import sha256
 from trainyard.client.errors import TrainyardError, WaitTimedOut
-from trainyard.client.exits import Exit, at_rest
-from trainyard.client.shapes import Job
-from trainyard.client.words import bar, count, duration, fixed, large, one_line, scientific, size
+from trainyard.client.exit_codes import Exit, at_rest
+from trainyard.client.types import Job
 from trainyard.contract.processes import ProcessIdentity, marked
 from trainyard.contract.rundir import ProductDir, read_json
 
@@ -289,7 +298,7 @@ class Story:
             sys.executable,
             "-P",
             "-m",
-            "trainyard.worker.tokenizers",
+            "trainyard.worker.data.tokenizers",
             *arguments,
             "--out",
             str(self.home / "tokenizer"),

@@ -1,25 +1,56 @@
 """What users do to jobs. Each function is one transaction's work; the rules decide, this carries out."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session, object_session
 
-from trainyard.contract.parsing import Problem
-from trainyard.contract.report import RUN_SETTINGS
-from trainyard.contract.spec import JobSpec
-from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason
-from trainyard.service.access import quotas
-from trainyard.service.access.callers import Caller
-from trainyard.service.errors import Conflict, InvalidState, SpecInvalid, StepUnavailable, with_problems
-from trainyard.service.jobs import store
-from trainyard.service.jobs.gathering import newest_step, standing
-from trainyard.service.jobs.rules import Action, Move, Refusal, UnderWay, decide, fitting
-from trainyard.service.jobs.store import Note
+from trainyard.contract.messages import RUN_SETTINGS
+from trainyard.contract.parsing import Problem, pointer_to
+from trainyard.contract.spec import (
+    CheckpointSpec,
+    JobSpec,
+    ReportingSpec,
+    ResourcesSpec,
+    TrainingSpec,
+)
+from trainyard.contract.spec_reference import NOTES
+from trainyard.contract.status import (
+    LIVE,
+    TERMINAL,
+    Desired,
+    JobStatus,
+    Reason,
+)
+from trainyard.contract.units import UNITS
+from trainyard.service.api.bodies import OptionalBody, without_defaults
+from trainyard.service.auth import quotas
+from trainyard.service.auth.principal import Caller
+from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
+from trainyard.service.errors import (
+    Conflict,
+    InvalidState,
+    SpecInvalid,
+    StepUnavailable,
+    with_problems,
+)
+from trainyard.service.jobs import repository
+from trainyard.service.jobs.lifecycle import (
+    Action,
+    Move,
+    Refusal,
+    UnderWay,
+    decide,
+    fitting,
+)
+from trainyard.service.jobs.queries import newest_step, standing
+from trainyard.service.jobs.repository import Note
+from trainyard.service.jobs.submission import Host, accept
 from trainyard.service.launch.base import AttemptName
-from trainyard.service.tables import AttemptRow, CheckpointRow, JobRow
 
 ASKED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
 
@@ -31,7 +62,7 @@ RESTING_MESSAGE = {
 
 def stop(session: Session, job_id: str, action: Action, by: Caller, now: datetime) -> JobRow:
     """Pause, cancel or kill. Raises InvalidState where that does not fit."""
-    job = store.lock(session, job_id)
+    job = repository.lock(session, job_id)
     decision = _fitting(job, action)
     if isinstance(decision, UnderWay):
         return job
@@ -45,7 +76,7 @@ def stop(session: Session, job_id: str, action: Action, by: Caller, now: datetim
         changes |= {"reason": Reason.USER, "message": RESTING_MESSAGE[decision.to], "asked_at": None}
     if decision.to in TERMINAL:
         changes["finished_at"] = now
-    store.move(session, job, decision.to, Note(action, message, by.name, data={"action": action}), now, **changes)
+    repository.move(session, job, decision.to, Note(action, message, by.name, data={"action": action}), now, **changes)
     return job
 
 
@@ -55,21 +86,21 @@ def _wish(session: Session, job: JobRow, action: Action, decision: Move, by: Cal
     if job.status == JobStatus.INTERRUPTED:
         job.restart_at = None
         job.message = (job.message or "").partition("; restarting")[0] + "; the restart was called off"
-        store.tell(session, job, Note(action, "the restart was called off", by.name), now)
+        repository.tell(session, job, Note(action, "the restart was called off", by.name), now)
     else:
         job.asked_at = now
         if job.preempted_by is not None:
             job.preempted_by = job.reason = None  # it stays paused, and is not queued again
-        store.tell(session, job, Note(action, f"asked to {ASKED[action]}", by.name), now)
+        repository.tell(session, job, Note(action, f"asked to {ASKED[action]}", by.name), now)
     session.flush()
     return job
 
 
 def save(session: Session, job_id: str, by: Caller, now: datetime) -> AttemptName:
     """Note the wish for a checkpoint, and return the attempt that is to hear of it. Raises InvalidState."""
-    job = store.lock(session, job_id)
+    job = repository.lock(session, job_id)
     _fitting(job, "save")
-    store.tell(session, job, Note("save", "asked to save", by.name), now)
+    repository.tell(session, job, Note("save", "asked to save", by.name), now)
     return AttemptName(job.id, job.attempt, _launcher_of(session, job))
 
 
@@ -80,7 +111,7 @@ def _launcher_of(session: Session, job: JobRow) -> str:
 
 def resume_under_way(session: Session, job_id: str, changed: bool) -> bool:
     """Whether a resume without changes was asked for already and goes its way. Raises InvalidState."""
-    job = store.find(session, job_id)
+    job = repository.find(session, job_id)
     decision = decide("resume", standing(job))
     if isinstance(decision, UnderWay) and not changed:
         return True
@@ -126,7 +157,7 @@ def resume(
         "resume_step": step,
     }
     cleared = {"reason": None, "message": None, "error": None}
-    store.move(session, job, JobStatus.QUEUED, note, now, **changes, **cleared)
+    repository.move(session, job, JobStatus.QUEUED, note, now, **changes, **cleared)
     return job
 
 
@@ -152,18 +183,18 @@ def patch(
     job.spec = spec.model_dump(mode="json")
     job.name, job.priority = spec.name, spec.resources.priority
     if "labels" in changes:
-        store.put_labels(session, job, dict(spec.labels))
+        repository.put_labels(session, job, dict(spec.labels))
     message = f"changed {', '.join(sorted(changes))}" if changes else "nothing was changed"
     if JobStatus(job.status) in LIVE and not RUN_SETTINGS.keys().isdisjoint(changes):
         message += "; the run hears of it with its next report"
-    store.tell(session, job, Note("changed", message, by.name, data={"fields": sorted(changes)}), now)
+    repository.tell(session, job, Note("changed", message, by.name, data={"fields": sorted(changes)}), now)
     session.flush()
     return job
 
 
 def remove(session: Session, job_id: str) -> JobRow:
     """Remove the record; the caller removes the files once that is committed."""
-    job = store.lock(session, job_id)
+    job = repository.lock(session, job_id)
     _fitting(job, "delete")
     session.execute(delete(JobRow).where(JobRow.id == job.id, JobRow.version == job.version))
     return job
@@ -211,7 +242,7 @@ def own_steps(job: JobRow) -> int | None:
 
 def _unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:
     """The job, locked. Raises Conflict where its spec is no longer the one that was worked on."""
-    job = store.lock(session, job_id)
+    job = repository.lock(session, job_id)
     if job.spec != spec:
         raise Conflict()
     return job
@@ -229,3 +260,113 @@ def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
         if leaf == "max_steps":
             message += "; max_steps, where given, decides alone"
         raise with_problems(SpecInvalid, [Problem(f"/{leaf}", message)])
+
+
+LARGEST = 2**53 - 1
+
+RESUME_FIELDS: dict[str, tuple[str, ...]] = {
+    "epochs": ("training", "epochs"),
+    "max_steps": ("training", "max_steps"),
+    "resources": ("resources",),
+    "step": (),
+}
+
+PATCH_FIELDS: dict[str, tuple[str, ...]] = {
+    "name": ("name",),
+    "labels": ("labels",),
+    "priority": ("resources", "priority"),
+    **RUN_SETTINGS,
+}
+
+"""Name in the body -> place in the spec."""
+
+
+def _as_in(group: type[BaseModel], leaf: str) -> Any:
+    """Return a field that takes any value, described as in the job spec."""
+    schema = group.model_json_schema()["properties"][leaf]
+
+    def describe(found: dict[str, Any]) -> None:
+        found.clear()
+        found.update(schema)
+        found.setdefault("description", NOTES.get(leaf, ""))
+        found |= {"x-unit": UNITS[leaf]} if leaf in UNITS else {}
+
+    return Field(default=None, json_schema_extra=describe)
+
+
+class PatchJobBody(OptionalBody):
+    """What is to change of a job. `changed_spec` checks the values, as part of the whole spec."""
+
+    model_config = ConfigDict(json_schema_extra=without_defaults)
+
+    name: Any = _as_in(JobSpec, "name")
+    labels: Any = _as_in(JobSpec, "labels")
+    priority: Any = _as_in(ResourcesSpec, "priority")
+    log_interval: Any = _as_in(ReportingSpec, "log_interval")
+    save_interval: Any = _as_in(CheckpointSpec, "save_interval")
+    keep_last: Any = _as_in(CheckpointSpec, "keep_last")
+
+
+class ResumeBody(OptionalBody):
+    """What is to change as the run continues; ``step``: at which checkpoint, the newest if None."""
+
+    model_config = ConfigDict(json_schema_extra=without_defaults)
+
+    epochs: Any = _as_in(TrainingSpec, "epochs")
+    max_steps: Any = _as_in(TrainingSpec, "max_steps")
+    resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
+    step: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+
+
+def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, Any], host: Host) -> JobSpec:
+    """The spec with the changes of a resume; epochs and max_steps may only grow. ``steps``: the run's, where known."""
+    before = {"epochs": spec["training"]["epochs"], "max_steps": spec["training"]["max_steps"] or steps}
+    problems = [
+        Problem(f"/{name}", f"may only be raised: it is {old:,}" if old is not None else "may only be raised")
+        for name, old in before.items()
+        if name in changes and _lowered(old, changes[name])
+    ]
+    try:
+        resumed = changed_spec(spec, changes, RESUME_FIELDS, host)
+    except SpecInvalid as error:
+        known = {problem.pointer for problem in problems}
+        others = [Problem(e["pointer"], e["message"]) for e in error.extra["errors"] if e["pointer"] not in known]
+        raise with_problems(SpecInvalid, [*problems, *others]) from None
+    if problems:
+        raise with_problems(SpecInvalid, problems)
+    return resumed
+
+
+def _lowered(old: int | None, new: object) -> bool:
+    return new is None or (old is not None and type(new) is int and new < old)
+
+
+def changed_spec(
+    spec: dict[str, Any], changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]], host: Host
+) -> JobSpec:
+    """``spec`` with ``changes`` in their places, held against the host again. Pointers are those of the body."""
+    merged = {group: dict(value) if isinstance(value, dict) else value for group, value in spec.items()}
+    for name, value in changes.items():
+        place = fields[name]
+        if len(place) == 1:
+            old = merged[place[0]]
+            keep = place[0] == "resources" and isinstance(value, dict)
+            merged[place[0]] = {**old, **value} if keep else value
+        elif place:
+            merged[place[0]][place[1]] = value
+    try:
+        return accept(merged, host)
+    except SpecInvalid as error:
+        raise _repointed(error, changes, fields) from None
+
+
+def _repointed(error: SpecInvalid, changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]]) -> Exception:
+    ours = {pointer_to(*fields[name]): pointer_to(name) for name in changes if fields[name]}
+    problems = []
+    for found in error.extra["errors"]:
+        pointer = found["pointer"]
+        place = next((place for place in ours if pointer == place or pointer.startswith(place + "/")), None)
+        if place is not None:
+            pointer = ours[place] + pointer[len(place) :]
+        problems.append(Problem(pointer, found["message"]))
+    return with_problems(SpecInvalid, problems)

@@ -12,13 +12,18 @@ from typing import Any, Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from trainyard.contract.report import Failure
+from trainyard.contract.messages import Failure
 from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.db.models import (
+    DeliveryRow,
+    EventRow,
+    JobRow,
+    WebhookRow,
+)
 from trainyard.service.jobs.failures import failure
-from trainyard.service.jobs.gathering import newest_step
-from trainyard.service.jobs.views import show_event
-from trainyard.service.shapes import Event, Progress, Shape
-from trainyard.service.tables import DeliveryRow, EventRow, JobRow, WebhookRow
+from trainyard.service.jobs.presenters import show_event
+from trainyard.service.jobs.queries import newest_step
+from trainyard.service.schemas import Event, Progress, Shape
 
 ALL = "*"
 PENDING, DELIVERED, FAILED = "pending", "delivered", "failed"

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainyard.contract.messages import Failure, NextAction
 from trainyard.contract.parsing import GROUPS
-from trainyard.contract.report import Failure, NextAction
 from trainyard.contract.spec import JobSpec, TrainingSpec
 from trainyard.contract.status import JobStatus, Reason
-from trainyard.service.jobs.gathering import standing
-from trainyard.service.jobs.rules import resume_blocker
-from trainyard.service.tables import JobRow
+from trainyard.service.db.models import JobRow
+from trainyard.service.jobs.lifecycle import resume_blocker
+from trainyard.service.jobs.queries import standing
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Group -> leaf -> what it is to be."""

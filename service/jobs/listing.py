@@ -8,10 +8,10 @@ from sqlalchemy import Connection, Row, Select, or_, select
 
 from trainyard.contract.parsing import Problem
 from trainyard.contract.status import JobStatus
+from trainyard.service.db.models import JobRow, LabelRow, Table
 from trainyard.service.errors import RequestInvalid, with_problems
-from trainyard.service.jobs.gathering import PLACED, require
-from trainyard.service.jobs.ids import JOB_ID
-from trainyard.service.tables import JobRow, LabelRow, Table
+from trainyard.service.ids import JOB_ID
+from trainyard.service.jobs.queries import PLACED, require
 
 MAX_DIGITS = 18
 

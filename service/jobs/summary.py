@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
-from trainyard.contract.report import HEARTBEAT_SECONDS
-from trainyard.contract.status import Desired, JobStatus, Phase, Reason
-from trainyard.service.shapes import Checkpoint, Progress, Queue
+from trainyard.contract.messages import HEARTBEAT_SECONDS
+from trainyard.contract.status import (
+    Desired,
+    JobStatus,
+    Phase,
+    Reason,
+)
+from trainyard.service.schemas import Checkpoint, Progress, Queue
 
 SILENT_SECONDS = 10.0
 

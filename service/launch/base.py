@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from trainyard.contract.report import ExitReport, RunSettings
+from trainyard.contract.messages import ExitReport, RunSettings
 from trainyard.contract.spec import JobSpec
 
 LOCAL = "local"

@@ -3,9 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from trainyard.contract.messages import RunSettings, read_message
 from trainyard.contract.outbox import OutboxReader
-from trainyard.contract.report import RunSettings, read_message
-from trainyard.contract.rundir import AttemptDir, RunDir, write_atomically, write_json
+from trainyard.contract.rundir import (
+    AttemptDir,
+    RunDir,
+    write_atomically,
+    write_json,
+)
 from trainyard.contract.spec import JobSpec
 from trainyard.service.launch.base import AttemptName, Launch
 

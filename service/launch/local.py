@@ -12,12 +12,26 @@ from typing import Any
 
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.locks import is_held
-from trainyard.contract.processes import ProcessIdentity, boot_id, marked, marks, pid_namespace, signal_all, wait_gone
-from trainyard.contract.report import ExitReport, RunSettings, read_message
+from trainyard.contract.messages import ExitReport, RunSettings, read_message
+from trainyard.contract.processes import (
+    ProcessIdentity,
+    boot_id,
+    marked,
+    marks,
+    pid_namespace,
+    signal_all,
+    wait_gone,
+)
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Reason
-from trainyard.service.launch import remains
-from trainyard.service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
+from trainyard.service.launch import post_mortem
+from trainyard.service.launch.base import (
+    AttemptName,
+    Found,
+    Launch,
+    LaunchRefused,
+    State,
+)
 from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
 from trainyard.service.launch.files import AttemptFiles
 
@@ -94,7 +108,7 @@ class LocalLauncher:
         if attempt.started.exists():
             return Found(State.ENDED, _deduced(attempt))
         if attempt.agent_log.exists() and attempt.closed.exists():
-            return Found(State.ENDED, remains.never_began(attempt))
+            return Found(State.ENDED, post_mortem.never_began(attempt))
         return Found(State.ABSENT)
 
     def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
@@ -156,7 +170,7 @@ def _is_agent(process: ProcessIdentity) -> bool:
 
 
 def _deduced(attempt: AttemptDir) -> ExitReport:
-    return remains.by_own_word(attempt) or remains.lost(attempt, *_why_lost(attempt))
+    return post_mortem.by_own_word(attempt) or post_mortem.lost(attempt, *_why_lost(attempt))
 
 
 def _why_lost(attempt: AttemptDir) -> tuple[Reason, str]:

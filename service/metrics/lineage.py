@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from trainyard.service.metrics import sealing, store
-from trainyard.service.metrics.summaries import Part, part_of, rows
-from trainyard.service.tables import AttemptRow, JobRow, MetricRow
+from trainyard.service.db.models import AttemptRow, JobRow, MetricRow
+from trainyard.service.metrics import rollups, store
+from trainyard.service.metrics.downsampling import Part, part_of, rows
 
 
 class Piece(NamedTuple):
@@ -94,11 +94,11 @@ def _points(piece: Piece, after: int, columns: Sequence[Any]) -> Select[Any]:
     return query.order_by(MetricRow.step, MetricRow.seq.desc())
 
 
-def lineage_buckets(session: Session, job: JobRow, view: sealing.View) -> list[dict[str, Any]]:
+def lineage_buckets(session: Session, job: JobRow, view: rollups.View) -> list[dict[str, Any]]:
     """Return the rows of the view, with a running mean over everything before it."""
     ancestors = by_job(pieces(job))
     parts = chain.from_iterable(_ancestor(session, found, view) for _, found in ancestors)
-    own = sealing.parts(session, job, view)
+    own = rollups.parts(session, job, view)
     bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
 
     def whose(step: int) -> str:
@@ -108,14 +108,14 @@ def lineage_buckets(session: Session, job: JobRow, view: sealing.View) -> list[d
     return [{"job_id": whose(row["step"]), **row} for row in made if row["step"] >= view.begin]
 
 
-def _ancestor(session: Session, found: list[Piece], view: sealing.View) -> Iterator[Part]:
+def _ancestor(session: Session, found: list[Piece], view: rollups.View) -> Iterator[Part]:
     """From the sums, if the ancestor's curve still is what led to the fork; else from its points."""
     whole = found[-1].until
     until = whole if view.until_step is None else min(whole, view.until_step)
     part = replace(view, until_step=until)
     job = session.get(JobRow, _number(session, found[0].job_id))
-    if job is not None and sealing.is_kept(part) and own_pieces(session, job, whole) == found:
-        yield from sealing.parts(session, job, part)
+    if job is not None and rollups.is_kept(part) and own_pieces(session, job, whole) == found:
+        yield from rollups.parts(session, job, part)
         return
     for piece in found:
         last = piece.after

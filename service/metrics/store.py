@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from trainyard.service.metrics.summaries import Part, part_of
-from trainyard.service.tables import MetricRow
+from trainyard.service.db.models import MetricRow
+from trainyard.service.metrics.downsampling import Part, part_of
 
 FIELDS = (
     "step",

@@ -10,16 +10,22 @@ from http import HTTPStatus
 
 from sqlalchemy.orm import Session
 
-from trainyard.service import logs
-from trainyard.service.db import Database
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Inventory
 from trainyard.service.errors import from_exception
 from trainyard.service.launch.base import AttemptName, Launcher
-from trainyard.service.scheduler.apply import Applier, utc_now
-from trainyard.service.scheduler.bulletin import Bulletin, News
-from trainyard.service.scheduler.lease import Deposed, Lease
-from trainyard.service.scheduler.outlook import Outlook
-from trainyard.service.scheduler.plan import Action, Look, plan, subject
+from trainyard.service.leadership import Deposed, Lease
+from trainyard.service.observability.logging import about
+from trainyard.service.scheduler.executor import Applier
+from trainyard.service.scheduler.plan import (
+    Action,
+    Look,
+    plan,
+    subject,
+)
+from trainyard.service.scheduler.published_inventory import Bulletin, News
+from trainyard.service.scheduler.queue_preview import Outlook
 from trainyard.service.scheduler.snapshot import Memory, Snapshot, take
 from trainyard.service.timing import Timing
 
@@ -175,7 +181,7 @@ class Scheduler:
             log.exception("the lease could not be given up; it runs out by itself")
 
     def _do(self, action: Action) -> bool:
-        with logs.about(action=type(action).__name__.lower(), **subject(action)):
+        with about(action=type(action).__name__.lower(), **subject(action)):
             try:
                 return self._applier.do(action)
             except Deposed:

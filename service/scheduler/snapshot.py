@@ -9,10 +9,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.db.models import AttemptRow, JobRow, LeaseRow
 from trainyard.service.devices.inventory import Device
-from trainyard.service.jobs.streaks import made_a_step
+from trainyard.service.jobs.restart_policy import made_a_step
 from trainyard.service.launch.base import LOCAL, AttemptName
-from trainyard.service.tables import AttemptRow, JobRow, LeaseRow
 from trainyard.service.timing import Timing
 
 MAY_YIELD = JobRow.spec[("resources", "preemptible")].as_boolean()

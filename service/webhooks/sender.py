@@ -18,17 +18,22 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
 from trainyard.contract.failpoints import hit
-from trainyard.service.db import Database
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import DeliveryRow, WebhookRow
 from trainyard.service.errors import DatabaseAway, OutcomeUnknown
 from trainyard.service.jobs.event_outbox import DELIVERED, FAILED, PENDING
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.scheduler.lease import Deposed, Lease, fenced
-from trainyard.service.tables import DeliveryRow, WebhookRow
-from trainyard.service.webhooks import backlog, signing, store
-from trainyard.service.webhooks.asked import TEST
-from trainyard.service.webhooks.courier import Answer, Courier
-from trainyard.service.webhooks.schedule import PATIENCE, after_failure, pause, pick
-from trainyard.service.webhooks.watch import Watcher
+from trainyard.service.leadership import Deposed, Lease, fenced
+from trainyard.service.webhooks import delivery_queue, signing, store
+from trainyard.service.webhooks.http_client import Answer, Courier
+from trainyard.service.webhooks.requests import TEST
+from trainyard.service.webhooks.retry_policy import (
+    PATIENCE,
+    after_failure,
+    pause,
+    pick,
+)
+from trainyard.service.webhooks.rule_engine import Watcher
 
 ROUND_SECONDS = 1.0
 AT_ONCE = 16
@@ -112,7 +117,7 @@ class Sender:
         self._watcher.look()
         self._sweep()
         with self._database.read() as session:
-            heads = backlog.heads(session, self._clock(), self._name, self._others_are_late())
+            heads = delivery_queue.heads(session, self._clock(), self._name, self._others_are_late())
         with self._quiet:
             chosen = pick(heads, self._busy, AT_ONCE - len(self._busy))
             self._busy |= {head.number: head.webhook_id for head in chosen}
@@ -136,7 +141,7 @@ class Sender:
         if self._monotonic() - self._swept_at > SWEEP_SECONDS:
             self._swept_at = self._monotonic()
             with fenced(self._database, self._lease) as session:
-                backlog.sweep(session, self._clock())
+                delivery_queue.sweep(session, self._clock())
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -8,12 +8,28 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from trainyard.contract.parsing import Problem
-from trainyard.service.errors import DeliveryNotFound, RequestInvalid, TooManyWebhooks, WebhookNotFound, with_problems
-from trainyard.service.jobs.event_outbox import PENDING, News, Payload, delivery_row
-from trainyard.service.jobs.ids import new_id
-from trainyard.service.tables import DeliveryRow, JobRow, WatchRow, WebhookRow
+from trainyard.service.db.models import (
+    DeliveryRow,
+    JobRow,
+    WatchRow,
+    WebhookRow,
+)
+from trainyard.service.errors import (
+    DeliveryNotFound,
+    RequestInvalid,
+    TooManyWebhooks,
+    WebhookNotFound,
+    with_problems,
+)
+from trainyard.service.ids import new_id
+from trainyard.service.jobs.event_outbox import (
+    PENDING,
+    News,
+    Payload,
+    delivery_row,
+)
 from trainyard.service.webhooks import signing
-from trainyard.service.webhooks.asked import TEST, NewWebhook
+from trainyard.service.webhooks.requests import TEST, NewWebhook
 
 MOST = 1000
 """Every event looks at all of them."""

@@ -13,7 +13,12 @@ from tests.faults import fake_ranks
 from tests.unique_ids import unique_job_id
 from trainyard.contract.processes import marked
 from trainyard.contract.rundir import AttemptDir, RunDir, write_json
-from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
+from trainyard.contract.spec import (
+    DataSpec,
+    JobSpec,
+    ResourcesSpec,
+    Timeouts,
+)
 from trainyard.service.launch.base import AttemptName, Launch
 from trainyard.service.launch.local import LocalLauncher
 

@@ -11,8 +11,8 @@ import pytest
 from tests.agent.conftest import DRIVER, NAME, launch, until
 from tests.agent.fake_ingest import FakeIngest
 from trainyard.contract.locks import is_held
+from trainyard.contract.messages import ExitReport, read_message
 from trainyard.contract.processes import ProcessIdentity, marked
-from trainyard.contract.report import ExitReport, read_message
 from trainyard.contract.rundir import AttemptDir, RunDir, read_json
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired, Reason

@@ -6,7 +6,12 @@ import pytest
 
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired
-from trainyard.worker.agent.decide import Action, Cause, Seen, decide
+from trainyard.worker.agent.escalation import (
+    Action,
+    Cause,
+    Seen,
+    decide,
+)
 
 TIMEOUTS = Timeouts(stop=100.0, term=10.0)
 CALM = Seen(torchrun_ended=False, desired=Desired.RUN, signalled=False, asked_at=None, termed_at=None, stuck=False)

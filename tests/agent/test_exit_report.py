@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 
-from trainyard.contract.report import ErrorCard, ExitReport, Outcome, RankExit
+from trainyard.contract.messages import (
+    ErrorCard,
+    ExitReport,
+    Outcome,
+    RankExit,
+)
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Reason
-from trainyard.worker.agent.decide import Cause
-from trainyard.worker.agent.evidence import Evidence, RankError, gather
-from trainyard.worker.agent.memory import Shortage
-from trainyard.worker.agent.nodes import NodeEnd
-from trainyard.worker.agent.verdict import at_the_limit, verdict
+from trainyard.worker.agent.escalation import Cause
+from trainyard.worker.agent.exit_report import Evidence, RankError, at_the_limit, gather, verdict
+from trainyard.worker.agent.follower import NodeEnd
+from trainyard.worker.agent.oom import Shortage
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 

@@ -14,9 +14,15 @@ import pytest
 from tests.agent.conftest import DRIVER, until
 from trainyard.contract.locks import FileLock
 from trainyard.contract.processes import MARKER, marked
-from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
-from trainyard.worker.agent import follow
-from trainyard.worker.agent.place import Place
+from trainyard.contract.rundir import (
+    UNSEEN,
+    AttemptDir,
+    RunDir,
+    read_json,
+    write_json,
+)
+from trainyard.worker.agent import follower
+from trainyard.worker.agent.rendezvous import Place
 
 MARK = "job_follow/1"
 RESOURCES = '{"resources": {"nproc_per_node": 1}}'
@@ -133,13 +139,13 @@ def test_a_node_that_finds_the_attempt_over_starts_nothing(
 def test_a_node_starts_nothing_beside_ranks_of_before(
     attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(follow, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(follower, "LOCK_SECONDS", 0.1)
     meet(attempt)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
         with FileLock(RunDir(attempt.path.parent).alive_lock).take():
             run = RunDir(attempt.path.parent)
-            assert follow.follow(run, attempt, Place(1, 2, clustered=True)) == 0, "its word is left"
+            assert follower.follow(run, attempt, Place(1, 2, clustered=True)) == 0, "its word is left"
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
@@ -157,10 +163,10 @@ class Ranks:
 def test_ranks_that_do_not_follow_the_first_node_s_are_given_up(
     attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "PARTING_SECONDS", 0.3)
+    monkeypatch.setattr(follower, "PARTING_SECONDS", 0.3)
     attempt.over.touch()
     began = time.monotonic()
-    message = follow._watch(Ranks(), attempt, os.getppid())  # type: ignore[arg-type]
+    message = follower._watch(Ranks(), attempt, os.getppid())  # type: ignore[arg-type]
     assert message == "the first node's ranks ended, and these did not follow"
     assert time.monotonic() - began >= 0.3
 

@@ -9,7 +9,7 @@ from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Phase
-from trainyard.worker.agent.progress import UNKNOWN_PACE_SECONDS, ProgressWatch
+from trainyard.worker.agent.hang_detector import UNKNOWN_PACE_SECONDS, ProgressWatch
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.worker.agent.memory import (
+from trainyard.worker.agent.oom import (
     JUST_BEFORE_SECONDS,
     Cgroup,
     MemoryWatch,

@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 from trainyard.contract.rundir import AttemptDir, RunDir, write_json
-from trainyard.worker.agent import nodes
-from trainyard.worker.agent.nodes import LOOK_SECONDS, PARTING_SECONDS, NodeEnd, OtherNodes
-from trainyard.worker.agent.place import ALONE, Place
+from trainyard.worker.agent import follower
+from trainyard.worker.agent.follower import (
+    LOOK_SECONDS,
+    PARTING_SECONDS,
+    NodeEnd,
+    OtherNodes,
+)
+from trainyard.worker.agent.rendezvous import ALONE, Place
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ def test_ours_are_deserted_a_while_after_the_first_of_the_others_ended(attempt: 
 
 
 def test_a_node_that_says_nothing_is_lost_after_a_while(attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nodes, "WORD_SECONDS", 0.2)
+    monkeypatch.setattr(follower, "WORD_SECONDS", 0.2)
     write_json(attempt.node(1), {"status": 0})
     others = OtherNodes(attempt, Place(0, 3))
     began = time.monotonic()

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
-from trainyard.worker.agent import place as places
-from trainyard.worker.agent.launch import rank_environment, torchrun_command
-from trainyard.worker.agent.nodes import OtherNodes
-from trainyard.worker.agent.place import (
+from trainyard.contract.rundir import (
+    AttemptDir,
+    RunDir,
+    read_json,
+    write_json,
+)
+from trainyard.worker.agent import rendezvous as places
+from trainyard.worker.agent.follower import OtherNodes
+from trainyard.worker.agent.rendezvous import (
     ALONE,
     PORTS,
     Meeting,
@@ -25,6 +29,7 @@ from trainyard.worker.agent.place import (
     is_loopback,
     sees,
 )
+from trainyard.worker.agent.torchrun import rank_environment, torchrun_command
 
 
 @pytest.fixture

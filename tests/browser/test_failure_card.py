@@ -13,7 +13,7 @@ from tests.browser.test_submit_page import field
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
-from trainyard.contract.report import ErrorCard
+from trainyard.contract.messages import ErrorCard
 from trainyard.contract.status import Reason
 
 HINT = "Set training.batch_size to 16 and training.accumulation_steps to 16: the result is the same."

@@ -4,9 +4,10 @@ from collections.abc import Callable
 import pytest
 
 from tests.client.fake_service import QUICK, URL, FakeService, console, job, written
-from trainyard.client import api, watch
+from trainyard.client import api
 from trainyard.client.api import Trainyard
 from trainyard.client.cli.main import main
+from trainyard.client.cli.watch import watcher
 from trainyard.client.connection import Connection
 
 Run = Callable[..., tuple[int, str, str]]
@@ -38,7 +39,7 @@ def run(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> Run:
         return Connection(url, token, timeout, QUICK, service.transport)
 
     monkeypatch.setattr(api, "Connection", connected)
-    monkeypatch.setattr(watch, "INTERVAL", 0.001)
+    monkeypatch.setattr(watcher, "INTERVAL", 0.001)
 
     def command(*arguments: str, typed: str = "", terminal: bool = False) -> tuple[int, str, str]:
         to = console(typed, terminal=terminal)

@@ -8,8 +8,8 @@ from typing import Any
 
 import httpx2
 
+from trainyard.client.cli.console import Console
 from trainyard.client.connection import Patience
-from trainyard.client.console import Console
 
 URL = "http://127.0.0.1:8000"
 QUICK = Patience(seconds=0.06, first=0.01, longest=0.02)

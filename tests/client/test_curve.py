@@ -3,7 +3,7 @@ import math
 import pytest
 
 from tests.client.fake_service import metric
-from trainyard.client.curve import KEPT, Curve, Ema
+from trainyard.client.cli.watch.curve import KEPT, Curve, Ema
 
 
 def test_ema_is_the_published_formula() -> None:

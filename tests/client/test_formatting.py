@@ -2,7 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from trainyard.client.words import (
+from trainyard.client.cli.formatting import (
     ago,
     bar,
     count,

@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 
 from tests.client.fake_service import NOW, URL, job, metric
-from trainyard.client.frame import MOST_LINES, frame, plain
-from trainyard.client.saves import Kept
-from trainyard.client.scene import Scene
+from trainyard.client.cli.watch.checkpoints import Kept
+from trainyard.client.cli.watch.render import MOST_LINES, frame, plain
+from trainyard.client.cli.watch.state import Scene
 from trainyard.contract.status import JobStatus
 
 

@@ -3,10 +3,27 @@ from typing import Any
 import pytest
 
 from tests.client.fake_service import NOW, job
-from trainyard.client.advice import EVIDENCE_LINES, ending, error_card, what_next
-from trainyard.client.errors import NameShared, ServiceUnreachable, TrainyardError, WaitTimedOut, refusal
-from trainyard.client.exits import Exit, at_rest, exit_of_error, exit_of_job, restart_pending
-from trainyard.client.page import alert_text, job_page
+from trainyard.client.cli.hints import (
+    EVIDENCE_LINES,
+    ending,
+    error_card,
+    what_next,
+)
+from trainyard.client.cli.watch.job_page import alert_text, job_page
+from trainyard.client.errors import (
+    NameShared,
+    ServiceUnreachable,
+    TrainyardError,
+    WaitTimedOut,
+    refusal,
+)
+from trainyard.client.exit_codes import (
+    Exit,
+    at_rest,
+    exit_of_error,
+    exit_of_job,
+    restart_pending,
+)
 from trainyard.contract.status import AT_REST, JobStatus
 
 

@@ -8,8 +8,8 @@ from tests.client.conftest import Run
 from tests.client.fake_service import URL, FakeService, console, job, problem, refused, written
 from tests.client.test_watch import Hurried
 from trainyard.client.api import Trainyard
+from trainyard.client.cli.commands.logs import LogReader, follow_log
 from trainyard.client.connection import Patience
-from trainyard.client.logs import LogReader, follow_log
 
 JOB = "job_7f3kq9"
 

@@ -6,7 +6,7 @@ import pytest
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, plan, problem
 from trainyard.client.api import Trainyard
-from trainyard.client.plan import plan_page
+from trainyard.client.cli.commands.plan import plan_page
 
 
 def test_the_page(run: Run, service: FakeService) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from trainyard.client.api import Trainyard
 from trainyard.client.demo.service import DemoService, _answers, environment
-from trainyard.client.exits import at_rest
+from trainyard.client.exit_codes import at_rest
 from trainyard.contract.rundir import read_json
 
 pytestmark = pytest.mark.slow

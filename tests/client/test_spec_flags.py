@@ -14,7 +14,7 @@ from trainyard.client.cli.spec_flags import (
     spec_options,
     with_absolute_paths,
 )
-from trainyard.client.exits import UsageError
+from trainyard.client.exit_codes import UsageError
 from trainyard.contract.parsing import ALIASES, GROUP_OF_LEAF, parse_spec
 
 HERE = Path("/somewhere")

@@ -12,13 +12,18 @@ import pytest
 
 from tests.client.fake_service import NOW, URL, FakeService, job, metric, problem
 from tests.client.test_logs import options
-from trainyard.client import streams
+from trainyard.client import sse as streams
 from trainyard.client.api import Trainyard
+from trainyard.client.cli.commands.logs import LogReader
+from trainyard.client.cli.watch.watcher import Watcher
 from trainyard.client.connection import Patience
 from trainyard.client.errors import NotFound, ServiceUnreachable
-from trainyard.client.logs import LogReader
-from trainyard.client.streams import Feed, NoStream, StreamEvent, parse
-from trainyard.client.watch import Watcher
+from trainyard.client.sse import (
+    Feed,
+    NoStream,
+    StreamEvent,
+    parse,
+)
 
 JOB = "job_7f3kq9"
 DEADLINE = 10.0

@@ -30,11 +30,16 @@ from tests.client.fake_service import (
     written,
 )
 from trainyard.client.api import Trainyard
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.watch.state import Scene
+from trainyard.client.cli.watch.views import (
+    JsonView,
+    LinesView,
+    PictureView,
+    log_line,
+)
+from trainyard.client.cli.watch.watcher import Clock, Watcher, follow
 from trainyard.client.connection import Patience
-from trainyard.client.console import Console
-from trainyard.client.scene import Scene
-from trainyard.client.views import JsonView, LinesView, PictureView, log_line
-from trainyard.client.watch import Clock, Watcher, follow
 
 JOB = "job_7f3kq9"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")

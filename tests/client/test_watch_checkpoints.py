@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.client.fake_service import FakeService, problem
 from trainyard.client.api import Trainyard
-from trainyard.client.saves import LOOK_EVERY, Saves, agrees
+from trainyard.client.cli.watch.checkpoints import LOOK_EVERY, Saves, agrees
 
 JOB = "job_7f3kq9"
 SHA = "a" * 64

@@ -12,7 +12,14 @@ import pytest
 
 from tests.unique_ids import unique_job_id
 from trainyard.contract.locks import FileLock, LockBusy, is_held
-from trainyard.contract.processes import MARKER, ProcessIdentity, descendants, marked, marks, wait_gone
+from trainyard.contract.processes import (
+    MARKER,
+    ProcessIdentity,
+    descendants,
+    marked,
+    marks,
+    wait_gone,
+)
 from trainyard.contract.rundir import RunDir
 from trainyard.service.launch.base import AttemptName
 from trainyard.service.launch.local import AGENTS_TOKEN, LocalLauncher

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.data.texts import docstrings, write_jsonl
-from trainyard.worker.tokenizers import train
+from trainyard.worker.data.tokenizers import train
 
 
 @pytest.fixture(autouse=True)

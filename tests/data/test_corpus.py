@@ -17,11 +17,16 @@ import pytest
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock
-from trainyard.worker import corpus as corpus_module
-from trainyard.worker.corpus import Corpus, content_digest, main, open_corpus
-from trainyard.worker.lines import DataInvalid
-from trainyard.worker.rows import RowTable
-from trainyard.worker.tokenizers import ByteTokenizer, load
+from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data.corpus import (
+    Corpus,
+    content_digest,
+    main,
+    open_corpus,
+)
+from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.packing import RowTable
+from trainyard.worker.data.tokenizers import ByteTokenizer, load
 
 
 def texts_of(corpus: Corpus) -> list[str]:
@@ -177,8 +182,8 @@ def test_an_empty_corpus_is_refused(content: str, message: str, tmp_path: Path) 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; from trainyard.worker.corpus import open_corpus;"
-        "from trainyard.worker.tokenizers import ByteTokenizer; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "import resource, sys; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
+        "from trainyard.worker.data.tokenizers import ByteTokenizer; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
@@ -227,8 +232,8 @@ def test_processes_that_want_the_same_corpus_build_it_once(docstring_file: Path,
 
 def test_a_killed_build_leaves_nothing_and_the_next_one_succeeds(docstring_file: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from trainyard.worker.corpus import open_corpus;"
-        "from trainyard.worker.tokenizers import ByteTokenizer\n"
+        "import sys, time; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
+        "from trainyard.worker.data.tokenizers import ByteTokenizer\n"
         "def stuck(done, total):\n"
         "    if done: print('building', flush=True); time.sleep(600)\n"
         "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), progress=stuck)"
@@ -369,5 +374,5 @@ def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureF
 
 
 def test_check_needs_no_torch() -> None:
-    code = "import sys, trainyard.worker.corpus; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainyard.worker.data.corpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

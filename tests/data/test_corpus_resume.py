@@ -13,17 +13,24 @@ from pathlib import Path
 import pytest
 
 from tests.data.texts import docstrings
-from trainyard.worker import corpus as corpus_module
-from trainyard.worker import parquet, readers, shards, source
-from trainyard.worker.corpus import CorpusMeta, open_corpus
-from trainyard.worker.lines import DataInvalid, text_of
-from trainyard.worker.tokenizers import ByteTokenizer
+from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data import (
+    file as source,
+)
+from trainyard.worker.data import (
+    parquet,
+    readers,
+    shards,
+)
+from trainyard.worker.data.corpus import CorpusMeta, open_corpus
+from trainyard.worker.data.jsonl import DataInvalid, text_of
+from trainyard.worker.data.tokenizers import ByteTokenizer
 
 BUILD = """
 import sys
 from pathlib import Path
 from trainyard.worker import corpus, shards
-from trainyard.worker.tokenizers import ByteTokenizer
+from trainyard.worker.data.tokenizers import ByteTokenizer
 corpus.BATCH_CHARACTERS, shards.JOURNAL_SECONDS = 3000, 0.0
 corpus.open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), max_bad_lines=1.0,
                    progress=lambda done, total: done and print(done, flush=True))

@@ -11,9 +11,9 @@ import pytest
 from tests.data import reference_reader
 from tests.data.texts import docstrings
 from tests.soak_report import SoakReport, chosen, seed
-from trainyard.worker import lines
-from trainyard.worker.lines import DataInvalid, Tally
-from trainyard.worker.readers import open_reader
+from trainyard.worker.data import jsonl
+from trainyard.worker.data.jsonl import DataInvalid, Tally
+from trainyard.worker.data.readers import open_reader
 
 SEED = 20261125
 LIMIT = 2048
@@ -101,7 +101,7 @@ def theirs(data: bytes, form: str) -> reference_reader.Read | None:
 
 def compare(count: int, number: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """So many mutated files by both readers; how many were refused, and what the others held."""
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", LIMIT)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", LIMIT)
     counts = dict.fromkeys(("files refused", "documents", "bad lines", "blank lines"), 0)
     for index in range(count):
         chooser = random.Random(f"{number} {index}")

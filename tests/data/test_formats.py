@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from tests.data.texts import docstrings
-from trainyard.contract.corpora import Packing, packing_of
-from trainyard.worker import lines
-from trainyard.worker.corpus import main, open_corpus
-from trainyard.worker.lines import DataInvalid, Tally
-from trainyard.worker.readers import open_reader, reads_as_plain_text
-from trainyard.worker.source import optional
-from trainyard.worker.tokenizers import ByteTokenizer
+from trainyard.contract.file_identity import Packing, packing_of
+from trainyard.worker.data import jsonl as lines
+from trainyard.worker.data.corpus import main, open_corpus
+from trainyard.worker.data.file import optional
+from trainyard.worker.data.jsonl import DataInvalid, Tally
+from trainyard.worker.data.readers import open_reader, reads_as_plain_text
+from trainyard.worker.data.tokenizers import ByteTokenizer
 
 RAW = b'{"text": "one"}\noops\n\n{"text": "two \xe2\x80\xa8 still two"}\r\n{"text": "three"}'
 FOUND = [(1, "one"), (4, "two \u2028 still two"), (5, "three")]
@@ -257,7 +257,7 @@ def test_parquet_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         count = sum(len(document.text) == (1 << 18) - 1 for document in reader.documents("text"))
         assert arrow.total_allocated_bytes() - before < 64 << 20
     assert (count, reader.tally.bad_lines) == (2000, 2000)
-    monkeypatch.setattr("trainyard.worker.parquet.MAX_GROUP_BYTES", 1 << 10)
+    monkeypatch.setattr("trainyard.worker.data.parquet.MAX_GROUP_BYTES", 1 << 10)
     assert "write it with smaller row groups" in refused(file)
 
 

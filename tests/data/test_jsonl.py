@@ -9,10 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unprivileged import drop_root, public_tmp_dir
-from trainyard.contract.corpora import Packing, packing_of
-from trainyard.worker import lines
-from trainyard.worker.lines import BadLine, DataInvalid, Runs, Tally, text_of
-from trainyard.worker.readers import open_reader
+from trainyard.contract.file_identity import Packing, packing_of
+from trainyard.worker.data import jsonl
+from trainyard.worker.data.jsonl import (
+    BadLine,
+    DataInvalid,
+    Runs,
+    Tally,
+    text_of,
+)
+from trainyard.worker.data.readers import open_reader
 
 BAD = [
     (b"\xff\xfe{", "not UTF-8 at byte 1"),
@@ -137,7 +143,7 @@ def test_one_bad_line_is_singular() -> None:
 
 @pytest.mark.parametrize("length", [99, 100, 101, 250, 1000])
 def test_a_line_that_is_too_long_is_one_bad_line(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     file = tmp_path / "long.jsonl"
     line = b'{"text": "' + b"a" * (length - 12) + b'"}'
     assert len(line) == length
@@ -153,7 +159,7 @@ def test_a_line_that_is_too_long_is_one_bad_line(length: int, tmp_path: Path, mo
 def test_a_long_first_line_behind_a_byte_order_mark_is_one_bad_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     file = tmp_path / "long.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b"a" * 150 + b'\n{"text": "after"}\n')
     documents, tally = read(file)

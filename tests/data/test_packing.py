@@ -15,12 +15,19 @@ from hypothesis import strategies as st
 from tests.data.texts import write_jsonl
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
-from trainyard.worker import rows as rows_module
-from trainyard.worker.corpus import Corpus, open_corpus
-from trainyard.worker.lines import DataInvalid
-from trainyard.worker.rows import Batch, Packing, RowTable, Split, best_fit, pieces_of
+from trainyard.worker.data import packing as rows_module
+from trainyard.worker.data.corpus import Corpus, open_corpus
+from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.packing import (
+    Batch,
+    Packing,
+    RowTable,
+    Split,
+    best_fit,
+    pieces_of,
+)
+from trainyard.worker.data.tokenizers import ByteTokenizer
 from trainyard.worker.splitmix import splitmix64
-from trainyard.worker.tokenizers import ByteTokenizer
 
 PACKINGS: tuple[Packing, ...] = ("none", "document")
 

@@ -11,10 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainyard.worker.data import Order, Permutation
+from trainyard.worker.data.loader import (
+    Feed,
+    Normalization,
+    cut,
+    own_share,
+)
+from trainyard.worker.data.packing import RowTable
+from trainyard.worker.data.sampler import Order, Permutation
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.feed import Feed, Normalization, cut, own_share
-from trainyard.worker.rows import RowTable
 
 
 def order(rows: int, global_batch: int, seed: int = 42) -> Order:

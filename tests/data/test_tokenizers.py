@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tests.data.texts import docstrings, write_jsonl
-from trainyard.contract.vocabulary import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
-from trainyard.worker.tokenizers import ByteTokenizer, Tokenizer, load, main, train
+from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
+from trainyard.worker.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    load,
+    main,
+    train,
+)
 
 NASTY = (
     "<|im_end|>",
@@ -93,7 +99,15 @@ def test_training_is_deterministic_over_processes(tmp_path: Path) -> None:
     outs = []
     for seed in ("1", "2"):
         out = tmp_path / seed
-        command = [sys.executable, "-m", "trainyard.worker.tokenizers", "train", str(corpus), "--vocab-size", "400"]
+        command = [
+            sys.executable,
+            "-m",
+            "trainyard.worker.data.tokenizers",
+            "train",
+            str(corpus),
+            "--vocab-size",
+            "400",
+        ]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         subprocess.run([*command, "--out", str(out)], check=True, env=environment, capture_output=True)
         outs.append({file.name: file.read_bytes() for file in sorted(out.iterdir())})

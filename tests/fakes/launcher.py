@@ -5,9 +5,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from trainyard.contract.report import ErrorCard, ExitReport, RunSettings
+from trainyard.contract.messages import ErrorCard, ExitReport, RunSettings
 from trainyard.contract.status import Reason
-from trainyard.service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, Placement, State
+from trainyard.service.launch.base import (
+    AttemptName,
+    Found,
+    Launch,
+    LaunchRefused,
+    NoAnswer,
+    Placement,
+    State,
+)
 
 
 class ServiceKilled(BaseException):

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.rundir import AttemptDir, RunDir
-from trainyard.worker.agent import launch
+from trainyard.worker.agent import torchrun
 from trainyard.worker.agent.__main__ import main
-from trainyard.worker.agent.place import ALONE, Meeting, Place
+from trainyard.worker.agent.rendezvous import ALONE, Meeting, Place
 
 ELSEWHERE = """
 import os, sys, time
@@ -26,5 +26,5 @@ def fake_command(
 
 
 if __name__ == "__main__":
-    launch.torchrun_command = fake_command
+    torchrun.torchrun_command = fake_command
     sys.exit(main())

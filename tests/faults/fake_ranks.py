@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.locks import FileLock
-from trainyard.contract.rundir import AttemptDir, ProductDir, RunDir, write_json
+from trainyard.contract.rundir import (
+    AttemptDir,
+    ProductDir,
+    RunDir,
+    write_json,
+)
 
 MODEL, MANIFEST = "model.safetensors", "manifest.json"
 RANK_EXIT_SECONDS = 20.0

@@ -18,8 +18,8 @@ from typing import Any
 import trainyard.service.__main__
 from tests.faults.tracing import at_line
 from trainyard.contract.failpoints import marked_code
+from trainyard.service.clock import utc_now
 from trainyard.service.launch.environment import WORKER_AGENT
-from trainyard.service.scheduler.apply import utc_now
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.timing import Timing
 

@@ -17,11 +17,23 @@ from sqlalchemy.orm import Session
 
 from tests.faults import fake_ranks
 from tests.faults.service_home import Home, Member, until
-from trainyard.contract.report import ExitReport, Outcome, read_message
-from trainyard.contract.status import LIVE, TERMINAL, JobStatus, may_become
-from trainyard.service.db import Database
+from trainyard.contract.messages import ExitReport, Outcome, read_message
+from trainyard.contract.status import (
+    LIVE,
+    TERMINAL,
+    JobStatus,
+    may_become,
+)
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import (
+    AttemptRow,
+    CheckpointRow,
+    EventRow,
+    JobRow,
+    LeaseRow,
+    MetricRow,
+)
 from trainyard.service.launch.base import LOCAL
-from trainyard.service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, LeaseRow, MetricRow
 
 GRACE_SECONDS = 5.0
 SAMPLE_SECONDS = 0.03

@@ -14,15 +14,15 @@ import pytest
 from tests.faults.forked_service import FAKE_AGENT
 from tests.faults.service_home import until
 from tests.unique_ids import unique_job_id
+from trainyard.contract.messages import ExitReport, read_message
 from trainyard.contract.processes import MARKER, marked
-from trainyard.contract.report import ExitReport, read_message
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import DataSpec, JobSpec, Timeouts
 from trainyard.contract.status import Reason
 from trainyard.service.launch.base import AttemptName, Launch, State
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.worker.agent.__main__ import EX_REFUSED
-from trainyard.worker.agent.children import Children
+from trainyard.worker.agent.processes import Children
 
 JOB = unique_job_id("job_late")
 

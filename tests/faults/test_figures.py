@@ -19,7 +19,7 @@ from tests.faults.test_time import slowness
 from tests.soak_report import SoakReport
 from trainyard.contract.processes import ProcessIdentity
 from trainyard.contract.rundir import AttemptDir
-from trainyard.worker.checkpoint import find_damage
+from trainyard.worker.checkpoint.files import find_damage
 
 NOTICED_SECONDS = 2.0
 TRAINING_SECONDS = 15.0

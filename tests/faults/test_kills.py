@@ -18,7 +18,7 @@ from tests.faults.invariants import Sampler, check_weights
 from tests.faults.killer import Killer
 from tests.faults.service_home import Home
 from tests.soak_report import SoakReport
-from trainyard.worker.checkpoint import find_damage
+from trainyard.worker.checkpoint.files import find_damage
 
 FAKE_STEPS = 40
 GLOO_STEPS = 40

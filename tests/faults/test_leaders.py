@@ -21,10 +21,15 @@ from tests.service.conftest import any_url, migrated_postgres, migrated_sqlite, 
 from tests.soak_report import SoakReport
 from trainyard.contract.processes import ProcessIdentity
 from trainyard.contract.rundir import read_json
-from trainyard.service.db import Database
-from trainyard.service.scheduler import lease as leasing
-from trainyard.service.scheduler.lease import LEASE_SECONDS, RENEW_SECONDS, Deposed, Lease
-from trainyard.service.tables import LeaderRow
+from trainyard.service import leadership as leasing
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import LeaderRow
+from trainyard.service.leadership import (
+    LEASE_SECONDS,
+    RENEW_SECONDS,
+    Deposed,
+    Lease,
+)
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 

@@ -15,14 +15,14 @@ import torch
 
 from tests.faults.tracing import at_line
 from trainyard.contract.failpoints import marked_code
-from trainyard.contract.identity import Identity
+from trainyard.contract.run_identity import Identity
 from trainyard.contract.rundir import ProductDir, RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.service.checkpoints import files
 from trainyard.service.errors import FileNotInCheckpoint, StepUnavailable
-from trainyard.service.forks import links
-from trainyard.worker import checkpoint, resume, retention
-from trainyard.worker.checkpoint import RunState
+from trainyard.service.storage import checkpoint_files, share
+from trainyard.worker.checkpoint import files as checkpoint
+from trainyard.worker.checkpoint import resume, retention
+from trainyard.worker.checkpoint.files import RunState
 
 IDENTITY = Identity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
 MOST_LINES = 400
@@ -123,7 +123,7 @@ def shares(products: ProductDir, mine: Path) -> None:
     """A fork's or an export's share: whole, or refused."""
     target = mine / "origin"
     try:
-        links.share(products.checkpoint(20), target)
+        share.share(products.checkpoint(20), target)
     except StepUnavailable:
         return
     assert checkpoint.find_damage(target) is None
@@ -133,7 +133,7 @@ def shares(products: ProductDir, mine: Path) -> None:
 def downloads(products: ProductDir, _: Path) -> None:
     """All of one file, under its own digest; or it is not there."""
     try:
-        file, sha256 = files.open_listed(products.checkpoint(20), "model.safetensors")
+        file, sha256 = checkpoint_files.open_listed(products.checkpoint(20), "model.safetensors")
     except FileNotInCheckpoint:
         return
     with file:

@@ -20,7 +20,7 @@ from tests.faults.service_home import Home, environment_of, until
 from tests.service.conftest import any_url, migrated_postgres, migrated_sqlite, postgres_url, sqlite_url
 from tests.service.needs import ATTEMPT, NEEDS, OPEN
 from trainyard.contract.processes import all_pids
-from trainyard.service.db import Database
+from trainyard.service.db.engine import Database
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 

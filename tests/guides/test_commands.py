@@ -60,9 +60,7 @@ def postgres(page: Path, libpq: Mapping[str, str]) -> Mapping[str, str]:
     if "createdb" not in next(block.text for block in runnable(page) if block.how == POSTGRES):
         subprocess.run(["createdb", "trainyard"], env={**libpq}, check=True)
         url = {"TRAINYARD_DATABASE_URL": "postgresql+psycopg:///trainyard"}
-        subprocess.run(
-            [sys.executable, "-m", "trainyard.service.maintenance", "upgrade"], env={**libpq, **url}, check=True
-        )
+        subprocess.run([sys.executable, "-m", "trainyard.service.db.cli", "upgrade"], env={**libpq, **url}, check=True)
     return libpq
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from tests.data.texts import docstrings
-from trainyard.contract.identity import Identity
+from trainyard.contract.run_identity import Identity
 from trainyard.contract.rundir import RunDir
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
-from trainyard.worker import checkpoint
-from trainyard.worker.checkpoint import RunState
-from trainyard.worker.tokenizers import load, train
+from trainyard.worker.checkpoint import files
+from trainyard.worker.checkpoint.files import RunState
+from trainyard.worker.data.tokenizers import load, train
 
 Make = Callable[..., tuple[RunDir, Decoder]]
 
@@ -53,8 +53,8 @@ def make(tmp_path: Path) -> Make:
         run.spec.write_text(json.dumps({"data": {"data_path": "/x", "tokenizer_path": tokenizer_path}}))
         identity = Identity(asdict(config), tokenizer.fingerprint, "corpus", 1, 64, "document")
         state = RunState(step=step, tokens=100, rows_per_step=4, world_size=1, identity=identity)
-        tensors = checkpoint.unique_tensors(model.state_dict())
-        checkpoint.publish(run.products(None), state, tensors, {"step.x": torch.zeros(1)})
+        tensors = files.unique_tensors(model.state_dict())
+        files.publish(run.products(None), state, tensors, {"step.x": torch.zeros(1)})
         return run, model.eval()
 
     return made

@@ -14,12 +14,22 @@ from trainyard.contract.rundir import ProductDir, RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
-from trainyard.worker import milestones
-from trainyard.worker.export import NotExported, byte_library, find_source, main
-from trainyard.worker.failure import Failure
-from trainyard.worker.huggingface import NotExpressible, config_json, config_problems, split_experts
-from trainyard.worker.tokenizers import load
-from trainyard.worker.weights import start_from
+from trainyard.worker.checkpoint import retention
+from trainyard.worker.checkpoint.export import (
+    NotExported,
+    byte_library,
+    find_source,
+    main,
+)
+from trainyard.worker.checkpoint.huggingface import (
+    NotExpressible,
+    config_json,
+    config_problems,
+    split_experts,
+)
+from trainyard.worker.checkpoint.weights import start_from
+from trainyard.worker.data.tokenizers import load
+from trainyard.worker.errors import Failure
 
 IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 0}
 EXPERTS: dict[str, Any] = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -208,7 +218,7 @@ def test_the_newest_sound_checkpoint_is_taken_and_none_is_touched(make: Make, tm
     assert weights.exists()
     with pytest.raises(NotExported, match=r"step-00000007 is damaged: model\.safetensors sha256"):
         find_source(weights.parent)
-    milestone = milestones.keep_weights(run.products(None), 3, run.products(None).checkpoint(3)).path
+    milestone = retention.keep_weights(run.products(None), 3, run.products(None).checkpoint(3)).path
     assert find_source(milestone).path == milestone
     with pytest.raises(NotExported, match="holds no sound one"):
         find_source(tmp_path / "nowhere")

@@ -9,7 +9,7 @@ import torch
 
 from tests.interop.conftest import Make
 from tests.interop.test_export import EXPERTS, export, same, started
-from trainyard.worker.tokenizers import load
+from trainyard.worker.data.tokenizers import load
 
 transformers = pytest.importorskip("transformers")
 

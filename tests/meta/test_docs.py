@@ -7,10 +7,10 @@ import pytest
 
 from tests.meta.public_surface import commands, routes
 from trainyard.contract.parsing import ALIASES, GROUPS
-from trainyard.contract.reference import render
+from trainyard.contract.spec_reference import render
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service import errors
-from trainyard.service.launch.slurm_setup import SlurmSetup
+from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

@@ -50,7 +50,7 @@ def test_no_imports_go_in_a_circle() -> None:
         for name, file in files.items()
     }  # fmt: skip
     assert len(graph) > 200
-    assert "trainyard.service.tables" in graph["trainyard.service.jobs.store"]
+    assert "trainyard.service.db.models" in graph["trainyard.service.jobs.repository"]
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

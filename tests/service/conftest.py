@@ -17,8 +17,8 @@ from tests.service.harness import ServiceHarness
 from trainyard.client import api
 from trainyard.client.cli.main import main
 from trainyard.client.connection import Connection, Patience
-from trainyard.service.db import Database
-from trainyard.service.tables import Table
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import Table
 
 MakeHarness = Callable[..., ServiceHarness]
 Command = Callable[..., tuple[int, str, str]]

@@ -14,14 +14,14 @@ from fastapi.testclient import TestClient
 from tests.fakes.inventory import FixedInventory
 from tests.fakes.launcher import FakeAttempt, FakeLauncher
 from trainyard.contract.status import JobStatus
+from trainyard.service.api.dependencies import Services
 from trainyard.service.app import create_app
-from trainyard.service.context import Services
-from trainyard.service.db import Database
+from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Device, cpu_slots
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.settings import Settings
-from trainyard.service.streams.pulse import Pulse
-from trainyard.service.webhooks.courier import Courier
+from trainyard.service.streams.broadcaster import Pulse
+from trainyard.service.webhooks.http_client import Courier
 from trainyard.service.webhooks.sender import Sender
 
 URL = "http://127.0.0.1:8000"

@@ -1,6 +1,6 @@
 """The scope of each route, as a table: a change at a route has to be made here too, so that it is seen."""
 
-from trainyard.contract.access import Scope
+from trainyard.contract.scopes import Scope
 
 OPEN, ATTEMPT = "open", "attempt"
 

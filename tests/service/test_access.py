@@ -20,17 +20,17 @@ from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import Reader, served
 from tests.service.needs import ATTEMPT, NEEDS, OPEN
-from trainyard.contract.access import Scope
-from trainyard.service import web
-from trainyard.service.access import gatekeeper
-from trainyard.service.access.callers import RESERVED, Caller
-from trainyard.service.access.gatekeeper import Gatekeeper
-from trainyard.service.access.scopes import ADMIN, READ, scopes_of
-from trainyard.service.answers import ServiceRoute
+from trainyard.contract.scopes import Scope
+from trainyard.service.api import middleware
+from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.app import ROUTERS, create_app
+from trainyard.service.auth import authenticator
+from trainyard.service.auth.authenticator import Gatekeeper
+from trainyard.service.auth.permissions import ADMIN, READ, scopes_of
+from trainyard.service.auth.principal import RESERVED, Caller
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import TokenRow
 from trainyard.service.errors import Unauthorized
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.tables import TokenRow
 
 ADMIN_TOKEN = "the-operator's-own"
 WHEN = "2026-01-01T00:00:00Z"
@@ -198,7 +198,7 @@ def test_rotation_with_and_without_an_overlap(guarded: ServiceHarness, monkeypat
     assert answer.json()["previous_until"] is not None
     assert [status(guarded, token) for token in (first, second)] == [200, 200]
     ahead = [timedelta(seconds=601)]
-    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + ahead[0])
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + ahead[0])
     late = guarded.client.get("/jobs", headers=bearer(first))
     assert (late.status_code, late.json()["detail"]) == (401, "The token was replaced by another one.")
     assert status(guarded, second) == 200
@@ -211,7 +211,7 @@ def test_rotation_with_and_without_an_overlap(guarded: ServiceHarness, monkeypat
 def test_expiry_and_a_longer_life_by_rotation(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     token = created(guarded, expires_in=60)
     ahead = [timedelta(seconds=59)]
-    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + ahead[0])
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + ahead[0])
     assert status(guarded, token) == 200
     ahead[0] = timedelta(seconds=61)
     late = guarded.client.get("/jobs", headers=bearer(token))
@@ -240,13 +240,13 @@ def caller(gate: Gatekeeper, token: str) -> Caller:
 
 
 def test_another_server_hears_of_it_in_its_time(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 3600.0)
+    monkeypatch.setattr(authenticator, "REMEMBER_SECONDS", 3600.0)
     token = created(guarded)
     elsewhere = Gatekeeper(guarded.settings, guarded.database)
     assert caller(elsewhere, token).name == "ci"
     guarded.client.delete("/tokens/ci")
     assert caller(elsewhere, token).name == "ci", "it looked a moment ago"
-    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 0.0)
+    monkeypatch.setattr(authenticator, "REMEMBER_SECONDS", 0.0)
     with pytest.raises(Unauthorized, match="revoked"):
         caller(elsewhere, token)
 
@@ -265,8 +265,8 @@ def test_uses_are_written_now_and_then(guarded: ServiceHarness, monkeypatch: pyt
     assert len(written) == 1
     first = listed(guarded)["ci"]["last_used_at"]
     assert first is not None
-    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + gatekeeper.USED_AGAIN)
-    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 0.0)
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + authenticator.USED_AGAIN)
+    monkeypatch.setattr(authenticator, "REMEMBER_SECONDS", 0.0)
     for _ in range(3):
         assert status(guarded, token) == 200
     assert len(written) == 2
@@ -311,7 +311,7 @@ def test_names_that_mean_something_else_are_not_given(guarded: ServiceHarness) -
 
 
 def test_a_stream_ends_with_the_token_that_opened_it(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(middleware, "LOOK_AGAIN_SECONDS", 0.0)
     token = created(guarded)
     job_id, attempt = guarded.running()
     with served(guarded) as address:

@@ -8,8 +8,8 @@ import pytest
 
 from tests.service.conftest import Command
 from tests.service.harness import ServiceHarness
-from trainyard.client import access
-from trainyard.client.exits import UsageError
+from trainyard.client.cli.commands import tokens
+from trainyard.client.exit_codes import UsageError
 
 OPERATOR = "the-operator's-own"
 
@@ -57,15 +57,15 @@ def test_wrong_usage(command: Command) -> None:
     assert command("token", "create", "ci", "--scope", "root")[0] == 2
     assert command("token", "create", "ci", "--expires-in", "soon")[0] == 2
     assert command("token", "revoke", "nobody-knows")[0] == 1
-    assert [access.seconds_in(text) for text in ("90", "90s", "5min", "12h", "2D")] == [90, 90, 300, 43200, 172800]
+    assert [tokens.seconds_in(text) for text in ("90", "90s", "5min", "12h", "2D")] == [90, 90, 300, 43200, 172800]
     with pytest.raises(UsageError, match="12h"):
-        access.seconds_in("-5")
+        tokens.seconds_in("-5")
 
 
 def test_how_a_token_stands() -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     past, future = "2025-12-31T00:00:00Z", "2026-02-01T00:00:00Z"
-    assert [access._standing(token, now) for token in ({}, {"expires_at": past}, {"expires_at": future})] == [
+    assert [tokens._standing(token, now) for token in ({}, {"expires_at": past}, {"expires_at": future})] == [
         "good",
         "expired",
         f"good until {future}",

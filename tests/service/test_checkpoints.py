@@ -14,8 +14,13 @@ from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.live_server import DEADLINE, served
 from trainyard.contract.status import Reason
-from trainyard.service.checkpoints.files import Slice, looks_sound, manifest_of, slice_of
 from trainyard.service.errors import RangeUnsatisfiable
+from trainyard.service.storage.checkpoint_files import (
+    Slice,
+    looks_sound,
+    manifest_of,
+    slice_of,
+)
 
 MODEL = bytes(range(256)) * 40
 OTHERS = {"optimizer.safetensors": b"o" * 100, "state.json": b"{}\n"}

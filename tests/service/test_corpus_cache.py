@@ -9,7 +9,13 @@ import pytest
 
 from tests.contract.test_cache import KEYS, LONG_AGO, filled, nothing
 from trainyard.contract.cache import CorpusCache, Kept
-from trainyard.service.upkeep.corpora import DAY, CorpusShelf, Limits, main, surplus
+from trainyard.service.maintenance.corpus_cache import (
+    DAY,
+    CorpusShelf,
+    Limits,
+    main,
+    surplus,
+)
 
 NOW = LONG_AGO + 100 * DAY
 

@@ -14,10 +14,20 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
 from tests.service.harness import ServiceHarness, in_threads
-from trainyard.service.db import Database, UnknownTables, alembic_config, newest_revision
-from trainyard.service.jobs import store
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.tables import EventRow, JobRow, LeaseRow, Table
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import (
+    Database,
+    UnknownTables,
+    alembic_config,
+    newest_revision,
+)
+from trainyard.service.db.models import (
+    EventRow,
+    JobRow,
+    LeaseRow,
+    Table,
+)
+from trainyard.service.jobs import repository
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -113,13 +123,13 @@ def test_many_writers_at_once(any_rig: ServiceHarness) -> None:
     def write(_: int) -> int:
         for _ in range(10):
             with any_rig.database.write() as session:
-                job = store.lock(session, job_id)
+                job = repository.lock(session, job_id)
                 job.restarts += 1
         return 1
 
     assert in_threads(8, write) == [1] * 8
     with any_rig.database.read() as session:
-        assert store.find(session, job_id).restarts == 80
+        assert repository.find(session, job_id).restarts == 80
 
 
 def test_writers_of_two_services_on_one_file(rig: ServiceHarness) -> None:
@@ -130,12 +140,12 @@ def test_writers_of_two_services_on_one_file(rig: ServiceHarness) -> None:
     def write(index: int) -> int:
         for _ in range(10):
             with others[index].write() as session:
-                store.lock(session, job_id).restarts += 1
+                repository.lock(session, job_id).restarts += 1
         return 1
 
     assert in_threads(4, write) == [1] * 4
     with rig.database.read() as session:
-        assert store.find(session, job_id).restarts == 40
+        assert repository.find(session, job_id).restarts == 40
     for database in others:
         database.close()
 
@@ -143,13 +153,13 @@ def test_writers_of_two_services_on_one_file(rig: ServiceHarness) -> None:
 def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: ServiceHarness) -> None:
     job_id = any_rig.submit()
     with any_rig.database.read() as session:
-        before = store.find(session, job_id).status
+        before = repository.find(session, job_id).status
         done = threading.Thread(target=any_rig.post_action, args=(job_id, "cancel"))
         done.start()
         done.join(20)
         assert not done.is_alive()
         session.expire_all()
-        assert store.find(session, job_id).status == before == "queued"
+        assert repository.find(session, job_id).status == before == "queued"
     assert any_rig.status(job_id) == "cancelled"
 
 
@@ -158,7 +168,7 @@ def test_a_write_that_fails_leaves_nothing(any_rig: ServiceHarness) -> None:
 
     def fail() -> None:
         with any_rig.database.write() as session:
-            store.lock(session, job_id).name = "changed"
+            repository.lock(session, job_id).name = "changed"
             session.flush()
             raise ZeroDivisionError
 
@@ -170,17 +180,17 @@ def test_a_write_that_fails_leaves_nothing(any_rig: ServiceHarness) -> None:
 def test_a_status_changes_only_by_the_table_and_only_once(any_rig: ServiceHarness) -> None:
     from trainyard.contract.status import JobStatus
     from trainyard.service.errors import Conflict
-    from trainyard.service.jobs.store import ImpossibleTransition, Note
+    from trainyard.service.jobs.repository import ImpossibleTransition, Note
 
     job_id = any_rig.submit()
     note = Note("status", "test")
     with pytest.raises(ImpossibleTransition), any_rig.database.write() as session:
-        store.move(session, store.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
+        repository.move(session, repository.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
     with any_rig.database.read() as session:
-        stale = store.find(session, job_id)
+        stale = repository.find(session, job_id)
     any_rig.post_action(job_id, "pause")
     with pytest.raises(Conflict), any_rig.database.write() as session:
-        store.move(session, stale, JobStatus.STARTING, note, utc_now())
+        repository.move(session, stale, JobStatus.STARTING, note, utc_now())
     assert any_rig.status(job_id) is JobStatus.PAUSED
     with any_rig.database.read() as session:
         moves = [e.message for e in session.query(EventRow).filter(EventRow.kind == "status")]
@@ -215,7 +225,7 @@ def test_the_newest_migration_is_known_without_the_tool_that_runs_them(empty: st
 
 def test_a_service_whose_tables_are_there_starts_without_that_tool(sqlite_url: str) -> None:
     program = (
-        "import sys, trainyard.service.__main__; from trainyard.service.db import Database; "
+        "import sys, trainyard.service.__main__; from trainyard.service.db.engine import Database; "
         f"Database({sqlite_url!r}).upgrade(); sys.exit('alembic' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 
 from tests.service.harness import ServiceHarness
+from trainyard.service.maintenance import disk_monitor
+from trainyard.service.maintenance.disk_monitor import (
+    Disk,
+    DiskWatch,
+    Limits,
+    State,
+    Usage,
+    judge,
+)
+from trainyard.service.maintenance.loop import Upkeep
+from trainyard.service.maintenance.warnings import described
 from trainyard.service.settings import Settings
-from trainyard.service.upkeep import disks
-from trainyard.service.upkeep.disks import Disk, DiskWatch, Limits, State, Usage, judge
-from trainyard.service.upkeep.loop import Upkeep
-from trainyard.service.upkeep.warnings import described
 
 GIB = 1 << 30
 
@@ -99,7 +106,7 @@ def test_folders_of_one_file_system_are_one_disk() -> None:
 
 
 def test_a_real_file_system(tmp_path: Path) -> None:
-    usage = disks.usage_of(tmp_path)
+    usage = disk_monitor.usage_of(tmp_path)
     assert 0 < usage.free <= usage.total
     assert usage.device == tmp_path.stat().st_dev
     settings = Settings.read({"TRAINYARD_SAVE_ROOTS": str(tmp_path / "later")}, home=tmp_path)
@@ -201,7 +208,7 @@ def test_the_log_says_it_once(rig: ServiceHarness, caplog: pytest.LogCaptureFixt
 
 
 def test_the_loop_goes_on_whatever_happens(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainyard.service.upkeep.loop.ROUND_SECONDS", 0.01)
+    monkeypatch.setattr("trainyard.service.maintenance.loop.ROUND_SECONDS", 0.01)
     import threading
 
     calls, thrice = [], threading.Event()

@@ -14,7 +14,7 @@ import pytest
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import saved, write_checkpoint
 from trainyard.contract.locks import FileLock
-from trainyard.service.exports import child
+from trainyard.service.exports import subprocess as child
 
 EXPORTER = """
 import os, pathlib, signal, sys, time

@@ -12,9 +12,9 @@ import pytest
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
 from trainyard.contract.failpoints import armed
-from trainyard.contract.report import Fork
+from trainyard.contract.messages import Fork
 from trainyard.contract.rundir import RunDir
-from trainyard.service.jobs import files
+from trainyard.service.jobs import deletion
 
 LONG: dict[str, Any] = {"training": {"max_steps": 1000}}
 
@@ -217,15 +217,15 @@ def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: 
     with armed("share.file_linked", lambda: shutil.rmtree(place, ignore_errors=True)):
         assert fork(any_rig, job_id, {"step": 400}, 409)["code"] == "step_unavailable"
     any_rig.exit(attempt, "completed", step=1000)
-    from trainyard.service.forks import making
+    from trainyard.service.forks import service
 
-    laid = making.lay_out
+    laid = service.lay_out
 
     def deleted(*args: Any) -> None:
         laid(*args)
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
 
-    with mock.patch.object(making, "lay_out", deleted):
+    with mock.patch.object(service, "lay_out", deleted):
         assert fork(any_rig, job_id, {"step": 800}, 404)["code"] == "job_not_found"
     assert list((any_rig.home / "runs").iterdir()) == []
     assert list(any_rig.settings.trash.iterdir()) == []
@@ -233,9 +233,9 @@ def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: 
 
 def test_a_full_disk_makes_no_fork_and_leaves_nothing(rig: ServiceHarness) -> None:
     job_id = ready(rig)
-    from trainyard.service.forks import making
+    from trainyard.service.forks import service
 
-    with mock.patch.object(making, "write_json", side_effect=OSError(28, "No space left on device")):
+    with mock.patch.object(service, "write_json", side_effect=OSError(28, "No space left on device")):
         refused = fork(rig, job_id, {"step": 400}, 507)
     assert (refused["code"], "No space left" in refused["detail"]) == ("disk_trouble", True)
     assert [path.name for path in (rig.home / "runs").iterdir()] == [job_id]
@@ -354,11 +354,11 @@ def test_a_long_parent_is_read_from_what_is_summed_up(rig: ServiceHarness) -> No
 def test_a_service_killed_between_record_and_files_leaves_nothing(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400)
     any_rig.exit(attempt, "completed", step=1000)
-    with mock.patch.object(files.Doomed, "carry_out", side_effect=RuntimeError):
+    with mock.patch.object(deletion.Doomed, "carry_out", side_effect=RuntimeError):
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 500
     assert any_rig.get(f"/jobs/{job_id}", 404)
     assert (any_rig.home / "runs" / job_id).is_dir()
-    assert files.sweep(any_rig.settings, any_rig.database) == 1
+    assert deletion.sweep(any_rig.settings, any_rig.database) == 1
     assert not (any_rig.home / "runs" / job_id).exists()
     assert list(any_rig.settings.trash.iterdir()) == []
 
@@ -383,12 +383,12 @@ def test_a_service_killed_before_the_record_went_changes_nothing(any_rig: Servic
 
 def test_a_fork_half_made_by_a_killed_service_is_cleared_away(any_rig: ServiceHarness) -> None:
     job_id = ready(any_rig)
-    from trainyard.service.forks import making
+    from trainyard.service.forks import service
 
-    with mock.patch.object(making, "insert", side_effect=RuntimeError):
+    with mock.patch.object(service, "insert", side_effect=RuntimeError):
         fork(any_rig, job_id, {"step": 400}, 500)
     assert len(list((any_rig.home / "runs").iterdir())) == 2
-    files.sweep(any_rig.settings, any_rig.database)
+    deletion.sweep(any_rig.settings, any_rig.database)
     assert [path.name for path in (any_rig.home / "runs").iterdir()] == [job_id]
 
 
@@ -397,13 +397,13 @@ def test_a_note_that_somebody_holds_or_that_is_torn_or_foreign_harms_nothing(
 ) -> None:
     kept = rig.home / "runs" / "job_abc"
     kept.mkdir(parents=True)
-    with files.doomed(rig.settings, "job_abc", None):
-        files.sweep(rig.settings, rig.database)
+    with deletion.doomed(rig.settings, "job_abc", None):
+        deletion.sweep(rig.settings, rig.database)
         assert kept.is_dir()
     (rig.settings.trash / "job_abc.json").write_text('["/ho')
     (rig.settings.trash / "job_zzz.json").write_text(json.dumps([str(tmp_path), "/etc", str(kept)]))
     (rig.settings.trash / "notes.json").write_text(json.dumps([str(kept)]))
-    files.sweep(rig.settings, rig.database)
+    deletion.sweep(rig.settings, rig.database)
     assert kept.is_dir()
     assert tmp_path.is_dir()
     assert sorted(path.name for path in rig.settings.trash.iterdir()) == ["job_zzz.json", "notes.json"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.service.harness import ServiceHarness
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.service.reports.lines import LARGEST, read
-from trainyard.service.shapes import Job
+from trainyard.service.ingest.parsing import LARGEST, read
+from trainyard.service.schemas import Job
 
 LENIENT = settings(
     max_examples=60,

@@ -11,7 +11,12 @@ from tests.service.harness import ServiceHarness
 from trainyard.contract.parsing import ALIASES
 from trainyard.contract.units import UNITS
 from trainyard.service.metrics import store
-from trainyard.service.shapes import Bucket, Metric, MetricPage, ProblemDetails
+from trainyard.service.schemas import (
+    Bucket,
+    Metric,
+    MetricPage,
+    ProblemDetails,
+)
 
 ROOT = Path(__file__).parents[2]
 BODILESS = ("pause", "cancel", "kill", "save", "rotate", "test", "redeliver")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.service.harness import ServiceHarness, in_threads
 from trainyard.contract.status import JobStatus, Reason
-from trainyard.service.reports.lines import contiguous, read
+from trainyard.service.ingest.parsing import contiguous, read
 
 
 def test_duplicates_gaps_and_disorder(any_rig: ServiceHarness) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.service.harness import ServiceHarness
 from trainyard.contract.rundir import RunDir
-from trainyard.service.jobs.logs import read_from, read_tail
+from trainyard.service.logs.reader import read_from, read_tail
 
 
 def log(rig: ServiceHarness, job_id: str, text: str | bytes, rank: int | None = 0, number: int = 1) -> Path:

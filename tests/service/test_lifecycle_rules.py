@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 import pytest
 
-from trainyard.contract.report import ExitReport
+from trainyard.contract.messages import ExitReport
 from trainyard.contract.status import (
     LIVE,
     NOT_COUNTED,
@@ -18,7 +18,7 @@ from trainyard.contract.status import (
     Reason,
     may_become,
 )
-from trainyard.service.jobs.rules import (
+from trainyard.service.jobs.lifecycle import (
     ACTIONS,
     Action,
     Move,
@@ -30,7 +30,13 @@ from trainyard.service.jobs.rules import (
     fitting,
     resume_blocker,
 )
-from trainyard.service.jobs.streaks import Ended, Past, fault, made_a_step, past
+from trainyard.service.jobs.restart_policy import (
+    Ended,
+    Past,
+    fault,
+    made_a_step,
+    past,
+)
 from trainyard.service.timing import Timing
 
 OUTCOMES: tuple[Any, ...] = get_args(ExitReport.model_fields["outcome"].annotation)

@@ -15,12 +15,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import DEADLINE, served
 from trainyard.contract.status import Reason
-from trainyard.service import bodies, server, web
-from trainyard.service.jobs import store
-from trainyard.service.scheduler.apply import utc_now
+from trainyard.service import server
+from trainyard.service.api import bodies, middleware
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import IdempotencyRow
+from trainyard.service.jobs import repository
+from trainyard.service.observability.prometheus import Telemetry
 from trainyard.service.settings import Settings
-from trainyard.service.tables import IdempotencyRow
-from trainyard.service.telemetry import Telemetry
 
 
 def raw(address: tuple[str, int], *pieces: bytes, pause: float = 0.0) -> bytes:
@@ -48,7 +49,7 @@ HEAD = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/jso
 
 
 def test_a_body_that_drips_is_given_up(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
     with served(rig) as address:
         begin = time.monotonic()
         answer = raw(address, HEAD + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 8, pause=0.05)
@@ -118,7 +119,7 @@ def test_a_body_may_be_so_deep_and_no_deeper(rig: ServiceHarness) -> None:
 
 def test_a_stream_is_not_under_the_deadline_of_requests(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
-    monkeypatch.setattr(web, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
     from tests.service.live_server import Reader
 
     job_id, attempt = rig.running()
@@ -163,7 +164,7 @@ def test_a_key_is_forgotten_after_its_days(any_rig: ServiceHarness) -> None:
     assert again[1] != first[1]
     assert submit("a", "two") == (200, again[1])
     with any_rig.database.write() as session:
-        store.forget_keys(session, utc_now() + timedelta(seconds=5))
+        repository.forget_keys(session, utc_now() + timedelta(seconds=5))
     assert submit("a", "three")[0] == 201
     assert len(any_rig.get("/jobs")["data"]) == 3
 

@@ -10,9 +10,9 @@ import pytest
 
 from tests.service.harness import ServiceHarness
 from tests.service.test_job_logs import log
-from trainyard.service.jobs import lines
-from trainyard.service.jobs.lines import ELLIPSIS, LONGEST_LINE, Lines
-from trainyard.service.jobs.logs import BLOCK
+from trainyard.service.logs import line_index
+from trainyard.service.logs.line_index import ELLIPSIS, LONGEST_LINE, Lines
+from trainyard.service.logs.reader import BLOCK
 
 SEED = 7
 
@@ -36,8 +36,8 @@ def found_all(known: Lines, path: Path, wanted: str, limit: int) -> list[tuple[i
 def test_lines_and_matches_are_those_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, block: int
 ) -> None:
-    monkeypatch.setattr(lines, "BLOCK", block)
-    monkeypatch.setattr(lines, "SEARCH_BLOCK", max(200, block))
+    monkeypatch.setattr(line_index, "BLOCK", block)
+    monkeypatch.setattr(line_index, "SEARCH_BLOCK", max(200, block))
     dice = random.Random(SEED)
     path, known = tmp_path / "log", Lines()
     path.write_bytes(b"")

@@ -8,7 +8,7 @@ from sqlalchemy import select, update
 from tests.service.harness import ServiceHarness
 from tests.service.needs import ATTEMPT, NEEDS
 from trainyard.contract.status import Reason
-from trainyard.service.tables import JobRow
+from trainyard.service.db.models import JobRow
 
 
 def ids(page: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
-from trainyard.service import logs
+from trainyard.service.observability.logging import Censor, formatter, set_up
 from trainyard.service.settings import Settings, SettingsRefused
 
 SECRET = "canary-" + "s3cret" * 4
@@ -26,7 +26,7 @@ class Log:
         self.handler = logging.StreamHandler(self.stream)
         # What the client of the tests says for itself is no line of the service.
         self.handler.addFilter(lambda record: not record.name.startswith("httpx"))
-        self.handler.setFormatter(logs.formatter(format_, [SECRET]))
+        self.handler.setFormatter(formatter(format_, [SECRET]))
 
     @property
     def text(self) -> str:
@@ -169,20 +169,20 @@ def test_values_of_statements_are_not_logged(any_rig: ServiceHarness, log: Log) 
 
 @pytest.mark.parametrize("said", [f"Bearer {SECRET}", f"authorization: bearer {SECRET}", f"x://user:{SECRET}@host/"])
 def test_what_looks_like_a_secret_is_blacked_out(said: str) -> None:
-    shown = logs.Censor([])(said)
+    shown = Censor([])(said)
     assert SECRET not in shown
     assert "***" in shown
 
 
 def test_short_words_are_no_secrets() -> None:
-    assert logs.Censor(["", "a"])("a plain line") == "a plain line"
-    assert logs.Censor(["longer", "longer still"])("longer still, longer") == "***, ***"
+    assert Censor(["", "a"])("a plain line") == "a plain line"
+    assert Censor(["longer", "longer still"])("longer still, longer") == "***, ***"
 
 
 def test_text_is_one_line_whatever_stands_in_it() -> None:
     record = logging.makeLogRecord({"name": "x", "levelname": "INFO", "msg": "two\nlines", "created": 0})
     record.job_id, record.why, record.code = "job_abc", 'a "quoted"\nword', None
-    line = logs.formatter("text").format(record)
+    line = formatter("text").format(record)
     assert line == '1970-01-01T00:00:00.000Z INFO x two lines job_id=job_abc why="a \\"quoted\\"\\nword"'
 
 
@@ -190,7 +190,7 @@ def test_everything_in_the_process_writes_alike(capsys: pytest.CaptureFixture[st
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     try:
-        logs.set_up("json", "info", [SECRET])
+        set_up("json", "info", [SECRET])
         logging.getLogger("some.library").warning("a library says %s", SECRET)
         with warnings.catch_warnings():
             warnings.simplefilter("always")

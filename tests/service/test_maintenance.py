@@ -17,11 +17,12 @@ from sqlalchemy import insert, make_url, text
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import Reason
-from trainyard.service import maintenance, transfer
-from trainyard.service.db import Database
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.tables import JobRow, MetricRow, Table
-from trainyard.service.transfer import CopyRefused, copy, shown
+from trainyard.service.clock import utc_now
+from trainyard.service.db import cli
+from trainyard.service.db import copy as transfer
+from trainyard.service.db.copy import CopyRefused, copy, shown
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import JobRow, MetricRow, Table
 
 COUNT = itertools.count()
 
@@ -176,7 +177,7 @@ def test_a_copy_that_fails_leaves_nothing(
 def test_a_database_in_use_is_not_touched(
     rig: ServiceHarness, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("trainyard.service.db.ALONE_SECONDS", 0.1)
+    monkeypatch.setattr("trainyard.service.db.engine.ALONE_SECONDS", 0.1)
     rig.close()
     ends = {"source": rig.url, "target": targets["postgres"] if kind == "postgres" else targets["sqlite"]}
     if kind == "postgres" and held == "source":
@@ -254,7 +255,7 @@ def test_a_million_points(rig: ServiceHarness, empty_postgres: str, tmp_path: Pa
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "trainyard.service.maintenance", *arguments],
+        [sys.executable, "-m", "trainyard.service.db.cli", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -266,28 +267,28 @@ def test_the_command_upgrades(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
-    assert maintenance.main(["upgrade"]) == 0
+    assert cli.main(["upgrade"]) == 0
     assert (tmp_path / "home" / "trainyard.db").exists()
     assert capsys.readouterr().err == "the database is up to date\n"
     with pytest.raises(SystemExit):
-        maintenance.main(["destroy"])
+        cli.main(["destroy"])
     capsys.readouterr()
-    assert maintenance.main(["upgrade", "--database-url", "nothing"]) == 1
+    assert cli.main(["upgrade", "--database-url", "nothing"]) == 1
     assert capsys.readouterr().err.startswith("upgrade: TRAINYARD_DATABASE_URL or --database-url must be")
     away = "postgresql://u:secret@127.0.0.1:1/x"
-    assert maintenance.main(["upgrade", "--database-url", away]) == 1
+    assert cli.main(["upgrade", "--database-url", away]) == 1
     assert capsys.readouterr().err.startswith("upgrade: the database cannot be used: connection failed")
 
 
 def test_the_command_copies_homes(rig: ServiceHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(rig)
     rig.close()
-    assert maintenance.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 0
+    assert cli.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 0
     said = capsys.readouterr()
     assert "jobs" in said.out
     assert "sha256" in said.out
     assert "the same digest" in said.err
-    assert maintenance.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 1
+    assert cli.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 1
     assert "not empty" in capsys.readouterr().err
 
 
@@ -302,7 +303,7 @@ def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(
     make_rig: MakeHarness, rig: ServiceHarness, tmp_path: Path
 ) -> None:
     job_id = fill(rig)
-    maintenance.backup(tmp_path / "trainyard.db", tmp_path / "backup.db")
+    cli.backup(tmp_path / "trainyard.db", tmp_path / "backup.db")
     attempt = rig.launcher.of(job_id)
     attempt.metric(2)
     rig.exit(attempt, "completed", step=2)
@@ -323,13 +324,13 @@ def test_backups_that_cannot_be_made(
     monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
     taken = tmp_path / "taken.db"
     taken.write_text("mine")
-    assert maintenance.main(["backup", str(taken)]) == 1
+    assert cli.main(["backup", str(taken)]) == 1
     assert taken.read_text() == "mine"
-    assert maintenance.main(["backup", str(tmp_path / "nowhere" / "b.db")]) == 1
-    assert maintenance.main(["backup", str(tmp_path / "b.db"), "--database-url", "postgresql://x/y"]) == 1
+    assert cli.main(["backup", str(tmp_path / "nowhere" / "b.db")]) == 1
+    assert cli.main(["backup", str(tmp_path / "b.db"), "--database-url", "postgresql://x/y"]) == 1
     assert "pg_dump" in capsys.readouterr().err
     (tmp_path / "trainyard.db").rename(tmp_path / "away")
-    assert maintenance.main(["backup", str(tmp_path / "b.db")]) == 1
+    assert cli.main(["backup", str(tmp_path / "b.db")]) == 1
     (tmp_path / "trainyard.db").write_bytes(b"no database" * 1000)
-    assert maintenance.main(["backup", str(tmp_path / "b.db")]) == 1
+    assert cli.main(["backup", str(tmp_path / "b.db")]) == 1
     assert not list(tmp_path.glob("*b.db*"))

@@ -11,7 +11,12 @@ import pytest
 
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import Reason
-from trainyard.service.metrics.summaries import Part, part_of, rows, width
+from trainyard.service.metrics.downsampling import (
+    Part,
+    part_of,
+    rows,
+    width,
+)
 
 
 def curve(rig: ServiceHarness, job_id: str, **params: Any) -> list[tuple[int, int, float]]:

@@ -21,9 +21,9 @@ from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads, path_of
 from tests.service.live_server import served
 from tests.soak_report import SoakReport
-from trainyard.service import db
-from trainyard.service.db import Database
-from trainyard.service.tables import JobRow
+from trainyard.service.db import engine
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import JobRow
 
 ENDS: list[When] = ["before", "after"]
 
@@ -290,7 +290,7 @@ class Held:
 def test_a_file_that_somebody_else_holds(
     rig: ServiceHarness, make_rig: MakeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(db, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(engine, "BUSY_SECONDS", 0.2)
     impatient = make_rig(rig.url)
     held = Held(impatient)
     held.hold(1.5)

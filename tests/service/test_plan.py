@@ -10,7 +10,15 @@ import pytest
 from trainyard.contract.status import Desired
 from trainyard.service.devices.inventory import Device, cpu_slots
 from trainyard.service.launch.base import AttemptName
-from trainyard.service.scheduler.plan import PATIENCE, End, Hint, Look, Restart, Start, plan
+from trainyard.service.scheduler.plan import (
+    PATIENCE,
+    End,
+    Hint,
+    Look,
+    Restart,
+    Start,
+    plan,
+)
 from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 from trainyard.service.timing import Timing
 

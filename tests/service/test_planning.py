@@ -15,10 +15,10 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.service.devices.inventory import Device
 from trainyard.service.devices.memory import disk_free, host_memory
-from trainyard.service.planning import glance as glances
+from trainyard.service.planning import corpus_sample as glances
+from trainyard.service.planning.corpus_sample import Glance, glance, other_form
 from trainyard.service.planning.estimate import Size, size_of
-from trainyard.service.planning.glance import Glance, glance, other_form
-from trainyard.service.planning.tokens import counter, longest_matches
+from trainyard.service.planning.token_count import counter, longest_matches
 from trainyard.service.planning.warnings import Surroundings, warnings
 
 WORDS = ["the", "of", "and", "to", "in", "was", "for", "with", "they", "have", "from", "one", "word", "but", "what"]
@@ -128,9 +128,9 @@ def test_a_vocabulary_is_used_by_its_longest_matches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", ["document", "none"])
 @pytest.mark.parametrize("seq_len", [64, 340])
 def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any, seq_len: int) -> None:
-    from trainyard.worker.corpus import open_corpus
-    from trainyard.worker.rows import RowTable
-    from trainyard.worker.tokenizers import load
+    from trainyard.worker.data.corpus import open_corpus
+    from trainyard.worker.data.packing import RowTable
+    from trainyard.worker.data.tokenizers import load
 
     path = tmp_path / "c.jsonl"
     write_corpus(path, 1500, seed=seq_len)
@@ -149,7 +149,7 @@ def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any
 
 
 def test_a_learned_vocabulary_is_guessed_within_a_tenth(tmp_path: Path) -> None:
-    from trainyard.worker.tokenizers import load, train
+    from trainyard.worker.data.tokenizers import load, train
 
     path = tmp_path / "c.jsonl"
     write_corpus(path, 400, seed=9)

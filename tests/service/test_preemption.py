@@ -13,7 +13,7 @@ from tests.service.harness import ServiceHarness, path_of
 from tests.service.test_plan import NOW, gpus, job
 from trainyard.contract.status import Desired, JobStatus, Reason
 from trainyard.service.devices.inventory import Device, cpu_slots
-from trainyard.service.jobs.store import Note
+from trainyard.service.jobs.repository import Note
 from trainyard.service.launch.base import AttemptName
 from trainyard.service.scheduler.plan import Preempt, Start, plan
 from trainyard.service.scheduler.preemption import Yielding
@@ -344,13 +344,13 @@ def test_a_spec_that_says_no_is_left_alone(rig: ServiceHarness) -> None:
 
 
 def test_a_spec_of_before_there_was_such_a_field_may_make_room(rig: ServiceHarness) -> None:
-    from trainyard.service.jobs import store
+    from trainyard.service.jobs import repository
 
     low, _ = started(rig, 3)
     with rig.database.write() as session:
-        row = store.lock(session, low)
+        row = repository.lock(session, low)
         row.spec = {**row.spec, "resources": {k: v for k, v in row.spec["resources"].items() if k != "preemptible"}}
-        store.tell(session, row, Note("changed", "an old spec"), rig.clock())
+        repository.tell(session, row, Note("changed", "an old spec"), rig.clock())
     rig.submit(resources={"priority": 5})
     rig.reconcile()
     assert rig.status(low) is JobStatus.PAUSING

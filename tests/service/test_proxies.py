@@ -12,8 +12,8 @@ from fastapi.testclient import TestClient
 from tests.fakes.inventory import FixedInventory
 from tests.service.harness import ServiceHarness
 from trainyard.service import __main__ as entry
+from trainyard.service.api.dependencies import Services
 from trainyard.service.app import create_app
-from trainyard.service.context import Services
 from trainyard.service.proxies import Proxies, address_in
 from trainyard.service.settings import Settings, SettingsRefused
 

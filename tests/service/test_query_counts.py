@@ -11,9 +11,9 @@ from tests.faults.service_home import until
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import JobStatus
-from trainyard.service.db import APPLICATION, Database
+from trainyard.service.db.engine import APPLICATION, Database
 from trainyard.service.devices.inventory import cpu_slots
-from trainyard.service.jobs import gathering, store
+from trainyard.service.jobs import queries, repository
 from trainyard.service.scheduler import loop
 from trainyard.service.scheduler.loop import Scheduler
 
@@ -86,9 +86,9 @@ def test_rows_are_shown_as_the_entities_would_be(any_rig: ServiceHarness) -> Non
     """The plain rows have every attribute of the entity, converted alike."""
     job_id, _ = any_rig.running(labels={"a": "b"})
     with any_rig.database.look() as connection:
-        (row,) = gathering.one(connection, job_id).jobs
+        (row,) = queries.one(connection, job_id).jobs
     with any_rig.database.read() as session:
-        entity = store.find(session, job_id)
+        entity = repository.find(session, job_id)
     names = [attribute.key for attribute in type(entity).__mapper__.column_attrs]
     assert {name: getattr(row, name) for name in names} == {name: getattr(entity, name) for name in names}
     assert row.status == JobStatus.RUNNING

@@ -13,11 +13,11 @@ from sqlalchemy.exc import OperationalError
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
-from trainyard.service.db import newest_revision
-from trainyard.service.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, parts
-from trainyard.service.scheduler.lease import LeaderWatch
-from trainyard.service.tables import LeaderRow
-from trainyard.service.upkeep.disks import Disk, State, Usage
+from trainyard.service.api.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, parts
+from trainyard.service.db.engine import newest_revision
+from trainyard.service.db.models import LeaderRow
+from trainyard.service.leadership import LeaderWatch
+from trainyard.service.maintenance.disk_monitor import Disk, State, Usage
 
 GIB = 1 << 30
 PROMTOOL = shutil.which("promtool")

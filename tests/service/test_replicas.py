@@ -13,15 +13,20 @@ from tests.fakes.inventory import FixedInventory
 from tests.fakes.launcher import FakeLauncher
 from tests.service.harness import URL
 from tests.service.test_plan import gpus
+from trainyard.service.api.dependencies import Services
 from trainyard.service.app import build, create_app
-from trainyard.service.context import Services
-from trainyard.service.db import Database
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import LeaderRow
 from trainyard.service.devices.inventory import Device, cpu_slots
-from trainyard.service.scheduler.bulletin import MEMORY_SECONDS, Bulletin, News, PublishedInventory
-from trainyard.service.scheduler.lease import LEASE_SECONDS
-from trainyard.service.scheduler.outlook import AT_ONCE, NOBODY, Outlook
+from trainyard.service.leadership import LEASE_SECONDS
+from trainyard.service.scheduler.published_inventory import (
+    MEMORY_SECONDS,
+    Bulletin,
+    News,
+    PublishedInventory,
+)
+from trainyard.service.scheduler.queue_preview import AT_ONCE, NOBODY, Outlook
 from trainyard.service.settings import Settings
-from trainyard.service.tables import LeaderRow
 
 
 class Clock:
@@ -177,7 +182,7 @@ def test_room_that_is_made_is_foreseen(tmp_path: Path, sqlite_url: str) -> None:
     pair.round()
     front = pair.submit(priority=5)
     with pair.leader.database.write() as session:
-        from trainyard.service.tables import AttemptRow, JobRow
+        from trainyard.service.db.models import AttemptRow, JobRow
 
         session.query(JobRow).filter_by(id=low).update({"status": "running", "progress": {"step": 3}})
         session.query(AttemptRow).filter_by(job_id=low).update({"start_step": 0})

@@ -12,10 +12,10 @@ import pytest
 
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import write_checkpoint
-from trainyard.contract.corpora import BLOCK_BYTES, BLOCKS, Sketch
-from trainyard.contract.identity import Identity
-from trainyard.contract.vocabulary import identified
-from trainyard.service.checkpoints.sameness import identity_in
+from trainyard.contract.file_identity import BLOCK_BYTES, BLOCKS, Sketch
+from trainyard.contract.run_identity import Identity
+from trainyard.contract.tokenizer_info import identified
+from trainyard.service.jobs.resume_compat import identity_in
 
 
 def identity(rig: ServiceHarness, job_id: str) -> Identity:

@@ -12,13 +12,24 @@ from sqlalchemy.orm import Session
 
 from tests.service.harness import ServiceHarness, path_of
 from trainyard.contract.status import Reason
-from trainyard.service.jobs import store
-from trainyard.service.metrics import sealing
-from trainyard.service.scheduler.lease import Deposed
+from trainyard.service.db.models import (
+    EventRow,
+    JobRow,
+    MetricRow,
+    StretchRow,
+)
+from trainyard.service.jobs import repository
+from trainyard.service.leadership import Deposed
+from trainyard.service.maintenance import retention
+from trainyard.service.maintenance.retention import (
+    KEPT_BUCKETS,
+    Line,
+    Policy,
+    Retention,
+    doomed,
+)
+from trainyard.service.metrics import rollups
 from trainyard.service.settings import Settings
-from trainyard.service.tables import EventRow, JobRow, MetricRow, StretchRow
-from trainyard.service.upkeep import retention
-from trainyard.service.upkeep.retention import KEPT_BUCKETS, Line, Policy, Retention, doomed
 
 DAY = 86400.0
 
@@ -62,7 +73,7 @@ def long_run(rig: ServiceHarness, points: int, stride: int = 1, seed: int = 1) -
         rows.append({**same, **own, "eval_loss": 1.5 if number % 500 == 0 else None})
     with rig.database.write() as session:
         session.execute(insert(MetricRow), rows)
-        sealing.advance(session, store.lock(session, job_id), points * stride)
+        rollups.advance(session, repository.lock(session, job_id), points * stride)
     rig.exit(attempt, "completed", step=points * stride)
     return job_id
 
@@ -114,7 +125,7 @@ def test_a_thinned_curve_keeps_its_outline(any_rig: ServiceHarness) -> None:
 def test_a_job_that_ran_again_is_thinned_again(rig: ServiceHarness) -> None:
     job_id = long_run(rig, 3000)
     with rig.database.write() as session:
-        job = store.lock(session, job_id)
+        job = repository.lock(session, job_id)
         job.facts = {**job.facts, retention.THINNED: "of an earlier end"}
     rig.clock.forward(31 * DAY)
     keeper = Keeper(rig, thin_metrics=30)
@@ -155,7 +166,7 @@ def test_thinning_in_many_small_steps_is_thinning_at_once(rig: ServiceHarness, m
     with rig.database.write() as session:
         session.execute(insert(MetricRow), _second_attempt(session, ids[0]))
         session.execute(insert(MetricRow), _second_attempt(session, ids[1]))
-        store.lock(session, ids[1]).facts = {retention.THINNED: "later"}
+        repository.lock(session, ids[1]).facts = {retention.THINNED: "later"}
     monkeypatch.setattr(retention, "ROWS", 100_000)
     whole = Keeper(rig, thin_metrics=30)
     whole.retention._next = lambda now: None if whole.removed["metrics"] else (1, ids[0])  # type: ignore[method-assign]
@@ -188,7 +199,7 @@ def test_curves_go_altogether_and_the_job_stays(any_rig: ServiceHarness, monkeyp
     rig.clock.forward(91 * DAY)
     late = long_run(rig, 200)
     with rig.database.write() as session:
-        store.lock(session, late).finished_at = rig.clock()
+        repository.lock(session, late).finished_at = rig.clock()
     keeper = Keeper(rig, metrics=90, thin_metrics=30)
     keeper.whole_pass()
     assert [counted(rig, MetricRow, each) for each in (job_id, other, late)] == [0, 0, 200]
@@ -251,7 +262,7 @@ def test_a_job_that_is_resumed_or_deleted_meanwhile(rig: ServiceHarness, monkeyp
     assert rig.client.delete(f"/jobs/{gone}").status_code == 204
     assert keeper.retention._work(gone, rig.clock()) is False
     with rig.database.write() as session:
-        store.lock(session, job_id).finished_at = None
+        repository.lock(session, job_id).finished_at = None
     monkeypatch.setattr(keeper.retention, "_next", lambda _: None if keeper.transactions else (numbers[job_id], job_id))
     keeper.whole_pass()
     assert keeper.removed["metrics"] == 0
@@ -281,7 +292,7 @@ def test_a_thinned_job_goes_on_where_it_failed(rig: ServiceHarness) -> None:
 
 
 def test_only_the_service_that_schedules_removes(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainyard.service.upkeep.loop import Upkeep
+    from trainyard.service.maintenance.loop import Upkeep
 
     job_id = long_run(rig, 100)
     rig.clock.forward(91 * DAY)

@@ -12,11 +12,16 @@ from sqlalchemy import func, insert, select
 
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import Reason
-from trainyard.service.jobs import store as jobs
-from trainyard.service.metrics import sealing, store, summaries
-from trainyard.service.metrics.summaries import Part, Summary, part_of, summed_up
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.tables import MetricRow, StretchRow
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import MetricRow, StretchRow
+from trainyard.service.jobs import repository as jobs
+from trainyard.service.metrics import downsampling, rollups, store
+from trainyard.service.metrics.downsampling import (
+    Part,
+    Summary,
+    part_of,
+    summed_up,
+)
 
 NUMBERS = ("loss", "loss_mean", "loss_min", "loss_max", "loss_ema")
 
@@ -68,13 +73,13 @@ def test_sums_of_stretches_are_what_the_points_give(seed: int) -> None:
     points = random_points(dice, 700, dice.choice((1, 3, 100)))
     for half_life in (10, 50, 200, 1000):
         fine = summed_up((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
-        index = summaries.HALF_LIVES.index(half_life)
+        index = downsampling.HALF_LIVES.index(half_life)
         for wide in (64, 1024):
             stretches = summed_up([Summary(**vars(s)) for s in fine], wide)
-            parts = [summaries.Part._make([*list(vars(s).values())[:10], s.totals[index], s.weights[index]])
+            parts = [downsampling.Part._make([*list(vars(s).values())[:10], s.totals[index], s.weights[index]])
                      for s in stretches]  # fmt: skip
-            same(list(summaries.rows(parts, wide, half_life)), list(buckets(points, wide, half_life)))
-        same(list(summaries.rows(points, 64, half_life)), list(buckets(points, 64, half_life)))
+            same(list(downsampling.rows(parts, wide, half_life)), list(buckets(points, wide, half_life)))
+        same(list(downsampling.rows(points, 64, half_life)), list(buckets(points, 64, half_life)))
 
 
 def test_what_is_not_finite_leaves_no_mark() -> None:
@@ -84,15 +89,15 @@ def test_what_is_not_finite_leaves_no_mark() -> None:
         (3, 2, 3, 2.0),
         (1, 1, None, None),
     ]
-    assert list(summaries.rows([], 64, 50)) == []
+    assert list(downsampling.rows([], 64, 50)) == []
 
 
 def seal_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything at a twentieth of its size, so that a short run goes through all of it."""
-    monkeypatch.setattr(sealing, "LEVELS", (4, 16, 64))
-    monkeypatch.setattr(sealing, "FINEST", 4)
-    monkeypatch.setattr(sealing, "SEAL_EVERY", 16)
-    monkeypatch.setattr(sealing, "MOST_POINTS", 50)
+    monkeypatch.setattr(rollups, "LEVELS", (4, 16, 64))
+    monkeypatch.setattr(rollups, "FINEST", 4)
+    monkeypatch.setattr(rollups, "SEAL_EVERY", 16)
+    monkeypatch.setattr(rollups, "MOST_POINTS", 50)
 
 
 def answers_agree(rig: ServiceHarness, job_id: str) -> None:
@@ -170,10 +175,10 @@ def test_a_deleted_job_takes_its_sums_along(any_rig: ServiceHarness, monkeypatch
 
 
 def test_which_questions_the_sums_answer() -> None:
-    assert sealing.is_kept(sealing.View(64, 50))
-    assert not sealing.is_kept(sealing.View(32, 50))
-    assert not sealing.is_kept(sealing.View(64, 0))
-    assert not sealing.is_kept(sealing.View(64, 49.5))
+    assert rollups.is_kept(rollups.View(64, 50))
+    assert not rollups.is_kept(rollups.View(32, 50))
+    assert not rollups.is_kept(rollups.View(64, 0))
+    assert not rollups.is_kept(rollups.View(64, 49.5))
 
 
 def long_curve(rig: ServiceHarness, points: int) -> str:
@@ -187,7 +192,7 @@ def long_curve(rig: ServiceHarness, points: int) -> str:
         with rig.database.write() as session:
             rows = [{**point, **rest, "seq": 10 + step, "step": step, "loss": dice.random()} for step in steps]
             session.execute(insert(MetricRow), rows)
-            sealing.advance(session, jobs.lock(session, job_id), steps[-1])
+            rollups.advance(session, jobs.lock(session, job_id), steps[-1])
     return job_id
 
 

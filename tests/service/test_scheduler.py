@@ -8,7 +8,7 @@ from sqlalchemy.exc import OperationalError
 from tests.fakes.launcher import Failpoint, ServiceKilled
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, path_of
-from trainyard.contract.report import Ack
+from trainyard.contract.messages import Ack
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.errors import OutcomeUnknown
 from trainyard.service.launch.base import AttemptName, State

@@ -9,10 +9,10 @@ from sqlalchemy import insert
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.spec import JobSpec
-from trainyard.service.access.callers import LOCAL
-from trainyard.service.jobs import store
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.tables import MetricRow
+from trainyard.service.auth.principal import LOCAL
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import MetricRow
+from trainyard.service.jobs import repository
 
 
 def timed(work: Any) -> float:
@@ -34,9 +34,9 @@ def test_a_thousand_lines_in_one_batch(any_rig: ServiceHarness) -> None:
 def test_a_thousand_jobs(any_rig: ServiceHarness) -> None:
     first = any_rig.submit(labels={"a": "b"})
     with any_rig.database.write() as session:
-        spec = JobSpec.model_validate_json(json.dumps(store.find(session, first).spec))
+        spec = JobSpec.model_validate_json(json.dumps(repository.find(session, first).spec))
         for _ in range(999):
-            store.create(session, spec, {}, [], LOCAL, utc_now())
+            repository.create(session, spec, {}, [], LOCAL, utc_now())
     seconds = timed(lambda: any_rig.get("/jobs", limit=100))
     filtered = timed(lambda: any_rig.get("/jobs", limit=100, label="a=b"))
     rounds = timed(any_rig.scheduler.round)

@@ -12,7 +12,13 @@ import pytest
 from tests.fakes.launcher import FakeAttempt, ServiceKilled
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
-from trainyard.contract.status import LIVE, TERMINAL, JobStatus, Reason, may_become
+from trainyard.contract.status import (
+    LIVE,
+    TERMINAL,
+    JobStatus,
+    Reason,
+    may_become,
+)
 from trainyard.service.launch.base import State
 
 VERBS = ("pause", "resume", "cancel", "kill")

@@ -15,21 +15,21 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import DEADLINE, Reader, served
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import Reason
-from trainyard.service.jobs.logs import read_whole
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import MetricRow
+from trainyard.service.logs.reader import read_whole
 from trainyard.service.metrics import store
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.streams import pulse, readers, response
-from trainyard.service.streams.frames import event, place_of
-from trainyard.service.tables import MetricRow
+from trainyard.service.streams import broadcaster, sse, subscribers
+from trainyard.service.streams.sse import event, place_of
 
 Open = Callable[..., Reader]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.01)
-    monkeypatch.setattr(readers, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(broadcaster, "LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(subscribers, "LOOK_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_bad_questions(rig: ServiceHarness, open_sqlite: Open, path: str, header
 
 
 def test_too_many_readers_are_told_so(rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "MOST_READERS", 2)
+    monkeypatch.setattr(broadcaster, "MOST_READERS", 2)
     path = f"/jobs/{rig.submit()}/metrics/stream"
     readers_ = [open_sqlite(path) for _ in range(3)]
     assert [reader.status for reader in readers_] == [200, 200, 429]
@@ -169,7 +169,7 @@ def test_too_many_readers_are_told_so(rig: ServiceHarness, open_sqlite: Open, mo
 def test_a_comment_comes_while_nothing_does(
     rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(response, "COMMENT_SECONDS", 0.1)
+    monkeypatch.setattr(sse, "COMMENT_SECONDS", 0.1)
     blocks = open_sqlite(f"/jobs/{rig.submit()}/metrics/stream").blocks()
     assert next(blocks) == ["retry: 2000", ": trainyard"]
     assert next(blocks) == [": still here"]
@@ -194,7 +194,7 @@ def test_who_does_not_read_is_dropped_and_delays_nobody(
     rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """50 stalled readers and 50 that read, of a curve that is far larger than what a socket holds."""
-    monkeypatch.setattr(response, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(sse, "STALL_SECONDS", 0.5)
     job_id, attempt = rig.running(steps=100_000)
     path = f"/jobs/{job_id}/metrics/stream"
     step = 8000
@@ -335,7 +335,7 @@ def test_events_as_bytes() -> None:
 def test_no_thread_waits_for_a_reader(make_rig: MakeHarness, sqlite_url: str) -> None:
     """Streams have four threads of their own, however many readers there are."""
     rig = make_rig(sqlite_url)
-    assert rig.pulse._threads._max_workers == pulse.THREADS == 4
+    assert rig.pulse._threads._max_workers == broadcaster.THREADS == 4
     assert os.cpu_count()
     assert asyncio.iscoroutinefunction(rig.pulse.open)
     rig.close()
@@ -344,8 +344,8 @@ def test_no_thread_waits_for_a_reader(make_rig: MakeHarness, sqlite_url: str) ->
 def test_what_this_process_stores_itself_waits_for_no_beat(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pulse, "BEAT_SECONDS", 600.0)
-    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 600.0)
+    monkeypatch.setattr(broadcaster, "LEAST_SECONDS", 0.0)
     job_id, attempt = rig.running()
     with served(rig) as address:
         reader = Reader(address, f"/jobs/{job_id}/metrics/stream")

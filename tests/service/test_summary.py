@@ -8,7 +8,7 @@ import pytest
 
 from trainyard.contract.status import Desired, JobStatus, Phase
 from trainyard.service.jobs.summary import Facts, duration, summary
-from trainyard.service.shapes import Checkpoint, Progress, Queue
+from trainyard.service.schemas import Checkpoint, Progress, Queue
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from trainyard.service.auth.static_tokens import Tokens
 from trainyard.service.errors import Unauthorized
 from trainyard.service.settings import Settings, SettingsRefused
-from trainyard.service.tokens import Tokens
 
 
 def good(tokens: Tokens, given: str) -> bool:

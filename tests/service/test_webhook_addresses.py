@@ -16,8 +16,20 @@ from tests.service.harness import ServiceHarness
 from tests.service.receiver import receiving, status
 from tests.service.test_webhooks import deliveries, register, send
 from trainyard.service.settings import Settings, SettingsRefused
-from trainyard.service.webhooks.addresses import AddressRefused, Network, checked, mistake, resolve, why_refused
-from trainyard.service.webhooks.courier import MAX_READ_BYTES, SNIPPET_BYTES, Answer, Courier
+from trainyard.service.ssrf import (
+    AddressRefused,
+    Network,
+    checked,
+    mistake,
+    resolve,
+    why_refused,
+)
+from trainyard.service.webhooks.http_client import (
+    MAX_READ_BYTES,
+    SNIPPET_BYTES,
+    Answer,
+    Courier,
+)
 
 LOOPBACK: list[Network] = [ipaddress.ip_network("127.0.0.0/8")]
 OPENSSL = shutil.which("openssl")

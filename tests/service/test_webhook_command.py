@@ -10,8 +10,8 @@ from tests.service.conftest import Command
 from tests.service.harness import ServiceHarness
 from tests.service.receiver import Receiver, receiving, status, verified
 from tests.service.test_webhooks import send
-from trainyard.client.exits import UsageError
-from trainyard.client.hooking import rule_in
+from trainyard.client.cli.commands.webhooks import rule_in
+from trainyard.client.exit_codes import UsageError
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_the_test_verb_says_what_came_of_it(
 ) -> None:
     webhook = made(command, receiver.url)
     assert command("webhook", "test", webhook["id"], "--timeout", "0")[0] == 1
-    monkeypatch.setattr("trainyard.client.hooking.time.sleep", lambda _: send(rig))
+    monkeypatch.setattr("trainyard.client.cli.commands.webhooks.time.sleep", lambda _: send(rig))
     code, out, _ = command("webhook", "test", webhook["id"])
     assert (code, out.split(" in ")[0]) == (0, "delivered: 204")
     receiver.answer = status(401, "who are you")

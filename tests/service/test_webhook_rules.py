@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import TypeAdapter
 
-from trainyard.service.webhooks.rules import (
+from trainyard.service.webhooks.alert_rules import (
     AnyRule,
     EvalLossBelow,
     NonFinite,

@@ -14,10 +14,10 @@ from tests.service.harness import ServiceHarness
 from tests.service.receiver import DEADLINE, Receiver, receiving, status
 from tests.service.test_webhooks import deliveries, register, send
 from trainyard.contract.failpoints import armed
-from trainyard.service.scheduler.lease import LEASE_SECONDS, Lease
-from trainyard.service.tables import DeliveryRow
-from trainyard.service.webhooks.courier import SEND_SECONDS, Answer, Courier
-from trainyard.service.webhooks.schedule import (
+from trainyard.service.db.models import DeliveryRow
+from trainyard.service.leadership import LEASE_SECONDS, Lease
+from trainyard.service.webhooks.http_client import SEND_SECONDS, Answer, Courier
+from trainyard.service.webhooks.retry_policy import (
     DISABLE,
     FIRST_SECONDS,
     GIVE_UP,

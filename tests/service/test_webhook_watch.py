@@ -13,9 +13,15 @@ from tests.service.harness import ServiceHarness
 from tests.service.receiver import DEADLINE, Got, Receiver, receiving
 from tests.service.test_webhooks import deliveries, register, send
 from trainyard.contract.status import Reason
-from trainyard.service.webhooks.courier import Courier
+from trainyard.service.webhooks.http_client import Courier
+from trainyard.service.webhooks.rule_engine import (
+    ASLEEP_SECONDS,
+    KEEP_SECONDS,
+    LOOK_SECONDS,
+    RECENT,
+    Watcher,
+)
 from trainyard.service.webhooks.sender import Sender
-from trainyard.service.webhooks.watch import ASLEEP_SECONDS, KEEP_SECONDS, LOOK_SECONDS, RECENT, Watcher
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "webhooks.md"
 NONFINITE = {"kind": "nonfinite"}

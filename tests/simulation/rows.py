@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from trainyard.contract.report import ExitReport
+from trainyard.contract.messages import ExitReport
 from trainyard.contract.status import Desired, JobStatus, Reason
-from trainyard.service.jobs import streaks
-from trainyard.service.jobs.rules import Standing
+from trainyard.service.jobs import restart_policy
+from trainyard.service.jobs.lifecycle import Standing
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Attempt:
     reason: Reason | None = None
     moved: bool = False
 
-    def as_ended(self) -> streaks.Ended:
-        moved = streaks.made_a_step(self.start_step, self.step)
-        return streaks.Ended(self.trigger, streaks.fault(self.outcome, self.reason), moved)
+    def as_ended(self) -> restart_policy.Ended:
+        moved = restart_policy.made_a_step(self.start_step, self.step)
+        return restart_policy.Ended(self.trigger, restart_policy.fault(self.outcome, self.reason), moved)
 
 
 @dataclass

@@ -12,14 +12,36 @@ from itertools import takewhile
 from typing import Literal
 
 from tests.simulation.rows import Attempt, Job, Process
-from trainyard.contract.report import ErrorCard, ExitReport
-from trainyard.contract.status import LIVE, NOT_COUNTED, TERMINAL, Desired, JobStatus, Reason, may_become
+from trainyard.contract.messages import ErrorCard, ExitReport
+from trainyard.contract.status import (
+    LIVE,
+    NOT_COUNTED,
+    TERMINAL,
+    Desired,
+    JobStatus,
+    Reason,
+    may_become,
+)
 from trainyard.service.devices.inventory import Device
-from trainyard.service.jobs import rules, streaks
-from trainyard.service.jobs.rules import Move, Refusal, UnderWay
+from trainyard.service.jobs import lifecycle, restart_policy
+from trainyard.service.jobs.lifecycle import Move, Refusal, UnderWay
 from trainyard.service.launch.base import AttemptName
-from trainyard.service.scheduler.plan import Action, End, Hint, Look, Preempt, Restart, Start, plan
-from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot, is_due
+from trainyard.service.scheduler.plan import (
+    Action,
+    End,
+    Hint,
+    Look,
+    Preempt,
+    Restart,
+    Start,
+    plan,
+)
+from trainyard.service.scheduler.snapshot import (
+    LiveAttempt,
+    QueuedJob,
+    Snapshot,
+    is_due,
+)
 from trainyard.service.timing import Timing
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -72,8 +94,8 @@ class SimulatedCluster:
         job = self.some_job()
         if job is None:
             return
-        action = self.dice.choice(rules.ACTIONS)
-        match rules.decide(action, job.standing()):
+        action = self.dice.choice(lifecycle.ACTIONS)
+        match lifecycle.decide(action, job.standing()):
             case Refusal() | UnderWay():
                 return
             case Move(to, desired):
@@ -292,8 +314,8 @@ class SimulatedCluster:
         if attempt is not job.newest or job.status not in LIVE:
             return
         ended = (each.as_ended() for each in reversed(job.attempts) if each.outcome)
-        past = streaks.past(job.restarts, ended)
-        ending = rules.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by, self.timing)
+        past = restart_policy.past(job.restarts, ended)
+        ending = lifecycle.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by, self.timing)
         if not may_become(job.status, ending.status):
             self.move(job, JobStatus.RUNNING)
         job.restarts, job.asked_at, job.preempted_by = ending.restarts, None, None
@@ -308,7 +330,7 @@ class SimulatedCluster:
             self.move(job, JobStatus.QUEUED)
         self.check_restart(job, ending)
 
-    def check_restart(self, job: Job, ending: rules.Ending) -> None:
+    def check_restart(self, job: Job, ending: lifecycle.Ending) -> None:
         """Who made no step twice in a row by its own fault is not started again, and waits grow for the others."""
         if ending.restart_seconds is None:
             return
@@ -316,10 +338,10 @@ class SimulatedCluster:
         asked = max((n for n, a in enumerate(mine) if a.trigger in ("submit", "resume")), default=0)
         idle = list(takewhile(lambda a: not a.moved, reversed(mine[asked:])))
         if ending.reason in NOT_COUNTED:
-            setbacks = sum(streaks.fault(a.outcome, a.reason) in NOT_COUNTED for a in idle)
+            setbacks = sum(restart_policy.fault(a.outcome, a.reason) in NOT_COUNTED for a in idle)
             assert ending.restart_seconds >= (0, 5, 20, 60, 180, 600)[min(setbacks, 5)], f"{job.id} restarts too soon"
         else:
-            faults = [a for a in idle if streaks.fault(a.outcome, a.reason) not in NOT_COUNTED]
+            faults = [a for a in idle if restart_policy.fault(a.outcome, a.reason) not in NOT_COUNTED]
             assert len(faults) < 2, f"{job.id} gets nowhere and is started again"
 
     def free(self, job: Job, attempt: Attempt) -> None:
@@ -360,7 +382,7 @@ class SimulatedCluster:
             looked_at=looked,
             told=told,
             running=job.status is JobStatus.RUNNING,
-            moved=streaks.made_a_step(attempt.start_step, attempt.step),
+            moved=restart_policy.made_a_step(attempt.start_step, attempt.step),
             preemptible=job.preemptible,
             priority=job.priority,
             devices=attempt.devices,

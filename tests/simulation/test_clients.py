@@ -31,14 +31,27 @@ from tests.service.conftest import make_rig, migrated_sqlite, rig, sqlite_url
 from tests.service.harness import ServiceHarness, in_threads
 from tests.soak_report import SoakReport
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
-from trainyard.service.access.callers import LOCAL
+from trainyard.contract.status import (
+    LIVE,
+    TERMINAL,
+    Desired,
+    JobStatus,
+    Reason,
+    may_become,
+)
+from trainyard.service.auth.principal import LOCAL
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import EventRow
 from trainyard.service.errors import InvalidState
-from trainyard.service.jobs import actions, gathering, store
-from trainyard.service.jobs.rules import Action, Move, Refusal, Standing, decide
+from trainyard.service.jobs import actions, queries, repository
+from trainyard.service.jobs.lifecycle import (
+    Action,
+    Move,
+    Refusal,
+    Standing,
+    decide,
+)
 from trainyard.service.launch.base import State
-from trainyard.service.scheduler.apply import utc_now
-from trainyard.service.tables import EventRow
 
 __all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
 
@@ -194,7 +207,7 @@ class Clients(RuleBasedStateMachine):
 
     def standing(self, job_id: str) -> Standing:
         with self.rig.database.read() as session:
-            return gathering.standing(store.find(session, job_id))
+            return queries.standing(repository.find(session, job_id))
 
     def changes(self, job_id: str) -> list[dict[str, Any]]:
         log = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.kind == "status")
@@ -237,7 +250,7 @@ def test_two_resumes_that_both_found_it_paused(rig: ServiceHarness) -> None:
     rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=3)
     with rig.database.read() as session:
-        before = store.find(session, job_id).spec
+        before = repository.find(session, job_id).spec
     spec = JobSpec.model_validate_json(json.dumps(before))
     for _ in range(2):
         with rig.database.write() as session:

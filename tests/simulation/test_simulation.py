@@ -15,7 +15,7 @@ import pytest
 from tests import soak_report
 from tests.simulation.simulated_cluster import SimulatedCluster
 from tests.soak_report import SoakReport
-from trainyard.service.jobs import rules
+from trainyard.service.jobs import lifecycle
 from trainyard.service.timing import Timing
 
 EVENTS = 200
@@ -93,7 +93,7 @@ def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPa
     """Else the simulation proves nothing about it."""
     match rule:
         case "give up":
-            monkeypatch.setattr(rules, "MOST_FRUITLESS", 99)
+            monkeypatch.setattr(lifecycle, "MOST_FRUITLESS", 99)
         case "wait longer":
             monkeypatch.setattr(SimulatedCluster, "timing", Timing(setback_seconds=(5.0,)))
         case "a step first":

@@ -5,7 +5,7 @@ from typing import Any
 from tests.faults.service_home import Home
 from tests.slurm.cluster import Cluster
 from tests.worker import rank_runner
-from trainyard.worker.checkpoint import find_damage
+from trainyard.worker.checkpoint.files import find_damage
 
 
 def fake(home: Home, nnodes: Any = 2, slurm: dict[str, Any] | None = None, **labels: str) -> dict[str, Any]:

@@ -9,7 +9,12 @@ import pytest
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import NodeRange, ResourcesSpec, SlurmSpec
 from trainyard.service.launch.base import AttemptName
-from trainyard.service.launch.batch import Batch, asked_of, job_name, render
+from trainyard.service.launch.slurm.script import (
+    Batch,
+    asked_of,
+    job_name,
+    render,
+)
 
 GOLDEN = Path(__file__).with_name("golden")
 

@@ -12,14 +12,27 @@ from typing import Any
 import pytest
 
 from tests.slurm.fake_commands import CONFIG, Programs
-from trainyard.contract.report import ExitReport
-from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
+from trainyard.contract.messages import ExitReport
+from trainyard.contract.rundir import (
+    UNSEEN,
+    AttemptDir,
+    RunDir,
+    read_json,
+    write_json,
+)
 from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec
 from trainyard.contract.status import Reason
-from trainyard.service.launch import commands
-from trainyard.service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
-from trainyard.service.launch.slurm import SlurmLauncher
-from trainyard.service.launch.slurm_setup import SlurmSetup
+from trainyard.service.launch.base import (
+    AttemptName,
+    Found,
+    Launch,
+    LaunchRefused,
+    NoAnswer,
+    State,
+)
+from trainyard.service.launch.slurm import cli
+from trainyard.service.launch.slurm.config import SlurmSetup
+from trainyard.service.launch.slurm.launcher import SlurmLauncher
 
 NAME = AttemptName("job_a", 1, "slurm")
 SPEC = JobSpec(data=DataSpec(data_path="/nowhere"), resources=ResourcesSpec(launcher="slurm", nnodes=2))
@@ -30,8 +43,8 @@ LAUNCH = Launch(NAME, "att_1", SPEC, (), "secret")
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     made = Programs(tmp_path)
     monkeypatch.setenv("PATH", f"{made.bin}:{os.environ['PATH']}")
-    monkeypatch.setattr(commands, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(commands, "REST", 0.0)
+    monkeypatch.setattr(cli, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "REST", 0.0)
     return made
 
 
@@ -71,7 +84,7 @@ def test_an_attempt_is_submitted_once_however_often_it_is_started(
 def test_a_submission_whose_answer_is_lost_is_found_and_not_repeated(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    monkeypatch.setattr(commands, "SUBMIT_SECONDS", 0.3)
+    monkeypatch.setattr(cli, "SUBMIT_SECONDS", 0.3)
     slurm.takes_and(ending)
     with pytest.raises(NoAnswer):
         launcher.start(LAUNCH)
@@ -179,8 +192,8 @@ def test_what_nobody_understands_is_unknown_and_never_an_end(
 def test_a_controller_that_hangs_holds_nobody_up_and_ends_nothing(
     slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(commands, "LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(cli, "LOOK_SECONDS", 1.0)
     launcher.start(LAUNCH)
     begin(attempt)
     slurm.body("squeue", "exec sleep 30")
@@ -198,7 +211,7 @@ def test_a_controller_that_hangs_holds_nobody_up_and_ends_nothing(
 def test_what_a_command_complains_of_before_it_hangs_is_told(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(cli, "LOOK_SECONDS", 0.3)
     slurm.body("squeue", "echo 'squeue: error: Munge encode failed: Failed to access socket' >&2; exec sleep 30")
     assert str(launcher.find(NAME).silence) == (
         "Slurm does not answer: squeue did not answer within 0.3 s: "
@@ -291,8 +304,8 @@ def test_the_queue_is_asked_less_often_where_an_answer_takes_long(monkeypatch: p
         now[0] += 3.0
         return []
 
-    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 60.0)
-    queue = commands.Queue(look, lambda: now[0])
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 60.0)
+    queue = cli.Queue(look, lambda: now[0])
     for _ in range(20):
         queue.jobs()
         now[0] += 1.0
@@ -308,8 +321,8 @@ def test_the_queue_is_asked_less_often_where_an_answer_takes_long(monkeypatch: p
 def test_a_cluster_whose_squeue_takes_long_is_worked_with_all_the_same(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(commands, "REST", 10.0)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(cli, "REST", 10.0)
     queue = slurm.bin.parent / "queue.json"
     slurm.body("squeue", f"cat {queue} > {queue}.seen; sleep 0.4; cat {queue}.seen")
 

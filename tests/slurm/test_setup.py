@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from trainyard.service.errors import SpecInvalid
-from trainyard.service.jobs.specs import Host, accept, kind_of
-from trainyard.service.launch.slurm_setup import ALLOWED, OURS, SlurmSetup
+from trainyard.service.jobs.submission import Host, accept, kind_of
+from trainyard.service.launch.slurm.config import ALLOWED, OURS, SlurmSetup
 from trainyard.service.settings import Settings, SettingsRefused
 
 ON = {"TRAINYARD_SLURM": "on"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.slurm import fake_commands
-from trainyard.service.launch.squeue import SlurmJob, hosts, jobs_in
+from trainyard.service.launch.slurm.queue import SlurmJob, hosts, jobs_in
 
 GPUS = ["gpu:2(IDX:0-1)", "gpu:a100:3(IDX:0,2-3)"]
 RUNNING: dict[str, Any] = {**fake_commands.RUNNING, "gres_detail": GPUS}

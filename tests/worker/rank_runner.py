@@ -14,13 +14,19 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.events import EVENT, CheckpointSaved, Event, Metric, Warned
-from trainyard.contract.report import Outcome
+from trainyard.contract.events import (
+    EVENT,
+    CheckpointSaved,
+    Event,
+    Metric,
+    Warned,
+)
+from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import AttemptDir, RunDir
 
 DEADLINE = 240.0
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["trainyard.worker.program", "torch._dynamo", "tests.worker.rank_runner"])
+SERVER.set_forkserver_preload(["trainyard.worker.main", "torch._dynamo", "tests.worker.rank_runner"])
 
 Patch = Callable[[], None]
 """Changes a rank's process before it runs, e.g. to make a save fail."""
@@ -159,7 +165,7 @@ def rank_process(
     warnings.simplefilter("error")
     # torch's compiler warns of torch's own old parts.
     warnings.filterwarnings("default", category=DeprecationWarning, module=r"torch\.")
-    from trainyard.worker.program import run_rank
+    from trainyard.worker.main import run_rank
 
     if patch is not None:
         patch()

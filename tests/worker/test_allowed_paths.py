@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from tests.worker import rank_runner
-from trainyard.contract.roots import why_outside
+from trainyard.contract.allowed_paths import why_outside
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.service.devices.inventory import cpu_slots
 from trainyard.service.errors import SpecInvalid
-from trainyard.service.jobs.specs import Host, accept
+from trainyard.service.jobs.submission import Host, accept
 from trainyard.service.settings import Settings
-from trainyard.worker.failure import Failure
-from trainyard.worker.roots import check_roots
+from trainyard.worker.data.paths import check_roots
+from trainyard.worker.errors import Failure
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1, "b": 2}, "merges": []}, "added_tokens": []}
 

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from trainyard.contract.report import Outcome
+from trainyard.contract.messages import Outcome
 from trainyard.contract.status import Reason
-from trainyard.worker.life import SignOfLife
-from trainyard.worker.outcome import publish_outcome
+from trainyard.worker.attempt import SignOfLife, publish_outcome
 
 
 def test_the_sign_of_life_is_the_last_step(tmp_path: Path) -> None:

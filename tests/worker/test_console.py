@@ -3,7 +3,7 @@
 import pytest
 
 from trainyard.contract.events import Metric, Sample, Warned
-from trainyard.worker.console import Console, duration
+from trainyard.worker.events.console import Console, duration
 
 
 @pytest.mark.parametrize(

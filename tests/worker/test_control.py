@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.worker.stopping import StopWish
+from trainyard.worker.training.control import StopWish
 
 
 def test_a_wish_to_stop(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from tests.unprivileged import NOBODY, public_tmp_dir
 from tests.worker import rank_runner
 from tests.worker.test_saving import Bench, train_on
 from trainyard.contract.events import CheckpointSaved, Warned
-from trainyard.worker import checkpoint, saving
+from trainyard.worker.checkpoint import files, saver
 
 CLONE_NEWNS = 0x20000
 
@@ -43,7 +43,7 @@ def in_child(work: Callable[[Path], None], path: Path, log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    with mock.patch.object(saving, "RETRY_SECONDS", 0.0):
+    with mock.patch.object(saver, "RETRY_SECONDS", 0.0):
         work(path)
 
 
@@ -78,7 +78,7 @@ def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
     assert why in warning.message
     assert warning.message.endswith("; training goes on")
     assert [event.step for event in bench.of(CheckpointSaved)] == [1]
-    assert checkpoint.find_damage(bench.products.checkpoint(1)) is None
+    assert files.find_damage(bench.products.checkpoint(1)) is None
     assert [path.name for path in bench.products.checkpoints.iterdir()] == ["step-00000001"]
     train_on(bench.trainee)
 
@@ -88,7 +88,7 @@ def require_the_next_works(bench: Bench, step: int) -> None:
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, step]
     assert len(bench.of(Warned)) == 1
     for saved in (1, step):
-        assert checkpoint.find_damage(bench.products.checkpoint(saved)) is None
+        assert files.find_damage(bench.products.checkpoint(saved)) is None
 
 
 def full(path: Path) -> None:
@@ -135,7 +135,7 @@ def gone(path: Path) -> None:
     shutil.rmtree(path / "disk")
     bench.save(2)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
-    assert checkpoint.find_damage(bench.products.checkpoint(2)) is None
+    assert files.find_damage(bench.products.checkpoint(2)) is None
 
 
 @needs_mounts

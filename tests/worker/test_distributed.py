@@ -6,8 +6,15 @@ import pytest
 import torch
 
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.distributed import Agreement, Ranks, Wishes, join, own_device, require, threads_per_rank
-from trainyard.worker.failure import Failure, StopAsked
+from trainyard.worker.distributed import (
+    Ranks,
+    join,
+    own_device,
+    require,
+    threads_per_rank,
+)
+from trainyard.worker.errors import Failure, StopAsked
+from trainyard.worker.training.control import Agreement, Wishes
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

@@ -5,7 +5,7 @@ import pickle
 import torch
 
 from trainyard.contract.spec import TrainingSpec
-from trainyard.worker.failure import not_saved, out_of_memory
+from trainyard.worker.errors import not_saved, out_of_memory
 
 
 def test_failures_carry_advice_with_numbers() -> None:

@@ -11,14 +11,19 @@ from unittest import mock
 import pytest
 
 from tests.worker import rank_runner
-from trainyard.contract.events import CheckpointSaved, Metric, ResumeVerified, Started
-from trainyard.contract.identity import Identity
-from trainyard.contract.report import Fork
+from trainyard.contract.events import (
+    CheckpointSaved,
+    Metric,
+    ResumeVerified,
+    Started,
+)
+from trainyard.contract.messages import Fork
+from trainyard.contract.run_identity import Identity
 from trainyard.contract.rundir import ProductDir, RunDir, write_json
-from trainyard.worker import checkpoint, fork
-from trainyard.worker.failure import Failure
-from trainyard.worker.milestones import keep_weights
-from trainyard.worker.schedule import LearningRate, lr_at
+from trainyard.worker.checkpoint import files, fork
+from trainyard.worker.checkpoint.retention import keep_weights
+from trainyard.worker.errors import Failure
+from trainyard.worker.training.schedule import LearningRate, lr_at
 
 STEP = 8
 
@@ -120,13 +125,13 @@ def test_weights_alone_begin_with_a_new_optimizer(parent: RunDir, tmp_path: Path
 def begin(run: RunDir, said: list[Any], identity: Identity | None = None, **training: Any) -> Path | None:
     """What an attempt of the fork would begin with."""
     from trainyard.contract.spec import JobSpec
-    from trainyard.worker.resume import find_start
+    from trainyard.worker.checkpoint.resume import find_start
 
     described = json.loads(run.spec.read_text())
     spec = JobSpec.model_validate_json(json.dumps({**described, "training": {**described["training"], **training}}))
     products = run.products(None)
     place = products.origin if products.origin.is_dir() else products.checkpoint(STEP)
-    identity = identity or checkpoint.read_state(place).identity
+    identity = identity or files.read_state(place).identity
     found = find_start(spec, run, products, identity, lambda _: 16, said.append)
     return found.path if found is not None else None
 
@@ -148,7 +153,7 @@ def test_a_crash_between_publishing_and_telling_loses_nothing(parent: RunDir, tm
 @pytest.mark.slow
 def test_a_fork_never_begins_at_step_0(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "keep")
-    state = checkpoint.read_state(run.products(None).origin)
+    state = files.read_state(run.products(None).origin)
     origin = run.products(None).origin
     whole = (origin / "model.safetensors").read_bytes()
     (origin / "model.safetensors").unlink()
@@ -168,7 +173,7 @@ def test_what_cannot_be_another_run_is_refused_by_name(parent: RunDir, tmp_path:
     from dataclasses import replace
 
     kept, anew = forked(parent, tmp_path / "kept", "keep"), forked(parent, tmp_path / "anew", "restart")
-    theirs = checkpoint.read_state(kept.products(None).origin).identity
+    theirs = files.read_state(kept.products(None).origin).identity
     other = replace(theirs, corpus="c" * 64, max_seq_len=16)
     with pytest.raises(Failure, match=r"the corpus is another one.*max_seq_len is 16 and was 32"):
         begin(kept, [], other)
@@ -178,7 +183,7 @@ def test_what_cannot_be_another_run_is_refused_by_name(parent: RunDir, tmp_path:
         with pytest.raises(Failure, match=r"the tokenizer is another one|num_hidden_layers is 3 and was 2"):
             begin(anew, [], wrong)
     assert begin(anew, [], replace(other, model={**theirs.model, "dropout": 0.5}))
-    state = checkpoint.read_state(anew.products(None).checkpoint(STEP))
+    state = files.read_state(anew.products(None).checkpoint(STEP))
     assert (state.step, state.data_offset, state.base_step, state.probe) == (STEP, -STEP, STEP, {})
     assert state.identity.corpus == "c" * 64
     assert state.identity.model["dropout"] == 0.5

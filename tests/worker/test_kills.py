@@ -14,7 +14,7 @@ from tests.worker.test_saving import kill_in_save
 from trainyard.contract.events import ResumeVerified, Started
 from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir
-from trainyard.worker.checkpoint import manifest_of
+from trainyard.worker.checkpoint.files import manifest_of
 
 SEED = int(os.environ.get("TRAINYARD_KILL_SEED", "20261125"))
 STEPS, SAVE_INTERVAL = 30, 4

@@ -10,10 +10,9 @@ import pytest
 from tests.worker import rank_runner
 from tests.worker.test_resume_start import spec
 from trainyard.contract.events import SettingsChanged
-from trainyard.contract.report import RunSettings
+from trainyard.contract.messages import RunSettings
 from trainyard.contract.rundir import RunDir, write_json
-from trainyard.worker.distributed import Wishes
-from trainyard.worker.live import SettingsWish, changed, with_settings
+from trainyard.worker.training.control import SettingsWish, Wishes, changed, with_settings
 
 FIRST = RunSettings(log_interval=5, save_interval=8, keep_last=3)
 SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)
@@ -52,7 +51,7 @@ def test_ranks_agree_on_numbers() -> None:
 
 def wish_after(run: RunDir, step: int) -> None:
     """Leave other settings right after ``step``."""
-    from trainyard.worker.life import SignOfLife
+    from trainyard.worker.attempt import SignOfLife
 
     beat = SignOfLife.beat
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from trainyard.worker.feed import Factors, cut, own_share
+from trainyard.worker.data.loader import Factors, cut, own_share
 
 
 def test_shares_cover_a_step_and_factors_undo_the_mean_over_ranks() -> None:

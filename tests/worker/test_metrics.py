@@ -7,8 +7,13 @@ import torch
 
 from trainyard.contract.events import Metric
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.meters import Interval, Meters, own_interval, peak_flops
-from trainyard.worker.step import StepResult
+from trainyard.worker.training.metrics import (
+    Interval,
+    Meters,
+    own_interval,
+    peak_flops,
+)
+from trainyard.worker.training.step import StepResult
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

@@ -14,16 +14,17 @@ from tests.worker.test_resume_start import IDENTITY, publish
 from tests.worker.test_saving import Bench
 from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event
 from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ProductDir
-from trainyard.worker import checkpoint, milestones, retention
-from trainyard.worker.resume import go_back
-from trainyard.worker.tensorfile import sha256_of
+from trainyard.worker.checkpoint import files, retention
+from trainyard.worker.checkpoint import retention as milestones
+from trainyard.worker.checkpoint.resume import go_back
+from trainyard.worker.checkpoint.safetensors_writer import sha256_of
 
 
 def test_the_weights_stay_and_nothing_resumes_from_them(tmp_path: Path) -> None:
     products = ProductDir(tmp_path)
     full = publish(products, 10)
     publish(products, 15)
-    weights, state = load_file(full / MODEL_FILE), checkpoint.read_state(full)
+    weights, state = load_file(full / MODEL_FILE), files.read_state(full)
     saved = milestones.keep_weights(products, 10, full)
     assert retention.remove(full)
     assert saved.path == products.milestone(10)
@@ -33,10 +34,10 @@ def test_the_weights_stay_and_nothing_resumes_from_them(tmp_path: Path) -> None:
     kept = load_file(saved.path / MODEL_FILE)
     assert set(kept) == set(weights)
     assert all(torch.equal(kept[name], value) for name, value in weights.items())
-    assert checkpoint.read_state(saved.path) == state
+    assert files.read_state(saved.path) == state
     assert [step for step, _ in products.published()] == [15]
     assert products.milestones() == [(10, saved.path)]
-    assert checkpoint.newest_valid(products, []) == products.checkpoint(15)
+    assert files.newest_valid(products, []) == products.checkpoint(15)
 
 
 def test_linked_where_it_can_be_and_copied_where_not(tmp_path: Path) -> None:
@@ -75,9 +76,9 @@ def test_what_cannot_be_thinned_stays_whole(tmp_path: Path) -> None:
     products = ProductDir(tmp_path)
     for step in (10, 15, 20):
         publish(products, step)
-    with mock.patch.object(checkpoint, "write_blocks", side_effect=OSError(28, "No space left on device")):
+    with mock.patch.object(files, "write_blocks", side_effect=OSError(28, "No space left on device")):
         assert retention.prune(products, keep_last=2, keep_every=10) == []
-    assert checkpoint.find_damage(products.checkpoint(10)) is None
+    assert files.find_damage(products.checkpoint(10)) is None
     assert products.milestones() == []
     assert [path.name for path in products.checkpoints.iterdir() if path.name.startswith(".")] == []
 

@@ -18,12 +18,18 @@ from tests.worker.test_step import SHAPE, cut, rows, run, trainee
 from trainyard.contract.events import Metric, Warned
 from trainyard.model.config import ModelConfig
 from trainyard.model.moe import MoE
-from trainyard.worker.curve import CurveWatch
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.meters import Interval, Meters, own_interval
-from trainyard.worker.spikes import NOTHING, ROWS, Spike, Spikes, told
-from trainyard.worker.step import StepResult
-from trainyard.worker.trackers import numbers
+from trainyard.worker.events.trackers import numbers
+from trainyard.worker.training.metrics import Interval, Meters, own_interval
+from trainyard.worker.training.monitors import (
+    NOTHING,
+    ROWS,
+    CurveWatch,
+    Spike,
+    Spikes,
+    told,
+)
+from trainyard.worker.training.step import StepResult
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -228,7 +234,7 @@ def test_a_run_with_experts_tells_their_load(world: int, tmp_path: Path) -> None
 
 def jump(rank: int, at: int) -> None:
     """One rank's loss is far up for one step, as a batch of nonsense makes it."""
-    from trainyard.worker.spikes import Spikes
+    from trainyard.worker.training.monitors import Spikes
 
     look = Spikes.look
 

@@ -13,9 +13,9 @@ from tests.worker import rank_runner
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
-from trainyard.worker import trainee
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.failure import Failure
+from trainyard.worker.errors import Failure
+from trainyard.worker.training import state as trainee
 
 TRAINING = {"optimizer": "muon", "batch_size": 4, "accumulation_steps": 1, "learning_rate": 5e-3}
 

@@ -1,6 +1,15 @@
 import pytest
 
-from trainyard.worker.gate import ROLLBACKS, SKIPS_IN_A_ROW, SKIPS_IN_ALL, Policy, Trouble, Verdict, describe, judge
+from trainyard.worker.training.nonfinite import (
+    ROLLBACKS,
+    SKIPS_IN_A_ROW,
+    SKIPS_IN_ALL,
+    Policy,
+    Trouble,
+    Verdict,
+    describe,
+    judge,
+)
 
 
 def test_a_finite_step_is_applied_and_ends_a_row_of_skips() -> None:

@@ -9,8 +9,13 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from tests.worker.test_step import CPU, SHAPE, cut, rows, trainee, unseeded
-from trainyard.worker.brake import Brake
-from trainyard.worker.gate import Policy, Trouble, Verdict, judge
+from trainyard.worker.training.nonfinite import (
+    Brake,
+    Policy,
+    Trouble,
+    Verdict,
+    judge,
+)
 
 WAITS = {"item", "tolist", "numpy", "nonzero", "cpu", "unique", "bincount", "masked_select"} | {
     f"__{name}__" for name in ("bool", "int", "float", "index", "contains")

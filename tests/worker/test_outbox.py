@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.contract.events import EVENT, Metric, PhaseChanged, Warned
+from trainyard.contract.events import (
+    EVENT,
+    Metric,
+    PhaseChanged,
+    Warned,
+)
 from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.status import Phase
-from trainyard.worker.outbox import Outbox, Silent
+from trainyard.worker.events.writer import Outbox, Silent
 
 
 def lines(path: Path) -> list[dict[str, object]]:

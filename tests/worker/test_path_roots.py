@@ -7,8 +7,8 @@ import pytest
 
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.failure import Failure
-from trainyard.worker.roots import check_roots
+from trainyard.worker.data.paths import check_roots
+from trainyard.worker.errors import Failure
 
 
 def spec(**groups: Any) -> JobSpec:

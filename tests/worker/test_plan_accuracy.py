@@ -13,13 +13,13 @@ from tests.worker import rank_runner
 from trainyard.contract.spec import JobSpec
 from trainyard.model import costs
 from trainyard.model.config import ModelConfig
-from trainyard.worker.corpus import open_corpus
-from trainyard.worker.data import Order
+from trainyard.worker.data.corpus import open_corpus
+from trainyard.worker.data.loader import Feed
+from trainyard.worker.data.packing import Packing, RowTable
+from trainyard.worker.data.sampler import Order
+from trainyard.worker.data.tokenizers import ByteTokenizer
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.feed import Feed
-from trainyard.worker.rows import Packing, RowTable
-from trainyard.worker.tokenizers import ByteTokenizer
-from trainyard.worker.trainee import Trainee, build, initial_model
+from trainyard.worker.training.state import Trainee, build, initial_model
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 DENSE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -18,15 +18,15 @@ from safetensors.torch import load_file
 from tests.worker import rank_runner
 from tests.worker.test_resume import stop_after
 from trainyard.contract.failpoints import arm
-from trainyard.contract.report import Outcome
+from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.data import Order
+from trainyard.worker.data.loader import cut, own_share
+from trainyard.worker.data.prepare import prepare
+from trainyard.worker.data.sampler import Order
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.feed import cut, own_share
-from trainyard.worker.material import prepare
-from trainyard.worker.stopping import StopWish
-from trainyard.worker.trainee import initial_model
+from trainyard.worker.training.control import StopWish
+from trainyard.worker.training.state import initial_model
 
 pytestmark = pytest.mark.slow
 
@@ -223,7 +223,7 @@ def test_torchrun_stops_on_sigterm_and_goes_on_by_hand(text: Path, tmp_path: Pat
 
 def short_of_memory() -> None:
     """Rank 1 runs out of memory in the second step: its fourth pass, as one without labels comes before the first."""
-    from trainyard.worker import step
+    from trainyard.worker.training import step
 
     forward, calls = step.forward, iter(range(1000))
 

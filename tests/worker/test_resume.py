@@ -13,12 +13,12 @@ from unittest import mock
 import pytest
 
 from tests.worker import rank_runner
-from trainyard.contract.corpora import Sketch
 from trainyard.contract.events import CheckpointRemoved, PhaseChanged, Started
+from trainyard.contract.file_identity import Sketch
 from trainyard.contract.rundir import RunDir
-from trainyard.contract.vocabulary import identified
-from trainyard.service.checkpoints.sameness import Begin, require_same
+from trainyard.contract.tokenizer_info import identified
 from trainyard.service.errors import RunDiffers
+from trainyard.service.jobs.resume_compat import Begin, require_same
 from trainyard.service.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -88,7 +88,7 @@ def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path, model: d
 
 def stop_after(run: RunDir, attempt: int, step: int) -> None:
     """Touch the stop file right after ``step``."""
-    from trainyard.worker.life import SignOfLife
+    from trainyard.worker.attempt import SignOfLife
 
     beat = SignOfLife.beat
 
@@ -104,7 +104,7 @@ def kill_after(step: int) -> None:
     """SIGKILL to this very rank right after ``step``; the others see a broken connection."""
     import os
 
-    from trainyard.worker.life import SignOfLife
+    from trainyard.worker.attempt import SignOfLife
 
     beat = SignOfLife.beat
 

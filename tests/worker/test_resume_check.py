@@ -13,10 +13,10 @@ from tests.worker import rank_runner
 from trainyard.contract.events import ResumeVerified, Started, Warned
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
+from trainyard.worker.data.prepare import Material, prepare
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.material import Material, prepare
-from trainyard.worker.probe import Probe, verified
-from trainyard.worker.trainee import Trainee, build, initial_model
+from trainyard.worker.training.resume_check import Probe, verified
+from trainyard.worker.training.state import Trainee, build, initial_model
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

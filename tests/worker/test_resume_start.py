@@ -11,20 +11,25 @@ import pytest
 import torch
 
 from tests.worker import rank_runner
-from trainyard.contract.events import CheckpointSaved, Event, PhaseChanged, Warned
-from trainyard.contract.identity import Identity
+from trainyard.contract.events import (
+    CheckpointSaved,
+    Event,
+    PhaseChanged,
+    Warned,
+)
 from trainyard.contract.locks import FileLock
+from trainyard.contract.run_identity import Identity
 from trainyard.contract.rundir import ProductDir, RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker import checkpoint
-from trainyard.worker.checkpoint import RunState
-from trainyard.worker.data import Order
+from trainyard.worker.attempt import SpecUnusable, claim, read_spec
+from trainyard.worker.checkpoint import files
+from trainyard.worker.checkpoint.files import RunState
+from trainyard.worker.checkpoint.resume import find_start
+from trainyard.worker.data.loader import Feed
+from trainyard.worker.data.prepare import Material, prepare
+from trainyard.worker.data.sampler import Order
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.failure import Failure, StopAsked
-from trainyard.worker.feed import Feed
-from trainyard.worker.launch import SpecUnusable, claim, read_spec
-from trainyard.worker.material import Material, prepare
-from trainyard.worker.resume import find_start
+from trainyard.worker.errors import Failure, StopAsked
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 IDENTITY = Identity(model={"hidden_size": 8}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
@@ -50,7 +55,7 @@ def test_by_hand_attempts_are_numbered_and_one_holds_the_locks(tmp_path: Path) -
 
 
 def test_an_orphan_s_lock_is_enough_to_be_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainyard.worker.launch.LOCK_SECONDS", 0.05)
+    monkeypatch.setattr("trainyard.worker.attempt.LOCK_SECONDS", 0.05)
     run = RunDir(tmp_path)
     with FileLock(run.alive_lock).take(shared=True):
         with pytest.raises(Failure, match=r"alive\.lock is held by another process"):
@@ -152,7 +157,7 @@ def test_a_vocabulary_that_is_too_small_is_refused(tmp_path: Path) -> None:
 
 
 def test_preparation_is_told_and_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainyard.worker.material.TOLD_SECONDS", 0.0)
+    monkeypatch.setattr("trainyard.worker.data.prepare.TOLD_SECONDS", 0.0)
     said: list[Event] = []
     material(tmp_path, said)
     told = [event for event in said if isinstance(event, PhaseChanged)]
@@ -188,7 +193,7 @@ def test_the_feed_gives_each_row_of_an_epoch_once_on_any_number_of_ranks(tmp_pat
 def publish(products: ProductDir, step: int, identity: Identity = IDENTITY) -> Path:
     model = torch.nn.Linear(2, 2)
     state = RunState(step=step, tokens=0, rows_per_step=4, world_size=1, identity=identity)
-    return checkpoint.publish(products, state, model.state_dict(), {"step.weight": torch.zeros(())}).path
+    return files.publish(products, state, model.state_dict(), {"step.weight": torch.zeros(())}).path
 
 
 class Yard:

@@ -13,10 +13,10 @@ from tests.worker import rank_runner
 from tests.worker.test_resume_start import ALONE, IDENTITY, publish, spec
 from trainyard.contract.events import CheckpointRemoved, Event, Started
 from trainyard.contract.rundir import ProductDir, RunDir
-from trainyard.worker import checkpoint, retention
-from trainyard.worker.failure import Failure
-from trainyard.worker.launch import claim
-from trainyard.worker.resume import find_start, go_back
+from trainyard.worker.attempt import claim
+from trainyard.worker.checkpoint import files, retention
+from trainyard.worker.checkpoint.resume import find_start, go_back
+from trainyard.worker.errors import Failure
 
 
 def test_newer_ones_are_set_aside_and_the_named_one_is_the_newest_from_then_on(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_newer_ones_are_set_aside_and_the_named_one_is_the_newest_from_then_on(t
     # Asked again by an attempt that begins after one that got no further: there is nothing left to do.
     assert go_back(products, 4, IDENTITY, said.append) == products.checkpoint(4)
     assert len(said) == 2
-    assert checkpoint.newest_valid(products, []) == products.checkpoint(4)
+    assert files.newest_valid(products, []) == products.checkpoint(4)
     # What is set aside is kept, also when it happens twice to one step.
     publish(products, 6)
     go_back(products, 4, IDENTITY, said.append)
@@ -126,7 +126,7 @@ def test_a_run_that_went_back_is_the_run_that_never_left(world: int, tmp_path: P
 
 def ask_to_save(run: RunDir, *steps: int) -> None:
     """Touch the file right after these steps."""
-    from trainyard.worker.life import SignOfLife
+    from trainyard.worker.attempt import SignOfLife
 
     beat = SignOfLife.beat
 

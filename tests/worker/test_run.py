@@ -24,7 +24,7 @@ from trainyard.contract.events import (
     Started,
     Warned,
 )
-from trainyard.contract.report import Outcome
+from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
 from trainyard.contract.spec import JobSpec
 
@@ -159,9 +159,10 @@ def test_the_loss_of_an_untrained_model_is_that_of_guessing(text: Path, tmp_path
 
 def fail_save(run: RunDir, fail_at: int, code: int) -> None:
     """Make each save of one step fail half way."""
-    from trainyard.worker import checkpoint, tensorfile
+    from trainyard.worker.checkpoint import files as checkpoint
+    from trainyard.worker.checkpoint import safetensors_writer
 
-    write = tensorfile.write_tensors
+    write = safetensors_writer.write_tensors
 
     def full(path: Path, tensors: Any) -> FileDigest:
         written = write(path, tensors)
@@ -194,7 +195,7 @@ def test_a_last_save_that_fails_is_no_success(text: Path, tmp_path: Path) -> Non
 
 def poison(*steps: int) -> None:
     """Make the gradient of these data steps not finite."""
-    from trainyard.worker.feed import Feed
+    from trainyard.worker.data.loader import Feed
 
     micros = Feed.micros
 
@@ -207,7 +208,7 @@ def poison(*steps: int) -> None:
 
 def poison_unread(*steps: int) -> None:
     """The same, with steps that are read when something is due, as on CUDA."""
-    from trainyard.worker.trainee import Trainee
+    from trainyard.worker.training.state import Trainee
 
     mock.patch.object(Trainee, "may_lag", return_value=True).start()
     poison(*steps)
@@ -282,7 +283,7 @@ def test_rollback_gives_up_after_three(text: Path, tmp_path: Path) -> None:
 
 def no_memory() -> None:
     """Fail as torch does on a CPU."""
-    from trainyard.worker import step
+    from trainyard.worker.training import step
 
     def forward(*_: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 99 bytes")
@@ -311,7 +312,7 @@ def test_an_unforeseen_exception_is_a_crash_and_no_outcome(text: Path, tmp_path:
 
 def bug() -> None:
     """Something nobody thought of."""
-    from trainyard.worker import step
+    from trainyard.worker.training import step
 
     mock.patch.object(step, "forward", side_effect=ZeroDivisionError("nobody thought of it")).start()
 
@@ -344,7 +345,7 @@ def test_a_stop_before_the_first_step_has_nothing_to_save(text: Path, tmp_path: 
 
 def stop_while_preparing(run: RunDir) -> None:
     """Touch the stop file as soon as the data is being read."""
-    from trainyard.worker import material, tokenizers
+    from trainyard.worker.data import prepare, tokenizers
 
     load = tokenizers.load
 
@@ -352,7 +353,7 @@ def stop_while_preparing(run: RunDir) -> None:
         run.attempt(1).stop.touch()
         return load(path)
 
-    mock.patch.object(material, "load", stopping).start()
+    mock.patch.object(prepare, "load", stopping).start()
 
 
 def test_wrong_usage_names_every_mistake(tmp_path: Path) -> None:

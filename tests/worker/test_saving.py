@@ -17,18 +17,29 @@ import torch
 from safetensors.torch import load_file
 
 from tests.worker import rank_runner
-from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
-from trainyard.contract.identity import Identity
+from trainyard.contract.events import (
+    CheckpointRemoved,
+    CheckpointSaved,
+    Event,
+    PhaseChanged,
+    Warned,
+)
+from trainyard.contract.run_identity import Identity
 from trainyard.contract.rundir import ProductDir
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
-from trainyard.worker import checkpoint, saving
+from trainyard.worker.checkpoint import files, saver
+from trainyard.worker.checkpoint.saver import Saver
+from trainyard.worker.checkpoint.staging import Snapshot
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.failure import Failure
-from trainyard.worker.meters import Interval, Meters
-from trainyard.worker.saving import Saver
-from trainyard.worker.snapshot import Snapshot
-from trainyard.worker.trainee import Progress, Trainee, build, initial_model
+from trainyard.worker.errors import Failure
+from trainyard.worker.training.metrics import Interval, Meters
+from trainyard.worker.training.state import (
+    Progress,
+    Trainee,
+    build,
+    initial_model,
+)
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 SHAPE = ModelConfig(
@@ -77,10 +88,10 @@ def test_a_save_publishes_tells_and_prunes(tmp_path: Path) -> None:
     saved = bench.of(CheckpointSaved)[-1]
     assert saved.path == str(bench.products.checkpoint(3))
     assert (saved.sha256, saved.bytes) == (
-        checkpoint.saved_at(3, bench.products.checkpoint(3)).sha256,
+        files.saved_at(3, bench.products.checkpoint(3)).sha256,
         sum(file.stat().st_size for file in bench.products.checkpoint(3).iterdir()),
     )
-    state = checkpoint.read_state(bench.products.checkpoint(3))
+    state = files.read_state(bench.products.checkpoint(3))
     assert (state.step, state.tokens, state.rows_per_step) == (3, 3, 8)
     assert state.interval == [[3.0, 0.0, 2.0, 0.0]]
     assert (bench.products.out / "pretrain_16.pth").is_file()
@@ -96,7 +107,7 @@ def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path)
     assert file.stat().st_mtime_ns == written
     os.truncate(file, 20)
     bench.save(5)
-    assert checkpoint.find_damage(bench.products.checkpoint(5)) is None
+    assert files.find_damage(bench.products.checkpoint(5)) is None
     assert [event.message for event in bench.of(Warned)] == ["checkpoint 5 invalid: model.safetensors size"]
     assert (bench.products.checkpoints / ".invalid-step-00000005").is_dir()
 
@@ -106,15 +117,15 @@ class Held:
 
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
-        self._publish = checkpoint.publish
+        self._publish = files.publish
 
-    def publish(self, *arguments: Any) -> checkpoint.Saved:
+    def publish(self, *arguments: Any) -> files.Saved:
         self.begun.set()
         assert self.go.wait(30)
         return self._publish(*arguments)
 
     def __enter__(self) -> "Held":
-        self._patch = mock.patch.object(checkpoint, "publish", self.publish)
+        self._patch = mock.patch.object(files, "publish", self.publish)
         self._patch.start()
         return self
 
@@ -136,7 +147,7 @@ def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Pat
     weights = {name: value.clone() for name, value in bench.trainee.model.state_dict().items()}
     moments = {
         name: value.clone()
-        for name, value in checkpoint.optimizer_tensors(bench.trainee.model, bench.trainee.optimizer).items()
+        for name, value in files.optimizer_tensors(bench.trainee.model, bench.trainee.optimizer).items()
     }
     with Held() as held:
         bench.begin(5)
@@ -180,12 +191,12 @@ def test_leaving_lets_a_save_come_to_its_end(tmp_path: Path) -> None:
         later.start()
         bench.saver.close()
         later.join()
-    assert checkpoint.find_damage(bench.products.checkpoint(3)) is None
+    assert files.find_damage(bench.products.checkpoint(3)) is None
 
 
 def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    with mock.patch.object(checkpoint, "publish", side_effect=ZeroDivisionError("nobody thought of it")):
+    with mock.patch.object(files, "publish", side_effect=ZeroDivisionError("nobody thought of it")):
         bench.begin(3)
         bench.saver.close()
         with pytest.raises(ZeroDivisionError):
@@ -198,7 +209,7 @@ def test_without_room_for_a_copy_training_waits_and_the_user_is_told(tmp_path: P
     bench = Bench(tmp_path)
     with mock.patch.object(Snapshot, "take", side_effect=RuntimeError("can't allocate memory")):
         bench.begin(3)
-        assert checkpoint.find_damage(bench.products.checkpoint(3)) is None
+        assert files.find_damage(bench.products.checkpoint(3)) is None
     (warning,) = bench.of(Warned)
     assert (warning.code, warning.step) == ("save_blocks", 3)
     bench.save(4)
@@ -239,7 +250,7 @@ def test_a_snapshot_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path)
     second = snapshot.take()
     snapshot.fill()
     assert {value.data_ptr() for value in second.model.values()} == {v.data_ptr() for v in first.model.values()}
-    assert set(checkpoint.unique_tensors(second.model)) == set(dict(bench.trainee.model.named_parameters()))
+    assert set(files.unique_tensors(second.model)) == set(dict(bench.trainee.model.named_parameters()))
     assert len(second.optimizer) == 3 * len(list(bench.trainee.model.parameters()))
 
 
@@ -285,14 +296,14 @@ def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
     ],
 )
 def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_path: Path) -> None:
-    bench, real, left = Bench(tmp_path), checkpoint.publish, iter(range(failures))
+    bench, real, left = Bench(tmp_path), files.publish, iter(range(failures))
 
-    def publish(*arguments: Any) -> checkpoint.Saved:
+    def publish(*arguments: Any) -> files.Saved:
         if next(left, None) is not None:
             raise error
         return real(*arguments)
 
-    with mock.patch.object(checkpoint, "publish", publish), mock.patch.object(saving, "RETRY_SECONDS", 0.0):
+    with mock.patch.object(files, "publish", publish), mock.patch.object(saver, "RETRY_SECONDS", 0.0):
         bench.save(4)
     assert len(bench.of(CheckpointSaved)) == 2 - failures
     messages = [event.message for event in bench.of(Warned)]
@@ -301,8 +312,8 @@ def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_p
 
 def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    out = mock.patch.object(checkpoint, "publish", side_effect=MemoryError)
-    with out, mock.patch.object(saving, "RETRY_SECONDS", 0.0), pytest.raises(Failure) as failed:
+    out = mock.patch.object(files, "publish", side_effect=MemoryError)
+    with out, mock.patch.object(saver, "RETRY_SECONDS", 0.0), pytest.raises(Failure) as failed:
         bench.save(4, must=True)
     assert failed.value.reason == "host_out_of_memory"
 
@@ -329,7 +340,7 @@ def kill_in_save(step: int, at_write: int) -> None:
     """SIGKILL to this process at the n-th write of the save of ``step``; the write itself gets half way."""
     writes = iter(range(10**9))
     real = os.write
-    publish = checkpoint.publish
+    publish = files.publish
 
     def fatal(descriptor: int, data: Any) -> int:
         if next(writes) == at_write:
@@ -342,7 +353,7 @@ def kill_in_save(step: int, at_write: int) -> None:
             mock.patch.object(os, "write", fatal).start()
         return publish(products, state, *rest)
 
-    mock.patch.object(checkpoint, "publish", watched).start()
+    mock.patch.object(files, "publish", watched).start()
 
 
 @pytest.mark.slow

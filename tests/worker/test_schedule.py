@@ -3,7 +3,12 @@ import math
 import pytest
 
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.schedule import Calendar, LearningRate, lr_at, total_steps
+from trainyard.worker.training.schedule import (
+    Calendar,
+    LearningRate,
+    lr_at,
+    total_steps,
+)
 
 
 def spec(**groups: object) -> JobSpec:

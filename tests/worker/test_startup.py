@@ -8,8 +8,8 @@ import torch
 
 from trainyard.contract.events import Started
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.console import Console
-from trainyard.worker.facts import cautions, has_bfloat16
+from trainyard.worker.events.console import Console
+from trainyard.worker.training.startup import cautions, has_bfloat16
 
 
 def spec(**groups: Any) -> JobSpec:

@@ -10,9 +10,9 @@ from trainyard.contract.spec import TrainingSpec
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
 from trainyard.worker.distributed import Ranks
-from trainyard.worker.gate import Trouble
-from trainyard.worker.step import Micro, StepResult, seed_dropout
-from trainyard.worker.trainee import Trainee, build, initial_model
+from trainyard.worker.training.nonfinite import Trouble
+from trainyard.worker.training.state import Trainee, build, initial_model
+from trainyard.worker.training.step import Micro, StepResult, seed_dropout
 
 SHAPE = ModelConfig(
     hidden_size=32,

@@ -18,7 +18,7 @@ from tests.worker.test_resume import kill_after
 from trainyard.contract.events import Event, Metric, Warned
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.trackers import TensorBoard, Trackers
+from trainyard.worker.events.trackers import TensorBoard, Trackers
 
 NAMES = ("tensorboard", "wandb")
 WITH = {

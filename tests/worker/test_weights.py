@@ -8,8 +8,8 @@ import torch
 
 from trainyard.contract.rundir import ProductDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.failure import Failure
-from trainyard.worker.weights import mismatches, start_from, write_weights
+from trainyard.worker.checkpoint.weights import mismatches, start_from, write_weights
+from trainyard.worker.errors import Failure
 
 
 def spec(**groups: Any) -> JobSpec:

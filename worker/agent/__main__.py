@@ -1,6 +1,6 @@
 """`python -m trainyard.worker.agent RUN_DIR --attempt N`: the small, torch-free parent of one attempt's processes on one node.
 
-On several nodes there is one on each, see `worker.agent.place`; what is written here is of the first.
+On several nodes there is one on each, see `worker.agent.rendezvous`; what is written here is of the first.
 
 It outlives the service that started it. It never ends a run because it cannot reach somebody: it stops one only when
 the service says so, when it is told by a signal, or when the ranks are beyond doubt dead or stuck.
@@ -16,10 +16,15 @@ from pathlib import Path
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir
-from trainyard.worker.agent.children import Children, become_subreaper
-from trainyard.worker.agent.follow import follow
-from trainyard.worker.agent.launch import launch_torchrun, write_started
-from trainyard.worker.agent.place import Place, appoint, node_name, sees
+from trainyard.worker.agent.follower import follow
+from trainyard.worker.agent.processes import Children, become_subreaper
+from trainyard.worker.agent.rendezvous import (
+    Place,
+    appoint,
+    node_name,
+    sees,
+)
+from trainyard.worker.agent.torchrun import launch_torchrun, write_started
 from trainyard.worker.output import redirect_output
 
 TICK_SECONDS = 0.05
@@ -57,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (LockBusy, NotWanted, OSError, ValueError, KeyError) as why:
         return _refuse(attempt, why)
     # Imported only now: torchrun needs seconds to start, and pydantic's import hides behind them.
-    from trainyard.worker.agent.supervise import Supervisor
+    from trainyard.worker.agent.supervisor import Supervisor
 
     try:
         supervisor = Supervisor.of(attempt, children, place)
@@ -119,7 +124,7 @@ def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock, place: Place)
 
 
 def _refuse(attempt: AttemptDir, why: Exception) -> int:
-    from trainyard.worker.agent.verdict import refused
+    from trainyard.worker.agent.exit_report import refused
 
     message = str(why) if isinstance(why, LockBusy | NotWanted) else f"{type(why).__name__}: {why}"
     print(f"agent: nothing was started: {message}", file=sys.stderr, flush=True)
