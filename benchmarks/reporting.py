@@ -90,20 +90,20 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
     """Times all of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
 
     def __init__(self, clock: Stopwatch) -> None:
-        from trainyard.worker.attempt import SignOfLife
+        from trainyard.worker.attempt import Heartbeat
         from trainyard.worker.events.trackers import Trackers
-        from trainyard.worker.events.writer import Outbox
-        from trainyard.worker.training.control import StopWish
-        from trainyard.worker.training.metrics import Meters
+        from trainyard.worker.events.writer import EventWriter
+        from trainyard.worker.training.control import StopSignal
+        from trainyard.worker.training.metrics import MetricsProcessor
 
         self._clock = clock
         self._places: list[tuple[type, str]] = [
-            (Outbox, "say"),
-            (Meters, "line"),
-            (Meters, "count"),
-            (Meters, "end_step"),
-            (SignOfLife, "beat"),
-            (StopWish, "asked"),
+            (EventWriter, "say"),
+            (MetricsProcessor, "line"),
+            (MetricsProcessor, "count"),
+            (MetricsProcessor, "end_step"),
+            (Heartbeat, "beat"),
+            (StopSignal, "asked"),
             (Trackers, "log"),
         ]
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from trainyard.client.connection import Connection
-from trainyard.client.errors import Damaged
+from trainyard.client.errors import ChecksumMismatch
 from trainyard.contract.rundir import MANIFEST_FILE, parse_manifest
 
 PART = ".part"
@@ -19,7 +19,7 @@ def fetch(connection: Connection, url: str, into: Path) -> list[str]:
     listed = parse_manifest(manifest)
     for name, entry in listed.items():
         if not name or Path(name).name != name or name.startswith("."):
-            raise Damaged(f"the manifest names an invalid file: {name!r}")
+            raise ChecksumMismatch(f"the manifest names an invalid file: {name!r}")
         if not _matches(into / name, entry.sha256):
             _fetch_one(connection, f"{url}/{name}", into / name, entry.sha256)
     (into / MANIFEST_FILE).write_bytes(manifest)
@@ -36,7 +36,7 @@ def _fetch_one(connection: Connection, url: str, path: Path, digest: str) -> Non
                 file.write(piece)
     if not _matches(part, digest):
         part.unlink()
-        raise Damaged(f"{path.name} is not what the manifest says: fetch it again")
+        raise ChecksumMismatch(f"{path.name} is not what the manifest says: fetch it again")
     os.replace(part, path)
 
 

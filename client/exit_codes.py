@@ -5,14 +5,14 @@ from enum import IntEnum
 from typing import Any
 
 from trainyard.client.errors import (
-    NameShared,
-    NoAddress,
+    AmbiguousName,
+    InvalidUrl,
     NotAuthorised,
     ServiceUnreachable,
     TrainyardError,
     WaitTimedOut,
 )
-from trainyard.contract.status import AT_REST, JobStatus
+from trainyard.contract.status import IDLE, JobStatus
 
 
 class Exit(IntEnum):
@@ -41,7 +41,7 @@ def exit_of_error(error: TrainyardError) -> Exit:
             return Exit.NO_SERVICE
         case NotAuthorised():
             return Exit.NOT_AUTHORISED
-        case NameShared() | NoAddress():
+        case AmbiguousName() | InvalidUrl():
             return Exit.USAGE
         case WaitTimedOut():
             return Exit.TIMED_OUT
@@ -54,14 +54,14 @@ def restart_pending(job: Mapping[str, Any]) -> bool:
     return job["status"] == JobStatus.INTERRUPTED and job.get("restart_at") is not None
 
 
-def at_rest(job: Mapping[str, Any]) -> bool:
+def is_idle(job: Mapping[str, Any]) -> bool:
     """Whether nothing more happens to the job until somebody asks for it."""
-    return job["status"] in AT_REST and not restart_pending(job)
+    return job["status"] in IDLE and not restart_pending(job)
 
 
 def exit_of_job(job: Mapping[str, Any]) -> Exit | None:
     """The code for a job that is at rest; None while there is something to wait for."""
-    if not at_rest(job):
+    if not is_idle(job):
         return None
     ends = {
         JobStatus.SUCCEEDED: Exit.SUCCEEDED,

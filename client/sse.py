@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from typing import Any
 
-from trainyard.client.errors import Refused, ServiceUnreachable, TrainyardError
+from trainyard.client.errors import ApiError, ServiceUnreachable, TrainyardError
 
 RETRY_SECONDS = 2.0
-MOST_WAITING = 2000
+MAX_WAITING = 2000
 OPENED = "open"
 END = "end"
 
 
-class NoStream(TrainyardError):
+class StreamUnsupported(TrainyardError):
     """The service answers, and not with a stream: it is an older one."""
 
 
@@ -46,7 +46,7 @@ Open = Callable[[str | None], Iterator[StreamEvent]]
 
 
 @dataclass
-class Feed:
+class EventStream:
     """Events of a stream that come by themselves. Where none can be had, ``healthy`` is false: ask instead.
 
     The thread ends with the stream's "end", where the service has no streams, or after `close`.
@@ -54,12 +54,12 @@ class Feed:
 
     open_stream: Open
     healthy: bool = False
-    _events: "Queue[StreamEvent]" = field(default_factory=lambda: Queue(MOST_WAITING))
+    _events: "Queue[StreamEvent]" = field(default_factory=lambda: Queue(MAX_WAITING))
     _came: threading.Event = field(default_factory=threading.Event)
     _closing: threading.Event = field(default_factory=threading.Event)
     _last_id: str | None = None
 
-    def start(self) -> "Feed":
+    def start(self) -> "EventStream":
         """Begin to read."""
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
@@ -89,9 +89,9 @@ class Feed:
             try:
                 if self._read():
                     return
-            except NoStream:
+            except StreamUnsupported:
                 return
-            except Refused as error:
+            except ApiError as error:
                 if error.status < 500 and error.status != 429:
                     return
             except ServiceUnreachable:

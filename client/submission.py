@@ -33,15 +33,15 @@ class Submission:
         given = given_leaves(vars(args))
         return cls(args, given, _spec(command, args, given, console))
 
-    def refused(self, error: InvalidSpec, console: Console) -> None:
+    def error_text(self, error: InvalidSpec, console: Console) -> None:
         """Say every mistake that the service found, with the flag that made it."""
-        console.say(f"trainyard: {error.detail}")
+        console.error(f"trainyard: {error.detail}")
         self.list_problems([(problem.pointer, problem.message) for problem in error.errors], console)
 
     def list_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
         """One line a mistake."""
         for pointer, message in problems:
-            console.say(f"  {_place(pointer, self.given)}: {message}{self._where(pointer)}")
+            console.error(f"  {_place(pointer, self.given)}: {message}{self._where(pointer)}")
 
     def _where(self, pointer: str) -> str:
         """The path itself where a path is wrong: a relative one was looked for somewhere."""

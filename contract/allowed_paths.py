@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def why_outside(path: str | Path, roots: Iterable[Path], content: bool = True) -> str | None:
+def outside_reason(path: str | Path, roots: Iterable[Path], content: bool = True) -> str | None:
     """Why ``path`` is not below one of ``roots``, links followed to their end; None where it is.
 
     ``content``: of a directory, what lies directly in it counts too: a file of a tokenizer or of weights may be a link

@@ -19,7 +19,7 @@ MAX_NAME_LENGTH, MAX_NAMES = 40, 5
 """Of the keys of a bad line that are listed as what may be its text field."""
 
 
-class Packing(StrEnum):
+class Compression(StrEnum):
     """What the first bytes of a file say it is."""
 
     NONE = "none"
@@ -28,12 +28,12 @@ class Packing(StrEnum):
     PARQUET = "parquet"
 
 
-MAGIC = {b"\x1f\x8b": Packing.GZIP, b"\x28\xb5\x2f\xfd": Packing.ZSTD, b"PAR1": Packing.PARQUET}
+MAGIC = {b"\x1f\x8b": Compression.GZIP, b"\x28\xb5\x2f\xfd": Compression.ZSTD, b"PAR1": Compression.PARQUET}
 
 
-def packing_of(head: bytes) -> Packing:
+def compression_of(head: bytes) -> Compression:
     """What a file that begins with ``head`` is."""
-    return next((packing for magic, packing in MAGIC.items() if head.startswith(magic)), Packing.NONE)
+    return next((packing for magic, packing in MAGIC.items() if head.startswith(magic)), Compression.NONE)
 
 
 def is_plain_text(name: str, head: bytes) -> bool:
@@ -51,7 +51,7 @@ BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 @dataclass(frozen=True)
-class Sketch:
+class FileFingerprint:
     """A file's size, and the sha256 of blocks of it. Times are no part of it: a copy is the same file.
 
     Two files of different sketches differ. Of two with the same one, only a full digest tells.

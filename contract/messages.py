@@ -57,7 +57,7 @@ class NextAction(Message):
     body: dict[str, Any] | None
 
 
-class Failure(ErrorCard):
+class FailureCard(ErrorCard):
     """A failure with what to do about it, the likeliest first; [] once it was done."""
 
     next: list[NextAction] = Field(default_factory=list)

@@ -104,13 +104,13 @@ def all_pids() -> Iterator[int]:
             yield int(entry.name)
 
 
-def marked(mark: str) -> list[ProcessIdentity]:
+def find_by_marker(mark: str) -> list[ProcessIdentity]:
     """Every living process whose environment carries this attempt's marker, this process excepted."""
     carriers = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, MARKER) == mark]
     return [identity for pid in carriers if (identity := ProcessIdentity.of(pid))]
 
 
-def marks(besides: str) -> set[str]:
+def live_markers(besides: str) -> set[str]:
     """The markers of all living processes that were also given the variable ``besides``, by one look at the host."""
     found = set()
     for pid in all_pids():

@@ -7,12 +7,12 @@ the corpus is, so that most of what cannot go on is refused when it is asked for
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-FREE_SHAPE = ("dropout", "router_aux_loss_coef", "rope_theta", "max_position_embeddings")
+CHANGEABLE_FIELDS = ("dropout", "router_aux_loss_coef", "rope_theta", "max_position_embeddings")
 """Of a model, what may be another one where the data begins anew: the weights fit, and mean the same."""
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunIdentity:
     """What must be the same for a resume to be the same run.
 
     ``tokenizer``, ``corpus``: fingerprints. ``corpus_file``, ``vocabulary``: how the service tells them at a glance,

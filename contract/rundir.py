@@ -222,15 +222,15 @@ class RunDir:
         found = [AttemptDir(p) for p in self.path.iterdir() if ATTEMPT_DIRECTORY.fullmatch(p.name)]
         yield from sorted(found, key=lambda attempt: attempt.number)
 
-    def products(self, save_dir: str | None, job_name: str | None = None) -> "ProductDir":
+    def artifacts(self, save_dir: str | None, job_name: str | None = None) -> "ArtifactDir":
         """Return where checkpoints and weights go: here, or ``save_dir/<job>/``, one directory a job."""
         if save_dir is None:
-            return ProductDir(self.path)
-        return ProductDir(Path(save_dir) / (job_name or self.path.name))
+            return ArtifactDir(self.path)
+        return ArtifactDir(Path(save_dir) / (job_name or self.path.name))
 
 
 @dataclass(frozen=True)
-class ProductDir:
+class ArtifactDir:
     """The directory of a job's checkpoints and weights: the run directory itself, or one below ``save_dir``."""
 
     path: Path

@@ -57,7 +57,7 @@ def tokenizer_file(tokenizer_path: str) -> Path:
 
 
 @dataclass(frozen=True)
-class Vocabulary:
+class TokenizerInfo:
     """What a tokenizer.json and the tokenizer_config.json beside it say.
 
     ``size``: highest id + 1. ``fingerprint``: equal for two tokenizers only if they give equal ids for every text.
@@ -88,11 +88,11 @@ class Vocabulary:
         return cls(size, bos, eos, pad, fingerprint, added, described)
 
 
-def identified(tokenizer_path: str) -> tuple[int, str]:
+def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
     """(size, fingerprint) of a tokenizer, the built-in one included. Raises TokenizerInvalid."""
     if tokenizer_path == BYTE:
         return BYTE_VOCABULARY, BYTE_FINGERPRINT
-    found = Vocabulary.read(tokenizer_file(tokenizer_path))
+    found = TokenizerInfo.read(tokenizer_file(tokenizer_path))
     return found.size, found.fingerprint
 
 

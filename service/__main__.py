@@ -13,29 +13,29 @@ from sqlalchemy.exc import DBAPIError
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
-from trainyard.service.app import build, create_app
-from trainyard.service.db.engine import UnknownTables, what_it_said
+from trainyard.service.app import build_state, create_app
+from trainyard.service.db.engine import UnknownSchemaVersion, error_text
 from trainyard.service.launch.base import LOCAL, Launcher
 from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
-from trainyard.service.launch.router import SideBySide
+from trainyard.service.launch.router import LauncherRouter
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
-from trainyard.service.observability.logging import set_up
-from trainyard.service.server import HEAD_BYTES, Protocol, Server
-from trainyard.service.settings import Settings, SettingsRefused
+from trainyard.service.observability.logging import configure_logging
+from trainyard.service.server import HEAD_BYTES, GracefulServer, TimeoutH11Protocol
+from trainyard.service.settings import InvalidSettings, Settings
 from trainyard.service.timing import Timing
 
 BACKLOG = 512
 PREDECESSOR_SECONDS = 20.0
 SHUTDOWN_SECONDS = 10
-UNREAD_MILLISECONDS = 60_000
+UNACKED_TIMEOUT_MILLISECONDS = 60_000
 
 
-class CannotListen(Exception):
+class BindError(Exception):
     """The address cannot be listened at; the message says why and what to do."""
 
 
-class NotAlone(Exception):
+class AlreadyRunning(Exception):
     """Another service runs on the home; the message says where."""
 
 
@@ -47,12 +47,12 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
     try:
         settings, schedules = _settings(arguments)
         return _run(settings, schedules, agent, timing)
-    except SettingsRefused as error:
+    except InvalidSettings as error:
         return _refuse(str(error), code=2)
-    except (CannotListen, NotAlone, UnknownTables) as error:
+    except (BindError, AlreadyRunning, UnknownSchemaVersion) as error:
         return _refuse(str(error))
     except DBAPIError as error:
-        return _refuse(what_it_said(error))
+        return _refuse(error_text(error))
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}; --home or TRAINYARD_HOME says where the service may write")
 
@@ -64,12 +64,12 @@ def _refuse(why: str, code: int = 1) -> int:
 
 def _run(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
     settings.home.mkdir(parents=True, exist_ok=True)
-    with _alone(settings) if schedules else contextlib.nullcontext():
-        set_up(settings.log_format, settings.log_level, settings.secrets())
+    with _hold_home(settings) if schedules else contextlib.nullcontext():
+        configure_logging(settings.log_format, settings.log_level, settings.secrets())
         return _serve(settings, schedules, agent, timing)
 
 
-def _alone(settings: Settings) -> contextlib.AbstractContextManager[object]:
+def _hold_home(settings: Settings) -> contextlib.AbstractContextManager[object]:
     """On SQLite, one service on a home; a predecessor that is shutting down is waited for. Raises NotAlone.
 
     On Postgres there may be several, on this host or others: the lease says which of them schedules.
@@ -84,7 +84,7 @@ def _alone(settings: Settings) -> contextlib.AbstractContextManager[object]:
     try:
         return lock.take(seconds=PREDECESSOR_SECONDS)
     except LockBusy:
-        raise NotAlone(f"{there}: use that one, stop it, or give this one a --home of its own") from None
+        raise AlreadyRunning(f"{there}: use that one, stop it, or give this one a --home of its own") from None
 
 
 def _its_url(settings: Settings) -> str:
@@ -110,7 +110,7 @@ def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
 def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
     with _bound(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        services = build(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
+        services = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
         # Here, and not only in the application's life: what a database says no to is said in a line.
         services.database.upgrade(settings.home / "migrate.lock")
 
@@ -132,12 +132,12 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
-            http=Protocol,
+            http=TimeoutH11Protocol,
             # Who may speak for others is ours to decide, see `service.proxies`; uvicorn would believe all of loopback.
             proxy_headers=False,
             h11_max_incomplete_event_size=HEAD_BYTES,
         )
-        server = Server(config, services.pulse.stop)
+        server = GracefulServer(config, services.broadcaster.stop)
         server.run(sockets=[listener])
         return 0 if server.started else 1
 
@@ -148,7 +148,7 @@ def _launcher(settings: Settings, agent: tuple[str, ...]) -> Launcher:
     if settings.slurm is None:
         return local
     slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, agent)
-    return SideBySide({LOCAL: local, SLURM: slurm})
+    return LauncherRouter({LOCAL: local, SLURM: slurm})
 
 
 def _bound(settings: Settings) -> socket.socket:
@@ -158,22 +158,22 @@ def _bound(settings: Settings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it: what a peer does not take for so long is thrown away with its connection.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKED_TIMEOUT_MILLISECONDS)
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
-        raise CannotListen(f"{settings.host}:{settings.port}: {_why_not(error)}") from error
+        raise BindError(f"{settings.host}:{settings.port}: {_bind_error(error)}") from error
     try:
         settings.require_safe(listener.getsockname()[0])
-    except SettingsRefused:
+    except InvalidSettings:
         listener.close()
         raise
     listener.listen(BACKLOG)
     return listener
 
 
-def _why_not(error: OSError) -> str:
+def _bind_error(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "another program listens there already; --port takes another port, and --port 0 any that is free"
     return f"cannot be listened at: {error.strerror}; --host and --port say where"

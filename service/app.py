@@ -12,8 +12,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from trainyard.service.api.bodies import invalid_request
-from trainyard.service.api.dependencies import Services
-from trainyard.service.api.middleware import Gate, HeadMiddleware
+from trainyard.service.api.dependencies import AppState
+from trainyard.service.api.middleware import HeadMiddleware, RequestMiddleware
 from trainyard.service.api.openapi import openapi
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import artifacts, logs, prometheus, status
@@ -33,19 +33,19 @@ from trainyard.service.dashboard.assets import Assets
 from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
-from trainyard.service.errors import ServiceError, answer, from_exception
+from trainyard.service.errors import ServiceError, from_exception, problem_response
 from trainyard.service.jobs import deletion
 from trainyard.service.launch.base import Launcher
-from trainyard.service.leadership import Lease
-from trainyard.service.maintenance.corpus_cache import CorpusShelf
-from trainyard.service.maintenance.loop import Upkeep
+from trainyard.service.leadership import LeaderLease
+from trainyard.service.maintenance.corpus_cache import CorpusCachePruner
+from trainyard.service.maintenance.loop import MaintenanceLoop
 from trainyard.service.maintenance.retention import Policy
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.scheduler.published_inventory import PublishedInventory
 from trainyard.service.settings import Settings
-from trainyard.service.streams.broadcaster import Pulse
+from trainyard.service.streams.broadcaster import MetricBroadcaster
 from trainyard.service.timing import Timing
-from trainyard.service.webhooks.http_client import Courier
+from trainyard.service.webhooks.http_client import WebhookClient
 from trainyard.service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
@@ -72,18 +72,18 @@ ROUTERS = (
 ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
 
-def build(
+def build_state(
     settings: Settings,
     launcher: Launcher,
     inventory: Inventory | None = None,
     schedules: bool = True,
     timing: Timing = Timing(),
-) -> Services:
+) -> AppState:
     """The parts of a service. Nothing runs yet, and nothing was written. One that never ``schedules`` only answers."""
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
-    lease = Lease(database, timing=timing)
+    lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
         database,
         launcher,
@@ -93,12 +93,12 @@ def build(
         preempts=settings.preemption,
         timing=timing,
     )
-    sender = Sender(database, Courier(settings.webhook_networks), lease, wanted=schedules)
+    sender = Sender(database, WebhookClient(settings.webhook_networks), lease, wanted=schedules)
     seen = devices if schedules else PublishedInventory(database, devices)
-    return Services(settings, database, seen, scheduler, Pulse(database), sender)
+    return AppState(settings, database, seen, scheduler, MetricBroadcaster(database), sender)
 
 
-def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
+def create_app(services: AppState, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
     """The ASGI application. ``ready`` is called once it works; ``scheduling`` False leaves the rounds to the caller."""
     upkeep = _upkeep(services)
 
@@ -115,7 +115,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         if ready is not None:
             ready()
         yield
-        services.pulse.stop()
+        services.broadcaster.stop()
         upkeep.stop()
         # While the lease is still held: what was sent a moment ago is written down as sent.
         services.sender.stop()
@@ -137,7 +137,9 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
     app.add_middleware(HeadMiddleware)
     app.add_middleware(DashboardMiddleware, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
-    app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)
+    app.add_middleware(
+        RequestMiddleware, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.authenticator
+    )
     scopes_of(route for module in ROUTERS for route in module.router.routes)
     for module in ROUTERS:
         app.include_router(module.router)
@@ -151,10 +153,12 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
     if made.status == HTTPStatus.METHOD_NOT_ALLOWED:
         methods = methods_at(request.url.path, ROUTES)
         made.headers |= {"Allow": ", ".join(methods)} if methods else {}
-    return answer(made, request.scope.get("request_id"))
+    return problem_response(made, request.scope.get("request_id"))
 
 
-def _upkeep(services: Services) -> Upkeep:
+def _upkeep(services: AppState) -> MaintenanceLoop:
     settings, telemetry = services.settings, services.telemetry
-    shelf, policy = CorpusShelf.of(settings), Policy.of(settings)
-    return Upkeep(services.scheduler, services.disks, corpora=shelf, policy=policy, count=telemetry.removes)
+    shelf, policy = CorpusCachePruner.of(settings), Policy.of(settings)
+    return MaintenanceLoop(
+        services.scheduler, services.disks, corpora=shelf, policy=policy, count=telemetry.rows_removed
+    )

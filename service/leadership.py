@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.processes import ProcessIdentity, boot_id, pid_namespace
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import LeaderRow
+from trainyard.service.db.models import SchedulerLeaseRow
 from trainyard.service.timing import Timing
 
 LEASE_SECONDS = Timing.lease_seconds
@@ -28,11 +28,11 @@ ROW = 1
 log = logging.getLogger("trainyard")
 
 
-class Deposed(Exception):
+class LeadershipLost(Exception):
     """Another service schedules now: what this one was about to write is not written."""
 
 
-class Lease:
+class LeaderLease:
     """A process's claim to be the one that schedules. ``epoch`` is None while it is not."""
 
     def __init__(
@@ -55,7 +55,7 @@ class Lease:
         if self.epoch is not None and now - self._renewed_at < self._timing.renew_seconds:
             return True
         with self._database.read() as session:
-            row = session.get(LeaderRow, ROW)
+            row = session.get(SchedulerLeaseRow, ROW)
             if not self._may_write(row, now):
                 self.epoch = None
                 return False
@@ -67,37 +67,37 @@ class Lease:
 
     def fence(self, session: Session) -> None:
         """Raise Deposed where another one leads. Nobody takes over before this transaction ends."""
-        row = select(LeaderRow.epoch).where(LeaderRow.id == ROW).with_for_update(read=True)
+        row = select(SchedulerLeaseRow.epoch).where(SchedulerLeaseRow.id == ROW).with_for_update(read=True)
         if self.epoch is None or session.scalar(row) != self.epoch:
             self.epoch = None
-            raise Deposed()
+            raise LeadershipLost()
 
     def give_up(self) -> None:
         """Leave the lease to whoever wants it, at once."""
         if self.epoch is None:
             return
         with self._database.write() as session:
-            row = session.get(LeaderRow, ROW, with_for_update=True)
+            row = session.get(SchedulerLeaseRow, ROW, with_for_update=True)
             if row is not None and row.epoch == self.epoch:
                 row.holder = None
         self.epoch = None
 
-    def _may_write(self, row: LeaderRow | None, now: float) -> bool:
+    def _may_write(self, row: SchedulerLeaseRow | None, now: float) -> bool:
         if row is None or row.holder is None or self._is_mine(row) or is_dead(row.holder):
             return True
         if self._seen != (row.epoch, row.beat):
             self._seen, self._seen_at = (row.epoch, row.beat), now
         return now - self._seen_at > self._timing.lease_seconds
 
-    def _is_mine(self, row: LeaderRow) -> bool:
+    def _is_mine(self, row: SchedulerLeaseRow) -> bool:
         return self.epoch is not None and row.epoch == self.epoch
 
     def _write(self, now: float) -> bool:
         try:
             with self._database.write() as session:
-                row = session.get(LeaderRow, ROW, with_for_update=True)
+                row = session.get(SchedulerLeaseRow, ROW, with_for_update=True)
                 if row is None:
-                    row = LeaderRow(id=ROW, epoch=0, beat=0)
+                    row = SchedulerLeaseRow(id=ROW, epoch=0, beat=0)
                     session.add(row)
                 if not self._may_write(row, now):
                     self.epoch = None
@@ -114,7 +114,7 @@ class Lease:
         return True
 
 
-class LeaderWatch:
+class LeaderMonitor:
     """Whether the one that schedules goes on counting, as another process sees it, by that process's own clock."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -122,7 +122,7 @@ class LeaderWatch:
         self._last: tuple[int, int] | None = None
         self._since = monotonic()
 
-    def silence(self, row: LeaderRow | None) -> float:
+    def seconds_since_renewal(self, row: SchedulerLeaseRow | None) -> float:
         """Seconds since it was seen to count on; where nobody leads, since somebody did, or since we began to look."""
         found = (row.epoch, row.beat) if row is not None and row.holder is not None else None
         if found is not None and found != self._last:
@@ -131,7 +131,7 @@ class LeaderWatch:
 
 
 @contextlib.contextmanager
-def fenced(database: Database, lease: Lease | None) -> Iterator[Session]:
+def fenced(database: Database, lease: LeaderLease | None) -> Iterator[Session]:
     """A transaction that is refused where another service leads; without a lease nobody else can. Raises Deposed."""
     with database.write() as session:
         if lease is not None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from trainyard.contract.messages import ErrorCard, Failure
+from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.api.bodies import OptionalBody, StrictBody
@@ -13,13 +13,13 @@ from trainyard.service.api.bodies import OptionalBody, StrictBody
 T = TypeVar("T")
 
 
-class Shape(BaseModel):
+class ResponseModel(BaseModel):
     """Made from a row or a mapping; frozen."""
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
 
 
-class Page(Shape, Generic[T]):
+class Page(ResponseModel, Generic[T]):
     """A list. The next page is ``after=<last id>``, that of metrics ``after_step=<last step>``."""
 
     object: Literal["list"] = "list"
@@ -27,7 +27,7 @@ class Page(Shape, Generic[T]):
     has_more: bool
 
 
-class MemoryPlan(Shape):
+class MemoryPlan(ResponseModel):
     """Bytes on each rank."""
 
     weights: int | None = None
@@ -36,7 +36,7 @@ class MemoryPlan(Shape):
     activations: int | None = None
 
 
-class Plan(Shape):
+class Plan(ResponseModel):
     """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started.
 
     ``base_step``: steps of a fork's ancestors that lie before its own schedule; ``steps`` counts them too.
@@ -75,7 +75,7 @@ class Plan(Shape):
     estimated: bool = False
 
 
-class Progress(Shape):
+class Progress(ResponseModel):
     """How far the job is, by its newest report. ``percent`` goes from 0 to 100. Before any report 0 steps are done."""
 
     step: int = 0
@@ -93,14 +93,14 @@ class Progress(Shape):
     nonfinite: bool = False
 
 
-class Queue(Shape):
+class Queue(ResponseModel):
     """Where a queued job stands (1 is next; null in a cluster's queue), and what it waits for."""
 
     position: int | None
     waiting_for: str
 
 
-class Forecast(Plan):
+class PlanPreview(Plan):
     """The plan of a run that was not submitted, and where it would stand in the queue.
 
     ``start_step``: a fork begins behind it; its time and FLOPs are those of the steps that are left.
@@ -111,7 +111,7 @@ class Forecast(Plan):
     queue: Queue
 
 
-class Parent(Shape):
+class Parent(ResponseModel):
     """What a fork was made from. ``data``: keep or restart."""
 
     job_id: str
@@ -119,7 +119,7 @@ class Parent(Shape):
     data: str | None = None
 
 
-class Placement(Shape):
+class Placement(ResponseModel):
     """Where a cluster has put an attempt, in its own words; ``engine_id`` is its number there.
 
     ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs on the node.
@@ -132,7 +132,7 @@ class Placement(Shape):
     devices: list[str]
 
 
-class AllowedAction(Shape):
+class AllowedAction(ResponseModel):
     """Whether a verb fits the present status, and if not, why."""
 
     action: str
@@ -140,7 +140,7 @@ class AllowedAction(Shape):
     why_not: str | None
 
 
-class Alert(Shape):
+class Alert(ResponseModel):
     """Something the user should know of while the run goes on."""
 
     code: str
@@ -149,7 +149,7 @@ class Alert(Shape):
     at: datetime
 
 
-class Checkpoint(Shape):
+class Checkpoint(ResponseModel):
     """A published checkpoint. ``sha256`` is that of its model.safetensors, ``bytes`` that of all its files."""
 
     object: Literal["checkpoint"] = "checkpoint"
@@ -165,7 +165,7 @@ class Checkpoint(Shape):
     created_at: datetime
 
 
-class Job(Shape):
+class Job(ResponseModel):
     """One pretraining run."""
 
     object: Literal["job"] = "job"
@@ -177,7 +177,7 @@ class Job(Shape):
     phase: str | None
     reason: str | None
     message: str | None
-    error: Failure | None
+    error: FailureCard | None
     spec: dict[str, Any]
     plan: Plan
     progress: Progress
@@ -199,7 +199,7 @@ class Job(Shape):
     finished_at: datetime | None
 
 
-class Event(Shape):
+class Event(ResponseModel):
     """Something that happened to a job. ``actor``: a token's name, admin, local, service, scheduler or agent."""
 
     object: Literal["event"] = "event"
@@ -213,7 +213,7 @@ class Event(Shape):
     at: datetime
 
 
-class Attempt(Shape):
+class Attempt(ResponseModel):
     """One launch of a job's workers. ``trigger``: submit, resume, restart or preemption."""
 
     object: Literal["attempt"] = "attempt"
@@ -238,14 +238,14 @@ class Attempt(Shape):
     ended_at: datetime | None
 
 
-class ExportedFile(Shape):
+class ExportedFile(ResponseModel):
     """A file of an export."""
 
     name: str
     bytes: int
 
 
-class Export(Shape):
+class Export(ResponseModel):
     """A checkpoint as others load it: a Hugging Face directory, or one with MiniMind's file."""
 
     object: Literal["export"] = "export"
@@ -258,7 +258,7 @@ class Export(Shape):
     files: list[ExportedFile]
 
 
-class Sample(Shape):
+class Sample(ResponseModel):
     """A text the model wrote at a step."""
 
     object: Literal["sample"] = "sample"
@@ -271,14 +271,14 @@ class Sample(Shape):
     at: datetime
 
 
-class LogChunk(Shape):
+class LogChunk(ResponseModel):
     """A piece of a log; reading goes on at ``next_offset``."""
 
     data: str
     next_offset: int
 
 
-class LogLines(Shape):
+class LogLines(ResponseModel):
     """Lines of a log, from number ``first_line`` on; ``bytes`` of it are counted in ``total_lines``."""
 
     object: Literal["log_lines"] = "log_lines"
@@ -288,7 +288,7 @@ class LogLines(Shape):
     bytes: int
 
 
-class LogMatch(Shape):
+class LogMatch(ResponseModel):
     """A line that has what was looked for, counted from 1, and the byte at which it begins."""
 
     line: int
@@ -296,7 +296,7 @@ class LogMatch(Shape):
     text: str
 
 
-class LogMatches(Shape):
+class LogMatches(ResponseModel):
     """Matches in the order of the log; ``searched_lines`` were looked through."""
 
     object: Literal["list"] = "list"
@@ -305,13 +305,13 @@ class LogMatches(Shape):
     searched_lines: int
 
 
-class Health(Shape):
+class Health(ResponseModel):
     """The process answers."""
 
     status: Literal["ok"] = "ok"
 
 
-class Version(Shape):
+class Version(ResponseModel):
     """What is running here."""
 
     name: str
@@ -321,7 +321,7 @@ class Version(Shape):
     database: str
 
 
-class Metric(Shape):
+class Metric(ResponseModel):
     """A point of the curve. ``fields`` may leave out all but the first two; null where not measured or not finite."""
 
     step: int
@@ -344,7 +344,7 @@ class Metric(Shape):
     job_id: str | None = None
 
 
-class Bucket(Shape):
+class Bucket(ResponseModel):
     """A stretch of the curve. ``loss`` is its last one; what is not finite is left out of the means."""
 
     first_step: int
@@ -361,7 +361,7 @@ class Bucket(Shape):
     job_id: str | None = None
 
 
-class MetricPage(Shape):
+class MetricPage(ResponseModel):
     """Points, or with ``max_points`` buckets of ``resolution`` steps; ``lineage`` where it was asked for."""
 
     object: Literal["list"] = "list"
@@ -371,14 +371,14 @@ class MetricPage(Shape):
     lineage: list[Any] | None = None
 
 
-class FieldMistake(Shape):
+class FieldError(ResponseModel):
     """Where something is wrong (an RFC 6901 pointer) and what should be there."""
 
     pointer: str
     message: str
 
 
-class ProblemDetails(Shape):
+class ProblemDetails(ResponseModel):
     """RFC 9457. ``code`` is for programs, ``detail`` for people; ``errors`` lists all mistakes of a spec or request."""
 
     model_config = ConfigDict(extra="allow")
@@ -389,7 +389,7 @@ class ProblemDetails(Shape):
     code: str
     detail: str
     request_id: str | None
-    errors: list[FieldMistake] = []
+    errors: list[FieldError] = []
 
 
 MOST = 2**31 - 1
@@ -401,14 +401,14 @@ Lifetime = Annotated[int, Field(ge=1, le=TEN_YEARS, description="seconds from no
 Quota = Annotated[int, Field(ge=0, le=MOST, description="null: no limit")]
 
 
-class AskedQuotas(StrictBody):
+class QuotaRequest(StrictBody):
     """How much a token's jobs that are queued or run may come to."""
 
     max_jobs: Quota | None = None
     max_devices: Quota | None = None
 
 
-class AskedToken(AskedQuotas):
+class TokenRequest(QuotaRequest):
     """A token to be made. Its name is never given again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
@@ -416,14 +416,14 @@ class AskedToken(AskedQuotas):
     expires_in: Lifetime | None = None
 
 
-class AskedRotation(OptionalBody):
+class RotationRequest(OptionalBody):
     """Another secret for a token. ``overlap``: seconds for which the one it has stays good beside it."""
 
     overlap: Annotated[int, Field(ge=0, le=TEN_YEARS)] = 0
     expires_in: Lifetime | None = None
 
 
-class Token(Shape):
+class Token(ResponseModel):
     """A named token. ``jobs`` and ``devices`` count what it has queued or running now."""
 
     object: Literal["token"] = "token"
@@ -449,7 +449,7 @@ class NewToken(Token):
     token: str
 
 
-class LeasedDevice(Shape):
+class DeviceResponse(ResponseModel):
     """A device, who has it, and processes on it that belong to no attempt."""
 
     object: Literal["device"] = "device"
@@ -464,7 +464,7 @@ class LeasedDevice(Shape):
     processes: list[int] = Field(default_factory=list)
 
 
-class ReadyPart(Shape):
+class ReadyPart(ResponseModel):
     """Something the service needs to work, and how it is."""
 
     name: str
@@ -472,14 +472,14 @@ class ReadyPart(Shape):
     detail: str
 
 
-class Readiness(Shape):
+class Readiness(ResponseModel):
     """The service can take work."""
 
     status: Literal["ok"] = "ok"
     parts: list[ReadyPart]
 
 
-class DiskUsage(Shape):
+class DiskUsage(ResponseModel):
     """A file system that the service writes to. ``state``: ok, low (below ``low_below_bytes``), full or unreadable."""
 
     id: str
@@ -490,7 +490,7 @@ class DiskUsage(Shape):
     low_below_bytes: int | None
 
 
-class ServiceStatus(Shape):
+class ServiceStatus(ResponseModel):
     """How the service itself is. ``schedules``: whether it is the one that does."""
 
     object: Literal["status"] = "status"
@@ -500,7 +500,7 @@ class ServiceStatus(Shape):
     disks: list[DiskUsage]
 
 
-class Webhook(Shape):
+class Webhook(ResponseModel):
     """Who hears what. Its secret is never shown again. ``failing_since``: no try has succeeded since then.
 
     ``old_secret_until``: so long the secret before the newest one signs as well.
@@ -531,7 +531,7 @@ class WebhookWithSecret(Webhook):
     secret: str
 
 
-class Try(Shape):
+class DeliveryAttempt(ResponseModel):
     """One attempt at a delivery. ``status`` is null where there was no answer; ``error`` says why it failed."""
 
     at: datetime
@@ -541,7 +541,7 @@ class Try(Shape):
     response: str | None
 
 
-class Delivery(Shape):
+class Delivery(ResponseModel):
     """One event on its way to one receiver. ``state``: pending, delivered or failed; ``tries``: the last ones."""
 
     object: Literal["delivery"] = "delivery"
@@ -552,7 +552,7 @@ class Delivery(Shape):
     job_id: str | None
     state: Literal["pending", "delivered", "failed"]
     attempts: int
-    tries: list[Try]
+    tries: list[DeliveryAttempt]
     next_attempt_at: datetime | None
     redelivers: str | None
     created_at: datetime

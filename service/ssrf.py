@@ -17,11 +17,11 @@ NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 PLATFORM = (ipaddress.IPv4Network("168.63.129.16/32"), ipaddress.IPv4Network("192.0.0.0/24"))
 """Public to the standard library, but clouds have services for their own machines there."""
 
-LONGEST_URL = 2000
+MAX_URL = 2000
 PORTS = {"http": 80, "https": 443}
 
 
-class AddressRefused(Exception):
+class AddressNotAllowed(Exception):
     """Nothing may be sent to the address; the message says why, and nothing that the user does not know."""
 
 
@@ -31,21 +31,21 @@ def resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
-def mistake(url: str, allowed: Sequence[Network]) -> str | None:
+def validation_error(url: str, allowed: Sequence[Network]) -> str | None:
     """Return why nothing is sent to this URL, as far as that is known without resolving it, or None."""
-    parts = split(url)
+    parts = parse_url(url)
     if parts is None:
         return "must be an http or https URL with a host, without user, password or fragment"
     host = parts.hostname or ""
     literal = _literal(host)
     if literal is None and host.rstrip(".").rpartition(".")[2] == "localhost":
         literal = ipaddress.ip_address("127.0.0.1")
-    return why_refused(literal, allowed) if literal is not None else None
+    return rejection_reason(literal, allowed) if literal is not None else None
 
 
-def split(url: str) -> SplitResult | None:
+def parse_url(url: str) -> SplitResult | None:
     """Return the parts of a URL that can be sent to, or None."""
-    if len(url) > LONGEST_URL or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
+    if len(url) > MAX_URL or not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         return None
     try:
         parts = urlsplit(url)
@@ -73,18 +73,18 @@ def _literal(host: str) -> Address | None:
         return None
 
 
-def checked(addresses: Sequence[str], allowed: Sequence[Network]) -> list[str]:
+def resolve_allowed(addresses: Sequence[str], allowed: Sequence[Network]) -> list[str]:
     """Return the addresses, if all may be connected to. Raises AddressRefused if one may not."""
     if not addresses:
-        raise AddressRefused("the name has no address")
+        raise AddressNotAllowed("the name has no address")
     for address in addresses:
-        why = why_refused(ipaddress.ip_address(address.partition("%")[0]), allowed)
+        why = rejection_reason(ipaddress.ip_address(address.partition("%")[0]), allowed)
         if why is not None:
-            raise AddressRefused(why)
+            raise AddressNotAllowed(why)
     return list(addresses)
 
 
-def why_refused(address: Address, allowed: Sequence[Network]) -> str | None:
+def rejection_reason(address: Address, allowed: Sequence[Network]) -> str | None:
     """Return why nothing may be sent to this address, or None. An address that embeds others is judged by those."""
     for one in tuple(_inside(address)) or (address,):
         if not (_is_public(one) or any(one in network for network in allowed)):

@@ -14,18 +14,18 @@ from trainyard.contract.parsing import parse_spec
 from trainyard.contract.rundir import AttemptDir, RunDir, fsync_directory, write_atomically
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.worker.distributed import Ranks
-from trainyard.worker.errors import Failure
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import TrainingError
 
 LOCK_SECONDS = 10.0
 
 
-class SpecUnusable(Exception):
+class InvalidSpec(Exception):
     """The spec cannot be run; the message lists every mistake in it."""
 
 
 @dataclass(frozen=True)
-class Attempt:
+class AttemptContext:
     """One attempt, and the locks this process holds for as long as it lives."""
 
     run: RunDir
@@ -39,31 +39,33 @@ def read_spec(run: RunDir, number: int | None) -> JobSpec:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise SpecUnusable(f"{file} cannot be read: {error.strerror}") from error
-    return _by_hand(file, content) if number is None else _resolved(file, content)
+        raise InvalidSpec(f"{file} cannot be read: {error.strerror}") from error
+    return _started_by_hand(file, content) if number is None else _resolved(file, content)
 
 
 def _resolved(file: Path, content: bytes) -> JobSpec:
     try:
         return JobSpec.model_validate_json(content)
     except ValidationError as error:
-        raise SpecUnusable(f"{file}: {error}") from error
+        raise InvalidSpec(f"{file}: {error}") from error
 
 
-def _by_hand(file: Path, content: bytes) -> JobSpec:
+def _started_by_hand(file: Path, content: bytes) -> JobSpec:
     import json
 
     try:
         parsed = parse_spec(json.loads(content))
     except (ValueError, RecursionError) as error:
-        raise SpecUnusable(f"{file} is not JSON: {error}") from error
+        raise InvalidSpec(f"{file} is not JSON: {error}") from error
     if parsed.problems:
         lines = [f"  {problem.pointer or '/'}  {problem.message}" for problem in parsed.problems]
-        raise SpecUnusable("\n".join([f"{file} has {len(lines)} mistakes:", *lines]))
+        raise InvalidSpec("\n".join([f"{file} has {len(lines)} mistakes:", *lines]))
     return parsed.spec
 
 
-def claim(run: RunDir, number: int | None, ranks: Ranks, spec: JobSpec, from_step: int | None = None) -> Attempt:
+def acquire(
+    run: RunDir, number: int | None, ranks: DistributedContext, spec: JobSpec, from_step: int | None = None
+) -> AttemptContext:
     """Hold the liveness lock, then make sure that this attempt is the one that may run. Raises Failure otherwise.
 
     The order matters: whoever starts another attempt takes the lock alone before writing ``current``, so either it
@@ -72,13 +74,13 @@ def claim(run: RunDir, number: int | None, ranks: Ranks, spec: JobSpec, from_ste
     """
     held: list[FileLock] = []
     if number is None:
-        number = ranks.from_leader(lambda: _begin(run, spec, from_step, held))
+        number = ranks.broadcast_from_rank0(lambda: _begin(run, spec, from_step, held))
     alive = FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS)
     current = _current(run)
     if current is not None and current != number:
         message = f"attempt {number} of {run.path} is not the current one, which is {current}"
-        raise Failure(Reason.LAUNCH_FAILED, message, rank=ranks.rank)
-    return Attempt(run, run.attempt(number), (*held, alive))
+        raise TrainingError(Reason.LAUNCH_FAILED, message, rank=ranks.rank)
+    return AttemptContext(run, run.attempt(number), (*held, alive))
 
 
 def _begin(run: RunDir, spec: JobSpec, from_step: int | None, held: list[FileLock]) -> int:
@@ -88,7 +90,7 @@ def _begin(run: RunDir, spec: JobSpec, from_step: int | None, held: list[FileLoc
         FileLock(run.alive_lock).take(seconds=LOCK_SECONDS).release()
     except LockBusy as busy:
         message = f"another attempt of this run is alive: {busy}"
-        raise Failure(Reason.LAUNCH_FAILED, message, "Stop it first, or wait for its end.") from busy
+        raise TrainingError(Reason.LAUNCH_FAILED, message, "Stop it first, or wait for its end.") from busy
     number = max((attempt.number for attempt in run.attempts()), default=0) + 1
     directory = run.attempt(number)
     directory.path.mkdir()
@@ -111,12 +113,12 @@ def _current(run: RunDir) -> int | None:
         return None
 
 
-WIDTH = 20
+STEP_DIGITS = 20
 
 """Fixed, so that a shorter number never leaves digits of a longer one behind."""
 
 
-class SignOfLife:
+class Heartbeat:
     """Knows the step this rank is at; rank 0 also writes it to ``progress``."""
 
     def __init__(self, path: Path | None) -> None:
@@ -129,10 +131,10 @@ class SignOfLife:
         if self._descriptor is not None:
             # A full disk must not end a run for want of a sign of life.
             with contextlib.suppress(OSError):
-                os.pwrite(self._descriptor, f"{step:<{WIDTH}}\n".encode(), 0)
+                os.pwrite(self._descriptor, f"{step:<{STEP_DIGITS}}\n".encode(), 0)
 
 
-def publish_outcome(path: Path, outcome: Outcome) -> Outcome:
+def write_outcome_once(path: Path, outcome: Outcome) -> Outcome:
     """Publish ``outcome`` whole, unless there is one already; the one that stands is returned.
 
     A rank that is out of memory writes it while rank 0 still waits for that rank's gradient, and must not be

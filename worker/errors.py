@@ -7,10 +7,10 @@ from trainyard.contract.spec import TrainingSpec
 from trainyard.contract.status import Reason
 
 COMPILER = ("torch._dynamo", "torch._inductor")
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-class Failure(Exception):
+class TrainingError(Exception):
     """The run cannot go on. ``message`` says what happened and where, ``hint`` what to do."""
 
     def __init__(
@@ -43,21 +43,21 @@ class Failure(Exception):
         return Outcome(outcome="failed", step=step, reason=self.reason, message=self.message, error=card)
 
 
-class StopAsked(Exception):
+class StopRequested(Exception):
     """The run was asked to stop before there was anything to save."""
 
 
-def not_saved(error: OSError | MemoryError, what: str) -> Failure:
+def save_error(error: OSError | MemoryError, what: str) -> TrainingError:
     """A save that the run cannot end without has failed, and failed again."""
     message = f"{what} could not be written: {describe(error)}"
     if isinstance(error, MemoryError):
-        return Failure(Reason.HOST_OUT_OF_MEMORY, message, "End other programs on the host, then resume.")
+        return TrainingError(Reason.HOST_OUT_OF_MEMORY, message, "End other programs on the host, then resume.")
     hint = (
         "Free space, or point checkpoint.save_dir at a larger disk, then resume."
-        if error.errno in FULL
+        if error.errno in NO_SPACE_ERRNOS
         else "Make the directory writable, or choose another checkpoint.save_dir, then resume."
     )
-    return Failure(Reason.DISK_FULL, message, hint)
+    return TrainingError(Reason.DISK_FULL, message, hint)
 
 
 def describe(error: OSError | MemoryError) -> str:
@@ -70,7 +70,7 @@ def describe(error: OSError | MemoryError) -> str:
 
 def out_of_memory(
     error: BaseException, *, rank: int, step: int, training: TrainingSpec, peak_bytes: int | None = None
-) -> Failure | None:
+) -> TrainingError | None:
     """The failure behind an exception that says there was not enough memory; None for any other exception.
 
     ``step`` is the last one that was done, ``peak_bytes`` the most memory the rank has had.
@@ -80,10 +80,10 @@ def out_of_memory(
     said = " ".join(str(error).split())[:300]
     rows = training.batch_size
     message = f"out of memory on rank {rank} in step {step + 1} with {rows} rows in a micro-batch: {said}"
-    return Failure(Reason.OUT_OF_MEMORY, message, _memory_hint(training), rank, peak_bytes)
+    return TrainingError(Reason.OUT_OF_MEMORY, message, _memory_hint(training), rank, peak_bytes)
 
 
-def cannot_compile(error: BaseException) -> Failure | None:
+def cannot_compile(error: BaseException) -> TrainingError | None:
     """The failure behind an exception of torch's compiler; None for any other exception."""
     if not type(error).__module__.startswith(COMPILER):
         return None
@@ -93,7 +93,7 @@ def cannot_compile(error: BaseException) -> Failure | None:
     missing = any(name in f"{type(error).__name__} {said}" for name in ("InvalidCxxCompiler", "C++ compiler"))
     need = "A C++ compiler is missing: install one (Debian: apt-get install g++), or name it in CXX. Or set"
     hint = f"{need if missing else 'Set'} training.use_compile to false: the run is slower and otherwise the same."
-    return Failure(Reason.SPEC_INVALID, message, hint)
+    return TrainingError(Reason.SPEC_INVALID, message, hint)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

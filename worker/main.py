@@ -9,25 +9,25 @@ from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.attempt import (
-    Attempt,
-    SignOfLife,
-    SpecUnusable,
-    claim,
-    publish_outcome,
+    AttemptContext,
+    Heartbeat,
+    InvalidSpec,
+    acquire,
     read_spec,
+    write_outcome_once,
 )
-from trainyard.worker.distributed import Ranks, join, leave
+from trainyard.worker.distributed import DistributedContext, init_distributed, shutdown_distributed
 from trainyard.worker.errors import (
-    Failure,
-    StopAsked,
+    StopRequested,
+    TrainingError,
     cannot_compile,
     out_of_memory,
 )
-from trainyard.worker.events.console import Console
+from trainyard.worker.events.console import ConsoleLogger
 from trainyard.worker.events.trackers import Trackers
-from trainyard.worker.events.writer import AnyOutbox, Outbox, Silent
-from trainyard.worker.train import Say, train
-from trainyard.worker.training.control import StopWish
+from trainyard.worker.events.writer import AnyEventWriter, EventWriter, NullEventWriter
+from trainyard.worker.train import EventSink, train
+from trainyard.worker.training.control import StopSignal
 from trainyard.worker.training.metrics import memory_bytes
 
 FAILED, USAGE = 1, 2
@@ -40,22 +40,22 @@ def run_rank(run: RunDir, number: int | None, from_step: int | None = None) -> N
     """
     try:
         spec = read_spec(run, number)
-    except SpecUnusable as unusable:
+    except InvalidSpec as unusable:
         if os.environ.get("RANK", "0") == "0":
             print(unusable, file=sys.stderr, flush=True)
         sys.exit(USAGE)
     _configure(spec)
-    ranks = join(spec.resources.timeouts, spec.resources.device)
+    ranks = init_distributed(spec.resources.timeouts, spec.resources.device)
     try:
-        attempt = claim(run, number, ranks, spec, from_step)
-    except Failure as failure:
+        attempt = acquire(run, number, ranks, spec, from_step)
+    except TrainingError as failure:
         print(failure, file=sys.stderr, flush=True)
         sys.exit(FAILED)
     outcome = _run(spec, attempt, ranks)
     if outcome.outcome == "failed":
         # Ranks may be anywhere: nobody waits for anybody any more.
         sys.exit(FAILED)
-    leave(ranks)
+    shutdown_distributed(ranks)
 
 
 def _configure(spec: JobSpec) -> None:
@@ -64,35 +64,37 @@ def _configure(spec: JobSpec) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def _run(spec: JobSpec, attempt: Attempt, ranks: Ranks) -> Outcome:
+def _run(spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext) -> Outcome:
     """Train, and leave the outcome where everybody looks for it: first outcome.json, then the last event."""
-    directory, console = attempt.directory, Console()
-    outbox: AnyOutbox = Outbox(directory.outbox) if ranks.leads else Silent()
+    directory, console = attempt.directory, ConsoleLogger()
+    outbox: AnyEventWriter = EventWriter(directory.outbox) if ranks.is_main_process else NullEventWriter()
 
     def say(event: Event) -> None:
-        if ranks.leads:
-            outbox.say(event)
-            console.show(event)
+        if ranks.is_main_process:
+            outbox.emit(event)
+            console.log_event(event)
 
-    life = SignOfLife(directory.progress if ranks.leads else None)
-    outcome = _trained(spec, attempt, ranks, life, say)
-    if ranks.leads or outcome.outcome == "failed":
-        outcome = publish_outcome(directory.outcome, outcome)
+    life = Heartbeat(directory.progress if ranks.is_main_process else None)
+    outcome = _run_training(spec, attempt, ranks, life, say)
+    if ranks.is_main_process or outcome.outcome == "failed":
+        outcome = write_outcome_once(directory.outcome, outcome)
     say(Finished(outcome=outcome.outcome, step=outcome.step, reason=outcome.reason, message=outcome.message))
     outbox.close()
     return outcome
 
 
-def _trained(spec: JobSpec, attempt: Attempt, ranks: Ranks, life: SignOfLife, say: Say) -> Outcome:
+def _run_training(
+    spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext, life: Heartbeat, say: EventSink
+) -> Outcome:
     """The outcome of every end that was foreseen. What was not is raised: it is a bug, and its traceback is needed."""
-    stop = StopWish.heard_by_signal(attempt.directory.stop if ranks.leads else None)
-    trackers = Trackers(spec if ranks.leads else None, attempt.run.path, say)
+    stop = StopSignal.install_handlers(attempt.directory.stop if ranks.is_main_process else None)
+    trackers = Trackers(spec if ranks.is_main_process else None, attempt.run.path, say)
     try:
         return train(spec, attempt, ranks, life, stop, trackers, say)
-    except StopAsked:
+    except StopRequested:
         message = "stopped before the first step; there was nothing to save"
         return Outcome(outcome="stopped", step=life.step, reason=Reason.USER, message=message)
-    except Failure as failure:
+    except TrainingError as failure:
         return failure.outcome(life.step)
     except (RuntimeError, MemoryError) as error:
         failure_or_none = cannot_compile(error) or out_of_memory(

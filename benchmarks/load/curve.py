@@ -55,7 +55,7 @@ def fill(made: Database, job_id: str, points: int) -> None:
         rows = [{**same, "seq": s, "step": s, **_point(s)} for s in steps]
         with made.write() as session:
             session.execute(insert(MetricRow), rows)
-            rollups.advance(session, repository.lock(session, job_id), steps[-1])
+            rollups.roll_up(session, repository.lock(session, job_id), steps[-1])
 
 
 def _point(step: int) -> dict[str, object]:

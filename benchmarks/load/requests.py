@@ -14,7 +14,7 @@ from trainyard.contract.rundir import RunDir
 from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
 from trainyard.service.jobs import repository
-from trainyard.service.jobs.repository import Note
+from trainyard.service.jobs.repository import EventDraft
 
 JOBS = 30
 EVENTS = 50
@@ -79,7 +79,9 @@ def _happen(made: Database, agent: Agent) -> None:
     with made.write() as session:
         job = repository.find(session, agent.job_id)
         for number in range(EVENTS):
-            repository.tell(session, job, Note("changed", f"the {number}th of them", "local", 1), utc_now())
+            repository.record_event(
+                session, job, EventDraft("changed", f"the {number}th of them", "local", 1), utc_now()
+            )
 
 
 def _write_log(home: Path, agent: Agent) -> None:

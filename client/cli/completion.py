@@ -16,7 +16,7 @@ from trainyard.client.cli.parser import trainyard
 
 SERVICE_SECONDS = 0.1
 NEWEST = 50
-TYPABLE = re.compile(r"[\w.:@+-]+")
+SAFE_WORD = re.compile(r"[\w.:@+-]+")
 """Names that need no quotes in a shell."""
 
 
@@ -66,5 +66,5 @@ def jobs() -> Iterator[str]:
         return
     for job in found:
         yield str(job["id"])
-        if TYPABLE.fullmatch(str(job["name"])):
+        if SAFE_WORD.fullmatch(str(job["name"])):
             yield str(job["name"])

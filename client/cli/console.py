@@ -50,11 +50,11 @@ class Console:
         """One JSON document on one line."""
         print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=self.out, flush=True)
 
-    def say(self, text: str) -> None:
+    def error(self, text: str) -> None:
         """What is said beside the data."""
         print(safe(text), file=self.err, flush=True)
 
-    def agrees(self, question: str) -> bool:
+    def confirm(self, question: str) -> bool:
         """Ask yes or no; Enter is yes, the end of the input is no."""
         print(f"{question} [Y/n] ", end="", file=self.err, flush=True)
         answer = self.into.readline()

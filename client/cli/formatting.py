@@ -27,7 +27,7 @@ def count(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}"
 
 
-def large(value: float | None) -> str:
+def compact_number(value: float | None) -> str:
     """406 M, 1.31 B: three digits are enough for a count of tokens or parameters."""
     if value is None:
         return UNKNOWN
@@ -70,7 +70,7 @@ def _two(first: int, first_unit: str, second: int, second_unit: str) -> str:
     return f"{first} {first_unit}" + (f" {second} {second_unit}" if second else "")
 
 
-def moment(text: str | None) -> datetime | None:
+def local_time(text: str | None) -> datetime | None:
     """An API time as an aware datetime; None where it is unknown or no time."""
     try:
         found = datetime.fromisoformat(text or "")
@@ -81,7 +81,7 @@ def moment(text: str | None) -> datetime | None:
 
 def ago(text: str | None, now: datetime) -> str:
     """How long ago an API time was: "3 min ago"; past a minute nobody counts seconds."""
-    then = moment(text)
+    then = local_time(text)
     if then is None:
         return UNKNOWN
     seconds = (now - then).total_seconds()

@@ -30,7 +30,7 @@ def _evidence(card: Mapping[str, Any]) -> list[str]:
     return card.get("log_tail") or str(card.get("traceback") or "").rstrip().splitlines()
 
 
-def remedies(job: Mapping[str, Any]) -> list[str]:
+def next_actions(job: Mapping[str, Any]) -> list[str]:
     """What the service says helps a job that failed: words as a comment, and the command below. [] of an older one."""
     found = (job.get("error") or {}).get("next") or []
     return [line for one in found for line in (f"# {one['words']}", one["command"])]
@@ -56,4 +56,4 @@ def ending(job: Mapping[str, Any], handle: str) -> list[str]:
     lines += error_card(job)
     if not job.get("resumable") and job.get("resume_blocker") and job["status"] != JobStatus.SUCCEEDED:
         lines.append(f"cannot be resumed: {job['resume_blocker']}")
-    return [*lines, "next:", *(f"  {line}" for line in remedies(job) or what_next(job, handle))]
+    return [*lines, "next:", *(f"  {line}" for line in next_actions(job) or what_next(job, handle))]

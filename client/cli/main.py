@@ -9,7 +9,7 @@ import click
 
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import trainyard
-from trainyard.client.errors import Refused, TrainyardError
+from trainyard.client.errors import ApiError, TrainyardError
 from trainyard.client.exit_codes import Exit, UsageError, exit_of_error
 
 UNAUTHORIZED = 401
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         explain_usage(error, console)
         return Exit.USAGE
     except UsageError as error:
-        console.say(f"trainyard: {error}")
+        console.error(f"trainyard: {error}")
         return Exit.USAGE
     except TrainyardError as error:
         explain(error, console)
@@ -55,7 +55,7 @@ def explain_usage(error: click.UsageError, console: Console) -> None:
     """Print on stderr what is wrong with the command line, and the option or command that was probably meant."""
     text = error.format_message()
     if error.ctx is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
-        console.say(text)
+        console.error(text)
         return
     if isinstance(error, click.NoSuchOption):
         known = [name for param in error.ctx.command.get_params(error.ctx) for name in param.opts]
@@ -63,8 +63,8 @@ def explain_usage(error: click.UsageError, console: Console) -> None:
     elif isinstance(error, click.exceptions.NoSuchCommand):
         commands = error.ctx.command.list_commands(error.ctx) if isinstance(error.ctx.command, click.Group) else []
         text = f"there is no {error.command_name!r}{_meant(error.command_name, commands)}"
-    console.say(error.ctx.get_usage())
-    console.say(f"{error.ctx.command_path}: error: {text}")
+    console.error(error.ctx.get_usage())
+    console.error(f"{error.ctx.command_path}: error: {text}")
 
 
 def _meant(given: str, known: Sequence[str]) -> str:
@@ -74,15 +74,15 @@ def _meant(given: str, known: Sequence[str]) -> str:
 
 def explain(error: TrainyardError, console: Console) -> None:
     """Print on stderr what went wrong and what to do."""
-    console.say(f"trainyard: {error}")
-    if isinstance(error, Refused):
+    console.error(f"trainyard: {error}")
+    if isinstance(error, ApiError):
         for problem in error.errors:
-            console.say(f"  {problem.pointer or '/'}: {problem.message}")
+            console.error(f"  {problem.pointer or '/'}: {problem.message}")
         if error.status == UNAUTHORIZED:
-            console.say("  --token or TRAINYARD_TOKEN gives it; who runs the service has it, or makes one")
+            console.error("  --token or TRAINYARD_TOKEN gives it; who runs the service has it, or makes one")
         if error.code == "job_not_found":
-            console.say("  `trainyard list` shows those that there are")
+            console.error("  `trainyard list` shows those that there are")
         if error.request_id and error.status >= 500:
-            console.say(f"  request {error.request_id}: the service's log has more")
+            console.error(f"  request {error.request_id}: the service's log has more")
     elif exit_of_error(error) == Exit.NO_SERVICE:
-        console.say("  start one with `trainyard serve`, or say where it is with --url or TRAINYARD_URL")
+        console.error("  start one with `trainyard serve`, or say where it is with --url or TRAINYARD_URL")

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
-from trainyard.client.api import Trainyard
-from trainyard.client.connection import Patience
+from trainyard.client.api import Client
+from trainyard.client.connection import RetryPolicy
 from trainyard.client.errors import TrainyardError
 from trainyard.contract.rundir import read_json
 
@@ -90,7 +90,7 @@ def environment(inherited: Mapping[str, str], home: Path) -> dict[str, str]:
 
 
 def _answers(url: str) -> bool:
-    with Trainyard(url, token="", timeout=2.0, patience=Patience(seconds=0.0)) as trainyard:
+    with Client(url, token="", timeout=2.0, patience=RetryPolicy(seconds=0.0)) as trainyard:
         try:
             trainyard.ready()
         except TrainyardError:

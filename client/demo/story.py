@@ -18,14 +18,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import (
     bar,
+    compact_number,
     count,
     duration,
     fixed,
-    large,
     one_line,
     scientific,
     size,
@@ -35,10 +35,10 @@ from trainyard.client.demo.corpus import write_corpus
 from trainyard.client.demo.service import DemoService, ServiceFailed
 from trainyard.client.download import sha256
 from trainyard.client.errors import TrainyardError, WaitTimedOut
-from trainyard.client.exit_codes import Exit, at_rest
+from trainyard.client.exit_codes import Exit, is_idle
 from trainyard.client.types import Job
-from trainyard.contract.processes import ProcessIdentity, marked
-from trainyard.contract.rundir import ProductDir, read_json
+from trainyard.contract.processes import ProcessIdentity, find_by_marker
+from trainyard.contract.rundir import ArtifactDir, read_json
 
 VOCABULARY = 6400
 UNTRAINED_LOSS = math.log(VOCABULARY)
@@ -86,7 +86,7 @@ def run(args: SimpleNamespace, console: Console) -> int:
             story.explain(error)
             return Exit.REFUSED
         except KeyboardInterrupt:
-            console.say("\nstopped: ending the run and the service")
+            console.error("\nstopped: ending the run and the service")
             return Exit.DETACHED
         finally:
             story.clean_up()
@@ -169,7 +169,7 @@ def spec(machine: Machine, corpus: Path, tokenizer: Path) -> dict[str, Any]:
 class LossLines:
     """Prints the loss of the first point and of each multiple of `EVERY` steps, once each."""
 
-    def __init__(self, trainyard: Trainyard, job_id: str, untrained_loss: float, say: Callable[[str], None]) -> None:
+    def __init__(self, trainyard: Client, job_id: str, untrained_loss: float, say: Callable[[str], None]) -> None:
         self._trainyard = trainyard
         self._job_id = job_id
         self._untrained_loss = untrained_loss
@@ -210,7 +210,7 @@ def past(step: int) -> Callable[[Job], bool]:
     """Return a test whether a job has done ``step``, or has ended."""
 
     def arrived(job: Job) -> bool:
-        return ((job.get("progress") or {}).get("step") or 0) >= step or at_rest(job)
+        return ((job.get("progress") or {}).get("step") or 0) >= step or is_idle(job)
 
     return arrived
 
@@ -220,17 +220,17 @@ def running_again(attempt: int) -> Callable[[Job], bool]:
 
     def arrived(job: Job) -> bool:
         trains = job["status"] == "running" and job.get("phase") == "training"
-        return ((job.get("attempt") or 0) > attempt and trains) or at_rest(job)
+        return ((job.get("attempt") or 0) > attempt and trains) or is_idle(job)
 
     return arrived
 
 
-def done_again(trainyard: Trainyard, step: int) -> Callable[[Job], bool]:
+def done_again(trainyard: Client, step: int) -> Callable[[Job], bool]:
     """Return a test whether the newest attempt has done ``step``: the job's progress may be that of the one before."""
 
     def arrived(job: Job) -> bool:
         own = trainyard.metrics(job["id"], after_step=step - 1, attempt=job.get("attempt"))
-        return next(own, None) is not None or at_rest(job)
+        return next(own, None) is not None or is_idle(job)
 
     return arrived
 
@@ -243,7 +243,7 @@ class Story:
         self.machine = Machine.found()
         self._service = service
         self._console = console
-        self._trainyard: Trainyard | None = None
+        self._trainyard: Client | None = None
         self._job: Job | None = None
         self._began = time.monotonic()
         self._line = console.data
@@ -269,7 +269,7 @@ class Story:
         self._say("", text)
 
     @property
-    def _api(self) -> Trainyard:
+    def _api(self) -> Client:
         if self._trainyard is None:
             raise DemoFailed("the service was not started")
         return self._trainyard
@@ -310,7 +310,7 @@ class Story:
 
     def _start_service(self) -> None:
         url = self._service.start()
-        self._trainyard = Trainyard(url, token="")
+        self._trainyard = Client(url, token="")
         self._say("service", f"ready at {url}, documented at {url}/docs")
 
     def _submit(self) -> LossLines:
@@ -328,7 +328,8 @@ class Story:
         memory = sum(part for part in (plan.get("memory_bytes") or {}).values() if part)
         checkpoint = size(plan.get("checkpoint_bytes"))
         self._say(
-            "plan", f"{large(plan.get('parameters'))} parameters, {size(memory)} a rank, {checkpoint} a checkpoint"
+            "plan",
+            f"{compact_number(plan.get('parameters'))} parameters, {size(memory)} a rank, {checkpoint} a checkpoint",
         )
         first = fixed(plan.get("expected_first_loss"), 2)
         self._more(f"{STEPS} steps; an untrained model has a loss of {first}")
@@ -337,7 +338,7 @@ class Story:
         self._expect(lines.until(past(PAUSE_AFTER), MAX_SECONDS), "running")
         self._say("pause", "$ " + curl("POST", self._url(self._id, "pause")))
         self._api.pause(self._id)
-        job = self._expect(lines.until(at_rest, MAX_SECONDS), "paused")
+        job = self._expect(lines.until(is_idle, MAX_SECONDS), "paused")
         saved = job["checkpoint"] or {}
         damaged = damaged_files(Path(saved["path"])) if saved else ["no checkpoint"]
         if damaged:
@@ -370,7 +371,7 @@ class Story:
         self._require_same(twice)
 
     def _finish(self, lines: LossLines) -> None:
-        self._job = self._expect(lines.until(at_rest, MAX_SECONDS), "succeeded")
+        self._job = self._expect(lines.until(is_idle, MAX_SECONDS), "succeeded")
         self._require_learned((self._job.get("progress") or {}).get("loss"))
 
     def _require_same(self, twice: list[tuple[int, float, float]]) -> None:
@@ -432,11 +433,11 @@ class Story:
 
     def explain(self, error: Exception) -> None:
         """Print what failed, with the job's error, its log and the service's log."""
-        self._console.say(f"\nthe demo failed: {error}")
+        self._console.error(f"\nthe demo failed: {error}")
         for attempt in (self._evidence, lambda: self._service.tail(10)):
             for line in _whatever(attempt):
-                self._console.say(f"  {line}")
-        self._console.say(f"everything is in {self.home}")
+                self._console.error(f"  {line}")
+        self._console.error(f"everything is in {self.home}")
 
     def _evidence(self) -> list[str]:
         if self._trainyard is None or self._job is None:
@@ -453,7 +454,7 @@ class Story:
         self._trainyard.close()
 
     def _end_job(self) -> list[str]:
-        if not at_rest(self._api.job(self._id)):
+        if not is_idle(self._api.job(self._id)):
             self._api.kill(self._id)
             self._api.wait(self._id, timeout=30.0)
         return []
@@ -484,7 +485,7 @@ def curl(method: str, url: str, body_file: Path | None = None) -> str:
 def ranks_of(job_id: str, attempt: int) -> dict[int, ProcessIdentity]:
     """Return rank -> process. A rank's children inherit its environment, so the oldest process is the rank itself."""
     found: dict[int, ProcessIdentity] = {}
-    for process in sorted(marked(f"{job_id}/{attempt}"), key=lambda process: process.start_ticks):
+    for process in sorted(find_by_marker(f"{job_id}/{attempt}"), key=lambda process: process.start_ticks):
         rank = process.variable("RANK")
         if rank is not None and rank.isdecimal():
             found.setdefault(int(rank), process)
@@ -522,7 +523,7 @@ def weights_of(job: Mapping[str, Any], checkpoint: Path) -> Path:
     """Return the weights file of the job that wrote ``checkpoint``. Raises FileNotFoundError."""
     spec = job["spec"]
     model, stem = spec["model"], spec["checkpoint"]["save_weight"]
-    file = ProductDir(checkpoint.parent.parent).weights(stem, model["hidden_size"], model["use_moe"])
+    file = ArtifactDir(checkpoint.parent.parent).weights(stem, model["hidden_size"], model["use_moe"])
     if not file.is_file():
         raise FileNotFoundError(f"there is no weights file {file}")
     return file

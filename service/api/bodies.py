@@ -15,7 +15,7 @@ from trainyard.contract.parsing import (
     printable,
 )
 from trainyard.service.errors import (
-    BodyNotJson,
+    InvalidJson,
     RequestInvalid,
     ServiceError,
     WrongMediaType,
@@ -67,13 +67,13 @@ async def read_json(request: Request) -> Any:
     try:
         return _shallow(json.loads(body.decode(), object_pairs_hook=_without_doubles))
     except RecursionError:
-        raise BodyNotJson(TOO_DEEP) from None
+        raise InvalidJson(TOO_DEEP) from None
     except UnicodeDecodeError:
-        raise BodyNotJson("The body is not UTF-8.") from None
+        raise InvalidJson("The body is not UTF-8.") from None
     except json.JSONDecodeError as error:
-        raise BodyNotJson(f"The body is not JSON: line {error.lineno}, column {error.colno}.") from None
+        raise InvalidJson(f"The body is not JSON: line {error.lineno}, column {error.colno}.") from None
     except ValueError:
-        raise BodyNotJson("The body holds a number that is far too long.") from None
+        raise InvalidJson("The body holds a number that is far too long.") from None
 
 
 JsonBody = Annotated[Any, Depends(read_json)]
@@ -167,11 +167,11 @@ def _shallow(value: Any) -> Any:
         if not inner:
             return value
         level = [found for part in inner for found in part]
-    raise BodyNotJson(TOO_DEEP)
+    raise InvalidJson(TOO_DEEP)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise BodyNotJson("The body has an object with the same key twice.")
+        raise InvalidJson("The body has an object with the same key twice.")
     return value

@@ -6,59 +6,59 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from trainyard.service.auth.authenticator import Gatekeeper
+from trainyard.service.auth.authenticator import Authenticator
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Inventory
-from trainyard.service.jobs.submission import Host
-from trainyard.service.leadership import LeaderWatch
-from trainyard.service.logs.line_index import Lines
-from trainyard.service.maintenance.disk_monitor import DiskWatch
-from trainyard.service.observability.prometheus import Telemetry
+from trainyard.service.jobs.submission import HostLimits
+from trainyard.service.leadership import LeaderMonitor
+from trainyard.service.logs.line_index import LineIndexCache
+from trainyard.service.maintenance.disk_monitor import DiskMonitor
+from trainyard.service.observability.prometheus import ServiceMetrics
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.settings import Settings
-from trainyard.service.streams.broadcaster import Pulse
+from trainyard.service.streams.broadcaster import MetricBroadcaster
 from trainyard.service.webhooks.sender import Sender
 
 
 @dataclass(frozen=True)
-class Services:
+class AppState:
     """The parts of a running service."""
 
     settings: Settings
     database: Database
     inventory: Inventory
     scheduler: Scheduler
-    pulse: Pulse
+    broadcaster: MetricBroadcaster
     sender: Sender
-    telemetry: Telemetry = field(default_factory=Telemetry)
-    lines: Lines = field(default_factory=Lines)
+    telemetry: ServiceMetrics = field(default_factory=ServiceMetrics)
+    lines: LineIndexCache = field(default_factory=LineIndexCache)
 
     @cached_property
-    def disks(self) -> DiskWatch:
+    def disks(self) -> DiskMonitor:
         """How full the disks are."""
-        return DiskWatch.of(self.settings)
+        return DiskMonitor.of(self.settings)
 
     @cached_property
-    def leader(self) -> LeaderWatch:
+    def leader(self) -> LeaderMonitor:
         """Whether the service that schedules goes on, where that is another one."""
-        return LeaderWatch()
+        return LeaderMonitor()
 
     @cached_property
-    def gatekeeper(self) -> Gatekeeper:
+    def authenticator(self) -> Authenticator:
         """Knows the tokens."""
-        return Gatekeeper(self.settings, self.database)
+        return Authenticator(self.settings, self.database)
 
     @property
-    def host(self) -> Host:
+    def host(self) -> HostLimits:
         """What a spec is held against."""
-        return Host(self.settings, self.inventory.devices())
+        return HostLimits(self.settings, self.inventory.devices())
 
 
 # A coroutine: a plain function would be sent to a thread and back, for one attribute.
-async def _services(request: Request) -> Services:
-    services: Services = request.app.state.services
+async def _state(request: Request) -> AppState:
+    services: AppState = request.app.state.services
     return services
 
 
-ServicesNeeded = Annotated[Services, Depends(_services)]
+StateDep = Annotated[AppState, Depends(_state)]
 """A route's handle on the service."""

@@ -14,22 +14,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trainyard.service.auth.authenticator import Gatekeeper
-from trainyard.service.auth.principal import NOBODY, Caller
+from trainyard.service.auth.authenticator import Authenticator
+from trainyard.service.auth.principal import ANONYMOUS, Principal
 from trainyard.service.dashboard.negotiation import is_file, is_page
 from trainyard.service.errors import (
     BodyTooLarge,
-    ForeignHost,
-    ForeignOrigin,
+    CrossOrigin,
     HeadersTooLarge,
+    HostNotAllowed,
     Unauthorized,
     UrlTooLong,
-    answer,
     from_exception,
+    problem_response,
 )
 from trainyard.service.ids import JOB_ID
-from trainyard.service.observability.logging import about, note
-from trainyard.service.observability.prometheus import Telemetry
+from trainyard.service.observability.logging import bind, log_context
+from trainyard.service.observability.prometheus import ServiceMetrics
 from trainyard.service.settings import Settings
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -43,7 +43,7 @@ HEADER_BYTES = 32 << 10
 BODY_SECONDS = 30.0
 """For the whole body, however slowly it comes."""
 
-LOOK_AGAIN_SECONDS = 15.0
+TOKEN_RECHECK_SECONDS = 15.0
 """Between two checks that the token of a stream's reader is still valid."""
 
 STREAM = "/stream"
@@ -53,10 +53,10 @@ METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"}
 log = logging.getLogger("trainyard")
 
 
-class Gate:
+class RequestMiddleware:
     """The middleware that checks each request, gives it an id, answers its errors, and logs and counts it."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, telemetry: Telemetry, gatekeeper: Gatekeeper) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, telemetry: ServiceMetrics, gatekeeper: Authenticator) -> None:
         self._app = app
         self._settings = settings
         self._telemetry = telemetry
@@ -67,50 +67,50 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = self._settings.proxies.seen_through(scope)
+        scope = self._settings.proxies.rewrite_scope(scope)
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["request_id"] = request_id
-        answered = _Answered(send, request_id)
+        answered = _ResponseHeaders(send, request_id)
         begun = time.monotonic()
-        with about(request_id=request_id):
+        with log_context(request_id=request_id):
             try:
-                self._admit(scope, headers)
+                self._validate(scope, headers)
                 scope["caller"] = await self._caller(scope, headers)
                 answered.still = lambda: self._caller(scope, headers)
                 self._require_short(scope, headers)
                 await RequestBodyLimitMiddleware(self._app, _limit(scope))(scope, _timed(receive), answered)
             except Exception as error:
-                await self._refuse(error, scope, receive, answered)
+                await self._error_response(error, scope, receive, answered)
             finally:
-                self._account(scope, answered.status, time.monotonic() - begun)
+                self._log_and_measure(scope, answered.status, time.monotonic() - begun)
 
-    def _account(self, scope: Scope, status: int, seconds: float) -> None:
+    def _log_and_measure(self, scope: Scope, status: int, seconds: float) -> None:
         """Log and count by route, not by URL: a URL may hold a secret, and the number of series must stay small."""
-        method, route = _known(scope["method"]), getattr(scope.get("route"), "path", "none")
+        method, route = _known_method(scope["method"]), getattr(scope.get("route"), "path", "none")
         client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
         log.info("request", extra={"job_id": _job_id(scope), "client": client, **fields})
         if not route.endswith(UNTIMED):
             self._telemetry.requests.labels(method, route, str(status)).observe(seconds)
 
-    def _admit(self, scope: Scope, headers: Headers) -> None:
+    def _validate(self, scope: Scope, headers: Headers) -> None:
         if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > URL_BYTES:
             raise UrlTooLong()
         if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
             raise HeadersTooLarge()
         host = headers.get("host", "")
         if not _host_allowed(host, self._settings.allowed_hosts):
-            raise ForeignHost()
+            raise HostNotAllowed()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
-            raise ForeignOrigin()
+            raise CrossOrigin()
 
-    async def _caller(self, scope: Scope, headers: Headers) -> Caller:
+    async def _caller(self, scope: Scope, headers: Headers) -> Principal:
         """Return the caller. Raises Unauthorized."""
         if _is_open(scope, headers):
-            return NOBODY
-        caller = await self._gatekeeper.caller(bearer(headers.get("authorization")))
-        note(actor=caller.name)
+            return ANONYMOUS
+        caller = await self._gatekeeper.authenticate(bearer(headers.get("authorization")))
+        bind(actor=caller.name)
         return caller
 
     def _require_short(self, scope: Scope, headers: Headers) -> None:
@@ -118,7 +118,9 @@ class Gate:
         if not length.isdecimal() or int(length[:20]) > _limit(scope):
             raise BodyTooLarge()
 
-    async def _refuse(self, error: Exception, scope: Scope, receive: Receive, answered: "_Answered") -> None:
+    async def _error_response(
+        self, error: Exception, scope: Scope, receive: Receive, answered: "_ResponseHeaders"
+    ) -> None:
         made = from_exception(error)
         if made.status == 500:
             log.error("a request failed", exc_info=error)
@@ -129,7 +131,7 @@ class Gate:
             return
         if answered.begun:
             raise error
-        await answer(made, scope["request_id"])(scope, receive, answered)
+        await problem_response(made, scope["request_id"])(scope, receive, answered)
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:
@@ -140,7 +142,7 @@ def _is_open(scope: Scope, headers: Headers) -> bool:
     return is_page(method, path, headers.get("accept", "")) or is_file(method, path)
 
 
-class _Answered:
+class _ResponseHeaders:
     """Adds the headers that every response has, and checks the token of a stream again."""
 
     def __init__(self, send: Send, request_id: str) -> None:
@@ -168,7 +170,7 @@ class _Answered:
     async def _look_again(self, before: float) -> None:
         """End a stream, which may last for days, when its token is revoked or expires. Raises Unauthorized."""
         now = time.monotonic()
-        if self.still is not None and now - before >= LOOK_AGAIN_SECONDS:
+        if self.still is not None and now - before >= TOKEN_RECHECK_SECONDS:
             self._looked_at = now
             await self.still()
 
@@ -235,7 +237,7 @@ def _job_id(scope: Scope) -> str | None:
     return given if JOB_ID.fullmatch(given) else None
 
 
-def _known(method: str) -> str:
+def _known_method(method: str) -> str:
     return method if method in METHODS else "other"
 
 

@@ -32,7 +32,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             schema = model.model_json_schema(ref_template=REF)
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema
-        _annotate(schemas)
+        _add_form_hints(schemas)
         # Kept as it came from the database, where it went as a whole spec.
         schemas["Job"]["properties"]["spec"] = {"$ref": REF.format(model=JobSpec.__name__)}
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -46,7 +46,7 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
-def _annotate(schemas: dict[str, Any]) -> None:
+def _add_form_hints(schemas: dict[str, Any]) -> None:
     """The spec's schemas with what a form needs beside them: a word on each setting, its unit, its other names."""
     whole = schemas[JobSpec.__name__]
     groups = {name: _of(schemas, described) for name, described in whole["properties"].items() if "$ref" in described}

@@ -19,7 +19,7 @@ NO_HASH = "0" * 64
 
 
 @dataclass(frozen=True)
-class Grant:
+class ApiKey:
     """A named token as it stands in the database. ``previous_until``: how long the one before a rotation is good."""
 
     id: str
@@ -33,7 +33,7 @@ class Grant:
     last_used_at: datetime | None
 
 
-def make(token_id: str) -> str:
+def generate(token_id: str) -> str:
     """A new token for the row ``tok_...``."""
     return f"{PREFIX}{token_id.removeprefix('tok_')}_{secrets.token_urlsafe(SECRET_BYTES)}"
 
@@ -49,7 +49,7 @@ def id_in(token: str) -> str | None:
     return f"tok_{match.group(1)}" if match else None
 
 
-def why_not(grant: Grant | None, token: str, now: datetime) -> str | None:
+def rejection_reason(grant: ApiKey | None, token: str, now: datetime) -> str | None:
     """Why the token is not good now, or None where it is. Only who has the right secret hears what is wrong with it."""
     mine = token_hash(token)
     current = hmac.compare_digest(mine, grant.sha256 if grant is not None else NO_HASH)

@@ -12,11 +12,11 @@ from fastapi.security import SecurityScopes
 from starlette.routing import BaseRoute
 
 from trainyard.contract.scopes import Scope
-from trainyard.service.auth.principal import CallerNeeded
+from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.errors import Forbidden
 
 
-async def require(needed: SecurityScopes, caller: CallerNeeded) -> None:
+async def require(needed: SecurityScopes, caller: PrincipalDep) -> None:
     """Raise Forbidden if the caller's scope does not cover what the route declares."""
     for scope in needed.scopes:
         if scope in UNSCOPED:

@@ -9,7 +9,7 @@ from trainyard.contract.scopes import Scope
 
 
 @dataclass(frozen=True)
-class Caller:
+class Principal:
     """Somebody who was let in. ``name`` stands in events; ``token`` is the id of a named token, which has quotas."""
 
     name: str
@@ -17,24 +17,24 @@ class Caller:
     token: str | None = None
 
 
-LOCAL = Caller("local", Scope.ADMIN)
+LOCAL = Principal("local", Scope.ADMIN)
 """Whoever asks a service that wants no token: it listens on this machine alone."""
 
-ADMIN = Caller("admin", Scope.ADMIN)
+ADMIN = Principal("admin", Scope.ADMIN)
 """Who has a token of the settings or of the token file."""
 
-NOBODY = Caller("nobody", Scope.READ)
+ANONYMOUS = Principal("nobody", Scope.READ)
 """At addresses that ask for no token of a user's."""
 
-RESERVED = frozenset({LOCAL.name, ADMIN.name, NOBODY.name, "agent", "scheduler", "service", "user", "worker"})
+RESERVED = frozenset({LOCAL.name, ADMIN.name, ANONYMOUS.name, "agent", "scheduler", "service", "user", "worker"})
 """Names that mean something else in events."""
 
 
-async def caller_of(request: Request) -> Caller:
+async def principal_of(request: Request) -> Principal:
     """Who asks, as the gate found out."""
-    caller: Caller = request.scope["caller"]
+    caller: Principal = request.scope["caller"]
     return caller
 
 
-CallerNeeded = Annotated[Caller, Depends(caller_of)]
+PrincipalDep = Annotated[Principal, Depends(principal_of)]
 """A route's knowledge of who asks."""

@@ -9,7 +9,7 @@ from sqlalchemy import ColumnElement, and_, func, or_, select
 from sqlalchemy.orm import Session
 
 from trainyard.contract.status import LIVE, JobStatus
-from trainyard.service.auth.principal import Caller
+from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import QuotaExceeded
 
@@ -30,7 +30,7 @@ def usage(session: Session, *which: ColumnElement[bool]) -> dict[str, Usage]:
     return {str(name): Usage(jobs, int(devices)) for name, jobs, devices in found}
 
 
-def require_room(session: Session, by: Caller, ranks: int, but: str | None = None) -> None:
+def check_quota(session: Session, by: Principal, ranks: int, but: str | None = None) -> None:
     """Raise QuotaExceeded where one more job of so many ranks is too much. ``but``: that very job, queued again.
 
     Holds the token until the transaction ends: two submissions at once cannot both take the last place. A job's lock

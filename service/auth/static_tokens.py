@@ -12,7 +12,7 @@ log = logging.getLogger("trainyard")
 Mark = tuple[int, int, int]
 
 
-class Tokens:
+class TokenFile:
     """The tokens that are good now. ``file`` holds one a line; it is read again when it changes.
 
     Of a file's tokens only hashes are kept. While the file cannot be read, those read last stay good; one without a
@@ -44,14 +44,14 @@ class Tokens:
             found = self._file.stat()
             mark = (found.st_ino, found.st_mtime_ns, found.st_size)
             if mark != self._mark:
-                self._read, self._mark = tuple(map(token_hash, tokens_in(self._file))), mark
+                self._read, self._mark = tuple(map(token_hash, parse_tokens(self._file))), mark
         except (OSError, ValueError):
             if self._mark is not None:
                 log.warning("the token file cannot be read; the tokens read last stay good")
             self._mark = None
 
 
-def tokens_in(file: Path) -> list[str]:
+def parse_tokens(file: Path) -> list[str]:
     """One a line; empty lines and those that begin with # are none. Raises OSError, and ValueError for no UTF-8."""
     lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]

@@ -8,21 +8,21 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.scopes import Scope
 from trainyard.service.auth import api_keys
-from trainyard.service.auth.api_keys import Grant
+from trainyard.service.auth.api_keys import ApiKey
 from trainyard.service.db.models import TokenRow
 from trainyard.service.errors import TokenNameTaken, TokenNotFound, TokenRevoked
 from trainyard.service.ids import new_id
-from trainyard.service.schemas import AskedToken
+from trainyard.service.schemas import TokenRequest
 
 ID_LETTERS = 12
 
 
-def grant(session: Session, token_id: str) -> Grant | None:
+def find_api_key(session: Session, token_id: str) -> ApiKey | None:
     """What is known of the token with this id."""
     row = session.get(TokenRow, token_id)
     if row is None:
         return None
-    return Grant(
+    return ApiKey(
         id=row.id,
         name=row.name,
         scope=Scope(row.scope),
@@ -40,10 +40,10 @@ def note_use(session: Session, token_id: str, now: datetime) -> None:
     session.execute(update(TokenRow).where(TokenRow.id == token_id).values(last_used_at=now))
 
 
-def create(session: Session, asked: AskedToken, by: str, now: datetime) -> tuple[TokenRow, str]:
+def create(session: Session, asked: TokenRequest, by: str, now: datetime) -> tuple[TokenRow, str]:
     """A new token and its secret. Raises TokenNameTaken: a name is given once, so that events stay true."""
     token_id = new_id("tok", ID_LETTERS)
-    token = api_keys.make(token_id)
+    token = api_keys.generate(token_id)
     row = TokenRow(
         id=token_id,
         name=asked.name,
@@ -69,7 +69,7 @@ def rotate(session: Session, name: str, overlap: int, expires_in: int | None, no
     row = lock(session, name)
     if row.revoked_at is not None:
         raise TokenRevoked()
-    token = api_keys.make(row.id)
+    token = api_keys.generate(row.id)
     row.previous_sha256 = row.sha256 if overlap else None
     row.previous_until = _after(now, overlap) if overlap else None
     row.sha256, row.rotated_at = api_keys.token_hash(token), now

@@ -12,18 +12,18 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from trainyard.contract.rundir import fsync_directory
 from trainyard.service.db.copy import (
-    Copied,
     CopyRefused,
+    TableCopy,
     copy,
-    shown,
+    printable_url,
 )
-from trainyard.service.db.engine import Database, UnknownTables, what_it_said
-from trainyard.service.settings import Settings, SettingsRefused
+from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
+from trainyard.service.settings import InvalidSettings, Settings
 
 DATABASE = "trainyard.db"
 
 
-class BackupRefused(Exception):
+class BackupError(Exception):
     """The backup cannot be made; the message says why and what to do."""
 
 
@@ -33,10 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         given.run(given)
     except DBAPIError as error:
-        return _refuse(given, what_it_said(error))
+        return _refuse(given, error_text(error))
     except OSError as error:
         return _refuse(given, f"{error.filename}: {error.strerror}")
-    except (CopyRefused, BackupRefused, UnknownTables, ArgumentError, SettingsRefused) as error:
+    except (CopyRefused, BackupError, UnknownSchemaVersion, ArgumentError, InvalidSettings) as error:
         return _refuse(given, str(error))
     return 0
 
@@ -82,19 +82,19 @@ def _upgrade(given: argparse.Namespace) -> None:
 def _backup(given: argparse.Namespace) -> None:
     url = make_url(_settings(given).database_url)
     if url.get_backend_name() != "sqlite":
-        raise BackupRefused("Postgres has its own tool: pg_dump --format=custom --file=FILE DATABASE")
+        raise BackupError("Postgres has its own tool: pg_dump --format=custom --file=FILE DATABASE")
     backup(Path(url.database or ""), given.file)
     print(f"{given.file}: {given.file.stat().st_size:,} bytes, checked", file=sys.stderr)
 
 
 def _copy(given: argparse.Namespace) -> None:
     source, target = database_url(given.source), database_url(given.target)
-    print(f"copying {shown(source)} to {shown(target)}", file=sys.stderr)
+    print(f"copying {printable_url(source)} to {printable_url(target)}", file=sys.stderr)
     found = copy(source, target, _tell)
     print(f"{sum(table.rows for table in found):,} rows are in both, each table with the same digest", file=sys.stderr)
 
 
-def _tell(copied: Copied) -> None:
+def _tell(copied: TableCopy) -> None:
     print(f"{copied.table:<20} {copied.rows:>12,} rows   sha256 {copied.digest}", flush=True)
 
 
@@ -113,9 +113,9 @@ def database_url(given: str) -> str:
 def backup(database: Path, into: Path) -> None:
     """Write a whole, checked copy of a SQLite database that may be in use. Raises BackupRefused."""
     if not database.is_file():
-        raise BackupRefused(f"there is no database at {database}")
+        raise BackupError(f"there is no database at {database}")
     if into.exists():
-        raise BackupRefused(f"{into} is there already; name a new file")
+        raise BackupError(f"{into} is there already; name a new file")
     unfinished = into.with_name(f".{into.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     try:
@@ -125,13 +125,13 @@ def backup(database: Path, into: Path) -> None:
         with closing(sqlite3.connect(unfinished)) as connection:
             verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
         if verdict != "ok":
-            raise BackupRefused(f"{database} is damaged: {verdict}")
+            raise BackupError(f"{database} is damaged: {verdict}")
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.rename(into)
         fsync_directory(into.parent)
     except (sqlite3.Error, OSError) as error:
-        raise BackupRefused(f"{database}: {error}") from error
+        raise BackupError(f"{database}: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ from trainyard.service.db import models
 from trainyard.service.db.engine import alembic_config, engine_for
 
 BATCH_ROWS = 500
-LEFT_OUT = frozenset({models.LeaderRow.__tablename__})
+LEFT_OUT = frozenset({models.SchedulerLeaseRow.__tablename__})
 """Who schedules on the one database says nothing about the other."""
 
 DIGEST_SPACE = 1 << 256
@@ -37,7 +37,7 @@ class CopyRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Copied:
+class TableCopy:
     """A table as it stands in both databases. ``digest``: of its rows, in whatever order."""
 
     table: str
@@ -45,7 +45,7 @@ class Copied:
     digest: str
 
 
-def copy(source: str, target: str, tell: Callable[[Copied], None]) -> list[Copied]:
+def copy(source: str, target: str, tell: Callable[[TableCopy], None]) -> list[TableCopy]:
     """Copy every row of ``source`` into the empty ``target``; both are URLs. ``tell`` hears of each table.
 
     Raises:
@@ -68,18 +68,18 @@ def copy(source: str, target: str, tell: Callable[[Copied], None]) -> list[Copie
         raise CopyRefused(f"{type(error).__name__}: {error}") from error
 
 
-def shown(url: str) -> str:
+def printable_url(url: str) -> str:
     """The URL without its password."""
     return make_url(url).render_as_string(hide_password=True)
 
 
 def _tables() -> list[Table]:
     """Those that others refer to come first."""
-    return [table for table in models.Table.metadata.sorted_tables if table.name not in LEFT_OUT]
+    return [table for table in models.Base.metadata.sorted_tables if table.name not in LEFT_OUT]
 
 
-def _table(reading: Connection, writing: Connection, table: Table, tell: Callable[[Copied], None]) -> Copied:
-    sent, arrived = Digest(), Digest()
+def _table(reading: Connection, writing: Connection, table: Table, tell: Callable[[TableCopy], None]) -> TableCopy:
+    sent, arrived = RowsDigest(), RowsDigest()
     for rows in _batches(reading, table):
         sent.add(rows)
         writing.execute(insert(table), [dict(row) for row in rows])
@@ -90,12 +90,12 @@ def _table(reading: Connection, writing: Connection, table: Table, tell: Callabl
             f"{table.name}: {sent.rows} rows were sent and {arrived.rows} found, or their digests differ: "
             f"{sent.hexadecimal} and {arrived.hexadecimal}; nothing was kept"
         )
-    copied = Copied(table.name, sent.rows, sent.hexadecimal)
+    copied = TableCopy(table.name, sent.rows, sent.hexadecimal)
     tell(copied)
     return copied
 
 
-class Digest:
+class RowsDigest:
     """The sum of the rows' sha256: databases sort text differently, so that order must not count."""
 
     def __init__(self) -> None:
@@ -226,7 +226,7 @@ def _require_nobody(connection: Connection, which: str) -> None:
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
         " AND application_name = :name AND pid <> pg_backend_pid()"
     )
-    deadline = time.monotonic() + db.ALONE_SECONDS
+    deadline = time.monotonic() + db.EXCLUSIVE_SECONDS
     while others := connection.scalar(query, {"name": db.APPLICATION}):
         if time.monotonic() > deadline:
             raise CopyRefused(f"the {which} is in use by a service ({others} connections): stop the service first")

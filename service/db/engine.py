@@ -20,14 +20,14 @@ from sqlalchemy.orm import Session
 
 from trainyard import migrations
 from trainyard.contract.locks import FileLock
-from trainyard.service.errors import DatabaseAway, OutcomeUnknown
+from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown
 
 if TYPE_CHECKING:
     # Takes a fifth of what a service needs to start, and is used where the tables are not yet of this release.
     import alembic.config
 
 BUSY_SECONDS = 30
-ALONE_SECONDS = 3
+EXCLUSIVE_SECONDS = 3
 IDLE_SECONDS = 10
 APPLICATION = "trainyard"
 """What our connections are called in `pg_stat_activity`."""
@@ -44,7 +44,7 @@ GONE = (
 )
 
 
-class UnknownTables(Exception):
+class UnknownSchemaVersion(Exception):
     """The tables are of a version that this one does not know, most likely a later one."""
 
     def __init__(self, revision: str) -> None:
@@ -54,7 +54,7 @@ class UnknownTables(Exception):
         )
 
 
-class Turn:
+class WriteLock:
     """One writer at a time. Who waits for too long gives up: else all would wait behind one who is held up."""
 
     def __init__(self) -> None:
@@ -62,13 +62,13 @@ class Turn:
 
     def __enter__(self) -> None:
         if not self._lock.acquire(timeout=BUSY_SECONDS):
-            raise DatabaseAway(headers={"Retry-After": "1"})
+            raise DatabaseUnavailable(headers={"Retry-After": "1"})
 
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
 
-class DatabaseFile:
+class SqliteFileGuard:
     """The file of a SQLite database, which must stay the one it was: what is written to a removed one is lost."""
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +86,7 @@ class DatabaseFile:
         if self._identity is None:
             self._identity = identity
         elif identity != self._identity:
-            raise DatabaseAway(GONE, headers={"Retry-After": "5"})
+            raise DatabaseUnavailable(GONE, headers={"Retry-After": "5"})
 
 
 class Database:
@@ -99,9 +99,9 @@ class Database:
         self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ") if not self.is_sqlite else None
         self._writing = self.engine.execution_options(writes=True)
         # SQLite has one writer at a time and its waiters poll; ours queue up instead.
-        self._turn: contextlib.AbstractContextManager[Any] = Turn() if self.is_sqlite else contextlib.nullcontext()
+        self._turn: contextlib.AbstractContextManager[Any] = WriteLock() if self.is_sqlite else contextlib.nullcontext()
         name = self.engine.url.database if self.is_sqlite else None
-        self._file = DatabaseFile(Path(name)) if name and name != ":memory:" else None
+        self._file = SqliteFileGuard(Path(name)) if name and name != ":memory:" else None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
@@ -110,7 +110,7 @@ class Database:
             yield session
 
     @contextlib.contextmanager
-    def look(self) -> Iterator[Connection]:
+    def connection(self) -> Iterator[Connection]:
         """The same for statements that give plain rows: what a session adds to them costs more than they do."""
         with (self._reading or self.engine).connect() as connection:
             yield connection
@@ -163,7 +163,7 @@ class Database:
         self.engine.dispose()
 
 
-def what_it_said(error: DBAPIError) -> str:
+def error_text(error: DBAPIError) -> str:
     """The database's own words in one line, for who started a program that needs it. No password is among them."""
     said = str(error.orig).strip().partition("\n")[0]
     return f"the database cannot be used: {said}; --database-url or TRAINYARD_DATABASE_URL says which one it is"
@@ -186,7 +186,7 @@ def migrate(connection: Connection) -> None:
     present = MigrationContext.configure(connection).get_current_revision()
     known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
     if present is not None and present not in known:
-        raise UnknownTables(present)
+        raise UnknownSchemaVersion(present)
     alembic.command.upgrade(config, "head")
 
 
@@ -226,10 +226,10 @@ def engine_for(parsed: URL, alone: bool = False) -> Engine:
         pool_timeout=BUSY_SECONDS,
         hide_parameters=True,
         json_deserializer=_read_json,
-        connect_args={"timeout": ALONE_SECONDS if alone else BUSY_SECONDS, "check_same_thread": False},
+        connect_args={"timeout": EXCLUSIVE_SECONDS if alone else BUSY_SECONDS, "check_same_thread": False},
     )
     if alone:
-        event.listen(engine, "connect", _shut_out_others)
+        event.listen(engine, "connect", _make_private)
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
     return engine
@@ -259,7 +259,7 @@ def _require_connected(connection: Any, _record: object, _proxy: object) -> None
         raise InvalidatePoolError() from error
 
 
-def _shut_out_others(connection: Any, _record: object) -> None:
+def _make_private(connection: Any, _record: object) -> None:
     # The lock that every reader of the file shares is taken for this connection alone, by its next write.
     connection.execute("PRAGMA locking_mode=EXCLUSIVE")
 

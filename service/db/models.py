@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-Whole = BigInteger().with_variant(Integer, "sqlite")
+BigInt = BigInteger().with_variant(Integer, "sqlite")
 """64 bits; SQLite counts rows by itself only where the column is spelt INTEGER."""
 
 
@@ -43,7 +43,7 @@ class UtcDateTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-class Table(DeclarativeBase):
+class Base(DeclarativeBase):
     """Base of all tables."""
 
     metadata = MetaData(
@@ -58,7 +58,7 @@ class Table(DeclarativeBase):
         datetime: UtcDateTime(),
         dict[str, Any]: JSON(none_as_null=True),
         list[Any]: JSON(none_as_null=True),
-        int: Whole,
+        int: BigInt,
         float: Float(53),
         str: Text(),
     }
@@ -68,7 +68,7 @@ def _job_id() -> Mapped[str]:
     return mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
 
 
-class JobRow(Table):
+class JobRow(Base):
     """One job. ``version`` counts changes of status; ``number`` orders jobs by age.
 
     ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
@@ -123,7 +123,7 @@ class JobRow(Table):
     queued_by: Mapped[str | None] = mapped_column(String(64))
 
 
-class LabelRow(Table):
+class LabelRow(Base):
     """The labels again, one a row, to find jobs by."""
 
     __tablename__ = "job_labels"
@@ -134,7 +134,7 @@ class LabelRow(Table):
     value: Mapped[str]
 
 
-class IdempotencyRow(Table):
+class IdempotencyRow(Base):
     """A submission that may be sent again."""
 
     __tablename__ = "idempotency_keys"
@@ -145,7 +145,7 @@ class IdempotencyRow(Table):
     created_at: Mapped[datetime] = mapped_column(index=True)
 
 
-class TokenRow(Table):
+class TokenRow(Base):
     """A named token. ``sha256`` is that of the whole token, which is kept nowhere. A name is never given twice.
 
     ``previous_sha256`` is good until ``previous_until``, beside the one that replaced it.
@@ -169,7 +169,7 @@ class TokenRow(Table):
     last_used_at: Mapped[datetime | None]
 
 
-class AttemptRow(Table):
+class AttemptRow(Base):
     """One launch. ``launched_at`` is null until the launcher has said that it started.
 
     ``placement``: where a cluster has put it, see `service.launch.base.Placement`; null on this host.
@@ -201,7 +201,7 @@ class AttemptRow(Table):
     placement: Mapped[dict[str, Any] | None]
 
 
-class LeaseRow(Table):
+class DeviceLeaseRow(Base):
     """A device in the hands of one attempt; no row: nobody has it."""
 
     __tablename__ = "leases"
@@ -211,7 +211,7 @@ class LeaseRow(Table):
     job_id: Mapped[str] = mapped_column(String(40))
 
 
-class LeaderRow(Table):
+class SchedulerLeaseRow(Base):
     """The one row that says which service schedules. ``holder`` null: nobody does.
 
     ``offer``: what it leases out, for services that answer elsewhere; see `service.scheduler.published_inventory`.
@@ -226,7 +226,7 @@ class LeaderRow(Table):
     offer: Mapped[dict[str, Any] | None]
 
 
-class MetricRow(Table):
+class MetricRow(Base):
     """One point. ``stitched`` is false where a later attempt, or a rollback, went over this step again."""
 
     __tablename__ = "metrics"
@@ -257,7 +257,7 @@ class MetricRow(Table):
     expert_load: Mapped[list[Any] | None]
 
 
-class StretchRow(Table):
+class MetricRollupRow(Base):
     """A stretch of a long curve, summed up: see `service.metrics.rollups`. ``bucket``: its steps divided by ``width``.
 
     ``total_H`` and ``weight_H`` are the sums of the running mean with half-life H, carried to ``finite_step``.
@@ -288,7 +288,7 @@ class StretchRow(Table):
     weight_1000: Mapped[float]
 
 
-class EventRow(Table):
+class EventRow(Base):
     """What happened to a job, and who asked for it."""
 
     __tablename__ = "events"
@@ -305,7 +305,7 @@ class EventRow(Table):
     at: Mapped[datetime]
 
 
-class CheckpointRow(Table):
+class CheckpointRow(Base):
     """A published checkpoint or weights file that is still there."""
 
     __tablename__ = "checkpoints"
@@ -325,7 +325,7 @@ class CheckpointRow(Table):
     created_at: Mapped[datetime]
 
 
-class SampleRow(Table):
+class SampleRow(Base):
     """A text the model wrote."""
 
     __tablename__ = "samples"
@@ -341,7 +341,7 @@ class SampleRow(Table):
     at: Mapped[datetime]
 
 
-class WebhookRow(Table):
+class WebhookRow(Base):
     """Somebody who wants to hear. ``secret`` signs, and so does ``old_secret`` until ``old_secret_until``.
 
     ``rules_since``: rules do not look at what a job had said before. ``failures``: tries in a row that failed.
@@ -373,7 +373,7 @@ class WebhookRow(Table):
     updated_at: Mapped[datetime]
 
 
-class DeliveryRow(Table):
+class DeliveryRow(Base):
     """What a webhook is to hear: ``body`` to the byte. Those of one ``lane`` are sent one after the other.
 
     ``claimed_by``: the sender that is at it. No foreign key: a webhook that is deleted meanwhile must not make a job's
@@ -404,7 +404,7 @@ class DeliveryRow(Table):
     ended_at: Mapped[datetime | None]
 
 
-class WatchRow(Table):
+class RuleStateRow(Base):
     """What a webhook's rule remembers of a job: how far it has read, and whether it has told what it saw."""
 
     __tablename__ = "webhook_watches"

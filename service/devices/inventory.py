@@ -80,10 +80,10 @@ def kind_for(asked: str, devices: Sequence[Device]) -> str:
     """What ``resources.device`` means here: ``cpu``, ``cuda``, or one device such as ``cuda:1``."""
     if asked != "auto":
         return asked
-    return "cuda" if count(devices, "cuda") else "cpu"
+    return "cuda" if count_by_kind(devices, "cuda") else "cpu"
 
 
-def count(devices: Sequence[Device], kind: str) -> int:
+def count_by_kind(devices: Sequence[Device], kind: str) -> int:
     """How many devices of a kind, or of a name, there are."""
     return sum(kind in (device.kind, device.id) for device in devices)
 

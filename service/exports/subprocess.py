@@ -14,8 +14,8 @@ WORKER_EXPORT = (sys.executable, "-P", "-m", "trainyard.worker.checkpoint.export
 """All that the service knows of the exporter. -P: a folder named worker/ where the service was started is not ours."""
 
 SECONDS = 900.0
-SAYS = "trainyard export: "
-LONGEST_REASON = 1000
+ERROR_PREFIX = "trainyard export: "
+MAX_REASON = 1000
 
 
 def require_exporter() -> None:
@@ -62,9 +62,9 @@ def _end(child: "subprocess.Popen[bytes]") -> None:
 def _reason(said: str, status: int) -> str:
     """The exporter's own word where it has one, else how it ended."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
-    told = next((line.removeprefix(SAYS) for line in reversed(lines) if line.startswith(SAYS)), None)
+    told = next((line.removeprefix(ERROR_PREFIX) for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
     if told is not None:
-        return f"{told[:1].upper()}{told[1:LONGEST_REASON]}."
-    last = lines[-1][:LONGEST_REASON] if lines else "it said nothing"
+        return f"{told[:1].upper()}{told[1:MAX_REASON]}."
+    last = lines[-1][:MAX_REASON] if lines else "it said nothing"
     ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
     return f"The exporter {ended}: {last}"

@@ -13,12 +13,12 @@ from trainyard.contract.parsing import (
     Problem,
     pointer_to,
 )
-from trainyard.contract.run_identity import FREE_SHAPE
+from trainyard.contract.run_identity import CHANGEABLE_FIELDS
 from trainyard.contract.spec import JobSpec
 from trainyard.service.api.bodies import unknown_field
 from trainyard.service.errors import RequestInvalid, SpecInvalid, with_problems
-from trainyard.service.jobs.actions import LARGEST
-from trainyard.service.jobs.submission import Host, accept
+from trainyard.service.jobs.actions import MAX_STEP
+from trainyard.service.jobs.submission import HostLimits, validate_spec
 
 FIELDS = ("step", "overrides", "data")
 LONGEST_NAME = 200
@@ -33,7 +33,7 @@ BATCH = ("batch_size", "accumulation_steps")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ForkRequest:
     """The body. ``step`` None: the newest checkpoint. ``given``: (group, leaf) -> the name the client used for it."""
 
     step: int | None
@@ -47,7 +47,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Origin:
+class ForkOrigin:
     """What the parent is, where the fork begins.
 
     ``rows``: rows of a step. ``base``: steps before its own schedule.
@@ -60,7 +60,7 @@ class Origin:
     steps_per_epoch: int | None
 
 
-def read(body: object) -> Asked:
+def parse_fork_request(body: object) -> ForkRequest:
     """The body. Raises RequestInvalid or SpecInvalid."""
     if not isinstance(body, dict | None):
         raise with_problems(RequestInvalid, [Problem("", "must be a JSON object")])
@@ -69,13 +69,13 @@ def read(body: object) -> Asked:
     if problems:
         raise with_problems(RequestInvalid, problems)
     canonical, given = _canonical(found.get("overrides") or {})
-    return Asked(found.get("step"), found.get("data", "keep"), canonical, given)
+    return ForkRequest(found.get("step"), found.get("data", "keep"), canonical, given)
 
 
 def _mistakes(body: Mapping[str, Any]) -> Iterator[Problem]:
     yield from (Problem(pointer_to(name), unknown_field(FIELDS)) for name in body if name not in FIELDS)
     step = body.get("step")
-    if step is not None and (type(step) is not int or not 0 <= step <= LARGEST):
+    if step is not None and (type(step) is not int or not 0 <= step <= MAX_STEP):
         yield Problem("/step", "must be a whole number, 0 or more")
     if body.get("data", "keep") not in ("keep", "restart"):
         yield Problem("/data", 'must be "keep" or "restart"')
@@ -102,12 +102,12 @@ def _canonical(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[tuple
     return canonical, given
 
 
-def forked_spec(asked: Asked, origin: Origin, host: Host) -> JobSpec:
+def forked_spec(asked: ForkRequest, origin: ForkOrigin, host: HostLimits) -> JobSpec:
     """The fork's spec: the parent's with the overrides, held against the host again. Raises SpecInvalid."""
     problems = [*_fixed(asked, origin.spec)]
     merged = _merged(asked, origin)
     try:
-        spec = accept(merged, host)
+        spec = validate_spec(merged, host)
     except SpecInvalid as error:
         raise with_problems(SpecInvalid, [*problems, *_repointed(error, asked, problems)]) from None
     if asked.data == "keep":
@@ -117,7 +117,7 @@ def forked_spec(asked: Asked, origin: Origin, host: Host) -> JobSpec:
     return spec
 
 
-def _merged(asked: Asked, origin: Origin) -> dict[str, Any]:
+def _merged(asked: ForkRequest, origin: ForkOrigin) -> dict[str, Any]:
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in origin.spec.items()}
     merged["name"] = f"{merged['name']}-fork-{origin.step}"[:LONGEST_NAME]
     merged["training"]["from_weight"] = None
@@ -130,7 +130,7 @@ def _merged(asked: Asked, origin: Origin) -> dict[str, Any]:
     return merged
 
 
-def _fixed(asked: Asked, parent: Mapping[str, Any]) -> Iterator[Problem]:
+def _fixed(asked: ForkRequest, parent: Mapping[str, Any]) -> Iterator[Problem]:
     """What was asked to be another one and cannot."""
     for group, leaves in asked.overrides.items():
         for leaf, value in leaves.items() if group in GROUPS and isinstance(leaves, dict) else ():
@@ -142,14 +142,14 @@ def _fixed(asked: Asked, parent: Mapping[str, Any]) -> Iterator[Problem]:
 def _why_fixed(group: str, leaf: str, data: str) -> str | None:
     if (group, leaf) in (("training", "from_weight"), ("checkpoint", "from_resume")):
         return "cannot be given: a fork begins at its parent's checkpoint"
-    if (group, leaf) == ("data", "tokenizer_path") or (group == "model" and leaf not in FREE_SHAPE):
+    if (group, leaf) == ("data", "tokenizer_path") or (group == "model" and leaf not in CHANGEABLE_FIELDS):
         return "cannot be changed: the parent's weights were trained with it"
     if data == "keep" and (group == "model" or leaf in ORDER.get(group, ())):
         return 'cannot be changed where the parent\'s run is kept: data "restart" allows it'
     return None
 
 
-def _repointed(error: SpecInvalid, asked: Asked, known: list[Problem]) -> Iterator[Problem]:
+def _repointed(error: SpecInvalid, asked: ForkRequest, known: list[Problem]) -> Iterator[Problem]:
     """The host's problems, but for those of fields that are refused anyway."""
     refused = {problem.pointer for problem in known}
     for found in error.extra["errors"]:
@@ -161,7 +161,7 @@ def _repointed(error: SpecInvalid, asked: Asked, known: list[Problem]) -> Iterat
             yield Problem(pointer, found["message"])
 
 
-def _other_batch(asked: Asked, origin: Origin, spec: JobSpec) -> Iterator[Problem]:
+def _other_batch(asked: ForkRequest, origin: ForkOrigin, spec: JobSpec) -> Iterator[Problem]:
     """Each step keeps the rows it has in the parent, so what makes up a batch must come to the same."""
     leaves = asked.overrides.get("training", {})
     named = next((leaf for leaf in BATCH if leaf in leaves), None)
@@ -173,7 +173,7 @@ def _other_batch(asked: Asked, origin: Origin, spec: JobSpec) -> Iterator[Proble
         yield Problem(asked.pointer("training", named), message)
 
 
-def _nothing_left(asked: Asked, origin: Origin, spec: JobSpec) -> Iterator[Problem]:
+def _nothing_left(asked: ForkRequest, origin: ForkOrigin, spec: JobSpec) -> Iterator[Problem]:
     training, done = spec.training, origin.step - origin.base
     leaf, steps = "max_steps", training.max_steps
     if steps is None and origin.steps_per_epoch:

@@ -21,7 +21,7 @@ from trainyard.contract.events import (
     Sample,
     SettingsChanged,
     Started,
-    Warned,
+    WarningEvent,
 )
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.auth.api_keys import NO_HASH, token_hash
@@ -35,7 +35,7 @@ from trainyard.service.db.models import (
 from trainyard.service.errors import Unauthorized
 from trainyard.service.ingest.parsing import contiguous, read
 from trainyard.service.jobs import repository
-from trainyard.service.jobs.repository import Note
+from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.metrics import rollups
 from trainyard.service.metrics.progress import after_metric, after_start
 
@@ -45,7 +45,7 @@ POINTS = insert(MetricRow)
 _OWN = (MetricRow.job_id == bindparam("job_id"), MetricRow.attempt == bindparam("attempt"))
 LAST_STEP = select(func.max(MetricRow.step)).where(*_OWN)
 
-SET_ASIDE = ("invalid", "superseded")
+QUARANTINED = ("invalid", "superseded")
 """Reasons of a removal that leaves the files under another name."""
 
 
@@ -67,7 +67,7 @@ def lock(session: Session, attempt_id: str, job_id: str) -> tuple[JobRow, Attemp
     return job, attempt
 
 
-def hear(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> None:
+def record_contact(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> None:
     """Note that the attempt spoke. Its first word makes a starting job a running one."""
     attempt.heard_at = now
     attempt.started_at = attempt.started_at or now
@@ -76,8 +76,8 @@ def hear(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> N
         return
     job.heard_at = now
     if job.status == JobStatus.STARTING:
-        note = Note("status", f"attempt {attempt.number} reports", "agent", attempt.number)
-        repository.move(session, job, JobStatus.RUNNING, note, now, started_at=job.started_at or now)
+        note = EventDraft("status", f"attempt {attempt.number} reports", "agent", attempt.number)
+        repository.transition(session, job, JobStatus.RUNNING, note, now, started_at=job.started_at or now)
 
 
 def desired_of(job: JobRow, attempt: AttemptRow) -> Desired:
@@ -106,7 +106,7 @@ def _store(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[
     with session.begin_nested():
         into = _Ingest(session, job, attempt)
         for event in events:
-            into.take(event)
+            into.add(event)
         into.finish()
         into.seal()
 
@@ -120,7 +120,7 @@ def _store_one_by_one(session: Session, job: JobRow, attempt: AttemptRow, events
             if isinstance(error, OperationalError | InterfaceError):
                 raise
             message = f"line {event.seq} of the outbox, a {event.kind}, could not be stored"
-            _store(session, job, attempt, [Warned(seq=event.seq, code="unstorable_line", message=message)])
+            _store(session, job, attempt, [WarningEvent(seq=event.seq, code="unstorable_line", message=message)])
 
 
 @dataclass
@@ -147,7 +147,7 @@ class _Ingest:
         own = {"job_id": self.job.id, "attempt": self.attempt.number}
         return self.session.connection().scalar(LAST_STEP, own) or 0
 
-    def take(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         match event:
             case Metric():
                 self._metric(event)
@@ -161,7 +161,7 @@ class _Ingest:
                 self._removed(event)
             case Sample():
                 self._sample(event)
-            case Warned():
+            case WarningEvent():
                 self._warned(event)
             case ResumeVerified() | SettingsChanged():
                 self._noted(event)
@@ -179,25 +179,25 @@ class _Ingest:
     def seal(self) -> None:
         """Sum up what has become complete of a long curve."""
         if self.reached is not None:
-            rollups.advance(self.session, self.job, self.reached)
+            rollups.roll_up(self.session, self.job, self.reached)
 
     def _metric(self, event: Metric) -> None:
         if event.step <= self.last_step:
             # The attempt went back by itself and does these steps again.
             self.finish()
-            self._unstitch(MetricRow.attempt == self.attempt.number, event.step - 1)
+            self._supersede(MetricRow.attempt == self.attempt.number, event.step - 1)
         self.last_step = event.step
         point = event.model_dump(exclude={"kind"})
         stitched = self.cut is None or event.step <= self.cut
         self.metrics.append({"job_id": self.job.id, "attempt": self.attempt.number, "stitched": stitched, **point})
         if stitched:
-            rollups.reopen(self.session, self.job, event.step)
+            rollups.invalidate(self.session, self.job, event.step)
         if self.current:
             self.reached = event.step
             self.job.progress = after_metric(self.job.progress, event, self.job.facts)
 
-    def _unstitch(self, which: Any, behind: int) -> None:
-        rollups.reopen(self.session, self.job, behind + 1)
+    def _supersede(self, which: Any, behind: int) -> None:
+        rollups.invalidate(self.session, self.job, behind + 1)
         where = (MetricRow.job_id == self.job.id, which, MetricRow.step > behind)
         self.session.execute(
             update(MetricRow).where(*where).values(stitched=False).execution_options(synchronize_session=False)
@@ -205,7 +205,7 @@ class _Ingest:
 
     def _started(self, event: Started) -> None:
         self.attempt.start_step = event.start_step
-        self._unstitch(MetricRow.attempt < self.attempt.number, event.start_step)
+        self._supersede(MetricRow.attempt < self.attempt.number, event.start_step)
         if self.current:
             self.job.resume_step = None
             known = event.model_dump(mode="json", exclude={"kind", "seq", "at", "start_step", "resumed_from"})
@@ -213,7 +213,7 @@ class _Ingest:
             self.job.progress = after_start(self.job.progress, event)
         origin = f"goes on from step {event.start_step:,}" if event.start_step else "starts from step 0"
         on = f"{event.world_size} rank{'s' if event.world_size != 1 else ''} on {event.device_name}"
-        self._tell("started", f"attempt {self.attempt.number} {origin}: {on}", event)
+        self._record_event("started", f"attempt {self.attempt.number} {origin}: {on}", event)
 
     def _phase(self, event: PhaseChanged) -> None:
         if self.current:
@@ -223,7 +223,7 @@ class _Ingest:
     def _saved(self, event: CheckpointSaved) -> None:
         same = (CheckpointRow.job_id == self.job.id, CheckpointRow.path == event.path)
         self.session.execute(delete(CheckpointRow).where(*same))
-        if event.checkpoint_kind == "weights" and self._thinned(event):
+        if event.checkpoint_kind == "weights" and self._weights_only(event):
             return
         self.session.add(
             CheckpointRow(
@@ -239,9 +239,9 @@ class _Ingest:
                 created_at=event.at,
             )
         )
-        self._tell("checkpoint", f"saved {event.checkpoint_kind} checkpoint at step {event.step:,}", event)
+        self._record_event("checkpoint", f"saved {event.checkpoint_kind} checkpoint at step {event.step:,}", event)
 
-    def _thinned(self, event: CheckpointSaved) -> bool:
+    def _weights_only(self, event: CheckpointSaved) -> bool:
         """A full checkpoint becomes a weights-only one in its own place: the list stays in the order of steps."""
         full = (CheckpointRow.job_id == self.job.id, CheckpointRow.step == event.step, CheckpointRow.kind == "full")
         row = self.session.scalar(select(CheckpointRow).where(*full).limit(1))
@@ -249,38 +249,38 @@ class _Ingest:
             return False
         row.path, row.bytes, row.sha256, row.kind = event.path, event.bytes, event.sha256, event.checkpoint_kind
         self.session.flush()
-        self._tell("checkpoint", f"of the checkpoint at step {event.step:,} the weights are kept", event)
+        self._record_event("checkpoint", f"of the checkpoint at step {event.step:,} the weights are kept", event)
         return True
 
     def _removed(self, event: CheckpointRemoved) -> None:
         same = (CheckpointRow.job_id == self.job.id, CheckpointRow.path == event.path)
         self.session.execute(delete(CheckpointRow).where(*same))
-        done = "set aside" if event.why in SET_ASIDE else "removed"
-        self._tell("checkpoint_removed", f"{done} the checkpoint of step {event.step:,}: {event.why}", event)
+        done = "set aside" if event.why in QUARANTINED else "removed"
+        self._record_event("checkpoint_removed", f"{done} the checkpoint of step {event.step:,}: {event.why}", event)
 
     def _sample(self, event: Sample) -> None:
         text = {"step": event.step, "prompt": event.prompt, "text": event.text, "at": event.at, "seq": event.seq}
         self.session.add(SampleRow(job_id=self.job.id, attempt=self.attempt.number, **text))
 
-    def _warned(self, event: Warned) -> None:
+    def _warned(self, event: WarningEvent) -> None:
         repository.alert(self.job, event.code, event.message, event.at, event.step)
-        self._tell("warning", event.message, event)
+        self._record_event("warning", event.message, event)
 
     def _noted(self, event: ResumeVerified | SettingsChanged) -> None:
         if isinstance(event, SettingsChanged):
-            self._tell("settings", f"from step {event.step + 1:,} on: {event.message}", event)
+            self._record_event("settings", f"from step {event.step + 1:,} on: {event.message}", event)
             return
         now = "not finite" if event.found is None else f"{event.found:.6f}"
         apart = "" if event.difference is None else f", difference {event.difference:g}"
         message = f"the probe of step {event.step:,} was saved with {event.expected:.6f} and is {now}{apart}"
-        self._tell("resume_verified", message, event)
+        self._record_event("resume_verified", message, event)
 
     def _finished(self, event: Finished) -> None:
         if self.current:
             self.job.progress = {**self.job.progress, "step": event.step}
-        self._tell("finished", event.message or f"{event.outcome} at step {event.step:,}", event)
+        self._record_event("finished", event.message or f"{event.outcome} at step {event.step:,}", event)
 
-    def _tell(self, kind: str, message: str, event: Event) -> None:
+    def _record_event(self, kind: str, message: str, event: Event) -> None:
         data = event.model_dump(mode="json", exclude={"kind", "seq", "at", "message"})
-        note = Note(kind, message, "agent", self.attempt.number, event.seq, data)
-        repository.tell(self.session, self.job, note, event.at)
+        note = EventDraft(kind, message, "agent", self.attempt.number, event.seq, data)
+        repository.record_event(self.session, self.job, note, event.at)

@@ -12,29 +12,31 @@ from trainyard.contract.status import (
     Desired,
     JobStatus,
     Reason,
-    may_become,
+    can_transition,
 )
 from trainyard.service.db.models import (
     AttemptRow,
+    DeviceLeaseRow,
     JobRow,
-    LeaseRow,
     MetricRow,
 )
 from trainyard.service.ingest.parsing import plain_report
 from trainyard.service.jobs import repository, restart_policy
-from trainyard.service.jobs.lifecycle import Ending, after_exit
-from trainyard.service.jobs.repository import Note
+from trainyard.service.jobs.lifecycle import ExitDecision, after_exit
+from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.metrics.progress import after_end
 from trainyard.service.timing import Timing
 
 NOT_LAUNCHED = "not_launched"
 """An attempt's outcome where the service ended between its decision and the launch."""
 
-MOST_COUNTED = 10
+MAX_ATTEMPTS_READ = 10
 """So many attempts are looked back at; none of the rules asks for more."""
 
 
-def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, now: datetime, timing: Timing) -> None:
+def close_attempt(
+    session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, now: datetime, timing: Timing
+) -> None:
     """Nothing of the attempt lives any more: close it, free its devices, and move the job on. Twice is once."""
     if attempt.ended_at is not None:
         return
@@ -53,7 +55,7 @@ def end(session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, 
         ending = after_exit(JobStatus(job.status), report, past, max_restarts, job.preempted_by, timing)
         if ending.queued_again:
             attempt.reason = ending.reason
-        _move_on(session, job, attempt, ending, report, now)
+        _transition_job(session, job, attempt, ending, report, now)
 
 
 def _with_memory(session: Session, attempt: AttemptRow, report: ExitReport) -> ExitReport:
@@ -71,17 +73,17 @@ def _when(said: datetime, created_at: datetime, now: datetime) -> datetime:
     return max(created_at, min(said, now))
 
 
-def _past(session: Session, job: JobRow, attempt: AttemptRow) -> restart_policy.Past:
+def _past(session: Session, job: JobRow, attempt: AttemptRow) -> restart_policy.RestartHistory:
     """What this attempt and those before it have come to."""
     earlier = (AttemptRow.job_id == job.id, AttemptRow.number < attempt.number, AttemptRow.outcome != NOT_LAUNCHED)
-    newest_first = select(AttemptRow).where(*earlier).order_by(AttemptRow.number.desc()).limit(MOST_COUNTED)
-    return restart_policy.past(job.restarts, map(_ended, (attempt, *session.scalars(newest_first))))
+    newest_first = select(AttemptRow).where(*earlier).order_by(AttemptRow.number.desc()).limit(MAX_ATTEMPTS_READ)
+    return restart_policy.restart_history(job.restarts, map(_ended, (attempt, *session.scalars(newest_first))))
 
 
-def _ended(row: AttemptRow) -> restart_policy.Ended:
+def _ended(row: AttemptRow) -> restart_policy.EndedAttempt:
     reason = Reason(row.reason) if row.reason else None
     why = restart_policy.fault(row.outcome or "", reason)
-    return restart_policy.Ended(row.trigger, why, restart_policy.made_a_step(row.start_step, row.end_step))
+    return restart_policy.EndedAttempt(row.trigger, why, restart_policy.made_a_step(row.start_step, row.end_step))
 
 
 def never_launched(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> None:
@@ -94,32 +96,34 @@ def never_launched(session: Session, job: JobRow, attempt: AttemptRow, now: date
         return
     match JobStatus(job.status):
         case JobStatus.STARTING:
-            note = Note("status", "the launch did not happen: queued again", "scheduler", attempt.number)
-            repository.move(session, job, JobStatus.QUEUED, note, now)
+            note = EventDraft("status", "the launch did not happen: queued again", "scheduler", attempt.number)
+            repository.transition(session, job, JobStatus.QUEUED, note, now)
         case JobStatus.PAUSING:
-            note = Note("status", "paused before it was launched", "scheduler", attempt.number)
-            repository.move(session, job, JobStatus.PAUSED, note, now, reason=Reason.USER, message=note.message)
+            note = EventDraft("status", "paused before it was launched", "scheduler", attempt.number)
+            repository.transition(session, job, JobStatus.PAUSED, note, now, reason=Reason.USER, message=note.message)
         case JobStatus.CANCELLING:
-            note = Note("status", "cancelled before it was launched", "scheduler", attempt.number)
+            note = EventDraft("status", "cancelled before it was launched", "scheduler", attempt.number)
             ended = {"reason": Reason.USER, "message": note.message, "finished_at": now}
-            repository.move(session, job, JobStatus.CANCELLED, note, now, **ended)
+            repository.transition(session, job, JobStatus.CANCELLED, note, now, **ended)
 
 
 def _close(session: Session, attempt: AttemptRow, outcome: str, now: datetime) -> None:
-    session.execute(delete(LeaseRow).where(LeaseRow.attempt_id == attempt.id))
+    session.execute(delete(DeviceLeaseRow).where(DeviceLeaseRow.attempt_id == attempt.id))
     attempt.ended_at = now
     attempt.outcome = outcome
     if attempt.placement is not None:
         attempt.placement = {**attempt.placement, "state": "ended", "waiting_for": None}
 
 
-def _move_on(
-    session: Session, job: JobRow, attempt: AttemptRow, ending: Ending, report: ExitReport, now: datetime
+def _transition_job(
+    session: Session, job: JobRow, attempt: AttemptRow, ending: ExitDecision, report: ExitReport, now: datetime
 ) -> None:
-    if not may_become(JobStatus(job.status), ending.status):
+    if not can_transition(JobStatus(job.status), ending.status):
         # The report is the first word of an attempt that ran while nobody listened.
-        note = Note("status", f"attempt {attempt.number} had been running", "agent", attempt.number)
-        repository.move(session, job, JobStatus.RUNNING, note, now, started_at=job.started_at or attempt.created_at)
+        note = EventDraft("status", f"attempt {attempt.number} had been running", "agent", attempt.number)
+        repository.transition(
+            session, job, JobStatus.RUNNING, note, now, started_at=job.started_at or attempt.created_at
+        )
     restart_at = now + timedelta(seconds=ending.restart_seconds) if ending.restart_seconds is not None else None
     changes = {
         "reason": ending.reason,
@@ -135,10 +139,10 @@ def _move_on(
         "desired": Desired.RUN if restart_at is not None else job.desired,
     }
     job.progress = after_end(job.progress, report.step)
-    repository.move(
-        session, job, ending.status, Note("status", ending.message, "agent", attempt.number), now, **changes
+    repository.transition(
+        session, job, ending.status, EventDraft("status", ending.message, "agent", attempt.number), now, **changes
     )
     if ending.queued_again:
-        note = Note("status", "queued again: it goes on when devices are free", "scheduler", attempt.number)
+        note = EventDraft("status", "queued again: it goes on when devices are free", "scheduler", attempt.number)
         again = {"desired": Desired.RUN, "trigger": "preemption", "reason": ending.reason}
-        repository.move(session, job, JobStatus.QUEUED, note, now, **again)
+        repository.transition(session, job, JobStatus.QUEUED, note, now, **again)

@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainyard.contract.events import EVENT, Event, Warned
+from trainyard.contract.events import EVENT, Event, WarningEvent
 from trainyard.contract.messages import ExitReport
 
-LARGEST = 2**63 - 1
-LONGEST_TEXT = 100_000
+MAX_INTEGER = 2**63 - 1
+MAX_TEXT = 100_000
 
 
 def contiguous(lines: Iterable[dict[str, Any]], acked: int) -> Iterator[dict[str, Any]]:
@@ -34,7 +34,9 @@ def read(line: dict[str, Any]) -> Event:
         kind = line.get("kind")
         about = f" of kind {kind[:40]!a}" if isinstance(kind, str) else ""
         message = f"line {line['seq']} of the outbox{about} cannot be read"
-        return Warned(seq=line["seq"], code="unreadable_line", message=message, data={"why": type(error).__name__})
+        return WarningEvent(
+            seq=line["seq"], code="unreadable_line", message=message, data={"why": type(error).__name__}
+        )
 
 
 def _utc(at: datetime) -> datetime:
@@ -56,7 +58,7 @@ def _storable(value: Any, depth: int = 0) -> Any:
         return [_storable(item, depth + 1) for item in value]
     if isinstance(value, str):
         return _text(value)
-    if isinstance(value, int) and abs(value) > LARGEST:
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise _Unstorable()
     return value
 
@@ -67,7 +69,7 @@ def _without_nonfinite(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: str) -> str:
-    return value[:LONGEST_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
+    return value[:MAX_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
 def plain_report(report: ExitReport) -> ExitReport:

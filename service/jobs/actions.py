@@ -29,7 +29,7 @@ from trainyard.contract.status import (
 from trainyard.contract.units import UNITS
 from trainyard.service.api.bodies import OptionalBody, without_defaults
 from trainyard.service.auth import quotas
-from trainyard.service.auth.principal import Caller
+from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import (
     Conflict,
@@ -41,67 +41,71 @@ from trainyard.service.errors import (
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.lifecycle import (
     Action,
-    Move,
-    Refusal,
-    UnderWay,
+    InProgress,
+    Rejected,
+    Transition,
+    allowed_actions,
     decide,
-    fitting,
 )
 from trainyard.service.jobs.queries import newest_step, standing
-from trainyard.service.jobs.repository import Note
-from trainyard.service.jobs.submission import Host, accept
-from trainyard.service.launch.base import AttemptName
+from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.jobs.submission import HostLimits, validate_spec
+from trainyard.service.launch.base import AttemptRef
 
-ASKED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
+REQUESTED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
 
-RESTING_MESSAGE = {
+IDLE_MESSAGE = {
     JobStatus.PAUSED: "paused while it was waiting",
     JobStatus.CANCELLED: "cancelled while nothing was running",
 }
 
 
-def stop(session: Session, job_id: str, action: Action, by: Caller, now: datetime) -> JobRow:
+def stop(session: Session, job_id: str, action: Action, by: Principal, now: datetime) -> JobRow:
     """Pause, cancel or kill. Raises InvalidState where that does not fit."""
     job = repository.lock(session, job_id)
     decision = _fitting(job, action)
-    if isinstance(decision, UnderWay):
+    if isinstance(decision, InProgress):
         return job
-    message = f"asked to {ASKED[action]}"
+    message = f"asked to {REQUESTED[action]}"
     if decision.to is None:
-        return _wish(session, job, action, decision, by, now)
+        return _set_desired(session, job, action, decision, by, now)
     changes: dict[str, Any] = {"desired": decision.desired, "restart_at": None, "asked_at": now}
     if job.preempted_by is not None:
         changes |= {"preempted_by": None, "reason": None}
-    if decision.to in RESTING_MESSAGE:
-        changes |= {"reason": Reason.USER, "message": RESTING_MESSAGE[decision.to], "asked_at": None}
+    if decision.to in IDLE_MESSAGE:
+        changes |= {"reason": Reason.USER, "message": IDLE_MESSAGE[decision.to], "asked_at": None}
     if decision.to in TERMINAL:
         changes["finished_at"] = now
-    repository.move(session, job, decision.to, Note(action, message, by.name, data={"action": action}), now, **changes)
+    repository.transition(
+        session, job, decision.to, EventDraft(action, message, by.name, data={"action": action}), now, **changes
+    )
     return job
 
 
-def _wish(session: Session, job: JobRow, action: Action, decision: Move, by: Caller, now: datetime) -> JobRow:
+def _set_desired(
+    session: Session, job: JobRow, action: Action, decision: Transition, by: Principal, now: datetime
+) -> JobRow:
     """The status stays: a cancel becomes a kill, or a restart that was due is called off."""
     job.desired = decision.desired
     if job.status == JobStatus.INTERRUPTED:
         job.restart_at = None
         job.message = (job.message or "").partition("; restarting")[0] + "; the restart was called off"
-        repository.tell(session, job, Note(action, "the restart was called off", by.name), now)
+        repository.record_event(session, job, EventDraft(action, "the restart was called off", by.name), now)
     else:
         job.asked_at = now
         if job.preempted_by is not None:
             job.preempted_by = job.reason = None  # it stays paused, and is not queued again
-        repository.tell(session, job, Note(action, f"asked to {ASKED[action]}", by.name), now)
+        repository.record_event(session, job, EventDraft(action, f"asked to {REQUESTED[action]}", by.name), now)
     session.flush()
     return job
 
 
-def save(session: Session, job_id: str, by: Caller, now: datetime) -> AttemptName:
+def save(session: Session, job_id: str, by: Principal, now: datetime) -> AttemptRef:
     """Note the wish for a checkpoint, and return the attempt that is to hear of it. Raises InvalidState."""
     job = repository.lock(session, job_id)
     _fitting(job, "save")
-    repository.tell(session, job, Note("save", "asked to save", by.name), now)
-    return AttemptName(job.id, job.attempt, _launcher_of(session, job))
+    repository.record_event(session, job, EventDraft("save", "asked to save", by.name), now)
+    return AttemptRef(job.id, job.attempt, _launcher_of(session, job))
 
 
 def _launcher_of(session: Session, job: JobRow) -> str:
@@ -109,27 +113,27 @@ def _launcher_of(session: Session, job: JobRow) -> str:
     return session.scalars(select(AttemptRow.launcher).where(*which)).one()
 
 
-def resume_under_way(session: Session, job_id: str, changed: bool) -> bool:
+def resume_in_progress(session: Session, job_id: str, changed: bool) -> bool:
     """Whether a resume without changes was asked for already and goes its way. Raises InvalidState."""
     job = repository.find(session, job_id)
     decision = decide("resume", standing(job))
-    if isinstance(decision, UnderWay) and not changed:
+    if isinstance(decision, InProgress) and not changed:
         return True
-    if isinstance(decision, UnderWay):
+    if isinstance(decision, InProgress):
         raise invalid_state(job, "it is being resumed already, without these changes")
-    if isinstance(decision, Refusal) and not (job.status == JobStatus.SUCCEEDED and changed):
-        raise invalid_state(job, decision.why)
+    if isinstance(decision, Rejected) and not (job.status == JobStatus.SUCCEEDED and changed):
+        raise invalid_state(job, decision.reason)
     return False
 
 
 def resume(
-    session: Session, job_id: str, before: dict[str, Any], spec: JobSpec, step: int | None, by: Caller, now: datetime
+    session: Session, job_id: str, before: dict[str, Any], spec: JobSpec, step: int | None, by: Principal, now: datetime
 ) -> JobRow:
     """Queue the job again with ``spec``, which is ``before`` with what the user changed. Raises QuotaExceeded."""
     job = _unchanged(session, job_id, before)
     if job.status == JobStatus.SUCCEEDED:
         _require_more_steps(job, spec)
-    elif isinstance(_fitting(job, "resume"), UnderWay):
+    elif isinstance(_fitting(job, "resume"), InProgress):
         # Another request was faster since this one looked; it is the same wish, or one that comes too late.
         if spec.model_dump(mode="json") == before and step is None:
             return job
@@ -141,11 +145,11 @@ def resume(
     if step is not None:
         origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
     ranks = spec.resources.ranks
-    quotas.require_room(session, by, ranks, but=job.id)
+    quotas.check_quota(session, by, ranks, but=job.id)
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
     job.ranks, job.queued_by = ranks, by.name
-    note = Note("resume", f"asked to resume; {origin}", by.name, data={"changes": differences(before, after)})
+    note = EventDraft("resume", f"asked to resume; {origin}", by.name, data={"changes": differences(before, after)})
     changes = {
         "desired": Desired.RUN,
         "trigger": "resume",
@@ -157,7 +161,7 @@ def resume(
         "resume_step": step,
     }
     cleared = {"reason": None, "message": None, "error": None}
-    repository.move(session, job, JobStatus.QUEUED, note, now, **changes, **cleared)
+    repository.transition(session, job, JobStatus.QUEUED, note, now, **changes, **cleared)
     return job
 
 
@@ -175,7 +179,7 @@ def patch(
     before: dict[str, Any],
     changes: dict[str, Any],
     spec: JobSpec,
-    by: Caller,
+    by: Principal,
     now: datetime,
 ) -> JobRow:
     """Store ``spec``, which is ``before`` with ``changes`` in it."""
@@ -187,7 +191,9 @@ def patch(
     message = f"changed {', '.join(sorted(changes))}" if changes else "nothing was changed"
     if JobStatus(job.status) in LIVE and not RUN_SETTINGS.keys().isdisjoint(changes):
         message += "; the run hears of it with its next report"
-    repository.tell(session, job, Note("changed", message, by.name, data={"fields": sorted(changes)}), now)
+    repository.record_event(
+        session, job, EventDraft("changed", message, by.name, data={"fields": sorted(changes)}), now
+    )
     session.flush()
     return job
 
@@ -204,7 +210,7 @@ def invalid_state(job: JobRow, why: str) -> InvalidState:
     """The 409 that says the present status and the verbs that fit it."""
     session = object_session(job)
     has_checkpoint = session is not None and newest_step(session, job.id) is not None
-    fits = fitting(replace(standing(job), has_checkpoint=has_checkpoint))
+    fits = allowed_actions(replace(standing(job), has_checkpoint=has_checkpoint))
     hint = f"; what fits: {', '.join(fits)}" if fits else "; nothing fits but waiting"
     return InvalidState(f"{why[:1].upper()}{why[1:]}{hint}.", job_status=job.status, allowed_actions=fits)
 
@@ -227,10 +233,10 @@ def differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -
     return found
 
 
-def _fitting(job: JobRow, action: Action) -> Move | UnderWay:
+def _fitting(job: JobRow, action: Action) -> Transition | InProgress:
     decision = decide(action, standing(job))
-    if isinstance(decision, Refusal):
-        raise invalid_state(job, decision.why)
+    if isinstance(decision, Rejected):
+        raise invalid_state(job, decision.reason)
     return decision
 
 
@@ -262,7 +268,7 @@ def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
         raise with_problems(SpecInvalid, [Problem(f"/{leaf}", message)])
 
 
-LARGEST = 2**53 - 1
+MAX_STEP = 2**53 - 1
 
 RESUME_FIELDS: dict[str, tuple[str, ...]] = {
     "epochs": ("training", "epochs"),
@@ -315,10 +321,10 @@ class ResumeBody(OptionalBody):
     epochs: Any = _as_in(TrainingSpec, "epochs")
     max_steps: Any = _as_in(TrainingSpec, "max_steps")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
-    step: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
+    step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
 
 
-def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, Any], host: Host) -> JobSpec:
+def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, Any], host: HostLimits) -> JobSpec:
     """The spec with the changes of a resume; epochs and max_steps may only grow. ``steps``: the run's, where known."""
     before = {"epochs": spec["training"]["epochs"], "max_steps": spec["training"]["max_steps"] or steps}
     problems = [
@@ -342,7 +348,7 @@ def _lowered(old: int | None, new: object) -> bool:
 
 
 def changed_spec(
-    spec: dict[str, Any], changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]], host: Host
+    spec: dict[str, Any], changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]], host: HostLimits
 ) -> JobSpec:
     """``spec`` with ``changes`` in their places, held against the host again. Pointers are those of the body."""
     merged = {group: dict(value) if isinstance(value, dict) else value for group, value in spec.items()}
@@ -355,7 +361,7 @@ def changed_spec(
         elif place:
             merged[place[0]][place[1]] = value
     try:
-        return accept(merged, host)
+        return validate_spec(merged, host)
     except SpecInvalid as error:
         raise _repointed(error, changes, fields) from None
 

@@ -10,19 +10,19 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.rundir import REMOVING_PREFIX, RunDir
 from trainyard.contract.status import LIVE, JobStatus
-from trainyard.service.auth.principal import Caller
+from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointInUse, CheckpointNotFound, LastCheckpoint
 from trainyard.service.jobs import repository
-from trainyard.service.jobs.repository import Note
-from trainyard.service.storage.checkpoint_files import looks_sound, place_of
+from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.storage.checkpoint_files import checkpoint_directory, is_valid
 
 """What a name begins with that the worker takes for a leftover, and collects."""
 
 log = logging.getLogger("trainyard")
 
 
-def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Caller, now: datetime) -> Path:
+def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Principal, now: datetime) -> Path:
     """Take the full checkpoint of ``step`` out of the list and away from its name; the caller deletes what is returned.
 
     The rename is done here, under the job's lock: decision and deed are one, or two removals at once would each take
@@ -32,17 +32,21 @@ def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Caller, 
     rows = session.scalars(
         select(CheckpointRow).where(CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
     ).all()
-    products = RunDir(runs / job.id).products(job.spec["checkpoint"]["save_dir"])
-    places = {row.step: place for row in rows if (place := place_of(products, row.step, row.path)) is not None}
+    products = RunDir(runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+    places = {
+        row.step: place for row in rows if (place := checkpoint_directory(products, row.step, row.path)) is not None
+    }
     if step not in places or not places[step].is_dir():
         raise CheckpointNotFound()
-    others = [other for other, place in places.items() if other != step and looks_sound(place)]
-    if not others and looks_sound(places[step]):
+    others = [other for other, place in places.items() if other != step and is_valid(place)]
+    if not others and is_valid(places[step]):
         raise LastCheckpoint()
     _require_unused(session, job, step, max(others, default=-1))
     same = (CheckpointRow.job_id == job.id, CheckpointRow.path == str(places[step]))
     session.execute(delete(CheckpointRow).where(*same))
-    repository.tell(session, job, Note("checkpoint_removed", _message(step), by.name, data={"step": step}), now)
+    repository.record_event(
+        session, job, EventDraft("checkpoint_removed", _message(step), by.name, data={"step": step}), now
+    )
     session.flush()
     return _renamed(places[step])
 
@@ -76,7 +80,7 @@ def _renamed(path: Path) -> Path:
     return leaving
 
 
-def discard(leaving: Path) -> None:
+def delete_files(leaving: Path) -> None:
     """Delete what was unpublished. What stays is collected when the job's next attempt begins."""
     shutil.rmtree(leaving, ignore_errors=True)
     if leaving.exists():

@@ -31,7 +31,7 @@ LARGEST_NOTE = 64 << 10
 log = logging.getLogger("trainyard")
 
 
-class Doomed:
+class PendingDeletion:
     """Directories that go with a job's record. Held by one process at a time: others, `sweep` too, leave them alone."""
 
     def __init__(self, settings: Settings, note: Path, seconds: float = 0.0) -> None:
@@ -58,7 +58,7 @@ class Doomed:
         except (ValueError, TypeError):
             return []
 
-    def carry_out(self) -> None:
+    def delete_files(self) -> None:
         """Remove them, and the note with the last of them."""
         for path in self.paths():
             if path.name == self.job_id and _ours(path, self._settings):
@@ -76,16 +76,16 @@ class Doomed:
 
 
 @contextlib.contextmanager
-def doomed(settings: Settings, job_id: str, save_dir: str | None) -> Iterator[Doomed]:
+def mark_for_deletion(settings: Settings, job_id: str, save_dir: str | None) -> Iterator[PendingDeletion]:
     """The files of a job whose record goes now, or is not there yet. Raises Conflict."""
     settings.trash.mkdir(parents=True, exist_ok=True)
     run = RunDir(settings.runs / job_id)
     try:
-        note = Doomed(settings, settings.trash / f"{job_id}.json", WAIT_SECONDS)
+        note = PendingDeletion(settings, settings.trash / f"{job_id}.json", WAIT_SECONDS)
     except LockBusy:
         raise Conflict() from None
     try:
-        note.write(sorted({run.path, run.products(save_dir).path}))
+        note.write(sorted({run.path, run.artifacts(save_dir).path}))
         yield note
     finally:
         note.close()
@@ -98,7 +98,7 @@ def sweep(settings: Settings, database: Database) -> int:
         if not JOB_ID.fullmatch(path.stem):
             continue
         try:
-            note = Doomed(settings, path)
+            note = PendingDeletion(settings, path)
         except (LockBusy, OSError):
             continue  # somebody is at it
         try:
@@ -108,14 +108,14 @@ def sweep(settings: Settings, database: Database) -> int:
     return len(found)
 
 
-def _settle(note: Doomed, database: Database) -> None:
+def _settle(note: PendingDeletion, database: Database) -> None:
     with database.read() as session:
         kept = session.scalar(select(JobRow.id).where(JobRow.id == note.job_id)) is not None
     if kept or not note.paths():
         note.forget()
         return
     log.info("removing files that were left behind", extra={"job_id": note.job_id})
-    note.carry_out()
+    note.delete_files()
 
 
 def _ours(path: Path, settings: Settings) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from trainyard.contract.messages import Failure
+from trainyard.contract.messages import FailureCard
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.db.models import (
     DeliveryRow,
@@ -20,17 +20,17 @@ from trainyard.service.db.models import (
     JobRow,
     WebhookRow,
 )
-from trainyard.service.jobs.failures import failure
-from trainyard.service.jobs.presenters import show_event
+from trainyard.service.jobs.failures import failure_card
+from trainyard.service.jobs.presenters import to_event_response
 from trainyard.service.jobs.queries import newest_step
-from trainyard.service.schemas import Event, Progress, Shape
+from trainyard.service.schemas import Event, Progress, ResponseModel
 
 ALL = "*"
 PENDING, DELIVERED, FAILED = "pending", "delivered", "failed"
 TYPES = {"created": "job.created", "checkpoint": "job.checkpoint", "warning": "job.warning"}
 
 
-class JobNews(Shape):
+class JobPayload(ResponseModel):
     """A job in a payload: as it was when the event happened, with the API's field names."""
 
     object: Literal["job"] = "job"
@@ -41,7 +41,7 @@ class JobNews(Shape):
     desired: Desired
     reason: str | None
     message: str | None
-    error: Failure | None
+    error: FailureCard | None
     progress: Progress
     attempt: int | None
     restart_at: datetime | None
@@ -51,24 +51,24 @@ class JobNews(Shape):
     finished_at: datetime | None
 
 
-class News(Shape):
+class EventPayload(ResponseModel):
     """What happened, and to which job; ``webhook_id`` alone in a test."""
 
     webhook_id: str
     event: Event | None = None
-    job: JobNews | None = None
+    job: JobPayload | None = None
 
 
-class Payload(Shape):
+class Payload(ResponseModel):
     """The body of a delivery. ``id`` is also in the header ``webhook-id``, and the same in every try."""
 
     type: str
     id: str
     timestamp: datetime
-    data: News
+    data: EventPayload
 
 
-def post(session: Session, job: JobRow, event: EventRow) -> None:
+def enqueue(session: Session, job: JobRow, event: EventRow) -> None:
     """Queue the event for each webhook that wants it. ``event`` has its number, ``job`` is as it left it."""
     kind = _type_of(event)
     if kind is None:
@@ -77,22 +77,22 @@ def post(session: Session, job: JobRow, event: EventRow) -> None:
     columns = select(WebhookRow.id, WebhookRow.events, WebhookRow.labels)
     query = columns.where(WebhookRow.enabled.is_(True), about).order_by(WebhookRow.number)
     for webhook_id, events, labels in session.connection().execute(query).all():
-        if (kind in events or ALL in events) and fits(labels, job.labels):
-            put(session, webhook_id, kind, job, event)
+        if (kind in events or ALL in events) and matches(labels, job.labels):
+            enqueue_one(session, webhook_id, kind, job, event)
 
 
 def _type_of(event: EventRow) -> str | None:
     return f"job.{event.data['to']}" if event.kind == "status" else TYPES.get(event.kind)
 
 
-def fits(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
+def matches(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
     """True if a job has all the wanted labels."""
     return all(labels.get(key) == value for key, value in wanted.items())
 
 
-def put(session: Session, webhook_id: str, kind: str, job: JobRow, event: EventRow) -> None:
+def enqueue_one(session: Session, webhook_id: str, kind: str, job: JobRow, event: EventRow) -> None:
     """Queue one event for one webhook. The body is made now: the job may change later."""
-    news = News(webhook_id=webhook_id, event=show_event(event), job=_job(session, job))
+    news = EventPayload(webhook_id=webhook_id, event=to_event_response(event), job=_job(session, job))
     payload = Payload(type=kind, id=f"evt_{event.number}", timestamp=event.at, data=news)
     session.add(delivery_row(webhook_id, payload, job.id, job.id, event.at))
 
@@ -115,8 +115,8 @@ def delivery_row(webhook_id: str, payload: Payload, job_id: str | None, lane: st
     )
 
 
-def _job(session: Session, job: JobRow) -> JobNews:
-    return JobNews(
+def _job(session: Session, job: JobRow) -> JobPayload:
+    return JobPayload(
         id=job.id,
         name=job.name,
         labels=job.labels,
@@ -124,7 +124,7 @@ def _job(session: Session, job: JobRow) -> JobNews:
         desired=job.desired,
         reason=job.reason,
         message=job.message,
-        error=failure(job, newest_step(session, job.id)) if job.error else None,
+        error=failure_card(job, newest_step(session, job.id)) if job.error else None,
         progress=Progress.model_validate(job.progress),
         attempt=job.attempt or None,
         restart_at=job.restart_at,

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainyard.contract.messages import Failure, NextAction
+from trainyard.contract.messages import FailureCard, NextAction
 from trainyard.contract.parsing import GROUPS
 from trainyard.contract.spec import JobSpec, TrainingSpec
 from trainyard.contract.status import JobStatus, Reason
@@ -38,7 +38,7 @@ LAST_LINES = 50
 
 
 @dataclass(frozen=True)
-class Trouble:
+class FailureContext:
     """A job that failed. ``step``: of its newest checkpoint; ``inherited``: a fork that has none of its own yet."""
 
     job_id: str
@@ -52,17 +52,17 @@ class Trouble:
     restarts_itself: bool
 
 
-def failure(job: JobRow, step: int | None) -> Failure | None:
+def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
     """Return the card of a job that failed or was interrupted; None if nothing went wrong.
 
     ``step``: of its newest checkpoint.
     """
     if not job.error:
         return None
-    card = Failure.model_validate(job.error)
+    card = FailureCard.model_validate(job.error)
     if JobStatus(job.status) not in (JobStatus.FAILED, JobStatus.INTERRUPTED):
         return card
-    trouble = Trouble(
+    trouble = FailureContext(
         job_id=job.id,
         attempt=job.attempt,
         code=card.code,
@@ -73,15 +73,15 @@ def failure(job: JobRow, step: int | None) -> Failure | None:
         resumable=resume_blocker(standing(job)) is None,
         restarts_itself=job.restart_at is not None,
     )
-    return card.model_copy(update={"next": remedies(trouble)})
+    return card.model_copy(update={"next": next_actions(trouble)})
 
 
-def remedies(job: Trouble) -> list[NextAction]:
+def next_actions(job: FailureContext) -> list[NextAction]:
     """Return what to do now, the likeliest first."""
     return [*_with_changes(job), *_resumed(job), _log(job)]
 
 
-def _with_changes(job: Trouble) -> Iterator[NextAction]:
+def _with_changes(job: FailureContext) -> Iterator[NextAction]:
     """Another run of it, with settings that are likely to hold."""
     changes = _changes(job)
     if changes is None:
@@ -101,7 +101,7 @@ def _with_changes(job: Trouble) -> Iterator[NextAction]:
         yield _again(job, changes, f"with {words}" if words else "with other settings")
 
 
-def _changes(job: Trouble) -> Changes | None:
+def _changes(job: FailureContext) -> Changes | None:
     """None where other settings are no help."""
     training = TrainingSpec.model_validate_json(json.dumps(job.spec["training"]))
     smaller = training.smaller_batch()
@@ -116,7 +116,7 @@ def _changes(job: Trouble) -> Changes | None:
             return None
 
 
-def _again(job: Trouble, changes: Changes, how: str) -> NextAction:
+def _again(job: FailureContext, changes: Changes, how: str) -> NextAction:
     """A new job of the same spec, by what differs from the defaults."""
     body = _differing(job.spec, changes)
     top = [f"--set {name}={shlex.quote(_written(body[name]))}" for name in body if name not in GROUPS]
@@ -156,7 +156,7 @@ def _written(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _resumed(job: Trouble) -> Iterator[NextAction]:
+def _resumed(job: FailureContext) -> Iterator[NextAction]:
     if not job.resumable or job.code == Reason.SPEC_INVALID:
         return
     where = f"Resume from step {job.step:,}" if job.step is not None else "Resume from the beginning"
@@ -174,7 +174,7 @@ def _resumed(job: Trouble) -> Iterator[NextAction]:
     )
 
 
-def _log(job: Trouble) -> NextAction:
+def _log(job: FailureContext) -> NextAction:
     """Where to read on."""
     path = f"/jobs/{job.job_id}/logs?attempt={job.attempt}"
     command = f"trainyard logs {job.job_id} --attempt {job.attempt}"

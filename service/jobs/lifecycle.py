@@ -6,27 +6,27 @@ from typing import Literal, assert_never
 from trainyard.contract.messages import ErrorCard, ExitReport
 from trainyard.contract.status import (
     LIVE,
-    NOT_COUNTED,
     RESTARTABLE,
     TERMINAL,
+    UNCOUNTED_REASONS,
     Desired,
     JobStatus,
     Reason,
 )
-from trainyard.service.jobs.restart_policy import Past, fault
+from trainyard.service.jobs.restart_policy import RestartHistory, fault
 from trainyard.service.timing import Timing
 
 Action = Literal["pause", "resume", "save", "fork", "cancel", "kill", "delete"]
 ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "fork", "cancel", "kill", "delete")
 
-MOST_FRUITLESS = 2
+MAX_FRUITLESS_ATTEMPTS = 2
 """After so many attempts in a row that failed and made no step, a further one would not either."""
 
 FINISHED_BLOCKER = "finished: give more epochs or max_steps to go on"
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobState:
     """All that the rules look at. ``restart_due``: an interrupted job that will start again by itself.
 
     ``preempted``: it is pausing for a job of higher priority, and will be queued again by itself.
@@ -41,7 +41,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Move:
+class Transition:
     """The action fits. ``to`` None: the status stays and only the wish changes."""
 
     to: JobStatus | None
@@ -49,21 +49,21 @@ class Move:
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class InProgress:
     """The action was asked for before and goes its way."""
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejected:
     """The action does not fit, because of ``why``."""
 
-    why: str
+    reason: str
 
 
-Decision = Move | UnderWay | Refusal
+Decision = Transition | InProgress | Rejected
 
 
-def decide(action: Action, job: Standing) -> Decision:
+def decide(action: Action, job: JobState) -> Decision:
     """What ``action`` does to a job that stands like this."""
     match action:
         case "pause":
@@ -72,75 +72,77 @@ def decide(action: Action, job: Standing) -> Decision:
             return _resume(job)
         case "save":
             running = job.status is JobStatus.RUNNING
-            return Move(None, job.desired) if running else Refusal(_is(job.status))
+            return Transition(None, job.desired) if running else Rejected(_is(job.status))
         case "fork":
-            return Move(None, job.desired) if job.has_checkpoint else Refusal("there is no checkpoint to begin at")
+            return (
+                Transition(None, job.desired) if job.has_checkpoint else Rejected("there is no checkpoint to begin at")
+            )
         case "cancel":
             return _stop(job, Desired.CANCEL)
         case "kill":
             return _stop(job, Desired.KILL)
         case "delete":
             ended = job.status in TERMINAL
-            return Move(None, job.desired) if ended else Refusal(f"{_is(job.status)}: cancel it first")
+            return Transition(None, job.desired) if ended else Rejected(f"{_is(job.status)}: cancel it first")
         case _:
             assert_never(action)
 
 
-def fitting(job: Standing) -> list[str]:
+def allowed_actions(job: JobState) -> list[str]:
     """The verbs that fit."""
-    return [action for action in ACTIONS if not isinstance(decide(action, job), Refusal)]
+    return [action for action in ACTIONS if not isinstance(decide(action, job), Rejected)]
 
 
-def resume_blocker(job: Standing) -> str | None:
+def resume_blocker(job: JobState) -> str | None:
     """Why the job cannot be resumed as it is, or None where it can."""
     decision = decide("resume", job)
-    if isinstance(decision, Move):
+    if isinstance(decision, Transition):
         return None
-    return decision.why if isinstance(decision, Refusal) else _is(job.status)
+    return decision.reason if isinstance(decision, Rejected) else _is(job.status)
 
 
-def _pause(job: Standing) -> Decision:
+def _pause(job: JobState) -> Decision:
     match job.status:
         case JobStatus.QUEUED:
-            return Move(JobStatus.PAUSED, Desired.PAUSE)
+            return Transition(JobStatus.PAUSED, Desired.PAUSE)
         case JobStatus.STARTING | JobStatus.RUNNING:
-            return Move(JobStatus.PAUSING, Desired.PAUSE)
+            return Transition(JobStatus.PAUSING, Desired.PAUSE)
         case JobStatus.PAUSING if job.preempted:
-            return Move(None, Desired.PAUSE)
+            return Transition(None, Desired.PAUSE)
         case JobStatus.PAUSING:
-            return UnderWay()
+            return InProgress()
         case JobStatus.INTERRUPTED if job.restart_due:
-            return Move(None, Desired.PAUSE)
+            return Transition(None, Desired.PAUSE)
         case _:
-            return Refusal(_is(job.status))
+            return Rejected(_is(job.status))
 
 
-def _resume(job: Standing) -> Decision:
+def _resume(job: JobState) -> Decision:
     match job.status:
         case JobStatus.PAUSED | JobStatus.INTERRUPTED | JobStatus.FAILED | JobStatus.CANCELLED:
-            return Move(JobStatus.QUEUED, Desired.RUN)
+            return Transition(JobStatus.QUEUED, Desired.RUN)
         case JobStatus.SUCCEEDED:
-            return Refusal(FINISHED_BLOCKER)
+            return Rejected(FINISHED_BLOCKER)
         case JobStatus.QUEUED | JobStatus.STARTING if job.attempts > (job.status is JobStatus.STARTING):
-            return UnderWay()
+            return InProgress()
         case JobStatus.PAUSING if job.preempted:
-            return UnderWay()
+            return InProgress()
         case JobStatus.PAUSING | JobStatus.CANCELLING:
-            return Refusal(f"{_is(job.status)}: wait until it has stopped")
+            return Rejected(f"{_is(job.status)}: wait until it has stopped")
         case _:
-            return Refusal(_is(job.status))
+            return Rejected(_is(job.status))
 
 
-def _stop(job: Standing, wish: Desired) -> Decision:
+def _stop(job: JobState, wish: Desired) -> Decision:
     match job.status:
         case JobStatus.QUEUED | JobStatus.PAUSED | JobStatus.INTERRUPTED:
-            return Move(JobStatus.CANCELLED, wish)
+            return Transition(JobStatus.CANCELLED, wish)
         case JobStatus.STARTING | JobStatus.RUNNING | JobStatus.PAUSING:
-            return Move(JobStatus.CANCELLING, wish)
+            return Transition(JobStatus.CANCELLING, wish)
         case JobStatus.CANCELLING:
-            return Move(None, wish) if wish is Desired.KILL and job.desired is not Desired.KILL else UnderWay()
+            return Transition(None, wish) if wish is Desired.KILL and job.desired is not Desired.KILL else InProgress()
         case _:
-            return Refusal(_is(job.status))
+            return Rejected(_is(job.status))
 
 
 def _is(status: JobStatus) -> str:
@@ -148,7 +150,7 @@ def _is(status: JobStatus) -> str:
 
 
 @dataclass(frozen=True)
-class Ending:
+class ExitDecision:
     """What an attempt's end makes of its job. ``restart_seconds`` None: nothing happens without the user.
 
     ``queued_again``: it has made room for another job, and takes its place in the queue again at once.
@@ -166,11 +168,11 @@ class Ending:
 def after_exit(
     status: JobStatus,
     report: ExitReport,
-    past: Past,
+    past: RestartHistory,
     max_restarts: int,
     preempted_by: str | None = None,
     timing: Timing = Timing(),
-) -> Ending:
+) -> ExitDecision:
     """Where a job goes from ``status`` when its attempt has ended as ``report`` says.
 
     Args:
@@ -183,10 +185,10 @@ def after_exit(
     """
     assert status in LIVE, status
     if report.outcome == "completed":
-        return Ending(JobStatus.SUCCEEDED, None, report.message, restarts=past.restarts)
+        return ExitDecision(JobStatus.SUCCEEDED, None, report.message, restarts=past.restarts)
     if status is JobStatus.CANCELLING:
         saved = "" if report.outcome == "stopped" else "; nothing was saved by this stop"
-        return Ending(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=past.restarts)
+        return ExitDecision(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=past.restarts)
     if status is JobStatus.PAUSING and preempted_by is not None:
         return _after_making_room(report, past, max_restarts, preempted_by, timing)
     if status is JobStatus.PAUSING:
@@ -194,46 +196,50 @@ def after_exit(
     return _after_crash(report, fault(report.outcome, report.reason), past, max_restarts, timing)
 
 
-def _after_making_room(report: ExitReport, past: Past, max_restarts: int, preempted_by: str, timing: Timing) -> Ending:
+def _after_making_room(
+    report: ExitReport, past: RestartHistory, max_restarts: int, preempted_by: str, timing: Timing
+) -> ExitDecision:
     if report.outcome == "stopped":
         message = f"{report.message}, to make room for {preempted_by}; it goes on by itself"
-        return Ending(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=past.restarts, queued_again=True)
+        return ExitDecision(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=past.restarts, queued_again=True)
     # Ended after the grace: we asked for the stop, so it is no fault of the job's.
     why = Reason.PREEMPTED if report.outcome == "killed" else fault(report.outcome, report.reason)
     return _after_crash(report, why, past, max_restarts, timing)
 
 
-def _after_pausing(report: ExitReport, restarts: int) -> Ending:
+def _after_pausing(report: ExitReport, restarts: int) -> ExitDecision:
     if report.outcome == "stopped":
-        return Ending(JobStatus.PAUSED, Reason.USER, report.message, restarts=restarts)
+        return ExitDecision(JobStatus.PAUSED, Reason.USER, report.message, restarts=restarts)
     reason = report.reason or Reason.UNKNOWN
     if report.outcome == "failed" and reason not in RESTARTABLE:
-        return Ending(JobStatus.FAILED, reason, report.message, _card(report), restarts=restarts)
+        return ExitDecision(JobStatus.FAILED, reason, report.message, _card(report), restarts=restarts)
     message = f"{report.message}; it was pausing, and nothing was saved by this stop"
-    return Ending(JobStatus.INTERRUPTED, reason, message, _card(report), restarts=restarts)
+    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _card(report), restarts=restarts)
 
 
-def _after_crash(report: ExitReport, reason: Reason, past: Past, max_restarts: int, timing: Timing) -> Ending:
+def _after_crash(
+    report: ExitReport, reason: Reason, past: RestartHistory, max_restarts: int, timing: Timing
+) -> ExitDecision:
     if reason not in RESTARTABLE:
-        return Ending(JobStatus.FAILED, reason, report.message, _card(report), restarts=past.restarts)
-    counted = reason not in NOT_COUNTED
+        return ExitDecision(JobStatus.FAILED, reason, report.message, _card(report), restarts=past.restarts)
+    counted = reason not in UNCOUNTED_REASONS
     given_up = _given_up(past, max_restarts) if counted else None
     if given_up is not None:
         why = Reason.MAX_RESTARTS if max_restarts else reason
-        return Ending(JobStatus.FAILED, why, f"{report.message}{given_up}", _card(report), restarts=past.restarts)
+        return ExitDecision(JobStatus.FAILED, why, f"{report.message}{given_up}", _card(report), restarts=past.restarts)
     # A time limit that was met with new steps is how a long run goes on, and nothing to wait after.
     seconds = 0.0 if reason is Reason.TIME_LIMIT and not past.setbacks else _wait(past, counted, timing)
     number = past.restarts + counted
     which = f", {number} of {max_restarts}" if counted else ""
     message = f"{report.message}; restarting in {seconds:g} s{which}"
-    return Ending(JobStatus.INTERRUPTED, reason, message, _card(report), seconds, number)
+    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _card(report), seconds, number)
 
 
-def _given_up(past: Past, max_restarts: int) -> str | None:
+def _given_up(past: RestartHistory, max_restarts: int) -> str | None:
     """What is to be said of a job that is not started again, or None where it is."""
     if past.restarts >= max_restarts:
         return f"; all {max_restarts} restarts are used up" if max_restarts else ""
-    if past.fruitless >= MOST_FRUITLESS:
+    if past.fruitless >= MAX_FRUITLESS_ATTEMPTS:
         return (
             f"; {past.fruitless} attempts in a row made no step, so it is given up "
             f"after {past.restarts} of {max_restarts} restarts"
@@ -241,7 +247,7 @@ def _given_up(past: Past, max_restarts: int) -> str | None:
     return None
 
 
-def _wait(past: Past, counted: bool, timing: Timing) -> float:
+def _wait(past: RestartHistory, counted: bool, timing: Timing) -> float:
     """Seconds until the next attempt; longer each time, also where nobody is to blame."""
     if counted:
         table, before = timing.backoff_seconds, past.restarts

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row, Select, or_, select
 
 from trainyard.contract.parsing import Problem
 from trainyard.contract.status import JobStatus
-from trainyard.service.db.models import JobRow, LabelRow, Table
+from trainyard.service.db.models import Base, JobRow, LabelRow
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.ids import JOB_ID
 from trainyard.service.jobs.queries import PLACED, require
@@ -17,7 +17,7 @@ MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
-class Wanted:
+class JobFilter:
     """Which jobs, in which order, from where."""
 
     status: tuple[JobStatus, ...]
@@ -37,7 +37,7 @@ def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
     return tuple((text.partition("=")[0], text.partition("=")[2]) for text in given)
 
 
-def jobs(connection: Connection, wanted: Wanted) -> tuple[Sequence[Row[Any]], bool]:
+def jobs(connection: Connection, wanted: JobFilter) -> tuple[Sequence[Row[Any]], bool]:
     """A page, as rows of `PLACED`, and whether more follow."""
     query = _filtered(wanted)
     if wanted.after is not None:
@@ -48,7 +48,7 @@ def jobs(connection: Connection, wanted: Wanted) -> tuple[Sequence[Row[Any]], bo
     return found[: wanted.limit], len(found) > wanted.limit
 
 
-def _filtered(wanted: Wanted) -> Select[Any]:
+def _filtered(wanted: JobFilter) -> Select[Any]:
     query: Select[Any] = PLACED
     if wanted.status:
         query = query.where(JobRow.status.in_(wanted.status))
@@ -74,7 +74,7 @@ def _number(connection: Connection, job_id: str) -> int:
 
 
 def page_of(
-    connection: Connection, table: type[Table], job_id: str, limit: int, after: str | None, newest_first: bool = False
+    connection: Connection, table: type[Base], job_id: str, limit: int, after: str | None, newest_first: bool = False
 ) -> tuple[Sequence[Row[Any]], bool]:
     """Return a page of the job's rows by their ``number``, and whether more follow.
 

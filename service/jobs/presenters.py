@@ -23,16 +23,16 @@ from trainyard.service.db.models import (
     SampleRow,
 )
 from trainyard.service.jobs import queries
-from trainyard.service.jobs.failures import failure
+from trainyard.service.jobs.failures import failure_card
 from trainyard.service.jobs.lifecycle import (
     ACTIONS,
-    Refusal,
-    Standing,
+    JobState,
+    Rejected,
     decide,
     resume_blocker,
 )
-from trainyard.service.jobs.queries import Gathered
-from trainyard.service.jobs.summary import Facts, summary
+from trainyard.service.jobs.queries import JobRows
+from trainyard.service.jobs.summary import SummaryInput, summary
 from trainyard.service.schemas import (
     Alert,
     AllowedAction,
@@ -51,23 +51,23 @@ from trainyard.service.schemas import (
 NEXT_ROUND = "the scheduler's next look"
 
 
-def show_all(found: Gathered, waiting: Mapping[str, str]) -> list[Job]:
+def to_job_responses(found: JobRows, waiting: Mapping[str, str]) -> list[Job]:
     """The jobs as the API shows them. Looks at the disk: a checkpoint is shown only while it is there."""
     now = datetime.now(UTC)
     return [_show(job, found, waiting, now) for job in found.jobs]
 
 
-def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetime) -> Job:
+def _show(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime) -> Job:
     standing = queries.standing(job)
     blocker = resume_blocker(standing)
-    newest = next((row for row in found.checkpoints.get(job.id, ()) if there(row)), None)
+    newest = next((row for row in found.checkpoints.get(job.id, ()) if exists_on_disk(row)), None)
     queue = None
     if job.status == JobStatus.QUEUED:
         queue = Queue(position=found.positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
     placement = found.placements.get(job.id)
     if job.status == JobStatus.STARTING and placement is not None and placement["waiting_for"] is not None:
         queue = Queue(position=None, waiting_for=placement["waiting_for"])
-    checkpoint = show_checkpoint(newest) if newest is not None else None
+    checkpoint = to_checkpoint_response(newest) if newest is not None else None
     progress = Progress.model_validate(job.progress)
     return Job(
         id=job.id,
@@ -78,7 +78,7 @@ def _show(job: JobRow, found: Gathered, waiting: Mapping[str, str], now: datetim
         phase=job.phase,
         reason=job.reason,
         message=job.message,
-        error=failure(job, newest.step if newest is not None else None),
+        error=failure_card(job, newest.step if newest is not None else None),
         spec=job.spec,
         plan=_plan(job.facts),
         progress=progress,
@@ -117,18 +117,18 @@ def _parent(job: JobRow) -> Parent | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _actions(standing: Standing) -> list[AllowedAction]:
+def _actions(standing: JobState) -> list[AllowedAction]:
     """Shared by all jobs that stand like this: nobody changes it."""
     shown = []
     for action in ACTIONS:
         decision = decide(action, standing)
-        why_not = decision.why if isinstance(decision, Refusal) else None
+        why_not = decision.reason if isinstance(decision, Rejected) else None
         shown.append(AllowedAction(action=action, allowed=why_not is None, why_not=why_not))
     return shown
 
 
-def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue: Queue | None) -> Facts:
-    return Facts(
+def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue: Queue | None) -> SummaryInput:
+    return SummaryInput(
         status=JobStatus(job.status),
         desired=Desired(job.desired),
         attempt=job.attempt,
@@ -145,12 +145,12 @@ def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue
     )
 
 
-def there(row: CheckpointRow | Row[Any]) -> bool:
+def exists_on_disk(row: CheckpointRow | Row[Any]) -> bool:
     """Whether the checkpoint is still on disk."""
     return os.path.exists(row.path)
 
 
-def show_checkpoint(row: CheckpointRow | Row[Any]) -> Checkpoint:
+def to_checkpoint_response(row: CheckpointRow | Row[Any]) -> Checkpoint:
     """A checkpoint row as the API shows it."""
     return Checkpoint(
         id=str(row.number),
@@ -166,7 +166,7 @@ def show_checkpoint(row: CheckpointRow | Row[Any]) -> Checkpoint:
     )
 
 
-def show_event(row: EventRow | Row[Any]) -> Event:
+def to_event_response(row: EventRow | Row[Any]) -> Event:
     """An event row as the API shows it."""
     return Event(
         id=str(row.number),
@@ -180,12 +180,12 @@ def show_event(row: EventRow | Row[Any]) -> Event:
     )
 
 
-def show_attempt(row: AttemptRow) -> Attempt:
+def to_attempt_response(row: AttemptRow) -> Attempt:
     """An attempt row as the API shows it; its token's hash stays here."""
     return Attempt.model_validate({**vars(row), "ranks": row.ranks or []})
 
 
-def show_sample(row: SampleRow | Row[Any]) -> Sample:
+def to_sample_response(row: SampleRow | Row[Any]) -> Sample:
     """A sample row as the API shows it."""
     return Sample(
         id=str(row.number),

@@ -15,7 +15,7 @@ from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import JobNotFound
 from trainyard.service.ids import JOB_ID
-from trainyard.service.jobs.lifecycle import Standing
+from trainyard.service.jobs.lifecycle import JobState
 
 ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
 
@@ -57,7 +57,7 @@ PLACES = select(_LINE.c.id, _LINE.c.place).where(_LINE.c.id.in_(bindparam("ids",
 
 
 @dataclass(frozen=True)
-class Gathered:
+class JobRows:
     """Rows read in one transaction, to be shown after it. ``checkpoints``: full ones, newest first."""
 
     jobs: Sequence[JobRow]
@@ -81,20 +81,20 @@ def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
     return spec
 
 
-def one(connection: Connection, job_id: str) -> Gathered:
+def job_rows(connection: Connection, job_id: str) -> JobRows:
     """What belongs to a job. Raises JobNotFound, also for what cannot be an id."""
     row = connection.execute(ONE, {"job_id": job_id}).first() if JOB_ID.fullmatch(job_id) else None
     if row is None:
         raise JobNotFound()
-    return belonging(connection, [row])
+    return load_related(connection, [row])
 
 
-def belonging(connection: Connection, rows: Sequence[Row[Any]]) -> Gathered:
+def load_related(connection: Connection, rows: Sequence[Row[Any]]) -> JobRows:
     """What belongs to the jobs of these rows of `PLACED`."""
     # They have all that a JobRow has, and cost a tenth of it: nothing watches them for changes.
     jobs = cast(Sequence[JobRow], rows)
     placements = {row.id: row.placement for row in rows if row.placement is not None}
-    return Gathered(jobs, _checkpoints(connection, jobs), _positions(connection, jobs), placements)
+    return JobRows(jobs, _checkpoints(connection, jobs), _positions(connection, jobs), placements)
 
 
 def _checkpoints(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, list[CheckpointRow]]:
@@ -118,9 +118,9 @@ def _positions(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, int]
     return {job.id: (connection.scalar(AHEAD, place) or 0) + 1}
 
 
-def standing(job: JobRow) -> Standing:
+def standing(job: JobRow) -> JobState:
     """Return the job as the rules see it."""
-    return Standing(
+    return JobState(
         JobStatus(job.status),
         Desired(job.desired),
         job.restart_at is not None,

@@ -12,9 +12,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.status import Desired, JobStatus, may_become
+from trainyard.contract.status import Desired, JobStatus, can_transition
 from trainyard.service.auth import quotas
-from trainyard.service.auth.principal import Caller
+from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import (
     EventRow,
     IdempotencyRow,
@@ -53,7 +53,7 @@ def lock(session: Session, job_id: str) -> JobRow:
 
 
 @dataclass(frozen=True)
-class Note:
+class EventDraft:
     """An event: who did what, in one sentence. ``actor`` is a caller's name, service, scheduler or agent."""
 
     kind: str
@@ -64,14 +64,14 @@ class Note:
     data: dict[str, Any] | None = None
 
 
-def tell(session: Session, job: JobRow, note: Note, now: datetime) -> EventRow:
+def record_event(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
     """Write an event row, and queue it for the webhooks that want it."""
     event = _write_down(session, job, note, now)
-    event_outbox.post(session, job, event)
+    event_outbox.enqueue(session, job, event)
     return event
 
 
-def _write_down(session: Session, job: JobRow, note: Note, now: datetime) -> EventRow:
+def _write_down(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
     event = {
         "job_id": job.id,
         "attempt": note.attempt if note.attempt is not None else (job.attempt or None),
@@ -86,7 +86,7 @@ def _write_down(session: Session, job: JobRow, note: Note, now: datetime) -> Eve
     return EventRow(number=number, **event)
 
 
-def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime, **changes: Any) -> None:
+def transition(session: Session, job: JobRow, to: JobStatus, note: EventDraft, now: datetime, **changes: Any) -> None:
     """Change the status, and ``changes`` with it, if nobody was faster; and write the event.
 
     Raises:
@@ -94,7 +94,7 @@ def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime
         Conflict: the job was changed by somebody else since it was read.
     """
     before = JobStatus(job.status)
-    if not may_become(before, to):
+    if not can_transition(before, to):
         raise ImpossibleTransition(f"{job.id}: {before} -> {to}")
     session.flush()
     guard = (JobRow.id == job.id, JobRow.status == before, JobRow.version == job.version)
@@ -103,14 +103,14 @@ def move(session: Session, job: JobRow, to: JobStatus, note: Note, now: datetime
     if getattr(done, "rowcount", 0) != 1:
         raise Conflict()
     data = {"from": before, "to": to, "reason": changes.get("reason"), **(note.data or {})}
-    event = _write_down(session, job, Note("status", note.message, note.actor, note.attempt, note.seq, data), now)
+    event = _write_down(session, job, EventDraft("status", note.message, note.actor, note.attempt, note.seq, data), now)
     session.flush()
     session.refresh(job)
-    event_outbox.post(session, job, event)
+    event_outbox.enqueue(session, job, event)
     log.info("%s -> %s", before, to, extra={"job_id": job.id, "attempt": job.attempt, "actor": note.actor})
 
 
-SUBMITTED = Note("", "submitted")
+SUBMITTED = EventDraft("", "submitted")
 
 
 def create(
@@ -118,14 +118,14 @@ def create(
     spec: JobSpec,
     facts: dict[str, Any],
     alerts: list[Any],
-    by: Caller,
+    by: Principal,
     now: datetime,
     job_id: str | None = None,
-    note: Note = SUBMITTED,
+    note: EventDraft = SUBMITTED,
 ) -> JobRow:
     """A new queued job. ``note``: where it comes from. Raises QuotaExceeded."""
     ranks = spec.resources.ranks
-    quotas.require_room(session, by, ranks)
+    quotas.check_quota(session, by, ranks)
     job = JobRow(
         id=job_id or new_id("job"),
         name=spec.name,
@@ -148,7 +148,7 @@ def create(
     session.flush()
     _add_labels(session, job, dict(spec.labels))
     data = {"to": JobStatus.QUEUED, **(note.data or {})}
-    tell(session, job, Note("created", note.message, by.name, data=data), now)
+    record_event(session, job, EventDraft("created", note.message, by.name, data=data), now)
     return job
 
 
@@ -167,12 +167,12 @@ def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
 
 def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
     """Show something on the job itself; the newest of each code is kept."""
-    shown = shown_alert(code, message, now, step)
+    shown = new_alert(code, message, now, step)
     others = [other for other in job.alerts if other.get("code") != code]
     job.alerts = [*others, shown][-LAST_ALERTS:]
 
 
-def shown_alert(code: str, message: str, now: datetime, step: int | None = None) -> dict[str, Any]:
+def new_alert(code: str, message: str, now: datetime, step: int | None = None) -> dict[str, Any]:
     """An alert as it is stored."""
     return {"code": code, "message": message, "step": step, "at": now.isoformat().replace("+00:00", "Z")}
 
@@ -182,7 +182,7 @@ def body_digest(raw: object) -> str:
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
-def replay(session: Session, key: str, digest: str, oldest: datetime) -> JobRow | None:
+def find_by_idempotency_key(session: Session, key: str, digest: str, oldest: datetime) -> JobRow | None:
     """The job made under this key since ``oldest``. Raises KeyReused where it was made from another body."""
     known = session.get(IdempotencyRow, key)
     if known is None or known.created_at < oldest:

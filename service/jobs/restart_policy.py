@@ -3,23 +3,23 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from trainyard.contract.status import NOT_COUNTED, Reason
+from trainyard.contract.status import UNCOUNTED_REASONS, Reason
 
 BY_USER = ("submit", "resume")
 """Triggers of an attempt that somebody asked for: with it everything is counted anew."""
 
 
 @dataclass(frozen=True)
-class Ended:
+class EndedAttempt:
     """One attempt that ended. ``moved``: it made a step beyond the checkpoint it began from."""
 
     trigger: str
     reason: Reason
-    moved: bool
+    made_progress: bool
 
 
 @dataclass(frozen=True)
-class Past:
+class RestartHistory:
     """``restarts`` are those that count against ``max_restarts``.
 
     Of the newest attempts in a row that made no step, ``fruitless`` ended by their own fault and ``setbacks`` by
@@ -49,16 +49,16 @@ def fault(outcome: str, reason: Reason | None) -> Reason:
             return reason or Reason.UNKNOWN
 
 
-def past(restarts: int, newest_first: Iterable[Ended]) -> Past:
+def restart_history(restarts: int, newest_first: Iterable[EndedAttempt]) -> RestartHistory:
     """Count back to the newest attempt that made a step, or that the user had asked for."""
     fruitless = setbacks = 0
     for attempt in newest_first:
-        if attempt.moved:
+        if attempt.made_progress:
             break
-        if attempt.reason in NOT_COUNTED:
+        if attempt.reason in UNCOUNTED_REASONS:
             setbacks += 1
         else:
             fruitless += 1
         if attempt.trigger in BY_USER:
             break
-    return Past(restarts, fruitless, setbacks)
+    return RestartHistory(restarts, fruitless, setbacks)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.allowed_paths import why_outside
+from trainyard.contract.allowed_paths import outside_reason
 from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import (
@@ -19,14 +19,14 @@ from trainyard.contract.tokenizer_info import (
 )
 from trainyard.model import costs
 from trainyard.model.costs import memory_bytes
-from trainyard.service.devices.inventory import Device, count, kind_for
+from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
 from trainyard.service.devices.memory import limit_for
 from trainyard.service.errors import SpecInvalid, with_problems
 from trainyard.service.launch.slurm.launcher import SLURM, device_on_nodes
 from trainyard.service.settings import Settings
 
 
-def known_at_submit(spec: JobSpec, device: str) -> dict[str, Any]:
+def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
     """The plan's fields that do not need the corpus. ``device`` is what the spec's device means on this host."""
     model, training = spec.model, spec.training
     assert model.vocab_size is not None
@@ -77,14 +77,14 @@ Found = tuple[Problem, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
-class Host:
+class HostLimits:
     """What a spec is held against."""
 
     settings: Settings
     devices: Sequence[Device]
 
 
-def kind_of(spec: JobSpec, host: Host) -> str:
+def kind_of(spec: JobSpec, host: HostLimits) -> str:
     """What ``resources.device`` comes to where the job will run: ``cpu``, ``cuda``, or one such as ``cuda:1``."""
     setup = host.settings.slurm
     if spec.resources.launcher == SLURM and setup is not None:
@@ -92,22 +92,22 @@ def kind_of(spec: JobSpec, host: Host) -> str:
     return kind_for(spec.resources.device, host.devices)
 
 
-def accept(raw: object, host: Host) -> JobSpec:
+def validate_spec(raw: object, host: HostLimits) -> JobSpec:
     """The resolved spec: absolute paths, the vocabulary's size. Raises SpecInvalid with every mistake."""
     parsed = parse_spec(raw)
     if not isinstance(raw, dict):
         raise with_problems(SpecInvalid, parsed.problems)
-    check = _Check(parsed, host)
+    check = _SpecValidator(parsed, host)
     problems = [*parsed.problems, *check.problems()]
     if problems:
         raise with_problems(SpecInvalid, problems)
     return check.resolved()
 
 
-class _Check:
+class _SpecValidator:
     """One spec held against the host. What was resolved on the way is kept for `resolved`."""
 
-    def __init__(self, parsed: ParsedSpec, host: Host) -> None:
+    def __init__(self, parsed: ParsedSpec, host: HostLimits) -> None:
         self.parsed = parsed
         self.spec = parsed.spec
         self.host = host
@@ -200,7 +200,7 @@ class _Check:
         resources, settings = self.spec.resources, self.host.settings
         if self.elsewhere:
             yield from self._on_slurm()
-        elif resources.launcher is None and resources.most_nodes > 1:
+        elif resources.launcher is None and resources.max_nodes > 1:
             message = 'must be 1 on this host; "launcher": "slurm" runs on several nodes'
             yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
         if resources.launcher == SLURM and settings.slurm is None:
@@ -228,7 +228,7 @@ class _Check:
             return
         asked, ranks = self.spec.resources.device, self.spec.resources.nproc_per_node
         kind = kind_for(asked, self.host.devices)
-        have = count(self.host.devices, kind)
+        have = count_by_kind(self.host.devices, kind)
         if kind.startswith("cuda") and have == 0:
             there = "there is none" if kind == "cuda" else "there is no such device"
             yield from _at("/resources/device", f'asks for CUDA, and {there} on this host; "auto" takes what there is')
@@ -262,7 +262,7 @@ class _Check:
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
         """Put the real path into ``paths``; else say why not."""
-        trouble = why_outside(given, roots, content=leaf in FOLDERS)
+        trouble = outside_reason(given, roots, content=leaf in FOLDERS)
         if trouble is not None:
             return f"{trouble} the directories that {setting} allows; {UNLESS_SET[setting]}"
         self.paths[leaf] = str(Path(given).resolve())

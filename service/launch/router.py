@@ -5,16 +5,16 @@ from typing import Any
 
 from trainyard.contract.messages import RunSettings
 from trainyard.service.launch.base import (
-    AttemptName,
-    Found,
+    AttemptRef,
+    AttemptState,
+    AttemptStatus,
     Launch,
     Launcher,
     LaunchRefused,
-    State,
 )
 
 
-class SideBySide:
+class LauncherRouter:
     """Passes each call on to the launcher that the attempt names."""
 
     def __init__(self, launchers: Mapping[str, Launcher]) -> None:
@@ -27,39 +27,39 @@ class SideBySide:
             raise LaunchRefused(f"this service has no launcher called {launch.name.launcher}")
         launcher.start(launch)
 
-    def find(self, name: AttemptName) -> Found:
+    def find(self, name: AttemptRef) -> AttemptStatus:
         """Nothing is known of an attempt whose launcher this service does not have."""
         launcher = self._launchers.get(name.launcher)
-        return launcher.find(name) if launcher is not None else Found(State.UNKNOWN)
+        return launcher.find(name) if launcher is not None else AttemptStatus(AttemptState.UNKNOWN)
 
-    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+    def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """Each launcher looks for its own."""
-        found: set[AttemptName] = set()
+        found: set[AttemptRef] = set()
         for key, launcher in self._launchers.items():
-            found |= launcher.alive_among([name for name in names if name.launcher == key])
+            found |= launcher.find_alive([name for name in names if name.launcher == key])
         return found
 
-    def stop(self, name: AttemptName) -> None:
+    def stop(self, name: AttemptRef) -> None:
         """Pass it on."""
         if (launcher := self._launchers.get(name.launcher)) is not None:
             launcher.stop(name)
 
-    def save(self, name: AttemptName) -> None:
+    def save(self, name: AttemptRef) -> None:
         """Pass it on."""
         if (launcher := self._launchers.get(name.launcher)) is not None:
             launcher.save(name)
 
-    def end(self, name: AttemptName) -> None:
+    def kill(self, name: AttemptRef) -> None:
         """Pass it on."""
         if (launcher := self._launchers.get(name.launcher)) is not None:
-            launcher.end(name)
+            launcher.kill(name)
 
-    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
         """Pass it on."""
         if (launcher := self._launchers.get(name.launcher)) is not None:
             launcher.settle(name, settings)
 
-    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+    def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Pass it on."""
         launcher = self._launchers.get(name.launcher)
-        return launcher.unread(name, after_seq, limit) if launcher is not None else []
+        return launcher.unacked_lines(name, after_seq, limit) if launcher is not None else []

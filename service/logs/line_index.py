@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from trainyard.service.logs.reader import BLOCK, NEWLINE, opened
+from trainyard.service.logs.reader import BLOCK, NEWLINE, open_log
 
-LONGEST_LINE = 4096
+MAX_LINE = 4096
 """Bytes of a line that are sent; what is behind them is named by an ellipsis."""
 
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 """Of lines, in one answer."""
 
-MOST_COUNTED = 4 << 30
+MAX_LINES_COUNTED = 4 << 30
 """Bytes that one look counts the lines of; the next one goes on."""
 
 SEARCH_BLOCK = 1 << 20
-MOST_SEARCHED = 256 << 20
-MOST_KNOWN = 64
+MAX_BYTES_SEARCHED = 256 << 20
+MAX_FILES_INDEXED = 64
 ELLIPSIS = "…"
 
 
@@ -41,7 +41,7 @@ class Match(NamedTuple):
 class LineIndex:
     """``ended[i]`` lines end before byte ``i * BLOCK``, ``tail`` more behind; ``last``: the last whole block's end."""
 
-    ended: list[int] = field(default_factory=lambda: [0])
+    is_complete: list[int] = field(default_factory=lambda: [0])
     size: int = 0
     tail: int = 0
     last: bytes = NEWLINE
@@ -49,27 +49,27 @@ class LineIndex:
     @property
     def total(self) -> int:
         """Lines that are known, one without its end included."""
-        return self.ended[-1] + self.tail
+        return self.is_complete[-1] + self.tail
 
-    def extend(self, file: BinaryIO, most: int = MOST_COUNTED) -> None:
+    def extend(self, file: BinaryIO, most: int = MAX_LINES_COUNTED) -> None:
         """Count what was written since, at most ``most`` bytes of it."""
         size = os.fstat(file.fileno()).st_size
         if size < self.size:
-            self.ended, self.size, self.tail, self.last = [0], 0, 0, NEWLINE
+            self.is_complete, self.size, self.tail, self.last = [0], 0, 0, NEWLINE
         if size == self.size:
             return
-        file.seek((len(self.ended) - 1) * BLOCK)
+        file.seek((len(self.is_complete) - 1) * BLOCK)
         for _ in range(-(-most // BLOCK)):
             block = file.read(BLOCK)
             if len(block) < BLOCK:
                 self._end_with(block)
                 return
-            self.ended.append(self.ended[-1] + block.count(NEWLINE))
+            self.is_complete.append(self.is_complete[-1] + block.count(NEWLINE))
             self.last = block[-1:]
-        self.size, self.tail = (len(self.ended) - 1) * BLOCK, 0
+        self.size, self.tail = (len(self.is_complete) - 1) * BLOCK, 0
 
     def _end_with(self, block: bytes) -> None:
-        self.size = (len(self.ended) - 1) * BLOCK + len(block)
+        self.size = (len(self.is_complete) - 1) * BLOCK + len(block)
         # A line that was begun in an earlier block counts as well.
         begun = (block or self.last)[-1:] != NEWLINE
         self.tail = block.count(NEWLINE) + begun
@@ -78,8 +78,8 @@ class LineIndex:
         """The byte at which ``line`` begins, counted from 1; the end where there is no such line."""
         if line <= 1:
             return 0
-        block = bisect_left(self.ended, line - 1) - 1
-        return _behind_newline(file, block * BLOCK, line - 1 - self.ended[block], self.size)
+        block = bisect_left(self.is_complete, line - 1) - 1
+        return _behind_newline(file, block * BLOCK, line - 1 - self.is_complete[block], self.size)
 
 
 def _behind_newline(file: BinaryIO, position: int, wanted: int, end: int) -> int:
@@ -95,7 +95,7 @@ def _behind_newline(file: BinaryIO, position: int, wanted: int, end: int) -> int
     return end
 
 
-class Lines:
+class LineIndexCache:
     """The indexes of the logs that were read last."""
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Lines:
 
     def read(self, path: Path, first: int, count: int) -> tuple[list[str], LineIndex]:
         """At most ``count`` lines from number ``first`` on, and the index. Raises LogNotFound."""
-        with opened(path) as file:
+        with open_log(path) as file:
             index, lock = self._of(path, file)
             with lock:
                 index.extend(file)
@@ -112,7 +112,7 @@ class Lines:
 
     def search(self, path: Path, wanted: str, after: int, limit: int) -> tuple[list[Match], int, bool]:
         """(matches behind line ``after``, the last line that was looked at, whether that was the end of the log)."""
-        with opened(path) as file:
+        with open_log(path) as file:
             index, lock = self._of(path, file)
             with lock:
                 index.extend(file)
@@ -128,7 +128,7 @@ class Lines:
         with self._lock:
             known = self._known.pop(key, None) or (LineIndex(), threading.Lock())
             self._known[key] = known
-            while len(self._known) > MOST_KNOWN:
+            while len(self._known) > MAX_FILES_INDEXED:
                 self._known.popitem(last=False)
             return known
 
@@ -137,10 +137,10 @@ def _lines(file: BinaryIO, index: LineIndex, first: int, count: int) -> Iterator
     last, sent = min(first + count - 1, index.total), 0
     file.seek(index.start_of(file, first))
     for number in range(first, last + 1):
-        line = file.readline(LONGEST_LINE + 1)
+        line = file.readline(MAX_LINE + 1)
         sent += len(line)
         yield shown(line)
-        if sent > MOST_BYTES:
+        if sent > MAX_BYTES:
             return
         if not line.endswith(NEWLINE):
             file.seek(index.start_of(file, number + 1))
@@ -148,8 +148,8 @@ def _lines(file: BinaryIO, index: LineIndex, first: int, count: int) -> Iterator
 
 def shown(line: bytes) -> str:
     """A line without its end, cut where it is too long."""
-    text = line[:LONGEST_LINE].decode(errors="ignore" if len(line) > LONGEST_LINE else "replace").rstrip("\r\n")
-    return text + ELLIPSIS if len(line.rstrip(NEWLINE)) > LONGEST_LINE else text
+    text = line[:MAX_LINE].decode(errors="ignore" if len(line) > MAX_LINE else "replace").rstrip("\r\n")
+    return text + ELLIPSIS if len(line.rstrip(NEWLINE)) > MAX_LINE else text
 
 
 @dataclass
@@ -157,7 +157,7 @@ class Search:
     """One look through a log from block to block. ``line`` lines lie before ``position``."""
 
     file: BinaryIO
-    wanted: bytes
+    text: bytes
     size: int
     position: int = 0
     line: int = 0
@@ -166,7 +166,7 @@ class Search:
         """The next ``limit`` lines that have it; ASCII letters match in either case."""
         self.position, self.line = start, line
         found: list[Match] = []
-        while self.position < min(self.size, start + MOST_SEARCHED) and len(found) < limit:
+        while self.position < min(self.size, start + MAX_BYTES_SEARCHED) and len(found) < limit:
             self.file.seek(self.position)
             block = self.file.read(min(SEARCH_BLOCK, self.size - self.position))
             if not block:
@@ -178,7 +178,7 @@ class Search:
     def _in(self, block: bytes, limit: int) -> list[Match]:
         """Matches in a block of whole lines, or in the beginning of one that is longer; moves on behind them."""
         folded, found, at, line = block.lower(), list[Match](), 0, self.line
-        while len(found) < limit and (hit := folded.find(self.wanted, at)) >= 0:
+        while len(found) < limit and (hit := folded.find(self.text, at)) >= 0:
             begin = block.rfind(NEWLINE, 0, hit) + 1
             end = block.find(NEWLINE, hit) + 1 or len(block)
             line += block.count(NEWLINE, at, begin) + 1

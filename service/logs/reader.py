@@ -8,9 +8,9 @@ from trainyard.contract.rundir import AttemptDir
 from trainyard.service.errors import LogNotFound
 
 BLOCK = 64 << 10
-LARGEST_CHUNK = 1 << 20
+MAX_CHUNK = 1 << 20
 NEWLINE = b"\n"
-LONGEST_CHARACTER = 4
+MAX_CHARACTER_BYTES = 4
 
 
 def log_file(attempt: AttemptDir, rank: int | None) -> Path:
@@ -20,7 +20,7 @@ def log_file(attempt: AttemptDir, rank: int | None) -> Path:
 
 def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
     """At most ``limit`` bytes from ``offset``, and where to go on. A character is never cut in two."""
-    with opened(path) as file:
+    with open_log(path) as file:
         file.seek(offset)
         data = file.read(limit)
         ended = len(data) < limit
@@ -30,25 +30,25 @@ def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
 
 def read_whole(path: Path, offset: int, limit: int, last: bool) -> tuple[str, int]:
     """As `read_from`, of a log that is being written: a character whose rest is still to come waits for it."""
-    with opened(path) as file:
+    with open_log(path) as file:
         file.seek(offset)
         data = file.read(limit)
     whole = data if last else _whole_characters(data)
-    if not last and len(data) < LONGEST_CHARACTER and _begins_character(data):
+    if not last and len(data) < MAX_CHARACTER_BYTES and _begins_character(data):
         whole = b""
     return whole.decode(errors="replace"), offset + len(whole)
 
 
 def start_of_tail(path: Path, lines: int, limit: int) -> int:
     """Where the last ``lines`` lines begin, or as many of them as ``limit`` bytes hold."""
-    with opened(path) as file:
+    with open_log(path) as file:
         end = file.seek(0, os.SEEK_END)
         return _start_of_tail(file, end, lines, max(0, end - limit))
 
 
 def read_tail(path: Path, lines: int, limit: int) -> tuple[str, int]:
     """The last ``lines`` lines, at most ``limit`` bytes of them, and where to go on."""
-    with opened(path) as file:
+    with open_log(path) as file:
         end = file.seek(0, os.SEEK_END)
         start = _start_of_tail(file, end, lines, max(0, end - limit))
         file.seek(start)
@@ -80,7 +80,7 @@ def _next_line(file: BinaryIO, position: int, end: int) -> int:
     return position + found + 1 if 0 <= found < end - position - 1 else position
 
 
-def opened(path: Path) -> BinaryIO:
+def open_log(path: Path) -> BinaryIO:
     """A log for reading. Raises LogNotFound."""
     try:
         return path.open("rb")

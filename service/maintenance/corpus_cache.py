@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Self
 
-from trainyard.contract.cache import CorpusCache, Kept
+from trainyard.contract.cache import CacheEntry, CorpusCache
 from trainyard.contract.rundir import read_json
 from trainyard.contract.units import human_bytes
-from trainyard.service.settings import Settings, SettingsRefused
+from trainyard.service.settings import InvalidSettings, Settings
 
 DAY = 86400.0
 EVERY_SECONDS = 3600.0
@@ -36,7 +36,7 @@ class Limits:
     size: int
 
 
-def surplus(kept: Sequence[Kept], limits: Limits, now: float) -> list[Kept]:
+def corpora_to_delete(kept: Sequence[CacheEntry], limits: Limits, now: float) -> list[CacheEntry]:
     """What is to go, of everything in the cache, the least lately used first. ``now``: seconds since 1970."""
     free = sorted((each for each in kept if not each.in_use), key=lambda each: each.used_at)
     old = [each for each in free if limits.days and now - each.used_at > limits.days * DAY]
@@ -49,7 +49,7 @@ def surplus(kept: Sequence[Kept], limits: Limits, now: float) -> list[Kept]:
 
 
 @dataclass
-class CorpusShelf:
+class CorpusCachePruner:
     """The cache of this host and what may stay in it."""
 
     cache: CorpusCache
@@ -63,19 +63,19 @@ class CorpusShelf:
         """As the settings say."""
         return cls(CorpusCache(settings.corpus_cache), Limits(settings.corpus_days, settings.corpus_bytes))
 
-    def tidy_when_due(self) -> None:
+    def prune_when_due(self) -> None:
         """`tidy`, once an hour."""
         if self.monotonic() >= self._due_at:
             self._due_at = self.monotonic() + EVERY_SECONDS
-            self.tidy()
+            self.prune()
 
-    def tidy(self) -> list[Kept]:
+    def prune(self) -> list[CacheEntry]:
         """Remove what is surplus; what was removed."""
         self.cache.collect()
-        going = surplus(self.cache.kept(), self.limits, self.clock())
+        going = corpora_to_delete(self.cache.entries(), self.limits, self.clock())
         gone = [each for each in going if self.cache.remove(each)]
         for each in gone:
-            what = "corpus" if each.whole else "unfinished corpus"
+            what = "corpus" if each.is_complete else "unfinished corpus"
             log.info("%s %s of %d bytes has left the cache: nobody uses it", what, each.key, each.bytes)
         if self.limits.days:
             self.cache.forget_digests(self.clock() - self.limits.days * DAY)
@@ -93,11 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pruning.add_argument("--bytes", type=_whole, help="until the cache is no larger; 0: any size")
     given = parser.parse_args(arguments)
     try:
-        shelf = CorpusShelf.of(Settings.read(os.environ, host="127.0.0.1"))
-        kept = shelf.cache.kept()
+        shelf = CorpusCachePruner.of(Settings.read(os.environ, host="127.0.0.1"))
+        kept = shelf.cache.entries()
         paths = _paths(shelf.cache, kept)
         shown = kept if given.verb == "list" else _pruned(shelf, given)
-    except (SettingsRefused, OSError) as error:
+    except (InvalidSettings, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
     if given.verb == "list" and given.json:
@@ -110,9 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _row(kept: Kept, path: str) -> dict[str, Any]:
+def _row(kept: CacheEntry, path: str) -> dict[str, Any]:
     used_at = datetime.fromtimestamp(kept.used_at, UTC).isoformat().replace("+00:00", "Z")
-    state = {"in_use": kept.in_use, "whole": kept.whole, "used_at": used_at}
+    state = {"in_use": kept.in_use, "whole": kept.is_complete, "used_at": used_at}
     return {"object": "corpus", "key": kept.key, "bytes": kept.bytes, "path": path or None, **state}
 
 
@@ -122,26 +122,26 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-def _pruned(shelf: CorpusShelf, given: argparse.Namespace) -> list[Kept]:
+def _pruned(shelf: CorpusCachePruner, given: argparse.Namespace) -> list[CacheEntry]:
     days = given.days if given.days is not None else shelf.limits.days
     size = given.bytes if given.bytes is not None else shelf.limits.size
     shelf.limits = Limits(days, size)
-    return shelf.tidy()
+    return shelf.prune()
 
 
-def line(kept: Kept, path: str, now: float) -> str:
+def line(kept: CacheEntry, path: str, now: float) -> str:
     """``0123abcd  1.2 GB  3 days ago  in use  /data/corpus.jsonl``."""
     days = int((now - kept.used_at) / DAY)
     when = "today" if days < 1 else f"{days} days ago" if days > 1 else "yesterday"
-    state = "in use" if kept.in_use else "" if kept.whole else "unfinished"
+    state = "in use" if kept.in_use else "" if kept.is_complete else "unfinished"
     return f"{kept.key}  {human_bytes(kept.bytes):>9}  {when:<13} {state:<10}  {path}".rstrip()
 
 
-def _paths(cache: CorpusCache, kept: Sequence[Kept]) -> dict[str, str]:
+def _paths(cache: CorpusCache, kept: Sequence[CacheEntry]) -> dict[str, str]:
     """Which file each corpus is of, as far as that is remembered: a digest is, for as long as its file is the same."""
     noted = [read_json(path) or {} for path in cache.digests()]
     files = {str(each.get("sha256")): str(each.get("path", "")) for each in noted}
-    metas = {each.path.name: read_json(each.path / "meta.json") or {} for each in kept if each.whole}
+    metas = {each.path.name: read_json(each.path / "meta.json") or {} for each in kept if each.is_complete}
     return {name: files.get(str(meta.get("content")), "") for name, meta in metas.items()}
 
 

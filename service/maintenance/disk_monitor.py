@@ -17,14 +17,14 @@ from trainyard.service.settings import Settings
 FULL_BYTES = 64 << 20
 """With less than this the service's own database cannot be relied on to grow."""
 
-RELIEF = 1.1
+RECOVERY_FACTOR = 1.1
 """How many times the limit has to be free before a low disk counts as having room again."""
 
 STALE_SECONDS = 60.0
 """Looks that are older say nothing: a disk that does not answer keeps whoever looks."""
 
 
-class State(StrEnum):
+class DiskState(StrEnum):
     """How a disk is."""
 
     OK = "ok"
@@ -66,7 +66,7 @@ class Disk:
     holds: tuple[str, ...]
     usage: Usage
     limit: int
-    state: State
+    state: DiskState
 
     @property
     def name(self) -> str:
@@ -74,13 +74,13 @@ class Disk:
         return "+".join(self.holds)
 
 
-def judge(usage: Usage, limits: Limits, before: State | None) -> State:
+def disk_state(usage: Usage, limits: Limits, before: DiskState | None) -> DiskState:
     """How a disk is, if it was ``before``."""
     if usage.read_only or usage.free < FULL_BYTES or (usage.files and not usage.files_free):
-        return State.FULL
-    relief = RELIEF if before in (State.LOW, State.FULL) else 1.0
+        return DiskState.FULL
+    relief = RECOVERY_FACTOR if before in (DiskState.LOW, DiskState.FULL) else 1.0
     scarce = usage.files and usage.files_free * 100 < usage.files * limits.percent * relief
-    return State.LOW if usage.free < limits.of(usage.total) * relief or scarce else State.OK
+    return DiskState.LOW if usage.free < limits.of(usage.total) * relief or scarce else DiskState.OK
 
 
 def usage_of(path: Path) -> Usage:
@@ -96,7 +96,7 @@ def usage_of(path: Path) -> Usage:
     )
 
 
-class DiskWatch:
+class DiskMonitor:
     """The newest look at every disk. One that hangs keeps `look` waiting; it never keeps `seen`, but for the first."""
 
     def __init__(
@@ -115,12 +115,12 @@ class DiskWatch:
         self._seen_at = 0.0
 
     @classmethod
-    def of(cls, settings: Settings) -> "DiskWatch":
+    def of(cls, settings: Settings) -> "DiskMonitor":
         """Of the folders that a service with these settings writes to."""
         roots = {"home": [settings.home], "save_root": settings.save_roots, "corpus_cache": [settings.corpus_cache]}
         return cls(roots, Limits(settings.disk_bytes, settings.disk_percent))
 
-    def look(self) -> tuple[Disk, ...]:
+    def poll(self) -> tuple[Disk, ...]:
         """Ask every file system now."""
         asked = [(name, path, self._usage(path)) for name, path in self._roots]
         with self._lock:
@@ -139,23 +139,23 @@ class DiskWatch:
                 break
         return None
 
-    def _disks(self, asked: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, State]) -> "list[Disk]":
+    def _disks(self, asked: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]) -> "list[Disk]":
         found: dict[object, list[tuple[str, Path, Usage | None]]] = {}
         for name, path, usage in asked:
             found.setdefault(usage.device if usage is not None else path, []).append((name, path, usage))
         return [self._disk(same, before) for same in found.values()]
 
-    def _disk(self, same: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, State]) -> Disk:
+    def _disk(self, same: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]) -> Disk:
         usage = same[0][2]
         paths, holds = tuple(path for _, path, _ in same), tuple(dict.fromkeys(name for name, _, _ in same))
         if usage is None:
-            return Disk(paths, holds, Usage(0, 0), 0, State.UNREADABLE)
-        state = judge(usage, self._limits, before.get(usage.device))
+            return Disk(paths, holds, Usage(0, 0), 0, DiskState.UNREADABLE)
+        state = disk_state(usage, self._limits, before.get(usage.device))
         return Disk(paths, holds, usage, self._limits.of(usage.total), state)
 
-    def seen(self) -> tuple[Disk, ...]:
+    def readings(self) -> tuple[Disk, ...]:
         """The newest look."""
-        return self._seen if self._seen is not None else self.look()
+        return self._seen if self._seen is not None else self.poll()
 
     @property
     def stale(self) -> bool:

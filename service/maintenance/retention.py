@@ -19,8 +19,8 @@ from trainyard.contract.status import TERMINAL
 from trainyard.service.db.models import (
     EventRow,
     JobRow,
+    MetricRollupRow,
     MetricRow,
-    StretchRow,
 )
 from trainyard.service.errors import JobNotFound
 from trainyard.service.jobs import repository
@@ -63,23 +63,23 @@ class Policy:
         return min((days for days in (self.thin_metrics, self.metrics, self.events) if days), default=0)
 
 
-class Line(NamedTuple):
+class PointKey(NamedTuple):
     """What of a point decides whether it stays."""
 
     attempt: int
     seq: int
     step: int
-    stitched: bool
+    is_current: bool
     loss: float | None
     eval_loss: float | None
 
 
-def doomed(lines: Sequence[Line], wide: int) -> Iterator[Line]:
+def expired(lines: Sequence[PointKey], wide: int) -> Iterator[PointKey]:
     """Of each stretch of ``wide`` steps all but the last, the lowest, the highest, the first without a loss, and evals.
 
     So a spike stays where it was, and a curve drawn of what is left has the same outline.
     """
-    for _, found in groupby(lines, key=lambda line: (line.attempt, line.stitched, line.step // wide)):
+    for _, found in groupby(lines, key=lambda line: (line.attempt, line.is_current, line.step // wide)):
         stretch = list(found)
         finite = [line for line in stretch if line.loss is not None]
         kept = {stretch[-1].seq, *(line.seq for line in stretch if line.eval_loss is not None)}
@@ -166,7 +166,7 @@ class Retention:
 
     def _remove(self, session: Session, job: JobRow) -> bool:
         if job.sealed_step:
-            session.execute(delete(StretchRow).where(StretchRow.job_id == job.id))
+            session.execute(delete(MetricRollupRow).where(MetricRollupRow.job_id == job.id))
             job.sealed_step = 0
         of_job = (MetricRow.job_id == job.id,)
         order = (MetricRow.attempt, MetricRow.seq)
@@ -184,28 +184,28 @@ class Retention:
             return False
         wide = width(job.sealed_step, KEPT_BUCKETS)
         lines, ended = self._lines(session, job, wide)
-        self._delete(session, job, doomed(lines, wide))
+        self._delete(session, job, expired(lines, wide))
         if ended:
             job.facts = {**job.facts, THINNED: job.finished_at.isoformat()}
         else:
             self._place = lines[-1].attempt, lines[-1].seq
         return not ended
 
-    def _lines(self, session: Session, job: JobRow, wide: int) -> tuple[list[Line], bool]:
+    def _lines(self, session: Session, job: JobRow, wide: int) -> tuple[list[PointKey], bool]:
         """Whole stretches behind the place that was reached, and whether they are the last."""
         place = (MetricRow.attempt, MetricRow.seq)
-        columns = [getattr(MetricRow, name) for name in Line._fields]
+        columns = [getattr(MetricRow, name) for name in PointKey._fields]
         summed = (MetricRow.job_id == job.id, MetricRow.step < job.sealed_step)
         query = select(*columns).where(*summed, tuple_(*place) > tuple_(*self._place)).order_by(*place)
         many = ROWS + wide  # so that one stretch fits, whatever the interval between points
-        found = [Line(*row) for row in session.execute(query.limit(many))]
+        found = [PointKey(*row) for row in session.execute(query.limit(many))]
         if len(found) < many:
             return found, True
         last = (found[-1].attempt, found[-1].step // wide)
         whole = [line for line in found if (line.attempt, line.step // wide) != last]
         return whole or found, False
 
-    def _delete(self, session: Session, job: JobRow, lines: Iterable[Line]) -> None:
+    def _delete(self, session: Session, job: JobRow, lines: Iterable[PointKey]) -> None:
         for attempt, found in groupby(lines, key=lambda line: line.attempt):
             seqs = [line.seq for line in found]
             for begin in range(0, len(seqs), 500):

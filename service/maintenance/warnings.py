@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 from trainyard.contract.status import LIVE
 from trainyard.service.db.models import JobRow
 from trainyard.service.jobs import repository
-from trainyard.service.jobs.repository import Note
-from trainyard.service.maintenance.disk_monitor import FULL_BYTES, Disk, State
+from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.maintenance.disk_monitor import FULL_BYTES, Disk, DiskState
 
 CODE = "disk_low"
 MIB, GIB = 1 << 20, 1 << 30
@@ -31,31 +31,31 @@ def affected(session: Session, disks: Sequence[Disk]) -> list[tuple[str, Disk | 
 
 def _concerns(disk: Disk, save_dir: str | None) -> bool:
     """Every run writes below the home; its checkpoints may go elsewhere."""
-    if disk.state not in (State.LOW, State.FULL):
+    if disk.state not in (DiskState.LOW, DiskState.FULL):
         return False
     if "home" in disk.holds:
         return True
     return save_dir is not None and any(Path(save_dir).is_relative_to(path) for path in disk.paths)
 
 
-def tell(session: Session, job_id: str, disk: Disk | None, now: datetime) -> None:
+def raise_alerts(session: Session, job_id: str, disk: Disk | None, now: datetime) -> None:
     """An event, and the alert on the job itself."""
     job = repository.lock(session, job_id)
     if disk is None:
         job.alerts = [alert for alert in job.alerts if alert.get("code") != CODE]
-        repository.tell(session, job, Note("disk", "the disk has room again"), now)
+        repository.record_event(session, job, EventDraft("disk", "the disk has room again"), now)
         return
-    message = described(disk)
+    message = to_alert(disk)
     repository.alert(job, CODE, message, now)
     data = {"code": CODE, "free_bytes": disk.usage.free, "limit_bytes": disk.limit}
-    repository.tell(session, job, Note("warning", message, data=data), now)
+    repository.record_event(session, job, EventDraft("warning", message, data=data), now)
 
 
-def described(disk: Disk) -> str:
+def to_alert(disk: Disk) -> str:
     """In a sentence that names no path: it is told to those who have no token, too."""
     if disk.usage.read_only:
         return f"the disk of {disk.name} can only be read"
-    if disk.state is State.UNREADABLE:
+    if disk.state is DiskState.UNREADABLE:
         return f"the disk of {disk.name} does not answer"
     enough = max(disk.limit, FULL_BYTES)
     free, total, limit = map(_size, (disk.usage.free, disk.usage.total, enough))

@@ -19,7 +19,7 @@ BUCKET_FIELDS = (
 )  # fmt: skip
 
 
-class Part(NamedTuple):
+class Aggregate(NamedTuple):
     """A stretch, or a point, with the sums of one half-life. ``finite_step``: None where no loss in it is finite."""
 
     first_step: int
@@ -36,11 +36,11 @@ class Part(NamedTuple):
     weight: float
 
 
-def part_of(step: int, loss: float | None, attempt: int) -> Part:
+def aggregate_of(step: int, loss: float | None, attempt: int) -> Aggregate:
     """One point."""
     if loss is None or not math.isfinite(loss):
-        return Part(step, step, attempt, 1, 1, loss, 0.0, None, None, None, 0.0, 0.0)
-    return Part(step, step, attempt, 1, 0, loss, loss, loss, loss, step, loss, 1.0)
+        return Aggregate(step, step, attempt, 1, 1, loss, 0.0, None, None, None, 0.0, 0.0)
+    return Aggregate(step, step, attempt, 1, 0, loss, loss, loss, loss, step, loss, 1.0)
 
 
 def width(last_step: int, max_points: int, first_step: int = 0) -> int:
@@ -51,7 +51,7 @@ def width(last_step: int, max_points: int, first_step: int = 0) -> int:
     return wide
 
 
-def rows(parts: Iterable[Part], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
+def rows(parts: Iterable[Aggregate], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
     """Yield a row for each ``wide`` steps, at absolute multiples: the rows of a growing curve never move.
 
     ``parts`` come in order of their steps, and the running mean goes on over all of them.
@@ -62,7 +62,7 @@ def rows(parts: Iterable[Part], wide: int, half_life: float) -> Iterator[dict[st
         stretch = list(group)
         first, last = stretch[0], stretch[-1]
         count = nonfinite = 0
-        finite: list[Part] = []
+        finite: list[Aggregate] = []
         for part in stretch:
             count += part.points
             nonfinite += part.nonfinite
@@ -110,7 +110,7 @@ class Summary:
     @classmethod
     def of(cls, step: int, loss: float | None, attempt: int) -> "Summary":
         """One point."""
-        part = part_of(step, loss, attempt)
+        part = aggregate_of(step, loss, attempt)
         kinds = len(HALF_LIVES)
         return cls(*part[:10], [part.total] * kinds, [part.weight] * kinds)
 
@@ -144,7 +144,7 @@ class Summary:
         self.loss_min, self.loss_max = min(self.loss_min, later.loss_min), max(self.loss_max, later.loss_max)
 
 
-def summed_up(stretches: Iterable[Summary], wide: int) -> list[Summary]:
+def aggregate(stretches: Iterable[Summary], wide: int) -> list[Summary]:
     """Stretches in order, put together into those of width ``wide``."""
     found: list[Summary] = []
     for stretch in stretches:

@@ -13,10 +13,10 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import AttemptRow, JobRow, MetricRow
 from trainyard.service.metrics import rollups, store
-from trainyard.service.metrics.downsampling import Part, part_of, rows
+from trainyard.service.metrics.downsampling import Aggregate, aggregate_of, rows
 
 
-class Piece(NamedTuple):
+class LineageSegment(NamedTuple):
     """The points of attempt ``attempt`` of a job after step ``after``, up to and including ``until``."""
 
     job_id: str
@@ -25,18 +25,18 @@ class Piece(NamedTuple):
     until: int
 
 
-def pieces(job: JobRow) -> list[Piece]:
+def segments(job: JobRow) -> list[LineageSegment]:
     """Return the ancestors' pieces that come before the job's own, oldest first."""
-    return [Piece(**piece) for piece in (job.lineage or {}).get("curve", ())]
+    return [LineageSegment(**piece) for piece in (job.lineage or {}).get("curve", ())]
 
 
 def record(session: Session, parent: JobRow, step: int, attempt: int, data: str) -> dict[str, Any]:
     """Return the lineage to store with a fork of ``parent`` at the checkpoint that ``attempt`` saved at ``step``."""
-    curve = [*pieces(parent), *own_pieces(session, parent, step, attempt)]
+    curve = [*segments(parent), *own_segments(session, parent, step, attempt)]
     return {"data": data, "curve": [piece._asdict() for piece in curve]}
 
 
-def own_pieces(session: Session, job: JobRow, step: int, attempt: int | None = None) -> list[Piece]:
+def own_segments(session: Session, job: JobRow, step: int, attempt: int | None = None) -> list[LineageSegment]:
     """Return the job's own curve up to ``step``, as it was when ``attempt`` was the last; None: as it is now."""
     query = select(AttemptRow.number, AttemptRow.start_step).where(
         AttemptRow.job_id == job.id, AttemptRow.start_step.is_not(None)
@@ -48,11 +48,11 @@ def own_pieces(session: Session, job: JobRow, step: int, attempt: int | None = N
     for place, (number, start) in enumerate(started):
         until = min([step, *(later for _, later in started[place + 1 :])])
         if until > start:
-            found.append(Piece(job.id, number, start, until))
+            found.append(LineageSegment(job.id, number, start, until))
     return found
 
 
-def by_job(curve: Iterable[Piece]) -> list[tuple[str, list[Piece]]]:
+def by_job(curve: Iterable[LineageSegment]) -> list[tuple[str, list[LineageSegment]]]:
     """Group the pieces by ancestor, oldest first."""
     return [(job_id, list(found)) for job_id, found in groupby(curve, key=lambda piece: piece.job_id)]
 
@@ -62,7 +62,7 @@ def lineage_rows(
 ) -> list[dict[str, Any]]:
     """At most ``limit`` points after ``after_step``, up to ``until_step``, oldest first, with their ``job_id``."""
     found: list[dict[str, Any]] = []
-    for whole in pieces(job):
+    for whole in segments(job):
         piece = whole if until_step is None else whole._replace(until=min(whole.until, until_step))
         if len(found) < limit and piece.until > after_step:
             more = _of_piece(session, piece, max(after_step, piece.after), limit - len(found), fields)
@@ -73,7 +73,9 @@ def lineage_rows(
     return found
 
 
-def _of_piece(session: Session, piece: Piece, after: int, limit: int, fields: Sequence[str]) -> list[dict[str, Any]]:
+def _of_piece(
+    session: Session, piece: LineageSegment, after: int, limit: int, fields: Sequence[str]
+) -> list[dict[str, Any]]:
     """Each step once, as it was last done: an attempt that rolled back did some twice."""
     columns = [getattr(MetricRow, name) for name in fields]
     found: list[dict[str, Any]] = []
@@ -88,15 +90,15 @@ def _of_piece(session: Session, piece: Piece, after: int, limit: int, fields: Se
     return found[:limit]
 
 
-def _points(piece: Piece, after: int, columns: Sequence[Any]) -> Select[Any]:
+def _points(piece: LineageSegment, after: int, columns: Sequence[Any]) -> Select[Any]:
     of_attempt = (MetricRow.job_id == piece.job_id, MetricRow.attempt == piece.attempt)
     query = select(*columns).where(*of_attempt, MetricRow.step > after, MetricRow.step <= piece.until)
     return query.order_by(MetricRow.step, MetricRow.seq.desc())
 
 
-def lineage_buckets(session: Session, job: JobRow, view: rollups.View) -> list[dict[str, Any]]:
+def lineage_buckets(session: Session, job: JobRow, view: rollups.RollupView) -> list[dict[str, Any]]:
     """Return the rows of the view, with a running mean over everything before it."""
-    ancestors = by_job(pieces(job))
+    ancestors = by_job(segments(job))
     parts = chain.from_iterable(_ancestor(session, found, view) for _, found in ancestors)
     own = rollups.parts(session, job, view)
     bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
@@ -108,13 +110,13 @@ def lineage_buckets(session: Session, job: JobRow, view: rollups.View) -> list[d
     return [{"job_id": whose(row["step"]), **row} for row in made if row["step"] >= view.begin]
 
 
-def _ancestor(session: Session, found: list[Piece], view: rollups.View) -> Iterator[Part]:
+def _ancestor(session: Session, found: list[LineageSegment], view: rollups.RollupView) -> Iterator[Aggregate]:
     """From the sums, if the ancestor's curve still is what led to the fork; else from its points."""
     whole = found[-1].until
     until = whole if view.until_step is None else min(whole, view.until_step)
     part = replace(view, until_step=until)
     job = session.get(JobRow, _number(session, found[0].job_id))
-    if job is not None and rollups.is_kept(part) and own_pieces(session, job, whole) == found:
+    if job is not None and rollups.is_kept(part) and own_segments(session, job, whole) == found:
         yield from rollups.parts(session, job, part)
         return
     for piece in found:
@@ -123,7 +125,7 @@ def _ancestor(session: Session, found: list[Piece], view: rollups.View) -> Itera
         for row in session.execute(_points(piece, piece.after, columns).execution_options(yield_per=5000)):
             if last < row.step <= until:
                 last = row.step
-                yield part_of(*row)
+                yield aggregate_of(*row)
 
 
 def _number(session: Session, job_id: str) -> int:
@@ -132,7 +134,7 @@ def _number(session: Session, job_id: str) -> int:
 
 def show_lineage(session: Session, job: JobRow) -> list[dict[str, Any]]:
     """Return whose curve it is up to which step, oldest first; ``deleted`` jobs have no points left."""
-    ancestors = by_job(pieces(job))
+    ancestors = by_job(segments(job))
     there = set(session.scalars(select(JobRow.id).where(JobRow.id.in_([job_id for job_id, _ in ancestors]))))
     known = [
         {"job_id": job_id, "until_step": found[-1].until, "deleted": job_id not in there} for job_id, found in ancestors

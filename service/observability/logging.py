@@ -17,14 +17,14 @@ from typing import Any, Literal, TextIO
 Format = Literal["json", "text"]
 Level = Literal["debug", "error", "info", "warning"]
 
-HIDDEN = "***"
-SHORTEST_SECRET = 6
+REDACTED = "***"
+MIN_SECRET_LENGTH = 6
 """What is shorter stands in every other line by chance."""
 
 CREDENTIALS = re.compile(r"(?i)(\bbearer\s+|://[^\s/:@]*:|\bwhsec_)[^\s@\"',]+")
 """What follows the word Bearer, the password of a URL, and the secret of a webhook."""
 
-TALKATIVE = ("alembic", "httpx2", "httpcore2")
+NOISY_LOGGERS = ("alembic", "httpx2", "httpcore2")
 """Libraries that say at each step what they do; clients of others even whole addresses."""
 
 OURS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
@@ -36,7 +36,7 @@ _about: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
 
 
 @contextlib.contextmanager
-def about(**fields: Any) -> Iterator[dict[str, Any]]:
+def log_context(**fields: Any) -> Iterator[dict[str, Any]]:
     """Every line until the end of the block has ``fields``, also those of threads that work for it."""
     found = {**(_about.get() or {}), **fields}
     token = _about.set(found)
@@ -46,44 +46,44 @@ def about(**fields: Any) -> Iterator[dict[str, Any]]:
         _about.reset(token)
 
 
-def note(**fields: Any) -> None:
+def bind(**fields: Any) -> None:
     """Add to what the block around us is about; known from then on, also outside of this thread."""
     found = _about.get()
     if found is not None:
         found.update(fields)
 
 
-def set_up(format_: str, level: str, secrets: Iterable[str] = (), stream: TextIO | None = None) -> None:
+def configure_logging(format_: str, level: str, secrets: Iterable[str] = (), stream: TextIO | None = None) -> None:
     """Everything that is logged in this process, by libraries too, goes to ``stream`` (stderr) in one format."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(formatter(format_, secrets))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for name in TALKATIVE:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def formatter(format_: str, secrets: Iterable[str] = ()) -> logging.Formatter:
     """Return the formatter of a Format, which hides ``secrets``."""
-    return (JsonLines if format_ == "json" else TextLines)(Censor(secrets))
+    return (JsonFormatter if format_ == "json" else TextFormatter)(RedactingFilter(secrets))
 
 
-class Censor:
+class RedactingFilter:
     """Blacks out the secrets that are known, and what looks like one."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
-        known = sorted({secret for secret in secrets if len(secret) >= SHORTEST_SECRET}, key=len, reverse=True)
+        known = sorted({secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH}, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, known))) if known else None
 
     def __call__(self, text: str) -> str:
         """``text`` without them."""
         if self._known is not None:
-            text = self._known.sub(HIDDEN, text)
-        return CREDENTIALS.sub(rf"\g<1>{HIDDEN}", text)
+            text = self._known.sub(REDACTED, text)
+        return CREDENTIALS.sub(rf"\g<1>{REDACTED}", text)
 
 
-class _Lines(logging.Formatter):
-    def __init__(self, censor: Censor) -> None:
+class _LineFormatter(logging.Formatter):
+    def __init__(self, censor: RedactingFilter) -> None:
         super().__init__()
         self._censor = censor
 
@@ -101,7 +101,7 @@ class _Lines(logging.Formatter):
         return self._censor(self.formatException(record.exc_info)) if record.exc_info else ""
 
 
-class JsonLines(_Lines):
+class JsonFormatter(_LineFormatter):
     """One object a line: ``at, level, logger, message``, what it is about, and ``traceback`` where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -112,7 +112,7 @@ class JsonLines(_Lines):
         return json.dumps({**found, "traceback": trouble} if trouble else found)
 
 
-class TextLines(_Lines):
+class TextFormatter(_LineFormatter):
     """For people: time, level, logger, message, then ``key=value``. A line stays one, but for tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:

@@ -8,7 +8,7 @@ REQUEST_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 LAG_BOUNDS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 3600.0)
 
 
-class Telemetry:
+class ServiceMetrics:
     """The counter and the histograms of one service. Thread-safe.
 
     ``requests`` has the labels method, route and status; ``lag`` and ``requests`` are in seconds.
@@ -24,7 +24,7 @@ class Telemetry:
         name, explained = "trainyard_ingest_lag_seconds", "From the writing of an outbox line to its being stored."
         self.lag = Histogram(name, explained, registry=own, buckets=LAG_BOUNDS)
 
-    def removes(self, what: str, rows: int) -> None:
+    def rows_removed(self, what: str, rows: int) -> None:
         """Count rows that retention removed; ``what`` is their kind."""
         self._removed.labels(what).inc(rows)
 

@@ -13,9 +13,9 @@ from trainyard.contract.file_identity import (
     BOM,
     MAX_NAME_LENGTH,
     MAX_NAMES,
-    Packing,
+    Compression,
+    compression_of,
     is_plain_text,
-    packing_of,
 )
 
 HEAD_BYTES = 4096
@@ -24,7 +24,7 @@ BLOCKS = 16
 
 
 @dataclass
-class Glance:
+class SampledLines:
     """What the lines that were looked at hold.
 
     Attributes:
@@ -65,7 +65,7 @@ class Glance:
             self.texts.append(text)
 
 
-def glance(path: Path, text_field: str) -> Glance | None:
+def sample_lines(path: Path, text_field: str) -> SampledLines | None:
     """Look at the file. A short one is read whole, a long one in equal distances.
 
     None where it cannot be read, or is not JSONL: a part of a packed file says nothing of the rest.
@@ -76,10 +76,10 @@ def glance(path: Path, text_field: str) -> Glance | None:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 return None
             head = file.read(HEAD_BYTES)
-            if packing_of(head) is not Packing.NONE or is_plain_text(path.name, head):
+            if compression_of(head) is not Compression.NONE or is_plain_text(path.name, head):
                 return None
             file.seek(0)
-            found = Glance(os.fstat(descriptor).st_size)
+            found = SampledLines(os.fstat(descriptor).st_size)
             for raw in _lines(file, found.size):
                 found.add(raw, text_field)
             return found
@@ -87,7 +87,7 @@ def glance(path: Path, text_field: str) -> Glance | None:
         return None
 
 
-def other_form(path: Path) -> str | None:
+def other_format(path: Path) -> str | None:
     """What form a readable corpus has that is not JSONL; else None."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -95,7 +95,7 @@ def other_form(path: Path) -> str | None:
             head = file.read(HEAD_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
     except (OSError, ValueError):
         return None
-    if (packing := packing_of(head)) is not Packing.NONE:
+    if (packing := compression_of(head)) is not Compression.NONE:
         return str(packing)
     return "plain text" if head and is_plain_text(path.name, head) else None
 

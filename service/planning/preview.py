@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.spec import JobSpec
-from trainyard.service.devices.inventory import Device, count
+from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, limit_for
-from trainyard.service.jobs.submission import known_at_submit
+from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
-from trainyard.service.planning.corpus_sample import glance, other_form
-from trainyard.service.planning.estimate import Size, size_of
-from trainyard.service.planning.throughput import Pace
-from trainyard.service.planning.token_count import counter
-from trainyard.service.planning.warnings import Surroundings, warnings
-from trainyard.service.schemas import Forecast, Queue
+from trainyard.service.planning.corpus_sample import other_format, sample_lines
+from trainyard.service.planning.estimate import RunSize, estimate_size
+from trainyard.service.planning.throughput import Throughput
+from trainyard.service.planning.token_count import token_counter
+from trainyard.service.planning.warnings import HostCapacity, warnings
+from trainyard.service.schemas import PlanPreview, Queue
 
 
 @dataclass(frozen=True)
-class Line:
+class QueuePosition:
     """The queue as the job would find it: how many are before it, and how many devices are free."""
 
     ahead: int
@@ -27,31 +27,37 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Looked:
+class CorpusSample:
     """What a bounded read of the corpus found. ``size`` None: no document; ``names``: see `Glance`."""
 
-    size: Size | None
+    size: RunSize | None
     names: tuple[str, ...] = ()
 
 
-def look(spec: JobSpec) -> Looked:
+def sample_corpus(spec: JobSpec) -> CorpusSample:
     """Read a little of the corpus."""
-    found = glance(Path(spec.data.data_path), spec.data.text_field)
+    found = sample_lines(Path(spec.data.data_path), spec.data.text_field)
     if found is None:
-        return Looked(None)
-    tokens = counter(spec.data.tokenizer_path, found.texts)
-    size = size_of(spec, [tokens(text) for text in found.texts], found.bad_lines, found.scale)
-    return Looked(size, found.names)
+        return CorpusSample(None)
+    tokens = token_counter(spec.data.tokenizer_path, found.texts)
+    size = estimate_size(spec, [tokens(text) for text in found.texts], found.bad_lines, found.scale)
+    return CorpusSample(size, found.names)
 
 
-def forecast(
-    spec: JobSpec, kind: str, looked: Looked, devices: Sequence[Device], pace: Pace | None, line: Line, home: Path
-) -> Forecast:
+def preview(
+    spec: JobSpec,
+    kind: str,
+    looked: CorpusSample,
+    devices: Sequence[Device],
+    pace: Throughput | None,
+    line: QueuePosition,
+    home: Path,
+) -> PlanPreview:
     """The plan as the API shows it. ``kind``: what its device means where it will run; ``devices``: of this host."""
-    facts = known_at_submit(spec, kind)
+    facts = initial_plan(spec, kind)
     here = replace(_surroundings(spec, facts, kind, devices, home), names=looked.names)
     size = looked.size
-    return Forecast.model_validate(
+    return PlanPreview.model_validate(
         {
             **facts,
             **_sizes(size, facts, pace),
@@ -64,7 +70,7 @@ def forecast(
     )
 
 
-def behind(plan: Forecast, start: int, base: int, steps: int | None) -> Forecast:
+def queue_position(plan: PlanPreview, start: int, base: int, steps: int | None) -> PlanPreview:
     """The plan of a run that begins at step ``start`` of a curve: what lies before it takes no time any more.
 
     ``base``: steps before its own schedule. ``steps``: of the whole curve, where that is known.
@@ -78,7 +84,7 @@ def behind(plan: Forecast, start: int, base: int, steps: int | None) -> Forecast
     return plan.model_copy(update={**begins, **left, "steps": whole})
 
 
-def _sizes(size: Size | None, facts: dict[str, Any], pace: Pace | None) -> dict[str, Any]:
+def _sizes(size: RunSize | None, facts: dict[str, Any], pace: Throughput | None) -> dict[str, Any]:
     if size is None:
         return {"estimated": True}
     return {
@@ -98,24 +104,24 @@ def _sizes(size: Size | None, facts: dict[str, Any], pace: Pace | None) -> dict[
 
 def _surroundings(
     spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], home: Path
-) -> Surroundings:
+) -> HostCapacity:
     away = spec.resources.launcher == SLURM
-    return Surroundings(
+    return HostCapacity(
         kind=kind,
         memory_needed=sum(facts["memory_bytes"].values()),
         memory_limit=None if away else limit_for(kind, devices),
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
         snapshot=facts["snapshot_bytes"],
-        other_form=other_form(Path(spec.data.data_path)),
+        other_form=other_format(Path(spec.data.data_path)),
     )
 
 
-def _waiting_for(spec: JobSpec, kind: str, line: Line, devices: Sequence[Device]) -> str:
+def _waiting_for(spec: JobSpec, kind: str, line: QueuePosition, devices: Sequence[Device]) -> str:
     ranks = spec.resources.nproc_per_node
     if spec.resources.launcher == SLURM:
         return "Slurm, once it is submitted"
     if line.free >= ranks:
         return "nothing: it would start at once"
     what = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, kind)
-    return f"{ranks} {what}; {line.free} of {count(devices, kind)} free"
+    return f"{ranks} {what}; {line.free} of {count_by_kind(devices, kind)} free"

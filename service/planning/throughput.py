@@ -9,14 +9,14 @@ from sqlalchemy.orm import Session
 from trainyard.contract.spec import JobSpec
 from trainyard.service.db.models import JobRow
 
-LOOKED_AT = 300
+MAX_RUNS = 300
 """Newest jobs among which a like one is looked for."""
 
 SAME_TRAINING = ("batch_size", "accumulation_steps", "dtype", "use_compile", "deterministic")
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """Tokens a second of a past run, and which run that was."""
 
     tokens_per_second: float
@@ -29,7 +29,7 @@ class Pace:
         return f"{self.tokens_per_second:,.0f} tokens/s in {self.job_id}{where}"
 
 
-def pace(session: Session, spec: JobSpec, kind: str) -> Pace | None:
+def find_throughput(session: Session, spec: JobSpec, kind: str) -> Throughput | None:
     """Of the newest job with the same shape on the same kind of device; None where there was none.
 
     The same shape: model, row length, packing, batch, dtype and ranks.
@@ -37,11 +37,11 @@ def pace(session: Session, spec: JobSpec, kind: str) -> Pace | None:
     wanted = _shape(spec.model_dump(mode="json"))
     columns = (JobRow.id, JobRow.name, JobRow.spec, JobRow.facts, JobRow.progress)
     ran = (JobRow.started_at.is_not(None), JobRow.ranks == spec.resources.ranks)
-    rows = session.execute(select(*columns).where(*ran).order_by(JobRow.number.desc()).limit(LOOKED_AT))
+    rows = session.execute(select(*columns).where(*ran).order_by(JobRow.number.desc()).limit(MAX_RUNS))
     for row in rows:
         speed = row.progress.get("tokens_per_second")
         if speed and _kind(row.facts.get("device")) == _kind(kind) and _shape(row.spec) == wanted:
-            return Pace(float(speed), row.id, row.name, row.facts.get("device_name"))
+            return Throughput(float(speed), row.id, row.name, row.facts.get("device_name"))
     return None
 
 

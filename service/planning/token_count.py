@@ -9,12 +9,12 @@ SPECIAL = 2
 """A document's beginning and its end."""
 
 SAMPLE_CHARACTERS = 100_000
-LONGEST_TOKEN = 24
+MAX_TOKEN = 24
 
-Count = Callable[[str], float]
+TokenCounter = Callable[[str], float]
 
 
-def counter(tokenizer_path: str, texts: list[str]) -> Count:
+def token_counter(tokenizer_path: str, texts: list[str]) -> TokenCounter:
     """A function from a text to its tokens, beginning and end included.
 
     Where there is a vocabulary, a sample of ``texts`` is cut into the longest tokens it has, from left to right, and
@@ -42,7 +42,7 @@ def _vocabulary(tokenizer_path: str) -> frozenset[str]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError, TokenizerInvalid):
         return frozenset()
     names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
-    return frozenset(name for name in names if len(name) <= LONGEST_TOKEN)
+    return frozenset(name for name in names if len(name) <= MAX_TOKEN)
 
 
 def _sample(texts: list[str]) -> str:

@@ -18,52 +18,52 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Desired, JobStatus, Reason
 from trainyard.service.auth.api_keys import token_hash
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import AttemptRow, JobRow, LeaseRow
+from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
 from trainyard.service.errors import Conflict, JobNotFound
 from trainyard.service.ids import new_id
 from trainyard.service.ingest import events, exits
 from trainyard.service.jobs import repository
-from trainyard.service.jobs.repository import Note
+from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.launch.base import (
     LOCAL,
-    AttemptName,
-    Found,
+    AttemptRef,
+    AttemptState,
+    AttemptStatus,
     Launch,
     Launcher,
+    LauncherUnavailable,
     LaunchRefused,
-    NoAnswer,
     Placement,
-    State,
 )
-from trainyard.service.leadership import Lease, fenced
+from trainyard.service.leadership import LeaderLease, fenced
 from trainyard.service.scheduler.plan import (
     Action,
-    End,
-    Hint,
-    Look,
+    Inspect,
+    Kill,
+    NotifyStop,
     Preempt,
     Restart,
     Start,
 )
-from trainyard.service.scheduler.published_inventory import Bulletin
-from trainyard.service.scheduler.snapshot import LiveAttempt, Memory
+from trainyard.service.scheduler.published_inventory import InventorySnapshot
+from trainyard.service.scheduler.snapshot import LiveAttempt, SchedulerMemory
 from trainyard.service.timing import Timing
 
-UNREAD_LINES = 2000
+MAX_UNACKED_LINES = 2000
 
 log = logging.getLogger("trainyard")
 
 
-class Applier:
+class PlanExecutor:
     """Does one action at a time. ``clock`` gives the time in UTC. Without a ``lease`` it is alone on its database."""
 
     def __init__(
         self,
         database: Database,
         launcher: Launcher,
-        memory: Memory,
+        memory: SchedulerMemory,
         clock: Callable[[], datetime],
-        lease: Lease | None = None,
+        lease: LeaderLease | None = None,
         timing: Timing = Timing(),
     ) -> None:
         self._timing = timing
@@ -72,7 +72,7 @@ class Applier:
         self._memory = memory
         self._clock = clock
         self._lease = lease
-        self._living: set[AttemptName] = set()
+        self._living: set[AttemptRef] = set()
 
     def write(self) -> contextlib.AbstractContextManager[Session]:
         """A transaction that is refused where another service schedules. Raises Deposed."""
@@ -82,7 +82,7 @@ class Applier:
         """Whether what was looked at is still ours to act on: this process may have been stopped since."""
         return self._lease is None or self._lease.fresh()
 
-    def do(self, action: Action) -> bool:
+    def execute(self, action: Action) -> bool:
         """Carry ``action`` out. True where devices or jobs were freed, so that another look is worth it at once."""
         try:
             match action:
@@ -90,12 +90,12 @@ class Applier:
                     return self._start(action)
                 case Restart():
                     return self._restart(action.job_id)
-                case Look():
-                    return self._look(action.attempt)
-                case Hint():
-                    return self._hint(action.attempt)
-                case End():
-                    return self._end(action.attempt)
+                case Inspect():
+                    return self._inspect(action.attempt)
+                case NotifyStop():
+                    return self._notify_stop(action.attempt)
+                case Kill():
+                    return self._kill(action.attempt)
                 case Preempt():
                     return self._preempt(action)
                 case _:
@@ -108,12 +108,12 @@ class Applier:
         launch = self._claim(action)
         if launch is None or not self._leads():
             return False  # stopped right here for long: whoever leads now finds that it was never launched
-        self._memory.looked_at[launch.attempt_id] = self._clock()
+        self._memory.inspected_at[launch.attempt_id] = self._clock()
         where = ",".join(launch.devices) or launch.name.launcher
         log.info("launching", extra={**launch.name.fields, "devices": where})
         try:
             self._launcher.start(launch)
-        except NoAnswer as trouble:
+        except LauncherUnavailable as trouble:
             # Whether it was launched is found out by looking, as after a death of ours at this point.
             log.warning("not known to be launched: %s", trouble, extra=launch.name.fields)
             return False
@@ -157,42 +157,42 @@ class Applier:
             job = repository.lock(session, job_id)
             if job.status != JobStatus.INTERRUPTED or job.restart_at is None:
                 return False
-            note = Note("status", "the back-off is over: queued again", "scheduler")
+            note = EventDraft("status", "the back-off is over: queued again", "scheduler")
             changes = {"restart_at": None, "trigger": "restart", "desired": Desired.RUN}
-            repository.move(session, job, JobStatus.QUEUED, note, self._clock(), **changes)
+            repository.transition(session, job, JobStatus.QUEUED, note, self._clock(), **changes)
         return True
 
-    def glance(self, names: Sequence[AttemptName]) -> None:
+    def probe_agents(self, names: Sequence[AttemptRef]) -> None:
         """Before many are looked at one by one: see which of them live by one look at the host for all of them."""
-        self._living = self._launcher.alive_among(names) if len(names) > 1 else set()
+        self._living = self._launcher.find_alive(names) if len(names) > 1 else set()
 
-    def _look(self, live: LiveAttempt) -> bool:
-        self._memory.looked_at[live.id] = self._clock()
+    def _inspect(self, live: LiveAttempt) -> bool:
+        self._memory.inspected_at[live.id] = self._clock()
         # That it lived a moment ago is all that is taken from the glance. Whatever ends something is looked at anew.
-        found = Found(State.ALIVE) if live.name in self._living else self._launcher.find(live.name)
+        found = AttemptStatus(AttemptState.ALIVE) if live.name in self._living else self._launcher.find(live.name)
         if not self._leads():
             return False
         match found.state:
-            case State.UNKNOWN:
+            case AttemptState.UNKNOWN:
                 self._wait_for_answer(live, found.silence)
                 return False
-            case State.ALIVE:
+            case AttemptState.ALIVE:
                 self._adopt(live, found)
                 if live.tailed or (found.placement is not None and found.placement.nodes):
                     self._tail(live)
                 return False
-            case State.ENDED:
+            case AttemptState.ENDED:
                 return self._ended(live, found)
-            case State.ORPHANED:
+            case AttemptState.ORPHANED:
                 log.warning("an attempt has lost its agent", extra=live.name.fields)
-                self._launcher.end(live.name)
+                self._launcher.kill(live.name)
                 return self._ended(live, self._launcher.find(live.name))
-            case State.ABSENT:
+            case AttemptState.ABSENT:
                 return self._absent(live)
             case _:
                 assert_never(found.state)
 
-    def _adopt(self, live: LiveAttempt, found: Found) -> None:
+    def _adopt(self, live: LiveAttempt, found: AttemptStatus) -> None:
         placement = found.placement.to_json() if found.placement is not None else live.placement
         if live.launched and live.placement == placement:
             return
@@ -201,8 +201,10 @@ class Applier:
             attempt.placement = dict(placement) if placement is not None else None
             if not live.launched:
                 attempt.launched_at = attempt.launched_at or self._clock()
-                note = Note("adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number)
-                repository.tell(session, job, note, self._clock())
+                note = EventDraft(
+                    "adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number
+                )
+                repository.record_event(session, job, note, self._clock())
 
     def _wait_for_answer(self, live: LiveAttempt, silence: str | None) -> None:
         """Have a job whose cluster says nothing tell why it stands still, until it is known where it runs."""
@@ -218,25 +220,25 @@ class Applier:
 
         That the cluster runs it is its sign of life then.
         """
-        self._read_rest(live)
+        self._ingest_remaining(live)
         with self.write() as session:
             job, attempt = events.lock(session, live.id, live.name.job_id)
             if attempt.acked_seq:
-                events.hear(session, job, attempt, self._clock())
+                events.record_contact(session, job, attempt, self._clock())
             settings = RunSettings.of(job.spec)
         self._launcher.settle(live.name, settings)
 
-    def _ended(self, live: LiveAttempt, found: Found) -> bool:
-        if found.state is not State.ENDED or found.report is None:
+    def _ended(self, live: LiveAttempt, found: AttemptStatus) -> bool:
+        if found.state is not AttemptState.ENDED or found.report is None:
             return False
-        self._read_rest(live)
+        self._ingest_remaining(live)
         self._close(live.id, live.name, found.report)
         return True
 
-    def _read_rest(self, live: LiveAttempt) -> None:
+    def _ingest_remaining(self, live: LiveAttempt) -> None:
         """Store the lines that the agent could not deliver any more."""
         acked = self._acked(live)
-        while lines := self._launcher.unread(live.name, acked, UNREAD_LINES):
+        while lines := self._launcher.unacked_lines(live.name, acked, MAX_UNACKED_LINES):
             with self.write() as session:
                 job, attempt = events.lock(session, live.id, live.name.job_id)
                 new = events.ingest(session, job, attempt, lines)
@@ -251,11 +253,11 @@ class Applier:
 
     def _absent(self, live: LiveAttempt) -> bool:
         # Whoever was about to start it may only be slow: from here on it cannot begin any more.
-        self._launcher.end(live.name)
+        self._launcher.kill(live.name)
         found = self._launcher.find(live.name)
-        if found.state is not State.ABSENT:
+        if found.state is not AttemptState.ABSENT:
             return self._ended(live, found)
-        if not live.launched and live.heard_at is None:
+        if not live.launched and live.last_heartbeat_at is None:
             with self.write() as session:
                 job, attempt = events.lock(session, live.id, live.name.job_id)
                 exits.never_launched(session, job, attempt, self._clock())
@@ -272,23 +274,23 @@ class Applier:
         self._close(live.id, live.name, report)
         return True
 
-    def _close(self, attempt_id: str, name: AttemptName, report: ExitReport) -> None:
+    def _close(self, attempt_id: str, name: AttemptRef, report: ExitReport) -> None:
         with self.write() as session:
             job, attempt = events.lock(session, attempt_id, name.job_id)
-            exits.end(session, job, attempt, report, self._clock(), self._timing)
+            exits.close_attempt(session, job, attempt, report, self._clock(), self._timing)
 
-    def _hint(self, live: LiveAttempt) -> bool:
+    def _notify_stop(self, live: LiveAttempt) -> bool:
         try:
             self._launcher.stop(live.name)
-        except NoAnswer as trouble:
+        except LauncherUnavailable as trouble:
             log.warning("not told to stop yet: %s", trouble, extra=live.name.fields)
             return False  # told again in the next round
-        self._memory.told[live.id] = live.desired
+        self._memory.notified[live.id] = live.desired
         return False
 
-    def _end(self, live: LiveAttempt) -> bool:
-        self._launcher.end(live.name)
-        self._memory.looked_at.pop(live.id, None)
+    def _kill(self, live: LiveAttempt) -> bool:
+        self._launcher.kill(live.name)
+        self._memory.inspected_at.pop(live.id, None)
         return True
 
     def _preempt(self, action: Preempt) -> bool:
@@ -300,16 +302,18 @@ class Applier:
             if not _yields(job, name.number, waiting):
                 return False
             message = f"makes room for {waiting.id} (priority {waiting.priority}): saves, and goes on by itself later"
-            note = Note("status", message, "scheduler", name.number, data={"preempted_by": waiting.id})
+            note = EventDraft("status", message, "scheduler", name.number, data={"preempted_by": waiting.id})
             changes = {"desired": Desired.PAUSE, "preempted_by": waiting.id, "asked_at": self._clock()}
-            repository.move(session, job, JobStatus.PAUSING, note, self._clock(), **changes, reason=Reason.PREEMPTED)
+            repository.transition(
+                session, job, JobStatus.PAUSING, note, self._clock(), **changes, reason=Reason.PREEMPTED
+            )
             told = f"{job.id} (priority {job.priority}) makes room for this job"
-            repository.tell(
-                session, waiting, Note("preempts", told, "scheduler", data={"job_id": job.id}), self._clock()
+            repository.record_event(
+                session, waiting, EventDraft("preempts", told, "scheduler", data={"job_id": job.id}), self._clock()
             )
         return True
 
-    def publish(self, bulletin: Bulletin) -> None:
+    def publish(self, bulletin: InventorySnapshot) -> None:
         """Say to the other services what is leased out here. Alone on its database there is nobody to tell."""
         if self._lease is not None:
             with self.write() as session:
@@ -327,7 +331,7 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
     if job.status != JobStatus.QUEUED:
         return None
     spec = _attempt_spec(job, devices)
-    name = AttemptName(job.id, job.attempt + 1, spec.resources.launcher or LOCAL)
+    name = AttemptRef(job.id, job.attempt + 1, spec.resources.launcher or LOCAL)
     attempt = AttemptRow(
         id=new_id("att", 16),
         job_id=job.id,
@@ -342,11 +346,11 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
     session.flush()
     leases = [{"device": device, "attempt_id": attempt.id, "job_id": job.id} for device in devices]
     if leases:
-        session.execute(insert(LeaseRow), leases)
+        session.execute(insert(DeviceLeaseRow), leases)
     where = ", ".join(devices) or name.launcher
-    note = Note("status", f"starting attempt {name.number} on {where}", "scheduler", name.number)
+    note = EventDraft("status", f"starting attempt {name.number} on {where}", "scheduler", name.number)
     changes = {"attempt": name.number, "reason": None, "message": None, "error": None, "heard_at": None}
-    repository.move(session, job, JobStatus.STARTING, note, now, **changes, phase=None, phase_detail=None)
+    repository.transition(session, job, JobStatus.STARTING, note, now, **changes, phase=None, phase_detail=None)
     return Launch(name, attempt.id, spec, tuple(devices), token, job.resume_step)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 from sqlalchemy.orm import Session
 
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import LeaderRow
+from trainyard.service.db.models import SchedulerLeaseRow
 from trainyard.service.devices.inventory import FRESH_SECONDS, Device, Inventory
 from trainyard.service.leadership import ROW
 
@@ -22,7 +22,7 @@ MEMORY_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Bulletin:
+class InventorySnapshot:
     """The devices, and whether jobs of lower priority make room."""
 
     devices: tuple[Device, ...]
@@ -30,12 +30,12 @@ class Bulletin:
 
     def write(self, session: Session) -> None:
         """Put it where the others look; where nobody leads there is nothing to say."""
-        row = session.get(LeaderRow, ROW)
+        row = session.get(SchedulerLeaseRow, ROW)
         if row is not None:
             row.offer = {"preempts": self.preempts, "devices": [asdict(device) for device in self.devices]}
 
     @classmethod
-    def of(cls, row: LeaderRow | None) -> Self | None:
+    def of(cls, row: SchedulerLeaseRow | None) -> Self | None:
         """What was said last, or None where nothing was, or by a release that speaks otherwise."""
         if row is None or row.offer is None:
             return None
@@ -44,7 +44,7 @@ class Bulletin:
         except (KeyError, TypeError):
             return None
 
-    def steady(self) -> Self:
+    def without_volatile(self) -> Self:
         """It without what changes all the time."""
         still = (replace(device, memory_used_bytes=None, temperature_celsius=None) for device in self.devices)
         return replace(self, devices=tuple(still))
@@ -55,21 +55,21 @@ def _device(said: dict[str, Any]) -> Device:
     return Device(**{**said, **lists})
 
 
-class News:
+class PublishTracker:
     """Whether there is something new to tell."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._last: Bulletin | None = None
+        self._last: InventorySnapshot | None = None
         self._at = 0.0
 
-    def in_(self, bulletin: Bulletin) -> bool:
+    def differs(self, bulletin: InventorySnapshot) -> bool:
         """Whether ``bulletin`` is worth a commit."""
-        if self._last is None or bulletin.steady() != self._last.steady():
+        if self._last is None or bulletin.without_volatile() != self._last.without_volatile():
             return True
         return bulletin != self._last and self._monotonic() - self._at > MEMORY_SECONDS
 
-    def told(self, bulletin: Bulletin) -> None:
+    def mark_published(self, bulletin: InventorySnapshot) -> None:
         """It is out."""
         self._last, self._at = bulletin, self._monotonic()
 
@@ -86,7 +86,7 @@ class PublishedInventory:
         self._own = own
         self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._read: Bulletin | None = None
+        self._read: InventorySnapshot | None = None
         self._read_at = float("-inf")
 
     def devices(self) -> Sequence[Device]:
@@ -94,7 +94,7 @@ class PublishedInventory:
         with self._lock:
             if self._monotonic() - self._read_at > FRESH_SECONDS:
                 with self._database.read() as session:
-                    self._read = Bulletin.of(session.get(LeaderRow, ROW))
+                    self._read = InventorySnapshot.of(session.get(SchedulerLeaseRow, ROW))
                 self._read_at = self._monotonic()
             found = self._read
         return found.devices if found is not None else self._own.devices()

@@ -12,23 +12,23 @@ from datetime import datetime
 from sqlalchemy.orm import Session
 
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import LeaderRow
+from trainyard.service.db.models import SchedulerLeaseRow
 from trainyard.service.leadership import (
     LEASE_SECONDS,
     ROW,
-    LeaderWatch,
+    LeaderMonitor,
     is_dead,
 )
 from trainyard.service.scheduler.plan import Start, plan
-from trainyard.service.scheduler.published_inventory import Bulletin
-from trainyard.service.scheduler.snapshot import Memory, Snapshot, take
+from trainyard.service.scheduler.published_inventory import InventorySnapshot
+from trainyard.service.scheduler.snapshot import SchedulerMemory, Snapshot, load_snapshot
 
 FRESH_SECONDS = 1.0
-NOBODY = "a service that schedules; none answers now"
-AT_ONCE = "nothing: its devices are free, it starts at the scheduler's next look"
+NO_JOBS = "a service that schedules; none answers now"
+STARTS_NEXT = "nothing: its devices are free, it starts at the scheduler's next look"
 
 
-class Outlook:
+class QueuePreview:
     """Looks at most once a second, however many ask."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Outlook:
         self._lock = threading.Lock()
         self._waiting: Mapping[str, str] = {}
         self._looked_at = float("-inf")
-        self._leader = LeaderWatch(monotonic)
+        self._leader = LeaderMonitor(monotonic)
 
     def waiting(self) -> Mapping[str, str]:
         """Job id -> what it waits for, of every queued job."""
@@ -52,21 +52,21 @@ class Outlook:
             return self._waiting
 
     def _foresee(self, session: Session) -> Mapping[str, str]:
-        row = session.get(LeaderRow, ROW)
-        bulletin = Bulletin.of(row)
+        row = session.get(SchedulerLeaseRow, ROW)
+        bulletin = InventorySnapshot.of(row)
         now = self._clock()
         if row is None or bulletin is None or self._is_silent(row):
-            queued = take(session, (), Memory(), now).queued
-            return dict.fromkeys((job.id for job in queued), NOBODY)
-        return foreseen(take(session, bulletin.devices, Memory(), now, bulletin.preempts), now)
+            queued = load_snapshot(session, (), SchedulerMemory(), now).queued
+            return dict.fromkeys((job.id for job in queued), NO_JOBS)
+        return preview(load_snapshot(session, bulletin.devices, SchedulerMemory(), now, bulletin.preempts), now)
 
-    def _is_silent(self, row: LeaderRow) -> bool:
+    def _is_silent(self, row: SchedulerLeaseRow) -> bool:
         """Whether the one that schedules is gone, or has not counted on for as long as makes another one follow it."""
-        return row.holder is None or is_dead(row.holder) or self._leader.silence(row) > LEASE_SECONDS
+        return row.holder is None or is_dead(row.holder) or self._leader.seconds_since_renewal(row) > LEASE_SECONDS
 
 
-def foreseen(snapshot: Snapshot, now: datetime) -> Mapping[str, str]:
+def preview(snapshot: Snapshot, now: datetime) -> Mapping[str, str]:
     """What each queued job waits for by this snapshot."""
     decided = plan(snapshot, now)
-    starting = {action.job_id: AT_ONCE for action in decided.actions if isinstance(action, Start)}
+    starting = {action.job_id: STARTS_NEXT for action in decided.actions if isinstance(action, Start)}
     return {**starting, **decided.waiting}

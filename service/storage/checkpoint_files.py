@@ -12,20 +12,20 @@ from typing import BinaryIO
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.rundir import (
     MANIFEST_FILE,
+    ArtifactDir,
     FileDigest,
-    ProductDir,
     parse_manifest,
 )
 from trainyard.service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
-LARGEST_MANIFEST = 16 << 20
+MAX_MANIFEST = 16 << 20
 FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @dataclass(frozen=True)
-class Slice:
+class ByteRange:
     """Bytes ``first`` to ``last`` of a file of ``size``, both included. ``partial``: not all of it was asked for."""
 
     first: int
@@ -39,16 +39,16 @@ class Slice:
         return self.last - self.first + 1
 
 
-def place_of(products: ProductDir, step: int, path: str) -> Path | None:
+def checkpoint_directory(products: ArtifactDir, step: int, path: str) -> Path | None:
     """Where a checkpoint's files are, if ``path``, which an attempt has reported, is where they must be; else None."""
     return next((place for place in (products.checkpoint(step), products.milestone(step)) if str(place) == path), None)
 
 
 @failpoint("share.manifest")
-def manifest_of(directory: Path) -> dict[str, FileDigest] | None:
+def read_manifest(directory: Path) -> dict[str, FileDigest] | None:
     """What the manifest says; None where there is none that can be read."""
     try:
-        with held(directory) as within:
+        with lock(directory) as within:
             return _manifest_in(within)
     except OSError:
         return None
@@ -58,16 +58,16 @@ def manifest_of(directory: Path) -> dict[str, FileDigest] | None:
 def _manifest_in(within: int) -> dict[str, FileDigest] | None:
     try:
         with _opened_in(within, MANIFEST_FILE) as file:
-            found = parse_manifest(file.read(LARGEST_MANIFEST))
+            found = parse_manifest(file.read(MAX_MANIFEST))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return {name: said for name, said in found.items() if NAME.fullmatch(name)}
 
 
 @failpoint("share.validate")
-def looks_sound(directory: Path) -> bool:
+def is_valid(directory: Path) -> bool:
     """Whether every file that the manifest names is there with its size. The bytes are not read."""
-    manifest = manifest_of(directory)
+    manifest = read_manifest(directory)
     if not manifest:
         return False
     try:
@@ -84,7 +84,7 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
     another may stand under its name by now, of a run that went back.
     """
     try:
-        with held(directory) as within:
+        with lock(directory) as within:
             manifest = _manifest_in(within)
             if manifest is None or (name != MANIFEST_FILE and name not in manifest):
                 raise FileNotInCheckpoint()
@@ -96,12 +96,12 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
 @failpoint("share.open_file")
 def opened(directory: Path, name: str) -> BinaryIO:
     """A regular file that lies in ``directory`` itself: neither may be a link by now. Raises OSError."""
-    with held(directory) as within:
+    with lock(directory) as within:
         return _opened_in(within, name)
 
 
 @contextmanager
-def held(directory: Path) -> Iterator[int]:
+def lock(directory: Path) -> Iterator[int]:
     """A descriptor of the directory that stands under this name now, whatever stands there later. Raises OSError."""
     within = os.open(directory, FLAGS | os.O_DIRECTORY)
     try:
@@ -119,13 +119,13 @@ def _opened_in(within: int, name: str) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def slice_of(asked: str | None, size: int) -> Slice:
+def parse_range(asked: str | None, size: int) -> ByteRange:
     """Return the bytes that a Range header asks for: all, if it is not valid or asks for several ranges.
 
     Raises:
         RangeUnsatisfiable: It begins after the end of the file.
     """
-    whole = Slice(0, size - 1, size, partial=False)
+    whole = ByteRange(0, size - 1, size, partial=False)
     match = ONE_RANGE.fullmatch((asked or "").replace(" ", ""))
     if match is None or match.groups() == ("", ""):
         return whole
@@ -138,4 +138,4 @@ def slice_of(asked: str | None, size: int) -> Slice:
             return whole
     if begin >= size or end < begin:
         raise RangeUnsatisfiable(headers={"Content-Range": f"bytes */{size}"})
-    return Slice(begin, end, size, partial=True)
+    return ByteRange(begin, end, size, partial=True)

@@ -6,12 +6,12 @@ from typing import BinaryIO
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from trainyard.service.storage.checkpoint_files import Slice
+from trainyard.service.storage.checkpoint_files import ByteRange
 
 CHUNK = 1 << 20
 
 
-class Download(StreamingResponse):
+class FileRangeResponse(StreamingResponse):
     """Reads ``file`` as fast as the client takes it, stops if the client leaves, and closes it in every case.
 
     Starlette's FileResponse opens a path, which another file may have by then, and answers some ranges with 400 in
@@ -20,7 +20,7 @@ class Download(StreamingResponse):
 
     media_type = "application/octet-stream"
 
-    def __init__(self, file: BinaryIO, piece: Slice, name: str, etag: str | None) -> None:
+    def __init__(self, file: BinaryIO, piece: ByteRange, name: str, etag: str | None) -> None:
         self._file = file
         super().__init__(_chunks(file, piece), status_code=206 if piece.partial else 200)
         self.headers["content-length"] = str(piece.length)
@@ -39,7 +39,7 @@ class Download(StreamingResponse):
             self._file.close()
 
 
-def _chunks(file: BinaryIO, piece: Slice) -> Iterator[bytes]:
+def _chunks(file: BinaryIO, piece: ByteRange) -> Iterator[bytes]:
     file.seek(piece.first)
     left = piece.length
     while left > 0:

@@ -11,18 +11,18 @@ from pathlib import Path
 from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.rundir import MANIFEST_FILE, fsync_directory
 from trainyard.service.errors import StepUnavailable
-from trainyard.service.storage.checkpoint_files import looks_sound, manifest_of, opened
+from trainyard.service.storage.checkpoint_files import is_valid, opened, read_manifest
 
 DAMAGED = "The checkpoint of this step is damaged, or was just removed."
 
 
 @failpoint("share.checkpoint")
-def share(source: Path, target: Path) -> None:
+def link_checkpoint(source: Path, target: Path) -> None:
     """Make ``target`` hold the files of the checkpoint ``source``; copies where it is on another file system.
 
     Raises StepUnavailable; what was made by then is the caller's to remove.
     """
-    manifest = manifest_of(source)
+    manifest = read_manifest(source)
     if not manifest:
         raise StepUnavailable(DAMAGED)
     target.mkdir(parents=True)
@@ -32,7 +32,7 @@ def share(source: Path, target: Path) -> None:
             hit("share.file_linked")
     except OSError as error:
         raise StepUnavailable(f"{DAMAGED} {error.strerror}.") from error
-    if not looks_sound(target) or manifest_of(target) != manifest:
+    if not is_valid(target) or read_manifest(target) != manifest:
         raise StepUnavailable(DAMAGED)
     fsync_directory(target)
 

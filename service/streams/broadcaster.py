@@ -22,19 +22,19 @@ from trainyard.service.db.models import AttemptRow, JobRow
 from trainyard.service.errors import NotReady, TooManyStreams
 from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import store
-from trainyard.service.streams.sse import Place, event
+from trainyard.service.streams.sse import Cursor, event
 
 BEAT_SECONDS = 0.5
-LEAST_SECONDS = 0.25
+MIN_SECONDS = 0.25
 """Between two looks, where this process itself stores what readers wait for and says so. Each wakes all of them."""
 
 TAIL = 256
 """Newest events of a job that are kept for its readers."""
 
-MOST_AT_ONCE = 500
+MAX_FRAMES = 500
 """Events that one look reads of one job."""
 
-MOST_READERS = 1000
+MAX_READERS = 1000
 THREADS = 4
 
 T = TypeVar("T")
@@ -43,29 +43,29 @@ log = logging.getLogger("trainyard")
 
 
 @dataclass(frozen=True)
-class Frame:
+class SseFrame:
     """A metric, ready to be sent."""
 
-    place: Place
+    place: Cursor
     step: int
     data: bytes
 
 
 @dataclass(frozen=True)
-class News:
+class PollResult:
     """What one look found of a job. ``status`` None: the job is gone. ``words`` counts what its attempts have said."""
 
     status: JobStatus | None
     attempt: int
     words: int
     starts: Mapping[int, int]
-    frames: tuple[Frame, ...]
+    frames: tuple[SseFrame, ...]
 
     @property
     def ended(self) -> bool:
         """Whether no more will come, and nothing is left to be read."""
         rests = self.status is None or self.status in TERMINAL
-        return rests and len(self.frames) < MOST_AT_ONCE
+        return rests and len(self.frames) < MAX_FRAMES
 
 
 @dataclass
@@ -73,14 +73,14 @@ class Channel:
     """What all readers of one job share. ``tail`` holds every event behind ``floor``, up to ``position``."""
 
     job_id: str
-    news: News
-    position: Place
-    floor: Place
-    tail: deque[Frame] = field(default_factory=deque)
+    news: PollResult
+    position: Cursor
+    floor: Cursor
+    tail: deque[SseFrame] = field(default_factory=deque)
     readers: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def take(self, news: News) -> None:
+    def take(self, news: PollResult) -> None:
         """Take in what is new, and wake the readers where anything is."""
         same = (news.status, news.attempt, news.ended) == (self.news.status, self.news.attempt, self.news.ended)
         self.news = news
@@ -99,10 +99,10 @@ class Channel:
 
     async def wait(self, seconds: float) -> None:
         """Until something changes, or ``seconds`` are over."""
-        await within(seconds, self.changed)
+        await wait_for(seconds, self.changed)
 
 
-class Pulse:
+class MetricBroadcaster:
     """Channels by job, and the task that looks for all of them. All but `stop` belong to the event loop's thread."""
 
     def __init__(self, database: Database) -> None:
@@ -128,7 +128,7 @@ class Pulse:
         """The job's channel, with one reader more. Raises JobNotFound and TooManyStreams."""
         if self.stopping:
             raise NotReady("The service is ending.")
-        if self.readers >= MOST_READERS:
+        if self.readers >= MAX_READERS:
             raise TooManyStreams(headers={"Retry-After": "10"})
         channel = self._channels.get(job_id)
         if channel is None:
@@ -178,22 +178,22 @@ class Pulse:
             for job_id, news in found.items():
                 if job_id in self._channels:
                     self._channels[job_id].take(news)
-            full = any(len(news.frames) == MOST_AT_ONCE for news in found.values())
-            await asyncio.sleep(0 if full else LEAST_SECONDS)
-            await within(0 if full else BEAT_SECONDS - LEAST_SECONDS, self._nudged)
+            full = any(len(news.frames) == MAX_FRAMES for news in found.values())
+            await asyncio.sleep(0 if full else MIN_SECONDS)
+            await wait_for(0 if full else BEAT_SECONDS - MIN_SECONDS, self._nudged)
             self._nudged.clear()
 
-    def _first_look(self, job_id: str) -> tuple[News, Place]:
+    def _first_look(self, job_id: str) -> tuple[PollResult, Cursor]:
         with self._database.read() as session:
             jobs.find(session, job_id)
             newest = store.newest_place(session, job_id)
             return self._news(session, [job_id], {job_id: (newest, -1)})[job_id], newest
 
-    def _look(self, known: Mapping[str, tuple[Place, int]]) -> dict[str, News]:
+    def _look(self, known: Mapping[str, tuple[Cursor, int]]) -> dict[str, PollResult]:
         with self._database.read() as session:
             return self._news(session, list(known), known)
 
-    def _news(self, session: Session, ids: list[str], known: Mapping[str, tuple[Place, int]]) -> dict[str, News]:
+    def _news(self, session: Session, ids: list[str], known: Mapping[str, tuple[Cursor, int]]) -> dict[str, PollResult]:
         columns = (JobRow.id, JobRow.status, JobRow.attempt)
         states = {row.id: row for row in session.execute(select(*columns).where(JobRow.id.in_(ids)))}
         attempts = (AttemptRow.job_id, AttemptRow.number, AttemptRow.start_step, AttemptRow.acked_seq)
@@ -209,25 +209,25 @@ class Pulse:
             state = states.get(job_id)
             status, attempt = (JobStatus(state.status), state.attempt) if state is not None else (None, 0)
             # A full look left some behind: what was said is then not all known.
-            said = words[job_id] if len(frames) < MOST_AT_ONCE else -1
-            found[job_id] = News(status, attempt, said, starts[job_id], frames)
+            said = words[job_id] if len(frames) < MAX_FRAMES else -1
+            found[job_id] = PollResult(status, attempt, said, starts[job_id], frames)
         return found
 
-    def _frames(self, session: Session, job_id: str, behind: Place) -> tuple[Frame, ...]:
-        return tuple(framed(row) for row in store.rows_behind(session, job_id, behind, MOST_AT_ONCE))
+    def _frames(self, session: Session, job_id: str, behind: Cursor) -> tuple[SseFrame, ...]:
+        return tuple(to_frame(row) for row in store.rows_after(session, job_id, behind, MAX_FRAMES))
 
-    async def frames_behind(self, job_id: str, behind: Place, past: Place, after_step: int) -> tuple[Frame, ...]:
+    async def frames_after(self, job_id: str, behind: Cursor, past: Cursor, after_step: int) -> tuple[SseFrame, ...]:
         """For a reader that is too far behind for the tail. Up to ``past`` only what is behind ``after_step``."""
 
-        def read() -> tuple[Frame, ...]:
+        def read() -> tuple[SseFrame, ...]:
             with self._database.read() as session:
-                rows = store.rows_behind(session, job_id, behind, MOST_AT_ONCE, past, after_step)
-                return tuple(map(framed, rows))
+                rows = store.rows_after(session, job_id, behind, MAX_FRAMES, past, after_step)
+                return tuple(map(to_frame, rows))
 
         return await self.run(read)
 
 
-async def within(seconds: float, awaited: asyncio.Event) -> None:
+async def wait_for(seconds: float, awaited: asyncio.Event) -> None:
     """Wait for ``awaited``, but not longer."""
     # `asyncio.wait_for` would make a task of each wait, and there is one for each reader.
     with contextlib.suppress(TimeoutError):
@@ -235,10 +235,10 @@ async def within(seconds: float, awaited: asyncio.Event) -> None:
             await awaited.wait()
 
 
-def framed(row: dict[str, object]) -> Frame:
+def to_frame(row: dict[str, object]) -> SseFrame:
     """A stored point as an event."""
     seq, attempt, step = row.pop("seq"), row["attempt"], row["step"]
     assert isinstance(seq, int)
     assert isinstance(attempt, int)
     assert isinstance(step, int)
-    return Frame((attempt, seq), step, event("metric", row, (attempt, seq)))
+    return SseFrame((attempt, seq), step, event("metric", row, (attempt, seq)))

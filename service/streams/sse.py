@@ -18,19 +18,19 @@ COMMENT = b": still here\n\n"
 
 ID = re.compile(r"([0-9]{1,9})-([0-9]{1,15})")
 
-Place = tuple[int, int]
+Cursor = tuple[int, int]
 
 """How far a reader is: (attempt, seq) of a metric, (attempt, offset) of a log."""
 
 
-def event(kind: str, data: Any, place: Place | None = None) -> bytes:
+def event(kind: str, data: Any, place: Cursor | None = None) -> bytes:
     """Return one event. ``place`` becomes its id, which a reader sends back to resume there."""
     name = f"id: {place[0]}-{place[1]}\n" if place is not None else ""
     # JSON on one line: a data field ends with its line.
     return f"{name}event: {kind}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
 
 
-def place_of(last_event_id: str) -> Place | None:
+def parse_last_event_id(last_event_id: str) -> Cursor | None:
     """Return the place that an id stands for, or None if the id is not one of ours."""
     match = ID.fullmatch(last_event_id)
     return (int(match.group(1)), int(match.group(2))) if match else None
@@ -45,7 +45,7 @@ STALL_SECONDS = 10.0
 log = logging.getLogger("trainyard")
 
 
-class EventStream(EventSourceResponse):
+class SseResponse(EventSourceResponse):
     """Ends with ``pieces``, or if the reader leaves or does not read; ``closed`` is called in every case.
 
     The events come encoded: many readers share the bytes, which FastAPI's own encoding of a generator would make again

@@ -6,16 +6,18 @@ from dataclasses import dataclass, replace
 from trainyard.contract.rundir import RunDir
 from trainyard.service.errors import LogNotFound
 from trainyard.service.logs.reader import log_file, read_whole, start_of_tail
-from trainyard.service.streams.broadcaster import Channel, Frame, Pulse
-from trainyard.service.streams.sse import Place, event
+from trainyard.service.streams.broadcaster import Channel, MetricBroadcaster, SseFrame
+from trainyard.service.streams.sse import Cursor, event
 
-LOOK_SECONDS = 0.5
-FRAMES_A_PIECE = 64
-LOG_PIECE = 64 << 10
-BEGINNING: Place = (0, 0)
+POLL_SECONDS = 0.5
+FRAMES_PER_CHUNK = 64
+LOG_CHUNK = 64 << 10
+BEGINNING: Cursor = (0, 0)
 
 
-async def metrics(pulse: Pulse, channel: Channel, since: Place | None, after_step: int) -> AsyncGenerator[bytes, None]:
+async def metrics(
+    pulse: MetricBroadcaster, channel: Channel, since: Cursor | None, after_step: int
+) -> AsyncGenerator[bytes, None]:
     """Every point behind ``since``, then each as it comes, then the end where the job has one.
 
     Where another attempt goes on, an event says from which step: what was sent of earlier ones behind it is void.
@@ -29,28 +31,30 @@ async def metrics(pulse: Pulse, channel: Channel, since: Place | None, after_ste
             if channel.news.ended:
                 yield _end(channel)
                 return
-            await channel.wait(LOOK_SECONDS)
+            await channel.wait(POLL_SECONDS)
             yield b""
             continue
         reached = channel.position
         frames = await _following(pulse, channel, place, past, after_step)
         # None: all that was said behind us up to there does not count any more.
         place = frames[-1].place if frames else reached
-        for start in range(0, len(frames), FRAMES_A_PIECE):
-            piece = frames[start : start + FRAMES_A_PIECE]
+        for start in range(0, len(frames), FRAMES_PER_CHUNK):
+            piece = frames[start : start + FRAMES_PER_CHUNK]
             yield b"".join(_announced(channel, piece, attempt))
             attempt = piece[-1].place[0]
 
 
-async def _following(pulse: Pulse, channel: Channel, place: Place, past: Place, after_step: int) -> Sequence[Frame]:
+async def _following(
+    pulse: MetricBroadcaster, channel: Channel, place: Cursor, past: Cursor, after_step: int
+) -> Sequence[SseFrame]:
     """What comes behind ``place``: from the shared tail where that reaches back so far."""
     if place < channel.floor:
-        return await pulse.frames_behind(channel.job_id, place, past, after_step)
+        return await pulse.frames_after(channel.job_id, place, past, after_step)
     behind = (frame for frame in channel.tail if frame.place > place)
     return [frame for frame in behind if frame.step > after_step or frame.place > past]
 
 
-def _announced(channel: Channel, frames: Sequence[Frame], attempt: int) -> list[bytes]:
+def _announced(channel: Channel, frames: Sequence[SseFrame], attempt: int) -> list[bytes]:
     pieces = []
     for frame in frames:
         number = frame.place[0]
@@ -67,7 +71,7 @@ def _end(channel: Channel) -> bytes:
 
 
 @dataclass(frozen=True)
-class LogPlace:
+class LogCursor:
     """Where in which log. ``fixed``: only this attempt, else a new one's log follows. ``rank`` None: the agent's."""
 
     attempt: int
@@ -77,7 +81,9 @@ class LogPlace:
     fixed: bool
 
 
-async def logs(pulse: Pulse, channel: Channel, run: RunDir, place: LogPlace) -> AsyncGenerator[bytes, None]:
+async def logs(
+    pulse: MetricBroadcaster, channel: Channel, run: RunDir, place: LogCursor
+) -> AsyncGenerator[bytes, None]:
     """The log from ``place`` on, as it is written, then the end where nothing more can come."""
     while not pulse.stopping:
         # Before the file: what was written before the end is read after it.
@@ -93,11 +99,13 @@ async def logs(pulse: Pulse, channel: Channel, run: RunDir, place: LogPlace) -> 
             yield _end(channel)
             return
         else:
-            await channel.wait(LOOK_SECONDS)
+            await channel.wait(POLL_SECONDS)
             yield b""
 
 
-async def _log_piece(pulse: Pulse, run: RunDir, place: LogPlace, last: bool) -> tuple[int | None, str, int | None]:
+async def _log_piece(
+    pulse: MetricBroadcaster, run: RunDir, place: LogCursor, last: bool
+) -> tuple[int | None, str, int | None]:
     """(where it begins, the text, where to go on); no text where there is none, or no file yet."""
     if place.attempt < 1:
         return place.offset, "", place.offset
@@ -105,8 +113,8 @@ async def _log_piece(pulse: Pulse, run: RunDir, place: LogPlace, last: bool) -> 
 
     def read() -> tuple[int | None, str, int | None]:
         try:
-            begin = place.offset if place.offset is not None else start_of_tail(file, place.tail, LOG_PIECE)
-            return begin, *read_whole(file, begin, LOG_PIECE, last)
+            begin = place.offset if place.offset is not None else start_of_tail(file, place.tail, LOG_CHUNK)
+            return begin, *read_whole(file, begin, LOG_CHUNK, last)
         except LogNotFound:
             return place.offset, "", place.offset
 

@@ -67,7 +67,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Seen:
+class RuleState:
     """What a rule remembers. ``inside``: its condition holds, and was told.
 
     ``total`` and ``weight`` are those of the mean loss at ``step``; ``best`` is its lowest, at ``best_step``.
@@ -90,7 +90,7 @@ class Firing:
     data: dict[str, float | int | None] = field(default_factory=dict)
 
 
-def advance(rule: AnyRule, seen: Seen, points: Sequence[Point]) -> tuple[Seen, list[Firing]]:
+def advance(rule: AnyRule, seen: RuleState, points: Sequence[Point]) -> tuple[RuleState, list[Firing]]:
     """Go over new points, in the order in which they were said."""
     firings: list[Firing] = []
     for point in points:
@@ -99,7 +99,9 @@ def advance(rule: AnyRule, seen: Seen, points: Sequence[Point]) -> tuple[Seen, l
     return seen, firings
 
 
-def silence(rule: NoProgress, seen: Seen, step: int, since: datetime, now: datetime) -> tuple[Seen, Firing | None]:
+def no_progress(
+    rule: NoProgress, seen: RuleState, step: int, since: datetime, now: datetime
+) -> tuple[RuleState, Firing | None]:
     """Look at the clock: the last progress of a running job was at ``since``, at ``step``."""
     minutes = (now - since).total_seconds() / 60
     if minutes < rule.minutes:
@@ -110,7 +112,7 @@ def silence(rule: NoProgress, seen: Seen, step: int, since: datetime, now: datet
     return replace(seen, inside=True), firing
 
 
-def _at(rule: AnyRule, seen: Seen, point: Point) -> tuple[Seen, Firing | None]:
+def _at(rule: AnyRule, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
     match rule:
         case NonFinite():
             told = Firing(f"the loss is not finite at step {point.step:,}", point.step)
@@ -125,11 +127,11 @@ def _at(rule: AnyRule, seen: Seen, point: Point) -> tuple[Seen, Firing | None]:
             assert_never(rule)
 
 
-def _crossed(seen: Seen, holds: bool, told: Firing) -> tuple[Seen, Firing | None]:
+def _crossed(seen: RuleState, holds: bool, told: Firing) -> tuple[RuleState, Firing | None]:
     return replace(seen, inside=holds), told if holds and not seen.inside else None
 
 
-def _eval_loss(rule: EvalLossBelow, seen: Seen, point: Point) -> tuple[Seen, Firing | None]:
+def _eval_loss(rule: EvalLossBelow, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
     if point.eval_loss is None:
         return seen, None
     message = f"the held-out loss is {point.eval_loss:.6g} at step {point.step:,}, under {rule.value:g}"
@@ -137,13 +139,13 @@ def _eval_loss(rule: EvalLossBelow, seen: Seen, point: Point) -> tuple[Seen, Fir
     return _crossed(seen, point.eval_loss < rule.value, told)
 
 
-def _plateau(rule: Plateau, seen: Seen, point: Point) -> tuple[Seen, Firing | None]:
+def _plateau(rule: Plateau, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
     if point.loss is None or point.nonfinite:
         return seen, None
     if point.step <= seen.step:
         # The job went back and does these steps again: what is repeated is no stand-still.
-        seen = Seen(inside=seen.inside)
-    seen = _meaned(rule, seen, point.step, point.loss)
+        seen = RuleState(inside=seen.inside)
+    seen = _smoothed(rule, seen, point.step, point.loss)
     mean = seen.total / seen.weight
     if seen.best is None or mean < seen.best - rule.min_delta:
         inside = seen.inside and seen.best is None
@@ -155,6 +157,6 @@ def _plateau(rule: Plateau, seen: Seen, point: Point) -> tuple[Seen, Firing | No
     return replace(seen, inside=seen.inside or holds), told if holds and not seen.inside else None
 
 
-def _meaned(rule: Plateau, seen: Seen, step: int, loss: float) -> Seen:
+def _smoothed(rule: Plateau, seen: RuleState, step: int, loss: float) -> RuleState:
     kept = 0.5 ** (max(1, step - seen.step) * SMOOTHED_OVER / rule.steps)
     return replace(seen, step=step, total=kept * seen.total + loss, weight=kept * seen.weight + 1.0)

@@ -7,12 +7,12 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import DeliveryRow, JobRow, WebhookRow
 from trainyard.service.jobs.event_outbox import PENDING
-from trainyard.service.webhooks.retry_policy import SIDE_BY_SIDE, Head
+from trainyard.service.webhooks.retry_policy import MAX_CONCURRENT, Head
 
 KEPT = timedelta(days=30)
 
 
-def heads(session: Session, now: datetime, sender: str, others_are_late: bool) -> list[Head]:
+def next_deliveries(session: Session, now: datetime, sender: str, others_are_late: bool) -> list[Head]:
     """The first open delivery of each lane where it is due, a few of each webhook, oldest first.
 
     One that another ``sender`` is at is left to it, unless ``others_are_late``. Of a webhook that is switched off only
@@ -35,7 +35,7 @@ def heads(session: Session, now: datetime, sender: str, others_are_late: bool) -
         )
         .subquery()
     )
-    query = select(due).where(due.c.place <= SIDE_BY_SIDE).order_by(due.c.number)
+    query = select(due).where(due.c.place <= MAX_CONCURRENT).order_by(due.c.number)
     return [Head(found.number, found.webhook_id, found.failures) for found in session.execute(query)]
 
 

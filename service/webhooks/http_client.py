@@ -16,13 +16,13 @@ from urllib.parse import SplitResult
 import httpcore2
 
 from trainyard.service.ssrf import (
-    AddressRefused,
+    AddressNotAllowed,
     Network,
     Resolver,
-    checked,
+    parse_url,
     port_of,
     resolve,
-    split,
+    resolve_allowed,
 )
 
 SEND_SECONDS = 10.0
@@ -36,7 +36,7 @@ MAX_READ_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
-class Answer:
+class DeliveryResult:
     """The result of one POST: a ``status``, or an ``error`` that says why there is none. ``retry_after`` in seconds."""
 
     status: int | None
@@ -51,11 +51,11 @@ class Answer:
         return self.status is not None and 200 <= self.status < 300
 
 
-class NoAnswer(Exception):
+class DeliveryFailed(Exception):
     """The receiver did not answer; the message says why."""
 
 
-class Courier:
+class WebhookClient:
     """Sends webhooks. Tests replace the system's ``resolver`` and TLS ``context``."""
 
     def __init__(
@@ -70,26 +70,26 @@ class Courier:
         self._context = context
         self.seconds = seconds
 
-    def post(self, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    def post(self, url: str, headers: Mapping[str, str], body: bytes) -> DeliveryResult:
         """Send ``body`` and return the result. Failures of the receiver and of the network are results too."""
         begun = time.monotonic()
         try:
             status, fields, text = self._exchange(url, headers, body)
-        except (AddressRefused, NoAnswer) as error:
-            return Answer(None, str(error), time.monotonic() - begun)
+        except (AddressNotAllowed, DeliveryFailed) as error:
+            return DeliveryResult(None, str(error), time.monotonic() - begun)
         except TimeoutError:
-            return Answer(None, f"no answer within {self.seconds:g} s", time.monotonic() - begun)
+            return DeliveryResult(None, f"no answer within {self.seconds:g} s", time.monotonic() - begun)
         except (OSError, UnicodeError, httpcore2.ProtocolError) as error:
-            return Answer(None, _cause(error), time.monotonic() - begun)
+            return DeliveryResult(None, _cause(error), time.monotonic() - begun)
         error_text = "redirects are not followed" if 300 <= status < 400 else None
-        return Answer(status, error_text, time.monotonic() - begun, _printable(text), _seconds(fields))
+        return DeliveryResult(status, error_text, time.monotonic() - begun, _printable(text), _seconds(fields))
 
     def _exchange(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
         """Return (status, headers, first bytes of the body). The status counts even if the body breaks off."""
-        parts = split(url)
+        parts = parse_url(url)
         if parts is None:
-            raise AddressRefused("it is no URL to send to")
-        addresses = checked(self._resolver(parts.hostname or "", port_of(parts)), self._allowed)
+            raise AddressNotAllowed("it is no URL to send to")
+        addresses = resolve_allowed(self._resolver(parts.hostname or "", port_of(parts)), self._allowed)
         # Built from the parts: httpcore's own parser drops what follows a ";" in the path.
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         to = httpcore2.URL(scheme=parts.scheme, host=parts.hostname or "", port=port_of(parts), target=target)
@@ -100,7 +100,7 @@ class Courier:
             connection = _Connection(to.origin, stream)
             with connection.stream("POST", to, headers=fields, content=body) as response:
                 text = b""
-                with contextlib.suppress(OSError, httpcore2.ProtocolError, NoAnswer):
+                with contextlib.suppress(OSError, httpcore2.ProtocolError, DeliveryFailed):
                     for data in response.iter_stream():
                         text += data
                         if len(text) >= SNIPPET_BYTES:
@@ -136,7 +136,7 @@ class _Stream(httpcore2.NetworkStream):
         data = self._socket.recv(min(max_bytes, READ_BYTES))
         self._received += len(data)
         if self._received > MAX_READ_BYTES:
-            raise NoAnswer("it says too much before its answer")
+            raise DeliveryFailed("it says too much before its answer")
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 - the deadline counts

@@ -11,7 +11,7 @@ from trainyard.contract.status import JobStatus
 from trainyard.service.api.bodies import OptionalBody, StrictBody, without_defaults
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.jobs.event_outbox import ALL
-from trainyard.service.ssrf import Network, mistake
+from trainyard.service.ssrf import Network, validation_error
 from trainyard.service.webhooks.alert_rules import AnyRule
 
 STATUS_EVENTS = tuple(f"job.{status}" for status in JobStatus)
@@ -55,7 +55,7 @@ class WebhookSettings(StrictBody):
         return value
 
 
-class NewWebhook(WebhookSettings):
+class WebhookCreate(WebhookSettings):
     """Where to send, and what: ``events`` of jobs with all these ``labels``, of one job or of all; and ``rules``."""
 
     url: Url
@@ -70,16 +70,16 @@ class PatchWebhookBody(WebhookSettings, OptionalBody):
     url: Url = ""
 
 
-def require_allowed(asked: NewWebhook, networks: Sequence[Network]) -> None:
+def require_allowed(asked: WebhookCreate, networks: Sequence[Network]) -> None:
     """Raise RequestInvalid if the URL's address must not be sent to."""
-    why = mistake(asked.url, networks)
+    why = validation_error(asked.url, networks)
     if why is not None:
         raise with_problems(RequestInvalid, [Problem("/url", why)])
 
 
-def changed(before: Mapping[str, Any], changes: PatchWebhookBody, networks: Sequence[Network]) -> NewWebhook:
+def apply_changes(before: Mapping[str, Any], changes: PatchWebhookBody, networks: Sequence[Network]) -> WebhookCreate:
     """Return the webhook with the changes in their places. Raises RequestInvalid."""
-    asked = NewWebhook.model_validate({**before, **changes.given()})
+    asked = WebhookCreate.model_validate({**before, **changes.given()})
     require_allowed(asked, networks)
     return asked
 

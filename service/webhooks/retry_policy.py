@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from trainyard.service.webhooks.http_client import Answer
+from trainyard.service.webhooks.http_client import DeliveryResult
 
 FIRST_SECONDS = 5.0
-LONGEST_SECONDS = 3600.0
+MAX_SECONDS = 3600.0
 GIVE_UP = timedelta(hours=24)
 """A delivery is tried for so long after its event."""
 
@@ -17,7 +17,7 @@ DISABLE = timedelta(days=3)
 PATIENCE = 3
 """After so many failed tries in a row a receiver is taken to be away: one try at a time, with pauses for all of it."""
 
-SIDE_BY_SIDE = 4
+MAX_CONCURRENT = 4
 """Deliveries that one receiver is sent at once, of different jobs."""
 
 GONE = 410
@@ -25,35 +25,35 @@ GONE = 410
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RetryDecision:
     """What follows from a try. ``retry_at`` None: the delivery is over. ``disable``: why the webhook is to be off."""
 
     retry_at: datetime | None
     disable: str | None = None
 
 
-def pause(failures: int, chance: float) -> float:
+def backoff(failures: int, chance: float) -> float:
     """Seconds after the ``failures``-th failed try in a row; ``chance`` in [0, 1) takes off up to half of it."""
     # Bounded before it is raised: 2 to the power of what a receiver is away for is no float any more.
-    whole = min(FIRST_SECONDS * 2.0 ** min(failures - 1, 30), LONGEST_SECONDS)
+    whole = min(FIRST_SECONDS * 2.0 ** min(failures - 1, 30), MAX_SECONDS)
     return whole * (1.0 - 0.5 * chance)
 
 
 def after_failure(
-    answer: Answer, attempts: int, created_at: datetime, failing_since: datetime, now: datetime, chance: float
-) -> Verdict:
+    answer: DeliveryResult, attempts: int, created_at: datetime, failing_since: datetime, now: datetime, chance: float
+) -> RetryDecision:
     """What to do after a try that failed; ``attempts`` counts it."""
     if answer.status == GONE:
-        return Verdict(None, "the receiver answered 410 Gone")
+        return RetryDecision(None, "the receiver answered 410 Gone")
     disable = None
     if now - failing_since >= DISABLE:
         disable = f"the receiver has taken nothing for {DISABLE.days} days"
     if disable is not None or now - created_at >= GIVE_UP:
-        return Verdict(None, disable)
-    seconds = pause(attempts, chance)
+        return RetryDecision(None, disable)
+    seconds = backoff(attempts, chance)
     if answer.retry_after is not None:
-        seconds = max(seconds, min(answer.retry_after, LONGEST_SECONDS))
-    return Verdict(now + timedelta(seconds=seconds))
+        seconds = max(seconds, min(answer.retry_after, MAX_SECONDS))
+    return RetryDecision(now + timedelta(seconds=seconds))
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def pick(heads: Sequence[Head], busy: Mapping[int, str], free: int) -> list[Head
     for webhook_id in busy.values():
         load[webhook_id] = load.get(webhook_id, 0) + 1
     for head in heads:
-        most = SIDE_BY_SIDE if head.failures < PATIENCE else 1
+        most = MAX_CONCURRENT if head.failures < PATIENCE else 1
         if head.number in busy or load.get(head.webhook_id, 0) >= most:
             continue
         if len(picked) == free:

@@ -21,26 +21,26 @@ from trainyard.contract.failpoints import hit
 from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import DeliveryRow, WebhookRow
-from trainyard.service.errors import DatabaseAway, OutcomeUnknown
+from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown
 from trainyard.service.jobs.event_outbox import DELIVERED, FAILED, PENDING
-from trainyard.service.leadership import Deposed, Lease, fenced
+from trainyard.service.leadership import LeaderLease, LeadershipLost, fenced
 from trainyard.service.webhooks import delivery_queue, signing, store
-from trainyard.service.webhooks.http_client import Answer, Courier
+from trainyard.service.webhooks.http_client import DeliveryResult, WebhookClient
 from trainyard.service.webhooks.requests import TEST
 from trainyard.service.webhooks.retry_policy import (
     PATIENCE,
     after_failure,
-    pause,
+    backoff,
     pick,
 )
-from trainyard.service.webhooks.rule_engine import Watcher
+from trainyard.service.webhooks.rule_engine import RuleEngine
 
 ROUND_SECONDS = 1.0
 AT_ONCE = 16
 GRACE_SECONDS = 5.0
 """Another sender's claims count as dropped this long after its deadline."""
 
-MOST_TRIES = 20
+MAX_TRIES = 20
 SWEEP_SECONDS = 3600.0
 STOP_SECONDS = 3.0
 
@@ -48,7 +48,7 @@ log = logging.getLogger("trainyard")
 
 
 @dataclass(frozen=True)
-class Parcel:
+class ClaimedDelivery:
     """A delivery to send, read in the transaction that claimed it. ``good``: the secrets that sign."""
 
     number: int
@@ -65,8 +65,8 @@ class Sender:
     def __init__(
         self,
         database: Database,
-        courier: Courier,
-        lease: Lease | None = None,
+        courier: WebhookClient,
+        lease: LeaderLease | None = None,
         clock: Callable[[], datetime] = utc_now,
         monotonic: Callable[[], float] = time.monotonic,
         wanted: bool = True,
@@ -77,7 +77,7 @@ class Sender:
         self._clock = clock
         self._monotonic = monotonic
         self._wanted = wanted
-        self._watcher = Watcher(database, lease, clock, monotonic)
+        self._watcher = RuleEngine(database, lease, clock, monotonic)
         self._name = secrets.token_hex(8)
         self._busy: dict[int, str] = {}
         self._quiet = threading.Condition()
@@ -99,13 +99,13 @@ class Sender:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
-        self.settle(STOP_SECONDS)
+        self.deliver_until_idle(STOP_SECONDS)
 
     def wake(self) -> None:
         """Start a round at once: something is to be sent."""
         self._wake.set()
 
-    def settle(self, seconds: float) -> bool:
+    def deliver_until_idle(self, seconds: float) -> bool:
         """Wait until no delivery is under way; return False if that takes longer."""
         with self._quiet:
             return self._quiet.wait_for(lambda: not self._busy, seconds)
@@ -114,10 +114,10 @@ class Sender:
         """Check the rules, then start to send what is due; return how many."""
         if not self._leads():
             return 0
-        self._watcher.look()
+        self._watcher.poll()
         self._sweep()
         with self._database.read() as session:
-            heads = delivery_queue.heads(session, self._clock(), self._name, self._others_are_late())
+            heads = delivery_queue.next_deliveries(session, self._clock(), self._name, self._others_are_late())
         with self._quiet:
             chosen = pick(heads, self._busy, AT_ONCE - len(self._busy))
             self._busy |= {head.number: head.webhook_id for head in chosen}
@@ -147,7 +147,7 @@ class Sender:
         while not self._stopping.is_set():
             try:
                 self.round()
-            except Deposed:
+            except LeadershipLost:
                 log.warning("another service sends the webhooks now")
             except Exception:
                 log.exception("a round of the webhooks failed")
@@ -161,7 +161,7 @@ class Sender:
             # If the process slept here, another server has this delivery by now: the lease is checked last.
             if parcel is not None and self._leads():
                 self._record(parcel, self._send(parcel))
-        except Deposed:
+        except LeadershipLost:
             log.warning("another service sends the webhooks now", extra={"delivery_id": number})
         except Exception:
             log.exception("a delivery could not be dealt with", extra={"delivery_id": number})
@@ -171,7 +171,7 @@ class Sender:
                 self._quiet.notify_all()
             self._wake.set()
 
-    def _claim(self, number: int) -> Parcel | None:
+    def _claim(self, number: int) -> ClaimedDelivery | None:
         with fenced(self._database, self._lease) as session:
             webhook, delivery = _locked(session, number)
             if webhook is None or delivery is None or delivery.state != PENDING:
@@ -179,9 +179,9 @@ class Sender:
             delivery.claimed_by = self._name
             delivery.attempts += 1
             good = tuple(store.secrets_of(webhook, self._clock()))
-            return Parcel(number, webhook.id, delivery.event_id, webhook.url, good, delivery.body.encode())
+            return ClaimedDelivery(number, webhook.id, delivery.event_id, webhook.url, good, delivery.body.encode())
 
-    def _send(self, parcel: Parcel) -> Answer:
+    def _send(self, parcel: ClaimedDelivery) -> DeliveryResult:
         signed = signing.headers(parcel.good, parcel.event_id, int(self._clock().timestamp()), parcel.body)
         answer = self._courier.post(parcel.url, signed, parcel.body)
         said = answer.status if answer.status is not None else answer.error
@@ -189,24 +189,24 @@ class Sender:
         log.info("webhook sent: %s", said, extra=fields)
         return answer
 
-    def _record(self, parcel: Parcel, answer: Answer) -> None:
+    def _record(self, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
         """Write the result. If the database is away, wait for it as long as no other server may send."""
         while True:
             try:
                 with fenced(self._database, self._lease) as session:
                     self._write_down(session, parcel, answer)
                 return
-            except (OperationalError, InterfaceError, DatabaseAway, OutcomeUnknown):
+            except (OperationalError, InterfaceError, DatabaseUnavailable, OutcomeUnknown):
                 if not self._leads() or self._stopping.wait(ROUND_SECONDS):
                     raise
 
-    def _write_down(self, session: Session, parcel: Parcel, answer: Answer) -> None:
+    def _write_down(self, session: Session, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
         webhook, delivery = _locked(session, parcel.number)
         if webhook is None or delivery is None or delivery.claimed_by != self._name:
             return
         now = self._clock()
         delivery.claimed_by = None
-        delivery.tries = [*delivery.tries, _try(answer, parcel, now)][-MOST_TRIES:]
+        delivery.tries = [*delivery.tries, _attempt(answer, parcel, now)][-MAX_TRIES:]
         if answer.took:
             _end(delivery, DELIVERED, now)
             webhook.failures, webhook.failing_since, webhook.retry_at, webhook.succeeded_at = 0, None, None, now
@@ -226,7 +226,7 @@ def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryR
     return webhook, delivery
 
 
-def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: Answer, now: datetime) -> None:
+def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: DeliveryResult, now: datetime) -> None:
     webhook.failures += 1
     webhook.failing_since = webhook.failing_since or now
     chance = random.random()  # noqa: S311 - spreads tries out, and guards nothing
@@ -236,7 +236,7 @@ def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: Answer, now: dat
     else:
         delivery.next_at = verdict.retry_at
     if webhook.failures >= PATIENCE:
-        webhook.retry_at = now + timedelta(seconds=pause(webhook.failures, chance))
+        webhook.retry_at = now + timedelta(seconds=backoff(webhook.failures, chance))
     if verdict.disable is not None:
         webhook.enabled, webhook.disabled_reason = False, verdict.disable
         log.warning("a webhook is switched off: %s", verdict.disable, extra={"webhook_id": webhook.id})
@@ -246,7 +246,7 @@ def _end(delivery: DeliveryRow, state: str, now: datetime) -> None:
     delivery.state, delivery.ended_at, delivery.next_at = state, now, None
 
 
-def _try(answer: Answer, parcel: Parcel, now: datetime) -> dict[str, Any]:
+def _attempt(answer: DeliveryResult, parcel: ClaimedDelivery, now: datetime) -> dict[str, Any]:
     snippet = answer.snippet
     for secret in parcel.good:
         # A receiver may echo its secret; we must not show it.

@@ -11,7 +11,7 @@ from trainyard.contract.parsing import Problem
 from trainyard.service.db.models import (
     DeliveryRow,
     JobRow,
-    WatchRow,
+    RuleStateRow,
     WebhookRow,
 )
 from trainyard.service.errors import (
@@ -24,14 +24,14 @@ from trainyard.service.errors import (
 from trainyard.service.ids import new_id
 from trainyard.service.jobs.event_outbox import (
     PENDING,
-    News,
+    EventPayload,
     Payload,
     delivery_row,
 )
 from trainyard.service.webhooks import signing
-from trainyard.service.webhooks.requests import TEST, NewWebhook
+from trainyard.service.webhooks.requests import TEST, WebhookCreate
 
-MOST = 1000
+MAX_WEBHOOKS = 1000
 """Every event looks at all of them."""
 
 BOTH_GOOD = timedelta(hours=24)
@@ -48,9 +48,9 @@ def find(session: Session, webhook_id: str, lock: bool = False) -> WebhookRow:
     return row
 
 
-def create(session: Session, asked: NewWebhook, now: datetime) -> WebhookRow:
+def create(session: Session, asked: WebhookCreate, now: datetime) -> WebhookRow:
     """A new one, with a secret. Raises TooManyWebhooks, and RequestInvalid for a job that is not there."""
-    if (session.scalar(select(func.count()).select_from(WebhookRow)) or 0) >= MOST:
+    if (session.scalar(select(func.count()).select_from(WebhookRow)) or 0) >= MAX_WEBHOOKS:
         raise TooManyWebhooks()
     if asked.job_id is not None and session.scalar(select(JobRow.id).where(JobRow.id == asked.job_id)) is None:
         raise with_problems(RequestInvalid, [Problem("/job_id", "no job has this id")])
@@ -62,12 +62,12 @@ def create(session: Session, asked: NewWebhook, now: datetime) -> WebhookRow:
     return row
 
 
-def change(session: Session, row: WebhookRow, asked: NewWebhook, now: datetime) -> None:
+def change(session: Session, row: WebhookRow, asked: WebhookCreate, now: datetime) -> None:
     """Make it what was asked for. One that is switched on again begins anew."""
     fields = _fields(asked)
     if fields["rules"] != row.rules:
         kept = [rule.key for rule in asked.rules]
-        session.execute(delete(WatchRow).where(WatchRow.webhook_id == row.id, WatchRow.rule.not_in(kept)))
+        session.execute(delete(RuleStateRow).where(RuleStateRow.webhook_id == row.id, RuleStateRow.rule.not_in(kept)))
         row.rules_since = now
     if asked.enabled and not row.enabled:
         row.failures, row.failing_since, row.retry_at, row.disabled_reason = 0, None, None, None
@@ -76,13 +76,13 @@ def change(session: Session, row: WebhookRow, asked: NewWebhook, now: datetime) 
     row.updated_at = now
 
 
-def _fields(asked: NewWebhook) -> dict[str, Any]:
+def _fields(asked: WebhookCreate) -> dict[str, Any]:
     return asked.model_dump(mode="json")
 
 
 def asked_of(row: WebhookRow) -> dict[str, Any]:
     """What a client would have said to make it what it is."""
-    return {name: getattr(row, name) for name in NewWebhook.model_fields}
+    return {name: getattr(row, name) for name in WebhookCreate.model_fields}
 
 
 def remove(session: Session, webhook_id: str) -> None:
@@ -144,7 +144,7 @@ def test(session: Session, webhook_id: str, now: datetime) -> DeliveryRow:
     row = find(session, webhook_id, lock=True)
     row.retry_at = None
     test_id = new_id("test", 16)
-    payload = Payload(type=TEST, id=f"evt_{test_id}", timestamp=now, data=News(webhook_id=row.id))
+    payload = Payload(type=TEST, id=f"evt_{test_id}", timestamp=now, data=EventPayload(webhook_id=row.id))
     made = delivery_row(row.id, payload, None, test_id, now)  # a lane of its own: it waits for no other
     session.add(made)
     session.flush()

@@ -1,21 +1,25 @@
 """Trainyard's Python API: `Client`, `JobSpec`, the client's errors and the version.
 
-Names are loaded when they are first used: the agent of a run imports `trainyard` too and must stay free of pydantic and httpx2.
+Each name is loaded at its first use: the agent of a run imports `trainyard` too and stays free of pydantic and httpx2.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainyard.client.api import Trainyard as Client
+    from trainyard.client.api import Client
     from trainyard.client.errors import (
+        AmbiguousName,
+        ApiError,
+        ChecksumMismatch,
         InvalidSpec,
         InvalidState,
+        InvalidUrl,
         NotAuthorised,
         NotFound,
-        Refused,
         ServiceUnreachable,
         TrainyardError,
+        UnexpectedStatus,
         WaitTimedOut,
     )
     from trainyard.contract.spec import JobSpec
@@ -23,15 +27,19 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AmbiguousName",
+    "ApiError",
+    "ChecksumMismatch",
     "Client",
     "InvalidSpec",
     "InvalidState",
+    "InvalidUrl",
     "JobSpec",
     "NotAuthorised",
     "NotFound",
-    "Refused",
     "ServiceUnreachable",
     "TrainyardError",
+    "UnexpectedStatus",
     "WaitTimedOut",
     "__version__",
 ]
@@ -44,10 +52,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("trainyard")
-    if name == "Client":
-        return import_module("trainyard.client.api").Trainyard
-    module = "trainyard.contract.spec" if name == "JobSpec" else "trainyard.client.errors"
-    return getattr(import_module(module), name)
+    modules = {"Client": "trainyard.client.api", "JobSpec": "trainyard.contract.spec"}
+    return getattr(import_module(modules.get(name, "trainyard.client.errors")), name)
 
 
 def __dir__() -> list[str]:

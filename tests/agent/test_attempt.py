@@ -12,38 +12,44 @@ from tests.agent.conftest import DRIVER, NAME, launch, until
 from tests.agent.fake_ingest import FakeIngest
 from trainyard.contract.locks import is_held
 from trainyard.contract.messages import ExitReport, read_message
-from trainyard.contract.processes import ProcessIdentity, marked
+from trainyard.contract.processes import ProcessIdentity, find_by_marker
 from trainyard.contract.rundir import AttemptDir, RunDir, read_json
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired, Reason
-from trainyard.service.launch.base import State
+from trainyard.service.launch.base import AttemptState
 from trainyard.service.launch.local import LocalLauncher
 
 
 def ended(launcher: LocalLauncher, seconds: float = 20.0) -> ExitReport:
-    until(lambda: launcher.find(NAME).state is State.ENDED, seconds)
+    until(lambda: launcher.find(NAME).state is AttemptState.ENDED, seconds)
     report = launcher.find(NAME).report
     assert report is not None
-    assert marked(str(NAME)) == [] or all(process.variable("RANK") is None for process in marked(str(NAME)))
+    assert find_by_marker(str(NAME)) == [] or all(
+        process.variable("RANK") is None for process in find_by_marker(str(NAME))
+    )
     return report
 
 
 def processes(variable: str, value: str | None = None) -> list[ProcessIdentity]:
-    found = [process for process in marked(str(NAME)) if process.variable(variable) is not None]
+    found = [process for process in find_by_marker(str(NAME)) if process.variable(variable) is not None]
     return [process for process in found if value is None or process.variable(variable) == value]
 
 
 def torchrun() -> ProcessIdentity:
-    plain = [p for p in marked(str(NAME)) if p.variable("RANK") is None and p.variable("TRAINYARD_ATTEMPT_ID") is None]
+    plain = [
+        p
+        for p in find_by_marker(str(NAME))
+        if p.variable("RANK") is None and p.variable("TRAINYARD_ATTEMPT_ID") is None
+    ]
     return plain[0]
 
 
 def test_a_good_run_ships_every_line_once_and_says_completed(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
-    assert launcher.find(NAME).state is State.ABSENT
+    assert launcher.find(NAME).state is AttemptState.ABSENT
     launcher.start(launch(steps="30"))
-    assert launcher.find(NAME).state is State.ALIVE
+    assert launcher.find(NAME).state is AttemptState.ALIVE
     report = ended(launcher)
     assert (report.outcome, report.step, report.reason) == ("completed", 30, None)
     until(lambda: service.reports)
@@ -183,7 +189,7 @@ def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: Local
     report = ended(launcher)
     assert report.outcome == "completed"
     assert len(service.lines) < report.last_seq
-    missing = launcher.unread(NAME, len(service.lines), 1000)
+    missing = launcher.unacked_lines(NAME, len(service.lines), 1000)
     assert [line["seq"] for line in missing] == list(range(len(service.lines) + 1, report.last_seq + 1))
     service.down = False
     until(lambda: service.reports)
@@ -210,10 +216,10 @@ def test_agent_killed_is_seen_as_orphans_and_they_can_be_ended(launcher: LocalLa
     until(lambda: len(service.lines) > 5)
     for agent in processes("TRAINYARD_ATTEMPT_ID"):
         agent.send(signal.SIGKILL)
-    until(lambda: launcher.find(NAME).state is State.ORPHANED)
-    launcher.end(NAME)
+    until(lambda: launcher.find(NAME).state is AttemptState.ORPHANED)
+    launcher.kill(NAME)
     found = launcher.find(NAME)
-    assert found.state is State.ENDED
+    assert found.state is AttemptState.ENDED
     assert found.report is not None
     assert (found.report.outcome, found.report.reason) == ("crashed", Reason.AGENT_LOST)
     assert found.report.step > 0
@@ -245,10 +251,10 @@ def test_an_attempt_of_before_a_reboot_is_told_from_a_lost_one(
     # This very process has the recorded pid: a stranger that must neither be taken for the agent nor signalled.
     attempt.started.write_text(json.dumps({"agent": {**identity.to_json(), "boot_id": "the boot before"}}))
     found = launcher.find(NAME)
-    assert found.state is State.ENDED
+    assert found.state is AttemptState.ENDED
     assert found.report is not None
     assert found.report.reason is Reason.HOST_RESTARTED
-    launcher.end(NAME)
+    launcher.kill(NAME)
 
 
 def test_a_container_restarted_under_the_same_namespace_number_is_told_from_a_lost_agent(
@@ -281,4 +287,4 @@ def test_the_worker_learns_where_it_may_read_and_write(tmp_path: Path, service: 
     rank = processes("RANK")[0]
     assert rank.variable("TRAINYARD_DATA_ROOTS") == f"/data:/more:{tmp_path}"
     assert rank.variable("TRAINYARD_SAVE_ROOTS") == str(tmp_path)
-    local.end(NAME)
+    local.kill(NAME)

@@ -16,19 +16,19 @@ from trainyard.contract.messages import (
 )
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Reason
-from trainyard.worker.agent.escalation import Cause
-from trainyard.worker.agent.exit_report import Evidence, RankError, at_the_limit, gather, verdict
-from trainyard.worker.agent.follower import NodeEnd
-from trainyard.worker.agent.oom import Shortage
+from trainyard.worker.agent.escalation import StopCause
+from trainyard.worker.agent.exit_report import Evidence, RankError, apply_time_limit, collect_evidence, diagnose
+from trainyard.worker.agent.follower import NodeExit
+from trainyard.worker.agent.oom import OomReport
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
 
-def judge(cause: Cause | None = None, **found: Any) -> ExitReport:
+def judge(cause: StopCause | None = None, **found: Any) -> ExitReport:
     nothing = Evidence(
-        outcome=None, torchrun_status=1, errors=(), ranks=(), step=7, memory=Shortage(), tails={}, agent_tail=""
+        outcome=None, torchrun_status=1, errors=(), ranks=(), step=7, memory=OomReport(), tails={}, agent_tail=""
     )
-    return verdict(Evidence(**{**nothing.__dict__, **found}), cause, last_seq=3, now=NOW)
+    return diagnose(Evidence(**{**nothing.__dict__, **found}), cause, last_seq=3, now=NOW)
 
 
 def error(rank: int, at: float, message: str) -> RankError:
@@ -109,16 +109,16 @@ def test_torchrun_s_root_cause_comes_first(tmp_path: Path) -> None:
     attempt = AttemptDir(tmp_path)
     attempt.logs.mkdir()
     attempt.agent_log.write_text(SUMMARY)
-    evidence = gather(attempt, 1, Shortage())
+    evidence = collect_evidence(attempt, 1, OomReport())
     assert evidence.ranks == (RankExit(rank=1, signal="SIGKILL"), RankExit(rank=0, signal="SIGTERM"))
-    assert "rank 1 was killed by SIGKILL" in verdict(evidence, None, 0, NOW).message
+    assert "rank 1 was killed by SIGKILL" in diagnose(evidence, None, 0, NOW).message
 
 
 def test_host_memory_is_blamed_only_when_the_kernel_says_so() -> None:
     killed = (RankExit(rank=1, signal="SIGKILL"),)
     assert judge(ranks=killed).reason is Reason.WORKER_CRASHED
-    assert judge(ranks=killed, memory=Shortage(0, 5 * 10**9)).reason is Reason.WORKER_CRASHED
-    report = judge(ranks=killed, memory=Shortage(1, 5 * 10**9, 6 * 10**9), tails={1: "its last line"})
+    assert judge(ranks=killed, memory=OomReport(0, 5 * 10**9)).reason is Reason.WORKER_CRASHED
+    report = judge(ranks=killed, memory=OomReport(1, 5 * 10**9, 6 * 10**9), tails={1: "its last line"})
     assert (report.outcome, report.reason) == ("failed", Reason.HOST_OUT_OF_MEMORY)
     assert report.message == (
         "the kernel killed rank 1 for want of memory at step 7; "
@@ -131,10 +131,10 @@ def test_host_memory_is_blamed_only_when_the_kernel_says_so() -> None:
 
 def test_torchrun_may_be_the_one_that_the_kernel_chose() -> None:
     assert judge(torchrun_status=-9).reason is Reason.WORKER_CRASHED
-    report = judge(torchrun_status=-9, memory=Shortage(2))
+    report = judge(torchrun_status=-9, memory=OomReport(2))
     assert report.reason is Reason.HOST_OUT_OF_MEMORY
     assert report.message == "the kernel killed torchrun for want of memory at step 7; its peak is not known"
-    segfault = judge(torchrun_status=-11, memory=Shortage(1))
+    segfault = judge(torchrun_status=-11, memory=OomReport(1))
     assert segfault.reason is Reason.WORKER_CRASHED, "another process's misfortune explains no segfault"
 
 
@@ -148,12 +148,12 @@ def test_out_of_gpu_memory_on_any_rank_gets_the_knob() -> None:
 @pytest.mark.parametrize(
     ("cause", "outcome", "reason"),
     [
-        (Cause.KILLED, "killed", Reason.USER),
-        (Cause.OVERDUE, "killed", Reason.USER),
-        (Cause.HUNG, "crashed", Reason.HUNG),
+        (StopCause.KILLED, "killed", Reason.USER),
+        (StopCause.OVERDUE, "killed", Reason.USER),
+        (StopCause.HUNG, "crashed", Reason.HUNG),
     ],
 )
-def test_what_the_agent_ended_itself_is_no_crash_of_the_ranks(cause: Cause, outcome: str, reason: Reason) -> None:
+def test_what_the_agent_ended_itself_is_no_crash_of_the_ranks(cause: StopCause, outcome: str, reason: Reason) -> None:
     report = judge(cause, torchrun_status=-9, errors=(ECHO,))
     assert (report.outcome, report.reason) == (outcome, reason)
 
@@ -173,7 +173,7 @@ def test_a_rank_killed_after_its_own_echo_is_not_the_cause() -> None:
 
 
 def test_a_rank_that_saved_before_it_was_killed_has_saved() -> None:
-    report = judge(Cause.KILLED, outcome=Outcome(outcome="stopped", step=8))
+    report = judge(StopCause.KILLED, outcome=Outcome(outcome="stopped", step=8))
     assert (report.outcome, report.step) == ("stopped", 8)
 
 
@@ -190,7 +190,7 @@ def test_gathering_reads_torchrun_s_own_files(tmp_path: Path) -> None:
     )
     attempt.outcome.write_text("{ torn")
     attempt.progress.write_text("12")
-    evidence = gather(attempt, 1, Shortage())
+    evidence = collect_evidence(attempt, 1, OomReport())
     assert [found.rank for found in evidence.errors] == [1, 0]
     assert evidence.ranks == (RankExit(rank=1, signal="SIGSEGV"),)
     assert evidence.outcome is None
@@ -199,7 +199,7 @@ def test_gathering_reads_torchrun_s_own_files(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_is_evidence_of_nothing(tmp_path: Path) -> None:
-    evidence = gather(AttemptDir(tmp_path), None, Shortage())
+    evidence = collect_evidence(AttemptDir(tmp_path), None, OomReport())
     assert (evidence.errors, evidence.ranks, evidence.step, evidence.tails) == ((), (), 0, {})
 
 
@@ -210,26 +210,30 @@ def test_a_node_that_nobody_has_heard_of_again_was_lost() -> None:
         "node 2 of 2 was lost at step 7",
     )
     assert judge(lost_nodes=(1,), errors=(ECHO,)).reason is Reason.NODE_LOST
-    report = judge(lost_nodes=(2,), nodes=(NodeEnd(1, "n2", 1),), errors=(error(1, 2.0, "ValueError: bad"),))
+    report = judge(lost_nodes=(2,), nodes=(NodeExit(1, "n2", 1),), errors=(error(1, 2.0, "ValueError: bad"),))
     assert report.message == "rank 1 failed at step 7: ValueError: bad", "what is known to have failed first"
 
 
-@pytest.mark.parametrize("cause", [None, Cause.DESERTED])
-def test_a_lost_node_is_told_however_ours_ended(cause: Cause | None) -> None:
+@pytest.mark.parametrize("cause", [None, StopCause.DESERTED])
+def test_a_lost_node_is_told_however_ours_ended(cause: StopCause | None) -> None:
     assert judge(cause, lost_nodes=(1, 2)).message == "node 2, node 3 of 3 was lost at step 7"
 
 
 @pytest.mark.parametrize(
     ("found", "reason", "message"),
     [
-        ({"nodes": (NodeEnd(1, "n2", -9),)}, Reason.WORKER_CRASHED, "the ranks on n2 ended at step 7 (torchrun's exit"),
-        ({"nodes": (NodeEnd(1, "n2", None, "no room"),)}, Reason.NODE_LOST, "on n2: no room, at step 7"),
+        (
+            {"nodes": (NodeExit(1, "n2", -9),)},
+            Reason.WORKER_CRASHED,
+            "the ranks on n2 ended at step 7 (torchrun's exit",
+        ),
+        ({"nodes": (NodeExit(1, "n2", None, "no room"),)}, Reason.NODE_LOST, "on n2: no room, at step 7"),
         ({}, Reason.NODE_LOST, "the cluster lost sight of the first node's agent, at step 7"),
-        ({"nodes": (NodeEnd(1, "n2", 1),), "errors": (ECHO, error(3, 2.0, "ValueError: x"))}, None, "rank 3 failed"),
+        ({"nodes": (NodeExit(1, "n2", 1),), "errors": (ECHO, error(3, 2.0, "ValueError: x"))}, None, "rank 3 failed"),
     ],
 )
 def test_ranks_that_were_deserted_are_not_blamed(found: dict[str, Any], reason: Reason | None, message: str) -> None:
-    report = judge(Cause.DESERTED, **found)
+    report = judge(StopCause.DESERTED, **found)
     assert report.outcome == "crashed"
     assert report.message.startswith(message)
     assert reason in (None, report.reason)
@@ -241,14 +245,14 @@ def test_ranks_that_were_deserted_are_not_blamed(found: dict[str, Any], reason: 
         (None, {"outcome": Outcome(outcome="stopped", step=9)}, "stopped", Reason.TIME_LIMIT),
         (None, {"outcome": Outcome(outcome="completed", step=9)}, "completed", None),
         (None, {"outcome": Outcome(outcome="failed", step=9, reason=Reason.DIVERGED)}, "failed", Reason.DIVERGED),
-        (Cause.OVERDUE, {}, "killed", Reason.TIME_LIMIT),
+        (StopCause.OVERDUE, {}, "killed", Reason.TIME_LIMIT),
         (None, {"torchrun_status": -15}, "crashed", Reason.TIME_LIMIT),
     ],
 )
 def test_time_that_is_over_is_blamed_for_whatever_did_not_end_by_itself(
-    cause: Cause | None, found: dict[str, Any], outcome: str, reason: Reason | None
+    cause: StopCause | None, found: dict[str, Any], outcome: str, reason: Reason | None
 ) -> None:
-    report = at_the_limit(judge(cause, **found))
+    report = apply_time_limit(judge(cause, **found))
     assert (report.outcome, report.reason) == (outcome, reason)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.agent.conftest import DRIVER, until
 from trainyard.contract.locks import FileLock
-from trainyard.contract.processes import MARKER, marked
+from trainyard.contract.processes import MARKER, find_by_marker
 from trainyard.contract.rundir import (
     UNSEEN,
     AttemptDir,
@@ -22,7 +22,7 @@ from trainyard.contract.rundir import (
     write_json,
 )
 from trainyard.worker.agent import follower
-from trainyard.worker.agent.rendezvous import Place
+from trainyard.worker.agent.rendezvous import NodeInfo
 
 MARK = "job_follow/1"
 RESOURCES = '{"resources": {"nproc_per_node": 1}}'
@@ -47,9 +47,9 @@ def started(attempt: AttemptDir) -> Iterator[list["subprocess.Popen[str]"]]:
     for parent in made:
         parent.kill()
         parent.communicate()
-    for process in marked(MARK):
+    for process in find_by_marker(MARK):
         process.send(signal.SIGKILL)
-    until(lambda: marked(MARK) == [])
+    until(lambda: find_by_marker(MARK) == [])
 
 
 def start(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> "subprocess.Popen[str]":
@@ -85,10 +85,10 @@ def test_a_node_runs_its_ranks_until_the_first_one_s_are_over(
 ) -> None:
     start(attempt, started)
     meet(attempt)
-    until(lambda: len(marked(MARK)) >= 3)  # what started the agent, the agent, its torchrun
+    until(lambda: len(find_by_marker(MARK)) >= 3)  # what started the agent, the agent, its torchrun
     attempt.over.touch()
     assert word(attempt) == {"name": "second", "status": 0, "message": None}
-    until(lambda: len(marked(MARK)) == 1)
+    until(lambda: len(find_by_marker(MARK)) == 1)
 
 
 def test_a_cluster_that_loses_sight_of_the_agent_leaves_no_ranks(
@@ -96,17 +96,17 @@ def test_a_cluster_that_loses_sight_of_the_agent_leaves_no_ranks(
 ) -> None:
     parent = start(attempt, started)
     meet(attempt)
-    until(lambda: len(marked(MARK)) >= 3)
+    until(lambda: len(find_by_marker(MARK)) >= 3)
     parent.kill()
     assert word(attempt)["message"] == "the cluster lost sight of this node's agent"
-    until(lambda: marked(MARK) == [])
+    until(lambda: find_by_marker(MARK) == [])
 
 
 def test_sigterm_is_left_to_the_first_node(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> None:
     start(attempt, started)
     meet(attempt)
-    until(lambda: len(marked(MARK)) >= 3)
-    agents = [process for process in marked(MARK) if "driver.py" in " ".join(words(process.pid))]
+    until(lambda: len(find_by_marker(MARK)) >= 3)
+    agents = [process for process in find_by_marker(MARK) if "driver.py" in " ".join(words(process.pid))]
     agents[-1].send(signal.SIGTERM)
     attempt.over.touch()
     assert word(attempt)["status"] == 0
@@ -145,7 +145,7 @@ def test_a_node_starts_nothing_beside_ranks_of_before(
     try:
         with FileLock(RunDir(attempt.path.parent).alive_lock).take():
             run = RunDir(attempt.path.parent)
-            assert follower.follow(run, attempt, Place(1, 2, clustered=True)) == 0, "its word is left"
+            assert follower.run_follower(run, attempt, NodeInfo(1, 2, clustered=True)) == 0, "its word is left"
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
@@ -163,7 +163,7 @@ class Ranks:
 def test_ranks_that_do_not_follow_the_first_node_s_are_given_up(
     attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follower, "PARTING_SECONDS", 0.3)
+    monkeypatch.setattr(follower, "PEER_EXIT_GRACE_SECONDS", 0.3)
     attempt.over.touch()
     began = time.monotonic()
     message = follower._watch(Ranks(), attempt, os.getppid())  # type: ignore[arg-type]

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from trainyard.worker.agent.oom import (
-    JUST_BEFORE_SECONDS,
+    OOM_WINDOW_SECONDS,
     Cgroup,
-    MemoryWatch,
-    Shortage,
+    OomMonitor,
+    OomReport,
     own_cgroup,
-    resident_below,
+    resident_bytes_of_descendants,
 )
 
 MOUNT = "36 35 0:29 / {point} rw,relatime shared:9 - {kind} {kind} rw,{options}\n"
@@ -77,7 +77,7 @@ def test_what_nobody_counts_is_not_guessed_at(host: Host, events: str) -> None:
     made = host.write("0::/\n", "cgroup2", "nsdelegate", "")
     (made / "memory.events").write_text(events)
     assert own_cgroup(host.proc) is None
-    assert MemoryWatch(None, lambda: 0).shortage(5.0) == Shortage()
+    assert OomMonitor(None, lambda: 0).report(5.0) == OomReport()
 
 
 def test_a_host_without_cgroups(tmp_path: Path) -> None:
@@ -94,25 +94,25 @@ def counted(tmp_path: Path) -> tuple[Path, Cgroup]:
 
 def test_kills_of_before_and_of_long_ago_are_others(counted: tuple[Path, Cgroup]) -> None:
     events, cgroup = counted
-    watch = MemoryWatch(cgroup, lambda: 0)
-    watch.look(0.0)
-    assert watch.shortage(1.0).kills == 0, "three before the attempt began"
+    watch = OomMonitor(cgroup, lambda: 0)
+    watch.poll(0.0)
+    assert watch.report(1.0).kills == 0, "three before the attempt began"
     events.write_text("oom_kill 4\n")
-    watch.look(100.0)
-    assert watch.shortage(100.0 + JUST_BEFORE_SECONDS).kills == 1
-    assert watch.shortage(101.0 + JUST_BEFORE_SECONDS).kills == 0, "a neighbour's: this attempt went on"
+    watch.poll(100.0)
+    assert watch.report(100.0 + OOM_WINDOW_SECONDS).kills == 1
+    assert watch.report(101.0 + OOM_WINDOW_SECONDS).kills == 0, "a neighbour's: this attempt went on"
     events.write_text("oom_kill 6\n")
-    assert watch.shortage(500.0).kills == 2, "seen at the end only, and so just before it"
+    assert watch.report(500.0).kills == 2, "seen at the end only, and so just before it"
 
 
 def test_the_peak_is_the_largest_of_all_looks(counted: tuple[Path, Cgroup]) -> None:
     sizes = iter([10, 70, 999, 30])
-    watch = MemoryWatch(counted[1], lambda: next(sizes))
+    watch = OomMonitor(counted[1], lambda: next(sizes))
     for now in (0.0, 1.0, 1.5, 2.5, 3.6):
-        watch.look(now)
+        watch.poll(now)
         if now == 1.0:
-            assert watch.shortage(now).peak == 70
-    assert watch.shortage(4.0).peak == 999
+            assert watch.report(now).peak == 70
+    assert watch.report(4.0).peak == 999
 
 
 def test_the_memory_of_children_is_seen() -> None:
@@ -121,7 +121,7 @@ def test_the_memory_of_children_is_seen() -> None:
     try:
         assert child.stdout is not None
         child.stdout.read(1)
-        assert 60_000_000 < resident_below(os.getpid()) < 2**40
+        assert 60_000_000 < resident_bytes_of_descendants(os.getpid()) < 2**40
     finally:
         child.kill()
         child.communicate()
@@ -155,7 +155,7 @@ def real(tmp_path: Path) -> Iterator[Cgroup]:
 def test_a_real_kill_of_the_kernel(real: Cgroup) -> None:
     if real.kills() is None:
         pytest.skip("this cgroup does not count kills")
-    watch = MemoryWatch(real, lambda: 0)
+    watch = OomMonitor(real, lambda: 0)
     hungry = (
         f"open({str(real.events.parent / 'cgroup.procs')!r}, 'w').write('0')\n"
         "held = []\nfor _ in range(40):\n    held.append(bytearray(b'x' * 2**22))\n"
@@ -163,6 +163,6 @@ def test_a_real_kill_of_the_kernel(real: Cgroup) -> None:
     child = subprocess.run([sys.executable, "-S", "-c", hungry], capture_output=True, text=True, timeout=60)
     if child.returncode != -signal.SIGKILL:
         pytest.skip(f"the limit is not enforced here: exit code {child.returncode} {child.stderr[-200:]}")
-    shortage = watch.shortage(1.0)
+    shortage = watch.report(1.0)
     assert shortage.kills == 1
     assert shortage.limit == 64 * 2**20

@@ -15,19 +15,19 @@ from trainyard.contract.rundir import (
     write_json,
 )
 from trainyard.worker.agent import rendezvous as places
-from trainyard.worker.agent.follower import OtherNodes
+from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.rendezvous import (
-    ALONE,
     PORTS,
-    Meeting,
-    NoMeeting,
-    Place,
+    SINGLE_NODE,
+    NodeInfo,
+    RendezvousEndpoint,
+    RendezvousTimeout,
     address_towards,
-    appoint,
-    await_meeting,
+    can_reach,
     interface_of,
     is_loopback,
-    sees,
+    publish_endpoint,
+    wait_for_endpoint,
 )
 from trainyard.worker.agent.torchrun import rank_environment, torchrun_command
 
@@ -40,30 +40,30 @@ def attempt(tmp_path: Path) -> AttemptDir:
 
 
 def test_a_cluster_says_which_node_it_is() -> None:
-    assert Place.of({}) == ALONE
-    found = Place.of({"TRAINYARD_NODE": "1", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": "10.0.0.1"})
-    assert found == Place(1, 2, "10.0.0.1", clustered=True)
-    assert not found.leads
-    assert Place.of({"TRAINYARD_NODE": "0", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": ""}).first is None
+    assert NodeInfo.of({}) == SINGLE_NODE
+    found = NodeInfo.of({"TRAINYARD_NODE": "1", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": "10.0.0.1"})
+    assert found == NodeInfo(1, 2, "10.0.0.1", clustered=True)
+    assert not found.is_leader
+    assert NodeInfo.of({"TRAINYARD_NODE": "0", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": ""}).first is None
     with pytest.raises(ValueError, match="invalid literal"):
-        Place.of({"TRAINYARD_NODE": "", "TRAINYARD_NODES": "2"})
+        NodeInfo.of({"TRAINYARD_NODE": "", "TRAINYARD_NODES": "2"})
 
 
 def test_on_one_node_nobody_has_to_be_met(attempt: AttemptDir) -> None:
-    assert appoint(attempt, Place(0, 1, "10.0.0.1", clustered=True)) is None
+    assert publish_endpoint(attempt, NodeInfo(0, 1, "10.0.0.1", clustered=True)) is None
     assert not attempt.rendezvous.exists()
 
 
 def test_the_first_node_chooses_a_port_and_says_so(attempt: AttemptDir) -> None:
-    meeting = appoint(attempt, Place(0, 2, "10.0.0.1", clustered=True))
+    meeting = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1", clustered=True))
     assert meeting is not None
     assert (meeting.host, meeting.port in PORTS) == ("10.0.0.1", True)
     assert read_json(attempt.rendezvous) == {"host": "10.0.0.1", "port": meeting.port}
     assert [attempt.node(node).exists() for node in range(3)] == [False, True, False], "a place for the other's word"
-    others = OtherNodes(attempt, Place(0, 2))
-    others.look(0.0)
+    others = PeerNodes(attempt, NodeInfo(0, 2))
+    others.poll(0.0)
     assert others.missing() == [1], "which is none yet"
-    assert await_meeting(attempt, Place(1, 2), 0.0) == meeting
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2), 0.0) == meeting
 
 
 def test_no_port_is_one_that_the_kernel_gives_away_itself() -> None:
@@ -76,12 +76,12 @@ def test_a_port_that_is_taken_is_passed_over(attempt: AttemptDir, monkeypatch: p
         ports = [taken.getsockname()[1], free.getsockname()[1]]
         free.close()
         monkeypatch.setattr(places.random, "sample", lambda *_: ports)  # type: ignore[attr-defined]
-        meeting = appoint(attempt, Place(0, 2, "10.0.0.1"))
+        meeting = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1"))
         assert meeting is not None
         assert meeting.port == ports[1]
         monkeypatch.setattr(places.random, "sample", lambda *_: ports[:1])  # type: ignore[attr-defined]
         with pytest.raises(OSError, match="free"):
-            appoint(attempt, Place(0, 2, "10.0.0.1"))
+            publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1"))
 
 
 @pytest.mark.parametrize("own", ["127.0.0.1", "127.0.1.1", "::1", None])
@@ -89,11 +89,13 @@ def test_an_address_that_is_good_on_one_node_only_is_not_told_to_others(
     attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch, own: str | None
 ) -> None:
     monkeypatch.setattr(places, "address_towards", lambda _: "10.9.9.9")
-    meeting = appoint(attempt, Place(0, 2, own))
+    meeting = publish_endpoint(attempt, NodeInfo(0, 2, own))
     assert meeting is not None
     assert meeting.host == "10.9.9.9"
-    assert await_meeting(attempt, Place(1, 2, "10.0.0.1"), 0.0).host == "10.0.0.1", "by which the first one is reached"
-    assert await_meeting(attempt, Place(1, 2, own), 0.0).host == "10.9.9.9"
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2, "10.0.0.1"), 0.0).host == "10.0.0.1", (
+        "by which the first one is reached"
+    )
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2, own), 0.0).host == "10.9.9.9"
 
 
 def test_without_a_way_out_all_nodes_are_on_this_host(attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +103,7 @@ def test_without_a_way_out_all_nodes_are_on_this_host(attempt: AttemptDir, monke
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(places, "address_towards", unreachable)
-    meeting = appoint(attempt, Place(0, 2, "127.0.0.1"))
+    meeting = publish_endpoint(attempt, NodeInfo(0, 2, "127.0.0.1"))
     assert meeting is not None
     assert meeting.host == "127.0.0.1"
 
@@ -116,29 +118,29 @@ def test_loopback_is_told_from_what_is_not() -> None:
 def test_a_meeting_is_waited_for(attempt: AttemptDir) -> None:
     said = threading.Timer(0.15, write_json, (attempt.rendezvous, {"host": "n1", "port": 5}))
     said.start()
-    assert await_meeting(attempt, Place(1, 2), 10.0) == Meeting("n1", 5)
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2), 10.0) == RendezvousEndpoint("n1", 5)
     said.join()
 
 
 def test_who_comes_late_or_waits_in_vain_meets_nobody(attempt: AttemptDir) -> None:
-    with pytest.raises(NoMeeting, match="within 0 s"):
-        await_meeting(attempt, Place(1, 2), 0.0)
+    with pytest.raises(RendezvousTimeout, match="within 0 s"):
+        wait_for_endpoint(attempt, NodeInfo(1, 2), 0.0)
     attempt.exit.touch()
-    with pytest.raises(NoMeeting, match="had ended"):
-        await_meeting(attempt, Place(1, 2), 5.0)
+    with pytest.raises(RendezvousTimeout, match="had ended"):
+        wait_for_endpoint(attempt, NodeInfo(1, 2), 5.0)
 
 
 def test_a_node_without_the_home_is_noticed(attempt: AttemptDir, tmp_path: Path) -> None:
-    assert not sees(RunDir(tmp_path / "nowhere").attempt(1), 0.0)
-    assert not sees(attempt, 0.0), "a directory of that name, and nothing in it"
+    assert not can_reach(RunDir(tmp_path / "nowhere").attempt(1), 0.0)
+    assert not can_reach(attempt, 0.0), "a directory of that name, and nothing in it"
     threading.Timer(0.15, attempt.spec.touch).start()
     began = time.monotonic()
-    assert sees(attempt, 10.0)
+    assert can_reach(attempt, 10.0)
     assert time.monotonic() - began < 5
 
 
 def test_torchrun_is_told_where_to_meet_and_by_which_address(attempt: AttemptDir) -> None:
-    place, meeting = Place(1, 3, "127.0.0.1", clustered=True), Meeting("127.0.0.1", 29999)
+    place, meeting = NodeInfo(1, 3, "127.0.0.1", clustered=True), RendezvousEndpoint("127.0.0.1", 29999)
     command = torchrun_command(RunDir(attempt.path.parent), attempt, {"nproc_per_node": 4}, place, meeting)
     assert {
         "--nnodes=3",
@@ -154,7 +156,7 @@ def test_torchrun_is_told_where_to_meet_and_by_which_address(attempt: AttemptDir
 
 
 def test_gloo_takes_the_interface_on_the_way_to_the_first_node() -> None:
-    meeting = Meeting("127.0.0.1", 1)
+    meeting = RendezvousEndpoint("127.0.0.1", 1)
     assert rank_environment({}, meeting)["GLOO_SOCKET_IFNAME"] == "lo"
     assert rank_environment({"GLOO_SOCKET_IFNAME": "ib0"}, meeting)["GLOO_SOCKET_IFNAME"] == "ib0"
     assert "GLOO_SOCKET_IFNAME" not in rank_environment({})

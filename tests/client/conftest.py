@@ -5,7 +5,7 @@ import pytest
 
 from tests.client.fake_service import QUICK, URL, FakeService, console, job, written
 from trainyard.client import api
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.main import main
 from trainyard.client.cli.watch import watcher
 from trainyard.client.connection import Connection
@@ -27,8 +27,8 @@ def service() -> FakeService:
 
 
 @pytest.fixture
-def trainyard(service: FakeService) -> Trainyard:
-    return Trainyard(URL, patience=QUICK, transport=service.transport)
+def trainyard(service: FakeService) -> Client:
+    return Client(URL, patience=QUICK, transport=service.transport)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from tests.client.fake_service import QUICK, URL, FakeService, console, job, metric, written
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.demo import story
 from trainyard.client.demo.service import ServiceFailed
 from trainyard.client.demo.story import (
@@ -154,8 +154,8 @@ def perform(
         played.crash()
         return 1, 12345
 
-    def connected(*_: Any, **__: Any) -> Trainyard:
-        return Trainyard(URL, "", patience=QUICK, transport=played.transport)
+    def connected(*_: Any, **__: Any) -> Client:
+        return Client(URL, "", patience=QUICK, transport=played.transport)
 
     monkeypatch.setattr(story, "DemoService", StoodInFor)
     monkeypatch.setattr(story, "Trainyard", connected)
@@ -354,7 +354,7 @@ def test_a_loss_line() -> None:
     assert "loss -   ----" in loss_line(metric(50, None), 8.76)
 
 
-def test_each_line_is_said_once(service: FakeService, trainyard: Trainyard) -> None:
+def test_each_line_is_said_once(service: FakeService, trainyard: Client) -> None:
     said: list[str] = []
     lines = LossLines(trainyard, FAKE_JOB, 8.76, said.append)
     service.curve = [metric(step) for step in range(10, EVERY + 11, 10)]
@@ -365,7 +365,7 @@ def test_each_line_is_said_once(service: FakeService, trainyard: Trainyard) -> N
     assert [line.split()[1] for line in said] == ["10", str(EVERY), str(2 * EVERY)]
 
 
-def test_waiting_is_bounded_and_ends_with_a_failure(service: FakeService, trainyard: Trainyard) -> None:
+def test_waiting_is_bounded_and_ends_with_a_failure(service: FakeService, trainyard: Client) -> None:
     lines = LossLines(trainyard, FAKE_JOB, 8.76, print)
     with pytest.raises(WaitTimedOut):
         lines.until(lambda _: False, 0.0)
@@ -377,7 +377,7 @@ def changed(one: Any, **changes: Any) -> Any:
     return {**one, **changes}
 
 
-def test_the_conditions(service: FakeService, trainyard: Trainyard) -> None:
+def test_the_conditions(service: FakeService, trainyard: Client) -> None:
     running: Any = job("running", attempt=2)
     assert past(12400)(running)
     assert not past(12401)(running)

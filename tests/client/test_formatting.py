@@ -5,11 +5,11 @@ import pytest
 from trainyard.client.cli.formatting import (
     ago,
     bar,
+    compact_number,
     count,
     duration,
     fixed,
-    large,
-    moment,
+    local_time,
     one_line,
     safe,
     scientific,
@@ -55,7 +55,7 @@ def test_duration(seconds: float | None, text: str) -> None:
     ],
 )
 def test_large(value: float | None, text: str) -> None:
-    assert large(value) == text
+    assert compact_number(value) == text
 
 
 def test_numbers() -> None:
@@ -66,10 +66,10 @@ def test_numbers() -> None:
 
 
 def test_times() -> None:
-    assert moment("2026-01-31T16:31:05Z") == NOW
-    assert moment("2026-01-31T16:31:05") == NOW
-    assert moment("soon") is None
-    assert moment(None) is None
+    assert local_time("2026-01-31T16:31:05Z") == NOW
+    assert local_time("2026-01-31T16:31:05") == NOW
+    assert local_time("soon") is None
+    assert local_time(None) is None
     assert ago("2026-01-31T16:28:05Z", NOW) == "3 min ago"
     assert ago(None, NOW) == "-"
     assert utc(NOW + timedelta(microseconds=5)) == "2026-01-31T16:31:05Z"

@@ -11,20 +11,20 @@ from trainyard.client.cli.hints import (
 )
 from trainyard.client.cli.watch.job_page import alert_text, job_page
 from trainyard.client.errors import (
-    NameShared,
+    AmbiguousName,
     ServiceUnreachable,
     TrainyardError,
     WaitTimedOut,
-    refusal,
+    api_error,
 )
 from trainyard.client.exit_codes import (
     Exit,
-    at_rest,
     exit_of_error,
     exit_of_job,
+    is_idle,
     restart_pending,
 )
-from trainyard.contract.status import AT_REST, JobStatus
+from trainyard.contract.status import IDLE, JobStatus
 
 
 def page(**changes: Any) -> list[str]:
@@ -147,14 +147,14 @@ def test_the_last_words() -> None:
 
 @pytest.mark.parametrize("status", list(JobStatus))
 def test_a_job_has_an_exit_code_exactly_when_it_is_at_rest(status: JobStatus) -> None:
-    assert at_rest(job(status)) == (status in AT_REST)
-    assert (exit_of_job(job(status)) is not None) == (status in AT_REST)
+    assert is_idle(job(status)) == (status in IDLE)
+    assert (exit_of_job(job(status)) is not None) == (status in IDLE)
 
 
 def test_only_a_restart_to_come_keeps_an_interrupted_job_going() -> None:
     due = job("interrupted", restart_at="2026-01-31T16:31:10Z")
     assert restart_pending(due)
-    assert not at_rest(due)
+    assert not is_idle(due)
     assert not restart_pending(job("paused", restart_at="2026-01-31T16:31:10Z"))
 
 
@@ -162,12 +162,12 @@ def test_only_a_restart_to_come_keeps_an_interrupted_job_going() -> None:
     ("error", "code"),
     [
         (ServiceUnreachable("u", "c"), Exit.NO_SERVICE),
-        (refusal(401, {}), Exit.NOT_AUTHORISED),
-        (refusal(403, {}), Exit.NOT_AUTHORISED),
-        (refusal(404, {}), Exit.REFUSED),
-        (refusal(422, {}), Exit.REFUSED),
-        (refusal(500, {}), Exit.REFUSED),
-        (NameShared("n"), Exit.USAGE),
+        (api_error(401, {}), Exit.NOT_AUTHORISED),
+        (api_error(403, {}), Exit.NOT_AUTHORISED),
+        (api_error(404, {}), Exit.REFUSED),
+        (api_error(422, {}), Exit.REFUSED),
+        (api_error(500, {}), Exit.REFUSED),
+        (AmbiguousName("n"), Exit.USAGE),
         (WaitTimedOut(1.0, None), Exit.TIMED_OUT),
         (TrainyardError("t"), Exit.REFUSED),
     ],

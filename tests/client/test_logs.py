@@ -7,9 +7,9 @@ import pytest
 from tests.client.conftest import Run
 from tests.client.fake_service import URL, FakeService, console, job, problem, refused, written
 from tests.client.test_watch import Hurried
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.commands.logs import LogReader, follow_log
-from trainyard.client.connection import Patience
+from trainyard.client.connection import RetryPolicy
 
 JOB = "job_7f3kq9"
 
@@ -20,7 +20,7 @@ def options(**changes: Any) -> SimpleNamespace:
 
 
 def follow(service: FakeService, script: Callable[[float], None], **changes: Any) -> tuple[int, str, str]:
-    trainyard = Trainyard(URL, patience=Patience(seconds=0), transport=service.transport)
+    trainyard = Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport)
     args, to = options(**changes), console()
     reader = LogReader(trainyard, trainyard.job(JOB), args)
     code = follow_log(reader, args, to, Hurried(after_sleep=script))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.demo.service import DemoService, _answers, environment
-from trainyard.client.exit_codes import at_rest
+from trainyard.client.exit_codes import is_idle
 from trainyard.contract.rundir import read_json
 
 pytestmark = pytest.mark.slow
@@ -52,9 +52,9 @@ def live(tmp_path: Path) -> Iterator[Restartable]:
         yield service
         if not _answers(service.url):
             return
-        with Trainyard(service.url, "") as trainyard:
+        with Client(service.url, "") as trainyard:
             for job in trainyard.jobs():
-                if not at_rest(job):
+                if not is_idle(job):
                     trainyard.kill(job["id"])
                     trainyard.wait(job["id"], timeout=30)
 
@@ -83,7 +83,7 @@ def test_a_run_is_watched_through_the_death_of_its_service(live: Restartable, mo
         stderr=subprocess.PIPE,
         text=True,
     )
-    with Trainyard(live.url, "") as trainyard:
+    with Client(live.url, "") as trainyard:
         until(lambda: next(trainyard.metrics(job_id), None) is not None, "a first metric")
         live.kill()
         assert run(live, "list").returncode == 3

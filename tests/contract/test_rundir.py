@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from trainyard.contract.rundir import (
+    ArtifactDir,
     FileDigest,
-    ProductDir,
     RunDir,
     atomic_directory,
     manifest_json,
@@ -28,7 +28,7 @@ def test_attempts_are_found_in_their_order(tmp_path: Path) -> None:
 
 
 def test_only_published_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     for step in (100, 20):
         products.checkpoint(step).mkdir(parents=True)
     (products.checkpoints / ".step-00000300.tmp").mkdir()
@@ -37,13 +37,13 @@ def test_only_published_checkpoints_are_listed_newest_first(tmp_path: Path) -> N
 
 
 def test_products_of_two_jobs_in_one_save_dir_do_not_meet(tmp_path: Path) -> None:
-    first, second = RunDir(tmp_path / "job_a").products("/out"), RunDir(tmp_path / "job_b").products("/out")
+    first, second = RunDir(tmp_path / "job_a").artifacts("/out"), RunDir(tmp_path / "job_b").artifacts("/out")
     assert first.path == Path("/out/job_a")
     assert first.path != second.path
 
 
 def test_minimind_s_names(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     assert products.weights("pretrain", 512, use_moe=False).name == "pretrain_512.pth"
     assert products.weights("pretrain", 640, use_moe=True).name == "pretrain_640_moe.pth"
 
@@ -78,7 +78,7 @@ def test_the_step_to_begin_at_is_read_where_one_was_named(tmp_path: Path) -> Non
 
 
 def test_milestones_are_no_checkpoints(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     assert products.milestones() == []
     for step in (100, 20):
         products.milestone(step).mkdir(parents=True)

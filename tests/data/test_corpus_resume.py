@@ -72,7 +72,7 @@ def contents(cache: Path) -> dict[str, bytes]:
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 3000)
     monkeypatch.setattr(shards, "JOURNAL_SECONDS", 0.0)
-    monkeypatch.setattr(parquet, "ROWS", 8)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 8)
 
 
 def build(file: Path, cache: Path, *, stop_after: int | None = None) -> list[int]:
@@ -243,7 +243,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, small_batches: None, monkeyp
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.Columns, "flush", full)
+    monkeypatch.setattr(shards.ArrayFiles, "flush", full)
     with pytest.raises(OSError, match="No space left"):
         build(write_form("jsonl", tmp_path), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob(".*"))

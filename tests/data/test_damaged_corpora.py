@@ -12,7 +12,7 @@ from tests.data import reference_reader
 from tests.data.texts import docstrings
 from tests.soak_report import SoakReport, chosen, seed
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.jsonl import DataInvalid, Tally
+from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.readers import open_reader
 
 SEED = 20261125
@@ -80,11 +80,11 @@ def mutated(chooser: random.Random) -> bytes:
     return data
 
 
-def ours(file: Path) -> tuple[list[tuple[int, str]], Tally] | None:
+def ours(file: Path) -> tuple[list[tuple[int, str]], ParseStats] | None:
     """None where the file is refused."""
     try:
         with open_reader(file) as reader:
-            return [(document.line, document.text) for document in reader.documents("text")], reader.tally
+            return [(document.line, document.text) for document in reader.documents("text")], reader.stats
     except DataInvalid:
         return None
 
@@ -121,7 +121,7 @@ def compare(count: int, number: int, folder: Path, monkeypatch: pytest.MonkeyPat
             expected.blank,
             len(expected.bad),
         ), where
-        assert [line for line, _ in tally.named] == expected.bad[:20], where
+        assert [line for line, _ in tally.examples] == expected.bad[:20], where
         for name, more in zip(list(counts)[1:], (len(documents), tally.bad_lines, tally.blank_lines), strict=True):
             counts[name] += more
     return counts

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unprivileged import drop_root, public_tmp_dir
-from trainyard.contract.file_identity import Packing, packing_of
+from trainyard.contract.file_identity import Compression, compression_of
 from trainyard.worker.data import jsonl
 from trainyard.worker.data.jsonl import (
-    BadLine,
+    BadLineError,
+    BadLineGrouper,
     DataInvalid,
-    Runs,
-    Tally,
+    ParseStats,
     text_of,
 )
 from trainyard.worker.data.readers import open_reader
@@ -65,7 +65,7 @@ GOOD = [
 
 @pytest.mark.parametrize(("raw", "why"), BAD, ids=[why for _, why in BAD])
 def test_bad_lines_say_why(raw: bytes | None, why: str) -> None:
-    with pytest.raises(BadLine) as found:
+    with pytest.raises(BadLineError) as found:
         text_of(raw, "text")
     assert str(found.value) == why
 
@@ -79,10 +79,10 @@ def test_the_field_is_the_one_asked_for() -> None:
     assert text_of(b'{"text": "a", "content": "b"}', "content") == "b"
 
 
-def read(path: Path) -> tuple[list[tuple[int, str]], Tally]:
+def read(path: Path) -> tuple[list[tuple[int, str]], ParseStats]:
     with open_reader(path) as reader:
         found = [(document.line, document.text) for document in reader.documents("text")]
-        return found, reader.tally
+        return found, reader.stats
 
 
 def test_lines_are_counted_and_named(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_lines_are_counted_and_named(tmp_path: Path) -> None:
     documents, tally = read(file)
     assert documents == [(1, "one"), (5, "five \u2028 still five"), (7, "seven, without a newline")]
     assert (tally.lines, tally.blank_lines, tally.bad_lines, tally.documents) == (7, 2, 2, 3)
-    assert tally.named == [(4, "not JSON at character 1"), (6, "'text' is not a string but a number")]
+    assert tally.examples == [(4, "not JSON at character 1"), (6, "'text' is not a string but a number")]
     assert tally.describe_bad() == (
         "2 bad lines: line 4: not JSON at character 1; line 6: 'text' is not a string but a number"
     )
@@ -109,13 +109,13 @@ def test_the_first_twenty_are_named_and_all_are_counted(tmp_path: Path) -> None:
     file.write_bytes(b"x\n" * 1000)
     _, tally = read(file)
     assert tally.bad_lines == 1000
-    assert [line for line, _ in tally.named] == list(range(1, 21))
+    assert [line for line, _ in tally.examples] == list(range(1, 21))
     assert tally.describe_bad().endswith("; and 980 more")
 
 
 def test_lines_that_are_bad_for_one_reason_are_named_together() -> None:
-    tally, said = Tally(), list[str]()
-    runs = Runs(said.append)
+    tally, said = ParseStats(), list[str]()
+    runs = BadLineGrouper(said.append)
     for line, why in ((1, "a"), (2, "a"), (3, "b"), (5, "b"), (6, "b"), (7, "b")):
         tally.add_bad(line, why)
         runs.add(line, why)
@@ -131,12 +131,12 @@ def test_an_object_without_the_text_says_which_texts_it_has(tmp_path: Path) -> N
     file.write_text('{"content": "a", "id": 3, "' + "x" * 50 + '": "b", "title": "c"}\n{"id": 3}\n')
     _, tally = read(file)
     said = "no 'text' in the object"
-    assert tally.named == [(1, f"{said}, which has 'content', 'title'"), (2, said)]
-    assert tally.why_empty("text").endswith("What to do: text_field says under which key the texts are")
+    assert tally.examples == [(1, f"{said}, which has 'content', 'title'"), (2, said)]
+    assert tally.empty_reason("text").endswith("What to do: text_field says under which key the texts are")
 
 
 def test_one_bad_line_is_singular() -> None:
-    tally = Tally()
+    tally = ParseStats()
     tally.add_bad(3, "not JSON")
     assert tally.describe_bad() == "1 bad line: line 3: not JSON"
 
@@ -153,7 +153,7 @@ def test_a_line_that_is_too_long_is_one_bad_line(length: int, tmp_path: Path, mo
     assert [text[:1] for _, text in documents] == (["b", "a", "a"] if fits else ["b", "a"])
     assert documents[-1] == (3, "after")
     assert tally.bad_lines == (0 if fits else 1)
-    assert tally.named == ([] if fits else [(2, "longer than 0 MiB")])
+    assert tally.examples == ([] if fits else [(2, "longer than 0 MiB")])
 
 
 def test_a_long_first_line_behind_a_byte_order_mark_is_one_bad_line(
@@ -164,7 +164,7 @@ def test_a_long_first_line_behind_a_byte_order_mark_is_one_bad_line(
     file.write_bytes(b"\xef\xbb\xbf" + b"a" * 150 + b'\n{"text": "after"}\n')
     documents, tally = read(file)
     assert documents == [(2, "after")]
-    assert tally.named == [(1, "longer than 0 MiB")]
+    assert tally.examples == [(1, "longer than 0 MiB")]
 
 
 def refused(path: Path) -> str:
@@ -222,7 +222,7 @@ def test_a_file_that_changes_is_refused(change: str, tmp_path: Path) -> None:
             os.utime(file, ns=(1, 1))
         with pytest.raises(DataInvalid, match="changed while it was read"):
             list(documents)
-    assert reader.tally.documents <= 100
+    assert reader.stats.documents <= 100
 
 
 @settings(deadline=None)
@@ -251,7 +251,7 @@ def test_any_bytes_are_counted(pieces: list[bytes]) -> None:
     expected = raw.split(b"\n")[: -1 if raw.endswith(b"\n") or not raw else None]
     looks_wide = raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw.count(0) > len(raw) // 4
     try:
-        if packing_of(raw) is not Packing.NONE:
+        if compression_of(raw) is not Compression.NONE:
             refused(file)
             return
         if looks_wide:

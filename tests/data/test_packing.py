@@ -20,11 +20,11 @@ from trainyard.worker.data.corpus import Corpus, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.packing import (
     Batch,
+    PackedDataset,
     Packing,
-    RowTable,
-    Split,
+    SplitSpec,
     best_fit,
-    pieces_of,
+    segments_of,
 )
 from trainyard.worker.data.tokenizers import ByteTokenizer
 from trainyard.worker.splitmix import splitmix64
@@ -66,7 +66,7 @@ def all_predictions(corpus: Corpus) -> Counter[tuple[int, int]]:
 def test_every_prediction_is_made_exactly_once(packing: Packing, lengths: list[int], max_seq_len: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = numbered(corpus_of(lengths, Path(folder)))
-        table = RowTable.open(corpus, max_seq_len=max_seq_len, packing=packing)
+        table = PackedDataset.open(corpus, max_seq_len=max_seq_len, packing=packing)
         batch = table.batch(np.arange(len(table)))
         assert predictions(batch) == all_predictions(corpus)
         assert (batch.labels != -100).sum(1).tolist() == table.targets.tolist()
@@ -75,7 +75,7 @@ def test_every_prediction_is_made_exactly_once(packing: Packing, lengths: list[i
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_every_prediction_of_real_text_is_made_exactly_once(packing: Packing, corpus: Corpus) -> None:
-    table = RowTable.open(numbered(corpus), max_seq_len=100, packing=packing)
+    table = PackedDataset.open(numbered(corpus), max_seq_len=100, packing=packing)
     found: Counter[tuple[int, int]] = Counter()
     for start in range(0, len(table), 64):
         found += predictions(table.batch(np.arange(start, min(start + 64, len(table)))))
@@ -83,7 +83,7 @@ def test_every_prediction_of_real_text_is_made_exactly_once(packing: Packing, co
 
 
 def test_packing_none_by_hand(tmp_path: Path) -> None:
-    table = RowTable.open(numbered(corpus_of([4, 9, 5], tmp_path)), max_seq_len=5, packing="none")
+    table = PackedDataset.open(numbered(corpus_of([4, 9, 5], tmp_path)), max_seq_len=5, packing="none")
     batch = table.batch(range(len(table)))
     assert batch.position_ids is None
     assert batch.segment_ids is None
@@ -103,7 +103,7 @@ def test_packing_none_by_hand(tmp_path: Path) -> None:
 
 def test_packing_document_by_hand(tmp_path: Path) -> None:
     # Longest first, each into the fullest row with room: 5 + 3, then 4 + 4.
-    table = RowTable.open(numbered(corpus_of([4, 3, 5, 4], tmp_path)), max_seq_len=8, packing="document")
+    table = PackedDataset.open(numbered(corpus_of([4, 3, 5, 4], tmp_path)), max_seq_len=8, packing="document")
     batch = table.batch([1, 0])
     assert batch.position_ids is not None
     assert batch.segment_ids is not None
@@ -116,7 +116,7 @@ def test_packing_document_by_hand(tmp_path: Path) -> None:
 
 
 def test_offsets_count_padding_as_a_piece_and_keep_their_size(tmp_path: Path) -> None:
-    table = RowTable.open(numbered(corpus_of([3, 3, 4, 6], tmp_path)), max_seq_len=9, packing="document")
+    table = PackedDataset.open(numbered(corpus_of([3, 3, 4, 6], tmp_path)), max_seq_len=9, packing="document")
     assert len(table) == 2
     offsets = {}
     for rows in ([0, 1], [1, 0], [1], []):
@@ -134,20 +134,20 @@ def test_offsets_count_padding_as_a_piece_and_keep_their_size(tmp_path: Path) ->
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_only_the_end_of_a_document_is_an_end(packing: Packing, corpus: Corpus) -> None:
-    table = RowTable.open(corpus, max_seq_len=50, packing=packing)
+    table = PackedDataset.open(corpus, max_seq_len=50, packing=packing)
     ends = sum(int((table.batch([row]).labels == 2).sum()) for row in range(len(table)))
     assert ends == corpus.meta.documents
 
 
 def test_rows_are_well_filled(corpus: Corpus) -> None:
-    table = RowTable.open(corpus, max_seq_len=340, packing="document")
+    table = PackedDataset.open(corpus, max_seq_len=340, packing="document")
     assert table.tokens / (len(table) * 340) > 0.97
-    assert len(table) < 0.75 * len(RowTable.open(corpus, max_seq_len=340, packing="none"))
+    assert len(table) < 0.75 * len(PackedDataset.open(corpus, max_seq_len=340, packing="none"))
 
 
 def test_no_row_at_all_is_one_row_of_padding(corpus: Corpus) -> None:
     for packing in PACKINGS:
-        batch = RowTable.open(corpus, max_seq_len=20, packing=packing).batch([])
+        batch = PackedDataset.open(corpus, max_seq_len=20, packing=packing).batch([])
         assert batch.input_ids.tolist() == [[0] * 20]
         assert batch.labels.tolist() == [[-100] * 20]
         for tensor in (batch.position_ids, batch.segment_ids):
@@ -156,12 +156,12 @@ def test_no_row_at_all_is_one_row_of_padding(corpus: Corpus) -> None:
 
 
 def test_batch_moves_and_keeps_its_dtype(corpus: Corpus) -> None:
-    batch = RowTable.open(corpus, max_seq_len=20, packing="document").batch([3, 1])
+    batch = PackedDataset.open(corpus, max_seq_len=20, packing="document").batch([3, 1])
     moved = batch.to("cpu")
     assert all(tensor is not None and tensor.dtype == torch.int64 and tensor.shape == (2, 20) for tensor in moved[:4])
     assert moved.offsets is not None
     assert moved.offsets.dtype == torch.int32
-    assert RowTable.open(corpus, max_seq_len=20, packing="none").batch([3]).to("cpu").segment_ids is None
+    assert PackedDataset.open(corpus, max_seq_len=20, packing="none").batch([3]).to("cpu").segment_ids is None
 
 
 @settings(deadline=None)
@@ -187,7 +187,7 @@ def test_best_fit_takes_the_fullest_row_with_room() -> None:
 @settings(deadline=None)
 @given(st.integers(2, 500), st.integers(2, 100))
 def test_pieces_overlap_by_one(length: int, max_seq_len: int) -> None:
-    starts, lengths = pieces_of(np.array([7, 7 + length]), np.array([True]), max_seq_len)
+    starts, lengths = segments_of(np.array([7, 7 + length]), np.array([True]), max_seq_len)
     assert starts[0] == 7
     assert int(starts[-1] + lengths[-1]) == 7 + length
     assert (starts[1:] == starts[:-1] + lengths[:-1] - 1).all()
@@ -202,17 +202,17 @@ def test_blocks_bound_memory_and_lose_nothing(tmp_path: Path, monkeypatch: pytes
     assert [first for first, _ in blocks] == [0, *[last for _, last in blocks[:-1]]]
     assert blocks[-1][1] == 9
     assert len(blocks) > 3
-    table = RowTable.open(corpus, max_seq_len=20, packing="document")
+    table = PackedDataset.open(corpus, max_seq_len=20, packing="document")
     assert predictions(table.batch(range(len(table)))) == all_predictions(corpus)
 
 
 def test_tables_are_kept_beside_the_shards(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = RowTable.open(corpus, max_seq_len=64, packing="document")
+    first = PackedDataset.open(corpus, max_seq_len=64, packing="document")
     with monkeypatch.context() as patch:
         patch.setattr(rows_module, "_write", None)
-        again = RowTable.open(corpus, max_seq_len=64, packing="document")
+        again = PackedDataset.open(corpus, max_seq_len=64, packing="document")
     assert torch.equal(first.batch([5]).input_ids, again.batch([5]).input_ids)
-    assert RowTable.open(corpus, max_seq_len=65, packing="document").max_seq_len == 65
+    assert PackedDataset.open(corpus, max_seq_len=65, packing="document").max_seq_len == 65
     names = sorted(path.name for path in corpus.directory.iterdir() if path.is_dir())
     assert names == ["rows-1-64-document-all", "rows-1-65-document-all"]
 
@@ -221,7 +221,7 @@ def test_tables_are_kept_beside_the_shards(corpus: Corpus, monkeypatch: pytest.M
 def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus: Corpus) -> None:
     corpus = numbered(corpus)
     train, held = (
-        RowTable.open(corpus, max_seq_len=200, packing="document", split=Split(part, fraction))
+        PackedDataset.open(corpus, max_seq_len=200, packing="document", split=SplitSpec(part, fraction))
         for part in ("train", "eval")
     )
     parts = [predictions(table.batch(range(len(table)))) for table in (train, held)]
@@ -235,7 +235,7 @@ def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus:
 
 
 def test_a_larger_fraction_holds_out_the_same_and_more(corpus: Corpus) -> None:
-    held = [rows_module.Held.of(corpus, Split("eval", f)).taken(0, corpus.meta.documents) for f in (0.05, 0.2)]
+    held = [rows_module.Holdout.of(corpus, SplitSpec("eval", f)).taken(0, corpus.meta.documents) for f in (0.05, 0.2)]
     assert (held[1] | ~held[0]).all()
     assert held[1].sum() > held[0].sum()
 
@@ -243,12 +243,13 @@ def test_a_larger_fraction_holds_out_the_same_and_more(corpus: Corpus) -> None:
 def test_two_documents_can_be_split_and_one_cannot(tmp_path: Path) -> None:
     two = corpus_of([5, 6], tmp_path)
     sizes = [
-        RowTable.open(two, max_seq_len=9, packing="none", split=Split(part, 0.01)).tokens for part in ("train", "eval")
+        PackedDataset.open(two, max_seq_len=9, packing="none", split=SplitSpec(part, 0.01)).tokens
+        for part in ("train", "eval")
     ]
     assert sorted(sizes) == [4, 5]
     one = corpus_of([5], tmp_path)
     with pytest.raises(DataInvalid, match="at least two documents"):
-        RowTable.open(one, max_seq_len=9, packing="none", split=Split("eval", 0.5))
+        PackedDataset.open(one, max_seq_len=9, packing="none", split=SplitSpec("eval", 0.5))
 
 
 def test_splitmix64_gives_its_published_numbers() -> None:
@@ -269,7 +270,7 @@ def test_loss_and_gradients_do_not_depend_on_packing(changes: dict[str, Any], co
     )
     results = []
     for packing in PACKINGS:
-        table = RowTable.open(corpus, max_seq_len=64, packing=packing, split=Split("eval", 0.01))
+        table = PackedDataset.open(corpus, max_seq_len=64, packing=packing, split=SplitSpec("eval", 0.01))
         model.zero_grad()
         loss, aux = 0.0, 0.0
         for start in range(0, len(table), 16):

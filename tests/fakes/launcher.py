@@ -8,13 +8,13 @@ from typing import Any, Literal
 from trainyard.contract.messages import ErrorCard, ExitReport, RunSettings
 from trainyard.contract.status import Reason
 from trainyard.service.launch.base import (
-    AttemptName,
-    Found,
+    AttemptRef,
+    AttemptState,
+    AttemptStatus,
     Launch,
+    LauncherUnavailable,
     LaunchRefused,
-    NoAnswer,
     Placement,
-    State,
 )
 
 
@@ -34,7 +34,7 @@ class FakeAttempt:
 
     launch: Launch
     lines: list[dict[str, Any]] = field(default_factory=list)
-    state: State = State.ALIVE
+    state: AttemptState = AttemptState.ALIVE
     report: ExitReport | None = None
     stop_asked: int = 0
     save_asked: int = 0
@@ -76,12 +76,12 @@ class FakeAttempt:
             last_seq=len(self.lines),
             ended_at=_now(),
         )
-        self.state = State.ENDED
+        self.state = AttemptState.ENDED
         return self.report
 
     def lose_agent(self) -> None:
         """The agent is gone and left nothing; ranks still live."""
-        self.state = State.ORPHANED
+        self.state = AttemptState.ORPHANED
 
 
 STARTED: dict[str, Any] = {
@@ -108,20 +108,20 @@ class FakeLauncher:
     """Keeps what it was told. ``fail_next`` makes the next start fail in one way."""
 
     def __init__(self) -> None:
-        self.attempts: dict[AttemptName, FakeAttempt] = {}
-        self.starts: list[AttemptName] = []
-        self.looks: list[AttemptName] = []
+        self.attempts: dict[AttemptRef, FakeAttempt] = {}
+        self.starts: list[AttemptRef] = []
+        self.looks: list[AttemptRef] = []
         self.glances = 0
-        self.closed: set[AttemptName] = set()
+        self.closed: set[AttemptRef] = set()
         self.fail_next: Failpoint | None = None
 
     def of(self, job_id: str, number: int = 1) -> FakeAttempt:
         """The attempt with this number."""
-        return self.attempts[AttemptName(job_id, number)]
+        return self.attempts[AttemptRef(job_id, number)]
 
     def living(self, job_id: str) -> list[FakeAttempt]:
         """The job's attempts that have processes."""
-        alive = (State.ALIVE, State.ORPHANED)
+        alive = (AttemptState.ALIVE, AttemptState.ORPHANED)
         return [a for name, a in self.attempts.items() if name.job_id == job_id and a.state in alive]
 
     def start(self, launch: Launch) -> None:
@@ -133,51 +133,51 @@ class FakeLauncher:
         if failpoint == "before_spawn":
             raise ServiceKilled()
         if failpoint == "no_answer":
-            raise NoAnswer("the test does not answer")
+            raise LauncherUnavailable("the test does not answer")
         if launch.name not in self.closed:
             self.attempts.setdefault(launch.name, FakeAttempt(launch))
         if failpoint == "after_spawn":
             raise ServiceKilled()
         if failpoint == "no_answer_but_done":
-            raise NoAnswer("the test does not answer")
+            raise LauncherUnavailable("the test does not answer")
 
-    def find(self, name: AttemptName) -> Found:
+    def find(self, name: AttemptRef) -> AttemptStatus:
         """What became of it."""
         self.looks.append(name)
         attempt = self.attempts.get(name)
         if attempt is None:
-            return Found(State.ABSENT)
-        report = attempt.report if attempt.state is State.ENDED else None
-        return Found(attempt.state, report, attempt.placement, attempt.silence)
+            return AttemptStatus(AttemptState.ABSENT)
+        report = attempt.report if attempt.state is AttemptState.ENDED else None
+        return AttemptStatus(attempt.state, report, attempt.placement, attempt.silence)
 
-    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+    def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """Those that run."""
         self.glances += 1
-        return {name for name in names if name in self.attempts and self.attempts[name].state is State.ALIVE}
+        return {name for name in names if name in self.attempts and self.attempts[name].state is AttemptState.ALIVE}
 
-    def stop(self, name: AttemptName) -> None:
+    def stop(self, name: AttemptRef) -> None:
         """Count the wish."""
         if name in self.attempts:
             self.attempts[name].stop_asked += 1
 
-    def save(self, name: AttemptName) -> None:
+    def save(self, name: AttemptRef) -> None:
         """Count the wish."""
         if name in self.attempts:
             self.attempts[name].save_asked += 1
 
-    def end(self, name: AttemptName) -> None:
+    def kill(self, name: AttemptRef) -> None:
         """End it as the kernel would: without a word. What did not begin yet never will."""
         self.closed.add(name)
         attempt = self.attempts.get(name)
-        if attempt is None or attempt.state is State.ENDED:
+        if attempt is None or attempt.state is AttemptState.ENDED:
             return
         attempt.ended_by_launcher += 1
         attempt.end("crashed", Reason.AGENT_LOST, message="the attempt's agent is gone and left no report")
 
-    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
         """Its agents hear of them in the answers to their reports."""
 
-    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+    def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Lines behind ``after_seq``."""
         attempt = self.attempts.get(name)
         return attempt.lines[after_seq : after_seq + limit] if attempt is not None else []

@@ -15,31 +15,31 @@ from typing import Any
 
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Desired
-from trainyard.worker.agent.processes import Children
+from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.supervisor import Supervisor
 
 
 def main(path: str, fails: str) -> None:
     attempt = AttemptDir(Path(path))
     torchrun = subprocess.Popen(["/bin/sleep", "100"])
-    supervisor = Supervisor.of(attempt, Children(torchrun, ancestor=os.getpid()))
+    supervisor = Supervisor.of(attempt, ProcessTree(torchrun, ancestor=os.getpid()))
     calls = fail_three_times(fails)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         if fails == "stop":
-            supervisor.shipper.desired = Desired.PAUSE
-            running = [supervisor.goes_on(0.0)]
+            supervisor.uploader.desired = Desired.PAUSE
+            running = [supervisor.is_running(0.0)]
             status: int | None = torchrun.wait(5)
         else:
-            running = [supervisor.goes_on(now) for now in (0.0, 0.1, 0.2, 0.3)]
+            running = [supervisor.is_running(now) for now in (0.0, 0.1, 0.2, 0.3)]
             status = torchrun.poll()
     report = {
         "running": running,
         "calls": len(calls),
         "printed": printed.getvalue(),
         "status": status,
-        "asked_at": supervisor.asked_at,
-        "ended": supervisor.children.end(),
+        "asked_at": supervisor.stop_requested_at,
+        "ended": supervisor.processes.kill(),
     }
     print(json.dumps(report), flush=True)
 

@@ -7,7 +7,7 @@ from typing import Any
 from trainyard.contract.rundir import AttemptDir, RunDir
 from trainyard.worker.agent import torchrun
 from trainyard.worker.agent.__main__ import main
-from trainyard.worker.agent.rendezvous import ALONE, Meeting, Place
+from trainyard.worker.agent.rendezvous import SINGLE_NODE, NodeInfo, RendezvousEndpoint
 
 ELSEWHERE = """
 import os, sys, time
@@ -18,9 +18,13 @@ while not os.path.exists(sys.argv[1]):
 
 
 def fake_command(
-    run: RunDir, attempt: AttemptDir, resources: dict[str, Any], place: Place = ALONE, meeting: Meeting | None = None
+    run: RunDir,
+    attempt: AttemptDir,
+    resources: dict[str, Any],
+    place: NodeInfo = SINGLE_NODE,
+    meeting: RendezvousEndpoint | None = None,
 ) -> list[str]:
-    if not place.leads:
+    if not place.is_leader:
         return [sys.executable, "-S", "-c", ELSEWHERE, str(attempt.over)]
     return [sys.executable, "-S", str(Path(__file__).with_name("fake_ranks.py")), str(run.path), str(attempt.number)]
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from trainyard.contract.locks import FileLock
 from trainyard.contract.rundir import (
+    ArtifactDir,
     AttemptDir,
-    ProductDir,
     RunDir,
     write_json,
 )
@@ -84,7 +84,7 @@ class Rank:
 
     def __init__(self, run: RunDir, attempt: AttemptDir, rank: int) -> None:
         self.run, self.attempt, self.rank = run, attempt, rank
-        self.products = ProductDir(run.path)
+        self.products = ArtifactDir(run.path)
         self.labels: dict[str, str] = json.loads(attempt.spec.read_bytes())["labels"]
         self.seq = 0
         self.steps = int(self.labels.get("steps", "20"))

@@ -22,15 +22,15 @@ from trainyard.contract.status import (
     LIVE,
     TERMINAL,
     JobStatus,
-    may_become,
+    can_transition,
 )
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import (
     AttemptRow,
     CheckpointRow,
+    DeviceLeaseRow,
     EventRow,
     JobRow,
-    LeaseRow,
     MetricRow,
 )
 from trainyard.service.launch.base import LOCAL
@@ -114,7 +114,7 @@ def check(home: Home, sampler: Sampler | None = None, damage: Damage = fake_rank
 def check_leases(session: Session) -> None:
     """I3; a device has one row at most by its primary key."""
     held: dict[str, list[str]] = {}
-    for lease in session.scalars(select(LeaseRow)):
+    for lease in session.scalars(select(DeviceLeaseRow)):
         held.setdefault(lease.attempt_id, []).append(lease.device)
     here = select(AttemptRow).where(AttemptRow.ended_at.is_(None), AttemptRow.launcher == LOCAL)
     live = {row.id: sorted(row.devices) for row in session.scalars(here)}
@@ -150,7 +150,7 @@ def check_path(session: Session, job: JobRow) -> None:
     for data in session.scalars(log):
         assert data["from"] == walked[-1], f"I5: {walked} and then {data}"
         walked.append(JobStatus(data["to"]))
-        assert may_become(walked[-2], walked[-1]), f"I5: {walked}"
+        assert can_transition(walked[-2], walked[-1]), f"I5: {walked}"
     assert walked[-1] == job.status, f"I5: {walked}, and the job is {job.status}"
 
 
@@ -175,5 +175,5 @@ def check_success(home: Home, job: JobRow) -> None:
 
 def check_weights(home: Home, job_id: str, steps: int) -> None:
     """I7, for the fake ranks."""
-    model = home.run(job_id).products(None).checkpoint(steps) / fake_ranks.MODEL
+    model = home.run(job_id).artifacts(None).checkpoint(steps) / fake_ranks.MODEL
     assert model.read_text() == fake_ranks.weights_after(steps), "I7"

@@ -15,14 +15,14 @@ from tests.faults.forked_service import FAKE_AGENT
 from tests.faults.service_home import until
 from tests.unique_ids import unique_job_id
 from trainyard.contract.messages import ExitReport, read_message
-from trainyard.contract.processes import MARKER, marked
+from trainyard.contract.processes import MARKER, find_by_marker
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import DataSpec, JobSpec, Timeouts
 from trainyard.contract.status import Reason
-from trainyard.service.launch.base import AttemptName, Launch, State
+from trainyard.service.launch.base import AttemptRef, AttemptState, Launch
 from trainyard.service.launch.local import LocalLauncher
-from trainyard.worker.agent.__main__ import EX_REFUSED
-from trainyard.worker.agent.processes import Children
+from trainyard.worker.agent.__main__ import EXIT_REFUSED
+from trainyard.worker.agent.processes import ProcessTree
 
 JOB = unique_job_id("job_late")
 
@@ -33,7 +33,7 @@ def launcher(home: Path) -> LocalLauncher:
 
 def launch(number: int = 1, **labels: str) -> Launch:
     spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"))
-    return Launch(AttemptName(JOB, number), "att_1", spec, ("cpu:0",), "secret")
+    return Launch(AttemptRef(JOB, number), "att_1", spec, ("cpu:0",), "secret")
 
 
 def agent(home: Path, number: int = 1) -> int:
@@ -47,10 +47,10 @@ def agent(home: Path, number: int = 1) -> int:
 
 def test_an_attempt_that_was_given_up_is_not_started_by_a_late_agent(tmp_path: Path) -> None:
     local = launcher(tmp_path)
-    assert local.find(launch().name).state is State.ABSENT
-    local.end(launch().name)
-    assert local.find(launch().name).state is State.ABSENT
-    assert agent(tmp_path) == EX_REFUSED
+    assert local.find(launch().name).state is AttemptState.ABSENT
+    local.kill(launch().name)
+    assert local.find(launch().name).state is AttemptState.ABSENT
+    assert agent(tmp_path) == EXIT_REFUSED
     attempt = RunDir(tmp_path / "runs" / JOB).attempt(1)
     report = read_message(ExitReport, attempt.exit)
     assert report is not None
@@ -60,17 +60,17 @@ def test_an_attempt_that_was_given_up_is_not_started_by_a_late_agent(tmp_path: P
 
 
 def test_nor_by_a_late_launcher(tmp_path: Path) -> None:
-    launcher(tmp_path).end(launch().name)
+    launcher(tmp_path).kill(launch().name)
     late = launcher(tmp_path)
     late.start(launch(steps="3"))
-    assert late.find(launch().name).state is State.ABSENT
+    assert late.find(launch().name).state is AttemptState.ABSENT
     assert not RunDir(tmp_path / "runs" / JOB).attempt(1).agent_log.exists()
 
 
 def test_an_agent_whose_attempt_has_a_successor_starts_nothing(tmp_path: Path) -> None:
     """The successor has ended meanwhile, so that no lock is held any more: the numbers still say who is late."""
     assert agent(tmp_path, 2) == 0
-    assert agent(tmp_path, 1) == EX_REFUSED
+    assert agent(tmp_path, 1) == EXIT_REFUSED
     first = RunDir(tmp_path / "runs" / JOB).attempt(1)
     assert not first.outbox.exists()
     assert agent(tmp_path, 3) == 0
@@ -82,7 +82,7 @@ def test_an_agent_without_a_readable_spec_says_so_and_counts_as_a_failed_launch(
     run.attempt(1).spec.write_text("{")
     environment = {**os.environ, MARKER: f"{JOB}/1"}
     done = subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment, capture_output=True, text=True)
-    assert done.returncode == EX_REFUSED
+    assert done.returncode == EXIT_REFUSED
     found = launcher(tmp_path).find(launch().name)
     assert found.report is not None
     assert found.report.reason is Reason.LAUNCH_FAILED
@@ -95,8 +95,8 @@ def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
     run.attempt(1).path.mkdir(parents=True)
     run.attempt(1).spec.write_text('{"resources": {"nproc_per_node": 1}, "labels": {"steps": "100000"}}')
     environment = {**os.environ, MARKER: f"{JOB}/1"}
-    assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EX_REFUSED
-    until(lambda: marked(f"{JOB}/1") == [], 5)
+    assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EXIT_REFUSED
+    until(lambda: find_by_marker(f"{JOB}/1") == [], 5)
     found = launcher(tmp_path).find(launch().name)
     assert found.report is not None
     assert found.report.reason is Reason.LAUNCH_FAILED
@@ -105,8 +105,8 @@ def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
 def test_an_agent_that_died_before_it_began_is_a_failed_launch(tmp_path: Path) -> None:
     broken = LocalLauncher(tmp_path, tmp_path / "cache", agent=("/bin/sh", "-c", "echo no torch here >&2; exit 1"))
     broken.start(launch())
-    until(lambda: not marked(f"{JOB}/1"), 5)
-    broken.end(launch().name)
+    until(lambda: not find_by_marker(f"{JOB}/1"), 5)
+    broken.kill(launch().name)
     found = broken.find(launch().name)
     assert found.report is not None
     assert (found.report.outcome, found.report.reason) == ("crashed", Reason.LAUNCH_FAILED)
@@ -151,10 +151,10 @@ def test_only_what_is_below_the_ancestor_is_ended(sleep: "subprocess.Popen[bytes
     with subprocess.Popen(shell, stdout=subprocess.PIPE) as ancestor, subprocess.Popen(["/bin/true"]) as torchrun:
         assert ancestor.stdout is not None
         ancestor.stdout.readline()
-        children = Children(torchrun, ancestor=ancestor.pid)
-        assert len(children.living()) == 2
-        assert children.end()
-        assert children.living() == []
+        children = ProcessTree(torchrun, ancestor=ancestor.pid)
+        assert len(children.alive()) == 2
+        assert children.kill()
+        assert children.alive() == []
         assert children.orphans == {}
         assert ancestor.wait(10) == 0
     assert sleep.poll() is None

@@ -19,7 +19,7 @@ from tests.faults.test_time import slowness
 from tests.soak_report import SoakReport
 from trainyard.contract.processes import ProcessIdentity
 from trainyard.contract.rundir import AttemptDir
-from trainyard.worker.checkpoint.files import find_damage
+from trainyard.worker.checkpoint.files import verify
 
 NOTICED_SECONDS = 2.0
 TRAINING_SECONDS = 15.0
@@ -61,7 +61,7 @@ def gone(processes: list[ProcessIdentity]) -> Callable[[], bool]:
 @pytest.fixture
 def run(make_home: MakeHome) -> Run:
     home = make_home(slots=2, scale=1.0, real_ranks=True)
-    home.damage = find_damage
+    home.damage = verify
     write_docstrings(home.path / "docstrings.jsonl", 400)
     home.start()
     return Run(home, home.path / "docstrings.jsonl")

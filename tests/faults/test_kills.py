@@ -18,7 +18,7 @@ from tests.faults.invariants import Sampler, check_weights
 from tests.faults.killer import Killer
 from tests.faults.service_home import Home
 from tests.soak_report import SoakReport
-from trainyard.worker.checkpoint.files import find_damage
+from trainyard.worker.checkpoint.files import verify
 
 FAKE_STEPS = 40
 GLOO_STEPS = 40
@@ -74,7 +74,7 @@ def final_weights(home: Home, job_id: str) -> tuple[str, bytes]:
 
 def gloo_kills(make_home: MakeHome, account: SoakReport, seed: int, kills: int, seconds: float) -> None:
     home = make_home(slots=2, scale=0.02, real_ranks=True)
-    home.damage = find_damage
+    home.damage = verify
     corpus = home.path / "docstrings.jsonl"
     write_docstrings(corpus, 400)
 
@@ -87,7 +87,7 @@ def gloo_kills(make_home: MakeHome, account: SoakReport, seed: int, kills: int, 
     untouched = submit()
     home.wait(untouched, "succeeded", seconds=120)
     home.kill()
-    killer = Killer(home, submit, seed, 1, 12.0, find_damage)
+    killer = Killer(home, submit, seed, 1, 12.0, verify)
     with Sampler(home) as sampler:
         killer.run(kills, seconds, sampler)
         for job in killer.jobs:

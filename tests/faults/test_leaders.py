@@ -23,12 +23,12 @@ from trainyard.contract.processes import ProcessIdentity
 from trainyard.contract.rundir import read_json
 from trainyard.service import leadership as leasing
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import LeaderRow
+from trainyard.service.db.models import SchedulerLeaseRow
 from trainyard.service.leadership import (
     LEASE_SECONDS,
     RENEW_SECONDS,
-    Deposed,
-    Lease,
+    LeaderLease,
+    LeadershipLost,
 )
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
@@ -50,7 +50,7 @@ class Group:
     def __init__(self, url: str) -> None:
         self.database = Database(url)
         self.clocks = [Clock(), Clock(), Clock()]
-        self.leases = [Lease(self.database, clock) for clock in self.clocks]
+        self.leases = [LeaderLease(self.database, clock) for clock in self.clocks]
 
     def pass_time(self, seconds: float, *stopped: int) -> None:
         """Half a second at a time; those that are ``stopped`` do nothing, and their clocks go on as a host's does."""
@@ -65,7 +65,7 @@ class Group:
 
     def row(self) -> tuple[int, int, str | None]:
         with self.database.read() as session:
-            row = session.get(LeaderRow, 1)
+            row = session.get(SchedulerLeaseRow, 1)
             assert row is not None
             return row.epoch, row.beat, row.holder
 
@@ -91,7 +91,7 @@ def test_one_that_is_stopped_is_followed_by_another_and_its_late_write_is_refuse
     assert group.leading() in ([0, 1], [0, 2])
     assert not group.leases[0].fresh(), "it can know by its own clock that it slept"
     assert group.row()[0] == 2
-    with pytest.raises(Deposed), group.database.write() as session:
+    with pytest.raises(LeadershipLost), group.database.write() as session:
         group.leases[0].fence(session)
     group.pass_time(30)
     assert len(group.leading()) == 1
@@ -136,10 +136,10 @@ def test_a_leader_of_this_host_that_is_dead_is_not_waited_for(group: Group) -> N
     dead = {**me.to_json(), "pid": child.pid}
     for holder, taken in ((dead, True), ({**dead, "boot_id": "elsewhere"}, False), ({}, False)):
         with group.database.write() as session:
-            row = session.get(LeaderRow, 1)
+            row = session.get(SchedulerLeaseRow, 1)
             assert row is not None
             row.holder, row.epoch = json.dumps(holder), row.epoch + 1
-        assert Lease(group.database, group.clocks[1]).keep() is taken, holder
+        assert LeaderLease(group.database, group.clocks[1]).keep() is taken, holder
 
 
 def test_two_that_begin_together_are_one_leader(group: Group) -> None:
@@ -292,14 +292,14 @@ def test_who_is_deposed_says_so_and_writes_nothing(group: Group, caplog: pytest.
     assert "epoch 1" in caplog.text
     group.leases[1].epoch = 0
     for lease in group.leases[1:]:
-        with pytest.raises(Deposed):
+        with pytest.raises(LeadershipLost):
             write_late(group, lease)
     assert group.row()[1] == 1
 
 
-def write_late(group: Group, lease: Lease) -> None:
+def write_late(group: Group, lease: LeaderLease) -> None:
     with group.database.write() as session:
-        row = session.get(LeaderRow, 1)
+        row = session.get(SchedulerLeaseRow, 1)
         assert row is not None
         row.beat = 12345
         session.flush()
@@ -311,7 +311,7 @@ def leading(url: str) -> tuple[int, int]:
     database = Database(url)
     try:
         with database.read() as session:
-            row = session.get(LeaderRow, 1)
+            row = session.get(SchedulerLeaseRow, 1)
             assert row is not None
             return int(json.loads(row.holder)["pid"]) if row.holder else 0, row.epoch
     finally:

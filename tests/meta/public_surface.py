@@ -6,14 +6,14 @@ import click
 
 from tests.fakes.launcher import FakeLauncher
 from trainyard.client.cli.parser import trainyard
-from trainyard.service.app import build, create_app
+from trainyard.service.app import build_state, create_app
 from trainyard.service.settings import Settings
 
 
 def routes(home: Path) -> set[tuple[str, str]]:
     """(method, path) of every public route, as the service's own OpenAPI document has them."""
     settings = Settings.read({}, home=home, database_url=f"sqlite:///{home}/x.db")
-    app = create_app(build(settings, FakeLauncher()), scheduling=False)
+    app = create_app(build_state(settings, FakeLauncher()), scheduling=False)
     paths = app.openapi()["paths"]
     return {(method.upper(), path) for path, operations in paths.items() for method in operations}
 

@@ -16,9 +16,9 @@ from tests.client.fake_service import console, written
 from tests.service.harness import ServiceHarness
 from trainyard.client import api
 from trainyard.client.cli.main import main
-from trainyard.client.connection import Connection, Patience
+from trainyard.client.connection import Connection, RetryPolicy
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import Table
+from trainyard.service.db.models import Base
 
 MakeHarness = Callable[..., ServiceHarness]
 Command = Callable[..., tuple[int, str, str]]
@@ -81,7 +81,7 @@ def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return _sqlite_copy(request.getfixturevalue("migrated_sqlite"), tmp_path)
     url: str = request.getfixturevalue("migrated_postgres")
     database = Database(url)
-    names = ", ".join(table.name for table in Table.metadata.sorted_tables)
+    names = ", ".join(table.name for table in Base.metadata.sorted_tables)
     with database.engine.begin() as connection:
         connection.execute(text(f"TRUNCATE {names} RESTART IDENTITY CASCADE"))
     database.close()
@@ -140,7 +140,7 @@ def command(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> Command:
         return httpx2.Response(answer.status_code, headers=answer.headers, content=answer.content)
 
     def connected(url: str, token: str | None, timeout: float, *_: object) -> Connection:
-        return Connection(url, token, timeout, Patience(seconds=0), httpx2.MockTransport(answered))
+        return Connection(url, token, timeout, RetryPolicy(seconds=0), httpx2.MockTransport(answered))
 
     monkeypatch.setattr(api, "Connection", connected)
     for name in ("TRAINYARD_TOKEN", "TRAINYARD_URL"):

@@ -14,14 +14,14 @@ from fastapi.testclient import TestClient
 from tests.fakes.inventory import FixedInventory
 from tests.fakes.launcher import FakeAttempt, FakeLauncher
 from trainyard.contract.status import JobStatus
-from trainyard.service.api.dependencies import Services
+from trainyard.service.api.dependencies import AppState
 from trainyard.service.app import create_app
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Device, cpu_slots
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.settings import Settings
-from trainyard.service.streams.broadcaster import Pulse
-from trainyard.service.webhooks.http_client import Courier
+from trainyard.service.streams.broadcaster import MetricBroadcaster
+from trainyard.service.webhooks.http_client import WebhookClient
 from trainyard.service.webhooks.sender import Sender
 
 URL = "http://127.0.0.1:8000"
@@ -53,7 +53,7 @@ class ServiceHarness:
         token: str | None = None,
         scheduling: bool = False,
         preempts: bool = False,
-        courier: Courier | None = None,
+        courier: WebhookClient | None = None,
         **environment: str,
     ) -> None:
         self.home, self.url, self.devices = home, url, devices
@@ -67,10 +67,10 @@ class ServiceHarness:
         self.database = Database(url)
         inventory = FixedInventory(tuple(devices))
         self.scheduler = Scheduler(self.database, self.launcher, inventory, self.clock, preempts=preempts)
-        self.pulse = Pulse(self.database)
-        courier = courier or Courier(self.settings.webhook_networks)
+        self.pulse = MetricBroadcaster(self.database)
+        courier = courier or WebhookClient(self.settings.webhook_networks)
         self.sender = Sender(self.database, courier, clock=self.clock)
-        services = Services(self.settings, self.database, inventory, self.scheduler, self.pulse, self.sender)
+        services = AppState(self.settings, self.database, inventory, self.scheduler, self.pulse, self.sender)
         self.app = create_app(services, scheduling=scheduling)
         self.client = TestClient(self.app, base_url=URL, raise_server_exceptions=True)
         self.client.__enter__()
@@ -83,7 +83,7 @@ class ServiceHarness:
         return ServiceHarness(self.home, self.url, self.devices, self.launcher, self.clock)
 
     def reconcile(self) -> None:
-        self.scheduler.settle()
+        self.scheduler.reconcile_until_stable()
 
     # What users do
 

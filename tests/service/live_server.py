@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from tests.service.harness import ServiceHarness
-from trainyard.service.server import Protocol
+from trainyard.service.server import TimeoutH11Protocol
 
 DEADLINE = 20.0
 
@@ -24,7 +24,7 @@ def served(rig: ServiceHarness) -> Iterator[tuple[str, int]]:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 << 10)
     config = uvicorn.Config(
         rig.app,
-        http=Protocol,
+        http=TimeoutH11Protocol,
         lifespan="off",
         log_level="critical",
         access_log=False,

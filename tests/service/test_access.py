@@ -25,9 +25,9 @@ from trainyard.service.api import middleware
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.app import ROUTERS, create_app
 from trainyard.service.auth import authenticator
-from trainyard.service.auth.authenticator import Gatekeeper
+from trainyard.service.auth.authenticator import Authenticator
 from trainyard.service.auth.permissions import ADMIN, READ, scopes_of
-from trainyard.service.auth.principal import RESERVED, Caller
+from trainyard.service.auth.principal import RESERVED, Principal
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import TokenRow
 from trainyard.service.errors import Unauthorized
@@ -233,20 +233,20 @@ def test_revocation_holds_at_once_and_for_good(guarded: ServiceHarness) -> None:
     assert (again.status_code, again.json()["code"]) == (409, "token_name_taken")
 
 
-def caller(gate: Gatekeeper, token: str) -> Caller:
+def caller(gate: Authenticator, token: str) -> Principal:
     # On a thread of its own: a test of the browser may have left a loop running on this one.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(gate.caller(token))).result()
+        return pool.submit(lambda: asyncio.run(gate.authenticate(token))).result()
 
 
 def test_another_server_hears_of_it_in_its_time(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(authenticator, "REMEMBER_SECONDS", 3600.0)
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 3600.0)
     token = created(guarded)
-    elsewhere = Gatekeeper(guarded.settings, guarded.database)
+    elsewhere = Authenticator(guarded.settings, guarded.database)
     assert caller(elsewhere, token).name == "ci"
     guarded.client.delete("/tokens/ci")
     assert caller(elsewhere, token).name == "ci", "it looked a moment ago"
-    monkeypatch.setattr(authenticator, "REMEMBER_SECONDS", 0.0)
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 0.0)
     with pytest.raises(Unauthorized, match="revoked"):
         caller(elsewhere, token)
 
@@ -265,8 +265,8 @@ def test_uses_are_written_now_and_then(guarded: ServiceHarness, monkeypatch: pyt
     assert len(written) == 1
     first = listed(guarded)["ci"]["last_used_at"]
     assert first is not None
-    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + authenticator.USED_AGAIN)
-    monkeypatch.setattr(authenticator, "REMEMBER_SECONDS", 0.0)
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + authenticator.LAST_USED_INTERVAL)
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 0.0)
     for _ in range(3):
         assert status(guarded, token) == 200
     assert len(written) == 2
@@ -311,7 +311,7 @@ def test_names_that_mean_something_else_are_not_given(guarded: ServiceHarness) -
 
 
 def test_a_stream_ends_with_the_token_that_opened_it(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "LOOK_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(middleware, "TOKEN_RECHECK_SECONDS", 0.0)
     token = created(guarded)
     job_id, attempt = guarded.running()
     with served(guarded) as address:

@@ -16,10 +16,10 @@ from tests.service.live_server import DEADLINE, served
 from trainyard.contract.status import Reason
 from trainyard.service.errors import RangeUnsatisfiable
 from trainyard.service.storage.checkpoint_files import (
-    Slice,
-    looks_sound,
-    manifest_of,
-    slice_of,
+    ByteRange,
+    is_valid,
+    parse_range,
+    read_manifest,
 )
 
 MODEL = bytes(range(256)) * 40
@@ -115,15 +115,15 @@ def test_a_file_is_not_read_on_when_the_client_has_left(rig: ServiceHarness) -> 
     ],
 )
 def test_ranges(asked: str | None, expected: tuple[int, int, bool]) -> None:
-    found = slice_of(asked, 100)
+    found = parse_range(asked, 100)
     assert (found.first, found.last, found.partial) == expected
-    assert Slice(0, 9, 100, partial=True).length == 10
+    assert ByteRange(0, 9, 100, partial=True).length == 10
 
 
 @pytest.mark.parametrize(("asked", "size"), [("bytes=100-", 100), ("bytes=-0", 100), ("bytes=0-", 0)])
 def test_ranges_behind_the_end(asked: str, size: int) -> None:
     with pytest.raises(RangeUnsatisfiable):
-        slice_of(asked, size)
+        parse_range(asked, size)
 
 
 def test_only_what_the_manifest_names(rig: ServiceHarness, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_only_what_the_manifest_names(rig: ServiceHarness, tmp_path: Path) -> No
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["files"]["../../../secret"] = {"bytes": 6, "sha256": "a"}
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    assert sorted(manifest_of(directory) or {}) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(read_manifest(directory) or {}) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     assert rig.client.get(url(job_id, 10, "state.json")).content == b"{}\n"
 
 
@@ -215,7 +215,7 @@ def test_never_the_last_valid_one(any_rig: ServiceHarness) -> None:
     job_id = at_rest(any_rig, 10, 20)
     checkpoints = any_rig.home / "runs" / job_id / "checkpoints"
     (checkpoints / "step-00000020" / "model.safetensors").write_bytes(b"cut")
-    assert not looks_sound(checkpoints / "step-00000020")
+    assert not is_valid(checkpoints / "step-00000020")
     answer = any_rig.client.delete(f"/jobs/{job_id}/checkpoints/10")
     assert (answer.status_code, answer.json()["code"]) == (409, "last_checkpoint")
     assert any_rig.client.delete(f"/jobs/{job_id}/checkpoints/20").status_code == 204, "the damaged one may go"

@@ -9,7 +9,7 @@ from tests.fakes.launcher import FakeAttempt
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import JobStatus
-from trainyard.service.launch.base import Placement, State
+from trainyard.service.launch.base import AttemptState, Placement
 
 SILENCE = "Slurm does not answer: squeue takes long"
 WAITING = Placement("7", "pending", "Slurm: Resources")
@@ -41,20 +41,20 @@ def waiting_for(rig: ServiceHarness, job_id: str) -> str | None:
 
 def test_a_job_waits_for_its_cluster_s_answer_and_says_so(cluster: ServiceHarness) -> None:
     job_id, attempt = submitted(cluster)
-    attempt.state, attempt.silence = State.UNKNOWN, SILENCE
+    attempt.state, attempt.silence = AttemptState.UNKNOWN, SILENCE
     later(cluster)
     assert cluster.job(job_id)["placement"]["engine_id"] == ""
     assert waiting_for(cluster, job_id) == SILENCE
-    attempt.state, attempt.placement = State.ALIVE, WAITING
+    attempt.state, attempt.placement = AttemptState.ALIVE, WAITING
     later(cluster)
     assert waiting_for(cluster, job_id) == "Slurm: Resources"
-    attempt.state = State.UNKNOWN
+    attempt.state = AttemptState.UNKNOWN
     later(cluster)
     assert (cluster.job(job_id)["placement"]["engine_id"], waiting_for(cluster, job_id)) == ("7", SILENCE)
-    attempt.state, attempt.placement = State.ALIVE, PLACED
+    attempt.state, attempt.placement = AttemptState.ALIVE, PLACED
     later(cluster)
     assert waiting_for(cluster, job_id) is None
-    attempt.state = State.UNKNOWN
+    attempt.state = AttemptState.UNKNOWN
     later(cluster)
     assert cluster.job(job_id)["placement"]["waiting_for"] is None, "it runs, whoever is silent"
 
@@ -71,7 +71,7 @@ def test_where_an_attempt_ran_is_kept_once_its_cluster_says_no_more(cluster: Ser
 def test_a_launch_without_an_answer_says_why_it_stands_still(cluster: ServiceHarness) -> None:
     cluster.launcher.fail_next = "no_answer_but_done"
     job_id, attempt = submitted(cluster)
-    attempt.state, attempt.silence = State.UNKNOWN, SILENCE
+    attempt.state, attempt.silence = AttemptState.UNKNOWN, SILENCE
     later(cluster)
     assert (cluster.status(job_id), waiting_for(cluster, job_id)) == (JobStatus.STARTING, SILENCE)
     assert cluster.data(job_id, "attempts")[0]["launched_at"] is None, "nobody knows that"

@@ -8,21 +8,23 @@ from typing import Any
 import pytest
 
 from tests.contract.test_cache import KEYS, LONG_AGO, filled, nothing
-from trainyard.contract.cache import CorpusCache, Kept
+from trainyard.contract.cache import CacheEntry, CorpusCache
 from trainyard.service.maintenance.corpus_cache import (
     DAY,
-    CorpusShelf,
+    CorpusCachePruner,
     Limits,
+    corpora_to_delete,
     main,
-    surplus,
 )
 
 NOW = LONG_AGO + 100 * DAY
 
 
-def kept(*entries: tuple[float, int, bool]) -> list[Kept]:
+def kept(*entries: tuple[float, int, bool]) -> list[CacheEntry]:
     """(days since its last use, bytes, in use) of each."""
-    return [Kept(str(n), Path(str(n)), size, NOW - days * DAY, used) for n, (days, size, used) in enumerate(entries)]
+    return [
+        CacheEntry(str(n), Path(str(n)), size, NOW - days * DAY, used) for n, (days, size, used) in enumerate(entries)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -41,24 +43,24 @@ def kept(*entries: tuple[float, int, bool]) -> list[Kept]:
     ],
 )
 def test_what_is_surplus(entries: list[tuple[float, int, bool]], limits: Limits, gone: str) -> None:
-    assert "".join(each.key for each in surplus(kept(*entries), limits, NOW)) == gone
+    assert "".join(each.key for each in corpora_to_delete(kept(*entries), limits, NOW)) == gone
 
 
 def test_the_shelf_is_tidied_once_an_hour(tmp_path: Path) -> None:
     cache, ticks = filled(tmp_path, *KEYS), [0.0]
-    shelf = CorpusShelf(cache, Limits(30, 0), clock=lambda: NOW, monotonic=lambda: ticks[0])
+    shelf = CorpusCachePruner(cache, Limits(30, 0), clock=lambda: NOW, monotonic=lambda: ticks[0])
     with cache.use(KEYS[1], nothing):
         os.utime(cache.used(KEYS[1]), (LONG_AGO, LONG_AGO))
-        shelf.tidy_when_due()
-        assert [each.key for each in cache.kept()] == [KEYS[1]]
+        shelf.prune_when_due()
+        assert [each.key for each in cache.entries()] == [KEYS[1]]
         (cache.directory(KEYS[0])).mkdir()
         os.utime(cache.used(KEYS[0]), (LONG_AGO, LONG_AGO))
         ticks[0] = 3599.0
-        shelf.tidy_when_due()
-        assert len(cache.kept()) == 2
+        shelf.prune_when_due()
+        assert len(cache.entries()) == 2
         ticks[0] = 3600.0
-        shelf.tidy_when_due()
-        assert [each.key for each in cache.kept()] == [KEYS[1]], "a run has it open, however old it is"
+        shelf.prune_when_due()
+        assert [each.key for each in cache.entries()] == [KEYS[1]], "a run has it open, however old it is"
 
 
 def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -89,7 +91,7 @@ def test_the_command_lists_and_prunes(
         assert gone[0].endswith("/data/c.jsonl")
         assert gone[1:] == ["1 removed, 3.0 MB"]
         assert command("prune", "--bytes", "1", capsys=capsys)[-1] == "1 removed, 3.0 MB"
-        assert [each.key for each in cache.kept()] == [KEYS[1]]
+        assert [each.key for each in cache.entries()] == [KEYS[1]]
     with pytest.raises(SystemExit):
         main(["prune", "--days", "-1"])
 
@@ -98,5 +100,5 @@ def test_the_settings_are_the_limits(tmp_path: Path) -> None:
     from trainyard.service.settings import Settings
 
     environment: dict[str, Any] = {"TRAINYARD_HOME": str(tmp_path), "TRAINYARD_CORPUS_BYTES": "7"}
-    shelf = CorpusShelf.of(Settings.read(environment))
+    shelf = CorpusCachePruner.of(Settings.read(environment))
     assert (shelf.limits, shelf.cache) == (Limits(30, 7), CorpusCache(tmp_path / "cache" / "corpus"))

@@ -17,15 +17,15 @@ from tests.service.harness import ServiceHarness, in_threads
 from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import (
     Database,
-    UnknownTables,
+    UnknownSchemaVersion,
     alembic_config,
     newest_revision,
 )
 from trainyard.service.db.models import (
+    Base,
+    DeviceLeaseRow,
     EventRow,
     JobRow,
-    LeaseRow,
-    Table,
 )
 from trainyard.service.jobs import repository
 
@@ -58,11 +58,11 @@ def test_migrations_build_what_the_tables_say(empty: str) -> None:
     database = Database(empty)
     database.upgrade()
     with database.engine.connect() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), Table.metadata)
+        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
         assert differences == []
         found = inspect(connection)
-        assert set(Table.metadata.tables) <= set(found.get_table_names())
-        for name, table in Table.metadata.tables.items():
+        assert set(Base.metadata.tables) <= set(found.get_table_names())
+        for name, table in Base.metadata.tables.items():
             assert [c["name"] for c in found.get_columns(name)] == [c.name for c in table.columns]
             wanted = {index.name for index in table.indexes}
             assert wanted <= {index["name"] for index in found.get_indexes(name)}
@@ -88,11 +88,11 @@ def test_tables_of_a_later_version_are_left_alone(empty: str) -> None:
     database.upgrade()
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(UnknownTables, match="at migration 9999, which this version does not know"):
+    with pytest.raises(UnknownSchemaVersion, match="at migration 9999, which this version does not know"):
         database.upgrade()
     with database.write() as session:
         session.execute(text("DELETE FROM alembic_version"))
-        Table.metadata.drop_all(session.connection())
+        Base.metadata.drop_all(session.connection())
     database.upgrade()
     database.close()
 
@@ -180,17 +180,17 @@ def test_a_write_that_fails_leaves_nothing(any_rig: ServiceHarness) -> None:
 def test_a_status_changes_only_by_the_table_and_only_once(any_rig: ServiceHarness) -> None:
     from trainyard.contract.status import JobStatus
     from trainyard.service.errors import Conflict
-    from trainyard.service.jobs.repository import ImpossibleTransition, Note
+    from trainyard.service.jobs.repository import EventDraft, ImpossibleTransition
 
     job_id = any_rig.submit()
-    note = Note("status", "test")
+    note = EventDraft("status", "test")
     with pytest.raises(ImpossibleTransition), any_rig.database.write() as session:
-        repository.move(session, repository.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
+        repository.transition(session, repository.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
     with any_rig.database.read() as session:
         stale = repository.find(session, job_id)
     any_rig.post_action(job_id, "pause")
     with pytest.raises(Conflict), any_rig.database.write() as session:
-        repository.move(session, stale, JobStatus.STARTING, note, utc_now())
+        repository.transition(session, stale, JobStatus.STARTING, note, utc_now())
     assert any_rig.status(job_id) is JobStatus.PAUSED
     with any_rig.database.read() as session:
         moves = [e.message for e in session.query(EventRow).filter(EventRow.kind == "status")]
@@ -202,7 +202,7 @@ def test_a_status_changes_only_by_the_table_and_only_once(any_rig: ServiceHarnes
 def test_a_device_cannot_have_two_leases(any_rig: ServiceHarness) -> None:
     _, attempt = any_rig.running()
     with pytest.raises(IntegrityError), any_rig.database.write() as session:
-        session.add(LeaseRow(device="cpu:0", attempt_id=attempt.launch.attempt_id, job_id="x"))
+        session.add(DeviceLeaseRow(device="cpu:0", attempt_id=attempt.launch.attempt_id, job_id="x"))
 
 
 def test_times_have_a_zone(any_rig: ServiceHarness) -> None:

@@ -11,7 +11,7 @@ from trainyard.client.cli.parser import trainyard
 from trainyard.client.cli.spec_flags import spec_of
 from trainyard.contract.spec import TrainingSpec
 from trainyard.contract.status import Reason
-from trainyard.service.jobs.failures import Trouble, remedies
+from trainyard.service.jobs.failures import FailureContext, next_actions
 
 MEMORY = 61_000_000_000
 
@@ -100,13 +100,13 @@ def test_a_crash_starts_again_by_itself_and_says_where_to_read(rig: ServiceHarne
 
 def test_ends_that_only_the_agent_saw_and_forks_without_a_checkpoint() -> None:
     spec = {"training": TrainingSpec(batch_size=1).model_dump(mode="json")}
-    lost = Trouble("job_a", 2, Reason.NODE_LOST, None, spec, None, True, True, False)
-    resume, log = remedies(lost)
+    lost = FailureContext("job_a", 2, Reason.NODE_LOST, None, spec, None, True, True, False)
+    resume, log = next_actions(lost)
     assert resume.words == "Resume from its parent's checkpoint"
     assert log.command == "trainyard logs job_a --attempt 2 --rank agent --tail 50"
     assert log.path == "/jobs/job_a/logs?attempt=2&rank=agent&tail=50"
-    own = Trouble("job_a", 2, "something newer", 3, spec, 400, True, False, False)
-    assert [one.words for one in remedies(own)] == ["Read the log of rank 3"]
+    own = FailureContext("job_a", 2, "something newer", 3, spec, 400, True, False, False)
+    assert [one.words for one in next_actions(own)] == ["Read the log of rank 3"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 9, 32, 65536])

@@ -41,9 +41,9 @@ def test_a_fork_is_a_job_with_a_parent_and_its_files(any_rig: ServiceHarness) ->
     assert made["spec"]["training"]["learning_rate"] == 1e-4
     assert (made["progress"]["step"], made["plan"]["base_step"], made["plan"]["global_batch"]) == (400, 0, 8)
     run = RunDir(any_rig.home / "runs" / made["id"])
-    source = RunDir(any_rig.home / "runs" / job_id).products(None).checkpoint(400)
+    source = RunDir(any_rig.home / "runs" / job_id).artifacts(None).checkpoint(400)
     for file in source.iterdir():
-        assert (run.products(None).origin / file.name).stat().st_ino == file.stat().st_ino
+        assert (run.artifacts(None).origin / file.name).stat().st_ino == file.stat().st_ino
     assert Fork.model_validate_json(run.fork.read_bytes()) == Fork(job_id=job_id, step=400, data="keep")
     told = {event["kind"]: event for event in any_rig.data(job_id, "events")}
     assert told["forked"]["data"] == {"fork": made["id"], "step": 400, "data": "keep"}
@@ -204,7 +204,7 @@ def test_the_parent_may_go(any_rig: ServiceHarness) -> None:
     made = fork(any_rig, job_id, {"step": 400})
     any_rig.exit(attempt, "completed", step=1000)
     assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
-    origin = RunDir(any_rig.home / "runs" / made["id"]).products(None).origin
+    origin = RunDir(any_rig.home / "runs" / made["id"]).artifacts(None).origin
     assert (origin / "model.safetensors").read_bytes() == bytes(range(256)) * 40
     assert any_rig.job(made["id"])["parent"]["job_id"] == job_id
     lineage = any_rig.get(f"/jobs/{made['id']}/metrics", lineage=True)["lineage"]
@@ -219,13 +219,13 @@ def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: 
     any_rig.exit(attempt, "completed", step=1000)
     from trainyard.service.forks import service
 
-    laid = service.lay_out
+    laid = service.prepare_run_dir
 
     def deleted(*args: Any) -> None:
         laid(*args)
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
 
-    with mock.patch.object(service, "lay_out", deleted):
+    with mock.patch.object(service, "prepare_run_dir", deleted):
         assert fork(any_rig, job_id, {"step": 800}, 404)["code"] == "job_not_found"
     assert list((any_rig.home / "runs").iterdir()) == []
     assert list(any_rig.settings.trash.iterdir()) == []
@@ -248,7 +248,7 @@ def test_without_links_the_files_are_copied_and_a_link_in_their_place_is_not_fol
     job_id = ready(rig)
     with mock.patch.object(os, "link", side_effect=OSError(18, "Invalid cross-device link")):
         made = fork(rig, job_id, {"step": 400})
-    origin = RunDir(rig.home / "runs" / made["id"]).products(None).origin
+    origin = RunDir(rig.home / "runs" / made["id"]).artifacts(None).origin
     assert (origin / "model.safetensors").stat().st_nlink == 1
     assert json.loads((origin / "manifest.json").read_text())["files"]
     place = rig.home / "runs" / job_id / "checkpoints" / "step-00000400"
@@ -354,7 +354,7 @@ def test_a_long_parent_is_read_from_what_is_summed_up(rig: ServiceHarness) -> No
 def test_a_service_killed_between_record_and_files_leaves_nothing(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400)
     any_rig.exit(attempt, "completed", step=1000)
-    with mock.patch.object(deletion.Doomed, "carry_out", side_effect=RuntimeError):
+    with mock.patch.object(deletion.PendingDeletion, "delete_files", side_effect=RuntimeError):
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 500
     assert any_rig.get(f"/jobs/{job_id}", 404)
     assert (any_rig.home / "runs" / job_id).is_dir()
@@ -397,7 +397,7 @@ def test_a_note_that_somebody_holds_or_that_is_torn_or_foreign_harms_nothing(
 ) -> None:
     kept = rig.home / "runs" / "job_abc"
     kept.mkdir(parents=True)
-    with deletion.doomed(rig.settings, "job_abc", None):
+    with deletion.mark_for_deletion(rig.settings, "job_abc", None):
         deletion.sweep(rig.settings, rig.database)
         assert kept.is_dir()
     (rig.settings.trash / "job_abc.json").write_text('["/ho')

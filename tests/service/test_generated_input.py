@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.service.harness import ServiceHarness
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.service.ingest.parsing import LARGEST, read
+from trainyard.service.ingest.parsing import MAX_INTEGER, read
 from trainyard.service.schemas import Job
 
 LENIENT = settings(
@@ -110,7 +110,7 @@ def test_reading_a_line_never_fails(line: dict[str, Any]) -> None:
     event = read({**line, "seq": 7})
     assert event.seq == 7
     for value in event.model_dump().values():
-        assert not isinstance(value, int) or abs(value) <= LARGEST
+        assert not isinstance(value, int) or abs(value) <= MAX_INTEGER
 
 
 def stitched_slowly(attempts: list[tuple[int, list[int]]]) -> list[tuple[int, int]]:

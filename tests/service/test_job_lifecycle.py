@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from tests.service.harness import ServiceHarness, path_of
-from trainyard.contract.status import JobStatus, Reason, may_become
+from trainyard.contract.status import JobStatus, Reason, can_transition
 
 
 def test_from_submit_to_success(any_rig: ServiceHarness) -> None:
@@ -270,7 +270,7 @@ def test_every_change_in_the_log_is_in_the_table(any_rig: ServiceHarness) -> Non
     statuses = ["queued", *path_of(rig.data(job_id, "events"))]
     assert statuses[-1] == "cancelled"
     for before, after in itertools.pairwise(statuses):
-        assert may_become(JobStatus(before), JobStatus(after)), (before, after)
+        assert can_transition(JobStatus(before), JobStatus(after)), (before, after)
 
 
 def test_an_end_beyond_the_last_point_counts(any_rig: ServiceHarness) -> None:

@@ -20,7 +20,7 @@ from trainyard.service.api import bodies, middleware
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import IdempotencyRow
 from trainyard.service.jobs import repository
-from trainyard.service.observability.prometheus import Telemetry
+from trainyard.service.observability.prometheus import ServiceMetrics
 from trainyard.service.settings import Settings
 
 
@@ -222,7 +222,7 @@ def test_the_text_is_complete_and_well_formed(any_rig: ServiceHarness) -> None:
 
 
 def test_a_histogram_counts_up() -> None:
-    telemetry = Telemetry()
+    telemetry = ServiceMetrics()
     for value in (0.005, 0.01, 0.02, 90.0):
         telemetry.requests.labels("GET", "/jobs", "200").observe(value)
     (found,) = [metric for metric in telemetry.collect() if metric.name == "trainyard_request_seconds"]
@@ -240,8 +240,8 @@ def test_a_histogram_counts_up() -> None:
 
 
 def test_each_service_counts_its_own_work() -> None:
-    first, second = Telemetry(), Telemetry()
-    first.removes("metrics", 3)
+    first, second = ServiceMetrics(), ServiceMetrics()
+    first.rows_removed("metrics", 3)
     assert [s.value for metric in first.collect() for s in metric.samples if s.labels == {"what": "metrics"}] == [3]
     assert [s for metric in second.collect() for s in metric.samples if s.labels == {"what": "metrics"}] == []
 

@@ -11,7 +11,7 @@ import pytest
 from tests.service.harness import ServiceHarness
 from tests.service.test_job_logs import log
 from trainyard.service.logs import line_index
-from trainyard.service.logs.line_index import ELLIPSIS, LONGEST_LINE, Lines
+from trainyard.service.logs.line_index import ELLIPSIS, MAX_LINE, LineIndexCache
 from trainyard.service.logs.reader import BLOCK
 
 SEED = 7
@@ -23,7 +23,7 @@ def plain(path: Path) -> list[str]:
     return whole[:-1] if text.endswith("\n") or not text else whole
 
 
-def found_all(known: Lines, path: Path, wanted: str, limit: int) -> list[tuple[int, str]]:
+def found_all(known: LineIndexCache, path: Path, wanted: str, limit: int) -> list[tuple[int, str]]:
     found, after, ended = [], 0, False
     while not ended:
         matches, after, ended = known.search(path, wanted, after, limit)
@@ -39,7 +39,7 @@ def test_lines_and_matches_are_those_of_the_file(
     monkeypatch.setattr(line_index, "BLOCK", block)
     monkeypatch.setattr(line_index, "SEARCH_BLOCK", max(200, block))
     dice = random.Random(SEED)
-    path, known = tmp_path / "log", Lines()
+    path, known = tmp_path / "log", LineIndexCache()
     path.write_bytes(b"")
     for _ in range(6):
         with path.open("ab") as file:
@@ -58,7 +58,7 @@ def test_lines_and_matches_are_those_of_the_file(
 
 
 def test_a_log_that_was_begun_anew_is_counted_anew(tmp_path: Path) -> None:
-    path, known = tmp_path / "log", Lines()
+    path, known = tmp_path / "log", LineIndexCache()
     path.write_text("one\n" * 50_000)
     assert known.read(path, 50_000, 9)[0] == ["one"]
     path.write_text("two\n")
@@ -67,18 +67,18 @@ def test_a_log_that_was_begun_anew_is_counted_anew(tmp_path: Path) -> None:
 
 
 def test_long_lines_are_cut_and_skipped(tmp_path: Path) -> None:
-    path, known = tmp_path / "log", Lines()
+    path, known = tmp_path / "log", LineIndexCache()
     path.write_bytes(b"first\n" + b"x" * (3 << 20) + b"needle\n" + b"\xf0\x9f\x98\x80" * 2000 + b"\nlast needle\n")
     read, index = known.read(path, 1, 10)
     assert index.total == 4
-    assert [len(line) for line in read] == [5, LONGEST_LINE + 1, LONGEST_LINE // 4 + 1, 11]
+    assert [len(line) for line in read] == [5, MAX_LINE + 1, MAX_LINE // 4 + 1, 11]
     assert read[1].endswith(ELLIPSIS)
     assert found_all(known, path, "NEEDLE", 10) == [(4, "last needle")]
     assert [line for line, _ in found_all(known, path, "x", 10)] == [2]
 
 
 def test_a_million_lines_cost_a_moment_and_little_memory(tmp_path: Path) -> None:
-    path, known = tmp_path / "log", Lines()
+    path, known = tmp_path / "log", LineIndexCache()
     step = "step {:>8} loss 2.9134 lr 2.61e-04 tok/s 118240 grad 0.48 mem 61.2 GB data 0.8 ms\n"
     path.write_text("".join(step.format(i) for i in range(1, 1_000_001)))
     known.read(path, 1, 1)

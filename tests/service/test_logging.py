@@ -12,8 +12,8 @@ import pytest
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
-from trainyard.service.observability.logging import Censor, formatter, set_up
-from trainyard.service.settings import Settings, SettingsRefused
+from trainyard.service.observability.logging import RedactingFilter, configure_logging, formatter
+from trainyard.service.settings import InvalidSettings, Settings
 
 SECRET = "canary-" + "s3cret" * 4
 
@@ -169,14 +169,14 @@ def test_values_of_statements_are_not_logged(any_rig: ServiceHarness, log: Log) 
 
 @pytest.mark.parametrize("said", [f"Bearer {SECRET}", f"authorization: bearer {SECRET}", f"x://user:{SECRET}@host/"])
 def test_what_looks_like_a_secret_is_blacked_out(said: str) -> None:
-    shown = Censor([])(said)
+    shown = RedactingFilter([])(said)
     assert SECRET not in shown
     assert "***" in shown
 
 
 def test_short_words_are_no_secrets() -> None:
-    assert Censor(["", "a"])("a plain line") == "a plain line"
-    assert Censor(["longer", "longer still"])("longer still, longer") == "***, ***"
+    assert RedactingFilter(["", "a"])("a plain line") == "a plain line"
+    assert RedactingFilter(["longer", "longer still"])("longer still, longer") == "***, ***"
 
 
 def test_text_is_one_line_whatever_stands_in_it() -> None:
@@ -190,7 +190,7 @@ def test_everything_in_the_process_writes_alike(capsys: pytest.CaptureFixture[st
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     try:
-        set_up("json", "info", [SECRET])
+        configure_logging("json", "info", [SECRET])
         logging.getLogger("some.library").warning("a library says %s", SECRET)
         with warnings.catch_warnings():
             warnings.simplefilter("always")
@@ -210,7 +210,7 @@ def test_the_settings() -> None:
     found = Settings.read({"TRAINYARD_LOG_FORMAT": "json", "TRAINYARD_LOG_LEVEL": "warning"})
     assert (found.log_format, found.log_level) == ("json", "warning")
     for name in ("TRAINYARD_LOG_FORMAT", "TRAINYARD_LOG_LEVEL", "TRAINYARD_PREEMPTION"):
-        with pytest.raises(SettingsRefused, match=name):
+        with pytest.raises(InvalidSettings, match=name):
             Settings.read({name: "loud"})
     secret = Settings.read({"TRAINYARD_TOKEN": SECRET, "TRAINYARD_DATABASE_URL": "postgresql://u:p4ssw0rd@h/d"})
     assert secret.secrets() == [SECRET, "p4ssw0rd"]

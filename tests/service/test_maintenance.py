@@ -20,9 +20,9 @@ from trainyard.contract.status import Reason
 from trainyard.service.clock import utc_now
 from trainyard.service.db import cli
 from trainyard.service.db import copy as transfer
-from trainyard.service.db.copy import CopyRefused, copy, shown
+from trainyard.service.db.copy import CopyRefused, copy, printable_url
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import JobRow, MetricRow, Table
+from trainyard.service.db.models import Base, JobRow, MetricRow
 
 COUNT = itertools.count()
 
@@ -54,7 +54,7 @@ def upgraded(url: str) -> None:
     database.close()
 
 
-def quiet(_: transfer.Copied) -> None:
+def quiet(_: transfer.TableCopy) -> None:
     pass
 
 
@@ -125,7 +125,7 @@ def test_there_and_back_is_the_same(rig: ServiceHarness, empty_postgres: str, tm
         (table.table, table.rows, table.digest) for table in back
     ]
     first, last = (sqlite3.connect(path) for path in (tmp_path / "trainyard.db", tmp_path / "back.db"))
-    for table in Table.metadata.sorted_tables:
+    for table in Base.metadata.sorted_tables:
         names = ", ".join(f'"{column.name}"' for column in table.columns)
         query = f"SELECT {names} FROM {table.name} ORDER BY {names}"
         if table.name not in transfer.LEFT_OUT:
@@ -158,14 +158,14 @@ def test_a_copy_that_fails_leaves_nothing(
     fill(rig)
     rig.close()
 
-    class Short(transfer.Digest):
+    class Short(transfer.RowsDigest):
         count = 0
 
         def add(self, rows: Any) -> None:
             Short.count += 1
             super().add(rows[:-1] if Short.count == 6 else rows)
 
-    monkeypatch.setattr(transfer, "Digest", Short)
+    monkeypatch.setattr(transfer, "RowsDigest", Short)
     with pytest.raises(CopyRefused, match="nothing was kept"):
         copy(rig.url, empty_postgres, quiet)
     monkeypatch.undo()
@@ -177,7 +177,7 @@ def test_a_copy_that_fails_leaves_nothing(
 def test_a_database_in_use_is_not_touched(
     rig: ServiceHarness, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("trainyard.service.db.engine.ALONE_SECONDS", 0.1)
+    monkeypatch.setattr("trainyard.service.db.engine.EXCLUSIVE_SECONDS", 0.1)
     rig.close()
     ends = {"source": rig.url, "target": targets["postgres"] if kind == "postgres" else targets["sqlite"]}
     if kind == "postgres" and held == "source":
@@ -293,7 +293,7 @@ def test_the_command_copies_homes(rig: ServiceHarness, tmp_path: Path, capsys: p
 
 
 def test_passwords_are_not_shown() -> None:
-    assert "secret" not in shown("postgresql+psycopg://me:secret@db/trainyard")
+    assert "secret" not in printable_url("postgresql+psycopg://me:secret@db/trainyard")
 
 
 # Backups

@@ -12,8 +12,8 @@ import pytest
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import Reason
 from trainyard.service.metrics.downsampling import (
-    Part,
-    part_of,
+    Aggregate,
+    aggregate_of,
     rows,
     width,
 )
@@ -185,8 +185,8 @@ def test_buckets_over_the_api(any_rig: ServiceHarness) -> None:
     assert third["loss_mean"] == pytest.approx((8 + 9 + 10 + 50) / 4)
 
 
-def points(*losses: float | None) -> list[Part]:
-    return [part_of(step, loss, 1) for step, loss in enumerate(losses, start=1)]
+def points(*losses: float | None) -> list[Aggregate]:
+    return [aggregate_of(step, loss, 1) for step, loss in enumerate(losses, start=1)]
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_what_nobody_expected_is_a_500_that_tells_nothing(rig: ServiceHarness, m
     def broken() -> None:
         raise RuntimeError(CANARY)
 
-    monkeypatch.setattr(rig.database, "look", broken)
+    monkeypatch.setattr(rig.database, "connection", broken)
     body = problem(rig.client.get("/jobs"), 500, "internal_error")
     assert CANARY not in json.dumps(body)
 
@@ -52,7 +52,7 @@ def test_a_database_that_is_away_is_a_503(rig: ServiceHarness, monkeypatch: pyte
     def away() -> None:
         raise OperationalError("SELECT 1", {}, Exception("gone"))
 
-    monkeypatch.setattr(rig.database, "look", away)
+    monkeypatch.setattr(rig.database, "connection", away)
     answer = rig.client.get("/jobs")
     problem(answer, 503, "database_unavailable")
     assert answer.headers["retry-after"] == "1"

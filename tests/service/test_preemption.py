@@ -13,10 +13,10 @@ from tests.service.harness import ServiceHarness, path_of
 from tests.service.test_plan import NOW, gpus, job
 from trainyard.contract.status import Desired, JobStatus, Reason
 from trainyard.service.devices.inventory import Device, cpu_slots
-from trainyard.service.jobs.repository import Note
-from trainyard.service.launch.base import AttemptName
+from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.launch.base import AttemptRef
 from trainyard.service.scheduler.plan import Preempt, Start, plan
-from trainyard.service.scheduler.preemption import Yielding
+from trainyard.service.scheduler.preemption import PreemptionBudget
 from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 
 
@@ -27,13 +27,13 @@ def holder(
     fields: dict[str, Any] = {"running": True, "moved": True, **rest}
     return LiveAttempt(
         f"att_{job_id}",
-        AttemptName(job_id, 1),
+        AttemptRef(job_id, 1),
         desired,
         True,
         NOW,
         NOW,
-        looked_at=NOW,
-        told=desired,
+        inspected_at=NOW,
+        notified=desired,
         priority=priority,
         devices=devices,
         created_at=NOW - timedelta(seconds=age),
@@ -196,7 +196,7 @@ def test_ten_thousand_situations() -> None:
 
 def test_room_is_told_in_words() -> None:
     seen = snapshot(*FULL, queued=[])
-    room = Yielding(seen).room_for(job("front", 4, priority=10), "cpu", 0)
+    room = PreemptionBudget(seen).room_for(job("front", 4, priority=10), "cpu", 0)
     assert str(room) == "low, mid and top make room"
 
 
@@ -326,13 +326,13 @@ def test_what_changed_between_plan_and_deed_is_seen(rig: ServiceHarness) -> None
     scheduler = rig.scheduler
     action = next(a for a in plan(scheduler._snapshot(), rig.clock()).actions if isinstance(a, Preempt))
     rig.client.patch(f"/jobs/{front}", json={"priority": 0})
-    assert scheduler._applier.do(action) is False
+    assert scheduler._applier.execute(action) is False
     assert rig.status(low) is JobStatus.RUNNING
     rig.client.patch(f"/jobs/{front}", json={"priority": 5})
     rig.post_action(front, "cancel")
-    assert scheduler._applier.do(action) is False
+    assert scheduler._applier.execute(action) is False
     rig.client.delete(f"/jobs/{front}")
-    assert scheduler._applier.do(action) is True, "look again: the job is gone"
+    assert scheduler._applier.execute(action) is True, "look again: the job is gone"
     assert rig.status(low) is JobStatus.RUNNING
 
 
@@ -350,7 +350,7 @@ def test_a_spec_of_before_there_was_such_a_field_may_make_room(rig: ServiceHarne
     with rig.database.write() as session:
         row = repository.lock(session, low)
         row.spec = {**row.spec, "resources": {k: v for k, v in row.spec["resources"].items() if k != "preemptible"}}
-        repository.tell(session, row, Note("changed", "an old spec"), rig.clock())
+        repository.record_event(session, row, EventDraft("changed", "an old spec"), rig.clock())
     rig.submit(resources={"priority": 5})
     rig.reconcile()
     assert rig.status(low) is JobStatus.PAUSING

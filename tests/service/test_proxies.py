@@ -12,10 +12,10 @@ from fastapi.testclient import TestClient
 from tests.fakes.inventory import FixedInventory
 from tests.service.harness import ServiceHarness
 from trainyard.service import __main__ as entry
-from trainyard.service.api.dependencies import Services
+from trainyard.service.api.dependencies import AppState
 from trainyard.service.app import create_app
-from trainyard.service.proxies import Proxies, address_in
-from trainyard.service.settings import Settings, SettingsRefused
+from trainyard.service.proxies import TrustedProxies, address_in
+from trainyard.service.settings import InvalidSettings, Settings
 
 SAID = {"X-Forwarded-For": "198.51.100.7", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "yard.example"}
 
@@ -24,8 +24,10 @@ def client(
     rig: ServiceHarness, proxies: str, peer: str = "10.0.0.5", hosts: tuple[str, ...] = ("127.0.0.1",)
 ) -> TestClient:
     """A client of the rig's service as somebody at ``peer`` reaches it."""
-    settings = rig.settings.model_copy(update={"proxies": Proxies.of(proxies.split(",")), "allowed_hosts": hosts})
-    services = Services(
+    settings = rig.settings.model_copy(
+        update={"proxies": TrustedProxies.of(proxies.split(",")), "allowed_hosts": hosts}
+    )
+    services = AppState(
         settings, rig.database, FixedInventory(tuple(rig.devices)), rig.scheduler, rig.pulse, rig.sender
     )
     app = create_app(services, scheduling=False)
@@ -144,19 +146,19 @@ def test_a_name_that_means_another_address_is_found_out(tmp_path: Path, monkeypa
     settings = Settings.read({}, host="localhost", port=0, home=tmp_path)
     real = socket.socket.bind
     monkeypatch.setattr(socket.socket, "bind", lambda self, _: real(self, ("0.0.0.0", 0)))
-    with pytest.raises(SettingsRefused, match="others can reach"):
+    with pytest.raises(InvalidSettings, match="others can reach"):
         entry._bound(settings)
     with entry._bound(settings.model_copy(update={"token": "long enough"})) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"
 
 
 def test_the_setting() -> None:
-    with pytest.raises(SettingsRefused, match="through a proxy without a token"):
+    with pytest.raises(InvalidSettings, match="through a proxy without a token"):
         Settings.read({"TRAINYARD_TRUSTED_PROXIES": "127.0.0.1"})
     for wrong in ("proxy.example", "10.0.0.5/8", "10.0.0.256", "*"):
-        with pytest.raises(SettingsRefused, match="addresses or networks"):
+        with pytest.raises(InvalidSettings, match="addresses or networks"):
             Settings.read({"TRAINYARD_TRUSTED_PROXIES": wrong, "TRAINYARD_TOKEN": "x"})
     settings = Settings.read({"TRAINYARD_TRUSTED_PROXIES": "127.0.0.1, 10.0.0.0/8,", "TRAINYARD_TOKEN": "x"})
     assert len(settings.proxies.networks) == 2
     assert json.dumps(str(settings.proxies.networks[0])) == '"127.0.0.1/32"'
-    assert Settings.read({}).proxies == Proxies()
+    assert Settings.read({}).proxies == TrustedProxies()

@@ -85,8 +85,8 @@ def test_what_a_submission_shows_is_what_it_has_committed(any_rig: ServiceHarnes
 def test_rows_are_shown_as_the_entities_would_be(any_rig: ServiceHarness) -> None:
     """The plain rows have every attribute of the entity, converted alike."""
     job_id, _ = any_rig.running(labels={"a": "b"})
-    with any_rig.database.look() as connection:
-        (row,) = queries.one(connection, job_id).jobs
+    with any_rig.database.connection() as connection:
+        (row,) = queries.job_rows(connection, job_id).jobs
     with any_rig.database.read() as session:
         entity = repository.find(session, job_id)
     names = [attribute.key for attribute in type(entity).__mapper__.column_attrs]
@@ -98,8 +98,8 @@ def test_a_burst_of_submissions_is_looked_at_together(
     make_rig: MakeHarness, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounds: list[object] = []
-    settle = Scheduler.settle
-    monkeypatch.setattr(Scheduler, "settle", lambda self: rounds.append(settle(self)))
+    settle = Scheduler.reconcile_until_stable
+    monkeypatch.setattr(Scheduler, "reconcile_until_stable", lambda self: rounds.append(settle(self)))
     monkeypatch.setattr(loop, "PAUSE_SECONDS", 600.0)
     rig = make_rig(sqlite_url, scheduling=True)
     until(lambda: rounds)
@@ -127,7 +127,7 @@ def test_attempts_that_run_are_found_again_by_one_look(make_rig: MakeHarness, sq
     second = first.restart()
     second.launcher.looks.clear()
     second.launcher.glances = 0
-    second.scheduler.round()
+    second.scheduler.reconcile()
     assert second.launcher.glances == 1
     assert {name.job_id for name in second.launcher.looks} == {lost}, "only who was not seen to live is looked up"
     assert {second.status(job_id) for job_id in jobs} == {JobStatus.RUNNING}

@@ -13,11 +13,11 @@ from sqlalchemy.exc import OperationalError
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
-from trainyard.service.api.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, parts
+from trainyard.service.api.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, check_components
 from trainyard.service.db.engine import newest_revision
-from trainyard.service.db.models import LeaderRow
-from trainyard.service.leadership import LeaderWatch
-from trainyard.service.maintenance.disk_monitor import Disk, State, Usage
+from trainyard.service.db.models import SchedulerLeaseRow
+from trainyard.service.leadership import LeaderMonitor
+from trainyard.service.maintenance.disk_monitor import Disk, DiskState, Usage
 
 GIB = 1 << 30
 PROMTOOL = shutil.which("promtool")
@@ -123,14 +123,14 @@ def replica(
 ) -> dict[str, tuple[bool, str]]:
     monkeypatch.setattr(rig.scheduler, "_wanted", False)
     services = rig.app.state.services
-    monkeypatch.setattr(services.leader, "silence", silence)
-    return {part.name: (part.ok, part.detail) for part in parts(services)}
+    monkeypatch.setattr(services.leader, "seconds_since_renewal", silence)
+    return {part.name: (part.ok, part.detail) for part in check_components(services)}
 
 
 def test_a_replica_hears_whether_somebody_schedules(any_rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     assert replica(any_rig, monkeypatch, lambda _: 1.0)["scheduler"] == (True, "is about to begin")
     with any_rig.database.write() as session:
-        session.add(LeaderRow(id=1, epoch=1, beat=1, holder="{}"))
+        session.add(SchedulerLeaseRow(id=1, epoch=1, beat=1, holder="{}"))
     assert replica(any_rig, monkeypatch, lambda _: 1.0)["scheduler"] == (True, "runs in another service")
     found = replica(any_rig, monkeypatch, lambda _: TAKEOVER_SECONDS + 1)["scheduler"]
     assert found == (False, "no service that schedules was heard for 16 s")
@@ -138,22 +138,22 @@ def test_a_replica_hears_whether_somebody_schedules(any_rig: ServiceHarness, mon
 
 def test_the_leader_is_watched_by_its_counting() -> None:
     now = [100.0]
-    watch = LeaderWatch(lambda: now[0])
-    row = LeaderRow(id=1, epoch=1, beat=1, holder="{}")
+    watch = LeaderMonitor(lambda: now[0])
+    row = SchedulerLeaseRow(id=1, epoch=1, beat=1, holder="{}")
     now[0] = 103.0
-    assert watch.silence(None) == 3.0, "since we began to look"
-    assert watch.silence(row) == 0.0
+    assert watch.seconds_since_renewal(None) == 3.0, "since we began to look"
+    assert watch.seconds_since_renewal(row) == 0.0
     now[0] = 110.0
-    assert watch.silence(row) == 7.0
+    assert watch.seconds_since_renewal(row) == 7.0
     row.beat = 2
-    assert watch.silence(row) == 0.0
+    assert watch.seconds_since_renewal(row) == 0.0
     now[0], row.holder, row.beat = 115.0, None, 3
-    assert watch.silence(row) == 5.0, "nobody holds it since"
+    assert watch.seconds_since_renewal(row) == 5.0, "nobody holds it since"
     row.epoch, row.beat, row.holder = 2, 2, "{}"
-    assert watch.silence(row) == 0.0
+    assert watch.seconds_since_renewal(row) == 0.0
 
 
-def disk(state: State, free: int = 1 * GIB) -> Disk:
+def disk(state: DiskState, free: int = 1 * GIB) -> Disk:
     return Disk((Path("/somewhere/secret"),), ("home",), Usage(100 * GIB, free), 5 * GIB, state)
 
 
@@ -164,22 +164,22 @@ def see(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, *disks: Disk) -> N
 
 
 @pytest.mark.parametrize(
-    ("state", "status"), [(State.OK, 200), (State.LOW, 200), (State.FULL, 503), (State.UNREADABLE, 503)]
+    ("state", "status"), [(DiskState.OK, 200), (DiskState.LOW, 200), (DiskState.FULL, 503), (DiskState.UNREADABLE, 503)]
 )
 def test_a_low_disk_is_told_and_a_full_one_takes_no_work(
-    live: ServiceHarness, monkeypatch: pytest.MonkeyPatch, state: State, status: int
+    live: ServiceHarness, monkeypatch: pytest.MonkeyPatch, state: DiskState, status: int
 ) -> None:
     see(live, monkeypatch, disk(state))
     ok, detail = told(live, status)["disk"]
     assert ok is (status == 200)
-    assert ("home" in detail) is (state is not State.OK)
+    assert ("home" in detail) is (state is not DiskState.OK)
     assert "secret" not in live.client.get("/ready").text, "it asks for no token"
     (shown,) = live.get("/status")["disks"]
     assert (shown["id"], shown["state"], shown["paths"]) == ("home", state, ["/somewhere/secret"])
-    assert shown["free_bytes"] == (None if state is State.UNREADABLE else 1 * GIB)
+    assert shown["free_bytes"] == (None if state is DiskState.UNREADABLE else 1 * GIB)
     text = live.client.get("/metrics").text
-    assert f'trainyard_disk_low{{disk="home"}} {int(state is not State.OK)}' in text
-    assert ('trainyard_disk_free_bytes{disk="home"} 1.073741824e+09' in text) is (state is not State.UNREADABLE)
+    assert f'trainyard_disk_low{{disk="home"}} {int(state is not DiskState.OK)}' in text
+    assert ('trainyard_disk_free_bytes{disk="home"} 1.073741824e+09' in text) is (state is not DiskState.UNREADABLE)
 
 
 def test_a_disk_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_promtool_has_nothing_to_say_against_the_metrics(
 ) -> None:
     assert PROMTOOL is not None
     rig = any_rig
-    see(rig, monkeypatch, disk(State.LOW), replace(disk(State.UNREADABLE), holds=("save",)))
+    see(rig, monkeypatch, disk(DiskState.LOW), replace(disk(DiskState.UNREADABLE), holds=("save",)))
     job_id, attempt = rig.running()
     attempt.metric(1)
     rig.ship(attempt)

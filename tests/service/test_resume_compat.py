@@ -12,24 +12,24 @@ import pytest
 
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import write_checkpoint
-from trainyard.contract.file_identity import BLOCK_BYTES, BLOCKS, Sketch
-from trainyard.contract.run_identity import Identity
-from trainyard.contract.tokenizer_info import identified
+from trainyard.contract.file_identity import BLOCK_BYTES, BLOCKS, FileFingerprint
+from trainyard.contract.run_identity import RunIdentity
+from trainyard.contract.tokenizer_info import fingerprint_of
 from trainyard.service.jobs.resume_compat import identity_in
 
 
-def identity(rig: ServiceHarness, job_id: str) -> Identity:
+def identity(rig: ServiceHarness, job_id: str) -> RunIdentity:
     """What the worker would write of the job as it is now."""
     spec = rig.job(job_id)["spec"]
-    data, (size, fingerprint) = spec["data"], identified(spec["data"]["tokenizer_path"])
-    return Identity(
+    data, (size, fingerprint) = spec["data"], fingerprint_of(spec["data"]["tokenizer_path"])
+    return RunIdentity(
         model=spec["model"],
         tokenizer=fingerprint,
         corpus="c" * 64,
         seed=spec["training"]["seed"],
         max_seq_len=data["max_seq_len"],
         packing=data["packing"],
-        corpus_file=asdict(Sketch.of(Path(data["data_path"]))),
+        corpus_file=asdict(FileFingerprint.of(Path(data["data_path"]))),
         vocabulary=size,
     )
 
@@ -205,18 +205,18 @@ def test_a_sketch_reads_as_little_of_a_large_file_and_sees_its_ends(
         return pread(descriptor, count, start)
 
     monkeypatch.setattr(os, "pread", counted)
-    first = Sketch.of(file)
+    first = FileFingerprint.of(file)
     assert (first.bytes, len(read), sum(count for _, count in read)) == (size, BLOCKS, BLOCKS * BLOCK_BYTES)
     assert len(set(read)) == BLOCKS
     for place in (0, size - 1, read[30][0] + 5):
         with file.open("r+b") as changed:
             changed.seek(place)
             changed.write(b"x")
-        assert Sketch.of(file) != first, place
+        assert FileFingerprint.of(file) != first, place
         with file.open("r+b") as changed:
             changed.seek(place)
             changed.write(b"\0")
-    assert Sketch.of(file) == first
+    assert FileFingerprint.of(file) == first
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK_BYTES, BLOCK_BYTES + 1, BLOCKS * BLOCK_BYTES])
@@ -224,4 +224,4 @@ def test_all_of_a_small_file_is_in_its_sketch(tmp_path: Path, size: int) -> None
     file = tmp_path / "small"
     content = bytes(number % 251 for number in range(size))
     file.write_bytes(content)
-    assert Sketch.of(file) == Sketch(size, hashlib.sha256(content).hexdigest())
+    assert FileFingerprint.of(file) == FileFingerprint(size, hashlib.sha256(content).hexdigest())

@@ -15,18 +15,18 @@ from trainyard.contract.status import Reason
 from trainyard.service.db.models import (
     EventRow,
     JobRow,
+    MetricRollupRow,
     MetricRow,
-    StretchRow,
 )
 from trainyard.service.jobs import repository
-from trainyard.service.leadership import Deposed
+from trainyard.service.leadership import LeadershipLost
 from trainyard.service.maintenance import retention
 from trainyard.service.maintenance.retention import (
     KEPT_BUCKETS,
-    Line,
+    PointKey,
     Policy,
     Retention,
-    doomed,
+    expired,
 )
 from trainyard.service.metrics import rollups
 from trainyard.service.settings import Settings
@@ -73,7 +73,7 @@ def long_run(rig: ServiceHarness, points: int, stride: int = 1, seed: int = 1) -
         rows.append({**same, **own, "eval_loss": 1.5 if number % 500 == 0 else None})
     with rig.database.write() as session:
         session.execute(insert(MetricRow), rows)
-        rollups.advance(session, repository.lock(session, job_id), points * stride)
+        rollups.roll_up(session, repository.lock(session, job_id), points * stride)
     rig.exit(attempt, "completed", step=points * stride)
     return job_id
 
@@ -145,10 +145,10 @@ def test_short_curves_are_left_alone(rig: ServiceHarness) -> None:
 def test_what_is_thinned_out_of_a_stretch(seed: int) -> None:
     dice = random.Random(seed)
     lines = [
-        Line(1, n, n, True, None if dice.random() < 0.2 else dice.random(), 1.0 if dice.random() < 0.05 else None)
+        PointKey(1, n, n, True, None if dice.random() < 0.2 else dice.random(), 1.0 if dice.random() < 0.05 else None)
         for n in range(1, 400)
     ]
-    gone = set(doomed(lines, 64))
+    gone = set(expired(lines, 64))
     left = [line for line in lines if line not in gone]
     for bucket in range(400 // 64 + 1):
         whole, kept = ([line for line in some if line.step // 64 == bucket] for some in (lines, left))
@@ -203,7 +203,7 @@ def test_curves_go_altogether_and_the_job_stays(any_rig: ServiceHarness, monkeyp
     keeper = Keeper(rig, metrics=90, thin_metrics=30)
     keeper.whole_pass()
     assert [counted(rig, MetricRow, each) for each in (job_id, other, late)] == [0, 0, 200]
-    assert counted(rig, StretchRow, job_id) == 0
+    assert counted(rig, MetricRollupRow, job_id) == 0
     assert keeper.removed["metrics"] == 3700
     assert keeper.transactions >= 4, "no transaction is long"
     assert rig.data(job_id, "metrics") == []
@@ -292,12 +292,12 @@ def test_a_thinned_job_goes_on_where_it_failed(rig: ServiceHarness) -> None:
 
 
 def test_only_the_service_that_schedules_removes(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    from trainyard.service.maintenance.loop import Upkeep
+    from trainyard.service.maintenance.loop import MaintenanceLoop
 
     job_id = long_run(rig, 100)
     rig.clock.forward(91 * DAY)
     services = rig.app.state.services
-    upkeep = Upkeep(
+    upkeep = MaintenanceLoop(
         rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.telemetry.removes
     )
     monkeypatch.setattr(rig.scheduler, "_wanted", False)
@@ -317,10 +317,10 @@ def test_one_that_is_deposed_removes_nothing(any_rig: ServiceHarness) -> None:
     def refused() -> Iterator[Session]:
         with any_rig.database.write() as session:
             yield session
-            raise Deposed()
+            raise LeadershipLost()
 
     removal = Retention(Policy(metrics=90, events=1), any_rig.database.read, refused, lambda _what, _rows: None)
-    with pytest.raises(Deposed):
+    with pytest.raises(LeadershipLost):
         removal.step(any_rig.clock())
     assert counted(any_rig, MetricRow, job_id) == 100
     assert counted(any_rig, EventRow, job_id) > 3

@@ -13,14 +13,14 @@ from sqlalchemy import func, insert, select
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import Reason
 from trainyard.service.clock import utc_now
-from trainyard.service.db.models import MetricRow, StretchRow
+from trainyard.service.db.models import MetricRollupRow, MetricRow
 from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import downsampling, rollups, store
 from trainyard.service.metrics.downsampling import (
-    Part,
+    Aggregate,
     Summary,
-    part_of,
-    summed_up,
+    aggregate,
+    aggregate_of,
 )
 
 NUMBERS = ("loss", "loss_mean", "loss_min", "loss_max", "loss_ema")
@@ -36,7 +36,7 @@ def same(fast: list[dict[str, Any]], slow: list[dict[str, Any]]) -> None:
             assert ours[name] == (pytest.approx(theirs[name], rel=1e-9) if theirs[name] is not None else None), name
 
 
-def buckets(points: Iterable[Part], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
+def buckets(points: Iterable[Aggregate], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
     """The rows by their definition, from single points: what the sums are held against."""
     total = weight = 0.0
     before: int | None = None
@@ -62,9 +62,9 @@ def buckets(points: Iterable[Part], wide: int, half_life: float) -> Iterator[dic
         }
 
 
-def random_points(dice: random.Random, count: int, stride: int) -> list[Part]:
+def random_points(dice: random.Random, count: int, stride: int) -> list[Aggregate]:
     losses = [None if dice.random() < 0.05 else dice.uniform(0, 10) for _ in range(count)]
-    return [part_of(1 + stride * index, loss, 1) for index, loss in enumerate(losses)]
+    return [aggregate_of(1 + stride * index, loss, 1) for index, loss in enumerate(losses)]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -72,19 +72,24 @@ def test_sums_of_stretches_are_what_the_points_give(seed: int) -> None:
     dice = random.Random(seed)
     points = random_points(dice, 700, dice.choice((1, 3, 100)))
     for half_life in (10, 50, 200, 1000):
-        fine = summed_up((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
+        fine = aggregate((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
         index = downsampling.HALF_LIVES.index(half_life)
         for wide in (64, 1024):
-            stretches = summed_up([Summary(**vars(s)) for s in fine], wide)
-            parts = [downsampling.Part._make([*list(vars(s).values())[:10], s.totals[index], s.weights[index]])
+            stretches = aggregate([Summary(**vars(s)) for s in fine], wide)
+            parts = [downsampling.Aggregate._make([*list(vars(s).values())[:10], s.totals[index], s.weights[index]])
                      for s in stretches]  # fmt: skip
             same(list(downsampling.rows(parts, wide, half_life)), list(buckets(points, wide, half_life)))
         same(list(downsampling.rows(points, 64, half_life)), list(buckets(points, 64, half_life)))
 
 
 def test_what_is_not_finite_leaves_no_mark() -> None:
-    points = [part_of(1, None, 1), part_of(2, math.inf, 1), part_of(3, 2.0, 1), part_of(200, None, 2)]
-    stretches = summed_up((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
+    points = [
+        aggregate_of(1, None, 1),
+        aggregate_of(2, math.inf, 1),
+        aggregate_of(3, 2.0, 1),
+        aggregate_of(200, None, 2),
+    ]
+    stretches = aggregate((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
     assert [(s.count, s.nonfinite, s.finite_step, s.loss_min) for s in stretches] == [
         (3, 2, 3, 2.0),
         (1, 1, None, None),
@@ -96,8 +101,8 @@ def seal_small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything at a twentieth of its size, so that a short run goes through all of it."""
     monkeypatch.setattr(rollups, "LEVELS", (4, 16, 64))
     monkeypatch.setattr(rollups, "FINEST", 4)
-    monkeypatch.setattr(rollups, "SEAL_EVERY", 16)
-    monkeypatch.setattr(rollups, "MOST_POINTS", 50)
+    monkeypatch.setattr(rollups, "ROLLUP_EVERY", 16)
+    monkeypatch.setattr(rollups, "MAX_POINTS", 50)
 
 
 def answers_agree(rig: ServiceHarness, job_id: str) -> None:
@@ -138,7 +143,7 @@ def test_a_random_life_of_a_curve(any_rig: ServiceHarness, seed: int, monkeypatc
         answers_agree(rig, job_id)
         rig.post_action(job_id, "resume")
     with rig.database.read() as session:
-        assert session.scalar(select(func.count()).select_from(StretchRow)), "the fast way was used"
+        assert session.scalar(select(func.count()).select_from(MetricRollupRow)), "the fast way was used"
         assert jobs.find(session, job_id).sealed_step > 0
 
 
@@ -171,14 +176,14 @@ def test_a_deleted_job_takes_its_sums_along(any_rig: ServiceHarness, monkeypatch
     any_rig.exit(attempt, "completed", step=99)
     assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
     with any_rig.database.read() as session:
-        assert session.scalar(select(func.count()).select_from(StretchRow)) == 0
+        assert session.scalar(select(func.count()).select_from(MetricRollupRow)) == 0
 
 
 def test_which_questions_the_sums_answer() -> None:
-    assert rollups.is_kept(rollups.View(64, 50))
-    assert not rollups.is_kept(rollups.View(32, 50))
-    assert not rollups.is_kept(rollups.View(64, 0))
-    assert not rollups.is_kept(rollups.View(64, 49.5))
+    assert rollups.is_kept(rollups.RollupView(64, 50))
+    assert not rollups.is_kept(rollups.RollupView(32, 50))
+    assert not rollups.is_kept(rollups.RollupView(64, 0))
+    assert not rollups.is_kept(rollups.RollupView(64, 49.5))
 
 
 def long_curve(rig: ServiceHarness, points: int) -> str:
@@ -192,7 +197,7 @@ def long_curve(rig: ServiceHarness, points: int) -> str:
         with rig.database.write() as session:
             rows = [{**point, **rest, "seq": 10 + step, "step": step, "loss": dice.random()} for step in steps]
             session.execute(insert(MetricRow), rows)
-            rollups.advance(session, jobs.lock(session, job_id), steps[-1])
+            rollups.roll_up(session, jobs.lock(session, job_id), steps[-1])
     return job_id
 
 

@@ -11,7 +11,7 @@ from tests.service.harness import ServiceHarness, path_of
 from trainyard.contract.messages import Ack
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.errors import OutcomeUnknown
-from trainyard.service.launch.base import AttemptName, State
+from trainyard.service.launch.base import AttemptRef, AttemptState
 from trainyard.service.scheduler.loop import note_failure
 
 
@@ -30,11 +30,11 @@ def test_killed_around_the_spawn(make_rig: MakeHarness, any_url: str, failpoint:
     attempts = second.data(job_id, "attempts")
     if failpoint == "before_spawn":
         assert [a["outcome"] for a in attempts] == ["not_launched", None]
-        assert second.launcher.starts == [AttemptName(job_id, 1), AttemptName(job_id, 2)]
+        assert second.launcher.starts == [AttemptRef(job_id, 1), AttemptRef(job_id, 2)]
         assert path_of(second.data(job_id, "events")) == ["starting", "queued", "starting"]
     else:
         assert [a["outcome"] for a in attempts] == [None]
-        assert second.launcher.starts == [AttemptName(job_id, 1)]
+        assert second.launcher.starts == [AttemptRef(job_id, 1)]
         assert any(e["kind"] == "adopted" for e in second.data(job_id, "events"))
     attempt = second.launcher.living(job_id)[0]
     attempt.started()
@@ -73,7 +73,7 @@ def test_a_run_goes_on_over_a_restart_without_a_gap(make_rig: MakeHarness, any_u
     assert second.ship(attempt)["acked"] == 4
     assert [m["step"] for m in second.data(job_id, "metrics")] == [1, 2, 3]
     assert second.job(job_id)["attempt"] == 1
-    assert second.launcher.starts == [AttemptName(job_id, 1)]
+    assert second.launcher.starts == [AttemptRef(job_id, 1)]
     second.close()
 
 
@@ -126,18 +126,18 @@ def test_silence_alone_never_ends_an_attempt(rig: ServiceHarness) -> None:
         rig.reconcile()
     assert rig.status(job_id) is JobStatus.RUNNING
     assert attempt.ended_by_launcher == 0
-    assert rig.launcher.starts == [AttemptName(job_id, 1)]
+    assert rig.launcher.starts == [AttemptRef(job_id, 1)]
 
 
 def test_who_does_not_answer_says_nothing(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
-    attempt.state = State.UNKNOWN
+    attempt.state = AttemptState.UNKNOWN
     for _ in range(5):
         rig.clock.forward(3600)
         rig.reconcile()
     assert rig.status(job_id) is JobStatus.RUNNING
-    assert (attempt.ended_by_launcher, rig.launcher.starts) == (0, [AttemptName(job_id, 1)])
+    assert (attempt.ended_by_launcher, rig.launcher.starts) == (0, [AttemptRef(job_id, 1)])
 
 
 def test_a_launch_without_an_answer_is_looked_for_and_not_repeated(any_rig: ServiceHarness) -> None:
@@ -150,9 +150,9 @@ def test_a_launch_without_an_answer_is_looked_for_and_not_repeated(any_rig: Serv
     rig.reconcile()
     rig.clock.forward(10)
     rig.reconcile()
-    assert rig.launcher.starts.count(AttemptName(done, 1)) == 1
-    assert [attempt.state for attempt in rig.launcher.living(done)] == [State.ALIVE]
-    assert rig.launcher.starts.count(AttemptName(lost, 2)) == 1, "nothing was found of it, so it was queued again"
+    assert rig.launcher.starts.count(AttemptRef(done, 1)) == 1
+    assert [attempt.state for attempt in rig.launcher.living(done)] == [AttemptState.ALIVE]
+    assert rig.launcher.starts.count(AttemptRef(lost, 2)) == 1, "nothing was found of it, so it was queued again"
     assert [event["kind"] for event in rig.data(done, "events")].count("adopted") == 1
 
 
@@ -264,7 +264,7 @@ def test_a_lease_is_given_once(any_rig: ServiceHarness) -> None:
 
 
 def test_state_of_the_fake_is_the_real_ones() -> None:
-    assert {s.value for s in State} == {"absent", "alive", "orphaned", "ended", "unknown"}
+    assert {s.value for s in AttemptState} == {"absent", "alive", "orphaned", "ended", "unknown"}
 
 
 def test_the_spec_of_an_attempt_names_the_kind_and_the_lease_names_the_card(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from trainyard.service.settings import Settings, SettingsRefused, is_loopback
+from trainyard.service.settings import InvalidSettings, Settings, is_loopback
 
 
 def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +45,7 @@ def test_the_environment_and_then_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "2130706433"])
 def test_others_may_reach_it_only_with_a_token(host: str) -> None:
-    with pytest.raises(SettingsRefused, match="TRAINYARD_TOKEN"):
+    with pytest.raises(InvalidSettings, match="TRAINYARD_TOKEN"):
         Settings.read({}, host=host)
     assert Settings.read({"TRAINYARD_TOKEN": "x"}, host=host).host == host
     assert not is_loopback(host)
@@ -58,7 +58,7 @@ def test_loopback_needs_none(host: str) -> None:
 
 @pytest.mark.parametrize("text", ["x", "-1", "1.5", "²"])
 def test_numbers_that_are_none(text: str) -> None:
-    with pytest.raises(SettingsRefused, match="TRAINYARD_PORT"):
+    with pytest.raises(InvalidSettings, match="TRAINYARD_PORT"):
         Settings.read({"TRAINYARD_PORT": text})
 
 
@@ -73,7 +73,7 @@ def test_numbers_that_are_none(text: str) -> None:
     ],
 )
 def test_what_cannot_be_worked_with(given: dict[str, Any], named: str) -> None:
-    with pytest.raises(SettingsRefused, match=named) as refused:
+    with pytest.raises(InvalidSettings, match=named) as refused:
         Settings.read({}, **given)
     assert "secret" not in str(refused.value)
 
@@ -90,7 +90,7 @@ def test_every_mistake_has_its_line() -> None:
         "TRAINYARD_SLURM_TIME_LIMIT": "soon",
         "TRAINYARD_SLURM_WARNING": "-1",
     }
-    with pytest.raises(SettingsRefused) as refused:
+    with pytest.raises(InvalidSettings) as refused:
         Settings.read(environment, port=-1)
     database, *rest = str(refused.value).splitlines()
     assert database.startswith("TRAINYARD_DATABASE_URL or --database-url must be sqlite:////FOLDER/FILE")

@@ -17,9 +17,9 @@ from trainyard.contract.status import (
     TERMINAL,
     JobStatus,
     Reason,
-    may_become,
+    can_transition,
 )
-from trainyard.service.launch.base import State
+from trainyard.service.launch.base import AttemptState
 
 VERBS = ("pause", "resume", "cancel", "kill")
 ENDS: tuple[tuple[Any, Reason | None], ...] = (
@@ -144,7 +144,7 @@ class Chaos:
             if event["kind"] == "status":
                 assert event["data"]["from"] == walked[-1], "I5: no change without its event"
                 walked.append(JobStatus(event["data"]["to"]))
-                assert may_become(walked[-2], walked[-1]), "I5"
+                assert can_transition(walked[-2], walked[-1]), "I5"
         if len(walked) < 50:  # a page of events is 100
             assert walked[-1] is status
 
@@ -162,7 +162,7 @@ class Chaos:
         assert all(d["job_id"] is None for d in self.rig.get("/devices")["data"])
 
     def _alive(self) -> list[FakeAttempt]:
-        return [a for a in self.rig.launcher.attempts.values() if a.state is State.ALIVE]
+        return [a for a in self.rig.launcher.attempts.values() if a.state is AttemptState.ALIVE]
 
     def _some(self, of: list[Any]) -> list[Any]:
         return [self.dice.choice(of)] if of else []

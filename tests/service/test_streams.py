@@ -20,7 +20,7 @@ from trainyard.service.db.models import MetricRow
 from trainyard.service.logs.reader import read_whole
 from trainyard.service.metrics import store
 from trainyard.service.streams import broadcaster, sse, subscribers
-from trainyard.service.streams.sse import event, place_of
+from trainyard.service.streams.sse import event, parse_last_event_id
 
 Open = Callable[..., Reader]
 
@@ -28,8 +28,8 @@ Open = Callable[..., Reader]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(broadcaster, "LEAST_SECONDS", 0.01)
-    monkeypatch.setattr(subscribers, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.01)
+    monkeypatch.setattr(subscribers, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_bad_questions(rig: ServiceHarness, open_sqlite: Open, path: str, header
 
 
 def test_too_many_readers_are_told_so(rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broadcaster, "MOST_READERS", 2)
+    monkeypatch.setattr(broadcaster, "MAX_READERS", 2)
     path = f"/jobs/{rig.submit()}/metrics/stream"
     readers_ = [open_sqlite(path) for _ in range(3)]
     assert [reader.status for reader in readers_] == [200, 200, 429]
@@ -219,13 +219,13 @@ def test_readers_share_one_look(rig: ServiceHarness, open_sqlite: Open, monkeypa
     job_id, attempt = rig.running(steps=1000)
     live = [open_sqlite(f"/jobs/{job_id}/metrics/stream") for _ in range(20)]
     asked: list[str] = []
-    rows_behind = store.rows_behind
+    rows_behind = store.rows_after
 
     def counted(*arguments: Any) -> Any:
         asked.append(arguments[1])
         return rows_behind(*arguments)
 
-    monkeypatch.setattr(store, "rows_behind", counted)
+    monkeypatch.setattr(store, "rows_after", counted)
     for step in range(1, 6):
         attempt.metric(step)
         rig.ship(attempt, attempt.lines[-1:])
@@ -327,9 +327,9 @@ def test_events_as_bytes() -> None:
         == b'id: 1-2\nevent: metric\ndata: {"a": null, "b": "x\\ny"}\n\n'
     )
     assert event("end", {}) == b"event: end\ndata: {}\n\n"
-    assert place_of("12-34") == (12, 34)
+    assert parse_last_event_id("12-34") == (12, 34)
     for bad in ("", "1", "1-", "-1", "1-2-3", "a-b", "9" * 20 + "-1"):
-        assert place_of(bad) is None
+        assert parse_last_event_id(bad) is None
 
 
 def test_no_thread_waits_for_a_reader(make_rig: MakeHarness, sqlite_url: str) -> None:
@@ -345,7 +345,7 @@ def test_what_this_process_stores_itself_waits_for_no_beat(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 600.0)
-    monkeypatch.setattr(broadcaster, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.0)
     job_id, attempt = rig.running()
     with served(rig) as address:
         reader = Reader(address, f"/jobs/{job_id}/metrics/stream")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trainyard.contract.status import Desired, JobStatus, Phase
-from trainyard.service.jobs.summary import Facts, duration, summary
+from trainyard.service.jobs.summary import SummaryInput, duration, summary
 from trainyard.service.schemas import Checkpoint, Progress, Queue
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
@@ -25,7 +25,7 @@ CHECKPOINT = Checkpoint(
     created_at=NOW - timedelta(minutes=3),
 )
 
-RUNNING = Facts(
+RUNNING = SummaryInput(
     status=JobStatus.RUNNING,
     desired=Desired.RUN,
     attempt=2,

@@ -13,13 +13,13 @@ from tests.service.harness import ServiceHarness
 from tests.service.receiver import DEADLINE, Got, Receiver, receiving
 from tests.service.test_webhooks import deliveries, register, send
 from trainyard.contract.status import Reason
-from trainyard.service.webhooks.http_client import Courier
+from trainyard.service.webhooks.http_client import WebhookClient
 from trainyard.service.webhooks.rule_engine import (
     ASLEEP_SECONDS,
     KEEP_SECONDS,
-    LOOK_SECONDS,
+    POLL_SECONDS,
     RECENT,
-    Watcher,
+    RuleEngine,
 )
 from trainyard.service.webhooks.sender import Sender
 
@@ -53,15 +53,15 @@ class Watched:
 
     def again(self) -> None:
         """As after a restart: what was in memory is gone."""
-        courier = Courier(self.rig.settings.webhook_networks)
+        courier = WebhookClient(self.rig.settings.webhook_networks)
         self.sender = Sender(self.rig.database, courier, clock=self.rig.clock, monotonic=self.ticks)
 
-    def look(self, seconds: float = LOOK_SECONDS + 1) -> None:
+    def look(self, seconds: float = POLL_SECONDS + 1) -> None:
         """Time passes, and it looks and sends."""
         self.rig.clock.forward(seconds)
         self.ticks.now += seconds
         while self.sender.round():
-            assert self.sender.settle(DEADLINE)
+            assert self.sender.deliver_until_idle(DEADLINE)
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_restart_neither_repeats_nor_misses(watched: Watched, receiver: Receiv
     points(rig, attempt, 1, 3.0, nan, 3.0)
     watched.look()
     points(rig, attempt, 4, 3.0, 3.0, eval_loss=2.4)
-    watched.look(KEEP_SECONDS + LOOK_SECONDS if kept else LOOK_SECONDS + 1)
+    watched.look(KEEP_SECONDS + POLL_SECONDS if kept else POLL_SECONDS + 1)
     watched.again()
     points(rig, attempt, 6, 3.0, eval_loss=2.3)
     watched.look()
@@ -238,8 +238,8 @@ def test_looking_costs_nothing_where_there_are_no_rules(
 ) -> None:
     register(any_rig, "https://example.com")
     any_rig.running()
-    monkeypatch.setattr(Watcher, "_look_at", None)
-    any_rig.sender._watcher.look()
+    monkeypatch.setattr(RuleEngine, "_look_at", None)
+    any_rig.sender._watcher.poll()
 
 
 def test_the_snippet_of_the_guide_verifies_what_is_sent(rig: ServiceHarness, receiver: Receiver) -> None:

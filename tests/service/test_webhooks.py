@@ -25,7 +25,7 @@ def register(rig: ServiceHarness, url: str, expect: int = 201, **fields: Any) ->
 def send(rig: ServiceHarness) -> None:
     """Rounds until nothing is due."""
     while rig.sender.round():
-        assert rig.sender.settle(DEADLINE)
+        assert rig.sender.deliver_until_idle(DEADLINE)
 
 
 def deliveries(rig: ServiceHarness, webhook: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
@@ -211,7 +211,7 @@ def test_a_job_that_cannot_be_there(any_rig: ServiceHarness, job_id: str) -> Non
 
 
 def test_there_is_an_end_to_how_many(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainyard.service.webhooks.store.MOST", 2)
+    monkeypatch.setattr("trainyard.service.webhooks.store.MAX_WEBHOOKS", 2)
     register(rig, "https://example.com")
     register(rig, "https://example.com")
     assert register(rig, "https://example.com", expect=409)["code"] == "too_many_webhooks"

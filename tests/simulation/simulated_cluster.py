@@ -15,22 +15,22 @@ from tests.simulation.rows import Attempt, Job, Process
 from trainyard.contract.messages import ErrorCard, ExitReport
 from trainyard.contract.status import (
     LIVE,
-    NOT_COUNTED,
     TERMINAL,
+    UNCOUNTED_REASONS,
     Desired,
     JobStatus,
     Reason,
-    may_become,
+    can_transition,
 )
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs import lifecycle, restart_policy
-from trainyard.service.jobs.lifecycle import Move, Refusal, UnderWay
-from trainyard.service.launch.base import AttemptName
+from trainyard.service.jobs.lifecycle import InProgress, Rejected, Transition
+from trainyard.service.launch.base import AttemptRef
 from trainyard.service.scheduler.plan import (
     Action,
-    End,
-    Hint,
-    Look,
+    Inspect,
+    Kill,
+    NotifyStop,
     Preempt,
     Restart,
     Start,
@@ -64,10 +64,10 @@ class SimulatedCluster:
         self.preempts = self.dice.random() < 0.5
         self.jobs: dict[str, Job] = {}
         self.leases: dict[str, str] = {}
-        self.hosts: dict[AttemptName, Process] = {}
+        self.hosts: dict[AttemptRef, Process] = {}
         self.looked_at: dict[str, datetime] = {}
         self.told: dict[str, Desired] = {}
-        self.late: list[AttemptName] = []
+        self.late: list[AttemptRef] = []
         self.happened: list[str] = []
         self.done: Counter[str] = Counter()
         self.made = 0
@@ -96,9 +96,9 @@ class SimulatedCluster:
             return
         action = self.dice.choice(lifecycle.ACTIONS)
         match lifecycle.decide(action, job.standing()):
-            case Refusal() | UnderWay():
+            case Rejected() | InProgress():
                 return
-            case Move(to, desired):
+            case Transition(to, desired):
                 if action == "delete":
                     del self.jobs[job.id]
                     return
@@ -140,7 +140,7 @@ class SimulatedCluster:
             if process.agent and self.dice.random() < 0.7:
                 self.hear(name, process)
 
-    def hear(self, name: AttemptName, process: Process) -> None:
+    def hear(self, name: AttemptRef, process: Process) -> None:
         job, attempt = self.rows(name)
         if job is None or attempt is None or attempt.ended or attempt is not job.newest:
             process.heard = Desired.KILL
@@ -164,7 +164,7 @@ class SimulatedCluster:
             elif self.dice.random() < 0.15:
                 self.leave(name, process, *self.dice.choice(ENDS))
 
-    def train(self, name: AttemptName, process: Process) -> None:
+    def train(self, name: AttemptRef, process: Process) -> None:
         steps = self.dice.choice((0, 0, 1, 3))
         process.step += steps
         job = self.jobs.get(name.job_id)
@@ -174,7 +174,7 @@ class SimulatedCluster:
             if self.dice.random() < 0.3:
                 job.checkpoint = process.step
 
-    def leave(self, name: AttemptName, process: Process, outcome: Outcome, reason: Reason | None) -> None:
+    def leave(self, name: AttemptRef, process: Process, outcome: Outcome, reason: Reason | None) -> None:
         """The ranks end, the report is written, and in half of all cases it arrives."""
         process.ranks = process.agent = False
         if outcome == "stopped" and name.job_id in self.jobs:
@@ -222,26 +222,26 @@ class SimulatedCluster:
                 if job.status is JobStatus.INTERRUPTED and job.restart_at is not None:
                     job.restart_at, job.desired, job.trigger = None, Desired.RUN, "restart"
                     self.move(job, JobStatus.QUEUED)
-            case Look(live):
+            case Inspect(live):
                 self.look(live)
-            case Hint(live):
+            case NotifyStop(live):
                 self.told[live.id] = live.desired
                 process = self.hosts.get(live.name)
                 if process is not None and process.agent:
                     process.heard = live.desired
-            case End(live):
+            case Kill(live):
                 self.end(live.name)
                 self.looked_at.pop(live.id, None)
             case Preempt(live, waiting):
                 self.preempt(live, waiting)
 
-    def claim(self, action: Action) -> AttemptName | None:
+    def claim(self, action: Action) -> AttemptRef | None:
         assert isinstance(action, Start)
         job = self.jobs[action.job_id]
         if job.status is not JobStatus.QUEUED:
             return None
         assert not [device for device in action.devices if device in self.leases], "I3: a device that is leased"
-        name = AttemptName(job.id, len(job.attempts) + 1)
+        name = AttemptRef(job.id, len(job.attempts) + 1)
         job.attempts.append(Attempt(name.number, action.devices, job.trigger, self.now))
         self.leases.update(dict.fromkeys(action.devices, job.id))
         self.move(job, JobStatus.STARTING)
@@ -259,7 +259,7 @@ class SimulatedCluster:
         job.desired, job.asked_at = Desired.PAUSE, self.now
         self.move(job, JobStatus.PAUSING)
 
-    def spawn(self, name: AttemptName) -> None:
+    def spawn(self, name: AttemptRef) -> None:
         """The launcher and the agent's own refusals: closed attempts, later attempts, locks that are held."""
         others = [n for n in self.hosts if n.job_id == name.job_id]
         known = self.hosts.setdefault(name, Process(agent=False, ranks=False))
@@ -288,14 +288,14 @@ class SimulatedCluster:
             self.end(live.name)
             self.never_launched(live.name)
 
-    def end(self, name: AttemptName) -> None:
+    def end(self, name: AttemptRef) -> None:
         process = self.hosts.setdefault(name, Process(agent=False, ranks=False))
         process.closed = True
         if process.lives:
             process.agent = process.ranks = False
             process.report = process.report or lost(self.now, process.step)
 
-    def never_launched(self, name: AttemptName) -> None:
+    def never_launched(self, name: AttemptRef) -> None:
         job, attempt = self.rows(name)
         if job is None or attempt is None or attempt.ended:
             return
@@ -303,7 +303,7 @@ class SimulatedCluster:
         to = {JobStatus.STARTING: JobStatus.QUEUED, JobStatus.PAUSING: JobStatus.PAUSED}
         self.move(job, to.get(job.status, JobStatus.CANCELLED))
 
-    def close(self, name: AttemptName, report: ExitReport) -> None:
+    def close(self, name: AttemptRef, report: ExitReport) -> None:
         job, attempt = self.rows(name)
         if job is None or attempt is None or attempt.ended:
             return
@@ -314,9 +314,9 @@ class SimulatedCluster:
         if attempt is not job.newest or job.status not in LIVE:
             return
         ended = (each.as_ended() for each in reversed(job.attempts) if each.outcome)
-        past = restart_policy.past(job.restarts, ended)
+        past = restart_policy.restart_history(job.restarts, ended)
         ending = lifecycle.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by, self.timing)
-        if not may_become(job.status, ending.status):
+        if not can_transition(job.status, ending.status):
             self.move(job, JobStatus.RUNNING)
         job.restarts, job.asked_at, job.preempted_by = ending.restarts, None, None
         job.restart_at = None
@@ -330,18 +330,18 @@ class SimulatedCluster:
             self.move(job, JobStatus.QUEUED)
         self.check_restart(job, ending)
 
-    def check_restart(self, job: Job, ending: lifecycle.Ending) -> None:
+    def check_restart(self, job: Job, ending: lifecycle.ExitDecision) -> None:
         """Who made no step twice in a row by its own fault is not started again, and waits grow for the others."""
         if ending.restart_seconds is None:
             return
         mine = [a for a in job.attempts if a.outcome]
         asked = max((n for n, a in enumerate(mine) if a.trigger in ("submit", "resume")), default=0)
         idle = list(takewhile(lambda a: not a.moved, reversed(mine[asked:])))
-        if ending.reason in NOT_COUNTED:
-            setbacks = sum(restart_policy.fault(a.outcome, a.reason) in NOT_COUNTED for a in idle)
+        if ending.reason in UNCOUNTED_REASONS:
+            setbacks = sum(restart_policy.fault(a.outcome, a.reason) in UNCOUNTED_REASONS for a in idle)
             assert ending.restart_seconds >= (0, 5, 20, 60, 180, 600)[min(setbacks, 5)], f"{job.id} restarts too soon"
         else:
-            faults = [a for a in idle if restart_policy.fault(a.outcome, a.reason) not in NOT_COUNTED]
+            faults = [a for a in idle if restart_policy.fault(a.outcome, a.reason) not in UNCOUNTED_REASONS]
             assert len(faults) < 2, f"{job.id} gets nowhere and is started again"
 
     def free(self, job: Job, attempt: Attempt) -> None:
@@ -349,7 +349,7 @@ class SimulatedCluster:
         self.leases = {device: holder for device, holder in self.leases.items() if holder != job.id}
 
     def move(self, job: Job, to: JobStatus) -> None:
-        assert may_become(job.status, to), f"I5: {job.status} -> {to}"
+        assert can_transition(job.status, to), f"I5: {job.status} -> {to}"
         job.status = to
 
     # What is looked at
@@ -370,30 +370,30 @@ class SimulatedCluster:
         return job.restart_at is not None and is_due(job.restart_at, self.now)
 
     def live(self, job: Job) -> LiveAttempt:
-        name, attempt = AttemptName(job.id, job.newest.number), job.newest
+        name, attempt = AttemptRef(job.id, job.newest.number), job.newest
         looked, told = self.looked_at.get(str(name)), self.told.get(str(name))
         return LiveAttempt(
             id=str(name),
             name=name,
             desired=job.desired,
             launched=attempt.launched,
-            asked_at=job.asked_at,
-            heard_at=attempt.heard_at,
-            looked_at=looked,
-            told=told,
+            stop_requested_at=job.asked_at,
+            last_heartbeat_at=attempt.heard_at,
+            inspected_at=looked,
+            notified=told,
             running=job.status is JobStatus.RUNNING,
-            moved=restart_policy.made_a_step(attempt.start_step, attempt.step),
+            made_progress=restart_policy.made_a_step(attempt.start_step, attempt.step),
             preemptible=job.preemptible,
             priority=job.priority,
             devices=attempt.devices,
             created_at=attempt.created_at,
         )
 
-    def rows(self, name: AttemptName) -> tuple[Job | None, Attempt | None]:
+    def rows(self, name: AttemptRef) -> tuple[Job | None, Attempt | None]:
         job = self.jobs.get(name.job_id)
         return job, job.attempts[name.number - 1] if job is not None else None
 
-    def rows_of(self, name: AttemptName) -> Attempt:
+    def rows_of(self, name: AttemptRef) -> Attempt:
         return self.jobs[name.job_id].attempts[name.number - 1]
 
     def some_job(self) -> Job | None:

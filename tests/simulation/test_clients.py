@@ -37,7 +37,7 @@ from trainyard.contract.status import (
     Desired,
     JobStatus,
     Reason,
-    may_become,
+    can_transition,
 )
 from trainyard.service.auth.principal import LOCAL
 from trainyard.service.clock import utc_now
@@ -46,12 +46,12 @@ from trainyard.service.errors import InvalidState
 from trainyard.service.jobs import actions, queries, repository
 from trainyard.service.jobs.lifecycle import (
     Action,
-    Move,
-    Refusal,
-    Standing,
+    JobState,
+    Rejected,
+    Transition,
     decide,
 )
-from trainyard.service.launch.base import State
+from trainyard.service.launch.base import AttemptState
 
 __all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
 
@@ -61,11 +61,11 @@ VERBS: tuple[Action, ...] = ("pause", "resume", "cancel", "kill")
 Answers = tuple[tuple[Action, int], ...]
 
 
-def explained(before: Standing, answers: Answers, after: Standing) -> bool:
+def explained(before: JobState, answers: Answers, after: JobState) -> bool:
     """Whether some order of these requests gives each its answer, and the job that there is now."""
 
     @cache
-    def possible(job: Standing, left: Answers) -> bool:
+    def possible(job: JobState, left: Answers) -> bool:
         if not left:
             return (job.status, job.desired) == (after.status, after.desired)
         for verb, status in dict.fromkeys(left):
@@ -79,11 +79,11 @@ def explained(before: Standing, answers: Answers, after: Standing) -> bool:
     return possible(before, answers)
 
 
-def carried_out(job: Standing, verb: Action) -> tuple[Standing, int]:
+def carried_out(job: JobState, verb: Action) -> tuple[JobState, int]:
     decision = decide(verb, job)
-    if isinstance(decision, Refusal):
+    if isinstance(decision, Rejected):
         return job, 409
-    if isinstance(decision, Move):
+    if isinstance(decision, Transition):
         return replace(job, status=decision.to or job.status, desired=decision.desired, restart_due=False), 202
     return job, 202
 
@@ -184,7 +184,7 @@ class Clients(RuleBasedStateMachine):
             for data in self.changes(job_id):
                 assert data["from"] == walked[-1]
                 walked.append(JobStatus(data["to"]))
-                assert may_become(walked[-2], walked[-1]), walked
+                assert can_transition(walked[-2], walked[-1]), walked
             assert walked[-1] is self.rig.status(job_id)
 
     @invariant()
@@ -200,12 +200,12 @@ class Clients(RuleBasedStateMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def alive(self) -> list[Any]:
-        return [attempt for attempt in self.rig.launcher.attempts.values() if attempt.state is State.ALIVE]
+        return [attempt for attempt in self.rig.launcher.attempts.values() if attempt.state is AttemptState.ALIVE]
 
     def attempt(self, job_id: str) -> int:
         return int(self.rig.job(job_id)["attempt"])
 
-    def standing(self, job_id: str) -> Standing:
+    def standing(self, job_id: str) -> JobState:
         with self.rig.database.read() as session:
             return queries.standing(repository.find(session, job_id))
 
@@ -235,9 +235,9 @@ def test_ten_clients(migrated_sqlite: Path, account: SoakReport, examples: int, 
 
 
 def test_an_order_is_found_only_where_there_is_one() -> None:
-    running = Standing(JobStatus.RUNNING, Desired.RUN, attempts=1)
-    pausing = Standing(JobStatus.PAUSING, Desired.PAUSE, attempts=1)
-    cancelling = Standing(JobStatus.CANCELLING, Desired.CANCEL, attempts=1)
+    running = JobState(JobStatus.RUNNING, Desired.RUN, attempts=1)
+    pausing = JobState(JobStatus.PAUSING, Desired.PAUSE, attempts=1)
+    cancelling = JobState(JobStatus.CANCELLING, Desired.CANCEL, attempts=1)
     assert explained(running, (("cancel", 202), ("pause", 202)), cancelling)
     assert explained(running, (("cancel", 202), ("pause", 409)), cancelling)
     assert not explained(running, (("cancel", 202), ("pause", 202)), pausing), "a cancel is not taken back"

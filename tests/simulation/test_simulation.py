@@ -93,7 +93,7 @@ def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPa
     """Else the simulation proves nothing about it."""
     match rule:
         case "give up":
-            monkeypatch.setattr(lifecycle, "MOST_FRUITLESS", 99)
+            monkeypatch.setattr(lifecycle, "MAX_FRUITLESS_ATTEMPTS", 99)
         case "wait longer":
             monkeypatch.setattr(SimulatedCluster, "timing", Timing(setback_seconds=(5.0,)))
         case "a step first":

@@ -5,7 +5,7 @@ from typing import Any
 from tests.faults.service_home import Home
 from tests.slurm.cluster import Cluster
 from tests.worker import rank_runner
-from trainyard.worker.checkpoint.files import find_damage
+from trainyard.worker.checkpoint.files import verify
 
 
 def fake(home: Home, nnodes: Any = 2, slurm: dict[str, Any] | None = None, **labels: str) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def fake(home: Home, nnodes: Any = 2, slurm: dict[str, Any] | None = None, **lab
 
 def real(home: Home, nnodes: Any = 2, steps: int = 12, **resources: Any) -> dict[str, Any]:
     """A small run of real ranks."""
-    home.damage = find_damage
+    home.damage = verify
     return rank_runner.spec(
         rank_runner.corpus(home.path / "corpus.jsonl"),
         training={"max_steps": steps, "dtype": "float32"},

@@ -19,7 +19,7 @@ from trainyard.contract.events import (
     CheckpointSaved,
     Event,
     Metric,
-    Warned,
+    WarningEvent,
 )
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import AttemptDir, RunDir
@@ -202,9 +202,9 @@ def metrics(run: RunDir, attempt: int = 1) -> dict[int, Metric]:
     return {event.step: event for event in events(run, attempt) if isinstance(event, Metric)}
 
 
-def warned(run: RunDir, attempt: int = 1) -> dict[str, Warned]:
+def warned(run: RunDir, attempt: int = 1) -> dict[str, WarningEvent]:
     """Warnings by code."""
-    return {event.code: event for event in events(run, attempt) if isinstance(event, Warned)}
+    return {event.code: event for event in events(run, attempt) if isinstance(event, WarningEvent)}
 
 
 def saves(run: RunDir, attempt: int = 1) -> list[int]:

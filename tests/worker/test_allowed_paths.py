@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from tests.worker import rank_runner
-from trainyard.contract.allowed_paths import why_outside
+from trainyard.contract.allowed_paths import outside_reason
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.service.devices.inventory import cpu_slots
 from trainyard.service.errors import SpecInvalid
-from trainyard.service.jobs.submission import Host, accept
+from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.settings import Settings
-from trainyard.worker.data.paths import check_roots
-from trainyard.worker.errors import Failure
+from trainyard.worker.data.paths import check_allowed_paths
+from trainyard.worker.errors import TrainingError
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1, "b": 2}, "merges": []}, "added_tokens": []}
 
@@ -52,7 +52,7 @@ class Ground:
         """As the service takes it."""
         groups["training"] = {"max_steps": 2, **groups.get("training", {})}
         described = rank_runner.spec(self.data / "in" / "corpus.jsonl", **groups)
-        return accept(described, Host(self.settings, cpu_slots(1)))
+        return validate_spec(described, HostLimits(self.settings, cpu_slots(1)))
 
     def found_outside(self) -> dict[str, tuple[int, int]]:
         return {str(p): (p.lstat().st_mtime_ns, p.lstat().st_size) for p in [self.outside, *self.outside.rglob("*")]}
@@ -88,7 +88,7 @@ def leaf_of(spec: JobSpec, field: str) -> Path:
 @pytest.mark.parametrize("where", ["the path itself", "the folder above it"])
 def test_a_link_that_was_changed_is_refused_by_name(ground: Ground, field: str, groups: Groups, where: str) -> None:
     spec = ground.submitted(**groups(ground))
-    check_roots(spec, ground.run, ground.environment)
+    check_allowed_paths(spec, ground.run, ground.environment)
     path = leaf_of(spec, field)
     if where == "the path itself":
         swap(path, ground.outside if field == "checkpoint.save_dir" else ground.outside / path.name)
@@ -101,8 +101,8 @@ def test_a_link_that_was_changed_is_refused_by_name(ground: Ground, field: str, 
             "TRAINYARD_SAVE_ROOTS": f"{ground.home}",
         }
     first = "data.data_path" if where != "the path itself" and field != "checkpoint.save_dir" else field
-    with pytest.raises(Failure, match=f"{first} lies outside the directories") as refused:
-        check_roots(spec, ground.run, ground.environment)
+    with pytest.raises(TrainingError, match=f"{first} lies outside the directories") as refused:
+        check_allowed_paths(spec, ground.run, ground.environment)
     assert "Nothing was read of it" in str(refused.value.hint)
     assert refused.value.reason == "spec_invalid"
 
@@ -111,8 +111,8 @@ def test_a_file_in_a_folder_may_be_the_link(ground: Ground) -> None:
     tokenizer = {"data": {"tokenizer_path": str(ground.data / "in" / "tok")}}
     spec = ground.submitted(**tokenizer)
     swap(ground.data / "in" / "tok" / "tokenizer.json", ground.outside / "tok" / "tokenizer.json")
-    with pytest.raises(Failure, match=r"data\.tokenizer_path holds a link that leads outside"):
-        check_roots(spec, ground.run, ground.environment)
+    with pytest.raises(TrainingError, match=r"data\.tokenizer_path holds a link that leads outside"):
+        check_allowed_paths(spec, ground.run, ground.environment)
     with pytest.raises(SpecInvalid) as refused:
         ground.submitted(**tokenizer)
     assert [problem["pointer"] for problem in refused.value.extra["errors"]] == ["/data/tokenizer_path"]
@@ -124,27 +124,27 @@ def test_a_link_where_the_job_saves_is_refused(ground: Ground, inner: str) -> No
     place = ground.save / "in" / "job_aaaa" / inner
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(ground.outside)
-    with pytest.raises(Failure, match=r"checkpoint\.save_dir (lies outside|holds a link)"):
-        check_roots(spec, ground.run, ground.environment)
+    with pytest.raises(TrainingError, match=r"checkpoint\.save_dir (lies outside|holds a link)"):
+        check_allowed_paths(spec, ground.run, ground.environment)
 
 
 def test_minimind_s_bare_name_may_be_a_link_too(ground: Ground) -> None:
     spec = ground.submitted(checkpoint={"save_dir": str(ground.save / "in")}, training={"from_weight": "pretrain"})
-    check_roots(spec, ground.run, ground.environment)
+    check_allowed_paths(spec, ground.run, ground.environment)
     (ground.save / "in" / "pretrain_32.pth").symlink_to(ground.outside / "start.pth")
-    with pytest.raises(Failure, match=r"training\.from_weight lies outside"):
-        check_roots(spec, ground.run, ground.environment)
+    with pytest.raises(TrainingError, match=r"training\.from_weight lies outside"):
+        check_allowed_paths(spec, ground.run, ground.environment)
 
 
 def test_links_that_stay_inside_and_those_that_lead_nowhere(ground: Ground) -> None:
     inside, loop = ground.data / "link", ground.data / "loop"
     inside.symlink_to(ground.data / "in")
     loop.symlink_to(loop)
-    assert why_outside(inside / "corpus.jsonl", [ground.data]) is None
-    assert why_outside(loop, [ground.data]) == "cannot be resolved inside"
-    assert why_outside("a\0b", [ground.data]) == "cannot be resolved inside"
-    assert why_outside(ground.data / ".." / "outside", [ground.data]) == "lies outside"
-    assert why_outside(ground.data.with_name("data-and-more"), [ground.data]) == "lies outside"
+    assert outside_reason(inside / "corpus.jsonl", [ground.data]) is None
+    assert outside_reason(loop, [ground.data]) == "cannot be resolved inside"
+    assert outside_reason("a\0b", [ground.data]) == "cannot be resolved inside"
+    assert outside_reason(ground.data / ".." / "outside", [ground.data]) == "lies outside"
+    assert outside_reason(ground.data.with_name("data-and-more"), [ground.data]) == "lies outside"
 
 
 def listen(outside: str, heard: str) -> None:

@@ -12,11 +12,11 @@ import torch
 from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, rows
 from trainyard.model.config import ModelConfig
-from trainyard.worker.distributed import Ranks
+from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import cannot_compile
 from trainyard.worker.training.state import initial_model
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 EXPERTS = replace(SHAPE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 

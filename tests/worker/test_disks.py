@@ -14,7 +14,7 @@ import pytest
 from tests.unprivileged import NOBODY, public_tmp_dir
 from tests.worker import rank_runner
 from tests.worker.test_saving import Bench, train_on
-from trainyard.contract.events import CheckpointSaved, Warned
+from trainyard.contract.events import CheckpointSaved, WarningEvent
 from trainyard.worker.checkpoint import files, saver
 
 CLONE_NEWNS = 0x20000
@@ -73,12 +73,12 @@ def begun(path: Path) -> Bench:
 def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
     """The save of ``step`` failed: it is told once, the first is whole, nothing half is left, and training goes on."""
     bench.save(step)
-    (warning,) = bench.of(Warned)
+    (warning,) = bench.of(WarningEvent)
     assert (warning.code, warning.step) == ("save_failed", step)
     assert why in warning.message
     assert warning.message.endswith("; training goes on")
     assert [event.step for event in bench.of(CheckpointSaved)] == [1]
-    assert files.find_damage(bench.products.checkpoint(1)) is None
+    assert files.verify(bench.products.checkpoint(1)) is None
     assert [path.name for path in bench.products.checkpoints.iterdir()] == ["step-00000001"]
     train_on(bench.trainee)
 
@@ -86,9 +86,9 @@ def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
 def require_the_next_works(bench: Bench, step: int) -> None:
     bench.save(step, must=True)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, step]
-    assert len(bench.of(Warned)) == 1
+    assert len(bench.of(WarningEvent)) == 1
     for saved in (1, step):
-        assert files.find_damage(bench.products.checkpoint(saved)) is None
+        assert files.verify(bench.products.checkpoint(saved)) is None
 
 
 def full(path: Path) -> None:
@@ -135,7 +135,7 @@ def gone(path: Path) -> None:
     shutil.rmtree(path / "disk")
     bench.save(2)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
-    assert files.find_damage(bench.products.checkpoint(2)) is None
+    assert files.verify(bench.products.checkpoint(2)) is None
 
 
 @needs_mounts

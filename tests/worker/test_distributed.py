@@ -7,16 +7,16 @@ import torch
 
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.distributed import (
-    Ranks,
-    join,
-    own_device,
-    require,
+    DistributedContext,
+    init_distributed,
+    require_device,
+    select_device,
     threads_per_rank,
 )
-from trainyard.worker.errors import Failure, StopAsked
-from trainyard.worker.training.control import Agreement, Wishes
+from trainyard.worker.errors import StopRequested, TrainingError
+from trainyard.worker.training.control import ControlFlags, ControlSync
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 
 
 def spec(**groups: Any) -> JobSpec:
@@ -42,25 +42,25 @@ def test_threads_are_the_users_or_an_even_share(environment: dict[str, str], loc
 
 
 def test_a_process_without_torchrun_is_the_only_rank() -> None:
-    ranks = join(spec().resources.timeouts, "cpu", {"TRAINYARD_THREADS": "1"})
+    ranks = init_distributed(spec().resources.timeouts, "cpu", {"TRAINYARD_THREADS": "1"})
     assert ranks == ALONE
-    assert ranks.leads
+    assert ranks.is_main_process
     assert ranks.gather([1.0, 2.0]) == [[1.0, 2.0]]
-    assert ranks.from_leader(lambda: "found") == "found"
-    with pytest.raises(StopAsked):
-        ranks.from_leader(raise_stop)
-    agreement = Agreement(ranks)
-    assert agreement.exchange(Wishes(stop=True)) == Wishes(stop=True)
-    assert agreement.settle() == Wishes()
+    assert ranks.broadcast_from_rank0(lambda: "found") == "found"
+    with pytest.raises(StopRequested):
+        ranks.broadcast_from_rank0(raise_stop)
+    agreement = ControlSync(ranks)
+    assert agreement.exchange(ControlFlags(stop=True)) == ControlFlags(stop=True)
+    assert agreement.finish() == ControlFlags()
 
 
 def raise_stop() -> None:
-    raise StopAsked
+    raise StopRequested
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
 def test_cuda_that_is_not_there_is_an_error_and_auto_is_not() -> None:
-    assert own_device("cuda:1", 0).type == "cpu"
-    require(ALONE, spec())
-    with pytest.raises(Failure, match="rank 0 of 1 has no GPU"):
-        require(ALONE, spec(resources={"device": "cuda"}))
+    assert select_device("cuda:1", 0).type == "cpu"
+    require_device(ALONE, spec())
+    with pytest.raises(TrainingError, match="rank 0 of 1 has no GPU"):
+        require_device(ALONE, spec(resources={"device": "cuda"}))

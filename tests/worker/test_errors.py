@@ -5,7 +5,7 @@ import pickle
 import torch
 
 from trainyard.contract.spec import TrainingSpec
-from trainyard.worker.errors import not_saved, out_of_memory
+from trainyard.worker.errors import out_of_memory, save_error
 
 
 def test_failures_carry_advice_with_numbers() -> None:
@@ -18,8 +18,8 @@ def test_failures_carry_advice_with_numbers() -> None:
     assert out_of_memory(RuntimeError("shapes differ"), rank=0, step=0, training=one_row) is None
     single = out_of_memory(MemoryError(), rank=0, step=0, training=one_row)
     assert "max_seq_len" in str(single)
-    full = not_saved(OSError(28, "No space left on device", "/d/x"), "the checkpoint of step 3")
+    full = save_error(OSError(28, "No space left on device", "/d/x"), "the checkpoint of step 3")
     assert str(full).splitlines()[0] == "the checkpoint of step 3 could not be written: No space left on device (/d/x)"
     assert "Free space" in str(full)
-    assert "writable" in str(not_saved(OSError(13, "Permission denied"), "it"))
+    assert "writable" in str(save_error(OSError(13, "Permission denied"), "it"))
     assert pickle.loads(pickle.dumps(full)).hint == full.hint

@@ -14,7 +14,7 @@ from tests.worker.test_saving import kill_in_save
 from trainyard.contract.events import ResumeVerified, Started
 from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir
-from trainyard.worker.checkpoint.files import manifest_of
+from trainyard.worker.checkpoint.files import read_manifest
 
 SEED = int(os.environ.get("TRAINYARD_KILL_SEED", "20261125"))
 STEPS, SAVE_INTERVAL = 30, 4
@@ -110,7 +110,7 @@ def require_the_same(broken: RunDir, untouched: RunDir, kills: int) -> str:
     for attempt in range(2, kills + 2):
         proofs = [event for event in rank_runner.events(broken, attempt) if isinstance(event, ResumeVerified)]
         assert [proof.difference for proof in proofs] == [0.0] * (started(broken, attempt).start_step > 0)
-    return manifest_of(broken.products(None).checkpoint(STEPS))["model.safetensors"].sha256
+    return read_manifest(broken.artifacts(None).checkpoint(STEPS))["model.safetensors"].sha256
 
 
 def described(text: Path, name: str) -> dict[str, Any]:

@@ -12,55 +12,60 @@ from tests.worker.test_resume_start import spec
 from trainyard.contract.events import SettingsChanged
 from trainyard.contract.messages import RunSettings
 from trainyard.contract.rundir import RunDir, write_json
-from trainyard.worker.training.control import SettingsWish, Wishes, changed, with_settings
+from trainyard.worker.training.control import ControlFlags, LiveSettings, settings_changed_event, with_settings
 
 FIRST = RunSettings(log_interval=5, save_interval=8, keep_last=3)
 SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)
 
 
 def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) -> None:
-    wish = SettingsWish(tmp_path / "settings.json", FIRST)
-    assert wish.news() is None
+    wish = LiveSettings(tmp_path / "settings.json", FIRST)
+    assert wish.poll() is None
     write_json(wish.file, FIRST.model_dump())
-    assert wish.news() is None
+    assert wish.poll() is None
     write_json(wish.file, SECOND.model_dump())
-    assert wish.news() == SECOND
-    assert wish.news() is None
+    assert wish.poll() == SECOND
+    assert wish.poll() is None
     wish.file.write_text("{")
-    assert wish.news() is None
+    assert wish.poll() is None
     write_json(wish.file, {**FIRST.model_dump(), "log_interval": 0})
-    assert wish.news() is None
+    assert wish.poll() is None
     write_json(wish.file, FIRST.model_dump())
-    assert wish.news() == FIRST
+    assert wish.poll() == FIRST
 
 
 def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
     assert RunSettings.of(with_settings(spec(), SECOND).model_dump()) == SECOND
     assert with_settings(spec(), RunSettings.of(spec().model_dump())) == spec()
-    assert changed(4, FIRST, FIRST.model_copy(update={"save_interval": 1000})).message == (
+    assert settings_changed_event(4, FIRST, FIRST.model_copy(update={"save_interval": 1000})).message == (
         "save_interval is 1,000 and was 8"
     )
 
 
 def test_ranks_agree_on_numbers() -> None:
-    for wishes in (Wishes(), Wishes(stop=True), Wishes(save=True, settings=SECOND), Wishes(spike=True)):
-        assert Wishes.of(wishes.numbers()) == wishes
+    for wishes in (
+        ControlFlags(),
+        ControlFlags(stop=True),
+        ControlFlags(save=True, settings=SECOND),
+        ControlFlags(spike=True),
+    ):
+        assert ControlFlags.from_ints(wishes.to_ints()) == wishes
     largest = RunSettings(log_interval=2**53 - 1, save_interval=1, keep_last=1)
-    assert Wishes.of(Wishes(settings=largest).numbers()).settings == largest
+    assert ControlFlags.from_ints(ControlFlags(settings=largest).to_ints()).settings == largest
 
 
 def wish_after(run: RunDir, step: int) -> None:
     """Leave other settings right after ``step``."""
-    from trainyard.worker.attempt import SignOfLife
+    from trainyard.worker.attempt import Heartbeat
 
-    beat = SignOfLife.beat
+    beat = Heartbeat.beat
 
-    def wished(self: SignOfLife, done: int) -> None:
+    def wished(self: Heartbeat, done: int) -> None:
         beat(self, done)
         if done == step and self._descriptor is not None:
             write_json(run.attempt(1).settings, SECOND.model_dump())
 
-    mock.patch.object(SignOfLife, "beat", wished).start()
+    mock.patch.object(Heartbeat, "beat", wished).start()
 
 
 @pytest.mark.slow
@@ -79,7 +84,7 @@ def test_the_weights_are_those_of_the_untouched_run(world: int, tmp_path: Path) 
     # What was due at the step itself is due by the new settings.
     saves = [step for step in (6, 9, 12, 15, 16) if step >= taken]
     assert rank_runner.saves(touched) == saves
-    kept = sorted(path.name for path in touched.products(None).checkpoints.iterdir())
+    kept = sorted(path.name for path in touched.artifacts(None).checkpoints.iterdir())
     assert kept == ["step-00000015", "step-00000016"]
     final = {name: data for name, data in rank_runner.products(untouched) if "16" in name or name.startswith("out/")}
     assert final == {name: data for name, data in rank_runner.products(touched) if name in final}

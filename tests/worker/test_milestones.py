@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 from tests.worker.test_resume_start import IDENTITY, publish
 from tests.worker.test_saving import Bench
 from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event
-from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ProductDir
+from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ArtifactDir
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint import retention as milestones
-from trainyard.worker.checkpoint.resume import go_back
+from trainyard.worker.checkpoint.resume import rewind_to
 from trainyard.worker.checkpoint.safetensors_writer import sha256_of
 
 
 def test_the_weights_stay_and_nothing_resumes_from_them(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     full = publish(products, 10)
     publish(products, 15)
     weights, state = load_file(full / MODEL_FILE), files.read_state(full)
@@ -41,7 +41,7 @@ def test_the_weights_stay_and_nothing_resumes_from_them(tmp_path: Path) -> None:
 
 
 def test_linked_where_it_can_be_and_copied_where_not(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     linked = milestones.keep_weights(products, 10, publish(products, 10))
     assert (linked.path / MODEL_FILE).stat().st_nlink == 2
     with mock.patch.object(os, "link", side_effect=PermissionError(1, "Operation not permitted")):
@@ -51,20 +51,20 @@ def test_linked_where_it_can_be_and_copied_where_not(tmp_path: Path) -> None:
 
 
 def test_killed_between_the_two_it_is_finished_the_next_time(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     full = publish(products, 10)
     first = milestones.keep_weights(products, 10, full)
     written = (first.path / "manifest.json").stat().st_mtime_ns
     for step in (15, 20):
         publish(products, step)
-    (pruned,) = retention.prune(products, keep_last=2, keep_every=10)
+    (pruned,) = retention.delete_old_checkpoints(products, keep_last=2, keep_every=10)
     assert (pruned.step, pruned.path, pruned.weights) == (10, full, first)
     assert (first.path / "manifest.json").stat().st_mtime_ns == written
-    assert retention.prune(products, keep_last=2, keep_every=10) == []
+    assert retention.delete_old_checkpoints(products, keep_last=2, keep_every=10) == []
 
 
 def test_other_weights_of_the_same_step_take_the_place_of_the_old_ones(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     first = milestones.keep_weights(products, 10, publish(products, 10))
     retention.remove(products.checkpoint(10))
     torch.manual_seed(1)
@@ -73,12 +73,12 @@ def test_other_weights_of_the_same_step_take_the_place_of_the_old_ones(tmp_path:
 
 
 def test_what_cannot_be_thinned_stays_whole(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     for step in (10, 15, 20):
         publish(products, step)
     with mock.patch.object(files, "write_blocks", side_effect=OSError(28, "No space left on device")):
-        assert retention.prune(products, keep_last=2, keep_every=10) == []
-    assert files.find_damage(products.checkpoint(10)) is None
+        assert retention.delete_old_checkpoints(products, keep_last=2, keep_every=10) == []
+    assert files.verify(products.checkpoint(10)) is None
     assert products.milestones() == []
     assert [path.name for path in products.checkpoints.iterdir() if path.name.startswith(".")] == []
 
@@ -108,13 +108,13 @@ def test_a_save_tells_of_what_is_left(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["full", "weights"])
 def test_going_back_sets_newer_milestones_aside_too(kind: str, tmp_path: Path) -> None:
-    products, said = ProductDir(tmp_path), list[Event]()
+    products, said = ArtifactDir(tmp_path), list[Event]()
     for step in (5, 10, 20):
         publish(products, step)
     if kind == "weights":
         milestones.keep_weights(products, 10, products.checkpoint(10))
         retention.remove(products.checkpoint(10))
-    go_back(products, 5, IDENTITY, said.append)
+    rewind_to(products, 5, IDENTITY, said.append)
     assert products.milestones() == []
     removed: list[Any] = [json.loads(event.model_dump_json()) for event in said]
     assert {(e["step"], e["checkpoint_kind"]) for e in removed} == {(20, "full"), (10, kind)}

@@ -7,8 +7,8 @@ import pytest
 
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.data.paths import check_roots
-from trainyard.worker.errors import Failure
+from trainyard.worker.data.paths import check_allowed_paths
+from trainyard.worker.errors import TrainingError
 
 
 def spec(**groups: Any) -> JobSpec:
@@ -24,8 +24,8 @@ def test_paths_outside_the_roots_are_refused(tmp_path: Path) -> None:
         directory.mkdir(parents=True)
     roots = {"TRAINYARD_DATA_ROOTS": str(data), "TRAINYARD_SAVE_ROOTS": str(data)}
     for good in (data / "c.jsonl", home / "c.jsonl"):
-        check_roots(spec(data={"data_path": str(good)}), run, roots)
-    check_roots(spec(data={"data_path": str(outside)}), run, {})
+        check_allowed_paths(spec(data={"data_path": str(good)}), run, roots)
+    check_allowed_paths(spec(data={"data_path": str(outside)}), run, {})
     (data / "link").symlink_to(outside)
     inside = {"data": {"data_path": str(data / "c.jsonl")}}
     bad: list[tuple[str, dict[str, Any]]] = [
@@ -37,5 +37,5 @@ def test_paths_outside_the_roots_are_refused(tmp_path: Path) -> None:
         ("checkpoint.save_dir", {**inside, "checkpoint": {"save_dir": str(outside)}}),
     ]
     for field, groups in bad:
-        with pytest.raises(Failure, match=f"{field} lies outside"):
-            check_roots(spec(**groups), run, roots)
+        with pytest.raises(TrainingError, match=f"{field} lies outside"):
+            check_allowed_paths(spec(**groups), run, roots)

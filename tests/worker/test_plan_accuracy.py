@@ -14,29 +14,31 @@ from trainyard.contract.spec import JobSpec
 from trainyard.model import costs
 from trainyard.model.config import ModelConfig
 from trainyard.worker.data.corpus import open_corpus
-from trainyard.worker.data.loader import Feed
-from trainyard.worker.data.packing import Packing, RowTable
-from trainyard.worker.data.sampler import Order
+from trainyard.worker.data.loader import MicroBatchLoader
+from trainyard.worker.data.packing import PackedDataset, Packing
+from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.data.tokenizers import ByteTokenizer
-from trainyard.worker.distributed import Ranks
-from trainyard.worker.training.state import Trainee, build, initial_model
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.state import TrainState, build_train_state, initial_model
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 DENSE: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 EXPERTS = {**DENSE, "use_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 ROWS, LENGTH = 4, 128
 
 
-def feed(path: Path, packing: Packing, accumulation: int) -> Feed:
+def feed(path: Path, packing: Packing, accumulation: int) -> MicroBatchLoader:
     """Micro-batches of ``ROWS`` rows of docstrings."""
     file = write_jsonl(path / "c.jsonl", random.Random(3).sample(docstrings(), 400))
-    table = RowTable.open(open_corpus(file, ByteTokenizer(), cache=path / "cache"), max_seq_len=LENGTH, packing=packing)
-    return Feed(table, Order(table.targets, ROWS * accumulation, 1), ALONE, ROWS, "global_tokens")
+    table = PackedDataset.open(
+        open_corpus(file, ByteTokenizer(), cache=path / "cache"), max_seq_len=LENGTH, packing=packing
+    )
+    return MicroBatchLoader(table, StepSampler(table.targets, ROWS * accumulation, 1), ALONE, ROWS, "global_tokens")
 
 
-def trainee(model: ModelConfig, **training: Any) -> Trainee:
+def trainee(model: ModelConfig, **training: Any) -> TrainState:
     spec = JobSpec.model_validate({"data": {"data_path": "x"}, "training": training}).training
-    return build(initial_model(model, 1, ALONE.device), spec, 0.01 if model.use_moe else 0.0, ALONE)
+    return build_train_state(initial_model(model, 1, ALONE.device), spec, 0.01 if model.use_moe else 0.0, ALONE)
 
 
 class Kept:
@@ -77,11 +79,11 @@ class Held:
         self._kept.give_back(self._place)
 
 
-def most_kept(student: Trainee, rows: Feed) -> int:
+def most_kept(student: TrainState, rows: MicroBatchLoader) -> int:
     """Bytes at the peak of one whole step, micro-batch after micro-batch."""
     kept = Kept(student.model)
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
-        student.stepper.step(rows.micros(1), 1e-3, lambda _: None)
+        student.train_step.run(rows.microbatches(1), 1e-3, lambda _: None)
     return kept.most
 
 
@@ -109,7 +111,7 @@ def test_weights_gradients_and_optimizer_by_tensors(shape: dict[str, Any], optim
     student.optimizer.register_step_pre_hook(
         lambda *_: gradients.append(sum(p.grad.nbytes for p in student.model.parameters() if p.grad is not None))
     )
-    student.stepper.step(feed(tmp_path, "document", 2).micros(1), 1e-3, lambda _: None)
+    student.train_step.run(feed(tmp_path, "document", 2).microbatches(1), 1e-3, lambda _: None)
     state = [value for one in student.optimizer.state.values() for value in one.values() if value.ndim]
     planned = costs.memory_bytes(model, batch_size=ROWS, seq_len=LENGTH, dtype="float32", optimizer=optimizer)
     assert planned.weights == sum(parameter.nbytes for parameter in student.model.parameters())
@@ -125,7 +127,7 @@ def test_a_checkpoint_has_the_bytes_that_were_planned(shape: dict[str, Any], opt
     run = rank_runner.new_run(tmp_path / "run", described)
     assert rank_runner.run_to_end(run).outcome == "completed"
     model = ModelConfig(**shape).with_vocab_size(259)
-    directory = run.products(None).checkpoint(1)
+    directory = run.artifacts(None).checkpoint(1)
     held = {name: tensors_in(directory / name) for name in ("model.safetensors", "optimizer.safetensors")}
     assert sum(held.values()) == costs.checkpoint_bytes(model, optimizer)
     assert sum(file.stat().st_size for file in directory.iterdir()) == pytest.approx(sum(held.values()), rel=0.1)

@@ -21,11 +21,11 @@ from trainyard.contract.failpoints import arm
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.data.loader import cut, own_share
-from trainyard.worker.data.prepare import prepare
-from trainyard.worker.data.sampler import Order
-from trainyard.worker.distributed import Ranks
-from trainyard.worker.training.control import StopWish
+from trainyard.worker.data.loader import rank_slice, split_microbatches
+from trainyard.worker.data.prepare import prepare_data
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.control import StopSignal
 from trainyard.worker.training.state import initial_model
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ def test_a_step_cut_differently_is_the_same_step(kind: str, text: Path, tmp_path
         described = rank_runner.spec(text, model=model, training=training, reporting={"log_interval": 1})
         run = rank_runner.new_run(tmp_path / name.replace(" ", ""), described)
         rank_runner.run_to_end(run, world)
-        weights = load_file(run.products(None).checkpoint(8) / "model.safetensors")
+        weights = load_file(run.artifacts(None).checkpoint(8) / "model.safetensors")
         results[name] = (rank_runner.metrics(run), weights)
     lines, weights = results["8 x 1"]
     assert len(lines) == 8
@@ -158,17 +158,17 @@ def test_micro_batch_mean_is_minimind_s_loop(text: Path, tmp_path: Path) -> None
 
 def minimind(run: RunDir, spec: JobSpec) -> list[float]:
     """Mean of each micro-batch, divided by the number of micro-batches, backward, clip, AdamW with torch's defaults."""
-    alone = Ranks(0, 1, 0, 1, torch.device("cpu"))
-    material = prepare(spec, run, alone, lambda _: None, StopWish(None).asked)
-    order = Order(material.rows.targets, 12, 42)
+    alone = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
+    material = prepare_data(spec, run, alone, lambda _: None, StopSignal(None).requested)
+    order = StepSampler(material.train_set.targets, 12, 42)
     model = initial_model(material.spec.model, 42, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     curve = []
     for step in range(1, 7):
-        micros = [part for rank in range(2) for part in cut(own_share(order.rows_of(step), rank, 2), 3)]
+        micros = [part for rank in range(2) for part in split_microbatches(rank_slice(order.rows_of(step), rank, 2), 3)]
         losses, tokens = 0.0, 0
         for part in micros:
-            batch = material.rows.batch(part)
+            batch = material.train_set.batch(part)
             logits = model(batch.input_ids, logits=True).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
             torch.autograd.backward(loss / len(micros))
@@ -218,7 +218,9 @@ def test_torchrun_stops_on_sigterm_and_goes_on_by_hand(text: Path, tmp_path: Pat
     assert outcome.outcome == "stopped", output
     assert outcome.step >= 3
     assert rank_runner.saves(run) == [outcome.step]
-    assert json.loads((run.products(None).checkpoint(outcome.step) / "state.json").read_bytes())["step"] == outcome.step
+    assert (
+        json.loads((run.artifacts(None).checkpoint(outcome.step) / "state.json").read_bytes())["step"] == outcome.step
+    )
 
 
 def short_of_memory() -> None:

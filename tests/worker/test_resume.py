@@ -14,11 +14,11 @@ import pytest
 
 from tests.worker import rank_runner
 from trainyard.contract.events import CheckpointRemoved, PhaseChanged, Started
-from trainyard.contract.file_identity import Sketch
+from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.rundir import RunDir
-from trainyard.contract.tokenizer_info import identified
-from trainyard.service.errors import RunDiffers
-from trainyard.service.jobs.resume_compat import Begin, require_same
+from trainyard.contract.tokenizer_info import fingerprint_of
+from trainyard.service.errors import CheckpointMismatch
+from trainyard.service.jobs.resume_compat import ResumeCandidate, check_compatible
 from trainyard.service.settings import Settings
 
 pytestmark = pytest.mark.slow
@@ -88,39 +88,39 @@ def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path, model: d
 
 def stop_after(run: RunDir, attempt: int, step: int) -> None:
     """Touch the stop file right after ``step``."""
-    from trainyard.worker.attempt import SignOfLife
+    from trainyard.worker.attempt import Heartbeat
 
-    beat = SignOfLife.beat
+    beat = Heartbeat.beat
 
-    def noticed(self: SignOfLife, done: int) -> None:
+    def noticed(self: Heartbeat, done: int) -> None:
         beat(self, done)
         if done == step:
             run.attempt(attempt).stop.touch()
 
-    mock.patch.object(SignOfLife, "beat", noticed).start()
+    mock.patch.object(Heartbeat, "beat", noticed).start()
 
 
 def kill_after(step: int) -> None:
     """SIGKILL to this very rank right after ``step``; the others see a broken connection."""
     import os
 
-    from trainyard.worker.attempt import SignOfLife
+    from trainyard.worker.attempt import Heartbeat
 
-    beat = SignOfLife.beat
+    beat = Heartbeat.beat
 
-    def fatal(self: SignOfLife, done: int) -> None:
+    def fatal(self: Heartbeat, done: int) -> None:
         beat(self, done)
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    mock.patch.object(SignOfLife, "beat", fatal).start()
+    mock.patch.object(Heartbeat, "beat", fatal).start()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text: Path, tmp_path: Path) -> None:
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
     assert rank_runner.run_to_end(run).step == 24
     before = dict(rank_runner.products(run))
-    file = run.products(None).checkpoint(24) / "model.safetensors"
+    file = run.artifacts(None).checkpoint(24) / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -139,7 +139,7 @@ def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away_without_a_word(
     described = rank_runner.spec(text, training={"max_steps": 4}, checkpoint={"save_interval": 2})
     run = rank_runner.new_run(tmp_path / "run", described)
     rank_runner.run_to_end(run)
-    for _, path in run.products(None).published():
+    for _, path in run.artifacts(None).published():
         (path / "manifest.json").unlink()
     failed = rank_runner.run_to_end(run)
     assert (failed.outcome, failed.reason) == ("failed", "checkpoint_invalid")
@@ -165,20 +165,20 @@ def test_the_service_sees_in_a_checkpoint_what_the_worker_would_refuse(text: Pat
     corpus = Path(shutil.copyfile(text, tmp_path / "corpus.jsonl"))
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(corpus, training={"max_steps": 2}))
     rank_runner.run_to_end(run)
-    saved = json.loads((run.products(None).checkpoint(2) / "state.json").read_bytes())["identity"]
-    assert saved["corpus_file"] == asdict(Sketch.of(corpus))
-    assert (saved["vocabulary"], saved["tokenizer"]) == identified("byte")
+    saved = json.loads((run.artifacts(None).checkpoint(2) / "state.json").read_bytes())["identity"]
+    assert saved["corpus_file"] == asdict(FileFingerprint.of(corpus))
+    assert (saved["vocabulary"], saved["tokenizer"]) == fingerprint_of("byte")
     with corpus.open("a") as more:
         more.write('{"text": "one more"}\n')
-    begin, settings = Begin(2, run.products(None).checkpoint(2)), Settings.read({}, home=tmp_path)
+    begin, settings = ResumeCandidate(2, run.artifacts(None).checkpoint(2)), Settings.read({}, home=tmp_path)
     resolved = json.loads(run.attempt(1).spec.read_bytes())
     resolved["model"]["vocab_size"] = 259
-    with pytest.raises(RunDiffers, match=r"data_path: .* bytes when step 2 was saved"):
-        require_same([begin], resolved, settings)
+    with pytest.raises(CheckpointMismatch, match=r"data_path: .* bytes when step 2 was saved"):
+        check_compatible([begin], resolved, settings)
     run.spec.write_text(json.dumps(rank_runner.spec(corpus, training={"max_steps": 4})))
     assert "the corpus is another one" in str(rank_runner.run_to_end(run).message)
     shutil.copyfile(text, corpus)
-    require_same([begin], resolved, settings)
+    check_compatible([begin], resolved, settings)
     assert rank_runner.run_to_end(run).outcome == "completed"
 
 

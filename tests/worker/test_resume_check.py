@@ -10,50 +10,50 @@ import torch
 from torch.nn import functional as F
 
 from tests.worker import rank_runner
-from trainyard.contract.events import ResumeVerified, Started, Warned
+from trainyard.contract.events import ResumeVerified, Started, WarningEvent
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.data.prepare import Material, prepare
-from trainyard.worker.distributed import Ranks
-from trainyard.worker.training.resume_check import Probe, verified
-from trainyard.worker.training.state import Trainee, build, initial_model
+from trainyard.worker.data.prepare import TrainingData, prepare_data
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
+from trainyard.worker.training.state import TrainState, build_train_state, initial_model
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 
 
-def material(path: Path, **groups: dict[str, Any]) -> Material:
+def material(path: Path, **groups: dict[str, Any]) -> TrainingData:
     text = path / "corpus.jsonl"
     if not text.exists():
         rank_runner.corpus(text)
     described = JobSpec.model_validate_json(json.dumps(rank_runner.spec(text, **groups)))
-    return prepare(described, RunDir(path), ALONE, lambda _: None, lambda: False)
+    return prepare_data(described, RunDir(path), ALONE, lambda _: None, lambda: False)
 
 
-def trainee(of: Material, seed: int = 1) -> Trainee:
-    return build(initial_model(of.spec.model, seed, ALONE.device), of.spec.training, 0.0, ALONE)
+def trainee(of: TrainingData, seed: int = 1) -> TrainState:
+    return build_train_state(initial_model(of.spec.model, seed, ALONE.device), of.spec.training, 0.0, ALONE)
 
 
 def test_the_rows_depend_on_corpus_and_seed_alone(tmp_path: Path) -> None:
     rows = []
     for training in ({}, {"batch_size": 1, "accumulation_steps": 1}, {"max_steps": 3}, {"seed": 43}):
         of = material(tmp_path, training=training)
-        rows.append(Probe.of(of.rows, of.spec.training, ALONE.device).rows.tolist())
+        rows.append(ResumeCheck.of(of.train_set, of.spec.training, ALONE.device).rows.tolist())
     assert len(set(rows[0])) == len(rows[0]) == 4
     assert rows[0] == rows[1] == rows[2] != rows[3]
 
 
 def test_it_stays_small_whatever_the_rows(tmp_path: Path) -> None:
     wide = material(tmp_path, data={"max_seq_len": 600})
-    probe = Probe.of(wide.rows, wide.spec.training, ALONE.device)
-    assert probe.batch().input_ids.shape == probe.batch().labels.shape == (min(4, len(wide.rows)), 32)
+    probe = ResumeCheck.of(wide.train_set, wide.spec.training, ALONE.device)
+    assert probe.batch().input_ids.shape == probe.batch().labels.shape == (min(4, len(wide.train_set)), 32)
     few = rank_runner.corpus(tmp_path / "few.jsonl", documents=1)
     tiny = material(tmp_path, data={"data_path": str(few)})
-    assert len(Probe.of(tiny.rows, tiny.spec.training, ALONE.device).rows) == len(tiny.rows)
+    assert len(ResumeCheck.of(tiny.train_set, tiny.spec.training, ALONE.device).rows) == len(tiny.train_set)
 
 
 def test_the_score_is_the_mean_loss_of_those_rows_without_dropout(tmp_path: Path) -> None:
     of = material(tmp_path, model={"dropout": 0.5}, training={"dtype": "float32"})
-    probe, student = Probe.of(of.rows, of.spec.training, ALONE.device), trainee(of)
+    probe, student = ResumeCheck.of(of.train_set, of.spec.training, ALONE.device), trainee(of)
     student.model.train()
     scored = probe.score(student)
     assert student.model.training
@@ -73,22 +73,22 @@ def test_the_score_is_the_mean_loss_of_those_rows_without_dropout(tmp_path: Path
 
 
 def test_what_is_said_of_it() -> None:
-    assert verified(3, {}, {"loss": 1.0, "dtype": "float32"}) == []
-    (proof,) = verified(3, {"loss": 2.0, "dtype": "float32"}, {"loss": 2.0, "dtype": "float32"})
+    assert compare_scores(3, {}, {"loss": 1.0, "dtype": "float32"}) == []
+    (proof,) = compare_scores(3, {"loss": 2.0, "dtype": "float32"}, {"loss": 2.0, "dtype": "float32"})
     assert isinstance(proof, ResumeVerified)
     assert (proof.step, proof.expected, proof.found, proof.difference) == (3, 2.0, 2.0, 0.0)
-    within = verified(3, {"loss": 2.0, "dtype": "bfloat16"}, {"loss": 2.009, "dtype": "bfloat16"})
+    within = compare_scores(3, {"loss": 2.0, "dtype": "bfloat16"}, {"loss": 2.009, "dtype": "bfloat16"})
     assert [event.kind for event in within] == ["resume_verified"]
     # Another dtype than the one it was saved with: the coarser of the two says what is too much.
-    assert len(verified(3, {"loss": 2.0, "dtype": "bfloat16"}, {"loss": 2.009, "dtype": "float32"})) == 1
-    doubt = verified(3, {"loss": 2.0, "dtype": "float32"}, {"loss": 2.009, "dtype": "float32"})
-    assert isinstance(doubt[1], Warned)
+    assert len(compare_scores(3, {"loss": 2.0, "dtype": "bfloat16"}, {"loss": 2.009, "dtype": "float32"})) == 1
+    doubt = compare_scores(3, {"loss": 2.0, "dtype": "float32"}, {"loss": 2.009, "dtype": "float32"})
+    assert isinstance(doubt[1], WarningEvent)
     assert (doubt[1].code, doubt[1].step) == ("resume_differs", 3)
     assert "scores 2.009000 on the rows on which it scored 2.000000" in doubt[1].message
-    gone = verified(3, {"loss": 2.0, "dtype": "float32"}, {})
+    gone = compare_scores(3, {"loss": 2.0, "dtype": "float32"}, {})
     assert isinstance(gone[0], ResumeVerified)
     assert (gone[0].found, gone[0].difference) == (None, None)
-    assert isinstance(gone[1], Warned)
+    assert isinstance(gone[1], WarningEvent)
     assert "scores no finite number" in gone[1].message
 
 
@@ -113,7 +113,7 @@ def test_a_resume_on_the_same_hardware_differs_by_nothing(name: str, tmp_path: P
     assert [event for event in rank_runner.events(run) if isinstance(event, ResumeVerified)] == []
     found = rank_runner.events(run, 2)
     (proof,) = [event for event in found if isinstance(event, ResumeVerified)]
-    state = json.loads((run.products(None).checkpoint(3) / "state.json").read_bytes())
+    state = json.loads((run.artifacts(None).checkpoint(3) / "state.json").read_bytes())
     assert (proof.step, proof.expected, proof.difference) == (3, state["probe"]["loss"], 0.0)
     assert isinstance(found[found.index(proof) - 1], Started)
     assert "resume_differs" not in rank_runner.warned(run, 2)
@@ -121,15 +121,15 @@ def test_a_resume_on_the_same_hardware_differs_by_nothing(name: str, tmp_path: P
 
 def wrong_weights() -> None:
     """What no checksum finds: the file is what was written, and not what is computed with."""
-    load = Trainee.load
+    load = TrainState.load
 
-    def skewed(self: Trainee, path: Path) -> Any:
+    def skewed(self: TrainState, path: Path) -> Any:
         state = load(self, path)
         with torch.no_grad():
             self.model.model.norm.weight.mul_(1.5)
         return state
 
-    mock.patch.object(Trainee, "load", skewed).start()
+    mock.patch.object(TrainState, "load", skewed).start()
 
 
 @pytest.mark.slow

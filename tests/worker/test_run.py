@@ -22,7 +22,7 @@ from trainyard.contract.events import (
     PhaseChanged,
     Sample,
     Started,
-    Warned,
+    WarningEvent,
 )
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
@@ -60,7 +60,7 @@ def without_trackers() -> None:
 
 def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
     started = next(event for event in rank_runner.events(finished) if isinstance(event, Started))
-    weights = torch.load(finished.products(None).out / "pretrain_32.pth", weights_only=True)
+    weights = torch.load(finished.artifacts(None).out / "pretrain_32.pth", weights_only=True)
     unique = {value.data_ptr(): value.numel() for value in weights.values()}
     assert started.parameters == started.active_parameters == sum(unique.values())
     assert (started.start_step, started.steps, started.world_size, started.vocab_size) == (0, 24, 1, 259)
@@ -114,8 +114,8 @@ def test_events_come_in_order(finished: RunDir) -> None:
     assert full == [5, 10, 15, 20, 24]
     removed = [(event.step, event.why) for event in found if isinstance(event, CheckpointRemoved)]
     assert removed == [(5, "retention"), (10, "only its weights are kept"), (15, "retention")]
-    assert [step for step, _ in finished.products(None).published()] == [24, 20]
-    assert [step for step, _ in finished.products(None).milestones()] == [10]
+    assert [step for step, _ in finished.artifacts(None).published()] == [24, 20]
+    assert [step for step, _ in finished.artifacts(None).milestones()] == [10]
     losses = {step: line.loss for step, line in rank_runner.metrics(finished).items()}
     assert saved[0].loss == losses[5]
     assert finished.attempt(1).progress.read_text().strip() == "24"
@@ -136,7 +136,7 @@ def test_what_is_missing_or_unasked_is_a_warning(finished: RunDir) -> None:
 
 
 def test_the_weights_are_minimind_s(finished: RunDir) -> None:
-    weights = torch.load(finished.products(None).out / "pretrain_32.pth", weights_only=True)
+    weights = torch.load(finished.artifacts(None).out / "pretrain_32.pth", weights_only=True)
     assert {value.dtype for value in weights.values()} == {torch.float16}
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_norm.weight"} <= set(weights)
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
@@ -180,7 +180,7 @@ def test_a_failed_save_is_a_warning_and_the_next_one_works(text: Path, tmp_path:
     assert warning.step == 16
     assert "No space left on device" in warning.message
     assert rank_runner.saves(run) == [8, 24]
-    assert sorted(path.name for path in run.products(None).checkpoints.iterdir()) == ["step-00000008", "step-00000024"]
+    assert sorted(path.name for path in run.artifacts(None).checkpoints.iterdir()) == ["step-00000008", "step-00000024"]
 
 
 def test_a_last_save_that_fails_is_no_success(text: Path, tmp_path: Path) -> None:
@@ -195,22 +195,22 @@ def test_a_last_save_that_fails_is_no_success(text: Path, tmp_path: Path) -> Non
 
 def poison(*steps: int) -> None:
     """Make the gradient of these data steps not finite."""
-    from trainyard.worker.data.loader import Feed
+    from trainyard.worker.data.loader import MicroBatchLoader
 
-    micros = Feed.micros
+    micros = MicroBatchLoader.microbatches
 
-    def poisoned(self: Feed, step: int) -> Any:
+    def poisoned(self: MicroBatchLoader, step: int) -> Any:
         for micro in micros(self, step):
             yield micro if step not in steps else type(micro)(micro.batch, math.nan, micro.rows, micro.tokens)
 
-    mock.patch.object(Feed, "micros", poisoned).start()
+    mock.patch.object(MicroBatchLoader, "microbatches", poisoned).start()
 
 
 def poison_unread(*steps: int) -> None:
     """The same, with steps that are read when something is due, as on CUDA."""
-    from trainyard.worker.training.state import Trainee
+    from trainyard.worker.training.state import TrainState
 
-    mock.patch.object(Trainee, "may_lag", return_value=True).start()
+    mock.patch.object(TrainState, "defers_metrics", return_value=True).start()
     poison(*steps)
 
 
@@ -222,7 +222,7 @@ def test_fail_applies_nothing_and_names_step_and_rows(poisoned: Any, text: Path,
     assert "not finite at step 11, over rows " in str(failed.message)
     assert failed.error is not None
     assert "learning_rate" in str(failed.error.hint)
-    assert [step for step, _ in run.products(None).published()] == [8]
+    assert [step for step, _ in run.artifacts(None).published()] == [8]
     assert isinstance(rank_runner.events(run)[-1], Finished)
     resumed = rank_runner.run_to_end(run)
     assert resumed.outcome == "completed"
@@ -231,7 +231,7 @@ def test_fail_applies_nothing_and_names_step_and_rows(poisoned: Any, text: Path,
 def test_skip_leaves_the_update_out(text: Path, tmp_path: Path) -> None:
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"on_nonfinite": "skip"}))
     assert rank_runner.run_to_end(run, patch=partial(poison, 10, 11)).outcome == "completed"
-    skipped = [e.step for e in rank_runner.events(run) if isinstance(e, Warned) and e.code == "step_skipped"]
+    skipped = [e.step for e in rank_runner.events(run) if isinstance(e, WarningEvent) and e.code == "step_skipped"]
     assert skipped == [10, 11]
     assert rank_runner.metrics(run)[10].nonfinite
     assert rank_runner.metrics(run)[10].grad_norm is None
@@ -250,13 +250,13 @@ def test_rollback_goes_back_and_around_the_bad_data(text: Path, tmp_path: Path) 
     described = rank_runner.spec(text, training={"on_nonfinite": "rollback"}, reporting={"log_interval": 1})
     run = rank_runner.new_run(tmp_path / "run", described)
     assert rank_runner.run_to_end(run, patch=partial(poison, 3, 11)).outcome == "completed"
-    warnings = [event for event in rank_runner.events(run) if isinstance(event, Warned)]
+    warnings = [event for event in rank_runner.events(run) if isinstance(event, WarningEvent)]
     rolled = [(event.step, event.data["to_step"]) for event in warnings if event.code == "rolled_back"]
     # Steps 3 and 8 fail: after the first one, step n takes the data of step n + 3.
     assert rolled == [(3, 0), (8, 0)]
     steps = [e.step for e in rank_runner.events(run) if isinstance(e, Metric)]
     assert steps == [1, 2, 1, 2, 3, 4, 5, 6, 7, *range(1, 25)]
-    state = json.loads((run.products(None).checkpoint(24) / "state.json").read_bytes())
+    state = json.loads((run.artifacts(None).checkpoint(24) / "state.json").read_bytes())
     assert (state["data_offset"], state["trouble"]["rollbacks"]) == (11, 2)
 
 
@@ -267,8 +267,8 @@ def test_when_steps_are_read_does_not_show_in_what_becomes_of_them(text: Path, t
         run = rank_runner.new_run(tmp_path / name, described)
         # Both bad steps lie between a line and a save; what is taken behind them must not be applied.
         assert rank_runner.run_to_end(run, patch=partial(poisoned, 3, 19)).outcome == "completed"
-        files = run.products(None).checkpoint(24)
-        rolled = [e.step for e in rank_runner.events(run) if isinstance(e, Warned) and e.code == "rolled_back"]
+        files = run.artifacts(None).checkpoint(24)
+        rolled = [e.step for e in rank_runner.events(run) if isinstance(e, WarningEvent) and e.code == "rolled_back"]
         weights, state = ((files / file).read_bytes() for file in ("model.safetensors", "state.json"))
         ends.append((rolled, weights, json.loads(state)["trouble"], json.loads(state)["data_offset"]))
     assert len(ends[0][0]) == 2
@@ -340,14 +340,14 @@ def test_a_stop_before_the_first_step_has_nothing_to_save(text: Path, tmp_path: 
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
     stopped = rank_runner.run_to_end(run, patch=partial(stop_while_preparing, run))
     assert (stopped.outcome, stopped.step, stopped.reason) == ("stopped", 0, "user")
-    assert run.products(None).published() == []
+    assert run.artifacts(None).published() == []
 
 
 def stop_while_preparing(run: RunDir) -> None:
     """Touch the stop file as soon as the data is being read."""
     from trainyard.worker.data import prepare, tokenizers
 
-    load = tokenizers.load
+    load = tokenizers.load_tokenizer
 
     def stopping(path: str) -> Any:
         run.attempt(1).stop.touch()

@@ -8,8 +8,8 @@ import torch
 
 from trainyard.contract.events import Started
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.events.console import Console
-from trainyard.worker.training.startup import cautions, has_bfloat16
+from trainyard.worker.events.console import ConsoleLogger
+from trainyard.worker.training.startup import device_warnings, supports_bfloat16
 
 
 def spec(**groups: Any) -> JobSpec:
@@ -30,8 +30,8 @@ def spec(**groups: Any) -> JobSpec:
 )
 def test_cautions_about_the_device(wanted: str, dtype: str, device: str, native: bool, codes: list[str]) -> None:
     asked = spec(training={"dtype": dtype}, resources={"device": wanted})
-    assert [caution.code for caution in cautions(asked, device, native)] == codes
-    assert has_bfloat16(torch.device("cpu"))
+    assert [caution.code for caution in device_warnings(asked, device, native)] == codes
+    assert supports_bfloat16(torch.device("cpu"))
 
 
 def test_the_started_line_says_where_it_goes_on_from() -> None:
@@ -53,7 +53,7 @@ def test_the_started_line_says_where_it_goes_on_from() -> None:
         resumed_from="/c/step-00000003",
         **numbers,
     )
-    text = Console().text(started)
+    text = ConsoleLogger().text(started)
     assert text is not None
     assert text.endswith("steps 4 to 9, from /c/step-00000003")
 

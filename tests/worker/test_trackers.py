@@ -15,7 +15,7 @@ import pytest
 
 from tests.worker import rank_runner
 from tests.worker.test_resume import kill_after
-from trainyard.contract.events import Event, Metric, Warned
+from trainyard.contract.events import Event, Metric, WarningEvent
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.events.trackers import TensorBoard, Trackers
@@ -82,7 +82,7 @@ def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     said: list[Event] = []
     trackers = Trackers(wanted(), tmp_path / "job_1", said.append)
-    trackers.begin(2)
+    trackers.start_at(2)
     trackers.log(metric(3))
     assert FakeWriter.told == [
         ("behind", 2),
@@ -97,7 +97,7 @@ def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeWriter, "fails", True)
     for step in (4, 5):
         trackers.log(metric(step))
-    assert [event.code for event in said if isinstance(event, Warned)] == ["tensorboard_failed"]
+    assert [event.code for event in said if isinstance(event, WarningEvent)] == ["tensorboard_failed"]
     assert len(run.logged) == 3
     trackers.close()
     assert run.finished
@@ -114,10 +114,10 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 @WITH["tensorboard"]
 def test_going_back_takes_the_points_away_that_were_told_too_early(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
-    board.begin(0)
+    board.start_at(0)
     for step in range(1, 7):
         board.log(metric(step, loss=1.0))
-    board.begin(3)
+    board.start_at(3)
     for step in (4, 5):
         board.log(metric(step, loss=2.0, expert_load=[0.2, 0.3, 0.5]))
     found = scalars(tmp_path)

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from trainyard.contract.rundir import ProductDir
+from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.checkpoint.weights import mismatches, start_from, write_weights
-from trainyard.worker.errors import Failure
+from trainyard.worker.checkpoint.weights import load_weights, mismatches, write_weights
+from trainyard.worker.errors import TrainingError
 
 
 def spec(**groups: Any) -> JobSpec:
@@ -28,12 +28,12 @@ def test_a_pickle_with_code_is_refused_and_nothing_executed(tmp_path: Path) -> N
     for name, content in (("code.pth", Bomb()), ("list.pth", [1, 2])):
         torch.save(content, tmp_path / name)
         wanted = spec(training={"from_weight": str(tmp_path / name)})
-        with pytest.raises(Failure, match=f"{name} cannot be read as weights") as refused:
-            start_from(model, wanted, ProductDir(tmp_path))
+        with pytest.raises(TrainingError, match=f"{name} cannot be read as weights") as refused:
+            load_weights(model, wanted, ArtifactDir(tmp_path))
         assert "Nothing in the file was executed" in str(refused.value)
     (tmp_path / "torn.safetensors").write_bytes(b"\0" * 40)
-    with pytest.raises(Failure, match="cannot be read"):
-        start_from(model, spec(training={"from_weight": str(tmp_path / "torn.safetensors")}), ProductDir(tmp_path))
+    with pytest.raises(TrainingError, match="cannot be read"):
+        load_weights(model, spec(training={"from_weight": str(tmp_path / "torn.safetensors")}), ArtifactDir(tmp_path))
 
 
 def test_every_mismatch_is_listed() -> None:
@@ -50,7 +50,7 @@ def test_half_precision_weights_come_back_as_float32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, other = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     write_weights(tmp_path / "out" / "w.pth", model.state_dict())
-    start_from(other, spec(training={"from_weight": str(tmp_path / "out" / "w.pth")}), ProductDir(tmp_path))
+    load_weights(other, spec(training={"from_weight": str(tmp_path / "out" / "w.pth")}), ArtifactDir(tmp_path))
     assert other.weight.dtype is torch.float32
     assert torch.equal(other.weight, model.weight.half().float())
     first = (tmp_path / "out" / "w.pth").read_bytes()

@@ -8,7 +8,7 @@ from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired
 
 
-class Action(StrEnum):
+class EscalationStep(StrEnum):
     """One step of the escalation. KILL also clears away what is left once torchrun has ended."""
 
     WAIT = "wait"
@@ -17,7 +17,7 @@ class Action(StrEnum):
     KILL = "kill"
 
 
-class Cause(StrEnum):
+class StopCause(StrEnum):
     """Why the agent ended the ranks. None of these: they ended by themselves."""
 
     KILLED = "killed"
@@ -31,44 +31,46 @@ class Cause(StrEnum):
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What the agent knows at one moment; times are of the monotonic clock, in seconds."""
 
     torchrun_ended: bool
     desired: Desired
-    signalled: bool
-    asked_at: float | None
+    received_signal: bool
+    stop_requested_at: float | None
     termed_at: float | None
-    stuck: bool
-    deserted: bool = False
+    is_hung: bool
+    peer_lost: bool = False
 
 
-def decide(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | None]:
+def next_step(seen: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
     """The next action, and why, where it is the agent that ends the ranks."""
     if seen.torchrun_ended:
         # Where they were to be ended, an end without a word of rank 0 is our doing and no crash of theirs.
-        asked_for = Cause.KILLED if seen.desired is Desired.KILL else None
-        return Action.KILL, asked_for if seen.termed_at is None else Cause.OVERDUE
-    if seen.deserted:
-        return Action.KILL, Cause.DESERTED
+        asked_for = StopCause.KILLED if seen.desired is Desired.KILL else None
+        return EscalationStep.KILL, asked_for if seen.termed_at is None else StopCause.OVERDUE
+    if seen.peer_lost:
+        return EscalationStep.KILL, StopCause.DESERTED
     match seen.desired:
         case Desired.KILL:
-            return Action.KILL, Cause.KILLED
+            return EscalationStep.KILL, StopCause.KILLED
         case Desired.PAUSE | Desired.CANCEL:
             return _escalate(seen, timeouts, now)
         case Desired.RUN:
-            if seen.signalled or seen.asked_at is not None:
+            if seen.received_signal or seen.stop_requested_at is not None:
                 # A stop once asked for goes its way: ranks that are saving must not be told to go on.
                 return _escalate(seen, timeouts, now)
-            return (Action.KILL, Cause.HUNG) if seen.stuck else (Action.WAIT, None)
+            return (EscalationStep.KILL, StopCause.HUNG) if seen.is_hung else (EscalationStep.WAIT, None)
         case _:
             assert_never(seen.desired)
 
 
-def _escalate(seen: Seen, timeouts: Timeouts, now: float) -> tuple[Action, Cause | None]:
-    if seen.asked_at is None:
-        return Action.ASK, None
+def _escalate(seen: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
+    if seen.stop_requested_at is None:
+        return EscalationStep.ASK, None
     if seen.termed_at is None:
-        return (Action.TERMINATE if now - seen.asked_at >= timeouts.stop else Action.WAIT), None
+        return (
+            EscalationStep.TERMINATE if now - seen.stop_requested_at >= timeouts.stop else EscalationStep.WAIT
+        ), None
     overdue = now - seen.termed_at >= timeouts.term
-    return (Action.KILL, Cause.OVERDUE) if overdue else (Action.WAIT, None)
+    return (EscalationStep.KILL, StopCause.OVERDUE) if overdue else (EscalationStep.WAIT, None)

@@ -11,9 +11,9 @@ from typing import Literal, assert_never
 from trainyard.contract.messages import ErrorCard, ExitReport, Outcome, RankExit, read_message
 from trainyard.contract.rundir import RANK_FILE, AttemptDir, write_json
 from trainyard.contract.status import Reason
-from trainyard.worker.agent.escalation import Cause
-from trainyard.worker.agent.follower import NodeEnd, OtherNodes
-from trainyard.worker.agent.oom import Shortage
+from trainyard.worker.agent.escalation import StopCause
+from trainyard.worker.agent.follower import NodeExit, PeerNodes
+from trainyard.worker.agent.oom import OomReport
 
 TAIL_LINES = 15
 
@@ -49,15 +49,15 @@ class Evidence:
     errors: tuple[RankError, ...]
     ranks: tuple[RankExit, ...]
     step: int
-    memory: Shortage
+    memory: OomReport
     tails: dict[int, str]
     agent_tail: str
-    nodes: tuple[NodeEnd, ...] = ()
+    nodes: tuple[NodeExit, ...] = ()
     lost_nodes: tuple[int, ...] = ()
 
 
-def gather(
-    attempt: AttemptDir, torchrun_status: int | None, memory: Shortage, others: OtherNodes | None = None
+def collect_evidence(
+    attempt: AttemptDir, torchrun_status: int | None, memory: OomReport, others: PeerNodes | None = None
 ) -> Evidence:
     """Read it all; whatever is missing or torn is left out, and never makes this fail."""
     ended = others.ended if others is not None else {}
@@ -144,9 +144,15 @@ def _last_lines(file: Path) -> str:
 
 
 # The ranks of an attempt fail one after the other; these only say that a peer was lost.
-ECHOES = ("connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket closed")
+SECONDARY_ERRORS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "socket closed",
+)
 
-KNOWN: tuple[tuple[str, Reason, str], ...] = (
+KNOWN_ERRORS: tuple[tuple[str, Reason, str], ...] = (
     (
         "outofmemoryerror",
         Reason.OUT_OF_MEMORY,
@@ -157,26 +163,26 @@ KNOWN: tuple[tuple[str, Reason, str], ...] = (
 
 """Part of an exception's text -> who is at fault, and what to do."""
 
-MORE_MEMORY = (
+MEMORY_HINT = (
     "Give the host or its container more memory, or ask for less: fewer ranks on it, a smaller batch_size with more "
     "accumulation_steps, a smaller max_seq_len. Saving keeps a copy of weights and moments on rank 0 for a while."
 )
 
 
 @dataclass(frozen=True)
-class _End:
+class _ExitSummary:
     outcome: Literal["completed", "stopped", "failed", "crashed", "killed"]
     reason: Reason | None
     message: str
     error: ErrorCard | None = None
 
 
-def verdict(evidence: Evidence, cause: Cause | None, last_seq: int, now: datetime) -> ExitReport:
+def diagnose(evidence: Evidence, cause: StopCause | None, last_seq: int, now: datetime) -> ExitReport:
     """The exit report. Rank 0's own word counts before everything: an exit code says nothing about success.
 
     torchrun exits with 1 after a crash and after a clean stop alike, and a rank may abort after its work was done.
     """
-    end = _by_own_word(evidence) or _by_agent(evidence, cause) or _by_crash(evidence)
+    end = _from_outcome(evidence) or _from_agent(evidence, cause) or _from_crash(evidence)
     return ExitReport(
         outcome=end.outcome,
         reason=end.reason,
@@ -197,7 +203,7 @@ def _with_tail(card: ErrorCard | None, evidence: Evidence) -> ErrorCard | None:
     return card.model_copy(update={"log_tail": tail.splitlines()})
 
 
-def at_the_limit(report: ExitReport) -> ExitReport:
+def apply_time_limit(report: ExitReport) -> ExitReport:
     """The report of an attempt that the cluster's time limit ended: whether it was saved in time or not."""
     if report.outcome in ("completed", "failed"):
         return report
@@ -205,7 +211,7 @@ def at_the_limit(report: ExitReport) -> ExitReport:
     return report.model_copy(update={"reason": Reason.TIME_LIMIT, "message": message})
 
 
-def refused(attempt: AttemptDir, message: str) -> None:
+def launch_failed_report(attempt: AttemptDir, message: str) -> None:
     """Report an attempt of which nothing was started."""
     hint = "End the other processes of this job first." if "held by another process" in message else None
     error = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint=hint)
@@ -221,57 +227,59 @@ def refused(attempt: AttemptDir, message: str) -> None:
     write_json(attempt.exit, report.model_dump(mode="json"))
 
 
-def _by_own_word(evidence: Evidence) -> _End | None:
+def _from_outcome(evidence: Evidence) -> _ExitSummary | None:
     said = evidence.outcome
     if said is None:
         return None
     match said.outcome:
         case "completed":
-            return _End("completed", None, said.message or f"finished at step {said.step}")
+            return _ExitSummary("completed", None, said.message or f"finished at step {said.step}")
         case "stopped":
-            return _End("stopped", said.reason or Reason.USER, said.message or f"saved and stopped at step {said.step}")
+            return _ExitSummary(
+                "stopped", said.reason or Reason.USER, said.message or f"saved and stopped at step {said.step}"
+            )
         case "failed":
             message = said.message or "the run failed"
             reason = said.reason or Reason.UNKNOWN
-            return _End("failed", reason, message, said.error or ErrorCard(code=reason, message=message))
+            return _ExitSummary("failed", reason, message, said.error or ErrorCard(code=reason, message=message))
         case _:
             assert_never(said.outcome)
 
 
-def _by_agent(evidence: Evidence, cause: Cause | None) -> _End | None:
+def _from_agent(evidence: Evidence, cause: StopCause | None) -> _ExitSummary | None:
     match cause:
         case None:
             return None
-        case Cause.KILLED:
-            return _End("killed", Reason.USER, f"ended at step {evidence.step} as asked")
-        case Cause.OVERDUE:
+        case StopCause.KILLED:
+            return _ExitSummary("killed", Reason.USER, f"ended at step {evidence.step} as asked")
+        case StopCause.OVERDUE:
             message = f"was asked to save and stop, did not within the grace, and was ended at step {evidence.step}"
-            return _End("killed", Reason.USER, message)
-        case Cause.DESERTED:
-            return _lost_node(evidence) or _elsewhere(evidence)
-        case Cause.HUNG:
+            return _ExitSummary("killed", Reason.USER, message)
+        case StopCause.DESERTED:
+            return _lost_node(evidence) or _from_other_node(evidence)
+        case StopCause.HUNG:
             message = f"made no progress after step {evidence.step}"
             hint = "The stacks of all ranks are at the end of their logs."
             card = ErrorCard(code=Reason.HUNG, message=message, hint=hint, traceback=evidence.tails.get(0))
-            return _End("crashed", Reason.HUNG, message, card)
+            return _ExitSummary("crashed", Reason.HUNG, message, card)
         case _:
             assert_never(cause)
 
 
-def _lost_node(evidence: Evidence) -> _End | None:
+def _lost_node(evidence: Evidence) -> _ExitSummary | None:
     """A node of which nobody has heard again, where nothing else is known to have failed."""
     first = _first_real_error(evidence)
-    if not evidence.lost_nodes or (first is not None and not _is_echo(first)):
+    if not evidence.lost_nodes or (first is not None and not _is_secondary(first)):
         return None
     names = ", ".join(f"node {number + 1}" for number in evidence.lost_nodes)
     message = f"{names} of {len(evidence.nodes) + len(evidence.lost_nodes) + 1} was lost at step {evidence.step}"
     return _crash(Reason.NODE_LOST, message, evidence)
 
 
-def _elsewhere(evidence: Evidence) -> _End:
+def _from_other_node(evidence: Evidence) -> _ExitSummary:
     """The ranks of another node ended first."""
     first = _first_real_error(evidence)
-    if first is not None and not _is_echo(first):
+    if first is not None and not _is_secondary(first):
         return _exception(evidence, first)
     said = next((node for node in evidence.nodes if node.message), None)
     if said is not None or not evidence.nodes:
@@ -287,13 +295,13 @@ def _elsewhere(evidence: Evidence) -> _End:
     return _crash(Reason.WORKER_CRASHED, message, evidence)
 
 
-def _by_crash(evidence: Evidence) -> _End:
+def _from_crash(evidence: Evidence) -> _ExitSummary:
     lost = _lost_node(evidence)
     if lost is not None:
         return lost
     if evidence.torchrun_status is not None and evidence.torchrun_status < 0:
         name = signal_name(-evidence.torchrun_status)
-        real = next((error for error in evidence.errors if not _is_echo(error)), None)
+        real = next((error for error in evidence.errors if not _is_secondary(error)), None)
         if name == "SIGTERM" and real is not None:  # a cluster ended what was left
             return _exception(evidence, real)
         if name == "SIGKILL" and evidence.memory.kills:
@@ -302,7 +310,7 @@ def _by_crash(evidence: Evidence) -> _End:
         return _crash(Reason.WORKER_CRASHED, message, evidence)
     killed = _killed_first(evidence)
     first = _first_real_error(evidence)
-    if killed is not None and (first is None or _is_echo(first)):
+    if killed is not None and (first is None or _is_secondary(first)):
         return _killed_rank(evidence, killed.rank, str(killed.signal))
     if first is not None:
         return _exception(evidence, first)
@@ -330,30 +338,30 @@ def _killed_first(evidence: Evidence) -> RankExit | None:
     return next((rank for rank in killed if rank.rank not in raised), None)
 
 
-def _killed_rank(evidence: Evidence, rank: int, name: str) -> _End:
+def _killed_rank(evidence: Evidence, rank: int, name: str) -> _ExitSummary:
     message = f"rank {rank} was killed by {name} at step {evidence.step}; the other ranks were ended"
     if name == "SIGKILL" and evidence.memory.kills:
         return _out_of_memory(evidence, f"rank {rank}", rank)
     return _crash(Reason.WORKER_CRASHED, message, evidence, rank)
 
 
-def _out_of_memory(evidence: Evidence, who: str, rank: int | None = None) -> _End:
+def _out_of_memory(evidence: Evidence, who: str, rank: int | None = None) -> _ExitSummary:
     message = f"the kernel killed {who} for want of memory at step {evidence.step}; {evidence.memory}"
     tail = evidence.tails.get(rank or 0) or None
-    card = ErrorCard(code=Reason.HOST_OUT_OF_MEMORY, message=message, hint=MORE_MEMORY, rank=rank, traceback=tail)
-    return _End("failed", Reason.HOST_OUT_OF_MEMORY, message, card)
+    card = ErrorCard(code=Reason.HOST_OUT_OF_MEMORY, message=message, hint=MEMORY_HINT, rank=rank, traceback=tail)
+    return _ExitSummary("failed", Reason.HOST_OUT_OF_MEMORY, message, card)
 
 
-def _exception(evidence: Evidence, error: RankError) -> _End:
+def _exception(evidence: Evidence, error: RankError) -> _ExitSummary:
     message = f"rank {error.rank} failed at step {evidence.step}: {_first_line(error.message)}"
     everything = f"{error.message}\n{error.traceback}".lower()
     reason, hint = next(
-        ((reason, hint) for part, reason, hint in KNOWN if part in everything), (Reason.WORKER_CRASHED, None)
+        ((reason, hint) for part, reason, hint in KNOWN_ERRORS if part in everything), (Reason.WORKER_CRASHED, None)
     )
     card = ErrorCard(
         code=reason, message=message, hint=hint, rank=error.rank, traceback=error.traceback or error.message
     )
-    return _End("failed" if reason is not Reason.WORKER_CRASHED else "crashed", reason, message, card)
+    return _ExitSummary("failed" if reason is not Reason.WORKER_CRASHED else "crashed", reason, message, card)
 
 
 def _first_line(text: str) -> str:
@@ -361,14 +369,16 @@ def _first_line(text: str) -> str:
 
 
 def _first_real_error(evidence: Evidence) -> RankError | None:
-    real = [error for error in evidence.errors if not _is_echo(error)]
+    real = [error for error in evidence.errors if not _is_secondary(error)]
     return next(iter(real or evidence.errors), None)
 
 
-def _is_echo(error: RankError) -> bool:
-    return any(echo in error.message.lower() for echo in ECHOES)
+def _is_secondary(error: RankError) -> bool:
+    return any(echo in error.message.lower() for echo in SECONDARY_ERRORS)
 
 
-def _crash(reason: Reason, message: str, evidence: Evidence, rank: int | None = None) -> _End:
+def _crash(reason: Reason, message: str, evidence: Evidence, rank: int | None = None) -> _ExitSummary:
     tail = evidence.tails.get(rank or 0) or evidence.agent_tail
-    return _End("crashed", reason, message, ErrorCard(code=reason, message=message, rank=rank, traceback=tail or None))
+    return _ExitSummary(
+        "crashed", reason, message, ErrorCard(code=reason, message=message, rank=rank, traceback=tail or None)
+    )

@@ -13,28 +13,28 @@ from types import FrameType
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
-from trainyard.worker.agent.processes import Children
+from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.rendezvous import (
-    NoMeeting,
-    Place,
-    await_meeting,
+    NodeInfo,
+    RendezvousTimeout,
     node_name,
+    wait_for_endpoint,
 )
 from trainyard.worker.agent.torchrun import launch_torchrun
 
-PARTING_SECONDS = 10.0
+PEER_EXIT_GRACE_SECONDS = 10.0
 
 """Ranks whose peers are gone end by themselves within moments; so long they get."""
 
-WORD_SECONDS = PARTING_SECONDS + 15.0
+EXIT_RECORD_SECONDS = PEER_EXIT_GRACE_SECONDS + 15.0
 
 """A node whose agent has not said how its ranks ended so long after ours did is lost."""
 
-LOOK_SECONDS = 0.5
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class NodeEnd:
+class NodeExit:
     """How torchrun ended on one of the other nodes; ``status`` None: it was never started."""
 
     node: int
@@ -43,45 +43,45 @@ class NodeEnd:
     message: str | None = None
 
 
-class OtherNodes:
+class PeerNodes:
     """Looks for the words that the other nodes' agents leave. Times are of the monotonic clock, in seconds."""
 
-    def __init__(self, attempt: AttemptDir, place: Place) -> None:
-        self.ended: dict[int, NodeEnd] = {}
+    def __init__(self, attempt: AttemptDir, place: NodeInfo) -> None:
+        self.ended: dict[int, NodeExit] = {}
         self._attempt = attempt
         self._all = range(1, place.nodes)
         self._looked_at = float("-inf")
         self._first_at: float | None = None
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         """Read what is new."""
-        if now - self._looked_at < LOOK_SECONDS or not self.missing():
+        if now - self._looked_at < POLL_SECONDS or not self.missing():
             return
         self._looked_at = now
         for node in self.missing():
-            said = _word(self._attempt, node)
+            said = _exit_record(self._attempt, node)
             if said is not None:
                 self.ended[node] = said
                 self._first_at = self._first_at or now
 
-    def deserted(self, now: float) -> bool:
+    def lost(self, now: float) -> bool:
         """Whether ranks elsewhere ended so long ago that ours can only wait for nothing."""
-        return self._first_at is not None and now - self._first_at > PARTING_SECONDS
+        return self._first_at is not None and now - self._first_at > PEER_EXIT_GRACE_SECONDS
 
     def missing(self) -> list[int]:
         """Nodes whose agents have said nothing."""
         return [node for node in self._all if node not in self.ended]
 
-    def wait(self) -> None:
+    def wait_for_exits(self) -> None:
         """Return once all have said how they ended, or those that did not are taken for lost."""
-        deadline = time.monotonic() + WORD_SECONDS
+        deadline = time.monotonic() + EXIT_RECORD_SECONDS
         while self.missing() and time.monotonic() < deadline:
             self._looked_at = float("-inf")
-            self.look(time.monotonic())
+            self.poll(time.monotonic())
             time.sleep(0.05)
 
 
-def _word(attempt: AttemptDir, node: int) -> NodeEnd | None:
+def _exit_record(attempt: AttemptDir, node: int) -> NodeExit | None:
     """What the node's agent has left; None where that is nothing, or nothing that can be read."""
     try:
         said = read_json(attempt.node(node))
@@ -90,7 +90,7 @@ def _word(attempt: AttemptDir, node: int) -> NodeEnd | None:
     if not isinstance(said, dict):
         return None
     status, message = said.get("status"), said.get("message")
-    return NodeEnd(
+    return NodeExit(
         node,
         str(said.get("name", node)),
         status if isinstance(status, int) else None,
@@ -105,7 +105,7 @@ LEADER_SECONDS = 120.0
 LOCK_SECONDS = 10.0
 
 
-def follow(run: RunDir, attempt: AttemptDir, place: Place) -> int:
+def run_follower(run: RunDir, attempt: AttemptDir, place: NodeInfo) -> int:
     """Run this node's ranks to their end, and leave word of it.
 
     The exit code is 0 once the word is left, however they ended: at any other the cluster would end the first node's
@@ -113,30 +113,30 @@ def follow(run: RunDir, attempt: AttemptDir, place: Place) -> int:
     """
     parent = os.getppid()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _leave_it_to_the_first)
+        signal.signal(signum, _defer_to_leader)
     try:
         children = _start(run, attempt, place)
-    except (NoMeeting, LockBusy, OSError, ValueError, KeyError, TypeError) as why:
+    except (RendezvousTimeout, LockBusy, OSError, ValueError, KeyError, TypeError) as why:
         print(f"agent: nothing was started: {why}", file=sys.stderr, flush=True)
-        _leave_word(attempt, place, None, str(why))
+        _write_exit_record(attempt, place, None, str(why))
         return 0
     message = _watch(children, attempt, parent)
-    children.end()
-    _leave_word(attempt, place, children.torchrun.returncode, message)
+    children.kill()
+    _write_exit_record(attempt, place, children.torchrun.returncode, message)
     return 0
 
 
-def _start(run: RunDir, attempt: AttemptDir, place: Place) -> Children:
-    meeting = await_meeting(attempt, place, LEADER_SECONDS)
+def _start(run: RunDir, attempt: AttemptDir, place: NodeInfo) -> ProcessTree:
+    meeting = wait_for_endpoint(attempt, place, LEADER_SECONDS)
     # The first node's agent said where to meet once the attempt was the current one, so what is read now is true.
     current = run.current.read_text().strip()
     if current != str(attempt.number):
-        raise NoMeeting(f"attempt {current} has followed this one")
+        raise RendezvousTimeout(f"attempt {current} has followed this one")
     with FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS) as alive:
-        return Children(launch_torchrun(run, attempt, alive, place, meeting), ancestor=os.getpid())
+        return ProcessTree(launch_torchrun(run, attempt, alive, place, meeting), ancestor=os.getpid())
 
 
-def _watch(children: Children, attempt: AttemptDir, parent: int) -> str | None:
+def _watch(children: ProcessTree, attempt: AttemptDir, parent: int) -> str | None:
     """Return once torchrun has ended, or must be: with what is to be said of it then."""
     over_at: float | None = None
     while children.torchrun_status() is None:
@@ -144,15 +144,15 @@ def _watch(children: Children, attempt: AttemptDir, parent: int) -> str | None:
             return "the cluster lost sight of this node's agent"
         if over_at is None and attempt.over.exists():
             over_at = time.monotonic()
-        if over_at is not None and time.monotonic() - over_at > PARTING_SECONDS:
+        if over_at is not None and time.monotonic() - over_at > PEER_EXIT_GRACE_SECONDS:
             return "the first node's ranks ended, and these did not follow"
         time.sleep(TICK_SECONDS)
     return None
 
 
-def _leave_word(attempt: AttemptDir, place: Place, status: int | None, message: str | None) -> None:
+def _write_exit_record(attempt: AttemptDir, place: NodeInfo, status: int | None, message: str | None) -> None:
     write_json(attempt.node(place.node), {"name": node_name(), "status": status, "message": message})
 
 
-def _leave_it_to_the_first(_signum: int, _frame: FrameType | None) -> None:
+def _defer_to_leader(_signum: int, _frame: FrameType | None) -> None:
     """SIGTERM comes to all nodes; the first one's agent asks the ranks to save, and they agree among themselves."""

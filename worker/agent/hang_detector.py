@@ -11,11 +11,11 @@ from trainyard.contract.status import Phase
 SUSPENDED_SECONDS = 5.0
 """Two looks further apart than this: it was the agent that slept, so the pause is not held against the ranks."""
 
-UNKNOWN_PACE_SECONDS = 3600.0
+UNKNOWN_STEP_TIME_SECONDS = 3600.0
 """Until two steps have been seen nobody knows how long one takes."""
 
 
-class ProgressWatch:
+class HangDetector:
     """Watches one attempt's step file and phases. All times are of the monotonic clock, in seconds."""
 
     def __init__(self, attempt: AttemptDir, events: OutboxReader, timeouts: Timeouts) -> None:
@@ -28,7 +28,7 @@ class ProgressWatch:
         self._moved_at: float | None = None
         self._looked_at: float | None = None
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         """Read step file and outbox once."""
         if self._moved_at is None or self._looked_at is None:
             self._moved_at = now
@@ -50,7 +50,7 @@ class ProgressWatch:
             self._paces.append((now - self._moved_at) / (step - self.step))
         self.step, self._moved_at = step, now
 
-    def stuck(self, now: float) -> bool:
+    def is_hung(self, now: float) -> bool:
         """Whether nothing has moved for longer than this phase may take."""
         return self._moved_at is not None and now - self._moved_at > self.budget()
 
@@ -59,5 +59,5 @@ class ProgressWatch:
         if self.phase is not Phase.TRAINING:
             return self._timeouts.preparing
         if len(self._paces) < 2:
-            return max(self._timeouts.progress, UNKNOWN_PACE_SECONDS)
+            return max(self._timeouts.progress, UNKNOWN_STEP_TIME_SECONDS)
         return max(self._timeouts.progress, 10 * statistics.median(self._paces))

@@ -12,14 +12,14 @@ from pathlib import Path
 from trainyard.contract.processes import descendants
 
 PROC = Path("/proc")
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 
-JUST_BEFORE_SECONDS = 10.0
+OOM_WINDOW_SECONDS = 10.0
 """torchrun, and then the agent, notice within moments that a rank is gone; a host out of memory is a slow one."""
 
 
 @dataclass(frozen=True)
-class Shortage:
+class OomReport:
     """``kills`` of the kernel just before the end; ``peak``: bytes the attempt's processes had at most, all together.
 
     ``limit``: bytes the cgroup may have; None where it has no limit of its own.
@@ -91,7 +91,7 @@ def _folders(mounts: Iterable[list[str]], path: str, wanted: Callable[[str, list
             yield own if own.is_dir() else point
 
 
-class MemoryWatch:
+class OomMonitor:
     """Looks about once a second, so that a kill has a time and the peak is known when the processes are gone."""
 
     def __init__(self, cgroup: Cgroup | None, resident: Callable[[], int]) -> None:
@@ -102,20 +102,20 @@ class MemoryWatch:
         self._looked_at = float("-inf")
         self._peak = 0
 
-    def look(self, now: float) -> None:
+    def poll(self, now: float) -> None:
         """``now`` is of the monotonic clock, in seconds."""
-        if now - self._looked_at < LOOK_SECONDS:
+        if now - self._looked_at < POLL_SECONDS:
             return
         self._looked_at = now
         self._peak = max(self._peak, self._resident())
         self._note_kills(now)
 
-    def shortage(self, now: float) -> Shortage:
+    def report(self, now: float) -> OomReport:
         """What is known at the end of the attempt."""
         self._note_kills(now)
-        kills = sum(count for at, count in self._recent if now - at <= JUST_BEFORE_SECONDS)
+        kills = sum(count for at, count in self._recent if now - at <= OOM_WINDOW_SECONDS)
         limit = self._cgroup.limit_bytes() if self._cgroup is not None else None
-        return Shortage(kills, self._peak or None, limit)
+        return OomReport(kills, self._peak or None, limit)
 
     def _note_kills(self, now: float) -> None:
         count = self._count()
@@ -127,7 +127,7 @@ class MemoryWatch:
         return (self._cgroup.kills() or 0) if self._cgroup is not None else 0
 
 
-def resident_below(ancestor: int, proc: Path = PROC) -> int:
+def resident_bytes_of_descendants(ancestor: int, proc: Path = PROC) -> int:
     """Bytes that the living processes below ``ancestor`` have had at most, each, together."""
     return sum(_high_water(proc / str(process.pid) / "status") for process in descendants(ancestor))
 
@@ -140,9 +140,9 @@ def _high_water(status: Path) -> int:
         return 0
 
 
-def of_this_agent() -> MemoryWatch:
+def of_this_agent() -> OomMonitor:
     """Watches this process's cgroup and the processes below it."""
-    return MemoryWatch(own_cgroup(), lambda: resident_below(os.getpid()))
+    return OomMonitor(own_cgroup(), lambda: resident_bytes_of_descendants(os.getpid()))
 
 
 def _gigabytes(count: int) -> str:

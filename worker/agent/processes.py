@@ -27,7 +27,7 @@ def become_subreaper() -> None:
         raise OSError(code, os.strerror(code), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
-class Children:
+class ProcessTree:
     """One attempt's processes on this node, torchrun first: every process below ``ancestor``, and no other.
 
     ``ancestor`` is the pid of the agent, which is a subreaper. It is passed in because `end` kills all that it finds:
@@ -46,21 +46,21 @@ class Children:
             self._reap_orphans()
         return status
 
-    def living(self) -> list[ProcessIdentity]:
+    def alive(self) -> list[ProcessIdentity]:
         """Every living process of the attempt on this node."""
         return descendants(self.ancestor)
 
-    def ask_to_end(self) -> None:
+    def terminate(self) -> None:
         """SIGTERM to all: a rank saves and ends at its next step."""
-        signal_all(self.living(), signal.SIGTERM)
+        signal_all(self.alive(), signal.SIGTERM)
 
-    def end(self) -> bool:
+    def kill(self) -> bool:
         """SIGKILL to all until none is left; True when none is. A stopped process is continued first."""
         for _ in range(3):
-            found = self.living()
+            found = self.alive()
             signal_all(found, signal.SIGCONT, signal.SIGKILL)
             self.torchrun_status()
-            if not wait_gone(found, END_SECONDS) and not self.living():
+            if not wait_gone(found, END_SECONDS) and not self.alive():
                 self.torchrun.wait()
                 self._reap_orphans()
                 return True

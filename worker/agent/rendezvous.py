@@ -29,12 +29,12 @@ OUTSIDE = "192.0.2.1"
 SIOCGIFADDR = 0x8915
 
 
-class NoMeeting(Exception):
+class RendezvousTimeout(Exception):
     """The first node's agent did not say where to meet."""
 
 
 @dataclass(frozen=True)
-class Place:
+class NodeInfo:
     """Node ``node`` of ``nodes``, counted from 0. ``first``: the first node's address, as the others reach it.
 
     ``clustered``: a cluster started the agent, and ends what runs on the node once it loses sight of it.
@@ -54,38 +54,38 @@ class Place:
         return cls(node, nodes, environment.get("TRAINYARD_FIRST_NODE") or None, clustered=True)
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this node's agent speaks for the attempt."""
         return self.node == 0
 
 
-ALONE = Place()
+SINGLE_NODE = NodeInfo()
 
 
 @dataclass(frozen=True)
-class Meeting:
+class RendezvousEndpoint:
     """Where torchrun's rendezvous is: the first node hosts it."""
 
     host: str
     port: int
 
-    def options(self, place: Place, attempt: str) -> list[str]:
+    def torchrun_options(self, place: NodeInfo, attempt: str) -> list[str]:
         """torchrun's. Names of nodes need not resolve: who hosts is said, and each node gives its address."""
         return [
             f"--nnodes={place.nodes}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self.host}:{self.port}",
             f"--rdzv-id={attempt}",
-            f"--rdzv-conf=is_host={int(place.leads)}",
+            f"--rdzv-conf=is_host={int(place.is_leader)}",
             f"--local-addr={address_towards(self.host)}",
         ]
 
 
-def appoint(attempt: AttemptDir, place: Place) -> Meeting | None:
+def publish_endpoint(attempt: AttemptDir, place: NodeInfo) -> RendezvousEndpoint | None:
     """The first node's agent chooses a port and says so; None where there is nobody to meet."""
     if place.nodes == 1:
         return None
-    meeting = Meeting(_own_address(place), _free_port())
+    meeting = RendezvousEndpoint(_own_address(place), _free_port())
     for node in range(1, place.nodes):
         # The others' words, empty: that a name is there is asked of a network file system anew each time it is read;
         # that it was not is remembered for a minute, and a node that did say how its ranks ended would be lost.
@@ -94,7 +94,7 @@ def appoint(attempt: AttemptDir, place: Place) -> Meeting | None:
     return meeting
 
 
-def _own_address(place: Place) -> str:
+def _own_address(place: NodeInfo) -> str:
     """The address at which other nodes reach this one: what the cluster gives the node itself may be good on it alone.
 
     Many distributions have the node's own name lead to 127.0.1.1, and so a cluster's program that asks there.
@@ -118,22 +118,22 @@ def _free_port() -> int:
     raise OSError("none of a hundred ports is free for the rendezvous")
 
 
-def await_meeting(attempt: AttemptDir, place: Place, seconds: float) -> Meeting:
+def wait_for_endpoint(attempt: AttemptDir, place: NodeInfo, seconds: float) -> RendezvousEndpoint:
     """Where the first node's agent said to meet, by the address that leads there from here. Raises NoMeeting."""
     deadline = time.monotonic() + seconds
     while attempt.rendezvous.name not in _names(attempt):
         if attempt.exit.name in _names(attempt):
-            raise NoMeeting("the attempt had ended before this node joined")
+            raise RendezvousTimeout("the attempt had ended before this node joined")
         if time.monotonic() > deadline:
-            raise NoMeeting(f"the first node's agent did not say where to meet within {seconds:g} s")
+            raise RendezvousTimeout(f"the first node's agent did not say where to meet within {seconds:g} s")
         time.sleep(POLL_SECONDS)
     said = read_json(attempt.rendezvous)
     assert said is not None
     heard_from = place.first if place.first is not None and not is_loopback(place.first) else None
-    return Meeting(heard_from or str(said["host"]), int(said["port"]))
+    return RendezvousEndpoint(heard_from or str(said["host"]), int(said["port"]))
 
 
-def sees(attempt: AttemptDir, seconds: float) -> bool:
+def can_reach(attempt: AttemptDir, seconds: float) -> bool:
     """Whether this node has the attempt's directory, as the service has left it."""
     deadline = time.monotonic() + seconds
     while True:

@@ -13,9 +13,9 @@ from trainyard.contract.locks import FileLock
 from trainyard.contract.processes import ProcessIdentity
 from trainyard.contract.rundir import AttemptDir, RunDir, write_json
 from trainyard.worker.agent.rendezvous import (
-    ALONE,
-    Meeting,
-    Place,
+    SINGLE_NODE,
+    NodeInfo,
+    RendezvousEndpoint,
     address_towards,
     interface_of,
 )
@@ -33,12 +33,14 @@ def torchrun_command(
     run: RunDir,
     attempt: AttemptDir,
     resources: dict[str, Any],
-    place: Place = ALONE,
-    meeting: Meeting | None = None,
+    place: NodeInfo = SINGLE_NODE,
+    meeting: RendezvousEndpoint | None = None,
 ) -> list[str]:
     """The command line of one attempt on one node; ``meeting``: where those of several nodes meet."""
-    where = ["--standalone"] if meeting is None else meeting.options(place, f"{run.path.name}-{attempt.number}")
-    logs = attempt.torchrun_logs if place.leads else attempt.torchrun_logs / f"node-{place.node}"
+    where = (
+        ["--standalone"] if meeting is None else meeting.torchrun_options(place, f"{run.path.name}-{attempt.number}")
+    )
+    logs = attempt.torchrun_logs if place.is_leader else attempt.torchrun_logs / f"node-{place.node}"
     return [
         sys.executable,
         "-m",
@@ -54,7 +56,11 @@ def torchrun_command(
 
 
 def launch_torchrun(
-    run: RunDir, attempt: AttemptDir, alive_lock: FileLock, place: Place = ALONE, meeting: Meeting | None = None
+    run: RunDir,
+    attempt: AttemptDir,
+    alive_lock: FileLock,
+    place: NodeInfo = SINGLE_NODE,
+    meeting: RendezvousEndpoint | None = None,
 ) -> "subprocess.Popen[bytes]":
     """Start torchrun; it inherits the alive lock, so the lock is held from before the first rank to after the last."""
     resources = json.loads(attempt.spec.read_bytes())["resources"]
@@ -66,11 +72,11 @@ def launch_torchrun(
         cwd=attempt.path,
         # A cluster signals the agent's process group. What it means by that is the agent's to tell the ranks.
         start_new_session=place.clustered,
-        preexec_fn=end_with_this_agent if place.clustered else None,
+        preexec_fn=set_pdeathsig if place.clustered else None,
     )
 
 
-def end_with_this_agent() -> None:
+def set_pdeathsig() -> None:
     """Have this child told to end (SIGTERM) when the thread that started it does: the agent's main one.
 
     A cluster that follows processes by their parents loses those whose agent was killed. torchrun has its ranks save.
@@ -78,7 +84,7 @@ def end_with_this_agent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-def rank_environment(environment: dict[str, str], meeting: Meeting | None = None) -> dict[str, str]:
+def rank_environment(environment: dict[str, str], meeting: RendezvousEndpoint | None = None) -> dict[str, str]:
     """The ranks' environment: the agent's, less what only the agent may know.
 
     Of several nodes each is reached at the address by which it reaches the first one: Gloo would take that which the

@@ -21,7 +21,7 @@ BATCH_LINES = 500
 POLL_SECONDS = 0.1
 REQUEST_SECONDS = 10.0
 FIRST_RETRY_SECONDS = 0.25
-LAST_RETRY_SECONDS = 5.0
+MAX_RETRY_SECONDS = 5.0
 DELIVERY_SECONDS = 60.0
 """How long a finished agent goes on trying; after that the service reads the same facts from the run directory."""
 
@@ -31,7 +31,7 @@ class Unreachable(Exception):
 
 
 @dataclass(frozen=True)
-class Address:
+class ReportEndpoint:
     """Where reports go: the attempt's path, its token, and the file in which a restarted service leaves its new URL."""
 
     url: str
@@ -67,10 +67,10 @@ class Address:
             connection.close()
 
 
-class Shipper:
+class EventUploader:
     """Ships one attempt's lines in order until `finish`; ``desired``, ``settings``: what the service last said."""
 
-    def __init__(self, attempt: AttemptDir, address: Address | None) -> None:
+    def __init__(self, attempt: AttemptDir, address: ReportEndpoint | None) -> None:
         self.desired = Desired.RUN
         self.settings: RunSettings | None = None
         self.acked = 0
@@ -90,7 +90,7 @@ class Shipper:
             return cls(attempt, None)
         file = os.environ.get("TRAINYARD_SERVICE_FILE")
         identity, token = os.environ["TRAINYARD_ATTEMPT_ID"], os.environ["TRAINYARD_ATTEMPT_TOKEN"]
-        return cls(attempt, Address(url, identity, token, Path(file) if file else None))
+        return cls(attempt, ReportEndpoint(url, identity, token, Path(file) if file else None))
 
     def start(self) -> None:
         """Begin to ship."""
@@ -106,51 +106,51 @@ class Shipper:
         deadline = time.monotonic() + DELIVERY_SECONDS
         body = report.model_dump_json().encode()
         while time.monotonic() < deadline:
-            if self._try(lambda: self._drain() and self._tell("exit", body)):
+            if self._with_backoff(lambda: self._drain() and self._post("exit", body)):
                 return
             time.sleep(self._retry_seconds)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._try(self._ship_or_beat)
+            self._with_backoff(self._upload_or_heartbeat)
             self._stopping.wait(self._retry_seconds or POLL_SECONDS)
 
-    def _try(self, work: Callable[[], object]) -> bool:
+    def _with_backoff(self, work: Callable[[], object]) -> bool:
         """Do some of the work; on failure wait longer each time, with jitter, so that agents come one by one."""
         try:
             work()
         except Unreachable as trouble:
             if not self._retry_seconds:
                 print(f"agent: {trouble}; training goes on, the report is kept", flush=True)
-            grown = min(LAST_RETRY_SECONDS, max(FIRST_RETRY_SECONDS, self._retry_seconds * 2))
+            grown = min(MAX_RETRY_SECONDS, max(FIRST_RETRY_SECONDS, self._retry_seconds * 2))
             self._retry_seconds = grown * random.uniform(0.75, 1.0)  # noqa: S311 - jitter, not a secret
             return False
         self._retry_seconds = 0.0
         return True
 
-    def _ship_or_beat(self) -> None:
-        if not self._ship() and time.monotonic() >= self._next_heartbeat:
+    def _upload_or_heartbeat(self) -> None:
+        if not self._upload() and time.monotonic() >= self._next_heartbeat:
             step = self._attempt.read_step()
-            self._tell("heartbeat", json.dumps({"step": step, "last_seq": self._outbox.seq}).encode())
+            self._post("heartbeat", json.dumps({"step": step, "last_seq": self._outbox.seq}).encode())
 
     def _drain(self) -> bool:
-        while self._ship():
+        while self._upload():
             pass
         return True
 
-    def _ship(self) -> bool:
+    def _upload(self) -> bool:
         """Ship the next lines; False where there is none. What is not acknowledged is read again."""
-        self._outbox.rewind_to(self.acked)
+        self._outbox.seek_after(self.acked)
         lines = self._outbox.read(BATCH_LINES)
         if not lines:
             return False
         before = self.acked
-        self._tell("events", json.dumps({"events": lines}).encode())
+        self._post("events", json.dumps({"events": lines}).encode())
         if self.acked <= before:
             raise Unreachable(f"events: line {before + 1} was not acknowledged")
         return True
 
-    def _tell(self, what: str, body: bytes) -> bool:
+    def _post(self, what: str, body: bytes) -> bool:
         assert self._address is not None
         answer = self._address.post(what, body)
         try:

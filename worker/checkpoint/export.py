@@ -21,8 +21,8 @@ from trainyard.contract.rundir import (
     MANIFEST_FILE,
     MODEL_FILE,
     STATE_FILE,
+    ArtifactDir,
     AttemptDir,
-    ProductDir,
     RunDir,
     atomic_directory,
     read_json,
@@ -36,28 +36,28 @@ from trainyard.contract.tokenizer_info import (
     tokenizer_file,
 )
 from trainyard.model.config import ModelConfig
-from trainyard.worker.checkpoint.files import RunState, manifest_of, read_state
+from trainyard.worker.checkpoint.files import RunState, read_manifest, read_state
 from trainyard.worker.checkpoint.huggingface import (
     CONFIG,
     WEIGHTS,
-    NotExpressible,
+    UnsupportedByHF,
     config_json,
 )
 from trainyard.worker.checkpoint.safetensors_writer import sha256_of
 from trainyard.worker.checkpoint.weights import write_weights
-from trainyard.worker.data.tokenizers import Tokenizer, load
+from trainyard.worker.data.tokenizers import Tokenizer, load_tokenizer
 
 NEEDED = (MODEL_FILE, STATE_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Taken over where they lie beside tokenizer.json."""
 
 
-class NotExported(ValueError):
+class ExportError(ValueError):
     """The export was refused; the message says what to do."""
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A sound checkpoint, and what its run directory says of it, where it lies in one."""
 
     path: Path
@@ -74,41 +74,41 @@ class Source:
         return load_file(self.path / MODEL_FILE)
 
 
-def find_source(path: Path) -> Source:
+def find_export_source(path: Path) -> ExportSource:
     """The checkpoint ``path``, or the newest sound one of the run directory ``path``. Raises NotExported."""
     if (path / MANIFEST_FILE).is_file():
         damage = _damage(path)
         if damage is not None:
-            raise NotExported(f"{path} is damaged: {damage}; export an older checkpoint")
+            raise ExportError(f"{path} is damaged: {damage}; export an older checkpoint")
         return _source(path, _spec_of(RunDir(path.parent.parent)))
     spec = _spec_of(RunDir(path))
     for products in _products(path, spec):
         for _, candidate in sorted([*products.published(), *products.milestones()], reverse=True):
             if _damage(candidate) is None:
                 return _source(candidate, spec)
-    raise NotExported(f"{path} is no checkpoint and holds no sound one: give a run directory or checkpoints/step-...")
+    raise ExportError(f"{path} is no checkpoint and holds no sound one: give a run directory or checkpoints/step-...")
 
 
 def _damage(path: Path) -> str | None:
     """What is wrong with the files we need; None where they are sound. A milestone has no others."""
     try:
-        manifest = manifest_of(path, NEEDED)
+        manifest = read_manifest(path, NEEDED)
         damaged = [name for name in NEEDED if sha256_of(path / name) != manifest[name].sha256]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{damaged[0]} sha256" if damaged else None
 
 
-def _source(path: Path, spec: JobSpec | None) -> Source:
+def _source(path: Path, spec: JobSpec | None) -> ExportSource:
     try:
-        return Source(path, read_state(path), spec)
+        return ExportSource(path, read_state(path), spec)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise NotExported(f"{path} cannot be read: {error}") from error
+        raise ExportError(f"{path} cannot be read: {error}") from error
 
 
-def _products(run: Path, spec: JobSpec | None) -> Iterator[ProductDir]:
-    yield RunDir(run).products(spec.checkpoint.save_dir if spec is not None else None)
-    yield ProductDir(run)
+def _products(run: Path, spec: JobSpec | None) -> Iterator[ArtifactDir]:
+    yield RunDir(run).artifacts(spec.checkpoint.save_dir if spec is not None else None)
+    yield ArtifactDir(run)
 
 
 def _spec_of(run: RunDir) -> JobSpec | None:
@@ -124,20 +124,20 @@ def _spec_of(run: RunDir) -> JobSpec | None:
     return None
 
 
-def tokenizer_of(source: Source, given: str | None) -> tuple[str, Tokenizer]:
+def tokenizer_of(source: ExportSource, given: str | None) -> tuple[str, Tokenizer]:
     """The tokenizer the run was trained with, and its path. Raises NotExported where it is another one now."""
     path = given or (source.spec.data.tokenizer_path if source.spec is not None else None)
     if path is None:
-        raise NotExported(f"{source.path} lies in no run directory: name its tokenizer with --tokenizer DIR, or byte")
-    tokenizer = load(path)
+        raise ExportError(f"{source.path} lies in no run directory: name its tokenizer with --tokenizer DIR, or byte")
+    tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != source.state.identity.tokenizer:
-        raise NotExported(
+        raise ExportError(
             f"the tokenizer {path} is not the one the checkpoint was trained with: give it as --tokenizer"
         )
     return path, tokenizer
 
 
-def export_minimind(source: Source, out: Path, stem: str | None = None) -> Path:
+def export_minimind(source: ExportSource, out: Path, stem: str | None = None) -> Path:
     """Write ``out/pretrain_512.pth``: half precision, MiniMind's keys. Returns its path. ``stem``: for ``pretrain``."""
     model = source.model
     stem = stem or (source.spec.checkpoint.save_weight if source.spec is not None else "pretrain")
@@ -149,7 +149,7 @@ def export_minimind(source: Source, out: Path, stem: str | None = None) -> Path:
     return file
 
 
-def export_huggingface(source: Source, out: Path, tokenizer_path: str, tokenizer: Tokenizer) -> Path:
+def export_huggingface(source: ExportSource, out: Path, tokenizer_path: str, tokenizer: Tokenizer) -> Path:
     """Write a directory that transformers loads, whole or not at all. ``out`` must not exist or be empty.
 
     Raises NotExported, and `NotExpressible` for a model that transformers has no class for.
@@ -157,7 +157,7 @@ def export_huggingface(source: Source, out: Path, tokenizer_path: str, tokenizer
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     described = config_json(source.model, **ids)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise NotExported(f"{out} exists and is not an empty directory: choose another --out")
+        raise ExportError(f"{out} exists and is not an empty directory: choose another --out")
     building = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(building, ignore_errors=True)
     with atomic_directory(out, building):
@@ -223,15 +223,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stem", help="first part of MiniMind's file name; not needed inside a run directory")
     options = parser.parse_args(arguments)
     try:
-        source = find_source(options.source.resolve())
+        source = find_export_source(options.source.resolve())
         print(f"{_export(source, options)}: step {source.state.step:,} of {source.path}")
-    except (NotExported, NotExpressible, TokenizerInvalid, OSError) as error:
+    except (ExportError, UnsupportedByHF, TokenizerInvalid, OSError) as error:
         print(f"trainyard export: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _export(source: Source, options: argparse.Namespace) -> Path:
+def _export(source: ExportSource, options: argparse.Namespace) -> Path:
     if options.format == "minimind":
         return export_minimind(source, options.out, options.stem)
     return export_huggingface(source, options.out, *tokenizer_of(source, options.tokenizer))

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from trainyard.contract.failpoints import failpoint
-from trainyard.contract.run_identity import Identity
+from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import (
     CHECKPOINT_FILES,
     INVALID_PREFIX,
@@ -30,8 +30,8 @@ from trainyard.contract.rundir import (
     OPTIMIZER_FILE,
     SAVING_PREFIX,
     STATE_FILE,
+    ArtifactDir,
     FileDigest,
-    ProductDir,
     atomic_directory,
     manifest_json,
     parse_manifest,
@@ -54,7 +54,7 @@ class RunState:
     tokens: int
     rows_per_step: int
     world_size: int
-    identity: Identity
+    identity: RunIdentity
     data_offset: int = 0
     base_step: int = 0
     loss: float | None = None
@@ -68,11 +68,11 @@ class RunState:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The inverse of `asdict`. Raises KeyError or TypeError."""
-        return cls(**{**value, "identity": Identity(**value["identity"])})
+        return cls(**{**value, "identity": RunIdentity(**value["identity"])})
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointInfo:
     """A published checkpoint."""
 
     step: int
@@ -81,9 +81,9 @@ class Saved:
     sha256: str
 
 
-def publish(
-    products: ProductDir, state: RunState, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
-) -> Saved:
+def write_checkpoint(
+    products: ArtifactDir, state: RunState, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+) -> CheckpointInfo:
     """Write a checkpoint and publish it. Raises OSError, and then leaves nothing behind."""
     final = products.checkpoint(state.step)
     with atomic_directory(final, saving_directory(final)) as unfinished:
@@ -94,7 +94,7 @@ def publish(
         }
         manifest = write_manifest(unfinished, files)
     size = manifest.bytes + sum(file.bytes for file in files.values())
-    return Saved(state.step, final, size, files[MODEL_FILE].sha256)
+    return CheckpointInfo(state.step, final, size, files[MODEL_FILE].sha256)
 
 
 def saving_directory(final: Path) -> Path:
@@ -108,13 +108,13 @@ def write_state(directory: Path, state: RunState) -> FileDigest:
     return write_blocks(directory / STATE_FILE, iter([content]))
 
 
-@failpoint("resume.manifest")
 def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> FileDigest:
     """Write manifest.json, the last file of a checkpoint. Raises OSError."""
     return write_blocks(directory / MANIFEST_FILE, iter([manifest_json(files)]))
 
 
-def manifest_of(path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> dict[str, FileDigest]:
+@failpoint("resume.manifest")
+def read_manifest(path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> dict[str, FileDigest]:
     """What the manifest says of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged one."""
     found = parse_manifest((path / MANIFEST_FILE).read_bytes())
     if not set(needed) <= set(found):
@@ -123,13 +123,13 @@ def manifest_of(path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> dict[st
 
 
 @failpoint("resume.verify")
-def find_damage(path: Path, *, thorough: bool = True) -> str | None:
+def verify(path: Path, *, thorough: bool = True) -> str | None:
     """What is wrong with a checkpoint, e.g. ``model.safetensors sha256``; None where it is sound.
 
     ``thorough`` reads every byte; otherwise only the manifest and the sizes are looked at.
     """
     try:
-        manifest = manifest_of(path)
+        manifest = read_manifest(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST_FILE} {_kind(error)}"
     for name, said in manifest.items():
@@ -156,11 +156,11 @@ def read_state(path: Path) -> RunState:
     return RunState.from_json(value)
 
 
-def saved_at(step: int, path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> Saved:
+def checkpoint_info(step: int, path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> CheckpointInfo:
     """What was published as ``path``. Raises as `manifest_of`."""
-    manifest = manifest_of(path, needed)
+    manifest = read_manifest(path, needed)
     size = (path / MANIFEST_FILE).stat().st_size
-    return Saved(step, path, size + sum(file.bytes for file in manifest.values()), manifest[MODEL_FILE].sha256)
+    return CheckpointInfo(step, path, size + sum(file.bytes for file in manifest.values()), manifest[MODEL_FILE].sha256)
 
 
 @dataclass(frozen=True)
@@ -175,21 +175,21 @@ class Damage:
         return f"checkpoint {self.step} invalid: {self.what}"
 
 
-def newest_valid(products: ProductDir, damaged: list[Damage]) -> Path | None:
+def newest_valid(products: ArtifactDir, damaged: list[Damage]) -> Path | None:
     """The newest checkpoint that is sound, byte for byte.
 
     Damaged ones are set aside under another name, so that nothing lists them, and appended to ``damaged``.
     """
     for step, path in products.published():
-        what = find_damage(path)
+        what = verify(path)
         if what is None:
             return path
         damaged.append(Damage(step, path, what))
-        set_aside(path)
+        quarantine(path)
     return None
 
 
-def set_aside(path: Path, why: str = INVALID_PREFIX) -> Path:
+def quarantine(path: Path, why: str = INVALID_PREFIX) -> Path:
     """Rename a checkpoint to ``.invalid-step-...``, or as ``why`` says, numbered where there is one already."""
     for attempt in range(1000):
         aside = path.with_name(f"{why}{path.name}" + (f"-{attempt}" if attempt else ""))
@@ -200,7 +200,7 @@ def set_aside(path: Path, why: str = INVALID_PREFIX) -> Path:
 
 
 @failpoint("resume.load")
-def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
+def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
     """Put a verified checkpoint into ``model`` and ``optimizer``, in place."""
     state = read_state(path)
     tensors = load_file(path / MODEL_FILE)

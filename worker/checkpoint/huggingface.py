@@ -16,7 +16,7 @@ from trainyard.model.config import ModelConfig
 CONFIG, INDEX, WEIGHTS = "config.json", "model.safetensors.index.json", "model.safetensors"
 FUSED_GATE_UP, FUSED_DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
-SHAPE = (
+SHAPE_FIELDS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
@@ -31,7 +31,7 @@ SHAPE = (
 DENSE = ("intermediate_size",)
 EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
-ABSENT = {
+REQUIRED_ABSENT = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "norm_topk_prob": False,
@@ -49,16 +49,16 @@ PLAIN = {
 """Entries that this decoder has no setting for, and what each must be where it is there."""
 
 
-class NotExpressible(ValueError):
+class UnsupportedByHF(ValueError):
     """The model has no counterpart in transformers; the message says why."""
 
 
 def config_json(model: ModelConfig, *, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
     """What config.json holds. Raises NotExpressible without norms on queries and keys, which Qwen3 always has."""
     if not model.qk_norm:
-        raise NotExpressible("qk_norm is off, and Qwen3 always has it: only the minimind format can hold this model")
+        raise UnsupportedByHF("qk_norm is off, and Qwen3 always has it: only the minimind format can hold this model")
     kind, moe = ("Qwen3Moe", EXPERTS) if model.use_moe else ("Qwen3", ())
-    described = {name: getattr(model, name) for name in (*SHAPE, *DENSE, *moe)}
+    described = {name: getattr(model, name) for name in (*SHAPE_FIELDS, *DENSE, *moe)}
     if model.use_moe:
         described |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
         described["router_aux_loss_coef"] = model.router_aux_loss_coef
@@ -94,8 +94,8 @@ def config_problems(described: Mapping[str, Any], model: ModelConfig) -> Iterato
         yield "qk_norm is off in the model group, and Qwen3 has it"
     # Newer releases give the number of experts another name.
     entries = {**described, "num_experts": described.get("num_experts", described.get("num_local_experts"))}
-    for name in (*SHAPE, *(EXPERTS if model.use_moe else DENSE)):
-        theirs, mine = entries.get(name, ABSENT.get(name)), getattr(model, name)
+    for name in (*SHAPE_FIELDS, *(EXPERTS if model.use_moe else DENSE)):
+        theirs, mine = entries.get(name, REQUIRED_ABSENT.get(name)), getattr(model, name)
         if theirs is not None and theirs != mine:
             yield f"{name} is {theirs} and the model group has {mine}"
     yield from _rope_problems(described, model)
@@ -113,12 +113,12 @@ def _rope_problems(described: Mapping[str, Any], model: ModelConfig) -> Iterator
         yield f"rope_type is {rope['rope_type']!r}, which this decoder does not have"
 
 
-def is_directory_of_weights(path: Path) -> bool:
+def is_hf_directory(path: Path) -> bool:
     """Whether ``path`` holds weights as Hugging Face names them; a checkpoint of a run does as well."""
     return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
 
 
-def files_of(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The files of its tensors. Raises OSError or ValueError where the index cannot be followed."""
     if not (directory / INDEX).is_file():
         return [directory / WEIGHTS]

@@ -14,24 +14,24 @@ from trainyard.contract.events import (
     CheckpointSaved,
     Event,
     PhaseChanged,
-    Warned,
+    WarningEvent,
 )
-from trainyard.contract.run_identity import Identity
-from trainyard.contract.rundir import ProductDir
+from trainyard.contract.run_identity import RunIdentity
+from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Phase
 from trainyard.worker.checkpoint import files, retention
-from trainyard.worker.checkpoint.files import RunState, Saved
-from trainyard.worker.checkpoint.staging import Copies, Snapshot
+from trainyard.worker.checkpoint.files import CheckpointInfo, RunState
+from trainyard.worker.checkpoint.staging import StagingBuffers, StateDicts
 from trainyard.worker.checkpoint.weights import weights_file, write_weights
-from trainyard.worker.distributed import Ranks
-from trainyard.worker.errors import describe, not_saved
-from trainyard.worker.training.metrics import Meters
-from trainyard.worker.training.resume_check import Probe
-from trainyard.worker.training.state import Progress, Trainee
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import describe, save_error
+from trainyard.worker.training.metrics import MetricsProcessor
+from trainyard.worker.training.resume_check import ResumeCheck
+from trainyard.worker.training.state import TrainProgress, TrainState
 
 
-class Beside:
+class BackgroundTask:
     """At most one piece of work. All methods are called by one thread, the training thread."""
 
     def __init__(self, name: str) -> None:
@@ -40,11 +40,11 @@ class Beside:
         self._raised: BaseException | None = None
 
     @property
-    def running(self) -> bool:
+    def is_running(self) -> bool:
         """Whether waiting would take time."""
         return self._thread is not None and self._thread.is_alive()
 
-    def begin(self, work: Callable[[], None]) -> None:
+    def start(self, work: Callable[[], None]) -> None:
         """Start ``work`` and return at once. What was begun before must have been waited for."""
         assert self._thread is None, f"{self._name} is busy"
         # A daemon: an interpreter that ends in spite of us does not hang here. Whoever ends in order waits first.
@@ -71,7 +71,7 @@ class Beside:
             self._raised = error
 
 
-TRIES = 2
+MAX_ATTEMPTS = 2
 
 RETRY_SECONDS = 1.0
 
@@ -79,33 +79,33 @@ RETRY_SECONDS = 1.0
 
 
 @dataclass
-class Saver:
+class Checkpointer:
     """Saves one job. ``saved_at`` is on the monotonic clock. ``say`` is called from the writing thread too."""
 
     spec: JobSpec
-    products: ProductDir
-    identity: Identity
+    products: ArtifactDir
+    identity: RunIdentity
     rows_per_step: int
-    ranks: Ranks
-    say: Callable[[Event], None]
+    ranks: DistributedContext
+    emit: Callable[[Event], None]
     saved_at: float = 0.0
-    probe: Probe | None = None
-    _writer: Beside = field(default_factory=lambda: Beside("save"))
-    _snapshot: Snapshot | None = None
+    probe: ResumeCheck | None = None
+    _writer: BackgroundTask = field(default_factory=lambda: BackgroundTask("save"))
+    _snapshot: StagingBuffers | None = None
 
     def is_due_by_time(self, now: float) -> bool:
         """Whether ``save_minutes`` have passed since the last save or the start."""
         minutes = self.spec.checkpoint.save_minutes
         return minutes is not None and now - self.saved_at >= minutes * 60
 
-    def save(self, trainee: Trainee, progress: Progress, meters: Meters, *, must: bool) -> None:
+    def save(self, trainee: TrainState, progress: TrainProgress, meters: MetricsProcessor, *, must: bool) -> None:
         """Save the step that was just done. All ranks call it together.
 
         Returns at once, while the copy is being made; where the save ``must`` succeed, because the run ends with it,
         once it is published. A save that fails twice is a warning, and the run goes on; one that must succeed is a
         Failure on every rank.
         """
-        self.settle()
+        self.wait()
         state = trainee.state(
             progress,
             self.identity,
@@ -114,33 +114,33 @@ class Saver:
             loss=meters.last_loss,
         )
         self.saved_at = time.monotonic()
-        if self.ranks.leads:
+        if self.ranks.is_main_process:
             scored = self.probe.score(trainee) if self.probe is not None else {}
             self._begin(trainee, replace(state, probe=scored), must)
         if must:
-            self.settle()
+            self.wait()
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Return once no save is under way. All ranks call it together; raises the Failure of a save that must not."""
-        self.ranks.from_leader(self._finish)
+        self.ranks.broadcast_from_rank0(self._finish)
 
     def close(self) -> None:
         """Let a save that is under way come to its end, when this rank leaves for whatever reason."""
         self._writer.join()
 
     def _finish(self) -> None:
-        if self._writer.running:
-            self.say(PhaseChanged(phase=Phase.SAVING))
+        if self._writer.is_running:
+            self.emit(PhaseChanged(phase=Phase.SAVING))
             self._writer.wait()
-            self.say(PhaseChanged(phase=Phase.TRAINING))
+            self.emit(PhaseChanged(phase=Phase.TRAINING))
         self._writer.wait()
 
-    def _begin(self, trainee: Trainee, state: RunState, must: bool) -> None:
-        snapshot = self._snapshot = self._snapshot or Snapshot(trainee.model, trainee.optimizer)
+    def _begin(self, trainee: TrainState, state: RunState, must: bool) -> None:
+        snapshot = self._snapshot = self._snapshot or StagingBuffers(trainee.model, trainee.optimizer)
         try:
-            copies = snapshot.take()
+            copies = snapshot.stage()
         except (MemoryError, RuntimeError) as error:
-            snapshot.give_up()
+            snapshot.release()
             self._save_in_place(trainee, state, must, error)
             return
 
@@ -148,19 +148,19 @@ class Saver:
             snapshot.fill()
             self._save(copies, state, must)
 
-        self._writer.begin(work)
+        self._writer.start(work)
 
-    def _save_in_place(self, trainee: Trainee, state: RunState, must: bool, error: Exception) -> None:
+    def _save_in_place(self, trainee: TrainState, state: RunState, must: bool, error: Exception) -> None:
         """There is no memory for a copy: write what training works on, while it waits."""
         self._snapshot = None
         message = f"no memory for a copy of step {state.step}, so training waits for its save: {str(error)[:200]}"
-        self.say(Warned(code="save_blocks", message=message, step=state.step))
-        copies = Copies.live(trainee.model, trainee.optimizer)
-        self._writer.begin(lambda: self._save(copies, state, must))
+        self.emit(WarningEvent(code="save_blocks", message=message, step=state.step))
+        copies = StateDicts.live(trainee.model, trainee.optimizer)
+        self._writer.start(lambda: self._save(copies, state, must))
         self._writer.join()
 
-    def _save(self, copies: Copies, state: RunState, must: bool) -> None:
-        for left in reversed(range(TRIES)):
+    def _save(self, copies: StateDicts, state: RunState, must: bool) -> None:
+        for left in reversed(range(MAX_ATTEMPTS)):
             try:
                 self._write(copies, state)
                 self._prune()
@@ -169,18 +169,18 @@ class Saver:
                 if left:
                     time.sleep(RETRY_SECONDS)
                 elif must:
-                    raise not_saved(error, f"the checkpoint of step {state.step}") from error
+                    raise save_error(error, f"the checkpoint of step {state.step}") from error
                 else:
                     message = f"checkpoint {state.step} was not saved: {describe(error)}; training goes on"
-                    self.say(Warned(code="save_failed", message=message, step=state.step))
+                    self.emit(WarningEvent(code="save_failed", message=message, step=state.step))
 
-    def _write(self, copies: Copies, state: RunState) -> None:
+    def _write(self, copies: StateDicts, state: RunState) -> None:
         began = time.monotonic()
-        saved = self._published_before(state.step) or files.publish(
+        saved = self._published_before(state.step) or files.write_checkpoint(
             self.products, state, files.unique_tensors(copies.model), copies.optimizer
         )
         write_weights(weights_file(self.products, self.spec), copies.model)
-        self.say(
+        self.emit(
             CheckpointSaved(
                 step=saved.step,
                 path=str(saved.path),
@@ -191,35 +191,37 @@ class Saver:
             )
         )
 
-    def _published_before(self, step: int) -> Saved | None:
+    def _published_before(self, step: int) -> CheckpointInfo | None:
         """The checkpoint of this very step, where an attempt was stopped right after a save and again at once."""
         path = self.products.checkpoint(step)
         if not path.exists():
             return None
-        damage = files.find_damage(path)
+        damage = files.verify(path)
         if damage is None:
-            return files.saved_at(step, path)
-        report_damage(self.say, [files.Damage(step, path, damage)])
-        files.set_aside(path)
+            return files.checkpoint_info(step, path)
+        report_damage(self.emit, [files.Damage(step, path, damage)])
+        files.quarantine(path)
         return None
 
     def _prune(self) -> None:
         keeping = self.spec.checkpoint
-        for pruned in retention.prune(self.products, keeping.keep_last, keeping.keep_every):
+        for pruned in retention.delete_old_checkpoints(self.products, keeping.keep_last, keeping.keep_every):
             if pruned.weights is not None:
-                self._tell_weights(pruned.weights)
+                self._emit_milestone(pruned.weights)
             why = "retention" if pruned.weights is None else "only its weights are kept"
-            self.say(CheckpointRemoved(step=pruned.step, path=str(pruned.path), why=why))
+            self.emit(CheckpointRemoved(step=pruned.step, path=str(pruned.path), why=why))
 
-    def _tell_weights(self, kept: Saved) -> None:
+    def _emit_milestone(self, kept: CheckpointInfo) -> None:
         loss = files.read_state(kept.path).loss
         said = {"step": kept.step, "path": str(kept.path), "bytes": kept.bytes, "sha256": kept.sha256, "loss": loss}
-        self.say(CheckpointSaved(**said, checkpoint_kind="weights"))
+        self.emit(CheckpointSaved(**said, checkpoint_kind="weights"))
 
 
 def report_damage(say: Callable[[Event], None], damaged: list[files.Damage]) -> None:
     """Tell of checkpoints that were found damaged, so that nobody lists them any more."""
     for damage in damaged:
-        said = Warned(code="checkpoint_invalid", message=str(damage), step=damage.step, data={"path": str(damage.path)})
+        said = WarningEvent(
+            code="checkpoint_invalid", message=str(damage), step=damage.step, data={"path": str(damage.path)}
+        )
         say(said)
         say(CheckpointRemoved(step=damage.step, path=str(damage.path), why="invalid"))

@@ -13,19 +13,19 @@ from torch import Tensor
 from trainyard.worker.checkpoint.files import optimizer_tensors, shared_names
 
 
-class Copies(NamedTuple):
+class StateDicts(NamedTuple):
     """What a save writes: a state dict whose tied names share memory, and tensors named as in `optimizer_tensors`."""
 
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
 
     @classmethod
-    def live(cls, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> "Copies":
+    def live(cls, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> "StateDicts":
         """No copy at all, but what training works on: good only while nobody trains."""
         return cls(model.state_dict(), optimizer_tensors(model, optimizer))
 
 
-class Snapshot:
+class StagingBuffers:
     """Host buffers, made at the first save and used again by every later one.
 
     Weights and moments change in the optimizer's update and nowhere else, so they are copied during the forward and
@@ -46,15 +46,15 @@ class Snapshot:
         cuda: Any = torch.cuda  # its streams and events are unannotated
         self._stream: Any = cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._filled: Any = None
-        self._hook = optimizer.register_step_pre_hook(self._hold_update)
+        self._hook = optimizer.register_step_pre_hook(self._delay_update)
 
-    def take(self) -> Copies:
+    def stage(self) -> StateDicts:
         """The copies of everything as it is now; they hold once `fill` has returned, and until the next `take`.
 
         Somebody must call `fill`, or the next update waits for ever. Raises MemoryError, or RuntimeError as torch does,
         where there is no room.
         """
-        live = Copies.live(self._model, self._optimizer)
+        live = StateDicts.live(self._model, self._optimizer)
         self._pairs, weights = [], {}
         for names in shared_names(live.model):
             weights.update(dict.fromkeys(names, self._buffer(f"model.{names[0]}", live.model[names[0]])))
@@ -63,9 +63,9 @@ class Snapshot:
             self._begin_on_device()
         else:
             self._copied.clear()
-        return Copies({name: weights[name] for name in live.model}, moments)
+        return StateDicts({name: weights[name] for name in live.model}, moments)
 
-    def give_up(self) -> None:
+    def release(self) -> None:
         """Let go of the optimizer, and of the buffers with it: there was no room for all of them."""
         self._hook.remove()
         self._buffers, self._pairs = {}, []
@@ -95,7 +95,7 @@ class Snapshot:
                 buffer.copy_(tensor, non_blocking=True)
         self._filled = self._stream.record_event()
 
-    def _hold_update(self, *_: object) -> None:
+    def _delay_update(self, *_: object) -> None:
         if self._filled is not None:
             torch.cuda.current_stream(self._device).wait_event(self._filled)
         elif not self._copied.is_set():

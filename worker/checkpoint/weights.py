@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainyard.contract.rundir import ProductDir, write_atomically
+from trainyard.contract.rundir import ArtifactDir, write_atomically
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.checkpoint.files import shared_names
 from trainyard.worker.checkpoint.huggingface import (
     config_problems,
-    files_of,
-    is_directory_of_weights,
+    is_hf_directory,
     read_config,
     split_experts,
+    weight_files,
 )
-from trainyard.worker.errors import Failure
+from trainyard.worker.errors import TrainingError
 
-SHOWN = 12
+MAX_LISTED = 12
 
 
-def weights_file(products: ProductDir, spec: JobSpec) -> Path:
+def weights_file(products: ArtifactDir, spec: JobSpec) -> Path:
     """``out/pretrain_512.pth``."""
     return products.weights(spec.checkpoint.save_weight, spec.model.hidden_size, spec.model.use_moe)
 
@@ -48,15 +48,17 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(tensor.detach().cpu().numpy().astype(np.float16))
 
 
-def start_from(model: torch.nn.Module, spec: JobSpec, products: ProductDir) -> Path:
+def load_weights(model: torch.nn.Module, spec: JobSpec, products: ArtifactDir) -> Path:
     """Load ``training.from_weight`` into ``model``, strictly. Raises Failure that lists every mismatch."""
     path = find_weights(spec, products)
     tensors = _read(path)
     problems = [*_config_problems(path, spec), *mismatches(model.state_dict(), tensors)]
     if problems:
-        shown = "; ".join(problems[:SHOWN]) + (f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else "")
+        shown = "; ".join(problems[:MAX_LISTED]) + (
+            f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
+        )
         hint = "Set the model group to the shape these weights have, or take other weights."
-        raise Failure(Reason.CHECKPOINT_INVALID, f"from_weight: {path} does not fit the model: {shown}", hint)
+        raise TrainingError(Reason.CHECKPOINT_INVALID, f"from_weight: {path} does not fit the model: {shown}", hint)
     for names in shared_names(model.state_dict()):
         given = next(tensors[name] for name in names if name in tensors)
         tensors.update(dict.fromkeys(names, given))
@@ -64,18 +66,18 @@ def start_from(model: torch.nn.Module, spec: JobSpec, products: ProductDir) -> P
     return path
 
 
-def find_weights(spec: JobSpec, products: ProductDir) -> Path:
+def find_weights(spec: JobSpec, products: ArtifactDir) -> Path:
     """What ``from_weight`` means: a file or a Hugging Face directory, or MiniMind's name where weights are saved."""
-    candidates = places_of_weights(spec, products)
-    found = next((path for path in candidates if path.is_file() or is_directory_of_weights(path)), None)
+    candidates = weight_paths(spec, products)
+    found = next((path for path in candidates if path.is_file() or is_hf_directory(path)), None)
     if found is None:
         looked = ", ".join(map(str, candidates))
         hint = "Give a .pth or .safetensors file, a Hugging Face directory, or a name as in save_weight."
-        raise Failure(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {looked}", hint)
+        raise TrainingError(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {looked}", hint)
     return found
 
 
-def places_of_weights(spec: JobSpec, products: ProductDir) -> list[Path]:
+def weight_paths(spec: JobSpec, products: ArtifactDir) -> list[Path]:
     """Where ``from_weight`` is looked for, in this order."""
     wanted = str(spec.training.from_weight)
     name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
@@ -114,7 +116,7 @@ def _config_problems(path: Path, spec: JobSpec) -> list[str]:
 def _read(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file or a directory that may come from anybody: no pickled code is ever run."""
     try:
-        files = files_of(path) if path.is_dir() else [path]
+        files = weight_files(path) if path.is_dir() else [path]
         content: Any = {}
         for file in files:
             part = _content(file)
@@ -139,6 +141,6 @@ def _content(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _refused(path: Path, why: str) -> Failure:
+def _refused(path: Path, why: str) -> TrainingError:
     hint = "Nothing in the file was executed. Give a file of plain weights, as torch.save(state_dict) writes it."
-    return Failure(Reason.CHECKPOINT_INVALID, f"from_weight: {path} cannot be read as weights: {why}", hint)
+    return TrainingError(Reason.CHECKPOINT_INVALID, f"from_weight: {path} cannot be read as weights: {why}", hint)

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from trainyard.contract.file_identity import Packing, packing_of
-from trainyard.worker.data.jsonl import DataInvalid, refuse_changed
+from trainyard.contract.file_identity import Compression, compression_of
+from trainyard.worker.data.jsonl import DataInvalid, require_unchanged
 
 BUFFER_BYTES = 1 << 20
 
@@ -24,7 +24,7 @@ ZSTD_CHUNK_BYTES = 1 << 10
 """Compressed bytes handed over at once. A block of 128 KiB may be 4 bytes long, so at most 32 MiB come out of them."""
 
 
-class Source:
+class CorpusFile:
     """An open corpus file, read once and at most to the size it had when it was opened.
 
     ``stream`` gives its decompressed bytes; of a parquet file the bytes themselves. ``done`` of ``size`` bytes of the
@@ -37,19 +37,19 @@ class Source:
         self.raw = open_regular(path)
         self._before = os.fstat(self.raw.fileno())
         self.size = self._before.st_size
-        self._counted = _Counted(self.raw, self.size)
+        self._counted = _HashingReader(self.raw, self.size)
         try:
-            self.packing = packing_of(self.raw.peek(4))
+            self.packing = compression_of(self.raw.peek(4))
             self.stream = self._unpacked()
-            with self.reading():
-                if self.packing is not Packing.PARQUET:
+            with self.open():
+                if self.packing is not Compression.PARQUET:
                     require_utf8(path, self.head())
         except BaseException:
             self.raw.close()
             raise
 
     @property
-    def done(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of the file that are read."""
         return self._counted.done
 
@@ -64,23 +64,23 @@ class Source:
 
     def _unpacked(self) -> io.BufferedReader:
         file: io.BufferedReader = io.BufferedReader(self._counted, BUFFER_BYTES)
-        if self.packing is Packing.GZIP:
+        if self.packing is Compression.GZIP:
             unpacked: Any = gzip.GzipFile(fileobj=file, mode="rb")
-        elif self.packing is Packing.ZSTD:
-            unpacked = _Unzstd(file, optional("zstandard", self.path))
+        elif self.packing is Compression.ZSTD:
+            unpacked = _ZstdReader(file, import_optional("zstandard", self.path))
         else:
             return file
         return io.BufferedReader(unpacked, BUFFER_BYTES)
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
+    def open(self) -> Iterator[None]:
         """Around reads of ``stream``: DataInvalid where it is damaged, or rather where the file changes."""
         try:
             yield
-        except (EOFError, zlib.error, gzip.BadGzipFile, DamagedZstd) as error:
+        except (EOFError, zlib.error, gzip.BadGzipFile, CorruptZstd) as error:
             self._require_same_file()
             raise DataInvalid(
-                f"{self.path} is damaged {self.packing} data near byte {self.done:,}: {error}. Make it anew"
+                f"{self.path} is damaged {self.packing} data near byte {self.bytes_read:,}: {error}. Make it anew"
             ) from None
 
     def finish(self) -> None:
@@ -88,13 +88,13 @@ class Source:
         while self._counted.read(BUFFER_BYTES):
             pass
         self._require_same_file()
-        if self.done != self.size:
-            refuse_changed(self.path)
+        if self.bytes_read != self.size:
+            require_unchanged(self.path)
 
     def _require_same_file(self) -> None:
         after = os.fstat(self.raw.fileno())
         if (after.st_size, after.st_mtime_ns) != (self._before.st_size, self._before.st_mtime_ns):
-            refuse_changed(self.path)
+            require_unchanged(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +103,7 @@ class Source:
         self.raw.close()
 
 
-class _Counted(io.RawIOBase):
+class _HashingReader(io.RawIOBase):
     """The first ``size`` bytes of a file, counted and hashed as they go by."""
 
     def __init__(self, file: io.BufferedReader, size: int) -> None:
@@ -126,11 +126,11 @@ class _Counted(io.RawIOBase):
         return count
 
 
-class DamagedZstd(ValueError):
+class CorruptZstd(ValueError):
     """The stream cannot be decompressed."""
 
 
-class _Unzstd(io.RawIOBase):
+class _ZstdReader(io.RawIOBase):
     """Frames of zstandard, one after the other. The library's own reader takes a file that is cut off for complete."""
 
     def __init__(self, file: io.BufferedReader, library: Any) -> None:
@@ -151,7 +151,7 @@ class _Unzstd(io.RawIOBase):
             packed = self._packed or self._file.read(ZSTD_CHUNK_BYTES)
             if not packed:
                 if self._frame is not None:
-                    raise DamagedZstd("it ends in the middle of a frame")
+                    raise CorruptZstd("it ends in the middle of a frame")
                 return 0
             self._decompress(packed)
         count = min(len(buffer), len(self._ready))
@@ -164,13 +164,13 @@ class _Unzstd(io.RawIOBase):
         try:
             self._ready = memoryview(self._frame.decompress(packed))
         except self._library.ZstdError as error:
-            raise DamagedZstd(str(error)) from None
+            raise CorruptZstd(str(error)) from None
         self._packed = b""
         if self._frame.eof:
             self._packed, self._frame = self._frame.unused_data, None
 
 
-def optional(package: str, path: Path, module: str | None = None) -> Any:
+def import_optional(package: str, path: Path, module: str | None = None) -> Any:
     """A package that only some corpora need. Raises DataInvalid that says how to get it."""
     try:
         return importlib.import_module(module or package)
@@ -191,7 +191,7 @@ def open_regular(path: Path) -> io.BufferedReader:
     file: io.BufferedReader = io.BufferedReader(io.FileIO(descriptor), BUFFER_BYTES)
     try:
         head = file.peek(4096)[:4096]
-        if packing_of(head) is Packing.NONE:
+        if compression_of(head) is Compression.NONE:
             require_utf8(path, head)
     except (DataInvalid, OSError):
         file.close()

@@ -11,18 +11,18 @@ from trainyard.contract.file_identity import MAX_NAME_LENGTH, MAX_NAMES
 MAX_LINE_BYTES = 8 << 20
 """A longer line is a bad line: one document is held in memory together with its tokens."""
 
-KEPT_BAD_LINES = 20
+MAX_BAD_LINE_EXAMPLES = 20
 """How many bad lines are named; all are counted."""
 
 
-INSTEAD = ", which has "
+TEXT_FIELD_HINTS = ", which has "
 
 
 class DataInvalid(ValueError):
     """The corpus cannot be trained on; the message says which file and lines, why, and what to do."""
 
 
-class BadLine(ValueError):
+class BadLineError(ValueError):
     """One line is no document; the message says why."""
 
 
@@ -35,53 +35,53 @@ class Document:
 
 
 @dataclass
-class Tally:
+class ParseStats:
     """What was found so far. ``named`` holds (line number, why) of the first bad lines."""
 
     lines: int = 0
     blank_lines: int = 0
     bad_lines: int = 0
     documents: int = 0
-    named: list[tuple[int, str]] = field(default_factory=list)
+    examples: list[tuple[int, str]] = field(default_factory=list)
 
     def add_bad(self, line: int, why: str) -> None:
         """Count a bad line, and name it if few were."""
         self.bad_lines += 1
-        self.named = sorted([*self.named, (line, why)])[:KEPT_BAD_LINES]
+        self.examples = sorted([*self.examples, (line, why)])[:MAX_BAD_LINE_EXAMPLES]
 
-    def less(self, found: "Tally") -> "Tally":
+    def minus(self, found: "ParseStats") -> "ParseStats":
         """The counts where the documents that ``found`` calls bad are none."""
-        return Tally(
+        return ParseStats(
             lines=self.lines,
             blank_lines=self.blank_lines,
             bad_lines=self.bad_lines + found.bad_lines,
             documents=self.documents - found.bad_lines,
-            named=sorted([*self.named, *found.named])[:KEPT_BAD_LINES],
+            examples=sorted([*self.examples, *found.examples])[:MAX_BAD_LINE_EXAMPLES],
         )
 
     def describe_bad(self) -> str:
         """``5 bad lines: line 3: not JSON; lines 7 to 10: not UTF-8``."""
         said: list[str] = []
-        runs = Runs(said.append)
-        for line, why in self.named:
+        runs = BadLineGrouper(said.append)
+        for line, why in self.examples:
             runs.add(line, why)
         runs.end()
         listed = "; ".join(said)
-        more = self.bad_lines - len(self.named)
+        more = self.bad_lines - len(self.examples)
         noun = "bad line" if self.bad_lines == 1 else "bad lines"
         return f"{self.bad_lines:,} {noun}: {listed}" + (f"; and {more:,} more" if more else "")
 
-    def why_empty(self, text_field: str) -> str:
+    def empty_reason(self, text_field: str) -> str:
         """Why there is nothing to train on, and what to do."""
         needed = f'it needs one JSON object a line, such as {{"{text_field}": "..."}}'
         if not self.bad_lines:
             return f"holds no document: {needed}, or any text where its name ends in .txt"
-        elsewhere = any(INSTEAD in why for _, why in self.named)
+        elsewhere = any(TEXT_FIELD_HINTS in why for _, why in self.examples)
         advice = "text_field says under which key the texts are" if elsewhere else needed
         return f"holds no text under {text_field!r}: {self.describe_bad()}. What to do: {advice}"
 
 
-class Runs:
+class BadLineGrouper:
     """Says bad lines as they are found, those that follow each other and are bad for one reason together."""
 
     def __init__(self, say: Callable[[str], object]) -> None:
@@ -105,10 +105,10 @@ class Runs:
 
 
 @dataclass
-class Naming(Tally):
+class VerboseParseStats(ParseStats):
     """A tally that says every bad line, however many there are."""
 
-    runs: Runs = field(default_factory=lambda: Runs(print), compare=False)
+    runs: BadLineGrouper = field(default_factory=lambda: BadLineGrouper(print), compare=False)
 
     def add_bad(self, line: int, why: str) -> None:
         """Count it, and say it."""
@@ -116,7 +116,7 @@ class Naming(Tally):
         self.runs.add(line, why)
 
 
-def refuse_changed(path: Path) -> NoReturn:
+def require_unchanged(path: Path) -> NoReturn:
     """Raise the DataInvalid of a file that is still being written."""
     raise DataInvalid(f"{path} changed while it was read: wait until it is complete, then start again")
 
@@ -124,21 +124,21 @@ def refuse_changed(path: Path) -> NoReturn:
 def text_of(raw: bytes | None, text_field: str) -> str:
     """The text of one raw line. Raises BadLine with the reason."""
     if raw is None:
-        raise BadLine(f"longer than {MAX_LINE_BYTES >> 20} MiB")
+        raise BadLineError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
     value = _parsed(raw)
     if not isinstance(value, dict):
-        raise BadLine(f"not a JSON object but {_kind(value)}")
+        raise BadLineError(f"not a JSON object but {_kind(value)}")
     if text_field not in value:
-        raise BadLine(f"no {text_field!r} in the object{_instead(value)}")
+        raise BadLineError(f"no {text_field!r} in the object{_instead(value)}")
     text = value[text_field]
     if not isinstance(text, str):
-        raise BadLine(f"{text_field!r} is not a string but {_kind(text)}")
+        raise BadLineError(f"{text_field!r} is not a string but {_kind(text)}")
     if not text:
-        raise BadLine(f"{text_field!r} is empty")
+        raise BadLineError(f"{text_field!r} is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadLine(f"{text_field!r} holds a lone surrogate, which is no text") from None
+        raise BadLineError(f"{text_field!r} holds a lone surrogate, which is no text") from None
     return text
 
 
@@ -146,27 +146,27 @@ def _parsed(raw: bytes) -> Any:
     try:
         return json.loads(raw.decode(), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 at byte {error.start + 1}") from None
+        raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
-        raise BadLine(f"not JSON at character {error.pos + 1}") from None
+        raise BadLineError(f"not JSON at character {error.pos + 1}") from None
     except RecursionError:
-        raise BadLine("nested too deep") from None
-    except BadLine:
+        raise BadLineError("nested too deep") from None
+    except BadLineError:
         raise
     except ValueError:
         # Python reads no integer of more than 4,300 digits.
-        raise BadLine("holds a number with too many digits") from None
+        raise BadLineError("holds a number with too many digits") from None
 
 
 def _instead(value: dict[str, Any]) -> str:
     """The names under which the object has texts, of which one may be the one that was meant."""
     names = [repr(name) for name, text in value.items() if isinstance(text, str) and name.isprintable()]
     short = [name for name in names if len(name) <= MAX_NAME_LENGTH][:MAX_NAMES]
-    return f"{INSTEAD}{', '.join(short)}" if short else ""
+    return f"{TEXT_FIELD_HINTS}{', '.join(short)}" if short else ""
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise BadLine(f"not JSON: holds {name}")
+    raise BadLineError(f"not JSON: holds {name}")
 
 
 def _kind(value: object) -> str:

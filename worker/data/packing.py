@@ -19,20 +19,20 @@ from torch import Tensor
 
 from trainyard.worker.data.corpus import Corpus
 from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.shards import Columns, mapped, published
+from trainyard.worker.data.shards import ArrayFiles, build_directory, memmap_array
 from trainyard.worker.splitmix import GAMMA, splitmix64
 
 Integers = npt.NDArray[np.int64]
 Packing = Literal["document", "none"]
 
 FORMAT = 1
-IGNORED = -100
+IGNORE_INDEX = -100
 BLOCK_TOKENS = 1 << 22
 """Documents are packed in blocks of about so many tokens: memory stays bounded, and rows full."""
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitSpec:
     """Which documents: all, or those that are ("eval") or are not ("train") held out at ``fraction``."""
 
     part: Literal["all", "train", "eval"] = "all"
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
         """The same batch on ``device``; from pinned memory the copy does not wait."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pinned(self) -> "Batch":
+    def pin_memory(self) -> "Batch":
         """The same batch in memory that a GPU copies from by itself."""
         return self._each(lambda tensor: tensor.pin_memory())
 
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
         return Batch(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
-class RowTable:
+class PackedDataset:
     """The rows of a corpus, memory-mapped. ``targets`` [rows]: how many tokens each row predicts."""
 
     def __init__(self, corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing) -> None:
@@ -81,25 +81,27 @@ class RowTable:
         self._corpus = corpus
         self._tokens = corpus.tokens
         pieces, rows = (directory / "starts.bin").stat().st_size // 8, (directory / "targets.bin").stat().st_size // 4
-        self._starts = mapped(directory / "starts.bin", np.int64, pieces)
-        self._lengths = mapped(directory / "lengths.bin", np.int32, pieces)
-        self._firsts = mapped(directory / "firsts.bin", np.int64, rows + 1)
-        self.targets: npt.NDArray[np.int32] = mapped(directory / "targets.bin", np.int32, rows)
+        self._starts = memmap_array(directory / "starts.bin", np.int64, pieces)
+        self._lengths = memmap_array(directory / "lengths.bin", np.int32, pieces)
+        self._firsts = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
+        self.targets: npt.NDArray[np.int32] = memmap_array(directory / "targets.bin", np.int32, rows)
         self._most_pieces = int(np.diff(self._firsts).max(initial=0))
 
     @classmethod
-    def open(cls, corpus: Corpus, *, max_seq_len: int, packing: Packing, split: Split | None = None) -> "RowTable":
+    def open(
+        cls, corpus: Corpus, *, max_seq_len: int, packing: Packing, split: SplitSpec | None = None
+    ) -> "PackedDataset":
         """The table of ``corpus`` for these settings, built first where it is not beside the shards yet.
 
         Raises DataInvalid where the split leaves no document.
         """
-        split = split or Split()
+        split = split or SplitSpec()
         directory = corpus.directory / f"rows-{FORMAT}-{max_seq_len}-{packing}-{split}"
         if not directory.exists():
             with corpus.lock():
                 if not directory.exists():
-                    with published(directory) as building:
-                        _write(corpus, building, max_seq_len, packing, Held.of(corpus, split))
+                    with build_directory(directory) as building:
+                        _write(corpus, building, max_seq_len, packing, Holdout.of(corpus, split))
         return cls(corpus, directory, max_seq_len, packing)
 
     def __len__(self) -> int:
@@ -118,19 +120,19 @@ class RowTable:
         rows = np.asarray(rows, dtype=np.int64)
         shape = (max(1, len(rows)), self.max_seq_len)
         row, start, length = self._pieces(rows)
-        begins = _begins(row, length)
-        position = _ramp(length)
+        begins = _segment_starts(row, length)
+        position = _positions(length)
         source = np.repeat(start, length) + position
         place = np.repeat(row * self.max_seq_len + begins, length) + position
         # The last token of a piece predicts nothing; what follows it is another document's, or past the end.
         last = position == np.repeat(length - 1, length)
-        following = np.where(last, IGNORED, self._tokens[np.where(last, source, source + 1)].astype(np.int64))
+        following = np.where(last, IGNORE_INDEX, self._tokens[np.where(last, source, source + 1)].astype(np.int64))
         segments = None if self.packing == "none" else np.repeat(_ordinal(row), length) + 1
         return Batch(
-            _scattered(shape, 0, place, self._tokens[source].astype(np.int64)),
-            None if segments is None else _scattered(shape, 0, place, position),
-            None if segments is None else _scattered(shape, 0, place, segments),
-            _scattered(shape, IGNORED, place, following),
+            _hash_documents(shape, 0, place, self._tokens[source].astype(np.int64)),
+            None if segments is None else _hash_documents(shape, 0, place, position),
+            None if segments is None else _hash_documents(shape, 0, place, segments),
+            _hash_documents(shape, IGNORE_INDEX, place, following),
             None if segments is None else self._offsets(shape[0], row * self.max_seq_len + begins, length),
         )
 
@@ -146,17 +148,17 @@ class RowTable:
         """(place of its row in ``rows``, first token, length) of each piece of these rows."""
         first = self._firsts[rows]
         counts = self._firsts[rows + 1] - first
-        pieces = np.repeat(first, counts) + _ramp(counts)
+        pieces = np.repeat(first, counts) + _positions(counts)
         return np.repeat(np.arange(len(rows)), counts), self._starts[pieces], self._lengths[pieces].astype(np.int64)
 
 
-def _ramp(counts: Integers) -> Integers:
+def _positions(counts: Integers) -> Integers:
     """[2, 3] -> [0, 1, 0, 1, 2]."""
     total = int(counts.sum())
     return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _begins(row: Integers, length: Integers) -> Integers:
+def _segment_starts(row: Integers, length: Integers) -> Integers:
     """Where in its row each piece begins, for pieces in the order of ``row``."""
     before = np.cumsum(length) - length
     first = np.searchsorted(row, row)
@@ -168,17 +170,17 @@ def _ordinal(row: Integers) -> Integers:
     return np.arange(len(row)) - np.searchsorted(row, row)
 
 
-def _scattered(shape: tuple[int, int], fill: int, place: Integers, values: Integers) -> Tensor:
+def _hash_documents(shape: tuple[int, int], fill: int, place: Integers, values: Integers) -> Tensor:
     out = np.full(shape, fill, dtype=np.int64)
     out.reshape(-1)[place] = values
     return torch.from_numpy(out)
 
 
 @dataclass(frozen=True)
-class Held:
+class Holdout:
     """Which documents a split takes: a function of a document's number alone, the same for every job."""
 
-    split: Split
+    split: SplitSpec
     always: int = -1
     never: int = -1
 
@@ -186,7 +188,7 @@ class Held:
     CHUNK = 1 << 20
 
     @classmethod
-    def of(cls, corpus: Corpus, split: Split) -> "Held":
+    def of(cls, corpus: Corpus, split: SplitSpec) -> "Holdout":
         """At least one document is held out and at least one is not, however small the fraction or the corpus."""
         documents = corpus.meta.documents
         if split.part == "all":
@@ -217,14 +219,14 @@ class Held:
         return held if self.split.part == "eval" else ~held
 
 
-def _write(corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing, held: Held) -> None:
+def _write(corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing, held: Holdout) -> None:
     """Write the table's files, block by block."""
-    columns = Columns(directory, ("starts.bin", "lengths.bin", "firsts.bin", "targets.bin"))
+    columns = ArrayFiles(directory, ("starts.bin", "lengths.bin", "firsts.bin", "targets.bin"))
     nothing = np.zeros(0, dtype=np.int64)
     columns.append(nothing, nothing, np.zeros(1, dtype=np.int64), nothing)
     pieces = 0
     for first, last in _blocks(corpus.offsets):
-        starts, lengths = pieces_of(corpus.offsets[first : last + 1], held.taken(first, last), max_seq_len)
+        starts, lengths = segments_of(corpus.offsets[first : last + 1], held.taken(first, last), max_seq_len)
         row = np.arange(len(lengths)) if packing == "none" else best_fit(lengths, max_seq_len)
         pieces = _append(columns, pieces, starts, lengths, row)
     columns.close()
@@ -237,12 +239,12 @@ def _blocks(offsets: Integers) -> Iterator[tuple[int, int]]:
     yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
 
 
-def pieces_of(offsets: Integers, taken: npt.NDArray[np.bool_], max_seq_len: int) -> tuple[Integers, Integers]:
+def segments_of(offsets: Integers, taken: npt.NDArray[np.bool_], max_seq_len: int) -> tuple[Integers, Integers]:
     """(first token, length) of each piece of the ``taken`` documents, which lie between consecutive ``offsets``."""
     begins, sizes = offsets[:-1][taken], np.diff(offsets)[taken]
     stride = max_seq_len - 1
     counts = -(-(sizes - 1) // stride)
-    ahead = _ramp(counts) * stride
+    ahead = _positions(counts) * stride
     return np.repeat(begins, counts) + ahead, np.minimum(max_seq_len, np.repeat(sizes, counts) - ahead)
 
 
@@ -271,7 +273,7 @@ def best_fit(lengths: Integers, capacity: int) -> Integers:
     return row
 
 
-def _append(columns: Columns, pieces: int, starts: Integers, lengths: Integers, row: Integers) -> int:
+def _append(columns: ArrayFiles, pieces: int, starts: Integers, lengths: Integers, row: Integers) -> int:
     """Write a block's pieces in the order of their rows; the number of pieces so far."""
     if not len(row):
         return pieces

@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import Any, Self
 
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import Source, optional
+from trainyard.worker.data.file import CorpusFile, import_optional
 from trainyard.worker.data.jsonl import (
-    BadLine,
+    BadLineError,
     DataInvalid,
     Document,
-    Tally,
+    ParseStats,
 )
 
-ROWS = 256
+BATCH_ROWS = 256
 """Rows that are decoded at once."""
 
 MAX_GROUP_BYTES = 2 << 30
@@ -26,19 +26,19 @@ MAX_GROUP_BYTES = 2 << 30
 class ParquetReader:
     """See `worker.data.readers.Reader`; a line is a row."""
 
-    def __init__(self, source: Source) -> None:
-        self.tally = Tally()
+    def __init__(self, source: CorpusFile) -> None:
+        self.stats = ParseStats()
         self._source = source
         self._rows_done, self._rows = 0, 1
         try:
-            self._arrow = optional("pyarrow", source.path)
-            self._parquet = optional("pyarrow", source.path, "pyarrow.parquet")
+            self._arrow = import_optional("pyarrow", source.path)
+            self._parquet = import_optional("pyarrow", source.path, "pyarrow.parquet")
         except DataInvalid:
             source.raw.close()
             raise
 
     @property
-    def done(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of the file, by the share of rows that are read."""
         return self.size * self._rows_done // max(1, self._rows)
 
@@ -52,22 +52,22 @@ class ParquetReader:
         """sha256 of the file, once it is read."""
         return self._source.digest
 
-    def skip(self, past: Tally, seen: Callable[[], None]) -> None:
+    def skip(self, past: ParseStats, seen: Callable[[], None]) -> None:
         """See `worker.data.readers.Reader`. Row groups that are past are not read."""
         del seen
-        self.tally = replace(past)
+        self.stats = replace(past)
 
     def documents(self, text_field: str) -> Iterator[Document]:
         """See `worker.data.readers.Reader`."""
-        past = self.tally.lines
+        past = self.stats.lines
         for number, value in enumerate(self._values(text_field, past), start=past + 1):
-            self.tally.lines = number
+            self.stats.lines = number
             try:
                 text = _text_of(value, text_field)
-            except BadLine as bad:
-                self.tally.add_bad(number, str(bad))
+            except BadLineError as bad:
+                self.stats.add_bad(number, str(bad))
                 continue
-            self.tally.documents += 1
+            self.stats.documents += 1
             yield Document(number, text)
         # Parquet is read from its end and in pieces, so the file is hashed by itself.
         self._source.raw.seek(0)
@@ -84,14 +84,14 @@ class ParquetReader:
             file = self._parquet.ParquetFile(
                 self._source.raw, metadata=described.metadata, read_dictionary=[text_field]
             )
-            groups = self._groups_behind(described.metadata, past)
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=groups, columns=[text_field]):
+            groups = self._groups_after(described.metadata, past)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[text_field]):
                 yield from self._of_batch(batch.column(0).slice(min(len(batch), max(0, past - self._rows_done))))
                 self._rows_done += len(batch)
         except (self._arrow.ArrowException, OSError) as error:
             raise DataInvalid(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
 
-    def _groups_behind(self, metadata: Any, past: int) -> list[int]:
+    def _groups_after(self, metadata: Any, past: int) -> list[int]:
         """The row groups that hold a row behind the first ``past``; the rows before them are done."""
         first = 0
         while first < metadata.num_row_groups:
@@ -136,12 +136,12 @@ class ParquetReader:
 
 def _text_of(value: bytes | None, text_field: str) -> str:
     if value is None:
-        raise BadLine(f"{text_field!r} is not a string but null")
+        raise BadLineError(f"{text_field!r} is not a string but null")
     if not value:
-        raise BadLine(f"{text_field!r} is empty")
+        raise BadLineError(f"{text_field!r} is empty")
     if len(value) >= jsonl.MAX_LINE_BYTES:
-        raise BadLine(f"longer than {jsonl.MAX_LINE_BYTES >> 20} MiB")
+        raise BadLineError(f"longer than {jsonl.MAX_LINE_BYTES >> 20} MiB")
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 at byte {error.start + 1}") from None
+        raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None

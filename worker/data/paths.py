@@ -4,13 +4,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainyard.contract.allowed_paths import why_outside
+from trainyard.contract.allowed_paths import outside_reason
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.contract.tokenizer_info import BYTE
-from trainyard.worker.checkpoint.weights import places_of_weights
-from trainyard.worker.errors import Failure
+from trainyard.worker.checkpoint.weights import weight_paths
+from trainyard.worker.errors import TrainingError
 
 DATA_ROOTS, SAVE_ROOTS = "TRAINYARD_DATA_ROOTS", "TRAINYARD_SAVE_ROOTS"
 
@@ -18,7 +18,7 @@ Named = tuple[str, str | Path]
 """A field of the spec, and a path that it means."""
 
 
-def check_roots(spec: JobSpec, run: RunDir, environment: dict[str, str] | None = None) -> None:
+def check_allowed_paths(spec: JobSpec, run: RunDir, environment: dict[str, str] | None = None) -> None:
     """Raise Failure for a path outside the roots in the environment. By hand there are none, and all is allowed.
 
     The home, two levels above a job's run directory, is always a root. To be asked again before anything is opened
@@ -37,11 +37,11 @@ def check_roots(spec: JobSpec, run: RunDir, environment: dict[str, str] | None =
 
 def _require(named: Iterator[Named], roots: list[Path], setting: str) -> None:
     for field, path in named:
-        trouble = why_outside(path, roots)
+        trouble = outside_reason(path, roots)
         if trouble is not None:
             message = f"{field} {trouble} the directories this service may use"
             hint = f"Move it, or add its directory to {setting}. Nothing was read of it, and nothing written."
-            raise Failure(Reason.SPEC_INVALID, message, hint)
+            raise TrainingError(Reason.SPEC_INVALID, message, hint)
 
 
 def _roots(text: str) -> list[Path]:
@@ -63,13 +63,13 @@ def _weights(spec: JobSpec, run: RunDir) -> Iterator[Named]:
     """Without a separator it is MiniMind's name of a file where weights are saved, which may be a link by itself."""
     start = spec.training.from_weight
     if start is not None and "/" not in start:
-        places = places_of_weights(spec, run.products(spec.checkpoint.save_dir))
+        places = weight_paths(spec, run.artifacts(spec.checkpoint.save_dir))
         yield from (("training.from_weight", place) for place in places if place.exists())
 
 
 def _written(spec: JobSpec, run: RunDir) -> Iterator[Named]:
     if spec.checkpoint.save_dir is None:
         return
-    products = run.products(spec.checkpoint.save_dir)
+    products = run.artifacts(spec.checkpoint.save_dir)
     for place in (products.path, products.checkpoints, products.out):
         yield "checkpoint.save_dir", place

@@ -12,15 +12,15 @@ from typing import Protocol, Self
 from trainyard.contract.file_identity import (
     BLANK,
     BOM,
-    Packing,
+    Compression,
     is_plain_text,
 )
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import Source
+from trainyard.worker.data.file import CorpusFile
 from trainyard.worker.data.jsonl import (
-    BadLine,
+    BadLineError,
     Document,
-    Tally,
+    ParseStats,
     text_of,
 )
 from trainyard.worker.data.parquet import ParquetReader
@@ -36,10 +36,10 @@ class Reader(Protocol):
     ``done`` of ``size`` bytes of the file are read.
     """
 
-    tally: Tally
+    stats: ParseStats
 
     @property
-    def done(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes read."""
 
     @property
@@ -50,7 +50,7 @@ class Reader(Protocol):
     def digest(self) -> str:
         """sha256 of the bytes read so far."""
 
-    def skip(self, past: Tally, seen: Callable[[], None]) -> None:
+    def skip(self, past: ParseStats, seen: Callable[[], None]) -> None:
         """Go on behind what ``past`` counts, which becomes ``tally``. ``seen`` is called now and then."""
 
     def documents(self, text_field: str) -> Iterator[Document]:
@@ -63,32 +63,32 @@ class Reader(Protocol):
 
 def open_reader(path: Path) -> Reader:
     """Open a corpus. Raises DataInvalid for what is no regular file, no UTF-8, damaged, or takes a missing package."""
-    source = Source(path)
-    if source.packing is Packing.PARQUET:
+    source = CorpusFile(path)
+    if source.packing is Compression.PARQUET:
         return ParquetReader(source)
     return TextReader(source) if is_plain_text(path.name, source.head()) else LineReader(source)
 
 
-def reads_as_plain_text(path: Path) -> bool:
+def detect_plain_text(path: Path) -> bool:
     """Whether documents are separated by blank lines: the same bytes under another name are another corpus."""
     if not is_plain_text(path.name, b""):
         return False
-    with Source(path) as source:
-        return source.packing is not Packing.PARQUET and is_plain_text(path.name, source.head())
+    with CorpusFile(path) as source:
+        return source.packing is not Compression.PARQUET and is_plain_text(path.name, source.head())
 
 
 class LineReader:
     """JSONL: one document a line. See `Reader`."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: CorpusFile) -> None:
         self.source = source
-        self.tally = Tally()
+        self.stats = ParseStats()
         self._lines = self._raw_lines()
 
     @property
-    def done(self) -> int:
+    def bytes_read(self) -> int:
         """Bytes of the file read."""
-        return self.source.done
+        return self.source.bytes_read
 
     @property
     def size(self) -> int:
@@ -100,26 +100,26 @@ class LineReader:
         """sha256 of the bytes read so far."""
         return self.source.digest
 
-    def skip(self, past: Tally, seen: Callable[[], None]) -> None:
+    def skip(self, past: ParseStats, seen: Callable[[], None]) -> None:
         """See `Reader`. Lines are found again, and hashed with the rest; nothing is parsed."""
         for number, _ in enumerate(islice(self._lines, past.lines), start=1):
             if number % SKIPPED_LINES == 0:
                 seen()
-        self.tally = replace(past)
+        self.stats = replace(past)
 
     def documents(self, text_field: str) -> Iterator[Document]:
         """See `Reader`."""
-        for number, raw in enumerate(self._lines, start=self.tally.lines + 1):
-            self.tally.lines = number
+        for number, raw in enumerate(self._lines, start=self.stats.lines + 1):
+            self.stats.lines = number
             if raw is not None and not raw.strip(BLANK):
-                self.tally.blank_lines += 1
+                self.stats.blank_lines += 1
                 continue
             try:
                 text = text_of(raw, text_field)
-            except BadLine as bad:
-                self.tally.add_bad(number, str(bad))
+            except BadLineError as bad:
+                self.stats.add_bad(number, str(bad))
                 continue
-            self.tally.documents += 1
+            self.stats.documents += 1
             yield Document(number, text)
         self.source.finish()
 
@@ -145,7 +145,7 @@ class LineReader:
             return self.source.stream.readline(limit)
         except Exception:
             # Only now, as a context manager around each line would take as long as the line.
-            with self.source.reading():
+            with self.source.open():
                 raise
 
     def __enter__(self) -> Self:
@@ -167,10 +167,10 @@ class TextReader(LineReader):
         for first, raw in self._paragraphs():
             try:
                 text = plain_text_of(raw)
-            except BadLine as bad:
-                self.tally.add_bad(first, str(bad))
+            except BadLineError as bad:
+                self.stats.add_bad(first, str(bad))
                 continue
-            self.tally.documents += 1
+            self.stats.documents += 1
             yield Document(first, text)
         self.source.finish()
 
@@ -178,10 +178,10 @@ class TextReader(LineReader):
         """(number of its first line, its bytes) of each document; None for one that is too long."""
         held: list[bytes] = []
         first, size = 0, 0
-        for number, raw in enumerate(self._lines, start=self.tally.lines + 1):
-            self.tally.lines = number
+        for number, raw in enumerate(self._lines, start=self.stats.lines + 1):
+            self.stats.lines = number
             if raw is not None and not raw.strip(BLANK):
-                self.tally.blank_lines += 1
+                self.stats.blank_lines += 1
                 if first:
                     yield first, _joined(held, size)
                 held, first, size = [], 0, 0
@@ -201,9 +201,9 @@ def _joined(held: list[bytes], size: int) -> bytes | None:
 def plain_text_of(raw: bytes | None) -> str:
     """The text of one document. Raises BadLine with the reason."""
     if raw is None:
-        raise BadLine(f"longer than {jsonl.MAX_LINE_BYTES >> 20} MiB: separate documents by blank lines")
+        raise BadLineError(f"longer than {jsonl.MAX_LINE_BYTES >> 20} MiB: separate documents by blank lines")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise BadLine(f"not UTF-8 at byte {error.start + 1}") from None
+        raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None
     return text.replace("\r\n", "\n").removesuffix("\n")

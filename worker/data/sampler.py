@@ -16,7 +16,7 @@ ROUNDS = 8
 
 
 @dataclass(frozen=True)
-class Permutation:
+class FeistelPermutation:
     """A pseudo-random order of 0 .. ``size`` - 1, one for each ``seed`` and ``epoch``.
 
     A Feistel network permutes the smallest power of two that holds ``size``; a value that falls outside is sent through
@@ -55,21 +55,21 @@ def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: list[int]) -> npt.
 
 
 @dataclass(frozen=True)
-class Order:
+class StepSampler:
     """The rows of every optimizer step. Steps count from 1 over the whole job.
 
     ``targets`` [rows]: how many tokens each row predicts. ``global_batch``: rows of a step over all ranks; the last
     step of an epoch may have fewer.
     """
 
-    targets: npt.NDArray[np.int32]
+    target_count: npt.NDArray[np.int32]
     global_batch: int
     seed: int
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one pass over the rows."""
-        return -(-len(self.targets) // self.global_batch)
+        return -(-len(self.target_count) // self.global_batch)
 
     def epoch_of(self, step: int) -> int:
         """The epoch, from 0, that ``step`` belongs to."""
@@ -79,13 +79,13 @@ class Order:
         """Passes over the rows that are complete after ``step``, with the fraction of the one under way."""
         if step < 1:
             return 0.0
-        return self.epoch_of(step) + self._range(step)[1] / len(self.targets)
+        return self.epoch_of(step) + self._range(step)[1] / len(self.target_count)
 
     def rows_of(self, step: int) -> Integers:
         """The rows of ``step``, of all ranks together."""
         first, last = self._range(step)
-        return Permutation(len(self.targets), self.seed, self.epoch_of(step))(np.arange(first, last))
+        return FeistelPermutation(len(self.target_count), self.seed, self.epoch_of(step))(np.arange(first, last))
 
     def _range(self, step: int) -> tuple[int, int]:
         first = (step - 1) % self.steps_per_epoch * self.global_batch
-        return first, min(first + self.global_batch, len(self.targets))
+        return first, min(first + self.global_batch, len(self.target_count))

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from trainyard.contract.cache import building_of
 from trainyard.contract.rundir import publish_directory, read_json, write_json
-from trainyard.worker.data.jsonl import DataInvalid, Tally
+from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.tokenizers import Ids, Tokenizer
 
 JOURNAL = "journal.json"
@@ -29,11 +29,11 @@ TOKENS, OFFSETS = "tokens.bin", "offsets.bin"
 
 
 @dataclass(frozen=True)
-class Stored:
+class JournalEntry:
     """An entry of the journal: so many ``tokens`` are stored, of the documents that ``tally`` counts."""
 
     tokens: int
-    tally: Tally
+    tally: ParseStats
 
     @classmethod
     def read(cls, directory: Path, token_bytes: int) -> Self | None:
@@ -43,7 +43,7 @@ class Stored:
             if raw is None:
                 return None
             named = [(int(line), str(why)) for line, why in raw["tally"].pop("named")]
-            found = cls(int(raw["tokens"]), Tally(**raw["tally"], named=named))
+            found = cls(int(raw["tokens"]), ParseStats(**raw["tally"], examples=named))
             held = [(directory / name).stat().st_size for name in (TOKENS, OFFSETS)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -55,27 +55,27 @@ class Stored:
         return self.tokens * token_bytes, (self.tally.documents + 1) * 8
 
 
-class Shards:
+class ShardWriter:
     """The token and offset files while they are written. `worker.data.corpus.scan`'s sink.
 
     ``begun``: what an earlier build of ``directory`` has stored and this one goes on behind.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
-        self.begun = Stored.read(directory, token_bytes)
+        self.begun = JournalEntry.read(directory, token_bytes)
         self.tokens = self.begun.tokens if self.begun else 0
         self._directory = directory
         self._dtype = np.uint16 if token_bytes == 2 else np.uint32
         self._begin = np.array([tokenizer.bos_id], dtype=self._dtype)
         self._end = np.array([tokenizer.eos_id], dtype=self._dtype)
-        self._tally = self.begun.tally if self.begun else Tally()
+        self._tally = self.begun.tally if self.begun else ParseStats()
         self._noted_at = time.monotonic()
         sizes = self.begun.sizes(token_bytes) if self.begun else None
-        self._columns = Columns(directory, (TOKENS, OFFSETS), sizes)
+        self._columns = ArrayFiles(directory, (TOKENS, OFFSETS), sizes)
         if self.begun is None:
             self._columns.append(np.zeros(0, dtype=self._dtype), np.zeros(1, dtype=np.int64))
 
-    def add(self, documents: Sequence[Ids], tally: Tally) -> None:
+    def add(self, documents: Sequence[Ids], tally: ParseStats) -> None:
         """Append documents, each between beginning and end; with them the corpus is read as far as ``tally`` says."""
         if documents:
             parts = [part for ids in documents for part in (self._begin, ids.astype(self._dtype), self._end)]
@@ -89,7 +89,7 @@ class Shards:
     def _note(self) -> None:
         # First the numbers, then that they are there: the other way round a power cut could leave holes.
         self._columns.flush()
-        write_json(self._directory / JOURNAL, asdict(Stored(self.tokens, self._tally)))
+        write_json(self._directory / JOURNAL, asdict(JournalEntry(self.tokens, self._tally)))
         self._noted_at = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -105,7 +105,7 @@ class Shards:
             self._columns.close()
 
 
-class Columns:
+class ArrayFiles:
     """Files of bare numbers that are written side by side; given ``sizes``, on behind so many bytes of each."""
 
     def __init__(self, directory: Path, names: Sequence[str], sizes: Sequence[int] | None = None) -> None:
@@ -138,7 +138,7 @@ UNUSABLE = (DataInvalid, OSError)
 
 
 @contextmanager
-def published(directory: Path, *, goes_on: bool = False) -> Iterator[Path]:
+def build_directory(directory: Path, *, goes_on: bool = False) -> Iterator[Path]:
     """A directory to build in, which becomes ``directory`` when the block ends well. The caller holds a lock on it.
 
     ``goes_on``: what a build left that was killed or stopped is kept for the next one.
@@ -162,7 +162,7 @@ def published(directory: Path, *, goes_on: bool = False) -> Iterator[Path]:
             shutil.rmtree(building, ignore_errors=True)
 
 
-def mapped(path: Path, dtype: type[np.generic], count: int) -> npt.NDArray[Any]:
+def memmap_array(path: Path, dtype: type[np.generic], count: int) -> npt.NDArray[Any]:
     """``count`` numbers of a file without a header, memory-mapped. Raises OSError where the file has another size."""
     expected = count * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:

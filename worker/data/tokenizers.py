@@ -24,8 +24,8 @@ from trainyard.contract.tokenizer_info import (
     BYTE_FINGERPRINT,
     BYTE_VOCABULARY,
     SPECIAL_TOKENS,
+    TokenizerInfo,
     TokenizerInvalid,
-    Vocabulary,
     tokenizer_file,
 )
 from trainyard.worker.data.jsonl import DataInvalid
@@ -54,7 +54,7 @@ class Tokenizer(Protocol):
         """The text; control tokens and ids that do not exist are left out, broken UTF-8 becomes U+FFFD."""
 
 
-def load(tokenizer_path: str) -> Tokenizer:
+def load_tokenizer(tokenizer_path: str) -> Tokenizer:
     """The tokenizer "byte", or that of a Hugging Face directory. Raises TokenizerInvalid."""
     return ByteTokenizer() if tokenizer_path == BYTE else FileTokenizer(tokenizer_file(tokenizer_path))
 
@@ -91,9 +91,9 @@ class FileTokenizer:
     """A ``tokenizer.json`` of the ``tokenizers`` library, with its control tokens made unreachable from text."""
 
     def __init__(self, file: Path) -> None:
-        found = Vocabulary.read(file)
+        found = TokenizerInfo.read(file)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_text_only(found.described)))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_without_special_tokens(found.described)))
         # The library raises plain Exception for whatever it does not like.
         except Exception as error:
             raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
@@ -122,7 +122,7 @@ def _unreachable(described: dict[str, Any]) -> list[str]:
     return [token["content"] for token in described.get("added_tokens") or () if token["content"].strip()]
 
 
-def _text_only(described: dict[str, Any]) -> dict[str, Any]:
+def _without_special_tokens(described: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer without a way from text to a control token, and with the same ids.
 
     Control tokens are renamed to what no text holds: among the added tokens, which are matched before anything else,
@@ -143,16 +143,16 @@ def _text_only(described: dict[str, Any]) -> dict[str, Any]:
     return {**described, "model": model, "added_tokens": added, "post_processor": None}
 
 
-def train(texts: Iterable[str], vocab_size: int, out: Path) -> int:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> int:
     """Learn a byte-level BPE from ``texts`` and write a directory that Hugging Face's transformers loads too.
 
     The special tokens get the ids 0, 1, 2 and the 256 bytes come next, so every text can be encoded. The same texts
     give the same files. Returns the size of the vocabulary, which is smaller than asked for where the texts are few.
     """
-    return _save(_learned(texts, vocab_size), out)
+    return _save(_train_bpe(texts, vocab_size), out)
 
 
-def _learned(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     if vocab_size < BYTE_VOCABULARY:
         raise ValueError(f"a vocabulary needs at least {BYTE_VOCABULARY} tokens: 3 special ones and 256 bytes")
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -214,10 +214,10 @@ def _vocabulary_size(text: str) -> int:
 
 def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) -> int:
     with open_reader(file) as reader:
-        tokenizer = _learned(_texts(reader, text_field), vocab_size)
-    report = reader.tally
+        tokenizer = _train_bpe(_texts(reader, text_field), vocab_size)
+    report = reader.stats
     if report.documents == 0:
-        raise DataInvalid(f"{file} {report.why_empty(text_field)}")
+        raise DataInvalid(f"{file} {report.empty_reason(text_field)}")
     size = _save(tokenizer, out)
     print(f"{out}: {size:,} tokens from {report.documents:,} documents")
     if report.bad_lines:

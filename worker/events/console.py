@@ -8,17 +8,17 @@ from trainyard.contract.events import (
     Sample,
     SettingsChanged,
     Started,
-    Warned,
+    WarningEvent,
 )
 
 
-class Console:
+class ConsoleLogger:
     """Prints events of rank 0. ``steps`` is known once the attempt has started."""
 
     def __init__(self) -> None:
         self._steps = 0
 
-    def show(self, event: Event) -> None:
+    def log_event(self, event: Event) -> None:
         """Print the event where it has something to say to a person."""
         text = self.text(event)
         if text is not None:
@@ -36,7 +36,7 @@ class Console:
                 return f"saved {event.path} ({event.bytes / 1e6:.1f} MB)"
             case Sample():
                 return f"sample at step {event.step}: {event.prompt + event.text!r}"
-            case Warned():
+            case WarningEvent():
                 return f"warning: {event.message}"
             case SettingsChanged():
                 return f"from step {event.step + 1} on: {event.message}"

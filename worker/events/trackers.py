@@ -5,10 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainyard.contract.events import Event, Metric, Warned
+from trainyard.contract.events import Event, Metric, WarningEvent
 from trainyard.contract.spec import JobSpec
 
-SHOWN = (
+LOGGED_FIELDS = (
     "loss",
     "aux_loss",
     "learning_rate",
@@ -29,7 +29,7 @@ class Tracker(Protocol):
 
     name: str
 
-    def begin(self, step: int) -> None:
+    def start_at(self, step: int) -> None:
         """What is told from now on lies behind ``step``: later points were of steps that are done once more."""
 
     def log(self, metric: Metric) -> None:
@@ -50,14 +50,14 @@ class TensorBoard:
         self._open = partial(SummaryWriter, str(directory))
         self._writer: Any = None
 
-    def begin(self, step: int) -> None:
+    def start_at(self, step: int) -> None:
         """A file that makes readers drop what earlier ones have behind ``step``."""
         self.close()
         self._writer = self._open(purge_step=step + 1)
 
     def log(self, metric: Metric) -> None:
         """One scalar for each known number, on disk at once: no resume tells what was lost with a process."""
-        for tag, value in numbers(metric).items():
+        for tag, value in scalars(metric).items():
             self._writer.add_scalar(tag, value, metric.step)
         self._writer.flush()
 
@@ -84,21 +84,21 @@ class Wandb:
             config=spec.model_dump(mode="json"),
         )
 
-    def begin(self, step: int) -> None:
+    def start_at(self, step: int) -> None:
         """Nothing: steps that are told again are passed over there."""
 
     def log(self, metric: Metric) -> None:
         """One row, at the optimizer step."""
-        self._run.log(numbers(metric), step=metric.step)
+        self._run.log(scalars(metric), step=metric.step)
 
     def close(self) -> None:
         """Upload what is left."""
         self._run.finish()
 
 
-def numbers(metric: Metric) -> dict[str, float]:
+def scalars(metric: Metric) -> dict[str, float]:
     """The known numbers of a metric line."""
-    found = {name: getattr(metric, name) for name in SHOWN}
+    found = {name: getattr(metric, name) for name in LOGGED_FIELDS}
     if metric.expert_load:
         found |= {"expert_load_least": min(metric.expert_load), "expert_load_most": max(metric.expert_load)}
     return {name: float(value) for name, value in found.items() if value is not None}
@@ -121,15 +121,15 @@ class Trackers:
             self._active.append(make())
         except ImportError:
             message = f"{name} is not installed: training goes on without it; `pip install {name}` brings it"
-            self._say(Warned(code=f"{name}_missing", message=message))
+            self._say(WarningEvent(code=f"{name}_missing", message=message))
         except Exception as error:
             self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
         message = f"{name} failed and is not told any more: {type(error).__name__}: {str(error)[:300]}"
-        self._say(Warned(code=f"{name}_failed", message=message))
+        self._say(WarningEvent(code=f"{name}_failed", message=message))
 
-    def begin(self, step: int) -> None:
+    def start_at(self, step: int) -> None:
         """Say to everybody that the next point lies behind ``step``."""
         self._each("begin", step)
 

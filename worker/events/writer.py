@@ -11,34 +11,34 @@ from typing import Self
 
 from trainyard.contract.events import Event
 
-KEPT_LINES = 100_000
+MAX_BUFFERED_LINES = 100_000
 """Lines kept while the disk takes none; beyond that the oldest are lost, and the run goes on."""
 
 
-class Outbox:
+class EventWriter:
     """The outbox of one attempt, written by rank 0 alone, from any of its threads. Other ranks have a `Silent` one."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._unwritten: deque[bytes] = deque(maxlen=KEPT_LINES)
+        self._unwritten: deque[bytes] = deque(maxlen=MAX_BUFFERED_LINES)
         self._lock = threading.Lock()
         self.seq = _recover(self._descriptor)
 
-    def say(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Append ``event`` under the next ``seq``. Never raises for want of space."""
         with self._lock:
             self.seq += 1
             line = event.model_copy(update={"seq": self.seq}).model_dump_json(exclude_none=False)
             self._unwritten.append(line.encode() + b"\n")
-            self._write_what_is_left()
+            self._drain()
 
     def close(self) -> None:
         """Write what is left, as far as the disk allows."""
         with self._lock:
-            self._write_what_is_left()
+            self._drain()
             os.close(self._descriptor)
 
-    def _write_what_is_left(self) -> None:
+    def _drain(self) -> None:
         while self._unwritten and _append(self._descriptor, self._unwritten[0]):
             self._unwritten.popleft()
 
@@ -49,19 +49,19 @@ class Outbox:
         self.close()
 
 
-class Silent:
+class NullEventWriter:
     """What ranks other than 0 say: nothing."""
 
     seq = 0
 
-    def say(self, event: Event) -> None:
+    def emit(self, event: Event) -> None:
         """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""
 
 
-AnyOutbox = Outbox | Silent
+AnyEventWriter = EventWriter | NullEventWriter
 
 
 def _append(descriptor: int, line: bytes) -> bool:

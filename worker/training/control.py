@@ -18,10 +18,10 @@ import torch.distributed as dist
 from trainyard.contract.events import SettingsChanged
 from trainyard.contract.messages import RunSettings, read_message
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.distributed import Ranks
+from trainyard.worker.distributed import DistributedContext
 
 
-class StopWish:
+class StopSignal:
     """Whether this process was asked to stop. Looking costs one stat; only rank 0 looks at the file."""
 
     def __init__(self, file: Path | None) -> None:
@@ -29,7 +29,7 @@ class StopWish:
         self._signalled = False
 
     @classmethod
-    def heard_by_signal(cls, file: Path | None) -> Self:
+    def install_handlers(cls, file: Path | None) -> Self:
         """Also listen to SIGTERM and Ctrl-C, and print all stacks on SIGUSR2: that is how a hang is looked into."""
         wish = cls(file)
         signal.signal(signal.SIGTERM, wish.on_signal)
@@ -43,7 +43,7 @@ class StopWish:
             signal.default_int_handler(signum, frame)
         self._signalled = True
 
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether to stop."""
         return self._signalled or (self._file is not None and self._file.exists())
 
@@ -64,14 +64,14 @@ def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
 
 
 @dataclass
-class SettingsWish:
+class LiveSettings:
     """Looks for the wish: one stat a step. ``now``: the settings that hold, or were passed on to all ranks."""
 
     file: Path
-    now: RunSettings
+    current: RunSettings
     _seen: Stamp | None = field(default=None)
 
-    def news(self) -> RunSettings | None:
+    def poll(self) -> RunSettings | None:
         """Other settings than those that hold, once."""
         try:
             found = self.file.stat()
@@ -82,25 +82,25 @@ class SettingsWish:
             return None
         self._seen = stamp
         wished = read_message(RunSettings, self.file)
-        if wished is None or wished == self.now:
+        if wished is None or wished == self.current:
             return None
-        self.now = wished
+        self.current = wished
         return wished
 
 
-def changed(step: int, before: RunSettings, after: RunSettings) -> SettingsChanged:
+def settings_changed_event(step: int, before: RunSettings, after: RunSettings) -> SettingsChanged:
     """What is to be said of it."""
-    return SettingsChanged(step=step, message=", ".join(_words(before, after)), **after.model_dump())
+    return SettingsChanged(step=step, message=", ".join(_changes(before, after)), **after.model_dump())
 
 
-def _words(before: RunSettings, after: RunSettings) -> Iterator[str]:
+def _changes(before: RunSettings, after: RunSettings) -> Iterator[str]:
     for name, value in after.model_dump().items():
         if value != getattr(before, name):
             yield f"{name} is {value:,} and was {getattr(before, name):,}"
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ControlFlags:
     """What any rank wished, known to all."""
 
     stop: bool = False
@@ -108,43 +108,43 @@ class Wishes:
     spike: bool = False
     settings: RunSettings | None = None
 
-    def numbers(self) -> list[int]:
+    def to_ints(self) -> list[int]:
         """For a sum by maximum: one rank alone has other settings, and nobody's are 0."""
         nobody = dict.fromkeys(RunSettings.model_fields, 0)
         settings = self.settings.model_dump() if self.settings is not None else nobody
         return [self.stop, self.save, self.spike, *settings.values()]
 
     @classmethod
-    def of(cls, numbers: list[int]) -> Self:
+    def from_ints(cls, numbers: list[int]) -> Self:
         """The inverse."""
         stop, save, spike, *settings = numbers
         found = dict(zip(RunSettings.model_fields, settings, strict=True))
         return cls(bool(stop), bool(save), bool(spike), RunSettings(**found) if any(settings) else None)
 
 
-class Agreement:
+class ControlSync:
     """Makes one rank's wish everybody's, at no cost: it is summed in the background and read a step later."""
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: DistributedContext) -> None:
         self._ranks = ranks
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def exchange(self, mine: Wishes) -> Wishes:
+    def exchange(self, mine: ControlFlags) -> ControlFlags:
         """Give this step's wishes and take those that were given a step ago. Each rank calls it once a step."""
         if self._ranks.control is None:
             return mine
-        agreed = self.settle()
-        wishes = torch.tensor(mine.numbers(), dtype=torch.int64)
+        agreed = self.finish()
+        wishes = torch.tensor(mine.to_ints(), dtype=torch.int64)
         work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
         assert work is not None
         self._pending = (work, wishes)
         return agreed
 
-    def settle(self) -> Wishes:
+    def finish(self) -> ControlFlags:
         """Take what is still under way, so that nothing is when the ranks part."""
         if self._pending is None:
-            return Wishes()
+            return ControlFlags()
         work, wishes = self._pending
         work.wait()
         self._pending = None
-        return Wishes.of(wishes.tolist())
+        return ControlFlags.from_ints(wishes.tolist())

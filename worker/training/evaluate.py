@@ -10,23 +10,23 @@ import torch
 from trainyard.contract.events import Sample
 from trainyard.contract.failpoints import hit
 from trainyard.model.decoder import Decoder
-from trainyard.worker.data.loader import cut, on_device, own_share
-from trainyard.worker.data.packing import Batch, RowTable
+from trainyard.worker.data.loader import rank_slice, split_microbatches, to_device
+from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.tokenizers import Tokenizer
-from trainyard.worker.distributed import Ranks
-from trainyard.worker.training.state import Trainee
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.state import TrainState
 from trainyard.worker.training.step import Precision
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluator:
     """The held-out rows and how many are run at once."""
 
-    table: RowTable
-    ranks: Ranks
+    dataset: PackedDataset
+    ranks: DistributedContext
     batch_size: int
 
-    def loss(self, trainee: Trainee) -> float | None:
+    def loss(self, trainee: TrainState) -> float | None:
         """Mean cross-entropy over every held-out token, without dropout; None where it is not finite.
 
         All ranks call it together and get the same number.
@@ -38,27 +38,27 @@ class Evaluation:
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the share of this rank. All ranks split alike, so sums do not depend on which rank runs which rows."""
-        share = own_share(np.arange(len(self.table)), self.ranks.rank, self.ranks.world)
-        for index, part in enumerate(cut(share, self.batch_size)):
+        share = rank_slice(np.arange(len(self.dataset)), self.ranks.rank, self.ranks.world)
+        for index, part in enumerate(split_microbatches(share, self.batch_size)):
             hit("evaluation.batch", index)
-            yield on_device(self.table.batch(part), self.ranks.device)
+            yield to_device(self.dataset.batch(part), self.ranks.device)
 
 
-NEW_TOKENS = 64
+MAX_NEW_TOKENS = 64
 
 
-def written(
+def generate_samples(
     model: Decoder, codec: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
 ) -> Iterator[Sample]:
     """The likeliest continuation of each prompt, at most NEW_TOKENS long and within ``limit`` positions."""
     for prompt in prompts:
-        ids = [codec.bos_id, *map(int, codec.encode_batch([prompt])[0])][: max(1, limit - NEW_TOKENS)]
+        ids = [codec.bos_id, *map(int, codec.encode_batch([prompt])[0])][: max(1, limit - MAX_NEW_TOKENS)]
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
         with precision.autocast():
-            output = model.generate(inputs, max_new_tokens=NEW_TOKENS, eos_token_id=codec.eos_id)
+            output = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=codec.eos_id)
         text = codec.decode([token for token in output[0, len(ids) :].tolist() if token != codec.eos_id])
-        yield Sample(step=step, prompt=prompt, text=_encodable(text))
+        yield Sample(step=step, prompt=prompt, text=_printable(text))
 
 
-def _encodable(text: str) -> str:
+def _printable(text: str) -> str:
     return text.encode(errors="replace").decode()

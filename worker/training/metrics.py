@@ -9,8 +9,8 @@ from typing import Self
 import torch
 
 from trainyard.contract.events import Metric
-from trainyard.worker.distributed import Ranks, Row
-from trainyard.worker.training.step import StepResult
+from trainyard.worker.distributed import DistributedContext, FloatRow
+from trainyard.worker.training.step import StepMetrics
 
 PEAKS: tuple[tuple[str, float], ...] = (
     ("GB200", 2.5e15),
@@ -46,7 +46,7 @@ def peak_flops(device_name: str) -> float | None:
 
 
 @dataclass(frozen=True)
-class Interval:
+class MetricsWindow:
     """One rank's sums since the last metric line. It is part of every checkpoint: a resumed curve has equal points.
 
     ``experts``: tokens that each expert was given, over all layers; () for a dense model.
@@ -59,16 +59,16 @@ class Interval:
     experts: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, row: Row) -> Self:
+    def of(cls, row: FloatRow) -> Self:
         """The inverse of `row`."""
         loss_sum, aux_sum, tokens, nonfinite = row[:4]
         return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]))
 
-    def wide(self, experts: int) -> Self:
+    def from_row(self, experts: int) -> Self:
         """With room for so many experts: all ranks' rows must be of one length, also that of one without a step."""
         return self if self.experts else replace(self, experts=(0.0,) * experts)
 
-    def plus(self, result: StepResult) -> Self:
+    def add(self, result: StepMetrics) -> Self:
         """The sums with one more step; what is not finite is counted, not added."""
         if not (math.isfinite(result.loss_sum) and math.isfinite(result.aux_sum)):
             return replace(self, nonfinite=self.nonfinite + 1)
@@ -77,36 +77,36 @@ class Interval:
             loss_sum=self.loss_sum + result.loss_sum,
             aux_sum=self.aux_sum + result.aux_sum,
             tokens=self.tokens + result.tokens,
-            experts=_added(self.experts, result.experts),
+            experts=_sum_experts(self.experts, result.experts),
         )
 
-    def row(self) -> Row:
+    def row(self) -> FloatRow:
         """As numbers, to be gathered or stored."""
         return [self.loss_sum, self.aux_sum, self.tokens, self.nonfinite, *self.experts]
 
 
-def _added(before: tuple[float, ...], new: tuple[float, ...]) -> tuple[float, ...]:
+def _sum_experts(before: tuple[float, ...], new: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(a + b for a, b in zip(before, new, strict=True))
 
 
-def own_interval(rows: list[Row], ranks: Ranks) -> Interval:
+def restore_window(rows: list[FloatRow], ranks: DistributedContext) -> MetricsWindow:
     """What this rank goes on from: its own sums, or, with another number of ranks, rank 0 takes them all."""
     if len(rows) == ranks.world:
-        return Interval.of(rows[ranks.rank])
-    if ranks.leads and rows:
-        return Interval.of([sum(column) for column in zip(*rows, strict=True)])
-    return Interval()
+        return MetricsWindow.of(rows[ranks.rank])
+    if ranks.is_main_process and rows:
+        return MetricsWindow.of([sum(column) for column in zip(*rows, strict=True)])
+    return MetricsWindow()
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepTiming:
     """Where the time of this attempt's steps since the last line went; seconds."""
 
     steps: int = 0
     seconds: float = 0.0
     data_seconds: float = 0.0
 
-    def plus(self, seconds: float, data_seconds: float) -> Self:
+    def add(self, seconds: float, data_seconds: float) -> Self:
         """With one more step."""
         return replace(
             self,
@@ -116,14 +116,19 @@ class Pace:
         )
 
 
-class Meters:
+class MetricsProcessor:
     """The sums of this rank, and how a metric line is made of everybody's."""
 
     def __init__(
-        self, ranks: Ranks, interval: Interval, flops_per_token: float, has_aux: bool, experts: int = 0
+        self,
+        ranks: DistributedContext,
+        interval: MetricsWindow,
+        flops_per_token: float,
+        has_aux: bool,
+        experts: int = 0,
     ) -> None:
-        self.interval = interval.wide(experts)
-        self.pace = Pace()
+        self.interval = interval.from_row(experts)
+        self.pace = StepTiming()
         self.last_loss: float | None = None
         self._ranks = ranks
         self._flops_per_token = flops_per_token
@@ -137,20 +142,20 @@ class Meters:
         """Start the clock of a step. What happens between steps (saving, evaluating) is nobody's step time."""
         self._began = time.perf_counter()
 
-    def count(self, result: StepResult) -> None:
+    def record(self, result: StepMetrics) -> None:
         """Add what a step measured to the sums."""
-        self.interval = self.interval.plus(result)
+        self.interval = self.interval.add(result)
 
     def end_step(self, step_tokens: int, data_seconds: float) -> None:
         """Stop the clock of a step; ``step_tokens`` are those of all ranks."""
-        self.pace = self.pace.plus(time.perf_counter() - self._began, data_seconds)
+        self.pace = self.pace.add(time.perf_counter() - self._began, data_seconds)
         self._pace_tokens += step_tokens
 
-    def rewind(self, interval: Interval) -> None:
+    def rewind(self, interval: MetricsWindow) -> None:
         """Go on from a checkpoint's sums."""
-        self.interval, self.pace, self._pace_tokens = interval.wide(self._experts), Pace(), 0
+        self.interval, self.pace, self._pace_tokens = interval.from_row(self._experts), StepTiming(), 0
 
-    def line(
+    def metric_event(
         self, *, step: int, epoch: float, learning_rate: float, tokens: int, grad_norm: float, eval_loss: float | None
     ) -> Metric:
         """The metric line of everything since the last one: the one collective there is. All ranks call it together."""
@@ -162,7 +167,7 @@ class Meters:
         steps, seconds = self.pace.steps, self.pace.seconds
         speed = self._pace_tokens / seconds if seconds else None
         self.last_loss = loss
-        self.rewind(Interval())
+        self.rewind(MetricsWindow())
         return Metric(
             step=step,
             epoch=epoch,

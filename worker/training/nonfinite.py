@@ -9,18 +9,18 @@ from torch import Tensor
 
 Policy = Literal["fail", "skip", "rollback"]
 
-SKIPS_IN_A_ROW = 10
+MAX_CONSECUTIVE_SKIPS = 10
 
-SKIPS_IN_ALL = 100
+MAX_SKIPS = 100
 
-ROLLBACKS = 3
+MAX_ROLLBACKS = 3
 
 ORDINARY_SCALE = 1.0
 
 """Above this loss scale an fp16 overflow of the gradient is the scaler finding its level; at or below it, it is bad."""
 
 
-class Verdict(StrEnum):
+class StepDecision(StrEnum):
     """What becomes of a step."""
 
     APPLIED = "applied"
@@ -32,7 +32,7 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Trouble:
+class NonFiniteCounters:
     """Non-finite steps so far; part of every checkpoint, so that a resume does not forget them."""
 
     in_a_row: int = 0
@@ -40,33 +40,33 @@ class Trouble:
     rollbacks: int = 0
 
 
-def judge(
-    finite: bool, policy: Policy, before: Trouble, loss_scale: float | None, *, losses_finite: bool = True
-) -> tuple[Verdict, Trouble]:
+def decide_step(
+    finite: bool, policy: Policy, before: NonFiniteCounters, loss_scale: float | None, *, losses_finite: bool = True
+) -> tuple[StepDecision, NonFiniteCounters]:
     """The verdict on a step, and the count from now on. ``loss_scale`` is the fp16 scaler's during the step.
 
     ``finite``: the gradient. A loss is not scaled before the backward pass, so one that is not finite is no overflow
     that a lower scale would mend.
     """
     if finite:
-        return Verdict.APPLIED, replace(before, in_a_row=0)
+        return StepDecision.APPLIED, replace(before, in_a_row=0)
     if losses_finite and loss_scale is not None and loss_scale > ORDINARY_SCALE:
-        return Verdict.OVERFLOWED, before
+        return StepDecision.OVERFLOWED, before
     match policy:
         case "fail":
-            return Verdict.FAIL, before
+            return StepDecision.FAIL, before
         case "skip":
             after = replace(before, in_a_row=before.in_a_row + 1, skipped=before.skipped + 1)
-            exhausted = after.in_a_row > SKIPS_IN_A_ROW or after.skipped > SKIPS_IN_ALL
-            return (Verdict.FAIL if exhausted else Verdict.SKIP), after
+            exhausted = after.in_a_row > MAX_CONSECUTIVE_SKIPS or after.skipped > MAX_SKIPS
+            return (StepDecision.FAIL if exhausted else StepDecision.SKIP), after
         case "rollback":
             after = replace(before, rollbacks=before.rollbacks + 1)
-            return (Verdict.FAIL if after.rollbacks > ROLLBACKS else Verdict.ROLL_BACK), after
+            return (StepDecision.FAIL if after.rollbacks > MAX_ROLLBACKS else StepDecision.ROLL_BACK), after
         case _:
             assert_never(policy)
 
 
-def describe(step: int, rows: tuple[int, ...], bad_losses: tuple[int, ...]) -> str:
+def nonfinite_message(step: int, rows: tuple[int, ...], bad_losses: tuple[int, ...]) -> str:
     """Names the step and the rows of the corpus, those with a non-finite loss where that is known."""
     if bad_losses:
         return f"the loss is not finite at step {step}, in {_named(bad_losses)}"
@@ -80,7 +80,7 @@ def _named(rows: tuple[int, ...]) -> str:
 
 
 @dataclass
-class Brake:
+class DeviceNonFiniteGuard:
     """Counts on the device as `gate.judge` does on the host, so that both stop at the same step.
 
     ``holding`` false: it holds bad steps alone. So it must be with a loss scale, whose overflows are no trouble, and
@@ -88,24 +88,24 @@ class Brake:
     """
 
     policy: Policy
-    holding: bool
+    is_latching: bool
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.release(Trouble())
+        self.reset(NonFiniteCounters())
 
-    def release(self, before: Trouble) -> None:
+    def reset(self, before: NonFiniteCounters) -> None:
         """Apply steps again, after so much trouble."""
         self._in_a_row = torch.tensor(before.in_a_row, device=self.device)
         self._skipped = torch.tensor(before.skipped, device=self.device)
         self._held = torch.zeros((), dtype=torch.bool, device=self.device)
 
-    def hold(self, norm: Tensor) -> Tensor:
+    def found_inf(self, norm: Tensor) -> Tensor:
         """1.0 where the step with this gradient norm must not be applied, else 0.0: float32 scalar on the device."""
         bad = ~norm.isfinite()
-        if self.holding:
+        if self.is_latching:
             self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
             self._skipped = self._skipped + bad
-            exhausted = (self._in_a_row > SKIPS_IN_A_ROW) | (self._skipped > SKIPS_IN_ALL)
+            exhausted = (self._in_a_row > MAX_CONSECUTIVE_SKIPS) | (self._skipped > MAX_SKIPS)
             self._held = self._held | ((bad & exhausted) if self.policy == "skip" else bad)
         return (bad | self._held).float()

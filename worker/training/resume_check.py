@@ -7,12 +7,12 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from trainyard.contract.events import Event, ResumeVerified, Warned
+from trainyard.contract.events import Event, ResumeVerified, WarningEvent
 from trainyard.contract.spec import TrainingSpec
-from trainyard.worker.data.loader import on_device
-from trainyard.worker.data.packing import Batch, Integers, RowTable
-from trainyard.worker.data.sampler import Permutation
-from trainyard.worker.training.state import Trainee
+from trainyard.worker.data.loader import to_device
+from trainyard.worker.data.packing import Batch, Integers, PackedDataset
+from trainyard.worker.data.sampler import FeistelPermutation
+from trainyard.worker.training.state import TrainState
 
 ROWS, POSITIONS = 4, 32
 """So many rows, and the beginning of each: scoring them takes a hundredth or two of what a save takes."""
@@ -22,29 +22,29 @@ TOLERANCE = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1e-2}
 
 
 @dataclass(frozen=True)
-class Probe:
+class ResumeCheck:
     """``rows`` are the first ones of the first epoch: a function of corpus and seed alone. Rank 0 scores them."""
 
-    table: RowTable
+    dataset: PackedDataset
     rows: Integers
     dtype: str
     device: torch.device
 
     @classmethod
-    def of(cls, table: RowTable, training: TrainingSpec, device: torch.device) -> Self:
+    def of(cls, table: PackedDataset, training: TrainingSpec, device: torch.device) -> Self:
         """The probe of a run over ``table``."""
         first = np.arange(min(ROWS, len(table)))
-        return cls(table, Permutation(len(table), training.seed, 0)(first), training.dtype, device)
+        return cls(table, FeistelPermutation(len(table), training.seed, 0)(first), training.dtype, device)
 
-    def score(self, trainee: Trainee) -> dict[str, Any]:
+    def score(self, trainee: TrainState) -> dict[str, Any]:
         """What a checkpoint keeps: {"loss": mean cross-entropy, without dropout, "dtype": ...}; {} if not finite."""
-        loss_sum, tokens = trainee.loss_sum([on_device(self.batch(), self.device)])
+        loss_sum, tokens = trainee.loss_sum([to_device(self.batch(), self.device)])
         loss = loss_sum / max(1, tokens)
         return {"loss": loss, "dtype": self.dtype} if math.isfinite(loss) else {}
 
     def batch(self) -> Batch:
         """The beginnings of the rows. What is cut off stands behind them, where nothing in them looks."""
-        whole = self.table.batch(self.rows)
+        whole = self.dataset.batch(self.rows)
         positions, segments = whole.position_ids, whole.segment_ids
         return Batch(
             whole.input_ids[:, :POSITIONS].contiguous(),
@@ -54,7 +54,7 @@ class Probe:
         )
 
 
-def verified(step: int, before: dict[str, Any], now: dict[str, Any]) -> list[Event]:
+def compare_scores(step: int, before: dict[str, Any], now: dict[str, Any]) -> list[Event]:
     """What is to be said of a resume at ``step``: the proof, or doubt; nothing where the checkpoint has no probe."""
     if "loss" not in before:
         return []
@@ -69,7 +69,7 @@ def verified(step: int, before: dict[str, Any], now: dict[str, Any]) -> list[Eve
         f"was saved; up to {tolerance:g} is what another device may make of it. Its files are sound, so look for "
         "another version of torch or of this program, another dtype, or failing hardware"
     )
-    return [proof, Warned(code="resume_differs", message=message, step=step, data=proof.model_dump(mode="json"))]
+    return [proof, WarningEvent(code="resume_differs", message=message, step=step, data=proof.model_dump(mode="json"))]
 
 
 def _number(value: float | None) -> str:

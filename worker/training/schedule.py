@@ -12,14 +12,14 @@ from trainyard.contract.spec import JobSpec, TrainingSpec
 
 
 @dataclass(frozen=True)
-class LearningRate:
+class LRSchedule:
     """The rate as a function of the step: linear warm-up, then a decline from ``peak`` to ``peak * floor``.
 
     ``steps`` and ``warmup`` are counted behind ``base``.
     """
 
-    peak: float
-    floor: float
+    peak_lr: float
+    min_lr: float
     steps: int
     warmup: int = 0
     kind: str = "cosine"
@@ -33,7 +33,7 @@ class LearningRate:
 
     def at(self, step: int) -> float:
         """The rate that step ``step`` is taken with."""
-        return lr_at(step - self.base, self.steps, self.peak, self.floor, self.warmup, self.kind)
+        return lr_at(step - self.base, self.steps, self.peak_lr, self.min_lr, self.warmup, self.kind)
 
 
 def lr_at(step: int, steps: int, peak: float, floor: float = 0.1, warmup: int = 0, kind: str = "cosine") -> float:
@@ -56,7 +56,7 @@ def lr_at(step: int, steps: int, peak: float, floor: float = 0.1, warmup: int = 
 
 
 @dataclass(frozen=True)
-class Calendar:
+class StepIntervals:
     """What is due when. ``eval_interval`` 0: nothing is ever evaluated."""
 
     steps: int
@@ -70,15 +70,15 @@ class Calendar:
         eval_interval = spec.reporting.eval_interval or spec.checkpoint.save_interval
         return cls(steps, spec.reporting.log_interval, spec.checkpoint.save_interval, eval_interval if evaluates else 0)
 
-    def logs(self, step: int) -> bool:
+    def is_log_step(self, step: int) -> bool:
         """Whether a metric line is due: at each log_interval, with each evaluation and at the end."""
-        return step % self.log_interval == 0 or step >= self.steps or self.evaluates(step)
+        return step % self.log_interval == 0 or step >= self.steps or self.is_eval_step(step)
 
-    def evaluates(self, step: int) -> bool:
+    def is_eval_step(self, step: int) -> bool:
         """Whether the held-out data is due."""
         return self.eval_interval > 0 and (step % self.eval_interval == 0 or step >= self.steps)
 
-    def saves(self, step: int) -> bool:
+    def is_save_step(self, step: int) -> bool:
         """Whether a checkpoint is due."""
         return step % self.save_interval == 0 or step >= self.steps
 

@@ -4,19 +4,24 @@ from collections.abc import Iterator
 
 import torch
 
-from trainyard.contract.events import Started, Warned
+from trainyard.contract.events import Started, WarningEvent
 from trainyard.contract.spec import JobSpec
 from trainyard.model.costs import active_parameters, flops_per_token, parameters
-from trainyard.worker.checkpoint.resume import Start
-from trainyard.worker.data.prepare import Material
-from trainyard.worker.data.sampler import Order
-from trainyard.worker.distributed import Ranks
+from trainyard.worker.checkpoint.resume import ResumePoint
+from trainyard.worker.data.prepare import TrainingData
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.metrics import device_name
-from trainyard.worker.training.state import Progress
+from trainyard.worker.training.state import TrainProgress
 
 
-def started(
-    material: Material, ranks: Ranks, order: Order, progress: Progress, steps: int, begin: Start | None
+def started_event(
+    material: TrainingData,
+    ranks: DistributedContext,
+    order: StepSampler,
+    progress: TrainProgress,
+    steps: int,
+    begin: ResumePoint | None,
 ) -> Started:
     """What this attempt runs, on what, over which data, and from where."""
     spec, meta = material.spec, material.corpus.meta
@@ -33,30 +38,30 @@ def started(
         parameters=parameters(spec.model),
         active_parameters=active_parameters(spec.model),
         vocab_size=spec.model.vocab_size,
-        samples=len(material.rows),
+        samples=len(material.train_set),
         documents=meta.documents,
         tokens=meta.tokens,
         bad_lines=meta.bad_lines,
         global_batch=order.global_batch,
-        tokens_per_step=material.rows.tokens / order.steps_per_epoch,
+        tokens_per_step=material.train_set.tokens / order.steps_per_epoch,
         steps_per_epoch=order.steps_per_epoch,
         flops_per_token=flops_per_token(spec.model, spec.data.max_seq_len),
         resumed_from=str(begin.path) if begin is not None else None,
     )
 
 
-def cautions(spec: JobSpec, device: str, has_bfloat16: bool) -> Iterator[Warned]:
+def device_warnings(spec: JobSpec, device: str, has_bfloat16: bool) -> Iterator[WarningEvent]:
     """What the user should hear of the ``device`` type that the run was given."""
     if spec.resources.device == "auto" and device == "cpu":
         message = 'there is no CUDA device here, so this runs on the CPU; set resources.device to "cpu" if you mean it'
-        yield Warned(code="cpu_fallback", message=message)
+        yield WarningEvent(code="cpu_fallback", message=message)
     if device == "cuda" and spec.training.dtype == "bfloat16" and not has_bfloat16:
         message = (
             'this card computes bfloat16 by float32 (Ampere and later have it): training.dtype "float16" is faster'
         )
-        yield Warned(code="bfloat16_emulated", message=message)
+        yield WarningEvent(code="bfloat16_emulated", message=message)
 
 
-def has_bfloat16(device: torch.device) -> bool:
+def supports_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 is computed as such there. A CPU may be slow at it, and has nothing better to offer."""
     return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8

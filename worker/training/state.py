@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from trainyard.contract.run_identity import Identity
+from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.spec import TrainingSpec
 from trainyard.contract.status import Reason
 from trainyard.model.config import ModelConfig
@@ -18,13 +18,13 @@ from trainyard.model.loss import IGNORED
 from trainyard.model.muon import Muon, matrix_parameters
 from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState
-from trainyard.worker.distributed import Ranks, Row
-from trainyard.worker.errors import Failure
-from trainyard.worker.training.nonfinite import Brake, Trouble
+from trainyard.worker.distributed import DistributedContext, FloatRow
+from trainyard.worker.errors import TrainingError
+from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard, NonFiniteCounters
 from trainyard.worker.training.step import (
-    Batch,
+    ModelInputs,
     Precision,
-    Stepper,
+    TrainStep,
     forward,
 )
 
@@ -32,7 +32,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainProgress:
     """How far the run is. ``data_offset``: steps of data that rollbacks left out, less than 0 where data began anew.
 
     ``base_step``: the step behind which schedule and length of the run are counted, 0 but for some forks.
@@ -42,38 +42,38 @@ class Progress:
     tokens: int = 0
     data_offset: int = 0
     base_step: int = 0
-    trouble: Trouble = field(default_factory=Trouble)
+    trouble: NonFiniteCounters = field(default_factory=NonFiniteCounters)
 
-    def after(self, step_tokens: int, trouble: Trouble) -> Self:
+    def after(self, step_tokens: int, trouble: NonFiniteCounters) -> Self:
         """One step further."""
         return replace(self, step=self.step + 1, tokens=self.tokens + step_tokens, trouble=trouble)
 
     @classmethod
     def of(cls, state: RunState) -> Self:
         """Where a checkpoint was."""
-        return cls(state.step, state.tokens, state.data_offset, state.base_step, Trouble(**state.trouble))
+        return cls(state.step, state.tokens, state.data_offset, state.base_step, NonFiniteCounters(**state.trouble))
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainState:
     """The model, always float32, with optimizer and scaler, and the stepper that trains them."""
 
     model: Decoder
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    stepper: Stepper
+    train_step: TrainStep
 
     @property
     def precision(self) -> Precision:
         """How forward passes compute."""
-        return self.stepper.precision
+        return self.train_step.precision
 
-    def may_lag(self) -> bool:
+    def defers_metrics(self) -> bool:
         """Whether steps are better read together, later: where reading waits for the device, and the brake holds."""
-        return self.stepper.brake.holding and self.stepper.brake.device.type == "cuda"
+        return self.train_step.guard.is_latching and self.train_step.guard.device.type == "cuda"
 
     @torch.no_grad()
-    def loss_sum(self, batches: Iterable[Batch]) -> tuple[float, int]:
+    def loss_sum(self, batches: Iterable[ModelInputs]) -> tuple[float, int]:
         """Return the summed cross-entropy of ``batches``, without dropout, and the number of their labels."""
         was_training = self.model.training
         self.model.eval()
@@ -94,7 +94,13 @@ class Trainee:
         return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
     def state(
-        self, progress: Progress, identity: Identity, *, rows_per_step: int, interval: list[Row], loss: float | None
+        self,
+        progress: TrainProgress,
+        identity: RunIdentity,
+        *,
+        rows_per_step: int,
+        interval: list[FloatRow],
+        loss: float | None,
     ) -> RunState:
         """All that a checkpoint holds beside the tensors."""
         return RunState(
@@ -114,7 +120,7 @@ class Trainee:
     def load(self, path: Path) -> RunState:
         """Go back, or on, to a verified checkpoint."""
         _require_same_optimizer(path, self.optimizer)
-        state = files.load(path, self.model, self.optimizer)
+        state = files.load_checkpoint(path, self.model, self.optimizer)
         if state.scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(state.scaler)
         return state
@@ -125,22 +131,24 @@ def initial_model(config: ModelConfig, seed: int, device: torch.device) -> Decod
     return Decoder(config, torch.Generator().manual_seed(seed)).to(device)
 
 
-def build(model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks: Ranks) -> Trainee:
+def build_train_state(
+    model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks: DistributedContext
+) -> TrainState:
     """Optimizer, scaler and stepper around ``model``."""
     dtype = DTYPES[training.dtype]
     optimizer = _optimizer(model, training)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16)
-    stepper = Stepper(
-        module=_wrapped(model, training.use_compile, ranks),
+    stepper = TrainStep(
+        module=_wrap_model(model, training.use_compile, ranks),
         model=model,
         optimizer=optimizer,
         scaler=scaler,
         precision=Precision(ranks.device.type, dtype),
         aux_coefficient=aux_coefficient,
         grad_clip=training.grad_clip,
-        brake=Brake(training.on_nonfinite, holding=not scaler.is_enabled(), device=ranks.device),
+        guard=DeviceNonFiniteGuard(training.on_nonfinite, is_latching=not scaler.is_enabled(), device=ranks.device),
     )
-    return Trainee(model, optimizer, scaler, stepper)
+    return TrainState(model, optimizer, scaler, stepper)
 
 
 def _optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
@@ -149,13 +157,13 @@ def _optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
         matrices = matrix_parameters(model)
         chosen = {id(matrix) for matrix in matrices}
         others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-        return Muon(matrices, _decayed(others, training), lr=lr, betas=betas, weight_decay=weight_decay)
+        return Muon(matrices, _parameter_groups(others, training), lr=lr, betas=betas, weight_decay=weight_decay)
     # Fused on a CPU as well: several times faster, and elementwise, so its result has no order to depend on.
-    groups = _decayed(list(model.parameters()), training)
+    groups = _parameter_groups(list(model.parameters()), training)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
-def _decayed(parameters: list[nn.Parameter], training: TrainingSpec) -> list[dict[str, Any]]:
+def _parameter_groups(parameters: list[nn.Parameter], training: TrainingSpec) -> list[dict[str, Any]]:
     """The parameters in groups by whether they decay."""
     if training.weight_decay_on == "all":
         return [{"params": parameters}]
@@ -169,10 +177,10 @@ def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> Non
     own = "muon" if isinstance(optimizer, Muon) else "adamw"
     if theirs not in (None, own):
         hint = f'Set training.optimizer to "{theirs}", or start a new run with from_weight.'
-        raise Failure(Reason.CHECKPOINT_INVALID, f"{path} was trained with {theirs}", hint)
+        raise TrainingError(Reason.CHECKPOINT_INVALID, f"{path} was trained with {theirs}", hint)
 
 
-def _wrapped(model: nn.Module, compiled: bool, ranks: Ranks) -> nn.Module:
+def _wrap_model(model: nn.Module, compiled: bool, ranks: DistributedContext) -> nn.Module:
     # One graph for each shape: with dynamic shapes, which graph runs would depend on the shapes seen before, and a
     # resumed run has seen other ones.
     inner: Any = torch.compile(model, dynamic=False) if compiled else model

@@ -13,10 +13,10 @@ from torch import nn
 
 from trainyard.contract.failpoints import hit
 from trainyard.worker.splitmix import GAMMA, splitmix64
-from trainyard.worker.training.nonfinite import Brake
+from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard
 
 
-class Batch(Protocol):
+class ModelInputs(Protocol):
     """One micro-batch of one rank on its device: B rows of S tokens."""
 
     @property
@@ -41,10 +41,10 @@ class Batch(Protocol):
 
 
 @dataclass(frozen=True)
-class Micro:
+class MicroBatch:
     """A micro-batch and the factor that turns its summed loss into its part of the step's loss."""
 
-    batch: Batch
+    batch: ModelInputs
     factor: float
     rows: tuple[int, ...] = ()
     tokens: int = 0
@@ -65,7 +65,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class StepMetrics:
     """What a step measured on this rank. ``grad_norm`` is that of the exchanged gradient, equal on all ranks.
 
     ``suspects``: rows of the micro-batches whose loss was not finite; ``worst``: rows of the one with the highest mean
@@ -77,8 +77,8 @@ class StepResult:
     aux_sum: float
     tokens: int
     applied: bool
-    suspects: tuple[int, ...] = field(default=())
-    worst: tuple[int, ...] = field(default=())
+    nonfinite_rows: tuple[int, ...] = field(default=())
+    max_loss: tuple[int, ...] = field(default=())
     experts: tuple[float, ...] = field(default=())
 
     @property
@@ -93,7 +93,7 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class Unread:
+class PendingMetrics:
     """What a step measured, on the device still: reading it waits until the step is done.
 
     ``values`` float64: loss and auxiliary sum of each micro-batch, the gradient's norm, 1 where the update was held
@@ -103,29 +103,29 @@ class Unread:
     values: torch.Tensor
     micros: list[tuple[tuple[int, ...], int]]
 
-    def read(self) -> StepResult:
+    def read(self) -> StepMetrics:
         """Wait for the step, in one transfer from the device."""
         return self.of(self.values.tolist())
 
-    def of(self, values: list[float]) -> StepResult:
+    def of(self, values: list[float]) -> StepMetrics:
         """The result that these ``values`` are."""
         sums, (grad_norm, held, *experts) = values[: 2 * len(self.micros)], values[2 * len(self.micros) :]
         losses, aux = sums[::2], sums[1::2]
         bad = [rows for (rows, _), loss in zip(self.micros, losses, strict=True) if not math.isfinite(loss)]
         means = [loss / max(1, tokens) for (_, tokens), loss in zip(self.micros, losses, strict=True)]
-        return StepResult(
+        return StepMetrics(
             grad_norm=grad_norm,
             loss_sum=sum(losses),
             aux_sum=sum(aux),
             tokens=sum(tokens for _, tokens in self.micros),
             applied=not held,
-            suspects=tuple(row for rows in bad for row in rows),
-            worst=self.micros[means.index(max(means))][0],
+            nonfinite_rows=tuple(row for rows in bad for row in rows),
+            max_loss=self.micros[means.index(max(means))][0],
             experts=tuple(experts),
         )
 
 
-def read(steps: list[Unread]) -> list[StepResult]:
+def read(steps: list[PendingMetrics]) -> list[StepMetrics]:
     """Wait for all of ``steps``, in one transfer."""
     sizes = [len(step.values) for step in steps]
     values = torch.cat([step.values for step in steps]).tolist()
@@ -134,7 +134,7 @@ def read(steps: list[Unread]) -> list[StepResult]:
 
 
 @dataclass(frozen=True)
-class Stepper:
+class TrainStep:
     """Everything a step works on. ``module`` is ``model`` as it is run: compiled, or wrapped to exchange gradients."""
 
     module: nn.Module
@@ -144,9 +144,9 @@ class Stepper:
     precision: Precision
     aux_coefficient: float
     grad_clip: float
-    brake: Brake
+    guard: DeviceNonFiniteGuard
 
-    def step(self, micros: Iterable[Micro], learning_rate: float, seed_of: Callable[[int], None]) -> Unread:
+    def run(self, micros: Iterable[MicroBatch], learning_rate: float, seed_of: Callable[[int], None]) -> PendingMetrics:
         """Run one step; the weights change only if the whole gradient is finite, and the brake lets them.
 
         ``seed_of(i)`` seeds the dropout of micro-batch i. Nothing here waits for the device.
@@ -154,18 +154,18 @@ class Stepper:
         hit("step.begin")
         sums, loads, run = self._accumulate(micros, seed_of)
         hit("step.accumulated")
-        norm = self._norm()
-        held = self.brake.hold(norm)
+        norm = self._clip_gradients()
+        held = self.guard.found_inf(norm)
         self._update(norm, learning_rate, held)
         hit("step.updated")
-        self._loosen_or_tighten()
+        self._update_scaler()
         # With DDP the gradients are views into its buckets, and worth keeping: nothing is copied then.
-        self.optimizer.zero_grad(set_to_none=not self.exchanges)
+        self.optimizer.zero_grad(set_to_none=not self.is_ddp)
         scalars = torch.stack([*sums, norm.to(torch.float64), held.to(torch.float64)])
         values = torch.cat([scalars, *([sum(loads[1:], start=loads[0]).double()] if loads else [])])
-        return Unread(values, [(micro.rows, micro.tokens) for micro in run])
+        return PendingMetrics(values, [(micro.rows, micro.tokens) for micro in run])
 
-    def warm_up(self, micro: Micro) -> None:
+    def warm_up(self, micro: MicroBatch) -> None:
         """Run a micro-batch without labels: compiles what is compiled, and lets DDP settle on its buckets.
 
         DDP orders its buckets anew after the first backward pass, and sums over three or more ranks depend on that
@@ -173,27 +173,27 @@ class Stepper:
         never differs from an untouched one.
         """
         self._accumulate([micro], lambda _: None)
-        self.optimizer.zero_grad(set_to_none=not self.exchanges)
+        self.optimizer.zero_grad(set_to_none=not self.is_ddp)
 
     @property
-    def exchanges(self) -> bool:
+    def is_ddp(self) -> bool:
         """Whether ranks exchange gradients."""
         return isinstance(self.module, nn.parallel.DistributedDataParallel)
 
     def _accumulate(
-        self, micros: Iterable[Micro], seed_of: Callable[[int], None]
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[Micro]]:
+        self, micros: Iterable[MicroBatch], seed_of: Callable[[int], None]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[MicroBatch]]:
         """Backward through all micro-batches; ranks exchange gradients in the last one only.
 
         The results: loss and auxiliary sum of each, the experts' tokens in each (none for a dense model), and they.
         """
         sums: list[torch.Tensor] = []
         loads: list[torch.Tensor] = []
-        run: list[Micro] = []
+        run: list[MicroBatch] = []
         for index, (micro, last) in enumerate(_with_last(micros)):
             seed_of(index)
             hit("step.micro_batch")
-            with self._exchange(last):
+            with self._no_sync_unless_last(last):
                 with self.precision.autocast():
                     output = forward(self.module, micro.batch)
                     loss = (output.loss_sum + self.aux_coefficient * output.aux_sum) * micro.factor
@@ -203,12 +203,12 @@ class Stepper:
             run.append(micro)
         return sums, loads, run
 
-    def _exchange(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+    def _no_sync_unless_last(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or not isinstance(self.module, nn.parallel.DistributedDataParallel):
             return contextlib.nullcontext()
         return self.module.no_sync()
 
-    def _norm(self) -> torch.Tensor:
+    def _clip_gradients(self) -> torch.Tensor:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return nn.utils.get_total_norm(gradients)
@@ -222,13 +222,13 @@ class Stepper:
         self.optimizer.found_inf = held  # type: ignore[attr-defined]
         self.optimizer.step()
 
-    def _loosen_or_tighten(self) -> None:
+    def _update_scaler(self) -> None:
         """Let the fp16 scaler learn from this step; it has seen in unscale_ whether the gradient overflowed."""
         if self.scaler.is_enabled():
             self.scaler.update()
 
 
-def forward(module: nn.Module, batch: Batch) -> Any:
+def forward(module: nn.Module, batch: ModelInputs) -> Any:
     """One forward pass; what comes out is a `model.decoder.DecoderOutput`."""
     return module(
         batch.input_ids,
@@ -239,7 +239,7 @@ def forward(module: nn.Module, batch: Batch) -> Any:
     )
 
 
-def _with_last(micros: Iterable[Micro]) -> Iterator[tuple[Micro, bool]]:
+def _with_last(micros: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
     """Each micro-batch, and whether it is the last, looking one ahead."""
     iterator = iter(micros)
     current = next(iterator)

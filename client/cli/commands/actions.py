@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import count, one_line, size
@@ -58,7 +58,7 @@ def fork(args: SimpleNamespace, console: Console) -> int:
         job = trainyard.fork(_id(trainyard, args), args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
     if not args.json:
         parent = job["parent"] or {}
-        console.say(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
+        console.error(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
     return _report(job, args, console)
 
 
@@ -72,11 +72,11 @@ def export(args: SimpleNamespace, console: Console) -> int:
         console.json(made)
         return Exit.SUCCEEDED
     console.data(str(made["path"]))
-    console.say(f"step {made['step']:,} as {made['format']}: {len(made['files'])} files, {size(made['bytes'])}")
+    console.error(f"step {made['step']:,} as {made['format']}: {len(made['files'])} files, {size(made['bytes'])}")
     return Exit.SUCCEEDED
 
 
-def _newest(trainyard: Trainyard, job_id: str) -> int:
+def _newest(trainyard: Client, job_id: str) -> int:
     found = trainyard.checkpoints(job_id)
     if not found:
         raise UsageError("the job has no checkpoint to export yet")
@@ -100,18 +100,18 @@ def delete(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         question = f"Delete {one_line(job['name'], 60)} ({job['id']}) with its checkpoints, logs and metrics?"
-        if console.interactive and not args.yes and not console.agrees(question):
-            console.say("nothing was deleted")
+        if console.interactive and not args.yes and not console.confirm(question):
+            console.error("nothing was deleted")
             return Exit.REFUSED
         trainyard.delete(job["id"])
     if args.json:
         console.json({"id": job["id"], "deleted": True})
     else:
-        console.say(f"deleted {job['id']}")
+        console.error(f"deleted {job['id']}")
     return Exit.SUCCEEDED
 
 
-def _id(trainyard: Trainyard, args: SimpleNamespace) -> str:
+def _id(trainyard: Client, args: SimpleNamespace) -> str:
     return trainyard.find(args.job)["id"]
 
 
@@ -120,5 +120,5 @@ def _report(job: Job, args: SimpleNamespace, console: Console) -> int:
         console.json(job)
         return Exit.SUCCEEDED
     console.data(f"{job['id']} {job['status']}")
-    console.say(f"next:  {what_next(job, args.job)[0]}")
+    console.error(f"next:  {what_next(job, args.job)[0]}")
     return Exit.SUCCEEDED

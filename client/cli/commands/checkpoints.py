@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import Row, connect, rows
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import (
@@ -27,7 +27,7 @@ def checkpoints(args: SimpleNamespace, console: Console) -> int:
         return _download(args, console)
     if args.delete is not None:
         return _delete(args, console)
-    return rows(args, console, Trainyard.checkpoints, HEADER, _row)
+    return rows(args, console, Client.checkpoints, HEADER, _row)
 
 
 def _row(found: Any) -> Row:
@@ -45,7 +45,7 @@ def _download(args: SimpleNamespace, console: Console) -> int:
         console.json({"job_id": job_id, "step": args.download, "path": str(into), "files": names})
         return Exit.SUCCEEDED
     console.data(str(into))
-    console.say(f"{len(names)} files, each as the manifest says")
+    console.error(f"{len(names)} files, each as the manifest says")
     return Exit.SUCCEEDED
 
 
@@ -53,12 +53,12 @@ def _delete(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         question = f"Delete the checkpoint of step {count(args.delete)} of {one_line(job['name'], 60)} ({job['id']})?"
-        if console.interactive and not args.yes and not console.agrees(question):
-            console.say("nothing was deleted")
+        if console.interactive and not args.yes and not console.confirm(question):
+            console.error("nothing was deleted")
             return Exit.REFUSED
         trainyard.delete_checkpoint(job["id"], args.delete)
     if args.json:
         console.json({"job_id": job["id"], "step": args.delete, "deleted": True})
     else:
-        console.say(f"deleted the checkpoint of step {count(args.delete)}")
+        console.error(f"deleted the checkpoint of step {count(args.delete)}")
     return Exit.SUCCEEDED

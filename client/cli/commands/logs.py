@@ -4,14 +4,14 @@ import shlex
 from collections.abc import Iterator
 from types import SimpleNamespace
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.hints import ending
-from trainyard.client.cli.watch.watcher import INTERVAL, Clock, patience_of
+from trainyard.client.cli.watch.watcher import INTERVAL, Clock, retry_policy
 from trainyard.client.errors import NotFound, ServiceUnreachable
-from trainyard.client.exit_codes import Exit, at_rest, exit_of_job
-from trainyard.client.sse import Feed, StreamEvent
+from trainyard.client.exit_codes import Exit, exit_of_job, is_idle
+from trainyard.client.sse import EventStream, StreamEvent
 from trainyard.client.types import Job
 
 
@@ -29,27 +29,27 @@ def logs(args: SimpleNamespace, console: Console) -> int:
 def follow_log(reader: "LogReader", args: SimpleNamespace, console: Console, clock: Clock) -> int:
     """Print what comes until the job is at rest and its log is read to the end."""
     deadline = None if args.timeout is None else clock.monotonic() + args.timeout
-    patience, answered = patience_of(console), clock.monotonic()
+    patience, answered = retry_policy(console), clock.monotonic()
     try:
         while True:
             job, complete = _turn(reader, args, console)
             code = exit_of_job(job)
             if code is not None and complete:
                 for line in ending(job, args.job):
-                    console.say(line)
+                    console.error(line)
                 return code
             if deadline is not None and clock.monotonic() >= deadline:
                 how = "Job continues." if complete else "The service is lost."
                 again = f"Re-attach: trainyard logs --follow {shlex.quote(args.job)}"
-                console.say(f"{args.timeout:g} s passed. {how} {again}")
+                console.error(f"{args.timeout:g} s passed. {how} {again}")
                 return Exit.TIMED_OUT
             answered = clock.monotonic() if complete else answered
             if patience is not None and clock.monotonic() - answered >= patience:
-                console.say(f"The service is lost. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
+                console.error(f"The service is lost. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
                 return Exit.NO_SERVICE
             reader.pause(INTERVAL, clock)
     except KeyboardInterrupt:
-        console.say(f"Detached. Job continues. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
+        console.error(f"Detached. Job continues. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
         return Exit.DETACHED
     finally:
         reader.close()
@@ -62,7 +62,7 @@ def _turn(reader: "LogReader", args: SimpleNamespace, console: Console) -> tuple
         for text in reader.pieces():
             _print(text, args, console)
     except ServiceUnreachable as error:
-        console.say(f"reconnecting: {error.cause}")
+        console.error(f"reconnecting: {error.cause}")
         return reader.job, False
     return reader.job, True
 
@@ -80,11 +80,11 @@ class LogReader:
     With ``streams`` the text comes by a stream; while it does not stand it is asked for. Offsets make both fit.
     """
 
-    def __init__(self, trainyard: Trainyard, job: Job, args: SimpleNamespace, streams: bool = False) -> None:
+    def __init__(self, trainyard: Client, job: Job, args: SimpleNamespace, streams: bool = False) -> None:
         self.job = job
         self._trainyard = trainyard
         self._streams = streams
-        self._feed: Feed | None = None
+        self._feed: EventStream | None = None
         self._rank: int | str | None = args.rank
         self._fixed: int | None = args.attempt
         self._attempt: int | None = args.attempt or job.get("attempt")
@@ -112,7 +112,7 @@ class LogReader:
 
     @property
     def _streamed(self) -> bool:
-        return self._feed is not None and self._feed.healthy and not at_rest(self.job)
+        return self._feed is not None and self._feed.healthy and not is_idle(self.job)
 
     def pieces(self) -> Iterator[str]:
         """What stands behind the place we are at, up to the end as it is now."""
@@ -121,7 +121,7 @@ class LogReader:
             return
         yield from self._asked()
         if self._streams and self._feed is None and self._offset is not None and self._attempt:
-            self._feed = Feed(self._open).start()
+            self._feed = EventStream(self._open).start()
 
     def _open(self, _behind: str | None) -> Iterator[StreamEvent]:
         """From where we are now, which may be behind the last event: text was asked for meanwhile."""

@@ -4,19 +4,19 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import (
+    compact_number,
     count,
     duration,
     fixed,
-    large,
     one_line,
     size,
 )
 from trainyard.client.cli.parser import PLAN
 from trainyard.client.cli.spec_flags import differences
-from trainyard.client.errors import InvalidSpec, NotFound, Refused
+from trainyard.client.errors import ApiError, InvalidSpec, NotFound
 from trainyard.client.exit_codes import Exit
 from trainyard.client.submission import Submission
 from trainyard.contract.parsing import parse_spec
@@ -27,11 +27,11 @@ NOT_ALLOWED = 405
 def plan(args: SimpleNamespace, console: Console) -> int:
     """Show the plan of a spec file, of MiniMind's flags, or of both."""
     asked = Submission.read(PLAN, args, console)
-    with Trainyard(args.url, args.token) as trainyard:
+    with Client(args.url, args.token) as trainyard:
         try:
             found = trainyard.plan(asked.spec)
         except InvalidSpec as error:
-            asked.refused(error, console)
+            asked.error_text(error, console)
             return Exit.REFUSED
     if args.json:
         console.json(found)
@@ -40,25 +40,25 @@ def plan(args: SimpleNamespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def asked_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> Mapping[str, Any]:
+def asked_before(trainyard: Client, spec: Mapping[str, Any]) -> Mapping[str, Any]:
     """The plan of what is to be submitted; {} from a service without plans."""
     try:
         return trainyard.plan(spec)
     except NotFound:
         return {}
-    except Refused as error:
+    except ApiError as error:
         if error.status != NOT_ALLOWED:
             raise
         return {}
 
 
-def shown_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> list[str]:
+def shown_before(trainyard: Client, spec: Mapping[str, Any]) -> list[str]:
     """What `submit` shows before it asks. A service without plans gets only the settings shown."""
     found = asked_before(trainyard, spec)
     return [*settings(spec), *(plan_page(found) if found else [])]
 
 
-def warned_before(trainyard: Trainyard, spec: Mapping[str, Any]) -> list[str]:
+def warned_before(trainyard: Client, spec: Mapping[str, Any]) -> list[str]:
     """What the plan warns of, a line each."""
     return _warned(asked_before(trainyard, spec))
 
@@ -89,9 +89,9 @@ def _warned(plan: Mapping[str, Any]) -> list[str]:
 
 def _model(plan: Mapping[str, Any]) -> str:
     all_of_them, active = plan.get("parameters"), plan.get("active_parameters")
-    used = f", {large(active)} of them for a token" if active != all_of_them else ""
+    used = f", {compact_number(active)} of them for a token" if active != all_of_them else ""
     first = fixed(plan.get("expected_first_loss"))
-    return f"{large(all_of_them)} parameters{used}; an untrained one has a loss of {first}"
+    return f"{compact_number(all_of_them)} parameters{used}; an untrained one has a loss of {first}"
 
 
 def _corpus(plan: Mapping[str, Any]) -> str:
@@ -100,7 +100,7 @@ def _corpus(plan: Mapping[str, Any]) -> str:
     about = "about " if plan.get("estimated") else ""
     bad = plan.get("bad_lines")
     unreadable = f", {count(bad)} bad lines" if bad else ""
-    return f"{about}{large(plan['tokens'])} tokens, {count(plan.get('samples'))} rows{unreadable}"
+    return f"{about}{compact_number(plan['tokens'])} tokens, {count(plan.get('samples'))} rows{unreadable}"
 
 
 def _run(plan: Mapping[str, Any]) -> str:
@@ -109,7 +109,7 @@ def _run(plan: Mapping[str, Any]) -> str:
         return "steps are not known before the corpus is read" if steps is None else f"{count(steps)} steps"
     ranks = f" on {plan['world_size']} {plan.get('device')} ranks" if (plan.get("world_size") or 1) > 1 else ""
     work = f", {plan['flops']:.2g} FLOPs" if plan.get("flops") else ""
-    return f"{count(steps)} steps of {large(per_step)} tokens{ranks}: {large(steps * per_step)} tokens{work}"
+    return f"{count(steps)} steps of {compact_number(per_step)} tokens{ranks}: {compact_number(steps * per_step)} tokens{work}"
 
 
 def _memory(plan: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from itertools import chain, islice
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import (
     UNKNOWN,
@@ -31,9 +31,9 @@ CELL = 60
 Row = Sequence[str]
 
 
-def connect(args: SimpleNamespace) -> Trainyard:
+def connect(args: SimpleNamespace) -> Client:
     """The service that the options name."""
-    return Trainyard(args.url, args.token)
+    return Client(args.url, args.token)
 
 
 def list_jobs(args: SimpleNamespace, console: Console) -> int:
@@ -47,12 +47,12 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
         console.json({"object": "list", "data": shown, "has_more": len(jobs) > len(shown)})
         return Exit.SUCCEEDED
     if not shown:
-        console.say("no jobs; launch one:  trainyard submit --data_path corpus.jsonl")
+        console.error("no jobs; launch one:  trainyard submit --data_path corpus.jsonl")
         return Exit.SUCCEEDED
     header = ("ID", "NAME", "STATUS", "STEP", "LOSS", "ETA", "CREATED")
     console.lines(table(header, [_job_row(job, now) for job in shown], right=frozenset({3, 4})))
     if len(jobs) > len(shown):
-        console.say(f"more: trainyard list --limit {10 * args.limit}")
+        console.error(f"more: trainyard list --limit {10 * args.limit}")
     return Exit.SUCCEEDED
 
 
@@ -122,7 +122,7 @@ def _print_points(points: Iterable[Any], console: Console) -> None:
 
 def events(args: SimpleNamespace, console: Console) -> int:
     """`trainyard events`."""
-    return rows(args, console, Trainyard.events, ("AT", "KIND", "WHAT"), _event_row)
+    return rows(args, console, Client.events, ("AT", "KIND", "WHAT"), _event_row)
 
 
 def _event_row(event: Any) -> Row:
@@ -135,7 +135,7 @@ def attempts(args: SimpleNamespace, console: Console) -> int:
     return rows(
         args,
         console,
-        Trainyard.attempts,
+        Client.attempts,
         ("ATTEMPT", "WHY", "FROM STEP", "TO STEP", "BEGAN", "ENDED", "HOW"),
         _attempt_row,
     )
@@ -182,7 +182,7 @@ def version(args: SimpleNamespace, console: Console) -> int:
             there: Any = trainyard.version()
         except ServiceUnreachable as error:
             there = None
-            console.say(str(error))
+            console.error(str(error))
     if args.json:
         console.json({"client": own, "service": there})
         return Exit.SUCCEEDED
@@ -195,7 +195,7 @@ def version(args: SimpleNamespace, console: Console) -> int:
 def rows(
     args: SimpleNamespace,
     console: Console,
-    read: Callable[[Trainyard, str], Iterable[Any]],
+    read: Callable[[Client, str], Iterable[Any]],
     header: Row,
     row: Callable[[Any], Row],
 ) -> int:

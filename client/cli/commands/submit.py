@@ -3,7 +3,7 @@
 import shlex
 from types import SimpleNamespace
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.commands.plan import shown_before, warned_before
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import SUBMIT
@@ -19,40 +19,40 @@ def submit(args: SimpleNamespace, console: Console) -> int:
     asked = Submission.read(SUBMIT, args, console)
     if args.timeout is not None and not args.watch:
         raise UsageError("--timeout says how long to follow: give --watch as well")
-    with Trainyard(args.url, args.token) as trainyard:
+    with Client(args.url, args.token) as trainyard:
         try:
             if not args.yes and not _wanted(asked, trainyard, console):
                 return Exit.REFUSED
             job = trainyard.submit(asked.spec)
         except InvalidSpec as error:
-            asked.refused(error, console)
+            asked.error_text(error, console)
             return Exit.REFUSED
         return _launched(job, args, console)
 
 
-def _wanted(asked: Submission, trainyard: Trainyard, console: Console) -> bool:
+def _wanted(asked: Submission, trainyard: Client, console: Console) -> bool:
     """A person is shown the plan and asked; nobody is there to ask where the plan has warnings."""
     if console.interactive and asked.args.spec != "-":
         return _agreed(asked, trainyard, console)
     warned = warned_before(trainyard, asked.spec)
     if warned:
-        console.say("trainyard: not submitted, because the plan has warnings:")
+        console.error("trainyard: not submitted, because the plan has warnings:")
         for line in warned:
-            console.say(line)
-        console.say("-y submits in spite of them; `trainyard plan` shows the whole plan")
+            console.error(line)
+        console.error("-y submits in spite of them; `trainyard plan` shows the whole plan")
     return not warned
 
 
-def _agreed(asked: Submission, trainyard: Trainyard, console: Console) -> bool:
+def _agreed(asked: Submission, trainyard: Client, console: Console) -> bool:
     """Show what would be submitted and ask. A spec that is wrong is not worth a question."""
     parsed = parse_spec(asked.spec)
     if parsed.problems:
-        console.say("trainyard: the spec is wrong; nothing was sent")
+        console.error("trainyard: the spec is wrong; nothing was sent")
         asked.list_problems([(problem.pointer, problem.message) for problem in parsed.problems], console)
         return False
     for line in shown_before(trainyard, asked.spec):
-        console.say(line)
-    return console.agrees("Submit?")
+        console.error(line)
+    return console.confirm("Submit?")
 
 
 def _launched(job: Job, args: SimpleNamespace, console: Console) -> int:
@@ -65,6 +65,6 @@ def _launched(job: Job, args: SimpleNamespace, console: Console) -> int:
         console.json(job)
         return Exit.SUCCEEDED
     console.data(job["id"])
-    console.say(f"{job['status']}: {job.get('summary') or job.get('message') or job['name']}")
-    console.say(f"next:  trainyard watch {shlex.quote(job['id'])}")
+    console.error(f"{job['status']}: {job.get('summary') or job.get('message') or job['name']}")
+    console.error(f"next:  trainyard watch {shlex.quote(job['id'])}")
     return Exit.SUCCEEDED

@@ -10,7 +10,7 @@ from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import (
     ago,
     count,
-    moment,
+    local_time,
     table,
 )
 from trainyard.client.exit_codes import Exit, UsageError
@@ -61,7 +61,7 @@ def revoke(args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json({"name": args.name, "revoked": True})
     else:
-        console.say(f"revoked {args.name}; its jobs go on")
+        console.error(f"revoked {args.name}; its jobs go on")
     return Exit.SUCCEEDED
 
 
@@ -73,7 +73,7 @@ def list_tokens(args: SimpleNamespace, console: Console) -> int:
         console.json({"object": "list", "data": found, "has_more": False})
         return Exit.SUCCEEDED
     if not found:
-        console.say("no named tokens; make one:  trainyard token create NAME --scope submit")
+        console.error("no named tokens; make one:  trainyard token create NAME --scope submit")
         return Exit.SUCCEEDED
     now = datetime.now(UTC)
     header = ("NAME", "SCOPE", "JOBS", "DEVICES", "CREATED", "LAST USED", "STANDING")
@@ -94,7 +94,7 @@ def _of(what: str, token: Any) -> str:
 def _standing(token: Any, now: datetime) -> str:
     if token.get("revoked_at"):
         return "revoked"
-    expires = moment(token.get("expires_at"))
+    expires = local_time(token.get("expires_at"))
     if expires is None:
         return "good"
     return "expired" if expires <= now else f"good until {token['expires_at']}"
@@ -110,8 +110,8 @@ def _print_secret(made: NewToken, args: SimpleNamespace, console: Console) -> in
         return Exit.SUCCEEDED
     console.data(made["token"])
     until = made.get("expires_at")
-    console.say(f"{made['name']}, scope {made['scope']}, {f'good until {until}' if until else 'it does not expire'}")
+    console.error(f"{made['name']}, scope {made['scope']}, {f'good until {until}' if until else 'it does not expire'}")
     if made.get("previous_until"):
-        console.say(f"the one before stays good until {made['previous_until']}")
-    console.say("keep it now: it is not shown again. Use it as TRAINYARD_TOKEN or --token")
+        console.error(f"the one before stays good until {made['previous_until']}")
+    console.error("keep it now: it is not shown again. Use it as TRAINYARD_TOKEN or --token")
     return Exit.SUCCEEDED

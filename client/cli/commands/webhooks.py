@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import (
@@ -65,7 +65,7 @@ def list_webhooks(args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json({"object": "list", "data": found, "has_more": False})
     elif not found:
-        console.say("no webhooks; make one:  trainyard webhook create https://example.com/hook")
+        console.error("no webhooks; make one:  trainyard webhook create https://example.com/hook")
     else:
         rows = [(one["id"], one_line(one["url"], 60), _about(one), standing(one)) for one in found]
         console.lines(table(("ID", "URL", "ABOUT", "STANDING"), rows))
@@ -143,13 +143,13 @@ def test(args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json(found)
     elif found["state"] == "pending":
-        console.say("nothing was sent yet: is a server with a scheduler running?")
+        console.error("nothing was sent yet: is a server with a scheduler running?")
     else:
         console.data(f"{found['state']}: {outcome(found)}")
     return Exit.SUCCEEDED if found["state"] == "delivered" else Exit.REFUSED
 
 
-def _settled(trainyard: Trainyard, delivery: Delivery, seconds: float) -> Delivery:
+def _settled(trainyard: Client, delivery: Delivery, seconds: float) -> Delivery:
     deadline = time.monotonic() + seconds
     while delivery["state"] == "pending" and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
@@ -164,7 +164,7 @@ def redeliver(args: SimpleNamespace, console: Console) -> int:
     if args.json:
         console.json(found)
     else:
-        console.say(f"{found['event_id']} is sent again as delivery {found['id']}")
+        console.error(f"{found['event_id']} is sent again as delivery {found['id']}")
     return Exit.SUCCEEDED
 
 
@@ -191,20 +191,20 @@ def _switch(args: SimpleNamespace, console: Console, *, enabled: bool) -> int:
     if args.json:
         console.json(found)
     else:
-        console.say(f"{found['id']} is {standing(found)}")
+        console.error(f"{found['id']} is {standing(found)}")
     return Exit.SUCCEEDED
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
     """`trainyard webhook delete`."""
-    if not args.yes and console.interactive and not console.agrees(f"delete {args.webhook}, with its log?"):
+    if not args.yes and console.interactive and not console.confirm(f"delete {args.webhook}, with its log?"):
         return Exit.REFUSED
     with connect(args) as trainyard:
         trainyard.webhooks.delete(args.webhook)
     if args.json:
         console.json({"id": args.webhook, "deleted": True})
     else:
-        console.say(f"deleted {args.webhook}")
+        console.error(f"deleted {args.webhook}")
     return Exit.SUCCEEDED
 
 
@@ -213,8 +213,8 @@ def _print_secret(made: Webhook, args: SimpleNamespace, console: Console) -> int
         console.json(made)
         return Exit.SUCCEEDED
     console.data(made["secret"])
-    console.say(f"{made['id']} signs with it. Keep it now: it is not shown again")
+    console.error(f"{made['id']} signs with it. Keep it now: it is not shown again")
     if made["old_secret_until"]:
-        console.say(f"the one before signs as well until {made['old_secret_until']}")
-    console.say(f"try it:  trainyard webhook test {made['id']}")
+        console.error(f"the one before signs as well until {made['old_secret_until']}")
+    console.error(f"try it:  trainyard webhook test {made['id']}")
     return Exit.SUCCEEDED

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-KEPT = 2000
+MAX_POINTS = 2000
 HALF_LIFE = 50.0
 """Steps after which a point counts half in the mean; the same as the service's."""
 
@@ -36,7 +36,7 @@ class Curve:
     """Points in the order of their steps. A new attempt may go back: then later points make way for its own."""
 
     def __init__(self) -> None:
-        self.points: deque[tuple[int, float]] = deque(maxlen=KEPT)
+        self.points: deque[tuple[int, float]] = deque(maxlen=MAX_POINTS)
         self.last: Mapping[str, Any] | None = None
         self.evaluated: tuple[int, float] | None = None
         self._ema = Ema()
@@ -69,7 +69,7 @@ class Curve:
     def rewind(self, step: int) -> None:
         """Forget what stands behind ``step``: a new attempt began there."""
         kept = [(at, loss) for at, loss in self.points if at <= step]
-        self.points = deque(kept, maxlen=KEPT)
+        self.points = deque(kept, maxlen=MAX_POINTS)
         self._ema = Ema()
         for at, loss in kept:
             self._ema.add(at, loss)

@@ -6,15 +6,15 @@ from typing import Any
 
 from trainyard.client.cli.formatting import (
     ago,
+    compact_number,
     count,
     duration,
     fixed,
-    large,
     scientific,
     size,
     status_word,
 )
-from trainyard.client.cli.hints import error_card, remedies
+from trainyard.client.cli.hints import error_card, next_actions
 
 
 def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:
@@ -22,7 +22,7 @@ def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:
     phase = f" ({job['phase']})" if job.get("phase") else ""
     lines = [f"{job['name']}   {job['id']}   {status_word(job['status'])}{phase}"]
     lines += _sentences(job)
-    helps = [f"  {line}" for line in remedies(job)]
+    helps = [f"  {line}" for line in next_actions(job)]
     for block in (_facts(job, now), _alerts(job), error_card(job), ["next:", *helps] if helps else [], _actions(job)):
         lines += ["", *block] if block else []
     return lines
@@ -70,7 +70,7 @@ def _numbers(progress: Mapping[str, Any]) -> str:
     return (
         f"loss {fixed(progress['loss'])}, lr {scientific(progress.get('learning_rate'))}, "
         f"grad norm {fixed(progress.get('grad_norm'), 2)}, {count(progress.get('tokens_per_second'))} tok/s, "
-        f"{large(progress.get('tokens'))} tokens"
+        f"{compact_number(progress.get('tokens'))} tokens"
     )
 
 

@@ -7,11 +7,11 @@ from typing import Any, TypeAlias
 from trainyard.client.cli.formatting import (
     ago,
     bar,
+    compact_number,
     count,
     duration,
     fixed,
-    large,
-    moment,
+    local_time,
     one_line,
     scientific,
     size,
@@ -19,15 +19,15 @@ from trainyard.client.cli.formatting import (
     status_word,
 )
 from trainyard.client.cli.watch.job_page import alert_text
-from trainyard.client.cli.watch.state import Scene
+from trainyard.client.cli.watch.state import WatchState
 
 Piece: TypeAlias = tuple[str, str]
 """(text, style)."""
 
 Line: TypeAlias = Sequence[Piece]
 
-MOST_LINES = 14
-MOST_ALERTS = 3
+MAX_LINES = 14
+MAX_ALERTS = 3
 BAR = 30
 SPARK = 24
 STYLES = {
@@ -40,7 +40,7 @@ STYLES = {
 }
 
 
-def frame(scene: Scene, now: datetime, width: int = 100) -> list[Line]:
+def render(scene: WatchState, now: datetime, width: int = 100) -> list[Line]:
     """The whole picture, at most `MOST_LINES` lines, none longer than ``width``."""
     lines: list[Line] = [_title(scene, width), _state(scene, now), *_sentence(scene)]
     if scene.progress.get("step") or scene.curve.last:
@@ -49,7 +49,7 @@ def frame(scene: Scene, now: datetime, width: int = 100) -> list[Line]:
         lines.append(_checkpoint(scene, now))
     lines += [[("  alert     ", "yellow"), (alert_text(alert), "")] for alert in _alerts(scene)]
     lines.append(_footer(scene, now))
-    return [_cut(line, width) for line in lines[:MOST_LINES]]
+    return [_cut(line, width) for line in lines[:MAX_LINES]]
 
 
 def plain(lines: Sequence[Line]) -> list[str]:
@@ -57,11 +57,11 @@ def plain(lines: Sequence[Line]) -> list[str]:
     return ["".join(text for text, _ in line).rstrip() for line in lines]
 
 
-def _alerts(scene: Scene) -> list[Any]:
-    return list(scene.job.get("alerts") or [])[:MOST_ALERTS]
+def _alerts(scene: WatchState) -> list[Any]:
+    return list(scene.job.get("alerts") or [])[:MAX_ALERTS]
 
 
-def _title(scene: Scene, width: int) -> Line:
+def _title(scene: WatchState, width: int) -> Line:
     job = scene.job
     attempt = f"   attempt {job['attempt']}" if job.get("attempt") else ""
     left = f"{one_line(str(job.get('name', scene.handle)), 40)}{attempt}   {job.get('id', '')}"
@@ -70,7 +70,7 @@ def _title(scene: Scene, width: int) -> Line:
     return [(left, "bold"), (" " * gap + hint, "dim")] if gap >= 3 else [(left, "bold")]
 
 
-def _state(scene: Scene, now: datetime) -> Line:
+def _state(scene: WatchState, now: datetime) -> Line:
     status, progress = str(scene.job.get("status", "connecting")), scene.progress
     pieces: list[Piece] = [(status_word(status), STYLES.get(status, "bold"))]
     phase = scene.job.get("phase")
@@ -85,14 +85,14 @@ def _state(scene: Scene, now: datetime) -> Line:
     return [*pieces, (_eta(scene, now), "")]
 
 
-def _eta(scene: Scene, now: datetime) -> str:
+def _eta(scene: WatchState, now: datetime) -> str:
     eta = scene.progress.get("eta_seconds")
     if not eta or scene.job.get("status") != "running":
         return ""
     return f"   ETA {duration(eta)} ({(now + timedelta(seconds=eta)).astimezone():%H:%M})"
 
 
-def _sentence(scene: Scene) -> list[Line]:
+def _sentence(scene: WatchState) -> list[Line]:
     """What the numbers do not say: why the job waits, restarts, or ended."""
     job = scene.job
     begun = job.get("phase") == "training" or (job.get("phase") is None and scene.progress.get("steps") is not None)
@@ -101,7 +101,7 @@ def _sentence(scene: Scene) -> list[Line]:
     return [[(f"  {one_line(str(text), 300)}", "")]] if text else []
 
 
-def _loss(scene: Scene) -> Line:
+def _loss(scene: WatchState) -> Line:
     curve = scene.curve
     pieces: list[Piece] = [(f"  loss      {fixed(curve.ema)} ema   {fixed(scene.newest('loss'))} last   ", "")]
     pieces.append((sparkline(curve.losses, SPARK), "magenta"))
@@ -111,28 +111,28 @@ def _loss(scene: Scene) -> Line:
     return pieces
 
 
-def _speed(scene: Scene) -> Line:
+def _speed(scene: WatchState) -> Line:
     mfu = scene.newest("mfu")
     parts = [
         f"{count(scene.newest('tokens_per_second'))} tok/s",
         f"{fixed(scene.newest('step_seconds'))} s/step",
         *([] if mfu is None else [f"MFU {100 * mfu:.0f} %"]),
-        f"tokens {large(scene.newest('tokens'))}{_of_all_tokens(scene)}",
+        f"tokens {compact_number(scene.newest('tokens'))}{_of_all_tokens(scene)}",
     ]
     return [("  speed     " + "   ".join(parts), "")]
 
 
-def _of_all_tokens(scene: Scene) -> str:
+def _of_all_tokens(scene: WatchState) -> str:
     per_step, steps = (scene.job.get("plan") or {}).get("tokens_per_step"), scene.progress.get("steps")
-    return f" of {large(per_step * steps)}" if per_step and steps else ""
+    return f" of {compact_number(per_step * steps)}" if per_step and steps else ""
 
 
-def _optimizer(scene: Scene) -> Line:
+def _optimizer(scene: WatchState) -> Line:
     rate, norm = scientific(scene.newest("learning_rate")), fixed(scene.newest("grad_norm"), 2)
     return [(f"  optim     lr {rate}   grad norm {norm}", "")]
 
 
-def _checkpoint(scene: Scene, now: datetime) -> Line:
+def _checkpoint(scene: WatchState, now: datetime) -> Line:
     saved, kept = scene.job["checkpoint"], scene.kept
     verified = ", verified" if kept and kept.verified and kept.step == saved.get("step") else ""
     there = f"; {kept.count} kept, {size(kept.bytes)}" if kept else f"; {size(saved.get('bytes'))}"
@@ -140,16 +140,16 @@ def _checkpoint(scene: Scene, now: datetime) -> Line:
     return [(f"  ckpt      {when}{verified}{_next_save(scene, now)}{there}", "")]
 
 
-def _next_save(scene: Scene, now: datetime) -> str:
+def _next_save(scene: WatchState, now: datetime) -> str:
     due = [seconds for seconds in (_by_steps(scene), _by_minutes(scene, now)) if seconds is not None]
     return f"; next in {duration(min(due))}" if due and scene.job.get("status") == "running" else ""
 
 
-def _keeping(scene: Scene) -> Mapping[str, Any]:
+def _keeping(scene: WatchState) -> Mapping[str, Any]:
     return (scene.job.get("spec") or {}).get("checkpoint") or {}
 
 
-def _by_steps(scene: Scene) -> float | None:
+def _by_steps(scene: WatchState) -> float | None:
     interval = _keeping(scene).get("save_interval")
     step, steps, seconds = scene.progress.get("step"), scene.progress.get("steps"), scene.newest("step_seconds")
     if not interval or step is None or not seconds:
@@ -158,17 +158,17 @@ def _by_steps(scene: Scene) -> float | None:
     return float((min(following, steps or following) - step) * seconds)
 
 
-def _by_minutes(scene: Scene, now: datetime) -> float | None:
-    minutes, saved = _keeping(scene).get("save_minutes"), moment(scene.job["checkpoint"].get("created_at"))
+def _by_minutes(scene: WatchState, now: datetime) -> float | None:
+    minutes, saved = _keeping(scene).get("save_minutes"), local_time(scene.job["checkpoint"].get("created_at"))
     return max(0.0, 60 * minutes - (now - saved).total_seconds()) if minutes and saved else None
 
 
-def _footer(scene: Scene, now: datetime) -> Line:
+def _footer(scene: WatchState, now: datetime) -> Line:
     where = f"{scene.url}/jobs/{scene.job['id']}" if scene.job.get("id") else scene.url
     if scene.lost is not None:
         since = duration((now - scene.seen_at).total_seconds()) if scene.seen_at else "now"
         return [(f"reconnecting, no answer for {since}", "bold yellow"), (f"   {where}", "")]
-    updated = moment(scene.progress.get("updated_at")) or scene.seen_at
+    updated = local_time(scene.progress.get("updated_at")) or scene.seen_at
     age = f", updated {duration((now - updated).total_seconds())} ago" if updated else ""
     return [(f"live{age}   {where}", "dim")]
 

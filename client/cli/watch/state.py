@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from trainyard.client.cli.watch.checkpoints import Kept
+from trainyard.client.cli.watch.checkpoints import KeptCheckpoints
 from trainyard.client.cli.watch.curve import Curve
 
 
 @dataclass
-class Scene:
+class WatchState:
     """One look at a run. ``fresh`` are the points that came with the newest look.
 
     Attributes:
@@ -29,7 +29,7 @@ class Scene:
     fresh: list[Any] = field(default_factory=list)
     seen_at: datetime | None = None
     lost: str | None = None
-    kept: Kept | None = None
+    kept: KeptCheckpoints | None = None
 
     @property
     def progress(self) -> Mapping[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import one_line, utc
 from trainyard.client.cli.watch.job_page import alert_text
-from trainyard.client.cli.watch.render import Line, frame
-from trainyard.client.cli.watch.state import Scene
+from trainyard.client.cli.watch.render import Line, render
+from trainyard.client.cli.watch.state import WatchState
 
 LINE_SECONDS = 10.0
 
@@ -15,14 +15,14 @@ LINE_SECONDS = 10.0
 class View(Protocol):
     """Shows what is known of a run."""
 
-    def show(self, scene: Scene, now: datetime) -> None:
+    def show(self, scene: WatchState, now: datetime) -> None:
         """Called after every look, about once a second."""
 
     def close(self) -> None:
         """Leave the screen in order."""
 
 
-class PictureView:
+class LiveView:
     """At most 14 lines, redrawn in place; the last one stays."""
 
     def __init__(self, console: Console) -> None:
@@ -33,9 +33,9 @@ class PictureView:
         self._live = Live(console=self._screen, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)
         self._live.start()
 
-    def show(self, scene: Scene, now: datetime) -> None:
+    def show(self, scene: WatchState, now: datetime) -> None:
         """Draw the picture over the one before."""
-        self._live.update(_rendered(frame(scene, now, self._screen.width)), refresh=True)
+        self._live.update(_rendered(render(scene, now, self._screen.width)), refresh=True)
 
     def close(self) -> None:
         """Leave the last picture and give the cursor back."""
@@ -57,7 +57,7 @@ class LinesView:
         self._state: tuple[Any, ...] | None = None
         self._said_at: datetime | None = None
 
-    def show(self, scene: Scene, now: datetime) -> None:
+    def show(self, scene: WatchState, now: datetime) -> None:
         """Print a line where one is due."""
         due = self._said_at is None or (now - self._said_at).total_seconds() >= LINE_SECONDS
         if due or scene.state != self._state:
@@ -68,7 +68,7 @@ class LinesView:
         """Nothing is open."""
 
 
-def log_line(scene: Scene, now: datetime) -> str:
+def log_line(scene: WatchState, now: datetime) -> str:
     """``at=2026-01-31T16:31:05Z job=job_7f3kq9 status=running step=12400 ...``; unknown values are left out."""
     job, progress, saved = scene.job, scene.progress, scene.job.get("checkpoint") or {}
     pairs = {
@@ -111,7 +111,7 @@ class JsonView:
         self._state: tuple[Any, ...] | None = None
         self._lost: str | None = None
 
-    def show(self, scene: Scene, now: datetime) -> None:
+    def show(self, scene: WatchState, now: datetime) -> None:
         """Print what is new, the points before the change that they led to."""
         for metric in scene.fresh:
             self._console.json({"event": "metric", "metric": metric})
@@ -130,4 +130,4 @@ def view_for(console: Console, as_json: bool) -> View:
     """The face that fits where stdout goes."""
     if as_json:
         return JsonView(console)
-    return PictureView(console) if console.draws else LinesView(console)
+    return LiveView(console) if console.draws else LinesView(console)

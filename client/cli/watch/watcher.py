@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
-from trainyard.client.api import Trainyard
+from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.hints import ending
-from trainyard.client.cli.watch.checkpoints import Saves
-from trainyard.client.cli.watch.state import Scene
+from trainyard.client.cli.watch.checkpoints import CheckpointPoller
+from trainyard.client.cli.watch.state import WatchState
 from trainyard.client.cli.watch.views import View, view_for
-from trainyard.client.connection import Patience
-from trainyard.client.errors import Refused, ServiceUnreachable
-from trainyard.client.exit_codes import Exit, at_rest, exit_of_job
-from trainyard.client.sse import Feed, StreamEvent
+from trainyard.client.connection import RetryPolicy
+from trainyard.client.errors import ApiError, ServiceUnreachable
+from trainyard.client.exit_codes import Exit, exit_of_job, is_idle
+from trainyard.client.sse import EventStream, StreamEvent
 from trainyard.client.types import Job
 
 INTERVAL = 1.0
@@ -26,7 +26,7 @@ BACKLOG = 2000
 LOST_SECONDS = 900.0
 """A service that did not answer for so long will not be back soon: off a terminal nobody is there to see it."""
 
-IMPATIENT = Patience(seconds=0.0)
+IMPATIENT = RetryPolicy(seconds=0.0)
 """The loop itself is the patience, and the picture goes on while the service is away."""
 
 
@@ -44,14 +44,14 @@ class Clock:
 
 def watch(args: SimpleNamespace, console: Console) -> int:
     """`trainyard watch`."""
-    with Trainyard(args.url, args.token) as trainyard:
+    with Client(args.url, args.token) as trainyard:
         job_id = trainyard.find(args.job)["id"]
     return follow_job(job_id, args, console, handle=args.job)
 
 
 def follow_job(job_id: str, args: SimpleNamespace, console: Console, handle: str) -> int:
     """Follow over a connection that does not wait for itself."""
-    with Trainyard(args.url, args.token, timeout=5.0, patience=IMPATIENT) as trainyard:
+    with Client(args.url, args.token, timeout=5.0, patience=IMPATIENT) as trainyard:
         return follow(Watcher(trainyard, job_id, handle, streams=True), args, console, Clock())
 
 
@@ -60,38 +60,38 @@ def follow(watcher: "Watcher", args: SimpleNamespace, console: Console, clock: C
     handle = watcher.scene.handle
     view = view_for(console, args.json)
     try:
-        scene, code = look_until_rest(watcher, view, clock, args.timeout, patience_of(console))
+        scene, code = poll_until_idle(watcher, view, clock, args.timeout, retry_policy(console))
     except KeyboardInterrupt:
         view.close()
-        console.say(f"Detached. Job continues. Re-attach: trainyard watch {shlex.quote(handle)}")
+        console.error(f"Detached. Job continues. Re-attach: trainyard watch {shlex.quote(handle)}")
         return Exit.DETACHED
     finally:
         view.close()
         watcher.close()
     if code == Exit.TIMED_OUT:
         how = "Job continues." if scene.lost is None else f"The service is lost: {scene.lost}."
-        console.say(f"{args.timeout:g} s passed. {how} Re-attach: trainyard watch {shlex.quote(handle)}")
+        console.error(f"{args.timeout:g} s passed. {how} Re-attach: trainyard watch {shlex.quote(handle)}")
     elif code == Exit.NO_SERVICE:
-        console.say(f"The service is lost: {scene.lost}. Re-attach: trainyard watch {shlex.quote(handle)}")
+        console.error(f"The service is lost: {scene.lost}. Re-attach: trainyard watch {shlex.quote(handle)}")
     else:
         for line in ending(scene.job, handle):
-            console.say(line)
+            console.error(line)
     return code
 
 
-def patience_of(console: Console) -> float | None:
+def retry_policy(console: Console) -> float | None:
     """How long a service that is lost is waited for: on a terminal as long as somebody looks at it."""
     return None if console.draws else LOST_SECONDS
 
 
-def look_until_rest(
+def poll_until_idle(
     watcher: "Watcher", view: View, clock: Clock, timeout: float | None, patience: float | None
-) -> tuple[Scene, Exit]:
+) -> tuple[WatchState, Exit]:
     """The loop: look, show, decide, sleep. ``timeout`` seconds bound it, and ``patience`` without an answer."""
     answered = clock.monotonic()
     deadline = None if timeout is None else clock.monotonic() + timeout
     while True:
-        scene = watcher.look(clock.now())
+        scene = watcher.poll(clock.now())
         view.show(scene, clock.now())
         code = exit_of_job(scene.job) if scene.job and scene.lost is None else None
         if code is not None:
@@ -110,21 +110,21 @@ class Watcher:
     With ``streams`` the points come by a stream; while it does not stand they are asked for.
     """
 
-    def __init__(self, trainyard: Trainyard, job_id: str, handle: str, streams: bool = False) -> None:
+    def __init__(self, trainyard: Client, job_id: str, handle: str, streams: bool = False) -> None:
         self._trainyard = trainyard
         self._job_id = job_id
         self._streams = streams
-        self._feed: Feed | None = None
+        self._feed: EventStream | None = None
         self._attempt: int | None = None
-        self._saves = Saves(trainyard, job_id)
-        self.scene = Scene(handle=handle, url=trainyard.url)
+        self._saves = CheckpointPoller(trainyard, job_id)
+        self.scene = WatchState(handle=handle, url=trainyard.url)
 
     def close(self) -> None:
         """Nothing more is wanted."""
         if self._feed is not None:
             self._feed.close()
 
-    def look(self, now: datetime) -> Scene:
+    def poll(self, now: datetime) -> WatchState:
         """One look. Raises Refused where the service says no: the job is gone, or the token is."""
         scene = self.scene
         scene.fresh = []
@@ -133,7 +133,7 @@ class Watcher:
             scene.seen_at, scene.lost = now, None
         except ServiceUnreachable as error:
             scene.lost = error.cause
-        except Refused as error:
+        except ApiError as error:
             if error.status < 500:
                 raise
             scene.lost = error.detail
@@ -142,16 +142,16 @@ class Watcher:
     def _update(self, job: Job) -> None:
         scene = self.scene
         first = not scene.job
-        scene.kept = self._saves.look(job.get("checkpoint"))
+        scene.kept = self._saves.poll(job.get("checkpoint"))
         # What a job at rest said last may still be under way in the stream.
-        if self._feed is None or not self._feed.healthy or at_rest(job):
+        if self._feed is None or not self._feed.healthy or is_idle(job):
             self._ask(job, first)
         else:
             self._take(self._feed)
         scene.job = job
         if first and self._streams:
             step = scene.curve.step
-            self._feed = Feed(lambda behind: self._stream(step, behind)).start()
+            self._feed = EventStream(lambda behind: self._stream(step, behind)).start()
 
     def _stream(self, after_step: int, behind: str | None) -> Iterator[StreamEvent]:
         return self._trainyard.metric_stream(self._job_id, after_step=after_step, last_event_id=behind)
@@ -166,7 +166,7 @@ class Watcher:
         scene.fresh = list(self._trainyard.metrics(self._job_id, after_step=start))
         scene.curve.extend(scene.fresh)
 
-    def _take(self, feed: Feed) -> None:
+    def _take(self, feed: EventStream) -> None:
         for event in feed.take():
             if event.kind == "attempt":
                 self._attempt = event.data["attempt"]

@@ -4,7 +4,7 @@ from fastapi import APIRouter
 from sqlalchemy import select
 
 from trainyard.contract.parsing import Problem
-from trainyard.service.api.dependencies import ServicesNeeded
+from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import Limit, Text
 from trainyard.service.auth.permissions import READ
@@ -29,32 +29,34 @@ router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], dependencies=[REA
 
 
 @router.get("/checkpoints")
-def checkpoints(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
+def checkpoints(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
     """Published checkpoints that are there, newest first."""
-    with services.database.look() as connection:
+    with services.database.connection() as connection:
         rows, more = page_of(connection, CheckpointRow, job_id, limit, after, newest_first=True)
     # The disk is looked at outside of the transaction: somebody may have removed one by hand.
-    return Page(data=[presenters.show_checkpoint(row) for row in rows if presenters.there(row)], has_more=more)
+    return Page(
+        data=[presenters.to_checkpoint_response(row) for row in rows if presenters.exists_on_disk(row)], has_more=more
+    )
 
 
 @router.get("/events")
-def events(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
+def events(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
     """What happened, oldest first: changes of status, warnings, saves, restarts, and who asked."""
-    with services.database.look() as connection:
+    with services.database.connection() as connection:
         rows, more = page_of(connection, EventRow, job_id, limit, after)
-    return Page(data=[presenters.show_event(row) for row in rows], has_more=more)
+    return Page(data=[presenters.to_event_response(row) for row in rows], has_more=more)
 
 
 @router.get("/samples")
-def samples(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
+def samples(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
     """Texts the model wrote, oldest first."""
-    with services.database.look() as connection:
+    with services.database.connection() as connection:
         rows, more = page_of(connection, SampleRow, job_id, limit, after)
-    return Page(data=[presenters.show_sample(row) for row in rows], has_more=more)
+    return Page(data=[presenters.to_sample_response(row) for row in rows], has_more=more)
 
 
 @router.get("/attempts")
-def attempts(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Attempt]:
+def attempts(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Attempt]:
     """Every launch, oldest first: why it began, from which step, how it ended."""
     with services.database.read() as session:
         job = repository.find(session, job_id)
@@ -65,4 +67,4 @@ def attempts(services: ServicesNeeded, job_id: str, limit: Limit = 100, after: T
                 raise with_problems(RequestInvalid, [Problem("/query/after", "must be an id from this list")])
             query = query.where(AttemptRow.number > last.number)
         rows = session.scalars(query.order_by(AttemptRow.number).limit(limit + 1)).all()
-    return Page(data=[presenters.show_attempt(row) for row in rows[:limit]], has_more=len(rows) > limit)
+    return Page(data=[presenters.to_attempt_response(row) for row in rows[:limit]], has_more=len(rows) > limit)

@@ -10,19 +10,19 @@ from fastapi.responses import Response
 from sqlalchemy import select
 
 from trainyard.contract.rundir import RunDir
-from trainyard.service.api.dependencies import Services, ServicesNeeded
+from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import READ, SUBMIT
-from trainyard.service.auth.principal import CallerNeeded
+from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import CheckpointRow
 from trainyard.service.errors import CheckpointNotFound
 from trainyard.service.jobs import checkpoint_deletion, repository
-from trainyard.service.storage.checkpoint_files import open_listed, place_of, slice_of
-from trainyard.service.storage.range_response import Download
+from trainyard.service.storage.checkpoint_files import checkpoint_directory, open_listed, parse_range
+from trainyard.service.storage.range_response import FileRangeResponse
 
-LARGEST = 2**53 - 1
-Step = Annotated[int, InPath(ge=0, le=LARGEST)]
+MAX_STEP = 2**53 - 1
+Step = Annotated[int, InPath(ge=0, le=MAX_STEP)]
 Name = Annotated[str, InPath(max_length=200)]
 BYTES: dict[str, Any] = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
@@ -31,7 +31,7 @@ router = APIRouter(prefix="/jobs/{job_id}/checkpoints/{step}", tags=["products"]
 
 @router.get("/files/{name}", dependencies=[READ], response_class=Response, responses={200: BYTES, 206: BYTES})
 def download(
-    services: ServicesNeeded,
+    services: StateDep,
     job_id: str,
     step: Step,
     name: Name,
@@ -46,28 +46,28 @@ def download(
     try:
         etag = f'"{sha256}"' if sha256 is not None else None
         wanted = range_ if if_range in (None, etag) else None
-        return Download(file, slice_of(wanted, os.fstat(file.fileno()).st_size), name, etag)
+        return FileRangeResponse(file, parse_range(wanted, os.fstat(file.fileno()).st_size), name, etag)
     except BaseException:
         file.close()
         raise
 
 
-def directory_of(services: Services, job_id: str, step: int) -> Path:
+def directory_of(services: AppState, job_id: str, step: int) -> Path:
     """Where the checkpoint's files are, the full one where there are both. Raises CheckpointNotFound."""
     with services.database.read() as session:
         job = repository.find(session, job_id)
         of_step = (CheckpointRow.job_id == job.id, CheckpointRow.step == step)
         paths = session.scalars(select(CheckpointRow.path).where(*of_step).order_by(CheckpointRow.kind)).all()
-    products = RunDir(services.settings.runs / job.id).products(job.spec["checkpoint"]["save_dir"])
-    place = next((place for path in paths if (place := place_of(products, step, path)) is not None), None)
+    products = RunDir(services.settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+    place = next((place for path in paths if (place := checkpoint_directory(products, step, path)) is not None), None)
     if place is None or not place.is_dir():
         raise CheckpointNotFound()
     return place
 
 
 @router.delete("", status_code=204, dependencies=[SUBMIT])
-def remove(services: ServicesNeeded, caller: CallerNeeded, job_id: str, step: Step) -> None:
+def remove(services: StateDep, caller: PrincipalDep, job_id: str, step: Step) -> None:
     """Remove a full checkpoint with its files; never the last valid one, nor one that a live run may need."""
     with services.database.write() as session:
         leaving = checkpoint_deletion.unpublish(session, services.settings.runs, job_id, step, caller, utc_now())
-    checkpoint_deletion.discard(leaving)
+    checkpoint_deletion.delete_files(leaving)

@@ -5,28 +5,28 @@ from collections.abc import Iterator, Sequence
 from fastapi import APIRouter
 from sqlalchemy import select
 
-from trainyard.service.api.dependencies import ServicesNeeded
+from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import READ
-from trainyard.service.db.models import AttemptRow, LeaseRow
-from trainyard.service.schemas import LeasedDevice, Page
+from trainyard.service.db.models import AttemptRow, DeviceLeaseRow
+from trainyard.service.schemas import DeviceResponse, Page
 
 router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/devices", dependencies=[READ])
-def devices(services: ServicesNeeded) -> Page[LeasedDevice]:
+def devices(services: StateDep) -> Page[DeviceResponse]:
     """Every device of this host, who leases it, and processes on it that belong to no attempt.
 
     Behind them those that a cluster has given to attempts that live: its other devices are its own business.
     """
     there = services.inventory.devices()
     with services.database.read() as session:
-        leases = {lease.device: lease for lease in session.scalars(select(LeaseRow))}
+        leases = {lease.device: lease for lease in session.scalars(select(DeviceLeaseRow))}
         placed = (AttemptRow.ended_at.is_(None), AttemptRow.placement.is_not(None))
         elsewhere = session.scalars(select(AttemptRow).where(*placed).order_by(AttemptRow.created_at)).all()
     shown = [
-        LeasedDevice(
+        DeviceResponse(
             id=device.id,
             kind=device.kind,
             model=device.model,
@@ -42,8 +42,8 @@ def devices(services: ServicesNeeded) -> Page[LeasedDevice]:
     return Page(data=[*shown, *_on_clusters(elsewhere)], has_more=False)
 
 
-def _on_clusters(attempts: Sequence[AttemptRow]) -> Iterator[LeasedDevice]:
+def _on_clusters(attempts: Sequence[AttemptRow]) -> Iterator[DeviceResponse]:
     for attempt in attempts:
         for device in (attempt.placement or {}).get("devices", ()):
             kind = device.rpartition("/")[2].partition(":")[0]
-            yield LeasedDevice(id=device, kind=kind, job_id=attempt.job_id, attempt_id=attempt.id)
+            yield DeviceResponse(id=device, kind=kind, job_id=attempt.job_id, attempt_id=attempt.id)

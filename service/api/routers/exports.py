@@ -5,9 +5,9 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Response
 
-from trainyard.contract.rundir import ProductDir, RunDir
+from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.service.api.bodies import OptionalBody
-from trainyard.service.api.dependencies import Services, ServicesNeeded
+from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.checkpoints import (
     BYTES,
@@ -16,16 +16,16 @@ from trainyard.service.api.routers.checkpoints import (
     directory_of,
 )
 from trainyard.service.auth.permissions import READ, SUBMIT
-from trainyard.service.auth.principal import Caller, CallerNeeded
+from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow
 from trainyard.service.errors import FileNotInExport
 from trainyard.service.exports import exporter
 from trainyard.service.jobs import repository
-from trainyard.service.jobs.repository import Note
+from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.schemas import Export, Page
-from trainyard.service.storage.checkpoint_files import NAME, opened, slice_of
-from trainyard.service.storage.range_response import Download
+from trainyard.service.storage.checkpoint_files import NAME, opened, parse_range
+from trainyard.service.storage.range_response import FileRangeResponse
 
 Format = Literal["hf", "minimind"]
 
@@ -40,8 +40,8 @@ class ExportBody(OptionalBody):
 
 @router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT], response_model=Export)
 def export(
-    services: ServicesNeeded,
-    caller: CallerNeeded,
+    services: StateDep,
+    caller: PrincipalDep,
     job_id: str,
     step: Step,
     asked: ExportBody = Body(default_factory=ExportBody),
@@ -54,25 +54,27 @@ def export(
         job = repository.find(session, job_id)
     tokenizer, weight = job.spec["data"]["tokenizer_path"], job.spec["checkpoint"]["save_weight"]
     place = directory_of(services, job_id, step)
-    wanted = exporter.Wanted(_products(services, job), place, step, asked.format, tokenizer, weight)
+    wanted = exporter.ExportRequest(_products(services, job), place, step, asked.format, tokenizer, weight)
     there = exporter.existing(wanted)
     if not there:
-        exporter.make(wanted)
+        exporter.run_export(wanted)
         _tell(services, job_id, wanted, caller)
-    return json_response(_shown(job_id, exporter.described(wanted.products, step, asked.format)), 200 if there else 201)
+    return json_response(
+        _shown(job_id, exporter.to_export_response(wanted.products, step, asked.format)), 200 if there else 201
+    )
 
 
-def _tell(services: Services, job_id: str, wanted: exporter.Wanted, by: Caller) -> None:
+def _tell(services: AppState, job_id: str, wanted: exporter.ExportRequest, by: Principal) -> None:
     path = str(wanted.products.export(wanted.step, wanted.form))
     data = {"step": wanted.step, "format": wanted.form, "path": path}
     with services.database.write() as session:
         job = repository.lock(session, job_id)
         message = f"exported the checkpoint of step {wanted.step:,} as {wanted.form}"
-        repository.tell(session, job, Note("exported", message, by.name, data=data), utc_now())
+        repository.record_event(session, job, EventDraft("exported", message, by.name, data=data), utc_now())
 
 
 @router.get("/exports", dependencies=[READ])
-def exports(services: ServicesNeeded, job_id: str) -> Page[Export]:
+def exports(services: StateDep, job_id: str) -> Page[Export]:
     """What was exported and is there, newest step first."""
     found = exporter.listed(_products(services, _job(services, job_id)))
     return Page(data=[_shown(job_id, one) for one in found], has_more=False)
@@ -85,7 +87,7 @@ def exports(services: ServicesNeeded, job_id: str) -> Page[Export]:
     responses={200: BYTES, 206: BYTES},
 )
 def download_export(
-    services: ServicesNeeded,
+    services: StateDep,
     job_id: str,
     step: Step,
     form: Format,
@@ -101,19 +103,19 @@ def download_export(
     except OSError:
         raise FileNotInExport() from None
     try:
-        return Download(file, slice_of(range_, os.fstat(file.fileno()).st_size), name, None)
+        return FileRangeResponse(file, parse_range(range_, os.fstat(file.fileno()).st_size), name, None)
     except BaseException:
         file.close()
         raise
 
 
-def _job(services: Services, job_id: str) -> JobRow:
+def _job(services: AppState, job_id: str) -> JobRow:
     with services.database.read() as session:
         return repository.find(session, job_id)
 
 
-def _products(services: Services, job: JobRow) -> ProductDir:
-    return RunDir(services.settings.runs / job.id).products(job.spec["checkpoint"]["save_dir"])
+def _products(services: AppState, job: JobRow) -> ArtifactDir:
+    return RunDir(services.settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
 
 
 def _shown(job_id: str, found: dict[str, Any]) -> Export:

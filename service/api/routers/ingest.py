@@ -19,7 +19,7 @@ from trainyard.contract.messages import (
 )
 from trainyard.contract.parsing import Problem, plain, pointer_to
 from trainyard.service.api.bodies import JsonBody
-from trainyard.service.api.dependencies import Services, ServicesNeeded
+from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.middleware import bearer
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import ATTEMPT
@@ -30,9 +30,9 @@ from trainyard.service.ingest import events as ingest
 from trainyard.service.ingest import exits
 from trainyard.service.jobs import repository
 from trainyard.service.metrics.progress import after_heartbeat
-from trainyard.service.observability.logging import note
+from trainyard.service.observability.logging import bind
 
-HEARD_AGAIN = timedelta(seconds=2)
+CONTACT_INTERVAL = timedelta(seconds=2)
 """Signs of life that come closer together are answered and not written: each write is a commit to the disk."""
 
 MAX_PROBLEMS = 20
@@ -44,16 +44,16 @@ router = APIRouter(
 )
 
 
-async def _reporting(services: ServicesNeeded, request: Request, attempt_id: str) -> AttemptRow:
+async def _reporting(services: StateDep, request: Request, attempt_id: str) -> AttemptRow:
     """Return the attempt if the request has its token; runs before the body is read. Raises Unauthorized."""
     token = bearer(request.headers.get("authorization"))
     return await asyncio.to_thread(_authenticated, services, attempt_id, token)
 
 
-def _authenticated(services: Services, attempt_id: str, token: str) -> AttemptRow:
+def _authenticated(services: AppState, attempt_id: str, token: str) -> AttemptRow:
     with services.database.read() as session:
         attempt = ingest.authenticate(session, attempt_id, token)
-    note(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
+    bind(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
     return attempt
 
 
@@ -62,16 +62,16 @@ Reporting = Annotated[AttemptRow, Depends(_reporting)]
 
 
 @router.post("/events")
-def events(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
+def events(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
     """Store lines. ``acked`` is the last one that is stored for good."""
     batch = _message(EventBatch, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
-        ingest.hear(session, job, attempt, utc_now())
+        ingest.record_contact(session, job, attempt, utc_now())
         ingest.ingest(session, job, attempt, batch.events)
 
     acked = _report(services, reporting, work)
-    services.pulse.nudge(reporting.job_id)
+    services.broadcaster.nudge(reporting.job_id)
     services.telemetry.lag.observe(_age(batch.events[-1].get("at")))
     return acked
 
@@ -86,16 +86,16 @@ def _age(at: object) -> float:
 
 
 @router.post("/heartbeat")
-def heartbeat(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
+def heartbeat(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
     """Note a sign of life."""
     beat = _message(Heartbeat, body)
     now = utc_now()
-    if reporting.heard_at is not None and now - reporting.heard_at < HEARD_AGAIN:
+    if reporting.heard_at is not None and now - reporting.heard_at < CONTACT_INTERVAL:
         with services.database.read() as session:
-            return _answer(repository.find(session, reporting.job_id), reporting)
+            return _ack(repository.find(session, reporting.job_id), reporting)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
-        ingest.hear(session, job, attempt, now)
+        ingest.record_contact(session, job, attempt, now)
         if attempt.number == job.attempt:
             job.progress = after_heartbeat(job.progress, beat.step, now)
 
@@ -103,16 +103,16 @@ def heartbeat(services: ServicesNeeded, reporting: Reporting, body: JsonBody) ->
 
 
 @router.post("/exit")
-def exit_(services: ServicesNeeded, reporting: Reporting, body: JsonBody) -> Ack:
+def exit_report(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
     """The attempt has ended and nothing of it lives. Where lines are missing, the scheduler fetches them first."""
     report = _message(ExitReport, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         if attempt.acked_seq >= report.last_seq:
-            exits.end(session, job, attempt, report, utc_now(), services.scheduler.timing)
+            exits.close_attempt(session, job, attempt, report, utc_now(), services.scheduler.timing)
 
     acked = _report(services, reporting, work)
-    services.pulse.nudge(reporting.job_id)
+    services.broadcaster.nudge(reporting.job_id)
     services.scheduler.wake()
     return acked
 
@@ -129,15 +129,15 @@ def _message(kind: type[M], body: object) -> M:
 Work = Callable[[Session, JobRow, AttemptRow], None]
 
 
-def _report(services: Services, reporting: AttemptRow, work: Work) -> Ack:
+def _report(services: AppState, reporting: AttemptRow, work: Work) -> Ack:
     """Do ``work`` on the attempt and its job in one transaction."""
     with services.database.write() as session:
         job, attempt = ingest.lock(session, reporting.id, reporting.job_id)
         work(session, job, attempt)
         session.flush()
-        return _answer(job, attempt)
+        return _ack(job, attempt)
 
 
-def _answer(job: JobRow, attempt: AttemptRow) -> Ack:
+def _ack(job: JobRow, attempt: AttemptRow) -> Ack:
     desired = ingest.desired_of(job, attempt)
     return Ack(acked=attempt.acked_seq, desired=desired, settings=RunSettings.of(job.spec))

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 
 from trainyard.contract.parsing import Problem
 from trainyard.contract.rundir import RunDir
-from trainyard.service.api.dependencies import Services, ServicesNeeded
+from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import READ
 from trainyard.service.errors import LogNotFound, RequestInvalid, with_problems
@@ -23,31 +23,31 @@ from trainyard.service.schemas import (
 
 AGENT = "agent"
 RANK = re.compile(r"[0-9]{1,6}")
-LARGEST = 2**53 - 1
+MAX_BYTES = 2**53 - 1
 NO_LINE_END = r"^[^\x00\r\n]+$"
 
-Attempt = Annotated[int | None, Query(ge=1, le=LARGEST)]
+Attempt = Annotated[int | None, Query(ge=1, le=MAX_BYTES)]
 Rank = Annotated[str, Query(max_length=20)]
-Place = Annotated[int, Query(ge=0, le=LARGEST)]
+Place = Annotated[int, Query(ge=0, le=MAX_BYTES)]
 
 router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
 
 
 @router.get("")
 def log(
-    services: ServicesNeeded,
+    services: StateDep,
     job_id: str,
     attempt: Attempt = None,
     rank: Rank = "0",
     tail: Annotated[int | None, Query(ge=1, le=100_000)] = None,
-    offset: Annotated[int | None, Query(ge=0, le=LARGEST)] = None,
-    limit: Annotated[int, Query(ge=4, le=reader.LARGEST_CHUNK)] = 64 << 10,
+    offset: Annotated[int | None, Query(ge=0, le=MAX_BYTES)] = None,
+    limit: Annotated[int, Query(ge=4, le=reader.MAX_CHUNK)] = 64 << 10,
 ) -> LogChunk:
     """A piece of a rank's log, or of the agent's with `rank=agent`: the last `tail` lines, or what follows `offset`.
 
     `limit` is in bytes. Reading on from `next_offset` misses nothing and repeats nothing.
     """
-    require_good(rank, tail, offset)
+    validate_rank(rank, tail, offset)
     file = _file(services, job_id, attempt, rank)
     data, next_offset = (
         reader.read_from(file, offset, limit) if offset is not None else reader.read_tail(file, tail or 200, limit)
@@ -57,22 +57,22 @@ def log(
 
 @router.get("/lines")
 def log_lines(
-    services: ServicesNeeded,
+    services: StateDep,
     job_id: str,
     attempt: Attempt = None,
     rank: Rank = "0",
-    first: Annotated[int, Query(ge=1, le=LARGEST)] = 1,
+    first: Annotated[int, Query(ge=1, le=MAX_BYTES)] = 1,
     count: Annotated[int, Query(ge=0, le=2000)] = 500,
 ) -> LogLines:
     """Lines `first` and following, counted from 1, and how many there are; a line over 4,096 bytes is cut."""
-    require_good(rank)
+    validate_rank(rank)
     found, index = services.lines.read(_file(services, job_id, attempt, rank), first, count)
     return LogLines(first_line=first, lines=found, total_lines=index.total, bytes=index.size)
 
 
 @router.get("/search")
 def log_search(
-    services: ServicesNeeded,
+    services: StateDep,
     job_id: str,
     q: Annotated[str, Query(min_length=1, max_length=200, pattern=NO_LINE_END)],
     attempt: Attempt = None,
@@ -84,13 +84,13 @@ def log_search(
 
     One request looks through 256 MiB at most, and through the first MiB of a line.
     """
-    require_good(rank)
+    validate_rank(rank)
     found, searched, ended = services.lines.search(_file(services, job_id, attempt, rank), q, after_line, limit)
     matches = [LogMatch(line=one.line, offset=one.offset, text=one.text) for one in found]
     return LogMatches(data=matches, has_more=not ended, searched_lines=searched)
 
 
-def require_good(rank: str, tail: int | None = None, offset: int | None = None) -> None:
+def validate_rank(rank: str, tail: int | None = None, offset: int | None = None) -> None:
     """Raise RequestInvalid for a rank that cannot be, and for two places at once."""
     if rank != AGENT and not RANK.fullmatch(rank):
         raise with_problems(RequestInvalid, [Problem("/query/rank", 'must be a rank\'s number, or "agent"')])
@@ -98,7 +98,7 @@ def require_good(rank: str, tail: int | None = None, offset: int | None = None) 
         raise with_problems(RequestInvalid, [Problem("/query/offset", "cannot be given with tail")])
 
 
-def _file(services: Services, job_id: str, attempt: int | None, rank: str) -> Path:
+def _file(services: AppState, job_id: str, attempt: int | None, rank: str) -> Path:
     """The log of ``rank`` in an attempt, the newest where none is named. Raises LogNotFound."""
     with services.database.read() as session:
         job = repository.find(session, job_id)

@@ -16,12 +16,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from trainyard.contract.status import JobStatus
-from trainyard.service.api.dependencies import Services, ServicesNeeded
+from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import READ
 from trainyard.service.clock import utc_now
-from trainyard.service.db.models import AttemptRow, JobRow, LeaseRow
-from trainyard.service.maintenance.disk_monitor import State
+from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
+from trainyard.service.maintenance.disk_monitor import DiskState
 
 TEXT = "text/plain; version=0.0.4"
 TEXT_CONTENT: dict[str, Any] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
@@ -32,7 +32,7 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/metrics", dependencies=[READ], response_class=Response, responses={200: TEXT_CONTENT})
-def prometheus(services: ServicesNeeded) -> Response:
+def prometheus(services: StateDep) -> Response:
     """Prometheus text: jobs, queue, devices, attempts, reports, requests, streams."""
     return Response(generate_latest(StateCollector(services)), media_type=TEXT)
 
@@ -41,7 +41,7 @@ def prometheus(services: ServicesNeeded) -> Response:
 class StateCollector(Collector):
     """The state of the database, the devices and the disks, and what this process counts."""
 
-    services: Services
+    services: AppState
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric of the service, read now."""
@@ -63,16 +63,16 @@ def _by(label: str, name: str, explained: str, values: Mapping[str, float], kind
     return family
 
 
-def _of_the_database(services: Services) -> list[Metric]:
+def _of_the_database(services: AppState) -> list[Metric]:
     now = utc_now()
     with services.database.read() as session:
         metrics = [*_jobs(session, now), *_attempts(session, now), _running(session)]
-        leased = session.scalar(select(func.count()).select_from(LeaseRow)) or 0
+        leased = session.scalar(select(func.count()).select_from(DeviceLeaseRow)) or 0
     return [
         *metrics,
         Gauge("trainyard_devices", "Devices of this host.", len(services.inventory.devices())),
         Gauge("trainyard_devices_leased", "Devices that an attempt has.", leased),
-        Gauge("trainyard_streams", "Streams that are open here.", services.pulse.readers),
+        Gauge("trainyard_streams", "Streams that are open here.", services.broadcaster.readers),
     ]
 
 
@@ -107,19 +107,19 @@ def _running(session: Session) -> Metric:
     return _by("job", "trainyard_job_tokens_total", "Tokens that a running job was trained on.", tokens, Counter)
 
 
-def _scheduler(services: Services) -> Iterator[Metric]:
+def _scheduler(services: AppState) -> Iterator[Metric]:
     leads = services.scheduler.leads
     yield Gauge("trainyard_scheduler_leads", "Whether this service schedules.", float(leads))
-    silence = services.scheduler.silence if leads else None  # None: the metric has no sample
+    silence = services.scheduler.seconds_since_round if leads else None  # None: the metric has no sample
     yield Gauge("trainyard_scheduler_silence_seconds", "Since it finished a round, where it schedules.", silence)
 
 
-def _disks(services: Services) -> Iterator[Metric]:
-    disks = services.disks.seen()
-    known = [disk for disk in disks if disk.state is not State.UNREADABLE]
+def _disks(services: AppState) -> Iterator[Metric]:
+    disks = services.disks.readings()
+    known = [disk for disk in disks if disk.state is not DiskState.UNREADABLE]
     free = {disk.name: disk.usage.free for disk in known}
     size = {disk.name: disk.usage.total for disk in known}
-    low = {disk.name: disk.state is not State.OK for disk in disks}
+    low = {disk.name: disk.state is not DiskState.OK for disk in disks}
     yield _by("disk", "trainyard_disk_free_bytes", "Free on a disk that the service writes to.", free)
     yield _by("disk", "trainyard_disk_size_bytes", "Size of such a disk.", size)
     yield _by("disk", "trainyard_disk_low", "Whether it is nearly full, full, or does not answer.", low)

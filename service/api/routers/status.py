@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from fastapi import APIRouter
 
 from trainyard.service.api import readiness
-from trainyard.service.api.dependencies import ServicesNeeded
+from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import OPEN, READ
-from trainyard.service.errors import DatabaseAway, NotReady
-from trainyard.service.maintenance.disk_monitor import Disk, State
+from trainyard.service.errors import DatabaseUnavailable, NotReady
+from trainyard.service.maintenance.disk_monitor import Disk, DiskState
 from trainyard.service.schemas import (
     DiskUsage,
     Health,
@@ -33,29 +33,29 @@ async def health() -> Health:
 
 
 @router.get("/ready", dependencies=[OPEN])
-def ready(services: ServicesNeeded) -> Readiness:
+def ready(services: StateDep) -> Readiness:
     """Whether it can take work: its database, its tables, the scheduler and the disks. 503 says what is wrong."""
-    found = list(readiness.parts(services))
+    found = list(readiness.check_components(services))
     broken = [part for part in found if not part.ok]
     if broken:
         detail = "; ".join(f"{part.name}: {part.detail}" for part in broken)
-        kind = DatabaseAway if broken[0].name == "database" else NotReady
+        kind = DatabaseUnavailable if broken[0].name == "database" else NotReady
         raise kind(f"Not ready. {detail}.", {"Retry-After": "1"}, parts=[asdict(part) for part in found])
     return Readiness(parts=[ReadyPart.model_validate(part) for part in found])
 
 
 @router.get("/status", dependencies=[READ])
-def status(services: ServicesNeeded) -> ServiceStatus:
+def status(services: StateDep) -> ServiceStatus:
     """How the service itself is: what /ready looks at, and its disks."""
-    parts = [ReadyPart.model_validate(part) for part in readiness.parts(services)]
-    disks = [_shown(disk) for disk in services.disks.seen()]
+    parts = [ReadyPart.model_validate(part) for part in readiness.check_components(services)]
+    disks = [_shown(disk) for disk in services.disks.readings()]
     return ServiceStatus(
         ready=all(part.ok for part in parts), parts=parts, disks=disks, schedules=services.scheduler.leads
     )
 
 
 def _shown(disk: Disk) -> DiskUsage:
-    known = disk.state is not State.UNREADABLE
+    known = disk.state is not DiskState.UNREADABLE
     return DiskUsage(
         id=disk.name,
         paths=[str(path) for path in disk.paths],
@@ -67,7 +67,7 @@ def _shown(disk: Disk) -> DiskUsage:
 
 
 @router.get("/version", dependencies=[READ])
-def show_version(services: ServicesNeeded) -> Version:
+def show_version(services: StateDep) -> Version:
     """What is running here."""
     return Version(
         name="trainyard",

@@ -7,22 +7,22 @@ from fastapi import APIRouter, Body
 from fastapi import Path as InPath
 from sqlalchemy import select
 
-from trainyard.service.api.dependencies import Services, ServicesNeeded
+from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth import quotas, store
 from trainyard.service.auth.permissions import ADMIN
-from trainyard.service.auth.principal import RESERVED, CallerNeeded
+from trainyard.service.auth.principal import RESERVED, PrincipalDep
 from trainyard.service.auth.quotas import Usage
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import TokenNameTaken
 from trainyard.service.schemas import (
-    AskedQuotas,
-    AskedRotation,
-    AskedToken,
     NewToken,
     Page,
+    QuotaRequest,
+    RotationRequest,
     Token,
+    TokenRequest,
 )
 
 Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
@@ -33,7 +33,7 @@ router = APIRouter(prefix="/tokens", tags=["access"], dependencies=[ADMIN], rout
 
 
 @router.get("")
-def list_tokens(services: ServicesNeeded) -> Page[Token]:
+def list_tokens(services: StateDep) -> Page[Token]:
     """All named tokens, oldest first, those that were revoked among them; never their secrets."""
     with services.database.read() as session:
         rows = session.scalars(select(TokenRow).order_by(TokenRow.created_at, TokenRow.id)).all()
@@ -42,7 +42,7 @@ def list_tokens(services: ServicesNeeded) -> Page[Token]:
 
 
 @router.post("", status_code=201)
-def create_token(services: ServicesNeeded, caller: CallerNeeded, asked: AskedToken) -> NewToken:
+def create_token(services: StateDep, caller: PrincipalDep, asked: TokenRequest) -> NewToken:
     """Make a token. The answer has its secret, which is shown this once."""
     if asked.name.lower() in RESERVED:
         raise TokenNameTaken()
@@ -52,7 +52,7 @@ def create_token(services: ServicesNeeded, caller: CallerNeeded, asked: AskedTok
 
 
 @router.patch("/{name}")
-def change_token(services: ServicesNeeded, name: Name, asked: AskedQuotas) -> Token:
+def change_token(services: StateDep, name: Name, asked: QuotaRequest) -> Token:
     """Change quotas: `max_jobs`, `max_devices`. What is queued or runs already stays."""
     with services.database.write() as session:
         row = store.lock(session, name)
@@ -64,9 +64,9 @@ def change_token(services: ServicesNeeded, name: Name, asked: AskedQuotas) -> To
 
 @router.post("/{name}/rotate")
 def rotate_token(
-    services: ServicesNeeded,
+    services: StateDep,
     name: Name,
-    asked: AskedRotation = Body(default_factory=AskedRotation),
+    asked: RotationRequest = Body(default_factory=RotationRequest),
 ) -> NewToken:
     """Another secret for the token; the one it had stays good for `overlap` seconds, 0 where that is left out."""
     with services.database.write() as session:
@@ -75,21 +75,21 @@ def rotate_token(
 
 
 @router.delete("/{name}", status_code=204)
-def revoke_token(services: ServicesNeeded, name: Name) -> None:
+def revoke_token(services: StateDep, name: Name) -> None:
     """Let nobody in by it any more, from now on. Its jobs go on; its name stays taken."""
     with services.database.write() as session:
         row = store.revoke(session, name, utc_now())
-    services.gatekeeper.forget()
+    services.authenticator.forget()
     log.info("a token was revoked", extra={"token_name": row.name})
 
 
-def _secret(services: Services, row: TokenRow, token: str, what: str) -> NewToken:
-    services.gatekeeper.forget()
+def _secret(services: AppState, row: TokenRow, token: str, what: str) -> NewToken:
+    services.authenticator.forget()
     log.info("a token was %s", what, extra={"token_name": row.name})
     return NewToken(**_shown(row, _usage(services, row)).model_dump(), token=token)
 
 
-def _usage(services: Services, row: TokenRow) -> Usage:
+def _usage(services: AppState, row: TokenRow) -> Usage:
     with services.database.read() as session:
         return quotas.usage(session, JobRow.queued_by == row.name).get(row.name, Usage())
 

@@ -10,12 +10,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from trainyard.contract.failpoints import failpoint
-from trainyard.service.launch.base import LaunchRefused, NoAnswer
-from trainyard.service.launch.slurm.queue import SlurmJob, jobs_in
+from trainyard.service.launch.base import LauncherUnavailable, LaunchRefused
+from trainyard.service.launch.slurm.queue import SlurmJob, parse_squeue
 
 SUBMIT_SECONDS = 10.0
 CANCEL_SECONDS = 10.0
-LOOK_SECONDS = 20.0
+QUERY_SECONDS = 20.0
 NAME_SECONDS = 3.0
 PATIENCE_SECONDS = 2.0
 """Whoever asks for the queue waits so long for the answer; the question goes on being asked beside."""
@@ -83,14 +83,16 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
             timeout=seconds,
         )
     except subprocess.TimeoutExpired as late:
-        raise NoAnswer(f"{command[0]} did not answer within {seconds:g} s{_last_line(late.stderr)}") from late
+        raise LauncherUnavailable(
+            f"{command[0]} did not answer within {seconds:g} s{_last_line(late.stderr)}"
+        ) from late
     except OSError as error:
         raise _refusal(f"{command[0]} cannot be run: {error.strerror}") from error
     said = " ".join(done.stderr.split())
     if done.returncode == 0:
         return done.stdout
     if any(words in said.lower() for words in UNREACHABLE):
-        raise NoAnswer(f"{command[0]}: {said}")
+        raise LauncherUnavailable(f"{command[0]}: {said}")
     raise _refusal(said or f"{command[0]} ended with {done.returncode}")
 
 
@@ -121,10 +123,10 @@ def cluster_name() -> str:
     try:
         said = run(["scontrol", "show", "config"], NAME_SECONDS)
     except LaunchRefused as trouble:
-        raise NoAnswer(str(trouble)) from trouble
+        raise LauncherUnavailable(str(trouble)) from trouble
     found = re.search(r"^ClusterName\s*=\s*(\S+)", said, re.MULTILINE)
     if found is None:
-        raise NoAnswer("scontrol names no cluster")
+        raise LauncherUnavailable("scontrol names no cluster")
     return found.group(1)
 
 
@@ -134,24 +136,24 @@ def cancel(job: SlurmJob, *options: str) -> None:
         run(["scancel", *options, job.id], CANCEL_SECONDS)
     except LaunchRefused as said:
         if "already" not in str(said).lower() and "invalid job id" not in str(said).lower():
-            raise NoAnswer(str(said)) from said
+            raise LauncherUnavailable(str(said)) from said
 
 
-Look = Callable[[], list[SlurmJob]]
+QueueQuery = Callable[[], list[SlurmJob]]
 
 
-def look(prefix: str) -> list[SlurmJob]:
+def query_queue(prefix: str) -> list[SlurmJob]:
     """Our jobs, those that ended a while ago among them. Raises NoAnswer."""
     try:
-        return jobs_in(run(["squeue", "--json", "--me", "--states=all"], LOOK_SECONDS), prefix)
+        return parse_squeue(run(["squeue", "--json", "--me", "--states=all"], QUERY_SECONDS), prefix)
     except (LaunchRefused, ValueError) as trouble:
-        raise NoAnswer(str(trouble)) from trouble
+        raise LauncherUnavailable(str(trouble)) from trouble
 
 
-class Queue:
+class QueueCache:
     """The newest answer of `look`, asked beside whoever wants it: a controller that is away blocks nobody for long."""
 
-    def __init__(self, look: Look, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, look: QueueQuery, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._look = look
         self._monotonic = monotonic
         self._lock = threading.Lock()
@@ -174,7 +176,7 @@ class Queue:
                 break
             self._ask()
         if self._answer is None or self._answer[0] <= oldest:
-            raise NoAnswer(f"Slurm does not answer: {self._trouble}")
+            raise LauncherUnavailable(f"Slurm does not answer: {self._trouble}")
         return self._answer[1]
 
     def _ask(self) -> None:
@@ -190,7 +192,7 @@ class Queue:
             try:
                 jobs, self._took = asked.result()
                 self._answer = began, jobs
-            except NoAnswer as trouble:
+            except LauncherUnavailable as trouble:
                 self._trouble = str(trouble)
 
     def _timed(self) -> tuple[list[SlurmJob], float]:

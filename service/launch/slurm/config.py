@@ -8,8 +8,8 @@ from pydantic import BeforeValidator, Field, ValidationError
 from trainyard.contract.spec import SlurmSpec
 from trainyard.service.settings_base import (
     EnvironmentSettings,
+    InvalidSettings,
     Seconds,
-    SettingsRefused,
     parts,
 )
 
@@ -52,7 +52,7 @@ def _defaults(environment: Mapping[str, str]) -> SlurmSpec:
         kinds = {OF_A_SPEC[str(found["loc"][0])]: found["type"] for found in error.errors(include_input=False)}
         must = {"float_parsing": "must be a number of seconds"}
         lines = [f"{name} {must.get(kind, 'is not what sbatch takes')}" for name, kind in kinds.items()]
-        raise SettingsRefused("\n".join(lines)) from None
+        raise InvalidSettings("\n".join(lines)) from None
 
 
 class SlurmSetup(EnvironmentSettings):
@@ -76,5 +76,5 @@ class SlurmSetup(EnvironmentSettings):
         """None if Slurm is not used. Raises SettingsRefused."""
         switch = environment.get("TRAINYARD_SLURM") or "off"
         if switch not in ("off", "on"):
-            raise SettingsRefused("TRAINYARD_SLURM must be off or on")
+            raise InvalidSettings("TRAINYARD_SLURM must be off or on")
         return cls.from_environment(environment, defaults=environment) if switch == "on" else None

@@ -32,24 +32,24 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.service.launch import post_mortem
 from trainyard.service.launch.base import (
-    AttemptName,
-    Found,
+    AttemptRef,
+    AttemptState,
+    AttemptStatus,
     Launch,
+    LauncherUnavailable,
     LaunchRefused,
-    NoAnswer,
     Placement,
-    State,
 )
 from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
 from trainyard.service.launch.files import AttemptFiles
 from trainyard.service.launch.slurm import cli
-from trainyard.service.launch.slurm.cli import Queue
+from trainyard.service.launch.slurm.cli import QueueCache
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.launch.slurm.queue import CONFIGURING, SlurmJob
 from trainyard.service.launch.slurm.script import (
-    Batch,
-    asked_of,
+    SbatchScript,
     job_name,
+    merge_options,
     render,
 )
 
@@ -71,10 +71,10 @@ ENDS: dict[str, tuple[Reason, str]] = {
 }
 """Slurm's word on an attempt that left none itself."""
 
-SHARED = (
+SHARED_DIRECTORY = (
     "Mount the directory that the service keeps its home in on every node that Slurm may choose, or exclude the node."
 )
-UNSHARED = (
+NO_SHARED_DIRECTORY = (
     "Not even a log was written: do all nodes have {path}, under this path, and may the service's user write there?"
 )
 
@@ -97,7 +97,7 @@ class SlurmLauncher:
         self._monotonic = monotonic
         self._environment = WorkerEnvironment(home, corpus_cache, data_roots, save_roots)
         self._files = AttemptFiles(home, corpus_cache)
-        self._queue = Queue(lambda: cli.look(PREFIX), monotonic)
+        self._queue = QueueCache(lambda: cli.query_queue(PREFIX), monotonic)
         self._changed_at = float("-inf")
         self._cluster: str | None = None
 
@@ -122,33 +122,33 @@ class SlurmLauncher:
             self._changed_at = self._monotonic()
         self._note_submission(attempt, number)
 
-    def find(self, name: AttemptName) -> Found:
+    def find(self, name: AttemptRef) -> AttemptStatus:
         """What its files and the queue say. exit.json is written only once nothing of it lives."""
         attempt = self._files.attempt(name)
         report = read_message(ExitReport, attempt.exit)
         if report is not None:
-            return Found(State.ENDED, report)
+            return AttemptStatus(AttemptState.ENDED, report)
         try:
             job = _of(self._jobs(name), name)
             if job is None:
                 self._require_same_cluster(attempt)
-        except NoAnswer as trouble:
-            return Found(State.UNKNOWN, silence=str(trouble))
+        except LauncherUnavailable as trouble:
+            return AttemptStatus(AttemptState.UNKNOWN, silence=str(trouble))
         if job is not None and not job.ended:
-            return Found(State.ALIVE, placement=self._placement(job, attempt))
+            return AttemptStatus(AttemptState.ALIVE, placement=self._placement(job, attempt))
         # Looked at once more: an agent that ended between the two looks has published its report by now.
         report = read_message(ExitReport, attempt.exit)
         if report is None and job is None and not attempt.started.exists() and not attempt.submitted.exists():
-            return Found(State.ABSENT)
-        return Found(State.ENDED, report or _deduced(attempt, job.state if job is not None else None))
+            return AttemptStatus(AttemptState.ABSENT)
+        return AttemptStatus(AttemptState.ENDED, report or _deduced(attempt, job.state if job is not None else None))
 
-    def alive_among(self, _names: Sequence[AttemptName]) -> set[AttemptName]:
+    def find_alive(self, _names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """None: `find` reads a list of the queue that was asked for once, and has more to say."""
         return set()
 
-    def stop(self, name: AttemptName) -> None:
+    def stop(self, name: AttemptRef) -> None:
         """The wish for the ranks, and a signal to the agents; an attempt that still waits is taken out of the queue."""
-        self._files.ask_to_stop(name)
+        self._files.request_stop(name)
         job = _of(self._jobs(name), name)
         if job is None or job.ended:
             return
@@ -157,16 +157,16 @@ class SlurmLauncher:
         cli.cancel(job, f"--signal={STOP_SIGNAL}")
         self._changed_at = self._monotonic()
 
-    def save(self, name: AttemptName) -> None:
+    def save(self, name: AttemptRef) -> None:
         """Leave the wish where rank 0 looks for it at each step."""
-        self._files.ask_to_save(name)
+        self._files.request_save(name)
 
-    def end(self, name: AttemptName) -> None:
+    def kill(self, name: AttemptRef) -> None:
         """SIGKILL to all of it, and let nothing of it begin any more. Where Slurm does not answer, `find` says so."""
         with contextlib.suppress(OSError):  # a full disk must not keep us from ending what lives
             self._files.close(name)
         deadline = self._monotonic() + END_SECONDS
-        with contextlib.suppress(NoAnswer):
+        with contextlib.suppress(LauncherUnavailable):
             while (job := _of(self._jobs(name), name)) is not None and not job.ended:
                 if not job.completing:
                     cli.cancel(job, "--signal=KILL", "--full")
@@ -176,15 +176,15 @@ class SlurmLauncher:
                     return
                 time.sleep(0.2)
 
-    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
         """Leave them where rank 0 looks for them."""
         self._files.settle(name, settings)
 
-    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+    def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Lines of the outbox that the service does not have yet."""
-        return self._files.unread(name, after_seq, limit)
+        return self._files.unacked_lines(name, after_seq, limit)
 
-    def _jobs(self, name: AttemptName) -> list[SlurmJob]:
+    def _jobs(self, name: AttemptRef) -> list[SlurmJob]:
         """All attempts of the job that Slurm knows, as they are after our own last change. Raises NoAnswer.
 
         Otherwise an answer of a moment ago will do, and of longer ago where squeue takes long: to insist on one of this
@@ -202,7 +202,7 @@ class SlurmLauncher:
     def _note_submission(self, attempt: AttemptDir, number: str | None) -> None:
         """Leave word of who was asked: another cluster, or another user, would know nothing of it."""
         asked: dict[str, object] = {"slurm_job_id": number, "uid": os.getuid(), "at": datetime.now(UTC).isoformat()}
-        with contextlib.suppress(NoAnswer):
+        with contextlib.suppress(LauncherUnavailable):
             asked["cluster"] = self._asked_cluster()
         with contextlib.suppress(OSError):  # we look in the queue all the same
             write_json(attempt.submitted, asked)
@@ -211,22 +211,26 @@ class SlurmLauncher:
         """Raise NoAnswer where the queue that does not have the attempt is not the one it was submitted to, as us."""
         asked = _submission(attempt)
         if asked.get("uid", os.getuid()) != os.getuid():
-            raise NoAnswer(f"the attempt was submitted by user {asked['uid']}, and this service runs as another one")
+            raise LauncherUnavailable(
+                f"the attempt was submitted by user {asked['uid']}, and this service runs as another one"
+            )
         if "cluster" in asked and asked["cluster"] != self._asked_cluster():
-            raise NoAnswer(f"the attempt is on cluster {asked['cluster']}, and SLURM_CONF leads to {self._cluster}")
+            raise LauncherUnavailable(
+                f"the attempt is on cluster {asked['cluster']}, and SLURM_CONF leads to {self._cluster}"
+            )
 
     def _asked_cluster(self) -> str:
         if self._cluster is None:
             self._cluster = cli.cluster_name()
         return self._cluster
 
-    def _batch(self, launch: Launch, attempt: AttemptDir) -> Batch:
+    def _batch(self, launch: Launch, attempt: AttemptDir) -> SbatchScript:
         resources = launch.spec.resources
-        return Batch(
+        return SbatchScript(
             name=launch.name,
             attempt=attempt,
             resources=resources,
-            asked=asked_of(resources.slurm, self._setup.defaults),
+            options=merge_options(resources.slurm, self._setup.defaults),
             gpus=device_on_nodes(launch.spec, self._setup) == "cuda",
             warning=self._setup.warning,
             agent=self._agent,
@@ -250,7 +254,7 @@ def device_on_nodes(spec: JobSpec, setup: SlurmSetup) -> str:
     return setup.device if spec.resources.device == "auto" else spec.resources.device.partition(":")[0]
 
 
-def _of(jobs: Sequence[SlurmJob], name: AttemptName) -> SlurmJob | None:
+def _of(jobs: Sequence[SlurmJob], name: AttemptRef) -> SlurmJob | None:
     """The attempt's own submission; of several the one that has not ended, then the newest."""
     own = [job for job in jobs if job.comment == str(name)]
     return max(own, key=lambda job: (not job.ended, int(job.id)), default=None)
@@ -277,7 +281,7 @@ def _deduced(attempt: AttemptDir, state: str | None) -> ExitReport:
 
     What was asked for is ours to remember: Slurm calls a run that was stopped failed, and one that was ended cancelled.
     """
-    said = post_mortem.by_own_word(attempt)
+    said = post_mortem.report_from_outcome(attempt)
     if said is not None:
         return said
     began = attempt.started.exists()
@@ -287,14 +291,18 @@ def _deduced(attempt: AttemptDir, state: str | None) -> ExitReport:
     if cancelled and (attempt.closed.exists() or (state is not None and attempt.stop.exists())):
         return _on_request(attempt, "killed", "ended in Slurm as asked")
     if (unseen := _unseen(attempt)) is not None:
-        card = ErrorCard(code=Reason.LAUNCH_FAILED, message=unseen, hint=SHARED)
-        return post_mortem.crashed(attempt, card, post_mortem.lines_of(attempt), post_mortem.last_sign(attempt))
+        card = ErrorCard(code=Reason.LAUNCH_FAILED, message=unseen, hint=SHARED_DIRECTORY)
+        return post_mortem.crash_report(
+            attempt, card, post_mortem.tail_lines(attempt), post_mortem.last_activity(attempt)
+        )
     if state in ENDS:
-        return post_mortem.lost(attempt, *ENDS[state])
+        return post_mortem.lost_report(attempt, *ENDS[state])
     if not began:
         return _never_began(attempt, state)
     gone = f"Slurm says {state}" if state is not None else "Slurm knows nothing of it any more"
-    return post_mortem.lost(attempt, Reason.AGENT_LOST, f"the attempt's agent is gone and left no report; {gone}")
+    return post_mortem.lost_report(
+        attempt, Reason.AGENT_LOST, f"the attempt's agent is gone and left no report; {gone}"
+    )
 
 
 def _unseen(attempt: AttemptDir) -> str | None:
@@ -318,7 +326,7 @@ def _on_request(attempt: AttemptDir, outcome: str, message: str) -> ExitReport:
             "step": attempt.read_step() or 0,
             "reason": Reason.USER,
             "message": message,
-            "last_seq": post_mortem.lines_of(attempt),
+            "last_seq": post_mortem.tail_lines(attempt),
             "ended_at": datetime.now(UTC),
         }
     )
@@ -329,6 +337,6 @@ def _never_began(attempt: AttemptDir, state: str | None) -> ExitReport:
     tail = _last_words(attempt)
     last = next(iter(reversed(tail.strip().splitlines())), f"Slurm says {state or 'nothing'}")
     message = f"the attempt's agent did not begin on the cluster: {last[:500]}"
-    hint = None if attempt.cluster_log.exists() else UNSHARED.format(path=attempt.path)
+    hint = None if attempt.cluster_log.exists() else NO_SHARED_DIRECTORY.format(path=attempt.path)
     card = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, hint=hint, traceback=tail or None)
-    return post_mortem.crashed(attempt, card, post_mortem.lines_of(attempt), datetime.now(UTC))
+    return post_mortem.crash_report(attempt, card, post_mortem.tail_lines(attempt), datetime.now(UTC))

@@ -26,7 +26,7 @@ ENDED = frozenset(
 COMPLETING = "COMPLETING"
 CONFIGURING = "CONFIGURING"
 
-NEXT_LOOK = "its next look"
+NEXT_QUERY = "its next look"
 """What a job waits for that Slurm's scheduler has not thought about yet."""
 BOOTING = "its nodes, which boot"
 
@@ -56,7 +56,7 @@ class SlurmJob:
 
     def placement(self, ranks: int, tailed: bool = False) -> Placement:
         """As the API shows it. ``ranks``: on each node."""
-        nothing_said = BOOTING if self.state == CONFIGURING else NEXT_LOOK
+        nothing_said = BOOTING if self.state == CONFIGURING else NEXT_QUERY
         waiting = f"Slurm: {self.reason or nothing_said}" if self.pending else None
         return Placement(self.id, self.state.lower(), waiting, self.nodes, tuple(self._devices(ranks)), tailed)
 
@@ -68,7 +68,7 @@ class SlurmJob:
                 yield from (f"{node}/cpu:{index}" for index in range(ranks))
 
 
-def jobs_in(text: str, prefix: str) -> list[SlurmJob]:
+def parse_squeue(text: str, prefix: str) -> list[SlurmJob]:
     """The jobs whose names begin with ``prefix``. Raises ValueError where it is not squeue's JSON.
 
     What is ours must be understood to the last. What others call their jobs, in whatever characters, does not matter.
@@ -91,7 +91,7 @@ def _job(said: dict[str, Any]) -> SlurmJob:
         state=CONFIGURING if CONFIGURING in states else next((w for w in states if w != COMPLETING), COMPLETING),
         completing=COMPLETING in states,
         reason=str(reason) if reason and reason != "None" else None,
-        nodes=tuple(hosts(said.get("nodes") or "")),
+        nodes=tuple(expand_hostlist(said.get("nodes") or "")),
         gpus=tuple(_indices(detail) for detail in said.get("gres_detail") or ()),
     )
 
@@ -108,7 +108,7 @@ def _number(said: object) -> str:
     return str(int(str(said)))
 
 
-def hosts(text: str) -> Iterator[str]:
+def expand_hostlist(text: str) -> Iterator[str]:
     """Slurm's host list spelt out: ``a[1-2,07],b`` is a1, a2, a07, b."""
     for part in re.split(r",(?![^\[]*\])", text):
         if part:
@@ -130,4 +130,4 @@ def _spelt_out(part: str) -> Iterator[str]:
 def _indices(detail: str) -> tuple[int, ...]:
     """``gpu:a100:2(IDX:0-1),gpu:h100:1(IDX:3)`` is 0, 1, 3; () for what is no GPU."""
     found = re.findall(r"\bgpu\b[^(,]*\(IDX:([0-9,-]+)\)", detail)
-    return tuple(int(each) for each in hosts(f"[{','.join(found)}]")) if found else ()
+    return tuple(int(each) for each in expand_hostlist(f"[{','.join(found)}]")) if found else ()

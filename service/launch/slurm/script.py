@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.spec import ResourcesSpec, SlurmSpec
-from trainyard.service.launch.base import AttemptName, LaunchRefused
+from trainyard.service.launch.base import AttemptRef, LaunchRefused
 
 STEP = """\
 # The time is nearly over: this file tells the agent, which has the ranks save. As a signal to the step it would end
@@ -34,16 +34,16 @@ exit "$code"
 
 
 @dataclass(frozen=True)
-class Batch:
+class SbatchScript:
     """What the script is made of. ``asked``: the spec's wishes over the service's.
 
     ``warning``: seconds before the time limit at which the run is to save. ``gpus``: whether its ranks get GPUs.
     """
 
-    name: AttemptName
+    name: AttemptRef
     attempt: AttemptDir
     resources: ResourcesSpec
-    asked: SlurmSpec
+    options: SlurmSpec
     gpus: bool
     warning: float
     agent: Sequence[str]
@@ -54,7 +54,7 @@ def job_name(job_id: str) -> str:
     return f"trainyard-{job_id}"
 
 
-def render(batch: Batch) -> str:
+def render(batch: SbatchScript) -> str:
     """The whole script. Raises LaunchRefused where an option would be more than one line."""
     options = list(_options(batch))
     for option in options:
@@ -66,14 +66,14 @@ def render(batch: Batch) -> str:
     return "".join(["#!/bin/bash\n", *(f"#SBATCH {option}\n" for option in options), f"\n{step}"])
 
 
-def asked_of(spec: SlurmSpec, service: SlurmSpec) -> SlurmSpec:
+def merge_options(spec: SlurmSpec, service: SlurmSpec) -> SlurmSpec:
     """What the job wishes over what the service is set up with; further options of both."""
     wished = {name: value for name, value in spec if value is not None and name != "extra"}
     return service.model_copy(update={**wished, "extra": [*service.extra, *spec.extra]})
 
 
-def _options(batch: Batch) -> Iterator[str]:
-    resources, asked = batch.resources, batch.asked
+def _options(batch: SbatchScript) -> Iterator[str]:
+    resources, asked = batch.resources, batch.options
     yield f"--job-name={job_name(batch.name.job_id)}"
     yield f"--comment={batch.name}"
     # However often it is submitted, Slurm runs one at a time; and a new attempt is the service's to make, not Slurm's.
@@ -99,20 +99,20 @@ def _options(batch: Batch) -> Iterator[str]:
 
 
 def _nodes(resources: ResourcesSpec) -> str:
-    least, most = resources.least_nodes, resources.most_nodes
+    least, most = resources.min_nodes, resources.max_nodes
     return str(most) if least == most else f"{least}-{most}"
 
 
-def _time(batch: Batch) -> Iterator[str]:
-    limit = batch.asked.time_limit
+def _time(batch: SbatchScript) -> Iterator[str]:
+    limit = batch.options.time_limit
     if limit is not None:
         yield f"--time={math.ceil(limit / 60)}"
     yield f"--signal=B:USR1@{math.ceil(_warning(batch))}"
 
 
-def _warning(batch: Batch) -> float:
+def _warning(batch: SbatchScript) -> float:
     """Seconds before its end that a run saves. Slurm counts whole minutes; a short limit must leave time to train."""
-    limit = batch.asked.time_limit
+    limit = batch.options.time_limit
     return batch.warning if limit is None else min(batch.warning, math.ceil(limit / 60) * 60 / 4)
 
 
