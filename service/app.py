@@ -11,12 +11,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from trainyard.service.api.bodies import invalid_request
 from trainyard.service.api.dependencies import AppState
 from trainyard.service.api.middleware import HeadMiddleware, RequestMiddleware
 from trainyard.service.api.openapi import openapi
 from trainyard.service.api.responses import ServiceRoute
-from trainyard.service.api.routers import artifacts, logs, prometheus, status
+from trainyard.service.api.routers import (
+    artifacts,
+    logs,
+    prometheus,
+    status,
+)
 from trainyard.service.api.routers import checkpoints as checkpoint_routes
 from trainyard.service.api.routers import devices as device_routes
 from trainyard.service.api.routers import exports as export_routes
@@ -29,6 +33,7 @@ from trainyard.service.api.routers import streams as stream_routes
 from trainyard.service.api.routers import tokens as access_routes
 from trainyard.service.api.routers import webhooks as webhook_routes
 from trainyard.service.auth.permissions import methods_at, scopes_of
+from trainyard.service.bodies import invalid_request
 from trainyard.service.dashboard.assets import Assets
 from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database

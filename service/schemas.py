@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from trainyard.contract.messages import ErrorCard, FailureCard
 from trainyard.contract.scopes import NAME
 from trainyard.contract.status import Desired, JobStatus
-from trainyard.service.api.bodies import OptionalBody, StrictBody
+from trainyard.service.bodies import OptionalBody, StrictBody
 
 T = TypeVar("T")
 

@@ -11,7 +11,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from trainyard.service.auth.static_tokens import parse_tokens
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.observability.logging import Format, Level
@@ -23,8 +22,9 @@ from trainyard.service.settings_base import (
     parts,
 )
 from trainyard.service.ssrf import Network
+from trainyard.service.static_tokens import parse_tokens
 
-__all__ = ["Settings", "InvalidSettings", "is_loopback"]
+__all__ = ["InvalidSettings", "Settings", "is_loopback"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DATABASES = ("sqlite", "postgresql", "postgres", "postgresql+psycopg")

@@ -11,8 +11,8 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from trainyard.service.api.bodies import StrictRequest
 from trainyard.service.auth.permissions import scope_of
+from trainyard.service.bodies import StrictRequest
 
 
 def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -11,11 +11,11 @@ from starlette.concurrency import run_in_threadpool
 from trainyard.service.auth import api_keys, store
 from trainyard.service.auth.api_keys import ApiKey
 from trainyard.service.auth.principal import ADMIN, LOCAL, Principal
-from trainyard.service.auth.static_tokens import TokenFile
 from trainyard.service.clock import utc_now
 from trainyard.service.db.engine import Database
 from trainyard.service.errors import Unauthorized
 from trainyard.service.settings import Settings
+from trainyard.service.static_tokens import TokenFile
 
 CACHE_SECONDS = 1.0
 """How old our knowledge of a token may be: so long another server's revocation may take to reach this one."""

@@ -15,7 +15,7 @@ from trainyard.contract.parsing import (
 )
 from trainyard.contract.run_identity import CHANGEABLE_FIELDS
 from trainyard.contract.spec import JobSpec
-from trainyard.service.api.bodies import unknown_field
+from trainyard.service.bodies import unknown_field
 from trainyard.service.errors import RequestInvalid, SpecInvalid, with_problems
 from trainyard.service.jobs.actions import MAX_STEP
 from trainyard.service.jobs.submission import HostLimits, validate_spec

@@ -27,9 +27,9 @@ from trainyard.contract.status import (
     Reason,
 )
 from trainyard.contract.units import UNITS
-from trainyard.service.api.bodies import OptionalBody, without_defaults
 from trainyard.service.auth import quotas
 from trainyard.service.auth.principal import Principal
+from trainyard.service.bodies import OptionalBody, without_defaults
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow
 from trainyard.service.errors import (
     Conflict,

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from trainyard.contract.parsing import Problem
 from trainyard.contract.status import JobStatus
-from trainyard.service.api.bodies import OptionalBody, StrictBody, without_defaults
+from trainyard.service.bodies import OptionalBody, StrictBody, without_defaults
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.jobs.event_outbox import ALL
 from trainyard.service.ssrf import Network, validation_error

@@ -14,14 +14,8 @@ import pytest
 
 from tests.data.texts import docstrings
 from trainyard.worker.data import corpus as corpus_module
-from trainyard.worker.data import (
-    file as source,
-)
-from trainyard.worker.data import (
-    parquet,
-    readers,
-    shards,
-)
+from trainyard.worker.data import file as source
+from trainyard.worker.data import parquet, readers, shards
 from trainyard.worker.data.corpus import CorpusMeta, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid, text_of
 from trainyard.worker.data.tokenizers import ByteTokenizer

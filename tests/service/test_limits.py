@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import DEADLINE, served
 from trainyard.contract.status import Reason
-from trainyard.service import server
-from trainyard.service.api import bodies, middleware
+from trainyard.service import bodies, server
+from trainyard.service.api import middleware
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import IdempotencyRow
 from trainyard.service.jobs import repository

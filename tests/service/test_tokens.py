@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.service.auth.static_tokens import TokenFile
 from trainyard.service.errors import Unauthorized
 from trainyard.service.settings import InvalidSettings, Settings
+from trainyard.service.static_tokens import TokenFile
 
 
 def good(tokens: TokenFile, given: str) -> bool:

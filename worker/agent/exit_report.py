@@ -8,7 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, assert_never
 
-from trainyard.contract.messages import ErrorCard, ExitReport, Outcome, RankExit, read_message
+from trainyard.contract.messages import (
+    ErrorCard,
+    ExitReport,
+    Outcome,
+    RankExit,
+    read_message,
+)
 from trainyard.contract.rundir import RANK_FILE, AttemptDir, write_json
 from trainyard.contract.status import Reason
 from trainyard.worker.agent.escalation import StopCause

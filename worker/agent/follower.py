@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from types import FrameType
 
 from trainyard.contract.locks import FileLock, LockBusy
-from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
+from trainyard.contract.rundir import (
+    AttemptDir,
+    RunDir,
+    read_json,
+    write_json,
+)
 from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.rendezvous import (
     NodeInfo,

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Header, Response
 
 from trainyard.contract.rundir import ArtifactDir, RunDir
-from trainyard.service.api.bodies import OptionalBody
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.checkpoints import (
@@ -17,6 +16,7 @@ from trainyard.service.api.routers.checkpoints import (
 )
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
+from trainyard.service.bodies import OptionalBody
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow
 from trainyard.service.errors import FileNotInExport

@@ -4,7 +4,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Header, Response
 
-from trainyard.service.api.bodies import JsonBody
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import (
@@ -16,6 +15,7 @@ from trainyard.service.api.routers.jobs import (
 from trainyard.service.api.routers.planning import planned
 from trainyard.service.auth.permissions import SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
+from trainyard.service.bodies import JsonBody
 from trainyard.service.clock import utc_now
 from trainyard.service.errors import (
     KeyReused,

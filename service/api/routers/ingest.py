@@ -18,11 +18,11 @@ from trainyard.contract.messages import (
     RunSettings,
 )
 from trainyard.contract.parsing import Problem, plain, pointer_to
-from trainyard.service.api.bodies import JsonBody
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.middleware import bearer
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import ATTEMPT
+from trainyard.service.bodies import JsonBody
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import AttemptRow, JobRow
 from trainyard.service.errors import RequestInvalid, with_problems

@@ -12,11 +12,11 @@ from sqlalchemy.orm import Session
 from trainyard.contract.parsing import Problem
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import JobStatus
-from trainyard.service.api.bodies import NO_FIELDS, JsonBody
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
+from trainyard.service.bodies import NO_FIELDS, JsonBody
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow
 from trainyard.service.errors import (
@@ -36,9 +36,7 @@ from trainyard.service.jobs import (
     repository,
     resume_compat,
 )
-from trainyard.service.jobs import (
-    actions as changes,
-)
+from trainyard.service.jobs import actions as changes
 from trainyard.service.jobs.actions import PatchJobBody, ResumeBody
 from trainyard.service.jobs.lifecycle import Action
 from trainyard.service.jobs.queries import JobRows

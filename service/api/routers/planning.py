@@ -8,11 +8,11 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import JobStatus
-from trainyard.service.api.bodies import JsonBody
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import SPEC_BODY
 from trainyard.service.auth.permissions import SUBMIT
+from trainyard.service.bodies import JsonBody
 from trainyard.service.db.models import DeviceLeaseRow, JobRow
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.submission import kind_of, validate_spec

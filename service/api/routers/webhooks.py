@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Path, Query, Response
 
-from trainyard.service.api.bodies import NO_FIELDS
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.jobs import Limit, Text
 from trainyard.service.auth.permissions import SUBMIT
+from trainyard.service.bodies import NO_FIELDS
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import DeliveryRow, WebhookRow
 from trainyard.service.schemas import (
