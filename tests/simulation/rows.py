@@ -29,7 +29,7 @@ class Process:
 
 @dataclass
 class Attempt:
-    """A row. ``start_step`` and ``step`` are what was reported; ``moved`` is what was true on the host."""
+    """A row. ``start_step`` and ``step`` are what was reported; ``made_progress`` is what was true on the host."""
 
     number: int
     devices: tuple[str, ...]
@@ -42,11 +42,11 @@ class Attempt:
     step: int = 0
     outcome: str = ""
     reason: Reason | None = None
-    moved: bool = False
+    made_progress: bool = False
 
     def as_ended(self) -> restart_policy.EndedAttempt:
-        moved = restart_policy.made_a_step(self.start_step, self.step)
-        return restart_policy.EndedAttempt(self.trigger, restart_policy.fault(self.outcome, self.reason), moved)
+        made_progress = restart_policy.made_a_step(self.start_step, self.step)
+        return restart_policy.EndedAttempt(self.trigger, restart_policy.fault(self.outcome, self.reason), made_progress)
 
 
 @dataclass

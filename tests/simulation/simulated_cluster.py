@@ -170,7 +170,7 @@ class SimulatedCluster:
         job = self.jobs.get(name.job_id)
         if job is not None:
             job.steps_made += steps
-            job.attempts[name.number - 1].moved |= steps > 0
+            job.attempts[name.number - 1].made_progress |= steps > 0
             if self.dice.random() < 0.3:
                 job.checkpoint = process.step
 
@@ -336,7 +336,7 @@ class SimulatedCluster:
             return
         mine = [a for a in job.attempts if a.outcome]
         asked = max((n for n, a in enumerate(mine) if a.trigger in ("submit", "resume")), default=0)
-        idle = list(takewhile(lambda a: not a.moved, reversed(mine[asked:])))
+        idle = list(takewhile(lambda a: not a.made_progress, reversed(mine[asked:])))
         if ending.reason in UNCOUNTED_REASONS:
             setbacks = sum(restart_policy.fault(a.outcome, a.reason) in UNCOUNTED_REASONS for a in idle)
             assert ending.restart_seconds >= (0, 5, 20, 60, 180, 600)[min(setbacks, 5)], f"{job.id} restarts too soon"

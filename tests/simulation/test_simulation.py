@@ -100,7 +100,7 @@ def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(
                 SimulatedCluster,
                 "live",
-                lambda world, job, live=SimulatedCluster.live: replace(live(world, job), moved=True),
+                lambda world, job, live=SimulatedCluster.live: replace(live(world, job), made_progress=True),
             )
         case _:
             monkeypatch.setattr(

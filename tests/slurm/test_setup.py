@@ -97,7 +97,7 @@ def test_a_job_chooses_its_launcher(tmp_path: Path) -> None:
     assert kind_of(spec, host) == "cpu"
     spec, _ = accepted(tmp_path, {"nnodes": {"min": 1, "max": 4}}, **ON, TRAINYARD_LAUNCHER="slurm")
     assert spec.resources.launcher == "slurm", "the stored spec says who runs it"
-    assert (spec.resources.least_nodes, spec.resources.most_nodes, spec.rows_per_step) == (1, 4, 32 * 8 * 4)
+    assert (spec.resources.min_nodes, spec.resources.max_nodes, spec.rows_per_step) == (1, 4, 32 * 8 * 4)
 
 
 def test_what_cannot_be_run_is_refused_with_its_place(tmp_path: Path) -> None:
