@@ -34,7 +34,7 @@ def lost_report(attempt: AttemptDir, reason: Reason, message: str) -> ExitReport
 def not_started_report(attempt: AttemptDir) -> ExitReport:
     """Return the report of an agent that ended before it wrote its start file; its log says why."""
     log_tail = attempt.agent_log.read_bytes()[-LOG_TAIL_BYTES:].decode(errors="replace")
-    last_line = next(iter(reversed(log_tail.strip().splitlines())), "it said nothing")
+    last_line = next(iter(reversed(log_tail.strip().splitlines())), "it printed nothing")
     message = f"the attempt's agent ended before it began: {last_line[:500]}"
     card = ErrorCard(code=Reason.LAUNCH_FAILED, message=message, traceback=log_tail or None)
     return crash_report(attempt, card, 0, datetime.fromtimestamp(attempt.agent_log.stat().st_mtime, UTC))

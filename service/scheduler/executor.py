@@ -139,16 +139,8 @@ class PlanExecutor:
 
     def _launch_refused(self, launch: Launch, error: Exception) -> None:
         hint = error.hint if isinstance(error, LaunchRefused) else None
-        report = ExitReport(
-            outcome="crashed",
-            step=0,
-            reason=Reason.LAUNCH_FAILED,
-            message=f"the launch failed: {error}",
-            error=ErrorCard(code=Reason.LAUNCH_FAILED, message=str(error), hint=hint),
-            last_seq=0,
-            ended_at=self._clock(),
-        )
-        self._close(launch.attempt_id, launch.name, report)
+        card = ErrorCard(code=Reason.LAUNCH_FAILED, message=str(error), hint=hint)
+        self._close_crashed(launch.attempt_id, launch.name, Reason.LAUNCH_FAILED, f"the launch failed: {error}", card)
 
     def _restart(self, job_id: str) -> bool:
         with self.write() as session:
@@ -260,11 +252,17 @@ class PlanExecutor:
                 exits.never_launched(session, job, attempt, self._clock())
             return True
         message = "nothing is left of the attempt, neither processes nor files"
-        report = ExitReport(
-            outcome="crashed", step=0, reason=Reason.AGENT_LOST, message=message, last_seq=0, ended_at=self._clock()
-        )
-        self._close(live.id, live.name, report)
+        self._close_crashed(live.id, live.name, Reason.AGENT_LOST, message)
         return True
+
+    def _close_crashed(
+        self, attempt_id: str, name: AttemptRef, reason: Reason, message: str, card: ErrorCard | None = None
+    ) -> None:
+        now = self._clock()
+        report = ExitReport(
+            outcome="crashed", step=0, reason=reason, message=message, error=card, last_seq=0, ended_at=now
+        )
+        self._close(attempt_id, name, report)
 
     def _close(self, attempt_id: str, name: AttemptRef, report: ExitReport) -> None:
         with self.write() as session:

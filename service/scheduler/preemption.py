@@ -22,7 +22,7 @@ class Victims:
     def __str__(self) -> str:
         names = [attempt.name.job_id for attempt in (*self.stopping, *self.victims)]
         if not names:
-            return "what ran there is just leaving"
+            return "its devices are being freed"
         names_joined = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
         return f"{names_joined} {'makes' if len(names) == 1 else 'make'} room"
 
@@ -38,16 +38,15 @@ class PreemptionBudget:
         self._closed_kinds: set[str] = set()
         self._enabled = snapshot.preempts
         for attempt in snapshot.live if snapshot.preempts else ():
-            self._sort_in(attempt)
+            if attempt.desired is not Desired.RUN:
+                self._add_freeing(attempt)
+            elif attempt.running and attempt.made_progress and attempt.preemptible:
+                self._running.append(attempt)
         # Lowest priority first; of those the youngest, which loses the least progress.
-        self._running.sort(key=_youngest_first)
-        self._running.sort(key=lambda attempt: attempt.priority)
+        self._running.sort(key=lambda attempt: (attempt.priority, _youngest_first(attempt)))
 
-    def _sort_in(self, attempt: LiveAttempt) -> None:
-        if attempt.desired is not Desired.RUN:
-            self._freeing.update({device: attempt for device in attempt.devices if device in self._kinds})
-        elif attempt.running and attempt.made_progress and attempt.preemptible:
-            self._running.append(attempt)
+    def _add_freeing(self, attempt: LiveAttempt) -> None:
+        self._freeing.update({device: attempt for device in attempt.devices if device in self._kinds})
 
     def find_victims(self, job: QueuedJob, kind: str, free: int) -> Victims | None:
         """Choose the attempts that make room for ``job``, given its ``free`` devices, or None if not possible."""
@@ -84,7 +83,7 @@ class PreemptionBudget:
     def _reserve(self, victims: Sequence[LiveAttempt], kind: str, freeing: Sequence[str], missing: int) -> None:
         for attempt in victims:
             self._running.remove(attempt)
-            self._freeing.update({device: attempt for device in attempt.devices if device in self._kinds})
+            self._add_freeing(attempt)
         freed = [device for attempt in victims for device in attempt.devices if self._fits(device, kind)]
         for device in (*freeing, *freed)[:missing]:
             del self._freeing[device]

@@ -122,7 +122,7 @@ def test_a_device_that_is_being_freed_preempts_no_other_job() -> None:
     devices = (Device("cuda:0", "cuda", processes=(9,)), Device("cuda:1", "cuda", processes=(8,)))
     seen = snapshot(low, queued=[job("front", device="cuda", priority=1)], devices=devices)
     assert victims(seen) == {}
-    assert plan(seen, NOW).waiting == {"front": "1 GPU; 0 of 2 free; what ran there is just leaving"}
+    assert plan(seen, NOW).waiting == {"front": "1 GPU; 0 of 2 free; its devices are being freed"}
     stranger = (Device("cuda:0", "cuda", processes=(9,), strangers=(9,)), devices[1])
     assert victims(snapshot(low, queued=list(seen.queued), devices=stranger)) == {"low": "front"}
 

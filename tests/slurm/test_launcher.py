@@ -117,7 +117,7 @@ def test_the_number_is_found_among_other_words(
         ("sbatch: error: Batch job submission failed: Invalid account or account/partition combination", "account"),
         ("Requested time limit is invalid (missing or exceeds some limit)", "time_limit"),
         ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "no more of"),
-        ("Requested node configuration is not available", "No nodes have it all"),
+        ("Requested node configuration is not available", "No nodes have all of it"),
         ("Node count specification invalid", "nnodes"),
     ],
 )
@@ -222,7 +222,7 @@ def test_another_cluster_s_queue_says_nothing_of_the_attempt(
     found = made(tmp_path).find(NAME)
     assert (found.state, found.silence) == (
         AttemptState.UNKNOWN,
-        "the attempt is on cluster here, and SLURM_CONF leads to elsewhere",
+        "the attempt is on cluster here, and SLURM_CONF points to elsewhere",
     )
     slurm.says("scontrol", error="scontrol: error: no", code=1)
     assert made(tmp_path).find(NAME).state is AttemptState.UNKNOWN
@@ -236,7 +236,7 @@ def test_another_user_s_queue_says_nothing_of_the_attempt(
     write_json(attempt.submitted, {**(read_json(attempt.submitted) or {}), "uid": os.getuid() + 1})
     found = launcher.find(NAME)
     assert found.state is AttemptState.UNKNOWN
-    assert "runs as another one" in str(found.silence)
+    assert "runs as another user" in str(found.silence)
     slurm.queue({})
     assert launcher.find(NAME).state is AttemptState.ALIVE, "where it is seen all the same, it is seen"
 

@@ -46,19 +46,22 @@ UNREACHABLE = (
 # Part of sbatch's error message -> what to do.
 HINTS: tuple[tuple[str, str], ...] = (
     ("invalid partition", "`sinfo` lists the partitions; resources.slurm.partition or TRAINYARD_SLURM_PARTITION."),
-    ("invalid account", "resources.slurm.account or TRAINYARD_SLURM_ACCOUNT must be one that Slurm knows of its user."),
+    ("invalid account", "resources.slurm.account or TRAINYARD_SLURM_ACCOUNT must be an account of the service's user."),
     ("invalid qos", "resources.slurm.qos or TRAINYARD_SLURM_QOS must be one that the account may use."),
     (
         "invalid generic resource",
         "The nodes have no such GPUs: resources.slurm.gpu_type, or TRAINYARD_SLURM_DEVICE=cpu.",
     ),
     ("invalid feature", "`sinfo -o %f` lists the features that resources.slurm.constraint may name."),
-    ("submit limit", "Slurm takes no more of this user's jobs for now: resume the job once others have ended."),
-    ("time limit", "Lower resources.slurm.time_limit: a run goes on after it, in its next attempt."),
+    ("submit limit", "Slurm accepts no more of this user's jobs for now: resume the job after others have ended."),
+    ("time limit", "Lower resources.slurm.time_limit: the run continues in its next attempt."),
     ("node count specification", "Lower resources.nnodes, or name another partition."),
-    ("node configuration is not available", "No nodes have it all: lower nproc_per_node or nnodes, or ask for less."),
+    (
+        "node configuration is not available",
+        "No nodes have all of it: lower nproc_per_node or nnodes, or request less.",
+    ),
     ("more processors", "Lower resources.nproc_per_node: the partition's nodes have fewer cores."),
-    ("memory specification", "Ask for less `--mem` in resources.slurm.extra."),
+    ("memory specification", "Request less `--mem` in resources.slurm.extra."),
     ("cannot be run", "Slurm's commands must be in the PATH of the service."),
 )
 

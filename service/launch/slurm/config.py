@@ -44,9 +44,7 @@ def _defaults(environment: Mapping[str, str]) -> SlurmSpec:
     try:
         return SlurmSpec.model_validate(given, strict=False)
     except ValidationError as error:
-        kinds = {
-            SPEC_VARIABLES[str(problem["loc"][0])]: problem["type"] for problem in error.errors(include_input=False)
-        }
+        kinds = {SPEC_VARIABLES[str(item["loc"][0])]: item["type"] for item in error.errors(include_input=False)}
         must = {"float_parsing": "must be a number of seconds"}
         lines = [f"{name} {must.get(kind, 'is not what sbatch takes')}" for name, kind in kinds.items()]
         raise InvalidSettings("\n".join(lines)) from None

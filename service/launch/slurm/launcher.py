@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.messages import ErrorCard, ExitReport, RunSettings, read_message
@@ -52,14 +52,14 @@ EXIT_BY_STATE: dict[str, tuple[Reason, str]] = {
     "DEADLINE": (Reason.TIME_LIMIT, "it reached its deadline on the cluster, and nothing was saved at the end"),
     "PREEMPTED": (Reason.PREEMPTED, "Slurm gave its nodes to another job"),
     "CANCELLED": (Reason.TERMINATED, "it was cancelled in Slurm"),
-    "OUT_OF_MEMORY": (Reason.HOST_OUT_OF_MEMORY, "Slurm ended it: out of memory; ask for more with `--mem`"),
+    "OUT_OF_MEMORY": (Reason.HOST_OUT_OF_MEMORY, "Slurm ended it: out of memory; request more with `--mem`"),
 }
 
 SHARED_DIRECTORY = (
     "Mount the directory that the service keeps its home in on every node that Slurm may choose, or exclude the node."
 )
 NO_SHARED_DIRECTORY = (
-    "Not even a log was written: do all nodes have {path}, under this path, and may the service's user write there?"
+    "No log was written: do all nodes have {path} under this path, and may the service's user write there?"
 )
 
 
@@ -179,25 +179,21 @@ class SlurmLauncher:
 
     def _note_submission(self, attempt: AttemptDir, number: str | None) -> None:
         # Another cluster, or another user, would not know the job: `find` must not take that for its end.
-        submission: dict[str, object] = {
-            "slurm_job_id": number,
-            "uid": os.getuid(),
-            "at": datetime.now(UTC).isoformat(),
-        }
+        record: dict[str, object] = {"slurm_job_id": number, "uid": os.getuid(), "at": datetime.now(UTC).isoformat()}
         with contextlib.suppress(LauncherUnavailable):
-            submission["cluster"] = self._cluster_name()
+            record["cluster"] = self._cluster_name()
         with contextlib.suppress(OSError):  # the queue is queried in any case
-            write_json(attempt.submitted, submission)
+            write_json(attempt.submitted, record)
 
     def _require_same_cluster(self, attempt: AttemptDir) -> None:
         submission = _read_submission(attempt)
         if submission.get("uid", os.getuid()) != os.getuid():
             raise LauncherUnavailable(
-                f"the attempt was submitted by user {submission['uid']}, and this service runs as another one"
+                f"the attempt was submitted by user {submission['uid']}, and this service runs as another user"
             )
         if "cluster" in submission and submission["cluster"] != self._cluster_name():
             raise LauncherUnavailable(
-                f"the attempt is on cluster {submission['cluster']}, and SLURM_CONF leads to {self._cluster}"
+                f"the attempt is on cluster {submission['cluster']}, and SLURM_CONF points to {self._cluster}"
             )
 
     def _cluster_name(self) -> str:
@@ -293,17 +289,9 @@ def _log_tail(attempt: AttemptDir) -> str:
         return ""
 
 
-def _requested_exit(attempt: AttemptDir, outcome: str, message: str) -> ExitReport:
-    return ExitReport.model_validate(
-        {
-            "outcome": outcome,
-            "step": attempt.read_step() or 0,
-            "reason": Reason.USER,
-            "message": message,
-            "last_seq": post_mortem.count_lines(attempt),
-            "ended_at": datetime.now(UTC),
-        }
-    )
+def _requested_exit(attempt: AttemptDir, outcome: Literal["stopped", "killed"], message: str) -> ExitReport:
+    step, lines, now = attempt.read_step() or 0, post_mortem.count_lines(attempt), datetime.now(UTC)
+    return ExitReport(outcome=outcome, step=step, reason=Reason.USER, message=message, last_seq=lines, ended_at=now)
 
 
 def _not_started_report(attempt: AttemptDir, state: str | None) -> ExitReport:
