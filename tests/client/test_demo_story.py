@@ -158,7 +158,7 @@ def perform(
         return Client(URL, "", patience=QUICK, transport=played.transport)
 
     monkeypatch.setattr(story, "DemoService", StoodInFor)
-    monkeypatch.setattr(story, "Trainyard", connected)
+    monkeypatch.setattr(story, "Client", connected)
     monkeypatch.setattr(story, "write_corpus", write_corpus)
     monkeypatch.setattr(story, "kill_one", kill_one)
     monkeypatch.setattr(Story, "_tokenizer", lambda _: None)
