@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 SERVICE_SECONDS = 0.1
 NEWEST = 50
 SAFE_WORD = re.compile(r"[\w.:@+-]+")
+"""Names that need no quotes in a shell."""
 
 
 def jobs() -> Iterator[str]:
-    """Return ids and names of the newest jobs, or nothing if the service does not answer at once."""
+    """Yield ids and names of the newest jobs, or nothing if the service does not respond at once."""
     parts = urlsplit(os.environ.get("TRAINYARD_URL") or "http://127.0.0.1:8000")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     token = os.environ.get("TRAINYARD_TOKEN")

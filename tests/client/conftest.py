@@ -28,7 +28,7 @@ def service() -> FakeService:
 
 @pytest.fixture
 def trainyard(service: FakeService) -> Client:
-    return Client(URL, patience=QUICK, transport=service.transport)
+    return Client(URL, retries=QUICK, transport=service.transport)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_an_answer_that_is_no_json_is_no_trainyard(service: FakeService, trainya
 
 
 def test_pauses_double_up_to_the_longest_and_stay_within_the_patience() -> None:
-    assert list(RetryPolicy(seconds=5, first=0.5, max_pause=2).pauses()) == [0.5, 1.0, 2.0]
+    assert list(RetryPolicy(seconds=5, first_pause=0.5, max_pause=2).pauses()) == [0.5, 1.0, 2.0]
     assert list(RetryPolicy(seconds=0).pauses()) == []
     assert sum(RetryPolicy().pauses()) <= RetryPolicy().seconds
 
@@ -223,7 +223,7 @@ def test_patience_ends(service: FakeService, trainyard: Client) -> None:
 
 
 def test_a_real_refused_connection(unused_port: int) -> None:
-    with Client(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
+    with Client(f"http://127.0.0.1:{unused_port}", retries=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
         trainyard.health()
 
 
@@ -232,7 +232,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.invalid:3128")
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
-    with Client(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard:
+    with Client(f"http://127.0.0.1:{unused_port}", retries=QUICK) as trainyard:
         with pytest.raises(ServiceUnreachable, match="refused"):
             trainyard.health()
 

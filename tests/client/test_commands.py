@@ -98,14 +98,14 @@ def test_a_name_that_no_job_has_leads_to_the_list(run: Run) -> None:
     code, out, err = run("watch", "nosuch")
     assert (code, out) == (1, "")
     assert err == (
-        "trainyard: no job has the id or name 'nosuch' [job_not_found]\n  `trainyard list` shows those that there are\n"
+        "trainyard: no job has the id or name 'nosuch' [job_not_found]\n  run `trainyard list` to see all jobs\n"
     )
 
 
 def test_without_a_token_it_is_said_how_one_is_given(run: Run, service: FakeService) -> None:
     service.faults = [lambda _: problem(401, "unauthorized", "A valid token is needed.")]
     code, _, err = run("list")
-    assert (code, "--token or TRAINYARD_TOKEN gives it" in err) == (4, True)
+    assert (code, "give it with --token or TRAINYARD_TOKEN" in err) == (4, True)
 
 
 @pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:99999", "http://[::1"])
@@ -245,7 +245,7 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
     assert run("samples", "pre-12")[1] == "step 60  'Return'\n  the\n  value\n"
     devices = run("devices")[1].splitlines()
     assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
-    assert devices[2].endswith("80.0 GB  nobody, but used by process 7")
+    assert devices[2].endswith("80.0 GB  no job, but used by process 7")
 
 
 def test_version_names_both(run: Run) -> None:
@@ -285,7 +285,7 @@ def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> N
     [
         (
             ["serve", "--host", "::1", "--port", "81", "--home", "/h", "--database-url", "sqlite://"],
-            "service",
+            "trainyard.service",
             [],
             {
                 "TRAINYARD_HOST": "::1",

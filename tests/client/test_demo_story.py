@@ -25,7 +25,7 @@ from trainyard.client.demo.story import (
     SAVE_INTERVAL,
     STEPS,
     UNTRAINED_LOSS,
-    LossLines,
+    LossPrinter,
     Machine,
     Story,
     curl,
@@ -130,7 +130,7 @@ class StoodInFor:
     def tail(self, _lines: int) -> list[str]:
         return ["the service's last words"]
 
-    def release(self) -> int:
+    def detach(self) -> int:
         return 4711
 
 
@@ -155,7 +155,7 @@ def perform(
         return 1, 12345
 
     def connected(*_: Any, **__: Any) -> Client:
-        return Client(URL, "", patience=QUICK, transport=played.transport)
+        return Client(URL, "", retries=QUICK, transport=played.transport)
 
     monkeypatch.setattr(story, "DemoService", StoodInFor)
     monkeypatch.setattr(story, "Client", connected)
@@ -186,8 +186,8 @@ def test_the_whole_story_fits_on_a_screen(perform: Callable[..., tuple[int, str,
     assert f"saved at step {played.rows['checkpoints'][-1]['step']}, verified" in out
     assert "$ kill -9 12345   (rank 1" in out
     assert "before the accident" in out
-    assert "loss 4.900, 56 % of where it began" in out
-    assert "from 'Return the' it wrote: list of files." in out
+    assert "loss 4.900, 56 % of the first loss" in out
+    assert "prompt 'Return the': list of files." in out
     paused_at = played.rows["checkpoints"][-1]["step"]
     assert PAUSE_AFTER <= paused_at < PAUSE_AFTER + 60
 
@@ -356,7 +356,7 @@ def test_a_loss_line() -> None:
 
 def test_each_line_is_said_once(service: FakeService, trainyard: Client) -> None:
     said: list[str] = []
-    lines = LossLines(trainyard, FAKE_JOB, 8.76, said.append)
+    lines = LossPrinter(trainyard, FAKE_JOB, 8.76, said.append)
     service.curve = [metric(step) for step in range(10, EVERY + 11, 10)]
     for _ in range(2):
         lines.until(lambda _: True, 1)
@@ -366,7 +366,7 @@ def test_each_line_is_said_once(service: FakeService, trainyard: Client) -> None
 
 
 def test_waiting_is_bounded_and_ends_with_a_failure(service: FakeService, trainyard: Client) -> None:
-    lines = LossLines(trainyard, FAKE_JOB, 8.76, print)
+    lines = LossPrinter(trainyard, FAKE_JOB, 8.76, print)
     with pytest.raises(WaitTimedOut):
         lines.until(lambda _: False, 0.0)
     service.jobs[FAKE_JOB] = job("failed")

@@ -4,10 +4,10 @@ import pytest
 
 from tests.client.fake_service import NOW, job
 from trainyard.client.cli.hints import (
-    EVIDENCE_LINES,
-    ending,
+    MAX_LOG_LINES,
+    end_report,
     error_card,
-    what_next,
+    next_commands,
 )
 from trainyard.client.cli.watch.job_page import alert_text, job_page
 from trainyard.client.errors import (
@@ -86,7 +86,7 @@ def test_no_error_no_card() -> None:
 
 
 def test_the_card_has_what_the_evidence_and_the_hint() -> None:
-    lines = [f"line {number}" for number in range(EVIDENCE_LINES + 5)]
+    lines = [f"line {number}" for number in range(MAX_LOG_LINES + 5)]
     card = {
         "code": "hung",
         "message": "no step for 60 s",
@@ -109,7 +109,7 @@ def test_what_helps_a_failed_job_is_typed_as_the_service_says_it() -> None:
     ]
     failed = job("failed", error={"code": "diverged", "message": "why", "next": helps})
     typed = ["next:", *(f"  {line}" for one in helps for line in (f"# {one['words']}", one["command"]))]
-    assert ending(failed, "a")[-5:] == typed
+    assert end_report(failed, "a")[-5:] == typed
     page = job_page(failed, NOW)
     assert page[page.index("next:") :][:5] == typed
 
@@ -119,7 +119,7 @@ def test_what_helps_a_failed_job_is_typed_as_the_service_says_it() -> None:
 
 @pytest.mark.parametrize("status", list(JobStatus))
 def test_there_is_always_something_to_type(status: JobStatus) -> None:
-    commands = what_next(job(status, resumable=True), "my run; rm -rf /")
+    commands = next_commands(job(status, resumable=True), "my run; rm -rf /")
     assert commands
     for command in commands:
         assert command.startswith("trainyard ")
@@ -127,19 +127,19 @@ def test_there_is_always_something_to_type(status: JobStatus) -> None:
 
 
 def test_resume_is_offered_only_where_it_works() -> None:
-    assert "trainyard resume a" in what_next(job("failed", resumable=True), "a")
-    assert "trainyard resume a" not in what_next(job("failed", resumable=False), "a")
+    assert "trainyard resume a" in next_commands(job("failed", resumable=True), "a")
+    assert "trainyard resume a" not in next_commands(job("failed", resumable=False), "a")
 
 
 def test_the_last_words() -> None:
-    assert ending(job("failed", message="why", resume_blocker="its checkpoints are gone"), "a") == [
+    assert end_report(job("failed", message="why", resume_blocker="its checkpoints are gone"), "a") == [
         "failed: why",
         "cannot be resumed: its checkpoints are gone",
         "next:",
         "  trainyard logs a --tail 50",
     ]
-    assert ending(job("succeeded", message=None, summary="Finished."), "a")[0] == "succeeded: Finished."
-    assert not any("resumed" in line for line in ending(job("succeeded", resume_blocker="finished"), "a"))
+    assert end_report(job("succeeded", message=None, summary="Finished."), "a")[0] == "succeeded: Finished."
+    assert not any("resumed" in line for line in end_report(job("succeeded", resume_blocker="finished"), "a"))
 
 
 # Exit codes
@@ -164,12 +164,12 @@ def test_only_a_restart_to_come_keeps_an_interrupted_job_going() -> None:
         (ServiceUnreachable("u", "c"), Exit.NO_SERVICE),
         (api_error(401, {}), Exit.NOT_AUTHORISED),
         (api_error(403, {}), Exit.NOT_AUTHORISED),
-        (api_error(404, {}), Exit.REFUSED),
-        (api_error(422, {}), Exit.REFUSED),
-        (api_error(500, {}), Exit.REFUSED),
+        (api_error(404, {}), Exit.REJECTED),
+        (api_error(422, {}), Exit.REJECTED),
+        (api_error(500, {}), Exit.REJECTED),
         (AmbiguousName("n"), Exit.USAGE),
         (WaitTimedOut(1.0, None), Exit.TIMED_OUT),
-        (TrainyardError("t"), Exit.REFUSED),
+        (TrainyardError("t"), Exit.REJECTED),
     ],
 )
 def test_each_error_has_its_code(error: TrainyardError, code: Exit) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trainyard.client.api import Client
-from trainyard.client.demo.service import DemoService, _answers, environment
+from trainyard.client.demo.service import DemoService, _is_ready, environment
 from trainyard.client.exit_codes import is_idle
 from trainyard.contract.rundir import read_json
 
@@ -50,7 +50,7 @@ def live(tmp_path: Path) -> Iterator[Restartable]:
         service.home.mkdir()
         service.start()
         yield service
-        if not _answers(service.url):
+        if not _is_ready(service.url):
             return
         with Client(service.url, "") as trainyard:
             for job in trainyard.jobs():

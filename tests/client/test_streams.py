@@ -22,7 +22,7 @@ from trainyard.client.sse import (
     EventStream,
     StreamEvent,
     StreamUnsupported,
-    parse,
+    parse_events,
 )
 
 JOB = "job_7f3kq9"
@@ -50,7 +50,7 @@ def streaming(*pieces: str) -> httpx2.Response:
 
 
 def connected(service: FakeService) -> Client:
-    return Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport)
+    return Client(URL, retries=RetryPolicy(seconds=0), transport=service.transport)
 
 
 # Parsing
@@ -59,7 +59,10 @@ def connected(service: FakeService) -> Client:
 def test_lines_become_events() -> None:
     shown = 'retry: 2000\n: hello\n\nid: 1-2\nevent: metric\ndata: {"a": 1}\n\n: still here\n\n'
     text = shown + "event: end\ndata:{}\n\nevent: cut"
-    assert list(parse(text.split("\n"))) == [StreamEvent("metric", {"a": 1}, "1-2"), StreamEvent("end", {}, None)]
+    assert list(parse_events(text.split("\n"))) == [
+        StreamEvent("metric", {"a": 1}, "1-2"),
+        StreamEvent("end", {}, None),
+    ]
 
 
 # One connection
@@ -119,9 +122,9 @@ def test_a_feed_goes_on_behind_the_last_event(monkeypatch: pytest.MonkeyPatch) -
     feed._thread.join(DEADLINE)
     assert not feed._thread.is_alive()
     assert asked == [None, "1-1", "1-1"]
-    assert [event.data for event in feed.take() if event.kind == "metric"] == [1, 2]
+    assert [event.data for event in feed.drain() if event.kind == "metric"] == [1, 2]
     assert not feed.healthy
-    assert feed.take() == []
+    assert feed.drain() == []
 
 
 @pytest.mark.parametrize("error", [StreamUnsupported("no"), NotFound(404, {}), ServiceUnreachable(URL, "x")])
@@ -147,7 +150,7 @@ def test_where_there_is_no_stream_the_feed_ends_or_tries_again(
 
 
 def test_a_feed_that_nobody_reads_holds_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_WAITING", 5)
+    monkeypatch.setattr(streams, "MAX_QUEUED", 5)
     sent: list[int] = []
 
     def endless(_: str | None) -> Iterator[StreamEvent]:
@@ -158,7 +161,7 @@ def test_a_feed_that_nobody_reads_holds_little(monkeypatch: pytest.MonkeyPatch) 
     feed = EventStream(endless, _events=Queue(5)).start()
     until(lambda: len(sent) == 6)
     feed.wait(1.0)
-    assert len(feed.take()) >= 5
+    assert len(feed.drain()) >= 5
     feed.close()
     feed._thread.join(DEADLINE)
     assert not feed._thread.is_alive()
@@ -197,13 +200,13 @@ def test_watch_takes_points_from_the_stream(
     monkeypatch.setattr(trainyard, "metric_stream", script)
     service.curve = [metric(100, attempt=2)]
     watcher = Watcher(trainyard, JOB, "pre-12", streams=True)
-    assert [point["step"] for point in watcher.poll(NOW).fresh] == [100]
-    feed = watcher._feed
+    assert [point["step"] for point in watcher.poll(NOW).new_points] == [100]
+    feed = watcher._stream
     assert feed is not None
     until(lambda: feed.healthy)
     script.pieces += [StreamEvent("metric", metric(step, attempt=2), f"2-{step}") for step in (100, 200)]
     fresh: list[Any] = []
-    until(lambda: bool(gathered(fresh, watcher.poll(NOW).fresh)))
+    until(lambda: bool(gathered(fresh, watcher.poll(NOW).new_points)))
     assert [point["step"] for point in fresh] == [200], "100 was known already"
     asked = [request.url.path for request in service.requests if "metrics" in request.url.path]
     assert asked == [f"/jobs/{JOB}/metrics"], "asked for once, at the start"
@@ -213,12 +216,12 @@ def test_watch_takes_points_from_the_stream(
         StreamEvent("metric", metric(200), "3-2"),
     ]
     fresh.clear()
-    until(lambda: bool(gathered(fresh, watcher.poll(NOW).fresh)))
+    until(lambda: bool(gathered(fresh, watcher.poll(NOW).new_points)))
     assert [point["step"] for point in fresh] == [200]
-    assert watcher.scene.curve.losses == [3.0, 3.0]
+    assert watcher.state.curve.losses == [3.0, 3.0]
     service.jobs[JOB] = job("succeeded", attempt=3)
     service.curve = [metric(300, attempt=3)]
-    assert [point["step"] for point in watcher.poll(NOW).fresh] == [300], "the last points are asked for"
+    assert [point["step"] for point in watcher.poll(NOW).new_points] == [300], "the last points are asked for"
     watcher.close()
 
 
@@ -226,7 +229,7 @@ def test_watch_asks_while_the_stream_does_not_stand(service: FakeService) -> Non
     watcher = Watcher(connected(service), JOB, "pre-12", streams=True)
     for step in (100, 200, 300):
         service.curve.append(metric(step))
-        assert [point["step"] for point in watcher.poll(NOW).fresh] == [step]
+        assert [point["step"] for point in watcher.poll(NOW).new_points] == [step]
     watcher.close()
 
 
@@ -237,8 +240,8 @@ def test_logs_take_text_from_the_stream(
     monkeypatch.setattr(trainyard, "log_stream", script)
     service.log = "one\n"
     reader = LogReader(trainyard, trainyard.job(JOB), options(), streams=True)
-    assert list(reader.pieces()) == ["one\n"]
-    feed = reader._feed
+    assert list(reader.read_new()) == ["one\n"]
+    feed = reader._stream
     assert feed is not None
     until(lambda: feed.healthy)
 
@@ -250,12 +253,12 @@ def test_logs_take_text_from_the_stream(
 
     script.pieces += [said(2, 0, "one\n"), said(2, 4, "two\n"), said(3, 0, "new\n")]
     found: list[str] = []
-    until(lambda: "new\n" in gathered(found, reader.pieces()))
+    until(lambda: "new\n" in gathered(found, reader.read_new()))
     assert found == ["two\n", "new\n"]
     reader.refresh()
     assert reader._attempt == 3
     script.pieces += [said(3, 2, "w\nmore\n")]
-    until(lambda: not list(reader.pieces()) and not reader._streams)
+    until(lambda: not list(reader.read_new()) and not reader._streams)
     service.log = "new\nmore\n"
-    assert list(reader.pieces()) == ["more\n"], "an overlap is not printed twice"
+    assert list(reader.read_new()) == ["more\n"], "an overlap is not printed twice"
     reader.close()

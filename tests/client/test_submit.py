@@ -111,7 +111,7 @@ def test_a_service_without_plans_gets_the_settings_shown(run: Run, service: Fake
     code, _, err = run("submit", "--data_path", "/d", "--epochs", "2", typed="y\n", terminal=True)
     assert code == 0
     assert "training.epochs" in err
-    assert "what it would be" not in err
+    assert "Plan:" not in err
 
 
 def test_what_only_the_service_finds_wrong_is_not_asked_about(run: Run, service: FakeService) -> None:

@@ -69,7 +69,7 @@ def arguments(**changes: Any) -> SimpleNamespace:
 
 
 def watcher(service: FakeService) -> Watcher:
-    return Watcher(Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport), JOB, "pre-12")
+    return Watcher(Client(URL, retries=RetryPolicy(seconds=0), transport=service.transport), JOB, "pre-12")
 
 
 def play(
@@ -213,10 +213,10 @@ def test_an_unknown_job_is_refused(run: Run) -> None:
 def test_points_are_asked_for_once(service: FakeService) -> None:
     service.curve = [metric(step) for step in (11000, 11100)]
     look = watcher(service)
-    assert [point["step"] for point in look.poll(NOW).fresh] == [11000, 11100]
+    assert [point["step"] for point in look.poll(NOW).new_points] == [11000, 11100]
     service.curve.append(metric(11200))
-    assert [point["step"] for point in look.poll(NOW).fresh] == [11200]
-    assert look.poll(NOW).fresh == []
+    assert [point["step"] for point in look.poll(NOW).new_points] == [11200]
+    assert look.poll(NOW).new_points == []
 
 
 def test_a_long_curve_is_not_fetched_from_its_beginning(service: FakeService) -> None:
@@ -231,8 +231,8 @@ def test_a_new_attempt_brings_its_own_points(service: FakeService) -> None:
     look.poll(NOW)
     service.jobs[JOB] = job(attempt=3)
     service.curve = [metric(11900, attempt=2), metric(12100, 4.0, attempt=3)]
-    assert [point["attempt"] for point in look.poll(NOW).fresh] == [3]
-    assert look.scene.curve.losses == [3.0, 4.0]
+    assert [point["attempt"] for point in look.poll(NOW).new_points] == [3]
+    assert look.state.curve.losses == [3.0, 4.0]
 
 
 # The three faces
@@ -331,7 +331,7 @@ def test_no_color_is_honoured(screen: Console, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    assert not Console(Stream(terminal=True), Stream(), Stream()).draws
+    assert not Console(Stream(terminal=True), Stream(), Stream()).can_redraw
 
 
 # The real process, a real socket, a real Ctrl-C

@@ -5,7 +5,7 @@ from typing import Any
 
 from tests.client.fake_service import FakeService, problem
 from trainyard.client.api import Client
-from trainyard.client.cli.watch.checkpoints import POLL_EVERY, CheckpointPoller, agrees
+from trainyard.client.cli.watch.checkpoints import POLL_EVERY, CheckpointPoller, manifest_matches
 
 JOB = "job_7f3kq9"
 SHA = "a" * 64
@@ -49,7 +49,7 @@ def test_a_service_without_an_answer_leaves_it_open(trainyard: Client, service: 
 
 def test_a_manifest_that_does_not_fit() -> None:
     whole = json.loads(manifest())
-    assert agrees(whole, told(1))
-    assert not agrees(whole, told(1, bytes=900))
-    assert not agrees(whole, told(1, sha256="c" * 64))
-    assert not agrees({}, told(1))
+    assert manifest_matches(whole, told(1))
+    assert not manifest_matches(whole, told(1, bytes=900))
+    assert not manifest_matches(whole, told(1, sha256="c" * 64))
+    assert not manifest_matches({}, told(1))
