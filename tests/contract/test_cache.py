@@ -92,10 +92,10 @@ def test_a_corpus_of_before_uses_were_noted_is_as_old_as_its_files(tmp_path: Pat
     assert cache.remove(seen)
 
 
-def test_what_a_killed_remover_left_is_collected(tmp_path: Path) -> None:
+def test_what_a_killed_remover_left_is_deleted(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:1])
     (tmp_path / f".{KEYS[1]}.removing-12-34").mkdir()
-    cache.collect()
+    cache.delete_leftovers()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [KEYS[0]]
 
 
