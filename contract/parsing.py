@@ -245,7 +245,7 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
         message = f"must be at most model.max_position_embeddings ({limit})"
         yield Problem("/data/max_seq_len", message), ("/data/max_seq_len", "/model/max_position_embeddings")
     if spec.data.eval_data_path is not None and spec.data.eval_fraction > 0:
-        message = "cannot be given with eval_data_path: one of them says what is held out"
+        message = "cannot be combined with eval_data_path: give one of them"
         yield Problem("/data/eval_fraction", message), ("/data/eval_fraction", "/data/eval_data_path")
     steps = spec.training.max_steps
     if steps is not None and spec.training.warmup_steps >= steps:

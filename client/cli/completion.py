@@ -37,5 +37,5 @@ def answer(words: Sequence[str], console: Console) -> int:
 
 def candidates(before: Sequence[str], current: str) -> list[str]:
     """Return what ``current`` may become after the words ``before``; [] if a file may follow."""
-    found = ShellComplete(trainyard, {}, "trainyard", COMPLETE_VARIABLE).get_completions(list(before), current)
-    return [str(item.value) for item in found if item.type == "plain"]
+    completions = ShellComplete(trainyard, {}, "trainyard", COMPLETE_VARIABLE).get_completions(list(before), current)
+    return [str(item.value) for item in completions if item.type == "plain"]

@@ -50,6 +50,10 @@ class Console:
         """Write a JSON document on one line."""
         print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=self.out, flush=True)
 
+    def json_list(self, items: list[Any], has_more: bool = False) -> None:
+        """Write a list as the API returns it."""
+        self.json({"object": "list", "data": items, "has_more": has_more})
+
     def error(self, text: str) -> None:
         """Write a message to stderr."""
         print(safe(text), file=self.err, flush=True)

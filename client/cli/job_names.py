@@ -22,11 +22,11 @@ def jobs() -> Iterator[str]:
         connection = kind(parts.hostname or "", parts.port, timeout=SERVICE_SECONDS)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         connection.request("GET", f"{parts.path.rstrip('/')}/jobs?limit={NEWEST}", headers=headers)
-        found = json.loads(connection.getresponse().read())["data"]
+        newest = json.loads(connection.getresponse().read())["data"]
         connection.close()
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return
-    for job in found:
+    for job in newest:
         yield str(job["id"])
         if SAFE_WORD.fullmatch(str(job["name"])):
             yield str(job["name"])

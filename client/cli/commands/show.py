@@ -43,7 +43,7 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
     shown = jobs[: args.limit]
     if args.json:
-        console.json({"object": "list", "data": shown, "has_more": len(jobs) > len(shown)})
+        console.json_list(shown, has_more=len(jobs) > len(shown))
         return Exit.SUCCEEDED
     if not shown:
         console.error("no jobs; launch one:  trainyard submit --data_path corpus.jsonl")
@@ -80,7 +80,7 @@ def metrics(args: SimpleNamespace, console: Console) -> int:
         job_id = trainyard.find(args.job)["id"]
         points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
         if args.json:
-            console.json({"object": "list", "data": list(points), "has_more": False})
+            console.json_list(list(points))
         elif args.csv:
             _print_csv(points, console)
         else:
@@ -141,11 +141,11 @@ def _attempt_row(attempt: Any) -> Row:
 
 def samples(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        found = trainyard.samples(trainyard.find(args.job)["id"])
+        items = trainyard.samples(trainyard.find(args.job)["id"])
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
+        console.json_list(items)
         return Exit.SUCCEEDED
-    for sample in found:
+    for sample in items:
         console.data(f"step {count(sample['step'])}  {sample['prompt']!r}")
         console.data("  " + str(sample["text"]).replace("\n", "\n  "))
     return Exit.SUCCEEDED
@@ -153,8 +153,8 @@ def samples(args: SimpleNamespace, console: Console) -> int:
 
 def devices(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        found = trainyard.devices()
-    return _print_rows(args, console, found, ("DEVICE", "MODEL", "MEMORY", "LEASED TO"), _device_row)
+        items = trainyard.devices()
+    return _print_rows(args, console, items, ("DEVICE", "MODEL", "MEMORY", "LEASED TO"), _device_row)
 
 
 def _device_row(device: Any) -> Row:
@@ -190,15 +190,15 @@ def print_list(
 ) -> int:
     """Print the objects of a job that ``read`` returns, as a table or as JSON."""
     with connect(args) as trainyard:
-        found = list(read(trainyard, trainyard.find(args.job)["id"]))
-    return _print_rows(args, console, found, header, row)
+        items = list(read(trainyard, trainyard.find(args.job)["id"]))
+    return _print_rows(args, console, items, header, row)
 
 
 def _print_rows(
-    args: SimpleNamespace, console: Console, found: list[Any], header: Row, row: Callable[[Any], Row]
+    args: SimpleNamespace, console: Console, items: list[Any], header: Row, row: Callable[[Any], Row]
 ) -> int:
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
+        console.json_list(items)
     else:
-        console.lines(table(header, [row(item) for item in found]))
+        console.lines(table(header, [row(item) for item in items]))
     return Exit.SUCCEEDED

@@ -58,16 +58,16 @@ def revoke(args: SimpleNamespace, console: Console) -> int:
 
 def list_tokens(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        found = trainyard.tokens()
+        tokens = trainyard.tokens()
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
+        console.json_list(tokens)
         return Exit.SUCCEEDED
-    if not found:
+    if not tokens:
         console.error("no named tokens; create one:  trainyard token create NAME --scope submit")
         return Exit.SUCCEEDED
     now = datetime.now(UTC)
     header = ("NAME", "SCOPE", "JOBS", "DEVICES", "CREATED", "LAST USED", "STATUS")
-    console.lines(table(header, [_row(token, now) for token in found]))
+    console.lines(table(header, [_row(token, now) for token in tokens]))
     return Exit.SUCCEEDED
 
 

@@ -53,32 +53,32 @@ def _labels(given: Iterable[str]) -> dict[str, str]:
 
 def list_webhooks(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        found = list(trainyard.webhooks.list())
+        webhooks = list(trainyard.webhooks.list())
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
-    elif not found:
+        console.json_list(webhooks)
+    elif not webhooks:
         console.error("no webhooks; create one:  trainyard webhook create https://example.com/hook")
     else:
-        rows = [(hook["id"], one_line(hook["url"], 60), _jobs(hook), status(hook)) for hook in found]
+        rows = [(hook["id"], one_line(hook["url"], 60), _jobs(hook), status(hook)) for hook in webhooks]
         console.lines(table(("ID", "URL", "JOBS", "STATUS"), rows))
     return Exit.SUCCEEDED
 
 
 def show(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        found = trainyard.webhooks.get(args.webhook)
+        webhook = trainyard.webhooks.get(args.webhook)
     if args.json:
-        console.json(found)
+        console.json(webhook)
         return Exit.SUCCEEDED
     now = datetime.now(UTC)
     lines = {
-        "webhook": f"{found['id']}  {status(found)}",
-        "url": found["url"],
-        "description": found["description"],
-        "jobs": _jobs(found),
-        "events": ", ".join(found["events"]),
-        "rules": ", ".join(json.dumps(rule) for rule in found["rules"]),
-        "delivered": ago(found["succeeded_at"], now) if found["succeeded_at"] else "never",
+        "webhook": f"{webhook['id']}  {status(webhook)}",
+        "url": webhook["url"],
+        "description": webhook["description"],
+        "jobs": _jobs(webhook),
+        "events": ", ".join(webhook["events"]),
+        "rules": ", ".join(json.dumps(rule) for rule in webhook["rules"]),
+        "delivered": ago(webhook["succeeded_at"], now) if webhook["succeeded_at"] else "never",
     }
     console.lines(f"{name:<12} {one_line(text, 400)}" for name, text in lines.items() if text)
     return Exit.SUCCEEDED
@@ -101,13 +101,13 @@ def _jobs(webhook: Webhook) -> str:
 
 def deliveries(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        found = list(trainyard.webhooks.deliveries(args.webhook, state=args.state, limit=args.limit))
+        rows = list(trainyard.webhooks.deliveries(args.webhook, state=args.state, limit=args.limit))
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
+        console.json_list(rows)
     else:
         header = ("ID", "TYPE", "JOB", "STATE", "TRIES", "LAST", "CREATED")
         now = datetime.now(UTC)
-        console.lines(table(header, [_row(one, now) for one in found], right=frozenset({4})))
+        console.lines(table(header, [_row(one, now) for one in rows], right=frozenset({4})))
     return Exit.SUCCEEDED
 
 
@@ -129,14 +129,14 @@ def last_try(delivery: Delivery) -> str:
 def test(args: SimpleNamespace, console: Console) -> int:
     """Send a test event and wait for its result. The exit code is 1 if it was not delivered."""
     with connect(args) as trainyard:
-        found = _wait(trainyard, trainyard.webhooks.test(args.webhook), args.timeout)
+        delivery = _wait(trainyard, trainyard.webhooks.test(args.webhook), args.timeout)
     if args.json:
-        console.json(found)
-    elif found["state"] == "pending":
+        console.json(delivery)
+    elif delivery["state"] == "pending":
         console.error("not sent yet: is a service with a scheduler running?")
     else:
-        console.data(f"{found['state']}: {last_try(found)}")
-    return Exit.SUCCEEDED if found["state"] == "delivered" else Exit.REJECTED
+        console.data(f"{delivery['state']}: {last_try(delivery)}")
+    return Exit.SUCCEEDED if delivery["state"] == "delivered" else Exit.REJECTED
 
 
 def _wait(trainyard: Client, delivery: Delivery, seconds: float) -> Delivery:
@@ -149,11 +149,11 @@ def _wait(trainyard: Client, delivery: Delivery, seconds: float) -> Delivery:
 
 def redeliver(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        found = trainyard.webhooks.redeliver(args.webhook, args.delivery)
+        delivery = trainyard.webhooks.redeliver(args.webhook, args.delivery)
     if args.json:
-        console.json(found)
+        console.json(delivery)
     else:
-        console.error(f"{found['event_id']} will be sent again as delivery {found['id']}")
+        console.error(f"{delivery['event_id']} will be sent again as delivery {delivery['id']}")
     return Exit.SUCCEEDED
 
 
@@ -173,11 +173,11 @@ def disable(args: SimpleNamespace, console: Console) -> int:
 
 def _switch(args: SimpleNamespace, console: Console, *, enabled: bool) -> int:
     with connect(args) as trainyard:
-        found = trainyard.webhooks.change(args.webhook, enabled=enabled)
+        webhook = trainyard.webhooks.change(args.webhook, enabled=enabled)
     if args.json:
-        console.json(found)
+        console.json(webhook)
     else:
-        console.error(f"{found['id']} is {status(found)}")
+        console.error(f"{webhook['id']} is {status(webhook)}")
     return Exit.SUCCEEDED
 
 
