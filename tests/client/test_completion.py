@@ -51,7 +51,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_commands_and_their_second_words() -> None:
+def test_commands_and_subcommands() -> None:
     commands = set(candidates([], ""))
     assert {"list", "show", "db", "completion", "submit"} <= commands
     assert "__complete" not in commands

@@ -63,7 +63,7 @@ def test_the_page_of_a_queued_job() -> None:
     assert not any(line.startswith(("  progress", "  numbers", "  checkpoint", "  attempt")) for line in lines)
 
 
-def test_the_corpus_stands_on_the_page() -> None:
+def test_the_page_has_the_corpus() -> None:
     assert "  corpus     /data/a.jsonl" in page(spec={"data": {"data_path": "/data/a.jsonl"}})
 
 
@@ -102,7 +102,7 @@ def test_the_card_has_what_the_evidence_and_the_hint() -> None:
     assert error_card(job(error=newer))[1:] == ["  | printed last", "peak memory of a rank: 61.0 GB", "hint: look"]
 
 
-def test_what_helps_a_failed_job_is_typed_as_the_service_says_it() -> None:
+def test_next_actions_of_a_failed_job_are_those_of_the_service() -> None:
     helps = [
         {"words": "Fork from step 400 with learning_rate 0.001", "command": "trainyard fork job_1 --step 400"},
         {"words": "Resume from step 400", "command": "trainyard resume job_1"},
@@ -126,12 +126,12 @@ def test_there_is_always_something_to_type(status: JobStatus) -> None:
         assert "'my run; rm -rf /'" in command
 
 
-def test_resume_is_offered_only_where_it_works() -> None:
+def test_resume_is_suggested_only_if_it_is_possible() -> None:
     assert "trainyard resume a" in next_commands(job("failed", resumable=True), "a")
     assert "trainyard resume a" not in next_commands(job("failed", resumable=False), "a")
 
 
-def test_the_last_words() -> None:
+def test_the_end_report() -> None:
     assert end_report(job("failed", message="why", resume_blocker="its checkpoints are gone"), "a") == [
         "failed: why",
         "cannot be resumed: its checkpoints are gone",
@@ -146,12 +146,12 @@ def test_the_last_words() -> None:
 
 
 @pytest.mark.parametrize("status", list(JobStatus))
-def test_a_job_has_an_exit_code_exactly_when_it_is_at_rest(status: JobStatus) -> None:
+def test_a_job_has_an_exit_code_exactly_when_it_is_idle(status: JobStatus) -> None:
     assert is_idle(job(status)) == (status in IDLE)
     assert (exit_of_job(job(status)) is not None) == (status in IDLE)
 
 
-def test_only_a_restart_to_come_keeps_an_interrupted_job_going() -> None:
+def test_only_a_pending_restart_keeps_an_interrupted_job_going() -> None:
     due = job("interrupted", restart_at="2026-01-31T16:31:10Z")
     assert restart_pending(due)
     assert not is_idle(due)

@@ -37,7 +37,7 @@ def test_the_page(run: Run, service: FakeService) -> None:
     assert body_of(service.requests[0]) == {"data": {"data_path": "/d"}, "training": {"batch_size": 64}}
 
 
-def test_what_is_not_known_is_said_or_left_out() -> None:
+def test_unknown_values_are_named_or_left_out() -> None:
     lines = plan_page({"parameters": 1000, "active_parameters": 500, "world_size": 2, "steps": None})
     text = "\n".join(lines)
     assert "500 active per token" in text
@@ -89,7 +89,7 @@ def test_the_client_s_method(trainyard: Client, service: FakeService) -> None:
         ("cpu", 2, 849, "DOES NOT FIT in the 849 B of this host"),
     ],
 )
-def test_whether_it_fits_is_said(device: str, ranks: int, limit: int, said: str) -> None:
+def test_whether_it_fits_in_memory(device: str, ranks: int, limit: int, said: str) -> None:
     memory = {"weights": 100, "gradients": 100, "optimizer": 200}
     facts = {"device": device, "world_size": ranks, "memory_bytes": memory, "snapshot_bytes": 50}
     assert said in "\n".join(plan_page({**facts, "memory_limit_bytes": limit}))

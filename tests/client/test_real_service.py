@@ -113,7 +113,7 @@ def test_a_run_is_watched_through_the_death_of_its_service(live: Restartable, mo
     assert run(live, "show", "live").returncode == 1
 
 
-def test_a_run_that_ends_well_and_one_that_is_refused(live: Restartable) -> None:
+def test_a_run_that_succeeds_and_one_that_is_rejected(live: Restartable) -> None:
     done = run(live, "submit", "-y", "--data_path", "corpus.jsonl", "--max_steps", "40", "--watch", *TINY.split())
     assert done.returncode == 0, done.stderr
     assert "status=succeeded" in done.stdout.splitlines()[-1]

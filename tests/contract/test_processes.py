@@ -75,7 +75,7 @@ def test_identity_survives_json() -> None:
     assert ProcessIdentity.from_json(identity.to_json()) == identity
 
 
-def test_an_exclusive_lock_says_that_nobody_shares(tmp_path: Path) -> None:
+def test_an_exclusive_lock_proves_that_no_process_shares_it(tmp_path: Path) -> None:
     file = tmp_path / "alive.lock"
     assert not is_held(file)
     with FileLock(file).take(shared=True), FileLock(file).take(shared=True):

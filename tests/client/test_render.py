@@ -23,7 +23,7 @@ def drawn(of: WatchState, width: int = 110) -> list[str]:
     return plain(render(of, NOW, width))
 
 
-def test_the_picture_of_a_running_job() -> None:
+def test_the_display_of_a_running_job() -> None:
     eta = (NOW + timedelta(seconds=7800)).astimezone().strftime("%H:%M")
     lines = drawn(scene())
     ema = lines[2].split()[1]
@@ -39,13 +39,13 @@ def test_the_picture_of_a_running_job() -> None:
     ]
 
 
-def test_before_the_first_look_there_is_a_picture_too() -> None:
+def test_there_is_a_display_before_the_first_poll() -> None:
     empty = WatchState(handle="pre-12", url=URL, connection_error="connection refused")
     assert drawn(empty)[0].startswith("pre-12")
     assert drawn(empty)[-1] == f"reconnecting, no answer for now   {URL}"
 
 
-def test_a_lost_service_keeps_the_numbers_and_says_since_when() -> None:
+def test_a_lost_service_keeps_the_numbers_and_shows_the_time() -> None:
     lost = scene()
     lost.connection_error, lost.answered_at = "connection refused", NOW - timedelta(seconds=12)
     lines = drawn(lost)
@@ -53,7 +53,7 @@ def test_a_lost_service_keeps_the_numbers_and_says_since_when() -> None:
     assert lines[:-1] == drawn(scene())[:-1]
 
 
-def test_a_waiting_job_says_what_for() -> None:
+def test_a_queued_job_shows_what_it_waits_for() -> None:
     waiting = WatchState(
         "p", URL, job("queued", progress={"step": None}, checkpoint=None, summary="Waiting for 2 GPUs.")
     )
@@ -95,7 +95,7 @@ def test_unknown_numbers_are_dashes() -> None:
     assert "MFU" not in text
 
 
-def test_a_checkpoint_is_said_to_be_verified_only_where_it_was() -> None:
+def test_only_a_verified_checkpoint_is_shown_as_verified() -> None:
     for kept in (
         None,
         KeptCheckpoints(12000, 1, 766_000_000, verified=False),
