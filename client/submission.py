@@ -1,55 +1,47 @@
-"""The spec that a command line describes: a spec file, MiniMind's flags, or both. Shared by `submit` and `plan`."""
+"""The spec that a command line describes: a spec file, MiniMind's flags, or both. `submit` and `plan` share it."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
-from client.arguments import OWN_SUBMIT_FLAGS, submit_parser
-from client.console import Console
-from client.errors import InvalidSpec
-from client.exits import UsageError
-from client.flags import (
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.spec_flags import (
     PATHS,
-    add_leaf_flags,
-    leaf_flags,
+    given_leaves,
     parse_labels,
-    require_known,
     spec_of,
-    without_program,
 )
-from contract.parsing import ALIASES, GROUP_OF_LEAF
+from trainyard.client.errors import InvalidSpec
+from trainyard.client.exit_codes import UsageError
+from trainyard.contract.parsing import ALIASES
 
 
 @dataclass(frozen=True)
 class Submission:
     """``spec`` is what will be sent, ``given`` the leaves that had flags of their own."""
 
-    args: argparse.Namespace
+    args: SimpleNamespace
     given: Mapping[str, Any]
     spec: dict[str, Any]
 
     @classmethod
-    def read(cls, command: str, arguments: Sequence[str], console: Console) -> Self:
-        """From the arguments of ``command``. Raises UsageError."""
-        parser = submit_parser(command)
-        add_leaf_flags(parser)
-        known = require_known(without_program(arguments), OWN_SUBMIT_FLAGS | leaf_flags())
-        args = parser.parse_args(known)
-        given = {name: value for name, value in vars(args).items() if name in GROUP_OF_LEAF or name in ALIASES}
+    def read(cls, command: str, args: SimpleNamespace, console: Console) -> Self:
+        """Return the submission that the arguments of ``command`` describe. Raises UsageError."""
+        given = given_leaves(vars(args))
         return cls(args, given, _spec(command, args, given, console))
 
-    def refused(self, error: InvalidSpec, console: Console) -> None:
+    def error_text(self, error: InvalidSpec, console: Console) -> None:
         """Say every mistake that the service found, with the flag that made it."""
-        console.say(f"trainyard: {error.detail}")
+        console.error(f"trainyard: {error.detail}")
         self.list_problems([(problem.pointer, problem.message) for problem in error.errors], console)
 
     def list_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
         """One line a mistake."""
         for pointer, message in problems:
-            console.say(f"  {_place(pointer, self.given)}: {message}{self._where(pointer)}")
+            console.error(f"  {_place(pointer, self.given)}: {message}{self._where(pointer)}")
 
     def _where(self, pointer: str) -> str:
         """The path itself where a path is wrong: a relative one was looked for somewhere."""
@@ -59,14 +51,14 @@ class Submission:
         return f" ({value})" if isinstance(value, str) else ""
 
 
-def _spec(command: str, args: argparse.Namespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
+def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
     base = _read(args.spec, console) if args.spec else {}
     if not base and not given and not args.set:
         raise UsageError(
             f"give a SPEC.json, or at least --data_path FILE; `trainyard {command} --help` lists all flags"
         )
     spec = spec_of(base, given, args.set, Path.cwd())
-    if "name" in args:
+    if args.name is not None:
         spec["name"] = args.name
     if args.labels:
         before = spec.get("labels")

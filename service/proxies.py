@@ -1,6 +1,7 @@
-"""What a proxy says of the request it passes on: believed of those that are listed, and of nobody else. Pure.
+"""X-Forwarded-For, -Proto and -Host: taken from trusted proxies, ignored from all others. Pure.
 
-Of each header the last value counts, which the proxy next to us has set; what stands before it may come from anybody.
+Of each header the last value counts, which the proxy next to us has set; any client can send the values before it.
+Why not uvicorn's ProxyHeadersMiddleware: docs/decisions/0014.
 """
 
 from collections.abc import Iterable
@@ -17,18 +18,18 @@ SCHEMES = ("http", "https")
 
 
 @dataclass(frozen=True)
-class Proxies:
-    """The proxies that are trusted. None: every such header is ignored."""
+class TrustedProxies:
+    """The trusted proxies. If there are none, every such header is ignored."""
 
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Proxies":
-        """From addresses and networks. Raises ValueError."""
+    def of(cls, texts: Iterable[str]) -> "TrustedProxies":
+        """Make it from addresses and networks. Raises ValueError."""
         return cls(tuple(ip_network(text.strip()) for text in texts if text.strip()))
 
-    def seen_through(self, scope: Scope) -> Scope:
-        """The request as it reached the proxy: with the client's address, the scheme and the Host that were used."""
+    def rewrite_scope(self, scope: Scope) -> Scope:
+        """Return the request as it reached the proxy: with the client's address, the scheme and the Host."""
         peer = address_in((scope.get("client") or ("",))[0])
         if peer is None or not self._trust(peer):
             return scope
@@ -42,7 +43,7 @@ class Proxies:
         }
 
     def _client(self, peer: Address, chain: list[str]) -> Address:
-        """The last address of the chain that is no proxy of ours; a proxy where what it says is no address."""
+        """Return the last address that is no trusted proxy, or a proxy if what it sent is no address."""
         while chain and self._trust(peer):
             before = address_in(chain.pop())
             if before is None:
@@ -55,7 +56,7 @@ class Proxies:
 
 
 def address_in(text: str) -> Address | None:
-    """An address as it stands in X-Forwarded-For, with a port or without; None for what is none."""
+    """Return the address in an item of X-Forwarded-For, which may have a port, or None if it has no address."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]
@@ -74,14 +75,14 @@ def _values(headers: Headers, name: str) -> list[str]:
 
 
 def _scheme(scope: Scope, headers: Headers) -> str:
-    said = (_values(headers, PROTO) or [""])[-1].lower()
-    return said if said in SCHEMES else str(scope.get("scheme", "http"))
+    scheme = (_values(headers, PROTO) or [""])[-1].lower()
+    return scheme if scheme in SCHEMES else str(scope.get("scheme", "http"))
 
 
 def _hosted(scope: Scope, headers: Headers) -> list[tuple[bytes, bytes]]:
-    """The headers, with the Host that the proxy was asked for. Whether it is one of ours is looked at behind this."""
-    said = _values(headers, HOST)
-    given: list[tuple[bytes, bytes]] = list(scope["headers"])
-    if not said:
-        return given
-    return [*((name, value) for name, value in given if name != b"host"), (b"host", said[-1].encode("latin-1"))]
+    """Return the headers with the Host that the client used. Whether it is an allowed one is checked later."""
+    hosts = _values(headers, HOST)
+    headers_of_scope: list[tuple[bytes, bytes]] = list(scope["headers"])
+    if not hosts:
+        return headers_of_scope
+    return [*((n, v) for n, v in headers_of_scope if n != b"host"), (b"host", hosts[-1].encode("latin-1"))]

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+import trainyard
 from benchmarks.corpus import write_docstrings
-from client.api import Trainyard
-from client.webhooks import Webhooks
-from tests.guides.blocks import DOCS, blocks
-from tests.story.served import Served
+from tests.guides.code_blocks import DOCS, blocks
+from tests.story.service_process import Served
+from trainyard.client.webhooks import Webhooks
 
 PAGE = DOCS / "guides" / "python.md"
 
@@ -43,6 +43,11 @@ def test_the_blocks_run_in_order(service: Served, tmp_path: Path, monkeypatch: p
 
 def test_the_page_lists_every_method() -> None:
     text = PAGE.read_text()
-    public = [name for kind in (Trainyard, Webhooks) for name in vars(kind) if not name.startswith("_")]
+    public = [name for kind in (trainyard.Client, Webhooks) for name in vars(kind) if not name.startswith("_")]
     assert public
     assert [name for name in public if f"`{name}`" not in text] == []
+
+
+def test_the_page_lists_every_public_name() -> None:
+    text = PAGE.read_text()
+    assert [name for name in trainyard.__all__ if f"trainyard.{name}" not in text and f"`{name}`" not in text] == []
