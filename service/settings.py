@@ -24,7 +24,7 @@ from trainyard.service.settings_base import (
 from trainyard.service.ssrf import Network
 from trainyard.service.static_tokens import parse_tokens
 
-__all__ = ["Settings", "InvalidSettings", "is_loopback"]
+__all__ = ["InvalidSettings", "Settings", "is_loopback"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DATABASES = ("sqlite", "postgresql", "postgres", "postgresql+psycopg")

@@ -4,8 +4,8 @@ import hmac
 import logging
 from pathlib import Path
 
-from trainyard.service.auth.api_keys import token_hash
 from trainyard.service.errors import Unauthorized
+from trainyard.service.ids import token_hash
 
 log = logging.getLogger("trainyard")
 

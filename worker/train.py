@@ -18,12 +18,12 @@ from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, n
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
 from trainyard.worker.data.loader import MicroBatchLoader
-from trainyard.worker.data.paths import check_allowed_paths
 from trainyard.worker.data.prepare import TrainingData, prepare_data
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext, require_device
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.events.trackers import Trackers
+from trainyard.worker.paths import check_allowed_paths
 from trainyard.worker.training import nonfinite
 from trainyard.worker.training.control import (
     ControlFlags,

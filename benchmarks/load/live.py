@@ -11,11 +11,10 @@ from typing import Any
 from benchmarks.load.wire import Wire
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import JobStatus
-from trainyard.service.auth.api_keys import token_hash
 from trainyard.service.auth.principal import LOCAL
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import AttemptRow
-from trainyard.service.ids import new_id
+from trainyard.service.ids import new_id, token_hash
 from trainyard.service.jobs import repository
 
 

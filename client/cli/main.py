@@ -8,13 +8,12 @@ from difflib import get_close_matches
 import click
 
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.parser import trainyard
+from trainyard.client.cli.parser import COMPLETE_VARIABLE, trainyard
 from trainyard.client.errors import ApiError, TrainyardError
 from trainyard.client.exit_codes import Exit, UsageError, exit_of_error
 
 UNAUTHORIZED = 401
 COMPLETE = "__complete"
-COMPLETE_VARIABLE = "_TRAINYARD_COMPLETE"
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from trainyard.client.cli.options import Option, option_names
 from trainyard.contract.scopes import Scope
 
 if TYPE_CHECKING:
@@ -19,25 +20,6 @@ if TYPE_CHECKING:
 
 SUBMIT = "submit"
 PLAN = "plan"
-
-
-class Option(click.Option):
-    """A click option under a heading of ``--help``. Another option's name is not its value: ``--token --json``."""
-
-    def __init__(self, *names: str, section: str = "Options", **attributes: Any) -> None:
-        super().__init__(names, **attributes)
-        self.section = section
-
-    def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Convert the value. Raises click.BadOptionUsage if it is the name of another option."""
-        for text in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(text, str) and text.startswith("-") and text in _option_names(ctx):
-                raise click.BadOptionUsage(self.opts[0], f"Option {self.opts[0]!r} requires an argument.", ctx)
-        return super().type_cast_value(ctx, value)
-
-
-def _option_names(ctx: click.Context) -> set[str]:
-    return {name for param in ctx.command.get_params(ctx) for name in param.opts}
 
 
 class Command(click.Command):
@@ -92,7 +74,7 @@ class SpecCommand(Command):
             # click names the option with underscores; the message names it as it was typed.
             names = [word.partition("=")[0] for word in args]
             typed = next((name for name in names if error.option_name[2:] == _underscores(name[2:])), error.option_name)
-            raise unknown_flag(typed, _option_names(ctx)) from None
+            raise unknown_flag(typed, option_names(ctx)) from None
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options in the groups of the spec."""
@@ -128,11 +110,12 @@ def rank(text: str) -> int | str:
 
 
 def _jobs(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
-    from trainyard.client.cli.completion import jobs
+    from trainyard.client.cli.job_names import jobs
 
     return [name for name in jobs() if name.startswith(incomplete)]
 
 
+COMPLETE_VARIABLE = "_TRAINYARD_COMPLETE"
 FILE = click.Path()
 POSITIVE = click.IntRange(min=1)
 

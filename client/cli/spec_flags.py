@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trainyard.client.cli.parser import Option
+from trainyard.client.cli.options import Option
 from trainyard.client.exit_codes import UsageError
 from trainyard.contract.parsing import (
     ALIASES,

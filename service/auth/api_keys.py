@@ -8,9 +8,9 @@ import re
 import secrets
 from dataclasses import dataclass
 from datetime import datetime
-from hashlib import sha256
 
 from trainyard.contract.scopes import Scope
+from trainyard.service.ids import token_hash
 
 PREFIX = "ty_"
 KEY = re.compile(r"ty_([a-z2-7]{12})_[A-Za-z0-9_-]{43}")
@@ -36,11 +36,6 @@ class ApiKey:
 def generate(token_id: str) -> str:
     """A new token for the row ``tok_...``."""
     return f"{PREFIX}{token_id.removeprefix('tok_')}_{secrets.token_urlsafe(SECRET_BYTES)}"
-
-
-def token_hash(token: str) -> str:
-    """Return the hex digest by which a token is stored and compared, whichever kind it is."""
-    return sha256(token.encode(errors="replace")).hexdigest()
 
 
 def id_in(token: str) -> str | None:

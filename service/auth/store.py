@@ -11,7 +11,7 @@ from trainyard.service.auth import api_keys
 from trainyard.service.auth.api_keys import ApiKey
 from trainyard.service.db.models import TokenRow
 from trainyard.service.errors import TokenNameTaken, TokenNotFound, TokenRevoked
-from trainyard.service.ids import new_id
+from trainyard.service.ids import new_id, token_hash
 from trainyard.service.schemas import TokenRequest
 
 ID_LETTERS = 12
@@ -48,7 +48,7 @@ def create(session: Session, asked: TokenRequest, by: str, now: datetime) -> tup
         id=token_id,
         name=asked.name,
         scope=asked.scope,
-        sha256=api_keys.token_hash(token),
+        sha256=token_hash(token),
         max_jobs=asked.max_jobs,
         max_devices=asked.max_devices,
         created_by=by,
@@ -72,7 +72,7 @@ def rotate(session: Session, name: str, overlap: int, expires_in: int | None, no
     token = api_keys.generate(row.id)
     row.previous_sha256 = row.sha256 if overlap else None
     row.previous_until = _after(now, overlap) if overlap else None
-    row.sha256, row.rotated_at = api_keys.token_hash(token), now
+    row.sha256, row.rotated_at = token_hash(token), now
     if expires_in is not None:
         row.expires_at = _after(now, expires_in)
     return row, token

@@ -24,7 +24,7 @@ from trainyard.contract.events import (
     WarningEvent,
 )
 from trainyard.contract.status import Desired, JobStatus
-from trainyard.service.auth.api_keys import NO_HASH, token_hash
+from trainyard.service.auth.api_keys import NO_HASH
 from trainyard.service.db.models import (
     AttemptRow,
     CheckpointRow,
@@ -33,6 +33,7 @@ from trainyard.service.db.models import (
     SampleRow,
 )
 from trainyard.service.errors import Unauthorized
+from trainyard.service.ids import token_hash
 from trainyard.service.ingest.parsing import contiguous, read
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft

@@ -16,11 +16,10 @@ from trainyard.contract.failpoints import failpoint
 from trainyard.contract.messages import ErrorCard, ExitReport, RunSettings
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Desired, JobStatus, Reason
-from trainyard.service.auth.api_keys import token_hash
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
 from trainyard.service.errors import Conflict, JobNotFound
-from trainyard.service.ids import new_id
+from trainyard.service.ids import new_id, token_hash
 from trainyard.service.ingest import events, exits
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft

@@ -42,7 +42,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr("trainyard.client.cli.completion.SERVICE_SECONDS", 10.0)
+    monkeypatch.setattr("trainyard.client.cli.job_names.SERVICE_SECONDS", 10.0)
     monkeypatch.setenv("TRAINYARD_URL", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("TRAINYARD_TOKEN", "t0ken")
     yield f"http://127.0.0.1:{server.server_port}"
@@ -131,8 +131,8 @@ def shell(name: str, words: str, folder: Path) -> list[str]:
     """What a shell prints that has read our script; `trainyard` is this very code."""
     command = folder / "trainyard"
     command.write_text(
-        f"#!{sys.executable}\nimport sys\nimport trainyard.client.cli.completion, trainyard.client.cli.main\n"
-        "trainyard.client.cli.completion.SERVICE_SECONDS = 10.0\nsys.exit(trainyard.client.cli.main.main())\n"
+        f"#!{sys.executable}\nimport sys\nimport trainyard.client.cli.job_names, trainyard.client.cli.main\n"
+        "trainyard.client.cli.job_names.SERVICE_SECONDS = 10.0\nsys.exit(trainyard.client.cli.main.main())\n"
     )
     command.chmod(0o755)
     stubs = "compdef() { :; }\n" if name == "zsh" else ""

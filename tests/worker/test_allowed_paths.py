@@ -20,8 +20,8 @@ from trainyard.service.devices.inventory import cpu_slots
 from trainyard.service.errors import SpecInvalid
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.settings import Settings
-from trainyard.worker.data.paths import check_allowed_paths
 from trainyard.worker.errors import TrainingError
+from trainyard.worker.paths import check_allowed_paths
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"<|endoftext|>": 0, "a": 1, "b": 2}, "merges": []}, "added_tokens": []}
 

@@ -7,8 +7,8 @@ import pytest
 
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.data.paths import check_allowed_paths
 from trainyard.worker.errors import TrainingError
+from trainyard.worker.paths import check_allowed_paths
 
 
 def spec(**groups: Any) -> JobSpec:

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from trainyard.contract.spec import TrainingSpec
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
+from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.nonfinite import NonFiniteCounters
 from trainyard.worker.training.state import TrainState, build_train_state, initial_model
-from trainyard.worker.training.step import MicroBatch, StepMetrics, seed_dropout
+from trainyard.worker.training.step import StepMetrics, seed_dropout
 
 SHAPE = ModelConfig(
     hidden_size=32,

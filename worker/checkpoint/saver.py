@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from trainyard.contract.events import (
     CheckpointRemoved,
@@ -26,9 +27,11 @@ from trainyard.worker.checkpoint.staging import StagingBuffers, StateDicts
 from trainyard.worker.checkpoint.weights import weights_file, write_weights
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import describe, save_error
-from trainyard.worker.training.metrics import MetricsProcessor
-from trainyard.worker.training.resume_check import ResumeCheck
-from trainyard.worker.training.state import TrainProgress, TrainState
+
+if TYPE_CHECKING:  # training is above checkpoint: these are what it passes in
+    from trainyard.worker.training.metrics import MetricsProcessor
+    from trainyard.worker.training.resume_check import ResumeCheck
+    from trainyard.worker.training.state import TrainProgress, TrainState
 
 
 class BackgroundTask:
@@ -89,7 +92,7 @@ class Checkpointer:
     ranks: DistributedContext
     emit: Callable[[Event], None]
     saved_at: float = 0.0
-    probe: ResumeCheck | None = None
+    probe: "ResumeCheck | None" = None
     _writer: BackgroundTask = field(default_factory=lambda: BackgroundTask("save"))
     _snapshot: StagingBuffers | None = None
 
@@ -98,7 +101,7 @@ class Checkpointer:
         minutes = self.spec.checkpoint.save_minutes
         return minutes is not None and now - self.saved_at >= minutes * 60
 
-    def save(self, trainee: TrainState, progress: TrainProgress, meters: MetricsProcessor, *, must: bool) -> None:
+    def save(self, trainee: "TrainState", progress: "TrainProgress", meters: "MetricsProcessor", *, must: bool) -> None:
         """Save the step that was just done. All ranks call it together.
 
         Returns at once, while the copy is being made; where the save ``must`` succeed, because the run ends with it,
@@ -135,7 +138,7 @@ class Checkpointer:
             self.emit(PhaseChanged(phase=Phase.TRAINING))
         self._writer.wait()
 
-    def _begin(self, trainee: TrainState, state: RunState, must: bool) -> None:
+    def _begin(self, trainee: "TrainState", state: RunState, must: bool) -> None:
         snapshot = self._snapshot = self._snapshot or StagingBuffers(trainee.model, trainee.optimizer)
         try:
             copies = snapshot.stage()
@@ -150,7 +153,7 @@ class Checkpointer:
 
         self._writer.start(work)
 
-    def _save_in_place(self, trainee: TrainState, state: RunState, must: bool, error: Exception) -> None:
+    def _save_in_place(self, trainee: "TrainState", state: RunState, must: bool, error: Exception) -> None:
         """There is no memory for a copy: write what training works on, while it waits."""
         self._snapshot = None
         message = f"no memory for a copy of step {state.step}, so training waits for its save: {str(error)[:200]}"

@@ -21,6 +21,7 @@ from trainyard.worker.checkpoint.huggingface import (
     weight_files,
 )
 from trainyard.worker.errors import TrainingError
+from trainyard.worker.paths import weight_paths
 
 MAX_LISTED = 12
 
@@ -75,16 +76,6 @@ def find_weights(spec: JobSpec, products: ArtifactDir) -> Path:
         hint = "Give a .pth or .safetensors file, a Hugging Face directory, or a name as in save_weight."
         raise TrainingError(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {looked}", hint)
     return found
-
-
-def weight_paths(spec: JobSpec, products: ArtifactDir) -> list[Path]:
-    """Where ``from_weight`` is looked for, in this order."""
-    wanted = str(spec.training.from_weight)
-    name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
-    folders = [products.out, products.path]
-    if spec.checkpoint.save_dir is not None:
-        folders.insert(0, Path(spec.checkpoint.save_dir))
-    return [Path(wanted), *(folder / name for folder in folders)]
 
 
 def mismatches(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
+from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.data.packing import Batch, Integers, PackedDataset
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.step import MicroBatch
 
 Normalization = Literal["global_tokens", "micro_batch_mean"]
 

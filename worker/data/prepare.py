@@ -20,10 +20,10 @@ from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.corpus import Corpus, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.packing import PackedDataset, SplitSpec
-from trainyard.worker.data.paths import check_allowed_paths
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
+from trainyard.worker.paths import check_allowed_paths
 
 CACHE = "TRAINYARD_CORPUS_CACHE"
 PROGRESS_SECONDS = 1.0

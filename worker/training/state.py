@@ -18,15 +18,11 @@ from trainyard.model.loss import IGNORED
 from trainyard.model.muon import Muon, matrix_parameters
 from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState
+from trainyard.worker.data.microbatch import ModelInputs
 from trainyard.worker.distributed import DistributedContext, FloatRow
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard, NonFiniteCounters
-from trainyard.worker.training.step import (
-    ModelInputs,
-    Precision,
-    TrainStep,
-    forward,
-)
+from trainyard.worker.training.step import Precision, TrainStep, forward
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -16,9 +16,9 @@ from trainyard.client.cli.formatting import (
 )
 from trainyard.client.cli.parser import PLAN
 from trainyard.client.cli.spec_flags import differences
+from trainyard.client.cli.submission import Submission
 from trainyard.client.errors import ApiError, InvalidSpec, NotFound
 from trainyard.client.exit_codes import Exit
-from trainyard.client.submission import Submission
 from trainyard.contract.parsing import parse_spec
 
 NOT_ALLOWED = 405

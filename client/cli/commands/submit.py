@@ -7,9 +7,9 @@ from trainyard.client.api import Client
 from trainyard.client.cli.commands.plan import shown_before, warned_before
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import SUBMIT
+from trainyard.client.cli.submission import Submission
 from trainyard.client.errors import InvalidSpec
 from trainyard.client.exit_codes import Exit, UsageError
-from trainyard.client.submission import Submission
 from trainyard.client.types import Job
 from trainyard.contract.parsing import parse_spec
 

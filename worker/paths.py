@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainyard.contract.allowed_paths import outside_reason
-from trainyard.contract.rundir import RunDir
+from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.contract.tokenizer_info import BYTE
-from trainyard.worker.checkpoint.weights import weight_paths
 from trainyard.worker.errors import TrainingError
 
 DATA_ROOTS, SAVE_ROOTS = "TRAINYARD_DATA_ROOTS", "TRAINYARD_SAVE_ROOTS"
@@ -73,3 +72,13 @@ def _written(spec: JobSpec, run: RunDir) -> Iterator[Named]:
     products = run.artifacts(spec.checkpoint.save_dir)
     for place in (products.path, products.checkpoints, products.out):
         yield "checkpoint.save_dir", place
+
+
+def weight_paths(spec: JobSpec, products: ArtifactDir) -> list[Path]:
+    """Where ``from_weight`` is looked for, in this order."""
+    wanted = str(spec.training.from_weight)
+    name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
+    folders = [products.out, products.path]
+    if spec.checkpoint.save_dir is not None:
+        folders.insert(0, Path(spec.checkpoint.save_dir))
+    return [Path(wanted), *(folder / name for folder in folders)]
