@@ -6,6 +6,7 @@ ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
 WORKDIR /opt/trainyard
 RUN useradd --uid 10001 --create-home --home-dir /var/lib/trainyard trainyard
 COPY pyproject.toml constraints.txt README.md ./
+COPY src src
 COPY contract contract
 COPY model model
 COPY worker worker
@@ -19,7 +20,7 @@ EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
 # Binding to all addresses is refused at start-up unless TRAINYARD_TOKEN is set.
-CMD ["python", "-m", "service"]
+CMD ["python", "-m", "trainyard.service"]
 
 FROM control AS worker
 USER root

@@ -14,7 +14,7 @@ def main() -> None:
     """Whole processes, from start to end."""
     environment = {**os.environ, "TRAINYARD_URL": "http://127.0.0.1:1"}
     for words, limit in LIMITS.items():
-        code = "import sys; from client.cli import main; sys.exit(main())"
+        code = "import sys; from trainyard.client.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", code, *words.split()]
         took = []
         for _ in range(ROUNDS):

@@ -4,7 +4,7 @@ import json
 from itertools import islice
 from pathlib import Path
 
-from client.demo.docstrings import docstrings, standard_library
+from trainyard.client.demo.corpus import docstrings, standard_library
 
 
 def write_docstrings(file: Path, limit: int) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 from tokenizers import Tokenizer as Library
 
 from benchmarks.corpus import write_docstrings
-from worker.corpus import open_corpus
-from worker.readers import open_reader
-from worker.tokenizers import FileTokenizer, train
+from trainyard.worker.data.corpus import open_corpus
+from trainyard.worker.data.readers import open_reader
+from trainyard.worker.data.tokenizers import FileTokenizer, train_tokenizer
 
 DOCSTRINGS = 7000
 COPIES = 3
@@ -30,7 +30,7 @@ def main() -> None:
         file.write_bytes(file.read_bytes() * COPIES)
         with open_reader(file) as reader:
             texts = [document.text for document in reader.documents("text")]
-        train(texts[:DOCSTRINGS], 6400, root)
+        train_tokenizer(texts[:DOCSTRINGS], 6400, root)
         tokenizer, library = FileTokenizer(root / "tokenizer.json"), Library.from_file(str(root / "tokenizer.json"))
         library.encode_batch(texts[:1000])
         tokenizer.encode_batch(texts[:1000])

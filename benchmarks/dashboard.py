@@ -1,4 +1,4 @@
-"""What the dashboard costs who looks at it, in a browser of its own: paint, a long run, redraws, freshness, memory."""
+"""Measures the dashboard in a browser: first paint, a long run, redraws, latency of updates, memory."""
 
 import contextlib
 import shutil
@@ -17,23 +17,23 @@ from benchmarks.load.figures import Figure, machine, quantile
 from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served, until
-from service.jobs import store
+from trainyard.service.jobs import repository
 
 CHROMIUM = shutil.which("chromium")
 POINTS = 1_000_000
-OPENED = 9
-REDRAWN = 20
-HEARD = 10
+OPENS = 9
+REDRAWS = 20
+REPORTS = 10
 UPDATES = 1000
-BEAT_MS = 2000
+POLL_MS = 2000
 TALL = {"width": 1280, "height": 2400}
 
 MARKS = "Object.fromEntries(performance.getEntriesByType('mark').map((mark) => [mark.name, mark.startTime]))"
-"""ms from the request for the page to the frame that shows its first words (`text`), and its first curve."""
+"""ms from the request of the page to the frame that shows its first text (`text`), and its first curve (`curve`)."""
 
-SETTLES = 1.5
-OPENS = 4.0
-"""Seconds for the browser to come up, and for the page to be done before a debugger looks at it."""
+BROWSER_START_SECONDS = 1.5
+PAGE_OPEN_SECONDS = 4.0
+"""Waits for the browser to start, and for the page to be complete before a debugger is attached."""
 
 REDRAW = """async () => {
   const charts = [...document.querySelectorAll('figure')].slice(0, 6).map((node) => node.chart);
@@ -41,32 +41,34 @@ REDRAW = """async () => {
   for (const chart of charts) chart.show({ ...chart.content, traces: chart.content.traces.map(moved) });
   const began = performance.now();
   await Promise.all(charts.map((chart) => chart.draw()));
-  return [performance.now() - began, charts.filter((chart) => chart.isSeen).length];
+  return [performance.now() - began, charts.filter((chart) => chart.isVisible).length];
 }"""
 
 
 def main() -> None:
-    """Print each figure beside its goal."""
+    """Print each figure with its goal."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         print("skipped: playwright is not installed")
         return
     if CHROMIUM is None:
-        print("skipped: there is no chromium")
+        print("skipped: chromium is not installed")
         return
     print(machine(), flush=True)
     with bench() as (service, small, large), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         print(f"chromium {browser.version}", flush=True)
-        for figure in chain(opening(playwright, service, small, large), figures(browser, service, small, large)):
+        for figure in chain(
+            measure_opening(playwright, service, small, large), measure_open_page(browser, service, small, large)
+        ):
             print(figure.line(), flush=True)
         browser.close()
 
 
 @contextlib.contextmanager
 def bench() -> Iterator[tuple[Served, Agent, Agent]]:
-    """A service with a run of a few points and one of a million; nobody schedules."""
+    """Start a service without a scheduler, with a run of a few points and a run of a million points."""
     with tempfile.TemporaryDirectory() as folder:
         home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
         corpus.write_text('{"text": "one"}\n')
@@ -74,7 +76,7 @@ def bench() -> Iterator[tuple[Served, Agent, Agent]]:
             small, large = live.running(made, corpus, 2)
             curve.fill(made, large.job_id, POINTS)
             with made.write() as session:
-                store.lock(session, large.job_id).progress = {"step": POINTS, "steps": 2 * POINTS, "percent": 50.0}
+                repository.lock(session, large.job_id).progress = {"step": POINTS, "steps": 2 * POINTS, "percent": 50.0}
         with served(home, Path(folder), arguments=["--no-scheduler"]) as service:
             with Wire(service.url, small.token) as wire:
                 for _ in range(100):
@@ -83,37 +85,37 @@ def bench() -> Iterator[tuple[Served, Agent, Agent]]:
             yield service, small, large
 
 
-def opening(playwright: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
-    """How soon a page is there."""
-    at = [opened(playwright, f"{service.url}/jobs/{small.job_id}") for _ in range(OPENED)][1:]
-    yield Figure(f"text painted, nothing in the cache, median of {OPENED - 1}", _median(at, "text"), "ms", 300)
-    at = [opened(playwright, f"{service.url}/jobs/{large.job_id}") for _ in range(OPENED)][1:]
+def measure_opening(playwright: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
+    """Measure the time until a page is shown."""
+    at = [open_page(playwright, f"{service.url}/jobs/{small.job_id}") for _ in range(OPENS)][1:]
+    yield Figure(f"text painted, nothing in the cache, median of {OPENS - 1}", _median(at, "text"), "ms", 300)
+    at = [open_page(playwright, f"{service.url}/jobs/{large.job_id}") for _ in range(OPENS)][1:]
     yield Figure(f"a run of {POINTS:,} points: text", _median(at, "text"), "ms", 300)
     yield Figure(f"a run of {POINTS:,} points: curve drawn", _median(at, "curve"), "ms", 1000)
 
 
-def figures(browser: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
-    """What is known while it stands open."""
-    yield redrawn(browser, f"{service.url}/jobs/{large.job_id}?tab=metrics")
+def measure_open_page(browser: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
+    """Measure an open page."""
+    yield measure_redraw(browser, f"{service.url}/jobs/{large.job_id}?tab=metrics")
     with Wire(service.url, small.token) as wire:
-        yield heard(browser, service, small, wire)
-        yield from grown(browser, service, small, wire)
+        yield measure_latency(browser, service, small, wire)
+        yield from measure_growth(browser, service, small, wire)
 
 
 def _median(at: list[dict[str, float]], name: str) -> float:
     return quantile([one[name] for one in at], 0.5)
 
 
-def opened(playwright: Any, url: str) -> dict[str, float]:
-    """The page's own marks, in a browser that has seen nothing of it.
+def open_page(playwright: Any, url: str) -> dict[str, float]:
+    """Open a page in a browser with an empty cache and return its performance marks.
 
-    Nobody watches while it opens: with a debugger attached the browser compiles the chart library once more, to know
-    the lines of exceptions that the library catches itself.
+    No debugger is attached while the page opens: with one the browser compiles the chart library a second time, to
+    know the lines of exceptions that the library catches.
     """
-    with unwatched() as address:
-        time.sleep(SETTLES)
+    with new_browser() as address:
+        time.sleep(BROWSER_START_SECONDS)
         assert httpx2.put(f"{address}/json/new?{url}").status_code == 200
-        time.sleep(OPENS)
+        time.sleep(PAGE_OPEN_SECONDS)
         browser = playwright.chromium.connect_over_cdp(address)
         [page] = [page for context in browser.contexts for page in context.pages if page.url == url]
         page.wait_for_function("performance.getEntriesByName('curve').length > 0")
@@ -123,43 +125,43 @@ def opened(playwright: Any, url: str) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def unwatched() -> Iterator[str]:
-    """A browser with a profile of its own, and where it takes orders."""
+def new_browser() -> Iterator[str]:
+    """Start a browser with a new profile; yield the URL of its debugging port."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        orders = Path(profile) / "DevToolsActivePort"
+        port_file = Path(profile) / "DevToolsActivePort"
         options = ["--headless=new", "--no-sandbox", "--remote-debugging-port=0", f"--user-data-dir={profile}"]
         process = subprocess.Popen(
             [str(CHROMIUM), *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            port = until(lambda: orders.exists() and orders.read_text().split())[0]
+            port = until(lambda: port_file.exists() and port_file.read_text().split())[0]
             yield f"http://127.0.0.1:{port}"
         finally:
             process.terminate()
             process.wait(30)
 
 
-def redrawn(browser: Any, url: str) -> Figure:
-    """Six charts of a thousand points, with other values each time."""
+def measure_redraw(browser: Any, url: str) -> Figure:
+    """Redraw six charts of a thousand points with new values each time."""
     page = browser.new_page(viewport=TALL)
     page.goto(url)
     page.wait_for_function("() => document.querySelectorAll('figure .js-line').length > 12")
     took = []
-    for _ in range(REDRAWN):
+    for _ in range(REDRAWS):
         ms, seen = page.evaluate(REDRAW)
         assert seen == 6, seen
         took.append(ms)
     page.close()
-    return Figure(f"six charts of a thousand points redrawn, median of {REDRAWN}", quantile(took[2:], 0.5), "ms", 120)
+    return Figure(f"six charts of a thousand points redrawn, median of {REDRAWS}", quantile(took[2:], 0.5), "ms", 120)
 
 
-def heard(browser: Any, service: Served, agent: Agent, wire: Wire) -> Figure:
-    """From the worker's report to the page's text, the worst of several."""
+def measure_latency(browser: Any, service: Served, agent: Agent, wire: Wire) -> Figure:
+    """Measure the time from a worker's report to the page's text; the worst of several."""
     page = browser.new_page()
     page.goto(f"{service.url}/jobs/{agent.job_id}")
     page.wait_for_selector("figure .js-line", state="attached")
     took = []
-    for _ in range(HEARD):
+    for _ in range(REPORTS):
         began = time.perf_counter()
         step = report(agent, wire)
         page.wait_for_function(
@@ -167,18 +169,18 @@ def heard(browser: Any, service: Served, agent: Agent, wire: Wire) -> Figure:
         )
         took.append(time.perf_counter() - began)
     page.close()
-    return Figure(f"a worker's report shown, worst of {HEARD}", max(took), "s", 2)
+    return Figure(f"a worker's report shown, worst of {REPORTS}", max(took), "s", 2)
 
 
 def report(agent: Agent, wire: Wire) -> int:
-    """One more point; the step it is of."""
+    """Report one more point; return its step."""
     agent.metric()
     agent.ship(wire)
     return len(agent.outbox)
 
 
-def grown(browser: Any, service: Served, agent: Agent, wire: Wire) -> Iterator[Figure]:
-    """What a tab holds on to over many updates, each of them drawn; the page's clock goes as fast as it can."""
+def measure_growth(browser: Any, service: Served, agent: Agent, wire: Wire) -> Iterator[Figure]:
+    """Measure the growth of a tab over many drawn updates, with the page's clock fast-forwarded."""
     page = browser.new_page()
     page.clock.install()
     page.goto(f"{service.url}/jobs/{agent.job_id}")
@@ -188,19 +190,19 @@ def grown(browser: Any, service: Served, agent: Agent, wire: Wire) -> Iterator[F
     before: dict[str, float] = {}
     for number in range(UPDATES + 50):
         if number == 50:
-            before = held(devtools)
+            before = tab_metrics(devtools)
         step = f"{report(agent, wire):,}"
-        page.clock.run_for(BEAT_MS)
+        page.clock.run_for(POLL_MS)
         while not page.evaluate(drawn, step):
-            page.clock.run_for(BEAT_MS / 4)
-    after = held(devtools)
+            page.clock.run_for(POLL_MS / 4)
+    after = tab_metrics(devtools)
     page.close()
     growth = (after["JSHeapUsedSize"] - before["JSHeapUsedSize"]) / 1e6
     yield Figure(f"a tab open over {UPDATES:,} updates grows by", growth, "MB", 50)
     yield Figure(f"elements it has more after {UPDATES:,} updates", after["Nodes"] - before["Nodes"], "")
 
 
-def held(devtools: Any) -> dict[str, float]:
-    """What the tab needs, once what it does not need is gone."""
+def tab_metrics(devtools: Any) -> dict[str, float]:
+    """Return the tab's metrics after a garbage collection."""
     devtools.send("HeapProfiler.collectGarbage")
     return {one["name"]: one["value"] for one in devtools.send("Performance.getMetrics")["metrics"]}

@@ -15,11 +15,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.trainer import BATCH, LEARNING_RATE, LENGTH, STEPS, VOCABULARY, WARM
-from contract.spec import TrainingSpec
-from worker import tokenizers
-from worker.corpus import open_corpus
-from worker.data import Order
-from worker.rows import RowTable
+from trainyard.contract.spec import TrainingSpec
+from trainyard.worker.data import tokenizers
+from trainyard.worker.data.corpus import open_corpus
+from trainyard.worker.data.packing import PackedDataset
+from trainyard.worker.data.sampler import StepSampler
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -68,10 +68,10 @@ def child(root: Path, *, compiled: bool) -> None:
 
 def our_rows(root: Path) -> list[dict[str, Any]]:
     """The rows of the worker's own first steps, in the form Trainer takes."""
-    tokenizer = tokenizers.load(str(root / "tokenizer"))
+    tokenizer = tokenizers.load_tokenizer(str(root / "tokenizer"))
     corpus = open_corpus(root / "corpus.jsonl", tokenizer, cache=root / "cache", text_field="text", max_bad_lines=0.01)
-    table = RowTable.open(corpus, max_seq_len=LENGTH, packing="document")
-    order = Order(table.targets, BATCH, TrainingSpec().seed)
+    table = PackedDataset.open(corpus, max_seq_len=LENGTH, packing="document")
+    order = StepSampler(table.targets, BATCH, TrainingSpec().seed)
     batch = table.batch(np.concatenate([order.rows_of(step) for step in range(1, STEPS + 1)]))
     return [{"input_ids": ids, "labels": ids} for ids in batch.input_ids]
 

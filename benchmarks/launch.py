@@ -1,4 +1,4 @@
-"""From the wish to the first step: `POST /jobs` against `torchrun -m worker` by hand, on the same spec."""
+"""From the wish to the first step: `POST /jobs` against `torchrun -m trainyard.worker` by hand, on the same spec."""
 
 import json
 import statistics
@@ -11,7 +11,7 @@ import httpx2
 
 from benchmarks.corpus import write_docstrings
 from benchmarks.running import service, torchrun, until
-from contract.rundir import RunDir
+from trainyard.contract.rundir import RunDir
 
 ROUNDS = 5
 RANKS = 2

@@ -16,16 +16,16 @@ import torch
 
 from benchmarks.corpus import write_docstrings
 from benchmarks.drawing import Line, chart
-from contract.rundir import RunDir
-from contract.spec import JobSpec, TrainingSpec
-from model.config import ModelConfig
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.evaluation import Evaluation
-from worker.feed import Feed
-from worker.material import Material, prepare
-from worker.schedule import LearningRate
-from worker.trainee import Trainee, build, initial_model
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec, TrainingSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker.data.loader import MicroBatchLoader
+from trainyard.worker.data.prepare import TrainingData, prepare_data
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.evaluate import Evaluator
+from trainyard.worker.training.schedule import LRSchedule
+from trainyard.worker.training.state import TrainState, build_train_state, initial_model
 
 STEPS, ROWS, LENGTH, DOCUMENTS = 200, 8, 256, 100_000
 SHAPE = ModelConfig(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
@@ -42,16 +42,16 @@ class Learner:
 
     optimizer: str
     peak: float
-    trainee: Trainee
-    rate: LearningRate
+    trainee: TrainState
+    rate: LRSchedule
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     held_out: float = float("nan")
 
-    def learn(self, feed: Feed, step: int) -> None:
+    def learn(self, feed: MicroBatchLoader, step: int) -> None:
         """One step."""
         began = time.perf_counter()
-        result = self.trainee.stepper.step(feed.micros(step), self.rate.at(step), lambda _: None).read()
+        result = self.trainee.train_step.run(feed.microbatches(step), self.rate.at(step), lambda _: None).read()
         self.seconds.append(time.perf_counter() - began)
         self.losses.append(result.loss)
 
@@ -78,38 +78,40 @@ def main() -> None:
 def measured() -> list[Learner]:
     """Every optimizer at every rate, once through."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = Ranks(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        ranks = DistributedContext(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         material = docstrings(Path(folder), ranks)
         learners = [learner(material, name, rate, ranks) for name, rates in RATES.items() for rate in rates]
-        order = Order(material.rows.targets, ROWS, 1)
-        feeds = [Feed(material.rows, order, ranks, ROWS, "global_tokens") for _ in learners]
+        order = StepSampler(material.train_set.targets, ROWS, 1)
+        feeds = [MicroBatchLoader(material.train_set, order, ranks, ROWS, "global_tokens") for _ in learners]
         for step in range(1, STEPS + 1):
             for each, feed in zip(learners, feeds, strict=True):
                 each.learn(feed, step)
-        assert material.evaluation is not None
+        assert material.eval_set is not None
         for each in learners:
-            each.held_out = Evaluation(material.evaluation, ranks, ROWS).loss(each.trainee) or float("nan")
+            each.held_out = Evaluator(material.eval_set, ranks, ROWS).loss(each.trainee) or float("nan")
     return learners
 
 
-def docstrings(folder: Path, ranks: Ranks) -> Material:
+def docstrings(folder: Path, ranks: DistributedContext) -> TrainingData:
     """All docstrings of the standard library, a twentieth of them held out."""
     write_docstrings(folder / "corpus.jsonl", DOCUMENTS)
     data = {"data_path": str(folder / "corpus.jsonl"), "max_seq_len": LENGTH, "eval_fraction": 0.05}
-    return prepare(JobSpec.model_validate({"data": data, "model": SHAPE}), RunDir(folder), ranks, ignore, lambda: False)
+    return prepare_data(
+        JobSpec.model_validate({"data": data, "model": SHAPE}), RunDir(folder), ranks, ignore, lambda: False
+    )
 
 
 def ignore(_: object) -> None:
     """What is told on the way is of no interest here."""
 
 
-def learner(material: Material, optimizer: str, rate: float, ranks: Ranks) -> Learner:
+def learner(material: TrainingData, optimizer: str, rate: float, ranks: DistributedContext) -> Learner:
     """One that begins with the same weights as all others."""
     asked = {"optimizer": optimizer, "learning_rate": rate, "warmup_steps": STEPS // 20}
     training = TrainingSpec.model_validate(asked)
-    trainee = build(initial_model(material.spec.model, 1, ranks.device), training, 0.0, ranks)
+    trainee = build_train_state(initial_model(material.spec.model, 1, ranks.device), training, 0.0, ranks)
     trainee.model.train()
-    return Learner(optimizer, rate, trainee, LearningRate.of(training, STEPS))
+    return Learner(optimizer, rate, trainee, LRSchedule.of(training, STEPS))
 
 
 def best(learners: Sequence[Learner], optimizer: str) -> Learner:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.corpus import write_docstrings
-from contract.rundir import RunDir
+from trainyard.contract.rundir import RunDir
 
 STEPS = 60
 LIMIT_PER_CENT = 1.0
@@ -44,7 +44,7 @@ def measure(log_interval: int) -> tuple[float, float]:
 
 def child() -> None:
     """Run the worker on the directory in the arguments, and print the seconds it spent in reporting."""
-    from worker.__main__ import main as worker
+    from trainyard.worker.__main__ import main as worker
 
     clock = Stopwatch()
     with instrumented(clock):
@@ -90,20 +90,20 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
     """Times all of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
 
     def __init__(self, clock: Stopwatch) -> None:
-        from worker.life import SignOfLife
-        from worker.meters import Meters
-        from worker.outbox import Outbox
-        from worker.stopping import StopWish
-        from worker.trackers import Trackers
+        from trainyard.worker.attempt import Heartbeat
+        from trainyard.worker.events.trackers import Trackers
+        from trainyard.worker.events.writer import EventWriter
+        from trainyard.worker.training.control import StopSignal
+        from trainyard.worker.training.metrics import MetricsProcessor
 
         self._clock = clock
         self._places: list[tuple[type, str]] = [
-            (Outbox, "say"),
-            (Meters, "line"),
-            (Meters, "count"),
-            (Meters, "end_step"),
-            (SignOfLife, "beat"),
-            (StopWish, "asked"),
+            (EventWriter, "say"),
+            (MetricsProcessor, "line"),
+            (MetricsProcessor, "count"),
+            (MetricsProcessor, "end_step"),
+            (Heartbeat, "beat"),
+            (StopSignal, "asked"),
             (Trackers, "log"),
         ]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 
-from contract.rundir import RunDir
+from trainyard.contract.rundir import RunDir
 
 
 def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
@@ -63,7 +63,7 @@ def served(home: Path, *roots: Path, arguments: Sequence[str] = (), **environmen
     begin = (home / "service.log").stat().st_size if (home / "service.log").exists() else 0
     with (home / "service.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "service", "--port", "0", *arguments],
+            [sys.executable, "-m", "trainyard.service", "--port", "0", *arguments],
             env={**os.environ, **own, **environment},
             stdout=log,
             stderr=log,
@@ -87,7 +87,9 @@ def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str,
     run.path.mkdir()
     run.spec.write_text(json.dumps(spec))
     environment = {**os.environ, "TRAINYARD_CORPUS_CACHE": str(root / "cache")}
-    subprocess.run([sys.executable, "-m", "worker", str(run.path)], check=True, capture_output=True, env=environment)
+    subprocess.run(
+        [sys.executable, "-m", "trainyard.worker", str(run.path)], check=True, capture_output=True, env=environment
+    )
     lines = [json.loads(line) for line in run.attempt(1).outbox.read_text().splitlines()]
     return [line for line in lines if line["kind"] == "metric"]
 
@@ -96,5 +98,5 @@ def torchrun(run_dir: Path, ranks: int) -> "subprocess.Popen[bytes]":
     """The worker by hand, as a person would start it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
-        [*command, "-m", "worker", str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, "-m", "trainyard.worker", str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

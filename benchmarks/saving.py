@@ -11,21 +11,26 @@ from pathlib import Path
 import torch
 
 from benchmarks.corpus import write_docstrings
-from contract.events import Event, Warned
-from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
-from worker import checkpoint
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.feed import Feed
-from worker.material import prepare
-from worker.meters import Interval, Meters
-from worker.probe import Probe
-from worker.saving import Saver
-from worker.snapshot import Copies, Snapshot
-from worker.trainee import Progress, Trainee, build, initial_model
-from worker.weights import write_weights
+from trainyard.contract.events import Event, WarningEvent
+from trainyard.contract.rundir import ArtifactDir, RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker.checkpoint import files
+from trainyard.worker.checkpoint.saver import Checkpointer
+from trainyard.worker.checkpoint.staging import StagingBuffers, StateDicts
+from trainyard.worker.checkpoint.weights import write_weights
+from trainyard.worker.data.loader import MicroBatchLoader
+from trainyard.worker.data.prepare import prepare_data
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow
+from trainyard.worker.training.resume_check import ResumeCheck
+from trainyard.worker.training.state import (
+    TrainProgress,
+    TrainState,
+    build_train_state,
+    initial_model,
+)
 
 ROUNDS = 5
 LIMIT = 0.15
@@ -38,56 +43,58 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.ranks = Ranks(0, 1, 0, 1, device)
+        self.ranks = DistributedContext(0, 1, 0, 1, device)
         write_docstrings(folder / "corpus.jsonl", 300)
         data = {"data_path": str(folder / "corpus.jsonl")}
         asked = JobSpec.model_validate({"data": data, "model": SHAPE, "training": {"batch_size": ROWS}})
-        material = prepare(asked, RunDir(folder), self.ranks, self.heard, lambda: False)
-        self.spec, self.products = material.spec, ProductDir(folder)
-        order = Order(material.rows.targets, ROWS, 1)
-        self.feed = Feed(material.rows, order, self.ranks, ROWS, "global_tokens")
-        self.trainee: Trainee = build(initial_model(SHAPE, 1, device), self.spec.training, 0.0, self.ranks)
-        self.meters = Meters(self.ranks, Interval(), 1.0, has_aux=False)
-        self.saver = Saver(self.spec, self.products, material.identity, ROWS, self.ranks, self.heard)
-        self.saver.probe = Probe.of(material.rows, self.spec.training, device)
+        material = prepare_data(asked, RunDir(folder), self.ranks, self.heard, lambda: False)
+        self.spec, self.products = material.spec, ArtifactDir(folder)
+        order = StepSampler(material.train_set.targets, ROWS, 1)
+        self.feed = MicroBatchLoader(material.train_set, order, self.ranks, ROWS, "global_tokens")
+        self.trainee: TrainState = build_train_state(
+            initial_model(SHAPE, 1, device), self.spec.training, 0.0, self.ranks
+        )
+        self.meters = MetricsProcessor(self.ranks, MetricsWindow(), 1.0, has_aux=False)
+        self.saver = Checkpointer(self.spec, self.products, material.identity, ROWS, self.ranks, self.heard)
+        self.saver.probe = ResumeCheck.of(material.train_set, self.spec.training, device)
         self.step = 0
 
     def heard(self, event: Event) -> None:
         """Whatever goes wrong ends the measurement."""
-        if isinstance(event, Warned):
+        if isinstance(event, WarningEvent):
             raise RuntimeError(event.message)
 
     def train(self) -> float:
         """Seconds of one optimizer step."""
         began = time.perf_counter()
         self.step += 1
-        self.trainee.stepper.step(self.feed.micros(self.step), 1e-4, lambda _: None)
+        self.trainee.train_step.run(self.feed.microbatches(self.step), 1e-4, lambda _: None)
         return time.perf_counter() - began
 
     def waited_for(self) -> float:
         """Seconds of a save straight from what is trained, which training waits for."""
         began = time.perf_counter()
         state = self.trainee.state(
-            Progress(step=self.step), self.saver.identity, rows_per_step=ROWS, interval=[], loss=None
+            TrainProgress(step=self.step), self.saver.identity, rows_per_step=ROWS, interval=[], loss=None
         )
-        copies = Copies.live(self.trainee.model, self.trainee.optimizer)
-        checkpoint.publish(self.products, state, checkpoint.unique_tensors(copies.model), copies.optimizer)
+        copies = StateDicts.live(self.trainee.model, self.trainee.optimizer)
+        files.write_checkpoint(self.products, state, files.unique_tensors(copies.model), copies.optimizer)
         write_weights(self.products.out / "waited_for.pth", copies.model)
         return time.perf_counter() - began
 
     def beside(self) -> tuple[float, list[float]]:
         """Seconds that training stands still for a save, and those of each step until it is published."""
         held, published, began = self._held(), self.products.checkpoint(self.step), time.perf_counter()
-        self.saver.save(self.trainee, Progress(step=self.step), self.meters, must=False)
+        self.saver.save(self.trainee, TrainProgress(step=self.step), self.meters, must=False)
         blocked = time.perf_counter() - began
         steps: list[float] = []
         while not (published.exists() and steps):
             steps.append(self.train())
-        self.saver.settle()
+        self.saver.wait()
         return blocked + self._held() - held, steps
 
     def _held(self) -> float:
-        snapshot: Snapshot | None = self.saver._snapshot  # noqa: SLF001
+        snapshot: StagingBuffers | None = self.saver._snapshot  # noqa: SLF001
         return snapshot.held if snapshot is not None else 0.0
 
 

@@ -5,9 +5,9 @@ import statistics
 import time
 from datetime import UTC, datetime, timedelta
 
-from service.devices.inventory import Device
-from service.scheduler.plan import Start, plan
-from service.scheduler.snapshot import QueuedJob, Snapshot
+from trainyard.service.devices.inventory import Device
+from trainyard.service.scheduler.plan import Start, plan
+from trainyard.service.scheduler.snapshot import QueuedJob, Snapshot
 
 JOBS = 10_000
 DEVICES = 1_000

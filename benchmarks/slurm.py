@@ -14,8 +14,8 @@ import httpx2
 from benchmarks import launch
 from benchmarks.corpus import write_docstrings
 from benchmarks.running import served, until
-from contract.rundir import RunDir
 from tests.slurm.cluster import Cluster, why_not
+from trainyard.contract.rundir import RunDir
 
 ROUNDS = 5
 NODES = 2
@@ -24,7 +24,7 @@ LIMIT_SECONDS = 2.0
 SCRIPT = """#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --output={folder}/slurm.log
 srun --kill-on-bad-exit=1 --wait=0 bash -c 'exec "$@" --rdzv-conf=is_host=$((SLURM_PROCID == 0)) \
-  --rdzv-endpoint=$SLURM_LAUNCH_NODE_IPADDR:{port} --local-addr=$SLURM_LAUNCH_NODE_IPADDR -m worker {folder}' torchrun \
+  --rdzv-endpoint=$SLURM_LAUNCH_NODE_IPADDR:{port} --local-addr=$SLURM_LAUNCH_NODE_IPADDR -m trainyard.worker {folder}' torchrun \
   {python} -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-id={port}
 """
 

@@ -40,7 +40,7 @@ def main() -> None:
 def prepare(root: Path) -> None:
     """The corpus and a tokenizer of `VOCABULARY` tokens for it, where `spec` looks for them."""
     write_docstrings(root / "corpus.jsonl", 7000)
-    tokenizer = [sys.executable, "-m", "worker.tokenizers", "train", str(root / "corpus.jsonl")]
+    tokenizer = [sys.executable, "-m", "trainyard.worker.data.tokenizers", "train", str(root / "corpus.jsonl")]
     subprocess.run([*tokenizer, "--out", str(root / "tokenizer")], check=True, capture_output=True)
 
 
@@ -136,7 +136,7 @@ def matmul_peak() -> float:
 
 def flops_per_token() -> float:
     """Forward and backward of the measured shape, as the worker itself counts them."""
-    from model.arithmetic import flops_per_token as count
-    from model.config import ModelConfig
+    from trainyard.model.config import ModelConfig
+    from trainyard.model.costs import flops_per_token as count
 
     return float(count(ModelConfig(vocab_size=VOCABULARY), LENGTH))

@@ -16,20 +16,36 @@ from urllib.parse import quote
 
 import httpx2
 
-from client.connection import Connection, Patience, address_of
-from client.download import fetch
-from client.errors import NameShared, NotFound, ServiceUnreachable, WaitedInVain, WaitTimedOut
-from client.exits import at_rest
-from client.shapes import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
-from client.streams import StreamEvent
-from client.webhooks import Webhooks
+from trainyard.client.connection import Connection, RetryPolicy, address_of
+from trainyard.client.download import fetch
+from trainyard.client.errors import (
+    AmbiguousName,
+    NotFound,
+    ServiceUnreachable,
+    UnexpectedStatus,
+    WaitTimedOut,
+)
+from trainyard.client.exit_codes import is_idle
+from trainyard.client.sse import StreamEvent
+from trainyard.client.types import (
+    Checkpoint,
+    Export,
+    Job,
+    LogChunk,
+    Metric,
+    NewToken,
+    Plan,
+    Token,
+    Version,
+)
+from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 PAGE = 100
 METRICS_PAGE = 1000
 
 
-class Trainyard:
+class Client:
     """A service, as an object: one method for each route.
 
     Args:
@@ -48,12 +64,12 @@ class Trainyard:
         url: str | None = None,
         token: str | None = None,
         timeout: float = 10.0,
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = address_of(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
         token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
-        self._connection = Connection(self.url, token, timeout, patience or Patience(), transport)
+        self._connection = Connection(self.url, token, timeout, patience or RetryPolicy(), transport)
         self.webhooks = Webhooks(self._connection, self._pages)
 
     def __enter__(self) -> Self:
@@ -119,7 +135,7 @@ class Trainyard:
             raise NotFound(404, {"code": "job_not_found", "detail": f"no job has the id or name {id_or_name!r}"})
         if len(found) > 1:
             ids = ", ".join(f"{job['id']} ({job['status']})" for job in found[:5])
-            raise NameShared(f"{len(found)} jobs are named {id_or_name!r}; say which by id: {ids}")
+            raise AmbiguousName(f"{len(found)} jobs are named {id_or_name!r}; say which by id: {ids}")
         return found[0]
 
     def update(self, job_id: str, **changes: Any) -> Job:
@@ -191,11 +207,11 @@ class Trainyard:
         deadline = None if timeout is None else time.monotonic() + timeout
         job: Job | None = None
         while True:
-            job = self._look(job_id, job)
-            if _arrived(job, until):
+            job = self._poll(job_id, job)
+            if _reached(job, until):
                 return job
-            if not callable(until) and at_rest(job):
-                raise WaitedInVain(job)
+            if not callable(until) and is_idle(job):
+                raise UnexpectedStatus(job)
             if deadline is not None and time.monotonic() + interval > deadline:
                 raise WaitTimedOut(timeout or 0.0, job)
             time.sleep(interval)
@@ -352,7 +368,7 @@ class Trainyard:
     def _act(self, job_id: str, verb: str, body: Mapping[str, Any] | None = None) -> Job:
         return cast(Job, self._connection.call("POST", _path(job_id, verb), body=body))
 
-    def _look(self, job_id: str, before: Job | None) -> Job:
+    def _poll(self, job_id: str, before: Job | None) -> Job:
         try:
             return self.job(job_id)
         except ServiceUnreachable:
@@ -383,7 +399,7 @@ def _token(name: str) -> str:
     return f"/tokens/{quote(name, safe='')}"
 
 
-def _arrived(job: Job, until: Collection[str] | Callable[[Job], bool] | None) -> bool:
+def _reached(job: Job, until: Collection[str] | Callable[[Job], bool] | None) -> bool:
     if until is None:
-        return at_rest(job)
+        return is_idle(job)
     return until(job) if callable(until) else job["status"] in until

@@ -9,8 +9,13 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from client.errors import NoAddress, ServiceUnreachable, refusal
-from client.streams import OPENED, NoStream, StreamEvent, parse
+from trainyard.client.errors import InvalidUrl, ServiceUnreachable, api_error
+from trainyard.client.sse import (
+    OPENED,
+    StreamEvent,
+    StreamUnsupported,
+    parse,
+)
 
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 40.0
@@ -20,12 +25,12 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True)
-class Patience:
+class RetryPolicy:
     """How a call that failed is tried again: pauses of ``first``, doubled up to ``longest``, for ``seconds`` in all."""
 
     seconds: float = 5.0
     first: float = 0.1
-    longest: float = 2.0
+    max_pause: float = 2.0
 
     def pauses(self) -> Iterator[float]:
         """Seconds to wait before each new try; they add up to at most ``seconds``."""
@@ -33,10 +38,10 @@ class Patience:
         while pause <= left:
             yield pause
             left -= pause
-            pause = min(2 * pause, self.longest)
+            pause = min(2 * pause, self.max_pause)
 
 
-class Unanswered(Exception):
+class RetryableError(Exception):
     """A try that may be made again: there was no answer, or one that says "later"."""
 
 
@@ -56,7 +61,7 @@ class Connection:
         url: str,
         token: str | None,
         timeout: float,
-        patience: Patience,
+        patience: RetryPolicy,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
@@ -98,7 +103,7 @@ class Connection:
             content["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
         request = self._http.build_request(method, path, params=given, headers=dict(headers or {}), **content)
         repeatable = method == "GET" or "Idempotency-Key" in request.headers
-        return self._answer(self._persistently(request, repeatable))
+        return self._answer(self._with_retries(request, repeatable))
 
     def stream(
         self, path: str, params: Mapping[str, Any] | None = None, last_event_id: str | None = None
@@ -117,9 +122,9 @@ class Connection:
             with self._http.stream("GET", path, params=given, headers=headers, timeout=timeout) as response:
                 if response.status_code >= 400:
                     response.read()
-                    raise refusal(response.status_code, _problem(response))
+                    raise api_error(response.status_code, _problem(response))
                 if not response.headers.get("content-type", "").startswith("text/event-stream"):
-                    raise NoStream(f"{path} is no stream")
+                    raise StreamUnsupported(f"{path} is no stream")
                 yield StreamEvent(OPENED)
                 yield from parse(response.iter_lines())
         except (httpx2.TransportError, httpx2.StreamError, RuntimeError, ValueError) as error:
@@ -138,17 +143,17 @@ class Connection:
             with self._http.stream("GET", path, headers=dict(headers)) as response:
                 if response.status_code >= 400:
                     response.read()
-                    raise refusal(response.status_code, _problem(response))
+                    raise api_error(response.status_code, _problem(response))
                 yield response
         except httpx2.TransportError as error:
             raise ServiceUnreachable(self.url, _cause(error)) from error
 
-    def _persistently(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
+    def _with_retries(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
         pauses = self._patience.pauses()
         while True:
             try:
                 return self._once(request, repeatable)
-            except Unanswered as failure:
+            except RetryableError as failure:
                 pause = next(pauses, None)
                 if pause is None:
                     raise ServiceUnreachable(self.url, str(failure)) from failure
@@ -158,19 +163,19 @@ class Connection:
         try:
             response = self._http.send(request)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
-            raise Unanswered(_cause(error)) from error
+            raise RetryableError(_cause(error)) from error
         except httpx2.TransportError as error:
             if not repeatable:
                 message = f"{_cause(error)}; whether {request.method} {request.url.path} was done is not known"
                 raise ServiceUnreachable(self.url, message) from error
-            raise Unanswered(_cause(error)) from error
+            raise RetryableError(_cause(error)) from error
         if repeatable and response.status_code in (502, 503, 504):
-            raise Unanswered(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
+            raise RetryableError(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
         return response
 
     def _answer(self, response: httpx2.Response) -> Any:
         if response.status_code >= 400:
-            raise refusal(response.status_code, _problem(response))
+            raise api_error(response.status_code, _problem(response))
         if response.status_code == 204 or not response.content:
             return None
         try:
@@ -189,7 +194,7 @@ def address_of(url: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise NoAddress(url)
+        raise InvalidUrl(url)
     return whole
 
 

@@ -1,48 +1,50 @@
-"""Fetches the files of a checkpoint: piece by piece, checked, and gone on with after a break."""
+"""Download of the files of a checkpoint: verified, and resumed after an interruption."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
-from client.connection import Connection
-from client.errors import Damaged
+from trainyard.client.connection import Connection
+from trainyard.client.errors import ChecksumMismatch
+from trainyard.contract.rundir import MANIFEST_FILE, parse_manifest
 
-MANIFEST = "manifest.json"
 PART = ".part"
 
 
 def fetch(connection: Connection, url: str, into: Path) -> list[str]:
-    """Every file that the manifest at ``url`` names, and the manifest last: where it is, all of them are whole."""
+    """Fetch every file that the manifest at ``url`` names, and the manifest last: if it exists, all are complete."""
     into.mkdir(parents=True, exist_ok=True)
-    with connection.download(f"{url}/{MANIFEST}", {}) as response:
+    with connection.download(f"{url}/{MANIFEST_FILE}", {}) as response:
         manifest = response.read()
-    listed = json.loads(manifest)["files"]
-    for name, said in listed.items():
+    listed = parse_manifest(manifest)
+    for name, entry in listed.items():
         if not name or Path(name).name != name or name.startswith("."):
-            raise Damaged(f"the manifest names a file that is none: {name!r}")
-        if not _is(into / name, said["sha256"]):
-            _fetch_one(connection, f"{url}/{name}", into / name, said["sha256"])
-    (into / MANIFEST).write_bytes(manifest)
-    return [*listed, MANIFEST]
+            raise ChecksumMismatch(f"the manifest names an invalid file: {name!r}")
+        if not _matches(into / name, entry.sha256):
+            _fetch_one(connection, f"{url}/{name}", into / name, entry.sha256)
+    (into / MANIFEST_FILE).write_bytes(manifest)
+    return [*listed, MANIFEST_FILE]
 
 
-def _fetch_one(connection: Connection, url: str, path: Path, sha256: str) -> None:
+def _fetch_one(connection: Connection, url: str, path: Path, digest: str) -> None:
     part = path.with_name(path.name + PART)
     have = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={have}-", "If-Range": f'"{sha256}"'} if have else {}
+    headers = {"Range": f"bytes={have}-", "If-Range": f'"{digest}"'} if have else {}
     with connection.download(url, headers) as response:
         with part.open("ab" if response.status_code == 206 else "wb") as file:
             for piece in response.iter_bytes():
                 file.write(piece)
-    if not _is(part, sha256):
+    if not _matches(part, digest):
         part.unlink()
-        raise Damaged(f"{path.name} is not what the manifest says: fetch it again")
+        raise ChecksumMismatch(f"{path.name} is not what the manifest says: fetch it again")
     os.replace(part, path)
 
 
-def _is(path: Path, sha256: str) -> bool:
-    if not path.is_file():
-        return False
+def _matches(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
+
+
+def sha256(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ class ServiceUnreachable(TrainyardError):
         self.cause = cause
 
 
-class NoAddress(TrainyardError):
+class InvalidUrl(TrainyardError):
     """What was given as the service's URL is none; the message says what one looks like."""
 
     def __init__(self, url: str) -> None:
@@ -34,7 +34,7 @@ class WaitTimedOut(TrainyardError):
         self.job = job
 
 
-class WaitedInVain(TrainyardError):
+class UnexpectedStatus(TrainyardError):
     """The job came to rest in another status than those it was waited for in."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
@@ -42,11 +42,11 @@ class WaitedInVain(TrainyardError):
         self.job = job
 
 
-class Damaged(TrainyardError):
+class ChecksumMismatch(TrainyardError):
     """A file that was fetched is not what the checkpoint's manifest says; the message names it."""
 
 
-class NameShared(TrainyardError):
+class AmbiguousName(TrainyardError):
     """Several jobs have the name; the message lists their ids."""
 
 
@@ -58,7 +58,7 @@ class FieldProblem:
     message: str
 
 
-class Refused(TrainyardError):
+class ApiError(TrainyardError):
     """The service said no. Carries its problem+json: ``code`` for programs, ``detail`` for people."""
 
     def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
@@ -71,26 +71,26 @@ class Refused(TrainyardError):
         super().__init__(f"{self.detail} [{self.code}]")
 
 
-class NotAuthorised(Refused):
+class NotAuthorised(ApiError):
     """401 or 403: the token is missing, wrong, or not good for this."""
 
 
-class NotFound(Refused):
+class NotFound(ApiError):
     """404: there is no such job, checkpoint or route."""
 
 
-class InvalidState(Refused):
+class InvalidState(ApiError):
     """409: the action does not fit the present state; ``problem`` names the verbs that do."""
 
 
-class InvalidSpec(Refused):
+class InvalidSpec(ApiError):
     """422: ``errors`` holds every mistake at once."""
 
 
-def refusal(status: int, problem: Mapping[str, Any]) -> Refused:
+def api_error(status: int, problem: Mapping[str, Any]) -> ApiError:
     """The exception for an answer of 400 and more."""
     kinds = {401: NotAuthorised, 403: NotAuthorised, 404: NotFound, 409: InvalidState, 422: InvalidSpec}
-    return kinds.get(status, Refused)(status, problem)
+    return kinds.get(status, ApiError)(status, problem)
 
 
 def _field_problems(errors: object) -> list[FieldProblem]:

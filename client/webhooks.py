@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 from urllib.parse import quote
 
-from client.connection import Connection
-from client.shapes import Delivery, Webhook
+from trainyard.client.connection import Connection
+from trainyard.client.types import Delivery, Webhook
 
 Pages = Callable[..., Iterator[dict[str, Any]]]
 

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from contract.locks import FileLock, LockBusy, is_held
+from trainyard.contract.locks import FileLock, LockBusy, is_held
 
 KEY = re.compile(r"[0-9a-f]{32}")
 BUILDING, REMOVING = "building", "removing"
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheEntry:
     """Something in the cache: a corpus, or what is left of an interrupted build. ``used_at``: seconds since 1970."""
 
     key: str
@@ -34,7 +34,7 @@ class Kept:
     in_use: bool
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether it is a corpus."""
         return self.path.name == self.key
 
@@ -73,7 +73,7 @@ class CorpusCache:
             raise
         return lock
 
-    def kept(self) -> list[Kept]:
+    def entries(self) -> list[CacheEntry]:
         """All that takes space, the least lately used first."""
         found = [self._kept(path) for path in self._directories()]
         return sorted((each for each in found if each is not None), key=lambda each: each.used_at)
@@ -81,14 +81,14 @@ class CorpusCache:
     def _directories(self) -> list[Path]:
         return [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
 
-    def _kept(self, path: Path) -> Kept | None:
+    def _kept(self, path: Path) -> CacheEntry | None:
         key = path.name.removeprefix(".").removesuffix(f".{BUILDING}")
         if KEY.fullmatch(key) is None:
             return None
         try:
             size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
             in_use = is_held(self.used(key)) or is_held(self.lock(key))
-            return Kept(key, path, size, self._used_at(key, path), in_use)
+            return CacheEntry(key, path, size, self._used_at(key, path), in_use)
         except FileNotFoundError:
             return None  # it leaves, or is published, just now
 
@@ -99,7 +99,7 @@ class CorpusCache:
             times = [self.used(key).stat().st_mtime]
         return max(times)
 
-    def remove(self, kept: Kept) -> bool:
+    def remove(self, kept: CacheEntry) -> bool:
         """Take it away; False where it is in use, or was used since it was looked at."""
         leaving = kept.path.with_name(f".{kept.key}.{REMOVING}-{os.getpid()}-{time.monotonic_ns()}")
         noted = self.used(kept.key).exists()  # a lock's file is made where there is none, and is of now

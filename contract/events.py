@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from contract.status import Phase, Reason
+from trainyard.contract.status import Phase, Reason
 
 Step = Annotated[int, Field(ge=0)]
 
 
-class Line(BaseModel):
+class EventBase(BaseModel):
     """What every line has."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -24,10 +24,10 @@ class Line(BaseModel):
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
-class Started(Line):
+class Started(EventBase):
     """The attempt is set up: what it runs on, what the corpus holds, where it goes on from.
 
-    ``base_step``: steps that lie before the run's own schedule, see `contract.report.Fork`; ``steps`` counts them too.
+    ``base_step``: steps that lie before the run's own schedule, see `contract.messages.Fork`; ``steps`` counts them too.
     """
 
     kind: Literal["started"] = "started"
@@ -53,7 +53,7 @@ class Started(Line):
     resumed_from: str | None = None
 
 
-class PhaseChanged(Line):
+class PhaseChanged(EventBase):
     """What the attempt is busy with now; ``done`` of ``total`` where that can be counted."""
 
     kind: Literal["phase"] = "phase"
@@ -63,7 +63,7 @@ class PhaseChanged(Line):
     total: int | None = None
 
 
-class Metric(Line):
+class Metric(EventBase):
     """One point of the curve, at an optimizer step.
 
     ``loss`` is the mean over every token of every rank in the steps since the last line, in nats; ``tokens`` counts
@@ -89,7 +89,7 @@ class Metric(Line):
     nonfinite: bool = False
 
 
-class CheckpointSaved(Line):
+class CheckpointSaved(EventBase):
     """A checkpoint was published. ``sha256`` is that of its model.safetensors, ``bytes`` that of all its files."""
 
     kind: Literal["checkpoint"] = "checkpoint"
@@ -102,7 +102,7 @@ class CheckpointSaved(Line):
     seconds: float | None = None
 
 
-class CheckpointRemoved(Line):
+class CheckpointRemoved(EventBase):
     """Retention removed a checkpoint, or it was found damaged and set aside."""
 
     kind: Literal["checkpoint_removed"] = "checkpoint_removed"
@@ -112,7 +112,7 @@ class CheckpointRemoved(Line):
     why: str = "retention"
 
 
-class Sample(Line):
+class Sample(EventBase):
     """A text the model wrote."""
 
     kind: Literal["sample"] = "sample"
@@ -121,7 +121,7 @@ class Sample(Line):
     text: str
 
 
-class Warned(Line):
+class WarningEvent(EventBase):
     """Something the user should know of; training goes on."""
 
     kind: Literal["warning"] = "warning"
@@ -131,7 +131,7 @@ class Warned(Line):
     data: dict[str, Any] = Field(default_factory=dict)
 
 
-class ResumeVerified(Line):
+class ResumeVerified(EventBase):
     """A checkpoint's probe, rows that are the same for the whole job, was scored again by the attempt that goes on.
 
     ``expected`` is the loss that the checkpoint was saved with, ``found`` what it gives now, both means in nats a
@@ -145,7 +145,7 @@ class ResumeVerified(Line):
     difference: float | None
 
 
-class SettingsChanged(Line):
+class SettingsChanged(EventBase):
     """Settings that were changed while the run goes on; they hold for what is due behind ``step``."""
 
     kind: Literal["settings"] = "settings"
@@ -156,7 +156,7 @@ class SettingsChanged(Line):
     message: str
 
 
-class Finished(Line):
+class Finished(EventBase):
     """The last line of an attempt that ended in its own time; the same truth as outcome.json."""
 
     kind: Literal["finished"] = "finished"
@@ -173,7 +173,7 @@ Event: TypeAlias = (
     | CheckpointSaved
     | CheckpointRemoved
     | Sample
-    | Warned
+    | WarningEvent
     | ResumeVerified
     | SettingsChanged
     | Finished

@@ -30,7 +30,7 @@ class OutboxReader:
             found.append({**_parse(raw), "seq": self.seq})
         return found
 
-    def rewind_to(self, seq: int) -> None:
+    def seek_after(self, seq: int) -> None:
         """Make the next `read` begin behind line ``seq``: the last one that is known to be stored."""
         if seq < self.seq:
             self.seq, self._offset = 0, 0

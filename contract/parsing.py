@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec
 
 ALIASES: dict[str, tuple[str, str]] = {
     "num_train_epochs": ("training", "epochs"),
@@ -39,11 +39,11 @@ class ParsedSpec:
 
     spec: JobSpec
     problems: tuple[Problem, ...]
-    suspects: frozenset[str] = field(default_factory=frozenset)
+    ignored_fields: frozenset[str] = field(default_factory=frozenset)
 
     def trusts(self, *pointers: str) -> bool:
         """Whether no field among ``pointers`` was already found wrong, so that a check of them says something new."""
-        return not any(pointer in self.suspects for pointer in pointers)
+        return not any(pointer in self.ignored_fields for pointer in pointers)
 
 
 def groups() -> dict[str, tuple[str, ...]]:
@@ -86,7 +86,7 @@ def parse_spec(raw: object) -> ParsedSpec:
     """
     if not isinstance(raw, Mapping):
         return ParsedSpec(_spec_of({}), (Problem("", "must be a JSON object"),), frozenset({""}))
-    tidy = _Tidied()
+    tidy = _Canonical()
     canonical = tidy.read({"data": {}, **raw})
     spec = tidy.validated(canonical)
     problems = tidy.problems
@@ -97,7 +97,7 @@ def parse_spec(raw: object) -> ParsedSpec:
     return ParsedSpec(spec, tuple(problems) + found_between, pointers)
 
 
-class _Tidied:
+class _Canonical:
     """Canonical names and types, and the way back from our pointer to the one the client used."""
 
     def __init__(self) -> None:
@@ -257,9 +257,9 @@ def _between_fields(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
         message = f"must be less than max_steps ({steps})"
         yield Problem("/training/warmup_steps", message), ("/training/warmup_steps", "/training/max_steps")
     resources = spec.resources
-    if resources.least_nodes > resources.most_nodes:
+    if resources.min_nodes > resources.max_nodes:
         yield Problem("/resources/nnodes", "must have min at most as large as max"), ("/resources/nnodes",)
-    if resources.most_nodes > 1 and resources.launcher == "local":
+    if resources.max_nodes > 1 and resources.launcher == "local":
         message = "must be 1: the local launcher runs on one node"
         yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
 

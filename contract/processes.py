@@ -47,7 +47,7 @@ class ProcessIdentity:
 
     def variable(self, name: str) -> str | None:
         """An environment variable that the process was started with; None where it has none or is gone."""
-        return _variable(self.pid, name)
+        return variable_of(self.pid, name)
 
     def alive(self) -> bool:
         """Whether this very process lives."""
@@ -104,13 +104,13 @@ def all_pids() -> Iterator[int]:
             yield int(entry.name)
 
 
-def marked(mark: str) -> list[ProcessIdentity]:
+def find_by_marker(mark: str) -> list[ProcessIdentity]:
     """Every living process whose environment carries this attempt's marker, this process excepted."""
-    carriers = [pid for pid in all_pids() if pid != os.getpid() and _variable(pid, MARKER) == mark]
+    carriers = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, MARKER) == mark]
     return [identity for pid in carriers if (identity := ProcessIdentity.of(pid))]
 
 
-def marks(besides: str) -> set[str]:
+def live_markers(besides: str) -> set[str]:
     """The markers of all living processes that were also given the variable ``besides``, by one look at the host."""
     found = set()
     for pid in all_pids():
@@ -122,7 +122,8 @@ def marks(besides: str) -> set[str]:
     return found
 
 
-def _variable(pid: int, name: str) -> str | None:
+def variable_of(pid: int, name: str) -> str | None:
+    """Return an environment variable that process ``pid`` was started with; None if it has none or is gone."""
     return _value(_environment(pid), name)
 
 

@@ -1,4 +1,4 @@
-"""Every path of a job and of an attempt, and the way files are published.
+"""Paths of a job and its attempts, and how files and directories are published.
 
 Standard library only: the agent imports it before anything else.
 """
@@ -6,30 +6,43 @@ Standard library only: the agent imports it before anything else.
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from trainyard.contract.failpoints import failpoint
 
 STEP_DIRECTORY = re.compile(r"step-(\d{8,})")
 MILESTONE_DIRECTORY = re.compile(r"step-(\d{8,})-weights")
 RANK_FILE = "rank"
-"""A rank's number among all, beside the file that torchrun has it write its exception to."""
+"""Name of the file with a rank's global number, next to the file in which torchrun has it write its exception."""
 UNSEEN = "this node does not see the run's directory; the home must be shared by all nodes, under one path"
-"""What an agent says in the cluster's own log, because it has no other."""
+"""Message of an agent in the cluster's log, the only one that it can write to."""
 ATTEMPT_DIRECTORY = re.compile(r"attempt-(\d{4,})")
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
+CHECKPOINT_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE)
+MANIFEST_FILE = "manifest.json"
+"""Names and sha256 of a checkpoint's files. It is written last."""
+SAVING_PREFIX, REMOVING_PREFIX = ".saving-", ".removing-"
+"""Checkpoints that are being written or deleted. The next attempt deletes what is left of them."""
+INVALID_PREFIX, SUPERSEDED_PREFIX = ".invalid-", ".superseded-"
+"""Checkpoints that were found damaged, and those after the step that the user went back to."""
 
 
 @dataclass(frozen=True)
 class AttemptDir:
-    """``runs/<job>/attempt-0001/``: what one launch read, wrote and left behind."""
+    """``runs/<job>/attempt-0001/``: the files of one launch."""
 
     path: Path
 
     @property
     def number(self) -> int:
-        """1 for ``attempt-0001``."""
+        """The attempt's number: 1 for ``attempt-0001``."""
         match = ATTEMPT_DIRECTORY.fullmatch(self.path.name)
         if match is None:
             raise ValueError(f"{self.path} is not an attempt directory")
@@ -37,21 +50,21 @@ class AttemptDir:
 
     @property
     def spec(self) -> Path:
-        """The resolved job spec this attempt runs."""
+        """The resolved job spec of this attempt."""
         return self.path / "spec.json"
 
     @property
     def outbox(self) -> Path:
-        """What rank 0 wrote, one event a line; the agent ships it."""
+        """Events of rank 0, one a line; the agent sends them to the service."""
         return self.path / "events.jsonl"
 
     @property
     def progress(self) -> Path:
-        """The last optimizer step, rewritten in place at each step: the sign of life between two metric lines."""
+        """The last optimizer step, rewritten in place at each step: the heartbeat between two metric lines."""
         return self.path / "progress"
 
     def read_step(self) -> int | None:
-        """The step in `progress`, or None where there is none yet."""
+        """Return the step in `progress`, or None if there is none yet."""
         try:
             return int(self.progress.read_text())
         except (FileNotFoundError, ValueError):
@@ -64,70 +77,70 @@ class AttemptDir:
 
     @property
     def outcome(self) -> Path:
-        """Rank 0's own word on how training ended. Its absence means: unknown."""
+        """How training ended, as rank 0 recorded it. If it is missing, the outcome is unknown."""
         return self.path / "outcome.json"
 
     @property
     def exit(self) -> Path:
-        """The agent's report once nothing of the attempt lives."""
+        """The agent's report, written when no process of the attempt is left."""
         return self.path / "exit.json"
 
     @property
     def rendezvous(self) -> Path:
-        """Where the ranks of several nodes meet: the first node's agent leaves host and port here for the others."""
+        """Host and port at which the ranks of several nodes meet, written by the first node's agent."""
         return self.path / "rendezvous.json"
 
     @property
     def over(self) -> Path:
-        """Its existence says that the first node's ranks have ended: the other nodes' end too."""
+        """If it exists, the first node's ranks have ended, and those of the other nodes must end too."""
         return self.path / "over"
 
     def node(self, number: int) -> Path:
-        """How the ranks of node ``number``, not the first, ended: its agent's word to the first node's."""
+        """How the ranks of node ``number`` (not the first) ended, written by its agent for the first node's."""
         return self.path / f"node-{number}.json"
 
     @property
     def batch(self) -> Path:
-        """What the attempt's cluster was given to run."""
+        """The batch script that was submitted to the cluster."""
         return self.path / "batch.sh"
 
     @property
     def submitted(self) -> Path:
-        """What the cluster said when it took the attempt on: its own id of it."""
+        """The cluster's answer to the submission: its own job id."""
         return self.path / "submitted.json"
 
     @property
     def time_limit(self) -> Path:
-        """Its existence says that the cluster will end the attempt soon: it saves, stops, and is started again."""
+        """If it exists, the cluster will soon end the attempt: it saves, stops, and is started again."""
         return self.path / "time_limit"
 
     @property
     def stop(self) -> Path:
-        """Its existence asks the ranks to save and stop at the next step."""
+        """If it exists, the ranks save and stop at the next step."""
         return self.path / "stop"
 
     @property
     def closed(self) -> Path:
-        """Its existence says that the attempt is over for the service: an agent that comes late starts nothing."""
+        """If it exists, the service has given up the attempt: an agent that starts late must not launch it."""
         return self.path / "closed"
 
     @property
     def save(self) -> Path:
-        """Its existence asks the ranks to save at the next step and go on; rank 0 removes it once it has heard."""
+        """If it exists, the ranks save at the next step and continue; rank 0 removes it when it has read it."""
         return self.path / "save"
 
     @property
     def settings(self) -> Path:
-        """What the user has changed since the attempt began, see `contract.report.RunSettings`."""
+        """Settings that the user changed after the attempt had started, see `contract.messages.RunSettings`."""
         return self.path / "settings.json"
 
     @property
     def resume_from(self) -> Path:
-        """The step of the checkpoint that the attempt is to begin at, as text. None there: at the newest sound one."""
+        """The step of the checkpoint to resume from, as text. Without it: the newest valid one."""
         return self.path / "resume_from"
 
     def read_resume_from(self) -> int | None:
-        """The step in `resume_from`, or None where none was named."""
+        """Return the step in `resume_from`, or None if there is none."""
         try:
             return int(self.resume_from.read_text())
         except FileNotFoundError:
@@ -140,85 +153,85 @@ class AttemptDir:
 
     @property
     def agent_log(self) -> Path:
-        """What the agent and torchrun itself said."""
+        """Output of the agent and of torchrun itself."""
         return self.logs / "agent.log"
 
     def node_log(self, number: int) -> Path:
-        """What agent and torchrun said on node ``number``; the first node's is `agent_log`."""
+        """Output of agent and torchrun on node ``number``; for the first node it is `agent_log`."""
         return self.logs / f"agent-{number}.log" if number else self.agent_log
 
     @property
     def cluster_log(self) -> Path:
-        """What the cluster itself printed."""
+        """Output of the cluster itself."""
         return self.logs / "cluster.log"
 
     @property
     def torchrun_logs(self) -> Path:
-        """torchrun's ``--log-dir``: it keeps each rank's error.json below."""
+        """The ``--log-dir`` of torchrun, which has each rank's error.json below it."""
         return self.logs / "torchrun"
 
     def rank_log(self, rank: int) -> Path:
-        """Everything rank ``rank`` printed."""
+        """Output of rank ``rank``."""
         return self.logs / f"rank-{rank}.log"
 
 
 @dataclass(frozen=True)
 class RunDir:
-    """``runs/<job>/``: everything of one job. By hand it is any directory that holds a ``spec.json``."""
+    """``runs/<job>/``: the files of one job. For a run without a service: any directory with a ``spec.json``."""
 
     path: Path
 
     @property
     def spec(self) -> Path:
-        """The spec of a run started by hand; the service writes one for each attempt instead."""
+        """The spec of a run without a service. The service writes one for each attempt instead."""
         return self.path / "spec.json"
 
     @property
     def launch_lock(self) -> Path:
-        """Held exclusively by the agent of the one attempt that may live."""
+        """Held exclusively by the agent of the only attempt that may run."""
         return self.path / "launch.lock"
 
     @property
     def alive_lock(self) -> Path:
-        """Held shared by torchrun and by every rank: whoever can take it exclusively knows that none is left."""
+        """Held shared by torchrun and by every rank: a process that gets it exclusively knows that none is left."""
         return self.path / "alive.lock"
 
     @property
     def current(self) -> Path:
-        """The number of the attempt that may run, written under the launch lock; a late rank of another one ends."""
+        """The number of the attempt that may run, written under the launch lock. A late rank of another one exits."""
         return self.path / "current"
 
     @property
     def fork(self) -> Path:
-        """What the job is a fork of, as `contract.report.Fork`. None there: it is no fork."""
+        """The parent of the job, as `contract.messages.Fork`. Without it the job is no fork."""
         return self.path / "fork.json"
 
     @property
     def corpus_cache(self) -> Path:
-        """Token shards of a run without a service; the service has one cache for all jobs."""
+        """Token shards of a run without a service. The service has one cache for all jobs."""
         return self.path / "corpus"
 
     def attempt(self, number: int) -> AttemptDir:
-        """The directory of attempt ``number``, which counts from 1."""
+        """Return the directory of attempt ``number``, which counts from 1."""
         return AttemptDir(self.path / f"attempt-{number:04d}")
 
     def attempts(self) -> Iterator[AttemptDir]:
-        """The attempts on disk, oldest first."""
+        """Yield the attempts on disk, oldest first."""
         if not self.path.is_dir():
             return
         found = [AttemptDir(p) for p in self.path.iterdir() if ATTEMPT_DIRECTORY.fullmatch(p.name)]
         yield from sorted(found, key=lambda attempt: attempt.number)
 
-    def products(self, save_dir: str | None, job_name: str | None = None) -> "ProductDir":
-        """Where checkpoints and weights go: here, or ``save_dir/<job>/`` so that no job overwrites another's."""
+    def artifacts(self, save_dir: str | None, job_name: str | None = None) -> "ArtifactDir":
+        """Return where checkpoints and weights go: here, or ``save_dir/<job>/``, one directory a job."""
         if save_dir is None:
-            return ProductDir(self.path)
-        return ProductDir(Path(save_dir) / (job_name or self.path.name))
+            return ArtifactDir(self.path)
+        return ArtifactDir(Path(save_dir) / (job_name or self.path.name))
 
 
 @dataclass(frozen=True)
-class ProductDir:
-    """Where a job's checkpoints and weights files are: the run directory itself, or a directory below ``save_dir``."""
+class ArtifactDir:
+    """The directory of a job's checkpoints and weights: the run directory itself, or one below ``save_dir``."""
 
     path: Path
 
@@ -234,49 +247,99 @@ class ProductDir:
 
     @property
     def origin(self) -> Path:
-        """What a fork has of its parent: the same files by another name, until the first attempt has begun."""
+        """The parent's checkpoint in a fork: links to its files, until the first attempt has started."""
         return self.path / "origin"
 
     @property
     def exports(self) -> Path:
-        """Directory of what was exported, see `export`."""
+        """Directory of the exports, see `export`."""
         return self.path / "exports"
 
     def export(self, step: int, form: str) -> Path:
-        """Where the checkpoint of ``step`` is exported to in the format ``form``: hf or minimind."""
+        """Return where the checkpoint of ``step`` is exported to, in the format ``form``: hf or minimind."""
         return self.exports / f"step-{step:08d}-{form}"
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of optimizer step ``step`` is published."""
+        """Return where the checkpoint of optimizer step ``step`` is published."""
         return self.checkpoints / f"step-{step:08d}"
 
     def milestone(self, step: int) -> Path:
-        """Where the weights of step ``step`` are kept once nothing else of its checkpoint is."""
+        """Return where the weights of step ``step`` are kept when the rest of its checkpoint is deleted."""
         return self.checkpoints / f"step-{step:08d}-weights"
 
     def weights(self, save_weight: str, hidden_size: int, use_moe: bool) -> Path:
-        """MiniMind's file name: ``pretrain_512.pth``, or ``pretrain_512_moe.pth``."""
+        """Return the path with MiniMind's file name: ``pretrain_512.pth``, or ``pretrain_512_moe.pth``."""
         return self.out / f"{save_weight}_{hidden_size}{'_moe' if use_moe else ''}.pth"
 
+    @failpoint("resume.list")
     def published(self) -> list[tuple[int, Path]]:
-        """(step, path) of every published checkpoint, newest first. Published does not mean verified."""
+        """Return (step, path) of every published checkpoint, newest first. They are not verified."""
         return self._directories(STEP_DIRECTORY)
 
     def milestones(self) -> list[tuple[int, Path]]:
-        """(step, path) of every milestone of which only the weights are left, newest first."""
+        """Return (step, path) of every checkpoint of which only the weights are left, newest first."""
         return self._directories(MILESTONE_DIRECTORY)
 
+    @failpoint("resume.directories")
     def _directories(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         try:
             entries = list(self.checkpoints.iterdir())
         except (FileNotFoundError, NotADirectoryError):
-            return []  # not made yet, or deleted with its job just now
+            return []  # not created yet, or just deleted with its job
         found = [(pattern.fullmatch(p.name), p) for p in entries if p.is_dir()]
         return sorted(((int(m.group(1)), p) for m, p in found if m), reverse=True)
 
 
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and sha256 (hex) of a file, as a checkpoint's manifest has them."""
+
+    bytes: int
+    sha256: str
+
+
+def manifest_json(files: Mapping[str, FileDigest]) -> bytes:
+    """Return the content of a checkpoint's manifest: {"files": {name: {"bytes": n, "sha256": hex}}}."""
+    manifest = {"files": {name: asdict(digest) for name, digest in files.items()}}
+    return json.dumps(manifest, allow_nan=False, indent=1).encode() + b"\n"
+
+
+def parse_manifest(data: bytes) -> dict[str, FileDigest]:
+    """Return the files that a manifest lists; the inverse of `manifest_json`.
+
+    Raises ValueError, KeyError, TypeError, AttributeError or RecursionError if ``data`` is no manifest.
+    """
+    files = json.loads(data)["files"]
+    return {name: FileDigest(int(file["bytes"]), str(file["sha256"])) for name, file in files.items()}
+
+
+@contextmanager
+def atomic_directory(final: Path, temporary: Path) -> Iterator[Path]:
+    """Create ``temporary`` to write in, and rename it to ``final`` when the block ends.
+
+    After an error ``temporary`` is deleted. Files must be fsynced by the caller. Raises OSError.
+    """
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        publish_directory(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish_directory(temporary: Path, final: Path) -> None:
+    """Rename ``temporary`` to ``final``: readers see all of it or nothing, also after a power cut. Raises OSError.
+
+    Files in it must be fsynced before. Both must have the same parent directory.
+    """
+    fsync_directory(temporary)
+    temporary.rename(final)
+    fsync_directory(final.parent)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
-    """Publish ``data`` as ``path``: readers see the old file or the whole new one, also after a power cut."""
+    """Replace ``path`` with ``data``: readers see the old file or all of the new one, also after a power cut."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -291,12 +354,12 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_atomically` for strict JSON: NaN and infinity raise ValueError."""
+    """Write strict JSON with `write_atomically`. Raises ValueError for NaN and infinity."""
     write_atomically(path, json.dumps(value, allow_nan=False, ensure_ascii=True, indent=1).encode() + b"\n")
 
 
 def read_json(path: Path) -> Any | None:
-    """The value in ``path``, or None where there is no such file."""
+    """Return the JSON value in ``path``, or None if there is no such file."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -304,7 +367,7 @@ def read_json(path: Path) -> Any | None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Make a rename in ``path`` survive a power cut."""
+    """Make renames in the directory ``path`` survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

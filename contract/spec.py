@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from model.config import ModelConfig
+from trainyard.model.config import ModelConfig
 
 
 def _encodable(text: str) -> str:
@@ -40,7 +40,7 @@ PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_
 FileStem = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Prompt = Annotated[str, Field(max_length=4000), AfterValidator(_encodable)]
 Positive = Annotated[int, Field(ge=1, le=LONG)]
-NotNegative = Annotated[int, Field(ge=0, le=LONG)]
+NonNegative = Annotated[int, Field(ge=0, le=LONG)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
 Nodes = Annotated[int, Field(ge=1, le=4096)]
@@ -97,7 +97,7 @@ class TrainingSpec(Group):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="final learning rate / peak learning rate"
     )
-    warmup_steps: NotNegative = Field(0, description="steps of linear warm-up")
+    warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the layers, AdamW for embeddings, head, router and norms"
     )
@@ -238,19 +238,19 @@ class ResourcesSpec(Group):
     slurm: SlurmSpec = Field(default_factory=SlurmSpec)
 
     @property
-    def least_nodes(self) -> int:
+    def min_nodes(self) -> int:
         """Nodes without which it does not begin."""
         return self.nnodes.min if isinstance(self.nnodes, NodeRange) else self.nnodes
 
     @property
-    def most_nodes(self) -> int:
+    def max_nodes(self) -> int:
         """Nodes it takes where they can be had."""
         return self.nnodes.max if isinstance(self.nnodes, NodeRange) else self.nnodes
 
     @property
     def ranks(self) -> int:
         """Ranks over all nodes, the most there may be."""
-        return self.nproc_per_node * self.most_nodes
+        return self.nproc_per_node * self.max_nodes
 
 
 class JobSpec(Group):

@@ -78,7 +78,7 @@ RESTARTABLE = frozenset(
 )
 """Ends after which another attempt on the same spec may go better."""
 
-NOT_COUNTED = frozenset(
+UNCOUNTED_REASONS = frozenset(
     {
         Reason.HOST_RESTARTED,
         Reason.AGENT_LOST,
@@ -96,7 +96,7 @@ LIVE = frozenset({JobStatus.STARTING, JobStatus.RUNNING, JobStatus.PAUSING, JobS
 TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 """Final until the user resumes."""
 
-AT_REST = TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
+IDLE = TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
 """Nothing runs and nothing is waiting to run, except an interrupted job that is waiting for its own restart."""
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
@@ -140,6 +140,6 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
 """Every change of status there is. A change outside this table is a bug and raises."""
 
 
-def may_become(before: JobStatus, after: JobStatus) -> bool:
+def can_transition(before: JobStatus, after: JobStatus) -> bool:
     """Whether the table allows ``before`` -> ``after``."""
     return after in TRANSITIONS[before]

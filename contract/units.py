@@ -1,4 +1,13 @@
-"""In what the spec's numbers are counted: for forms that ask for them."""
+"""Units: in what the spec's numbers are counted, for forms that ask for them, and sizes for people to read."""
+
+
+def human_bytes(count: float) -> str:
+    """Return e.g. ``2.3 GB``, in powers of ten as disks are sold."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit:
+            return f"{count / limit:.1f} {unit}"
+    return f"{count:.0f} B"
+
 
 UNITS = {
     "num_hidden_layers": "layers",

@@ -2,12 +2,12 @@
 
 from alembic import context
 
-from service.tables import Table
+from trainyard.service.db.models import Base
 
 connection = context.config.attributes["connection"]
 context.configure(
     connection=connection,
-    target_metadata=Table.metadata,
+    target_metadata=Base.metadata,
     compare_type=True,
     # SQLite cannot alter a table in place; alembic copies it.
     render_as_batch=connection.dialect.name == "sqlite",

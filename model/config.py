@@ -1,4 +1,4 @@
-"""The shape of the decoder: one frozen dataclass, validated before anything is built from it."""
+"""The decoder's config: one frozen dataclass, validated before a model is built from it."""
 
 import math
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ Count = Annotated[int, Ge(1), Le(4096)]
 class ModelConfig:
     """MiniMind's decoder, which has the shapes of Qwen3, and of Qwen3-MoE with ``use_moe``.
 
-    Sizes left at None are derived when the object is made: ``head_dim`` = hidden / heads, ``intermediate_size`` =
-    ceil(hidden * pi / 64) * 64, ``moe_intermediate_size`` = ``intermediate_size``. ``vocab_size`` None means "what the
-    tokenizer has" and must be filled in with `with_vocab_size` before a model is built.
+    Sizes that are None are derived when the object is created: ``head_dim`` = hidden / heads, ``intermediate_size`` =
+    ceil(hidden * pi / 64) * 64, ``moe_intermediate_size`` = ``intermediate_size``. ``vocab_size`` None means "as the
+    tokenizer"; set it by `with_vocab_size` before a model is built.
 
     Source of the shape and the defaults: docs/reference/spec.md.
     """
 
-    # Read by pydantic where the job spec embeds this class; plain Python ignores it.
+    # Pydantic reads this, because the job spec embeds this class. Plain Python ignores it.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     hidden_size: Size = 512
@@ -57,7 +57,7 @@ class ModelConfig:
         object.__setattr__(self, name, value)
 
     def problems(self) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-        """What no field alone can know: (field at fault, message, every field involved)."""
+        """Yield the conflicts between fields: (field at fault, message, all fields involved)."""
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if heads % kv_heads:
             message = f"must divide num_attention_heads ({heads}), which {kv_heads} does not"
@@ -82,13 +82,13 @@ class ModelConfig:
             yield "norm_topk_prob", message, ("norm_topk_prob", "num_experts_per_tok", "num_experts")
 
     def with_vocab_size(self, vocab_size: int) -> Self:
-        """The same shape for a tokenizer of ``vocab_size`` tokens; a larger size already set is kept."""
+        """Return the config for a tokenizer of ``vocab_size`` tokens; a larger size that is already set is kept."""
         if self.vocab_size is not None and self.vocab_size < vocab_size:
             raise ValueError(f"vocab_size {self.vocab_size} is smaller than the tokenizer's {vocab_size}")
         return replace(self, vocab_size=self.vocab_size or vocab_size)
 
     def require_valid(self) -> None:
-        """Raise ValueError that lists every problem, for those who build a model without a job spec."""
+        """Raise ValueError with every problem, for callers that build a model without a job spec."""
         found = [f"{field}: {message}" for field, message, _ in self.problems()]
         if self.vocab_size is None:
             found.append("vocab_size: must be set before a model is built")

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.attention import within_pieces
-from model.config import ModelConfig
+from trainyard.model.config import ModelConfig
+from trainyard.model.varlen_attention import varlen_attention
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype matrix products of ``x`` run in: autocast's where it is on, else that of ``x``."""
+    """Return the dtype that matrix products of ``x`` run in: autocast's if it is enabled, else that of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Linear(nn.Linear):
-    """A linear layer without bias, whose weight the decoder initialises."""
+    """A linear layer without bias. `model.decoder.Decoder` initialises its weight."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
 
     def reset_parameters(self) -> None:
-        """Leave the weight as it is: torch's own initialisation would be thrown away, and costs start-up time."""
+        """Do nothing: torch's own initialisation would be overwritten, and costs start-up time."""
 
 
 class RMSNorm(nn.Module):
@@ -44,19 +44,19 @@ class RMSNorm(nn.Module):
         if x.is_cuda or torch.compiler.is_compiling():
             out: Tensor = F.rms_norm(x.float(), weight.shape, weight, self.eps).to(dtype)
             return out
-        # On a CPU torch has no kernel of its own for this, and runs four; ours takes half the time and half the memory.
-        normed: Callable[..., Tensor] = Normed.apply
-        return normed(x.float(), weight, self.eps, dtype)
+        # On a CPU torch has no fused kernel for this and runs four; ours takes half the time and half the memory.
+        rms_norm: Callable[..., Tensor] = RMSNormFunction.apply
+        return rms_norm(x.float(), weight, self.eps, dtype)
 
 
-class Normed(torch.autograd.Function):
-    """The norm with its gradient by hand: only ``x`` and one number a row are kept for it."""
+class RMSNormFunction(torch.autograd.Function):
+    """RMS norm with a gradient written by hand: it keeps only ``x`` and one number a row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """``x`` [..., size] and ``weight`` [size], both float32 -> [..., size] in ``dtype``."""
-        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight).to(dtype)
 
@@ -71,15 +71,15 @@ class Normed(torch.autograd.Function):
         return torch.addcmul(grad * weight, normed, mean, value=-1).mul_(scale), weight_grad, None, None
 
 
-class Rotary(NamedTuple):
-    """Cosines and sines of every position's angles, float32, [B or 1, S, 1, D / 2]."""
+class RotaryTables(NamedTuple):
+    """Cosines and sines of the angles of each position: float32 [B or 1, S, 1, D / 2]."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, head_dim: int, theta: float) -> "Rotary":
-        """The tables for ``positions`` [B or 1, S]. Computed anew for each forward: no buffer that DDP would send."""
+    def at(cls, positions: Tensor, head_dim: int, theta: float) -> "RotaryTables":
+        """Compute the tables for ``positions`` [B or 1, S], once each forward pass: DDP would send a buffer."""
         exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
         angles = positions[..., None, None].float() * theta**-exponents
         return cls(angles.cos(), angles.sin())
@@ -90,33 +90,34 @@ class Rotary(NamedTuple):
         return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
 
 
-class LayerCache(NamedTuple):
+class LayerKVCache(NamedTuple):
     """Keys and values of one layer, [B, K, capacity, D]; the first ``length`` positions are filled."""
 
     keys: Tensor
     values: Tensor
 
-    def extended(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``keys`` and ``values`` [B, K, S, D] behind position ``length``; all up to there."""
+    def append(self, length: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write ``keys`` and ``values`` [B, K, S, D] after ``length`` positions; return all [B, K, length + S, D]."""
         end = length + keys.shape[2]
         self.keys[:, :, length:end] = keys
         self.values[:, :, length:end] = values
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
-class Reach(NamedTuple):
-    """Which positions a query sees. ``mask`` [B or 1, 1, S, T], added to the scores; None: all, or all before it.
+class AttentionMask(NamedTuple):
+    """Which keys a query sees. With ``offsets``, ``tensor`` and ``causal`` are not used.
 
-    ``offsets``: those before it in its piece, see `model.attention`; neither of the others counts then.
+    ``tensor`` [B or 1, 1, S, keys]: boolean, or added to the scores. ``causal``: only keys at or before the query.
+    ``offsets`` [P + 1]: the same, and only of its own segment, see `model.varlen_attention`.
     """
 
-    mask: Tensor | None
+    tensor: Tensor | None
     causal: bool
     offsets: Tensor | None = None
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions and, where the config asks, a norm on each query and key head."""
+    """Grouped-query attention with rotary positions and, with ``qk_norm``, a norm on each query and key head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -134,41 +135,47 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
 
     def forward(
-        self, x: Tensor, rotary: Rotary, reach: Reach, cache: LayerCache | None = None, cached: int = 0
+        self, x: Tensor, rotary: RotaryTables, mask: AttentionMask, cache: LayerKVCache | None = None, cached: int = 0
     ) -> Tensor:
-        """[B, S, C] -> [B, S, C]. With a ``cache`` that holds ``cached`` positions, S new ones are added to it."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        queries, keys = self.q_proj(x).view(heads), self.k_proj(x).view(heads)
-        values = self.v_proj(x).view(heads)
+        """[B, S, C] -> [B, S, C]. Append S positions to ``cache``, if given, after the ``cached`` ones that it has."""
+        per_head = (*x.shape[:2], -1, self.head_dim)
+        queries, keys = self.q_proj(x).view(per_head), self.k_proj(x).view(per_head)
+        values = self.v_proj(x).view(per_head)
         if self.qk_norm:
             queries, keys = self.q_norm(queries, torch.float32), self.k_norm(keys, torch.float32)
         queries = rotary.rotate(queries).to(values.dtype)
         keys = rotary.rotate(keys).to(values.dtype)
-        if reach.offsets is not None:
-            attended = within_pieces(queries, keys, values, reach.offsets)
+        if mask.offsets is not None:
+            attended = varlen_attention(queries, keys, values, mask.offsets)
         else:
             heads_first = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
-            attended = self._in_rows(*heads_first, reach, cache, cached).transpose(1, 2)
+            attended = self._masked_attention(*heads_first, mask, cache, cached).transpose(1, 2)
         out: Tensor = self.o_proj(attended.flatten(2))
         return out
 
-    def _in_rows(
-        self, queries: Tensor, keys: Tensor, values: Tensor, reach: Reach, cache: LayerCache | None, cached: int
+    def _masked_attention(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: AttentionMask,
+        cache: LayerKVCache | None,
+        cached: int,
     ) -> Tensor:
         """[B, H, S, D] and twice [B, K, S, D] -> [B, H, S, D]."""
         if cache is not None:
-            keys, values = cache.extended(cached, keys, values)
-        if keys.is_cuda and reach.mask is not None:
-            # The one CUDA kernel that takes a mask takes no grouped heads: without this, the slow path is chosen.
+            keys, values = cache.append(cached, keys, values)
+        if keys.is_cuda and mask.tensor is not None:
+            # The only fast CUDA kernel with a mask has no grouped heads: without this, torch takes the slow path.
             groups = queries.shape[1] // keys.shape[1]
             keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(
             queries,
             keys,
             values,
-            attn_mask=reach.mask,
+            attn_mask=mask.tensor,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=reach.causal,
+            is_causal=mask.causal,
             enable_gqa=queries.shape[1] != keys.shape[1],
         )
 

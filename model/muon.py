@@ -1,7 +1,11 @@
-"""Muon: momentum whose matrix is made orthogonal before it is applied, for the hidden matrices; AdamW for all others.
+"""Muon for the hidden matrices, which makes the momentum orthogonal before it is applied; AdamW for all the rest.
 
-Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon); the scale of the update is that of Liu et al.
-2025 (arXiv 2502.16982), which makes it as large as AdamW's, so that both take the same learning rate and weight decay.
+`torch.optim.Muon` with ``adjust_lr_fn="match_rms_adamw"`` computes the same update. It is not used, because it does not
+know ``found_inf``: the flag on the device by which fused AdamW leaves everything as it is after a non-finite gradient.
+Without it, each step would have to wait for the device to learn whether it may update.
+
+Source: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon). The scale of the update is that of Liu et al.
+2025 (arXiv 2502.16982): as large as AdamW's, so that both take the same learning rate and weight decay.
 """
 
 import math
@@ -12,18 +16,18 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-ITERATIONS = 5
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NS_STEPS = 5
+NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 UPDATE_RMS = 0.2
 
 
-def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The matrices of attention, feed-forward layers and experts; not embeddings, head, router or norms."""
+def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices of attention, feed-forward layers and experts; not embeddings, head, router or norms."""
     return [parameter for name, parameter in model.named_parameters() if name.endswith("_proj.weight")]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for ``matrices``, AdamW for ``others``. One state, float32: ``momentum``, or AdamW's moments."""
+    """Muon for ``matrices``, AdamW for ``others``, with one float32 state: ``momentum``, or AdamW's moments."""
 
     def __init__(
         self,
@@ -40,45 +44,45 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient; none where ``found_inf`` is set to 1, as in fused AdamW."""
+        """Update all parameters that have a gradient; none if the attribute ``found_inf`` (a tensor) is 1."""
         assert closure is None
-        held: Tensor | None = getattr(self, "found_inf", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
         group = self.param_groups[0]
         for parameter in group["params"]:
             if parameter.grad is not None:
-                self._update(parameter, parameter.grad, group["lr"], group["weight_decay"], held)
-        # Loading a state makes new objects of both, so they are handed over each time.
+                self._update(parameter, parameter.grad, group["lr"], group["weight_decay"], found_inf)
+        # load_state_dict replaces state and param_groups, so AdamW gets the present ones at each step.
         self._adamw.state, self._adamw.param_groups = self.state, self.param_groups[1:]
-        self._adamw.found_inf = held  # type: ignore[attr-defined]
+        self._adamw.found_inf = found_inf  # type: ignore[attr-defined]
         self._adamw.step()
 
     def _update(
-        self, parameter: nn.Parameter, grad: Tensor, lr: float, weight_decay: float, held: Tensor | None
+        self, parameter: nn.Parameter, grad: Tensor, lr: float, weight_decay: float, found_inf: Tensor | None
     ) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum: Tensor = state["momentum"]
-        moved = momentum.lerp(grad, 1 - MOMENTUM)
-        direction = orthogonal(grad.lerp(moved, MOMENTUM))
-        updated = parameter * (1 - lr * weight_decay)
-        updated.add_(direction, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape)))
-        for place, value in ((momentum, moved), (parameter, updated)):
-            # A choice and no product: what is held back is not finite, and 0 times that is not 0.
-            place.copy_(value if held is None else torch.where(held.bool(), place, value))
+        new_momentum = momentum.lerp(grad, 1 - MOMENTUM)
+        direction = newton_schulz(grad.lerp(new_momentum, MOMENTUM))
+        new_parameter = parameter * (1 - lr * weight_decay)
+        new_parameter.add_(direction, alpha=-lr * UPDATE_RMS * math.sqrt(max(parameter.shape)))
+        for old, new in ((momentum, new_momentum), (parameter, new_parameter)):
+            # A choice and not a product with 0 or 1: 0 times a non-finite update is NaN, not 0.
+            old.copy_(new if found_inf is None else torch.where(found_inf.bool(), old, new))
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V' of the singular value decomposition U S V' of a float32 matrix: singular values of 0.7 to 1.2.
+def newton_schulz(matrix: Tensor) -> Tensor:
+    """Return about U V' of the singular value decomposition U S V' of a float32 matrix: singular values of 0.7 to 1.2.
 
-    Newton-Schulz iterations in bfloat16, where the products cost least and precision does not matter.
+    The iterations run in bfloat16, in which the products are cheapest; precision does not matter here.
     """
-    a, b, c = COEFFICIENTS
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.t()) / (matrix.norm() + 1e-7)
+    a, b, c = NS_COEFFICIENTS
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if is_wide else matrix.t()) / (matrix.norm() + 1e-7)
     x = x.bfloat16()
-    for _ in range(ITERATIONS):
+    for _ in range(NS_STEPS):
         gram = x @ x.t()
         x = a * x + (b * gram + c * (gram @ gram)) @ x
-    found: Tensor = (x if wide else x.t()).float()
-    return found
+    orthogonal: Tensor = (x if is_wide else x.t()).float()
+    return orthogonal

@@ -1,4 +1,4 @@
-"""``python -m service``: bind, say where, migrate, look after what lives, serve."""
+"""``python -m trainyard.service``: bind, say where, migrate, look after what lives, serve."""
 
 import argparse
 import contextlib
@@ -11,43 +11,48 @@ from pathlib import Path
 import uvicorn
 from sqlalchemy.exc import DBAPIError
 
-from contract.locks import FileLock, LockBusy
-from contract.rundir import read_json, write_json
-from service import logs
-from service.app import build, create_app
-from service.db import UnknownTables, what_it_said
-from service.launch.base import LOCAL, Launcher
-from service.launch.environment import WORKER_AGENT
-from service.launch.local import LocalLauncher
-from service.launch.side_by_side import SideBySide
-from service.launch.slurm import SLURM, SlurmLauncher
-from service.server import HEAD_BYTES, Protocol, Server
-from service.settings import Settings, SettingsRefused
+from trainyard.contract.locks import FileLock, LockBusy
+from trainyard.contract.rundir import read_json, write_json
+from trainyard.service.app import build_state, create_app
+from trainyard.service.db.engine import UnknownSchemaVersion, error_text
+from trainyard.service.launch.base import LOCAL, Launcher
+from trainyard.service.launch.environment import WORKER_AGENT
+from trainyard.service.launch.local import LocalLauncher
+from trainyard.service.launch.router import LauncherRouter
+from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
+from trainyard.service.observability.logging import configure_logging
+from trainyard.service.server import HEAD_BYTES, GracefulServer, TimeoutH11Protocol
+from trainyard.service.settings import InvalidSettings, Settings
+from trainyard.service.timing import Timing
 
 BACKLOG = 512
 PREDECESSOR_SECONDS = 20.0
 SHUTDOWN_SECONDS = 10
-UNREAD_MILLISECONDS = 60_000
+UNACKED_TIMEOUT_MILLISECONDS = 60_000
 
 
-class CannotListen(Exception):
+class BindError(Exception):
     """The address cannot be listened at; the message says why and what to do."""
 
 
-class NotAlone(Exception):
+class AlreadyRunning(Exception):
     """Another service runs on the home; the message says where."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT. Runs go on without us. Returns an exit code."""
+def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGENT, timing: Timing = Timing()) -> int:
+    """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue without the service.
+
+    ``agent``: the command that starts an attempt's agent. It and ``timing`` are for tests.
+    """
     try:
-        return _run(*_settings(arguments))
-    except SettingsRefused as error:
+        settings, schedules = _settings(arguments)
+        return _run(settings, schedules, agent, timing)
+    except InvalidSettings as error:
         return _refuse(str(error), code=2)
-    except (CannotListen, NotAlone, UnknownTables) as error:
+    except (BindError, AlreadyRunning, UnknownSchemaVersion) as error:
         return _refuse(str(error))
     except DBAPIError as error:
-        return _refuse(what_it_said(error))
+        return _refuse(error_text(error))
     except OSError as error:
         return _refuse(f"{error.filename}: {error.strerror}; --home or TRAINYARD_HOME says where the service may write")
 
@@ -57,14 +62,14 @@ def _refuse(why: str, code: int = 1) -> int:
     return code
 
 
-def _run(settings: Settings, schedules: bool) -> int:
+def _run(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
     settings.home.mkdir(parents=True, exist_ok=True)
-    with _alone(settings) if schedules else contextlib.nullcontext():
-        logs.set_up(settings.log_format, settings.log_level, settings.secrets())
-        return _serve(settings, schedules)
+    with _hold_home(settings) if schedules else contextlib.nullcontext():
+        configure_logging(settings.log_format, settings.log_level, settings.secrets())
+        return _serve(settings, schedules, agent, timing)
 
 
-def _alone(settings: Settings) -> contextlib.AbstractContextManager[object]:
+def _hold_home(settings: Settings) -> contextlib.AbstractContextManager[object]:
     """On SQLite, one service on a home; a predecessor that is shutting down is waited for. Raises NotAlone.
 
     On Postgres there may be several, on this host or others: the lease says which of them schedules.
@@ -79,7 +84,7 @@ def _alone(settings: Settings) -> contextlib.AbstractContextManager[object]:
     try:
         return lock.take(seconds=PREDECESSOR_SECONDS)
     except LockBusy:
-        raise NotAlone(f"{there}: use that one, stop it, or give this one a --home of its own") from None
+        raise AlreadyRunning(f"{there}: use that one, stop it, or give this one a --home of its own") from None
 
 
 def _its_url(settings: Settings) -> str:
@@ -91,7 +96,7 @@ def _its_url(settings: Settings) -> str:
 
 def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
     """The settings, and whether this service may schedule."""
-    parser = argparse.ArgumentParser(prog="python -m service", description="The Trainyard service")
+    parser = argparse.ArgumentParser(prog="python -m trainyard.service", description="The Trainyard service")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8000); 0: any free one")
     parser.add_argument("--home", type=Path, help="directory for runs, database and caches (./trainyard-home)")
@@ -102,10 +107,10 @@ def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
     return settings, not given.no_scheduler
 
 
-def _serve(settings: Settings, schedules: bool) -> int:
+def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
     with _bound(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        services = build(settings, _launcher(settings), schedules=schedules)
+        services = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
         # Here, and not only in the application's life: what a database says no to is said in a line.
         services.database.upgrade(settings.home / "migrate.lock")
 
@@ -127,23 +132,23 @@ def _serve(settings: Settings, schedules: bool) -> int:
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
-            http=Protocol,
+            http=TimeoutH11Protocol,
             # Who may speak for others is ours to decide, see `service.proxies`; uvicorn would believe all of loopback.
             proxy_headers=False,
             h11_max_incomplete_event_size=HEAD_BYTES,
         )
-        server = Server(config, services.pulse.stop)
+        server = GracefulServer(config, services.broadcaster.stop)
         server.run(sockets=[listener])
         return 0 if server.started else 1
 
 
-def _launcher(settings: Settings) -> Launcher:
+def _launcher(settings: Settings, agent: tuple[str, ...]) -> Launcher:
     roots = (settings.data_roots, settings.save_roots)
-    local = LocalLauncher(settings.home, settings.corpus_cache, *roots, WORKER_AGENT)
+    local = LocalLauncher(settings.home, settings.corpus_cache, *roots, agent)
     if settings.slurm is None:
         return local
-    slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, WORKER_AGENT)
-    return SideBySide({LOCAL: local, SLURM: slurm})
+    slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, agent)
+    return LauncherRouter({LOCAL: local, SLURM: slurm})
 
 
 def _bound(settings: Settings) -> socket.socket:
@@ -153,22 +158,22 @@ def _bound(settings: Settings) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     # Connections inherit it: what a peer does not take for so long is thrown away with its connection.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKED_TIMEOUT_MILLISECONDS)
     try:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
-        raise CannotListen(f"{settings.host}:{settings.port}: {_why_not(error)}") from error
+        raise BindError(f"{settings.host}:{settings.port}: {_bind_error(error)}") from error
     try:
         settings.require_safe(listener.getsockname()[0])
-    except SettingsRefused:
+    except InvalidSettings:
         listener.close()
         raise
     listener.listen(BACKLOG)
     return listener
 
 
-def _why_not(error: OSError) -> str:
+def _bind_error(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "another program listens there already; --port takes another port, and --port 0 any that is free"
     return f"cannot be listened at: {error.strerror}; --host and --port say where"

@@ -1,73 +1,117 @@
 """The application: routes, errors, and a life that begins with the migrations and the scheduler."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from service import exposition, status_routes
-from service.access import routes as access_routes
-from service.access.scopes import authorise, methods_at
-from service.checkpoints import routes as checkpoint_routes
-from service.context import Services
-from service.dashboard.assets import Assets
-from service.dashboard.pages import Pages
-from service.db import Database
-from service.devices import routes as device_routes
-from service.devices.inventory import HostInventory, Inventory, visible_devices
-from service.document import openapi
-from service.errors import ServiceError, answer, from_exception
-from service.exports import routes as export_routes
-from service.forks import routes as fork_routes
-from service.jobs import files, log_routes, products
-from service.jobs import routes as job_routes
-from service.launch.base import Launcher
-from service.metrics import routes as metric_routes
-from service.planning import routes as plan_routes
-from service.reports import routes as report_routes
-from service.scheduler.bulletin import PublishedInventory
-from service.scheduler.lease import Lease
-from service.scheduler.loop import Scheduler
-from service.settings import Settings
-from service.streams import routes as stream_routes
-from service.streams.pulse import Pulse
-from service.upkeep.corpora import CorpusShelf
-from service.upkeep.loop import Upkeep
-from service.upkeep.retention import Policy
-from service.web import Gate, HeadMiddleware
-from service.webhooks import routes as webhook_routes
-from service.webhooks.courier import Courier
-from service.webhooks.sender import Sender
+from trainyard.service.api.dependencies import AppState
+from trainyard.service.api.middleware import HeadMiddleware, RequestMiddleware
+from trainyard.service.api.openapi import openapi
+from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.api.routers import (
+    artifacts,
+    logs,
+    prometheus,
+    status,
+)
+from trainyard.service.api.routers import checkpoints as checkpoint_routes
+from trainyard.service.api.routers import devices as device_routes
+from trainyard.service.api.routers import exports as export_routes
+from trainyard.service.api.routers import forks as fork_routes
+from trainyard.service.api.routers import ingest as report_routes
+from trainyard.service.api.routers import jobs as job_routes
+from trainyard.service.api.routers import metrics as metric_routes
+from trainyard.service.api.routers import planning as plan_routes
+from trainyard.service.api.routers import streams as stream_routes
+from trainyard.service.api.routers import tokens as access_routes
+from trainyard.service.api.routers import webhooks as webhook_routes
+from trainyard.service.auth.permissions import methods_at, scopes_of
+from trainyard.service.bodies import invalid_request
+from trainyard.service.dashboard.assets import Assets
+from trainyard.service.dashboard.pages import DashboardMiddleware
+from trainyard.service.db.engine import Database
+from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
+from trainyard.service.errors import ServiceError, from_exception, problem_response
+from trainyard.service.jobs import deletion
+from trainyard.service.launch.base import Launcher
+from trainyard.service.leadership import LeaderLease
+from trainyard.service.maintenance.corpus_cache import CorpusCachePruner
+from trainyard.service.maintenance.loop import MaintenanceLoop
+from trainyard.service.maintenance.retention import Policy
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.scheduler.published_inventory import PublishedInventory
+from trainyard.service.settings import Settings
+from trainyard.service.streams.broadcaster import MetricBroadcaster
+from trainyard.service.timing import Timing
+from trainyard.service.webhooks.http_client import WebhookClient
+from trainyard.service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
+REQUEST_THREADS = 32
+"""Endpoints that run at once. Fewer than the database's connections, so that none waits for one."""
+
+ROUTERS = (
+    job_routes,
+    fork_routes,
+    plan_routes,
+    artifacts,
+    logs,
+    metric_routes,
+    stream_routes,
+    checkpoint_routes,
+    export_routes,
+    report_routes,
+    device_routes,
+    access_routes,
+    webhook_routes,
+    status,
+    prometheus,
+)
+ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
 
-def build(
-    settings: Settings, launcher: Launcher, inventory: Inventory | None = None, schedules: bool = True
-) -> Services:
+def build_state(
+    settings: Settings,
+    launcher: Launcher,
+    inventory: Inventory | None = None,
+    schedules: bool = True,
+    timing: Timing = Timing(),
+) -> AppState:
     """The parts of a service. Nothing runs yet, and nothing was written. One that never ``schedules`` only answers."""
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
-    lease = Lease(database)
-    scheduler = Scheduler(database, launcher, devices, lease=lease, wanted=schedules, preempts=settings.preemption)
-    sender = Sender(database, Courier(settings.webhook_networks), lease, wanted=schedules)
+    lease = LeaderLease(database, timing=timing)
+    scheduler = Scheduler(
+        database,
+        launcher,
+        devices,
+        lease=lease,
+        wanted=schedules,
+        preempts=settings.preemption,
+        timing=timing,
+    )
+    sender = Sender(database, WebhookClient(settings.webhook_networks), lease, wanted=schedules)
     seen = devices if schedules else PublishedInventory(database, devices)
-    return Services(settings, database, seen, scheduler, Pulse(database), sender)
+    return AppState(settings, database, seen, scheduler, MetricBroadcaster(database), sender)
 
 
-def create_app(services: Services, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
+def create_app(services: AppState, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
     """The ASGI application. ``ready`` is called once it works; ``scheduling`` False leaves the rounds to the caller."""
     upkeep = _upkeep(services)
 
     @contextlib.asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUEST_THREADS, "requests"))
         services.database.upgrade(services.settings.home / "migrate.lock")
-        files.sweep(services.settings, services.database)
+        deletion.sweep(services.settings, services.database)
         services.leader  # noqa: B018 - from now on its silence counts
         if scheduling:
             services.scheduler.start()
@@ -76,7 +120,7 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
         if ready is not None:
             ready()
         yield
-        services.pulse.stop()
+        services.broadcaster.stop()
         upkeep.stop()
         # While the lease is still held: what was sent a moment ago is written down as sent.
         services.sender.stop()
@@ -85,52 +129,41 @@ def create_app(services: Services, ready: Callable[[], None] | None = None, sche
 
     app = FastAPI(
         title="Trainyard",
-        version=status_routes.package_version(),
+        version=status.package_version(),
         description=DESCRIPTION,
         lifespan=life,
         redoc_url=None,
-        dependencies=[Depends(authorise)],
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.services = services
+    app.router.route_class = ServiceRoute
     for kind in (ServiceError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _refused)
     app.add_middleware(HeadMiddleware)
-    app.add_middleware(Pages, assets=Assets(services.settings.home / "cache" / "dashboard"))
+    app.add_middleware(DashboardMiddleware, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
-    app.add_middleware(Gate, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.gatekeeper)
-    for routes in (
-        job_routes,
-        fork_routes,
-        plan_routes,
-        products,
-        log_routes,
-        metric_routes,
-        stream_routes,
-        checkpoint_routes,
-        export_routes,
-        report_routes,
-        device_routes,
-        access_routes,
-        webhook_routes,
-        status_routes,
-        exposition,
-    ):
-        app.include_router(routes.router)
+    app.add_middleware(
+        RequestMiddleware, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.authenticator
+    )
+    scopes_of(route for module in ROUTERS for route in module.router.routes)
+    for module in ROUTERS:
+        app.include_router(module.router)
     app.openapi = lambda: openapi(app)  # type: ignore[method-assign] # FastAPI's own way to extend the document
     return app
 
 
 def _refused(request: Request, error: Exception) -> JSONResponse:
     """Every "no" as a problem. With a 405 the framework names the methods of the first route alone that it finds."""
-    made = from_exception(error)
+    made = invalid_request(request, error) if isinstance(error, RequestValidationError) else from_exception(error)
     if made.status == HTTPStatus.METHOD_NOT_ALLOWED:
-        methods = methods_at(request.url.path)
+        methods = methods_at(request.url.path, ROUTES)
         made.headers |= {"Allow": ", ".join(methods)} if methods else {}
-    return answer(made, request.scope.get("request_id"))
+    return problem_response(made, request.scope.get("request_id"))
 
 
-def _upkeep(services: Services) -> Upkeep:
+def _upkeep(services: AppState) -> MaintenanceLoop:
     settings, telemetry = services.settings, services.telemetry
-    shelf, policy = CorpusShelf.of(settings), Policy.of(settings)
-    return Upkeep(services.scheduler, services.disks, corpora=shelf, policy=policy, count=telemetry.removes)
+    shelf, policy = CorpusCachePruner.of(settings), Policy.of(settings)
+    return MaintenanceLoop(
+        services.scheduler, services.disks, corpora=shelf, policy=policy, count=telemetry.rows_removed
+    )

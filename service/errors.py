@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
-from contract.parsing import Problem, plain, pointer_to
+from trainyard.contract.parsing import Problem
 
 PROBLEM = "application/problem+json"
 
@@ -35,7 +34,7 @@ class Internal(ServiceError):
     """The service made a mistake. It is in the service's log under this request id."""
 
 
-class DatabaseAway(ServiceError):
+class DatabaseUnavailable(ServiceError):
     """The database does not answer. Nothing was changed; try again."""
 
     status, code = 503, "database_unavailable"
@@ -140,7 +139,7 @@ class StepUnavailable(ServiceError):
     status, code = 409, "step_unavailable"
 
 
-class RunDiffers(ServiceError):
+class CheckpointMismatch(ServiceError):
     """The run cannot go on: its corpus, vocabulary or shape is not the one its checkpoint was saved with."""
 
     status, code = 409, "run_differs"
@@ -152,18 +151,18 @@ class FileNotInExport(ServiceError):
     status, code = 404, "export_not_found"
 
 
-class DiskTrouble(ServiceError):
+class StorageError(ServiceError):
     """The files could not be written on the service's host. Nothing of them is left."""
 
     status, code = 507, "disk_trouble"
 
     @classmethod
-    def of(cls, error: OSError) -> "DiskTrouble":
+    def of(cls, error: OSError) -> "StorageError":
         """With the system's own word."""
         return cls(f"{(cls.__doc__ or '').strip()} It said: {error.strerror or type(error).__name__}.")
 
 
-class ExportUnderWay(ServiceError):
+class ExportInProgress(ServiceError):
     """An export of this job is being made. Ask again when it is done."""
 
     status, code = 409, "export_under_way"
@@ -179,7 +178,7 @@ class ExportFailed(ServiceError):
 
 
 class ExportUnavailable(ServiceError):
-    """The server has no torch, so it cannot export. Ask one that has, or run `python -m worker.export` yourself."""
+    """The server has no torch, so it cannot export. Ask one that has, or run `python -m trainyard.worker.checkpoint.export` yourself."""
 
     status, code = 501, "export_unavailable"
 
@@ -214,7 +213,7 @@ class TooManyStreams(ServiceError):
     status, code = 429, "too_many_streams"
 
 
-class BodyNotJson(ServiceError):
+class InvalidJson(ServiceError):
     """The body is not JSON."""
 
     status, code = 422, "invalid_json"
@@ -292,13 +291,13 @@ class TokenRevoked(ServiceError):
     status, code = 409, "token_revoked"
 
 
-class ForeignHost(ServiceError):
+class HostNotAllowed(ServiceError):
     """The service is not known under the name in the Host header. TRAINYARD_ALLOWED_HOSTS lists its names."""
 
     status, code = 403, "foreign_host"
 
 
-class ForeignOrigin(ServiceError):
+class CrossOrigin(ServiceError):
     """A page of another origin must not change anything here."""
 
     status, code = 403, "foreign_origin"
@@ -311,7 +310,7 @@ def with_problems(kind: type[ServiceError], problems: Sequence[Problem]) -> Serv
     return kind(detail, errors=[{"pointer": p.pointer, "message": p.message} for p in problems])
 
 
-def answer(error: ServiceError, request_id: str | None) -> JSONResponse:
+def problem_response(error: ServiceError, request_id: str | None) -> JSONResponse:
     """The error as problem+json."""
     body = {
         "type": "about:blank",
@@ -332,12 +331,10 @@ def from_exception(error: Exception) -> ServiceError:
             return error
         case HTTPException():
             return _from_http(error)
-        case RequestValidationError():
-            return _from_validation(error)
         case OperationalError() | InterfaceError() | PoolTimeout():
-            return DatabaseAway(headers={"Retry-After": "1"})
+            return DatabaseUnavailable(headers={"Retry-After": "1"})
         case DBAPIError() if error.connection_invalidated:
-            return DatabaseAway(headers={"Retry-After": "1"})
+            return DatabaseUnavailable(headers={"Retry-After": "1"})
         case _:
             return Internal()
 
@@ -363,8 +360,3 @@ def _plain_detail(status: int) -> str:
     if status == HTTPStatus.METHOD_NOT_ALLOWED:
         return "This address does not take this method; the Allow header lists those it takes."
     return f"{HTTPStatus(status).phrase}."
-
-
-def _from_validation(error: RequestValidationError) -> ServiceError:
-    problems = [Problem(pointer_to(*found["loc"]), plain(found["msg"])) for found in error.errors()]
-    return with_problems(RequestInvalid, problems)

@@ -18,17 +18,17 @@ SCHEMES = ("http", "https")
 
 
 @dataclass(frozen=True)
-class Proxies:
+class TrustedProxies:
     """The trusted proxies. If there are none, every such header is ignored."""
 
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "Proxies":
+    def of(cls, texts: Iterable[str]) -> "TrustedProxies":
         """Make it from addresses and networks. Raises ValueError."""
         return cls(tuple(ip_network(text.strip()) for text in texts if text.strip()))
 
-    def seen_through(self, scope: Scope) -> Scope:
+    def rewrite_scope(self, scope: Scope) -> Scope:
         """Return the request as it reached the proxy: with the client's address, the scheme and the Host."""
         peer = address_in((scope.get("client") or ("",))[0])
         if peer is None or not self._trust(peer):

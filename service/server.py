@@ -20,7 +20,7 @@ HEAD_BYTES = 64 << 10
 """Request line and headers together; beyond that the connection is refused before anything is read of it."""
 
 
-class Protocol(H11Protocol):
+class TimeoutH11Protocol(H11Protocol):
     """A connection that must say what it wants in time: one that sends a byte now and then is closed."""
 
     _deadline: asyncio.TimerHandle | None = None
@@ -72,7 +72,7 @@ class Protocol(H11Protocol):
             self.transport.abort()
 
 
-class Server(uvicorn.Server):
+class GracefulServer(uvicorn.Server):
     """Says at the first signal that it is ending: streams would keep it waiting."""
 
     def __init__(self, config: uvicorn.Config, ending: Callable[[], Any]) -> None:

@@ -11,15 +11,20 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from service.launch.base import LOCAL
-from service.launch.slurm_setup import SlurmSetup
-from service.logs import Format, Level
-from service.proxies import Proxies
-from service.settings_base import EnvironmentSettings, SettingsRefused, Whole, parts
-from service.tokens import tokens_in
-from service.webhooks.addresses import Network
+from trainyard.service.launch.base import LOCAL
+from trainyard.service.launch.slurm.config import SlurmSetup
+from trainyard.service.observability.logging import Format, Level
+from trainyard.service.proxies import TrustedProxies
+from trainyard.service.settings_base import (
+    EnvironmentSettings,
+    InvalidSettings,
+    Whole,
+    parts,
+)
+from trainyard.service.ssrf import Network
+from trainyard.service.static_tokens import parse_tokens
 
-__all__ = ["Settings", "SettingsRefused", "is_loopback"]
+__all__ = ["InvalidSettings", "Settings", "is_loopback"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DATABASES = ("sqlite", "postgresql", "postgres", "postgresql+psycopg")
@@ -48,11 +53,11 @@ def _database(url: str) -> str:
 def _token_file(file: Path) -> Path:
     # Read now: the first request must not be the one that finds a wrong path.
     try:
-        found = tokens_in(file)
+        found = parse_tokens(file)
     except OSError as error:
         raise ValueError from error
     if not found:
-        raise SettingsRefused("holds no token: one a line")
+        raise InvalidSettings("holds no token: one a line")
     return file
 
 
@@ -60,7 +65,7 @@ def _launcher(name: str, info: ValidationInfo) -> str:
     # If Slurm's own settings have mistakes, this one is not judged by them.
     known = (LOCAL, "slurm") if info.data.get("slurm", True) else (LOCAL,)
     if name not in known:
-        raise SettingsRefused(f"must be {' or '.join(known)}; TRAINYARD_SLURM=on adds slurm")
+        raise InvalidSettings(f"must be {' or '.join(known)}; TRAINYARD_SLURM=on adds slurm")
     return name
 
 
@@ -78,7 +83,7 @@ class Settings(EnvironmentSettings):
     number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
     ``idempotency_days``: how long a submission may be sent again. ``preemption``: a job of higher priority that waits
     makes those of lower priority pause. ``corpus_days``, ``corpus_bytes``: what of the corpus cache goes, see
-    `service.upkeep.corpora`. ``webhook_networks``: not public, and may be sent to all the same. ``slurm``: how Slurm is
+    `service.maintenance.corpus_cache`. ``webhook_networks``: not public, and may be sent to all the same. ``slurm``: how Slurm is
     used; None: it is not. ``launcher``: the one of jobs whose spec names none.
     """
 
@@ -106,8 +111,8 @@ class Settings(EnvironmentSettings):
     token_file: Annotated[Folder, AfterValidator(_token_file)] | None = Field(
         None, alias="TRAINYARD_TOKEN_FILE", description="must be a text file that the service can read"
     )
-    proxies: Annotated[Proxies, BeforeValidator(lambda text: Proxies.of(text.split(",")))] = Field(
-        Proxies(),
+    proxies: Annotated[TrustedProxies, BeforeValidator(lambda text: TrustedProxies.of(text.split(",")))] = Field(
+        TrustedProxies(),
         alias="TRAINYARD_TRUSTED_PROXIES",
         description="must be addresses or networks, separated by commas: 10.0.0.5,10.1.0.0/24",
     )
@@ -160,18 +165,18 @@ class Settings(EnvironmentSettings):
         if self.token is not None or self.token_file is not None:
             return
         if self.proxies.networks:
-            raise SettingsRefused(
+            raise InvalidSettings(
                 "refusing to serve others through a proxy without a token: set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE"
             )
         if not is_loopback(self.host) or not is_loopback(address or self.host):
-            raise SettingsRefused(
+            raise InvalidSettings(
                 "refusing to listen on an address that others can reach without a token: "
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
             )
 
     def secrets(self) -> list[str]:
         """What must be seen nowhere: the tokens as they are now, and the database's password."""
-        listed = tokens_in(self.token_file) if self.token_file is not None else []
+        listed = parse_tokens(self.token_file) if self.token_file is not None else []
         password = make_url(self.database_url).password
         return [secret for secret in (self.token, *listed, password) if secret]
 
@@ -182,7 +187,7 @@ class Settings(EnvironmentSettings):
 
     @property
     def trash(self) -> Path:
-        """Notes of files that are to go, see `service.jobs.files`."""
+        """Notes of files that are to go, see `service.jobs.deletion`."""
         return self.home / "trash"
 
     @property

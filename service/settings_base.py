@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 
-class SettingsRefused(ValueError):
+class InvalidSettings(ValueError):
     """The settings cannot be worked with, or would put the service at risk; the message says what to change."""
 
 
@@ -30,7 +30,7 @@ class EnvironmentSettings(BaseSettings):
             return cls(**{**source(), **given})
         except ValidationError as error:
             wanted = {field.alias: field.description for field in cls.model_fields.values() if field.alias}
-            raise SettingsRefused("\n".join(_mistakes(error, wanted))) from None
+            raise InvalidSettings("\n".join(_mistakes(error, wanted))) from None
 
 
 def _mistakes(error: ValidationError, wanted: Mapping[str, str | None]) -> list[str]:
@@ -43,7 +43,7 @@ def _mistakes(error: ValidationError, wanted: Mapping[str, str | None]) -> list[
                 continue
             case {"type": "literal_error", "ctx": {"expected": str(words)}}:
                 lines.append(f"{name} must be {words.replace(chr(39), '').replace(', ', ' or ')}")
-            case {"ctx": {"error": SettingsRefused() as why}}:
+            case {"ctx": {"error": InvalidSettings() as why}}:
                 # Without a variable of its own, the field is read from several, and the error names them.
                 lines.append(f"{name} {why}" if name in wanted else str(why))
             case _:

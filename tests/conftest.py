@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.soak import account, pytest_configure, pytest_report_header, pytest_terminal_summary
+from tests.soak_report import account, pytest_configure, pytest_report_header, pytest_terminal_summary
 
 __all__ = ["account", "pytest_configure", "pytest_report_header", "pytest_terminal_summary"]
 

@@ -1,37 +1,39 @@
-"""`torchrun --standalone --nproc_per_node N -m worker RUN_DIR [--attempt N | --from-step N]`: the training process.
+"""`torchrun --standalone --nproc_per_node N -m trainyard.worker RUN_DIR [--attempt N | --from-step N]`: the training process.
 
-Also `python -m worker RUN_DIR` for one rank. Without --attempt it is started by hand: RUN_DIR/spec.json is what to run,
+Also `python -m trainyard.worker RUN_DIR` for one rank. Without --attempt it is started by hand: RUN_DIR/spec.json is what to run,
 and a checkpoint in RUN_DIR is gone on from. Exit code 0: done, or stopped as asked; 1: failed; 2: wrong usage.
 """
 
 import argparse
 import contextlib
 import os
-import sys
 from pathlib import Path
 
-from contract.rundir import RANK_FILE, AttemptDir, RunDir
-from worker.agent.launch import RANK_LOGS
+from trainyard.contract.rundir import RANK_FILE, RunDir
+from trainyard.worker.agent.torchrun import RANK_LOGS
+from trainyard.worker.output import redirect_output
 
 
 def main() -> None:
     """Run one rank of one attempt."""
     run, number, from_step = _parse()
     if number is not None and os.environ.get(RANK_LOGS):
-        _log_to_file(run.attempt(number), int(os.environ.get("RANK", "0")))
+        attempt = run.attempt(number)
+        attempt.logs.mkdir(parents=True, exist_ok=True)
+        redirect_output(attempt.rank_log(int(os.environ.get("RANK", "0"))))
         _name_the_error_file()
     # By default OpenMP's threads wait for each other in a busy loop. Where anything else wants the cores, that makes a
     # CPU run a hundred times slower. Read when torch is loaded, so torch must not be imported above.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from worker.program import run_rank
+    from trainyard.worker.main import run_rank
 
     record(run_rank)(run, number, from_step)
 
 
 def _parse() -> tuple[RunDir, int | None, int | None]:
-    parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m trainyard.worker", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="holds spec.json; gets checkpoints and weights")
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument("--attempt", type=int, metavar="N", help="run RUN_DIR/attempt-000N/spec.json, as an agent does")
@@ -41,17 +43,6 @@ def _parse() -> tuple[RunDir, int | None, int | None]:
     if not run.path.is_dir():
         parser.error(f"{run.path} is not a directory")
     return run, parsed.attempt, parsed.from_step
-
-
-def _log_to_file(attempt: AttemptDir, rank: int) -> None:
-    """Let everything this process prints, libraries included, go to its own log."""
-    attempt.logs.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(attempt.rank_log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
 
 
 def _name_the_error_file() -> None:

@@ -9,23 +9,22 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from contract.report import RunSettings
-from contract.spec import JobSpec, Timeouts
-from contract.status import Reason
-from worker.failure import Failure, StopAsked
+from trainyard.contract.spec import JobSpec, Timeouts
+from trainyard.contract.status import Reason
+from trainyard.worker.errors import StopRequested, TrainingError
 
 T = TypeVar("T")
 
-Row = list[float]
+FloatRow = list[float]
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """Who this rank is among all. A rank alone has no process group, and every collective is a plain return."""
 
     rank: int
@@ -36,11 +35,11 @@ class Ranks:
     control: dist.ProcessGroup | None = None
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is rank 0, which alone writes and speaks."""
         return self.rank == 0
 
-    def gather(self, row: Row) -> list[Row]:
+    def gather(self, row: FloatRow) -> list[FloatRow]:
         """Every rank's ``row``, in the order of ranks, as float64: sums of it are the same everywhere."""
         if self.control is None:
             return [row]
@@ -49,21 +48,21 @@ class Ranks:
         dist.all_gather(all_rows, mine, group=self.control)
         return [gathered.tolist() for gathered in all_rows]
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         """Return once every rank has come here."""
         if self.control is not None:
             dist.barrier(group=self.control)
 
-    def from_leader(self, work: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, work: Callable[[], T]) -> T:
         """What rank 0 got by ``work()``, on every rank. Its Failure or StopAsked is raised on every rank as well.
 
         Any other exception ends rank 0 alone: the others learn of it by the broken connection.
         """
         said: list[Any] = [None, None]
-        if self.leads:
+        if self.is_main_process:
             try:
                 said = [work(), None]
-            except (Failure, StopAsked) as end:
+            except (TrainingError, StopRequested) as end:
                 said = [None, end]
         if self.control is not None:
             dist.broadcast_object_list(said, src=0, group=self.control)
@@ -73,25 +72,25 @@ class Ranks:
         return result
 
 
-def join(timeouts: Timeouts, device: str, environment: dict[str, str] | None = None) -> Ranks:
+def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str] | None = None) -> DistributedContext:
     """Take the place that torchrun gave this process; without torchrun it is the only rank."""
     place = dict(os.environ) if environment is None else environment
     rank, world = int(place.get("RANK", "0")), int(place.get("WORLD_SIZE", "1"))
     local_rank, local_world = int(place.get("LOCAL_RANK", "0")), int(place.get("LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(threads_per_rank(place, local_world, len(os.sched_getaffinity(0))))
-    own = own_device(device, local_rank)
+    own = select_device(device, local_rank)
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if world == 1:
-        return Ranks(rank, world, local_rank, local_world, own)
+        return DistributedContext(rank, world, local_rank, local_world, own)
     backend = "nccl" if own.type == "cuda" else "gloo"
     bound = own if own.type == "cuda" else None
     dist.init_process_group(backend, timeout=timedelta(seconds=timeouts.collective), device_id=bound)
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.preparing))
-    return Ranks(rank, world, local_rank, local_world, own, control)
+    return DistributedContext(rank, world, local_rank, local_world, own, control)
 
 
-def own_device(wanted: str, local_rank: int) -> torch.device:
+def select_device(wanted: str, local_rank: int) -> torch.device:
     """The device of one rank. "auto" is CUDA where there is some; what cannot be had stays a CPU, see `require`."""
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -100,7 +99,7 @@ def own_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index) if index < torch.cuda.device_count() else torch.device("cpu")
 
 
-def require(ranks: Ranks, spec: JobSpec) -> None:
+def require_device(ranks: DistributedContext, spec: JobSpec) -> None:
     """Raise Failure where CUDA was asked for, or half of the ranks have it, and this rank has none."""
     wanted = spec.resources.device
     if ranks.device.type == "cuda" or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
@@ -110,7 +109,7 @@ def require(ranks: Ranks, spec: JobSpec) -> None:
         f"{torch.cuda.device_count()} can be seen"
     )
     hint = 'Lower resources.nproc_per_node, or set resources.device to "cpu".'
-    raise Failure(Reason.SPEC_INVALID, message, hint, ranks.rank)
+    raise TrainingError(Reason.SPEC_INVALID, message, hint, ranks.rank)
 
 
 def threads_per_rank(environment: dict[str, str], local_world: int, cores: int) -> int:
@@ -126,58 +125,7 @@ def threads_per_rank(environment: dict[str, str], local_world: int, cores: int) 
     return max(1, cores // local_world)
 
 
-@dataclass(frozen=True)
-class Wishes:
-    """What any rank wished, known to all."""
-
-    stop: bool = False
-    save: bool = False
-    spike: bool = False
-    settings: RunSettings | None = None
-
-    def numbers(self) -> list[int]:
-        """For a sum by maximum: one rank alone has other settings, and nobody's are 0."""
-        nobody = dict.fromkeys(RunSettings.model_fields, 0)
-        settings = self.settings.model_dump() if self.settings is not None else nobody
-        return [self.stop, self.save, self.spike, *settings.values()]
-
-    @classmethod
-    def of(cls, numbers: list[int]) -> Self:
-        """The inverse."""
-        stop, save, spike, *settings = numbers
-        found = dict(zip(RunSettings.model_fields, settings, strict=True))
-        return cls(bool(stop), bool(save), bool(spike), RunSettings(**found) if any(settings) else None)
-
-
-class Agreement:
-    """Makes one rank's wish everybody's, at no cost: it is summed in the background and read a step later."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-
-    def exchange(self, mine: Wishes) -> Wishes:
-        """Give this step's wishes and take those that were given a step ago. Each rank calls it once a step."""
-        if self._ranks.control is None:
-            return mine
-        agreed = self.settle()
-        wishes = torch.tensor(mine.numbers(), dtype=torch.int64)
-        work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
-        assert work is not None
-        self._pending = (work, wishes)
-        return agreed
-
-    def settle(self) -> Wishes:
-        """Take what is still under way, so that nothing is when the ranks part."""
-        if self._pending is None:
-            return Wishes()
-        work, wishes = self._pending
-        work.wait()
-        self._pending = None
-        return Wishes.of(wishes.tolist())
-
-
-def leave(ranks: Ranks) -> None:
+def shutdown_distributed(ranks: DistributedContext) -> None:
     """Part in peace, at the end of a run that went well."""
     if ranks.control is not None:
         dist.barrier(group=ranks.control)

@@ -13,7 +13,7 @@ from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import served, until
-from contract.processes import MARKER
+from trainyard.contract.processes import MARKER
 
 ATTEMPTS = 100
 

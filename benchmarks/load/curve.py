@@ -12,10 +12,10 @@ from benchmarks.load import live
 from benchmarks.load.figures import Figure, quantile
 from benchmarks.load.wire import Wire
 from benchmarks.running import served
-from service.db import Database
-from service.jobs import store
-from service.metrics import sealing
-from service.tables import MetricRow
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import MetricRow
+from trainyard.service.jobs import repository
+from trainyard.service.metrics import rollups
 
 POINTS = 1_000_000
 AT_ONCE = 20_000
@@ -55,7 +55,7 @@ def fill(made: Database, job_id: str, points: int) -> None:
         rows = [{**same, "seq": s, "step": s, **_point(s)} for s in steps]
         with made.write() as session:
             session.execute(insert(MetricRow), rows)
-            sealing.advance(session, store.lock(session, job_id), steps[-1])
+            rollups.roll_up(session, repository.lock(session, job_id), steps[-1])
 
 
 def _point(step: int) -> dict[str, object]:

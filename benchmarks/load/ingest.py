@@ -16,7 +16,7 @@ from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served
-from service.tables import MetricRow
+from trainyard.service.db.models import MetricRow
 
 AGENTS = 10
 PER_SECOND = 1_000

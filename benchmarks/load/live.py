@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load.wire import Wire
-from contract.spec import JobSpec
-from contract.status import JobStatus
-from service.access.callers import LOCAL
-from service.db import Database
-from service.jobs import store
-from service.reports.ingest import token_hash
-from service.tables import AttemptRow
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import JobStatus
+from trainyard.service.auth.principal import LOCAL
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import AttemptRow
+from trainyard.service.ids import new_id, token_hash
+from trainyard.service.jobs import repository
 
 
 @dataclass
@@ -61,9 +61,9 @@ def running(made: Database, corpus: Path, count: int) -> list[Agent]:
     now = datetime.now(UTC)
     agents = []
     for number in range(count):
-        agent = Agent("", store.new_id("att", 16), secrets.token_urlsafe(32))
+        agent = Agent("", new_id("att", 16), secrets.token_urlsafe(32))
         with made.write() as session:
-            job = store.create(session, spec, {}, [], LOCAL, now)
+            job = repository.create(session, spec, {}, [], LOCAL, now)
             agent.job_id = job.id
             session.add(
                 AttemptRow(

@@ -10,11 +10,11 @@ from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served
-from contract.rundir import RunDir
-from service.db import Database
-from service.jobs import store
-from service.jobs.store import Note
-from service.scheduler.apply import utc_now
+from trainyard.contract.rundir import RunDir
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import Database
+from trainyard.service.jobs import repository
+from trainyard.service.jobs.repository import EventDraft
 
 JOBS = 30
 EVENTS = 50
@@ -77,9 +77,11 @@ def _cost(service: Served, ask: Asked) -> float:
 
 def _happen(made: Database, agent: Agent) -> None:
     with made.write() as session:
-        job = store.find(session, agent.job_id)
+        job = repository.find(session, agent.job_id)
         for number in range(EVENTS):
-            store.tell(session, job, Note("changed", f"the {number}th of them", "local", 1), utc_now())
+            repository.record_event(
+                session, job, EventDraft("changed", f"the {number}th of them", "local", 1), utc_now()
+            )
 
 
 def _write_log(home: Path, agent: Agent) -> None:

@@ -9,7 +9,7 @@ from benchmarks.load import live
 from benchmarks.load.figures import Figure, quantile
 from benchmarks.load.wire import Wire
 from benchmarks.running import served
-from contract.rundir import RunDir
+from trainyard.contract.rundir import RunDir
 
 BYTES = 20 << 30
 ASKED = 40

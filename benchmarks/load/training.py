@@ -15,7 +15,7 @@ from benchmarks.load.crowd import CLIENTS, PER_SECOND
 from benchmarks.load.figures import Figure, quantile
 from benchmarks.load.wire import Wire
 from benchmarks.running import Served, served, until
-from contract.rundir import RunDir
+from trainyard.contract.rundir import RunDir
 
 WINDOW_SECONDS = 20.0
 ROUNDS = 3

@@ -1,55 +1,92 @@
-"""`trainyard demo`: one real run on this machine, from nothing, told in under 40 lines. The test of the quickstart.
+"""`trainyard demo`: one real run on this machine, from nothing, in under 40 lines of output.
 
-Everything goes over HTTP to a real service; nothing is taken from the network; whatever is claimed is checked here.
+Everything goes over HTTP to a real service. Nothing is downloaded. Every claim that is printed is checked here.
 """
 
-import argparse
 import json
+import math
+import os
+import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from client.advice import error_card
-from client.api import Trainyard
-from client.console import Console
-from client.demo.curl import curl
-from client.demo.docstrings import write_corpus
-from client.demo.loss_lines import LossLines, done_again, past, running_again
-from client.demo.machine import Machine
-from client.demo.proof import damaged_files, done_twice, sha256, weights_of
-from client.demo.ranks import kill_one
-from client.demo.recipe import KILL_AFTER, LEARNED_LOSS, PAUSE_AFTER, STEPS, UNTRAINED_LOSS, VOCABULARY, spec
-from client.demo.server import DemoService, ServiceFailed
-from client.errors import TrainyardError
-from client.exits import Exit, at_rest
-from client.shapes import Job
-from client.words import count, duration, fixed, large, one_line, size
+from trainyard.client.api import Client
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.formatting import (
+    bar,
+    compact_number,
+    count,
+    duration,
+    fixed,
+    one_line,
+    scientific,
+    size,
+)
+from trainyard.client.cli.hints import error_card
+from trainyard.client.demo.corpus import write_corpus
+from trainyard.client.demo.service import DemoService, ServiceFailed
+from trainyard.client.download import sha256
+from trainyard.client.errors import TrainyardError, WaitTimedOut
+from trainyard.client.exit_codes import Exit, is_idle
+from trainyard.client.types import Job
+from trainyard.contract.processes import ProcessIdentity, find_by_marker
+from trainyard.contract.rundir import ArtifactDir, read_json
+
+VOCABULARY = 6400
+UNTRAINED_LOSS = math.log(VOCABULARY)
+LEARNED_LOSS = 0.6 * UNTRAINED_LOSS
+"""The demo fails if the last loss is not below this."""
+
+STEPS = 500
+SAVE_INTERVAL = 100
+LOG_INTERVAL = 10
+PAUSE_AFTER = 130
+KILL_AFTER = 240
+"""Shortly after the save at 200, so that some steps are done twice and can be compared."""
+
+ROWS = 16
+"""Rows of 128 tokens in a step. Eight rows, a third layer or a wider model learn less in the same time."""
+
+PROMPTS = ("Return the", "Raise")
+
+EVERY = 50
+"""Steps between loss lines: the whole demo fits on one screen."""
+
+BAR = 24
+INTERVAL = 0.3
+
+BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Flags in /proc/cpuinfo, on x86 and on Arm."""
 
 LABEL = 11
-MOST_SECONDS = 300.0
-"""For one leg of the run; a machine that needs longer is told so."""
+MAX_SECONDS = 300.0
+"""Time limit for each wait of the demo."""
 
 
 class DemoFailed(Exception):
-    """A step of the story did not end as it must; the message says which and how."""
+    """A step of the demo did not end as it must. The message says which and how."""
 
 
-def run(args: argparse.Namespace, console: Console) -> int:
-    """Tell the story. Exit 1 where any of it failed, with the evidence."""
+def run(args: SimpleNamespace, console: Console) -> int:
+    """Run the demo. Return 1 if any of it failed, after printing the evidence."""
     home = demo_home(args.home)
     with DemoService(home) as service:
         story = Story(home, service, console)
         try:
-            story.tell()
+            story.play()
         except (DemoFailed, ServiceFailed, TrainyardError, LookupError, OSError) as error:
             story.explain(error)
             return Exit.REFUSED
         except KeyboardInterrupt:
-            console.say("\nstopped: ending the run and the service")
+            console.error("\nstopped: ending the run and the service")
             return Exit.DETACHED
         finally:
             story.clean_up()
@@ -58,7 +95,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def demo_home(given: str | None) -> Path:
-    """A fresh folder, so that the demo ends the same the second time."""
+    """Return a new folder, so that a second demo starts from nothing as well."""
     if given is not None:
         home = Path(given).resolve()
         home.mkdir(parents=True, exist_ok=True)
@@ -76,21 +113,143 @@ def demo_home(given: str | None) -> Path:
             return home
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has. ``cores``: those this process may use. ``gpus``: the NVIDIA devices with a device file.
+
+    ``bf16``: whether bfloat16 is faster here than float32. It is far slower on CPUs without instructions for it.
+    """
+
+    cores: int
+    memory_bytes: int
+    gpus: int
+    bf16: bool = False
+
+    @classmethod
+    def found(cls, devices: Path = Path("/dev"), cpuinfo: Path = Path("/proc/cpuinfo")) -> "Machine":
+        """Return what the kernel's files say of this machine."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        gpus = len(list(devices.glob("nvidia[0-9]*")))
+        bf16 = gpus > 0 or not BF16_INSTRUCTIONS.isdisjoint(cpuinfo.read_text().split())
+        return cls(len(os.sched_getaffinity(0)), memory, gpus, bf16)
+
+    @property
+    def ranks(self) -> int:
+        """Worker processes of the demo: two if possible, because one alone has nothing to agree on."""
+        return min(2, self.gpus or self.cores)
+
+    def __str__(self) -> str:
+        gpus = f"{self.gpus} GPU{'s' if self.gpus > 1 else ''}" if self.gpus else "no GPU"
+        ranks = f"{self.ranks} rank{'s' if self.ranks > 1 else ''} on the {'GPU' if self.gpus else 'CPU'}"
+        cores = f"{self.cores} core{'s' if self.cores > 1 else ''}"
+        return f"{cores}, {size(self.memory_bytes)} memory, {gpus}, Python {platform.python_version()}: {ranks}"
+
+
+def spec(machine: Machine, corpus: Path, tokenizer: Path) -> dict[str, Any]:
+    """Return the job spec that the demo submits."""
+    return {
+        "name": "demo",
+        "labels": {"made-by": "trainyard-demo"},
+        "model": {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "data": {"data_path": str(corpus), "tokenizer_path": str(tokenizer), "max_seq_len": 128},
+        "training": {
+            "max_steps": STEPS,
+            "batch_size": ROWS // machine.ranks,
+            "accumulation_steps": 1,
+            "learning_rate": 4e-3,
+            "warmup_steps": 20,
+            "dtype": "bfloat16" if machine.bf16 else "float32",
+        },
+        "checkpoint": {"save_interval": SAVE_INTERVAL},
+        "reporting": {"log_interval": LOG_INTERVAL, "sample_prompts": list(PROMPTS)},
+        "resources": {"device": "auto" if machine.gpus else "cpu", "nproc_per_node": machine.ranks},
+    }
+
+
+class LossLines:
+    """Prints the loss of the first point and of each multiple of `EVERY` steps, once each."""
+
+    def __init__(self, trainyard: Client, job_id: str, untrained_loss: float, say: Callable[[str], None]) -> None:
+        self._trainyard = trainyard
+        self._job_id = job_id
+        self._untrained_loss = untrained_loss
+        self._say = say
+        self._said = 0
+
+    def until(self, arrived: Callable[[Job], bool], seconds: float) -> Job:
+        """Wait until ``arrived(job)`` or the job has failed, and return the job.
+
+        Raises:
+            WaitTimedOut: it took longer than ``seconds``.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            job = self._trainyard.job(self._job_id)
+            self._print(self._trainyard.metrics(self._job_id, after_step=self._said))
+            if arrived(job) or job["status"] == "failed":
+                return job
+            if time.monotonic() > deadline:
+                raise WaitTimedOut(seconds, job)
+            time.sleep(INTERVAL)
+
+    def _print(self, points: Iterable[Any]) -> None:
+        for point in points:
+            if (point["step"] % EVERY == 0 or not self._said) and point["step"] > self._said:
+                self._said = point["step"]
+                self._say(loss_line(point, self._untrained_loss))
+
+
+def loss_line(point: Any, untrained_loss: float) -> str:
+    """Return a line with the step, its loss as a number and as a bar that is full for an untrained model."""
+    loss = point["loss"]
+    drawn = bar(None if loss is None else loss / untrained_loss, BAR)
+    return f"step {point['step']:>4}   loss {fixed(loss)}   {drawn}   lr {scientific(point['learning_rate'])}"
+
+
+def past(step: int) -> Callable[[Job], bool]:
+    """Return a test whether a job has done ``step``, or has ended."""
+
+    def arrived(job: Job) -> bool:
+        return ((job.get("progress") or {}).get("step") or 0) >= step or is_idle(job)
+
+    return arrived
+
+
+def running_again(attempt: int) -> Callable[[Job], bool]:
+    """Return a test whether the job trains in a later attempt, or has ended."""
+
+    def arrived(job: Job) -> bool:
+        trains = job["status"] == "running" and job.get("phase") == "training"
+        return ((job.get("attempt") or 0) > attempt and trains) or is_idle(job)
+
+    return arrived
+
+
+def done_again(trainyard: Client, step: int) -> Callable[[Job], bool]:
+    """Return a test whether the newest attempt has done ``step``: the job's progress may be that of the one before."""
+
+    def arrived(job: Job) -> bool:
+        own = trainyard.metrics(job["id"], after_step=step - 1, attempt=job.get("attempt"))
+        return next(own, None) is not None or is_idle(job)
+
+    return arrived
+
+
 class Story:
-    """The chapters, in order. Each says what it did and raises `DemoFailed` where that is not true."""
+    """The steps, in order. Each prints what it did, and raises `DemoFailed` if that is not true."""
 
     def __init__(self, home: Path, service: DemoService, console: Console) -> None:
         self.home = home
         self.machine = Machine.found()
         self._service = service
         self._console = console
-        self._trainyard: Trainyard | None = None
+        self._trainyard: Client | None = None
         self._job: Job | None = None
         self._began = time.monotonic()
         self._line = console.data
 
-    def tell(self) -> None:
-        """From an empty folder to a model that has learned."""
+    def play(self) -> None:
+        """Go from an empty folder to a trained model. Raises DemoFailed."""
         self._say("machine", str(self.machine))
         self._say("home", str(self.home))
         self._corpus()
@@ -110,7 +269,7 @@ class Story:
         self._say("", text)
 
     @property
-    def _api(self) -> Trainyard:
+    def _api(self) -> Client:
         if self._trainyard is None:
             raise DemoFailed("the service was not started")
         return self._trainyard
@@ -129,13 +288,21 @@ class Story:
         file = self.home / "corpus.jsonl"
         number = write_corpus(file)
         took = time.monotonic() - began
-        told = f"{count(number)} docstrings of this Python's standard library, {size(file.stat().st_size)}"
-        self._say("corpus", f"{told}: {file.name} ({took:.0f} s)")
+        found = f"{count(number)} docstrings of this Python's standard library, {size(file.stat().st_size)}"
+        self._say("corpus", f"{found}: {file.name} ({took:.0f} s)")
 
     def _tokenizer(self) -> None:
         began = time.monotonic()
         arguments = ["train", str(self.home / "corpus.jsonl"), "--vocab-size", str(VOCABULARY)]
-        command = [sys.executable, "-P", "-m", "worker.tokenizers", *arguments, "--out", str(self.home / "tokenizer")]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "trainyard.worker.data.tokenizers",
+            *arguments,
+            "--out",
+            str(self.home / "tokenizer"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise DemoFailed(f"training the tokenizer ended with {done.returncode}:\n{done.stderr.strip()}")
@@ -143,7 +310,7 @@ class Story:
 
     def _start_service(self) -> None:
         url = self._service.start()
-        self._trainyard = Trainyard(url, token="")
+        self._trainyard = Client(url, token="")
         self._say("service", f"ready at {url}, documented at {url}/docs")
 
     def _submit(self) -> LossLines:
@@ -161,16 +328,17 @@ class Story:
         memory = sum(part for part in (plan.get("memory_bytes") or {}).values() if part)
         checkpoint = size(plan.get("checkpoint_bytes"))
         self._say(
-            "plan", f"{large(plan.get('parameters'))} parameters, {size(memory)} a rank, {checkpoint} a checkpoint"
+            "plan",
+            f"{compact_number(plan.get('parameters'))} parameters, {size(memory)} a rank, {checkpoint} a checkpoint",
         )
         first = fixed(plan.get("expected_first_loss"), 2)
-        self._more(f"{STEPS} steps; a model that knows nothing has a loss of {first}")
+        self._more(f"{STEPS} steps; an untrained model has a loss of {first}")
 
     def _pause(self, lines: LossLines) -> None:
-        self._expect(lines.until(past(PAUSE_AFTER), MOST_SECONDS), "running")
+        self._expect(lines.until(past(PAUSE_AFTER), MAX_SECONDS), "running")
         self._say("pause", "$ " + curl("POST", self._url(self._id, "pause")))
         self._api.pause(self._id)
-        job = self._expect(lines.until(at_rest, MOST_SECONDS), "paused")
+        job = self._expect(lines.until(is_idle, MAX_SECONDS), "paused")
         saved = job["checkpoint"] or {}
         damaged = damaged_files(Path(saved["path"])) if saved else ["no checkpoint"]
         if damaged:
@@ -182,19 +350,19 @@ class Story:
         self._job = self._api.resume(self._id)
 
     def _kill(self, lines: LossLines) -> None:
-        job = self._expect(lines.until(past(KILL_AFTER), MOST_SECONDS), "running")
+        job = self._expect(lines.until(past(KILL_AFTER), MAX_SECONDS), "running")
         attempt = job.get("attempt") or 0
         rank, pid = kill_one(self._id, attempt)
         began = time.monotonic()
         self._say("accident", f"$ kill -9 {pid}   (rank {rank}, in the middle of a step)")
-        job = self._expect(lines.until(running_again(attempt), MOST_SECONDS), "running")
+        job = self._expect(lines.until(running_again(attempt), MAX_SECONDS), "running")
         took = duration(time.monotonic() - began)
-        self._more(f"trains again after {took}, as attempt {job.get('attempt')}, and nobody did anything")
+        self._more(f"trains again after {took}, as attempt {job.get('attempt')}, without any command")
         self._compare(attempt, lines)
 
     def _compare(self, attempt: int, lines: LossLines) -> None:
         before = list(self._api.metrics(self._id, attempt=attempt))
-        job = lines.until(done_again(self._api, before[-1]["step"]), MOST_SECONDS)
+        job = lines.until(done_again(self._api, before[-1]["step"]), MAX_SECONDS)
         twice = done_twice(before, list(self._api.metrics(self._id, attempt=job.get("attempt"))))
         if not twice:
             raise DemoFailed("no step was done twice around the accident, so nothing can be compared")
@@ -203,17 +371,17 @@ class Story:
         self._require_same(twice)
 
     def _finish(self, lines: LossLines) -> None:
-        self._job = self._expect(lines.until(at_rest, MOST_SECONDS), "succeeded")
+        self._job = self._expect(lines.until(is_idle, MAX_SECONDS), "succeeded")
         self._require_learned((self._job.get("progress") or {}).get("loss"))
 
     def _require_same(self, twice: list[tuple[int, float, float]]) -> None:
         other = [step for step, first, second in twice if abs(first - second) > self._tolerance * abs(first)]
         if other:
-            raise DemoFailed(f"the recovered run is another one: the loss differs at steps {other}")
+            raise DemoFailed(f"the recovered run is not the same run: the loss differs at steps {other}")
 
     @property
     def _tolerance(self) -> float:
-        # CUDA kernels may add in another order unless they are told not to; a CPU gives the same bits.
+        # CUDA kernels may add in another order unless deterministic ones are chosen. A CPU gives the same bits.
         return 1e-2 if self.machine.gpus else 0.0
 
     def _require_learned(self, loss: float | None) -> None:
@@ -239,7 +407,7 @@ class Story:
         if newest is None:
             raise DemoFailed("the model wrote no sample at the last step")
         text = one_line(str(newest["text"]).strip(), 60)
-        self._say("sample", f"asked to go on from {newest['prompt']!r} it wrote: {text}")
+        self._say("sample", f"asked to continue from {newest['prompt']!r} it wrote: {text}")
 
     def _relative(self, path: str) -> str:
         return str(Path(path).relative_to(self.home)) if Path(path).is_relative_to(self.home) else path
@@ -252,7 +420,7 @@ class Story:
         return job
 
     def epilogue(self, pid: int | None) -> None:
-        """What to type next."""
+        """Print what to type next."""
         took = duration(time.monotonic() - self._began)
         if pid is not None:
             self._say("kept", f"the service runs on as process {pid}: trainyard --help, {self._service.url}/docs")
@@ -264,12 +432,12 @@ class Story:
         self._more("trainyard submit --data_path corpus.jsonl --batch_size 16 --watch")
 
     def explain(self, error: Exception) -> None:
-        """Say what failed, with all there is to see of it."""
-        self._console.say(f"\nthe demo failed: {error}")
+        """Print what failed, with the job's error, its log and the service's log."""
+        self._console.error(f"\nthe demo failed: {error}")
         for attempt in (self._evidence, lambda: self._service.tail(10)):
             for line in _whatever(attempt):
-                self._console.say(f"  {line}")
-        self._console.say(f"everything is in {self.home}")
+                self._console.error(f"  {line}")
+        self._console.error(f"everything is in {self.home}")
 
     def _evidence(self) -> list[str]:
         if self._trainyard is None or self._job is None:
@@ -278,7 +446,7 @@ class Story:
         return error_card(job) + self._trainyard.logs(self._id, tail=20)["data"].splitlines()
 
     def clean_up(self) -> None:
-        """Nothing of the demo trains on, however it ended."""
+        """Stop the run if it still trains, and close the connection."""
         if self._trainyard is None:
             return
         if self._job is not None:
@@ -286,19 +454,76 @@ class Story:
         self._trainyard.close()
 
     def _end_job(self) -> list[str]:
-        if not at_rest(self._api.job(self._id)):
+        if not is_idle(self._api.job(self._id)):
             self._api.kill(self._id)
             self._api.wait(self._id, timeout=30.0)
         return []
 
 
 def _whatever(read: Callable[[], list[Any]]) -> list[Any]:
-    """What can be had: evidence that is missing must not hide the failure itself."""
+    """Return what ``read`` returns, or why it failed: missing evidence must not hide the failure itself."""
     try:
         return read()
     except (TrainyardError, OSError) as error:
-        return [f"(not to be had: {error})"]
+        return [f"(not available: {error})"]
 
 
 def _short(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def curl(method: str, url: str, body_file: Path | None = None) -> str:
+    """Return the curl command of a request, to copy into a shell."""
+    words = ["curl", "-sS"]
+    if method != "GET":
+        words += ["-X", method]
+    if body_file is not None:
+        words += ["-H", "Content-Type: application/json", "-d", f"@{body_file}"]
+    return shlex.join([*words, url])
+
+
+def ranks_of(job_id: str, attempt: int) -> dict[int, ProcessIdentity]:
+    """Return rank -> process. A rank's children inherit its environment, so the oldest process is the rank itself."""
+    found: dict[int, ProcessIdentity] = {}
+    for process in sorted(find_by_marker(f"{job_id}/{attempt}"), key=lambda process: process.start_ticks):
+        rank = process.variable("RANK")
+        if rank is not None and rank.isdecimal():
+            found.setdefault(int(rank), process)
+    return found
+
+
+def kill_one(job_id: str, attempt: int, seconds: float = 5.0) -> tuple[int, int]:
+    """SIGKILL the highest rank and return (rank, pid). Raises LookupError if no rank is found within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ranks = ranks_of(job_id, attempt)
+        if ranks and ranks[max(ranks)].send(signal.SIGKILL):
+            return max(ranks), ranks[max(ranks)].pid
+        time.sleep(0.1)
+    raise LookupError(f"no rank of {job_id}, attempt {attempt}, runs on this machine")
+
+
+def damaged_files(checkpoint: Path) -> list[str]:
+    """Return the names in the checkpoint's manifest whose file is missing or has other bytes."""
+    manifest: dict[str, Any] = read_json(checkpoint / "manifest.json") or {"files": {"manifest.json": {}}}
+    return [name for name, entry in manifest["files"].items() if not _matches(checkpoint / name, entry)]
+
+
+def _matches(file: Path, entry: dict[str, Any]) -> bool:
+    return file.is_file() and file.stat().st_size == entry.get("bytes") and sha256(file) == entry.get("sha256")
+
+
+def done_twice(before: list[Any], after: list[Any]) -> list[tuple[int, float, float]]:
+    """Return (step, loss before, loss after) for the steps that two attempts both made."""
+    first = {point["step"]: point["loss"] for point in before}
+    return [(point["step"], first[point["step"]], point["loss"]) for point in after if point["step"] in first]
+
+
+def weights_of(job: Mapping[str, Any], checkpoint: Path) -> Path:
+    """Return the weights file of the job that wrote ``checkpoint``. Raises FileNotFoundError."""
+    spec = job["spec"]
+    model, stem = spec["model"], spec["checkpoint"]["save_weight"]
+    file = ArtifactDir(checkpoint.parent.parent).weights(stem, model["hidden_size"], model["use_moe"])
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no weights file {file}")
+    return file

@@ -1,13 +1,18 @@
-"""Answers with the dashboard's page and files, before the API is asked; marks what the two share."""
+"""Middleware that serves the dashboard's page and static files in front of the API."""
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.dashboard.assets import Asset, Assets
-from service.dashboard.negotiation import accepts_gzip, is_file, is_page, is_shared
+from trainyard.service.dashboard.assets import Asset, Assets
+from trainyard.service.dashboard.negotiation import (
+    accepts_gzip,
+    is_file,
+    is_page,
+    is_page_or_api,
+)
 
-POLICY = "; ".join(
+CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'none'",
         "script-src 'self'",
@@ -19,67 +24,66 @@ POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""No inline script, no inline style, nothing from elsewhere; nobody frames us."""
+"""No inline script or style, nothing from another origin, no framing."""
 
 IMMUTABLE = "public, max-age=31536000, immutable"
-"""An address with a hash in it always means the same bytes."""
+"""The content at a URL with a hash never changes."""
 
-REVALIDATED = "no-cache"
+REVALIDATE = "no-cache"
 
 
-class Pages:
-    """In front of the routes."""
+class DashboardMiddleware:
+    """Serve the page and the static files; pass every other request on to the API."""
 
     def __init__(self, app: ASGIApp, assets: Assets) -> None:
         self._app = app
         self._assets = assets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         method, path, headers = scope["method"], scope["path"], Headers(scope=scope)
         asset = self._assets.find(path) if is_file(method, path) else None
         if is_page(method, path, headers.get("accept", "")):
-            await self._page(headers, path)(scope, receive, send)
+            await self._page_response(headers, path)(scope, receive, send)
         elif asset is not None:
-            await _file(asset, headers)(scope, receive, send)
+            await _file_response(asset, headers)(scope, receive, send)
         else:
-            await self._app(scope, receive, _varying(send) if is_shared(path) else send)
+            await self._app(scope, receive, _add_vary_accept(send) if is_page_or_api(path) else send)
 
-    def _page(self, headers: Headers, path: str) -> Response:
-        vary = "Accept, Accept-Encoding" if is_shared(path) else "Accept-Encoding"
-        own = {
-            "Cache-Control": REVALIDATED,
-            "ETag": self._assets.shell_tag,
-            "Vary": vary,
-            "Content-Security-Policy": POLICY,
+    def _page_response(self, headers: Headers, path: str) -> Response:
+        extra = {
+            "Cache-Control": REVALIDATE,
+            "ETag": self._assets.index_etag,
+            "Vary": "Accept, Accept-Encoding" if is_page_or_api(path) else "Accept-Encoding",
+            "Content-Security-Policy": CONTENT_SECURITY_POLICY,
             "Referrer-Policy": "no-referrer",
             "X-Frame-Options": "DENY",
             "Cross-Origin-Opener-Policy": "same-origin",
         }
-        if headers.get("if-none-match") == self._assets.shell_tag:
-            return Response(status_code=304, headers=own)
-        return _sent(self._assets.shell, headers, own)
+        if headers.get("if-none-match") == self._assets.index_etag:
+            return Response(status_code=304, headers=extra)
+        return _asset_response(self._assets.index, headers, extra)
 
 
-def _file(asset: Asset, headers: Headers) -> Response:
-    own = {"Cache-Control": IMMUTABLE, "Vary": "Accept-Encoding", "Cross-Origin-Resource-Policy": "same-origin"}
-    return _sent(asset, headers, own)
+def _file_response(asset: Asset, headers: Headers) -> Response:
+    extra = {"Cache-Control": IMMUTABLE, "Vary": "Accept-Encoding", "Cross-Origin-Resource-Policy": "same-origin"}
+    return _asset_response(asset, headers, extra)
 
 
-def _sent(asset: Asset, headers: Headers, own: dict[str, str]) -> Response:
-    """Packed where the reader takes that. The server itself leaves the body out of an answer to HEAD."""
+def _asset_response(asset: Asset, headers: Headers, extra: dict[str, str]) -> Response:
+    # The server drops the body of a response to HEAD.
     if accepts_gzip(headers.get("accept-encoding", "")):
-        return Response(asset.packed, media_type=asset.media_type, headers={**own, "Content-Encoding": "gzip"})
-    return Response(asset.plain, media_type=asset.media_type, headers=own)
+        return Response(asset.gzipped, media_type=asset.media_type, headers={**extra, "Content-Encoding": "gzip"})
+    return Response(asset.plain, media_type=asset.media_type, headers=extra)
 
 
-def _varying(send: Send) -> Send:
-    async def marked(message: Message) -> None:
+def _add_vary_accept(send: Send) -> Send:
+    async def send_with_vary(message: Message) -> None:
         if message["type"] == "http.response.start":
             MutableHeaders(scope=message).add_vary_header("Accept")
         await send(message)
 
-    return marked
+    return send_with_vary

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pynvml
 
-from contract.processes import MARKER, PROC
+from trainyard.contract.processes import MARKER, variable_of
 
 FRESH_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
@@ -38,17 +38,6 @@ class Inventory(Protocol):
 
     def devices(self) -> Sequence[Device]:
         """Every device of this host, in a steady order."""
-
-
-@dataclass(frozen=True)
-class FixedInventory:
-    """Devices that never change."""
-
-    fixed: tuple[Device, ...]
-
-    def devices(self) -> Sequence[Device]:
-        """Those that were given."""
-        return self.fixed
 
 
 def cpu_slots(slots: int, model: str | None = None) -> tuple[Device, ...]:
@@ -91,10 +80,10 @@ def kind_for(asked: str, devices: Sequence[Device]) -> str:
     """What ``resources.device`` means here: ``cpu``, ``cuda``, or one device such as ``cuda:1``."""
     if asked != "auto":
         return asked
-    return "cuda" if count(devices, "cuda") else "cpu"
+    return "cuda" if count_by_kind(devices, "cuda") else "cpu"
 
 
-def count(devices: Sequence[Device], kind: str) -> int:
+def count_by_kind(devices: Sequence[Device], kind: str) -> int:
     """How many devices of a kind, or of a name, there are."""
     return sum(kind in (device.kind, device.id) for device in devices)
 
@@ -138,12 +127,8 @@ def _temperature(handle: Any) -> int | None:
 
 
 def _is_ours(pid: int) -> bool:
-    """Whether the process carries an attempt's mark."""
-    try:
-        variables = (PROC / str(pid) / "environ").read_bytes().split(b"\0")
-    except OSError:
-        return False  # another user's, another container's, or gone
-    return any(variable.startswith(MARKER.encode() + b"=") for variable in variables)
+    """Whether the process carries an attempt's mark; False if it is another user's, another container's, or gone."""
+    return variable_of(pid, MARKER) is not None
 
 
 def visible_devices() -> str | None:

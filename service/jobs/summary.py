@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
-from contract.report import HEARTBEAT_SECONDS
-from contract.status import Desired, JobStatus, Phase, Reason
-from service.shapes import Checkpoint, Progress, Queue
+from trainyard.contract.messages import HEARTBEAT_SECONDS
+from trainyard.contract.status import (
+    Desired,
+    JobStatus,
+    Phase,
+    Reason,
+)
+from trainyard.service.schemas import Checkpoint, Progress, Queue
 
 SILENT_SECONDS = 10.0
 
@@ -21,7 +26,7 @@ BUSY_WITH = {
 
 
 @dataclass(frozen=True)
-class Facts:
+class SummaryInput:
     """What the sentence is made of."""
 
     status: JobStatus
@@ -39,7 +44,7 @@ class Facts:
     parent_step: int | None = None
 
 
-def summary(job: Facts, now: datetime) -> str:
+def summary(job: SummaryInput, now: datetime) -> str:
     """One or two plain sentences; the most telling first."""
     match job.status:
         case JobStatus.QUEUED:
@@ -69,13 +74,13 @@ def summary(job: Facts, now: datetime) -> str:
             assert_never(job.status)
 
 
-def _made_room(job: Facts) -> str:
+def _made_room(job: SummaryInput) -> str:
     if job.reason is not Reason.PREEMPTED:
         return ""
     return f"Paused{_at_step(job)} to make room for a job of higher priority; goes on by itself. "
 
 
-def _running(job: Facts, now: datetime) -> str:
+def _running(job: SummaryInput, now: datetime) -> str:
     progress = job.progress
     if job.phase not in (None, Phase.TRAINING, Phase.SAVING, Phase.EVALUATING) or not (progress.step or progress.steps):
         return _phase(job)
@@ -96,7 +101,7 @@ def _running(job: Facts, now: datetime) -> str:
     return ", ".join(parts) + "."
 
 
-def _phase(job: Facts) -> str:
+def _phase(job: SummaryInput) -> str:
     doing = BUSY_WITH.get(job.phase or Phase.LOADING, "Loading")
     done, total = job.phase_detail.get("done"), job.phase_detail.get("total")
     if isinstance(done, int) and isinstance(total, int) and total > 0:
@@ -105,7 +110,7 @@ def _phase(job: Facts) -> str:
     return f"{doing}: {message}." if message else f"{doing}."
 
 
-def _silence(job: Facts, now: datetime) -> str | None:
+def _silence(job: SummaryInput, now: datetime) -> str | None:
     if job.heard_at is None:
         return None
     silent = (now - job.heard_at).total_seconds()
@@ -116,21 +121,21 @@ def _silence(job: Facts, now: datetime) -> str | None:
     return f"No report for {duration(silent)}, {expected}{last}. Not treated as failed: its processes are looked at."
 
 
-def _trouble(job: Facts) -> str:
+def _trouble(job: SummaryInput) -> str:
     what = (job.message or "Ended for an unknown reason").rstrip(".")
     hint = f" {job.hint}" if job.hint else ""
     return f"{what[:1].upper()}{what[1:]}.{hint}"
 
 
-def _at_step(job: Facts) -> str:
+def _at_step(job: SummaryInput) -> str:
     return f" at step {job.progress.step:,}" if job.progress.step else ""
 
 
-def _loss(job: Facts) -> str:
+def _loss(job: SummaryInput) -> str:
     return f", loss {job.progress.loss:.3f}" if job.progress.loss is not None else ""
 
 
-def _resume_point(job: Facts) -> str:
+def _resume_point(job: SummaryInput) -> str:
     if job.checkpoint is None and job.parent_step is not None:
         return f"resuming goes on from step {job.parent_step:,} of its parent"
     if job.checkpoint is None:

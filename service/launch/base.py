@@ -5,15 +5,15 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from contract.report import ExitReport, RunSettings
-from contract.spec import JobSpec
+from trainyard.contract.messages import ExitReport, RunSettings
+from trainyard.contract.spec import JobSpec
 
 LOCAL = "local"
 """The launcher of this host: the only one whose devices the service leases out itself."""
 
 
 @dataclass(frozen=True)
-class AttemptName:
+class AttemptRef:
     """Names one attempt for ever, also to a service that was restarted in between. ``launcher``: who runs it."""
 
     job_id: str
@@ -36,7 +36,7 @@ class Launch:
     ``resume_step``: the checkpoint to begin at; None: the newest sound one.
     """
 
-    name: AttemptName
+    name: AttemptRef
     attempt_id: str
     spec: JobSpec
     devices: tuple[str, ...]
@@ -44,7 +44,7 @@ class Launch:
     resume_step: int | None = None
 
 
-class State(StrEnum):
+class AttemptState(StrEnum):
     """What a launcher found of an attempt."""
 
     ABSENT = "absent"
@@ -81,13 +81,13 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Found:
+class AttemptStatus:
     """``report`` is set exactly where ``state`` is ENDED; where the agent left none, it says what is known, no more.
 
     ``placement``: a cluster's, while the attempt is ALIVE. ``silence``: why it is UNKNOWN.
     """
 
-    state: State
+    state: AttemptState
     report: ExitReport | None = None
     placement: Placement | None = None
     silence: str | None = None
@@ -101,7 +101,7 @@ class LaunchRefused(Exception):
         self.hint = hint
 
 
-class NoAnswer(Exception):
+class LauncherUnavailable(Exception):
     """Who would have to do it does not answer: it may have been done or not, and `find` will tell."""
 
 
@@ -111,26 +111,26 @@ class Launcher(Protocol):
     def start(self, launch: Launch) -> None:
         """Start the attempt and return once its agent is on its way. Raises LaunchRefused or NoAnswer."""
 
-    def find(self, name: AttemptName) -> Found:
+    def find(self, name: AttemptRef) -> AttemptStatus:
         """Look the attempt up by what is on the host, not by what was remembered."""
 
-    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+    def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """Those of which one look at the host sees that `find` would say ALIVE and no more; of the others nothing."""
 
-    def stop(self, name: AttemptName) -> None:
+    def stop(self, name: AttemptRef) -> None:
         """Ask for save-and-stop without the agent's next report: the same wish, heard sooner. Raises NoAnswer."""
 
-    def save(self, name: AttemptName) -> None:
+    def save(self, name: AttemptRef) -> None:
         """Ask for a checkpoint at the next step. A wish: nothing is remembered where nobody is there to hear it."""
 
-    def end(self, name: AttemptName) -> None:
+    def kill(self, name: AttemptRef) -> None:
         """End every process of an attempt that its agent no longer answers for. Returns when none is left.
 
         None starts afterwards either, also where a `start` of this attempt is still on its way in another service.
         """
 
-    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
         """Leave the settings that are to hold, for ranks whose agent cannot be told. Raises OSError."""
 
-    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+    def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Outbox lines behind ``after_seq``, oldest first, at most ``limit``; [] where none is left."""

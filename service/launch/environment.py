@@ -5,11 +5,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from contract.processes import MARKER
-from contract.rundir import read_json
-from service.launch.base import Launch
+import trainyard
+from trainyard.contract.processes import MARKER
+from trainyard.contract.rundir import read_json
+from trainyard.service.launch.base import Launch
 
-WORKER_AGENT = (sys.executable, "-P", "-m", "worker.agent")
+IMPORT_ROOT = str(Path(trainyard.__file__).resolve().parents[1])
+"""The folder that `trainyard` is imported from: `src` in a checkout, site-packages otherwise."""
+
+WORKER_AGENT = (sys.executable, "-P", "-m", "trainyard.worker.agent")
 """All that the service knows of the worker. -P: a folder named worker/ where the service was started is not ours."""
 
 INHERITED = (
@@ -63,7 +67,7 @@ class WorkerEnvironment:
         return {
             **inherited(dict(os.environ)),
             # The worker is found where the service's own code is, installed or not.
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "PYTHONPATH": IMPORT_ROOT,
             MARKER: str(launch.name),
             "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
             # The worker looks again at each path: a link may have been changed since the spec was accepted.

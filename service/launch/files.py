@@ -3,11 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from contract.outbox import OutboxReader
-from contract.report import RunSettings, read_message
-from contract.rundir import AttemptDir, RunDir, write_atomically, write_json
-from contract.spec import JobSpec
-from service.launch.base import AttemptName, Launch
+from trainyard.contract.messages import RunSettings, read_message
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.rundir import (
+    AttemptDir,
+    RunDir,
+    write_atomically,
+    write_json,
+)
+from trainyard.contract.spec import JobSpec
+from trainyard.service.launch.base import AttemptRef, Launch
 
 
 class AttemptFiles:
@@ -16,13 +21,13 @@ class AttemptFiles:
     def __init__(self, home: Path, corpus_cache: Path) -> None:
         self._home = home
         self._corpus_cache = corpus_cache
-        self._readers: dict[AttemptName, OutboxReader] = {}
+        self._readers: dict[AttemptRef, OutboxReader] = {}
 
-    def run(self, name: AttemptName) -> RunDir:
+    def run(self, name: AttemptRef) -> RunDir:
         """The job's directory."""
         return RunDir(self._home / "runs" / name.job_id)
 
-    def attempt(self, name: AttemptName) -> AttemptDir:
+    def attempt(self, name: AttemptRef) -> AttemptDir:
         """The attempt's directory."""
         return self.run(name).attempt(name.number)
 
@@ -36,42 +41,38 @@ class AttemptFiles:
         write_atomically(attempt.spec, launch.spec.model_dump_json(indent=1).encode() + b"\n")
         return attempt
 
-    def ask_to_stop(self, name: AttemptName) -> None:
+    def request_stop(self, name: AttemptRef) -> None:
         """Leave the wish where the ranks look for it at each step."""
         attempt = self.attempt(name)
         if attempt.path.is_dir():
             attempt.stop.touch()
 
-    def ask_to_save(self, name: AttemptName) -> None:
+    def request_save(self, name: AttemptRef) -> None:
         """Leave the wish where rank 0 looks for it at each step."""
         attempt = self.attempt(name)
         if attempt.path.is_dir():
             attempt.save.touch()
 
-    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
         """Leave the settings where rank 0 looks for them, if they are others than it has. Raises OSError."""
         attempt = self.attempt(name)
         has = read_message(RunSettings, attempt.settings)
         if has is None:
             spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
-            has = RunSettings(
-                log_interval=spec.reporting.log_interval,
-                save_interval=spec.checkpoint.save_interval,
-                keep_last=spec.checkpoint.keep_last,
-            )
+            has = RunSettings.of(spec.model_dump())
         if has != settings:
             write_json(attempt.settings, settings.model_dump())
 
-    def close(self, name: AttemptName) -> None:
+    def close(self, name: AttemptRef) -> None:
         """Leave word that the attempt is over: an agent that comes late starts nothing. Raises OSError."""
         attempt = self.attempt(name)
         attempt.path.mkdir(parents=True, exist_ok=True)
         attempt.closed.touch()
 
-    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+    def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Lines of the outbox that the service does not have yet."""
         reader = self._readers.setdefault(name, OutboxReader(self.attempt(name).outbox))
-        reader.rewind_to(after_seq)
+        reader.seek_after(after_seq)
         lines = reader.read(limit)
         if not lines:
             del self._readers[name]

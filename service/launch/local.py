@@ -10,18 +10,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from contract.locks import is_held
-from contract.processes import ProcessIdentity, boot_id, marked, marks, pid_namespace, signal_all, wait_gone
-from contract.report import ExitReport, RunSettings, read_message
-from contract.rundir import AttemptDir
-from contract.status import Reason
-from service.launch import remains
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, State
-from service.launch.environment import WORKER_AGENT, WorkerEnvironment
-from service.launch.files import AttemptFiles
+from trainyard.contract.failpoints import failpoint
+from trainyard.contract.locks import is_held
+from trainyard.contract.messages import ExitReport, RunSettings, read_message
+from trainyard.contract.processes import (
+    ProcessIdentity,
+    boot_id,
+    find_by_marker,
+    live_markers,
+    pid_namespace,
+    signal_all,
+    wait_gone,
+)
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.status import Reason
+from trainyard.service.launch import post_mortem
+from trainyard.service.launch.base import (
+    AttemptRef,
+    AttemptState,
+    AttemptStatus,
+    Launch,
+    LaunchRefused,
+)
+from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
+from trainyard.service.launch.files import AttemptFiles
 
-END_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
-END_SECONDS = 5.0
+KILL_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
+KILL_SECONDS = 5.0
 AGENTS_TOKEN = "TRAINYARD_ATTEMPT_TOKEN"  # noqa: S105 - the variable that holds it
 """Only the agent has what it takes to report; it keeps that from the processes it starts."""
 
@@ -43,10 +58,11 @@ class LocalLauncher:
         self._environment = WorkerEnvironment(home, corpus_cache, data_roots, save_roots)
         self._files = AttemptFiles(home, corpus_cache)
 
+    @failpoint("launch.local.start")
     def start(self, launch: Launch) -> None:
         """Write the spec and start the agent, detached. A second call for the same attempt does nothing."""
         attempt = self._files.attempt(launch.name)
-        if self.find(launch.name).state is not State.ABSENT or attempt.closed.exists():
+        if self.find(launch.name).state is not AttemptState.ABSENT or attempt.closed.exists():
             return
         try:
             self._files.write(launch)
@@ -56,6 +72,7 @@ class LocalLauncher:
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
 
+    @failpoint("launch.local.spawn")
     def _spawn(self, launch: Launch, attempt: AttemptDir) -> int:
         cuda = [device.removeprefix("cuda:") for device in launch.devices if device.startswith("cuda:")]
         command = [*self._agent, str(attempt.path.parent), f"--attempt={launch.name.number}"]
@@ -73,33 +90,33 @@ class LocalLauncher:
             setsid=True,
         )
 
-    def find(self, name: AttemptName) -> Found:
+    def find(self, name: AttemptRef) -> AttemptStatus:
         """What the kernel and the files say. The order matters: exit.json is written only when nothing lives."""
         attempt = self._files.attempt(name)
         report = read_message(ExitReport, attempt.exit)
         if report is not None:
-            return Found(State.ENDED, report)
-        processes = marked(str(name))
+            return AttemptStatus(AttemptState.ENDED, report)
+        processes = find_by_marker(str(name))
         if any(_is_agent(process) for process in processes):
-            return Found(State.ALIVE)
+            return AttemptStatus(AttemptState.ALIVE)
         if processes or self._ranks_hold_lock(name):
-            return Found(State.ORPHANED)
+            return AttemptStatus(AttemptState.ORPHANED)
         # Looked at once more: an agent that ended between the two looks has published its report by now.
         report = read_message(ExitReport, attempt.exit)
         if report is not None:
-            return Found(State.ENDED, report)
+            return AttemptStatus(AttemptState.ENDED, report)
         if attempt.started.exists():
-            return Found(State.ENDED, _deduced(attempt))
+            return AttemptStatus(AttemptState.ENDED, _deduced(attempt))
         if attempt.agent_log.exists() and attempt.closed.exists():
-            return Found(State.ENDED, remains.never_began(attempt))
-        return Found(State.ABSENT)
+            return AttemptStatus(AttemptState.ENDED, post_mortem.not_started_report(attempt))
+        return AttemptStatus(AttemptState.ABSENT)
 
-    def alive_among(self, names: Sequence[AttemptName]) -> set[AttemptName]:
+    def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """Whose agent lives and has not left its report yet."""
-        agents = marks(besides=AGENTS_TOKEN)
+        agents = live_markers(besides=AGENTS_TOKEN)
         return {name for name in names if str(name) in agents and not self._files.attempt(name).exit.exists()}
 
-    def _ranks_hold_lock(self, name: AttemptName) -> bool:
+    def _ranks_hold_lock(self, name: AttemptRef) -> bool:
         """Processes that cannot be seen from here, as from another container, still hold the kernel's lock."""
         run = self._files.run(name)
         try:
@@ -108,15 +125,15 @@ class LocalLauncher:
             return False
         return current == str(name.number) and is_held(run.alive_lock)
 
-    def stop(self, name: AttemptName) -> None:
+    def stop(self, name: AttemptRef) -> None:
         """Leave the wish where the ranks look for it at each step."""
-        self._files.ask_to_stop(name)
+        self._files.request_stop(name)
 
-    def save(self, name: AttemptName) -> None:
+    def save(self, name: AttemptRef) -> None:
         """Leave the wish where rank 0 looks for it at each step."""
-        self._files.ask_to_save(name)
+        self._files.request_save(name)
 
-    def end(self, name: AttemptName) -> None:
+    def kill(self, name: AttemptRef) -> None:
         """SIGKILL whatever carries the attempt's mark, until there is nothing; and let nothing of it begin any more.
 
         The word that it is over is left first. An agent can be seen before it looks for that word: so either it
@@ -125,20 +142,20 @@ class LocalLauncher:
         with contextlib.suppress(OSError):  # a full disk must not keep us from ending what lives
             self._files.close(name)
         for _ in range(3):
-            found = marked(str(name))
+            found = find_by_marker(str(name))
             if not found:
                 break
             log.warning("ending what lives of an attempt", extra={**name.fields, "processes": len(found)})
-            signal_all(found, *END_SIGNALS)
-            wait_gone(found, END_SECONDS)
+            signal_all(found, *KILL_SIGNALS)
+            wait_gone(found, KILL_SECONDS)
 
-    def settle(self, name: AttemptName, settings: RunSettings) -> None:
+    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
         """Leave them where rank 0 looks for them."""
         self._files.settle(name, settings)
 
-    def unread(self, name: AttemptName, after_seq: int, limit: int) -> list[dict[str, Any]]:
+    def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
         """Lines of the outbox that the service does not have yet."""
-        return self._files.unread(name, after_seq, limit)
+        return self._files.unacked_lines(name, after_seq, limit)
 
 
 def _collect(pid: int) -> None:
@@ -153,7 +170,7 @@ def _is_agent(process: ProcessIdentity) -> bool:
 
 
 def _deduced(attempt: AttemptDir) -> ExitReport:
-    return remains.by_own_word(attempt) or remains.lost(attempt, *_why_lost(attempt))
+    return post_mortem.report_from_outcome(attempt) or post_mortem.lost_report(attempt, *_why_lost(attempt))
 
 
 def _why_lost(attempt: AttemptDir) -> tuple[Reason, str]:

@@ -3,26 +3,31 @@
 from datetime import datetime
 from typing import Any
 
-from contract.events import Metric, Started
+from trainyard.contract.events import Metric, Started
 
-SHOWN = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite")
+FIELDS = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite")
 
 
 def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
     """An attempt begins; what it will repeat no longer counts."""
-    return {**progress, **how_far(event.start_step, event.steps), "eta_seconds": None, "updated_at": _time(event.at)}
+    return {
+        **progress,
+        **percent_done(event.start_step, event.steps),
+        "eta_seconds": None,
+        "updated_at": _time(event.at),
+    }
 
 
 def after_metric(progress: dict[str, Any], event: Metric, facts: dict[str, Any]) -> dict[str, Any]:
     """A point of the curve came. ``facts`` are those of the attempt's `Started` line."""
     steps = facts.get("steps")
-    shown = {name: getattr(event, name) for name in SHOWN}
+    shown = {name: getattr(event, name) for name in FIELDS}
     seconds = event.step_seconds or _step_seconds(event, facts)
     eta = seconds * max(0, steps - event.step) if seconds and steps else None
     return {
         **progress,
         **shown,
-        **how_far(event.step, steps),
+        **percent_done(event.step, steps),
         "eta_seconds": eta,
         "updated_at": _time(event.at),
         "step_seconds": seconds,
@@ -35,16 +40,16 @@ def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -
         return progress
     steps, seconds = progress.get("steps"), progress.get("step_seconds")
     eta = seconds * max(0, steps - step) if seconds and steps else progress.get("eta_seconds")
-    return {**progress, **how_far(step, steps), "eta_seconds": eta, "updated_at": _time(now)}
+    return {**progress, **percent_done(step, steps), "eta_seconds": eta, "updated_at": _time(now)}
 
 
 def after_end(progress: dict[str, Any], step: int) -> dict[str, Any]:
     """An attempt ended at ``step``, whose point may never have come."""
     reached = max(step, progress.get("step") or 0)
-    return {**progress, **how_far(reached, progress.get("steps")), "eta_seconds": None}
+    return {**progress, **percent_done(reached, progress.get("steps")), "eta_seconds": None}
 
 
-def how_far(step: int, steps: int | None) -> dict[str, Any]:
+def percent_done(step: int, steps: int | None) -> dict[str, Any]:
     """Where a job is that has done ``step`` of ``steps``."""
     percent = min(100.0, 100.0 * step / steps) if steps else None
     return {"step": step, "steps": steps, "percent": percent}

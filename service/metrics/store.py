@@ -9,8 +9,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from service.metrics.buckets import Point
-from service.tables import MetricRow
+from trainyard.service.db.models import MetricRow
+from trainyard.service.metrics.downsampling import Aggregate, aggregate_of
 
 FIELDS = (
     "step",
@@ -32,7 +32,7 @@ FIELDS = (
     "at",
 )
 ALWAYS = ("step", "attempt")
-MOST_NAMED = 1000
+MAX_NONFINITE_STEPS = 1000
 """Steps that one query names."""
 
 
@@ -65,7 +65,7 @@ def newest_place(session: Session, job_id: str) -> tuple[int, int]:
     return (found.attempt, found.seq) if found is not None else (0, 0)
 
 
-def rows_behind(
+def rows_after(
     session: Session,
     job_id: str,
     place: tuple[int, int],
@@ -101,15 +101,19 @@ def last_step(session: Session, job_id: str, attempt: int | None) -> int:
     return session.scalar(select(func.max(MetricRow.step)).where(*_curve(job_id, attempt))) or 0
 
 
-def points(session: Session, job_id: str, attempt: int | None, until_step: int | None = None) -> Iterator[Point]:
-    """Every point, streamed: memory stays flat however long the run is."""
+def points(
+    session: Session, job_id: str, attempt: int | None, until_step: int | None = None, first_step: int = 0
+) -> Iterator[Aggregate]:
+    """Yield every point of ``first_step`` to ``until_step``, streamed: memory stays flat however long the run is."""
     query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(*_curve(job_id, attempt))
+    if first_step:
+        query = query.where(MetricRow.step >= first_step)
     if until_step is not None:
         query = query.where(MetricRow.step <= until_step)
     in_order = query.order_by(MetricRow.step, MetricRow.seq)
     # Not by the session itself, which looks at each of what may be millions of rows once more.
     for row in session.connection().execute(in_order, execution_options={"yield_per": 5000}):
-        yield Point(*row)
+        yield aggregate_of(*row)
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:
@@ -124,7 +128,7 @@ def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], field
     for row in buckets:
         by_attempt.setdefault(row["attempt"], {})[row["step"]] = row
     for attempt, named in by_attempt.items():
-        for some in _batched(named, MOST_NAMED):
+        for some in _batched(named, MAX_NONFINITE_STEPS):
             of_job = (MetricRow.job_id == job_id, MetricRow.attempt == attempt, MetricRow.step.in_(some))
             for _, step, *values in sorted(session.execute(select(*columns).where(*of_job)), key=itemgetter(0)):
                 named[step].update(zip(extra, values, strict=True))
@@ -146,7 +150,7 @@ def add_evaluations(
         for row in buckets
         if row["eval_loss"] is None and row["step"] // every * every >= row["first_step"]
     }
-    for some in _batched(due, MOST_NAMED):
+    for some in _batched(due, MAX_NONFINITE_STEPS):
         query = select(MetricRow.step, MetricRow.eval_loss).where(*_curve(job_id, attempt), MetricRow.step.in_(some))
         for step, loss in session.execute(query.order_by(MetricRow.seq)):
             due[step]["eval_loss"] = loss

@@ -4,11 +4,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec
 
 
 @dataclass(frozen=True)
-class Size:
+class RunSize:
     """How much a run reads and does. ``targets``: predictions in one pass over the rows."""
 
     documents: int
@@ -30,7 +30,7 @@ class Size:
         return self.steps * self.tokens_per_step
 
 
-def size_of(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale: float) -> Size | None:
+def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale: float) -> RunSize | None:
     """The size, from the tokens of each document that was looked at; None where there is none.
 
     Args:
@@ -46,7 +46,7 @@ def size_of(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale: floa
     samples = max(1, round(rows))
     steps_per_epoch = math.ceil(samples / spec.rows_per_step)
     training = spec.training
-    return Size(
+    return RunSize(
         documents=round(scale * len(lengths)),
         tokens=round(scale * sum(lengths)),
         bad_lines=round(scale * bad_lines),

@@ -3,19 +3,19 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from contract.spec import JobSpec
-from service.planning.estimate import Size
+from trainyard.contract.spec import JobSpec
+from trainyard.service.planning.estimate import RunSize
 
 GB = 1e9
 FEW_TOKENS = 8192
 """A GPU that gets fewer tokens at once waits for its launches more than it computes."""
 
-LEAST_KEPT = 2
+MIN_KEPT = 2
 """Checkpoints that are kept whatever ``keep_last`` says."""
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class HostCapacity:
     """What the run would meet here. Bytes; None: not known. ``kind`` is that of the device, e.g. ``cuda``.
 
     ``snapshot``: host memory of the copy that saves are written from. ``other_form``: of a corpus that is no JSONL.
@@ -32,7 +32,7 @@ class Surroundings:
     names: tuple[str, ...] = ()
 
 
-def warnings(spec: JobSpec, size: Size | None, here: Surroundings) -> list[str]:
+def warnings(spec: JobSpec, size: RunSize | None, here: HostCapacity) -> list[str]:
     """The sentences, the gravest first."""
     found = [*_memory(spec, here), *_disk(spec, here), *_device(spec, here)]
     if size is None and here.other_form is not None:
@@ -48,7 +48,7 @@ def _no_document(text_field: str, names: tuple[str, ...]) -> str:
     return f"no document was found in what was looked at of the corpus: {has if names else needed}"
 
 
-def _memory(spec: JobSpec, here: Surroundings) -> Iterator[str]:
+def _memory(spec: JobSpec, here: HostCapacity) -> Iterator[str]:
     if here.memory_limit is None:
         return
     cpu = here.kind == "cpu"
@@ -65,8 +65,8 @@ def _memory(spec: JobSpec, here: Surroundings) -> Iterator[str]:
         yield f"it needs about {_gb(needed)} of the {_gb(here.memory_limit)} of memory that {whose} has: it may not fit"
 
 
-def _disk(spec: JobSpec, here: Surroundings) -> Iterator[str]:
-    kept = max(LEAST_KEPT, spec.checkpoint.keep_last) + 1
+def _disk(spec: JobSpec, here: HostCapacity) -> Iterator[str]:
+    kept = max(MIN_KEPT, spec.checkpoint.keep_last) + 1
     needed = kept * here.checkpoint_bytes
     if here.disk_free is not None and needed > here.disk_free:
         yield (
@@ -75,7 +75,7 @@ def _disk(spec: JobSpec, here: Surroundings) -> Iterator[str]:
         )
 
 
-def _device(spec: JobSpec, here: Surroundings) -> Iterator[str]:
+def _device(spec: JobSpec, here: HostCapacity) -> Iterator[str]:
     if here.kind == "cpu" and spec.resources.device == "auto":
         yield "there is no GPU on this host: this run will use the CPU"
     at_once = spec.training.batch_size * spec.data.max_seq_len
@@ -83,7 +83,7 @@ def _device(spec: JobSpec, here: Surroundings) -> Iterator[str]:
         yield f"batch_size {spec.training.batch_size} gives a GPU {at_once:,} tokens at once: it could take more"
 
 
-def _corpus(spec: JobSpec, size: Size) -> Iterator[str]:
+def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:
     lines = size.bad_lines + size.documents
     share = size.bad_lines / lines
     if share > spec.data.max_bad_lines:
@@ -95,7 +95,7 @@ def _corpus(spec: JobSpec, size: Size) -> Iterator[str]:
         yield f"one step takes {spec.rows_per_step:,} rows and the corpus has about {size.samples:,}"
 
 
-def _intervals(spec: JobSpec, size: Size) -> Iterator[str]:
+def _intervals(spec: JobSpec, size: RunSize) -> Iterator[str]:
     warmup, steps = spec.training.warmup_steps, size.steps
     if warmup >= steps:
         yield f"warmup_steps {warmup:,} is not shorter than the run ({steps:,} steps): the full rate is never reached"

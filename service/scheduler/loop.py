@@ -10,23 +10,30 @@ from http import HTTPStatus
 
 from sqlalchemy.orm import Session
 
-from service import logs
-from service.db import Database
-from service.devices.inventory import Inventory
-from service.errors import from_exception
-from service.launch.base import AttemptName, Launcher
-from service.scheduler.apply import Applier, utc_now
-from service.scheduler.bulletin import Bulletin, News
-from service.scheduler.lease import Deposed, Lease
-from service.scheduler.outlook import Outlook
-from service.scheduler.plan import Action, Look, plan, subject
-from service.scheduler.snapshot import Memory, Snapshot, take
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import Database
+from trainyard.service.devices.inventory import Inventory
+from trainyard.service.errors import from_exception
+from trainyard.service.launch.base import AttemptRef, Launcher
+from trainyard.service.leadership import LeaderLease, LeadershipLost
+from trainyard.service.observability.logging import log_context
+from trainyard.service.scheduler.executor import PlanExecutor
+from trainyard.service.scheduler.plan import (
+    Action,
+    Inspect,
+    plan,
+    subject,
+)
+from trainyard.service.scheduler.published_inventory import InventorySnapshot, PublishTracker
+from trainyard.service.scheduler.queue_preview import QueuePreview
+from trainyard.service.scheduler.snapshot import SchedulerMemory, Snapshot, load_snapshot
+from trainyard.service.timing import Timing
 
 ROUND_SECONDS = 1.0
 PAUSE_SECONDS = 0.1
 """Between two rounds at least: what a burst of requests has changed is looked at together, not once for each."""
 
-MOST_ROUNDS_AT_ONCE = 20
+MAX_ROUNDS = 20
 
 log = logging.getLogger("trainyard")
 
@@ -54,25 +61,27 @@ class Scheduler:
         launcher: Launcher,
         inventory: Inventory,
         clock: Callable[[], datetime] = utc_now,
-        lease: Lease | None = None,
+        lease: LeaderLease | None = None,
         wanted: bool = True,
         preempts: bool = False,
         monotonic: Callable[[], float] = time.monotonic,
+        timing: Timing = Timing(),
     ) -> None:
+        self.timing = timing
         self._database = database
         self._inventory = inventory
         self._launcher = launcher
         self._clock = clock
-        self._memory = Memory()
-        self._applier = Applier(database, launcher, self._memory, clock, lease)
+        self._memory = SchedulerMemory()
+        self._applier = PlanExecutor(database, launcher, self._memory, clock, lease, timing)
         self._lease = lease
         self._wanted = wanted
         self._preempts = preempts
         self._led = False
         self._monotonic = monotonic
         self._rounded_at = monotonic()
-        self._news = News()
-        self._outlook = Outlook(database, clock)
+        self._news = PublishTracker()
+        self._outlook = QueuePreview(database, clock)
         self._wake = threading.Event()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
@@ -96,7 +105,7 @@ class Scheduler:
         """Something has changed: look at once, or as soon as the pause after the last look is over."""
         self._wake.set()
 
-    def save_now(self, name: AttemptName) -> None:
+    def save_now(self, name: AttemptRef) -> None:
         """Pass on the wish for a checkpoint: it changes no state, so it waits for no round."""
         self._launcher.save(name)
 
@@ -116,7 +125,7 @@ class Scheduler:
         return self._wanted and (self._lease is None or self._led)
 
     @property
-    def silence(self) -> float:
+    def seconds_since_round(self) -> float:
         """Seconds since it last finished a round, or was begun."""
         return self._monotonic() - self._rounded_at
 
@@ -128,37 +137,37 @@ class Scheduler:
         """A transaction for what only the one that schedules may do. Raises Deposed where that is another one."""
         return self._applier.write()
 
-    def settle(self) -> None:
+    def reconcile_until_stable(self) -> None:
         """Rounds until one changes nothing that another could build on."""
-        for _ in range(MOST_ROUNDS_AT_ONCE):
-            if not self.round():
+        for _ in range(MAX_ROUNDS):
+            if not self.reconcile():
                 return
 
-    def round(self) -> bool:
+    def reconcile(self) -> bool:
         """One look and what follows from it; True where another look is worth it at once."""
         snapshot = self._snapshot()
-        decided = plan(snapshot, self._clock())
+        decided = plan(snapshot, self._clock(), self.timing)
         self._waiting = decided.waiting
-        self._publish(Bulletin(tuple(snapshot.devices), self._preempts))
-        self._applier.glance([action.attempt.name for action in decided.actions if isinstance(action, Look)])
+        self._publish(InventorySnapshot(tuple(snapshot.devices), self._preempts))
+        self._applier.probe_agents([action.attempt.name for action in decided.actions if isinstance(action, Inspect)])
         outcomes = [self._leads() and self._do(action) for action in decided.actions]
         return any(outcomes)
 
-    def _publish(self, bulletin: Bulletin) -> None:
-        if not self._news.in_(bulletin):
+    def _publish(self, bulletin: InventorySnapshot) -> None:
+        if not self._news.differs(bulletin):
             return
         try:
             self._applier.publish(bulletin)
-            self._news.told(bulletin)
-        except Deposed:
+            self._news.mark_published(bulletin)
+        except LeadershipLost:
             log.warning("another service schedules now, and says itself what it has")
 
     def _leads(self) -> bool:
         """Keep the lease, or try for it. One who begins to lead knows nothing of what the one before did."""
         leads = self._lease is None or self._lease.keep()
         if leads and not self._led:
-            self._memory.looked_at.clear()
-            self._memory.told.clear()
+            self._memory.inspected_at.clear()
+            self._memory.notified.clear()
             self._news.forget()
             self.on_lead()
         self._led = leads
@@ -172,10 +181,10 @@ class Scheduler:
             log.exception("the lease could not be given up; it runs out by itself")
 
     def _do(self, action: Action) -> bool:
-        with logs.about(action=type(action).__name__.lower(), **subject(action)):
+        with log_context(action=type(action).__name__.lower(), **subject(action)):
             try:
-                return self._applier.do(action)
-            except Deposed:
+                return self._applier.execute(action)
+            except LeadershipLost:
                 log.warning("another service schedules now; the action is left to it")
             except Exception:
                 # One job's trouble must not keep the others from being looked after.
@@ -185,7 +194,7 @@ class Scheduler:
     def _snapshot(self) -> Snapshot:
         devices = self._inventory.devices()
         with self._database.read() as session:
-            snapshot = take(session, devices, self._memory, self._clock(), self._preempts)
+            snapshot = load_snapshot(session, devices, self._memory, self._clock(), self._preempts, self.timing)
         self._memory.forget_ended(snapshot.live)
         return snapshot
 
@@ -193,7 +202,7 @@ class Scheduler:
         while not self._ending.is_set():
             try:
                 if self._leads():
-                    self.settle()
+                    self.reconcile_until_stable()
                 self._rounded_at = self._monotonic()
             except Exception as error:
                 note_failure(error)

@@ -6,24 +6,19 @@ from datetime import datetime, timedelta
 from itertools import islice
 from typing import Any, assert_never
 
-from contract.status import Desired
-from service.devices.inventory import Device, kind_for
-from service.launch.base import LOCAL
-from service.scheduler.preemption import Yielding
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.contract.status import Desired
+from trainyard.service.devices.inventory import Device, kind_for
+from trainyard.service.launch.base import LOCAL
+from trainyard.service.scheduler.preemption import PreemptionBudget
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.service.timing import Timing
 
-QUIET = timedelta(seconds=5)
-"""An attempt not heard for so long is looked up on the host, again and again. Silence alone never ends it."""
-
-WATCHED = timedelta(seconds=1)
+REINSPECT_AFTER = timedelta(seconds=1)
 """An attempt that waits on its cluster is looked up so often: nobody else can say what it waits for.
 
 So is one whose agent cannot report: at each look its outbox is read."""
 
-KILL_GRACE = timedelta(seconds=10)
-"""An agent that is silent has so long to carry out a kill; then the launcher does."""
-
-PATIENCE = timedelta(minutes=5)
+BACKFILL_PATIENCE = timedelta(minutes=5)
 """So long smaller jobs may overtake one that does not fit; then free devices are kept for it."""
 
 NAMES = {"cpu": ("CPU slot", "CPU slots"), "cuda": ("GPU", "GPUs")}
@@ -45,21 +40,21 @@ class Restart:
 
 
 @dataclass(frozen=True)
-class Look:
+class Inspect:
     """Ask the launcher what is left of a quiet attempt, and believe the kernel."""
 
     attempt: LiveAttempt
 
 
 @dataclass(frozen=True)
-class Hint:
+class NotifyStop:
     """Tell the ranks directly what their agent will hear in its next report."""
 
     attempt: LiveAttempt
 
 
 @dataclass(frozen=True)
-class End:
+class Kill:
     """End a killed attempt whose agent does not answer."""
 
     attempt: LiveAttempt
@@ -73,7 +68,7 @@ class Preempt:
     job_id: str
 
 
-Action = Start | Restart | Look | Hint | End | Preempt
+Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt
 
 
 def subject(action: Action) -> dict[str, Any]:
@@ -81,7 +76,7 @@ def subject(action: Action) -> dict[str, Any]:
     match action:
         case Start() | Restart():
             return {"job_id": action.job_id}
-        case Look() | Hint() | End() | Preempt():
+        case Inspect() | NotifyStop() | Kill() | Preempt():
             return action.attempt.name.fields
         case _:
             assert_never(action)
@@ -95,32 +90,33 @@ class Plan:
     waiting: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan(snapshot: Snapshot, now: datetime) -> Plan:
+def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Plan:
     """Look after what lives, then start what fits."""
-    attended = [action for attempt in snapshot.live if (action := _attend(attempt, now)) is not None]
+    attended = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
     placed, waiting = _place(snapshot, now)
     return Plan((*attended, *restarts, *placed), waiting)
 
 
-def _attend(attempt: LiveAttempt, now: datetime) -> Action | None:
-    quiet = attempt.heard_at is None or _long_ago(attempt.heard_at, now, QUIET)
-    if attempt.looked_at is None:
-        return Look(attempt)
+def _plan_live(attempt: LiveAttempt, now: datetime, timing: Timing) -> Action | None:
+    quiet = attempt.last_heartbeat_at is None or _is_older(attempt.last_heartbeat_at, now, timing.quiet)
+    if attempt.inspected_at is None:
+        return Inspect(attempt)
     if attempt.desired is Desired.KILL and (attempt.tailed or not attempt.placed):
-        return End(attempt)
-    if attempt.desired is Desired.KILL and quiet and attempt.asked_at and _long_ago(attempt.asked_at, now, KILL_GRACE):
-        return End(attempt)
-    if quiet and _long_ago(attempt.looked_at, now, QUIET):
-        return Look(attempt)
-    if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.told is not attempt.desired:
-        return Hint(attempt)
-    if (attempt.tailed or not attempt.placed) and _long_ago(attempt.looked_at, now, WATCHED):
-        return Look(attempt)
+        return Kill(attempt)
+    overdue = attempt.stop_requested_at is not None and _is_older(attempt.stop_requested_at, now, timing.kill_grace)
+    if attempt.desired is Desired.KILL and quiet and overdue:
+        return Kill(attempt)
+    if quiet and _is_older(attempt.inspected_at, now, timing.quiet):
+        return Inspect(attempt)
+    if attempt.desired in (Desired.PAUSE, Desired.CANCEL) and attempt.notified is not attempt.desired:
+        return NotifyStop(attempt)
+    if (attempt.tailed or not attempt.placed) and _is_older(attempt.inspected_at, now, REINSPECT_AFTER):
+        return Inspect(attempt)
     return None
 
 
-def _long_ago(then: datetime, now: datetime, patience: timedelta) -> bool:
+def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
     """Whether it is longer ago than that. What lies ahead was before the clock was set back: nobody knows how long."""
     return abs(now - then) > patience
 
@@ -176,7 +172,7 @@ def _pool(kind: str) -> str:
 def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt], dict[str, str]]:
     """Start by priority, then age. Who does not fit is overtaken for PATIENCE at most, or room is made for it."""
     pools = _Pools(snapshot.devices, snapshot.leases)
-    yielding = Yielding(snapshot)
+    yielding = PreemptionBudget(snapshot)
     auto = kind_for("auto", snapshot.devices)
     placed: list[Start | Preempt] = []
     waiting: dict[str, str] = {}
@@ -195,7 +191,7 @@ def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt], di
             waiting[job.id] += f"; {room}"
         else:
             yielding.close(kind)
-        if room is not None or now - job.queued_at > PATIENCE:
+        if room is not None or now - job.queued_at > BACKFILL_PATIENCE:
             # What is free meanwhile is kept: else who made room would take it again, and make room again.
             pools.reserve(kind)
     return placed, waiting

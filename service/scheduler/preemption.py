@@ -8,12 +8,12 @@ priorities that come and go cannot keep it from ever getting on.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contract.status import Desired
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.contract.status import Desired
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 
 
 @dataclass(frozen=True)
-class Room:
+class Victims:
     """Attempts whose devices a waiting job will get: ``stopping`` already, and ``victims``, which are to be asked."""
 
     stopping: tuple[LiveAttempt, ...]
@@ -27,7 +27,7 @@ class Room:
         return f"{who} {'makes' if len(names) == 1 else 'make'} room"
 
 
-class Yielding:
+class PreemptionBudget:
     """The devices of attempts that stop, or that can be asked to. What one job is promised, the next is not."""
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -46,10 +46,10 @@ class Yielding:
     def _sort_in(self, attempt: LiveAttempt) -> None:
         if attempt.desired is not Desired.RUN:
             self._coming.update({device: attempt for device in attempt.devices if device in self._kinds})
-        elif attempt.running and attempt.moved and attempt.preemptible:
+        elif attempt.running and attempt.made_progress and attempt.preemptible:
             self._running.append(attempt)
 
-    def room_for(self, job: QueuedJob, kind: str, free: int) -> Room | None:
+    def room_for(self, job: QueuedJob, kind: str, free: int) -> Victims | None:
         """Who makes room for ``job``, which finds ``free`` devices of its kind; None where nobody can."""
         if not self._enabled or kind in self._closed:
             return None
@@ -60,7 +60,7 @@ class Yielding:
             return None
         stopping = tuple({holder.id: holder for device in coming if (holder := self._coming[device])}.values())
         self._promise(victims, kind, coming, lack)
-        return Room(stopping, victims)
+        return Victims(stopping, victims)
 
     def close(self, kind: str) -> None:
         """A job in front waits for devices of this kind that nobody can give it: none is emptied for those behind."""

@@ -8,14 +8,14 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.status import Desired, JobStatus
-from service.devices.inventory import Device
-from service.jobs import rules
-from service.jobs.streaks import made_a_step
-from service.launch.base import LOCAL, AttemptName
-from service.tables import AttemptRow, JobRow, LeaseRow
+from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
+from trainyard.service.devices.inventory import Device
+from trainyard.service.jobs.restart_policy import made_a_step
+from trainyard.service.launch.base import LOCAL, AttemptRef
+from trainyard.service.timing import Timing
 
-MAY_YIELD = JobRow.spec[("resources", "preemptible")].as_boolean()
+PREEMPTIBLE = JobRow.spec[("resources", "preemptible")].as_boolean()
 """Null in a spec of before there was such a field."""
 
 LAUNCHER = JobRow.spec[("resources", "launcher")].as_string()
@@ -47,15 +47,15 @@ class LiveAttempt:
     """
 
     id: str
-    name: AttemptName
+    name: AttemptRef
     desired: Desired
     launched: bool
-    asked_at: datetime | None
-    heard_at: datetime | None
-    looked_at: datetime | None = None
-    told: Desired | None = None
+    stop_requested_at: datetime | None
+    last_heartbeat_at: datetime | None
+    inspected_at: datetime | None = None
+    notified: Desired | None = None
     running: bool = False
-    moved: bool = False
+    made_progress: bool = False
     preemptible: bool = True
     priority: int = 0
     devices: tuple[str, ...] = ()
@@ -89,35 +89,40 @@ class Snapshot:
 
 
 @dataclass
-class Memory:
+class SchedulerMemory:
     """What this process did already; losing it costs a second look, nothing else."""
 
-    looked_at: dict[str, datetime] = field(default_factory=dict)
-    told: dict[str, Desired] = field(default_factory=dict)
+    inspected_at: dict[str, datetime] = field(default_factory=dict)
+    notified: dict[str, Desired] = field(default_factory=dict)
 
     def forget_ended(self, live: Sequence[LiveAttempt]) -> None:
         """Keep only what concerns attempts that live."""
         ids = {attempt.id for attempt in live}
-        self.looked_at = {k: v for k, v in self.looked_at.items() if k in ids}
-        self.told = {k: v for k, v in self.told.items() if k in ids}
+        self.inspected_at = {k: v for k, v in self.inspected_at.items() if k in ids}
+        self.notified = {k: v for k, v in self.notified.items() if k in ids}
 
 
-def is_due(restart_at: datetime, now: datetime) -> bool:
+def is_due(restart_at: datetime, now: datetime, timing: Timing = Timing()) -> bool:
     """Whether the back-off is over. One that is longer than there are any means that the clock was set back."""
-    return restart_at <= now or restart_at - now > timedelta(seconds=rules.longest_wait())
+    return restart_at <= now or restart_at - now > timedelta(seconds=timing.longest_restart_wait)
 
 
-def take(
-    session: Session, devices: Sequence[Device], memory: Memory, now: datetime, preempts: bool = False
+def load_snapshot(
+    session: Session,
+    devices: Sequence[Device],
+    memory: SchedulerMemory,
+    now: datetime,
+    preempts: bool = False,
+    timing: Timing = Timing(),
 ) -> Snapshot:
     """Read the snapshot."""
     waiting = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
     restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*waiting)).all()
-    leases = session.execute(select(LeaseRow.device, LeaseRow.job_id)).all()
+    leases = session.execute(select(DeviceLeaseRow.device, DeviceLeaseRow.job_id)).all()
     return Snapshot(
         queued=_queued(session),
         live=_live(session, memory),
-        restarts_due=[row.id for row in restarts if is_due(row.restart_at, now)],
+        restarts_due=[row.id for row in restarts if is_due(row.restart_at, now, timing)],
         leases={row.device: row.job_id for row in leases},
         devices=devices,
         preempts=preempts,
@@ -130,9 +135,11 @@ def _queued(session: Session) -> list[QueuedJob]:
     return [QueuedJob(*row) for row in rows]
 
 
-def _live(session: Session, memory: Memory) -> list[LiveAttempt]:
+def _live(session: Session, memory: SchedulerMemory) -> list[LiveAttempt]:
     rows = session.execute(
-        select(AttemptRow, JobRow.desired, JobRow.asked_at, JobRow.status, JobRow.priority, JobRow.progress, MAY_YIELD)
+        select(
+            AttemptRow, JobRow.desired, JobRow.asked_at, JobRow.status, JobRow.priority, JobRow.progress, PREEMPTIBLE
+        )
         .join(JobRow, JobRow.id == AttemptRow.job_id)
         .where(AttemptRow.ended_at.is_(None))
         .order_by(AttemptRow.created_at)
@@ -140,15 +147,15 @@ def _live(session: Session, memory: Memory) -> list[LiveAttempt]:
     return [
         LiveAttempt(
             id=row.id,
-            name=AttemptName(row.job_id, row.number, row.launcher),
+            name=AttemptRef(row.job_id, row.number, row.launcher),
             desired=Desired(desired),
             launched=row.launched_at is not None,
-            asked_at=asked_at,
-            heard_at=max(filter(None, (row.heard_at, row.launched_at)), default=None),
-            looked_at=memory.looked_at.get(row.id),
-            told=memory.told.get(row.id),
+            stop_requested_at=asked_at,
+            last_heartbeat_at=max(filter(None, (row.heard_at, row.launched_at)), default=None),
+            inspected_at=memory.inspected_at.get(row.id),
+            notified=memory.notified.get(row.id),
             running=status == JobStatus.RUNNING,
-            moved=made_a_step(row.start_step, progress.get("step")),
+            made_progress=made_a_step(row.start_step, progress.get("step")),
             preemptible=may_yield is not False,
             priority=priority,
             devices=tuple(row.devices),

@@ -1,7 +1,7 @@
-"""The one that sends: a thread of its own beside the scheduler, on the server that leads.
+"""Sends the deliveries: a thread of its own beside the scheduler, on the server that leads.
 
-A delivery is claimed before it is sent and its result written after, each in a transaction that is refused where
-another server leads by now. What was claimed and never finished is sent again: at least once, under the same event id.
+A delivery is claimed before it is sent and its result is written after, each in a transaction that fails if another
+server leads by now. What was claimed and never finished is sent again: at least once, under the same event id.
 """
 
 import logging
@@ -17,24 +17,30 @@ from typing import Any
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.orm import Session
 
-from service.db import Database
-from service.errors import DatabaseAway, OutcomeUnknown
-from service.scheduler.apply import utc_now
-from service.scheduler.lease import Deposed, Lease, fenced
-from service.tables import DeliveryRow, WebhookRow
-from service.webhooks import backlog, signing, store
-from service.webhooks.asked import TEST
-from service.webhooks.courier import Answer, Courier
-from service.webhooks.outbox import DELIVERED, FAILED, PENDING
-from service.webhooks.schedule import PATIENCE, after_failure, pause, pick
-from service.webhooks.watch import Watcher
+from trainyard.contract.failpoints import hit
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import DeliveryRow, WebhookRow
+from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown
+from trainyard.service.jobs.event_outbox import DELIVERED, FAILED, PENDING
+from trainyard.service.leadership import LeaderLease, LeadershipLost, fenced
+from trainyard.service.webhooks import delivery_queue, signing, store
+from trainyard.service.webhooks.http_client import DeliveryResult, WebhookClient
+from trainyard.service.webhooks.requests import TEST
+from trainyard.service.webhooks.retry_policy import (
+    PATIENCE,
+    after_failure,
+    backoff,
+    pick,
+)
+from trainyard.service.webhooks.rule_engine import RuleEngine
 
 ROUND_SECONDS = 1.0
 AT_ONCE = 16
 GRACE_SECONDS = 5.0
-"""So long after another sender's deadline its claims count as dropped."""
+"""Another sender's claims count as dropped this long after its deadline."""
 
-MOST_TRIES = 20
+MAX_TRIES = 20
 SWEEP_SECONDS = 3600.0
 STOP_SECONDS = 3.0
 
@@ -42,8 +48,8 @@ log = logging.getLogger("trainyard")
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """What is sent, read in the transaction that claimed it."""
+class ClaimedDelivery:
+    """A delivery to send, read in the transaction that claimed it. ``good``: the secrets that sign."""
 
     number: int
     webhook_id: str
@@ -59,8 +65,8 @@ class Sender:
     def __init__(
         self,
         database: Database,
-        courier: Courier,
-        lease: Lease | None = None,
+        courier: WebhookClient,
+        lease: LeaderLease | None = None,
         clock: Callable[[], datetime] = utc_now,
         monotonic: Callable[[], float] = time.monotonic,
         wanted: bool = True,
@@ -71,7 +77,7 @@ class Sender:
         self._clock = clock
         self._monotonic = monotonic
         self._wanted = wanted
-        self._watcher = Watcher(database, lease, clock, monotonic)
+        self._watcher = RuleEngine(database, lease, clock, monotonic)
         self._name = secrets.token_hex(8)
         self._busy: dict[int, str] = {}
         self._quiet = threading.Condition()
@@ -83,35 +89,35 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread, if this server sends at all."""
         if self._wanted:
             self._thread.start()
 
     def stop(self) -> None:
-        """End. What is on its way may end for a moment; after that it is sent again by whoever leads next."""
+        """Stop. Deliveries under way get STOP_SECONDS to end; the next leader sends again those that did not."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
-        self.settle(STOP_SECONDS)
+        self.deliver_until_idle(STOP_SECONDS)
 
     def wake(self) -> None:
-        """Something is to be sent: look at once."""
+        """Start a round at once: something is to be sent."""
         self._wake.set()
 
-    def settle(self, seconds: float) -> bool:
-        """Wait until nothing is on its way; False where it took longer."""
+    def deliver_until_idle(self, seconds: float) -> bool:
+        """Wait until no delivery is under way; return False if that takes longer."""
         with self._quiet:
             return self._quiet.wait_for(lambda: not self._busy, seconds)
 
     def round(self) -> int:
-        """Look at the rules, then begin to send what is due; how many that were."""
+        """Check the rules, then start to send what is due; return how many."""
         if not self._leads():
             return 0
-        self._watcher.look()
+        self._watcher.poll()
         self._sweep()
         with self._database.read() as session:
-            heads = backlog.heads(session, self._clock(), self._name, self._others_are_late())
+            heads = delivery_queue.next_deliveries(session, self._clock(), self._name, self._others_are_late())
         with self._quiet:
             chosen = pick(heads, self._busy, AT_ONCE - len(self._busy))
             self._busy |= {head.number: head.webhook_id for head in chosen}
@@ -120,7 +126,7 @@ class Sender:
         return len(chosen)
 
     def _leads(self) -> bool:
-        """Whether this server may send. One that begins to lead waits for what the one before may still be sending."""
+        """True if this server may send. A new leader waits for what the one before may still be sending."""
         if self._lease is None:
             return True
         leads = self._lease.fresh()
@@ -135,13 +141,13 @@ class Sender:
         if self._monotonic() - self._swept_at > SWEEP_SECONDS:
             self._swept_at = self._monotonic()
             with fenced(self._database, self._lease) as session:
-                backlog.sweep(session, self._clock())
+                delivery_queue.sweep(session, self._clock())
 
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
                 self.round()
-            except Deposed:
+            except LeadershipLost:
                 log.warning("another service sends the webhooks now")
             except Exception:
                 log.exception("a round of the webhooks failed")
@@ -151,10 +157,11 @@ class Sender:
     def _deliver(self, number: int) -> None:
         try:
             parcel = self._claim(number)
-            # Stopped here for long, another server has this delivery by now: the look at the clock comes last.
+            hit("webhooks.claimed")
+            # If the process slept here, another server has this delivery by now: the lease is checked last.
             if parcel is not None and self._leads():
                 self._record(parcel, self._send(parcel))
-        except Deposed:
+        except LeadershipLost:
             log.warning("another service sends the webhooks now", extra={"delivery_id": number})
         except Exception:
             log.exception("a delivery could not be dealt with", extra={"delivery_id": number})
@@ -164,7 +171,7 @@ class Sender:
                 self._quiet.notify_all()
             self._wake.set()
 
-    def _claim(self, number: int) -> Parcel | None:
+    def _claim(self, number: int) -> ClaimedDelivery | None:
         with fenced(self._database, self._lease) as session:
             webhook, delivery = _locked(session, number)
             if webhook is None or delivery is None or delivery.state != PENDING:
@@ -172,9 +179,9 @@ class Sender:
             delivery.claimed_by = self._name
             delivery.attempts += 1
             good = tuple(store.secrets_of(webhook, self._clock()))
-            return Parcel(number, webhook.id, delivery.event_id, webhook.url, good, delivery.body.encode())
+            return ClaimedDelivery(number, webhook.id, delivery.event_id, webhook.url, good, delivery.body.encode())
 
-    def _send(self, parcel: Parcel) -> Answer:
+    def _send(self, parcel: ClaimedDelivery) -> DeliveryResult:
         signed = signing.headers(parcel.good, parcel.event_id, int(self._clock().timestamp()), parcel.body)
         answer = self._courier.post(parcel.url, signed, parcel.body)
         said = answer.status if answer.status is not None else answer.error
@@ -182,24 +189,24 @@ class Sender:
         log.info("webhook sent: %s", said, extra=fields)
         return answer
 
-    def _record(self, parcel: Parcel, answer: Answer) -> None:
-        """Write what came of it. A database that is away is waited for while nobody else can send."""
+    def _record(self, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
+        """Write the result. If the database is away, wait for it as long as no other server may send."""
         while True:
             try:
                 with fenced(self._database, self._lease) as session:
                     self._write_down(session, parcel, answer)
                 return
-            except (OperationalError, InterfaceError, DatabaseAway, OutcomeUnknown):
+            except (OperationalError, InterfaceError, DatabaseUnavailable, OutcomeUnknown):
                 if not self._leads() or self._stopping.wait(ROUND_SECONDS):
                     raise
 
-    def _write_down(self, session: Session, parcel: Parcel, answer: Answer) -> None:
+    def _write_down(self, session: Session, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
         webhook, delivery = _locked(session, parcel.number)
         if webhook is None or delivery is None or delivery.claimed_by != self._name:
             return
         now = self._clock()
         delivery.claimed_by = None
-        delivery.tries = [*delivery.tries, _try(answer, parcel, now)][-MOST_TRIES:]
+        delivery.tries = [*delivery.tries, _attempt(answer, parcel, now)][-MAX_TRIES:]
         if answer.took:
             _end(delivery, DELIVERED, now)
             webhook.failures, webhook.failing_since, webhook.retry_at, webhook.succeeded_at = 0, None, None, now
@@ -210,7 +217,7 @@ class Sender:
 
 
 def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryRow | None]:
-    """The webhook first, as those who redeliver do."""
+    """Lock the webhook first, in the order of a redelivery."""
     delivery = session.get(DeliveryRow, number)
     if delivery is None:
         return None, None
@@ -219,7 +226,7 @@ def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryR
     return webhook, delivery
 
 
-def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: Answer, now: datetime) -> None:
+def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: DeliveryResult, now: datetime) -> None:
     webhook.failures += 1
     webhook.failing_since = webhook.failing_since or now
     chance = random.random()  # noqa: S311 - spreads tries out, and guards nothing
@@ -229,7 +236,7 @@ def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: Answer, now: dat
     else:
         delivery.next_at = verdict.retry_at
     if webhook.failures >= PATIENCE:
-        webhook.retry_at = now + timedelta(seconds=pause(webhook.failures, chance))
+        webhook.retry_at = now + timedelta(seconds=backoff(webhook.failures, chance))
     if verdict.disable is not None:
         webhook.enabled, webhook.disabled_reason = False, verdict.disable
         log.warning("a webhook is switched off: %s", verdict.disable, extra={"webhook_id": webhook.id})
@@ -239,10 +246,10 @@ def _end(delivery: DeliveryRow, state: str, now: datetime) -> None:
     delivery.state, delivery.ended_at, delivery.next_at = state, now, None
 
 
-def _try(answer: Answer, parcel: Parcel, now: datetime) -> dict[str, Any]:
+def _attempt(answer: DeliveryResult, parcel: ClaimedDelivery, now: datetime) -> dict[str, Any]:
     snippet = answer.snippet
     for secret in parcel.good:
-        # A receiver that shows what it was set up with must not make us show it.
+        # A receiver may echo its secret; we must not show it.
         snippet = snippet.replace(secret, "***") if snippet is not None else None
     return {
         "at": now.isoformat().replace("+00:00", "Z"),

@@ -7,15 +7,31 @@ from typing import Any
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from contract.parsing import Problem
-from service.errors import DeliveryNotFound, RequestInvalid, TooManyWebhooks, WebhookNotFound, with_problems
-from service.jobs.store import new_id
-from service.tables import DeliveryRow, JobRow, WatchRow, WebhookRow
-from service.webhooks import outbox, signing
-from service.webhooks.asked import NewWebhook
-from service.webhooks.outbox import PENDING
+from trainyard.contract.parsing import Problem
+from trainyard.service.db.models import (
+    DeliveryRow,
+    JobRow,
+    RuleStateRow,
+    WebhookRow,
+)
+from trainyard.service.errors import (
+    DeliveryNotFound,
+    RequestInvalid,
+    TooManyWebhooks,
+    WebhookNotFound,
+    with_problems,
+)
+from trainyard.service.ids import new_id
+from trainyard.service.jobs.event_outbox import (
+    PENDING,
+    EventPayload,
+    Payload,
+    delivery_row,
+)
+from trainyard.service.webhooks import signing
+from trainyard.service.webhooks.requests import TEST, WebhookCreate
 
-MOST = 1000
+MAX_WEBHOOKS = 1000
 """Every event looks at all of them."""
 
 BOTH_GOOD = timedelta(hours=24)
@@ -32,9 +48,9 @@ def find(session: Session, webhook_id: str, lock: bool = False) -> WebhookRow:
     return row
 
 
-def create(session: Session, asked: NewWebhook, now: datetime) -> WebhookRow:
+def create(session: Session, asked: WebhookCreate, now: datetime) -> WebhookRow:
     """A new one, with a secret. Raises TooManyWebhooks, and RequestInvalid for a job that is not there."""
-    if (session.scalar(select(func.count()).select_from(WebhookRow)) or 0) >= MOST:
+    if (session.scalar(select(func.count()).select_from(WebhookRow)) or 0) >= MAX_WEBHOOKS:
         raise TooManyWebhooks()
     if asked.job_id is not None and session.scalar(select(JobRow.id).where(JobRow.id == asked.job_id)) is None:
         raise with_problems(RequestInvalid, [Problem("/job_id", "no job has this id")])
@@ -46,12 +62,12 @@ def create(session: Session, asked: NewWebhook, now: datetime) -> WebhookRow:
     return row
 
 
-def change(session: Session, row: WebhookRow, asked: NewWebhook, now: datetime) -> None:
+def change(session: Session, row: WebhookRow, asked: WebhookCreate, now: datetime) -> None:
     """Make it what was asked for. One that is switched on again begins anew."""
     fields = _fields(asked)
     if fields["rules"] != row.rules:
         kept = [rule.key for rule in asked.rules]
-        session.execute(delete(WatchRow).where(WatchRow.webhook_id == row.id, WatchRow.rule.not_in(kept)))
+        session.execute(delete(RuleStateRow).where(RuleStateRow.webhook_id == row.id, RuleStateRow.rule.not_in(kept)))
         row.rules_since = now
     if asked.enabled and not row.enabled:
         row.failures, row.failing_since, row.retry_at, row.disabled_reason = 0, None, None, None
@@ -60,13 +76,13 @@ def change(session: Session, row: WebhookRow, asked: NewWebhook, now: datetime) 
     row.updated_at = now
 
 
-def _fields(asked: NewWebhook) -> dict[str, Any]:
+def _fields(asked: WebhookCreate) -> dict[str, Any]:
     return asked.model_dump(mode="json")
 
 
 def asked_of(row: WebhookRow) -> dict[str, Any]:
     """What a client would have said to make it what it is."""
-    return {name: getattr(row, name) for name in NewWebhook.model_fields}
+    return {name: getattr(row, name) for name in WebhookCreate.model_fields}
 
 
 def remove(session: Session, webhook_id: str) -> None:
@@ -127,14 +143,34 @@ def test(session: Session, webhook_id: str, now: datetime) -> DeliveryRow:
     """A delivery to try the receiver with, also of a webhook that is switched off."""
     row = find(session, webhook_id, lock=True)
     row.retry_at = None
-    return outbox.put_test(session, row.id, new_id("test", 16), now)
+    test_id = new_id("test", 16)
+    payload = Payload(type=TEST, id=f"evt_{test_id}", timestamp=now, data=EventPayload(webhook_id=row.id))
+    made = delivery_row(row.id, payload, None, test_id, now)  # a lane of its own: it waits for no other
+    session.add(made)
+    session.flush()
+    return made
 
 
 def redeliver(session: Session, webhook_id: str, number: int, now: datetime) -> DeliveryRow:
     """The delivery once more; one that still waits is due at once."""
     find(session, webhook_id, lock=True).retry_at = None
     row = delivery(session, webhook_id, number, lock=True)
-    if row.state != PENDING:
-        return outbox.put_again(session, row, new_id("again", 16), now)
-    row.next_at = now
-    return row
+    if row.state == PENDING:
+        row.next_at = now
+        return row
+    again = DeliveryRow(
+        webhook_id=row.webhook_id,
+        event_id=row.event_id,
+        kind=row.kind,
+        job_id=row.job_id,
+        lane=new_id("again", 16),
+        body=row.body,
+        state=PENDING,
+        tries=[],
+        next_at=now,
+        redelivers=row.number,
+        created_at=now,
+    )
+    session.add(again)
+    session.flush()
+    return again

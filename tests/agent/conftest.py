@@ -8,18 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from contract.processes import marked
-from contract.rundir import AttemptDir, RunDir, write_json
-from contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
-from service.launch.base import AttemptName, Launch
-from service.launch.local import LocalLauncher
-from tests.agent.fake_service import FakeService
-from tests.faults import ranks
-from tests.marks import own_job
+from tests.agent.fake_ingest import FakeIngest
+from tests.faults import fake_ranks
+from tests.unique_ids import unique_job_id
+from trainyard.contract.processes import find_by_marker
+from trainyard.contract.rundir import AttemptDir, RunDir, write_json
+from trainyard.contract.spec import (
+    DataSpec,
+    JobSpec,
+    ResourcesSpec,
+    Timeouts,
+)
+from trainyard.service.launch.base import AttemptRef, Launch
+from trainyard.service.launch.local import LocalLauncher
 
-DRIVER = (sys.executable, str(Path(ranks.__file__).with_name("driver.py")))
-JOB = own_job("job_fake")
-NAME = AttemptName(JOB, 1)
+DRIVER = (sys.executable, str(Path(fake_ranks.__file__).with_name("fake_agent.py")))
+JOB = unique_job_id("job_fake")
+NAME = AttemptRef(JOB, 1)
 
 
 def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
@@ -30,20 +35,20 @@ def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 @pytest.fixture
-def service(tmp_path: Path) -> Iterator[FakeService]:
-    fake = FakeService()
+def service(tmp_path: Path) -> Iterator[FakeIngest]:
+    fake = FakeIngest()
     write_json(tmp_path / "service.json", {"url": fake.url})
     yield fake
     fake.close()
 
 
 @pytest.fixture
-def launcher(tmp_path: Path, service: FakeService) -> Iterator[LocalLauncher]:
+def launcher(tmp_path: Path, service: FakeIngest) -> Iterator[LocalLauncher]:
     local = LocalLauncher(tmp_path, tmp_path / "cache", agent=DRIVER)
     yield local
     for number in (1, 2, 3):
-        local.end(AttemptName(JOB, number))
-        assert marked(f"{JOB}/{number}") == []
+        local.kill(AttemptRef(JOB, number))
+        assert find_by_marker(f"{JOB}/{number}") == []
 
 
 @pytest.fixture
@@ -54,4 +59,4 @@ def attempt(tmp_path: Path) -> AttemptDir:
 def launch(timeouts: Timeouts | None = None, number: int = 1, **labels: str) -> Launch:
     resources = ResourcesSpec(nproc_per_node=2, timeouts=timeouts or Timeouts())
     spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"), resources=resources)
-    return Launch(AttemptName(JOB, number), "att_1", spec, ("cpu:0", "cpu:1"), f"secret-of-{os.getpid()}")
+    return Launch(AttemptRef(JOB, number), "att_1", spec, ("cpu:0", "cpu:1"), f"secret-of-{os.getpid()}")

@@ -8,42 +8,48 @@ from pathlib import Path
 
 import pytest
 
-from contract.locks import is_held
-from contract.processes import ProcessIdentity, marked
-from contract.report import ExitReport, read_message
-from contract.rundir import AttemptDir, RunDir, read_json
-from contract.spec import Timeouts
-from contract.status import Desired, Reason
-from service.launch.base import State
-from service.launch.local import LocalLauncher
 from tests.agent.conftest import DRIVER, NAME, launch, until
-from tests.agent.fake_service import FakeService
+from tests.agent.fake_ingest import FakeIngest
+from trainyard.contract.locks import is_held
+from trainyard.contract.messages import ExitReport, read_message
+from trainyard.contract.processes import ProcessIdentity, find_by_marker
+from trainyard.contract.rundir import AttemptDir, RunDir, read_json
+from trainyard.contract.spec import Timeouts
+from trainyard.contract.status import Desired, Reason
+from trainyard.service.launch.base import AttemptState
+from trainyard.service.launch.local import LocalLauncher
 
 
 def ended(launcher: LocalLauncher, seconds: float = 20.0) -> ExitReport:
-    until(lambda: launcher.find(NAME).state is State.ENDED, seconds)
+    until(lambda: launcher.find(NAME).state is AttemptState.ENDED, seconds)
     report = launcher.find(NAME).report
     assert report is not None
-    assert marked(str(NAME)) == [] or all(process.variable("RANK") is None for process in marked(str(NAME)))
+    assert find_by_marker(str(NAME)) == [] or all(
+        process.variable("RANK") is None for process in find_by_marker(str(NAME))
+    )
     return report
 
 
 def processes(variable: str, value: str | None = None) -> list[ProcessIdentity]:
-    found = [process for process in marked(str(NAME)) if process.variable(variable) is not None]
+    found = [process for process in find_by_marker(str(NAME)) if process.variable(variable) is not None]
     return [process for process in found if value is None or process.variable(variable) == value]
 
 
 def torchrun() -> ProcessIdentity:
-    plain = [p for p in marked(str(NAME)) if p.variable("RANK") is None and p.variable("TRAINYARD_ATTEMPT_ID") is None]
+    plain = [
+        p
+        for p in find_by_marker(str(NAME))
+        if p.variable("RANK") is None and p.variable("TRAINYARD_ATTEMPT_ID") is None
+    ]
     return plain[0]
 
 
 def test_a_good_run_ships_every_line_once_and_says_completed(
-    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
-    assert launcher.find(NAME).state is State.ABSENT
+    assert launcher.find(NAME).state is AttemptState.ABSENT
     launcher.start(launch(steps="30"))
-    assert launcher.find(NAME).state is State.ALIVE
+    assert launcher.find(NAME).state is AttemptState.ALIVE
     report = ended(launcher)
     assert (report.outcome, report.step, report.reason) == ("completed", 30, None)
     until(lambda: service.reports)
@@ -57,7 +63,7 @@ def test_a_good_run_ships_every_line_once_and_says_completed(
 
 
 def test_the_step_to_begin_at_and_the_wish_to_save_are_left_where_the_ranks_look(
-    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     launcher.save(NAME)
     assert not attempt.path.exists(), "a wish that nobody is there to hear is not kept"
@@ -69,7 +75,7 @@ def test_the_step_to_begin_at_and_the_wish_to_save_are_left_where_the_ranks_look
 
 
 def test_changed_settings_are_left_where_the_ranks_look_and_only_those(
-    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     spec = launch().spec
     same = {"log_interval": spec.reporting.log_interval, "save_interval": spec.checkpoint.save_interval, "keep_last": 3}
@@ -90,7 +96,7 @@ def test_changed_settings_are_left_where_the_ranks_look_and_only_those(
 
 
 def test_the_token_never_reaches_the_ranks_and_stands_in_no_file(
-    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     wanted = launch(steps="50")
     launcher.start(wanted)
@@ -106,7 +112,7 @@ def test_the_token_never_reaches_the_ranks_and_stands_in_no_file(
 
 @pytest.mark.parametrize("desired", [Desired.PAUSE, Desired.CANCEL])
 def test_a_wish_to_stop_is_heard_and_the_ranks_save(
-    launcher: LocalLauncher, service: FakeService, desired: Desired
+    launcher: LocalLauncher, service: FakeIngest, desired: Desired
 ) -> None:
     launcher.start(launch(steps="1000"))
     until(lambda: len(service.lines) > 5)
@@ -116,7 +122,7 @@ def test_a_wish_to_stop_is_heard_and_the_ranks_save(
     assert 0 < report.step < 1000
 
 
-def test_the_launcher_s_own_hint_stops_without_the_service(launcher: LocalLauncher, service: FakeService) -> None:
+def test_the_launcher_s_own_hint_stops_without_the_service(launcher: LocalLauncher, service: FakeIngest) -> None:
     service.down = True
     launcher.start(launch(steps="1000"))
     until(lambda: processes("RANK"))
@@ -126,7 +132,7 @@ def test_the_launcher_s_own_hint_stops_without_the_service(launcher: LocalLaunch
     until(lambda: service.reports)
 
 
-def test_kill_ends_all_at_once_and_is_no_success(launcher: LocalLauncher, service: FakeService) -> None:
+def test_kill_ends_all_at_once_and_is_no_success(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="1000"))
     until(lambda: len(service.lines) > 5)
     service.desired = Desired.KILL
@@ -134,7 +140,7 @@ def test_kill_ends_all_at_once_and_is_no_success(launcher: LocalLauncher, servic
     assert (report.outcome, report.reason) == ("killed", Reason.USER)
 
 
-def test_ranks_that_ignore_the_wish_are_ended_after_the_grace(launcher: LocalLauncher, service: FakeService) -> None:
+def test_ranks_that_ignore_the_wish_are_ended_after_the_grace(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(Timeouts(stop=0.3, term=0.3), steps="100000", deaf="1"))
     until(lambda: len(service.lines) > 5)
     service.desired = Desired.PAUSE
@@ -143,7 +149,7 @@ def test_ranks_that_ignore_the_wish_are_ended_after_the_grace(launcher: LocalLau
     assert "grace" in report.message
 
 
-def test_a_rank_killed_is_named(launcher: LocalLauncher, service: FakeService) -> None:
+def test_a_rank_killed_is_named(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="1000", fault="signal_9_at_5", fault_rank="1"))
     report = ended(launcher)
     assert (report.outcome, report.reason) == ("crashed", Reason.WORKER_CRASHED)
@@ -152,7 +158,7 @@ def test_a_rank_killed_is_named(launcher: LocalLauncher, service: FakeService) -
     assert report.error.rank == 1
 
 
-def test_torchrun_killed_leaves_no_rank(launcher: LocalLauncher, service: FakeService) -> None:
+def test_torchrun_killed_leaves_no_rank(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="100000"))
     until(lambda: len(service.lines) > 5)
     ranks = processes("RANK")
@@ -164,26 +170,26 @@ def test_torchrun_killed_leaves_no_rank(launcher: LocalLauncher, service: FakeSe
     assert not any(rank.alive() for rank in ranks)
 
 
-def test_a_child_of_a_rank_does_not_survive_the_attempt(launcher: LocalLauncher, service: FakeService) -> None:
+def test_a_child_of_a_rank_does_not_survive_the_attempt(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="20", fault="loader_at_5"))
     assert ended(launcher).outcome == "completed"
     until(lambda: not processes("RANK"))
 
 
-def test_stopped_ranks_are_found_by_their_lack_of_progress(launcher: LocalLauncher, service: FakeService) -> None:
+def test_stopped_ranks_are_found_by_their_lack_of_progress(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(Timeouts(progress=1.0), steps="1000", fault="signal_19_at_100"))
     report = ended(launcher)
     assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
 
 
-def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: LocalLauncher, service: FakeService) -> None:
+def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="60"))
     until(lambda: len(service.lines) > 5)
     service.down = True
     report = ended(launcher)
     assert report.outcome == "completed"
     assert len(service.lines) < report.last_seq
-    missing = launcher.unread(NAME, len(service.lines), 1000)
+    missing = launcher.unacked_lines(NAME, len(service.lines), 1000)
     assert [line["seq"] for line in missing] == list(range(len(service.lines) + 1, report.last_seq + 1))
     service.down = False
     until(lambda: service.reports)
@@ -191,12 +197,12 @@ def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: Local
 
 
 def test_a_restarted_service_is_found_at_its_new_address(
-    launcher: LocalLauncher, service: FakeService, tmp_path: Path
+    launcher: LocalLauncher, service: FakeIngest, tmp_path: Path
 ) -> None:
     launcher.start(launch(steps="60"))
     until(lambda: len(service.lines) > 5)
     service.down = True
-    second = FakeService()
+    second = FakeIngest()
     second.lines.update(service.lines)
     (tmp_path / "service.json").write_text(json.dumps({"url": second.url}))
     report = ended(launcher)
@@ -205,22 +211,22 @@ def test_a_restarted_service_is_found_at_its_new_address(
     second.close()
 
 
-def test_agent_killed_is_seen_as_orphans_and_they_can_be_ended(launcher: LocalLauncher, service: FakeService) -> None:
+def test_agent_killed_is_seen_as_orphans_and_they_can_be_ended(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="100000"))
     until(lambda: len(service.lines) > 5)
     for agent in processes("TRAINYARD_ATTEMPT_ID"):
         agent.send(signal.SIGKILL)
-    until(lambda: launcher.find(NAME).state is State.ORPHANED)
-    launcher.end(NAME)
+    until(lambda: launcher.find(NAME).state is AttemptState.ORPHANED)
+    launcher.kill(NAME)
     found = launcher.find(NAME)
-    assert found.state is State.ENDED
+    assert found.state is AttemptState.ENDED
     assert found.report is not None
     assert (found.report.outcome, found.report.reason) == ("crashed", Reason.AGENT_LOST)
     assert found.report.step > 0
 
 
 def test_no_second_attempt_starts_while_a_rank_of_the_first_lives(
-    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launcher.start(launch(steps="100000"))
     until(lambda: len(service.lines) > 5)
@@ -237,7 +243,7 @@ def test_no_second_attempt_starts_while_a_rank_of_the_first_lives(
 
 
 def test_an_attempt_of_before_a_reboot_is_told_from_a_lost_one(
-    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     attempt.path.mkdir(parents=True)
     identity = ProcessIdentity.of(os.getpid())
@@ -245,14 +251,14 @@ def test_an_attempt_of_before_a_reboot_is_told_from_a_lost_one(
     # This very process has the recorded pid: a stranger that must neither be taken for the agent nor signalled.
     attempt.started.write_text(json.dumps({"agent": {**identity.to_json(), "boot_id": "the boot before"}}))
     found = launcher.find(NAME)
-    assert found.state is State.ENDED
+    assert found.state is AttemptState.ENDED
     assert found.report is not None
     assert found.report.reason is Reason.HOST_RESTARTED
-    launcher.end(NAME)
+    launcher.kill(NAME)
 
 
 def test_a_container_restarted_under_the_same_namespace_number_is_told_from_a_lost_agent(
-    launcher: LocalLauncher, service: FakeService, attempt: AttemptDir
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     attempt.path.mkdir(parents=True)
     first = ProcessIdentity.of(1)
@@ -265,7 +271,7 @@ def test_a_container_restarted_under_the_same_namespace_number_is_told_from_a_lo
         assert found.report.reason is reason
 
 
-def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeService) -> None:
+def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="40"))
     launcher.start(launch(steps="40"))
     assert ended(launcher).outcome == "completed"
@@ -274,11 +280,11 @@ def test_starting_twice_starts_once(launcher: LocalLauncher, service: FakeServic
     assert [line["step"] for line in service.lines.values() if line["kind"] == "metric"] == list(range(1, 41))
 
 
-def test_the_worker_learns_where_it_may_read_and_write(tmp_path: Path, service: FakeService) -> None:
+def test_the_worker_learns_where_it_may_read_and_write(tmp_path: Path, service: FakeIngest) -> None:
     local = LocalLauncher(tmp_path, tmp_path / "cache", [Path("/data"), Path("/more")], agent=DRIVER)
     local.start(launch(steps="1000"))
     until(lambda: processes("RANK"))
     rank = processes("RANK")[0]
     assert rank.variable("TRAINYARD_DATA_ROOTS") == f"/data:/more:{tmp_path}"
     assert rank.variable("TRAINYARD_SAVE_ROOTS") == str(tmp_path)
-    local.end(NAME)
+    local.kill(NAME)

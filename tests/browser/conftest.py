@@ -10,26 +10,26 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 from tests.service.test_checkpoints import write_checkpoint
 
 CHROMIUM = shutil.which("chromium")
-PATIENCE_MS = 30_000
+TIMEOUT_MS = 30_000
 POLICY = "Content Security Policy"
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db")
+def rig(tmp_path: Path) -> Iterator[ServiceHarness]:
+    made = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db")
     yield made
     made.close()
     made.database.close()
 
 
 @pytest.fixture
-def service(rig: Rig) -> Iterator[str]:
-    """Two jobs that differ in their learning rate, each with two checkpoints, one that runs and one that waits."""
+def service(rig: ServiceHarness) -> Iterator[str]:
+    """Two finished jobs with different learning rates and two checkpoints each, a running job and a queued one."""
     for name, rate, offset in (("slow", 1e-4, 0.5), ("fast", 1e-3, 0.0)):
         job_id, attempt = rig.running(steps=60, name=name, training={"learning_rate": rate})
         for step in range(1, 61):
@@ -46,7 +46,7 @@ def service(rig: Rig) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
-    """One for all tests; each has a context, and so a cache and a store, of its own."""
+    """One browser for all tests; each page has its own context with its own cache and storage."""
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
     with sync_playwright() as playwright:
@@ -59,9 +59,9 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser) -> Iterator[Page]:
     made = browser.new_page()
     blocked: list[str] = []
-    made.on("console", lambda said: blocked.append(said.text) if POLICY in said.text else None)
-    made.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
+    made.on("console", lambda message: blocked.append(message.text) if POLICY in message.text else None)
+    made.set_default_timeout(TIMEOUT_MS)
+    expect.set_options(timeout=TIMEOUT_MS)
     yield made
     made.close()
-    assert blocked == [], "the pages and the chart library must bear the policy"
+    assert blocked == [], "the pages and the chart library must satisfy the content security policy"

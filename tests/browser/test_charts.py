@@ -1,4 +1,4 @@
-"""Curves in a browser: what they show of a run's life, and that nobody's zoom or place is lost while they grow."""
+"""Charts of a job: events of a run, and zoom and scroll position that survive updates."""
 
 import re
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Locator, Page, expect
 
-from service.launch.fake import FakeAttempt
-from tests.browser.looks import in_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.browser.page_checks import check_both_themes
+from tests.fakes.launcher import FakeAttempt
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 
 
 def say(attempt: FakeAttempt, steps: range, lift: float = 0.0) -> None:
@@ -34,14 +34,14 @@ def say(attempt: FakeAttempt, steps: range, lift: float = 0.0) -> None:
 
 @dataclass
 class Run:
-    rig: Rig
+    rig: ServiceHarness
     attempt: FakeAttempt
     url: str
 
 
 @pytest.fixture
-def run(rig: Rig) -> Iterator[Run]:
-    """A run that came to step 60, was killed, went on from its checkpoint at 40, and is at 80."""
+def run(rig: ServiceHarness) -> Iterator[Run]:
+    """A run that was killed at step 60, resumed from its checkpoint at 40, and is at step 80."""
     job_id, first = rig.running(steps=400, name="curves")
     say(first, range(1, 41))
     rig.checkpoint(job_id, first, 40)
@@ -71,7 +71,7 @@ def zoomed(page: Page) -> list[float]:
 
 
 def drag(page: Page, chart: Locator, begin: float, end: float) -> None:
-    """Over the middle of the chart, from one share of its width to another."""
+    """Drag across the middle of a chart between two fractions of its width."""
     box = chart.locator(".nsewdrag").first.bounding_box()
     assert box is not None
     middle = box["y"] + box["height"] / 2
@@ -81,7 +81,7 @@ def drag(page: Page, chart: Locator, begin: float, end: float) -> None:
     page.mouse.up()
 
 
-def test_what_the_loss_shows_of_a_life(run: Run, page: Page) -> None:
+def test_loss_chart_shows_the_events_of_a_run(run: Run, page: Page) -> None:
     broken: list[str] = []
     page.on("pageerror", lambda error: broken.append(str(error)))
     page.goto(run.url)
@@ -92,9 +92,9 @@ def test_what_the_loss_shows_of_a_life(run: Run, page: Page) -> None:
         "✕ 1 not finite",
         "◆ evaluation",
         "new attempt",
-        "gone over again",
+        "superseded steps",
         "alert",
-        "saved",
+        "checkpoint",
     ):
         expect(chart).to_contain_text(words)
     lines = chart.locator(".js-plotly-plot").first.evaluate(
@@ -112,22 +112,22 @@ def test_what_the_loss_shows_of_a_life(run: Run, page: Page) -> None:
     expect(chart.get_by_role("region", name="Train loss as a table").get_by_role("row")).to_have_count(81)
     chart.get_by_role("button", name="data").click()
     for axis, words in (("tokens", "tokens"), ("active", " h"), ("clock", ":"), ("step", "step")):
-        page.get_by_label("Along").select_option(axis)
+        page.get_by_label("X axis").select_option(axis)
         expect(figure(page, "Tokens.s").locator(".scatterlayer .trace")).to_have_count(1)
         page.mouse.move(5, 5)
         chart.locator(".nsewdrag").first.hover()
-        expect(chart.locator(".now")).to_contain_text(re.compile(f" at .*{words}"))
-        expect(figure(page, "Learning rate").locator(".now")).to_contain_text(re.compile(f" at .*{words}"))
-        expect(figure(page, "Learning rate").locator(".rule")).to_be_visible()
+        expect(chart.locator(".readout")).to_contain_text(re.compile(f" at .*{words}"))
+        expect(figure(page, "Learning rate").locator(".readout")).to_contain_text(re.compile(f" at .*{words}"))
+        expect(figure(page, "Learning rate").locator(".crosshair")).to_be_visible()
     page.mouse.move(5, 5)
-    expect(figure(page, "Learning rate").locator(".rule")).to_be_hidden()
-    in_both_themes(page, "job-curves")
+    expect(figure(page, "Learning rate").locator(".crosshair")).to_be_hidden()
+    check_both_themes(page, "job-curves")
     assert broken == []
 
 
-def test_what_hardly_changes_is_a_level(run: Run, page: Page) -> None:
+def test_nearly_constant_values_are_not_magnified(run: Run, page: Page) -> None:
     page.goto(run.url)
-    # A slash would end the pattern.
+    # A dot, because a slash would end the pattern.
     plot = figure(page, "Tokens.s").locator(".js-plotly-plot").first
     expect(plot).to_be_visible()
     low, high = plot.evaluate("node => node._fullLayout.yaxis.range")
@@ -135,7 +135,7 @@ def test_what_hardly_changes_is_a_level(run: Run, page: Page) -> None:
     assert high >= 1100
 
 
-def test_a_zoom_outlives_updates_and_the_page(run: Run, page: Page) -> None:
+def test_zoom_survives_updates_and_a_reload(run: Run, page: Page) -> None:
     page.goto(run.url)
     chart = figure(page, "Train loss")
     expect(chart.locator(".nsewdrag").first).to_be_visible()
@@ -162,28 +162,28 @@ def test_a_zoom_outlives_updates_and_the_page(run: Run, page: Page) -> None:
     assert zoomed(page)[1] > 110
 
 
-def test_all_metrics_are_drawn_as_they_come_into_sight_and_found_by_words(run: Run, page: Page) -> None:
+def test_metrics_tab_draws_visible_charts_and_searches(run: Run, page: Page) -> None:
     page.goto(f"{run.url}?tab=metrics")
     panel = page.get_by_role("tabpanel")
     charts = panel.get_by_role("group")
     expect(charts).to_have_count(8)
     panel.get_by_role("button", name="Show all").click()
     expect(charts).to_have_count(15)
-    assert panel.locator(".main-svg").count() == 0, "nobody has seen them yet"
+    assert panel.locator(".main-svg").count() == 0, "not visible yet, so not drawn"
     last = panel.get_by_role("group", name=re.compile("^Epoch"))
     last.scroll_into_view_if_needed()
     expect(last.locator(".scatterlayer .trace")).to_have_count(1)
-    expect(panel.get_by_role("group", name=re.compile("^Load"))).to_contain_text("Not reported by this run")
+    expect(panel.get_by_role("group", name=re.compile("^Expert load"))).to_contain_text("Not reported by this run")
     page.get_by_label("Search the charts").fill("memory")
     expect(charts).to_have_count(1)
     expect(charts.first).to_have_attribute("aria-label", re.compile("now 61.0 GB$"))
     assert "chart=memory" in page.url
     page.get_by_label("Search the charts").fill("")
     expect(charts).to_have_count(15)
-    in_both_themes(page, "metrics")
+    check_both_themes(page, "metrics")
 
 
-def test_a_hidden_tab_asks_for_nothing(run: Run, page: Page) -> None:
+def test_a_hidden_tab_sends_no_request(run: Run, page: Page) -> None:
     page.clock.install()
     page.goto(run.url)
     expect(figure(page, "Train loss").locator(".nsewdrag").first).to_be_visible()

@@ -1,4 +1,4 @@
-"""Logging in with a named token: a reader sees everything and is told what he may not do."""
+"""Login with a named token: a read token shows everything and gets an error for actions."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,24 +9,24 @@ pytest.importorskip("playwright", reason="playwright is not installed")
 
 from playwright.sync_api import Page, expect
 
-from tests.browser.looks import in_both_themes
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.browser.page_checks import check_both_themes
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 from tests.service.test_access import bearer, created
 
 OPERATOR = "the-operator's-own"
 
 
 @pytest.fixture
-def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", token=OPERATOR)
+def rig(tmp_path: Path) -> Iterator[ServiceHarness]:
+    made = ServiceHarness(tmp_path / "home", f"sqlite:///{tmp_path}/trainyard.db", token=OPERATOR)
     made.client.headers["Authorization"] = f"Bearer {OPERATOR}"
     yield made
     made.close()
     made.database.close()
 
 
-def test_a_reader_logs_in_and_may_not_pause(rig: Rig, page: Page) -> None:
+def test_a_read_token_logs_in_and_may_not_pause(rig: ServiceHarness, page: Page) -> None:
     reader, submitter = created(rig, "reader"), created(rig, "submitter", scope="submit")
     job_id, _ = rig.running(name="mine")
     with served(rig) as (host, port):
@@ -34,8 +34,8 @@ def test_a_reader_logs_in_and_may_not_pause(rig: Rig, page: Page) -> None:
         field = page.get_by_label("Token")
         field.fill("wrong")
         field.press("Enter")
-        expect(page.locator("#token-wrong")).to_be_visible()
-        in_both_themes(page, "login")
+        expect(page.locator("#token-error")).to_be_visible()
+        check_both_themes(page, "login")
         page.get_by_label("Token").fill(reader)
         page.get_by_label("Token").press("Enter")
         expect(page.get_by_role("heading", name="mine")).to_be_visible()
@@ -45,10 +45,10 @@ def test_a_reader_logs_in_and_may_not_pause(rig: Rig, page: Page) -> None:
         page.evaluate("token => sessionStorage.setItem('trainyard-token', token)", submitter)
         page.reload()
         page.get_by_role("button", name="pause").click()
-        expect(page.locator(".who .status")).to_contain_text("pausing")
+        expect(page.locator(".job-title .status")).to_contain_text("pausing")
         rig.client.delete("/tokens/submitter")
         page.reload()
         expect(page.get_by_label("Token")).to_be_visible()
-    told = [event["actor"] for event in rig.data(job_id, "events") if event["data"].get("to") == "pausing"]
-    assert told == ["submitter"]
+    actors = [event["actor"] for event in rig.data(job_id, "events") if event["data"].get("to") == "pausing"]
+    assert actors == ["submitter"]
     assert rig.client.get("/jobs", headers=bearer(submitter)).status_code == 401

@@ -1,4 +1,4 @@
-"""A real service with real ranks, by the page alone: submitted, watched, paused, left by its server, and compared."""
+"""A real service with real ranks, used only through the pages: submit, watch, pause, restart the server, compare."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from benchmarks.corpus import write_docstrings
 from tests.browser.test_charts import drag, figure, zoomed
-from tests.story.served import RANKS, Served, until
+from tests.story.service_process import RANKS, Served, until
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Iterator[S
 
 
 def spec(corpus: Path) -> dict[str, Any]:
-    """Small steps, and many: a watcher is slower than they are."""
+    """Many small steps, so that the run is not over before the browser has seen it."""
     return {
         "name": NAME,
         "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
@@ -52,7 +52,7 @@ def spec(corpus: Path) -> dict[str, Any]:
 
 
 def submitted(page: Page, served: Served, wanted: dict[str, Any]) -> str:
-    """By the page's form, as JSON; the id is in the address of the page that opens."""
+    """Submit JSON on the submit page; return the id from the URL of the job page that opens."""
     page.goto(f"{served.url}/submit")
     page.get_by_role("tab", name="JSON").click()
     page.get_by_label("Job spec").fill(json.dumps(wanted))
@@ -60,10 +60,10 @@ def submitted(page: Page, served: Served, wanted: dict[str, Any]) -> str:
 
 
 def launched(page: Page, verb: str) -> str:
-    """Pressed, and once more where the plan warns of something."""
+    """Press the button, and press again if the plan has warnings; return the job's id."""
     page.get_by_role("button", name=re.compile(f"^{verb}")).click()
     left = page.get_by_role("tab", name="overview")
-    warned = page.get_by_role("button", name=re.compile("in spite of"))
+    warned = page.get_by_role("button", name=re.compile("despite"))
     expect(left.or_(warned)).to_be_visible()
     if warned.is_visible():
         warned.click()
@@ -72,24 +72,24 @@ def launched(page: Page, verb: str) -> str:
 
 
 def step_of(chart: Locator) -> int:
-    """How far the curve goes, as the chart says it."""
+    """Return the last step of the curve, from the chart's label."""
     found = re.search(r" to ([\d,]+), now", chart.get_attribute("aria-label") or "")
     return int(found.group(1).replace(",", "")) if found else 0
 
 
 def grown(chart: Locator, beyond: int) -> int:
-    """Waits until the curve goes on behind a step."""
+    """Wait until the curve is longer than ``beyond`` steps; return its last step."""
     until(lambda: step_of(chart) > beyond)
     return step_of(chart)
 
 
-def test_a_run_from_its_submission_to_its_end_by_the_page_alone(served: Served, corpus: Path, page: Page) -> None:
+def test_a_real_run_from_submit_to_cancel_in_the_browser(served: Served, corpus: Path, page: Page) -> None:
     broken: list[str] = []
     page.on("pageerror", lambda error: broken.append(str(error)))
     job_id = submitted(page, served, spec(corpus))
     expect(page.get_by_role("heading", name=NAME)).to_be_visible()
     assert "taken" not in page.title().removeprefix(NAME)
-    chart, status = figure(page, "Train loss"), page.locator(".who .status")
+    chart, status = figure(page, "Train loss"), page.locator(".job-title .status")
     expect(status).to_contain_text("running")
     at = grown(chart, grown(chart, 0))
     expect(chart.locator(".nsewdrag").first).to_be_visible()
@@ -106,12 +106,12 @@ def test_a_run_from_its_submission_to_its_end_by_the_page_alone(served: Served, 
     page.get_by_role("button", name="resume", exact=True).click()
     expect(status).to_contain_text("running")
     served.kill()
-    expect(page.locator("#away")).to_contain_text("runs go on without it")
+    expect(page.locator("#offline")).to_contain_text("runs continue without it")
     kept = step_of(chart)
     assert kept > 0
     expect(status).to_contain_text("running")
     served.start()
-    expect(page.locator("#away")).to_be_hidden()
+    expect(page.locator("#offline")).to_be_hidden()
     assert grown(chart, max(kept, paused_at)) > paused_at
     page.get_by_role("button", name="cancel", exact=True).click()
     page.get_by_role("dialog").get_by_role("button", name="cancel").click()
@@ -126,9 +126,7 @@ def test_a_run_from_its_submission_to_its_end_by_the_page_alone(served: Served, 
 
 
 @pytest.mark.soak
-def test_a_checkpoint_is_downloaded_and_forked_and_the_two_are_compared(
-    served: Served, corpus: Path, page: Page
-) -> None:
+def test_download_fork_and_compare_real_runs(served: Served, corpus: Path, page: Page) -> None:
     wanted = {**spec(corpus), "name": "parent", "training": {**spec(corpus)["training"], "max_steps": 200}}
     parent = served.submit(wanted)
     served.wait(parent, "succeeded")
@@ -145,7 +143,7 @@ def test_a_checkpoint_is_downloaded_and_forked_and_the_two_are_compared(
     served.wait(child, "succeeded")
     page.goto(f"{served.url}/compare?jobs={parent},{child}&x=step")
     chart = figure(page, "Train loss")
-    # The two lines, and the circle where they meet.
+    # Two lines, and the circle where they meet.
     expect(chart.locator(".scatterlayer .trace")).to_have_count(3)
     drawn = chart.locator(".js-plotly-plot").first.evaluate("node => node.data.map(one => [one.uid, one.x, one.y])")
     curves = {uid: dict(zip(xs, ys, strict=True)) for uid, xs, ys in drawn}

@@ -3,10 +3,12 @@ from collections.abc import Callable
 
 import pytest
 
-from client import api, cli, watch
-from client.api import Trainyard
-from client.connection import Connection
 from tests.client.fake_service import QUICK, URL, FakeService, console, job, written
+from trainyard.client import api
+from trainyard.client.api import Client
+from trainyard.client.cli.main import main
+from trainyard.client.cli.watch import watcher
+from trainyard.client.connection import Connection
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -25,8 +27,8 @@ def service() -> FakeService:
 
 
 @pytest.fixture
-def trainyard(service: FakeService) -> Trainyard:
-    return Trainyard(URL, patience=QUICK, transport=service.transport)
+def trainyard(service: FakeService) -> Client:
+    return Client(URL, patience=QUICK, transport=service.transport)
 
 
 @pytest.fixture
@@ -37,12 +39,12 @@ def run(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> Run:
         return Connection(url, token, timeout, QUICK, service.transport)
 
     monkeypatch.setattr(api, "Connection", connected)
-    monkeypatch.setattr(watch, "INTERVAL", 0.001)
+    monkeypatch.setattr(watcher, "INTERVAL", 0.001)
 
     def command(*arguments: str, typed: str = "", terminal: bool = False) -> tuple[int, str, str]:
         to = console(typed, terminal=terminal)
         try:
-            code = cli.main(list(arguments), to)
+            code = main(list(arguments), to)
         except SystemExit as error:
             code = int(str(error.code))
         return (int(code), *written(to))

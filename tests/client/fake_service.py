@@ -8,11 +8,11 @@ from typing import Any
 
 import httpx2
 
-from client.connection import Patience
-from client.console import Console
+from trainyard.client.cli.console import Console
+from trainyard.client.connection import RetryPolicy
 
 URL = "http://127.0.0.1:8000"
-QUICK = Patience(seconds=0.06, first=0.01, longest=0.02)
+QUICK = RetryPolicy(seconds=0.06, first=0.01, max_pause=0.02)
 NOW = datetime(2026, 1, 31, 16, 31, 5, tzinfo=UTC)
 
 Fault = Callable[[httpx2.Request], httpx2.Response | None]

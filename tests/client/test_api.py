@@ -4,21 +4,21 @@ from typing import Any
 import httpx2
 import pytest
 
-from client.api import DEFAULT_URL, Trainyard
-from client.connection import Patience
-from client.errors import (
+from tests.client.fake_service import QUICK, URL, FakeService, job, lost, metric, problem, refused
+from trainyard.client.api import DEFAULT_URL, Client
+from trainyard.client.connection import RetryPolicy
+from trainyard.client.errors import (
+    AmbiguousName,
+    ApiError,
     FieldProblem,
     InvalidSpec,
     InvalidState,
-    NameShared,
     NotAuthorised,
     NotFound,
-    Refused,
     ServiceUnreachable,
-    WaitedInVain,
+    UnexpectedStatus,
     WaitTimedOut,
 )
-from tests.client.fake_service import QUICK, URL, FakeService, job, lost, metric, problem, refused
 
 SPEC = {"data": {"data_path": "/data/a.jsonl"}}
 
@@ -28,20 +28,20 @@ def paths(service: FakeService) -> list[str]:
 
 
 def test_settings_come_from_arguments_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Trainyard().url == DEFAULT_URL
+    assert Client().url == DEFAULT_URL
     monkeypatch.setenv("TRAINYARD_URL", "http://elsewhere:1234/")
-    assert Trainyard().url == "http://elsewhere:1234"
-    assert Trainyard("http://given").url == "http://given"
+    assert Client().url == "http://elsewhere:1234"
+    assert Client("http://given").url == "http://given"
 
 
 def test_the_token_is_sent_as_bearer(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_TOKEN", "from-env")
     for token, sent in ((None, "Bearer from-env"), ("given", "Bearer given"), ("", None)):
-        Trainyard(URL, token, transport=service.transport).version()
+        Client(URL, token, transport=service.transport).version()
         assert service.requests[-1].headers.get("Authorization") == sent
 
 
-def test_every_route_has_a_method(service: FakeService, trainyard: Trainyard) -> None:
+def test_every_route_has_a_method(service: FakeService, trainyard: Client) -> None:
     trainyard.submit(SPEC)
     list(trainyard.jobs())
     trainyard.job("job_7f3kq9")
@@ -72,34 +72,34 @@ def test_every_route_has_a_method(service: FakeService, trainyard: Trainyard) ->
     ]
 
 
-def test_an_id_cannot_climb_out_of_its_place_in_the_url(service: FakeService, trainyard: Trainyard) -> None:
+def test_an_id_cannot_climb_out_of_its_place_in_the_url(service: FakeService, trainyard: Client) -> None:
     with pytest.raises(NotFound):
         trainyard.job("../devices")
     assert service.requests[-1].url.raw_path == b"/jobs/..%2Fdevices"
 
 
-def test_resume_sends_what_changes(service: FakeService, trainyard: Trainyard) -> None:
+def test_resume_sends_what_changes(service: FakeService, trainyard: Client) -> None:
     trainyard.resume("job_7f3kq9", max_steps=10)
     assert json.loads(service.requests[-1].content) == {"max_steps": 10}
     trainyard.resume("job_7f3kq9")
     assert service.requests[-1].content == b""
 
 
-def test_metrics_are_paged_by_step(service: FakeService, trainyard: Trainyard) -> None:
+def test_metrics_are_paged_by_step(service: FakeService, trainyard: Client) -> None:
     service.curve = [metric(step) for step in range(1, 8)]
     service.page = 3
     assert [point["step"] for point in trainyard.metrics("job_7f3kq9", after_step=1)] == [2, 3, 4, 5, 6, 7]
     assert [request.url.params["after_step"] for request in service.requests] == ["1", "4"]
 
 
-def test_metrics_of_one_attempt(service: FakeService, trainyard: Trainyard) -> None:
+def test_metrics_of_one_attempt(service: FakeService, trainyard: Client) -> None:
     service.curve = [metric(1), metric(2, attempt=2)]
     assert [point["step"] for point in trainyard.metrics("job_7f3kq9", attempt=2)] == [2]
 
 
 def test_lists_are_paged_by_the_last_id_and_stop_at_the_limit() -> None:
     service = FakeService(*(job(id=f"job_{number:03}") for number in range(230)))
-    trainyard = Trainyard(URL, transport=service.transport)
+    trainyard = Client(URL, transport=service.transport)
     assert len(list(trainyard.jobs())) == 230
     assert [request.url.params.get("after") for request in service.requests] == [None, "job_099", "job_199"]
     service.requests.clear()
@@ -107,7 +107,7 @@ def test_lists_are_paged_by_the_last_id_and_stop_at_the_limit() -> None:
     assert [request.url.params["limit"] for request in service.requests] == ["100", "20"]
 
 
-def test_labels_repeat_in_the_query(service: FakeService, trainyard: Trainyard) -> None:
+def test_labels_repeat_in_the_query(service: FakeService, trainyard: Client) -> None:
     list(trainyard.jobs(labels=["a=1", "b=2"], status="running"))
     assert service.requests[-1].url.params.get_list("label") == ["a=1", "b=2"]
 
@@ -116,11 +116,11 @@ def test_find_takes_ids_and_unique_names() -> None:
     service = FakeService(
         job(), job(id="job_2", name="twin"), job(id="job_3", name="twin"), job(id="job_4", name="job_x")
     )
-    trainyard = Trainyard(URL, transport=service.transport)
+    trainyard = Client(URL, transport=service.transport)
     assert trainyard.find("job_7f3kq9")["id"] == "job_7f3kq9"
     assert trainyard.find("pre-12")["id"] == "job_7f3kq9"
     assert trainyard.find("job_x")["id"] == "job_4"
-    with pytest.raises(NameShared, match=r"2 jobs are named 'twin'.*job_2 \(running\), job_3"):
+    with pytest.raises(AmbiguousName, match=r"2 jobs are named 'twin'.*job_2 \(running\), job_3"):
         trainyard.find("twin")
     with pytest.raises(NotFound, match="'nobody'"):
         trainyard.find("nobody")
@@ -134,13 +134,13 @@ def test_find_takes_ids_and_unique_names() -> None:
         (404, NotFound),
         (409, InvalidState),
         (422, InvalidSpec),
-        (413, Refused),
+        (413, ApiError),
     ],
 )
-def test_a_refusal_carries_the_problem(service: FakeService, trainyard: Trainyard, status: int, kind: type) -> None:
+def test_a_refusal_carries_the_problem(service: FakeService, trainyard: Client, status: int, kind: type) -> None:
     errors = [{"pointer": "/training/learning_rate", "message": "must be greater than 0"}]
     service.faults = [lambda _: problem(status, "some_code", "Some detail.", errors=errors)]
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ApiError) as caught:
         trainyard.submit(SPEC)
     assert type(caught.value) is kind
     assert (caught.value.status, caught.value.code, caught.value.detail) == (status, "some_code", "Some detail.")
@@ -150,13 +150,13 @@ def test_a_refusal_carries_the_problem(service: FakeService, trainyard: Trainyar
 
 
 @pytest.mark.parametrize("body", ["", "<html>", "[1]", '{"errors": 5}', '{"errors": [3, {}]}'])
-def test_a_refusal_without_a_problem_is_still_one(service: FakeService, trainyard: Trainyard, body: str) -> None:
+def test_a_refusal_without_a_problem_is_still_one(service: FakeService, trainyard: Client, body: str) -> None:
     service.faults = [lambda _: httpx2.Response(418, content=body)]
-    with pytest.raises(Refused, match="HTTP 418"):
+    with pytest.raises(ApiError, match="HTTP 418"):
         trainyard.job("job_7f3kq9")
 
 
-def test_an_answer_that_is_no_json_is_no_trainyard(service: FakeService, trainyard: Trainyard) -> None:
+def test_an_answer_that_is_no_json_is_no_trainyard(service: FakeService, trainyard: Client) -> None:
     service.faults = [lambda _: httpx2.Response(200, content="<html>hello")]
     with pytest.raises(ServiceUnreachable, match="no Trainyard service"):
         trainyard.health()
@@ -166,9 +166,9 @@ def test_an_answer_that_is_no_json_is_no_trainyard(service: FakeService, trainya
 
 
 def test_pauses_double_up_to_the_longest_and_stay_within_the_patience() -> None:
-    assert list(Patience(seconds=5, first=0.5, longest=2).pauses()) == [0.5, 1.0, 2.0]
-    assert list(Patience(seconds=0).pauses()) == []
-    assert sum(Patience().pauses()) <= Patience().seconds
+    assert list(RetryPolicy(seconds=5, first=0.5, max_pause=2).pauses()) == [0.5, 1.0, 2.0]
+    assert list(RetryPolicy(seconds=0).pauses()) == []
+    assert sum(RetryPolicy().pauses()) <= RetryPolicy().seconds
 
 
 @pytest.mark.parametrize(
@@ -176,13 +176,11 @@ def test_pauses_double_up_to_the_longest_and_stay_within_the_patience() -> None:
     [("localhost:8000", "http://localhost:8000"), ("box", "http://box"), ("https://box/", "https://box")],
 )
 def test_an_address_may_leave_out_its_scheme(given: str, url: str) -> None:
-    with Trainyard(given) as found:
+    with Client(given) as found:
         assert found.url == url
 
 
-def test_a_lost_answer_to_submit_is_asked_for_again_with_the_same_key(
-    service: FakeService, trainyard: Trainyard
-) -> None:
+def test_a_lost_answer_to_submit_is_asked_for_again_with_the_same_key(service: FakeService, trainyard: Client) -> None:
     def arrives_but_answer_is_lost(request: httpx2.Request) -> httpx2.Response:
         service._submit(request)
         return lost(request)
@@ -195,18 +193,18 @@ def test_a_lost_answer_to_submit_is_asked_for_again_with_the_same_key(
     assert list(service.submitted.values()) == [made]
 
 
-def test_each_submit_has_a_key_of_its_own(service: FakeService, trainyard: Trainyard) -> None:
+def test_each_submit_has_a_key_of_its_own(service: FakeService, trainyard: Client) -> None:
     assert trainyard.submit(SPEC)["id"] != trainyard.submit(SPEC)["id"]
     assert trainyard.submit(SPEC, idempotency_key="mine")["id"] == trainyard.submit(SPEC, idempotency_key="mine")["id"]
 
 
-def test_reads_are_tried_again_after_any_loss(service: FakeService, trainyard: Trainyard) -> None:
+def test_reads_are_tried_again_after_any_loss(service: FakeService, trainyard: Client) -> None:
     service.faults = [refused, lost, lambda _: problem(503, "database_unavailable", "away")]
     assert trainyard.job("job_7f3kq9")["name"] == "pre-12"
     assert len(service.requests) == 4
 
 
-def test_an_action_is_sent_again_only_where_it_never_arrived(service: FakeService, trainyard: Trainyard) -> None:
+def test_an_action_is_sent_again_only_where_it_never_arrived(service: FakeService, trainyard: Client) -> None:
     service.faults = [refused]
     trainyard.pause("job_7f3kq9")
     assert len(service.requests) == 2
@@ -216,7 +214,7 @@ def test_an_action_is_sent_again_only_where_it_never_arrived(service: FakeServic
     assert len(service.requests) == 3
 
 
-def test_patience_ends(service: FakeService, trainyard: Trainyard) -> None:
+def test_patience_ends(service: FakeService, trainyard: Client) -> None:
     service.faults = [refused] * 100
     with pytest.raises(ServiceUnreachable, match="connection refused") as caught:
         trainyard.health()
@@ -225,7 +223,7 @@ def test_patience_ends(service: FakeService, trainyard: Trainyard) -> None:
 
 
 def test_a_real_refused_connection(unused_port: int) -> None:
-    with Trainyard(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
+    with Client(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
         trainyard.health()
 
 
@@ -234,7 +232,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.invalid:3128")
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
-    with Trainyard(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard:
+    with Client(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard:
         with pytest.raises(ServiceUnreachable, match="refused"):
             trainyard.health()
 
@@ -253,30 +251,30 @@ def walk(service: FakeService, *statuses: str, **changes: Any) -> None:
     service.faults = [further] * len(statuses)
 
 
-def test_wait_ends_at_rest(service: FakeService, trainyard: Trainyard) -> None:
+def test_wait_ends_at_rest(service: FakeService, trainyard: Client) -> None:
     walk(service, "queued", "running", "succeeded")
     assert trainyard.wait("job_7f3kq9", interval=0.001)["status"] == "succeeded"
 
 
-def test_wait_until_a_status_or_a_condition(service: FakeService, trainyard: Trainyard) -> None:
+def test_wait_until_a_status_or_a_condition(service: FakeService, trainyard: Client) -> None:
     walk(service, "queued", "starting", "running", "succeeded")
     assert trainyard.wait("job_7f3kq9", {"running"}, interval=0.001)["status"] == "running"
     assert trainyard.wait("job_7f3kq9", lambda seen: seen["status"] == "succeeded", interval=0.001)
 
 
-def test_wait_says_when_it_cannot_come_true(service: FakeService, trainyard: Trainyard) -> None:
+def test_wait_says_when_it_cannot_come_true(service: FakeService, trainyard: Client) -> None:
     walk(service, "running", "failed", message="out of memory", reason="out_of_memory")
-    with pytest.raises(WaitedInVain, match=r"failed \(out_of_memory\): out of memory"):
+    with pytest.raises(UnexpectedStatus, match=r"failed \(out_of_memory\): out of memory"):
         trainyard.wait("job_7f3kq9", {"succeeded"}, interval=0.001)
 
 
-def test_wait_ends_in_time(service: FakeService, trainyard: Trainyard) -> None:
+def test_wait_ends_in_time(service: FakeService, trainyard: Client) -> None:
     with pytest.raises(WaitTimedOut, match="the job is running") as caught:
         trainyard.wait("job_7f3kq9", timeout=0.02, interval=0.005)
     assert caught.value.job is not None
 
 
-def test_wait_outlives_a_service_that_is_away(service: FakeService, trainyard: Trainyard) -> None:
+def test_wait_outlives_a_service_that_is_away(service: FakeService, trainyard: Client) -> None:
     looks = len(list(QUICK.pauses())) + 1
     service.faults = [lambda _: None, *([refused] * looks)]
     service.jobs["job_7f3kq9"] = job("running")
@@ -288,9 +286,7 @@ def test_wait_outlives_a_service_that_is_away(service: FakeService, trainyard: T
     assert trainyard.wait("job_7f3kq9", interval=0.001)["status"] == "succeeded"
 
 
-def test_an_interrupted_job_is_at_rest_only_without_a_restart_to_come(
-    service: FakeService, trainyard: Trainyard
-) -> None:
+def test_an_interrupted_job_is_at_rest_only_without_a_restart_to_come(service: FakeService, trainyard: Client) -> None:
     walk(service, "interrupted", restart_at="2026-01-31T16:31:10Z")
     with pytest.raises(WaitTimedOut):
         trainyard.wait("job_7f3kq9", timeout=0.01, interval=0.002)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from client.api import Trainyard
-from client.errors import Damaged, NotFound, ServiceUnreachable
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, job, lost, problem
+from trainyard.client.api import Client
+from trainyard.client.errors import ChecksumMismatch, NotFound, ServiceUnreachable
 
 JOB = "job_7f3kq9"
 MODEL = bytes(range(256)) * 30
@@ -24,7 +24,7 @@ def stored(service: FakeService) -> FakeService:
     return service
 
 
-def test_every_file_is_fetched_and_checked(trainyard: Trainyard, stored: FakeService, tmp_path: Path) -> None:
+def test_every_file_is_fetched_and_checked(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
     names = trainyard.download(JOB, 12000, tmp_path / "new")
     assert names == ["model.safetensors", "state.json", "manifest.json"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()} == stored.files[12000]
@@ -33,7 +33,7 @@ def test_every_file_is_fetched_and_checked(trainyard: Trainyard, stored: FakeSer
     assert len(stored.requests) == asked + 1, "what is there already is not fetched again"
 
 
-def test_a_broken_download_goes_on_where_it_was(trainyard: Trainyard, stored: FakeService, tmp_path: Path) -> None:
+def test_a_broken_download_goes_on_where_it_was(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.part").write_bytes(MODEL[:1000])
     trainyard.download(JOB, 12000, tmp_path)
     asked = next(request for request in stored.requests if request.url.path.endswith("model.safetensors"))
@@ -43,25 +43,23 @@ def test_a_broken_download_goes_on_where_it_was(trainyard: Trainyard, stored: Fa
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_what_is_damaged_is_never_kept(trainyard: Trainyard, stored: FakeService, tmp_path: Path) -> None:
+def test_what_is_damaged_is_never_kept(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.part").write_bytes(b"x" * 1000)
-    with pytest.raises(Damaged, match=r"model\.safetensors"):
+    with pytest.raises(ChecksumMismatch, match=r"model\.safetensors"):
         trainyard.download(JOB, 12000, tmp_path)
     assert list(tmp_path.iterdir()) == []
     trainyard.download(JOB, 12000, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", ".hidden", ""])
-def test_a_manifest_cannot_write_elsewhere(
-    trainyard: Trainyard, stored: FakeService, tmp_path: Path, name: str
-) -> None:
+def test_a_manifest_cannot_write_elsewhere(trainyard: Client, stored: FakeService, tmp_path: Path, name: str) -> None:
     stored.files[12000]["manifest.json"] = json.dumps({"files": {name: {"bytes": 1, "sha256": "a"}}}).encode()
-    with pytest.raises(Damaged):
+    with pytest.raises(ChecksumMismatch):
         trainyard.download(JOB, 12000, tmp_path / "in")
     assert list(tmp_path.iterdir()) == [tmp_path / "in"]
 
 
-def test_refusals_and_losses(trainyard: Trainyard, stored: FakeService, tmp_path: Path) -> None:
+def test_refusals_and_losses(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         trainyard.download(JOB, 7, tmp_path)
     stored.faults = [lost]

@@ -13,10 +13,11 @@ from typing import ClassVar
 
 import pytest
 
-from client.arguments import build_parser
-from client.completion import SCRIPTS, candidates
 from tests.client.conftest import Run
+from trainyard.client.cli.completion import candidates, script
+from trainyard.client.cli.parser import trainyard
 
+SHELLS = ("bash", "zsh", "fish")
 JOBS = [("job_aaa", "pre-12"), ("job_aab", "with space"), ("job_bbb", "$(touch x)")]
 
 
@@ -41,7 +42,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    monkeypatch.setattr("client.completion.SERVICE_SECONDS", 10.0)
+    monkeypatch.setattr("trainyard.client.cli.job_names.SERVICE_SECONDS", 10.0)
     monkeypatch.setenv("TRAINYARD_URL", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("TRAINYARD_TOKEN", "t0ken")
     yield f"http://127.0.0.1:{server.server_port}"
@@ -55,11 +56,11 @@ def test_commands_and_their_second_words() -> None:
     assert {"list", "show", "db", "completion", "submit"} <= commands
     assert "__complete" not in commands
     assert {"upgrade", "copy", "backup"} <= set(candidates(["db"], ""))
-    assert list(candidates(["completion"], "")) == list(SCRIPTS)
+    assert list(candidates(["completion"], "")) == list(SHELLS)
 
 
 def test_options_and_their_values() -> None:
-    assert {"--rank", "--follow", "-f"} <= set(candidates(["logs"], "--"))
+    assert {"--rank", "--follow", "-f"} <= set(candidates(["logs"], "-"))
     assert "--watch" in set(candidates(["submit"], "--"))
     assert list(candidates(["submit"], "")) == [], "files"
     assert set(candidates(["export", "j", "--format"], "")) == {"hf", "minimind"}
@@ -88,7 +89,9 @@ def test_no_service_is_no_word(run: Run, monkeypatch: pytest.MonkeyPatch, where:
 
 
 def test_it_needs_nothing_heavy() -> None:
-    code = "import sys; import client.completion as c; list(c.candidates(['show'], '')); print(*sys.modules)"
+    code = (
+        "import sys; import trainyard.client.cli.completion as c; list(c.candidates(['show'], '')); print(*sys.modules)"
+    )
     environment = {**os.environ, "TRAINYARD_URL": "http://127.0.0.1:1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
@@ -97,8 +100,8 @@ def test_it_needs_nothing_heavy() -> None:
 
 def test_the_whole_client_needs_no_torch() -> None:
     code = (
-        "import importlib, pkgutil, sys, client\n"
-        "for found in pkgutil.walk_packages(client.__path__, 'client.'): importlib.import_module(found.name)\n"
+        "import importlib, pkgutil, sys, trainyard.client\n"
+        "for found in pkgutil.walk_packages(trainyard.client.__path__, 'trainyard.client.'): importlib.import_module(found.name)\n"
         "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -108,7 +111,8 @@ def test_the_whole_client_needs_no_torch() -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
 def test_bash(url: str, tmp_path: Path) -> None:
-    words = "COMP_WORDS=(trainyard show job_a); COMP_CWORD=2; _trainyard; printf '%s\\n' \"${COMPREPLY[@]}\""
+    words = "COMP_WORDS=(trainyard show job_a); COMP_CWORD=2; _trainyard_completion trainyard"
+    words += "; printf '%s\\n' \"${COMPREPLY[@]}\""
     assert shell("bash", words, tmp_path) == ["job_aaa", "job_aab"]
 
 
@@ -127,13 +131,13 @@ def shell(name: str, words: str, folder: Path) -> list[str]:
     """What a shell prints that has read our script; `trainyard` is this very code."""
     command = folder / "trainyard"
     command.write_text(
-        f"#!{sys.executable}\nimport sys\nimport client.completion, client.cli\n"
-        "client.completion.SERVICE_SECONDS = 10.0\nsys.exit(client.cli.main())\n"
+        f"#!{sys.executable}\nimport sys\nimport trainyard.client.cli.job_names, trainyard.client.cli.main\n"
+        "trainyard.client.cli.job_names.SERVICE_SECONDS = 10.0\nsys.exit(trainyard.client.cli.main.main())\n"
     )
     command.chmod(0o755)
     stubs = "compdef() { :; }\n" if name == "zsh" else ""
-    (folder / "script").write_text(f"{stubs}{SCRIPTS[name]}\n{words}\n")
-    root = str(Path(__file__).parents[2])
+    (folder / "script").write_text(f"{stubs}{script(name)}\n{words}\n")
+    root = str(Path(__file__).parents[2] / "src")
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": root}
     done = subprocess.run([name, str(folder / "script")], capture_output=True, text=True, env=environment, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -141,6 +145,7 @@ def shell(name: str, words: str, folder: Path) -> list[str]:
 
 
 def test_every_shell_has_a_script(run: Run) -> None:
-    for name, script in SCRIPTS.items():
-        assert run("completion", name)[1] == script
-    assert build_parser().parse_args(["completion", "fish"]).shell == "fish"
+    for name in SHELLS:
+        assert run("completion", name)[1] == f"{script(name)}\n"
+        assert "_TRAINYARD_COMPLETE" in script(name)
+    assert trainyard.commands["completion"].make_context("completion", ["fish"]).params == {"shell": "fish"}

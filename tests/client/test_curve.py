@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from client.curve import KEPT, Curve, Ema
 from tests.client.fake_service import metric
+from trainyard.client.cli.watch.curve import MAX_POINTS, Curve, Ema
 
 
 def test_ema_is_the_published_formula() -> None:
@@ -49,6 +49,6 @@ def test_rewind_forgets_what_a_new_attempt_does_again() -> None:
 
 def test_memory_is_bounded() -> None:
     curve = Curve()
-    curve.extend(metric(step) for step in range(1, KEPT + 500))
-    assert len(curve.points) == KEPT
+    curve.extend(metric(step) for step in range(1, MAX_POINTS + 500))
+    assert len(curve.points) == MAX_POINTS
     assert curve.points[0][0] == 500

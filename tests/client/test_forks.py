@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from client.api import Trainyard
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, lost
+from trainyard.client.api import Client
 
 
 def test_fork_sends_what_is_to_be_different(run: Run, service: FakeService) -> None:
@@ -42,7 +42,7 @@ def test_fork_as_json_and_wrong_usage(run: Run, service: FakeService) -> None:
     assert run("fork", "pre-12", "--set", "nothing")[0] == 2
 
 
-def test_a_lost_answer_makes_no_second_fork(trainyard: Trainyard, service: FakeService) -> None:
+def test_a_lost_answer_makes_no_second_fork(trainyard: Client, service: FakeService) -> None:
     job_id = next(iter(service.jobs))
     service.faults = [lost]
     trainyard.fork(job_id, 400)

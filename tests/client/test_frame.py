@@ -3,24 +3,24 @@ from typing import Any
 
 import pytest
 
-from client.frame import MOST_LINES, frame, plain
-from client.saves import Kept
-from client.scene import Scene
-from contract.status import JobStatus
 from tests.client.fake_service import NOW, URL, job, metric
+from trainyard.client.cli.watch.checkpoints import KeptCheckpoints
+from trainyard.client.cli.watch.render import MAX_LINES, plain, render
+from trainyard.client.cli.watch.state import WatchState
+from trainyard.contract.status import JobStatus
 
 
-def scene(**changes: Any) -> Scene:
-    made = Scene(handle="pre-12", url=URL, job=job(**changes), seen_at=NOW)
+def scene(**changes: Any) -> WatchState:
+    made = WatchState(handle="pre-12", url=URL, job=job(**changes), seen_at=NOW)
     made.curve.extend(metric(step, 8.0 - step / 2000, attempt=2) for step in range(100, 12401, 100))
     made.curve.extend([metric(12400, 2.887, attempt=2, eval_loss=None)])
     made.curve.evaluated = (12000, 3.021)
-    made.kept = Kept(12000, 3, 2_300_000_000, verified=True)
+    made.kept = KeptCheckpoints(12000, 3, 2_300_000_000, verified=True)
     return made
 
 
-def drawn(of: Scene, width: int = 110) -> list[str]:
-    return plain(frame(of, NOW, width))
+def drawn(of: WatchState, width: int = 110) -> list[str]:
+    return plain(render(of, NOW, width))
 
 
 def test_the_picture_of_a_running_job() -> None:
@@ -40,7 +40,7 @@ def test_the_picture_of_a_running_job() -> None:
 
 
 def test_before_the_first_look_there_is_a_picture_too() -> None:
-    empty = Scene(handle="pre-12", url=URL, lost="connection refused")
+    empty = WatchState(handle="pre-12", url=URL, lost="connection refused")
     assert drawn(empty)[0].startswith("pre-12")
     assert drawn(empty)[-1] == f"reconnecting, no answer for now   {URL}"
 
@@ -54,7 +54,9 @@ def test_a_lost_service_keeps_the_numbers_and_says_since_when() -> None:
 
 
 def test_a_waiting_job_says_what_for() -> None:
-    waiting = Scene("p", URL, job("queued", progress={"step": None}, checkpoint=None, summary="Waiting for 2 GPUs."))
+    waiting = WatchState(
+        "p", URL, job("queued", progress={"step": None}, checkpoint=None, summary="Waiting for 2 GPUs.")
+    )
     assert drawn(waiting)[1:3] == ["~ QUEUED", "  Waiting for 2 GPUs."]
 
 
@@ -69,7 +71,7 @@ def test_messages_and_alerts_are_there_but_never_too_many_lines() -> None:
     lines = drawn(scene(message="restarting in 5 s, 1 of 3", alerts=alerts))
     assert "  restarting in 5 s, 1 of 3" in lines
     assert "  alert     alert 0 second line" in lines
-    assert len(lines) <= MOST_LINES
+    assert len(lines) <= MAX_LINES
     assert lines[-1].startswith("live")
 
 
@@ -86,7 +88,7 @@ def test_every_status_is_a_word(status: JobStatus) -> None:
 
 
 def test_unknown_numbers_are_dashes() -> None:
-    bare = Scene("p", URL, job(progress={"step": 3, "steps": None, "percent": None}, checkpoint=None, plan=None))
+    bare = WatchState("p", URL, job(progress={"step": 3, "steps": None, "percent": None}, checkpoint=None, plan=None))
     text = "\n".join(drawn(bare))
     assert "step 3 / -" in text
     assert "loss      - ema   - last" in text
@@ -94,7 +96,11 @@ def test_unknown_numbers_are_dashes() -> None:
 
 
 def test_a_checkpoint_is_said_to_be_verified_only_where_it_was() -> None:
-    for kept in (None, Kept(12000, 1, 766_000_000, verified=False), Kept(11000, 1, 766_000_000, verified=True)):
+    for kept in (
+        None,
+        KeptCheckpoints(12000, 1, 766_000_000, verified=False),
+        KeptCheckpoints(11000, 1, 766_000_000, verified=True),
+    ):
         unsure = scene()
         unsure.kept = kept
         assert "verified" not in "\n".join(drawn(unsure))
@@ -107,7 +113,7 @@ def test_the_next_save_may_come_by_the_clock() -> None:
 
 
 def test_while_it_loads_the_sentence_stands_where_no_step_is() -> None:
-    loading = Scene(handle="pre-12", url=URL)
+    loading = WatchState(handle="pre-12", url=URL)
     loading.job = job(phase=None, summary="Loading.", progress={"step": 0, "steps": None, "percent": None})
     text = drawn(loading)
     assert text[1:3] == ["> RUNNING", "  Loading."]

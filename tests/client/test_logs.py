@@ -1,26 +1,26 @@
-import argparse
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from client.api import Trainyard
-from client.connection import Patience
-from client.logs import LogReader, follow_log
 from tests.client.conftest import Run
 from tests.client.fake_service import URL, FakeService, console, job, problem, refused, written
 from tests.client.test_watch import Hurried
+from trainyard.client.api import Client
+from trainyard.client.cli.commands.logs import LogReader, follow_log
+from trainyard.client.connection import RetryPolicy
 
 JOB = "job_7f3kq9"
 
 
-def options(**changes: Any) -> argparse.Namespace:
+def options(**changes: Any) -> SimpleNamespace:
     given = {"json": False, "timeout": None, "rank": None, "attempt": None, "tail": None, "job": "pre-12"}
-    return argparse.Namespace(**(given | changes))
+    return SimpleNamespace(**(given | changes))
 
 
 def follow(service: FakeService, script: Callable[[float], None], **changes: Any) -> tuple[int, str, str]:
-    trainyard = Trainyard(URL, patience=Patience(seconds=0), transport=service.transport)
+    trainyard = Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport)
     args, to = options(**changes), console()
     reader = LogReader(trainyard, trainyard.job(JOB), args)
     code = follow_log(reader, args, to, Hurried(after_sleep=script))

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from client.api import Trainyard
-from client.plan import plan_page
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, plan, problem
+from trainyard.client.api import Client
+from trainyard.client.cli.commands.plan import plan_page
 
 
 def test_the_page(run: Run, service: FakeService) -> None:
@@ -75,7 +75,7 @@ def test_usage(run: Run, service: FakeService, capsys: pytest.CaptureFixture[str
     assert service.requests == []
 
 
-def test_the_client_s_method(trainyard: Trainyard, service: FakeService) -> None:
+def test_the_client_s_method(trainyard: Client, service: FakeService) -> None:
     assert trainyard.plan({"data": {"data_path": "/d"}})["steps"] == 1200
     assert service.submitted == {}
 

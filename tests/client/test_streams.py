@@ -10,15 +10,20 @@ from typing import Any
 import httpx2
 import pytest
 
-from client import streams
-from client.api import Trainyard
-from client.connection import Patience
-from client.errors import NotFound, ServiceUnreachable
-from client.logs import LogReader
-from client.streams import Feed, NoStream, StreamEvent, parse
-from client.watch import Watcher
 from tests.client.fake_service import NOW, URL, FakeService, job, metric, problem
 from tests.client.test_logs import options
+from trainyard.client import sse as streams
+from trainyard.client.api import Client
+from trainyard.client.cli.commands.logs import LogReader
+from trainyard.client.cli.watch.watcher import Watcher
+from trainyard.client.connection import RetryPolicy
+from trainyard.client.errors import NotFound, ServiceUnreachable
+from trainyard.client.sse import (
+    EventStream,
+    StreamEvent,
+    StreamUnsupported,
+    parse,
+)
 
 JOB = "job_7f3kq9"
 DEADLINE = 10.0
@@ -44,8 +49,8 @@ def streaming(*pieces: str) -> httpx2.Response:
     return httpx2.Response(200, text="retry: 1\n\n" + "".join(pieces), headers={"Content-Type": "text/event-stream"})
 
 
-def connected(service: FakeService) -> Trainyard:
-    return Trainyard(URL, patience=Patience(seconds=0), transport=service.transport)
+def connected(service: FakeService) -> Client:
+    return Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport)
 
 
 # Parsing
@@ -73,7 +78,7 @@ def test_a_stream_is_opened_read_and_ends(service: FakeService) -> None:
 
 
 def test_what_is_no_stream_is_said(service: FakeService) -> None:
-    with pytest.raises(NoStream):
+    with pytest.raises(StreamUnsupported):
         list(connected(service).metric_stream(JOB))
     service.faults = [lambda _: problem(404, "job_not_found", "No job has this id.")]
     with pytest.raises(NotFound):
@@ -110,7 +115,7 @@ def test_a_feed_goes_on_behind_the_last_event(monkeypatch: pytest.MonkeyPatch) -
         yield StreamEvent("metric", 2, "1-2")
         yield StreamEvent("end")
 
-    feed = Feed(open_stream).start()
+    feed = EventStream(open_stream).start()
     feed._thread.join(DEADLINE)
     assert not feed._thread.is_alive()
     assert asked == [None, "1-1", "1-1"]
@@ -119,7 +124,7 @@ def test_a_feed_goes_on_behind_the_last_event(monkeypatch: pytest.MonkeyPatch) -
     assert feed.take() == []
 
 
-@pytest.mark.parametrize("error", [NoStream("no"), NotFound(404, {}), ServiceUnreachable(URL, "x")])
+@pytest.mark.parametrize("error", [StreamUnsupported("no"), NotFound(404, {}), ServiceUnreachable(URL, "x")])
 def test_where_there_is_no_stream_the_feed_ends_or_tries_again(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +136,7 @@ def test_where_there_is_no_stream_the_feed_ends_or_tries_again(
         raise error
         yield
 
-    feed = Feed(open_stream).start()
+    feed = EventStream(open_stream).start()
     if isinstance(error, ServiceUnreachable):
         until(lambda: len(tries) > 3)
         assert feed._thread.is_alive()
@@ -142,7 +147,7 @@ def test_where_there_is_no_stream_the_feed_ends_or_tries_again(
 
 
 def test_a_feed_that_nobody_reads_holds_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MOST_WAITING", 5)
+    monkeypatch.setattr(streams, "MAX_WAITING", 5)
     sent: list[int] = []
 
     def endless(_: str | None) -> Iterator[StreamEvent]:
@@ -150,7 +155,7 @@ def test_a_feed_that_nobody_reads_holds_little(monkeypatch: pytest.MonkeyPatch) 
             sent.append(1)
             yield StreamEvent("metric", len(sent), f"1-{len(sent)}")
 
-    feed = Feed(endless, _events=Queue(5)).start()
+    feed = EventStream(endless, _events=Queue(5)).start()
     until(lambda: len(sent) == 6)
     feed.wait(1.0)
     assert len(feed.take()) >= 5
@@ -192,13 +197,13 @@ def test_watch_takes_points_from_the_stream(
     monkeypatch.setattr(trainyard, "metric_stream", script)
     service.curve = [metric(100, attempt=2)]
     watcher = Watcher(trainyard, JOB, "pre-12", streams=True)
-    assert [point["step"] for point in watcher.look(NOW).fresh] == [100]
+    assert [point["step"] for point in watcher.poll(NOW).fresh] == [100]
     feed = watcher._feed
     assert feed is not None
     until(lambda: feed.healthy)
     script.pieces += [StreamEvent("metric", metric(step, attempt=2), f"2-{step}") for step in (100, 200)]
     fresh: list[Any] = []
-    until(lambda: bool(gathered(fresh, watcher.look(NOW).fresh)))
+    until(lambda: bool(gathered(fresh, watcher.poll(NOW).fresh)))
     assert [point["step"] for point in fresh] == [200], "100 was known already"
     asked = [request.url.path for request in service.requests if "metrics" in request.url.path]
     assert asked == [f"/jobs/{JOB}/metrics"], "asked for once, at the start"
@@ -208,12 +213,12 @@ def test_watch_takes_points_from_the_stream(
         StreamEvent("metric", metric(200), "3-2"),
     ]
     fresh.clear()
-    until(lambda: bool(gathered(fresh, watcher.look(NOW).fresh)))
+    until(lambda: bool(gathered(fresh, watcher.poll(NOW).fresh)))
     assert [point["step"] for point in fresh] == [200]
     assert watcher.scene.curve.losses == [3.0, 3.0]
     service.jobs[JOB] = job("succeeded", attempt=3)
     service.curve = [metric(300, attempt=3)]
-    assert [point["step"] for point in watcher.look(NOW).fresh] == [300], "the last points are asked for"
+    assert [point["step"] for point in watcher.poll(NOW).fresh] == [300], "the last points are asked for"
     watcher.close()
 
 
@@ -221,7 +226,7 @@ def test_watch_asks_while_the_stream_does_not_stand(service: FakeService) -> Non
     watcher = Watcher(connected(service), JOB, "pre-12", streams=True)
     for step in (100, 200, 300):
         service.curve.append(metric(step))
-        assert [point["step"] for point in watcher.look(NOW).fresh] == [step]
+        assert [point["step"] for point in watcher.poll(NOW).fresh] == [step]
     watcher.close()
 
 

@@ -176,7 +176,7 @@ def test_every_problem_of_the_service_is_printed_with_its_flag(run: Run, service
         (["/nowhere/spec.json"], "cannot read /nowhere/spec.json: No such file"),
         (["--data_path", "/d", "--timeout", "3"], "--watch"),
         (["--data_path", "/d", "--labels", "x"], "KEY=VALUE"),
-        (["--data_path"], "expected one argument"),
+        (["--data_path"], "requires an argument"),
     ],
 )
 def test_wrong_usage(

@@ -1,4 +1,3 @@
-import argparse
 import io
 import json
 import os
@@ -11,17 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
 import pytest
 
-from client.api import Trainyard
-from client.connection import Patience
-from client.console import Console
-from client.scene import Scene
-from client.views import JsonView, LinesView, PictureView, log_line
-from client.watch import Clock, Watcher, follow
 from tests.client.conftest import Run
 from tests.client.fake_service import (
     NOW,
@@ -35,6 +29,17 @@ from tests.client.fake_service import (
     refused,
     written,
 )
+from trainyard.client.api import Client
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.watch.state import WatchState
+from trainyard.client.cli.watch.views import (
+    JsonView,
+    LinesView,
+    LiveView,
+    log_line,
+)
+from trainyard.client.cli.watch.watcher import Clock, Watcher, follow
+from trainyard.client.connection import RetryPolicy
 
 JOB = "job_7f3kq9"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -59,12 +64,12 @@ class Hurried(Clock):
         return NOW + timedelta(seconds=self.passed[0])
 
 
-def arguments(**changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**({"json": False, "timeout": None} | changes))
+def arguments(**changes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**({"json": False, "timeout": None} | changes))
 
 
 def watcher(service: FakeService) -> Watcher:
-    return Watcher(Trainyard(URL, patience=Patience(seconds=0), transport=service.transport), JOB, "pre-12")
+    return Watcher(Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport), JOB, "pre-12")
 
 
 def play(
@@ -208,25 +213,25 @@ def test_an_unknown_job_is_refused(run: Run) -> None:
 def test_points_are_asked_for_once(service: FakeService) -> None:
     service.curve = [metric(step) for step in (11000, 11100)]
     look = watcher(service)
-    assert [point["step"] for point in look.look(NOW).fresh] == [11000, 11100]
+    assert [point["step"] for point in look.poll(NOW).fresh] == [11000, 11100]
     service.curve.append(metric(11200))
-    assert [point["step"] for point in look.look(NOW).fresh] == [11200]
-    assert look.look(NOW).fresh == []
+    assert [point["step"] for point in look.poll(NOW).fresh] == [11200]
+    assert look.poll(NOW).fresh == []
 
 
 def test_a_long_curve_is_not_fetched_from_its_beginning(service: FakeService) -> None:
     service.jobs[JOB] = job(progress={"step": 1_000_000}, spec={"reporting": {"log_interval": 10}})
-    watcher(service).look(NOW)
+    watcher(service).poll(NOW)
     assert service.requests[-1].url.params["after_step"] == str(1_000_000 - 2000 * 10)
 
 
 def test_a_new_attempt_brings_its_own_points(service: FakeService) -> None:
     service.curve = [metric(11900, attempt=2), metric(12100, 5.0, attempt=2)]
     look = watcher(service)
-    look.look(NOW)
+    look.poll(NOW)
     service.jobs[JOB] = job(attempt=3)
     service.curve = [metric(11900, attempt=2), metric(12100, 4.0, attempt=3)]
-    assert [point["attempt"] for point in look.look(NOW).fresh] == [3]
+    assert [point["attempt"] for point in look.poll(NOW).fresh] == [3]
     assert look.scene.curve.losses == [3.0, 4.0]
 
 
@@ -235,7 +240,7 @@ def test_a_new_attempt_brings_its_own_points(service: FakeService) -> None:
 
 def test_lines_come_every_ten_seconds_or_with_a_change() -> None:
     to = console()
-    view, scene = LinesView(to), Scene("pre-12", URL, job())
+    view, scene = LinesView(to), WatchState("pre-12", URL, job())
     for second in range(25):
         if second == 13:
             scene.job = job(message="a, b")
@@ -250,7 +255,7 @@ def test_lines_come_every_ten_seconds_or_with_a_change() -> None:
 
 
 def test_a_line_is_key_value() -> None:
-    scene = Scene("pre-12", URL, job(message='it said "no"', alerts=["flat"]))
+    scene = WatchState("pre-12", URL, job(message='it said "no"', alerts=["flat"]))
     scene.curve.extend([metric(12400, 2.887)])
     assert log_line(scene, NOW) == (
         "at=2026-01-31T16:31:05Z job=job_7f3kq9 status=running phase=training attempt=2 step=12400 steps=40000 "
@@ -279,7 +284,7 @@ def test_json_is_one_document_a_line(service: FakeService) -> None:
 
 def test_json_repeats_nothing() -> None:
     to = console()
-    view, scene = JsonView(to), Scene("p", URL, job())
+    view, scene = JsonView(to), WatchState("p", URL, job())
     for _ in range(3):
         view.show(scene, NOW)
     assert len(written(to)[0].splitlines()) == 1
@@ -312,14 +317,14 @@ def test_ctrl_c_leaves_the_picture_and_the_cursor(service: FakeService, screen: 
 
 
 def test_no_color_is_honoured(screen: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    view = PictureView(screen)
-    view.show(Scene("p", URL, job()), NOW)
+    view = LiveView(screen)
+    view.show(WatchState("p", URL, job()), NOW)
     view.close()
     assert "\x1b[1;32m" in written(screen)[0]
     monkeypatch.setenv("NO_COLOR", "1")
     plainly = Console(Stream(terminal=True), Stream(), Stream())
-    view = PictureView(plainly)
-    view.show(Scene("p", URL, job()), NOW)
+    view = LiveView(plainly)
+    view.show(WatchState("p", URL, job()), NOW)
     view.close()
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", written(plainly)[0])
 
@@ -356,7 +361,13 @@ def served(service: FakeService) -> Iterator[str]:
 
 
 def test_a_real_ctrl_c_exits_130(served: str) -> None:
-    command = [sys.executable, "-c", "import sys; from client.cli import main; sys.exit(main())", "watch", "pre-12"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from trainyard.client.cli.main import main; sys.exit(main())",
+        "watch",
+        "pre-12",
+    ]
     with subprocess.Popen(
         [*command, "--url", served],
         stdout=subprocess.PIPE,
@@ -378,7 +389,7 @@ def test_a_reader_that_went_away_ends_the_command_quietly(served: str) -> None:
     command = [
         sys.executable,
         "-c",
-        "import sys; from client.cli import main; sys.exit(main())",
+        "import sys; from trainyard.client.cli.main import main; sys.exit(main())",
         "list",
         "--url",
         served,

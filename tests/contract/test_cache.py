@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from contract.cache import CorpusCache, building_of
-from contract.locks import FileLock
+from trainyard.contract.cache import CorpusCache, building_of
+from trainyard.contract.locks import FileLock
 
 KEYS = ["a" * 32, "b" * 32, "c" * 32]
 LONG_AGO = 1_000_000.0
@@ -34,21 +34,21 @@ def test_what_is_kept_is_told_with_its_last_use(tmp_path: Path) -> None:
     (building_of(cache.directory(KEYS[2])) / "tokens.bin").write_bytes(b"yyy")
     for stranger in ("content-0.json", ".hidden", "notes"):
         (tmp_path / stranger).mkdir()
-    found = cache.kept()
-    assert [(each.key, each.bytes, each.whole) for each in found] == [
+    found = cache.entries()
+    assert [(each.key, each.bytes, each.is_complete) for each in found] == [
         (KEYS[0], 10, True),
         (KEYS[1], 10, True),
         (KEYS[2], 3, False),
     ]
     assert [each.used_at for each in found[:2]] == [LONG_AGO, LONG_AGO + 1]
-    assert CorpusCache(tmp_path / "none").kept() == []
+    assert CorpusCache(tmp_path / "none").entries() == []
 
 
 def test_what_nobody_uses_can_go(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS)
     building_of(cache.directory(KEYS[1])).mkdir()
-    assert [cache.remove(each) for each in cache.kept()] == [True] * 4
-    assert cache.kept() == []
+    assert [cache.remove(each) for each in cache.entries()] == [True] * 4
+    assert cache.entries() == []
     assert {path.suffix for path in tmp_path.iterdir()} == {".lock", ".used"}
 
 
@@ -63,22 +63,22 @@ def hold_lock(cache: CorpusCache) -> FileLock:
 @pytest.mark.parametrize("hold", [hold_used, hold_lock])
 def test_what_is_open_or_built_stays(hold: Callable[[CorpusCache], FileLock], tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:1])
-    before = cache.kept()[0]
+    before = cache.entries()[0]
     building_of(before.path).mkdir()
     with hold(cache):
-        assert [each.in_use for each in cache.kept()] == [True, True]
+        assert [each.in_use for each in cache.entries()] == [True, True]
         # As it was looked at before somebody came.
         assert not cache.remove(before)
-        assert not cache.remove(cache.kept()[1])
+        assert not cache.remove(cache.entries()[1])
     assert before.path.is_dir()
 
 
 def test_what_was_used_since_it_was_looked_at_stays(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:1])
-    (seen,) = cache.kept()
+    (seen,) = cache.entries()
     cache.use(KEYS[0], nothing).release()
     assert not cache.remove(seen)
-    assert cache.remove(cache.kept()[0])
+    assert cache.remove(cache.entries()[0])
     assert not cache.remove(seen), "it has gone"
 
 
@@ -87,7 +87,7 @@ def test_a_corpus_of_before_uses_were_noted_is_as_old_as_its_files(tmp_path: Pat
     cache.used(KEYS[0]).unlink()
     for path in (cache.directory(KEYS[0]) / "tokens.bin", cache.directory(KEYS[0])):
         os.utime(path, (LONG_AGO + 7,) * 2)
-    (seen,) = cache.kept()
+    (seen,) = cache.entries()
     assert seen.used_at == LONG_AGO + 7
     assert cache.remove(seen)
 

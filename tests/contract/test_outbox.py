@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from contract.events import EVENT, Metric
-from contract.outbox import OutboxReader
+from trainyard.contract.events import EVENT, Metric
+from trainyard.contract.outbox import OutboxReader
 
 
 def test_a_line_counts_only_with_its_newline(tmp_path: Path) -> None:
@@ -52,11 +52,11 @@ def test_rewinding_reads_again_what_was_not_stored(tmp_path: Path) -> None:
     file.write_bytes(b"".join(b'{"n": %d}\n' % n for n in range(1, 11)))
     reader = OutboxReader(file)
     reader.read(8)
-    reader.rewind_to(3)
+    reader.seek_after(3)
     assert [line["n"] for line in reader.read(2)] == [4, 5]
-    reader.rewind_to(9)
+    reader.seek_after(9)
     assert [line["n"] for line in reader.read(5)] == [10]
-    reader.rewind_to(99)
+    reader.seek_after(99)
     assert reader.seq == 10
     assert OutboxReader(file).skip_to_end() == 10
 

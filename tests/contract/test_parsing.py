@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, parse_spec
-from contract.spec import JobSpec
+from trainyard.contract.parsing import (
+    ALIASES,
+    FLAGS,
+    GROUP_OF_LEAF,
+    GROUPS,
+    parse_spec,
+)
+from trainyard.contract.spec import JobSpec
 
 MINIMAL: dict[str, Any] = {"data": {"data_path": "/data/pretrain.jsonl"}}
 

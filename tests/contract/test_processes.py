@@ -10,14 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from contract.locks import FileLock, LockBusy, is_held
-from contract.processes import MARKER, ProcessIdentity, descendants, marked, marks, wait_gone
-from contract.rundir import RunDir
-from service.launch.base import AttemptName
-from service.launch.local import AGENTS_TOKEN, LocalLauncher
-from tests.marks import own_job
+from tests.unique_ids import unique_job_id
+from trainyard.contract.locks import FileLock, LockBusy, is_held
+from trainyard.contract.processes import (
+    MARKER,
+    ProcessIdentity,
+    descendants,
+    find_by_marker,
+    live_markers,
+    wait_gone,
+)
+from trainyard.contract.rundir import RunDir
+from trainyard.service.launch.base import AttemptRef
+from trainyard.service.launch.local import AGENTS_TOKEN, LocalLauncher
 
-TEST, A, B, C, D = (own_job(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
+TEST, A, B, C, D = (unique_job_id(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
 
 SLEEPER = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 
@@ -33,8 +40,8 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_the_marker_finds_it_and_only_it(sleeper: subprocess.Popen[bytes]) -> None:
-    assert [found.pid for found in marked(f"{TEST}/1")] == [sleeper.pid]
-    assert marked(f"{TEST}/11") == []
+    assert [found.pid for found in find_by_marker(f"{TEST}/1")] == [sleeper.pid]
+    assert find_by_marker(f"{TEST}/11") == []
     assert sleeper.pid in [found.pid for found in descendants(os.getpid())]
 
 
@@ -96,9 +103,9 @@ def test_one_look_for_all_attempts_sees_those_that_live() -> None:
     gone.kill()
     try:
         # The kernel shows what a process was given once it has become another program.
-        while not all(marked(mark) for mark in (f"{A}/1", f"{B}/2", f"{C}/3")):
+        while not all(find_by_marker(mark) for mark in (f"{A}/1", f"{B}/2", f"{C}/3")):
             assert all(process.poll() is None for process in processes)
-        assert marks(besides="SPEAKS") & {f"{A}/1", f"{B}/2", f"{C}/3", f"{D}/4"} == {f"{A}/1", f"{C}/3"}
+        assert live_markers(besides="SPEAKS") & {f"{A}/1", f"{B}/2", f"{C}/3", f"{D}/4"} == {f"{A}/1", f"{C}/3"}
     finally:
         gone.wait()
         for process in processes:
@@ -108,21 +115,21 @@ def test_one_look_for_all_attempts_sees_those_that_live() -> None:
 
 def test_who_lives_is_seen_by_the_launcher_until_it_has_left_its_report(tmp_path: Path) -> None:
     launcher = LocalLauncher(tmp_path, tmp_path / "corpora")
-    names = [AttemptName(A, 1), AttemptName(A, 2), AttemptName(B, 1), AttemptName(C, 1)]
+    names = [AttemptRef(A, 1), AttemptRef(A, 2), AttemptRef(B, 1), AttemptRef(C, 1)]
     agents = [
         subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(name), AGENTS_TOKEN: "secret"})
         for name in names[:2]
     ]
     rank = subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(names[2])})
     try:
-        while not all(marked(str(name)) for name in names[:3]):
+        while not all(find_by_marker(str(name)) for name in names[:3]):
             assert all(process.poll() is None for process in (*agents, rank))
-        assert launcher.alive_among(names) == {names[0], names[1]}, "a rank without its agent is no sign of life"
-        assert launcher.alive_among(names[1:]) == {names[1]}, "only who was asked for"
+        assert launcher.find_alive(names) == {names[0], names[1]}, "a rank without its agent is no sign of life"
+        assert launcher.find_alive(names[1:]) == {names[1]}, "only who was asked for"
         report = RunDir(tmp_path / "runs" / A).attempt(2).exit
         report.parent.mkdir(parents=True)
         report.write_text("{}")
-        assert launcher.alive_among(names) == {names[0]}
+        assert launcher.find_alive(names) == {names[0]}
     finally:
         for process in (*agents, rank):
             process.kill()

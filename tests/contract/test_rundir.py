@@ -1,11 +1,22 @@
 """Paths of a run, and files that are whole or not there."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from contract.rundir import ProductDir, RunDir, read_json, write_atomically, write_json
+from trainyard.contract.rundir import (
+    ArtifactDir,
+    FileDigest,
+    RunDir,
+    atomic_directory,
+    manifest_json,
+    parse_manifest,
+    read_json,
+    write_atomically,
+    write_json,
+)
 
 
 def test_attempts_are_found_in_their_order(tmp_path: Path) -> None:
@@ -17,7 +28,7 @@ def test_attempts_are_found_in_their_order(tmp_path: Path) -> None:
 
 
 def test_only_published_checkpoints_are_listed_newest_first(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     for step in (100, 20):
         products.checkpoint(step).mkdir(parents=True)
     (products.checkpoints / ".step-00000300.tmp").mkdir()
@@ -26,13 +37,13 @@ def test_only_published_checkpoints_are_listed_newest_first(tmp_path: Path) -> N
 
 
 def test_products_of_two_jobs_in_one_save_dir_do_not_meet(tmp_path: Path) -> None:
-    first, second = RunDir(tmp_path / "job_a").products("/out"), RunDir(tmp_path / "job_b").products("/out")
+    first, second = RunDir(tmp_path / "job_a").artifacts("/out"), RunDir(tmp_path / "job_b").artifacts("/out")
     assert first.path == Path("/out/job_a")
     assert first.path != second.path
 
 
 def test_minimind_s_names(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     assert products.weights("pretrain", 512, use_moe=False).name == "pretrain_512.pth"
     assert products.weights("pretrain", 640, use_moe=True).name == "pretrain_640_moe.pth"
 
@@ -67,7 +78,7 @@ def test_the_step_to_begin_at_is_read_where_one_was_named(tmp_path: Path) -> Non
 
 
 def test_milestones_are_no_checkpoints(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     assert products.milestones() == []
     for step in (100, 20):
         products.milestone(step).mkdir(parents=True)
@@ -75,3 +86,25 @@ def test_milestones_are_no_checkpoints(tmp_path: Path) -> None:
     (products.checkpoints / ".saving-step-00000300-weights-7").mkdir()
     assert [step for step, _ in products.milestones()] == [100, 20]
     assert [step for step, _ in products.published()] == [20]
+
+
+def test_an_atomic_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    final, temporary = tmp_path / "all" / "step-1", tmp_path / "all" / ".saving-1"
+    with atomic_directory(final, temporary) as directory:
+        assert directory == temporary
+        (directory / "file").write_text("whole")
+        assert not final.exists()
+    assert (final / "file").read_text() == "whole"
+    assert not temporary.exists()
+
+    with suppress(ZeroDivisionError), atomic_directory(tmp_path / "all" / "step-2", temporary) as directory:
+        (directory / "file").write_text(str(1 // 0))
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["step-1"]
+
+
+def test_a_manifest_is_parsed_as_it_was_written() -> None:
+    files = {"model.safetensors": FileDigest(10, "ab"), "state.json": FileDigest(0, "cd")}
+    assert parse_manifest(manifest_json(files)) == files
+    for other in (b"", b"[]", b"{}", b'{"files": []}', b'{"files": {"a": 1}}', b'{"files": {"a": {"bytes": 1}}}'):
+        with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+            parse_manifest(other)

@@ -1,6 +1,15 @@
 """The table of transitions is complete and has no dead ends that it should not have."""
 
-from contract.status import AT_REST, LIVE, NOT_COUNTED, RESTARTABLE, TERMINAL, TRANSITIONS, JobStatus, may_become
+from trainyard.contract.status import (
+    IDLE,
+    LIVE,
+    RESTARTABLE,
+    TERMINAL,
+    TRANSITIONS,
+    UNCOUNTED_REASONS,
+    JobStatus,
+    can_transition,
+)
 
 
 def test_every_status_has_a_row_and_every_target_is_reachable() -> None:
@@ -15,13 +24,13 @@ def test_a_terminal_state_is_left_only_by_a_resume() -> None:
 
 
 def test_nothing_runs_without_having_started() -> None:
-    assert [status for status in JobStatus if may_become(status, JobStatus.RUNNING)] == [JobStatus.STARTING]
-    assert [status for status in JobStatus if may_become(status, JobStatus.STARTING)] == [JobStatus.QUEUED]
+    assert [status for status in JobStatus if can_transition(status, JobStatus.RUNNING)] == [JobStatus.STARTING]
+    assert [status for status in JobStatus if can_transition(status, JobStatus.STARTING)] == [JobStatus.QUEUED]
 
 
 def test_live_and_at_rest_do_not_meet() -> None:
-    assert not LIVE & AT_REST
-    assert LIVE | AT_REST | {JobStatus.QUEUED} == set(JobStatus)
+    assert not LIVE & IDLE
+    assert LIVE | IDLE | {JobStatus.QUEUED} == set(JobStatus)
 
 
 def test_cancelling_never_becomes_anything_that_goes_on() -> None:
@@ -29,4 +38,4 @@ def test_cancelling_never_becomes_anything_that_goes_on() -> None:
 
 
 def test_what_is_not_counted_can_be_restarted() -> None:
-    assert NOT_COUNTED <= RESTARTABLE
+    assert UNCOUNTED_REASONS <= RESTARTABLE

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from contract.vocabulary import BYTE_VOCABULARY, TokenizerInvalid, vocabulary_size
+from trainyard.contract.tokenizer_info import BYTE_VOCABULARY, TokenizerInvalid, vocabulary_size
 
 
 def test_byte_is_built_in() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.data.texts import docstrings, write_jsonl
-from worker.tokenizers import train
+from trainyard.worker.data.tokenizers import train_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -27,5 +27,5 @@ def docstring_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a byte-level BPE of 600 tokens."""
     out = tmp_path_factory.mktemp("tokenizer")
-    assert train(docstrings(), 600, out) == 600
+    assert train_tokenizer(docstrings(), 600, out) == 600
     return out

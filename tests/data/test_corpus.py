@@ -14,14 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contract.cache import CorpusCache
-from contract.locks import FileLock
 from tests.data.texts import docstrings, write_jsonl
-from worker import corpus as corpus_module
-from worker.corpus import Corpus, content_digest, main, open_corpus
-from worker.lines import DataInvalid
-from worker.rows import RowTable
-from worker.tokenizers import ByteTokenizer, load
+from trainyard.contract.cache import CorpusCache
+from trainyard.contract.locks import FileLock
+from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data.corpus import (
+    Corpus,
+    content_digest,
+    main,
+    open_corpus,
+)
+from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.packing import PackedDataset
+from trainyard.worker.data.tokenizers import ByteTokenizer, load_tokenizer
 
 
 def texts_of(corpus: Corpus) -> list[str]:
@@ -33,7 +38,7 @@ def texts_of(corpus: Corpus) -> list[str]:
 def age(path: Path) -> None:
     """Wait until the file is old enough to be remembered by its times."""
     deadline = time.monotonic() + 10
-    while time.time() - path.stat().st_ctime <= corpus_module.FRESH_SECONDS:
+    while time.time() - path.stat().st_ctime <= corpus_module.RECENT_CHANGE_SECONDS:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -49,7 +54,7 @@ def test_shards_hold_every_document_between_its_ends(docstring_file: Path, tmp_p
 
 
 def test_shards_of_a_trained_tokenizer_decode_to_the_texts(docstring_file: Path, trained: Path, tmp_path: Path) -> None:
-    tokenizer = load(str(trained))
+    tokenizer = load_tokenizer(str(trained))
     corpus = open_corpus(docstring_file, tokenizer, cache=tmp_path)
     for number in range(0, len(docstrings()), 37):
         ids = corpus.tokens[corpus.offsets[number] : corpus.offsets[number + 1]]
@@ -60,7 +65,7 @@ def test_shards_of_a_trained_tokenizer_decode_to_the_texts(docstring_file: Path,
 def test_a_special_token_in_a_text_is_no_end(tmp_path: Path, trained: Path) -> None:
     file = write_jsonl(tmp_path / "c.jsonl", ["before<|im_end|>after", "<|endoftext|>"])
     for name in ("byte", str(trained)):
-        corpus = open_corpus(file, load(name), cache=tmp_path / "cache")
+        corpus = open_corpus(file, load_tokenizer(name), cache=tmp_path / "cache")
         assert np.flatnonzero(np.asarray(corpus.tokens) == 2).tolist() == (corpus.offsets[1:] - 1).tolist()
         assert not (np.asarray(corpus.tokens) == 0).any()
 
@@ -97,7 +102,11 @@ def test_built_once_for_a_content_a_tokenizer_and_a_field(tmp_path: Path, traine
     def opened(path: Path, tokenizer: str = "byte", text_field: str = "text") -> Corpus:
         calls.clear()
         return open_corpus(
-            path, load(tokenizer), cache=cache, text_field=text_field, progress=lambda *seen: calls.append(seen)
+            path,
+            load_tokenizer(tokenizer),
+            cache=cache,
+            text_field=text_field,
+            progress=lambda *seen: calls.append(seen),
         )
 
     opened(first)
@@ -177,8 +186,8 @@ def test_an_empty_corpus_is_refused(content: str, message: str, tmp_path: Path) 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     code = (
-        "import resource, sys; from pathlib import Path; from worker.corpus import open_corpus;"
-        "from worker.tokenizers import ByteTokenizer; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "import resource, sys; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
+        "from trainyard.worker.data.tokenizers import ByteTokenizer; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
@@ -227,8 +236,8 @@ def test_processes_that_want_the_same_corpus_build_it_once(docstring_file: Path,
 
 def test_a_killed_build_leaves_nothing_and_the_next_one_succeeds(docstring_file: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from worker.corpus import open_corpus;"
-        "from worker.tokenizers import ByteTokenizer\n"
+        "import sys, time; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
+        "from trainyard.worker.data.tokenizers import ByteTokenizer\n"
         "def stuck(done, total):\n"
         "    if done: print('building', flush=True); time.sleep(600)\n"
         "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), progress=stuck)"
@@ -250,11 +259,11 @@ def test_an_open_corpus_stays_in_the_cache_and_one_that_left_comes_back_the_same
     file, shelf = write_jsonl(tmp_path / "c.jsonl", docstrings()[:50]), CorpusCache(tmp_path / "cache")
     corpus = open_corpus(file, ByteTokenizer(), cache=shelf.path)
     before = (corpus.directory / "tokens.bin").read_bytes()
-    rows = RowTable.open(corpus, max_seq_len=32, packing="document")
+    rows = PackedDataset.open(corpus, max_seq_len=32, packing="document")
     del corpus
-    assert not shelf.remove(shelf.kept()[0]), "its rows are still in use"
+    assert not shelf.remove(shelf.entries()[0]), "its rows are still in use"
     del rows
-    assert shelf.remove(shelf.kept()[0])
+    assert shelf.remove(shelf.entries()[0])
     assert (open_corpus(file, ByteTokenizer(), cache=shelf.path).directory / "tokens.bin").read_bytes() == before
 
 
@@ -265,7 +274,7 @@ def test_corpora_are_opened_whole_while_they_are_removed_all_the_time(tmp_path: 
 
     def remove_all() -> None:
         while not ended.is_set():
-            removed.extend(shelf.remove(each) for each in shelf.kept())
+            removed.extend(shelf.remove(each) for each in shelf.entries())
 
     remover = threading.Thread(target=remove_all)
     remover.start()
@@ -275,7 +284,7 @@ def test_corpora_are_opened_whole_while_they_are_removed_all_the_time(tmp_path: 
             assert time.monotonic() < deadline, "it was not removed again and again"
             corpus = open_corpus(file, ByteTokenizer(), cache=shelf.path)
             assert texts_of(corpus) == list(docstrings()[:5])
-            RowTable.open(corpus, max_seq_len=32, packing="document").batch([0])
+            PackedDataset.open(corpus, max_seq_len=32, packing="document").batch([0])
             del corpus
             ended.wait(0.005)  # nobody has it open for a moment
     finally:
@@ -369,5 +378,5 @@ def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureF
 
 
 def test_check_needs_no_torch() -> None:
-    code = "import sys, worker.corpus; sys.exit('torch' in sys.modules)"
+    code = "import sys, trainyard.worker.data.corpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

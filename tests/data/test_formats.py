@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from contract.corpora import Packing, packing_of
 from tests.data.texts import docstrings
-from worker import lines
-from worker.corpus import main, open_corpus
-from worker.lines import DataInvalid, Tally
-from worker.readers import open_reader, reads_as_plain_text
-from worker.source import optional
-from worker.tokenizers import ByteTokenizer
+from trainyard.contract.file_identity import Compression, compression_of
+from trainyard.worker.data import jsonl as lines
+from trainyard.worker.data.corpus import main, open_corpus
+from trainyard.worker.data.file import import_optional
+from trainyard.worker.data.jsonl import DataInvalid, ParseStats
+from trainyard.worker.data.readers import detect_plain_text, open_reader
+from trainyard.worker.data.tokenizers import ByteTokenizer
 
 RAW = b'{"text": "one"}\noops\n\n{"text": "two \xe2\x80\xa8 still two"}\r\n{"text": "three"}'
 FOUND = [(1, "one"), (4, "two \u2028 still two"), (5, "three")]
@@ -35,12 +35,12 @@ PACK: dict[str, Callable[[bytes], bytes]] = {"gz": gzip.compress, "zst": zstd}
 packed = pytest.mark.parametrize("kind", sorted(PACK))
 
 
-def read(path: Path, field: str = "text") -> tuple[list[tuple[int, str]], Tally]:
+def read(path: Path, field: str = "text") -> tuple[list[tuple[int, str]], ParseStats]:
     with open_reader(path) as reader:
         found = [(document.line, document.text) for document in reader.documents(field)]
         assert reader.digest == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert reader.done == reader.size == path.stat().st_size
-        return found, reader.tally
+        assert reader.bytes_read == reader.size == path.stat().st_size
+        return found, reader.stats
 
 
 def refused(path: Path, field: str = "text") -> str:
@@ -57,7 +57,7 @@ def test_packed_lines_are_the_lines(kind: str, tmp_path: Path) -> None:
         file.write_bytes(PACK[kind](RAW))
         documents, tally = read(file)
         assert documents == FOUND
-        assert (tally.lines, tally.blank_lines, tally.named) == (5, 1, [(2, "not JSON at character 1")])
+        assert (tally.lines, tally.blank_lines, tally.examples) == (5, 1, [(2, "not JSON at character 1")])
 
 
 @packed
@@ -100,7 +100,7 @@ def test_a_bomb_is_one_long_line(kind: str, tmp_path: Path, monkeypatch: pytest.
     finally:
         tracemalloc.stop()
     assert documents == [(1, "before"), (3, "after")]
-    assert tally.named == [(2, "longer than 1 MiB")]
+    assert tally.examples == [(2, "longer than 1 MiB")]
     assert peak < 80 << 20
 
 
@@ -129,15 +129,15 @@ def test_packed_utf16_is_refused(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("package", "head"), [("zstandard", b"\x28\xb5\x2f\xfd"), ("pyarrow", b"PAR1")])
 def test_a_missing_package_is_named(package: str, head: bytes, tmp_path: Path) -> None:
     with pytest.raises(DataInvalid, match="pip install nonesuch"):
-        optional("nonesuch", tmp_path)
+        import_optional("nonesuch", tmp_path)
     if importlib.util.find_spec(package) is None:
         (tmp_path / "c").write_bytes(head + bytes(100))
         assert f"pip install {package}" in refused(tmp_path / "c")
 
 
 def test_first_bytes_say_what_a_file_is() -> None:
-    assert packing_of(gzip.compress(b"")) is Packing.GZIP
-    assert packing_of(b'{"text": 1}') is packing_of(b"") is packing_of(b"PAR") is Packing.NONE
+    assert compression_of(gzip.compress(b"")) is Compression.GZIP
+    assert compression_of(b'{"text": 1}') is compression_of(b"") is compression_of(b"PAR") is Compression.NONE
 
 
 PROSE = b"\xef\xbb\xbf\n\nFirst line.\nSecond line.\r\n \t\r\n\n  Indented, without an end\n\n\xff broken\n\nlast"
@@ -149,7 +149,7 @@ def test_documents_of_plain_text_are_separated_by_blank_lines(tmp_path: Path) ->
         documents, tally = read(tmp_path / name)
         assert documents == [(3, "First line.\nSecond line."), (7, "  Indented, without an end"), (11, "last")]
         assert (tally.lines, tally.blank_lines, tally.documents) == (11, 6, 3)
-        assert tally.named == [(9, "not UTF-8 at byte 1")]
+        assert tally.examples == [(9, "not UTF-8 at byte 1")]
 
 
 def test_plain_text_is_known_by_name_and_first_character(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_plain_text_is_known_by_name_and_first_character(tmp_path: Path) -> None
     ]
     for name, content, expected in cases:
         (tmp_path / name).write_bytes(content)
-        assert reads_as_plain_text(tmp_path / name) is expected
+        assert detect_plain_text(tmp_path / name) is expected
     assert read(tmp_path / "a.txt")[0] == [(1, "{ a brace")]
     (tmp_path / "a.txt").write_bytes(b'{"text": "one"}\n\n{"text": "two"}\n')
     assert read(tmp_path / "a.txt")[0] == [(1, "one"), (3, "two")]
@@ -179,7 +179,7 @@ def test_a_long_document_of_plain_text_is_bad(length: int, tmp_path: Path, monke
         fits = length < 100
         assert [text for _, text in documents] == ["before", *([document[:-1]] if fits else []), "after"]
         named = [(3, "longer than 0 MiB: separate documents by blank lines")]
-        assert tally.named == ([] if fits else named)
+        assert tally.examples == ([] if fits else named)
 
 
 def test_shards_of_every_form_hold_the_same(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_rows_of_parquet_are_documents(tmp_path: Path) -> None:
     file = write_parquet(tmp_path / "c", {"id": [1, 2, 3, 4, 5], "text": texts}, row_group_size=2)
     documents, tally = read(file)
     assert documents == [(1, "one"), (4, "two \u2028 \U0001f600"), (5, "one")]
-    assert tally.named == [(2, "'text' is empty"), (3, "'text' is not a string but null")]
+    assert tally.examples == [(2, "'text' is empty"), (3, "'text' is not a string but null")]
     assert tally.lines == 5
     assert "column 'id' holds int64 and must hold strings" in refused(file, "id")
     assert "no single column 'content' but id, text" in refused(file, "content")
@@ -241,7 +241,7 @@ def test_parquet_of_other_types(tmp_path: Path) -> None:
     assert read(tmp_path / "coded")[0] == [(1, "a"), (2, "b"), (3, "a")]
     write_parquet(tmp_path / "broken", {"text": broken})
     documents, tally = read(tmp_path / "broken")
-    assert (documents, tally.named) == ([(1, "good")], [(2, "not UTF-8 at byte 1")])
+    assert (documents, tally.examples) == ([(1, "good")], [(2, "not UTF-8 at byte 1")])
 
 
 def test_parquet_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,8 +256,8 @@ def test_parquet_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with open_reader(file) as reader:
         count = sum(len(document.text) == (1 << 18) - 1 for document in reader.documents("text"))
         assert arrow.total_allocated_bytes() - before < 64 << 20
-    assert (count, reader.tally.bad_lines) == (2000, 2000)
-    monkeypatch.setattr("worker.parquet.MAX_GROUP_BYTES", 1 << 10)
+    assert (count, reader.stats.bad_lines) == (2000, 2000)
+    monkeypatch.setattr("trainyard.worker.data.parquet.MAX_GROUP_BYTES", 1 << 10)
     assert "write it with smaller row groups" in refused(file)
 
 
@@ -275,4 +275,4 @@ def test_shards_of_parquet(tmp_path: Path) -> None:
     corpus = open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache")
     assert corpus.meta.documents == len(docstrings())
     assert corpus.meta.content == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert reads_as_plain_text(file) is False
+    assert detect_plain_text(file) is False

@@ -12,14 +12,14 @@ import pytest
 
 from benchmarks import corpus_speed
 from tests.data.texts import docstrings, write_jsonl
-from worker import corpus as corpus_module
-from worker.corpus import open_corpus
-from worker.lines import DataInvalid
-from worker.tokenizers import ByteTokenizer, Ids, limit_threads
+from trainyard.worker.data import corpus as corpus_module
+from trainyard.worker.data.corpus import open_corpus
+from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.tokenizers import ByteTokenizer, Ids, limit_threads
 
 COUNTING = """
 import os, sys
-from worker.tokenizers import limit_threads, load
+from trainyard.worker.data.tokenizers import limit_threads, load
 tokenizer = load(sys.argv[1])
 before = len(os.listdir("/proc/self/task"))
 limit_threads({count})

@@ -13,9 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from contract.vocabulary import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
 from tests.data.texts import docstrings, write_jsonl
-from worker.tokenizers import ByteTokenizer, Tokenizer, load, main, train
+from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
+from trainyard.worker.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    main,
+    train_tokenizer,
+)
 
 NASTY = (
     "<|im_end|>",
@@ -35,7 +41,7 @@ def round_trip(tokenizer: Tokenizer, texts: list[str]) -> list[str]:
 
 
 def test_byte_tokenizer_is_bytes_behind_three_control_tokens() -> None:
-    tokenizer = load("byte")
+    tokenizer = load_tokenizer("byte")
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 2, 259)
     assert [ids.tolist() for ids in tokenizer.encode_batch(["Az", "é"])] == [[68, 125], [198, 172]]
     assert tokenizer.decode([1, 68, 125, 2, 0, 0]) == "Az"
@@ -51,12 +57,12 @@ def test_byte_tokenizer_round_trip(text: str) -> None:
 
 def test_trained_tokenizer_round_trip_on_real_text(trained: Path) -> None:
     texts = list(docstrings(10))
-    assert round_trip(load(str(trained)), texts) == texts
+    assert round_trip(load_tokenizer(str(trained)), texts) == texts
 
 
 @pytest.mark.parametrize("text", NASTY)
 def test_control_tokens_in_a_text_are_text(text: str, trained: Path) -> None:
-    tokenizer = load(str(trained))
+    tokenizer = load_tokenizer(str(trained))
     (ids,) = tokenizer.encode_batch([text])
     assert len(ids)
     assert not set(ids.tolist()) & {0, 1, 2}
@@ -64,7 +70,7 @@ def test_control_tokens_in_a_text_are_text(text: str, trained: Path) -> None:
 
 
 def test_decode_leaves_control_tokens_out(trained: Path) -> None:
-    tokenizer = load(str(trained))
+    tokenizer = load_tokenizer(str(trained))
     (ids,) = tokenizer.encode_batch(["a text"])
     assert tokenizer.decode([1, *ids.tolist(), 2, 0, 0, 10**6]) == "a text"
 
@@ -78,12 +84,12 @@ def test_trained_files_are_what_transformers_reads(trained: Path) -> None:
     config = json.loads((trained / "tokenizer_config.json").read_text())
     assert [config[f"{name}_token"] for name in ("pad", "bos", "eos")] == list(SPECIAL_TOKENS)
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert vocabulary_size(str(trained)) == load(str(trained)).vocab_size == 600
+    assert vocabulary_size(str(trained)) == load_tokenizer(str(trained)).vocab_size == 600
 
 
 def test_every_byte_has_a_token(tmp_path: Path) -> None:
-    assert train(["aaaa"], 6400, tmp_path) < 6400
-    tokenizer = load(str(tmp_path))
+    assert train_tokenizer(["aaaa"], 6400, tmp_path) < 6400
+    tokenizer = load_tokenizer(str(tmp_path))
     text = "".join(map(chr, range(1, 0x250))) + "\U0001f9ea"
     assert round_trip(tokenizer, [text]) == [text]
 
@@ -93,7 +99,15 @@ def test_training_is_deterministic_over_processes(tmp_path: Path) -> None:
     outs = []
     for seed in ("1", "2"):
         out = tmp_path / seed
-        command = [sys.executable, "-m", "worker.tokenizers", "train", str(corpus), "--vocab-size", "400"]
+        command = [
+            sys.executable,
+            "-m",
+            "trainyard.worker.data.tokenizers",
+            "train",
+            str(corpus),
+            "--vocab-size",
+            "400",
+        ]
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         subprocess.run([*command, "--out", str(out)], check=True, env=environment, capture_output=True)
         outs.append({file.name: file.read_bytes() for file in sorted(out.iterdir())})
@@ -102,14 +116,14 @@ def test_training_is_deterministic_over_processes(tmp_path: Path) -> None:
 
 
 def test_fingerprint_follows_the_files(trained: Path, tmp_path: Path) -> None:
-    first = load(str(trained)).fingerprint
-    assert load(str(trained)).fingerprint == first != load("byte").fingerprint
+    first = load_tokenizer(str(trained)).fingerprint
+    assert load_tokenizer(str(trained)).fingerprint == first != load_tokenizer("byte").fingerprint
     for file in trained.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert load(str(tmp_path)).fingerprint == first
+    assert load_tokenizer(str(tmp_path)).fingerprint == first
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
-    other = load(str(tmp_path))
+    other = load_tokenizer(str(tmp_path))
     assert other.eos_id == 0
     assert other.fingerprint != first
 
@@ -118,7 +132,7 @@ def saved(tokenizer: tokenizers.Tokenizer, out: Path, config: dict[str, Any] | N
     (out / "tokenizer.json").write_text(tokenizer.to_str())
     if config is not None:
         (out / "tokenizer_config.json").write_text(json.dumps(config))
-    return load(str(out))
+    return load_tokenizer(str(out))
 
 
 def unigram() -> tokenizers.Tokenizer:
@@ -207,7 +221,7 @@ def test_what_cannot_be_used_is_said(files: dict[str, str], message: str, tmp_pa
     for name, content in files.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(TokenizerInvalid, match=message):
-        load(str(tmp_path))
+        load_tokenizer(str(tmp_path))
 
 
 def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,7 +233,7 @@ def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "tokens from 1 documents" in printed.out
     assert "1 bad line: line 2: not JSON" in printed.err
     assert "300 were asked for" in printed.err
-    assert load(str(out)).vocab_size < 300
+    assert load_tokenizer(str(out)).vocab_size < 300
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.faults import invariants
-from tests.faults.home import Home, Nursery
 from tests.faults.invariants import Sampler
+from tests.faults.service_home import Home, Nursery
 
 MakeHome = Callable[..., Home]
 

@@ -15,13 +15,25 @@ from pathlib import Path
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from contract.report import ExitReport, Outcome, read_message
-from contract.status import LIVE, TERMINAL, JobStatus, may_become
-from service.db import Database
-from service.launch.base import LOCAL
-from service.tables import AttemptRow, CheckpointRow, EventRow, JobRow, LeaseRow, MetricRow
-from tests.faults import ranks
-from tests.faults.home import Home, Member, until
+from tests.faults import fake_ranks
+from tests.faults.service_home import Home, Member, until
+from trainyard.contract.messages import ExitReport, Outcome, read_message
+from trainyard.contract.status import (
+    LIVE,
+    TERMINAL,
+    JobStatus,
+    can_transition,
+)
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import (
+    AttemptRow,
+    CheckpointRow,
+    DeviceLeaseRow,
+    EventRow,
+    JobRow,
+    MetricRow,
+)
+from trainyard.service.launch.base import LOCAL
 
 GRACE_SECONDS = 5.0
 SAMPLE_SECONDS = 0.03
@@ -83,7 +95,7 @@ def reading(home: Home) -> Iterator[Session]:
         database.close()
 
 
-def check(home: Home, sampler: Sampler | None = None, damage: Damage = ranks.damage) -> None:
+def check(home: Home, sampler: Sampler | None = None, damage: Damage = fake_ranks.damage) -> None:
     """Raise AssertionError for the first invariant that does not hold."""
     assert sampler is None or sampler.found == []
     assert home.server_errors == [], "I8"
@@ -102,7 +114,7 @@ def check(home: Home, sampler: Sampler | None = None, damage: Damage = ranks.dam
 def check_leases(session: Session) -> None:
     """I3; a device has one row at most by its primary key."""
     held: dict[str, list[str]] = {}
-    for lease in session.scalars(select(LeaseRow)):
+    for lease in session.scalars(select(DeviceLeaseRow)):
         held.setdefault(lease.attempt_id, []).append(lease.device)
     here = select(AttemptRow).where(AttemptRow.ended_at.is_(None), AttemptRow.launcher == LOCAL)
     live = {row.id: sorted(row.devices) for row in session.scalars(here)}
@@ -138,7 +150,7 @@ def check_path(session: Session, job: JobRow) -> None:
     for data in session.scalars(log):
         assert data["from"] == walked[-1], f"I5: {walked} and then {data}"
         walked.append(JobStatus(data["to"]))
-        assert may_become(walked[-2], walked[-1]), f"I5: {walked}"
+        assert can_transition(walked[-2], walked[-1]), f"I5: {walked}"
     assert walked[-1] == job.status, f"I5: {walked}, and the job is {job.status}"
 
 
@@ -163,5 +175,5 @@ def check_success(home: Home, job: JobRow) -> None:
 
 def check_weights(home: Home, job_id: str, steps: int) -> None:
     """I7, for the fake ranks."""
-    model = home.run(job_id).products(None).checkpoint(steps) / ranks.MODEL
-    assert model.read_text() == ranks.weights_after(steps), "I7"
+    model = home.run(job_id).artifacts(None).checkpoint(steps) / fake_ranks.MODEL
+    assert model.read_text() == fake_ranks.weights_after(steps), "I7"

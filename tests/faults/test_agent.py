@@ -1,28 +1,30 @@
 """An agent that comes too late, or on a host in trouble."""
 
+import json
 import os
+import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from contract.processes import MARKER, marked
-from contract.report import ExitReport, read_message
-from contract.rundir import AttemptDir, RunDir
-from contract.spec import DataSpec, JobSpec, Timeouts
-from contract.status import Desired, Reason
-from service.launch.base import AttemptName, Launch, State
-from service.launch.local import LocalLauncher
-from tests.faults.home import until
-from tests.faults.program import FAKE_AGENT
-from tests.marks import own_job
-from worker.agent.__main__ import EX_REFUSED
-from worker.agent.children import Children
-from worker.agent.supervise import Supervisor
+from tests.faults.forked_service import FAKE_AGENT
+from tests.faults.service_home import until
+from tests.unique_ids import unique_job_id
+from trainyard.contract.messages import ExitReport, read_message
+from trainyard.contract.processes import MARKER, find_by_marker
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import DataSpec, JobSpec, Timeouts
+from trainyard.contract.status import Reason
+from trainyard.service.launch.base import AttemptRef, AttemptState, Launch
+from trainyard.service.launch.local import LocalLauncher
+from trainyard.worker.agent.__main__ import EXIT_REFUSED
+from trainyard.worker.agent.processes import ProcessTree
 
-JOB = own_job("job_late")
+JOB = unique_job_id("job_late")
 
 
 def launcher(home: Path) -> LocalLauncher:
@@ -31,7 +33,7 @@ def launcher(home: Path) -> LocalLauncher:
 
 def launch(number: int = 1, **labels: str) -> Launch:
     spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"))
-    return Launch(AttemptName(JOB, number), "att_1", spec, ("cpu:0",), "secret")
+    return Launch(AttemptRef(JOB, number), "att_1", spec, ("cpu:0",), "secret")
 
 
 def agent(home: Path, number: int = 1) -> int:
@@ -45,10 +47,10 @@ def agent(home: Path, number: int = 1) -> int:
 
 def test_an_attempt_that_was_given_up_is_not_started_by_a_late_agent(tmp_path: Path) -> None:
     local = launcher(tmp_path)
-    assert local.find(launch().name).state is State.ABSENT
-    local.end(launch().name)
-    assert local.find(launch().name).state is State.ABSENT
-    assert agent(tmp_path) == EX_REFUSED
+    assert local.find(launch().name).state is AttemptState.ABSENT
+    local.kill(launch().name)
+    assert local.find(launch().name).state is AttemptState.ABSENT
+    assert agent(tmp_path) == EXIT_REFUSED
     attempt = RunDir(tmp_path / "runs" / JOB).attempt(1)
     report = read_message(ExitReport, attempt.exit)
     assert report is not None
@@ -58,17 +60,17 @@ def test_an_attempt_that_was_given_up_is_not_started_by_a_late_agent(tmp_path: P
 
 
 def test_nor_by_a_late_launcher(tmp_path: Path) -> None:
-    launcher(tmp_path).end(launch().name)
+    launcher(tmp_path).kill(launch().name)
     late = launcher(tmp_path)
     late.start(launch(steps="3"))
-    assert late.find(launch().name).state is State.ABSENT
+    assert late.find(launch().name).state is AttemptState.ABSENT
     assert not RunDir(tmp_path / "runs" / JOB).attempt(1).agent_log.exists()
 
 
 def test_an_agent_whose_attempt_has_a_successor_starts_nothing(tmp_path: Path) -> None:
     """The successor has ended meanwhile, so that no lock is held any more: the numbers still say who is late."""
     assert agent(tmp_path, 2) == 0
-    assert agent(tmp_path, 1) == EX_REFUSED
+    assert agent(tmp_path, 1) == EXIT_REFUSED
     first = RunDir(tmp_path / "runs" / JOB).attempt(1)
     assert not first.outbox.exists()
     assert agent(tmp_path, 3) == 0
@@ -80,7 +82,7 @@ def test_an_agent_without_a_readable_spec_says_so_and_counts_as_a_failed_launch(
     run.attempt(1).spec.write_text("{")
     environment = {**os.environ, MARKER: f"{JOB}/1"}
     done = subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment, capture_output=True, text=True)
-    assert done.returncode == EX_REFUSED
+    assert done.returncode == EXIT_REFUSED
     found = launcher(tmp_path).find(launch().name)
     assert found.report is not None
     assert found.report.reason is Reason.LAUNCH_FAILED
@@ -93,8 +95,8 @@ def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
     run.attempt(1).path.mkdir(parents=True)
     run.attempt(1).spec.write_text('{"resources": {"nproc_per_node": 1}, "labels": {"steps": "100000"}}')
     environment = {**os.environ, MARKER: f"{JOB}/1"}
-    assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EX_REFUSED
-    until(lambda: marked(f"{JOB}/1") == [], 5)
+    assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EXIT_REFUSED
+    until(lambda: find_by_marker(f"{JOB}/1") == [], 5)
     found = launcher(tmp_path).find(launch().name)
     assert found.report is not None
     assert found.report.reason is Reason.LAUNCH_FAILED
@@ -103,8 +105,8 @@ def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
 def test_an_agent_that_died_before_it_began_is_a_failed_launch(tmp_path: Path) -> None:
     broken = LocalLauncher(tmp_path, tmp_path / "cache", agent=("/bin/sh", "-c", "echo no torch here >&2; exit 1"))
     broken.start(launch())
-    until(lambda: not marked(f"{JOB}/1"), 5)
-    broken.end(launch().name)
+    until(lambda: not find_by_marker(f"{JOB}/1"), 5)
+    broken.kill(launch().name)
     found = broken.find(launch().name)
     assert found.report is not None
     assert (found.report.outcome, found.report.reason) == ("crashed", Reason.LAUNCH_FAILED)
@@ -113,62 +115,55 @@ def test_an_agent_that_died_before_it_began_is_a_failed_launch(tmp_path: Path) -
     assert found.report.error.traceback == "no torch here\n"
 
 
-class Troubled:
-    """A supervisor on a disk that fails as often as a test says."""
-
-    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        attempt = RunDir(tmp_path).attempt(1)
-        attempt.path.mkdir()
-        attempt.spec.write_text(launch(steps="3").spec.model_dump_json())
-        torchrun = subprocess.Popen(["/bin/sleep", "100"])
-        self.supervisor = Supervisor.of(attempt, Children(torchrun))
-        self.failures = 0
-        self.monkeypatch = monkeypatch
-
-    def break_(self, what: str) -> None:
-        intact: Callable[..., Any] = getattr(AttemptDir, what).fget if what == "stop" else getattr(AttemptDir, what)
-
-        def broken(attempt: AttemptDir) -> Any:
-            self.failures += 1
-            if self.failures < 4:
-                raise OSError(28, "No space left on device")
-            return intact(attempt)
-
-        self.monkeypatch.setattr(AttemptDir, what, property(broken) if what == "stop" else broken)
-
-    def close(self) -> None:
-        self.supervisor.children.end()
+def supervise(tmp_path: Path, fails: str) -> dict[str, Any]:
+    """What `failing_disk` reports of a supervisor whose disk fails three times."""
+    attempt = RunDir(tmp_path).attempt(1)
+    attempt.path.mkdir()
+    attempt.spec.write_text(launch(steps="3").spec.model_dump_json())
+    command = [sys.executable, "-m", "tests.faults.failing_disk", str(attempt.path), fails]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True, timeout=60
+    )
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
-def test_a_disk_in_trouble_does_not_end_a_good_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    troubled = Troubled(tmp_path, monkeypatch)
-    troubled.break_("read_step")
-    assert all(troubled.supervisor.goes_on(now) for now in (0.0, 0.1, 0.2, 0.3))
-    assert troubled.failures == 4
-    assert capsys.readouterr().out.count("No space left on device; training goes on") == 1
-    assert troubled.supervisor.children.torchrun.poll() is None
-    troubled.close()
+def test_a_disk_in_trouble_does_not_end_a_good_run(tmp_path: Path) -> None:
+    report = supervise(tmp_path, "read_step")
+    assert report["running"] == [True] * 4
+    assert report["calls"] == 4
+    assert report["printed"].count("No space left on device; training goes on") == 1
+    assert report["status"] is None
+    assert report["ended"] is True
 
 
-def test_a_wish_to_stop_that_cannot_be_written_is_a_sigterm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    troubled = Troubled(tmp_path, monkeypatch)
-    monkeypatch.setattr("worker.agent.children.descendants", lambda _: [ProcessOf(troubled)])
-    troubled.break_("stop")
-    troubled.supervisor.shipper.desired = Desired.PAUSE
-    assert troubled.supervisor.goes_on(0.0)
-    until(lambda: troubled.supervisor.children.torchrun.poll() == -15, 5)
-    assert troubled.supervisor.asked_at == 0.0
+def test_a_wish_to_stop_that_cannot_be_written_is_a_sigterm(tmp_path: Path) -> None:
+    report = supervise(tmp_path, "stop")
+    assert report["running"] == [True]
+    assert report["status"] == -15
+    assert report["asked_at"] == 0.0
     assert Timeouts().stop == 120.0
 
 
-class ProcessOf:
-    """The supervisor's torchrun alone: this test's own process has other children."""
+def test_only_what_is_below_the_ancestor_is_ended(sleep: "subprocess.Popen[bytes]") -> None:
+    """The caller's other children live on, and their exit codes are still there for whoever waits for them."""
+    shell = ["/bin/sh", "-c", "sleep 100 & sleep 100 & echo started; wait"]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE) as ancestor, subprocess.Popen(["/bin/true"]) as torchrun:
+        assert ancestor.stdout is not None
+        ancestor.stdout.readline()
+        children = ProcessTree(torchrun, ancestor=ancestor.pid)
+        assert len(children.alive()) == 2
+        assert children.kill()
+        assert children.alive() == []
+        assert children.orphans == {}
+        assert ancestor.wait(10) == 0
+    assert sleep.poll() is None
+    sleep.terminate()
+    assert sleep.wait(10) == -signal.SIGTERM
 
-    def __init__(self, troubled: Troubled) -> None:
-        self.process = troubled.supervisor.children.torchrun
 
-    def send(self, signum: int) -> bool:
-        self.process.send_signal(signum)
-        return True
+@pytest.fixture
+def sleep() -> Iterator["subprocess.Popen[bytes]"]:
+    with subprocess.Popen(["/bin/sleep", "100"]) as process:
+        yield process
+        process.kill()

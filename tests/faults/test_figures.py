@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from contract.processes import ProcessIdentity
-from contract.rundir import AttemptDir
-from tests import soak
+from tests import soak_report
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, until
+from tests.faults.service_home import Home, until
 from tests.faults.test_kills import gloo_spec
 from tests.faults.test_time import slowness
-from tests.soak import Account
-from worker.checkpoint import find_damage
+from tests.soak_report import SoakReport
+from trainyard.contract.processes import ProcessIdentity
+from trainyard.contract.rundir import AttemptDir
+from trainyard.worker.checkpoint.files import verify
 
 NOTICED_SECONDS = 2.0
 TRAINING_SECONDS = 15.0
@@ -61,7 +61,7 @@ def gone(processes: list[ProcessIdentity]) -> Callable[[], bool]:
 @pytest.fixture
 def run(make_home: MakeHome) -> Run:
     home = make_home(slots=2, scale=1.0, real_ranks=True)
-    home.damage = find_damage
+    home.damage = verify
     write_docstrings(home.path / "docstrings.jsonl", 400)
     home.start()
     return Run(home, home.path / "docstrings.jsonl")
@@ -69,10 +69,10 @@ def run(make_home: MakeHome) -> Run:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_dead_rank(run: Run, account: Account) -> None:
+def test_a_dead_rank(run: Run, account: SoakReport) -> None:
     """From the SIGKILL of a rank to the report, to the end of its peers, to the first step of the next attempt."""
     number = 1
-    for _ in range(int(soak.chosen("RANK_DEATHS", 3))):
+    for _ in range(int(soak_report.chosen("RANK_DEATHS", 3))):
         run.trains(number, (run.attempt(number).read_step() or 0) + 8)
         noticed, again, loading = death(run, account, number)
         assert noticed < NOTICED_SECONDS * slowness()
@@ -82,11 +82,11 @@ def test_a_dead_rank(run: Run, account: Account) -> None:
         run.home.wait(run.job_id, "paused")
         run.home.post(f"/jobs/{run.job_id}/resume")
         number += 2
-    account.held.append("noticed within 2 s, training again within 15 s plus the time to load")
+    account.invariants.append("noticed within 2 s, training again within 15 s plus the time to load")
     run.end()
 
 
-def death(run: Run, account: Account, number: int) -> tuple[float, float, float]:
+def death(run: Run, account: SoakReport, number: int) -> tuple[float, float, float]:
     """Seconds until nothing of the attempt lives, until the next one trains, and how long that one loads."""
     ranks = run.home.named(run.job_id, "rank")
     began = time.monotonic()
@@ -102,20 +102,20 @@ def death(run: Run, account: Account, number: int) -> tuple[float, float, float]
     again, loading = time.monotonic() - began, time.monotonic() - launched
     account.figure("a rank is killed -> training again, s", again)
     account.figure("of which the next attempt loads, s", loading)
-    account.injected["rank killed"] += 1
+    account.faults["rank killed"] += 1
     return noticed, again, loading
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_orphaned_ranks(run: Run, account: Account) -> None:
+def test_orphaned_ranks(run: Run, account: SoakReport) -> None:
     """torchrun killed: its ranks would train for ever. The agent ends them."""
     run.trains(1, 5)
     ranks, torchrun = run.home.named(run.job_id, "rank"), run.home.named(run.job_id, "torchrun")[0]
     torchrun.send(signal.SIGKILL)
     took = seconds_until(gone(ranks), "no orphan")
-    account.injected["torchrun killed"] += 1
+    account.faults["torchrun killed"] += 1
     account.figure("torchrun is killed -> no orphan, s", took)
-    account.held.append("an orphaned rank is ended within 1 s")
+    account.invariants.append("an orphaned rank is ended within 1 s")
     assert took < ORPHAN_SECONDS * slowness()
     run.end()

@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from tests import soak
+from tests import soak_report
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home
+from tests.faults.fake_ranks import damage
 from tests.faults.invariants import Sampler, check_weights
-from tests.faults.killing import Killer
-from tests.faults.ranks import damage
-from tests.soak import Account
-from worker.checkpoint import find_damage
+from tests.faults.killer import Killer
+from tests.faults.service_home import Home
+from tests.soak_report import SoakReport
+from trainyard.worker.checkpoint.files import verify
 
 FAKE_STEPS = 40
 GLOO_STEPS = 40
 
 
-def fake_kills(make_home: MakeHome, account: Account, seed: int, kills: int, seconds: float) -> None:
+def fake_kills(make_home: MakeHome, account: SoakReport, seed: int, kills: int, seconds: float) -> None:
     home = make_home(slots=4, scale=0.02)
 
     def submit() -> str:
@@ -38,14 +38,20 @@ def fake_kills(make_home: MakeHome, account: Account, seed: int, kills: int, sec
         killer.tell(account, sampler)
 
 
-def test_a_few_kills_of_fake_ranks(make_home: MakeHome, account: Account) -> None:
+def test_a_few_kills_of_fake_ranks(make_home: MakeHome, account: SoakReport) -> None:
     fake_kills(make_home, account, seed=7, kills=6, seconds=60)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_thousands_of_kills_of_fake_ranks(make_home: MakeHome, account: Account) -> None:
-    fake_kills(make_home, account, soak.seed(), int(soak.chosen("KILLS", 2000)), soak.chosen("SECONDS", 3600))
+def test_thousands_of_kills_of_fake_ranks(make_home: MakeHome, account: SoakReport) -> None:
+    fake_kills(
+        make_home,
+        account,
+        soak_report.seed(),
+        int(soak_report.chosen("KILLS", 2000)),
+        soak_report.chosen("SECONDS", 3600),
+    )
 
 
 def gloo_spec(corpus: Path) -> dict[str, Any]:
@@ -66,9 +72,9 @@ def final_weights(home: Home, job_id: str) -> tuple[str, bytes]:
     return str(newest["sha256"]), (home.run(job_id).path / "out" / "pretrain_64.pth").read_bytes()
 
 
-def gloo_kills(make_home: MakeHome, account: Account, seed: int, kills: int, seconds: float) -> None:
+def gloo_kills(make_home: MakeHome, account: SoakReport, seed: int, kills: int, seconds: float) -> None:
     home = make_home(slots=2, scale=0.02, real_ranks=True)
-    home.damage = find_damage
+    home.damage = verify
     corpus = home.path / "docstrings.jsonl"
     write_docstrings(corpus, 400)
 
@@ -81,7 +87,7 @@ def gloo_kills(make_home: MakeHome, account: Account, seed: int, kills: int, sec
     untouched = submit()
     home.wait(untouched, "succeeded", seconds=120)
     home.kill()
-    killer = Killer(home, submit, seed, 1, 12.0, find_damage)
+    killer = Killer(home, submit, seed, 1, 12.0, verify)
     with Sampler(home) as sampler:
         killer.run(kills, seconds, sampler)
         for job in killer.jobs:
@@ -96,5 +102,11 @@ def losses(home: Home, job_id: str) -> list[float]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_hundreds_of_kills_of_gloo_ranks(make_home: MakeHome, account: Account) -> None:
-    gloo_kills(make_home, account, soak.seed(), int(soak.chosen("KILLS", 200)), soak.chosen("SECONDS", 7200))
+def test_hundreds_of_kills_of_gloo_ranks(make_home: MakeHome, account: SoakReport) -> None:
+    gloo_kills(
+        make_home,
+        account,
+        soak_report.seed(),
+        int(soak_report.chosen("KILLS", 200)),
+        soak_report.chosen("SECONDS", 7200),
+    )

@@ -13,18 +13,23 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from contract.processes import ProcessIdentity
-from contract.rundir import read_json
-from service.db import Database
-from service.scheduler import lease as leasing
-from service.scheduler.lease import LEASE_SECONDS, RENEW_SECONDS, Deposed, Lease
-from service.tables import LeaderRow
-from tests import soak
+from tests import soak_report
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, Nursery, until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import Home, Nursery, until
 from tests.service.conftest import any_url, migrated_postgres, migrated_sqlite, postgres_url, sqlite_url
-from tests.soak import Account
+from tests.soak_report import SoakReport
+from trainyard.contract.processes import ProcessIdentity
+from trainyard.contract.rundir import read_json
+from trainyard.service import leadership as leasing
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import SchedulerLeaseRow
+from trainyard.service.leadership import (
+    LEASE_SECONDS,
+    RENEW_SECONDS,
+    LeaderLease,
+    LeadershipLost,
+)
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 
@@ -45,7 +50,7 @@ class Group:
     def __init__(self, url: str) -> None:
         self.database = Database(url)
         self.clocks = [Clock(), Clock(), Clock()]
-        self.leases = [Lease(self.database, clock) for clock in self.clocks]
+        self.leases = [LeaderLease(self.database, clock) for clock in self.clocks]
 
     def pass_time(self, seconds: float, *stopped: int) -> None:
         """Half a second at a time; those that are ``stopped`` do nothing, and their clocks go on as a host's does."""
@@ -60,7 +65,7 @@ class Group:
 
     def row(self) -> tuple[int, int, str | None]:
         with self.database.read() as session:
-            row = session.get(LeaderRow, 1)
+            row = session.get(SchedulerLeaseRow, 1)
             assert row is not None
             return row.epoch, row.beat, row.holder
 
@@ -86,7 +91,7 @@ def test_one_that_is_stopped_is_followed_by_another_and_its_late_write_is_refuse
     assert group.leading() in ([0, 1], [0, 2])
     assert not group.leases[0].fresh(), "it can know by its own clock that it slept"
     assert group.row()[0] == 2
-    with pytest.raises(Deposed), group.database.write() as session:
+    with pytest.raises(LeadershipLost), group.database.write() as session:
         group.leases[0].fence(session)
     group.pass_time(30)
     assert len(group.leading()) == 1
@@ -131,10 +136,10 @@ def test_a_leader_of_this_host_that_is_dead_is_not_waited_for(group: Group) -> N
     dead = {**me.to_json(), "pid": child.pid}
     for holder, taken in ((dead, True), ({**dead, "boot_id": "elsewhere"}, False), ({}, False)):
         with group.database.write() as session:
-            row = session.get(LeaderRow, 1)
+            row = session.get(SchedulerLeaseRow, 1)
             assert row is not None
             row.holder, row.epoch = json.dumps(holder), row.epoch + 1
-        assert Lease(group.database, group.clocks[1]).keep() is taken, holder
+        assert LeaderLease(group.database, group.clocks[1]).keep() is taken, holder
 
 
 def test_two_that_begin_together_are_one_leader(group: Group) -> None:
@@ -253,13 +258,13 @@ def test_a_leader_stopped_in_a_launch_and_woken_launches_nothing_twice(servers: 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
-def test_a_leader_stopped_at_each_line_of_a_launch(servers: list[Home], any_url: str, account: Account) -> None:
+def test_a_leader_stopped_at_each_line_of_a_launch(servers: list[Home], any_url: str, account: SoakReport) -> None:
     servers[0].wanted["lease_scale"] = 0.25
     lines = 0
     while launch_by_a_leader_that_sleeps(servers, lines + 1):
         lines += 1
-        account.injected["leader stopped at a line of a launch, and woken past its lease"] += 1
-    account.held.append(f"each of the {lines} lines: nothing launched twice, no late write")
+        account.faults["leader stopped at a line of a launch, and woken past its lease"] += 1
+    account.invariants.append(f"each of the {lines} lines: nothing launched twice, no late write")
     assert lines > 40
 
 
@@ -287,14 +292,14 @@ def test_who_is_deposed_says_so_and_writes_nothing(group: Group, caplog: pytest.
     assert "epoch 1" in caplog.text
     group.leases[1].epoch = 0
     for lease in group.leases[1:]:
-        with pytest.raises(Deposed):
+        with pytest.raises(LeadershipLost):
             write_late(group, lease)
     assert group.row()[1] == 1
 
 
-def write_late(group: Group, lease: Lease) -> None:
+def write_late(group: Group, lease: LeaderLease) -> None:
     with group.database.write() as session:
-        row = session.get(LeaderRow, 1)
+        row = session.get(SchedulerLeaseRow, 1)
         assert row is not None
         row.beat = 12345
         session.flush()
@@ -306,7 +311,7 @@ def leading(url: str) -> tuple[int, int]:
     database = Database(url)
     try:
         with database.read() as session:
-            row = session.get(LeaderRow, 1)
+            row = session.get(SchedulerLeaseRow, 1)
             assert row is not None
             return int(json.loads(row.holder)["pid"]) if row.holder else 0, row.epoch
     finally:
@@ -326,7 +331,7 @@ def followed(url: str, pid: int, epoch: int) -> Callable[[], bool]:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
-def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url: str, account: Account) -> None:
+def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url: str, account: SoakReport) -> None:
     for server in servers:
         server.wanted["lease_scale"] = 0.25
     start_all(servers)
@@ -334,7 +339,7 @@ def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url:
     until(lambda: len(addresses(first)) == 3)
     steady = first.submit(steps="6000", ranks="1")
     done = []
-    for _ in range(int(soak.chosen("LEADERS", 20))):
+    for _ in range(int(soak_report.chosen("LEADERS", 20))):
         pid, epoch = leading(any_url)
         (leader,) = [server for server in servers if server.service is not None and server.service.pid == pid]
         leader.signal(signal.SIGSTOP)
@@ -345,11 +350,11 @@ def test_leaders_stopped_and_woken_again_and_again(servers: list[Home], any_url:
         done.append(first.submit(steps="10", ranks="1"))
         first.wait(done[-1], "succeeded")
         leader.signal(signal.SIGCONT)
-        account.injected["leader stopped past its lease and woken"] += 1
+        account.faults["leader stopped past its lease and woken"] += 1
     assert first.job(steady)["attempt"] == 1, "no run was disturbed"
     for job_id in done:
         assert first.job(job_id)["attempt"] == 1
         check_weights(first, job_id, 10)
     first.post(f"/jobs/{steady}/kill")
     first.wait(steady, "cancelled")
-    account.held.append(f"{len(done)} jobs launched once each, one running all the while was not touched")
+    account.invariants.append(f"{len(done)} jobs launched once each, one running all the while was not touched")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home
+from tests.faults.service_home import Home
 
 
 def spec(home: Home, corpus: Path, save_dir: Path, steps: int) -> dict[str, object]:

@@ -19,10 +19,10 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests import soak
+from tests import soak_report
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, until
-from tests.soak import Account
+from tests.faults.service_home import Home, until
+from tests.soak_report import SoakReport
 
 SUBMITTERS = 4
 STEPS = 10
@@ -124,7 +124,9 @@ class Users:
         return answer
 
 
-def outages(postgres: Postgres, users: Users, dice: random.Random, account: Account, pace: float, least: int) -> None:
+def outages(
+    postgres: Postgres, users: Users, dice: random.Random, account: SoakReport, pace: float, least: int
+) -> None:
     """Away for 0 to 5 s after 5 to 20 s, at ``pace`` 1, until all were submitted, and ``least`` times."""
     done = 0
     while done < least or users.left:
@@ -136,12 +138,12 @@ def outages(postgres: Postgres, users: Users, dice: random.Random, account: Acco
         postgres.start()
         until(lambda: users.home.client.get(users.home.url + "/ready").status_code == 200, 60, "ready again")
         account.figure("Postgres is started -> ready, s", time.monotonic() - began)
-        account.injected[f"Postgres stopped ({mode})"] += 1
+        account.faults[f"Postgres stopped ({mode})"] += 1
         done += 1
 
 
 def away_and_back(
-    postgres: Postgres, make_home: MakeHome, account: Account, seed: int, jobs: int, pace: float, least: int
+    postgres: Postgres, make_home: MakeHome, account: SoakReport, seed: int, jobs: int, pace: float, least: int
 ) -> None:
     dice = random.Random(seed)
     print(f"seed {seed}")
@@ -155,8 +157,8 @@ def away_and_back(
     assert users.wrong == [], users.wrong[:5]
     assert len(set(users.jobs.values())) == jobs, "each key made a job of its own"
     check(home, users)
-    account.injected["request answered 503"] += users.refused[503]
-    account.held.append(f"{jobs:,} jobs, each of them once and with every point; nothing but 503 and Retry-After")
+    account.faults["request answered 503"] += users.refused[503]
+    account.invariants.append(f"{jobs:,} jobs, each of them once and with every point; nothing but 503 and Retry-After")
 
 
 def finished(home: Home, jobs: int) -> bool:
@@ -172,11 +174,13 @@ def check(home: Home, users: Users) -> None:
         assert [row["step"] for row in home.metrics(job_id)] == list(range(1, STEPS + 1))
 
 
-def test_postgres_goes_away_a_few_times(postgres: Postgres, make_home: MakeHome, account: Account) -> None:
+def test_postgres_goes_away_a_few_times(postgres: Postgres, make_home: MakeHome, account: SoakReport) -> None:
     away_and_back(postgres, make_home, account, seed=3, jobs=5, pace=0.1, least=2)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_postgres_goes_away_under_a_thousand_jobs(postgres: Postgres, make_home: MakeHome, account: Account) -> None:
-    away_and_back(postgres, make_home, account, soak.seed(), jobs=int(soak.chosen("JOBS", 1000)), pace=1.0, least=20)
+def test_postgres_goes_away_under_a_thousand_jobs(postgres: Postgres, make_home: MakeHome, account: SoakReport) -> None:
+    away_and_back(
+        postgres, make_home, account, soak_report.seed(), jobs=int(soak_report.chosen("JOBS", 1000)), pace=1.0, least=20
+    )

@@ -14,11 +14,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from contract.processes import ProcessIdentity
-from contract.rundir import read_json
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import Home, until
+from trainyard.contract.processes import ProcessIdentity
+from trainyard.contract.rundir import read_json
 
 
 def soak(*values: Any) -> Any:

@@ -9,79 +9,48 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import CodeType
 
 import pytest
 import torch
 
-from contract.identity import Identity
-from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
-from service.checkpoints import files
-from service.errors import FileNotInCheckpoint, StepUnavailable
-from service.forks import links
-from tests.faults.program import at_line
-from worker import checkpoint, milestones, resume, retention, tensorfile
-from worker.checkpoint import RunState
+from tests.faults.tracing import at_line
+from trainyard.contract.failpoints import marked_code
+from trainyard.contract.run_identity import RunIdentity
+from trainyard.contract.rundir import ArtifactDir, RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.service.errors import FileNotInCheckpoint, StepUnavailable
+from trainyard.service.storage import checkpoint_files, share
+from trainyard.worker.checkpoint import files as checkpoint
+from trainyard.worker.checkpoint import resume, retention
+from trainyard.worker.checkpoint.files import RunState
 
-IDENTITY = Identity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
+IDENTITY = RunIdentity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
 MOST_LINES = 400
 SHORT = 25
 """Of so many lines one, where not all are tried."""
 
-Fate = Callable[[ProductDir], None]
+Fate = Callable[[ArtifactDir], None]
 
 
-def codes_of(*functions: Callable[..., object]) -> set[CodeType]:
-    return {function.__code__ for function in functions}
-
-
-TAKING_OVER = codes_of(
-    resume._of_earlier_job,
-    resume._newest_first,
-    resume._written_at,
-    resume._taken_over,
-    resume._objection,
-    milestones.link,
-    checkpoint.find_damage,
-    checkpoint.manifest_of,
-    checkpoint.read_state,
-    checkpoint.load,
-    tensorfile.sha256_of,
-    ProductDir.published,
-    ProductDir._directories,
-)
-SHARING = codes_of(
-    links.share,
-    links._share_file,
-    files.manifest_of,
-    files._manifest_in,
-    files._opened_in,
-    files.looks_sound,
-    files.opened,
-)
-OPENING = codes_of(files.open_listed, files._manifest_in, files._opened_in)
-
-
-def save(products: ProductDir, step: int, mark: float) -> None:
+def save(products: ArtifactDir, step: int, mark: float) -> None:
     """A checkpoint in which everything says ``mark``."""
     state = RunState(step=step, tokens=0, rows_per_step=4, world_size=1, identity=IDENTITY, loss=mark)
     weights = {"weight": torch.full((2, 2), mark), "bias": torch.full((2,), mark)}
     moments = {f"{kind}.{name}": tensor for kind in ("exp_avg", "exp_avg_sq") for name, tensor in weights.items()}
     steps = {f"step.{name}": torch.tensor(mark) for name in weights}
-    checkpoint.publish(products, state, weights, {**moments, **steps})
+    checkpoint.write_checkpoint(products, state, weights, {**moments, **steps})
 
 
-def newest_goes(products: ProductDir) -> None:
+def newest_goes(products: ArtifactDir) -> None:
     retention.remove(products.checkpoint(20))
 
 
-def all_go(products: ProductDir) -> None:
+def all_go(products: ArtifactDir) -> None:
     for _, path in products.published():
         retention.remove(path)
 
 
-def another_stands_there(products: ProductDir) -> None:
+def another_stands_there(products: ArtifactDir) -> None:
     newest_goes(products)
     save(products, 20, 3.0)
 
@@ -89,27 +58,25 @@ def another_stands_there(products: ProductDir) -> None:
 FATES = {"the newest goes": newest_goes, "all go": all_go, "another stands there": another_stands_there}
 
 
-def job(path: Path) -> ProductDir:
+def job(path: Path) -> ArtifactDir:
     """A job with two checkpoints."""
-    products = ProductDir(path)
+    products = ArtifactDir(path)
     save(products, 10, 1.0)
     save(products, 20, 2.0)
     return products
 
 
-def at_each_line(
-    codes: set[CodeType], every: int, path: Path, fate: Fate, load: Callable[[ProductDir, Path], None]
-) -> int:
+def at_each_line(area: str, every: int, path: Path, fate: Fate, load: Callable[[ArtifactDir, Path], None]) -> int:
     """``load(job, place of its own)`` again and again, ``fate`` at one line after the other; how many there are."""
     for line in range(1, MOST_LINES, every):
         products, reached = job(path / f"job-{line}" / "theirs"), list[str]()
 
-        def strike(where: str, products: ProductDir = products, reached: list[str] = reached) -> None:
+        def strike(where: str, products: ArtifactDir = products, reached: list[str] = reached) -> None:
             sys.settrace(None)
             reached.append(where)
             fate(products)
 
-        sys.settrace(at_line(codes, line, strike))
+        sys.settrace(at_line(marked_code(area), line, strike))
         try:
             load(products, products.path.with_name("mine"))
         except Exception as error:
@@ -125,7 +92,7 @@ def loaded(place: Path) -> float:
     """What all of a checkpoint says."""
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    state = checkpoint.load(place, model, optimizer)
+    state = checkpoint.load_checkpoint(place, model, optimizer)
     tensors = [*model.parameters(), *(tensor for moments in optimizer.state.values() for tensor in moments.values())]
     assert len(tensors) == 2 + 2 * 3
     said = {state.loss, *(float(x) for tensor in tensors for x in tensor.detach().flatten())}
@@ -133,15 +100,15 @@ def loaded(place: Path) -> float:
     return float(said.pop() or 0.0)
 
 
-def start(mine: Path) -> resume.Start | None:
+def start(mine: Path) -> resume.ResumePoint | None:
     run = RunDir(mine)
     run.path.mkdir(exist_ok=True)
     described = {"data": {"data_path": "/x"}, "checkpoint": {"from_resume": True}}
     spec = JobSpec.model_validate_json(json.dumps(described))
-    return resume.find_start(spec, run, run.products(None), IDENTITY, lambda _: 100, lambda _: None)
+    return resume.find_resume_point(spec, run, run.artifacts(None), IDENTITY, lambda _: 100, lambda _: None)
 
 
-def goes_on_from(products: ProductDir, mine: Path) -> None:
+def goes_on_from(products: ArtifactDir, mine: Path) -> None:
     """Two ranks, one after the other, load the same thing, whatever became of the checkpoint meanwhile."""
     begin = start(mine)
     if begin is None:
@@ -152,21 +119,21 @@ def goes_on_from(products: ProductDir, mine: Path) -> None:
     assert first in (1.0, 2.0, 3.0)
 
 
-def shares(products: ProductDir, mine: Path) -> None:
+def shares(products: ArtifactDir, mine: Path) -> None:
     """A fork's or an export's share: whole, or refused."""
     target = mine / "origin"
     try:
-        links.share(products.checkpoint(20), target)
+        share.link_checkpoint(products.checkpoint(20), target)
     except StepUnavailable:
         return
-    assert checkpoint.find_damage(target) is None
+    assert checkpoint.verify(target) is None
     assert loaded(target) in (2.0, 3.0)
 
 
-def downloads(products: ProductDir, _: Path) -> None:
+def downloads(products: ArtifactDir, _: Path) -> None:
     """All of one file, under its own digest; or it is not there."""
     try:
-        file, sha256 = files.open_listed(products.checkpoint(20), "model.safetensors")
+        file, sha256 = checkpoint_files.open_listed(products.checkpoint(20), "model.safetensors")
     except FileNotInCheckpoint:
         return
     with file:
@@ -174,23 +141,23 @@ def downloads(products: ProductDir, _: Path) -> None:
 
 
 LOADS = {
-    "another job": (TAKING_OVER, goes_on_from, 60),
-    "a fork or an export": (SHARING, shares, 40),
-    "a download": (OPENING, downloads, 15),
+    "another job": ("resume", goes_on_from, 60),
+    "a fork or an export": ("share", shares, 40),
+    "a download": ("download", downloads, 15),
 }
 
 
 @pytest.mark.parametrize("who", LOADS)
 def test_what_is_taken_up_is_whole_whenever_retention_strikes(who: str, tmp_path: Path) -> None:
-    codes, load, least = LOADS[who]
-    assert at_each_line(codes, SHORT, tmp_path, another_stands_there, load) > least
+    area, load, least = LOADS[who]
+    assert at_each_line(area, SHORT, tmp_path, another_stands_there, load) > least
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("fate", FATES)
 @pytest.mark.parametrize("who", LOADS)
 def test_at_each_line(who: str, fate: str, tmp_path: Path) -> None:
-    codes, load, least = LOADS[who]
-    lines = at_each_line(codes, 1, tmp_path, FATES[fate], load)
+    area, load, least = LOADS[who]
+    lines = at_each_line(area, 1, tmp_path, FATES[fate], load)
     print(f"{who}, {fate}: {lines} lines")
     assert lines > least

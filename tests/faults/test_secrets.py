@@ -15,12 +15,12 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import make_url
 
-from contract.processes import all_pids
-from service.access.scopes import ATTEMPT, NEEDS, OPEN
-from service.db import Database
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, environment_of, until
+from tests.faults.service_home import Home, environment_of, until
 from tests.service.conftest import any_url, migrated_postgres, migrated_sqlite, postgres_url, sqlite_url
+from tests.service.needs import ATTEMPT, NEEDS, OPEN
+from trainyard.contract.processes import all_pids
+from trainyard.service.db.engine import Database
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 

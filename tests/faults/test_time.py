@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from contract.rundir import read_json
-from tests import soak
+from tests import soak_report
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, until
 from tests.faults.invariants import check_weights
-from tests.soak import Account
+from tests.faults.service_home import Home, until
+from tests.soak_report import SoakReport
+from trainyard.contract.rundir import read_json
 
-STUB = [sys.executable, "-S", str(Path(__file__).with_name("stub.py"))]
+STUB = [sys.executable, "-S", str(Path(__file__).with_name("idle_agent.py"))]
 
 
 @pytest.mark.parametrize("hours", [1, pytest.param(-1, marks=pytest.mark.soak)])
@@ -61,7 +61,7 @@ def test_a_server_that_slept_kills_nobody(make_home: MakeHome, seconds: float) -
 @pytest.mark.parametrize(
     ("count", "most"), [(12, 5.0), pytest.param(100, 5.0, marks=[pytest.mark.soak, pytest.mark.timeout(600)])]
 )
-def test_running_attempts_are_found_again(make_home: MakeHome, account: Account, count: int, most: float) -> None:
+def test_running_attempts_are_found_again(make_home: MakeHome, account: SoakReport, count: int, most: float) -> None:
     home = make_home(slots=count + 1, agent=STUB)
     home.start()
     jobs = [home.submit(ranks="1") for _ in range(count)]
@@ -75,9 +75,9 @@ def test_running_attempts_are_found_again(make_home: MakeHome, account: Account,
     late = home.submit(ranks="1")
     until(lambda: home.job(late)["status"] != "queued", 60)
     took = time.monotonic() - began
-    account.injected["running attempt found again after a kill of the server"] += count
+    account.faults["running attempt found again after a kill of the server"] += count
     account.figure(f"{count} attempts found again, s", took)
-    account.held.append("none was restarted, every agent is the one of before")
+    account.invariants.append("none was restarted, every agent is the one of before")
     now = {member.job: member.process for member in home.processes() if member.job != late}
     assert now == agents
     assert {home.job(job_id)["attempt"] for job_id in jobs} == {1}
@@ -108,13 +108,13 @@ def race(home: Home, seed: int) -> str:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_a_thousand_finishes_against_cancel(make_home: MakeHome, account: Account) -> None:
+def test_a_thousand_finishes_against_cancel(make_home: MakeHome, account: SoakReport) -> None:
     home = make_home(slots=4)
     home.start()
-    first = soak.seed()
-    seeds = range(first, first + int(soak.chosen("RACES", 1000)))
+    first = soak_report.seed()
+    seeds = range(first, first + int(soak_report.chosen("RACES", 1000)))
     with ThreadPoolExecutor(4) as pool:
         ends = Counter(pool.map(lambda seed: race(home, seed), seeds))
-    account.injected.update({f"finish against cancel: {end}": count for end, count in ends.items()})
-    account.held.append("one truth: succeeded exactly where rank 0 had said completed")
+    account.faults.update({f"finish against cancel: {end}": count for end, count in ends.items()})
+    account.invariants.append("one truth: succeeded exactly where rank 0 had said completed")
     assert len(ends) > 1, "always the same one was first"

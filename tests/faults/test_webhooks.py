@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, until
+from tests.faults.service_home import Home, until
 from tests.service.receiver import Got, Receiver, receiving, status, verified
-from tests.soak import Account, chosen, seed
+from tests.soak_report import SoakReport, chosen, seed
 
 EVENTS = ("created", "status", "checkpoint", "warning")
 
@@ -27,7 +27,7 @@ def happened(home: Home, job_id: str) -> list[str]:
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_a_server_killed_while_it_sends(account: Account, make_home: MakeHome) -> None:
+def test_a_server_killed_while_it_sends(account: SoakReport, make_home: MakeHome) -> None:
     chance, kills = random.Random(seed()), int(chosen("WEBHOOK_KILLS", 10))
     home = make_home(slots=2)
     home.environment["TRAINYARD_WEBHOOK_NETWORKS"] = "127.0.0.0/8"
@@ -40,7 +40,7 @@ def test_a_server_killed_while_it_sends(account: Account, make_home: MakeHome) -
             jobs += [home.submit(ranks="1", steps="12", pace="0.02") for _ in range(2)]
             time.sleep(chance.uniform(0.0, 2.0))
             home.kill()
-            account.injected["server killed"] += 1
+            account.faults["server killed"] += 1
             receiver.hold.set()
             home.start()
         receiver.answer = status(204)
@@ -51,9 +51,9 @@ def test_a_server_killed_while_it_sends(account: Account, make_home: MakeHome) -
         got = list(receiver.got)
     assert all(verified(secret, one) for one in got)
     assert len({(one.id, one.body) for one in got}) == len({one.id for one in got}), "again, but never otherwise"
-    account.injected["event"] += len({one.id for one in got})
-    account.injected["event sent more than once"] += len(got) - len({one.id for one in got})
-    account.held.append("each event of each job arrived, in the job's order, and again only to the byte")
+    account.faults["event"] += len({one.id for one in got})
+    account.faults["event sent more than once"] += len(got) - len({one.id for one in got})
+    account.invariants.append("each event of each job arrived, in the job's order, and again only to the byte")
 
 
 def require_told(home: Home, receiver: Receiver, job_id: str) -> None:

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.guides.blocks import DOCS, GUIDES, NOT_HERE, POSTGRES, Block, runnable
-from tests.guides.box import HOWS, Box
-from tests.guides.words import commands_in, misunderstood
+from tests.guides.code_blocks import DOCS, GUIDES, NOT_HERE, POSTGRES, Block, runnable
+from tests.guides.command_lines import commands_in, misunderstood
+from tests.guides.sandbox import HOWS, Box
 from tests.service.conftest import postgres_url as postgres_url
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def postgres(page: Path, libpq: Mapping[str, str]) -> Mapping[str, str]:
     if "createdb" not in next(block.text for block in runnable(page) if block.how == POSTGRES):
         subprocess.run(["createdb", "trainyard"], env={**libpq}, check=True)
         url = {"TRAINYARD_DATABASE_URL": "postgresql+psycopg:///trainyard"}
-        subprocess.run([sys.executable, "-m", "service.maintenance", "upgrade"], env={**libpq, **url}, check=True)
+        subprocess.run([sys.executable, "-m", "trainyard.service.db.cli", "upgrade"], env={**libpq, **url}, check=True)
     return libpq
 
 

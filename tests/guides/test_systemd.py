@@ -3,9 +3,9 @@
 import re
 from configparser import RawConfigParser
 
-from service.settings import Settings
-from tests.guides.blocks import DOCS, blocks
-from tests.guides.words import misunderstood
+from tests.guides.code_blocks import DOCS, blocks
+from tests.guides.command_lines import misunderstood
+from trainyard.service.settings import Settings
 
 
 class Unit(RawConfigParser):

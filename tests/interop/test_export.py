@@ -9,17 +9,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Library
 
-from contract.rundir import ProductDir, RunDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
-from model.decoder import Decoder
 from tests.interop.conftest import Make
-from worker import milestones
-from worker.export import NotExported, byte_library, find_source, main
-from worker.failure import Failure
-from worker.huggingface import NotExpressible, config_json, config_problems, split_experts
-from worker.tokenizers import load
-from worker.weights import start_from
+from trainyard.contract.rundir import ArtifactDir, RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.worker.checkpoint import retention
+from trainyard.worker.checkpoint.export import (
+    ExportError,
+    byte_library,
+    find_export_source,
+    main,
+)
+from trainyard.worker.checkpoint.huggingface import (
+    UnsupportedByHF,
+    config_json,
+    config_problems,
+    split_experts,
+)
+from trainyard.worker.checkpoint.weights import load_weights
+from trainyard.worker.data.tokenizers import load_tokenizer
+from trainyard.worker.errors import TrainingError
 
 IDS = {"bos_id": 1, "eos_id": 2, "pad_id": 0}
 EXPERTS: dict[str, Any] = {"use_moe": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -36,7 +46,7 @@ def spec_from(weights: Path, model: ModelConfig) -> JobSpec:
 
 def started(weights: Path, model: ModelConfig) -> Decoder:
     fresh = Decoder(model, torch.Generator().manual_seed(99))
-    start_from(fresh, spec_from(weights, model), ProductDir(weights.parent))
+    load_weights(fresh, spec_from(weights, model), ArtifactDir(weights.parent))
     return fresh.eval()
 
 
@@ -102,7 +112,7 @@ def test_a_run_starts_from_what_was_exported(make: Make, tmp_path: Path, shape: 
     assert export(run.path, tmp_path / "out") == 0
     assert same(started(tmp_path / "out", model.config), model)
     assert same(started(tmp_path / "out" / "model.safetensors", model.config), model)
-    assert same(started(run.products(None).checkpoint(3), model.config), model)
+    assert same(started(run.artifacts(None).checkpoint(3), model.config), model)
 
 
 @pytest.mark.parametrize(("shape", "name"), [({}, "pretrain_32.pth"), (EXPERTS, "pretrain_32_moe.pth")])
@@ -135,7 +145,7 @@ def test_experts_in_one_tensor_and_several_files_are_read(make: Make, tmp_path: 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     assert same(started(tmp_path, model.config), model)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../../secret"}}))
-    with pytest.raises(Failure, match="names no files of this directory"):
+    with pytest.raises(TrainingError, match="names no files of this directory"):
         started(tmp_path, model.config)
 
 
@@ -150,7 +160,7 @@ def test_what_no_shape_would_show_is_listed(make: Make, tmp_path: Path) -> None:
     }
     other = {**EXPERTS, "num_experts_per_tok": 3, "norm_topk_prob": False}
     wanted = ModelConfig(**shape, **other, rope_theta=1e4, rms_norm_eps=1e-5, vocab_size=259)
-    with pytest.raises(Failure) as refused:
+    with pytest.raises(TrainingError) as refused:
         started(tmp_path / "out", wanted)
     for expected in (
         "rms_norm_eps is 1e-06 and the model group has 1e-05",
@@ -160,7 +170,7 @@ def test_what_no_shape_would_show_is_listed(make: Make, tmp_path: Path) -> None:
     ):
         assert expected in str(refused.value)
     (tmp_path / "out" / "config.json").write_text("[]")
-    with pytest.raises(Failure, match="holds no JSON object"):
+    with pytest.raises(TrainingError, match="holds no JSON object"):
         started(tmp_path / "out", wanted)
 
 
@@ -187,7 +197,7 @@ def test_each_entry_of_a_config_is_compared() -> None:
 def test_a_model_without_query_norms_is_no_qwen3(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(NotExpressible):
+    with pytest.raises(UnsupportedByHF):
         config_json(ModelConfig(vocab_size=97, qk_norm=False), **IDS)
     run, _ = make(qk_norm=False)
     assert export(run.path, tmp_path / "out") == 1
@@ -199,19 +209,19 @@ def test_a_model_without_query_norms_is_no_qwen3(
 def test_the_newest_sound_checkpoint_is_taken_and_none_is_touched(make: Make, tmp_path: Path) -> None:
     run, _ = make(step=3)
     make(step=7)
-    assert find_source(run.path).state.step == 7
-    weights = run.products(None).checkpoint(7) / "model.safetensors"
+    assert find_export_source(run.path).state.step == 7
+    weights = run.artifacts(None).checkpoint(7) / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert find_source(run.path).state.step == 3
+    assert find_export_source(run.path).state.step == 3
     assert weights.exists()
-    with pytest.raises(NotExported, match=r"step-00000007 is damaged: model\.safetensors sha256"):
-        find_source(weights.parent)
-    milestone = milestones.keep_weights(run.products(None), 3, run.products(None).checkpoint(3)).path
-    assert find_source(milestone).path == milestone
-    with pytest.raises(NotExported, match="holds no sound one"):
-        find_source(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match=r"step-00000007 is damaged: model\.safetensors sha256"):
+        find_export_source(weights.parent)
+    milestone = retention.keep_weights(run.artifacts(None), 3, run.artifacts(None).checkpoint(3)).path
+    assert find_export_source(milestone).path == milestone
+    with pytest.raises(ExportError, match="holds no sound one"):
+        find_export_source(tmp_path / "nowhere")
 
 
 def test_an_export_replaces_nothing(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,7 +249,7 @@ def test_another_tokenizer_is_refused(
 
 
 def test_byte_is_written_as_the_library_has_it() -> None:
-    library, own = byte_library(), load("byte")
+    library, own = byte_library(), load_tokenizer("byte")
     assert library.get_vocab_size() == own.vocab_size
     text = "".join(map(chr, range(1, 0x250))) + "\u4e2d\U0001f600 two  spaces\n"
     (ids,) = own.encode_batch([text])
@@ -259,7 +269,7 @@ def test_a_trained_tokenizer_goes_along(make: Make, tmp_path: Path, tokenizer_di
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
     assert (
-        load(str(tmp_path / "out")).vocab_size
+        load_tokenizer(str(tmp_path / "out")).vocab_size
         == Library.from_file(str(tmp_path / "out/tokenizer.json")).get_vocab_size()
     )
 

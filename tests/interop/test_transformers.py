@@ -9,7 +9,7 @@ import torch
 
 from tests.interop.conftest import Make
 from tests.interop.test_export import EXPERTS, export, same, started
-from worker.tokenizers import load
+from trainyard.worker.data.tokenizers import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -45,7 +45,10 @@ def test_the_logits_and_the_greedy_text_are_the_same(
         assert logits is not None
         assert logits.std() > 0.1
         assert (theirs(ids).logits - logits).abs().max() < 1e-4
-    own, foreign = load(str(tokenizer_directory)), transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    own, foreign = (
+        load_tokenizer(str(tokenizer_directory)),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )
     assert (foreign.bos_token_id, foreign.eos_token_id, foreign.pad_token_id) == (1, 2, 0)
     prompt = "Return the number of items"
     assert foreign(prompt, add_special_tokens=False)["input_ids"] == own.encode_batch([prompt])[0].tolist()

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.decoder import Decoder
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
 
 SMALL: dict[str, Any] = {
     "vocab_size": 97,

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.config import ModelConfig
-from model.decoder import Cache, Choice, Decoder, additive, block_diagonal
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import (
+    Decoder,
+    KVCache,
+    SamplingParams,
+    additive,
+    block_diagonal,
+)
 
 MOE = {"use_moe": True, "moe_intermediate_size": 24}
 BOTH = pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "moe"])
@@ -278,7 +284,7 @@ def test_cached_greedy_equals_uncached_greedy(changes: dict[str, Any]) -> None:
 
 def test_cache_filled_in_parts_gives_the_same_logits() -> None:
     model, ids = small_decoder(), random_ids(2, 9)
-    cache = Cache.empty(model.config, 2, 9, model.lm_head.weight)
+    cache = KVCache.empty(model.config, 2, 9, model.lm_head.weight)
     with torch.no_grad():
         parts = [model(ids[:, part], cache=cache).logits for part in (slice(0, 4), slice(4, 8), slice(8, 9))]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, rtol=1e-4, atol=1e-5)
@@ -327,7 +333,7 @@ def test_sampling_follows_its_generator() -> None:
 def choices(temperature: float, top_p: float, top_k: int) -> dict[int, float]:
     """Shares of 4,000 draws from the probabilities 0.5, 0.3, 0.15, 0.05."""
     logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log().expand(4000, 4)
-    drawn = Choice(temperature, top_p, top_k, torch.Generator().manual_seed(7)).of(logits)
+    drawn = SamplingParams(temperature, top_p, top_k, torch.Generator().manual_seed(7)).sample(logits)
     return {token: number((drawn == token).float().mean()) for token in set(drawn.flatten().tolist())}
 
 

@@ -1,13 +1,22 @@
 """Each part against a plain reading of its formula."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.layers import Attention, FeedForward, Normed, Reach, RMSNorm, Rotary, compute_dtype
 from tests.model.shapes import number, small_config
+from trainyard.model.layers import (
+    Attention,
+    AttentionMask,
+    FeedForward,
+    RMSNorm,
+    RMSNormFunction,
+    RotaryTables,
+    compute_dtype,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -40,7 +49,8 @@ def test_gradient_of_the_norm_agrees_with_finite_differences() -> None:
         out: Tensor = x / (length.square() / 5 + 1e-6).sqrt() * weight
         return out
 
-    ours = torch.autograd.grad(Normed.apply(x.float(), weight.float(), 1e-6, torch.float32).square().sum(), (x, weight))  # type: ignore[no-untyped-call]
+    rms_norm: Callable[..., Tensor] = RMSNormFunction.apply
+    ours = torch.autograd.grad(rms_norm(x.float(), weight.float(), 1e-6, torch.float32).square().sum(), (x, weight))
     plain = torch.autograd.grad(normed(x, weight).square().sum(), (x, weight))
     for mine, theirs in zip(ours, plain, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -57,7 +67,7 @@ def test_rotary_turns_pairs_of_halves() -> None:
     D, theta = 8, 100.0
     positions = torch.tensor([[0, 1, 7]])
     x = drawn(1, 3, 2, D)
-    out = Rotary.at(positions, D, theta).rotate(x)
+    out = RotaryTables.at(positions, D, theta).rotate(x)
     for s, position in enumerate(positions[0].tolist()):
         for i in range(D // 2):
             angle = position * theta ** (-2 * i / D)
@@ -70,7 +80,7 @@ def test_rotary_products_depend_on_distance_alone() -> None:
     q, k = drawn(1, 1, 1, 16), drawn(1, 1, 1, 16, seed=1)
 
     def product(at_query: int, at_key: int) -> float:
-        turned = [Rotary.at(torch.tensor([[p]]), 16, 1e4).rotate(x) for p, x in ((at_query, q), (at_key, k))]
+        turned = [RotaryTables.at(torch.tensor([[p]]), 16, 1e4).rotate(x) for p, x in ((at_query, q), (at_key, k))]
         return number((turned[0] * turned[1]).sum())
 
     assert product(9, 4) == pytest.approx(product(105, 100), abs=1e-4)
@@ -81,7 +91,7 @@ def plain_attention(layer: Attention, x: Tensor, positions: Tensor, qk_norm: boo
     """Head by head and query by query."""
     B, S, _ = x.shape
     heads, groups, D = 4, 2, layer.head_dim
-    rotary = Rotary.at(positions, D, 1e6)
+    rotary = RotaryTables.at(positions, D, 1e6)
     q, k, v = (p(x).view(B, S, -1, D) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     if qk_norm:
         q, k = layer.q_norm(q), layer.k_norm(k)
@@ -104,7 +114,7 @@ def test_attention_is_its_formula(qk_norm: bool) -> None:
         parameter.data = drawn(*parameter.shape, seed=seed) * 0.3
     x, positions = drawn(2, 5, 32, seed=9), torch.arange(5)[None]
     with torch.no_grad():
-        out = layer(x, Rotary.at(positions, layer.head_dim, 1e6), Reach(None, causal=True))
+        out = layer(x, RotaryTables.at(positions, layer.head_dim, 1e6), AttentionMask(None, causal=True))
         torch.testing.assert_close(out, plain_attention(layer, x, positions, qk_norm), rtol=1e-4, atol=1e-5)
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import loss as loss_module
-from model.loss import cross_entropy_sum
 from tests.model.shapes import number
+from trainyard.model import loss as loss_module
+from trainyard.model.loss import cross_entropy_sum
 
 
 def inputs(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import moe
-from model.moe import MoE, Pieces, auxiliary_sum
-from model.product import product
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
+from trainyard.model import moe
+from trainyard.model.grouped_gemm import grouped_mm
+from trainyard.model.moe import MoE, Segments, auxiliary_sum
 
 
 def experts(**changes: Any) -> MoE:
@@ -103,8 +103,8 @@ def test_router_learns_from_the_language_loss() -> None:
         assert number(layer.gate.weight.grad.abs().max()) > 1e-4
 
 
-def pieces(labels: list[list[int]], segments: list[list[int]] | None = None) -> Pieces:
-    return Pieces.of(torch.tensor(labels), None if segments is None else torch.tensor(segments))
+def segments_of(labels: list[list[int]], segments: list[list[int]] | None = None) -> Segments:
+    return Segments.of(torch.tensor(labels), None if segments is None else torch.tensor(segments))
 
 
 def test_auxiliary_sum_by_hand() -> None:
@@ -112,34 +112,34 @@ def test_auxiliary_sum_by_hand() -> None:
     chosen = torch.tensor([[0], [0], [2], [2]])
     # One row of three predicting tokens: shares of the choices 2/3, 0, 1/3; times E = 3: 2, 0, 1.
     # Mean scores over the three: 1.3/3, 0.9/3, 0.8/3. Weighted by three tokens: 2 * 1.3 + 1 * 0.8.
-    total = auxiliary_sum(scores, chosen, pieces([[1, 1, 1, -100]]))
+    total = auxiliary_sum(scores, chosen, segments_of([[1, 1, 1, -100]]))
     assert number(total) == pytest.approx(2 * 1.3 + 0.8)
 
 
 def test_auxiliary_sum_is_one_a_token_in_balance_and_most_when_one_expert_takes_all() -> None:
     even = torch.full((4, 4), 0.25)
-    labels = pieces([[1, 1, 1, 1]])
+    labels = segments_of([[1, 1, 1, 1]])
     assert number(auxiliary_sum(even, torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]]), labels)) == pytest.approx(4.0)
     all_to_first = torch.tensor([[1.0, 0.0, 0.0, 0.0]]).expand(4, 4)
     assert number(auxiliary_sum(all_to_first, torch.tensor([[0]] * 4), labels)) == pytest.approx(4 * 4.0)
 
 
-def test_each_piece_is_balanced_on_its_own() -> None:
+def test_each_segment_is_balanced_on_its_own() -> None:
     drawn = torch.Generator().manual_seed(4)
     scores = torch.rand(6, 3, generator=drawn).softmax(-1)
     chosen = scores.topk(2).indices
-    together = auxiliary_sum(scores, chosen, pieces([[1, 1, -100, 1, -100, -100]], [[1, 1, 1, 2, 2, 0]]))
-    first = auxiliary_sum(scores[:3], chosen[:3], pieces([[1, 1, -100]]))
-    second = auxiliary_sum(scores[3:5], chosen[3:5], pieces([[1, -100]]))
+    together = auxiliary_sum(scores, chosen, segments_of([[1, 1, -100, 1, -100, -100]], [[1, 1, 1, 2, 2, 0]]))
+    first = auxiliary_sum(scores[:3], chosen[:3], segments_of([[1, 1, -100]]))
+    second = auxiliary_sum(scores[3:5], chosen[3:5], segments_of([[1, -100]]))
     assert number(together) == pytest.approx(number(first + second), rel=1e-6)
 
 
 def test_router_is_float32_under_autocast() -> None:
     layer, x = experts(), hidden()
     with torch.no_grad():
-        exact = layer._scores(x.flatten(0, 1))
+        exact = layer._router_scores(x.flatten(0, 1))
         with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(layer._scores(x.flatten(0, 1)), exact, rtol=0, atol=0)
+            torch.testing.assert_close(layer._router_scores(x.flatten(0, 1)), exact, rtol=0, atol=0)
 
 
 class Syncs(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -201,7 +201,7 @@ def test_the_product_is_an_operator_by_torch_s_own_tests() -> None:
     drawn = torch.Generator().manual_seed(1)
     x, matrices = (torch.randn(shape, generator=drawn).requires_grad_() for shape in ((24, 8), (3, 16, 8)))
     for grouped in (True, False):
-        torch.library.opcheck(product, (x, matrices, torch.tensor([8, 8, 24], dtype=torch.int32), grouped))
+        torch.library.opcheck(grouped_mm, (x, matrices, torch.tensor([8, 8, 24], dtype=torch.int32), grouped))
 
 
 def test_same_weights_same_bits() -> None:

@@ -12,14 +12,15 @@ import httpx2
 import pytest
 from sqlalchemy import text
 
-from client import api, cli
-from client.connection import Connection, Patience
-from service.db import Database
-from service.tables import Table
 from tests.client.fake_service import console, written
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
+from trainyard.client import api
+from trainyard.client.cli.main import main
+from trainyard.client.connection import Connection, RetryPolicy
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import Base
 
-MakeRig = Callable[..., Rig]
+MakeHarness = Callable[..., ServiceHarness]
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -80,7 +81,7 @@ def any_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return _sqlite_copy(request.getfixturevalue("migrated_sqlite"), tmp_path)
     url: str = request.getfixturevalue("migrated_postgres")
     database = Database(url)
-    names = ", ".join(table.name for table in Table.metadata.sorted_tables)
+    names = ", ".join(table.name for table in Base.metadata.sorted_tables)
     with database.engine.begin() as connection:
         connection.execute(text(f"TRUNCATE {names} RESTART IDENTITY CASCADE"))
     database.close()
@@ -99,12 +100,12 @@ def _sqlite_copy(template: Path, directory: Path) -> str:
 
 
 @pytest.fixture
-def make_rig(tmp_path: Path) -> Iterator[MakeRig]:
+def make_rig(tmp_path: Path) -> Iterator[MakeHarness]:
     """Makes services on a given database, and closes them."""
-    made: list[Rig] = []
+    made: list[ServiceHarness] = []
 
-    def make(url: str, **kwargs: Any) -> Rig:
-        made.append(Rig(tmp_path / "home", url, **kwargs))
+    def make(url: str, **kwargs: Any) -> ServiceHarness:
+        made.append(ServiceHarness(tmp_path / "home", url, **kwargs))
         return made[-1]
 
     yield make
@@ -113,7 +114,7 @@ def make_rig(tmp_path: Path) -> Iterator[MakeRig]:
 
 
 @pytest.fixture
-def rig(make_rig: MakeRig, sqlite_url: str) -> Iterator[Rig]:
+def rig(make_rig: MakeHarness, sqlite_url: str) -> Iterator[ServiceHarness]:
     """A service on SQLite."""
     made = make_rig(sqlite_url)
     yield made
@@ -121,7 +122,7 @@ def rig(make_rig: MakeRig, sqlite_url: str) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def any_rig(make_rig: MakeRig, any_url: str) -> Iterator[Rig]:
+def any_rig(make_rig: MakeHarness, any_url: str) -> Iterator[ServiceHarness]:
     """A service on SQLite, and one on Postgres."""
     made = make_rig(any_url)
     yield made
@@ -129,7 +130,7 @@ def any_rig(make_rig: MakeRig, any_url: str) -> Iterator[Rig]:
 
 
 @pytest.fixture
-def command(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Command:
+def command(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The command, connected to the rig: ``command("token", "list")`` -> (exit code, stdout, stderr)."""
 
     def answered(request: httpx2.Request) -> httpx2.Response:
@@ -139,7 +140,7 @@ def command(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Command:
         return httpx2.Response(answer.status_code, headers=answer.headers, content=answer.content)
 
     def connected(url: str, token: str | None, timeout: float, *_: object) -> Connection:
-        return Connection(url, token, timeout, Patience(seconds=0), httpx2.MockTransport(answered))
+        return Connection(url, token, timeout, RetryPolicy(seconds=0), httpx2.MockTransport(answered))
 
     monkeypatch.setattr(api, "Connection", connected)
     for name in ("TRAINYARD_TOKEN", "TRAINYARD_URL"):
@@ -148,7 +149,7 @@ def command(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> Command:
     def run(*arguments: str) -> tuple[int, str, str]:
         to = console()
         try:
-            code = int(cli.main(list(arguments), to))
+            code = int(main(list(arguments), to))
         except SystemExit as error:
             code = int(str(error.code))
         return (code, *written(to))

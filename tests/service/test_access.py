@@ -8,24 +8,29 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fastapi import APIRouter
 from fastapi.routing import APIRoute
 from sqlalchemy import event, select
 
-from contract.access import Scope
-from service import web
-from service.access import gatekeeper
-from service.access.callers import RESERVED, Caller
-from service.access.gatekeeper import Gatekeeper
-from service.access.scopes import ATTEMPT, NEEDS, OPEN
-from service.errors import Unauthorized
-from service.scheduler.apply import utc_now
-from service.tables import TokenRow
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
-from tests.service.served import Reader, served
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import Reader, served
+from tests.service.needs import ATTEMPT, NEEDS, OPEN
+from trainyard.contract.scopes import Scope
+from trainyard.service.api import middleware
+from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.app import ROUTERS, create_app
+from trainyard.service.auth import authenticator
+from trainyard.service.auth.authenticator import Authenticator
+from trainyard.service.auth.permissions import ADMIN, READ, scopes_of
+from trainyard.service.auth.principal import RESERVED, Principal
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import TokenRow
+from trainyard.service.errors import Unauthorized
 
 ADMIN_TOKEN = "the-operator's-own"
 WHEN = "2026-01-01T00:00:00Z"
@@ -34,7 +39,7 @@ NOT_OURS = {"/openapi.json", "/docs", "/docs/oauth2-redirect"}
 
 
 @pytest.fixture
-def guarded(make_rig: MakeRig, any_url: str) -> Rig:
+def guarded(make_rig: MakeHarness, any_url: str) -> ServiceHarness:
     """A service that wants a token; its client has the operator's."""
     rig = make_rig(any_url, token=ADMIN_TOKEN)
     rig.client.headers["Authorization"] = f"Bearer {ADMIN_TOKEN}"
@@ -45,18 +50,18 @@ def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-def created(rig: Rig, name: str = "ci", **asked: Any) -> str:
+def created(rig: ServiceHarness, name: str = "ci", **asked: Any) -> str:
     answer = rig.client.post("/tokens", json={"name": name, **asked})
     assert answer.status_code == 201, answer.text
     token: str = answer.json()["token"]
     return token
 
 
-def listed(rig: Rig) -> dict[str, dict[str, Any]]:
+def listed(rig: ServiceHarness) -> dict[str, dict[str, Any]]:
     return {found["name"]: found for found in rig.get("/tokens")["data"]}
 
 
-def status(rig: Rig, token: str, path: str = "/jobs") -> int:
+def status(rig: ServiceHarness, token: str, path: str = "/jobs") -> int:
     code: int = rig.client.get(path, headers=bearer(token)).status_code
     return code
 
@@ -75,14 +80,15 @@ def all_routes(routes: Iterable[Any]) -> Iterator[Any]:
         yield from all_routes(inner.routes) if inner is not None else [route]
 
 
-def test_the_table_has_every_route_and_no_other(rig: Rig) -> None:
+def test_the_table_has_every_route_and_no_other(rig: ServiceHarness) -> None:
     there = list(all_routes(rig.app.routes))
     ours = [route for route in there if isinstance(route, APIRoute)]
     assert {(method, route.path) for route in ours for method in route.methods or ()} == set(NEEDS)
+    assert scopes_of(ours) == NEEDS
     assert {route.path for route in there if not isinstance(route, APIRoute)} == NOT_OURS
 
 
-def test_each_route_asks_for_its_scope(make_rig: MakeRig, sqlite_url: str) -> None:
+def test_each_route_asks_for_its_scope(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig = make_rig(sqlite_url, token=ADMIN_TOKEN)
     rig.client.headers["Authorization"] = f"Bearer {ADMIN_TOKEN}"
     tokens = {scope: created(rig, f"of-{scope}", scope=scope) for scope in Scope}
@@ -106,18 +112,45 @@ def test_each_route_asks_for_its_scope(make_rig: MakeRig, sqlite_url: str) -> No
         assert rig.client.get(path, headers=bearer(tokens[Scope.READ])).status_code == 200
 
 
-def test_a_route_that_nobody_thought_of_is_for_admins(guarded: Rig) -> None:
-    token = created(guarded, scope="submit")
-
-    @guarded.app.get("/forgotten")
-    def forgotten() -> str:
-        return "secret"
-
-    assert status(guarded, token, "/forgotten") == 403
-    assert guarded.client.get("/forgotten").status_code == 200
+def forgotten() -> str:
+    return "secret"
 
 
-def test_what_a_scope_says(guarded: Rig) -> None:
+def test_a_route_without_a_scope_cannot_be_added(guarded: ServiceHarness) -> None:
+    router = APIRouter(route_class=ServiceRoute)
+    for add in (guarded.app.get, router.get):
+        with pytest.raises(RuntimeError, match="must declare one scope"):
+            add("/forgotten")(forgotten)
+    assert guarded.client.get("/forgotten").status_code == 404
+
+
+def test_an_app_with_a_route_without_a_scope_cannot_be_built(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if its router has the framework's own class of routes."""
+    module = SimpleNamespace(router=APIRouter())
+    module.router.get("/forgotten")(forgotten)
+    monkeypatch.setattr("trainyard.service.app.ROUTERS", (*ROUTERS, module))
+    with pytest.raises(RuntimeError, match="must declare one scope"):
+        create_app(rig.app.state.services)
+
+
+def test_a_route_with_two_scopes_cannot_be_added() -> None:
+    """The reader of the route would have to work out which of them counts."""
+    router = APIRouter(route_class=ServiceRoute, dependencies=[READ])
+    with pytest.raises(RuntimeError, match="must declare one scope"):
+        router.get("/twice", dependencies=[ADMIN])(forgotten)
+
+
+def test_a_scope_is_checked_before_the_body_is_judged(guarded: ServiceHarness) -> None:
+    token = created(guarded, "reader")
+    for path in ("/tokens", "/webhooks", "/jobs", f"/jobs/{guarded.submit()}/resume"):
+        for content in (b"{", b"[]", b'{"a": 1, "a": 2}'):
+            answer = guarded.client.post(path, content=content, headers=bearer(token))
+            assert answer.status_code == 403, path
+
+
+def test_what_a_scope_says(guarded: ServiceHarness) -> None:
     token = created(guarded, "reader")
     answer = guarded.client.post("/jobs", json=guarded.spec(), headers=bearer(token))
     assert answer.status_code == 403
@@ -128,7 +161,7 @@ def test_what_a_scope_says(guarded: Rig) -> None:
 # The life of a token
 
 
-def test_a_secret_is_shown_once_and_kept_nowhere(guarded: Rig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_secret_is_shown_once_and_kept_nowhere(guarded: ServiceHarness, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     token = created(guarded, "ci", scope="submit", max_jobs=2, max_devices=4, expires_in=3600)
     assert re.fullmatch(r"ty_[a-z2-7]{12}_[A-Za-z0-9_-]{43}", token)
@@ -148,7 +181,7 @@ def test_a_secret_is_shown_once_and_kept_nowhere(guarded: Rig, caplog: pytest.Lo
     assert secret not in caplog.text
 
 
-def test_a_changed_or_cut_token_is_nobody_s(guarded: Rig) -> None:
+def test_a_changed_or_cut_token_is_nobody_s(guarded: ServiceHarness) -> None:
     token = created(guarded)
     other = created(guarded, "other")
     swapped = "_".join([*token.split("_")[:2], other.split("_", 2)[2]])
@@ -157,7 +190,7 @@ def test_a_changed_or_cut_token_is_nobody_s(guarded: Rig) -> None:
     assert status(guarded, token) == 200
 
 
-def test_rotation_with_and_without_an_overlap(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rotation_with_and_without_an_overlap(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     first = created(guarded)
     assert status(guarded, first) == 200
     answer = guarded.client.post("/tokens/ci/rotate", json={"overlap": 600})
@@ -165,7 +198,7 @@ def test_rotation_with_and_without_an_overlap(guarded: Rig, monkeypatch: pytest.
     assert answer.json()["previous_until"] is not None
     assert [status(guarded, token) for token in (first, second)] == [200, 200]
     ahead = [timedelta(seconds=601)]
-    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + ahead[0])
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + ahead[0])
     late = guarded.client.get("/jobs", headers=bearer(first))
     assert (late.status_code, late.json()["detail"]) == (401, "The token was replaced by another one.")
     assert status(guarded, second) == 200
@@ -175,10 +208,10 @@ def test_rotation_with_and_without_an_overlap(guarded: Rig, monkeypatch: pytest.
     assert listed(guarded)["ci"]["rotated_at"] is not None
 
 
-def test_expiry_and_a_longer_life_by_rotation(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expiry_and_a_longer_life_by_rotation(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     token = created(guarded, expires_in=60)
     ahead = [timedelta(seconds=59)]
-    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + ahead[0])
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + ahead[0])
     assert status(guarded, token) == 200
     ahead[0] = timedelta(seconds=61)
     late = guarded.client.get("/jobs", headers=bearer(token))
@@ -187,7 +220,7 @@ def test_expiry_and_a_longer_life_by_rotation(guarded: Rig, monkeypatch: pytest.
     assert status(guarded, renewed) == 200
 
 
-def test_revocation_holds_at_once_and_for_good(guarded: Rig) -> None:
+def test_revocation_holds_at_once_and_for_good(guarded: ServiceHarness) -> None:
     token = created(guarded, scope="admin")
     assert status(guarded, token) == 200
     for _ in range(2):
@@ -200,25 +233,25 @@ def test_revocation_holds_at_once_and_for_good(guarded: Rig) -> None:
     assert (again.status_code, again.json()["code"]) == (409, "token_name_taken")
 
 
-def caller(gate: Gatekeeper, token: str) -> Caller:
+def caller(gate: Authenticator, token: str) -> Principal:
     # On a thread of its own: a test of the browser may have left a loop running on this one.
     with ThreadPoolExecutor(1) as pool:
-        return pool.submit(lambda: asyncio.run(gate.caller(token))).result()
+        return pool.submit(lambda: asyncio.run(gate.authenticate(token))).result()
 
 
-def test_another_server_hears_of_it_in_its_time(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 3600.0)
+def test_another_server_hears_of_it_in_its_time(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 3600.0)
     token = created(guarded)
-    elsewhere = Gatekeeper(guarded.settings, guarded.database)
+    elsewhere = Authenticator(guarded.settings, guarded.database)
     assert caller(elsewhere, token).name == "ci"
     guarded.client.delete("/tokens/ci")
     assert caller(elsewhere, token).name == "ci", "it looked a moment ago"
-    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 0.0)
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 0.0)
     with pytest.raises(Unauthorized, match="revoked"):
         caller(elsewhere, token)
 
 
-def test_uses_are_written_now_and_then(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uses_are_written_now_and_then(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     token = created(guarded)
     written: list[str] = []
 
@@ -232,8 +265,8 @@ def test_uses_are_written_now_and_then(guarded: Rig, monkeypatch: pytest.MonkeyP
     assert len(written) == 1
     first = listed(guarded)["ci"]["last_used_at"]
     assert first is not None
-    monkeypatch.setattr(gatekeeper, "utc_now", lambda: utc_now() + gatekeeper.USED_AGAIN)
-    monkeypatch.setattr(gatekeeper, "REMEMBER_SECONDS", 0.0)
+    monkeypatch.setattr(authenticator, "utc_now", lambda: utc_now() + authenticator.LAST_USED_INTERVAL)
+    monkeypatch.setattr(authenticator, "CACHE_SECONDS", 0.0)
     for _ in range(3):
         assert status(guarded, token) == 200
     assert len(written) == 2
@@ -261,14 +294,14 @@ NO_TOKENS: list[Any] = [
 ]
 
 
-def test_what_is_no_token(guarded: Rig) -> None:
+def test_what_is_no_token(guarded: ServiceHarness) -> None:
     for body in NO_TOKENS:
         answer = guarded.client.post("/tokens", json=body)
         assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), body
     assert listed(guarded) == {}
 
 
-def test_names_that_mean_something_else_are_not_given(guarded: Rig) -> None:
+def test_names_that_mean_something_else_are_not_given(guarded: ServiceHarness) -> None:
     for name in sorted(RESERVED):
         assert guarded.client.post("/tokens", json={"name": name.title()}).status_code == 409
     for path in ("/tokens/nobody-knows", "/tokens/%00", "/tokens/" + "x" * 200):
@@ -277,8 +310,8 @@ def test_names_that_mean_something_else_are_not_given(guarded: Rig) -> None:
             assert answer.status_code in (404, 422), (method, path, answer.text)
 
 
-def test_a_stream_ends_with_the_token_that_opened_it(guarded: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "LOOK_AGAIN_SECONDS", 0.0)
+def test_a_stream_ends_with_the_token_that_opened_it(guarded: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "TOKEN_RECHECK_SECONDS", 0.0)
     token = created(guarded)
     job_id, attempt = guarded.running()
     with served(guarded) as address:
@@ -299,7 +332,7 @@ def test_a_stream_ends_with_the_token_that_opened_it(guarded: Rig, monkeypatch: 
 # A service without a token of its own
 
 
-def test_where_no_token_is_needed_a_named_one_counts_all_the_same(any_rig: Rig) -> None:
+def test_where_no_token_is_needed_a_named_one_counts_all_the_same(any_rig: ServiceHarness) -> None:
     token = created(any_rig, "reader")
     assert listed(any_rig)["reader"]["created_by"] == "local"
     assert any_rig.client.post("/jobs", json=any_rig.spec()).json()["submitted_by"] == "local"
@@ -314,11 +347,11 @@ def test_where_no_token_is_needed_a_named_one_counts_all_the_same(any_rig: Rig) 
 # Who did it
 
 
-def test_events_say_who_asked(guarded: Rig) -> None:
+def test_events_say_who_asked(guarded: ServiceHarness) -> None:
     alice, bob = created(guarded, "alice", scope="submit"), created(guarded, "bob", scope="submit")
     job = guarded.client.post("/jobs", json=guarded.spec(), headers=bearer(alice)).json()
     assert job["submitted_by"] == "alice"
-    guarded.settle()
+    guarded.reconcile()
     attempt = guarded.launcher.of(job["id"])
     attempt.started(steps=10)
     guarded.ship(attempt)
@@ -351,7 +384,7 @@ def test_events_say_who_asked(guarded: Rig) -> None:
 # Attempts
 
 
-def test_an_attempt_s_token_reports_that_attempt_and_nothing_else(guarded: Rig) -> None:
+def test_an_attempt_s_token_reports_that_attempt_and_nothing_else(guarded: ServiceHarness) -> None:
     first_job, first = guarded.running()
     _, second = guarded.running()
     named = created(guarded, scope="admin")
@@ -385,7 +418,7 @@ def test_an_attempt_s_token_reports_that_attempt_and_nothing_else(guarded: Rig) 
     assert guarded.report(first, "heartbeat", bodies["heartbeat"]).status_code == 200
 
 
-def test_hashes_are_all_that_is_kept_of_secrets(guarded: Rig) -> None:
+def test_hashes_are_all_that_is_kept_of_secrets(guarded: ServiceHarness) -> None:
     token = created(guarded)
     _, attempt = guarded.running()
     if guarded.url.startswith("sqlite"):

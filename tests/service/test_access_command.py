@@ -6,15 +6,15 @@ from datetime import UTC, datetime
 
 import pytest
 
-from client import access
-from client.exits import UsageError
 from tests.service.conftest import Command
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
+from trainyard.client.cli.commands import tokens
+from trainyard.client.exit_codes import UsageError
 
 OPERATOR = "the-operator's-own"
 
 
-def test_a_token_s_life(command: Command, rig: Rig) -> None:
+def test_a_token_s_life(command: Command, rig: ServiceHarness) -> None:
     code, out, err = command("token", "create", "ci", "--scope", "submit", "--expires-in", "90d", "--max-jobs", "3")
     assert code == 0
     token = out.strip()
@@ -40,7 +40,7 @@ def test_a_token_s_life(command: Command, rig: Rig) -> None:
     assert command("token", "rotate", "ci")[0] == 1
 
 
-def test_as_json_and_who_submitted(command: Command, rig: Rig) -> None:
+def test_as_json_and_who_submitted(command: Command, rig: ServiceHarness) -> None:
     assert json.loads(command("token", "list", "--json")[1]) == {"object": "list", "data": [], "has_more": False}
     assert "make one" in command("token", "list")[2]
     made = json.loads(command("token", "create", "ci", "--json")[1])
@@ -57,15 +57,15 @@ def test_wrong_usage(command: Command) -> None:
     assert command("token", "create", "ci", "--scope", "root")[0] == 2
     assert command("token", "create", "ci", "--expires-in", "soon")[0] == 2
     assert command("token", "revoke", "nobody-knows")[0] == 1
-    assert [access.seconds_in(text) for text in ("90", "90s", "5min", "12h", "2D")] == [90, 90, 300, 43200, 172800]
+    assert [tokens.seconds_in(text) for text in ("90", "90s", "5min", "12h", "2D")] == [90, 90, 300, 43200, 172800]
     with pytest.raises(UsageError, match="12h"):
-        access.seconds_in("-5")
+        tokens.seconds_in("-5")
 
 
 def test_how_a_token_stands() -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     past, future = "2025-12-31T00:00:00Z", "2026-02-01T00:00:00Z"
-    assert [access._standing(token, now) for token in ({}, {"expires_at": past}, {"expires_at": future})] == [
+    assert [tokens._standing(token, now) for token in ({}, {"expires_at": past}, {"expires_at": future})] == [
         "good",
         "expired",
         f"good until {future}",

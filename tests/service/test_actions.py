@@ -4,29 +4,29 @@ from typing import Any
 
 import pytest
 
-from contract.status import JobStatus, Reason
-from tests.service.rig import Rig, in_threads
+from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.status import JobStatus, Reason
 
 
-def test_a_refusal_says_the_status_and_what_fits(any_rig: Rig) -> None:
+def test_a_refusal_says_the_status_and_what_fits(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running()
-    refused = any_rig.act(job_id, "resume", status=409)
+    refused = any_rig.post_action(job_id, "resume", status=409)
     assert refused["code"] == "invalid_state"
     assert refused["job_status"] == "running"
     assert refused["allowed_actions"] == ["pause", "save", "cancel", "kill"]
     assert refused["detail"] == "The job is running; what fits: pause, save, cancel, kill."
     any_rig.exit(attempt, "completed", step=10)
     for verb in ("pause", "cancel", "kill", "resume"):
-        assert any_rig.act(job_id, verb, status=409)["allowed_actions"] == ["delete"]
+        assert any_rig.post_action(job_id, verb, status=409)["allowed_actions"] == ["delete"]
 
 
-def test_pausing_cannot_be_resumed_until_it_has_stopped(rig: Rig) -> None:
+def test_pausing_cannot_be_resumed_until_it_has_stopped(rig: ServiceHarness) -> None:
     job_id, _ = rig.running()
-    rig.act(job_id, "pause")
-    assert "wait until it has stopped" in rig.act(job_id, "resume", status=409)["detail"]
+    rig.post_action(job_id, "pause")
+    assert "wait until it has stopped" in rig.post_action(job_id, "resume", status=409)["detail"]
 
 
-def test_allowed_actions_say_why_not(rig: Rig) -> None:
+def test_allowed_actions_say_why_not(rig: ServiceHarness) -> None:
     job = rig.job(rig.submit())
     assert {a["action"]: a["why_not"] for a in job["allowed_actions"]} == {
         "pause": None,
@@ -40,37 +40,37 @@ def test_allowed_actions_say_why_not(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "save", "cancel", "kill"])
-def test_no_such_job(rig: Rig, verb: str) -> None:
+def test_no_such_job(rig: ServiceHarness, verb: str) -> None:
     for job_id in ("job_aaaaaaaaaa", "nonsense", "job_", "JOB_A", "%2e%2e%2fetc", "job_a%00", "x" * 5000):
         assert rig.client.post(f"/jobs/{job_id}/{verb}").status_code == 404, job_id
 
 
 @pytest.mark.parametrize("verb", ["pause", "save", "cancel", "kill", "resume"])
-def test_bodies_are_read_strictly(rig: Rig, verb: str) -> None:
+def test_bodies_are_read_strictly(rig: ServiceHarness, verb: str) -> None:
     job_id, _ = rig.running()
-    refused = rig.act(job_id, verb, {"gently": True}, status=422)
+    refused = rig.post_action(job_id, verb, {"gently": True}, status=422)
     there = "those here are epochs, max_steps, resources, step" if verb == "resume" else "there are none here"
     assert refused["errors"] == [{"pointer": "/gently", "message": f"is not a field; {there}"}]
     assert rig.status(job_id) is JobStatus.RUNNING
-    rig.act(job_id, verb, [1], status=422)
+    rig.post_action(job_id, verb, [1], status=422)
 
 
-def paused(rig: Rig, **groups: Any) -> str:
+def paused(rig: ServiceHarness, **groups: Any) -> str:
     job_id, attempt = rig.running(**groups)
     rig.checkpoint(job_id, attempt, 5)
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=5)
     return job_id
 
 
-def test_resume_changes_what_it_may(any_rig: Rig) -> None:
+def test_resume_changes_what_it_may(any_rig: ServiceHarness) -> None:
     job_id = paused(any_rig)
     body = {"epochs": 4, "max_steps": 500, "resources": {"nproc_per_node": 2, "priority": 7}, "step": 5}
-    job = any_rig.act(job_id, "resume", body)
+    job = any_rig.post_action(job_id, "resume", body)
     assert (job["spec"]["training"]["epochs"], job["spec"]["training"]["max_steps"]) == (4, 500)
     assert job["spec"]["resources"]["nproc_per_node"] == 2
     assert job["spec"]["resources"]["max_restarts"] == 3, "what is not named stays"
-    any_rig.settle()
+    any_rig.reconcile()
     launch = any_rig.launcher.of(job_id, 2).launch
     assert launch.devices == ("cpu:0", "cpu:1")
     assert launch.spec.training.max_steps == 500
@@ -103,33 +103,33 @@ def test_resume_changes_what_it_may(any_rig: Rig) -> None:
         ({"max_steps": 3, "resources": {"nproc_per_node": 9}}, ["/max_steps", "/resources/nproc_per_node"]),
     ],
 )
-def test_resume_refuses_what_it_may_not(rig: Rig, body: dict[str, Any], pointers: list[str]) -> None:
+def test_resume_refuses_what_it_may_not(rig: ServiceHarness, body: dict[str, Any], pointers: list[str]) -> None:
     job_id = paused(rig, training={"epochs": 2, "max_steps": 10})
-    refused = rig.act(job_id, "resume", body, status=422)
+    refused = rig.post_action(job_id, "resume", body, status=422)
     assert [e["pointer"] for e in refused["errors"]] == pointers
     assert rig.status(job_id) is JobStatus.PAUSED
 
 
-def saved_at(rig: Rig, *steps: int) -> str:
+def saved_at(rig: ServiceHarness, *steps: int) -> str:
     """A paused job with these checkpoints and a point of the curve at every step."""
     job_id, attempt = rig.running()
     for step in range(1, max(steps) + 1):
         attempt.metric(step)
     for step in steps:
         rig.checkpoint(job_id, attempt, step)
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=max(steps))
     return job_id
 
 
-def test_resume_from_a_named_step(any_rig: Rig) -> None:
+def test_resume_from_a_named_step(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id = saved_at(rig, 3, 5, 8)
-    asked = rig.act(job_id, "resume", {"step": 5})
+    asked = rig.post_action(job_id, "resume", {"step": 5})
     assert asked["status"] == "queued"
     message = [event["message"] for event in rig.data(job_id, "events") if event["data"].get("to") == "queued"][-1]
     assert message == "asked to resume; goes back to step 5; newer checkpoints are set aside"
-    rig.settle()
+    rig.reconcile()
     attempt = rig.launcher.of(job_id, 2)
     assert attempt.launch.resume_step == 5
     gone = rig.home / "runs" / job_id / "checkpoints" / "step-00000008"
@@ -144,66 +144,66 @@ def test_resume_from_a_named_step(any_rig: Rig) -> None:
     assert [c["step"] for c in rig.data(job_id, "checkpoints")] == [5, 3]
     rig.exit(attempt, "crashed", Reason.WORKER_CRASHED, step=6)
     rig.clock.forward(60)
-    rig.settle()
+    rig.reconcile()
     assert rig.launcher.of(job_id, 3).launch.resume_step is None
 
 
-def test_an_attempt_that_never_began_leaves_the_named_step_to_the_next(rig: Rig) -> None:
+def test_an_attempt_that_never_began_leaves_the_named_step_to_the_next(rig: ServiceHarness) -> None:
     job_id = saved_at(rig, 3, 5)
-    rig.act(job_id, "resume", {"step": 3})
-    rig.settle()
+    rig.post_action(job_id, "resume", {"step": 3})
+    rig.reconcile()
     rig.exit(rig.launcher.of(job_id, 2), "crashed", Reason.WORKER_CRASHED)
     rig.clock.forward(60)
-    rig.settle()
+    rig.reconcile()
     assert rig.launcher.of(job_id, 3).launch.resume_step == 3
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(rig.launcher.of(job_id, 3), "stopped", Reason.USER)
-    rig.act(job_id, "resume")
-    rig.settle()
+    rig.post_action(job_id, "resume")
+    rig.reconcile()
     assert rig.launcher.of(job_id, 4).launch.resume_step is None, "a later wish is the one that counts"
 
 
-def test_a_step_without_a_full_checkpoint_cannot_be_gone_on_from(rig: Rig) -> None:
+def test_a_step_without_a_full_checkpoint_cannot_be_gone_on_from(rig: ServiceHarness) -> None:
     job_id = saved_at(rig, 3, 5)
-    assert rig.act(job_id, "resume", {"step": 4}, status=409)["code"] == "step_unavailable"
-    assert rig.act(job_id, "resume", {"step": 0}, status=409)["code"] == "step_unavailable"
+    assert rig.post_action(job_id, "resume", {"step": 4}, status=409)["code"] == "step_unavailable"
+    assert rig.post_action(job_id, "resume", {"step": 0}, status=409)["code"] == "step_unavailable"
     (rig.home / "runs" / job_id / "checkpoints" / "step-00000003").rmdir()
-    assert rig.act(job_id, "resume", {"step": 3}, status=409)["code"] == "step_unavailable"
+    assert rig.post_action(job_id, "resume", {"step": 3}, status=409)["code"] == "step_unavailable"
     assert rig.status(job_id) is JobStatus.PAUSED
-    assert rig.act(job_id, "resume", {"step": 5})["status"] == "queued"
+    assert rig.post_action(job_id, "resume", {"step": 5})["status"] == "queued"
 
 
-def test_save_now(any_rig: Rig) -> None:
+def test_save_now(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     for _ in range(2):
-        assert rig.act(job_id, "save")["status"] == "running"
+        assert rig.post_action(job_id, "save")["status"] == "running"
     assert (attempt.save_asked, attempt.stop_asked) == (2, 0)
     asked = [(e["kind"], e["actor"], e["message"]) for e in rig.data(job_id, "events") if e["kind"] == "save"]
     assert asked == [("save", "local", "asked to save")] * 2
-    rig.act(job_id, "pause")
-    refused = rig.act(job_id, "save", status=409)
+    rig.post_action(job_id, "pause")
+    refused = rig.post_action(job_id, "save", status=409)
     assert (refused["code"], refused["job_status"]) == ("invalid_state", "pausing")
     rig.exit(attempt, "stopped", Reason.USER, step=1)
-    assert rig.act(job_id, "save", status=409)["allowed_actions"] == ["resume", "cancel", "kill"]
+    assert rig.post_action(job_id, "save", status=409)["allowed_actions"] == ["resume", "cancel", "kill"]
     assert attempt.save_asked == 2
 
 
-def test_resume_where_the_corpus_is_gone(rig: Rig) -> None:
+def test_resume_where_the_corpus_is_gone(rig: ServiceHarness) -> None:
     job_id = paused(rig)
     rig.corpus.unlink()
-    refused = rig.act(job_id, "resume", status=422)
+    refused = rig.post_action(job_id, "resume", status=422)
     assert refused["errors"] == [{"pointer": "/data/data_path", "message": "does not exist or cannot be reached"}]
 
 
-def test_resume_with_changes_while_it_is_being_resumed(rig: Rig) -> None:
+def test_resume_with_changes_while_it_is_being_resumed(rig: ServiceHarness) -> None:
     job_id = paused(rig)
-    rig.act(job_id, "resume")
-    rig.act(job_id, "resume")
-    assert rig.act(job_id, "resume", {"epochs": 9}, status=409)["code"] == "invalid_state"
+    rig.post_action(job_id, "resume")
+    rig.post_action(job_id, "resume")
+    assert rig.post_action(job_id, "resume", {"epochs": 9}, status=409)["code"] == "invalid_state"
 
 
-def test_patch(any_rig: Rig) -> None:
+def test_patch(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id = rig.submit(labels={"a": "1"})
     body = {
@@ -224,11 +224,11 @@ def test_patch(any_rig: Rig) -> None:
     assert (job["spec"]["checkpoint"]["save_interval"], job["spec"]["checkpoint"]["keep_last"]) == (8, 9)
     assert [j["id"] for j in rig.get("/jobs", label="b=2")["data"]] == [job_id]
     assert rig.get("/jobs", label="a=1")["data"] == []
-    rig.settle()
+    rig.reconcile()
     assert rig.client.patch(f"/jobs/{job_id}", json={"name": "again"}).json()["name"] == "again"
 
 
-def in_every_status(rig: Rig) -> dict[str, str]:
+def in_every_status(rig: ServiceHarness) -> dict[str, str]:
     """A job in each status in which a job can rest or wait, none of them leased anything that another needs."""
     found: dict[str, str] = {}
     for outcome, reason, verb in (
@@ -237,18 +237,18 @@ def in_every_status(rig: Rig) -> dict[str, str]:
     ):  # fmt: skip
         job_id, attempt = rig.running()
         if verb:
-            rig.act(job_id, verb)
+            rig.post_action(job_id, verb)
             found[rig.status(job_id)] = job_id
         rig.exit(attempt, outcome, reason, step=5)
         found[rig.status(job_id)] = job_id
     running, _ = rig.running()
     starting = rig.submit()
-    rig.settle()
+    rig.reconcile()
     queued = rig.submit()
     return {**found, "running": running, "starting": starting, "queued": queued}
 
 
-def test_resumable_is_what_a_resume_says_on_every_job(any_rig: Rig) -> None:
+def test_resumable_is_what_a_resume_says_on_every_job(any_rig: ServiceHarness) -> None:
     jobs = in_every_status(any_rig)
     statuses = {status: any_rig.job(job_id) for status, job_id in jobs.items()}
     seen = {job["status"] for job in statuses.values()}
@@ -261,15 +261,15 @@ def test_resumable_is_what_a_resume_says_on_every_job(any_rig: Rig) -> None:
             assert job["resume_blocker"].lower()[:20] in answer.json()["detail"].lower()
 
 
-def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: Rig) -> None:
+def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running(reporting={"log_interval": 5})
     spec = any_rig.job(job_id)["spec"]
     before = {"log_interval": 5, **{name: spec["checkpoint"][name] for name in ("save_interval", "keep_last")}}
-    assert any_rig.beat(attempt, 1)["settings"] == before
+    assert any_rig.heartbeat(attempt, 1)["settings"] == before
     answer = any_rig.client.patch(f"/jobs/{job_id}", json={"log_interval": 2, "keep_last": 4})
     assert (answer.status_code, answer.json()["spec"]["reporting"]["log_interval"]) == (200, 2)
     after = {**before, "log_interval": 2, "keep_last": 4}
-    assert any_rig.beat(attempt, 2)["settings"] == after
+    assert any_rig.heartbeat(attempt, 2)["settings"] == after
     attempt.say("settings", step=7, message="log_interval is 2 and was 5", **after)
     assert any_rig.ship(attempt)["settings"] == after
     told = {event["kind"]: event for event in any_rig.data(job_id, "events")}
@@ -278,8 +278,8 @@ def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: Rig) 
     assert told["settings"]["data"] == {"step": 7, **after}
     # The next attempt begins with them.
     any_rig.exit(attempt, "stopped", step=7)
-    any_rig.act(job_id, "resume")
-    any_rig.settle()
+    any_rig.post_action(job_id, "resume")
+    any_rig.reconcile()
     assert any_rig.launcher.of(job_id, 2).launch.spec.reporting.log_interval == 2
 
 
@@ -297,13 +297,13 @@ def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: Rig) 
         ([], ""),
     ],
 )
-def test_patch_refuses(rig: Rig, body: Any, pointer: str) -> None:
+def test_patch_refuses(rig: ServiceHarness, body: Any, pointer: str) -> None:
     answer = rig.client.patch(f"/jobs/{rig.submit()}", json=body)
     assert answer.status_code == 422, answer.text
     assert pointer in [e["pointer"] for e in answer.json()["errors"]]
 
 
-def test_priority_decides_who_is_next(rig: Rig) -> None:
+def test_priority_decides_who_is_next(rig: ServiceHarness) -> None:
     rig.running(resources={"nproc_per_node": 2})
     first, second = rig.submit(), rig.submit()
     assert [rig.job(j)["queue"]["position"] for j in (first, second)] == [1, 2]
@@ -311,7 +311,7 @@ def test_priority_decides_who_is_next(rig: Rig) -> None:
     assert [rig.job(j)["queue"]["position"] for j in (first, second)] == [2, 1]
 
 
-def test_many_at_once_have_one_winner(any_rig: Rig) -> None:
+def test_many_at_once_have_one_winner(any_rig: ServiceHarness) -> None:
     """Pause, cancel and kill from many threads: one truth, and an event log that is a path of the table."""
     job_id, attempt = any_rig.running()
     verbs = ["pause", "cancel", "kill"] * 4
@@ -327,7 +327,7 @@ def test_many_at_once_have_one_winner(any_rig: Rig) -> None:
     assert any_rig.status(job_id) is JobStatus.CANCELLED
 
 
-def test_finish_against_cancel(any_rig: Rig) -> None:
+def test_finish_against_cancel(any_rig: ServiceHarness) -> None:
     for _ in range(5):
         job_id, attempt = any_rig.running()
         report = attempt.end("completed", step=10).model_dump(mode="json")

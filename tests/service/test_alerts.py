@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "docs" / "guides" / "alerts.yml"
@@ -47,7 +47,7 @@ tests:
 """
 
 
-def test_the_alerts_are_about_metrics_that_are_there(rig: Rig) -> None:
+def test_the_alerts_are_about_metrics_that_are_there(rig: ServiceHarness) -> None:
     rig.running()
     there = set(re.findall(r"^# TYPE (\w+)", rig.client.get("/metrics").text, re.MULTILINE))
     named = set(re.findall(r"trainyard_[a-z_]+", RULES.read_text()))

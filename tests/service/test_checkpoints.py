@@ -10,12 +10,17 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
-from service.checkpoints.files import Slice, looks_sound, manifest_of, slice_of
-from service.errors import RangeUnsatisfiable
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig, in_threads
-from tests.service.served import DEADLINE, served
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness, in_threads
+from tests.service.live_server import DEADLINE, served
+from trainyard.contract.status import Reason
+from trainyard.service.errors import RangeUnsatisfiable
+from trainyard.service.storage.checkpoint_files import (
+    ByteRange,
+    is_valid,
+    parse_range,
+    read_manifest,
+)
 
 MODEL = bytes(range(256)) * 40
 OTHERS = {"optimizer.safetensors": b"o" * 100, "state.json": b"{}\n"}
@@ -30,7 +35,7 @@ def write_checkpoint(path: Path, model: bytes = MODEL) -> None:
     (path / "manifest.json").write_text(json.dumps({"files": listed}))
 
 
-def saved(rig: Rig, *steps: int, **groups: Any) -> tuple[str, Any]:
+def saved(rig: ServiceHarness, *steps: int, **groups: Any) -> tuple[str, Any]:
     """A running job with real checkpoints."""
     job_id, attempt = rig.running(steps=1000, **groups)
     for step in steps:
@@ -39,9 +44,9 @@ def saved(rig: Rig, *steps: int, **groups: Any) -> tuple[str, Any]:
     return job_id, attempt
 
 
-def at_rest(rig: Rig, *steps: int) -> str:
+def at_rest(rig: ServiceHarness, *steps: int) -> str:
     job_id, attempt = saved(rig, *steps)
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", step=max(steps))
     return job_id
 
@@ -53,7 +58,7 @@ def url(job_id: str, step: int, name: str = "model.safetensors") -> str:
 # Files
 
 
-def test_a_file_whole_and_in_pieces(any_rig: Rig) -> None:
+def test_a_file_whole_and_in_pieces(any_rig: ServiceHarness) -> None:
     job_id, _ = saved(any_rig, 10, 20)
     whole = any_rig.client.get(url(job_id, 10))
     assert (whole.status_code, whole.content) == (200, MODEL)
@@ -75,7 +80,7 @@ def test_a_file_whole_and_in_pieces(any_rig: Rig) -> None:
     assert "etag" not in manifest.headers
 
 
-def test_a_file_is_not_read_on_when_the_client_has_left(rig: Rig) -> None:
+def test_a_file_is_not_read_on_when_the_client_has_left(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     path = rig.home / "runs" / job_id / "checkpoints" / "step-00000010" / "model.safetensors"
     os.truncate(path, 1 << 40)  # sparse; to read all of it would take minutes
@@ -110,18 +115,18 @@ def test_a_file_is_not_read_on_when_the_client_has_left(rig: Rig) -> None:
     ],
 )
 def test_ranges(asked: str | None, expected: tuple[int, int, bool]) -> None:
-    found = slice_of(asked, 100)
+    found = parse_range(asked, 100)
     assert (found.first, found.last, found.partial) == expected
-    assert Slice(0, 9, 100, partial=True).length == 10
+    assert ByteRange(0, 9, 100, partial=True).length == 10
 
 
 @pytest.mark.parametrize(("asked", "size"), [("bytes=100-", 100), ("bytes=-0", 100), ("bytes=0-", 0)])
 def test_ranges_behind_the_end(asked: str, size: int) -> None:
     with pytest.raises(RangeUnsatisfiable):
-        slice_of(asked, size)
+        parse_range(asked, size)
 
 
-def test_only_what_the_manifest_names(rig: Rig, tmp_path: Path) -> None:
+def test_only_what_the_manifest_names(rig: ServiceHarness, tmp_path: Path) -> None:
     job_id, _ = saved(rig, 10)
     directory = rig.home / "runs" / job_id / "checkpoints" / "step-00000010"
     (directory / "secret").write_text("canary")
@@ -136,11 +141,11 @@ def test_only_what_the_manifest_names(rig: Rig, tmp_path: Path) -> None:
     manifest = json.loads((directory / "manifest.json").read_text())
     manifest["files"]["../../../secret"] = {"bytes": 6, "sha256": "a"}
     (directory / "manifest.json").write_text(json.dumps(manifest))
-    assert sorted(manifest_of(directory) or {}) == ["model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(read_manifest(directory) or {}) == ["model.safetensors", "optimizer.safetensors", "state.json"]
     assert rig.client.get(url(job_id, 10, "state.json")).content == b"{}\n"
 
 
-def test_links_are_not_followed(rig: Rig) -> None:
+def test_links_are_not_followed(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10, 20)
     checkpoints = rig.home / "runs" / job_id / "checkpoints"
     secret = rig.home / "secret"
@@ -157,7 +162,7 @@ def test_links_are_not_followed(rig: Rig) -> None:
     assert rig.client.get(url(job_id, 10, "state.json")).json()["code"] == "file_not_found"
 
 
-def test_a_path_that_an_attempt_made_up_is_not_opened(rig: Rig, tmp_path: Path) -> None:
+def test_a_path_that_an_attempt_made_up_is_not_opened(rig: ServiceHarness, tmp_path: Path) -> None:
     job_id, attempt = rig.running()
     write_checkpoint(tmp_path / "step-00000005")
     attempt.say("checkpoint", step=5, path=str(tmp_path / "step-00000005"), bytes=1, sha256="a")
@@ -167,7 +172,7 @@ def test_a_path_that_an_attempt_made_up_is_not_opened(rig: Rig, tmp_path: Path) 
     assert (tmp_path / "step-00000005").exists()
 
 
-def test_weights_that_were_kept_alone_can_be_had(rig: Rig) -> None:
+def test_weights_that_were_kept_alone_can_be_had(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running()
     path = rig.home / "runs" / job_id / "checkpoints" / "step-00000005-weights"
     write_checkpoint(path)
@@ -177,7 +182,7 @@ def test_weights_that_were_kept_alone_can_be_had(rig: Rig) -> None:
     assert rig.client.delete(f"/jobs/{job_id}/checkpoints/5").json()["code"] == "checkpoint_not_found"
 
 
-def test_a_save_dir_of_its_own(make_rig: MakeRig, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_dir_of_its_own(make_rig: MakeHarness, sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make_rig(sqlite_url)
     place = rig.home / "elsewhere"
     place.mkdir()
@@ -195,7 +200,7 @@ def test_a_save_dir_of_its_own(make_rig: MakeRig, sqlite_url: str, monkeypatch: 
 # Removal
 
 
-def test_a_checkpoint_is_removed_with_its_files(any_rig: Rig) -> None:
+def test_a_checkpoint_is_removed_with_its_files(any_rig: ServiceHarness) -> None:
     job_id = at_rest(any_rig, 10, 20, 30)
     assert any_rig.client.delete(f"/jobs/{job_id}/checkpoints/20").status_code == 204
     assert [c["step"] for c in any_rig.data(job_id, "checkpoints")] == [30, 10]
@@ -206,11 +211,11 @@ def test_a_checkpoint_is_removed_with_its_files(any_rig: Rig) -> None:
     assert any_rig.client.delete(f"/jobs/{job_id}/checkpoints/20").status_code == 404
 
 
-def test_never_the_last_valid_one(any_rig: Rig) -> None:
+def test_never_the_last_valid_one(any_rig: ServiceHarness) -> None:
     job_id = at_rest(any_rig, 10, 20)
     checkpoints = any_rig.home / "runs" / job_id / "checkpoints"
     (checkpoints / "step-00000020" / "model.safetensors").write_bytes(b"cut")
-    assert not looks_sound(checkpoints / "step-00000020")
+    assert not is_valid(checkpoints / "step-00000020")
     answer = any_rig.client.delete(f"/jobs/{job_id}/checkpoints/10")
     assert (answer.status_code, answer.json()["code"]) == (409, "last_checkpoint")
     assert any_rig.client.delete(f"/jobs/{job_id}/checkpoints/20").status_code == 204, "the damaged one may go"
@@ -218,7 +223,7 @@ def test_never_the_last_valid_one(any_rig: Rig) -> None:
     assert any_rig.job(job_id)["checkpoint"]["step"] == 10
 
 
-def test_two_removals_at_once_leave_one(any_rig: Rig) -> None:
+def test_two_removals_at_once_leave_one(any_rig: ServiceHarness) -> None:
     for _ in range(3):
         job_id = at_rest(any_rig, 10, 20)
         urls = [f"/jobs/{job_id}/checkpoints/{step}" for step in (10, 20, 10, 20)]
@@ -228,22 +233,22 @@ def test_two_removals_at_once_leave_one(any_rig: Rig) -> None:
         assert len(any_rig.data(job_id, "checkpoints")) == 1
 
 
-def test_a_live_run_keeps_what_it_may_need(rig: Rig) -> None:
+def test_a_live_run_keeps_what_it_may_need(rig: ServiceHarness) -> None:
     job_id, attempt = saved(rig, 10, 20, 30)
     for step, code in ((30, "checkpoint_in_use"), (10, None)):
         answer = rig.client.delete(f"/jobs/{job_id}/checkpoints/{step}")
         assert (answer.json()["code"] if code else answer.status_code) == (code or 204)
     rig.exit(attempt, "crashed", Reason.HUNG, step=30)
-    rig.act(job_id, "resume", {"step": 20})
+    rig.post_action(job_id, "resume", {"step": 20})
     assert rig.client.delete(f"/jobs/{job_id}/checkpoints/20").json()["code"] == "checkpoint_in_use"
-    rig.settle()
+    rig.reconcile()
     beginning = rig.launcher.of(job_id, 2)
-    rig.beat(beginning)
+    rig.heartbeat(beginning)
     for step in (20, 30):
         assert rig.client.delete(f"/jobs/{job_id}/checkpoints/{step}").json()["code"] == "checkpoint_in_use", "it loads"
 
 
-def test_what_cannot_be_renamed_stays(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_renamed_stays(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = at_rest(rig, 10, 20)
 
     def refused(*_: object) -> None:

@@ -1,16 +1,17 @@
-"""The dashboard's page and files: who gets HTML where the API gives JSON, what is cached, what the policy allows."""
+"""The dashboard's page and files: content negotiation with the API, caching, content security policy."""
 
 import gzip
+import posixpath
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from service.dashboard.assets import STATIC, Assets, compiled_ahead, library_file
-from service.dashboard.linking import CannotLink, linked
-from service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
+from trainyard.service.dashboard.assets import STATIC, Assets, library_file
+from trainyard.service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 
@@ -30,7 +31,7 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
         ("text/csv", False),
     ],
 )
-def test_a_page_is_for_those_who_name_html(rig: Rig, accept: str, page: bool) -> None:
+def test_the_page_is_sent_only_if_accept_names_html(rig: ServiceHarness, accept: str, page: bool) -> None:
     assert prefers_html(accept) is page
     job_id = rig.submit(name="x")
     for path in ("/jobs", f"/jobs/{job_id}"):
@@ -40,7 +41,7 @@ def test_a_page_is_for_those_who_name_html(rig: Rig, accept: str, page: bool) ->
         assert "Accept" in [word.strip() for word in answer.headers["vary"].split(",")]
 
 
-def test_what_lies_below_a_job_is_never_a_page(rig: Rig) -> None:
+def test_paths_below_a_job_are_never_the_page(rig: ServiceHarness) -> None:
     job_id = rig.submit()
     for what in ("metrics", "events", "checkpoints"):
         answer = rig.client.get(f"/jobs/{job_id}/{what}", headers={"Accept": BROWSER})
@@ -49,7 +50,7 @@ def test_what_lies_below_a_job_is_never_a_page(rig: Rig) -> None:
     assert rig.client.get("/jobs/nothing/here", headers={"Accept": BROWSER}).status_code == 404
 
 
-def test_the_page_has_a_strict_policy_and_head(rig: Rig) -> None:
+def test_get_and_head_of_the_page_have_a_strict_content_security_policy(rig: ServiceHarness) -> None:
     for method in ("GET", "HEAD"):
         answer = rig.client.request(method, "/", headers={"Accept": BROWSER})
         assert answer.status_code == 200
@@ -65,15 +66,15 @@ def test_the_page_has_a_strict_policy_and_head(rig: Rig) -> None:
     assert (again.status_code, again.content) == (304, b"")
 
 
-def test_no_script_or_style_stands_in_the_page(rig: Rig) -> None:
+def test_the_page_has_no_inline_script_or_style(rig: ServiceHarness) -> None:
     page = rig.client.get("/").text
     assert "<style" not in page
     assert "style=" not in page
     assert page.count("<script") == page.count('<script type="module" src=')
 
 
-def test_the_library_finds_its_style_elements_there_already(rig: Rig) -> None:
-    """Where an element has the id of one that it would make, it makes none; the policy would block it."""
+def test_the_page_has_the_style_elements_of_the_chart_library(rig: ServiceHarness) -> None:
+    """The library creates a style element only if none has its id; the policy would block a new one."""
     library = library_file().read_text()
     made = set(re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', library)) | {"plotly.js-style-global"}
     there = set(re.findall(r' id="([^"]+)"', rig.client.get("/").text))
@@ -81,9 +82,9 @@ def test_the_library_finds_its_style_elements_there_already(rig: Rig) -> None:
     assert made <= there
 
 
-def test_files_are_immutable_and_packed(rig: Rig, tmp_path: Path) -> None:
+def test_files_are_immutable_and_gzipped(rig: ServiceHarness, tmp_path: Path) -> None:
     assets = Assets(tmp_path / "cache")
-    for path in assets.addresses():
+    for path in assets.paths():
         packed = rig.client.get(path, headers={"Accept-Encoding": "gzip"})
         plain = rig.client.get(path, headers={"Accept-Encoding": "identity"})
         assert packed.status_code == plain.status_code == 200, path
@@ -96,22 +97,22 @@ def test_files_are_immutable_and_packed(rig: Rig, tmp_path: Path) -> None:
     assert rig.client.get("/ui/../settings.py").status_code == 404
 
 
-def test_an_address_changes_with_the_content(tmp_path: Path) -> None:
+def test_a_url_changes_with_the_content(tmp_path: Path) -> None:
     folder = tmp_path / "static"
     folder.mkdir()
-    (folder / "index.html").write_text("{{base}} {{charts}}")
+    (folder / "index.html").write_text("{{modulepreload}} {{base}} {{charts}}")
     (folder / "app.js").write_text("one")
     first = Assets(tmp_path / "cache", folder)
     same = Assets(tmp_path / "cache", folder)
     (folder / "app.js").write_text("two")
     second = Assets(tmp_path / "cache", folder)
-    assert first.addresses() == same.addresses()
-    assert first.addresses()[0] != second.addresses()[0]
+    assert first.paths() == same.paths()
+    assert first.paths()[0] != second.paths()[0]
     assert first.library_path == second.library_path
-    assert first.shell_tag != second.shell_tag
+    assert first.index_etag != second.index_etag
 
 
-def test_a_broken_cache_of_the_library_is_made_anew(tmp_path: Path) -> None:
+def test_a_broken_gzip_cache_of_the_library_is_written_again(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     made = Assets(cache)
     assert made.find(made.library_path) is not None
@@ -121,49 +122,70 @@ def test_a_broken_cache_of_the_library_is_made_anew(tmp_path: Path) -> None:
         kept.write_bytes(broken)
         found = Assets(cache).find(made.library_path)
         assert found is not None
-        assert gzip.decompress(found.packed) == compiled_ahead(library_file().read_bytes())
+        assert gzip.decompress(found.gzipped) == library_file().read_bytes()
         assert kept.read_bytes() == whole
 
 
-def test_the_library_is_sent_as_it_is_but_for_two_parentheses() -> None:
-    library = library_file().read_bytes()
-    sent = compiled_ahead(library)
-    assert len(sent) == len(library) + 2
-    assert sent.replace(b"this, (() => {", b"this, () => {").removesuffix(b"})));") == library.removesuffix(b"}));")
-    assert compiled_ahead(b"another library") == b"another library"
+MODULE_IMPORT = re.compile(r'^(?:import|export) \{ ([^}]+) \} from "(\.[^"]+)";$', re.MULTILINE)
+EXPORT = re.compile(r"^export (?:const|let|class|function|async function) (\w+)", re.MULTILINE)
 
 
-def test_modules_are_linked_so_that_each_finds_what_it_needs(tmp_path: Path) -> None:
-    modules = {
-        "app.js": 'import { twice as two } from "./sums/sums.js";\nimport { one } from "./one.js";\nsay(two(one));',
-        "sums/sums.js": 'export { one } from "../one.js";\nexport function twice(x) {\n  return 2 * x;\n}\n',
-        "one.js": "export const one = 1;\n",
-        "nobody.js": "broken(",
-    }
-    script = linked(modules, "app.js")
-    names = re.findall(r"^// (.+)$", script, re.MULTILINE)
-    assert names == ["one.js", "sums/sums.js", "app.js"]
-    assert "const { twice: two } = module1;" in script
-    assert "return { twice, one: module0.one };" in script
-    for source in ('import "./one.js";', 'import * as one from "./one.js";', "export let x = 1;", "export default 1;"):
-        with pytest.raises(CannotLink):
-            linked({**modules, "one.js": source}, "app.js")
-    with pytest.raises(CannotLink, match=re.escape("app.js > sums/sums.js > one.js > sums/sums.js")):
-        linked({**modules, "one.js": 'import { twice } from "./sums/sums.js";'}, "app.js")
-    with pytest.raises(CannotLink, match=re.escape("app.js > gone.js")):
-        linked({"app.js": 'import { a } from "./gone.js";'}, "app.js")
+def read_modules(rig: ServiceHarness) -> tuple[str, dict[str, str]]:
+    """Return the URL path of the entry module, and the source of every module that it needs by URL path."""
+    [entry] = re.findall(r'<script type="module" src="([^"]+)"', rig.client.get("/").text)
+    modules: dict[str, str] = {}
+    todo = [entry]
+    while todo:
+        path = todo.pop()
+        if path in modules:
+            continue
+        answer = rig.client.get(path)
+        assert answer.status_code == 200, path
+        modules[path] = answer.text
+        todo += [resolve(path, target) for _, target in MODULE_IMPORT.findall(answer.text)]
+    return entry, modules
 
 
-def test_the_page_is_two_requests(rig: Rig) -> None:
+def resolve(path: str, target: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+
+
+def test_the_page_preloads_exactly_the_modules_that_it_needs(rig: ServiceHarness) -> None:
     page = rig.client.get("/").text
-    [script] = re.findall(r'src="([^"]+)"', page)
-    [style] = re.findall(r'rel="stylesheet"[^>]* href="([^"]+)"', page)
-    assert "import {" not in rig.client.get(script).text
-    for words in (".card", ".choices", ".field"):
-        assert words in rig.client.get(style).text
+    entry, modules = read_modules(rig)
+    preloaded = re.findall(r'<link rel="modulepreload" href="([^"]+)"', page)
+    assert len(preloaded) == len(set(preloaded))
+    assert set(preloaded) == set(modules)
+    assert len(modules) == len(list(STATIC.rglob("*.js"))), "a script is not imported by any other"
+    base = entry.removesuffix("app.js")
+    assert re.fullmatch(r"/ui/[0-9a-f]{16}/", base)
+    assert all(path.startswith(base) for path in modules)
 
 
-def test_the_page_asks_for_the_token_so_it_needs_none(make_rig: MakeRig, sqlite_url: str) -> None:
+def test_modules_import_only_what_others_export_and_in_no_circle(rig: ServiceHarness) -> None:
+    _, modules = read_modules(rig)
+    exports = {path: set(EXPORT.findall(source)) for path, source in modules.items()}
+    needs: dict[str, set[str]] = {}
+    for path, source in modules.items():
+        lines = [line for line in source.splitlines() if re.match(r"(import|export \{|export \*)", line)]
+        imports = MODULE_IMPORT.findall(source)
+        assert len(imports) == len(lines), f"{path}: an import of another form"
+        needs[path] = {resolve(path, target) for _, target in imports}
+        for names, target in imports:
+            for name in names.split(","):
+                assert name.strip().partition(" as ")[0] in exports[resolve(path, target)], f"{path}: {name}"
+    TopologicalSorter(needs).prepare()
+
+
+def test_the_page_links_every_stylesheet(rig: ServiceHarness) -> None:
+    styles = re.findall(r'<link rel="stylesheet"[^>]* href="([^"]+)"', rig.client.get("/").text)
+    assert len(styles) == len(list(STATIC.rglob("*.css")))
+    text = "".join(rig.client.get(style).text for style in styles)
+    for selector in (".card", ".choices", ".field"):
+        assert selector in text
+
+
+def test_the_page_is_served_without_a_token(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig = make_rig(sqlite_url, token="sesame")
     for path in ("/", "/jobs", "/jobs/job_x"):
         assert rig.client.get(path, headers={"Accept": BROWSER}).status_code == 200
@@ -173,14 +195,14 @@ def test_the_page_asks_for_the_token_so_it_needs_none(make_rig: MakeRig, sqlite_
     rig.close()
 
 
-def test_gzip_is_weighed() -> None:
+def test_accept_encoding_weights() -> None:
     assert accepts_gzip("gzip, br")
     assert accepts_gzip("*")
     assert not accepts_gzip("gzip;q=0, *")
     assert not accepts_gzip("br")
 
 
-def test_nothing_in_the_scripts_reads_html_or_makes_code() -> None:
+def test_no_script_parses_html_or_evaluates_code() -> None:
     scripts = list(STATIC.rglob("*.js"))
     assert len(scripts) > 10
     for script in scripts:
@@ -189,7 +211,7 @@ def test_nothing_in_the_scripts_reads_html_or_makes_code() -> None:
             assert word not in text, f"{script.name}: {word}"
 
 
-def test_buckets_of_a_stretch_are_those_of_the_whole(rig: Rig) -> None:
+def test_buckets_of_a_step_range_equal_those_of_the_whole_run(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running(steps=1000)
     for step in range(1, 301):
         attempt.metric(step, loss=1 / step, learning_rate=step / 1000)

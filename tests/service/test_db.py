@@ -13,11 +13,21 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from service.db import Database, UnknownTables, alembic_config, newest_revision
-from service.jobs import store
-from service.scheduler.apply import utc_now
-from service.tables import EventRow, JobRow, LeaseRow, Table
-from tests.service.rig import Rig, in_threads
+from tests.service.harness import ServiceHarness, in_threads
+from trainyard.service.clock import utc_now
+from trainyard.service.db.engine import (
+    Database,
+    UnknownSchemaVersion,
+    alembic_config,
+    newest_revision,
+)
+from trainyard.service.db.models import (
+    Base,
+    DeviceLeaseRow,
+    EventRow,
+    JobRow,
+)
+from trainyard.service.jobs import repository
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -48,11 +58,11 @@ def test_migrations_build_what_the_tables_say(empty: str) -> None:
     database = Database(empty)
     database.upgrade()
     with database.engine.connect() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), Table.metadata)
+        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
         assert differences == []
         found = inspect(connection)
-        assert set(Table.metadata.tables) <= set(found.get_table_names())
-        for name, table in Table.metadata.tables.items():
+        assert set(Base.metadata.tables) <= set(found.get_table_names())
+        for name, table in Base.metadata.tables.items():
             assert [c["name"] for c in found.get_columns(name)] == [c.name for c in table.columns]
             wanted = {index.name for index in table.indexes}
             assert wanted <= {index["name"] for index in found.get_indexes(name)}
@@ -78,11 +88,11 @@ def test_tables_of_a_later_version_are_left_alone(empty: str) -> None:
     database.upgrade()
     with database.write() as session:
         session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
-    with pytest.raises(UnknownTables, match="at migration 9999, which this version does not know"):
+    with pytest.raises(UnknownSchemaVersion, match="at migration 9999, which this version does not know"):
         database.upgrade()
     with database.write() as session:
         session.execute(text("DELETE FROM alembic_version"))
-        Table.metadata.drop_all(session.connection())
+        Base.metadata.drop_all(session.connection())
     database.upgrade()
     database.close()
 
@@ -106,23 +116,23 @@ def test_sqlite_is_set_up_for_many(sqlite_url: str) -> None:
     database.close()
 
 
-def test_many_writers_at_once(any_rig: Rig) -> None:
+def test_many_writers_at_once(any_rig: ServiceHarness) -> None:
     """Eight writers, each a read and a write in one transaction: none is turned away and nothing is lost."""
     job_id = any_rig.submit()
 
     def write(_: int) -> int:
         for _ in range(10):
             with any_rig.database.write() as session:
-                job = store.lock(session, job_id)
+                job = repository.lock(session, job_id)
                 job.restarts += 1
         return 1
 
     assert in_threads(8, write) == [1] * 8
     with any_rig.database.read() as session:
-        assert store.find(session, job_id).restarts == 80
+        assert repository.find(session, job_id).restarts == 80
 
 
-def test_writers_of_two_services_on_one_file(rig: Rig) -> None:
+def test_writers_of_two_services_on_one_file(rig: ServiceHarness) -> None:
     """The lock in this process does not help here: BEGIN IMMEDIATE and the busy timeout do."""
     job_id = rig.submit()
     others = [Database(rig.url) for _ in range(4)]
@@ -130,35 +140,35 @@ def test_writers_of_two_services_on_one_file(rig: Rig) -> None:
     def write(index: int) -> int:
         for _ in range(10):
             with others[index].write() as session:
-                store.lock(session, job_id).restarts += 1
+                repository.lock(session, job_id).restarts += 1
         return 1
 
     assert in_threads(4, write) == [1] * 4
     with rig.database.read() as session:
-        assert store.find(session, job_id).restarts == 40
+        assert repository.find(session, job_id).restarts == 40
     for database in others:
         database.close()
 
 
-def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: Rig) -> None:
+def test_a_reader_sees_one_moment_and_waits_for_no_writer(any_rig: ServiceHarness) -> None:
     job_id = any_rig.submit()
     with any_rig.database.read() as session:
-        before = store.find(session, job_id).status
-        done = threading.Thread(target=any_rig.act, args=(job_id, "cancel"))
+        before = repository.find(session, job_id).status
+        done = threading.Thread(target=any_rig.post_action, args=(job_id, "cancel"))
         done.start()
         done.join(20)
         assert not done.is_alive()
         session.expire_all()
-        assert store.find(session, job_id).status == before == "queued"
+        assert repository.find(session, job_id).status == before == "queued"
     assert any_rig.status(job_id) == "cancelled"
 
 
-def test_a_write_that_fails_leaves_nothing(any_rig: Rig) -> None:
+def test_a_write_that_fails_leaves_nothing(any_rig: ServiceHarness) -> None:
     job_id = any_rig.submit()
 
     def fail() -> None:
         with any_rig.database.write() as session:
-            store.lock(session, job_id).name = "changed"
+            repository.lock(session, job_id).name = "changed"
             session.flush()
             raise ZeroDivisionError
 
@@ -167,20 +177,20 @@ def test_a_write_that_fails_leaves_nothing(any_rig: Rig) -> None:
     assert any_rig.job(job_id)["name"] == "pretrain"
 
 
-def test_a_status_changes_only_by_the_table_and_only_once(any_rig: Rig) -> None:
-    from contract.status import JobStatus
-    from service.errors import Conflict
-    from service.jobs.store import ImpossibleTransition, Note
+def test_a_status_changes_only_by_the_table_and_only_once(any_rig: ServiceHarness) -> None:
+    from trainyard.contract.status import JobStatus
+    from trainyard.service.errors import Conflict
+    from trainyard.service.jobs.repository import EventDraft, ImpossibleTransition
 
     job_id = any_rig.submit()
-    note = Note("status", "test")
+    note = EventDraft("status", "test")
     with pytest.raises(ImpossibleTransition), any_rig.database.write() as session:
-        store.move(session, store.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
+        repository.transition(session, repository.lock(session, job_id), JobStatus.SUCCEEDED, note, utc_now())
     with any_rig.database.read() as session:
-        stale = store.find(session, job_id)
-    any_rig.act(job_id, "pause")
+        stale = repository.find(session, job_id)
+    any_rig.post_action(job_id, "pause")
     with pytest.raises(Conflict), any_rig.database.write() as session:
-        store.move(session, stale, JobStatus.STARTING, note, utc_now())
+        repository.transition(session, stale, JobStatus.STARTING, note, utc_now())
     assert any_rig.status(job_id) is JobStatus.PAUSED
     with any_rig.database.read() as session:
         moves = [e.message for e in session.query(EventRow).filter(EventRow.kind == "status")]
@@ -189,13 +199,13 @@ def test_a_status_changes_only_by_the_table_and_only_once(any_rig: Rig) -> None:
     assert versions == [2]
 
 
-def test_a_device_cannot_have_two_leases(any_rig: Rig) -> None:
+def test_a_device_cannot_have_two_leases(any_rig: ServiceHarness) -> None:
     _, attempt = any_rig.running()
     with pytest.raises(IntegrityError), any_rig.database.write() as session:
-        session.add(LeaseRow(device="cpu:0", attempt_id=attempt.launch.attempt_id, job_id="x"))
+        session.add(DeviceLeaseRow(device="cpu:0", attempt_id=attempt.launch.attempt_id, job_id="x"))
 
 
-def test_times_have_a_zone(any_rig: Rig) -> None:
+def test_times_have_a_zone(any_rig: ServiceHarness) -> None:
     from datetime import datetime
 
     with pytest.raises(Exception, match="without its zone"), any_rig.database.write() as session:
@@ -215,7 +225,7 @@ def test_the_newest_migration_is_known_without_the_tool_that_runs_them(empty: st
 
 def test_a_service_whose_tables_are_there_starts_without_that_tool(sqlite_url: str) -> None:
     program = (
-        "import sys, service.__main__; from service.db import Database; "
+        "import sys, trainyard.service.__main__; from trainyard.service.db.engine import Database; "
         f"Database({sqlite_url!r}).upgrade(); sys.exit('alembic' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 
-from service.settings import Settings
-from service.upkeep import disks
-from service.upkeep.disks import Disk, DiskWatch, Limits, State, Usage, judge
-from service.upkeep.loop import Upkeep
-from service.upkeep.warnings import described
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
+from trainyard.service.maintenance import disk_monitor
+from trainyard.service.maintenance.disk_monitor import (
+    Disk,
+    DiskMonitor,
+    DiskState,
+    Limits,
+    Usage,
+    disk_state,
+)
+from trainyard.service.maintenance.loop import MaintenanceLoop
+from trainyard.service.maintenance.warnings import to_alert
+from trainyard.service.settings import Settings
 
 GIB = 1 << 30
 
@@ -34,8 +41,8 @@ class Disks:
         return Usage(100 * GIB, self.free[path.name], device=device, **self.more)
 
 
-def watch(found: Disks, **roots: list[Path]) -> DiskWatch:
-    return DiskWatch(roots or {"home": [Path("/home")]}, Limits(5 * GIB, 10), found)
+def watch(found: Disks, **roots: list[Path]) -> DiskMonitor:
+    return DiskMonitor(roots or {"home": [Path("/home")]}, Limits(5 * GIB, 10), found)
 
 
 @pytest.mark.parametrize(
@@ -55,30 +62,32 @@ def test_the_smaller_of_both_limits_counts(size: int, percent: int, total: int, 
 @pytest.mark.parametrize(
     ("free", "before", "state"),
     [
-        (6.0, None, State.OK),
-        (5.0, None, State.OK),
-        (4.99, None, State.LOW),
-        (5.2, State.OK, State.OK),
-        (5.2, State.LOW, State.LOW),
-        (5.2, State.FULL, State.LOW),
-        (5.6, State.LOW, State.OK),
-        (0.05, None, State.FULL),
-        (0.05, State.OK, State.FULL),
+        (6.0, None, DiskState.OK),
+        (5.0, None, DiskState.OK),
+        (4.99, None, DiskState.LOW),
+        (5.2, DiskState.OK, DiskState.OK),
+        (5.2, DiskState.LOW, DiskState.LOW),
+        (5.2, DiskState.FULL, DiskState.LOW),
+        (5.6, DiskState.LOW, DiskState.OK),
+        (0.05, None, DiskState.FULL),
+        (0.05, DiskState.OK, DiskState.FULL),
     ],
 )
-def test_a_disk_at_its_limit_is_not_told_of_again_and_again(free: float, before: State | None, state: State) -> None:
-    assert judge(Usage(100 * GIB, int(free * GIB)), Limits(5 * GIB, 10), before) is state
+def test_a_disk_at_its_limit_is_not_told_of_again_and_again(
+    free: float, before: DiskState | None, state: DiskState
+) -> None:
+    assert disk_state(Usage(100 * GIB, int(free * GIB)), Limits(5 * GIB, 10), before) is state
 
 
 def test_other_ways_to_be_full() -> None:
     limits = Limits(5 * GIB, 10)
-    assert judge(Usage(100 * GIB, 50 * GIB, read_only=True), limits, None) is State.FULL
-    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=0), limits, None) is State.FULL
-    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=50), limits, None) is State.LOW
-    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, State.LOW) is State.LOW
-    assert judge(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, None) is State.OK
-    assert judge(Usage(100 * GIB, 50 * GIB, files=0), limits, None) is State.OK
-    assert judge(Usage(100 * GIB, 1 * GIB), Limits(0, 0), None) is State.OK, "the watch is off"
+    assert disk_state(Usage(100 * GIB, 50 * GIB, read_only=True), limits, None) is DiskState.FULL
+    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=0), limits, None) is DiskState.FULL
+    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=50), limits, None) is DiskState.LOW
+    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, DiskState.LOW) is DiskState.LOW
+    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, None) is DiskState.OK
+    assert disk_state(Usage(100 * GIB, 50 * GIB, files=0), limits, None) is DiskState.OK
+    assert disk_state(Usage(100 * GIB, 1 * GIB), Limits(0, 0), None) is DiskState.OK, "the watch is off"
 
 
 def test_folders_of_one_file_system_are_one_disk() -> None:
@@ -88,50 +97,50 @@ def test_folders_of_one_file_system_are_one_disk() -> None:
         "save_root": [Path("/saves"), Path("/home/new-1"), Path("/gone/away")],
         "corpus_cache": [Path("/home/new/new")],
     }
-    seen = watch(found, **roots).look()
+    seen = watch(found, **roots).poll()
     assert [(disk.name, disk.state) for disk in seen] == [
-        ("home+save_root+corpus_cache", State.OK),
-        ("save_root", State.LOW),
-        ("save_root", State.UNREADABLE),
+        ("home+save_root+corpus_cache", DiskState.OK),
+        ("save_root", DiskState.LOW),
+        ("save_root", DiskState.UNREADABLE),
     ]
     assert seen[0].paths == (Path("/home"), Path("/home/new-1"), Path("/home/new/new"))
     assert (seen[1].usage.free, seen[1].limit) == (2 * GIB, 5 * GIB)
 
 
 def test_a_real_file_system(tmp_path: Path) -> None:
-    usage = disks.usage_of(tmp_path)
+    usage = disk_monitor.usage_of(tmp_path)
     assert 0 < usage.free <= usage.total
     assert usage.device == tmp_path.stat().st_dev
     settings = Settings.read({"TRAINYARD_SAVE_ROOTS": str(tmp_path / "later")}, home=tmp_path)
-    (disk,) = DiskWatch.of(settings).look()
+    (disk,) = DiskMonitor.of(settings).poll()
     assert disk.name == "home+save_root+corpus_cache"
 
 
 def test_a_disk_that_hangs_keeps_nobody_waiting() -> None:
     now = [0.0]
-    made = DiskWatch({"home": [Path("/home")]}, Limits(0, 0), Disks(home=0.5), lambda: now[0])
-    assert made.seen() is made.seen(), "looked at once"
+    made = DiskMonitor({"home": [Path("/home")]}, Limits(0, 0), Disks(home=0.5), lambda: now[0])
+    assert made.readings() is made.readings(), "looked at once"
     now[0] = 59.0
     assert not made.stale
     now[0] = 61.0
     assert made.stale
-    made.look()
+    made.poll()
     assert not made.stale
 
 
-def low(rig: Rig, job_id: str) -> list[str]:
+def low(rig: ServiceHarness, job_id: str) -> list[str]:
     return [alert["message"] for alert in rig.job(job_id)["alerts"] if alert["code"] == "disk_low"]
 
 
-def kinds(rig: Rig, job_id: str) -> list[tuple[str, str]]:
+def kinds(rig: ServiceHarness, job_id: str) -> list[tuple[str, str]]:
     events = rig.data(job_id, "events", limit=100)
     return [(e["kind"], e["actor"]) for e in events if e["kind"] == "disk" or e["data"].get("code") == "disk_low"]
 
 
-def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: Rig) -> None:
+def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: ServiceHarness) -> None:
     rig = any_rig
     found = Disks(home=0.02)
-    upkeep = Upkeep(rig.scheduler, watch(found), rig.clock)
+    upkeep = MaintenanceLoop(rig.scheduler, watch(found), rig.clock)
     job_id, _ = rig.running()
     ended, attempt = rig.running()
     rig.exit(attempt, "completed", step=10)
@@ -159,37 +168,37 @@ def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: Rig) -> 
     assert low(rig, job_id), "and again, when it is low again"
 
 
-def test_only_those_who_save_there_hear_of_a_save_root(rig: Rig, tmp_path: Path) -> None:
+def test_only_those_who_save_there_hear_of_a_save_root(rig: ServiceHarness, tmp_path: Path) -> None:
     found = Disks(home=0.5, saves=0.02)
     other = rig.home / "elsewhere"
     there, _ = rig.running(checkpoint={"save_dir": str(other)})
     here, _ = rig.running()
     disk = watch(found, home=[Path("/home")], save_root=[Path("/saves")])
-    Upkeep(rig.scheduler, disk, rig.clock).round()
+    MaintenanceLoop(rig.scheduler, disk, rig.clock).round()
     assert low(rig, here) == low(rig, there) == []
 
     def ask(path: Path) -> Usage:
         return found(Path("/saves") if path.is_relative_to(other) else Path("/home"))
 
-    disk = DiskWatch({"home": [rig.home], "save_root": [other]}, Limits(5 * GIB, 10), ask)
-    Upkeep(rig.scheduler, disk, rig.clock).round()
+    disk = DiskMonitor({"home": [rig.home], "save_root": [other]}, Limits(5 * GIB, 10), ask)
+    MaintenanceLoop(rig.scheduler, disk, rig.clock).round()
     assert low(rig, here) == []
     assert len(low(rig, there)) == 1
     assert "save_root" in low(rig, there)[0]
 
 
-def test_who_does_not_schedule_only_looks(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_does_not_schedule_only_looks(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, _ = rig.running()
     monkeypatch.setattr(rig.scheduler, "_wanted", False)
-    upkeep = Upkeep(rig.scheduler, watch(Disks(home=0.02)), rig.clock)
+    upkeep = MaintenanceLoop(rig.scheduler, watch(Disks(home=0.02)), rig.clock)
     upkeep.round()
     assert low(rig, job_id) == []
 
 
-def test_the_log_says_it_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_it_once(rig: ServiceHarness, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "trainyard")
     found = Disks(home=0.5)
-    upkeep = Upkeep(rig.scheduler, watch(found), rig.clock)
+    upkeep = MaintenanceLoop(rig.scheduler, watch(found), rig.clock)
     for share in (0.5, 0.02, 0.02, 0.0, 0.5, 0.5):
         found.free["home"] = int(share * 100 * GIB)
         upkeep.round()
@@ -200,8 +209,8 @@ def test_the_log_says_it_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> Non
     assert said[2] == "the disk of home has room again"
 
 
-def test_the_loop_goes_on_whatever_happens(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.upkeep.loop.ROUND_SECONDS", 0.01)
+def test_the_loop_goes_on_whatever_happens(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainyard.service.maintenance.loop.ROUND_SECONDS", 0.01)
     import threading
 
     calls, thrice = [], threading.Event()
@@ -213,8 +222,8 @@ def test_the_loop_goes_on_whatever_happens(rig: Rig, monkeypatch: pytest.MonkeyP
         raise OSError("hangs no more, but is broken")
 
     made = watch(Disks(home=0.5))
-    monkeypatch.setattr(made, "look", look)
-    upkeep = Upkeep(rig.scheduler, made)
+    monkeypatch.setattr(made, "poll", look)
+    upkeep = MaintenanceLoop(rig.scheduler, made)
     upkeep.start()
     assert thrice.wait(20)
     upkeep.stop()
@@ -223,14 +232,14 @@ def test_the_loop_goes_on_whatever_happens(rig: Rig, monkeypatch: pytest.MonkeyP
 def test_what_is_said_names_no_path() -> None:
     found = Disks(home=0.5)
     found.more = {"read_only": True}
-    disk = watch(found).look()[0]
-    assert described(disk) == "the disk of home can only be read"
+    disk = watch(found).poll()[0]
+    assert to_alert(disk) == "the disk of home can only be read"
     found.more = {"files": 1000, "files_free": 3}
-    assert described(watch(found).look()[0]) == "the disk of home is about to run out of inodes: 3 are left"
-    tiny = Disk((), ("home",), Usage(4 << 20, 3 << 20, files=9000, files_free=8000), 1 << 19, State.FULL)
+    assert to_alert(watch(found).poll()[0]) == "the disk of home is about to run out of inodes: 3 are left"
+    tiny = Disk((), ("home",), Usage(4 << 20, 3 << 20, files=9000, files_free=8000), 1 << 19, DiskState.FULL)
     said = "the disk of home is nearly full: 3.0 MiB of 4.0 MiB are free, and below 64.0 MiB is little"
-    assert described(tiny) == said
-    assert described(watch(Disks()).look()[0]) == "the disk of home does not answer"
+    assert to_alert(tiny) == said
+    assert to_alert(watch(Disks()).poll()[0]) == "the disk of home does not answer"
 
 
 def test_the_settings() -> None:

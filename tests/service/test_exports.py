@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 
-from contract.locks import FileLock
-from service.exports import child
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import saved, write_checkpoint
+from trainyard.contract.locks import FileLock
+from trainyard.service.exports import subprocess as child
 
 EXPORTER = """
 import os, pathlib, signal, sys, time
@@ -37,12 +37,12 @@ def exporter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", EXPORTER))
 
 
-def export(rig: Rig, job_id: str, step: int, body: object = None) -> tuple[int, dict[str, Any]]:
+def export(rig: ServiceHarness, job_id: str, step: int, body: object = None) -> tuple[int, dict[str, Any]]:
     answer = rig.client.post(f"/jobs/{job_id}/checkpoints/{step}/export", json=body)
     return answer.status_code, answer.json()
 
 
-def test_an_export_is_written_beside_the_run_and_found_again(any_rig: Rig) -> None:
+def test_an_export_is_written_beside_the_run_and_found_again(any_rig: ServiceHarness) -> None:
     job_id, _ = saved(any_rig, 10, 20, checkpoint={"save_weight": "mine"})
     status, made = export(any_rig, job_id, 10, {"format": "hf"})
     path = any_rig.home / "runs" / job_id / "exports" / "step-00000010-hf"
@@ -62,7 +62,7 @@ def test_an_export_is_written_beside_the_run_and_found_again(any_rig: Rig) -> No
     assert len(told) == 2
 
 
-def test_other_weights_of_the_same_step_are_exported_anew(rig: Rig) -> None:
+def test_other_weights_of_the_same_step_are_exported_anew(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     _, made = export(rig, job_id, 10)
     write_checkpoint(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", b"other weights")
@@ -71,7 +71,7 @@ def test_other_weights_of_the_same_step_are_exported_anew(rig: Rig) -> None:
     assert (Path(again["path"]) / "model.safetensors").read_bytes() == b"other weights"
 
 
-def test_files_are_fetched_whole_and_in_pieces_and_no_others(rig: Rig) -> None:
+def test_files_are_fetched_whole_and_in_pieces_and_no_others(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     _, made = export(rig, job_id, 10)
     url = f"/jobs/{job_id}/exports/10/hf/files"
@@ -89,7 +89,7 @@ def test_files_are_fetched_whole_and_in_pieces_and_no_others(rig: Rig) -> None:
     ("state", "said"),
     [("refuse", "The model has no class there."), ("crash", "The exporter was ended by signal 9: it said nothing")],
 )
-def test_what_cannot_be_exported_says_why_and_leaves_nothing(any_rig: Rig, state: str, said: str) -> None:
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(any_rig: ServiceHarness, state: str, said: str) -> None:
     job_id, _ = saved(any_rig, 10)
     directory = any_rig.home / "runs" / job_id
     broken(directory / "checkpoints" / "step-00000010", state)
@@ -104,7 +104,7 @@ def broken(directory: Path, state: str) -> None:
         write_checkpoint(directory)
 
 
-def test_one_that_takes_too_long_is_ended(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_takes_too_long_is_ended(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "SECONDS", 0.3)
     job_id, _ = saved(rig, 10)
     broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")
@@ -112,7 +112,7 @@ def test_one_that_takes_too_long_is_ended(rig: Rig, monkeypatch: pytest.MonkeyPa
     FileLock(rig.home / "runs" / job_id / "exports" / ".lock").take().release()
 
 
-def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: Rig) -> None:
+def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10, 20)
     broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")
     children: list[Any] = []
@@ -135,7 +135,7 @@ def test_one_at_a_time_also_where_a_child_outlived_its_service(rig: Rig) -> None
     assert export(rig, job_id, 20)[0] == 201
 
 
-def test_without_torch_it_says_so_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_it_says_so_at_once(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, _ = saved(rig, 10)
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
@@ -143,7 +143,7 @@ def test_without_torch_it_says_so_at_once(rig: Rig, monkeypatch: pytest.MonkeyPa
     assert (status, problem["code"]) == (501, "export_unavailable")
 
 
-def test_a_disk_that_takes_nothing_is_said(rig: Rig) -> None:
+def test_a_disk_that_takes_nothing_is_said(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     (rig.home / "runs" / job_id / "exports").write_text("in the way")
     status, problem = export(rig, job_id, 10)
@@ -151,7 +151,7 @@ def test_a_disk_that_takes_nothing_is_said(rig: Rig) -> None:
     assert "File exists" in problem["detail"]
 
 
-def test_what_is_not_there_or_not_understood(rig: Rig) -> None:
+def test_what_is_not_there_or_not_understood(rig: ServiceHarness) -> None:
     job_id, _ = saved(rig, 10)
     assert export(rig, job_id, 11)[1]["code"] == "checkpoint_not_found"
     assert export(rig, "job_none", 10)[1]["code"] == "job_not_found"

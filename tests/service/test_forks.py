@@ -9,23 +9,23 @@ from unittest import mock
 
 import pytest
 
-from contract.report import Fork
-from contract.rundir import RunDir
-from service.forks import links
-from service.jobs import files
-from tests.service.rig import Rig, in_threads
+from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
+from trainyard.contract.failpoints import armed
+from trainyard.contract.messages import Fork
+from trainyard.contract.rundir import RunDir
+from trainyard.service.jobs import deletion
 
 LONG: dict[str, Any] = {"training": {"max_steps": 1000}}
 
 
-def ready(rig: Rig, *steps: int, **groups: Any) -> str:
+def ready(rig: ServiceHarness, *steps: int, **groups: Any) -> str:
     """A running parent with checkpoints."""
     job_id, _ = saved(rig, *(steps or (400, 800)), **LONG, **groups)
     return job_id
 
 
-def fork(rig: Rig, job_id: str, body: object = None, status: int = 201, key: str = "") -> dict[str, Any]:
+def fork(rig: ServiceHarness, job_id: str, body: object = None, status: int = 201, key: str = "") -> dict[str, Any]:
     headers = {"Idempotency-Key": key} if key else {}
     answer = rig.client.post(f"/jobs/{job_id}/fork", json=body or {}, headers=headers)
     assert answer.status_code == status, answer.text
@@ -33,7 +33,7 @@ def fork(rig: Rig, job_id: str, body: object = None, status: int = 201, key: str
     return found
 
 
-def test_a_fork_is_a_job_with_a_parent_and_its_files(any_rig: Rig) -> None:
+def test_a_fork_is_a_job_with_a_parent_and_its_files(any_rig: ServiceHarness) -> None:
     job_id = ready(any_rig, labels={"team": "nlp"}, name="pre")
     made = fork(any_rig, job_id, {"step": 400, "overrides": {"training": {"learning_rate": 1e-4}}})
     assert made["parent"] == {"job_id": job_id, "step": 400, "data": "keep"}
@@ -41,9 +41,9 @@ def test_a_fork_is_a_job_with_a_parent_and_its_files(any_rig: Rig) -> None:
     assert made["spec"]["training"]["learning_rate"] == 1e-4
     assert (made["progress"]["step"], made["plan"]["base_step"], made["plan"]["global_batch"]) == (400, 0, 8)
     run = RunDir(any_rig.home / "runs" / made["id"])
-    source = RunDir(any_rig.home / "runs" / job_id).products(None).checkpoint(400)
+    source = RunDir(any_rig.home / "runs" / job_id).artifacts(None).checkpoint(400)
     for file in source.iterdir():
-        assert (run.products(None).origin / file.name).stat().st_ino == file.stat().st_ino
+        assert (run.artifacts(None).origin / file.name).stat().st_ino == file.stat().st_ino
     assert Fork.model_validate_json(run.fork.read_bytes()) == Fork(job_id=job_id, step=400, data="keep")
     told = {event["kind"]: event for event in any_rig.data(job_id, "events")}
     assert told["forked"]["data"] == {"fork": made["id"], "step": 400, "data": "keep"}
@@ -56,7 +56,7 @@ def test_a_fork_is_a_job_with_a_parent_and_its_files(any_rig: Rig) -> None:
     assert fork(any_rig, job_id)["parent"]["step"] == 800
 
 
-def test_fork_is_among_the_actions_once_there_is_a_checkpoint(rig: Rig) -> None:
+def test_fork_is_among_the_actions_once_there_is_a_checkpoint(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running()
     said = {a["action"]: a["why_not"] for a in rig.job(job_id)["allowed_actions"]}
     assert said["fork"] == "there is no checkpoint to begin at"
@@ -64,7 +64,7 @@ def test_fork_is_among_the_actions_once_there_is_a_checkpoint(rig: Rig) -> None:
     write_checkpoint(rig.checkpoint(job_id, attempt, 4))
     rig.ship(attempt)
     assert next(a for a in rig.job(job_id)["allowed_actions"] if a["action"] == "fork")["allowed"]
-    assert "fork" in rig.act(job_id, "resume", status=409)["allowed_actions"]
+    assert "fork" in rig.post_action(job_id, "resume", status=409)["allowed_actions"]
 
 
 @pytest.mark.parametrize(
@@ -95,14 +95,14 @@ def test_fork_is_among_the_actions_once_there_is_a_checkpoint(rig: Rig) -> None:
         ({"steps": 4}, "/steps", "not a field"),
     ],
 )
-def test_mistakes_are_named_where_they_stand(rig: Rig, body: Any, pointer: str, said: str) -> None:
+def test_mistakes_are_named_where_they_stand(rig: ServiceHarness, body: Any, pointer: str, said: str) -> None:
     refused = fork(rig, ready(rig), body, 422)
     assert [found["pointer"] for found in refused["errors"]] == [pointer]
     assert said in refused["errors"][0]["message"]
     assert [path for path in (rig.home / "runs").iterdir() if (path / "origin").exists()] == []
 
 
-def test_all_mistakes_come_at_once(rig: Rig) -> None:
+def test_all_mistakes_come_at_once(rig: ServiceHarness) -> None:
     job_id = ready(rig)
     refused = fork(rig, job_id, {"data": "mix", "steps": 4, "step": -1, "overrides": 3}, 422)
     assert sorted(found["pointer"] for found in refused["errors"]) == ["/data", "/overrides", "/step", "/steps"]
@@ -114,7 +114,7 @@ def test_all_mistakes_come_at_once(rig: Rig) -> None:
     assert "same setting" in fork(rig, ready(rig), {"overrides": both}, 422)["errors"][0]["message"]
 
 
-def test_the_plan_of_a_fork_counts_what_is_left(rig: Rig) -> None:
+def test_the_plan_of_a_fork_counts_what_is_left(rig: ServiceHarness) -> None:
     job_id = ready(rig)
     training = {"max_steps": 1000, "learning_rate": 1e-4}
     whole = rig.client.post("/jobs/plan", json=rig.spec(training={**training, "batch_size": 1})).json()
@@ -139,11 +139,11 @@ def test_the_plan_of_a_fork_counts_what_is_left(rig: Rig) -> None:
     assert len(rig.get("/jobs")["data"]) == 1
     made = fork(rig, job_id, {"step": 400, "overrides": {"training": training}})
     assert made["progress"]["percent"] == 40.0
-    cancelled = rig.act(made["id"], "cancel")
+    cancelled = rig.post_action(made["id"], "cancel")
     assert cancelled["summary"] == "Cancelled at step 400; resuming goes on from step 400 of its parent."
 
 
-def test_a_restart_may_change_the_data_and_counts_its_own_steps(rig: Rig) -> None:
+def test_a_restart_may_change_the_data_and_counts_its_own_steps(rig: ServiceHarness) -> None:
     other = rig.home / "other.jsonl"
     other.write_text('{"text": "two"}\n')
     overrides = {
@@ -155,18 +155,18 @@ def test_a_restart_may_change_the_data_and_counts_its_own_steps(rig: Rig) -> Non
     made = fork(rig, job_id, {"step": 400, "data": "restart", "overrides": overrides})
     assert made["parent"]["data"] == "restart"
     assert (made["plan"]["base_step"], made["plan"]["steps"], made["plan"]["global_batch"]) == (400, 450, 24)
-    rig.settle()
+    rig.reconcile()
     attempt = rig.launcher.of(made["id"])
     attempt.started(start_step=400, steps=450)
     attempt.lines[-1]["base_step"] = 400
     rig.exit(attempt, "completed", step=450)
     # Finished: max_steps counts behind the fork's step, and only more of it goes on.
-    assert rig.act(made["id"], "resume", {"max_steps": 50}, 422)["errors"][0]["pointer"] == "/max_steps"
-    assert rig.act(made["id"], "resume", {"max_steps": 51})["spec"]["training"]["max_steps"] == 51
+    assert rig.post_action(made["id"], "resume", {"max_steps": 50}, 422)["errors"][0]["pointer"] == "/max_steps"
+    assert rig.post_action(made["id"], "resume", {"max_steps": 51})["spec"]["training"]["max_steps"] == 51
     assert fork(rig, job_id, {"data": "restart", "overrides": {"model": {"num_hidden_layers": 3}}}, 422)
 
 
-def test_weights_alone_need_a_restart(rig: Rig) -> None:
+def test_weights_alone_need_a_restart(rig: ServiceHarness) -> None:
     job_id, attempt = saved(rig, 400, 800, **LONG)
     thin = rig.home / "runs" / job_id / "checkpoints" / "step-00000200-weights"
     write_checkpoint(thin)
@@ -179,7 +179,7 @@ def test_weights_alone_need_a_restart(rig: Rig) -> None:
     assert fork(rig, job_id, {"step": 300}, 409)["code"] == "step_unavailable"
 
 
-def test_a_key_makes_one_fork(any_rig: Rig) -> None:
+def test_a_key_makes_one_fork(any_rig: ServiceHarness) -> None:
     job_id, other = ready(any_rig), ready(any_rig)
     body = {"step": 400}
     first = fork(any_rig, job_id, body, key="k")
@@ -199,60 +199,56 @@ def test_a_key_makes_one_fork(any_rig: Rig) -> None:
     assert list(any_rig.settings.trash.iterdir()) == []
 
 
-def test_the_parent_may_go(any_rig: Rig) -> None:
+def test_the_parent_may_go(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400, 800, **LONG)
     made = fork(any_rig, job_id, {"step": 400})
     any_rig.exit(attempt, "completed", step=1000)
     assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
-    origin = RunDir(any_rig.home / "runs" / made["id"]).products(None).origin
+    origin = RunDir(any_rig.home / "runs" / made["id"]).artifacts(None).origin
     assert (origin / "model.safetensors").read_bytes() == bytes(range(256)) * 40
     assert any_rig.job(made["id"])["parent"]["job_id"] == job_id
     lineage = any_rig.get(f"/jobs/{made['id']}/metrics", lineage=True)["lineage"]
     assert [(entry["job_id"], entry["deleted"]) for entry in lineage] == [(job_id, True), (made["id"], False)]
 
 
-def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: Rig) -> None:
+def test_deleted_or_pruned_meanwhile_there_is_no_fork_and_nothing_left(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400, 800, **LONG)
     place = any_rig.home / "runs" / job_id / "checkpoints" / "step-00000400"
-    real = links._share_file
-
-    def pruned(source: Path, target: Path, name: str) -> None:
-        real(source, target, name)
-        shutil.rmtree(place, ignore_errors=True)
-
-    with mock.patch.object(links, "_share_file", pruned):
+    with armed("share.file_linked", lambda: shutil.rmtree(place, ignore_errors=True)):
         assert fork(any_rig, job_id, {"step": 400}, 409)["code"] == "step_unavailable"
     any_rig.exit(attempt, "completed", step=1000)
-    from service.forks import making
+    from trainyard.service.forks import service
 
-    laid = making.lay_out
+    laid = service.prepare_run_dir
 
     def deleted(*args: Any) -> None:
         laid(*args)
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 204
 
-    with mock.patch.object(making, "lay_out", deleted):
+    with mock.patch.object(service, "prepare_run_dir", deleted):
         assert fork(any_rig, job_id, {"step": 800}, 404)["code"] == "job_not_found"
     assert list((any_rig.home / "runs").iterdir()) == []
     assert list(any_rig.settings.trash.iterdir()) == []
 
 
-def test_a_full_disk_makes_no_fork_and_leaves_nothing(rig: Rig) -> None:
+def test_a_full_disk_makes_no_fork_and_leaves_nothing(rig: ServiceHarness) -> None:
     job_id = ready(rig)
-    from service.forks import making
+    from trainyard.service.forks import service
 
-    with mock.patch.object(making, "write_json", side_effect=OSError(28, "No space left on device")):
+    with mock.patch.object(service, "write_json", side_effect=OSError(28, "No space left on device")):
         refused = fork(rig, job_id, {"step": 400}, 507)
     assert (refused["code"], "No space left" in refused["detail"]) == ("disk_trouble", True)
     assert [path.name for path in (rig.home / "runs").iterdir()] == [job_id]
     assert list(rig.settings.trash.iterdir()) == []
 
 
-def test_without_links_the_files_are_copied_and_a_link_in_their_place_is_not_followed(rig: Rig, tmp_path: Path) -> None:
+def test_without_links_the_files_are_copied_and_a_link_in_their_place_is_not_followed(
+    rig: ServiceHarness, tmp_path: Path
+) -> None:
     job_id = ready(rig)
     with mock.patch.object(os, "link", side_effect=OSError(18, "Invalid cross-device link")):
         made = fork(rig, job_id, {"step": 400})
-    origin = RunDir(rig.home / "runs" / made["id"]).products(None).origin
+    origin = RunDir(rig.home / "runs" / made["id"]).artifacts(None).origin
     assert (origin / "model.safetensors").stat().st_nlink == 1
     assert json.loads((origin / "manifest.json").read_text())["files"]
     place = rig.home / "runs" / job_id / "checkpoints" / "step-00000400"
@@ -264,12 +260,12 @@ def test_without_links_the_files_are_copied_and_a_link_in_their_place_is_not_fol
 # The curve
 
 
-def drawn(rig: Rig, job_id: str, **params: Any) -> list[tuple[str, int, int, float]]:
+def drawn(rig: ServiceHarness, job_id: str, **params: Any) -> list[tuple[str, int, int, float]]:
     rows = rig.get(f"/jobs/{job_id}/metrics", lineage=True, **params)["data"]
     return [(row["job_id"], row["attempt"], row["step"], row["loss"]) for row in rows]
 
 
-def test_the_curve_joins_the_parents_as_it_was_at_the_fork(any_rig: Rig) -> None:
+def test_the_curve_joins_the_parents_as_it_was_at_the_fork(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 4)
     for step in range(1, 9):
         attempt.metric(step, loss=float(step))
@@ -277,12 +273,12 @@ def test_the_curve_joins_the_parents_as_it_was_at_the_fork(any_rig: Rig) -> None
     made = fork(any_rig, job_id, {"step": 4, "overrides": {"training": {"max_steps": 9}}})["id"]
     # The parent goes back behind the fork, and is another curve from then on.
     any_rig.exit(attempt, "failed", step=8)
-    any_rig.act(job_id, "resume")
+    any_rig.post_action(job_id, "resume")
     again = any_rig.next_attempt(job_id, 2, start_step=2)
     for step in range(3, 6):
         again.metric(step, loss=100.0 + step)
     any_rig.ship(again)
-    any_rig.settle()
+    any_rig.reconcile()
     own = any_rig.launcher.of(made)
     own.started(start_step=4, steps=9)
     for step in range(5, 10):
@@ -320,14 +316,14 @@ def test_the_curve_joins_the_parents_as_it_was_at_the_fork(any_rig: Rig) -> None
     )
 
 
-def test_a_long_parent_is_read_from_what_is_summed_up(rig: Rig) -> None:
+def test_a_long_parent_is_read_from_what_is_summed_up(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running(steps=10_000)
     for step in range(1, 3001):
         attempt.metric(step, loss=None if step == 1500 else step % 97 / 10)
     write_checkpoint(rig.checkpoint(job_id, attempt, 2500))
     rig.ship(attempt)
     made = fork(rig, job_id, {"step": 2500, "overrides": {"training": {"max_steps": 9000}}})["id"]
-    rig.settle()
+    rig.reconcile()
     own = rig.launcher.of(made)
     own.started(start_step=2500, steps=9000)
     for step in range(2501, 4200):
@@ -355,27 +351,27 @@ def test_a_long_parent_is_read_from_what_is_summed_up(rig: Rig) -> None:
 # Files that are to go
 
 
-def test_a_service_killed_between_record_and_files_leaves_nothing(any_rig: Rig) -> None:
+def test_a_service_killed_between_record_and_files_leaves_nothing(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400)
     any_rig.exit(attempt, "completed", step=1000)
-    with mock.patch.object(files.Doomed, "carry_out", side_effect=RuntimeError):
+    with mock.patch.object(deletion.PendingDeletion, "delete_files", side_effect=RuntimeError):
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 500
     assert any_rig.get(f"/jobs/{job_id}", 404)
     assert (any_rig.home / "runs" / job_id).is_dir()
-    assert files.sweep(any_rig.settings, any_rig.database) == 1
+    assert deletion.sweep(any_rig.settings, any_rig.database) == 1
     assert not (any_rig.home / "runs" / job_id).exists()
     assert list(any_rig.settings.trash.iterdir()) == []
 
 
-def test_a_service_killed_before_the_record_went_changes_nothing(any_rig: Rig) -> None:
+def test_a_service_killed_before_the_record_went_changes_nothing(any_rig: ServiceHarness) -> None:
     job_id, attempt = saved(any_rig, 400)
     any_rig.exit(attempt, "completed", step=1000)
-    from service.jobs import actions
+    from trainyard.service.jobs import actions
 
     with mock.patch.object(actions, "remove", side_effect=RuntimeError):
         assert any_rig.client.delete(f"/jobs/{job_id}").status_code == 500
     assert len(list(any_rig.settings.trash.iterdir())) == 1
-    reborn = any_rig.reborn()  # its start sweeps
+    reborn = any_rig.restart()  # its start sweeps
     try:
         assert list(reborn.settings.trash.iterdir()) == []
         assert reborn.job(job_id)["status"] == "succeeded"
@@ -385,27 +381,29 @@ def test_a_service_killed_before_the_record_went_changes_nothing(any_rig: Rig) -
         reborn.close()
 
 
-def test_a_fork_half_made_by_a_killed_service_is_cleared_away(any_rig: Rig) -> None:
+def test_a_fork_half_made_by_a_killed_service_is_cleared_away(any_rig: ServiceHarness) -> None:
     job_id = ready(any_rig)
-    from service.forks import making
+    from trainyard.service.forks import service
 
-    with mock.patch.object(making, "insert", side_effect=RuntimeError):
+    with mock.patch.object(service, "insert", side_effect=RuntimeError):
         fork(any_rig, job_id, {"step": 400}, 500)
     assert len(list((any_rig.home / "runs").iterdir())) == 2
-    files.sweep(any_rig.settings, any_rig.database)
+    deletion.sweep(any_rig.settings, any_rig.database)
     assert [path.name for path in (any_rig.home / "runs").iterdir()] == [job_id]
 
 
-def test_a_note_that_somebody_holds_or_that_is_torn_or_foreign_harms_nothing(rig: Rig, tmp_path: Path) -> None:
+def test_a_note_that_somebody_holds_or_that_is_torn_or_foreign_harms_nothing(
+    rig: ServiceHarness, tmp_path: Path
+) -> None:
     kept = rig.home / "runs" / "job_abc"
     kept.mkdir(parents=True)
-    with files.doomed(rig.settings, "job_abc", None):
-        files.sweep(rig.settings, rig.database)
+    with deletion.mark_for_deletion(rig.settings, "job_abc", None):
+        deletion.sweep(rig.settings, rig.database)
         assert kept.is_dir()
     (rig.settings.trash / "job_abc.json").write_text('["/ho')
     (rig.settings.trash / "job_zzz.json").write_text(json.dumps([str(tmp_path), "/etc", str(kept)]))
     (rig.settings.trash / "notes.json").write_text(json.dumps([str(kept)]))
-    files.sweep(rig.settings, rig.database)
+    deletion.sweep(rig.settings, rig.database)
     assert kept.is_dir()
     assert tmp_path.is_dir()
     assert sorted(path.name for path in rig.settings.trash.iterdir()) == ["job_zzz.json", "notes.json"]

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.service.rig import Rig
-from tests.service.served import served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
 
 GENERATOR = Path(sys.executable).with_name("openapi-python-client")
 pytestmark = pytest.mark.skipif(not GENERATOR.exists(), reason="openapi-python-client is not installed")
@@ -21,7 +21,7 @@ NAME = "client_from_the_document"
 
 
 @pytest.fixture
-def generated(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def generated(rig: ServiceHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the package; it is written without a warning that something had to be left out."""
     (tmp_path / "openapi.json").write_text(json.dumps(rig.app.openapi()))
     done = subprocess.run(
@@ -47,7 +47,7 @@ def generated(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return NAME
 
 
-def test_a_generated_client_runs_a_job(generated: str, rig: Rig) -> None:
+def test_a_generated_client_runs_a_job(generated: str, rig: ServiceHarness) -> None:
     def part(name: str) -> ModuleType:
         return importlib.import_module(f"{generated}.{name}")
 
@@ -63,7 +63,7 @@ def test_a_generated_client_runs_a_job(generated: str, rig: Rig) -> None:
             assert (job.status.value, job.name, job.spec.data.data_path) == ("queued", "generated", str(rig.corpus))
             assert call("jobs.submit", body=spec, idempotency_key="one").id == job.id
             assert call("jobs.plan", body=spec).parameters > 0
-            rig.settle()
+            rig.reconcile()
             attempt = rig.launcher.of(job.id)
             attempt.started(steps=10)
             for step in range(1, 5):
@@ -83,7 +83,7 @@ def test_a_generated_client_runs_a_job(generated: str, rig: Rig) -> None:
             bad = call("jobs.resume", job.id, body=models.ResumeBody.from_dict({"max_steps": -1}))
             assert bad.code in ("invalid_spec", "invalid_state")
             assert call("service.show_version").name == "trainyard"
-            assert len(call("service.devices").data) == 2
+            assert len(call("trainyard.service.devices").data) == 2
     shutil.rmtree(Path(part("client").__file__ or "").parent)
     for name in [name for name in sys.modules if name.startswith(generated)]:
         del sys.modules[name]

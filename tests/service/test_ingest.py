@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from contract.status import JobStatus, Reason
-from service.reports.lines import contiguous, read
-from tests.service.rig import Rig, in_threads
+from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.status import JobStatus, Reason
+from trainyard.service.ingest.parsing import contiguous, read
 
 
-def test_duplicates_gaps_and_disorder(any_rig: Rig) -> None:
+def test_duplicates_gaps_and_disorder(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     for step in range(1, 8):
@@ -50,7 +50,7 @@ POISON: list[Any] = [
 
 
 @pytest.mark.parametrize("index", range(len(POISON)))
-def test_a_line_that_cannot_be_read_is_kept_as_a_warning(any_rig: Rig, index: int) -> None:
+def test_a_line_that_cannot_be_read_is_kept_as_a_warning(any_rig: ServiceHarness, index: int) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     attempt.lines.append({**POISON[index], "seq": 2})
@@ -64,7 +64,7 @@ def test_a_line_that_cannot_be_read_is_kept_as_a_warning(any_rig: Rig, index: in
 
 
 @pytest.mark.parametrize("text", ["nul \0 inside", "lone \ud800 surrogate", "x" * 300_000, "\u202eright to left", ""])
-def test_texts_that_no_database_takes_are_mended(any_rig: Rig, text: str) -> None:
+def test_texts_that_no_database_takes_are_mended(any_rig: ServiceHarness, text: str) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     attempt.say("sample", step=1, prompt=text, text=text)
@@ -78,7 +78,7 @@ def test_texts_that_no_database_takes_are_mended(any_rig: Rig, text: str) -> Non
     rig.job(job_id)
 
 
-def test_numbers_that_are_not_finite(any_rig: Rig) -> None:
+def test_numbers_that_are_not_finite(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     attempt.metric(1, loss=None, nonfinite=True)
@@ -90,7 +90,7 @@ def test_numbers_that_are_not_finite(any_rig: Rig) -> None:
     assert rig.job(job_id)["progress"]["nonfinite"] is True
 
 
-def test_a_token_reports_only_its_own_attempt(any_rig: Rig) -> None:
+def test_a_token_reports_only_its_own_attempt(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, one = rig.running()
     _, two = rig.running()
@@ -112,12 +112,12 @@ def _report(attempt: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("body", [None, [], "x", {}, {"events": []}, {"events": [1]}, {"events": [{}] * 5001}])
-def test_a_batch_that_is_no_batch(rig: Rig, body: Any) -> None:
+def test_a_batch_that_is_no_batch(rig: ServiceHarness, body: Any) -> None:
     _, attempt = rig.running()
     assert rig.report(attempt, "events", body).status_code == 422
 
 
-def test_a_line_without_a_number_is_a_gap(rig: Rig) -> None:
+def test_a_line_without_a_number_is_a_gap(rig: ServiceHarness) -> None:
     _, attempt = rig.running()
     good = attempt.metric(1)
     for seq in (None, "2", 2.0, True, -1):
@@ -125,7 +125,7 @@ def test_a_line_without_a_number_is_a_gap(rig: Rig) -> None:
     assert rig.ship(attempt, [good])["acked"] == 2
 
 
-def test_exit_reports_that_no_database_takes(any_rig: Rig) -> None:
+def test_exit_reports_that_no_database_takes(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running()
     body = _report(attempt)
     body |= {"message": "a\0b", "ranks": [{"rank": 0, "exit_code": 2**70}], "step": 2**70}
@@ -134,7 +134,7 @@ def test_exit_reports_that_no_database_takes(any_rig: Rig) -> None:
     assert "\0" not in any_rig.job(job_id)["message"]
 
 
-def test_checkpoints_are_listed_while_they_are_there(any_rig: Rig) -> None:
+def test_checkpoints_are_listed_while_they_are_there(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     first, second = rig.checkpoint(job_id, attempt, 1), rig.checkpoint(job_id, attempt, 2)
@@ -152,7 +152,7 @@ def test_checkpoints_are_listed_while_they_are_there(any_rig: Rig) -> None:
     assert rig.job(job_id)["checkpoint"] is None
 
 
-def test_a_milestone_becomes_its_weights_in_its_own_place(any_rig: Rig) -> None:
+def test_a_milestone_becomes_its_weights_in_its_own_place(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     paths = [rig.checkpoint(job_id, attempt, step) for step in (10, 20, 30)]
@@ -165,9 +165,9 @@ def test_a_milestone_becomes_its_weights_in_its_own_place(any_rig: Rig) -> None:
     rig.ship(attempt)
     listed = [(c["step"], c["kind"], c["bytes"]) for c in rig.data(job_id, "checkpoints")]
     assert sorted(listed) == [(10, "weights", 4), (20, "full", 10), (30, "full", 10)]
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=30)
-    assert rig.act(job_id, "resume", {"step": 10}, status=409)["code"] == "step_unavailable"
+    assert rig.post_action(job_id, "resume", {"step": 10}, status=409)["code"] == "step_unavailable"
     job = rig.job(job_id)
     assert job["checkpoint"]["step"] == 30
 
@@ -180,7 +180,7 @@ def test_a_milestone_becomes_its_weights_in_its_own_place(any_rig: Rig) -> None:
         ("superseded", "set aside the checkpoint of step 10: superseded"),
     ],
 )
-def test_what_is_set_aside_is_not_called_removed(rig: Rig, why: str, says: str) -> None:
+def test_what_is_set_aside_is_not_called_removed(rig: ServiceHarness, why: str, says: str) -> None:
     job_id, attempt = rig.running()
     path = rig.checkpoint(job_id, attempt, 10)
     attempt.say("checkpoint_removed", step=10, path=str(path), why=why)
@@ -189,7 +189,7 @@ def test_what_is_set_aside_is_not_called_removed(rig: Rig, why: str, says: str) 
     assert rig.data(job_id, "checkpoints") == []
 
 
-def test_a_checkpoint_written_again_is_one_row(any_rig: Rig) -> None:
+def test_a_checkpoint_written_again_is_one_row(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     weights = rig.home / "pretrain_512.pth"
@@ -201,7 +201,7 @@ def test_a_checkpoint_written_again_is_one_row(any_rig: Rig) -> None:
     assert rig.job(job_id)["checkpoint"] is None, "weights alone cannot be resumed from"
 
 
-def test_warnings_become_alerts_once_a_code(rig: Rig) -> None:
+def test_warnings_become_alerts_once_a_code(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running()
     for step in (1, 2, 3):
         attempt.say("warning", code="spike", message=f"spike at {step}", step=step)
@@ -223,7 +223,9 @@ def test_warnings_become_alerts_once_a_code(rig: Rig) -> None:
         (None, None, "the probe of step 1,200 was saved with 2.500000 and is not finite"),
     ],
 )
-def test_a_verified_resume_is_an_event(rig: Rig, found: float | None, difference: float | None, says: str) -> None:
+def test_a_verified_resume_is_an_event(
+    rig: ServiceHarness, found: float | None, difference: float | None, says: str
+) -> None:
     job_id, attempt = rig.running()
     attempt.say("resume_verified", step=1200, expected=2.5, found=found, difference=difference)
     rig.ship(attempt)
@@ -233,22 +235,22 @@ def test_a_verified_resume_is_an_event(rig: Rig, found: float | None, difference
     assert [alert["code"] for alert in rig.job(job_id)["alerts"]] == ["cpu_fallback"]
 
 
-def test_progress_between_two_points(rig: Rig) -> None:
+def test_progress_between_two_points(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running(steps=100)
     attempt.metric(10, step_seconds=2.0)
     rig.ship(attempt)
     assert rig.job(job_id)["progress"]["eta_seconds"] == pytest.approx(180.0)
     with rig.database.write() as session:
         session.connection().exec_driver_sql("UPDATE attempts SET heard_at = '2020-01-01 00:00:00.000000'")
-    rig.beat(attempt, step=50)
+    rig.heartbeat(attempt, step=50)
     progress = rig.job(job_id)["progress"]
     assert (progress["step"], progress["percent"], progress["loss"]) == (50, 50.0, 2.0)
     assert progress["eta_seconds"] == pytest.approx(100.0)
-    rig.beat(attempt, step=3)
+    rig.heartbeat(attempt, step=3)
     assert rig.job(job_id)["progress"]["step"] == 50
 
 
-def test_phases_are_told(rig: Rig) -> None:
+def test_phases_are_told(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running()
     attempt.say("phase", phase="preparing_data", message="tokenizing", done=3, total=4)
     rig.ship(attempt)
@@ -261,7 +263,7 @@ def test_phases_are_told(rig: Rig) -> None:
     assert job["summary"] == "Corpus.jsonl, line 7: not JSON."
 
 
-def test_agents_of_one_job_at_once(any_rig: Rig) -> None:
+def test_agents_of_one_job_at_once(any_rig: ServiceHarness) -> None:
     """The same lines from many threads: each is stored once."""
     job_id, attempt = any_rig.running()
     for step in range(1, 51):

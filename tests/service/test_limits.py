@@ -12,15 +12,16 @@ from datetime import timedelta
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from contract.status import Reason
-from service import server, web
-from service.jobs import store
-from service.scheduler.apply import utc_now
-from service.settings import Settings
-from service.tables import IdempotencyRow
-from service.telemetry import Telemetry
-from tests.service.rig import Rig
-from tests.service.served import DEADLINE, served
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import DEADLINE, served
+from trainyard.contract.status import Reason
+from trainyard.service import bodies, server
+from trainyard.service.api import middleware
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import IdempotencyRow
+from trainyard.service.jobs import repository
+from trainyard.service.observability.prometheus import ServiceMetrics
+from trainyard.service.settings import Settings
 
 
 def raw(address: tuple[str, int], *pieces: bytes, pause: float = 0.0) -> bytes:
@@ -47,8 +48,8 @@ def code(answer: bytes) -> str:
 HEAD = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
 
 
-def test_a_body_that_drips_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "BODY_SECONDS", 0.3)
+def test_a_body_that_drips_is_given_up(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
     with served(rig) as address:
         begin = time.monotonic()
         answer = raw(address, HEAD + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 8, pause=0.05)
@@ -59,7 +60,7 @@ def test_a_body_that_drips_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch
         assert time.monotonic() - begin < 5
 
 
-def test_a_head_that_drips_is_cut_off(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_drips_is_cut_off(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
     with served(rig) as address:
         begin = time.monotonic()
@@ -73,7 +74,9 @@ def test_a_head_that_drips_is_cut_off(rig: Rig, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("length", [b"Content-Length: 100000", b"Transfer-Encoding: chunked"])
-def test_a_body_that_was_refused_cannot_drip_on(rig: Rig, monkeypatch: pytest.MonkeyPatch, length: bytes) -> None:
+def test_a_body_that_was_refused_cannot_drip_on(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, length: bytes
+) -> None:
     """Anybody can be refused: who goes on sending after the answer must not keep the connection."""
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
     drop = b"1\r\nx\r\n" if b"chunked" in length else b"x"
@@ -89,7 +92,9 @@ def test_a_body_that_was_refused_cannot_drip_on(rig: Rig, monkeypatch: pytest.Mo
         assert raw(address, whole, again, pause=0.2).count(b"HTTP/1.1 ") == 2
 
 
-def test_a_chunked_body_over_the_limit_is_cut_off_on_the_wire(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunked_body_over_the_limit_is_cut_off_on_the_wire(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     with served(rig) as address:
@@ -98,24 +103,24 @@ def test_a_chunked_body_over_the_limit_is_cut_off_on_the_wire(rig: Rig, monkeypa
         assert code(answer) == "body_too_large"
 
 
-def test_a_body_may_be_so_deep_and_no_deeper(rig: Rig) -> None:
+def test_a_body_may_be_so_deep_and_no_deeper(rig: ServiceHarness) -> None:
     def code_of(body: str) -> tuple[int, str, str]:
         answer = rig.client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
         return answer.status_code, answer.json()["code"], answer.json()["detail"]
 
     for open_, shut in (("[", "]"), ('{"a":', "}")):
-        for levels in (web.MOST_DEEP + 1, 500, 2000, 50_000):
+        for levels in (bodies.MAX_DEPTH + 1, 500, 2000, 50_000):
             found = code_of(open_ * levels + "1" + shut * levels)
             assert found == (422, "invalid_json", "The body is nested more than 64 levels deep."), levels
-        assert code_of(open_ * web.MOST_DEEP + "1" + shut * web.MOST_DEEP)[1] == "invalid_spec"
+        assert code_of(open_ * bodies.MAX_DEPTH + "1" + shut * bodies.MAX_DEPTH)[1] == "invalid_spec"
     wide = json.dumps({"data": {"data_path": str(rig.corpus)}, "labels": {f"k{n}": "v" for n in range(64)}})
     assert rig.client.post("/jobs", content=wide, headers={"Content-Type": "application/json"}).status_code == 201
 
 
-def test_a_stream_is_not_under_the_deadline_of_requests(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_is_not_under_the_deadline_of_requests(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
-    monkeypatch.setattr(web, "BODY_SECONDS", 0.2)
-    from tests.service.served import Reader
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
+    from tests.service.live_server import Reader
 
     job_id, attempt = rig.running()
     with served(rig) as address:
@@ -127,7 +132,7 @@ def test_a_stream_is_not_under_the_deadline_of_requests(rig: Rig, monkeypatch: p
         reader.close()
 
 
-def test_addresses_and_headers_over_the_limit(rig: Rig) -> None:
+def test_addresses_and_headers_over_the_limit(rig: ServiceHarness) -> None:
     long = rig.client.get("/jobs", params={"name": "x" * 9000})
     assert (long.status_code, long.json()["code"]) == (414, "url_too_long")
     assert rig.client.get("/" + "x" * 9000).status_code == 414
@@ -141,7 +146,7 @@ def test_addresses_and_headers_over_the_limit(rig: Rig) -> None:
 # Idempotency keys
 
 
-def test_a_key_is_forgotten_after_its_days(any_rig: Rig) -> None:
+def test_a_key_is_forgotten_after_its_days(any_rig: ServiceHarness) -> None:
     def submit(key: str, name: str) -> tuple[int, str]:
         body = any_rig.spec(name=name)
         answer = any_rig.client.post("/jobs", json=body, headers={"Idempotency-Key": key})
@@ -159,7 +164,7 @@ def test_a_key_is_forgotten_after_its_days(any_rig: Rig) -> None:
     assert again[1] != first[1]
     assert submit("a", "two") == (200, again[1])
     with any_rig.database.write() as session:
-        store.forget_keys(session, utc_now() + timedelta(seconds=5))
+        repository.forget_keys(session, utc_now() + timedelta(seconds=5))
     assert submit("a", "three")[0] == 201
     assert len(any_rig.get("/jobs")["data"]) == 3
 
@@ -174,7 +179,7 @@ def test_the_setting() -> None:
 LINE = re.compile(r'[a-z_]+(\{[a-z]+="[^"\n]*"(,[a-z]+="[^"\n]*")*\})? [0-9.e+-]+')
 
 
-def test_the_text_is_complete_and_well_formed(any_rig: Rig) -> None:
+def test_the_text_is_complete_and_well_formed(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
     attempt.metric(1, tokens=1234)
@@ -217,7 +222,7 @@ def test_the_text_is_complete_and_well_formed(any_rig: Rig) -> None:
 
 
 def test_a_histogram_counts_up() -> None:
-    telemetry = Telemetry()
+    telemetry = ServiceMetrics()
     for value in (0.005, 0.01, 0.02, 90.0):
         telemetry.requests.labels("GET", "/jobs", "200").observe(value)
     (found,) = [metric for metric in telemetry.collect() if metric.name == "trainyard_request_seconds"]
@@ -235,13 +240,13 @@ def test_a_histogram_counts_up() -> None:
 
 
 def test_each_service_counts_its_own_work() -> None:
-    first, second = Telemetry(), Telemetry()
-    first.removes("metrics", 3)
+    first, second = ServiceMetrics(), ServiceMetrics()
+    first.rows_removed("metrics", 3)
     assert [s.value for metric in first.collect() for s in metric.samples if s.labels == {"what": "metrics"}] == [3]
     assert [s for metric in second.collect() for s in metric.samples if s.labels == {"what": "metrics"}] == []
 
 
-def test_a_parser_of_prometheus_takes_it(rig: Rig) -> None:
+def test_a_parser_of_prometheus_takes_it(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running()
     attempt.metric(1, tokens=1234)
     rig.ship(attempt)
@@ -252,7 +257,7 @@ def test_a_parser_of_prometheus_takes_it(rig: Rig) -> None:
     assert all(family.documentation for family in families.values())
 
 
-def test_head_is_answered_as_get_is_without_the_body(rig: Rig) -> None:
+def test_head_is_answered_as_get_is_without_the_body(rig: ServiceHarness) -> None:
     job_id = rig.submit()
     with served(rig) as (host, port), contextlib.closing(http.client.HTTPConnection(host, port, timeout=10)) as line:
         found = {}

@@ -14,14 +14,15 @@ from typing import Any
 import pytest
 from sqlalchemy import insert, make_url, text
 
-from contract.status import Reason
-from service import maintenance, transfer
-from service.db import Database
-from service.scheduler.apply import utc_now
-from service.tables import JobRow, MetricRow, Table
-from service.transfer import CopyRefused, copy, shown
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
+from trainyard.contract.status import Reason
+from trainyard.service.clock import utc_now
+from trainyard.service.db import cli
+from trainyard.service.db import copy as transfer
+from trainyard.service.db.copy import CopyRefused, copy, printable_url
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import Base, JobRow, MetricRow
 
 COUNT = itertools.count()
 
@@ -53,11 +54,11 @@ def upgraded(url: str) -> None:
     database.close()
 
 
-def quiet(_: transfer.Copied) -> None:
+def quiet(_: transfer.TableCopy) -> None:
     pass
 
 
-def fill(rig: Rig) -> str:
+def fill(rig: ServiceHarness) -> str:
     """Something in every table; the id of a job that runs."""
     _, attempt = rig.running(name="наш ✓ 日", labels={"Ä": "ß", "a": "", "B": "b"})
     for step in range(1, 1500):
@@ -75,7 +76,7 @@ def fill(rig: Rig) -> str:
     return job_id
 
 
-def told(rig: Rig) -> dict[str, Any]:
+def told(rig: ServiceHarness) -> dict[str, Any]:
     """What the API says of everything, but for what goes with the time of asking."""
     found: dict[str, Any] = {}
     for job in rig.get("/jobs", limit=100)["data"]:
@@ -88,7 +89,7 @@ def told(rig: Rig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("way", [("sqlite", "postgres"), ("postgres", "sqlite")])
 def test_a_home_moves_and_its_runs_go_on(
-    make_rig: MakeRig, sqlite_url: str, targets: dict[str, str], way: tuple[str, str]
+    make_rig: MakeHarness, sqlite_url: str, targets: dict[str, str], way: tuple[str, str]
 ) -> None:
     url = sqlite_url
     if way[0] == "postgres":
@@ -115,7 +116,7 @@ def test_a_home_moves_and_its_runs_go_on(
     moved.close()
 
 
-def test_there_and_back_is_the_same(rig: Rig, empty_postgres: str, tmp_path: Path) -> None:
+def test_there_and_back_is_the_same(rig: ServiceHarness, empty_postgres: str, tmp_path: Path) -> None:
     fill(rig)
     rig.close()
     there = copy(rig.url, empty_postgres, quiet)
@@ -124,7 +125,7 @@ def test_there_and_back_is_the_same(rig: Rig, empty_postgres: str, tmp_path: Pat
         (table.table, table.rows, table.digest) for table in back
     ]
     first, last = (sqlite3.connect(path) for path in (tmp_path / "trainyard.db", tmp_path / "back.db"))
-    for table in Table.metadata.sorted_tables:
+    for table in Base.metadata.sorted_tables:
         names = ", ".join(f'"{column.name}"' for column in table.columns)
         query = f"SELECT {names} FROM {table.name} ORDER BY {names}"
         if table.name not in transfer.LEFT_OUT:
@@ -139,7 +140,7 @@ def test_there_and_back_is_the_same(rig: Rig, empty_postgres: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
-def test_a_target_that_holds_something_is_left_alone(rig: Rig, targets: dict[str, str], kind: str) -> None:
+def test_a_target_that_holds_something_is_left_alone(rig: ServiceHarness, targets: dict[str, str], kind: str) -> None:
     rig.submit()
     rig.close()
     copy(rig.url, targets[kind], quiet)
@@ -151,18 +152,20 @@ def test_a_target_that_holds_something_is_left_alone(rig: Rig, targets: dict[str
     database.close()
 
 
-def test_a_copy_that_fails_leaves_nothing(rig: Rig, empty_postgres: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_fails_leaves_nothing(
+    rig: ServiceHarness, empty_postgres: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(rig)
     rig.close()
 
-    class Short(transfer.Digest):
+    class Short(transfer.RowsDigest):
         count = 0
 
         def add(self, rows: Any) -> None:
             Short.count += 1
             super().add(rows[:-1] if Short.count == 6 else rows)
 
-    monkeypatch.setattr(transfer, "Digest", Short)
+    monkeypatch.setattr(transfer, "RowsDigest", Short)
     with pytest.raises(CopyRefused, match="nothing was kept"):
         copy(rig.url, empty_postgres, quiet)
     monkeypatch.undo()
@@ -172,9 +175,9 @@ def test_a_copy_that_fails_leaves_nothing(rig: Rig, empty_postgres: str, monkeyp
 @pytest.mark.parametrize("held", ["source", "target"])
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])
 def test_a_database_in_use_is_not_touched(
-    rig: Rig, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    rig: ServiceHarness, targets: dict[str, str], held: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("service.db.ALONE_SECONDS", 0.1)
+    monkeypatch.setattr("trainyard.service.db.engine.EXCLUSIVE_SECONDS", 0.1)
     rig.close()
     ends = {"source": rig.url, "target": targets["postgres"] if kind == "postgres" else targets["sqlite"]}
     if kind == "postgres" and held == "source":
@@ -190,7 +193,7 @@ def test_a_database_in_use_is_not_touched(
     copy(ends["source"], ends["target"], quiet)
 
 
-def test_databases_that_cannot_be_copied(rig: Rig, empty_postgres: str, tmp_path: Path) -> None:
+def test_databases_that_cannot_be_copied(rig: ServiceHarness, empty_postgres: str, tmp_path: Path) -> None:
     rig.close()
     cases: list[tuple[str, str, str]] = [
         (rig.url, rig.url, "same one"),
@@ -209,7 +212,7 @@ def test_databases_that_cannot_be_copied(rig: Rig, empty_postgres: str, tmp_path
         copy(rig.url, empty_postgres, quiet)
 
 
-def points(rig: Rig, count: int) -> None:
+def points(rig: ServiceHarness, count: int) -> None:
     job_id, _ = rig.running(steps=count)
     with rig.database.write() as session:
         point = {"job_id": job_id, "attempt": 1, "stitched": True, "epoch": 0.0, "loss": 1.0, "learning_rate": 1e-3}
@@ -227,7 +230,7 @@ def peak(work: Callable[[], object]) -> int:
     return found
 
 
-def test_memory_does_not_grow_with_the_curve(rig: Rig, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_curve(rig: ServiceHarness, tmp_path: Path) -> None:
     points(rig, 6_000)
     rig.close()
     found = peak(lambda: copy(rig.url, f"sqlite:///{tmp_path}/big.db", quiet))
@@ -236,7 +239,7 @@ def test_memory_does_not_grow_with_the_curve(rig: Rig, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_million_points(rig: Rig, empty_postgres: str, tmp_path: Path) -> None:
+def test_a_million_points(rig: ServiceHarness, empty_postgres: str, tmp_path: Path) -> None:
     points(rig, 1_000_000)
     rig.close()
     begin = time.monotonic()
@@ -252,7 +255,7 @@ def test_a_million_points(rig: Rig, empty_postgres: str, tmp_path: Path) -> None
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "service.maintenance", *arguments],
+        [sys.executable, "-m", "trainyard.service.db.cli", *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -264,41 +267,43 @@ def test_the_command_upgrades(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path / "home"))
-    assert maintenance.main(["upgrade"]) == 0
+    assert cli.main(["upgrade"]) == 0
     assert (tmp_path / "home" / "trainyard.db").exists()
     assert capsys.readouterr().err == "the database is up to date\n"
     with pytest.raises(SystemExit):
-        maintenance.main(["destroy"])
+        cli.main(["destroy"])
     capsys.readouterr()
-    assert maintenance.main(["upgrade", "--database-url", "nothing"]) == 1
+    assert cli.main(["upgrade", "--database-url", "nothing"]) == 1
     assert capsys.readouterr().err.startswith("upgrade: TRAINYARD_DATABASE_URL or --database-url must be")
     away = "postgresql://u:secret@127.0.0.1:1/x"
-    assert maintenance.main(["upgrade", "--database-url", away]) == 1
+    assert cli.main(["upgrade", "--database-url", away]) == 1
     assert capsys.readouterr().err.startswith("upgrade: the database cannot be used: connection failed")
 
 
-def test_the_command_copies_homes(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_copies_homes(rig: ServiceHarness, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(rig)
     rig.close()
-    assert maintenance.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 0
+    assert cli.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 0
     said = capsys.readouterr()
     assert "jobs" in said.out
     assert "sha256" in said.out
     assert "the same digest" in said.err
-    assert maintenance.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 1
+    assert cli.main(["copy", str(tmp_path), str(tmp_path / "new.db")]) == 1
     assert "not empty" in capsys.readouterr().err
 
 
 def test_passwords_are_not_shown() -> None:
-    assert "secret" not in shown("postgresql+psycopg://me:secret@db/trainyard")
+    assert "secret" not in printable_url("postgresql+psycopg://me:secret@db/trainyard")
 
 
 # Backups
 
 
-def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(make_rig: MakeRig, rig: Rig, tmp_path: Path) -> None:
+def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(
+    make_rig: MakeHarness, rig: ServiceHarness, tmp_path: Path
+) -> None:
     job_id = fill(rig)
-    maintenance.backup(tmp_path / "trainyard.db", tmp_path / "backup.db")
+    cli.backup(tmp_path / "trainyard.db", tmp_path / "backup.db")
     attempt = rig.launcher.of(job_id)
     attempt.metric(2)
     rig.exit(attempt, "completed", step=2)
@@ -306,7 +311,7 @@ def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(make_rig: MakeRi
     rig.close()
     restored = make_rig(f"sqlite:///{tmp_path}/backup.db", launcher=rig.launcher, clock=rig.clock)
     assert restored.status(job_id) == "running", "as it was then"
-    restored.settle()
+    restored.reconcile()
     assert restored.status(job_id) == "succeeded", "its end is read from the run directory"
     assert [row["step"] for row in restored.data(job_id, "metrics")] == [1, 2]
     assert restored.submit(name="goes on")
@@ -314,18 +319,18 @@ def test_a_backup_of_a_service_that_runs_is_a_home_that_goes_on(make_rig: MakeRi
 
 
 def test_backups_that_cannot_be_made(
-    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rig: ServiceHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRAINYARD_HOME", str(tmp_path))
     taken = tmp_path / "taken.db"
     taken.write_text("mine")
-    assert maintenance.main(["backup", str(taken)]) == 1
+    assert cli.main(["backup", str(taken)]) == 1
     assert taken.read_text() == "mine"
-    assert maintenance.main(["backup", str(tmp_path / "nowhere" / "b.db")]) == 1
-    assert maintenance.main(["backup", str(tmp_path / "b.db"), "--database-url", "postgresql://x/y"]) == 1
+    assert cli.main(["backup", str(tmp_path / "nowhere" / "b.db")]) == 1
+    assert cli.main(["backup", str(tmp_path / "b.db"), "--database-url", "postgresql://x/y"]) == 1
     assert "pg_dump" in capsys.readouterr().err
     (tmp_path / "trainyard.db").rename(tmp_path / "away")
-    assert maintenance.main(["backup", str(tmp_path / "b.db")]) == 1
+    assert cli.main(["backup", str(tmp_path / "b.db")]) == 1
     (tmp_path / "trainyard.db").write_bytes(b"no database" * 1000)
-    assert maintenance.main(["backup", str(tmp_path / "b.db")]) == 1
+    assert cli.main(["backup", str(tmp_path / "b.db")]) == 1
     assert not list(tmp_path.glob("*b.db*"))

@@ -9,28 +9,33 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
-from service.metrics.buckets import Point, buckets, width
-from tests.service.rig import Rig
+from tests.service.harness import ServiceHarness
+from trainyard.contract.status import Reason
+from trainyard.service.metrics.downsampling import (
+    Aggregate,
+    aggregate_of,
+    rows,
+    width,
+)
 
 
-def curve(rig: Rig, job_id: str, **params: Any) -> list[tuple[int, int, float]]:
+def curve(rig: ServiceHarness, job_id: str, **params: Any) -> list[tuple[int, int, float]]:
     return [(m["step"], m["attempt"], m["loss"]) for m in rig.data(job_id, "metrics", **params)]
 
 
-def test_a_curve_over_attempts_has_each_step_once(any_rig: Rig) -> None:
+def test_a_curve_over_attempts_has_each_step_once(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, first = rig.running()
     for step in range(1, 8):
         first.metric(step, loss=1.0 + step)
     rig.exit(first, "crashed", Reason.HUNG, step=7)
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     second = rig.next_attempt(job_id, 2, start_step=5)
     assert [s for s, _, _ in curve(rig, job_id)] == [1, 2, 3, 4, 5]
     for step in range(6, 10):
         second.metric(step, loss=2.0 + step)
     rig.exit(second, "crashed", Reason.HUNG, step=9)
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     third = rig.next_attempt(job_id, 3, start_step=2)
     third.metric(3, loss=9.0)
     rig.ship(third)
@@ -41,7 +46,7 @@ def test_a_curve_over_attempts_has_each_step_once(any_rig: Rig) -> None:
     assert curve(rig, job_id, attempt=4) == []
 
 
-def test_an_attempt_that_goes_back_by_itself(any_rig: Rig) -> None:
+def test_an_attempt_that_goes_back_by_itself(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running()
     for step, loss in ((1, 1.0), (2, 2.0), (3, 99.0), (2, 2.5), (3, 3.5)):
         attempt.metric(step, loss=loss)
@@ -50,19 +55,19 @@ def test_an_attempt_that_goes_back_by_itself(any_rig: Rig) -> None:
     assert len(curve(any_rig, job_id, attempt=1)) == 5
 
 
-def test_lines_of_an_old_attempt_that_come_late_do_not_cross_the_new_one(any_rig: Rig) -> None:
+def test_lines_of_an_old_attempt_that_come_late_do_not_cross_the_new_one(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, first = rig.running()
     rig.exit(first, "crashed", Reason.HUNG, step=3)
     for step in (1, 2, 3):
         first.metric(step)
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     rig.next_attempt(job_id, 2, start_step=2)
     rig.ship(first)
     assert [s for s, _, _ in curve(rig, job_id)] == [1, 2]
 
 
-def test_pages_and_fields(any_rig: Rig) -> None:
+def test_pages_and_fields(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running(steps=100)
     for step in range(1, 26):
         attempt.metric(step, loss=float(step), grad_norm=0.5)
@@ -88,7 +93,7 @@ def test_pages_and_fields(any_rig: Rig) -> None:
     assert whole["at"].endswith("Z")
 
 
-def test_the_experts_load_comes_back(any_rig: Rig) -> None:
+def test_the_experts_load_comes_back(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running()
     attempt.metric(1)
     attempt.metric(2, expert_load=[0.5, 0.25, 0.25, 0.0])
@@ -96,7 +101,7 @@ def test_the_experts_load_comes_back(any_rig: Rig) -> None:
     assert [m["expert_load"] for m in any_rig.data(job_id, "metrics")] == [None, [0.5, 0.25, 0.25, 0.0]]
 
 
-def test_numbers_come_back_exactly(any_rig: Rig) -> None:
+def test_numbers_come_back_exactly(any_rig: ServiceHarness) -> None:
     dice = random.Random(3)
     rates = [dice.random() * 10 ** dice.randrange(-12, 3) for _ in range(50)]
     job_id, attempt = any_rig.running(steps=100)
@@ -108,7 +113,7 @@ def test_numbers_come_back_exactly(any_rig: Rig) -> None:
     assert [m["tokens"] for m in found] == [2**53 - s for s in range(1, 51)]
 
 
-def test_other_formats_have_the_same_rows(rig: Rig) -> None:
+def test_other_formats_have_the_same_rows(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running()
     attempt.metric(1, loss=2.5)
     attempt.metric(2, loss=None, nonfinite=True)
@@ -124,7 +129,7 @@ def test_other_formats_have_the_same_rows(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("form", ["text/csv", "application/x-ndjson"])
-def test_rows_without_a_list_around_them_say_where_the_next_page_is(any_rig: Rig, form: str) -> None:
+def test_rows_without_a_list_around_them_say_where_the_next_page_is(any_rig: ServiceHarness, form: str) -> None:
     job_id, attempt = any_rig.running(steps=100)
     for step in range(1, 6):
         attempt.metric(step)
@@ -138,7 +143,7 @@ def test_rows_without_a_list_around_them_say_where_the_next_page_is(any_rig: Rig
     assert len(seen) == 5
 
 
-def test_a_table_without_rows_has_its_columns(any_rig: Rig) -> None:
+def test_a_table_without_rows_has_its_columns(any_rig: ServiceHarness) -> None:
     job_id, _ = any_rig.running()
     for asked, begins in (({"fields": "loss"}, "step,attempt,loss\r\n"), ({"max_points": 9}, "first_step,step,")):
         text = any_rig.client.get(f"/jobs/{job_id}/metrics", params=asked, headers={"Accept": "text/csv"}).text
@@ -147,7 +152,7 @@ def test_a_table_without_rows_has_its_columns(any_rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("half_life", [50, 33])
-def test_beside_what_was_not_finite_stands_that_it_was_not(any_rig: Rig, half_life: int) -> None:
+def test_beside_what_was_not_finite_stands_that_it_was_not(any_rig: ServiceHarness, half_life: int) -> None:
     """Whatever the fields, the form, and whether the rows are made of points or of sums."""
     job_id, attempt = any_rig.running(steps=100)
     attempt.metric(1, loss=2.5)
@@ -165,7 +170,7 @@ def test_beside_what_was_not_finite_stands_that_it_was_not(any_rig: Rig, half_li
     assert [b["nonfinite"] for b in named] == [False, True, True]
 
 
-def test_buckets_over_the_api(any_rig: Rig) -> None:
+def test_buckets_over_the_api(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running(steps=100)
     for step in range(1, 21):
         attempt.metric(step, loss=50.0 if step == 11 else float(step))
@@ -180,8 +185,8 @@ def test_buckets_over_the_api(any_rig: Rig) -> None:
     assert third["loss_mean"] == pytest.approx((8 + 9 + 10 + 50) / 4)
 
 
-def points(*losses: float | None) -> list[Point]:
-    return [Point(step, loss, 1) for step, loss in enumerate(losses, start=1)]
+def points(*losses: float | None) -> list[Aggregate]:
+    return [aggregate_of(step, loss, 1) for step, loss in enumerate(losses, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -195,14 +200,13 @@ def test_width(last: int, most: int, wide: int) -> None:
 def test_a_growing_curve_never_moves() -> None:
     dice = random.Random(11)
     losses = [dice.random() for _ in range(200)]
-    before, after = list(buckets(points(*losses[:150]), 16, 50)), list(buckets(points(*losses), 16, 50))
+    before, after = list(rows(points(*losses[:150]), 16, 50)), list(rows(points(*losses), 16, 50))
     assert after[: len(before) - 1] == before[:-1]
 
 
 def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
     losses = [3.0, 2.0, None, 9.0, math.inf, 1.0]
-    rows = list(buckets(points(*losses), 8, 50))
-    assert len(rows) == 1
+    [row] = rows(points(*losses), 8, 50)
     half = 0.5 ** (1 / 50)
     total = weight = 0.0
     before = 1
@@ -210,16 +214,16 @@ def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
         if loss is not None and math.isfinite(loss):
             decay = half ** (step - before)
             total, weight, before = decay * total + loss, decay * weight + 1, step
-    assert rows[0]["loss_ema"] == pytest.approx(total / weight)
-    assert (rows[0]["loss_max"], rows[0]["loss_min"], rows[0]["nonfinite_count"]) == (9.0, 1.0, 2)
-    assert list(buckets([], 8, 50)) == []
+    assert row["loss_ema"] == pytest.approx(total / weight)
+    assert (row["loss_max"], row["loss_min"], row["nonfinite_count"]) == (9.0, 1.0, 2)
+    assert list(rows([], 8, 50)) == []
 
 
 def test_with_no_half_life_the_mean_is_the_point_itself() -> None:
-    assert [row["loss_ema"] for row in buckets(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]
+    assert [row["loss_ema"] for row in rows(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]
 
 
-def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Rig) -> None:
+def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: ServiceHarness) -> None:
     job_id, attempt = any_rig.running(steps=300, reporting={"eval_interval": 50})
     for step in range(1, 301):
         attempt.metric(step, eval_loss=3 + step / 100 if step % 50 == 0 else None)
@@ -234,7 +238,9 @@ def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: Rig) 
 
 @pytest.mark.parametrize("attempt", [1, 2])
 @pytest.mark.parametrize("half_life", [0, 10])
-def test_buckets_of_one_attempt_with_fields_and_without_a_mean(any_rig: Rig, attempt: int, half_life: float) -> None:
+def test_buckets_of_one_attempt_with_fields_and_without_a_mean(
+    any_rig: ServiceHarness, attempt: int, half_life: float
+) -> None:
     """All of them at once: rows are of that attempt alone, have the fields, and a half-life of 0 is the loss itself."""
     rig = any_rig
     job_id, first = rig.running(steps=200)
@@ -242,7 +248,7 @@ def test_buckets_of_one_attempt_with_fields_and_without_a_mean(any_rig: Rig, att
         first.metric(step, loss=None if step == 50 else 1.0 + step, grad_norm=step / 2)
     rig.checkpoint(job_id, first, 60)
     rig.exit(first, "failed", Reason.DIVERGED, step=100)
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     second = rig.next_attempt(job_id, 2, start_step=60, steps=200)
     for step in range(61, 201):
         second.metric(step, loss=500.0 + step, grad_norm=step / 4)

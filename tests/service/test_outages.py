@@ -16,19 +16,19 @@ import httpx2
 import pytest
 from sqlalchemy import func, select
 
-from service import db
-from service.db import Database
-from service.tables import JobRow
-from tests.service.conftest import MakeRig
-from tests.service.cutting import Cutter, When, cutting
-from tests.service.rig import Rig, in_threads, path_of
-from tests.service.served import served
-from tests.soak import Account
+from tests.service.commit_fault_proxy import CommitFaultProxy, When, commit_fault_proxy
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness, in_threads, path_of
+from tests.service.live_server import served
+from tests.soak_report import SoakReport
+from trainyard.service.db import engine
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import JobRow
 
 ENDS: list[When] = ["before", "after"]
 
 
-def submit(rig: Rig, key: str) -> Any:
+def submit(rig: ServiceHarness, key: str) -> Any:
     return rig.client.post("/jobs", json=rig.spec(name=key), headers={"Idempotency-Key": key})
 
 
@@ -46,7 +46,7 @@ def require_503(answer: Any) -> None:
 # One key, many threads
 
 
-def one_key_a_round(rig: Rig, rounds: int, threads: int = 50) -> Counter[int]:
+def one_key_a_round(rig: ServiceHarness, rounds: int, threads: int = 50) -> Counter[int]:
     seen: Counter[int] = Counter()
     with served(rig) as (host, port):
         plain: dict[str, Any] = {"timeout": 60, "trust_env": False, "verify": False}  # certificates take long to load
@@ -68,30 +68,30 @@ def one_key_a_round(rig: Rig, rounds: int, threads: int = 50) -> Counter[int]:
     return seen
 
 
-def test_fifty_threads_with_one_key_are_one_job(any_rig: Rig) -> None:
+def test_fifty_threads_with_one_key_are_one_job(any_rig: ServiceHarness) -> None:
     one_key_a_round(any_rig, 1)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_two_hundred_rounds_of_fifty_threads_with_one_key(account: Account, any_rig: Rig) -> None:
+def test_two_hundred_rounds_of_fifty_threads_with_one_key(account: SoakReport, any_rig: ServiceHarness) -> None:
     begun = time.monotonic()
     seen = one_key_a_round(any_rig, 200)
-    account.injected["submission with a shared key"] += seen.total()
+    account.faults["submission with a shared key"] += seen.total()
     account.figure("a round of 50, s", (time.monotonic() - begun) / 200)
-    account.held.append("each of 200 rounds made one job, and answered 201 once and 200 to all others")
+    account.invariants.append("each of 200 rounds made one job, and answered 201 once and 200 to all others")
 
 
 # The connection is lost inside COMMIT
 
 
 @pytest.fixture
-def cut(make_rig: MakeRig, request: pytest.FixtureRequest) -> Iterator[tuple[Rig, Cutter]]:
+def cut(make_rig: MakeHarness, request: pytest.FixtureRequest) -> Iterator[tuple[ServiceHarness, CommitFaultProxy]]:
     """A service whose way to Postgres can be cut at a COMMIT."""
     if "any_url" not in request.fixturenames:
         raise AssertionError
     folder = Path(tempfile.mkdtemp(prefix="trainyard-cut-", dir="/tmp"))
-    with cutting(request.getfixturevalue("any_url"), folder) as (url, cutter):
+    with commit_fault_proxy(request.getfixturevalue("any_url"), folder) as (url, cutter):
         rig = make_rig(url)
         yield rig, cutter
         rig.close()
@@ -104,7 +104,9 @@ only_postgres = pytest.mark.parametrize("any_url", ["postgres"], indirect=True)
 
 @only_postgres
 @pytest.mark.parametrize("when", ENDS)
-def test_a_submission_whose_commit_was_lost_is_made_once(cut: tuple[Rig, Cutter], any_url: str, when: When) -> None:
+def test_a_submission_whose_commit_was_lost_is_made_once(
+    cut: tuple[ServiceHarness, CommitFaultProxy], any_url: str, when: When
+) -> None:
     rig, cutter = cut
     before = rig.submit()
     cutter.cut(when)
@@ -123,7 +125,9 @@ def test_a_submission_whose_commit_was_lost_is_made_once(cut: tuple[Rig, Cutter]
 
 @only_postgres
 @pytest.mark.parametrize("when", ENDS)
-def test_a_report_whose_commit_was_lost_counts_once(cut: tuple[Rig, Cutter], any_url: str, when: When) -> None:
+def test_a_report_whose_commit_was_lost_counts_once(
+    cut: tuple[ServiceHarness, CommitFaultProxy], any_url: str, when: When
+) -> None:
     rig, cutter = cut
     job_id, attempt = rig.running()
     for step in range(1, 21):
@@ -140,13 +144,15 @@ def test_a_report_whose_commit_was_lost_counts_once(cut: tuple[Rig, Cutter], any
 
 @only_postgres
 @pytest.mark.parametrize("when", ENDS)
-def test_a_launch_whose_commit_was_lost_happens_once(cut: tuple[Rig, Cutter], any_url: str, when: When) -> None:
+def test_a_launch_whose_commit_was_lost_happens_once(
+    cut: tuple[ServiceHarness, CommitFaultProxy], any_url: str, when: When
+) -> None:
     """The claim may stand without anybody knowing: it is found, given back, and made anew. Never two at once."""
     rig, cutter = cut
     job_id = rig.submit()
     cutter.cut(when)
     for _ in range(5):
-        rig.settle()
+        rig.reconcile()
         assert len(rig.launcher.living(job_id)) <= 1
         rig.clock.forward(30)
     assert cutter.cuts == 1
@@ -158,7 +164,7 @@ def test_a_launch_whose_commit_was_lost_happens_once(cut: tuple[Rig, Cutter], an
 
 
 @only_postgres
-def test_every_commit_of_a_life_is_lost_once(cut: tuple[Rig, Cutter], any_url: str) -> None:
+def test_every_commit_of_a_life_is_lost_once(cut: tuple[ServiceHarness, CommitFaultProxy], any_url: str) -> None:
     """Pause, resume, cancel, ends: each is asked for again until it is answered, and is done once."""
     rig, cutter = cut
     job_id, attempt = rig.running()
@@ -173,12 +179,12 @@ def test_every_commit_of_a_life_is_lost_once(cut: tuple[Rig, Cutter], any_url: s
         return rig.client.post(path)
 
     assert insist(f"/jobs/{job_id}/pause").status_code == 202
-    cutter._armed = None
+    cutter.disarm()
     rig.exit(attempt, "stopped", step=3)
     assert rig.status(job_id) == "paused"
     assert insist(f"/jobs/{job_id}/resume").status_code == 202
     assert insist(f"/jobs/{job_id}/cancel").status_code == 409, "it was cancelled when the answer was lost"
-    cutter._armed = None
+    cutter.disarm()
     assert rig.status(job_id) == "cancelled"
     assert path_of(rig.data(job_id, "events"))[2:] == ["pausing", "paused", "queued", "cancelled"]
 
@@ -213,7 +219,7 @@ class Holder:
 class Held:
     """Writers insist, readers read and an agent reports while the file is held; what they saw."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: ServiceHarness) -> None:
         self.rig = rig
         self.seen: Counter[str] = Counter()
         self.reads: list[float] = []
@@ -281,8 +287,10 @@ class Held:
             self._stop.wait(0.05)
 
 
-def test_a_file_that_somebody_else_holds(rig: Rig, make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(db, "BUSY_SECONDS", 0.2)
+def test_a_file_that_somebody_else_holds(
+    rig: ServiceHarness, make_rig: MakeHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "BUSY_SECONDS", 0.2)
     impatient = make_rig(rig.url)
     held = Held(impatient)
     held.hold(1.5)
@@ -295,14 +303,16 @@ def test_a_file_that_somebody_else_holds(rig: Rig, make_rig: MakeRig, monkeypatc
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-def test_a_file_that_somebody_else_holds_for_a_minute(account: Account, rig: Rig) -> None:
+def test_a_file_that_somebody_else_holds_for_a_minute(account: SoakReport, rig: ServiceHarness) -> None:
     """With the patience that the service has: a writer waits half a minute, and is then told to come again."""
     held = Held(rig)
     held.hold(60.0)
     held.require_whole()
-    account.injected.update(held.seen)
-    account.injected["seconds that the file was held"] += 60
+    account.faults.update(held.seen)
+    account.faults["seconds that the file was held"] += 60
     for seconds in held.reads:
         account.figure("a read while the file was held, s", seconds)
     assert held.seen["503 to a submission"] > 0
-    account.held.append("readers were answered, writers heard 503 with Retry-After, nothing was lost or made twice")
+    account.invariants.append(
+        "readers were answered, writers heard 503 with Retry-After, nothing was lost or made twice"
+    )

@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 
-from contract.status import Desired
-from service.devices.inventory import Device, cpu_slots
-from service.launch.base import AttemptName
-from service.scheduler.plan import KILL_GRACE, PATIENCE, End, Hint, Look, Restart, Start, plan
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.contract.status import Desired
+from trainyard.service.devices.inventory import Device, cpu_slots
+from trainyard.service.launch.base import AttemptRef
+from trainyard.service.scheduler.plan import (
+    BACKFILL_PATIENCE,
+    Inspect,
+    Kill,
+    NotifyStop,
+    Restart,
+    Start,
+    plan,
+)
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
+from trainyard.service.timing import Timing
 
 NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
 
@@ -30,7 +39,7 @@ def live(
     ago = {None: None}
     times = [ago.get(x) if x is None else NOW - timedelta(seconds=x) for x in (heard, looked)]
     asked = NOW - timedelta(seconds=rest.pop("asked", 0.0))
-    return LiveAttempt("a", AttemptName("job_a", 1), desired, True, asked, times[0], times[1], **rest)
+    return LiveAttempt("a", AttemptRef("job_a", 1), desired, True, asked, times[0], times[1], **rest)
 
 
 def starts(snapshot: Snapshot) -> dict[str, tuple[str, ...]]:
@@ -58,7 +67,7 @@ def test_what_does_not_fit_is_overtaken_by_what_does() -> None:
 
 
 def test_what_has_waited_long_is_not_overtaken_any_more() -> None:
-    old = PATIENCE.total_seconds() + 1
+    old = BACKFILL_PATIENCE.total_seconds() + 1
     snapshot = Snapshot(
         queued=[job("big", 2, age=old), job("small", age=1)], devices=cpu_slots(2), leases={"cpu:0": "x"}
     )
@@ -67,7 +76,7 @@ def test_what_has_waited_long_is_not_overtaken_any_more() -> None:
 
 
 def test_a_reservation_keeps_only_its_own_kind_of_device() -> None:
-    old = PATIENCE.total_seconds() + 1
+    old = BACKFILL_PATIENCE.total_seconds() + 1
     queue = [job("big", 2, "cuda", age=old), job("small", 1, "cuda"), job("cpu", 1, "cpu")]
     snapshot = Snapshot(queued=queue, devices=(*gpus(2), *cpu_slots(1)), leases={"cuda:0": "x"})
     assert starts(snapshot) == {"cpu": ("cpu:0",)}
@@ -92,7 +101,7 @@ def test_nobody_starves_under_a_stream_of_small_jobs() -> None:
             ends |= dict.fromkeys(action.devices, now + timedelta(seconds=60))
             started = now if action.job_id == "big" else started
     assert started is not None
-    assert started - NOW <= PATIENCE + timedelta(seconds=100)
+    assert started - NOW <= BACKFILL_PATIENCE + timedelta(seconds=100)
 
 
 def test_auto_takes_cuda_where_there_is_some() -> None:
@@ -136,7 +145,7 @@ def test_never_more_than_there_is() -> None:
 def test_an_attempt_of_a_service_that_was_restarted_is_looked_up_first() -> None:
     snapshot = Snapshot(live=[live(looked=None)], queued=[job("b")], devices=cpu_slots(2), leases={"cpu:0": "job_a"})
     actions = plan(snapshot, NOW).actions
-    assert [type(a) for a in actions] == [Look, Start]
+    assert [type(a) for a in actions] == [Inspect, Start]
 
 
 @pytest.mark.parametrize(
@@ -144,16 +153,16 @@ def test_an_attempt_of_a_service_that_was_restarted_is_looked_up_first() -> None
     [
         (live(), None),
         (live(heard=6, looked=1), None),
-        (live(heard=6, looked=6), Look),
-        (live(heard=3600, looked=6), Look),
-        (live(heard=None, looked=6), Look),
-        (live(Desired.PAUSE), Hint),
-        (live(Desired.CANCEL), Hint),
-        (live(Desired.CANCEL, told=Desired.PAUSE), Hint),
+        (live(heard=6, looked=6), Inspect),
+        (live(heard=3600, looked=6), Inspect),
+        (live(heard=None, looked=6), Inspect),
+        (live(Desired.PAUSE), NotifyStop),
+        (live(Desired.CANCEL), NotifyStop),
+        (live(Desired.CANCEL, told=Desired.PAUSE), NotifyStop),
         (live(Desired.PAUSE, told=Desired.PAUSE), None),
         (live(Desired.KILL, asked=60), None),
         (live(Desired.KILL, heard=30, asked=1), None),
-        (live(Desired.KILL, heard=30, asked=KILL_GRACE.total_seconds() + 1), End),
+        (live(Desired.KILL, heard=30, asked=Timing().kill_grace.total_seconds() + 1), Kill),
         (live(Desired.CANCEL, heard=3600, told=Desired.CANCEL), None),
     ],
 )
@@ -165,7 +174,7 @@ def test_attending(attempt: LiveAttempt, expected: type | None) -> None:
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_that_jumps_ends_nothing(hours: int) -> None:
     actions = plan(Snapshot(live=[live()]), NOW + timedelta(hours=hours)).actions
-    assert all(isinstance(a, Look) for a in actions)
+    assert all(isinstance(a, Inspect) for a in actions)
 
 
 def test_restarts_that_are_due() -> None:

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from contract.spec import JobSpec
-from contract.status import Reason
-from service.devices.inventory import Device
-from service.devices.memory import disk_free, host_memory
-from service.planning import glance as glances
-from service.planning.estimate import Size, size_of
-from service.planning.glance import Glance, glance, other_form
-from service.planning.tokens import counter, longest_matches
-from service.planning.warnings import Surroundings, warnings
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Reason
+from trainyard.service.devices.inventory import Device
+from trainyard.service.devices.memory import disk_free, host_memory
+from trainyard.service.planning import corpus_sample as glances
+from trainyard.service.planning.corpus_sample import SampledLines, other_format, sample_lines
+from trainyard.service.planning.estimate import RunSize, estimate_size
+from trainyard.service.planning.token_count import longest_matches, token_counter
+from trainyard.service.planning.warnings import HostCapacity, warnings
 
 WORDS = ["the", "of", "and", "to", "in", "was", "for", "with", "they", "have", "from", "one", "word", "but", "what"]
 
@@ -34,7 +34,7 @@ def write_corpus(path: Path, documents: int, seed: int, bad_every: int = 0, most
             file.write(json.dumps({"text": text + "é" * dice.randrange(3)}) + "\n")
 
 
-def plan(rig: Rig, expect: int = 200, **groups: Any) -> dict[str, Any]:
+def plan(rig: ServiceHarness, expect: int = 200, **groups: Any) -> dict[str, Any]:
     answer = rig.client.post("/jobs/plan", json=rig.spec(**groups))
     assert answer.status_code == expect, answer.text[:500]
     found: dict[str, Any] = answer.json()
@@ -49,7 +49,7 @@ def test_a_short_file_is_counted_exactly(tmp_path: Path) -> None:
     path.write_bytes(
         b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": ""}\n{"text": 3}\n[1]\nx\n{"text": "\xc3\xa9\xe2\x80\xa8b"}'
     )
-    found = glance(path, "text")
+    found = sample_lines(path, "text")
     assert found is not None
     assert (found.texts, found.bad_lines, found.whole, found.scale) == (["a", "é\u2028b"], 4, True, 1.0)
     assert found.names == ("text",)
@@ -58,14 +58,14 @@ def test_a_short_file_is_counted_exactly(tmp_path: Path) -> None:
 def test_a_file_under_another_name_of_the_text(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_text('{"content": "a", "id": 1, "title": "b"}\n{"body": "c"}\n')
-    found = glance(path, "text")
+    found = sample_lines(path, "text")
     assert found is not None
     assert (found.texts, found.bad_lines, found.names) == ([], 2, ("content", "title"))
 
 
 def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
-    assert glance(tmp_path / "none", "text") is None
-    assert glance(tmp_path, "text") is None
+    assert sample_lines(tmp_path / "none", "text") is None
+    assert sample_lines(tmp_path, "text") is None
     for name, content in (
         ("c.gz", b"\x1f\x8b"),
         ("c.zst", b"\x28\xb5\x2f\xfd"),
@@ -73,11 +73,11 @@ def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
         ("c.txt", b"any text"),
     ):
         (tmp_path / name).write_bytes(content)
-        assert glance(tmp_path / name, "text") is None
+        assert sample_lines(tmp_path / name, "text") is None
     empty = tmp_path / "empty"
     empty.touch()
-    found = glance(empty, "text")
-    assert found == Glance(0)
+    found = sample_lines(empty, "text")
+    assert found == SampledLines(0)
     assert found.scale == 0.0
 
 
@@ -85,7 +85,7 @@ def test_of_a_long_file_little_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(glances, "SAMPLE_BYTES", 64 << 10)
     path = tmp_path / "c.jsonl"
     write_corpus(path, 20_000, seed=1, bad_every=50)
-    found = glance(path, "text")
+    found = sample_lines(path, "text")
     assert found is not None
     assert not found.whole
     assert found.seen <= 64 << 10
@@ -97,7 +97,7 @@ def test_one_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(glances, "SAMPLE_BYTES", 16 << 10)
     path = tmp_path / "c.jsonl"
     path.write_text("x" * 200_000)
-    found = glance(path, "text")
+    found = sample_lines(path, "text")
     assert found is not None
     assert (found.texts, found.scale) == ([], 0.0)
 
@@ -106,7 +106,7 @@ def test_one_endless_line_is_no_document(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_bytes_are_counted_exactly() -> None:
-    assert counter("byte", [])("aé") == 2 + 3
+    assert token_counter("byte", [])("aé") == 2 + 3
 
 
 def test_a_vocabulary_is_used_by_its_longest_matches(tmp_path: Path) -> None:
@@ -114,12 +114,12 @@ def test_a_vocabulary_is_used_by_its_longest_matches(tmp_path: Path) -> None:
     assert longest_matches("zzz", frozenset({"a"})) == 3
     spelt = ["a", "b", "\u0120", "ab", "\u0120ab"]
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {t: i for i, t in enumerate(spelt)}}}))
-    count = counter(str(tmp_path), ["ab ab ab ab"])
+    count = token_counter(str(tmp_path), ["ab ab ab ab"])
     assert count("ab ab ab ab") == pytest.approx(2 + 4)
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": [["\u2581a", 0.1], ["a", 0.2]]}}))
-    assert counter(str(tmp_path), ["a a a"])("a a a") == pytest.approx(2 + 3)
+    assert token_counter(str(tmp_path), ["a a a"])("a a a") == pytest.approx(2 + 3)
     (tmp_path / "tokenizer.json").write_text("{")
-    assert counter(str(tmp_path), ["abc"])("abc") == 5
+    assert token_counter(str(tmp_path), ["abc"])("abc") == 5
 
 
 # The size, against the worker's own
@@ -128,19 +128,19 @@ def test_a_vocabulary_is_used_by_its_longest_matches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", ["document", "none"])
 @pytest.mark.parametrize("seq_len", [64, 340])
 def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any, seq_len: int) -> None:
-    from worker.corpus import open_corpus
-    from worker.rows import RowTable
-    from worker.tokenizers import load
+    from trainyard.worker.data.corpus import open_corpus
+    from trainyard.worker.data.packing import PackedDataset
+    from trainyard.worker.data.tokenizers import load_tokenizer
 
     path = tmp_path / "c.jsonl"
     write_corpus(path, 1500, seed=seq_len)
-    corpus = open_corpus(path, load("byte"), cache=tmp_path / "cache")
-    rows = RowTable.open(corpus, max_seq_len=seq_len, packing=packing)
+    corpus = open_corpus(path, load_tokenizer("byte"), cache=tmp_path / "cache")
+    rows = PackedDataset.open(corpus, max_seq_len=seq_len, packing=packing)
     spec = JobSpec.model_validate({"data": {"data_path": str(path), "max_seq_len": seq_len, "packing": packing}})
-    found = glance(path, "text")
+    found = sample_lines(path, "text")
     assert found is not None
-    count = counter("byte", found.texts)
-    size = size_of(spec, [count(text) for text in found.texts], found.bad_lines, found.scale)
+    count = token_counter("byte", found.texts)
+    size = estimate_size(spec, [count(text) for text in found.texts], found.bad_lines, found.scale)
     assert size is not None
     assert (size.tokens, size.documents) == (corpus.meta.tokens, corpus.meta.documents)
     assert size.targets == rows.tokens
@@ -149,25 +149,25 @@ def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any
 
 
 def test_a_learned_vocabulary_is_guessed_within_a_tenth(tmp_path: Path) -> None:
-    from worker.tokenizers import load, train
+    from trainyard.worker.data.tokenizers import load_tokenizer, train_tokenizer
 
     path = tmp_path / "c.jsonl"
     write_corpus(path, 400, seed=9)
-    found = glance(path, "text")
+    found = sample_lines(path, "text")
     assert found is not None
-    train(found.texts, 320, tmp_path / "tokenizer")
-    exact = sum(2 + len(ids) for ids in load(str(tmp_path / "tokenizer")).encode_batch(found.texts))
-    count = counter(str(tmp_path / "tokenizer"), found.texts)
+    train_tokenizer(found.texts, 320, tmp_path / "tokenizer")
+    exact = sum(2 + len(ids) for ids in load_tokenizer(str(tmp_path / "tokenizer")).encode_batch(found.texts))
+    count = token_counter(str(tmp_path / "tokenizer"), found.texts)
     assert sum(map(count, found.texts)) == pytest.approx(exact, rel=0.1)
 
 
 def test_steps_follow_epochs_or_max_steps() -> None:
-    def size(**training: Any) -> Size:
+    def size(**training: Any) -> RunSize:
         batch = {"batch_size": 2, "accumulation_steps": 2}
         spec = JobSpec.model_validate(
             {"data": {"data_path": "x", "max_seq_len": 10, "packing": "none"}, "training": {**batch, **training}}
         )
-        found = size_of(spec, [10.0] * 9, 0, 2.0)
+        found = estimate_size(spec, [10.0] * 9, 0, 2.0)
         assert found is not None
         return found
 
@@ -176,20 +176,20 @@ def test_steps_follow_epochs_or_max_steps() -> None:
     assert size(max_steps=7).steps == 7
     assert size(max_steps=7).trained_tokens == pytest.approx(7 * 18 * 9 / 5)
     spec = JobSpec.model_validate({"data": {"data_path": "x", "eval_fraction": 0.5, "packing": "none"}})
-    half = size_of(spec, [10.0] * 10, 0, 1.0)
+    half = estimate_size(spec, [10.0] * 10, 0, 1.0)
     assert half is not None
     assert (half.samples, half.targets, half.tokens) == (5, 45, 100)
-    assert size_of(spec, [], 3, 1.0) is None
+    assert estimate_size(spec, [], 3, 1.0) is None
 
 
 # Warnings
 
 
-SIZE = Size(documents=100, tokens=10_000, bad_lines=0, samples=1000, targets=9000, steps_per_epoch=10, steps=2000)
-HERE = Surroundings("cpu", 1 << 30, 8 << 30, 1 << 20, 1 << 40)
+SIZE = RunSize(documents=100, tokens=10_000, bad_lines=0, samples=1000, targets=9000, steps_per_epoch=10, steps=2000)
+HERE = HostCapacity("cpu", 1 << 30, 8 << 30, 1 << 20, 1 << 40)
 
 
-def sentences(size: Size | None = SIZE, here: Surroundings = HERE, **groups: Any) -> list[str]:
+def sentences(size: RunSize | None = SIZE, here: HostCapacity = HERE, **groups: Any) -> list[str]:
     spec = {"data": {"data_path": "x"}, "resources": {"device": "cpu"}, **groups}
     return warnings(JobSpec.model_validate(spec), size, here)
 
@@ -218,7 +218,7 @@ def test_nothing_to_say() -> None:
         (SIZE, replace(HERE, memory_limit=3 << 29, snapshot=1 << 30), {}, "needs about 2.1 GB of memory"),
     ],
 )
-def test_each_warning(size: Size | None, here: Surroundings, groups: dict[str, Any], said: str) -> None:
+def test_each_warning(size: RunSize | None, here: HostCapacity, groups: dict[str, Any], said: str) -> None:
     assert [text for text in sentences(size, here, **groups) if said in text], sentences(size, here, **groups)
 
 
@@ -241,8 +241,8 @@ def test_what_is_not_known_is_not_warned_of() -> None:
 )
 def test_a_corpus_that_is_not_looked_into_is_named(name: str, head: bytes, form: str | None, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(head)
-    assert other_form(tmp_path / name) == form
-    assert other_form(tmp_path) is other_form(tmp_path / "missing") is None
+    assert other_format(tmp_path / name) == form
+    assert other_format(tmp_path) is other_format(tmp_path / "missing") is None
 
 
 def test_memory_of_the_host(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_memory_of_the_host(tmp_path: Path) -> None:
 # The route
 
 
-def test_a_plan_is_complete_and_stores_nothing(any_rig: Rig) -> None:
+def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
     write_corpus(any_rig.corpus, 300, seed=5)
     found = plan(any_rig, training={"batch_size": 4, "accumulation_steps": 2}, resources={"device": "cpu"})
     assert found["object"] == "plan"
@@ -284,7 +284,7 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: Rig) -> None:
     assert any_rig.get("/jobs")["data"] == []
 
 
-def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: Rig) -> None:
+def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: ServiceHarness) -> None:
     body = rig.spec(training={"learning_rate": -1, "x": 1}, model={"hidden_size": 0})
     answers = [rig.client.post(path, json=body).json() for path in ("/jobs/plan", "/jobs")]
     assert [answer["code"] for answer in answers] == ["invalid_spec"] * 2
@@ -292,7 +292,7 @@ def test_a_bad_spec_gets_the_same_answer_as_at_submit(rig: Rig) -> None:
     assert len(answers[0]["errors"]) == 3
 
 
-def test_the_time_comes_from_a_like_run(any_rig: Rig) -> None:
+def test_the_time_comes_from_a_like_run(any_rig: ServiceHarness) -> None:
     rig = any_rig
     write_corpus(rig.corpus, 300, seed=6)
     job_id, attempt = rig.running(resources={"device": "cpu"})
@@ -310,14 +310,14 @@ def test_the_time_comes_from_a_like_run(any_rig: Rig) -> None:
     assert plan(rig, resources={"device": "cpu", "nproc_per_node": 2})["eta_seconds"] is None
 
 
-def test_where_it_would_stand(any_rig: Rig) -> None:
+def test_where_it_would_stand(any_rig: ServiceHarness) -> None:
     any_rig.running(resources={"nproc_per_node": 2})
     any_rig.submit()
     assert plan(any_rig)["queue"] == {"position": 2, "waiting_for": "1 CPU slots; 0 of 2 free"}
     assert plan(any_rig, resources={"priority": 5})["queue"]["position"] == 1
 
 
-def test_a_gpu_and_its_memory(make_rig: MakeRig, sqlite_url: str) -> None:
+def test_a_gpu_and_its_memory(make_rig: MakeHarness, sqlite_url: str) -> None:
     rig = make_rig(sqlite_url, devices=[Device("cuda:0", "cuda", model="H100", memory_bytes=1 << 30)])
     found = plan(rig, training={"batch_size": 512})
     assert (found["device"], found["device_name"], found["memory_limit_bytes"]) == ("cuda", "H100", 1 << 30)

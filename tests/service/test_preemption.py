@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 
-from contract.status import Desired, JobStatus, Reason
-from service.devices.inventory import Device, cpu_slots
-from service.jobs.store import Note
-from service.launch.base import AttemptName
-from service.launch.fake import FakeAttempt
-from service.scheduler.plan import Preempt, Start, plan
-from service.scheduler.preemption import Yielding
-from service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig, path_of
+from tests.fakes.launcher import FakeAttempt
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness, path_of
 from tests.service.test_plan import NOW, gpus, job
+from trainyard.contract.status import Desired, JobStatus, Reason
+from trainyard.service.devices.inventory import Device, cpu_slots
+from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.launch.base import AttemptRef
+from trainyard.service.scheduler.plan import Preempt, Start, plan
+from trainyard.service.scheduler.preemption import PreemptionBudget
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 
 
 def holder(
@@ -27,13 +27,13 @@ def holder(
     fields: dict[str, Any] = {"running": True, "moved": True, **rest}
     return LiveAttempt(
         f"att_{job_id}",
-        AttemptName(job_id, 1),
+        AttemptRef(job_id, 1),
         desired,
         True,
         NOW,
         NOW,
-        looked_at=NOW,
-        told=desired,
+        inspected_at=NOW,
+        notified=desired,
         priority=priority,
         devices=devices,
         created_at=NOW - timedelta(seconds=age),
@@ -196,7 +196,7 @@ def test_ten_thousand_situations() -> None:
 
 def test_room_is_told_in_words() -> None:
     seen = snapshot(*FULL, queued=[])
-    room = Yielding(seen).room_for(job("front", 4, priority=10), "cpu", 0)
+    room = PreemptionBudget(seen).room_for(job("front", 4, priority=10), "cpu", 0)
     assert str(room) == "low, mid and top make room"
 
 
@@ -204,13 +204,13 @@ def test_room_is_told_in_words() -> None:
 
 
 @pytest.fixture
-def rig(make_rig: MakeRig, any_url: str) -> Iterator[Rig]:
+def rig(make_rig: MakeHarness, any_url: str) -> Iterator[ServiceHarness]:
     made = make_rig(any_url, preempts=True)
     yield made
     made.client.__exit__(None, None, None)
 
 
-def started(rig: Rig, step: int, **resources: Any) -> tuple[str, FakeAttempt]:
+def started(rig: ServiceHarness, step: int, **resources: Any) -> tuple[str, FakeAttempt]:
     job_id, attempt = rig.running(resources={"nproc_per_node": 2, **resources})
     if step:
         attempt.metric(step)
@@ -218,14 +218,14 @@ def started(rig: Rig, step: int, **resources: Any) -> tuple[str, FakeAttempt]:
     return job_id, attempt
 
 
-def test_pause_requeue_resume(rig: Rig) -> None:
+def test_pause_requeue_resume(rig: ServiceHarness) -> None:
     low, attempt = started(rig, 3)
     front = rig.submit(resources={"priority": 5})
-    rig.settle()
+    rig.reconcile()
     job = rig.job(low)
     assert (job["status"], job["desired"], job["reason"]) == ("pausing", "pause", "preempted")
     assert job["summary"] == "Saving and pausing at step 3 to make room for a job of higher priority."
-    assert rig.beat(attempt)["desired"] == "pause"
+    assert rig.heartbeat(attempt)["desired"] == "pause"
     assert attempt.stop_asked == 1, "the ranks hear it before the agent does"
     waiting = rig.job(front)
     assert waiting["queue"] == {"position": 1, "waiting_for": f"1 CPU slot; 0 of 2 free; {low} makes room"}
@@ -234,7 +234,7 @@ def test_pause_requeue_resume(rig: Rig) -> None:
     job = rig.job(low)
     assert (job["status"], job["desired"], job["reason"]) == ("queued", "run", "preempted")
     assert job["message"] == f"saved and stopped at step 4, to make room for {front}; it goes on by itself"
-    rig.settle()
+    rig.reconcile()
     assert rig.status(front) is JobStatus.STARTING
     assert rig.job(low)["summary"] == (
         "Paused at step 4 to make room for a job of higher priority; goes on by itself. "
@@ -253,35 +253,35 @@ def test_pause_requeue_resume(rig: Rig) -> None:
     ]
 
 
-def test_a_job_that_was_resumed_is_left_alone_until_it_has_made_a_step(rig: Rig) -> None:
+def test_a_job_that_was_resumed_is_left_alone_until_it_has_made_a_step(rig: ServiceHarness) -> None:
     low, attempt = started(rig, 3)
     for number in (2, 3):
         front = rig.submit(resources={"priority": 5, "nproc_per_node": 2})
-        rig.settle()
+        rig.reconcile()
         rig.exit(attempt, "stopped", Reason.USER, step=3)
         rig.exit(rig.next_attempt(front, 1), "completed", step=10)
         attempt = rig.next_attempt(low, number, start_step=3)
         again = rig.submit(resources={"priority": 5, "nproc_per_node": 2})
         for _ in range(3):
-            rig.settle()
-            rig.beat(attempt, 3)
+            rig.reconcile()
+            rig.heartbeat(attempt, 3)
         assert rig.status(low) is JobStatus.RUNNING
         assert rig.job(again)["queue"]["waiting_for"] == "2 CPU slots; 0 of 2 free"
-        rig.act(again, "cancel")
+        rig.post_action(again, "cancel")
         attempt.metric(4)
         rig.ship(attempt)
 
 
 @pytest.mark.parametrize(("verb", "becomes"), [("pause", JobStatus.PAUSED), ("cancel", JobStatus.CANCELLED)])
-def test_the_user_s_wish_comes_first(rig: Rig, verb: str, becomes: JobStatus) -> None:
+def test_the_user_s_wish_comes_first(rig: ServiceHarness, verb: str, becomes: JobStatus) -> None:
     low, attempt = started(rig, 3)
     rig.submit(resources={"priority": 5})
-    rig.settle()
-    rig.act(low, "resume")
+    rig.reconcile()
+    rig.post_action(low, "resume")
     assert rig.status(low) is JobStatus.PAUSING
-    assert rig.act(low, verb)["reason"] is None
+    assert rig.post_action(low, verb)["reason"] is None
     rig.exit(attempt, "stopped", Reason.USER, step=4)
-    rig.settle()
+    rig.reconcile()
     job = rig.job(low)
     assert (job["status"], job["reason"]) == (becomes, "user")
     assert len(rig.launcher.starts) == 2, "what was stopped by its user is not started again"
@@ -292,65 +292,65 @@ def test_the_user_s_wish_comes_first(rig: Rig, verb: str, becomes: JobStatus) ->
     [("killed", Reason.USER, 5, False), ("crashed", Reason.WORKER_CRASHED, 5, True)],
 )
 def test_one_that_did_not_save_goes_on_from_its_last_checkpoint(
-    rig: Rig, outcome: Any, reason: Reason, seconds: int, counted: bool
+    rig: ServiceHarness, outcome: Any, reason: Reason, seconds: int, counted: bool
 ) -> None:
     low, attempt = started(rig, 3)
     front = rig.submit(resources={"priority": 5, "nproc_per_node": 2})
-    rig.settle()
+    rig.reconcile()
     rig.exit(attempt, outcome, reason, step=4)
     job = rig.job(low)
     assert (job["status"], job["reason"]) == ("interrupted", "worker_crashed" if counted else "preempted")
     assert f"restarting in {seconds} s{', 1 of 3' if counted else ''}" in job["message"]
-    rig.settle()
+    rig.reconcile()
     rig.clock.forward(seconds + 1)
     rig.exit(rig.next_attempt(front, 1), "completed", step=10)
     rig.next_attempt(low, 2)
 
 
-def test_a_service_that_dies_in_between_forgets_nothing(make_rig: MakeRig, any_url: str) -> None:
+def test_a_service_that_dies_in_between_forgets_nothing(make_rig: MakeHarness, any_url: str) -> None:
     first = make_rig(any_url, preempts=True)
     low, attempt = started(first, 3)
     front = first.submit(resources={"priority": 5})
-    first.settle()
-    second = first.reborn()
-    second.settle()
+    first.reconcile()
+    second = first.restart()
+    second.reconcile()
     second.exit(attempt, "stopped", Reason.USER, step=4)
-    second.settle()
+    second.reconcile()
     assert (second.status(low), second.status(front)) == (JobStatus.QUEUED, JobStatus.STARTING)
     second.close()
 
 
-def test_what_changed_between_plan_and_deed_is_seen(rig: Rig) -> None:
+def test_what_changed_between_plan_and_deed_is_seen(rig: ServiceHarness) -> None:
     low, _ = started(rig, 3)
     front = rig.submit(resources={"priority": 5})
     scheduler = rig.scheduler
     action = next(a for a in plan(scheduler._snapshot(), rig.clock()).actions if isinstance(a, Preempt))
     rig.client.patch(f"/jobs/{front}", json={"priority": 0})
-    assert scheduler._applier.do(action) is False
+    assert scheduler._applier.execute(action) is False
     assert rig.status(low) is JobStatus.RUNNING
     rig.client.patch(f"/jobs/{front}", json={"priority": 5})
-    rig.act(front, "cancel")
-    assert scheduler._applier.do(action) is False
+    rig.post_action(front, "cancel")
+    assert scheduler._applier.execute(action) is False
     rig.client.delete(f"/jobs/{front}")
-    assert scheduler._applier.do(action) is True, "look again: the job is gone"
+    assert scheduler._applier.execute(action) is True, "look again: the job is gone"
     assert rig.status(low) is JobStatus.RUNNING
 
 
-def test_a_spec_that_says_no_is_left_alone(rig: Rig) -> None:
+def test_a_spec_that_says_no_is_left_alone(rig: ServiceHarness) -> None:
     low, _ = started(rig, 3, preemptible=False)
     rig.submit(resources={"priority": 5})
-    rig.settle()
+    rig.reconcile()
     assert rig.status(low) is JobStatus.RUNNING
 
 
-def test_a_spec_of_before_there_was_such_a_field_may_make_room(rig: Rig) -> None:
-    from service.jobs import store
+def test_a_spec_of_before_there_was_such_a_field_may_make_room(rig: ServiceHarness) -> None:
+    from trainyard.service.jobs import repository
 
     low, _ = started(rig, 3)
     with rig.database.write() as session:
-        row = store.lock(session, low)
+        row = repository.lock(session, low)
         row.spec = {**row.spec, "resources": {k: v for k, v in row.spec["resources"].items() if k != "preemptible"}}
-        store.tell(session, row, Note("changed", "an old spec"), rig.clock())
+        repository.record_event(session, row, EventDraft("changed", "an old spec"), rig.clock())
     rig.submit(resources={"priority": 5})
-    rig.settle()
+    rig.reconcile()
     assert rig.status(low) is JobStatus.PAUSING

@@ -9,18 +9,24 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from service.app import build, create_app
-from service.context import Services
-from service.db import Database
-from service.devices.inventory import Device, FixedInventory, cpu_slots
-from service.launch.fake import FakeLauncher
-from service.scheduler.bulletin import MEMORY_SECONDS, Bulletin, News, PublishedInventory
-from service.scheduler.lease import LEASE_SECONDS
-from service.scheduler.outlook import AT_ONCE, NOBODY, Outlook
-from service.settings import Settings
-from service.tables import LeaderRow
-from tests.service.rig import URL
+from tests.fakes.inventory import FixedInventory
+from tests.fakes.launcher import FakeLauncher
+from tests.service.harness import URL
 from tests.service.test_plan import gpus
+from trainyard.service.api.dependencies import AppState
+from trainyard.service.app import build_state, create_app
+from trainyard.service.db.engine import Database
+from trainyard.service.db.models import SchedulerLeaseRow
+from trainyard.service.devices.inventory import Device, cpu_slots
+from trainyard.service.leadership import LEASE_SECONDS
+from trainyard.service.scheduler.published_inventory import (
+    MEMORY_SECONDS,
+    InventorySnapshot,
+    PublishedInventory,
+    PublishTracker,
+)
+from trainyard.service.scheduler.queue_preview import NO_JOBS, STARTS_NEXT, QueuePreview
+from trainyard.service.settings import Settings
 
 
 class Clock:
@@ -40,20 +46,20 @@ class Pair:
         settings = Settings.read({"TRAINYARD_PREEMPTION": preemption}, home=home, database_url=url)
         devices = FixedInventory((*gpus(1), *cpu_slots(2)))
         self.launcher = FakeLauncher()
-        self.leader = build(settings, self.launcher, devices)
-        self.replica = build(settings, FakeLauncher(), FixedInventory(()), schedules=False)
+        self.leader = build_state(settings, self.launcher, devices)
+        self.replica = build_state(settings, FakeLauncher(), FixedInventory(()), schedules=False)
         self.corpus = home / "corpus.jsonl"
         self.corpus.write_text('{"text": "one"}\n')
         self.clients = [self._client(services) for services in (self.leader, self.replica)]
 
-    def _client(self, services: Services) -> TestClient:
+    def _client(self, services: AppState) -> TestClient:
         client = TestClient(create_app(services, scheduling=False), base_url=URL)
         client.__enter__()
         return client
 
     def round(self) -> None:
         assert self.leader.scheduler._leads()
-        self.leader.scheduler.settle()
+        self.leader.scheduler.reconcile_until_stable()
 
     def submit(self, client: int = 1, **resources: Any) -> str:
         body = {"data": {"data_path": str(self.corpus)}, "resources": {"device": "cpu", **resources}}
@@ -104,7 +110,7 @@ def test_both_say_the_same(pair: Pair) -> None:
 def test_what_fits_says_so_before_the_next_look(pair: Pair) -> None:
     pair.round()
     job_id = pair.submit()
-    assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": AT_ONCE}
+    assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": STARTS_NEXT}
 
 
 def test_a_replica_knows_the_devices_of_the_one_that_schedules(pair: Pair) -> None:
@@ -121,30 +127,30 @@ def test_a_replica_knows_the_devices_of_the_one_that_schedules(pair: Pair) -> No
 
 def test_where_nobody_schedules_that_is_what_jobs_wait_for(pair: Pair) -> None:
     job_id = pair.submit(client=0)
-    assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": NOBODY}
+    assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": NO_JOBS}
     pair.round()
     pair.submit()
     pair.leader.scheduler._give_up()
     waiting = pair.submit(nproc_per_node=2)
-    assert pair.queue(waiting)[1] == {"position": 2, "waiting_for": NOBODY}
+    assert pair.queue(waiting)[1] == {"position": 2, "waiting_for": NO_JOBS}
 
 
 def test_a_leader_that_counts_on_no_more_is_nobody(pair: Pair) -> None:
     clock = Clock()
-    outlook = Outlook(pair.replica.database, lambda: datetime.now(UTC), clock)
+    outlook = QueuePreview(pair.replica.database, lambda: datetime.now(UTC), clock)
     pair.round()
     running = pair.submit(nproc_per_node=2)
     pair.round()
     job_id = pair.submit()
     with pair.leader.database.write() as session:
-        row = session.get(LeaderRow, 1)
+        row = session.get(SchedulerLeaseRow, 1)
         assert row is not None
         row.holder = row.holder.replace('"boot_id": "', '"boot_id": "elsewhere ')  # type: ignore[union-attr]
     assert outlook.waiting() == {job_id: "1 CPU slot; 0 of 2 free"}
     clock.now += LEASE_SECONDS + 1
-    assert outlook.waiting() == {job_id: NOBODY}
+    assert outlook.waiting() == {job_id: NO_JOBS}
     with pair.leader.database.write() as session:
-        row = session.get(LeaderRow, 1)
+        row = session.get(SchedulerLeaseRow, 1)
         assert row is not None
         row.beat += 1
     clock.now += 1.5
@@ -154,7 +160,7 @@ def test_a_leader_that_counts_on_no_more_is_nobody(pair: Pair) -> None:
 
 def test_many_who_ask_cost_one_look_a_second(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    outlook = Outlook(pair.replica.database, lambda: datetime.now(UTC), clock)
+    outlook = QueuePreview(pair.replica.database, lambda: datetime.now(UTC), clock)
     looks: list[object] = []
 
     def foresee(session: object) -> dict[str, str]:
@@ -176,7 +182,7 @@ def test_room_that_is_made_is_foreseen(tmp_path: Path, sqlite_url: str) -> None:
     pair.round()
     front = pair.submit(priority=5)
     with pair.leader.database.write() as session:
-        from service.tables import AttemptRow, JobRow
+        from trainyard.service.db.models import AttemptRow, JobRow
 
         session.query(JobRow).filter_by(id=low).update({"status": "running", "progress": {"step": 3}})
         session.query(AttemptRow).filter_by(job_id=low).update({"start_step": 0})
@@ -184,40 +190,40 @@ def test_room_that_is_made_is_foreseen(tmp_path: Path, sqlite_url: str) -> None:
     pair.close()
 
 
-def bulletin(**fields: Any) -> Bulletin:
+def bulletin(**fields: Any) -> InventorySnapshot:
     card = Device("cuda:0", "cuda", "H100", 80, 10, (5, 6), (6,))
-    return Bulletin((replace(card, **fields), *cpu_slots(1)), True)
+    return InventorySnapshot((replace(card, **fields), *cpu_slots(1)), True)
 
 
 def test_a_bulletin_survives_its_row() -> None:
-    row = LeaderRow(id=1, epoch=1, beat=1)
-    assert Bulletin.of(None) is None
-    assert Bulletin.of(row) is None
+    row = SchedulerLeaseRow(id=1, epoch=1, beat=1)
+    assert InventorySnapshot.of(None) is None
+    assert InventorySnapshot.of(row) is None
     row.offer = {"preempts": True, "devices": [{**vars(device)} for device in bulletin().devices]}
-    assert Bulletin.of(row) == bulletin()
+    assert InventorySnapshot.of(row) == bulletin()
 
 
 @pytest.mark.parametrize(
     "said", [{}, {"devices": []}, {"preempts": True, "devices": [{"id": "cuda:0"}]}, {"devices": 3}]
 )
 def test_what_another_release_said_is_not_guessed_at(said: dict[str, Any]) -> None:
-    assert Bulletin.of(LeaderRow(id=1, epoch=1, beat=1, offer=said)) is None
+    assert InventorySnapshot.of(SchedulerLeaseRow(id=1, epoch=1, beat=1, offer=said)) is None
 
 
 def test_what_changes_all_the_time_is_not_news_each_second() -> None:
     clock = Clock()
-    news = News(clock)
-    assert news.in_(bulletin())
-    news.told(bulletin())
-    assert not news.in_(bulletin())
-    assert not news.in_(bulletin(memory_used_bytes=11))
-    assert not news.in_(bulletin(temperature_celsius=70))
-    assert news.in_(bulletin(processes=(5,)))
+    news = PublishTracker(clock)
+    assert news.differs(bulletin())
+    news.mark_published(bulletin())
+    assert not news.differs(bulletin())
+    assert not news.differs(bulletin(memory_used_bytes=11))
+    assert not news.differs(bulletin(temperature_celsius=70))
+    assert news.differs(bulletin(processes=(5,)))
     clock.now += MEMORY_SECONDS + 1
-    assert not news.in_(bulletin())
-    assert news.in_(bulletin(memory_used_bytes=11))
+    assert not news.differs(bulletin())
+    assert news.differs(bulletin(memory_used_bytes=11))
     news.forget()
-    assert news.in_(bulletin())
+    assert news.differs(bulletin())
 
 
 def test_own_devices_until_somebody_has_spoken(sqlite_url: str) -> None:
@@ -226,7 +232,7 @@ def test_own_devices_until_somebody_has_spoken(sqlite_url: str) -> None:
     inventory = PublishedInventory(database, FixedInventory(cpu_slots(3)), clock)
     assert len(inventory.devices()) == 3
     with database.write() as session:
-        session.add(LeaderRow(id=1, epoch=1, beat=1))
+        session.add(SchedulerLeaseRow(id=1, epoch=1, beat=1))
         session.flush()
         bulletin().write(session)
     assert len(inventory.devices()) == 3, "read once a second"

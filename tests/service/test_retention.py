@@ -10,15 +10,26 @@ import pytest
 from sqlalchemy import func, insert, select
 from sqlalchemy.orm import Session
 
-from contract.status import Reason
-from service.jobs import store
-from service.metrics import sealing
-from service.scheduler.lease import Deposed
-from service.settings import Settings
-from service.tables import EventRow, JobRow, MetricRow, StretchRow
-from service.upkeep import retention
-from service.upkeep.retention import KEPT_BUCKETS, Line, Policy, Retention, doomed
-from tests.service.rig import Rig, path_of
+from tests.service.harness import ServiceHarness, path_of
+from trainyard.contract.status import Reason
+from trainyard.service.db.models import (
+    EventRow,
+    JobRow,
+    MetricRollupRow,
+    MetricRow,
+)
+from trainyard.service.jobs import repository
+from trainyard.service.leadership import LeadershipLost
+from trainyard.service.maintenance import retention
+from trainyard.service.maintenance.retention import (
+    KEPT_BUCKETS,
+    PointKey,
+    Policy,
+    Retention,
+    expired,
+)
+from trainyard.service.metrics import rollups
+from trainyard.service.settings import Settings
 
 DAY = 86400.0
 
@@ -26,7 +37,7 @@ DAY = 86400.0
 class Keeper:
     """Retention over a rig's database, with an hour hand of its own."""
 
-    def __init__(self, rig: Rig, **policy: int) -> None:
+    def __init__(self, rig: ServiceHarness, **policy: int) -> None:
         self.rig, self.now, self.removed = rig, 0.0, dict.fromkeys(("metrics", "events"), 0)
         self.transactions = 0
         self.retention = Retention(Policy(**policy), rig.database.read, self.writing, self.count, lambda: self.now)
@@ -50,7 +61,7 @@ class Keeper:
         return steps
 
 
-def long_run(rig: Rig, points: int, stride: int = 1, seed: int = 1) -> str:
+def long_run(rig: ServiceHarness, points: int, stride: int = 1, seed: int = 1) -> str:
     """A job that ended, with so many points."""
     dice = random.Random(seed)
     job_id, attempt = rig.running(steps=points * stride)
@@ -62,21 +73,21 @@ def long_run(rig: Rig, points: int, stride: int = 1, seed: int = 1) -> str:
         rows.append({**same, **own, "eval_loss": 1.5 if number % 500 == 0 else None})
     with rig.database.write() as session:
         session.execute(insert(MetricRow), rows)
-        sealing.advance(session, store.lock(session, job_id), points * stride)
+        rollups.roll_up(session, repository.lock(session, job_id), points * stride)
     rig.exit(attempt, "completed", step=points * stride)
     return job_id
 
 
-def counted(rig: Rig, table: Any, job_id: str) -> int:
+def counted(rig: ServiceHarness, table: Any, job_id: str) -> int:
     with rig.database.read() as session:
         return session.scalar(select(func.count()).select_from(table).where(table.job_id == job_id)) or 0
 
 
-def curve(rig: Rig, job_id: str, points: int) -> Any:
+def curve(rig: ServiceHarness, job_id: str, points: int) -> Any:
     return rig.get(f"/jobs/{job_id}/metrics", max_points=points)
 
 
-def test_everything_is_kept_unless_asked(rig: Rig) -> None:
+def test_everything_is_kept_unless_asked(rig: ServiceHarness) -> None:
     job_id = long_run(rig, 3000)
     rig.clock.forward(1000 * DAY)
     keeper = Keeper(rig)
@@ -85,7 +96,7 @@ def test_everything_is_kept_unless_asked(rig: Rig) -> None:
     assert Policy.of(rig.settings).shortest == 0
 
 
-def test_a_thinned_curve_keeps_its_outline(any_rig: Rig) -> None:
+def test_a_thinned_curve_keeps_its_outline(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id = long_run(rig, 6000)
     before = {points: curve(rig, job_id, points) for points in (10, 90)}
@@ -111,10 +122,10 @@ def test_a_thinned_curve_keeps_its_outline(any_rig: Rig) -> None:
     assert again.removed["metrics"] == 0, "it remembers what it did, also in the next service"
 
 
-def test_a_job_that_ran_again_is_thinned_again(rig: Rig) -> None:
+def test_a_job_that_ran_again_is_thinned_again(rig: ServiceHarness) -> None:
     job_id = long_run(rig, 3000)
     with rig.database.write() as session:
-        job = store.lock(session, job_id)
+        job = repository.lock(session, job_id)
         job.facts = {**job.facts, retention.THINNED: "of an earlier end"}
     rig.clock.forward(31 * DAY)
     keeper = Keeper(rig, thin_metrics=30)
@@ -122,7 +133,7 @@ def test_a_job_that_ran_again_is_thinned_again(rig: Rig) -> None:
     assert keeper.removed["metrics"] > 0
 
 
-def test_short_curves_are_left_alone(rig: Rig) -> None:
+def test_short_curves_are_left_alone(rig: ServiceHarness) -> None:
     job_id = long_run(rig, 300, stride=10)
     rig.clock.forward(31 * DAY)
     keeper = Keeper(rig, thin_metrics=30)
@@ -134,10 +145,10 @@ def test_short_curves_are_left_alone(rig: Rig) -> None:
 def test_what_is_thinned_out_of_a_stretch(seed: int) -> None:
     dice = random.Random(seed)
     lines = [
-        Line(1, n, n, True, None if dice.random() < 0.2 else dice.random(), 1.0 if dice.random() < 0.05 else None)
+        PointKey(1, n, n, True, None if dice.random() < 0.2 else dice.random(), 1.0 if dice.random() < 0.05 else None)
         for n in range(1, 400)
     ]
-    gone = set(doomed(lines, 64))
+    gone = set(expired(lines, 64))
     left = [line for line in lines if line not in gone]
     for bucket in range(400 // 64 + 1):
         whole, kept = ([line for line in some if line.step // 64 == bucket] for some in (lines, left))
@@ -149,13 +160,13 @@ def test_what_is_thinned_out_of_a_stretch(seed: int) -> None:
     assert len(left) < 60
 
 
-def test_thinning_in_many_small_steps_is_thinning_at_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thinning_in_many_small_steps_is_thinning_at_once(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = [long_run(rig, 3000), long_run(rig, 3000)]
     rig.clock.forward(31 * DAY)
     with rig.database.write() as session:
         session.execute(insert(MetricRow), _second_attempt(session, ids[0]))
         session.execute(insert(MetricRow), _second_attempt(session, ids[1]))
-        store.lock(session, ids[1]).facts = {retention.THINNED: "later"}
+        repository.lock(session, ids[1]).facts = {retention.THINNED: "later"}
     monkeypatch.setattr(retention, "ROWS", 100_000)
     whole = Keeper(rig, thin_metrics=30)
     whole.retention._next = lambda now: None if whole.removed["metrics"] else (1, ids[0])  # type: ignore[method-assign]
@@ -174,13 +185,13 @@ def _second_attempt(session: Session, job_id: str) -> list[dict[str, Any]]:
     return [{**{name: getattr(row, name) for name in columns}, "attempt": 2, "stitched": False} for row in found]
 
 
-def left(rig: Rig, job_id: str) -> list[tuple[int, int]]:
+def left(rig: ServiceHarness, job_id: str) -> list[tuple[int, int]]:
     query = select(MetricRow.attempt, MetricRow.seq).where(MetricRow.job_id == job_id)
     with rig.database.read() as session:
         return [(row.attempt, row.seq) for row in session.execute(query.order_by(MetricRow.attempt, MetricRow.seq))]
 
 
-def test_curves_go_altogether_and_the_job_stays(any_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curves_go_altogether_and_the_job_stays(any_rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "ROWS", 1000)
     rig = any_rig
     job_id, other = long_run(rig, 3500), long_run(rig, 200)
@@ -188,11 +199,11 @@ def test_curves_go_altogether_and_the_job_stays(any_rig: Rig, monkeypatch: pytes
     rig.clock.forward(91 * DAY)
     late = long_run(rig, 200)
     with rig.database.write() as session:
-        store.lock(session, late).finished_at = rig.clock()
+        repository.lock(session, late).finished_at = rig.clock()
     keeper = Keeper(rig, metrics=90, thin_metrics=30)
     keeper.whole_pass()
     assert [counted(rig, MetricRow, each) for each in (job_id, other, late)] == [0, 0, 200]
-    assert counted(rig, StretchRow, job_id) == 0
+    assert counted(rig, MetricRollupRow, job_id) == 0
     assert keeper.removed["metrics"] == 3700
     assert keeper.transactions >= 4, "no transaction is long"
     assert rig.data(job_id, "metrics") == []
@@ -200,7 +211,7 @@ def test_curves_go_altogether_and_the_job_stays(any_rig: Rig, monkeypatch: pytes
     assert rig.job(job_id)["progress"] == before["progress"]
 
 
-def test_events_go_and_the_path_and_who_asked_stay(any_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_events_go_and_the_path_and_who_asked_stay(any_rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retention, "ROWS", 5)
     rig = any_rig
     job_id, attempt = rig.running()
@@ -223,7 +234,7 @@ def test_events_go_and_the_path_and_who_asked_stay(any_rig: Rig, monkeypatch: py
     assert counted(rig, MetricRow, job_id) == 0
 
 
-def test_jobs_that_may_go_on_keep_all(any_rig: Rig) -> None:
+def test_jobs_that_may_go_on_keep_all(any_rig: ServiceHarness) -> None:
     rig = any_rig
     running, attempt = rig.running()
     attempt.metric(1)
@@ -231,7 +242,7 @@ def test_jobs_that_may_go_on_keep_all(any_rig: Rig) -> None:
     paused, other = rig.running()
     other.metric(1)
     rig.ship(other)
-    rig.act(paused, "pause")
+    rig.post_action(paused, "pause")
     rig.exit(other, "stopped", step=1)
     rig.clock.forward(1000 * DAY)
     events = {job_id: rig.data(job_id, "events") for job_id in (running, paused)}
@@ -241,7 +252,7 @@ def test_jobs_that_may_go_on_keep_all(any_rig: Rig) -> None:
     assert {job_id: rig.data(job_id, "events") for job_id in (running, paused)} == events
 
 
-def test_a_job_that_is_resumed_or_deleted_meanwhile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_is_resumed_or_deleted_meanwhile(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id = long_run(rig, 100)
     gone = long_run(rig, 100)
     rig.clock.forward(91 * DAY)
@@ -251,13 +262,13 @@ def test_a_job_that_is_resumed_or_deleted_meanwhile(rig: Rig, monkeypatch: pytes
     assert rig.client.delete(f"/jobs/{gone}").status_code == 204
     assert keeper.retention._work(gone, rig.clock()) is False
     with rig.database.write() as session:
-        store.lock(session, job_id).finished_at = None
+        repository.lock(session, job_id).finished_at = None
     monkeypatch.setattr(keeper.retention, "_next", lambda _: None if keeper.transactions else (numbers[job_id], job_id))
     keeper.whole_pass()
     assert keeper.removed["metrics"] == 0
 
 
-def test_a_thinned_job_goes_on_where_it_failed(rig: Rig) -> None:
+def test_a_thinned_job_goes_on_where_it_failed(rig: ServiceHarness) -> None:
     """Its sums are made again from where it goes on; the curve has each step once, and no gap behind that."""
     job_id, attempt = rig.running(steps=6000)
     for step in range(1, 3001):
@@ -268,7 +279,7 @@ def test_a_thinned_job_goes_on_where_it_failed(rig: Rig) -> None:
     keeper = Keeper(rig, thin_metrics=30)
     keeper.whole_pass()
     assert keeper.removed["metrics"] > 0
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     following = rig.next_attempt(job_id, 2, start_step=2500, steps=6000)
     for step in range(2501, 6001):
         following.metric(step)
@@ -280,13 +291,13 @@ def test_a_thinned_job_goes_on_where_it_failed(rig: Rig) -> None:
     assert sum(row["count"] for row in rows) > 5900, "what is summed up still counts"
 
 
-def test_only_the_service_that_schedules_removes(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.upkeep.loop import Upkeep
+def test_only_the_service_that_schedules_removes(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainyard.service.maintenance.loop import MaintenanceLoop
 
     job_id = long_run(rig, 100)
     rig.clock.forward(91 * DAY)
     services = rig.app.state.services
-    upkeep = Upkeep(
+    upkeep = MaintenanceLoop(
         rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.telemetry.removes
     )
     monkeypatch.setattr(rig.scheduler, "_wanted", False)
@@ -298,7 +309,7 @@ def test_only_the_service_that_schedules_removes(rig: Rig, monkeypatch: pytest.M
     assert 'trainyard_retention_removed_total{what="metrics"} 100' in rig.client.get("/metrics").text
 
 
-def test_one_that_is_deposed_removes_nothing(any_rig: Rig) -> None:
+def test_one_that_is_deposed_removes_nothing(any_rig: ServiceHarness) -> None:
     job_id = long_run(any_rig, 100)
     any_rig.clock.forward(91 * DAY)
 
@@ -306,10 +317,10 @@ def test_one_that_is_deposed_removes_nothing(any_rig: Rig) -> None:
     def refused() -> Iterator[Session]:
         with any_rig.database.write() as session:
             yield session
-            raise Deposed()
+            raise LeadershipLost()
 
     removal = Retention(Policy(metrics=90, events=1), any_rig.database.read, refused, lambda _what, _rows: None)
-    with pytest.raises(Deposed):
+    with pytest.raises(LeadershipLost):
         removal.step(any_rig.clock())
     assert counted(any_rig, MetricRow, job_id) == 100
     assert counted(any_rig, EventRow, job_id) > 3

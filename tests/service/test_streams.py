@@ -10,30 +10,30 @@ from typing import Any
 import pytest
 from sqlalchemy import insert
 
-from contract.rundir import RunDir
-from contract.status import Reason
-from service.jobs.logs import read_whole
-from service.metrics import store
-from service.scheduler.apply import utc_now
-from service.streams import pulse, readers, response
-from service.streams.frames import event, place_of
-from service.tables import MetricRow
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig
-from tests.service.served import DEADLINE, Reader, served
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import DEADLINE, Reader, served
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.status import Reason
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import MetricRow
+from trainyard.service.logs.reader import read_whole
+from trainyard.service.metrics import store
+from trainyard.service.streams import broadcaster, sse, subscribers
+from trainyard.service.streams.sse import event, parse_last_event_id
 
 Open = Callable[..., Reader]
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.01)
-    monkeypatch.setattr(readers, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.01)
+    monkeypatch.setattr(subscribers, "POLL_SECONDS", 0.02)
 
 
 @pytest.fixture
-def open_stream(any_rig: Rig, quick: None) -> Iterator[Open]:
+def open_stream(any_rig: ServiceHarness, quick: None) -> Iterator[Open]:
     made: list[Reader] = []
     with served(any_rig) as address:
 
@@ -47,7 +47,7 @@ def open_stream(any_rig: Rig, quick: None) -> Iterator[Open]:
 
 
 @pytest.fixture
-def open_sqlite(rig: Rig, quick: None) -> Iterator[Open]:
+def open_sqlite(rig: ServiceHarness, quick: None) -> Iterator[Open]:
     made: list[Reader] = []
     with served(rig) as address:
 
@@ -67,7 +67,7 @@ def ids(events: list[dict[str, Any]]) -> list[str]:
 # Metrics
 
 
-def test_the_curve_so_far_then_what_comes_then_the_end(any_rig: Rig, open_stream: Open) -> None:
+def test_the_curve_so_far_then_what_comes_then_the_end(any_rig: ServiceHarness, open_stream: Open) -> None:
     job_id, attempt = any_rig.running()
     for step in (1, 2, 3):
         attempt.metric(step, loss=float(step))
@@ -87,7 +87,7 @@ def test_the_curve_so_far_then_what_comes_then_the_end(any_rig: Rig, open_stream
     assert next(reader.iterator, None) is None, "the service closes the stream behind its end"
 
 
-def test_last_event_id_goes_on_behind_it(any_rig: Rig, open_stream: Open) -> None:
+def test_last_event_id_goes_on_behind_it(any_rig: ServiceHarness, open_stream: Open) -> None:
     job_id, attempt = any_rig.running(steps=1000)
     for step in range(1, 701):
         attempt.metric(step)
@@ -101,7 +101,7 @@ def test_last_event_id_goes_on_behind_it(any_rig: Rig, open_stream: Open) -> Non
     assert later == whole[690:]
 
 
-def test_another_attempt_says_where_it_goes_on(any_rig: Rig, open_stream: Open) -> None:
+def test_another_attempt_says_where_it_goes_on(any_rig: ServiceHarness, open_stream: Open) -> None:
     rig = any_rig
     job_id, first = rig.running()
     for step in (1, 2, 3, 4):
@@ -110,7 +110,7 @@ def test_another_attempt_says_where_it_goes_on(any_rig: Rig, open_stream: Open) 
     reader = open_stream(job_id)
     assert ids(reader.take(4)) == ["1-2", "1-3", "1-4", "1-5"]
     rig.exit(first, "crashed", Reason.HUNG, step=4)
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     second = rig.next_attempt(job_id, 2, start_step=2)
     second.metric(3)
     rig.ship(second)
@@ -123,16 +123,16 @@ def test_another_attempt_says_where_it_goes_on(any_rig: Rig, open_stream: Open) 
     assert [found["data"].get("step") for found in stitched] == [1, 2, None, 3, None]
 
 
-def test_a_job_at_rest_keeps_its_stream(any_rig: Rig, open_stream: Open) -> None:
+def test_a_job_at_rest_keeps_its_stream(any_rig: ServiceHarness, open_stream: Open) -> None:
     job_id, attempt = any_rig.running()
-    any_rig.act(job_id, "pause")
+    any_rig.post_action(job_id, "pause")
     any_rig.exit(attempt, "stopped", step=0)
     reader = open_stream(job_id)
-    any_rig.act(job_id, "cancel")
+    any_rig.post_action(job_id, "cancel")
     assert reader.take(1) == [{"event": "end", "data": {"status": "cancelled"}}]
 
 
-def test_a_job_that_is_deleted_ends_its_stream(rig: Rig, open_sqlite: Open) -> None:
+def test_a_job_that_is_deleted_ends_its_stream(rig: ServiceHarness, open_sqlite: Open) -> None:
     job_id, attempt = rig.running()
     rig.exit(attempt, "completed", step=1)
     assert [found["event"] for found in open_sqlite(f"/jobs/{job_id}/metrics/stream").events()] == ["end"]
@@ -152,28 +152,30 @@ def test_a_job_that_is_deleted_ends_its_stream(rig: Rig, open_sqlite: Open) -> N
         ("/jobs/{}/logs/stream?attempt=0", {}, 422),
     ],
 )
-def test_bad_questions(rig: Rig, open_sqlite: Open, path: str, headers: dict[str, str], status: int) -> None:
+def test_bad_questions(rig: ServiceHarness, open_sqlite: Open, path: str, headers: dict[str, str], status: int) -> None:
     job_id = rig.submit()
     assert open_sqlite(path.format(job_id), **headers).status == status
     assert rig.pulse.readers == 0
 
 
-def test_too_many_readers_are_told_so(rig: Rig, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "MOST_READERS", 2)
+def test_too_many_readers_are_told_so(rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(broadcaster, "MAX_READERS", 2)
     path = f"/jobs/{rig.submit()}/metrics/stream"
     readers_ = [open_sqlite(path) for _ in range(3)]
     assert [reader.status for reader in readers_] == [200, 200, 429]
     assert readers_[2].headers["retry-after"] == "10"
 
 
-def test_a_comment_comes_while_nothing_does(rig: Rig, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(response, "COMMENT_SECONDS", 0.1)
+def test_a_comment_comes_while_nothing_does(
+    rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "COMMENT_SECONDS", 0.1)
     blocks = open_sqlite(f"/jobs/{rig.submit()}/metrics/stream").blocks()
     assert next(blocks) == ["retry: 2000", ": trainyard"]
     assert next(blocks) == [": still here"]
 
 
-def test_a_reader_that_goes_gives_its_place_back(rig: Rig, open_sqlite: Open) -> None:
+def test_a_reader_that_goes_gives_its_place_back(rig: ServiceHarness, open_sqlite: Open) -> None:
     reader = open_sqlite(f"/jobs/{rig.submit()}/metrics/stream")
     assert rig.pulse.readers == 1
     reader.close()
@@ -189,10 +191,10 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def test_who_does_not_read_is_dropped_and_delays_nobody(
-    rig: Rig, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
+    rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """50 stalled readers and 50 that read, of a curve that is far larger than what a socket holds."""
-    monkeypatch.setattr(response, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(sse, "STALL_SECONDS", 0.5)
     job_id, attempt = rig.running(steps=100_000)
     path = f"/jobs/{job_id}/metrics/stream"
     step = 8000
@@ -213,17 +215,17 @@ def test_who_does_not_read_is_dropped_and_delays_nobody(
     assert len(stalled) == 20
 
 
-def test_readers_share_one_look(rig: Rig, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readers_share_one_look(rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, attempt = rig.running(steps=1000)
     live = [open_sqlite(f"/jobs/{job_id}/metrics/stream") for _ in range(20)]
     asked: list[str] = []
-    rows_behind = store.rows_behind
+    rows_behind = store.rows_after
 
     def counted(*arguments: Any) -> Any:
         asked.append(arguments[1])
         return rows_behind(*arguments)
 
-    monkeypatch.setattr(store, "rows_behind", counted)
+    monkeypatch.setattr(store, "rows_after", counted)
     for step in range(1, 6):
         attempt.metric(step)
         rig.ship(attempt, attempt.lines[-1:])
@@ -231,7 +233,9 @@ def test_readers_share_one_look(rig: Rig, open_sqlite: Open, monkeypatch: pytest
     assert len(asked) < 20, "one look for all of them, not one each"
 
 
-def test_the_database_away_is_waited_for(rig: Rig, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_database_away_is_waited_for(
+    rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job_id, attempt = rig.running()
     reader = open_sqlite(f"/jobs/{job_id}/metrics/stream")
     attempt.metric(1)
@@ -249,7 +253,7 @@ def test_the_database_away_is_waited_for(rig: Rig, open_sqlite: Open, monkeypatc
     assert failures[0] >= 4
 
 
-def test_an_ending_service_ends_its_streams_without_an_end(rig: Rig, open_sqlite: Open) -> None:
+def test_an_ending_service_ends_its_streams_without_an_end(rig: ServiceHarness, open_sqlite: Open) -> None:
     job_id = rig.submit()
     reader = open_sqlite(f"/jobs/{job_id}/metrics/stream")
     rig.pulse.stop()
@@ -260,7 +264,7 @@ def test_an_ending_service_ends_its_streams_without_an_end(rig: Rig, open_sqlite
 # Logs
 
 
-def log(rig: Rig, job_id: str, text: str, number: int = 1, rank: int = 0) -> Path:
+def log(rig: ServiceHarness, job_id: str, text: str, number: int = 1, rank: int = 0) -> Path:
     attempt = RunDir(rig.home / "runs" / job_id).attempt(number)
     attempt.logs.mkdir(parents=True, exist_ok=True)
     with attempt.rank_log(rank).open("a") as file:
@@ -268,7 +272,7 @@ def log(rig: Rig, job_id: str, text: str, number: int = 1, rank: int = 0) -> Pat
     return attempt.rank_log(rank)
 
 
-def test_a_log_as_it_is_written(any_rig: Rig, open_stream: Open) -> None:
+def test_a_log_as_it_is_written(any_rig: ServiceHarness, open_stream: Open) -> None:
     rig = any_rig
     job_id, first = rig.running()
     log(rig, job_id, "one\ntwo\n")
@@ -279,7 +283,7 @@ def test_a_log_as_it_is_written(any_rig: Rig, open_stream: Open) -> None:
     log(rig, job_id, "three\n")
     assert reader.take(1)[0]["data"]["data"] == "three\n"
     rig.exit(first, "crashed", Reason.HUNG, step=0)
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     second = rig.next_attempt(job_id, 2)
     log(rig, job_id, "again\n", number=2)
     assert reader.take(1)[0]["data"] == {"attempt": 2, "offset": 0, "data": "again\n", "next_offset": 6}
@@ -291,7 +295,7 @@ def test_a_log_as_it_is_written(any_rig: Rig, open_stream: Open) -> None:
     assert [found["data"].get("data") for found in tail] == ["three\n", None]
 
 
-def test_a_log_that_is_not_there_yet(rig: Rig, open_sqlite: Open) -> None:
+def test_a_log_that_is_not_there_yet(rig: ServiceHarness, open_sqlite: Open) -> None:
     job_id, attempt = rig.running()
     reader = open_sqlite(f"/jobs/{job_id}/logs/stream?rank=1")
     log(rig, job_id, "here\n", rank=1)
@@ -323,23 +327,25 @@ def test_events_as_bytes() -> None:
         == b'id: 1-2\nevent: metric\ndata: {"a": null, "b": "x\\ny"}\n\n'
     )
     assert event("end", {}) == b"event: end\ndata: {}\n\n"
-    assert place_of("12-34") == (12, 34)
+    assert parse_last_event_id("12-34") == (12, 34)
     for bad in ("", "1", "1-", "-1", "1-2-3", "a-b", "9" * 20 + "-1"):
-        assert place_of(bad) is None
+        assert parse_last_event_id(bad) is None
 
 
-def test_no_thread_waits_for_a_reader(make_rig: MakeRig, sqlite_url: str) -> None:
+def test_no_thread_waits_for_a_reader(make_rig: MakeHarness, sqlite_url: str) -> None:
     """Streams have four threads of their own, however many readers there are."""
     rig = make_rig(sqlite_url)
-    assert rig.pulse._threads._max_workers == pulse.THREADS == 4
+    assert rig.pulse._threads._max_workers == broadcaster.THREADS == 4
     assert os.cpu_count()
     assert asyncio.iscoroutinefunction(rig.pulse.open)
     rig.close()
 
 
-def test_what_this_process_stores_itself_waits_for_no_beat(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pulse, "BEAT_SECONDS", 600.0)
-    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.0)
+def test_what_this_process_stores_itself_waits_for_no_beat(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 600.0)
+    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.0)
     job_id, attempt = rig.running()
     with served(rig) as address:
         reader = Reader(address, f"/jobs/{job_id}/metrics/stream")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.service.conftest import MakeRig
-from tests.service.rig import Rig, in_threads
+from tests.service.conftest import MakeHarness
+from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_plan import gpus
 
 JOB = """object id name labels status desired phase reason message error spec plan progress attempt resumable
@@ -22,7 +22,7 @@ PROGRESS = """step steps epoch tokens loss learning_rate grad_norm tokens_per_se
 SECRET = "canary-7f3a"
 
 
-def mistakes(rig: Rig, body: Any) -> dict[str, str]:
+def mistakes(rig: ServiceHarness, body: Any) -> dict[str, str]:
     answer = rig.client.post("/jobs", json=body)
     assert answer.status_code == 422, answer.text
     assert answer.headers["content-type"] == "application/problem+json"
@@ -30,7 +30,7 @@ def mistakes(rig: Rig, body: Any) -> dict[str, str]:
     return {e["pointer"]: e["message"] for e in answer.json()["errors"]}
 
 
-def test_five_mistakes_are_five_answers(rig: Rig) -> None:
+def test_five_mistakes_are_five_answers(rig: ServiceHarness) -> None:
     found = mistakes(
         rig,
         {
@@ -49,7 +49,7 @@ def test_five_mistakes_are_five_answers(rig: Rig) -> None:
     }
 
 
-def test_the_answer_is_the_stored_job(any_rig: Rig) -> None:
+def test_the_answer_is_the_stored_job(any_rig: ServiceHarness) -> None:
     answer = any_rig.client.post("/jobs", json=any_rig.spec(name="pre-01", labels={"team": "nlp"}))
     assert answer.status_code == 201
     job = answer.json()
@@ -65,7 +65,7 @@ def test_the_answer_is_the_stored_job(any_rig: Rig) -> None:
     assert any_rig.launcher.starts == [], "a launch never happens in a request"
 
 
-def test_every_field_of_the_shapes_is_there(rig: Rig) -> None:
+def test_every_field_of_the_shapes_is_there(rig: ServiceHarness) -> None:
     job = rig.job(rig.submit())
     assert set(JOB.split()) <= set(job)
     assert set(PLAN.split()) <= set(job["plan"])
@@ -82,7 +82,7 @@ def test_every_field_of_the_shapes_is_there(rig: Rig) -> None:
     }
 
 
-def test_minimind_habits_and_hugging_face_names(rig: Rig) -> None:
+def test_minimind_habits_and_hugging_face_names(rig: ServiceHarness) -> None:
     job = rig.job(
         rig.submit(
             training={"num_train_epochs": 2, "use_compile": 0, "from_weight": "none"},
@@ -96,12 +96,12 @@ def test_minimind_habits_and_hugging_face_names(rig: Rig) -> None:
     assert job["spec"]["checkpoint"]["save_interval"] == 50
 
 
-def test_an_unasked_cpu_is_a_warning_and_an_asked_one_is_not(rig: Rig) -> None:
+def test_an_unasked_cpu_is_a_warning_and_an_asked_one_is_not(rig: ServiceHarness) -> None:
     assert [a["code"] for a in rig.job(rig.submit())["alerts"]] == ["cpu_fallback"]
     assert rig.job(rig.submit(resources={"device": "cpu"}))["alerts"] == []
 
 
-def test_devices_that_are_not_there(rig: Rig, make_rig: MakeRig, sqlite_url: str) -> None:
+def test_devices_that_are_not_there(rig: ServiceHarness, make_rig: MakeHarness, sqlite_url: str) -> None:
     for device in ("cuda", "cuda:0"):
         assert list(mistakes(rig, rig.spec(resources={"device": device}))) == ["/resources/device"]
     two = make_rig(sqlite_url, devices=gpus(2))
@@ -112,7 +112,7 @@ def test_devices_that_are_not_there(rig: Rig, make_rig: MakeRig, sqlite_url: str
     two.close()
 
 
-def test_more_memory_than_there_is(rig: Rig, make_rig: MakeRig, sqlite_url: str) -> None:
+def test_more_memory_than_there_is(rig: ServiceHarness, make_rig: MakeHarness, sqlite_url: str) -> None:
     """Refused where no batch would help; a run that merely may not fit is for the plan to warn of."""
     huge = {"hidden_size": 65536, "num_hidden_layers": 200, "num_attention_heads": 64, "num_key_value_heads": 8}
     found = mistakes(rig, rig.spec(model=huge, training={"learning_rate": -1}))
@@ -135,7 +135,7 @@ def test_more_memory_than_there_is(rig: Rig, make_rig: MakeRig, sqlite_url: str)
     small.close()
 
 
-def test_corpora_that_are_none(rig: Rig) -> None:
+def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     fifo, empty, link = rig.home / "fifo", rig.home / "empty", rig.home / "link"
     os.mkfifo(fifo)
     empty.touch()
@@ -160,7 +160,7 @@ def test_corpora_that_are_none(rig: Rig) -> None:
         }
 
 
-def test_paths_are_stored_resolved(rig: Rig) -> None:
+def test_paths_are_stored_resolved(rig: ServiceHarness) -> None:
     link = rig.home / "link.jsonl"
     link.symlink_to(rig.corpus)
     (rig.home / "out").mkdir()
@@ -171,7 +171,7 @@ def test_paths_are_stored_resolved(rig: Rig) -> None:
     assert job["spec"]["checkpoint"]["save_dir"] == str(rig.home / "out")
 
 
-def test_where_may_be_written(rig: Rig) -> None:
+def test_where_may_be_written(rig: ServiceHarness) -> None:
     assert list(mistakes(rig, rig.spec(checkpoint={"save_dir": "/usr/share/x"}))) == ["/checkpoint/save_dir"]
     assert mistakes(rig, rig.spec(checkpoint={"save_dir": str(rig.corpus)})) == {
         "/checkpoint/save_dir": "must be a directory"
@@ -179,7 +179,7 @@ def test_where_may_be_written(rig: Rig) -> None:
     assert rig.submit(checkpoint={"save_dir": str(rig.home / "new" / "one")})
 
 
-def test_weights_to_start_from(rig: Rig) -> None:
+def test_weights_to_start_from(rig: ServiceHarness) -> None:
     weights = rig.home / "w.pth"
     assert list(mistakes(rig, rig.spec(training={"from_weight": str(weights)}))) == ["/training/from_weight"]
     assert list(mistakes(rig, rig.spec(training={"from_weight": "/etc/shadow"}))) == ["/training/from_weight"]
@@ -200,7 +200,7 @@ def tokenizer(directory: Path, text: str) -> str:
     return str(directory)
 
 
-def test_the_vocabulary_comes_from_the_tokenizer(rig: Rig) -> None:
+def test_the_vocabulary_comes_from_the_tokenizer(rig: ServiceHarness) -> None:
     path = tokenizer(rig.home / "tok", '{"model": {"vocab": {"a": 0, "b": 6399}}, "added_tokens": []}')
     data = {"data_path": str(rig.corpus), "tokenizer_path": path}
     assert rig.job(rig.submit(data=data))["spec"]["model"]["vocab_size"] == 6400
@@ -222,14 +222,14 @@ TOKENIZERS = [
 
 
 @pytest.mark.parametrize("text", TOKENIZERS)
-def test_tokenizers_that_are_none(rig: Rig, text: str) -> None:
+def test_tokenizers_that_are_none(rig: ServiceHarness, text: str) -> None:
     path = tokenizer(rig.home / "tok", text)
     assert list(mistakes(rig, {"data": {"data_path": str(rig.corpus), "tokenizer_path": path}})) == [
         "/data/tokenizer_path"
     ]
 
 
-def test_nothing_is_echoed(rig: Rig) -> None:
+def test_nothing_is_echoed(rig: ServiceHarness) -> None:
     body = {
         "name": {"a": SECRET},
         "data": {"data_path": f"/{SECRET}", "tokenizer_path": f"/tmp/{SECRET}", "text_field": ["x", SECRET]},
@@ -244,11 +244,11 @@ def test_nothing_is_echoed(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("body", [None, [], 5, "x", True])
-def test_a_body_that_is_no_object(rig: Rig, body: Any) -> None:
+def test_a_body_that_is_no_object(rig: ServiceHarness, body: Any) -> None:
     assert mistakes(rig, body) == {"": "must be a JSON object"}
 
 
-def test_a_key_makes_a_submission_safe_to_repeat(any_rig: Rig) -> None:
+def test_a_key_makes_a_submission_safe_to_repeat(any_rig: ServiceHarness) -> None:
     headers = {"Idempotency-Key": "k-1"}
     first = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
     again = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
@@ -262,7 +262,7 @@ def test_a_key_makes_a_submission_safe_to_repeat(any_rig: Rig) -> None:
     assert any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers).status_code == 200
 
 
-def test_one_key_from_many_threads_is_one_job(any_rig: Rig) -> None:
+def test_one_key_from_many_threads_is_one_job(any_rig: ServiceHarness) -> None:
     def submit(_: int) -> tuple[int, str]:
         answer = any_rig.client.post("/jobs", json=any_rig.spec(), headers={"Idempotency-Key": "same"})
         return answer.status_code, answer.json()["id"]
@@ -274,16 +274,16 @@ def test_one_key_from_many_threads_is_one_job(any_rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "\x7f"])
-def test_keys_that_are_none(rig: Rig, key: str) -> None:
+def test_keys_that_are_none(rig: ServiceHarness, key: str) -> None:
     answer = rig.client.post("/jobs", json=rig.spec(), headers={"Idempotency-Key": key})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["pointer"] == "/header/Idempotency-Key"
 
 
-def test_a_key_is_free_again_once_its_job_is_deleted(any_rig: Rig) -> None:
+def test_a_key_is_free_again_once_its_job_is_deleted(any_rig: ServiceHarness) -> None:
     headers = {"Idempotency-Key": "k"}
     first = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers).json()["id"]
-    any_rig.act(first, "cancel")
+    any_rig.post_action(first, "cancel")
     any_rig.client.delete(f"/jobs/{first}")
     second = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
     assert (second.status_code, second.json()["id"] != first) == (201, True)

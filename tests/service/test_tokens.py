@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import Unauthorized
-from service.settings import Settings, SettingsRefused
-from service.tokens import Tokens
+from trainyard.service.errors import Unauthorized
+from trainyard.service.settings import InvalidSettings, Settings
+from trainyard.service.static_tokens import TokenFile
 
 
-def good(tokens: Tokens, given: str) -> bool:
+def good(tokens: TokenFile, given: str) -> bool:
     try:
         tokens.require(given)
     except Unauthorized:
@@ -21,7 +21,7 @@ def good(tokens: Tokens, given: str) -> bool:
 def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("# of the team\n\n  old  \n")
-    tokens = Tokens("fixed", file)
+    tokens = TokenFile("fixed", file)
     assert [good(tokens, t) for t in ("fixed", "old", "new", "", "# of the team")] == [True, True, False, False, False]
     file.write_text("old\nnew\n")
     assert [good(tokens, t) for t in ("old", "new")] == [True, True], "both while they overlap"
@@ -33,7 +33,7 @@ def test_a_file_is_read_again_when_it_changes(tmp_path: Path) -> None:
 def test_an_empty_file_lets_nobody_in_and_a_missing_one_changes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("one\n")
-    tokens = Tokens(None, file)
+    tokens = TokenFile(None, file)
     assert good(tokens, "one")
     file.unlink()
     assert good(tokens, "one")
@@ -42,18 +42,18 @@ def test_an_empty_file_lets_nobody_in_and_a_missing_one_changes_nothing(tmp_path
     assert tokens.needed
     assert not good(tokens, "one")
     assert not good(tokens, "")
-    assert not Tokens(None, None).needed
+    assert not TokenFile(None, None).needed
 
 
 def test_the_setting(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
-    with pytest.raises(SettingsRefused, match="can read"):
+    with pytest.raises(InvalidSettings, match="can read"):
         Settings.read({"TRAINYARD_TOKEN_FILE": str(file)})
     file.write_text("\n# nothing\n")
-    with pytest.raises(SettingsRefused, match="no token"):
+    with pytest.raises(InvalidSettings, match="no token"):
         Settings.read({"TRAINYARD_TOKEN_FILE": str(file)})
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(SettingsRefused, match="can read"):
+    with pytest.raises(InvalidSettings, match="can read"):
         Settings.read({"TRAINYARD_TOKEN_FILE": str(file)})
     file.write_text("secret\n")
     settings = Settings.read({"TRAINYARD_TOKEN_FILE": str(file)}, host="10.0.0.5")

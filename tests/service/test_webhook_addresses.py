@@ -12,12 +12,24 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import Settings, SettingsRefused
-from service.webhooks.addresses import AddressRefused, Network, checked, mistake, resolve, why_refused
-from service.webhooks.courier import MOST_READ, SNIPPET_BYTES, Answer, Courier
+from tests.service.harness import ServiceHarness
 from tests.service.receiver import receiving, status
-from tests.service.rig import Rig
 from tests.service.test_webhooks import deliveries, register, send
+from trainyard.service.settings import InvalidSettings, Settings
+from trainyard.service.ssrf import (
+    AddressNotAllowed,
+    Network,
+    rejection_reason,
+    resolve,
+    resolve_allowed,
+    validation_error,
+)
+from trainyard.service.webhooks.http_client import (
+    MAX_READ_BYTES,
+    SNIPPET_BYTES,
+    DeliveryResult,
+    WebhookClient,
+)
 
 LOOPBACK: list[Network] = [ipaddress.ip_network("127.0.0.0/8")]
 OPENSSL = shutil.which("openssl")
@@ -64,25 +76,25 @@ PUBLIC = ["8.8.8.8", "93.184.216.34", "2606:4700::1111", "::ffff:8.8.8.8", "64:f
 
 @pytest.mark.parametrize("address", NOT_PUBLIC)
 def test_what_is_not_public_is_refused(address: str) -> None:
-    assert why_refused(ipaddress.ip_address(address), []) is not None
-    with pytest.raises(AddressRefused):
-        checked(["8.8.8.8", address], [])
+    assert rejection_reason(ipaddress.ip_address(address), []) is not None
+    with pytest.raises(AddressNotAllowed):
+        resolve_allowed(["8.8.8.8", address], [])
 
 
 @pytest.mark.parametrize("address", PUBLIC)
 def test_what_is_public_is_not(address: str) -> None:
-    assert why_refused(ipaddress.ip_address(address), []) is None
-    assert checked([address], []) == [address]
+    assert rejection_reason(ipaddress.ip_address(address), []) is None
+    assert resolve_allowed([address], []) == [address]
 
 
 def test_networks_that_are_allowed() -> None:
     allowed: list[Network] = [ipaddress.ip_network("10.1.0.0/16"), ipaddress.ip_network("fd00::/8")]
     for address in ("10.1.2.3", "::ffff:10.1.2.3", "64:ff9b::a01:203", "fd00::1"):
-        assert why_refused(ipaddress.ip_address(address), allowed) is None
+        assert rejection_reason(ipaddress.ip_address(address), allowed) is None
     for address in ("10.2.0.1", "127.0.0.1", "::ffff:10.2.0.1", "169.254.169.254"):
-        assert why_refused(ipaddress.ip_address(address), allowed) is not None
-    with pytest.raises(AddressRefused):
-        checked([], allowed)
+        assert rejection_reason(ipaddress.ip_address(address), allowed) is not None
+    with pytest.raises(AddressNotAllowed):
+        resolve_allowed([], allowed)
 
 
 @pytest.mark.parametrize(
@@ -90,9 +102,9 @@ def test_networks_that_are_allowed() -> None:
     ["127.0.0.1", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "0", "[::1]", "[::ffff:7f00:1]", "localhost",
      "a.localhost", "LOCALHOST.", "169.254.169.254", "[fe80::1%25eth0]", "10.0.0.1:8080"],
 )  # fmt: skip
-def test_a_url_that_says_so_itself_is_refused_when_it_is_made(rig: Rig, host: str) -> None:
+def test_a_url_that_says_so_itself_is_refused_when_it_is_made(rig: ServiceHarness, host: str) -> None:
     for scheme in ("http", "https"):
-        assert mistake(f"{scheme}://{host}/x", []) is not None
+        assert validation_error(f"{scheme}://{host}/x", []) is not None
     answer = rig.client.post("/webhooks", json={"url": f"http://{host}/x"})
     ours = host in ("127.0.0.1", "127.1", "0x7f.1", "2130706433", "0177.0.0.1", "[::ffff:7f00:1]")
     assert answer.status_code == (201 if ours or "localhost" in host.lower() else 422), "the rig allows 127.0.0.0/8"
@@ -102,7 +114,7 @@ def test_a_url_that_says_so_itself_is_refused_when_it_is_made(rig: Rig, host: st
     "url", ["https://example.com", "http://example.com:8080/a?b=c", "https://8.8.8.8/", "https://[2606:4700::1111]/"]
 )
 def test_good_urls(url: str) -> None:
-    assert mistake(url, []) is None
+    assert validation_error(url, []) is None
 
 
 def test_the_setting() -> None:
@@ -110,11 +122,11 @@ def test_the_setting() -> None:
     assert read.webhook_networks == (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fd00::/8"))
     assert Settings.read({}).webhook_networks == ()
     for wrong in ("10.0.0.0/8,x", "10.0.0.1/8", "on"):
-        with pytest.raises(SettingsRefused, match="TRAINYARD_WEBHOOK_NETWORKS"):
+        with pytest.raises(InvalidSettings, match="TRAINYARD_WEBHOOK_NETWORKS"):
             Settings.read({"TRAINYARD_WEBHOOK_NETWORKS": wrong})
 
 
-def post(courier: Courier, url: str) -> Answer:
+def post(courier: WebhookClient, url: str) -> DeliveryResult:
     return courier.post(url, {"webhook-id": "evt_1"}, b"{}")
 
 
@@ -126,7 +138,7 @@ def test_a_name_that_is_bound_anew_gains_nothing() -> None:
         looked_up.append(host)
         return ["127.0.0.2"] if len(looked_up) == 1 else ["127.0.0.1"]
 
-    courier = Courier([ipaddress.ip_network("127.0.0.2/32")], rebinding)
+    courier = WebhookClient([ipaddress.ip_network("127.0.0.2/32")], rebinding)
     with receiving("127.0.0.2") as meant, _same_port("127.0.0.1", meant.port) as inside:
         url = f"http://evil.example:{meant.port}/hook"
         assert post(courier, url).status == 204
@@ -140,7 +152,7 @@ def test_a_name_that_is_bound_anew_gains_nothing() -> None:
 
 
 def test_a_name_with_one_bad_address_among_good_ones_is_refused() -> None:
-    courier = Courier([ipaddress.ip_network("127.0.0.2/32")], lambda host, port: ["127.0.0.2", "::1"])
+    courier = WebhookClient([ipaddress.ip_network("127.0.0.2/32")], lambda host, port: ["127.0.0.2", "::1"])
     with receiving("127.0.0.2") as meant:
         assert post(courier, f"http://two.example:{meant.port}/").status is None
         assert meant.got == []
@@ -169,11 +181,11 @@ class _same_port:  # noqa: N801 - reads like the function it stands for
 
 def test_the_next_address_is_tried_where_one_does_not_answer() -> None:
     with receiving("127.0.0.3") as there:
-        courier = Courier(LOOPBACK, lambda host, port: ["127.0.0.2", "127.0.0.3"])
+        courier = WebhookClient(LOOPBACK, lambda host, port: ["127.0.0.2", "127.0.0.3"])
         assert post(courier, f"http://two.example:{there.port}/").took
 
 
-def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: Rig) -> None:
+def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: ServiceHarness) -> None:
     with receiving() as inside, receiving() as outside:
         outside.answer = status(307, Location=inside.url)
         webhook = register(any_rig, outside.url, events=["job.created"])
@@ -185,8 +197,8 @@ def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: Rig) -> None:
         assert inside.got == []
 
 
-def test_a_refused_address_says_so_in_the_log(any_rig: Rig) -> None:
-    any_rig.sender._courier = Courier([], lambda host, port: ["169.254.169.254"])
+def test_a_refused_address_says_so_in_the_log(any_rig: ServiceHarness) -> None:
+    any_rig.sender._courier = WebhookClient([], lambda host, port: ["169.254.169.254"])
     webhook = register(any_rig, "https://metadata.example/", events=["job.created"])
     any_rig.submit()
     send(any_rig)
@@ -281,7 +293,7 @@ def test_a_receiver_that_misbehaves_costs_a_bounded_time(
     raw: Callable[[Script], str], script: Script, seen: str
 ) -> None:
     begun = time.monotonic()
-    answer = post(Courier(LOOPBACK, seconds=0.5), raw(script))
+    answer = post(WebhookClient(LOOPBACK, seconds=0.5), raw(script))
     assert time.monotonic() - begun < 5
     assert (answer.status, answer.error) == (None, seen)
 
@@ -289,23 +301,34 @@ def test_a_receiver_that_misbehaves_costs_a_bounded_time(
 @pytest.mark.parametrize("script", [_endless_body, _dripping_body])
 def test_of_a_long_answer_the_begin_is_read(raw: Callable[[Script], str], script: Script) -> None:
     """The status has been said: what comes behind it changes nothing."""
-    answer = post(Courier(LOOPBACK, seconds=0.5), raw(script))
+    answer = post(WebhookClient(LOOPBACK, seconds=0.5), raw(script))
     assert answer.took
     assert answer.snippet is not None
     assert set(answer.snippet) == {"z"}
-    assert len(answer.snippet) <= SNIPPET_BYTES < MOST_READ
+    assert len(answer.snippet) <= SNIPPET_BYTES < MAX_READ_BYTES
 
 
 def test_nobody_there_and_no_such_name() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    assert post(Courier(LOOPBACK), f"http://127.0.0.1:{port}/").error == "Connection refused"
+    assert post(WebhookClient(LOOPBACK), f"http://127.0.0.1:{port}/").error == "Connection refused"
 
     def unknown(host: str, port: int) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    assert post(Courier(LOOPBACK, unknown), "http://nowhere.example/").error == "its name cannot be resolved"
+    assert post(WebhookClient(LOOPBACK, unknown), "http://nowhere.example/").error == "its name cannot be resolved"
+    for impossible in ("http://" + "a" * 64 + ".example/", "https://.example.com/", "https://a..example/"):
+        assert post(WebhookClient(LOOPBACK), impossible).error == "its name cannot be resolved"
     assert "127.0.0.1" in resolve("localhost", 80)
+
+
+def test_the_target_and_the_headers_are_sent_as_the_url_has_them() -> None:
+    with receiving() as receiver:
+        asked = f"http://127.0.0.1:{receiver.port}/a;b/c;d%20e?x=1;y=2&z"
+        assert post(WebhookClient(LOOPBACK), asked).took
+        assert receiver.got[0].path == "/a;b/c;d%20e?x=1;y=2&z"
+        assert receiver.got[0].headers["connection"] == "close"
+        assert receiver.got[0].headers["content-length"] == "2"
 
 
 @pytest.mark.skipif(OPENSSL is None, reason="openssl is not installed")
@@ -324,12 +347,12 @@ def test_tls_is_for_the_name_and_the_connection_for_the_checked_address(tmp_path
     ours = ssl.create_default_context(cafile=str(certificate))
     with receiving(context=theirs) as receiver:
         found = lambda host, port: ["127.0.0.1"]  # noqa: E731
-        good = post(Courier(LOOPBACK, found, ours), f"https://hooks.example:{receiver.port}/hook")
+        good = post(WebhookClient(LOOPBACK, found, ours), f"https://hooks.example:{receiver.port}/hook")
         assert good.took, good.error
         assert names == ["hooks.example"]
         assert receiver.got[0].headers["host"] == f"hooks.example:{receiver.port}"
-        other = post(Courier(LOOPBACK, found, ours), f"https://other.example:{receiver.port}/hook")
+        other = post(WebhookClient(LOOPBACK, found, ours), f"https://other.example:{receiver.port}/hook")
         assert "certificate" in str(other.error)
-        strangers = post(Courier(LOOPBACK, found), f"https://hooks.example:{receiver.port}/hook")
+        strangers = post(WebhookClient(LOOPBACK, found), f"https://hooks.example:{receiver.port}/hook")
         assert "certificate" in str(strangers.error)
         assert len(receiver.got) == 1

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from client.exits import UsageError
-from client.hooking import rule_in
 from tests.service.conftest import Command
+from tests.service.harness import ServiceHarness
 from tests.service.receiver import Receiver, receiving, status, verified
-from tests.service.rig import Rig
 from tests.service.test_webhooks import send
+from trainyard.client.cli.commands.webhooks import rule_in
+from trainyard.client.exit_codes import UsageError
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def made(command: Command, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_a_life(command: Command, rig: Rig, receiver: Receiver) -> None:
+def test_a_life(command: Command, rig: ServiceHarness, receiver: Receiver) -> None:
     code, out, err = command("webhook", "create", receiver.url, "--event", "job.created")
     assert code == 0
     secret, webhook_id = out.strip(), err.split()[0]
@@ -60,7 +60,7 @@ def test_a_life(command: Command, rig: Rig, receiver: Receiver) -> None:
     assert command("webhook", "show", webhook_id)[0] == 1
 
 
-def test_what_it_is_about(command: Command, rig: Rig) -> None:
+def test_what_it_is_about(command: Command, rig: ServiceHarness) -> None:
     job_id = rig.submit(name="pre-12")
     webhook = made(
         command, "https://example.com/x", "--job", "pre-12", "--label", "team=lm", "--description", "d",
@@ -77,11 +77,11 @@ def test_what_it_is_about(command: Command, rig: Rig) -> None:
 
 
 def test_the_test_verb_says_what_came_of_it(
-    command: Command, rig: Rig, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    command: Command, rig: ServiceHarness, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     webhook = made(command, receiver.url)
     assert command("webhook", "test", webhook["id"], "--timeout", "0")[0] == 1
-    monkeypatch.setattr("client.hooking.time.sleep", lambda _: send(rig))
+    monkeypatch.setattr("trainyard.client.cli.commands.webhooks.time.sleep", lambda _: send(rig))
     code, out, _ = command("webhook", "test", webhook["id"])
     assert (code, out.split(" in ")[0]) == (0, "delivered: 204")
     receiver.answer = status(401, "who are you")

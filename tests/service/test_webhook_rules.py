@@ -7,7 +7,17 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import TypeAdapter
 
-from service.webhooks.rules import AnyRule, EvalLossBelow, NonFinite, NoProgress, Plateau, Point, Seen, advance, silence
+from trainyard.service.webhooks.alert_rules import (
+    AnyRule,
+    EvalLossBelow,
+    NonFinite,
+    NoProgress,
+    Plateau,
+    Point,
+    RuleState,
+    advance,
+    no_progress,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -26,7 +36,7 @@ def evaluated(*values: float | None) -> list[Point]:
 
 
 def steps(rule: AnyRule, points: list[Point]) -> list[int]:
-    return [firing.step for firing in advance(rule, Seen(), points)[1]]
+    return [firing.step for firing in advance(rule, RuleState(), points)[1]]
 
 
 def test_a_loss_that_is_not_finite_is_told_once_until_it_was_finite_again() -> None:
@@ -39,7 +49,7 @@ def test_a_held_out_loss_under_a_value() -> None:
     rule = EvalLossBelow(kind="eval_loss_below", value=2.5)
     points = evaluated(3.0, None, 2.5, 2.4, None, 2.3, 2.6, None, 2.49)
     assert steps(rule, points) == [4, 9], "2.5 is not under 2.5, and points without one change nothing"
-    assert "2.4" in advance(rule, Seen(), points)[1][0].message
+    assert "2.4" in advance(rule, RuleState(), points)[1][0].message
 
 
 def test_a_plateau() -> None:
@@ -72,7 +82,7 @@ def test_a_plateau_looks_at_steps_and_not_at_points() -> None:
 def test_a_job_that_goes_back_has_not_stood_still() -> None:
     rule = Plateau(kind="plateau", steps=50, min_delta=0.01)
     losses = [4.0 - 0.05 * min(n, 40) for n in range(1, 200)]
-    seen, firings = advance(rule, Seen(), curve(*losses[:80]))
+    seen, firings = advance(rule, RuleState(), curve(*losses[:80]))
     assert firings == [], "forty steps flat"
     seen, firings = advance(rule, seen, curve(*losses[10:80], start=10))
     assert firings == [], "and the same forty steps again"
@@ -101,7 +111,7 @@ def test_it_does_not_matter_in_which_pieces_a_curve_comes() -> None:
     ):
         whole = steps(rule, points)
         assert whole
-        seen, told, at = Seen(), [], 0
+        seen, told, at = RuleState(), [], 0
         while at < len(points):
             size = chance.randint(1, 60)
             seen, firings = advance(rule, seen, points[at : at + size])
@@ -112,20 +122,22 @@ def test_it_does_not_matter_in_which_pieces_a_curve_comes() -> None:
 
 def test_no_progress() -> None:
     rule = NoProgress(kind="no_progress", minutes=30)
-    seen, told = silence(rule, Seen(), 12, NOW, NOW + timedelta(minutes=29))
+    seen, told = no_progress(rule, RuleState(), 12, NOW, NOW + timedelta(minutes=29))
     assert told is None
-    seen, told = silence(rule, seen, 12, NOW, NOW + timedelta(minutes=30))
+    seen, told = no_progress(rule, seen, 12, NOW, NOW + timedelta(minutes=30))
     assert told is not None
     assert "12" in told.message
-    seen, told = silence(rule, seen, 12, NOW, NOW + timedelta(hours=9))
+    seen, told = no_progress(rule, seen, 12, NOW, NOW + timedelta(hours=9))
     assert told is None, "once"
     seen, _ = advance(rule, seen, curve(2.0))
-    assert silence(rule, seen, 13, NOW, NOW + timedelta(minutes=31))[1] is not None, "a new point, and silence again"
+    assert no_progress(rule, seen, 13, NOW, NOW + timedelta(minutes=31))[1] is not None, (
+        "a new point, and silence again"
+    )
 
 
 def test_a_clock_that_goes_back_tells_nothing() -> None:
     rule = NoProgress(kind="no_progress", minutes=1)
-    assert silence(rule, Seen(), 12, NOW, NOW - timedelta(hours=1)) == (Seen(), None)
+    assert no_progress(rule, RuleState(), 12, NOW, NOW - timedelta(hours=1)) == (RuleState(), None)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,20 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
-from service.launch.fake import FakeAttempt
-from service.webhooks.courier import Courier
-from service.webhooks.sender import Sender
-from service.webhooks.watch import ASLEEP_SECONDS, KEEP_SECONDS, LOOK_SECONDS, RECENT, Watcher
+from tests.fakes.launcher import FakeAttempt
+from tests.service.harness import ServiceHarness
 from tests.service.receiver import DEADLINE, Got, Receiver, receiving
-from tests.service.rig import Rig
 from tests.service.test_webhooks import deliveries, register, send
+from trainyard.contract.status import Reason
+from trainyard.service.webhooks.http_client import WebhookClient
+from trainyard.service.webhooks.rule_engine import (
+    ASLEEP_SECONDS,
+    KEEP_SECONDS,
+    POLL_SECONDS,
+    RECENT,
+    RuleEngine,
+)
+from trainyard.service.webhooks.sender import Sender
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "webhooks.md"
 NONFINITE = {"kind": "nonfinite"}
@@ -40,26 +46,26 @@ class Ticks:
 class Watched:
     """A rig whose sender has a clock that the test moves, and whose next lives go on where it stopped."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: ServiceHarness) -> None:
         self.rig = rig
         self.ticks = Ticks()
         self.again()
 
     def again(self) -> None:
         """As after a restart: what was in memory is gone."""
-        courier = Courier(self.rig.settings.webhook_networks)
+        courier = WebhookClient(self.rig.settings.webhook_networks)
         self.sender = Sender(self.rig.database, courier, clock=self.rig.clock, monotonic=self.ticks)
 
-    def look(self, seconds: float = LOOK_SECONDS + 1) -> None:
+    def look(self, seconds: float = POLL_SECONDS + 1) -> None:
         """Time passes, and it looks and sends."""
         self.rig.clock.forward(seconds)
         self.ticks.now += seconds
         while self.sender.round():
-            assert self.sender.settle(DEADLINE)
+            assert self.sender.deliver_until_idle(DEADLINE)
 
 
 @pytest.fixture
-def watched(any_rig: Rig) -> Watched:
+def watched(any_rig: ServiceHarness) -> Watched:
     return Watched(any_rig)
 
 
@@ -68,7 +74,7 @@ def told(receiver: Receiver) -> list[tuple[str, int]]:
     return [(payload["type"], payload["data"]["event"]["data"]["step"]) for payload in rules]
 
 
-def points(rig: Rig, attempt: FakeAttempt, first: int, *losses: float, **fields: Any) -> None:
+def points(rig: ServiceHarness, attempt: FakeAttempt, first: int, *losses: float, **fields: Any) -> None:
     for number, loss in enumerate(losses):
         attempt.metric(first + number, loss=loss, **fields)
     rig.ship(attempt)
@@ -105,7 +111,7 @@ def test_a_restart_neither_repeats_nor_misses(watched: Watched, receiver: Receiv
     points(rig, attempt, 1, 3.0, nan, 3.0)
     watched.look()
     points(rig, attempt, 4, 3.0, 3.0, eval_loss=2.4)
-    watched.look(KEEP_SECONDS + LOOK_SECONDS if kept else LOOK_SECONDS + 1)
+    watched.look(KEEP_SECONDS + POLL_SECONDS if kept else POLL_SECONDS + 1)
     watched.again()
     points(rig, attempt, 6, 3.0, eval_loss=2.3)
     watched.look()
@@ -133,11 +139,11 @@ def test_a_job_that_goes_on_later_is_watched_again(watched: Watched, receiver: R
     register(rig, receiver.url, events=[], rules=[{"kind": "eval_loss_below", "value": 2.5}])
     job_id, attempt = rig.running()
     points(rig, attempt, 1, 3.0, eval_loss=2.6)
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=1)
     watched.look()
     watched.look(RECENT.total_seconds() + 60)
-    rig.act(job_id, "resume")
+    rig.post_action(job_id, "resume")
     attempt = rig.next_attempt(job_id, 2, start_step=1)
     points(rig, attempt, 2, 3.0, eval_loss=2.4)
     watched.look()
@@ -166,18 +172,18 @@ def test_no_progress(watched: Watched, receiver: Receiver) -> None:
     rig.ship(attempt)
     for _ in range(11):
         watched.look(50)
-        rig.beat(attempt, 1)
+        rig.heartbeat(attempt, 1)
     assert told(receiver) == [], "nine minutes and ten seconds"
     for _ in range(3):
         watched.look(50)
-        rig.beat(attempt, 1)
+        rig.heartbeat(attempt, 1)
     assert told(receiver) == [("rule.no_progress", 1)], "a heartbeat is no progress"
     attempt.metric(2, at=rig.clock().isoformat())
     rig.ship(attempt)
     for _ in range(14):
         watched.look(50)
     assert told(receiver) == [("rule.no_progress", 1), ("rule.no_progress", 2)]
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     for _ in range(14):
         watched.look(50)
     assert len(told(receiver)) == 2, "who was asked to stop need not get on"
@@ -227,14 +233,16 @@ def test_deleting_the_webhook_or_the_job_under_it(watched: Watched, receiver: Re
     assert told(receiver) == []
 
 
-def test_looking_costs_nothing_where_there_are_no_rules(any_rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_costs_nothing_where_there_are_no_rules(
+    any_rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     register(any_rig, "https://example.com")
     any_rig.running()
-    monkeypatch.setattr(Watcher, "_look_at", None)
-    any_rig.sender._watcher.look()
+    monkeypatch.setattr(RuleEngine, "_look_at", None)
+    any_rig.sender._watcher.poll()
 
 
-def test_the_snippet_of_the_guide_verifies_what_is_sent(rig: Rig, receiver: Receiver) -> None:
+def test_the_snippet_of_the_guide_verifies_what_is_sent(rig: ServiceHarness, receiver: Receiver) -> None:
     [snippet] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(snippet, names)

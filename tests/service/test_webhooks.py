@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from contract.status import Reason
+from tests.service.harness import ServiceHarness
 from tests.service.receiver import DEADLINE, Receiver, receiving, status, verified
-from tests.service.rig import Rig
+from trainyard.contract.status import Reason
 
 
 @pytest.fixture
@@ -15,25 +15,25 @@ def receiver() -> Any:
         yield made
 
 
-def register(rig: Rig, url: str, expect: int = 201, **fields: Any) -> dict[str, Any]:
+def register(rig: ServiceHarness, url: str, expect: int = 201, **fields: Any) -> dict[str, Any]:
     answer = rig.client.post("/webhooks", json={"url": url, **fields})
     assert answer.status_code == expect, answer.text[:500]
     found: dict[str, Any] = answer.json()
     return found
 
 
-def send(rig: Rig) -> None:
+def send(rig: ServiceHarness) -> None:
     """Rounds until nothing is due."""
     while rig.sender.round():
-        assert rig.sender.settle(DEADLINE)
+        assert rig.sender.deliver_until_idle(DEADLINE)
 
 
-def deliveries(rig: Rig, webhook: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
+def deliveries(rig: ServiceHarness, webhook: dict[str, Any], **params: Any) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = rig.get(f"/webhooks/{webhook['id']}/deliveries", **params)["data"]
     return found
 
 
-def test_a_job_is_told_from_birth_to_death_in_order_and_signed(any_rig: Rig, receiver: Receiver) -> None:
+def test_a_job_is_told_from_birth_to_death_in_order_and_signed(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url)
     job_id, attempt = any_rig.running()
     attempt.metric(1)
@@ -54,7 +54,7 @@ def test_a_job_is_told_from_birth_to_death_in_order_and_signed(any_rig: Rig, rec
     assert {name: job[name] for name in told} == told, (job, event)
 
 
-def test_the_log_of_deliveries(any_rig: Rig, receiver: Receiver) -> None:
+def test_the_log_of_deliveries(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, events=["job.created"])
     any_rig.submit()
     [waits] = deliveries(any_rig, webhook)
@@ -76,7 +76,7 @@ def test_the_log_of_deliveries(any_rig: Rig, receiver: Receiver) -> None:
     any_rig.get(f"/webhooks/{webhook['id']}/deliveries/999999", expect=404)
 
 
-def test_who_hears_what(any_rig: Rig, receiver: Receiver) -> None:
+def test_who_hears_what(any_rig: ServiceHarness, receiver: Receiver) -> None:
     other = any_rig.submit(name="other")
     all_of_it = register(any_rig, receiver.url, events=["*"])
     labelled = register(any_rig, receiver.url, events=["job.created"], labels={"team": "a", "kind": "x"})
@@ -86,7 +86,7 @@ def test_who_hears_what(any_rig: Rig, receiver: Receiver) -> None:
     any_rig.submit(labels={"team": "a", "kind": "x", "more": "y"})
     mine = any_rig.submit(labels={"team": "b", "kind": "x"})
     for job_id in (other, mine):
-        any_rig.act(job_id, "cancel")
+        any_rig.post_action(job_id, "cancel")
     assert len(deliveries(any_rig, all_of_it)) == 5
     assert len(deliveries(any_rig, labelled)) == 1
     assert [d["job_id"] for d in deliveries(any_rig, of_one)] == [other]
@@ -94,7 +94,7 @@ def test_who_hears_what(any_rig: Rig, receiver: Receiver) -> None:
     assert receiver.got == []
 
 
-def test_a_secret_is_shown_once_and_can_be_rotated(any_rig: Rig, receiver: Receiver) -> None:
+def test_a_secret_is_shown_once_and_can_be_rotated(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, events=["job.created"])
     first = webhook["secret"]
     assert first.startswith("whsec_")
@@ -119,7 +119,7 @@ def test_a_secret_is_shown_once_and_can_be_rotated(any_rig: Rig, receiver: Recei
     assert verified(second, receiver.got[-1])
 
 
-def test_list_patch_and_delete(any_rig: Rig, receiver: Receiver) -> None:
+def test_list_patch_and_delete(any_rig: ServiceHarness, receiver: Receiver) -> None:
     made = [register(any_rig, receiver.url, description=str(n)) for n in range(3)]
     page = any_rig.get("/webhooks", limit=2)
     assert [w["description"] for w in page["data"]] == ["2", "1"]
@@ -136,15 +136,15 @@ def test_list_patch_and_delete(any_rig: Rig, receiver: Receiver) -> None:
     any_rig.get(path, expect=404)
 
 
-def test_what_waits_goes_with_the_webhook(any_rig: Rig, receiver: Receiver) -> None:
+def test_what_waits_goes_with_the_webhook(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url)
-    any_rig.act(any_rig.submit(), "cancel")
+    any_rig.post_action(any_rig.submit(), "cancel")
     any_rig.client.delete(f"/webhooks/{webhook['id']}")
     send(any_rig)
     assert receiver.got == []
 
 
-def test_the_test_verb_tells_at_once_what_came_of_it(any_rig: Rig, receiver: Receiver) -> None:
+def test_the_test_verb_tells_at_once_what_came_of_it(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, enabled=False)
     receiver.answer = status(500, "no")
     asked = any_rig.client.post(f"/webhooks/{webhook['id']}/test")
@@ -158,7 +158,7 @@ def test_the_test_verb_tells_at_once_what_came_of_it(any_rig: Rig, receiver: Rec
     assert any_rig.get(f"/webhooks/{webhook['id']}")["failures"] == 0, "a try by hand says nothing of the rest"
 
 
-def test_a_delivery_is_sent_again_under_the_same_id(any_rig: Rig, receiver: Receiver) -> None:
+def test_a_delivery_is_sent_again_under_the_same_id(any_rig: ServiceHarness, receiver: Receiver) -> None:
     webhook = register(any_rig, receiver.url, events=["job.created"])
     any_rig.submit()
     send(any_rig)
@@ -195,7 +195,7 @@ def test_a_delivery_is_sent_again_under_the_same_id(any_rig: Rig, receiver: Rece
         ([], ""),
     ],
 )
-def test_mistakes_have_pointers(rig: Rig, body: object, pointer: str) -> None:
+def test_mistakes_have_pointers(rig: ServiceHarness, body: object, pointer: str) -> None:
     answer = rig.report_raw("/webhooks", body)
     assert answer.status_code == 422, answer.text
     assert pointer in [found["pointer"] for found in answer.json()["errors"]], answer.text
@@ -204,14 +204,14 @@ def test_mistakes_have_pointers(rig: Rig, body: object, pointer: str) -> None:
 
 
 @pytest.mark.parametrize("job_id", ["job_\0", "job_" + "a" * 30])
-def test_a_job_that_cannot_be_there(any_rig: Rig, job_id: str) -> None:
+def test_a_job_that_cannot_be_there(any_rig: ServiceHarness, job_id: str) -> None:
     assert register(any_rig, "https://example.com", expect=422, job_id=job_id)["code"] == "invalid_request"
     for webhook_id in ("%00", "wh_%F0%9F%90%8D", "wh_x"):
         assert any_rig.client.get(f"/webhooks/{webhook_id}").status_code == 404
 
 
-def test_there_is_an_end_to_how_many(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.webhooks.store.MOST", 2)
+def test_there_is_an_end_to_how_many(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainyard.service.webhooks.store.MAX_WEBHOOKS", 2)
     register(rig, "https://example.com")
     register(rig, "https://example.com")
     assert register(rig, "https://example.com", expect=409)["code"] == "too_many_webhooks"

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from contract.report import ExitReport
-from contract.status import Desired, JobStatus, Reason
-from service.jobs import streaks
-from service.jobs.rules import Standing
+from trainyard.contract.messages import ExitReport
+from trainyard.contract.status import Desired, JobStatus, Reason
+from trainyard.service.jobs import restart_policy
+from trainyard.service.jobs.lifecycle import JobState
 
 
 @dataclass
@@ -44,9 +44,9 @@ class Attempt:
     reason: Reason | None = None
     moved: bool = False
 
-    def as_ended(self) -> streaks.Ended:
-        moved = streaks.made_a_step(self.start_step, self.step)
-        return streaks.Ended(self.trigger, streaks.fault(self.outcome, self.reason), moved)
+    def as_ended(self) -> restart_policy.EndedAttempt:
+        moved = restart_policy.made_a_step(self.start_step, self.step)
+        return restart_policy.EndedAttempt(self.trigger, restart_policy.fault(self.outcome, self.reason), moved)
 
 
 @dataclass
@@ -76,6 +76,6 @@ class Job:
     def newest(self) -> Attempt:
         return self.attempts[-1]
 
-    def standing(self) -> Standing:
+    def standing(self) -> JobState:
         preempted = self.preempted_by is not None
-        return Standing(self.status, self.desired, self.restart_at is not None, len(self.attempts), preempted)
+        return JobState(self.status, self.desired, self.restart_at is not None, len(self.attempts), preempted)

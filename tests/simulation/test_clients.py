@@ -26,19 +26,32 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import select
 
-from contract.spec import JobSpec
-from contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, may_become
-from service.access.callers import LOCAL
-from service.errors import InvalidState
-from service.jobs import actions, store
-from service.jobs.rules import Action, Move, Refusal, Standing, decide
-from service.launch.base import State
-from service.scheduler.apply import utc_now
-from service.tables import EventRow
-from tests import soak
+from tests import soak_report
 from tests.service.conftest import make_rig, migrated_sqlite, rig, sqlite_url
-from tests.service.rig import Rig, in_threads
-from tests.soak import Account
+from tests.service.harness import ServiceHarness, in_threads
+from tests.soak_report import SoakReport
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import (
+    LIVE,
+    TERMINAL,
+    Desired,
+    JobStatus,
+    Reason,
+    can_transition,
+)
+from trainyard.service.auth.principal import LOCAL
+from trainyard.service.clock import utc_now
+from trainyard.service.db.models import EventRow
+from trainyard.service.errors import InvalidState
+from trainyard.service.jobs import actions, queries, repository
+from trainyard.service.jobs.lifecycle import (
+    Action,
+    JobState,
+    Rejected,
+    Transition,
+    decide,
+)
+from trainyard.service.launch.base import AttemptState
 
 __all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
 
@@ -48,11 +61,11 @@ VERBS: tuple[Action, ...] = ("pause", "resume", "cancel", "kill")
 Answers = tuple[tuple[Action, int], ...]
 
 
-def explained(before: Standing, answers: Answers, after: Standing) -> bool:
+def explained(before: JobState, answers: Answers, after: JobState) -> bool:
     """Whether some order of these requests gives each its answer, and the job that there is now."""
 
     @cache
-    def possible(job: Standing, left: Answers) -> bool:
+    def possible(job: JobState, left: Answers) -> bool:
         if not left:
             return (job.status, job.desired) == (after.status, after.desired)
         for verb, status in dict.fromkeys(left):
@@ -66,11 +79,11 @@ def explained(before: Standing, answers: Answers, after: Standing) -> bool:
     return possible(before, answers)
 
 
-def carried_out(job: Standing, verb: Action) -> tuple[Standing, int]:
+def carried_out(job: JobState, verb: Action) -> tuple[JobState, int]:
     decision = decide(verb, job)
-    if isinstance(decision, Refusal):
+    if isinstance(decision, Rejected):
         return job, 409
-    if isinstance(decision, Move):
+    if isinstance(decision, Transition):
         return replace(job, status=decision.to or job.status, desired=decision.desired, restart_due=False), 202
     return job, 202
 
@@ -79,13 +92,13 @@ class Clients(RuleBasedStateMachine):
     """One service on SQLite, with the launcher that does what it is told."""
 
     template: Path
-    account: Account
+    account: SoakReport
 
     @initialize()
     def begin(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="trainyard-clients-"))
         shutil.copy(self.template, self.folder / "trainyard.db")
-        self.rig = Rig(self.folder / "home", f"sqlite:///{self.folder}/trainyard.db")
+        self.rig = ServiceHarness(self.folder / "home", f"sqlite:///{self.folder}/trainyard.db")
         self.jobs: list[str] = []
         self.made = 0
 
@@ -102,7 +115,7 @@ class Clients(RuleBasedStateMachine):
             return  # who was deleted hangs on races, and which rules there are must not
         job_id = self.jobs[which % len(self.jobs)]
         before = self.standing(job_id)
-        self.account.injected["requests in bursts of up to ten clients"] += len(verbs)
+        self.account.faults["requests in bursts of up to ten clients"] += len(verbs)
         answers = in_threads(len(verbs), lambda i: self.rig.client.post(f"/jobs/{job_id}/{verbs[i]}"))
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) <= {202, 409}, [answer.text for answer in answers]
@@ -125,7 +138,7 @@ class Clients(RuleBasedStateMachine):
 
     @rule()
     def schedule(self) -> None:
-        self.rig.settle()
+        self.rig.reconcile()
 
     @rule(seconds=st.sampled_from([1, 6, 30, 120]))
     def time_passes(self, seconds: float) -> None:
@@ -158,7 +171,7 @@ class Clients(RuleBasedStateMachine):
                 return int(self.rig.report(attempt, "exit", report).status_code)
 
             exit_status, asked = in_threads(2, either)
-            self.account.injected[f"end against {verb}"] += 1
+            self.account.faults[f"end against {verb}"] += 1
             assert exit_status == 200
             assert asked in (202, 404, 409), asked
             if end[0] == "completed" and job_id in self.jobs and attempt.launch.name.number == self.attempt(job_id):
@@ -171,7 +184,7 @@ class Clients(RuleBasedStateMachine):
             for data in self.changes(job_id):
                 assert data["from"] == walked[-1]
                 walked.append(JobStatus(data["to"]))
-                assert may_become(walked[-2], walked[-1]), walked
+                assert can_transition(walked[-2], walked[-1]), walked
             assert walked[-1] is self.rig.status(job_id)
 
     @invariant()
@@ -187,14 +200,14 @@ class Clients(RuleBasedStateMachine):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def alive(self) -> list[Any]:
-        return [attempt for attempt in self.rig.launcher.attempts.values() if attempt.state is State.ALIVE]
+        return [attempt for attempt in self.rig.launcher.attempts.values() if attempt.state is AttemptState.ALIVE]
 
     def attempt(self, job_id: str) -> int:
         return int(self.rig.job(job_id)["attempt"])
 
-    def standing(self, job_id: str) -> Standing:
+    def standing(self, job_id: str) -> JobState:
         with self.rig.database.read() as session:
-            return store.standing(store.find(session, job_id))
+            return queries.standing(repository.find(session, job_id))
 
     def changes(self, job_id: str) -> list[dict[str, Any]]:
         log = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.kind == "status")
@@ -204,10 +217,10 @@ class Clients(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(("examples", "steps"), [(8, 12), pytest.param(400, 40, marks=pytest.mark.soak)])
 @pytest.mark.timeout(3600)
-def test_ten_clients(migrated_sqlite: Path, account: Account, examples: int, steps: int) -> None:
+def test_ten_clients(migrated_sqlite: Path, account: SoakReport, examples: int, steps: int) -> None:
     Clients.template, Clients.account = migrated_sqlite, account
     run_state_machine_as_test(
-        seed(soak.seed())(Clients),
+        seed(soak_report.seed())(Clients),
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
@@ -216,26 +229,28 @@ def test_ten_clients(migrated_sqlite: Path, account: Account, examples: int, ste
             suppress_health_check=list(HealthCheck),
         ),
     )
-    account.held.append("each burst of answers fits one order of its requests; every event log is a path of the table")
+    account.invariants.append(
+        "each burst of answers fits one order of its requests; every event log is a path of the table"
+    )
 
 
 def test_an_order_is_found_only_where_there_is_one() -> None:
-    running = Standing(JobStatus.RUNNING, Desired.RUN, attempts=1)
-    pausing = Standing(JobStatus.PAUSING, Desired.PAUSE, attempts=1)
-    cancelling = Standing(JobStatus.CANCELLING, Desired.CANCEL, attempts=1)
+    running = JobState(JobStatus.RUNNING, Desired.RUN, attempts=1)
+    pausing = JobState(JobStatus.PAUSING, Desired.PAUSE, attempts=1)
+    cancelling = JobState(JobStatus.CANCELLING, Desired.CANCEL, attempts=1)
     assert explained(running, (("cancel", 202), ("pause", 202)), cancelling)
     assert explained(running, (("cancel", 202), ("pause", 409)), cancelling)
     assert not explained(running, (("cancel", 202), ("pause", 202)), pausing), "a cancel is not taken back"
     assert not explained(running, (("pause", 409),), running)
 
 
-def test_two_resumes_that_both_found_it_paused(rig: Rig) -> None:
+def test_two_resumes_that_both_found_it_paused(rig: ServiceHarness) -> None:
     """Each looks first and writes later: the second one's write comes upon a job that is queued already."""
     job_id, attempt = rig.running()
-    rig.act(job_id, "pause")
+    rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=3)
     with rig.database.read() as session:
-        before = store.find(session, job_id).spec
+        before = repository.find(session, job_id).spec
     spec = JobSpec.model_validate_json(json.dumps(before))
     for _ in range(2):
         with rig.database.write() as session:

@@ -12,19 +12,20 @@ from datetime import timedelta
 
 import pytest
 
-from service.jobs import rules
-from tests import soak
-from tests.simulation.world import World
-from tests.soak import Account
+from tests import soak_report
+from tests.simulation.simulated_cluster import SimulatedCluster
+from tests.soak_report import SoakReport
+from trainyard.service.jobs import lifecycle
+from trainyard.service.timing import Timing
 
 EVENTS = 200
 SHORT_SEEDS = 400
 LONG_SEEDS = 100_000
 
 
-def simulate(seed: int) -> World:
+def simulate(seed: int) -> SimulatedCluster:
     """One world from its first event to its rest. Raises AssertionError with the seed and what led there."""
-    world = World(seed)
+    world = SimulatedCluster(seed)
     try:
         for _ in range(EVENTS):
             world.step()
@@ -70,7 +71,7 @@ def test_the_worlds_are_not_all_alike() -> None:
 
 @pytest.mark.parametrize("broken", ["two leases", "two attempts", "success of nothing"])
 def test_the_checks_see_what_they_are_for(broken: str) -> None:
-    world = World(1)
+    world = SimulatedCluster(1)
     world.submit()
     world.schedule()
     job = next(iter(world.jobs.values()))
@@ -92,16 +93,20 @@ def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPa
     """Else the simulation proves nothing about it."""
     match rule:
         case "give up":
-            monkeypatch.setattr(rules, "MOST_FRUITLESS", 99)
+            monkeypatch.setattr(lifecycle, "MAX_FRUITLESS_ATTEMPTS", 99)
         case "wait longer":
-            monkeypatch.setattr(rules, "SETBACK_SECONDS", (5.0,))
+            monkeypatch.setattr(SimulatedCluster, "timing", Timing(setback_seconds=(5.0,)))
         case "a step first":
             monkeypatch.setattr(
-                World, "live", lambda world, job, live=World.live: replace(live(world, job), moved=True)
+                SimulatedCluster,
+                "live",
+                lambda world, job, live=SimulatedCluster.live: replace(live(world, job), moved=True),
             )
         case _:
             monkeypatch.setattr(
-                World, "live", lambda world, job, live=World.live: replace(live(world, job), priority=-1)
+                SimulatedCluster,
+                "live",
+                lambda world, job, live=SimulatedCluster.live: replace(live(world, job), priority=-1),
             )
     with pytest.raises(AssertionError, match=MISSED[rule]):
         simulate_all(range(SHORT_SEEDS))
@@ -117,18 +122,18 @@ MISSED = {
 
 @pytest.mark.soak
 @pytest.mark.timeout(0)
-def test_a_hundred_thousand_seeds(account: Account) -> None:
-    seeds = int(soak.chosen("SEEDS", LONG_SEEDS))
+def test_a_hundred_thousand_seeds(account: SoakReport) -> None:
+    seeds = int(soak_report.chosen("SEEDS", LONG_SEEDS))
     began = time.perf_counter()
-    account.injected = simulate_all(range(seeds))
+    account.faults = simulate_all(range(seeds))
     took = time.perf_counter() - began
-    account.held.append(f"{seeds:,} seeds of {EVENTS} events, {seeds / took:.0f} a second: no invariant broken")
+    account.invariants.append(f"{seeds:,} seeds of {EVENTS} events, {seeds / took:.0f} a second: no invariant broken")
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_that_is_set_delays_no_restart_and_hides_no_lost_agent(hours: int) -> None:
     """Set back, "not heard for five seconds" would be true an hour late, and devices stay with a dead attempt."""
-    world = World(1)
+    world = SimulatedCluster(1)
     world.submit()
     world.schedule()
     world.agents_speak()
@@ -149,7 +154,7 @@ def test_a_clock_that_is_set_delays_no_restart_and_hides_no_lost_agent(hours: in
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_that_is_set_declares_nothing_dead(hours: int) -> None:
-    world = World(2)
+    world = SimulatedCluster(2)
     world.submit()
     world.schedule()
     (name,) = world.hosts

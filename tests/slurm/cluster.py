@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contract.processes import PROC, ProcessIdentity, all_pids
-from tests.faults.home import ROOT, members, until
+from tests.faults.service_home import ROOT, members, until
+from trainyard.contract.processes import PROC, ProcessIdentity, all_pids
 
 NODES = ("node1", "node2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "squeue", "scontrol")
@@ -81,7 +81,7 @@ class Cluster:
         self.directory = directory
         self.environment = {"SLURM_CONF": str(directory / "slurm.conf")}
         self._warden = subprocess.Popen(
-            [sys.executable, "-m", "tests.slurm.warden"],
+            [sys.executable, "-m", "tests.slurm.subreaper"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.faults.conftest import MakeHome, make_home, nursery
-from tests.faults.home import Home, telling
+from tests.faults.service_home import Home, telling
 from tests.slurm.cluster import PATH, Cluster, why_not
 
 __all__ = ["make_home", "nursery"]

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.faults.home import until
+from tests.faults.service_home import until
 from tests.slurm.cluster import NODE, NODES, PATH, Cluster
 
 SUBNET = f"10.{os.getpid() % 200 + 20}.53"

@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.faults.home import until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import until
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import MakeSlurmHome
-from tests.slurm.jobs import attempts, completed, fake, submit
+from tests.slurm.slurm_jobs import attempts, completed, fake, submit
 
 
 @pytest.mark.soak

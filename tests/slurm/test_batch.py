@@ -6,35 +6,40 @@ from pathlib import Path
 
 import pytest
 
-from contract.rundir import RunDir
-from contract.spec import NodeRange, ResourcesSpec, SlurmSpec
-from service.launch.base import AttemptName
-from service.launch.batch import Batch, asked_of, job_name, render
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import NodeRange, ResourcesSpec, SlurmSpec
+from trainyard.service.launch.base import AttemptRef
+from trainyard.service.launch.slurm.script import (
+    SbatchScript,
+    job_name,
+    merge_options,
+    render,
+)
 
 GOLDEN = Path(__file__).with_name("golden")
 
 SERVICE = SlurmSpec(partition="train", account="lab", time_limit=86400, extra=["--mem=64G"])
 WISHED = SlurmSpec(account="mine", qos="long", gpu_type="a100", constraint="ib&nvme", extra=["--exclusive"])
-TWO_NODES = Batch(
-    name=AttemptName("job_abc", 3, "slurm"),
+TWO_NODES = SbatchScript(
+    name=AttemptRef("job_abc", 3, "slurm"),
     attempt=RunDir(Path("/shared/home/runs/job_abc")).attempt(3),
     resources=ResourcesSpec(nnodes=2, nproc_per_node=8, launcher="slurm", slurm=WISHED),
-    asked=asked_of(WISHED, SERVICE),
+    options=merge_options(WISHED, SERVICE),
     gpus=True,
     warning=300.0,
-    agent=("/opt/trainyard/bin/python", "-P", "-m", "worker.agent"),
+    agent=("/opt/trainyard/bin/python", "-P", "-m", "trainyard.worker.agent"),
 )
 ON_CPUS = replace(
     TWO_NODES,
     attempt=RunDir(Path('/shared/my "own" home/runs/job_abc')).attempt(3),
     resources=ResourcesSpec(nnodes=NodeRange(min=1, max=2), nproc_per_node=2, launcher="slurm"),
-    asked=SlurmSpec(time_limit=61),
+    options=SlurmSpec(time_limit=61),
     gpus=False,
 )
 
 
 @pytest.mark.parametrize(("name", "batch"), [("two_nodes", TWO_NODES), ("on_cpus", ON_CPUS)])
-def test_the_script_is_the_golden_one(name: str, batch: Batch) -> None:
+def test_the_script_is_the_golden_one(name: str, batch: SbatchScript) -> None:
     assert render(batch) == (GOLDEN / f"{name}.sh").read_text()
 
 
@@ -45,14 +50,14 @@ def test_the_golden_scripts_are_scripts(name: str) -> None:
 
 
 def test_what_the_spec_wishes_goes_over_what_the_service_is_set_up_with() -> None:
-    asked = asked_of(WISHED, SERVICE)
+    asked = merge_options(WISHED, SERVICE)
     assert (asked.partition, asked.account, asked.time_limit) == ("train", "mine", 86400)
     assert asked.extra == ["--mem=64G", "--exclusive"]
-    assert asked_of(SlurmSpec(), SERVICE) == SERVICE
+    assert merge_options(SlurmSpec(), SERVICE) == SERVICE
 
 
 def test_without_a_time_limit_only_the_warning_is_asked_for() -> None:
-    script = render(replace(ON_CPUS, asked=SlurmSpec(), warning=90.5))
+    script = render(replace(ON_CPUS, options=SlurmSpec(), warning=90.5))
     assert "--time" not in script
     assert "#SBATCH --signal=B:USR1@91\n" in script
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.faults.home import until
+from tests.faults.service_home import until
 from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.conftest import MakeSlurmHome
-from tests.slurm.jobs import fake, submit
+from tests.slurm.slurm_jobs import fake, submit
 
 
 @pytest.mark.soak

@@ -2,12 +2,12 @@
 
 import pytest
 
-from contract.rundir import read_json
-from tests.faults.home import until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import until
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import MakeSlurmHome
-from tests.slurm.jobs import fake, submit
+from tests.slurm.slurm_jobs import fake, submit
+from trainyard.contract.rundir import read_json
 
 DIRECTORY = {"TRAINYARD_SLURM_REPORTS": "directory"}
 

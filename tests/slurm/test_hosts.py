@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import MakeHome
-from tests.faults.home import Home, telling
+from tests.faults.service_home import Home, telling
 from tests.slurm import cluster, hosts
 from tests.slurm.cluster import NODES, PATH
 from tests.slurm.hosts import Hosts
-from tests.slurm.jobs import fake, real, submit
+from tests.slurm.slurm_jobs import fake, real, submit
 
 MakeHosts = Callable[..., Home]
 

@@ -11,17 +11,30 @@ from typing import Any
 
 import pytest
 
-from contract.report import ExitReport
-from contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
-from contract.spec import DataSpec, JobSpec, ResourcesSpec
-from contract.status import Reason
-from service.launch import commands
-from service.launch.base import AttemptName, Found, Launch, LaunchRefused, NoAnswer, State
-from service.launch.slurm import SlurmLauncher
-from service.launch.slurm_setup import SlurmSetup
-from tests.slurm.programs import CONFIG, Programs
+from tests.slurm.fake_commands import CONFIG, Programs
+from trainyard.contract.messages import ExitReport
+from trainyard.contract.rundir import (
+    UNSEEN,
+    AttemptDir,
+    RunDir,
+    read_json,
+    write_json,
+)
+from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec
+from trainyard.contract.status import Reason
+from trainyard.service.launch.base import (
+    AttemptRef,
+    AttemptState,
+    AttemptStatus,
+    Launch,
+    LauncherUnavailable,
+    LaunchRefused,
+)
+from trainyard.service.launch.slurm import cli
+from trainyard.service.launch.slurm.config import SlurmSetup
+from trainyard.service.launch.slurm.launcher import SlurmLauncher
 
-NAME = AttemptName("job_a", 1, "slurm")
+NAME = AttemptRef("job_a", 1, "slurm")
 SPEC = JobSpec(data=DataSpec(data_path="/nowhere"), resources=ResourcesSpec(launcher="slurm", nnodes=2))
 LAUNCH = Launch(NAME, "att_1", SPEC, (), "secret")
 
@@ -30,8 +43,8 @@ LAUNCH = Launch(NAME, "att_1", SPEC, (), "secret")
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     made = Programs(tmp_path)
     monkeypatch.setenv("PATH", f"{made.bin}:{os.environ['PATH']}")
-    monkeypatch.setattr(commands, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(commands, "REST", 0.0)
+    monkeypatch.setattr(cli, "FRESH_SECONDS", 0.0)
+    monkeypatch.setattr(cli, "REST", 0.0)
     return made
 
 
@@ -71,25 +84,25 @@ def test_an_attempt_is_submitted_once_however_often_it_is_started(
 def test_a_submission_whose_answer_is_lost_is_found_and_not_repeated(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    monkeypatch.setattr(commands, "SUBMIT_SECONDS", 0.3)
+    monkeypatch.setattr(cli, "SUBMIT_SECONDS", 0.3)
     slurm.takes_and(ending)
-    with pytest.raises(NoAnswer):
+    with pytest.raises(LauncherUnavailable):
         launcher.start(LAUNCH)
-    assert launcher.find(NAME).state is State.ALIVE
+    assert launcher.find(NAME).state is AttemptState.ALIVE
     launcher.start(LAUNCH)
     assert len(slurm.calls("sbatch")) == 1
 
 
 def test_a_submission_that_never_came_is_absent(slurm: Programs, launcher: SlurmLauncher) -> None:
     slurm.says("sbatch", error="sbatch: error: Unable to contact slurm controller (connect failure)", code=1)
-    with pytest.raises(NoAnswer, match="connect failure"):
+    with pytest.raises(LauncherUnavailable, match="connect failure"):
         launcher.start(LAUNCH)
-    assert launcher.find(NAME).state is State.ABSENT
+    assert launcher.find(NAME).state is AttemptState.ABSENT
 
 
 def test_nothing_is_submitted_unless_the_queue_was_seen(slurm: Programs, launcher: SlurmLauncher) -> None:
     slurm.says("squeue", error="slurm_load_jobs error: Unable to contact slurm controller (connect failure)", code=1)
-    with pytest.raises(NoAnswer):
+    with pytest.raises(LauncherUnavailable):
         launcher.start(LAUNCH)
     assert slurm.calls("sbatch") == []
 
@@ -164,41 +177,41 @@ def test_what_nobody_understands_is_unknown_and_never_an_end(
     (slurm.bin / "said").write_text(out)
     slurm.body("squeue", f"cat {slurm.bin}/said; printf %s {error!r} >&2; exit {code}")
     found = launcher.find(NAME)
-    assert found.state is State.UNKNOWN
+    assert found.state is AttemptState.UNKNOWN
     assert found.silence is not None
     assert found.silence.startswith("Slurm does not answer: ")
-    with pytest.raises(NoAnswer):
+    with pytest.raises(LauncherUnavailable):
         launcher.stop(NAME)
-    launcher.end(NAME)
+    launcher.kill(NAME)
     assert slurm.calls("scancel") == []
     slurm.queue({})
     slurm.body("squeue", f"cat {slurm.bin.parent}/queue.json")
-    assert launcher.find(NAME).state is State.ALIVE
+    assert launcher.find(NAME).state is AttemptState.ALIVE
 
 
 def test_a_controller_that_hangs_holds_nobody_up_and_ends_nothing(
     slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 0.2)
-    monkeypatch.setattr(commands, "LOOK_SECONDS", 1.0)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(cli, "QUERY_SECONDS", 1.0)
     launcher.start(LAUNCH)
     begin(attempt)
     slurm.body("squeue", "exec sleep 30")
     began = time.monotonic()
-    assert launcher.find(NAME).state is State.UNKNOWN
+    assert launcher.find(NAME).state is AttemptState.UNKNOWN
     assert time.monotonic() - began < 1.0, "the question goes on being asked beside"
     slurm.queue({})
     slurm.body("squeue", f"cat {slurm.bin.parent}/queue.json")
     deadline = time.monotonic() + 10
-    while launcher.find(NAME).state is State.UNKNOWN:
+    while launcher.find(NAME).state is AttemptState.UNKNOWN:
         assert time.monotonic() < deadline
-    assert launcher.find(NAME).state is State.ALIVE
+    assert launcher.find(NAME).state is AttemptState.ALIVE
 
 
 def test_what_a_command_complains_of_before_it_hangs_is_told(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(cli, "QUERY_SECONDS", 0.3)
     slurm.body("squeue", "echo 'squeue: error: Munge encode failed: Failed to access socket' >&2; exec sleep 30")
     assert str(launcher.find(NAME).silence) == (
         "Slurm does not answer: squeue did not answer within 0.3 s: "
@@ -214,12 +227,12 @@ def test_another_cluster_s_queue_says_nothing_of_the_attempt(
     slurm.says("scontrol", CONFIG.format(name="elsewhere"))
     found = made(tmp_path).find(NAME)
     assert (found.state, found.silence) == (
-        State.UNKNOWN,
+        AttemptState.UNKNOWN,
         "the attempt is on cluster here, and SLURM_CONF leads to elsewhere",
     )
     slurm.says("scontrol", error="scontrol: error: no", code=1)
-    assert made(tmp_path).find(NAME).state is State.UNKNOWN
-    assert launcher.find(NAME).state is State.ENDED
+    assert made(tmp_path).find(NAME).state is AttemptState.UNKNOWN
+    assert launcher.find(NAME).state is AttemptState.ENDED
 
 
 def test_another_user_s_queue_says_nothing_of_the_attempt(
@@ -228,10 +241,10 @@ def test_another_user_s_queue_says_nothing_of_the_attempt(
     launcher.start(LAUNCH)
     write_json(attempt.submitted, {**(read_json(attempt.submitted) or {}), "uid": os.getuid() + 1})
     found = launcher.find(NAME)
-    assert found.state is State.UNKNOWN
+    assert found.state is AttemptState.UNKNOWN
     assert "runs as another one" in str(found.silence)
     slurm.queue({})
-    assert launcher.find(NAME).state is State.ALIVE, "where it is seen all the same, it is seen"
+    assert launcher.find(NAME).state is AttemptState.ALIVE, "where it is seen all the same, it is seen"
 
 
 @pytest.mark.parametrize(
@@ -260,7 +273,7 @@ def test_a_job_that_ended_meanwhile_is_as_good_as_cancelled(slurm: Programs, lau
     slurm.says("scancel", error="scancel: error: Kill job error on job id 7: Job/step already completing", code=1)
     launcher.stop(NAME)
     slurm.says("scancel", error="scancel: error: Kill job error on job id 7: Access/permission denied", code=1)
-    with pytest.raises(NoAnswer, match="permission denied"):
+    with pytest.raises(LauncherUnavailable, match="permission denied"):
         launcher.stop(NAME)
 
 
@@ -270,7 +283,7 @@ def test_an_end_kills_until_slurm_knows_nothing_that_lives(
     slurm.queue({})
     gone = f"printf '{{\"jobs\": []}}' > {slurm.bin.parent}/queue.json"
     slurm.body("scancel", f'case "$*" in 7) {gone};; esac')
-    launcher.end(NAME)
+    launcher.kill(NAME)
     assert slurm.calls("scancel") == ["--signal=KILL --full 7", "7"]
     assert attempt.closed.exists()
     launcher.start(LAUNCH)
@@ -291,8 +304,8 @@ def test_the_queue_is_asked_less_often_where_an_answer_takes_long(monkeypatch: p
         now[0] += 3.0
         return []
 
-    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 60.0)
-    queue = commands.Queue(look, lambda: now[0])
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 60.0)
+    queue = cli.QueueCache(look, lambda: now[0])
     for _ in range(20):
         queue.jobs()
         now[0] += 1.0
@@ -308,15 +321,15 @@ def test_the_queue_is_asked_less_often_where_an_answer_takes_long(monkeypatch: p
 def test_a_cluster_whose_squeue_takes_long_is_worked_with_all_the_same(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(commands, "REST", 10.0)
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(cli, "REST", 10.0)
     queue = slurm.bin.parent / "queue.json"
     slurm.body("squeue", f"cat {queue} > {queue}.seen; sleep 0.4; cat {queue}.seen")
 
     def in_the_end(what: Callable[[], object]) -> None:
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            with contextlib.suppress(NoAnswer):
+            with contextlib.suppress(LauncherUnavailable):
                 what()
                 return
         raise AssertionError("it was never heard")
@@ -347,9 +360,9 @@ def begin(attempt: AttemptDir) -> None:
     write_json(attempt.started, {"agent": {}, "started_at": datetime.now(UTC).isoformat()})
 
 
-def judged(launcher: SlurmLauncher) -> Found:
+def judged(launcher: SlurmLauncher) -> AttemptStatus:
     found = launcher.find(NAME)
-    assert (found.report is not None) == (found.state is State.ENDED)
+    assert (found.report is not None) == (found.state is AttemptState.ENDED)
     return found
 
 
@@ -428,7 +441,7 @@ def test_what_lives_in_slurm_has_not_ended_whatever_rank_0_says(
     write_json(attempt.outcome, COMPLETED)
     slurm.queue({"job_state": state})
     found = judged(launcher)
-    assert found.state is State.ALIVE
+    assert found.state is AttemptState.ALIVE
     # Which of its nodes have not ended it yet is not where it ran.
     assert (found.placement is None) == ("COMPLETING" in state)
 

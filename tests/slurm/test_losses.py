@@ -4,17 +4,17 @@ import signal
 
 import pytest
 
-from tests.faults.home import Home, Member, until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import Home, Member, until
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import MakeSlurmHome
-from tests.slurm.jobs import attempts, fake, real, submit
+from tests.slurm.slurm_jobs import attempts, fake, real, submit
 
 
 def weights(home: Home, job_id: str) -> dict[str, bytes]:
     """The last checkpoint's tensors and the weights file."""
     run = home.run(job_id)
-    last = run.products(None).published()[0][1]
+    last = run.artifacts(None).published()[0][1]
     files = [*last.glob("*.safetensors"), *(run.path / "out").glob("*.pth")]
     return {file.name: file.read_bytes() for file in files}
 

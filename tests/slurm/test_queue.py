@@ -6,12 +6,12 @@ from typing import Any
 import httpx2
 import pytest
 
-from contract.rundir import read_json
-from tests.faults.home import Home, until
 from tests.faults.invariants import check_weights
+from tests.faults.service_home import Home, until
 from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.conftest import MakeSlurmHome
-from tests.slurm.jobs import attempts, completed, events, fake, in_slurm, submit
+from tests.slurm.slurm_jobs import attempts, completed, events, fake, in_slurm, submit
+from trainyard.contract.rundir import read_json
 
 
 def waiting(home: Home, job_id: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from service.errors import SpecInvalid
-from service.jobs.specs import Host, accept, kind_of
-from service.launch.slurm_setup import ALLOWED, OURS, SlurmSetup
-from service.settings import Settings, SettingsRefused
+from trainyard.service.errors import SpecInvalid
+from trainyard.service.jobs.submission import HostLimits, kind_of, validate_spec
+from trainyard.service.launch.slurm.config import ALLOWED, OURS, SlurmSetup
+from trainyard.service.settings import InvalidSettings, Settings
 
 ON = {"TRAINYARD_SLURM": "on"}
 
@@ -19,9 +19,9 @@ def settings(tmp_path: Path, **environment: str) -> Settings:
 
 def accepted(tmp_path: Path, resources: dict[str, Any], **environment: str) -> Any:
     (tmp_path / "corpus.jsonl").write_text('{"text": "one"}\n')
-    host = Host(settings(tmp_path, **environment), ())
+    host = HostLimits(settings(tmp_path, **environment), ())
     raw = {"data": {"data_path": str(tmp_path / "corpus.jsonl")}, "resources": resources}
-    return accept(raw, host), host
+    return validate_spec(raw, host), host
 
 
 def refused(tmp_path: Path, resources: dict[str, Any], **environment: str) -> dict[str, str]:
@@ -33,7 +33,7 @@ def refused(tmp_path: Path, resources: dict[str, Any], **environment: str) -> di
 def test_slurm_is_not_used_unless_asked_for(tmp_path: Path) -> None:
     assert settings(tmp_path).slurm is None
     assert settings(tmp_path, **ON).slurm == SlurmSetup()
-    with pytest.raises(SettingsRefused, match="TRAINYARD_LAUNCHER must be local"):
+    with pytest.raises(InvalidSettings, match="TRAINYARD_LAUNCHER must be local"):
         settings(tmp_path, TRAINYARD_LAUNCHER="slurm")
 
 
@@ -86,7 +86,7 @@ def test_nobody_may_allow_what_the_launcher_relies_on(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, name: str, value: str) -> None:
-    with pytest.raises(SettingsRefused, match=name):
+    with pytest.raises(InvalidSettings, match=name):
         settings(tmp_path, **{**ON, name: value})
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from service.launch.squeue import SlurmJob, hosts, jobs_in
-from tests.slurm import programs
+from tests.slurm import fake_commands
+from trainyard.service.launch.slurm.queue import SlurmJob, expand_hostlist, parse_squeue
 
 GPUS = ["gpu:2(IDX:0-1)", "gpu:a100:3(IDX:0,2-3)"]
-RUNNING: dict[str, Any] = {**programs.RUNNING, "gres_detail": GPUS}
+RUNNING: dict[str, Any] = {**fake_commands.RUNNING, "gres_detail": GPUS}
 
 
 def job(**changes: Any) -> SlurmJob:
-    return jobs_in(json.dumps({"jobs": [{**RUNNING, **changes}]}), "trainyard-")[0]
+    return parse_squeue(json.dumps({"jobs": [{**RUNNING, **changes}]}), "trainyard-")[0]
 
 
 def test_a_running_job_has_its_nodes_and_gpus() -> None:
@@ -83,7 +83,7 @@ RELEASES = sorted((Path(__file__).parent / "golden").glob("squeue-*.json"))
 
 @pytest.mark.parametrize("file", RELEASES, ids=lambda file: file.stem)
 def test_every_release_s_form_is_read(file: Path) -> None:
-    running, pending, ended = jobs_in(file.read_text(), "trainyard-")
+    running, pending, ended = parse_squeue(file.read_text(), "trainyard-")
     assert (running.id, running.name, running.comment) == ("71", "trainyard-job_a", "job_a/1")
     assert running.placement(1).devices == ("node1/cuda:0", "node1/cuda:1", "node2/cuda:0", "node2/cuda:1")
     assert (pending.pending, pending.placement(1).waiting_for) == (True, "Slurm: Resources")
@@ -103,7 +103,7 @@ def test_a_number_may_come_with_a_word_on_whether_it_is_one() -> None:
 
 def test_only_our_jobs_are_read() -> None:
     others: list[dict[str, Any]] = [{"name": "somebody-else's", "job_state": 17}, {}, {"name": None}, {"name": ["x"]}]
-    assert len(jobs_in(json.dumps({"jobs": [RUNNING, *others]}), "trainyard-")) == 1
+    assert len(parse_squeue(json.dumps({"jobs": [RUNNING, *others]}), "trainyard-")) == 1
 
 
 @pytest.mark.parametrize("name", ["tab\there", "line\nbreak", "\x01\x7f", "\ud800", "\u202etfel", '\\"'])
@@ -111,13 +111,13 @@ def test_what_others_call_their_jobs_does_not_matter(name: str) -> None:
     """Some releases write such characters as they are."""
     text = json.dumps({"jobs": [{**RUNNING, "name": "NAME", "comment": "NAME"}, RUNNING]}, ensure_ascii=False)
     for said in (text.replace("NAME", name.replace('\\"', "")), text.replace('"NAME"', json.dumps(name))):
-        assert [each.comment for each in jobs_in(said, "trainyard-")] == ["job_a/1"]
+        assert [each.comment for each in parse_squeue(said, "trainyard-")] == ["job_a/1"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"jobs": [{"name": "trainyard-x"}]}', '{"jobs": null}'])
 def test_what_is_not_understood_is_no_answer(text: str) -> None:
     with pytest.raises(ValueError):
-        jobs_in(text, "trainyard-")
+        parse_squeue(text, "trainyard-")
 
 
 @pytest.mark.parametrize(
@@ -133,4 +133,4 @@ def test_what_is_not_understood_is_no_answer(text: str) -> None:
     ],
 )
 def test_host_lists_are_spelt_out(text: str, names: list[str]) -> None:
-    assert list(hosts(text)) == names
+    assert list(expand_hostlist(text)) == names

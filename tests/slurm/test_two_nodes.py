@@ -4,7 +4,7 @@ import pytest
 
 from tests.slurm.cluster import NODES, Cluster
 from tests.slurm.conftest import MakeSlurmHome
-from tests.slurm.jobs import real, submit
+from tests.slurm.slurm_jobs import real, submit
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.story.served import Served
+from tests.story.service_process import Served
 
 
 @pytest.fixture(scope="module")

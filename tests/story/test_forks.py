@@ -8,7 +8,7 @@ import httpx2
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from tests.story.served import Served, until
+from tests.story.service_process import Served, until
 from tests.story.test_story import spec as story_spec
 
 pytestmark = pytest.mark.slow

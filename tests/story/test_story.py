@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from benchmarks.corpus import write_docstrings
-from contract.processes import ProcessIdentity, marked
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from tests.story.served import RANKS, Served, until
+from tests.story.service_process import RANKS, Served, until
+from trainyard.contract.processes import ProcessIdentity, find_by_marker
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
 
 pytestmark = pytest.mark.slow
 
@@ -169,10 +169,10 @@ def torchrun(job_id: str) -> ProcessIdentity:
 
 
 def all_of(job_id: str) -> list[ProcessIdentity]:
-    return [process for number in (1, 2, 3) for process in marked(f"{job_id}/{number}")]
+    return [process for number in (1, 2, 3) for process in find_by_marker(f"{job_id}/{number}")]
 
 
 def weights(served: Served, job_id: str) -> Path:
     wanted = JobSpec.model_validate_json((served.home / "runs" / job_id / "attempt-0001" / "spec.json").read_bytes())
-    products = RunDir(served.home / "runs" / job_id).products(wanted.checkpoint.save_dir)
+    products = RunDir(served.home / "runs" / job_id).artifacts(wanted.checkpoint.save_dir)
     return products.weights(wanted.checkpoint.save_weight, wanted.model.hidden_size, wanted.model.use_moe)

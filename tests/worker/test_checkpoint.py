@@ -11,12 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contract.identity import Identity
-from contract.rundir import ProductDir
-from worker import checkpoint, retention, tensorfile
-from worker.checkpoint import MODEL, OPTIMIZER, STATE, Damage, RunState
+from trainyard.contract.run_identity import RunIdentity
+from trainyard.contract.rundir import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    ArtifactDir,
+    FileDigest,
+)
+from trainyard.worker.checkpoint import files, retention, safetensors_writer
+from trainyard.worker.checkpoint.files import Damage, RunState
 
-IDENTITY = Identity(
+IDENTITY = RunIdentity(
     model={"hidden_size": 8, "vocab_size": 32},
     tokenizer="t" * 64,
     corpus="c" * 64,
@@ -54,10 +60,10 @@ def state(step: int) -> RunState:
     return RunState(step=step, tokens=step * 100, rows_per_step=8, world_size=1, identity=IDENTITY)
 
 
-def publish(products: ProductDir, step: int, seed: int = 0) -> checkpoint.Saved:
+def publish(products: ArtifactDir, step: int, seed: int = 0) -> files.CheckpointInfo:
     model, optimizer = trained(seed)
-    tensors, moments = checkpoint.unique_tensors(model.state_dict()), checkpoint.optimizer_tensors(model, optimizer)
-    return checkpoint.publish(products, state(step), tensors, moments)
+    tensors, moments = files.unique_tensors(model.state_dict()), files.optimizer_tensors(model, optimizer)
+    return files.write_checkpoint(products, state(step), tensors, moments)
 
 
 def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_path: Path) -> None:
@@ -69,26 +75,26 @@ def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_
         "scalar": torch.tensor(3.5),
         "n": torch.arange(6),
     }
-    written = tensorfile.write_tensors(tmp_path / "ours", tensors)
+    written = safetensors_writer.write_tensors(tmp_path / "ours", tensors)
     read = load_file(tmp_path / "ours")
     assert set(read) == set(tensors)
     for name, tensor in tensors.items():
         assert read[name].dtype is tensor.dtype
         assert torch.equal(read[name], tensor)
     content = (tmp_path / "ours").read_bytes()
-    assert written == tensorfile.Written(len(content), hashlib.sha256(content).hexdigest())
+    assert written == FileDigest(len(content), hashlib.sha256(content).hexdigest())
     save_file({"a": tensors["a"].contiguous()}, tmp_path / "theirs")
-    tensorfile.write_tensors(tmp_path / "single", {"a": tensors["a"]})
+    safetensors_writer.write_tensors(tmp_path / "single", {"a": tensors["a"]})
     assert (tmp_path / "single").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     model, optimizer = trained(seed=3)
-    moments = checkpoint.optimizer_tensors(model, optimizer)
-    saved = checkpoint.publish(products, state(3), checkpoint.unique_tensors(model.state_dict()), moments)
+    moments = files.optimizer_tensors(model, optimizer)
+    saved = files.write_checkpoint(products, state(3), files.unique_tensors(model.state_dict()), moments)
     other, other_optimizer = trained(seed=4)
-    restored = checkpoint.load(saved.path, other, other_optimizer)
+    restored = files.load_checkpoint(saved.path, other, other_optimizer)
     assert restored == state(3)
     assert other.head.weight is other.embed.weight
     for _ in range(2):
@@ -100,90 +106,90 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path
 
 def test_what_was_loaded_does_not_hang_on_the_files(tmp_path: Path) -> None:
     """Neither on their bytes, as where a backup is put back over them, nor on their being there."""
-    saved = publish(ProductDir(tmp_path), 3, seed=3)
+    saved = publish(ArtifactDir(tmp_path), 3, seed=3)
     model, optimizer = trained(seed=4)
-    checkpoint.load(saved.path, model, optimizer)
-    before = {name: tensor.clone() for name, tensor in checkpoint.optimizer_tensors(model, optimizer).items()}
-    for name in (MODEL, OPTIMIZER):
+    files.load_checkpoint(saved.path, model, optimizer)
+    before = {name: tensor.clone() for name, tensor in files.optimizer_tensors(model, optimizer).items()}
+    for name in (MODEL_FILE, OPTIMIZER_FILE):
         with (saved.path / name).open("r+b") as file:
             file.write(b"\xff" * (saved.path / name).stat().st_size)
-    after = checkpoint.optimizer_tensors(model, optimizer)
+    after = files.optimizer_tensors(model, optimizer)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
 def test_a_fresh_optimizer_takes_the_state_too(tmp_path: Path) -> None:
     model, optimizer = trained(seed=3)
-    moments = checkpoint.optimizer_tensors(model, optimizer)
+    moments = files.optimizer_tensors(model, optimizer)
     assert sorted(moments) == [
         f"{key}.{p}" for key in ("exp_avg", "exp_avg_sq", "step") for p in ("embed.weight", "scale")
     ]
-    saved = checkpoint.publish(ProductDir(tmp_path), state(3), checkpoint.unique_tensors(model.state_dict()), moments)
+    saved = files.write_checkpoint(ArtifactDir(tmp_path), state(3), files.unique_tensors(model.state_dict()), moments)
     fresh = Tied()
     fresh_optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.5, fused=True)
-    checkpoint.load(saved.path, fresh, fresh_optimizer)
+    files.load_checkpoint(saved.path, fresh, fresh_optimizer)
     assert fresh_optimizer.param_groups[0]["lr"] == 0.5
     assert float(fresh_optimizer.state[fresh.scale]["step"]) == 3.0
     assert torch.equal(fresh_optimizer.state[fresh.scale]["exp_avg_sq"], optimizer.state[model.scale]["exp_avg_sq"])
 
 
 def test_tied_weights_stand_once_and_equal_weights_give_equal_files(tmp_path: Path) -> None:
-    first, second = publish(ProductDir(tmp_path / "a"), 1), publish(ProductDir(tmp_path / "b"), 1)
-    assert set(load_file(first.path / MODEL)) == {"embed.weight", "scale"}
+    first, second = publish(ArtifactDir(tmp_path / "a"), 1), publish(ArtifactDir(tmp_path / "b"), 1)
+    assert set(load_file(first.path / MODEL_FILE)) == {"embed.weight", "scale"}
     assert first.sha256 == second.sha256
-    assert first.sha256 == hashlib.sha256((first.path / MODEL).read_bytes()).hexdigest()
+    assert first.sha256 == hashlib.sha256((first.path / MODEL_FILE).read_bytes()).hexdigest()
     assert first.bytes == sum(file.stat().st_size for file in first.path.iterdir())
-    assert checkpoint.saved_at(1, first.path) == first
+    assert files.checkpoint_info(1, first.path) == first
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     chooser = random.Random(11)
-    saved = publish(ProductDir(tmp_path), 400)
-    assert checkpoint.find_damage(saved.path) is None
+    saved = publish(ArtifactDir(tmp_path), 400)
+    assert files.verify(saved.path) is None
     for _ in range(100):
-        name = chooser.choice([MODEL, OPTIMIZER, STATE])
+        name = chooser.choice([MODEL_FILE, OPTIMIZER_FILE, STATE_FILE])
         content = bytearray((saved.path / name).read_bytes())
         position, bit = chooser.randrange(len(content)), 1 << chooser.randrange(8)
         content[position] ^= bit
         (saved.path / name).write_bytes(content)
-        assert checkpoint.find_damage(saved.path) == f"{name} sha256"
-        assert checkpoint.find_damage(saved.path, thorough=False) is None
+        assert files.verify(saved.path) == f"{name} sha256"
+        assert files.verify(saved.path, thorough=False) is None
         content[position] ^= bit
         (saved.path / name).write_bytes(content)
-    assert checkpoint.find_damage(saved.path) is None
+    assert files.verify(saved.path) is None
 
 
 def test_other_damage_is_named(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     cut, missing, no_manifest, torn = (publish(products, step) for step in (1, 2, 3, 4))
-    os.truncate(cut.path / MODEL, 10)
-    (missing.path / OPTIMIZER).unlink()
+    os.truncate(cut.path / MODEL_FILE, 10)
+    (missing.path / OPTIMIZER_FILE).unlink()
     (no_manifest.path / "manifest.json").unlink()
     (torn.path / "manifest.json").write_text('{"files": {}}')
-    assert checkpoint.find_damage(cut.path, thorough=False) == "model.safetensors size"
-    assert checkpoint.find_damage(missing.path) == "optimizer.safetensors missing"
-    assert checkpoint.find_damage(no_manifest.path) == "manifest.json missing"
-    assert checkpoint.find_damage(torn.path) == "manifest.json unreadable (ValueError)"
+    assert files.verify(cut.path, thorough=False) == "model.safetensors size"
+    assert files.verify(missing.path) == "optimizer.safetensors missing"
+    assert files.verify(no_manifest.path) == "manifest.json missing"
+    assert files.verify(torn.path) == "manifest.json unreadable (ValueError)"
 
 
 def test_the_newest_sound_one_is_found_and_damaged_ones_are_set_aside(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     for number in (380, 400):
         publish(products, number)
-    with (products.checkpoint(400) / MODEL).open("r+b") as file:
+    with (products.checkpoint(400) / MODEL_FILE).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     damaged: list[Damage] = []
-    assert checkpoint.newest_valid(products, damaged) == products.checkpoint(380)
+    assert files.newest_valid(products, damaged) == products.checkpoint(380)
     assert [str(damage) for damage in damaged] == ["checkpoint 400 invalid: model.safetensors sha256"]
     assert [number for number, _ in products.published()] == [380]
-    assert (products.checkpoints / ".invalid-step-00000400" / MODEL).exists()
+    assert (products.checkpoints / ".invalid-step-00000400" / MODEL_FILE).exists()
     publish(products, 400)
-    assert checkpoint.set_aside(products.checkpoint(400)).name == ".invalid-step-00000400-1"
+    assert files.quarantine(products.checkpoint(400)).name == ".invalid-step-00000400-1"
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    products, real_write, room = ProductDir(tmp_path), os.write, 600
+    products, real_write, room = ArtifactDir(tmp_path), os.write, 600
     publish(products, 1)
 
     def write(descriptor: int, data: memoryview) -> int:
@@ -198,7 +204,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space left"):
         publish(products, 2)
     assert sorted(path.name for path in products.checkpoints.iterdir()) == ["step-00000001"]
-    assert checkpoint.find_damage(products.checkpoint(1)) is None
+    assert files.verify(products.checkpoint(1)) is None
 
 
 def test_state_survives_json_exactly(tmp_path: Path) -> None:
@@ -213,11 +219,11 @@ def test_state_survives_json_exactly(tmp_path: Path) -> None:
 
 
 def test_a_newer_state_is_refused(tmp_path: Path) -> None:
-    saved = publish(ProductDir(tmp_path), 1)
-    value = json.loads((saved.path / STATE).read_bytes())
-    (saved.path / STATE).write_text(json.dumps({**value, "version": 2}))
+    saved = publish(ArtifactDir(tmp_path), 1)
+    value = json.loads((saved.path / STATE_FILE).read_bytes())
+    (saved.path / STATE_FILE).write_text(json.dumps({**value, "version": 2}))
     with pytest.raises(ValueError, match="version 2; this program reads 1"):
-        checkpoint.read_state(saved.path)
+        files.read_state(saved.path)
 
 
 def test_differences_are_named() -> None:
@@ -242,31 +248,31 @@ def test_differences_are_named() -> None:
     ],
 )
 def test_surplus(steps: list[int], keep_last: int, keep_every: int | None, gone: tuple[list[int], list[int]]) -> None:
-    assert retention.surplus(steps, keep_last, keep_every) == gone
+    assert retention.checkpoints_to_delete(steps, keep_last, keep_every) == gone
 
 
 def test_pruning_never_counts_a_damaged_one_as_kept(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     for number in (1, 2, 3, 4):
         publish(products, number)
-    os.truncate(products.checkpoint(4) / MODEL, 10)
-    removed = retention.prune(products, keep_last=1, keep_every=None)
+    os.truncate(products.checkpoint(4) / MODEL_FILE, 10)
+    removed = retention.delete_old_checkpoints(products, keep_last=1, keep_every=None)
     assert [(pruned.step, pruned.weights) for pruned in removed] == [(1, None)]
     assert [number for number, _ in products.published()] == [4, 3, 2]
 
 
 def test_leftovers_are_collected_and_nothing_else(tmp_path: Path) -> None:
-    products = ProductDir(tmp_path)
+    products = ArtifactDir(tmp_path)
     publish(products, 1)
     publish(products, 2)
-    checkpoint.set_aside(products.checkpoint(2))
+    files.quarantine(products.checkpoint(2))
     for name in (".saving-step-00000003-99", ".removing-step-00000001"):
         (products.checkpoints / name).mkdir()
-        (products.checkpoints / name / MODEL).write_bytes(b"torn")
+        (products.checkpoints / name / MODEL_FILE).write_bytes(b"torn")
     products.out.mkdir()
     (products.out / ".pretrain_8.pth.abc").write_bytes(b"torn")
     (products.out / "pretrain_8.pth").write_bytes(b"whole")
-    assert retention.collect_leftovers(products) == 3
+    assert retention.delete_leftovers(products) == 3
     left = sorted(path.name for path in products.checkpoints.iterdir())
     assert left == [".invalid-step-00000002", "step-00000001"]
     assert [path.name for path in products.out.iterdir()] == ["pretrain_8.pth"]

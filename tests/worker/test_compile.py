@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import ModelConfig
-from tests.worker import driver
+from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, rows
-from worker.distributed import Ranks
-from worker.failure import cannot_compile
-from worker.trainee import initial_model
+from trainyard.model.config import ModelConfig
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import cannot_compile
+from trainyard.worker.training.state import initial_model
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 EXPERTS = replace(SHAPE, use_moe=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
 
 
@@ -59,10 +59,10 @@ def no_compiler() -> None:
 
 @pytest.mark.slow
 def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
-    text = driver.corpus(tmp_path / "corpus.jsonl")
-    described = driver.spec(text, training={"use_compile": True, "max_steps": 2})
-    run = driver.new_run(tmp_path / "run", described)
-    failed = driver.run_to_end(run, patch=no_compiler)
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    described = rank_runner.spec(text, training={"use_compile": True, "max_steps": 2})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    failed = rank_runner.run_to_end(run, patch=no_compiler)
     assert (failed.outcome, failed.reason, failed.step) == ("failed", "spec_invalid", 0)
     assert "training.use_compile: the model cannot be compiled here" in str(failed.message)
     assert failed.error is not None

@@ -11,11 +11,11 @@ from unittest import mock
 
 import pytest
 
-from contract.events import CheckpointSaved, Warned
-from tests.nobody import NOBODY, open_folder
-from tests.worker import driver
+from tests.unprivileged import NOBODY, public_tmp_dir
+from tests.worker import rank_runner
 from tests.worker.test_saving import Bench, train_on
-from worker import checkpoint, saving
+from trainyard.contract.events import CheckpointSaved, WarningEvent
+from trainyard.worker.checkpoint import files, saver
 
 CLONE_NEWNS = 0x20000
 
@@ -33,9 +33,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become 
 def of_its_own(work: Callable[[Path], None], path: Path) -> None:
     """Run ``work`` in a process of its own, whose mounts, limits and user end with it."""
     log = path / "printed"
-    process = driver.SERVER.Process(target=in_child, args=(work, path, log))
+    process = rank_runner.SERVER.Process(target=in_child, args=(work, path, log))
     process.start()
-    process.join(driver.DEADLINE)
+    process.join(rank_runner.DEADLINE)
     assert process.exitcode == 0, log.read_text()
 
 
@@ -43,7 +43,7 @@ def in_child(work: Callable[[Path], None], path: Path, log: Path) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    with mock.patch.object(saving, "RETRY_SECONDS", 0.0):
+    with mock.patch.object(saver, "RETRY_SECONDS", 0.0):
         work(path)
 
 
@@ -73,12 +73,12 @@ def begun(path: Path) -> Bench:
 def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
     """The save of ``step`` failed: it is told once, the first is whole, nothing half is left, and training goes on."""
     bench.save(step)
-    (warning,) = bench.of(Warned)
+    (warning,) = bench.of(WarningEvent)
     assert (warning.code, warning.step) == ("save_failed", step)
     assert why in warning.message
     assert warning.message.endswith("; training goes on")
     assert [event.step for event in bench.of(CheckpointSaved)] == [1]
-    assert checkpoint.find_damage(bench.products.checkpoint(1)) is None
+    assert files.verify(bench.products.checkpoint(1)) is None
     assert [path.name for path in bench.products.checkpoints.iterdir()] == ["step-00000001"]
     train_on(bench.trainee)
 
@@ -86,9 +86,9 @@ def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
 def require_the_next_works(bench: Bench, step: int) -> None:
     bench.save(step, must=True)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, step]
-    assert len(bench.of(Warned)) == 1
+    assert len(bench.of(WarningEvent)) == 1
     for saved in (1, step):
-        assert checkpoint.find_damage(bench.products.checkpoint(saved)) is None
+        assert files.verify(bench.products.checkpoint(saved)) is None
 
 
 def full(path: Path) -> None:
@@ -135,7 +135,7 @@ def gone(path: Path) -> None:
     shutil.rmtree(path / "disk")
     bench.save(2)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
-    assert checkpoint.find_damage(bench.products.checkpoint(2)) is None
+    assert files.verify(bench.products.checkpoint(2)) is None
 
 
 @needs_mounts
@@ -154,7 +154,7 @@ def test_a_limit_on_files(tmp_path: Path) -> None:
 
 @needs_root
 def test_a_directory_that_was_closed() -> None:
-    with open_folder() as folder:
+    with public_tmp_dir() as folder:
         of_its_own(closed, folder)
 
 

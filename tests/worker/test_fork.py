@@ -10,29 +10,34 @@ from unittest import mock
 
 import pytest
 
-from contract.events import CheckpointSaved, Metric, ResumeVerified, Started
-from contract.identity import Identity
-from contract.report import Fork
-from contract.rundir import ProductDir, RunDir, write_json
-from tests.worker import driver
-from worker import checkpoint, fork
-from worker.failure import Failure
-from worker.milestones import keep_weights
-from worker.schedule import LearningRate, lr_at
+from tests.worker import rank_runner
+from trainyard.contract.events import (
+    CheckpointSaved,
+    Metric,
+    ResumeVerified,
+    Started,
+)
+from trainyard.contract.messages import Fork
+from trainyard.contract.run_identity import RunIdentity
+from trainyard.contract.rundir import ArtifactDir, RunDir, write_json
+from trainyard.worker.checkpoint import files, fork
+from trainyard.worker.checkpoint.retention import keep_weights
+from trainyard.worker.errors import TrainingError
+from trainyard.worker.training.schedule import LRSchedule, lr_at
 
 STEP = 8
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return driver.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+    return rank_runner.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="module")
 def parent(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    described = driver.spec(text, training={"max_steps": 16}, reporting={"log_interval": 3})
-    run = driver.new_run(tmp_path_factory.mktemp("parent") / "run", described)
-    assert driver.run_to_end(run).outcome == "completed"
+    described = rank_runner.spec(text, training={"max_steps": 16}, reporting={"log_interval": 3})
+    run = rank_runner.new_run(tmp_path_factory.mktemp("parent") / "run", described)
+    assert rank_runner.run_to_end(run).outcome == "completed"
     return run
 
 
@@ -41,39 +46,41 @@ def forked(parent: RunDir, path: Path, data: Any, weights: bool = False, **chang
     described = json.loads(parent.spec.read_text())
     for group, fields in changes.items():
         described[group] = {**described[group], **fields}
-    run = driver.new_run(path, described)
-    source = parent.products(None).checkpoint(STEP)
-    shutil.copytree(source, run.products(None).origin, copy_function=os.link)
+    run = rank_runner.new_run(path, described)
+    source = parent.artifacts(None).checkpoint(STEP)
+    shutil.copytree(source, run.artifacts(None).origin, copy_function=os.link)
     if weights:
-        origin = ProductDir(path / "thin")
+        origin = ArtifactDir(path / "thin")
         origin.checkpoints.mkdir(parents=True)
-        keep_weights(origin, STEP, run.products(None).origin)
-        shutil.rmtree(run.products(None).origin)
-        origin.milestone(STEP).rename(run.products(None).origin)
+        keep_weights(origin, STEP, run.artifacts(None).origin)
+        shutil.rmtree(run.artifacts(None).origin)
+        origin.milestone(STEP).rename(run.artifacts(None).origin)
     write_json(run.fork, Fork(job_id="job_parent", step=STEP, data=data).model_dump(mode="json"))
     return run
 
 
 def lines(run: RunDir, attempt: int = 1) -> dict[int, tuple[Any, ...]]:
-    return {step: (m.loss, m.learning_rate, m.grad_norm, m.tokens) for step, m in driver.metrics(run, attempt).items()}
+    return {
+        step: (m.loss, m.learning_rate, m.grad_norm, m.tokens) for step, m in rank_runner.metrics(run, attempt).items()
+    }
 
 
 @pytest.mark.slow
 def test_kept_and_unchanged_it_is_the_parents_run_to_the_last_bit(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "keep")
-    assert driver.run_to_end(run).step == 16
-    theirs, ours = dict(driver.products(parent)), dict(driver.products(run))
+    assert rank_runner.run_to_end(run).step == 16
+    theirs, ours = dict(rank_runner.products(parent)), dict(rank_runner.products(run))
     assert ours.keys() == theirs.keys() - {"checkpoints/step-00000000/model.safetensors"}
     assert all(theirs[name] == data for name, data in ours.items())
     # The sums since the parent's last line go along: the first line of the fork is the parent's.
     assert lines(run) == {step: line for step, line in lines(parent).items() if step > STEP}
-    told = driver.events(run)
+    told = rank_runner.events(run)
     assert [e.start_step for e in told if isinstance(e, Started)] == [STEP]
     assert [e.difference for e in told if isinstance(e, ResumeVerified)] == [0.0]
     assert [e.step for e in told if isinstance(e, CheckpointSaved)] == [STEP, 16]
-    assert not run.products(None).origin.exists()
-    source = parent.products(None).checkpoint(STEP)
-    own = run.products(None).checkpoint(STEP)
+    assert not run.artifacts(None).origin.exists()
+    source = parent.artifacts(None).checkpoint(STEP)
+    own = run.artifacts(None).checkpoint(STEP)
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert (own / name).stat().st_ino == (source / name).stat().st_ino, "linked, not copied"
 
@@ -82,8 +89,8 @@ def test_kept_and_unchanged_it_is_the_parents_run_to_the_last_bit(parent: RunDir
 def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: RunDir, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"training": {"max_steps": 12, "batch_size": 5, "accumulation_steps": 1, "seed": 7}}
     untouched = forked(parent, tmp_path / "untouched", "restart", **changes)
-    assert driver.run_to_end(untouched).step == STEP + 12
-    told = driver.events(untouched)
+    assert rank_runner.run_to_end(untouched).step == STEP + 12
+    told = rank_runner.events(untouched)
     begun = next(event for event in told if isinstance(event, Started))
     assert (begun.start_step, begun.base_step, begun.steps, begun.global_batch) == (STEP, STEP, STEP + 12, 5)
     rates = {e.step: e.learning_rate for e in told if isinstance(e, Metric)}
@@ -96,36 +103,36 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     broken = forked(parent, tmp_path / "broken", "restart", **changes)
     from tests.worker.test_resume import stop_after
 
-    assert driver.run_to_end(broken, 1, partial(stop_after, broken, 1, STEP + 3)).step == STEP + 3
-    assert driver.run_to_end(broken).step == STEP + 12
+    assert rank_runner.run_to_end(broken, 1, partial(stop_after, broken, 1, STEP + 3)).step == STEP + 3
+    assert rank_runner.run_to_end(broken).step == STEP + 12
     final = f"step-{STEP + 12:08d}/"
-    last = {name: data for name, data in driver.products(untouched) if final in name}
-    assert last == {name: data for name, data in driver.products(broken) if final in name}
+    last = {name: data for name, data in rank_runner.products(untouched) if final in name}
+    assert last == {name: data for name, data in rank_runner.products(broken) if final in name}
     assert len(last) == 2
 
 
 @pytest.mark.slow
 def test_weights_alone_begin_with_a_new_optimizer(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "restart", weights=True, training={"max_steps": 2, "optimizer": "muon"})
-    assert driver.run_to_end(run).step == STEP + 2
-    assert "optimizer_anew" in driver.warned(run)
+    assert rank_runner.run_to_end(run).step == STEP + 2
+    assert "optimizer_anew" in rank_runner.warned(run)
     kept = forked(parent, tmp_path / "kept", "keep", weights=True)
-    failed = driver.run_to_end(kept)
+    failed = rank_runner.run_to_end(kept)
     assert failed.reason == "checkpoint_invalid"
     assert "names too few files" in str(failed.message)
 
 
-def begin(run: RunDir, said: list[Any], identity: Identity | None = None, **training: Any) -> Path | None:
+def begin(run: RunDir, said: list[Any], identity: RunIdentity | None = None, **training: Any) -> Path | None:
     """What an attempt of the fork would begin with."""
-    from contract.spec import JobSpec
-    from worker.resume import find_start
+    from trainyard.contract.spec import JobSpec
+    from trainyard.worker.checkpoint.resume import find_resume_point
 
     described = json.loads(run.spec.read_text())
     spec = JobSpec.model_validate_json(json.dumps({**described, "training": {**described["training"], **training}}))
-    products = run.products(None)
+    products = run.artifacts(None)
     place = products.origin if products.origin.is_dir() else products.checkpoint(STEP)
-    identity = identity or checkpoint.read_state(place).identity
-    found = find_start(spec, run, products, identity, lambda _: 16, said.append)
+    identity = identity or files.read_state(place).identity
+    found = find_resume_point(spec, run, products, identity, lambda _: 16, said.append)
     return found.path if found is not None else None
 
 
@@ -134,30 +141,30 @@ def test_a_crash_between_publishing_and_telling_loses_nothing(parent: RunDir, tm
     run, said = forked(parent, tmp_path / "run", "keep"), list[Any]()
     with mock.patch.object(fork, "remove", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         begin(run, [])
-    assert run.products(None).origin.is_dir()
-    assert begin(run, said) == run.products(None).checkpoint(STEP)
+    assert run.artifacts(None).origin.is_dir()
+    assert begin(run, said) == run.artifacts(None).checkpoint(STEP)
     assert [event.step for event in said] == [STEP]
-    assert not run.products(None).origin.exists()
+    assert not run.artifacts(None).origin.exists()
     said.clear()
-    assert begin(run, said) == run.products(None).checkpoint(STEP)
+    assert begin(run, said) == run.artifacts(None).checkpoint(STEP)
     assert said == []
 
 
 @pytest.mark.slow
 def test_a_fork_never_begins_at_step_0(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "keep")
-    state = checkpoint.read_state(run.products(None).origin)
-    origin = run.products(None).origin
+    state = files.read_state(run.artifacts(None).origin)
+    origin = run.artifacts(None).origin
     whole = (origin / "model.safetensors").read_bytes()
     (origin / "model.safetensors").unlink()
     (origin / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(Failure, match=r"step 8 of job_parent, where this fork begins.*model.safetensors sha256"):
+    with pytest.raises(TrainingError, match=r"step 8 of job_parent, where this fork begins.*model.safetensors sha256"):
         begin(run, [])
     shutil.rmtree(origin)
-    with pytest.raises(Failure, match="nothing is left of it"):
+    with pytest.raises(TrainingError, match="nothing is left of it"):
         begin(run, [], state.identity)
     run.fork.write_text("{")
-    with pytest.raises(Failure, match="cannot be read"):
+    with pytest.raises(TrainingError, match="cannot be read"):
         begin(run, [], state.identity)
 
 
@@ -166,22 +173,22 @@ def test_what_cannot_be_another_run_is_refused_by_name(parent: RunDir, tmp_path:
     from dataclasses import replace
 
     kept, anew = forked(parent, tmp_path / "kept", "keep"), forked(parent, tmp_path / "anew", "restart")
-    theirs = checkpoint.read_state(kept.products(None).origin).identity
+    theirs = files.read_state(kept.artifacts(None).origin).identity
     other = replace(theirs, corpus="c" * 64, max_seq_len=16)
-    with pytest.raises(Failure, match=r"the corpus is another one.*max_seq_len is 16 and was 32"):
+    with pytest.raises(TrainingError, match=r"the corpus is another one.*max_seq_len is 16 and was 32"):
         begin(kept, [], other)
-    with pytest.raises(Failure, match="optimizer is not muon"):
+    with pytest.raises(TrainingError, match="optimizer is not muon"):
         begin(kept, [], optimizer="muon")
     for wrong in (replace(other, tokenizer="t" * 64), replace(other, model={**theirs.model, "num_hidden_layers": 3})):
-        with pytest.raises(Failure, match=r"the tokenizer is another one|num_hidden_layers is 3 and was 2"):
+        with pytest.raises(TrainingError, match=r"the tokenizer is another one|num_hidden_layers is 3 and was 2"):
             begin(anew, [], wrong)
     assert begin(anew, [], replace(other, model={**theirs.model, "dropout": 0.5}))
-    state = checkpoint.read_state(anew.products(None).checkpoint(STEP))
+    state = files.read_state(anew.artifacts(None).checkpoint(STEP))
     assert (state.step, state.data_offset, state.base_step, state.probe) == (STEP, -STEP, STEP, {})
     assert state.identity.corpus == "c" * 64
     assert state.identity.model["dropout"] == 0.5
 
 
 def test_the_schedule_is_counted_behind_its_base() -> None:
-    rate = LearningRate(1.0, 0.1, 10, warmup=2, base=100)
+    rate = LRSchedule(1.0, 0.1, 10, warmup=2, base=100)
     assert [rate.at(step) for step in (101, 102, 110)] == pytest.approx([0.5, 1.0, 0.1])

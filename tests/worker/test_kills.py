@@ -3,19 +3,18 @@
 import os
 import random
 import signal
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
-from contract.events import ResumeVerified, Started
-from contract.rundir import RunDir
-from tests.worker import driver
+from tests.worker import rank_runner
 from tests.worker.test_saving import kill_in_save
-from worker.checkpoint import manifest_of
+from trainyard.contract.events import ResumeVerified, Started
+from trainyard.contract.failpoints import arm
+from trainyard.contract.rundir import RunDir
+from trainyard.worker.checkpoint.files import read_manifest
 
 SEED = int(os.environ.get("TRAINYARD_KILL_SEED", "20261125"))
 STEPS, SAVE_INTERVAL = 30, 4
@@ -48,33 +47,14 @@ def die(*_: object) -> None:
 
 
 def in_step(at: int, depth: int) -> None:
-    """Before the first pass, between micro-batches, behind the last one, or behind the update that nobody counted."""
-    from worker.step import Stepper
-    from worker.train import Loop
+    """Before the first pass, between micro-batches, after the last one, or after the update that is not counted yet."""
+    places = ("step.begin", "step.micro_batch", "step.accumulated", "step.updated")
 
-    step = Loop._step
-    places: list[tuple[Any, str, bool]] = [
-        (Stepper, "_accumulate", True),
-        (Stepper, "_exchange", True),
-        (Stepper, "_norm", True),
-        (Stepper, "_update", False),
-    ]
-    owner, name, before = places[depth % len(places)]
-
-    def watched(self: Loop, progress: Any) -> Any:
+    def begin(_loop: object, progress: Any) -> None:
         if progress.step + 1 == at:
-            mock.patch.object(owner, name, die if before else then_die(getattr(owner, name))).start()
-        return step(self, progress)
+            arm(places[depth % len(places)], die)
 
-    mock.patch.object(Loop, "_step", watched).start()
-
-
-def then_die(work: Callable[..., Any]) -> Callable[..., None]:
-    def done(*arguments: Any) -> None:
-        work(*arguments)
-        die()
-
-    return done
+    arm("train.step", begin)
 
 
 def in_save(at: int, depth: int) -> None:
@@ -85,24 +65,14 @@ def in_save(at: int, depth: int) -> None:
 
 def in_evaluation(at: int, depth: int) -> None:
     """Between two of its batches."""
-    from worker.evaluation import Evaluation
-    from worker.train import Loop
-
-    batches, log = Evaluation._batches, Loop._log
     reached: list[int] = []
 
-    def noted(self: Loop, progress: Any) -> None:
-        reached.append(progress.step)
-        log(self, progress)
+    def die_at(index: int) -> None:
+        if reached[-1] >= at and index >= depth % 2:
+            die()
 
-    def fatal(self: Evaluation) -> Any:
-        for index, batch in enumerate(batches(self)):
-            if reached[-1] >= at and index >= depth % 2:
-                die()
-            yield batch
-
-    mock.patch.object(Loop, "_log", noted).start()
-    mock.patch.object(Evaluation, "_batches", fatal).start()
+    arm("train.step", lambda _loop, progress: reached.append(progress.step + 1))
+    arm("evaluation.batch", die_at)
 
 
 def planned(chooser: random.Random, kinds: list[str], per_epoch: int) -> list[Kill]:
@@ -117,35 +87,35 @@ def killed_at_each(run: RunDir, kills: list[Kill]) -> int:
     """Run ``kills`` attempts into their ends and one to its own; returns how many steps were done twice."""
     again = 0
     for number, kill in enumerate(kills, start=1):
-        ranks = driver.start(run, patch=kill.patch)
+        ranks = rank_runner.start(run, patch=kill.patch)
         assert ranks.wait() == [-signal.SIGKILL], f"{kill}\n{ranks.logs()}"
         assert not run.attempt(number).outcome.exists()
         again += run.attempt(number).read_step() or 0
-    assert driver.run_to_end(run).step == STEPS
+    assert rank_runner.run_to_end(run).step == STEPS
     return again - sum(started(run, attempt).start_step for attempt in range(2, len(kills) + 2))
 
 
 def started(run: RunDir, attempt: int) -> Started:
-    return next(event for event in driver.events(run, attempt) if isinstance(event, Started))
+    return next(event for event in rank_runner.events(run, attempt) if isinstance(event, Started))
 
 
 def require_the_same(broken: RunDir, untouched: RunDir, kills: int) -> str:
     """Same final files, same points at every step, and each resume proven; returns the weights' sha256."""
     last = f"{STEPS:08d}"
-    expected = {name: data for name, data in driver.products(untouched) if last in name or name.startswith("out/")}
-    found = {name: data for name, data in driver.products(broken) if last in name or name.startswith("out/")}
+    expected = {name: data for name, data in rank_runner.products(untouched) if last in name or name.startswith("out/")}
+    found = {name: data for name, data in rank_runner.products(broken) if last in name or name.startswith("out/")}
     assert len(expected) == 3
     assert found == expected
-    assert driver.curve(broken) == driver.curve(untouched)
+    assert rank_runner.curve(broken) == rank_runner.curve(untouched)
     for attempt in range(2, kills + 2):
-        proofs = [event for event in driver.events(broken, attempt) if isinstance(event, ResumeVerified)]
+        proofs = [event for event in rank_runner.events(broken, attempt) if isinstance(event, ResumeVerified)]
         assert [proof.difference for proof in proofs] == [0.0] * (started(broken, attempt).start_step > 0)
-    return manifest_of(broken.products(None).checkpoint(STEPS))["model.safetensors"].sha256
+    return read_manifest(broken.artifacts(None).checkpoint(STEPS))["model.safetensors"].sha256
 
 
 def described(text: Path, name: str) -> dict[str, Any]:
     model, training = RUNS[name]
-    return driver.spec(
+    return rank_runner.spec(
         text,
         model=model,
         data={"eval_fraction": 0.3, "packing": "none"},
@@ -157,9 +127,9 @@ def described(text: Path, name: str) -> dict[str, Any]:
 
 def survive(name: str, kinds: list[str], path: Path) -> None:
     chooser = random.Random(f"{SEED} {name}")
-    text = driver.corpus(path / "corpus.jsonl")
-    untouched, broken = (driver.new_run(path / kind, described(text, name)) for kind in ("untouched", "broken"))
-    assert driver.run_to_end(untouched).outcome == "completed"
+    text = rank_runner.corpus(path / "corpus.jsonl")
+    untouched, broken = (rank_runner.new_run(path / kind, described(text, name)) for kind in ("untouched", "broken"))
+    assert rank_runner.run_to_end(untouched).outcome == "completed"
     per_epoch = started(untouched, 1).steps_per_epoch
     assert per_epoch < STEPS / 2, "the kills must reach a second epoch"
     kills = planned(chooser, kinds, per_epoch)

@@ -9,34 +9,34 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import optimizers
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
-from tests.worker import driver
-from worker import trainee
-from worker.distributed import Ranks
-from worker.failure import Failure
+from tests.worker import rank_runner
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import TrainingError
+from trainyard.worker.training import state as trainee
 
 TRAINING = {"optimizer": "muon", "batch_size": 4, "accumulation_steps": 1, "learning_rate": 5e-3}
 
 
 def run(path: Path, text: Path, steps: int) -> RunDir:
-    described = driver.spec(text, training={**TRAINING, "lr_scheduler": "constant", "max_steps": steps})
+    described = rank_runner.spec(text, training={**TRAINING, "lr_scheduler": "constant", "max_steps": steps})
     made = RunDir(path)
     if path.exists():
         made.spec.write_text(json.dumps(described))
     else:
-        made = driver.new_run(path, described)
-    driver.run_to_end(made)
+        made = rank_runner.new_run(path, described)
+    rank_runner.run_to_end(made)
     return made
 
 
 def test_a_resumed_run_is_the_untouched_one(tmp_path: Path) -> None:
-    text = driver.corpus(tmp_path / "c.jsonl")
+    text = rank_runner.corpus(tmp_path / "c.jsonl")
     whole = run(tmp_path / "whole", text, 8)
     run(tmp_path / "parted", text, 3)
     parted = run(tmp_path / "parted", text, 8)
-    files = [made.products(None).checkpoint(8) for made in (whole, parted)]
+    files = [made.artifacts(None).checkpoint(8) for made in (whole, parted)]
     for name in ("model.safetensors", "optimizer.safetensors"):
         assert files[0].joinpath(name).read_bytes() == files[1].joinpath(name).read_bytes()
     state = load_file(files[0] / "optimizer.safetensors")
@@ -46,11 +46,11 @@ def test_a_resumed_run_is_the_untouched_one(tmp_path: Path) -> None:
     # The checkpoint is of muon: AdamW cannot go on with it.
     described = JobSpec.model_validate_json((parted.attempt(2).spec).read_text())
 
-    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    ranks = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
     model = trainee.initial_model(described.model.with_vocab_size(259), 1, ranks.device)
     training = described.training.model_copy(update={"optimizer": "adamw"})
-    with pytest.raises(Failure, match="was trained with muon"):
-        trainee.build(model, training, 0.0, ranks).load(files[1])
+    with pytest.raises(TrainingError, match="was trained with muon"):
+        trainee.build_train_state(model, training, 0.0, ranks).load(files[1])
 
 
 @pytest.mark.slow

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from contract.events import EVENT, Metric, PhaseChanged, Warned
-from contract.outbox import OutboxReader
-from contract.status import Phase
-from worker.outbox import Outbox, Silent
+from trainyard.contract.events import (
+    EVENT,
+    Metric,
+    PhaseChanged,
+    WarningEvent,
+)
+from trainyard.contract.outbox import OutboxReader
+from trainyard.contract.status import Phase
+from trainyard.worker.events.writer import EventWriter, NullEventWriter
 
 
 def lines(path: Path) -> list[dict[str, object]]:
@@ -18,9 +23,9 @@ def lines(path: Path) -> list[dict[str, object]]:
 
 def test_lines_are_numbered_and_readable_by_the_contract(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with Outbox(path) as outbox:
-        outbox.say(PhaseChanged(phase=Phase.TRAINING))
-        outbox.say(Metric(step=3, epoch=0.5, loss=2.0, learning_rate=1e-3, tokens=10))
+    with EventWriter(path) as outbox:
+        outbox.emit(PhaseChanged(phase=Phase.TRAINING))
+        outbox.emit(Metric(step=3, epoch=0.5, loss=2.0, learning_rate=1e-3, tokens=10))
     events = [EVENT.validate_json(line) for line in path.read_text().splitlines()]
     assert [event.seq for event in events] == [1, 2]
     assert isinstance(events[1], Metric)
@@ -29,8 +34,8 @@ def test_lines_are_numbered_and_readable_by_the_contract(tmp_path: Path) -> None
 
 def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with Outbox(path) as outbox:
-        outbox.say(Metric(step=1, epoch=0, loss=float("nan"), grad_norm=float("inf"), learning_rate=1.0, tokens=1))
+    with EventWriter(path) as outbox:
+        outbox.emit(Metric(step=1, epoch=0, loss=float("nan"), grad_norm=float("inf"), learning_rate=1.0, tokens=1))
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
     assert lines(path)[0]["loss"] is None
@@ -39,21 +44,21 @@ def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
 def test_text_of_any_kind_stays_one_line(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     message = 'line\nbreak \u2028 and \x85 and "quotes" and \0'
-    with Outbox(path) as outbox:
-        outbox.say(Warned(code="x", message=message))
-        outbox.say(Warned(code="y", message="next"))
+    with EventWriter(path) as outbox:
+        outbox.emit(WarningEvent(code="x", message=message))
+        outbox.emit(WarningEvent(code="y", message="next"))
     assert path.read_bytes().count(b"\n") == 2
     assert [line["message"] for line in OutboxReader(path).read(10)] == [message, "next"]
 
 
 def test_seq_goes_on_and_a_torn_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    with Outbox(path) as outbox:
-        outbox.say(Warned(code="a", message="a"))
+    with EventWriter(path) as outbox:
+        outbox.emit(WarningEvent(code="a", message="a"))
     with path.open("ab") as file:
         file.write(b'{"kind": "warn')
-    with Outbox(path) as outbox:
-        outbox.say(Warned(code="b", message="b"))
+    with EventWriter(path) as outbox:
+        outbox.emit(WarningEvent(code="b", message="b"))
     assert [(line["seq"], line["code"]) for line in lines(path)] == [(1, "a"), (2, "b")]
 
 
@@ -68,29 +73,29 @@ def test_what_a_full_disk_refuses_is_written_later(tmp_path: Path, monkeypatch: 
         return real_write(descriptor, data[:20])
 
     monkeypatch.setattr(os, "write", write)
-    outbox = Outbox(path)
-    outbox.say(Warned(code="a", message="first"))
+    outbox = EventWriter(path)
+    outbox.emit(WarningEvent(code="a", message="first"))
     assert path.read_bytes() == b""
     full = False
-    outbox.say(Warned(code="b", message="second"))
+    outbox.emit(WarningEvent(code="b", message="second"))
     outbox.close()
     assert [(line["seq"], line["code"]) for line in lines(path)] == [(1, "a"), (2, "b")]
 
 
 def test_other_ranks_say_nothing() -> None:
-    silent = Silent()
-    silent.say(Warned(code="a", message="a"))
+    silent = NullEventWriter()
+    silent.emit(WarningEvent(code="a", message="a"))
     silent.close()
     assert silent.seq == 0
 
 
 def test_two_threads_never_share_a_line_or_a_number(tmp_path: Path) -> None:
     path, each = tmp_path / "events.jsonl", 400
-    with Outbox(path) as outbox:
+    with EventWriter(path) as outbox:
 
         def speak(who: str) -> None:
             for number in range(each):
-                outbox.say(Warned(code=who, message="x" * (number % 50)))
+                outbox.emit(WarningEvent(code=who, message="x" * (number % 50)))
 
         threads = [threading.Thread(target=speak, args=(who,)) for who in ("training", "save")]
         for thread in threads:

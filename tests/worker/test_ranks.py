@@ -15,16 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.report import Outcome
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from tests.worker import driver
+from tests.worker import rank_runner
 from tests.worker.test_resume import stop_after
-from worker.data import Order
-from worker.distributed import Ranks
-from worker.material import prepare
-from worker.stopping import StopWish
-from worker.trainee import initial_model
+from trainyard.contract.failpoints import arm
+from trainyard.contract.messages import Outcome
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.data.loader import rank_slice, split_microbatches
+from trainyard.worker.data.prepare import prepare_data
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.control import StopSignal
+from trainyard.worker.training.state import initial_model
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return driver.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl", documents=50)
+    return rank_runner.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl", documents=50)
 
 
 FP32 = {"dtype": "float32", "max_steps": 8, "learning_rate": 1e-4}
@@ -49,14 +51,14 @@ CUTS: dict[str, tuple[int, dict[str, Any]]] = {
 def test_a_step_cut_differently_is_the_same_step(kind: str, text: Path, tmp_path: Path) -> None:
     """Over more than an epoch, so that the short last step of an epoch, and ranks without a row, are part of it."""
     results, use_moe = {}, kind == "moe"
-    for name, (world, cut) in CUTS.items():
+    for name, (world, changes) in CUTS.items():
         model = {"use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
-        training = {**FP32, **cut, "optimizer": "muon" if kind == "muon" else "adamw"}
-        described = driver.spec(text, model=model, training=training, reporting={"log_interval": 1})
-        run = driver.new_run(tmp_path / name.replace(" ", ""), described)
-        driver.run_to_end(run, world)
-        weights = load_file(run.products(None).checkpoint(8) / "model.safetensors")
-        results[name] = (driver.metrics(run), weights)
+        training = {**FP32, **changes, "optimizer": "muon" if kind == "muon" else "adamw"}
+        described = rank_runner.spec(text, model=model, training=training, reporting={"log_interval": 1})
+        run = rank_runner.new_run(tmp_path / name.replace(" ", ""), described)
+        rank_runner.run_to_end(run, world)
+        weights = load_file(run.artifacts(None).checkpoint(8) / "model.safetensors")
+        results[name] = (rank_runner.metrics(run), weights)
     lines, weights = results["8 x 1"]
     assert len(lines) == 8
     for name, (other_lines, other_weights) in results.items():
@@ -84,14 +86,14 @@ def moved_there_and_back(
     Returns the largest differences of their losses, and of their gradients' norms relative to them.
     """
     training = {"learning_rate": 1e-3, "max_steps": steps, **groups.pop("training")}
-    described = driver.spec(text, training=training, reporting={"log_interval": 1}, **groups)
-    untouched, moved = (driver.new_run(tmp_path / kind, described) for kind in ("untouched", "moved"))
-    driver.run_to_end(untouched)
+    described = rank_runner.spec(text, training=training, reporting={"log_interval": 1}, **groups)
+    untouched, moved = (rank_runner.new_run(tmp_path / kind, described) for kind in ("untouched", "moved"))
+    rank_runner.run_to_end(untouched)
     for attempt, world in enumerate(worlds[:-1], start=1):
-        stopped = driver.run_to_end(moved, world, partial(stop_after, moved, attempt, 4 * attempt))
+        stopped = rank_runner.run_to_end(moved, world, partial(stop_after, moved, attempt, 4 * attempt))
         assert stopped.outcome == "stopped"
-    assert driver.run_to_end(moved, worlds[-1]).step == steps
-    expected, found = driver.curve(untouched), driver.curve(moved)
+    assert rank_runner.run_to_end(moved, worlds[-1]).step == steps
+    expected, found = rank_runner.curve(untouched), rank_runner.curve(moved)
     assert list(found) == list(expected) == list(range(1, steps + 1))
     assert [line[2:4] for line in found.values()] == [line[2:4] for line in expected.values()], "tokens and rates"
     pairs = [(found[step], expected[step]) for step in expected]
@@ -131,10 +133,10 @@ def test_compiled_ranks_have_the_losses_of_others(kind: str, text: Path, tmp_pat
     curves = []
     for compiled in (False, True):
         training = {**FP32, "max_steps": 5, "use_compile": compiled}
-        described = driver.spec(text, model=model, training=training, reporting={"log_interval": 1})
-        run = driver.new_run(tmp_path / f"compiled-{compiled}", described)
-        driver.run_to_end(run, world=2)
-        curves.append([line.loss for line in driver.metrics(run).values()])
+        described = rank_runner.spec(text, model=model, training=training, reporting={"log_interval": 1})
+        run = rank_runner.new_run(tmp_path / f"compiled-{compiled}", described)
+        rank_runner.run_to_end(run, world=2)
+        curves.append([line.loss for line in rank_runner.metrics(run).values()])
     assert curves[1] == pytest.approx(curves[0], abs=1e-5)
 
 
@@ -147,26 +149,26 @@ def test_micro_batch_mean_is_minimind_s_loop(text: Path, tmp_path: Path) -> None
         "loss_normalization": "micro_batch_mean",
         "max_steps": 6,
     }
-    described = driver.spec(text, data={"packing": "none"}, training=training, reporting={"log_interval": 1})
-    run = driver.new_run(tmp_path / "run", described)
-    driver.run_to_end(run, world=2)
-    ours = [line.loss for line in driver.metrics(run).values()]
+    described = rank_runner.spec(text, data={"packing": "none"}, training=training, reporting={"log_interval": 1})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    rank_runner.run_to_end(run, world=2)
+    ours = [line.loss for line in rank_runner.metrics(run).values()]
     assert ours == pytest.approx(minimind(run, JobSpec.model_validate_json(json.dumps(described))), abs=1e-5)
 
 
 def minimind(run: RunDir, spec: JobSpec) -> list[float]:
     """Mean of each micro-batch, divided by the number of micro-batches, backward, clip, AdamW with torch's defaults."""
-    alone = Ranks(0, 1, 0, 1, torch.device("cpu"))
-    material = prepare(spec, run, alone, lambda _: None, StopWish(None).asked)
-    order = Order(material.rows.targets, 12, 42)
+    alone = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
+    material = prepare_data(spec, run, alone, lambda _: None, StopSignal(None).requested)
+    order = StepSampler(material.train_set.targets, 12, 42)
     model = initial_model(material.spec.model, 42, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     curve = []
     for step in range(1, 7):
-        micros = [part for rank in range(2) for part in order.micro_batches(step, rank, 2, 3)]
+        micros = [part for rank in range(2) for part in split_microbatches(rank_slice(order.rows_of(step), rank, 2), 3)]
         losses, tokens = 0.0, 0
         for part in micros:
-            batch = material.rows.batch(part)
+            batch = material.train_set.batch(part)
             logits = model(batch.input_ids, logits=True).logits
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
             torch.autograd.backward(loss / len(micros))
@@ -181,14 +183,14 @@ def minimind(run: RunDir, spec: JobSpec) -> list[float]:
 
 
 def test_evaluation_does_not_depend_on_the_number_of_ranks(text: Path, tmp_path: Path) -> None:
-    held_out = driver.corpus(tmp_path / "held-out.jsonl", documents=7, seed=9)
+    held_out = rank_runner.corpus(tmp_path / "held-out.jsonl", documents=7, seed=9)
     losses = []
     for world in (1, 2):
         training = {**FP32, "batch_size": 8 // world, "accumulation_steps": 1, "max_steps": 3}
-        described = driver.spec(text, data={"eval_data_path": str(held_out)}, training=training)
-        run = driver.new_run(tmp_path / f"run-{world}", described)
-        driver.run_to_end(run, world)
-        losses.append(driver.metrics(run)[3].eval_loss)
+        described = rank_runner.spec(text, data={"eval_data_path": str(held_out)}, training=training)
+        run = rank_runner.new_run(tmp_path / f"run-{world}", described)
+        rank_runner.run_to_end(run, world)
+        losses.append(rank_runner.metrics(run)[3].eval_loss)
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -196,7 +198,7 @@ def torchrun(run: RunDir, world: int, **environment: str) -> "subprocess.Popen[s
     """As a person starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     return subprocess.Popen(
-        [*command, "--log-dir", str(run.path / "torchrun"), "-m", "worker", str(run.path)],
+        [*command, "--log-dir", str(run.path / "torchrun"), "-m", "trainyard.worker", str(run.path)],
         cwd=ROOT,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
@@ -206,22 +208,24 @@ def torchrun(run: RunDir, world: int, **environment: str) -> "subprocess.Popen[s
 
 
 def test_torchrun_stops_on_sigterm_and_goes_on_by_hand(text: Path, tmp_path: Path) -> None:
-    described = driver.spec(text, training={"max_steps": 100_000}, checkpoint={"save_interval": 100_000})
-    run = driver.new_run(tmp_path / "run", described)
+    described = rank_runner.spec(text, training={"max_steps": 100_000}, checkpoint={"save_interval": 100_000})
+    run = rank_runner.new_run(tmp_path / "run", described)
     process = torchrun(run, 2)
-    driver.wait_for_step(run.attempt(1), 3, lambda: process.poll() is None)
+    rank_runner.wait_for_step(run.attempt(1), 3, lambda: process.poll() is None)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=driver.DEADLINE)
+    output, _ = process.communicate(timeout=rank_runner.DEADLINE)
     outcome = Outcome.model_validate_json(run.attempt(1).outcome.read_bytes())
     assert outcome.outcome == "stopped", output
     assert outcome.step >= 3
-    assert driver.saves(run) == [outcome.step]
-    assert json.loads((run.products(None).checkpoint(outcome.step) / "state.json").read_bytes())["step"] == outcome.step
+    assert rank_runner.saves(run) == [outcome.step]
+    assert (
+        json.loads((run.artifacts(None).checkpoint(outcome.step) / "state.json").read_bytes())["step"] == outcome.step
+    )
 
 
 def short_of_memory() -> None:
     """Rank 1 runs out of memory in the second step: its fourth pass, as one without labels comes before the first."""
-    from worker import step
+    from trainyard.worker.training import step
 
     forward, calls = step.forward, iter(range(1000))
 
@@ -234,8 +238,8 @@ def short_of_memory() -> None:
 
 
 def test_the_rank_that_failed_is_the_one_that_is_named(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    ranks = driver.start(run, 2, short_of_memory)
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    ranks = rank_runner.start(run, 2, short_of_memory)
     assert ranks.wait() == [1, 1]
     outcome = Outcome.model_validate_json(run.attempt(1).outcome.read_bytes())
     assert (outcome.outcome, outcome.reason) == ("failed", "out_of_memory")
@@ -247,34 +251,30 @@ def test_the_rank_that_failed_is_the_one_that_is_named(text: Path, tmp_path: Pat
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_all_ranks_see_one_rank_s_bad_gradient(dtype: str, text: Path, tmp_path: Path) -> None:
     """With float16 too at once: a loss that is not finite is no overflow of the scaled gradient."""
-    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"dtype": dtype}))
-    failed = driver.run_to_end(run, 2, partial(poison_rank, 1, 6))
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"dtype": dtype}))
+    failed = rank_runner.run_to_end(run, 2, partial(poison_rank, 1, 6))
     assert (failed.reason, failed.step) == ("diverged", 5)
     assert "the loss is not finite at step 6, in row" in str(failed.message)
 
 
 def poison_rank(rank: int, at: int) -> None:
     """Make one rank's weights bad for one step: its loss is not a number, and so is everybody's gradient."""
-    from worker.train import Loop
 
-    step = Loop._step
-
-    def poisoned(self: Loop, progress: Any) -> Any:
-        if self.ranks.rank == rank and progress.step + 1 == at:
+    def poison(loop: Any, progress: Any) -> None:
+        if loop.ranks.rank == rank and progress.step + 1 == at:
             with torch.no_grad():
-                self.trainee.model.model.norm.weight[0] = math.nan
-        return step(self, progress)
+                loop.trainee.model.model.norm.weight[0] = math.nan
 
-    mock.patch.object(Loop, "_step", poisoned).start()
+    arm("train.step", poison)
 
 
 def test_a_second_launch_is_refused_while_the_first_lives(text: Path, tmp_path: Path) -> None:
-    described = driver.spec(text, training={"max_steps": 100_000}, checkpoint={"save_interval": 100_000})
-    run = driver.new_run(tmp_path / "run", described)
-    first = driver.start(run)
+    described = rank_runner.spec(text, training={"max_steps": 100_000}, checkpoint={"save_interval": 100_000})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    first = rank_runner.start(run)
     try:
         first.wait_for_step(1)
-        second = driver.start(run)
+        second = rank_runner.start(run)
         assert second.wait() == [1]
         assert "another attempt of this run is alive" in second.logs()
         assert [attempt.number for attempt in run.attempts()] == [1]
@@ -283,11 +283,14 @@ def test_a_second_launch_is_refused_while_the_first_lives(text: Path, tmp_path: 
 
 
 def test_a_rank_of_a_superseded_attempt_ends(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    driver.run_to_end(run)
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    rank_runner.run_to_end(run)
     run.current.write_text("7")
     late = subprocess.run(
-        [sys.executable, "-m", "worker", str(run.path), "--attempt", "1"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "trainyard.worker", str(run.path), "--attempt", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert late.returncode == 1
     assert "attempt 1 of" in late.stderr

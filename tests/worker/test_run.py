@@ -12,25 +12,34 @@ from unittest import mock
 import pytest
 import torch
 
-from contract.events import CheckpointRemoved, CheckpointSaved, Finished, Metric, PhaseChanged, Sample, Started, Warned
-from contract.report import Outcome
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from tests.worker import driver
+from tests.worker import rank_runner
 from tests.worker.test_resume import stop_after
+from trainyard.contract.events import (
+    CheckpointRemoved,
+    CheckpointSaved,
+    Finished,
+    Metric,
+    PhaseChanged,
+    Sample,
+    Started,
+    WarningEvent,
+)
+from trainyard.contract.messages import Outcome
+from trainyard.contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
+from trainyard.contract.spec import JobSpec
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return driver.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
+    return rank_runner.corpus(tmp_path_factory.mktemp("data") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="module")
 def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """A run with everything in it: held-out data, samples, missing trackers, retention, warm-up."""
-    described = driver.spec(
+    described = rank_runner.spec(
         text,
         data={"eval_fraction": 0.2},
         training={"warmup_steps": 3},
@@ -38,8 +47,8 @@ def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         reporting={"log_interval": 4, "sample_prompts": ["the cat", ""], "tensorboard": True, "use_wandb": True},
         resources={"device": "auto"},
     )
-    run = driver.new_run(tmp_path_factory.mktemp("runs") / "finished", described)
-    outcome = driver.run_to_end(run, patch=without_trackers)
+    run = rank_runner.new_run(tmp_path_factory.mktemp("runs") / "finished", described)
+    outcome = rank_runner.run_to_end(run, patch=without_trackers)
     assert outcome == Outcome(outcome="completed", step=24, message="all 24 steps done")
     return run
 
@@ -50,8 +59,8 @@ def without_trackers() -> None:
 
 
 def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
-    started = next(event for event in driver.events(finished) if isinstance(event, Started))
-    weights = torch.load(finished.products(None).out / "pretrain_32.pth", weights_only=True)
+    started = next(event for event in rank_runner.events(finished) if isinstance(event, Started))
+    weights = torch.load(finished.artifacts(None).out / "pretrain_32.pth", weights_only=True)
     unique = {value.data_ptr(): value.numel() for value in weights.values()}
     assert started.parameters == started.active_parameters == sum(unique.values())
     assert (started.start_step, started.steps, started.world_size, started.vocab_size) == (0, 24, 1, 259)
@@ -70,7 +79,7 @@ def test_by_hand_the_resolved_spec_is_kept(finished: RunDir) -> None:
 
 
 def test_metric_lines_are_due_when_they_should_be_and_true(finished: RunDir) -> None:
-    lines = driver.metrics(finished)
+    lines = rank_runner.metrics(finished)
     assert sorted(lines) == [4, 5, 8, 10, 12, 15, 16, 20, 24]
     for step, line in lines.items():
         done = (step - 3) / 21
@@ -94,7 +103,7 @@ def test_metric_lines_are_due_when_they_should_be_and_true(finished: RunDir) -> 
 
 
 def test_events_come_in_order(finished: RunDir) -> None:
-    found = driver.events(finished)
+    found = rank_runner.events(finished)
     phases = [event.phase for event in found if isinstance(event, PhaseChanged)]
     assert phases[:4] == ["loading", "preparing_data", "loading", "training"]
     assert {"evaluating", "saving"} <= set(phases)
@@ -105,29 +114,29 @@ def test_events_come_in_order(finished: RunDir) -> None:
     assert full == [5, 10, 15, 20, 24]
     removed = [(event.step, event.why) for event in found if isinstance(event, CheckpointRemoved)]
     assert removed == [(5, "retention"), (10, "only its weights are kept"), (15, "retention")]
-    assert [step for step, _ in finished.products(None).published()] == [24, 20]
-    assert [step for step, _ in finished.products(None).milestones()] == [10]
-    losses = {step: line.loss for step, line in driver.metrics(finished).items()}
+    assert [step for step, _ in finished.artifacts(None).published()] == [24, 20]
+    assert [step for step, _ in finished.artifacts(None).milestones()] == [10]
+    losses = {step: line.loss for step, line in rank_runner.metrics(finished).items()}
     assert saved[0].loss == losses[5]
     assert finished.attempt(1).progress.read_text().strip() == "24"
 
 
 def test_samples_are_written_at_saves(finished: RunDir) -> None:
-    samples = [event for event in driver.events(finished) if isinstance(event, Sample)]
+    samples = [event for event in rank_runner.events(finished) if isinstance(event, Sample)]
     assert [(sample.step, sample.prompt) for sample in samples[:3]] == [(5, "the cat"), (5, ""), (10, "the cat")]
     assert all(len(sample.text.encode()) <= 200 for sample in samples)
     assert any(sample.text for sample in samples)
 
 
 def test_what_is_missing_or_unasked_is_a_warning(finished: RunDir) -> None:
-    warned = driver.warned(finished)
+    warned = rank_runner.warned(finished)
     assert set(warned) == {"cpu_fallback", "tensorboard_missing", "wandb_missing"}
     assert "pip install tensorboard" in warned["tensorboard_missing"].message
     assert "pip install wandb" in warned["wandb_missing"].message
 
 
 def test_the_weights_are_minimind_s(finished: RunDir) -> None:
-    weights = torch.load(finished.products(None).out / "pretrain_32.pth", weights_only=True)
+    weights = torch.load(finished.artifacts(None).out / "pretrain_32.pth", weights_only=True)
     assert {value.dtype for value in weights.values()} == {torch.float16}
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_norm.weight"} <= set(weights)
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
@@ -140,23 +149,24 @@ def test_a_person_can_read_the_terminal(finished: RunDir) -> None:
 
 
 def test_the_loss_of_an_untrained_model_is_that_of_guessing(text: Path, tmp_path: Path) -> None:
-    described = driver.spec(text, training={"learning_rate": 1e-12, "max_steps": 2}, reporting={"log_interval": 1})
+    described = rank_runner.spec(text, training={"learning_rate": 1e-12, "max_steps": 2}, reporting={"log_interval": 1})
     described["model"] = {"hidden_size": 128, "num_hidden_layers": 2}
-    run = driver.new_run(tmp_path / "run", described)
-    driver.run_to_end(run)
-    for line in driver.metrics(run).values():
+    run = rank_runner.new_run(tmp_path / "run", described)
+    rank_runner.run_to_end(run)
+    for line in rank_runner.metrics(run).values():
         assert line.loss == pytest.approx(math.log(259), rel=0.02)
 
 
 def fail_save(run: RunDir, fail_at: int, code: int) -> None:
     """Make each save of one step fail half way."""
-    from worker import checkpoint, tensorfile
+    from trainyard.worker.checkpoint import files as checkpoint
+    from trainyard.worker.checkpoint import safetensors_writer
 
-    write = tensorfile.write_tensors
+    write = safetensors_writer.write_tensors
 
-    def full(path: Path, tensors: Any) -> tensorfile.Written:
+    def full(path: Path, tensors: Any) -> FileDigest:
         written = write(path, tensors)
-        if f"{fail_at:08d}" in str(path) and path.name == checkpoint.OPTIMIZER:
+        if f"{fail_at:08d}" in str(path) and path.name == OPTIMIZER_FILE:
             raise OSError(code, "No space left on device", str(path))
         return written
 
@@ -164,101 +174,101 @@ def fail_save(run: RunDir, fail_at: int, code: int) -> None:
 
 
 def test_a_failed_save_is_a_warning_and_the_next_one_works(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    assert driver.run_to_end(run, patch=partial(fail_save, run, 16, errno.ENOSPC)).outcome == "completed"
-    warning = driver.warned(run)["save_failed"]
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    assert rank_runner.run_to_end(run, patch=partial(fail_save, run, 16, errno.ENOSPC)).outcome == "completed"
+    warning = rank_runner.warned(run)["save_failed"]
     assert warning.step == 16
     assert "No space left on device" in warning.message
-    assert driver.saves(run) == [8, 24]
-    assert sorted(path.name for path in run.products(None).checkpoints.iterdir()) == ["step-00000008", "step-00000024"]
+    assert rank_runner.saves(run) == [8, 24]
+    assert sorted(path.name for path in run.artifacts(None).checkpoints.iterdir()) == ["step-00000008", "step-00000024"]
 
 
 def test_a_last_save_that_fails_is_no_success(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    failed = driver.run_to_end(run, patch=partial(fail_save, run, 24, errno.EDQUOT))
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    failed = rank_runner.run_to_end(run, patch=partial(fail_save, run, 24, errno.EDQUOT))
     assert (failed.outcome, failed.reason, failed.step) == ("failed", "disk_full", 24)
     assert "checkpoint of step 24" in str(failed.message)
-    assert driver.saves(run) == [8, 16]
-    assert driver.run_to_end(run).outcome == "completed"
-    assert driver.saves(run, 2) == [24]
+    assert rank_runner.saves(run) == [8, 16]
+    assert rank_runner.run_to_end(run).outcome == "completed"
+    assert rank_runner.saves(run, 2) == [24]
 
 
 def poison(*steps: int) -> None:
     """Make the gradient of these data steps not finite."""
-    from worker.feed import Feed
+    from trainyard.worker.data.loader import MicroBatchLoader
 
-    micros = Feed.micros
+    micros = MicroBatchLoader.microbatches
 
-    def poisoned(self: Feed, step: int) -> Any:
+    def poisoned(self: MicroBatchLoader, step: int) -> Any:
         for micro in micros(self, step):
             yield micro if step not in steps else type(micro)(micro.batch, math.nan, micro.rows, micro.tokens)
 
-    mock.patch.object(Feed, "micros", poisoned).start()
+    mock.patch.object(MicroBatchLoader, "microbatches", poisoned).start()
 
 
 def poison_unread(*steps: int) -> None:
     """The same, with steps that are read when something is due, as on CUDA."""
-    from worker.trainee import Trainee
+    from trainyard.worker.training.state import TrainState
 
-    mock.patch.object(Trainee, "may_lag", return_value=True).start()
+    mock.patch.object(TrainState, "defers_metrics", return_value=True).start()
     poison(*steps)
 
 
 @pytest.mark.parametrize("poisoned", [poison, poison_unread])
 def test_fail_applies_nothing_and_names_step_and_rows(poisoned: Any, text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    failed = driver.run_to_end(run, patch=partial(poisoned, 11))
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    failed = rank_runner.run_to_end(run, patch=partial(poisoned, 11))
     assert (failed.outcome, failed.reason, failed.step) == ("failed", "diverged", 10)
     assert "not finite at step 11, over rows " in str(failed.message)
     assert failed.error is not None
     assert "learning_rate" in str(failed.error.hint)
-    assert [step for step, _ in run.products(None).published()] == [8]
-    assert isinstance(driver.events(run)[-1], Finished)
-    resumed = driver.run_to_end(run)
+    assert [step for step, _ in run.artifacts(None).published()] == [8]
+    assert isinstance(rank_runner.events(run)[-1], Finished)
+    resumed = rank_runner.run_to_end(run)
     assert resumed.outcome == "completed"
 
 
 def test_skip_leaves_the_update_out(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"on_nonfinite": "skip"}))
-    assert driver.run_to_end(run, patch=partial(poison, 10, 11)).outcome == "completed"
-    skipped = [e.step for e in driver.events(run) if isinstance(e, Warned) and e.code == "step_skipped"]
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"on_nonfinite": "skip"}))
+    assert rank_runner.run_to_end(run, patch=partial(poison, 10, 11)).outcome == "completed"
+    skipped = [e.step for e in rank_runner.events(run) if isinstance(e, WarningEvent) and e.code == "step_skipped"]
     assert skipped == [10, 11]
-    assert driver.metrics(run)[10].nonfinite
-    assert driver.metrics(run)[10].grad_norm is None
-    assert not driver.metrics(run)[20].nonfinite
+    assert rank_runner.metrics(run)[10].nonfinite
+    assert rank_runner.metrics(run)[10].grad_norm is None
+    assert not rank_runner.metrics(run)[20].nonfinite
 
 
 @pytest.mark.parametrize("poisoned", [poison, poison_unread])
 def test_skip_gives_up_in_the_end(poisoned: Any, text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"on_nonfinite": "skip"}))
-    failed = driver.run_to_end(run, patch=partial(poisoned, *range(9, 25)))
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"on_nonfinite": "skip"}))
+    failed = rank_runner.run_to_end(run, patch=partial(poisoned, *range(9, 25)))
     assert (failed.reason, failed.step) == ("diverged", 18)
     assert "(11 steps skipped, 0 rollbacks)" in str(failed.message)
 
 
 def test_rollback_goes_back_and_around_the_bad_data(text: Path, tmp_path: Path) -> None:
-    described = driver.spec(text, training={"on_nonfinite": "rollback"}, reporting={"log_interval": 1})
-    run = driver.new_run(tmp_path / "run", described)
-    assert driver.run_to_end(run, patch=partial(poison, 3, 11)).outcome == "completed"
-    warnings = [event for event in driver.events(run) if isinstance(event, Warned)]
+    described = rank_runner.spec(text, training={"on_nonfinite": "rollback"}, reporting={"log_interval": 1})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    assert rank_runner.run_to_end(run, patch=partial(poison, 3, 11)).outcome == "completed"
+    warnings = [event for event in rank_runner.events(run) if isinstance(event, WarningEvent)]
     rolled = [(event.step, event.data["to_step"]) for event in warnings if event.code == "rolled_back"]
     # Steps 3 and 8 fail: after the first one, step n takes the data of step n + 3.
     assert rolled == [(3, 0), (8, 0)]
-    steps = [e.step for e in driver.events(run) if isinstance(e, Metric)]
+    steps = [e.step for e in rank_runner.events(run) if isinstance(e, Metric)]
     assert steps == [1, 2, 1, 2, 3, 4, 5, 6, 7, *range(1, 25)]
-    state = json.loads((run.products(None).checkpoint(24) / "state.json").read_bytes())
+    state = json.loads((run.artifacts(None).checkpoint(24) / "state.json").read_bytes())
     assert (state["data_offset"], state["trouble"]["rollbacks"]) == (11, 2)
 
 
 def test_when_steps_are_read_does_not_show_in_what_becomes_of_them(text: Path, tmp_path: Path) -> None:
     ends = []
     for name, poisoned in (("at_once", poison), ("unread", poison_unread)):
-        described = driver.spec(text, training={"on_nonfinite": "rollback"}, reporting={"log_interval": 7})
-        run = driver.new_run(tmp_path / name, described)
+        described = rank_runner.spec(text, training={"on_nonfinite": "rollback"}, reporting={"log_interval": 7})
+        run = rank_runner.new_run(tmp_path / name, described)
         # Both bad steps lie between a line and a save; what is taken behind them must not be applied.
-        assert driver.run_to_end(run, patch=partial(poisoned, 3, 19)).outcome == "completed"
-        files = run.products(None).checkpoint(24)
-        rolled = [e.step for e in driver.events(run) if isinstance(e, Warned) and e.code == "rolled_back"]
+        assert rank_runner.run_to_end(run, patch=partial(poisoned, 3, 19)).outcome == "completed"
+        files = run.artifacts(None).checkpoint(24)
+        rolled = [e.step for e in rank_runner.events(run) if isinstance(e, WarningEvent) and e.code == "rolled_back"]
         weights, state = ((files / file).read_bytes() for file in ("model.safetensors", "state.json"))
         ends.append((rolled, weights, json.loads(state)["trouble"], json.loads(state)["data_offset"]))
     assert len(ends[0][0]) == 2
@@ -266,14 +276,14 @@ def test_when_steps_are_read_does_not_show_in_what_becomes_of_them(text: Path, t
 
 
 def test_rollback_gives_up_after_three(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text, training={"on_nonfinite": "rollback"}))
-    failed = driver.run_to_end(run, patch=partial(poison, *range(2, 100)))
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"on_nonfinite": "rollback"}))
+    failed = rank_runner.run_to_end(run, patch=partial(poison, *range(2, 100)))
     assert (failed.reason, failed.step) == ("diverged", 0)
 
 
 def no_memory() -> None:
     """Fail as torch does on a CPU."""
-    from worker import step
+    from trainyard.worker.training import step
 
     def forward(*_: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 99 bytes")
@@ -282,8 +292,8 @@ def no_memory() -> None:
 
 
 def test_out_of_memory_says_what_to_change(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    failed = driver.run_to_end(run, patch=no_memory)
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    failed = rank_runner.run_to_end(run, patch=no_memory)
     assert failed.reason == "out_of_memory"
     assert "with 4 rows in a micro-batch" in str(failed.message)
     assert failed.error is not None
@@ -292,17 +302,17 @@ def test_out_of_memory_says_what_to_change(text: Path, tmp_path: Path) -> None:
 
 
 def test_an_unforeseen_exception_is_a_crash_and_no_outcome(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    ranks = driver.start(run, patch=bug)
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    ranks = rank_runner.start(run, patch=bug)
     assert ranks.wait() == [1]
     assert not run.attempt(1).outcome.exists()
-    assert not any(isinstance(event, Finished) for event in driver.events(run))
+    assert not any(isinstance(event, Finished) for event in rank_runner.events(run))
     assert "ZeroDivisionError" in ranks.logs()
 
 
 def bug() -> None:
     """Something nobody thought of."""
-    from worker import step
+    from trainyard.worker.training import step
 
     mock.patch.object(step, "forward", side_effect=ZeroDivisionError("nobody thought of it")).start()
 
@@ -319,58 +329,58 @@ def test_data_that_cannot_be_used(content: str | None, reason: str, says: str, t
     data = tmp_path / "corpus.jsonl"
     if content is not None:
         data.write_text(content)
-    run = driver.new_run(tmp_path / "run", driver.spec(data))
-    failed = driver.run_to_end(run)
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(data))
+    failed = rank_runner.run_to_end(run)
     assert (failed.outcome, failed.reason, failed.step) == ("failed", reason, 0)
     assert says in str(failed.message)
-    assert "Traceback" not in driver.start(run).logs()
+    assert "Traceback" not in rank_runner.start(run).logs()
 
 
 def test_a_stop_before_the_first_step_has_nothing_to_save(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", driver.spec(text))
-    stopped = driver.run_to_end(run, patch=partial(stop_while_preparing, run))
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
+    stopped = rank_runner.run_to_end(run, patch=partial(stop_while_preparing, run))
     assert (stopped.outcome, stopped.step, stopped.reason) == ("stopped", 0, "user")
-    assert run.products(None).published() == []
+    assert run.artifacts(None).published() == []
 
 
 def stop_while_preparing(run: RunDir) -> None:
     """Touch the stop file as soon as the data is being read."""
-    from worker import material, tokenizers
+    from trainyard.worker.data import prepare, tokenizers
 
-    load = tokenizers.load
+    load = tokenizers.load_tokenizer
 
     def stopping(path: str) -> Any:
         run.attempt(1).stop.touch()
         return load(path)
 
-    mock.patch.object(material, "load", stopping).start()
+    mock.patch.object(prepare, "load", stopping).start()
 
 
 def test_wrong_usage_names_every_mistake(tmp_path: Path) -> None:
-    run = driver.new_run(tmp_path / "run", {"data": {}, "training": {"epochz": 1, "learning_rate": -1}})
-    ranks = driver.start(run)
+    run = rank_runner.new_run(tmp_path / "run", {"data": {}, "training": {"epochz": 1, "learning_rate": -1}})
+    ranks = rank_runner.start(run)
     assert ranks.wait() == [2]
     for part in ("/data/data_path", "/training/epochz", "/training/learning_rate"):
         assert part in ranks.logs()
 
 
 def test_save_minutes_saves_in_between(text: Path, tmp_path: Path) -> None:
-    run = driver.new_run(
-        tmp_path / "run", driver.spec(text, training={"max_steps": 3}, checkpoint={"save_minutes": 1e-9})
+    run = rank_runner.new_run(
+        tmp_path / "run", rank_runner.spec(text, training={"max_steps": 3}, checkpoint={"save_minutes": 1e-9})
     )
-    driver.run_to_end(run)
-    assert driver.saves(run) == [1, 2, 3]
+    rank_runner.run_to_end(run)
+    assert rank_runner.saves(run) == [1, 2, 3]
 
 
 def test_weights_of_one_run_start_another(finished: RunDir, text: Path, tmp_path: Path) -> None:
     def first_loss(start: str | None, **model: Any) -> float:
         training = {"from_weight": start, "max_steps": 1, "learning_rate": 1e-12}
         place = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
-        described = driver.spec(text, training=training, checkpoint={"save_dir": str(finished.path / "out")})
-        run = driver.new_run(place, described)
-        outcome = driver.run_to_end(run)
+        described = rank_runner.spec(text, training=training, checkpoint={"save_dir": str(finished.path / "out")})
+        run = rank_runner.new_run(place, described)
+        outcome = rank_runner.run_to_end(run)
         assert outcome.outcome == "completed", outcome
-        loss = driver.metrics(run)[1].loss
+        loss = rank_runner.metrics(run)[1].loss
         assert loss is not None
         return loss
 
@@ -382,29 +392,31 @@ def test_weights_of_one_run_start_another(finished: RunDir, text: Path, tmp_path
 
 def test_weights_that_do_not_fit_are_refused_with_every_mismatch(finished: RunDir, text: Path, tmp_path: Path) -> None:
     start = str(finished.path / "out" / "pretrain_32.pth")
-    described = driver.spec(text, training={"from_weight": start}, model={"hidden_size": 48, "num_hidden_layers": 3})
-    failed = driver.run_to_end(driver.new_run(tmp_path / "run", described))
+    described = rank_runner.spec(
+        text, training={"from_weight": start}, model={"hidden_size": 48, "num_hidden_layers": 3}
+    )
+    failed = rank_runner.run_to_end(rank_runner.new_run(tmp_path / "run", described))
     assert failed.reason == "checkpoint_invalid"
     assert "model.embed_tokens.weight is [259, 32] and must be [259, 48]" in str(failed.message)
-    missing = driver.spec(text, training={"from_weight": "nowhere"})
-    failed = driver.run_to_end(driver.new_run(tmp_path / "other", missing))
+    missing = rank_runner.spec(text, training={"from_weight": "nowhere"})
+    failed = rank_runner.run_to_end(rank_runner.new_run(tmp_path / "other", missing))
     assert failed.reason == "spec_invalid"
     assert "nowhere_32.pth" in str(failed.message)
 
 
 def test_from_resume_goes_on_from_an_earlier_job(text: Path, tmp_path: Path) -> None:
-    described = driver.spec(text, checkpoint={"save_dir": str(tmp_path / "out"), "from_resume": True})
-    first = driver.new_run(tmp_path / "first", described)
-    stopped = driver.run_to_end(first, patch=partial(stop_after, first, 1, 13))
+    described = rank_runner.spec(text, checkpoint={"save_dir": str(tmp_path / "out"), "from_resume": True})
+    first = rank_runner.new_run(tmp_path / "first", described)
+    stopped = rank_runner.run_to_end(first, patch=partial(stop_after, first, 1, 13))
     assert stopped.step == 13
-    assert "nothing_to_resume" in driver.warned(first)
-    second = driver.new_run(tmp_path / "second", described)
-    assert driver.run_to_end(second).step == 24
-    started = next(event for event in driver.events(second) if isinstance(event, Started))
+    assert "nothing_to_resume" in rank_runner.warned(first)
+    second = rank_runner.new_run(tmp_path / "second", described)
+    assert rank_runner.run_to_end(second).step == 24
+    started = next(event for event in rank_runner.events(second) if isinstance(event, Started))
     assert started.start_step == 13
     assert started.resumed_from == str(tmp_path / "out" / "first" / "checkpoints" / "step-00000013")
-    third = driver.new_run(tmp_path / "third", {**described, "training": {**described["training"], "seed": 1}})
-    driver.run_to_end(third)
-    message = driver.warned(third)["nothing_to_resume"].message
+    third = rank_runner.new_run(tmp_path / "third", {**described, "training": {**described["training"], "seed": 1}})
+    rank_runner.run_to_end(third)
+    message = rank_runner.warned(third)["nothing_to_resume"].message
     assert "seed is 1 and was 42" in message
-    assert next(event for event in driver.events(third) if isinstance(event, Started)).start_step == 0
+    assert next(event for event in rank_runner.events(third) if isinstance(event, Started)).start_step == 0

@@ -16,21 +16,32 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, Warned
-from contract.identity import Identity
-from contract.rundir import ProductDir
-from contract.spec import JobSpec
-from model.config import ModelConfig
-from tests.worker import driver
-from worker import checkpoint, saving
-from worker.distributed import Ranks
-from worker.failure import Failure
-from worker.meters import Interval, Meters
-from worker.saving import Saver
-from worker.snapshot import Snapshot
-from worker.trainee import Progress, Trainee, build, initial_model
+from tests.worker import rank_runner
+from trainyard.contract.events import (
+    CheckpointRemoved,
+    CheckpointSaved,
+    Event,
+    PhaseChanged,
+    WarningEvent,
+)
+from trainyard.contract.run_identity import RunIdentity
+from trainyard.contract.rundir import ArtifactDir
+from trainyard.contract.spec import JobSpec
+from trainyard.model.config import ModelConfig
+from trainyard.worker.checkpoint import files, saver
+from trainyard.worker.checkpoint.saver import Checkpointer
+from trainyard.worker.checkpoint.staging import StagingBuffers
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import TrainingError
+from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow
+from trainyard.worker.training.state import (
+    TrainProgress,
+    TrainState,
+    build_train_state,
+    initial_model,
+)
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 SHAPE = ModelConfig(
     hidden_size=16,
     num_hidden_layers=1,
@@ -39,7 +50,7 @@ SHAPE = ModelConfig(
     vocab_size=32,
     intermediate_size=16,
 )
-IDENTITY = Identity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
+IDENTITY = RunIdentity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
 
 
 def spec(**checkpointing: Any) -> JobSpec:
@@ -52,17 +63,17 @@ class Bench:
 
     def __init__(self, path: Path, **checkpointing: Any) -> None:
         self.said: list[Event] = []
-        self.products = ProductDir(path)
-        self.meters = Meters(ALONE, Interval(loss_sum=3.0, tokens=2.0), 6.0, has_aux=False)
-        self.trainee: Trainee = build(initial_model(SHAPE, 1, ALONE.device), spec().training, 0.0, ALONE)
-        self.saver = Saver(spec(**checkpointing), self.products, IDENTITY, 8, ALONE, self.said.append)
+        self.products = ArtifactDir(path)
+        self.meters = MetricsProcessor(ALONE, MetricsWindow(loss_sum=3.0, tokens=2.0), 6.0, has_aux=False)
+        self.trainee: TrainState = build_train_state(initial_model(SHAPE, 1, ALONE.device), spec().training, 0.0, ALONE)
+        self.saver = Checkpointer(spec(**checkpointing), self.products, IDENTITY, 8, ALONE, self.said.append)
 
     def begin(self, step: int, *, must: bool = False) -> None:
-        self.saver.save(self.trainee, Progress(step=step, tokens=step), self.meters, must=must)
+        self.saver.save(self.trainee, TrainProgress(step=step, tokens=step), self.meters, must=must)
 
     def save(self, step: int, *, must: bool = False) -> None:
         self.begin(step, must=must)
-        self.saver.settle()
+        self.saver.wait()
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.said if isinstance(event, kind)]
@@ -77,10 +88,10 @@ def test_a_save_publishes_tells_and_prunes(tmp_path: Path) -> None:
     saved = bench.of(CheckpointSaved)[-1]
     assert saved.path == str(bench.products.checkpoint(3))
     assert (saved.sha256, saved.bytes) == (
-        checkpoint.saved_at(3, bench.products.checkpoint(3)).sha256,
+        files.checkpoint_info(3, bench.products.checkpoint(3)).sha256,
         sum(file.stat().st_size for file in bench.products.checkpoint(3).iterdir()),
     )
-    state = checkpoint.read_state(bench.products.checkpoint(3))
+    state = files.read_state(bench.products.checkpoint(3))
     assert (state.step, state.tokens, state.rows_per_step) == (3, 3, 8)
     assert state.interval == [[3.0, 0.0, 2.0, 0.0]]
     assert (bench.products.out / "pretrain_16.pth").is_file()
@@ -96,8 +107,8 @@ def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path)
     assert file.stat().st_mtime_ns == written
     os.truncate(file, 20)
     bench.save(5)
-    assert checkpoint.find_damage(bench.products.checkpoint(5)) is None
-    assert [event.message for event in bench.of(Warned)] == ["checkpoint 5 invalid: model.safetensors size"]
+    assert files.verify(bench.products.checkpoint(5)) is None
+    assert [event.message for event in bench.of(WarningEvent)] == ["checkpoint 5 invalid: model.safetensors size"]
     assert (bench.products.checkpoints / ".invalid-step-00000005").is_dir()
 
 
@@ -106,15 +117,15 @@ class Held:
 
     def __init__(self) -> None:
         self.begun, self.go = threading.Event(), threading.Event()
-        self._publish = checkpoint.publish
+        self._publish = files.write_checkpoint
 
-    def publish(self, *arguments: Any) -> checkpoint.Saved:
+    def publish(self, *arguments: Any) -> files.CheckpointInfo:
         self.begun.set()
         assert self.go.wait(30)
         return self._publish(*arguments)
 
     def __enter__(self) -> "Held":
-        self._patch = mock.patch.object(checkpoint, "publish", self.publish)
+        self._patch = mock.patch.object(files, "write_checkpoint", self.publish)
         self._patch.start()
         return self
 
@@ -123,7 +134,7 @@ class Held:
         self._patch.stop()
 
 
-def train_on(trainee: Trainee) -> None:
+def train_on(trainee: TrainState) -> None:
     """One update, of any kind, in place."""
     for parameter in trainee.model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -136,7 +147,7 @@ def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Pat
     weights = {name: value.clone() for name, value in bench.trainee.model.state_dict().items()}
     moments = {
         name: value.clone()
-        for name, value in checkpoint.optimizer_tensors(bench.trainee.model, bench.trainee.optimizer).items()
+        for name, value in files.optimizer_tensors(bench.trainee.model, bench.trainee.optimizer).items()
     }
     with Held() as held:
         bench.begin(5)
@@ -145,7 +156,7 @@ def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Pat
         for _ in range(3):
             train_on(bench.trainee)
         held.go.set()
-        bench.saver.settle()
+        bench.saver.wait()
     path = bench.products.checkpoint(5)
     saved, saved_moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in saved.items())
@@ -180,74 +191,74 @@ def test_leaving_lets_a_save_come_to_its_end(tmp_path: Path) -> None:
         later.start()
         bench.saver.close()
         later.join()
-    assert checkpoint.find_damage(bench.products.checkpoint(3)) is None
+    assert files.verify(bench.products.checkpoint(3)) is None
 
 
 def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    with mock.patch.object(checkpoint, "publish", side_effect=ZeroDivisionError("nobody thought of it")):
+    with mock.patch.object(files, "write_checkpoint", side_effect=ZeroDivisionError("nobody thought of it")):
         bench.begin(3)
         bench.saver.close()
         with pytest.raises(ZeroDivisionError):
-            bench.saver.settle()
+            bench.saver.wait()
     bench.save(4)
     assert [event.step for event in bench.of(CheckpointSaved)] == [4]
 
 
 def test_without_room_for_a_copy_training_waits_and_the_user_is_told(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    with mock.patch.object(Snapshot, "take", side_effect=RuntimeError("can't allocate memory")):
+    with mock.patch.object(StagingBuffers, "stage", side_effect=RuntimeError("can't allocate memory")):
         bench.begin(3)
-        assert checkpoint.find_damage(bench.products.checkpoint(3)) is None
-    (warning,) = bench.of(Warned)
+        assert files.verify(bench.products.checkpoint(3)) is None
+    (warning,) = bench.of(WarningEvent)
     assert (warning.code, warning.step) == ("save_blocks", 3)
     bench.save(4)
-    assert len(bench.of(Warned)) == 1
+    assert len(bench.of(WarningEvent)) == 1
 
 
 def test_what_was_allocated_of_a_copy_without_room_is_given_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, buffer = Bench(tmp_path), Snapshot._buffer
+    bench, buffer = Bench(tmp_path), StagingBuffers._buffer
     allocated: list[weakref.ref[torch.Tensor]] = []
 
-    def short(self: Snapshot, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def short(self: StagingBuffers, name: str, tensor: torch.Tensor) -> torch.Tensor:
         if len(self._buffers) == 3:
             raise MemoryError("can't allocate memory")
         found = buffer(self, name, tensor)
         allocated.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr(Snapshot, "_buffer", short)
+    monkeypatch.setattr(StagingBuffers, "_buffer", short)
     for step in (3, 4):
         bench.save(step)
     gc.collect()
-    assert [event.step for event in bench.of(Warned)] == [3, 4]
+    assert [event.step for event in bench.of(WarningEvent)] == [3, 4]
     assert [ref() for ref in allocated] == [None] * 6
     assert len(bench.trainee.optimizer._optimizer_step_pre_hooks) == 0
 
 
 def test_a_snapshot_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    snapshot = Snapshot(bench.trainee.model, bench.trainee.optimizer)
-    first = snapshot.take()
+    snapshot = StagingBuffers(bench.trainee.model, bench.trainee.optimizer)
+    first = snapshot.stage()
     snapshot.fill()
     assert first.optimizer == {}
     assert list(first.model) == list(bench.trainee.model.state_dict())
     assert first.model["lm_head.weight"] is first.model["model.embed_tokens.weight"]
     train_on(bench.trainee)
-    second = snapshot.take()
+    second = snapshot.stage()
     snapshot.fill()
     assert {value.data_ptr() for value in second.model.values()} == {v.data_ptr() for v in first.model.values()}
-    assert set(checkpoint.unique_tensors(second.model)) == set(dict(bench.trainee.model.named_parameters()))
+    assert set(files.unique_tensors(second.model)) == set(dict(bench.trainee.model.named_parameters()))
     assert len(second.optimizer) == 3 * len(list(bench.trainee.model.parameters()))
 
 
 def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    snapshot = Snapshot(bench.trainee.model, bench.trainee.optimizer)
+    snapshot = StagingBuffers(bench.trainee.model, bench.trainee.optimizer)
     expected = {name: value.clone() for name, value in bench.trainee.model.state_dict().items()}
-    copies = snapshot.take()
+    copies = snapshot.stage()
     later = threading.Timer(0.05, snapshot.fill)
     later.start()
     train_on(bench.trainee)
@@ -264,13 +275,13 @@ def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> Non
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
     device = torch.device("cuda")
-    ranks = Ranks(0, 1, 0, 1, device)
-    trainee = build(initial_model(SHAPE, 1, device), spec().training, 0.0, ranks)
-    snapshot = Snapshot(trainee.model, trainee.optimizer)
+    ranks = DistributedContext(0, 1, 0, 1, device)
+    trainee = build_train_state(initial_model(SHAPE, 1, device), spec().training, 0.0, ranks)
+    snapshot = StagingBuffers(trainee.model, trainee.optimizer)
     for _ in range(20):
         train_on(trainee)
         expected = {name: value.cpu() for name, value in trainee.model.state_dict().items()}
-        copies = snapshot.take()
+        copies = snapshot.stage()
         train_on(trainee)
         snapshot.fill()
         assert all(value.is_pinned() and torch.equal(value, expected[name]) for name, value in copies.model.items())
@@ -285,24 +296,24 @@ def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
     ],
 )
 def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_path: Path) -> None:
-    bench, real, left = Bench(tmp_path), checkpoint.publish, iter(range(failures))
+    bench, real, left = Bench(tmp_path), files.write_checkpoint, iter(range(failures))
 
-    def publish(*arguments: Any) -> checkpoint.Saved:
+    def publish(*arguments: Any) -> files.CheckpointInfo:
         if next(left, None) is not None:
             raise error
         return real(*arguments)
 
-    with mock.patch.object(checkpoint, "publish", publish), mock.patch.object(saving, "RETRY_SECONDS", 0.0):
+    with mock.patch.object(files, "write_checkpoint", publish), mock.patch.object(saver, "RETRY_SECONDS", 0.0):
         bench.save(4)
     assert len(bench.of(CheckpointSaved)) == 2 - failures
-    messages = [event.message for event in bench.of(Warned)]
+    messages = [event.message for event in bench.of(WarningEvent)]
     assert messages == ([f"checkpoint 4 was not saved: {said}; training goes on"] if failures == 2 else [])
 
 
 def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    out = mock.patch.object(checkpoint, "publish", side_effect=MemoryError)
-    with out, mock.patch.object(saving, "RETRY_SECONDS", 0.0), pytest.raises(Failure) as failed:
+    out = mock.patch.object(files, "write_checkpoint", side_effect=MemoryError)
+    with out, mock.patch.object(saver, "RETRY_SECONDS", 0.0), pytest.raises(TrainingError) as failed:
         bench.save(4, must=True)
     assert failed.value.reason == "host_out_of_memory"
 
@@ -311,8 +322,8 @@ def test_a_save_that_must_not_fail_is_a_failure_with_advice(tmp_path: Path) -> N
     bench = Bench(tmp_path)
     (tmp_path / "checkpoints").write_text("a file where a directory belongs")
     bench.save(4)
-    assert "checkpoint 4 was not saved" in bench.of(Warned)[0].message
-    with pytest.raises(Failure, match="the checkpoint of step 4 could not be written") as failed:
+    assert "checkpoint 4 was not saved" in bench.of(WarningEvent)[0].message
+    with pytest.raises(TrainingError, match="the checkpoint of step 4 could not be written") as failed:
         bench.save(4, must=True)
     assert failed.value.reason == "disk_full"
 
@@ -329,7 +340,7 @@ def kill_in_save(step: int, at_write: int) -> None:
     """SIGKILL to this process at the n-th write of the save of ``step``; the write itself gets half way."""
     writes = iter(range(10**9))
     real = os.write
-    publish = checkpoint.publish
+    publish = files.write_checkpoint
 
     def fatal(descriptor: int, data: Any) -> int:
         if next(writes) == at_write:
@@ -342,31 +353,31 @@ def kill_in_save(step: int, at_write: int) -> None:
             mock.patch.object(os, "write", fatal).start()
         return publish(products, state, *rest)
 
-    mock.patch.object(checkpoint, "publish", watched).start()
+    mock.patch.object(files, "write_checkpoint", watched).start()
 
 
 @pytest.mark.slow
 def test_killed_at_any_byte_of_a_save_it_goes_on_from_the_one_before(tmp_path: Path) -> None:
     seed = 77
     chooser = random.Random(seed)
-    text = driver.corpus(tmp_path / "corpus.jsonl")
-    described = driver.spec(text, training={"max_steps": 6}, checkpoint={"save_interval": 2})
-    untouched = driver.new_run(tmp_path / "untouched", described)
-    driver.run_to_end(untouched)
-    expected = dict(driver.products(untouched))
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    described = rank_runner.spec(text, training={"max_steps": 6}, checkpoint={"save_interval": 2})
+    untouched = rank_runner.new_run(tmp_path / "untouched", described)
+    rank_runner.run_to_end(untouched)
+    expected = dict(rank_runner.products(untouched))
     # About 26 tensors in the model, three times as many in the optimizer, then state and manifest.
     for number, at_write in enumerate(sorted(chooser.sample(range(90), 3))):
         print(f"seed {seed}: killed at write {at_write}")
-        run = driver.new_run(tmp_path / f"run-{number}", described)
-        killed = driver.start(run, patch=partial(kill_in_save, 4, at_write))
+        run = rank_runner.new_run(tmp_path / f"run-{number}", described)
+        killed = rank_runner.start(run, patch=partial(kill_in_save, 4, at_write))
         assert killed.wait() == [-signal.SIGKILL], killed.logs()
-        assert [step for step, _ in run.products(None).published()] == [2]
-        assert any(path.name.startswith(".saving-") for path in run.products(None).checkpoints.iterdir())
-        driver.run_to_end(run)
-        assert driver.events(run, 2)[-1].step == 6  # type: ignore[union-attr]
-        assert sorted(path.name for path in run.products(None).checkpoints.iterdir()) == [
+        assert [step for step, _ in run.artifacts(None).published()] == [2]
+        assert any(path.name.startswith(".saving-") for path in run.artifacts(None).checkpoints.iterdir())
+        rank_runner.run_to_end(run)
+        assert rank_runner.events(run, 2)[-1].step == 6  # type: ignore[union-attr]
+        assert sorted(path.name for path in run.artifacts(None).checkpoints.iterdir()) == [
             "step-00000002",
             "step-00000004",
             "step-00000006",
         ]
-        assert dict(driver.products(run)) == expected
+        assert dict(rank_runner.products(run)) == expected

@@ -2,8 +2,13 @@ import math
 
 import pytest
 
-from contract.spec import JobSpec
-from worker.schedule import Calendar, LearningRate, lr_at, total_steps
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.training.schedule import (
+    LRSchedule,
+    StepIntervals,
+    lr_at,
+    total_steps,
+)
 
 
 def spec(**groups: object) -> JobSpec:
@@ -42,7 +47,7 @@ def test_linear_and_constant() -> None:
 
 def test_the_spec_s_schedule() -> None:
     training = spec(training={"learning_rate": 0.01, "warmup_steps": 4, "min_lr_ratio": 0.5}).training
-    rate = LearningRate.of(training, 20)
+    rate = LRSchedule.of(training, 20)
     assert rate.at(2) == pytest.approx(0.005)
     assert rate.at(20) == pytest.approx(0.005)
     assert rate.at(12) == lr_at(12, 20, 0.01, 0.5, 4)
@@ -54,16 +59,16 @@ def test_total_steps_are_epochs_unless_max_steps_is_given() -> None:
 
 
 def test_calendar_logs_at_the_interval_at_evaluations_and_at_the_end() -> None:
-    calendar = Calendar(steps=25, log_interval=10, save_interval=8, eval_interval=12)
-    assert [step for step in range(1, 26) if calendar.logs(step)] == [10, 12, 20, 24, 25]
-    assert [step for step in range(1, 26) if calendar.saves(step)] == [8, 16, 24, 25]
-    assert [step for step in range(1, 26) if calendar.evaluates(step)] == [12, 24, 25]
+    calendar = StepIntervals(steps=25, log_interval=10, save_interval=8, eval_interval=12)
+    assert [step for step in range(1, 26) if calendar.is_log_step(step)] == [10, 12, 20, 24, 25]
+    assert [step for step in range(1, 26) if calendar.is_save_step(step)] == [8, 16, 24, 25]
+    assert [step for step in range(1, 26) if calendar.is_eval_step(step)] == [12, 24, 25]
 
 
 def test_calendar_evaluates_at_saves_unless_told_otherwise() -> None:
-    by_save = Calendar.of(spec(checkpoint={"save_interval": 5}), 11, evaluates=True)
-    assert [step for step in range(1, 12) if by_save.evaluates(step)] == [5, 10, 11]
-    own = Calendar.of(spec(checkpoint={"save_interval": 5}, reporting={"eval_interval": 4}), 11, evaluates=True)
-    assert [step for step in range(1, 12) if own.evaluates(step)] == [4, 8, 11]
-    never = Calendar.of(spec(), 11, evaluates=False)
-    assert not any(never.evaluates(step) for step in range(1, 12))
+    by_save = StepIntervals.of(spec(checkpoint={"save_interval": 5}), 11, evaluates=True)
+    assert [step for step in range(1, 12) if by_save.is_eval_step(step)] == [5, 10, 11]
+    own = StepIntervals.of(spec(checkpoint={"save_interval": 5}, reporting={"eval_interval": 4}), 11, evaluates=True)
+    assert [step for step in range(1, 12) if own.is_eval_step(step)] == [4, 8, 11]
+    never = StepIntervals.of(spec(), 11, evaluates=False)
+    assert not any(never.is_eval_step(step) for step in range(1, 12))

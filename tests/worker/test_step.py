@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from contract.spec import TrainingSpec
-from model.config import ModelConfig
-from model.decoder import Decoder
-from worker.distributed import Ranks
-from worker.gate import Trouble
-from worker.step import Micro, StepResult, seed_dropout
-from worker.trainee import Trainee, build, initial_model
+from trainyard.contract.spec import TrainingSpec
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.worker.data.microbatch import MicroBatch
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.nonfinite import NonFiniteCounters
+from trainyard.worker.training.state import TrainState, build_train_state, initial_model
+from trainyard.worker.training.step import StepMetrics, seed_dropout
 
 SHAPE = ModelConfig(
     hidden_size=32,
@@ -22,7 +23,7 @@ SHAPE = ModelConfig(
     vocab_size=61,
     intermediate_size=64,
 )
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 CPU = torch.device("cpu")
 
 
@@ -51,22 +52,22 @@ def rows(count: int, seed: int, length: int = 12) -> Rows:
     return Rows(ids[:, :-1], labels, torch.arange(length).expand(count, length))
 
 
-def trainee(shape: ModelConfig = SHAPE, **training: object) -> Trainee:
+def trainee(shape: ModelConfig = SHAPE, **training: object) -> TrainState:
     spec = TrainingSpec.model_validate({"dtype": "float32", **training})
-    return build(initial_model(shape, spec.seed, CPU), spec, shape.router_aux_loss_coef, ALONE)
+    return build_train_state(initial_model(shape, spec.seed, CPU), spec, shape.router_aux_loss_coef, ALONE)
 
 
-def cut(batch: Rows, size: int) -> list[Micro]:
+def cut(batch: Rows, size: int) -> list[MicroBatch]:
     parts = [batch[i : i + size] for i in range(0, len(batch.input_ids), size)]
-    return [Micro(part, 1 / batch.tokens, tokens=part.tokens) for part in parts]
+    return [MicroBatch(part, 1 / batch.tokens, tokens=part.tokens) for part in parts]
 
 
 def unseeded(_: int) -> None:
     """No dropout, nothing to seed."""
 
 
-def run(student: Trainee, batches: list[list[Micro]], rate: float = 1e-2) -> list[StepResult]:
-    return [student.stepper.step(micros, rate, unseeded).read() for micros in batches]
+def run(student: TrainState, batches: list[list[MicroBatch]], rate: float = 1e-2) -> list[StepMetrics]:
+    return [student.train_step.run(micros, rate, unseeded).read() for micros in batches]
 
 
 def test_a_step_is_the_textbook_s() -> None:
@@ -79,7 +80,7 @@ def test_a_step_is_the_textbook_s() -> None:
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        result = ours.stepper.step(cut(batch, 6), 1e-2, unseeded).read()
+        result = ours.train_step.run(cut(batch, 6), 1e-2, unseeded).read()
         assert result.loss_sum / result.tokens == pytest.approx(loss.item(), abs=1e-5)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     for (name, mine), theirs in zip(ours.model.named_parameters(), plain.parameters(), strict=True):
@@ -108,7 +109,7 @@ def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
 def test_clipping_limits_and_zero_only_measures() -> None:
     batch = rows(4, seed=3)
     free, clipped = trainee(grad_clip=0.0), trainee(grad_clip=1e-3)
-    norms = [student.stepper.step(cut(batch, 4), 0.0, unseeded).read().grad_norm for student in (free, clipped)]
+    norms = [student.train_step.run(cut(batch, 4), 0.0, unseeded).read().grad_norm for student in (free, clipped)]
     assert norms[0] == norms[1] > 1e-3
     unclipped = free.optimizer.state[free.model.lm_head.weight]["exp_avg"]
     small = clipped.optimizer.state[clipped.model.lm_head.weight]["exp_avg"]
@@ -129,35 +130,35 @@ def poisoned(batch: Rows, model: Decoder) -> Callable[[], None]:
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
     batch, student = rows(4, seed=5), trainee()
-    student.stepper.step(cut(batch, 4), 1e-2, unseeded)
+    student.train_step.run(cut(batch, 4), 1e-2, unseeded)
     undo = poisoned(batch, student.model)
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
     moments = student.optimizer.state[student.model.lm_head.weight]["exp_avg"].clone()
-    micros = [Micro(batch[i : i + 2], 0.1, rows=(10 * i, 10 * i + 1), tokens=3) for i in (0, 2)]
-    result = student.stepper.step(micros, 1e-2, unseeded).read()
+    micros = [MicroBatch(batch[i : i + 2], 0.1, rows=(10 * i, 10 * i + 1), tokens=3) for i in (0, 2)]
+    result = student.train_step.run(micros, 1e-2, unseeded).read()
     assert not result.finite
     assert not result.applied
     assert math.isnan(result.grad_norm)
-    assert result.suspects == (0, 1, 20, 21)
+    assert result.nonfinite_rows == (0, 1, 20, 21)
     for name, value in student.model.state_dict().items():
         assert torch.equal(value, before[name]) or value.isnan().any(), name
     assert torch.equal(student.optimizer.state[student.model.lm_head.weight]["exp_avg"], moments)
     undo()
-    student.stepper.brake.release(Trouble())
-    assert student.stepper.step(cut(batch, 4), 1e-2, unseeded).read().applied
+    student.train_step.guard.reset(NonFiniteCounters())
+    assert student.train_step.run(cut(batch, 4), 1e-2, unseeded).read().applied
 
 
 def test_fp16_skips_overflows_by_itself_and_learns_a_scale() -> None:
     batch, student = rows(4, seed=6), trainee(dtype="float16")
     student.scaler.load_state_dict({**student.scaler.state_dict(), "scale": 2.0**40})
     before = student.model.lm_head.weight.clone()
-    first = student.stepper.step(cut(batch, 4), 1e-2, unseeded).read()
+    first = student.train_step.run(cut(batch, 4), 1e-2, unseeded).read()
     assert not first.applied
-    assert first.suspects == ()
+    assert first.nonfinite_rows == ()
     assert student.loss_scale() == 2.0**39
     assert torch.equal(student.model.lm_head.weight, before)
     student.scaler.load_state_dict({**student.scaler.state_dict(), "scale": 2.0**10})
-    losses = [student.stepper.step(cut(batch, 4), 1e-2, unseeded).read() for _ in range(30)]
+    losses = [student.train_step.run(cut(batch, 4), 1e-2, unseeded).read() for _ in range(30)]
     assert all(result.applied for result in losses)
     assert losses[-1].loss_sum < 0.5 * losses[0].loss_sum
 
@@ -165,7 +166,7 @@ def test_fp16_skips_overflows_by_itself_and_learns_a_scale() -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_weights_and_moments_stay_float32(dtype: str) -> None:
     student = trainee(dtype=dtype)
-    student.stepper.step(cut(rows(2, seed=7), 2), 1e-3, unseeded)
+    student.train_step.run(cut(rows(2, seed=7), 2), 1e-3, unseeded)
     assert {p.dtype for p in student.model.parameters()} == {torch.float32}
     assert {m["exp_avg"].dtype for m in student.optimizer.state.values()} == {torch.float32}
 
@@ -173,10 +174,12 @@ def test_weights_and_moments_stay_float32(dtype: str) -> None:
 def test_a_batch_without_labels_gives_zero_gradients_for_every_parameter() -> None:
     shape = replace(SHAPE, use_moe=True)
     student, batch = trainee(shape), rows(1, seed=8)
-    student.stepper.warm_up(Micro(Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids), 1.0))
+    student.train_step.warm_up(
+        MicroBatch(Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids), 1.0)
+    )
     assert all(p.grad is None for p in student.model.parameters())
     empty = Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)
-    result = student.stepper.step([Micro(empty, 1.0)], 0.0, unseeded).read()
+    result = student.train_step.run([MicroBatch(empty, 1.0)], 0.0, unseeded).read()
     assert (result.grad_norm, result.loss_sum, result.tokens) == (0.0, 0.0, 0)
     assert len(student.optimizer.state) == len(list(student.model.parameters()))
 

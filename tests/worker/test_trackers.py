@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from contract.events import Event, Metric, Warned
-from contract.rundir import RunDir
-from contract.spec import JobSpec
-from tests.worker import driver
+from tests.worker import rank_runner
 from tests.worker.test_resume import kill_after
-from worker.trackers import TensorBoard, Trackers
+from trainyard.contract.events import Event, Metric, WarningEvent
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.events.trackers import TensorBoard, Trackers
 
 NAMES = ("tensorboard", "wandb")
 WITH = {
@@ -82,7 +82,7 @@ def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     said: list[Event] = []
     trackers = Trackers(wanted(), tmp_path / "job_1", said.append)
-    trackers.begin(2)
+    trackers.start_at(2)
     trackers.log(metric(3))
     assert FakeWriter.told == [
         ("behind", 2),
@@ -97,7 +97,7 @@ def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(FakeWriter, "fails", True)
     for step in (4, 5):
         trackers.log(metric(step))
-    assert [event.code for event in said if isinstance(event, Warned)] == ["tensorboard_failed"]
+    assert [event.code for event in said if isinstance(event, WarningEvent)] == ["tensorboard_failed"]
     assert len(run.logged) == 3
     trackers.close()
     assert run.finished
@@ -114,10 +114,10 @@ def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
 @WITH["tensorboard"]
 def test_going_back_takes_the_points_away_that_were_told_too_early(tmp_path: Path) -> None:
     board = TensorBoard(tmp_path)
-    board.begin(0)
+    board.start_at(0)
     for step in range(1, 7):
         board.log(metric(step, loss=1.0))
-    board.begin(3)
+    board.start_at(3)
     for step in (4, 5):
         board.log(metric(step, loss=2.0, expert_load=[0.2, 0.3, 0.5]))
     found = scalars(tmp_path)
@@ -129,12 +129,12 @@ def test_going_back_takes_the_points_away_that_were_told_too_early(tmp_path: Pat
 
 def killed_and_resumed(path: Path, tracker: dict[str, Any], environment: dict[str, str] | None = None) -> RunDir:
     """24 steps with a line each; killed after the 13th, gone on with from before."""
-    described = driver.spec(driver.corpus(path / "c.jsonl"), reporting={"log_interval": 1, **tracker})
-    run = driver.new_run(path / "run", described)
-    assert driver.start(run, 1, partial(kill_after, 13), environment=environment).wait() == [-signal.SIGKILL]
-    assert driver.run_to_end(run, environment=environment).step == 24
-    assert driver.warned(run, 1) == driver.warned(run, 2) == {}
-    assert min(driver.metrics(run, 2)) <= 9 < max(driver.metrics(run, 1)), "some steps were told twice"
+    described = rank_runner.spec(rank_runner.corpus(path / "c.jsonl"), reporting={"log_interval": 1, **tracker})
+    run = rank_runner.new_run(path / "run", described)
+    assert rank_runner.start(run, 1, partial(kill_after, 13), environment=environment).wait() == [-signal.SIGKILL]
+    assert rank_runner.run_to_end(run, environment=environment).step == 24
+    assert rank_runner.warned(run, 1) == rank_runner.warned(run, 2) == {}
+    assert min(rank_runner.metrics(run, 2)) <= 9 < max(rank_runner.metrics(run, 1)), "some steps were told twice"
     return run
 
 
@@ -143,7 +143,7 @@ def killed_and_resumed(path: Path, tracker: dict[str, Any], environment: dict[st
 def test_tensorboard_reads_each_step_of_a_resumed_run_once(tmp_path: Path) -> None:
     run = killed_and_resumed(tmp_path, {"tensorboard": True})
     assert len(list((run.path / "tensorboard").iterdir())) == 2
-    found, lines = scalars(run.path / "tensorboard"), {**driver.metrics(run, 1), **driver.metrics(run, 2)}
+    found, lines = scalars(run.path / "tensorboard"), {**rank_runner.metrics(run, 1), **rank_runner.metrics(run, 2)}
     measured = {"tokens_per_second", "step_seconds", "data_seconds", "memory_bytes"}
     assert set(found) == {"loss", "learning_rate", "grad_norm", "tokens", "epoch", *measured}
     for tag, points in found.items():
@@ -176,7 +176,7 @@ def test_wandb_keeps_a_run_on_disk_where_nobody_listens(tmp_path: Path) -> None:
     run = killed_and_resumed(tmp_path, {"use_wandb": True}, {"WANDB_MODE": "offline"})
     files = sorted(run.path.glob("wandb/offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == ["run-run.wandb"] * 2, "both attempts are of one run"
-    found, lines = list(rows(files[1])), driver.metrics(run, 2)
+    found, lines = list(rows(files[1])), rank_runner.metrics(run, 2)
     assert [row["_step"] for row in found] == list(lines)
     for tag in ("loss", "learning_rate", "grad_norm", "tokens", "epoch"):
         assert [row[tag] for row in found] == [getattr(line, tag) for line in lines.values()], tag
@@ -188,10 +188,10 @@ def test_wandb_keeps_a_run_on_disk_where_nobody_listens(tmp_path: Path) -> None:
 @pytest.mark.slow
 @WITH["wandb"]
 def test_wandb_without_a_key_is_a_warning(tmp_path: Path) -> None:
-    described = driver.spec(
-        driver.corpus(tmp_path / "c.jsonl"), training={"max_steps": 2}, reporting={"use_wandb": True}
+    described = rank_runner.spec(
+        rank_runner.corpus(tmp_path / "c.jsonl"), training={"max_steps": 2}, reporting={"use_wandb": True}
     )
-    run = driver.new_run(tmp_path / "run", described)
+    run = rank_runner.new_run(tmp_path / "run", described)
     environment = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "HOME": str(tmp_path)}
-    assert driver.run_to_end(run, environment=environment).outcome == "completed"
-    assert "wandb failed" in driver.warned(run)["wandb_failed"].message
+    assert rank_runner.run_to_end(run, environment=environment).outcome == "completed"
+    assert "wandb failed" in rank_runner.warned(run)["wandb_failed"].message

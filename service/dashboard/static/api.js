@@ -1,10 +1,10 @@
-// Calls the public API. The token stands in a header, never in an address, and lives as long as the tab.
-const KEY = "trainyard-token";
+// Client of the public API. The token is sent in a header, never in a URL, and is kept as long as the tab.
+const STORAGE_KEY = "trainyard-token";
 
-/** The service said no: RFC 9457, with `errors` for each field of a bad spec. */
-export class Refused extends Error {
+/** An error response (RFC 9457), with `errors` for each invalid field of a request. */
+export class ApiError extends Error {
   constructor(body, status) {
-    super(body.detail ?? `answered ${status}`);
+    super(body.detail ?? `HTTP status ${status}`);
     this.status = status;
     this.code = body.code ?? "unknown";
     this.errors = body.errors ?? [];
@@ -12,55 +12,55 @@ export class Refused extends Error {
   }
 }
 
-/** Nobody answered, or who did is no service of ours. */
-export class Away extends Error {}
+/** No response, or one from a proxy in front of the service. */
+export class ServiceUnreachable extends Error {}
 
-/** "lost" and "found" as the service goes and comes, "token" where it wants one. */
+/** Events: "offline" and "online" when the connection changes, "unauthorized" when the service requires a token. */
 export const connection = new EventTarget();
-let lost = false;
+let isOffline = false;
 
 export const token = {
-  get: () => sessionStorage.getItem(KEY),
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  get: () => sessionStorage.getItem(STORAGE_KEY),
+  set: (value) => (value ? sessionStorage.setItem(STORAGE_KEY, value) : sessionStorage.removeItem(STORAGE_KEY)),
 };
 
-export function headers(more = {}) {
+export function requestHeaders(more = {}) {
   const given = token.get();
   return { Accept: "application/json", ...(given ? { Authorization: `Bearer ${given}` } : {}), ...more };
 }
 
-/** A raw answer that is not a refusal. */
-export async function fetched(path, options = {}) {
-  let answer;
+/** Returns the response; throws ApiError or ServiceUnreachable. */
+export async function request(path, options = {}) {
+  let response;
   try {
-    answer = await fetch(path, { cache: "no-store", credentials: "omit", ...options, headers: headers(options.headers) });
+    response = await fetch(path, { cache: "no-store", credentials: "omit", ...options, headers: requestHeaders(options.headers) });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    noticed(true);
-    throw new Away("The service does not answer");
+    setOffline(true);
+    throw new ServiceUnreachable("The service does not answer");
   }
-  if (answer.status === 502 || answer.status === 504) {
-    noticed(true);
-    throw new Away("The service does not answer");
+  if (response.status === 502 || response.status === 504) {
+    setOffline(true);
+    throw new ServiceUnreachable("The service does not answer");
   }
-  noticed(false);
-  if (answer.status === 401) connection.dispatchEvent(new Event("token"));
-  if (!answer.ok) throw new Refused(await answer.json().catch(() => ({})), answer.status);
-  return answer;
+  setOffline(false);
+  if (response.status === 401) connection.dispatchEvent(new Event("unauthorized"));
+  if (!response.ok) throw new ApiError(await response.json().catch(() => ({})), response.status);
+  return response;
 }
 
-export const get = async (path, options) => (await fetched(path, options)).json();
+export const get = async (path, options) => (await request(path, options)).json();
 
-/** A change; `body` is JSON. */
-export async function send(method, path, body, more = {}) {
+/** Sends a request with a JSON body and returns the JSON response. */
+export async function sendJson(method, path, body, more = {}) {
   const options = { method, headers: { ...(body === undefined ? {} : { "Content-Type": "application/json" }), ...more } };
   if (body !== undefined) options.body = JSON.stringify(body);
-  const answer = await fetched(path, options);
-  return answer.status === 204 ? null : answer.json();
+  const response = await request(path, options);
+  return response.status === 204 ? null : response.json();
 }
 
-/** A path with a query; what is null is left out, lists repeat their name. */
-export function query(path, given) {
+/** Adds query parameters to a path; empty values are left out, lists repeat the name. */
+export function withQuery(path, given) {
   const parts = new URLSearchParams();
   for (const [name, value] of Object.entries(given)) {
     for (const one of [value].flat()) if (one !== null && one !== undefined && one !== "") parts.append(name, one);
@@ -68,8 +68,8 @@ export function query(path, given) {
   return parts.size ? `${path}?${parts}` : path;
 }
 
-function noticed(gone) {
-  if (gone === lost) return;
-  lost = gone;
-  connection.dispatchEvent(new Event(gone ? "lost" : "found"));
+function setOffline(offline) {
+  if (offline === isOffline) return;
+  isOffline = offline;
+  connection.dispatchEvent(new Event(offline ? "offline" : "online"));
 }

@@ -1,43 +1,43 @@
-// Begins: theme, freshness, pages, and the login where the service wants a token.
+// Entry point: theme, connection state, routes, and the login form if the service requires a token.
 import { connection, token } from "./api.js";
 import { h } from "./dom.js";
-import { watchFreshness } from "./live.js";
-import { compare } from "./pages/compare.js";
-import { job } from "./pages/job.js";
-import { jobs } from "./pages/jobs.js";
-import { submit } from "./pages/submit.js";
-import { system } from "./pages/system.js";
-import { open, page, start } from "./router.js";
-import { setUp } from "./theme.js";
+import { comparePage } from "./pages/compare.js";
+import { jobPage } from "./pages/job.js";
+import { jobsPage } from "./pages/jobs.js";
+import { submitPage } from "./pages/submit.js";
+import { systemPage } from "./pages/system.js";
+import { showConnectionState } from "./polling.js";
+import { addRoute, openPage, startRouter } from "./router.js";
+import { setUpTheme } from "./theme.js";
 
 const NAV = [["/", "Jobs"], ["/compare", "Compare"], ["/system", "System"], ["/submit", "Submit"]];
 
-function login() {
+function showLogin() {
   const main = document.getElementById("main");
   if (main.querySelector("#login")) return;
   const field = h("input", { id: "token", type: "password", autocomplete: "current-password", required: true });
   const enter = (event) => {
     event.preventDefault();
     token.set(field.value.trim());
-    open();
+    openPage();
   };
-  const wrong = token.get() ? h("p", { class: "wrong", id: "token-wrong" }, "That token was not accepted.") : null;
-  const words = h("p", { class: "muted" }, "The service wants a token. It stays in this tab only.");
+  const error = token.get() ? h("p", { class: "error", id: "token-error" }, "That token was not accepted.") : null;
+  const words = h("p", { class: "muted" }, "The service requires a token. It is kept in this tab only.");
   const form = h("form", { id: "login", class: "login", onsubmit: enter }, h("h1", {}, "Token"), words,
-    h("label", { for: "token" }, "Token"), field, wrong, h("button", { class: "primary" }, "Enter"));
+    h("label", { for: "token" }, "Token"), field, error, h("button", { class: "primary" }, "Enter"));
   token.set(null);
   main.replaceChildren(form);
   field.focus();
 }
 
 document.getElementById("nav").append(...NAV.map(([address, name]) => h("a", { href: address }, name)));
-setUp(document.getElementById("theme"));
-watchFreshness();
-connection.addEventListener("token", login);
-page("/", jobs);
-page("/jobs", jobs);
-page("/jobs/:id", job);
-page("/compare", compare);
-page("/system", system);
-page("/submit", submit);
-start();
+setUpTheme(document.getElementById("theme"));
+showConnectionState();
+connection.addEventListener("unauthorized", showLogin);
+addRoute("/", jobsPage);
+addRoute("/jobs", jobsPage);
+addRoute("/jobs/:id", jobPage);
+addRoute("/compare", comparePage);
+addRoute("/system", systemPage);
+addRoute("/submit", submitPage);
+startRouter();

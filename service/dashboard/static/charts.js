@@ -1,233 +1,305 @@
-// Charts by plotly: only `react`, so that a zoom survives every update. The library is loaded at the first chart.
-import { attr, h, list, show, text } from "./dom.js";
-import { endLabels } from "./labels.js";
-import { headroom, logTicks, moment, unshown } from "./series.js";
-import { isDark } from "./theme.js";
-
-export { Board } from "./board.js";
+// Draws charts with plotly. `Plotly.react` is used for every update, because it keeps the zoom. The library is loaded with the first chart.
+import { countNotShown, logTicks, toNumber, yRangeOptions } from "./chart-data.js";
+import { h, markPaint, setAttr, setText, setVisible, updateList } from "./dom.js";
+import { compactNumber, count } from "./format.js";
+import { endLabels } from "./line-labels.js";
+import { getParam, setParam } from "./router.js";
+import { isDark, themeChange } from "./theme.js";
 
 const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
-const TICK = 70; // px that a number below the x axis needs
-let loading = null;
+const PIXELS_PER_TICK = 70; // px that one number below the x axis needs
+let libraryPromise = null;
 
-/** The library, once. Its address stands in the page's head, so that it is asked for after text and tables are there. */
-export function library() {
-  loading ??= new Promise((done, failed) => {
+/** Loads plotly once. Its URL is in a meta tag, not a script tag, so it does not delay text and tables. */
+export function loadLibrary() {
+  libraryPromise ??= new Promise((done, failed) => {
     const address = document.querySelector("meta[name=charts]").content;
-    const script = h("script", { src: address, onload: () => done(window.Plotly), onerror: () => ((loading = null), failed(new Error("charts"))) });
+    const script = h("script", { src: address, onload: () => done(window.Plotly), onerror: () => ((libraryPromise = null), failed(new Error("charts"))) });
     document.head.append(script);
   });
-  return loading;
+  return libraryPromise;
 }
 
-/** Says which charts are seen, or nearly: the others are drawn when they are. */
-const eyes = new IntersectionObserver((found) => {
+/** Only charts in or near the viewport are drawn. */
+const visibility = new IntersectionObserver((found) => {
   for (const { target, isIntersecting, boundingClientRect } of found) {
     target.chart.width = boundingClientRect.width;
-    target.chart.seen(isIntersecting);
+    target.chart.onVisibility(isIntersecting);
   }
 }, { rootMargin: "300px" });
 
 export class Chart {
-  /** `log` is how the y axis begins; `height` in px; `ticks` how plotly writes them. */
-  constructor(name, { log = false, height = 190, write = String, ticks = null } = {}) {
+  /** `log`: whether the y axis starts as logarithmic; `height` in px; `format` writes a value; `ticks`: plotly's tick format. */
+  constructor(name, { log = false, height = 190, format = String, ticks = null } = {}) {
     this.ticks = ticks;
     this.name = name;
     this.log = log;
     this.height = height;
-    this.write = write;
+    this.format = format;
     this.content = null;
     this.plot = h("div", { class: "plot" });
-    this.rule = h("div", { class: "rule", hidden: true });
-    this.box = h("div", { class: "plotbox" }, this.plot, this.rule);
+    this.crosshair = h("div", { class: "crosshair", hidden: true });
+    this.box = h("div", { class: "plotbox" }, this.plot, this.crosshair);
     this.plot.style.height = `${height}px`;
     this.note = h("span", { class: "muted" });
-    this.now = h("strong", { class: "now" });
-    this.switch = h("button", { type: "button", class: "quiet", "aria-pressed": String(log), onclick: () => this.turn() }, "log");
-    this.data = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => this.toggleData() }, "data");
-    this.reset = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.board.setZoom(null) }, "whole run");
-    this.rows = h("div", { class: "scroll values", hidden: true, tabindex: "0" });
-    const head = h("figcaption", {}, h("span", { class: "title" }, name), this.now, h("span", { class: "tools" }, this.reset, this.switch, this.data));
-    this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no point yet` }, head, this.box, this.note, this.rows);
+    this.now = h("strong", { class: "readout" });
+    this.logButton = h("button", { type: "button", class: "quiet", "aria-pressed": String(log), onclick: () => this.toggleLog() }, "log");
+    this.dataButton = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => this.toggleData() }, "data");
+    this.resetButton = h("button", { type: "button", class: "quiet", hidden: true, onclick: () => this.group.setZoom(null) }, "whole run");
+    this.tableBox = h("div", { class: "scroll values", hidden: true, tabindex: "0" });
+    const head = h("figcaption", {}, h("span", { class: "title" }, name), this.now, h("span", { class: "tools" }, this.resetButton, this.logButton, this.dataButton));
+    this.node = h("figure", { class: "chart", role: "group", "aria-label": `${name}, no data yet` }, head, this.box, this.note, this.tableBox);
     this.node.chart = this;
-    this.isSeen = false;
+    this.isVisible = false;
     this.width = 400;
-    eyes.observe(this.node);
+    visibility.observe(this.node);
   }
 
-  seen(wanted) {
-    this.isSeen = wanted;
+  onVisibility(wanted) {
+    this.isVisible = wanted;
     if (wanted && this.isStale) this.draw().catch((error) => console.warn(error));
   }
 
-  /** `{traces, shapes, label, now, note, columns}`; drawn with the next `draw`. */
+  /** Sets `{traces, shapes, label, now, note, columns, values}`, which the next `draw` uses. */
   show(content) {
     this.content = content;
   }
 
-  /** The words at once; the picture now if it is seen, else when it will be. */
+  /** Updates the texts now, and the plot now if it is visible, otherwise when it becomes visible. */
   async draw() {
     if (!this.content) return;
     const { traces, label } = this.content;
     const isEmpty = !traces.some((one) => one.y.some(Number.isFinite));
-    attr(this.node, "aria-label", label);
-    this.tell(this.at ?? null);
-    text(this.note, this.words(isEmpty));
-    show(this.box, !isEmpty);
-    show(this.reset, this.board.zoom);
-    if (!this.rows.hidden) this.fillData();
-    this.isStale = !this.isSeen;
+    setAttr(this.node, "aria-label", label);
+    this.updateReadout(this.at ?? null);
+    setText(this.note, this.noteText(isEmpty));
+    setVisible(this.box, !isEmpty);
+    setVisible(this.resetButton, this.group.zoom);
+    if (!this.tableBox.hidden) this.fillData();
+    this.isStale = !this.isVisible;
     if (this.isStale || isEmpty) return;
-    if (!this.started) text(this.note, "Drawing…");
-    const Plotly = await library().catch((error) => {
-      text(this.note, "The chart library did not come; the values are under “data”.");
+    if (!this.started) setText(this.note, "Drawing…");
+    const Plotly = await loadLibrary().catch((error) => {
+      setText(this.note, "The chart library could not be loaded. The values are under “data”.");
       throw error;
     });
-    if (this.gone) return;
-    text(this.note, this.words(false));
-    const ends = endLabels(traces, { isLog: this.log, height: this.height, width: this.width, ink: inks()[0], ground: inks()[2], zoom: this.board.zoom });
-    const drawn = traces.filter((one) => one.x.length).map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: modeOf(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(positive) : trace.y }));
+    if (this.isClosed) return;
+    setText(this.note, this.noteText(false));
+    const ends = endLabels(traces, { isLog: this.log, height: this.height, width: this.width, ink: themeColors()[0], ground: themeColors()[2], zoom: this.group.zoom });
+    const drawn = traces.filter((one) => one.x.length).map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: traceMode(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(onlyPositive) : trace.y }));
     await Plotly.react(this.plot, drawn, this.layout(ends), this.started ? undefined : CONFIG);
-    if (!this.started) this.listen();
+    if (!this.started) this.addListeners();
     await this.applyZoom();
-    this.putRule();
+    this.updateCrosshair();
   }
 
-  words(isEmpty) {
+  noteText(isEmpty) {
     const { traces, note = "" } = this.content;
     const values = (one) => (one.counted === true ? one.y : one.counted);
-    const lost = this.log ? traces.filter((one) => one.counted).reduce((sum, one) => sum + unshown(values(one)), 0) : 0;
-    const none = this.content.values?.length ? "Not reported by this run so far" : "No point yet";
+    const notShown = this.log ? traces.filter((one) => one.counted).reduce((sum, one) => sum + countNotShown(values(one)), 0) : 0;
+    const none = this.content.values?.length ? "Not reported by this run" : "No data yet";
     const empty = isEmpty ? none : "";
-    return [empty || note, lost ? `${lost} not shown on a log axis` : ""].filter(Boolean).join(" · ");
+    return [empty || note, notShown ? `${notShown} not shown on a log axis` : ""].filter(Boolean).join(" · ");
   }
 
   layout({ room, annotations }) {
-    const [ink, grid] = inks();
+    const [ink, grid] = themeColors();
     const axis = { gridcolor: grid, zeroline: false, linecolor: grid, tickfont: { size: 11 }, automargin: false };
-    const date = this.board.axis === "clock";
+    const date = this.group.axis === "clock";
     return {
-      uirevision: this.board.axis, autosize: true, height: this.height, margin: { l: 52, r: room, t: 6, b: 26 }, showlegend: false, dragmode: "zoom",
+      uirevision: this.group.axis, autosize: true, height: this.height, margin: { l: 52, r: room, t: 6, b: 26 }, showlegend: false, dragmode: "zoom",
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "system-ui, sans-serif", size: 11, color: ink },
       hovermode: "x", hoverdistance: -1, shapes: this.content.shapes ?? [], annotations, separators: ".,",
-      xaxis: { ...axis, autorange: true, type: date ? "date" : "linear", nticks: Math.min(10, Math.max(4, Math.floor(this.width / TICK))), ...(date ? {} : { tickformat: "~s", rangemode: "normal" }) },
-      yaxis: { ...axis, ...(this.log ? logTicks(this.content.traces) : { autorangeoptions: headroom(this.content.traces) }), autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
+      xaxis: { ...axis, autorange: true, type: date ? "date" : "linear", nticks: Math.min(10, Math.max(4, Math.floor(this.width / PIXELS_PER_TICK))), ...(date ? {} : { tickformat: "~s", rangemode: "normal" }) },
+      yaxis: { ...axis, ...(this.log ? logTicks(this.content.traces) : { autorangeoptions: yRangeOptions(this.content.traces) }), autorange: true, type: this.log ? "log" : "linear", nticks: 5, fixedrange: false, tickformat: this.ticks ?? (this.log ? "~g" : "~r") },
     };
   }
 
-  listen() {
+  addListeners() {
     this.started = true;
     this.plot.on("plotly_relayout", (change) => {
-      if (this.moving) return;
+      if (this.isRelayouting) return;
       const from = change["xaxis.range[0]"];
-      if (from !== undefined) this.board.setZoom([from, change["xaxis.range[1]"]], this);
-      else if (change["xaxis.autorange"]) this.board.setZoom(null, this);
+      if (from !== undefined) this.group.setZoom([from, change["xaxis.range[1]"]], this);
+      else if (change["xaxis.autorange"]) this.group.setZoom(null, this);
     });
-    this.plot.on("plotly_doubleclick", () => this.board.setZoom(null));
-    this.plot.on("plotly_hover", (event) => event.points?.[0] && this.board.hover(this.near(event.points[0].x)));
-    // Not plotly's own unhover: it comes with every update too, and what is read under a resting pointer would go.
-    this.plot.addEventListener("pointerleave", () => this.board.hover(null));
+    this.plot.on("plotly_doubleclick", () => this.group.setZoom(null));
+    this.plot.on("plotly_hover", (event) => event.points?.[0] && this.group.hover(this.nearestX(event.points[0].x)));
+    // Not plotly's unhover event: it also fires on every update, and would clear the values under a pointer that does not move.
+    this.plot.addEventListener("pointerleave", () => this.group.hover(null));
   }
 
-  /** The place of the main line that is nearest to x. */
-  near(x) {
+  /** Returns the x value of the main line that is nearest to x. */
+  nearestX(x) {
     const main = this.content.traces.find((one) => one.main);
-    const at = main ? nearest(main, x) : -1;
+    const at = main ? nearestIndex(main, x) : -1;
     return at < 0 ? x : main.x[at];
   }
 
-  /** The pointer is at x, here or in another chart: a rule there, and the values beside the name. */
-  point(x) {
+  /** Shows a crosshair at x and the values there. The pointer may be over another chart. null hides it. */
+  hoverAt(x) {
     this.at = x;
-    this.tell(x);
-    this.putRule();
+    this.updateReadout(x);
+    this.updateCrosshair();
   }
 
-  tell(x) {
+  updateReadout(x) {
     if (!this.content) return;
-    const told = x === null ? [] : this.content.traces.filter((one) => one.main || one.end);
-    const values = told.map((one) => [one.y[nearest(one, x)], one.end]).filter(([y]) => Number.isFinite(y));
-    const words = values.map(([y, name]) => (name && told.length > 1 ? `${name} ${this.write(y)}` : this.write(y))).join("   ");
-    text(this.now, words ? `${words} at ${this.board.place(x)}` : (this.content.now ?? ""));
+    const lines = x === null ? [] : this.content.traces.filter((one) => one.main || one.end);
+    const values = lines.map((one) => [one.y[nearestIndex(one, x)], one.end]).filter(([y]) => Number.isFinite(y));
+    const words = values.map(([y, name]) => (name && lines.length > 1 ? `${name} ${this.format(y)}` : this.format(y))).join("   ");
+    setText(this.now, words ? `${words} at ${this.group.formatX(x)}` : (this.content.now ?? ""));
   }
 
-  putRule() {
+  updateCrosshair() {
     const { xaxis } = this.plot._fullLayout ?? {};
     const place = this.at !== null && this.at !== undefined && xaxis ? xaxis.d2p(this.at) : NaN;
     const inside = place >= 0 && place <= xaxis._length;
-    show(this.rule, inside);
-    if (inside) this.rule.style.left = `${Math.round(xaxis._offset + place)}px`;
+    setVisible(this.crosshair, inside);
+    if (inside) this.crosshair.style.left = `${Math.round(xaxis._offset + place)}px`;
   }
 
   async applyZoom() {
-    show(this.reset, this.board.zoom);
-    if (!this.started || this.gone) return;
-    if (!this.isSeen) {
+    setVisible(this.resetButton, this.group.zoom);
+    if (!this.started || this.isClosed) return;
+    if (!this.isVisible) {
       this.isStale = true;
       return;
     }
-    const { zoom } = this.board;
+    const { zoom } = this.group;
     const shown = this.plot.layout?.xaxis;
     const same = zoom ? shown && !shown.autorange && zoom.every((value, i) => value === shown.range[i]) : shown?.autorange;
     if (same) return;
-    this.moving = true;
+    this.isRelayouting = true;
     const change = zoom ? { "xaxis.range": [...zoom], "xaxis.autorange": false } : { "xaxis.autorange": true, "yaxis.autorange": true };
     await window.Plotly.relayout(this.plot, change);
-    this.moving = false;
-    this.putRule();
+    this.isRelayouting = false;
+    this.updateCrosshair();
   }
 
-  turn() {
+  toggleLog() {
     this.log = !this.log;
-    attr(this.switch, "aria-pressed", String(this.log));
+    setAttr(this.logButton, "aria-pressed", String(this.log));
     this.draw().catch((error) => console.warn(error));
   }
 
   toggleData() {
-    this.rows.hidden = !this.rows.hidden;
-    attr(this.data, "aria-expanded", String(!this.rows.hidden));
-    if (!this.rows.hidden) this.fillData();
+    this.tableBox.hidden = !this.tableBox.hidden;
+    setAttr(this.dataButton, "aria-expanded", String(!this.tableBox.hidden));
+    if (!this.tableBox.hidden) this.fillData();
   }
 
-  /** The newest values as a table. */
+  /** Fills the table with the newest values. */
   fillData() {
     const { columns = [], values = [] } = this.content ?? {};
     if (!this.body) {
       this.body = h("tbody");
       const head = h("thead", {}, h("tr", {}, columns.map((name) => h("th", { scope: "col", class: "num" }, name))));
-      this.rows.append(h("table", {}, h("caption", { class: "unseen" }, `${this.name}, newest first`), head, this.body));
-      attr(this.rows, "aria-label", `${this.name} as a table`);
-      attr(this.rows, "role", "region");
+      this.tableBox.append(h("table", {}, h("caption", { class: "visually-hidden" }, `${this.name}, newest first`), head, this.body));
+      setAttr(this.tableBox, "aria-label", `${this.name} as a table`);
+      setAttr(this.tableBox, "role", "region");
     }
     const newest = values.slice(-200).reverse();
-    list(this.body, newest, (row) => row[0], (row) => h("tr", {}, row.map(() => h("td", { class: "num" }))), (part, row) => row.forEach((value, i) => text(part.children[i], value)));
+    updateList(this.body, newest, (row) => row[0], (row) => h("tr", {}, row.map(() => h("td", { class: "num" }))), (part, row) => row.forEach((value, i) => setText(part.children[i], value)));
   }
 
   close() {
-    this.gone = true;
-    eyes.unobserve(this.node);
+    this.isClosed = true;
+    visibility.unobserve(this.node);
     if (this.started) window.Plotly.purge(this.plot);
   }
 }
 
-/** Of words, of the grid, and of what lies under words that stand among lines. */
-const inks = () => (isDark() ? ["#a3adb8", "#2a3138", "rgba(17,20,24,.8)"] : ["#52606d", "#e6e9ed", "rgba(255,255,255,.8)"]);
+export class ChartGroup {
+  constructor() {
+    this.charts = new Set();
+    this.axis = "step";
+    this.zoom = readZoomParam();
+    this.onZoom = () => {};
+    this.onTheme = () => this.redraw();
+    this.onThemeChange = () => this.onTheme();
+    themeChange.addEventListener("change", this.onThemeChange);
+  }
 
-/** What a log axis can show: of a zero plotly would draw a fall out of the picture. */
-const positive = (y) => (y > 0 ? y : null);
+  add(chart) {
+    chart.group = this;
+    this.charts.add(chart);
+    return chart.node;
+  }
 
-/** A line of one point is a point. */
-const modeOf = ({ y }) => (y.filter(Number.isFinite).length > 1 ? "lines" : "lines+markers");
+  remove(chart) {
+    this.charts.delete(chart);
+    chart.close();
+  }
 
-/** The index of the value that is nearest to x; -1 where there is none. */
-function nearest({ x: xs, y: ys }, x) {
-  const wanted = moment(x);
+  /** Draws the charts one after the other, in page order. A chart drawn for the first time is painted before the next one is drawn. */
+  async redraw() {
+    const number = (this.redrawNumber = (this.redrawNumber ?? 0) + 1);
+    for (const chart of this.charts) {
+      if (number !== this.redrawNumber) return;
+      const isNew = !chart.started;
+      await chart.draw();
+      if (chart.started) markPaint("curve");
+      if (isNew && chart.started) await nextPaint();
+    }
+  }
+
+  /** Sets [from, to] on the x axis, or null for the whole run. It is kept in the URL. */
+  setZoom(zoom, from = null) {
+    this.zoom = zoom;
+    setParam("zoom", zoom ? zoom.map((value) => (typeof value === "number" ? +value.toPrecision(8) : value)).join("..") : null);
+    for (const chart of this.charts) if (chart !== from) chart.applyZoom();
+    this.onZoom();
+  }
+
+  /** Shows the crosshair of all charts at x, or hides it if x is null. */
+  hover(x) {
+    for (const chart of this.charts) chart.hoverAt(x);
+  }
+
+  /** Writes an x value as text. */
+  formatX(x) {
+    if (this.axis === "clock") return new Date(toNumber(x)).toLocaleTimeString();
+    if (this.axis === "active") return `${x.toFixed(2)} h`;
+    return this.axis === "tokens" ? `${compactNumber(x)} tokens` : `step ${count(x)}`;
+  }
+
+  close() {
+    themeChange.removeEventListener("change", this.onThemeChange);
+    for (const chart of this.charts) chart.close();
+  }
+}
+
+/** Resolves after the next frame is painted; after 100 ms in a hidden tab, which has no frames. */
+const nextPaint = () => new Promise((done) => {
+  requestAnimationFrame(() => setTimeout(done));
+  setTimeout(done, 100);
+});
+
+function readZoomParam() {
+  const parts = (getParam("zoom") ?? "").split("..");
+  if (parts.length !== 2 || parts.some((part) => part === "")) return null;
+  return parts.every((part) => Number.isFinite(Number(part))) ? parts.map(Number) : parts;
+}
+
+/** Colors of text, of the grid, and of the background of labels between lines. */
+const themeColors = () => (isDark() ? ["#a3adb8", "#2a3138", "rgba(17,20,24,.8)"] : ["#52606d", "#e6e9ed", "rgba(255,255,255,.8)"]);
+
+/** On a log axis plotly draws a zero as a line that falls out of the plot. */
+const onlyPositive = (y) => (y > 0 ? y : null);
+
+/** A line with a single point needs a marker to be visible. */
+const traceMode = ({ y }) => (y.filter(Number.isFinite).length > 1 ? "lines" : "lines+markers");
+
+/** Returns the index of the finite value nearest to x, or -1 if there is none. */
+function nearestIndex({ x: xs, y: ys }, x) {
+  const wanted = toNumber(x);
   let best = -1;
-  let least = Infinity;
+  let smallest = Infinity;
   xs.forEach((one, i) => {
     if (one === null || !Number.isFinite(ys[i])) return;
-    const apart = Math.abs(moment(one) - wanted);
-    if (apart < least) [best, least] = [i, apart];
+    const apart = Math.abs(toNumber(one) - wanted);
+    if (apart < smallest) [best, smallest] = [i, apart];
   });
   return best;
 }

@@ -1,9 +1,9 @@
-// Makes and changes elements. Text only ever goes in as text: nothing here reads HTML.
+// Creates and updates elements. Text is always set as text: nothing here parses HTML.
 
-/** An element; `props` are attributes, `on*` listeners, `class`, or `hidden`/`disabled` switches. */
+/** Creates an element; `props` are attributes, `on*` listeners, `class`, or boolean attributes such as `hidden`. */
 export function h(tag, props = {}, ...children) {
   const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) set(node, name, value);
+  for (const [name, value] of Object.entries(props)) setProp(node, name, value);
   node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
@@ -15,32 +15,32 @@ export function svg(tag, props = {}, ...children) {
   return node;
 }
 
-function set(node, name, value) {
+function setProp(node, name, value) {
   if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
   else if (typeof value === "boolean") node.toggleAttribute(name, value);
-  else if (value !== null && value !== undefined) attr(node, name, value);
+  else if (value !== null && value !== undefined) setAttr(node, name, value);
 }
 
-/** Sets an attribute only where it differs, so that nothing is drawn again for nothing. */
-export function attr(node, name, value) {
+/** Sets an attribute only if it differs, to avoid needless rendering. */
+export function setAttr(node, name, value) {
   if (value === null || value === undefined) node.removeAttribute(name);
   else if (node.getAttribute(name) !== String(value)) node.setAttribute(name, value);
 }
 
-/** Sets the text only where it differs: a selection in it stays. */
-export function text(node, value) {
+/** Sets the text only if it differs, so that a selection in it is kept. */
+export function setText(node, value) {
   const wanted = value ?? "";
   if (node.textContent !== String(wanted)) node.textContent = wanted;
   return node;
 }
 
-/** Shows or hides. */
-export function show(node, wanted) {
+/** Shows or hides an element. */
+export function setVisible(node, wanted) {
   if (node.hidden === Boolean(wanted)) node.hidden = !wanted;
 }
 
-/** Brings the children of `parent` in line with `items` by key; what stays is changed in place and keeps its focus. */
-export function list(parent, items, key, create, update = () => {}) {
+/** Reconciles the children of `parent` with `items` by key; existing children are updated in place and keep the focus. */
+export function updateList(parent, items, key, create, update = () => {}) {
   const known = (parent.known ??= new Map());
   const wanted = new Set(items.map(key));
   for (const [name, part] of known) {
@@ -60,27 +60,36 @@ export function list(parent, items, key, create, update = () => {}) {
   }
 }
 
-/** A table's head and body; `columns` are [label, class] pairs. */
-export function table(columns, caption) {
+/** Creates a table; `columns` are [label, class] pairs. */
+export function createTable(columns, caption) {
   const body = h("tbody");
   const head = h("tr", {}, columns.map(([label, kind = ""]) => h("th", { scope: "col", class: kind }, label)));
-  const whole = h("table", {}, h("caption", { class: "unseen" }, caption), h("thead", {}, head), body);
+  const whole = h("table", {}, h("caption", { class: "visually-hidden" }, caption), h("thead", {}, head), body);
   return { node: h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption }, whole), body };
 }
 
-/** Says something once, also to those who cannot see the page. */
-export function say(words) {
-  const place = document.getElementById("said");
-  place.textContent = words;
-  clearTimeout(place.timer);
-  place.timer = setTimeout(() => (place.textContent = ""), 6000);
+/** Shows a message for a few seconds, also to screen readers. */
+export function announce(words) {
+  const toast = document.getElementById("toast");
+  toast.textContent = words;
+  clearTimeout(toast.timer);
+  toast.timer = setTimeout(() => (toast.textContent = ""), 6000);
 }
 
-export async function copy(words, what) {
+export async function copyText(words, what) {
   try {
     await navigator.clipboard.writeText(words);
-    say(`${what} copied`);
+    announce(`${what} copied`);
   } catch {
-    say("The browser did not let us copy: select the text instead");
+    announce("The browser blocked copying. Select the text instead.");
   }
+}
+
+const markedNames = new Set();
+
+/** Sets the performance mark `name` once, after the next frame is painted. The benchmark reads it. */
+export function markPaint(name) {
+  if (markedNames.has(name)) return;
+  markedNames.add(name);
+  requestAnimationFrame(() => setTimeout(() => performance.mark(name)));
 }

@@ -1,37 +1,37 @@
-// Numbers, sizes and times for people. Pure.
+// Formats numbers, sizes and times. Pure.
 
 export const NONE = "–";
-const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
-const has = (value) => value !== null && value !== undefined && Number.isFinite(value);
+const integerFormat = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
+const isNumber = (value) => value !== null && value !== undefined && Number.isFinite(value);
 
-export const count = (value) => (has(value) ? whole.format(value) : NONE);
+export const count = (value) => (isNumber(value) ? integerFormat.format(value) : NONE);
 
 /** 1.31 B, 406 M, 118k */
-export function short(value) {
-  if (!has(value)) return NONE;
+export function compactNumber(value) {
+  if (!isNumber(value)) return NONE;
   for (const [size, unit] of [[1e12, " T"], [1e9, " B"], [1e6, " M"], [1e4, "k"]]) {
     if (Math.abs(value) >= size) {
       const scaled = unit === "k" ? value / 1e3 : value / size;
       return `${scaled >= 100 ? scaled.toFixed(0) : scaled >= 10 ? scaled.toFixed(1) : scaled.toFixed(2)}${unit}`;
     }
   }
-  return whole.format(value);
+  return integerFormat.format(value);
 }
 
-export const loss = (value) => (has(value) ? value.toFixed(3) : NONE);
-export const percent = (value) => (has(value) ? `${value.toFixed(value < 10 ? 1 : 0)} %` : NONE);
+export const loss = (value) => (isNumber(value) ? value.toFixed(3) : NONE);
+export const percent = (value) => (isNumber(value) ? `${value.toFixed(value < 10 ? 1 : 0)} %` : NONE);
 
-/** Few digits, whatever the size. */
-export function figure(value) {
-  if (!has(value)) return NONE;
+/** Four significant digits. */
+export function fewDigits(value) {
+  if (!isNumber(value)) return NONE;
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e5) return short(value);
+  if (size >= 1e5) return compactNumber(value);
   return size < 1e-3 ? value.toExponential(2) : Number(value.toPrecision(4)).toString();
 }
 
 export function bytes(value) {
-  if (!has(value)) return NONE;
+  if (!isNumber(value)) return NONE;
   const units = ["B", "kB", "MB", "GB", "TB"];
   let size = value;
   let place = 0;
@@ -44,7 +44,7 @@ export function bytes(value) {
 
 /** 45 s, 3 min, 2 h 10 min, 3 d 4 h */
 export function duration(seconds) {
-  if (!has(seconds)) return NONE;
+  if (!isNumber(seconds)) return NONE;
   const all = Math.max(0, Math.round(seconds));
   if (all < 90) return `${all} s`;
   const minutes = Math.round(all / 60);
@@ -56,11 +56,11 @@ export function duration(seconds) {
 
 export const secondsSince = (at, now = Date.now()) => (at ? (now - Date.parse(at)) / 1000 : null);
 export const ago = (at) => (at ? `${duration(secondsSince(at))} ago` : NONE);
-/** Local, to the second. */
-export const exact = (at) => (at ? new Date(at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" }) : "");
+/** Local date and time, to the second. */
+export const dateTime = (at) => (at ? new Date(at).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" }) : "");
 
-/** Today only the time, else the day too; local. */
-export function clock(at) {
+/** Local time; with the date if it is not today. */
+export function timeOrDateTime(at) {
   if (!at) return NONE;
   const then = new Date(at);
   const time = then.toLocaleTimeString(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit" });

@@ -1,19 +1,19 @@
-// A status is a glyph and a word, never a colour alone.
-import { attr, h, text } from "./dom.js";
+// A status is shown as a glyph and a word, never by color alone.
+import { h, setAttr, setText } from "./dom.js";
 
 const GLYPHS = {
   queued: "…", starting: "▷", running: "▶", pausing: "◫", paused: "❚❚", cancelling: "◫", cancelled: "■",
   interrupted: "↯", succeeded: "✓", failed: "✗",
 };
 export const STATUSES = Object.keys(GLYPHS);
-export const OVER = new Set(["succeeded", "failed", "cancelled"]);
+export const FINAL_STATUSES = new Set(["succeeded", "failed", "cancelled"]);
 
-export function badge() {
+export function statusBadge() {
   return h("span", { class: "status" }, h("span", { class: "glyph", "aria-hidden": "true" }), h("span"));
 }
 
 export function showStatus(node, status) {
-  attr(node, "class", `status ${status}`);
-  text(node.firstChild, GLYPHS[status] ?? "?");
-  text(node.lastChild, status);
+  setAttr(node, "class", `status ${status}`);
+  setText(node.firstChild, GLYPHS[status] ?? "?");
+  setText(node.lastChild, status);
 }

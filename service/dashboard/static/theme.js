@@ -1,22 +1,22 @@
-// Light or dark: as the system has it, until the switch is used.
-const KEY = "trainyard-theme";
-const system = matchMedia("(prefers-color-scheme: dark)");
+// Light or dark theme: the system's, until the user picks one.
+const STORAGE_KEY = "trainyard-theme";
+const systemDark = matchMedia("(prefers-color-scheme: dark)");
 
-export const changed = new EventTarget();
-export const isDark = () => (document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
+export const themeChange = new EventTarget();
+export const isDark = () => (document.documentElement.dataset.theme ?? (systemDark.matches ? "dark" : "light")) === "dark";
 
-export function setUp(button) {
-  const kept = localStorage.getItem(KEY);
+export function setUpTheme(button) {
+  const kept = localStorage.getItem(STORAGE_KEY);
   if (kept === "dark" || kept === "light") document.documentElement.dataset.theme = kept;
   const tell = () => {
     button.textContent = isDark() ? "☀ Light" : "☾ Dark";
-    changed.dispatchEvent(new Event("change"));
+    themeChange.dispatchEvent(new Event("change"));
   };
   button.addEventListener("click", () => {
     document.documentElement.dataset.theme = isDark() ? "light" : "dark";
-    localStorage.setItem(KEY, document.documentElement.dataset.theme);
+    localStorage.setItem(STORAGE_KEY, document.documentElement.dataset.theme);
     tell();
   });
-  system.addEventListener("change", tell);
+  systemDark.addEventListener("change", tell);
   tell();
 }

@@ -33,7 +33,7 @@ srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=1 --w
   bash -c '
   export TRAINYARD_NODE=$SLURM_PROCID TRAINYARD_NODES=$SLURM_STEP_NUM_NODES
   export TRAINYARD_FIRST_NODE=$SLURM_LAUNCH_NODE_IPADDR
-  exec "$@"' agent /opt/trainyard/bin/python -P -m worker.agent /shared/home/runs/job_abc --attempt=3 &
+  exec "$@"' agent /opt/trainyard/bin/python -P -m trainyard.worker.agent /shared/home/runs/job_abc --attempt=3 &
 step=$!
 wait "$step"; code=$?
 while kill -0 "$step" 2>/dev/null; do wait "$step"; code=$?; done

@@ -1,10 +1,10 @@
-// Drafts of specs: each stays in the tab under a name of its own, until it is launched.
-const KEY = "trainyard-draft";
+// Drafts of specs in session storage, one per kind of form, until they are launched.
+const KEY_PREFIX = "trainyard-draft";
 
-/** Of a new job, of one `like` another, or of a `fork` of one. */
-export const draftKey = ({ like = null, fork = null } = {}) => (fork ? `${KEY}-fork-${fork}` : like ? `${KEY}-like-${like}` : KEY);
+/** Key of the draft of a new job, of a job `like` another one, or of a `fork`. */
+export const draftKey = ({ like = null, fork = null } = {}) => (fork ? `${KEY_PREFIX}-fork-${fork}` : like ? `${KEY_PREFIX}-like-${like}` : KEY_PREFIX);
 
-/** Puts a draft where the form will find it. */
-export function keepDraft(whose, value) {
-  sessionStorage.setItem(draftKey(whose), JSON.stringify(value, null, 2));
+/** Stores a draft for the submit page. */
+export function saveDraft(source, value) {
+  sessionStorage.setItem(draftKey(source), JSON.stringify(value, null, 2));
 }

@@ -1,33 +1,33 @@
-// The tabs of a job. Each is made when it is opened, and looks again with every look at the job.
+// The tabs of a job. A tab is created when it is opened, and updated with every poll of the job.
 import { h } from "../dom.js";
-import { clock, count, exact } from "../format.js";
-import { Checkpoints } from "./checkpoints.js";
-import { Config } from "./config.js";
-import { Listing, cell, moved } from "./listing.js";
-import { Logs } from "./logs.js";
-import { Metrics } from "./metrics.js";
-import { Samples } from "./samples.js";
+import { count, dateTime, timeOrDateTime } from "../format.js";
+import { CheckpointsTab } from "./checkpoints-tab.js";
+import { ConfigTab } from "./config-tab.js";
+import { ListTab, cell, changeMark } from "./list-tab.js";
+import { LogsTab } from "./logs-tab.js";
+import { MetricsTab } from "./metrics-tab.js";
+import { SamplesTab } from "./samples-tab.js";
 
-class Overview extends Listing {
+class OverviewTab extends ListTab {
   constructor(place, address) {
     super(place, address, {
-      path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: moved, key: (one) => `${one.id} ${one.ended_at} ${one.started_at}`,
-      columns: [["Attempt"], ["Began by"], ["From step", "num"], ["To step", "num"], ["Devices"], ["Started"], ["Ended"], ["How it ended"]],
+      path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: changeMark, key: (one) => `${one.id} ${one.ended_at} ${one.started_at}`,
+      columns: [["Attempt"], ["Trigger"], ["From step", "num"], ["To step", "num"], ["Devices"], ["Started"], ["Ended"], ["Outcome"]],
       row: (one) => h("tr", {}, cell(String(one.number)), cell(one.trigger), cell(count(one.start_step), "num"), cell(count(one.end_step), "num"), cell(one.devices.join(", ")),
-        cell(clock(one.started_at), "", exact(one.started_at)), cell(clock(one.ended_at), "", exact(one.ended_at)), cell(one.message ?? one.outcome, "whole")),
+        cell(timeOrDateTime(one.started_at), "", dateTime(one.started_at)), cell(timeOrDateTime(one.ended_at), "", dateTime(one.ended_at)), cell(one.message ?? one.outcome, "whole")),
     });
   }
 }
 
-class Events extends Listing {
+class EventsTab extends ListTab {
   constructor(place, address) {
     super(place, address, {
-      path: "/events", caption: "Events, newest first", none: "Nothing has happened yet.", mark: (job) => `${moved(job)} ${job.progress.updated_at}`,
-      columns: [["When"], ["By"], ["What"], ["Message"]],
-      row: (one) => h("tr", {}, cell(clock(one.at), "num", exact(one.at)), cell(one.actor), cell(one.kind), cell(one.message, "whole")),
+      path: "/events", caption: "Events, newest first", none: "No events yet.", mark: (job) => `${changeMark(job)} ${job.progress.updated_at}`,
+      columns: [["When"], ["By"], ["Event"], ["Message"]],
+      row: (one) => h("tr", {}, cell(timeOrDateTime(one.at), "num", dateTime(one.at)), cell(one.actor), cell(one.kind), cell(one.message, "whole")),
     });
     this.newestFirst = true;
   }
 }
 
-export const TABS = { overview: Overview, metrics: Metrics, logs: Logs, checkpoints: Checkpoints, samples: Samples, config: Config, events: Events };
+export const TABS = { overview: OverviewTab, metrics: MetricsTab, logs: LogsTab, checkpoints: CheckpointsTab, samples: SamplesTab, config: ConfigTab, events: EventsTab };

@@ -1,26 +1,26 @@
-// Which jobs are shown: words, statuses and labels, all of them in the address.
-import { attr, h, list } from "../dom.js";
-import { keepAll, keptAll, keep, kept } from "../router.js";
-import { OVER, STATUSES } from "../status.js";
+// Search and filters of the jobs page: text, status and labels, all kept in the URL.
+import { h, setAttr, updateList } from "../dom.js";
+import { getParam, getParams, setParam, setParams } from "../router.js";
+import { FINAL_STATUSES, STATUSES } from "../status.js";
 
-const PAUSE_MS = 250; // Nobody wants an answer to half a word.
+const DEBOUNCE_MS = 250; // Wait until the user stops typing.
 
-/** What is asked of `/jobs`. */
-export function wanted() {
-  const status = kept("status");
-  return { search: kept("search"), status: status === "active" ? STATUSES.filter((one) => !OVER.has(one)) : status, label: keptAll("label").filter((one) => one.includes("=")) };
+/** Returns the query parameters for `/jobs`. */
+export function jobFilter() {
+  const status = getParam("status");
+  return { search: getParam("search"), status: status === "active" ? STATUSES.filter((one) => !FINAL_STATUSES.has(one)) : status, label: getParams("label").filter((one) => one.includes("=")) };
 }
 
-export const isFiltered = () => Boolean(kept("search") || kept("status") || keptAll("label").length);
+export const isFiltered = () => Boolean(getParam("search") || getParam("status") || getParams("label").length);
 
 export class Filters {
-  /** `again` is called when something else is wanted. */
-  constructor(again) {
-    this.again = again;
-    this.search = h("input", { type: "search", id: "search", placeholder: "Part of a name, or an id", value: kept("search") ?? "", oninput: () => this.typed() });
-    const options = [["", "any status"], ["active", "not over"], ...STATUSES.map((name) => [name, name])];
-    this.status = h("select", { id: "status", onchange: () => (keep("status", this.status.value), again()) }, options.map(([value, words]) => h("option", { value }, words)));
-    this.status.value = kept("status") ?? "";
+  /** `onChange` is called after every change of a filter. */
+  constructor(onChange) {
+    this.onChange = onChange;
+    this.search = h("input", { type: "search", id: "search", placeholder: "Part of a name, or an id", value: getParam("search") ?? "", oninput: () => this.onInput() });
+    const options = [["", "any status"], ["active", "not finished"], ...STATUSES.map((name) => [name, name])];
+    this.status = h("select", { id: "status", onchange: () => (setParam("status", this.status.value), onChange()) }, options.map(([value, words]) => h("option", { value }, words)));
+    this.status.value = getParam("status") ?? "";
     this.label = h("input", { id: "label", placeholder: "key=value", size: "14", autocomplete: "off", onchange: () => this.add() });
     this.chosen = h("span", { class: "labels chosen" });
     this.node = h("form", { class: "bar", role: "search", onsubmit: (event) => (event.preventDefault(), this.add()) }, h("label", { for: "search" }, "Search"), this.search,
@@ -28,30 +28,30 @@ export class Filters {
     this.draw();
   }
 
-  typed() {
+  onInput() {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => (keep("search", this.search.value.trim()), this.again()), PAUSE_MS);
+    this.timer = setTimeout(() => (setParam("search", this.search.value.trim()), this.onChange()), DEBOUNCE_MS);
   }
 
-  /** A label more; all of them must hold. */
+  /** Adds a label filter; a job must match all of them. */
   add() {
     const words = this.label.value.trim();
     const broken = words !== "" && !words.includes("=");
-    attr(this.label, "aria-invalid", broken ? "true" : null);
+    setAttr(this.label, "aria-invalid", broken ? "true" : null);
     if (broken || words === "") return;
     this.label.value = "";
-    this.set([...new Set([...keptAll("label"), words])]);
+    this.set([...new Set([...getParams("label"), words])]);
   }
 
   set(labels) {
-    keepAll("label", labels);
+    setParams("label", labels);
     this.draw();
-    this.again();
+    this.onChange();
   }
 
   draw() {
-    const drop = (words) => (this.set(keptAll("label").filter((one) => one !== words)), this.label.focus());
-    list(this.chosen, keptAll("label"), (words) => words, (words) => h("button", { type: "button", class: "label", "aria-label": `Without ${words}`, onclick: () => drop(words) }, words, " ×"));
+    const remove = (words) => (this.set(getParams("label").filter((one) => one !== words)), this.label.focus());
+    updateList(this.chosen, getParams("label"), (words) => words, (words) => h("button", { type: "button", class: "label", "aria-label": `Remove filter ${words}`, onclick: () => remove(words) }, words, " ×"));
   }
 
   close() {

@@ -1,131 +1,131 @@
-// Several jobs over each other; a fork begins with its parent's curve. Only the settings in which they differ.
-import { Refused, get, query } from "../api.js";
-import { Board, Chart } from "../charts.js";
-import { chosenView, controls } from "../controls.js";
-import { attr, h, list, show, text } from "../dom.js";
-import { count, figure, loss, short } from "../format.js";
-import { beat } from "../live.js";
-import { keep, kept } from "../router.js";
-import { DARK, DASHES, LIGHT, described, forked, gaps, line, places, stepsOf } from "../series.js";
-import { differing } from "../settings.js";
+// Curves of several jobs in the same charts, and the settings in which they differ. A fork's curve starts on its parent's.
+import { ApiError, get, withQuery } from "../api.js";
+import { chartControls, chartSettings } from "../chart-controls.js";
+import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, lineWithGaps, rowsAfterPause, splitInherited, stepRange, xValues } from "../chart-data.js";
+import { Chart, ChartGroup } from "../charts.js";
+import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { compactNumber, count, fewDigits, loss } from "../format.js";
+import { poll } from "../polling.js";
+import { getParam, setParam } from "../router.js";
+import { differingSettings } from "../spec-diff.js";
 import { isDark } from "../theme.js";
 
-const MOST = 10;
-// Batches differ, so steps do not compare.
-const USUAL = "tokens";
-const POINTS = 1000;
+const MAX_JOBS = 10;
+// Batch sizes differ, so steps are not comparable.
+const DEFAULT_AXIS = "tokens";
+const MAX_POINTS = 1000;
 const FIELDS = "learning_rate,grad_norm,tokens,tokens_per_second,at";
 const CHARTS = [
-  ["Train loss", "loss_ema", { height: 340, write: loss }],
-  ["Gradient norm", "grad_norm", { height: 170, write: figure, log: true }],
-  ["Tokens/s", "tokens_per_second", { height: 170, write: short, ticks: "~s" }],
-  ["Learning rate", "learning_rate", { height: 170, write: figure }],
+  ["Train loss", "loss_ema", { height: 340, format: loss }],
+  ["Gradient norm", "grad_norm", { height: 170, format: fewDigits, log: true }],
+  ["Tokens/s", "tokens_per_second", { height: 170, format: compactNumber, ticks: "~s" }],
+  ["Learning rate", "learning_rate", { height: 170, format: fewDigits }],
 ];
 
-export const compare = { title: "Compare", open };
+export const comparePage = { title: "Compare", open };
 
 function open(place) {
-  const page = new Page(place);
+  const page = new ComparePage(place);
   return () => page.close();
 }
 
-class Page {
+class ComparePage {
   constructor(place) {
-    this.got = new Map();
-    this.board = new Board();
-    ({ axis: this.board.axis, half: this.half } = chosenView(USUAL));
+    this.loaded = new Map();
+    this.group = new ChartGroup();
+    ({ axis: this.group.axis, half: this.halfLife } = chartSettings(DEFAULT_AXIS));
     this.charts = CHARTS.map(([name, , options]) => new Chart(name, options));
-    this.board.onTheme = () => this.draw();
-    this.board.onZoom = () => this.look.now();
-    const [first, ...small] = this.charts.map((chart) => this.board.add(chart));
-    this.key = h("ul", { class: "key" });
+    this.group.onTheme = () => this.draw();
+    this.group.onZoom = () => this.poller.now();
+    const [first, ...small] = this.charts.map((chart) => this.group.add(chart));
+    this.legend = h("ul", { class: "legend" });
     this.choices = h("div", { class: "choices" });
-    this.hint = h("p", { class: "muted" }, "Choose jobs to lay over each other.");
-    this.gone = h("p", { class: "wrong", role: "status", hidden: true });
-    this.search = h("input", { type: "search", id: "find-job", placeholder: "Part of a name, or an id", autocomplete: "off", oninput: () => this.look.now() });
-    this.table = h("table", {}, h("caption", { class: "unseen" }, "Differing settings"));
+    this.hint = h("p", { class: "muted" }, "Choose jobs to compare.");
+    this.missingNote = h("p", { class: "error", role: "status", hidden: true });
+    this.search = h("input", { type: "search", id: "find-job", placeholder: "Part of a name, or an id", autocomplete: "off", oninput: () => this.poller.now() });
+    this.table = h("table", {}, h("caption", { class: "visually-hidden" }, "Differing settings"));
     this.settings = h("section", { hidden: true }, h("h2", {}, "Settings that differ"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Differing settings" }, this.table));
-    this.drawn = h("div", { hidden: true }, this.key, first, h("div", { class: "small three" }, small));
+    this.drawn = h("div", { hidden: true }, this.legend, first, h("div", { class: "small three" }, small));
     const chooser = h("details", { open: !this.chosen().length }, h("summary", {}, "Jobs"),
-      h("div", { class: "bar" }, h("label", { for: "find-job" }, "Find"), this.search, h("span", { class: "muted" }, `up to ${MOST}`)), this.choices);
-    place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.gone, this.drawn, this.settings);
-    this.look = beat(() => this.load());
+      h("div", { class: "bar" }, h("label", { for: "find-job" }, "Find"), this.search, h("span", { class: "muted" }, `up to ${MAX_JOBS}`)), this.choices);
+    place.append(h("h1", {}, "Compare"), this.controls(), chooser, this.hint, this.missingNote, this.drawn, this.settings);
+    this.poller = poll(() => this.load());
   }
 
   controls() {
     const axis = (chosen) => {
-      this.board.axis = chosen;
-      this.board.hover(null);
-      this.board.setZoom(null);
+      this.group.axis = chosen;
+      this.group.hover(null);
+      this.group.setZoom(null);
       this.draw();
     };
     const half = (chosen) => {
-      this.half = chosen;
-      this.got.clear();
-      this.look.now();
+      this.halfLife = chosen;
+      this.loaded.clear();
+      this.poller.now();
     };
-    return controls({ axis: this.board.axis, half: this.half }, USUAL, axis, half);
+    return chartControls({ axis: this.group.axis, half: this.halfLife }, DEFAULT_AXIS, axis, half);
   }
 
   chosen() {
-    return (kept("jobs") ?? "").split(",").filter(Boolean).slice(0, MOST);
+    return (getParam("jobs") ?? "").split(",").filter(Boolean).slice(0, MAX_JOBS);
   }
 
   choose(id, wanted) {
     const others = this.chosen().filter((one) => one !== id);
-    keep("jobs", (wanted ? [...others, id] : others).join(","));
-    this.look.now();
+    setParam("jobs", (wanted ? [...others, id] : others).join(","));
+    this.poller.now();
   }
 
   async load() {
     const ids = this.chosen();
-    this.jobs = (await get(query("/jobs", { search: this.search.value.trim(), limit: 100 }))).data;
-    await Promise.all(ids.map((id) => this.fetch(id)));
-    this.offer();
-    const missing = ids.filter((id) => !this.got.has(id));
-    show(this.gone, missing.length);
-    text(this.gone, `Not there any more: ${missing.join(", ")}`);
-    for (const id of this.got.keys()) if (!ids.includes(id)) this.got.delete(id);
+    this.jobs = (await get(withQuery("/jobs", { search: this.search.value.trim(), limit: 100 }))).data;
+    await Promise.all(ids.map((id) => this.loadJob(id)));
+    this.drawChoices();
+    const missing = ids.filter((id) => !this.loaded.has(id));
+    setVisible(this.missingNote, missing.length);
+    setText(this.missingNote, `Not found: ${missing.join(", ")}`);
+    for (const id of this.loaded.keys()) if (!ids.includes(id)) this.loaded.delete(id);
     await this.draw();
   }
 
-  /** A job's whole curve, where it has changed, and what is zoomed in to. */
-  async fetch(id) {
+  /** Fetches a job's curve if it has changed, and the zoomed range. */
+  async loadJob(id) {
     const address = `/jobs/${encodeURIComponent(id)}`;
-    const job = this.jobs.find((one) => one.id === id) ?? (await get(address).catch(absent));
+    const job = this.jobs.find((one) => one.id === id) ?? (await get(address).catch(nullIfNotFound));
     if (!job) return;
-    const known = this.got.get(id);
+    const known = this.loaded.get(id);
     const mark = `${job.progress.step} ${job.attempt} ${job.status}`;
     if (known?.mark !== mark) {
-      const [whole, attempts] = await Promise.all([this.rows(job, [null, null]), get(`${address}/attempts`)]);
-      this.got.set(id, { near: known?.near ?? null, mark, job, whole, attempts: attempts.data });
+      const [whole, attempts] = await Promise.all([this.fetchRows(job, [null, null]), get(`${address}/attempts`)]);
+      this.loaded.set(id, { zoomed: known?.zoomed ?? null, mark, job, whole, attempts: attempts.data });
     }
-    await this.focus(this.got.get(id));
+    await this.fetchZoomed(this.loaded.get(id));
   }
 
-  async rows(job, [from, to]) {
-    const wanted = { max_points: POINTS, ema_half_life: this.half, fields: FIELDS, lineage: job.parent ? true : null, after_step: from, until_step: to };
-    return (await get(query(`/jobs/${encodeURIComponent(job.id)}/metrics`, wanted))).data;
+  async fetchRows(job, [from, to]) {
+    const wanted = { max_points: MAX_POINTS, ema_half_life: this.halfLife, fields: FIELDS, lineage: job.parent ? true : null, after_step: from, until_step: to };
+    return (await get(withQuery(`/jobs/${encodeURIComponent(job.id)}/metrics`, wanted))).data;
   }
 
-  /** Finer rows of what is zoomed in to. Those that are there stay until they come. */
-  async focus(one) {
-    const { zoom, axis } = this.board;
+  /** Fetches finer rows for the zoomed range; the previous rows stay until they arrive. */
+  async fetchZoomed(one) {
+    const { zoom, axis } = this.group;
     const wanted = JSON.stringify([zoom, axis, one.mark]);
-    if (one.focused === wanted) return;
-    const [from, to] = stepsOf(zoom, axis, one.whole, one.attempts);
-    const near = from === null ? null : await this.rows(one.job, [from, to]);
-    Object.assign(one, { near, focused: wanted });
+    if (one.zoomedFor === wanted) return;
+    const [from, to] = stepRange(zoom, axis, one.whole, one.attempts);
+    const zoomed = from === null ? null : await this.fetchRows(one.job, [from, to]);
+    Object.assign(one, { zoomed, zoomedFor: wanted });
   }
 
-  offer() {
+  drawChoices() {
     const ids = this.chosen();
-    const chosen = ids.map((id) => this.got.get(id)?.job).filter(Boolean);
+    const chosen = ids.map((id) => this.loaded.get(id)?.job).filter(Boolean);
     const some = [...chosen, ...this.jobs.filter((job) => !ids.includes(job.id) && job.progress.step > 0)];
-    list(this.choices, some, (job) => job.id, (job) => this.choice(job), (part, job) => {
+    updateList(this.choices, some, (job) => job.id, (job) => this.choice(job), (part, job) => {
       part.box.checked = ids.includes(job.id);
-      part.box.disabled = !part.box.checked && ids.length >= MOST;
-      text(part.name, `${job.name}  ${job.id}  ${job.status}  step ${count(job.progress.step)}`);
+      part.box.disabled = !part.box.checked && ids.length >= MAX_JOBS;
+      setText(part.name, `${job.name}  ${job.id}  ${job.status}  step ${count(job.progress.step)}`);
     });
   }
 
@@ -136,64 +136,64 @@ class Page {
   }
 
   async draw() {
-    const found = this.chosen().map((id) => this.got.get(id)).filter(Boolean);
-    show(this.hint, !found.length);
-    show(this.drawn, found.length);
-    this.drawKey(found);
+    const found = this.chosen().map((id) => this.loaded.get(id)).filter(Boolean);
+    setVisible(this.hint, !found.length);
+    setVisible(this.drawn, found.length);
+    this.drawLegend(found);
     this.drawSettings(found);
     if (!found.length) return;
     this.charts.forEach((chart, i) => chart.show(this.content(CHARTS[i], found)));
-    await this.board.redraw();
+    await this.group.redraw();
   }
 
   style(i) {
-    const colours = isDark() ? DARK : LIGHT;
-    // The colours come again, with other dashes.
-    const round = Math.floor(i / colours.length);
-    return { color: colours[i % colours.length], dash: DASHES[(i + round) % DASHES.length] };
+    const colors = isDark() ? DARK_COLORS : LIGHT_COLORS;
+    // After the last color, repeat the colors with other dashes.
+    const round = Math.floor(i / colors.length);
+    return { color: colors[i % colors.length], dash: DASHES[(i + round) % DASHES.length] };
   }
 
-  content([name, field, { write }], found) {
+  content([name, field, { format }], found) {
     const traces = found.flatMap((one, i) => this.lines(one, i, field, found));
-    const label = `${described(name, rowsOf(found[0]), (row) => row[field] ?? null, write)}, ${found.length} ${found.length === 1 ? "job" : "jobs"}`;
-    return { traces, values: tableOf(found, field, write), columns: ["step", ...found.map((one) => one.job.name)], label, note: "" };
+    const label = `${chartLabel(name, visibleRows(found[0]), (row) => row[field] ?? null, format)}, ${found.length} ${found.length === 1 ? "job" : "jobs"}`;
+    return { traces, values: tableRows(found, field, format), columns: ["step", ...found.map((one) => one.job.name)], label, note: "" };
   }
 
-  /** A job's line; a fork's begins at its parent's, or with what it inherited from those that are not shown, thin. */
+  /** The traces of a job. A fork starts on its parent's line; what it inherited from jobs that are not shown is a thin dotted line. */
   lines(one, i, field, found) {
     const { job, attempts } = one;
-    const { axis } = this.board;
+    const { axis } = this.group;
     const style = this.style(i);
-    const drawn = (uid, part, more) => ({ uid, ...line(places(part, axis, attempts), part.map((row) => row[field] ?? null), gaps(part, axis, attempts)), ...more });
-    const [inherited, whole] = forked(rowsOf(one), job.id);
-    // Its attempts say nothing of the time that its ancestors took.
+    const drawn = (uid, part, more) => ({ uid, ...lineWithGaps(xValues(part, axis, attempts), part.map((row) => row[field] ?? null), rowsAfterPause(part, axis, attempts)), ...more });
+    const [inherited, whole] = splitInherited(visibleRows(one), job.id);
+    // Attempts of the fork do not cover the time of its ancestors.
     const joins = axis === "step" || axis === "tokens";
     const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
     const mine = drawn(job.id, own, { line: { width: 1.8, ...style }, main: i === 0, end: job.name, counted: true });
     if (!joins || !inherited.length) return [mine];
     const shown = new Set(found.map((one) => one.job.id));
     const alone = inherited.filter((row) => !shown.has(row.job_id));
-    const meeting = drawn(`${job.id}-joint`, own.slice(0, 1), { mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
+    const joinMarker = drawn(`${job.id}-joint`, own.slice(0, 1), { mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
     const before = drawn(`${job.id}-before`, alone, { line: { width: 1, color: style.color, dash: "dot" } });
-    return alone.length ? [before, meeting, mine] : [meeting, mine];
+    return alone.length ? [before, joinMarker, mine] : [joinMarker, mine];
   }
 
-  drawKey(found) {
-    list(this.key, found.map((one, i) => [one, i]), ([one]) => one.job.id, () => h("li", {}, h("span", { class: "swatch", "aria-hidden": "true" }), h("a"), h("span", { class: "muted" })), (part, [one, i]) => {
+  drawLegend(found) {
+    updateList(this.legend, found.map((one, i) => [one, i]), ([one]) => one.job.id, () => h("li", {}, h("span", { class: "swatch", "aria-hidden": "true" }), h("a"), h("span", { class: "muted" })), (part, [one, i]) => {
       const { color, dash } = this.style(i);
       part.firstChild.style.borderTopColor = color;
       part.firstChild.style.borderTopStyle = dash === "solid" ? "solid" : dash === "dot" ? "dotted" : "dashed";
-      attr(part.children[1], "href", `/jobs/${one.job.id}`);
-      text(part.children[1], one.job.name);
+      setAttr(part.children[1], "href", `/jobs/${one.job.id}`);
+      setText(part.children[1], one.job.name);
       const from = one.job.parent?.step ? `, ○ forked at step ${count(one.job.parent.step)}` : "";
-      text(part.lastChild, `${one.job.status}, step ${count(one.job.progress.step)}, loss ${loss(one.job.progress.loss)}${from}`);
+      setText(part.lastChild, `${one.job.status}, step ${count(one.job.progress.step)}, loss ${loss(one.job.progress.loss)}${from}`);
     });
   }
 
   drawSettings(found) {
-    // The name stands in the head already.
-    const rows = found.length > 1 ? differing(found.map((one) => one.job.spec)).filter(([name]) => name !== "name") : [];
-    show(this.settings, rows.length);
+    // The names are in the table head.
+    const rows = found.length > 1 ? differingSettings(found.map((one) => one.job.spec)).filter(([name]) => name !== "name") : [];
+    setVisible(this.settings, rows.length);
     const mark = JSON.stringify([found.map((one) => one.job.id), rows]);
     if (mark === this.settingsMark) return;
     this.settingsMark = mark;
@@ -203,23 +203,23 @@ class Page {
   }
 
   close() {
-    this.look();
-    this.board.close();
+    this.poller();
+    this.group.close();
   }
 }
 
-/** What is drawn of a job: the part that is zoomed in to, once it is here. */
-const rowsOf = ({ near, whole }) => near ?? whole;
+/** The rows to draw: the zoomed range if it is loaded. */
+const visibleRows = ({ zoomed, whole }) => zoomed ?? whole;
 
-/** A row for each step that any of them has, a column for each job. */
-function tableOf(found, field, write) {
-  const known = found.map((one) => new Map(rowsOf(one).map((row) => [row.step, row[field] ?? null])));
+/** One row per step that any job has, one column per job. */
+function tableRows(found, field, format) {
+  const known = found.map((one) => new Map(visibleRows(one).map((row) => [row.step, row[field] ?? null])));
   const steps = [...new Set(known.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b);
-  return steps.map((step) => [count(step), ...known.map((one) => write(one.get(step)))]);
+  return steps.map((step) => [count(step), ...known.map((one) => format(one.get(step)))]);
 }
 
-/** Nothing for a job that was deleted; other refusals go on. */
-function absent(error) {
-  if (error instanceof Refused && error.status === 404) return null;
+/** For `catch`: null if the job was deleted; throws other errors. */
+function nullIfNotFound(error) {
+  if (error instanceof ApiError && error.status === 404) return null;
   throw error;
 }

@@ -1,88 +1,87 @@
-// One job: what it is, how it goes, what may be done; curves above, the rest in tabs.
-import { Refused, get } from "../api.js";
-import { attr, h, list, show, text } from "../dom.js";
+// The job page: status, actions, charts, key facts and tabs.
+import { ApiError, get } from "../api.js";
+import { h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { dateTime } from "../format.js";
 import { Actions } from "../job/actions.js";
-import { Ahead } from "../job/ahead.js";
-import { Curves } from "../job/curves.js";
 import { Details } from "../job/details.js";
-import { FailureCard } from "../job/failure.js";
-import { Facts } from "../job/facts.js";
+import { FailureCard } from "../job/failure-card.js";
+import { JobCharts } from "../job/job-charts.js";
+import { JobsAhead } from "../job/jobs-ahead.js";
+import { KeyFacts } from "../job/key-facts.js";
 import { Lineage } from "../job/lineage.js";
 import { TABS } from "../job/tabs.js";
-import { exact } from "../format.js";
-import { beat, freshNow } from "../live.js";
-import { mark } from "../marks.js";
-import { keep, kept } from "../router.js";
-import { OVER, badge, showStatus } from "../status.js";
-import { follow } from "../stream.js";
+import { markUpdated, poll } from "../polling.js";
+import { getParam, setParam } from "../router.js";
+import { openEventStream } from "../sse.js";
+import { FINAL_STATUSES, showStatus, statusBadge } from "../status.js";
 
-export const job = { title: "Job", open };
+export const jobPage = { title: "Job", open };
 
 function open(place, { id }) {
-  const page = new Page(place, id);
+  const page = new JobPage(place, id);
   return () => page.close();
 }
 
-class Page {
+class JobPage {
   constructor(place, id) {
     this.id = id;
     this.address = `/jobs/${encodeURIComponent(id)}`;
     this.name = h("h1", {}, id);
-    this.status = badge();
+    this.status = statusBadge();
     this.sentence = h("p", { class: "sentence" });
-    this.failure = new FailureCard((job) => this.draw(job));
+    this.failureCard = new FailureCard((job) => this.draw(job));
     this.alerts = h("ul", { class: "alerts" });
     this.actions = new Actions(this.address, (job) => this.draw(job));
-    this.facts = new Facts();
-    this.curves = new Curves(this.address);
+    this.keyFacts = new KeyFacts();
+    this.jobCharts = new JobCharts(this.address);
     this.details = new Details(this.address, (job) => this.draw(job));
     this.lineage = new Lineage(id);
-    this.ahead = new Ahead();
-    place.append(h("div", { class: "head" }, h("div", { class: "who" }, this.name, this.status, h("code", { class: "muted" }, id)), this.actions.node),
-      this.details.node, this.sentence, this.ahead.node, this.lineage.node, this.failure.node, this.alerts, this.curves.bar,
-      h("div", { class: "front" }, this.curves.loss, this.facts.node), this.curves.small, this.tabs());
-    this.look = beat(() => this.load());
-    this.curves.begin();
-    this.seen = () => this.listen();
-    document.addEventListener("visibilitychange", this.seen);
+    this.jobsAhead = new JobsAhead();
+    place.append(h("div", { class: "head" }, h("div", { class: "job-title" }, this.name, this.status, h("code", { class: "muted" }, id)), this.actions.node),
+      this.details.node, this.sentence, this.jobsAhead.node, this.lineage.node, this.failureCard.node, this.alerts, this.jobCharts.bar,
+      h("div", { class: "main-chart" }, this.jobCharts.loss, this.keyFacts.node), this.jobCharts.small, this.tabs());
+    this.poller = poll(() => this.load());
+    this.jobCharts.prefetch();
+    this.onVisibility = () => this.updateStream();
+    document.addEventListener("visibilitychange", this.onVisibility);
   }
 
   tabs() {
     this.panel = h("div", { role: "tabpanel", id: "panel", tabindex: "0", class: "panel" });
-    this.strip = h("div", { role: "tablist", class: "tabs", "aria-label": "About this job" });
+    this.tabList = h("div", { role: "tablist", class: "tabs", "aria-label": "About this job" });
     for (const name of Object.keys(TABS)) {
-      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.turn(name) }, name);
-      tab.addEventListener("keydown", (event) => this.arrow(event, name));
-      this.strip.append(tab);
+      const tab = h("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": "panel", onclick: () => this.selectTab(name) }, name);
+      tab.addEventListener("keydown", (event) => this.onTabKey(event, name));
+      this.tabList.append(tab);
     }
-    return h("section", {}, this.strip, this.panel);
+    return h("section", {}, this.tabList, this.panel);
   }
 
-  arrow(event, name) {
+  onTabKey(event, name) {
     const names = Object.keys(TABS);
     const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     if (!by) return;
     const next = names[(names.indexOf(name) + by + names.length) % names.length];
-    this.turn(next);
+    this.selectTab(next);
     document.getElementById(`tab-${next}`).focus();
   }
 
-  turn(name) {
-    keep("tab", name === "overview" ? null : name);
+  selectTab(name) {
+    setParam("tab", name === "overview" ? null : name);
     this.openTab();
   }
 
   openTab() {
-    const name = kept("tab") in TABS ? kept("tab") : "overview";
-    for (const tab of this.strip.children) {
+    const name = getParam("tab") in TABS ? getParam("tab") : "overview";
+    for (const tab of this.tabList.children) {
       const chosen = tab.id === `tab-${name}`;
-      attr(tab, "aria-selected", String(chosen));
-      attr(tab, "tabindex", chosen ? "0" : "-1");
+      setAttr(tab, "aria-selected", String(chosen));
+      setAttr(tab, "tabindex", chosen ? "0" : "-1");
     }
     if (this.tab?.kind !== name) {
       this.tab?.part.close?.();
       this.panel.replaceChildren();
-      attr(this.panel, "aria-labelledby", `tab-${name}`);
+      setAttr(this.panel, "aria-labelledby", `tab-${name}`);
       this.tab = { kind: name, part: new TABS[name](this.panel, this.address, this) };
     }
     this.tab.part.update(this.job);
@@ -92,58 +91,58 @@ class Page {
     try {
       this.draw(await get(this.address));
     } catch (error) {
-      if (error instanceof Refused && error.status === 404) {
-        text(this.sentence, "There is no such job.");
-        this.look?.();
+      if (error instanceof ApiError && error.status === 404) {
+        setText(this.sentence, "Job not found.");
+        this.poller?.();
       }
       throw error;
     }
-    await Promise.all([this.curves.update(this.job), this.lineage.update(this.job), this.ahead.update(this.job)]);
-    this.listen();
+    await Promise.all([this.jobCharts.update(this.job), this.lineage.update(this.job), this.jobsAhead.update(this.job)]);
+    this.updateStream();
   }
 
   draw(found) {
     this.job = found;
     document.title = `${found.name} · Trainyard`;
-    text(this.name, found.name);
+    setText(this.name, found.name);
     showStatus(this.status, found.status);
-    // The hint stands in the card, beside what helps.
-    text(this.sentence, found.error?.hint ? found.summary.replace(found.error.hint, "").trim() : found.summary);
-    this.failure.update(found);
-    list(this.alerts, found.alerts, (one) => `${one.code} ${one.at}`, () => h("li"), (part, one) => {
-      text(part, one.message);
-      attr(part, "title", exact(one.at));
+    // The failure card shows the hint.
+    setText(this.sentence, found.error?.hint ? found.summary.replace(found.error.hint, "").trim() : found.summary);
+    this.failureCard.update(found);
+    updateList(this.alerts, found.alerts, (one) => `${one.code} ${one.at}`, () => h("li"), (part, one) => {
+      setText(part, one.message);
+      setAttr(part, "title", dateTime(one.at));
     });
-    mark("text");
+    markPaint("text");
     this.actions.update(found);
     this.details.update(found);
-    this.facts.update(found);
+    this.keyFacts.update(found);
     this.openTab();
   }
 
-  /** The one stream: closed while the tab is hidden, and when nothing more will come. */
-  listen() {
-    const wanted = !document.hidden && this.job && !OVER.has(this.job.status);
-    if (wanted && !this.stream) this.stream = follow(`${this.address}/metrics/stream?after_step=${this.job.progress.step}`, (kind, data) => this.heard(kind, data));
+  /** Opens the metric stream, or closes it while the tab is hidden or after the job has ended. */
+  updateStream() {
+    const wanted = !document.hidden && this.job && !FINAL_STATUSES.has(this.job.status);
+    if (wanted && !this.stream) this.stream = openEventStream(`${this.address}/metrics/stream?after_step=${this.job.progress.step}`, (kind, data) => this.onStreamEvent(kind, data));
     if (!wanted && this.stream) {
       this.stream();
       this.stream = null;
     }
   }
 
-  heard(kind, data) {
-    freshNow();
+  onStreamEvent(kind, data) {
+    markUpdated();
     if (kind === "metric") {
-      this.facts.point(data);
-      this.curves.stale();
-    } else this.look.now();
+      this.keyFacts.updatePoint(data);
+      this.jobCharts.scheduleRefetch();
+    } else this.poller.now();
   }
 
   close() {
-    document.removeEventListener("visibilitychange", this.seen);
-    this.look();
+    document.removeEventListener("visibilitychange", this.onVisibility);
+    this.poller();
     this.stream?.();
     this.tab?.part.close?.();
-    this.curves.close();
+    this.jobCharts.close();
   }
 }

@@ -1,84 +1,84 @@
-// A new job: from the defaults, like another job, or as a fork of one. Planned first, then launched.
-import { Refused, get, query, send } from "../api.js";
-import { attr, h, say, show, text } from "../dom.js";
+// The submit page: a new job from the defaults, like another job, or as a fork. It is planned before it is launched.
+import { ApiError, get, sendJson, withQuery } from "../api.js";
+import { announce, h, setAttr, setText, setVisible } from "../dom.js";
 import { draftKey } from "../form/drafts.js";
-import { Editor } from "../form/editor.js";
-import { SpecForm } from "../form/form.js";
-import { PlanView } from "../form/plan.js";
-import { merged } from "../form/values.js";
+import { PlanView } from "../form/plan-view.js";
+import { fetchSchemas } from "../form/schema.js";
+import { SpecEditor } from "../form/spec-editor.js";
+import { SpecForm } from "../form/spec-form.js";
+import { mergeSpecs } from "../form/values.js";
 import { count } from "../format.js";
-import { untilDone } from "../live.js";
-import { schemas } from "../openapi.js";
-import { go, keep, kept } from "../router.js";
+import { retryUntilReachable } from "../polling.js";
+import { getParam, navigate, setParam } from "../router.js";
 
 const EXAMPLE = { name: "pretrain", data: { data_path: "" } };
-const DATA = { keep: "go on as the parent would: the same samples in the same steps", restart: "begin data and schedule anew, with the weights" };
+const DATA_CHOICES = { keep: "continue data and schedule as the parent: the same samples in the same steps", restart: "restart data and schedule, keep the weights" };
 
-export const submit = { title: "Submit", open };
+export const submitPage = { title: "Submit", open };
 
 function open(place) {
-  const state = { gone: false };
-  place.append(h("h1", {}, kept("fork") ? "Fork" : "Submit"), h("p", { class: "muted" }, "The form is made from the service's schema…"));
-  untilDone(async () => build(place, await load()), () => state.gone);
-  return () => (state.gone = true);
+  const state = { isClosed: false };
+  place.append(h("h1", {}, getParam("fork") ? "Fork" : "Submit"), h("p", { class: "muted" }, "Loading the form…"));
+  retryUntilReachable(async () => buildPage(place, await load()), () => state.isClosed);
+  return () => (state.isClosed = true);
 }
 
-/** What the page is made of: the schemas, and the job that is forked or followed. */
+/** Fetches the schemas, and the job to fork or to copy. */
 async function load() {
-  const id = kept("fork") ?? kept("like");
-  const found = { schemas: await schemas(), job: null, steps: [], fork: kept("fork") !== null };
+  const id = getParam("fork") ?? getParam("like");
+  const found = { schemas: await fetchSchemas(), job: null, steps: [], fork: getParam("fork") !== null };
   if (id === null) return found;
   try {
     found.job = await get(`/jobs/${encodeURIComponent(id)}`);
-    if (found.fork) found.steps = await steps(id);
+    if (found.fork) found.steps = await fullCheckpointSteps(id);
   } catch (error) {
-    if (!(error instanceof Refused) || error.status !== 404) throw error;
+    if (!(error instanceof ApiError) || error.status !== 404) throw error;
     found.missing = id;
   }
   return found;
 }
 
-async function steps(id) {
-  const { data } = await get(query(`/jobs/${encodeURIComponent(id)}/checkpoints`, { limit: 100 }));
+async function fullCheckpointSteps(id) {
+  const { data } = await get(withQuery(`/jobs/${encodeURIComponent(id)}/checkpoints`, { limit: 100 }));
   return data.filter((one) => one.kind === "full").map((one) => one.step);
 }
 
-function build(place, found) {
+function buildPage(place, found) {
   place.replaceChildren();
-  if (found.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no job ${found.missing}. `, h("a", { href: "/submit" }, "A new one")));
-  else if (found.job && found.fork) new Fork(place, found);
-  else new Submission(place, found);
+  if (found.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no job ${found.missing}. `, h("a", { href: "/submit" }, "Submit a new job")));
+  else if (found.job && found.fork) new ForkForm(place, found);
+  else new SubmitForm(place, found);
 }
 
-/** A new job. What differs in a fork stands in methods of their own. */
-class Submission {
+/** Form of a new job. `ForkForm` overrides what differs for a fork. */
+class SubmitForm {
   constructor(place, found) {
     Object.assign(this, found);
-    this.form = new SpecForm(found.schemas, this.base(), this.whose(), () => (this.editor.follow(), this.changed()));
-    this.editor = new Editor(this.form, this.words(), () => this.changed());
-    this.plan = new PlanView("Plan it to see size, memory, time, and what to know before. Nothing is stored before you submit.");
-    this.wrong = h("p", { class: "wrong", role: "alert", hidden: true });
-    this.look = h("button", { type: "submit" }, "Plan");
-    this.launch = h("button", { type: "button", class: "primary", onclick: () => this.press(true) }, this.verb());
-    this.many = h("p", { class: "muted" });
-    const anew = h("button", { type: "button", class: "quiet", onclick: () => this.start(this.first()) }, "Start over");
-    const side = h("div", { class: "side" }, h("div", { class: "bar" }, this.look, this.launch, anew), this.many, this.wrong, this.plan.node);
+    this.form = new SpecForm(found.schemas, this.base(), this.baseName(), () => (this.editor.updateJson(), this.changed()));
+    this.editor = new SpecEditor(this.form, this.jsonLabel(), () => this.changed());
+    this.plan = new PlanView("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit.");
+    this.error = h("p", { class: "error", role: "alert", hidden: true });
+    this.planButton = h("button", { type: "submit" }, "Plan");
+    this.launchButton = h("button", { type: "button", class: "primary", onclick: () => this.press(true) }, this.verb());
+    this.changeCount = h("p", { class: "muted" });
+    const startOver = h("button", { type: "button", class: "quiet", onclick: () => this.start(this.initialDraft()) }, "Start over");
+    const side = h("div", { class: "side" }, h("div", { class: "bar" }, this.planButton, this.launchButton, startOver), this.changeCount, this.error, this.plan.node);
     place.append(h("h1", {}, ...this.title()), h("form", { class: "submit", novalidate: true, onsubmit: (event) => (event.preventDefault(), this.press(false)) },
-      h("div", { class: "what" }, this.extra(), this.editor.node), side));
-    const kept_ = sessionStorage.getItem(this.draftKey());
-    this.start(kept_ ?? this.first());
+      h("div", { class: "what" }, this.forkControls(), this.editor.node), side));
+    const storedDraft = sessionStorage.getItem(this.draftKey());
+    this.start(storedDraft ?? this.initialDraft());
   }
 
   base() {
     return null;
   }
 
-  whose() {
+  baseName() {
     return "default";
   }
 
-  words() {
-    return "Job spec, JSON; what is left out is as by default";
+  jsonLabel() {
+    return "Job spec as JSON; settings that are left out have their default";
   }
 
   verb() {
@@ -89,7 +89,7 @@ class Submission {
     return this.job ? ["Submit a job like ", h("a", { href: `/jobs/${this.job.id}` }, this.job.name)] : ["Submit"];
   }
 
-  extra() {
+  forkControls() {
     return null;
   }
 
@@ -97,107 +97,107 @@ class Submission {
     return draftKey({ like: this.job?.id });
   }
 
-  first() {
+  initialDraft() {
     if (!this.job) return JSON.stringify(EXAMPLE, null, 2);
-    this.form.fill(this.job.spec);
+    this.form.setSpec(this.job.spec);
     return JSON.stringify(this.form.value, null, 2);
   }
 
-  /** What is sent where, for a plan and for a launch. */
+  /** Returns path and body of the request that plans or launches. */
   request(spec, launching) {
     return [launching ? "/jobs" : "/jobs/plan", spec];
   }
 
   start(draft) {
     this.editor.draft = draft;
-    this.editor.refuse([]);
+    this.editor.showErrors([]);
     this.plan.show(null);
     this.changed();
   }
 
-  /** One key a draft: a second press of the button after a lost answer is the same job. */
+  /** One idempotency key per draft: pressing again after a lost response does not create a second job. */
   changed() {
     sessionStorage.setItem(this.draftKey(), this.editor.draft);
-    this.key = crypto.randomUUID();
+    this.idempotencyKey = crypto.randomUUID();
     this.planned = null;
     this.plan.stale(true);
-    text(this.launch, this.verb());
-    const many = this.form.changed.length;
-    text(this.many, many ? `${count(many)} ${many === 1 ? "setting differs" : "settings differ"} from ${this.job && this.fork ? "the parent's" : "the defaults"}.` : "");
+    setText(this.launchButton, this.verb());
+    const total = this.form.changed.length;
+    setText(this.changeCount, total ? `${count(total)} ${total === 1 ? "setting differs" : "settings differ"} from ${this.job && this.fork ? "the parent's" : "the defaults"}.` : "");
   }
 
-  /** Plans; a launch goes on from there at once where the plan has no warning that was not seen. */
+  /** Plans, and then launches if requested and the plan has no warning that the user has not seen. */
   async press(launching) {
     const spec = this.editor.read();
     if (!spec || this.busy) return;
     this.busy = true;
-    for (const button of [this.look, this.launch]) attr(button, "aria-disabled", "true");
+    for (const button of [this.planButton, this.launchButton]) setAttr(button, "aria-disabled", "true");
     try {
       const seen = this.planned !== null;
-      if (!launching || !seen) await this.lookAhead(spec);
+      if (!launching || !seen) await this.fetchPlan(spec);
       if (launching && (seen || !this.planned.warnings.length)) await this.send(spec);
-      else this.asks(launching);
+      else this.askToConfirm(launching);
     } catch (error) {
-      this.refused(error);
+      this.handleError(error);
     } finally {
       this.busy = false;
-      for (const button of [this.look, this.launch]) attr(button, "aria-disabled", null);
+      for (const button of [this.planButton, this.launchButton]) setAttr(button, "aria-disabled", null);
     }
   }
 
-  async lookAhead(spec) {
-    const plan = await send("POST", ...this.request(spec, false));
-    this.editor.refuse([]);
-    this.tell("");
+  async fetchPlan(spec) {
+    const plan = await sendJson("POST", ...this.request(spec, false));
+    this.editor.showErrors([]);
+    this.showError("");
     this.plan.show(plan);
     this.planned = plan;
   }
 
-  asks(launching) {
-    const many = this.planned.warnings.length;
-    if (many) text(this.launch, `${this.verb()} in spite of ${many === 1 ? "the warning" : `${many} warnings`}`);
-    if (launching && many) this.plan.node.focus();
-    say(many ? `Planned, with ${many} ${many === 1 ? "warning" : "warnings"}` : "Planned, without a warning");
+  askToConfirm(launching) {
+    const total = this.planned.warnings.length;
+    if (total) setText(this.launchButton, `${this.verb()} despite ${total === 1 ? "the warning" : `${total} warnings`}`);
+    if (launching && total) this.plan.node.focus();
+    announce(total ? `Planned with ${total} ${total === 1 ? "warning" : "warnings"}` : "Planned without warnings");
   }
 
   async send(spec) {
-    const job = await send("POST", ...this.request(spec, true), { "Idempotency-Key": this.key });
+    const job = await sendJson("POST", ...this.request(spec, true), { "Idempotency-Key": this.idempotencyKey });
     sessionStorage.removeItem(this.draftKey());
-    say(`${job.name}: ${job.status}`);
-    go(`/jobs/${job.id}`);
+    announce(`${job.name}: ${job.status}`);
+    navigate(`/jobs/${job.id}`);
   }
 
-  refused(error) {
-    const errors = error instanceof Refused ? error.errors.map((one) => this.placed(one)) : [];
+  handleError(error) {
+    const errors = error instanceof ApiError ? error.errors.map((one) => this.toFormPointer(one)) : [];
     this.plan.show(null);
-    this.tell(errors.length ? `${errors.length === 1 ? "One setting is" : `${errors.length} settings are`} not right yet.` : error.message);
-    this.editor.refuse(errors);
+    this.showError(errors.length ? `${errors.length === 1 ? "One setting is" : `${errors.length} settings are`} not valid.` : error.message);
+    this.editor.showErrors(errors);
   }
 
-  placed(error) {
+  toFormPointer(error) {
     return error;
   }
 
-  tell(words) {
-    show(this.wrong, words);
-    text(this.wrong, words);
+  showError(words) {
+    setVisible(this.error, words);
+    setText(this.error, words);
   }
 }
 
-/** A new job from a checkpoint of another one: only what it is to have otherwise. */
-class Fork extends Submission {
+/** Form of a fork: only overrides of the parent's spec. */
+class ForkForm extends SubmitForm {
   base() {
     const { spec } = this.job;
-    // As the service makes it: a fork begins at the checkpoint, and has a name of its own.
-    return merged(spec, { name: `${spec.name}-fork-${this.step()}`, training: { from_weight: null }, checkpoint: { from_resume: false } });
+    // The same as the service does: a fork starts at the checkpoint and has its own name.
+    return mergeSpecs(spec, { name: `${spec.name}-fork-${this.step()}`, training: { from_weight: null }, checkpoint: { from_resume: false } });
   }
 
-  whose() {
+  baseName() {
     return "parent's";
   }
 
-  words() {
-    return "Overrides, JSON; what is left out is as in the parent";
+  jsonLabel() {
+    return "Overrides as JSON; settings that are left out are the parent's";
   }
 
   verb() {
@@ -212,27 +212,27 @@ class Fork extends Submission {
     return draftKey({ fork: this.job.id });
   }
 
-  first() {
+  initialDraft() {
     return "{}";
   }
 
   step() {
-    const wanted = Number(kept("step") ?? NaN);
+    const wanted = Number(getParam("step") ?? NaN);
     return this.steps.includes(wanted) ? wanted : (this.steps[0] ?? null);
   }
 
-  extra() {
-    const step = h("select", { id: "fork-step", onchange: () => (keep("step", step.value), location.reload()) }, this.steps.map((one) => h("option", { value: one }, count(one))));
+  forkControls() {
+    const step = h("select", { id: "fork-step", onchange: () => (setParam("step", step.value), location.reload()) }, this.steps.map((one) => h("option", { value: one }, count(one))));
     step.value = this.step() ?? "";
-    this.data = h("select", { id: "fork-data", onchange: () => this.changed() }, Object.entries(DATA).map(([value, words]) => h("option", { value }, words)));
-    return h("div", { class: "bar from" }, h("label", { for: "fork-step" }, "From the checkpoint of step"), step, h("label", { for: "fork-data" }, "and"), this.data);
+    this.dataSelect = h("select", { id: "fork-data", onchange: () => this.changed() }, Object.entries(DATA_CHOICES).map(([value, words]) => h("option", { value }, words)));
+    return h("div", { class: "bar from" }, h("label", { for: "fork-step" }, "From the checkpoint at step"), step, h("label", { for: "fork-data" }, "and"), this.dataSelect);
   }
 
   request(spec, launching) {
-    return [`/jobs/${this.job.id}/fork${launching ? "" : "/plan"}`, { step: this.step(), data: this.data.value, overrides: spec }];
+    return [`/jobs/${this.job.id}/fork${launching ? "" : "/plan"}`, { step: this.step(), data: this.dataSelect.value, overrides: spec }];
   }
 
-  placed({ pointer, message }) {
+  toFormPointer({ pointer, message }) {
     return { pointer: pointer.replace(/^\/overrides(?=\/)/, ""), message };
   }
 }

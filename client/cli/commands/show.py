@@ -1,0 +1,215 @@
+"""The subcommands that read: list, show, metrics, events, checkpoints, attempts, samples, devices, version."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version as installed_version
+from itertools import chain, islice
+from types import SimpleNamespace
+from typing import Any
+
+from trainyard.client.api import Client
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.formatting import (
+    UNKNOWN,
+    ago,
+    count,
+    duration,
+    fixed,
+    one_line,
+    scientific,
+    size,
+    status_word,
+    table,
+)
+from trainyard.client.cli.watch.job_page import job_page
+from trainyard.client.errors import ServiceUnreachable
+from trainyard.client.exit_codes import Exit
+
+CELL = 60
+Row = Sequence[str]
+
+
+def connect(args: SimpleNamespace) -> Client:
+    """The service that the options name."""
+    return Client(args.url, args.token)
+
+
+def list_jobs(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard list`."""
+    now = datetime.now(UTC)
+    with connect(args) as trainyard:
+        filters = {"status": args.status, "labels": args.label, "name": args.name}
+        jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
+    shown = jobs[: args.limit]
+    if args.json:
+        console.json({"object": "list", "data": shown, "has_more": len(jobs) > len(shown)})
+        return Exit.SUCCEEDED
+    if not shown:
+        console.error("no jobs; launch one:  trainyard submit --data_path corpus.jsonl")
+        return Exit.SUCCEEDED
+    header = ("ID", "NAME", "STATUS", "STEP", "LOSS", "ETA", "CREATED")
+    console.lines(table(header, [_job_row(job, now) for job in shown], right=frozenset({3, 4})))
+    if len(jobs) > len(shown):
+        console.error(f"more: trainyard list --limit {10 * args.limit}")
+    return Exit.SUCCEEDED
+
+
+def _job_row(job: Any, now: datetime) -> Row:
+    progress = job.get("progress") or {}
+    step = f"{count(progress.get('step'))} / {count(progress.get('steps'))}" if progress.get("step") is not None else ""
+    loss = fixed(progress.get("loss")) if progress.get("loss") is not None else ""
+    eta = duration(progress["eta_seconds"]) if progress.get("eta_seconds") and job["status"] == "running" else ""
+    name = one_line(job["name"], 30)
+    return (job["id"], name, status_word(job["status"]), step, loss, eta, ago(job.get("created_at"), now))
+
+
+def show(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard show`."""
+    with connect(args) as trainyard:
+        job = trainyard.find(args.job)
+    if args.json:
+        console.json(job)
+    else:
+        console.lines(job_page(job, datetime.now(UTC)))
+    return Exit.SUCCEEDED
+
+
+def metrics(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard metrics`. The points are printed as they come, so that a long curve takes no memory."""
+    with connect(args) as trainyard:
+        job_id = trainyard.find(args.job)["id"]
+        points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
+        if args.json:
+            console.json({"object": "list", "data": list(points), "has_more": False})
+        elif args.csv:
+            _print_csv(points, console)
+        else:
+            _print_points(points, console)
+    return Exit.SUCCEEDED
+
+
+def _print_csv(points: Iterable[Any], console: Console) -> None:
+    source = iter(points)
+    first = next(source, None)
+    if first is None:
+        return
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(first), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for point in chain([first], source):
+        writer.writerow(point)
+        console.data(buffer.getvalue().rstrip("\n"))
+        buffer.seek(0)
+        buffer.truncate()
+
+
+def _print_points(points: Iterable[Any], console: Console) -> None:
+    form = "{:>10}  {:>9}  {:>10}  {:>9}  {:>11}  {:>9}"
+    console.data(form.format("STEP", "LOSS", "LR", "GRAD NORM", "TOKENS/S", "EVAL LOSS"))
+    for point in points:
+        cells = (
+            count(point["step"]),
+            "not finite" if point.get("nonfinite") and point.get("loss") is None else fixed(point.get("loss"), 4),
+            scientific(point.get("learning_rate")),
+            fixed(point.get("grad_norm")),
+            count(point.get("tokens_per_second")),
+            "" if point.get("eval_loss") is None else fixed(point["eval_loss"], 4),
+        )
+        console.data(form.format(*cells).rstrip())
+
+
+def events(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard events`."""
+    return rows(args, console, Client.events, ("AT", "KIND", "WHAT"), _event_row)
+
+
+def _event_row(event: Any) -> Row:
+    by = "" if event.get("actor") in (None, "") else f"  (by {event['actor']})"
+    return (str(event.get("at", UNKNOWN)), str(event.get("kind")), one_line(f"{event.get('message')}{by}", 200))
+
+
+def attempts(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard attempts`."""
+    return rows(
+        args,
+        console,
+        Client.attempts,
+        ("ATTEMPT", "WHY", "FROM STEP", "TO STEP", "BEGAN", "ENDED", "HOW"),
+        _attempt_row,
+    )
+
+
+def _attempt_row(found: Any) -> Row:
+    how = ": ".join(str(found[key]) for key in ("outcome", "message") if found.get(key))
+    steps = (count(found.get("start_step")), count(found.get("end_step")))
+    times = (str(found.get("created_at") or UNKNOWN), str(found.get("ended_at") or UNKNOWN))
+    return (str(found["number"]), str(found.get("trigger")), *steps, *times, one_line(how, 160))
+
+
+def samples(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard samples`."""
+    with connect(args) as trainyard:
+        found = trainyard.samples(trainyard.find(args.job)["id"])
+    if args.json:
+        console.json({"object": "list", "data": found, "has_more": False})
+    for sample in [] if args.json else found:
+        console.data(f"step {count(sample['step'])}  {sample['prompt']!r}")
+        console.data("  " + str(sample["text"]).replace("\n", "\n  "))
+    return Exit.SUCCEEDED
+
+
+def devices(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard devices`."""
+    with connect(args) as trainyard:
+        found = trainyard.devices()
+    return _print_rows(args, console, found, ("DEVICE", "WHAT", "MEMORY", "LEASED TO"), _device_row)
+
+
+def _device_row(found: Any) -> Row:
+    name = one_line(str(found.get("model") or found.get("kind")), CELL)
+    strangers = ", ".join(map(str, found.get("processes") or []))
+    lease = str(found.get("job_id") or ("free" if not strangers else f"nobody, but used by process {strangers}"))
+    return (str(found["id"]), name, size(found.get("memory_bytes")), lease)
+
+
+def version(args: SimpleNamespace, console: Console) -> int:
+    """`trainyard version`: its own is always known, the service's where one answers."""
+    own = installed_version("trainyard")
+    with connect(args) as trainyard:
+        try:
+            there: Any = trainyard.version()
+        except ServiceUnreachable as error:
+            there = None
+            console.error(str(error))
+    if args.json:
+        console.json({"client": own, "service": there})
+        return Exit.SUCCEEDED
+    console.data(f"client {own}")
+    if there:
+        console.data(f"service {there.get('version')} at {trainyard.url}")
+    return Exit.SUCCEEDED
+
+
+def rows(
+    args: SimpleNamespace,
+    console: Console,
+    read: Callable[[Client, str], Iterable[Any]],
+    header: Row,
+    row: Callable[[Any], Row],
+) -> int:
+    """Print what ``read`` finds of the job that the options name."""
+    with connect(args) as trainyard:
+        found = list(islice(read(trainyard, trainyard.find(args.job)["id"]), None))
+    return _print_rows(args, console, found, header, row)
+
+
+def _print_rows(
+    args: SimpleNamespace, console: Console, found: list[Any], header: Row, row: Callable[[Any], Row]
+) -> int:
+    if args.json:
+        console.json({"object": "list", "data": found, "has_more": False})
+    else:
+        console.lines(table(header, [row(one) for one in found]))
+    return Exit.SUCCEEDED

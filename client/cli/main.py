@@ -1,0 +1,87 @@
+"""`trainyard`: the command. Parses the command line, runs one command, turns every failure into its exit code."""
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import click
+
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.parser import COMPLETE_VARIABLE, trainyard
+from trainyard.client.errors import ApiError, TrainyardError
+from trainyard.client.exit_codes import Exit, UsageError, exit_of_error
+
+UNAUTHORIZED = 401
+COMPLETE = "__complete"
+
+
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Run one command and return its exit code."""
+    console = console or Console()
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given, console)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.UsageError as error:
+        explain_usage(error, console)
+        return Exit.USAGE
+    except UsageError as error:
+        console.error(f"trainyard: {error}")
+        return Exit.USAGE
+    except TrainyardError as error:
+        explain(error, console)
+        return exit_of_error(error)
+    except KeyboardInterrupt:
+        return Exit.DETACHED
+    except BrokenPipeError:
+        # The reader of our output is gone. Without this the interpreter fails when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.DETACHED
+
+
+def _run(given: list[str], console: Console) -> int:
+    if given[:1] == [COMPLETE] or COMPLETE_VARIABLE in os.environ:
+        from trainyard.client.cli import completion
+
+        return completion.answer(given[1:], console) if given[:1] == [COMPLETE] else completion.answer_shell()
+    with trainyard.make_context("trainyard", given, obj=console) as context:
+        return int(trainyard.invoke(context))
+
+
+def explain_usage(error: click.UsageError, console: Console) -> None:
+    """Print on stderr what is wrong with the command line, and the option or command that was probably meant."""
+    text = error.format_message()
+    if error.ctx is None or isinstance(error, click.exceptions.NoArgsIsHelpError):
+        console.error(text)
+        return
+    if isinstance(error, click.NoSuchOption):
+        known = [name for param in error.ctx.command.get_params(error.ctx) for name in param.opts]
+        text = f"there is no {error.option_name} here{_meant(error.option_name, known)}"
+    elif isinstance(error, click.exceptions.NoSuchCommand):
+        commands = error.ctx.command.list_commands(error.ctx) if isinstance(error.ctx.command, click.Group) else []
+        text = f"there is no {error.command_name!r}{_meant(error.command_name, commands)}"
+    console.error(error.ctx.get_usage())
+    console.error(f"{error.ctx.command_path}: error: {text}")
+
+
+def _meant(given: str, known: Sequence[str]) -> str:
+    near = get_close_matches(given, known, n=1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def explain(error: TrainyardError, console: Console) -> None:
+    """Print on stderr what went wrong and what to do."""
+    console.error(f"trainyard: {error}")
+    if isinstance(error, ApiError):
+        for problem in error.errors:
+            console.error(f"  {problem.pointer or '/'}: {problem.message}")
+        if error.status == UNAUTHORIZED:
+            console.error("  --token or TRAINYARD_TOKEN gives it; who runs the service has it, or makes one")
+        if error.code == "job_not_found":
+            console.error("  `trainyard list` shows those that there are")
+        if error.request_id and error.status >= 500:
+            console.error(f"  request {error.request_id}: the service's log has more")
+    elif exit_of_error(error) == Exit.NO_SERVICE:
+        console.error("  start one with `trainyard serve`, or say where it is with --url or TRAINYARD_URL")

@@ -1,0 +1,321 @@
+"""The commands of `trainyard` and their options. Nothing heavy is imported here, so that ``--help`` is quick.
+
+Each command names the function that runs it as "module:function". That module is imported when the command runs.
+"""
+
+import math
+from collections.abc import Callable
+from importlib import import_module
+from itertools import groupby
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from trainyard.client.cli.options import Option, option_names
+from trainyard.contract.scopes import Scope
+
+if TYPE_CHECKING:
+    from trainyard.client.cli.console import Console
+
+SUBMIT = "submit"
+PLAN = "plan"
+
+
+class Command(click.Command):
+    """A command whose function takes the parsed options and a console, and returns the exit code."""
+
+    def __init__(self, name: str, run: str, explained: str, *params: click.Parameter, **settings: Any) -> None:
+        super().__init__(name, help=explained, short_help=explained, params=list(params), **settings)
+        self._run = run
+
+    def runner(self) -> Callable[[SimpleNamespace, "Console"], int]:
+        """Import and return the function of this command."""
+        module, _, function = self._run.partition(":")
+        found: Callable[[SimpleNamespace, Console], int] = getattr(
+            import_module(f"trainyard.client.{module}"), function
+        )
+        return found
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the words. Raises click.UsageError, always with its context: click's parser omits it for some."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
+    def invoke(self, ctx: click.Context) -> int:
+        """Run the command."""
+        return self.runner()(SimpleNamespace(**ctx.params), ctx.obj)
+
+
+class SpecCommand(Command):
+    """`submit` or `plan`: has one more option for each leaf of the job spec."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the options. Those of the spec need pydantic, which is too slow for completion."""
+        own = super().get_params(ctx)
+        if ctx.resilient_parsing:
+            return own
+        from trainyard.client.cli.spec_flags import spec_options
+
+        return [*own, *spec_options()]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse MiniMind's command line as well: with ``torchrun`` in front, and several values after one flag."""
+        if ctx.resilient_parsing:
+            return super().parse_args(ctx, args)
+        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag, without_program
+
+        try:
+            return super().parse_args(ctx, repeat_flags(without_program(args)))
+        except click.NoSuchOption as error:
+            # click names the option with underscores; the message names it as it was typed.
+            names = [word.partition("=")[0] for word in args]
+            typed = next((name for name in names if error.option_name[2:] == _underscores(name[2:])), error.option_name)
+            raise unknown_flag(typed, option_names(ctx)) from None
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in the groups of the spec."""
+        options = [param for param in self.get_params(ctx) if isinstance(param, click.Option)]
+        for section, below in groupby(options, lambda option: getattr(option, "section", "Options")):
+            records = [record for record in (option.get_help_record(ctx) for option in below) if record]
+            with formatter.section(section):
+                formatter.write_dl(records)
+
+
+class Group(click.Group):
+    """Commands in the order in which they were given, not of the alphabet."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        """Return the names of the commands."""
+        return list(self.commands)
+
+
+def seconds(text: str | float) -> float:
+    """Convert to a finite time in seconds, 0 or more. Raises click.BadParameter."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise click.BadParameter("must be seconds: a number, 0 or more")
+    return value
+
+
+def rank(text: str) -> int | str:
+    """Convert to a rank's number, or ``agent``. Raises ValueError."""
+    return text if text == "agent" else int(text)
+
+
+def _jobs(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[str]:
+    from trainyard.client.cli.job_names import jobs
+
+    return [name for name in jobs() if name.startswith(incomplete)]
+
+
+COMPLETE_VARIABLE = "_TRAINYARD_COMPLETE"
+FILE = click.Path()
+POSITIVE = click.IntRange(min=1)
+
+
+def _remote(name: str, run: str, explained: str, *params: click.Parameter, **settings: Any) -> Command:
+    return Command(name, run, explained, *params, JSON, *SERVICE, **settings)
+
+
+def _of_job(name: str, run: str, explained: str, *params: click.Parameter, **settings: Any) -> Command:
+    return _remote(name, run, explained, JOB, *params, **settings)
+
+
+def _group(name: str, explained: str, *commands: click.Command) -> Group:
+    return Group(name, help=explained, short_help=explained, commands=commands)
+
+
+def _spec_command(name: str, explained: str, *params: click.Parameter) -> SpecCommand:
+    own = (
+        _argument("spec", "[SPEC.json | -]", "job spec; - reads it from stdin", type=FILE, required=False),
+        Option("--name", help="of the job"),
+        _several("--labels", "K=V ...", "one label or more; may be repeated"),
+        _several("--set", "GROUP.FIELD=JSON", "any field, as JSON; may be repeated"),
+    )
+    sources = (
+        "The spec comes from a file, from MiniMind's flags, or from both: flags override the file. "
+        "Relative paths start at the working directory."
+    )
+    settings = {"context_settings": BOTH_SPELLINGS, "epilog": sources}
+    return SpecCommand(name, f"{name}:{name}", explained, *own, *params, JSON, *SERVICE, **settings)
+
+
+def _token(name: str, explained: str, *params: click.Parameter) -> Command:
+    return _remote(name, f"access:{name}", explained, _argument("name", "NAME", "of the token"), *params)
+
+
+def _webhook(name: str, explained: str, *params: click.Parameter) -> Command:
+    return _remote(name, f"hooking:{name}", explained, _argument("webhook", "WEBHOOK", "its id"), *params)
+
+
+def _argument(name: str, metavar: str, explained: str, **settings: Any) -> click.Argument:
+    return click.Argument([name], metavar=metavar, help=explained, **settings)
+
+
+def _flag(*names: str, help: str) -> Option:  # noqa: A002 - as click calls it
+    return Option(*names, is_flag=True, help=help)
+
+
+def _several(name: str, metavar: str, explained: str) -> Option:
+    return Option(name, multiple=True, metavar=metavar, help=explained)
+
+
+def _timeout(explained: str, default: float | None = None) -> Option:
+    return Option("--timeout", type=seconds, metavar="SECONDS", help=explained, default=default)
+
+
+def _step(explained: str) -> Option:
+    return Option("--step", type=int, help=explained)
+
+
+def _underscores(name: str) -> str:
+    return name.replace("-", "_")
+
+
+BOTH_SPELLINGS = {"token_normalize_func": _underscores}
+"""Makes ``--batch-size`` the same as ``--batch_size``."""
+
+# fmt: off
+JOB = _argument("job", "JOB", "id of the job, or a name that only one job has", shell_complete=_jobs)
+CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
+TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
+JSON = _flag("--json", help="print JSON")
+YES = _flag("-y", "--yes", help="do not ask")
+SERVICE = (
+    Option("--url", help="of the service (TRAINYARD_URL, else http://127.0.0.1:8000)"),
+    Option("--token", help="bearer token (TRAINYARD_TOKEN)"),
+)
+HOME = Option("--home", type=FILE, help="folder of everything the service keeps (./trainyard-home)")
+STORE = (HOME, Option("--database-url", help="default: SQLite in the home"))
+LIMIT = Option("--limit", type=POSITIVE, default=20, help="at most this many (20)")
+EXPIRES_IN = Option("--expires-in", metavar="TIME", help="lifetime of the secret: 12h, 90d")
+QUOTAS = (
+    Option("--max-jobs", type=int, metavar="N", help="at most N jobs queued or running (no limit)"),
+    Option("--max-devices", type=int, metavar="N", help="at most N devices for them together (no limit)"),
+)
+DATABASE = "URL of a database, a SQLite file, or a home"
+RULES = "nonfinite, no_progress=MINUTES, plateau=STEPS, eval_loss_below=VALUE; may be repeated"
+
+COMMANDS = (
+    Command("demo", "demo.story:run", "train a small model on this machine, from nothing",
+        Option("--home", type=FILE, help="folder for the demo (default: a new one in ./trainyard-home)"),
+        _flag("--keep", help="leave the service running at the end")),
+    Command("serve", "cli.commands.local:serve", "run the service in the foreground",
+        Option("--host", help="address to bind (127.0.0.1)"),
+        Option("--port", type=int, help="port to bind (8000)"),
+        _flag("--no-scheduler", help="only answer requests: another service here schedules"), *STORE),
+    _spec_command(SUBMIT, "launch a run: SPEC.json, or MiniMind's flags",
+        _flag("-y", "--yes", help="do not ask, and submit in spite of warnings"),
+        _flag("--watch", help="follow the run; its end decides the exit code"),
+        _timeout("with --watch: stop following after this time")),
+    _spec_command(PLAN, "show what a run would be, and launch nothing: the same arguments as submit"),
+    _remote("list", "cli.commands.show:list_jobs", "list the jobs, newest first",
+        Option("--status", help="only jobs with this status"),
+        _several("--label", "K=V", "only jobs with this label"),
+        Option("--name", help="only jobs with this name"), LIMIT),
+    _of_job("show", "cli.commands.show:show", "show one job: its state, the reason, and what you can do"),
+    _of_job("watch", "cli.watch.watcher:watch", "follow a run until it ends", _timeout("stop after this time; exit 124")),
+    _of_job("metrics", "cli.commands.show:metrics", "print the points of the curve",
+        _flag("--csv", help="every field, comma-separated"),
+        Option("--after-step", type=int, default=0, metavar="STEP", help="only points after this step"),
+        Option("--attempt", type=POSITIVE, help="only points of this attempt"),
+        _flag("--lineage", help="for a fork: its ancestors' points first")),
+    _of_job("logs", "cli.commands.logs:logs", "print what a rank wrote",
+        _flag("-f", "--follow", help="continue until the run ends"),
+        Option("--rank", type=rank, metavar="RANK|agent", help="which rank (0); agent: the output of torchrun"),
+        Option("--attempt", type=POSITIVE, help="which attempt (the newest)"),
+        Option("--tail", type=POSITIVE, metavar="LINES", help="only the last lines"),
+        _timeout("with --follow: stop after this time; exit 124")),
+    _of_job("events", "cli.commands.show:events", "list what happened to the job, and who asked for it"),
+    _of_job("checkpoints", "cli.commands.checkpoints:checkpoints", "list the checkpoints, newest first; fetch or delete one",
+        Option("--download", type=int, metavar="STEP", help="fetch the files of this checkpoint"),
+        Option("--out", type=FILE, metavar="DIR", help="with --download: folder for them (./JOB-step-STEP)"),
+        Option("--delete", type=int, metavar="STEP", help="remove this checkpoint; never the last valid one"),
+        _flag("-y", "--yes", help="with --delete: do not ask")),
+    _of_job("attempts", "cli.commands.show:attempts", "list the launches of the job and how they ended"),
+    _of_job("samples", "cli.commands.show:samples", "print texts that the model wrote"),
+    _remote("devices", "cli.commands.show:devices", "list the devices and the jobs that hold them"),
+    _of_job("pause", "cli.commands.actions:pause", "save and stop; can be resumed"),
+    _of_job("resume", "cli.commands.actions:resume", "continue from the newest valid checkpoint",
+        Option("--epochs", type=int, help="raise the number of epochs"),
+        Option("--max_steps", type=int, help="raise the number of steps"),
+        _step("go back to the checkpoint of this step; newer ones are set aside"),
+        _several("--set", "resources.FIELD=JSON", "change resources"), context_settings=BOTH_SPELLINGS),
+    _of_job("save", "cli.commands.actions:save", "write a checkpoint at the next step, and continue"),
+    _of_job("fork", "cli.commands.actions:fork", "start a new job from a checkpoint of this one",
+        _step("the checkpoint to start from (the newest full one)"),
+        _several("--set", "GROUP.FIELD=JSON", "change a field of the spec"), Option("--name", help="of the new job"),
+        _flag("--restart-data", help="start data and schedule from the beginning (else they continue)")),
+    _of_job("export", "cli.commands.actions:export", "write a checkpoint in the format of another program",
+        _step("which checkpoint (the newest)"),
+        Option("--format", type=click.Choice(["hf", "minimind"]), default="hf", help="Hugging Face (hf) or MiniMind")),
+    _of_job("cancel", "cli.commands.actions:cancel", "save and stop for good"),
+    _of_job("kill", "cli.commands.actions:kill", "stop now, without saving"),
+    _of_job("delete", "cli.commands.actions:delete", "remove a job that has ended, with its files", YES),
+    _group("tokenizer", "train a tokenizer",
+        Command("train", "cli.commands.local:train_tokenizer", "train a byte-level BPE on a corpus", CORPUS,
+            Option("--vocab-size", type=int, default=6400, help="tokens, special ones included (6400)"),
+            Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
+    _group("corpus", "check a corpus; list or remove the tokenized ones",
+        Command("check", "cli.commands.local:check_corpus", "count the texts, and name every line that cannot be read",
+            CORPUS, TEXT_FIELD, JSON),
+        Command("list", "cli.commands.local:list_corpora", "list this host's cache of tokenized corpora", JSON, HOME),
+        Command("prune", "cli.commands.local:prune_corpora", "remove tokenized corpora that no job uses", HOME,
+            Option("--days", help="those unused for longer; 0: of any age (TRAINYARD_CORPUS_DAYS)"),
+            Option("--bytes", help="the least used until the cache is no larger (TRAINYARD_CORPUS_BYTES)"))),
+    _group("db", "the service's database",
+        Command("upgrade", "cli.commands.local:upgrade_database", "bring the tables to this version", *STORE),
+        Command("copy", "cli.commands.local:copy_database", "copy everything into another, empty database",
+            _argument("source", "FROM", DATABASE, type=FILE), _argument("target", "TO", DATABASE, type=FILE)),
+        Command("backup", "cli.commands.local:back_up_database", "copy the SQLite database while it is in use",
+            _argument("file", "FILE", "the copy; must not exist yet", type=FILE), *STORE)),
+    _group("token", "named tokens of the service, for admins",
+        _token("create", "make a token; its secret is printed once",
+            Option("--scope", type=click.Choice([*map(str, Scope)]), default="read", help="what it may do (read)"),
+            EXPIRES_IN, *QUOTAS),
+        _remote("list", "cli.commands.tokens:list_tokens", "list the tokens and their running jobs"),
+        _token("limit", "change the quotas of a token; a quota that is left out is removed", *QUOTAS),
+        _token("rotate", "replace the secret of a token; the new one is printed once",
+            Option("--overlap", default="0", metavar="TIME", help="how long the old secret stays valid: 1h, 2d (0)"),
+            EXPIRES_IN),
+        _token("revoke", "make a token invalid for good")),
+    _group("webhook", "URLs that are called when jobs change, and what was delivered",
+        _remote("create", "cli.commands.webhooks:create", "send events to a URL; prints the secret, once",
+            _argument("to", "URL", "http or https"),
+            _several("--event", "TYPE", "job.failed, ..., or * (every change of status)"),
+            _several("--rule", "RULE", RULES), _several("--label", "K=V", "only for jobs with this label"),
+            Option("--job", metavar="JOB", help="only for this job: its id, or a name that only one job has"),
+            Option("--description", help="free text")),
+        _remote("list", "cli.commands.webhooks:list_webhooks", "list all, newest first"),
+        _webhook("show", "show one"),
+        _webhook("deliveries", "list what was sent and what waits, newest first",
+            Option("--state", type=click.Choice(["pending", "delivered", "failed"]), help="only those"), LIMIT),
+        _webhook("test", "send webhook.test, and print the result", _timeout("wait no longer (20)", default=20.0)),
+        _webhook("redeliver", "send an event again, under the same id",
+            _argument("delivery", "DELIVERY", "its id: `trainyard webhook deliveries` lists them")),
+        _webhook("rotate", "replace the secret; the new one is printed once; for a day both sign"),
+        _webhook("enable", "switch it on again"),
+        _webhook("disable", "switch it off"),
+        _webhook("delete", "remove it, with its log", YES)),
+    _remote("version", "cli.commands.show:version", "print the versions of this command and of the service"),
+    Command("completion", "cli.completion:completion", "print the script with which a shell completes on Tab",
+        click.Argument(["shell"], type=click.Choice(["bash", "zsh", "fish"]), help="which shell")),
+)
+# fmt: on
+
+trainyard = Group(
+    "trainyard",
+    help="Launch, watch, interrupt and resume pretraining runs.",
+    epilog="Exit codes: 0 succeeded, 1 the service rejected the request, 2 wrong usage, 3 no service at the URL, "
+    "4 not authorised, 10 the run failed, 11 cancelled, 12 paused or interrupted, 124 --timeout passed, 130 detached. "
+    "Settings: TRAINYARD_URL, TRAINYARD_TOKEN, TRAINYARD_HOME, TRAINYARD_DATABASE_URL.",
+    commands=COMMANDS,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)

@@ -1,0 +1,87 @@
+"""The spec that a command line describes: a spec file, MiniMind's flags, or both. `submit` and `plan` share it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+from trainyard.client.cli.console import Console
+from trainyard.client.cli.spec_flags import (
+    PATHS,
+    given_leaves,
+    parse_labels,
+    spec_of,
+)
+from trainyard.client.errors import InvalidSpec
+from trainyard.client.exit_codes import UsageError
+from trainyard.contract.parsing import ALIASES
+
+
+@dataclass(frozen=True)
+class Submission:
+    """``spec`` is what will be sent, ``given`` the leaves that had flags of their own."""
+
+    args: SimpleNamespace
+    given: Mapping[str, Any]
+    spec: dict[str, Any]
+
+    @classmethod
+    def read(cls, command: str, args: SimpleNamespace, console: Console) -> Self:
+        """Return the submission that the arguments of ``command`` describe. Raises UsageError."""
+        given = given_leaves(vars(args))
+        return cls(args, given, _spec(command, args, given, console))
+
+    def error_text(self, error: InvalidSpec, console: Console) -> None:
+        """Say every mistake that the service found, with the flag that made it."""
+        console.error(f"trainyard: {error.detail}")
+        self.list_problems([(problem.pointer, problem.message) for problem in error.errors], console)
+
+    def list_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
+        """One line a mistake."""
+        for pointer, message in problems:
+            console.error(f"  {_place(pointer, self.given)}: {message}{self._where(pointer)}")
+
+    def _where(self, pointer: str) -> str:
+        """The path itself where a path is wrong: a relative one was looked for somewhere."""
+        group, _, leaf = pointer[1:].partition("/")
+        inside = self.spec.get(group) if (group, leaf) in PATHS else None
+        value = inside.get(leaf) if isinstance(inside, dict) else None
+        return f" ({value})" if isinstance(value, str) else ""
+
+
+def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    base = _read(args.spec, console) if args.spec else {}
+    if not base and not given and not args.set:
+        raise UsageError(
+            f"give a SPEC.json, or at least --data_path FILE; `trainyard {command} --help` lists all flags"
+        )
+    spec = spec_of(base, given, args.set, Path.cwd())
+    if args.name is not None:
+        spec["name"] = args.name
+    if args.labels:
+        before = spec.get("labels")
+        spec["labels"] = {**(before if isinstance(before, dict) else {}), **parse_labels(args.labels)}
+    return spec
+
+
+def _read(source: str, console: Console) -> dict[str, Any]:
+    try:
+        text = console.into.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        spec = json.loads(text)
+    except OSError as error:
+        raise UsageError(f"cannot read {source}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{source} is not JSON: {error}") from error
+    if not isinstance(spec, dict):
+        raise UsageError(f"{source} must hold a JSON object")
+    return spec
+
+
+def _place(pointer: str, given: Mapping[str, Any]) -> str:
+    """The flag that set the field, where one did, beside the pointer."""
+    leaf = pointer.split("/")[2] if pointer.count("/") >= 2 else pointer[1:]
+    names = [leaf, *(alias for alias, (_, ours) in ALIASES.items() if ours == leaf)]
+    flag = next((name for name in names if name in given), None)
+    return f"--{flag} ({pointer})" if flag else pointer or "the spec"

@@ -1,0 +1,115 @@
+"""The page of one job, as plain lines: the sentence first, then the facts, the alerts, the error, the verbs. Pure."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from trainyard.client.cli.formatting import (
+    ago,
+    compact_number,
+    count,
+    duration,
+    fixed,
+    scientific,
+    size,
+    status_word,
+)
+from trainyard.client.cli.hints import error_card, next_actions
+
+
+def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:
+    """Lines of `trainyard show`."""
+    phase = f" ({job['phase']})" if job.get("phase") else ""
+    lines = [f"{job['name']}   {job['id']}   {status_word(job['status'])}{phase}"]
+    lines += _sentences(job)
+    helps = [f"  {line}" for line in next_actions(job)]
+    for block in (_facts(job, now), _alerts(job), error_card(job), ["next:", *helps] if helps else [], _actions(job)):
+        lines += ["", *block] if block else []
+    return lines
+
+
+def _sentences(job: Mapping[str, Any]) -> list[str]:
+    """The summary, and the message where it says more."""
+    summary, message = str(job.get("summary") or ""), str(job.get("message") or "")
+    repeated = message.rstrip(".").lower() in summary.lower()
+    return [text for text in (summary, "" if repeated else message) if text]
+
+
+def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
+    facts = [
+        ("progress", _progress(job.get("progress") or {})),
+        ("numbers", _numbers(job.get("progress") or {})),
+        ("checkpoint", _checkpoint(job.get("checkpoint"), now)),
+        ("queue", _queue(job.get("queue"))),
+        ("attempt", _text(job.get("attempt"))),
+        ("reason", _text(job.get("reason"))),
+        ("by", _text(job.get("submitted_by"))),
+        ("labels", " ".join(f"{key}={value}" for key, value in sorted((job.get("labels") or {}).items()))),
+        ("corpus", _text(((job.get("spec") or {}).get("data") or {}).get("data_path"))),
+        ("times", _times(job, now)),
+        ("resume", _resume(job)),
+    ]
+    return [f"  {name:<11}{value}" for name, value in facts if value]
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _progress(progress: Mapping[str, Any]) -> str:
+    if progress.get("step") is None:
+        return ""
+    percent = f", {fixed(progress.get('percent'), 1)} %" if progress.get("percent") is not None else ""
+    eta = f", ETA {duration(progress['eta_seconds'])}" if progress.get("eta_seconds") else ""
+    return f"step {count(progress['step'])} of {count(progress.get('steps'))}{percent}{eta}"
+
+
+def _numbers(progress: Mapping[str, Any]) -> str:
+    if progress.get("loss") is None:
+        return ""
+    return (
+        f"loss {fixed(progress['loss'])}, lr {scientific(progress.get('learning_rate'))}, "
+        f"grad norm {fixed(progress.get('grad_norm'), 2)}, {count(progress.get('tokens_per_second'))} tok/s, "
+        f"{compact_number(progress.get('tokens'))} tokens"
+    )
+
+
+def _checkpoint(checkpoint: Mapping[str, Any] | None, now: datetime) -> str:
+    if not checkpoint:
+        return ""
+    saved = f"step {count(checkpoint.get('step'))}, {ago(checkpoint.get('created_at'), now)}"
+    return f"{saved}, {size(checkpoint.get('bytes'))}, {checkpoint.get('path')}"
+
+
+def _queue(queue: Mapping[str, Any] | None) -> str:
+    if not queue or queue.get("position") is None:
+        return ""
+    return f"position {queue['position']}" + (
+        f", waiting for {queue['waiting_for']}" if queue.get("waiting_for") else ""
+    )
+
+
+def _times(job: Mapping[str, Any], now: datetime) -> str:
+    named = (("created", "created_at"), ("started", "started_at"), ("finished", "finished_at"))
+    return ", ".join(f"{word} {ago(job[key], now)}" for word, key in named if job.get(key))
+
+
+def _resume(job: Mapping[str, Any]) -> str:
+    if job.get("resumable"):
+        return "possible"
+    return f"not possible: {job['resume_blocker']}" if job.get("resume_blocker") else ""
+
+
+def _alerts(job: Mapping[str, Any]) -> list[str]:
+    return [f"  alert: {alert_text(alert)}" for alert in job.get("alerts") or []]
+
+
+def alert_text(alert: object) -> str:
+    """An alert is an object with a message, or just a text."""
+    return str(alert.get("message", alert)) if isinstance(alert, Mapping) else str(alert)
+
+
+def _actions(job: Mapping[str, Any]) -> list[str]:
+    actions = job.get("allowed_actions") or []
+    can = [str(action["action"]) for action in actions if action.get("allowed")]
+    return [f"  you can: {', '.join(can)}"] if can else []

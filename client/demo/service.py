@@ -1,0 +1,98 @@
+"""The service of the demo: in its own folder, on a free port, stopped with the demo."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Self
+
+from trainyard.client.api import Client
+from trainyard.client.connection import RetryPolicy
+from trainyard.client.errors import TrainyardError
+from trainyard.contract.rundir import read_json
+
+START_SECONDS = 30.0
+STOP_SECONDS = 10.0
+
+
+class ServiceFailed(Exception):
+    """The demo's service did not become ready. The message says how it ended."""
+
+
+class DemoService:
+    """``python -m trainyard.service`` in a folder. It is ready when `start` returns."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.log = home / "service.log"
+        self.url = ""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> str:
+        """Start it, wait until it is ready, and return its URL. Raises ServiceFailed."""
+        with self.log.open("ab") as log:
+            # A session of its own: Ctrl-C ends the demo first, and the demo ends the service.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "trainyard.service"],
+                env=environment(os.environ, self.home),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.url = self._ready(self._process)
+        return self.url
+
+    def _ready(self, process: "subprocess.Popen[bytes]") -> str:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise ServiceFailed(f"the service ended with exit code {process.returncode}")
+            found = read_json(self.home / "service.json")
+            if found and _answers(str(found["url"])):
+                return str(found["url"])
+            time.sleep(0.1)
+        raise ServiceFailed(f"the service was not ready within {START_SECONDS:.0f} s")
+
+    def tail(self, lines: int) -> list[str]:
+        """Return the last lines of its log."""
+        return self.log.read_text(errors="replace").splitlines()[-lines:] if self.log.exists() else []
+
+    def stop(self) -> None:
+        """Stop it. Workers that still train are not its children and continue."""
+        if self._process is None or self._process.poll() is not None:
+            return
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def release(self) -> int:
+        """Leave it running after the demo, and return its pid."""
+        process, self._process = self._process, None
+        return process.pid if process else 0
+
+
+def environment(inherited: Mapping[str, str], home: Path) -> dict[str, str]:
+    """Return the environment of the demo's service: none of the user's own settings, and a free port."""
+    kept = {name: value for name, value in inherited.items() if not name.startswith("TRAINYARD_")}
+    return kept | {"TRAINYARD_HOME": str(home), "TRAINYARD_HOST": "127.0.0.1", "TRAINYARD_PORT": "0"}
+
+
+def _answers(url: str) -> bool:
+    with Client(url, token="", timeout=2.0, patience=RetryPolicy(seconds=0.0)) as trainyard:
+        try:
+            trainyard.ready()
+        except TrainyardError:
+            return False
+    return True

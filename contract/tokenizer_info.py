@@ -1,0 +1,146 @@
+"""What a tokenizer is, without loading it: the service has no tokenizer library and needs none."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+BYTE = "byte"
+"""The tokenizer that is built in: each UTF-8 byte is a token, after the three special ones."""
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+"""MiniMind's, in the order of their ids: padding 0, beginning 1, end 2."""
+
+BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
+BYTE_FINGERPRINT = hashlib.sha256(b"byte 1").hexdigest()
+
+BOS_NAMES = (SPECIAL_TOKENS[1], "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
+EOS_NAMES = (SPECIAL_TOKENS[2], "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+"""Tried in this order where tokenizer_config.json names none."""
+
+
+class TokenizerInvalid(ValueError):
+    """The tokenizer cannot be used; the message says why and what to do."""
+
+
+def vocabulary_size(tokenizer_path: str) -> int:
+    """Number of embedding rows the tokenizer needs: its highest id + 1.
+
+    Raises:
+        TokenizerInvalid: ``tokenizer_path`` is neither "byte" nor a directory with a readable tokenizer.json.
+    """
+    if tokenizer_path == BYTE:
+        return BYTE_VOCABULARY
+    file = tokenizer_file(tokenizer_path)
+    try:
+        described = json.loads(file.read_bytes())
+        vocabulary = described["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in described.get("added_tokens") or ()]
+        return int(max([*ids, *added])) + 1
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TokenizerInvalid(f"{file} is not a tokenizer.json: {type(error).__name__}") from error
+
+
+def tokenizer_file(tokenizer_path: str) -> Path:
+    """The tokenizer.json in a tokenizer's directory; the file itself is taken too."""
+    path = Path(tokenizer_path)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise TokenizerInvalid(
+            f'no tokenizer.json in {tokenizer_path}: give a Hugging Face tokenizer directory, "byte", '
+            "or make one with `trainyard tokenizer train`"
+        )
+    return file
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What a tokenizer.json and the tokenizer_config.json beside it say.
+
+    ``size``: highest id + 1. ``fingerprint``: equal for two tokenizers only if they give equal ids for every text.
+    ``added``: ids of the added tokens. ``described``: the file's own JSON.
+    """
+
+    size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    fingerprint: str
+    added: dict[str, int]
+    described: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises TokenizerInvalid where it is no tokenizer.json, or has neither a beginning nor an end."""
+        try:
+            raw = file.read_bytes()
+            described = json.loads(raw)
+            added = {str(token["content"]): int(token["id"]) for token in described.get("added_tokens") or ()}
+            names = _names(described, added)
+            size = max(names.values()) + 1
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
+        bos, eos, pad = _control_ids(file, names)
+        fingerprint = hashlib.sha256(raw + f"{bos} {eos} {pad}".encode()).hexdigest()
+        return cls(size, bos, eos, pad, fingerprint, added, described)
+
+
+def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
+    """(size, fingerprint) of a tokenizer, the built-in one included. Raises TokenizerInvalid."""
+    if tokenizer_path == BYTE:
+        return BYTE_VOCABULARY, BYTE_FINGERPRINT
+    found = TokenizerInfo.read(tokenizer_file(tokenizer_path))
+    return found.size, found.fingerprint
+
+
+def _names(described: dict[str, Any], added: dict[str, int]) -> dict[str, int]:
+    """Every token's id. A Unigram vocabulary is a list of [token, score], the others are mappings."""
+    vocabulary = described["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+    return {**vocabulary, **added}
+
+
+def _control_ids(file: Path, names: dict[str, int]) -> tuple[int, int, int]:
+    """(beginning, end, padding): by tokenizer_config.json, else by well-known names.
+
+    A tokenizer with only one of beginning and end uses it for both, as GPT-2 does. Padding may be the end: padded
+    positions are never trained on.
+    """
+    config = _tokenizer_config(file)
+    bos = _control_id("bos_token", config, names, BOS_NAMES)
+    eos = _control_id("eos_token", config, names, EOS_NAMES)
+    pad = _control_id("pad_token", config, names, PAD_NAMES)
+    ends = [found for found in (bos, eos) if found is not None]
+    if not ends:
+        raise TokenizerInvalid(
+            f"{file} has neither a beginning nor an end token: name them as bos_token and eos_token in "
+            f"{file.with_name('tokenizer_config.json')}"
+        )
+    eos = eos if eos is not None else ends[0]
+    return ends[0], eos, pad if pad is not None else eos
+
+
+def _tokenizer_config(file: Path) -> dict[str, Any]:
+    config_file = file.with_name("tokenizer_config.json")
+    try:
+        config = json.loads(config_file.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise TokenizerInvalid(f"{config_file} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise TokenizerInvalid(f"{config_file} must hold a JSON object")
+    return config
+
+
+def _control_id(key: str, config: dict[str, Any], names: dict[str, int], usual: tuple[str, ...]) -> int | None:
+    named = config.get(key)
+    named = named.get("content") if isinstance(named, dict) else named
+    if named is not None and named not in names:
+        raise TokenizerInvalid(f"{key} of tokenizer_config.json is not in the vocabulary: {named!r}")
+    candidates = usual if named is None else (named,)
+    return next((names[name] for name in candidates if name in names), None)

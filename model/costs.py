@@ -1,0 +1,166 @@
+"""Parameters, floating-point operations and memory of a model, computed from its config. Does not import torch.
+
+Legend: ``B`` rows, ``S`` positions, ``V`` vocabulary, ``L`` layers, ``C`` hidden size, ``I`` intermediate size.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from trainyard.model.config import ModelConfig
+
+FLOAT32 = 4
+ADAM_MOMENTS = 2
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Optimizer = Literal["adamw", "muon"]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one rank needs at the peak of a step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(asdict(self).values())
+
+
+def parameters(config: ModelConfig) -> int:
+    """Return the number of trained parameters; tied embeddings count once."""
+    embeddings = _vocabulary(config) * config.hidden_size
+    return _layers(config, config.num_experts) + (embeddings if config.tie_word_embeddings else 2 * embeddings)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters that one token uses: all of a dense model, else only the chosen experts."""
+    return parameters(config) - _layers(config, config.num_experts) + _layers(config, config.num_experts_per_tok)
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Return the training FLOPs of one token in a row of ``seq_len`` tokens, forward and backward.
+
+    Six for each weight that is multiplied (two forward, four backward): all active matrices and the output matrix, but
+    not the embedding table, which is only indexed. Attention adds ``6 * L * heads * head_dim * seq_len``, for the half
+    of the scores that a causal mask leaves. The usual estimate counts all of them.
+
+    Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, without the masked half.
+    """
+    assert config.head_dim is not None
+    matrices = _matrices(config, config.num_experts_per_tok) + _vocabulary(config) * config.hidden_size
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    return 6.0 * matrices + 6.0 * attention
+
+
+def memory_bytes(
+    config: ModelConfig, *, batch_size: int, seq_len: int, dtype: Dtype = "bfloat16", optimizer: Optimizer = "adamw"
+) -> MemoryEstimate:
+    """Return the bytes of one rank at the peak of a step. Weights, gradients and optimizer state are float32.
+
+    Weights include autocast's copies of the matrices in ``dtype``. Activations are what the layers keep for backward,
+    the gradient of the output matrix, which is computed with the loss, and in float32 the experts' stacked matrices,
+    which backward needs. Temporary buffers of single operations and the libraries' own memory are not counted.
+    """
+    count = parameters(config)
+    copies = 0 if dtype == "float32" else DTYPE_BYTES[dtype] * _matrices(config, config.num_experts)
+    stacks = FLOAT32 * _stacked(config) if dtype == "float32" else 0
+    return MemoryEstimate(
+        weights=FLOAT32 * count + copies,
+        gradients=FLOAT32 * count,
+        optimizer=optimizer_bytes(config, optimizer),
+        activations=batch_size * seq_len * _activation_bytes(config, DTYPE_BYTES[dtype])
+        + FLOAT32 * _vocabulary(config) * config.hidden_size
+        + stacks,
+    )
+
+
+def optimizer_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
+    """Return the bytes of optimizer state: two moments a parameter; one for the matrices with Muon, but routers."""
+    both = ADAM_MOMENTS * FLOAT32 * parameters(config)
+    return both if optimizer == "adamw" else both - FLOAT32 * (_matrices(config, config.num_experts) - _routers(config))
+
+
+def checkpoint_bytes(config: ModelConfig, optimizer: Optimizer = "adamw") -> int:
+    """Return the bytes of a full checkpoint: float32 weights and optimizer state, without headers.
+
+    The copy in host memory that a save is written from has the same size.
+    """
+    return FLOAT32 * parameters(config) + optimizer_bytes(config, optimizer)
+
+
+def _vocabulary(config: ModelConfig) -> int:
+    if config.vocab_size is None:
+        raise ValueError("vocab_size must be set: it is what the tokenizer has")
+    return config.vocab_size
+
+
+def _routers(config: ModelConfig) -> int:
+    return config.num_hidden_layers * config.num_experts * config.hidden_size if config.use_moe else 0
+
+
+def _stacked(config: ModelConfig) -> int:
+    """Elements of the experts' matrices, which are stacked for grouped products."""
+    if not config.use_moe:
+        return 0
+    return _matrices(config, config.num_experts) - _matrices(config, 0)
+
+
+def _layers(config: ModelConfig, experts: int) -> int:
+    """Parameters of all layers and the last norm, with ``experts`` experts in each layer."""
+    assert config.head_dim is not None
+    head_norms = 2 * config.head_dim if config.qk_norm else 0
+    norms = config.num_hidden_layers * (2 * config.hidden_size + head_norms) + config.hidden_size
+    return _matrices(config, experts) + norms
+
+
+def _matrices(config: ModelConfig, experts: int) -> int:
+    """Elements of the layers' matrices, with ``experts`` experts in each layer if the model has any."""
+    assert config.head_dim is not None
+    C = config.hidden_size
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = C * heads * config.head_dim
+    if config.use_moe:
+        assert config.moe_intermediate_size is not None
+        feed_forward = experts * 3 * C * config.moe_intermediate_size + config.num_experts * C
+    else:
+        assert config.intermediate_size is not None
+        feed_forward = 3 * C * config.intermediate_size
+    return config.num_hidden_layers * (attention + feed_forward)
+
+
+def _activation_bytes(config: ModelConfig, width: int) -> int:
+    """Bytes kept for the backward pass for each token, if products run in a dtype of ``width`` bytes."""
+    C, L = config.hidden_size, config.num_hidden_layers
+    feed_forward = (
+        _expert_bytes(config, width) if config.use_moe else _feed_forward_bytes(config.intermediate_size, width)
+    )
+    # In each layer: both norms' inputs, the inputs of the first products, attention, feed-forward.
+    layer = 2 * FLOAT32 * (C + 1) + 2 * width * C + _attention_bytes(config, width) + feed_forward
+    # After them: the last norm's input and output, and the gradient of the output, which is computed with the loss.
+    return L * layer + FLOAT32 * (C + 1) + 2 * width * C
+
+
+def _attention_bytes(config: ModelConfig, width: int) -> int:
+    """Queries and keys before and after norm and rotation, values, the output, and one log-sum a head."""
+    assert config.head_dim is not None
+    heads, pairs = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
+    normed = FLOAT32 * pairs * (config.head_dim + 1) if config.qk_norm else 0
+    return normed + width * 2 * pairs * config.head_dim + FLOAT32 * heads
+
+
+def _feed_forward_bytes(intermediate_size: int | None, width: int) -> int:
+    """Gate, its SiLU, up, and their product."""
+    assert intermediate_size is not None
+    return 4 * width * intermediate_size
+
+
+def _expert_bytes(config: ModelConfig, width: int) -> int:
+    """The router's input and scores; for each chosen expert a copy of the token, its activations and its output."""
+    C, E, K = config.hidden_size, config.num_experts, config.num_experts_per_tok
+    through = 2 * width * C + _feed_forward_bytes(config.moe_intermediate_size, width)
+    return FLOAT32 * (C + 2 * E) + K * (through + 5 * FLOAT32)

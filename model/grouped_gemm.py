@@ -1,0 +1,89 @@
+"""Matrix products of experts, each over its own slots (grouped GEMM), as operators that torch.compile can call.
+
+They are custom operators, because the end of an expert's slots is data: a compiled graph calls each as one node.
+
+Legend: ``M`` slots, ``E`` experts, ``I`` and ``O`` sizes of input and output.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ALIGNMENT = 8
+"""An expert's slots begin at a multiple of this: CUDA's grouped products read 16 bytes at a time."""
+
+
+def can_group(x: Tensor, inputs: int, outputs: int) -> bool:
+    """Return whether grouped products of ``x`` [M, inputs], forward and backward, run without a device sync.
+
+    On CUDA the kernel needs a Hopper or later card, bfloat16, and rows of a multiple of 16 bytes.
+    """
+    if not x.is_cuda:
+        return True
+    aligned = inputs % ALIGNMENT == 0 and outputs % ALIGNMENT == 0
+    # Read from the properties and not by get_device_capability: torch.compile treats the properties as constants.
+    return aligned and x.dtype is torch.bfloat16 and torch.cuda.get_device_properties(x.device).major >= 9
+
+
+@torch.library.custom_op("trainyard::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, matrices: Tensor, ends: Tensor, grouped: bool) -> Tensor:
+    """[M, I] and [E, O, I] -> [M, O]: multiply each slot by the matrix of its expert.
+
+    ``ends`` [E] int32: the end of each expert's slots. ``grouped``: use one kernel, which reads ``ends`` on the device
+    of ``x``. If False, one product an expert; then ``ends`` should be on the CPU, because reading it waits for its
+    device.
+    """
+    if grouped:
+        out: Tensor = F.grouped_mm(x, matrices.transpose(1, 2), offs=ends)
+        return out
+    out = x.new_empty(len(x), matrices.shape[1])
+    for matrix, slots in zip(matrices, _expert_slots(ends), strict=True):
+        torch.mm(x[slots], matrix.t(), out=out[slots])
+    return out
+
+
+@torch.library.custom_op("trainyard::grouped_mm_weight_grad", mutates_args=())
+def grouped_mm_weight_grad(grad: Tensor, x: Tensor, ends: Tensor, grouped: bool) -> Tensor:
+    """[M, O] and [M, I] -> [E, O, I]: the gradient of ``matrices`` in `grouped_mm`, 0 for an expert without tokens."""
+    if grouped:
+        out: Tensor = F.grouped_mm(grad.t(), x, offs=ends)
+        return out
+    out = x.new_empty(len(ends), grad.shape[1], x.shape[1])
+    for matrix_grad, slots in zip(out, _expert_slots(ends), strict=True):
+        torch.mm(grad[slots].t(), x[slots], out=matrix_grad)
+    return out
+
+
+def _expert_slots(ends: Tensor) -> list[slice]:
+    return [slice(begin, end) for begin, end in itertools.pairwise([0, *ends.tolist()])]
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, matrices: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], matrices.shape[1])
+
+
+@grouped_mm_weight_grad.register_fake
+def _(grad: Tensor, x: Tensor, ends: Tensor, _: bool) -> Tensor:
+    return x.new_empty(ends.shape[0], grad.shape[1], x.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    *tensors, ctx.grouped = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    x, matrices, ends = ctx.saved_tensors
+    # The gradient may be an expanded view (of a sum, for example), which no kernel takes.
+    grad = grad.contiguous()
+    x_grad: Tensor = grouped_mm(grad, matrices.transpose(1, 2), ends, ctx.grouped)
+    matrices_grad: Tensor = grouped_mm_weight_grad(grad, x, ends, ctx.grouped)
+    return x_grad, matrices_grad, None, None
+
+
+grouped_mm.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,64 @@
+"""What the routes work with, made once when the app is."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from trainyard.service.auth.authenticator import Authenticator
+from trainyard.service.db.engine import Database
+from trainyard.service.devices.inventory import Inventory
+from trainyard.service.jobs.submission import HostLimits
+from trainyard.service.leadership import LeaderMonitor
+from trainyard.service.logs.line_index import LineIndexCache
+from trainyard.service.maintenance.disk_monitor import DiskMonitor
+from trainyard.service.observability.prometheus import ServiceMetrics
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.settings import Settings
+from trainyard.service.streams.broadcaster import MetricBroadcaster
+from trainyard.service.webhooks.sender import Sender
+
+
+@dataclass(frozen=True)
+class AppState:
+    """The parts of a running service."""
+
+    settings: Settings
+    database: Database
+    inventory: Inventory
+    scheduler: Scheduler
+    broadcaster: MetricBroadcaster
+    sender: Sender
+    telemetry: ServiceMetrics = field(default_factory=ServiceMetrics)
+    lines: LineIndexCache = field(default_factory=LineIndexCache)
+
+    @cached_property
+    def disks(self) -> DiskMonitor:
+        """How full the disks are."""
+        return DiskMonitor.of(self.settings)
+
+    @cached_property
+    def leader(self) -> LeaderMonitor:
+        """Whether the service that schedules goes on, where that is another one."""
+        return LeaderMonitor()
+
+    @cached_property
+    def authenticator(self) -> Authenticator:
+        """Knows the tokens."""
+        return Authenticator(self.settings, self.database)
+
+    @property
+    def host(self) -> HostLimits:
+        """What a spec is held against."""
+        return HostLimits(self.settings, self.inventory.devices())
+
+
+# A coroutine: a plain function would be sent to a thread and back, for one attribute.
+async def _state(request: Request) -> AppState:
+    services: AppState = request.app.state.services
+    return services
+
+
+StateDep = Annotated[AppState, Depends(_state)]
+"""A route's handle on the service."""

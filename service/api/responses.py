@@ -1,0 +1,62 @@
+"""JSON answers, and the route class of every router."""
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from trainyard.service.auth.permissions import scope_of
+from trainyard.service.bodies import StrictRequest
+
+
+def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return the model as JSON."""
+    body = type(model).__pydantic_serializer__.to_json(model)
+    return Response(body, status, headers, media_type="application/json")
+
+
+class ServiceRoute(APIRoute):
+    """A route that must declare its scope, reads JSON bodies strictly, and runs `def` endpoints in its own way.
+
+    FastAPI would run such an endpoint in anyio's threads, validate the returned model again in a second one, and
+    serialize it in the event loop that all requests share. Here one thread of the loop's default executor does all of
+    it, which costs half as much (docs/decisions/0013-threads-of-requests.md).
+
+    Raises RuntimeError if no scope is declared, see `service.auth.permissions`.
+    """
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if not inspect.iscoroutinefunction(endpoint):
+            endpoint = _threaded(endpoint, options.get("status_code") or 200)
+        # A body without a Content-Type is taken as JSON.
+        super().__init__(path, endpoint, **{**options, "strict_content_type": False})
+        scope_of(self)
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's handler, given a request whose JSON is read strictly."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return handle_strictly
+
+
+def _threaded(endpoint: Callable[..., Any], status: int) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        made = endpoint(*args, **kwargs)
+        return json_response(made, status) if isinstance(made, BaseModel) else made
+
+    @functools.wraps(endpoint)
+    async def run(*args: Any, **kwargs: Any) -> Any:
+        return await asyncio.to_thread(answer, *args, **kwargs)
+
+    return run

@@ -1,0 +1,49 @@
+"""GET /devices."""
+
+from collections.abc import Iterator, Sequence
+
+from fastapi import APIRouter
+from sqlalchemy import select
+
+from trainyard.service.api.dependencies import StateDep
+from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.auth.permissions import READ
+from trainyard.service.db.models import AttemptRow, DeviceLeaseRow
+from trainyard.service.schemas import DeviceResponse, Page
+
+router = APIRouter(tags=["service"], route_class=ServiceRoute)
+
+
+@router.get("/devices", dependencies=[READ])
+def devices(services: StateDep) -> Page[DeviceResponse]:
+    """Every device of this host, who leases it, and processes on it that belong to no attempt.
+
+    Behind them those that a cluster has given to attempts that live: its other devices are its own business.
+    """
+    there = services.inventory.devices()
+    with services.database.read() as session:
+        leases = {lease.device: lease for lease in session.scalars(select(DeviceLeaseRow))}
+        placed = (AttemptRow.ended_at.is_(None), AttemptRow.placement.is_not(None))
+        elsewhere = session.scalars(select(AttemptRow).where(*placed).order_by(AttemptRow.created_at)).all()
+    shown = [
+        DeviceResponse(
+            id=device.id,
+            kind=device.kind,
+            model=device.model,
+            memory_bytes=device.memory_bytes,
+            memory_used_bytes=device.memory_used_bytes,
+            temperature_celsius=device.temperature_celsius,
+            job_id=leases[device.id].job_id if device.id in leases else None,
+            attempt_id=leases[device.id].attempt_id if device.id in leases else None,
+            processes=list(device.strangers),
+        )
+        for device in there
+    ]
+    return Page(data=[*shown, *_on_clusters(elsewhere)], has_more=False)
+
+
+def _on_clusters(attempts: Sequence[AttemptRow]) -> Iterator[DeviceResponse]:
+    for attempt in attempts:
+        for device in (attempt.placement or {}).get("devices", ()):
+            kind = device.rpartition("/")[2].partition(":")[0]
+            yield DeviceResponse(id=device, kind=kind, job_id=attempt.job_id, attempt_id=attempt.id)

@@ -1,0 +1,109 @@
+"""The routes of logs: pieces by bytes, lines by their numbers, and a search through all of one."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from trainyard.contract.parsing import Problem
+from trainyard.contract.rundir import RunDir
+from trainyard.service.api.dependencies import AppState, StateDep
+from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.auth.permissions import READ
+from trainyard.service.errors import LogNotFound, RequestInvalid, with_problems
+from trainyard.service.jobs import repository
+from trainyard.service.logs import reader
+from trainyard.service.schemas import (
+    LogChunk,
+    LogLines,
+    LogMatch,
+    LogMatches,
+)
+
+AGENT = "agent"
+RANK = re.compile(r"[0-9]{1,6}")
+MAX_BYTES = 2**53 - 1
+NO_LINE_END = r"^[^\x00\r\n]+$"
+
+Attempt = Annotated[int | None, Query(ge=1, le=MAX_BYTES)]
+Rank = Annotated[str, Query(max_length=20)]
+Place = Annotated[int, Query(ge=0, le=MAX_BYTES)]
+
+router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
+
+
+@router.get("")
+def log(
+    services: StateDep,
+    job_id: str,
+    attempt: Attempt = None,
+    rank: Rank = "0",
+    tail: Annotated[int | None, Query(ge=1, le=100_000)] = None,
+    offset: Annotated[int | None, Query(ge=0, le=MAX_BYTES)] = None,
+    limit: Annotated[int, Query(ge=4, le=reader.MAX_CHUNK)] = 64 << 10,
+) -> LogChunk:
+    """A piece of a rank's log, or of the agent's with `rank=agent`: the last `tail` lines, or what follows `offset`.
+
+    `limit` is in bytes. Reading on from `next_offset` misses nothing and repeats nothing.
+    """
+    validate_rank(rank, tail, offset)
+    file = _file(services, job_id, attempt, rank)
+    data, next_offset = (
+        reader.read_from(file, offset, limit) if offset is not None else reader.read_tail(file, tail or 200, limit)
+    )
+    return LogChunk(data=data, next_offset=next_offset)
+
+
+@router.get("/lines")
+def log_lines(
+    services: StateDep,
+    job_id: str,
+    attempt: Attempt = None,
+    rank: Rank = "0",
+    first: Annotated[int, Query(ge=1, le=MAX_BYTES)] = 1,
+    count: Annotated[int, Query(ge=0, le=2000)] = 500,
+) -> LogLines:
+    """Lines `first` and following, counted from 1, and how many there are; a line over 4,096 bytes is cut."""
+    validate_rank(rank)
+    found, index = services.lines.read(_file(services, job_id, attempt, rank), first, count)
+    return LogLines(first_line=first, lines=found, total_lines=index.total, bytes=index.size)
+
+
+@router.get("/search")
+def log_search(
+    services: StateDep,
+    job_id: str,
+    q: Annotated[str, Query(min_length=1, max_length=200, pattern=NO_LINE_END)],
+    attempt: Attempt = None,
+    rank: Rank = "0",
+    after_line: Place = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+) -> LogMatches:
+    """The lines that have `q`, ASCII letters in either case. While `has_more`, go on with `after_line=searched_lines`.
+
+    One request looks through 256 MiB at most, and through the first MiB of a line.
+    """
+    validate_rank(rank)
+    found, searched, ended = services.lines.search(_file(services, job_id, attempt, rank), q, after_line, limit)
+    matches = [LogMatch(line=one.line, offset=one.offset, text=one.text) for one in found]
+    return LogMatches(data=matches, has_more=not ended, searched_lines=searched)
+
+
+def validate_rank(rank: str, tail: int | None = None, offset: int | None = None) -> None:
+    """Raise RequestInvalid for a rank that cannot be, and for two places at once."""
+    if rank != AGENT and not RANK.fullmatch(rank):
+        raise with_problems(RequestInvalid, [Problem("/query/rank", 'must be a rank\'s number, or "agent"')])
+    if tail is not None and offset is not None:
+        raise with_problems(RequestInvalid, [Problem("/query/offset", "cannot be given with tail")])
+
+
+def _file(services: AppState, job_id: str, attempt: int | None, rank: str) -> Path:
+    """The log of ``rank`` in an attempt, the newest where none is named. Raises LogNotFound."""
+    with services.database.read() as session:
+        job = repository.find(session, job_id)
+    number = attempt or job.attempt
+    if not 1 <= number <= job.attempt:
+        raise LogNotFound()
+    directory = RunDir(services.settings.runs / job.id).attempt(number)
+    return reader.log_file(directory, None if rank == AGENT else int(rank))

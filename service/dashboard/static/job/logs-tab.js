@@ -1,0 +1,244 @@
+// Log of a rank: loads pages of lines around the scroll position, follows the end, and searches the whole file.
+import { ApiError, get, withQuery } from "../api.js";
+import { h, setText, setVisible, updateList } from "../dom.js";
+import { bytes, count } from "../format.js";
+import { getParam, setParam } from "../router.js";
+import { VirtualList } from "./virtual-list.js";
+
+const PAGE_LINES = 250;
+const MAX_PAGES = 80;
+const MAX_MATCHES = 10_000;
+const DEBOUNCE_MS = 300;
+
+export class LogsTab {
+  constructor(place, address) {
+    this.address = `${address}/logs`;
+    this.attempt = h("select", { id: "attempt", onchange: () => this.onSelect("attempt", this.attempt.value) });
+    this.rank = h("select", { id: "rank", onchange: () => this.onSelect("rank", this.rank.value) });
+    this.search = h("input", { id: "grep", type: "search", placeholder: "Search the whole log", "aria-label": "Search the whole log", maxlength: "200", value: getParam("grep") ?? "" });
+    this.follow = h("input", { id: "follow", type: "checkbox", checked: !getParam("line") });
+    this.note = h("span", { class: "muted", role: "status" });
+    this.view = new VirtualList("Log", { onEnd: (isEnd) => this.scrolled(isEnd), isFollowing: () => this.follow.checked });
+    this.matchList = new VirtualList("Matching lines", { onPick: (number) => this.goTo(number) });
+    this.bar = h("div", { class: "bar" }, h("label", { for: "attempt" }, "Attempt"), this.attempt, h("label", { for: "rank" }, "Rank"), this.rank,
+      this.search, h("label", { for: "follow" }, "Follow"), this.follow, this.note);
+    place.append(this.bar, this.view.node, this.matchList.node);
+    setVisible(this.matchList.node, false);
+    this.search.addEventListener("input", () => {
+      clearTimeout(this.typing);
+      this.typing = setTimeout(() => this.startSearch(), DEBOUNCE_MS);
+    });
+    this.follow.addEventListener("change", () => this.follow.checked && (setParam("line", null), this.view.scrollToEnd(), this.poll()));
+    this.reset();
+  }
+
+  scrolled(isEnd) {
+    this.follow.checked = isEnd;
+    if (isEnd) setParam("line", null);
+  }
+
+  /** Drops everything loaded from the previous log. */
+  reset() {
+    Object.assign(this, { pages: new Map(), loading: new Set(), stale: new Set(), span: [0, 0] });
+    Object.assign(this, { total: 0, size: 0, matches: [], searched: 0, searchedFor: "", number: (this.number ?? 0) + 1 });
+    this.abort?.abort();
+    this.abort = new AbortController();
+    this.view.show(this.source());
+  }
+
+  onSelect(name, value) {
+    setParam(name, value === (name === "rank" ? "0" : "") ? null : value);
+    setParam("line", null);
+    this.follow.checked = true;
+    this.reset();
+    this.poll().then(() => this.startSearch());
+  }
+
+  async update(job) {
+    const changed = this.job?.attempt !== job.attempt;
+    this.job = job;
+    if (changed) this.fillSelects(job);
+    if (!job.attempt) return this.setNote("Not launched yet.");
+    if (changed && !this.attempt.value) this.reset();
+    await this.poll();
+    if (changed) await this.applyUrl();
+  }
+
+  fillSelects(job) {
+    const numbers = Array.from({ length: job.attempt ?? 0 }, (_, i) => String(job.attempt - i));
+    const logNames = [...Array.from({ length: rankCount(job) }, (_, i) => String(i)), "agent"];
+    const fill = (node, values, wanted) => {
+      updateList(node, values, ([value]) => value, ([value, words]) => h("option", { value }, words));
+      node.value = values.some(([value]) => value === wanted) ? wanted : values[0][0];
+    };
+    fill(this.attempt, [["", "newest"], ...numbers.map((one) => [one, one])], this.attempt.value || (getParam("attempt") ?? ""));
+    fill(this.rank, logNames.map((one) => [one, one]), this.rank.value || (getParam("rank") ?? "0"));
+  }
+
+  /** Applies the search or line number of the URL after the log is loaded. */
+  async applyUrl() {
+    if (this.search.value) await this.startSearch();
+    else if (getParam("line")) this.goTo(Number(getParam("line")));
+  }
+
+  logQuery() {
+    return { attempt: this.attempt.value || this.job.attempt, rank: this.rank.value };
+  }
+
+  /** Reads the number of lines. Lines themselves are loaded when they are drawn. */
+  async poll() {
+    if (this.isPolling || !this.job?.attempt) return;
+    this.isPolling = true;
+    const { number } = this;
+    try {
+      const found = await get(withQuery(`${this.address}/lines`, { ...this.logQuery(), count: 0 }));
+      if (number === this.number) this.setSize(found);
+    } catch (error) {
+      if (!(error instanceof ApiError)) return;
+      this.setNote(error.code === "log_not_found" ? "Nothing has been printed yet." : error.message);
+    } finally {
+      this.isPolling = false;
+    }
+  }
+
+  setSize({ total_lines: total, bytes: size }) {
+    if (size !== this.size) {
+      if (size < this.size) this.pages.clear();
+      // The last line may have been incomplete.
+      this.stale.add(this.pageOf(this.total - 1));
+      Object.assign(this, { total, size });
+      this.view.refresh();
+      if (this.follow.checked && !getParam("line")) this.view.scrollToEnd();
+      if (this.searchedFor && this.isSearchDone) this.continueSearch();
+    }
+    if (!this.searchedFor) this.setNote(`${count(total)} ${total === 1 ? "line" : "lines"}, ${bytes(size)}`);
+  }
+
+  source() {
+    const self = this;
+    return {
+      get total() {
+        return self.total;
+      },
+      at: (i) => {
+        const line = self.pages.get(self.pageOf(i))?.[i % PAGE_LINES];
+        return line === undefined ? null : { number: i + 1, text: line };
+      },
+      want: (from, to) => self.loadPages(from, to),
+    };
+  }
+
+  pageOf(i) {
+    return Math.floor(Math.max(0, i) / PAGE_LINES);
+  }
+
+  loadPages(from, to) {
+    this.span = [this.pageOf(from), this.pageOf(to - 1)];
+    for (let page = this.span[0]; page <= this.span[1]; page++) {
+      const isWhole = (this.pages.get(page)?.length ?? 0) >= Math.min(PAGE_LINES, this.total - page * PAGE_LINES);
+      if ((!isWhole || this.stale.has(page)) && !this.loading.has(page)) this.fetch(page);
+    }
+  }
+
+  /** Loads a page if it is still visible after 40 ms: a user may scroll past thousands. */
+  async fetch(page) {
+    const { number, loading, pages } = this;
+    loading.add(page);
+    try {
+      await new Promise((done) => setTimeout(done, 40));
+      if (page < this.span[0] || page > this.span[1] || number !== this.number) return;
+      this.stale.delete(page);
+      const { lines } = await get(withQuery(`${this.address}/lines`, { ...this.logQuery(), first: page * PAGE_LINES + 1, count: PAGE_LINES }), { signal: this.abort.signal });
+      pages.delete(page);
+      pages.set(page, lines.map(plainLine));
+      if (pages.size > MAX_PAGES) pages.delete(pages.keys().next().value);
+    } catch {
+      this.stale.add(page);
+      await new Promise((done) => setTimeout(done, 1000));
+    } finally {
+      loading.delete(page);
+    }
+    if (number === this.number) this.view.draw();
+  }
+
+  async startSearch() {
+    const wanted = this.search.value.trim();
+    setParam("grep", wanted);
+    if (wanted === this.searchedFor) return;
+    Object.assign(this, { searchedFor: wanted, matches: [], searched: 0, isSearchDone: false, searchNumber: (this.searchNumber ?? 0) + 1 });
+    setVisible(this.matchList.node, wanted);
+    setVisible(this.view.node, !wanted);
+    if (!wanted) {
+      this.view.draw();
+      return this.setSize({ total_lines: this.total, bytes: this.size });
+    }
+    this.matchList.needle = wanted;
+    const { matches } = this;
+    this.matchList.show({ get total() { return matches.length; }, get largest() { return matches.at(-1)?.number ?? 0; }, at: (i) => matches[i] ?? null, want: () => {} });
+    await this.continueSearch();
+  }
+
+  /** Searches the rest of the log in steps; called again when the log has grown. */
+  async continueSearch() {
+    const { searchNumber, searchedFor, matches } = this;
+    this.isSearchDone = false;
+    try {
+      while (!this.isSearchDone && matches.length < MAX_MATCHES) {
+        const found = await get(withQuery(`${this.address}/search`, { ...this.logQuery(), q: searchedFor, after_line: this.searched, limit: 1000 }), { signal: this.abort.signal });
+        if (searchNumber !== this.searchNumber) return;
+        matches.push(...found.data.map((one) => ({ number: one.line, text: plainLine(one.text) })));
+        Object.assign(this, { searched: found.searched_lines, isSearchDone: !found.has_more });
+        this.matchList.refresh();
+        this.setNote(this.searchNote());
+      }
+    } catch (error) {
+      if (searchNumber === this.searchNumber) this.setNote(error.message);
+    }
+  }
+
+  searchNote() {
+    const matchCount = this.matches.length;
+    if (matchCount >= MAX_MATCHES) return `The first ${count(matchCount)} matching lines`;
+    const words = `${count(matchCount)} matching ${matchCount === 1 ? "line" : "lines"} in ${count(this.searched)}`;
+    return this.isSearchDone ? words : `${words}, still searching`;
+  }
+
+  /** Shows a line in context; its number is kept in the URL. */
+  goTo(number) {
+    this.search.value = "";
+    setParam("line", number);
+    this.follow.checked = false;
+    this.view.highlighted = number;
+    this.startSearch();
+    setVisible(this.matchList.node, false);
+    setVisible(this.view.node, true);
+    this.view.refresh();
+    this.view.scrollToLine(number - 1);
+    this.view.node.focus({ preventScroll: true });
+  }
+
+  setNote(words) {
+    setText(this.note, words);
+  }
+
+  close() {
+    clearTimeout(this.typing);
+    this.abort.abort();
+    this.number += 1;
+    this.searchNumber += 1;
+    this.view.close();
+    this.matchList.close();
+  }
+}
+
+/** The world size of the launched run, or the requested one before the launch. */
+const rankCount = ({ plan, spec: { resources } }) => Math.max(plan.world_size ?? 1, resources.nproc_per_node * (resources.nnodes.max ?? resources.nnodes));
+
+// eslint-disable-next-line no-control-regex -- terminal escape codes
+const ANSI_CODES = /\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07]*(\x07|\x1b\\)/g;
+
+/** Removes terminal codes; of a line rewritten with carriage returns, keeps the newest state. */
+function plainLine(line) {
+  const plain = line.replace(ANSI_CODES, "");
+  return plain.slice(plain.lastIndexOf("\r") + 1);
+}

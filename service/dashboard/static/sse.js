@@ -1,0 +1,66 @@
+// Server-sent events over fetch, because EventSource cannot send a token. Reconnects after the last event id.
+import { ApiError, ServiceUnreachable, request } from "./api.js";
+
+const SILENCE_TIMEOUT_MS = 40_000; // The service sends a comment every 15 s.
+const RETRY_DELAYS_MS = [500, 1000, 2000, 4000, 8000];
+
+/** Opens a stream; `take(kind, data)` is called with each event. Returns a function that closes it. */
+export function openEventStream(path, take) {
+  const life = { closed: false, abort: null, last: null, tries: 0 };
+  readWithRetries(life, path, take);
+  return () => {
+    life.closed = true;
+    life.abort?.abort();
+  };
+}
+
+async function readWithRetries(life, path, take) {
+  while (!life.closed) {
+    life.abort = new AbortController();
+    try {
+      if (await readEvents(life, path, take)) return;
+    } catch (error) {
+      if (error instanceof ApiError && error.status < 500 && error.status !== 429) return;
+      if (!(error instanceof ServiceUnreachable) && error.name !== "AbortError" && !(error instanceof ApiError)) console.warn(error);
+    }
+    if (!life.closed) await new Promise((done) => setTimeout(done, RETRY_DELAYS_MS[Math.min(life.tries++, RETRY_DELAYS_MS.length - 1)]));
+  }
+}
+
+/** Returns true after the service has sent the "end" event. */
+async function readEvents(life, path, take) {
+  const more = life.last ? { "Last-Event-ID": life.last } : {};
+  const response = await request(path, { signal: life.abort.signal, headers: { Accept: "text/event-stream", ...more } });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const timeout = setTimeout(() => life.abort.abort(), SILENCE_TIMEOUT_MS);
+    const { done, value } = await reader.read().finally(() => clearTimeout(timeout));
+    if (done || life.closed) return false;
+    life.tries = 0;
+    const blocks = (rest + value).split("\n\n");
+    rest = blocks.pop();
+    for (const block of blocks) {
+      const event = parseEvent(block);
+      if (event === null) continue;
+      if (event.id) life.last = event.id;
+      take(event.kind, event.data);
+      if (event.kind === "end") return true;
+    }
+  }
+}
+
+/** Parses one block of lines to `{id, kind, data}`; null for a comment. */
+export function parseEvent(block) {
+  const found = { id: null, kind: "message", data: "" };
+  let any = false;
+  for (const line of block.split("\n")) {
+    const at = line.indexOf(": ");
+    if (at < 1) continue;
+    const [name, value] = [line.slice(0, at), line.slice(at + 2)];
+    if (name === "id") found.id = value;
+    if (name === "event") found.kind = value;
+    if (name === "data") [found.data, any] = [found.data + value, true];
+  }
+  return any ? { ...found, data: JSON.parse(found.data) } : null;
+}

@@ -1,0 +1,418 @@
+"""The tables. Migrations build the same; a test compares the two."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+BigInt = BigInteger().with_variant(Integer, "sqlite")
+"""64 bits; SQLite counts rows by itself only where the column is spelt INTEGER."""
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An instant: aware, in UTC, on both databases."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        """To UTC; a naive time has no place here."""
+        if value is not None and value.tzinfo is None:
+            raise ValueError("a time without its zone")
+        return value.astimezone(UTC) if value is not None else None
+
+    def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
+        """SQLite gives back what was UTC without saying so."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """Base of all tables."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(column_0_N_label)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {  # noqa: RUF012 - SQLAlchemy's own spelling
+        datetime: UtcDateTime(),
+        dict[str, Any]: JSON(none_as_null=True),
+        list[Any]: JSON(none_as_null=True),
+        int: BigInt,
+        float: Float(53),
+        str: Text(),
+    }
+
+
+def _job_id() -> Mapped[str]:
+    return mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"))
+
+
+class JobRow(Base):
+    """One job. ``version`` counts changes of status; ``number`` orders jobs by age.
+
+    ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
+    of the curve is summed up in stretches. ``preempted_by``: the job for which this one is pausing.
+    ``lineage``: what a fork remembers of its ancestors, see `service.metrics.lineage`.
+    ``submitted_by`` made it; ``queued_by`` queued it last, and has it counted against a quota.
+    """
+
+    __tablename__ = "jobs"
+    __table_args__ = (
+        Index("ix_jobs_status", "status", "priority", "queued_at"),
+        Index("ix_jobs_name", "name"),
+        Index("ix_jobs_queued_by", "queued_by", "status"),
+    )
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    version: Mapped[int] = mapped_column(default=1)
+    name: Mapped[str]
+    labels: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(String(20))
+    desired: Mapped[str] = mapped_column(String(20))
+    phase: Mapped[str | None] = mapped_column(String(20))
+    phase_detail: Mapped[dict[str, Any] | None]
+    reason: Mapped[str | None] = mapped_column(String(40))
+    message: Mapped[str | None]
+    error: Mapped[dict[str, Any] | None]
+    spec: Mapped[dict[str, Any]]
+    facts: Mapped[dict[str, Any]]
+    progress: Mapped[dict[str, Any]]
+    alerts: Mapped[list[Any]]
+    device: Mapped[str] = mapped_column(String(20))
+    ranks: Mapped[int]
+    priority: Mapped[int]
+    attempt: Mapped[int] = mapped_column(default=0)
+    trigger: Mapped[str] = mapped_column(String(20), default="submit")
+    restarts: Mapped[int] = mapped_column(default=0)
+    restart_at: Mapped[datetime | None]
+    asked_at: Mapped[datetime | None]
+    heard_at: Mapped[datetime | None]
+    parent_job_id: Mapped[str | None] = mapped_column(String(40), index=True)
+    parent_step: Mapped[int | None]
+    created_at: Mapped[datetime]
+    queued_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+    resume_step: Mapped[int | None]
+    sealed_step: Mapped[int] = mapped_column(default=0)
+    preempted_by: Mapped[str | None] = mapped_column(String(40))
+    lineage: Mapped[dict[str, Any] | None]
+    submitted_by: Mapped[str | None] = mapped_column(String(64))
+    queued_by: Mapped[str | None] = mapped_column(String(64))
+
+
+class LabelRow(Base):
+    """The labels again, one a row, to find jobs by."""
+
+    __tablename__ = "job_labels"
+    __table_args__ = (Index("ix_job_labels_key_value", "key", "value"),)
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    value: Mapped[str]
+
+
+class IdempotencyRow(Base):
+    """A submission that may be sent again."""
+
+    __tablename__ = "idempotency_keys"
+
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    body_sha256: Mapped[str] = mapped_column(String(64))
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(index=True)
+
+
+class TokenRow(Base):
+    """A named token. ``sha256`` is that of the whole token, which is kept nowhere. A name is never given twice.
+
+    ``previous_sha256`` is good until ``previous_until``, beside the one that replaced it.
+    """
+
+    __tablename__ = "tokens"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), unique=True)
+    scope: Mapped[str] = mapped_column(String(20))
+    sha256: Mapped[str] = mapped_column(String(64))
+    previous_sha256: Mapped[str | None] = mapped_column(String(64))
+    previous_until: Mapped[datetime | None]
+    max_jobs: Mapped[int | None]
+    max_devices: Mapped[int | None]
+    created_by: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime]
+    rotated_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+
+
+class AttemptRow(Base):
+    """One launch. ``launched_at`` is null until the launcher has said that it started.
+
+    ``placement``: where a cluster has put it, see `service.launch.base.Placement`; null on this host.
+    """
+
+    __tablename__ = "attempts"
+    __table_args__ = (UniqueConstraint("job_id", "number"), Index("ix_attempts_ended_at", "ended_at"))
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    job_id: Mapped[str] = _job_id()
+    number: Mapped[int]
+    token_sha256: Mapped[str] = mapped_column(String(64))
+    trigger: Mapped[str] = mapped_column(String(20))
+    devices: Mapped[list[Any]]
+    acked_seq: Mapped[int] = mapped_column(default=0)
+    created_at: Mapped[datetime]
+    launched_at: Mapped[datetime | None]
+    started_at: Mapped[datetime | None]
+    heard_at: Mapped[datetime | None]
+    ended_at: Mapped[datetime | None]
+    start_step: Mapped[int | None]
+    end_step: Mapped[int | None]
+    outcome: Mapped[str | None] = mapped_column(String(20))
+    reason: Mapped[str | None] = mapped_column(String(40))
+    message: Mapped[str | None]
+    error: Mapped[dict[str, Any] | None]
+    ranks: Mapped[list[Any] | None]
+    launcher: Mapped[str] = mapped_column(String(20), default="local", server_default="local")
+    placement: Mapped[dict[str, Any] | None]
+
+
+class DeviceLeaseRow(Base):
+    """A device in the hands of one attempt; no row: nobody has it."""
+
+    __tablename__ = "leases"
+
+    device: Mapped[str] = mapped_column(String(20), primary_key=True)
+    attempt_id: Mapped[str] = mapped_column(String(40), ForeignKey("attempts.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str] = mapped_column(String(40))
+
+
+class SchedulerLeaseRow(Base):
+    """The one row that says which service schedules. ``holder`` null: nobody does.
+
+    ``offer``: what it leases out, for services that answer elsewhere; see `service.scheduler.published_inventory`.
+    """
+
+    __tablename__ = "leader"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    epoch: Mapped[int]
+    beat: Mapped[int]
+    holder: Mapped[str | None]
+    offer: Mapped[dict[str, Any] | None]
+
+
+class MetricRow(Base):
+    """One point. ``stitched`` is false where a later attempt, or a rollback, went over this step again."""
+
+    __tablename__ = "metrics"
+    __table_args__ = (
+        Index("ix_metrics_curve", "job_id", "stitched", "step"),
+        Index("ix_metrics_attempt", "job_id", "attempt", "step"),
+    )
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    step: Mapped[int]
+    stitched: Mapped[bool]
+    epoch: Mapped[float]
+    loss: Mapped[float | None]
+    aux_loss: Mapped[float | None]
+    learning_rate: Mapped[float]
+    grad_norm: Mapped[float | None]
+    tokens: Mapped[int]
+    tokens_per_second: Mapped[float | None]
+    mfu: Mapped[float | None]
+    step_seconds: Mapped[float | None]
+    data_seconds: Mapped[float | None]
+    memory_bytes: Mapped[int | None]
+    eval_loss: Mapped[float | None]
+    nonfinite: Mapped[bool]
+    at: Mapped[datetime]
+    expert_load: Mapped[list[Any] | None]
+
+
+class MetricRollupRow(Base):
+    """A stretch of a long curve, summed up: see `service.metrics.rollups`. ``bucket``: its steps divided by ``width``.
+
+    ``total_H`` and ``weight_H`` are the sums of the running mean with half-life H, carried to ``finite_step``.
+    """
+
+    __tablename__ = "metric_stretches"
+
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    width: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    bucket: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    first_step: Mapped[int]
+    step: Mapped[int]
+    attempt: Mapped[int]
+    count: Mapped[int]
+    nonfinite: Mapped[int]
+    loss: Mapped[float | None]
+    loss_sum: Mapped[float]
+    loss_min: Mapped[float | None]
+    loss_max: Mapped[float | None]
+    finite_step: Mapped[int | None]
+    total_10: Mapped[float]
+    total_50: Mapped[float]
+    total_200: Mapped[float]
+    total_1000: Mapped[float]
+    weight_10: Mapped[float]
+    weight_50: Mapped[float]
+    weight_200: Mapped[float]
+    weight_1000: Mapped[float]
+
+
+class EventRow(Base):
+    """What happened to a job, and who asked for it."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index("ix_events_job_id", "job_id", "number"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = _job_id()
+    attempt: Mapped[int | None]
+    seq: Mapped[int | None]
+    kind: Mapped[str] = mapped_column(String(40))
+    actor: Mapped[str] = mapped_column(String(64))
+    message: Mapped[str]
+    data: Mapped[dict[str, Any]]
+    at: Mapped[datetime]
+
+
+class CheckpointRow(Base):
+    """A published checkpoint or weights file that is still there."""
+
+    __tablename__ = "checkpoints"
+    # No unique index on the path: it may be longer than an index entry. Writers hold the job and replace by path.
+    __table_args__ = (Index("ix_checkpoints_job_id_step", "job_id", "step"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = _job_id()
+    attempt: Mapped[int]
+    seq: Mapped[int]
+    step: Mapped[int]
+    path: Mapped[str]
+    bytes: Mapped[int]
+    sha256: Mapped[str]
+    kind: Mapped[str] = mapped_column(String(20))
+    loss: Mapped[float | None]
+    created_at: Mapped[datetime]
+
+
+class SampleRow(Base):
+    """A text the model wrote."""
+
+    __tablename__ = "samples"
+    __table_args__ = (Index("ix_samples_job_id", "job_id", "number"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = _job_id()
+    attempt: Mapped[int]
+    seq: Mapped[int]
+    step: Mapped[int]
+    prompt: Mapped[str]
+    text: Mapped[str]
+    at: Mapped[datetime]
+
+
+class WebhookRow(Base):
+    """Somebody who wants to hear. ``secret`` signs, and so does ``old_secret`` until ``old_secret_until``.
+
+    ``rules_since``: rules do not look at what a job had said before. ``failures``: tries in a row that failed.
+    ``retry_at``: nothing is sent before, however many deliveries wait.
+    """
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index("ix_webhooks_job_id", "job_id"),)
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(40), unique=True)
+    url: Mapped[str]
+    description: Mapped[str]
+    secret: Mapped[str]
+    old_secret: Mapped[str | None]
+    old_secret_until: Mapped[datetime | None]
+    events: Mapped[list[Any]]
+    labels: Mapped[dict[str, Any]]
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    rules: Mapped[list[Any]]
+    rules_since: Mapped[datetime]
+    enabled: Mapped[bool]
+    disabled_reason: Mapped[str | None]
+    failures: Mapped[int] = mapped_column(default=0)
+    failing_since: Mapped[datetime | None]
+    retry_at: Mapped[datetime | None]
+    succeeded_at: Mapped[datetime | None]
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime]
+
+
+class DeliveryRow(Base):
+    """What a webhook is to hear: ``body`` to the byte. Those of one ``lane`` are sent one after the other.
+
+    ``claimed_by``: the sender that is at it. No foreign key: a webhook that is deleted meanwhile must not make a job's
+    change of status fail.
+    """
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        Index("ix_webhook_deliveries_open", "state", "webhook_id", "lane", "number"),
+        Index("ix_webhook_deliveries_log", "webhook_id", "number"),
+        Index("ix_webhook_deliveries_ended_at", "ended_at"),
+    )
+
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    webhook_id: Mapped[str] = mapped_column(String(40))
+    event_id: Mapped[str] = mapped_column(String(60))
+    kind: Mapped[str] = mapped_column(String(60))
+    job_id: Mapped[str | None] = mapped_column(String(40))
+    lane: Mapped[str] = mapped_column(String(60))
+    body: Mapped[str]
+    state: Mapped[str] = mapped_column(String(20))
+    attempts: Mapped[int] = mapped_column(default=0)
+    tries: Mapped[list[Any]]
+    next_at: Mapped[datetime | None]
+    claimed_by: Mapped[str | None] = mapped_column(String(60))
+    redelivers: Mapped[int | None]
+    created_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class RuleStateRow(Base):
+    """What a webhook's rule remembers of a job: how far it has read, and whether it has told what it saw."""
+
+    __tablename__ = "webhook_watches"
+
+    webhook_id: Mapped[str] = mapped_column(String(40), ForeignKey("webhooks.id", ondelete="CASCADE"), primary_key=True)
+    job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    rule: Mapped[str] = mapped_column(String(200), primary_key=True)
+    attempt: Mapped[int]
+    seq: Mapped[int]
+    seen: Mapped[dict[str, Any]]
+    final: Mapped[bool]

@@ -1,0 +1,193 @@
+"""The failure card: what happened, its evidence and hint as reported, and what to do now, the likeliest first. Pure.
+
+The same object in the API, in the terminal and in a webhook. Each action is a call of the API and a command.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trainyard.contract.messages import FailureCard, NextAction
+from trainyard.contract.parsing import GROUPS
+from trainyard.contract.spec import JobSpec, TrainingSpec
+from trainyard.contract.status import JobStatus, Reason
+from trainyard.service.db.models import JobRow
+from trainyard.service.jobs.lifecycle import resume_blocker
+from trainyard.service.jobs.queries import standing
+
+Changes = Mapping[str, Mapping[str, Any]]
+"""Group -> leaf -> what it is to be."""
+
+ONCE = {
+    Reason.OUT_OF_MEMORY: "on a device with more memory",
+    Reason.HOST_OUT_OF_MEMORY: "once the host has more memory",
+    Reason.DISK_FULL: "once there is room on the disk",
+    Reason.DATA_INVALID: "once the data is mended",
+    Reason.CHECKPOINT_INVALID: "from another checkpoint, with --step",
+    Reason.LAUNCH_FAILED: "once it can be launched",
+    Reason.DIVERGED: "as it was: it may diverge again",
+}
+"""Reason -> on what condition the same run may go better."""
+
+OF_THE_AGENT = frozenset({Reason.LAUNCH_FAILED, Reason.AGENT_LOST, Reason.HOST_RESTARTED, Reason.NODE_LOST})
+"""Of these ends the ranks know nothing."""
+
+LAST_LINES = 50
+
+
+@dataclass(frozen=True)
+class FailureContext:
+    """A job that failed. ``step``: of its newest checkpoint; ``inherited``: a fork that has none of its own yet."""
+
+    job_id: str
+    attempt: int
+    code: str
+    rank: int | None
+    spec: Mapping[str, Any]
+    step: int | None
+    inherited: bool
+    resumable: bool
+    restarts_itself: bool
+
+
+def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
+    """Return the card of a job that failed or was interrupted; None if nothing went wrong.
+
+    ``step``: of its newest checkpoint.
+    """
+    if not job.error:
+        return None
+    card = FailureCard.model_validate(job.error)
+    if JobStatus(job.status) not in (JobStatus.FAILED, JobStatus.INTERRUPTED):
+        return card
+    trouble = FailureContext(
+        job_id=job.id,
+        attempt=job.attempt,
+        code=card.code,
+        rank=card.rank,
+        spec=job.spec,
+        step=step,
+        inherited=job.parent_step is not None,
+        resumable=resume_blocker(standing(job)) is None,
+        restarts_itself=job.restart_at is not None,
+    )
+    return card.model_copy(update={"next": next_actions(trouble)})
+
+
+def next_actions(job: FailureContext) -> list[NextAction]:
+    """Return what to do now, the likeliest first."""
+    return [*_with_changes(job), *_resumed(job), _log(job)]
+
+
+def _with_changes(job: FailureContext) -> Iterator[NextAction]:
+    """Another run of it, with settings that are likely to hold."""
+    changes = _changes(job)
+    if changes is None:
+        return
+    words = " and ".join(f"{leaf} {_written(value)}" for leaves in changes.values() for leaf, value in leaves.items())
+    if job.step is not None:
+        options = [f"--set {group}.{leaf}={_written(value)}" for group, leaf, value in _flat(changes)]
+        yield NextAction(
+            action="fork",
+            words=f"Fork from step {job.step:,} with {words}",
+            command=" ".join([f"trainyard fork {job.job_id} --step {job.step}", *options]),
+            method="POST",
+            path=f"/jobs/{job.job_id}/fork",
+            body={"step": job.step, "overrides": changes},
+        )
+    elif not job.inherited:
+        yield _again(job, changes, f"with {words}" if words else "with other settings")
+
+
+def _changes(job: FailureContext) -> Changes | None:
+    """None where other settings are no help."""
+    training = TrainingSpec.model_validate_json(json.dumps(job.spec["training"]))
+    smaller = training.smaller_batch()
+    match job.code:
+        case Reason.OUT_OF_MEMORY | Reason.HOST_OUT_OF_MEMORY if smaller is not None:
+            return {"training": {"batch_size": smaller[0], "accumulation_steps": smaller[1]}}
+        case Reason.DIVERGED:
+            return {"training": {"learning_rate": training.learning_rate / 2}}
+        case Reason.SPEC_INVALID if job.step is None:
+            return {}
+        case _:
+            return None
+
+
+def _again(job: FailureContext, changes: Changes, how: str) -> NextAction:
+    """A new job of the same spec, by what differs from the defaults."""
+    body = _differing(job.spec, changes)
+    top = [f"--set {name}={shlex.quote(_written(body[name]))}" for name in body if name not in GROUPS]
+    options = [f"--set {group}.{leaf}={shlex.quote(_written(value))}" for group, leaf, value in _flat(body)]
+    return NextAction(
+        action="submit",
+        words=f"Submit it anew, {how}",
+        command=" ".join(["trainyard submit", *top, *options]),
+        method="POST",
+        path="/jobs",
+        body=body,
+    )
+
+
+def _differing(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """The spec with changes, less what is as by default."""
+    data_path = spec["data"]["data_path"]
+    plain = JobSpec.model_validate({"data": {"data_path": data_path}}).model_dump(mode="json")
+    body: dict[str, Any] = {}
+    for name, value in spec.items():
+        if name in GROUPS:
+            leaves = {**value, **changes.get(name, {})}
+            known = plain[name]
+            value = {leaf: leaves[leaf] for leaf in leaves if leaf not in known or leaves[leaf] != known[leaf]}
+            if name == "data":
+                value = {"data_path": data_path, **value}
+        if value not in ({}, plain.get(name)):
+            body[name] = value
+    return body
+
+
+def _flat(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    return ((group, leaf, value) for group in body if group in GROUPS for leaf, value in body[group].items())
+
+
+def _written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _resumed(job: FailureContext) -> Iterator[NextAction]:
+    if not job.resumable or job.code == Reason.SPEC_INVALID:
+        return
+    where = f"Resume from step {job.step:,}" if job.step is not None else "Resume from the beginning"
+    if job.step is None and job.inherited:
+        where = "Resume from its parent's checkpoint"
+    once = ONCE.get(Reason(job.code)) if job.code in list(Reason) else None
+    how = "now, without waiting for its restart" if job.restarts_itself else once
+    yield NextAction(
+        action="resume",
+        words=f"{where}, {how}" if how else where,
+        command=f"trainyard resume {job.job_id}",
+        method="POST",
+        path=f"/jobs/{job.job_id}/resume",
+        body={},
+    )
+
+
+def _log(job: FailureContext) -> NextAction:
+    """Where to read on."""
+    path = f"/jobs/{job.job_id}/logs?attempt={job.attempt}"
+    command = f"trainyard logs {job.job_id} --attempt {job.attempt}"
+    if job.rank is None and job.code in OF_THE_AGENT:
+        words, rank = "Read what its agent printed", "agent"
+    else:
+        rank = str(job.rank or 0)
+        words = f"Read the log of rank {rank}"
+    return NextAction(
+        action="logs",
+        words=words,
+        command=f"{command} --rank {rank} --tail {LAST_LINES}",
+        method="GET",
+        path=f"{path}&rank={rank}&tail={LAST_LINES}",
+        body=None,
+    )

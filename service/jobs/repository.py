@@ -1,0 +1,207 @@
+"""Jobs in the database: found, locked, changed. Every change of status is one guarded update plus its event row."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from trainyard.contract.spec import JobSpec
+from trainyard.contract.status import Desired, JobStatus, can_transition
+from trainyard.service.auth import quotas
+from trainyard.service.auth.principal import Principal
+from trainyard.service.db.models import (
+    EventRow,
+    IdempotencyRow,
+    JobRow,
+    LabelRow,
+)
+from trainyard.service.errors import Conflict, JobNotFound, KeyReused
+from trainyard.service.ids import JOB_ID, new_id
+from trainyard.service.jobs import event_outbox
+
+LAST_ALERTS = 20
+
+log = logging.getLogger("trainyard")
+
+
+class ImpossibleTransition(RuntimeError):
+    """Code asked for a change of status that the table does not have."""
+
+
+def find(session: Session, job_id: str) -> JobRow:
+    """The job. Raises JobNotFound, also for what cannot be an id."""
+    job = session.scalar(select(JobRow).where(JobRow.id == job_id)) if JOB_ID.fullmatch(job_id) else None
+    if job is None:
+        raise JobNotFound()
+    return job
+
+
+def lock(session: Session, job_id: str) -> JobRow:
+    """The job, for changing it: nobody else changes it or its attempts before this transaction ends."""
+    if not JOB_ID.fullmatch(job_id):
+        raise JobNotFound()
+    job = session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
+    if job is None:
+        raise JobNotFound()
+    return job
+
+
+@dataclass(frozen=True)
+class EventDraft:
+    """An event: who did what, in one sentence. ``actor`` is a caller's name, service, scheduler or agent."""
+
+    kind: str
+    message: str
+    actor: str = "service"
+    attempt: int | None = None
+    seq: int | None = None
+    data: dict[str, Any] | None = None
+
+
+def record_event(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
+    """Write an event row, and queue it for the webhooks that want it."""
+    event = _write_down(session, job, note, now)
+    event_outbox.enqueue(session, job, event)
+    return event
+
+
+def _write_down(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
+    event = {
+        "job_id": job.id,
+        "attempt": note.attempt if note.attempt is not None else (job.attempt or None),
+        "seq": note.seq,
+        "kind": note.kind,
+        "actor": note.actor,
+        "message": note.message,
+        "data": note.data or {},
+        "at": now,
+    }
+    number = session.connection().execute(insert(EventRow).returning(EventRow.number), event).scalar_one()
+    return EventRow(number=number, **event)
+
+
+def transition(session: Session, job: JobRow, to: JobStatus, note: EventDraft, now: datetime, **changes: Any) -> None:
+    """Change the status, and ``changes`` with it, if nobody was faster; and write the event.
+
+    Raises:
+        ImpossibleTransition: the table has no such change.
+        Conflict: the job was changed by somebody else since it was read.
+    """
+    before = JobStatus(job.status)
+    if not can_transition(before, to):
+        raise ImpossibleTransition(f"{job.id}: {before} -> {to}")
+    session.flush()
+    guard = (JobRow.id == job.id, JobRow.status == before, JobRow.version == job.version)
+    values = {"status": to, "version": job.version + 1, **changes}
+    done = session.execute(update(JobRow).where(*guard).values(values).execution_options(synchronize_session=False))
+    if getattr(done, "rowcount", 0) != 1:
+        raise Conflict()
+    data = {"from": before, "to": to, "reason": changes.get("reason"), **(note.data or {})}
+    event = _write_down(session, job, EventDraft("status", note.message, note.actor, note.attempt, note.seq, data), now)
+    session.flush()
+    session.refresh(job)
+    event_outbox.enqueue(session, job, event)
+    log.info("%s -> %s", before, to, extra={"job_id": job.id, "attempt": job.attempt, "actor": note.actor})
+
+
+SUBMITTED = EventDraft("", "submitted")
+
+
+def create(
+    session: Session,
+    spec: JobSpec,
+    facts: dict[str, Any],
+    alerts: list[Any],
+    by: Principal,
+    now: datetime,
+    job_id: str | None = None,
+    note: EventDraft = SUBMITTED,
+) -> JobRow:
+    """A new queued job. ``note``: where it comes from. Raises QuotaExceeded."""
+    ranks = spec.resources.ranks
+    quotas.check_quota(session, by, ranks)
+    job = JobRow(
+        id=job_id or new_id("job"),
+        name=spec.name,
+        labels=dict(spec.labels),
+        status=JobStatus.QUEUED,
+        desired=Desired.RUN,
+        spec=spec.model_dump(mode="json"),
+        facts=facts,
+        progress={},
+        alerts=alerts,
+        device=spec.resources.device,
+        ranks=ranks,
+        priority=spec.resources.priority,
+        created_at=now,
+        queued_at=now,
+        submitted_by=by.name,
+        queued_by=by.name,
+    )
+    session.add(job)
+    session.flush()
+    _add_labels(session, job, dict(spec.labels))
+    data = {"to": JobStatus.QUEUED, **(note.data or {})}
+    record_event(session, job, EventDraft("created", note.message, by.name, data=data), now)
+    return job
+
+
+def put_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
+    """Make ``labels`` the job's labels."""
+    session.connection().execute(delete(LabelRow).where(LabelRow.job_id == job.id))
+    _add_labels(session, job, labels)
+    job.labels = labels
+
+
+def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
+    if labels:
+        rows = [{"job_id": job.id, "key": key, "value": value} for key, value in labels.items()]
+        session.connection().execute(insert(LabelRow), rows)
+
+
+def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
+    """Show something on the job itself; the newest of each code is kept."""
+    shown = new_alert(code, message, now, step)
+    others = [other for other in job.alerts if other.get("code") != code]
+    job.alerts = [*others, shown][-LAST_ALERTS:]
+
+
+def new_alert(code: str, message: str, now: datetime, step: int | None = None) -> dict[str, Any]:
+    """An alert as it is stored."""
+    return {"code": code, "message": message, "step": step, "at": now.isoformat().replace("+00:00", "Z")}
+
+
+def body_digest(raw: object) -> str:
+    """sha256 of a JSON value, whatever its spacing and order of keys."""
+    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+
+
+def find_by_idempotency_key(session: Session, key: str, digest: str, oldest: datetime) -> JobRow | None:
+    """The job made under this key since ``oldest``. Raises KeyReused where it was made from another body."""
+    known = session.get(IdempotencyRow, key)
+    if known is None or known.created_at < oldest:
+        return None
+    if known.body_sha256 != digest:
+        raise KeyReused()
+    return find(session, known.job_id)
+
+
+def forget_keys(session: Session, oldest: datetime) -> None:
+    """Drop the keys of submissions that are older than that; their jobs stay."""
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < oldest))
+
+
+def remember_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:
+    """Bind the key to the job; False where another request was faster."""
+    try:
+        with session.begin_nested():
+            session.add(IdempotencyRow(key=key, body_sha256=digest, job_id=job.id, created_at=now))
+    except IntegrityError:
+        return False
+    return True

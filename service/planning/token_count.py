@@ -1,0 +1,73 @@
+"""How many tokens a text has, without a tokenizer library: exact for bytes, near for a byte-pair vocabulary."""
+
+import json
+from collections.abc import Callable
+
+from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file
+
+SPECIAL = 2
+"""A document's beginning and its end."""
+
+SAMPLE_CHARACTERS = 100_000
+MAX_TOKEN = 24
+
+TokenCounter = Callable[[str], float]
+
+
+def token_counter(tokenizer_path: str, texts: list[str]) -> TokenCounter:
+    """A function from a text to its tokens, beginning and end included.
+
+    Where there is a vocabulary, a sample of ``texts`` is cut into the longest tokens it has, from left to right, and
+    the tokens per byte of that are used for all. Merging finds about as many.
+    """
+    if tokenizer_path == BYTE:
+        return lambda text: SPECIAL + len(text.encode())
+    per_byte = _tokens_per_byte(tokenizer_path, texts)
+    return lambda text: SPECIAL + max(1.0, per_byte * len(text.encode()))
+
+
+def _tokens_per_byte(tokenizer_path: str, texts: list[str]) -> float:
+    vocabulary = _vocabulary(tokenizer_path)
+    sample = _sample(texts)
+    if not vocabulary or not sample:
+        return 1.0
+    by_bytes = "\u0120" in vocabulary
+    spelt = _byte_letters(sample) if by_bytes else sample.replace(" ", "\u2581")
+    return longest_matches(spelt, vocabulary) / len(sample.encode())
+
+
+def _vocabulary(tokenizer_path: str) -> frozenset[str]:
+    try:
+        vocabulary = json.loads(tokenizer_file(tokenizer_path).read_bytes())["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, TokenizerInvalid):
+        return frozenset()
+    names = vocabulary if isinstance(vocabulary, dict) else (entry[0] for entry in vocabulary)
+    return frozenset(name for name in names if len(name) <= MAX_TOKEN)
+
+
+def _sample(texts: list[str]) -> str:
+    """Beginnings of documents from all over the sample."""
+    step = max(1, len(texts) // 200)
+    chosen = texts[::step]
+    share = SAMPLE_CHARACTERS // max(1, len(chosen))
+    return "\n".join(text[:share] for text in chosen)[:SAMPLE_CHARACTERS]
+
+
+def longest_matches(text: str, vocabulary: frozenset[str]) -> int:
+    """Tokens that ``text`` is cut into when the longest that fits is taken each time."""
+    longest = max(map(len, vocabulary))
+    count = position = 0
+    while position < len(text):
+        size = next((n for n in range(longest, 1, -1) if text[position : position + n] in vocabulary), 1)
+        position += size
+        count += 1
+    return count
+
+
+def _byte_letters(text: str) -> str:
+    """The bytes as the letters that byte-level vocabularies are spelt in (Radford et al. 2019, GPT-2)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in plain}
+    others = (byte for byte in range(256) if byte not in letters)
+    letters |= {byte: chr(256 + index) for index, byte in enumerate(others)}
+    return "".join(letters[byte] for byte in text.encode())

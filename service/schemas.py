@@ -1,0 +1,565 @@
+"""What the API answers with, as models: they make /docs and keep every field present, null where unknown."""
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trainyard.contract.messages import ErrorCard, FailureCard
+from trainyard.contract.scopes import NAME
+from trainyard.contract.status import Desired, JobStatus
+from trainyard.service.bodies import OptionalBody, StrictBody
+
+T = TypeVar("T")
+
+
+class ResponseModel(BaseModel):
+    """Made from a row or a mapping; frozen."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+
+class Page(ResponseModel, Generic[T]):
+    """A list. The next page is ``after=<last id>``, that of metrics ``after_step=<last step>``."""
+
+    object: Literal["list"] = "list"
+    data: list[T]
+    has_more: bool
+
+
+class MemoryPlan(ResponseModel):
+    """Bytes on each rank."""
+
+    weights: int | None = None
+    gradients: int | None = None
+    optimizer: int | None = None
+    activations: int | None = None
+
+
+class Plan(ResponseModel):
+    """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started.
+
+    ``base_step``: steps of a fork's ancestors that lie before its own schedule; ``steps`` counts them too.
+    ``snapshot_bytes``: host memory of rank 0 for the copy that saves are written from.
+    ``estimated``: what depends on the corpus comes from a glance at it. ``eta_basis`` says whose speed was taken.
+    """
+
+    parameters: int | None = None
+    active_parameters: int | None = None
+    tokens: int | None = None
+    samples: int | None = None
+    documents: int | None = None
+    bad_lines: int | None = None
+    steps: int | None = None
+    base_step: int = 0
+    steps_per_epoch: int | None = None
+    tokens_per_step: float | None = None
+    global_batch: int | None = None
+    world_size: int | None = None
+    device: str | None = None
+    device_name: str | None = None
+    dtype: str | None = None
+    torch_version: str | None = None
+    vocab_size: int | None = None
+    flops_per_token: float | None = None
+    memory_bytes: MemoryPlan = MemoryPlan()
+    checkpoint_bytes: int | None = None
+    snapshot_bytes: int | None = None
+    disk_free_bytes: int | None = None
+    flops: float | None = None
+    eta_seconds: float | None = None
+    eta_basis: str | None = None
+    memory_limit_bytes: int | None = None
+    expected_first_loss: float | None = None
+    warnings: list[str] = []
+    estimated: bool = False
+
+
+class Progress(ResponseModel):
+    """How far the job is, by its newest report. ``percent`` goes from 0 to 100. Before any report 0 steps are done."""
+
+    step: int = 0
+    steps: int | None = None
+    epoch: float | None = None
+    tokens: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    eta_seconds: float | None = None
+    percent: float | None = None
+    updated_at: datetime | None = None
+    nonfinite: bool = False
+
+
+class Queue(ResponseModel):
+    """Where a queued job stands (1 is next; null in a cluster's queue), and what it waits for."""
+
+    position: int | None
+    waiting_for: str
+
+
+class PlanPreview(Plan):
+    """The plan of a run that was not submitted, and where it would stand in the queue.
+
+    ``start_step``: a fork begins behind it; its time and FLOPs are those of the steps that are left.
+    """
+
+    object: Literal["plan"] = "plan"
+    start_step: int = 0
+    queue: Queue
+
+
+class Parent(ResponseModel):
+    """What a fork was made from. ``data``: keep or restart."""
+
+    job_id: str
+    step: int | None
+    data: str | None = None
+
+
+class Placement(ResponseModel):
+    """Where a cluster has put an attempt, in its own words; ``engine_id`` is its number there.
+
+    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs on the node.
+    """
+
+    engine_id: str
+    state: str
+    waiting_for: str | None
+    nodes: list[str]
+    devices: list[str]
+
+
+class AllowedAction(ResponseModel):
+    """Whether a verb fits the present status, and if not, why."""
+
+    action: str
+    allowed: bool
+    why_not: str | None
+
+
+class Alert(ResponseModel):
+    """Something the user should know of while the run goes on."""
+
+    code: str
+    message: str
+    step: int | None = None
+    at: datetime
+
+
+class Checkpoint(ResponseModel):
+    """A published checkpoint. ``sha256`` is that of its model.safetensors, ``bytes`` that of all its files."""
+
+    object: Literal["checkpoint"] = "checkpoint"
+    id: str
+    job_id: str
+    attempt: int
+    step: int
+    path: str
+    bytes: int
+    sha256: str
+    kind: str
+    loss: float | None
+    created_at: datetime
+
+
+class Job(ResponseModel):
+    """One pretraining run."""
+
+    object: Literal["job"] = "job"
+    id: str
+    name: str
+    labels: dict[str, str]
+    status: JobStatus
+    desired: Desired
+    phase: str | None
+    reason: str | None
+    message: str | None
+    error: FailureCard | None
+    spec: dict[str, Any]
+    plan: Plan
+    progress: Progress
+    attempt: int | None
+    resumable: bool
+    resume_blocker: str | None
+    checkpoint: Checkpoint | None
+    queue: Queue | None
+    placement: Placement | None
+    parent: Parent | None
+    submitted_by: str | None
+    allowed_actions: list[AllowedAction]
+    summary: str
+    alerts: list[Alert]
+    restart_at: datetime | None
+    created_at: datetime
+    queued_at: datetime | None
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class Event(ResponseModel):
+    """Something that happened to a job. ``actor``: a token's name, admin, local, service, scheduler or agent."""
+
+    object: Literal["event"] = "event"
+    id: str
+    job_id: str
+    attempt: int | None
+    kind: str
+    actor: str
+    message: str
+    data: dict[str, Any]
+    at: datetime
+
+
+class Attempt(ResponseModel):
+    """One launch of a job's workers. ``trigger``: submit, resume, restart or preemption."""
+
+    object: Literal["attempt"] = "attempt"
+    id: str
+    job_id: str
+    number: int
+    trigger: str
+    launcher: str
+    placement: Placement | None
+    devices: list[str]
+    start_step: int | None
+    end_step: int | None
+    outcome: str | None
+    reason: str | None
+    message: str | None
+    error: ErrorCard | None
+    ranks: list[Any]
+    created_at: datetime
+    launched_at: datetime | None
+    started_at: datetime | None
+    heard_at: datetime | None
+    ended_at: datetime | None
+
+
+class ExportedFile(ResponseModel):
+    """A file of an export."""
+
+    name: str
+    bytes: int
+
+
+class Export(ResponseModel):
+    """A checkpoint as others load it: a Hugging Face directory, or one with MiniMind's file."""
+
+    object: Literal["export"] = "export"
+    id: str
+    job_id: str
+    step: int
+    format: str
+    path: str
+    bytes: int
+    files: list[ExportedFile]
+
+
+class Sample(ResponseModel):
+    """A text the model wrote at a step."""
+
+    object: Literal["sample"] = "sample"
+    id: str
+    job_id: str
+    attempt: int
+    step: int
+    prompt: str
+    text: str
+    at: datetime
+
+
+class LogChunk(ResponseModel):
+    """A piece of a log; reading goes on at ``next_offset``."""
+
+    data: str
+    next_offset: int
+
+
+class LogLines(ResponseModel):
+    """Lines of a log, from number ``first_line`` on; ``bytes`` of it are counted in ``total_lines``."""
+
+    object: Literal["log_lines"] = "log_lines"
+    first_line: int
+    lines: list[str]
+    total_lines: int
+    bytes: int
+
+
+class LogMatch(ResponseModel):
+    """A line that has what was looked for, counted from 1, and the byte at which it begins."""
+
+    line: int
+    offset: int
+    text: str
+
+
+class LogMatches(ResponseModel):
+    """Matches in the order of the log; ``searched_lines`` were looked through."""
+
+    object: Literal["list"] = "list"
+    data: list[LogMatch]
+    has_more: bool
+    searched_lines: int
+
+
+class Health(ResponseModel):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Version(ResponseModel):
+    """What is running here."""
+
+    name: str
+    version: str
+    api: int
+    python: str
+    database: str
+
+
+class Metric(ResponseModel):
+    """A point of the curve. ``fields`` may leave out all but the first two; null where not measured or not finite."""
+
+    step: int
+    attempt: int
+    epoch: float | None = None
+    loss: float | None = None
+    aux_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    step_seconds: float | None = None
+    data_seconds: float | None = None
+    memory_bytes: int | None = None
+    eval_loss: float | None = None
+    expert_load: list[Any] | None = None
+    nonfinite: bool | None = None
+    at: datetime | None = None
+    job_id: str | None = None
+
+
+class Bucket(ResponseModel):
+    """A stretch of the curve. ``loss`` is its last one; what is not finite is left out of the means."""
+
+    first_step: int
+    step: int
+    attempt: int
+    count: int
+    loss: float | None
+    loss_mean: float | None
+    loss_min: float | None
+    loss_max: float | None
+    loss_ema: float | None
+    nonfinite_count: int
+    nonfinite: bool | None = None
+    job_id: str | None = None
+
+
+class MetricPage(ResponseModel):
+    """Points, or with ``max_points`` buckets of ``resolution`` steps; ``lineage`` where it was asked for."""
+
+    object: Literal["list"] = "list"
+    data: list[Bucket | Metric]
+    has_more: bool
+    resolution: int | None = None
+    lineage: list[Any] | None = None
+
+
+class FieldError(ResponseModel):
+    """Where something is wrong (an RFC 6901 pointer) and what should be there."""
+
+    pointer: str
+    message: str
+
+
+class ProblemDetails(ResponseModel):
+    """RFC 9457. ``code`` is for programs, ``detail`` for people; ``errors`` lists all mistakes of a spec or request."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str | None
+    errors: list[FieldError] = []
+
+
+MOST = 2**31 - 1
+
+TEN_YEARS = 3650 * 86_400
+
+Lifetime = Annotated[int, Field(ge=1, le=TEN_YEARS, description="seconds from now on; null: it does not expire")]
+
+Quota = Annotated[int, Field(ge=0, le=MOST, description="null: no limit")]
+
+
+class QuotaRequest(StrictBody):
+    """How much a token's jobs that are queued or run may come to."""
+
+    max_jobs: Quota | None = None
+    max_devices: Quota | None = None
+
+
+class TokenRequest(QuotaRequest):
+    """A token to be made. Its name is never given again."""
+
+    name: Annotated[str, Field(pattern=f"^{NAME}$")]
+    scope: Literal["read", "submit", "admin"] = "read"
+    expires_in: Lifetime | None = None
+
+
+class RotationRequest(OptionalBody):
+    """Another secret for a token. ``overlap``: seconds for which the one it has stays good beside it."""
+
+    overlap: Annotated[int, Field(ge=0, le=TEN_YEARS)] = 0
+    expires_in: Lifetime | None = None
+
+
+class Token(ResponseModel):
+    """A named token. ``jobs`` and ``devices`` count what it has queued or running now."""
+
+    object: Literal["token"] = "token"
+    id: str
+    name: str
+    scope: str
+    max_jobs: int | None
+    max_devices: int | None
+    jobs: int
+    devices: int
+    created_by: str
+    created_at: datetime
+    rotated_at: datetime | None
+    previous_until: datetime | None
+    expires_at: datetime | None
+    revoked_at: datetime | None
+    last_used_at: datetime | None
+
+
+class NewToken(Token):
+    """The same, with its secret, which is shown this once."""
+
+    token: str
+
+
+class DeviceResponse(ResponseModel):
+    """A device, who has it, and processes on it that belong to no attempt."""
+
+    object: Literal["device"] = "device"
+    id: str
+    kind: str
+    model: str | None = None
+    memory_bytes: int | None = None
+    memory_used_bytes: int | None = None
+    temperature_celsius: int | None = None
+    job_id: str | None
+    attempt_id: str | None
+    processes: list[int] = Field(default_factory=list)
+
+
+class ReadyPart(ResponseModel):
+    """Something the service needs to work, and how it is."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+class Readiness(ResponseModel):
+    """The service can take work."""
+
+    status: Literal["ok"] = "ok"
+    parts: list[ReadyPart]
+
+
+class DiskUsage(ResponseModel):
+    """A file system that the service writes to. ``state``: ok, low (below ``low_below_bytes``), full or unreadable."""
+
+    id: str
+    paths: list[str]
+    state: str
+    total_bytes: int | None
+    free_bytes: int | None
+    low_below_bytes: int | None
+
+
+class ServiceStatus(ResponseModel):
+    """How the service itself is. ``schedules``: whether it is the one that does."""
+
+    object: Literal["status"] = "status"
+    ready: bool
+    schedules: bool
+    parts: list[ReadyPart]
+    disks: list[DiskUsage]
+
+
+class Webhook(ResponseModel):
+    """Who hears what. Its secret is never shown again. ``failing_since``: no try has succeeded since then.
+
+    ``old_secret_until``: so long the secret before the newest one signs as well.
+    """
+
+    object: Literal["webhook"] = "webhook"
+    id: str
+    url: str
+    description: str
+    events: list[str]
+    labels: dict[str, str]
+    job_id: str | None
+    rules: list[dict[str, Any]]
+    enabled: bool
+    disabled_reason: str | None
+    failures: int
+    failing_since: datetime | None
+    retry_at: datetime | None
+    succeeded_at: datetime | None
+    old_secret_until: datetime | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class WebhookWithSecret(Webhook):
+    """The one answer that has the secret."""
+
+    secret: str
+
+
+class DeliveryAttempt(ResponseModel):
+    """One attempt at a delivery. ``status`` is null where there was no answer; ``error`` says why it failed."""
+
+    at: datetime
+    status: int | None
+    seconds: float
+    error: str | None
+    response: str | None
+
+
+class Delivery(ResponseModel):
+    """One event on its way to one receiver. ``state``: pending, delivered or failed; ``tries``: the last ones."""
+
+    object: Literal["delivery"] = "delivery"
+    id: str
+    webhook_id: str
+    event_id: str
+    type: str
+    job_id: str | None
+    state: Literal["pending", "delivered", "failed"]
+    attempts: int
+    tries: list[DeliveryAttempt]
+    next_attempt_at: datetime | None
+    redelivers: str | None
+    created_at: datetime
+    ended_at: datetime | None
+
+
+class DeliveryWithPayload(Delivery):
+    """A delivery with what the receiver gets."""
+
+    payload: dict[str, Any]

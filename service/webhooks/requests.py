@@ -1,0 +1,93 @@
+"""What a client says of a webhook, read strictly: every mistake at once, with its pointer, and no value echoed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from trainyard.contract.parsing import Problem
+from trainyard.contract.status import JobStatus
+from trainyard.service.bodies import OptionalBody, StrictBody, without_defaults
+from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.jobs.event_outbox import ALL
+from trainyard.service.ssrf import Network, validation_error
+from trainyard.service.webhooks.alert_rules import AnyRule
+
+STATUS_EVENTS = tuple(f"job.{status}" for status in JobStatus)
+EVENTS = ("job.created", *STATUS_EVENTS, "job.checkpoint", "job.warning")
+TEST = "webhook.test"
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("must not hold a NUL character")
+    return value
+
+
+def _known_event(value: str) -> str:
+    if value != ALL and value not in EVENTS:
+        raise ValueError('must be "*" or one of ' + ", ".join(EVENTS))
+    return value
+
+
+Text = Annotated[str, AfterValidator(_no_nul)]
+Url = Annotated[str, Field(max_length=2000, description="http or https; an address that is not public is refused")]
+EventName = Annotated[str, Field(max_length=40), AfterValidator(_known_event)]
+LabelKey = Annotated[Text, Field(min_length=1, max_length=100)]
+LabelValue = Annotated[Text, Field(max_length=300)]
+
+
+class WebhookSettings(StrictBody):
+    """What a webhook sends: ``events`` of jobs with all these ``labels``; and ``rules``."""
+
+    description: Annotated[Text, Field(max_length=300)] = ""
+    events: list[EventName] = Field(max_length=len(EVENTS) + 1, default=list(STATUS_EVENTS))
+    labels: dict[LabelKey, LabelValue] = Field(max_length=20, default={})
+    rules: list[AnyRule] = Field(max_length=20, default=[])
+    enabled: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        if not _is_text(value):
+            raise ValueError("holds a lone surrogate, which is no text")
+        return value
+
+
+class WebhookCreate(WebhookSettings):
+    """Where to send, and what: ``events`` of jobs with all these ``labels``, of one job or of all; and ``rules``."""
+
+    url: Url
+    job_id: Annotated[Text, Field(max_length=40)] | None = None
+
+
+class PatchWebhookBody(WebhookSettings, OptionalBody):
+    """What is to change of a webhook: the fields that are given. Which job it is about cannot change."""
+
+    model_config = ConfigDict(json_schema_extra=without_defaults)
+
+    url: Url = ""
+
+
+def require_allowed(asked: WebhookCreate, networks: Sequence[Network]) -> None:
+    """Raise RequestInvalid if the URL's address must not be sent to."""
+    why = validation_error(asked.url, networks)
+    if why is not None:
+        raise with_problems(RequestInvalid, [Problem("/url", why)])
+
+
+def apply_changes(before: Mapping[str, Any], changes: PatchWebhookBody, networks: Sequence[Network]) -> WebhookCreate:
+    """Return the webhook with the changes in their places. Raises RequestInvalid."""
+    asked = WebhookCreate.model_validate({**before, **changes.given()})
+    require_allowed(asked, networks)
+    return asked
+
+
+def _is_text(body: Any) -> bool:
+    """Whether it can be written as UTF-8; pydantic would put other characters in the place of those that cannot."""
+    try:
+        json.dumps(body, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,175 @@
+"""Which node an agent is on, and where the ranks of all nodes meet."""
+
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainyard.contract.rundir import (
+    AttemptDir,
+    RunDir,
+    read_json,
+    write_json,
+)
+from trainyard.worker.agent import rendezvous as places
+from trainyard.worker.agent.follower import PeerNodes
+from trainyard.worker.agent.rendezvous import (
+    PORTS,
+    SINGLE_NODE,
+    NodeInfo,
+    RendezvousEndpoint,
+    RendezvousTimeout,
+    address_towards,
+    can_reach,
+    interface_of,
+    is_loopback,
+    publish_endpoint,
+    wait_for_endpoint,
+)
+from trainyard.worker.agent.torchrun import rank_environment, torchrun_command
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> AttemptDir:
+    made = RunDir(tmp_path).attempt(1)
+    made.path.mkdir()
+    return made
+
+
+def test_a_cluster_says_which_node_it_is() -> None:
+    assert NodeInfo.of({}) == SINGLE_NODE
+    found = NodeInfo.of({"TRAINYARD_NODE": "1", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": "10.0.0.1"})
+    assert found == NodeInfo(1, 2, "10.0.0.1", clustered=True)
+    assert not found.is_leader
+    assert NodeInfo.of({"TRAINYARD_NODE": "0", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": ""}).first is None
+    with pytest.raises(ValueError, match="invalid literal"):
+        NodeInfo.of({"TRAINYARD_NODE": "", "TRAINYARD_NODES": "2"})
+
+
+def test_on_one_node_nobody_has_to_be_met(attempt: AttemptDir) -> None:
+    assert publish_endpoint(attempt, NodeInfo(0, 1, "10.0.0.1", clustered=True)) is None
+    assert not attempt.rendezvous.exists()
+
+
+def test_the_first_node_chooses_a_port_and_says_so(attempt: AttemptDir) -> None:
+    meeting = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1", clustered=True))
+    assert meeting is not None
+    assert (meeting.host, meeting.port in PORTS) == ("10.0.0.1", True)
+    assert read_json(attempt.rendezvous) == {"host": "10.0.0.1", "port": meeting.port}
+    assert [attempt.node(node).exists() for node in range(3)] == [False, True, False], "a place for the other's word"
+    others = PeerNodes(attempt, NodeInfo(0, 2))
+    others.poll(0.0)
+    assert others.missing() == [1], "which is none yet"
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2), 0.0) == meeting
+
+
+def test_no_port_is_one_that_the_kernel_gives_away_itself() -> None:
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(PORTS) < lowest
+
+
+def test_a_port_that_is_taken_is_passed_over(attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as taken, socket.create_server(("", 0)) as free:
+        ports = [taken.getsockname()[1], free.getsockname()[1]]
+        free.close()
+        monkeypatch.setattr(places.random, "sample", lambda *_: ports)  # type: ignore[attr-defined]
+        meeting = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1"))
+        assert meeting is not None
+        assert meeting.port == ports[1]
+        monkeypatch.setattr(places.random, "sample", lambda *_: ports[:1])  # type: ignore[attr-defined]
+        with pytest.raises(OSError, match="free"):
+            publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1"))
+
+
+@pytest.mark.parametrize("own", ["127.0.0.1", "127.0.1.1", "::1", None])
+def test_an_address_that_is_good_on_one_node_only_is_not_told_to_others(
+    attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch, own: str | None
+) -> None:
+    monkeypatch.setattr(places, "address_towards", lambda _: "10.9.9.9")
+    meeting = publish_endpoint(attempt, NodeInfo(0, 2, own))
+    assert meeting is not None
+    assert meeting.host == "10.9.9.9"
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2, "10.0.0.1"), 0.0).host == "10.0.0.1", (
+        "by which the first one is reached"
+    )
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2, own), 0.0).host == "10.9.9.9"
+
+
+def test_without_a_way_out_all_nodes_are_on_this_host(attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(_host: str) -> str:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(places, "address_towards", unreachable)
+    meeting = publish_endpoint(attempt, NodeInfo(0, 2, "127.0.0.1"))
+    assert meeting is not None
+    assert meeting.host == "127.0.0.1"
+
+
+def test_loopback_is_told_from_what_is_not() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "127.3.2.1", "::1", "10.0.0.1", "node1", "")] == [
+        *(True, True, True),
+        *(False, False, False),
+    ]
+
+
+def test_a_meeting_is_waited_for(attempt: AttemptDir) -> None:
+    said = threading.Timer(0.15, write_json, (attempt.rendezvous, {"host": "n1", "port": 5}))
+    said.start()
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2), 10.0) == RendezvousEndpoint("n1", 5)
+    said.join()
+
+
+def test_who_comes_late_or_waits_in_vain_meets_nobody(attempt: AttemptDir) -> None:
+    with pytest.raises(RendezvousTimeout, match="within 0 s"):
+        wait_for_endpoint(attempt, NodeInfo(1, 2), 0.0)
+    attempt.exit.touch()
+    with pytest.raises(RendezvousTimeout, match="had ended"):
+        wait_for_endpoint(attempt, NodeInfo(1, 2), 5.0)
+
+
+def test_a_node_without_the_home_is_noticed(attempt: AttemptDir, tmp_path: Path) -> None:
+    assert not can_reach(RunDir(tmp_path / "nowhere").attempt(1), 0.0)
+    assert not can_reach(attempt, 0.0), "a directory of that name, and nothing in it"
+    threading.Timer(0.15, attempt.spec.touch).start()
+    began = time.monotonic()
+    assert can_reach(attempt, 10.0)
+    assert time.monotonic() - began < 5
+
+
+def test_torchrun_is_told_where_to_meet_and_by_which_address(attempt: AttemptDir) -> None:
+    place, meeting = NodeInfo(1, 3, "127.0.0.1", clustered=True), RendezvousEndpoint("127.0.0.1", 29999)
+    command = torchrun_command(RunDir(attempt.path.parent), attempt, {"nproc_per_node": 4}, place, meeting)
+    assert {
+        "--nnodes=3",
+        "--nproc-per-node=4",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=127.0.0.1:29999",
+        f"--rdzv-id={attempt.path.parent.name}-1",
+        "--rdzv-conf=is_host=0",
+        "--local-addr=127.0.0.1",
+        f"--log-dir={attempt.torchrun_logs}/node-1",
+    } < set(command)
+    assert "--standalone" in torchrun_command(RunDir(attempt.path.parent), attempt, {"nproc_per_node": 4})
+
+
+def test_gloo_takes_the_interface_on_the_way_to_the_first_node() -> None:
+    meeting = RendezvousEndpoint("127.0.0.1", 1)
+    assert rank_environment({}, meeting)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert rank_environment({"GLOO_SOCKET_IFNAME": "ib0"}, meeting)["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert "GLOO_SOCKET_IFNAME" not in rank_environment({})
+
+
+def test_interfaces_are_found_by_their_addresses() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("198.51.100.77") is None
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+
+
+def test_a_node_has_the_name_that_its_cluster_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "node7")
+    assert places.node_name() == "node7"
+    monkeypatch.delenv("SLURMD_NODENAME")
+    assert places.node_name() == os.uname().nodename

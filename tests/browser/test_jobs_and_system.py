@@ -1,0 +1,117 @@
+"""The jobs page (search, filters, paging, queue) and the system page (devices, queue, disks)."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright", reason="playwright is not installed")
+
+from playwright.sync_api import Locator, Page, expect
+
+from tests.browser.page_checks import check_both_themes
+from tests.service.harness import ServiceHarness
+from tests.service.live_server import served
+from trainyard.service.devices.inventory import Device
+
+
+def rows(page: Page) -> Locator:
+    return page.get_by_role("region", name="Jobs").locator("tbody tr")
+
+
+def names(page: Page) -> list[str]:
+    return rows(page).locator(".name").all_text_contents()
+
+
+def test_empty_jobs_page_shows_commands(rig: ServiceHarness, page: Page) -> None:
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/")
+        expect(page.get_by_role("heading", name="No job yet")).to_be_visible()
+        expect(page.locator(".command pre")).to_have_count(3)
+        expect(page.locator(".command pre").last).to_contain_text(f"http://{host}:{port}/jobs")
+        check_both_themes(page, "empty")
+
+
+def test_jobs_page_keeps_search_and_filters_in_the_url(service: str, rig: ServiceHarness, page: Page) -> None:
+    for i in range(3):
+        rig.submit(name=f"more-{i}", labels={"team": "nlp", "size": str(i)})
+    rig.reconcile()
+    page.goto(service)
+    expect(rows(page)).to_have_count(7)
+    waits = rows(page).filter(has=page.get_by_role("link", name="waits"))
+    expect(waits).to_contain_text("position 1, waits for 2 CPU slots; 0 of 2 free")
+    expect(page.locator(".queue li")).to_have_count(4)
+    curve = rows(page).filter(has_text="fast").locator(".spark polyline")
+    expect(curve).to_have_attribute("points", re.compile(r"^1\.0,"))
+    check_both_themes(page, "jobs")
+    page.get_by_label("Search").fill("MORE")
+    expect(rows(page)).to_have_count(3)
+    rows(page).get_by_role("link", name="team=nlp").first.click()
+    expect(page.get_by_role("button", name="Remove filter team=nlp")).to_be_visible()
+    page.get_by_label("Label").fill("nonsense")
+    page.get_by_label("Label").press("Enter")
+    expect(page.get_by_label("Label")).to_have_attribute("aria-invalid", "true")
+    page.get_by_label("Label").fill("size=1")
+    page.get_by_label("Label").press("Enter")
+    expect(rows(page)).to_have_count(1)
+    page.get_by_label("Status").select_option("succeeded")
+    expect(page.get_by_text("No job matches")).to_be_visible()
+    page.get_by_label("Status").select_option("active")
+    expect(rows(page)).to_have_count(1)
+    page.reload()
+    expect(rows(page)).to_have_count(1)
+    assert names(page) == ["more-1"]
+    page.get_by_role("button", name="Remove filter size=1").click()
+    expect(page.get_by_label("Label")).to_be_focused()
+    expect(rows(page)).to_have_count(3)
+
+
+@pytest.mark.soak
+def test_jobs_page_loads_100_jobs_at_a_time(rig: ServiceHarness, page: Page) -> None:
+    for i in range(103):
+        rig.submit(name=f"job-{i}")
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/")
+        expect(rows(page)).to_have_count(100)
+        expect(page.get_by_text("100+ jobs")).to_be_visible()
+        page.get_by_role("button", name="Show 100 more").click()
+        expect(rows(page)).to_have_count(103)
+        expect(page.get_by_role("button", name="Show 100 more")).to_be_hidden()
+
+
+def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: str, page: Page) -> None:
+    gigabyte = 1 << 30
+    cards = (
+        Device("cuda:0", "cuda", "NVIDIA Test", 80 * gigabyte, 61 * gigabyte, temperature_celsius=64),
+        Device("cuda:1", "cuda", "NVIDIA Test", 80 * gigabyte, 3 * gigabyte, (4242,), (4242,), 38),
+        Device("cpu:0", "cpu"),
+    )
+    rig = ServiceHarness(tmp_path / "cards", sqlite_home, devices=cards)
+    rig.running(steps=10, name="<b>holds</b>")
+    rig.submit(name="waits", resources={"priority": 5})
+    rig.reconcile()
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/system")
+        devices = page.get_by_role("region", name="Devices")
+        first, second, cpu = (devices.get_by_role("row", name=card.id) for card in cards)
+        expect(first.get_by_role("link", name="<b>holds</b>")).to_be_visible()
+        expect(first).to_contain_text("65.5 GB of 85.9 GB")
+        expect(first).to_contain_text("64 °C")
+        expect(second).to_contain_text("not leased: in use")
+        expect(second).to_contain_text("pid 4242")
+        expect(cpu).to_contain_text("free")
+        expect(page.get_by_text("1 of 3 free")).to_be_visible()
+        queue = page.get_by_role("region", name="Queue")
+        expect(queue.get_by_role("row").last).to_contain_text("1waits51 GPU; 0 of 2 free")
+        disks = page.get_by_role("region", name="Disks")
+        expect(disks.get_by_role("row").last).to_contain_text(str(tmp_path / "cards"))
+        expect(disks.get_by_role("row").last).to_contain_text("✓ ok")
+        expect(page.locator(".health-parts")).to_contain_text("✗ scheduler does not run")
+        check_both_themes(page, "system")
+    rig.close()
+    rig.database.close()
+
+
+@pytest.fixture
+def sqlite_home(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/cards.db"

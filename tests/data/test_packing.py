@@ -1,0 +1,288 @@
+"""Rows: every prediction exactly once, pieces whole and apart, and the held-out documents."""
+
+import tempfile
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.texts import write_jsonl
+from trainyard.model.config import ModelConfig
+from trainyard.model.decoder import Decoder
+from trainyard.worker.data import packing as rows_module
+from trainyard.worker.data.corpus import Corpus, open_corpus
+from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.packing import (
+    Batch,
+    PackedDataset,
+    Packing,
+    SplitSpec,
+    best_fit,
+    segments_of,
+)
+from trainyard.worker.data.tokenizers import ByteTokenizer
+from trainyard.worker.splitmix import splitmix64
+
+PACKINGS: tuple[Packing, ...] = ("none", "document")
+
+
+@pytest.fixture
+def corpus(docstring_file: Path, tmp_path: Path) -> Corpus:
+    return open_corpus(docstring_file, ByteTokenizer(), cache=tmp_path)
+
+
+def corpus_of(lengths: list[int], folder: Path) -> Corpus:
+    """Documents of so many tokens, ends included."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz"
+    texts = ["".join(alphabet[(n + i) % 26] for i in range(length - 2)) for n, length in enumerate(lengths)]
+    return open_corpus(write_jsonl(folder / "c.jsonl", texts), ByteTokenizer(), cache=folder / "cache")
+
+
+def numbered(corpus: Corpus) -> Corpus:
+    """The same documents, with each token's place in the corpus as its id: so that it can be told where it went."""
+    corpus.tokens = np.arange(corpus.meta.tokens, dtype=np.uint32)
+    return corpus
+
+
+def predictions(batch: Batch) -> Counter[tuple[int, int]]:
+    asked = batch.labels != -100
+    return Counter(zip(batch.input_ids[asked].tolist(), batch.labels[asked].tolist(), strict=True))
+
+
+def all_predictions(corpus: Corpus) -> Counter[tuple[int, int]]:
+    ends = corpus.offsets.tolist()
+    return Counter((t, t + 1) for a, b in pairwise(ends) for t in range(a, b - 1))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(lengths=st.lists(st.integers(3, 60), min_size=1, max_size=25), max_seq_len=st.integers(2, 40))
+@settings(max_examples=40, deadline=None)
+def test_every_prediction_is_made_exactly_once(packing: Packing, lengths: list[int], max_seq_len: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = numbered(corpus_of(lengths, Path(folder)))
+        table = PackedDataset.open(corpus, max_seq_len=max_seq_len, packing=packing)
+        batch = table.batch(np.arange(len(table)))
+        assert predictions(batch) == all_predictions(corpus)
+        assert (batch.labels != -100).sum(1).tolist() == table.targets.tolist()
+        assert table.tokens == sum(lengths) - len(lengths)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_prediction_of_real_text_is_made_exactly_once(packing: Packing, corpus: Corpus) -> None:
+    table = PackedDataset.open(numbered(corpus), max_seq_len=100, packing=packing)
+    found: Counter[tuple[int, int]] = Counter()
+    for start in range(0, len(table), 64):
+        found += predictions(table.batch(np.arange(start, min(start + 64, len(table)))))
+    assert found == all_predictions(corpus)
+
+
+def test_packing_none_by_hand(tmp_path: Path) -> None:
+    table = PackedDataset.open(numbered(corpus_of([4, 9, 5], tmp_path)), max_seq_len=5, packing="none")
+    batch = table.batch(range(len(table)))
+    assert batch.position_ids is None
+    assert batch.segment_ids is None
+    assert batch.input_ids.tolist() == [
+        [0, 1, 2, 3, 0],
+        [4, 5, 6, 7, 8],
+        [8, 9, 10, 11, 12],
+        [13, 14, 15, 16, 17],
+    ]
+    assert batch.labels.tolist() == [
+        [1, 2, 3, -100, -100],
+        [5, 6, 7, 8, -100],
+        [9, 10, 11, 12, -100],
+        [14, 15, 16, 17, -100],
+    ]
+
+
+def test_packing_document_by_hand(tmp_path: Path) -> None:
+    # Longest first, each into the fullest row with room: 5 + 3, then 4 + 4.
+    table = PackedDataset.open(numbered(corpus_of([4, 3, 5, 4], tmp_path)), max_seq_len=8, packing="document")
+    batch = table.batch([1, 0])
+    assert batch.position_ids is not None
+    assert batch.segment_ids is not None
+    assert batch.input_ids.tolist() == [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2]]
+    assert batch.labels.tolist() == [[1, 2, 3, -100, 13, 14, 15, -100], [5, 6, -100, 8, 9, 10, 11, -100]]
+    assert batch.offsets is not None
+    assert batch.offsets.tolist() == [0, 4, 8, 11, 16, 16, 16]
+
+
+def test_offsets_count_padding_as_a_piece_and_keep_their_size(tmp_path: Path) -> None:
+    table = PackedDataset.open(numbered(corpus_of([3, 3, 4, 6], tmp_path)), max_seq_len=9, packing="document")
+    assert len(table) == 2
+    offsets = {}
+    for rows in ([0, 1], [1, 0], [1], []):
+        batch = table.batch(rows)
+        assert batch.offsets is not None
+        assert batch.segment_ids is not None
+        flat = batch.segment_ids.flatten()
+        changes = (flat.diff() != 0).nonzero().flatten() + 1
+        edges = {0, *changes.tolist(), *range(0, len(flat) + 1, 9)}
+        assert sorted(set(batch.offsets.tolist())) == sorted(edges)
+        offsets[tuple(rows)] = len(batch.offsets)
+    assert offsets[0, 1] == offsets[1, 0]
+    assert offsets[(1,)] == offsets[()]
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_only_the_end_of_a_document_is_an_end(packing: Packing, corpus: Corpus) -> None:
+    table = PackedDataset.open(corpus, max_seq_len=50, packing=packing)
+    ends = sum(int((table.batch([row]).labels == 2).sum()) for row in range(len(table)))
+    assert ends == corpus.meta.documents
+
+
+def test_rows_are_well_filled(corpus: Corpus) -> None:
+    table = PackedDataset.open(corpus, max_seq_len=340, packing="document")
+    assert table.tokens / (len(table) * 340) > 0.97
+    assert len(table) < 0.75 * len(PackedDataset.open(corpus, max_seq_len=340, packing="none"))
+
+
+def test_no_row_at_all_is_one_row_of_padding(corpus: Corpus) -> None:
+    for packing in PACKINGS:
+        batch = PackedDataset.open(corpus, max_seq_len=20, packing=packing).batch([])
+        assert batch.input_ids.tolist() == [[0] * 20]
+        assert batch.labels.tolist() == [[-100] * 20]
+        for tensor in (batch.position_ids, batch.segment_ids):
+            assert (tensor is None) == (packing == "none")
+            assert tensor is None or tensor.tolist() == [[0] * 20]
+
+
+def test_batch_moves_and_keeps_its_dtype(corpus: Corpus) -> None:
+    batch = PackedDataset.open(corpus, max_seq_len=20, packing="document").batch([3, 1])
+    moved = batch.to("cpu")
+    assert all(tensor is not None and tensor.dtype == torch.int64 and tensor.shape == (2, 20) for tensor in moved[:4])
+    assert moved.offsets is not None
+    assert moved.offsets.dtype == torch.int32
+    assert PackedDataset.open(corpus, max_seq_len=20, packing="none").batch([3]).to("cpu").segment_ids is None
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 50), max_size=80),
+    st.integers(50, 70),
+)
+def test_best_fit_fills_rows_within_their_capacity(lengths: list[int], capacity: int) -> None:
+    row = best_fit(np.array(lengths, dtype=np.int64), capacity)
+    used = np.bincount(row, weights=lengths) if lengths else np.zeros(0)
+    assert (used <= capacity).all()
+    assert (used > 0).all()
+    # Any two rows together overflow one, or best fit would not have opened the second.
+    assert len(used) < 2 or np.sort(used)[:2].sum() > capacity
+    assert (best_fit(np.array(lengths, dtype=np.int64), capacity) == row).all()
+
+
+def test_best_fit_takes_the_fullest_row_with_room() -> None:
+    # Rows of 10: 7, 6 and 6; then 4 goes to a row with 6, 3 fills the 7, and the last 4 the other 6.
+    assert best_fit(np.array([7, 6, 6, 4, 3, 4]), 10).tolist() == [0, 1, 2, 2, 0, 1]
+
+
+@settings(deadline=None)
+@given(st.integers(2, 500), st.integers(2, 100))
+def test_pieces_overlap_by_one(length: int, max_seq_len: int) -> None:
+    starts, lengths = segments_of(np.array([7, 7 + length]), np.array([True]), max_seq_len)
+    assert starts[0] == 7
+    assert int(starts[-1] + lengths[-1]) == 7 + length
+    assert (starts[1:] == starts[:-1] + lengths[:-1] - 1).all()
+    assert (lengths[:-1] == max_seq_len).all()
+    assert 2 <= lengths[-1] <= max_seq_len
+
+
+def test_blocks_bound_memory_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = numbered(corpus_of([5, 30, 3, 3, 12, 7, 9, 41, 4], tmp_path))
+    monkeypatch.setattr(rows_module, "BLOCK_TOKENS", 16)
+    blocks = list(rows_module._blocks(corpus.offsets))
+    assert [first for first, _ in blocks] == [0, *[last for _, last in blocks[:-1]]]
+    assert blocks[-1][1] == 9
+    assert len(blocks) > 3
+    table = PackedDataset.open(corpus, max_seq_len=20, packing="document")
+    assert predictions(table.batch(range(len(table)))) == all_predictions(corpus)
+
+
+def test_tables_are_kept_beside_the_shards(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = PackedDataset.open(corpus, max_seq_len=64, packing="document")
+    with monkeypatch.context() as patch:
+        patch.setattr(rows_module, "_write", None)
+        again = PackedDataset.open(corpus, max_seq_len=64, packing="document")
+    assert torch.equal(first.batch([5]).input_ids, again.batch([5]).input_ids)
+    assert PackedDataset.open(corpus, max_seq_len=65, packing="document").max_seq_len == 65
+    names = sorted(path.name for path in corpus.directory.iterdir() if path.is_dir())
+    assert names == ["rows-1-64-document-all", "rows-1-65-document-all"]
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
+def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus: Corpus) -> None:
+    corpus = numbered(corpus)
+    train, held = (
+        PackedDataset.open(corpus, max_seq_len=200, packing="document", split=SplitSpec(part, fraction))
+        for part in ("train", "eval")
+    )
+    parts = [predictions(table.batch(range(len(table)))) for table in (train, held)]
+    assert parts[0] + parts[1] == all_predictions(corpus)
+    assert not parts[0] & parts[1]
+    starts = set(corpus.offsets[:-1].tolist())
+    count = sum(1 for first, _ in parts[1] if first in starts)
+    expected = fraction * corpus.meta.documents
+    assert 1 <= count <= corpus.meta.documents - 1
+    assert abs(count - expected) < 4 * np.sqrt(expected) + 2
+
+
+def test_a_larger_fraction_holds_out_the_same_and_more(corpus: Corpus) -> None:
+    held = [rows_module.Holdout.of(corpus, SplitSpec("eval", f)).taken(0, corpus.meta.documents) for f in (0.05, 0.2)]
+    assert (held[1] | ~held[0]).all()
+    assert held[1].sum() > held[0].sum()
+
+
+def test_two_documents_can_be_split_and_one_cannot(tmp_path: Path) -> None:
+    two = corpus_of([5, 6], tmp_path)
+    sizes = [
+        PackedDataset.open(two, max_seq_len=9, packing="none", split=SplitSpec(part, 0.01)).tokens
+        for part in ("train", "eval")
+    ]
+    assert sorted(sizes) == [4, 5]
+    one = corpus_of([5], tmp_path)
+    with pytest.raises(DataInvalid, match="at least two documents"):
+        PackedDataset.open(one, max_seq_len=9, packing="none", split=SplitSpec("eval", 0.5))
+
+
+def test_splitmix64_gives_its_published_numbers() -> None:
+    # The first numbers of SplitMix64 seeded with 1234567: the generator's published test vector.
+    gamma = 0x9E3779B97F4A7C15
+    states = np.array([(1234567 + (n + 1) * gamma) % 2**64 for n in range(3)], dtype=np.uint64)
+    assert splitmix64(states, 0).tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_moe": True, "moe_intermediate_size": 48}], ids=["dense", "moe"])
+def test_loss_and_gradients_do_not_depend_on_packing(changes: dict[str, Any], corpus: Corpus) -> None:
+    """The same documents, one a row and packed: equal to 1e-5, with the real table and the real decoder."""
+    model = Decoder(
+        ModelConfig(
+            vocab_size=259, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **changes
+        ),
+        torch.Generator().manual_seed(0),
+    )
+    results = []
+    for packing in PACKINGS:
+        table = PackedDataset.open(corpus, max_seq_len=64, packing=packing, split=SplitSpec("eval", 0.01))
+        model.zero_grad()
+        loss, aux = 0.0, 0.0
+        for start in range(0, len(table), 16):
+            batch = table.batch(range(start, min(start + 16, len(table))))
+            out = model(**batch._asdict())
+            ((out.loss_sum + 0.01 * out.aux_sum) / table.tokens).backward()
+            loss, aux = loss + out.loss_sum.item() / table.tokens, aux + out.aux_sum.item() / table.tokens
+        results.append(
+            (loss, aux, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        )
+    (loss, aux, grads), (packed_loss, packed_aux, packed_grads) = results
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert packed_aux == pytest.approx(aux, rel=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(packed_grads[name], grad, rtol=1e-4, atol=1e-5)

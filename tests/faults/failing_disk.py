@@ -1,0 +1,64 @@
+"""A supervisor on a disk that fails three times: ``python -m tests.faults.failing_disk ATTEMPT read_step|stop``.
+
+It is a process of its own because the agent's `Children` ends and reaps everything below its process: in pytest's
+process that would be what other tests have started. The last line that it prints is a JSON report.
+"""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.status import Desired
+from trainyard.worker.agent.processes import ProcessTree
+from trainyard.worker.agent.supervisor import Supervisor
+
+
+def main(path: str, fails: str) -> None:
+    attempt = AttemptDir(Path(path))
+    torchrun = subprocess.Popen(["/bin/sleep", "100"])
+    supervisor = Supervisor.of(attempt, ProcessTree(torchrun, ancestor=os.getpid()))
+    calls = fail_three_times(fails)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        if fails == "stop":
+            supervisor.uploader.desired = Desired.PAUSE
+            running = [supervisor.is_running(0.0)]
+            status: int | None = torchrun.wait(5)
+        else:
+            running = [supervisor.is_running(now) for now in (0.0, 0.1, 0.2, 0.3)]
+            status = torchrun.poll()
+    report = {
+        "running": running,
+        "calls": len(calls),
+        "printed": printed.getvalue(),
+        "status": status,
+        "asked_at": supervisor.stop_requested_at,
+        "ended": supervisor.processes.kill(),
+    }
+    print(json.dumps(report), flush=True)
+
+
+def fail_three_times(name: str) -> list[str]:
+    """Have a method or property of `AttemptDir` raise at its first three uses; returns the list of its uses."""
+    found = vars(AttemptDir)[name]
+    intact: Any = found.fget if isinstance(found, property) else found
+    calls: list[str] = []
+
+    def broken(attempt: AttemptDir) -> Any:
+        calls.append(name)
+        if len(calls) < 4:
+            raise OSError(28, "No space left on device")
+        return intact(attempt)
+
+    setattr(AttemptDir, name, property(broken) if isinstance(found, property) else broken)
+    return calls
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

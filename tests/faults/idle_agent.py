@@ -1,0 +1,40 @@
+"""An agent that reports once that it runs, and then sleeps. A hundred of them fit on a small host.
+
+It carries the attempt's mark and token, so it is what the launcher takes for an agent. Standard library only.
+"""
+
+import http.client
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+
+def main() -> None:
+    attempt = Path(sys.argv[1]) / f"attempt-{int(sys.argv[2].partition('=')[2]):04d}"
+    (attempt / "started.json").write_text("{}")
+    while not said(os.environ["TRAINYARD_REPORT_URL"]):
+        time.sleep(0.2)
+    time.sleep(600)
+
+
+def said(url: str) -> bool:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ['TRAINYARD_ATTEMPT_TOKEN']}",
+    }
+    try:
+        path = f"/internal/attempts/{os.environ['TRAINYARD_ATTEMPT_ID']}/heartbeat"
+        connection.request("POST", path, json.dumps({"step": 1}), headers)
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+    finally:
+        connection.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The devices of this host."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+import pytest
+
+from trainyard.contract import processes
+from trainyard.contract.processes import MARKER
+from trainyard.service.devices import inventory
+from trainyard.service.devices.inventory import HostInventory, cpu_slots, kind_for
+
+
+class FakeNvml:
+    """Two cards; a stranger on the second."""
+
+    NVMLError = pynvml.NVMLError
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
+    asked = 0
+
+    def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
+        """Start."""
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        FakeNvml.asked += 1
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, _: int) -> Any:  # noqa: N802
+        return SimpleNamespace(total=80 << 30, used=1 << 30)
+
+    def nvmlDeviceGetTemperature(self, index: int, sensor: int) -> int:  # noqa: N802
+        assert sensor == self.NVML_TEMPERATURE_GPU
+        if index:
+            raise self.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 61
+
+    def nvmlDeviceGetName(self, _: int) -> str:  # noqa: N802
+        return "NVIDIA Test"
+
+    def nvmlDeviceGetComputeRunningProcesses(self, index: int) -> list[Any]:  # noqa: N802
+        return [SimpleNamespace(pid=77), SimpleNamespace(pid=78)] if index else []
+
+
+def test_cuda_devices_and_who_is_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "77").mkdir()
+    (tmp_path / "77" / "environ").write_bytes(f"A=1\0{MARKER}=job_a/1\0".encode())
+    monkeypatch.setattr(processes, "PROC", tmp_path)
+    monkeypatch.setattr(inventory, "pynvml", FakeNvml())
+    FakeNvml.asked = 0
+    host = HostInventory(slots=1)
+    first, second, cpu = host.devices()
+    assert (first.id, first.kind, first.model, first.memory_bytes) == ("cuda:0", "cuda", "NVIDIA Test", 80 << 30)
+    assert (first.processes, first.strangers) == ((), ())
+    assert (first.temperature_celsius, second.temperature_celsius, cpu.temperature_celsius) == (61, None, None)
+    assert (second.processes, second.strangers) == ((77, 78), (78,))
+    assert (cpu.id, cpu.kind) == ("cpu:0", "cpu")
+    host.devices()
+    assert FakeNvml.asked == 1, "the answer is good for a second"
+    assert [d.id for d in HostInventory(0, visible="1").devices()] == ["cuda:1"]
+    assert kind_for("auto", host.devices()) == "cuda"
+
+
+def test_the_processor_has_the_name_that_the_kernel_gives_it(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    assert inventory.cpu_model(file) is None
+    file.write_text("processor : 0\n")
+    assert inventory.cpu_model(file) is None
+    file.write_text("processor : 0\nmodel name\t: Some CPU @ 2 GHz\nmodel name\t: Another\n")
+    assert inventory.cpu_model(file) == "Some CPU @ 2 GHz"
+    assert [d.model for d in cpu_slots(2, "x")] == ["x", "x"]
+
+
+def test_a_host_without_nvml_has_cpu_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", missing)
+    assert [d.id for d in HostInventory(2).devices()] == ["cpu:0", "cpu:1"]
+    assert kind_for("auto", HostInventory(2).devices()) == "cpu"
+
+
+@pytest.mark.parametrize(("text", "expected"), [(None, None), ("0,2", "0,2"), ("", ""), ("GPU-abc", None)])
+def test_which_cards_the_service_may_see(
+    monkeypatch: pytest.MonkeyPatch, text: str | None, expected: str | None
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if text is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", text)
+    assert inventory.visible_devices() == expected

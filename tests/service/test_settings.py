@@ -1,0 +1,120 @@
+"""Settings of the service: defaults, environment, command line, and what is rejected."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainyard.service.settings import InvalidSettings, Settings, is_loopback
+
+
+def test_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = Settings.read({})
+    assert settings.home == tmp_path / "trainyard-home"
+    assert settings.database_url == f"sqlite:///{tmp_path}/trainyard-home/trainyard.db"
+    assert (settings.host, settings.port, settings.token) == ("127.0.0.1", 8000, None)
+    assert tmp_path in settings.data_roots
+    assert settings.home in settings.data_roots
+    assert settings.save_roots == ()
+    assert settings.corpus_cache == settings.home / "cache" / "corpus"
+    assert settings.cpu_slots >= 1
+
+
+def test_the_environment_and_then_the_command_line(tmp_path: Path) -> None:
+    environment = {
+        "TRAINYARD_HOME": str(tmp_path / "a"),
+        "TRAINYARD_DATABASE_URL": "postgresql://x/y",
+        "TRAINYARD_DATA_ROOTS": f"{tmp_path}/b:{tmp_path}/c/../d",
+        "TRAINYARD_SAVE_ROOTS": f"{tmp_path}/e",
+        "TRAINYARD_PORT": "9",
+        "TRAINYARD_CPU_SLOTS": "3",
+        "TRAINYARD_CORPUS_CACHE": str(tmp_path / "f"),
+        "TRAINYARD_TOKEN": "t",
+    }
+    settings = Settings.read(environment)
+    assert settings.home == tmp_path / "a"
+    assert settings.database_url == "postgresql://x/y"
+    assert settings.data_roots == (tmp_path / "b", tmp_path / "d")
+    assert settings.save_roots == (tmp_path / "e",)
+    assert (settings.port, settings.cpu_slots, settings.corpus_cache) == (9, 3, tmp_path / "f")
+    assert "'t'" not in repr(settings)
+    given = Settings.read(environment, port=0, home=tmp_path / "z", database_url="sqlite://", host="::1")
+    assert (given.port, given.home, given.database_url, given.host) == (0, tmp_path / "z", "sqlite://", "::1")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", "127.0.0.1.example.org", "2130706433"])
+def test_others_may_reach_it_only_with_a_token(host: str) -> None:
+    with pytest.raises(InvalidSettings, match="TRAINYARD_TOKEN"):
+        Settings.read({}, host=host)
+    assert Settings.read({"TRAINYARD_TOKEN": "x"}, host=host).host == host
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert Settings.read({}, host=host).token is None
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "²"])
+def test_numbers_that_are_none(text: str) -> None:
+    with pytest.raises(InvalidSettings, match="TRAINYARD_PORT"):
+        Settings.read({"TRAINYARD_PORT": text})
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"port": 65536}, "--port must be 0 to 65535"),
+        ({"port": -1}, "--port must be 0 to 65535"),
+        ({"database_url": "nothing"}, "TRAINYARD_DATABASE_URL"),
+        ({"database_url": "mysql://root:secret@host/name"}, "TRAINYARD_DATABASE_URL"),
+        ({"database_url": "postgresql://u:secret@host:port/name"}, "TRAINYARD_DATABASE_URL"),
+    ],
+)
+def test_what_cannot_be_worked_with(given: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidSettings, match=named) as refused:
+        Settings.read({}, **given)
+    assert "secret" not in str(refused.value)
+
+
+def test_every_mistake_has_its_line() -> None:
+    environment = {
+        "TRAINYARD_CPU_SLOTS": "few",
+        "TRAINYARD_DATABASE_URL": "mysql://root:secret@host/name",
+        "TRAINYARD_LOG_LEVEL": "loud",
+        "TRAINYARD_PREEMPTION": "yes",
+        "TRAINYARD_LAUNCHER": "slurm",
+        "TRAINYARD_SLURM": "on",
+        "TRAINYARD_SLURM_QOS": "a b",
+        "TRAINYARD_SLURM_TIME_LIMIT": "soon",
+        "TRAINYARD_SLURM_WARNING": "-1",
+    }
+    with pytest.raises(InvalidSettings) as refused:
+        Settings.read(environment, port=-1)
+    database, *rest = str(refused.value).splitlines()
+    assert database.startswith("TRAINYARD_DATABASE_URL or --database-url must be sqlite:////FOLDER/FILE")
+    assert rest == [
+        "TRAINYARD_CPU_SLOTS must be a whole number",
+        "TRAINYARD_PORT or --port must be 0 to 65535; 0 takes a free one",
+        "TRAINYARD_PREEMPTION must be off or on",
+        "TRAINYARD_LOG_LEVEL must be debug or error or info or warning",
+        "TRAINYARD_SLURM_QOS is not what sbatch takes",
+        "TRAINYARD_SLURM_TIME_LIMIT must be a number of seconds",
+        "TRAINYARD_SLURM_WARNING must be a number of seconds",
+    ]
+    assert "secret" not in str(refused.value)
+
+
+def test_only_the_environment_that_is_given_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_PORT", "9")
+    assert Settings.read({}).port == 8000
+    lower_case = {"port": "9", "trainyard_port": "9", "slurm": "on", "token": "x"}
+    assert Settings.read(lower_case) == Settings.read({})
+
+
+def test_names_it_is_known_by() -> None:
+    assert "10.0.0.5" in Settings.read({"TRAINYARD_TOKEN": "x"}, host="10.0.0.5").allowed_hosts
+    assert Settings.read({"TRAINYARD_TOKEN": "x"}, host="0.0.0.0").allowed_hosts == ("*",)
+    named = Settings.read({"TRAINYARD_ALLOWED_HOSTS": "Train.Example, b"})
+    assert named.allowed_hosts[-2:] == ("train.example", "b")

@@ -1,0 +1,105 @@
+"""A real service on a free port, which a test may kill and start again, and a real corpus."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from trainyard.contract.rundir import read_json
+
+RANKS = 2
+
+
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+    """The first true value of ``condition``; fails the test after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true in time"
+        time.sleep(0.05)
+    return value
+
+
+class Served:
+    """`python -m trainyard.service` in a home of its own."""
+
+    def __init__(self, home: Path, roots: list[Path], port: int = 0) -> None:
+        self.home = home
+        self.roots = roots
+        self.port = port
+        self.process: subprocess.Popen[bytes] | None = None
+        home.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        (self.home / "service.json").unlink(missing_ok=True)
+        environment = {
+            **os.environ,
+            "TRAINYARD_HOME": str(self.home),
+            "TRAINYARD_DATA_ROOTS": ":".join(map(str, self.roots)),
+            "TRAINYARD_CPU_SLOTS": str(RANKS),
+        }
+        with (self.home / "service.log").open("ab") as log:
+            command = [sys.executable, "-m", "trainyard.service", "--port", str(self.port)]
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        self.url = until(lambda: (read_json(self.home / "service.json") or {}).get("url"))
+        self.port = int(self.url.rsplit(":", 1)[1])
+        until(self._ready)
+
+    def _ready(self) -> bool:
+        try:
+            return self.get("/ready").status_code == 200
+        except httpx2.TransportError:
+            return False
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(30)
+
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(self.url + path, timeout=10)
+
+    def post(self, path: str, body: object = None) -> httpx2.Response:
+        return httpx2.post(self.url + path, json=body, timeout=10)
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        answer: dict[str, Any] = self.get(f"/jobs/{job_id}").json()
+        return answer
+
+    def step(self, job_id: str) -> int:
+        return int(self.job(job_id)["progress"]["step"] or 0)
+
+    def submit(self, spec: object) -> str:
+        answer = self.post("/jobs", spec)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    def wait(self, job_id: str, *statuses: str, seconds: float = 120.0) -> dict[str, Any]:
+        def reached() -> dict[str, Any] | None:
+            job = self.job(job_id)
+            hopeless = job["status"] in ("failed", "cancelled") and job["status"] not in statuses
+            assert not hopeless, json.dumps(job, indent=1)
+            return job if job["status"] in statuses else None
+
+        found: dict[str, Any] = until(reached, seconds)
+        return found
+
+    def metrics(self, job_id: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        while True:
+            after = rows[-1]["step"] if rows else 0
+            page = self.get(f"/jobs/{job_id}/metrics?limit=1000&after_step={after}").json()
+            rows += page["data"]
+            if not page["has_more"]:
+                return rows

@@ -1,0 +1,25 @@
+"""The files of an attempt: its heartbeat and its outcome."""
+
+from pathlib import Path
+
+from trainyard.contract.messages import Outcome
+from trainyard.contract.status import Reason
+from trainyard.worker.attempt import Heartbeat, write_outcome_once
+
+
+def test_the_sign_of_life_is_the_last_step(tmp_path: Path) -> None:
+    path = tmp_path / "progress"
+    life = Heartbeat(path)
+    for step in (99999, 7):
+        life.beat(step)
+        assert int(path.read_text()) == life.step == step
+    Heartbeat(None).beat(3)
+
+
+def test_the_first_outcome_stands(tmp_path: Path) -> None:
+    path = tmp_path / "outcome.json"
+    failed = Outcome(outcome="failed", step=3, reason=Reason.OUT_OF_MEMORY)
+    assert write_outcome_once(path, failed) == failed
+    assert write_outcome_once(path, Outcome(outcome="completed", step=9)) == failed
+    assert Outcome.model_validate_json(path.read_bytes()) == failed
+    assert [file.name for file in tmp_path.iterdir()] == ["outcome.json"]

@@ -1,0 +1,66 @@
+"""Threads, the only rank of a process without torchrun, and devices that are not there."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.distributed import (
+    DistributedContext,
+    init_distributed,
+    require_device,
+    select_device,
+    threads_per_rank,
+)
+from trainyard.worker.errors import StopRequested, TrainingError
+from trainyard.worker.training.control import ControlFlags, ControlSync
+
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
+
+
+def spec(**groups: Any) -> JobSpec:
+    import json
+
+    return JobSpec.model_validate_json(json.dumps({"data": {"data_path": "/x"}, **groups}))
+
+
+@pytest.mark.parametrize(
+    ("environment", "local_world", "threads"),
+    [
+        ({}, 1, 8),
+        ({}, 3, 2),
+        ({}, 100, 1),
+        ({"OMP_NUM_THREADS": "3"}, 2, 3),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 2, 4),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}, 1, 1),
+        ({"TRAINYARD_THREADS": "5", "OMP_NUM_THREADS": "1"}, 2, 5),
+    ],
+)
+def test_threads_are_the_users_or_an_even_share(environment: dict[str, str], local_world: int, threads: int) -> None:
+    assert threads_per_rank(environment, local_world, cores=8) == threads
+
+
+def test_a_process_without_torchrun_is_the_only_rank() -> None:
+    ranks = init_distributed(spec().resources.timeouts, "cpu", {"TRAINYARD_THREADS": "1"})
+    assert ranks == ALONE
+    assert ranks.is_main_process
+    assert ranks.gather([1.0, 2.0]) == [[1.0, 2.0]]
+    assert ranks.broadcast_from_rank0(lambda: "found") == "found"
+    with pytest.raises(StopRequested):
+        ranks.broadcast_from_rank0(raise_stop)
+    agreement = ControlSync(ranks)
+    assert agreement.exchange(ControlFlags(stop=True)) == ControlFlags(stop=True)
+    assert agreement.finish() == ControlFlags()
+
+
+def raise_stop() -> None:
+    raise StopRequested
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+def test_cuda_that_is_not_there_is_an_error_and_auto_is_not() -> None:
+    assert select_device("cuda:1", 0).type == "cpu"
+    require_device(ALONE, spec())
+    with pytest.raises(TrainingError, match="rank 0 of 1 has no GPU"):
+        require_device(ALONE, spec(resources={"device": "cuda"}))

@@ -1,0 +1,125 @@
+"""Settings that change while the run goes on change what is told and kept, and nothing of what is trained."""
+
+import json
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from tests.worker import rank_runner
+from tests.worker.test_resume_start import spec
+from trainyard.contract.events import SettingsChanged
+from trainyard.contract.messages import RunSettings
+from trainyard.contract.rundir import RunDir, write_json
+from trainyard.worker.training.control import (
+    ControlFlags,
+    LiveSettings,
+    settings_changed_event,
+    with_settings,
+)
+
+FIRST = RunSettings(log_interval=5, save_interval=8, keep_last=3)
+SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)
+
+
+def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) -> None:
+    wish = LiveSettings(tmp_path / "settings.json", FIRST)
+    assert wish.poll() is None
+    write_json(wish.file, FIRST.model_dump())
+    assert wish.poll() is None
+    write_json(wish.file, SECOND.model_dump())
+    assert wish.poll() == SECOND
+    assert wish.poll() is None
+    wish.file.write_text("{")
+    assert wish.poll() is None
+    write_json(wish.file, {**FIRST.model_dump(), "log_interval": 0})
+    assert wish.poll() is None
+    write_json(wish.file, FIRST.model_dump())
+    assert wish.poll() == FIRST
+
+
+def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
+    assert RunSettings.of(with_settings(spec(), SECOND).model_dump()) == SECOND
+    assert with_settings(spec(), RunSettings.of(spec().model_dump())) == spec()
+    assert settings_changed_event(4, FIRST, FIRST.model_copy(update={"save_interval": 1000})).message == (
+        "save_interval is 1,000 and was 8"
+    )
+
+
+def test_ranks_agree_on_numbers() -> None:
+    for wishes in (
+        ControlFlags(),
+        ControlFlags(stop=True),
+        ControlFlags(save=True, settings=SECOND),
+        ControlFlags(spike=True),
+    ):
+        assert ControlFlags.from_ints(wishes.to_ints()) == wishes
+    largest = RunSettings(log_interval=2**53 - 1, save_interval=1, keep_last=1)
+    assert ControlFlags.from_ints(ControlFlags(settings=largest).to_ints()).settings == largest
+
+
+def wish_after(run: RunDir, step: int) -> None:
+    """Leave other settings right after ``step``."""
+    from trainyard.worker.attempt import Heartbeat
+
+    beat = Heartbeat.beat
+
+    def wished(self: Heartbeat, done: int) -> None:
+        beat(self, done)
+        if done == step and self._descriptor is not None:
+            write_json(run.attempt(1).settings, SECOND.model_dump())
+
+    mock.patch.object(Heartbeat, "beat", wished).start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_weights_are_those_of_the_untouched_run(world: int, tmp_path: Path) -> None:
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    described = rank_runner.spec(text, training={"max_steps": 16})
+    untouched, touched = (rank_runner.new_run(tmp_path / kind, described) for kind in ("untouched", "touched"))
+    rank_runner.run_to_end(untouched, world)
+    rank_runner.run_to_end(touched, world, partial(wish_after, touched, 5))
+    # All ranks take it over at the same step: at once alone, a step later together.
+    taken = 5 + (world > 1)
+    said = [event for event in rank_runner.events(touched) if isinstance(event, SettingsChanged)]
+    assert [(event.step, event.log_interval, event.save_interval) for event in said] == [(taken, 2, 3)]
+    assert sorted(rank_runner.metrics(touched)) == [5, *range(taken + 1 + (taken + 1) % 2, 17, 2)]
+    # What was due at the step itself is due by the new settings.
+    saves = [step for step in (6, 9, 12, 15, 16) if step >= taken]
+    assert rank_runner.saves(touched) == saves
+    kept = sorted(path.name for path in touched.artifacts(None).checkpoints.iterdir())
+    assert kept == ["step-00000015", "step-00000016"]
+    final = {name: data for name, data in rank_runner.products(untouched) if "16" in name or name.startswith("out/")}
+    assert final == {name: data for name, data in rank_runner.products(touched) if name in final}
+    assert len(final) == 3
+    tokens = {step: line.tokens for step, line in rank_runner.metrics(touched).items()}
+    assert tokens[16] == rank_runner.metrics(untouched)[16].tokens
+
+
+@pytest.mark.slow
+def test_interrupted_after_a_change_it_goes_on_with_it_and_no_point_is_wrong(tmp_path: Path) -> None:
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    described = rank_runner.spec(text, training={"max_steps": 12})
+    untouched, run = (rank_runner.new_run(tmp_path / kind, described) for kind in ("untouched", "run"))
+    rank_runner.run_to_end(untouched)
+    rank_runner.run_to_end(run, 1, partial(both, run))
+    run.spec.write_text(json.dumps({**described, "reporting": {"log_interval": 2}}))
+    rank_runner.run_to_end(run)
+    assert sorted(rank_runner.curve(run)) == [5, 6, 8, 10, 12]
+    # The sums since the last point went along: the mean of steps 6 to 10 is that of the untouched run.
+    ours, theirs = rank_runner.metrics(run), rank_runner.metrics(untouched)
+    parts = {**ours, **rank_runner.metrics(run, 2)}
+    weights = {step: parts[step].tokens - parts[before].tokens for before, step in ((5, 6), (6, 8), (8, 10))}
+    mean = sum(weights[step] * float(parts[step].loss or 0) for step in weights) / sum(weights.values())
+    assert mean == pytest.approx(theirs[10].loss, rel=1e-6)
+    final = {name: data for name, data in rank_runner.products(untouched) if "00012" in name}
+    assert final == {name: data for name, data in rank_runner.products(run) if name in final}
+
+
+def both(run: RunDir) -> None:
+    from tests.worker.test_resume import stop_after
+
+    wish_after(run, 5)
+    stop_after(run, 1, 7)

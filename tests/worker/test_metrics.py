@@ -1,0 +1,77 @@
+"""What a metric event is the mean and the count of."""
+
+import math
+
+import pytest
+import torch
+
+from trainyard.contract.events import Metric
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.training.metrics import (
+    MetricsProcessor,
+    MetricsWindow,
+    peak_flops,
+    restore_window,
+)
+from trainyard.worker.training.step import StepMetrics
+
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("Tesla K80", None),
+    ],
+)
+def test_peaks(name: str, peak: float | None) -> None:
+    assert peak_flops(name) == peak
+
+
+def result(loss: float, tokens: int, norm: float = 1.0) -> StepMetrics:
+    return StepMetrics(grad_norm=norm, loss_sum=loss, aux_sum=2.0, tokens=tokens, applied=True)
+
+
+def line(meters: MetricsProcessor, norm: float = 1.0) -> Metric:
+    return meters.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=norm, eval_loss=None)
+
+
+def test_the_loss_of_a_line_is_the_mean_over_tokens_since_the_last_one() -> None:
+    meters = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=True)
+    for loss, tokens in ((30.0, 10), (20.0, 20)):
+        meters.begin_step()
+        meters.record(result(loss, tokens))
+        meters.end_step(tokens, 0.25)
+    first = line(meters)
+    assert first.loss == pytest.approx(50 / 30)
+    assert first.aux_loss == pytest.approx(4 / 30)
+    assert first.data_seconds == pytest.approx(0.25)
+    assert meters.last_loss == first.loss
+    meters.begin_step()
+    meters.record(result(7.0, 7))
+    meters.end_step(7, 0.0)
+    assert line(meters).loss == 1.0
+
+
+def test_what_is_not_finite_is_counted_and_not_added() -> None:
+    meters = MetricsProcessor(ALONE, MetricsWindow(loss_sum=10.0, tokens=5.0), 6.0, has_aux=False)
+    meters.begin_step()
+    meters.record(result(math.nan, 5))
+    meters.end_step(5, 0.0)
+    first = line(meters, norm=math.inf)
+    assert (first.loss, first.grad_norm, first.nonfinite, first.aux_loss) == (2.0, None, True, None)
+    assert not line(meters).nonfinite
+
+
+def test_sums_come_back_to_the_ranks_they_were_of() -> None:
+    rows = [[1.0, 2.0, 3.0, 0.0], [10.0, 20.0, 30.0, 1.0]]
+    second = DistributedContext(1, 2, 1, 2, torch.device("cpu"))
+    assert restore_window(rows, second) == MetricsWindow(10.0, 20.0, 30.0, 1.0)
+    assert restore_window(rows, ALONE) == MetricsWindow(11.0, 22.0, 33.0, 1.0)
+    assert restore_window([], ALONE) == MetricsWindow()

@@ -1,0 +1,262 @@
+"""What is said of the curve while it grows: spikes, a curve that is flat, gradients, the experts' load."""
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.worker import rank_runner
+from tests.worker.test_step import SHAPE, cut, rows, run, trainee
+from trainyard.contract.events import Metric, WarningEvent
+from trainyard.model.config import ModelConfig
+from trainyard.model.moe import MoE
+from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.events.trackers import scalars
+from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, restore_window
+from trainyard.worker.training.monitors import (
+    NO_SPIKE,
+    ROWS,
+    LearningMonitor,
+    LossSpikeDetector,
+    Spike,
+    spike_warning,
+)
+from trainyard.worker.training.step import StepMetrics
+
+ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
+
+NOISE: dict[str, Callable[[random.Random], float]] = {
+    "none": lambda _: 0.0,
+    "normal": lambda dice: dice.gauss(0, 0.15),
+    "laplace": lambda dice: dice.choice((-1, 1)) * dice.expovariate(8),
+    "two kinds of rows": lambda dice: dice.gauss(0, 0.05) + (0.4 if dice.random() < 0.2 else 0.0),
+    "coarse": lambda dice: round(dice.gauss(0, 0.1), 1),
+}
+
+
+def falling(step: int) -> float:
+    """A curve as runs have it: from 8.8 down to 1.6."""
+    return 1.6 + 7.2 * math.exp(-step / 300)
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_noise_is_no_spike(noise: str) -> None:
+    seed = 5
+    dice, spikes = random.Random(f"{seed} {noise}"), LossSpikeDetector()
+    for step in range(1, 5001):
+        spikes.observe(step, falling(step) + NOISE[noise](dice), (step,))
+        assert spikes.pending is None, f"seed {seed}: false alarm at step {step}: {spikes.pending}"
+
+
+@pytest.mark.parametrize("noise", NOISE)
+def test_a_spike_is_found_in_noise_and_told_once(noise: str) -> None:
+    dice, spikes = random.Random(noise), LossSpikeDetector()
+    found = []
+    for step in range(1, 1001):
+        jumped = 4.0 if 700 <= step < 703 else 0.0
+        spikes.observe(step, falling(step) + NOISE[noise](dice) + jumped, (step, step + 1))
+        if spikes.pending is not None:
+            found.append(Spike.of(spikes.row()))
+    assert [spike.step for spike in found] == [700]
+    assert found[0].rows == (700, 701)
+    assert found[0].loss == pytest.approx(found[0].typical + 4, abs=1.5)
+
+
+def test_the_beginning_is_not_judged_and_what_stays_up_becomes_usual() -> None:
+    spikes, found = LossSpikeDetector(), []
+    for step in range(1, 500):
+        spikes.observe(step, 9.0 if step == 20 or step >= 200 else 2.0, ())
+        found += [Spike.of(spikes.row()).step] if spikes.pending is not None else []
+    assert found == [200]
+    spikes.observe(500, math.nan, ())
+    spikes.observe(501, math.inf, ())
+    assert spikes.pending is None
+
+
+def test_all_ranks_spikes_are_one_warning() -> None:
+    assert spike_warning([NO_SPIKE.row(), NO_SPIKE.row()]) is None
+    few, many = Spike(41, 5.0, 2.0, (7, 9)), Spike(41, 9.5, 2.0, tuple(range(100, 120)))
+    assert Spike.of(few.row()) == few
+    assert len(few.row()) == len(many.row()) == len(NO_SPIKE.row())
+    warning = spike_warning([few.row(), NO_SPIKE.row(), many.row()])
+    assert warning is not None
+    assert (warning.code, warning.step) == ("loss_spike", 41)
+    assert "jumped to 9.500 at step 41, where 2.000 is usual; its worst micro-batch of rank 2 has rows 100, 101" in (
+        warning.message
+    )
+    assert warning.data == {"loss": 9.5, "usual": 2.0, "rows": list(range(100, 100 + ROWS)), "rank": 2}
+    alone = spike_warning([few.row()])
+    assert alone is not None
+    assert "micro-batch has rows 7, 9." in alone.message
+
+
+def test_a_spike_is_handed_over_once() -> None:
+    spikes = LossSpikeDetector(pending=Spike(3, 2.0, 1.0, (1,)))
+    assert Spike.of(spikes.row()).step == 3
+    assert Spike.of(spikes.row()) == NO_SPIKE
+
+
+def codes(watch: LearningMonitor, losses: Any, norm: float = 1.0) -> list[tuple[str, int]]:
+    said: list[WarningEvent] = []
+    for step, loss in losses:
+        said += [*watch.observe(step, loss, norm), *(watch.observe_metrics(step, loss) if step % 10 == 0 else ())]
+    return [(warning.code, warning.step or 0) for warning in said]
+
+
+def test_a_run_that_learns_is_left_in_peace() -> None:
+    assert codes(LearningMonitor(6400), ((step, falling(step)) for step in range(1, 2000))) == []
+    # Once it has learned something it may be flat for as long as it likes.
+    assert codes(LearningMonitor(6400), ((step, 8.81 if step < 50 else 3.0) for step in range(1, 2000))) == []
+
+
+@pytest.mark.parametrize(("vocabulary", "loss", "off"), [(6400, 8.9, 0), (6400, 10.5, 1), (259, 5.6, 0), (259, 3.0, 1)])
+def test_the_first_loss_is_held_against_that_of_guessing(vocabulary: int, loss: float, off: int) -> None:
+    warnings = list(LearningMonitor(vocabulary).observe(1, loss, 1.0))
+    assert [warning.code for warning in warnings] == ["first_loss_off"] * off
+    assert all(f"should give {math.log(vocabulary) + 0.05:.2f}" in warning.message for warning in warnings)
+    assert list(LearningMonitor(None).observe(1, loss, 1.0)) == []
+    assert list(LearningMonitor(vocabulary).observe(2, loss, 1.0)) == []
+
+
+def test_a_flat_curve_is_told_once_behind_the_warm_up() -> None:
+    flat = [(step, 8.8 - 0.0001 * step) for step in range(1, 900)]
+    assert codes(LearningMonitor(6400), flat) == [("curve_flat", 300)]
+    assert codes(LearningMonitor(6400, warmup_steps=115), flat) == [("curve_flat", 420)]
+    # An attempt that goes on from a checkpoint does not know where the curve came from.
+    assert codes(LearningMonitor(6400), flat[10:]) == []
+
+
+def test_gradients_that_vanish_or_blow_up() -> None:
+    watch = LearningMonitor(None)
+    quiet = [warning for step in range(2, 21) for warning in watch.observe(step, 2.0, 1e-9)]
+    assert quiet == []
+    (vanished,) = watch.observe(21, 2.0, 1e-9)
+    assert "1.0e-09, and was below 1e-06 for 20 steps" in vanished.message
+    assert [w.code for step in range(22, 80) for w in watch.observe(step, 2.0, 1e-9 if step % 30 else 1.0)] == []
+    assert [w.code for step in range(80, 120) for w in watch.observe(step, 2.0, 5e3)] == ["gradients_blow_up"]
+    assert list(watch.observe(121, 2.0, math.nan)) == []
+
+
+WITH_EXPERTS = ModelConfig(**{**vars(SHAPE), "use_moe": True, "moe_intermediate_size": 32, "num_experts": 4})
+
+
+def test_the_load_is_what_the_router_chose() -> None:
+    student, batch = trainee(WITH_EXPERTS), rows(6, seed=1)
+    chosen: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda module, inputs: chosen.append(module._scores(inputs[0].flatten(0, 1)).topk(2, dim=-1).indices)
+        )
+        for layer in student.model.modules()
+        if isinstance(layer, MoE)
+    ]
+    (result,) = run(student, [cut(batch, 2)])
+    for handle in handles:
+        handle.remove()
+    expected = torch.bincount(torch.cat(chosen).flatten(), minlength=4).tolist()
+    assert list(result.experts) == expected
+    assert sum(expected) == 6 * 12 * 2 * 2, "rows x positions x experts of a token x layers"
+    assert run(trainee(), [cut(batch, 2)])[0].experts == ()
+
+
+def test_the_worst_micro_batch_is_the_one_with_the_highest_mean_loss() -> None:
+    student, batch = trainee(), rows(6, seed=1)
+    micros = [type(micro)(micro.batch, micro.factor, (10 * i,), micro.tokens) for i, micro in enumerate(cut(batch, 2))]
+    with torch.no_grad():
+        means = [float(student.model(m.batch.input_ids, labels=m.batch.labels).loss_sum) / m.tokens for m in micros]
+    (result,) = run(student, [micros])
+    assert result.max_loss == (10 * means.index(max(means)),)
+    assert result.loss == pytest.approx(
+        sum(m * x.tokens for m, x in zip(means, micros, strict=True)) / batch.tokens, 1e-5
+    )
+    assert math.isnan(StepMetrics(1.0, 0.0, 0.0, 0, True).loss)
+
+
+def line_of(meters: MetricsProcessor) -> Metric:
+    return meters.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=1.0, eval_loss=None)
+
+
+def test_shares_are_of_all_steps_since_the_last_line_and_survive_a_resume() -> None:
+    meters = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=True, experts=4)
+    step = StepMetrics(1.0, 20.0, 2.0, 10, True, experts=(30.0, 10.0, 0.0, 0.0))
+    for _ in range(2):
+        meters.begin_step()
+        meters.record(step)
+        meters.end_step(10, 0.0)
+    stored = json.loads(json.dumps([meters.interval.row()]))
+    line = line_of(meters)
+    assert line.expert_load == [0.75, 0.25, 0.0, 0.0]
+    assert scalars(line)["expert_load_most"] == 0.75
+    assert scalars(line)["expert_load_least"] == 0.0
+    assert line_of(meters).expert_load is None
+    again = MetricsProcessor(ALONE, restore_window(stored, ALONE), 6.0, has_aux=True, experts=4)
+    assert line_of(again).expert_load == [0.75, 0.25, 0.0, 0.0]
+    # Another number of ranks: rank 0 takes the sums of all, and the others' rows are as long.
+    both = restore_window([stored[0], stored[0]], ALONE)
+    assert both.experts == (120.0, 40.0, 0.0, 0.0)
+    second = MetricsProcessor(
+        DistributedContext(1, 2, 1, 2, ALONE.device), MetricsWindow(), 6.0, has_aux=True, experts=4
+    )
+    assert len(second.interval.row()) == len(both.row())
+
+
+def test_a_checkpoint_from_before_there_were_loads_is_taken() -> None:
+    old = restore_window([[1.0, 2.0, 3.0, 0.0]], ALONE)
+    meters = MetricsProcessor(ALONE, old, 6.0, has_aux=True, experts=2)
+    meters.begin_step()
+    meters.record(StepMetrics(1.0, 20.0, 2.0, 10, True, experts=(1.0, 3.0)))
+    meters.end_step(10, 0.0)
+    assert line_of(meters).expert_load == [0.25, 0.75]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_with_experts_tells_their_load(world: int, tmp_path: Path) -> None:
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    model = {"use_moe": True, "num_experts": 4, "moe_intermediate_size": 32}
+    described = rank_runner.spec(text, model=model, training={"max_steps": 6}, data={"eval_fraction": 0.2})
+    run = rank_runner.new_run(tmp_path / "run", {**described, "reporting": {"log_interval": 2}})
+    assert rank_runner.run_to_end(run, world).outcome == "completed"
+    loads = [line.expert_load for line in rank_runner.metrics(run).values()]
+    assert len(loads) == 3
+    for load in loads:
+        assert load is not None
+        assert len(load) == 4
+        assert sum(load) == pytest.approx(1)
+        assert min(load) >= 0
+
+
+def jump(rank: int, at: int) -> None:
+    """One rank's loss is far up for one step, as a batch of nonsense makes it."""
+    from trainyard.worker.training.monitors import LossSpikeDetector
+
+    look = LossSpikeDetector.observe
+
+    def jumping(self: LossSpikeDetector, step: int, loss: float, rows: tuple[int, ...]) -> None:
+        mine = os.environ["RANK"] == str(rank) and step == at
+        look(self, step, loss + 50.0 * mine, rows)
+
+    mock.patch.object(LossSpikeDetector, "observe", jumping).start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_spike_of_any_rank_is_a_warning_with_its_step_and_rows(world: int, tmp_path: Path) -> None:
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    training = {"max_steps": 44, "batch_size": 2, "accumulation_steps": 1}
+    described = rank_runner.spec(text, training=training, checkpoint={"save_interval": 100})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    assert rank_runner.run_to_end(run, world, partial(jump, world - 1, 40)).outcome == "completed"
+    warning = rank_runner.warned(run)["loss_spike"]
+    assert (warning.step, warning.data["rank"]) == (40, world - 1)
+    assert len(warning.data["rows"]) in (1, 2)
+    assert warning.data["loss"] > 50
+    assert set(rank_runner.warned(run)) == {"loss_spike"}

@@ -1,0 +1,62 @@
+"""Warnings about the device, the entry point, and the line about a run's start."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from trainyard.contract.events import Started
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.events.console import ConsoleLogger
+from trainyard.worker.training.startup import device_warnings, supports_bfloat16
+
+
+def spec(**groups: Any) -> JobSpec:
+    import json
+
+    return JobSpec.model_validate_json(json.dumps({"data": {"data_path": "/x"}, **groups}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "dtype", "device", "native", "codes"),
+    [
+        ("auto", "bfloat16", "cpu", True, ["cpu_fallback"]),
+        ("cpu", "bfloat16", "cpu", True, []),
+        ("auto", "bfloat16", "cuda", True, []),
+        ("cuda", "bfloat16", "cuda", False, ["bfloat16_emulated"]),
+        ("cuda", "float16", "cuda", False, []),
+    ],
+)
+def test_cautions_about_the_device(wanted: str, dtype: str, device: str, native: bool, codes: list[str]) -> None:
+    asked = spec(training={"dtype": dtype}, resources={"device": wanted})
+    assert [caution.code for caution in device_warnings(asked, device, native)] == codes
+    assert supports_bfloat16(torch.device("cpu"))
+
+
+def test_the_started_line_says_where_it_goes_on_from() -> None:
+    numbers = dict.fromkeys(
+        ("parameters", "active_parameters", "vocab_size", "samples", "documents", "tokens", "bad_lines"), 10
+    )
+    started = Started(
+        start_step=3,
+        steps=9,
+        world_size=2,
+        device="cpu",
+        device_name="CPU",
+        dtype="float32",
+        torch_version="2",
+        global_batch=4,
+        tokens_per_step=1.0,
+        steps_per_epoch=3,
+        flops_per_token=60.0,
+        resumed_from="/c/step-00000003",
+        **numbers,
+    )
+    text = ConsoleLogger().text(started)
+    assert text is not None
+    assert text.endswith("steps 4 to 9, from /c/step-00000003")
+
+
+def test_the_entry_point_loads_no_torch_before_it_has_set_up_openmp() -> None:
+    assert "torch" not in vars(importlib.import_module("trainyard.worker.__main__"))

@@ -1,0 +1,147 @@
+"""The documents of a parquet file: one a row. Needs pyarrow, which is imported only where there is such a file.
+
+The column is read as a dictionary: a file may say one text a million times in a few bytes, and it is held once.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Self
+
+from trainyard.worker.data import jsonl
+from trainyard.worker.data.file import CorpusFile, import_optional
+from trainyard.worker.data.jsonl import (
+    BadLineError,
+    DataInvalid,
+    Document,
+    ParseStats,
+)
+
+BATCH_ROWS = 256
+"""Rows that are decoded at once."""
+
+MAX_GROUP_BYTES = 2 << 30
+"""Of the column in one row group, decompressed: a part of the file that is decoded as one."""
+
+
+class ParquetReader:
+    """See `worker.data.readers.Reader`; a line is a row."""
+
+    def __init__(self, source: CorpusFile) -> None:
+        self.stats = ParseStats()
+        self._source = source
+        self._rows_done, self._rows = 0, 1
+        try:
+            self._arrow = import_optional("pyarrow", source.path)
+            self._parquet = import_optional("pyarrow", source.path, "pyarrow.parquet")
+        except DataInvalid:
+            source.raw.close()
+            raise
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the file, by the share of rows that are read."""
+        return self.size * self._rows_done // max(1, self._rows)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._source.size
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the file, once it is read."""
+        return self._source.digest
+
+    def skip(self, past: ParseStats, seen: Callable[[], None]) -> None:
+        """See `worker.data.readers.Reader`. Row groups that are past are not read."""
+        del seen
+        self.stats = replace(past)
+
+    def documents(self, text_field: str) -> Iterator[Document]:
+        """See `worker.data.readers.Reader`."""
+        past = self.stats.lines
+        for number, value in enumerate(self._values(text_field, past), start=past + 1):
+            self.stats.lines = number
+            try:
+                text = _text_of(value, text_field)
+            except BadLineError as bad:
+                self.stats.add_bad(number, str(bad))
+                continue
+            self.stats.documents += 1
+            yield Document(number, text)
+        # Parquet is read from its end and in pieces, so the file is hashed by itself.
+        self._source.raw.seek(0)
+        self._source.finish()
+
+    def _values(self, text_field: str, past: int) -> Iterator[bytes | None]:
+        """What stands in each row behind the first ``past``."""
+        path = self._source.path
+        try:
+            # By the descriptor that was checked: the name may stand for another file by now.
+            described = self._parquet.ParquetFile(self._source.raw)
+            self._rows = described.metadata.num_rows
+            self._require_column(described, text_field)
+            file = self._parquet.ParquetFile(
+                self._source.raw, metadata=described.metadata, read_dictionary=[text_field]
+            )
+            groups = self._groups_after(described.metadata, past)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[text_field]):
+                yield from self._of_batch(batch.column(0).slice(min(len(batch), max(0, past - self._rows_done))))
+                self._rows_done += len(batch)
+        except (self._arrow.ArrowException, OSError) as error:
+            raise DataInvalid(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
+
+    def _groups_after(self, metadata: Any, past: int) -> list[int]:
+        """The row groups that hold a row behind the first ``past``; the rows before them are done."""
+        first = 0
+        while first < metadata.num_row_groups:
+            rows = metadata.row_group(first).num_rows
+            if self._rows_done + rows > past:
+                break
+            self._rows_done += rows
+            first += 1
+        return list(range(first, metadata.num_row_groups))
+
+    def _require_column(self, file: Any, text_field: str) -> None:
+        schema, path = file.schema_arrow, self._source.path
+        if schema.names.count(text_field) != 1:
+            listed = ", ".join(schema.names[:20])
+            raise DataInvalid(f"{path} has no single column {text_field!r} but {listed}: set text_field to one of them")
+        kind, types = schema.field(text_field).type, self._arrow.types
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        if not (types.is_string(kind) or types.is_large_string(kind)):
+            raise DataInvalid(f"{path}: column {text_field!r} holds {kind} and must hold strings")
+        column = file.metadata.schema.names.index(text_field)
+        for number in range(file.metadata.num_row_groups):
+            size = file.metadata.row_group(number).column(column).total_uncompressed_size
+            if size > MAX_GROUP_BYTES:
+                raise DataInvalid(
+                    f"{path}: row group {number + 1} holds {size >> 20} MiB of {text_field!r}, and "
+                    f"{MAX_GROUP_BYTES >> 20} are read at most: write it with smaller row groups"
+                )
+
+    def _of_batch(self, column: Any) -> Iterator[bytes | None]:
+        """The UTF-8 of each row, or None where it has none."""
+        binary = self._arrow.large_binary()
+        for index in column.indices.to_pylist():
+            # One at a time: what comes out of a dictionary may be far larger than the dictionary.
+            yield None if index is None else column.dictionary[index].cast(binary).as_py()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._source.__exit__()
+
+
+def _text_of(value: bytes | None, text_field: str) -> str:
+    if value is None:
+        raise BadLineError(f"{text_field!r} is not a string but null")
+    if not value:
+        raise BadLineError(f"{text_field!r} is empty")
+    if len(value) >= jsonl.MAX_LINE_BYTES:
+        raise BadLineError(f"longer than {jsonl.MAX_LINE_BYTES >> 20} MiB")
+    try:
+        return value.decode()
+    except UnicodeDecodeError as error:
+        raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None

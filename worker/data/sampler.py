@@ -1,0 +1,91 @@
+"""Which rows an optimizer step takes: a pure function of seed and step, so a resume needs no loader's state.
+
+The rows of an epoch are permuted by a keyed pseudo-random permutation that is computed where it is needed: nothing is
+stored, and any step costs the same.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from trainyard.worker.data.packing import Integers
+from trainyard.worker.splitmix import GAMMA, splitmix64
+
+ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class FeistelPermutation:
+    """A pseudo-random order of 0 .. ``size`` - 1, one for each ``seed`` and ``epoch``.
+
+    A Feistel network permutes the smallest power of two that holds ``size``; a value that falls outside is sent through
+    again until it falls inside, which keeps it a permutation (cycle walking: Black and Rogaway, 2002).
+    """
+
+    size: int
+    seed: int
+    epoch: int
+
+    def __call__(self, positions: npt.ArrayLike) -> Integers:
+        """What stands at each of these positions."""
+        values = np.asarray(positions, dtype=np.uint64)
+        bits = max(2, (self.size - 1).bit_length())
+        keys = self._keys()
+        values = _feistel(values, bits, keys)
+        while (outside := values >= self.size).any():
+            values[outside] = _feistel(values[outside], bits, keys)
+        return values.astype(np.int64)
+
+    def _keys(self) -> list[int]:
+        base = splitmix64(splitmix64(np.array([self.seed], dtype=np.uint64), 0), self.epoch)
+        keys: list[int] = splitmix64(np.arange(1, ROUNDS + 1, dtype=np.uint64) * GAMMA, int(base[0])).tolist()
+        return keys
+
+
+def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: list[int]) -> npt.NDArray[np.uint64]:
+    """A permutation of the numbers of so many bits. The halves differ by one bit where ``bits`` is odd."""
+    low, high = bits // 2, bits - bits // 2
+    shift, masks = np.uint64(low), (np.uint64((1 << high) - 1), np.uint64((1 << low) - 1))
+    left, right = values >> shift, values & masks[1]
+    for number, key in enumerate(keys):
+        # The halves change places, and so their widths; the number of rounds is even, so they end where they began.
+        left, right = right, left ^ (splitmix64(right, key) & masks[number % 2])
+    return (left << shift) | right
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """The rows of every optimizer step. Steps count from 1 over the whole job.
+
+    ``targets`` [rows]: how many tokens each row predicts. ``global_batch``: rows of a step over all ranks; the last
+    step of an epoch may have fewer.
+    """
+
+    target_count: npt.NDArray[np.int32]
+    global_batch: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the rows."""
+        return -(-len(self.target_count) // self.global_batch)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch, from 0, that ``step`` belongs to."""
+        return (step - 1) // self.steps_per_epoch
+
+    def epochs_done(self, step: int) -> float:
+        """Passes over the rows that are complete after ``step``, with the fraction of the one under way."""
+        if step < 1:
+            return 0.0
+        return self.epoch_of(step) + self._range(step)[1] / len(self.target_count)
+
+    def rows_of(self, step: int) -> Integers:
+        """The rows of ``step``, of all ranks together."""
+        first, last = self._range(step)
+        return FeistelPermutation(len(self.target_count), self.seed, self.epoch_of(step))(np.arange(first, last))
+
+    def _range(self, step: int) -> tuple[int, int]:
+        first = (step - 1) % self.steps_per_epoch * self.global_batch
+        return first, min(first + self.global_batch, len(self.target_count))

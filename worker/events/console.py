@@ -1,0 +1,81 @@
+"""What a person reads in the terminal, or in rank 0's log: one short line for each event that matters."""
+
+from trainyard.contract.events import (
+    CheckpointSaved,
+    Event,
+    Metric,
+    PhaseChanged,
+    Sample,
+    SettingsChanged,
+    Started,
+    WarningEvent,
+)
+
+
+class ConsoleLogger:
+    """Prints events of rank 0. ``steps`` is known once the attempt has started."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def log_event(self, event: Event) -> None:
+        """Print the event where it has something to say to a person."""
+        text = self.text(event)
+        if text is not None:
+            print(text, flush=True)
+
+    def text(self, event: Event) -> str | None:
+        """The line, or None."""
+        match event:
+            case Started():
+                self._steps = event.steps
+                return _started(event)
+            case Metric():
+                return _metric(event, self._steps)
+            case CheckpointSaved():
+                return f"saved {event.path} ({event.bytes / 1e6:.1f} MB)"
+            case Sample():
+                return f"sample at step {event.step}: {event.prompt + event.text!r}"
+            case WarningEvent():
+                return f"warning: {event.message}"
+            case SettingsChanged():
+                return f"from step {event.step + 1} on: {event.message}"
+            case PhaseChanged(message=str(message)):
+                return message
+            case _:
+                return None
+
+
+def _started(event: Started) -> str:
+    from_where = f", from {event.resumed_from}" if event.resumed_from else ""
+    return (
+        f"{event.parameters / 1e6:.2f} M parameters on {event.world_size} x {event.device} ({event.device_name}), "
+        f"{event.dtype}; {event.samples:,} rows, {event.tokens:,} tokens; "
+        f"steps {event.start_step + 1} to {event.steps}{from_where}"
+    )
+
+
+def _metric(event: Metric, steps: int) -> str:
+    parts = [f"step {event.step}/{steps}", f"loss {_number(event.loss, '.4f')}", f"lr {event.learning_rate:.2e}"]
+    if event.eval_loss is not None:
+        parts.append(f"eval {event.eval_loss:.4f}")
+    parts.append(f"{_number(event.tokens_per_second, ',.0f')} tok/s")
+    if event.step_seconds is not None:
+        parts.append(f"ETA {duration((steps - event.step) * event.step_seconds)}")
+    return "  ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``2 h 10 min``, ``3 d 4 h``."""
+    whole = round(seconds)
+    if whole < 100:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    return f"{hours} h {rest} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,16 @@
+"""Where a process of the worker prints to. Standard library only: the agent imports it."""
+
+import os
+import sys
+from pathlib import Path
+
+
+def redirect_output(log: Path) -> None:
+    """Append all that this process and its libraries print to ``log``. Raises OSError."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # By descriptor, because libraries written in C do not use sys.stdout.
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
