@@ -1,4 +1,7 @@
-"""Generates docs/reference/spec.md from `JobSpec`: ``python -m trainyard.contract.spec_reference > docs/reference/spec.md``."""
+"""Generates docs/reference/spec.md from `JobSpec`.
+
+Usage: ``python -m trainyard.contract.spec_reference > docs/reference/spec.md``
+"""
 
 from collections.abc import Iterator
 from typing import Any
