@@ -49,7 +49,7 @@ SlurmLine = Annotated[str, Field(pattern=r"^--[a-z][a-z-]{1,40}(=[A-Za-z0-9_.,:%
 
 
 class Group(BaseModel):
-    """A group of the spec: frozen, strict, unknown keys refused by name, non-finite numbers refused."""
+    """A group of the spec: frozen, strict, unknown keys and non-finite numbers are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
