@@ -18,26 +18,10 @@ import httpx2
 
 from trainyard.client.connection import Connection, RetryPolicy, normalize_url
 from trainyard.client.download import download_checkpoint
-from trainyard.client.errors import (
-    AmbiguousName,
-    NotFound,
-    ServiceUnreachable,
-    UnexpectedStatus,
-    WaitTimedOut,
-)
+from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
 from trainyard.client.exit_codes import is_idle
 from trainyard.client.sse import StreamEvent
-from trainyard.client.types import (
-    Checkpoint,
-    Export,
-    Job,
-    LogChunk,
-    Metric,
-    NewToken,
-    Plan,
-    Token,
-    Version,
-)
+from trainyard.client.types import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
 from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"

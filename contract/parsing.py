@@ -46,33 +46,24 @@ class ParsedSpec:
         return not any(pointer in self.ignored_fields for pointer in pointers)
 
 
-def groups() -> dict[str, tuple[str, ...]]:
-    """Return the groups of the spec and their leaves, as in docs/reference/spec.md."""
+def _group_schemas() -> dict[str, dict[str, Any]]:
     schema = JobSpec.model_json_schema()
     return {
-        name: tuple(schema["$defs"][field["$ref"].rsplit("/", 1)[1]]["properties"])
+        name: schema["$defs"][field["$ref"].rsplit("/", 1)[1]]["properties"]
         for name, field in schema["properties"].items()
         if "$ref" in field
     }
 
 
-GROUPS = groups()
-GROUP_OF_LEAF: dict[str, str] = {leaf: group for group, leaves in GROUPS.items() for leaf in leaves}
+_SCHEMAS = _group_schemas()
+GROUPS = {group: tuple(leaves) for group, leaves in _SCHEMAS.items()}
+"""The groups of the spec and their leaves, as in docs/reference/spec.md."""
+
+GROUP_OF_LEAF = {leaf: group for group, leaves in GROUPS.items() for leaf in leaves}
 """Leaf names are unique over all groups, so that MiniMind's flat flags can be assigned to groups."""
 
 FLAGS = frozenset(
-    {
-        "qk_norm",
-        "tie_word_embeddings",
-        "use_moe",
-        "norm_topk_prob",
-        "deterministic",
-        "use_compile",
-        "from_resume",
-        "tensorboard",
-        "use_wandb",
-        "preemptible",
-    }
+    leaf for leaves in _SCHEMAS.values() for leaf, field in leaves.items() if field.get("type") == "boolean"
 )
 """Leaves that accept 0 and 1 for false and true, as MiniMind's flags do."""
 

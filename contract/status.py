@@ -62,22 +62,6 @@ class Reason(StrEnum):
     UNKNOWN = "unknown"
 
 
-RESTARTABLE = frozenset(
-    {
-        Reason.WORKER_CRASHED,
-        Reason.HUNG,
-        Reason.HOST_RESTARTED,
-        Reason.AGENT_LOST,
-        Reason.LAUNCH_FAILED,
-        Reason.TERMINATED,
-        Reason.PREEMPTED,
-        Reason.TIME_LIMIT,
-        Reason.NODE_LOST,
-        Reason.UNKNOWN,
-    }
-)
-"""Reasons after which another attempt of the same spec may succeed."""
-
 UNCOUNTED_REASONS = frozenset(
     {
         Reason.HOST_RESTARTED,
@@ -90,6 +74,9 @@ UNCOUNTED_REASONS = frozenset(
 )
 """Reasons with an external cause. Restarts after them do not count towards ``max_restarts``."""
 
+RESTARTABLE = UNCOUNTED_REASONS | {Reason.WORKER_CRASHED, Reason.HUNG, Reason.LAUNCH_FAILED, Reason.UNKNOWN}
+"""Reasons after which another attempt of the same spec may succeed."""
+
 LIVE = frozenset({JobStatus.STARTING, JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})
 """Statuses in which an attempt may have processes."""
 
@@ -99,43 +86,18 @@ TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED
 IDLE = TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
 """Statuses in which nothing runs or is queued. An interrupted job may still be waiting for an automatic restart."""
 
+_S = JobStatus
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.PAUSED, JobStatus.CANCELLED, JobStatus.FAILED}),
-    JobStatus.STARTING: frozenset(
-        {
-            JobStatus.QUEUED,
-            JobStatus.RUNNING,
-            JobStatus.PAUSING,
-            JobStatus.CANCELLING,
-            JobStatus.INTERRUPTED,
-            JobStatus.FAILED,
-        }
-    ),
-    JobStatus.RUNNING: frozenset(
-        {
-            JobStatus.PAUSING,
-            JobStatus.CANCELLING,
-            JobStatus.PAUSED,
-            JobStatus.INTERRUPTED,
-            JobStatus.SUCCEEDED,
-            JobStatus.FAILED,
-        }
-    ),
-    JobStatus.PAUSING: frozenset(
-        {
-            JobStatus.PAUSED,
-            JobStatus.CANCELLING,
-            JobStatus.INTERRUPTED,
-            JobStatus.SUCCEEDED,
-            JobStatus.FAILED,
-        }
-    ),
-    JobStatus.CANCELLING: frozenset({JobStatus.CANCELLED, JobStatus.SUCCEEDED}),
-    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
-    JobStatus.INTERRUPTED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED, JobStatus.FAILED}),
-    JobStatus.CANCELLED: frozenset({JobStatus.QUEUED}),
-    JobStatus.FAILED: frozenset({JobStatus.QUEUED}),
-    JobStatus.SUCCEEDED: frozenset({JobStatus.QUEUED}),
+    _S.QUEUED: frozenset({_S.STARTING, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
+    _S.STARTING: frozenset({_S.QUEUED, _S.RUNNING, _S.PAUSING, _S.CANCELLING, _S.INTERRUPTED, _S.FAILED}),
+    _S.RUNNING: frozenset({_S.PAUSING, _S.CANCELLING, _S.PAUSED, _S.INTERRUPTED, _S.SUCCEEDED, _S.FAILED}),
+    _S.PAUSING: frozenset({_S.PAUSED, _S.CANCELLING, _S.INTERRUPTED, _S.SUCCEEDED, _S.FAILED}),
+    _S.CANCELLING: frozenset({_S.CANCELLED, _S.SUCCEEDED}),
+    _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLED}),
+    _S.INTERRUPTED: frozenset({_S.QUEUED, _S.CANCELLED, _S.FAILED}),
+    _S.CANCELLED: frozenset({_S.QUEUED}),
+    _S.FAILED: frozenset({_S.QUEUED}),
+    _S.SUCCEEDED: frozenset({_S.QUEUED}),
 }
 """All allowed changes of status. Any other change is a bug and raises."""
 

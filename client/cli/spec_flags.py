@@ -10,12 +10,7 @@ from typing import Any
 
 from trainyard.client.cli.options import Option
 from trainyard.client.exit_codes import UsageError
-from trainyard.contract.parsing import (
-    ALIASES,
-    FLAGS,
-    GROUP_OF_LEAF,
-    GROUPS,
-)
+from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS
 from trainyard.contract.spec import JobSpec
 
 PATHS = (

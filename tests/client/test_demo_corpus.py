@@ -5,12 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.client.demo.corpus import (
-    MIN_CHARACTERS,
-    docstrings,
-    standard_library,
-    write_corpus,
-)
+from trainyard.client.demo.corpus import MIN_CHARACTERS, docstrings, standard_library, write_corpus
 
 
 def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:

@@ -3,27 +3,10 @@ from typing import Any
 import pytest
 
 from tests.client.fake_service import NOW, job
-from trainyard.client.cli.hints import (
-    MAX_LOG_LINES,
-    end_report,
-    error_card,
-    next_commands,
-)
+from trainyard.client.cli.hints import MAX_LOG_LINES, end_report, error_card, next_commands
 from trainyard.client.cli.watch.job_page import alert_text, job_page
-from trainyard.client.errors import (
-    AmbiguousName,
-    ServiceUnreachable,
-    TrainyardError,
-    WaitTimedOut,
-    api_error,
-)
-from trainyard.client.exit_codes import (
-    Exit,
-    exit_of_error,
-    exit_of_job,
-    is_idle,
-    restart_pending,
-)
+from trainyard.client.errors import AmbiguousName, ServiceUnreachable, TrainyardError, WaitTimedOut, api_error
+from trainyard.client.exit_codes import Exit, exit_of_error, exit_of_job, is_idle, restart_pending
 from trainyard.contract.status import IDLE, JobStatus
 
 

@@ -18,12 +18,7 @@ from trainyard.client.cli.commands.logs import LogReader
 from trainyard.client.cli.watch.watcher import Watcher
 from trainyard.client.connection import RetryPolicy
 from trainyard.client.errors import NotFound, ServiceUnreachable
-from trainyard.client.sse import (
-    EventStream,
-    StreamEvent,
-    StreamUnsupported,
-    parse_events,
-)
+from trainyard.client.sse import EventStream, StreamEvent, StreamUnsupported, parse_events
 
 JOB = "job_7f3kq9"
 DEADLINE = 10.0

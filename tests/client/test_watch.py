@@ -17,27 +17,11 @@ import httpx2
 import pytest
 
 from tests.client.conftest import Run
-from tests.client.fake_service import (
-    NOW,
-    URL,
-    FakeService,
-    Stream,
-    console,
-    job,
-    metric,
-    problem,
-    refused,
-    written,
-)
+from tests.client.fake_service import NOW, URL, FakeService, Stream, console, job, metric, problem, refused, written
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.watch.state import WatchState
-from trainyard.client.cli.watch.views import (
-    JsonView,
-    LinesView,
-    LiveView,
-    log_line,
-)
+from trainyard.client.cli.watch.views import JsonView, LinesView, LiveView, log_line
 from trainyard.client.cli.watch.watcher import Clock, Watcher, follow
 from trainyard.client.connection import RetryPolicy
 

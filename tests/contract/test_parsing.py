@@ -9,13 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainyard.contract.parsing import (
-    ALIASES,
-    FLAGS,
-    GROUP_OF_LEAF,
-    GROUPS,
-    parse_spec,
-)
+from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, parse_spec
 from trainyard.contract.spec import JobSpec
 
 MINIMAL: dict[str, Any] = {"data": {"data_path": "/data/pretrain.jsonl"}}

@@ -12,14 +12,7 @@ import pytest
 
 from tests.unique_ids import unique_job_id
 from trainyard.contract.locks import FileLock, LockBusy, is_held
-from trainyard.contract.processes import (
-    MARKER,
-    ProcessIdentity,
-    descendants,
-    find_by_marker,
-    live_markers,
-    wait_gone,
-)
+from trainyard.contract.processes import MARKER, ProcessIdentity, descendants, find_by_marker, live_markers, wait_gone
 from trainyard.contract.rundir import RunDir
 from trainyard.service.launch.base import AttemptRef
 from trainyard.service.launch.local import AGENTS_TOKEN, LocalLauncher

@@ -4,16 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from trainyard.client.cli.formatting import (
-    ago,
-    compact_number,
-    count,
-    duration,
-    fixed,
-    scientific,
-    size,
-    status_word,
-)
+from trainyard.client.cli.formatting import ago, compact_number, count, duration, fixed, scientific, size, status_word
 from trainyard.client.cli.hints import error_card, next_actions
 
 
