@@ -222,7 +222,7 @@ def curve(run: RunDir) -> dict[int, tuple[float | None, float | None, int, float
     return points
 
 
-def products(run: RunDir) -> Iterator[tuple[str, bytes]]:
+def outputs(run: RunDir) -> Iterator[tuple[str, bytes]]:
     """Names and contents of everything a run leaves for others: tensors and weights."""
     for file in sorted([*run.path.glob("checkpoints/step-*/*.safetensors"), *run.path.glob("out/*.pth")]):
         yield str(file.relative_to(run.path)), file.read_bytes()

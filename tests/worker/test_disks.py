@@ -65,7 +65,7 @@ def own_disk(path: Path) -> Path:
 def begun(path: Path) -> Bench:
     """Step 1 is saved and training goes on."""
     bench = Bench(path, keep_last=5)
-    train_on(bench.trainee)
+    train_on(bench.train_state)
     bench.save(1)
     return bench
 
@@ -78,17 +78,17 @@ def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
     assert why in warning.message
     assert warning.message.endswith("; training goes on")
     assert [event.step for event in bench.of(CheckpointSaved)] == [1]
-    assert files.verify(bench.products.checkpoint(1)) is None
-    assert [path.name for path in bench.products.checkpoints.iterdir()] == ["step-00000001"]
-    train_on(bench.trainee)
+    assert files.verify(bench.artifacts.checkpoint(1)) is None
+    assert [path.name for path in bench.artifacts.checkpoints.iterdir()] == ["step-00000001"]
+    train_on(bench.train_state)
 
 
 def require_the_next_works(bench: Bench, step: int) -> None:
-    bench.save(step, must=True)
+    bench.save(step, required=True)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, step]
     assert len(bench.of(WarningEvent)) == 1
     for saved in (1, step):
-        assert files.verify(bench.products.checkpoint(saved)) is None
+        assert files.verify(bench.artifacts.checkpoint(saved)) is None
 
 
 def full(path: Path) -> None:
@@ -114,7 +114,7 @@ def read_only(path: Path) -> None:
 
 def limited(path: Path) -> None:
     bench = begun(path / "disk")
-    size = (bench.products.checkpoint(1) / "optimizer.safetensors").stat().st_size
+    size = (bench.artifacts.checkpoint(1) / "optimizer.safetensors").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, resource.RLIM_INFINITY))
     require_told_and_kept(bench, 2, "File too large")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -135,7 +135,7 @@ def gone(path: Path) -> None:
     shutil.rmtree(path / "disk")
     bench.save(2)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
-    assert files.verify(bench.products.checkpoint(2)) is None
+    assert files.verify(bench.artifacts.checkpoint(2)) is None
 
 
 @needs_mounts

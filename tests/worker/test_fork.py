@@ -69,7 +69,7 @@ def lines(run: RunDir, attempt: int = 1) -> dict[int, tuple[Any, ...]]:
 def test_kept_and_unchanged_it_is_the_parents_run_to_the_last_bit(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "keep")
     assert rank_runner.run_to_end(run).step == 16
-    theirs, ours = dict(rank_runner.products(parent)), dict(rank_runner.products(run))
+    theirs, ours = dict(rank_runner.outputs(parent)), dict(rank_runner.outputs(run))
     assert ours.keys() == theirs.keys() - {"checkpoints/step-00000000/model.safetensors"}
     assert all(theirs[name] == data for name, data in ours.items())
     # The sums since the parent's last line go along: the first line of the fork is the parent's.
@@ -106,8 +106,8 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     assert rank_runner.run_to_end(broken, 1, partial(stop_after, broken, 1, STEP + 3)).step == STEP + 3
     assert rank_runner.run_to_end(broken).step == STEP + 12
     final = f"step-{STEP + 12:08d}/"
-    last = {name: data for name, data in rank_runner.products(untouched) if final in name}
-    assert last == {name: data for name, data in rank_runner.products(broken) if final in name}
+    last = {name: data for name, data in rank_runner.outputs(untouched) if final in name}
+    assert last == {name: data for name, data in rank_runner.outputs(broken) if final in name}
     assert len(last) == 2
 
 
@@ -129,11 +129,11 @@ def begin(run: RunDir, said: list[Any], identity: RunIdentity | None = None, **t
 
     described = json.loads(run.spec.read_text())
     spec = JobSpec.model_validate_json(json.dumps({**described, "training": {**described["training"], **training}}))
-    products = run.artifacts(None)
-    place = products.origin if products.origin.is_dir() else products.checkpoint(STEP)
+    artifacts = run.artifacts(None)
+    place = artifacts.origin if artifacts.origin.is_dir() else artifacts.checkpoint(STEP)
     identity = identity or files.read_state(place).identity
-    found = find_resume_point(spec, run, products, identity, lambda _: 16, said.append)
-    return found.path if found is not None else None
+    found = find_resume_point(spec, run, artifacts, identity, lambda _: 16, said.append)
+    return found.source if found is not None else None
 
 
 @pytest.mark.slow
@@ -190,5 +190,5 @@ def test_what_cannot_be_another_run_is_refused_by_name(parent: RunDir, tmp_path:
 
 
 def test_the_schedule_is_counted_behind_its_base() -> None:
-    rate = LRSchedule(1.0, 0.1, 10, warmup=2, base=100)
+    rate = LRSchedule(1.0, 0.1, 10, warmup=2, base_step=100)
     assert [rate.at(step) for step in (101, 102, 110)] == pytest.approx([0.5, 1.0, 0.1])

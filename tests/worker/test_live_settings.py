@@ -91,8 +91,8 @@ def test_the_weights_are_those_of_the_untouched_run(world: int, tmp_path: Path) 
     assert rank_runner.saves(touched) == saves
     kept = sorted(path.name for path in touched.artifacts(None).checkpoints.iterdir())
     assert kept == ["step-00000015", "step-00000016"]
-    final = {name: data for name, data in rank_runner.products(untouched) if "16" in name or name.startswith("out/")}
-    assert final == {name: data for name, data in rank_runner.products(touched) if name in final}
+    final = {name: data for name, data in rank_runner.outputs(untouched) if "16" in name or name.startswith("out/")}
+    assert final == {name: data for name, data in rank_runner.outputs(touched) if name in final}
     assert len(final) == 3
     tokens = {step: line.tokens for step, line in rank_runner.metrics(touched).items()}
     assert tokens[16] == rank_runner.metrics(untouched)[16].tokens
@@ -114,8 +114,8 @@ def test_interrupted_after_a_change_it_goes_on_with_it_and_no_point_is_wrong(tmp
     weights = {step: parts[step].tokens - parts[before].tokens for before, step in ((5, 6), (6, 8), (8, 10))}
     mean = sum(weights[step] * float(parts[step].loss or 0) for step in weights) / sum(weights.values())
     assert mean == pytest.approx(theirs[10].loss, rel=1e-6)
-    final = {name: data for name, data in rank_runner.products(untouched) if "00012" in name}
-    assert final == {name: data for name, data in rank_runner.products(run) if name in final}
+    final = {name: data for name, data in rank_runner.outputs(untouched) if "00012" in name}
+    assert final == {name: data for name, data in rank_runner.outputs(run) if name in final}
 
 
 def both(run: RunDir) -> None:

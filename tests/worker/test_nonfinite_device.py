@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.worker.test_step import CPU, SHAPE, cut, rows, trainee, unseeded
+from tests.worker.test_step import CPU, SHAPE, cut, rows, train_state, unseeded
 from trainyard.worker.training.nonfinite import (
     DeviceNonFiniteGuard,
     NonFiniteCounters,
@@ -70,7 +70,7 @@ class NoWaiting(TorchFunctionMode):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_a_step_waits_for_nothing(use_moe: bool, optimizer: str) -> None:
-    student = trainee(replace(SHAPE, use_moe=use_moe), dtype="bfloat16", optimizer=optimizer)
+    student = train_state(replace(SHAPE, use_moe=use_moe), dtype="bfloat16", optimizer=optimizer)
     micros = cut(rows(4, seed=5), 2)
     with NoWaiting():
         unread = [student.train_step.run(micros, 1e-3, unseeded) for _ in range(2)]
@@ -81,7 +81,7 @@ def test_a_step_waits_for_nothing(use_moe: bool, optimizer: str) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_behind_a_bad_step_the_weights_stay_until_it_was_read(optimizer: str) -> None:
-    student, batch = trainee(optimizer=optimizer), rows(4, seed=5)
+    student, batch = train_state(optimizer=optimizer), rows(4, seed=5)
     student.train_step.run(cut(batch, 4), 1e-2, unseeded)
     student.optimizer.step()
     before = [parameter.detach().clone() for parameter in student.model.parameters()]
