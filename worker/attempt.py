@@ -12,12 +12,7 @@ from pydantic import ValidationError
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.messages import Outcome
 from trainyard.contract.parsing import parse_spec
-from trainyard.contract.rundir import (
-    AttemptDir,
-    RunDir,
-    fsync_directory,
-    write_atomically,
-)
+from trainyard.contract.rundir import AttemptDir, RunDir, fsync_directory, write_atomically
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.distributed import DistributedContext

@@ -8,21 +8,9 @@ from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.worker.attempt import (
-    AttemptContext,
-    Heartbeat,
-    InvalidSpec,
-    acquire,
-    read_spec,
-    write_outcome_once,
-)
+from trainyard.worker.attempt import AttemptContext, Heartbeat, InvalidSpec, acquire, read_spec, write_outcome_once
 from trainyard.worker.distributed import DistributedContext, init_distributed, shutdown_distributed
-from trainyard.worker.errors import (
-    StopRequested,
-    TrainingError,
-    compile_error,
-    out_of_memory_error,
-)
+from trainyard.worker.errors import StopRequested, TrainingError, compile_error, out_of_memory_error
 from trainyard.worker.events.console import ConsoleLogger
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.events.writer import AnyEventWriter, EventWriter, NullEventWriter

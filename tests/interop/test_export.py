@@ -15,18 +15,8 @@ from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
 from trainyard.worker.checkpoint import retention
-from trainyard.worker.checkpoint.export import (
-    ExportError,
-    byte_level_tokenizer,
-    find_export_source,
-    main,
-)
-from trainyard.worker.checkpoint.huggingface import (
-    UnsupportedByHF,
-    config_json,
-    config_problems,
-    split_experts,
-)
+from trainyard.worker.checkpoint.export import ExportError, byte_level_tokenizer, find_export_source, main
+from trainyard.worker.checkpoint.huggingface import UnsupportedByHF, config_json, config_problems, split_experts
 from trainyard.worker.checkpoint.weights import load_weights
 from trainyard.worker.data.tokenizers import load_tokenizer
 from trainyard.worker.errors import TrainingError

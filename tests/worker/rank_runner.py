@@ -14,13 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.events import (
-    EVENT,
-    CheckpointSaved,
-    Event,
-    Metric,
-    WarningEvent,
-)
+from trainyard.contract.events import EVENT, CheckpointSaved, Event, Metric, WarningEvent
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import AttemptDir, RunDir
 

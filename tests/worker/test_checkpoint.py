@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainyard.contract.run_identity import RunIdentity
-from trainyard.contract.rundir import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    ArtifactDir,
-    FileDigest,
-)
+from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, ArtifactDir, FileDigest
 from trainyard.worker.checkpoint import files, retention, safetensors_writer
 from trainyard.worker.checkpoint.files import Damage, RunState
 

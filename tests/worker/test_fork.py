@@ -11,12 +11,7 @@ from unittest import mock
 import pytest
 
 from tests.worker import rank_runner
-from trainyard.contract.events import (
-    CheckpointSaved,
-    Metric,
-    ResumeVerified,
-    Started,
-)
+from trainyard.contract.events import CheckpointSaved, Metric, ResumeVerified, Started
 from trainyard.contract.messages import Fork
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir, write_json

@@ -12,12 +12,7 @@ from tests.worker.test_resume_start import spec
 from trainyard.contract.events import SettingsChanged
 from trainyard.contract.messages import RunSettings
 from trainyard.contract.rundir import RunDir, write_json
-from trainyard.worker.training.control import (
-    ControlFlags,
-    LiveSettings,
-    settings_changed_event,
-    with_settings,
-)
+from trainyard.worker.training.control import ControlFlags, LiveSettings, settings_changed_event, with_settings
 
 FIRST = RunSettings(log_interval=5, save_interval=8, keep_last=3)
 SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)

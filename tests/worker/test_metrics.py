@@ -7,12 +7,7 @@ import torch
 
 from trainyard.contract.events import Metric
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.metrics import (
-    MetricsProcessor,
-    MetricsWindow,
-    peak_flops,
-    restore_window,
-)
+from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, peak_flops, restore_window
 from trainyard.worker.training.step import StepMetrics
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))

@@ -11,12 +11,7 @@ import pytest
 import torch
 
 from tests.worker import rank_runner
-from trainyard.contract.events import (
-    CheckpointSaved,
-    Event,
-    PhaseChanged,
-    WarningEvent,
-)
+from trainyard.contract.events import CheckpointSaved, Event, PhaseChanged, WarningEvent
 from trainyard.contract.locks import FileLock
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir

@@ -17,13 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.worker import rank_runner
-from trainyard.contract.events import (
-    CheckpointRemoved,
-    CheckpointSaved,
-    Event,
-    PhaseChanged,
-    WarningEvent,
-)
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, WarningEvent
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
@@ -34,12 +28,7 @@ from trainyard.worker.checkpoint.staging import StagingBuffers
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow
-from trainyard.worker.training.state import (
-    TrainProgress,
-    TrainState,
-    build_train_state,
-    initial_model,
-)
+from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 SHAPE = ModelConfig(

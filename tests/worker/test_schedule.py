@@ -3,12 +3,7 @@ import math
 import pytest
 
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.training.schedule import (
-    LRSchedule,
-    StepIntervals,
-    lr_at,
-    total_steps,
-)
+from trainyard.worker.training.schedule import LRSchedule, StepIntervals, lr_at, total_steps
 
 
 def spec(**groups: object) -> JobSpec:

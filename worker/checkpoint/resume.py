@@ -6,12 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainyard.contract.events import (
-    CheckpointRemoved,
-    CheckpointSaved,
-    Event,
-    WarningEvent,
-)
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, WarningEvent
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import (

@@ -10,13 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from trainyard.contract.events import (
-    CheckpointRemoved,
-    CheckpointSaved,
-    Event,
-    PhaseChanged,
-    WarningEvent,
-)
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, WarningEvent
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
