@@ -82,11 +82,7 @@ def _run_training(
         return error.outcome(heartbeat.step)
     except (RuntimeError, MemoryError) as error:
         known = compile_error(error) or out_of_memory_error(
-            error,
-            rank=ranks.rank,
-            step=heartbeat.step,
-            training=spec.training,
-            peak_bytes=memory_bytes(ranks.device),
+            error, rank=ranks.rank, step=heartbeat.step, training=spec.training, peak_bytes=memory_bytes(ranks.device)
         )
         if known is None:
             raise

@@ -362,7 +362,7 @@ class Trainer:
         self.metrics.rewind(restore_window(saved.interval, self.ranks))
         bad_step = progress.step + 1
         message = (
-            f"{reason}; back at step {saved.step}, and on without the data of steps {saved.step + 1} to {bad_step}"
+            f"{reason}; rolled back to step {saved.step}; the data of steps {saved.step + 1} to {bad_step} is skipped"
         )
         self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data={"to_step": saved.step}))
         self.trackers.start_at(saved.step)

@@ -1,4 +1,4 @@
-"""Disks that are really full, read-only, closed or limited: a failed save is told, and nothing before it is lost."""
+"""Disks that are really full, read-only, closed or limited: a failed save is reported, nothing before it is lost."""
 
 import ctypes
 import os
@@ -21,7 +21,7 @@ CLONE_NEWNS = 0x20000
 
 
 def mounts() -> bool:
-    """Whether a process of ours may mount something that nobody else sees."""
+    """Whether a process of ours may mount something that no other process sees."""
     command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
@@ -71,7 +71,7 @@ def begun(path: Path) -> Bench:
 
 
 def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
-    """The save of ``step`` failed: it is told once, the first is whole, nothing half is left, and training goes on."""
+    """The save of ``step`` failed: one warning, the first save is whole, nothing torn is left, training continues."""
     bench.save(step)
     (warning,) = bench.of(WarningEvent)
     assert (warning.code, warning.step) == ("save_failed", step)

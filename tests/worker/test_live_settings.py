@@ -1,4 +1,4 @@
-"""Settings that change while the run goes on change what is told and kept, and nothing of what is trained."""
+"""Settings that change during a run change what is logged and kept, and nothing of what is trained."""
 
 import json
 from functools import partial
@@ -19,19 +19,19 @@ SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)
 
 
 def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) -> None:
-    wish = LiveSettings(tmp_path / "settings.json", FIRST)
-    assert wish.poll() is None
-    write_json(wish.file, FIRST.model_dump())
-    assert wish.poll() is None
-    write_json(wish.file, SECOND.model_dump())
-    assert wish.poll() == SECOND
-    assert wish.poll() is None
-    wish.file.write_text("{")
-    assert wish.poll() is None
-    write_json(wish.file, {**FIRST.model_dump(), "log_interval": 0})
-    assert wish.poll() is None
-    write_json(wish.file, FIRST.model_dump())
-    assert wish.poll() == FIRST
+    settings = LiveSettings(tmp_path / "settings.json", FIRST)
+    assert settings.poll() is None
+    write_json(settings.file, FIRST.model_dump())
+    assert settings.poll() is None
+    write_json(settings.file, SECOND.model_dump())
+    assert settings.poll() == SECOND
+    assert settings.poll() is None
+    settings.file.write_text("{")
+    assert settings.poll() is None
+    write_json(settings.file, {**FIRST.model_dump(), "log_interval": 0})
+    assert settings.poll() is None
+    write_json(settings.file, FIRST.model_dump())
+    assert settings.poll() == FIRST
 
 
 def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
@@ -43,13 +43,13 @@ def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
 
 
 def test_ranks_agree_on_numbers() -> None:
-    for wishes in (
+    for flags in (
         ControlFlags(),
         ControlFlags(stop=True),
         ControlFlags(save=True, settings=SECOND),
         ControlFlags(spike=True),
     ):
-        assert ControlFlags.from_ints(wishes.to_ints()) == wishes
+        assert ControlFlags.from_ints(flags.to_ints()) == flags
     largest = RunSettings(log_interval=2**53 - 1, save_interval=1, keep_last=1)
     assert ControlFlags.from_ints(ControlFlags(settings=largest).to_ints()).settings == largest
 
@@ -60,12 +60,12 @@ def wish_after(run: RunDir, step: int) -> None:
 
     beat = Heartbeat.beat
 
-    def wished(self: Heartbeat, done: int) -> None:
+    def request_at(self: Heartbeat, done: int) -> None:
         beat(self, done)
         if done == step and self._descriptor is not None:
             write_json(run.attempt(1).settings, SECOND.model_dump())
 
-    mock.patch.object(Heartbeat, "beat", wished).start()
+    mock.patch.object(Heartbeat, "beat", request_at).start()
 
 
 @pytest.mark.slow

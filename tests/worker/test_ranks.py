@@ -81,7 +81,7 @@ EXPERTS_AGREE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 def moved_there_and_back(
     text: Path, tmp_path: Path, steps: int, worlds: list[int], **groups: dict[str, Any]
 ) -> dict[str, float]:
-    """A run that changes its number of ranks every few steps beside one that nobody moved.
+    """A run that changes its number of ranks every few steps beside one whose ranks stay.
 
     Returns the largest differences of their losses, and of their gradients' norms relative to them.
     """

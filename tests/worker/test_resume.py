@@ -1,4 +1,4 @@
-"""An interrupted run and one that nobody touched leave the same bytes and the same curve."""
+"""An interrupted run and an uninterrupted one leave the same bytes and the same curve."""
 
 import json
 import random

@@ -155,9 +155,9 @@ def test_preparation_is_told_and_can_be_stopped(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("trainyard.worker.data.prepare.PROGRESS_SECONDS", 0.0)
     said: list[Event] = []
     material(tmp_path, said)
-    told = [event for event in said if isinstance(event, PhaseChanged)]
-    assert told
-    assert all(event.total and event.done is not None and event.done <= event.total for event in told)
+    phases = [event for event in said if isinstance(event, PhaseChanged)]
+    assert phases
+    assert all(event.total and event.done is not None and event.done <= event.total for event in phases)
     rank_runner.corpus(tmp_path / "other.jsonl", seed=8)
     described = JobSpec.model_validate_json(json.dumps(rank_runner.spec(tmp_path / "other.jsonl")))
     with pytest.raises(StopRequested):

@@ -73,7 +73,7 @@ def test_where_it_cannot_go_back_nothing_is_touched(tmp_path: Path) -> None:
     artifacts, said = ArtifactDir(tmp_path), list[Event]()
     for step in (2, 4, 6):
         publish(artifacts, step)
-    with pytest.raises(TrainingError, match=r"step 3, which was asked for, cannot be used: there is none") as failed:
+    with pytest.raises(TrainingError, match=r"step 3, which was requested, cannot be used: there is none") as failed:
         rewind_to(artifacts, 3, IDENTITY, said.append)
     assert "newest first: 6, 4, 2." in str(failed.value.hint)
     os.truncate(artifacts.checkpoint(2) / "model.safetensors", 3)

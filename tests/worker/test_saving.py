@@ -48,7 +48,7 @@ def spec(**checkpointing: Any) -> JobSpec:
 
 
 class Bench:
-    """A saver with everything it needs, and what it said."""
+    """A checkpointer with everything it needs, and the events it emitted."""
 
     def __init__(self, path: Path, **checkpointing: Any) -> None:
         self.said: list[Event] = []
@@ -70,7 +70,7 @@ class Bench:
         return [event for event in self.said if isinstance(event, kind)]
 
 
-def test_a_save_publishes_tells_and_prunes(tmp_path: Path) -> None:
+def test_a_save_publishes_reports_and_prunes(tmp_path: Path) -> None:
     bench = Bench(tmp_path, keep_last=2)
     for step in (1, 2, 3):
         bench.save(step)
@@ -187,7 +187,7 @@ def test_leaving_lets_a_save_come_to_its_end(tmp_path: Path) -> None:
 
 def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    with mock.patch.object(files, "write_checkpoint", side_effect=ZeroDivisionError("nobody thought of it")):
+    with mock.patch.object(files, "write_checkpoint", side_effect=ZeroDivisionError("unforeseen")):
         bench.begin(3)
         bench.saver.close()
         with pytest.raises(ZeroDivisionError):
@@ -196,7 +196,7 @@ def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
     assert [event.step for event in bench.of(CheckpointSaved)] == [4]
 
 
-def test_without_room_for_a_copy_training_waits_and_the_user_is_told(tmp_path: Path) -> None:
+def test_without_room_for_a_copy_training_waits_and_the_user_is_warned(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with mock.patch.object(StagingBuffers, "stage", side_effect=RuntimeError("can't allocate memory")):
         bench.begin(3)
@@ -229,17 +229,17 @@ def test_what_was_allocated_of_a_copy_without_room_is_given_back(
     assert len(bench.train_state.optimizer._optimizer_step_pre_hooks) == 0
 
 
-def test_a_snapshot_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
+def test_staging_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    snapshot = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
-    first = snapshot.stage()
-    snapshot.fill()
+    staging = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
+    first = staging.stage()
+    staging.fill()
     assert first.optimizer == {}
     assert list(first.model) == list(bench.train_state.model.state_dict())
     assert first.model["lm_head.weight"] is first.model["model.embed_tokens.weight"]
     train_on(bench.train_state)
-    second = snapshot.stage()
-    snapshot.fill()
+    second = staging.stage()
+    staging.fill()
     assert {value.data_ptr() for value in second.model.values()} == {v.data_ptr() for v in first.model.values()}
     assert set(files.unique_tensors(second.model)) == set(dict(bench.train_state.model.named_parameters()))
     assert len(second.optimizer) == 3 * len(list(bench.train_state.model.parameters()))
@@ -247,19 +247,19 @@ def test_a_snapshot_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path)
 
 def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    snapshot = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
+    staging = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
     expected = {name: value.clone() for name, value in bench.train_state.model.state_dict().items()}
-    copies = snapshot.stage()
-    later = threading.Timer(0.05, snapshot.fill)
+    copies = staging.stage()
+    later = threading.Timer(0.05, staging.fill)
     later.start()
     train_on(bench.train_state)
     later.join()
-    assert snapshot.blocked_seconds > 0.01
+    assert staging.blocked_seconds > 0.01
     assert all(torch.equal(value, expected[name]) for name, value in copies.model.items())
     assert not torch.equal(bench.train_state.model.lm_head.weight, expected["lm_head.weight"])
-    held = snapshot.blocked_seconds
+    held = staging.blocked_seconds
     train_on(bench.train_state)
-    assert snapshot.blocked_seconds == held
+    assert staging.blocked_seconds == held
 
 
 @pytest.mark.gpu
@@ -268,13 +268,13 @@ def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
     device = torch.device("cuda")
     ranks = DistributedContext(0, 1, 0, 1, device)
     train_state = build_train_state(initial_model(SHAPE, 1, device), spec().training, 0.0, ranks)
-    snapshot = StagingBuffers(train_state.model, train_state.optimizer)
+    staging = StagingBuffers(train_state.model, train_state.optimizer)
     for _ in range(20):
         train_on(train_state)
         expected = {name: value.cpu() for name, value in train_state.model.state_dict().items()}
-        copies = snapshot.stage()
+        copies = staging.stage()
         train_on(train_state)
-        snapshot.fill()
+        staging.fill()
         assert all(value.is_pinned() and torch.equal(value, expected[name]) for name, value in copies.model.items())
 
 

@@ -50,7 +50,7 @@ def import_parent(
     # The tokenizer must be the parent's even with new data: other tokens would mean something else to the weights.
     differences = identity.differences(replace(state.identity, tokenizer=parent_state.identity.tokenizer))
     if differences:
-        message = f"the fork cannot go on from its parent: {'; '.join(differences)}"
+        message = f"the fork cannot continue from its parent: {'; '.join(differences)}"
         hint = 'Undo the change; data "restart" allows another corpus.'
         raise TrainingError(Reason.CHECKPOINT_INVALID, message, hint)
     new_optimizer = OPTIMIZER_FILE not in manifest or (

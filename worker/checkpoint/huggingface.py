@@ -31,11 +31,7 @@ SHAPE_FIELDS = (
 DENSE_FIELDS = ("intermediate_size",)
 MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
-DEFAULTS = {
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": False,
-}
+DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "norm_topk_prob": False}
 """Defaults of transformers for entries whose value no tensor shape shows."""
 
 REQUIRED_VALUES = {

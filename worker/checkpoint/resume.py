@@ -79,7 +79,7 @@ def rewind_to(artifacts: ArtifactDir, step: int, identity: RunIdentity, emit: Ca
     problem = files.verify(path) if path.is_dir() else "there is none"
     if problem is not None:
         steps = ", ".join(str(number) for number, _ in artifacts.published()[:10]) or "none"
-        message = f"the checkpoint of step {step}, which was asked for, cannot be used: {problem}"
+        message = f"the checkpoint of step {step}, which was requested, cannot be used: {problem}"
         hint = f"There are, newest first: {steps}. Nothing was set aside; resume from another step, or from the newest."
         raise TrainingError(Reason.CHECKPOINT_INVALID, message, hint)
     require_compatible(path, identity)
@@ -183,7 +183,7 @@ def _adopt(
             publish_directory(copy, artifacts.checkpoint(step))
             return files.checkpoint_info(step, artifacts.checkpoint(step))
     except OSError as error:
-        problem = f"cannot be had: {error.strerror}"
+        problem = f"cannot be linked or read: {error.strerror}"
     shutil.rmtree(copy, ignore_errors=True)
     return problem
 

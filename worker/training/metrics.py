@@ -94,39 +94,20 @@ def restore_window(rows: list[FloatRow], ranks: DistributedContext) -> MetricsWi
     return MetricsWindow()
 
 
-@dataclass(frozen=True)
-class StepTiming:
-    """Seconds that this attempt's steps have taken since the last metric line, in all and for loading data."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-
-    def add(self, seconds: float, data_seconds: float) -> Self:
-        return type(self)(self.steps + 1, self.seconds + seconds, self.data_seconds + data_seconds)
-
-
 class MetricsProcessor:
     """Sums up this rank's steps, and makes metric lines from the sums of all ranks."""
 
     def __init__(
-        self,
-        ranks: DistributedContext,
-        window: MetricsWindow,
-        flops_per_token: float,
-        has_aux: bool,
-        experts: int = 0,
+        self, ranks: DistributedContext, window: MetricsWindow, flops_per_token: float, has_aux: bool, experts: int = 0
     ) -> None:
-        self.window = window.with_experts(experts)
-        self.timing = StepTiming()
         self.last_loss: float | None = None
         self._ranks = ranks
         self._flops_per_token = flops_per_token
         self._has_aux = has_aux
         self._experts = experts
         self._peak_flops = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" else None
-        self._timed_tokens = 0
         self._step_start = time.perf_counter()
+        self.rewind(window)
 
     def begin_step(self) -> None:
         """Start the clock of a step. Time between steps (saving, evaluating) does not count as step time."""
@@ -138,23 +119,27 @@ class MetricsProcessor:
 
     def end_step(self, step_tokens: int, data_seconds: float) -> None:
         """Stop the clock of a step. ``step_tokens``: of all ranks."""
-        self.timing = self.timing.add(time.perf_counter() - self._step_start, data_seconds)
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._step_start
+        self._data_seconds += data_seconds
         self._timed_tokens += step_tokens
 
     def rewind(self, window: MetricsWindow) -> None:
         """Continue from the window of a checkpoint, with timing reset."""
-        self.window, self.timing, self._timed_tokens = window.with_experts(self._experts), StepTiming(), 0
+        self.window = window.with_experts(self._experts)
+        # Of this attempt's steps since the last metric line.
+        self._steps, self._seconds, self._data_seconds, self._timed_tokens = 0, 0.0, 0.0, 0
 
     def metric_event(
         self, *, step: int, epoch: float, learning_rate: float, tokens: int, grad_norm: float, eval_loss: float | None
     ) -> Metric:
         """Return the metric line of the steps since the last one, and reset the window. All ranks call it together."""
-        own = [self.timing.data_seconds, float(memory_bytes(self._ranks.device)), *self.window.to_row()]
+        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), *self.window.to_row()]
         rows = self._ranks.gather(own)
         data_seconds, memory = (max(row[i] for row in rows) for i in range(2))
         loss_sum, aux_sum, counted, nonfinite, *experts = (sum(column) for column in list(zip(*rows, strict=True))[2:])
         loss = loss_sum / counted if counted else None
-        steps, seconds = self.timing.steps, self.timing.seconds
+        steps, seconds = self._steps, self._seconds
         tokens_per_second = self._timed_tokens / seconds if seconds else None
         self.last_loss = loss
         self.rewind(MetricsWindow())
