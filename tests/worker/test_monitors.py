@@ -153,7 +153,7 @@ def test_the_load_is_what_the_router_chose() -> None:
     chosen: list[torch.Tensor] = []
     handles = [
         layer.register_forward_pre_hook(
-            lambda module, inputs: chosen.append(module._scores(inputs[0].flatten(0, 1)).topk(2, dim=-1).indices)
+            lambda module, inputs: chosen.append(module._router_scores(inputs[0].flatten(0, 1)).topk(2, dim=-1).indices)
         )
         for layer in student.model.modules()
         if isinstance(layer, MoE)

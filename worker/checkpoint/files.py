@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from trainyard.contract.events import CheckpointSaved
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import (
@@ -79,6 +80,10 @@ class CheckpointInfo:
     path: Path
     bytes: int
     sha256: str
+
+    def saved_event(self, **details: Any) -> CheckpointSaved:
+        """Return the event about this checkpoint. ``details``: its other fields, e.g. ``loss``."""
+        return CheckpointSaved(step=self.step, path=str(self.path), bytes=self.bytes, sha256=self.sha256, **details)
 
 
 def write_checkpoint(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from trainyard.contract.events import CheckpointSaved, Event, WarningEvent
+from trainyard.contract.events import Event, WarningEvent
 from trainyard.contract.messages import Fork, read_message
 from trainyard.contract.run_identity import CHANGEABLE_FIELDS, RunIdentity
 from trainyard.contract.rundir import (
@@ -60,10 +60,7 @@ def import_parent(
         raise fork_error(fork, f"its optimizer is not {spec.training.optimizer}")
     if files.verify(artifacts.checkpoint(fork.step)) is not None:
         _publish(artifacts, origin, manifest, state, new_optimizer)
-    saved = files.checkpoint_info(fork.step, artifacts.checkpoint(fork.step))
-    emit(
-        CheckpointSaved(step=saved.step, path=str(saved.path), bytes=saved.bytes, sha256=saved.sha256, loss=state.loss)
-    )
+    emit(files.checkpoint_info(fork.step, artifacts.checkpoint(fork.step)).saved_event(loss=state.loss))
     if new_optimizer:
         message = f"the fork has the parent's weights of step {fork.step} alone: its optimizer starts from scratch"
         emit(WarningEvent(code="optimizer_anew", message=message, step=fork.step))

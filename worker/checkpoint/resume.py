@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, WarningEvent
+from trainyard.contract.events import CheckpointRemoved, Event, WarningEvent
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import (
@@ -135,7 +135,7 @@ def _resume_earlier_job(
         problem = _incompatibility(path, identity, run_length)
         adopted = _adopt(path, artifacts, identity, run_length) if problem is None else problem
         if isinstance(adopted, CheckpointInfo):
-            emit(CheckpointSaved(step=adopted.step, path=str(adopted.path), bytes=adopted.bytes, sha256=adopted.sha256))
+            emit(adopted.saved_event())
             return ResumePoint(path, adopted.path)
         rejected.append(f"{path}: {adopted}")
     reasons = f" ({'; '.join(rejected[:5])})" if rejected else ""

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, WarningEvent
+from trainyard.contract.events import CheckpointRemoved, Event, PhaseChanged, WarningEvent
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
@@ -176,16 +176,7 @@ class Checkpointer:
             self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer
         )
         write_weights(weights_file(self.artifacts, self.spec), tensors.model)
-        self.emit(
-            CheckpointSaved(
-                step=saved.step,
-                path=str(saved.path),
-                bytes=saved.bytes,
-                sha256=saved.sha256,
-                loss=state.loss,
-                seconds=time.monotonic() - start,
-            )
-        )
+        self.emit(saved.saved_event(loss=state.loss, seconds=time.monotonic() - start))
 
     def _already_published(self, step: int) -> CheckpointInfo | None:
         """Return the checkpoint of this step if one is published already: a stop may come right after a save."""
@@ -202,19 +193,11 @@ class Checkpointer:
     def _prune(self) -> None:
         policy = self.spec.checkpoint
         for pruned in retention.delete_old_checkpoints(self.artifacts, policy.keep_last, policy.keep_every):
-            weights, why = pruned.weights, "retention"
-            if weights is not None:
+            why = "retention"
+            if pruned.weights is not None:
                 why = "only its weights are kept"
-                self.emit(
-                    CheckpointSaved(
-                        step=weights.step,
-                        path=str(weights.path),
-                        bytes=weights.bytes,
-                        sha256=weights.sha256,
-                        loss=files.read_state(weights.path).loss,
-                        checkpoint_kind="weights",
-                    )
-                )
+                loss = files.read_state(pruned.weights.path).loss
+                self.emit(pruned.weights.saved_event(loss=loss, checkpoint_kind="weights"))
             self.emit(CheckpointRemoved(step=pruned.step, path=str(pruned.path), why=why))
 
 

@@ -126,7 +126,7 @@ class MetricsProcessor:
 
     def rewind(self, window: MetricsWindow) -> None:
         """Continue from the window of a checkpoint, with timing reset."""
-        self.window = window.with_experts(self._experts)
+        self.window: MetricsWindow = window.with_experts(self._experts)
         # Of this attempt's steps since the last metric line.
         self._steps, self._seconds, self._data_seconds, self._timed_tokens = 0, 0.0, 0.0, 0
 

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,9 +44,9 @@ class StepMetrics:
     aux_sum: float
     tokens: int
     applied: bool
-    nonfinite_rows: tuple[int, ...] = field(default=())
-    max_loss_rows: tuple[int, ...] = field(default=())
-    experts: tuple[float, ...] = field(default=())
+    nonfinite_rows: tuple[int, ...] = ()
+    max_loss_rows: tuple[int, ...] = ()
+    experts: tuple[float, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -117,7 +117,7 @@ class TrainStep:
     def run(
         self, micro_batches: Iterable[MicroBatch], learning_rate: float, seed_micro_batch: Callable[[int], None]
     ) -> PendingMetrics:
-        """Run one step. The weights change only if the whole gradient is finite and the guard does not hold.
+        """Run one step. The weights change only if the whole gradient is finite and the guard is not latched.
 
         ``seed_micro_batch(i)`` is called before micro-batch i. Nothing here waits for the device.
         """
@@ -130,8 +130,7 @@ class TrainStep:
         self._update(norm, learning_rate, found_inf)
         hit("step.updated")
         if self.scaler.is_enabled():
-            # It has seen in unscale_ whether the gradient overflowed.
-            self.scaler.update()
+            self.scaler.update()  # unscale_ has recorded whether the gradient overflowed
         # DDP's gradients are views into its buckets: keep them, so that nothing is copied.
         self.optimizer.zero_grad(set_to_none=not self.is_ddp)
         scalars = torch.stack([*sums, norm.to(torch.float64), found_inf.to(torch.float64)])
