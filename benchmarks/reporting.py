@@ -87,7 +87,7 @@ class Stopwatch:
 
 
 class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
-    """Times all of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
+    """Times everything in the worker that reports: outbox, metric lines, heartbeat, the check for a stop request."""
 
     def __init__(self, clock: Stopwatch) -> None:
         from trainyard.worker.attempt import Heartbeat
@@ -98,12 +98,12 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
 
         self._clock = clock
         self._places: list[tuple[type, str]] = [
-            (EventWriter, "say"),
-            (MetricsProcessor, "line"),
-            (MetricsProcessor, "count"),
+            (EventWriter, "emit"),
+            (MetricsProcessor, "metric_event"),
+            (MetricsProcessor, "record"),
             (MetricsProcessor, "end_step"),
             (Heartbeat, "beat"),
-            (StopSignal, "asked"),
+            (StopSignal, "requested"),
             (Trackers, "log"),
         ]
 
