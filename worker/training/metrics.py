@@ -100,6 +100,7 @@ class MetricsProcessor:
     def __init__(
         self, ranks: DistributedContext, window: MetricsWindow, flops_per_token: float, has_aux: bool, experts: int = 0
     ) -> None:
+        self.window = window
         self.last_loss: float | None = None
         self._ranks = ranks
         self._flops_per_token = flops_per_token
@@ -126,7 +127,7 @@ class MetricsProcessor:
 
     def rewind(self, window: MetricsWindow) -> None:
         """Continue from the window of a checkpoint, with timing reset."""
-        self.window: MetricsWindow = window.with_experts(self._experts)
+        self.window = window.with_experts(self._experts)
         # Of this attempt's steps since the last metric line.
         self._steps, self._seconds, self._data_seconds, self._timed_tokens = 0, 0.0, 0.0, 0
 
