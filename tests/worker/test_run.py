@@ -353,7 +353,7 @@ def stop_while_preparing(run: RunDir) -> None:
         run.attempt(1).stop.touch()
         return load(path)
 
-    mock.patch.object(prepare, "load", stopping).start()
+    mock.patch.object(prepare, "load_tokenizer", stopping).start()
 
 
 def test_wrong_usage_names_every_mistake(tmp_path: Path) -> None:
