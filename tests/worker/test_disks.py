@@ -13,7 +13,7 @@ import pytest
 
 from tests.unprivileged import NOBODY, public_tmp_dir
 from tests.worker import rank_runner
-from tests.worker.test_saving import Bench, train_on
+from tests.worker.test_saver import Bench, train_on
 from trainyard.contract.events import CheckpointSaved, WarningEvent
 from trainyard.worker.checkpoint import files, saver
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.worker import rank_runner
-from tests.worker.test_saving import kill_in_save
+from tests.worker.test_saver import kill_in_save
 from trainyard.contract.events import ResumeVerified, Started
 from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir

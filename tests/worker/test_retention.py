@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.worker.test_resume_start import IDENTITY, publish
-from tests.worker.test_saving import Bench
+from tests.worker.test_saver import Bench
 from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event
 from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ArtifactDir
 from trainyard.worker.checkpoint import files, retention
