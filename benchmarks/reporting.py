@@ -87,7 +87,7 @@ class Stopwatch:
 
 
 class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
-    """Times everything in the worker that reports: outbox, metric lines, heartbeat, the check for a stop request."""
+    """Times all of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
 
     def __init__(self, clock: Stopwatch) -> None:
         from trainyard.worker.attempt import Heartbeat
@@ -98,12 +98,12 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
 
         self._clock = clock
         self._places: list[tuple[type, str]] = [
-            (EventWriter, "emit"),
-            (MetricsProcessor, "metric_event"),
-            (MetricsProcessor, "record"),
+            (EventWriter, "say"),
+            (MetricsProcessor, "line"),
+            (MetricsProcessor, "count"),
             (MetricsProcessor, "end_step"),
             (Heartbeat, "beat"),
-            (StopSignal, "requested"),
+            (StopSignal, "asked"),
             (Trackers, "log"),
         ]
 
