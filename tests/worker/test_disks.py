@@ -76,7 +76,7 @@ def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
     (warning,) = bench.of(WarningEvent)
     assert (warning.code, warning.step) == ("save_failed", step)
     assert why in warning.message
-    assert warning.message.endswith("; training goes on")
+    assert warning.message.endswith("; training continues")
     assert [event.step for event in bench.of(CheckpointSaved)] == [1]
     assert files.verify(bench.artifacts.checkpoint(1)) is None
     assert [path.name for path in bench.artifacts.checkpoints.iterdir()] == ["step-00000001"]

@@ -298,7 +298,7 @@ def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_p
         bench.save(4)
     assert len(bench.of(CheckpointSaved)) == 2 - failures
     messages = [event.message for event in bench.of(WarningEvent)]
-    assert messages == ([f"checkpoint 4 was not saved: {said}; training goes on"] if failures == 2 else [])
+    assert messages == ([f"checkpoint 4 was not saved: {said}; training continues"] if failures == 2 else [])
 
 
 def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ class Checkpointer:
                 elif required:
                     raise save_error(error, f"the checkpoint of step {state.step}") from error
                 else:
-                    message = f"checkpoint {state.step} was not saved: {describe_error(error)}; training goes on"
+                    message = f"checkpoint {state.step} was not saved: {describe_error(error)}; training continues"
                     self.emit(WarningEvent(code="save_failed", message=message, step=state.step))
 
     def _write(self, tensors: StateDicts, state: RunState) -> None:

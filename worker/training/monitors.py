@@ -122,8 +122,8 @@ class LearningMonitor:
             if abs(loss - expected) > FIRST_LOSS_TOLERANCE:
                 message = (
                     f"the loss of step 1 is {loss:.3f}, and untrained weights with a vocabulary of {self.vocab_size} "
-                    f"should give {expected:.2f}. Look whether the tokenizer is the one you mean, and at what it makes "
-                    "of a text"
+                    f"should give {expected:.2f}. Check that the tokenizer is the one you mean, and what it makes of "
+                    "a text"
                 )
                 yield from self._once("first_loss_off", 1, message)
         if not math.isfinite(grad_norm):
@@ -133,7 +133,7 @@ class LearningMonitor:
         if self._small == CONSECUTIVE_STEPS:
             message = (
                 f"the gradient has all but vanished: its norm is {grad_norm:.1e}, and was below {VANISHING_NORM:g} for "
-                f"{CONSECUTIVE_STEPS} steps. Look whether the texts are all the same or empty, and raise "
+                f"{CONSECUTIVE_STEPS} steps. Check whether the texts are all the same or empty, and raise "
                 "training.learning_rate"
             )
             yield from self._once("gradients_vanish", step, message)

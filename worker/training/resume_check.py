@@ -69,7 +69,7 @@ def compare_scores(step: int, before: dict[str, Any], now: dict[str, Any]) -> li
     score = "no finite number" if found is None else f"{found:.6f}"
     message = (
         f"the checkpoint of step {step} scores {score} on the rows on which it scored {expected:.6f} when it "
-        f"was saved; up to {tolerance:g} is what another device may make of it. Its files are valid, so look for "
+        f"was saved; a difference of up to {tolerance:g} is normal on another device. Its files are valid, so look for "
         "another version of torch or of this program, another dtype, or failing hardware"
     )
     data = verified.model_dump(mode="json")
