@@ -111,7 +111,7 @@ def learner(material: TrainingData, optimizer: str, rate: float, ranks: Distribu
     training = TrainingSpec.model_validate(asked)
     trainee = build_train_state(initial_model(material.spec.model, 1, ranks.device), training, 0.0, ranks)
     trainee.model.train()
-    return Learner(optimizer, rate, trainee, LRSchedule.of(training, STEPS))
+    return Learner(optimizer, rate, trainee, LRSchedule.from_spec(training, STEPS))
 
 
 def best(learners: Sequence[Learner], optimizer: str) -> Learner:

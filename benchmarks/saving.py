@@ -56,7 +56,7 @@ class Bench:
         )
         self.meters = MetricsProcessor(self.ranks, MetricsWindow(), 1.0, has_aux=False)
         self.saver = Checkpointer(self.spec, self.products, material.identity, ROWS, self.ranks, self.heard)
-        self.saver.probe = ResumeCheck.of(material.train_set, self.spec.training, device)
+        self.saver.resume_check = ResumeCheck.from_dataset(material.train_set, self.spec.training, device)
         self.step = 0
 
     def heard(self, event: Event) -> None:
@@ -74,7 +74,7 @@ class Bench:
     def waited_for(self) -> float:
         """Seconds of a save straight from what is trained, which training waits for."""
         began = time.perf_counter()
-        state = self.trainee.state(
+        state = self.trainee.run_state(
             TrainProgress(step=self.step), self.saver.identity, rows_per_step=ROWS, interval=[], loss=None
         )
         copies = StateDicts.live(self.trainee.model, self.trainee.optimizer)
@@ -85,7 +85,7 @@ class Bench:
     def beside(self) -> tuple[float, list[float]]:
         """Seconds that training stands still for a save, and those of each step until it is published."""
         held, published, began = self._held(), self.products.checkpoint(self.step), time.perf_counter()
-        self.saver.save(self.trainee, TrainProgress(step=self.step), self.meters, must=False)
+        self.saver.save(self.trainee, TrainProgress(step=self.step), self.meters, required=False)
         blocked = time.perf_counter() - began
         steps: list[float] = []
         while not (published.exists() and steps):
@@ -94,8 +94,8 @@ class Bench:
         return blocked + self._held() - held, steps
 
     def _held(self) -> float:
-        snapshot: StagingBuffers | None = self.saver._snapshot  # noqa: SLF001
-        return snapshot.held if snapshot is not None else 0.0
+        snapshot: StagingBuffers | None = self.saver._staging  # noqa: SLF001
+        return snapshot.blocked_seconds if snapshot is not None else 0.0
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ def goes_on_from(products: ArtifactDir, mine: Path) -> None:
     if begin is None:
         assert {step: loaded(path) for step, path in products.published()} in ({}, {10: 1.0, 20: 3.0})
         return
-    first, second = loaded(begin.place), loaded(begin.place)
+    first, second = loaded(begin.checkpoint), loaded(begin.checkpoint)
     assert first == second
     assert first in (1.0, 2.0, 3.0)
 

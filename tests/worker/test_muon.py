@@ -15,7 +15,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
-from trainyard.worker.training import state as trainee
+from trainyard.worker.training import state as train_state
 
 TRAINING = {"optimizer": "muon", "batch_size": 4, "accumulation_steps": 1, "learning_rate": 5e-3}
 
@@ -47,10 +47,10 @@ def test_a_resumed_run_is_the_untouched_one(tmp_path: Path) -> None:
     described = JobSpec.model_validate_json((parted.attempt(2).spec).read_text())
 
     ranks = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
-    model = trainee.initial_model(described.model.with_vocab_size(259), 1, ranks.device)
+    model = train_state.initial_model(described.model.with_vocab_size(259), 1, ranks.device)
     training = described.training.model_copy(update={"optimizer": "adamw"})
     with pytest.raises(TrainingError, match="was trained with muon"):
-        trainee.build_train_state(model, training, 0.0, ranks).load(files[1])
+        train_state.build_train_state(model, training, 0.0, ranks).load(files[1])
 
 
 @pytest.mark.slow
