@@ -13,9 +13,9 @@ from typing import Any
 import httpx2
 
 from benchmarks.load import curve, live
-from benchmarks.load.figures import Figure, machine, quantile
 from benchmarks.load.live import Agent
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure, machine, quantile
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import Served, served, until
 from trainyard.service.jobs import repository
 

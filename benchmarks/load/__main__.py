@@ -5,8 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import scheduler
-from benchmarks.load import adoption, curve, ingest, readers, requests, submissions, tail, training
-from benchmarks.load.figures import Figure, machine
+from benchmarks.load import adoption, curve, ingest, log_tail, readers, requests, submissions, training
+from benchmarks.load.tables import Figure, machine
 
 ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "training": training.measure,
@@ -15,7 +15,7 @@ ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "ingest": ingest.measure,
     "curve": curve.measure,
     "readers": readers.measure,
-    "tail": tail.measure,
+    "tail": log_tail.measure,
     "adoption": adoption.measure,
 }
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served, until
 from trainyard.contract.processes import MARKER
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from sqlalchemy import insert
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure, quantile
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure, quantile
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import MetricRow

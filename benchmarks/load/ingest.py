@@ -12,9 +12,9 @@ from pathlib import Path
 from sqlalchemy import func, select
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import Served, served
 from trainyard.service.db.models import MetricRow
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.wire import Wire
+from benchmarks.load.wire_bytes import Wire
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import JobStatus
 from trainyard.service.auth.principal import LOCAL

@@ -12,9 +12,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure, quantile
 from benchmarks.load.live import Agent
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure, quantile
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served, until
 
 READERS = 200

@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.load.figures import Figure
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served
 
 CLIENTS = 16

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.corpus import write_docstrings
-from benchmarks.load.crowd import CLIENTS, PER_SECOND
-from benchmarks.load.figures import Figure, quantile
-from benchmarks.load.wire import Wire
+from benchmarks.load.clients import CLIENTS, PER_SECOND
+from benchmarks.load.tables import Figure, quantile
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import Served, served, until
 from trainyard.contract.rundir import RunDir
 
@@ -56,7 +56,7 @@ def _rounds(service: Served, job_id: str, corpus: str, step: Any) -> Iterator[Fi
 
 
 def _crowd(url: str, job_id: str, corpus: str, took: dict[str, list[float]]) -> None:
-    command = [sys.executable, "-m", "benchmarks.load.crowd", url, job_id, corpus, str(WINDOW_SECONDS)]
+    command = [sys.executable, "-m", "benchmarks.load.clients", url, job_id, corpus, str(WINDOW_SECONDS)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     took["client_cpu"] = [float(found.pop("client_cpu"))]

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure, quantile
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure, quantile
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served
 from trainyard.contract.rundir import RunDir
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.load.crowd URL JOB CORPUS SECONDS``: 64 clients that send 100 requests a second between them.
+"""``python -m benchmarks.load.clients URL JOB CORPUS SECONDS``: 64 clients that send 100 requests a second between them.
 
 Requests are sent by the clock, whether the ones before were answered or not, and their time counts from when they were
 due: a service that stands still is not spared the requests it would have had. Prints the times as JSON.
@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from benchmarks.load.wire import Wire
+from benchmarks.load.wire_bytes import Wire
 
 CLIENTS = 64
 PER_SECOND = 100
