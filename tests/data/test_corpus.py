@@ -187,7 +187,8 @@ def test_an_empty_corpus_is_refused(content: str, message: str, tmp_path: Path) 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
-        "from trainyard.worker.data.tokenizers import ByteTokenizer; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "from trainyard.worker.data.tokenizers import ByteTokenizer;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )

@@ -23,7 +23,7 @@ from trainyard.worker.data.tokenizers import ByteTokenizer
 BUILD = """
 import sys
 from pathlib import Path
-from trainyard.worker import corpus, shards
+from trainyard.worker.data import corpus, shards
 from trainyard.worker.data.tokenizers import ByteTokenizer
 corpus.BATCH_CHARACTERS, shards.JOURNAL_SECONDS = 3000, 0.0
 corpus.open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), max_bad_lines=1.0,

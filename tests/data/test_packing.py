@@ -235,7 +235,7 @@ def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus:
 
 
 def test_a_larger_fraction_holds_out_the_same_and_more(corpus: Corpus) -> None:
-    held = [rows_module.Holdout.of(corpus, SplitSpec("eval", f)).taken(0, corpus.meta.documents) for f in (0.05, 0.2)]
+    held = [rows_module.Holdout.of(corpus, SplitSpec("eval", f)).mask(0, corpus.meta.documents) for f in (0.05, 0.2)]
     assert (held[1] | ~held[0]).all()
     assert held[1].sum() > held[0].sum()
 

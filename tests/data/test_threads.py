@@ -19,8 +19,8 @@ from trainyard.worker.data.tokenizers import ByteTokenizer, Ids, limit_threads
 
 COUNTING = """
 import os, sys
-from trainyard.worker.data.tokenizers import limit_threads, load
-tokenizer = load(sys.argv[1])
+from trainyard.worker.data.tokenizers import limit_threads, load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
 before = len(os.listdir("/proc/self/task"))
 limit_threads({count})
 tokenizer.encode_batch(["some text"] * 50)

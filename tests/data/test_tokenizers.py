@@ -232,7 +232,7 @@ def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     assert "tokens from 1 documents" in printed.out
     assert "1 bad line: line 2: not JSON" in printed.err
-    assert "300 were asked for" in printed.err
+    assert "300 were requested" in printed.err
     assert load_tokenizer(str(out)).vocab_size < 300
 
 

@@ -25,7 +25,7 @@ from trainyard.worker.checkpoint import resume, retention
 from trainyard.worker.checkpoint.files import RunState
 
 IDENTITY = RunIdentity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
-MOST_LINES = 400
+MAX_LINES = 400
 SHORT = 25
 """Of so many lines one, where not all are tried."""
 
@@ -68,7 +68,7 @@ def job(path: Path) -> ArtifactDir:
 
 def at_each_line(area: str, every: int, path: Path, fate: Fate, load: Callable[[ArtifactDir, Path], None]) -> int:
     """``load(job, place of its own)`` again and again, ``fate`` at one line after the other; how many there are."""
-    for line in range(1, MOST_LINES, every):
+    for line in range(1, MAX_LINES, every):
         products, reached = job(path / f"job-{line}" / "theirs"), list[str]()
 
         def strike(where: str, products: ArtifactDir = products, reached: list[str] = reached) -> None:
