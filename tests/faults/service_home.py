@@ -147,7 +147,7 @@ class Home:
                 found.update(self.job(job_id))
             return found.get("status") in statuses
 
-        with print_on_failure(lambda: f"{json.dumps(found, indent=1)[:3000]}\n{self.log()[-3000:]}"):
+        with telling(lambda: f"{json.dumps(found, indent=1)[:3000]}\n{self.log()[-3000:]}"):
             until(reached, seconds, f"{job_id} is {statuses}")
         return found
 
@@ -179,7 +179,7 @@ class Home:
 
 
 @contextlib.contextmanager
-def print_on_failure(what: Callable[[], str]) -> Iterator[None]:
+def telling(what: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except AssertionError:

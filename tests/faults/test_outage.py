@@ -1,5 +1,5 @@
-"""Postgres goes away and comes back, again and again, while jobs are submitted and run: nothing is lost, and every request
-meanwhile gets 503 with `Retry-After`, never another 5xx.
+"""Postgres goes away and comes back, again and again, while jobs are submitted and run: nothing is lost, and requests
+meanwhile get 503 with `Retry-After`, never another 5xx.
 
 TRAINYARD_SOAK_JOBS chooses the number of jobs of the long form.
 """

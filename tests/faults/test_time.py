@@ -92,7 +92,7 @@ def slowness() -> float:
 def race(home: Home, seed: int) -> str:
     """One job's finish against one cancel; returns what became of it.
 
-    The request needs some ten milliseconds to the ranks, so it is sent up to that long before their end, and 5 ms after it.
+    The request takes some ten milliseconds to the ranks: it is sent up to that long before their end, or 5 ms after it.
     """
     dice = random.Random(seed)
     job_id = home.submit(steps="10", pace="0.01", ranks="1")
