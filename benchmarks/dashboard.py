@@ -56,7 +56,7 @@ def main() -> None:
         print("skipped: chromium is not installed")
         return
     print(machine(), flush=True)
-    with bench() as (service, small, large), sync_playwright() as playwright:
+    with start_bench() as (service, small, large), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         print(f"chromium {browser.version}", flush=True)
         for figure in chain(
@@ -67,21 +67,21 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def bench() -> Iterator[tuple[Served, Agent, Agent]]:
+def start_bench() -> Iterator[tuple[Served, Agent, Agent]]:
     """Start a service without a scheduler, with a run of a few points and a run of a million points."""
     with tempfile.TemporaryDirectory() as folder:
         home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
         corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as made:
-            small, large = live.running(made, corpus, 2)
-            curve.fill(made, large.job_id, POINTS)
-            with made.write() as session:
+        with live.database(home) as database:
+            small, large = live.running(database, corpus, 2)
+            curve.fill(database, large.job_id, POINTS)
+            with database.write() as session:
                 repository.lock(session, large.job_id).progress = {"step": POINTS, "steps": 2 * POINTS, "percent": 50.0}
         with served(home, Path(folder), arguments=["--no-scheduler"]) as service:
             with Wire(service.url, small.token) as wire:
                 for _ in range(100):
                     small.metric()
-                small.ship(wire)
+                small.upload(wire)
             yield service, small, large
 
 
@@ -175,7 +175,7 @@ def measure_latency(browser: Any, service: Served, agent: Agent, wire: Wire) -> 
 def report(agent: Agent, wire: Wire) -> int:
     """Report one more point; return its step."""
     agent.metric()
-    agent.ship(wire)
+    agent.upload(wire)
     return len(agent.outbox)
 
 

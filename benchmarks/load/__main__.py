@@ -1,4 +1,4 @@
-"""``python -m benchmarks.load [ROW ...]``: how the service bears load, each row of its table for itself."""
+"""``python -m benchmarks.load [ROW ...]``: the service under load; each row of the table can run alone."""
 
 import argparse
 import sys
@@ -21,13 +21,13 @@ ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
 
 
 def main() -> None:
-    """All rows, and the scheduler's."""
+    """Run all rows, and the scheduler's benchmark."""
     run(tuple(ROWS))
     scheduler.main()
 
 
 def run(rows: tuple[str, ...]) -> bool:
-    """Print the figures of ``rows``; whether all met their goals."""
+    """Print the figures of ``rows``; return whether all met their goals."""
     print(machine(), flush=True)
     met = True
     for row in rows:
