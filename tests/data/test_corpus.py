@@ -134,7 +134,7 @@ def test_digest_is_remembered_only_while_nothing_changed(tmp_path: Path, monkeyp
     assert content_digest(file, tmp_path, lambda done, total: None) == fresh
     assert len(list(tmp_path.glob("content-*.json"))) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_digest", None)  # it is not read again
+        patch.setattr(corpus_module, "_hash_file", None)  # it is not read again
         assert content_digest(file, tmp_path, lambda done, total: None) == fresh
     times = file.stat()
     file.write_text("b")
@@ -360,6 +360,7 @@ def test_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (found["usable"], "holds no text" in found["why_not"]) == (False, True)
     assert (found["lines"], found["bad_lines"], found["documents"], found["tokens"]) == (1, 1, 0, 0)
     assert found["named"] == [{"line": 1, "why": "not JSON at character 1"}]
+    assert "examples" not in found
 
 
 def test_command_refuses_what_a_job_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

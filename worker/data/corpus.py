@@ -8,6 +8,7 @@ that need the same corpus build it once, and a killed build is never mistaken fo
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -170,11 +171,7 @@ def content_digest(path: Path, cache: Path, progress: ProgressCallback) -> str:
             known = read_json(cache / f"content-{name}.json")
             if known is not None:
                 return str(known["sha256"])
-            hasher = hashlib.sha256()
-            while block := file.read(1 << 22):
-                hasher.update(block)
-                waiting()
-            digest = hasher.hexdigest()
+            digest = _hash_file(file, waiting)
             after = os.fstat(file.fileno())
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 require_unchanged(path)
@@ -182,6 +179,14 @@ def content_digest(path: Path, cache: Path, progress: ProgressCallback) -> str:
             if time.time() - before.st_ctime > RECENT_CHANGE_SECONDS:
                 write_json(cache / f"content-{name}.json", {"sha256": digest, "path": str(path)})
     return digest
+
+
+def _hash_file(file: io.BufferedReader, waiting: Callable[[], None]) -> str:
+    sha256 = hashlib.sha256()
+    while block := file.read(1 << 22):
+        sha256.update(block)
+        waiting()
+    return sha256.hexdigest()
 
 
 @contextmanager
