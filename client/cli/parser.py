@@ -144,7 +144,7 @@ def _spec_command(name: str, explained: str, *params: click.Parameter) -> SpecCo
         "Relative paths start at the working directory."
     )
     settings = {"context_settings": BOTH_SPELLINGS, "epilog": sources}
-    return SpecCommand(name, f"{name}:{name}", explained, *own, *params, JSON, *SERVICE, **settings)
+    return SpecCommand(name, f"cli.commands.{name}:{name}", explained, *own, *params, JSON, *SERVICE, **settings)
 
 
 def _token(name: str, explained: str, *params: click.Parameter) -> Command:

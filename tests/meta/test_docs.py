@@ -44,7 +44,7 @@ def test_every_command_stands_in_the_reference() -> None:
 
 def test_every_setting_stands_in_the_reference() -> None:
     page = text("settings.md")
-    files = ("settings.py", "launch/slurm_setup.py")
+    files = ("settings.py", "launch/slurm/config.py")
     names = {
         name for file in files for name in re.findall(r'"(TRAINYARD_[A-Z_]+)"', (ROOT / "service" / file).read_text())
     }
