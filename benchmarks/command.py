@@ -11,7 +11,6 @@ LIMITS = {"--help": 300, "__complete show": 150}
 
 
 def main() -> None:
-    """Time whole processes, from start to exit."""
     environment = {**os.environ, "TRAINYARD_URL": "http://127.0.0.1:1"}
     for words, limit in LIMITS.items():
         code = "import sys; from trainyard.client.cli.main import main; sys.exit(main())"

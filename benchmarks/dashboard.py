@@ -46,7 +46,6 @@ REDRAW = """async () => {
 
 
 def main() -> None:
-    """Print each figure with its goal."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -69,15 +68,12 @@ def main() -> None:
 @contextlib.contextmanager
 def start_bench() -> Iterator[tuple[Served, Agent, Agent]]:
     """Start a service without a scheduler, with a run of a few points and a run of a million points."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
+    with live.home_with_jobs(2) as (home, [small, large]):
         with live.database(home) as database:
-            small, large = live.running(database, corpus, 2)
             curve.fill(database, large.job_id, POINTS)
             with database.write() as session:
                 repository.lock(session, large.job_id).progress = {"step": POINTS, "steps": 2 * POINTS, "percent": 50.0}
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service:
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service:
             with Wire(service.url, small.token) as wire:
                 for _ in range(100):
                     small.metric()
@@ -86,7 +82,6 @@ def start_bench() -> Iterator[tuple[Served, Agent, Agent]]:
 
 
 def measure_opening(playwright: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
-    """Measure the time until a page is shown."""
     at = [open_page(playwright, f"{service.url}/jobs/{small.job_id}") for _ in range(OPENS)][1:]
     yield Figure(f"text painted, nothing in the cache, median of {OPENS - 1}", _median(at, "text"), "ms", 300)
     at = [open_page(playwright, f"{service.url}/jobs/{large.job_id}") for _ in range(OPENS)][1:]
@@ -95,7 +90,6 @@ def measure_opening(playwright: Any, service: Served, small: Agent, large: Agent
 
 
 def measure_open_page(browser: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
-    """Measure an open page."""
     yield measure_redraw(browser, f"{service.url}/jobs/{large.job_id}?tab=metrics")
     with Wire(service.url, small.token) as wire:
         yield measure_latency(browser, service, small, wire)

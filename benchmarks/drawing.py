@@ -30,21 +30,17 @@ class Axis:
 
     @classmethod
     def over(cls, values: Sequence[float], start: float, end: float) -> "Axis":
-        """Return an axis that covers all values."""
         low, high = min(values), max(values)
         return cls(low, high if high > low else low + 1.0, start, end)
 
     def at(self, value: float) -> float:
-        """Return the pixel of a value."""
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Return the values that get a label."""
         return [self.low + number / (TICKS - 1) * (self.high - self.low) for number in range(TICKS)]
 
 
 def chart(title: str, x_name: str, y_name: str, lines: Sequence[Line]) -> str:
-    """Return the SVG document."""
     x = Axis.over([value for line in lines for value in line.x], LEFT, WIDTH - RIGHT)
     y = Axis.over([value for line in lines for value in line.y], HEIGHT - BOTTOM, TOP)
     box = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
@@ -62,7 +58,6 @@ def chart(title: str, x_name: str, y_name: str, lines: Sequence[Line]) -> str:
 
 
 def text(x: float, y: float, words: str, *, size: int = 13, anchor: str = "start", colour: str = "#767676") -> str:
-    """Return a text element."""
     attributes = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
     return f"<text {attributes}>{escape(words)}</text>"
 

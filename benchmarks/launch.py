@@ -42,7 +42,6 @@ def by_hand(run: RunDir, spec: dict[str, Any]) -> float:
 
 
 def by_service(client: httpx2.Client, home: Path, spec: dict[str, Any]) -> float:
-    """Return the seconds from the request to the end of the first step."""
     began = time.perf_counter()
     response = client.post("/jobs", json=spec)
     response.raise_for_status()

@@ -49,7 +49,6 @@ class Learner:
     held_out: float = float("nan")
 
     def learn(self, loader: MicroBatchLoader, step: int) -> None:
-        """Run one step."""
         began = time.perf_counter()
         metrics = self.state.train_step.run(loader.microbatches(step), self.schedule.at(step), lambda _: None).read()
         self.seconds.append(time.perf_counter() - began)
@@ -71,12 +70,10 @@ class Learner:
 
 
 def main() -> None:
-    """Print the table."""
     print("\n".join(table(train_all())))
 
 
 def train_all() -> list[Learner]:
-    """Train with every optimizer at every rate."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = DistributedContext(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         data = prepare_docstrings(Path(folder), ranks)

@@ -29,7 +29,6 @@ class Throughput:
 
 
 def main() -> None:
-    """Print the ratio of useful tokens a second, and of useful tokens a step."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_docstrings(root / "corpus.jsonl", 7000)
@@ -56,7 +55,6 @@ def run(root: Path, packing: str, number: int) -> Throughput:
 
 
 def spec(root: Path, packing: str) -> dict[str, Any]:
-    """Return a spec with this packing."""
     return {
         "model": SHAPE,
         "data": {"data_path": str(root / "corpus.jsonl"), "max_seq_len": 1024, "packing": packing},

@@ -71,8 +71,6 @@ class Stopwatch:
         self._depth = 0
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function``, timed."""
-
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             began, self._depth = time.perf_counter(), self._depth + 1

@@ -25,12 +25,7 @@ from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow
 from trainyard.worker.training.resume_check import ResumeCheck
-from trainyard.worker.training.state import (
-    TrainProgress,
-    TrainState,
-    build_train_state,
-    initial_model,
-)
+from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 
 ROUNDS = 5
 LIMIT = 0.15

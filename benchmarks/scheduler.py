@@ -37,7 +37,6 @@ def crowded_snapshot(seed: int) -> Snapshot:
 
 
 def main() -> None:
-    """Plan several times; print the median and the worst time."""
     snapshot = crowded_snapshot(1)
     took, decided = [], plan(snapshot, NOW)
     for _ in range(ROUNDS):

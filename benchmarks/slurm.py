@@ -46,7 +46,6 @@ def by_hand(cluster: Cluster, folder: Path, spec: dict[str, Any], number: int) -
 
 
 def by_service(client: httpx2.Client, cluster: Cluster, home: Path, spec: dict[str, Any]) -> float:
-    """Return the seconds from the request to the end of the first step."""
     took = launch.by_service(client, home, spec)
     until(lambda: set(cluster.states().values()) == {"IDLE"})
     return took

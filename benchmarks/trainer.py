@@ -27,7 +27,6 @@ LEARNING_RATE = 5e-4
 
 
 def main() -> None:
-    """Compare eager and compiled, here and in Trainer."""
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
         print("skipped: transformers and accelerate are not installed (pip install '.[bench]')")
         return
@@ -71,8 +70,6 @@ def run_round(root: Path, number: int) -> Round:
 
 
 def summarize(rounds: list[Round]) -> None:
-    """Print the medians of the rounds' ratios."""
-
     def ratio(of: Callable[[Round], float]) -> str:
         return f"{statistics.median(of(each) for each in rounds):.2f} x"
 
@@ -99,7 +96,6 @@ def trainer(root: Path, *, compiled: bool) -> float:
 
 
 def spec(root: Path, *, compiled: bool) -> dict[str, Any]:
-    """Return a spec with MiniMind's shape and sizes."""
     return {
         "data": {
             "data_path": str(root / "corpus.jsonl"),

@@ -21,7 +21,6 @@ ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
 
 
 def main() -> None:
-    """Run all rows, and the scheduler's benchmark."""
     run(tuple(ROWS))
     scheduler.main()
 

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +19,10 @@ ATTEMPTS = 100
 
 def measure() -> Iterator[Figure]:
     """Each attempt is a silent process with the attempt's marker, so the service has to look it up."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as database:
-            agents = live.running(database, corpus, ATTEMPTS)
+    with live.home_with_jobs(ATTEMPTS) as (home, agents):
         processes = [subprocess.Popen(["sleep", "600"], env=_environment(agent)) for agent in agents]
         try:
-            took, untouched = _start(home, corpus, agents)
+            took, untouched = _start(home, agents)
         finally:
             for process in processes:
                 process.kill()
@@ -40,9 +35,9 @@ def _environment(agent: Agent) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], MARKER: f"{agent.job_id}/1", "TRAINYARD_ATTEMPT_TOKEN": agent.token}
 
 
-def _start(home: Path, corpus: Path, agents: list[Agent]) -> tuple[float, int]:
+def _start(home: Path, agents: list[Agent]) -> tuple[float, int]:
     """Return (seconds until the scheduler launches a new job, attempts that still run undisturbed)."""
-    began = time.monotonic()
+    began, corpus = time.monotonic(), home.parent / "corpus.jsonl"
     with served(home, corpus.parent, TRAINYARD_CPU_SLOTS=str(ATTEMPTS + 1)) as service, Wire(service.url) as wire:
         # Attempts are inspected before anything is launched: once this job is, all the others were found.
         late = wire.json("POST", "/jobs", {"data": {"data_path": str(corpus)}, "resources": {"device": "cpu"}})["id"]

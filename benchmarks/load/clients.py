@@ -20,7 +20,6 @@ WRITES = 0.1
 
 
 def main() -> None:
-    """Send the requests and print their times."""
     url, job_id, corpus, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
     took: dict[str, list[float]] = {"read": [], "write": []}
     begin = time.monotonic() + 0.2
@@ -61,7 +60,6 @@ def requests(job_id: str, corpus: str, seed: int) -> Callable[[], Request]:
 def client(
     url: str, draw: Callable[[], Request], number: int, total: int, begin: float, took: dict[str, list[float]]
 ) -> None:
-    """Send every 64th request."""
     with Wire(url) as wire:
         for index in range(number, total, CLIENTS):
             kind, method, path, body = draw()

@@ -1,10 +1,8 @@
 """The curve of a job of a million points as a thousand rows: time and memory of the request."""
 
-import tempfile
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 from sqlalchemy import insert
 
@@ -24,13 +22,11 @@ REQUESTS = 40
 
 def measure() -> Iterator[Figure]:
     """Request the whole curve, as an opening page does."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
+    with live.home_with_jobs(1) as (home, [agent]):
+        job_id = agent.job_id
         with live.database(home) as database:
-            job_id = live.running(database, corpus, 1)[0].job_id
             fill(database, job_id, POINTS)
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
             took, rows = [], 0
             memory = 0
             for number in range(REQUESTS):
@@ -59,7 +55,6 @@ def fill(database: Database, job_id: str, points: int) -> None:
 
 
 def _point(step: int) -> dict[str, object]:
-    """Return every number that the page draws."""
     timing = {"tokens_per_second": 1e5 + step % 900, "step_seconds": 0.3 + step % 5 / 50, "data_seconds": 0.001}
     shape = {"loss": 2.0 + step % 7, "grad_norm": 0.4 + step % 11 / 20, "memory_bytes": 60_000_000_000}
     return {**timing, **shape, "tokens": step * 32768, "nonfinite": False}

@@ -2,7 +2,6 @@
 
 import random
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,13 +26,9 @@ SEED = 1
 
 def measure() -> Iterator[Figure]:
     """Ten agents produce a hundred points a second each, whether the service is up or not."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as database:
-            agents = live.running(database, corpus, AGENTS)
+    with live.home_with_jobs(AGENTS) as (home, agents):
         threads = Agents(agents)
-        downtime, produced, stored_in, spent = threads.run(home, Path(folder))
+        downtime, produced, stored_in, spent = threads.run(home)
         with live.database(home) as database, database.read() as session:
             stored = session.scalar(select(func.count()).select_from(MetricRow)) or 0
             steps = select(func.max(MetricRow.step)).group_by(MetricRow.job_id)
@@ -55,14 +50,14 @@ class Agents:
         self.producing = True
         self.threads = [threading.Thread(target=self._work, args=(agent,)) for agent in agents]
 
-    def run(self, home: Path, root: Path) -> tuple[float, int, float, float]:
+    def run(self, home: Path) -> tuple[float, int, float, float]:
         """Return (seconds without a service, points produced, seconds until all were stored, CPU seconds)."""
         dice, downtime, spent = random.Random(SEED), 0.0, 0.0
         began = time.monotonic()
         for number in range(KILLS + 1):
             down = time.monotonic()
             # Without a scheduler: it would end attempts that have no processes.
-            with served(home, root, arguments=["--no-scheduler"]) as service:
+            with served(home, home.parent, arguments=["--no-scheduler"]) as service:
                 downtime += time.monotonic() - down if number else 0.0
                 self.url = service.url
                 if not number:

@@ -1,6 +1,7 @@
 """Running attempts in the database, and agents that report for them, all without processes."""
 
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,6 @@ class Agent:
     acked: int = 0
 
     def metric(self) -> None:
-        """Add one metric point to the outbox."""
         step = len(self.outbox) + 1
         point = {"step": step, "epoch": 0.0, "loss": 2.0, "learning_rate": 1e-3, "tokens": step, "grad_norm": 1.0}
         line = {"kind": "metric", "seq": step, "at": datetime.now(UTC).isoformat(), "nonfinite": False}
@@ -55,8 +55,18 @@ def database(home: Path) -> Iterator[Database]:
         opened.close()
 
 
-def running(database: Database, corpus: Path, count: int) -> list[Agent]:
-    """Create ``count`` jobs whose first attempt is running; return their agents."""
+@contextmanager
+def home_with_jobs(count: int) -> Iterator[tuple[Path, list[Agent]]]:
+    """Yield a temporary home next to a ``corpus.jsonl``, with ``count`` running jobs, and their agents."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
+        corpus.write_text('{"text": "one"}\n')
+        with database(home) as opened:
+            agents = _running_jobs(opened, corpus, count)
+        yield home, agents
+
+
+def _running_jobs(database: Database, corpus: Path, count: int) -> list[Agent]:
     spec = JobSpec.model_validate({"data": {"data_path": str(corpus)}, "resources": {"device": "cpu"}})
     now = datetime.now(UTC)
     agents = []

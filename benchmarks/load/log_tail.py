@@ -1,9 +1,7 @@
 """The tail of a log of 20 GB, most of it a hole: time and memory of the request."""
 
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.load import live
 from benchmarks.load.tables import Figure, quantile
@@ -16,12 +14,8 @@ REQUESTS = 40
 
 
 def measure() -> Iterator[Figure]:
-    """Request a tail of 100 lines."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as database:
-            job_id = live.running(database, corpus, 1)[0].job_id
+    with live.home_with_jobs(1) as (home, [agent]):
+        job_id = agent.job_id
         log = RunDir(home / "runs" / job_id).attempt(1).rank_log(0)
         log.parent.mkdir(parents=True)
         with log.open("wb") as file:
@@ -29,7 +23,7 @@ def measure() -> Iterator[Figure]:
             file.seek(BYTES)
             file.write(b"".join(b"step %d: loss 2.0\n" % step for step in range(100_000)))
         took = []
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
             path = f"/jobs/{job_id}/logs?tail=100"
             assert "step 99999" in wire.json("GET", path)["data"]
             before = service.memory_bytes

@@ -3,12 +3,10 @@
 import json
 import selectors
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from benchmarks.load import live
@@ -25,12 +23,8 @@ PER_SECOND = 20
 
 def measure() -> Iterator[Figure]:
     """One job whose agent reports twenty points a second, one by one."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as database:
-            agent = live.running(database, corpus, 1)[0]
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
+    with live.home_with_jobs(1) as (home, [agent]):
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
             stream_readers = StreamReaders(service.url, agent.job_id)
             until(lambda: b"trainyard_streams 200" in wire.request("GET", "/metrics")[1], 60)
             _report(service.url, agent, 2.0)

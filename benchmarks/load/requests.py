@@ -1,6 +1,5 @@
 """Processor time of each kind of request: the figure that other work on the host changes least."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,17 +29,14 @@ Request = Callable[[], Any]
 
 def measure() -> Iterator[Figure]:
     """Send one request at a time, on SQLite; the kernel's time for the process is included."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
+    with live.home_with_jobs(JOBS) as (home, [agent, *_]):
         with live.database(home) as database:
-            agents = live.running(database, corpus, JOBS)
-            _add_events(database, agents[0])
-        _write_log(home, agents[0])
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service:
-            with Wire(service.url) as wire, Wire(service.url, agents[0].token) as reporting:
-                _add_points(reporting, agents[0])
-                for kind, request in _kinds(wire, reporting, agents[0], corpus).items():
+            _add_events(database, agent)
+        _write_log(home, agent)
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service:
+            with Wire(service.url) as wire, Wire(service.url, agent.token) as reporting:
+                _add_points(reporting, agent)
+                for kind, request in _kinds(wire, reporting, agent, home.parent / "corpus.jsonl").items():
                     yield Figure(f"processor time: {kind}", _cost(service, request), "us", GOALS.get(kind))
 
 

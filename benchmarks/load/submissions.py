@@ -18,7 +18,6 @@ SECONDS = 10.0
 
 
 def measure() -> Iterator[Figure]:
-    """Measure one service on SQLite, and one and two services on Postgres."""
     with tempfile.TemporaryDirectory() as folder:
         yield Figure("submissions, SQLite", _rate(Path(folder), "", 1), "/s", 100, is_limit=False)
     with postgres() as url:

@@ -20,13 +20,11 @@ class Figure:
 
     @property
     def met(self) -> bool:
-        """Whether the goal is reached."""
         if self.goal is None:
             return True
         return self.value < self.goal if self.is_limit else self.value >= self.goal
 
     def line(self) -> str:
-        """Return the printed line."""
         text = f"{self.what:<58} {self.value:>10,.1f} {self.unit}"
         if self.goal is None:
             return text

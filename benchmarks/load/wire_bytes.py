@@ -74,7 +74,6 @@ class Wire:
         self._rest += data
 
     def close(self) -> None:
-        """Close the connection."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

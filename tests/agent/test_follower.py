@@ -14,13 +14,7 @@ import pytest
 from tests.agent.conftest import DRIVER, until
 from trainyard.contract.locks import FileLock
 from trainyard.contract.processes import MARKER, find_by_marker
-from trainyard.contract.rundir import (
-    UNSEEN,
-    AttemptDir,
-    RunDir,
-    read_json,
-    write_json,
-)
+from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
 from trainyard.worker.agent import follower
 from trainyard.worker.agent.rendezvous import NodeInfo
 

@@ -7,12 +7,7 @@ import pytest
 
 from trainyard.contract.rundir import AttemptDir, RunDir, write_json
 from trainyard.worker.agent import follower
-from trainyard.worker.agent.follower import (
-    PEER_EXIT_GRACE_SECONDS,
-    POLL_SECONDS,
-    NodeExit,
-    PeerNodes,
-)
+from trainyard.worker.agent.follower import PEER_EXIT_GRACE_SECONDS, POLL_SECONDS, NodeExit, PeerNodes
 from trainyard.worker.agent.rendezvous import SINGLE_NODE, NodeInfo
 
 

@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.contract.rundir import (
-    AttemptDir,
-    RunDir,
-    read_json,
-    write_json,
-)
+from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
 from trainyard.worker.agent import rendezvous
 from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.rendezvous import (

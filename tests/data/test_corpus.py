@@ -18,12 +18,7 @@ from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock
 from trainyard.worker.data import corpus as corpus_module
-from trainyard.worker.data.corpus import (
-    Corpus,
-    content_digest,
-    main,
-    open_corpus,
-)
+from trainyard.worker.data.corpus import Corpus, content_digest, main, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.packing import PackedDataset
 from trainyard.worker.data.tokenizers import ByteTokenizer, load_tokenizer

@@ -18,14 +18,7 @@ from trainyard.model.decoder import Decoder
 from trainyard.worker.data import packing as packing_module
 from trainyard.worker.data.corpus import Corpus, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.packing import (
-    Batch,
-    PackedDataset,
-    Packing,
-    SplitSpec,
-    best_fit,
-    segments_of,
-)
+from trainyard.worker.data.packing import Batch, PackedDataset, Packing, SplitSpec, best_fit, segments_of
 from trainyard.worker.data.tokenizers import ByteTokenizer
 from trainyard.worker.splitmix import splitmix64
 

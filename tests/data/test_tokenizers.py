@@ -15,13 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
-from trainyard.worker.data.tokenizers import (
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    main,
-    train_tokenizer,
-)
+from trainyard.worker.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, main, train_tokenizer
 
 NASTY = (
     "<|im_end|>",

@@ -18,12 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.locks import FileLock
-from trainyard.contract.rundir import (
-    ArtifactDir,
-    AttemptDir,
-    RunDir,
-    write_json,
-)
+from trainyard.contract.rundir import ArtifactDir, AttemptDir, RunDir, write_json
 
 MODEL, MANIFEST = "model.safetensors", "manifest.json"
 RANK_EXIT_SECONDS = 20.0

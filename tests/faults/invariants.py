@@ -18,21 +18,9 @@ from sqlalchemy.orm import Session
 from tests.faults import fake_ranks
 from tests.faults.service_home import Home, Member, until
 from trainyard.contract.messages import ExitReport, Outcome, read_message
-from trainyard.contract.status import (
-    LIVE,
-    TERMINAL,
-    JobStatus,
-    can_transition,
-)
+from trainyard.contract.status import LIVE, TERMINAL, JobStatus, can_transition
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import (
-    AttemptRow,
-    CheckpointRow,
-    DeviceLeaseRow,
-    EventRow,
-    JobRow,
-    MetricRow,
-)
+from trainyard.service.db.models import AttemptRow, CheckpointRow, DeviceLeaseRow, EventRow, JobRow, MetricRow
 from trainyard.service.launch.base import LOCAL
 
 GRACE_SECONDS = 5.0

@@ -24,12 +24,7 @@ from trainyard.contract.rundir import read_json
 from trainyard.service import leadership as leasing
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import SchedulerLeaseRow
-from trainyard.service.leadership import (
-    LEASE_SECONDS,
-    RENEW_SECONDS,
-    LeaderLease,
-    LeadershipLost,
-)
+from trainyard.service.leadership import LEASE_SECONDS, RENEW_SECONDS, LeaderLease, LeadershipLost
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 

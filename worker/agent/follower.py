@@ -65,7 +65,6 @@ class PeerNodes:
         return self._first_exit_at is not None and now - self._first_exit_at > PEER_EXIT_GRACE_SECONDS
 
     def missing(self) -> list[int]:
-        """Return the nodes without an exit record."""
         return [node for node in self._followers if node not in self.exits]
 
     def wait_for_exits(self) -> None:

@@ -29,7 +29,6 @@ class HangDetector:
         self._polled_at: float | None = None
 
     def poll(self, now: float) -> None:
-        """Read the step file and the outbox once."""
         if self._progress_at is None or self._polled_at is None:
             self._progress_at = now
         elif now - self._polled_at > SUSPENDED_SECONDS:

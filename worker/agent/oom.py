@@ -114,7 +114,6 @@ class OomMonitor:
         self._record_kills(now)
 
     def report(self, now: float) -> OomReport:
-        """Return the report, at the end of the attempt."""
         self._record_kills(now)
         kills = sum(count for at, count in self._new_kills if now - at <= OOM_WINDOW_SECONDS)
         limit = self._cgroup.limit_bytes() if self._cgroup is not None else None

@@ -42,7 +42,6 @@ class ProcessTree:
         return status
 
     def alive(self) -> list[ProcessIdentity]:
-        """Return the living processes."""
         return descendants(self.ancestor)
 
     def terminate(self) -> None:

@@ -96,7 +96,6 @@ class EventUploader:
         return cls(attempt, ReportEndpoint(url, identity, token, Path(file) if file else None))
 
     def start(self) -> None:
-        """Start the upload thread."""
         if self._endpoint is not None:
             self._thread.start()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from trainyard.contract.file_identity import Compression, compression_of
-from trainyard.worker.data.jsonl import DataInvalid, require_unchanged
+from trainyard.worker.data.jsonl import DataInvalid, ParseStats, require_unchanged
 
 BUFFER_BYTES = 1 << 20
 
@@ -100,6 +100,28 @@ class CorpusFile:
 
     def __exit__(self, *_: object) -> None:
         self.raw.close()
+
+
+class SourceReader:
+    """The part of a `worker.data.readers.Reader` that does not depend on the file's format."""
+
+    def __init__(self, source: CorpusFile) -> None:
+        self.source = source
+        self.stats = ParseStats()
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @property
+    def digest(self) -> str:
+        return self.source.digest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.__exit__()
 
 
 class _HashingReader(io.RawIOBase):

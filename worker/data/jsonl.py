@@ -88,7 +88,6 @@ class BadLineGrouper:
         self._reason = ""
 
     def add(self, line: int, reason: str) -> None:
-        """Add the next bad line."""
         if (line, reason) != (self._last + 1, self._reason):
             self.end()
             self._first, self._reason = line, reason
@@ -109,7 +108,6 @@ class VerboseParseStats(ParseStats):
     grouper: BadLineGrouper = field(default_factory=lambda: BadLineGrouper(print), compare=False)
 
     def add_bad(self, line: int, reason: str) -> None:
-        """Count and report a bad line."""
         super().add_bad(line, reason)
         self.grouper.add(line, reason)
 

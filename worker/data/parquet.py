@@ -5,10 +5,10 @@ The column is read as a dictionary: a few bytes may repeat one text a million ti
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import CorpusFile, import_optional
+from trainyard.worker.data.file import CorpusFile, SourceReader, import_optional
 from trainyard.worker.data.jsonl import BadLineError, DataInvalid, Document, ParseStats
 
 BATCH_ROWS = 256
@@ -17,12 +17,11 @@ MAX_GROUP_BYTES = 2 << 30
 """Decompressed bytes of the column in one row group, which is decoded as a whole."""
 
 
-class ParquetReader:
+class ParquetReader(SourceReader):
     """A `worker.data.readers.Reader` whose lines are rows."""
 
     def __init__(self, source: CorpusFile) -> None:
-        self.stats = ParseStats()
-        self._source = source
+        super().__init__(source)
         self._rows_done, self._rows = 0, 1
         try:
             self._arrow = import_optional("pyarrow", source.path)
@@ -35,14 +34,6 @@ class ParquetReader:
     def bytes_read(self) -> int:
         """An estimate: the file's size times the share of rows read."""
         return self.size * self._rows_done // max(1, self._rows)
-
-    @property
-    def size(self) -> int:
-        return self._source.size
-
-    @property
-    def digest(self) -> str:
-        return self._source.digest
 
     def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
         del on_progress  # quick: whole row groups are skipped without being read
@@ -60,18 +51,18 @@ class ParquetReader:
             self.stats.documents += 1
             yield Document(number, text)
         # Parquet is not read in order, so the file is hashed in a second pass.
-        self._source.raw.seek(0)
-        self._source.finish()
+        self.source.raw.seek(0)
+        self.source.finish()
 
     def _values(self, text_field: str, skipped: int) -> Iterator[bytes | None]:
         """Yield the value of each row after the first ``skipped``."""
-        path = self._source.path
+        path = self.source.path
         try:
             # Opened by the descriptor that was checked: the path may be another file by now.
-            header = self._parquet.ParquetFile(self._source.raw)
+            header = self._parquet.ParquetFile(self.source.raw)
             self._rows = header.metadata.num_rows
             self._require_column(header, text_field)
-            file = self._parquet.ParquetFile(self._source.raw, metadata=header.metadata, read_dictionary=[text_field])
+            file = self._parquet.ParquetFile(self.source.raw, metadata=header.metadata, read_dictionary=[text_field])
             groups = self._groups_after(header.metadata, skipped)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[text_field]):
                 yield from self._decode(batch.column(0).slice(min(len(batch), max(0, skipped - self._rows_done))))
@@ -89,7 +80,7 @@ class ParquetReader:
         return []
 
     def _require_column(self, file: Any, text_field: str) -> None:
-        schema, path = file.schema_arrow, self._source.path
+        schema, path = file.schema_arrow, self.source.path
         if schema.names.count(text_field) != 1:
             listed = ", ".join(schema.names[:20])
             raise DataInvalid(f"{path} has no single column {text_field!r} but {listed}: set text_field to one of them")
@@ -112,12 +103,6 @@ class ParquetReader:
         for index in column.indices.to_pylist():
             # One at a time: the decoded rows may be far larger than the dictionary.
             yield None if index is None else column.dictionary[index].cast(binary).as_py()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._source.__exit__()
 
 
 def _text_of(value: bytes | None, text_field: str) -> str:

@@ -81,8 +81,6 @@ def prepare_data(
 
 
 class _ProgressReporter:
-    """Emits the progress of the tokenization, and raises StopRequested when the run is to stop."""
-
     def __init__(self, emit: Callable[[Event], None], stop_requested: Callable[[], bool]) -> None:
         self._emit = emit
         self._stop_requested = stop_requested

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 
 from trainyard.contract.file_identity import BLANK, BOM, Compression, is_plain_text
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import CorpusFile
+from trainyard.worker.data.file import CorpusFile, SourceReader
 from trainyard.worker.data.jsonl import BadLineError, Document, ParseStats, text_of
 from trainyard.worker.data.parquet import ParquetReader
 
@@ -65,25 +65,16 @@ def detect_plain_text(path: Path) -> bool:
         return source.compression is not Compression.PARQUET and is_plain_text(path.name, source.head())
 
 
-class LineReader:
+class LineReader(SourceReader):
     """A `Reader` of JSONL: one document per line."""
 
     def __init__(self, source: CorpusFile) -> None:
-        self.source = source
-        self.stats = ParseStats()
+        super().__init__(source)
         self._lines = self._raw_lines()
 
     @property
     def bytes_read(self) -> int:
         return self.source.bytes_read
-
-    @property
-    def size(self) -> int:
-        return self.source.size
-
-    @property
-    def digest(self) -> str:
-        return self.source.digest
 
     def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
         # The lines are read and hashed again, but not parsed.
@@ -128,12 +119,6 @@ class LineReader:
             # Entered only on an error: a context manager around each line would double its cost.
             with self.source.translate_errors():
                 raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.source.__exit__()
 
 
 class TextReader(LineReader):

@@ -28,7 +28,6 @@ class FeistelPermutation:
     epoch: int
 
     def __call__(self, positions: npt.ArrayLike) -> Integers:
-        """Return the value at each of these positions."""
         bits = max(2, (self.size - 1).bit_length())
         keys = self._round_keys()
         values = _feistel(np.asarray(positions, dtype=np.uint64), bits, keys)
@@ -67,7 +66,6 @@ class StepSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows."""
         return -(-len(self.target_count) // self.global_batch)
 
     def epoch_of(self, step: int) -> int:

@@ -57,7 +57,6 @@ class JournalEntry:
         write_json(directory / JOURNAL, {"tokens": self.tokens, "tally": counts})
 
     def sizes(self, token_bytes: int) -> tuple[int, int]:
-        """Return the bytes of both files."""
         return self.tokens * token_bytes, (self.stats.documents + 1) * 8
 
 
@@ -126,7 +125,6 @@ class ArrayFiles:
             file.write(np.ascontiguousarray(column).data)
 
     def flush(self) -> None:
-        """Flush and fsync the files."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())

@@ -126,15 +126,12 @@ class Trackers:
         self._emit(WarningEvent(code=f"{name}_failed", message=message))
 
     def start_at(self, step: int) -> None:
-        """Announce that the next metric is after ``step``."""
         self._for_each(lambda tracker: tracker.start_at(step))
 
     def log(self, metric: Metric) -> None:
-        """Log one metric event to all trackers."""
         self._for_each(lambda tracker: tracker.log(metric))
 
     def close(self) -> None:
-        """Close all trackers."""
         self._for_each(lambda tracker: tracker.close())
 
     def _for_each(self, action: Callable[[Tracker], None]) -> None:
