@@ -1,4 +1,4 @@
-"""Corpora of every form: packed, plain text, parquet. What they hold, and what is said of damaged ones."""
+"""Readers of every format: compressed, plain text, parquet; and the errors of damaged files."""
 
 import gzip
 import hashlib
