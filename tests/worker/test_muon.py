@@ -74,6 +74,6 @@ def test_the_bench_holds_both_side_by_side(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_learner_reaches_a_loss_with_the_mean_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "WINDOW", 2)
     made = optimizers.Learner("muon", 1.0, None, None, [4.0, 2.0, 0.0, 0.0], [1.0, 3.0, 2.0, 2.0])  # type: ignore[arg-type]
-    assert made.smooth == [4.0, 3.0, 1.0, 0.0]
+    assert made.smoothed == [4.0, 3.0, 1.0, 0.0]
     assert made.clock == [2.0, 4.0, 6.0, 8.0]
     assert [made.reaches(loss) for loss in (9.0, 3.0, 2.0, 1.0, -1.0)] == [2, 2, 3, 3, None]
