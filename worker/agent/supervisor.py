@@ -6,7 +6,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from types import FrameType
 from typing import Self
 
@@ -115,28 +114,24 @@ class Supervisor:
         self.hang_detector.poll(now)
         self.oom_monitor.poll(now)
         self.peers.poll(now)
+        clustered = self.node.clustered
         return Observation(
             torchrun_ended=self.processes.torchrun_status() is not None,
-            # ``closed``: the service has told the cluster to end the attempt. The cluster begins with a stop signal.
-            desired=Desired.KILL if self._cluster_file_exists(self.attempt.closed) else self.uploader.desired,
+            # ``closed``: the service makes the cluster end the attempt. The cluster begins with a stop signal.
+            desired=Desired.KILL if clustered and self.attempt.closed.exists() else self.uploader.desired,
             # ``stop`` may have been written before this agent could receive the signal for it.
-            received_signal=(
-                self.received_signal.is_set()
-                or self._cluster_file_exists(self.attempt.time_limit)
-                or self._cluster_file_exists(self.attempt.stop)
-            ),
+            received_signal=self.received_signal.is_set()
+            or self._near_time_limit()
+            or (clustered and self.attempt.stop.exists()),
             stop_requested_at=self.stop_requested_at,
             terminated_at=self.terminated_at,
             is_hung=self.hang_detector.is_hung(now),
-            peer_lost=self.peers.lost(now) or self._is_orphaned(),
+            # An agent whose parent has changed is no longer tracked by the cluster.
+            peer_lost=self.peers.lost(now) or (clustered and os.getppid() != self.parent),
         )
 
-    def _cluster_file_exists(self, file: Path) -> bool:
-        return self.node.clustered and file.exists()
-
-    def _is_orphaned(self) -> bool:
-        """Return whether the cluster's process above this agent is gone, so that it no longer tracks the agent."""
-        return self.node.clustered and os.getppid() != self.parent
+    def _near_time_limit(self) -> bool:
+        return self.node.clustered and self.attempt.time_limit.exists()
 
     def _dump_stacks(self) -> None:
         """Make the ranks print their stacks into their logs, which they do on SIGUSR2."""
@@ -155,7 +150,7 @@ class Supervisor:
         self.report = diagnose(
             evidence, self.cause, last_seq=OutboxReader(self.attempt.outbox).skip_to_end(), now=datetime.now(UTC)
         )
-        if self._cluster_file_exists(self.attempt.time_limit) and self.uploader.desired is Desired.RUN:
+        if self._near_time_limit() and self.uploader.desired is Desired.RUN:
             self.report = apply_time_limit(self.report)
         write_json(self.attempt.exit, self.report.model_dump(mode="json"))
 
