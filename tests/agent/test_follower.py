@@ -21,7 +21,7 @@ from trainyard.worker.agent.rendezvous import NodeInfo
 MARK = "job_follow/1"
 RESOURCES = '{"resources": {"nproc_per_node": 1}}'
 PARENT = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); sys.stdin.read()"
-"""As the cluster's own process above the agent: whoever kills it leaves the agent an orphan."""
+"""Stands in for the cluster's process above the agent: killing it orphans the agent."""
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def test_corpora_are_opened_whole_while_they_are_removed_all_the_time(tmp_path: 
             assert texts_of(corpus) == list(docstrings()[:5])
             PackedDataset.open(corpus, max_seq_len=32, packing="document").batch([0])
             del corpus
-            ended.wait(0.005)  # nobody has it open for a moment
+            ended.wait(0.005)  # no process has it open for a moment
     finally:
         ended.set()
         remover.join()

@@ -38,7 +38,7 @@ def corpus_of(lengths: list[int], folder: Path) -> Corpus:
 
 
 def numbered(corpus: Corpus) -> Corpus:
-    """The same documents, with each token's place in the corpus as its id: so that it can be told where it went."""
+    """The same documents, with each token's position in the corpus as its id, to see where it goes."""
     corpus.tokens = np.arange(corpus.meta.tokens, dtype=np.uint32)
     return corpus
 

@@ -1,7 +1,7 @@
 """Stands in for torchrun and its ranks: standard library only, a few milliseconds a step, with real checkpoints.
 
 The "weights" are a chain of hashes over the steps, so a step left out, or done twice, changes the last ones. What is
-to happen stands in the spec's labels: {"steps": "40", "pace": "0.02", "save": "5", "fault": "signal_9_at_5"}. A fault
+to happen is in the spec's labels: {"steps": "40", "pace": "0.02", "save": "5", "fault": "signal_9_at_5"}. A fault
 strikes in the first attempt, or with {"always": "1"} in each. {"deaf": "1"}: stop requests and SIGTERM are ignored.
 """
 
@@ -52,7 +52,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def torchrun(run: RunDir, attempt: AttemptDir) -> int:
-    """Every rank in a session of its own; exit 1 as soon as one fails, and never with a rank left behind."""
+    """Start every rank in its own session; return 1 as soon as one fails, with no rank left."""
     labels = json.loads(attempt.spec.read_bytes())["labels"]
     ranks = [
         subprocess.Popen(

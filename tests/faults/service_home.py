@@ -169,7 +169,7 @@ class Home:
         return [member.process for member in self.processes(job_id) if member.role == role]
 
     def end_all(self) -> None:
-        """Leave nothing behind, whatever the test did."""
+        """End every process of this home."""
         self.client.close()
         self.signal(signal.SIGCONT)
         self.kill()

@@ -1,6 +1,6 @@
 """Random kills of everything: thousands with fake ranks, hundreds with real gloo ranks.
 
-In `make test` a few of the former; what becomes of real ranks that are killed stands in tests/story there.
+`make test` runs a few of the former; tests/story kills real ranks.
 
 TRAINYARD_SOAK_KILLS and _SECONDS choose number and longest time of the long forms.
 """

@@ -77,7 +77,7 @@ def test_running_attempts_are_found_again(make_home: MakeHome, account: SoakRepo
     took = time.monotonic() - began
     account.faults["running attempt found again after a kill of the server"] += count
     account.figure(f"{count} attempts found again, s", took)
-    account.invariants.append("none was restarted, every agent is the one of before")
+    account.invariants.append("none was restarted, every agent is the same process")
     now = {member.job: member.process for member in home.processes() if member.job != late}
     assert now == agents
     assert {home.job(job_id)["attempt"] for job_id in jobs} == {1}
