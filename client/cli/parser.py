@@ -148,11 +148,11 @@ def _spec_command(name: str, explained: str, *params: click.Parameter) -> SpecCo
 
 
 def _token(name: str, explained: str, *params: click.Parameter) -> Command:
-    return _remote(name, f"access:{name}", explained, _argument("name", "NAME", "of the token"), *params)
+    return _remote(name, f"cli.commands.tokens:{name}", explained, _argument("name", "NAME", "of the token"), *params)
 
 
 def _webhook(name: str, explained: str, *params: click.Parameter) -> Command:
-    return _remote(name, f"hooking:{name}", explained, _argument("webhook", "WEBHOOK", "its id"), *params)
+    return _remote(name, f"cli.commands.webhooks:{name}", explained, _argument("webhook", "WEBHOOK", "its id"), *params)
 
 
 def _argument(name: str, metavar: str, explained: str, **settings: Any) -> click.Argument:
