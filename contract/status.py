@@ -1,10 +1,10 @@
-"""The states of a job, what the user wants of it, and the one table of allowed transitions."""
+"""The states of a job, its desired states, and the table of allowed transitions."""
 
 from enum import StrEnum
 
 
 class JobStatus(StrEnum):
-    """Where a job is in its life. `docs/guides/life-of-a-job.md` draws it."""
+    """The status of a job. `docs/guides/life-of-a-job.md` has a diagram."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -19,7 +19,7 @@ class JobStatus(StrEnum):
 
 
 class Desired(StrEnum):
-    """What the user wants of a job; the agent hears it in each reply."""
+    """What the user has requested of a job. The agent gets it in each response."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -28,7 +28,7 @@ class Desired(StrEnum):
 
 
 class Phase(StrEnum):
-    """What a live attempt is busy with."""
+    """What a live attempt does at the moment."""
 
     LOADING = "loading"
     PREPARING_DATA = "preparing_data"
@@ -39,7 +39,7 @@ class Phase(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a job is where it is, and so who is at fault."""
+    """Why a job is in its status."""
 
     USER = "user"
     SPEC_INVALID = "spec_invalid"
@@ -76,7 +76,7 @@ RESTARTABLE = frozenset(
         Reason.UNKNOWN,
     }
 )
-"""Ends after which another attempt on the same spec may go better."""
+"""Reasons after which another attempt of the same spec may succeed."""
 
 UNCOUNTED_REASONS = frozenset(
     {
@@ -88,16 +88,16 @@ UNCOUNTED_REASONS = frozenset(
         Reason.NODE_LOST,
     }
 )
-"""Ends that are no fault of the job's, so that they do not use up ``max_restarts``."""
+"""Reasons with an external cause. Restarts after them do not count towards ``max_restarts``."""
 
 LIVE = frozenset({JobStatus.STARTING, JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})
-"""An attempt may have processes."""
+"""Statuses in which an attempt may have processes."""
 
 TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
-"""Final until the user resumes."""
+"""Statuses that are final unless the user resumes the job."""
 
 IDLE = TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
-"""Nothing runs and nothing is waiting to run, except an interrupted job that is waiting for its own restart."""
+"""Statuses in which nothing runs or is queued. An interrupted job may still be waiting for an automatic restart."""
 
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.PAUSED, JobStatus.CANCELLED, JobStatus.FAILED}),
@@ -137,9 +137,9 @@ TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
     JobStatus.FAILED: frozenset({JobStatus.QUEUED}),
     JobStatus.SUCCEEDED: frozenset({JobStatus.QUEUED}),
 }
-"""Every change of status there is. A change outside this table is a bug and raises."""
+"""All allowed changes of status. Any other change is a bug and raises."""
 
 
 def can_transition(before: JobStatus, after: JobStatus) -> bool:
-    """Whether the table allows ``before`` -> ``after``."""
+    """Return whether `TRANSITIONS` allows ``before`` -> ``after``."""
     return after in TRANSITIONS[before]

@@ -113,7 +113,7 @@ class LocalLauncher:
 
     def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """Whose agent lives and has not left its report yet."""
-        agents = live_markers(besides=AGENTS_TOKEN)
+        agents = live_markers(with_variable=AGENTS_TOKEN)
         return {name for name in names if str(name) in agents and not self._files.attempt(name).exit.exists()}
 
     def _ranks_hold_lock(self, name: AttemptRef) -> bool:

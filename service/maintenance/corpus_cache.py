@@ -71,7 +71,7 @@ class CorpusCachePruner:
 
     def prune(self) -> list[CacheEntry]:
         """Remove what is surplus; what was removed."""
-        self.cache.collect()
+        self.cache.delete_leftovers()
         going = corpora_to_delete(self.cache.entries(), self.limits, self.clock())
         gone = [each for each in going if self.cache.remove(each)]
         for each in gone:

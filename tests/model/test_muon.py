@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates, who gets them, and what they are worth beside AdamW's on real text."""
+"""Muon: orthogonal updates, which parameters get them, and a comparison with AdamW on real text."""
 
 import pytest
 import torch
