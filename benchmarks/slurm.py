@@ -14,7 +14,7 @@ import httpx2
 from benchmarks import launch
 from benchmarks.corpus import write_docstrings
 from benchmarks.running import served, until
-from tests.slurm.cluster import Cluster, why_not
+from tests.slurm.cluster import Cluster, skip_reason
 from trainyard.contract.rundir import RunDir
 
 ROUNDS = 5
@@ -52,8 +52,8 @@ def by_service(client: httpx2.Client, cluster: Cluster, home: Path, spec: dict[s
 
 
 def main() -> None:
-    """Alternate the two, so that a slow minute of the machine affects both."""
-    missing = why_not()
+    """Alternate the two, so that a slow minute of the machine hits both."""
+    missing = skip_reason()
     if missing is not None:
         print(f"skipped: {missing}")
         return

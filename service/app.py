@@ -94,7 +94,7 @@ def build_state(
         launcher,
         devices,
         lease=lease,
-        wanted=schedules,
+        enabled=schedules,
         preempts=settings.preemption,
         timing=timing,
     )

@@ -54,7 +54,7 @@ def test_no_scheduler(rig: ServiceHarness) -> None:
 
 
 def test_a_scheduler_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(live.scheduler), "silence", property(lambda _: ROUND_SECONDS + 1))
+    monkeypatch.setattr(type(live.scheduler), "seconds_since_round", property(lambda _: ROUND_SECONDS + 1))
     assert told(live, 503)["scheduler"] == (False, "has not finished a round for 61 s")
 
 
@@ -63,7 +63,7 @@ def test_the_database_is_away(live: ServiceHarness, monkeypatch: pytest.MonkeyPa
         raise OperationalError("SELECT 1", {}, Exception("gone, and this is the secret address"))
 
     monkeypatch.setattr(live.database, "read", away)
-    monkeypatch.setattr(live.scheduler, "_wanted", False)
+    monkeypatch.setattr(live.scheduler, "_enabled", False)
     answer = live.client.get("/ready")
     assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
     assert told(live, 503) == {
@@ -121,7 +121,7 @@ def test_no_tables_at_all(make_rig: MakeHarness, tmp_path: Path) -> None:
 def replica(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, silence: Callable[[Any], float]
 ) -> dict[str, tuple[bool, str]]:
-    monkeypatch.setattr(rig.scheduler, "_wanted", False)
+    monkeypatch.setattr(rig.scheduler, "_enabled", False)
     services = rig.app.state.services
     monkeypatch.setattr(services.leader, "seconds_since_renewal", silence)
     return {part.name: (part.ok, part.detail) for part in check_components(services)}
@@ -159,8 +159,8 @@ def disk(state: DiskState, free: int = 1 * GIB) -> Disk:
 
 def see(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, *disks: Disk) -> None:
     watch = rig.app.state.services.disks
-    watch.look()
-    monkeypatch.setattr(watch, "_seen", disks)
+    watch.poll()
+    monkeypatch.setattr(watch, "_latest", disks)
 
 
 @pytest.mark.parametrize(

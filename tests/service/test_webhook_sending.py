@@ -245,7 +245,7 @@ def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: Servic
     senders = [Sender(any_rig.database, courier, lease, any_rig.clock, ticks) for lease in leases]
     register(any_rig, receiver.url, events=["job.created"])
     for leader in (0, 1, 2):
-        assert leases[leader].keep()
+        assert leases[leader].renew()
         for _ in range(5):
             any_rig.submit()
         begun = [0, 0, 0]
@@ -254,7 +254,7 @@ def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: Servic
                 begun[index] += sender.round()
                 assert sender.deliver_until_idle(DEADLINE)
         assert [count > 0 for count in begun] == [index == leader for index in range(3)]
-        leases[leader].give_up()
+        leases[leader].release()
     ids = [got.id for got in receiver.got]
     assert len(ids) == len(set(ids)) == 15
 
@@ -264,7 +264,7 @@ def test_a_leader_that_slept_sends_nothing_when_it_wakes(any_rig: ServiceHarness
     lease = LeaderLease(any_rig.database, ticks)
     sender = Sender(any_rig.database, WebhookClient(any_rig.settings.webhook_networks), lease, any_rig.clock, ticks)
     webhook = register(any_rig, receiver.url, events=["job.created"])
-    assert lease.keep()
+    assert lease.renew()
     any_rig.submit()
 
     def sleep() -> None:
@@ -275,12 +275,12 @@ def test_a_leader_that_slept_sends_nothing_when_it_wakes(any_rig: ServiceHarness
         assert sender.deliver_until_idle(DEADLINE)
     assert receiver.got == []
     other = LeaderLease(any_rig.database, ticks)
-    lease.give_up()
-    assert other.keep()
+    lease.release()
+    assert other.renew()
     heir = Sender(any_rig.database, WebhookClient(any_rig.settings.webhook_networks), other, any_rig.clock, ticks)
     assert heir.round() == 0
     ticks.now += SEND_SECONDS + GRACE_SECONDS + 1
-    assert other.keep()
+    assert other.renew()
     assert heir.round() == 1
     assert heir.deliver_until_idle(DEADLINE)
     assert deliveries(any_rig, webhook)[0]["state"] == "delivered"

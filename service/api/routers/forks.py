@@ -30,7 +30,7 @@ from trainyard.service.jobs import deletion, repository, resume_compat
 from trainyard.service.jobs.resume_compat import ResumeCandidate
 from trainyard.service.jobs.submission import kind_of
 from trainyard.service.observability.logging import bind
-from trainyard.service.planning.preview import queue_position
+from trainyard.service.planning.preview import preview_from_step
 from trainyard.service.schemas import Job, PlanPreview
 
 _FIELDS = {
@@ -78,7 +78,7 @@ def plan_fork(services: StateDep, job_id: str, body: JsonBody) -> PlanPreview:
         parent = service.find_parent(session, services.settings.runs, job_id, asked)
     spec = forked_spec(asked, parent.origin, host)
     facts = service.facts_of(spec, asked, parent, kind_of(spec, host))
-    return queue_position(planned(services, spec), parent.step, facts["base_step"], facts["steps"])
+    return preview_from_step(planned(services, spec), parent.step, facts["base_step"], facts["steps"])
 
 
 def _make(
