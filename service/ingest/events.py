@@ -34,17 +34,17 @@ from trainyard.service.db.models import (
 )
 from trainyard.service.errors import Unauthorized
 from trainyard.service.ids import token_hash
-from trainyard.service.ingest.parsing import contiguous, read
+from trainyard.service.ingest.parsing import contiguous, parse_event
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.metrics import rollups
 from trainyard.service.metrics.progress import after_metric, after_start
 
 # Built once: each report runs them.
-ATTEMPT = select(AttemptRow).where(AttemptRow.id == bindparam("attempt_id"))
-POINTS = insert(MetricRow)
-_OWN = (MetricRow.job_id == bindparam("job_id"), MetricRow.attempt == bindparam("attempt"))
-LAST_STEP = select(func.max(MetricRow.step)).where(*_OWN)
+ATTEMPT_BY_ID = select(AttemptRow).where(AttemptRow.id == bindparam("attempt_id"))
+INSERT_METRICS = insert(MetricRow)
+_OF_ATTEMPT = (MetricRow.job_id == bindparam("job_id"), MetricRow.attempt == bindparam("attempt"))
+MAX_STEP_OF_ATTEMPT = select(func.max(MetricRow.step)).where(*_OF_ATTEMPT)
 
 QUARANTINED = ("invalid", "superseded")
 """Reasons of a removal that leaves the files under another name."""
@@ -53,7 +53,7 @@ QUARANTINED = ("invalid", "superseded")
 def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
     """The attempt, where the token is its own. Raises Unauthorized, whether there is such an attempt or not."""
     plain = attempt_id.isascii() and attempt_id.isprintable()
-    attempt = session.scalar(ATTEMPT, {"attempt_id": attempt_id}) if plain else None
+    attempt = session.scalar(ATTEMPT_BY_ID, {"attempt_id": attempt_id}) if plain else None
     expected = attempt.token_sha256 if attempt is not None else NO_HASH
     if not hmac.compare_digest(token_hash(token), expected) or attempt is None:
         raise Unauthorized("The token does not belong to this attempt.")
@@ -63,7 +63,7 @@ def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
 def lock(session: Session, attempt_id: str, job_id: str) -> tuple[JobRow, AttemptRow]:
     """The attempt and its job, held until the transaction ends; always the job first, so that nobody deadlocks."""
     job = repository.lock(session, job_id)
-    attempt = session.scalar(ATTEMPT, {"attempt_id": attempt_id}, execution_options={"populate_existing": True})
+    attempt = session.scalar(ATTEMPT_BY_ID, {"attempt_id": attempt_id}, execution_options={"populate_existing": True})
     assert attempt is not None
     return job, attempt
 
@@ -90,7 +90,7 @@ def desired_of(job: JobRow, attempt: AttemptRow) -> Desired:
 
 def ingest(session: Session, job: JobRow, attempt: AttemptRow, lines: Iterable[dict[str, Any]]) -> int:
     """Store the lines that follow what is stored. Returns how many were new; ``attempt.acked_seq`` counts them."""
-    events = [read(line) for line in contiguous(lines, attempt.acked_seq)]
+    events = [parse_event(line) for line in contiguous(lines, attempt.acked_seq)]
     if not events:
         return 0
     try:
@@ -105,7 +105,7 @@ def ingest(session: Session, job: JobRow, attempt: AttemptRow, lines: Iterable[d
 
 def _store(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[Event]) -> None:
     with session.begin_nested():
-        into = _Ingest(session, job, attempt)
+        into = _EventBatch(session, job, attempt)
         for event in events:
             into.add(event)
         into.finish()
@@ -125,7 +125,7 @@ def _store_one_by_one(session: Session, job: JobRow, attempt: AttemptRow, events
 
 
 @dataclass
-class _Ingest:
+class _EventBatch:
     """One batch on its way into the tables."""
 
     session: Session
@@ -146,7 +146,7 @@ class _Ingest:
 
     def _last_step(self) -> int:
         own = {"job_id": self.job.id, "attempt": self.attempt.number}
-        return self.session.connection().scalar(LAST_STEP, own) or 0
+        return self.session.connection().scalar(MAX_STEP_OF_ATTEMPT, own) or 0
 
     def add(self, event: Event) -> None:
         match event:
@@ -174,7 +174,7 @@ class _Ingest:
     def finish(self) -> None:
         """Write the points that were collected."""
         if self.metrics:
-            self.session.connection().execute(POINTS, self.metrics)
+            self.session.connection().execute(INSERT_METRICS, self.metrics)
             self.metrics = []
 
     def seal(self) -> None:
@@ -264,7 +264,7 @@ class _Ingest:
         self.session.add(SampleRow(job_id=self.job.id, attempt=self.attempt.number, **text))
 
     def _warned(self, event: WarningEvent) -> None:
-        repository.alert(self.job, event.code, event.message, event.at, event.step)
+        repository.add_alert(self.job, event.code, event.message, event.at, event.step)
         self._record_event("warning", event.message, event)
 
     def _noted(self, event: ResumeVerified | SettingsChanged) -> None:

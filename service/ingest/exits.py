@@ -40,8 +40,8 @@ def close_attempt(
     """Nothing of the attempt lives any more: close it, free its devices, and move the job on. Twice is once."""
     if attempt.ended_at is not None:
         return
-    report = _with_memory(session, attempt, plain_report(report))
-    report = report.model_copy(update={"ended_at": _when(report.ended_at, attempt.created_at, now)})
+    report = _with_peak_memory(session, attempt, plain_report(report))
+    report = report.model_copy(update={"ended_at": _plausible_end(report.ended_at, attempt.created_at, now)})
     _close(session, attempt, report.outcome, now)
     attempt.ended_at = report.ended_at
     attempt.end_step = report.step
@@ -51,14 +51,14 @@ def close_attempt(
     attempt.ranks = [rank.model_dump(mode="json") for rank in report.ranks]
     if attempt.number == job.attempt and JobStatus(job.status) in LIVE:
         max_restarts = int(job.spec["resources"]["max_restarts"])
-        past = _past(session, job, attempt)
+        past = _restart_history(session, job, attempt)
         ending = after_exit(JobStatus(job.status), report, past, max_restarts, job.preempted_by, timing)
-        if ending.queued_again:
+        if ending.requeue:
             attempt.reason = ending.reason
         _transition_job(session, job, attempt, ending, report, now)
 
 
-def _with_memory(session: Session, attempt: AttemptRow, report: ExitReport) -> ExitReport:
+def _with_peak_memory(session: Session, attempt: AttemptRow, report: ExitReport) -> ExitReport:
     """The report's card with the most memory that any rank has told of, where the report does not know it better."""
     if report.error is None or report.error.peak_memory_bytes is not None:
         return report
@@ -68,19 +68,21 @@ def _with_memory(session: Session, attempt: AttemptRow, report: ExitReport) -> E
     return report.model_copy(update={"error": card})
 
 
-def _when(said: datetime, created_at: datetime, now: datetime) -> datetime:
+def _plausible_end(said: datetime, created_at: datetime, now: datetime) -> datetime:
     """The time that the agent says, as far as it can be: its host has a clock of its own, and old jobs are deleted."""
     return max(created_at, min(said, now))
 
 
-def _past(session: Session, job: JobRow, attempt: AttemptRow) -> restart_policy.RestartHistory:
+def _restart_history(session: Session, job: JobRow, attempt: AttemptRow) -> restart_policy.RestartHistory:
     """What this attempt and those before it have come to."""
     earlier = (AttemptRow.job_id == job.id, AttemptRow.number < attempt.number, AttemptRow.outcome != NOT_LAUNCHED)
     newest_first = select(AttemptRow).where(*earlier).order_by(AttemptRow.number.desc()).limit(MAX_ATTEMPTS_READ)
-    return restart_policy.restart_history(job.restarts, map(_ended, (attempt, *session.scalars(newest_first))))
+    return restart_policy.restart_history(
+        job.restarts, map(_to_ended_attempt, (attempt, *session.scalars(newest_first)))
+    )
 
 
-def _ended(row: AttemptRow) -> restart_policy.EndedAttempt:
+def _to_ended_attempt(row: AttemptRow) -> restart_policy.EndedAttempt:
     reason = Reason(row.reason) if row.reason else None
     why = restart_policy.fault(row.outcome or "", reason)
     return restart_policy.EndedAttempt(row.trigger, why, restart_policy.made_a_step(row.start_step, row.end_step))
@@ -142,7 +144,7 @@ def _transition_job(
     repository.transition(
         session, job, ending.status, EventDraft("status", ending.message, "agent", attempt.number), now, **changes
     )
-    if ending.queued_again:
+    if ending.requeue:
         note = EventDraft("status", "queued again: it goes on when devices are free", "scheduler", attempt.number)
         again = {"desired": Desired.RUN, "trigger": "preemption", "reason": ending.reason}
         repository.transition(session, job, JobStatus.QUEUED, note, now, **again)

@@ -25,7 +25,7 @@ def contiguous(lines: Iterable[dict[str, Any]], acked: int) -> Iterator[dict[str
         yield by_seq[acked]
 
 
-def read(line: dict[str, Any]) -> Event:
+def parse_event(line: dict[str, Any]) -> Event:
     """The line as an event. One that cannot be read, or not be stored, becomes a warning that says so."""
     try:
         event = EVENT.validate_python(_storable(line))
@@ -53,11 +53,11 @@ def _storable(value: Any, depth: int = 0) -> Any:
     if depth > 20:
         raise _Unstorable()
     if isinstance(value, dict):
-        return _without_nonfinite({_text(str(k)): _storable(v, depth + 1) for k, v in value.items()})
+        return _without_nonfinite({_storable_text(str(k)): _storable(v, depth + 1) for k, v in value.items()})
     if isinstance(value, list):
         return [_storable(item, depth + 1) for item in value]
     if isinstance(value, str):
-        return _text(value)
+        return _storable_text(value)
     if isinstance(value, int) and abs(value) > MAX_INTEGER:
         raise _Unstorable()
     return value
@@ -68,7 +68,7 @@ def _without_nonfinite(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, **dict.fromkeys(bad), "nonfinite": True} if bad else value
 
 
-def _text(value: str) -> str:
+def _storable_text(value: str) -> str:
     return value[:MAX_TEXT].replace("\0", "\N{REPLACEMENT CHARACTER}").encode(errors="replace").decode()
 
 
@@ -83,7 +83,7 @@ def plain_report(report: ExitReport) -> ExitReport:
             outcome=report.outcome,
             step=0,
             reason=report.reason,
-            message=_text(report.message),
+            message=_storable_text(report.message),
             last_seq=0,
             ended_at=datetime.now(UTC),
         )

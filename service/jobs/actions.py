@@ -47,7 +47,7 @@ from trainyard.service.jobs.lifecycle import (
     allowed_actions,
     decide,
 )
-from trainyard.service.jobs.queries import newest_step, standing
+from trainyard.service.jobs.queries import job_state, newest_step
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.launch.base import AttemptRef
@@ -63,7 +63,7 @@ IDLE_MESSAGE = {
 def stop(session: Session, job_id: str, action: Action, by: Principal, now: datetime) -> JobRow:
     """Pause, cancel or kill. Raises InvalidState where that does not fit."""
     job = repository.lock(session, job_id)
-    decision = _fitting(job, action)
+    decision = _require_allowed(job, action)
     if isinstance(decision, InProgress):
         return job
     message = f"asked to {REQUESTED[action]}"
@@ -103,7 +103,7 @@ def _set_desired(
 def save(session: Session, job_id: str, by: Principal, now: datetime) -> AttemptRef:
     """Note the wish for a checkpoint, and return the attempt that is to hear of it. Raises InvalidState."""
     job = repository.lock(session, job_id)
-    _fitting(job, "save")
+    _require_allowed(job, "save")
     repository.record_event(session, job, EventDraft("save", "asked to save", by.name), now)
     return AttemptRef(job.id, job.attempt, _launcher_of(session, job))
 
@@ -116,7 +116,7 @@ def _launcher_of(session: Session, job: JobRow) -> str:
 def resume_in_progress(session: Session, job_id: str, changed: bool) -> bool:
     """Whether a resume without changes was asked for already and goes its way. Raises InvalidState."""
     job = repository.find(session, job_id)
-    decision = decide("resume", standing(job))
+    decision = decide("resume", job_state(job))
     if isinstance(decision, InProgress) and not changed:
         return True
     if isinstance(decision, InProgress):
@@ -130,10 +130,10 @@ def resume(
     session: Session, job_id: str, before: dict[str, Any], spec: JobSpec, step: int | None, by: Principal, now: datetime
 ) -> JobRow:
     """Queue the job again with ``spec``, which is ``before`` with what the user changed. Raises QuotaExceeded."""
-    job = _unchanged(session, job_id, before)
+    job = _lock_unchanged(session, job_id, before)
     if job.status == JobStatus.SUCCEEDED:
         _require_more_steps(job, spec)
-    elif isinstance(_fitting(job, "resume"), InProgress):
+    elif isinstance(_require_allowed(job, "resume"), InProgress):
         # Another request was faster since this one looked; it is the same wish, or one that comes too late.
         if spec.model_dump(mode="json") == before and step is None:
             return job
@@ -141,7 +141,7 @@ def resume(
     if step is not None and checkpoint_path(session, job.id, step) is None:
         raise StepUnavailable()
     newest = newest_step(session, job.id)
-    origin = _origin(job, newest)
+    origin = _resume_origin(job, newest)
     if step is not None:
         origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
     ranks = spec.resources.ranks
@@ -165,7 +165,7 @@ def resume(
     return job
 
 
-def _origin(job: JobRow, newest: int | None) -> str:
+def _resume_origin(job: JobRow, newest: int | None) -> str:
     if newest is not None:
         return f"goes on from step {newest:,}"
     if job.parent_step is not None:
@@ -183,7 +183,7 @@ def patch(
     now: datetime,
 ) -> JobRow:
     """Store ``spec``, which is ``before`` with ``changes`` in it."""
-    job = _unchanged(session, job_id, before)
+    job = _lock_unchanged(session, job_id, before)
     job.spec = spec.model_dump(mode="json")
     job.name, job.priority = spec.name, spec.resources.priority
     if "labels" in changes:
@@ -201,7 +201,7 @@ def patch(
 def remove(session: Session, job_id: str) -> JobRow:
     """Remove the record; the caller removes the files once that is committed."""
     job = repository.lock(session, job_id)
-    _fitting(job, "delete")
+    _require_allowed(job, "delete")
     session.execute(delete(JobRow).where(JobRow.id == job.id, JobRow.version == job.version))
     return job
 
@@ -210,7 +210,7 @@ def invalid_state(job: JobRow, why: str) -> InvalidState:
     """The 409 that says the present status and the verbs that fit it."""
     session = object_session(job)
     has_checkpoint = session is not None and newest_step(session, job.id) is not None
-    fits = allowed_actions(replace(standing(job), has_checkpoint=has_checkpoint))
+    fits = allowed_actions(replace(job_state(job), has_checkpoint=has_checkpoint))
     hint = f"; what fits: {', '.join(fits)}" if fits else "; nothing fits but waiting"
     return InvalidState(f"{why[:1].upper()}{why[1:]}{hint}.", job_status=job.status, allowed_actions=fits)
 
@@ -233,8 +233,8 @@ def differences(before: dict[str, Any], after: dict[str, Any], path: str = "") -
     return found
 
 
-def _fitting(job: JobRow, action: Action) -> Transition | InProgress:
-    decision = decide(action, standing(job))
+def _require_allowed(job: JobRow, action: Action) -> Transition | InProgress:
+    decision = decide(action, job_state(job))
     if isinstance(decision, Rejected):
         raise invalid_state(job, decision.reason)
     return decision
@@ -246,7 +246,7 @@ def own_steps(job: JobRow) -> int | None:
     return steps - (job.facts.get("base_step") or 0) if steps is not None else None
 
 
-def _unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:
+def _lock_unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:
     """The job, locked. Raises Conflict where its spec is no longer the one that was worked on."""
     job = repository.lock(session, job_id)
     if job.spec != spec:
@@ -287,7 +287,7 @@ PATCH_FIELDS: dict[str, tuple[str, ...]] = {
 """Name in the body -> place in the spec."""
 
 
-def _as_in(group: type[BaseModel], leaf: str) -> Any:
+def _spec_field(group: type[BaseModel], leaf: str) -> Any:
     """Return a field that takes any value, described as in the job spec."""
     schema = group.model_json_schema()["properties"][leaf]
 
@@ -305,12 +305,12 @@ class PatchJobBody(OptionalBody):
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
 
-    name: Any = _as_in(JobSpec, "name")
-    labels: Any = _as_in(JobSpec, "labels")
-    priority: Any = _as_in(ResourcesSpec, "priority")
-    log_interval: Any = _as_in(ReportingSpec, "log_interval")
-    save_interval: Any = _as_in(CheckpointSpec, "save_interval")
-    keep_last: Any = _as_in(CheckpointSpec, "keep_last")
+    name: Any = _spec_field(JobSpec, "name")
+    labels: Any = _spec_field(JobSpec, "labels")
+    priority: Any = _spec_field(ResourcesSpec, "priority")
+    log_interval: Any = _spec_field(ReportingSpec, "log_interval")
+    save_interval: Any = _spec_field(CheckpointSpec, "save_interval")
+    keep_last: Any = _spec_field(CheckpointSpec, "keep_last")
 
 
 class ResumeBody(OptionalBody):
@@ -318,8 +318,8 @@ class ResumeBody(OptionalBody):
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
 
-    epochs: Any = _as_in(TrainingSpec, "epochs")
-    max_steps: Any = _as_in(TrainingSpec, "max_steps")
+    epochs: Any = _spec_field(TrainingSpec, "epochs")
+    max_steps: Any = _spec_field(TrainingSpec, "max_steps")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
     step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
 
@@ -330,7 +330,7 @@ def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, 
     problems = [
         Problem(f"/{name}", f"may only be raised: it is {old:,}" if old is not None else "may only be raised")
         for name, old in before.items()
-        if name in changes and _lowered(old, changes[name])
+        if name in changes and _is_lowered(old, changes[name])
     ]
     try:
         resumed = changed_spec(spec, changes, RESUME_FIELDS, host)
@@ -343,7 +343,7 @@ def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, 
     return resumed
 
 
-def _lowered(old: int | None, new: object) -> bool:
+def _is_lowered(old: int | None, new: object) -> bool:
     return new is None or (old is not None and type(new) is int and new < old)
 
 
@@ -363,10 +363,12 @@ def changed_spec(
     try:
         return validate_spec(merged, host)
     except SpecInvalid as error:
-        raise _repointed(error, changes, fields) from None
+        raise _with_body_pointers(error, changes, fields) from None
 
 
-def _repointed(error: SpecInvalid, changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]]) -> Exception:
+def _with_body_pointers(
+    error: SpecInvalid, changes: Mapping[str, Any], fields: Mapping[str, tuple[str, ...]]
+) -> Exception:
     ours = {pointer_to(*fields[name]): pointer_to(name) for name in changes if fields[name]}
     problems = []
     for found in error.extra["errors"]:

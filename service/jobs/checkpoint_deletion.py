@@ -48,7 +48,7 @@ def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Principa
         session, job, EventDraft("checkpoint_removed", _message(step), by.name, data={"step": step}), now
     )
     session.flush()
-    return _renamed(places[step])
+    return _rename_away(places[step])
 
 
 def _message(step: int) -> str:
@@ -70,7 +70,7 @@ def _require_unused(session: Session, job: JobRow, step: int, newest_other: int)
         raise CheckpointInUse("The attempt may be reading it: wait until it has started.")
 
 
-def _renamed(path: Path) -> Path:
+def _rename_away(path: Path) -> Path:
     leaving = path.with_name(f"{REMOVING_PREFIX}{path.name}")
     shutil.rmtree(leaving, ignore_errors=True)
     try:

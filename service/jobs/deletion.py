@@ -23,10 +23,10 @@ from trainyard.service.errors import Conflict
 from trainyard.service.ids import JOB_ID
 from trainyard.service.settings import Settings
 
-WAIT_SECONDS = 10.0
+LOCK_SECONDS = 10.0
 """For another request that removes the same job's files."""
 
-LARGEST_NOTE = 64 << 10
+MAX_NOTE_BYTES = 64 << 10
 
 log = logging.getLogger("trainyard")
 
@@ -53,7 +53,7 @@ class PendingDeletion:
     def paths(self) -> list[Path]:
         """What was noted; [] where the note was never finished, and so nothing was done."""
         try:
-            noted = json.loads(os.pread(self._lock.descriptor, LARGEST_NOTE, 0))
+            noted = json.loads(os.pread(self._lock.descriptor, MAX_NOTE_BYTES, 0))
             return [Path(path) for path in noted]
         except (ValueError, TypeError):
             return []
@@ -61,12 +61,12 @@ class PendingDeletion:
     def delete_files(self) -> None:
         """Remove them, and the note with the last of them."""
         for path in self.paths():
-            if path.name == self.job_id and _ours(path, self._settings):
-                shutil.rmtree(path, onerror=_complain)
+            if path.name == self.job_id and _may_delete(path, self._settings):
+                shutil.rmtree(path, onerror=_log_error)
         if not any(path.exists() for path in self.paths()):
-            self.forget()
+            self.cancel()
 
-    def forget(self) -> None:
+    def cancel(self) -> None:
         """They stay."""
         self._note.unlink(missing_ok=True)
 
@@ -81,7 +81,7 @@ def mark_for_deletion(settings: Settings, job_id: str, save_dir: str | None) -> 
     settings.trash.mkdir(parents=True, exist_ok=True)
     run = RunDir(settings.runs / job_id)
     try:
-        note = PendingDeletion(settings, settings.trash / f"{job_id}.json", WAIT_SECONDS)
+        note = PendingDeletion(settings, settings.trash / f"{job_id}.json", LOCK_SECONDS)
     except LockBusy:
         raise Conflict() from None
     try:
@@ -112,19 +112,19 @@ def _settle(note: PendingDeletion, database: Database) -> None:
     with database.read() as session:
         kept = session.scalar(select(JobRow.id).where(JobRow.id == note.job_id)) is not None
     if kept or not note.paths():
-        note.forget()
+        note.cancel()
         return
     log.info("removing files that were left behind", extra={"job_id": note.job_id})
     note.delete_files()
 
 
-def _ours(path: Path, settings: Settings) -> bool:
+def _may_delete(path: Path, settings: Settings) -> bool:
     """Looked at once more: a directory may have become a link since the job was submitted."""
     real = path.resolve()
     return real.name == path.name and any(real.is_relative_to(r) for r in (*settings.save_roots, settings.home))
 
 
-def _complain(_function: object, path: str, error: object) -> None:
+def _log_error(_function: object, path: str, error: object) -> None:
     reason = error[1] if isinstance(error, tuple) else error
     if not isinstance(reason, FileNotFoundError):
         log.warning("could not remove a file of a deleted job: %s: %s", path, type(reason).__name__)

@@ -92,7 +92,7 @@ def matches(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
 
 def enqueue_one(session: Session, webhook_id: str, kind: str, job: JobRow, event: EventRow) -> None:
     """Queue one event for one webhook. The body is made now: the job may change later."""
-    news = EventPayload(webhook_id=webhook_id, event=to_event_response(event), job=_job(session, job))
+    news = EventPayload(webhook_id=webhook_id, event=to_event_response(event), job=_job_payload(session, job))
     payload = Payload(type=kind, id=f"evt_{event.number}", timestamp=event.at, data=news)
     session.add(delivery_row(webhook_id, payload, job.id, job.id, event.at))
 
@@ -115,7 +115,7 @@ def delivery_row(webhook_id: str, payload: Payload, job_id: str | None, lane: st
     )
 
 
-def _job(session: Session, job: JobRow) -> JobPayload:
+def _job_payload(session: Session, job: JobRow) -> JobPayload:
     return JobPayload(
         id=job.id,
         name=job.name,

@@ -15,12 +15,12 @@ from trainyard.contract.spec import JobSpec, TrainingSpec
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.db.models import JobRow
 from trainyard.service.jobs.lifecycle import resume_blocker
-from trainyard.service.jobs.queries import standing
+from trainyard.service.jobs.queries import job_state
 
 Changes = Mapping[str, Mapping[str, Any]]
 """Group -> leaf -> what it is to be."""
 
-ONCE = {
+RETRY_CONDITIONS = {
     Reason.OUT_OF_MEMORY: "on a device with more memory",
     Reason.HOST_OUT_OF_MEMORY: "once the host has more memory",
     Reason.DISK_FULL: "once there is room on the disk",
@@ -31,10 +31,10 @@ ONCE = {
 }
 """Reason -> on what condition the same run may go better."""
 
-OF_THE_AGENT = frozenset({Reason.LAUNCH_FAILED, Reason.AGENT_LOST, Reason.HOST_RESTARTED, Reason.NODE_LOST})
+AGENT_FAILURES = frozenset({Reason.LAUNCH_FAILED, Reason.AGENT_LOST, Reason.HOST_RESTARTED, Reason.NODE_LOST})
 """Of these ends the ranks know nothing."""
 
-LAST_LINES = 50
+TAIL_LINES = 50
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
         spec=job.spec,
         step=step,
         inherited=job.parent_step is not None,
-        resumable=resume_blocker(standing(job)) is None,
+        resumable=resume_blocker(job_state(job)) is None,
         restarts_itself=job.restart_at is not None,
     )
     return card.model_copy(update={"next": next_actions(trouble)})
@@ -78,17 +78,17 @@ def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
 
 def next_actions(job: FailureContext) -> list[NextAction]:
     """Return what to do now, the likeliest first."""
-    return [*_with_changes(job), *_resumed(job), _log(job)]
+    return [*_changed_run(job), *_resume(job), _read_log(job)]
 
 
-def _with_changes(job: FailureContext) -> Iterator[NextAction]:
+def _changed_run(job: FailureContext) -> Iterator[NextAction]:
     """Another run of it, with settings that are likely to hold."""
-    changes = _changes(job)
+    changes = _suggested_changes(job)
     if changes is None:
         return
-    words = " and ".join(f"{leaf} {_written(value)}" for leaves in changes.values() for leaf, value in leaves.items())
+    words = " and ".join(f"{leaf} {_format(value)}" for leaves in changes.values() for leaf, value in leaves.items())
     if job.step is not None:
-        options = [f"--set {group}.{leaf}={_written(value)}" for group, leaf, value in _flat(changes)]
+        options = [f"--set {group}.{leaf}={_format(value)}" for group, leaf, value in _leaves(changes)]
         yield NextAction(
             action="fork",
             words=f"Fork from step {job.step:,} with {words}",
@@ -98,10 +98,10 @@ def _with_changes(job: FailureContext) -> Iterator[NextAction]:
             body={"step": job.step, "overrides": changes},
         )
     elif not job.inherited:
-        yield _again(job, changes, f"with {words}" if words else "with other settings")
+        yield _submit_again(job, changes, f"with {words}" if words else "with other settings")
 
 
-def _changes(job: FailureContext) -> Changes | None:
+def _suggested_changes(job: FailureContext) -> Changes | None:
     """None where other settings are no help."""
     training = TrainingSpec.model_validate_json(json.dumps(job.spec["training"]))
     smaller = training.smaller_batch()
@@ -116,11 +116,11 @@ def _changes(job: FailureContext) -> Changes | None:
             return None
 
 
-def _again(job: FailureContext, changes: Changes, how: str) -> NextAction:
+def _submit_again(job: FailureContext, changes: Changes, how: str) -> NextAction:
     """A new job of the same spec, by what differs from the defaults."""
-    body = _differing(job.spec, changes)
-    top = [f"--set {name}={shlex.quote(_written(body[name]))}" for name in body if name not in GROUPS]
-    options = [f"--set {group}.{leaf}={shlex.quote(_written(value))}" for group, leaf, value in _flat(body)]
+    body = _non_default(job.spec, changes)
+    top = [f"--set {name}={shlex.quote(_format(body[name]))}" for name in body if name not in GROUPS]
+    options = [f"--set {group}.{leaf}={shlex.quote(_format(value))}" for group, leaf, value in _leaves(body)]
     return NextAction(
         action="submit",
         words=f"Submit it anew, {how}",
@@ -131,7 +131,7 @@ def _again(job: FailureContext, changes: Changes, how: str) -> NextAction:
     )
 
 
-def _differing(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+def _non_default(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     """The spec with changes, less what is as by default."""
     data_path = spec["data"]["data_path"]
     plain = JobSpec.model_validate({"data": {"data_path": data_path}}).model_dump(mode="json")
@@ -148,21 +148,21 @@ def _differing(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     return body
 
 
-def _flat(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _leaves(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     return ((group, leaf, value) for group in body if group in GROUPS for leaf, value in body[group].items())
 
 
-def _written(value: Any) -> str:
+def _format(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _resumed(job: FailureContext) -> Iterator[NextAction]:
+def _resume(job: FailureContext) -> Iterator[NextAction]:
     if not job.resumable or job.code == Reason.SPEC_INVALID:
         return
     where = f"Resume from step {job.step:,}" if job.step is not None else "Resume from the beginning"
     if job.step is None and job.inherited:
         where = "Resume from its parent's checkpoint"
-    once = ONCE.get(Reason(job.code)) if job.code in list(Reason) else None
+    once = RETRY_CONDITIONS.get(Reason(job.code)) if job.code in list(Reason) else None
     how = "now, without waiting for its restart" if job.restarts_itself else once
     yield NextAction(
         action="resume",
@@ -174,11 +174,11 @@ def _resumed(job: FailureContext) -> Iterator[NextAction]:
     )
 
 
-def _log(job: FailureContext) -> NextAction:
+def _read_log(job: FailureContext) -> NextAction:
     """Where to read on."""
     path = f"/jobs/{job.job_id}/logs?attempt={job.attempt}"
     command = f"trainyard logs {job.job_id} --attempt {job.attempt}"
-    if job.rank is None and job.code in OF_THE_AGENT:
+    if job.rank is None and job.code in AGENT_FAILURES:
         words, rank = "Read what its agent printed", "agent"
     else:
         rank = str(job.rank or 0)
@@ -186,8 +186,8 @@ def _log(job: FailureContext) -> NextAction:
     return NextAction(
         action="logs",
         words=words,
-        command=f"{command} --rank {rank} --tail {LAST_LINES}",
+        command=f"{command} --rank {rank} --tail {TAIL_LINES}",
         method="GET",
-        path=f"{path}&rank={rank}&tail={LAST_LINES}",
+        path=f"{path}&rank={rank}&tail={TAIL_LINES}",
         body=None,
     )

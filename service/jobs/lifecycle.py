@@ -72,7 +72,7 @@ def decide(action: Action, job: JobState) -> Decision:
             return _resume(job)
         case "save":
             running = job.status is JobStatus.RUNNING
-            return Transition(None, job.desired) if running else Rejected(_is(job.status))
+            return Transition(None, job.desired) if running else Rejected(_status_phrase(job.status))
         case "fork":
             return (
                 Transition(None, job.desired) if job.has_checkpoint else Rejected("there is no checkpoint to begin at")
@@ -83,7 +83,9 @@ def decide(action: Action, job: JobState) -> Decision:
             return _stop(job, Desired.KILL)
         case "delete":
             ended = job.status in TERMINAL
-            return Transition(None, job.desired) if ended else Rejected(f"{_is(job.status)}: cancel it first")
+            return (
+                Transition(None, job.desired) if ended else Rejected(f"{_status_phrase(job.status)}: cancel it first")
+            )
         case _:
             assert_never(action)
 
@@ -98,7 +100,7 @@ def resume_blocker(job: JobState) -> str | None:
     decision = decide("resume", job)
     if isinstance(decision, Transition):
         return None
-    return decision.reason if isinstance(decision, Rejected) else _is(job.status)
+    return decision.reason if isinstance(decision, Rejected) else _status_phrase(job.status)
 
 
 def _pause(job: JobState) -> Decision:
@@ -114,7 +116,7 @@ def _pause(job: JobState) -> Decision:
         case JobStatus.INTERRUPTED if job.restart_due:
             return Transition(None, Desired.PAUSE)
         case _:
-            return Rejected(_is(job.status))
+            return Rejected(_status_phrase(job.status))
 
 
 def _resume(job: JobState) -> Decision:
@@ -128,9 +130,9 @@ def _resume(job: JobState) -> Decision:
         case JobStatus.PAUSING if job.preempted:
             return InProgress()
         case JobStatus.PAUSING | JobStatus.CANCELLING:
-            return Rejected(f"{_is(job.status)}: wait until it has stopped")
+            return Rejected(f"{_status_phrase(job.status)}: wait until it has stopped")
         case _:
-            return Rejected(_is(job.status))
+            return Rejected(_status_phrase(job.status))
 
 
 def _stop(job: JobState, wish: Desired) -> Decision:
@@ -142,10 +144,10 @@ def _stop(job: JobState, wish: Desired) -> Decision:
         case JobStatus.CANCELLING:
             return Transition(None, wish) if wish is Desired.KILL and job.desired is not Desired.KILL else InProgress()
         case _:
-            return Rejected(_is(job.status))
+            return Rejected(_status_phrase(job.status))
 
 
-def _is(status: JobStatus) -> str:
+def _status_phrase(status: JobStatus) -> str:
     return f"the job is {status}"
 
 
@@ -162,7 +164,7 @@ class ExitDecision:
     error: ErrorCard | None = None
     restart_seconds: float | None = None
     restarts: int = 0
-    queued_again: bool = False
+    requeue: bool = False
 
 
 def after_exit(
@@ -190,18 +192,18 @@ def after_exit(
         saved = "" if report.outcome == "stopped" else "; nothing was saved by this stop"
         return ExitDecision(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=past.restarts)
     if status is JobStatus.PAUSING and preempted_by is not None:
-        return _after_making_room(report, past, max_restarts, preempted_by, timing)
+        return _after_preemption(report, past, max_restarts, preempted_by, timing)
     if status is JobStatus.PAUSING:
         return _after_pausing(report, past.restarts)
     return _after_crash(report, fault(report.outcome, report.reason), past, max_restarts, timing)
 
 
-def _after_making_room(
+def _after_preemption(
     report: ExitReport, past: RestartHistory, max_restarts: int, preempted_by: str, timing: Timing
 ) -> ExitDecision:
     if report.outcome == "stopped":
         message = f"{report.message}, to make room for {preempted_by}; it goes on by itself"
-        return ExitDecision(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=past.restarts, queued_again=True)
+        return ExitDecision(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=past.restarts, requeue=True)
     # Ended after the grace: we asked for the stop, so it is no fault of the job's.
     why = Reason.PREEMPTED if report.outcome == "killed" else fault(report.outcome, report.reason)
     return _after_crash(report, why, past, max_restarts, timing)
@@ -212,30 +214,32 @@ def _after_pausing(report: ExitReport, restarts: int) -> ExitDecision:
         return ExitDecision(JobStatus.PAUSED, Reason.USER, report.message, restarts=restarts)
     reason = report.reason or Reason.UNKNOWN
     if report.outcome == "failed" and reason not in RESTARTABLE:
-        return ExitDecision(JobStatus.FAILED, reason, report.message, _card(report), restarts=restarts)
+        return ExitDecision(JobStatus.FAILED, reason, report.message, _error_card(report), restarts=restarts)
     message = f"{report.message}; it was pausing, and nothing was saved by this stop"
-    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _card(report), restarts=restarts)
+    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _error_card(report), restarts=restarts)
 
 
 def _after_crash(
     report: ExitReport, reason: Reason, past: RestartHistory, max_restarts: int, timing: Timing
 ) -> ExitDecision:
     if reason not in RESTARTABLE:
-        return ExitDecision(JobStatus.FAILED, reason, report.message, _card(report), restarts=past.restarts)
+        return ExitDecision(JobStatus.FAILED, reason, report.message, _error_card(report), restarts=past.restarts)
     counted = reason not in UNCOUNTED_REASONS
-    given_up = _given_up(past, max_restarts) if counted else None
+    given_up = _give_up_message(past, max_restarts) if counted else None
     if given_up is not None:
         why = Reason.MAX_RESTARTS if max_restarts else reason
-        return ExitDecision(JobStatus.FAILED, why, f"{report.message}{given_up}", _card(report), restarts=past.restarts)
+        return ExitDecision(
+            JobStatus.FAILED, why, f"{report.message}{given_up}", _error_card(report), restarts=past.restarts
+        )
     # A time limit that was met with new steps is how a long run goes on, and nothing to wait after.
-    seconds = 0.0 if reason is Reason.TIME_LIMIT and not past.setbacks else _wait(past, counted, timing)
+    seconds = 0.0 if reason is Reason.TIME_LIMIT and not past.setbacks else _restart_delay(past, counted, timing)
     number = past.restarts + counted
     which = f", {number} of {max_restarts}" if counted else ""
     message = f"{report.message}; restarting in {seconds:g} s{which}"
-    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _card(report), seconds, number)
+    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _error_card(report), seconds, number)
 
 
-def _given_up(past: RestartHistory, max_restarts: int) -> str | None:
+def _give_up_message(past: RestartHistory, max_restarts: int) -> str | None:
     """What is to be said of a job that is not started again, or None where it is."""
     if past.restarts >= max_restarts:
         return f"; all {max_restarts} restarts are used up" if max_restarts else ""
@@ -247,7 +251,7 @@ def _given_up(past: RestartHistory, max_restarts: int) -> str | None:
     return None
 
 
-def _wait(past: RestartHistory, counted: bool, timing: Timing) -> float:
+def _restart_delay(past: RestartHistory, counted: bool, timing: Timing) -> float:
     """Seconds until the next attempt; longer each time, also where nobody is to blame."""
     if counted:
         table, before = timing.backoff_seconds, past.restarts
@@ -256,7 +260,7 @@ def _wait(past: RestartHistory, counted: bool, timing: Timing) -> float:
     return table[min(before, len(table) - 1)]
 
 
-def _card(report: ExitReport) -> ErrorCard | None:
+def _error_card(report: ExitReport) -> ErrorCard | None:
     if report.error is not None or report.outcome == "stopped":
         return report.error
     return ErrorCard(code=report.reason or Reason.UNKNOWN, message=report.message)

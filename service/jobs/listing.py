@@ -11,7 +11,7 @@ from trainyard.contract.status import JobStatus
 from trainyard.service.db.models import Base, JobRow, LabelRow
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.ids import JOB_ID
-from trainyard.service.jobs.queries import PLACED, require
+from trainyard.service.jobs.queries import JOBS_WITH_PLACEMENT, require_job
 
 MAX_DIGITS = 18
 
@@ -49,7 +49,7 @@ def jobs(connection: Connection, wanted: JobFilter) -> tuple[Sequence[Row[Any]],
 
 
 def _filtered(wanted: JobFilter) -> Select[Any]:
-    query: Select[Any] = PLACED
+    query: Select[Any] = JOBS_WITH_PLACEMENT
     if wanted.status:
         query = query.where(JobRow.status.in_(wanted.status))
     if wanted.name is not None:
@@ -80,7 +80,7 @@ def page_of(
 
     ``after`` is the last row's number as text. Raises JobNotFound.
     """
-    require(connection, job_id)
+    require_job(connection, job_id)
     columns = table.__table__.c
     query = select(*columns).where(columns.job_id == job_id)
     if after is not None:

@@ -54,11 +54,11 @@ NEXT_ROUND = "the scheduler's next look"
 def to_job_responses(found: JobRows, waiting: Mapping[str, str]) -> list[Job]:
     """The jobs as the API shows them. Looks at the disk: a checkpoint is shown only while it is there."""
     now = datetime.now(UTC)
-    return [_show(job, found, waiting, now) for job in found.jobs]
+    return [_to_job_response(job, found, waiting, now) for job in found.jobs]
 
 
-def _show(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime) -> Job:
-    standing = queries.standing(job)
+def _to_job_response(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime) -> Job:
+    standing = queries.job_state(job)
     blocker = resume_blocker(standing)
     newest = next((row for row in found.checkpoints.get(job.id, ()) if exists_on_disk(row)), None)
     queue = None
@@ -91,7 +91,7 @@ def _show(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime
         parent=_parent(job),
         submitted_by=job.submitted_by,
         allowed_actions=_actions(replace(standing, has_checkpoint=newest is not None)),
-        summary=summary(_facts(job, progress, checkpoint, queue), now),
+        summary=summary(_summary_input(job, progress, checkpoint, queue), now),
         alerts=[Alert.model_validate(alert) for alert in job.alerts],
         restart_at=job.restart_at,
         created_at=job.created_at,
@@ -127,7 +127,7 @@ def _actions(standing: JobState) -> list[AllowedAction]:
     return shown
 
 
-def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue: Queue | None) -> SummaryInput:
+def _summary_input(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue: Queue | None) -> SummaryInput:
     return SummaryInput(
         status=JobStatus(job.status),
         desired=Desired(job.desired),

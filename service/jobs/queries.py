@@ -19,16 +19,18 @@ from trainyard.service.jobs.lifecycle import JobState
 
 ATTEMPTS, CHECKPOINTS, JOBS = AttemptRow.__table__, CheckpointRow.__table__, JobRow.__table__
 
-NEWEST = and_(ATTEMPTS.c.job_id == JOBS.c.id, ATTEMPTS.c.number == JOBS.c.attempt)
-PLACED: Select[Any] = select(*JOBS.c, ATTEMPTS.c.placement).select_from(JOBS.outerjoin(ATTEMPTS, NEWEST))
+NEWEST_ATTEMPT = and_(ATTEMPTS.c.job_id == JOBS.c.id, ATTEMPTS.c.number == JOBS.c.attempt)
+JOBS_WITH_PLACEMENT: Select[Any] = select(*JOBS.c, ATTEMPTS.c.placement).select_from(
+    JOBS.outerjoin(ATTEMPTS, NEWEST_ATTEMPT)
+)
 """Jobs, each with where a cluster has put its newest attempt."""
 
-ONE = PLACED.where(JOBS.c.id == bindparam("job_id"))
+JOB_BY_ID = JOBS_WITH_PLACEMENT.where(JOBS.c.id == bindparam("job_id"))
 
-SPEC = select(JOBS.c.spec).where(JOBS.c.id == bindparam("job_id"))
-KNOWN = select(JOBS.c.number).where(JOBS.c.id == bindparam("job_id"))
+SPEC_BY_ID = select(JOBS.c.spec).where(JOBS.c.id == bindparam("job_id"))
+NUMBER_BY_ID = select(JOBS.c.number).where(JOBS.c.id == bindparam("job_id"))
 
-KEPT = (
+FULL_CHECKPOINTS = (
     select(*CHECKPOINTS.c)
     .where(CHECKPOINTS.c.job_id.in_(bindparam("ids", expanding=True)), CHECKPOINTS.c.kind == "full")
     .order_by(CHECKPOINTS.c.step.desc(), CHECKPOINTS.c.number.desc())
@@ -36,24 +38,24 @@ KEPT = (
 
 QUEUED = JOBS.c.status == JobStatus.QUEUED
 
-_SAME = JOBS.c.priority == bindparam("priority")
+_SAME_PRIORITY = JOBS.c.priority == bindparam("priority")
 
 
-def _counted(*which: ColumnElement[bool]) -> ScalarSelect[int]:
+def _count_queued(*which: ColumnElement[bool]) -> ScalarSelect[int]:
     return select(func.count()).select_from(JOBS).where(QUEUED, *which).scalar_subquery()
 
 
 # Three stretches of the index one behind the other, instead of a condition on each who waits: where the queue is long,
 # who submits should not pay for all who did before.
-AHEAD = select(
-    _counted(JOBS.c.priority > bindparam("priority"))
-    + _counted(_SAME, JOBS.c.queued_at < bindparam("queued_at"))
-    + _counted(_SAME, JOBS.c.queued_at == bindparam("queued_at"), JOBS.c.number < bindparam("number"))
+COUNT_AHEAD = select(
+    _count_queued(JOBS.c.priority > bindparam("priority"))
+    + _count_queued(_SAME_PRIORITY, JOBS.c.queued_at < bindparam("queued_at"))
+    + _count_queued(_SAME_PRIORITY, JOBS.c.queued_at == bindparam("queued_at"), JOBS.c.number < bindparam("number"))
 )
 
-_PLACE = func.row_number().over(order_by=(JOBS.c.priority.desc(), JOBS.c.queued_at, JOBS.c.number)).label("place")
-_LINE = select(JOBS.c.id, _PLACE).where(QUEUED).subquery()
-PLACES = select(_LINE.c.id, _LINE.c.place).where(_LINE.c.id.in_(bindparam("ids", expanding=True)))
+_POSITION = func.row_number().over(order_by=(JOBS.c.priority.desc(), JOBS.c.queued_at, JOBS.c.number)).label("place")
+_QUEUE = select(JOBS.c.id, _POSITION).where(QUEUED).subquery()
+QUEUE_POSITIONS = select(_QUEUE.c.id, _QUEUE.c.place).where(_QUEUE.c.id.in_(bindparam("ids", expanding=True)))
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,15 @@ class JobRows:
     placements: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def require(connection: Connection, job_id: str) -> None:
+def require_job(connection: Connection, job_id: str) -> None:
     """Raise JobNotFound where there is no such job, also for what cannot be an id."""
-    if not JOB_ID.fullmatch(job_id) or connection.scalar(KNOWN, {"job_id": job_id}) is None:
+    if not JOB_ID.fullmatch(job_id) or connection.scalar(NUMBER_BY_ID, {"job_id": job_id}) is None:
         raise JobNotFound()
 
 
 def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
     """The job's spec as it is stored. Raises JobNotFound."""
-    row = connection.execute(SPEC, {"job_id": job_id}).first() if JOB_ID.fullmatch(job_id) else None
+    row = connection.execute(SPEC_BY_ID, {"job_id": job_id}).first() if JOB_ID.fullmatch(job_id) else None
     if row is None:
         raise JobNotFound()
     spec: dict[str, Any] = row.spec
@@ -83,7 +85,7 @@ def spec_of(connection: Connection, job_id: str) -> dict[str, Any]:
 
 def job_rows(connection: Connection, job_id: str) -> JobRows:
     """What belongs to a job. Raises JobNotFound, also for what cannot be an id."""
-    row = connection.execute(ONE, {"job_id": job_id}).first() if JOB_ID.fullmatch(job_id) else None
+    row = connection.execute(JOB_BY_ID, {"job_id": job_id}).first() if JOB_ID.fullmatch(job_id) else None
     if row is None:
         raise JobNotFound()
     return load_related(connection, [row])
@@ -100,7 +102,7 @@ def load_related(connection: Connection, rows: Sequence[Row[Any]]) -> JobRows:
 def _checkpoints(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, list[CheckpointRow]]:
     begun = [job.id for job in jobs if job.attempt]
     found: dict[str, list[CheckpointRow]] = {}
-    for row in connection.execute(KEPT, {"ids": begun}) if begun else ():
+    for row in connection.execute(FULL_CHECKPOINTS, {"ids": begun}) if begun else ():
         found.setdefault(row.job_id, []).append(cast(CheckpointRow, row))
     return found
 
@@ -111,14 +113,14 @@ def _positions(connection: Connection, jobs: Sequence[JobRow]) -> dict[str, int]
     if not queued:
         return {}
     if len(queued) > 1:
-        rows = connection.execute(PLACES, {"ids": [job.id for job in queued]})
+        rows = connection.execute(QUEUE_POSITIONS, {"ids": [job.id for job in queued]})
         return {row.id: row.place for row in rows}
     job = queued[0]
     place = {"priority": job.priority, "queued_at": job.queued_at, "number": job.number}
-    return {job.id: (connection.scalar(AHEAD, place) or 0) + 1}
+    return {job.id: (connection.scalar(COUNT_AHEAD, place) or 0) + 1}
 
 
-def standing(job: JobRow) -> JobState:
+def job_state(job: JobRow) -> JobState:
     """Return the job as the rules see it."""
     return JobState(
         JobStatus(job.status),

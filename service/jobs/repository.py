@@ -25,7 +25,7 @@ from trainyard.service.errors import Conflict, JobNotFound, KeyReused
 from trainyard.service.ids import JOB_ID, new_id
 from trainyard.service.jobs import event_outbox
 
-LAST_ALERTS = 20
+MAX_ALERTS = 20
 
 log = logging.getLogger("trainyard")
 
@@ -66,12 +66,12 @@ class EventDraft:
 
 def record_event(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
     """Write an event row, and queue it for the webhooks that want it."""
-    event = _write_down(session, job, note, now)
+    event = _insert_event(session, job, note, now)
     event_outbox.enqueue(session, job, event)
     return event
 
 
-def _write_down(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
+def _insert_event(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
     event = {
         "job_id": job.id,
         "attempt": note.attempt if note.attempt is not None else (job.attempt or None),
@@ -103,7 +103,9 @@ def transition(session: Session, job: JobRow, to: JobStatus, note: EventDraft, n
     if getattr(done, "rowcount", 0) != 1:
         raise Conflict()
     data = {"from": before, "to": to, "reason": changes.get("reason"), **(note.data or {})}
-    event = _write_down(session, job, EventDraft("status", note.message, note.actor, note.attempt, note.seq, data), now)
+    event = _insert_event(
+        session, job, EventDraft("status", note.message, note.actor, note.attempt, note.seq, data), now
+    )
     session.flush()
     session.refresh(job)
     event_outbox.enqueue(session, job, event)
@@ -165,11 +167,11 @@ def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
         session.connection().execute(insert(LabelRow), rows)
 
 
-def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
+def add_alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
     """Show something on the job itself; the newest of each code is kept."""
     shown = new_alert(code, message, now, step)
     others = [other for other in job.alerts if other.get("code") != code]
-    job.alerts = [*others, shown][-LAST_ALERTS:]
+    job.alerts = [*others, shown][-MAX_ALERTS:]
 
 
 def new_alert(code: str, message: str, now: datetime, step: int | None = None) -> dict[str, Any]:
@@ -192,12 +194,12 @@ def find_by_idempotency_key(session: Session, key: str, digest: str, oldest: dat
     return find(session, known.job_id)
 
 
-def forget_keys(session: Session, oldest: datetime) -> None:
+def delete_old_keys(session: Session, oldest: datetime) -> None:
     """Drop the keys of submissions that are older than that; their jobs stay."""
     session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < oldest))
 
 
-def remember_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:
+def save_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:
     """Bind the key to the job; False where another request was faster."""
     try:
         with session.begin_nested():

@@ -25,12 +25,12 @@ from trainyard.contract.tokenizer_info import (
 )
 from trainyard.service.db.models import CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointMismatch
-from trainyard.service.jobs.submission import LARGEST_TOKENIZER_BYTES
+from trainyard.service.jobs.submission import MAX_TOKENIZER_BYTES
 from trainyard.service.settings import Settings
 from trainyard.service.storage.checkpoint_files import checkpoint_directory, opened
 
-LARGEST_STATE = 16 << 20
-NEWEST = 5
+MAX_STATE_BYTES = 16 << 20
+MAX_CANDIDATES = 5
 """Checkpoints that are looked into until one can be read: all of a job are of the same run."""
 
 RESTORE_HINT = "Put back what it was"
@@ -42,7 +42,7 @@ class ResumeCandidate:
     """Where a run would go on. ``anew``: with data that begin anew there, so that the weights alone must fit."""
 
     step: int
-    place: Path
+    path: Path
     restarts_data: bool = False
 
 
@@ -54,7 +54,7 @@ def resume_candidates(session: Session, settings: Settings, job: JobRow, step: i
     )
     if step is not None:
         full = full.where(CheckpointRow.step == step)
-    rows = session.execute(full.order_by(CheckpointRow.step.desc()).limit(NEWEST)).all()
+    rows = session.execute(full.order_by(CheckpointRow.step.desc()).limit(MAX_CANDIDATES)).all()
     places = [(row.step, checkpoint_directory(products, row.step, row.path)) for row in rows]
     found = [ResumeCandidate(number, place) for number, place in places if place is not None]
     if job.parent_step is not None:
@@ -68,42 +68,42 @@ def check_compatible(candidates: Iterable[ResumeCandidate], spec: Mapping[str, A
     One that cannot be read is for the worker to judge. Reads files: never to be called in a transaction.
     """
     for begin in candidates:
-        saved = identity_in(begin.place)
+        saved = read_identity(begin.path)
         if saved is None:
             continue
-        differences = [*_of_tokenizer(begin, saved, spec, settings), *_of_shape(begin, saved, spec)]
+        differences = [*_tokenizer_differences(begin, saved, spec, settings), *_shape_differences(begin, saved, spec)]
         only_data = not differences
         if not begin.restarts_data:
-            differences += [*_of_corpus(begin, saved, spec, settings), *_of_rows(saved, spec)]
+            differences += [*_corpus_differences(begin, saved, spec, settings), *_row_differences(saved, spec)]
         if differences:
-            raise _refused(begin, differences, RESTART if only_data else f"{RESTORE_HINT}.")
+            raise _mismatch(begin, differences, RESTART if only_data else f"{RESTORE_HINT}.")
         return
 
 
-def identity_in(directory: Path) -> RunIdentity | None:
+def read_identity(directory: Path) -> RunIdentity | None:
     """What a checkpoint says it is of; None where that cannot be read."""
     try:
         with opened(directory, STATE_FILE) as file:
-            said = json.loads(file.read(LARGEST_STATE))["identity"]
+            said = json.loads(file.read(MAX_STATE_BYTES))["identity"]
         plain = isinstance(said["model"], dict) and isinstance(said.get("corpus_file", {}), dict)
         return RunIdentity(**said) if plain else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _refused(begin: ResumeCandidate, differences: list[str], hint: str) -> CheckpointMismatch:
+def _mismatch(begin: ResumeCandidate, differences: list[str], hint: str) -> CheckpointMismatch:
     detail = f"Nothing can go on from step {begin.step:,}: {'; '.join(differences)}. {hint}"
     return CheckpointMismatch(detail, differences=differences, hint=hint)
 
 
-def _of_tokenizer(
+def _tokenizer_differences(
     begin: ResumeCandidate, saved: RunIdentity, spec: Mapping[str, Any], settings: Settings
 ) -> Iterator[str]:
     path, when = str(spec["data"]["tokenizer_path"]), f"when step {begin.step:,} was saved"
-    if path != BYTE and _outside(path, settings):
+    if path != BYTE and _is_outside(path, settings):
         return  # refused as any path is
     try:
-        if path != BYTE and tokenizer_file(path).stat().st_size > LARGEST_TOKENIZER_BYTES:
+        if path != BYTE and tokenizer_file(path).stat().st_size > MAX_TOKENIZER_BYTES:
             return
         size, fingerprint = fingerprint_of(path)
     except (TokenizerInvalid, OSError):
@@ -115,11 +115,11 @@ def _of_tokenizer(
         yield f"tokenizer_path: not the tokenizer it was {when}, though of the same size"
 
 
-def _of_corpus(
+def _corpus_differences(
     begin: ResumeCandidate, saved: RunIdentity, spec: Mapping[str, Any], settings: Settings
 ) -> Iterator[str]:
     path, was = str(spec["data"]["data_path"]), saved.corpus_file
-    if _outside(path, settings) or not isinstance(was.get("bytes"), int):
+    if _is_outside(path, settings) or not isinstance(was.get("bytes"), int):
         return
     said = f"data_path: {was['bytes']:,} bytes when step {begin.step:,} was saved"
     try:
@@ -133,19 +133,19 @@ def _of_corpus(
         yield f"{said}, as many now, and not the same ones"
 
 
-def _of_shape(begin: ResumeCandidate, saved: RunIdentity, spec: Mapping[str, Any]) -> list[str]:
+def _shape_differences(begin: ResumeCandidate, saved: RunIdentity, spec: Mapping[str, Any]) -> list[str]:
     model = dict(spec["model"])
     if begin.restarts_data:
         model |= {name: saved.model[name] for name in CHANGEABLE_FIELDS if name in saved.model}
     return replace(saved, model=model).differences(saved)
 
 
-def _of_rows(saved: RunIdentity, spec: Mapping[str, Any]) -> list[str]:
+def _row_differences(saved: RunIdentity, spec: Mapping[str, Any]) -> list[str]:
     """Seed and rows. They come with the spec, and differ where checkpoints of another run lie in this one's place."""
     data = spec["data"]
     mine = {"seed": spec["training"]["seed"], "max_seq_len": data["max_seq_len"], "packing": data["packing"]}
     return replace(saved, **mine).differences(saved)
 
 
-def _outside(path: str, settings: Settings) -> bool:
+def _is_outside(path: str, settings: Settings) -> bool:
     return outside_reason(path, (*settings.data_roots, settings.home)) is not None

@@ -56,11 +56,11 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
     }
 
 
-LARGEST_TOKENIZER_BYTES = 256 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
 
-LARGEST_VOCABULARY = 2**24
+MAX_VOCABULARY = 2**24
 
-FOLDERS = ("tokenizer_path", "from_weight")
+DIRECTORY_FIELDS = ("tokenizer_path", "from_weight")
 
 """What may be a folder of files to be read."""
 
@@ -71,7 +71,7 @@ UNLESS_SET = {
 
 WEIGHT_ENDINGS = (".pth", ".safetensors")
 
-Found = tuple[Problem, tuple[str, ...]]
+Finding = tuple[Problem, tuple[str, ...]]
 
 """A mistake, with the pointers of every field that takes part in it."""
 
@@ -133,29 +133,31 @@ class _SpecValidator:
         return spec.model_copy(
             update={
                 "model": spec.model.with_vocab_size(self.vocabulary),
-                "data": spec.data.model_copy(update=self._real("data_path", "eval_data_path", "tokenizer_path")),
-                "training": spec.training.model_copy(update=self._real("from_weight")),
-                "checkpoint": spec.checkpoint.model_copy(update=self._real("save_dir")),
+                "data": spec.data.model_copy(
+                    update=self._resolved_paths("data_path", "eval_data_path", "tokenizer_path")
+                ),
+                "training": spec.training.model_copy(update=self._resolved_paths("from_weight")),
+                "checkpoint": spec.checkpoint.model_copy(update=self._resolved_paths("save_dir")),
                 "resources": spec.resources.model_copy(update={"launcher": SLURM})
-                if self.elsewhere
+                if self.runs_on_slurm
                 else spec.resources,
             }
         )
 
-    def _real(self, *leaves: str) -> dict[str, str]:
+    def _resolved_paths(self, *leaves: str) -> dict[str, str]:
         return {leaf: self.paths[leaf] for leaf in leaves if leaf in self.paths}
 
-    def _data(self) -> Iterator[Found]:
+    def _data(self) -> Iterator[Finding]:
         for leaf, given in (("data_path", self.spec.data.data_path), ("eval_data_path", self.spec.data.eval_data_path)):
             if given is not None:
-                trouble = self._below_roots(leaf, given) or _why_no_corpus(Path(self.paths[leaf]))
+                trouble = self._resolve_data_path(leaf, given) or _corpus_error(Path(self.paths[leaf]))
                 yield from _at(f"/data/{leaf}", trouble)
 
-    def _tokenizer(self) -> Iterator[Found]:
+    def _tokenizer(self) -> Iterator[Finding]:
         given = self.spec.data.tokenizer_path
         trouble = None
         if given != BYTE:
-            trouble = self._below_roots("tokenizer_path", given)
+            trouble = self._resolve_data_path("tokenizer_path", given)
         if trouble is None:
             trouble = self._read_vocabulary(self.paths.get("tokenizer_path", BYTE))
         yield from _at("/data/tokenizer_path", trouble)
@@ -166,40 +168,40 @@ class _SpecValidator:
 
     def _read_vocabulary(self, path: str) -> str | None:
         try:
-            if path != BYTE and tokenizer_file(path).stat().st_size > LARGEST_TOKENIZER_BYTES:
+            if path != BYTE and tokenizer_file(path).stat().st_size > MAX_TOKENIZER_BYTES:
                 return "holds a tokenizer.json that is far too large"
             size = vocabulary_size(path)
         except (TokenizerInvalid, OSError, ArithmeticError):
             return (
                 'must be a directory with a readable tokenizer.json, or "byte"; `trainyard tokenizer train` makes one'
             )
-        if not 0 < size <= LARGEST_VOCABULARY:
-            return f"must have at most {LARGEST_VOCABULARY} tokens"
+        if not 0 < size <= MAX_VOCABULARY:
+            return f"must have at most {MAX_VOCABULARY} tokens"
         self.vocabulary = size
         return None
 
-    def _weights(self) -> Iterator[Found]:
+    def _weights(self) -> Iterator[Finding]:
         given = self.spec.training.from_weight
         if given is None or not ("/" in given or given.endswith(WEIGHT_ENDINGS)):
             return  # nothing, or MiniMind's bare name, which the worker looks up in save_dir
-        trouble = self._below_roots("from_weight", given)
-        if trouble is None and not _holds_weights(Path(self.paths["from_weight"])):
+        trouble = self._resolve_data_path("from_weight", given)
+        if trouble is None and not _has_weights(Path(self.paths["from_weight"])):
             trouble = "must be a file of weights, or a Hugging Face directory with a model.safetensors"
         yield from _at("/training/from_weight", trouble)
 
-    def _save_dir(self) -> Iterator[Found]:
+    def _save_dir(self) -> Iterator[Finding]:
         given = self.spec.checkpoint.save_dir
         if given is None:
             return
         settings = self.host.settings
         trouble = self._resolve("save_dir", given, (*settings.save_roots, settings.home), "TRAINYARD_SAVE_ROOTS")
-        yield from _at("/checkpoint/save_dir", trouble or _why_not_writable(Path(self.paths["save_dir"])))
+        yield from _at("/checkpoint/save_dir", trouble or _write_error(Path(self.paths["save_dir"])))
 
-    def _launcher(self) -> Iterator[Found]:
+    def _launcher(self) -> Iterator[Finding]:
         """Which launcher it will be, and whether it can do what is asked."""
         resources, settings = self.spec.resources, self.host.settings
-        if self.elsewhere:
-            yield from self._on_slurm()
+        if self.runs_on_slurm:
+            yield from self._slurm_options()
         elif resources.launcher is None and resources.max_nodes > 1:
             message = 'must be 1 on this host; "launcher": "slurm" runs on several nodes'
             yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
@@ -207,11 +209,11 @@ class _SpecValidator:
             yield from _at("/resources/launcher", 'must be "local": this service is not set up for Slurm')
 
     @property
-    def elsewhere(self) -> bool:
+    def runs_on_slurm(self) -> bool:
         """Whether it does not run on this host's devices."""
         return (self.spec.resources.launcher or self.host.settings.launcher) == SLURM
 
-    def _on_slurm(self) -> Iterator[Found]:
+    def _slurm_options(self) -> Iterator[Finding]:
         resources, setup = self.spec.resources, self.host.settings.slurm
         if ":" in resources.device:
             yield from _at("/resources/device", 'must name no device: Slurm chooses; "cuda" is any')
@@ -223,8 +225,8 @@ class _SpecValidator:
                     f"/resources/slurm/extra/{place}", f"is not allowed; TRAINYARD_SLURM_ALLOW has: {allowed}"
                 )
 
-    def _devices(self) -> Iterator[Found]:
-        if self.elsewhere:
+    def _devices(self) -> Iterator[Finding]:
+        if self.runs_on_slurm:
             return
         asked, ranks = self.spec.resources.device, self.spec.resources.nproc_per_node
         kind = kind_for(asked, self.host.devices)
@@ -237,12 +239,12 @@ class _SpecValidator:
             message = f"must be at most {have}: this host has {have} {what}"
             yield Problem("/resources/nproc_per_node", message), ("/resources/nproc_per_node", "/resources/device")
 
-    def _memory(self) -> Iterator[Found]:
+    def _memory(self) -> Iterator[Finding]:
         """Only what no other batch would change; all else is an estimate, and for the plan to warn of."""
         resources, kind = self.spec.resources, kind_for(self.spec.resources.device, self.host.devices)
         limit = limit_for(kind, self.host.devices)
         size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
-        if self.elsewhere or limit is None or not size:
+        if self.runs_on_slurm or limit is None or not size:
             return
         model, optimizer = replace(self.spec.model, vocab_size=size), self.spec.training.optimizer
         least = memory_bytes(model, batch_size=1, seq_len=1, dtype="float32", optimizer=optimizer)
@@ -256,13 +258,13 @@ class _SpecValidator:
             )
             yield Problem("/model", message), ("/model", "/resources/nproc_per_node", "/resources/device")
 
-    def _below_roots(self, leaf: str, given: str) -> str | None:
+    def _resolve_data_path(self, leaf: str, given: str) -> str | None:
         settings = self.host.settings
         return self._resolve(leaf, given, (*settings.data_roots, settings.home), "TRAINYARD_DATA_ROOTS")
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
         """Put the real path into ``paths``; else say why not."""
-        trouble = outside_reason(given, roots, content=leaf in FOLDERS)
+        trouble = outside_reason(given, roots, content=leaf in DIRECTORY_FIELDS)
         if trouble is not None:
             return f"{trouble} the directories that {setting} allows; {UNLESS_SET[setting]}"
         self.paths[leaf] = str(Path(given).resolve())
@@ -274,12 +276,12 @@ def _group(pointer: str) -> str:
     return pointer.rpartition("/")[0]
 
 
-def _at(pointer: str, trouble: str | None) -> Iterator[Found]:
+def _at(pointer: str, trouble: str | None) -> Iterator[Finding]:
     if trouble is not None:
         yield Problem(pointer, trouble), (pointer,)
 
 
-def _why_no_corpus(path: Path) -> str | None:
+def _corpus_error(path: Path) -> str | None:
     """A first cheap look that opens nothing: a FIFO would hang, and a device would never end."""
     try:
         found = path.stat()
@@ -292,7 +294,7 @@ def _why_no_corpus(path: Path) -> str | None:
     return "is empty" if found.st_size == 0 else None
 
 
-def _holds_weights(path: Path) -> bool:
+def _has_weights(path: Path) -> bool:
     """A file, or a directory as Hugging Face writes it: in one piece or with an index."""
     return any(map(_is_file, (path, path / "model.safetensors", path / "model.safetensors.index.json")))
 
@@ -304,7 +306,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _why_not_writable(path: Path) -> str | None:
+def _write_error(path: Path) -> str | None:
     try:
         nearest = next(p for p in (path, *path.parents) if p.exists())
     except OSError:

@@ -15,7 +15,7 @@ from trainyard.service.schemas import Checkpoint, Progress, Queue
 
 SILENT_SECONDS = 10.0
 
-BUSY_WITH = {
+PHASE_TEXT = {
     Phase.LOADING: "Loading",
     Phase.PREPARING_DATA: "Preparing the data",
     Phase.COMPILING: "Compiling the model",
@@ -49,7 +49,7 @@ def summary(job: SummaryInput, now: datetime) -> str:
     match job.status:
         case JobStatus.QUEUED:
             assert job.queue is not None
-            return f"{_made_room(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
+            return f"{_preempted(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
         case JobStatus.STARTING:
             waiting = f", waiting for {job.queue.waiting_for}" if job.queue is not None else ""
             return f"Starting attempt {job.attempt}{waiting}."
@@ -74,7 +74,7 @@ def summary(job: SummaryInput, now: datetime) -> str:
             assert_never(job.status)
 
 
-def _made_room(job: SummaryInput) -> str:
+def _preempted(job: SummaryInput) -> str:
     if job.reason is not Reason.PREEMPTED:
         return ""
     return f"Paused{_at_step(job)} to make room for a job of higher priority; goes on by itself. "
@@ -102,7 +102,7 @@ def _running(job: SummaryInput, now: datetime) -> str:
 
 
 def _phase(job: SummaryInput) -> str:
-    doing = BUSY_WITH.get(job.phase or Phase.LOADING, "Loading")
+    doing = PHASE_TEXT.get(job.phase or Phase.LOADING, "Loading")
     done, total = job.phase_detail.get("done"), job.phase_detail.get("total")
     if isinstance(done, int) and isinstance(total, int) and total > 0:
         doing += f" ({100 * done / total:.0f} %)"

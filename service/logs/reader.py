@@ -28,7 +28,7 @@ def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
     return whole.decode(errors="replace"), offset + len(whole)
 
 
-def read_whole(path: Path, offset: int, limit: int, last: bool) -> tuple[str, int]:
+def read_growing(path: Path, offset: int, limit: int, last: bool) -> tuple[str, int]:
     """As `read_from`, of a log that is being written: a character whose rest is still to come waits for it."""
     with open_log(path) as file:
         file.seek(offset)
@@ -90,10 +90,10 @@ def open_log(path: Path) -> BinaryIO:
 
 def _begins_character(data: bytes) -> bool:
     """Whether all of it is the beginning of one character."""
-    return len(data) > 0 and data[0] >= 0xC0 and _bytes_of(data[0]) > len(data)
+    return len(data) > 0 and data[0] >= 0xC0 and _character_bytes(data[0]) > len(data)
 
 
-def _bytes_of(first: int) -> int:
+def _character_bytes(first: int) -> int:
     """How many bytes a character has that begins so."""
     return 2 if first < 0xE0 else 3 if first < 0xF0 else 4
 
@@ -103,7 +103,7 @@ def _whole_characters(data: bytes) -> bytes:
     for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:
-            return data[:-back] if _bytes_of(byte) > back and back < len(data) else data
+            return data[:-back] if _character_bytes(byte) > back and back < len(data) else data
         if byte < 0x80:
             return data
     return data

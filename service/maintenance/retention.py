@@ -24,7 +24,7 @@ from trainyard.service.db.models import (
 )
 from trainyard.service.errors import JobNotFound
 from trainyard.service.jobs import repository
-from trainyard.service.metrics.downsampling import width
+from trainyard.service.metrics.downsampling import bucket_width
 from trainyard.service.settings import Settings
 
 ROWS = 2000
@@ -182,7 +182,7 @@ class Retention:
         assert job.finished_at is not None
         if job.facts.get(THINNED) == job.finished_at.isoformat():
             return False
-        wide = width(job.sealed_step, KEPT_BUCKETS)
+        wide = bucket_width(job.sealed_step, KEPT_BUCKETS)
         lines, ended = self._lines(session, job, wide)
         self._delete(session, job, expired(lines, wide))
         if ended:

@@ -43,7 +43,7 @@ def aggregate_of(step: int, loss: float | None, attempt: int) -> Aggregate:
     return Aggregate(step, step, attempt, 1, 0, loss, loss, loss, loss, step, loss, 1.0)
 
 
-def width(last_step: int, max_points: int, first_step: int = 0) -> int:
+def bucket_width(last_step: int, max_points: int, first_step: int = 0) -> int:
     """The smallest power of two that makes at most ``max_points`` rows of ``first_step`` to ``last_step``."""
     wide = 1
     while last_step // wide - first_step // wide + 1 > max_points:
@@ -51,7 +51,7 @@ def width(last_step: int, max_points: int, first_step: int = 0) -> int:
     return wide
 
 
-def rows(parts: Iterable[Aggregate], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
+def to_buckets(parts: Iterable[Aggregate], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
     """Yield a row for each ``wide`` steps, at absolute multiples: the rows of a growing curve never move.
 
     ``parts`` come in order of their steps, and the running mean goes on over all of them.
@@ -91,7 +91,7 @@ def decay(distance: int, half_life: float) -> float:
 
 
 @dataclass
-class Summary:
+class RollupBucket:
     """A stretch as it is stored, with the sums of every half-life that is kept."""
 
     first_step: int
@@ -108,13 +108,13 @@ class Summary:
     weights: list[float]
 
     @classmethod
-    def of(cls, step: int, loss: float | None, attempt: int) -> "Summary":
+    def of(cls, step: int, loss: float | None, attempt: int) -> "RollupBucket":
         """One point."""
         part = aggregate_of(step, loss, attempt)
         kinds = len(HALF_LIVES)
         return cls(*part[:10], [part.total] * kinds, [part.weight] * kinds)
 
-    def add(self, later: "Summary") -> None:
+    def add(self, later: "RollupBucket") -> None:
         """Take in the stretch that follows."""
         self.step, self.attempt, self.loss = later.step, later.attempt, later.loss
         self.count += later.count
@@ -129,7 +129,7 @@ class Summary:
             self._carry(later)
         self.finite_step = later.finite_step
 
-    def _carry(self, later: "Summary") -> None:
+    def _carry(self, later: "RollupBucket") -> None:
         assert self.finite_step is not None
         assert later.finite_step is not None
         assert self.loss_min is not None
@@ -144,9 +144,9 @@ class Summary:
         self.loss_min, self.loss_max = min(self.loss_min, later.loss_min), max(self.loss_max, later.loss_max)
 
 
-def aggregate(stretches: Iterable[Summary], wide: int) -> list[Summary]:
+def aggregate(stretches: Iterable[RollupBucket], wide: int) -> list[RollupBucket]:
     """Stretches in order, put together into those of width ``wide``."""
-    found: list[Summary] = []
+    found: list[RollupBucket] = []
     for stretch in stretches:
         if found and found[-1].step // wide == stretch.step // wide:
             found[-1].add(stretch)

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import AttemptRow, JobRow, MetricRow
 from trainyard.service.metrics import rollups, store
-from trainyard.service.metrics.downsampling import Aggregate, aggregate_of, rows
+from trainyard.service.metrics.downsampling import Aggregate, aggregate_of, to_buckets
 
 
 class LineageSegment(NamedTuple):
@@ -65,7 +65,7 @@ def lineage_rows(
     for whole in segments(job):
         piece = whole if until_step is None else whole._replace(until=min(whole.until, until_step))
         if len(found) < limit and piece.until > after_step:
-            more = _of_piece(session, piece, max(after_step, piece.after), limit - len(found), fields)
+            more = _segment_rows(session, piece, max(after_step, piece.after), limit - len(found), fields)
             found += [{"job_id": piece.job_id, **row} for row in more]
     if len(found) < limit:
         own = store.rows(session, job.id, None, after_step, limit - len(found), fields, until_step)
@@ -73,14 +73,14 @@ def lineage_rows(
     return found
 
 
-def _of_piece(
+def _segment_rows(
     session: Session, piece: LineageSegment, after: int, limit: int, fields: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Each step once, as it was last done: an attempt that rolled back did some twice."""
     columns = [getattr(MetricRow, name) for name in fields]
     found: list[dict[str, Any]] = []
     while len(found) < limit:
-        page = session.execute(_points(piece, after, columns).limit(limit)).all()
+        page = session.execute(_select_points(piece, after, columns).limit(limit)).all()
         for row in page:
             if row.step > after:
                 found.append(dict(zip(fields, row, strict=True)))
@@ -90,7 +90,7 @@ def _of_piece(
     return found[:limit]
 
 
-def _points(piece: LineageSegment, after: int, columns: Sequence[Any]) -> Select[Any]:
+def _select_points(piece: LineageSegment, after: int, columns: Sequence[Any]) -> Select[Any]:
     of_attempt = (MetricRow.job_id == piece.job_id, MetricRow.attempt == piece.attempt)
     query = select(*columns).where(*of_attempt, MetricRow.step > after, MetricRow.step <= piece.until)
     return query.order_by(MetricRow.step, MetricRow.seq.desc())
@@ -99,30 +99,32 @@ def _points(piece: LineageSegment, after: int, columns: Sequence[Any]) -> Select
 def lineage_buckets(session: Session, job: JobRow, view: rollups.RollupView) -> list[dict[str, Any]]:
     """Return the rows of the view, with a running mean over everything before it."""
     ancestors = by_job(segments(job))
-    parts = chain.from_iterable(_ancestor(session, found, view) for _, found in ancestors)
-    own = rollups.parts(session, job, view)
+    parts = chain.from_iterable(_ancestor_aggregates(session, found, view) for _, found in ancestors)
+    own = rollups.aggregates(session, job, view)
     bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
 
     def whose(step: int) -> str:
         return next((job_id for until, job_id in bounds if step <= until), job.id)
 
-    made = rows(chain(parts, own), view.wide, view.half_life)
+    made = to_buckets(chain(parts, own), view.width, view.half_life)
     return [{"job_id": whose(row["step"]), **row} for row in made if row["step"] >= view.begin]
 
 
-def _ancestor(session: Session, found: list[LineageSegment], view: rollups.RollupView) -> Iterator[Aggregate]:
+def _ancestor_aggregates(
+    session: Session, found: list[LineageSegment], view: rollups.RollupView
+) -> Iterator[Aggregate]:
     """From the sums, if the ancestor's curve still is what led to the fork; else from its points."""
     whole = found[-1].until
     until = whole if view.until_step is None else min(whole, view.until_step)
     part = replace(view, until_step=until)
     job = session.get(JobRow, _number(session, found[0].job_id))
-    if job is not None and rollups.is_kept(part) and own_segments(session, job, whole) == found:
-        yield from rollups.parts(session, job, part)
+    if job is not None and rollups.can_use_rollups(part) and own_segments(session, job, whole) == found:
+        yield from rollups.aggregates(session, job, part)
         return
     for piece in found:
         last = piece.after
         columns = (MetricRow.step, MetricRow.loss, MetricRow.attempt)
-        for row in session.execute(_points(piece, piece.after, columns).execution_options(yield_per=5000)):
+        for row in session.execute(_select_points(piece, piece.after, columns).execution_options(yield_per=5000)):
             if last < row.step <= until:
                 last = row.step
                 yield aggregate_of(*row)

@@ -17,7 +17,7 @@ from trainyard.service.metrics import store
 from trainyard.service.metrics.downsampling import (
     HALF_LIVES,
     Aggregate,
-    Summary,
+    RollupBucket,
     aggregate,
 )
 
@@ -29,7 +29,7 @@ ROLLUP_EVERY = 1024
 MAX_POINTS = 20_000
 """Points that one look sums up: the transaction stays short."""
 
-PLAIN = (
+COLUMNS = (
     "first_step", "step", "attempt", "count", "nonfinite", "loss", "loss_sum", "loss_min", "loss_max", "finite_step",
 )  # fmt: skip
 
@@ -45,11 +45,11 @@ def roll_up(session: Session, job: JobRow, newest_step: int) -> None:
         end = reached // FINEST * FINEST
         if end <= job.sealed_step:
             return
-        points = (Summary.of(*row) for row in found if row.step < end)
+        points = (RollupBucket.of(*row) for row in found if row.step < end)
         _store(session, job, FINEST, aggregate(points, FINEST))
         for below, level in pairwise(LEVELS):
             begun, done = job.sealed_step // level * level, end // level * level
-            _store(session, job, level, aggregate(_stretches(session, job.id, below, begun, done), level))
+            _store(session, job, level, aggregate(_read_buckets(session, job.id, below, begun, done), level))
         job.sealed_step = end
 
 
@@ -66,45 +66,47 @@ def invalidate(session: Session, job: JobRow, step: int) -> None:
 class RollupView:
     """Rows ``wide`` steps wide, from ``begin``, a multiple of that, up to ``until_step``; None: to the end."""
 
-    wide: int
+    width: int
     half_life: float
     begin: int = 0
     until_step: int | None = None
 
 
-def is_kept(view: RollupView) -> bool:
+def can_use_rollups(view: RollupView) -> bool:
     """Whether such rows can be made of what is summed up: wide ones, or narrow ones far behind the beginning."""
-    return max(view.wide, view.begin) >= FINEST and view.half_life in HALF_LIVES
+    return max(view.width, view.begin) >= FINEST and view.half_life in HALF_LIVES
 
 
-def parts(session: Session, job: JobRow, view: RollupView) -> Iterator[Aggregate]:
+def aggregates(session: Session, job: JobRow, view: RollupView) -> Iterator[Aggregate]:
     """The curve up to the view's end: what lies before it in the widest stretches, then in none wider than its rows."""
     begin = 0
-    if is_kept(view):
+    if can_use_rollups(view):
         sealed = job.sealed_step if view.until_step is None else min(job.sealed_step, view.until_step + 1)
-        for wanted, target in ((LEVELS[-1], min(view.begin, sealed)), (view.wide, sealed)):
+        for wanted, target in ((LEVELS[-1], min(view.begin, sealed)), (view.width, sealed)):
             for level in reversed([level for level in LEVELS if level <= wanted]):
                 end = target // level * level
                 if end > begin:
-                    yield from _parts(session, job.id, level, begin, end, view.half_life)
+                    yield from _read_aggregates(session, job.id, level, begin, end, view.half_life)
                     begin = end
     yield from store.points(session, job.id, None, view.until_step, begin)
 
 
-def _parts(session: Session, job_id: str, level: int, begin: int, end: int, half_life: float) -> Iterator[Aggregate]:
-    names = (*PLAIN, f"total_{int(half_life)}", f"weight_{int(half_life)}")
+def _read_aggregates(
+    session: Session, job_id: str, level: int, begin: int, end: int, half_life: float
+) -> Iterator[Aggregate]:
+    names = (*COLUMNS, f"total_{int(half_life)}", f"weight_{int(half_life)}")
     query = select(*(getattr(MetricRollupRow, name) for name in names)).where(*_where(job_id, level, begin, end))
     for row in session.execute(query.order_by(MetricRollupRow.bucket)):
         yield Aggregate(*row)
 
 
-def _stretches(session: Session, job_id: str, level: int, begin: int, end: int) -> Iterator[Summary]:
-    names = (*PLAIN, *(f"total_{kept}" for kept in HALF_LIVES), *(f"weight_{kept}" for kept in HALF_LIVES))
+def _read_buckets(session: Session, job_id: str, level: int, begin: int, end: int) -> Iterator[RollupBucket]:
+    names = (*COLUMNS, *(f"total_{kept}" for kept in HALF_LIVES), *(f"weight_{kept}" for kept in HALF_LIVES))
     query = select(*(getattr(MetricRollupRow, name) for name in names)).where(*_where(job_id, level, begin, end))
-    sums = len(PLAIN) + len(HALF_LIVES)
+    sums = len(COLUMNS) + len(HALF_LIVES)
     for row in session.execute(query.order_by(MetricRollupRow.bucket)).all():
         values: list[Any] = list(row)
-        yield Summary(*values[: len(PLAIN)], values[len(PLAIN) : sums], values[sums:])  # type: ignore[call-arg] # counted
+        yield RollupBucket(*values[: len(COLUMNS)], values[len(COLUMNS) : sums], values[sums:])  # type: ignore[call-arg] # counted
 
 
 def _where(job_id: str, level: int, begin: int, end: int) -> tuple[ColumnElement[bool], ...]:
@@ -112,7 +114,7 @@ def _where(job_id: str, level: int, begin: int, end: int) -> tuple[ColumnElement
     return (MetricRollupRow.job_id == job_id, MetricRollupRow.width == level, *buckets)
 
 
-def _store(session: Session, job: JobRow, level: int, stretches: list[Summary]) -> None:
+def _store(session: Session, job: JobRow, level: int, stretches: list[RollupBucket]) -> None:
     if not stretches:
         return
     rows = [
@@ -120,7 +122,7 @@ def _store(session: Session, job: JobRow, level: int, stretches: list[Summary]) 
             "job_id": job.id,
             "width": level,
             "bucket": stretch.step // level,
-            **{name: getattr(stretch, name) for name in PLAIN},
+            **{name: getattr(stretch, name) for name in COLUMNS},
             **{f"total_{kept}": total for kept, total in zip(HALF_LIVES, stretch.totals, strict=True)},
             **{f"weight_{kept}": weight for kept, weight in zip(HALF_LIVES, stretch.weights, strict=True)},
         }

@@ -57,7 +57,7 @@ def rows(
     return [dict(zip(fields, row, strict=True)) for row in found]
 
 
-def newest_place(session: Session, job_id: str) -> tuple[int, int]:
+def newest_cursor(session: Session, job_id: str) -> tuple[int, int]:
     """(attempt, seq) of the newest point; (0, 0) where there is none."""
     order = (MetricRow.attempt.desc(), MetricRow.seq.desc())
     query = select(MetricRow.attempt, MetricRow.seq).where(MetricRow.job_id == job_id).order_by(*order).limit(1)
@@ -86,10 +86,10 @@ def rows_after(
         or_(MetricRow.step > after_step, said > tuple_(*past)),
     )
     found = session.execute(query.order_by(MetricRow.attempt, MetricRow.seq).limit(limit)).all()
-    return [shown(dict(zip(names, row, strict=True))) for row in found]
+    return [with_time_as_text(dict(zip(names, row, strict=True))) for row in found]
 
 
-def shown(row: dict[str, Any]) -> dict[str, Any]:
+def with_time_as_text(row: dict[str, Any]) -> dict[str, Any]:
     """The row with its time as the API writes it."""
     if isinstance(row.get("at"), datetime):
         row["at"] = row["at"].isoformat().replace("+00:00", "Z")

@@ -24,11 +24,11 @@ from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import store
 from trainyard.service.streams.sse import Cursor, event
 
-BEAT_SECONDS = 0.5
-MIN_SECONDS = 0.25
+POLL_SECONDS = 0.5
+MIN_POLL_SECONDS = 0.25
 """Between two looks, where this process itself stores what readers wait for and says so. Each wakes all of them."""
 
-TAIL = 256
+MAX_TAIL = 256
 """Newest events of a job that are kept for its readers."""
 
 MAX_FRAMES = 500
@@ -46,7 +46,7 @@ log = logging.getLogger("trainyard")
 class SseFrame:
     """A metric, ready to be sent."""
 
-    place: Cursor
+    cursor: Cursor
     step: int
     data: bytes
 
@@ -57,7 +57,7 @@ class PollResult:
 
     status: JobStatus | None
     attempt: int
-    words: int
+    acked_lines: int
     starts: Mapping[int, int]
     frames: tuple[SseFrame, ...]
 
@@ -73,22 +73,22 @@ class Channel:
     """What all readers of one job share. ``tail`` holds every event behind ``floor``, up to ``position``."""
 
     job_id: str
-    news: PollResult
+    latest: PollResult
     position: Cursor
     floor: Cursor
     tail: deque[SseFrame] = field(default_factory=deque)
     readers: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def take(self, news: PollResult) -> None:
+    def update(self, news: PollResult) -> None:
         """Take in what is new, and wake the readers where anything is."""
-        same = (news.status, news.attempt, news.ended) == (self.news.status, self.news.attempt, self.news.ended)
-        self.news = news
+        same = (news.status, news.attempt, news.ended) == (self.latest.status, self.latest.attempt, self.latest.ended)
+        self.latest = news
         for frame in news.frames:
             self.tail.append(frame)
-            self.position = frame.place
-            if len(self.tail) > TAIL:
-                self.floor = self.tail.popleft().place
+            self.position = frame.cursor
+            if len(self.tail) > MAX_TAIL:
+                self.floor = self.tail.popleft().cursor
         if news.frames or not same:
             self.wake()
 
@@ -112,7 +112,7 @@ class MetricBroadcaster:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="streams")
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._nudged = asyncio.Event()
+        self._notified = asyncio.Event()
         self.stopping = False
 
     @property
@@ -132,14 +132,14 @@ class MetricBroadcaster:
             raise TooManyStreams(headers={"Retry-After": "10"})
         channel = self._channels.get(job_id)
         if channel is None:
-            news, position = await self.run(lambda: self._first_look(job_id))
+            news, position = await self.run(lambda: self._first_poll(job_id))
             # Another reader may have been faster while we looked.
             channel = self._channels.setdefault(job_id, Channel(job_id, news, position, position))
         channel.readers += 1
         self._loop = asyncio.get_running_loop()
         if self._task is None or self._task.done():
-            self._nudged = asyncio.Event()
-            self._task = self._loop.create_task(self._beat())
+            self._notified = asyncio.Event()
+            self._task = self._loop.create_task(self._poll_loop())
         return channel
 
     def close(self, channel: Channel) -> None:
@@ -148,11 +148,11 @@ class MetricBroadcaster:
         if channel.readers <= 0 and self._channels.get(channel.job_id) is channel:
             del self._channels[channel.job_id]
 
-    def nudge(self, job_id: str) -> None:
+    def notify(self, job_id: str) -> None:
         """Something that the job's readers wait for was stored by this process. From any thread."""
         loop = self._loop
         if job_id in self._channels and loop is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(self._nudged.set)
+            loop.call_soon_threadsafe(self._notified.set)
 
     def stop(self) -> None:
         """End all streams soon; their readers will come back to our successor. From any thread, more than once."""
@@ -166,34 +166,36 @@ class MetricBroadcaster:
         for channel in self._channels.values():
             channel.wake()
 
-    async def _beat(self) -> None:
+    async def _poll_loop(self) -> None:
         while self._channels and not self.stopping:
-            known = {job_id: (c.position, c.news.words) for job_id, c in self._channels.items()}
+            known = {job_id: (c.position, c.latest.acked_lines) for job_id, c in self._channels.items()}
             try:
-                found = await self.run(lambda known=known: self._look(known))  # type: ignore[misc] # bound at once
+                found = await self.run(lambda known=known: self._poll(known))  # type: ignore[misc] # bound at once
             except Exception as error:
                 # The database is away: readers wait, and are told that we are still here.
                 log.warning("streams could not look: %s", type(error).__name__)
                 found = {}
             for job_id, news in found.items():
                 if job_id in self._channels:
-                    self._channels[job_id].take(news)
+                    self._channels[job_id].update(news)
             full = any(len(news.frames) == MAX_FRAMES for news in found.values())
-            await asyncio.sleep(0 if full else MIN_SECONDS)
-            await wait_for(0 if full else BEAT_SECONDS - MIN_SECONDS, self._nudged)
-            self._nudged.clear()
+            await asyncio.sleep(0 if full else MIN_POLL_SECONDS)
+            await wait_for(0 if full else POLL_SECONDS - MIN_POLL_SECONDS, self._notified)
+            self._notified.clear()
 
-    def _first_look(self, job_id: str) -> tuple[PollResult, Cursor]:
+    def _first_poll(self, job_id: str) -> tuple[PollResult, Cursor]:
         with self._database.read() as session:
             jobs.find(session, job_id)
-            newest = store.newest_place(session, job_id)
-            return self._news(session, [job_id], {job_id: (newest, -1)})[job_id], newest
+            newest = store.newest_cursor(session, job_id)
+            return self._read_jobs(session, [job_id], {job_id: (newest, -1)})[job_id], newest
 
-    def _look(self, known: Mapping[str, tuple[Cursor, int]]) -> dict[str, PollResult]:
+    def _poll(self, known: Mapping[str, tuple[Cursor, int]]) -> dict[str, PollResult]:
         with self._database.read() as session:
-            return self._news(session, list(known), known)
+            return self._read_jobs(session, list(known), known)
 
-    def _news(self, session: Session, ids: list[str], known: Mapping[str, tuple[Cursor, int]]) -> dict[str, PollResult]:
+    def _read_jobs(
+        self, session: Session, ids: list[str], known: Mapping[str, tuple[Cursor, int]]
+    ) -> dict[str, PollResult]:
         columns = (JobRow.id, JobRow.status, JobRow.attempt)
         states = {row.id: row for row in session.execute(select(*columns).where(JobRow.id.in_(ids)))}
         attempts = (AttemptRow.job_id, AttemptRow.number, AttemptRow.start_step, AttemptRow.acked_seq)
@@ -205,7 +207,7 @@ class MetricBroadcaster:
         found = {}
         for job_id in ids:
             position, before = known[job_id]
-            frames = self._frames(session, job_id, position) if words[job_id] != before else ()
+            frames = self._read_frames(session, job_id, position) if words[job_id] != before else ()
             state = states.get(job_id)
             status, attempt = (JobStatus(state.status), state.attempt) if state is not None else (None, 0)
             # A full look left some behind: what was said is then not all known.
@@ -213,7 +215,7 @@ class MetricBroadcaster:
             found[job_id] = PollResult(status, attempt, said, starts[job_id], frames)
         return found
 
-    def _frames(self, session: Session, job_id: str, behind: Cursor) -> tuple[SseFrame, ...]:
+    def _read_frames(self, session: Session, job_id: str, behind: Cursor) -> tuple[SseFrame, ...]:
         return tuple(to_frame(row) for row in store.rows_after(session, job_id, behind, MAX_FRAMES))
 
     async def frames_after(self, job_id: str, behind: Cursor, past: Cursor, after_step: int) -> tuple[SseFrame, ...]:

@@ -14,7 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 HELLO = b"retry: 2000\n: trainyard\n\n"
 
-COMMENT = b": still here\n\n"
+KEEPALIVE = b": still here\n\n"
 
 ID = re.compile(r"([0-9]{1,9})-([0-9]{1,15})")
 
@@ -36,7 +36,7 @@ def parse_last_event_id(last_event_id: str) -> Cursor | None:
     return (int(match.group(1)), int(match.group(2))) if match else None
 
 
-COMMENT_SECONDS = 15.0
+KEEPALIVE_SECONDS = 15.0
 
 STALL_SECONDS = 10.0
 
@@ -53,7 +53,7 @@ class SseResponse(EventSourceResponse):
     """
 
     def __init__(self, pieces: AsyncGenerator[bytes, None], closed: Callable[[], None]) -> None:
-        self._pieces = _with_comments(pieces)
+        self._pieces = _with_keepalive(pieces)
         self._closed = closed
         # A proxy that buffers responses would make the stream useless.
         super().__init__(self._pieces, headers={"X-Accel-Buffering": "no"})
@@ -78,7 +78,7 @@ class SseResponse(EventSourceResponse):
         await super().stream_response(send_in_time)
 
 
-async def _with_comments(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+async def _with_keepalive(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """Add what keeps the connection open. An empty piece is not sent: it only lets a comment come in between."""
     async with contextlib.aclosing(pieces):
         yield HELLO
@@ -86,6 +86,6 @@ async def _with_comments(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[
         async for piece in pieces:
             if piece:
                 yield piece
-            if time.monotonic() - last_comment >= COMMENT_SECONDS:
+            if time.monotonic() - last_comment >= KEEPALIVE_SECONDS:
                 last_comment = time.monotonic()
-                yield COMMENT
+                yield KEEPALIVE

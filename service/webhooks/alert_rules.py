@@ -10,7 +10,7 @@ from typing import Annotated, Literal, assert_never
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SMOOTHED_OVER = 8
+HALF_LIVES_PER_PLATEAU = 8
 """The half-life of a plateau's mean loss is its steps divided by this."""
 
 
@@ -94,7 +94,7 @@ def advance(rule: AnyRule, seen: RuleState, points: Sequence[Point]) -> tuple[Ru
     """Go over new points, in the order in which they were said."""
     firings: list[Firing] = []
     for point in points:
-        seen, firing = _at(rule, seen, point)
+        seen, firing = _apply(rule, seen, point)
         firings += [firing] if firing is not None else []
     return seen, firings
 
@@ -112,11 +112,11 @@ def no_progress(
     return replace(seen, inside=True), firing
 
 
-def _at(rule: AnyRule, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
+def _apply(rule: AnyRule, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
     match rule:
         case NonFinite():
             told = Firing(f"the loss is not finite at step {point.step:,}", point.step)
-            return _crossed(seen, point.nonfinite, told)
+            return _on_change(seen, point.nonfinite, told)
         case EvalLossBelow():
             return _eval_loss(rule, seen, point)
         case Plateau():
@@ -127,7 +127,7 @@ def _at(rule: AnyRule, seen: RuleState, point: Point) -> tuple[RuleState, Firing
             assert_never(rule)
 
 
-def _crossed(seen: RuleState, holds: bool, told: Firing) -> tuple[RuleState, Firing | None]:
+def _on_change(seen: RuleState, holds: bool, told: Firing) -> tuple[RuleState, Firing | None]:
     return replace(seen, inside=holds), told if holds and not seen.inside else None
 
 
@@ -136,7 +136,7 @@ def _eval_loss(rule: EvalLossBelow, seen: RuleState, point: Point) -> tuple[Rule
         return seen, None
     message = f"the held-out loss is {point.eval_loss:.6g} at step {point.step:,}, under {rule.value:g}"
     told = Firing(message, point.step, {"eval_loss": point.eval_loss, "value": rule.value})
-    return _crossed(seen, point.eval_loss < rule.value, told)
+    return _on_change(seen, point.eval_loss < rule.value, told)
 
 
 def _plateau(rule: Plateau, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
@@ -145,7 +145,7 @@ def _plateau(rule: Plateau, seen: RuleState, point: Point) -> tuple[RuleState, F
     if point.step <= seen.step:
         # The job went back and does these steps again: what is repeated is no stand-still.
         seen = RuleState(inside=seen.inside)
-    seen = _smoothed(rule, seen, point.step, point.loss)
+    seen = _update_mean(rule, seen, point.step, point.loss)
     mean = seen.total / seen.weight
     if seen.best is None or mean < seen.best - rule.min_delta:
         inside = seen.inside and seen.best is None
@@ -157,6 +157,6 @@ def _plateau(rule: Plateau, seen: RuleState, point: Point) -> tuple[RuleState, F
     return replace(seen, inside=seen.inside or holds), told if holds and not seen.inside else None
 
 
-def _smoothed(rule: Plateau, seen: RuleState, step: int, loss: float) -> RuleState:
-    kept = 0.5 ** (max(1, step - seen.step) * SMOOTHED_OVER / rule.steps)
+def _update_mean(rule: Plateau, seen: RuleState, step: int, loss: float) -> RuleState:
+    kept = 0.5 ** (max(1, step - seen.step) * HALF_LIVES_PER_PLATEAU / rule.steps)
     return replace(seen, step=step, total=kept * seen.total + loss, weight=kept * seen.weight + 1.0)

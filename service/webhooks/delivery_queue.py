@@ -7,12 +7,12 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import DeliveryRow, JobRow, WebhookRow
 from trainyard.service.jobs.event_outbox import PENDING
-from trainyard.service.webhooks.retry_policy import MAX_CONCURRENT, Head
+from trainyard.service.webhooks.retry_policy import MAX_CONCURRENT, NextDelivery
 
-KEPT = timedelta(days=30)
+RETENTION = timedelta(days=30)
 
 
-def next_deliveries(session: Session, now: datetime, sender: str, others_are_late: bool) -> list[Head]:
+def next_deliveries(session: Session, now: datetime, sender: str, others_are_late: bool) -> list[NextDelivery]:
     """The first open delivery of each lane where it is due, a few of each webhook, oldest first.
 
     One that another ``sender`` is at is left to it, unless ``others_are_late``. Of a webhook that is switched off only
@@ -36,13 +36,13 @@ def next_deliveries(session: Session, now: datetime, sender: str, others_are_lat
         .subquery()
     )
     query = select(due).where(due.c.place <= MAX_CONCURRENT).order_by(due.c.number)
-    return [Head(found.number, found.webhook_id, found.failures) for found in session.execute(query)]
+    return [NextDelivery(found.number, found.webhook_id, found.failures) for found in session.execute(query)]
 
 
 def sweep(session: Session, now: datetime) -> None:
     """Forget old ends, what was to go to webhooks that are no more, and webhooks of jobs that are no more."""
     row = DeliveryRow
-    session.execute(delete(row).where(row.ended_at < now - KEPT))
+    session.execute(delete(row).where(row.ended_at < now - RETENTION))
     session.execute(delete(row).where(row.webhook_id.not_in(select(WebhookRow.id))))
     waiting = exists().where(and_(row.webhook_id == WebhookRow.id, row.state == PENDING))
     orphaned = (WebhookRow.job_id.is_not(None), WebhookRow.job_id.not_in(select(JobRow.id)), ~waiting)

@@ -28,10 +28,10 @@ from trainyard.service.ssrf import (
 SEND_SECONDS = 10.0
 """From the connect to the end of the answer. The system resolves the name before that, within its own limits."""
 
-SNIPPET_BYTES = 500
-READ_BYTES = 4096
+MAX_SNIPPET_BYTES = 500
+MAX_RECV_BYTES = 4096
 MAX_HEAD_BYTES = 16 << 10
-MAX_READ_BYTES = 64 << 10
+MAX_RESPONSE_BYTES = 64 << 10
 """Bytes read of an answer, its head and all that is not shown included."""
 
 
@@ -46,7 +46,7 @@ class DeliveryResult:
     retry_after: float | None = None
 
     @property
-    def took(self) -> bool:
+    def accepted(self) -> bool:
         """True if the receiver accepted it. A redirect is a rejection: it may lead anywhere."""
         return self.status is not None and 200 <= self.status < 300
 
@@ -103,10 +103,10 @@ class WebhookClient:
                 with contextlib.suppress(OSError, httpcore2.ProtocolError, DeliveryFailed):
                     for data in response.iter_stream():
                         text += data
-                        if len(text) >= SNIPPET_BYTES:
+                        if len(text) >= MAX_SNIPPET_BYTES:
                             break
                 received = {name.lower(): value for name, value in response.headers}
-                return response.status, received, text[:SNIPPET_BYTES]
+                return response.status, received, text[:MAX_SNIPPET_BYTES]
 
 
 class _Connection(httpcore2.HTTP11Connection):
@@ -120,22 +120,22 @@ class _Stream(httpcore2.NetworkStream):
         self._deadline = deadline
         self._unsent = b""
         self._received = 0
-        self._socket = self._connected(addresses, port)
+        self._socket = self._connect(addresses, port)
 
     def secure(self, context: ssl.SSLContext, name: str) -> None:
         """Start TLS. The certificate must be valid for ``name``, whichever address it led to."""
-        self._socket.settimeout(self._left())
+        self._socket.settimeout(self._seconds_left())
         self._socket = context.wrap_socket(self._socket, server_hostname=name)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 - the deadline counts
         if self._unsent:
-            self._socket.settimeout(self._left())
+            self._socket.settimeout(self._seconds_left())
             self._socket.sendall(self._unsent)
             self._unsent = b""
-        self._socket.settimeout(self._left())
-        data = self._socket.recv(min(max_bytes, READ_BYTES))
+        self._socket.settimeout(self._seconds_left())
+        data = self._socket.recv(min(max_bytes, MAX_RECV_BYTES))
         self._received += len(data)
-        if self._received > MAX_READ_BYTES:
+        if self._received > MAX_RESPONSE_BYTES:
             raise DeliveryFailed("it says too much before its answer")
         return data
 
@@ -146,17 +146,17 @@ class _Stream(httpcore2.NetworkStream):
     def close(self) -> None:
         self._socket.close()
 
-    def _connected(self, addresses: Sequence[str], port: int) -> socket.socket:
+    def _connect(self, addresses: Sequence[str], port: int) -> socket.socket:
         """A connection to the first address that accepts."""
         failure: OSError = TimeoutError()
         for address in addresses:
             try:
-                return socket.create_connection((address, port), timeout=self._left())
+                return socket.create_connection((address, port), timeout=self._seconds_left())
             except OSError as error:
                 failure = error
         raise failure
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError

@@ -6,15 +6,15 @@ from datetime import datetime, timedelta
 
 from trainyard.service.webhooks.http_client import DeliveryResult
 
-FIRST_SECONDS = 5.0
+MIN_SECONDS = 5.0
 MAX_SECONDS = 3600.0
-GIVE_UP = timedelta(hours=24)
+GIVE_UP_AFTER = timedelta(hours=24)
 """A delivery is tried for so long after its event."""
 
-DISABLE = timedelta(days=3)
+DISABLE_AFTER = timedelta(days=3)
 """A receiver that took nothing for so long hears nothing more until somebody looks."""
 
-PATIENCE = 3
+MAX_FAILURES = 3
 """After so many failed tries in a row a receiver is taken to be away: one try at a time, with pauses for all of it."""
 
 MAX_CONCURRENT = 4
@@ -35,7 +35,7 @@ class RetryDecision:
 def backoff(failures: int, chance: float) -> float:
     """Seconds after the ``failures``-th failed try in a row; ``chance`` in [0, 1) takes off up to half of it."""
     # Bounded before it is raised: 2 to the power of what a receiver is away for is no float any more.
-    whole = min(FIRST_SECONDS * 2.0 ** min(failures - 1, 30), MAX_SECONDS)
+    whole = min(MIN_SECONDS * 2.0 ** min(failures - 1, 30), MAX_SECONDS)
     return whole * (1.0 - 0.5 * chance)
 
 
@@ -46,9 +46,9 @@ def after_failure(
     if answer.status == GONE:
         return RetryDecision(None, "the receiver answered 410 Gone")
     disable = None
-    if now - failing_since >= DISABLE:
-        disable = f"the receiver has taken nothing for {DISABLE.days} days"
-    if disable is not None or now - created_at >= GIVE_UP:
+    if now - failing_since >= DISABLE_AFTER:
+        disable = f"the receiver has taken nothing for {DISABLE_AFTER.days} days"
+    if disable is not None or now - created_at >= GIVE_UP_AFTER:
         return RetryDecision(None, disable)
     seconds = backoff(attempts, chance)
     if answer.retry_after is not None:
@@ -57,7 +57,7 @@ def after_failure(
 
 
 @dataclass(frozen=True)
-class Head:
+class NextDelivery:
     """The first open delivery of a lane. ``failures``: its receiver's tries in a row that failed."""
 
     number: int
@@ -65,14 +65,14 @@ class Head:
     failures: int
 
 
-def pick(heads: Sequence[Head], busy: Mapping[int, str], free: int) -> list[Head]:
+def pick(heads: Sequence[NextDelivery], busy: Mapping[int, str], free: int) -> list[NextDelivery]:
     """Which to send now. ``busy``: delivery -> webhook of those on their way; ``free``: how many more may be."""
-    picked: list[Head] = []
+    picked: list[NextDelivery] = []
     load: dict[str, int] = {}
     for webhook_id in busy.values():
         load[webhook_id] = load.get(webhook_id, 0) + 1
     for head in heads:
-        most = MAX_CONCURRENT if head.failures < PATIENCE else 1
+        most = MAX_CONCURRENT if head.failures < MAX_FAILURES else 1
         if head.number in busy or load.get(head.webhook_id, 0) >= most:
             continue
         if len(picked) == free:

@@ -28,7 +28,7 @@ from trainyard.service.webhooks import delivery_queue, signing, store
 from trainyard.service.webhooks.http_client import DeliveryResult, WebhookClient
 from trainyard.service.webhooks.requests import TEST
 from trainyard.service.webhooks.retry_policy import (
-    PATIENCE,
+    MAX_FAILURES,
     after_failure,
     backoff,
     pick,
@@ -36,7 +36,7 @@ from trainyard.service.webhooks.retry_policy import (
 from trainyard.service.webhooks.rule_engine import RuleEngine
 
 ROUND_SECONDS = 1.0
-AT_ONCE = 16
+MAX_SENDING = 16
 GRACE_SECONDS = 5.0
 """Another sender's claims count as dropped this long after its deadline."""
 
@@ -55,7 +55,7 @@ class ClaimedDelivery:
     webhook_id: str
     event_id: str
     url: str
-    good: tuple[str, ...]
+    secrets: tuple[str, ...]
     body: bytes
 
 
@@ -80,7 +80,7 @@ class Sender:
         self._watcher = RuleEngine(database, lease, clock, monotonic)
         self._name = secrets.token_hex(8)
         self._busy: dict[int, str] = {}
-        self._quiet = threading.Condition()
+        self._changed = threading.Condition()
         self._epoch: int | None = None
         self._led_since = monotonic()
         self._swept_at = float("-inf")
@@ -107,25 +107,25 @@ class Sender:
 
     def deliver_until_idle(self, seconds: float) -> bool:
         """Wait until no delivery is under way; return False if that takes longer."""
-        with self._quiet:
-            return self._quiet.wait_for(lambda: not self._busy, seconds)
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy, seconds)
 
     def round(self) -> int:
         """Check the rules, then start to send what is due; return how many."""
-        if not self._leads():
+        if not self._is_leader():
             return 0
         self._watcher.poll()
         self._sweep()
         with self._database.read() as session:
-            heads = delivery_queue.next_deliveries(session, self._clock(), self._name, self._others_are_late())
-        with self._quiet:
-            chosen = pick(heads, self._busy, AT_ONCE - len(self._busy))
+            heads = delivery_queue.next_deliveries(session, self._clock(), self._name, self._other_claims_expired())
+        with self._changed:
+            chosen = pick(heads, self._busy, MAX_SENDING - len(self._busy))
             self._busy |= {head.number: head.webhook_id for head in chosen}
         for head in chosen:
             threading.Thread(target=self._deliver, args=(head.number,), name="webhook", daemon=True).start()
         return len(chosen)
 
-    def _leads(self) -> bool:
+    def _is_leader(self) -> bool:
         """True if this server may send. A new leader waits for what the one before may still be sending."""
         if self._lease is None:
             return True
@@ -134,7 +134,7 @@ class Sender:
             self._epoch, self._led_since = self._lease.epoch, self._monotonic()
         return leads
 
-    def _others_are_late(self) -> bool:
+    def _other_claims_expired(self) -> bool:
         return self._monotonic() - self._led_since > self._courier.seconds + GRACE_SECONDS
 
     def _sweep(self) -> None:
@@ -159,21 +159,21 @@ class Sender:
             parcel = self._claim(number)
             hit("webhooks.claimed")
             # If the process slept here, another server has this delivery by now: the lease is checked last.
-            if parcel is not None and self._leads():
+            if parcel is not None and self._is_leader():
                 self._record(parcel, self._send(parcel))
         except LeadershipLost:
             log.warning("another service sends the webhooks now", extra={"delivery_id": number})
         except Exception:
             log.exception("a delivery could not be dealt with", extra={"delivery_id": number})
         finally:
-            with self._quiet:
+            with self._changed:
                 del self._busy[number]
-                self._quiet.notify_all()
+                self._changed.notify_all()
             self._wake.set()
 
     def _claim(self, number: int) -> ClaimedDelivery | None:
         with fenced(self._database, self._lease) as session:
-            webhook, delivery = _locked(session, number)
+            webhook, delivery = _lock(session, number)
             if webhook is None or delivery is None or delivery.state != PENDING:
                 return None
             delivery.claimed_by = self._name
@@ -182,7 +182,7 @@ class Sender:
             return ClaimedDelivery(number, webhook.id, delivery.event_id, webhook.url, good, delivery.body.encode())
 
     def _send(self, parcel: ClaimedDelivery) -> DeliveryResult:
-        signed = signing.headers(parcel.good, parcel.event_id, int(self._clock().timestamp()), parcel.body)
+        signed = signing.headers(parcel.secrets, parcel.event_id, int(self._clock().timestamp()), parcel.body)
         answer = self._courier.post(parcel.url, signed, parcel.body)
         said = answer.status if answer.status is not None else answer.error
         fields = {"webhook_id": parcel.webhook_id, "event_id": parcel.event_id, "seconds": round(answer.seconds, 3)}
@@ -194,29 +194,29 @@ class Sender:
         while True:
             try:
                 with fenced(self._database, self._lease) as session:
-                    self._write_down(session, parcel, answer)
+                    self._apply_result(session, parcel, answer)
                 return
             except (OperationalError, InterfaceError, DatabaseUnavailable, OutcomeUnknown):
-                if not self._leads() or self._stopping.wait(ROUND_SECONDS):
+                if not self._is_leader() or self._stopping.wait(ROUND_SECONDS):
                     raise
 
-    def _write_down(self, session: Session, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
-        webhook, delivery = _locked(session, parcel.number)
+    def _apply_result(self, session: Session, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
+        webhook, delivery = _lock(session, parcel.number)
         if webhook is None or delivery is None or delivery.claimed_by != self._name:
             return
         now = self._clock()
         delivery.claimed_by = None
-        delivery.tries = [*delivery.tries, _attempt(answer, parcel, now)][-MAX_TRIES:]
-        if answer.took:
+        delivery.tries = [*delivery.tries, _attempt_entry(answer, parcel, now)][-MAX_TRIES:]
+        if answer.accepted:
             _end(delivery, DELIVERED, now)
             webhook.failures, webhook.failing_since, webhook.retry_at, webhook.succeeded_at = 0, None, None, now
         elif delivery.kind == TEST:
             _end(delivery, FAILED, now)
         else:
-            _failed(webhook, delivery, answer, now)
+            _record_failure(webhook, delivery, answer, now)
 
 
-def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryRow | None]:
+def _lock(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryRow | None]:
     """Lock the webhook first, in the order of a redelivery."""
     delivery = session.get(DeliveryRow, number)
     if delivery is None:
@@ -226,7 +226,7 @@ def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryR
     return webhook, delivery
 
 
-def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: DeliveryResult, now: datetime) -> None:
+def _record_failure(webhook: WebhookRow, delivery: DeliveryRow, answer: DeliveryResult, now: datetime) -> None:
     webhook.failures += 1
     webhook.failing_since = webhook.failing_since or now
     chance = random.random()  # noqa: S311 - spreads tries out, and guards nothing
@@ -235,7 +235,7 @@ def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: DeliveryResult, 
         _end(delivery, FAILED, now)
     else:
         delivery.next_at = verdict.retry_at
-    if webhook.failures >= PATIENCE:
+    if webhook.failures >= MAX_FAILURES:
         webhook.retry_at = now + timedelta(seconds=backoff(webhook.failures, chance))
     if verdict.disable is not None:
         webhook.enabled, webhook.disabled_reason = False, verdict.disable
@@ -246,9 +246,9 @@ def _end(delivery: DeliveryRow, state: str, now: datetime) -> None:
     delivery.state, delivery.ended_at, delivery.next_at = state, now, None
 
 
-def _attempt(answer: DeliveryResult, parcel: ClaimedDelivery, now: datetime) -> dict[str, Any]:
+def _attempt_entry(answer: DeliveryResult, parcel: ClaimedDelivery, now: datetime) -> dict[str, Any]:
     snippet = answer.snippet
-    for secret in parcel.good:
+    for secret in parcel.secrets:
         # A receiver may echo its secret; we must not show it.
         snippet = snippet.replace(secret, "***") if snippet is not None else None
     return {

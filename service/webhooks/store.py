@@ -34,7 +34,7 @@ from trainyard.service.webhooks.requests import TEST, WebhookCreate
 MAX_WEBHOOKS = 1000
 """Every event looks at all of them."""
 
-BOTH_GOOD = timedelta(hours=24)
+SECRET_OVERLAP = timedelta(hours=24)
 """So long an old secret signs beside the new one."""
 
 
@@ -80,7 +80,7 @@ def _fields(asked: WebhookCreate) -> dict[str, Any]:
     return asked.model_dump(mode="json")
 
 
-def asked_of(row: WebhookRow) -> dict[str, Any]:
+def request_of(row: WebhookRow) -> dict[str, Any]:
     """What a client would have said to make it what it is."""
     return {name: getattr(row, name) for name in WebhookCreate.model_fields}
 
@@ -94,7 +94,7 @@ def remove(session: Session, webhook_id: str) -> None:
 
 def rotate(row: WebhookRow, now: datetime) -> str:
     """A new secret, returned; the one it had signs as well for a while."""
-    row.old_secret, row.old_secret_until = row.secret, now + BOTH_GOOD
+    row.old_secret, row.old_secret_until = row.secret, now + SECRET_OVERLAP
     row.secret = signing.new_secret()
     row.updated_at = now
     return row.secret

@@ -15,7 +15,7 @@ from tests.service.test_checkpoints import write_checkpoint
 from trainyard.contract.file_identity import BLOCK_BYTES, BLOCKS, FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.tokenizer_info import fingerprint_of
-from trainyard.service.jobs.resume_compat import identity_in
+from trainyard.service.jobs.resume_compat import read_identity
 
 
 def identity(rig: ServiceHarness, job_id: str) -> RunIdentity:
@@ -153,7 +153,7 @@ def test_what_cannot_be_read_is_for_the_worker_to_judge_and_an_older_one_is_look
     file.unlink()
     if state is not None:
         file.write_bytes(state)
-    assert identity_in(file.parent) is None
+    assert read_identity(file.parent) is None
     with rig.corpus.open("a") as corpus:
         corpus.write("x")
     assert refused(rig, job_id) == ["data_path: 16 bytes when step 200 was saved, 17 now"]

@@ -17,7 +17,7 @@ from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import Reason
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import MetricRow
-from trainyard.service.logs.reader import read_whole
+from trainyard.service.logs.reader import read_growing
 from trainyard.service.metrics import store
 from trainyard.service.streams import broadcaster, sse, subscribers
 from trainyard.service.streams.sse import event, parse_last_event_id
@@ -239,7 +239,7 @@ def test_the_database_away_is_waited_for(
     job_id, attempt = rig.running()
     reader = open_sqlite(f"/jobs/{job_id}/metrics/stream")
     attempt.metric(1)
-    look, failures = rig.pulse._look, [0]
+    look, failures = rig.pulse._poll, [0]
 
     def away(known: Any) -> Any:
         failures[0] += 1
@@ -309,13 +309,13 @@ def test_a_log_that_is_not_there_yet(rig: ServiceHarness, open_sqlite: Open) -> 
 def test_a_character_whose_rest_is_still_to_come(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes("aß".encode()[:-1])
-    assert read_whole(path, 0, 100, last=False) == ("a", 1)
-    assert read_whole(path, 1, 100, last=False) == ("", 1)
-    assert read_whole(path, 1, 100, last=True) == ("\N{REPLACEMENT CHARACTER}", 2)
+    assert read_growing(path, 0, 100, last=False) == ("a", 1)
+    assert read_growing(path, 1, 100, last=False) == ("", 1)
+    assert read_growing(path, 1, 100, last=True) == ("\N{REPLACEMENT CHARACTER}", 2)
     path.write_bytes("aß".encode())
-    assert read_whole(path, 1, 100, last=False) == ("ß", 3)
+    assert read_growing(path, 1, 100, last=False) == ("ß", 3)
     path.write_bytes(b"\xf0\xffab")
-    assert read_whole(path, 0, 100, last=False)[1] == 4
+    assert read_growing(path, 0, 100, last=False)[1] == 4
 
 
 # Parts

@@ -25,8 +25,8 @@ from trainyard.service.ssrf import (
     validation_error,
 )
 from trainyard.service.webhooks.http_client import (
-    MAX_READ_BYTES,
-    SNIPPET_BYTES,
+    MAX_RESPONSE_BYTES,
+    MAX_SNIPPET_BYTES,
     DeliveryResult,
     WebhookClient,
 )
@@ -182,7 +182,7 @@ class _same_port:  # noqa: N801 - reads like the function it stands for
 def test_the_next_address_is_tried_where_one_does_not_answer() -> None:
     with receiving("127.0.0.3") as there:
         courier = WebhookClient(LOOPBACK, lambda host, port: ["127.0.0.2", "127.0.0.3"])
-        assert post(courier, f"http://two.example:{there.port}/").took
+        assert post(courier, f"http://two.example:{there.port}/").accepted
 
 
 def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: ServiceHarness) -> None:
@@ -302,10 +302,10 @@ def test_a_receiver_that_misbehaves_costs_a_bounded_time(
 def test_of_a_long_answer_the_begin_is_read(raw: Callable[[Script], str], script: Script) -> None:
     """The status has been said: what comes behind it changes nothing."""
     answer = post(WebhookClient(LOOPBACK, seconds=0.5), raw(script))
-    assert answer.took
+    assert answer.accepted
     assert answer.snippet is not None
     assert set(answer.snippet) == {"z"}
-    assert len(answer.snippet) <= SNIPPET_BYTES < MAX_READ_BYTES
+    assert len(answer.snippet) <= MAX_SNIPPET_BYTES < MAX_RESPONSE_BYTES
 
 
 def test_nobody_there_and_no_such_name() -> None:
@@ -325,7 +325,7 @@ def test_nobody_there_and_no_such_name() -> None:
 def test_the_target_and_the_headers_are_sent_as_the_url_has_them() -> None:
     with receiving() as receiver:
         asked = f"http://127.0.0.1:{receiver.port}/a;b/c;d%20e?x=1;y=2&z"
-        assert post(WebhookClient(LOOPBACK), asked).took
+        assert post(WebhookClient(LOOPBACK), asked).accepted
         assert receiver.got[0].path == "/a;b/c;d%20e?x=1;y=2&z"
         assert receiver.got[0].headers["connection"] == "close"
         assert receiver.got[0].headers["content-length"] == "2"
@@ -348,7 +348,7 @@ def test_tls_is_for_the_name_and_the_connection_for_the_checked_address(tmp_path
     with receiving(context=theirs) as receiver:
         found = lambda host, port: ["127.0.0.1"]  # noqa: E731
         good = post(WebhookClient(LOOPBACK, found, ours), f"https://hooks.example:{receiver.port}/hook")
-        assert good.took, good.error
+        assert good.accepted, good.error
         assert names == ["hooks.example"]
         assert receiver.got[0].headers["host"] == f"hooks.example:{receiver.port}"
         other = post(WebhookClient(LOOPBACK, found, ours), f"https://other.example:{receiver.port}/hook")

@@ -15,10 +15,10 @@ from tests.service.test_webhooks import deliveries, register, send
 from trainyard.contract.status import Reason
 from trainyard.service.webhooks.http_client import WebhookClient
 from trainyard.service.webhooks.rule_engine import (
-    ASLEEP_SECONDS,
-    KEEP_SECONDS,
+    MAX_GAP_SECONDS,
     POLL_SECONDS,
     RECENT,
+    SAVE_SECONDS,
     RuleEngine,
 )
 from trainyard.service.webhooks.sender import Sender
@@ -111,7 +111,7 @@ def test_a_restart_neither_repeats_nor_misses(watched: Watched, receiver: Receiv
     points(rig, attempt, 1, 3.0, nan, 3.0)
     watched.look()
     points(rig, attempt, 4, 3.0, 3.0, eval_loss=2.4)
-    watched.look(KEEP_SECONDS + POLL_SECONDS if kept else POLL_SECONDS + 1)
+    watched.look(SAVE_SECONDS + POLL_SECONDS if kept else POLL_SECONDS + 1)
     watched.again()
     points(rig, attempt, 6, 3.0, eval_loss=2.3)
     watched.look()
@@ -198,7 +198,7 @@ def test_a_server_that_slept_an_hour_blames_nobody(watched: Watched, receiver: R
     watched.look()
     watched.look(3600)
     assert told(receiver) == []
-    assert ASLEEP_SECONDS < 600
+    assert MAX_GAP_SECONDS < 600
     for _ in range(13):
         watched.look(50)
     assert told(receiver) == [("rule.no_progress", 1)]

@@ -325,7 +325,7 @@ class SimulatedCluster:
         job.completed = job.completed or report.outcome == "completed"
         self.move(job, ending.status)
         self.done[f"ended {ending.status}: {ending.reason}"] += 1
-        if ending.queued_again:
+        if ending.requeue:
             job.desired, job.trigger = Desired.RUN, "preemption"
             self.move(job, JobStatus.QUEUED)
         self.check_restart(job, ending)
