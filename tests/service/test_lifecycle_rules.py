@@ -265,7 +265,7 @@ def test_the_end_of_an_attempt_that_made_room(
     assert (ending.status, ending.reason, ending.requeue, ending.restarts) == (status, becomes, again, restarts)
     assert (ending.restart_seconds is not None) == (status is JobStatus.INTERRUPTED)
     if again:
-        assert ending.message == "it ended, to make room for job_front; it goes on by itself"
+        assert ending.message == "it ended, to make room for job_front; it resumes automatically"
 
 
 def test_a_user_may_still_have_their_way_with_a_job_that_makes_room() -> None:

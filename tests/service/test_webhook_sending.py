@@ -241,8 +241,8 @@ def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: Servic
     """Three senders at once on one database; each in turn is the leader."""
     ticks = Ticks()
     leases = [LeaderLease(any_rig.database, ticks) for _ in range(3)]
-    courier = WebhookClient(any_rig.settings.webhook_networks)
-    senders = [Sender(any_rig.database, courier, lease, any_rig.clock, ticks) for lease in leases]
+    client = WebhookClient(any_rig.settings.webhook_networks)
+    senders = [Sender(any_rig.database, client, lease, any_rig.clock, ticks) for lease in leases]
     register(any_rig, receiver.url, events=["job.created"])
     for leader in (0, 1, 2):
         assert leases[leader].keep()

@@ -53,8 +53,8 @@ class Watched:
 
     def again(self) -> None:
         """As after a restart: what was in memory is gone."""
-        courier = WebhookClient(self.rig.settings.webhook_networks)
-        self.sender = Sender(self.rig.database, courier, clock=self.rig.clock, monotonic=self.ticks)
+        client = WebhookClient(self.rig.settings.webhook_networks)
+        self.sender = Sender(self.rig.database, client, clock=self.rig.clock, monotonic=self.ticks)
 
     def look(self, seconds: float = POLL_SECONDS + 1) -> None:
         """Time passes, and it looks and sends."""
@@ -239,7 +239,7 @@ def test_looking_costs_nothing_where_there_are_no_rules(
     register(any_rig, "https://example.com")
     any_rig.running()
     monkeypatch.setattr(RuleEngine, "_look_at", None)
-    any_rig.sender._watcher.poll()
+    any_rig.sender._rule_engine.poll()
 
 
 def test_the_snippet_of_the_guide_verifies_what_is_sent(rig: ServiceHarness, receiver: Receiver) -> None:
