@@ -84,7 +84,7 @@ def aggregates(session: Session, job: JobRow, view: RollupView) -> Iterator[Aggr
                 end = target // level * level
                 if end > begin:
                     rows = _read_rows(session, job.id, level, begin, end, (view.half_life,))
-                    yield from (Aggregate(*row) for row in rows)
+                    yield from map(Aggregate._make, rows)
                     begin = end
     yield from store.points(session, job.id, None, view.until_step, begin)
 
