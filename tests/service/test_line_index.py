@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.service.harness import ServiceHarness
-from tests.service.test_job_logs import log
+from tests.service.test_log_reader import log
 from trainyard.service.logs import line_index
 from trainyard.service.logs.line_index import ELLIPSIS, MAX_LINE_BYTES, LineIndexCache
 from trainyard.service.logs.reader import BLOCK
