@@ -1,4 +1,4 @@
-"""Actions that do not fit, actions at once, changes of a job."""
+"""User actions: rejected ones, concurrent ones, and changes of a job."""
 
 from typing import Any
 

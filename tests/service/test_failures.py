@@ -1,4 +1,4 @@
-"""The failure card: what to do about it is a call that the service takes, and a command that the client knows."""
+"""The failure card: each next action is a request that the API accepts and a command that exists."""
 
 import shlex
 from typing import Any

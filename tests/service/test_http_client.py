@@ -1,4 +1,4 @@
-"""Where webhooks may lead, and what a receiver can do to the one that sends."""
+"""Where webhooks may be sent, and what a hostile receiver can do to the sender."""
 
 import ipaddress
 import shutil

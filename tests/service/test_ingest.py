@@ -1,4 +1,4 @@
-"""What agents send: each line once, in order, and nothing that a line holds stops the next one."""
+"""Ingest: each reported line once and in order; an invalid line does not block the next one."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""A job's life as a user sees it, on both databases."""
+"""The lifecycle of a job as a user sees it, on both databases."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The rules, over every status there is."""
+"""The lifecycle rules, for every status. Pure."""
 
 import itertools
 from datetime import UTC, datetime

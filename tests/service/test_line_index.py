@@ -1,4 +1,4 @@
-"""Lines of a log by their numbers and a search through all of it, held against a plain reading of the file."""
+"""Log lines by number and the search, compared with a plain reading of the file."""
 
 import random
 import time

@@ -1,4 +1,4 @@
-"""The curve: stitched, by attempt, page by page, in buckets."""
+"""The curve: stitched, by attempt, by pages, and in buckets."""
 
 import csv
 import io

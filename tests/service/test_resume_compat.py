@@ -1,4 +1,4 @@
-"""A run goes on with what its checkpoint was saved with, or the answer names what is another one now."""
+"""A run resumes only with what its checkpoint was saved with; the error names each difference."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Long curves by their sums against a slow reader of every point, whatever happens to the curve meanwhile."""
+"""Rollups compared with a slow computation from every point, also while the curve changes."""
 
 import math
 import random

@@ -1,4 +1,4 @@
-"""Rules against the curves of jobs in the database: told once, also over restarts, and by no one who was asleep."""
+"""Alert rules on jobs' metrics in the database: each alert once, also after restarts and changes of the leader."""
 
 import re
 import time

@@ -1,4 +1,4 @@
-"""Sending: what fails is tried again, what is slow holds nobody up, and only the server that leads sends."""
+"""The sender retries failures, is not held up by a slow receiver, and sends only on the leader."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""The streams over real sockets: replay, order, ends, readers that do not read, and what it costs."""
+"""The streams over real sockets: replay, order, ends, stalled readers, and the cost."""
 
 import asyncio
 import os

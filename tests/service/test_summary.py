@@ -1,4 +1,4 @@
-"""The one sentence about a job."""
+"""The summary of a job."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
