@@ -238,7 +238,7 @@ def test_looking_costs_nothing_where_there_are_no_rules(
 ) -> None:
     register(any_rig, "https://example.com")
     any_rig.running()
-    monkeypatch.setattr(RuleEngine, "_look_at", None)
+    monkeypatch.setattr(RuleEngine, "_evaluate_job", None)
     any_rig.sender._rule_engine.poll()
 
 

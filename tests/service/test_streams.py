@@ -27,8 +27,8 @@ Open = Callable[..., Reader]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.01)
+    monkeypatch.setattr(broadcaster, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(broadcaster, "MIN_POLL_SECONDS", 0.01)
     monkeypatch.setattr(subscribers, "POLL_SECONDS", 0.02)
 
 
@@ -169,7 +169,7 @@ def test_too_many_readers_are_told_so(rig: ServiceHarness, open_sqlite: Open, mo
 def test_a_comment_comes_while_nothing_does(
     rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "COMMENT_SECONDS", 0.1)
+    monkeypatch.setattr(sse, "KEEPALIVE_SECONDS", 0.1)
     blocks = open_sqlite(f"/jobs/{rig.submit()}/metrics/stream").blocks()
     assert next(blocks) == ["retry: 2000", ": trainyard"]
     assert next(blocks) == [": still here"]
@@ -247,7 +247,7 @@ def test_the_database_away_is_waited_for(
             raise OSError("gone")
         return look(known)
 
-    monkeypatch.setattr(rig.pulse, "_look", away)
+    monkeypatch.setattr(rig.pulse, "_poll", away)
     rig.ship(attempt)
     assert reader.take(1)[0]["data"]["step"] == 1
     assert failures[0] >= 4
@@ -344,8 +344,8 @@ def test_no_thread_waits_for_a_reader(make_rig: MakeHarness, sqlite_url: str) ->
 def test_what_this_process_stores_itself_waits_for_no_beat(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 600.0)
-    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(broadcaster, "POLL_SECONDS", 600.0)
+    monkeypatch.setattr(broadcaster, "MIN_POLL_SECONDS", 0.0)
     job_id, attempt = rig.running()
     with served(rig) as address:
         reader = Reader(address, f"/jobs/{job_id}/metrics/stream")
