@@ -124,12 +124,16 @@ class RollupBucket:
         self.loss_sum += later.loss_sum
         if later.finite_step is None:
             return
-        # If no point was finite so far, totals and weights are 0, and the factors do not matter.
-        factors = [decay(later.finite_step - (self.finite_step or 0), half_life) for half_life in HALF_LIVES]
-        self.totals = [f * old + new for f, old, new in zip(factors, self.totals, later.totals, strict=True)]
-        self.weights = [f * old + new for f, old, new in zip(factors, self.weights, later.weights, strict=True)]
-        self.loss_min = min(loss for loss in (self.loss_min, later.loss_min) if loss is not None)
-        self.loss_max = max(loss for loss in (self.loss_max, later.loss_max) if loss is not None)
+        assert later.loss_min is not None
+        assert later.loss_max is not None
+        # If no point was finite so far, totals and weights are 0, and the factor does not matter.
+        distance = later.finite_step - (self.finite_step or 0)
+        for index, half_life in enumerate(HALF_LIVES):
+            factor = decay(distance, half_life)
+            self.totals[index] = factor * self.totals[index] + later.totals[index]
+            self.weights[index] = factor * self.weights[index] + later.weights[index]
+        self.loss_min = later.loss_min if self.loss_min is None else min(self.loss_min, later.loss_min)
+        self.loss_max = later.loss_max if self.loss_max is None else max(self.loss_max, later.loss_max)
         self.finite_step = later.finite_step
 
 
