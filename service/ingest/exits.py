@@ -29,7 +29,9 @@ def close_attempt(
     if attempt.ended_at is not None:
         return
     report = _with_peak_memory(session, attempt, plain_report(report))
-    report = report.model_copy(update={"ended_at": _plausible_end(report.ended_at, attempt.created_at, now)})
+    # The agent's clock may be wrong, and retention deletes by this time.
+    ended_at = max(attempt.created_at, min(report.ended_at, now))
+    report = report.model_copy(update={"ended_at": ended_at})
     _close(session, attempt, report.outcome, now)
     attempt.ended_at = report.ended_at
     attempt.end_step = report.step
@@ -54,11 +56,6 @@ def _with_peak_memory(session: Session, attempt: AttemptRow, report: ExitReport)
     newest = select(MetricRow.memory_bytes).where(*own).order_by(MetricRow.seq.desc()).limit(1)
     card = report.error.model_copy(update={"peak_memory_bytes": session.scalar(newest)})
     return report.model_copy(update={"error": card})
-
-
-def _plausible_end(reported: datetime, created_at: datetime, now: datetime) -> datetime:
-    # The agent's clock may be wrong, and retention deletes by this time.
-    return max(created_at, min(reported, now))
 
 
 def _restart_history(session: Session, job: JobRow, attempt: AttemptRow) -> restart_policy.RestartHistory:

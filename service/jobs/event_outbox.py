@@ -65,7 +65,7 @@ class Payload(ResponseModel):
 
 def enqueue(session: Session, job: JobRow, event: EventRow) -> None:
     """Queue the event for each matching webhook. ``event`` has its number; ``job`` is as it was after the event."""
-    kind = _type_of(event)
+    kind = f"job.{event.data['to']}" if event.kind == "status" else TYPES.get(event.kind)
     if kind is None:
         return
     any_or_this_job = or_(WebhookRow.job_id.is_(None), WebhookRow.job_id == job.id)
@@ -74,10 +74,6 @@ def enqueue(session: Session, job: JobRow, event: EventRow) -> None:
     for webhook_id, events, labels in session.connection().execute(query).all():
         if (kind in events or ALL in events) and matches(labels, job.labels):
             enqueue_one(session, webhook_id, kind, job, event)
-
-
-def _type_of(event: EventRow) -> str | None:
-    return f"job.{event.data['to']}" if event.kind == "status" else TYPES.get(event.kind)
 
 
 def matches(required: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:

@@ -75,7 +75,9 @@ def check_compatible(candidates: Iterable[ResumeCandidate], spec: Mapping[str, A
         if not candidate.restarts_data:
             differences += [*_corpus_differences(candidate, saved, spec, settings), *_row_differences(saved, spec)]
         if differences:
-            raise _mismatch(candidate, differences, RESTART if only_data else f"{RESTORE_HINT}.")
+            hint = RESTART if only_data else f"{RESTORE_HINT}."
+            detail = f"The run cannot resume from step {candidate.step:,}: {'; '.join(differences)}. {hint}"
+            raise CheckpointMismatch(detail, differences=differences, hint=hint)
         return
 
 
@@ -88,11 +90,6 @@ def read_identity(directory: Path) -> RunIdentity | None:
         return RunIdentity(**identity) if valid else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-
-
-def _mismatch(candidate: ResumeCandidate, differences: list[str], hint: str) -> CheckpointMismatch:
-    detail = f"The run cannot resume from step {candidate.step:,}: {'; '.join(differences)}. {hint}"
-    return CheckpointMismatch(detail, differences=differences, hint=hint)
 
 
 def _tokenizer_differences(

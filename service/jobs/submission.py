@@ -13,7 +13,6 @@ from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
 from trainyard.model import costs
-from trainyard.model.costs import memory_bytes
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
 from trainyard.service.devices.memory import limit_for
 from trainyard.service.errors import SpecInvalid, with_problems
@@ -234,7 +233,7 @@ class _SpecValidator:
         if self.runs_on_slurm or limit is None or not size:
             return
         model, optimizer = replace(self.spec.model, vocab_size=size), self.spec.training.optimizer
-        least = memory_bytes(model, batch_size=1, seq_len=1, dtype="float32", optimizer=optimizer)
+        least = costs.memory_bytes(model, batch_size=1, seq_len=1, dtype="float32", optimizer=optimizer)
         alone = least.weights + least.gradients + least.optimizer
         needed = alone * (resources.nproc_per_node if kind == "cpu" else 1)
         if needed > limit:
@@ -283,12 +282,8 @@ def _corpus_error(path: Path) -> str | None:
 
 def _has_weights(path: Path) -> bool:
     # A file, or a Hugging Face directory with one file or with an index of several.
-    return any(map(_is_file, (path, path / "model.safetensors", path / "model.safetensors.index.json")))
-
-
-def _is_file(path: Path) -> bool:
     try:
-        return path.is_file()
+        return any(p.is_file() for p in (path, path / "model.safetensors", path / "model.safetensors.index.json"))
     except OSError:
         return False
 
