@@ -98,7 +98,7 @@ def build_state(
         preempts=settings.preemption,
         timing=timing,
     )
-    sender = Sender(database, WebhookClient(settings.webhook_networks), lease, wanted=schedules)
+    sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
     seen = devices if schedules else PublishedInventory(database, devices)
     return AppState(settings, database, seen, scheduler, MetricBroadcaster(database), sender)
 

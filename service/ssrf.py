@@ -88,7 +88,7 @@ def rejection_reason(address: Address, allowed: Sequence[Network]) -> str | None
     """Return why nothing may be sent to this address, or None. An address that embeds others is judged by those."""
     for one in tuple(_inside(address)) or (address,):
         if not (_is_public(one) or any(one in network for network in allowed)):
-            return "leads to an address that is not public: TRAINYARD_WEBHOOK_NETWORKS lists those allowed anyway"
+            return "resolves to an address that is not public; allow its network with TRAINYARD_WEBHOOK_NETWORKS"
     return None
 
 

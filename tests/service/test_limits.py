@@ -164,7 +164,7 @@ def test_a_key_is_forgotten_after_its_days(any_rig: ServiceHarness) -> None:
     assert again[1] != first[1]
     assert submit("a", "two") == (200, again[1])
     with any_rig.database.write() as session:
-        repository.forget_keys(session, utc_now() + timedelta(seconds=5))
+        repository.delete_old_keys(session, utc_now() + timedelta(seconds=5))
     assert submit("a", "three")[0] == 201
     assert len(any_rig.get("/jobs")["data"]) == 3
 

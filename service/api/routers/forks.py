@@ -97,8 +97,8 @@ def _make(
             with services.database.write() as session:
                 job = service.insert(session, fork_id, spec, asked, parent, host, by, utc_now())
                 if key is not None:
-                    repository.forget_keys(session, oldest_key(services))
-                if key is not None and not repository.remember_key(session, key, digest, job, utc_now()):
+                    repository.delete_old_keys(session, oldest_key(services))
+                if key is not None and not repository.save_key(session, key, digest, job, utc_now()):
                     # Another request with this key was faster by a moment; its job is the one.
                     raise KeyReused()
         except (ServiceError, OSError) as error:
@@ -107,5 +107,5 @@ def _make(
             if earlier is not None:
                 return earlier
             raise StorageError.of(error) if isinstance(error, OSError) else error from error
-        half_made.forget()
+        half_made.cancel()
     return Submission(fork_id, created_now=True)

@@ -71,7 +71,7 @@ def events(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
         ingest.ingest(session, job, attempt, batch.events)
 
     acked = _report(services, reporting, work)
-    services.broadcaster.nudge(reporting.job_id)
+    services.broadcaster.notify(reporting.job_id)
     services.telemetry.lag.observe(_age(batch.events[-1].get("at")))
     return acked
 
@@ -112,7 +112,7 @@ def exit_report(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack
             exits.close_attempt(session, job, attempt, report, utc_now(), services.scheduler.timing)
 
     acked = _report(services, reporting, work)
-    services.broadcaster.nudge(reporting.job_id)
+    services.broadcaster.notify(reporting.job_id)
     services.scheduler.wake()
     return acked
 

@@ -135,8 +135,8 @@ def _create(services: AppState, by: Principal, spec: JobSpec, key: str | None, d
         with services.database.write() as session:
             job = repository.create(session, spec, facts, alerts, by, now)
             if key is not None:
-                repository.forget_keys(session, oldest_key(services))
-            if key is not None and not repository.remember_key(session, key, digest, job, now):
+                repository.delete_old_keys(session, oldest_key(services))
+            if key is not None and not repository.save_key(session, key, digest, job, now):
                 raise KeyReused()
             found = as_changed(session, job.id)
     except (KeyReused, QuotaExceeded):
@@ -308,6 +308,6 @@ def delete(services: StateDep, job_id: str) -> None:
             with services.database.write() as session:
                 actions.remove(session, job_id)
         except ServiceError:
-            doomed.forget()
+            doomed.cancel()
             raise
         doomed.delete_files()

@@ -21,8 +21,8 @@ from trainyard.service.db.models import JobRow
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import rollups, store
-from trainyard.service.metrics.downsampling import BUCKET_FIELDS, width
-from trainyard.service.metrics.downsampling import rows as bucket_rows
+from trainyard.service.metrics.downsampling import BUCKET_FIELDS, bucket_width
+from trainyard.service.metrics.downsampling import to_buckets as bucket_rows
 from trainyard.service.metrics.lineage import lineage_buckets, lineage_rows, show_lineage
 from trainyard.service.schemas import MetricPage
 
@@ -114,7 +114,7 @@ def _buckets(session: Session, job: JobRow, asked: MetricsQuery, max_points: int
     last, until = store.last_step(session, job.id, asked.attempt), asked.until_step
     if asked.lineage:
         last = max(last, job.parent_step or 0)
-    wide = width(min(last, until) if until is not None else last, max_points, asked.after_step + 1)
+    wide = bucket_width(min(last, until) if until is not None else last, max_points, asked.after_step + 1)
     view = rollups.RollupView(wide, asked.half_life, (asked.after_step + 1) // wide * wide, until)
     rows = lineage_buckets(session, job, view) if asked.lineage else _own(session, job, asked.attempt, view)
     if asked.selected:
@@ -125,10 +125,10 @@ def _buckets(session: Session, job: JobRow, asked: MetricsQuery, max_points: int
 def _own(session: Session, job: JobRow, attempt: int | None, view: rollups.RollupView) -> list[dict[str, Any]]:
     """The view of the job's curve, or of one attempt's."""
     if attempt is None:
-        parts = rollups.parts(session, job, view)
+        parts = rollups.aggregates(session, job, view)
     else:
         parts = store.points(session, job.id, attempt, view.until_step)
-    return [row for row in bucket_rows(parts, view.wide, view.half_life) if row["step"] >= view.begin]
+    return [row for row in bucket_rows(parts, view.width, view.half_life) if row["step"] >= view.begin]
 
 
 def _add_fields(session: Session, job: JobRow, asked: MetricsQuery, rows: list[dict[str, Any]]) -> None:
@@ -163,7 +163,7 @@ def _fields(given: str | None) -> Sequence[str]:
 
 
 def _response(request: Request, found: MetricsResult) -> Response:
-    rows = [store.shown(_projected(row, found.names)) for row in found.rows]
+    rows = [store.with_time_as_text(_projected(row, found.names)) for row in found.rows]
     accept = request.headers.get("accept", "")
     if "text/csv" in accept:
         return Response(_csv(rows, found.names), media_type="text/csv", headers=_next(request, found))

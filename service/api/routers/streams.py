@@ -59,7 +59,7 @@ async def log_stream(
     since = _cursor(last_event_id)
     channel = await services.broadcaster.open(job_id)
     place = subscribers.LogCursor(
-        attempt=since[0] if since else attempt or channel.news.attempt,
+        attempt=since[0] if since else attempt or channel.latest.attempt,
         rank=None if rank == AGENT else int(rank),
         offset=since[1] if since else offset,
         tail=tail or DEFAULT_TAIL,

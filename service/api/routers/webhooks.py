@@ -65,7 +65,7 @@ def patch_webhook(
     """Change `url`, `description`, `events`, `labels`, `rules`, `enabled`. One that is switched on begins anew."""
     with services.database.write() as session:
         row = store.find(session, webhook_id, lock=True)
-        wanted = requests.apply_changes(store.asked_of(row), changes, services.settings.webhook_networks)
+        wanted = requests.apply_changes(store.request_of(row), changes, services.settings.webhook_networks)
         store.change(session, row, wanted, utc_now())
     services.sender.wake()
     return _shown(row)
