@@ -21,7 +21,7 @@ from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.router import LauncherRouter
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
-from trainyard.service.server import HEAD_BYTES, GracefulServer, TimeoutH11Protocol
+from trainyard.service.server import MAX_HEAD_BYTES, GracefulServer, TimeoutH11Protocol
 from trainyard.service.settings import InvalidSettings, Settings
 from trainyard.service.timing import Timing
 
@@ -135,7 +135,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
             http=TimeoutH11Protocol,
             # Who may speak for others is ours to decide, see `service.proxies`; uvicorn would believe all of loopback.
             proxy_headers=False,
-            h11_max_incomplete_event_size=HEAD_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
         server = GracefulServer(config, services.broadcaster.stop)
         server.run(sockets=[listener])

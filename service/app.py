@@ -143,7 +143,7 @@ def create_app(services: AppState, ready: Callable[[], None] | None = None, sche
     app.add_middleware(DashboardMiddleware, assets=Assets(services.settings.home / "cache" / "dashboard"))
     # Added last, so outermost: even pages come from a host that is ours.
     app.add_middleware(
-        RequestMiddleware, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.authenticator
+        RequestMiddleware, settings=services.settings, telemetry=services.metrics, gatekeeper=services.authenticator
     )
     scopes_of(route for module in ROUTERS for route in module.router.routes)
     for module in ROUTERS:
@@ -162,7 +162,7 @@ def _refused(request: Request, error: Exception) -> JSONResponse:
 
 
 def _upkeep(services: AppState) -> MaintenanceLoop:
-    settings, telemetry = services.settings, services.telemetry
+    settings, telemetry = services.settings, services.metrics
     shelf, policy = CorpusCachePruner.of(settings), Policy.of(settings)
     return MaintenanceLoop(
         services.scheduler, services.disks, corpora=shelf, policy=policy, count=telemetry.rows_removed

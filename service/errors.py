@@ -157,7 +157,7 @@ class StorageError(ServiceError):
     status, code = 507, "disk_trouble"
 
     @classmethod
-    def of(cls, error: OSError) -> "StorageError":
+    def from_os_error(cls, error: OSError) -> "StorageError":
         """With the system's own word."""
         return cls(f"{(cls.__doc__ or '').strip()} It said: {error.strerror or type(error).__name__}.")
 

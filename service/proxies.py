@@ -24,7 +24,7 @@ class TrustedProxies:
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "TrustedProxies":
+    def parse(cls, texts: Iterable[str]) -> "TrustedProxies":
         """Make it from addresses and networks. Raises ValueError."""
         return cls(tuple(ip_network(text.strip()) for text in texts if text.strip()))
 

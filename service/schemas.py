@@ -392,13 +392,13 @@ class ProblemDetails(ResponseModel):
     errors: list[FieldError] = []
 
 
-MOST = 2**31 - 1
+MAX_INT32 = 2**31 - 1
 
 TEN_YEARS = 3650 * 86_400
 
 Lifetime = Annotated[int, Field(ge=1, le=TEN_YEARS, description="seconds from now on; null: it does not expire")]
 
-Quota = Annotated[int, Field(ge=0, le=MOST, description="null: no limit")]
+Quota = Annotated[int, Field(ge=0, le=MAX_INT32, description="null: no limit")]
 
 
 class QuotaRequest(StrictBody):

@@ -10,13 +10,13 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-REQUEST_SECONDS = 15.0
+MAX_REQUEST_SECONDS = 15.0
 """From the first to the last byte of a request's head, and from an early answer to the end of the body that it refused.
 
 Bodies that are read have a deadline of their own.
 """
 
-HEAD_BYTES = 64 << 10
+MAX_HEAD_BYTES = 64 << 10
 """Request line and headers together; beyond that the connection is refused before anything is read of it."""
 
 
@@ -59,7 +59,7 @@ class TimeoutH11Protocol(H11Protocol):
         return self.conn.our_state in (h11.DONE, h11.MUST_CLOSE) and self.conn.their_state is h11.SEND_BODY
 
     def _expect(self) -> None:
-        self._deadline = self.loop.call_later(REQUEST_SECONDS, self._late)
+        self._deadline = self.loop.call_later(MAX_REQUEST_SECONDS, self._late)
 
     def _forget(self) -> None:
         if self._deadline is not None:

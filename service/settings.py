@@ -18,8 +18,8 @@ from trainyard.service.proxies import TrustedProxies
 from trainyard.service.settings_base import (
     EnvironmentSettings,
     InvalidSettings,
-    Whole,
-    parts,
+    WholeNumber,
+    split_commas,
 )
 from trainyard.service.ssrf import Network
 from trainyard.service.static_tokens import parse_tokens
@@ -102,39 +102,39 @@ class Settings(EnvironmentSettings):
     corpus_cache: Folder = Field(
         default_factory=lambda found: found["home"] / "cache" / "corpus", alias="TRAINYARD_CORPUS_CACHE"
     )
-    cpu_slots: Whole = Field(default_factory=lambda: os.cpu_count() or 1, alias="TRAINYARD_CPU_SLOTS")
+    cpu_slots: WholeNumber = Field(default_factory=lambda: os.cpu_count() or 1, alias="TRAINYARD_CPU_SLOTS")
     host: str = Field("127.0.0.1", alias="TRAINYARD_HOST")
-    port: Whole = Field(
+    port: WholeNumber = Field(
         8000, alias="TRAINYARD_PORT", ge=0, le=65535, description="or --port must be 0 to 65535; 0 takes a free one"
     )
     token: str | None = Field(None, alias="TRAINYARD_TOKEN", repr=False)
     token_file: Annotated[Folder, AfterValidator(_token_file)] | None = Field(
         None, alias="TRAINYARD_TOKEN_FILE", description="must be a text file that the service can read"
     )
-    proxies: Annotated[TrustedProxies, BeforeValidator(lambda text: TrustedProxies.of(text.split(",")))] = Field(
+    proxies: Annotated[TrustedProxies, BeforeValidator(lambda text: TrustedProxies.parse(text.split(",")))] = Field(
         TrustedProxies(),
         alias="TRAINYARD_TRUSTED_PROXIES",
         description="must be addresses or networks, separated by commas: 10.0.0.5,10.1.0.0/24",
     )
-    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(lambda text: [*LOOPBACK_NAMES, *parts(text.lower())])] = (
+    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(lambda text: [*LOOPBACK_NAMES, *split_commas(text.lower())])] = (
         Field(default_factory=_names_of, alias="TRAINYARD_ALLOWED_HOSTS")
     )
-    idempotency_days: Whole = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
+    idempotency_days: WholeNumber = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
     preemption: Switch = Field(False, alias="TRAINYARD_PREEMPTION")
     log_format: Format = Field("text", alias="TRAINYARD_LOG_FORMAT")
     log_level: Level = Field("info", alias="TRAINYARD_LOG_LEVEL")
-    disk_bytes: Whole = Field(5 << 30, alias="TRAINYARD_DISK_LOW_BYTES")
-    disk_percent: Whole = Field(10, alias="TRAINYARD_DISK_LOW_PERCENT")
-    corpus_days: Whole = Field(30, alias="TRAINYARD_CORPUS_DAYS")
-    corpus_bytes: Whole = Field(0, alias="TRAINYARD_CORPUS_BYTES")
-    webhook_networks: Annotated[tuple[Network, ...], BeforeValidator(parts)] = Field(
+    disk_bytes: WholeNumber = Field(5 << 30, alias="TRAINYARD_DISK_LOW_BYTES")
+    disk_percent: WholeNumber = Field(10, alias="TRAINYARD_DISK_LOW_PERCENT")
+    corpus_days: WholeNumber = Field(30, alias="TRAINYARD_CORPUS_DAYS")
+    corpus_bytes: WholeNumber = Field(0, alias="TRAINYARD_CORPUS_BYTES")
+    webhook_networks: Annotated[tuple[Network, ...], BeforeValidator(split_commas)] = Field(
         (), alias="TRAINYARD_WEBHOOK_NETWORKS", description="must hold networks such as 10.1.0.0/16,fd00::/8"
     )
     slurm: Annotated[SlurmSetup | None, BeforeValidator(SlurmSetup.read)] = None
     launcher: Annotated[str, AfterValidator(_launcher)] = Field(LOCAL, alias="TRAINYARD_LAUNCHER")
-    thin_metrics_days: Whole = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
-    metrics_days: Whole = Field(0, alias="TRAINYARD_METRICS_DAYS")
-    events_days: Whole = Field(0, alias="TRAINYARD_EVENTS_DAYS")
+    thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
+    metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
+    events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")
 
     @classmethod
     def read(

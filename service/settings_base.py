@@ -30,10 +30,10 @@ class EnvironmentSettings(BaseSettings):
             return cls(**{**source(), **given})
         except ValidationError as error:
             wanted = {field.alias: field.description for field in cls.model_fields.values() if field.alias}
-            raise InvalidSettings("\n".join(_mistakes(error, wanted))) from None
+            raise InvalidSettings("\n".join(_error_lines(error, wanted))) from None
 
 
-def _mistakes(error: ValidationError, wanted: Mapping[str, str | None]) -> list[str]:
+def _error_lines(error: ValidationError, wanted: Mapping[str, str | None]) -> list[str]:
     """One line each. Never the value: it may hold a password."""
     found = {str(one["loc"][0]): one for one in error.errors(include_url=False, include_input=False)}
     lines = []
@@ -51,17 +51,17 @@ def _mistakes(error: ValidationError, wanted: Mapping[str, str | None]) -> list[
     return lines
 
 
-def parts(text: str) -> list[str]:
+def split_commas(text: str) -> list[str]:
     """Split at commas; blanks around a part and empty parts do not count."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _decimal(given: int | str) -> int:
+def _parse_decimal(given: int | str) -> int:
     # int() also takes signs, blanks and underscores.
     if isinstance(given, str) and not given.isdecimal():
         raise ValueError(given)
     return int(given)
 
 
-Whole = Annotated[int, BeforeValidator(_decimal), Field(description="must be a whole number")]
+WholeNumber = Annotated[int, BeforeValidator(_parse_decimal), Field(description="must be a whole number")]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False, description="must be a number of seconds")]

@@ -14,7 +14,7 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolver = Callable[[str, int], Sequence[str]]
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-PLATFORM = (ipaddress.IPv4Network("168.63.129.16/32"), ipaddress.IPv4Network("192.0.0.0/24"))
+CLOUD_PLATFORM_NETWORKS = (ipaddress.IPv4Network("168.63.129.16/32"), ipaddress.IPv4Network("192.0.0.0/24"))
 """Public to the standard library, but clouds have services for their own machines there."""
 
 MAX_URL = 2000
@@ -86,7 +86,7 @@ def resolve_allowed(addresses: Sequence[str], allowed: Sequence[Network]) -> lis
 
 def rejection_reason(address: Address, allowed: Sequence[Network]) -> str | None:
     """Return why nothing may be sent to this address, or None. An address that embeds others is judged by those."""
-    for one in tuple(_inside(address)) or (address,):
+    for one in tuple(_embedded_ipv4(address)) or (address,):
         if not (_is_public(one) or any(one in network for network in allowed)):
             return "leads to an address that is not public: TRAINYARD_WEBHOOK_NETWORKS lists those allowed anyway"
     return None
@@ -94,7 +94,7 @@ def rejection_reason(address: Address, allowed: Sequence[Network]) -> str | None
 
 def _is_public(address: Address) -> bool:
     if (
-        any(address in network for network in PLATFORM)
+        any(address in network for network in CLOUD_PLATFORM_NETWORKS)
         or address.is_multicast
         or address.is_reserved
         or address.is_unspecified
@@ -103,7 +103,7 @@ def _is_public(address: Address) -> bool:
     return address.is_global and not (isinstance(address, ipaddress.IPv6Address) and address.is_site_local)
 
 
-def _inside(address: Address) -> Iterator[Address]:
+def _embedded_ipv4(address: Address) -> Iterator[Address]:
     """The IPv4 addresses embedded in an IPv6 one: mapped, 6to4, Teredo, NAT64."""
     if isinstance(address, ipaddress.IPv4Address):
         return

@@ -26,7 +26,7 @@ class TokenFile:
         self._read: tuple[str, ...] = ()
 
     @property
-    def needed(self) -> bool:
+    def is_required(self) -> bool:
         """Whether anybody needs one."""
         return bool(self._fixed) or self._file is not None
 

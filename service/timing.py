@@ -24,6 +24,6 @@ class Timing:
     renew_seconds: float = 3.0
 
     @property
-    def longest_restart_wait(self) -> float:
+    def max_restart_wait(self) -> float:
         """No restart is further ahead than this, in seconds."""
         return max(*self.backoff_seconds, *self.setback_seconds)

@@ -30,8 +30,8 @@ class AppState:
     scheduler: Scheduler
     broadcaster: MetricBroadcaster
     sender: Sender
-    telemetry: ServiceMetrics = field(default_factory=ServiceMetrics)
-    lines: LineIndexCache = field(default_factory=LineIndexCache)
+    metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
+    line_indexes: LineIndexCache = field(default_factory=LineIndexCache)
 
     @cached_property
     def disks(self) -> DiskMonitor:
@@ -49,7 +49,7 @@ class AppState:
         return Authenticator(self.settings, self.database)
 
     @property
-    def host(self) -> HostLimits:
+    def host_limits(self) -> HostLimits:
         """What a spec is held against."""
         return HostLimits(self.settings, self.inventory.devices())
 

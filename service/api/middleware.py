@@ -36,11 +36,11 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 OPEN_PATHS = frozenset({"/health", "/ready"})
 INTERNAL = "/internal/"
-BODY_BYTES = 1 << 20
-REPORT_BYTES = 64 << 20
-URL_BYTES = 8 << 10
-HEADER_BYTES = 32 << 10
-BODY_SECONDS = 30.0
+MAX_BODY_BYTES = 1 << 20
+MAX_REPORT_BYTES = 64 << 20
+MAX_URL_BYTES = 8 << 10
+MAX_HEADER_BYTES = 32 << 10
+MAX_BODY_SECONDS = 30.0
 """For the whole body, however slowly it comes."""
 
 TOKEN_RECHECK_SECONDS = 15.0
@@ -95,9 +95,9 @@ class RequestMiddleware:
             self._telemetry.requests.labels(method, route, str(status)).observe(seconds)
 
     def _validate(self, scope: Scope, headers: Headers) -> None:
-        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > URL_BYTES:
+        if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
             raise UrlTooLong()
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADER_BYTES:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise HeadersTooLarge()
         host = headers.get("host", "")
         if not _host_allowed(host, self._settings.allowed_hosts):
@@ -181,7 +181,7 @@ class _ResponseHeaders:
 
 def _timed(receive: Receive) -> Receive:
     """Raise HTTPException (408) if the body is not complete in time, however slowly it comes."""
-    deadline: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
+    deadline: float | None = asyncio.get_running_loop().time() + MAX_BODY_SECONDS
 
     async def timed() -> Message:
         nonlocal deadline
@@ -242,7 +242,7 @@ def _known_method(method: str) -> str:
 
 
 def _limit(scope: Scope) -> int:
-    return REPORT_BYTES if scope["path"].startswith(INTERNAL) else BODY_BYTES
+    return MAX_REPORT_BYTES if scope["path"].startswith(INTERNAL) else MAX_BODY_BYTES
 
 
 # Why not Starlette's TrustedHostMiddleware: docs/decisions/0014.

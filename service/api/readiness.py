@@ -15,10 +15,10 @@ from trainyard.service.maintenance import warnings
 from trainyard.service.maintenance.disk_monitor import DiskMonitor, DiskState
 from trainyard.service.scheduler.loop import Scheduler
 
-ROUND_SECONDS = 60.0
+MAX_ROUND_SECONDS = 60.0
 """A round of the scheduler that takes longer hangs: none of its calls may."""
 
-TAKEOVER_SECONDS = LEASE_SECONDS + 6.0
+MAX_TAKEOVER_SECONDS = LEASE_SECONDS + 6.0
 """Somebody else schedules again within this, where there is somebody else."""
 
 
@@ -53,7 +53,7 @@ def check_components(services: AppState) -> Iterator[ComponentHealth]:
 
 def _query_database(services: AppState) -> DatabaseState | ComponentHealth:
     try:
-        services.database.require_there()
+        services.database.require_same_file()
         with services.database.read() as session:
             session.execute(text("SELECT 1"))
             try:
@@ -79,7 +79,7 @@ def _migrations(revision: str | None) -> ComponentHealth:
 def _scheduler(scheduler: Scheduler, watch: LeaderMonitor, looked: DatabaseState | ComponentHealth) -> ComponentHealth:
     if not scheduler.alive:
         return ComponentHealth("scheduler", False, "does not run")
-    if scheduler.leads and scheduler.seconds_since_round > ROUND_SECONDS:
+    if scheduler.leads and scheduler.seconds_since_round > MAX_ROUND_SECONDS:
         return ComponentHealth(
             "scheduler", False, f"has not finished a round for {scheduler.seconds_since_round:.0f} s"
         )
@@ -88,7 +88,7 @@ def _scheduler(scheduler: Scheduler, watch: LeaderMonitor, looked: DatabaseState
     if isinstance(looked, ComponentHealth):
         return ComponentHealth("scheduler", False, "cannot be known while the database is away")
     silence = watch.seconds_since_renewal(looked.leader)
-    if silence > TAKEOVER_SECONDS:
+    if silence > MAX_TAKEOVER_SECONDS:
         return ComponentHealth("scheduler", False, f"no service that schedules was heard for {silence:.0f} s")
     elsewhere = looked.leader is not None and looked.leader.holder is not None
     return ComponentHealth("scheduler", True, "runs in another service" if elsewhere else "is about to begin")

@@ -38,7 +38,7 @@ def generate(token_id: str) -> str:
     return f"{PREFIX}{token_id.removeprefix('tok_')}_{secrets.token_urlsafe(SECRET_BYTES)}"
 
 
-def id_in(token: str) -> str | None:
+def parse_id(token: str) -> str | None:
     """The id of the row that a token names; None where it is no named token."""
     match = KEY.fullmatch(token)
     return f"tok_{match.group(1)}" if match else None

@@ -35,18 +35,18 @@ class Authenticator:
 
     async def authenticate(self, token: str) -> Principal:
         """Who has this token. Raises Unauthorized."""
-        token_id = api_keys.id_in(token)
+        token_id = api_keys.parse_id(token)
         if token_id is not None:
             known = self._remembered(token_id)
             grant = known if known is not None else await run_in_threadpool(self._look_up, token_id)
             return await self._authenticate_key(grant, token)
         # Half of a named token is nobody's, also where none is needed.
-        if not self._tokens.needed and not token.startswith(api_keys.PREFIX):
+        if not self._tokens.is_required and not token.startswith(api_keys.PREFIX):
             return LOCAL
         self._tokens.require(token)
         return ADMIN
 
-    def forget(self) -> None:
+    def clear_cache(self) -> None:
         """Tokens were changed here: the next use looks again."""
         self._changes += 1
         self._known.clear()
@@ -80,4 +80,4 @@ class Authenticator:
             self._known[grant.id] = replace(known[0], last_used_at=now), known[1]
         # It is only a note: where it cannot be written the request goes on.
         with contextlib.suppress(SQLAlchemyError), self._database.write() as session:
-            store.note_use(session, grant.id, now)
+            store.record_use(session, grant.id, now)

@@ -13,7 +13,7 @@ from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import QuotaExceeded
 
-SHOWN = 5
+MAX_LISTED_JOBS = 5
 
 
 class Usage(NamedTuple):
@@ -58,9 +58,9 @@ def check_quota(session: Session, by: Principal, ranks: int, but: str | None = N
 def _exceeded(
     session: Session, token: TokenRow, have: Usage, trouble: list[str], mine: tuple[ColumnElement[bool], ...]
 ) -> QuotaExceeded:
-    query = select(JobRow.id).where(_active(), *mine).order_by(JobRow.number).limit(SHOWN)
+    query = select(JobRow.id).where(_active(), *mine).order_by(JobRow.number).limit(MAX_LISTED_JOBS)
     ids = list(session.scalars(query))
-    of_them = f" ({', '.join(ids)}{', ...' if have.jobs > SHOWN else ''})" if ids else ""
+    of_them = f" ({', '.join(ids)}{', ...' if have.jobs > MAX_LISTED_JOBS else ''})" if ids else ""
     what_to_do = f"Wait for one{of_them} to end, pause or cancel one, or ask an admin to raise the quota."
     if not ids:
         what_to_do = "Ask for fewer devices, or ask an admin to raise the quota."

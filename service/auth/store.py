@@ -35,7 +35,7 @@ def find_api_key(session: Session, token_id: str) -> ApiKey | None:
     )
 
 
-def note_use(session: Session, token_id: str, now: datetime) -> None:
+def record_use(session: Session, token_id: str, now: datetime) -> None:
     """Write when it was used."""
     session.execute(update(TokenRow).where(TokenRow.id == token_id).values(last_used_at=now))
 

@@ -23,10 +23,10 @@ from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from trainyard.service.db import engine as db
 from trainyard.service.db import models
-from trainyard.service.db.engine import alembic_config, engine_for
+from trainyard.service.db.engine import alembic_config, make_engine
 
 BATCH_ROWS = 500
-LEFT_OUT = frozenset({models.SchedulerLeaseRow.__tablename__})
+SKIPPED_TABLES = frozenset({models.SchedulerLeaseRow.__tablename__})
 """Who schedules on the one database says nothing about the other."""
 
 DIGEST_SPACE = 1 << 256
@@ -75,7 +75,7 @@ def printable_url(url: str) -> str:
 
 def _tables() -> list[Table]:
     """Those that others refer to come first."""
-    return [table for table in models.Base.metadata.sorted_tables if table.name not in LEFT_OUT]
+    return [table for table in models.Base.metadata.sorted_tables if table.name not in SKIPPED_TABLES]
 
 
 def _table(reading: Connection, writing: Connection, table: Table, tell: Callable[[TableCopy], None]) -> TableCopy:
@@ -85,12 +85,12 @@ def _table(reading: Connection, writing: Connection, table: Table, tell: Callabl
         writing.execute(insert(table), [dict(row) for row in rows])
     for rows in _batches(writing, table):
         arrived.add(rows)
-    if (sent.rows, sent.hexadecimal) != (arrived.rows, arrived.hexadecimal):
+    if (sent.rows, sent.hexdigest) != (arrived.rows, arrived.hexdigest):
         raise CopyRefused(
             f"{table.name}: {sent.rows} rows were sent and {arrived.rows} found, or their digests differ: "
-            f"{sent.hexadecimal} and {arrived.hexadecimal}; nothing was kept"
+            f"{sent.hexdigest} and {arrived.hexdigest}; nothing was kept"
         )
-    copied = TableCopy(table.name, sent.rows, sent.hexadecimal)
+    copied = TableCopy(table.name, sent.rows, sent.hexdigest)
     tell(copied)
     return copied
 
@@ -111,7 +111,7 @@ class RowsDigest:
         self._sum %= DIGEST_SPACE
 
     @property
-    def hexadecimal(self) -> str:
+    def hexdigest(self) -> str:
         """As it is shown."""
         return f"{self._sum:064x}"
 
@@ -186,7 +186,7 @@ def _held(url: URL, which: str) -> AbstractContextManager[Connection]:
 def _held_sqlite(url: URL, which: str) -> Iterator[Connection]:
     if which == "source" and not Path(url.database or "").is_file():
         raise CopyRefused(f"the source is not there: {url.database}")
-    engine = engine_for(url, alone=True)
+    engine = make_engine(url, alone=True)
     try:
         with _opened(engine.execution_options(writes=True).connect, which) as connection, connection.begin():
             yield connection
@@ -208,7 +208,7 @@ def _opened(connect: Callable[[], Connection], which: str) -> Iterator[Connectio
 
 @contextmanager
 def _held_postgres(url: URL, which: str) -> Iterator[Connection]:
-    engine = engine_for(url)
+    engine = make_engine(url)
     try:
         moment = engine.execution_options(isolation_level="REPEATABLE READ")
         with moment.connect() as connection, connection.begin():

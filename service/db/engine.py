@@ -32,14 +32,14 @@ IDLE_SECONDS = 10
 APPLICATION = "trainyard"
 """What our connections are called in `pg_stat_activity`."""
 
-PROMPT = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+KEEPALIVES = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
 """A server that has gone without a word is noticed within half a minute, not when the kernel gives up."""
 
 MIGRATION_LOCK = 7_263_054_117
 """Key of the Postgres advisory lock that one migrating service holds."""
 
 
-GONE = (
+FILE_REPLACED = (
     "The database's file was removed or replaced under the service: nothing was changed. End it, and look at its home."
 )
 
@@ -75,7 +75,7 @@ class SqliteFileGuard:
         self._path = path
         self._identity: tuple[int, int] | None = None
 
-    def require_there(self) -> None:
+    def require_same_file(self) -> None:
         """Raise DatabaseAway where the file is gone, or another one is in its place."""
         try:
             found = self._path.stat()
@@ -86,33 +86,33 @@ class SqliteFileGuard:
         if self._identity is None:
             self._identity = identity
         elif identity != self._identity:
-            raise DatabaseUnavailable(GONE, headers={"Retry-After": "5"})
+            raise DatabaseUnavailable(FILE_REPLACED, headers={"Retry-After": "5"})
 
 
 class Database:
     """Sessions on one database; `close` gives its connections back."""
 
     def __init__(self, url: str) -> None:
-        self.engine = engine_for(make_url(url))
+        self.engine = make_engine(make_url(url))
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         # A reader on Postgres must see one moment too, as a SQLite reader does.
-        self._reading = self.engine.execution_options(isolation_level="REPEATABLE READ") if not self.is_sqlite else None
-        self._writing = self.engine.execution_options(writes=True)
+        self._read_engine = self.engine.execution_options(isolation_level="REPEATABLE READ") if not self.is_sqlite else None
+        self._write_engine = self.engine.execution_options(writes=True)
         # SQLite has one writer at a time and its waiters poll; ours queue up instead.
-        self._turn: contextlib.AbstractContextManager[Any] = WriteLock() if self.is_sqlite else contextlib.nullcontext()
+        self._write_lock: contextlib.AbstractContextManager[Any] = WriteLock() if self.is_sqlite else contextlib.nullcontext()
         name = self.engine.url.database if self.is_sqlite else None
-        self._file = SqliteFileGuard(Path(name)) if name and name != ":memory:" else None
+        self._file_guard = SqliteFileGuard(Path(name)) if name and name != ":memory:" else None
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
         """A session for reading only; whatever it would change is dropped."""
-        with Session(self._reading or self.engine, autoflush=False, expire_on_commit=False) as session:
+        with Session(self._read_engine or self.engine, autoflush=False, expire_on_commit=False) as session:
             yield session
 
     @contextlib.contextmanager
     def connection(self) -> Iterator[Connection]:
         """The same for statements that give plain rows: what a session adds to them costs more than they do."""
-        with (self._reading or self.engine).connect() as connection:
+        with (self._read_engine or self.engine).connect() as connection:
             yield connection
 
     @contextlib.contextmanager
@@ -122,8 +122,8 @@ class Database:
         Raises OutcomeUnknown where the database went away between our COMMIT and its answer, DatabaseAway where its
         file is gone.
         """
-        self.require_there()
-        with self._turn, Session(self._writing, expire_on_commit=False) as session, session.begin() as transaction:
+        self.require_same_file()
+        with self._write_lock, Session(self._write_engine, expire_on_commit=False) as session, session.begin() as transaction:
             yield session
             if not transaction.is_active:
                 return  # dropped inside
@@ -133,10 +133,10 @@ class Database:
             except (OperationalError, InterfaceError) as error:
                 raise OutcomeUnknown() from error
 
-    def require_there(self) -> None:
+    def require_same_file(self) -> None:
         """Raise DatabaseAway where what is written now would be lost."""
-        if self._file is not None:
-            self._file.require_there()
+        if self._file_guard is not None:
+            self._file_guard.require_same_file()
 
     def upgrade(self, lock_file: Path | None = None) -> None:
         """Run the migrations that are missing, one service at a time. Raises UnknownTables."""
@@ -145,7 +145,7 @@ class Database:
         with contextlib.ExitStack() as stack:
             if self.is_sqlite and lock_file is not None:
                 stack.enter_context(FileLock(lock_file).take(seconds=BUSY_SECONDS))
-            connection = stack.enter_context(self._writing.begin())
+            connection = stack.enter_context(self._write_engine.begin())
             if not self.is_sqlite:
                 connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
             migrate(connection)
@@ -199,7 +199,7 @@ def alembic_config(connection: Connection) -> "alembic.config.Config":
     return config
 
 
-def engine_for(parsed: URL, alone: bool = False) -> Engine:
+def make_engine(parsed: URL, alone: bool = False) -> Engine:
     """Connections to a database. ``alone``: SQLite refuses it where another process has it open, and then has it."""
     if parsed.drivername in ("postgres", "postgresql"):
         parsed = parsed.set(drivername="postgresql+psycopg")
@@ -213,7 +213,7 @@ def engine_for(parsed: URL, alone: bool = False) -> Engine:
             pool_timeout=10,
             hide_parameters=True,
             json_deserializer=_read_json,
-            connect_args={"options": options, "application_name": APPLICATION, **PROMPT},
+            connect_args={"options": options, "application_name": APPLICATION, **KEEPALIVES},
         )
         event.listen(engine, "checkout", _require_connected)
         return engine

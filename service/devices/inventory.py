@@ -12,7 +12,7 @@ import pynvml
 
 from trainyard.contract.processes import MARKER, variable_of
 
-FRESH_SECONDS = 1.0
+CACHE_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -60,20 +60,20 @@ class HostInventory:
     def __init__(self, slots: int, visible: str | None = None) -> None:
         self._cpu = cpu_slots(slots, cpu_model())
         self._visible = visible
-        self._nvml = _nvml_starts()
+        self._nvml = _init_nvml()
         self._lock = threading.Lock()
-        self._cached: tuple[Device, ...] = ()
-        self._asked_at = float("-inf")
+        self._cuda: tuple[Device, ...] = ()
+        self._queried_at = float("-inf")
 
     def devices(self) -> Sequence[Device]:
         """CUDA devices first."""
         if not self._nvml:
             return self._cpu
         with self._lock:
-            if time.monotonic() - self._asked_at > FRESH_SECONDS:
-                self._cached = tuple(_cuda_devices(self._visible))
-                self._asked_at = time.monotonic()
-            return (*self._cached, *self._cpu)
+            if time.monotonic() - self._queried_at > CACHE_SECONDS:
+                self._cuda = tuple(_cuda_devices(self._visible))
+                self._queried_at = time.monotonic()
+            return (*self._cuda, *self._cpu)
 
 
 def kind_for(asked: str, devices: Sequence[Device]) -> str:
@@ -88,7 +88,7 @@ def count_by_kind(devices: Sequence[Device], kind: str) -> int:
     return sum(kind in (device.kind, device.id) for device in devices)
 
 
-def _nvml_starts() -> bool:
+def _init_nvml() -> bool:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

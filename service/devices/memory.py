@@ -12,11 +12,11 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP_LIMIT) -> int | None:
     """Bytes that processes here may have: the machine's, or its container's where that is less."""
-    found = [size for size in (_total(meminfo), _whole(cgroup)) if size is not None]
+    found = [size for size in (_memory_total(meminfo), _cgroup_limit(cgroup)) if size is not None]
     return min(found, default=None)
 
 
-def limit_for(kind: str, devices: Sequence[Device]) -> int | None:
+def memory_limit(kind: str, devices: Sequence[Device]) -> int | None:
     """Bytes that a run on this kind of device may have: all ranks of it on a CPU, each on a GPU. None: not known."""
     if kind == "cpu":
         return host_memory()
@@ -37,7 +37,7 @@ def disk_free(path: Path) -> int | None:
     return None
 
 
-def _total(meminfo: Path) -> int | None:
+def _memory_total(meminfo: Path) -> int | None:
     try:
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
         return int(line.split()[1]) * 1024
@@ -45,7 +45,7 @@ def _total(meminfo: Path) -> int | None:
         return None
 
 
-def _whole(file: Path) -> int | None:
+def _cgroup_limit(file: Path) -> int | None:
     try:
         return int(file.read_text())
     except (OSError, ValueError):

@@ -20,25 +20,25 @@ from trainyard.contract.rundir import (
     write_json,
 )
 from trainyard.service.errors import CheckpointNotFound, ExportInProgress, StorageError
-from trainyard.service.exports.subprocess import require_exporter, run
+from trainyard.service.exports.subprocess import require_exporter, run_exporter
 from trainyard.service.storage.checkpoint_files import read_manifest
 from trainyard.service.storage.share import link_checkpoint
 
-NAME_FILE = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
+EXPORT_NAME = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
 
 
 class ExportRequest(NamedTuple):
     """What is to be exported. ``tokenizer``: a directory, or "byte"."""
 
-    products: ArtifactDir
+    artifacts: ArtifactDir
     checkpoint: Path
     step: int
-    form: str
+    format: str
     tokenizer: str
     stem: str
 
 
-def existing(wanted: ExportRequest) -> bool:
+def is_exported(wanted: ExportRequest) -> bool:
     """Whether these very weights were exported before."""
     manifest = read_manifest(wanted.checkpoint)
     if manifest is None or MODEL_FILE not in manifest:
@@ -52,17 +52,17 @@ def run_export(wanted: ExportRequest) -> None:
     try:
         _make_alone(wanted)
     except OSError as error:
-        raise StorageError.of(error) from error
+        raise StorageError.from_os_error(error) from error
 
 
 def _make_alone(wanted: ExportRequest) -> None:
-    wanted.products.exports.mkdir(parents=True, exist_ok=True)
+    wanted.artifacts.exports.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(wanted.products.exports / ".lock").take()
+        lock = FileLock(wanted.artifacts.exports / ".lock").take()
     except LockBusy:
         raise ExportInProgress() from None
     with lock:
-        if not existing(wanted):
+        if not is_exported(wanted):
             _make(wanted, lock)
 
 
@@ -77,7 +77,7 @@ def _make(wanted: ExportRequest, lock: FileLock) -> None:
         # Linked: retention may take the checkpoint's own names away meanwhile.
         link_checkpoint(wanted.checkpoint, source)
         named = ["--tokenizer", wanted.tokenizer, "--stem", wanted.stem]
-        run([str(source), "--format", wanted.form, "--out", str(building), *named], lock)
+        run_exporter([str(source), "--format", wanted.format, "--out", str(building), *named], lock)
         _publish(wanted, source, building, final)
     finally:
         for leftover in leftovers:
@@ -94,7 +94,7 @@ def _publish(wanted: ExportRequest, source: Path, building: Path, final: Path) -
 
 
 def _directory(wanted: ExportRequest) -> Path:
-    return wanted.products.export(wanted.step, wanted.form)
+    return wanted.artifacts.export(wanted.step, wanted.format)
 
 
 def _note(wanted: ExportRequest) -> Path:
@@ -109,11 +109,11 @@ def _exported(wanted: ExportRequest) -> str | None:
     return said.get("sha256") if isinstance(said, dict) else None
 
 
-def listed(products: ArtifactDir) -> Iterator[dict[str, Any]]:
+def list_exports(products: ArtifactDir) -> Iterator[dict[str, Any]]:
     """Every export, newest step first: ``step, format, path, files``."""
     found = products.exports.iterdir() if products.exports.is_dir() else ()
     for path in sorted(found, reverse=True):
-        match = NAME_FILE.fullmatch(path.name)
+        match = EXPORT_NAME.fullmatch(path.name)
         if match and path.is_dir() and not path.is_symlink():
             yield to_export_response(products, int(match.group(1)), match.group(2))
 

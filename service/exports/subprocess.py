@@ -13,7 +13,7 @@ from trainyard.service.launch.environment import IMPORT_ROOT, inherited
 WORKER_EXPORT = (sys.executable, "-P", "-m", "trainyard.worker.checkpoint.export")
 """All that the service knows of the exporter. -P: a folder named worker/ where the service was started is not ours."""
 
-SECONDS = 900.0
+TIMEOUT_SECONDS = 900.0
 ERROR_PREFIX = "trainyard export: "
 MAX_REASON = 1000
 
@@ -24,7 +24,7 @@ def require_exporter() -> None:
         raise ExportUnavailable()
 
 
-def run(arguments: list[str], lock: FileLock, seconds: float | None = None) -> None:
+def run_exporter(arguments: list[str], lock: FileLock, seconds: float | None = None) -> None:
     """Export, within ``seconds``. The child holds ``lock`` too: it stays taken while a child lives that we left behind.
 
     Raises ExportFailed with the exporter's reason, and ExportTimedOut.
@@ -39,7 +39,7 @@ def run(arguments: list[str], lock: FileLock, seconds: float | None = None) -> N
         pass_fds=[lock.descriptor],
     )
     try:
-        _, said = child.communicate(timeout=seconds or SECONDS)
+        _, said = child.communicate(timeout=seconds or TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         raise ExportTimedOut() from None
     finally:

@@ -21,7 +21,7 @@ from trainyard.service.jobs.actions import MAX_STEP
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 
 FIELDS = ("step", "overrides", "data")
-LONGEST_NAME = 200
+MAX_NAME = 200
 
 ORDER: dict[str, tuple[str, ...]] = {
     "data": ("data_path", "text_field", "max_seq_len", "packing", "eval_fraction"),
@@ -39,11 +39,11 @@ class ForkRequest:
     step: int | None
     data: Literal["keep", "restart"]
     overrides: Mapping[str, Any]
-    given: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    client_names: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
     def pointer(self, group: str, leaf: str) -> str:
         """Where in the body the client has said this, or would have."""
-        return pointer_to("overrides", group, self.given.get((group, leaf), leaf))
+        return pointer_to("overrides", group, self.client_names.get((group, leaf), leaf))
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class ForkOrigin:
 
     step: int
     spec: Mapping[str, Any]
-    rows: int
-    base: int
+    rows_per_step: int
+    base_step: int
     steps_per_epoch: int | None
 
 
@@ -119,7 +119,7 @@ def forked_spec(asked: ForkRequest, origin: ForkOrigin, host: HostLimits) -> Job
 
 def _merged(asked: ForkRequest, origin: ForkOrigin) -> dict[str, Any]:
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in origin.spec.items()}
-    merged["name"] = f"{merged['name']}-fork-{origin.step}"[:LONGEST_NAME]
+    merged["name"] = f"{merged['name']}-fork-{origin.step}"[:MAX_NAME]
     merged["training"]["from_weight"] = None
     merged["checkpoint"]["from_resume"] = False
     for name, value in asked.overrides.items():
@@ -155,7 +155,7 @@ def _repointed(error: SpecInvalid, asked: ForkRequest, known: list[Problem]) -> 
     for found in error.extra["errors"]:
         parts = found["pointer"].split("/")[1:]
         pointer = f"/overrides{found['pointer']}"
-        if len(parts) > 1 and (parts[0], parts[1]) in asked.given:
+        if len(parts) > 1 and (parts[0], parts[1]) in asked.client_names:
             pointer = asked.pointer(parts[0], parts[1]) + "".join(f"/{part}" for part in parts[2:])
         if pointer not in refused:
             yield Problem(pointer, found["message"])
@@ -165,16 +165,16 @@ def _other_batch(asked: ForkRequest, origin: ForkOrigin, spec: JobSpec) -> Itera
     """Each step keeps the rows it has in the parent, so what makes up a batch must come to the same."""
     leaves = asked.overrides.get("training", {})
     named = next((leaf for leaf in BATCH if leaf in leaves), None)
-    if named is not None and spec.rows_per_step != origin.rows:
+    if named is not None and spec.rows_per_step != origin.rows_per_step:
         message = (
-            f"batch_size x accumulation_steps x ranks must stay {origin.rows}, so that each step has the samples it "
+            f"batch_size x accumulation_steps x ranks must stay {origin.rows_per_step}, so that each step has the samples it "
             'has in the parent; data "restart" allows another batch'
         )
         yield Problem(asked.pointer("training", named), message)
 
 
 def _nothing_left(asked: ForkRequest, origin: ForkOrigin, spec: JobSpec) -> Iterator[Problem]:
-    training, done = spec.training, origin.step - origin.base
+    training, done = spec.training, origin.step - origin.base_step
     leaf, steps = "max_steps", training.max_steps
     if steps is None and origin.steps_per_epoch:
         leaf, steps = "epochs", training.epochs * origin.steps_per_epoch

@@ -98,7 +98,7 @@ def insert(
     message = f"forked from {job.id} at step {parent.step:,}, {_meaning(asked)}"
     said = {"parent": job.id, "step": parent.step, "data": asked.data}
     fork = repository.create(
-        session, spec, facts_of(spec, asked, parent, kind), [], by, now, fork_id, EventDraft("", message, data=said)
+        session, spec, fork_plan(spec, asked, parent, kind), [], by, now, fork_id, EventDraft("", message, data=said)
     )
     fork.parent_job_id, fork.parent_step = job.id, parent.step
     fork.lineage = lineage.record(session, job, parent.step, parent.attempt, asked.data)
@@ -115,12 +115,12 @@ def _meaning(asked: ForkRequest) -> str:
     return "its data order kept" if asked.data == "keep" else "with data and schedule that begin anew"
 
 
-def facts_of(spec: JobSpec, asked: ForkRequest, parent: ForkParent, kind: str) -> dict[str, Any]:
+def fork_plan(spec: JobSpec, asked: ForkRequest, parent: ForkParent, kind: str) -> dict[str, Any]:
     """What is known of it before it has run. Length and steps are counted over the whole curve."""
     facts = initial_plan(spec, kind)
     restart = asked.data == "restart"
-    base = parent.step if restart else parent.origin.base
+    base = parent.step if restart else parent.origin.base_step
     per_epoch = None if restart else parent.origin.steps_per_epoch
     own = spec.training.max_steps or (per_epoch and per_epoch * spec.training.epochs)
-    batch = spec.rows_per_step if restart else parent.origin.rows
+    batch = spec.rows_per_step if restart else parent.origin.rows_per_step
     return {**facts, "base_step": base, "steps": base + own if own else None, "global_batch": batch}

@@ -27,7 +27,7 @@ from trainyard.service.db.models import CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointMismatch
 from trainyard.service.jobs.submission import LARGEST_TOKENIZER_BYTES
 from trainyard.service.settings import Settings
-from trainyard.service.storage.checkpoint_files import checkpoint_directory, opened
+from trainyard.service.storage.checkpoint_files import checkpoint_directory, open_file
 
 LARGEST_STATE = 16 << 20
 NEWEST = 5
@@ -83,7 +83,7 @@ def check_compatible(candidates: Iterable[ResumeCandidate], spec: Mapping[str, A
 def identity_in(directory: Path) -> RunIdentity | None:
     """What a checkpoint says it is of; None where that cannot be read."""
     try:
-        with opened(directory, STATE_FILE) as file:
+        with open_file(directory, STATE_FILE) as file:
             said = json.loads(file.read(LARGEST_STATE))["identity"]
         plain = isinstance(said["model"], dict) and isinstance(said.get("corpus_file", {}), dict)
         return RunIdentity(**said) if plain else None

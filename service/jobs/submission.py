@@ -20,7 +20,7 @@ from trainyard.contract.tokenizer_info import (
 from trainyard.model import costs
 from trainyard.model.costs import memory_bytes
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
-from trainyard.service.devices.memory import limit_for
+from trainyard.service.devices.memory import memory_limit
 from trainyard.service.errors import SpecInvalid, with_problems
 from trainyard.service.launch.slurm.launcher import SLURM, device_on_nodes
 from trainyard.service.settings import Settings
@@ -240,7 +240,7 @@ class _SpecValidator:
     def _memory(self) -> Iterator[Found]:
         """Only what no other batch would change; all else is an estimate, and for the plan to warn of."""
         resources, kind = self.spec.resources, kind_for(self.spec.resources.device, self.host.devices)
-        limit = limit_for(kind, self.host.devices)
+        limit = memory_limit(kind, self.host.devices)
         size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
         if self.elsewhere or limit is None or not size:
             return

@@ -32,23 +32,23 @@ OURS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "task
 
 BARE = re.compile(r"[\w.:/{}+*-]+")
 
-_about: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
+_context: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
 
 
 @contextlib.contextmanager
 def log_context(**fields: Any) -> Iterator[dict[str, Any]]:
     """Every line until the end of the block has ``fields``, also those of threads that work for it."""
-    found = {**(_about.get() or {}), **fields}
-    token = _about.set(found)
+    found = {**(_context.get() or {}), **fields}
+    token = _context.set(found)
     try:
         yield found
     finally:
-        _about.reset(token)
+        _context.reset(token)
 
 
 def bind(**fields: Any) -> None:
     """Add to what the block around us is about; known from then on, also outside of this thread."""
-    found = _about.get()
+    found = _context.get()
     if found is not None:
         found.update(fields)
 
@@ -89,7 +89,7 @@ class _LineFormatter(logging.Formatter):
 
     def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
         own = {key: value for key, value in vars(record).items() if key not in OURS and value is not None}
-        return {key: self._clean(value) for key, value in {**(_about.get() or {}), **own}.items()}
+        return {key: self._clean(value) for key, value in {**(_context.get() or {}), **own}.items()}
 
     def _clean(self, value: Any) -> Any:
         return value if isinstance(value, bool | int | float) else self._censor(str(value))

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import SchedulerLeaseRow
-from trainyard.service.devices.inventory import FRESH_SECONDS, Device, Inventory
+from trainyard.service.devices.inventory import CACHE_SECONDS, Device, Inventory
 from trainyard.service.leadership import ROW
 
 MEMORY_SECONDS = 10.0
@@ -92,7 +92,7 @@ class PublishedInventory:
     def devices(self) -> Sequence[Device]:
         """Every device that may be leased."""
         with self._lock:
-            if self._monotonic() - self._read_at > FRESH_SECONDS:
+            if self._monotonic() - self._read_at > CACHE_SECONDS:
                 with self._database.read() as session:
                     self._read = InventorySnapshot.of(session.get(SchedulerLeaseRow, ROW))
                 self._read_at = self._monotonic()

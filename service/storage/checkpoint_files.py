@@ -19,8 +19,8 @@ from trainyard.contract.rundir import (
 from trainyard.service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
 MAX_MANIFEST = 16 << 20
-FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -48,20 +48,20 @@ def checkpoint_directory(products: ArtifactDir, step: int, path: str) -> Path | 
 def read_manifest(directory: Path) -> dict[str, FileDigest] | None:
     """What the manifest says; None where there is none that can be read."""
     try:
-        with lock(directory) as within:
-            return _manifest_in(within)
+        with open_directory(directory) as within:
+            return _read_manifest_in(within)
     except OSError:
         return None
 
 
 @failpoint("share.read_manifest", "download.read_manifest")
-def _manifest_in(within: int) -> dict[str, FileDigest] | None:
+def _read_manifest_in(within: int) -> dict[str, FileDigest] | None:
     try:
-        with _opened_in(within, MANIFEST_FILE) as file:
+        with _open_in(within, MANIFEST_FILE) as file:
             found = parse_manifest(file.read(MAX_MANIFEST))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return {name: said for name, said in found.items() if NAME.fullmatch(name)}
+    return {name: said for name, said in found.items() if FILE_NAME.fullmatch(name)}
 
 
 @failpoint("share.validate")
@@ -84,26 +84,26 @@ def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
     another may stand under its name by now, of a run that went back.
     """
     try:
-        with lock(directory) as within:
-            manifest = _manifest_in(within)
+        with open_directory(directory) as within:
+            manifest = _read_manifest_in(within)
             if manifest is None or (name != MANIFEST_FILE and name not in manifest):
                 raise FileNotInCheckpoint()
-            return _opened_in(within, name), manifest[name].sha256 if name != MANIFEST_FILE else None
+            return _open_in(within, name), manifest[name].sha256 if name != MANIFEST_FILE else None
     except OSError:
         raise FileNotInCheckpoint() from None
 
 
 @failpoint("share.open_file")
-def opened(directory: Path, name: str) -> BinaryIO:
+def open_file(directory: Path, name: str) -> BinaryIO:
     """A regular file that lies in ``directory`` itself: neither may be a link by now. Raises OSError."""
-    with lock(directory) as within:
-        return _opened_in(within, name)
+    with open_directory(directory) as within:
+        return _open_in(within, name)
 
 
 @contextmanager
-def lock(directory: Path) -> Iterator[int]:
+def open_directory(directory: Path) -> Iterator[int]:
     """A descriptor of the directory that stands under this name now, whatever stands there later. Raises OSError."""
-    within = os.open(directory, FLAGS | os.O_DIRECTORY)
+    within = os.open(directory, OPEN_FLAGS | os.O_DIRECTORY)
     try:
         yield within
     finally:
@@ -111,8 +111,8 @@ def lock(directory: Path) -> Iterator[int]:
 
 
 @failpoint("share.open", "download.open")
-def _opened_in(within: int, name: str) -> BinaryIO:
-    descriptor = os.open(name, FLAGS | os.O_NONBLOCK, dir_fd=within)
+def _open_in(within: int, name: str) -> BinaryIO:
+    descriptor = os.open(name, OPEN_FLAGS | os.O_NONBLOCK, dir_fd=within)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileNotFoundError(name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.rundir import MANIFEST_FILE, fsync_directory
 from trainyard.service.errors import StepUnavailable
-from trainyard.service.storage.checkpoint_files import is_valid, opened, read_manifest
+from trainyard.service.storage.checkpoint_files import is_valid, open_file, read_manifest
 
 DAMAGED = "The checkpoint of this step is damaged, or was just removed."
 
@@ -39,7 +39,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
 
 @failpoint("share.file")
 def _share_file(source: Path, target: Path, name: str) -> None:
-    with opened(source, name) as file:
+    with open_file(source, name) as file:
         try:
             os.link(source / name, target / name, follow_symlinks=False)
         except FileNotFoundError:

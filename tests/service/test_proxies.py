@@ -25,7 +25,7 @@ def client(
 ) -> TestClient:
     """A client of the rig's service as somebody at ``peer`` reaches it."""
     settings = rig.settings.model_copy(
-        update={"proxies": TrustedProxies.of(proxies.split(",")), "allowed_hosts": hosts}
+        update={"proxies": TrustedProxies.parse(proxies.split(",")), "allowed_hosts": hosts}
     )
     services = AppState(
         settings, rig.database, FixedInventory(tuple(rig.devices)), rig.scheduler, rig.pulse, rig.sender

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
-from trainyard.service.api.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, check_components
+from trainyard.service.api.readiness import MAX_ROUND_SECONDS, MAX_TAKEOVER_SECONDS, check_components
 from trainyard.service.db.engine import newest_revision
 from trainyard.service.db.models import SchedulerLeaseRow
 from trainyard.service.leadership import LeaderMonitor
@@ -54,7 +54,7 @@ def test_no_scheduler(rig: ServiceHarness) -> None:
 
 
 def test_a_scheduler_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(live.scheduler), "silence", property(lambda _: ROUND_SECONDS + 1))
+    monkeypatch.setattr(type(live.scheduler), "silence", property(lambda _: MAX_ROUND_SECONDS + 1))
     assert told(live, 503)["scheduler"] == (False, "has not finished a round for 61 s")
 
 
@@ -132,7 +132,7 @@ def test_a_replica_hears_whether_somebody_schedules(any_rig: ServiceHarness, mon
     with any_rig.database.write() as session:
         session.add(SchedulerLeaseRow(id=1, epoch=1, beat=1, holder="{}"))
     assert replica(any_rig, monkeypatch, lambda _: 1.0)["scheduler"] == (True, "runs in another service")
-    found = replica(any_rig, monkeypatch, lambda _: TAKEOVER_SECONDS + 1)["scheduler"]
+    found = replica(any_rig, monkeypatch, lambda _: MAX_TAKEOVER_SECONDS + 1)["scheduler"]
     assert found == (False, "no service that schedules was heard for 16 s")
 
 

@@ -6,7 +6,7 @@ from sqlalchemy import select
 from trainyard.contract.parsing import Problem
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
-from trainyard.service.api.routers.jobs import Limit, Text
+from trainyard.service.api.routers.jobs import Limit, OptionalText
 from trainyard.service.auth.permissions import READ
 from trainyard.service.db.models import (
     AttemptRow,
@@ -29,7 +29,7 @@ router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], dependencies=[REA
 
 
 @router.get("/checkpoints")
-def checkpoints(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Checkpoint]:
+def checkpoints(services: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Checkpoint]:
     """Published checkpoints that are there, newest first."""
     with services.database.connection() as connection:
         rows, more = page_of(connection, CheckpointRow, job_id, limit, after, newest_first=True)
@@ -40,7 +40,7 @@ def checkpoints(services: StateDep, job_id: str, limit: Limit = 100, after: Text
 
 
 @router.get("/events")
-def events(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Event]:
+def events(services: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Event]:
     """What happened, oldest first: changes of status, warnings, saves, restarts, and who asked."""
     with services.database.connection() as connection:
         rows, more = page_of(connection, EventRow, job_id, limit, after)
@@ -48,7 +48,7 @@ def events(services: StateDep, job_id: str, limit: Limit = 100, after: Text = No
 
 
 @router.get("/samples")
-def samples(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Sample]:
+def samples(services: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Sample]:
     """Texts the model wrote, oldest first."""
     with services.database.connection() as connection:
         rows, more = page_of(connection, SampleRow, job_id, limit, after)
@@ -56,7 +56,7 @@ def samples(services: StateDep, job_id: str, limit: Limit = 100, after: Text = N
 
 
 @router.get("/attempts")
-def attempts(services: StateDep, job_id: str, limit: Limit = 100, after: Text = None) -> Page[Attempt]:
+def attempts(services: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Attempt]:
     """Every launch, oldest first: why it began, from which step, how it ended."""
     with services.database.read() as session:
         job = repository.find(session, job_id)

@@ -42,7 +42,7 @@ def download(
 
     `ETag` is the sha256 that the manifest gives: a piece asked for with `If-Range` is of the same file, or all of it.
     """
-    file, sha256 = open_listed(directory_of(services, job_id, step), name)
+    file, sha256 = open_listed(find_directory(services, job_id, step), name)
     try:
         etag = f'"{sha256}"' if sha256 is not None else None
         wanted = range_ if if_range in (None, etag) else None
@@ -52,7 +52,7 @@ def download(
         raise
 
 
-def directory_of(services: AppState, job_id: str, step: int) -> Path:
+def find_directory(services: AppState, job_id: str, step: int) -> Path:
     """Where the checkpoint's files are, the full one where there are both. Raises CheckpointNotFound."""
     with services.database.read() as session:
         job = repository.find(session, job_id)

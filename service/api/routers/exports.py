@@ -12,7 +12,7 @@ from trainyard.service.api.routers.checkpoints import (
     BYTES,
     Name,
     Step,
-    directory_of,
+    find_directory,
 )
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
@@ -24,7 +24,7 @@ from trainyard.service.exports import exporter
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.schemas import Export, Page
-from trainyard.service.storage.checkpoint_files import NAME, opened, parse_range
+from trainyard.service.storage.checkpoint_files import FILE_NAME, open_file, parse_range
 from trainyard.service.storage.range_response import FileRangeResponse
 
 Format = Literal["hf", "minimind"]
@@ -53,30 +53,30 @@ def export(
     with services.database.read() as session:
         job = repository.find(session, job_id)
     tokenizer, weight = job.spec["data"]["tokenizer_path"], job.spec["checkpoint"]["save_weight"]
-    place = directory_of(services, job_id, step)
+    place = find_directory(services, job_id, step)
     wanted = exporter.ExportRequest(_products(services, job), place, step, asked.format, tokenizer, weight)
-    there = exporter.existing(wanted)
+    there = exporter.is_exported(wanted)
     if not there:
         exporter.run_export(wanted)
         _tell(services, job_id, wanted, caller)
     return json_response(
-        _shown(job_id, exporter.to_export_response(wanted.products, step, asked.format)), 200 if there else 201
+        _shown(job_id, exporter.to_export_response(wanted.artifacts, step, asked.format)), 200 if there else 201
     )
 
 
 def _tell(services: AppState, job_id: str, wanted: exporter.ExportRequest, by: Principal) -> None:
-    path = str(wanted.products.export(wanted.step, wanted.form))
-    data = {"step": wanted.step, "format": wanted.form, "path": path}
+    path = str(wanted.artifacts.export(wanted.step, wanted.format))
+    data = {"step": wanted.step, "format": wanted.format, "path": path}
     with services.database.write() as session:
         job = repository.lock(session, job_id)
-        message = f"exported the checkpoint of step {wanted.step:,} as {wanted.form}"
+        message = f"exported the checkpoint of step {wanted.step:,} as {wanted.format}"
         repository.record_event(session, job, EventDraft("exported", message, by.name, data=data), utc_now())
 
 
 @router.get("/exports", dependencies=[READ])
 def exports(services: StateDep, job_id: str) -> Page[Export]:
     """What was exported and is there, newest step first."""
-    found = exporter.listed(_products(services, _job(services, job_id)))
+    found = exporter.list_exports(_products(services, _job(services, job_id)))
     return Page(data=[_shown(job_id, one) for one in found], has_more=False)
 
 
@@ -97,9 +97,9 @@ def download_export(
     """A file of an export. `Range` takes a piece of it."""
     directory = _products(services, _job(services, job_id)).export(step, form)
     try:
-        if not NAME.fullmatch(name):
+        if not FILE_NAME.fullmatch(name):
             raise FileNotFoundError(name)
-        file = opened(directory, name)
+        file = open_file(directory, name)
     except OSError:
         raise FileNotInExport() from None
     try:

@@ -10,9 +10,9 @@ from trainyard.service.api.routers.jobs import (
     Submission,
     created_response,
     find_replay,
-    oldest_key,
+    replay_cutoff,
 )
-from trainyard.service.api.routers.planning import planned
+from trainyard.service.api.routers.planning import make_preview
 from trainyard.service.auth.permissions import SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import JsonBody
@@ -73,18 +73,18 @@ def plan_fork(services: StateDep, job_id: str, body: JsonBody) -> PlanPreview:
 
     `steps` counts the whole curve, time and FLOPs are those of what is left behind `start_step`.
     """
-    asked, host = parse_fork_request(body), services.host
+    asked, host = parse_fork_request(body), services.host_limits
     with services.database.read() as session:
         parent = service.find_parent(session, services.settings.runs, job_id, asked)
     spec = forked_spec(asked, parent.origin, host)
-    facts = service.facts_of(spec, asked, parent, kind_of(spec, host))
-    return queue_position(planned(services, spec), parent.step, facts["base_step"], facts["steps"])
+    facts = service.fork_plan(spec, asked, parent, kind_of(spec, host))
+    return queue_position(make_preview(services, spec), parent.step, facts["base_step"], facts["steps"])
 
 
 def _make(
     services: AppState, by: Principal, job_id: str, asked: ForkRequest, key: str | None, digest: str
 ) -> Submission:
-    settings, host = services.settings, services.host
+    settings, host = services.settings, services.host_limits
     with services.database.read() as session:
         parent = service.find_parent(session, settings.runs, job_id, asked)
     begin = ResumeCandidate(parent.step, parent.checkpoint, restarts_data=asked.data == "restart")
@@ -97,7 +97,7 @@ def _make(
             with services.database.write() as session:
                 job = service.insert(session, fork_id, spec, asked, parent, host, by, utc_now())
                 if key is not None:
-                    repository.forget_keys(session, oldest_key(services))
+                    repository.forget_keys(session, replay_cutoff(services))
                 if key is not None and not repository.remember_key(session, key, digest, job, utc_now()):
                     # Another request with this key was faster by a moment; its job is the one.
                     raise KeyReused()
@@ -106,6 +106,6 @@ def _make(
             earlier = find_replay(services, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None
             if earlier is not None:
                 return earlier
-            raise StorageError.of(error) if isinstance(error, OSError) else error from error
+            raise StorageError.from_os_error(error) if isinstance(error, OSError) else error from error
         half_made.forget()
     return Submission(fork_id, created_now=True)

@@ -72,7 +72,7 @@ def events(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
 
     acked = _report(services, reporting, work)
     services.broadcaster.nudge(reporting.job_id)
-    services.telemetry.lag.observe(_age(batch.events[-1].get("at")))
+    services.metrics.lag.observe(_age(batch.events[-1].get("at")))
     return acked
 
 

@@ -48,7 +48,7 @@ from trainyard.service.schemas import Job, Page
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-Text = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
+OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
 Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -87,7 +87,7 @@ def submit(
     digest = repository.body_digest(body)
     made = find_replay(services, idempotency_key, digest)
     if made is None:
-        made = _create(services, caller, validate_spec(body, services.host), idempotency_key, digest)
+        made = _create(services, caller, validate_spec(body, services.host_limits), idempotency_key, digest)
         services.scheduler.wake()
     bind(job_id=made.job_id)
     return created_response(services, made)
@@ -99,12 +99,12 @@ class Submission:
 
     job_id: str
     created_now: bool
-    found: JobRows | None = None
+    rows: JobRows | None = None
 
 
 def created_response(services: AppState, made: Submission) -> Response:
     """The answer to who submitted it: 201, or 200 where it was there before."""
-    job = _shown(services, made.found) if made.found is not None else show(services, made.job_id)
+    job = _to_response(services, made.rows) if made.rows is not None else load_response(services, made.job_id)
     return json_response(job, 201 if made.created_now else 200, {"Location": f"/jobs/{made.job_id}"})
 
 
@@ -116,17 +116,17 @@ def find_replay(services: AppState, key: str | None, digest: str) -> Submission 
         message = "must be 1 to 255 printable ASCII characters"
         raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
     with services.database.read() as session:
-        job = repository.find_by_idempotency_key(session, key, digest, oldest_key(services))
+        job = repository.find_by_idempotency_key(session, key, digest, replay_cutoff(services))
         return Submission(job.id, False) if job is not None else None
 
 
-def oldest_key(services: AppState) -> datetime:
+def replay_cutoff(services: AppState) -> datetime:
     """What was made before is not replayed any more."""
     return utc_now() - timedelta(days=services.settings.idempotency_days)
 
 
 def _create(services: AppState, by: Principal, spec: JobSpec, key: str | None, digest: str) -> Submission:
-    kind = kind_of(spec, services.host)
+    kind = kind_of(spec, services.host_limits)
     facts = initial_plan(spec, kind)
     now = utc_now()
     falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
@@ -135,10 +135,10 @@ def _create(services: AppState, by: Principal, spec: JobSpec, key: str | None, d
         with services.database.write() as session:
             job = repository.create(session, spec, facts, alerts, by, now)
             if key is not None:
-                repository.forget_keys(session, oldest_key(services))
+                repository.forget_keys(session, replay_cutoff(services))
             if key is not None and not repository.remember_key(session, key, digest, job, now):
                 raise KeyReused()
-            found = as_changed(session, job.id)
+            found = load_changed(session, job.id)
     except (KeyReused, QuotaExceeded):
         # Another request with this key was faster by a moment; its job is the one.
         made = find_replay(services, key, digest)
@@ -148,20 +148,20 @@ def _create(services: AppState, by: Principal, spec: JobSpec, key: str | None, d
     return Submission(job.id, True, found)
 
 
-def as_changed(session: Session, job_id: str) -> JobRows:
+def load_changed(session: Session, job_id: str) -> JobRows:
     """What is to be shown of a job once this transaction is committed."""
     session.flush()
     return queries.job_rows(session.connection(), job_id)
 
 
-def show(services: AppState, job_id: str) -> Job:
+def load_response(services: AppState, job_id: str) -> Job:
     """The job as it is now."""
     with services.database.connection() as connection:
         found = queries.job_rows(connection, job_id)
-    return _shown(services, found)
+    return _to_response(services, found)
 
 
-def _shown(services: AppState, found: JobRows) -> Job:
+def _to_response(services: AppState, found: JobRows) -> Job:
     return presenters.to_job_responses(found, services.scheduler.waiting)[0]
 
 
@@ -170,12 +170,12 @@ def list_jobs(
     services: StateDep,
     status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
     label: Labels = [],  # noqa: B006
-    name: Text = None,
+    name: OptionalText = None,
     order: Literal["newest", "oldest"] = "newest",
     limit: Limit = 20,
-    after: Text = None,
-    parent: Text = None,
-    search: Text = None,
+    after: OptionalText = None,
+    parent: OptionalText = None,
+    search: OptionalText = None,
 ) -> Page[Job]:
     """Jobs; `label=key=value` may stand several times and all must hold. `parent`: the forks of this job.
 
@@ -192,7 +192,7 @@ def list_jobs(
 @router.get("/jobs/{job_id}", dependencies=[READ])
 def get_job(services: StateDep, job_id: str) -> Job:
     """One job."""
-    return show(services, job_id)
+    return load_response(services, job_id)
 
 
 @router.patch("/jobs/{job_id}", dependencies=[SUBMIT])
@@ -206,13 +206,13 @@ def patch_job(
     asked = body.given()
     with services.database.connection() as connection:
         before = queries.spec_of(connection, job_id)
-    spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)
+    spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host_limits)
     with services.database.write() as session:
         actions.patch(session, job_id, before, asked, spec, caller, utc_now())
-        found = as_changed(session, job_id)
+        found = load_changed(session, job_id)
     if "priority" in asked:
         services.scheduler.wake()
-    return _shown(services, found)
+    return _to_response(services, found)
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
@@ -236,9 +236,9 @@ def kill(services: StateDep, caller: PrincipalDep, job_id: str) -> Job:
 def _stop(services: AppState, by: Principal, job_id: str, action: Action) -> Job:
     with services.database.write() as session:
         actions.stop(session, job_id, action, by, utc_now())
-        found = as_changed(session, job_id)
+        found = load_changed(session, job_id)
     services.scheduler.wake()
-    return _shown(services, found)
+    return _to_response(services, found)
 
 
 @router.post("/jobs/{job_id}/save", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
@@ -246,9 +246,9 @@ def save(services: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Write a checkpoint at the next step, and go on."""
     with services.database.write() as session:
         attempt = actions.save(session, job_id, caller, utc_now())
-        found = as_changed(session, job_id)
+        found = load_changed(session, job_id)
     services.scheduler.save_now(attempt)
-    return _shown(services, found)
+    return _to_response(services, found)
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
@@ -270,11 +270,11 @@ def resume(
         job = _job_row_of(services, job_id)
         _require_there(services, job_id, step)
         _require_same(services, job, step)
-        spec = changes.resumed_spec(job.spec, actions.own_steps(job), asked, services.host)
+        spec = changes.resumed_spec(job.spec, actions.own_steps(job), asked, services.host_limits)
         with services.database.write() as session:
             actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
         services.scheduler.wake()
-    return show(services, job_id)
+    return load_response(services, job_id)
 
 
 def _require_there(services: AppState, job_id: str, step: int | None) -> None:

@@ -66,7 +66,7 @@ def log_lines(
 ) -> LogLines:
     """Lines `first` and following, counted from 1, and how many there are; a line over 4,096 bytes is cut."""
     validate_rank(rank)
-    found, index = services.lines.read(_file(services, job_id, attempt, rank), first, count)
+    found, index = services.line_indexes.read(_file(services, job_id, attempt, rank), first, count)
     return LogLines(first_line=first, lines=found, total_lines=index.total, bytes=index.size)
 
 
@@ -85,7 +85,7 @@ def log_search(
     One request looks through 256 MiB at most, and through the first MiB of a line.
     """
     validate_rank(rank)
-    found, searched, ended = services.lines.search(_file(services, job_id, attempt, rank), q, after_line, limit)
+    found, searched, ended = services.line_indexes.search(_file(services, job_id, attempt, rank), q, after_line, limit)
     matches = [LogMatch(line=one.line, offset=one.offset, text=one.text) for one in found]
     return LogMatches(data=matches, has_more=not ended, searched_lines=searched)
 

@@ -30,14 +30,14 @@ def plan(services: StateDep, body: JsonBody) -> PlanPreview:
 
     What depends on the corpus is estimated from at most 4 MiB of it; a job's own plan is exact once it has started.
     """
-    return planned(services, validate_spec(body, services.host))
+    return make_preview(services, validate_spec(body, services.host_limits))
 
 
-def planned(services: AppState, spec: JobSpec) -> PlanPreview:
+def make_preview(services: AppState, spec: JobSpec) -> PlanPreview:
     """The plan of a spec that was accepted."""
     # A cluster's devices are not this host's: nothing is known of them before Slurm has chosen some.
     devices = services.inventory.devices() if spec.resources.launcher != SLURM else ()
-    kind = kind_of(spec, services.host)
+    kind = kind_of(spec, services.host_limits)
     looked = sample_corpus(spec)
     with services.database.read() as session:
         past = find_throughput(session, spec, kind)

@@ -53,7 +53,7 @@ class StateCollector(Collector):
         yield Gauge("trainyard_database_up", "Whether the database answers.", up)
         yield from _scheduler(self.services)
         yield from _disks(self.services)
-        yield from self.services.telemetry.collect()
+        yield from self.services.metrics.collect()
 
 
 def _by(label: str, name: str, explained: str, values: Mapping[str, float], kind: Kind = Gauge) -> Metric:

@@ -18,12 +18,12 @@ from trainyard.service.streams.sse import Cursor, SseResponse, parse_last_event_
 MAX_OFFSET = 2**53 - 1
 DEFAULT_TAIL = 200
 LastEventId = Annotated[str | None, Header(max_length=100)]
-DESCRIBED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["streams"], dependencies=[READ], route_class=ServiceRoute)
 
 
-@router.get("/metrics/stream", response_class=Response, responses=DESCRIBED)
+@router.get("/metrics/stream", response_class=Response, responses=EVENT_STREAM)
 async def metric_stream(
     services: StateDep,
     job_id: str,
@@ -41,7 +41,7 @@ async def metric_stream(
     return SseResponse(pieces, lambda: services.broadcaster.close(channel))
 
 
-@router.get("/logs/stream", response_class=Response, responses=DESCRIBED)
+@router.get("/logs/stream", response_class=Response, responses=EVENT_STREAM)
 async def log_stream(
     services: StateDep,
     job_id: str,

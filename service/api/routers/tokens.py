@@ -79,12 +79,12 @@ def revoke_token(services: StateDep, name: Name) -> None:
     """Let nobody in by it any more, from now on. Its jobs go on; its name stays taken."""
     with services.database.write() as session:
         row = store.revoke(session, name, utc_now())
-    services.authenticator.forget()
+    services.authenticator.clear_cache()
     log.info("a token was revoked", extra={"token_name": row.name})
 
 
 def _secret(services: AppState, row: TokenRow, token: str, what: str) -> NewToken:
-    services.authenticator.forget()
+    services.authenticator.clear_cache()
     log.info("a token was %s", what, extra={"token_name": row.name})
     return NewToken(**_shown(row, _usage(services, row)).model_dump(), token=token)
 

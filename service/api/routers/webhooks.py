@@ -7,7 +7,7 @@ from fastapi import APIRouter, Body, Path, Query, Response
 
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
-from trainyard.service.api.routers.jobs import Limit, Text
+from trainyard.service.api.routers.jobs import Limit, OptionalText
 from trainyard.service.auth.permissions import SUBMIT
 from trainyard.service.bodies import NO_FIELDS
 from trainyard.service.clock import utc_now
@@ -42,7 +42,7 @@ def create_webhook(services: StateDep, wanted: WebhookCreate) -> Response:
 
 
 @router.get("")
-def list_webhooks(services: StateDep, limit: Limit = 20, after: Text = None) -> Page[Webhook]:
+def list_webhooks(services: StateDep, limit: Limit = 20, after: OptionalText = None) -> Page[Webhook]:
     """Newest first."""
     with services.database.read() as session:
         rows, has_more = store.page(session, limit, after)

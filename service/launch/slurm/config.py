@@ -10,11 +10,11 @@ from trainyard.service.settings_base import (
     EnvironmentSettings,
     InvalidSettings,
     Seconds,
-    parts,
+    split_commas,
 )
 
 ALLOWED = tuple(
-    parts("""
+    split_commas("""
     cpus-per-gpu, cpus-per-task, exclude, exclusive, gpu-freq, hint, licenses, mem, mem-per-cpu, mem-per-gpu, nice,
     nodelist, reservation, switches, tmp
     """)
@@ -22,7 +22,7 @@ ALLOWED = tuple(
 """Options of sbatch that a spec may give if the settings name no others: none of them runs anything."""
 
 OURS = frozenset(
-    parts("""
+    split_commas("""
     array, batch, begin, chdir, cluster-constraint, clusters, comment, dependency, error, export, export-file,
     get-user-env, gid, help, hold, input, job-name, kill-on-invalid-dep, no-kill, no-requeue, nodes, ntasks,
     ntasks-per-node, open-mode, output, parsable, propagate, quiet, requeue, signal, test-only, uid, usage, version,
@@ -63,7 +63,7 @@ class SlurmSetup(EnvironmentSettings):
     """
 
     defaults: Annotated[SlurmSpec, BeforeValidator(_defaults)] = Field(default_factory=SlurmSpec)
-    allowed: Annotated[tuple[str, ...], BeforeValidator(lambda text: [n for n in parts(text) if n not in OURS])] = (
+    allowed: Annotated[tuple[str, ...], BeforeValidator(lambda text: [n for n in split_commas(text) if n not in OURS])] = (
         Field(ALLOWED, alias="TRAINYARD_SLURM_ALLOW")
     )
     device: Literal["cuda", "cpu"] = Field("cuda", alias="TRAINYARD_SLURM_DEVICE")
