@@ -68,7 +68,7 @@ def test_the_database_is_away(live: ServiceHarness, monkeypatch: pytest.MonkeyPa
     assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
     assert told(live, 503) == {
         "database": (False, "does not answer: OperationalError"),
-        "scheduler": (False, "cannot be known while the database is away"),
+        "scheduler": (False, "unknown while the database is unavailable"),
         "disk": (True, "has room"),
     }
     assert "secret" not in answer.text
@@ -122,7 +122,7 @@ def replica(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, silence: Callable[[Any], float]
 ) -> dict[str, tuple[bool, str]]:
     monkeypatch.setattr(rig.scheduler, "_wanted", False)
-    services = rig.app.state.services
+    services = rig.app.state.app_state
     monkeypatch.setattr(services.leader, "seconds_since_renewal", silence)
     return {part.name: (part.ok, part.detail) for part in check_components(services)}
 
@@ -133,7 +133,7 @@ def test_a_replica_hears_whether_somebody_schedules(any_rig: ServiceHarness, mon
         session.add(SchedulerLeaseRow(id=1, epoch=1, beat=1, holder="{}"))
     assert replica(any_rig, monkeypatch, lambda _: 1.0)["scheduler"] == (True, "runs in another service")
     found = replica(any_rig, monkeypatch, lambda _: MAX_TAKEOVER_SECONDS + 1)["scheduler"]
-    assert found == (False, "no service that schedules was heard for 16 s")
+    assert found == (False, "no service has renewed the scheduler lease for 16 s")
 
 
 def test_the_leader_is_watched_by_its_counting() -> None:
@@ -158,7 +158,7 @@ def disk(state: DiskState, free: int = 1 * GIB) -> Disk:
 
 
 def see(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, *disks: Disk) -> None:
-    watch = rig.app.state.services.disks
+    watch = rig.app.state.app_state.disks
     watch.look()
     monkeypatch.setattr(watch, "_seen", disks)
 
@@ -183,7 +183,7 @@ def test_a_low_disk_is_told_and_a_full_one_takes_no_work(
 
 
 def test_a_disk_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(live.app.state.services.disks), "stale", property(lambda _: True))
+    monkeypatch.setattr(type(live.app.state.app_state.disks), "stale", property(lambda _: True))
     assert told(live, 503)["disk"] == (False, "a disk does not answer")
 
 

@@ -63,9 +63,9 @@ class SlurmSetup(EnvironmentSettings):
     """
 
     defaults: Annotated[SlurmSpec, BeforeValidator(_defaults)] = Field(default_factory=SlurmSpec)
-    allowed: Annotated[tuple[str, ...], BeforeValidator(lambda text: [n for n in split_commas(text) if n not in OURS])] = (
-        Field(ALLOWED, alias="TRAINYARD_SLURM_ALLOW")
-    )
+    allowed: Annotated[
+        tuple[str, ...], BeforeValidator(lambda text: [n for n in split_commas(text) if n not in OURS])
+    ] = Field(ALLOWED, alias="TRAINYARD_SLURM_ALLOW")
     device: Literal["cuda", "cpu"] = Field("cuda", alias="TRAINYARD_SLURM_DEVICE")
     reports: Literal["http", "directory"] = Field("http", alias="TRAINYARD_SLURM_REPORTS")
     url: str | None = Field(None, alias="TRAINYARD_SLURM_URL")
