@@ -35,10 +35,11 @@ class TrustedProxies:
             return scope
         headers = Headers(scope=scope)
         client = self._client(peer, _values(headers, FOR))
+        scheme = (_values(headers, PROTO) or [""])[-1].lower()
         return {
             **scope,
             "client": (str(client), 0),
-            "scheme": _scheme(scope, headers),
+            "scheme": scheme if scheme in SCHEMES else scope.get("scheme", "http"),
             "headers": _headers(scope, headers),
         }
 
@@ -72,11 +73,6 @@ def parse_address(text: str) -> Address | None:
 
 def _values(headers: Headers, name: str) -> list[str]:
     return [part.strip() for value in headers.getlist(name) for part in value.split(",") if part.strip()]
-
-
-def _scheme(scope: Scope, headers: Headers) -> str:
-    scheme = (_values(headers, PROTO) or [""])[-1].lower()
-    return scheme if scheme in SCHEMES else str(scope.get("scheme", "http"))
 
 
 def _headers(scope: Scope, headers: Headers) -> list[tuple[bytes, bytes]]:

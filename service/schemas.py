@@ -466,7 +466,7 @@ class DeviceResponse(ResponseModel):
 
 
 class ReadyPart(ResponseModel):
-    """The health of one component of the service."""
+    """The health of one component of the service. ``detail`` contains no path, address or secret."""
 
     name: str
     ok: bool

@@ -114,7 +114,8 @@ def _cuda_device(index: int) -> Device:
         memory_used_bytes=int(memory.used),
         temperature_celsius=_temperature(handle),
         processes=running,
-        strangers=tuple(pid for pid in running if not _is_ours(pid)),
+        # An attempt's process has the marker in its environment, which is unreadable for other users' processes.
+        strangers=tuple(pid for pid in running if variable_of(pid, MARKER) is None),
     )
 
 
@@ -123,11 +124,6 @@ def _temperature(handle: Any) -> int | None:
         return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
     except pynvml.NVMLError:
         return None
-
-
-def _is_ours(pid: int) -> bool:
-    # An attempt's process has the marker in its environment, which is unreadable for other users' processes.
-    return variable_of(pid, MARKER) is not None
 
 
 def visible_devices() -> str | None:

@@ -227,7 +227,7 @@ def test_a_histogram_counts_up() -> None:
         telemetry.requests.labels("GET", "/jobs", "200").observe(value)
     (found,) = [metric for metric in telemetry.collect() if metric.name == "trainyard_request_seconds"]
     assert (found.documentation, found.type) == (
-        "Time to answer a request; streams and downloads are left out.",
+        "Duration of requests, without streams and downloads.",
         "histogram",
     )
     labels = {"method": "GET", "route": "/jobs", "status": "200"}

@@ -54,7 +54,7 @@ def test_no_scheduler(rig: ServiceHarness) -> None:
 
 
 def test_a_scheduler_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(live.scheduler), "silence", property(lambda _: MAX_ROUND_SECONDS + 1))
+    monkeypatch.setattr(type(live.scheduler), "seconds_since_round", property(lambda _: MAX_ROUND_SECONDS + 1))
     assert told(live, 503)["scheduler"] == (False, "has not finished a round for 61 s")
 
 
@@ -158,9 +158,9 @@ def disk(state: DiskState, free: int = 1 * GIB) -> Disk:
 
 
 def see(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, *disks: Disk) -> None:
-    watch = rig.app.state.app_state.disks
-    watch.look()
-    monkeypatch.setattr(watch, "_seen", disks)
+    monitor = rig.app.state.app_state.disks
+    monitor.poll()
+    monkeypatch.setattr(monitor, "readings", lambda: disks)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,8 @@ def _buckets(session: Session, job: JobRow, query: MetricsQuery, max_points: int
     rows = lineage_buckets(session, job, view) if query.lineage else _own_buckets(session, job, query.attempt, view)
     if query.selected:
         _add_fields(session, job, query, rows)
-    return MetricsResult(rows, _bucket_names(query), {"has_more": False, "resolution": steps})
+    names = [*(["job_id"] if query.lineage else []), *BUCKET_FIELDS, *(query.fields if query.selected else ())]
+    return MetricsResult(rows, list(dict.fromkeys(names)), {"has_more": False, "resolution": steps})
 
 
 def _own_buckets(session: Session, job: JobRow, attempt: int | None, view: rollups.RollupView) -> list[dict[str, Any]]:
@@ -138,11 +139,6 @@ def _add_fields(session: Session, job: JobRow, query: MetricsQuery, rows: list[d
     if "eval_loss" in query.fields:
         eval_interval = int(job.spec["reporting"]["eval_interval"] or job.spec["checkpoint"]["save_interval"])
         store.add_evaluations(session, job.id, query.attempt, rows, eval_interval)
-
-
-def _bucket_names(query: MetricsQuery) -> Sequence[str]:
-    first, extra = ["job_id"] if query.lineage else [], query.fields if query.selected else ()
-    return list(dict.fromkeys([*first, *BUCKET_FIELDS, *extra]))
 
 
 def _parse_fields(text: str | None) -> Sequence[str]:

@@ -1,7 +1,6 @@
 """Routes about the service itself: health, readiness, status and version."""
 
 import platform
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
@@ -12,7 +11,7 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import OPEN, READ
 from trainyard.service.errors import DatabaseUnavailable, NotReady
 from trainyard.service.maintenance.disk_monitor import Disk, DiskState
-from trainyard.service.schemas import DiskUsage, Health, Readiness, ReadyPart, ServiceStatus, Version
+from trainyard.service.schemas import DiskUsage, Health, Readiness, ServiceStatus, Version
 
 API_VERSION = 1
 
@@ -33,14 +32,14 @@ def ready(state: StateDep) -> Readiness:
     if failed:
         detail = "; ".join(f"{component.name}: {component.detail}" for component in failed)
         kind = DatabaseUnavailable if failed[0].name == "database" else NotReady
-        raise kind(f"Not ready. {detail}.", parts=[asdict(one) for one in components])
-    return Readiness(parts=[ReadyPart.model_validate(component) for component in components])
+        raise kind(f"Not ready. {detail}.", parts=[component.model_dump() for component in components])
+    return Readiness(parts=components)
 
 
 @router.get("/status", dependencies=[READ])
 def status(state: StateDep) -> ServiceStatus:
     """Return the components that /ready checks, and the disks."""
-    parts = [ReadyPart.model_validate(part) for part in readiness.check_components(state)]
+    parts = list(readiness.check_components(state))
     disks = [_to_response(disk) for disk in state.disks.readings()]
     return ServiceStatus(
         ready=all(part.ok for part in parts), parts=parts, disks=disks, schedules=state.scheduler.leads
