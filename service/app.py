@@ -93,13 +93,7 @@ def build_state(
     host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
     lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
-        database,
-        launcher,
-        host_inventory,
-        lease=lease,
-        wanted=schedules,
-        preempts=settings.preemption,
-        timing=timing,
+        database, launcher, host_inventory, lease=lease, wanted=schedules, preempts=settings.preemption, timing=timing
     )
     sender = Sender(database, WebhookClient(settings.webhook_networks), lease, wanted=schedules)
     shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)

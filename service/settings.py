@@ -37,10 +37,10 @@ def _default_roots(fields: dict[str, Any]) -> tuple[Path, ...]:
 
 def _validate_database_url(url: str) -> str:
     try:
-        known = make_url(url).drivername in DATABASES
+        supported = make_url(url).drivername in DATABASES
     except ArgumentError:
-        known = False
-    if not known:
+        supported = False
+    if not supported:
         raise ValueError("unsupported database")
     return url
 
@@ -58,9 +58,9 @@ def _validate_token_file(file: Path) -> Path:
 
 def _validate_launcher(name: str, info: ValidationInfo) -> str:
     # If the Slurm settings are invalid, "slurm" is missing from `data`; that error has its own line.
-    known = (LOCAL, "slurm") if info.data.get("slurm", True) else (LOCAL,)
-    if name not in known:
-        raise InvalidSettings(f"must be {' or '.join(known)}; TRAINYARD_SLURM=on adds slurm")
+    launchers = (LOCAL, "slurm") if info.data.get("slurm", True) else (LOCAL,)
+    if name not in launchers:
+        raise InvalidSettings(f"must be {' or '.join(launchers)}; TRAINYARD_SLURM=on adds slurm")
     return name
 
 

@@ -56,11 +56,11 @@ def split_commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _parse_decimal(given: int | str) -> int:
+def _parse_decimal(value: int | str) -> int:
     # int() also takes signs, blanks and underscores.
-    if isinstance(given, str) and not given.isdecimal():
-        raise ValueError(given)
-    return int(given)
+    if isinstance(value, str) and not value.isdecimal():
+        raise ValueError(value)
+    return int(value)
 
 
 WholeNumber = Annotated[int, BeforeValidator(_parse_decimal), Field(description="must be a whole number")]

@@ -222,8 +222,8 @@ def bearer(header: str | None) -> str:
 
 
 def _request_id(headers: Headers) -> str:
-    given = headers.get("x-request-id", "")
-    return given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(8)}"
+    request_id = headers.get("x-request-id", "")
+    return request_id if REQUEST_ID.fullmatch(request_id) else f"req_{secrets.token_hex(8)}"
 
 
 def _job_id(scope: Scope) -> str | None:

@@ -177,14 +177,14 @@ def _advance_sequences(connection: Connection) -> None:
             connection.execute(select(func.setval(sequence, last, False)))
 
 
-def _locked(url: URL, which: str) -> AbstractContextManager[Connection]:
+def _locked(url: URL, role: str) -> AbstractContextManager[Connection]:
     """Open a transaction on a database that no service uses, and that none can start to use before its end."""
-    return _locked_sqlite(url, which) if url.get_backend_name() == "sqlite" else _locked_postgres(url, which)
+    return _locked_sqlite(url, role) if url.get_backend_name() == "sqlite" else _locked_postgres(url, role)
 
 
 @contextmanager
-def _locked_sqlite(url: URL, which: str) -> Iterator[Connection]:
-    if which == "source" and not Path(url.database or "").is_file():
+def _locked_sqlite(url: URL, role: str) -> Iterator[Connection]:
+    if role == "source" and not Path(url.database or "").is_file():
         raise CopyRefused(f"the source does not exist: {url.database}")
     engine = make_engine(url, exclusive=True)
     try:
@@ -192,7 +192,7 @@ def _locked_sqlite(url: URL, which: str) -> Iterator[Connection]:
             connection = engine.execution_options(writes=True).connect()
         except OperationalError as error:
             if "locked" in str(error.orig):
-                raise CopyRefused(f"the {which} is in use: stop the service first") from error
+                raise CopyRefused(f"the {role} is in use: stop the service first") from error
             raise
         with connection, connection.begin():
             yield connection
@@ -201,20 +201,20 @@ def _locked_sqlite(url: URL, which: str) -> Iterator[Connection]:
 
 
 @contextmanager
-def _locked_postgres(url: URL, which: str) -> Iterator[Connection]:
+def _locked_postgres(url: URL, role: str) -> Iterator[Connection]:
     engine = make_engine(url)
     try:
         snapshot = engine.execution_options(isolation_level="REPEATABLE READ")
         with snapshot.connect() as connection, connection.begin():
             # A service that starts now waits for this lock; one that runs already is found by its connections' name.
             connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": db.MIGRATION_LOCK})
-            _require_no_service(connection, which)
+            _require_no_service(connection, role)
             yield connection
     finally:
         engine.dispose()
 
 
-def _require_no_service(connection: Connection, which: str) -> None:
+def _require_no_service(connection: Connection, role: str) -> None:
     # The connections of a service that was just stopped may take a moment to disappear.
     query = text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
@@ -223,6 +223,6 @@ def _require_no_service(connection: Connection, which: str) -> None:
     deadline = time.monotonic() + db.EXCLUSIVE_SECONDS
     while others := connection.scalar(query, {"name": db.APPLICATION}):
         if time.monotonic() > deadline:
-            raise CopyRefused(f"the {which} is in use by a service ({others} connections): stop the service first")
+            raise CopyRefused(f"the {role} is in use by a service ({others} connections): stop the service first")
         time.sleep(0.05)
         connection.execute(text("SELECT pg_stat_clear_snapshot()"))

@@ -33,11 +33,7 @@ class ExportBody(OptionalBody):
 
 @router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT], response_model=Export)
 def export(
-    state: StateDep,
-    caller: PrincipalDep,
-    job_id: str,
-    step: Step,
-    body: ExportBody = Body(default_factory=ExportBody),
+    state: StateDep, caller: PrincipalDep, job_id: str, step: Step, body: ExportBody = Body(default_factory=ExportBody)
 ) -> Response:
     """Export the checkpoint to a Hugging Face directory (`hf`) or to MiniMind's `.pth`, in the run's directory.
 

@@ -61,18 +61,10 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
 @router.post(
-    "/jobs",
-    status_code=201,
-    dependencies=[SUBMIT],
-    response_model=Job,
-    responses=SUBMITTED,
-    openapi_extra=SPEC_BODY,
+    "/jobs", status_code=201, dependencies=[SUBMIT], response_model=Job, responses=SUBMITTED, openapi_extra=SPEC_BODY
 )
 def submit(
-    state: StateDep,
-    caller: PrincipalDep,
-    body: JsonBody,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    state: StateDep, caller: PrincipalDep, body: JsonBody, idempotency_key: Annotated[str | None, Header()] = None
 ) -> Response:
     """Submit a job. The same `Idempotency-Key` with the same body returns 200 and the existing job."""
     digest = repository.body_digest(body)
@@ -192,10 +184,7 @@ def get_job(state: StateDep, job_id: str) -> Job:
 
 @router.patch("/jobs/{job_id}", dependencies=[SUBMIT])
 def patch_job(
-    state: StateDep,
-    caller: PrincipalDep,
-    job_id: str,
-    body: PatchJobBody = Body(default_factory=PatchJobBody),
+    state: StateDep, caller: PrincipalDep, job_id: str, body: PatchJobBody = Body(default_factory=PatchJobBody)
 ) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`, also of a live run."""
     changes = body.given()
@@ -248,10 +237,7 @@ def save(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
 
 @router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
 def resume(
-    state: StateDep,
-    caller: PrincipalDep,
-    job_id: str,
-    body: ResumeBody = Body(default_factory=ResumeBody),
+    state: StateDep, caller: PrincipalDep, job_id: str, body: ResumeBody = Body(default_factory=ResumeBody)
 ) -> Job:
     """Resume from the newest valid checkpoint, or from scratch if there is none, or from the checkpoint of `step`.
 

@@ -84,9 +84,9 @@ def log_search(
     each line.
     """
     validate_rank(rank)
-    found, searched, ended = state.line_indexes.search(_file(state, job_id, attempt, rank), q, after_line, limit)
+    found, searched, complete = state.line_indexes.search(_file(state, job_id, attempt, rank), q, after_line, limit)
     matches = [LogMatch(line=one.line, offset=one.offset, text=one.text) for one in found]
-    return LogMatches(data=matches, has_more=not ended, searched_lines=searched)
+    return LogMatches(data=matches, has_more=not complete, searched_lines=searched)
 
 
 def validate_rank(rank: str, tail: int | None = None, offset: int | None = None) -> None:

@@ -57,9 +57,7 @@ def change_token(state: StateDep, name: Name, body: QuotaRequest) -> Token:
 
 @router.post("/{name}/rotate")
 def rotate_token(
-    state: StateDep,
-    name: Name,
-    body: RotationRequest = Body(default_factory=RotationRequest),
+    state: StateDep, name: Name, body: RotationRequest = Body(default_factory=RotationRequest)
 ) -> NewToken:
     """Create a new secret for the token. The previous one stays valid for `overlap` seconds (default 0)."""
     with state.database.write() as session:

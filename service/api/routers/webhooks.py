@@ -51,9 +51,7 @@ def get_webhook(state: StateDep, webhook_id: str) -> Webhook:
 
 @router.patch("/{webhook_id}")
 def patch_webhook(
-    state: StateDep,
-    webhook_id: str,
-    changes: PatchWebhookBody = Body(default_factory=PatchWebhookBody),
+    state: StateDep, webhook_id: str, changes: PatchWebhookBody = Body(default_factory=PatchWebhookBody)
 ) -> Webhook:
     """Change `url`, `description`, `events`, `labels`, `rules`, `enabled`. Enabling clears the failure count."""
     with state.database.write() as session:
