@@ -6,7 +6,7 @@ import pytest
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
-from tests.service.test_access import bearer, created, listed
+from tests.service.test_auth import bearer, created, listed
 from tests.service.test_checkpoints import saved
 from trainyard.contract.status import Reason
 from trainyard.service.devices.inventory import cpu_slots
