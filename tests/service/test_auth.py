@@ -1,4 +1,4 @@
-"""Named tokens: what each may do, how they come and go, and who stands in the events."""
+"""Named tokens: their scopes, their life from creation to revocation, and the actor in events."""
 
 import asyncio
 import contextlib

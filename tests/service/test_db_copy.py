@@ -1,4 +1,4 @@
-"""`trainyard db`: a home goes from SQLite to Postgres and back, and a backup is a home that goes on."""
+"""`trainyard db`: a home is copied from SQLite to Postgres and back, and a backup is a complete home."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""The database: migrations build what the tables say, writers queue up, readers see one moment."""
+"""The database: migrations match the models, writers queue up, and readers see one snapshot."""
 
 import subprocess
 import sys

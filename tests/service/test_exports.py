@@ -1,4 +1,4 @@
-"""Exports: one directory whole or not at all, made by a child that can be ended."""
+"""Exports: each directory is complete or absent, and the exporter runs in a child process that can be killed."""
 
 import importlib.util
 import subprocess

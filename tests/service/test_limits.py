@@ -1,4 +1,4 @@
-"""What the service takes, how long it waits for it, and what it counts of its own work."""
+"""Limits on requests, their timeouts, and the metrics of the process."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""What a proxy says of a request is believed of those that are listed, and of nobody else."""
+"""X-Forwarded headers count if a trusted proxy sent them, and never otherwise."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Quotas of named tokens: counted in the transaction that queues the job, so that two at once never share a place."""
+"""Quotas of named tokens: checked in the transaction that queues the job, so that two requests never share a place."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""/ready, /status and /metrics: what is wrong is said by its name, while the rest is still told."""
+"""/ready, /status and /metrics: each failure is reported by component, while the rest still works."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Tokens of the settings and of a file that changes while the service runs."""
+"""Static tokens: those of the settings, and of a file that changes while the service runs."""
 
 import os
 from pathlib import Path
