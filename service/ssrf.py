@@ -88,7 +88,7 @@ def rejection_reason(address: Address, allowed: Sequence[Network]) -> str | None
     """Return why webhooks may not reach this address, or None. IPv4 addresses embedded in it are checked instead."""
     for one in tuple(_embedded_ipv4(address)) or (address,):
         if not (_is_public(one) or any(one in network for network in allowed)):
-            return "resolves to a private address. Allow its network with TRAINYARD_WEBHOOK_NETWORKS."
+            return "resolves to an address that is not public; allow its network with TRAINYARD_WEBHOOK_NETWORKS"
     return None
 
 

@@ -197,7 +197,7 @@ def test_databases_that_cannot_be_copied(rig: ServiceHarness, empty_postgres: st
     rig.close()
     cases: list[tuple[str, str, str]] = [
         (rig.url, rig.url, "same one"),
-        (f"sqlite:///{tmp_path}/nowhere.db", empty_postgres, "is not there"),
+        (f"sqlite:///{tmp_path}/nowhere.db", empty_postgres, "does not exist"),
         (empty_postgres, f"sqlite:///{tmp_path}/new.db", "no Trainyard database"),
         (rig.url, "postgresql://nobody@127.0.0.1:1/none", "OperationalError"),
     ]
