@@ -1,8 +1,8 @@
 """The Python client of a Trainyard service.
 
-with Trainyard() as trainyard:
-    job = trainyard.submit({"data": {"data_path": "/data/corpus.jsonl"}})
-    job = trainyard.wait(job["id"])
+with Client() as client:
+    job = client.submit({"data": {"data_path": "/data/corpus.jsonl"}})
+    job = client.wait(job["id"])
     print(job["status"], job["checkpoint"]["path"])
 """
 
@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx2
 
 from trainyard.client.connection import Connection, RetryPolicy, address_of
-from trainyard.client.download import fetch
+from trainyard.client.download import download_checkpoint
 from trainyard.client.errors import (
     AmbiguousName,
     NotFound,
@@ -46,17 +46,16 @@ METRICS_PAGE = 1000
 
 
 class Client:
-    """A service, as an object: one method for each route.
+    """A client of one service, with one method for each route. The routes of webhooks are methods of ``webhooks``.
 
     Args:
-        url: where it is, "http://" where it says no scheme; else ``TRAINYARD_URL``, else http://127.0.0.1:8000.
-        token: bearer token; else ``TRAINYARD_TOKEN``, else none; "" is none whatever the environment says.
-        timeout: seconds for one try of one call.
-        patience: how long a call whose answer was lost is tried again, where that is safe.
-        transport: stands in for the network in tests.
+        url: URL of the service; the scheme may be left out. Default: ``TRAINYARD_URL``, else http://127.0.0.1:8000.
+        token: bearer token. Default: ``TRAINYARD_TOKEN``, else none. "" means none and ignores the environment.
+        timeout: seconds for one try of a request.
+        retries: how a request is retried, if that is safe, see `Connection.call`.
+        transport: replaces the network in tests.
 
-    Every method raises `ServiceUnreachable` where nothing answers and `Refused` where the service says no. The routes
-    of webhooks are methods of ``webhooks``.
+    Every method raises `ServiceUnreachable` if there is no response, and `ApiError` if the service rejects the request.
     """
 
     def __init__(
@@ -64,12 +63,12 @@ class Client:
         url: str | None = None,
         token: str | None = None,
         timeout: float = 10.0,
-        patience: RetryPolicy | None = None,
+        retries: RetryPolicy | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = address_of(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
         token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
-        self._connection = Connection(self.url, token, timeout, patience or RetryPolicy(), transport)
+        self._connection = Connection(self.url, token, timeout, retries or RetryPolicy(), transport)
         self.webhooks = Webhooks(self._connection, self._pages)
 
     def __enter__(self) -> Self:
@@ -79,25 +78,25 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Give the sockets back."""
+        """Close the open connections."""
         self._connection.close()
 
     # Jobs
 
     def submit(self, spec: Mapping[str, Any], *, idempotency_key: str | None = None) -> Job:
-        """Launch a run. The key makes a lost answer harmless: the same key never makes a second job.
+        """Submit a job. A retry with the same key never creates a second job; by default each call has a new key.
 
         Raises:
-            InvalidSpec: with every mistake at once in ``errors``.
+            InvalidSpec: ``errors`` lists all problems of the spec.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", "/jobs", body=spec, headers=headers))
 
     def plan(self, spec: Mapping[str, Any]) -> Plan:
-        """What the run of ``spec`` would be: size, memory, disk, time, warnings. Nothing is stored.
+        """Return the size, memory, disk, time and warnings of a run of ``spec``. Nothing is stored.
 
         Raises:
-            InvalidSpec: with every mistake at once in ``errors``.
+            InvalidSpec: ``errors`` lists all problems of the spec.
         """
         return cast(Plan, self._connection.call("POST", "/jobs/plan", body=spec))
 
@@ -110,20 +109,20 @@ class Client:
         order: str | None = None,
         limit: int | None = None,
     ) -> Iterator[Job]:
-        """Jobs, page by page; ``labels`` are ``key=value``; at most ``limit`` in all."""
+        """Iterate over the jobs that match all filters, at most ``limit``. ``labels`` are texts ``key=value``."""
         params = {"status": status, "label": list(labels) or None, "name": name, "order": order}
         return cast(Iterator[Job], self._pages("/jobs", params, limit))
 
     def job(self, job_id: str) -> Job:
-        """One job by its id."""
+        """Return the job with this id."""
         return cast(Job, self._connection.call("GET", _path(job_id)))
 
     def find(self, id_or_name: str) -> Job:
-        """One job by its id or by its name.
+        """Return the job with this id, or with this name.
 
         Raises:
             NotFound: no job has this id or name.
-            NameShared: several jobs have this name; the message lists their ids.
+            AmbiguousName: several jobs have this name; the message lists their ids.
         """
         if id_or_name.startswith("job_"):
             try:
@@ -135,7 +134,7 @@ class Client:
             raise NotFound(404, {"code": "job_not_found", "detail": f"no job has the id or name {id_or_name!r}"})
         if len(found) > 1:
             ids = ", ".join(f"{job['id']} ({job['status']})" for job in found[:5])
-            raise AmbiguousName(f"{len(found)} jobs are named {id_or_name!r}; say which by id: {ids}")
+            raise AmbiguousName(f"{len(found)} jobs are named {id_or_name!r}; give the id of one: {ids}")
         return found[0]
 
     def update(self, job_id: str, **changes: Any) -> Job:
@@ -143,17 +142,17 @@ class Client:
         return cast(Job, self._connection.call("PATCH", _path(job_id), body=changes))
 
     def pause(self, job_id: str) -> Job:
-        """Save and stop; the job can be resumed."""
+        """Request a checkpoint and a stop. The job can be resumed."""
         return self._act(job_id, "pause")
 
     def save(self, job_id: str) -> Job:
-        """Ask for a checkpoint at the next step; the run goes on."""
+        """Request a checkpoint at the next step. The run continues."""
         return self._act(job_id, "save")
 
     def resume(self, job_id: str, **changes: Any) -> Job:
-        """Go on from the newest valid checkpoint, or from that of ``step``.
+        """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        May raise ``epochs`` or ``max_steps``, and change ``resources``.
+        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources``.
         """
         return self._act(job_id, "resume", changes or None)
 
@@ -166,27 +165,28 @@ class Client:
         data: str = "keep",
         idempotency_key: str | None = None,
     ) -> Job:
-        """A new job that begins at the checkpoint of ``step``, or the newest; ``overrides`` are a part of a job spec.
+        """Create a job that starts from the checkpoint of ``step``, by default the newest.
 
-        ``data``: "keep" goes on with the parent's order of samples, "restart" begins data and schedule anew.
+        ``overrides``: the part of the job spec that differs from the parent's. ``data``: "keep" continues the parent's
+        order of samples, "restart" starts the data and the schedule from the beginning.
 
         Raises:
-            InvalidSpec: with every mistake at once in ``errors``.
+            InvalidSpec: ``errors`` lists all problems of the spec.
         """
         body = {"step": step, "overrides": overrides or {}, "data": data}
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", _path(job_id, "fork"), body=body, headers=headers))
 
     def cancel(self, job_id: str) -> Job:
-        """Save and stop for good."""
+        """Request a checkpoint and end the job."""
         return self._act(job_id, "cancel")
 
     def kill(self, job_id: str) -> Job:
-        """Stop now; nothing is saved."""
+        """End the job now, without a checkpoint."""
         return self._act(job_id, "kill")
 
     def delete(self, job_id: str) -> None:
-        """Remove the record and the files of a job that has ended."""
+        """Delete a job that has ended, with its files."""
         self._connection.call("DELETE", _path(job_id))
 
     def wait(
@@ -196,13 +196,13 @@ class Client:
         timeout: float | None = None,
         interval: float = 0.5,
     ) -> Job:
-        """Wait until the job has one of the statuses ``until``, or until it is at rest where that is None.
+        """Poll until the job has one of the statuses ``until``, or until ``until(job)``; by default until it is idle.
 
-        A service that is away is waited for as well, once it was seen.
+        Waits for the service too if it stops responding after the first response.
 
         Raises:
             WaitTimedOut: ``timeout`` seconds passed.
-            WaitedInVain: the job came to rest in another status.
+            UnexpectedStatus: the job became idle in another status.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         job: Job | None = None
@@ -216,14 +216,14 @@ class Client:
                 raise WaitTimedOut(timeout or 0.0, job)
             time.sleep(interval)
 
-    # What a job leaves behind
+    # Metrics, logs, checkpoints and events of a job
 
     def metrics(
         self, job_id: str, *, after_step: int = 0, attempt: int | None = None, lineage: bool = False
     ) -> Iterator[Metric]:
-        """Every point of the curve behind ``after_step``, oldest first, fetched page by page.
+        """Iterate over the points of the curve after ``after_step``, oldest first.
 
-        ``lineage``: a fork's curve begins with those of its ancestors; ``job_id`` in each point says whose it is.
+        ``lineage``: for a fork, the points of its ancestors come first. Each point has the ``job_id`` that it is of.
         """
         while True:
             params = {"after_step": after_step, "limit": METRICS_PAGE, "attempt": attempt, "lineage": lineage or None}
@@ -236,9 +236,9 @@ class Client:
     def metric_stream(
         self, job_id: str, *, after_step: int = 0, last_event_id: str | None = None
     ) -> Iterator[StreamEvent]:
-        """``metric`` events as they come, ``attempt`` where another one goes on from an earlier step, then ``end``.
+        """Yield ``metric`` events as they come, ``attempt`` if a later one resumes from an earlier step, then ``end``.
 
-        One connection: where it breaks, `ServiceUnreachable` is raised, or the iterator ends without ``end``; go on
+        Uses one connection. If it breaks, `ServiceUnreachable` is raised or the iterator ends without ``end``; continue
         with the id of the last event.
         """
         return self._connection.stream(_path(job_id, "metrics", "stream"), {"after_step": after_step}, last_event_id)
@@ -252,52 +252,53 @@ class Client:
         offset: int | None = None,
         last_event_id: str | None = None,
     ) -> Iterator[StreamEvent]:
-        """``log`` events ``{attempt, offset, data, next_offset}`` as they come, then ``end``. One connection."""
+        """Yield ``log`` events ``{attempt, offset, data, next_offset}``, then ``end``, over one connection."""
         params = {"attempt": attempt, "rank": rank, "offset": offset}
         return self._connection.stream(_path(job_id, "logs", "stream"), params, last_event_id)
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
-        """The checkpoints, newest first."""
+        """Return the checkpoints, newest first."""
         return list(cast(Iterator[Checkpoint], self._pages(_path(job_id, "checkpoints"))))
 
     def manifest(self, job_id: str, step: int) -> dict[str, Any]:
-        """What a checkpoint's manifest says of each of its files: ``{"files": {name: {"bytes", "sha256"}}}``."""
+        """Return the manifest of a checkpoint: ``{"files": {name: {"bytes", "sha256"}}}``."""
         path = _path(job_id, "checkpoints", str(step), "files", "manifest.json")
         return cast(dict[str, Any], self._connection.call("GET", path))
 
     def download(self, job_id: str, step: int, into: str | os.PathLike[str]) -> list[str]:
-        """Fetch every file of a checkpoint into the folder ``into``; what an earlier try left is gone on with.
+        """Download a checkpoint into the folder ``into`` and return the names of its files.
 
-        Returns the names. Raises `Damaged` where a file is not what the manifest says, beside what every call raises.
+        Continues an earlier download that was interrupted. Raises `ChecksumMismatch` if a file differs from the
+        manifest.
         """
-        return fetch(self._connection, _path(job_id, "checkpoints", str(step), "files"), Path(into))
+        return download_checkpoint(self._connection, _path(job_id, "checkpoints", str(step), "files"), Path(into))
 
     def export(self, job_id: str, step: int, *, format: str = "hf", timeout: float = 900.0) -> Export:  # noqa: A002 - as the API has it
-        """Write a checkpoint beside the run as others load it: "hf" or "minimind". Returns where it is.
+        """Write a checkpoint on the service's host in the format "hf" or "minimind", and return its path and files.
 
-        The same export again is answered with the same path. ``timeout``: seconds, for it is written meanwhile.
+        The same export again returns the same path. ``timeout`` is in seconds: the response comes when it is written.
         """
         path = _path(job_id, "checkpoints", str(step), "export")
         return cast(Export, self._connection.call("POST", path, body={"format": format}, timeout=timeout))
 
     def exports(self, job_id: str) -> list[Export]:
-        """What was exported, newest step first."""
+        """Return the exports, newest step first."""
         return list(cast(Iterator[Export], self._pages(_path(job_id, "exports"))))
 
     def delete_checkpoint(self, job_id: str, step: int) -> None:
-        """Remove a full checkpoint with its files; the service refuses for the last valid one."""
+        """Delete a full checkpoint with its files. The service rejects this for the last valid one."""
         self._connection.call("DELETE", _path(job_id, "checkpoints", str(step)))
 
     def events(self, job_id: str) -> Iterator[dict[str, Any]]:
-        """Transitions, warnings, saves, restarts, and who asked."""
+        """Iterate over the job's events: transitions, warnings, saves, restarts, and who requested them."""
         return self._pages(_path(job_id, "events"))
 
     def attempts(self, job_id: str) -> list[dict[str, Any]]:
-        """One row a launch: why it began, from which step, how it ended."""
+        """Return the attempts: why each was launched, from which step, and how it ended."""
         return list(self._pages(_path(job_id, "attempts")))
 
     def samples(self, job_id: str) -> list[dict[str, Any]]:
-        """Texts the model wrote, by step."""
+        """Return the texts that the model generated, by step."""
         return list(self._pages(_path(job_id, "samples")))
 
     def logs(
@@ -309,26 +310,26 @@ class Client:
         tail: int | None = None,
         offset: int | None = None,
     ) -> LogChunk:
-        """A piece of a log: the last ``tail`` lines, or what stands behind byte ``offset``."""
+        """Return a part of a log: the last ``tail`` lines, or the text from byte ``offset``."""
         params = {"attempt": attempt, "rank": rank, "tail": tail, "offset": offset}
         return cast(LogChunk, self._connection.call("GET", _path(job_id, "logs"), params=params))
 
-    # The service itself
+    # The service
 
     def devices(self) -> list[dict[str, Any]]:
-        """Every device: model, memory, who leases it."""
+        """Return the devices, each with its model, memory and the job that leases it."""
         return list(self._pages("/devices"))
 
     def health(self) -> dict[str, Any]:
-        """Whether the process lives."""
+        """Return whether the service's process responds."""
         return cast(dict[str, Any], self._connection.call("GET", "/health"))
 
     def ready(self) -> dict[str, Any]:
-        """Whether it can take work; `Refused` or `ServiceUnreachable` where it cannot."""
+        """Return the state of the service's components. Raises `ApiError` if it cannot run jobs."""
         return cast(dict[str, Any], self._connection.call("GET", "/ready"))
 
     def version(self) -> Version:
-        """What is running there."""
+        """Return the version of the service."""
         return cast(Version, self._connection.call("GET", "/version"))
 
     # Named tokens, for admins
@@ -342,27 +343,30 @@ class Client:
         max_jobs: int | None = None,
         max_devices: int | None = None,
     ) -> NewToken:
-        """Make a token: scope read, submit or admin; ``expires_in`` seconds. ``token`` in the answer is its secret."""
+        """Create a token with scope read, submit or admin; ``token`` in the result is its secret.
+
+        ``expires_in``: lifetime in seconds. ``max_jobs``, ``max_devices``: quotas of its live jobs.
+        """
         quotas = {"max_jobs": max_jobs, "max_devices": max_devices}
         body = {"name": name, "scope": scope, "expires_in": expires_in, **quotas}
         return cast(NewToken, self._connection.call("POST", "/tokens", body=body))
 
     def tokens(self) -> list[Token]:
-        """All named tokens, oldest first, without their secrets."""
+        """Return all named tokens, oldest first, without their secrets."""
         return cast(list[Token], self._connection.call("GET", "/tokens")["data"])
 
     def limit_token(self, name: str, *, max_jobs: int | None = None, max_devices: int | None = None) -> Token:
-        """Change its quotas; None is no limit."""
+        """Set the quotas of a token; None means no limit."""
         body = {"max_jobs": max_jobs, "max_devices": max_devices}
         return cast(Token, self._connection.call("PATCH", _token(name), body=body))
 
     def rotate_token(self, name: str, *, overlap: int = 0, expires_in: int | None = None) -> NewToken:
-        """Another secret for the token; the one it had stays good for ``overlap`` seconds."""
+        """Replace the secret of a token; the old one stays valid for ``overlap`` seconds."""
         body = {"overlap": overlap, "expires_in": expires_in}
         return cast(NewToken, self._connection.call("POST", f"{_token(name)}/rotate", body=body))
 
     def revoke_token(self, name: str) -> None:
-        """Let nobody in by it any more."""
+        """Make a token invalid for good."""
         self._connection.call("DELETE", _token(name))
 
     def _act(self, job_id: str, verb: str, body: Mapping[str, Any] | None = None) -> Job:
@@ -382,8 +386,8 @@ class Client:
         after: object = None
         left = limit
         while left is None or left > 0:
-            wanted = {**(params or {}), "limit": PAGE if left is None else min(left, PAGE), "after": after}
-            page = self._connection.call("GET", path, params=wanted)
+            query = {**(params or {}), "limit": PAGE if left is None else min(left, PAGE), "after": after}
+            page = self._connection.call("GET", path, params=query)
             yield from page["data"]
             if not page.get("has_more") or not page["data"]:
                 return

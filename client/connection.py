@@ -1,4 +1,4 @@
-"""One HTTP connection to the service: what is tried again, for how long, and what an answer means."""
+"""HTTP requests to the service: retries, streams, and responses as values or exceptions."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -18,23 +18,22 @@ from trainyard.client.sse import (
 )
 
 CONNECT_SECONDS = 10.0
-SILENT_SECONDS = 40.0
-"""A stream sends a comment every 15 s; one that is silent for longer is dead."""
+STREAM_TIMEOUT_SECONDS = 40.0
+"""The service sends a comment every 15 s, so a stream that is silent for longer is broken."""
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How a call that failed is tried again: pauses of ``first``, doubled up to ``longest``, for ``seconds`` in all."""
+    """Pauses between tries: the first of ``first_pause``, doubled up to ``max_pause``, together at most ``seconds``."""
 
     seconds: float = 5.0
-    first: float = 0.1
+    first_pause: float = 0.1
     max_pause: float = 2.0
 
     def pauses(self) -> Iterator[float]:
-        """Seconds to wait before each new try; they add up to at most ``seconds``."""
-        pause, left = self.first, self.seconds
+        pause, left = self.first_pause, self.seconds
         while pause <= left:
             yield pause
             left -= pause
@@ -42,39 +41,31 @@ class RetryPolicy:
 
 
 class RetryableError(Exception):
-    """A try that may be made again: there was no answer, or one that says "later"."""
+    """A try failed that may be repeated: there was no response, or one with a status such as 503."""
 
 
 class Connection:
-    """Sends requests and turns answers into values or exceptions.
-
-    Args:
-        url: base address of the service.
-        token: bearer token, or None.
-        timeout: seconds for one try.
-        patience: how long a call is tried again.
-        transport: stands in for the network in tests.
-    """
+    """Sends requests to the service at ``url``. The arguments are those of `trainyard.client.api.Client`."""
 
     def __init__(
         self,
         url: str,
         token: str | None,
         timeout: float,
-        patience: RetryPolicy,
+        retries: RetryPolicy,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self._patience = patience
+        self._retries = retries
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        # A proxy from the environment would be asked for this machine's own address, and fail.
+        # A proxy from the environment cannot reach this machine's own loopback address.
         remote = urlsplit(self.url).hostname not in LOOPBACK
         self._http = httpx2.Client(
             base_url=self.url, headers=headers, timeout=timeout, transport=transport, trust_env=remote
         )
 
     def close(self) -> None:
-        """Give the sockets back."""
+        """Close the open connections."""
         self._http.close()
 
     def call(
@@ -87,39 +78,39 @@ class Connection:
         headers: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> Any:
-        """The JSON of the answer, None where it has none.
+        """Send a request and return the JSON of the response, or None if it has no body.
 
-        A request that never reached the service is always sent again. One whose answer was lost is sent again only
-        where a second arrival does no harm: reads, and writes with an Idempotency-Key. ``timeout``: seconds for one
-        try, where the answer takes longer than most.
+        A request that did not reach the service is always retried. A request whose response was lost is retried only
+        if a second arrival does no harm: reads, and writes with an Idempotency-Key. ``timeout``: seconds for one try,
+        if the response takes longer than usual.
 
         Raises:
-            ServiceUnreachable: no answer within the client's patience.
-            Refused: the service said no.
+            ServiceUnreachable: no response within the time for retries.
+            ApiError: the service rejected the request.
         """
-        given = {name: value for name, value in (params or {}).items() if value is not None}
+        query = {name: value for name, value in (params or {}).items() if value is not None}
         content: dict[str, Any] = {} if body is None else {"json": body}
         if timeout is not None:
             content["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
-        request = self._http.build_request(method, path, params=given, headers=dict(headers or {}), **content)
+        request = self._http.build_request(method, path, params=query, headers=dict(headers or {}), **content)
         repeatable = method == "GET" or "Idempotency-Key" in request.headers
-        return self._answer(self._with_retries(request, repeatable))
+        return self._result(self._send(request, repeatable))
 
     def stream(
         self, path: str, params: Mapping[str, Any] | None = None, last_event_id: str | None = None
     ) -> Iterator[StreamEvent]:
-        """The events of a stream, the first of which says that it is open; ends when the connection does.
+        """Yield the events of a stream until the connection ends. The first one has the kind "open".
 
         Raises:
-            NoStream: what answers is no stream.
-            Refused: the service said no.
-            ServiceUnreachable: there was no answer, or nothing more came: not even the comments.
+            StreamUnsupported: the response is no stream.
+            ApiError: the service rejected the request.
+            ServiceUnreachable: there was no response, or nothing came for `STREAM_TIMEOUT_SECONDS`.
         """
-        given = {name: value for name, value in (params or {}).items() if value is not None}
+        query = {name: value for name, value in (params or {}).items() if value is not None}
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
-        timeout = httpx2.Timeout(CONNECT_SECONDS, read=SILENT_SECONDS)
+        timeout = httpx2.Timeout(CONNECT_SECONDS, read=STREAM_TIMEOUT_SECONDS)
         try:
-            with self._http.stream("GET", path, params=given, headers=headers, timeout=timeout) as response:
+            with self._http.stream("GET", path, params=query, headers=headers, timeout=timeout) as response:
                 if response.status_code >= 400:
                     response.read()
                     raise api_error(response.status_code, _problem(response))
@@ -128,16 +119,16 @@ class Connection:
                 yield StreamEvent(OPENED)
                 yield from parse(response.iter_lines())
         except (httpx2.TransportError, httpx2.StreamError, RuntimeError, ValueError) as error:
-            # RuntimeError: the client was closed meanwhile, which is how a reader is told to end.
+            # RuntimeError: the client was closed by another thread, which is how a reader is stopped.
             raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from error
 
     @contextmanager
     def download(self, path: str, headers: Mapping[str, str]) -> Iterator[httpx2.Response]:
-        """An answer whose body is read by the caller, as it comes.
+        """Yield a response whose body the caller reads in chunks.
 
         Raises:
-            Refused: the service said no.
-            ServiceUnreachable: there was no answer, or the body was cut off.
+            ApiError: the service rejected the request.
+            ServiceUnreachable: there was no response, or its body was cut off.
         """
         try:
             with self._http.stream("GET", path, headers=dict(headers)) as response:
@@ -148,18 +139,18 @@ class Connection:
         except httpx2.TransportError as error:
             raise ServiceUnreachable(self.url, _cause(error)) from error
 
-    def _with_retries(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
-        pauses = self._patience.pauses()
+    def _send(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
+        pauses = self._retries.pauses()
         while True:
             try:
-                return self._once(request, repeatable)
+                return self._send_once(request, repeatable)
             except RetryableError as failure:
                 pause = next(pauses, None)
                 if pause is None:
                     raise ServiceUnreachable(self.url, str(failure)) from failure
                 time.sleep(pause)
 
-    def _once(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
+    def _send_once(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
         try:
             response = self._http.send(request)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout) as error:
@@ -173,7 +164,7 @@ class Connection:
             raise RetryableError(f"it answers {response.status_code} {_problem(response).get('detail', '')}".rstrip())
         return response
 
-    def _answer(self, response: httpx2.Response) -> Any:
+    def _result(self, response: httpx2.Response) -> Any:
         if response.status_code >= 400:
             raise api_error(response.status_code, _problem(response))
         if response.status_code == 204 or not response.content:
@@ -186,16 +177,16 @@ class Connection:
 
 
 def address_of(url: str) -> str:
-    """``localhost:8000`` as ``http://localhost:8000``. Raises NoAddress for what leads to no service."""
-    whole = (url if "://" in url else f"http://{url}").rstrip("/")
+    """Return ``localhost:8000`` as ``http://localhost:8000``. Raises InvalidUrl."""
+    full = (url if "://" in url else f"http://{url}").rstrip("/")
     try:
-        parts = urlsplit(whole)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        parts = urlsplit(full)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
-        good = False
-    if not good:
+        is_valid = False
+    if not is_valid:
         raise InvalidUrl(url)
-    return whole
+    return full
 
 
 def _cause(error: httpx2.TransportError) -> str:

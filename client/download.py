@@ -8,11 +8,14 @@ from trainyard.client.connection import Connection
 from trainyard.client.errors import ChecksumMismatch
 from trainyard.contract.rundir import MANIFEST_FILE, parse_manifest
 
-PART = ".part"
+PARTIAL_SUFFIX = ".part"
 
 
-def fetch(connection: Connection, url: str, into: Path) -> list[str]:
-    """Fetch every file that the manifest at ``url`` names, and the manifest last: if it exists, all are complete."""
+def download_checkpoint(connection: Connection, url: str, into: Path) -> list[str]:
+    """Download the files in the manifest below ``url``, and the manifest last: if it exists, all files are complete.
+
+    Returns the file names. Raises ChecksumMismatch.
+    """
     into.mkdir(parents=True, exist_ok=True)
     with connection.download(f"{url}/{MANIFEST_FILE}", {}) as response:
         manifest = response.read()
@@ -21,19 +24,20 @@ def fetch(connection: Connection, url: str, into: Path) -> list[str]:
         if not name or Path(name).name != name or name.startswith("."):
             raise ChecksumMismatch(f"the manifest names an invalid file: {name!r}")
         if not _matches(into / name, entry.sha256):
-            _fetch_one(connection, f"{url}/{name}", into / name, entry.sha256)
+            _download_file(connection, f"{url}/{name}", into / name, entry.sha256)
     (into / MANIFEST_FILE).write_bytes(manifest)
     return [*listed, MANIFEST_FILE]
 
 
-def _fetch_one(connection: Connection, url: str, path: Path, digest: str) -> None:
-    part = path.with_name(path.name + PART)
+def _download_file(connection: Connection, url: str, path: Path, digest: str) -> None:
+    part = path.with_name(path.name + PARTIAL_SUFFIX)
     have = part.stat().st_size if part.exists() else 0
+    # If-Range: if the file has changed, the service sends all of it with status 200 and not the rest with 206.
     headers = {"Range": f"bytes={have}-", "If-Range": f'"{digest}"'} if have else {}
     with connection.download(url, headers) as response:
         with part.open("ab" if response.status_code == 206 else "wb") as file:
-            for piece in response.iter_bytes():
-                file.write(piece)
+            for chunk in response.iter_bytes():
+                file.write(chunk)
     if not _matches(part, digest):
         part.unlink()
         raise ChecksumMismatch(f"{path.name} is not what the manifest says: fetch it again")

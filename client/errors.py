@@ -1,4 +1,4 @@
-"""What can go wrong between a client and the service. Standard library only."""
+"""The exceptions of the client. Standard library only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class TrainyardError(Exception):
-    """Base of all that this package raises on purpose."""
+    """Base class of the exceptions that the client raises."""
 
 
 class ServiceUnreachable(TrainyardError):
-    """No Trainyard service answered at the URL within the client's patience."""
+    """No Trainyard service responded at the URL within the time for retries."""
 
     def __init__(self, url: str, cause: str) -> None:
         super().__init__(f"no Trainyard service answers at {url}: {cause}")
@@ -19,14 +19,14 @@ class ServiceUnreachable(TrainyardError):
 
 
 class InvalidUrl(TrainyardError):
-    """What was given as the service's URL is none; the message says what one looks like."""
+    """The given URL is not valid."""
 
     def __init__(self, url: str) -> None:
         super().__init__(f"{url!r} is no address of a service: it must be like http://127.0.0.1:8000")
 
 
 class WaitTimedOut(TrainyardError):
-    """The job did not get where it was waited for in time; ``job`` is how it was last seen, if at all."""
+    """The job did not reach the state in time. ``job``: its last known state, or None."""
 
     def __init__(self, seconds: float, job: Mapping[str, Any] | None) -> None:
         status = job["status"] if job else "never seen"
@@ -35,7 +35,7 @@ class WaitTimedOut(TrainyardError):
 
 
 class UnexpectedStatus(TrainyardError):
-    """The job came to rest in another status than those it was waited for in."""
+    """The job became idle in another status than those that the caller waits for."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         super().__init__(f"the job is {job['status']} ({job.get('reason')}): {job.get('message')}")
@@ -43,23 +43,23 @@ class UnexpectedStatus(TrainyardError):
 
 
 class ChecksumMismatch(TrainyardError):
-    """A file that was fetched is not what the checkpoint's manifest says; the message names it."""
+    """A downloaded file differs from the checkpoint's manifest. The message names it."""
 
 
 class AmbiguousName(TrainyardError):
-    """Several jobs have the name; the message lists their ids."""
+    """Several jobs have the name. The message lists their ids."""
 
 
 @dataclass(frozen=True)
 class FieldProblem:
-    """One mistake in a spec: where (an RFC 6901 pointer) and what to do."""
+    """One problem of a spec: where (an RFC 6901 pointer) and what to do."""
 
     pointer: str
     message: str
 
 
 class ApiError(TrainyardError):
-    """The service said no. Carries its problem+json: ``code`` for programs, ``detail`` for people."""
+    """The service rejected the request. ``problem`` is the response: ``code`` for programs, ``detail`` for people."""
 
     def __init__(self, status: int, problem: Mapping[str, Any]) -> None:
         self.status = status
@@ -72,7 +72,7 @@ class ApiError(TrainyardError):
 
 
 class NotAuthorised(ApiError):
-    """401 or 403: the token is missing, wrong, or not good for this."""
+    """401 or 403: the token is missing, invalid, or lacks the scope."""
 
 
 class NotFound(ApiError):
@@ -80,15 +80,15 @@ class NotFound(ApiError):
 
 
 class InvalidState(ApiError):
-    """409: the action does not fit the present state; ``problem`` names the verbs that do."""
+    """409: the action is not allowed in the present state. ``problem`` lists the allowed ones."""
 
 
 class InvalidSpec(ApiError):
-    """422: ``errors`` holds every mistake at once."""
+    """422: the spec is invalid. ``errors`` lists all problems."""
 
 
 def api_error(status: int, problem: Mapping[str, Any]) -> ApiError:
-    """The exception for an answer of 400 and more."""
+    """Return the exception for a response with status 400 or more."""
     kinds = {401: NotAuthorised, 403: NotAuthorised, 404: NotFound, 409: InvalidState, 422: InvalidSpec}
     return kinds.get(status, ApiError)(status, problem)
 

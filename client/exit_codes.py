@@ -1,4 +1,4 @@
-"""The exit codes of the command: one meaning each, the same for every subcommand."""
+"""The exit codes of the command. They have the same meaning in every subcommand."""
 
 from collections.abc import Mapping
 from enum import IntEnum
@@ -16,7 +16,7 @@ from trainyard.contract.status import IDLE, JobStatus
 
 
 class Exit(IntEnum):
-    """What the shell gets."""
+    """Exit code of a command."""
 
     SUCCEEDED = 0
     REFUSED = 1
@@ -31,11 +31,11 @@ class Exit(IntEnum):
 
 
 class UsageError(Exception):
-    """The command line makes no sense; the message says why and what to type instead."""
+    """The command line is wrong. The message says why and what to type instead."""
 
 
 def exit_of_error(error: TrainyardError) -> Exit:
-    """The code for an error that ended a command."""
+    """Return the exit code for an error that ended a command."""
     match error:
         case ServiceUnreachable():
             return Exit.NO_SERVICE
@@ -50,17 +50,17 @@ def exit_of_error(error: TrainyardError) -> Exit:
 
 
 def restart_pending(job: Mapping[str, Any]) -> bool:
-    """Whether an interrupted job is waiting for its own restart, so that there is something to wait for."""
+    """Return whether the job is interrupted and will be restarted automatically."""
     return job["status"] == JobStatus.INTERRUPTED and job.get("restart_at") is not None
 
 
 def is_idle(job: Mapping[str, Any]) -> bool:
-    """Whether nothing more happens to the job until somebody asks for it."""
+    """Return whether nothing happens to the job until a user requests it."""
     return job["status"] in IDLE and not restart_pending(job)
 
 
 def exit_of_job(job: Mapping[str, Any]) -> Exit | None:
-    """The code for a job that is at rest; None while there is something to wait for."""
+    """Return the exit code for a job that is idle, or None if it is not."""
     if not is_idle(job):
         return None
     ends = {

@@ -1,4 +1,4 @@
-"""Server-sent events: read from lines, and kept coming by a thread that takes a broken stream up again."""
+"""Server-sent events: a parser, and a background thread that reads a stream and reconnects."""
 
 import json
 import threading
@@ -16,12 +16,12 @@ END = "end"
 
 
 class StreamUnsupported(TrainyardError):
-    """The service answers, and not with a stream: it is an older one."""
+    """The response is no stream: the service is an older version."""
 
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """One event. ``id`` is where a reader goes on behind it; ``kind`` "open" says that the stream stands."""
+    """One event. A reader continues after it by its ``id``. The ``kind`` "open" means that the stream is connected."""
 
     kind: str
     data: Any = None
@@ -29,7 +29,7 @@ class StreamEvent:
 
 
 def parse(lines: Iterable[str]) -> Iterator[StreamEvent]:
-    """The events in the lines of a stream; comments and what is not complete are left out."""
+    """Yield the events in the lines of a stream, without comments and incomplete events."""
     fields: dict[str, str] = {}
     for line in lines:
         if line:
@@ -42,14 +42,14 @@ def parse(lines: Iterable[str]) -> Iterator[StreamEvent]:
 
 
 Open = Callable[[str | None], Iterator[StreamEvent]]
-"""Opens the stream behind an id, or from where it begins."""
+"""Opens the stream after an event id, or from its start if that is None."""
 
 
 @dataclass
 class EventStream:
-    """Events of a stream that come by themselves. Where none can be had, ``healthy`` is false: ask instead.
+    """Reads a stream in a background thread. If ``healthy`` is False the stream is not connected: poll instead.
 
-    The thread ends with the stream's "end", where the service has no streams, or after `close`.
+    The thread ends after the event "end", after `close`, or if the service rejects the request or has no streams.
     """
 
     open_stream: Open
@@ -60,13 +60,13 @@ class EventStream:
     _last_id: str | None = None
 
     def start(self) -> "EventStream":
-        """Begin to read."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name="stream", daemon=True)
         self._thread.start()
         return self
 
     def close(self) -> None:
-        """End; a read that is going on ends when its connection is closed."""
+        """Stop the thread. A read in progress ends when its connection is closed."""
         self._closing.set()
         self.healthy = False
 
@@ -81,7 +81,7 @@ class EventStream:
                 return taken
 
     def wait(self, seconds: float) -> None:
-        """Until something comes, or ``seconds`` are over."""
+        """Wait until an event arrives, at most ``seconds``."""
         self._came.wait(seconds)
 
     def _run(self) -> None:
@@ -101,7 +101,7 @@ class EventStream:
             self._closing.wait(RETRY_SECONDS)
 
     def _read(self) -> bool:
-        """Read one connection to its end; True where it was the end of the stream."""
+        """Read one connection to its end. Return whether the stream is over."""
         for event in self.open_stream(self._last_id):
             if self._closing.is_set():
                 return True
@@ -113,7 +113,7 @@ class EventStream:
         return False
 
     def _put(self, event: StreamEvent) -> None:
-        """Wait for room: a reader that is slow slows the stream, and memory stays bounded."""
+        # Wait for room: a slow reader slows the stream down, so memory stays bounded.
         while not self._closing.is_set():
             try:
                 self._events.put(event, timeout=0.2)

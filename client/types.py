@@ -1,13 +1,13 @@
-"""The service's answers as types, for editors and type checkers. At run time they are plain dicts.
+"""Types of the service's responses, for editors and type checkers. At run time they are plain dicts.
 
-Keys the service adds later are simply there. Times are RFC 3339 UTC strings, sizes bytes, durations seconds.
+A newer service may add keys. Times are RFC 3339 strings in UTC, sizes are in bytes, durations in seconds.
 """
 
 from typing import Any, NotRequired, TypedDict
 
 
 class NextAction(TypedDict):
-    """Something that helps a job that failed: a call of the API, and the same as a command."""
+    """An action that may help a job that failed: a request of the API, and the same as a command."""
 
     action: str
     words: str
@@ -18,7 +18,7 @@ class NextAction(TypedDict):
 
 
 class ErrorCard(TypedDict, total=False):
-    """Why a run failed, with what to do about it."""
+    """Why a run failed, and what to do."""
 
     code: str
     message: str
@@ -31,7 +31,7 @@ class ErrorCard(TypedDict, total=False):
 
 
 class Progress(TypedDict, total=False):
-    """How far a run is; ``step`` counts optimizer steps from 1, ``percent`` runs from 0 to 100."""
+    """Progress of a run. ``step`` counts optimizer steps from 1; ``percent`` is 0 to 100."""
 
     step: int | None
     steps: int | None
@@ -63,7 +63,7 @@ class Checkpoint(TypedDict, total=False):
 
 
 class Export(TypedDict, total=False):
-    """A checkpoint as others load it; ``path`` is on the service's host."""
+    """An exported checkpoint. ``path`` is on the service's host."""
 
     object: str
     id: str
@@ -76,7 +76,7 @@ class Export(TypedDict, total=False):
 
 
 class Action(TypedDict, total=False):
-    """Whether a verb fits the job's present state, and if not, why."""
+    """Whether an action is allowed in the job's present state, and if not, why."""
 
     action: str
     allowed: bool
@@ -84,14 +84,14 @@ class Action(TypedDict, total=False):
 
 
 class Queue(TypedDict, total=False):
-    """Where a queued job stands and what it waits for."""
+    """Position of a queued job, and what it waits for."""
 
     position: int | None
     waiting_for: str | None
 
 
 class Plan(TypedDict, total=False):
-    """What a run is, or would be. ``estimated``: what depends on the corpus comes from a glance at it."""
+    """Size and cost of a run. ``estimated``: the numbers that depend on the corpus come from a sample of it."""
 
     parameters: int | None
     active_parameters: int | None
@@ -170,13 +170,13 @@ class Token(TypedDict, total=False):
 
 
 class NewToken(Token, total=False):
-    """The same, with its secret, which is shown once."""
+    """A token with its secret, which is returned only once."""
 
     token: str
 
 
 class Metric(TypedDict, total=False):
-    """One point of the curve. ``loss`` is the mean over every token since the point before."""
+    """One point of the curve. ``loss`` is the mean over all tokens since the previous point."""
 
     job_id: str
     step: int
@@ -198,21 +198,21 @@ class Metric(TypedDict, total=False):
 
 
 class LogChunk(TypedDict):
-    """A piece of a log and where to go on reading."""
+    """A part of a log, and the offset of the next one."""
 
     data: str
     next_offset: int
 
 
 class Version(TypedDict, total=False):
-    """What is running at the URL."""
+    """Name and version of the service."""
 
     name: str
     version: str
 
 
 class Webhook(TypedDict):
-    """Who is told of jobs. ``secret`` is there only where it is new."""
+    """A webhook. ``secret`` is there only if it is new."""
 
     object: str
     id: str
@@ -235,7 +235,7 @@ class Webhook(TypedDict):
 
 
 class Delivery(TypedDict):
-    """One event on its way to one receiver; ``tries`` have ``at, status, seconds, error, response``."""
+    """Delivery of one event to one webhook. Each of ``tries`` has ``at, status, seconds, error, response``."""
 
     object: str
     id: str

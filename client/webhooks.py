@@ -1,4 +1,4 @@
-"""Webhooks of the service, as `Trainyard.webhooks`: one method for each route."""
+"""The webhook routes of the service, as `Client.webhooks`."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -11,50 +11,53 @@ Pages = Callable[..., Iterator[dict[str, Any]]]
 
 
 class Webhooks:
-    """Who is told of jobs. Every method raises what all calls raise: `ServiceUnreachable` and `Refused`."""
+    """One method for each route. Every method raises `ServiceUnreachable` and `ApiError`, as those of `Client`."""
 
     def __init__(self, connection: Connection, pages: Pages) -> None:
         self._connection = connection
         self._pages = pages
 
     def create(self, url: str, **fields: Any) -> Webhook:
-        """Send events to ``url``: ``events``, ``rules``, ``labels``, ``job_id``, ``description``. It has the secret."""
+        """Create a webhook that sends events to ``url``. The result has its ``secret``.
+
+        ``fields``: ``events``, ``rules``, ``labels``, ``job_id``, ``description``.
+        """
         return self._call("POST", "/webhooks", {"url": url, **fields})
 
     def list(self) -> Iterator[Webhook]:
-        """All of them, newest first."""
+        """Iterate over the webhooks, newest first."""
         return cast(Iterator[Webhook], self._pages("/webhooks"))
 
     def get(self, webhook_id: str) -> Webhook:
-        """One of them."""
+        """Return the webhook with this id."""
         return self._call("GET", _path(webhook_id))
 
     def change(self, webhook_id: str, **fields: Any) -> Webhook:
-        """Make it another one; ``enabled`` True begins anew with one that was switched off."""
+        """Change fields of a webhook. ``enabled=True`` enables one that was disabled and resets its failures."""
         return self._call("PATCH", _path(webhook_id), fields)
 
     def delete(self, webhook_id: str) -> None:
-        """Remove it, with what it was still to be sent and its log."""
+        """Delete a webhook, with its deliveries."""
         self._connection.call("DELETE", _path(webhook_id))
 
     def rotate(self, webhook_id: str) -> Webhook:
-        """A new ``secret``; for 24 hours the old one signs as well."""
+        """Replace the ``secret``. For 24 hours the old one signs as well."""
         return self._call("POST", _path(webhook_id, "rotate"))
 
     def test(self, webhook_id: str) -> Delivery:
-        """Send `webhook.test` once; what came of it stands in the delivery a moment later."""
+        """Send the event `webhook.test` once. The delivery has the result a moment later."""
         return cast(Delivery, self._connection.call("POST", _path(webhook_id, "test")))
 
     def deliveries(self, webhook_id: str, *, state: str | None = None, limit: int | None = None) -> Iterator[Delivery]:
-        """What was sent and what waits, newest first; at most ``limit``."""
+        """Iterate over the deliveries, sent and pending, newest first; at most ``limit``."""
         return cast(Iterator[Delivery], self._pages(_path(webhook_id, "deliveries"), {"state": state}, limit))
 
     def delivery(self, webhook_id: str, delivery_id: str) -> Delivery:
-        """One of them, with its payload."""
+        """Return one delivery, with its payload."""
         return cast(Delivery, self._connection.call("GET", _path(webhook_id, "deliveries", delivery_id)))
 
     def redeliver(self, webhook_id: str, delivery_id: str) -> Delivery:
-        """Send it once more, under the same event id."""
+        """Send the event again, with the same event id."""
         path = _path(webhook_id, "deliveries", delivery_id, "redeliver")
         return cast(Delivery, self._connection.call("POST", path))
 

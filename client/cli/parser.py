@@ -144,15 +144,15 @@ def _spec_command(name: str, explained: str, *params: click.Parameter) -> SpecCo
         "Relative paths start at the working directory."
     )
     settings = {"context_settings": BOTH_SPELLINGS, "epilog": sources}
-    return SpecCommand(name, f"{name}:{name}", explained, *own, *params, JSON, *SERVICE, **settings)
+    return SpecCommand(name, f"cli.commands.{name}:{name}", explained, *own, *params, JSON, *SERVICE, **settings)
 
 
 def _token(name: str, explained: str, *params: click.Parameter) -> Command:
-    return _remote(name, f"access:{name}", explained, _argument("name", "NAME", "of the token"), *params)
+    return _remote(name, f"cli.commands.tokens:{name}", explained, _argument("name", "NAME", "of the token"), *params)
 
 
 def _webhook(name: str, explained: str, *params: click.Parameter) -> Command:
-    return _remote(name, f"hooking:{name}", explained, _argument("webhook", "WEBHOOK", "its id"), *params)
+    return _remote(name, f"cli.commands.webhooks:{name}", explained, _argument("webhook", "WEBHOOK", "its id"), *params)
 
 
 def _argument(name: str, metavar: str, explained: str, **settings: Any) -> click.Argument:

@@ -12,7 +12,7 @@ from trainyard.client.cli.console import Console
 from trainyard.client.connection import RetryPolicy
 
 URL = "http://127.0.0.1:8000"
-QUICK = RetryPolicy(seconds=0.06, first=0.01, max_pause=0.02)
+QUICK = RetryPolicy(seconds=0.06, first_pause=0.01, max_pause=0.02)
 NOW = datetime(2026, 1, 31, 16, 31, 5, tzinfo=UTC)
 
 Fault = Callable[[httpx2.Request], httpx2.Response | None]

@@ -212,5 +212,5 @@ def test_help_shows_the_spec_s_groups(run: Run, capsys: pytest.CaptureFixture[st
     code, _, _ = run("submit", "--help")
     shown = capsys.readouterr().out
     assert code == 0
-    for part in ("--data_path", "--use_moe", "micro-batches in a step", "resources:", "--num_train_epochs"):
+    for part in ("--data_path", "--use_moe", "micro-batches per step", "resources:", "--num_train_epochs"):
         assert part in shown

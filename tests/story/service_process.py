@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,20 @@ def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
 
 
 class Served:
-    """`python -m trainyard.service` in a home of its own."""
+    """A service process in a home of its own. ``command`` and ``path`` (its PYTHONPATH): those of another release."""
 
-    def __init__(self, home: Path, roots: list[Path], port: int = 0) -> None:
+    def __init__(
+        self,
+        home: Path,
+        roots: list[Path],
+        port: int = 0,
+        command: Sequence[str] = (sys.executable, "-m", "trainyard.service"),
+        path: Path | None = None,
+    ) -> None:
         self.home = home
         self.roots = roots
+        self.command = command
+        self.path = path
         self.port = port
         self.process: subprocess.Popen[bytes] | None = None
         home.mkdir(parents=True, exist_ok=True)
@@ -43,10 +52,11 @@ class Served:
             "TRAINYARD_HOME": str(self.home),
             "TRAINYARD_DATA_ROOTS": ":".join(map(str, self.roots)),
             "TRAINYARD_CPU_SLOTS": str(RANKS),
+            **({"PYTHONPATH": str(self.path)} if self.path is not None else {}),
         }
         with (self.home / "service.log").open("ab") as log:
-            command = [sys.executable, "-m", "trainyard.service", "--port", str(self.port)]
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            command = [*self.command, "--port", str(self.port)]
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=self.path)
         self.url = until(lambda: (read_json(self.home / "service.json") or {}).get("url"))
         self.port = int(self.url.rsplit(":", 1)[1])
         until(self._ready)

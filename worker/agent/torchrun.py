@@ -49,7 +49,7 @@ def torchrun_command(
         f"--nproc-per-node={resources['nproc_per_node']}",
         f"--log-dir={logs}",
         "-m",
-        "worker",
+        "trainyard.worker",
         str(run.path),
         f"--attempt={attempt.number}",
     ]
