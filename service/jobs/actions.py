@@ -117,7 +117,7 @@ def resume(
     if step is not None:
         origin = f"goes back to step {step:,}; newer checkpoints are set aside" if step != newest else origin
     ranks = spec.resources.ranks
-    quotas.check_quota(session, by, ranks, but=job.id)
+    quotas.check_quota(session, by, ranks, requeued_job=job.id)
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
     job.ranks, job.queued_by = ranks, by.name

@@ -22,7 +22,7 @@ from trainyard.service.db.models import CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointMismatch
 from trainyard.service.jobs.submission import MAX_TOKENIZER_BYTES
 from trainyard.service.settings import Settings
-from trainyard.service.storage.checkpoint_files import checkpoint_directory, opened
+from trainyard.service.storage.checkpoint_files import checkpoint_directory, open_file
 
 MAX_STATE_BYTES = 16 << 20
 MAX_CANDIDATES = 5
@@ -84,7 +84,7 @@ def check_compatible(candidates: Iterable[ResumeCandidate], spec: Mapping[str, A
 def read_identity(directory: Path) -> RunIdentity | None:
     """Return the run identity stored in a checkpoint, or None if it cannot be read."""
     try:
-        with opened(directory, STATE_FILE) as file:
+        with open_file(directory, STATE_FILE) as file:
             identity = json.loads(file.read(MAX_STATE_BYTES))["identity"]
         valid = isinstance(identity["model"], dict) and isinstance(identity.get("corpus_file", {}), dict)
         return RunIdentity(**identity) if valid else None

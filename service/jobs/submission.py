@@ -14,7 +14,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
-from trainyard.service.devices.memory import limit_for
+from trainyard.service.devices.memory import memory_limit
 from trainyard.service.errors import SpecInvalid, with_problems
 from trainyard.service.launch.slurm.launcher import SLURM, device_on_nodes
 from trainyard.service.settings import Settings
@@ -228,7 +228,7 @@ class _SpecValidator:
     def _memory(self) -> Iterator[Finding]:
         # Only the part that no other batch size would change; the rest is an estimate, of which the plan warns.
         resources, kind = self.spec.resources, kind_for(self.spec.resources.device, self.host.devices)
-        limit = limit_for(kind, self.host.devices)
+        limit = memory_limit(kind, self.host.devices)
         size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
         if self.runs_on_slurm or limit is None or not size:
             return

@@ -1,4 +1,4 @@
-"""Forks: what they may change, what they share with their parent, and whose curve is whose."""
+"""Forks: what they may change, what they share with the parent, and their lineage."""
 
 import json
 import os

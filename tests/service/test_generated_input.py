@@ -1,4 +1,4 @@
-"""Generated input against the API, and the curve against a slow reader of the same lines."""
+"""Generated input for the API, and curves compared with a slow reader of the same lines."""
 
 import json
 import random

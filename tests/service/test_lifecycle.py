@@ -221,7 +221,7 @@ def test_setbacks_wait_longer_each_time_and_never_end_a_job(reason: Reason) -> N
     first = 0.0 if reason is Reason.TIME_LIMIT else 5.0
     assert [ending.restart_seconds for ending in endings] == [first, 5.0, 20.0, 60.0, 180.0, 600.0, 600.0, 600.0]
     assert {ending.status for ending in endings} == {JobStatus.INTERRUPTED}
-    assert max(ending.restart_seconds or 0 for ending in endings) <= Timing().longest_restart_wait
+    assert max(ending.restart_seconds or 0 for ending in endings) <= Timing().max_restart_wait
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "killed", "crashed"])
