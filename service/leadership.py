@@ -1,8 +1,8 @@
-"""Who schedules, where several services share a database: one row, an epoch that only grows, and no clock.
+"""Leader election of the services that share a database: one row with an epoch that only grows, and no wall clock.
 
-The leader counts ``beat`` up. Whoever sees it stand still for LEASE_SECONDS of its own monotonic clock takes over by
-raising the epoch; on the leader's own host the kernel is asked instead, so that a restart waits for nothing. A leader
-that was stopped and wakes finds another epoch, and every one of its writes is refused: `Lease.fence`.
+The leader increments ``beat``. A service that sees it unchanged for LEASE_SECONDS of its own monotonic clock takes over
+by raising the epoch. On the leader's own host it asks the kernel instead, so that a restart need not wait. A leader
+that was suspended and resumes finds another epoch, and `LeaderLease.fence` rejects each of its writes.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ log = logging.getLogger("trainyard")
 
 
 class LeadershipLost(Exception):
-    """Another service schedules now: what this one was about to write is not written."""
+    """Another service leads: the transaction was not written."""
 
 
 class LeaderLease:
-    """A process's claim to be the one that schedules. ``epoch`` is None while it is not."""
+    """A process's claim to leadership. ``epoch`` is None while it does not lead."""
 
     def __init__(
         self, database: Database, monotonic: Callable[[], float] = time.monotonic, timing: Timing = Timing()
@@ -43,14 +43,14 @@ class LeaderLease:
         self._database = database
         self._monotonic = monotonic
         self._renewed_at = float("-inf")
-        self._seen: tuple[int, int] | None = None
-        self._seen_at = 0.0
+        self._last_renewal: tuple[int, int] | None = None
+        self._last_renewal_at = 0.0
         me = ProcessIdentity.of(os.getpid())
         assert me is not None
         self._holder = json.dumps(me.to_json())
 
-    def keep(self) -> bool:
-        """Renew the lease, or take it where nobody has it; whether this process leads."""
+    def renew(self) -> bool:
+        """Renew the lease, or acquire it if it is free. Return whether this process leads."""
         now = self._monotonic()
         if self.epoch is not None and now - self._renewed_at < self._timing.renew_seconds:
             return True
@@ -62,18 +62,18 @@ class LeaderLease:
         return self._write(now)
 
     def fresh(self) -> bool:
-        """Whether nobody can have taken over yet, by this process's own clock."""
+        """Whether no other service can have taken over yet, by this process's own clock."""
         return self.epoch is not None and self._monotonic() - self._renewed_at < self._timing.lease_seconds
 
     def fence(self, session: Session) -> None:
-        """Raise Deposed where another one leads. Nobody takes over before this transaction ends."""
+        """Raise LeadershipLost if another service leads. No takeover is possible before this transaction ends."""
         row = select(SchedulerLeaseRow.epoch).where(SchedulerLeaseRow.id == ROW).with_for_update(read=True)
         if self.epoch is None or session.scalar(row) != self.epoch:
             self.epoch = None
             raise LeadershipLost()
 
-    def give_up(self) -> None:
-        """Leave the lease to whoever wants it, at once."""
+    def release(self) -> None:
+        """Release the lease at once, for any other service."""
         if self.epoch is None:
             return
         with self._database.write() as session:
@@ -85,9 +85,9 @@ class LeaderLease:
     def _may_write(self, row: SchedulerLeaseRow | None, now: float) -> bool:
         if row is None or row.holder is None or self._is_mine(row) or is_dead(row.holder):
             return True
-        if self._seen != (row.epoch, row.beat):
-            self._seen, self._seen_at = (row.epoch, row.beat), now
-        return now - self._seen_at > self._timing.lease_seconds
+        if self._last_renewal != (row.epoch, row.beat):
+            self._last_renewal, self._last_renewal_at = (row.epoch, row.beat), now
+        return now - self._last_renewal_at > self._timing.lease_seconds
 
     def _is_mine(self, row: SchedulerLeaseRow) -> bool:
         return self.epoch is not None and row.epoch == self.epoch
@@ -101,38 +101,38 @@ class LeaderLease:
                     session.add(row)
                 if not self._may_write(row, now):
                     self.epoch = None
-                    return False  # somebody was faster between the look and the lock
+                    return False  # another service has taken the lease since the read
                 row.epoch += not self._is_mine(row)
                 row.beat += 1
                 row.holder = self._holder
                 epoch = row.epoch
         except IntegrityError:
-            return False  # two made the row at once: the other one's is there
+            return False  # another service has inserted the row at the same time
         if self.epoch != epoch:
-            log.info("this service schedules from now on, epoch %s", epoch)
+            log.info("scheduler started (leader epoch %s)", epoch)
         self.epoch, self._renewed_at = epoch, now
         return True
 
 
 class LeaderMonitor:
-    """Whether the one that schedules goes on counting, as another process sees it, by that process's own clock."""
+    """Measures how long the leader has not renewed its lease, by this process's own clock."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
-        self._last: tuple[int, int] | None = None
-        self._since = monotonic()
+        self._renewal: tuple[int, int] | None = None
+        self._renewal_at = monotonic()
 
     def seconds_since_renewal(self, row: SchedulerLeaseRow | None) -> float:
-        """Seconds since it was seen to count on; where nobody leads, since somebody did, or since we began to look."""
-        found = (row.epoch, row.beat) if row is not None and row.holder is not None else None
-        if found is not None and found != self._last:
-            self._last, self._since = found, self._monotonic()
-        return self._monotonic() - self._since
+        """Return the seconds since the last renewal was seen, or since the monitor was created if none was."""
+        renewal = (row.epoch, row.beat) if row is not None and row.holder is not None else None
+        if renewal is not None and renewal != self._renewal:
+            self._renewal, self._renewal_at = renewal, self._monotonic()
+        return self._monotonic() - self._renewal_at
 
 
 @contextlib.contextmanager
 def fenced(database: Database, lease: LeaderLease | None) -> Iterator[Session]:
-    """A transaction that is refused where another service leads; without a lease nobody else can. Raises Deposed."""
+    """Open a transaction that raises LeadershipLost if another service leads. No lease means no other service."""
     with database.write() as session:
         if lease is not None:
             lease.fence(session)
@@ -140,7 +140,7 @@ def fenced(database: Database, lease: LeaderLease | None) -> Iterator[Session]:
 
 
 def is_dead(holder: str) -> bool:
-    """Whether the holder ran on this host, in this boot and container, and is gone beyond doubt."""
+    """Whether the holder ran on this host, in this boot and container, and has certainly ended."""
     try:
         process = ProcessIdentity.from_json(json.loads(holder))
     except (ValueError, KeyError, TypeError):

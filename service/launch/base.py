@@ -1,4 +1,4 @@
-"""What the scheduler asks of a launcher: start an attempt, find it again, end it, read what it left."""
+"""The launcher interface: start an attempt, find it again, end it, and read what it left."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,13 +8,12 @@ from typing import Any, Protocol
 from trainyard.contract.messages import ExitReport, RunSettings
 from trainyard.contract.spec import JobSpec
 
-LOCAL = "local"
-"""The launcher of this host: the only one whose devices the service leases out itself."""
+LOCAL = "local"  # the launcher of this host, the only one whose devices the service itself leases
 
 
 @dataclass(frozen=True)
 class AttemptRef:
-    """Names one attempt for ever, also to a service that was restarted in between. ``launcher``: who runs it."""
+    """Permanent name of an attempt, valid across restarts of the service. ``launcher`` is the one that runs it."""
 
     job_id: str
     number: int
@@ -25,15 +24,16 @@ class AttemptRef:
 
     @property
     def fields(self) -> dict[str, Any]:
-        """What a line of the log that is about it has."""
+        """The attempt's fields in log lines."""
         return {"job_id": self.job_id, "attempt": self.number}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """All that is needed to start an attempt. ``devices`` are lease ids: ``cuda:0`` or ``cpu:3``; () on a cluster.
+    """Everything needed to start an attempt.
 
-    ``resume_step``: the checkpoint to begin at; None: the newest sound one.
+    ``devices`` are lease ids such as ``cuda:0`` or ``cpu:3``, and () on a cluster. ``resume_step`` is the checkpoint to
+    resume from, or None for the newest valid one.
     """
 
     name: AttemptRef
@@ -45,27 +45,22 @@ class Launch:
 
 
 class AttemptState(StrEnum):
-    """What a launcher found of an attempt."""
+    """State of an attempt as its launcher finds it."""
 
-    ABSENT = "absent"
-    """It was never started: no trace of an agent."""
-    ALIVE = "alive"
-    """Its agent lives, and speaks for it."""
-    ORPHANED = "orphaned"
-    """Its agent is gone and some of its processes live."""
-    ENDED = "ended"
-    """Nothing of it lives."""
-    UNKNOWN = "unknown"
-    """Who would know does not answer: nothing follows from that."""
+    ABSENT = "absent"  # never started: there is no trace of an agent
+    ALIVE = "alive"  # its agent is alive and reports
+    ORPHANED = "orphaned"  # its agent has ended, and other processes of it are alive
+    ENDED = "ended"  # no process of it is alive
+    UNKNOWN = "unknown"  # The cluster does not answer. Nothing may be concluded from that.
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a cluster has put an attempt, as it says itself.
+    """Where a cluster runs an attempt, as the cluster reports it.
 
-    ``engine_id``: the cluster's own number of it. ``waiting_for``: why it does not run yet; None where it does.
-    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs there. ``tailed``: its agent cannot reach the
-    service, which reads what is written in the run directory instead.
+    ``engine_id`` is the cluster's job number. ``waiting_for`` is None once it runs. ``devices`` are such as
+    ``node1/cuda:0``, or ``node1/cpu:0`` if it has no GPUs there. ``tailed``: its agent cannot reach the service, which
+    reads the run directory instead.
     """
 
     engine_id: str
@@ -76,15 +71,16 @@ class Placement:
     tailed: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object for the attempt's row."""
+        """Return the JSON object for the attempt's row."""
         return {**asdict(self), "nodes": list(self.nodes), "devices": list(self.devices)}
 
 
 @dataclass(frozen=True)
 class AttemptStatus:
-    """``report`` is set exactly where ``state`` is ENDED; where the agent left none, it says what is known, no more.
+    """State of an attempt.
 
-    ``placement``: a cluster's, while the attempt is ALIVE. ``silence``: why it is UNKNOWN.
+    ``report`` is set if, and only if, the state is ENDED; without a report from the agent it states only what is known.
+    ``placement`` is set by clusters for an attempt that is ALIVE. ``silence`` is why the state is UNKNOWN.
     """
 
     state: AttemptState
@@ -94,7 +90,7 @@ class AttemptStatus:
 
 
 class LaunchRefused(Exception):
-    """The attempt could not be started; the message says why, and nothing of it lives. ``hint``: what to do."""
+    """The attempt could not be started, and no process of it is alive. ``hint`` says what to do."""
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -102,35 +98,35 @@ class LaunchRefused(Exception):
 
 
 class LauncherUnavailable(Exception):
-    """Who would have to do it does not answer: it may have been done or not, and `find` will tell."""
+    """The launcher does not answer. The request may have been carried out or not; `find` shows which."""
 
 
 class Launcher(Protocol):
-    """One way to run attempts. Every method is bounded in time and safe to call again."""
+    """One way to run attempts. Every method is bounded in time and can be called again safely."""
 
     def start(self, launch: Launch) -> None:
-        """Start the attempt and return once its agent is on its way. Raises LaunchRefused or NoAnswer."""
+        """Start the attempt and return once its agent is starting. Raises LaunchRefused or LauncherUnavailable."""
 
     def find(self, name: AttemptRef) -> AttemptStatus:
-        """Look the attempt up by what is on the host, not by what was remembered."""
+        """Return the attempt's state from the host or the cluster, not from memory."""
 
     def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
-        """Those of which one look at the host sees that `find` would say ALIVE and no more; of the others nothing."""
+        """Return the attempts that are certainly alive, from one scan of the host. Absence proves nothing."""
 
     def stop(self, name: AttemptRef) -> None:
-        """Ask for save-and-stop without the agent's next report: the same wish, heard sooner. Raises NoAnswer."""
+        """Request save-and-stop directly, without waiting for the next heartbeat. Raises LauncherUnavailable."""
 
     def save(self, name: AttemptRef) -> None:
-        """Ask for a checkpoint at the next step. A wish: nothing is remembered where nobody is there to hear it."""
+        """Request a checkpoint at the next step. The request is lost if no rank is running."""
 
     def kill(self, name: AttemptRef) -> None:
-        """End every process of an attempt that its agent no longer answers for. Returns when none is left.
+        """Kill every process of an attempt whose agent does not answer, and return when none is left.
 
-        None starts afterwards either, also where a `start` of this attempt is still on its way in another service.
+        None starts afterwards either, even if a `start` of this attempt is still running in another service.
         """
 
-    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
-        """Leave the settings that are to hold, for ranks whose agent cannot be told. Raises OSError."""
+    def write_settings(self, name: AttemptRef, settings: RunSettings) -> None:
+        """Write the settings file, for ranks whose agent cannot be reached. Raises OSError."""
 
     def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
-        """Outbox lines behind ``after_seq``, oldest first, at most ``limit``; [] where none is left."""
+        """Return up to ``limit`` outbox lines after ``after_seq``, oldest first."""

@@ -1,4 +1,4 @@
-"""What the agents of all launchers get of the service's environment, and what is added for them."""
+"""The environment variables of an attempt's agent, for every launcher."""
 
 import os
 import sys
@@ -10,11 +10,12 @@ from trainyard.contract.processes import MARKER
 from trainyard.contract.rundir import read_json
 from trainyard.service.launch.base import Launch
 
+# The folder that `trainyard` is imported from: `src` in a checkout, site-packages otherwise.
 IMPORT_ROOT = str(Path(trainyard.__file__).resolve().parents[1])
-"""The folder that `trainyard` is imported from: `src` in a checkout, site-packages otherwise."""
 
+# The agent's command, all that the service knows of the worker. -P: a folder `trainyard/` in the service's working
+# directory must not be imported.
 WORKER_AGENT = (sys.executable, "-P", "-m", "trainyard.worker.agent")
-"""All that the service knows of the worker. -P: a folder named worker/ where the service was started is not ours."""
 
 INHERITED = (
     "PATH",
@@ -30,6 +31,7 @@ INHERITED = (
     "SSL_CERT_FILE",
     "SSL_CERT_DIR",
 )
+# Variables that a worker inherits. All others, such as the service's secrets, do not reach it.
 INHERITED_PREFIXES = (
     "CUDA_",
     "NVIDIA_",
@@ -44,33 +46,29 @@ INHERITED_PREFIXES = (
     "WANDB_",
     "HF_",
 )
-"""Environment variables that reach a worker. All others, the service's secrets among them, stay here."""
 
 
 class WorkerEnvironment:
-    """Makes the environment of an attempt's agent. ``home``: where the service keeps its runs."""
+    """Builds the environment of an attempt's agent. ``home`` is the service's home directory."""
 
     def __init__(
         self, home: Path, corpus_cache: Path, data_roots: Sequence[Path] = (), save_roots: Sequence[Path] = ()
     ) -> None:
         self._home = home
-        # The home is always among them, so that neither list is empty: to the worker an empty one means no limits.
-        self._roots = {
-            "TRAINYARD_DATA_ROOTS": (*data_roots, home),
-            "TRAINYARD_SAVE_ROOTS": (*save_roots, home),
-        }
+        # The home is always included: an empty list means no limits to the worker.
+        self._roots = {"TRAINYARD_DATA_ROOTS": (*data_roots, home), "TRAINYARD_SAVE_ROOTS": (*save_roots, home)}
         self._corpus_cache = corpus_cache
 
     def of(self, launch: Launch) -> dict[str, str]:
-        """All variables of ``launch``'s agent, but those that say which devices it has."""
+        """Return all variables of ``launch``'s agent except those that select its devices."""
         service = read_json(self._home / "service.json") or {}
         return {
             **inherited(dict(os.environ)),
-            # The worker is found where the service's own code is, installed or not.
+            # Makes `trainyard` importable in a checkout that is not installed.
             "PYTHONPATH": IMPORT_ROOT,
             MARKER: str(launch.name),
             "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
-            # The worker looks again at each path: a link may have been changed since the spec was accepted.
+            # The worker checks each path again: a link may have changed since the spec was accepted.
             **{name: ":".join(map(str, roots)) for name, roots in self._roots.items()},
             "TRAINYARD_REPORT_URL": str(service.get("url", "")),
             "TRAINYARD_SERVICE_FILE": str(self._home / "service.json"),
@@ -80,7 +78,7 @@ class WorkerEnvironment:
 
 
 def inherited(environment: dict[str, str]) -> dict[str, str]:
-    """The part of the service's environment that a worker gets."""
+    """Return the part of ``environment`` that a worker inherits."""
     return {
         name: value for name, value in environment.items() if name in INHERITED or name.startswith(INHERITED_PREFIXES)
     }

@@ -1,4 +1,4 @@
-"""Runs attempts on this host: a detached agent for each, which outlives the service."""
+"""The launcher for this host: each attempt gets a detached agent, which outlives the service."""
 
 import contextlib
 import json
@@ -25,26 +25,20 @@ from trainyard.contract.processes import (
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Reason
 from trainyard.service.launch import post_mortem
-from trainyard.service.launch.base import (
-    AttemptRef,
-    AttemptState,
-    AttemptStatus,
-    Launch,
-    LaunchRefused,
-)
+from trainyard.service.launch.base import AttemptRef, AttemptState, AttemptStatus, Launch, LaunchRefused
 from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
 from trainyard.service.launch.files import AttemptFiles
 
 KILL_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 KILL_SECONDS = 5.0
-AGENTS_TOKEN = "TRAINYARD_ATTEMPT_TOKEN"  # noqa: S105 - the variable that holds it
-"""Only the agent has what it takes to report; it keeps that from the processes it starts."""
+# Only the agent has the token to report with. It removes it from the environment of its children.
+AGENT_TOKEN_VARIABLE = "TRAINYARD_ATTEMPT_TOKEN"  # noqa: S105 - the variable that holds it
 
 log = logging.getLogger("trainyard")
 
 
 class LocalLauncher:
-    """A launcher whose facts are the kernel's: locks, marked processes, and the files of the attempt."""
+    """A launcher that relies on the kernel's locks, on marked processes, and on the attempt's files."""
 
     def __init__(
         self,
@@ -67,7 +61,7 @@ class LocalLauncher:
         try:
             self._files.write(launch)
             pid = self._spawn(launch, attempt)
-            threading.Thread(target=_collect, args=(pid,), daemon=True).start()
+            threading.Thread(target=_reap, args=(pid,), daemon=True).start()
             log.info("the agent was started", extra={**launch.name.fields, "pid": pid})
         except OSError as error:
             raise LaunchRefused(f"the attempt could not be started: {error}") from error
@@ -86,12 +80,13 @@ class LocalLauncher:
                 (os.POSIX_SPAWN_OPEN, 1, str(attempt.agent_log), append, 0o644),
                 (os.POSIX_SPAWN_DUP2, 1, 2),
             ],
-            # A pipe or a shared session would end the run together with the service or the terminal.
+            # With a pipe or a shared session the run would end with the service or the terminal.
             setsid=True,
         )
 
     def find(self, name: AttemptRef) -> AttemptStatus:
-        """What the kernel and the files say. The order matters: exit.json is written only when nothing lives."""
+        """Return the attempt's state from its files and the process table."""
+        # The order matters: exit.json is written only after every process has ended.
         attempt = self._files.attempt(name)
         report = read_message(ExitReport, attempt.exit)
         if report is not None:
@@ -101,23 +96,23 @@ class LocalLauncher:
             return AttemptStatus(AttemptState.ALIVE)
         if processes or self._ranks_hold_lock(name):
             return AttemptStatus(AttemptState.ORPHANED)
-        # Looked at once more: an agent that ended between the two looks has published its report by now.
+        # Read again: an agent that ended between the two checks has written its report by now.
         report = read_message(ExitReport, attempt.exit)
         if report is not None:
             return AttemptStatus(AttemptState.ENDED, report)
         if attempt.started.exists():
-            return AttemptStatus(AttemptState.ENDED, _deduced(attempt))
+            return AttemptStatus(AttemptState.ENDED, _inferred_report(attempt))
         if attempt.agent_log.exists() and attempt.closed.exists():
             return AttemptStatus(AttemptState.ENDED, post_mortem.not_started_report(attempt))
         return AttemptStatus(AttemptState.ABSENT)
 
     def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
-        """Whose agent lives and has not left its report yet."""
-        agents = live_markers(with_variable=AGENTS_TOKEN)
+        """Return the attempts whose agent is alive and has not written its report."""
+        agents = live_markers(with_variable=AGENT_TOKEN_VARIABLE)
         return {name for name in names if str(name) in agents and not self._files.attempt(name).exit.exists()}
 
     def _ranks_hold_lock(self, name: AttemptRef) -> bool:
-        """Processes that cannot be seen from here, as from another container, still hold the kernel's lock."""
+        # Processes that are not visible from here, as in another container, still hold the kernel's lock.
         run = self._files.run(name)
         try:
             current = run.current.read_text().strip()
@@ -126,50 +121,43 @@ class LocalLauncher:
         return current == str(name.number) and is_held(run.alive_lock)
 
     def stop(self, name: AttemptRef) -> None:
-        """Leave the wish where the ranks look for it at each step."""
         self._files.request_stop(name)
 
     def save(self, name: AttemptRef) -> None:
-        """Leave the wish where rank 0 looks for it at each step."""
         self._files.request_save(name)
 
     def kill(self, name: AttemptRef) -> None:
-        """SIGKILL whatever carries the attempt's mark, until there is nothing; and let nothing of it begin any more.
-
-        The word that it is over is left first. An agent can be seen before it looks for that word: so either it
-        finds it, or we find the agent.
-        """
-        with contextlib.suppress(OSError):  # a full disk must not keep us from ending what lives
+        """SIGKILL every process with the attempt's mark until none is left, and let none start afterwards."""
+        # The attempt is closed first. An agent becomes visible before it checks for the closed file, so either the
+        # agent finds the file or the loop below finds the agent.
+        with contextlib.suppress(OSError):  # a full disk must not prevent the kill
             self._files.close(name)
         for _ in range(3):
-            found = find_by_marker(str(name))
-            if not found:
+            processes = find_by_marker(str(name))
+            if not processes:
                 break
-            log.warning("ending what lives of an attempt", extra={**name.fields, "processes": len(found)})
-            signal_all(found, *KILL_SIGNALS)
-            wait_gone(found, KILL_SECONDS)
+            log.warning("killing the processes of an attempt", extra={**name.fields, "processes": len(processes)})
+            signal_all(processes, *KILL_SIGNALS)
+            wait_gone(processes, KILL_SECONDS)
 
-    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
-        """Leave them where rank 0 looks for them."""
-        self._files.settle(name, settings)
+    def write_settings(self, name: AttemptRef, settings: RunSettings) -> None:
+        self._files.write_settings(name, settings)
 
     def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:
-        """Lines of the outbox that the service does not have yet."""
         return self._files.unacked_lines(name, after_seq, limit)
 
 
-def _collect(pid: int) -> None:
-    # A zombie would keep its pid for nothing. An agent outlives its last report by a moment, and nobody may
-    # look for its attempt after that, so a thread waits for each.
+def _reap(pid: int) -> None:
+    # Without this, the agent would stay a zombie: the service may never inspect the attempt again after its report.
     with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, 0)
 
 
 def _is_agent(process: ProcessIdentity) -> bool:
-    return process.variable(AGENTS_TOKEN) is not None
+    return process.variable(AGENT_TOKEN_VARIABLE) is not None
 
 
-def _deduced(attempt: AttemptDir) -> ExitReport:
+def _inferred_report(attempt: AttemptDir) -> ExitReport:
     return post_mortem.report_from_outcome(attempt) or post_mortem.lost_report(attempt, *_why_lost(attempt))
 
 
@@ -181,7 +169,7 @@ def _why_lost(attempt: AttemptDir) -> tuple[Reason, str]:
     if agent.boot_id != boot_id():
         return Reason.HOST_RESTARTED, "the host was restarted during the run"
     init = ProcessIdentity.of(1)
-    # A namespace's number may be given again; nothing in a container is older than its first process.
+    # A namespace's number may be reused, but no process in a container is older than its first one.
     of_before = init is not None and agent.start_ticks < init.start_ticks
     if of_before or agent.pid_namespace != pid_namespace():
         return Reason.HOST_RESTARTED, "the container was restarted during the run"

@@ -1,6 +1,7 @@
-"""Corpora that nobody uses leave the cache; also a command: ``python -m trainyard.service.maintenance.corpus_cache``.
+"""Removal of unused corpora from the cache; also the command ``python -m trainyard.service.maintenance.corpus_cache``.
 
-A run that goes on tokenizes anew what has left, to the same bytes. What a live run has open never leaves.
+A run that resumes tokenizes a removed corpus again, to the same bytes. A corpus that a live run has open is never
+removed.
 """
 
 import argparse
@@ -20,37 +21,34 @@ from trainyard.contract.units import human_bytes
 from trainyard.service.settings import InvalidSettings, Settings
 
 DAY = 86400.0
-EVERY_SECONDS = 3600.0
+INTERVAL_SECONDS = 3600.0
 
 log = logging.getLogger("trainyard")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What has not been used for so many ``days`` goes, and what is used least until the rest has ``size`` bytes.
-
-    0: this limit does not count.
-    """
+    """Corpora unused for ``days`` are removed, then the least recently used, down to ``size`` bytes. 0: no limit."""
 
     days: int
     size: int
 
 
 def corpora_to_delete(kept: Sequence[CacheEntry], limits: Limits, now: float) -> list[CacheEntry]:
-    """What is to go, of everything in the cache, the least lately used first. ``now``: seconds since 1970."""
-    free = sorted((each for each in kept if not each.in_use), key=lambda each: each.used_at)
-    old = [each for each in free if limits.days and now - each.used_at > limits.days * DAY]
-    going, left = old, sum(each.bytes for each in kept) - sum(each.bytes for each in old)
-    for each in free[len(old) :]:
+    """Return the entries to remove, the least recently used first. ``now`` is in seconds since 1970."""
+    free = sorted((entry for entry in kept if not entry.in_use), key=lambda entry: entry.used_at)
+    old = [entry for entry in free if limits.days and now - entry.used_at > limits.days * DAY]
+    to_delete, left = old, sum(entry.bytes for entry in kept) - sum(entry.bytes for entry in old)
+    for entry in free[len(old) :]:
         if not limits.size or left <= limits.size:
             break
-        going, left = [*going, each], left - each.bytes
-    return going
+        to_delete, left = [*to_delete, entry], left - entry.bytes
+    return to_delete
 
 
 @dataclass
 class CorpusCachePruner:
-    """The cache of this host and what may stay in it."""
+    """Keeps the cache of this host within ``limits``."""
 
     cache: CorpusCache
     limits: Limits
@@ -60,88 +58,88 @@ class CorpusCachePruner:
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        """As the settings say."""
         return cls(CorpusCache(settings.corpus_cache), Limits(settings.corpus_days, settings.corpus_bytes))
 
     def prune_when_due(self) -> None:
-        """`tidy`, once an hour."""
+        """Prune, at most once an hour."""
         if self.monotonic() >= self._due_at:
-            self._due_at = self.monotonic() + EVERY_SECONDS
+            self._due_at = self.monotonic() + INTERVAL_SECONDS
             self.prune()
 
     def prune(self) -> list[CacheEntry]:
-        """Remove what is surplus; what was removed."""
+        """Remove what exceeds the limits, and return it."""
         self.cache.delete_leftovers()
-        going = corpora_to_delete(self.cache.entries(), self.limits, self.clock())
-        gone = [each for each in going if self.cache.remove(each)]
-        for each in gone:
-            what = "corpus" if each.is_complete else "unfinished corpus"
-            log.info("%s %s of %d bytes has left the cache: nobody uses it", what, each.key, each.bytes)
+        to_delete = corpora_to_delete(self.cache.entries(), self.limits, self.clock())
+        deleted = [entry for entry in to_delete if self.cache.remove(entry)]
+        for entry in deleted:
+            what = "corpus" if entry.is_complete else "unfinished corpus"
+            log.info("%s %s of %d bytes was removed from the cache: unused", what, entry.key, entry.bytes)
         if self.limits.days:
             self.cache.forget_digests(self.clock() - self.limits.days * DAY)
-        return gone
+        return deleted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """List the cache, or remove what is surplus; the answer is an exit code."""
-    parser = argparse.ArgumentParser(prog="trainyard corpus", description="The corpora that are tokenized on this host")
+    """List or prune the cache. Return the exit code."""
+    parser = argparse.ArgumentParser(prog="trainyard corpus", description="The tokenized corpora of this host")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    listing = verbs.add_parser("list", help="what is in the cache, the least lately used first")
+    listing = verbs.add_parser("list", help="list the cache, the least recently used first")
     listing.add_argument("--json", action="store_true", help="one JSON document")
-    pruning = verbs.add_parser("prune", help="remove what nobody uses, now")
-    pruning.add_argument("--days", type=_whole, help="unused for longer; 0: any age (TRAINYARD_CORPUS_DAYS)")
-    pruning.add_argument("--bytes", type=_whole, help="until the cache is no larger; 0: any size")
-    given = parser.parse_args(arguments)
+    pruning = verbs.add_parser("prune", help="remove unused corpora now")
+    pruning.add_argument("--days", type=_whole_number, help="unused for longer; 0: any age (TRAINYARD_CORPUS_DAYS)")
+    pruning.add_argument("--bytes", type=_whole_number, help="until the cache is no larger; 0: any size")
+    options = parser.parse_args(arguments)
     try:
-        shelf = CorpusCachePruner.of(Settings.read(os.environ, host="127.0.0.1"))
-        kept = shelf.cache.entries()
-        paths = _paths(shelf.cache, kept)
-        shown = kept if given.verb == "list" else _pruned(shelf, given)
+        pruner = CorpusCachePruner.of(Settings.read(os.environ, host="127.0.0.1"))
+        kept = pruner.cache.entries()
+        paths = _paths(pruner.cache, kept)
+        listed = kept if options.verb == "list" else _prune(pruner, options)
     except (InvalidSettings, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
-    if given.verb == "list" and given.json:
-        rows = [_row(each, paths.get(each.path.name, "")) for each in kept]
+    if options.verb == "list" and options.json:
+        rows = [_to_json(entry, paths.get(entry.path.name, "")) for entry in kept]
         print(json.dumps({"object": "list", "data": rows, "has_more": False}))
         return 0
-    for each in shown:
-        print(line(each, paths.get(each.path.name, ""), shelf.clock()))
-    print(f"{len(shown):,} {'kept' if given.verb == 'list' else 'removed'}, {human_bytes(sum(k.bytes for k in shown))}")
+    for entry in listed:
+        print(format_entry(entry, paths.get(entry.path.name, ""), pruner.clock()))
+    total = human_bytes(sum(entry.bytes for entry in listed))
+    print(f"{len(listed):,} {'kept' if options.verb == 'list' else 'removed'}, {total}")
     return 0
 
 
-def _row(kept: CacheEntry, path: str) -> dict[str, Any]:
-    used_at = datetime.fromtimestamp(kept.used_at, UTC).isoformat().replace("+00:00", "Z")
-    state = {"in_use": kept.in_use, "whole": kept.is_complete, "used_at": used_at}
-    return {"object": "corpus", "key": kept.key, "bytes": kept.bytes, "path": path or None, **state}
+def _to_json(entry: CacheEntry, path: str) -> dict[str, Any]:
+    used_at = datetime.fromtimestamp(entry.used_at, UTC).isoformat().replace("+00:00", "Z")
+    state = {"in_use": entry.in_use, "whole": entry.is_complete, "used_at": used_at}
+    return {"object": "corpus", "key": entry.key, "bytes": entry.bytes, "path": path or None, **state}
 
 
-def _whole(text: str) -> int:
+def _whole_number(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError("must be a whole number")
     return int(text)
 
 
-def _pruned(shelf: CorpusCachePruner, given: argparse.Namespace) -> list[CacheEntry]:
-    days = given.days if given.days is not None else shelf.limits.days
-    size = given.bytes if given.bytes is not None else shelf.limits.size
-    shelf.limits = Limits(days, size)
-    return shelf.prune()
+def _prune(pruner: CorpusCachePruner, options: argparse.Namespace) -> list[CacheEntry]:
+    days = options.days if options.days is not None else pruner.limits.days
+    size = options.bytes if options.bytes is not None else pruner.limits.size
+    pruner.limits = Limits(days, size)
+    return pruner.prune()
 
 
-def line(kept: CacheEntry, path: str, now: float) -> str:
+def format_entry(entry: CacheEntry, path: str, now: float) -> str:
     """``0123abcd  1.2 GB  3 days ago  in use  /data/corpus.jsonl``."""
-    days = int((now - kept.used_at) / DAY)
+    days = int((now - entry.used_at) / DAY)
     when = "today" if days < 1 else f"{days} days ago" if days > 1 else "yesterday"
-    state = "in use" if kept.in_use else "" if kept.is_complete else "unfinished"
-    return f"{kept.key}  {human_bytes(kept.bytes):>9}  {when:<13} {state:<10}  {path}".rstrip()
+    state = "in use" if entry.in_use else "" if entry.is_complete else "unfinished"
+    return f"{entry.key}  {human_bytes(entry.bytes):>9}  {when:<13} {state:<10}  {path}".rstrip()
 
 
 def _paths(cache: CorpusCache, kept: Sequence[CacheEntry]) -> dict[str, str]:
-    """Which file each corpus is of, as far as that is remembered: a digest is, for as long as its file is the same."""
-    noted = [read_json(path) or {} for path in cache.digests()]
-    files = {str(each.get("sha256")): str(each.get("path", "")) for each in noted}
-    metas = {each.path.name: read_json(each.path / "meta.json") or {} for each in kept if each.is_complete}
+    # The source file of each corpus. A digest is remembered only while its file is unchanged, so some are unknown.
+    digests = [read_json(path) or {} for path in cache.digests()]
+    files = {str(entry.get("sha256")): str(entry.get("path", "")) for entry in digests}
+    metas = {entry.path.name: read_json(entry.path / "meta.json") or {} for entry in kept if entry.is_complete}
     return {name: files.get(str(meta.get("content")), "") for name, meta in metas.items()}
 
 

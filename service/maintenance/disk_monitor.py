@@ -1,7 +1,7 @@
-"""The disks that the service and its runs write to: how full they are, and when that is worth a word.
+"""Free space of the disks that the service and its runs write to.
 
-A disk becomes low where less is free than both limits allow, and has room again a little above them: one that is at the
-limit is not told of again and again.
+A disk is low if less is free than both limits allow, and recovers only a little above them, so that a disk at its limit
+does not alert again and again.
 """
 
 import os
@@ -14,18 +14,13 @@ from pathlib import Path
 
 from trainyard.service.settings import Settings
 
-FULL_BYTES = 64 << 20
-"""With less than this the service's own database cannot be relied on to grow."""
-
-RECOVERY_FACTOR = 1.1
-"""How many times the limit has to be free before a low disk counts as having room again."""
-
-STALE_SECONDS = 60.0
-"""Looks that are older say nothing: a disk that does not answer keeps whoever looks."""
+FULL_BYTES = 64 << 20  # with less free than this, the service's own database may not be able to grow
+RECOVERY_FACTOR = 1.1  # A low disk recovers when this many times the limit is free
+STALE_SECONDS = 60.0  # readings older than this are ignored: a hung mount blocks `statvfs`
 
 
 class DiskState(StrEnum):
-    """How a disk is."""
+    """State of a disk."""
 
     OK = "ok"
     LOW = "low"
@@ -35,7 +30,7 @@ class DiskState(StrEnum):
 
 @dataclass(frozen=True)
 class Usage:
-    """What the file system says, in bytes and files; ``files`` is 0 where it does not count them."""
+    """A file system's usage in bytes and inodes. ``files`` is 0 if it does not count inodes."""
 
     total: int
     free: int
@@ -47,20 +42,20 @@ class Usage:
 
 @dataclass(frozen=True)
 class Limits:
-    """Less free than this is low; 0: does not count. With both a disk is low below the smaller of the two."""
+    """A disk with less free than this is low. 0 switches a limit off. With both, the smaller one counts."""
 
     size: int
     percent: int
 
     def of(self, total: int) -> int:
-        """In bytes, for a disk of ``total``; 0: never low."""
+        """Return the limit in bytes for a disk of ``total`` bytes; 0: never low."""
         limits = [limit for limit in (self.size, total * self.percent // 100) if limit > 0]
         return min(limits, default=0)
 
 
 @dataclass(frozen=True)
 class Disk:
-    """One file system. ``holds`` says what of ours is on it: home, save_root, corpus_cache."""
+    """One file system. ``holds``: which of home, save_root and corpus_cache are on it."""
 
     paths: tuple[Path, ...]
     holds: tuple[str, ...]
@@ -70,94 +65,95 @@ class Disk:
 
     @property
     def name(self) -> str:
-        """Short, and the same on every host: what it holds."""
+        """Short name, the same on every host: what the disk holds."""
         return "+".join(self.holds)
 
 
 def disk_state(usage: Usage, limits: Limits, before: DiskState | None) -> DiskState:
-    """How a disk is, if it was ``before``."""
+    """Return the state of a disk whose last state was ``before``."""
     if usage.read_only or usage.free < FULL_BYTES or (usage.files and not usage.files_free):
         return DiskState.FULL
-    relief = RECOVERY_FACTOR if before in (DiskState.LOW, DiskState.FULL) else 1.0
-    scarce = usage.files and usage.files_free * 100 < usage.files * limits.percent * relief
-    return DiskState.LOW if usage.free < limits.of(usage.total) * relief or scarce else DiskState.OK
+    factor = RECOVERY_FACTOR if before in (DiskState.LOW, DiskState.FULL) else 1.0
+    few_inodes = usage.files and usage.files_free * 100 < usage.files * limits.percent * factor
+    return DiskState.LOW if usage.free < limits.of(usage.total) * factor or few_inodes else DiskState.OK
 
 
 def usage_of(path: Path) -> Usage:
-    """Ask the file system. Raises OSError."""
-    found = os.statvfs(path)
+    """Return the usage of the file system that ``path`` is on. Raises OSError."""
+    stat = os.statvfs(path)
     return Usage(
-        total=found.f_blocks * found.f_frsize,
-        free=found.f_bavail * found.f_frsize,
-        files=found.f_files,
-        files_free=found.f_favail,
+        total=stat.f_blocks * stat.f_frsize,
+        free=stat.f_bavail * stat.f_frsize,
+        files=stat.f_files,
+        files_free=stat.f_favail,
         device=path.stat().st_dev,
-        read_only=bool(found.f_flag & os.ST_RDONLY),
+        read_only=bool(stat.f_flag & os.ST_RDONLY),
     )
 
 
 class DiskMonitor:
-    """The newest look at every disk. One that hangs keeps `look` waiting; it never keeps `seen`, but for the first."""
+    """Polls every disk. A disk that hangs blocks `poll`, and `readings` only if there are none yet."""
 
     def __init__(
         self,
         roots: Mapping[str, Sequence[Path]],
         limits: Limits,
-        ask: Callable[[Path], Usage] = usage_of,
+        read_usage: Callable[[Path], Usage] = usage_of,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._roots = [(name, path) for name, paths in roots.items() for path in paths]
         self._limits = limits
-        self._ask = ask
+        self._read_usage = read_usage
         self._monotonic = monotonic
         self._lock = threading.Lock()
-        self._seen: tuple[Disk, ...] | None = None
-        self._seen_at = 0.0
+        self._latest: tuple[Disk, ...] | None = None
+        self._polled_at = 0.0
 
     @classmethod
     def of(cls, settings: Settings) -> "DiskMonitor":
-        """Of the folders that a service with these settings writes to."""
         roots = {"home": [settings.home], "save_root": settings.save_roots, "corpus_cache": [settings.corpus_cache]}
         return cls(roots, Limits(settings.disk_bytes, settings.disk_percent))
 
     def poll(self) -> tuple[Disk, ...]:
-        """Ask every file system now."""
-        asked = [(name, path, self._usage(path)) for name, path in self._roots]
+        """Query every file system now."""
+        usages = [(name, path, self._usage(path)) for name, path in self._roots]
         with self._lock:
-            before = {disk.usage.device: disk.state for disk in self._seen or ()}
-            self._seen, self._seen_at = tuple(self._disks(asked, before)), self._monotonic()
-            return self._seen
+            before = {disk.usage.device: disk.state for disk in self._latest or ()}
+            self._latest, self._polled_at = tuple(self._group_by_device(usages, before)), self._monotonic()
+            return self._latest
 
     def _usage(self, path: Path) -> Usage | None:
-        """None: it cannot be asked. What is not there yet will be made where its parent is."""
+        # A folder that does not exist yet will be created on its parent's file system. None: it does not answer.
         for place in (path, *path.parents):
             try:
-                return self._ask(place)
+                return self._read_usage(place)
             except FileNotFoundError:
                 continue
             except OSError:
                 break
         return None
 
-    def _disks(self, asked: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]) -> "list[Disk]":
-        found: dict[object, list[tuple[str, Path, Usage | None]]] = {}
-        for name, path, usage in asked:
-            found.setdefault(usage.device if usage is not None else path, []).append((name, path, usage))
-        return [self._disk(same, before) for same in found.values()]
+    def _group_by_device(
+        self, usages: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]
+    ) -> "list[Disk]":
+        groups: dict[object, list[tuple[str, Path, Usage | None]]] = {}
+        for name, path, usage in usages:
+            groups.setdefault(usage.device if usage is not None else path, []).append((name, path, usage))
+        return [self._to_disk(mounts, before) for mounts in groups.values()]
 
-    def _disk(self, same: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]) -> Disk:
-        usage = same[0][2]
-        paths, holds = tuple(path for _, path, _ in same), tuple(dict.fromkeys(name for name, _, _ in same))
+    def _to_disk(self, mounts: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]) -> Disk:
+        usage = mounts[0][2]
+        paths, holds = tuple(path for _, path, _ in mounts), tuple(dict.fromkeys(name for name, _, _ in mounts))
         if usage is None:
             return Disk(paths, holds, Usage(0, 0), 0, DiskState.UNREADABLE)
         state = disk_state(usage, self._limits, before.get(usage.device))
         return Disk(paths, holds, usage, self._limits.of(usage.total), state)
 
     def readings(self) -> tuple[Disk, ...]:
-        """The newest look."""
-        return self._seen if self._seen is not None else self.poll()
+        """Return the latest readings."""
+        return self._latest if self._latest is not None else self.poll()
 
     @property
     def stale(self) -> bool:
-        """Whether somebody looks and has got no answer for long."""
-        return self._seen is not None and self._monotonic() - self._seen_at > STALE_SECONDS
+        """Whether a poll has been waiting for a disk for long."""
+        return self._latest is not None and self._monotonic() - self._polled_at > STALE_SECONDS

@@ -1,4 +1,4 @@
-"""A bounded look at a corpus: at most 4 MiB of it are read, however long it is."""
+"""A bounded read of a corpus: at most 4 MiB, however long it is."""
 
 import json
 import os
@@ -25,35 +25,35 @@ BLOCKS = 16
 
 @dataclass
 class SampledLines:
-    """What the lines that were looked at hold.
+    """Counts and texts of the sampled lines.
 
     Attributes:
         size: bytes of the whole file.
-        seen: bytes of the lines that were looked at; ``size`` where that is all of it.
+        sampled_bytes: bytes of the sampled lines; equal to ``size`` if the file was read completely.
         texts: the documents.
         bad_lines: lines that are neither blank nor a document.
-        names: where the first of those is an object, the names under which it has texts.
+        names: keys with text values in the first bad line, if it is an object.
     """
 
     size: int
-    seen: int = 0
+    sampled_bytes: int = 0
     texts: list[str] = field(default_factory=list)
     bad_lines: int = 0
     names: tuple[str, ...] = ()
 
     @property
-    def whole(self) -> bool:
-        """Whether nothing was left out, so that counts are no estimates."""
-        return self.seen == self.size
+    def is_complete(self) -> bool:
+        """Whether the whole file was read, so that its counts are exact."""
+        return self.sampled_bytes == self.size
 
     @property
     def scale(self) -> float:
-        """Counts of the whole file are those of the sample times this; 0 where no whole line was seen."""
-        return self.size / self.seen if self.seen else 0.0
+        """Factor from counts of the sample to counts of the file; 0 if no complete line was read."""
+        return self.size / self.sampled_bytes if self.sampled_bytes else 0.0
 
     def add(self, raw: bytes, text_field: str) -> None:
-        """Take one line in, with its end."""
-        self.seen += len(raw)
+        """Add one line, with its line end."""
+        self.sampled_bytes += len(raw)
         if not raw.strip(BLANK):
             return
         value = _value_of(raw)
@@ -66,9 +66,9 @@ class SampledLines:
 
 
 def sample_lines(path: Path, text_field: str) -> SampledLines | None:
-    """Look at the file. A short one is read whole, a long one in equal distances.
+    """Read a short file completely, of a long one blocks in equal distances.
 
-    None where it cannot be read, or is not JSONL: a part of a packed file says nothing of the rest.
+    Return None if it cannot be read, or is not plain JSONL: a part of a compressed file says nothing about the rest.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -79,24 +79,24 @@ def sample_lines(path: Path, text_field: str) -> SampledLines | None:
             if compression_of(head) is not Compression.NONE or is_plain_text(path.name, head):
                 return None
             file.seek(0)
-            found = SampledLines(os.fstat(descriptor).st_size)
-            for raw in _lines(file, found.size):
-                found.add(raw, text_field)
-            return found
+            sample = SampledLines(os.fstat(descriptor).st_size)
+            for raw in _lines(file, sample.size):
+                sample.add(raw, text_field)
+            return sample
     except (OSError, ValueError):
         return None
 
 
 def other_format(path: Path) -> str | None:
-    """What form a readable corpus has that is not JSONL; else None."""
+    """Return the format of a readable corpus that is not JSONL, else None."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
             head = file.read(HEAD_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
     except (OSError, ValueError):
         return None
-    if (packing := compression_of(head)) is not Compression.NONE:
-        return str(packing)
+    if (compression := compression_of(head)) is not Compression.NONE:
+        return str(compression)
     return "plain text" if head and is_plain_text(path.name, head) else None
 
 
@@ -112,7 +112,6 @@ def _lines(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def _whole_lines(data: bytes, from_start: bool, to_end: bool) -> Iterator[bytes]:
-    """The lines that begin and end in ``data``."""
     parts = data.split(b"\n")
     lines = [part + b"\n" for part in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
     if not from_start:
@@ -123,7 +122,6 @@ def _whole_lines(data: bytes, from_start: bool, to_end: bool) -> Iterator[bytes]
 
 
 def _value_of(raw: bytes) -> object:
-    """What the line holds; None where it is no JSON."""
     try:
         return json.loads(raw.removeprefix(BOM).decode())
     except (ValueError, RecursionError):
@@ -131,7 +129,6 @@ def _value_of(raw: bytes) -> object:
 
 
 def _text_of(value: object, text_field: str) -> str | None:
-    """The text of a line, or None where it is no document."""
     text = value.get(text_field) if isinstance(value, dict) else None
     return text if isinstance(text, str) and text and _is_text(text) else None
 

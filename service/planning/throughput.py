@@ -1,4 +1,4 @@
-"""How fast runs like this one went on this service."""
+"""Throughput of earlier runs of this service that are like the planned one."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +9,13 @@ from sqlalchemy.orm import Session
 from trainyard.contract.spec import JobSpec
 from trainyard.service.db.models import JobRow
 
-MAX_RUNS = 300
-"""Newest jobs among which a like one is looked for."""
-
+MAX_RUNS = 300  # number of newest jobs that are searched
 SAME_TRAINING = ("batch_size", "accumulation_steps", "dtype", "use_compile", "deterministic")
 
 
 @dataclass(frozen=True)
 class Throughput:
-    """Tokens a second of a past run, and which run that was."""
+    """Tokens per second of an earlier run."""
 
     tokens_per_second: float
     job_id: str
@@ -25,22 +23,22 @@ class Throughput:
     device_name: str | None
 
     def __str__(self) -> str:
-        where = f" on {self.device_name}" if self.device_name else ""
-        return f"{self.tokens_per_second:,.0f} tokens/s in {self.job_id}{where}"
+        suffix = f" on {self.device_name}" if self.device_name else ""
+        return f"{self.tokens_per_second:,.0f} tokens/s in {self.job_id}{suffix}"
 
 
 def find_throughput(session: Session, spec: JobSpec, kind: str) -> Throughput | None:
-    """Of the newest job with the same shape on the same kind of device; None where there was none.
+    """Return that of the newest job with the same shape on the same kind of device, or None.
 
-    The same shape: model, row length, packing, batch, dtype and ranks.
+    The shape is the model, sequence length, packing, batch, dtype and number of ranks.
     """
-    wanted = _shape(spec.model_dump(mode="json"))
+    shape = _shape(spec.model_dump(mode="json"))
     columns = (JobRow.id, JobRow.name, JobRow.spec, JobRow.facts, JobRow.progress)
-    ran = (JobRow.started_at.is_not(None), JobRow.ranks == spec.resources.ranks)
-    rows = session.execute(select(*columns).where(*ran).order_by(JobRow.number.desc()).limit(MAX_RUNS))
+    conditions = (JobRow.started_at.is_not(None), JobRow.ranks == spec.resources.ranks)
+    rows = session.execute(select(*columns).where(*conditions).order_by(JobRow.number.desc()).limit(MAX_RUNS))
     for row in rows:
         speed = row.progress.get("tokens_per_second")
-        if speed and _kind(row.facts.get("device")) == _kind(kind) and _shape(row.spec) == wanted:
+        if speed and _kind(row.facts.get("device")) == _kind(kind) and _shape(row.spec) == shape:
             return Throughput(float(speed), row.id, row.name, row.facts.get("device_name"))
     return None
 

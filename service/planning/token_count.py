@@ -1,12 +1,11 @@
-"""How many tokens a text has, without a tokenizer library: exact for bytes, near for a byte-pair vocabulary."""
+"""Token count of a text without a tokenizer library: exact for bytes, approximate for a byte-pair vocabulary."""
 
 import json
 from collections.abc import Callable
 
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file
 
-SPECIAL = 2
-"""A document's beginning and its end."""
+SPECIAL = 2  # beginning and end of a document
 
 SAMPLE_CHARACTERS = 100_000
 MAX_TOKEN = 24
@@ -15,10 +14,10 @@ TokenCounter = Callable[[str], float]
 
 
 def token_counter(tokenizer_path: str, texts: list[str]) -> TokenCounter:
-    """A function from a text to its tokens, beginning and end included.
+    """Return a function from a text to its number of tokens, including its beginning and end.
 
-    Where there is a vocabulary, a sample of ``texts`` is cut into the longest tokens it has, from left to right, and
-    the tokens per byte of that are used for all. Merging finds about as many.
+    With a vocabulary, a sample of ``texts`` is cut greedily into the longest tokens from left to right, and its tokens
+    per byte are used for all texts. Byte-pair merging gives about as many tokens.
     """
     if tokenizer_path == BYTE:
         return lambda text: SPECIAL + len(text.encode())
@@ -32,8 +31,8 @@ def _tokens_per_byte(tokenizer_path: str, texts: list[str]) -> float:
     if not vocabulary or not sample:
         return 1.0
     by_bytes = "\u0120" in vocabulary
-    spelt = _byte_letters(sample) if by_bytes else sample.replace(" ", "\u2581")
-    return longest_matches(spelt, vocabulary) / len(sample.encode())
+    characters = _byte_letters(sample) if by_bytes else sample.replace(" ", "\u2581")
+    return longest_matches(characters, vocabulary) / len(sample.encode())
 
 
 def _vocabulary(tokenizer_path: str) -> frozenset[str]:
@@ -46,26 +45,25 @@ def _vocabulary(tokenizer_path: str) -> frozenset[str]:
 
 
 def _sample(texts: list[str]) -> str:
-    """Beginnings of documents from all over the sample."""
     step = max(1, len(texts) // 200)
-    chosen = texts[::step]
-    share = SAMPLE_CHARACTERS // max(1, len(chosen))
-    return "\n".join(text[:share] for text in chosen)[:SAMPLE_CHARACTERS]
+    selected = texts[::step]
+    length = SAMPLE_CHARACTERS // max(1, len(selected))
+    return "\n".join(text[:length] for text in selected)[:SAMPLE_CHARACTERS]
 
 
 def longest_matches(text: str, vocabulary: frozenset[str]) -> int:
-    """Tokens that ``text`` is cut into when the longest that fits is taken each time."""
-    longest = max(map(len, vocabulary))
+    """Return the number of tokens that ``text`` is cut into if the longest match is taken each time."""
+    max_size = max(map(len, vocabulary))
     count = position = 0
     while position < len(text):
-        size = next((n for n in range(longest, 1, -1) if text[position : position + n] in vocabulary), 1)
+        size = next((n for n in range(max_size, 1, -1) if text[position : position + n] in vocabulary), 1)
         position += size
         count += 1
     return count
 
 
 def _byte_letters(text: str) -> str:
-    """The bytes as the letters that byte-level vocabularies are spelt in (Radford et al. 2019, GPT-2)."""
+    """Map bytes to the characters of byte-level vocabularies (Radford et al. 2019, GPT-2)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in plain}
     others = (byte for byte in range(256) if byte not in letters)

@@ -1,4 +1,4 @@
-"""What a user should know before a device is taken. Pure: each finding is one sentence."""
+"""Warnings about a planned run, one sentence each. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -7,19 +7,16 @@ from trainyard.contract.spec import JobSpec
 from trainyard.service.planning.estimate import RunSize
 
 GB = 1e9
-FEW_TOKENS = 8192
-"""A GPU that gets fewer tokens at once waits for its launches more than it computes."""
-
-MIN_KEPT = 2
-"""Checkpoints that are kept whatever ``keep_last`` says."""
+FEW_TOKENS = 8192  # with fewer tokens per micro-batch, a GPU waits for kernel launches more than it computes
+MIN_KEPT = 2  # checkpoints that are kept even if ``keep_last`` is smaller
 
 
 @dataclass(frozen=True)
 class HostCapacity:
-    """What the run would meet here. Bytes; None: not known. ``kind`` is that of the device, e.g. ``cuda``.
+    """Resources of the host that the run needs, in bytes; None: unknown. ``kind`` is the device's, e.g. ``cuda``.
 
-    ``snapshot``: host memory of the copy that saves are written from. ``other_form``: of a corpus that is no JSONL.
-    ``names``: under which the first line of it that is no document has texts.
+    ``snapshot``: host memory of the copy that checkpoints are written from. ``other_format``: the corpus's, if it is
+    not JSONL. ``names``: keys with texts in the first line that is no document.
     """
 
     kind: str
@@ -28,59 +25,59 @@ class HostCapacity:
     checkpoint_bytes: int
     disk_free: int | None
     snapshot: int = 0
-    other_form: str | None = None
+    other_format: str | None = None
     names: tuple[str, ...] = ()
 
 
-def warnings(spec: JobSpec, size: RunSize | None, here: HostCapacity) -> list[str]:
-    """The sentences, the gravest first."""
-    found = [*_memory(spec, here), *_disk(spec, here), *_device(spec, here)]
-    if size is None and here.other_form is not None:
-        return [*found, f"the corpus is {here.other_form}: tokens, steps and time are known once it is tokenized"]
+def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[str]:
+    """Return the warnings, the most serious first."""
+    sentences = [*_memory(spec, host), *_disk(spec, host), *_device(spec, host)]
+    if size is None and host.other_format is not None:
+        return [*sentences, f"the corpus is {host.other_format}: tokens, steps and time are known once it is tokenized"]
     if size is None:
-        return [*found, _no_document(spec.data.text_field, here.names)]
-    return [*found, *_corpus(spec, size), *_intervals(spec, size)]
+        return [*sentences, _no_document(spec.data.text_field, host.names)]
+    return [*sentences, *_corpus(spec, size), *_intervals(spec, size)]
 
 
 def _no_document(text_field: str, names: tuple[str, ...]) -> str:
-    has = f"lines have texts under {', '.join(map(repr, names))}: set text_field"
+    known = f"lines have texts under {', '.join(map(repr, names))}: set text_field"
     needed = f'it needs one JSON object a line, such as {{"{text_field}": "..."}}'
-    return f"no document was found in what was looked at of the corpus: {has if names else needed}"
+    return f"no document was found in the sampled part of the corpus: {known if names else needed}"
 
 
-def _memory(spec: JobSpec, here: HostCapacity) -> Iterator[str]:
-    if here.memory_limit is None:
+def _memory(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
+    if host.memory_limit is None:
         return
-    cpu = here.kind == "cpu"
+    cpu = host.kind == "cpu"
     ranks = spec.resources.nproc_per_node if cpu else 1
-    # Only rank 0 saves, and on a GPU the copy is in the host's memory.
-    snapshot = here.snapshot if cpu else 0
-    needed, whose = here.memory_needed * ranks + snapshot, "this host" if cpu else "the device"
-    if needed > here.memory_limit:
+    # Only rank 0 keeps a copy for saving, and that of a GPU run is in the host's memory.
+    snapshot = host.snapshot if cpu else 0
+    needed, owner = host.memory_needed * ranks + snapshot, "this host" if cpu else "the device"
+    if needed > host.memory_limit:
         yield (
-            f"it needs about {_gb(needed)} of memory and {whose} has {_gb(here.memory_limit)}: "
+            f"it needs about {_gb(needed)} of memory and {owner} has {_gb(host.memory_limit)}: "
             "lower batch_size or max_seq_len, or take a smaller model"
         )
-    elif needed > 0.9 * here.memory_limit:
-        yield f"it needs about {_gb(needed)} of the {_gb(here.memory_limit)} of memory that {whose} has: it may not fit"
+    elif needed > 0.9 * host.memory_limit:
+        yield f"it needs about {_gb(needed)} of the {_gb(host.memory_limit)} of memory that {owner} has: it may not fit"
 
 
-def _disk(spec: JobSpec, here: HostCapacity) -> Iterator[str]:
+def _disk(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
     kept = max(MIN_KEPT, spec.checkpoint.keep_last) + 1
-    needed = kept * here.checkpoint_bytes
-    if here.disk_free is not None and needed > here.disk_free:
+    needed = kept * host.checkpoint_bytes
+    if host.disk_free is not None and needed > host.disk_free:
         yield (
             f"{kept} checkpoints (keep_last and the one being written) take {_gb(needed)} and "
-            f"{_gb(here.disk_free)} are free on the disk"
+            f"{_gb(host.disk_free)} are free on the disk"
         )
 
 
-def _device(spec: JobSpec, here: HostCapacity) -> Iterator[str]:
-    if here.kind == "cpu" and spec.resources.device == "auto":
+def _device(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
+    if host.kind == "cpu" and spec.resources.device == "auto":
         yield "there is no GPU on this host: this run will use the CPU"
-    at_once = spec.training.batch_size * spec.data.max_seq_len
-    if here.kind.startswith("cuda") and at_once < FEW_TOKENS:
-        yield f"batch_size {spec.training.batch_size} gives a GPU {at_once:,} tokens at once: it could take more"
+    batch_tokens = spec.training.batch_size * spec.data.max_seq_len
+    if host.kind.startswith("cuda") and batch_tokens < FEW_TOKENS:
+        yield f"batch_size {spec.training.batch_size} gives a GPU {batch_tokens:,} tokens at once: it could take more"
 
 
 def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Carries out what the plan decided. Launchers are called between transactions, never inside one."""
+"""Execution of the scheduler's actions. Launchers are called between transactions, never inside one."""
 
 import contextlib
 import json
@@ -35,15 +35,7 @@ from trainyard.service.launch.base import (
     Placement,
 )
 from trainyard.service.leadership import LeaderLease, fenced
-from trainyard.service.scheduler.plan import (
-    Action,
-    Inspect,
-    Kill,
-    NotifyStop,
-    Preempt,
-    Restart,
-    Start,
-)
+from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Restart, Start
 from trainyard.service.scheduler.published_inventory import InventorySnapshot
 from trainyard.service.scheduler.snapshot import LiveAttempt, SchedulerMemory
 from trainyard.service.timing import Timing
@@ -54,7 +46,10 @@ log = logging.getLogger("trainyard")
 
 
 class PlanExecutor:
-    """Does one action at a time. ``clock`` gives the time in UTC. Without a ``lease`` it is alone on its database."""
+    """Executes one action at a time.
+
+    ``clock`` returns the time in UTC. ``lease`` is None if no other service uses the database.
+    """
 
     def __init__(
         self,
@@ -71,18 +66,21 @@ class PlanExecutor:
         self._memory = memory
         self._clock = clock
         self._lease = lease
-        self._living: set[AttemptRef] = set()
+        self._alive: set[AttemptRef] = set()
 
     def write(self) -> contextlib.AbstractContextManager[Session]:
-        """A transaction that is refused where another service schedules. Raises Deposed."""
+        """Open a transaction; raise LeadershipLost if another service leads."""
         return fenced(self._database, self._lease)
 
-    def _leads(self) -> bool:
-        """Whether what was looked at is still ours to act on: this process may have been stopped since."""
+    def _still_leads(self) -> bool:
+        # This process may have been suspended since it read the snapshot.
         return self._lease is None or self._lease.fresh()
 
     def execute(self, action: Action) -> bool:
-        """Carry ``action`` out. True where devices or jobs were freed, so that another look is worth it at once."""
+        """Execute ``action``.
+
+        Return True if it freed devices or changed jobs, so that the next round is due at once.
+        """
         try:
             match action:
                 case Start():
@@ -100,21 +98,22 @@ class PlanExecutor:
                 case _:
                     assert_never(action)
         except (Conflict, JobNotFound):
-            return True  # somebody was faster; the next snapshot shows what is true now
+            return True  # the job has changed since the snapshot; the next round reads it again
 
     @failpoint("launch.scheduler.start")
     def _start(self, action: Start) -> bool:
         launch = self._claim(action)
-        if launch is None or not self._leads():
-            return False  # stopped right here for long: whoever leads now finds that it was never launched
+        if launch is None or not self._still_leads():
+            # If the process was suspended here, the new leader finds that the attempt was never launched.
+            return False
         self._memory.inspected_at[launch.attempt_id] = self._clock()
         where = ",".join(launch.devices) or launch.name.launcher
         log.info("launching", extra={**launch.name.fields, "devices": where})
         try:
             self._launcher.start(launch)
-        except LauncherUnavailable as trouble:
-            # Whether it was launched is found out by looking, as after a death of ours at this point.
-            log.warning("not known to be launched: %s", trouble, extra=launch.name.fields)
+        except LauncherUnavailable as error:
+            # It may have been launched. The next inspection finds out, as after a crash at this point.
+            log.warning("launch not confirmed: %s", error, extra=launch.name.fields)
             return False
         except Exception as error:
             if not isinstance(error, LaunchRefused):
@@ -129,23 +128,23 @@ class PlanExecutor:
 
     @failpoint("launch.scheduler.claim")
     def _claim(self, action: Start) -> Launch | None:
-        """Queued -> starting, the attempt's row and its leases, all or nothing."""
+        """Move the job from queued to starting and insert the attempt and its leases, in one transaction."""
         token = secrets.token_urlsafe(32)
         try:
             with self.write() as session:
                 job = repository.lock(session, action.job_id)
-                return _claimed(session, job, action.devices, token, self._clock())
+                return _create_attempt(session, job, action.devices, token, self._clock())
         except IntegrityError:
-            return None  # a device was leased in between
+            return None  # another transaction has leased a device since the snapshot
 
-    def _launch_refused(self, launch: Launch, why: Exception) -> None:
-        hint = why.hint if isinstance(why, LaunchRefused) else None
+    def _launch_refused(self, launch: Launch, error: Exception) -> None:
+        hint = error.hint if isinstance(error, LaunchRefused) else None
         report = ExitReport(
             outcome="crashed",
             step=0,
             reason=Reason.LAUNCH_FAILED,
-            message=f"the launch failed: {why}",
-            error=ErrorCard(code=Reason.LAUNCH_FAILED, message=str(why), hint=hint),
+            message=f"the launch failed: {error}",
+            error=ErrorCard(code=Reason.LAUNCH_FAILED, message=str(error), hint=hint),
             last_seq=0,
             ended_at=self._clock(),
         )
@@ -156,43 +155,43 @@ class PlanExecutor:
             job = repository.lock(session, job_id)
             if job.status != JobStatus.INTERRUPTED or job.restart_at is None:
                 return False
-            note = EventDraft("status", "the back-off is over: queued again", "scheduler")
+            event = EventDraft("status", "the back-off is over: queued again", "scheduler")
             changes = {"restart_at": None, "trigger": "restart", "desired": Desired.RUN}
-            repository.transition(session, job, JobStatus.QUEUED, note, self._clock(), **changes)
+            repository.transition(session, job, JobStatus.QUEUED, event, self._clock(), **changes)
         return True
 
     def probe_agents(self, names: Sequence[AttemptRef]) -> None:
-        """Before many are looked at one by one: see which of them live by one look at the host for all of them."""
-        self._living = self._launcher.find_alive(names) if len(names) > 1 else set()
+        """Find the live agents among ``names`` by one scan of the host, before each attempt is inspected."""
+        self._alive = self._launcher.find_alive(names) if len(names) > 1 else set()
 
     def _inspect(self, live: LiveAttempt) -> bool:
         self._memory.inspected_at[live.id] = self._clock()
-        # That it lived a moment ago is all that is taken from the glance. Whatever ends something is looked at anew.
-        found = AttemptStatus(AttemptState.ALIVE) if live.name in self._living else self._launcher.find(live.name)
-        if not self._leads():
+        # The scan proves only that an agent is alive. Before anything is ended, find() inspects the attempt itself.
+        status = AttemptStatus(AttemptState.ALIVE) if live.name in self._alive else self._launcher.find(live.name)
+        if not self._still_leads():
             return False
-        match found.state:
+        match status.state:
             case AttemptState.UNKNOWN:
-                self._wait_for_answer(live, found.silence)
+                self._wait_for_answer(live, status.silence)
                 return False
             case AttemptState.ALIVE:
-                self._adopt(live, found)
-                if live.tailed or (found.placement is not None and found.placement.nodes):
+                self._adopt(live, status)
+                if live.tailed or (status.placement is not None and status.placement.nodes):
                     self._tail(live)
                 return False
             case AttemptState.ENDED:
-                return self._ended(live, found)
+                return self._handle_ended(live, status)
             case AttemptState.ORPHANED:
                 log.warning("an attempt has lost its agent", extra=live.name.fields)
                 self._launcher.kill(live.name)
-                return self._ended(live, self._launcher.find(live.name))
+                return self._handle_ended(live, self._launcher.find(live.name))
             case AttemptState.ABSENT:
-                return self._absent(live)
+                return self._handle_absent(live)
             case _:
-                assert_never(found.state)
+                assert_never(status.state)
 
-    def _adopt(self, live: LiveAttempt, found: AttemptStatus) -> None:
-        placement = found.placement.to_json() if found.placement is not None else live.placement
+    def _adopt(self, live: LiveAttempt, status: AttemptStatus) -> None:
+        placement = status.placement.to_json() if status.placement is not None else live.placement
         if live.launched and live.placement == placement:
             return
         with self.write() as session:
@@ -200,13 +199,13 @@ class PlanExecutor:
             attempt.placement = dict(placement) if placement is not None else None
             if not live.launched:
                 attempt.launched_at = attempt.launched_at or self._clock()
-                note = EventDraft(
+                event = EventDraft(
                     "adopted", f"attempt {live.name.number} was found running", "scheduler", live.name.number
                 )
-                repository.record_event(session, job, note, self._clock())
+                repository.record_event(session, job, event, self._clock())
 
     def _wait_for_answer(self, live: LiveAttempt, silence: str | None) -> None:
-        """Have a job whose cluster says nothing tell why it stands still, until it is known where it runs."""
+        # Until its nodes are known, the job shows that its cluster does not answer.
         before = live.placement or Placement("", "unknown").to_json()
         if live.placed or silence is None or before["waiting_for"] == silence:
             return
@@ -215,27 +214,25 @@ class PlanExecutor:
             attempt.placement = {**before, "waiting_for": silence}
 
     def _tail(self, live: LiveAttempt) -> None:
-        """Read what an agent has shipped to nobody: it cannot reach us, or has not for a while.
-
-        That the cluster runs it is its sign of life then.
-        """
+        # The agent cannot reach the service, so its outbox is read from the run directory. It sends no heartbeats;
+        # that the cluster runs the job counts as one.
         self._ingest_remaining(live)
         with self.write() as session:
             job, attempt = events.lock(session, live.id, live.name.job_id)
             if attempt.acked_seq:
                 events.record_contact(session, job, attempt, self._clock())
             settings = RunSettings.of(job.spec)
-        self._launcher.settle(live.name, settings)
+        self._launcher.write_settings(live.name, settings)
 
-    def _ended(self, live: LiveAttempt, found: AttemptStatus) -> bool:
-        if found.state is not AttemptState.ENDED or found.report is None:
+    def _handle_ended(self, live: LiveAttempt, status: AttemptStatus) -> bool:
+        if status.state is not AttemptState.ENDED or status.report is None:
             return False
         self._ingest_remaining(live)
-        self._close(live.id, live.name, found.report)
+        self._close(live.id, live.name, status.report)
         return True
 
     def _ingest_remaining(self, live: LiveAttempt) -> None:
-        """Store the lines that the agent could not deliver any more."""
+        """Store the outbox lines that the agent has not delivered."""
         acked = self._acked(live)
         while lines := self._launcher.unacked_lines(live.name, acked, MAX_UNACKED_LINES):
             with self.write() as session:
@@ -250,12 +247,13 @@ class PlanExecutor:
             attempt = session.get(AttemptRow, live.id)
             return attempt.acked_seq if attempt is not None else 0
 
-    def _absent(self, live: LiveAttempt) -> bool:
-        # Whoever was about to start it may only be slow: from here on it cannot begin any more.
+    def _handle_absent(self, live: LiveAttempt) -> bool:
+        # A launch of this attempt may still be on its way (a slow process, a former leader). kill() closes the attempt
+        # first, so that an agent that starts late exits.
         self._launcher.kill(live.name)
-        found = self._launcher.find(live.name)
-        if found.state is not AttemptState.ABSENT:
-            return self._ended(live, found)
+        status = self._launcher.find(live.name)
+        if status.state is not AttemptState.ABSENT:
+            return self._handle_ended(live, status)
         if not live.launched and live.last_heartbeat_at is None:
             with self.write() as session:
                 job, attempt = events.lock(session, live.id, live.name.job_id)
@@ -263,12 +261,7 @@ class PlanExecutor:
             return True
         message = "nothing is left of the attempt, neither processes nor files"
         report = ExitReport(
-            outcome="crashed",
-            step=0,
-            reason=Reason.AGENT_LOST,
-            message=message,
-            last_seq=0,
-            ended_at=self._clock(),
+            outcome="crashed", step=0, reason=Reason.AGENT_LOST, message=message, last_seq=0, ended_at=self._clock()
         )
         self._close(live.id, live.name, report)
         return True
@@ -279,11 +272,12 @@ class PlanExecutor:
             exits.close_attempt(session, job, attempt, report, self._clock(), self._timing)
 
     def _notify_stop(self, live: LiveAttempt) -> bool:
+        # The second of two ways: see NotifyStop.
         try:
             self._launcher.stop(live.name)
-        except LauncherUnavailable as trouble:
-            log.warning("not told to stop yet: %s", trouble, extra=live.name.fields)
-            return False  # told again in the next round
+        except LauncherUnavailable as error:
+            log.warning("stop request not delivered yet: %s", error, extra=live.name.fields)
+            return False  # the next round tries again
         self._memory.notified[live.id] = live.desired
         return False
 
@@ -293,40 +287,40 @@ class PlanExecutor:
         return True
 
     def _preempt(self, action: Preempt) -> bool:
-        """Running -> pausing, for a job of higher priority that still waits."""
         name = action.attempt.name
         with self.write() as session:
             job = repository.lock(session, name.job_id)
             waiting = repository.find(session, action.job_id)
-            if not _yields(job, name.number, waiting):
+            if not _may_preempt(job, name.number, waiting):
                 return False
-            message = f"makes room for {waiting.id} (priority {waiting.priority}): saves, and goes on by itself later"
-            note = EventDraft("status", message, "scheduler", name.number, data={"preempted_by": waiting.id})
+            message = (
+                f"makes room for {waiting.id} (priority {waiting.priority}): saves, and resumes automatically later"
+            )
+            event = EventDraft("status", message, "scheduler", name.number, data={"preempted_by": waiting.id})
             changes = {"desired": Desired.PAUSE, "preempted_by": waiting.id, "asked_at": self._clock()}
             repository.transition(
-                session, job, JobStatus.PAUSING, note, self._clock(), **changes, reason=Reason.PREEMPTED
+                session, job, JobStatus.PAUSING, event, self._clock(), **changes, reason=Reason.PREEMPTED
             )
-            told = f"{job.id} (priority {job.priority}) makes room for this job"
+            reason = f"{job.id} (priority {job.priority}) makes room for this job"
             repository.record_event(
-                session, waiting, EventDraft("preempts", told, "scheduler", data={"job_id": job.id}), self._clock()
+                session, waiting, EventDraft("preempts", reason, "scheduler", data={"job_id": job.id}), self._clock()
             )
         return True
 
-    def publish(self, bulletin: InventorySnapshot) -> None:
-        """Say to the other services what is leased out here. Alone on its database there is nobody to tell."""
+    def publish(self, inventory: InventorySnapshot) -> None:
+        """Publish the devices and the preemption setting for the services that do not schedule."""
         if self._lease is not None:
             with self.write() as session:
-                bulletin.write(session)
+                inventory.write(session)
 
 
-def _yields(job: JobRow, attempt: int, waiting: JobRow) -> bool:
-    """Whether what the plan saw is still so."""
+def _may_preempt(job: JobRow, attempt: int, waiting: JobRow) -> bool:
     runs = (job.status, job.desired, job.attempt) == (JobStatus.RUNNING, Desired.RUN, attempt)
     return runs and waiting.status == JobStatus.QUEUED and waiting.priority > job.priority
 
 
 @failpoint("launch.scheduler.insert")
-def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime) -> Launch | None:
+def _create_attempt(session: Session, job: JobRow, devices: Sequence[str], token: str, now: datetime) -> Launch | None:
     if job.status != JobStatus.QUEUED:
         return None
     spec = _attempt_spec(job, devices)
@@ -347,14 +341,14 @@ def _claimed(session: Session, job: JobRow, devices: Sequence[str], token: str, 
     if leases:
         session.execute(insert(DeviceLeaseRow), leases)
     where = ", ".join(devices) or name.launcher
-    note = EventDraft("status", f"starting attempt {name.number} on {where}", "scheduler", name.number)
+    event = EventDraft("status", f"starting attempt {name.number} on {where}", "scheduler", name.number)
     changes = {"attempt": name.number, "reason": None, "message": None, "error": None, "heard_at": None}
-    repository.transition(session, job, JobStatus.STARTING, note, now, **changes, phase=None, phase_detail=None)
+    repository.transition(session, job, JobStatus.STARTING, event, now, **changes, phase=None, phase_detail=None)
     return Launch(name, attempt.id, spec, tuple(devices), token, job.resume_step)
 
 
 def _attempt_spec(job: JobRow, devices: Sequence[str]) -> JobSpec:
-    """The job's spec for this attempt. Which GPU is the lease's business: the worker sees only those it has."""
+    # The lease decides which GPU the job gets: CUDA_VISIBLE_DEVICES hides the others, so "cuda:1" would not exist.
     spec = JobSpec.model_validate_json(json.dumps(job.spec))
     if not devices or not spec.resources.device.startswith("cuda:"):
         return spec

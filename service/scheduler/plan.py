@@ -1,4 +1,4 @@
-"""What to do next: a pure function of the snapshot and the time."""
+"""The scheduling decision: a pure function of the snapshot and the time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,20 +13,19 @@ from trainyard.service.scheduler.preemption import PreemptionBudget
 from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot
 from trainyard.service.timing import Timing
 
+# How often an attempt is inspected that waits on its cluster, which alone knows the reason, or whose agent cannot
+# report, so that its outbox is read.
 REINSPECT_AFTER = timedelta(seconds=1)
-"""An attempt that waits on its cluster is looked up so often: nobody else can say what it waits for.
 
-So is one whose agent cannot report: at each look its outbox is read."""
-
+# How long smaller jobs may overtake one that does not fit. After that, free devices are kept for it.
 BACKFILL_PATIENCE = timedelta(minutes=5)
-"""So long smaller jobs may overtake one that does not fit; then free devices are kept for it."""
 
-NAMES = {"cpu": ("CPU slot", "CPU slots"), "cuda": ("GPU", "GPUs")}
+DEVICE_NAMES = {"cpu": ("CPU slot", "CPU slots"), "cuda": ("GPU", "GPUs")}
 
 
 @dataclass(frozen=True)
 class Start:
-    """Lease the devices to a queued job and launch its next attempt; on a cluster there is nothing to lease."""
+    """Lease the devices to a queued job and launch its next attempt. A cluster's devices are not leased."""
 
     job_id: str
     devices: tuple[str, ...]
@@ -34,35 +33,39 @@ class Start:
 
 @dataclass(frozen=True)
 class Restart:
-    """Queue an interrupted job again: its back-off is over."""
+    """Queue an interrupted job again after its back-off."""
 
     job_id: str
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Ask the launcher what is left of a quiet attempt, and believe the kernel."""
+    """Ask the launcher for the state of an attempt that does not report."""
 
     attempt: LiveAttempt
 
 
 @dataclass(frozen=True)
 class NotifyStop:
-    """Tell the ranks directly what their agent will hear in its next report."""
+    """Write the stop file for the ranks.
+
+    A stop request travels two ways: this file, and the answer to the agent's next heartbeat. The file is faster; the
+    heartbeat also reaches an attempt whose directory or cluster command is not available.
+    """
 
     attempt: LiveAttempt
 
 
 @dataclass(frozen=True)
 class Kill:
-    """End a killed attempt whose agent does not answer."""
+    """Kill an attempt that is to be killed and whose agent does not answer."""
 
     attempt: LiveAttempt
 
 
 @dataclass(frozen=True)
 class Preempt:
-    """Ask a running attempt to save and stop, so that ``job_id`` gets its devices; its own job is queued again."""
+    """Ask a running attempt to save and stop, so that ``job_id`` gets its devices. Its own job is queued again."""
 
     attempt: LiveAttempt
     job_id: str
@@ -72,7 +75,7 @@ Action = Start | Restart | Inspect | NotifyStop | Kill | Preempt
 
 
 def subject(action: Action) -> dict[str, Any]:
-    """Which job an action is done to, and which attempt of it: fields of the log's lines."""
+    """Return the log fields of the job, and of the attempt if there is one, that ``action`` applies to."""
     match action:
         case Start() | Restart():
             return {"job_id": action.job_id}
@@ -84,18 +87,18 @@ def subject(action: Action) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Actions in the order in which they are done, and what each job that stays queued waits for."""
+    """Actions in the order of execution, and what each job that stays queued waits for."""
 
     actions: tuple[Action, ...] = ()
     waiting: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Plan:
-    """Look after what lives, then start what fits."""
-    attended = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
+    """Attend to live attempts first, then restart and start jobs."""
+    live_actions = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
     placed, waiting = _place(snapshot, now)
-    return Plan((*attended, *restarts, *placed), waiting)
+    return Plan((*live_actions, *restarts, *placed), waiting)
 
 
 def _plan_live(attempt: LiveAttempt, now: datetime, timing: Timing) -> Action | None:
@@ -117,12 +120,12 @@ def _plan_live(attempt: LiveAttempt, now: datetime, timing: Timing) -> Action | 
 
 
 def _is_older(then: datetime, now: datetime, patience: timedelta) -> bool:
-    """Whether it is longer ago than that. What lies ahead was before the clock was set back: nobody knows how long."""
+    # A time in the future was written before the clock was set back; how long ago is unknown, so it counts as old.
     return abs(now - then) > patience
 
 
 class _Pools:
-    """Free devices by kind. Devices are taken in the inventory's order."""
+    """Free devices by kind, taken in the inventory's order."""
 
     def __init__(self, devices: Sequence[Device], leases: Mapping[str, str]) -> None:
         self.leases = dict(leases)
@@ -137,28 +140,27 @@ class _Pools:
         return ranks <= self.count(kind) if kind in self.free else ranks == self.count(kind) == 1
 
     def count(self, kind: str) -> int:
-        """How many devices of a kind, or of a name, are free."""
+        """Return how many devices of a kind (``cuda``) or of a name (``cuda:1``) are free."""
         pool = self.free[_pool(kind)]
         return len(pool) if kind in self.free else int(kind in pool)
 
     def take(self, kind: str, ranks: int, job_id: str) -> tuple[str, ...]:
         pool = self.free[_pool(kind)]
-        taken = tuple(islice(pool, ranks)) if kind in self.free else (kind,)
-        for device in taken:
+        devices = tuple(islice(pool, ranks)) if kind in self.free else (kind,)
+        for device in devices:
             del pool[device]
             self.leases[device] = job_id
-        return taken
+        return devices
 
-    def lacks(self, kind: str, ranks: int) -> str:
-        """What a job waits for that does not fit."""
-        if kind not in NAMES:
+    def waiting_reason(self, kind: str, ranks: int) -> str:
+        if kind not in DEVICE_NAMES:
             holder = self.leases.get(kind)
             return f"{kind}, " + (f"which {holder} has" if holder else "which is in use or not there")
-        one, many = NAMES[kind]
+        one, many = DEVICE_NAMES[kind]
         return f"{ranks} {one if ranks == 1 else many}; {len(self.free[kind])} of {self.total.get(kind, 0)} free"
 
     def reserve(self, kind: str) -> None:
-        """Keep what is free for the job in front: nobody behind it gets any."""
+        """Keep the free devices for the job at the front of the queue: no later job gets any."""
         if kind in self.free:
             self.free[kind] = {}
         else:
@@ -170,32 +172,32 @@ def _pool(kind: str) -> str:
 
 
 def _place(snapshot: Snapshot, now: datetime) -> tuple[list[Start | Preempt], dict[str, str]]:
-    """Start by priority, then age. Who does not fit is overtaken for PATIENCE at most, or room is made for it."""
+    """Start jobs by priority, then age. A job that does not fit is overtaken or has others preempted."""
     pools = _Pools(snapshot.devices, snapshot.leases)
-    yielding = PreemptionBudget(snapshot)
-    auto = kind_for("auto", snapshot.devices)
+    budget = PreemptionBudget(snapshot)
+    auto_kind = kind_for("auto", snapshot.devices)
     placed: list[Start | Preempt] = []
     waiting: dict[str, str] = {}
-    for job in sorted(snapshot.queued, key=_turn):
+    for job in sorted(snapshot.queued, key=_queue_order):
         if job.launcher not in (None, LOCAL):
-            placed.append(Start(job.id, ()))  # the cluster has a queue of its own
+            placed.append(Start(job.id, ()))  # the cluster has its own queue
             continue
-        kind = auto if job.device == "auto" else job.device
+        kind = auto_kind if job.device == "auto" else job.device
         if pools.fits(kind, job.ranks):
             placed.append(Start(job.id, pools.take(kind, job.ranks, job.id)))
             continue
-        waiting[job.id] = pools.lacks(kind, job.ranks)
-        room = yielding.room_for(job, kind, pools.count(kind))
-        if room is not None:
-            placed += [Preempt(attempt, job.id) for attempt in room.victims]
-            waiting[job.id] += f"; {room}"
+        waiting[job.id] = pools.waiting_reason(kind, job.ranks)
+        victims = budget.find_victims(job, kind, pools.count(kind))
+        if victims is not None:
+            placed += [Preempt(attempt, job.id) for attempt in victims.victims]
+            waiting[job.id] += f"; {victims}"
         else:
-            yielding.close(kind)
-        if room is not None or now - job.queued_at > BACKFILL_PATIENCE:
-            # What is free meanwhile is kept: else who made room would take it again, and make room again.
+            budget.close(kind)
+        if victims is not None or now - job.queued_at > BACKFILL_PATIENCE:
+            # Free devices are kept meanwhile: else the preempted job would take them and be preempted again.
             pools.reserve(kind)
     return placed, waiting
 
 
-def _turn(job: QueuedJob) -> tuple[int, datetime, int]:
+def _queue_order(job: QueuedJob) -> tuple[int, datetime, int]:
     return -job.priority, job.queued_at, job.number

@@ -1,7 +1,7 @@
-"""What the service that schedules leases out, told to those on the same database that only answer.
+"""The scheduling service's devices, published for the other services on the same database.
 
-They may run on hosts without its devices: by their own they would refuse specs that fit, and say that a job waits for
-devices which are free.
+Those may run on hosts without the devices. With their own inventory they would reject specs that fit, and report that a
+job waits for devices that are free.
 """
 
 import threading
@@ -14,72 +14,71 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import SchedulerLeaseRow
-from trainyard.service.devices.inventory import FRESH_SECONDS, Device, Inventory
+from trainyard.service.devices.inventory import CACHE_SECONDS, Device, Inventory
 from trainyard.service.leadership import ROW
 
+# Shortest time between two writes if only memory use or temperature have changed, which they always do.
 MEMORY_SECONDS = 10.0
-"""The memory that is in use changes all the time: it is told no more often than this."""
 
 
 @dataclass(frozen=True)
 class InventorySnapshot:
-    """The devices, and whether jobs of lower priority make room."""
+    """The devices, and whether jobs of lower priority are preempted."""
 
     devices: tuple[Device, ...]
     preempts: bool
 
     def write(self, session: Session) -> None:
-        """Put it where the others look; where nobody leads there is nothing to say."""
+        """Write the snapshot to the leader's row, if there is one."""
         row = session.get(SchedulerLeaseRow, ROW)
         if row is not None:
             row.offer = {"preempts": self.preempts, "devices": [asdict(device) for device in self.devices]}
 
     @classmethod
     def of(cls, row: SchedulerLeaseRow | None) -> Self | None:
-        """What was said last, or None where nothing was, or by a release that speaks otherwise."""
+        """Return the last published inventory, or None if there is none or its format is unknown."""
         if row is None or row.offer is None:
             return None
         try:
-            return cls(tuple(_device(said) for said in row.offer["devices"]), bool(row.offer["preempts"]))
+            return cls(tuple(_device(published) for published in row.offer["devices"]), bool(row.offer["preempts"]))
         except (KeyError, TypeError):
             return None
 
     def without_volatile(self) -> Self:
-        """It without what changes all the time."""
-        still = (replace(device, memory_used_bytes=None, temperature_celsius=None) for device in self.devices)
-        return replace(self, devices=tuple(still))
+        """Return a copy without memory use and temperature, which change constantly."""
+        devices = (replace(device, memory_used_bytes=None, temperature_celsius=None) for device in self.devices)
+        return replace(self, devices=tuple(devices))
 
 
-def _device(said: dict[str, Any]) -> Device:
-    lists = {name: tuple(said[name]) for name in ("processes", "strangers")}
-    return Device(**{**said, **lists})
+def _device(published: dict[str, Any]) -> Device:
+    lists = {name: tuple(published[name]) for name in ("processes", "strangers")}
+    return Device(**{**published, **lists})
 
 
 class PublishTracker:
-    """Whether there is something new to tell."""
+    """Decides when the inventory is published again."""
 
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._last: InventorySnapshot | None = None
-        self._at = 0.0
+        self._published_at = 0.0
 
-    def differs(self, bulletin: InventorySnapshot) -> bool:
-        """Whether ``bulletin`` is worth a commit."""
-        if self._last is None or bulletin.without_volatile() != self._last.without_volatile():
+    def differs(self, inventory: InventorySnapshot) -> bool:
+        """Whether ``inventory`` is worth a commit."""
+        if self._last is None or inventory.without_volatile() != self._last.without_volatile():
             return True
-        return bulletin != self._last and self._monotonic() - self._at > MEMORY_SECONDS
+        return inventory != self._last and self._monotonic() - self._published_at > MEMORY_SECONDS
 
-    def mark_published(self, bulletin: InventorySnapshot) -> None:
-        """It is out."""
-        self._last, self._at = bulletin, self._monotonic()
+    def mark_published(self, inventory: InventorySnapshot) -> None:
+        self._last, self._published_at = inventory, self._monotonic()
 
     def forget(self) -> None:
-        """Another one may have spoken since."""
+        """Publish at the next chance: another leader may have overwritten the row."""
         self._last = None
 
 
 class PublishedInventory:
-    """The devices of the service that schedules; this host's ``own`` until one has spoken. Read once a second."""
+    """The scheduling service's devices; this host's ``own`` until it has published any. Read once a second."""
 
     def __init__(self, database: Database, own: Inventory, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._database = database
@@ -90,11 +89,11 @@ class PublishedInventory:
         self._read_at = float("-inf")
 
     def devices(self) -> Sequence[Device]:
-        """Every device that may be leased."""
+        """Return every device that may be leased."""
         with self._lock:
-            if self._monotonic() - self._read_at > FRESH_SECONDS:
+            if self._monotonic() - self._read_at > CACHE_SECONDS:
                 with self._database.read() as session:
                     self._read = InventorySnapshot.of(session.get(SchedulerLeaseRow, ROW))
                 self._read_at = self._monotonic()
-            found = self._read
-        return found.devices if found is not None else self._own.devices()
+            published = self._read
+        return published.devices if published is not None else self._own.devices()

@@ -1,4 +1,4 @@
-"""Everything a scheduling round looks at, read in one transaction."""
+"""Everything that a scheduling round needs, read in one transaction."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +15,16 @@ from trainyard.service.jobs.restart_policy import made_a_step
 from trainyard.service.launch.base import LOCAL, AttemptRef
 from trainyard.service.timing import Timing
 
-PREEMPTIBLE = JobRow.spec[("resources", "preemptible")].as_boolean()
-"""Null in a spec of before there was such a field."""
+PREEMPTIBLE = JobRow.spec[("resources", "preemptible")].as_boolean()  # null in specs older than the field
 
-LAUNCHER = JobRow.spec[("resources", "launcher")].as_string()
-"""Null: this host's."""
+LAUNCHER = JobRow.spec[("resources", "launcher")].as_string()  # null: this host
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that waits for devices. ``device`` is the spec's: auto, cpu, cuda or one such as cuda:1.
+    """A job that waits for devices.
 
-    ``launcher``: the spec's; None: this host's.
+    ``device`` is the spec's: auto, cpu, cuda or one such as cuda:1. ``launcher`` is the spec's; None means this host.
     """
 
     id: str
@@ -41,9 +39,9 @@ class QueuedJob:
 
 @dataclass(frozen=True)
 class LiveAttempt:
-    """An attempt that has not ended, as far as the database knows. ``moved``: it has made a step of its own.
+    """An attempt that has not ended in the database.
 
-    ``placement``: where its cluster has put it, as far as that was seen.
+    ``made_progress``: it has made a step itself. ``placement``: where its cluster runs it, if known.
     """
 
     id: str
@@ -64,20 +62,20 @@ class LiveAttempt:
 
     @property
     def placed(self) -> bool:
-        """Whether it runs where it is known to be. One on a cluster waits there before it does."""
+        """Whether its nodes are known. An attempt on a cluster waits in the cluster's queue before that."""
         return self.name.launcher == LOCAL or bool(self.placement and self.placement["nodes"])
 
     @property
     def tailed(self) -> bool:
-        """Whether it is read in the run directory, because its agent cannot report."""
+        """Whether the service reads its run directory because its agent cannot report."""
         return bool(self.placement and self.placement.get("tailed"))
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """``looked_at`` and ``told`` of live attempts are this process's own memory: after a restart they are empty.
+    """``inspected_at`` and ``notified`` of live attempts come from this process's memory and are empty after a restart.
 
-    ``preempts``: jobs of lower priority are paused where one of higher priority waits.
+    ``preempts``: jobs of lower priority are paused for one of higher priority.
     """
 
     queued: Sequence[QueuedJob] = ()
@@ -90,21 +88,20 @@ class Snapshot:
 
 @dataclass
 class SchedulerMemory:
-    """What this process did already; losing it costs a second look, nothing else."""
+    """What this process has done already. Losing it costs an additional inspection, nothing else."""
 
     inspected_at: dict[str, datetime] = field(default_factory=dict)
     notified: dict[str, Desired] = field(default_factory=dict)
 
     def forget_ended(self, live: Sequence[LiveAttempt]) -> None:
-        """Keep only what concerns attempts that live."""
         ids = {attempt.id for attempt in live}
         self.inspected_at = {k: v for k, v in self.inspected_at.items() if k in ids}
         self.notified = {k: v for k, v in self.notified.items() if k in ids}
 
 
 def is_due(restart_at: datetime, now: datetime, timing: Timing = Timing()) -> bool:
-    """Whether the back-off is over. One that is longer than there are any means that the clock was set back."""
-    return restart_at <= now or restart_at - now > timedelta(seconds=timing.longest_restart_wait)
+    """Whether the back-off is over. A time further away than any back-off means that the clock was set back."""
+    return restart_at <= now or restart_at - now > timedelta(seconds=timing.max_restart_wait)
 
 
 def load_snapshot(
@@ -115,9 +112,8 @@ def load_snapshot(
     preempts: bool = False,
     timing: Timing = Timing(),
 ) -> Snapshot:
-    """Read the snapshot."""
-    waiting = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
-    restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*waiting)).all()
+    awaiting_restart = (JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
+    restarts = session.execute(select(JobRow.id, JobRow.restart_at).where(*awaiting_restart)).all()
     leases = session.execute(select(DeviceLeaseRow.device, DeviceLeaseRow.job_id)).all()
     return Snapshot(
         queued=_queued(session),
@@ -130,8 +126,8 @@ def load_snapshot(
 
 
 def _queued(session: Session) -> list[QueuedJob]:
-    of_job = (JobRow.id, JobRow.name, JobRow.device, JobRow.ranks, JobRow.priority, JobRow.queued_at, JobRow.number)
-    rows = session.execute(select(*of_job, LAUNCHER).where(JobRow.status == JobStatus.QUEUED)).all()
+    columns = (JobRow.id, JobRow.name, JobRow.device, JobRow.ranks, JobRow.priority, JobRow.queued_at, JobRow.number)
+    rows = session.execute(select(*columns, LAUNCHER).where(JobRow.status == JobStatus.QUEUED)).all()
     return [QueuedJob(*row) for row in rows]
 
 
@@ -156,11 +152,11 @@ def _live(session: Session, memory: SchedulerMemory) -> list[LiveAttempt]:
             notified=memory.notified.get(row.id),
             running=status == JobStatus.RUNNING,
             made_progress=made_a_step(row.start_step, progress.get("step")),
-            preemptible=may_yield is not False,
+            preemptible=preemptible is not False,
             priority=priority,
             devices=tuple(row.devices),
             created_at=row.created_at,
             placement=row.placement,
         )
-        for row, desired, asked_at, status, priority, progress, may_yield in rows
+        for row, desired, asked_at, status, priority, progress, preemptible in rows
     ]

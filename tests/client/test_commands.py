@@ -125,11 +125,11 @@ def test_a_name_that_is_shared_is_wrong_usage(run: Run, service: FakeService) ->
 def test_a_rejection_is_exit_1_and_prints_all_problems(run: Run, service: FakeService) -> None:
     service.faults = [
         lambda _: None,
-        lambda _: problem(409, "invalid_state", "The job is failed; what fits: resume, delete."),
+        lambda _: problem(409, "invalid_state", "The job is failed. Allowed actions: resume, delete."),
     ]
     code, out, err = run("pause", "pre-12")
     assert (code, out) == (1, "")
-    assert "trainyard: The job is failed; what fits: resume, delete. [invalid_state]" in err
+    assert "trainyard: The job is failed. Allowed actions: resume, delete. [invalid_state]" in err
 
 
 def test_an_error_of_the_service_names_the_request(run: Run, service: FakeService) -> None:

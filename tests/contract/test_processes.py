@@ -15,7 +15,7 @@ from trainyard.contract.locks import FileLock, LockBusy, is_held
 from trainyard.contract.processes import MARKER, ProcessIdentity, descendants, find_by_marker, live_markers, wait_gone
 from trainyard.contract.rundir import RunDir
 from trainyard.service.launch.base import AttemptRef
-from trainyard.service.launch.local import AGENTS_TOKEN, LocalLauncher
+from trainyard.service.launch.local import AGENT_TOKEN_VARIABLE, LocalLauncher
 
 TEST, A, B, C, D = (unique_job_id(f"job_{name}") for name in ("test", "a", "b", "c", "d"))
 
@@ -110,7 +110,7 @@ def test_who_lives_is_seen_by_the_launcher_until_it_has_left_its_report(tmp_path
     launcher = LocalLauncher(tmp_path, tmp_path / "corpora")
     names = [AttemptRef(A, 1), AttemptRef(A, 2), AttemptRef(B, 1), AttemptRef(C, 1)]
     agents = [
-        subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(name), AGENTS_TOKEN: "secret"})
+        subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(name), AGENT_TOKEN_VARIABLE: "secret"})
         for name in names[:2]
     ]
     rank = subprocess.Popen(["sleep", "60"], env={**os.environ, MARKER: str(names[2])})

@@ -174,7 +174,7 @@ class FakeLauncher:
         attempt.ended_by_launcher += 1
         attempt.end("crashed", Reason.AGENT_LOST, message="the attempt's agent is gone and left no report")
 
-    def settle(self, name: AttemptRef, settings: RunSettings) -> None:
+    def write_settings(self, name: AttemptRef, settings: RunSettings) -> None:
         """Its agents hear of them in the answers to their reports."""
 
     def unacked_lines(self, name: AttemptRef, after_seq: int, limit: int) -> list[dict[str, Any]]:

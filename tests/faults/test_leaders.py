@@ -24,18 +24,13 @@ from trainyard.contract.rundir import read_json
 from trainyard.service import leadership as leasing
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import SchedulerLeaseRow
-from trainyard.service.leadership import (
-    LEASE_SECONDS,
-    RENEW_SECONDS,
-    LeaderLease,
-    LeadershipLost,
-)
+from trainyard.service.leadership import LEASE_SECONDS, RENEW_SECONDS, LeaderLease, LeadershipLost
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 
 
 class Clock:
-    """Monotonic, and goes only when told."""
+    """A monotonic clock that is advanced by hand."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,12 +48,12 @@ class Group:
         self.leases = [LeaderLease(self.database, clock) for clock in self.clocks]
 
     def pass_time(self, seconds: float, *stopped: int) -> None:
-        """Half a second at a time; those that are ``stopped`` do nothing, and their clocks go on as a host's does."""
+        """Half a second at a time; those that are ``stopped`` do nothing, but their clocks continue."""
         for _ in range(int(seconds / 0.5)):
             for number, (clock, lease) in enumerate(zip(self.clocks, self.leases, strict=True)):
                 clock.now += 0.5
                 if number not in stopped:
-                    lease.keep()
+                    lease.renew()
 
     def leading(self) -> list[int]:
         return [number for number, lease in enumerate(self.leases) if lease.epoch is not None]
@@ -120,10 +115,10 @@ def test_the_epoch_only_grows(group: Group) -> None:
 
 def test_a_lease_that_was_given_up_is_taken_at_once(group: Group) -> None:
     group.pass_time(1)
-    group.leases[0].give_up()
+    group.leases[0].release()
     assert group.row()[2] is None
-    assert group.leases[1].keep()
-    group.leases[0].give_up()
+    assert group.leases[1].renew()
+    group.leases[0].release()
     assert group.leading() == [1], "one who does not lead has nothing to give up"
 
 
@@ -139,11 +134,11 @@ def test_a_leader_of_this_host_that_is_dead_is_not_waited_for(group: Group) -> N
             row = session.get(SchedulerLeaseRow, 1)
             assert row is not None
             row.holder, row.epoch = json.dumps(holder), row.epoch + 1
-        assert LeaderLease(group.database, group.clocks[1]).keep() is taken, holder
+        assert LeaderLease(group.database, group.clocks[1]).renew() is taken, holder
 
 
 def test_two_that_begin_together_are_one_leader(group: Group) -> None:
-    assert [lease.keep() for lease in group.leases].count(True) == 1
+    assert [lease.renew() for lease in group.leases].count(True) == 1
 
 
 def test_the_lease_needs_no_clock_that_can_be_set(group: Group, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +283,7 @@ def test_a_replica_answers_and_never_schedules(servers: list[Home], any_url: str
 
 def test_who_is_deposed_says_so_and_writes_nothing(group: Group, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "trainyard")
-    group.leases[0].keep()
+    group.leases[0].renew()
     assert "epoch 1" in caplog.text
     group.leases[1].epoch = 0
     for lease in group.leases[1:]:

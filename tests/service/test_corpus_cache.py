@@ -1,4 +1,4 @@
-"""Corpora that nobody uses leave the cache, once an hour or when they are told to."""
+"""Unused corpora are removed from the cache, once an hour or by the command."""
 
 import json
 import os
@@ -42,11 +42,11 @@ def kept(*entries: tuple[float, int, bool]) -> list[CacheEntry]:
         ([(3, 5, False)], Limits(0, 5), ""),
     ],
 )
-def test_what_is_surplus(entries: list[tuple[float, int, bool]], limits: Limits, gone: str) -> None:
+def test_corpora_to_delete(entries: list[tuple[float, int, bool]], limits: Limits, gone: str) -> None:
     assert "".join(each.key for each in corpora_to_delete(kept(*entries), limits, NOW)) == gone
 
 
-def test_the_shelf_is_tidied_once_an_hour(tmp_path: Path) -> None:
+def test_the_cache_is_pruned_once_an_hour(tmp_path: Path) -> None:
     cache, ticks = filled(tmp_path, *KEYS), [0.0]
     shelf = CorpusCachePruner(cache, Limits(30, 0), clock=lambda: NOW, monotonic=lambda: ticks[0])
     with cache.use(KEYS[1], nothing):

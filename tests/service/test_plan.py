@@ -82,7 +82,7 @@ def test_a_reservation_keeps_only_its_own_kind_of_device() -> None:
     assert starts(snapshot) == {"cpu": ("cpu:0",)}
 
 
-def test_nobody_starves_under_a_stream_of_small_jobs() -> None:
+def test_no_job_starves_under_a_stream_of_small_jobs() -> None:
     """Small jobs come without end and each runs a minute; the big one starts within its patience and one such run."""
     leases: dict[str, str] = {}
     ends: dict[str, datetime] = {}
@@ -142,7 +142,7 @@ def test_never_more_than_there_is() -> None:
         assert not set(given) & set(leases), f"seed {seed}"
 
 
-def test_an_attempt_of_a_service_that_was_restarted_is_looked_up_first() -> None:
+def test_after_a_restart_live_attempts_are_inspected_first() -> None:
     snapshot = Snapshot(live=[live(looked=None)], queued=[job("b")], devices=cpu_slots(2), leases={"cpu:0": "job_a"})
     actions = plan(snapshot, NOW).actions
     assert [type(a) for a in actions] == [Inspect, Start]
@@ -158,12 +158,12 @@ def test_an_attempt_of_a_service_that_was_restarted_is_looked_up_first() -> None
         (live(heard=None, looked=6), Inspect),
         (live(Desired.PAUSE), NotifyStop),
         (live(Desired.CANCEL), NotifyStop),
-        (live(Desired.CANCEL, told=Desired.PAUSE), NotifyStop),
-        (live(Desired.PAUSE, told=Desired.PAUSE), None),
+        (live(Desired.CANCEL, notified=Desired.PAUSE), NotifyStop),
+        (live(Desired.PAUSE, notified=Desired.PAUSE), None),
         (live(Desired.KILL, asked=60), None),
         (live(Desired.KILL, heard=30, asked=1), None),
         (live(Desired.KILL, heard=30, asked=Timing().kill_grace.total_seconds() + 1), Kill),
-        (live(Desired.CANCEL, heard=3600, told=Desired.CANCEL), None),
+        (live(Desired.CANCEL, heard=3600, notified=Desired.CANCEL), None),
     ],
 )
 def test_attending(attempt: LiveAttempt, expected: type | None) -> None:

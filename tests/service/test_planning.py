@@ -51,7 +51,7 @@ def test_a_short_file_is_counted_exactly(tmp_path: Path) -> None:
     )
     found = sample_lines(path, "text")
     assert found is not None
-    assert (found.texts, found.bad_lines, found.whole, found.scale) == (["a", "é\u2028b"], 4, True, 1.0)
+    assert (found.texts, found.bad_lines, found.is_complete, found.scale) == (["a", "é\u2028b"], 4, True, 1.0)
     assert found.names == ("text",)
 
 
@@ -63,7 +63,7 @@ def test_a_file_under_another_name_of_the_text(tmp_path: Path) -> None:
     assert (found.texts, found.bad_lines, found.names) == ([], 2, ("content", "title"))
 
 
-def test_what_cannot_be_looked_at(tmp_path: Path) -> None:
+def test_what_cannot_be_sampled(tmp_path: Path) -> None:
     assert sample_lines(tmp_path / "none", "text") is None
     assert sample_lines(tmp_path, "text") is None
     for name, content in (
@@ -87,8 +87,8 @@ def test_of_a_long_file_little_is_read(tmp_path: Path, monkeypatch: pytest.Monke
     write_corpus(path, 20_000, seed=1, bad_every=50)
     found = sample_lines(path, "text")
     assert found is not None
-    assert not found.whole
-    assert found.seen <= 64 << 10
+    assert not found.is_complete
+    assert found.sampled_bytes <= 64 << 10
     assert found.scale * len(found.texts) == pytest.approx(20_000, rel=0.1)
     assert found.scale * found.bad_lines == pytest.approx(400, rel=0.6)
 
@@ -212,9 +212,14 @@ def test_nothing_to_say() -> None:
         (replace(SIZE, steps=50), HERE, {"training": {"warmup_steps": 50}}, "warmup_steps 50 is not shorter"),
         (replace(SIZE, steps=999), HERE, {}, "save_interval 1,000 is longer than the run (999 steps)"),
         (replace(SIZE, steps=99), HERE, {}, "log_interval 100 is longer than the run (99 steps)"),
-        (None, HERE, {}, "no document was found in what was looked at of the corpus: it needs one JSON object a line"),
+        (None, HERE, {}, "no document was found in the sampled part of the corpus: it needs one JSON object a line"),
         (None, replace(HERE, names=("content", "id")), {}, "lines have texts under 'content', 'id': set text_field"),
-        (None, replace(HERE, other_form="parquet"), {}, "the corpus is parquet: tokens, steps and time are known once"),
+        (
+            None,
+            replace(HERE, other_format="parquet"),
+            {},
+            "the corpus is parquet: tokens, steps and time are known once",
+        ),
         (SIZE, replace(HERE, memory_limit=3 << 29, snapshot=1 << 30), {}, "needs about 2.1 GB of memory"),
     ],
 )
@@ -239,7 +244,7 @@ def test_what_is_not_known_is_not_warned_of() -> None:
         ("c.txt", b"", None),
     ],
 )
-def test_a_corpus_that_is_not_looked_into_is_named(name: str, head: bytes, form: str | None, tmp_path: Path) -> None:
+def test_the_format_of_a_corpus_that_is_not_sampled(name: str, head: bytes, form: str | None, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(head)
     assert other_format(tmp_path / name) == form
     assert other_format(tmp_path) is other_format(tmp_path / "missing") is None
@@ -279,7 +284,7 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
     assert found["flops"] == pytest.approx(found["flops_per_token"] * found["tokens_per_step"] * found["steps"])
     assert found["expected_first_loss"] == pytest.approx(math.log(259))
     assert (found["eta_seconds"], found["eta_basis"], found["world_size"]) == (None, None, 1)
-    assert found["queue"] == {"position": 1, "waiting_for": "nothing: it would start at once"}
+    assert found["queue"] == {"position": 1, "waiting_for": "nothing: it would start immediately"}
     assert set(found["memory_bytes"]) == {"weights", "gradients", "optimizer", "activations"}
     assert any_rig.get("/jobs")["data"] == []
 
@@ -313,7 +318,7 @@ def test_the_time_comes_from_a_like_run(any_rig: ServiceHarness) -> None:
 def test_where_it_would_stand(any_rig: ServiceHarness) -> None:
     any_rig.running(resources={"nproc_per_node": 2})
     any_rig.submit()
-    assert plan(any_rig)["queue"] == {"position": 2, "waiting_for": "1 CPU slots; 0 of 2 free"}
+    assert plan(any_rig)["queue"] == {"position": 2, "waiting_for": "1 CPU slot; 0 of 2 free"}
     assert plan(any_rig, resources={"priority": 5})["queue"]["position"] == 1
 
 

@@ -1,4 +1,4 @@
-"""A job of higher priority waits: who makes room for it, who does not, and what all of them are told."""
+"""Preemption: which attempts make room for a job of higher priority, which do not, and what the jobs show."""
 
 import random
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def holder(
     job_id: str, *devices: str, priority: int = 0, age: float = 60.0, desired: Desired = Desired.RUN, **rest: Any
 ) -> LiveAttempt:
     """An attempt that runs and has been heard just now."""
-    fields: dict[str, Any] = {"running": True, "moved": True, **rest}
+    fields: dict[str, Any] = {"running": True, "made_progress": True, **rest}
     return LiveAttempt(
         f"att_{job_id}",
         AttemptRef(job_id, 1),
@@ -75,7 +75,7 @@ def test_the_least_important_make_room_and_no_more_than_needed(
 @pytest.mark.parametrize(
     ("spared", "why"),
     [
-        ({"moved": False}, "it has made no step since it began: it would be stopped again and again"),
+        ({"made_progress": False}, "it has made no step since it began: it would be stopped again and again"),
         ({"running": False}, "it is starting"),
         ({"preemptible": False}, "its spec says no"),
         ({"priority": 5}, "it is as important"),
@@ -86,7 +86,7 @@ def test_who_is_spared(spared: dict[str, Any], why: str) -> None:
     assert victims(snapshot(only, queued=[job("front", priority=5)], devices=cpu_slots(1))) == {}, why
 
 
-def test_nobody_makes_room_where_that_is_switched_off() -> None:
+def test_no_preemption_if_it_is_switched_off() -> None:
     seen = snapshot(*FULL, queued=[job("front", priority=10)])
     assert victims(Snapshot(seen.queued, seen.live, leases=seen.leases, devices=seen.devices)) == {}
 
@@ -116,7 +116,7 @@ def test_what_was_promised_to_one_is_not_promised_to_the_next() -> None:
     assert victims(snapshot(leaving, low, queued=queue, devices=cpu_slots(2))) == {"low": "second"}
 
 
-def test_a_device_that_is_just_being_left_costs_nobody_else_theirs() -> None:
+def test_a_device_that_is_being_freed_preempts_no_other_job() -> None:
     """The attempt has ended and its process is still seen: one look later the device is free."""
     low = holder("low", "cuda:1")
     devices = (Device("cuda:0", "cuda", processes=(9,)), Device("cuda:1", "cuda", processes=(8,)))
@@ -139,7 +139,7 @@ def test_free_devices_are_kept_for_the_one_that_room_is_made_for() -> None:
     }
 
 
-def test_nobody_makes_room_for_a_job_behind_one_that_waits_for_more() -> None:
+def test_no_preemption_for_a_job_after_one_that_waits_for_more() -> None:
     low, top = holder("low", "cpu:0"), holder("top", "cpu:1", priority=9)
     queue = [job("front", 2, priority=5, age=400), job("behind", 1, priority=4)]
     assert victims(snapshot(low, top, queued=queue, devices=cpu_slots(2))) == {}
@@ -162,7 +162,7 @@ def random_snapshot(dice: random.Random) -> Snapshot:
     while free and dice.random() < 0.8:
         taken = [free.pop() for _ in range(dice.randint(1, len(free)))]
         desired = dice.choice((Desired.RUN, Desired.RUN, Desired.RUN, Desired.PAUSE))
-        spared = {"moved": dice.random() < 0.8, "preemptible": dice.random() < 0.8}
+        spared = {"made_progress": dice.random() < 0.8, "preemptible": dice.random() < 0.8}
         name, priority = f"run_{len(live)}", dice.randint(0, 3)
         live.append(holder(name, *taken, priority=priority, age=dice.random(), desired=desired, **spared))
     queued = [job(f"q{n}", dice.randint(1, total), priority=dice.randint(0, 4)) for n in range(dice.randint(0, 4))]
@@ -194,9 +194,9 @@ def test_ten_thousand_situations() -> None:
     assert asked > 1000
 
 
-def test_room_is_told_in_words() -> None:
+def test_victims_are_named_in_the_reason() -> None:
     seen = snapshot(*FULL, queued=[])
-    room = PreemptionBudget(seen).room_for(job("front", 4, priority=10), "cpu", 0)
+    room = PreemptionBudget(seen).find_victims(job("front", 4, priority=10), "cpu", 0)
     assert str(room) == "low, mid and top make room"
 
 
@@ -233,11 +233,11 @@ def test_pause_requeue_resume(rig: ServiceHarness) -> None:
     rig.exit(attempt, "stopped", Reason.USER, step=4, message="saved and stopped at step 4")
     job = rig.job(low)
     assert (job["status"], job["desired"], job["reason"]) == ("queued", "run", "preempted")
-    assert job["message"] == f"saved and stopped at step 4, to make room for {front}; it goes on by itself"
+    assert job["message"] == f"saved and stopped at step 4, to make room for {front}; it resumes automatically"
     rig.reconcile()
     assert rig.status(front) is JobStatus.STARTING
     assert rig.job(low)["summary"] == (
-        "Paused at step 4 to make room for a job of higher priority; goes on by itself. "
+        "Paused at step 4 to make room for a job of higher priority; resumes automatically. "
         "Waiting for 2 CPU slots; 1 of 2 free. Position 1."
     )
     rig.exit(rig.launcher.of(front), "completed", step=10)
@@ -273,7 +273,7 @@ def test_a_job_that_was_resumed_is_left_alone_until_it_has_made_a_step(rig: Serv
 
 
 @pytest.mark.parametrize(("verb", "becomes"), [("pause", JobStatus.PAUSED), ("cancel", JobStatus.CANCELLED)])
-def test_the_user_s_wish_comes_first(rig: ServiceHarness, verb: str, becomes: JobStatus) -> None:
+def test_the_user_s_request_comes_first(rig: ServiceHarness, verb: str, becomes: JobStatus) -> None:
     low, attempt = started(rig, 3)
     rig.submit(resources={"priority": 5})
     rig.reconcile()
@@ -326,13 +326,13 @@ def test_what_changed_between_plan_and_deed_is_seen(rig: ServiceHarness) -> None
     scheduler = rig.scheduler
     action = next(a for a in plan(scheduler._snapshot(), rig.clock()).actions if isinstance(a, Preempt))
     rig.client.patch(f"/jobs/{front}", json={"priority": 0})
-    assert scheduler._applier.execute(action) is False
+    assert scheduler._executor.execute(action) is False
     assert rig.status(low) is JobStatus.RUNNING
     rig.client.patch(f"/jobs/{front}", json={"priority": 5})
     rig.post_action(front, "cancel")
-    assert scheduler._applier.execute(action) is False
+    assert scheduler._executor.execute(action) is False
     rig.client.delete(f"/jobs/{front}")
-    assert scheduler._applier.execute(action) is True, "look again: the job is gone"
+    assert scheduler._executor.execute(action) is True, "look again: the job is gone"
     assert rig.status(low) is JobStatus.RUNNING
 
 

@@ -1,4 +1,4 @@
-"""A service that only answers, beside the one that schedules: positions, reasons to wait and devices, as true there."""
+"""A service that does not schedule reports the same positions, waiting reasons and devices as the leader."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -58,7 +58,7 @@ class Pair:
         return client
 
     def round(self) -> None:
-        assert self.leader.scheduler._leads()
+        assert self.leader.scheduler._renew_lease()
         self.leader.scheduler.reconcile_until_stable()
 
     def submit(self, client: int = 1, **resources: Any) -> str:
@@ -70,7 +70,7 @@ class Pair:
     def queue(self, job_id: str) -> list[dict[str, Any] | None]:
         """What each of the two says."""
         for services in (self.leader, self.replica):
-            services.scheduler._outlook._looked_at = float("-inf")
+            services.scheduler._preview._loaded_at = float("-inf")
         return [client.get(f"/jobs/{job_id}").json()["queue"] for client in self.clients]
 
     def close(self) -> None:
@@ -107,7 +107,7 @@ def test_both_say_the_same(pair: Pair) -> None:
     assert f"Waiting for cuda:0, which {named} has. Position 3." in {job["summary"] for job in listed}
 
 
-def test_what_fits_says_so_before_the_next_look(pair: Pair) -> None:
+def test_a_job_that_fits_says_so_before_the_next_round(pair: Pair) -> None:
     pair.round()
     job_id = pair.submit()
     assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": STARTS_NEXT}
@@ -125,17 +125,17 @@ def test_a_replica_knows_the_devices_of_the_one_that_schedules(pair: Pair) -> No
     assert pair.clients[1].get(f"/jobs/{job_id}").json()["alerts"] == [], "there is a GPU, elsewhere"
 
 
-def test_where_nobody_schedules_that_is_what_jobs_wait_for(pair: Pair) -> None:
+def test_without_a_leader_jobs_wait_for_one(pair: Pair) -> None:
     job_id = pair.submit(client=0)
     assert pair.queue(job_id)[1] == {"position": 1, "waiting_for": NO_JOBS}
     pair.round()
     pair.submit()
-    pair.leader.scheduler._give_up()
+    pair.leader.scheduler._release_lease()
     waiting = pair.submit(nproc_per_node=2)
     assert pair.queue(waiting)[1] == {"position": 2, "waiting_for": NO_JOBS}
 
 
-def test_a_leader_that_counts_on_no_more_is_nobody(pair: Pair) -> None:
+def test_a_leader_that_does_not_renew_its_lease_does_not_count(pair: Pair) -> None:
     clock = Clock()
     outlook = QueuePreview(pair.replica.database, lambda: datetime.now(UTC), clock)
     pair.round()
@@ -158,7 +158,7 @@ def test_a_leader_that_counts_on_no_more_is_nobody(pair: Pair) -> None:
     assert running not in outlook.waiting()
 
 
-def test_many_who_ask_cost_one_look_a_second(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_requests_cost_one_read_a_second(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     outlook = QueuePreview(pair.replica.database, lambda: datetime.now(UTC), clock)
     looks: list[object] = []
@@ -167,7 +167,7 @@ def test_many_who_ask_cost_one_look_a_second(pair: Pair, monkeypatch: pytest.Mon
         looks.append(session)
         return {}
 
-    monkeypatch.setattr(outlook, "_foresee", foresee)
+    monkeypatch.setattr(outlook, "_load_waiting", foresee)
     for _ in range(50):
         outlook.waiting()
     clock.now += 1.5
@@ -175,7 +175,7 @@ def test_many_who_ask_cost_one_look_a_second(pair: Pair, monkeypatch: pytest.Mon
     assert len(looks) == 2
 
 
-def test_room_that_is_made_is_foreseen(tmp_path: Path, sqlite_url: str) -> None:
+def test_room_that_is_made_is_load_waitingn(tmp_path: Path, sqlite_url: str) -> None:
     pair = Pair(tmp_path, sqlite_url, "on")
     pair.round()
     low = pair.submit(nproc_per_node=2)
@@ -190,43 +190,43 @@ def test_room_that_is_made_is_foreseen(tmp_path: Path, sqlite_url: str) -> None:
     pair.close()
 
 
-def bulletin(**fields: Any) -> InventorySnapshot:
+def published(**fields: Any) -> InventorySnapshot:
     card = Device("cuda:0", "cuda", "H100", 80, 10, (5, 6), (6,))
     return InventorySnapshot((replace(card, **fields), *cpu_slots(1)), True)
 
 
-def test_a_bulletin_survives_its_row() -> None:
+def test_an_inventory_survives_its_row() -> None:
     row = SchedulerLeaseRow(id=1, epoch=1, beat=1)
     assert InventorySnapshot.of(None) is None
     assert InventorySnapshot.of(row) is None
-    row.offer = {"preempts": True, "devices": [{**vars(device)} for device in bulletin().devices]}
-    assert InventorySnapshot.of(row) == bulletin()
+    row.offer = {"preempts": True, "devices": [{**vars(device)} for device in published().devices]}
+    assert InventorySnapshot.of(row) == published()
 
 
 @pytest.mark.parametrize(
     "said", [{}, {"devices": []}, {"preempts": True, "devices": [{"id": "cuda:0"}]}, {"devices": 3}]
 )
-def test_what_another_release_said_is_not_guessed_at(said: dict[str, Any]) -> None:
+def test_an_unknown_inventory_format_is_ignored(said: dict[str, Any]) -> None:
     assert InventorySnapshot.of(SchedulerLeaseRow(id=1, epoch=1, beat=1, offer=said)) is None
 
 
 def test_what_changes_all_the_time_is_not_news_each_second() -> None:
     clock = Clock()
     news = PublishTracker(clock)
-    assert news.differs(bulletin())
-    news.mark_published(bulletin())
-    assert not news.differs(bulletin())
-    assert not news.differs(bulletin(memory_used_bytes=11))
-    assert not news.differs(bulletin(temperature_celsius=70))
-    assert news.differs(bulletin(processes=(5,)))
+    assert news.differs(published())
+    news.mark_published(published())
+    assert not news.differs(published())
+    assert not news.differs(published(memory_used_bytes=11))
+    assert not news.differs(published(temperature_celsius=70))
+    assert news.differs(published(processes=(5,)))
     clock.now += MEMORY_SECONDS + 1
-    assert not news.differs(bulletin())
-    assert news.differs(bulletin(memory_used_bytes=11))
+    assert not news.differs(published())
+    assert news.differs(published(memory_used_bytes=11))
     news.forget()
-    assert news.differs(bulletin())
+    assert news.differs(published())
 
 
-def test_own_devices_until_somebody_has_spoken(sqlite_url: str) -> None:
+def test_own_devices_until_an_inventory_is_published(sqlite_url: str) -> None:
     clock = Clock()
     database = Database(sqlite_url)
     inventory = PublishedInventory(database, FixedInventory(cpu_slots(3)), clock)
@@ -234,8 +234,8 @@ def test_own_devices_until_somebody_has_spoken(sqlite_url: str) -> None:
     with database.write() as session:
         session.add(SchedulerLeaseRow(id=1, epoch=1, beat=1))
         session.flush()
-        bulletin().write(session)
+        published().write(session)
     assert len(inventory.devices()) == 3, "read once a second"
     clock.now += 1.5
-    assert inventory.devices() == bulletin().devices
+    assert inventory.devices() == published().devices
     database.close()

@@ -1,4 +1,4 @@
-"""Retention: nothing unless asked, nothing of a job that may go on, and a curve that keeps its outline."""
+"""Retention: off by default, nothing of a job that may resume, and a thinned curve keeps its outline."""
 
 import random
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ def test_everything_is_kept_unless_asked(rig: ServiceHarness) -> None:
     keeper = Keeper(rig)
     assert keeper.whole_pass() == 0
     assert counted(rig, MetricRow, job_id) == 3000
-    assert Policy.of(rig.settings).shortest == 0
+    assert Policy.of(rig.settings).min_days == 0
 
 
 def test_a_thinned_curve_keeps_its_outline(any_rig: ServiceHarness) -> None:
@@ -228,8 +228,8 @@ def test_events_go_and_the_path_and_who_asked_stay(any_rig: ServiceHarness, monk
     assert [e["kind"] for e in after if e["kind"] == "warning"] == []
     assert path_of(after) == path_of(before)
     assert after[0]["kind"] == "created"
-    assert [e for e in after if e["actor"] not in retention.OWN_ACTORS] == [
-        e for e in before if e["actor"] not in retention.OWN_ACTORS
+    assert [e for e in after if e["actor"] not in retention.SYSTEM_ACTORS] == [
+        e for e in before if e["actor"] not in retention.SYSTEM_ACTORS
     ]
     assert counted(rig, MetricRow, job_id) == 0
 
@@ -260,7 +260,7 @@ def test_a_job_that_is_resumed_or_deleted_meanwhile(rig: ServiceHarness, monkeyp
     with rig.database.read() as session:
         numbers = dict(session.execute(select(JobRow.id, JobRow.number)).all())
     assert rig.client.delete(f"/jobs/{gone}").status_code == 204
-    assert keeper.retention._work(gone, rig.clock()) is False
+    assert keeper.retention._step_job(gone, rig.clock()) is False
     with rig.database.write() as session:
         repository.lock(session, job_id).finished_at = None
     monkeypatch.setattr(keeper.retention, "_next", lambda _: None if keeper.transactions else (numbers[job_id], job_id))
@@ -296,20 +296,20 @@ def test_only_the_service_that_schedules_removes(rig: ServiceHarness, monkeypatc
 
     job_id = long_run(rig, 100)
     rig.clock.forward(91 * DAY)
-    services = rig.app.state.services
+    services = rig.app.state.app_state
     upkeep = MaintenanceLoop(
-        rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.telemetry.removes
+        rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.telemetry.rows_removed
     )
-    monkeypatch.setattr(rig.scheduler, "_wanted", False)
+    monkeypatch.setattr(rig.scheduler, "_enabled", False)
     upkeep.round()
     assert counted(rig, MetricRow, job_id) == 100
-    monkeypatch.setattr(rig.scheduler, "_wanted", True)
+    monkeypatch.setattr(rig.scheduler, "_enabled", True)
     upkeep.round()
     assert counted(rig, MetricRow, job_id) == 0
     assert 'trainyard_retention_removed_total{what="metrics"} 100' in rig.client.get("/metrics").text
 
 
-def test_one_that_is_deposed_removes_nothing(any_rig: ServiceHarness) -> None:
+def test_a_service_that_lost_leadership_removes_nothing(any_rig: ServiceHarness) -> None:
     job_id = long_run(any_rig, 100)
     any_rig.clock.forward(91 * DAY)
 
@@ -329,5 +329,5 @@ def test_one_that_is_deposed_removes_nothing(any_rig: ServiceHarness) -> None:
 def test_the_settings() -> None:
     given = {"TRAINYARD_THIN_METRICS_DAYS": "30", "TRAINYARD_METRICS_DAYS": "365", "TRAINYARD_EVENTS_DAYS": "90"}
     policy = Policy.of(Settings.read(given))
-    assert (policy.thin_metrics, policy.metrics, policy.events, policy.shortest) == (30, 365, 90, 30)
-    assert timedelta(days=policy.shortest).total_seconds() == 30 * DAY
+    assert (policy.thin_metrics, policy.metrics, policy.events, policy.min_days) == (30, 365, 90, 30)
+    assert timedelta(days=policy.min_days).total_seconds() == 30 * DAY

@@ -1,4 +1,4 @@
-"""Deaths of the service, of agents and of launches: never twice, never stuck, never forgotten."""
+"""Crashes of the service, of agents and of launches: no attempt runs twice, is stuck or is lost."""
 
 import sqlite3
 
@@ -12,7 +12,7 @@ from trainyard.contract.messages import Ack
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.errors import OutcomeUnknown
 from trainyard.service.launch.base import AttemptRef, AttemptState
-from trainyard.service.scheduler.loop import note_failure
+from trainyard.service.scheduler.loop import log_round_failure
 
 
 @pytest.mark.parametrize("failpoint", ["before_spawn", "after_spawn"])
@@ -104,7 +104,7 @@ def test_a_job_that_ended_while_the_service_was_down(
     second.close()
 
 
-def test_an_attempt_that_ran_and_ended_while_nobody_listened(make_rig: MakeHarness, sqlite_url: str) -> None:
+def test_an_attempt_that_ran_and_ended_while_the_service_was_down(make_rig: MakeHarness, sqlite_url: str) -> None:
     first = make_rig(sqlite_url)
     job_id = first.submit()
     first.launcher.fail_next = "after_spawn"
@@ -140,7 +140,7 @@ def test_who_does_not_answer_says_nothing(any_rig: ServiceHarness) -> None:
     assert (attempt.ended_by_launcher, rig.launcher.starts) == (0, [AttemptRef(job_id, 1)])
 
 
-def test_a_launch_without_an_answer_is_looked_for_and_not_repeated(any_rig: ServiceHarness) -> None:
+def test_a_launch_without_an_answer_is_inspected_and_not_repeated(any_rig: ServiceHarness) -> None:
     rig = any_rig
     rig.launcher.fail_next = "no_answer_but_done"
     done = rig.submit()
@@ -224,7 +224,7 @@ def test_an_attempt_that_vanished_with_its_files_is_lost(rig: ServiceHarness) ->
     assert (job["status"], job["reason"]) == ("interrupted", "agent_lost")
 
 
-def test_an_agent_of_a_replaced_attempt_is_told_to_go(any_rig: ServiceHarness) -> None:
+def test_an_agent_of_a_replaced_attempt_is_killed(any_rig: ServiceHarness) -> None:
     rig = any_rig
     job_id, first = rig.running()
     rig.exit(first, "crashed", Reason.WORKER_CRASHED, step=1)
@@ -286,9 +286,9 @@ def test_a_database_that_is_away_fills_no_log(caplog: pytest.LogCaptureFixture) 
     try:
         raise OutcomeUnknown() from full
     except OutcomeUnknown as error:
-        note_failure(error)
-    note_failure(full)
+        log_round_failure(error)
+    log_round_failure(full)
     assert [record.exc_info for record in caplog.records] == [None, None]
     assert all("(sqlite3.OperationalError) database or disk is full" in line for line in caplog.messages)
-    note_failure(RuntimeError("a mistake of ours"))
+    log_round_failure(RuntimeError("a mistake of ours"))
     assert caplog.records[-1].exc_info

@@ -1,4 +1,4 @@
-"""What the simulated database and the simulated hosts hold."""
+"""State of the simulated database and hosts."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,25 +11,25 @@ from trainyard.service.jobs.lifecycle import JobState
 
 @dataclass
 class Process:
-    """What a host knows of an attempt. ``agent`` False and ``ranks`` True: orphans."""
+    """An attempt on its host. ``agent`` False and ``ranks`` True: orphans."""
 
     agent: bool = True
     ranks: bool = True
-    heard: Desired = Desired.RUN
+    requested: Desired = Desired.RUN
     report: ExitReport | None = None
     closed: bool = False
-    began: bool = False
+    started: bool = False
     start: int = 0
     step: int = 0
 
     @property
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         return self.agent or self.ranks
 
 
 @dataclass
 class Attempt:
-    """A row. ``start_step`` and ``step`` are what was reported; ``moved`` is what was true on the host."""
+    """A row. ``start_step`` and ``step`` are as reported; ``made_progress`` is what happened on the host."""
 
     number: int
     devices: tuple[str, ...]
@@ -37,21 +37,21 @@ class Attempt:
     created_at: datetime
     launched: bool = False
     ended: bool = False
-    heard_at: datetime | None = None
+    heartbeat_at: datetime | None = None
     start_step: int | None = None
     step: int = 0
     outcome: str = ""
     reason: Reason | None = None
-    moved: bool = False
+    made_progress: bool = False
 
     def as_ended(self) -> restart_policy.EndedAttempt:
-        moved = restart_policy.made_a_step(self.start_step, self.step)
-        return restart_policy.EndedAttempt(self.trigger, restart_policy.fault(self.outcome, self.reason), moved)
+        made_progress = restart_policy.made_a_step(self.start_step, self.step)
+        return restart_policy.EndedAttempt(self.trigger, restart_policy.fault(self.outcome, self.reason), made_progress)
 
 
 @dataclass
 class Job:
-    """A row, its attempts, and what is on its disk: the newest checkpoint's step."""
+    """A row, its attempts, and its newest checkpoint's step."""
 
     id: str
     ranks: int
@@ -73,9 +73,9 @@ class Job:
     completed: bool = False
 
     @property
-    def newest(self) -> Attempt:
+    def latest(self) -> Attempt:
         return self.attempts[-1]
 
-    def standing(self) -> JobState:
+    def state(self) -> JobState:
         preempted = self.preempted_by is not None
         return JobState(self.status, self.desired, self.restart_at is not None, len(self.attempts), preempted)

@@ -1,7 +1,10 @@
-"""A service without a database: the applier's and the ingest's semantics in memory, with hosts and a clock that obey.
+"""A simulated service and its hosts, without a database, processes or a real clock.
 
-The plan and the rules are the real ones; the applier, the ingest and the agents are copies that are kept in step by
-hand. `SimulatedCluster.step` does one random thing; `SimulatedCluster.check` is called after each.
+The plan, the lifecycle and the restart policy are the real ones. The executor, the ingest and the agents are copies in
+memory, kept in step by hand: a change of the real ones must be made here too. The real ones are tested by tests/service
+(test_scheduler.py and test_state_machine.py: executor and ingest on a real database with a fake launcher) and by
+tests/faults and tests/agent (real processes). `SimulatedCluster.step` does one random thing; `SimulatedCluster.check`
+is called after each.
 """
 
 import random
@@ -13,89 +16,67 @@ from typing import Literal
 
 from tests.simulation.rows import Attempt, Job, Process
 from trainyard.contract.messages import ErrorCard, ExitReport
-from trainyard.contract.status import (
-    LIVE,
-    TERMINAL,
-    UNCOUNTED_REASONS,
-    Desired,
-    JobStatus,
-    Reason,
-    can_transition,
-)
+from trainyard.contract.status import LIVE, TERMINAL, UNCOUNTED_REASONS, Desired, JobStatus, Reason, can_transition
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs import lifecycle, restart_policy
 from trainyard.service.jobs.lifecycle import InProgress, Rejected, Transition
 from trainyard.service.launch.base import AttemptRef
-from trainyard.service.scheduler.plan import (
-    Action,
-    Inspect,
-    Kill,
-    NotifyStop,
-    Preempt,
-    Restart,
-    Start,
-    plan,
-)
-from trainyard.service.scheduler.snapshot import (
-    LiveAttempt,
-    QueuedJob,
-    Snapshot,
-    is_due,
-)
+from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Restart, Start, plan
+from trainyard.service.scheduler.snapshot import LiveAttempt, QueuedJob, Snapshot, is_due
 from trainyard.service.timing import Timing
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 MAX_RESTARTS = 2
 
 Outcome = Literal["completed", "stopped", "failed", "crashed", "killed"]
-MOST_JOBS = 8
+MAX_JOBS = 8
 
 
 class SimulatedCluster:
-    """Jobs, leases, hosts and a die. ``happened`` is what led here."""
+    """Jobs, leases, processes and a random number generator. ``history`` lists the events so far."""
 
     timing = Timing()
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.dice = random.Random(seed)
+        self.rng = random.Random(seed)
         self.now = EPOCH
-        self.devices = tuple(Device(f"cpu:{i}", "cpu") for i in range(self.dice.randint(2, 5)))
-        self.preempts = self.dice.random() < 0.5
+        self.devices = tuple(Device(f"cpu:{i}", "cpu") for i in range(self.rng.randint(2, 5)))
+        self.preempts = self.rng.random() < 0.5
         self.jobs: dict[str, Job] = {}
         self.leases: dict[str, str] = {}
-        self.hosts: dict[AttemptRef, Process] = {}
-        self.looked_at: dict[str, datetime] = {}
-        self.told: dict[str, Desired] = {}
-        self.late: list[AttemptRef] = []
-        self.happened: list[str] = []
-        self.done: Counter[str] = Counter()
-        self.made = 0
+        self.processes: dict[AttemptRef, Process] = {}
+        self.inspected_at: dict[str, datetime] = {}
+        self.notified: dict[str, Desired] = {}
+        self.late_launches: list[AttemptRef] = []
+        self.history: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.submitted = 0
 
-    # What may happen
+    # Events
 
     def step(self) -> None:
-        doing, *rest = self.dice.choices(DOINGS, WEIGHTS)
+        event, *rest = self.rng.choices(EVENT_TYPES, WEIGHTS)
         assert not rest
-        self.happened.append(doing.__name__)
-        self.done[doing.__name__] += 1
-        doing(self)
+        self.history.append(event.__name__)
+        self.counts[event.__name__] += 1
+        event(self)
 
     def submit(self) -> None:
-        if len(self.jobs) < MOST_JOBS:
-            self.made += 1
-            job_id = f"job_{self.made}"
-            ranks, priority = self.dice.randint(1, len(self.devices)), self.dice.choice((0, 0, 0, 5, 9))
-            preemptible = self.dice.random() < 0.8
-            self.jobs[job_id] = Job(job_id, ranks, priority, self.made, self.now, preemptible)
+        if len(self.jobs) < MAX_JOBS:
+            self.submitted += 1
+            job_id = f"job_{self.submitted}"
+            ranks, priority = self.rng.randint(1, len(self.devices)), self.rng.choice((0, 0, 0, 5, 9))
+            preemptible = self.rng.random() < 0.8
+            self.jobs[job_id] = Job(job_id, ranks, priority, self.submitted, self.now, preemptible)
 
-    def ask(self) -> None:
-        """A user does something; what the rules refuse changes nothing."""
-        job = self.some_job()
+    def request_action(self) -> None:
+        """A user requests an action; what the lifecycle rejects changes nothing."""
+        job = self.random_job()
         if job is None:
             return
-        action = self.dice.choice(lifecycle.ACTIONS)
-        match lifecycle.decide(action, job.standing()):
+        action = self.rng.choice(lifecycle.ACTIONS)
+        match lifecycle.decide(action, job.state()):
             case Rejected() | InProgress():
                 return
             case Transition(to, desired):
@@ -109,72 +90,72 @@ class SimulatedCluster:
                     job.asked_at = self.now
                 job.restart_at = None
                 if to is not None:
-                    self.move(job, to)
+                    self.transition(job, to)
 
     def schedule(self) -> None:
         for action in plan(self.snapshot(), self.now).actions:
-            self.apply(action)
+            self.execute(action)
 
-    def die_while_scheduling(self) -> None:
-        """The service is killed after some of the actions, perhaps in the middle of a launch, and comes back."""
+    def crash_while_scheduling(self) -> None:
+        """The service is killed after some of the actions, perhaps in the middle of a launch, and restarts."""
         actions = plan(self.snapshot(), self.now).actions
-        done = self.dice.randint(0, len(actions))
-        for action in actions[:done]:
-            self.apply(action)
-        if done < len(actions) and isinstance(actions[done], Start):
-            name = self.claim(actions[done])
-            if name is not None and self.dice.random() < 0.5:
+        count = self.rng.randint(0, len(actions))
+        for action in actions[:count]:
+            self.execute(action)
+        if count < len(actions) and isinstance(actions[count], Start):
+            name = self.claim(actions[count])
+            if name is not None and self.rng.random() < 0.5:
                 self.spawn(name)
             elif name is not None:
-                self.late.append(name)
-        self.looked_at.clear()
-        self.told.clear()
+                self.late_launches.append(name)
+        self.inspected_at.clear()
+        self.notified.clear()
 
     def late_launch(self) -> None:
-        """A service that was stopped between its decision and the spawn goes on, whatever was done meanwhile."""
-        if self.late:
-            self.spawn(self.late.pop(self.dice.randrange(len(self.late))))
+        """A service that was suspended between its decision and the spawn resumes, whatever happened meanwhile."""
+        if self.late_launches:
+            self.spawn(self.late_launches.pop(self.rng.randrange(len(self.late_launches))))
 
-    def agents_speak(self) -> None:
-        for name, process in list(self.hosts.items()):
-            if process.agent and self.dice.random() < 0.7:
-                self.hear(name, process)
+    def agents_send_heartbeats(self) -> None:
+        for name, process in list(self.processes.items()):
+            if process.agent and self.rng.random() < 0.7:
+                self.heartbeat(name, process)
 
-    def hear(self, name: AttemptRef, process: Process) -> None:
+    def heartbeat(self, name: AttemptRef, process: Process) -> None:
         job, attempt = self.rows(name)
-        if job is None or attempt is None or attempt.ended or attempt is not job.newest:
-            process.heard = Desired.KILL
+        if job is None or attempt is None or attempt.ended or attempt is not job.latest:
+            process.requested = Desired.KILL
         else:
-            attempt.heard_at, attempt.launched = self.now, True
+            attempt.heartbeat_at, attempt.launched = self.now, True
             attempt.start_step, attempt.step = process.start, process.step
             if job.status is JobStatus.STARTING:
-                self.move(job, JobStatus.RUNNING)
-            process.heard = job.desired
+                self.transition(job, JobStatus.RUNNING)
+            process.requested = job.desired
 
     def agents_act(self) -> None:
-        """Ranks make steps and save; an agent carries out what it heard; ranks end by themselves now and then."""
-        for name, process in list(self.hosts.items()):
+        """Ranks make steps and save; an agent carries out what was requested; sometimes ranks end by themselves."""
+        for name, process in list(self.processes.items()):
             if not process.agent or process.report is not None:
                 continue
             self.train(name, process)
-            if process.heard is Desired.KILL:
-                self.leave(name, process, "killed", Reason.USER)
-            elif process.heard is not Desired.RUN and self.dice.random() < 0.8:
-                self.leave(name, process, "stopped", Reason.USER)
-            elif self.dice.random() < 0.15:
-                self.leave(name, process, *self.dice.choice(ENDS))
+            if process.requested is Desired.KILL:
+                self.exit_process(name, process, "killed", Reason.USER)
+            elif process.requested is not Desired.RUN and self.rng.random() < 0.8:
+                self.exit_process(name, process, "stopped", Reason.USER)
+            elif self.rng.random() < 0.15:
+                self.exit_process(name, process, *self.rng.choice(EXITS))
 
     def train(self, name: AttemptRef, process: Process) -> None:
-        steps = self.dice.choice((0, 0, 1, 3))
+        steps = self.rng.choice((0, 0, 1, 3))
         process.step += steps
         job = self.jobs.get(name.job_id)
         if job is not None:
             job.steps_made += steps
-            job.attempts[name.number - 1].moved |= steps > 0
-            if self.dice.random() < 0.3:
+            job.attempts[name.number - 1].made_progress |= steps > 0
+            if self.rng.random() < 0.3:
                 job.checkpoint = process.step
 
-    def leave(self, name: AttemptRef, process: Process, outcome: Outcome, reason: Reason | None) -> None:
+    def exit_process(self, name: AttemptRef, process: Process, outcome: Outcome, reason: Reason | None) -> None:
         """The ranks end, the report is written, and in half of all cases it arrives."""
         process.ranks = process.agent = False
         if outcome == "stopped" and name.job_id in self.jobs:
@@ -190,48 +171,48 @@ class SimulatedCluster:
             ended_at=self.now,
             ranks=[],
         )
-        if self.dice.random() < 0.5:
+        if self.rng.random() < 0.5:
             self.close(name, process.report)
 
     def agent_is_killed(self) -> None:
-        living = [process for process in self.hosts.values() if process.agent]
+        living = [process for process in self.processes.values() if process.agent]
         if living:
-            victim = self.dice.choice(living)
+            victim = self.rng.choice(living)
             victim.agent = False
-            victim.ranks = self.dice.random() < 0.7
+            victim.ranks = self.rng.random() < 0.7
 
     def time_passes(self) -> None:
-        self.now += timedelta(seconds=self.dice.choice((0.5, 1, 6, 30, 120, 700)))
+        self.now += timedelta(seconds=self.rng.choice((0.5, 1, 6, 30, 120, 700)))
 
     def clock_is_set(self) -> None:
-        self.now += timedelta(hours=self.dice.choice((-1, 1)))
+        self.now += timedelta(hours=self.rng.choice((-1, 1)))
 
-    # What the applier does
+    # The executor
 
-    def apply(self, action: Action) -> None:
-        self.done[type(action).__name__] += 1
+    def execute(self, action: Action) -> None:
+        self.counts[type(action).__name__] += 1
         match action:
             case Start():
                 name = self.claim(action)
                 if name is not None:
                     self.spawn(name)
                     self.rows_of(name).launched = True
-                    self.looked_at[str(name)] = self.now
+                    self.inspected_at[str(name)] = self.now
             case Restart(job_id):
                 job = self.jobs[job_id]
                 if job.status is JobStatus.INTERRUPTED and job.restart_at is not None:
                     job.restart_at, job.desired, job.trigger = None, Desired.RUN, "restart"
-                    self.move(job, JobStatus.QUEUED)
+                    self.transition(job, JobStatus.QUEUED)
             case Inspect(live):
-                self.look(live)
+                self.inspect(live)
             case NotifyStop(live):
-                self.told[live.id] = live.desired
-                process = self.hosts.get(live.name)
+                self.notified[live.id] = live.desired
+                process = self.processes.get(live.name)
                 if process is not None and process.agent:
-                    process.heard = live.desired
+                    process.requested = live.desired
             case Kill(live):
-                self.end(live.name)
-                self.looked_at.pop(live.id, None)
+                self.kill(live.name)
+                self.inspected_at.pop(live.id, None)
             case Preempt(live, waiting):
                 self.preempt(live, waiting)
 
@@ -244,99 +225,99 @@ class SimulatedCluster:
         name = AttemptRef(job.id, len(job.attempts) + 1)
         job.attempts.append(Attempt(name.number, action.devices, job.trigger, self.now))
         self.leases.update(dict.fromkeys(action.devices, job.id))
-        self.move(job, JobStatus.STARTING)
+        self.transition(job, JobStatus.STARTING)
         return name
 
     def preempt(self, live: LiveAttempt, waiting_id: str) -> None:
         job, waiting = self.jobs[live.name.job_id], self.jobs[waiting_id]
         if job.status is not JobStatus.RUNNING or waiting.status is not JobStatus.QUEUED:
             return
-        assert self.preempts, "nobody is preempted where that is switched off"
+        assert self.preempts, "preempted although preemption is off"
         assert job.preemptible, f"{job.id} must not be preempted"
         assert job.priority < waiting.priority, f"{waiting.id} is not more important than {job.id}"
         assert job.steps_made > job.preempted_after, f"{job.id} is preempted again and has made no step since"
         job.preempted_after, job.preempted_by = job.steps_made, waiting.id
         job.desired, job.asked_at = Desired.PAUSE, self.now
-        self.move(job, JobStatus.PAUSING)
+        self.transition(job, JobStatus.PAUSING)
 
     def spawn(self, name: AttemptRef) -> None:
-        """The launcher and the agent's own refusals: closed attempts, later attempts, locks that are held."""
-        others = [n for n in self.hosts if n.job_id == name.job_id]
-        known = self.hosts.setdefault(name, Process(agent=False, ranks=False))
-        superseded = any(n.number > name.number and not self.hosts[n].closed for n in others)
-        if known.closed or known.report is not None or known.lives or superseded:
+        """The launcher, and the agent's own checks: closed attempts, later attempts, locks that are held."""
+        others = [n for n in self.processes if n.job_id == name.job_id]
+        known = self.processes.setdefault(name, Process(agent=False, ranks=False))
+        superseded = any(n.number > name.number and not self.processes[n].closed for n in others)
+        if known.closed or known.report is not None or known.is_alive or superseded:
             return
-        if any(self.hosts[n].lives for n in others):
-            self.leave(name, known, "crashed", Reason.LAUNCH_FAILED)
+        if any(self.processes[n].is_alive for n in others):
+            self.exit_process(name, known, "crashed", Reason.LAUNCH_FAILED)
             return
-        known.agent = known.ranks = known.began = True
+        known.agent = known.ranks = known.started = True
         known.start = known.step = self.jobs[name.job_id].checkpoint if name.job_id in self.jobs else 0
 
-    def look(self, live: LiveAttempt) -> None:
-        self.looked_at[live.id] = self.now
-        process = self.hosts.get(live.name)
+    def inspect(self, live: LiveAttempt) -> None:
+        self.inspected_at[live.id] = self.now
+        process = self.processes.get(live.name)
         if process is not None and process.agent:
             self.rows_of(live.name).launched = True
             return
         if process is not None and process.ranks:
-            self.end(live.name)
+            self.kill(live.name)
         if process is not None and process.report is not None:
             self.close(live.name, process.report)
-        elif live.launched or (process is not None and process.began):
-            self.close(live.name, lost(self.now, process.step if process is not None else 0))
+        elif live.launched or (process is not None and process.started):
+            self.close(live.name, lost_report(self.now, process.step if process is not None else 0))
         else:
-            self.end(live.name)
+            self.kill(live.name)
             self.never_launched(live.name)
 
-    def end(self, name: AttemptRef) -> None:
-        process = self.hosts.setdefault(name, Process(agent=False, ranks=False))
+    def kill(self, name: AttemptRef) -> None:
+        process = self.processes.setdefault(name, Process(agent=False, ranks=False))
         process.closed = True
-        if process.lives:
+        if process.is_alive:
             process.agent = process.ranks = False
-            process.report = process.report or lost(self.now, process.step)
+            process.report = process.report or lost_report(self.now, process.step)
 
     def never_launched(self, name: AttemptRef) -> None:
         job, attempt = self.rows(name)
         if job is None or attempt is None or attempt.ended:
             return
-        self.free(job, attempt)
+        self.release(job, attempt)
         to = {JobStatus.STARTING: JobStatus.QUEUED, JobStatus.PAUSING: JobStatus.PAUSED}
-        self.move(job, to.get(job.status, JobStatus.CANCELLED))
+        self.transition(job, to.get(job.status, JobStatus.CANCELLED))
 
     def close(self, name: AttemptRef, report: ExitReport) -> None:
         job, attempt = self.rows(name)
         if job is None or attempt is None or attempt.ended:
             return
-        self.free(job, attempt)
-        process = self.hosts.get(name)
-        attempt.start_step = process.start if process is not None and process.began else None
+        self.release(job, attempt)
+        process = self.processes.get(name)
+        attempt.start_step = process.start if process is not None and process.started else None
         attempt.step, attempt.outcome, attempt.reason = report.step, report.outcome, report.reason
-        if attempt is not job.newest or job.status not in LIVE:
+        if attempt is not job.latest or job.status not in LIVE:
             return
         ended = (each.as_ended() for each in reversed(job.attempts) if each.outcome)
         past = restart_policy.restart_history(job.restarts, ended)
         ending = lifecycle.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by, self.timing)
         if not can_transition(job.status, ending.status):
-            self.move(job, JobStatus.RUNNING)
+            self.transition(job, JobStatus.RUNNING)
         job.restarts, job.asked_at, job.preempted_by = ending.restarts, None, None
         job.restart_at = None
         if ending.restart_seconds is not None:
             job.restart_at, job.desired = self.now + timedelta(seconds=ending.restart_seconds), Desired.RUN
         job.completed = job.completed or report.outcome == "completed"
-        self.move(job, ending.status)
-        self.done[f"ended {ending.status}: {ending.reason}"] += 1
-        if ending.queued_again:
+        self.transition(job, ending.status)
+        self.counts[f"ended {ending.status}: {ending.reason}"] += 1
+        if ending.requeue:
             job.desired, job.trigger = Desired.RUN, "preemption"
-            self.move(job, JobStatus.QUEUED)
+            self.transition(job, JobStatus.QUEUED)
         self.check_restart(job, ending)
 
     def check_restart(self, job: Job, ending: lifecycle.ExitDecision) -> None:
-        """Who made no step twice in a row by its own fault is not started again, and waits grow for the others."""
+        """A job with two fruitless attempts by its own fault is not restarted; for other reasons the waits grow."""
         if ending.restart_seconds is None:
             return
-        mine = [a for a in job.attempts if a.outcome]
-        asked = max((n for n, a in enumerate(mine) if a.trigger in ("submit", "resume")), default=0)
-        idle = list(takewhile(lambda a: not a.moved, reversed(mine[asked:])))
+        attempts = [a for a in job.attempts if a.outcome]
+        first = max((n for n, a in enumerate(attempts) if a.trigger in ("submit", "resume")), default=0)
+        idle = list(takewhile(lambda a: not a.made_progress, reversed(attempts[first:])))
         if ending.reason in UNCOUNTED_REASONS:
             setbacks = sum(restart_policy.fault(a.outcome, a.reason) in UNCOUNTED_REASONS for a in idle)
             assert ending.restart_seconds >= (0, 5, 20, 60, 180, 600)[min(setbacks, 5)], f"{job.id} restarts too soon"
@@ -344,22 +325,22 @@ class SimulatedCluster:
             faults = [a for a in idle if restart_policy.fault(a.outcome, a.reason) not in UNCOUNTED_REASONS]
             assert len(faults) < 2, f"{job.id} gets nowhere and is started again"
 
-    def free(self, job: Job, attempt: Attempt) -> None:
+    def release(self, job: Job, attempt: Attempt) -> None:
         attempt.ended = True
         self.leases = {device: holder for device, holder in self.leases.items() if holder != job.id}
 
-    def move(self, job: Job, to: JobStatus) -> None:
+    def transition(self, job: Job, to: JobStatus) -> None:
         assert can_transition(job.status, to), f"I5: {job.status} -> {to}"
         job.status = to
 
-    # What is looked at
+    # The snapshot
 
     def snapshot(self) -> Snapshot:
         queued = [job for job in self.jobs.values() if job.status is JobStatus.QUEUED]
         due = [job.id for job in self.jobs.values() if job.status is JobStatus.INTERRUPTED and self.is_due(job)]
         return Snapshot(
             queued=[QueuedJob(j.id, j.id, "cpu", j.ranks, j.priority, j.queued_at, j.number) for j in queued],
-            live=[self.live(job) for job in self.jobs.values() if job.attempts and not job.newest.ended],
+            live=[self.live(job) for job in self.jobs.values() if job.attempts and not job.latest.ended],
             restarts_due=due,
             leases=dict(self.leases),
             devices=self.devices,
@@ -370,17 +351,17 @@ class SimulatedCluster:
         return job.restart_at is not None and is_due(job.restart_at, self.now)
 
     def live(self, job: Job) -> LiveAttempt:
-        name, attempt = AttemptRef(job.id, job.newest.number), job.newest
-        looked, told = self.looked_at.get(str(name)), self.told.get(str(name))
+        name, attempt = AttemptRef(job.id, job.latest.number), job.latest
+        inspected, notified = self.inspected_at.get(str(name)), self.notified.get(str(name))
         return LiveAttempt(
             id=str(name),
             name=name,
             desired=job.desired,
             launched=attempt.launched,
             stop_requested_at=job.asked_at,
-            last_heartbeat_at=attempt.heard_at,
-            inspected_at=looked,
-            notified=told,
+            last_heartbeat_at=attempt.heartbeat_at,
+            inspected_at=inspected,
+            notified=notified,
             running=job.status is JobStatus.RUNNING,
             made_progress=restart_policy.made_a_step(attempt.start_step, attempt.step),
             preemptible=job.preemptible,
@@ -396,40 +377,40 @@ class SimulatedCluster:
     def rows_of(self, name: AttemptRef) -> Attempt:
         return self.jobs[name.job_id].attempts[name.number - 1]
 
-    def some_job(self) -> Job | None:
-        return self.dice.choice(list(self.jobs.values())) if self.jobs else None
+    def random_job(self) -> Job | None:
+        return self.rng.choice(list(self.jobs.values())) if self.jobs else None
 
-    # What must hold
+    # Invariants
 
     def check(self) -> None:
         living: dict[str, int] = {}
-        for name, process in self.hosts.items():
-            if process.lives:
+        for name, process in self.processes.items():
+            if process.is_alive:
                 living[name.job_id] = living.get(name.job_id, 0) + 1
         assert max(living.values(), default=0) <= 1, "I1: two attempts of one job live"
-        held: dict[str, int] = {}
+        leased: dict[str, int] = {}
         for holder in self.leases.values():
-            held[holder] = held.get(holder, 0) + 1
+            leased[holder] = leased.get(holder, 0) + 1
         for job in self.jobs.values():
             live = job.status in LIVE
-            assert held.pop(job.id, 0) == (job.ranks if live else 0), f"I3: {job.id} is {job.status}"
-            assert live == bool(job.attempts and not job.newest.ended), f"{job.id} is {job.status}"
+            assert leased.pop(job.id, 0) == (job.ranks if live else 0), f"I3: {job.id} is {job.status}"
+            assert live == bool(job.attempts and not job.latest.ended), f"{job.id} is {job.status}"
             assert job.status is not JobStatus.SUCCEEDED or job.completed, "I9"
-        assert held == {}, "I3: a lease of nobody"
+        assert leased == {}, "I3: a lease without a job"
 
-    def come_to_rest(self) -> None:
-        """Nothing bad happens any more: every job ends or rests, nothing lives, every device is free."""
-        self.late.clear()
+    def drain(self) -> None:
+        """No more faults: every job ends or becomes idle, no process is left, every device is free."""
+        self.late_launches.clear()
         for _ in range(60):
             self.now += timedelta(seconds=31)
             self.schedule()
-            self.agents_speak()
-            for name, process in list(self.hosts.items()):
+            self.agents_send_heartbeats()
+            for name, process in list(self.processes.items()):
                 if process.agent:
-                    self.hear(name, process)
-                    self.leave(name, process, *LAST_ENDS[process.heard])
+                    self.heartbeat(name, process)
+                    self.exit_process(name, process, *FINAL_EXITS[process.requested])
             self.check()
-            if self.rests():
+            if self.is_idle():
                 break
         resting = {JobStatus.PAUSED, JobStatus.INTERRUPTED, *TERMINAL}
         stuck = {job.id: job.status for job in self.jobs.values() if job.status not in resting}
@@ -438,13 +419,13 @@ class SimulatedCluster:
         assert waiting == [], "a restart that never came"
         assert self.leases == {}
 
-    def rests(self) -> bool:
+    def is_idle(self) -> bool:
         waiting = any(job.restart_at is not None or job.status is JobStatus.QUEUED for job in self.jobs.values())
         return not self.leases and not waiting
 
 
-def lost(now: datetime, step: int) -> ExitReport:
-    """What a launcher says of an attempt whose agent left nothing."""
+def lost_report(now: datetime, step: int) -> ExitReport:
+    """Return a launcher's report of an attempt whose agent left none."""
     card = ErrorCard(code=Reason.AGENT_LOST, message="lost")
     return ExitReport.model_construct(
         outcome="crashed",
@@ -458,7 +439,7 @@ def lost(now: datetime, step: int) -> ExitReport:
     )
 
 
-ENDS: tuple[tuple[Outcome, Reason | None], ...] = (
+EXITS: tuple[tuple[Outcome, Reason | None], ...] = (
     ("completed", None),
     ("stopped", Reason.USER),
     ("failed", Reason.DIVERGED),
@@ -469,23 +450,23 @@ ENDS: tuple[tuple[Outcome, Reason | None], ...] = (
     ("crashed", Reason.HOST_RESTARTED),
 )
 
-LAST_ENDS: dict[Desired, tuple[Outcome, Reason | None]] = {
+FINAL_EXITS: dict[Desired, tuple[Outcome, Reason | None]] = {
     Desired.RUN: ("completed", None),
     Desired.PAUSE: ("stopped", Reason.USER),
     Desired.CANCEL: ("stopped", Reason.USER),
     Desired.KILL: ("killed", Reason.USER),
 }
 
-CHANCES: dict[Callable[[SimulatedCluster], None], int] = {
+EVENT_WEIGHTS: dict[Callable[[SimulatedCluster], None], int] = {
     SimulatedCluster.submit: 3,
-    SimulatedCluster.ask: 4,
+    SimulatedCluster.request_action: 4,
     SimulatedCluster.schedule: 10,
-    SimulatedCluster.die_while_scheduling: 2,
+    SimulatedCluster.crash_while_scheduling: 2,
     SimulatedCluster.late_launch: 2,
-    SimulatedCluster.agents_speak: 9,
+    SimulatedCluster.agents_send_heartbeats: 9,
     SimulatedCluster.agents_act: 9,
     SimulatedCluster.agent_is_killed: 1,
     SimulatedCluster.time_passes: 8,
     SimulatedCluster.clock_is_set: 1,
 }
-DOINGS, WEIGHTS = list(CHANCES), list(CHANCES.values())
+EVENT_TYPES, WEIGHTS = list(EVENT_WEIGHTS), list(EVENT_WEIGHTS.values())

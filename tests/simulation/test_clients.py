@@ -1,7 +1,7 @@
-"""Ten clients at once, with random verbs, against a whole service: what they are told fits one order of their requests.
+"""Ten clients at once, with random verbs, against a whole service: the answers fit one order of the requests.
 
-Each burst of requests is held against the rules: there must be an order in which, one after the other, each request
-gets the answer that it got. Where only one can win, one wins and the others are told 409.
+Each burst of requests is checked against the lifecycle: there must be an order in which, one by one, each request
+gets the answer that it got. Where only one can win, one wins and the others get 409.
 """
 
 import json
@@ -31,26 +31,13 @@ from tests.service.conftest import make_rig, migrated_sqlite, rig, sqlite_url
 from tests.service.harness import ServiceHarness, in_threads
 from tests.soak_report import SoakReport
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.status import (
-    LIVE,
-    TERMINAL,
-    Desired,
-    JobStatus,
-    Reason,
-    can_transition,
-)
+from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, can_transition
 from trainyard.service.auth.principal import LOCAL
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import EventRow
 from trainyard.service.errors import InvalidState
 from trainyard.service.jobs import actions, queries, repository
-from trainyard.service.jobs.lifecycle import (
-    Action,
-    JobState,
-    Rejected,
-    Transition,
-    decide,
-)
+from trainyard.service.jobs.lifecycle import Action, JobState, Rejected, Transition, decide
 from trainyard.service.launch.base import AttemptState
 
 __all__ = ["make_rig", "migrated_sqlite", "rig", "sqlite_url"]
@@ -61,7 +48,7 @@ VERBS: tuple[Action, ...] = ("pause", "resume", "cancel", "kill")
 Answers = tuple[tuple[Action, int], ...]
 
 
-def explained(before: JobState, answers: Answers, after: JobState) -> bool:
+def is_serializable(before: JobState, answers: Answers, after: JobState) -> bool:
     """Whether some order of these requests gives each its answer, and the job that there is now."""
 
     @cache
@@ -69,7 +56,7 @@ def explained(before: JobState, answers: Answers, after: JobState) -> bool:
         if not left:
             return (job.status, job.desired) == (after.status, after.desired)
         for verb, status in dict.fromkeys(left):
-            followed, expected = carried_out(job, verb)
+            followed, expected = expected_result(job, verb)
             rest = list(left)
             rest.remove((verb, status))
             if status == expected and possible(followed, tuple(rest)):
@@ -79,7 +66,7 @@ def explained(before: JobState, answers: Answers, after: JobState) -> bool:
     return possible(before, answers)
 
 
-def carried_out(job: JobState, verb: Action) -> tuple[JobState, int]:
+def expected_result(job: JobState, verb: Action) -> tuple[JobState, int]:
     decision = decide(verb, job)
     if isinstance(decision, Rejected):
         return job, 409
@@ -89,7 +76,7 @@ def carried_out(job: JobState, verb: Action) -> tuple[JobState, int]:
 
 
 class Clients(RuleBasedStateMachine):
-    """One service on SQLite, with the launcher that does what it is told."""
+    """One service on SQLite, with a fake launcher."""
 
     template: Path
     account: SoakReport
@@ -100,39 +87,39 @@ class Clients(RuleBasedStateMachine):
         shutil.copy(self.template, self.folder / "trainyard.db")
         self.rig = ServiceHarness(self.folder / "home", f"sqlite:///{self.folder}/trainyard.db")
         self.jobs: list[str] = []
-        self.made = 0
+        self.submitted = 0
 
     @rule(restarts=st.integers(0, 2))
-    @precondition(lambda self: self.made < 4)
+    @precondition(lambda self: self.submitted < 4)
     def submit(self, restarts: int) -> None:
-        self.made += 1
+        self.submitted += 1
         self.jobs.append(self.rig.submit(resources={"device": "cpu", "max_restarts": restarts}))
 
     @rule(which=st.integers(0, 2), verbs=st.lists(st.sampled_from(VERBS), min_size=2, max_size=CLIENTS))
-    @precondition(lambda self: self.made)
+    @precondition(lambda self: self.submitted)
     def all_at_once(self, which: int, verbs: list[Action]) -> None:
         if not self.jobs:
             return  # who was deleted hangs on races, and which rules there are must not
         job_id = self.jobs[which % len(self.jobs)]
-        before = self.standing(job_id)
+        before = self.job_state(job_id)
         self.account.faults["requests in bursts of up to ten clients"] += len(verbs)
         answers = in_threads(len(verbs), lambda i: self.rig.client.post(f"/jobs/{job_id}/{verbs[i]}"))
         statuses = [answer.status_code for answer in answers]
         assert set(statuses) <= {202, 409}, [answer.text for answer in answers]
-        told = tuple(sorted(zip(verbs, statuses, strict=True)))
-        after = self.standing(job_id)
-        assert explained(before, told, after), f"{before} {told} {after}"
+        outcomes = tuple(sorted(zip(verbs, statuses, strict=True)))
+        after = self.job_state(job_id)
+        assert is_serializable(before, outcomes, after), f"{before} {outcomes} {after}"
 
     @rule(which=st.integers(0, 2))
-    @precondition(lambda self: self.made)
+    @precondition(lambda self: self.submitted)
     def delete_by_all(self, which: int) -> None:
         if not self.jobs:
             return  # who was deleted hangs on races, and which rules there are must not
         job_id = self.jobs[which % len(self.jobs)]
         ended = self.rig.status(job_id) in TERMINAL
         answers = in_threads(CLIENTS, lambda _: self.rig.client.delete(f"/jobs/{job_id}"))
-        told = Counter(answer.status_code for answer in answers)
-        assert told == ({204: 1, 404: CLIENTS - 1} if ended else {409: CLIENTS}), "one winner"
+        outcomes = Counter(answer.status_code for answer in answers)
+        assert outcomes == ({204: 1, 404: CLIENTS - 1} if ended else {409: CLIENTS}), "one winner"
         if ended:
             self.jobs.remove(job_id)
 
@@ -145,7 +132,7 @@ class Clients(RuleBasedStateMachine):
         self.rig.clock.forward(seconds)
 
     @rule()
-    def agents_speak(self) -> None:
+    def agents_send_heartbeats(self) -> None:
         for attempt in self.alive():
             if not attempt.lines:
                 attempt.started()
@@ -158,7 +145,7 @@ class Clients(RuleBasedStateMachine):
         verb=st.sampled_from(VERBS),
     )
     def one_ends_while_it_is_asked(self, end: tuple[Any, Reason | None], verb: Action) -> None:
-        """Finish against cancel: whichever is first, the other is told the truth."""
+        """Finish against cancel: whichever is first, the other gets the right answer."""
         for attempt in self.alive()[:1]:
             job_id = attempt.launch.name.job_id
             if attempt.lines:
@@ -205,9 +192,9 @@ class Clients(RuleBasedStateMachine):
     def attempt(self, job_id: str) -> int:
         return int(self.rig.job(job_id)["attempt"])
 
-    def standing(self, job_id: str) -> JobState:
+    def job_state(self, job_id: str) -> JobState:
         with self.rig.database.read() as session:
-            return queries.standing(repository.find(session, job_id))
+            return queries.job_state(repository.find(session, job_id))
 
     def changes(self, job_id: str) -> list[dict[str, Any]]:
         log = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.kind == "status")
@@ -238,10 +225,10 @@ def test_an_order_is_found_only_where_there_is_one() -> None:
     running = JobState(JobStatus.RUNNING, Desired.RUN, attempts=1)
     pausing = JobState(JobStatus.PAUSING, Desired.PAUSE, attempts=1)
     cancelling = JobState(JobStatus.CANCELLING, Desired.CANCEL, attempts=1)
-    assert explained(running, (("cancel", 202), ("pause", 202)), cancelling)
-    assert explained(running, (("cancel", 202), ("pause", 409)), cancelling)
-    assert not explained(running, (("cancel", 202), ("pause", 202)), pausing), "a cancel is not taken back"
-    assert not explained(running, (("pause", 409),), running)
+    assert is_serializable(running, (("cancel", 202), ("pause", 202)), cancelling)
+    assert is_serializable(running, (("cancel", 202), ("pause", 409)), cancelling)
+    assert not is_serializable(running, (("cancel", 202), ("pause", 202)), pausing), "a cancel is not taken back"
+    assert not is_serializable(running, (("pause", 409),), running)
 
 
 def test_two_resumes_that_both_found_it_paused(rig: ServiceHarness) -> None:

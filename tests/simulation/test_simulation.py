@@ -1,6 +1,6 @@
-"""The plan and the rules under a simulated clock and simulated hosts. A failing seed replays by itself.
+"""The plan and the lifecycle under a simulated clock and simulated hosts.
 
-python -m pytest tests/simulation --seed-of-a-failure 123    is not needed: TRAINYARD_SIMULATION_SEED=123 does it
+TRAINYARD_SIMULATION_SEED=123 replays one seed.
 """
 
 import os
@@ -24,25 +24,25 @@ LONG_SEEDS = 100_000
 
 
 def simulate(seed: int) -> SimulatedCluster:
-    """One world from its first event to its rest. Raises AssertionError with the seed and what led there."""
-    world = SimulatedCluster(seed)
+    """Run one cluster from its first event until it is idle. Raises AssertionError with the seed and the history."""
+    cluster = SimulatedCluster(seed)
     try:
         for _ in range(EVENTS):
-            world.step()
-            world.check()
-        world.come_to_rest()
+            cluster.step()
+            cluster.check()
+        cluster.drain()
     except AssertionError as error:
-        path = " ".join(world.happened[-40:])
-        raise AssertionError(f"seed {seed}, event {len(world.happened)}: {error}\n{path}") from error
-    return world
+        path = " ".join(cluster.history[-40:])
+        raise AssertionError(f"seed {seed}, event {len(cluster.history)}: {error}\n{path}") from error
+    return cluster
 
 
 def simulate_all(seeds: Iterable[int]) -> Counter[str]:
-    """What happened in all of them, and how often."""
-    done: Counter[str] = Counter()
+    """Return how often each event happened in all of them."""
+    counts: Counter[str] = Counter()
     for seed in seeds:
-        done.update(simulate(seed).done)
-    return done
+        counts.update(simulate(seed).counts)
+    return counts
 
 
 def test_some_hundred_seeds() -> None:
@@ -52,40 +52,40 @@ def test_some_hundred_seeds() -> None:
 
 def test_a_seed_is_the_same_world_each_time() -> None:
     one, two = simulate(5), simulate(5)
-    assert one.happened == two.happened
+    assert one.history == two.history
     assert one.jobs == two.jobs
-    assert one.hosts == two.hosts
+    assert one.processes == two.processes
 
 
 def test_the_worlds_are_not_all_alike() -> None:
     """What never happens in the simulation is not tested by it."""
     worlds = [simulate(seed) for seed in range(150)]
-    statuses = {job.status for world in worlds for job in world.jobs.values()}
+    statuses = {job.status for cluster in worlds for job in cluster.jobs.values()}
     assert {"paused", "cancelled", "failed", "succeeded", "interrupted"} <= statuses
-    assert max(len(job.attempts) for world in worlds for job in world.jobs.values()) >= 5
-    assert any(process.closed for world in worlds for process in world.hosts.values())
-    done = sum((world.done for world in worlds), Counter())
+    assert max(len(job.attempts) for cluster in worlds for job in cluster.jobs.values()) >= 5
+    assert any(process.closed for cluster in worlds for process in cluster.processes.values())
+    counts = sum((cluster.counts for cluster in worlds), Counter())
     for what in ("Preempt", "ended paused: preempted", "ended failed: max_restarts", "ended interrupted: agent_lost"):
-        assert done[what] >= 3, what
+        assert counts[what] >= 3, what
 
 
 @pytest.mark.parametrize("broken", ["two leases", "two attempts", "success of nothing"])
 def test_the_checks_see_what_they_are_for(broken: str) -> None:
-    world = SimulatedCluster(1)
-    world.submit()
-    world.schedule()
-    job = next(iter(world.jobs.values()))
-    world.check()
+    cluster = SimulatedCluster(1)
+    cluster.submit()
+    cluster.schedule()
+    job = next(iter(cluster.jobs.values()))
+    cluster.check()
     if broken == "two leases":
-        world.leases["cpu:99"] = job.id
+        cluster.leases["cpu:99"] = job.id
     elif broken == "two attempts":
-        name, process = next(iter(world.hosts.items()))
-        world.hosts[type(name)(job.id, 2)] = process
+        name, process = next(iter(cluster.processes.items()))
+        cluster.processes[type(name)(job.id, 2)] = process
     else:
-        world.free(job, job.newest)
+        cluster.release(job, job.latest)
         job.status = type(job.status).SUCCEEDED
     with pytest.raises(AssertionError):
-        world.check()
+        cluster.check()
 
 
 @pytest.mark.parametrize("rule", ["give up", "wait longer", "a step first", "lower priority"])
@@ -100,19 +100,19 @@ def test_a_rule_that_is_missing_is_found(rule: str, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(
                 SimulatedCluster,
                 "live",
-                lambda world, job, live=SimulatedCluster.live: replace(live(world, job), moved=True),
+                lambda cluster, job, live=SimulatedCluster.live: replace(live(cluster, job), made_progress=True),
             )
         case _:
             monkeypatch.setattr(
                 SimulatedCluster,
                 "live",
-                lambda world, job, live=SimulatedCluster.live: replace(live(world, job), priority=-1),
+                lambda cluster, job, live=SimulatedCluster.live: replace(live(cluster, job), priority=-1),
             )
-    with pytest.raises(AssertionError, match=MISSED[rule]):
+    with pytest.raises(AssertionError, match=VIOLATIONS[rule]):
         simulate_all(range(SHORT_SEEDS))
 
 
-MISSED = {
+VIOLATIONS = {
     "give up": "gets nowhere and is started again",
     "wait longer": "restarts too soon",
     "a step first": "has made no step since",
@@ -124,44 +124,44 @@ MISSED = {
 @pytest.mark.timeout(0)
 def test_a_hundred_thousand_seeds(account: SoakReport) -> None:
     seeds = int(soak_report.chosen("SEEDS", LONG_SEEDS))
-    began = time.perf_counter()
+    started = time.perf_counter()
     account.faults = simulate_all(range(seeds))
-    took = time.perf_counter() - began
+    took = time.perf_counter() - started
     account.invariants.append(f"{seeds:,} seeds of {EVENTS} events, {seeds / took:.0f} a second: no invariant broken")
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_that_is_set_delays_no_restart_and_hides_no_lost_agent(hours: int) -> None:
-    """Set back, "not heard for five seconds" would be true an hour late, and devices stay with a dead attempt."""
-    world = SimulatedCluster(1)
-    world.submit()
-    world.schedule()
-    world.agents_speak()
-    (process,) = world.hosts.values()
-    (job,) = world.jobs.values()
-    world.hear(next(iter(world.hosts)), process)
+    """With a clock set back, ages would be an hour too small, and a dead attempt would keep its devices."""
+    cluster = SimulatedCluster(1)
+    cluster.submit()
+    cluster.schedule()
+    cluster.agents_send_heartbeats()
+    (process,) = cluster.processes.values()
+    (job,) = cluster.jobs.values()
+    cluster.heartbeat(next(iter(cluster.processes)), process)
     assert job.status == "running"
     process.agent = process.ranks = False
-    world.now += timedelta(hours=hours)
-    world.schedule()
+    cluster.now += timedelta(hours=hours)
+    cluster.schedule()
     assert job.status == "interrupted"
-    world.now += timedelta(hours=hours)
-    world.schedule()
+    cluster.now += timedelta(hours=hours)
+    cluster.schedule()
     assert job.status == "queued"
-    world.schedule()
+    cluster.schedule()
     assert job.status == "starting"
 
 
 @pytest.mark.parametrize("hours", [-1, 1])
 def test_a_clock_that_is_set_declares_nothing_dead(hours: int) -> None:
-    world = SimulatedCluster(2)
-    world.submit()
-    world.schedule()
-    (name,) = world.hosts
-    world.hear(name, world.hosts[name])
-    world.now += timedelta(hours=hours)
+    cluster = SimulatedCluster(2)
+    cluster.submit()
+    cluster.schedule()
+    (name,) = cluster.processes
+    cluster.heartbeat(name, cluster.processes[name])
+    cluster.now += timedelta(hours=hours)
     for _ in range(5):
-        world.schedule()
-        world.now += timedelta(seconds=1)
-    assert world.hosts[name].lives
-    assert world.jobs[name.job_id].status == "running"
+        cluster.schedule()
+        cluster.now += timedelta(seconds=1)
+    assert cluster.processes[name].is_alive
+    assert cluster.jobs[name.job_id].status == "running"

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this machine: its own keys, ports and state, ready in about a second."""
+"""A real Slurm cluster of two nodes on this machine, with its own keys, ports and state; ready in a second."""
 
 import json
 import os
@@ -64,8 +64,8 @@ NODE = (
 )
 
 
-def why_not() -> str | None:
-    """Why there can be no cluster here, or None."""
+def skip_reason() -> str | None:
+    """Return why no cluster can run here, or None."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
     if missing:
         return f"Slurm is not installed: {', '.join(missing)} not found"
@@ -73,14 +73,14 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """Two `slurmd` on one host are two nodes. ``environment`` is what Slurm's commands need to find it."""
+    """Two `slurmd` on one host as two nodes. ``environment``: what Slurm's commands need to find the cluster."""
 
     controller = "127.0.0.1"
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.environment = {"SLURM_CONF": str(directory / "slurm.conf")}
-        self._warden = subprocess.Popen(
+        self._subreaper = subprocess.Popen(
             [sys.executable, "-m", "tests.slurm.subreaper"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
@@ -98,20 +98,20 @@ class Cluster:
         until(lambda: self.states() == dict.fromkeys(NODES, "IDLE"), 30, f"idle nodes; {self.states()} {self.logs()}")
 
     def stop(self) -> None:
-        """End everything: the warden does, once its input is closed."""
-        assert self._warden.stdin is not None
-        assert self._warden.stdout is not None
-        self._warden.stdin.close()
-        self._warden.stdout.close()
-        self._warden.wait(30)
+        """Stop everything: the subreaper does so once its input is closed."""
+        assert self._subreaper.stdin is not None
+        assert self._subreaper.stdout is not None
+        self._subreaper.stdin.close()
+        self._subreaper.stdout.close()
+        self._subreaper.wait(30)
 
     def _configure(self) -> None:
         directory = self.directory
         (directory / "state").mkdir()
         port, *ports = _free_ports(3)
         nodes = "\n".join(self.node_line(name, port) for name, port in zip(NODES, ports, strict=True))
-        where = {"host": socket.gethostname(), "controller": self.controller, "controller_port": port}
-        text = CONF.format(**where, dir=directory, nodes=nodes)
+        addresses = {"host": socket.gethostname(), "controller": self.controller, "controller_port": port}
+        text = CONF.format(**addresses, dir=directory, nodes=nodes)
         (directory / "slurm.conf").write_text(text)
         (directory / "cgroup.conf").write_text("CgroupAutomount=no\n")
         (directory / "gres.conf").write_text(f"NodeName=node[1-2] Name=gpu File={directory}/fakegpu[0-1]\n")
@@ -120,11 +120,11 @@ class Cluster:
             os.mknod(directory / f"fakegpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
 
     def node_line(self, name: str, port: int) -> str:
-        """What slurm.conf has of a node."""
+        """Return the node's line in slurm.conf."""
         return NODE.format(name=name, host=socket.gethostname(), address="127.0.0.1", port=port)
 
     def start_munge(self) -> None:
-        """With the key that it had, where it had one."""
+        """Start munged, with its previous key if it had one."""
         directory = self.directory
         key = directory / "munge.key"
         if not key.exists():
@@ -143,38 +143,38 @@ class Cluster:
         self.spawn(f"{name}.out", *self.node_command(name))
 
     def node_command(self, name: str) -> list[str]:
-        """The node's slurmd."""
+        """Return the command of the node's slurmd."""
         return ["slurmd", "-D", "-f", self.environment["SLURM_CONF"], "-N", name]
 
     def spawn(self, log: str, program: str, *arguments: str) -> int:
-        assert self._warden.stdin is not None
-        assert self._warden.stdout is not None
-        found = shutil.which(program, path=PATH)
-        request = [str(self.directory / log), [found, *arguments]]
-        self._warden.stdin.write(json.dumps(request).encode() + b"\n")
-        self._warden.stdin.flush()
-        return int(self._warden.stdout.readline())
+        assert self._subreaper.stdin is not None
+        assert self._subreaper.stdout is not None
+        executable = shutil.which(program, path=PATH)
+        request = [str(self.directory / log), [executable, *arguments]]
+        self._subreaper.stdin.write(json.dumps(request).encode() + b"\n")
+        self._subreaper.stdin.flush()
+        return int(self._subreaper.stdout.readline())
 
     def run(self, *command: str, seconds: float = 20.0) -> str:
-        """What one of Slurm's commands prints."""
+        """Return the output of one of Slurm's commands."""
         environment = {**os.environ, **self.environment, "PATH": PATH}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        return done.stdout
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+        assert process.returncode == 0, f"{command}: {process.stderr}"
+        return process.stdout
 
     def states(self) -> dict[str, str]:
-        """Node -> its state, as `scontrol` has it."""
+        """Return node -> state, from `scontrol`."""
         try:
             lines = self.run("scontrol", "show", "node", "-o").splitlines()
         except AssertionError:
             return {}
         fields = [dict(part.split("=", 1) for part in line.split() if "=" in part) for line in lines]
-        return {each["NodeName"]: each["State"] for each in fields}
+        return {item["NodeName"]: item["State"] for item in fields}
 
     def jobs(self) -> list[dict[str, Any]]:
-        """Every job that Slurm still knows of."""
-        found: list[dict[str, Any]] = json.loads(self.run("squeue", "--json", "-t", "all"))["jobs"]
-        return found
+        """Return every job that Slurm still knows."""
+        jobs: list[dict[str, Any]] = json.loads(self.run("squeue", "--json", "-t", "all"))["jobs"]
+        return jobs
 
     def drain(self, node: str) -> None:
         self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
@@ -183,62 +183,59 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def controllers(self) -> list[ProcessIdentity]:
-        """The controller's process."""
         return self._processes(lambda words: words[0].endswith("slurmctld"))
 
-    def mungers(self) -> list[ProcessIdentity]:
-        """munged's process."""
-        mine = f"--socket={self.directory}/munge.socket"
-        found = [ProcessIdentity.of(pid) for pid in all_pids() if mine in _command(pid)]
-        return [process for process in found if process is not None]
+    def munged_processes(self) -> list[ProcessIdentity]:
+        own = f"--socket={self.directory}/munge.socket"
+        processes = [ProcessIdentity.of(pid) for pid in all_pids() if own in _command(pid)]
+        return [process for process in processes if process is not None]
 
     def daemons(self, node: str) -> list[ProcessIdentity]:
-        """The node's slurmd."""
         return self._processes(lambda words: words[0].endswith("slurmd") and words[-1] == node)
 
     def steps(self, node: str) -> list[ProcessIdentity]:
         """The slurmstepd processes of the node. They overwrite their own environment; their children have it."""
         parents = {process: parent_of(process.pid) for pid in all_pids() if (process := ProcessIdentity.of(pid))}
-        mine = {
+        own = {
             parent
             for process, parent in parents.items()
             if process.variable("SLURMD_NODENAME") == node
             and process.variable("SLURM_CONF") == self.environment["SLURM_CONF"]
         }
-        return [each for each in parents if each.pid in mine and "slurmstepd" in " ".join(_command(each.pid))]
+        return [item for item in parents if item.pid in own and "slurmstepd" in " ".join(_command(item.pid))]
 
-    def _processes(self, wanted: Any) -> list[ProcessIdentity]:
-        found = []
+    def _processes(self, matches: Any) -> list[ProcessIdentity]:
+        processes = []
         for pid in all_pids():
             words = _command(pid)
-            mine = self.environment["SLURM_CONF"] in words
-            if words and mine and wanted(words) and (identity := ProcessIdentity.of(pid)):
-                found.append(identity)
-        return found
+            own = self.environment["SLURM_CONF"] in words
+            if words and own and matches(words) and (identity := ProcessIdentity.of(pid)):
+                processes.append(identity)
+        return processes
 
-    def remember(self, number: object) -> None:
-        """Return once the controller has written down what it knows of the job: it does so every few seconds only."""
+    def wait_until_saved(self, number: object) -> None:
+        """Return once the controller has saved the job's state, which it does only every few seconds."""
         began = time.time()
         self.run("scontrol", "update", f"JobId={number}", "AdminComment=remember")
         until(lambda: (self.directory / "state" / "job_state").stat().st_mtime > began, 20, "it is written down")
 
     def kill(self, processes: list[ProcessIdentity]) -> None:
-        """SIGKILL, and return once they are gone."""
+        """SIGKILL, and return once they have ended."""
         for process in processes:
             process.send(signal.SIGKILL)
         until(lambda: not any(process.alive() for process in processes), 10, "they are gone")
 
-    def heal(self) -> None:
-        """Whatever a test did: a controller, two idle nodes, no job and nothing of one; if need be by a new cluster."""
-        self._end_strays()
+    def restore(self) -> None:
+        """After any test: a controller, two idle nodes and no job; if necessary with a new cluster."""
+        self._kill_strays()
         try:
-            self._mend()
-        except (AssertionError, subprocess.TimeoutExpired) as why:
-            print(f"the cluster is begun anew: {why}")
-            self._begin_anew()
+            self._repair()
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            print(f"the cluster is recreated: {error}")
+            self._recreate()
 
-    def _mend(self) -> None:
-        if not self.mungers():
+    def _repair(self) -> None:
+        if not self.munged_processes():
             self.start_munge()
         if not self.controllers():
             self.start_controller()
@@ -251,7 +248,6 @@ class Cluster:
         until(self._idle, 40, "both nodes are idle")
 
     def _idle(self) -> bool:
-        """Whether both nodes are; one that is drained or down is asked back."""
         states = self.states()
         for node, state in states.items():
             if "DRAIN" in state or "DOWN" in state:
@@ -259,16 +255,16 @@ class Cluster:
                 subprocess.run(command, env={**os.environ, **self.environment}, capture_output=True, timeout=20)
         return states == dict.fromkeys(NODES, "IDLE")
 
-    def _end_strays(self) -> None:
-        """Processes of attempts that no test looks after any more: by our mark, and only those of this cluster."""
+    def _kill_strays(self) -> None:
+        """Kill processes of attempts that tests have left: those with our mark, and only of this cluster."""
         for member in members():
             if member.process.variable("SLURM_CONF") == self.environment["SLURM_CONF"]:
                 member.process.send(signal.SIGKILL)
 
-    def _begin_anew(self) -> None:
-        """All daemons and steps, and what the controller remembers."""
+    def _recreate(self) -> None:
+        """Restart all daemons with an empty state."""
         for _ in range(3):
-            self._end_strays()
+            self._kill_strays()
             nodes = [process for node in NODES for process in (*self.daemons(node), *self.steps(node))]
             self.kill([*self.controllers(), *nodes])
         shutil.rmtree(self.directory / "state")
@@ -279,7 +275,7 @@ class Cluster:
         until(self._idle, 60, f"idle nodes; {self.states()} {self.logs()}")
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
+        """Return the ends of the daemons' logs."""
         return "\n".join(f"== {file.name}\n{file.read_text()[-2000:]}" for file in sorted(self.directory.glob("*.log")))
 
 
@@ -301,9 +297,9 @@ def parent_of(pid: int) -> int:
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
     finally:
-        for each in sockets:
-            each.close()
+        for item in sockets:
+            item.close()

@@ -1,4 +1,4 @@
-"""A cluster for all tests of this folder, and homes whose service uses it; skipped by name where there is no Slurm."""
+"""A cluster for all tests of this folder, and homes whose service uses it. Skipped, with the reason, without Slurm."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.conftest import MakeHome, make_home, nursery
 from tests.faults.service_home import Home, telling
-from tests.slurm.cluster import PATH, Cluster, why_not
+from tests.slurm.cluster import PATH, Cluster, skip_reason
 
 __all__ = ["make_home", "nursery"]
 
@@ -17,7 +17,7 @@ MakeSlurmHome = Callable[..., Home]
 
 @pytest.fixture(scope="session")
 def whole_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    missing = why_not()
+    missing = skip_reason()
     if missing is not None:
         pytest.skip(missing)
     made = Cluster(tmp_path_factory.mktemp("slurm"))
@@ -33,7 +33,7 @@ def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
     """Both nodes idle, and again afterwards."""
     with telling(whole_cluster.logs):
         yield whole_cluster
-        whole_cluster.heal()
+        whole_cluster.restore()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
-"""A cluster whose nodes are hosts of their own: network, host name, resolution of names, files.
+"""A cluster whose nodes are separate hosts: network, host name, name resolution, files.
 
-What two nodes on one host cannot show: that ranks find each other across a network, where a node's own name leads to
-127.0.1.1 and no node's name is known to the others; and what becomes of a node that does not have the home.
+Two nodes on one host cannot show that ranks find each other across a network, if a node's own name resolves to
+127.0.1.1 and its name is unknown to the others; nor what happens on a node without the home.
 """
 
 import os
@@ -29,8 +29,8 @@ exec "$@"
 """
 
 
-def why_not() -> str | None:
-    """Why there can be no such hosts here, or None."""
+def skip_reason() -> str | None:
+    """Return why no such hosts can run here, or None."""
     if shutil.which("ip", path=PATH) is None or shutil.which("unshare", path=PATH) is None:
         return "ip or unshare is not installed"
     made = ["unshare", "-n", "-u", "-m", "ip", "link", "add", "one", "type", "veth", "peer", "name", "other"]
@@ -39,7 +39,7 @@ def why_not() -> str | None:
 
 
 class Hosts(Cluster):
-    """``hidden``: directories that a node does not have, by its name."""
+    """``hidden``: node -> directories that it does not have."""
 
     controller = f"{SUBNET}.1"
 
@@ -61,7 +61,7 @@ class Hosts(Cluster):
         return ["unshare", "-n", "-u", "-m", "bash", "-ec", enter, "host", str(found), *options]
 
     def start_node(self, name: str) -> None:
-        """Its end of the cable is put into its network from here; at its death both ends are gone."""
+        """Start the node and connect its network. If it dies, both ends of the link disappear."""
         pid = self.spawn(f"{name}.out", *self.node_command(name))
         inside = f"/proc/{pid}/ns/net"
         until(lambda: os.readlink(inside) != os.readlink("/proc/self/ns/net"), 10, "a network of its own")

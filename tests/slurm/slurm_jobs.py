@@ -9,7 +9,7 @@ from trainyard.worker.checkpoint.files import verify
 
 
 def fake(home: Home, nnodes: Any = 2, slurm: dict[str, Any] | None = None, **labels: str) -> dict[str, Any]:
-    """Fake ranks, all on the first node: quick, with checkpoints whose weights show each step."""
+    """Fake ranks, all on the first node: fast, with checkpoints whose weights identify each step."""
     spec = home.spec(3, **{"steps": "20", "save": "5", **labels})
     spec["resources"] |= {"launcher": "slurm", "nnodes": nnodes, "nproc_per_node": 1, "slurm": slurm or {}}
     return spec
@@ -39,16 +39,16 @@ def events(home: Home, job_id: str) -> list[dict[str, Any]]:
 
 
 def attempts(home: Home, job_id: str) -> list[dict[str, Any]]:
-    """Oldest first."""
+    """Return the attempts, oldest first."""
     found: list[dict[str, Any]] = home.get(f"/jobs/{job_id}/attempts").json()["data"]
     return sorted(found, key=lambda attempt: attempt["number"])
 
 
 def in_slurm(cluster: Cluster, job_id: str) -> list[tuple[str, str]]:
-    """(comment, state) of all its submissions."""
+    """Return (comment, state) of all submissions."""
     return [(job["comment"], job["job_state"]) for job in cluster.jobs() if job["name"] == f"trainyard-{job_id}"]
 
 
 def completed(cluster: Cluster, job_id: str) -> list[str]:
-    """Comments of those that ran to their ends."""
+    """Return the comments of completed submissions."""
     return [comment for comment, state in in_slurm(cluster, job_id) if state == "COMPLETED"]

@@ -1,9 +1,9 @@
-"""Parent of a test cluster's daemons: once its own parent is gone, however it went, nothing of the cluster is left.
+"""Parent of a test cluster's daemons: once its own parent has ended, in any way, it kills everything of the cluster.
 
-    python -m tests.slurm.subreaper     reads one JSON array a line, a command to start; EOF on stdin: end everything
+    python -m tests.slurm.subreaper     reads one JSON array a line, a command to start; EOF on stdin: kill everything
 
-Slurm's daemons and steps leave their parent behind on purpose. As child subreaper this process gets them all back, so
-that a test run that was killed leaves neither daemons nor jobs. Standard library only.
+Slurm's daemons and steps detach from their parent. As child subreaper this process becomes their parent again, so that
+a killed test run leaves neither daemons nor jobs. Standard library only.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from trainyard.worker.agent.processes import become_subreaper
 
 
 def main() -> None:
-    """Start what is asked for until nobody can ask any more."""
+    """Start the requested commands until stdin is closed, then kill everything."""
     become_subreaper()
     os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Who is away harms nobody: Slurm's controller, the service, both. The ranks are fake and quick."""
+"""Slurm's controller, the service, or both are away: runs continue. The ranks are fake and fast."""
 
 import pytest
 
@@ -11,11 +11,11 @@ from tests.slurm.slurm_jobs import attempts, completed, fake, submit
 
 @pytest.mark.soak
 @pytest.mark.parametrize("away", ["controller", "service", "both"])
-def test_a_run_goes_on_whoever_is_killed(cluster: Cluster, slurm_home: MakeSlurmHome, away: str) -> None:
+def test_a_run_continues_whatever_is_killed(cluster: Cluster, slurm_home: MakeSlurmHome, away: str) -> None:
     home = slurm_home()
     job_id = submit(home, fake(home, steps="150", pace="0.1"))
     home.reach(job_id, 5)
-    cluster.remember(cluster.jobs()[-1]["job_id"])
+    cluster.wait_until_saved(cluster.jobs()[-1]["job_id"])
     if away != "service":
         cluster.kill(cluster.controllers())
     if away != "controller":
@@ -54,7 +54,7 @@ def test_what_is_submitted_while_the_controller_is_away_runs_once_it_is_back(
 @pytest.mark.soak
 def test_a_host_without_munge_keeps_a_job_waiting_and_says_why(cluster: Cluster, slurm_home: MakeSlurmHome) -> None:
     home = slurm_home()
-    cluster.kill(cluster.mungers())
+    cluster.kill(cluster.munged_processes())
     job_id = submit(home, fake(home, nnodes=1))
 
     def told() -> str | None:

@@ -1,4 +1,4 @@
-"""The test cluster is whole again after whatever a test has done to it."""
+"""The test cluster is restored after anything that a test has done to it."""
 
 import pytest
 
@@ -19,17 +19,17 @@ def test_whatever_a_test_leaves_behind_the_next_one_finds_two_idle_nodes(
     home.kill()
     cluster.drain("node2")
     cluster.kill([*cluster.daemons("node1"), *cluster.controllers()])
-    cluster.heal()
+    cluster.restore()
     assert cluster.states() == dict.fromkeys(NODES, "IDLE")
     until(lambda: home.processes() == [], what="nothing of any attempt is left")
     assert {job["job_state"] for job in cluster.jobs()} <= {"CANCELLED", "FAILED", "NODE_FAIL", "COMPLETED"}
 
 
 @pytest.mark.soak
-def test_a_cluster_that_cannot_be_mended_is_begun_anew(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_cannot_be_repaired_is_recreated(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     before = cluster.controllers()
     monkeypatch.setattr(cluster, "_mend", _hopeless)
-    cluster.heal()
+    cluster.restore()
     assert cluster.states() == dict.fromkeys(NODES, "IDLE")
     assert before[0] not in cluster.controllers()
     assert cluster.run("srun", "-N2", "true") == ""

@@ -1,4 +1,4 @@
-"""Nodes that cannot reach the service: it reads the run directory, and its wishes go there. The ranks are fake."""
+"""Nodes that cannot reach the service: it reads the run directory and writes its requests there. Ranks are fake."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Nodes that are hosts of their own: what they need of each other, and of the home, is there or is missed in words."""
+"""Nodes that are separate hosts: they find each other and the home, or the error says what is missing."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +18,7 @@ MakeHosts = Callable[..., Home]
 @pytest.fixture
 def hosts_home(make_home: MakeHome, tmp_path: Path) -> Iterator[MakeHosts]:
     """A home whose service uses a cluster of two such hosts; ``without``: the node that does not have the home."""
-    missing = cluster.why_not() or hosts.why_not()
+    missing = cluster.skip_reason() or hosts.skip_reason()
     if missing is not None:
         pytest.skip(missing)
     made: list[Hosts] = []

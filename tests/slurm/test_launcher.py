@@ -1,4 +1,4 @@
-"""The launcher against programs that say what Slurm's say, and worse: time-outs, nonsense, answers that are lost."""
+"""The launcher against fake Slurm commands: real output, time-outs, nonsense, answers that are lost."""
 
 import contextlib
 import os
@@ -13,13 +13,7 @@ import pytest
 
 from tests.slurm.fake_commands import CONFIG, Programs
 from trainyard.contract.messages import ExitReport
-from trainyard.contract.rundir import (
-    UNSEEN,
-    AttemptDir,
-    RunDir,
-    read_json,
-    write_json,
-)
+from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
 from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec
 from trainyard.contract.status import Reason
 from trainyard.service.launch.base import (
@@ -44,7 +38,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     made = Programs(tmp_path)
     monkeypatch.setenv("PATH", f"{made.bin}:{os.environ['PATH']}")
     monkeypatch.setattr(cli, "FRESH_SECONDS", 0.0)
-    monkeypatch.setattr(cli, "REST", 0.0)
+    monkeypatch.setattr(cli, "FRESH_FACTOR", 0.0)
     return made
 
 
@@ -169,7 +163,7 @@ HALF = '{"jobs": [{"job_id": 7, "name": "trainyard-job_a", "comment": "job_a/1",
         ("null", "", 0),
     ],
 )
-def test_what_nobody_understands_is_unknown_and_never_an_end(
+def test_output_that_is_not_understood_is_unknown_and_never_an_end(
     slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, out: str, error: str, code: int
 ) -> None:
     launcher.start(LAUNCH)
@@ -189,10 +183,10 @@ def test_what_nobody_understands_is_unknown_and_never_an_end(
     assert launcher.find(NAME).state is AttemptState.ALIVE
 
 
-def test_a_controller_that_hangs_holds_nobody_up_and_ends_nothing(
+def test_a_controller_that_hangs_blocks_no_caller_and_ends_nothing(
     slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(cli, "MAX_WAIT_SECONDS", 0.2)
     monkeypatch.setattr(cli, "QUERY_SECONDS", 1.0)
     launcher.start(LAUNCH)
     begin(attempt)
@@ -208,7 +202,7 @@ def test_a_controller_that_hangs_holds_nobody_up_and_ends_nothing(
     assert launcher.find(NAME).state is AttemptState.ALIVE
 
 
-def test_what_a_command_complains_of_before_it_hangs_is_told(
+def test_what_a_command_prints_before_it_hangs_is_reported(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cli, "QUERY_SECONDS", 0.3)
@@ -258,7 +252,7 @@ def test_another_user_s_queue_says_nothing_of_the_attempt(
         ("COMPLETED", []),
     ],
 )
-def test_what_waits_is_taken_out_and_what_runs_is_told(
+def test_a_pending_job_is_cancelled_and_a_running_one_is_signalled(
     slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir, state: object, cancelled_with: list[str]
 ) -> None:
     launcher.start(LAUNCH)
@@ -304,7 +298,7 @@ def test_the_queue_is_asked_less_often_where_an_answer_takes_long(monkeypatch: p
         now[0] += 3.0
         return []
 
-    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr(cli, "MAX_WAIT_SECONDS", 60.0)
     queue = cli.QueueCache(look, lambda: now[0])
     for _ in range(20):
         queue.jobs()
@@ -321,8 +315,8 @@ def test_the_queue_is_asked_less_often_where_an_answer_takes_long(monkeypatch: p
 def test_a_cluster_whose_squeue_takes_long_is_worked_with_all_the_same(
     slurm: Programs, launcher: SlurmLauncher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0.1)
-    monkeypatch.setattr(cli, "REST", 10.0)
+    monkeypatch.setattr(cli, "MAX_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(cli, "FRESH_FACTOR", 10.0)
     queue = slurm.bin.parent / "queue.json"
     slurm.body("squeue", f"cat {queue} > {queue}.seen; sleep 0.4; cat {queue}.seen")
 
@@ -486,13 +480,10 @@ def test_a_node_without_the_home_counts_against_the_launch_whatever_became_of_th
     slurm.queue({"job_state": "FAILED"})
     report = judged(launcher).report
     assert report is not None
-    assert (report.reason, report.message) == (
-        Reason.LAUNCH_FAILED,
-        f"{UNSEEN}: {attempt.path} is not there on n2",
-    )
+    assert (report.reason, report.message) == (Reason.LAUNCH_FAILED, f"{UNSEEN}: {attempt.path} is not there on n2")
 
 
-def test_the_script_is_nobody_else_s_to_write(slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir) -> None:
+def test_only_the_service_may_write_the_script(slurm: Programs, launcher: SlurmLauncher, attempt: AttemptDir) -> None:
     launcher.start(LAUNCH)
     assert attempt.batch.read_text().startswith("#!/bin/bash\n")
     assert not attempt.batch.stat().st_mode & stat.S_IWOTH

@@ -1,4 +1,4 @@
-"""Nodes lost, ranks killed, and time that is over: the run goes on, and its weights are the untouched run's."""
+"""Lost nodes, killed ranks and time limits: the run resumes, and its weights equal the undisturbed run's."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""Slurm's queue as the API tells it, and what users do to jobs that wait in it or run. The ranks are fake and quick."""
+"""Slurm's queue in the API, and users' actions on jobs that wait in it or run. The ranks are fake and fast."""
 
 import contextlib
 from typing import Any

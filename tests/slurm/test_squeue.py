@@ -1,4 +1,4 @@
-"""What is read out of squeue's JSON, in the forms of several releases."""
+"""Parsing of squeue's JSON from several releases."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_without_gpus_each_rank_has_a_place_on_its_node() -> None:
     ("said", "reason"),
     [
         ({"state_reason": "Resources"}, "Slurm: Resources"),
-        ({"state_reason": "None"}, "Slurm: its next look"),
+        ({"state_reason": "None"}, "Slurm: its next scheduling cycle"),
         ({"state_reason": "ReqNodeNotAvail", "state_description": "ReqNodeNotAvail, node2"}, None),
     ],
 )
@@ -70,7 +70,7 @@ def test_an_unknown_state_is_not_an_end(state: object, pending: bool, ended: boo
 def test_a_job_whose_nodes_boot_waits_for_them() -> None:
     for state in ("CONFIGURING", ["RUNNING", "CONFIGURING"], ["CONFIGURING"]):
         found = job(job_state=state)
-        assert (found.pending, found.placement(1).waiting_for) == (True, "Slurm: its nodes, which boot")
+        assert (found.pending, found.placement(1).waiting_for) == (True, "Slurm: its nodes, which are booting")
 
 
 @pytest.mark.parametrize("reason", ["AssocMaxJobsLimit", "QOSMaxJobsPerUserLimit", "PartitionTimeLimit", "Dependency"])

@@ -1,4 +1,4 @@
-"""Slurm's own commands, each with a time-out: what does not answer in time says nothing at all."""
+"""Slurm's commands, each with a time-out. Nothing is concluded from a command that does not answer in time."""
 
 import os
 import re
@@ -17,13 +17,14 @@ SUBMIT_SECONDS = 10.0
 CANCEL_SECONDS = 10.0
 QUERY_SECONDS = 20.0
 NAME_SECONDS = 3.0
-PATIENCE_SECONDS = 2.0
-"""Whoever asks for the queue waits so long for the answer; the question goes on being asked beside."""
-
+MAX_WAIT_SECONDS = 2.0  # How long a caller waits for the queue. The query continues in the background.
 FRESH_SECONDS = 1.0
-REST = 10.0
-"""An answer is good for so many times as long as it took: a controller that has much to say is not asked all along."""
+# An answer stays valid for this many times the query's duration, so that a slow controller is not queried without a
+# break.
+FRESH_FACTOR = 10.0
 
+# Parts of messages after which it is unknown whether the controller has carried out the request, or that report a
+# problem of this host: they say nothing about the job.
 UNREACHABLE = (
     "unable to contact slurm controller",
     "socket timed out",
@@ -41,9 +42,8 @@ UNREACHABLE = (
     "invalid authentication credential",
     "could not establish a configuration source",
 )
-"""What Slurm's commands say where it is unknown whether the controller has done what they asked, or where they could
-not even ask: that is this host's trouble and no word on the job."""
 
+# Part of sbatch's error message -> what to do.
 HINTS: tuple[tuple[str, str], ...] = (
     ("invalid partition", "`sinfo` lists the partitions; resources.slurm.partition or TRAINYARD_SLURM_PARTITION."),
     ("invalid account", "resources.slurm.account or TRAINYARD_SLURM_ACCOUNT must be one that Slurm knows of its user."),
@@ -61,19 +61,18 @@ HINTS: tuple[tuple[str, str], ...] = (
     ("memory specification", "Ask for less `--mem` in resources.slurm.extra."),
     ("cannot be run", "Slurm's commands must be in the PATH of the service."),
 )
-"""Part of what sbatch says where it refuses -> what to do."""
 
 
 def slurm_environment() -> dict[str, str]:
-    """Where Slurm is configured and its libraries are, if not where its commands look by themselves."""
+    """Return the variables that locate Slurm's configuration and libraries."""
     names = ("SLURM_CONF", "LD_LIBRARY_PATH", "HOME")
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> str:
-    """What ``command`` prints. Raises NoAnswer, or LaunchRefused with what Slurm says."""
+    """Return the output of ``command``. Raises LauncherUnavailable, or LaunchRefused with Slurm's message."""
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command,
             env={"PATH": os.environ.get("PATH", ""), **slurm_environment(), **(environment or {})},
             stdin=subprocess.DEVNULL,
@@ -82,119 +81,119 @@ def run(command: Sequence[str], seconds: float, environment: Mapping[str, str] |
             errors="replace",
             timeout=seconds,
         )
-    except subprocess.TimeoutExpired as late:
+    except subprocess.TimeoutExpired as error:
         raise LauncherUnavailable(
-            f"{command[0]} did not answer within {seconds:g} s{_last_line(late.stderr)}"
-        ) from late
+            f"{command[0]} did not answer within {seconds:g} s{_last_line(error.stderr)}"
+        ) from error
     except OSError as error:
-        raise _refusal(f"{command[0]} cannot be run: {error.strerror}") from error
-    said = " ".join(done.stderr.split())
-    if done.returncode == 0:
-        return done.stdout
-    if any(words in said.lower() for words in UNREACHABLE):
-        raise LauncherUnavailable(f"{command[0]}: {said}")
-    raise _refusal(said or f"{command[0]} ended with {done.returncode}")
+        raise _launch_refused(f"{command[0]} cannot be run: {error.strerror}") from error
+    message = " ".join(process.stderr.split())
+    if process.returncode == 0:
+        return process.stdout
+    if any(words in message.lower() for words in UNREACHABLE):
+        raise LauncherUnavailable(f"{command[0]}: {message}")
+    raise _launch_refused(message or f"{command[0]} ended with {process.returncode}")
 
 
-def _last_line(said: bytes | str | None) -> str:
-    """What a command complained of while it went on trying: a login node without munge says so only there."""
-    text = said.decode(errors="replace") if isinstance(said, bytes) else said or ""
+def _last_line(message: bytes | str | None) -> str:
+    # What a command printed while it retried: without munge, a login node reports that only there.
+    text = message.decode(errors="replace") if isinstance(message, bytes) else message or ""
     lines = text.strip().splitlines()
     return f": {lines[-1][:300]}" if lines else ""
 
 
-def _refusal(said: str) -> LaunchRefused:
-    return LaunchRefused(said, next((hint for part, hint in HINTS if part in said.lower()), None))
+def _launch_refused(message: str) -> LaunchRefused:
+    return LaunchRefused(message, next((hint for part, hint in HINTS if part in message.lower()), None))
 
 
 @failpoint("launch.slurm.submit")
 def submit(script: Path, environment: Mapping[str, str]) -> str | None:
-    """Hand the script over; returns Slurm's number of it. ``environment`` is the job's. Raises as `run`.
+    """Submit the script; return Slurm's job number, or None if the output has none. Raises as `run` does.
 
-    None where it was taken and no number can be found in what was said: some clusters add words of their own.
+    ``environment`` is the job's. Some clusters add text of their own to the output.
     """
-    said = run(["sbatch", "--parsable", str(script)], SUBMIT_SECONDS, environment)
-    numbers = re.findall(r"^(\d+)(?:;\S*)?$", said, re.MULTILINE)
+    message = run(["sbatch", "--parsable", str(script)], SUBMIT_SECONDS, environment)
+    numbers = re.findall(r"^(\d+)(?:;\S*)?$", message, re.MULTILINE)
     return numbers[-1] if numbers else None
 
 
 def cluster_name() -> str:
-    """The name of the cluster that these commands speak to. Raises NoAnswer."""
+    """Return the name of the cluster that these commands address. Raises LauncherUnavailable."""
     try:
-        said = run(["scontrol", "show", "config"], NAME_SECONDS)
-    except LaunchRefused as trouble:
-        raise LauncherUnavailable(str(trouble)) from trouble
-    found = re.search(r"^ClusterName\s*=\s*(\S+)", said, re.MULTILINE)
+        message = run(["scontrol", "show", "config"], NAME_SECONDS)
+    except LaunchRefused as error:
+        raise LauncherUnavailable(str(error)) from error
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", message, re.MULTILINE)
     if found is None:
         raise LauncherUnavailable("scontrol names no cluster")
     return found.group(1)
 
 
 def cancel(job: SlurmJob, *options: str) -> None:
-    """``scancel`` with ``options``. A job that has ended in between is as good. Raises NoAnswer."""
+    """Run ``scancel`` with ``options``. A job that has ended already is no error. Raises LauncherUnavailable."""
     try:
         run(["scancel", *options, job.id], CANCEL_SECONDS)
-    except LaunchRefused as said:
-        if "already" not in str(said).lower() and "invalid job id" not in str(said).lower():
-            raise LauncherUnavailable(str(said)) from said
+    except LaunchRefused as message:
+        if "already" not in str(message).lower() and "invalid job id" not in str(message).lower():
+            raise LauncherUnavailable(str(message)) from message
 
 
 QueueQuery = Callable[[], list[SlurmJob]]
 
 
 def query_queue(prefix: str) -> list[SlurmJob]:
-    """Our jobs, those that ended a while ago among them. Raises NoAnswer."""
+    """Return the service's jobs, including those that Slurm still lists after their end. Raises LauncherUnavailable."""
     try:
         return parse_squeue(run(["squeue", "--json", "--me", "--states=all"], QUERY_SECONDS), prefix)
-    except (LaunchRefused, ValueError) as trouble:
-        raise LauncherUnavailable(str(trouble)) from trouble
+    except (LaunchRefused, ValueError) as error:
+        raise LauncherUnavailable(str(error)) from error
 
 
 class QueueCache:
-    """The newest answer of `look`, asked beside whoever wants it: a controller that is away blocks nobody for long."""
+    """Cache of `squeue` output, refreshed in a background thread so that a hung controller does not block callers."""
 
-    def __init__(self, look: QueueQuery, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._look = look
+    def __init__(self, query: QueueQuery, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._query = query
         self._monotonic = monotonic
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="squeue")
-        self._asking: tuple[float, Future[tuple[list[SlurmJob], float]]] | None = None
+        self._pending: tuple[float, Future[tuple[list[SlurmJob], float]]] | None = None
         self._answer: tuple[float, list[SlurmJob]] | None = None
-        self._took = 0.0
-        self._trouble = "it was not asked yet"
+        self._query_seconds = 0.0
+        self._error = "it was not asked yet"
 
     @property
     def fresh_seconds(self) -> float:
-        """So long an answer is good enough for whoever has changed nothing since."""
-        return max(FRESH_SECONDS, REST * self._took)
+        """How old an answer may be for a caller that has changed nothing since."""
+        return max(FRESH_SECONDS, FRESH_FACTOR * self._query_seconds)
 
     def jobs(self, since: float | None = None) -> list[SlurmJob]:
-        """The queue as it was `fresh_seconds` ago at most, or was asked for after ``since``. Raises NoAnswer."""
+        """Return the queue as of ``since`` or later, by default `fresh_seconds` ago. Raises LauncherUnavailable."""
         oldest = self._monotonic() - self.fresh_seconds if since is None else since
-        for _ in range(2):  # what is being asked already may have been asked too early
+        for _ in range(2):  # the query that is running may have started too early
             if self._answer is not None and self._answer[0] > oldest:
                 break
-            self._ask()
+            self._refresh()
         if self._answer is None or self._answer[0] <= oldest:
-            raise LauncherUnavailable(f"Slurm does not answer: {self._trouble}")
+            raise LauncherUnavailable(f"Slurm does not answer: {self._error}")
         return self._answer[1]
 
-    def _ask(self) -> None:
+    def _refresh(self) -> None:
         with self._lock:
-            if self._asking is None:
-                self._asking = self._monotonic(), self._threads.submit(self._timed)
-            began, asked = self._asking
-            patience = max(0.0, began + PATIENCE_SECONDS - self._monotonic())
-            if wait([asked], patience).not_done:
-                self._trouble = "squeue takes long"
+            if self._pending is None:
+                self._pending = self._monotonic(), self._threads.submit(self._timed_query)
+            began, future = self._pending
+            timeout = max(0.0, began + MAX_WAIT_SECONDS - self._monotonic())
+            if wait([future], timeout).not_done:
+                self._error = "squeue takes long"
                 return
-            self._asking = None
+            self._pending = None
             try:
-                jobs, self._took = asked.result()
+                jobs, self._query_seconds = future.result()
                 self._answer = began, jobs
-            except LauncherUnavailable as trouble:
-                self._trouble = str(trouble)
+            except LauncherUnavailable as error:
+                self._error = str(error)
 
-    def _timed(self) -> tuple[list[SlurmJob], float]:
+    def _timed_query(self) -> tuple[list[SlurmJob], float]:
         began = self._monotonic()
-        return self._look(), self._monotonic() - began
+        return self._query(), self._monotonic() - began

@@ -1,4 +1,4 @@
-"""The script that Slurm is given to run: a pure function of what is asked for."""
+"""The batch script of an attempt: a pure function of the spec and the settings."""
 
 import math
 import shlex
@@ -9,10 +9,10 @@ from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.spec import ResourcesSpec, SlurmSpec
 from trainyard.service.launch.base import AttemptRef, LaunchRefused
 
-STEP = """\
-# The time is nearly over: this file tells the agent, which has the ranks save. As a signal to the step it would end
-# an agent that is only just starting. Slurm warns up to a minute early, and at once where the whole limit is shorter
-# than the warning, as a partition's own may be: what is left for training is left to it.
+BODY = """\
+# The time limit is near: this file makes the agent have the ranks save. A signal to the step instead would end an
+# agent that is still starting. Slurm warns up to a minute early, and at once if the whole limit is shorter than the
+# warning, as a partition's own may be: then a quarter of the time is kept for saving.
 warned() {{
   left=$(( $(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) - $(date +%s) ))
   margin=$(( (left + SECONDS) / 4 ))
@@ -35,9 +35,10 @@ exit "$code"
 
 @dataclass(frozen=True)
 class SbatchScript:
-    """What the script is made of. ``asked``: the spec's wishes over the service's.
+    """Input of `render`.
 
-    ``warning``: seconds before the time limit at which the run is to save. ``gpus``: whether its ranks get GPUs.
+    ``options``: the spec's over the service's. ``warning``: seconds before the time limit at which the run saves.
+    ``gpus``: whether its ranks get GPUs.
     """
 
     name: AttemptRef
@@ -50,60 +51,60 @@ class SbatchScript:
 
 
 def job_name(job_id: str) -> str:
-    """What a job's attempts are called in Slurm: each has the same name, so that only one of them runs at a time."""
+    """Return the name that all attempts of a job share in Slurm, so that only one of them runs at a time."""
     return f"trainyard-{job_id}"
 
 
 def render(batch: SbatchScript) -> str:
-    """The whole script. Raises LaunchRefused where an option would be more than one line."""
+    """Return the script. Raises LaunchRefused if an option contains a line break or another control character."""
     options = list(_options(batch))
     for option in options:
         if not option.isprintable():
             raise LaunchRefused(f"sbatch cannot be given {option!r}")
     command = [*batch.agent, str(batch.attempt.path.parent), f"--attempt={batch.name.number}"]
     time_limit, warning = batch.attempt.time_limit.name, math.ceil(_warning(batch))
-    step = STEP.format(time_limit=time_limit, warning=warning, agent=shlex.join(command))
+    step = BODY.format(time_limit=time_limit, warning=warning, agent=shlex.join(command))
     return "".join(["#!/bin/bash\n", *(f"#SBATCH {option}\n" for option in options), f"\n{step}"])
 
 
 def merge_options(spec: SlurmSpec, service: SlurmSpec) -> SlurmSpec:
-    """What the job wishes over what the service is set up with; further options of both."""
-    wished = {name: value for name, value in spec if value is not None and name != "extra"}
-    return service.model_copy(update={**wished, "extra": [*service.extra, *spec.extra]})
+    """Return the job's options over the service's; ``extra`` has those of both."""
+    given = {name: value for name, value in spec if value is not None and name != "extra"}
+    return service.model_copy(update={**given, "extra": [*service.extra, *spec.extra]})
 
 
 def _options(batch: SbatchScript) -> Iterator[str]:
-    resources, asked = batch.resources, batch.options
+    resources, slurm = batch.resources, batch.options
     yield f"--job-name={job_name(batch.name.job_id)}"
     yield f"--comment={batch.name}"
-    # However often it is submitted, Slurm runs one at a time; and a new attempt is the service's to make, not Slurm's.
+    # singleton: one attempt runs at a time, however often it is submitted. Only the service creates attempts.
     yield "--dependency=singleton"
     yield "--no-requeue"
-    # How many tasks there are is srun's to say: with a number of them a range of nodes never is more than its least.
+    # No --ntasks here: with it, Slurm would always give the smallest number of a range of nodes. srun sets it.
     yield f"--nodes={_nodes(resources)}"
     ranks = resources.nproc_per_node
     if batch.gpus:
-        yield f"--gres={':'.join(filter(None, ('gpu', asked.gpu_type, str(ranks))))}"
+        yield f"--gres={':'.join(filter(None, ('gpu', slurm.gpu_type, str(ranks))))}"
     else:
         yield f"--cpus-per-task={ranks}"
     for option in ("partition", "account", "qos", "constraint"):
-        value = getattr(asked, option)
+        value = getattr(slurm, option)
         if value is not None:
-            yield f"--{option}={_quoted(value)}"
-    yield from _time(batch)
-    yield f"--chdir={_quoted(str(batch.attempt.path))}"
+            yield f"--{option}={_quote(value)}"
+    yield from _time_options(batch)
+    yield f"--chdir={_quote(str(batch.attempt.path))}"
     yield f"--output={batch.attempt.cluster_log.relative_to(batch.attempt.path)}"
     yield "--open-mode=append"
-    yield "--propagate=NONE"  # a login node's limits are none of the run's
-    yield from asked.extra
+    yield "--propagate=NONE"  # a login node's limits must not apply to the run
+    yield from slurm.extra
 
 
 def _nodes(resources: ResourcesSpec) -> str:
-    least, most = resources.min_nodes, resources.max_nodes
-    return str(most) if least == most else f"{least}-{most}"
+    min_nodes, max_nodes = resources.min_nodes, resources.max_nodes
+    return str(max_nodes) if min_nodes == max_nodes else f"{min_nodes}-{max_nodes}"
 
 
-def _time(batch: SbatchScript) -> Iterator[str]:
+def _time_options(batch: SbatchScript) -> Iterator[str]:
     limit = batch.options.time_limit
     if limit is not None:
         yield f"--time={math.ceil(limit / 60)}"
@@ -111,12 +112,12 @@ def _time(batch: SbatchScript) -> Iterator[str]:
 
 
 def _warning(batch: SbatchScript) -> float:
-    """Seconds before its end that a run saves. Slurm counts whole minutes; a short limit must leave time to train."""
+    # Slurm counts whole minutes. With a short limit, three quarters of it are left for training.
     limit = batch.options.time_limit
     return batch.warning if limit is None else min(batch.warning, math.ceil(limit / 60) * 60 / 4)
 
 
-def _quoted(text: str) -> str:
-    """As sbatch reads it in the script: within quotes only the backslash and the quote mean something."""
+def _quote(text: str) -> str:
+    # sbatch reads the script's options: within double quotes only the backslash and the quote are special.
     plain = text.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{plain}"' if plain != text or set(text) & set(" \t'&|*()[]#;") else text

@@ -18,9 +18,9 @@
 #SBATCH --mem=64G
 #SBATCH --exclusive
 
-# The time is nearly over: this file tells the agent, which has the ranks save. As a signal to the step it would end
-# an agent that is only just starting. Slurm warns up to a minute early, and at once where the whole limit is shorter
-# than the warning, as a partition's own may be: what is left for training is left to it.
+# The time limit is near: this file makes the agent have the ranks save. A signal to the step instead would end an
+# agent that is still starting. Slurm warns up to a minute early, and at once if the whole limit is shorter than the
+# warning, as a partition's own may be: then a quarter of the time is kept for saving.
 warned() {
   left=$(( $(date -d "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%e)" +%s) - $(date +%s) ))
   margin=$(( (left + SECONDS) / 4 ))

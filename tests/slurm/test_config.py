@@ -1,4 +1,4 @@
-"""Settings and specs that speak of Slurm: what is taken, and what is refused with its place."""
+"""Slurm's settings and spec fields: what is valid, and what is rejected with its JSON pointer."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from trainyard.service.errors import SpecInvalid
 from trainyard.service.jobs.submission import HostLimits, kind_of, validate_spec
-from trainyard.service.launch.slurm.config import ALLOWED, OURS, SlurmSetup
+from trainyard.service.launch.slurm.config import ALLOWED, RESERVED, SlurmSetup
 from trainyard.service.settings import InvalidSettings, Settings
 
 ON = {"TRAINYARD_SLURM": "on"}
@@ -65,12 +65,12 @@ def test_what_is_asked_of_slurm_comes_from_the_settings(tmp_path: Path) -> None:
     assert (found.slurm.warning, found.slurm.device) == (600, "cpu")
 
 
-def test_nobody_may_allow_what_the_launcher_relies_on(tmp_path: Path) -> None:
-    found = settings(tmp_path, **ON, TRAINYARD_SLURM_ALLOW=",".join([*sorted(OURS), "mem"]))
+def test_reserved_options_cannot_be_allowed(tmp_path: Path) -> None:
+    found = settings(tmp_path, **ON, TRAINYARD_SLURM_ALLOW=",".join([*sorted(RESERVED), "mem"]))
     assert found.slurm is not None
     assert found.slurm.allowed == ("mem",)
-    assert {"array", "clusters", "dependency", "no-kill", "requeue", "version", "wrap"} < OURS
-    assert not OURS & set(ALLOWED)
+    assert {"array", "clusters", "dependency", "no-kill", "requeue", "version", "wrap"} < RESERVED
+    assert not RESERVED & set(ALLOWED)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_job_chooses_its_launcher(tmp_path: Path) -> None:
     assert kind_of(spec, host) == "cpu"
     spec, _ = accepted(tmp_path, {"nnodes": {"min": 1, "max": 4}}, **ON, TRAINYARD_LAUNCHER="slurm")
     assert spec.resources.launcher == "slurm", "the stored spec says who runs it"
-    assert (spec.resources.least_nodes, spec.resources.most_nodes, spec.rows_per_step) == (1, 4, 32 * 8 * 4)
+    assert (spec.resources.min_nodes, spec.resources.max_nodes, spec.rows_per_step) == (1, 4, 32 * 8 * 4)
 
 
 def test_what_cannot_be_run_is_refused_with_its_place(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The disk watch: when a disk is low, who hears of it, and when it has room again."""
+"""DiskMonitor: when a disk is low, which jobs get an alert, and when it is removed."""
 
 import logging
 from pathlib import Path
@@ -73,7 +73,7 @@ def test_the_smaller_of_both_limits_counts(size: int, percent: int, total: int, 
         (0.05, DiskState.OK, DiskState.FULL),
     ],
 )
-def test_a_disk_at_its_limit_is_not_told_of_again_and_again(
+def test_a_disk_at_its_limit_does_not_alert_again_and_again(
     free: float, before: DiskState | None, state: DiskState
 ) -> None:
     assert disk_state(Usage(100 * GIB, int(free * GIB)), Limits(5 * GIB, 10), before) is state
@@ -116,7 +116,7 @@ def test_a_real_file_system(tmp_path: Path) -> None:
     assert disk.name == "home+save_root+corpus_cache"
 
 
-def test_a_disk_that_hangs_keeps_nobody_waiting() -> None:
+def test_a_disk_that_hangs_blocks_no_caller() -> None:
     now = [0.0]
     made = DiskMonitor({"home": [Path("/home")]}, Limits(0, 0), Disks(home=0.5), lambda: now[0])
     assert made.readings() is made.readings(), "looked at once"
@@ -148,7 +148,7 @@ def test_running_jobs_hear_of_it_once_and_hear_when_it_is_over(any_rig: ServiceH
     upkeep.round()
     upkeep.round()
     assert low(rig, job_id) == [
-        "the disk of home is nearly full: 2.0 GiB of 100.0 GiB are free, and below 5.0 GiB is little"
+        "the disk of home is nearly full: 2.0 GiB of 100.0 GiB free (warning threshold: 5.0 GiB)"
     ]
     assert kinds(rig, job_id) == [("warning", "service")]
     assert low(rig, ended) == low(rig, waiting) == []
@@ -187,9 +187,9 @@ def test_only_those_who_save_there_hear_of_a_save_root(rig: ServiceHarness, tmp_
     assert "save_root" in low(rig, there)[0]
 
 
-def test_who_does_not_schedule_only_looks(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_does_not_schedule_only_polls(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     job_id, _ = rig.running()
-    monkeypatch.setattr(rig.scheduler, "_wanted", False)
+    monkeypatch.setattr(rig.scheduler, "_enabled", False)
     upkeep = MaintenanceLoop(rig.scheduler, watch(Disks(home=0.02)), rig.clock)
     upkeep.round()
     assert low(rig, job_id) == []
@@ -237,7 +237,7 @@ def test_what_is_said_names_no_path() -> None:
     found.more = {"files": 1000, "files_free": 3}
     assert to_alert(watch(found).poll()[0]) == "the disk of home is about to run out of inodes: 3 are left"
     tiny = Disk((), ("home",), Usage(4 << 20, 3 << 20, files=9000, files_free=8000), 1 << 19, DiskState.FULL)
-    said = "the disk of home is nearly full: 3.0 MiB of 4.0 MiB are free, and below 64.0 MiB is little"
+    said = "the disk of home is nearly full: 3.0 MiB of 4.0 MiB free (warning threshold: 64.0 MiB)"
     assert to_alert(tiny) == said
     assert to_alert(watch(Disks()).poll()[0]) == "the disk of home does not answer"
 

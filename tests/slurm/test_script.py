@@ -1,4 +1,4 @@
-"""What Slurm is given to run, to the letter."""
+"""The batch script, compared with golden files."""
 
 import subprocess
 from dataclasses import replace
@@ -9,12 +9,7 @@ import pytest
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import NodeRange, ResourcesSpec, SlurmSpec
 from trainyard.service.launch.base import AttemptRef
-from trainyard.service.launch.slurm.script import (
-    SbatchScript,
-    job_name,
-    merge_options,
-    render,
-)
+from trainyard.service.launch.slurm.script import SbatchScript, job_name, merge_options, render
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -49,7 +44,7 @@ def test_the_golden_scripts_are_scripts(name: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_the_spec_wishes_goes_over_what_the_service_is_set_up_with() -> None:
+def test_the_spec_overrides_the_service_settings() -> None:
     asked = merge_options(WISHED, SERVICE)
     assert (asked.partition, asked.account, asked.time_limit) == ("train", "mine", 86400)
     assert asked.extra == ["--mem=64G", "--exclusive"]
