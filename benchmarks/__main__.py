@@ -1,4 +1,4 @@
-"""`make bench`: figures measured side by side in one run, printed as ratios or differences. `--only NAME` runs one."""
+"""`make bench`: all benchmarks, one after the other, or one of them with `--only NAME`."""
 
 import argparse
 import sys
@@ -38,7 +38,7 @@ BENCHMARKS: dict[str, Callable[[], None]] = {
 
 
 def main() -> int:
-    """Run what was asked for, one after the other: two at once would measure each other."""
+    """Run the benchmarks one after the other: in parallel they would disturb each other."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", choices=sorted(BENCHMARKS))
     chosen = parser.parse_args().only

@@ -1,4 +1,4 @@
-"""The command at the prompt: how long `--help` takes, and a Tab that finds no service."""
+"""The command line: the time of `--help`, and of a completion without a service."""
 
 import os
 import statistics
@@ -11,7 +11,6 @@ LIMITS = {"--help": 300, "__complete show": 150}
 
 
 def main() -> None:
-    """Whole processes, from start to end."""
     environment = {**os.environ, "TRAINYARD_URL": "http://127.0.0.1:1"}
     for words, limit in LIMITS.items():
         code = "import sys; from trainyard.client.cli.main import main; sys.exit(main())"

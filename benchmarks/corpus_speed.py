@@ -1,4 +1,4 @@
-"""Building token shards, from the file to the disk, against what the tokenizers library takes for the texts alone."""
+"""Speed of building token shards from a file, against the tokenizers library encoding the same texts."""
 
 import os
 import statistics
@@ -22,7 +22,7 @@ GOAL = 0.8
 
 
 def main() -> None:
-    """Alternate the two, so that a slow minute of the machine hits both."""
+    """Alternate the two, so that a slow minute of the machine affects both."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         file = root / "corpus.jsonl"

@@ -13,9 +13,9 @@ from typing import Any
 import httpx2
 
 from benchmarks.load import curve, live
-from benchmarks.load.figures import Figure, machine, quantile
 from benchmarks.load.live import Agent
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure, machine, quantile
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import Served, served, until
 from trainyard.service.jobs import repository
 
@@ -46,7 +46,6 @@ REDRAW = """async () => {
 
 
 def main() -> None:
-    """Print each figure with its goal."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -56,7 +55,7 @@ def main() -> None:
         print("skipped: chromium is not installed")
         return
     print(machine(), flush=True)
-    with bench() as (service, small, large), sync_playwright() as playwright:
+    with start_bench() as (service, small, large), sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         print(f"chromium {browser.version}", flush=True)
         for figure in chain(
@@ -67,26 +66,22 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def bench() -> Iterator[tuple[Served, Agent, Agent]]:
+def start_bench() -> Iterator[tuple[Served, Agent, Agent]]:
     """Start a service without a scheduler, with a run of a few points and a run of a million points."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as made:
-            small, large = live.running(made, corpus, 2)
-            curve.fill(made, large.job_id, POINTS)
-            with made.write() as session:
+    with live.home_with_jobs(2) as (home, [small, large]):
+        with live.database(home) as database:
+            curve.fill(database, large.job_id, POINTS)
+            with database.write() as session:
                 repository.lock(session, large.job_id).progress = {"step": POINTS, "steps": 2 * POINTS, "percent": 50.0}
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service:
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service:
             with Wire(service.url, small.token) as wire:
                 for _ in range(100):
                     small.metric()
-                small.ship(wire)
+                small.upload(wire)
             yield service, small, large
 
 
 def measure_opening(playwright: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
-    """Measure the time until a page is shown."""
     at = [open_page(playwright, f"{service.url}/jobs/{small.job_id}") for _ in range(OPENS)][1:]
     yield Figure(f"text painted, nothing in the cache, median of {OPENS - 1}", _median(at, "text"), "ms", 300)
     at = [open_page(playwright, f"{service.url}/jobs/{large.job_id}") for _ in range(OPENS)][1:]
@@ -95,7 +90,6 @@ def measure_opening(playwright: Any, service: Served, small: Agent, large: Agent
 
 
 def measure_open_page(browser: Any, service: Served, small: Agent, large: Agent) -> Iterator[Figure]:
-    """Measure an open page."""
     yield measure_redraw(browser, f"{service.url}/jobs/{large.job_id}?tab=metrics")
     with Wire(service.url, small.token) as wire:
         yield measure_latency(browser, service, small, wire)
@@ -175,7 +169,7 @@ def measure_latency(browser: Any, service: Served, agent: Agent, wire: Wire) -> 
 def report(agent: Agent, wire: Wire) -> int:
     """Report one more point; return its step."""
     agent.metric()
-    agent.ship(wire)
+    agent.upload(wire)
     return len(agent.outbox)
 
 

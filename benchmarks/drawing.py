@@ -1,4 +1,4 @@
-"""A chart of a few lines as an SVG, for the pages of the docs: readable on white and on black."""
+"""Line charts as SVG for the docs, readable on white and on black."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,30 +21,26 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """From the least to the most value, over so many pixels from ``start``."""
+    """Maps values from ``low`` to ``high`` to pixels from ``start`` to ``end``."""
 
-    least: float
-    most: float
+    low: float
+    high: float
     start: float
     end: float
 
     @classmethod
     def over(cls, values: Sequence[float], start: float, end: float) -> "Axis":
-        """One that holds all values."""
-        least, most = min(values), max(values)
-        return cls(least, most if most > least else least + 1.0, start, end)
+        low, high = min(values), max(values)
+        return cls(low, high if high > low else low + 1.0, start, end)
 
     def at(self, value: float) -> float:
-        """Where a value is."""
-        return self.start + (value - self.least) / (self.most - self.least) * (self.end - self.start)
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[float]:
-        """Values to be named."""
-        return [self.least + number / (TICKS - 1) * (self.most - self.least) for number in range(TICKS)]
+        return [self.low + number / (TICKS - 1) * (self.high - self.low) for number in range(TICKS)]
 
 
 def chart(title: str, x_name: str, y_name: str, lines: Sequence[Line]) -> str:
-    """The whole document."""
     x = Axis.over([value for line in lines for value in line.x], LEFT, WIDTH - RIGHT)
     y = Axis.over([value for line in lines for value in line.y], HEIGHT - BOTTOM, TOP)
     box = f'xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
@@ -56,25 +52,24 @@ def chart(title: str, x_name: str, y_name: str, lines: Sequence[Line]) -> str:
         f"<text {upright}>{escape(y_name)}</text>",
         *(grid(y.at(tick), f"{tick:.2f}") for tick in y.ticks()),
         *(text(x.at(tick), HEIGHT - BOTTOM + 20, f"{tick:.2f}", anchor="middle") for tick in x.ticks()),
-        *(drawn(line, x, y, colour) for line, colour in zip(lines, COLOURS, strict=False)),
+        *(polyline(line, x, y, colour) for line, colour in zip(lines, COLOURS, strict=False)),
     ]
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def text(x: float, y: float, words: str, *, size: int = 13, anchor: str = "start", colour: str = "#767676") -> str:
-    """Some words."""
-    place = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
-    return f"<text {place}>{escape(words)}</text>"
+    attributes = f'x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
+    return f"<text {attributes}>{escape(words)}</text>"
 
 
 def grid(y: float, name: str) -> str:
-    """A faint line across, named at its left end."""
+    """Return a faint horizontal line with a label at its left end."""
     line = f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#999999" stroke-opacity="0.35"/>'
     return line + text(LEFT - 8, y + 4, name, anchor="end")
 
 
-def drawn(line: Line, x: Axis, y: Axis, colour: str) -> str:
-    """The line, named at its right end."""
+def polyline(line: Line, x: Axis, y: Axis, colour: str) -> str:
+    """Return the line with its name at its right end."""
     points = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in zip(line.x, line.y, strict=True))
-    drawn = f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
-    return drawn + text(x.at(line.x[-1]) + 8, y.at(line.y[-1]) + 4, line.name, colour=colour)
+    path = f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
+    return path + text(x.at(line.x[-1]) + 8, y.at(line.y[-1]) + 4, line.name, colour=colour)

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer on Qwen3 and on our rows, in a process of its own: prints its tokens a second.
+"""Hugging Face's Trainer with Qwen3 on our rows, in its own process; prints tokens a second.
 
 Started by benchmarks.trainer as ``python -m benchmarks.huggingface FOLDER eager|compiled``.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from benchmarks.trainer import BATCH, LEARNING_RATE, LENGTH, STEPS, VOCABULARY, WARM
+from benchmarks.trainer import BATCH, LEARNING_RATE, LENGTH, STEPS, VOCABULARY, WARMUP_STEPS
 from trainyard.contract.spec import TrainingSpec
 from trainyard.worker.data import tokenizers
 from trainyard.worker.data.corpus import open_corpus
@@ -22,14 +22,13 @@ from trainyard.worker.data.packing import PackedDataset
 from trainyard.worker.data.sampler import StepSampler
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
-    """Notes when each step ends."""
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """A step is done."""
         self.ends.append(time.perf_counter())
 
 
@@ -46,7 +45,7 @@ def child(root: Path, *, compiled: bool) -> None:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    clock = Clock()
+    clock = StepClock()
     arguments = TrainingArguments(
         output_dir=str(root / "hf"),
         max_steps=STEPS,
@@ -62,17 +61,17 @@ def child(root: Path, *, compiled: bool) -> None:
     )
     torch.set_num_threads(os.cpu_count() or 1)
     Trainer(model=Qwen3ForCausalLM(config), args=arguments, train_dataset=our_rows(root), callbacks=[clock]).train()
-    seconds = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)][WARM - 1 :]
+    seconds = [after - before for before, after in zip(clock.ends, clock.ends[1:], strict=False)][WARMUP_STEPS - 1 :]
     print(BATCH * LENGTH / statistics.median(seconds))
 
 
 def our_rows(root: Path) -> list[dict[str, Any]]:
-    """The rows of the worker's own first steps, in the form Trainer takes."""
+    """Return the rows of the worker's first steps in Trainer's format."""
     tokenizer = tokenizers.load_tokenizer(str(root / "tokenizer"))
     corpus = open_corpus(root / "corpus.jsonl", tokenizer, cache=root / "cache", text_field="text", max_bad_lines=0.01)
-    table = PackedDataset.open(corpus, max_seq_len=LENGTH, packing="document")
-    order = StepSampler(table.targets, BATCH, TrainingSpec().seed)
-    batch = table.batch(np.concatenate([order.rows_of(step) for step in range(1, STEPS + 1)]))
+    dataset = PackedDataset.open(corpus, max_seq_len=LENGTH, packing="document")
+    sampler = StepSampler(dataset.targets, BATCH, TrainingSpec().seed)
+    batch = dataset.batch(np.concatenate([sampler.rows_of(step) for step in range(1, STEPS + 1)]))
     return [{"input_ids": ids, "labels": ids} for ids in batch.input_ids]
 
 

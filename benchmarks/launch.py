@@ -1,4 +1,4 @@
-"""From the wish to the first step: `POST /jobs` against `torchrun -m trainyard.worker` by hand, on the same spec."""
+"""Time to the first step: `POST /jobs` against `torchrun -m trainyard.worker` by hand, on the same spec."""
 
 import json
 import statistics
@@ -18,8 +18,8 @@ RANKS = 2
 LIMIT_SECONDS = 0.5
 
 
-def spec(corpus: Path) -> dict[str, Any]:
-    """A run that is small enough for its start to be all there is."""
+def small_spec(corpus: Path) -> dict[str, Any]:
+    """Return a spec so small that the run is almost only its start."""
     return {
         "model": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
         "data": {"data_path": str(corpus), "max_seq_len": 64},
@@ -29,10 +29,10 @@ def spec(corpus: Path) -> dict[str, Any]:
     }
 
 
-def by_hand(run: RunDir, wanted: dict[str, Any]) -> float:
-    """Seconds from the command to the end of the first step."""
+def by_hand(run: RunDir, spec: dict[str, Any]) -> float:
+    """Return the seconds from the command to the end of the first step."""
     run.path.mkdir(parents=True)
-    run.spec.write_text(json.dumps(wanted))
+    run.spec.write_text(json.dumps(spec))
     began = time.perf_counter()
     process = torchrun(run.path, RANKS)
     until(lambda: run.attempt(1).read_step())
@@ -41,12 +41,11 @@ def by_hand(run: RunDir, wanted: dict[str, Any]) -> float:
     return took
 
 
-def by_service(client: httpx2.Client, home: Path, wanted: dict[str, Any]) -> float:
-    """Seconds from the request to the end of the first step."""
+def by_service(client: httpx2.Client, home: Path, spec: dict[str, Any]) -> float:
     began = time.perf_counter()
-    answer = client.post("/jobs", json=wanted)
-    answer.raise_for_status()
-    job = answer.json()["id"]
+    response = client.post("/jobs", json=spec)
+    response.raise_for_status()
+    job = response.json()["id"]
     until(lambda: RunDir(home / "runs" / job).attempt(1).read_step())
     took = time.perf_counter() - began
     until(lambda: client.get(f"/jobs/{job}").json()["status"] == "succeeded")
@@ -54,15 +53,15 @@ def by_service(client: httpx2.Client, home: Path, wanted: dict[str, Any]) -> flo
 
 
 def main() -> None:
-    """Alternate the two, so that a slow minute of the machine hits both."""
+    """Alternate the two, so that a slow minute of the machine affects both."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_docstrings(root / "corpus.jsonl", 200)
-        wanted, home = spec(root / "corpus.jsonl"), root / "home"
+        small, home = small_spec(root / "corpus.jsonl"), root / "home"
         hand, served = [], []
         with service(home, root) as client:
             for number in range(ROUNDS + 1):
-                pair = by_hand(RunDir(root / f"hand-{number}"), wanted), by_service(client, home, wanted)
+                pair = by_hand(RunDir(root / f"hand-{number}"), small), by_service(client, home, small)
                 if number:  # the first round warms the disk cache and tokenizes the corpus
                     hand.append(pair[0])
                     served.append(pair[1])

@@ -1,4 +1,4 @@
-"""What reporting costs a step: the time spent in it inside a real run, against the time of the steps."""
+"""The cost of reporting: time spent in it during a real run, relative to the time of the steps."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ LIMIT_PER_CENT = 1.0
 
 
 def main() -> None:
-    """One rank, MiniMind's log interval of 10 in a smoke run, and the worst case of a line a step."""
+    """Measure one rank with a log interval of 10, and with the worst case of 1."""
     for log_interval in (10, 1):
         reporting, steps = measure(log_interval)
         share = 100 * reporting / steps
@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def measure(log_interval: int) -> tuple[float, float]:
-    """(seconds in reporting, seconds in steps) over one run of the worker in a process of its own."""
+    """Run the worker once in its own process; return (seconds in reporting, seconds in steps)."""
     with tempfile.TemporaryDirectory() as folder:
         run = RunDir(Path(folder) / "run")
         run.path.mkdir()
@@ -43,7 +43,7 @@ def measure(log_interval: int) -> tuple[float, float]:
 
 
 def child() -> None:
-    """Run the worker on the directory in the arguments, and print the seconds it spent in reporting."""
+    """Run the worker on the directory in the arguments, and print its seconds in reporting."""
     from trainyard.worker.__main__ import main as worker
 
     clock = Stopwatch()
@@ -53,7 +53,7 @@ def child() -> None:
 
 
 def spec(corpus: Path, log_interval: int) -> dict[str, Any]:
-    """A small model: the smaller the step, the larger the share of everything else."""
+    """Return a spec of a small model: the smaller the step, the larger the share of reporting."""
     return {
         "model": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2},
         "data": {"data_path": str(corpus), "max_seq_len": 128},
@@ -64,15 +64,13 @@ def spec(corpus: Path, log_interval: int) -> dict[str, Any]:
 
 
 class Stopwatch:
-    """Adds up the seconds inside wrapped functions; nested ones count once."""
+    """Sums the seconds inside wrapped functions; nested calls count once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._depth = 0
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, timed."""
-
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             began, self._depth = time.perf_counter(), self._depth + 1
@@ -87,7 +85,7 @@ class Stopwatch:
 
 
 class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
-    """Times all of the worker that reports: outbox, metric lines, counters, the sign of life, the wish to stop."""
+    """Times everything in the worker that reports: events, metrics, heartbeat, stop signal, trackers."""
 
     def __init__(self, clock: Stopwatch) -> None:
         from trainyard.worker.attempt import Heartbeat
@@ -97,23 +95,23 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
         from trainyard.worker.training.metrics import MetricsProcessor
 
         self._clock = clock
-        self._places: list[tuple[type, str]] = [
-            (EventWriter, "say"),
-            (MetricsProcessor, "line"),
-            (MetricsProcessor, "count"),
+        self._methods: list[tuple[type, str]] = [
+            (EventWriter, "emit"),
+            (MetricsProcessor, "metric_event"),
+            (MetricsProcessor, "record"),
             (MetricsProcessor, "end_step"),
             (Heartbeat, "beat"),
-            (StopSignal, "asked"),
+            (StopSignal, "requested"),
             (Trackers, "log"),
         ]
 
     def __enter__(self) -> None:
-        self._kept = [(owner, name, getattr(owner, name)) for owner, name in self._places]
-        for owner, name, function in self._kept:
+        self._originals = [(owner, name, getattr(owner, name)) for owner, name in self._methods]
+        for owner, name, function in self._originals:
             setattr(owner, name, self._clock.wrap(function))
 
     def __exit__(self, *_: object) -> None:
-        for owner, name, function in self._kept:
+        for owner, name, function in self._originals:
             setattr(owner, name, function)
 
 

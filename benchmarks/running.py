@@ -1,4 +1,4 @@
-"""Starting the service and a run by hand, for measurements."""
+"""Start the service, and the worker by hand, for the benchmarks."""
 
 import contextlib
 import json
@@ -17,47 +17,47 @@ from trainyard.contract.rundir import RunDir
 
 
 def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
-    """The first true value of ``condition``, looked at every 2 ms. Raises TimeoutError."""
+    """Poll ``condition`` every 2 ms; return its first true value. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError("waited in vain")
+            raise TimeoutError(f"the condition was not true within {seconds:g} s")
         time.sleep(0.002)
     return value
 
 
 @contextlib.contextmanager
 def service(home: Path, *roots: Path) -> Iterator[httpx2.Client]:
-    """A service of its own on a free port, and a client of it; ended on the way out."""
-    with served(home, *roots) as found:
-        with httpx2.Client(base_url=found.url, timeout=10) as client:
+    """Start a service on a free port, as `served` does; yield a client once it is ready."""
+    with served(home, *roots) as running:
+        with httpx2.Client(base_url=running.url, timeout=10) as client:
             until(lambda: client.get("/ready").status_code == 200)
             yield client
 
 
 @dataclass(frozen=True)
 class Served:
-    """A service in a process of its own."""
+    """A running service."""
 
     url: str
     process: "subprocess.Popen[bytes]"
 
     @property
     def cpu_seconds(self) -> float:
-        """Of its process so far."""
+        """Processor seconds of its process so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     @property
     def memory_bytes(self) -> int:
-        """Resident now, what it shares with others left out."""
+        """Private resident bytes of its process."""
         lines = Path(f"/proc/{self.process.pid}/smaps_rollup").read_text().splitlines()
         return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
 
 
 @contextlib.contextmanager
 def served(home: Path, *roots: Path, arguments: Sequence[str] = (), **environment: str) -> Iterator[Served]:
-    """A service on a free port, in a home that may have seen others; ended on the way out."""
+    """Start a service on a free port in ``home``, which may have been used before; end it when the block exits."""
     home.mkdir(parents=True, exist_ok=True)
     own = {"TRAINYARD_HOME": str(home), "TRAINYARD_DATA_ROOTS": ":".join(map(str, roots))}
     begin = (home / "service.log").stat().st_size if (home / "service.log").exists() else 0
@@ -76,13 +76,13 @@ def served(home: Path, *roots: Path, arguments: Sequence[str] = (), **environmen
 
 
 def _address(log: Path, begin: int) -> str | None:
-    """Where it answers, once it has said so behind ``begin``; its file in the home is written by one that schedules."""
-    said = log.read_bytes()[begin:].decode(errors="replace").splitlines()
-    return next((line.split()[-1] for line in said if line.startswith("Trainyard is ready at ")), None)
+    # From the log after ``begin``: service.json is written only by a service that schedules.
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    return next((line.split()[-1] for line in lines if line.startswith("Trainyard is ready at ")), None)
 
 
 def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run ``spec`` by hand below ``root`` and read back its metric points; a corpus is tokenized once for all runs."""
+    """Run the worker on ``spec`` below ``root``; return its metric events. All runs share the tokenized corpus."""
     run = RunDir(root / name)
     run.path.mkdir()
     run.spec.write_text(json.dumps(spec))
@@ -95,7 +95,7 @@ def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str,
 
 
 def torchrun(run_dir: Path, ranks: int) -> "subprocess.Popen[bytes]":
-    """The worker by hand, as a person would start it."""
+    """Start the worker with torchrun, as a person would."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
         [*command, "-m", "trainyard.worker", str(run_dir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL

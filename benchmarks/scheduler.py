@@ -1,4 +1,4 @@
-"""The scheduler's plan: 10,000 queued jobs on 1,000 devices, the half of them taken."""
+"""The scheduler's plan of 10,000 queued jobs on 1,000 devices, half of which are leased."""
 
 import random
 import statistics
@@ -16,8 +16,8 @@ LIMIT_MILLISECONDS = 50
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def crowded(seed: int) -> Snapshot:
-    """A queue of all sizes, priorities and ages; every second device is leased."""
+def crowded_snapshot(seed: int) -> Snapshot:
+    """Return a queue of all sizes, priorities and ages; every second device is leased."""
     dice = random.Random(seed)
     jobs = [
         QueuedJob(
@@ -37,8 +37,7 @@ def crowded(seed: int) -> Snapshot:
 
 
 def main() -> None:
-    """Plan it several times; the median counts, the worst is said too."""
-    snapshot = crowded(1)
+    snapshot = crowded_snapshot(1)
     took, decided = [], plan(snapshot, NOW)
     for _ in range(ROUNDS):
         began = time.thread_time()

@@ -1,6 +1,6 @@
-"""Tokens a second of this loop against Hugging Face's Trainer on Qwen3: same shape, same rows, alternated in one run.
+"""Tokens a second of the worker against Hugging Face's Trainer with Qwen3: same shape, same rows, alternated.
 
-Needs `pip install '.[bench]'` (transformers, accelerate); says so where they are missing.
+Needs `pip install '.[bench]'` (transformers, accelerate).
 """
 
 import importlib.util
@@ -19,26 +19,25 @@ from benchmarks.running import worker_points
 
 ROUNDS = 3
 STEPS = 8
-WARM = 2
+WARMUP_STEPS = 2
 BATCH, LENGTH, VOCABULARY = 8, 340, 6400
-"""MiniMind's rows: rows in a micro-batch, tokens in a row, tokens of the tokenizer."""
+"""MiniMind's sizes: rows of a micro-batch, tokens of a row, vocabulary."""
 
 LEARNING_RATE = 5e-4
 
 
 def main() -> None:
-    """Eager and compiled here, against Trainer as it comes and with its own ``torch_compile``."""
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("accelerate") is None:
         print("skipped: transformers and accelerate are not installed (pip install '.[bench]')")
         return
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         prepare(root)
-        summarize([played(root, number) for number in range(ROUNDS)])
+        summarize([run_round(root, number) for number in range(ROUNDS)])
 
 
 def prepare(root: Path) -> None:
-    """The corpus and a tokenizer of `VOCABULARY` tokens for it, where `spec` looks for them."""
+    """Write the corpus, and train a tokenizer of `VOCABULARY` tokens on it."""
     write_docstrings(root / "corpus.jsonl", 7000)
     tokenizer = [sys.executable, "-m", "trainyard.worker.data.tokenizers", "train", str(root / "corpus.jsonl")]
     subprocess.run([*tokenizer, "--out", str(root / "tokenizer")], check=True, capture_output=True)
@@ -46,7 +45,7 @@ def prepare(root: Path) -> None:
 
 @dataclass(frozen=True)
 class Round:
-    """Tokens a second, each in a process of its own, one after the other."""
+    """Tokens a second of the four runs of a round."""
 
     eager: float
     trainer: float
@@ -54,25 +53,23 @@ class Round:
     trainer_compiled: float
 
 
-def played(root: Path, number: int) -> Round:
-    """One of each."""
-    found = Round(
+def run_round(root: Path, number: int) -> Round:
+    """Run each once, in its own process, one after the other."""
+    speeds = Round(
         trainyard(root, f"eager-{number}", compiled=False),
         trainer(root, compiled=False),
         trainyard(root, f"compiled-{number}", compiled=True),
         trainer(root, compiled=True),
     )
     print(
-        f"round {number + 1}: {found.eager:.0f} tokens/s here and {found.compiled:.0f} compiled; "
-        f"Trainer {found.trainer:.0f} and {found.trainer_compiled:.0f} compiled",
+        f"round {number + 1}: {speeds.eager:.0f} tokens/s here and {speeds.compiled:.0f} compiled; "
+        f"Trainer {speeds.trainer:.0f} and {speeds.trainer_compiled:.0f} compiled",
         flush=True,
     )
-    return found
+    return speeds
 
 
 def summarize(rounds: list[Round]) -> None:
-    """The medians of the rounds' ratios."""
-
     def ratio(of: Callable[[Round], float]) -> str:
         return f"{statistics.median(of(each) for each in rounds):.2f} x"
 
@@ -84,14 +81,14 @@ def summarize(rounds: list[Round]) -> None:
 
 
 def trainyard(root: Path, name: str, *, compiled: bool) -> float:
-    """Tokens a second of the worker, all positions counted, over the steps behind the warm ones."""
+    """Return tokens a second of the worker, counting all positions, after the warm-up steps."""
     points = worker_points(root, name, spec(root, compiled=compiled))
-    seconds = [float(point["step_seconds"]) for point in points][WARM:]
+    seconds = [float(point["step_seconds"]) for point in points][WARMUP_STEPS:]
     return BATCH * LENGTH / statistics.median(seconds)
 
 
 def trainer(root: Path, *, compiled: bool) -> float:
-    """The same of Hugging Face's Trainer, on the rows of the same table."""
+    """Return tokens a second of Hugging Face's Trainer on the same rows."""
     command = [sys.executable, "-m", "benchmarks.huggingface", str(root), "compiled" if compiled else "eager"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
@@ -99,7 +96,6 @@ def trainer(root: Path, *, compiled: bool) -> float:
 
 
 def spec(root: Path, *, compiled: bool) -> dict[str, Any]:
-    """MiniMind's shape and rows."""
     return {
         "data": {
             "data_path": str(root / "corpus.jsonl"),
@@ -119,7 +115,7 @@ def spec(root: Path, *, compiled: bool) -> dict[str, Any]:
 
 
 def matmul_peak() -> float:
-    """FLOP/s of the best of some bf16 matrix products of the model's size, on all cores."""
+    """Return the FLOP/s of the best of 20 bf16 matrix products of the model's size, on all cores."""
     import time
 
     import torch
@@ -135,7 +131,7 @@ def matmul_peak() -> float:
 
 
 def flops_per_token() -> float:
-    """Forward and backward of the measured shape, as the worker itself counts them."""
+    """Return FLOPs per token, forward and backward, of the measured shape, as the worker counts them."""
     from trainyard.model.config import ModelConfig
     from trainyard.model.costs import flops_per_token as count
 

@@ -16,28 +16,12 @@ from urllib.parse import quote
 
 import httpx2
 
-from trainyard.client.connection import Connection, RetryPolicy, address_of
+from trainyard.client.connection import Connection, RetryPolicy, normalize_url
 from trainyard.client.download import download_checkpoint
-from trainyard.client.errors import (
-    AmbiguousName,
-    NotFound,
-    ServiceUnreachable,
-    UnexpectedStatus,
-    WaitTimedOut,
-)
+from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
 from trainyard.client.exit_codes import is_idle
 from trainyard.client.sse import StreamEvent
-from trainyard.client.types import (
-    Checkpoint,
-    Export,
-    Job,
-    LogChunk,
-    Metric,
-    NewToken,
-    Plan,
-    Token,
-    Version,
-)
+from trainyard.client.types import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
 from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -66,7 +50,7 @@ class Client:
         retries: RetryPolicy | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        self.url = address_of(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
+        self.url = normalize_url(url or os.environ.get("TRAINYARD_URL") or DEFAULT_URL)
         token = os.environ.get("TRAINYARD_TOKEN") if token is None else token
         self._connection = Connection(self.url, token, timeout, retries or RetryPolicy(), transport)
         self.webhooks = Webhooks(self._connection, self._pages)
@@ -129,13 +113,13 @@ class Client:
                 return self.job(id_or_name)
             except NotFound:
                 pass
-        found = [job for job in self.jobs(name=id_or_name, limit=PAGE) if job["name"] == id_or_name]
-        if not found:
+        matches = [job for job in self.jobs(name=id_or_name, limit=PAGE) if job["name"] == id_or_name]
+        if not matches:
             raise NotFound(404, {"code": "job_not_found", "detail": f"no job has the id or name {id_or_name!r}"})
-        if len(found) > 1:
-            ids = ", ".join(f"{job['id']} ({job['status']})" for job in found[:5])
-            raise AmbiguousName(f"{len(found)} jobs are named {id_or_name!r}; give the id of one: {ids}")
-        return found[0]
+        if len(matches) > 1:
+            ids = ", ".join(f"{job['id']} ({job['status']})" for job in matches[:5])
+            raise AmbiguousName(f"{len(matches)} jobs are named {id_or_name!r}; give the id of one: {ids}")
+        return matches[0]
 
     def update(self, job_id: str, **changes: Any) -> Job:
         """Change ``name``, ``labels``, ``priority``, ``log_interval``, ``save_interval`` or ``keep_last``."""

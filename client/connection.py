@@ -10,12 +10,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from trainyard.client.errors import InvalidUrl, ServiceUnreachable, api_error
-from trainyard.client.sse import (
-    OPENED,
-    StreamEvent,
-    StreamUnsupported,
-    parse,
-)
+from trainyard.client.sse import OPENED, StreamEvent, StreamUnsupported, parse_events
 
 CONNECT_SECONDS = 10.0
 STREAM_TIMEOUT_SECONDS = 40.0
@@ -117,7 +112,7 @@ class Connection:
                 if not response.headers.get("content-type", "").startswith("text/event-stream"):
                     raise StreamUnsupported(f"{path} is no stream")
                 yield StreamEvent(OPENED)
-                yield from parse(response.iter_lines())
+                yield from parse_events(response.iter_lines())
         except (httpx2.TransportError, httpx2.StreamError, RuntimeError, ValueError) as error:
             # RuntimeError: the client was closed by another thread, which is how a reader is stopped.
             raise ServiceUnreachable(self.url, str(error) or type(error).__name__) from error
@@ -176,7 +171,7 @@ class Connection:
             raise ServiceUnreachable(self.url, cause) from None
 
 
-def address_of(url: str) -> str:
+def normalize_url(url: str) -> str:
     """Return ``localhost:8000`` as ``http://localhost:8000``. Raises InvalidUrl."""
     full = (url if "://" in url else f"http://{url}").rstrip("/")
     try:

@@ -40,7 +40,7 @@ def _download_file(connection: Connection, url: str, path: Path, digest: str) ->
                 file.write(chunk)
     if not _matches(part, digest):
         part.unlink()
-        raise ChecksumMismatch(f"{path.name} is not what the manifest says: fetch it again")
+        raise ChecksumMismatch(f"{path.name} differs from the manifest: download it again")
     os.replace(part, path)
 
 

@@ -96,5 +96,5 @@ def api_error(status: int, problem: Mapping[str, Any]) -> ApiError:
 def _field_problems(errors: object) -> list[FieldProblem]:
     if not isinstance(errors, list):
         return []
-    found = [entry for entry in errors if isinstance(entry, dict)]
-    return [FieldProblem(str(entry.get("pointer", "")), str(entry.get("message", ""))) for entry in found]
+    problems = [entry for entry in errors if isinstance(entry, dict)]
+    return [FieldProblem(str(entry.get("pointer", "")), str(entry.get("message", ""))) for entry in problems]

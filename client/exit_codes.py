@@ -19,7 +19,7 @@ class Exit(IntEnum):
     """Exit code of a command."""
 
     SUCCEEDED = 0
-    REFUSED = 1
+    REJECTED = 1
     USAGE = 2
     NO_SERVICE = 3
     NOT_AUTHORISED = 4
@@ -46,7 +46,7 @@ def exit_of_error(error: TrainyardError) -> Exit:
         case WaitTimedOut():
             return Exit.TIMED_OUT
         case _:
-            return Exit.REFUSED
+            return Exit.REJECTED
 
 
 def restart_pending(job: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from trainyard.client.errors import ApiError, ServiceUnreachable, TrainyardError
 
 RETRY_SECONDS = 2.0
-MAX_WAITING = 2000
+MAX_QUEUED = 2000
 OPENED = "open"
 END = "end"
 
@@ -28,7 +28,7 @@ class StreamEvent:
     id: str | None = None
 
 
-def parse(lines: Iterable[str]) -> Iterator[StreamEvent]:
+def parse_events(lines: Iterable[str]) -> Iterator[StreamEvent]:
     """Yield the events in the lines of a stream, without comments and incomplete events."""
     fields: dict[str, str] = {}
     for line in lines:
@@ -54,8 +54,8 @@ class EventStream:
 
     open_stream: Open
     healthy: bool = False
-    _events: "Queue[StreamEvent]" = field(default_factory=lambda: Queue(MAX_WAITING))
-    _came: threading.Event = field(default_factory=threading.Event)
+    _events: "Queue[StreamEvent]" = field(default_factory=lambda: Queue(MAX_QUEUED))
+    _arrived: threading.Event = field(default_factory=threading.Event)
     _closing: threading.Event = field(default_factory=threading.Event)
     _last_id: str | None = None
 
@@ -70,19 +70,19 @@ class EventStream:
         self._closing.set()
         self.healthy = False
 
-    def take(self) -> list[StreamEvent]:
-        """What came since the last call."""
-        self._came.clear()
-        taken: list[StreamEvent] = []
+    def drain(self) -> list[StreamEvent]:
+        """Return the events that arrived since the last call."""
+        self._arrived.clear()
+        events: list[StreamEvent] = []
         while True:
             try:
-                taken.append(self._events.get_nowait())
+                events.append(self._events.get_nowait())
             except Empty:
-                return taken
+                return events
 
     def wait(self, seconds: float) -> None:
         """Wait until an event arrives, at most ``seconds``."""
-        self._came.wait(seconds)
+        self._arrived.wait(seconds)
 
     def _run(self) -> None:
         while not self._closing.is_set():
@@ -119,5 +119,5 @@ class EventStream:
                 self._events.put(event, timeout=0.2)
             except Full:
                 continue
-            self._came.set()
+            self._arrived.set()
             return

@@ -1,4 +1,4 @@
-"""Which paths of others a run may touch. The service asks at submit, the worker again: a link may have been changed."""
+"""Which paths of users a run may open. Checked at submit, and again by the worker: a link may have changed."""
 
 import os
 from collections.abc import Iterable
@@ -6,10 +6,9 @@ from pathlib import Path
 
 
 def outside_reason(path: str | Path, roots: Iterable[Path], content: bool = True) -> str | None:
-    """Why ``path`` is not below one of ``roots``, links followed to their end; None where it is.
+    """Return why ``path``, with links resolved, is not below one of ``roots``, or None if it is.
 
-    ``content``: of a directory, what lies directly in it counts too: a file of a tokenizer or of weights may be a link
-    by itself.
+    ``content``: check the links directly in a directory too, because a file of a tokenizer or of weights may be a link.
     """
     allowed = tuple(roots)
     try:
@@ -17,10 +16,10 @@ def outside_reason(path: str | Path, roots: Iterable[Path], content: bool = True
         if not _below(real, allowed):
             return "lies outside"
         links = _links(real) if content else []
-        strays = [link for link in links if not _below(Path(link.path).resolve(), allowed)]
+        outside = [link for link in links if not _below(Path(link.path).resolve(), allowed)]
     except (OSError, RuntimeError, ValueError):
         return "cannot be resolved inside"
-    return "holds a link that leads outside" if strays else None
+    return "holds a link that leads outside" if outside else None
 
 
 def _below(real: Path, roots: tuple[Path, ...]) -> bool:

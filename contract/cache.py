@@ -1,12 +1,12 @@
-"""The corpus cache: the names in it, who uses what, and how something leaves it. Standard library only.
+"""The corpus cache: its file names, its locks, and how entries are removed. Standard library only.
 
-    KEY/                  a corpus that is built; its rows beside its shards
-    .KEY.building/        one that is being built, or whose build was interrupted
-    KEY.lock              held by whoever builds, or adds rows
-    KEY.used              held shared by every process that has the corpus open; its time is that of the last use
-    content-NAME.json     the digest of a file that was read whole; content-NN.lock for those that begin so
+    KEY/                  a tokenized corpus: token shards and packed sequences
+    .KEY.building/        a corpus that is being built, or whose build was interrupted
+    KEY.lock              held by the process that builds the corpus, or packs sequences
+    KEY.used              held shared by each process that has the corpus open; its mtime is the time of the last use
+    content-NAME.json     the digest of a file that was read completely; content-NN.lock for the names that begin so
 
-Lock files stay: a lock on a name that another process has made anew would protect nothing.
+Lock files are never deleted: a lock on a file that another process has replaced would protect nothing.
 """
 
 import os
@@ -25,7 +25,7 @@ BUILDING, REMOVING = "building", "removing"
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """Something in the cache: a corpus, or what is left of an interrupted build. ``used_at``: seconds since 1970."""
+    """A corpus in the cache, or the files of an unfinished build. ``used_at``: seconds since 1970."""
 
     key: str
     path: Path
@@ -35,7 +35,7 @@ class CacheEntry:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is a corpus."""
+        """Whether it is a corpus and not a build."""
         return self.path.name == self.key
 
 
@@ -46,19 +46,17 @@ class CorpusCache:
     path: Path
 
     def directory(self, key: str) -> Path:
-        """Where a corpus is, once it is built."""
+        """Return the directory of a corpus that is built."""
         return self.path / key
 
     def lock(self, key: str) -> Path:
-        """See above."""
         return self.path / f"{key}.lock"
 
     def used(self, key: str) -> Path:
-        """See above."""
         return self.path / f"{key}.used"
 
     def use(self, key: str, waiting: Callable[[], None]) -> FileLock:
-        """Keep a corpus, built or not, from being removed while the lock lives. ``waiting`` is called now and then."""
+        """Return a lock that keeps a corpus, built or not, from being removed. ``waiting`` is called each second."""
         lock = FileLock(self.used(key))
         try:
             while True:
@@ -74,14 +72,14 @@ class CorpusCache:
         return lock
 
     def entries(self) -> list[CacheEntry]:
-        """All that takes space, the least lately used first."""
-        found = [self._kept(path) for path in self._directories()]
-        return sorted((each for each in found if each is not None), key=lambda each: each.used_at)
+        """Return all entries, the least recently used first."""
+        entries = [self._entry(path) for path in self._directories()]
+        return sorted((entry for entry in entries if entry is not None), key=lambda entry: entry.used_at)
 
     def _directories(self) -> list[Path]:
         return [path for path in self.path.iterdir() if path.is_dir()] if self.path.is_dir() else []
 
-    def _kept(self, path: Path) -> CacheEntry | None:
+    def _entry(self, path: Path) -> CacheEntry | None:
         key = path.name.removeprefix(".").removesuffix(f".{BUILDING}")
         if KEY.fullmatch(key) is None:
             return None
@@ -90,44 +88,44 @@ class CorpusCache:
             in_use = is_held(self.used(key)) or is_held(self.lock(key))
             return CacheEntry(key, path, size, self._used_at(key, path), in_use)
         except FileNotFoundError:
-            return None  # it leaves, or is published, just now
+            return None  # it is being removed or published
 
     def _used_at(self, key: str, path: Path) -> float:
-        """Of a corpus that nobody used since its uses are noted, and of a build: its newest file."""
+        # For a build, or a corpus of a version that did not write KEY.used: the time of the newest file.
         times = [file.stat().st_mtime for file in (path, *path.iterdir())]
         if path == self.directory(key) and self.used(key).exists():
             times = [self.used(key).stat().st_mtime]
         return max(times)
 
-    def remove(self, kept: CacheEntry) -> bool:
-        """Take it away; False where it is in use, or was used since it was looked at."""
-        leaving = kept.path.with_name(f".{kept.key}.{REMOVING}-{os.getpid()}-{time.monotonic_ns()}")
-        noted = self.used(kept.key).exists()  # a lock's file is made where there is none, and is of now
-        with FileLock(self.lock(kept.key)) as building, FileLock(self.used(kept.key)) as used:
+    def remove(self, entry: CacheEntry) -> bool:
+        """Delete an entry. Return False if it is in use, or was used since ``entry`` was read."""
+        removing = entry.path.with_name(f".{entry.key}.{REMOVING}-{os.getpid()}-{time.monotonic_ns()}")
+        has_use_time = self.used(entry.key).exists()  # before FileLock creates the file, with the present time
+        with FileLock(self.lock(entry.key)) as building, FileLock(self.used(entry.key)) as used:
             try:
                 building.take()
                 used.take()
-                if noted and self._used_at(kept.key, kept.path) > kept.used_at:
+                if has_use_time and self._used_at(entry.key, entry.path) > entry.used_at:
                     return False
-                kept.path.rename(leaving)
+                entry.path.rename(removing)
             except (LockBusy, FileNotFoundError):
                 return False
-        # Whoever wants the corpus now builds it anew, beside what is still being deleted.
-        shutil.rmtree(leaving, ignore_errors=True)
+        # Outside the locks: a job that needs the corpus now builds it again while this is being deleted.
+        shutil.rmtree(removing, ignore_errors=True)
         return True
 
-    def collect(self) -> None:
-        """Delete what was leaving when its remover was killed."""
+    def delete_leftovers(self) -> None:
+        """Delete entries whose removal was interrupted."""
         for path in self._directories():
             if path.name.startswith(".") and f".{REMOVING}-" in path.name:
                 shutil.rmtree(path, ignore_errors=True)
 
     def digests(self) -> Iterator[Path]:
-        """The files that remember digests."""
+        """Return the files that hold digests."""
         return self.path.glob("content-*.json")
 
     def forget_digests(self, before: float) -> int:
-        """Forget digests that were noted before that time: a file that is still there is read once more."""
+        """Delete digests that are older than the time ``before``. Return their number."""
         old = [path for path in self.digests() if _older(path, before)]
         return sum(self._forget(path) for path in old)
 
@@ -149,5 +147,5 @@ def _older(path: Path, before: float) -> bool:
 
 
 def building_of(directory: Path) -> Path:
-    """Where ``directory`` is built until it is published."""
+    """Return where ``directory`` is built before it is published."""
     return directory.with_name(f".{directory.name}.{BUILDING}")

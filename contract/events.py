@@ -1,8 +1,8 @@
-"""The lines of ``events.jsonl``: what rank 0 of an attempt says, and all that the service ever learns of a run.
+"""The events that rank 0 of an attempt writes to ``events.jsonl``: all that the service learns of a run.
 
-One JSON object a line, strict JSON. ``seq`` counts the lines of an attempt from 1, so (job, attempt, seq) names a line
-for ever. A number that was not finite is null with ``nonfinite: true`` beside it. Readers ignore keys they do not know,
-so an older service reads a newer worker.
+One strict JSON object a line. ``seq`` counts the lines of an attempt from 1, so (job, attempt, seq) identifies a line
+permanently. A number that is not finite is null, with ``nonfinite: true``. Readers ignore unknown keys, so an older
+service can read the events of a newer worker.
 """
 
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ Step = Annotated[int, Field(ge=0)]
 
 
 class EventBase(BaseModel):
-    """What every line has."""
+    """The fields of every event."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -25,9 +25,9 @@ class EventBase(BaseModel):
 
 
 class Started(EventBase):
-    """The attempt is set up: what it runs on, what the corpus holds, where it goes on from.
+    """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
-    ``base_step``: steps that lie before the run's own schedule, see `contract.messages.Fork`; ``steps`` counts them too.
+    ``base_step``: steps before the run's own schedule, see `contract.messages.Fork`; ``steps`` includes them.
     """
 
     kind: Literal["started"] = "started"
@@ -54,7 +54,7 @@ class Started(EventBase):
 
 
 class PhaseChanged(EventBase):
-    """What the attempt is busy with now; ``done`` of ``total`` where that can be counted."""
+    """The attempt has entered a phase. ``done`` of ``total``: its progress, if known."""
 
     kind: Literal["phase"] = "phase"
     phase: Phase
@@ -66,9 +66,9 @@ class PhaseChanged(EventBase):
 class Metric(EventBase):
     """One point of the curve, at an optimizer step.
 
-    ``loss`` is the mean over every token of every rank in the steps since the last line, in nats; ``tokens`` counts
-    trained tokens over the whole job; times are in seconds, ``memory_bytes`` is the peak of the fullest rank.
-    ``expert_load``: each expert's share of the tokens since the last line, over all layers; null for a dense model.
+    ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``tokens``: trained tokens of the
+    whole job. ``memory_bytes``: peak of the rank with the highest. ``expert_load``: each expert's share of the tokens
+    since the previous point, over all layers; null for a dense model. Times are in seconds.
     """
 
     kind: Literal["metric"] = "metric"
@@ -90,7 +90,7 @@ class Metric(EventBase):
 
 
 class CheckpointSaved(EventBase):
-    """A checkpoint was published. ``sha256`` is that of its model.safetensors, ``bytes`` that of all its files."""
+    """A checkpoint was published. ``sha256``: of its model.safetensors. ``bytes``: of all its files."""
 
     kind: Literal["checkpoint"] = "checkpoint"
     step: Step
@@ -103,7 +103,7 @@ class CheckpointSaved(EventBase):
 
 
 class CheckpointRemoved(EventBase):
-    """Retention removed a checkpoint, or it was found damaged and set aside."""
+    """A checkpoint was deleted by retention, or found damaged and moved away."""
 
     kind: Literal["checkpoint_removed"] = "checkpoint_removed"
     step: Step
@@ -113,7 +113,7 @@ class CheckpointRemoved(EventBase):
 
 
 class Sample(EventBase):
-    """A text the model wrote."""
+    """A text that the model generated."""
 
     kind: Literal["sample"] = "sample"
     step: Step
@@ -122,7 +122,7 @@ class Sample(EventBase):
 
 
 class WarningEvent(EventBase):
-    """Something the user should know of; training goes on."""
+    """A warning for the user. Training continues."""
 
     kind: Literal["warning"] = "warning"
     code: str
@@ -132,10 +132,10 @@ class WarningEvent(EventBase):
 
 
 class ResumeVerified(EventBase):
-    """A checkpoint's probe, rows that are the same for the whole job, was scored again by the attempt that goes on.
+    """A resumed attempt has evaluated the same sequences as the attempt that saved the checkpoint.
 
-    ``expected`` is the loss that the checkpoint was saved with, ``found`` what it gives now, both means in nats a
-    token; ``found`` is null where it is not finite. On the same hardware, threads and dtype the difference is 0.
+    ``expected``: the loss at the save. ``found``: the loss now, null if it is not finite. Both are means in nats per
+    token. On the same hardware, threads and dtype the difference is 0.
     """
 
     kind: Literal["resume_verified"] = "resume_verified"
@@ -146,7 +146,7 @@ class ResumeVerified(EventBase):
 
 
 class SettingsChanged(EventBase):
-    """Settings that were changed while the run goes on; they hold for what is due behind ``step``."""
+    """Settings were changed during the run. They apply after ``step``."""
 
     kind: Literal["settings"] = "settings"
     step: Step
@@ -157,7 +157,7 @@ class SettingsChanged(EventBase):
 
 
 class Finished(EventBase):
-    """The last line of an attempt that ended in its own time; the same truth as outcome.json."""
+    """The last event of an attempt that was not killed, with the same result as outcome.json."""
 
     kind: Literal["finished"] = "finished"
     outcome: Literal["completed", "stopped", "failed"]
@@ -180,4 +180,4 @@ Event: TypeAlias = (
 )
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
-"""Reads one line: ``EVENT.validate_json(line)`` raises ValidationError on anything else."""
+"""Parses one line: ``EVENT.validate_json(line)``. Raises ValidationError."""

@@ -1,7 +1,4 @@
-"""What form a corpus file has, by its first bytes and its name: the service looks into lines, the worker reads all.
-
-And a sketch of a file: what tells it from another one at a cost that does not grow with it.
-"""
+"""The format of a corpus file, detected from its first bytes and its name, and a cheap fingerprint of a file."""
 
 import hashlib
 import os
@@ -16,11 +13,11 @@ PLAIN_TEXT = ".txt"
 BOM = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
 MAX_NAME_LENGTH, MAX_NAMES = 40, 5
-"""Of the keys of a bad line that are listed as what may be its text field."""
+"""Limits for the keys of an invalid line that a message lists as possible text fields."""
 
 
 class Compression(StrEnum):
-    """What the first bytes of a file say it is."""
+    """Compression or container format of a corpus file."""
 
     NONE = "none"
     GZIP = "gzip"
@@ -32,29 +29,30 @@ MAGIC = {b"\x1f\x8b": Compression.GZIP, b"\x28\xb5\x2f\xfd": Compression.ZSTD, b
 
 
 def compression_of(head: bytes) -> Compression:
-    """What a file that begins with ``head`` is."""
-    return next((packing for magic, packing in MAGIC.items() if head.startswith(magic)), Compression.NONE)
+    """Return the format of a file that begins with ``head``."""
+    return next((compression for magic, compression in MAGIC.items() if head.startswith(magic)), Compression.NONE)
 
 
 def is_plain_text(name: str, head: bytes) -> bool:
-    """Whether documents are separated by blank lines, and not one a line; ``head`` is that of the unpacked text.
+    """Return whether a file is plain text, with documents separated by blank lines, and not JSONL.
 
-    By name, as no first byte tells text from broken JSON. But JSON objects, which some name .txt, begin as nothing
-    else does.
+    The name decides, because the first bytes cannot distinguish text from broken JSON. But a file named .txt that
+    begins with a JSON object is JSONL. ``head``: the first bytes, decompressed.
     """
     unpacked = name.lower().removesuffix(".gz").removesuffix(".zst")
     return unpacked.endswith(PLAIN_TEXT) and not head.removeprefix(BOM).lstrip(BLANK).startswith(b'{"')
 
 
 BLOCKS, BLOCK_BYTES = 64, 4096
-"""So many blocks of a file are looked at for its sketch: the first, the last, and what lies evenly between them."""
+"""Number and size of the blocks that a fingerprint reads: the first, the last, and evenly spaced ones in between."""
 
 
 @dataclass(frozen=True)
 class FileFingerprint:
-    """A file's size, and the sha256 of blocks of it. Times are no part of it: a copy is the same file.
+    """The size of a file, and the sha256 of some blocks of it, at a cost that does not grow with the file.
 
-    Two files of different sketches differ. Of two with the same one, only a full digest tells.
+    Files with different fingerprints differ. Files with the same one may differ: only a full digest proves equality.
+    Times are not included, so a copy has the same fingerprint.
     """
 
     bytes: int
@@ -62,23 +60,22 @@ class FileFingerprint:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """Look at a regular file, without waiting on anything else. Raises OSError."""
-        # O_NONBLOCK: the open of a FIFO nobody writes to would otherwise never return.
+        """Read the fingerprint of a regular file. Raises OSError."""
+        # O_NONBLOCK: without it, opening a FIFO without a writer would never return.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode):
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
                 raise OSError(f"{path} is not a regular file")
             digest = hashlib.sha256()
-            for start in _starts(found.st_size):
+            for start in _block_starts(status.st_size):
                 digest.update(os.pread(descriptor, BLOCK_BYTES, start))
         finally:
             os.close(descriptor)
-        return cls(found.st_size, digest.hexdigest())
+        return cls(status.st_size, digest.hexdigest())
 
 
-def _starts(size: int) -> Iterator[int]:
-    """Where the blocks begin; all of a small file is in them."""
+def _block_starts(size: int) -> Iterator[int]:
     last = max(0, size - BLOCK_BYTES)
     if size <= BLOCKS * BLOCK_BYTES:
         yield from range(0, size, BLOCK_BYTES)

@@ -1,4 +1,4 @@
-"""Kernel locks on files: they end with their holders, however those end. Standard library only."""
+"""Kernel locks on files. They are released when the process that holds them ends. Standard library only."""
 
 import fcntl
 import os
@@ -8,19 +8,22 @@ from typing import Self
 
 
 class LockBusy(Exception):
-    """Somebody else holds the lock; the message names the file."""
+    """Another process holds the lock. The message names the file."""
 
 
 class FileLock:
-    """A `flock` on ``path``, held until `release` or the end of every process that has its descriptor."""
+    """A `flock` on ``path``, held until `release`, or until all processes that have its descriptor have ended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        # The file is never removed: a lock on a name that another process has replaced would protect nothing.
+        # The file is never deleted: a lock on a file that another process has replaced would protect nothing.
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def take(self, *, shared: bool = False, seconds: float = 0.0) -> Self:
-        """Take the lock, or change it, within ``seconds``. Raises LockBusy, and then holds what it held before."""
+        """Acquire the lock, or change it between shared and exclusive, within ``seconds``.
+
+        Raises LockBusy, and keeps the lock that it had before.
+        """
         operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         deadline = time.monotonic() + seconds
         while True:
@@ -33,7 +36,7 @@ class FileLock:
                 time.sleep(0.02)
 
     def release(self) -> None:
-        """Close this descriptor; a child that inherited it goes on holding the lock."""
+        """Close the descriptor. A child process that has inherited it keeps the lock."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
@@ -46,7 +49,7 @@ class FileLock:
 
 
 def is_held(path: Path) -> bool:
-    """Whether anybody holds the lock on ``path``, shared or not."""
+    """Return whether a process holds the lock on ``path``, shared or exclusive."""
     if not path.exists():
         return False
     with FileLock(path) as lock:

@@ -1,4 +1,4 @@
-"""What rank 0, the agent and the service tell each other about an attempt, apart from the outbox lines."""
+"""The messages between rank 0, the agent and the service about an attempt, except the events of the outbox."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -11,7 +11,7 @@ from trainyard.contract.status import Desired, Reason
 
 
 class Message(BaseModel):
-    """Frozen; unknown keys are ignored, so that agent and service may differ by a release."""
+    """A frozen message. Unknown keys are ignored, so that agent and service may have different versions."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=Message)
 
 
 def read_message(kind: type[M], file: Path) -> M | None:
-    """The message in ``file``, or None where there is none that can be read: then nothing is known."""
+    """Return the message in ``file``, or None if it is missing or not valid."""
     try:
         return kind.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
@@ -28,10 +28,10 @@ def read_message(kind: type[M], file: Path) -> M | None:
 
 
 class ErrorCard(Message):
-    """A failure as the user sees it: the same object in the API, the terminal and a webhook.
+    """A failure for the user: the same object in the API, the terminal and a webhook.
 
-    ``log_tail``: the last lines that its rank printed, rank 0 where it has none. ``peak_memory_bytes``: the most that
-    the rank, or where it is not known which, any rank has used.
+    ``log_tail``: the last lines of the rank's log, or of rank 0 if the rank is unknown. ``peak_memory_bytes``: of the
+    rank, or the maximum over the ranks if it is unknown.
     """
 
     code: str
@@ -44,9 +44,9 @@ class ErrorCard(Message):
 
 
 class NextAction(Message):
-    """Something that helps a job that failed. The call of the API, and the same as a ``command``.
+    """An action that may help a job that failed: a request of the API, and the same as a ``command``.
 
-    ``action``: resume, fork, submit or logs. ``body``: null of a call that takes none.
+    ``body``: null if the request has none.
     """
 
     action: Literal["resume", "fork", "submit", "logs"]
@@ -58,13 +58,13 @@ class NextAction(Message):
 
 
 class FailureCard(ErrorCard):
-    """A failure with what to do about it, the likeliest first; [] once it was done."""
+    """A failure and the actions that may help, the best first; [] if the job has continued since."""
 
     next: list[NextAction] = Field(default_factory=list)
 
 
 class Outcome(Message):
-    """outcome.json: rank 0's own word. ``completed``: all steps done. ``stopped``: saved because it was asked to."""
+    """outcome.json, by rank 0. ``completed``: all steps are done. ``stopped``: it has saved and ended on request."""
 
     outcome: Literal["completed", "stopped", "failed"]
     step: int
@@ -74,7 +74,7 @@ class Outcome(Message):
 
 
 class RankExit(Message):
-    """How one rank ended; exactly one of the two is set where it is known."""
+    """How a rank ended: by ``exit_code`` or by ``signal``. Both are null if it is unknown."""
 
     rank: int
     exit_code: int | None = None
@@ -82,27 +82,27 @@ class RankExit(Message):
 
 
 class ExitReport(Message):
-    """exit.json: the agent's report once nothing of the attempt lives.
+    """exit.json: the agent's report when no process of the attempt is left.
 
-    ``outcome`` is rank 0's, or ``crashed`` where the ranks ended without one, or ``killed`` where the agent ended them
-    because it was told to. It is never ``completed`` without outcome.json saying so.
+    ``outcome``: that of rank 0, ``crashed`` if the ranks ended without one, or ``killed`` if the agent killed them on
+    request. It is never ``completed`` if outcome.json does not say so.
     """
 
     outcome: Literal["completed", "stopped", "failed", "crashed", "killed"]
     step: int
-    reason: Reason | None = Field(description="null only where completed: then nobody is at fault")
+    reason: Reason | None = Field(description="null only if completed")
     message: str
     error: ErrorCard | None = None
     ranks: list[RankExit] = Field(default_factory=list)
-    last_seq: int = Field(ge=0, description="lines in the outbox; the service has all of them once acked equals this")
+    last_seq: int = Field(ge=0, description="events in the outbox; the service has all of them if acked is equal")
     ended_at: datetime
 
 
 class Fork(Message):
-    """fork.json in a run directory: the job began as a fork of another one, whose files of ``step`` are in ``origin/``.
+    """fork.json in a run directory: the job is a fork of ``job_id``, whose checkpoint of ``step`` is in ``origin/``.
 
-    ``keep``: the data order goes on where the parent's was. ``restart``: it begins anew, and the schedule with it; the
-    steps go on being counted.
+    ``keep``: the order of samples continues from the parent's. ``restart``: data and schedule start from the beginning.
+    Steps continue to be counted in both.
     """
 
     job_id: str
@@ -111,17 +111,16 @@ class Fork(Message):
 
 
 class EventBatch(Message):
-    """POST /internal/attempts/{id}/events: consecutive outbox lines, as they stand in the file.
+    """POST /internal/attempts/{id}/events: consecutive lines of the outbox, each a JSON object with its ``seq``.
 
-    A line is a JSON object with its ``seq``. One that the service cannot read is kept as a warning, never refused:
-    refusing it would stop all those behind it.
+    A line that the service cannot parse is stored as a warning and not rejected: that would block all later lines.
     """
 
     events: list[dict[str, Any]] = Field(min_length=1, max_length=5000)
 
 
 HEARTBEAT_SECONDS = 0.5
-"""How long an agent is silent at most while it can be heard."""
+"""Maximum time between two requests of an agent."""
 
 
 class Heartbeat(Message):
@@ -140,7 +139,7 @@ RUN_SETTINGS = {
 
 
 class RunSettings(Message):
-    """What may be changed while a run goes on; settings.json in an attempt's directory, once it was."""
+    """The settings that may be changed during a run. After a change they are in settings.json of the attempt."""
 
     log_interval: int = Field(ge=1, le=2**53 - 1)
     save_interval: int = Field(ge=1, le=2**53 - 1)
@@ -153,9 +152,9 @@ class RunSettings(Message):
 
 
 class Ack(Message):
-    """The answer to all three: the highest seq that is stored for good, and what the user wants of the job.
+    """The response to all three: the highest ``seq`` that is stored durably, and the desired state of the job.
 
-    ``settings``: those that are to hold; null from a service that does not say.
+    ``settings``: those to apply; null from an older service.
     """
 
     acked: int

@@ -1,4 +1,4 @@
-"""Reading an attempt's outbox while it is being written. Standard library only."""
+"""A reader of an attempt's outbox that works while it is being written. Standard library only."""
 
 import json
 from pathlib import Path
@@ -8,9 +8,9 @@ CHUNK = 1 << 20
 
 
 class OutboxReader:
-    """Complete lines of one ``events.jsonl``, each once, in order. ``seq`` is the line's number, from 1.
+    """Reads the complete lines of an ``events.jsonl`` once, in order. ``seq`` is the line number, from 1.
 
-    The worker appends and may die in the middle of a line: what stands behind the last newline is not a line yet.
+    The worker may die in the middle of a line, so the text after the last newline is no line yet.
     """
 
     def __init__(self, path: Path) -> None:
@@ -19,19 +19,19 @@ class OutboxReader:
         self._offset = 0
 
     def read(self, limit: int) -> list[dict[str, Any]]:
-        """The next lines, at most ``limit``; [] where there is no complete one yet.
+        """Return the next complete lines, at most ``limit``.
 
-        A line that is not a JSON object comes as ``{"kind": "unreadable"}``, so that it is neither lost nor in the way.
+        A line that is not a JSON object is returned as ``{"kind": "unreadable"}``, so that it blocks no later line.
         """
-        found = []
+        events = []
         for raw in self._complete_lines(limit):
             self.seq += 1
             self._offset += len(raw)
-            found.append({**_parse(raw), "seq": self.seq})
-        return found
+            events.append({**_parse(raw), "seq": self.seq})
+        return events
 
     def seek_after(self, seq: int) -> None:
-        """Make the next `read` begin behind line ``seq``: the last one that is known to be stored."""
+        """Make the next `read` start after line ``seq``, the last one that is known to be stored."""
         if seq < self.seq:
             self.seq, self._offset = 0, 0
         while self.seq < seq:
@@ -42,7 +42,7 @@ class OutboxReader:
             self._offset += sum(map(len, skipped))
 
     def skip_to_end(self) -> int:
-        """The number of complete lines."""
+        """Skip all complete lines and return their number."""
         while lines := self._complete_lines(100_000):
             self.seq += len(lines)
             self._offset += sum(map(len, lines))
@@ -60,13 +60,13 @@ class OutboxReader:
         return block[: block.rfind(b"\n") + 1].splitlines(keepends=True)[:limit]
 
 
-def _refuse(word: str) -> None:
+def _reject_constant(word: str) -> None:
     raise ValueError(f"{word} is not JSON")
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(raw, parse_constant=_refuse)
+        value = json.loads(raw, parse_constant=_reject_constant)
     except (ValueError, RecursionError):
         value = None
     return value if isinstance(value, dict) else {"kind": "unreadable", "bytes": len(raw)}

@@ -1,4 +1,4 @@
-"""From what a client sent to a `JobSpec`: aliases, MiniMind's habits, and every mistake at once with its pointer."""
+"""Parsing of a client's JSON into a `JobSpec`: aliases, MiniMind's conventions, and all problems with pointers."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -22,12 +22,12 @@ ALIASES: dict[str, tuple[str, str]] = {
 """Hugging Face's name of a leaf -> (our group, our name)."""
 
 PLACEHOLDER = "/dev/null"
-"""Stands in for a data_path that was not given, while the rest of the spec is looked at."""
+"""Replaces a data_path that is missing or wrong, so that the rest of the spec can be checked."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: where (an RFC 6901 pointer into what the client sent) and what to do. Never the value itself."""
+    """One problem: where (an RFC 6901 pointer into the client's JSON) and what to do. Never contains the value."""
 
     pointer: str
     message: str
@@ -35,70 +35,58 @@ class Problem:
 
 @dataclass(frozen=True)
 class ParsedSpec:
-    """``spec`` is the whole spec where ``problems`` is empty; else what could be saved of it, for further checks."""
+    """``spec``: the client's spec. If there are ``problems``, its wrong fields have their defaults, for more checks."""
 
     spec: JobSpec
     problems: tuple[Problem, ...]
     ignored_fields: frozenset[str] = field(default_factory=frozenset)
 
     def trusts(self, *pointers: str) -> bool:
-        """Whether no field among ``pointers`` was already found wrong, so that a check of them says something new."""
+        """Return whether none of these fields is already known to be wrong, so that checking them makes sense."""
         return not any(pointer in self.ignored_fields for pointer in pointers)
 
 
-def groups() -> dict[str, tuple[str, ...]]:
-    """The groups of the spec and their leaves, as in docs/reference/spec.md."""
+def _group_schemas() -> dict[str, dict[str, Any]]:
     schema = JobSpec.model_json_schema()
-    found: dict[str, tuple[str, ...]] = {}
-    for name, described in schema["properties"].items():
-        reference = described.get("$ref", "")
-        if reference:
-            found[name] = tuple(schema["$defs"][reference.rsplit("/", 1)[1]]["properties"])
-    return found
+    return {
+        name: schema["$defs"][field["$ref"].rsplit("/", 1)[1]]["properties"]
+        for name, field in schema["properties"].items()
+        if "$ref" in field
+    }
 
 
-GROUPS = groups()
-GROUP_OF_LEAF: dict[str, str] = {leaf: group for group, leaves in GROUPS.items() for leaf in leaves}
-"""Leaf names are unique over all groups, so MiniMind's flat flags can be put where they belong."""
+_SCHEMAS = _group_schemas()
+GROUPS = {group: tuple(leaves) for group, leaves in _SCHEMAS.items()}
+"""The groups of the spec and their leaves, as in docs/reference/spec.md."""
+
+GROUP_OF_LEAF = {leaf: group for group, leaves in GROUPS.items() for leaf in leaves}
+"""Leaf names are unique over all groups, so that MiniMind's flat flags can be assigned to groups."""
 
 FLAGS = frozenset(
-    {
-        "qk_norm",
-        "tie_word_embeddings",
-        "use_moe",
-        "norm_topk_prob",
-        "deterministic",
-        "use_compile",
-        "from_resume",
-        "tensorboard",
-        "use_wandb",
-        "preemptible",
-    }
+    leaf for leaves in _SCHEMAS.values() for leaf, field in leaves.items() if field.get("type") == "boolean"
 )
-"""Leaves for which 0 and 1 are taken as false and true, as in MiniMind's flags."""
+"""Leaves that accept 0 and 1 for false and true, as MiniMind's flags do."""
 
 
 def parse_spec(raw: object) -> ParsedSpec:
-    """Read what a client sent.
+    """Parse a client's JSON value.
 
-    Fields that are wrong are reported, set aside and replaced by their defaults, and the rest is read again, so that
-    one answer names every mistake. Checks between fields leave out the fields that are wrong already.
+    Wrong fields are reported and replaced by their defaults, and the rest is parsed again, so that one response lists
+    all problems. Checks between fields skip the fields that are already known to be wrong.
     """
     if not isinstance(raw, Mapping):
         return ParsedSpec(_spec_of({}), (Problem("", "must be a JSON object"),), frozenset({""}))
-    tidy = _Canonical()
-    canonical = tidy.read({"data": {}, **raw})
-    spec = tidy.validated(canonical)
-    problems = tidy.problems
-    suspects = {problem.pointer for problem in problems}
-    parsed = ParsedSpec(spec, tuple(problems), frozenset(suspects))
-    found_between = tuple(problem for problem, involved in _between_fields(spec) if parsed.trusts(*involved))
-    pointers = frozenset(suspects | {problem.pointer for problem in found_between})
-    return ParsedSpec(spec, tuple(problems) + found_between, pointers)
+    canonical = _Canonical()
+    spec = canonical.validate(canonical.read({"data": {}, **raw}))
+    problems = tuple(canonical.problems)
+    wrong = frozenset(problem.pointer for problem in problems)
+    parsed = ParsedSpec(spec, problems, wrong)
+    conflicts = tuple(problem for problem, involved in _conflicts(spec) if parsed.trusts(*involved))
+    return ParsedSpec(spec, problems + conflicts, wrong | {problem.pointer for problem in conflicts})
 
 
 class _Canonical:
-    """Canonical names and types, and the way back from our pointer to the one the client used."""
+    """Translates the client's names and values to those of the spec, and pointers back to the client's names."""
 
     def __init__(self) -> None:
         self.problems: list[Problem] = []
@@ -109,14 +97,14 @@ class _Canonical:
         for group, value in raw.items():
             if isinstance(value, Mapping) and _is_text(group):
                 canonical[group] = self._group(group, value)
-            elif self._carries(value, group):
+            elif self._is_readable(value, group):
                 canonical[group] = value
         return canonical
 
     def _group(self, group: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
         canonical: dict[str, Any] = {}
         for key, value in leaves.items():
-            if not self._carries(value, group, key):
+            if not self._is_readable(value, group, key):
                 continue
             name = _own_name(group, key)
             if name in canonical:
@@ -125,31 +113,30 @@ class _Canonical:
                 continue
             if name != key:
                 self.original[group, name] = key
-            canonical[name] = _habit(name, value)
+            canonical[name] = _convert(name, value)
         return canonical
 
-    def _carries(self, value: Any, *place: str) -> bool:
-        """Whether ``value`` can go through JSON at all; else it is reported and left out."""
-        trouble = _unreadable([*place, value])
-        if trouble is not None:
-            self.problems.append(Problem(pointer_to(*(printable(part) for part in place)), trouble))
-        return trouble is None
+    def _is_readable(self, value: Any, *path: str) -> bool:
+        problem = _unreadable([*path, value])
+        if problem is not None:
+            self.problems.append(Problem(pointer_to(*(printable(part) for part in path)), problem))
+        return problem is None
 
-    def validated(self, canonical: dict[str, Any]) -> JobSpec:
-        """The spec, after setting aside whatever is wrong: each round takes out every field that pydantic names."""
+    def validate(self, canonical: dict[str, Any]) -> JobSpec:
+        """Return the spec without its wrong fields. Each round removes all fields that pydantic reports."""
         try:
             return JobSpec.model_validate_json(_to_json(canonical))
         except ValidationError as error:
             self.problems += [self.problem(e["loc"], e["type"], e["msg"]) for e in _first_per_field(error)]
             for found in error.errors(include_input=False, include_url=False, include_context=False):
-                _set_aside(canonical, found["loc"])
-            return self.validated(canonical)
+                _remove(canonical, found["loc"])
+            return self.validate(canonical)
 
     def problem(self, loc: tuple[int | str, ...], kind: str, message: str) -> Problem:
         if len(loc) >= 2:
             loc = (loc[0], self.original.get((str(loc[0]), str(loc[1])), loc[1]), *loc[2:])
         if kind in ("extra_forbidden", "unexpected_keyword_argument"):
-            message = _unknown(loc)
+            message = _unknown_field(loc)
         return Problem(pointer_to(*(part for part in loc if part != "[key]")), plain(message))
 
 
@@ -158,8 +145,8 @@ def _own_name(group: str, key: str) -> str:
     return alias[1] if alias is not None and alias[0] == group else key
 
 
-def _habit(name: str, value: Any) -> Any:
-    """What MiniMind's users write and mean, as the type the spec has."""
+def _convert(name: str, value: Any) -> Any:
+    """Return a value in MiniMind's convention as the type that the spec has."""
     if name in FLAGS and type(value) is int and value in (0, 1):
         return bool(value)
     if name == "from_weight" and value == "none":
@@ -168,7 +155,7 @@ def _habit(name: str, value: Any) -> Any:
 
 
 def _unreadable(value: Any, depth: int = 0) -> str | None:
-    """Why ``value`` cannot be part of any spec, or None."""
+    """Return why ``value`` cannot be part of any spec, or None."""
     if isinstance(value, str):
         return None if _is_text(value) else "holds a lone surrogate, which is no text"
     if isinstance(value, int):
@@ -177,7 +164,7 @@ def _unreadable(value: Any, depth: int = 0) -> str | None:
         return "is nested too deeply"
     inside = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
     if isinstance(inside, list):
-        return next((trouble for item in inside if (trouble := _unreadable(item, depth + 1))), None)
+        return next((problem for item in inside if (problem := _unreadable(item, depth + 1))), None)
     return None
 
 
@@ -190,12 +177,12 @@ def _is_text(value: str) -> bool:
 
 
 def printable(value: str) -> str:
-    """A name as it can be shown: lone surrogates replaced, and not longer than a line."""
+    """Return a name that can be shown: without lone surrogates, at most 100 characters."""
     return value.encode(errors="replace").decode()[:100]
 
 
 def _first_per_field(error: ValidationError) -> Iterator[dict[str, Any]]:
-    """One error a field: a union reports each of its branches, and the user made one mistake."""
+    # One error per field: a union reports an error for each of its branches.
     seen: set[tuple[int | str, ...]] = set()
     for found in error.errors(include_input=False, include_url=False, include_context=False):
         if found["loc"][:3] not in seen:
@@ -203,7 +190,7 @@ def _first_per_field(error: ValidationError) -> Iterator[dict[str, Any]]:
             yield dict(found)
 
 
-def _unknown(loc: tuple[int | str, ...]) -> str:
+def _unknown_field(loc: tuple[int | str, ...]) -> str:
     name = str(loc[-1])
     group = GROUP_OF_LEAF.get(name) or ALIASES.get(name, (None,))[0]
     if group is not None and group != loc[0]:
@@ -213,14 +200,13 @@ def _unknown(loc: tuple[int | str, ...]) -> str:
 
 
 def _nearest(name: str, candidates: tuple[str, ...]) -> str | None:
-    # Imported here: only a wrong spec pays for it.
+    # Imported here, because only a wrong spec needs it.
     from difflib import get_close_matches
 
     return next(iter(get_close_matches(name[:100], candidates, n=1, cutoff=0.6)), None)
 
 
-def _set_aside(canonical: dict[str, Any], loc: tuple[int | str, ...]) -> None:
-    """Take the field at fault out, so that its default stands in for it."""
+def _remove(canonical: dict[str, Any], loc: tuple[int | str, ...]) -> None:
     group, leaf = str(loc[0]), str(loc[1]) if len(loc) > 1 else None
     container = canonical.get(group)
     if leaf is None or not isinstance(container, dict) or group == "labels":
@@ -237,12 +223,12 @@ def _spec_of(canonical: dict[str, Any]) -> JobSpec:
 
 
 def _to_json(canonical: dict[str, Any]) -> str:
-    # NaN passes here as a bare word and is refused by the field that gets it, with its pointer.
+    # NaN is written as a bare word here, so that the field that gets it rejects it with its pointer.
     return json.dumps(canonical)
 
 
-def _between_fields(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
-    """What no field alone can know, each with the pointers of all fields that take part."""
+def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    """Yield the problems between fields, each with the pointers of all fields involved."""
     for leaf, message, involved in spec.model.problems():
         yield Problem(f"/model/{leaf}", message), tuple(f"/model/{name}" for name in involved)
     limit = spec.model.max_position_embeddings
@@ -250,7 +236,7 @@ def _between_fields(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
         message = f"must be at most model.max_position_embeddings ({limit})"
         yield Problem("/data/max_seq_len", message), ("/data/max_seq_len", "/model/max_position_embeddings")
     if spec.data.eval_data_path is not None and spec.data.eval_fraction > 0:
-        message = "cannot be given with eval_data_path: one of them says what is held out"
+        message = "cannot be combined with eval_data_path: give one of them"
         yield Problem("/data/eval_fraction", message), ("/data/eval_fraction", "/data/eval_data_path")
     steps = spec.training.max_steps
     if steps is not None and spec.training.warmup_steps >= steps:
@@ -265,11 +251,11 @@ def _between_fields(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
 
 
 def pointer_to(*parts: int | str) -> str:
-    """RFC 6901: ``/training/learning_rate``."""
+    """Return the RFC 6901 pointer, e.g. ``/training/learning_rate``."""
     return "".join("/" + printable(str(part)).replace("~", "~0").replace("/", "~1") for part in parts)
 
 
 def plain(message: str) -> str:
-    """pydantic's message as the second half of a sentence that begins with the pointer."""
+    """Return pydantic's message as the second half of a sentence that begins with the pointer."""
     message = message.removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
     return "is required" if message == "Field required" else message

@@ -1,8 +1,8 @@
-"""Who a process is, and how to end it without ever touching a stranger. Linux, standard library only.
+"""Identity of processes, and signals that never reach another process. Linux, standard library only.
 
-A pid alone is not an identity: it is reused within minutes on a busy host, at once after a reboot or in a container.
-Boot id, pid namespace, pid and start time together are one. Signals go through a pidfd opened before the identity is
-checked, so that the process cannot be swapped between the look and the signal.
+A pid alone does not identify a process: it is reused within minutes on a busy host, and at once after a reboot or in a
+container. Boot id, pid namespace, pid and start time together do. Signals go through a pidfd that is opened before the
+identity is checked, so the pid cannot be reused between the check and the signal.
 """
 
 import os
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, Self
 
 MARKER = "TRAINYARD_ATTEMPT_MARK"
-"""Environment variable that every process of an attempt carries: ``<job>/<attempt number>``."""
+"""Environment variable of every process of an attempt: ``<job>/<attempt number>``."""
 
 PROC = Path("/proc")
 
 
 @dataclass(frozen=True)
 class ProcessIdentity:
-    """One process, for as long as the host runs. ``start_ticks`` counts clock ticks since boot."""
+    """Identity of one process. ``start_ticks``: its start, in clock ticks since boot."""
 
     boot_id: str
     pid_namespace: str
@@ -30,7 +30,7 @@ class ProcessIdentity:
 
     @classmethod
     def of(cls, pid: int) -> Self | None:
-        """The identity of a living process, or None where there is none (a zombie is not living)."""
+        """Return the identity of process ``pid``, or None if it does not run. A zombie does not run."""
         stat = _stat(pid)
         if stat is None or stat.state in "ZX":
             return None
@@ -38,23 +38,23 @@ class ProcessIdentity:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """The inverse of `to_json`; KeyError or ValueError on anything else."""
+        """Return the identity that `to_json` has written. Raises KeyError, TypeError or ValueError."""
         return cls(str(value["boot_id"]), str(value["pid_namespace"]), int(value["pid"]), int(value["start_ticks"]))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object for started.json."""
+        """Return a JSON object for started.json."""
         return asdict(self)
 
     def variable(self, name: str) -> str | None:
-        """An environment variable that the process was started with; None where it has none or is gone."""
+        """Return an environment variable that the process was started with, or None; see `variable_of`."""
         return variable_of(self.pid, name)
 
     def alive(self) -> bool:
-        """Whether this very process lives."""
+        """Return whether this process still runs."""
         return ProcessIdentity.of(self.pid) == self
 
     def send(self, signum: signal.Signals) -> bool:
-        """Signal this very process; False where it is gone. Never signals another one that has its pid."""
+        """Send a signal. Return False if the process has ended; another one with its pid never gets the signal."""
         try:
             handle = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -82,44 +82,44 @@ def _stat(pid: int) -> _Stat | None:
         text = (PROC / str(pid) / "stat").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The command name may hold spaces and brackets, so the fields are counted from the last bracket.
+    # The command name may contain spaces and brackets, so the fields are counted from the last bracket.
     fields = text[text.rindex(")") + 2 :].split()
     return _Stat(state=fields[0], parent=int(fields[1]), start_ticks=int(fields[19]))
 
 
 def boot_id() -> str:
-    """The kernel's random id of this boot."""
+    """Return the kernel's random id of this boot."""
     return (PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
 def pid_namespace() -> str:
-    """The pid namespace of this process, e.g. ``pid:[4026531836]``."""
+    """Return the pid namespace of this process, e.g. ``pid:[4026531836]``."""
     return os.readlink(PROC / "self/ns/pid")
 
 
 def all_pids() -> Iterator[int]:
-    """The pids visible here, zombies included."""
+    """Yield all visible pids, including zombies."""
     for entry in os.scandir(PROC):
         if entry.name.isdigit():
             yield int(entry.name)
 
 
 def find_by_marker(mark: str) -> list[ProcessIdentity]:
-    """Every living process whose environment carries this attempt's marker, this process excepted."""
-    carriers = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, MARKER) == mark]
-    return [identity for pid in carriers if (identity := ProcessIdentity.of(pid))]
+    """Return all processes, except this one, whose environment has this attempt's marker."""
+    pids = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, MARKER) == mark]
+    return [identity for pid in pids if (identity := ProcessIdentity.of(pid))]
 
 
-def live_markers(besides: str) -> set[str]:
-    """The markers of all living processes that were also given the variable ``besides``, by one look at the host."""
-    found = set()
+def live_markers(with_variable: str) -> set[str]:
+    """Return the markers of all running processes whose environment also has ``with_variable``."""
+    markers = set()
     for pid in all_pids():
         environment = _environment(pid)
         mark = _value(environment, MARKER)
-        # A zombie, which does not live, shows no environment.
-        if mark is not None and pid != os.getpid() and _value(environment, besides) is not None:
-            found.add(mark)
-    return found
+        # A zombie has no environment.
+        if mark is not None and pid != os.getpid() and _value(environment, with_variable) is not None:
+            markers.add(mark)
+    return markers
 
 
 def variable_of(pid: int, name: str) -> str | None:
@@ -131,7 +131,7 @@ def _environment(pid: int) -> list[bytes]:
     try:
         return (PROC / str(pid) / "environ").read_bytes().split(b"\0")
     except OSError:
-        return []  # gone, or not ours to read
+        return []  # ended, or no permission
 
 
 def _value(environment: list[bytes], name: str) -> str | None:
@@ -142,7 +142,7 @@ def _value(environment: list[bytes], name: str) -> str | None:
 
 
 def descendants(ancestor: int) -> list[ProcessIdentity]:
-    """Every living process below ``ancestor``. With a subreaper as ancestor nothing can escape this."""
+    """Return all running processes below ``ancestor``. If it is a subreaper, no descendant can escape."""
     children: dict[int, list[int]] = {}
     for pid in all_pids():
         stat = _stat(pid)
@@ -158,14 +158,14 @@ def descendants(ancestor: int) -> list[ProcessIdentity]:
 
 
 def signal_all(processes: Iterable[ProcessIdentity], *signums: signal.Signals) -> None:
-    """Send each signal, in order, to each process that still is the one that was found."""
+    """Send the signals, in order, to each process that still runs."""
     for process in processes:
         for signum in signums:
             process.send(signum)
 
 
 def wait_gone(processes: Iterable[ProcessIdentity], seconds: float) -> list[ProcessIdentity]:
-    """Wait at most ``seconds`` until all have ended; those that still live are returned."""
+    """Wait at most ``seconds`` until all have ended. Return those that still run."""
     deadline = time.monotonic() + seconds
     left = [process for process in processes if process.alive()]
     while left and time.monotonic() < deadline:

@@ -1,23 +1,23 @@
-"""What makes a run the same run: stored in each checkpoint's state.json, and compared before anything goes on from it.
+"""The identity of a run: stored in each checkpoint's state.json, and compared before a run resumes from it.
 
-The worker compares all of it, having read the corpus. The service holds against it what costs the same however large
-the corpus is, so that most of what cannot go on is refused when it is asked for, and not when its turn has come.
+The worker compares all of it after it has read the corpus. The service compares the parts whose cost does not grow with
+the corpus, so that most resumes that must fail are rejected when they are requested, and not when they start.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 CHANGEABLE_FIELDS = ("dropout", "router_aux_loss_coef", "rope_theta", "max_position_embeddings")
-"""Of a model, what may be another one where the data begins anew: the weights fit, and mean the same."""
+"""Fields of a model that may change in a fork that restarts the data: the weights still fit."""
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What must be the same for a resume to be the same run.
+    """What must be the same in a resumed run.
 
-    ``tokenizer``, ``corpus``: fingerprints. ``corpus_file``, ``vocabulary``: how the service tells them at a glance,
-    the file's `contract.file_identity.Sketch` and the tokenizer's size; {} and None where that is not known. They are no part
-    of the comparison: the fingerprints decide.
+    ``tokenizer``, ``corpus``: fingerprints, which decide. ``corpus_file``: `contract.file_identity.FileFingerprint` of
+    the corpus, or {} if unknown. ``vocabulary``: size of the tokenizer, or None if unknown. The last two are for quick
+    checks by the service and are not compared here.
     """
 
     model: dict[str, Any]
@@ -30,21 +30,21 @@ class RunIdentity:
     vocabulary: int | None = field(default=None, compare=False)
 
     def differences(self, other: Self) -> list[str]:
-        """What differs, in words: ``seed is 43 and was 42``; ``other`` is the checkpoint's."""
-        theirs = asdict(other)
-        found = []
-        for name, mine in asdict(self).items():
+        """Return the differences from the checkpoint's identity ``other`` as texts: ``seed is 43 and was 42``."""
+        saved = asdict(other)
+        texts = []
+        for name, value in asdict(self).items():
             if name == "model":
-                keys = sorted(set(mine) | set(theirs[name]))
-                found += [_difference(f"model.{key}", mine.get(key), theirs[name].get(key)) for key in keys]
+                keys = sorted(set(value) | set(saved[name]))
+                texts += [_difference(f"model.{key}", value.get(key), saved[name].get(key)) for key in keys]
             elif name not in ("corpus_file", "vocabulary"):
-                found.append(_difference(name, mine, theirs[name]))
-        return [text for text in found if text]
+                texts.append(_difference(name, value, saved[name]))
+        return [text for text in texts if text]
 
 
-def _difference(name: str, mine: Any, theirs: Any) -> str:
-    if mine == theirs:
+def _difference(name: str, value: Any, saved: Any) -> str:
+    if value == saved:
         return ""
     if name in ("corpus", "tokenizer"):
-        return f"the {name} is another one (fingerprint {str(mine)[:12]} and was {str(theirs)[:12]})"
-    return f"{name} is {mine} and was {theirs}"
+        return f"the {name} is another one (fingerprint {str(value)[:12]} and was {str(saved)[:12]})"
+    return f"{name} is {value} and was {saved}"

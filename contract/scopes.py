@@ -1,4 +1,4 @@
-"""What a token may do, and what it may be called."""
+"""The scopes and the names of tokens."""
 
 from enum import StrEnum
 
@@ -6,13 +6,13 @@ NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 
 class Scope(StrEnum):
-    """Each one may do what those before it may."""
+    """Permissions of a token. Each scope includes those before it."""
 
     READ = "read"
     SUBMIT = "submit"
     ADMIN = "admin"
 
     def covers(self, needed: "Scope") -> bool:
-        """Whether this one is enough where ``needed`` is."""
+        """Return whether this scope includes ``needed``."""
         order = list(Scope)
         return order.index(self) >= order.index(needed)

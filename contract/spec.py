@@ -49,71 +49,85 @@ SlurmLine = Annotated[str, Field(pattern=r"^--[a-z][a-z-]{1,40}(=[A-Za-z0-9_.,:%
 
 
 class Group(BaseModel):
-    """A group of the spec: frozen, strict, unknown keys refused by name, non-finite numbers refused."""
+    """A group of the spec: frozen, strict, unknown keys and non-finite numbers are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataSpec(Group):
-    """What is read."""
+    """Corpus and tokenizer."""
 
     data_path: PathText = Field(
-        description="the corpus: JSONL, one document a line; plain text; either packed; parquet"
+        description="corpus file: JSONL with one document per line, or plain text, both optionally gzip- or "
+        "zstd-compressed; or Parquet"
     )
-    tokenizer_path: PathText = Field("byte", description='directory with a tokenizer.json, or "byte"')
-    text_field: Name = Field("text", description="key of the text in each line, or its column")
-    max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="tokens in a row")
+    tokenizer_path: PathText = Field(
+        "byte", description='directory with a tokenizer.json, or "byte" for bytes as tokens'
+    )
+    text_field: Name = Field("text", description="JSON key of the text, or its Parquet column")
+    max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="sequence length in tokens")
     packing: Literal["document", "none"] = Field(
         "document",
-        description="document: rows are filled with whole documents that do not see each other; none: one a row",
+        description="document: several documents share a sequence, without attention between them; "
+        "none: one document per sequence",
     )
     max_bad_lines: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="share of unreadable lines above which the run is refused"
+        0.01, description="maximum fraction of invalid documents; above it the run fails"
     )
-    eval_data_path: PathText | None = Field(None, description="held-out file, of the same forms")
+    eval_data_path: PathText | None = Field(
+        None, description="file with held-out data, in the same formats as data_path"
+    )
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="share of the documents that is held out where there is no eval_data_path"
+        0.0, description="fraction of the documents that is held out if eval_data_path is null"
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
-        None, description="threads that tokenize the corpus, 0 being one; null: one a core"
+        None, description="tokenization threads; 0: one thread; null: one per core"
     )
 
 
 class TrainingSpec(Group):
-    """How it is trained. A step is an optimizer step."""
+    """Training. A step is an optimizer step."""
 
-    epochs: Positive = Field(1, description="passes over the corpus; max_steps, where given, decides alone")
-    max_steps: Positive | None = Field(None, description="optimizer steps")
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="rows one rank runs at once")
-    accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = Field(8, description="micro-batches in a step")
-    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(5e-4, description="at its highest")
+    epochs: Positive = Field(1, description="passes over the corpus; ignored if max_steps is set")
+    max_steps: Positive | None = Field(None, description="total number of optimizer steps; null: from epochs")
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="sequences per rank per micro-batch")
+    accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = Field(8, description="micro-batches per step")
+    learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(5e-4, description="peak learning rate")
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="last rate / highest rate")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="final learning rate / peak learning rate"
+    )
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
     optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: for the matrices of the layers; embeddings, head, router and norms stay with AdamW"
+        "adamw", description="muon: Muon for the matrices of the layers, AdamW for embeddings, head, router and norms"
     )
-    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(0.01, description="decoupled")
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = Field(0.01, description="decoupled weight decay")
     weight_decay_on: Literal["all", "matrices"] = Field(
-        "all", description="all: every parameter, as MiniMind does; matrices: embeddings among them, but not the norms"
+        "all",
+        description="all: every parameter, as in MiniMind; matrices: only matrices, including embeddings, but no norms",
     )
-    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW's")
-    grad_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(1.0, description="largest gradient norm; 0: no clipping")
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="autocast; weights stay float32")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="betas of AdamW")
+    grad_clip: Annotated[float, Field(ge=0, le=1e9)] = Field(1.0, description="maximum gradient norm; 0: no clipping")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="autocast dtype; weights stay float32"
+    )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
-    deterministic: bool = Field(False, description="only deterministic CUDA kernels; on a CPU every run is")
-    use_compile: bool = Field(False, description="torch.compile the model")
+    deterministic: bool = Field(
+        False, description="use only deterministic CUDA kernels; CPU runs are always deterministic"
+    )
+    use_compile: bool = Field(False, description="compile the model with torch.compile")
     loss_normalization: Literal["global_tokens", "micro_batch_mean"] = Field(
         "global_tokens",
-        description="mean over all tokens of a step; or MiniMind's mean of micro-batch means",
+        description="global_tokens: mean over all tokens of a step; "
+        "micro_batch_mean: mean of micro-batch means, as in MiniMind",
     )
     on_nonfinite: Literal["fail", "skip", "rollback"] = Field(
-        "fail", description="what a step with a non-finite loss or gradient does"
+        "fail", description="what to do after a step with a non-finite loss or gradient"
     )
     from_weight: PathText | None = Field(
         None,
-        description="weights to start from: a .pth or .safetensors file, a Hugging Face directory of the same shape, "
-        "or a name in save_dir as MiniMind has it",
+        description="initial weights: a .pth or .safetensors file, a Hugging Face directory of the same shape, "
+        "or a name such as pretrain in save_dir, as in MiniMind",
     )
 
     def smaller_batch(self) -> tuple[int, int] | None:
@@ -125,30 +139,35 @@ class TrainingSpec(Group):
 
 
 class CheckpointSpec(Group):
-    """What is kept."""
+    """Checkpoints and saved weights."""
 
     save_dir: PathText | None = Field(
-        None, description="directory for checkpoints and weights, in a folder of the job's own; null: the run directory"
+        None,
+        description="directory for checkpoints and weights; each job uses its own subfolder; null: the run directory",
     )
-    save_weight: FileStem = Field("pretrain", description="first part of the weights file's name")
+    save_weight: FileStem = Field("pretrain", description="prefix of the name of the weights file")
     save_interval: Positive = Field(1000, description="steps between checkpoints")
-    save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="also save this often")
-    keep_last: Annotated[int, Field(ge=1, le=100000)] = Field(3, description="newest ones kept; never under 2 valid")
+    save_minutes: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
+        None, description="minutes after which a checkpoint is also saved"
+    )
+    keep_last: Annotated[int, Field(ge=1, le=100000)] = Field(
+        3, description="number of newest checkpoints to keep; at least 2 valid ones are kept"
+    )
     keep_every: Positive | None = Field(
-        None, description="keep the weights of checkpoints at multiples of this step for good"
+        None, description="keep the weights of checkpoints at multiples of this step permanently"
     )
     from_resume: bool = Field(
-        False, description="go on from the newest fitting checkpoint of an earlier job below save_dir, if there is one"
+        False, description="start from the newest compatible checkpoint of an earlier job in save_dir, if there is one"
     )
 
 
 class ReportingSpec(Group):
-    """What is told."""
+    """Logging, evaluation and samples."""
 
-    log_interval: Positive = Field(100, description="steps between metric lines")
+    log_interval: Positive = Field(100, description="steps between points of the curve")
     eval_interval: Positive | None = Field(None, description="steps between evaluations; null: at each save")
     sample_prompts: Annotated[list[Prompt], Field(max_length=32)] = Field(
-        default_factory=list, description="texts to be continued at each save"
+        default_factory=list, description="prompts that the model continues at each save"
     )
     tensorboard: bool = False
     use_wandb: bool = False
@@ -156,55 +175,64 @@ class ReportingSpec(Group):
 
 
 class Timeouts(Group):
-    """Seconds to wait before something is taken for stuck."""
+    """Timeouts in seconds."""
 
-    stop: Seconds = Field(120.0, description="from the wish to stop until SIGTERM")
-    term: Seconds = Field(10.0, description="from SIGTERM until SIGKILL")
-    progress: Seconds = Field(60.0, description="least time without a step before a run counts as hung")
-    preparing: Seconds = Field(86400.0, description="longest preparation of data, compilation or save")
-    collective: Seconds = Field(600.0, description="longest wait of one rank for another")
+    stop: Seconds = Field(120.0, description="from the stop request to SIGTERM")
+    term: Seconds = Field(10.0, description="from SIGTERM to SIGKILL")
+    progress: Seconds = Field(60.0, description="minimum time without a step before a run is considered hung")
+    preparing: Seconds = Field(86400.0, description="maximum time for data preparation, compilation or a save")
+    collective: Seconds = Field(600.0, description="maximum time that one rank waits for another")
 
 
 class NodeRange(Group):
-    """Any number of nodes between the two; a step is always that of ``max`` nodes."""
+    """A range of nodes. The global batch is always that of ``max`` nodes."""
 
     min: Nodes
     max: Nodes
 
 
 class SlurmSpec(Group):
-    """What Slurm is asked for; null: as the service is set up."""
+    """Options for Slurm. null: the setting of the service."""
 
-    partition: SlurmWord | None = Field(None, description="one, or several separated by commas")
-    account: SlurmWord | None = Field(None, description="who pays")
-    qos: SlurmWord | None = Field(None, description="quality of service")
-    gpu_type: SlurmWord | None = Field(None, description="type of the GRES: gpu:TYPE:nproc_per_node on each node")
+    partition: SlurmWord | None = Field(None, description="Slurm partition, or several separated by commas")
+    account: SlurmWord | None = Field(None, description="Slurm account (--account)")
+    qos: SlurmWord | None = Field(None, description="Slurm quality of service (--qos)")
+    gpu_type: SlurmWord | None = Field(
+        None, description="GPU type in the GRES request: gpu:TYPE:nproc_per_node on each node"
+    )
     time_limit: Annotated[float, Field(ge=60, le=366 * 86400)] | None = Field(
-        None, description="seconds Slurm lets one attempt run; the next goes on from its checkpoint"
+        None, description="maximum seconds of one attempt; the next one continues from its checkpoint"
     )
     constraint: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:&|*()\[\]-]{1,200}$")] | None = Field(
-        None, description="features of the nodes"
+        None, description="required features of the nodes (--constraint)"
     )
     extra: Annotated[list[SlurmLine], Field(max_length=32)] = Field(
-        default_factory=list, description="further options of sbatch, such as `--mem=64G`, as far as the service allows"
+        default_factory=list, description="more options of sbatch, such as `--mem=64G`, if the service allows them"
     )
 
 
 class ResourcesSpec(Group):
-    """What it runs on."""
+    """Devices, nodes and restarts."""
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")] = Field(
-        "auto", description="auto: CUDA where there is some, else CPU with a warning"
+        "auto", description="auto: CUDA if available, otherwise CPU with a warning"
     )
-    nproc_per_node: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="ranks, one device each")
+    nproc_per_node: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="ranks per node; each uses one device")
     nnodes: Nodes | NodeRange = Field(
-        1, description='more than one needs a cluster\'s launcher; `{"min": 1, "max": 2}`: as many as can be had'
+        1,
+        description="number of nodes; more than 1 needs a cluster launcher; "
+        '`{"min": 1, "max": 2}`: as many as are available',
     )
-    launcher: Literal["local", "slurm"] | None = Field(None, description="null: the service's own choice")
-    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(0, description="higher starts earlier")
-    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(3, description="new attempts after a crash")
+    launcher: Literal["local", "slurm"] | None = Field(None, description="null: the default of the service")
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = Field(
+        0, description="jobs with a higher priority start earlier"
+    )
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = Field(
+        3, description="maximum number of automatic restarts after a crash"
+    )
     preemptible: bool = Field(
-        True, description="may be paused for a job of higher priority, where the service preempts; it goes on by itself"
+        True,
+        description="may be stopped for a job of higher priority, if the service preempts; it restarts automatically",
     )
     timeouts: Timeouts = Field(default_factory=Timeouts)
     slurm: SlurmSpec = Field(default_factory=SlurmSpec)
@@ -226,7 +254,7 @@ class ResourcesSpec(Group):
 
 
 class JobSpec(Group):
-    """One pretraining run as it is asked for. Every field but ``data.data_path`` has a default."""
+    """One pretraining run. Every field except ``data.data_path`` has a default."""
 
     name: Name = "pretrain"
     labels: Annotated[dict[Name, LabelValue], Field(max_length=64)] = Field(default_factory=dict)

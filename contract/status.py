@@ -1,10 +1,10 @@
-"""The states of a job, what the user wants of it, and the one table of allowed transitions."""
+"""The states of a job, its desired states, and the table of allowed transitions."""
 
 from enum import StrEnum
 
 
 class JobStatus(StrEnum):
-    """Where a job is in its life. `docs/guides/life-of-a-job.md` draws it."""
+    """The status of a job. `docs/guides/life-of-a-job.md` has a diagram."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -19,7 +19,7 @@ class JobStatus(StrEnum):
 
 
 class Desired(StrEnum):
-    """What the user wants of a job; the agent hears it in each reply."""
+    """What the user has requested of a job. The agent gets it in each response."""
 
     RUN = "run"
     PAUSE = "pause"
@@ -28,7 +28,7 @@ class Desired(StrEnum):
 
 
 class Phase(StrEnum):
-    """What a live attempt is busy with."""
+    """What a live attempt does at the moment."""
 
     LOADING = "loading"
     PREPARING_DATA = "preparing_data"
@@ -39,7 +39,7 @@ class Phase(StrEnum):
 
 
 class Reason(StrEnum):
-    """Why a job is where it is, and so who is at fault."""
+    """Why a job is in its status."""
 
     USER = "user"
     SPEC_INVALID = "spec_invalid"
@@ -62,22 +62,6 @@ class Reason(StrEnum):
     UNKNOWN = "unknown"
 
 
-RESTARTABLE = frozenset(
-    {
-        Reason.WORKER_CRASHED,
-        Reason.HUNG,
-        Reason.HOST_RESTARTED,
-        Reason.AGENT_LOST,
-        Reason.LAUNCH_FAILED,
-        Reason.TERMINATED,
-        Reason.PREEMPTED,
-        Reason.TIME_LIMIT,
-        Reason.NODE_LOST,
-        Reason.UNKNOWN,
-    }
-)
-"""Ends after which another attempt on the same spec may go better."""
-
 UNCOUNTED_REASONS = frozenset(
     {
         Reason.HOST_RESTARTED,
@@ -88,58 +72,36 @@ UNCOUNTED_REASONS = frozenset(
         Reason.NODE_LOST,
     }
 )
-"""Ends that are no fault of the job's, so that they do not use up ``max_restarts``."""
+"""Reasons with an external cause. Restarts after them do not count towards ``max_restarts``."""
+
+RESTARTABLE = UNCOUNTED_REASONS | {Reason.WORKER_CRASHED, Reason.HUNG, Reason.LAUNCH_FAILED, Reason.UNKNOWN}
+"""Reasons after which another attempt of the same spec may succeed."""
 
 LIVE = frozenset({JobStatus.STARTING, JobStatus.RUNNING, JobStatus.PAUSING, JobStatus.CANCELLING})
-"""An attempt may have processes."""
+"""Statuses in which an attempt may have processes."""
 
 TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
-"""Final until the user resumes."""
+"""Statuses that are final unless the user resumes the job."""
 
 IDLE = TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
-"""Nothing runs and nothing is waiting to run, except an interrupted job that is waiting for its own restart."""
+"""Statuses in which nothing runs or is queued. An interrupted job may still be waiting for an automatic restart."""
 
+_S = JobStatus
 TRANSITIONS: dict[JobStatus, frozenset[JobStatus]] = {
-    JobStatus.QUEUED: frozenset({JobStatus.STARTING, JobStatus.PAUSED, JobStatus.CANCELLED, JobStatus.FAILED}),
-    JobStatus.STARTING: frozenset(
-        {
-            JobStatus.QUEUED,
-            JobStatus.RUNNING,
-            JobStatus.PAUSING,
-            JobStatus.CANCELLING,
-            JobStatus.INTERRUPTED,
-            JobStatus.FAILED,
-        }
-    ),
-    JobStatus.RUNNING: frozenset(
-        {
-            JobStatus.PAUSING,
-            JobStatus.CANCELLING,
-            JobStatus.PAUSED,
-            JobStatus.INTERRUPTED,
-            JobStatus.SUCCEEDED,
-            JobStatus.FAILED,
-        }
-    ),
-    JobStatus.PAUSING: frozenset(
-        {
-            JobStatus.PAUSED,
-            JobStatus.CANCELLING,
-            JobStatus.INTERRUPTED,
-            JobStatus.SUCCEEDED,
-            JobStatus.FAILED,
-        }
-    ),
-    JobStatus.CANCELLING: frozenset({JobStatus.CANCELLED, JobStatus.SUCCEEDED}),
-    JobStatus.PAUSED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED}),
-    JobStatus.INTERRUPTED: frozenset({JobStatus.QUEUED, JobStatus.CANCELLED, JobStatus.FAILED}),
-    JobStatus.CANCELLED: frozenset({JobStatus.QUEUED}),
-    JobStatus.FAILED: frozenset({JobStatus.QUEUED}),
-    JobStatus.SUCCEEDED: frozenset({JobStatus.QUEUED}),
+    _S.QUEUED: frozenset({_S.STARTING, _S.PAUSED, _S.CANCELLED, _S.FAILED}),
+    _S.STARTING: frozenset({_S.QUEUED, _S.RUNNING, _S.PAUSING, _S.CANCELLING, _S.INTERRUPTED, _S.FAILED}),
+    _S.RUNNING: frozenset({_S.PAUSING, _S.CANCELLING, _S.PAUSED, _S.INTERRUPTED, _S.SUCCEEDED, _S.FAILED}),
+    _S.PAUSING: frozenset({_S.PAUSED, _S.CANCELLING, _S.INTERRUPTED, _S.SUCCEEDED, _S.FAILED}),
+    _S.CANCELLING: frozenset({_S.CANCELLED, _S.SUCCEEDED}),
+    _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLED}),
+    _S.INTERRUPTED: frozenset({_S.QUEUED, _S.CANCELLED, _S.FAILED}),
+    _S.CANCELLED: frozenset({_S.QUEUED}),
+    _S.FAILED: frozenset({_S.QUEUED}),
+    _S.SUCCEEDED: frozenset({_S.QUEUED}),
 }
-"""Every change of status there is. A change outside this table is a bug and raises."""
+"""All allowed changes of status. Any other change is a bug and raises."""
 
 
 def can_transition(before: JobStatus, after: JobStatus) -> bool:
-    """Whether the table allows ``before`` -> ``after``."""
+    """Return whether `TRANSITIONS` allows ``before`` -> ``after``."""
     return after in TRANSITIONS[before]

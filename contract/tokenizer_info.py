@@ -1,4 +1,4 @@
-"""What a tokenizer is, without loading it: the service has no tokenizer library and needs none."""
+"""Size, fingerprint and control tokens of a tokenizer, read without a tokenizer library: the service has none."""
 
 import hashlib
 import json
@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 BYTE = "byte"
-"""The tokenizer that is built in: each UTF-8 byte is a token, after the three special ones."""
+"""The built-in tokenizer: the three special tokens, then one token for each byte of UTF-8."""
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-"""MiniMind's, in the order of their ids: padding 0, beginning 1, end 2."""
+"""MiniMind's special tokens, in the order of their ids: padding 0, beginning 1, end 2."""
 
 BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
 BYTE_FINGERPRINT = hashlib.sha256(b"byte 1").hexdigest()
@@ -18,18 +18,17 @@ BYTE_FINGERPRINT = hashlib.sha256(b"byte 1").hexdigest()
 BOS_NAMES = (SPECIAL_TOKENS[1], "<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[CLS]")
 EOS_NAMES = (SPECIAL_TOKENS[2], "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
-"""Tried in this order where tokenizer_config.json names none."""
+"""Tried in this order if tokenizer_config.json names none."""
 
 
 class TokenizerInvalid(ValueError):
-    """The tokenizer cannot be used; the message says why and what to do."""
+    """The tokenizer cannot be used. The message says why and what to do."""
 
 
 def vocabulary_size(tokenizer_path: str) -> int:
-    """Number of embedding rows the tokenizer needs: its highest id + 1.
+    """Return the vocabulary size that the tokenizer needs: its highest id + 1.
 
-    Raises:
-        TokenizerInvalid: ``tokenizer_path`` is neither "byte" nor a directory with a readable tokenizer.json.
+    Raises TokenizerInvalid if ``tokenizer_path`` is neither "byte" nor a directory with a valid tokenizer.json.
     """
     if tokenizer_path == BYTE:
         return BYTE_VOCABULARY
@@ -45,7 +44,7 @@ def vocabulary_size(tokenizer_path: str) -> int:
 
 
 def tokenizer_file(tokenizer_path: str) -> Path:
-    """The tokenizer.json in a tokenizer's directory; the file itself is taken too."""
+    """Return the path of tokenizer.json, given its directory or the file itself. Raises TokenizerInvalid."""
     path = Path(tokenizer_path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -58,10 +57,10 @@ def tokenizer_file(tokenizer_path: str) -> Path:
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a tokenizer.json and the tokenizer_config.json beside it say.
+    """The content of a tokenizer.json and of the tokenizer_config.json in the same directory.
 
     ``size``: highest id + 1. ``fingerprint``: equal for two tokenizers only if they give equal ids for every text.
-    ``added``: ids of the added tokens. ``described``: the file's own JSON.
+    ``added``: ids of the added tokens. ``described``: the JSON of tokenizer.json.
     """
 
     size: int
@@ -74,7 +73,7 @@ class TokenizerInfo:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """Raises TokenizerInvalid where it is no tokenizer.json, or has neither a beginning nor an end."""
+        """Read a tokenizer.json. Raises TokenizerInvalid, also if it has neither a beginning nor an end token."""
         try:
             raw = file.read_bytes()
             described = json.loads(raw)
@@ -89,26 +88,26 @@ class TokenizerInfo:
 
 
 def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
-    """(size, fingerprint) of a tokenizer, the built-in one included. Raises TokenizerInvalid."""
+    """Return (size, fingerprint) of a tokenizer or of the built-in one. Raises TokenizerInvalid."""
     if tokenizer_path == BYTE:
         return BYTE_VOCABULARY, BYTE_FINGERPRINT
-    found = TokenizerInfo.read(tokenizer_file(tokenizer_path))
-    return found.size, found.fingerprint
+    info = TokenizerInfo.read(tokenizer_file(tokenizer_path))
+    return info.size, info.fingerprint
 
 
 def _names(described: dict[str, Any], added: dict[str, int]) -> dict[str, int]:
-    """Every token's id. A Unigram vocabulary is a list of [token, score], the others are mappings."""
     vocabulary = described["model"]["vocab"]
+    # A Unigram vocabulary is a list of [token, score], the others are mappings.
     if isinstance(vocabulary, list):
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
     return {**vocabulary, **added}
 
 
 def _control_ids(file: Path, names: dict[str, int]) -> tuple[int, int, int]:
-    """(beginning, end, padding): by tokenizer_config.json, else by well-known names.
+    """Return the ids of (beginning, end, padding), by tokenizer_config.json, else by well-known names.
 
-    A tokenizer with only one of beginning and end uses it for both, as GPT-2 does. Padding may be the end: padded
-    positions are never trained on.
+    A tokenizer with only one of beginning and end uses it for both, as GPT-2 does. Padding may be the end token,
+    because padded positions are never trained on.
     """
     config = _tokenizer_config(file)
     bos = _control_id("bos_token", config, names, BOS_NAMES)

@@ -1,8 +1,8 @@
-"""Units: in what the spec's numbers are counted, for forms that ask for them, and sizes for people to read."""
+"""Units of the spec's numbers, for forms, and byte sizes as text."""
 
 
 def human_bytes(count: float) -> str:
-    """Return e.g. ``2.3 GB``, in powers of ten as disks are sold."""
+    """Return e.g. ``2.3 GB``, in powers of ten."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= limit:
             return f"{count / limit:.1f} {unit}"
@@ -21,7 +21,7 @@ UNITS = {
     "num_workers": "threads",
     "epochs": "passes",
     "max_steps": "steps",
-    "batch_size": "rows",
+    "batch_size": "sequences",
     "accumulation_steps": "micro-batches",
     "warmup_steps": "steps",
     "save_interval": "steps",
@@ -39,4 +39,4 @@ UNITS = {
     "preparing": "s",
     "collective": "s",
 }
-"""Leaf -> its unit. Ratios and sizes without one are left out."""
+"""Leaf -> its unit. Ratios and other numbers without a unit are not included."""

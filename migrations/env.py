@@ -1,4 +1,4 @@
-"""Alembic's entry: works on the connection it is handed, inside its transaction."""
+"""Entry point of Alembic. Runs the migrations on the caller's connection, inside its transaction."""
 
 from alembic import context
 
@@ -9,7 +9,7 @@ context.configure(
     connection=connection,
     target_metadata=Base.metadata,
     compare_type=True,
-    # SQLite cannot alter a table in place; alembic copies it.
+    # SQLite cannot alter a table in place, so Alembic copies it.
     render_as_batch=connection.dialect.name == "sqlite",
 )
 with context.begin_transaction():

@@ -1,4 +1,4 @@
-"""``python -m trainyard.service``: bind, say where, migrate, look after what lives, serve."""
+"""``python -m trainyard.service``: read the settings, bind the socket, migrate the database, and serve."""
 
 import argparse
 import contextlib
@@ -21,7 +21,7 @@ from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.router import LauncherRouter
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
-from trainyard.service.server import HEAD_BYTES, GracefulServer, TimeoutH11Protocol
+from trainyard.service.server import MAX_HEAD_BYTES, GracefulServer, TimeoutH11Protocol
 from trainyard.service.settings import InvalidSettings, Settings
 from trainyard.service.timing import Timing
 
@@ -32,11 +32,11 @@ UNACKED_TIMEOUT_MILLISECONDS = 60_000
 
 
 class BindError(Exception):
-    """The address cannot be listened at; the message says why and what to do."""
+    """The service cannot listen on the address."""
 
 
 class AlreadyRunning(Exception):
-    """Another service runs on the home; the message says where."""
+    """Another service runs on the same home."""
 
 
 def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGENT, timing: Timing = Timing()) -> int:
@@ -45,99 +45,86 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
     ``agent``: the command that starts an attempt's agent. It and ``timing`` are for tests.
     """
     try:
-        settings, schedules = _settings(arguments)
-        return _run(settings, schedules, agent, timing)
+        settings, schedules = _read_settings(arguments)
+        settings.home.mkdir(parents=True, exist_ok=True)
+        with _lock_home(settings) if schedules else contextlib.nullcontext():
+            configure_logging(settings.log_format, settings.log_level, settings.secrets())
+            return _serve(settings, schedules, agent, timing)
     except InvalidSettings as error:
-        return _refuse(str(error), code=2)
+        return _fail(str(error), code=2)
     except (BindError, AlreadyRunning, UnknownSchemaVersion) as error:
-        return _refuse(str(error))
+        return _fail(str(error))
     except DBAPIError as error:
-        return _refuse(error_text(error))
+        return _fail(error_text(error))
     except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}; --home or TRAINYARD_HOME says where the service may write")
+        return _fail(f"{error.filename}: {error.strerror}; --home or TRAINYARD_HOME says where the service may write")
 
 
-def _refuse(why: str, code: int = 1) -> int:
-    print(f"service: {why}", file=sys.stderr)
+def _fail(message: str, code: int = 1) -> int:
+    print(f"service: {message}", file=sys.stderr)
     return code
 
 
-def _run(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
-    settings.home.mkdir(parents=True, exist_ok=True)
-    with _hold_home(settings) if schedules else contextlib.nullcontext():
-        configure_logging(settings.log_format, settings.log_level, settings.secrets())
-        return _serve(settings, schedules, agent, timing)
-
-
-def _hold_home(settings: Settings) -> contextlib.AbstractContextManager[object]:
-    """On SQLite, one service on a home; a predecessor that is shutting down is waited for. Raises NotAlone.
-
-    On Postgres there may be several, on this host or others: the lease says which of them schedules.
-    """
+def _lock_home(settings: Settings) -> contextlib.AbstractContextManager[object]:
+    # On Postgres several services may run, on this host or others: the leader lease decides which one schedules.
     if not settings.database_url.startswith("sqlite"):
         return contextlib.nullcontext()
     lock = FileLock(settings.home / "service.lock")
     with contextlib.suppress(LockBusy):
         return lock.take()
-    there = f"another service runs on {settings.home}{_its_url(settings)}"
-    print(f"service: {there}; waiting {PREDECESSOR_SECONDS:g} s for it to end", file=sys.stderr, flush=True)
+    conflict = f"another service runs on {settings.home}{_url_of_other(settings)}"
+    # A predecessor may still be shutting down.
+    print(f"service: {conflict}; waiting {PREDECESSOR_SECONDS:g} s for it to end", file=sys.stderr, flush=True)
     try:
         return lock.take(seconds=PREDECESSOR_SECONDS)
     except LockBusy:
-        raise AlreadyRunning(f"{there}: use that one, stop it, or give this one a --home of its own") from None
+        raise AlreadyRunning(f"{conflict}: use that one, stop it, or give this one a --home of its own") from None
 
 
-def _its_url(settings: Settings) -> str:
+def _url_of_other(settings: Settings) -> str:
     with contextlib.suppress(OSError, ValueError):
-        said = read_json(settings.service_file)
-        return f", at {said['url']}" if isinstance(said, dict) and "url" in said else ""
+        content = read_json(settings.service_file)
+        return f", at {content['url']}" if isinstance(content, dict) and "url" in content else ""
     return ""
 
 
-def _settings(arguments: list[str] | None) -> tuple[Settings, bool]:
-    """The settings, and whether this service may schedule."""
+def _read_settings(arguments: list[str] | None) -> tuple[Settings, bool]:
     parser = argparse.ArgumentParser(prog="python -m trainyard.service", description="The Trainyard service")
     parser.add_argument("--host", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, help="port to listen on (8000); 0: any free one")
     parser.add_argument("--home", type=Path, help="directory for runs, database and caches (./trainyard-home)")
     parser.add_argument("--database-url", help="default: SQLite in the home")
-    parser.add_argument("--no-scheduler", action="store_true", help="only answer: another service here schedules")
-    given = parser.parse_args(arguments)
-    settings = Settings.read(os.environ, given.host, given.port, given.home, given.database_url)
-    return settings, not given.no_scheduler
+    parser.add_argument("--no-scheduler", action="store_true", help="serve only the API: another service schedules")
+    options = parser.parse_args(arguments)
+    settings = Settings.read(os.environ, options.host, options.port, options.home, options.database_url)
+    return settings, not options.no_scheduler
 
 
 def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
-    with _bound(settings) as listener:
+    with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        services = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
-        # Here, and not only in the application's life: what a database says no to is said in a line.
-        services.database.upgrade(settings.home / "migrate.lock")
+        state = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
+        # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
+        state.database.upgrade(settings.home / "migrate.lock")
 
-        def lead() -> None:
-            # Agents of runs that outlived our predecessor find us by this file.
-            write_json(settings.service_file, {"url": url})
-
-        def ready() -> None:
-            print(f"Trainyard is ready at {url}", flush=True)
-
-        app = create_app(services, ready)
-        services.scheduler.on_lead = lead
+        # Agents of runs that outlived the previous service find this one by the file.
+        state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
+        app = create_app(state, ready=lambda: print(f"Trainyard is ready at {url}", flush=True))
         config = uvicorn.Config(
             app,
             access_log=False,
-            # Its loggers write where ours do, and as ours do.
+            # uvicorn's loggers use the handler and format of ours.
             log_config=None,
             log_level="warning",
             server_header=False,
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
             http=TimeoutH11Protocol,
-            # Who may speak for others is ours to decide, see `service.proxies`; uvicorn would believe all of loopback.
+            # uvicorn would trust every peer on loopback; `service.proxies` trusts only the configured proxies.
             proxy_headers=False,
-            h11_max_incomplete_event_size=HEAD_BYTES,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
-        server = GracefulServer(config, services.broadcaster.stop)
+        server = GracefulServer(config, state.broadcaster.stop)
         server.run(sockets=[listener])
         return 0 if server.started else 1
 
@@ -151,13 +138,12 @@ def _launcher(settings: Settings, agent: tuple[str, ...]) -> Launcher:
     return LauncherRouter({LOCAL: local, SLURM: slurm})
 
 
-def _bound(settings: Settings) -> socket.socket:
-    """A listening socket: connections made from now on are answered as soon as we serve."""
+def _bind(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Said to be TCP in so many words: only then does asyncio switch off that small answers wait for the peer's ACK.
+    # asyncio sets TCP_NODELAY only if the protocol is explicitly TCP; without it small responses wait for an ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Connections inherit it: what a peer does not take for so long is thrown away with its connection.
+    # Accepted connections inherit this: a peer that does not acknowledge data for so long is disconnected.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKED_TIMEOUT_MILLISECONDS)
     try:
         listener.bind((settings.host, settings.port))
@@ -176,11 +162,11 @@ def _bound(settings: Settings) -> socket.socket:
 def _bind_error(error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
         return "another program listens there already; --port takes another port, and --port 0 any that is free"
-    return f"cannot be listened at: {error.strerror}; --host and --port say where"
+    return f"cannot listen: {error.strerror}; set --host and --port"
 
 
 def _url(host: str, port: int) -> str:
-    """Where agents on this host reach us."""
+    # Agents on this host use it, so a wildcard address becomes loopback.
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared, not bound
     return f"http://[{local}]:{port}" if ":" in local else f"http://{local}:{port}"
 

@@ -1,4 +1,4 @@
-"""The application: routes, errors, and a life that begins with the migrations and the scheduler."""
+"""Builds the service: its parts, the FastAPI application with routes and middleware, and its startup and shutdown."""
 
 import asyncio
 import contextlib
@@ -17,21 +17,21 @@ from trainyard.service.api.openapi import openapi
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import (
     artifacts,
+    checkpoints,
+    devices,
+    exports,
+    forks,
+    ingest,
+    jobs,
     logs,
+    metrics,
+    planning,
     prometheus,
     status,
+    streams,
+    tokens,
+    webhooks,
 )
-from trainyard.service.api.routers import checkpoints as checkpoint_routes
-from trainyard.service.api.routers import devices as device_routes
-from trainyard.service.api.routers import exports as export_routes
-from trainyard.service.api.routers import forks as fork_routes
-from trainyard.service.api.routers import ingest as report_routes
-from trainyard.service.api.routers import jobs as job_routes
-from trainyard.service.api.routers import metrics as metric_routes
-from trainyard.service.api.routers import planning as plan_routes
-from trainyard.service.api.routers import streams as stream_routes
-from trainyard.service.api.routers import tokens as access_routes
-from trainyard.service.api.routers import webhooks as webhook_routes
 from trainyard.service.auth.permissions import methods_at, scopes_of
 from trainyard.service.bodies import invalid_request
 from trainyard.service.dashboard.assets import Assets
@@ -55,22 +55,22 @@ from trainyard.service.webhooks.sender import Sender
 
 DESCRIPTION = "Pretraining runs over REST: launch, watch, pause, resume. Errors are application/problem+json."
 REQUEST_THREADS = 32
-"""Endpoints that run at once. Fewer than the database's connections, so that none waits for one."""
+"""Endpoints that run at once. There are more database connections, so that no endpoint waits for one."""
 
 ROUTERS = (
-    job_routes,
-    fork_routes,
-    plan_routes,
+    jobs,
+    forks,
+    planning,
     artifacts,
     logs,
-    metric_routes,
-    stream_routes,
-    checkpoint_routes,
-    export_routes,
-    report_routes,
-    device_routes,
-    access_routes,
-    webhook_routes,
+    metrics,
+    streams,
+    checkpoints,
+    exports,
+    ingest,
+    devices,
+    tokens,
+    webhooks,
     status,
     prometheus,
 )
@@ -84,67 +84,69 @@ def build_state(
     schedules: bool = True,
     timing: Timing = Timing(),
 ) -> AppState:
-    """The parts of a service. Nothing runs yet, and nothing was written. One that never ``schedules`` only answers."""
+    """Create the parts of a service. Nothing is started.
+
+    Creates only the home directory. With ``schedules`` False the service only serves the API.
+    """
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
-    devices = inventory or HostInventory(settings.cpu_slots, visible_devices())
+    host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
     lease = LeaderLease(database, timing=timing)
     scheduler = Scheduler(
-        database,
-        launcher,
-        devices,
-        lease=lease,
-        enabled=schedules,
-        preempts=settings.preemption,
-        timing=timing,
+        database, launcher, host_inventory, lease=lease, enabled=schedules, preempts=settings.preemption, timing=timing
     )
-    sender = Sender(database, WebhookClient(settings.webhook_networks), lease, wanted=schedules)
-    seen = devices if schedules else PublishedInventory(database, devices)
-    return AppState(settings, database, seen, scheduler, MetricBroadcaster(database), sender)
+    sender = Sender(database, WebhookClient(settings.webhook_networks), lease, enabled=schedules)
+    shown_inventory = host_inventory if schedules else PublishedInventory(database, host_inventory)
+    return AppState(settings, database, shown_inventory, scheduler, MetricBroadcaster(database), sender)
 
 
-def create_app(services: AppState, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
-    """The ASGI application. ``ready`` is called once it works; ``scheduling`` False leaves the rounds to the caller."""
-    upkeep = _upkeep(services)
+def create_app(state: AppState, ready: Callable[[], None] | None = None, scheduling: bool = True) -> FastAPI:
+    """Return the ASGI application.
+
+    ``ready`` is called at the end of the startup. With ``scheduling`` False no background thread starts: tests run the
+    rounds themselves.
+    """
+    maintenance = _maintenance_loop(state)
 
     @contextlib.asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(REQUEST_THREADS, "requests"))
-        services.database.upgrade(services.settings.home / "migrate.lock")
-        deletion.sweep(services.settings, services.database)
-        services.leader  # noqa: B018 - from now on its silence counts
+        state.database.upgrade(state.settings.home / "migrate.lock")
+        deletion.sweep(state.settings, state.database)
+        state.leader  # noqa: B018 - creates the monitor, which counts the seconds since a renewal from now on
         if scheduling:
-            services.scheduler.start()
-            upkeep.start()
-            services.sender.start()
+            state.scheduler.start()
+            maintenance.start()
+            state.sender.start()
         if ready is not None:
             ready()
         yield
-        services.broadcaster.stop()
-        upkeep.stop()
-        # While the lease is still held: what was sent a moment ago is written down as sent.
-        services.sender.stop()
-        services.scheduler.stop()
-        services.database.close()
+        state.broadcaster.stop()
+        maintenance.stop()
+        # Before the scheduler gives up the lease: the sender still has to record what it has just sent.
+        state.sender.stop()
+        state.scheduler.stop()
+        state.database.close()
 
     app = FastAPI(
         title="Trainyard",
         version=status.package_version(),
         description=DESCRIPTION,
-        lifespan=life,
+        lifespan=lifespan,
         redoc_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.state.services = services
+    app.state.app_state = state
     app.router.route_class = ServiceRoute
     for kind in (ServiceError, HTTPException, RequestValidationError):
-        app.add_exception_handler(kind, _refused)
+        app.add_exception_handler(kind, _handle_error)
     app.add_middleware(HeadMiddleware)
-    app.add_middleware(DashboardMiddleware, assets=Assets(services.settings.home / "cache" / "dashboard"))
-    # Added last, so outermost: even pages come from a host that is ours.
+    app.add_middleware(DashboardMiddleware, assets=Assets(state.settings.home / "cache" / "dashboard"))
+    # The last one added is the outermost: the Host header is checked for pages too.
     app.add_middleware(
-        RequestMiddleware, settings=services.settings, telemetry=services.telemetry, gatekeeper=services.authenticator
+        RequestMiddleware, settings=state.settings, metrics=state.metrics, authenticator=state.authenticator
     )
+    # Also for a router that does not use ServiceRoute: a route without a scope must not start.
     scopes_of(route for module in ROUTERS for route in module.router.routes)
     for module in ROUTERS:
         app.include_router(module.router)
@@ -152,18 +154,23 @@ def create_app(services: AppState, ready: Callable[[], None] | None = None, sche
     return app
 
 
-def _refused(request: Request, error: Exception) -> JSONResponse:
-    """Every "no" as a problem. With a 405 the framework names the methods of the first route alone that it finds."""
-    made = invalid_request(request, error) if isinstance(error, RequestValidationError) else from_exception(error)
-    if made.status == HTTPStatus.METHOD_NOT_ALLOWED:
+def _handle_error(request: Request, exception: Exception) -> JSONResponse:
+    if isinstance(exception, RequestValidationError):
+        error = invalid_request(request, exception)
+    else:
+        error = from_exception(exception)
+    if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        # Starlette lists only the methods of the first route that matches the path.
         methods = methods_at(request.url.path, ROUTES)
-        made.headers |= {"Allow": ", ".join(methods)} if methods else {}
-    return problem_response(made, request.scope.get("request_id"))
+        error.headers |= {"Allow": ", ".join(methods)} if methods else {}
+    return problem_response(error, request.scope.get("request_id"))
 
 
-def _upkeep(services: AppState) -> MaintenanceLoop:
-    settings, telemetry = services.settings, services.telemetry
-    shelf, policy = CorpusCachePruner.of(settings), Policy.of(settings)
+def _maintenance_loop(state: AppState) -> MaintenanceLoop:
     return MaintenanceLoop(
-        services.scheduler, services.disks, corpora=shelf, policy=policy, count=telemetry.rows_removed
+        state.scheduler,
+        state.disks,
+        corpora=CorpusCachePruner.of(state.settings),
+        policy=Policy.of(state.settings),
+        count=state.metrics.rows_removed,
     )

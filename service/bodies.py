@@ -1,4 +1,4 @@
-"""JSON bodies: read strictly, and every mistake in one answer, with its pointer and without the value."""
+"""JSON request bodies, read strictly. One response lists every mistake with its pointer, and never the value."""
 
 import json
 from collections.abc import Mapping
@@ -8,19 +8,8 @@ from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from trainyard.contract.parsing import (
-    Problem,
-    plain,
-    pointer_to,
-    printable,
-)
-from trainyard.service.errors import (
-    InvalidJson,
-    RequestInvalid,
-    ServiceError,
-    WrongMediaType,
-    with_problems,
-)
+from trainyard.contract.parsing import Problem, plain, pointer_to, printable
+from trainyard.service.errors import InvalidJson, RequestInvalid, ServiceError, WrongMediaType, with_problems
 
 MAX_DEPTH = 64
 """Levels of arrays and objects in a body."""
@@ -29,13 +18,13 @@ TOO_DEEP = f"The body is nested more than {MAX_DEPTH} levels deep."
 
 
 class StrictBody(BaseModel):
-    """The body of a request. Unknown names and values of another type are mistakes."""
+    """Base of request bodies. Unknown names and values of another type are mistakes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class OptionalBody(StrictBody):
-    """A body that may be left out, or be null: then it is the empty object."""
+    """Base of request bodies that may be missing or null, which means the empty object."""
 
     @model_validator(mode="before")
     @classmethod
@@ -43,20 +32,20 @@ class OptionalBody(StrictBody):
         return {} if value is None else value
 
     def given(self) -> dict[str, Any]:
-        """Return the fields that the client gave."""
+        """Return the fields that the client has set."""
         return {name: getattr(self, name) for name in type(self).model_fields if name in self.model_fields_set}
 
 
 def without_defaults(schema: dict[str, Any]) -> None:
-    """Take the defaults out of a JSON schema: a field of a change that is not given stays as it is."""
+    """Remove the defaults from a JSON schema: in a PATCH a missing field means no change."""
     for leaf in schema["properties"].values():
         leaf.pop("default", None)
 
 
 async def read_json(request: Request) -> Any:
-    """Return the body as a JSON value, None if it is empty. NaN stays, for the field that gets it to reject.
+    """Return the body as a JSON value, or None if it is empty. NaN is let through: its field rejects it with a pointer.
 
-    Raises WrongMediaType or BodyNotJson.
+    Raises WrongMediaType or InvalidJson.
     """
     body = await request.body()
     if not body.strip():
@@ -65,7 +54,7 @@ async def read_json(request: Request) -> Any:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise WrongMediaType()
     try:
-        return _shallow(json.loads(body.decode(), object_pairs_hook=_without_doubles))
+        return _check_depth(json.loads(body.decode(), object_pairs_hook=_reject_duplicate_keys))
     except RecursionError:
         raise InvalidJson(TOO_DEEP) from None
     except UnicodeDecodeError:
@@ -73,14 +62,14 @@ async def read_json(request: Request) -> Any:
     except json.JSONDecodeError as error:
         raise InvalidJson(f"The body is not JSON: line {error.lineno}, column {error.colno}.") from None
     except ValueError:
-        raise InvalidJson("The body holds a number that is far too long.") from None
+        raise InvalidJson("The body has a number that is far too long.") from None
 
 
 JsonBody = Annotated[Any, Depends(read_json)]
-"""A body that the endpoint checks itself: a job spec, whose pointers are in the client's own names.
+"""A body that the endpoint validates itself.
 
-Also an agent's report: FastAPI reads the body of a model before it solves any dependency, and a report of 64 MiB must
-not be read before its token is checked.
+Used for job specs, whose error pointers have the names that the client used, and for agents' reports: FastAPI reads
+the body of a model before it solves any dependency, but the token must be checked before a report of 64 MiB is read.
 """
 
 
@@ -92,22 +81,21 @@ async def _no_fields(body: JsonBody) -> None:
 
 
 NO_FIELDS = Depends(_no_fields)
-"""For an action that takes nothing: no body, or an empty object."""
-
+"""Dependency of an action without parameters: the body must be missing or an empty object."""
 
 UNREADABLE = "trainyard.unreadable"
 """Key in the ASGI scope: why the body is not JSON."""
 
 
 class StrictRequest(Request):
-    """A request whose JSON FastAPI gets by `read_json`.
+    """A request whose JSON body is read by `read_json`.
 
-    FastAPI reads the body before it solves any dependency, and turns an exception here into a bare 400. Bytes are valid
-    for no model, so that it solves the dependencies first: a caller without the scope gets 403, whatever the body is.
+    FastAPI reads the body before it solves any dependency, and turns an exception here into a bare 400. Therefore an
+    invalid body becomes bytes, which no model accepts, and the reason goes into the scope. Dependencies are solved
+    first, so that a caller without the scope gets 403 and not 422.
     """
 
     async def json(self) -> Any:
-        """Return the body; if it is not JSON, bytes, and the reason in the scope."""
         try:
             return await read_json(self)
         except ServiceError as error:
@@ -116,12 +104,12 @@ class StrictRequest(Request):
 
 
 def unknown_field(fields: tuple[str, ...]) -> str:
-    """Return the message for a name that is none of ``fields``."""
+    """Return the message for a name that is not in ``fields``."""
     return f"is not a field; those here are {', '.join(fields)}" if fields else "is not a field; there are none here"
 
 
 def invalid_request(request: Request, error: RequestValidationError) -> ServiceError:
-    """Return what FastAPI has found as one of our errors, with all mistakes."""
+    """Convert FastAPI's validation error, with all its mistakes."""
     unreadable: ServiceError | None = request.scope.get(UNREADABLE)
     if unreadable is not None:
         return unreadable
@@ -129,48 +117,46 @@ def invalid_request(request: Request, error: RequestValidationError) -> ServiceE
         return WrongMediaType()
     field = getattr(request.scope["route"], "body_field", None)
     fields = tuple(field.field_info.annotation.model_fields) if field is not None else ()
-    unknown_first = sorted(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-    return with_problems(RequestInvalid, [_problem(found, error.body, fields) for found in unknown_first])
+    unknown_first = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    return with_problems(RequestInvalid, [_problem(detail, error.body, fields) for detail in unknown_first])
 
 
-def _problem(found: Mapping[str, Any], body: object, fields: tuple[str, ...]) -> Problem:
-    place, message = list(found["loc"]), plain(found["msg"])
+def _problem(detail: Mapping[str, Any], body: object, fields: tuple[str, ...]) -> Problem:
+    place, message = list(detail["loc"]), plain(detail["msg"])
     if place[:1] == ["body"]:
-        place = _within(body, place[1:])
-    if found["type"] == "extra_forbidden":
+        place = _place_in(body, place[1:])
+    if detail["type"] == "extra_forbidden":
         message = unknown_field(fields) if len(place) == 1 else "is not a field here"
-    if found["type"].startswith("union_tag"):
-        place.append(found["ctx"]["discriminator"].strip("'"))
-        message = f"must be one of {found['ctx'].get('expected_tags', '').replace(chr(39), '')}"
+    if detail["type"].startswith("union_tag"):
+        place.append(detail["ctx"]["discriminator"].strip("'"))
+        message = f"must be one of {detail['ctx'].get('expected_tags', '').replace(chr(39), '')}"
     return Problem(pointer_to(*(printable(str(part)) for part in place)), message)
 
 
-def _within(body: object, place: list[Any]) -> list[Any]:
-    """Return the place without what pydantic adds and the body does not have: a union's tag, "[key]"."""
-    kept = []
+def _place_in(body: object, place: list[Any]) -> list[Any]:
+    """Return the place without parts that pydantic adds and the body does not have: a union's tag, "[key]"."""
+    path = []
     for part in place:
         if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
             body = body[part]
-            kept.append(part)
+            path.append(part)
         elif part == place[-1] and part != "[key]":
-            kept.append(part)
-    return kept
+            path.append(part)
+    return path
 
 
-def _shallow(value: Any) -> Any:
-    """Return the value, which is safe to walk by recursion. Raises BodyNotJson."""
+def _check_depth(value: Any) -> Any:
+    # Level by level, not by recursion: later code may then walk the value recursively.
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        inner = [
-            found.values() if isinstance(found, dict) else found for found in level if isinstance(found, dict | list)
-        ]
-        if not inner:
+        nested = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        if not nested:
             return value
-        level = [found for part in inner for found in part]
+        level = [item for items in nested for item in items]
     raise InvalidJson(TOO_DEEP)
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         raise InvalidJson("The body has an object with the same key twice.")

@@ -1,11 +1,11 @@
-"""Every "no" the service can say: the class is status and code, the docstring is the message.
+"""Every error response of the service: the class has status and code, its docstring is the message.
 
-All of them leave as RFC 9457 ``application/problem+json``. Nothing that a client sent is ever echoed.
+Responses are RFC 9457 ``application/problem+json``. They never echo anything that the client sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, ClassVar
+from typing import Any
 
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -18,14 +18,15 @@ PROBLEM = "application/problem+json"
 
 
 class ServiceError(Exception):
-    """The request was refused."""
+    """The request was rejected."""
 
-    status: ClassVar[int] = 500
-    code: ClassVar[str] = "internal_error"
+    status: int = 500
+    code: str = "internal_error"
+    default_headers: tuple[tuple[str, str], ...] = ()
 
-    def __init__(self, detail: str | None = None, headers: dict[str, str] | None = None, **extra: Any) -> None:
+    def __init__(self, detail: str | None = None, headers: Mapping[str, str] | None = None, **extra: Any) -> None:
         self.detail = detail or (type(self).__doc__ or "").strip()
-        self.headers = headers or {}
+        self.headers = {**dict(self.default_headers), **(headers or {})}
         self.extra = extra
         super().__init__(self.detail)
 
@@ -38,21 +39,21 @@ class DatabaseUnavailable(ServiceError):
     """The database does not answer. Nothing was changed; try again."""
 
     status, code = 503, "database_unavailable"
+    default_headers = (("Retry-After", "1"),)
 
 
 class OutcomeUnknown(ServiceError):
-    """The database went away at the very end: the change was made, or was not. Look, or send it again with its key."""
+    """The database went away during the commit, so the outcome is unknown. Check, or retry with the same key."""
 
     status, code = 503, "outcome_unknown"
-
-    def __init__(self, detail: str | None = None) -> None:
-        super().__init__(detail, headers={"Retry-After": "1"})
+    default_headers = (("Retry-After", "1"),)
 
 
 class NotReady(ServiceError):
     """The service is not ready to take work."""
 
     status, code = 503, "not_ready"
+    default_headers = (("Retry-After", "1"),)
 
 
 class NotFound(ServiceError):
@@ -80,7 +81,7 @@ class DeliveryNotFound(ServiceError):
 
 
 class TooManyWebhooks(ServiceError):
-    """There are as many webhooks as this service has room for. Delete some."""
+    """The maximum number of webhooks is reached. Delete some."""
 
     status, code = 409, "too_many_webhooks"
 
@@ -104,7 +105,7 @@ class FileNotInCheckpoint(ServiceError):
 
 
 class LastCheckpoint(ServiceError):
-    """It is the last valid checkpoint of the job: without it nothing is left to go on from."""
+    """It is the last valid checkpoint of the job: without it the job cannot be resumed."""
 
     status, code = 409, "last_checkpoint"
 
@@ -116,7 +117,7 @@ class CheckpointInUse(ServiceError):
 
 
 class RangeUnsatisfiable(ServiceError):
-    """The range begins behind the end of the file."""
+    """The range begins after the end of the file."""
 
     status, code = 416, "range_not_satisfiable"
 
@@ -128,7 +129,7 @@ class InvalidState(ServiceError):
 
 
 class Conflict(ServiceError):
-    """Somebody else changed the job at the same moment. Look again."""
+    """Another request changed the job at the same time. Read it again."""
 
     status, code = 409, "conflict"
 
@@ -140,7 +141,7 @@ class StepUnavailable(ServiceError):
 
 
 class CheckpointMismatch(ServiceError):
-    """The run cannot go on: its corpus, vocabulary or shape is not the one its checkpoint was saved with."""
+    """The run cannot be resumed: its corpus, vocabulary or shape differs from the one its checkpoint was saved with."""
 
     status, code = 409, "run_differs"
 
@@ -152,23 +153,21 @@ class FileNotInExport(ServiceError):
 
 
 class StorageError(ServiceError):
-    """The files could not be written on the service's host. Nothing of them is left."""
+    """The files could not be written on the service's host. Partial files were removed."""
 
     status, code = 507, "disk_trouble"
 
     @classmethod
-    def of(cls, error: OSError) -> "StorageError":
-        """With the system's own word."""
-        return cls(f"{(cls.__doc__ or '').strip()} It said: {error.strerror or type(error).__name__}.")
+    def from_os_error(cls, error: OSError) -> "StorageError":
+        """Return the error with the reason that the system gives."""
+        return cls(f"{(cls.__doc__ or '').strip()} Reason: {error.strerror or type(error).__name__}.")
 
 
 class ExportInProgress(ServiceError):
-    """An export of this job is being made. Ask again when it is done."""
+    """An export of this job is in progress. Retry when it is done."""
 
     status, code = 409, "export_under_way"
-
-    def __init__(self, detail: str | None = None) -> None:
-        super().__init__(detail, headers={"Retry-After": "5"})
+    default_headers = (("Retry-After", "5"),)
 
 
 class ExportFailed(ServiceError):
@@ -178,13 +177,13 @@ class ExportFailed(ServiceError):
 
 
 class ExportUnavailable(ServiceError):
-    """The server has no torch, so it cannot export. Ask one that has, or run `python -m trainyard.worker.checkpoint.export` yourself."""
+    """The server has no torch. Use one that has, or run `python -m trainyard.worker.checkpoint.export` yourself."""
 
     status, code = 501, "export_unavailable"
 
 
 class ExportTimedOut(ServiceError):
-    """The export took longer than it may and was ended. Nothing of it is left."""
+    """The export exceeded its time limit and was stopped. Partial files were removed."""
 
     status, code = 504, "export_timeout"
 
@@ -208,7 +207,7 @@ class KeyReused(ServiceError):
 
 
 class TooManyStreams(ServiceError):
-    """More streams are open than this service serves. Close some, or read page by page."""
+    """The maximum number of streams is open. Close some, or read page by page."""
 
     status, code = 429, "too_many_streams"
 
@@ -220,7 +219,7 @@ class InvalidJson(ServiceError):
 
 
 class BodyTooLarge(ServiceError):
-    """The body is larger than this address takes."""
+    """The body is larger than this address accepts."""
 
     status, code = 413, "body_too_large"
 
@@ -229,19 +228,17 @@ class BodyTooSlow(ServiceError):
     """The body did not arrive in time."""
 
     status, code = 408, "request_timeout"
-
-    def __init__(self, detail: str | None = None) -> None:
-        super().__init__(detail, headers={"Connection": "close"})
+    default_headers = (("Connection", "close"),)
 
 
 class UrlTooLong(ServiceError):
-    """The address is longer than this service takes."""
+    """The URL is longer than this service accepts."""
 
     status, code = 414, "url_too_long"
 
 
 class HeadersTooLarge(ServiceError):
-    """The headers are larger than this service takes."""
+    """The headers are larger than this service accepts."""
 
     status, code = 431, "headers_too_large"
 
@@ -256,9 +253,7 @@ class Unauthorized(ServiceError):
     """A valid token is needed: Authorization: Bearer <token>."""
 
     status, code = 401, "unauthorized"
-
-    def __init__(self, detail: str | None = None) -> None:
-        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
+    default_headers = (("WWW-Authenticate", "Bearer"),)
 
 
 class Forbidden(ServiceError):
@@ -268,7 +263,7 @@ class Forbidden(ServiceError):
 
 
 class QuotaExceeded(ServiceError):
-    """The token has as many jobs or devices queued or running as it may have."""
+    """The token's quota of queued and running jobs or devices is used up."""
 
     status, code = 429, "quota_exceeded"
 
@@ -280,13 +275,13 @@ class TokenNotFound(ServiceError):
 
 
 class TokenNameTaken(ServiceError):
-    """The name is taken, or was: a name is given once, so that it means one token in every event."""
+    """The name is or was in use. Names are never reused, so that each means one token in every event."""
 
     status, code = 409, "token_name_taken"
 
 
 class TokenRevoked(ServiceError):
-    """The token was revoked, and stays so: make another one."""
+    """The token was revoked for good: create another one."""
 
     status, code = 409, "token_revoked"
 
@@ -298,20 +293,20 @@ class HostNotAllowed(ServiceError):
 
 
 class CrossOrigin(ServiceError):
-    """A page of another origin must not change anything here."""
+    """Pages of another origin may not change anything here."""
 
     status, code = 403, "foreign_origin"
 
 
 def with_problems(kind: type[ServiceError], problems: Sequence[Problem]) -> ServiceError:
-    """An error that lists every mistake with its pointer."""
+    """Return an error that lists every mistake with its pointer."""
     count = len(problems)
     detail = f"{count} mistake{'s' if count != 1 else ''} found; nothing was changed"
     return kind(detail, errors=[{"pointer": p.pointer, "message": p.message} for p in problems])
 
 
 def problem_response(error: ServiceError, request_id: str | None) -> JSONResponse:
-    """The error as problem+json."""
+    """Return the error as a problem+json response."""
     body = {
         "type": "about:blank",
         "title": HTTPStatus(error.status).phrase,
@@ -325,38 +320,32 @@ def problem_response(error: ServiceError, request_id: str | None) -> JSONRespons
 
 
 def from_exception(error: Exception) -> ServiceError:
-    """Whatever was raised, as one of ours."""
+    """Convert any exception into a ServiceError."""
     match error:
         case ServiceError():
             return error
         case HTTPException():
             return _from_http(error)
         case OperationalError() | InterfaceError() | PoolTimeout():
-            return DatabaseUnavailable(headers={"Retry-After": "1"})
+            return DatabaseUnavailable()
         case DBAPIError() if error.connection_invalidated:
-            return DatabaseUnavailable(headers={"Retry-After": "1"})
+            return DatabaseUnavailable()
         case _:
             return Internal()
 
 
 OWN_ERRORS: dict[int, type[ServiceError]] = {404: NotFound, 408: BodyTooSlow, 413: BodyTooLarge}
-"""For errors that leave the framework as HTTPException."""
+"""Our class for an HTTPException of the framework with this status."""
 
 
 def _from_http(error: HTTPException) -> ServiceError:
     if (own := OWN_ERRORS.get(error.status_code)) is not None:
-        found = own()
-        found.headers |= dict(error.headers or {})
-        return found
+        return own(headers=error.headers)
     phrase = HTTPStatus(error.status_code).phrase
-    code = phrase.lower().replace(" ", "_").replace("-", "_")
-    kind = type("Refused", (ServiceError,), {"status": error.status_code, "code": code})
-    made = kind(_plain_detail(error.status_code), headers=dict(error.headers or {}))
-    assert isinstance(made, ServiceError)
-    return made
-
-
-def _plain_detail(status: int) -> str:
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
-        return "This address does not take this method; the Allow header lists those it takes."
-    return f"{HTTPStatus(status).phrase}."
+    detail = f"{phrase}."
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        detail = "This address does not accept this method; the Allow header lists those it accepts."
+    converted = ServiceError(detail, error.headers)
+    converted.status = error.status_code
+    converted.code = phrase.lower().replace(" ", "_").replace("-", "_")
+    return converted

@@ -1,4 +1,4 @@
-"""Ids of our own making, and what can be one of a job."""
+"""Random ids, the pattern of job ids, and the hash of tokens."""
 
 import re
 import secrets
@@ -9,10 +9,10 @@ LETTERS = "abcdefghijkmnpqrstuvwxyz234567"
 
 
 def new_id(prefix: str, letters: int = 10) -> str:
-    """An id of our own, e.g. ``job_7f3kq9mzba``: safe in a path, an argument and a URL."""
+    """Return a random id such as ``job_7f3kq9mzba``, which is safe in a path, an argument and a URL."""
     return f"{prefix}_" + "".join(secrets.choice(LETTERS) for _ in range(letters))
 
 
 def token_hash(token: str) -> str:
-    """Return the hex digest by which a token is stored and compared, whichever kind it is."""
+    """Return the hex digest that is stored and compared in place of a token."""
     return sha256(token.encode(errors="replace")).hexdigest()

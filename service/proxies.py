@@ -1,6 +1,6 @@
-"""X-Forwarded-For, -Proto and -Host: taken from trusted proxies, ignored from all others. Pure.
+"""X-Forwarded-For, -Proto and -Host: used if a trusted proxy sent them, ignored otherwise.
 
-Of each header the last value counts, which the proxy next to us has set; any client can send the values before it.
+The last value of a header is the one that the nearest proxy has set; any client can send the values before it.
 Why not uvicorn's ProxyHeadersMiddleware: docs/decisions/0014.
 """
 
@@ -19,70 +19,66 @@ SCHEMES = ("http", "https")
 
 @dataclass(frozen=True)
 class TrustedProxies:
-    """The trusted proxies. If there are none, every such header is ignored."""
+    """Networks of the trusted proxies."""
 
     networks: tuple[IPv4Network | IPv6Network, ...] = ()
 
     @classmethod
-    def of(cls, texts: Iterable[str]) -> "TrustedProxies":
-        """Make it from addresses and networks. Raises ValueError."""
+    def parse(cls, texts: Iterable[str]) -> "TrustedProxies":
+        """Parse addresses and networks. Raises ValueError."""
         return cls(tuple(ip_network(text.strip()) for text in texts if text.strip()))
 
     def rewrite_scope(self, scope: Scope) -> Scope:
-        """Return the request as it reached the proxy: with the client's address, the scheme and the Host."""
-        peer = address_in((scope.get("client") or ("",))[0])
+        """Return the request as the first proxy received it: the client's address, the scheme and the Host."""
+        peer = parse_address((scope.get("client") or ("",))[0])
         if peer is None or not self._trust(peer):
             return scope
         headers = Headers(scope=scope)
         client = self._client(peer, _values(headers, FOR))
+        scheme = (_values(headers, PROTO) or [""])[-1].lower()
         return {
             **scope,
             "client": (str(client), 0),
-            "scheme": _scheme(scope, headers),
-            "headers": _hosted(scope, headers),
+            "scheme": scheme if scheme in SCHEMES else scope.get("scheme", "http"),
+            "headers": _headers(scope, headers),
         }
 
     def _client(self, peer: Address, chain: list[str]) -> Address:
-        """Return the last address that is no trusted proxy, or a proxy if what it sent is no address."""
+        """Return the last address in the chain that is not a trusted proxy."""
         while chain and self._trust(peer):
-            before = address_in(chain.pop())
-            if before is None:
+            previous = parse_address(chain.pop())
+            if previous is None:
                 break
-            peer = before
+            peer = previous
         return peer
 
     def _trust(self, address: Address) -> bool:
         return any(address.version == network.version and address in network for network in self.networks)
 
 
-def address_in(text: str) -> Address | None:
-    """Return the address in an item of X-Forwarded-For, which may have a port, or None if it has no address."""
+def parse_address(text: str) -> Address | None:
+    """Return the address of an item of X-Forwarded-For, which may have a port, or None if it is invalid."""
     text = text.strip()
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        found = ip_address(text)
+        address = ip_address(text)
     except ValueError:
         return None
-    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
-    return mapped or found
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
 
 
 def _values(headers: Headers, name: str) -> list[str]:
     return [part.strip() for value in headers.getlist(name) for part in value.split(",") if part.strip()]
 
 
-def _scheme(scope: Scope, headers: Headers) -> str:
-    scheme = (_values(headers, PROTO) or [""])[-1].lower()
-    return scheme if scheme in SCHEMES else str(scope.get("scheme", "http"))
-
-
-def _hosted(scope: Scope, headers: Headers) -> list[tuple[bytes, bytes]]:
-    """Return the headers with the Host that the client used. Whether it is an allowed one is checked later."""
+def _headers(scope: Scope, headers: Headers) -> list[tuple[bytes, bytes]]:
+    # RequestMiddleware checks later whether this Host is allowed.
     hosts = _values(headers, HOST)
-    headers_of_scope: list[tuple[bytes, bytes]] = list(scope["headers"])
+    raw: list[tuple[bytes, bytes]] = list(scope["headers"])
     if not hosts:
-        return headers_of_scope
-    return [*((n, v) for n, v in headers_of_scope if n != b"host"), (b"host", hosts[-1].encode("latin-1"))]
+        return raw
+    return [*((name, value) for name, value in raw if name != b"host"), (b"host", hosts[-1].encode("latin-1"))]

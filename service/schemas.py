@@ -1,4 +1,4 @@
-"""What the API answers with, as models: they make /docs and keep every field present, null where unknown."""
+"""Models of the API's responses, and of the request bodies of tokens. A field without a value is null, not missing."""
 
 from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 class ResponseModel(BaseModel):
-    """Made from a row or a mapping; frozen."""
+    """Base of response models. Built from a database row or a mapping."""
 
     model_config = ConfigDict(frozen=True, from_attributes=True)
 
 
 class Page(ResponseModel, Generic[T]):
-    """A list. The next page is ``after=<last id>``, that of metrics ``after_step=<last step>``."""
+    """One page of a list. The next page is ``after=<last id>``, or ``after_step=<last step>`` for metrics."""
 
     object: Literal["list"] = "list"
     data: list[T]
@@ -28,7 +28,7 @@ class Page(ResponseModel, Generic[T]):
 
 
 class MemoryPlan(ResponseModel):
-    """Bytes on each rank."""
+    """Memory of each rank, in bytes."""
 
     weights: int | None = None
     gradients: int | None = None
@@ -37,11 +37,12 @@ class MemoryPlan(ResponseModel):
 
 
 class Plan(ResponseModel):
-    """What is known of the run's size: the spec's share at submit, the corpus's share once an attempt has started.
+    """Size of a run. Fields that depend on the corpus are null until an attempt has started.
 
-    ``base_step``: steps of a fork's ancestors that lie before its own schedule; ``steps`` counts them too.
-    ``snapshot_bytes``: host memory of rank 0 for the copy that saves are written from.
-    ``estimated``: what depends on the corpus comes from a glance at it. ``eta_basis`` says whose speed was taken.
+    ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
+    ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
+    ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
+    speed.
     """
 
     parameters: int | None = None
@@ -76,7 +77,7 @@ class Plan(ResponseModel):
 
 
 class Progress(ResponseModel):
-    """How far the job is, by its newest report. ``percent`` goes from 0 to 100. Before any report 0 steps are done."""
+    """Progress of the job at its last report. ``percent`` is 0 to 100. ``step`` is 0 before the first report."""
 
     step: int = 0
     steps: int | None = None
@@ -94,16 +95,16 @@ class Progress(ResponseModel):
 
 
 class Queue(ResponseModel):
-    """Where a queued job stands (1 is next; null in a cluster's queue), and what it waits for."""
+    """Position of a queued job (1 is next; null in a cluster's queue), and what it waits for."""
 
     position: int | None
     waiting_for: str
 
 
 class PlanPreview(Plan):
-    """The plan of a run that was not submitted, and where it would stand in the queue.
+    """The plan of a run that is not submitted, and its position in the queue.
 
-    ``start_step``: a fork begins behind it; its time and FLOPs are those of the steps that are left.
+    ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
     """
 
     object: Literal["plan"] = "plan"
@@ -112,7 +113,7 @@ class PlanPreview(Plan):
 
 
 class Parent(ResponseModel):
-    """What a fork was made from. ``data``: keep or restart."""
+    """The job and checkpoint that a fork started from. ``data``: keep or restart."""
 
     job_id: str
     step: int | None
@@ -120,9 +121,9 @@ class Parent(ResponseModel):
 
 
 class Placement(ResponseModel):
-    """Where a cluster has put an attempt, in its own words; ``engine_id`` is its number there.
+    """Placement of an attempt on a cluster, as the cluster reports it. ``engine_id`` is the cluster's job id.
 
-    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` where it has no GPUs on the node.
+    ``devices``: ``node1/cuda:0``, or ``node1/cpu:0`` if it has no GPU on the node.
     """
 
     engine_id: str
@@ -133,7 +134,7 @@ class Placement(ResponseModel):
 
 
 class AllowedAction(ResponseModel):
-    """Whether a verb fits the present status, and if not, why."""
+    """Whether an action is allowed in the current status, and if not, why."""
 
     action: str
     allowed: bool
@@ -141,7 +142,7 @@ class AllowedAction(ResponseModel):
 
 
 class Alert(ResponseModel):
-    """Something the user should know of while the run goes on."""
+    """A problem of the run that the user should know about."""
 
     code: str
     message: str
@@ -150,7 +151,7 @@ class Alert(ResponseModel):
 
 
 class Checkpoint(ResponseModel):
-    """A published checkpoint. ``sha256`` is that of its model.safetensors, ``bytes`` that of all its files."""
+    """A published checkpoint. ``sha256`` is that of model.safetensors; ``bytes`` is the size of all its files."""
 
     object: Literal["checkpoint"] = "checkpoint"
     id: str
@@ -200,7 +201,7 @@ class Job(ResponseModel):
 
 
 class Event(ResponseModel):
-    """Something that happened to a job. ``actor``: a token's name, admin, local, service, scheduler or agent."""
+    """An event of a job. ``actor``: the name of a token, admin, local, service, scheduler or agent."""
 
     object: Literal["event"] = "event"
     id: str
@@ -246,7 +247,7 @@ class ExportedFile(ResponseModel):
 
 
 class Export(ResponseModel):
-    """A checkpoint as others load it: a Hugging Face directory, or one with MiniMind's file."""
+    """A checkpoint exported to a Hugging Face directory or to MiniMind's format."""
 
     object: Literal["export"] = "export"
     id: str
@@ -259,7 +260,7 @@ class Export(ResponseModel):
 
 
 class Sample(ResponseModel):
-    """A text the model wrote at a step."""
+    """A text that the model generated at a step."""
 
     object: Literal["sample"] = "sample"
     id: str
@@ -272,14 +273,14 @@ class Sample(ResponseModel):
 
 
 class LogChunk(ResponseModel):
-    """A piece of a log; reading goes on at ``next_offset``."""
+    """A part of a log. The next part starts at ``next_offset``."""
 
     data: str
     next_offset: int
 
 
 class LogLines(ResponseModel):
-    """Lines of a log, from number ``first_line`` on; ``bytes`` of it are counted in ``total_lines``."""
+    """Lines of a log from number ``first_line`` on. ``total_lines`` are in the first ``bytes`` of the log."""
 
     object: Literal["log_lines"] = "log_lines"
     first_line: int
@@ -289,7 +290,7 @@ class LogLines(ResponseModel):
 
 
 class LogMatch(ResponseModel):
-    """A line that has what was looked for, counted from 1, and the byte at which it begins."""
+    """A matching line: its number, counted from 1, and the byte offset of its start."""
 
     line: int
     offset: int
@@ -297,7 +298,7 @@ class LogMatch(ResponseModel):
 
 
 class LogMatches(ResponseModel):
-    """Matches in the order of the log; ``searched_lines`` were looked through."""
+    """Matches in the order of the log. ``searched_lines``: the number of lines searched."""
 
     object: Literal["list"] = "list"
     data: list[LogMatch]
@@ -306,13 +307,13 @@ class LogMatches(ResponseModel):
 
 
 class Health(ResponseModel):
-    """The process answers."""
+    """The process responds."""
 
     status: Literal["ok"] = "ok"
 
 
 class Version(ResponseModel):
-    """What is running here."""
+    """Versions of the service, the API and Python, and the kind of database."""
 
     name: str
     version: str
@@ -322,7 +323,7 @@ class Version(ResponseModel):
 
 
 class Metric(ResponseModel):
-    """A point of the curve. ``fields`` may leave out all but the first two; null where not measured or not finite."""
+    """A point of the curve. ``fields`` selects all but the first two. A value not measured or not finite is null."""
 
     step: int
     attempt: int
@@ -345,7 +346,7 @@ class Metric(ResponseModel):
 
 
 class Bucket(ResponseModel):
-    """A stretch of the curve. ``loss`` is its last one; what is not finite is left out of the means."""
+    """Several consecutive points of the curve. ``loss`` is the last one. Means leave out values that are not finite."""
 
     first_step: int
     step: int
@@ -362,7 +363,7 @@ class Bucket(ResponseModel):
 
 
 class MetricPage(ResponseModel):
-    """Points, or with ``max_points`` buckets of ``resolution`` steps; ``lineage`` where it was asked for."""
+    """Points, or with ``max_points`` buckets of ``resolution`` steps. ``lineage`` is set if it was requested."""
 
     object: Literal["list"] = "list"
     data: list[Bucket | Metric]
@@ -372,7 +373,7 @@ class MetricPage(ResponseModel):
 
 
 class FieldError(ResponseModel):
-    """Where something is wrong (an RFC 6901 pointer) and what should be there."""
+    """The place of a mistake (an RFC 6901 pointer) and what is expected there."""
 
     pointer: str
     message: str
@@ -392,24 +393,24 @@ class ProblemDetails(ResponseModel):
     errors: list[FieldError] = []
 
 
-MOST = 2**31 - 1
+MAX_INT32 = 2**31 - 1
 
 TEN_YEARS = 3650 * 86_400
 
 Lifetime = Annotated[int, Field(ge=1, le=TEN_YEARS, description="seconds from now on; null: it does not expire")]
 
-Quota = Annotated[int, Field(ge=0, le=MOST, description="null: no limit")]
+Quota = Annotated[int, Field(ge=0, le=MAX_INT32, description="null: no limit")]
 
 
 class QuotaRequest(StrictBody):
-    """How much a token's jobs that are queued or run may come to."""
+    """Limits on a token's queued and running jobs."""
 
     max_jobs: Quota | None = None
     max_devices: Quota | None = None
 
 
 class TokenRequest(QuotaRequest):
-    """A token to be made. Its name is never given again."""
+    """A token to create. Its name is never used again."""
 
     name: Annotated[str, Field(pattern=f"^{NAME}$")]
     scope: Literal["read", "submit", "admin"] = "read"
@@ -417,14 +418,14 @@ class TokenRequest(QuotaRequest):
 
 
 class RotationRequest(OptionalBody):
-    """Another secret for a token. ``overlap``: seconds for which the one it has stays good beside it."""
+    """A new secret for a token. ``overlap``: seconds for which the previous one stays valid."""
 
     overlap: Annotated[int, Field(ge=0, le=TEN_YEARS)] = 0
     expires_in: Lifetime | None = None
 
 
 class Token(ResponseModel):
-    """A named token. ``jobs`` and ``devices`` count what it has queued or running now."""
+    """A named token. ``jobs`` and ``devices`` count its queued and running jobs."""
 
     object: Literal["token"] = "token"
     id: str
@@ -444,13 +445,13 @@ class Token(ResponseModel):
 
 
 class NewToken(Token):
-    """The same, with its secret, which is shown this once."""
+    """A token with its secret, which is shown only once."""
 
     token: str
 
 
 class DeviceResponse(ResponseModel):
-    """A device, who has it, and processes on it that belong to no attempt."""
+    """A device, the attempt that leases it, and processes on it that belong to no attempt."""
 
     object: Literal["device"] = "device"
     id: str
@@ -465,7 +466,7 @@ class DeviceResponse(ResponseModel):
 
 
 class ReadyPart(ResponseModel):
-    """Something the service needs to work, and how it is."""
+    """The health of one component of the service. ``detail`` contains no path, address or secret."""
 
     name: str
     ok: bool
@@ -473,7 +474,7 @@ class ReadyPart(ResponseModel):
 
 
 class Readiness(ResponseModel):
-    """The service can take work."""
+    """The service is ready."""
 
     status: Literal["ok"] = "ok"
     parts: list[ReadyPart]
@@ -491,7 +492,7 @@ class DiskUsage(ResponseModel):
 
 
 class ServiceStatus(ResponseModel):
-    """How the service itself is. ``schedules``: whether it is the one that does."""
+    """The state of the service. ``schedules``: whether it is the one that schedules."""
 
     object: Literal["status"] = "status"
     ready: bool
@@ -501,9 +502,9 @@ class ServiceStatus(ResponseModel):
 
 
 class Webhook(ResponseModel):
-    """Who hears what. Its secret is never shown again. ``failing_since``: no try has succeeded since then.
+    """A webhook. ``failing_since``: no delivery has succeeded since then.
 
-    ``old_secret_until``: so long the secret before the newest one signs as well.
+    ``old_secret_until``: until then deliveries are also signed with the previous secret.
     """
 
     object: Literal["webhook"] = "webhook"
@@ -526,13 +527,13 @@ class Webhook(ResponseModel):
 
 
 class WebhookWithSecret(Webhook):
-    """The one answer that has the secret."""
+    """A webhook with its secret, which is shown only once."""
 
     secret: str
 
 
 class DeliveryAttempt(ResponseModel):
-    """One attempt at a delivery. ``status`` is null where there was no answer; ``error`` says why it failed."""
+    """One attempt at a delivery. ``status`` is null if there was no response; ``error`` is the reason of a failure."""
 
     at: datetime
     status: int | None
@@ -542,7 +543,7 @@ class DeliveryAttempt(ResponseModel):
 
 
 class Delivery(ResponseModel):
-    """One event on its way to one receiver. ``state``: pending, delivered or failed; ``tries``: the last ones."""
+    """The delivery of one event to one receiver. ``tries``: the last attempts at it."""
 
     object: Literal["delivery"] = "delivery"
     id: str
@@ -560,6 +561,6 @@ class Delivery(ResponseModel):
 
 
 class DeliveryWithPayload(Delivery):
-    """A delivery with what the receiver gets."""
+    """A delivery with its payload."""
 
     payload: dict[str, Any]

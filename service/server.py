@@ -1,4 +1,4 @@
-"""The server around the application: what HTTP itself needs and uvicorn has not."""
+"""uvicorn with request timeouts and a shutdown that closes streams first."""
 
 import asyncio
 import signal
@@ -10,77 +10,74 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-REQUEST_SECONDS = 15.0
-"""From the first to the last byte of a request's head, and from an early answer to the end of the body that it refused.
+MAX_REQUEST_SECONDS = 15.0
+"""Time for the head of a request, and for the rest of a body that was rejected before it was read.
 
-Bodies that are read have a deadline of their own.
+Bodies that are read have their own deadline, see `service.api.middleware`.
 """
 
-HEAD_BYTES = 64 << 10
-"""Request line and headers together; beyond that the connection is refused before anything is read of it."""
+MAX_HEAD_BYTES = 64 << 10
+"""Request line and headers together. h11 closes the connection if there is more."""
 
 
 class TimeoutH11Protocol(H11Protocol):
-    """A connection that must say what it wants in time: one that sends a byte now and then is closed."""
+    """Close a connection whose request head does not arrive in time, however slowly the bytes come."""
 
-    _deadline: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
-        """The first request may come."""
         super().connection_made(transport)
-        self._expect()
+        self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came; where they begin a request the clock runs until its head is whole."""
-        if self._idle() and self._deadline is None:
-            self._expect()
+        if self._idle() and self._timer is None:
+            self._start_timer()
         super().data_received(data)
-        if not self._idle() and not self._answered_early():
-            self._forget()
+        if not self._idle() and not self._discards_body():
+            self._stop_timer()
 
     def on_response_complete(self) -> None:
-        """Between two requests the keep-alive timer counts; a body that was refused must end in time all the same."""
         super().on_response_complete()
-        self._forget()
-        if self._answered_early():
-            self._expect()
+        # uvicorn's keep-alive timer runs between two requests, but not while the rest of a rejected body arrives.
+        self._stop_timer()
+        if self._discards_body():
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It is over."""
-        self._forget()
+        self._stop_timer()
         super().connection_lost(exc)
 
     def _idle(self) -> bool:
-        """Whether no request is being answered."""
         return self.conn.their_state is h11.IDLE
 
-    def _answered_early(self) -> bool:
-        """Whether the answer is out and the request's body still comes, of which nobody reads any more."""
+    def _discards_body(self) -> bool:
+        """Return whether the response was sent before the body had arrived, so that the rest is thrown away."""
         return self.conn.our_state in (h11.DONE, h11.MUST_CLOSE) and self.conn.their_state is h11.SEND_BODY
 
-    def _expect(self) -> None:
-        self._deadline = self.loop.call_later(REQUEST_SECONDS, self._late)
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(MAX_REQUEST_SECONDS, self._on_timeout)
 
-    def _forget(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
-    def _late(self) -> None:
-        self._deadline = None
-        if self._idle() or self._answered_early():
+    def _on_timeout(self) -> None:
+        self._timer = None
+        if self._idle() or self._discards_body():
             self.transport.abort()
 
 
 class GracefulServer(uvicorn.Server):
-    """Says at the first signal that it is ending: streams would keep it waiting."""
+    """Calls ``on_exit`` at the first signal, so that open streams end and do not delay the shutdown."""
 
-    def __init__(self, config: uvicorn.Config, ending: Callable[[], Any]) -> None:
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], Any]) -> None:
         super().__init__(config)
-        self._ending = ending
+        self._on_exit = on_exit
 
     def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT came. uvicorn would raise it once more at the end: a clean end is no death by signal."""
-        self._ending()
+        # Unlike uvicorn's own method this does not record the signal: uvicorn would raise it again after a clean
+        # shutdown, and the exit status would be that of a killed process.
+        self._on_exit()
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True

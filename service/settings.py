@@ -1,4 +1,4 @@
-"""The service's settings: frozen, read once from the environment and the command line."""
+"""The settings of the service, read once from environment variables and the command line."""
 
 import ipaddress
 import os
@@ -15,12 +15,7 @@ from trainyard.service.launch.base import LOCAL
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.observability.logging import Format, Level
 from trainyard.service.proxies import TrustedProxies
-from trainyard.service.settings_base import (
-    EnvironmentSettings,
-    InvalidSettings,
-    Whole,
-    parts,
-)
+from trainyard.service.settings_base import EnvironmentSettings, InvalidSettings, WholeNumber, split_commas
 from trainyard.service.ssrf import Network
 from trainyard.service.static_tokens import parse_tokens
 
@@ -30,42 +25,42 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 DATABASES = ("sqlite", "postgresql", "postgres", "postgresql+psycopg")
 
 
-def _names_of(found: dict[str, Any]) -> tuple[str, ...]:
-    host = found["host"]
-    # A wildcard address has no name of its own; there a token is required, and no page elsewhere knows it.
+def _default_hosts(fields: dict[str, Any]) -> tuple[str, ...]:
+    host = fields["host"]
+    # A wildcard address has no name. A token is required there, which a page of another site does not have.
     return ("*",) if host in ("0.0.0.0", "::") else (*LOOPBACK_NAMES, host.lower())  # noqa: S104 - compared, not bound
 
 
-def _default_roots(found: dict[str, Any]) -> tuple[Path, ...]:
-    return tuple(root.resolve() for root in (Path.cwd(), found["home"], Path(tempfile.gettempdir())))
+def _default_roots(fields: dict[str, Any]) -> tuple[Path, ...]:
+    return tuple(root.resolve() for root in (Path.cwd(), fields["home"], Path(tempfile.gettempdir())))
 
 
-def _database(url: str) -> str:
+def _validate_database_url(url: str) -> str:
     try:
-        known = make_url(url).drivername in DATABASES
+        supported = make_url(url).drivername in DATABASES
     except ArgumentError:
-        known = False
-    if not known:
-        raise ValueError("not a database that we work with")
+        supported = False
+    if not supported:
+        raise ValueError("unsupported database")
     return url
 
 
-def _token_file(file: Path) -> Path:
-    # Read now: the first request must not be the one that finds a wrong path.
+def _validate_token_file(file: Path) -> Path:
+    # Read at startup, so that a wrong path fails here and not at the first request.
     try:
-        found = parse_tokens(file)
+        tokens = parse_tokens(file)
     except OSError as error:
         raise ValueError from error
-    if not found:
+    if not tokens:
         raise InvalidSettings("holds no token: one a line")
     return file
 
 
-def _launcher(name: str, info: ValidationInfo) -> str:
-    # If Slurm's own settings have mistakes, this one is not judged by them.
-    known = (LOCAL, "slurm") if info.data.get("slurm", True) else (LOCAL,)
-    if name not in known:
-        raise InvalidSettings(f"must be {' or '.join(known)}; TRAINYARD_SLURM=on adds slurm")
+def _validate_launcher(name: str, info: ValidationInfo) -> str:
+    # If the Slurm settings are invalid, "slurm" is missing from `data`; that error has its own line.
+    launchers = (LOCAL, "slurm") if info.data.get("slurm", True) else (LOCAL,)
+    if name not in launchers:
+        raise InvalidSettings(f"must be {' or '.join(launchers)}; TRAINYARD_SLURM=on adds slurm")
     return name
 
 
@@ -77,22 +72,22 @@ Switch = Annotated[
 
 
 class Settings(EnvironmentSettings):
-    """Where the service keeps its things, what it may read and write, and who may talk to it.
+    """Settings of the service.
 
-    ``data_roots`` are read below, ``save_roots`` written below; the home always counts among both. ``cpu_slots`` is the
-    number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
-    ``idempotency_days``: how long a submission may be sent again. ``preemption``: a job of higher priority that waits
-    makes those of lower priority pause. ``corpus_days``, ``corpus_bytes``: what of the corpus cache goes, see
-    `service.maintenance.corpus_cache`. ``webhook_networks``: not public, and may be sent to all the same. ``slurm``: how Slurm is
-    used; None: it is not. ``launcher``: the one of jobs whose spec names none.
+    Jobs may read files below ``data_roots`` and write below ``save_roots``; the home belongs to both. ``cpu_slots`` is
+    the number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
+    ``idempotency_days``: how long an Idempotency-Key is remembered. ``preemption``: jobs of lower priority are paused
+    for a waiting job of higher priority. ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see
+    `service.maintenance.corpus_cache`. ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is
+    None if Slurm is not used. ``launcher``: launcher of jobs whose spec names none.
     """
 
     home: Folder = Field(default_factory=lambda: Path("trainyard-home").resolve(), alias="TRAINYARD_HOME")
-    database_url: Annotated[str, AfterValidator(_database)] = Field(
-        default_factory=lambda found: f"sqlite:///{found['home']}/trainyard.db",
+    database_url: Annotated[str, AfterValidator(_validate_database_url)] = Field(
+        default_factory=lambda fields: f"sqlite:///{fields['home']}/trainyard.db",
         alias="TRAINYARD_DATABASE_URL",
         description="or --database-url must be sqlite:////FOLDER/FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME; "
-        "where it is left out, a SQLite file in the home is used",
+        "without it, a SQLite file in the home is used",
         repr=False,
     )
     data_roots: Annotated[Folders, AfterValidator(lambda roots, info: roots or _default_roots(info.data))] = Field(
@@ -100,41 +95,41 @@ class Settings(EnvironmentSettings):
     )
     save_roots: Folders = Field((), alias="TRAINYARD_SAVE_ROOTS")
     corpus_cache: Folder = Field(
-        default_factory=lambda found: found["home"] / "cache" / "corpus", alias="TRAINYARD_CORPUS_CACHE"
+        default_factory=lambda fields: fields["home"] / "cache" / "corpus", alias="TRAINYARD_CORPUS_CACHE"
     )
-    cpu_slots: Whole = Field(default_factory=lambda: os.cpu_count() or 1, alias="TRAINYARD_CPU_SLOTS")
+    cpu_slots: WholeNumber = Field(default_factory=lambda: os.cpu_count() or 1, alias="TRAINYARD_CPU_SLOTS")
     host: str = Field("127.0.0.1", alias="TRAINYARD_HOST")
-    port: Whole = Field(
-        8000, alias="TRAINYARD_PORT", ge=0, le=65535, description="or --port must be 0 to 65535; 0 takes a free one"
+    port: WholeNumber = Field(
+        8000, alias="TRAINYARD_PORT", ge=0, le=65535, description="or --port must be 0 to 65535; 0 picks a free one"
     )
     token: str | None = Field(None, alias="TRAINYARD_TOKEN", repr=False)
-    token_file: Annotated[Folder, AfterValidator(_token_file)] | None = Field(
+    token_file: Annotated[Folder, AfterValidator(_validate_token_file)] | None = Field(
         None, alias="TRAINYARD_TOKEN_FILE", description="must be a text file that the service can read"
     )
-    proxies: Annotated[TrustedProxies, BeforeValidator(lambda text: TrustedProxies.of(text.split(",")))] = Field(
+    proxies: Annotated[TrustedProxies, BeforeValidator(lambda text: TrustedProxies.parse(text.split(",")))] = Field(
         TrustedProxies(),
         alias="TRAINYARD_TRUSTED_PROXIES",
         description="must be addresses or networks, separated by commas: 10.0.0.5,10.1.0.0/24",
     )
-    allowed_hosts: Annotated[tuple[str, ...], BeforeValidator(lambda text: [*LOOPBACK_NAMES, *parts(text.lower())])] = (
-        Field(default_factory=_names_of, alias="TRAINYARD_ALLOWED_HOSTS")
-    )
-    idempotency_days: Whole = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
+    allowed_hosts: Annotated[
+        tuple[str, ...], BeforeValidator(lambda text: [*LOOPBACK_NAMES, *split_commas(text.lower())])
+    ] = Field(default_factory=_default_hosts, alias="TRAINYARD_ALLOWED_HOSTS")
+    idempotency_days: WholeNumber = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
     preemption: Switch = Field(False, alias="TRAINYARD_PREEMPTION")
     log_format: Format = Field("text", alias="TRAINYARD_LOG_FORMAT")
     log_level: Level = Field("info", alias="TRAINYARD_LOG_LEVEL")
-    disk_bytes: Whole = Field(5 << 30, alias="TRAINYARD_DISK_LOW_BYTES")
-    disk_percent: Whole = Field(10, alias="TRAINYARD_DISK_LOW_PERCENT")
-    corpus_days: Whole = Field(30, alias="TRAINYARD_CORPUS_DAYS")
-    corpus_bytes: Whole = Field(0, alias="TRAINYARD_CORPUS_BYTES")
-    webhook_networks: Annotated[tuple[Network, ...], BeforeValidator(parts)] = Field(
+    disk_bytes: WholeNumber = Field(5 << 30, alias="TRAINYARD_DISK_LOW_BYTES")
+    disk_percent: WholeNumber = Field(10, alias="TRAINYARD_DISK_LOW_PERCENT")
+    corpus_days: WholeNumber = Field(30, alias="TRAINYARD_CORPUS_DAYS")
+    corpus_bytes: WholeNumber = Field(0, alias="TRAINYARD_CORPUS_BYTES")
+    webhook_networks: Annotated[tuple[Network, ...], BeforeValidator(split_commas)] = Field(
         (), alias="TRAINYARD_WEBHOOK_NETWORKS", description="must hold networks such as 10.1.0.0/16,fd00::/8"
     )
     slurm: Annotated[SlurmSetup | None, BeforeValidator(SlurmSetup.read)] = None
-    launcher: Annotated[str, AfterValidator(_launcher)] = Field(LOCAL, alias="TRAINYARD_LAUNCHER")
-    thin_metrics_days: Whole = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
-    metrics_days: Whole = Field(0, alias="TRAINYARD_METRICS_DAYS")
-    events_days: Whole = Field(0, alias="TRAINYARD_EVENTS_DAYS")
+    launcher: Annotated[str, AfterValidator(_validate_launcher)] = Field(LOCAL, alias="TRAINYARD_LAUNCHER")
+    thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
+    metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
+    events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")
 
     @classmethod
     def read(
@@ -145,7 +140,7 @@ class Settings(EnvironmentSettings):
         home: Path | None = None,
         database_url: str | None = None,
     ) -> "Settings":
-        """Arguments win over ``environment``, which wins over the defaults. Raises SettingsRefused."""
+        """Return the settings. Arguments win over ``environment``, which wins over defaults. Raises InvalidSettings."""
         flags = {
             "TRAINYARD_HOST": host,
             "TRAINYARD_PORT": port,
@@ -158,9 +153,9 @@ class Settings(EnvironmentSettings):
         return settings
 
     def require_safe(self, address: str | None = None) -> None:
-        """Raise SettingsRefused where others on the network could use the service without a token.
+        """Raise InvalidSettings if other hosts could use the service without a token.
 
-        ``address``: what was bound to, where that is known: a name may mean anything.
+        ``address``: the address that was bound, if known. A host name alone proves nothing.
         """
         if self.token is not None or self.token_file is not None:
             return
@@ -175,29 +170,28 @@ class Settings(EnvironmentSettings):
             )
 
     def secrets(self) -> list[str]:
-        """What must be seen nowhere: the tokens as they are now, and the database's password."""
+        """Return the strings that the log must not contain: the current tokens and the database password."""
         listed = parse_tokens(self.token_file) if self.token_file is not None else []
         password = make_url(self.database_url).password
         return [secret for secret in (self.token, *listed, password) if secret]
 
     @property
     def runs(self) -> Path:
-        """Holds one directory a job."""
         return self.home / "runs"
 
     @property
     def trash(self) -> Path:
-        """Notes of files that are to go, see `service.jobs.deletion`."""
+        """Records of pending deletions, see `service.jobs.deletion`."""
         return self.home / "trash"
 
     @property
     def service_file(self) -> Path:
-        """Where agents find the URL of the service that runs now."""
+        """Tells agents the URL of the running service."""
         return self.home / "service.json"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach ``host``."""
+    """Return whether only this machine can reach ``host``."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""Who may come in: the token of the settings, and those of a file that may change while the service runs."""
+"""Static tokens: the one of the settings, and those of a token file, which may change while the service runs."""
 
 import hmac
 import logging
@@ -9,49 +9,50 @@ from trainyard.service.ids import token_hash
 
 log = logging.getLogger("trainyard")
 
-Mark = tuple[int, int, int]
+Stat = tuple[int, int, int]
+"""Inode, modification time and size: they show that the file has changed."""
 
 
 class TokenFile:
-    """The tokens that are good now. ``file`` holds one a line; it is read again when it changes.
+    """The valid static tokens. ``file`` has one token per line and is read again when it changes.
 
-    Of a file's tokens only hashes are kept. While the file cannot be read, those read last stay good; one without a
-    token lets nobody in by it.
+    While the file cannot be read, the tokens read last stay valid. Tokens of the file are kept only as hashes.
     """
 
     def __init__(self, token: str | None, file: Path | None) -> None:
         self._fixed = (token_hash(token),) if token else ()
         self._file = file
-        self._mark: Mark | None = None
-        self._read: tuple[str, ...] = ()
+        self._stat: Stat | None = None
+        self._file_hashes: tuple[str, ...] = ()
 
     @property
-    def needed(self) -> bool:
-        """Whether anybody needs one."""
+    def is_required(self) -> bool:
+        """Whether requests need a token."""
         return bool(self._fixed) or self._file is not None
 
-    def require(self, given: str) -> None:
-        """Raise Unauthorized unless ``given`` is one of them; the time it takes tells nothing of them."""
-        self._look()
-        mine = token_hash(given)
-        if sum(hmac.compare_digest(mine, known) for known in (*self._fixed, *self._read)) == 0:
+    def require(self, token: str) -> None:
+        """Raise Unauthorized if the token is not valid."""
+        self._reload()
+        digest = token_hash(token)
+        # Every hash is compared, in constant time: the duration reveals nothing about the valid tokens.
+        if sum(hmac.compare_digest(digest, valid) for valid in (*self._fixed, *self._file_hashes)) == 0:
             raise Unauthorized()
 
-    def _look(self) -> None:
+    def _reload(self) -> None:
         if self._file is None:
             return
         try:
-            found = self._file.stat()
-            mark = (found.st_ino, found.st_mtime_ns, found.st_size)
-            if mark != self._mark:
-                self._read, self._mark = tuple(map(token_hash, parse_tokens(self._file))), mark
+            status = self._file.stat()
+            stat = (status.st_ino, status.st_mtime_ns, status.st_size)
+            if stat != self._stat:
+                self._file_hashes, self._stat = tuple(map(token_hash, parse_tokens(self._file))), stat
         except (OSError, ValueError):
-            if self._mark is not None:
-                log.warning("the token file cannot be read; the tokens read last stay good")
-            self._mark = None
+            if self._stat is not None:
+                log.warning("the token file cannot be read; the tokens read last stay valid")
+            self._stat = None
 
 
 def parse_tokens(file: Path) -> list[str]:
-    """One a line; empty lines and those that begin with # are none. Raises OSError, and ValueError for no UTF-8."""
+    """Return the tokens, one per line, without empty lines and # comments. Raises OSError or UnicodeDecodeError."""
     lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]

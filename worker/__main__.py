@@ -1,7 +1,8 @@
-"""`torchrun --standalone --nproc_per_node N -m trainyard.worker RUN_DIR [--attempt N | --from-step N]`: the training process.
+"""The training process: `torchrun --nproc_per_node N -m trainyard.worker RUN_DIR [--attempt N | --from-step N]`.
 
-Also `python -m trainyard.worker RUN_DIR` for one rank. Without --attempt it is started by hand: RUN_DIR/spec.json is what to run,
-and a checkpoint in RUN_DIR is gone on from. Exit code 0: done, or stopped as asked; 1: failed; 2: wrong usage.
+Also `python -m trainyard.worker RUN_DIR` for one rank. Without --attempt it is started by hand: it runs
+RUN_DIR/spec.json, and resumes from a checkpoint in RUN_DIR. Exit code 0: done, or stopped on request; 1: failed;
+2: wrong usage.
 """
 
 import argparse
@@ -21,9 +22,13 @@ def main() -> None:
         attempt = run.attempt(number)
         attempt.logs.mkdir(parents=True, exist_ok=True)
         redirect_output(attempt.rank_log(int(os.environ.get("RANK", "0"))))
-        _name_the_error_file()
-    # By default OpenMP's threads wait for each other in a busy loop. Where anything else wants the cores, that makes a
-    # CPU run a hundred times slower. Read when torch is loaded, so torch must not be imported above.
+        error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+        if error_file:
+            # torchrun's folder for this rank's exception has its number on the node: store the global one beside it.
+            with contextlib.suppress(OSError):
+                Path(error_file).with_name(RANK_FILE).write_text(os.environ.get("RANK", "0"))
+    # By default OpenMP's threads wait for each other in a busy loop. If anything else uses the cores, that makes a CPU
+    # run a hundred times slower. OpenMP reads this when torch is loaded, so torch must not be imported above.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -35,22 +40,14 @@ def main() -> None:
 def _parse() -> tuple[RunDir, int | None, int | None]:
     parser = argparse.ArgumentParser(prog="python -m trainyard.worker", description=__doc__)
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="holds spec.json; gets checkpoints and weights")
-    one_of = parser.add_mutually_exclusive_group()
-    one_of.add_argument("--attempt", type=int, metavar="N", help="run RUN_DIR/attempt-000N/spec.json, as an agent does")
-    one_of.add_argument("--from-step", type=int, metavar="N", help="go back to this checkpoint; set newer ones aside")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--attempt", type=int, metavar="N", help="run RUN_DIR/attempt-000N/spec.json, as an agent does")
+    group.add_argument("--from-step", type=int, metavar="N", help="go back to this checkpoint; set newer ones aside")
     parsed = parser.parse_args()
     run = RunDir(parsed.run_dir.resolve())
     if not run.path.is_dir():
         parser.error(f"{run.path} is not a directory")
     return run, parsed.attempt, parsed.from_step
-
-
-def _name_the_error_file() -> None:
-    """Leave this rank's number beside the file for its exception: torchrun's folder has its number on the node."""
-    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if error_file:
-        with contextlib.suppress(OSError):
-            Path(error_file).with_name(RANK_FILE).write_text(os.environ.get("RANK", "0"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The attempt this process belongs to: which one, whether it may run, and where what it prints goes."""
+"""The attempt of this process: its spec, the lock that lets it run, its heartbeat and its outcome."""
 
 import contextlib
+import json
 import os
 import tempfile
 from dataclasses import dataclass
@@ -11,27 +12,24 @@ from pydantic import ValidationError
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.messages import Outcome
 from trainyard.contract.parsing import parse_spec
-from trainyard.contract.rundir import (
-    AttemptDir,
-    RunDir,
-    fsync_directory,
-    write_atomically,
-)
+from trainyard.contract.rundir import AttemptDir, RunDir, fsync_directory, write_atomically
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
 
 LOCK_SECONDS = 10.0
+STEP_DIGITS = 20
+"""Fixed, so that a shorter number leaves no digits of a longer one."""
 
 
 class InvalidSpec(Exception):
-    """The spec cannot be run; the message lists every mistake in it."""
+    """The spec cannot be run. The message lists every mistake in it."""
 
 
 @dataclass(frozen=True)
 class AttemptContext:
-    """One attempt, and the locks this process holds for as long as it lives."""
+    """One attempt, and the locks that this process holds until it exits."""
 
     run: RunDir
     directory: AttemptDir
@@ -39,25 +37,17 @@ class AttemptContext:
 
 
 def read_spec(run: RunDir, number: int | None) -> JobSpec:
-    """The spec of attempt ``number``, as the service resolved it; by hand, RUN_DIR/spec.json. Raises SpecUnusable."""
+    """Return the resolved spec of attempt ``number``, or RUN_DIR/spec.json if it is None. Raises InvalidSpec."""
     file = run.spec if number is None else run.attempt(number).spec
     try:
         content = file.read_bytes()
     except OSError as error:
         raise InvalidSpec(f"{file} cannot be read: {error.strerror}") from error
-    return _started_by_hand(file, content) if number is None else _resolved(file, content)
-
-
-def _resolved(file: Path, content: bytes) -> JobSpec:
-    try:
-        return JobSpec.model_validate_json(content)
-    except ValidationError as error:
-        raise InvalidSpec(f"{file}: {error}") from error
-
-
-def _started_by_hand(file: Path, content: bytes) -> JobSpec:
-    import json
-
+    if number is not None:
+        try:
+            return JobSpec.model_validate_json(content)
+        except ValidationError as error:
+            raise InvalidSpec(f"{file}: {error}") from error
     try:
         parsed = parse_spec(json.loads(content))
     except (ValueError, RecursionError) as error:
@@ -71,27 +61,30 @@ def _started_by_hand(file: Path, content: bytes) -> JobSpec:
 def acquire(
     run: RunDir, number: int | None, ranks: DistributedContext, spec: JobSpec, from_step: int | None = None
 ) -> AttemptContext:
-    """Hold the liveness lock, then make sure that this attempt is the one that may run. Raises Failure otherwise.
+    """Take the liveness lock and check that this attempt is the current one. Raises TrainingError otherwise.
 
-    The order matters: whoever starts another attempt takes the lock alone before writing ``current``, so either it
-    finds our lock held, or we find its number. By hand there is no agent, and rank 0 does the agent's part: it also
-    leaves ``from_step`` where the service leaves it.
+    ``number`` None: started by hand, without an agent. Then rank 0 creates the attempt, with ``from_step`` in it.
     """
-    held: list[FileLock] = []
+    locks: list[FileLock] = []
     if number is None:
-        number = ranks.broadcast_from_rank0(lambda: _begin(run, spec, from_step, held))
+        number = ranks.broadcast_from_rank0(lambda: _create_attempt(run, spec, from_step, locks))
+    # The order matters. Another attempt takes this lock exclusively before it writes ``current``: either it finds our
+    # lock taken, or we find its number.
     alive = FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS)
-    current = _current(run)
+    try:
+        current: int | None = int(run.current.read_text())
+    except (FileNotFoundError, ValueError):
+        current = None
     if current is not None and current != number:
         message = f"attempt {number} of {run.path} is not the current one, which is {current}"
         raise TrainingError(Reason.LAUNCH_FAILED, message, rank=ranks.rank)
-    return AttemptContext(run, run.attempt(number), (*held, alive))
+    return AttemptContext(run, run.attempt(number), (*locks, alive))
 
 
-def _begin(run: RunDir, spec: JobSpec, from_step: int | None, held: list[FileLock]) -> int:
+def _create_attempt(run: RunDir, spec: JobSpec, from_step: int | None, locks: list[FileLock]) -> int:
     try:
-        held.append(FileLock(run.launch_lock).take())
-        # Only looked at: each rank takes its own shared hold on it in a moment.
+        locks.append(FileLock(run.launch_lock).take())
+        # Only a check that it is free: each rank takes its own shared lock after this.
         FileLock(run.alive_lock).take(seconds=LOCK_SECONDS).release()
     except LockBusy as busy:
         message = f"another attempt of this run is alive: {busy}"
@@ -101,50 +94,31 @@ def _begin(run: RunDir, spec: JobSpec, from_step: int | None, held: list[FileLoc
     directory.path.mkdir()
     if from_step is not None:
         write_atomically(directory.resume_from, f"{from_step}\n".encode())
-    write_spec(directory, spec)
+    write_atomically(directory.spec, spec.model_dump_json(indent=1).encode() + b"\n")
     run.current.write_text(str(number))
     return number
 
 
-def write_spec(directory: AttemptDir, spec: JobSpec) -> None:
-    """Keep the spec this attempt runs."""
-    write_atomically(directory.spec, spec.model_dump_json(indent=1).encode() + b"\n")
-
-
-def _current(run: RunDir) -> int | None:
-    try:
-        return int(run.current.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-STEP_DIGITS = 20
-
-"""Fixed, so that a shorter number never leaves digits of a longer one behind."""
-
-
 class Heartbeat:
-    """Knows the step this rank is at; rank 0 also writes it to ``progress``."""
+    """The last step of this rank. Rank 0 also writes it to the attempt's progress file, for the hang detector."""
 
     def __init__(self, path: Path | None) -> None:
         self.step = 0
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644) if path is not None else None
 
     def beat(self, step: int) -> None:
-        """``step`` is done."""
+        """Record that ``step`` is done."""
         self.step = step
         if self._descriptor is not None:
-            # A full disk must not end a run for want of a sign of life.
+            # A full disk must not end a run.
             with contextlib.suppress(OSError):
                 os.pwrite(self._descriptor, f"{step:<{STEP_DIGITS}}\n".encode(), 0)
 
 
 def write_outcome_once(path: Path, outcome: Outcome) -> Outcome:
-    """Publish ``outcome`` whole, unless there is one already; the one that stands is returned.
-
-    A rank that is out of memory writes it while rank 0 still waits for that rank's gradient, and must not be
-    overruled by rank 0's broken connection.
-    """
+    """Write ``outcome`` atomically, unless there is one already. Return the one that is on disk."""
+    # The first one is the cause: a rank that is out of memory writes it while rank 0 still waits for its gradient, and
+    # rank 0's broken connection must not replace it.
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -1,8 +1,8 @@
-"""Who this rank is, the few collectives outside the gradient's, and the wish to stop that all ranks agree on.
+"""The process group: this rank's place in it, its device and threads, and the collectives other than the gradient's.
 
-There are two groups: the default one carries gradients (NCCL on CUDA, else gloo) and gives up after
-``timeouts.collective``; the control group is always gloo, and patient, because one rank may prepare data or save for a
-long time while the others wait.
+There are two groups. The default one carries gradients (NCCL on CUDA, else gloo) and times out after
+``timeouts.collective``. The control group is always gloo and has a long timeout, because all ranks wait while one
+prepares data or saves.
 """
 
 import os
@@ -25,7 +25,7 @@ FloatRow = list[float]
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """Who this rank is among all. A rank alone has no process group, and every collective is a plain return."""
+    """Rank, world size, device and control group. A single rank has no group, and its collectives return at once."""
 
     rank: int
     world: int
@@ -36,76 +36,83 @@ class DistributedContext:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is rank 0, which alone writes and speaks."""
         return self.rank == 0
 
     def gather(self, row: FloatRow) -> list[FloatRow]:
-        """Every rank's ``row``, in the order of ranks, as float64: sums of it are the same everywhere."""
+        """Return the ``row`` of every rank, in rank order. All must have one length. Float64 throughout."""
         if self.control is None:
             return [row]
-        mine = torch.tensor(row, dtype=torch.float64)
-        all_rows = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(all_rows, mine, group=self.control)
-        return [gathered.tolist() for gathered in all_rows]
+        own = torch.tensor(row, dtype=torch.float64)
+        rows = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(rows, own, group=self.control)
+        return [each.tolist() for each in rows]
 
     def barrier(self) -> None:
-        """Return once every rank has come here."""
+        """Wait until every rank is here."""
         if self.control is not None:
             dist.barrier(group=self.control)
 
     def broadcast_from_rank0(self, work: Callable[[], T]) -> T:
-        """What rank 0 got by ``work()``, on every rank. Its Failure or StopAsked is raised on every rank as well.
+        """Call ``work`` on rank 0. Return its result, or raise its TrainingError or StopRequested, on every rank.
 
-        Any other exception ends rank 0 alone: the others learn of it by the broken connection.
+        Any other exception ends rank 0 alone; the other ranks fail on the broken connection.
         """
-        said: list[Any] = [None, None]
+        message: list[Any] = [None, None]
         if self.is_main_process:
             try:
-                said = [work(), None]
-            except (TrainingError, StopRequested) as end:
-                said = [None, end]
+                message = [work(), None]
+            except (TrainingError, StopRequested) as error:
+                message = [None, error]
         if self.control is not None:
-            dist.broadcast_object_list(said, src=0, group=self.control)
-        if said[1] is not None:
-            raise said[1]
-        result: T = said[0]
+            dist.broadcast_object_list(message, src=0, group=self.control)
+        if message[1] is not None:
+            raise message[1]
+        result: T = message[0]
         return result
 
 
 def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str] | None = None) -> DistributedContext:
-    """Take the place that torchrun gave this process; without torchrun it is the only rank."""
-    place = dict(os.environ) if environment is None else environment
-    rank, world = int(place.get("RANK", "0")), int(place.get("WORLD_SIZE", "1"))
-    local_rank, local_world = int(place.get("LOCAL_RANK", "0")), int(place.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads_per_rank(place, local_world, len(os.sched_getaffinity(0))))
+    """Join the process group that torchrun's environment describes. Without torchrun this is the only rank.
+
+    ``device``: resources.device of the spec.
+    """
+    env = dict(os.environ) if environment is None else environment
+    rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
+    local_rank, local_world = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads_per_rank(env, local_world, len(os.sched_getaffinity(0))))
     own = select_device(device, local_rank)
-    if own.type == "cuda":
+    is_cuda = own.type == "cuda"
+    if is_cuda:
         torch.cuda.set_device(own)
     if world == 1:
         return DistributedContext(rank, world, local_rank, local_world, own)
-    backend = "nccl" if own.type == "cuda" else "gloo"
-    bound = own if own.type == "cuda" else None
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeouts.collective), device_id=bound)
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        timeout=timedelta(seconds=timeouts.collective),
+        device_id=own if is_cuda else None,
+    )
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.preparing))
     return DistributedContext(rank, world, local_rank, local_world, own, control)
 
 
-def select_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of one rank. "auto" is CUDA where there is some; what cannot be had stays a CPU, see `require`."""
-    if wanted == "cpu" or not torch.cuda.is_available():
+def select_device(requested: str, local_rank: int) -> torch.device:
+    """Return the device of one rank: its GPU if CUDA is requested ("auto", "cuda", "cuda:N") and exists, else the CPU.
+
+    Never fails, so that the process group can be set up; `require_device` raises the error.
+    """
+    if requested == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    first = int(wanted.partition(":")[2] or 0)
-    index = first + local_rank
+    index = int(requested.partition(":")[2] or 0) + local_rank
     return torch.device("cuda", index) if index < torch.cuda.device_count() else torch.device("cpu")
 
 
 def require_device(ranks: DistributedContext, spec: JobSpec) -> None:
-    """Raise Failure where CUDA was asked for, or half of the ranks have it, and this rank has none."""
-    wanted = spec.resources.device
-    if ranks.device.type == "cuda" or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    """Raise TrainingError if this rank has no GPU although CUDA is requested, or although other ranks have one."""
+    requested = spec.resources.device
+    if ranks.device.type == "cuda" or requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return
     message = (
-        f"resources.device is {wanted} and rank {ranks.rank} of {ranks.world} has no GPU: "
+        f"resources.device is {requested} and rank {ranks.rank} of {ranks.world} has no GPU: "
         f"{torch.cuda.device_count()} can be seen"
     )
     hint = 'Lower resources.nproc_per_node, or set resources.device to "cpu".'
@@ -113,20 +120,23 @@ def require_device(ranks: DistributedContext, spec: JobSpec) -> None:
 
 
 def threads_per_rank(environment: dict[str, str], local_world: int, cores: int) -> int:
-    """CPU threads of one rank: as told, else an even share of the cores. Sums differ in their last bits with it."""
-    told = environment.get("TRAINYARD_THREADS")
-    if told:
-        return max(1, int(told))
-    by_user = environment.get("OMP_NUM_THREADS")
-    # torchrun sets OMP_NUM_THREADS=1 by itself for more than one rank: that is nobody's wish.
-    torchrun_did = "TORCHELASTIC_RUN_ID" in environment and local_world > 1 and by_user == "1"
-    if by_user and by_user.isdigit() and not torchrun_did:
-        return max(1, int(by_user))
+    """Return the CPU threads of one rank: from the environment, else an even share of the cores.
+
+    The last bits of sums depend on it.
+    """
+    requested = environment.get("TRAINYARD_THREADS")
+    if requested:
+        return max(1, int(requested))
+    omp_threads = environment.get("OMP_NUM_THREADS")
+    # torchrun itself sets OMP_NUM_THREADS=1 for more than one rank: that is no choice of the user.
+    set_by_torchrun = "TORCHELASTIC_RUN_ID" in environment and local_world > 1 and omp_threads == "1"
+    if omp_threads and omp_threads.isdigit() and not set_by_torchrun:
+        return max(1, int(omp_threads))
     return max(1, cores // local_world)
 
 
 def shutdown_distributed(ranks: DistributedContext) -> None:
-    """Part in peace, at the end of a run that went well."""
+    """Destroy the process group after a successful run."""
     if ranks.control is not None:
         dist.barrier(group=ranks.control)
         dist.destroy_process_group()

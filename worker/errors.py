@@ -1,4 +1,4 @@
-"""Ends of a run that are foreseen: each has a reason, a sentence and advice. Everything else is a crash and a bug."""
+"""Foreseen failures of a run, each with a reason, a message and a hint. Any other exception is a crash and a bug."""
 
 import errno
 
@@ -6,12 +6,12 @@ from trainyard.contract.messages import ErrorCard, Outcome
 from trainyard.contract.spec import TrainingSpec
 from trainyard.contract.status import Reason
 
-COMPILER = ("torch._dynamo", "torch._inductor")
+COMPILER_MODULES = ("torch._dynamo", "torch._inductor")
 NO_SPACE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class TrainingError(Exception):
-    """The run cannot go on. ``message`` says what happened and where, ``hint`` what to do."""
+    """The run cannot continue. ``message`` says what happened and where, ``hint`` what to do."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class TrainingError(Exception):
         return self.message + (f"\n  {self.hint}" if self.hint else "")
 
     def outcome(self, step: int) -> Outcome:
-        """What outcome.json says of it."""
+        """Return the content of outcome.json. ``step``: the last one that was done."""
         card = ErrorCard(
             code=self.reason,
             message=self.message,
@@ -44,12 +44,12 @@ class TrainingError(Exception):
 
 
 class StopRequested(Exception):
-    """The run was asked to stop before there was anything to save."""
+    """A stop was requested before there was anything to save."""
 
 
 def save_error(error: OSError | MemoryError, what: str) -> TrainingError:
-    """A save that the run cannot end without has failed, and failed again."""
-    message = f"{what} could not be written: {describe(error)}"
+    """Return the error of a required file, ``what``, that could not be written."""
+    message = f"{what} could not be written: {describe_error(error)}"
     if isinstance(error, MemoryError):
         return TrainingError(Reason.HOST_OUT_OF_MEMORY, message, "End other programs on the host, then resume.")
     hint = (
@@ -60,52 +60,49 @@ def save_error(error: OSError | MemoryError, what: str) -> TrainingError:
     return TrainingError(Reason.DISK_FULL, message, hint)
 
 
-def describe(error: OSError | MemoryError) -> str:
-    """``No space left on device (/a/b)``."""
+def describe_error(error: OSError | MemoryError) -> str:
+    """Return e.g. ``No space left on device (/a/b)``."""
     if isinstance(error, MemoryError):
         return "the host is out of memory"
-    place = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or type(error).__name__}{place}"
+    path = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or type(error).__name__}{path}"
 
 
-def out_of_memory(
+def out_of_memory_error(
     error: BaseException, *, rank: int, step: int, training: TrainingSpec, peak_bytes: int | None = None
 ) -> TrainingError | None:
-    """The failure behind an exception that says there was not enough memory; None for any other exception.
+    """Return the error for an exception that reports too little memory, or None for any other exception.
 
-    ``step`` is the last one that was done, ``peak_bytes`` the most memory the rank has had.
+    ``step``: the last one that was done. ``peak_bytes``: peak memory of the rank.
     """
-    if not _is_out_of_memory(error):
+    # torch raises its own class on CUDA and a plain RuntimeError on a CPU.
+    if type(error).__name__ not in ("OutOfMemoryError", "MemoryError") and not (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    ):
         return None
-    said = " ".join(str(error).split())[:300]
+    text = " ".join(str(error).split())[:300]
     rows = training.batch_size
-    message = f"out of memory on rank {rank} in step {step + 1} with {rows} rows in a micro-batch: {said}"
+    message = f"out of memory on rank {rank} in step {step + 1} with {rows} rows in a micro-batch: {text}"
     return TrainingError(Reason.OUT_OF_MEMORY, message, _memory_hint(training), rank, peak_bytes)
 
 
-def cannot_compile(error: BaseException) -> TrainingError | None:
-    """The failure behind an exception of torch's compiler; None for any other exception."""
-    if not type(error).__module__.startswith(COMPILER):
+def compile_error(error: BaseException) -> TrainingError | None:
+    """Return the error for an exception of torch's compiler, or None for any other exception."""
+    if not type(error).__module__.startswith(COMPILER_MODULES):
         return None
-    said = " ".join(str(error).split())[:300]
-    message = f"training.use_compile: the model cannot be compiled here: {said}"
-    # The class of the real cause is often only named in the text of the one that is raised.
-    missing = any(name in f"{type(error).__name__} {said}" for name in ("InvalidCxxCompiler", "C++ compiler"))
+    text = " ".join(str(error).split())[:300]
+    message = f"training.use_compile: the model cannot be compiled here: {text}"
+    # torch often raises another class, and names that of the cause only in its text.
+    missing = any(name in f"{type(error).__name__} {text}" for name in ("InvalidCxxCompiler", "C++ compiler"))
     need = "A C++ compiler is missing: install one (Debian: apt-get install g++), or name it in CXX. Or set"
     hint = f"{need if missing else 'Set'} training.use_compile to false: the run is slower and otherwise the same."
     return TrainingError(Reason.SPEC_INVALID, message, hint)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch raises its own class on CUDA and a plain RuntimeError on a CPU.
-    named = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
-    return named or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error))
-
-
 def _memory_hint(training: TrainingSpec) -> str:
     smaller = training.smaller_batch()
     if smaller is None:
-        return "One row is too much already: lower data.max_seq_len or the model's size, or use more memory."
+        return "One row needs too much already: lower data.max_seq_len or the model's size, or use more memory."
     rows, micro_batches = smaller
     return (
         f"Set training.batch_size to {rows} and training.accumulation_steps to {micro_batches}: "

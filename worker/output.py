@@ -1,4 +1,4 @@
-"""Where a process of the worker prints to. Standard library only: the agent imports it."""
+"""Redirection of a process's output to a log file. Standard library only, because the agent imports it."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def redirect_output(log: Path) -> None:
-    """Append all that this process and its libraries print to ``log``. Raises OSError."""
+    """Append everything that this process and its libraries print to ``log``. Raises OSError."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Where a run may read and write. The service checks the same at submit; a link may have been changed since."""
+"""Which paths a run may read and write. The service checks them at submit, but a link may have been changed since."""
 
 import os
 from collections.abc import Iterator
@@ -13,72 +13,70 @@ from trainyard.worker.errors import TrainingError
 
 DATA_ROOTS, SAVE_ROOTS = "TRAINYARD_DATA_ROOTS", "TRAINYARD_SAVE_ROOTS"
 
-Named = tuple[str, str | Path]
-"""A field of the spec, and a path that it means."""
+FieldPath = tuple[str, str | Path]
+"""The name of a spec field, and a path that it refers to."""
 
 
 def check_allowed_paths(spec: JobSpec, run: RunDir, environment: dict[str, str] | None = None) -> None:
-    """Raise Failure for a path outside the roots in the environment. By hand there are none, and all is allowed.
+    """Raise TrainingError for a path outside the roots in the environment. Without roots, all paths are allowed.
 
-    The home, two levels above a job's run directory, is always a root. To be asked again before anything is opened
-    for which a run has waited: links can be changed at any time.
+    The home, two levels above a job's run directory, is always a root. Check again before opening anything after a long
+    wait: links can be changed at any time.
     """
-    given = dict(os.environ) if environment is None else environment
+    env = dict(os.environ) if environment is None else environment
     home = run.path.resolve().parent.parent
-    data, save = (_roots(given.get(names, "")) for names in (DATA_ROOTS, SAVE_ROOTS))
+    data, save = (
+        [Path(root).resolve() for root in env.get(name, "").split(":") if root] for name in (DATA_ROOTS, SAVE_ROOTS)
+    )
     if data:
-        _require(_read(spec), [*data, home], DATA_ROOTS)
+        _require_inside(_paths_read(spec), [*data, home], DATA_ROOTS)
     if data and save:
-        _require(_weights(spec, run), [*data, *save, home], DATA_ROOTS)
+        _require_inside(_named_weights(spec, run), [*data, *save, home], DATA_ROOTS)
     if save:
-        _require(_written(spec, run), [*save, home], SAVE_ROOTS)
+        _require_inside(_paths_written(spec, run), [*save, home], SAVE_ROOTS)
 
 
-def _require(named: Iterator[Named], roots: list[Path], setting: str) -> None:
-    for field, path in named:
-        trouble = outside_reason(path, roots)
-        if trouble is not None:
-            message = f"{field} {trouble} the directories this service may use"
-            hint = f"Move it, or add its directory to {setting}. Nothing was read of it, and nothing written."
+def _require_inside(paths: Iterator[FieldPath], roots: list[Path], setting: str) -> None:
+    for field, path in paths:
+        reason = outside_reason(path, roots)
+        if reason is not None:
+            message = f"{field} {reason} the directories this service may use"
+            hint = f"Move it, or add its directory to {setting}. Nothing was read from it, and nothing written."
             raise TrainingError(Reason.SPEC_INVALID, message, hint)
 
 
-def _roots(text: str) -> list[Path]:
-    return [Path(root).resolve() for root in text.split(":") if root]
-
-
-def _read(spec: JobSpec) -> Iterator[Named]:
-    data, start = spec.data, spec.training.from_weight
+def _paths_read(spec: JobSpec) -> Iterator[FieldPath]:
+    data, from_weight = spec.data, spec.training.from_weight
     yield "data.data_path", data.data_path
     if data.eval_data_path is not None:
         yield "data.eval_data_path", data.eval_data_path
     if data.tokenizer_path != BYTE:
         yield "data.tokenizer_path", data.tokenizer_path
-    if start is not None and "/" in start:
-        yield "training.from_weight", start
+    if from_weight is not None and "/" in from_weight:
+        yield "training.from_weight", from_weight
 
 
-def _weights(spec: JobSpec, run: RunDir) -> Iterator[Named]:
-    """Without a separator it is MiniMind's name of a file where weights are saved, which may be a link by itself."""
-    start = spec.training.from_weight
-    if start is not None and "/" not in start:
-        places = weight_paths(spec, run.artifacts(spec.checkpoint.save_dir))
-        yield from (("training.from_weight", place) for place in places if place.exists())
+def _named_weights(spec: JobSpec, run: RunDir) -> Iterator[FieldPath]:
+    # Without a slash, from_weight is MiniMind's name of a weights file in a save directory. It may be a link.
+    from_weight = spec.training.from_weight
+    if from_weight is not None and "/" not in from_weight:
+        candidates = weight_paths(spec, run.artifacts(spec.checkpoint.save_dir))
+        yield from (("training.from_weight", path) for path in candidates if path.exists())
 
 
-def _written(spec: JobSpec, run: RunDir) -> Iterator[Named]:
+def _paths_written(spec: JobSpec, run: RunDir) -> Iterator[FieldPath]:
     if spec.checkpoint.save_dir is None:
         return
-    products = run.artifacts(spec.checkpoint.save_dir)
-    for place in (products.path, products.checkpoints, products.out):
-        yield "checkpoint.save_dir", place
+    artifacts = run.artifacts(spec.checkpoint.save_dir)
+    for path in (artifacts.path, artifacts.checkpoints, artifacts.out):
+        yield "checkpoint.save_dir", path
 
 
-def weight_paths(spec: JobSpec, products: ArtifactDir) -> list[Path]:
-    """Where ``from_weight`` is looked for, in this order."""
-    wanted = str(spec.training.from_weight)
-    name = f"{wanted}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
-    folders = [products.out, products.path]
+def weight_paths(spec: JobSpec, artifacts: ArtifactDir) -> list[Path]:
+    """Return the paths that ``from_weight`` may refer to. The first that exists is loaded."""
+    from_weight = str(spec.training.from_weight)
+    name = f"{from_weight}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
+    folders = [artifacts.out, artifacts.path]
     if spec.checkpoint.save_dir is not None:
         folders.insert(0, Path(spec.checkpoint.save_dir))
-    return [Path(wanted), *(folder / name for folder in folders)]
+    return [Path(from_weight), *(folder / name for folder in folders)]

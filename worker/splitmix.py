@@ -1,4 +1,4 @@
-"""SplitMix64's mixing function: neighbouring inputs give unrelated outputs.
+"""SplitMix64, a mixing function: neighbouring inputs give unrelated outputs.
 
 Source: Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014.
 """
@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
-"""SplitMix64's step. Its multiples are far apart: multiply numbers that count from 1 by it before they are mixed."""
+"""SplitMix64's increment. Multiply small counting numbers by it before mixing: its multiples are far apart."""
 
 
 def splitmix64(numbers: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:

@@ -1,12 +1,12 @@
-"""``python -m benchmarks.load [ROW ...]``: how the service bears load, each row of its table for itself."""
+"""``python -m benchmarks.load [ROW ...]``: the service under load; each row of the table can run alone."""
 
 import argparse
 import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import scheduler
-from benchmarks.load import adoption, curve, ingest, readers, requests, submissions, tail, training
-from benchmarks.load.figures import Figure, machine
+from benchmarks.load import adoption, curve, ingest, log_tail, readers, requests, submissions, training
+from benchmarks.load.tables import Figure, machine
 
 ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "training": training.measure,
@@ -15,19 +15,18 @@ ROWS: dict[str, Callable[[], Iterator[Figure]]] = {
     "ingest": ingest.measure,
     "curve": curve.measure,
     "readers": readers.measure,
-    "tail": tail.measure,
+    "tail": log_tail.measure,
     "adoption": adoption.measure,
 }
 
 
 def main() -> None:
-    """All rows, and the scheduler's."""
     run(tuple(ROWS))
     scheduler.main()
 
 
 def run(rows: tuple[str, ...]) -> bool:
-    """Print the figures of ``rows``; whether all met their goals."""
+    """Print the figures of ``rows``; return whether all met their goals."""
     print(machine(), flush=True)
     met = True
     for row in rows:

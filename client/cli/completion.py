@@ -1,4 +1,4 @@
-"""`trainyard completion SHELL`, and the answer to its script at each Tab. It must be quick: no pydantic, no httpx."""
+"""`trainyard completion SHELL`, and what its script calls at each Tab. Must be quick: no pydantic, no httpx2."""
 
 import os
 from collections.abc import Sequence
@@ -8,8 +8,6 @@ from click.shell_completion import ShellComplete, get_completion_class, shell_co
 
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import COMPLETE_VARIABLE, trainyard
-
-"""Names that need no quotes in a shell."""
 
 
 def completion(args: SimpleNamespace, console: Console) -> int:
@@ -26,12 +24,12 @@ def script(shell: str) -> str:
 
 
 def answer_shell() -> int:
-    """Answer click's script; it puts the words into the environment."""
+    """Respond to click's script, which puts the words into the environment."""
     return shell_complete(trainyard, {}, "trainyard", COMPLETE_VARIABLE, os.environ[COMPLETE_VARIABLE])
 
 
 def answer(words: Sequence[str], console: Console) -> int:
-    """Answer ``trainyard __complete WORD ...``, the call in scripts that version 0.1 printed and a user saved."""
+    """Respond to ``trainyard __complete WORD ...``, the call in scripts that version 0.1 printed and a user saved."""
     *before, current = words or [""]
     console.lines(sorted(set(candidates(before, current))))
     return 0
@@ -39,5 +37,5 @@ def answer(words: Sequence[str], console: Console) -> int:
 
 def candidates(before: Sequence[str], current: str) -> list[str]:
     """Return what ``current`` may become after the words ``before``; [] if a file may follow."""
-    found = ShellComplete(trainyard, {}, "trainyard", COMPLETE_VARIABLE).get_completions(list(before), current)
-    return [str(item.value) for item in found if item.type == "plain"]
+    completions = ShellComplete(trainyard, {}, "trainyard", COMPLETE_VARIABLE).get_completions(list(before), current)
+    return [str(item.value) for item in completions if item.type == "plain"]

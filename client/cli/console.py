@@ -1,4 +1,4 @@
-"""Where a command writes: data on stdout, everything else on stderr."""
+"""Input and output of a command: data goes to stdout, everything else to stderr."""
 
 import json
 import os
@@ -12,50 +12,54 @@ from trainyard.client.cli.formatting import safe
 
 @dataclass(frozen=True)
 class Console:
-    """The three streams. Tests give their own."""
+    """The three streams of the process, or those of a test."""
 
     out: TextIO = field(default_factory=lambda: sys.stdout)
     err: TextIO = field(default_factory=lambda: sys.stderr)
-    into: TextIO = field(default_factory=lambda: sys.stdin)
+    stdin: TextIO = field(default_factory=lambda: sys.stdin)
 
     @property
     def interactive(self) -> bool:
-        """Whether somebody sits there who can be asked."""
-        return self.into.isatty() and self.out.isatty()
+        """Whether a user can be asked."""
+        return self.stdin.isatty() and self.out.isatty()
 
     @property
-    def draws(self) -> bool:
-        """Whether stdout can be drawn on in place."""
+    def can_redraw(self) -> bool:
+        """Whether stdout is a terminal on which lines can be replaced."""
         return self.out.isatty() and os.environ.get("TERM") != "dumb"
 
     @property
-    def colours(self) -> bool:
-        """Whether ANSI colours are wanted: https://no-color.org."""
-        return self.draws and not os.environ.get("NO_COLOR")
+    def uses_colour(self) -> bool:
+        """Whether to write ANSI colours, see https://no-color.org."""
+        return self.can_redraw and not os.environ.get("NO_COLOR")
 
     def data(self, text: str) -> None:
-        """What the command was asked for."""
+        """Write data to stdout, and end the line."""
         print(safe(text), file=self.out, flush=True)
 
     def lines(self, lines: Iterable[str]) -> None:
-        """Several lines of data."""
+        """Write several lines of data."""
         for line in lines:
             self.data(line)
 
     def raw(self, text: str) -> None:
-        """A piece of data that brings its own line ends."""
+        """Write data that has its own line ends."""
         print(safe(text), end="", file=self.out, flush=True)
 
     def json(self, value: Any) -> None:
-        """One JSON document on one line."""
+        """Write a JSON document on one line."""
         print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=self.out, flush=True)
 
+    def json_list(self, items: list[Any], has_more: bool = False) -> None:
+        """Write a list as the API returns it."""
+        self.json({"object": "list", "data": items, "has_more": has_more})
+
     def error(self, text: str) -> None:
-        """What is said beside the data."""
+        """Write a message to stderr."""
         print(safe(text), file=self.err, flush=True)
 
     def confirm(self, question: str) -> bool:
-        """Ask yes or no; Enter is yes, the end of the input is no."""
+        """Ask yes or no. Enter means yes, the end of the input means no."""
         print(f"{question} [Y/n] ", end="", file=self.err, flush=True)
-        answer = self.into.readline()
+        answer = self.stdin.readline()
         return bool(answer) and answer.strip().lower() in ("", "y", "yes")

@@ -1,4 +1,4 @@
-"""What a person is told at the end of a run: the error card, and what to type next. Pure."""
+"""Text at the end of a run: the error card, and the commands to type next."""
 
 import shlex
 from collections.abc import Mapping
@@ -7,17 +7,19 @@ from typing import Any
 from trainyard.client.cli.formatting import size
 from trainyard.contract.status import JobStatus
 
-EVIDENCE_LINES = 15
+MAX_LOG_LINES = 15
 
 
 def error_card(job: Mapping[str, Any]) -> list[str]:
-    """Why the job failed: what, the evidence, the hint. [] where nothing is known to be wrong."""
+    """Return the lines of the error card: the error, the last lines of the log, the hint. [] if there is no error."""
     card = job.get("error")
     if not card:
         return []
     where = "" if card.get("rank") is None else f" (rank {card['rank']})"
     lines = [f"error: {card.get('message')}{where} [{card.get('code')}]"]
-    lines += [f"  | {line}" for line in _evidence(card)[-EVIDENCE_LINES:]]
+    # Older services send no log_tail.
+    log = card.get("log_tail") or str(card.get("traceback") or "").rstrip().splitlines()
+    lines += [f"  | {line}" for line in log[-MAX_LOG_LINES:]]
     if card.get("peak_memory_bytes"):
         lines.append(f"peak memory of a rank: {size(card['peak_memory_bytes'])}")
     if card.get("hint"):
@@ -25,19 +27,14 @@ def error_card(job: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _evidence(card: Mapping[str, Any]) -> list[str]:
-    """What its rank printed last; from an older service the end of the traceback."""
-    return card.get("log_tail") or str(card.get("traceback") or "").rstrip().splitlines()
-
-
 def next_actions(job: Mapping[str, Any]) -> list[str]:
-    """What the service says helps a job that failed: words as a comment, and the command below. [] of an older one."""
-    found = (job.get("error") or {}).get("next") or []
-    return [line for one in found for line in (f"# {one['words']}", one["command"])]
+    """Return the service's suggestions for a failed job, each as a comment and a command. Older services have none."""
+    actions = (job.get("error") or {}).get("next") or []
+    return [line for action in actions for line in (f"# {action['words']}", action["command"])]
 
 
-def what_next(job: Mapping[str, Any], handle: str) -> list[str]:
-    """Commands that make sense now; ``handle`` is how the user names the job."""
+def next_commands(job: Mapping[str, Any], handle: str) -> list[str]:
+    """Return commands that are useful in the job's status. ``handle``: the id or name that the user typed."""
     name = shlex.quote(handle)
     match JobStatus(job["status"]):
         case JobStatus.SUCCEEDED:
@@ -50,10 +47,10 @@ def what_next(job: Mapping[str, Any], handle: str) -> list[str]:
             return [f"trainyard watch {name}", f"trainyard pause {name}"]
 
 
-def ending(job: Mapping[str, Any], handle: str) -> list[str]:
-    """The last words on a job that is at rest."""
+def end_report(job: Mapping[str, Any], handle: str) -> list[str]:
+    """Return the lines that are printed when a job has become idle."""
     lines = [f"{job['status']}: {job.get('message') or job.get('summary') or ''}".rstrip(": ")]
     lines += error_card(job)
     if not job.get("resumable") and job.get("resume_blocker") and job["status"] != JobStatus.SUCCEEDED:
         lines.append(f"cannot be resumed: {job['resume_blocker']}")
-    return [*lines, "next:", *(f"  {line}" for line in next_actions(job) or what_next(job, handle))]
+    return [*lines, "next:", *(f"  {line}" for line in next_actions(job) or next_commands(job, handle))]

@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 SERVICE_SECONDS = 0.1
 NEWEST = 50
 SAFE_WORD = re.compile(r"[\w.:@+-]+")
+"""Names that need no quotes in a shell."""
 
 
 def jobs() -> Iterator[str]:
-    """Return ids and names of the newest jobs, or nothing if the service does not answer at once."""
+    """Yield ids and names of the newest jobs, or nothing if the service does not respond at once."""
     parts = urlsplit(os.environ.get("TRAINYARD_URL") or "http://127.0.0.1:8000")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     token = os.environ.get("TRAINYARD_TOKEN")
@@ -21,11 +22,11 @@ def jobs() -> Iterator[str]:
         connection = kind(parts.hostname or "", parts.port, timeout=SERVICE_SECONDS)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         connection.request("GET", f"{parts.path.rstrip('/')}/jobs?limit={NEWEST}", headers=headers)
-        found = json.loads(connection.getresponse().read())["data"]
+        newest = json.loads(connection.getresponse().read())["data"]
         connection.close()
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         return
-    for job in found:
+    for job in newest:
         yield str(job["id"])
         if SAFE_WORD.fullmatch(str(job["name"])):
             yield str(job["name"])

@@ -1,4 +1,4 @@
-"""`trainyard`: the command. Parses the command line, runs one command, turns every failure into its exit code."""
+"""`trainyard`: the command. Parses the command line, runs one subcommand, and turns errors into exit codes."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     except KeyboardInterrupt:
         return Exit.DETACHED
     except BrokenPipeError:
-        # The reader of our output is gone. Without this the interpreter fails when it flushes stdout at its end.
+        # The reader of our output has exited. Without this, the interpreter fails when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DETACHED
 
@@ -78,10 +78,10 @@ def explain(error: TrainyardError, console: Console) -> None:
         for problem in error.errors:
             console.error(f"  {problem.pointer or '/'}: {problem.message}")
         if error.status == UNAUTHORIZED:
-            console.error("  --token or TRAINYARD_TOKEN gives it; who runs the service has it, or makes one")
+            console.error("  give it with --token or TRAINYARD_TOKEN; an admin of the service can create one")
         if error.code == "job_not_found":
-            console.error("  `trainyard list` shows those that there are")
+            console.error("  run `trainyard list` to see all jobs")
         if error.request_id and error.status >= 500:
-            console.error(f"  request {error.request_id}: the service's log has more")
+            console.error(f"  see request {error.request_id} in the service's log")
     elif exit_of_error(error) == Exit.NO_SERVICE:
-        console.error("  start one with `trainyard serve`, or say where it is with --url or TRAINYARD_URL")
+        console.error("  start one with `trainyard serve`, or give its URL with --url or TRAINYARD_URL")

@@ -1,4 +1,4 @@
-"""Click options of the command line."""
+"""The click option class that the parser and the spec's flags share."""
 
 from typing import Any
 

@@ -31,11 +31,9 @@ class Command(click.Command):
 
     def runner(self) -> Callable[[SimpleNamespace, "Console"], int]:
         """Import and return the function of this command."""
-        module, _, function = self._run.partition(":")
-        found: Callable[[SimpleNamespace, Console], int] = getattr(
-            import_module(f"trainyard.client.{module}"), function
-        )
-        return found
+        module, _, name = self._run.partition(":")
+        function: Callable[[SimpleNamespace, Console], int] = getattr(import_module(f"trainyard.client.{module}"), name)
+        return function
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words. Raises click.UsageError, always with its context: click's parser omits it for some."""
@@ -148,11 +146,11 @@ def _spec_command(name: str, explained: str, *params: click.Parameter) -> SpecCo
 
 
 def _token(name: str, explained: str, *params: click.Parameter) -> Command:
-    return _remote(name, f"access:{name}", explained, _argument("name", "NAME", "of the token"), *params)
+    return _remote(name, f"cli.commands.tokens:{name}", explained, _argument("name", "NAME", "of the token"), *params)
 
 
 def _webhook(name: str, explained: str, *params: click.Parameter) -> Command:
-    return _remote(name, f"hooking:{name}", explained, _argument("webhook", "WEBHOOK", "its id"), *params)
+    return _remote(name, f"cli.commands.webhooks:{name}", explained, _argument("webhook", "WEBHOOK", "its id"), *params)
 
 
 def _argument(name: str, metavar: str, explained: str, **settings: Any) -> click.Argument:
@@ -221,7 +219,8 @@ COMMANDS = (
         _several("--label", "K=V", "only jobs with this label"),
         Option("--name", help="only jobs with this name"), LIMIT),
     _of_job("show", "cli.commands.show:show", "show one job: its state, the reason, and what you can do"),
-    _of_job("watch", "cli.watch.watcher:watch", "follow a run until it ends", _timeout("stop after this time; exit 124")),
+    _of_job("watch", "cli.watch.watcher:watch", "follow a run until it ends",
+        _timeout("stop after this time; exit 124")),
     _of_job("metrics", "cli.commands.show:metrics", "print the points of the curve",
         _flag("--csv", help="every field, comma-separated"),
         Option("--after-step", type=int, default=0, metavar="STEP", help="only points after this step"),
@@ -234,8 +233,9 @@ COMMANDS = (
         Option("--tail", type=POSITIVE, metavar="LINES", help="only the last lines"),
         _timeout("with --follow: stop after this time; exit 124")),
     _of_job("events", "cli.commands.show:events", "list what happened to the job, and who asked for it"),
-    _of_job("checkpoints", "cli.commands.checkpoints:checkpoints", "list the checkpoints, newest first; fetch or delete one",
-        Option("--download", type=int, metavar="STEP", help="fetch the files of this checkpoint"),
+    _of_job("checkpoints", "cli.commands.checkpoints:checkpoints",
+        "list the checkpoints, newest first; download or delete one",
+        Option("--download", type=int, metavar="STEP", help="download the files of this checkpoint"),
         Option("--out", type=FILE, metavar="DIR", help="with --download: folder for them (./JOB-step-STEP)"),
         Option("--delete", type=int, metavar="STEP", help="remove this checkpoint; never the last valid one"),
         _flag("-y", "--yes", help="with --delete: do not ask")),

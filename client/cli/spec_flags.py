@@ -10,12 +10,7 @@ from typing import Any
 
 from trainyard.client.cli.options import Option
 from trainyard.client.exit_codes import UsageError
-from trainyard.contract.parsing import (
-    ALIASES,
-    FLAGS,
-    GROUP_OF_LEAF,
-    GROUPS,
-)
+from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS
 from trainyard.contract.spec import JobSpec
 
 PATHS = (
@@ -57,12 +52,12 @@ PROGRAMS = frozenset({"torchrun", "python", "python3"})
 def leaf_schemas() -> dict[str, Mapping[str, Any]]:
     """Return the JSON schema of every leaf, by its own name and by its Hugging Face name."""
     schema = JobSpec.model_json_schema()
-    found = {name: schema["properties"][name] for name in ("name", "labels", "version")}
+    leaves = {name: schema["properties"][name] for name in ("name", "labels", "version")}
     for group in GROUPS:
-        found |= _resolved(schema["properties"][group], schema)["properties"]
-    for described in found.values():
+        leaves |= _resolved(schema["properties"][group], schema)["properties"]
+    for described in leaves.values():
         described["anyOf"] = [_resolved(branch, schema) for branch in described.get("anyOf", [described])]
-    return found | {alias: found[leaf] for alias, (_, leaf) in ALIASES.items()}
+    return leaves | {alias: leaves[leaf] for alias, (_, leaf) in ALIASES.items()}
 
 
 def _resolved(described: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:

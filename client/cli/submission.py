@@ -1,4 +1,4 @@
-"""The spec that a command line describes: a spec file, MiniMind's flags, or both. `submit` and `plan` share it."""
+"""The spec in a command line of `submit` or `plan`: from a spec file, MiniMind's flags, or both."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.spec_flags import (
-    PATHS,
-    given_leaves,
-    parse_labels,
-    spec_of,
-)
+from trainyard.client.cli.spec_flags import PATHS, given_leaves, parse_labels, spec_of
 from trainyard.client.errors import InvalidSpec
 from trainyard.client.exit_codes import UsageError
 from trainyard.contract.parsing import ALIASES
@@ -21,7 +16,7 @@ from trainyard.contract.parsing import ALIASES
 
 @dataclass(frozen=True)
 class Submission:
-    """``spec`` is what will be sent, ``given`` the leaves that had flags of their own."""
+    """``spec``: the spec to send. ``given``: the leaves that were given by flags."""
 
     args: SimpleNamespace
     given: Mapping[str, Any]
@@ -33,18 +28,18 @@ class Submission:
         given = given_leaves(vars(args))
         return cls(args, given, _spec(command, args, given, console))
 
-    def error_text(self, error: InvalidSpec, console: Console) -> None:
-        """Say every mistake that the service found, with the flag that made it."""
+    def print_rejection(self, error: InvalidSpec, console: Console) -> None:
+        """Print all problems that the service found, each with the flag that caused it."""
         console.error(f"trainyard: {error.detail}")
-        self.list_problems([(problem.pointer, problem.message) for problem in error.errors], console)
+        self.print_problems([(problem.pointer, problem.message) for problem in error.errors], console)
 
-    def list_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
-        """One line a mistake."""
+    def print_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
+        """Print one line for each (pointer, message)."""
         for pointer, message in problems:
             console.error(f"  {_place(pointer, self.given)}: {message}{self._where(pointer)}")
 
     def _where(self, pointer: str) -> str:
-        """The path itself where a path is wrong: a relative one was looked for somewhere."""
+        # A wrong path is printed in full, because the user may have typed a relative one.
         group, _, leaf = pointer[1:].partition("/")
         inside = self.spec.get(group) if (group, leaf) in PATHS else None
         value = inside.get(leaf) if isinstance(inside, dict) else None
@@ -68,7 +63,7 @@ def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console
 
 def _read(source: str, console: Console) -> dict[str, Any]:
     try:
-        text = console.into.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        text = console.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
         spec = json.loads(text)
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}") from error
@@ -80,7 +75,6 @@ def _read(source: str, console: Console) -> dict[str, Any]:
 
 
 def _place(pointer: str, given: Mapping[str, Any]) -> str:
-    """The flag that set the field, where one did, beside the pointer."""
     leaf = pointer.split("/")[2] if pointer.count("/") >= 2 else pointer[1:]
     names = [leaf, *(alias for alias, (_, ours) in ALIASES.items() if ours == leaf)]
     flag = next((name for name in names if name in given), None)

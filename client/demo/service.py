@@ -1,4 +1,4 @@
-"""The service of the demo: in its own folder, on a free port, stopped with the demo."""
+"""The service of the demo: a process with its own folder and a free port."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ class DemoService:
     def start(self) -> str:
         """Start it, wait until it is ready, and return its URL. Raises ServiceFailed."""
         with self.log.open("ab") as log:
-            # A session of its own: Ctrl-C ends the demo first, and the demo ends the service.
+            # A session of its own, so that Ctrl-C reaches only the demo, which then stops the service.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "trainyard.service"],
                 env=environment(os.environ, self.home),
@@ -48,17 +48,17 @@ class DemoService:
                 stderr=log,
                 start_new_session=True,
             )
-        self.url = self._ready(self._process)
+        self.url = self._wait_until_ready(self._process)
         return self.url
 
-    def _ready(self, process: "subprocess.Popen[bytes]") -> str:
+    def _wait_until_ready(self, process: "subprocess.Popen[bytes]") -> str:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if process.poll() is not None:
                 raise ServiceFailed(f"the service ended with exit code {process.returncode}")
-            found = read_json(self.home / "service.json")
-            if found and _answers(str(found["url"])):
-                return str(found["url"])
+            address = read_json(self.home / "service.json")
+            if address and _is_ready(str(address["url"])):
+                return str(address["url"])
             time.sleep(0.1)
         raise ServiceFailed(f"the service was not ready within {START_SECONDS:.0f} s")
 
@@ -77,20 +77,20 @@ class DemoService:
             self._process.kill()
             self._process.wait()
 
-    def release(self) -> int:
+    def detach(self) -> int:
         """Leave it running after the demo, and return its pid."""
         process, self._process = self._process, None
         return process.pid if process else 0
 
 
 def environment(inherited: Mapping[str, str], home: Path) -> dict[str, str]:
-    """Return the environment of the demo's service: none of the user's own settings, and a free port."""
-    kept = {name: value for name, value in inherited.items() if not name.startswith("TRAINYARD_")}
-    return kept | {"TRAINYARD_HOME": str(home), "TRAINYARD_HOST": "127.0.0.1", "TRAINYARD_PORT": "0"}
+    """Return the environment of the demo's service: without the user's settings, and with a free port."""
+    others = {name: value for name, value in inherited.items() if not name.startswith("TRAINYARD_")}
+    return others | {"TRAINYARD_HOME": str(home), "TRAINYARD_HOST": "127.0.0.1", "TRAINYARD_PORT": "0"}
 
 
-def _answers(url: str) -> bool:
-    with Client(url, token="", timeout=2.0, patience=RetryPolicy(seconds=0.0)) as trainyard:
+def _is_ready(url: str) -> bool:
+    with Client(url, token="", timeout=2.0, retries=RetryPolicy(seconds=0.0)) as trainyard:
         try:
             trainyard.ready()
         except TrainyardError:

@@ -1,6 +1,6 @@
-"""`trainyard demo`: one real run on this machine, from nothing, in under 40 lines of output.
+"""`trainyard demo`: one real run on this machine, from an empty folder, in under 40 lines of output.
 
-Everything goes over HTTP to a real service. Nothing is downloaded. Every claim that is printed is checked here.
+All requests go over HTTP to a real service. Nothing is downloaded. Every claim that is printed is checked first.
 """
 
 import json
@@ -20,16 +20,7 @@ from typing import Any
 
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.formatting import (
-    bar,
-    compact_number,
-    count,
-    duration,
-    fixed,
-    one_line,
-    scientific,
-    size,
-)
+from trainyard.client.cli.formatting import bar, compact_number, count, duration, fixed, one_line, scientific, size
 from trainyard.client.cli.hints import error_card
 from trainyard.client.demo.corpus import write_corpus
 from trainyard.client.demo.service import DemoService, ServiceFailed
@@ -50,10 +41,10 @@ SAVE_INTERVAL = 100
 LOG_INTERVAL = 10
 PAUSE_AFTER = 130
 KILL_AFTER = 240
-"""Shortly after the save at 200, so that some steps are done twice and can be compared."""
+"""Shortly after the checkpoint of step 200, so that some steps run twice and can be compared."""
 
-ROWS = 16
-"""Rows of 128 tokens in a step. Eight rows, a third layer or a wider model learn less in the same time."""
+SEQUENCES = 16
+"""Sequences of 128 tokens in a step. Eight of them, a third layer or a wider model learn less in the same time."""
 
 PROMPTS = ("Return the", "Raise")
 
@@ -76,7 +67,7 @@ class DemoFailed(Exception):
 
 
 def run(args: SimpleNamespace, console: Console) -> int:
-    """Run the demo. Return 1 if any of it failed, after printing the evidence."""
+    """Run the demo. Return 1 if a step failed, after printing the logs."""
     home = demo_home(args.home)
     with DemoService(home) as service:
         story = Story(home, service, console)
@@ -84,13 +75,13 @@ def run(args: SimpleNamespace, console: Console) -> int:
             story.play()
         except (DemoFailed, ServiceFailed, TrainyardError, LookupError, OSError) as error:
             story.explain(error)
-            return Exit.REFUSED
+            return Exit.REJECTED
         except KeyboardInterrupt:
             console.error("\nstopped: ending the run and the service")
             return Exit.DETACHED
         finally:
             story.clean_up()
-        story.epilogue(service.release() if args.keep else None)
+        story.epilogue(service.detach() if args.keep else None)
     return Exit.SUCCEEDED
 
 
@@ -135,7 +126,7 @@ class Machine:
 
     @property
     def ranks(self) -> int:
-        """Worker processes of the demo: two if possible, because one alone has nothing to agree on."""
+        """Worker processes of the demo: two if possible, so that distributed training is shown."""
         return min(2, self.gpus or self.cores)
 
     def __str__(self) -> str:
@@ -154,7 +145,7 @@ def spec(machine: Machine, corpus: Path, tokenizer: Path) -> dict[str, Any]:
         "data": {"data_path": str(corpus), "tokenizer_path": str(tokenizer), "max_seq_len": 128},
         "training": {
             "max_steps": STEPS,
-            "batch_size": ROWS // machine.ranks,
+            "batch_size": SEQUENCES // machine.ranks,
             "accumulation_steps": 1,
             "learning_rate": 4e-3,
             "warmup_steps": 20,
@@ -166,18 +157,18 @@ def spec(machine: Machine, corpus: Path, tokenizer: Path) -> dict[str, Any]:
     }
 
 
-class LossLines:
+class LossPrinter:
     """Prints the loss of the first point and of each multiple of `EVERY` steps, once each."""
 
-    def __init__(self, trainyard: Client, job_id: str, untrained_loss: float, say: Callable[[str], None]) -> None:
+    def __init__(self, trainyard: Client, job_id: str, untrained_loss: float, print_: Callable[[str], None]) -> None:
         self._trainyard = trainyard
         self._job_id = job_id
         self._untrained_loss = untrained_loss
-        self._say = say
-        self._said = 0
+        self._print_line = print_
+        self._last_step = 0
 
-    def until(self, arrived: Callable[[Job], bool], seconds: float) -> Job:
-        """Wait until ``arrived(job)`` or the job has failed, and return the job.
+    def until(self, condition: Callable[[Job], bool], seconds: float) -> Job:
+        """Wait until ``condition(job)`` or the job has failed, and return the job.
 
         Raises:
             WaitTimedOut: it took longer than ``seconds``.
@@ -185,8 +176,8 @@ class LossLines:
         deadline = time.monotonic() + seconds
         while True:
             job = self._trainyard.job(self._job_id)
-            self._print(self._trainyard.metrics(self._job_id, after_step=self._said))
-            if arrived(job) or job["status"] == "failed":
+            self._print(self._trainyard.metrics(self._job_id, after_step=self._last_step))
+            if condition(job) or job["status"] == "failed":
                 return job
             if time.monotonic() > deadline:
                 raise WaitTimedOut(seconds, job)
@@ -194,9 +185,9 @@ class LossLines:
 
     def _print(self, points: Iterable[Any]) -> None:
         for point in points:
-            if (point["step"] % EVERY == 0 or not self._said) and point["step"] > self._said:
-                self._said = point["step"]
-                self._say(loss_line(point, self._untrained_loss))
+            if (point["step"] % EVERY == 0 or not self._last_step) and point["step"] > self._last_step:
+                self._last_step = point["step"]
+                self._print_line(loss_line(point, self._untrained_loss))
 
 
 def loss_line(point: Any, untrained_loss: float) -> str:
@@ -207,36 +198,33 @@ def loss_line(point: Any, untrained_loss: float) -> str:
 
 
 def past(step: int) -> Callable[[Job], bool]:
-    """Return a test whether a job has done ``step``, or has ended."""
-
-    def arrived(job: Job) -> bool:
-        return ((job.get("progress") or {}).get("step") or 0) >= step or is_idle(job)
-
-    return arrived
+    """Return a condition: the job has done ``step``, or is idle."""
+    return lambda job: ((job.get("progress") or {}).get("step") or 0) >= step or is_idle(job)
 
 
 def running_again(attempt: int) -> Callable[[Job], bool]:
-    """Return a test whether the job trains in a later attempt, or has ended."""
+    """Return a condition: the job trains in a later attempt, or is idle."""
 
-    def arrived(job: Job) -> bool:
-        trains = job["status"] == "running" and job.get("phase") == "training"
-        return ((job.get("attempt") or 0) > attempt and trains) or is_idle(job)
+    def condition(job: Job) -> bool:
+        is_training = job["status"] == "running" and job.get("phase") == "training"
+        return ((job.get("attempt") or 0) > attempt and is_training) or is_idle(job)
 
-    return arrived
+    return condition
 
 
 def done_again(trainyard: Client, step: int) -> Callable[[Job], bool]:
-    """Return a test whether the newest attempt has done ``step``: the job's progress may be that of the one before."""
+    """Return a condition: the newest attempt has done ``step``, or the job is idle."""
 
-    def arrived(job: Job) -> bool:
-        own = trainyard.metrics(job["id"], after_step=step - 1, attempt=job.get("attempt"))
-        return next(own, None) is not None or is_idle(job)
+    def condition(job: Job) -> bool:
+        # Not the job's progress, which may still be that of the attempt before.
+        points = trainyard.metrics(job["id"], after_step=step - 1, attempt=job.get("attempt"))
+        return next(points, None) is not None or is_idle(job)
 
-    return arrived
+    return condition
 
 
 class Story:
-    """The steps, in order. Each prints what it did, and raises `DemoFailed` if that is not true."""
+    """The steps of the demo, in order. Each prints its result, and raises `DemoFailed` if it is not as claimed."""
 
     def __init__(self, home: Path, service: DemoService, console: Console) -> None:
         self.home = home
@@ -245,11 +233,10 @@ class Story:
         self._console = console
         self._trainyard: Client | None = None
         self._job: Job | None = None
-        self._began = time.monotonic()
-        self._line = console.data
+        self._started_at = time.monotonic()
 
     def play(self) -> None:
-        """Go from an empty folder to a trained model. Raises DemoFailed."""
+        """Run all steps, from an empty folder to a trained model. Raises DemoFailed."""
         self._say("machine", str(self.machine))
         self._say("home", str(self.home))
         self._corpus()
@@ -263,7 +250,7 @@ class Story:
         self._products()
 
     def _say(self, label: str, text: str) -> None:
-        self._line(f"{label:<{LABEL}}{text}")
+        self._console.data(f"{label:<{LABEL}}{text}")
 
     def _more(self, text: str) -> None:
         self._say("", text)
@@ -287,22 +274,15 @@ class Story:
         began = time.monotonic()
         file = self.home / "corpus.jsonl"
         number = write_corpus(file)
-        took = time.monotonic() - began
-        found = f"{count(number)} docstrings of this Python's standard library, {size(file.stat().st_size)}"
-        self._say("corpus", f"{found}: {file.name} ({took:.0f} s)")
+        seconds = time.monotonic() - began
+        content = f"{count(number)} docstrings of this Python's standard library, {size(file.stat().st_size)}"
+        self._say("corpus", f"{content}: {file.name} ({seconds:.0f} s)")
 
     def _tokenizer(self) -> None:
         began = time.monotonic()
         arguments = ["train", str(self.home / "corpus.jsonl"), "--vocab-size", str(VOCABULARY)]
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "trainyard.worker.data.tokenizers",
-            *arguments,
-            "--out",
-            str(self.home / "tokenizer"),
-        ]
+        arguments += ["--out", str(self.home / "tokenizer")]
+        command = [sys.executable, "-P", "-m", "trainyard.worker.data.tokenizers", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise DemoFailed(f"training the tokenizer ended with {done.returncode}:\n{done.stderr.strip()}")
@@ -311,30 +291,27 @@ class Story:
     def _start_service(self) -> None:
         url = self._service.start()
         self._trainyard = Client(url, token="")
-        self._say("service", f"ready at {url}, documented at {url}/docs")
+        self._say("service", f"ready at {url}, API docs at {url}/docs")
 
-    def _submit(self) -> LossLines:
+    def _submit(self) -> LossPrinter:
         file = self.home / "spec.json"
-        wanted = spec(self.machine, self.home / "corpus.jsonl", self.home / "tokenizer")
-        file.write_text(json.dumps(wanted, indent=2) + "\n")
-        self._plan(wanted)
+        job_spec = spec(self.machine, self.home / "corpus.jsonl", self.home / "tokenizer")
+        file.write_text(json.dumps(job_spec, indent=2) + "\n")
+        self._plan(job_spec)
         self._say("submit", "$ " + curl("POST", f"{self._service.url}/jobs", file))
-        self._job = self._api.submit(wanted)
+        self._job = self._api.submit(job_spec)
         self._more(f"{self._id}   {self._service.url}/jobs/{self._id}")
-        return LossLines(self._api, self._id, UNTRAINED_LOSS, self._more)
+        return LossPrinter(self._api, self._id, UNTRAINED_LOSS, self._more)
 
-    def _plan(self, wanted: dict[str, Any]) -> None:
-        plan = self._api.plan(wanted)
+    def _plan(self, job_spec: dict[str, Any]) -> None:
+        plan = self._api.plan(job_spec)
         memory = sum(part for part in (plan.get("memory_bytes") or {}).values() if part)
-        checkpoint = size(plan.get("checkpoint_bytes"))
-        self._say(
-            "plan",
-            f"{compact_number(plan.get('parameters'))} parameters, {size(memory)} a rank, {checkpoint} a checkpoint",
-        )
+        parameters, checkpoint = compact_number(plan.get("parameters")), size(plan.get("checkpoint_bytes"))
+        self._say("plan", f"{parameters} parameters, {size(memory)} per rank, {checkpoint} per checkpoint")
         first = fixed(plan.get("expected_first_loss"), 2)
-        self._more(f"{STEPS} steps; an untrained model has a loss of {first}")
+        self._more(f"{STEPS} steps; an untrained model has a loss of about {first} (= ln {VOCABULARY})")
 
-    def _pause(self, lines: LossLines) -> None:
+    def _pause(self, lines: LossPrinter) -> None:
         self._expect(lines.until(past(PAUSE_AFTER), MAX_SECONDS), "running")
         self._say("pause", "$ " + curl("POST", self._url(self._id, "pause")))
         self._api.pause(self._id)
@@ -349,18 +326,18 @@ class Story:
         self._say("resume", "$ " + curl("POST", self._url(self._id, "resume")))
         self._job = self._api.resume(self._id)
 
-    def _kill(self, lines: LossLines) -> None:
+    def _kill(self, lines: LossPrinter) -> None:
         job = self._expect(lines.until(past(KILL_AFTER), MAX_SECONDS), "running")
         attempt = job.get("attempt") or 0
         rank, pid = kill_one(self._id, attempt)
         began = time.monotonic()
         self._say("accident", f"$ kill -9 {pid}   (rank {rank}, in the middle of a step)")
         job = self._expect(lines.until(running_again(attempt), MAX_SECONDS), "running")
-        took = duration(time.monotonic() - began)
-        self._more(f"trains again after {took}, as attempt {job.get('attempt')}, without any command")
+        seconds = duration(time.monotonic() - began)
+        self._more(f"trains again after {seconds}, as attempt {job.get('attempt')}, without any command")
         self._compare(attempt, lines)
 
-    def _compare(self, attempt: int, lines: LossLines) -> None:
+    def _compare(self, attempt: int, lines: LossPrinter) -> None:
         before = list(self._api.metrics(self._id, attempt=attempt))
         job = lines.until(done_again(self._api, before[-1]["step"]), MAX_SECONDS)
         twice = done_twice(before, list(self._api.metrics(self._id, attempt=job.get("attempt"))))
@@ -370,34 +347,31 @@ class Story:
             self._more(f"step {step}: loss {first:.9f} before the accident, {second:.9f} after")
         self._require_same(twice)
 
-    def _finish(self, lines: LossLines) -> None:
+    def _finish(self, lines: LossPrinter) -> None:
         self._job = self._expect(lines.until(is_idle, MAX_SECONDS), "succeeded")
         self._require_learned((self._job.get("progress") or {}).get("loss"))
 
     def _require_same(self, twice: list[tuple[int, float, float]]) -> None:
-        other = [step for step, first, second in twice if abs(first - second) > self._tolerance * abs(first)]
-        if other:
-            raise DemoFailed(f"the recovered run is not the same run: the loss differs at steps {other}")
-
-    @property
-    def _tolerance(self) -> float:
         # CUDA kernels may add in another order unless deterministic ones are chosen. A CPU gives the same bits.
-        return 1e-2 if self.machine.gpus else 0.0
+        tolerance = 1e-2 if self.machine.gpus else 0.0
+        different = [step for step, first, second in twice if abs(first - second) > tolerance * abs(first)]
+        if different:
+            raise DemoFailed(f"the recovered run is not the same run: the loss differs at steps {different}")
 
     def _require_learned(self, loss: float | None) -> None:
         if loss is None or loss >= LEARNED_LOSS:
             raise DemoFailed(f"the loss is {loss} at the end, and must be below {LEARNED_LOSS:.2f}")
         share = 100 * loss / UNTRAINED_LOSS
-        self._say("finished", f"loss {loss:.3f}, {share:.0f} % of where it began")
+        self._say("finished", f"loss {loss:.3f}, {share:.0f} % of the first loss")
 
     def _products(self) -> None:
-        full = [found for found in self._api.checkpoints(self._id) if found["kind"] == "full"]
-        self._say("checkpoint", f"step {full[0]['step']}  sha256 {full[0]['sha256']}")
-        self._more(self._relative(full[0]["path"]))
-        weights = weights_of(self._api.job(self._id), Path(full[0]["path"]))
+        newest = next(found for found in self._api.checkpoints(self._id) if found["kind"] == "full")
+        self._say("checkpoint", f"step {newest['step']}  sha256 {newest['sha256']}")
+        self._more(self._relative(newest["path"]))
+        weights = weights_of(self._api.job(self._id), Path(newest["path"]))
         self._say("weights", f"MiniMind's keys, half precision  sha256 {sha256(weights)}")
         self._more(self._relative(str(weights)))
-        exported = self._api.export(self._id, full[0]["step"])
+        exported = self._api.export(self._id, newest["step"])
         self._say("exported", f"{self._relative(exported['path'])}, for transformers")
         self._sample()
 
@@ -405,9 +379,9 @@ class Story:
         samples = self._api.samples(self._id)
         newest = next((sample for sample in samples if sample["step"] == STEPS), None)
         if newest is None:
-            raise DemoFailed("the model wrote no sample at the last step")
+            raise DemoFailed("the model generated no sample at the last step")
         text = one_line(str(newest["text"]).strip(), 60)
-        self._say("sample", f"asked to continue from {newest['prompt']!r} it wrote: {text}")
+        self._say("sample", f"prompt {newest['prompt']!r}: {text}")
 
     def _relative(self, path: str) -> str:
         return str(Path(path).relative_to(self.home)) if Path(path).is_relative_to(self.home) else path
@@ -421,25 +395,24 @@ class Story:
 
     def epilogue(self, pid: int | None) -> None:
         """Print what to type next."""
-        took = duration(time.monotonic() - self._began)
+        seconds = duration(time.monotonic() - self._started_at)
         if pid is not None:
-            self._say("kept", f"the service runs on as process {pid}: trainyard --help, {self._service.url}/docs")
+            self._say("kept", f"the service keeps running as process {pid}: trainyard --help, {self._service.url}/docs")
             self._more(f"trainyard list --url {self._service.url}")
-        self._say("next", f'that was {took}. Your own corpus, one {{"text": ...}} a line:')
-        self._more(
-            f"trainyard serve --home {shlex.quote(_short(self.home))}      # in another terminal; `trainyard list`"
-        )
+        self._say("next", f'the demo took {seconds}. Your own corpus, one {{"text": ...}} a line:')
+        home = self.home.relative_to(Path.cwd()) if self.home.is_relative_to(Path.cwd()) else self.home
+        self._more(f"trainyard serve --home {shlex.quote(str(home))}      # in another terminal; `trainyard list`")
         self._more("trainyard submit --data_path corpus.jsonl --batch_size 16 --watch")
 
     def explain(self, error: Exception) -> None:
         """Print what failed, with the job's error, its log and the service's log."""
         self._console.error(f"\nthe demo failed: {error}")
-        for attempt in (self._evidence, lambda: self._service.tail(10)):
-            for line in _whatever(attempt):
+        for read in (self._job_error, lambda: self._service.tail(10)):
+            for line in _or_error(read):
                 self._console.error(f"  {line}")
-        self._console.error(f"everything is in {self.home}")
+        self._console.error(f"all files are in {self.home}")
 
-    def _evidence(self) -> list[str]:
+    def _job_error(self) -> list[str]:
         if self._trainyard is None or self._job is None:
             return []
         job = self._trainyard.job(self._id)
@@ -450,7 +423,7 @@ class Story:
         if self._trainyard is None:
             return
         if self._job is not None:
-            _whatever(self._end_job)
+            _or_error(self._end_job)
         self._trainyard.close()
 
     def _end_job(self) -> list[str]:
@@ -460,16 +433,12 @@ class Story:
         return []
 
 
-def _whatever(read: Callable[[], list[Any]]) -> list[Any]:
-    """Return what ``read`` returns, or why it failed: missing evidence must not hide the failure itself."""
+def _or_error(read: Callable[[], list[Any]]) -> list[Any]:
+    # An error while the logs are read must not hide the failure of the demo.
     try:
         return read()
     except (TrainyardError, OSError) as error:
         return [f"(not available: {error})"]
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def curl(method: str, url: str, body_file: Path | None = None) -> str:
@@ -514,7 +483,7 @@ def _matches(file: Path, entry: dict[str, Any]) -> bool:
 
 
 def done_twice(before: list[Any], after: list[Any]) -> list[tuple[int, float, float]]:
-    """Return (step, loss before, loss after) for the steps that two attempts both made."""
+    """Return (step, loss before, loss after) of the steps that are in both attempts."""
     first = {point["step"]: point["loss"] for point in before}
     return [(point["step"], first[point["step"]], point["loss"]) for point in after if point["step"] in first]
 

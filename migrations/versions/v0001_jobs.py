@@ -1,4 +1,4 @@
-"""Jobs, their attempts, and what attempts report."""
+"""Jobs, attempts, and the events, metrics, checkpoints and samples that attempts report."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""The step a job is asked to go on from; the experts' load of a metric line."""
+"""The step that a job is to resume from; the expert load of a point of the curve."""
 
 import sqlalchemy as sa
 from alembic import op

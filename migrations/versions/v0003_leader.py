@@ -1,4 +1,4 @@
-"""Which service schedules."""
+"""The lease of the service that schedules."""
 
 import sqlalchemy as sa
 from alembic import op

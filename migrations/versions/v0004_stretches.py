@@ -1,4 +1,4 @@
-"""Long curves, summed up; idempotency keys by age."""
+"""Rollups of long curves; an index of idempotency keys by age."""
 
 import sqlalchemy as sa
 from alembic import op

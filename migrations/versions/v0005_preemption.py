@@ -1,4 +1,4 @@
-"""For whom a job is pausing; what the service that schedules leases out."""
+"""The job that another one is paused for; the devices that the scheduling service leases."""
 
 import sqlalchemy as sa
 from alembic import op

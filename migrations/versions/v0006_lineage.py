@@ -1,4 +1,4 @@
-"""What a fork remembers of its ancestors' curves."""
+"""The curve segments that a fork has from its ancestors."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Named tokens, and who submitted and queued a job."""
+"""Named tokens, and the principals that submitted and queued a job."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -39,7 +39,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    # Names that are longer than the column was are cut: they are for people to read.
+    # Names that are longer than the old column are cut: they are only shown to users.
     op.execute("UPDATE events SET actor = substr(actor, 1, 20)")
     _actor(20, 64)
     op.drop_index("ix_jobs_queued_by", table_name="jobs")

@@ -1,4 +1,4 @@
-"""Webhooks, what they are to hear, and what their rules remember."""
+"""Webhooks, their deliveries, and the state of their rules."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Which launcher runs an attempt, and where a cluster has put it."""
+"""The launcher of an attempt, and its placement by the cluster."""
 
 import sqlalchemy as sa
 from alembic import op

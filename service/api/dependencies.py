@@ -1,4 +1,4 @@
-"""What the routes work with, made once when the app is."""
+"""The application state, created once, and the dependency by which routes get it."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -30,35 +30,31 @@ class AppState:
     scheduler: Scheduler
     broadcaster: MetricBroadcaster
     sender: Sender
-    telemetry: ServiceMetrics = field(default_factory=ServiceMetrics)
-    lines: LineIndexCache = field(default_factory=LineIndexCache)
+    metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
+    line_indexes: LineIndexCache = field(default_factory=LineIndexCache)
 
     @cached_property
     def disks(self) -> DiskMonitor:
-        """How full the disks are."""
         return DiskMonitor.of(self.settings)
 
     @cached_property
     def leader(self) -> LeaderMonitor:
-        """Whether the service that schedules goes on, where that is another one."""
         return LeaderMonitor()
 
     @cached_property
     def authenticator(self) -> Authenticator:
-        """Knows the tokens."""
         return Authenticator(self.settings, self.database)
 
     @property
-    def host(self) -> HostLimits:
-        """What a spec is held against."""
+    def host_limits(self) -> HostLimits:
+        """The limits that a spec is validated against, with the devices of now."""
         return HostLimits(self.settings, self.inventory.devices())
 
 
-# A coroutine: a plain function would be sent to a thread and back, for one attribute.
+# A coroutine, because FastAPI runs a plain function in a thread: too expensive for reading one attribute.
 async def _state(request: Request) -> AppState:
-    services: AppState = request.app.state.services
-    return services
+    state: AppState = request.app.state.app_state
+    return state
 
 
 StateDep = Annotated[AppState, Depends(_state)]
-"""A route's handle on the service."""

@@ -1,7 +1,4 @@
-"""The OpenAPI document: what FastAPI finds in the routes, and what it cannot see there.
-
-Bodies are read by our own parsers, every error is a problem, and one address answers with three kinds of rows.
-"""
+"""The OpenAPI document: FastAPI's own, plus the job spec, error responses, security and hints for forms."""
 
 from http import HTTPStatus
 from typing import Any
@@ -17,14 +14,14 @@ from trainyard.service.errors import PROBLEM
 from trainyard.service.schemas import ProblemDetails
 
 REF = "#/components/schemas/{model}"
-WEBHOOKS = ("post", "/webhooks")
+CONFLICTS = (("post", "/tokens"), ("post", "/webhooks"))
 QUOTAS = (("post", "/jobs"), ("post", "/jobs/{job_id}/resume"), ("post", "/jobs/{job_id}/fork"))
 ALWAYS = (401, 403, 408, 413, 414, 422, 431, 503)
-"""What the gate around every route may answer, and a request with mistakes."""
+"""Errors of every route: those of the middleware, and 422 for a request with mistakes."""
 
 
 def openapi(app: FastAPI) -> dict[str, Any]:
-    """The document, made once."""
+    """Return the document. It is built once and cached in the app."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
@@ -33,13 +30,15 @@ def openapi(app: FastAPI) -> dict[str, Any]:
             schemas.update(schema.pop("$defs", {}))
             schemas[model.__name__] = schema
         _add_form_hints(schemas)
-        # Kept as it came from the database, where it went as a whole spec.
+        # The response model has it as a plain dict: it is stored as a complete spec and needs no second validation.
         schemas["Job"]["properties"]["spec"] = {"$ref": REF.format(model=JobSpec.__name__)}
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{}, {"token": []}]
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
-                _complete((method, path), operation)
+                responses = operation["responses"]
+                responses.update({str(status): _problem(status) for status in _error_statuses(method, path)})
+                responses["default"] = _problem(None)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         app.openapi_schema = document
@@ -47,49 +46,47 @@ def openapi(app: FastAPI) -> dict[str, Any]:
 
 
 def _add_form_hints(schemas: dict[str, Any]) -> None:
-    """The spec's schemas with what a form needs beside them: a word on each setting, its unit, its other names."""
-    whole = schemas[JobSpec.__name__]
-    groups = {name: _of(schemas, described) for name, described in whole["properties"].items() if "$ref" in described}
-    groups["timeouts"] = _of(schemas, groups["resources"]["properties"]["timeouts"])
-    for name, group in (("", whole), *groups.items()):
+    """Add to the spec's schemas what a form shows: the description, unit and aliases of each field."""
+    spec = schemas[JobSpec.__name__]
+    groups = {name: _resolve(schemas, field) for name, field in spec["properties"].items() if "$ref" in field}
+    groups["timeouts"] = _resolve(schemas, groups["resources"]["properties"]["timeouts"])
+    for name, group in (("", spec), *groups.items()):
         group["description"] = TITLES[name][1] if name in TITLES else group.get("description", "")
-        for leaf, described in group["properties"].items():
-            _annotate_leaf(leaf, described)
+        for leaf, field in group["properties"].items():
+            _annotate_leaf(leaf, field)
 
 
-def _annotate_leaf(leaf: str, described: dict[str, Any]) -> None:
-    if "$ref" in described:
+def _annotate_leaf(leaf: str, field: dict[str, Any]) -> None:
+    if "$ref" in field:
         return
     if leaf in NOTES:
-        described.setdefault("description", NOTES[leaf])
+        field.setdefault("description", NOTES[leaf])
     if leaf in UNITS:
-        described["x-unit"] = UNITS[leaf]
+        field["x-unit"] = UNITS[leaf]
     names = [alias for alias, (_, own) in ALIASES.items() if own == leaf]
     if names:
-        described["x-aliases"] = names
+        field["x-aliases"] = names
 
 
-def _of(schemas: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = schemas[described["$ref"].rpartition("/")[2]]
-    return found
+def _resolve(schemas: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
+    schema: dict[str, Any] = schemas[field["$ref"].rpartition("/")[2]]
+    return schema
 
 
-def _complete(place: tuple[str, str], operation: dict[str, Any]) -> None:
-    responses = operation["responses"]
-    responses.update({str(status): _problem(status) for status in _refusals(place)})
-    responses["default"] = _problem(None)
-
-
-def _refusals(place: tuple[str, str]) -> list[int]:
-    method, path = place
-    more = [404] if "{" in path else []
-    more += [409] if method != "get" and "{" in path else []
-    more += [409] if place in (("post", "/tokens"), WEBHOOKS) else []
-    more += [415] if method in ("post", "patch") else []
-    return sorted([*ALWAYS, *more, *([429] if path.endswith("/stream") or place in QUOTAS else [])])
+def _error_statuses(method: str, path: str) -> list[int]:
+    statuses = {*ALWAYS}
+    if "{" in path:
+        statuses |= {404} if method == "get" else {404, 409}
+    if (method, path) in CONFLICTS:
+        statuses.add(409)
+    if method in ("post", "patch"):
+        statuses.add(415)
+    if path.endswith("/stream") or (method, path) in QUOTAS:
+        statuses.add(429)
+    return sorted(statuses)
 
 
 def _problem(status: int | None) -> dict[str, Any]:
-    described = HTTPStatus(status).phrase if status is not None else "Anything else that went wrong"
+    description = HTTPStatus(status).phrase if status is not None else "Any other error"
     schema = {"$ref": REF.format(model=ProblemDetails.__name__)}
-    return {"description": described, "content": {PROBLEM: {"schema": schema}}}
+    return {"description": description, "content": {PROBLEM: {"schema": schema}}}

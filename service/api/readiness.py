@@ -1,4 +1,4 @@
-"""Whether the service can work, part by part, each with a sentence for whoever has to mend it."""
+"""Health of the service by component: database, migrations, scheduler and disks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,47 +14,39 @@ from trainyard.service.leadership import LEASE_SECONDS, ROW, LeaderMonitor
 from trainyard.service.maintenance import warnings
 from trainyard.service.maintenance.disk_monitor import DiskMonitor, DiskState
 from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.schemas import ReadyPart
 
-ROUND_SECONDS = 60.0
-"""A round of the scheduler that takes longer hangs: none of its calls may."""
+MAX_ROUND_SECONDS = 60.0
+"""A scheduler round that takes longer is hung: each of its calls has a shorter timeout."""
 
-TAKEOVER_SECONDS = LEASE_SECONDS + 6.0
-"""Somebody else schedules again within this, where there is somebody else."""
-
-
-@dataclass(frozen=True)
-class ComponentHealth:
-    """One thing that the service needs. ``detail`` names no path, address or secret."""
-
-    name: str
-    ok: bool
-    detail: str
+MAX_TAKEOVER_SECONDS = LEASE_SECONDS + 6.0
+"""Another service, if there is one, takes over the scheduling within this time."""
 
 
 @dataclass(frozen=True)
 class DatabaseState:
-    """What was found in the database: its revision, and who schedules."""
+    """The revision of the tables, and the leader lease."""
 
     revision: str | None
     leader: SchedulerLeaseRow | None
 
 
-def check_components(services: AppState) -> Iterator[ComponentHealth]:
-    """All of them."""
-    looked = _query_database(services)
-    if isinstance(looked, ComponentHealth):
-        yield looked
+def check_components(state: AppState) -> Iterator[ReadyPart]:
+    """Yield the health of each component."""
+    database = _query_database(state)
+    if isinstance(database, ReadyPart):
+        yield database
     else:
-        yield ComponentHealth("database", True, "answers")
-        yield _migrations(looked.revision)
-    yield _scheduler(services.scheduler, services.leader, looked)
-    yield _disks(services.disks)
+        yield ReadyPart(name="database", ok=True, detail="answers")
+        yield _migrations(database.revision)
+    yield _scheduler(state.scheduler, state.leader, database)
+    yield _disks(state.disks)
 
 
-def _query_database(services: AppState) -> DatabaseState | ComponentHealth:
+def _query_database(state: AppState) -> DatabaseState | ReadyPart:
     try:
-        services.database.require_there()
-        with services.database.read() as session:
+        state.database.require_same_file()
+        with state.database.read() as session:
             session.execute(text("SELECT 1"))
             try:
                 revision = session.scalar(text("SELECT version_num FROM alembic_version"))
@@ -62,42 +54,44 @@ def _query_database(services: AppState) -> DatabaseState | ComponentHealth:
             except SQLAlchemyError:
                 return DatabaseState(None, None)
     except DatabaseUnavailable:
-        return ComponentHealth("database", False, "its file was removed or replaced")
+        return ReadyPart(name="database", ok=False, detail="its file was removed or replaced")
     except SQLAlchemyError as error:
-        return ComponentHealth("database", False, f"does not answer: {type(error).__name__}")
+        return ReadyPart(name="database", ok=False, detail=f"does not answer: {type(error).__name__}")
 
 
-def _migrations(revision: str | None) -> ComponentHealth:
+def _migrations(revision: str | None) -> ReadyPart:
     newest = newest_revision()
     if revision == newest:
-        return ComponentHealth("migrations", True, f"at {newest}")
-    return ComponentHealth(
-        "migrations", False, f"the tables are at {revision or 'nothing'}, this release needs {newest}"
+        return ReadyPart(name="migrations", ok=True, detail=f"at {newest}")
+    return ReadyPart(
+        name="migrations", ok=False, detail=f"the tables are at {revision or 'nothing'}, this release needs {newest}"
     )
 
 
-def _scheduler(scheduler: Scheduler, watch: LeaderMonitor, looked: DatabaseState | ComponentHealth) -> ComponentHealth:
+def _scheduler(scheduler: Scheduler, monitor: LeaderMonitor, database: DatabaseState | ReadyPart) -> ReadyPart:
     if not scheduler.alive:
-        return ComponentHealth("scheduler", False, "does not run")
-    if scheduler.leads and scheduler.seconds_since_round > ROUND_SECONDS:
-        return ComponentHealth(
-            "scheduler", False, f"has not finished a round for {scheduler.seconds_since_round:.0f} s"
+        return ReadyPart(name="scheduler", ok=False, detail="does not run")
+    if scheduler.leads and scheduler.seconds_since_round > MAX_ROUND_SECONDS:
+        return ReadyPart(
+            name="scheduler", ok=False, detail=f"has not finished a round for {scheduler.seconds_since_round:.0f} s"
         )
     if scheduler.leads:
-        return ComponentHealth("scheduler", True, "runs here")
-    if isinstance(looked, ComponentHealth):
-        return ComponentHealth("scheduler", False, "cannot be known while the database is away")
-    silence = watch.seconds_since_renewal(looked.leader)
-    if silence > TAKEOVER_SECONDS:
-        return ComponentHealth("scheduler", False, f"no service that schedules was heard for {silence:.0f} s")
-    elsewhere = looked.leader is not None and looked.leader.holder is not None
-    return ComponentHealth("scheduler", True, "runs in another service" if elsewhere else "is about to begin")
+        return ReadyPart(name="scheduler", ok=True, detail="runs here")
+    if isinstance(database, ReadyPart):
+        return ReadyPart(name="scheduler", ok=False, detail="unknown while the database is unavailable")
+    silence = monitor.seconds_since_renewal(database.leader)
+    if silence > MAX_TAKEOVER_SECONDS:
+        return ReadyPart(
+            name="scheduler", ok=False, detail=f"no service has renewed the scheduler lease for {silence:.0f} s"
+        )
+    elsewhere = database.leader is not None and database.leader.holder is not None
+    return ReadyPart(name="scheduler", ok=True, detail="runs in another service" if elsewhere else "is about to begin")
 
 
-def _disks(watch: DiskMonitor) -> ComponentHealth:
-    """Full or silent ones keep work from being taken; low ones are only told of."""
-    if watch.stale:
-        return ComponentHealth("disk", False, "a disk does not answer")
-    troubled = [disk for disk in watch.readings() if disk.state is not DiskState.OK]
-    ok = not any(disk.state in (DiskState.FULL, DiskState.UNREADABLE) for disk in troubled)
-    return ComponentHealth("disk", ok, "; ".join(warnings.to_alert(disk) for disk in troubled) or "has room")
+def _disks(monitor: DiskMonitor) -> ReadyPart:
+    if monitor.stale:
+        return ReadyPart(name="disk", ok=False, detail="a disk does not answer")
+    # A disk that is only low is reported, but the service is still ready.
+    not_ok = [disk for disk in monitor.readings() if disk.state is not DiskState.OK]
+    ready = not any(disk.state in (DiskState.FULL, DiskState.UNREADABLE) for disk in not_ok)
+    return ReadyPart(name="disk", ok=ready, detail="; ".join(warnings.to_alert(disk) for disk in not_ok) or "has room")

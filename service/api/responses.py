@@ -1,4 +1,4 @@
-"""JSON answers, and the route class of every router."""
+"""JSON responses, and the route class of every router."""
 
 import asyncio
 import functools
@@ -16,7 +16,7 @@ from trainyard.service.bodies import StrictRequest
 
 
 def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the model as JSON."""
+    """Return the model as a JSON response."""
     body = type(model).__pydantic_serializer__.to_json(model)
     return Response(body, status, headers, media_type="application/json")
 
@@ -39,7 +39,6 @@ class ServiceRoute(APIRoute):
         scope_of(self)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, given a request whose JSON is read strictly."""
         handle = super().get_route_handler()
         if self.body_field is None:
             return handle
@@ -51,12 +50,12 @@ class ServiceRoute(APIRoute):
 
 
 def _threaded(endpoint: Callable[..., Any], status: int) -> Callable[..., Any]:
-    def answer(*args: Any, **kwargs: Any) -> Any:
-        made = endpoint(*args, **kwargs)
-        return json_response(made, status) if isinstance(made, BaseModel) else made
+    def respond(*args: Any, **kwargs: Any) -> Any:
+        result = endpoint(*args, **kwargs)
+        return json_response(result, status) if isinstance(result, BaseModel) else result
 
     @functools.wraps(endpoint)
     async def run(*args: Any, **kwargs: Any) -> Any:
-        return await asyncio.to_thread(answer, *args, **kwargs)
+        return await asyncio.to_thread(respond, *args, **kwargs)
 
     return run

@@ -1,6 +1,6 @@
-"""What a named token looks like, and when it is good. Pure.
+"""The format of named tokens, and the rules by which one is valid.
 
-``ty_<id>_<secret>``: the id finds the row, and what is compared is the hash of the whole, in constant time.
+A token is ``ty_<id>_<secret>``: the id finds the row, and the hash of the whole token is compared in constant time.
 """
 
 import hmac
@@ -20,7 +20,7 @@ NO_HASH = "0" * 64
 
 @dataclass(frozen=True)
 class ApiKey:
-    """A named token as it stands in the database. ``previous_until``: how long the one before a rotation is good."""
+    """A named token of the database. ``previous_until``: expiry of the secret before the last rotation."""
 
     id: str
     name: str
@@ -34,27 +34,28 @@ class ApiKey:
 
 
 def generate(token_id: str) -> str:
-    """A new token for the row ``tok_...``."""
+    """Return a new token for the row ``token_id`` (``tok_...``)."""
     return f"{PREFIX}{token_id.removeprefix('tok_')}_{secrets.token_urlsafe(SECRET_BYTES)}"
 
 
-def id_in(token: str) -> str | None:
-    """The id of the row that a token names; None where it is no named token."""
+def parse_id(token: str) -> str | None:
+    """Return the id of the token's row, or None if it is not a named token."""
     match = KEY.fullmatch(token)
     return f"tok_{match.group(1)}" if match else None
 
 
-def rejection_reason(grant: ApiKey | None, token: str, now: datetime) -> str | None:
-    """Why the token is not good now, or None where it is. Only who has the right secret hears what is wrong with it."""
-    mine = token_hash(token)
-    current = hmac.compare_digest(mine, grant.sha256 if grant is not None else NO_HASH)
-    before = hmac.compare_digest(mine, (grant.previous_sha256 if grant is not None else None) or NO_HASH)
-    if grant is None or not (current or before):
+def rejection_reason(key: ApiKey | None, token: str, now: datetime) -> str | None:
+    """Return why the token is rejected, or None if it is valid. Without the right secret the reason is generic."""
+    digest = token_hash(token)
+    # Both comparisons always run, so that the duration does not tell whether the id exists.
+    current = hmac.compare_digest(digest, key.sha256 if key is not None else NO_HASH)
+    previous = hmac.compare_digest(digest, (key.previous_sha256 if key is not None else None) or NO_HASH)
+    if key is None or not (current or previous):
         return "A valid token is needed: Authorization: Bearer <token>."
-    if grant.revoked_at is not None:
+    if key.revoked_at is not None:
         return "The token was revoked."
-    if before and (grant.previous_until is None or grant.previous_until <= now):
+    if previous and (key.previous_until is None or key.previous_until <= now):
         return "The token was replaced by another one."
-    if grant.expires_at is not None and grant.expires_at <= now:
+    if key.expires_at is not None and key.expires_at <= now:
         return "The token has expired."
     return None

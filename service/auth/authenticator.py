@@ -1,4 +1,4 @@
-"""Lets in who has a good token, and says who that is. One for a service; asked once a request."""
+"""Authentication of requests by their token."""
 
 import contextlib
 import time
@@ -18,66 +18,66 @@ from trainyard.service.settings import Settings
 from trainyard.service.static_tokens import TokenFile
 
 CACHE_SECONDS = 1.0
-"""How old our knowledge of a token may be: so long another server's revocation may take to reach this one."""
+"""Maximum age of a cached token: a revocation by another service takes effect here within this time."""
 
 LAST_USED_INTERVAL = timedelta(minutes=10)
-"""Uses that come closer together are not written: each write is a commit to the disk."""
+"""`last_used_at` is written at most this often: each write is a commit to the disk."""
 
 
 class Authenticator:
-    """The tokens of the settings and those with names. Without the former nobody needs one, but a named one counts."""
+    """Authenticates static tokens (settings) and API keys (database). With no static token set, a token is optional."""
 
     def __init__(self, settings: Settings, database: Database) -> None:
         self._tokens = TokenFile(settings.token, settings.token_file)
         self._database = database
-        self._known: dict[str, tuple[ApiKey, float]] = {}
+        self._cache: dict[str, tuple[ApiKey, float]] = {}
         self._changes = 0
 
     async def authenticate(self, token: str) -> Principal:
-        """Who has this token. Raises Unauthorized."""
-        token_id = api_keys.id_in(token)
+        """Return the owner of the token. Raises Unauthorized."""
+        token_id = api_keys.parse_id(token)
         if token_id is not None:
-            known = self._remembered(token_id)
-            grant = known if known is not None else await run_in_threadpool(self._look_up, token_id)
-            return await self._authenticate_key(grant, token)
-        # Half of a named token is nobody's, also where none is needed.
-        if not self._tokens.needed and not token.startswith(api_keys.PREFIX):
+            cached = self._cached(token_id)
+            key = cached if cached is not None else await run_in_threadpool(self._load, token_id)
+            return await self._authenticate_key(key, token)
+        # A malformed named token is rejected even if no token is required.
+        if not self._tokens.is_required and not token.startswith(api_keys.PREFIX):
             return LOCAL
         self._tokens.require(token)
         return ADMIN
 
-    def forget(self) -> None:
-        """Tokens were changed here: the next use looks again."""
+    def clear_cache(self) -> None:
+        """Forget all cached tokens, after a change of one."""
         self._changes += 1
-        self._known.clear()
+        self._cache.clear()
 
-    async def _authenticate_key(self, grant: ApiKey | None, token: str) -> Principal:
+    async def _authenticate_key(self, key: ApiKey | None, token: str) -> Principal:
         now = utc_now()
-        trouble = api_keys.rejection_reason(grant, token, now)
-        if trouble is not None or grant is None:
-            raise Unauthorized(trouble)
-        if grant.last_used_at is None or now - grant.last_used_at >= LAST_USED_INTERVAL:
-            await run_in_threadpool(self._note_use, grant)
-        return Principal(grant.name, grant.scope, grant.id)
+        reason = api_keys.rejection_reason(key, token, now)
+        if reason is not None or key is None:
+            raise Unauthorized(reason)
+        if key.last_used_at is None or now - key.last_used_at >= LAST_USED_INTERVAL:
+            await run_in_threadpool(self._record_use, key)
+        return Principal(key.name, key.scope, key.id)
 
-    def _remembered(self, token_id: str) -> ApiKey | None:
-        grant, looked_at = self._known.get(token_id, (None, 0.0))
-        return grant if time.monotonic() - looked_at < CACHE_SECONDS else None
+    def _cached(self, token_id: str) -> ApiKey | None:
+        key, loaded_at = self._cache.get(token_id, (None, 0.0))
+        return key if time.monotonic() - loaded_at < CACHE_SECONDS else None
 
-    def _look_up(self, token_id: str) -> ApiKey | None:
-        asked_at, changes = time.monotonic(), self._changes
+    def _load(self, token_id: str) -> ApiKey | None:
+        now, changes = time.monotonic(), self._changes
         with self._database.read() as session:
-            grant = store.find_api_key(session, token_id)
-        # What was read before a change is not remembered behind it.
-        if grant is not None and changes == self._changes:
-            self._known[token_id] = grant, asked_at
-        return grant
+            key = store.find_api_key(session, token_id)
+        # Not cached if a token was changed meanwhile: this may be the state before the change.
+        if key is not None and changes == self._changes:
+            self._cache[token_id] = key, now
+        return key
 
-    def _note_use(self, grant: ApiKey) -> None:
+    def _record_use(self, key: ApiKey) -> None:
         now = utc_now()
-        known = self._known.get(grant.id)
-        if known is not None:
-            self._known[grant.id] = replace(known[0], last_used_at=now), known[1]
-        # It is only a note: where it cannot be written the request goes on.
+        cached = self._cache.get(key.id)
+        if cached is not None:
+            self._cache[key.id] = replace(cached[0], last_used_at=now), cached[1]
+        # The request continues even if the time of use cannot be written.
         with contextlib.suppress(SQLAlchemyError), self._database.write() as session:
-            store.note_use(session, grant.id, now)
+            store.record_use(session, key.id, now)

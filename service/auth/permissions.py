@@ -1,6 +1,6 @@
-"""What each route asks of a token. A route declares it by one of the dependencies below; one that does not is an error.
+"""The scope that each route requires. A route declares it by one of the dependencies below; without one it is an error.
 
-`fastapi.Security` carries the scope to `require`, and `scope_of` reads it back.
+`fastapi.Security` passes the scope to `require`, and `scope_of` reads it back.
 """
 
 from collections.abc import Iterable
@@ -64,6 +64,6 @@ def scopes_of(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], str]:
 
 
 def methods_at(path: str, routes: Iterable[BaseRoute]) -> list[str]:
-    """Return the methods that an address takes; [] if it is none of ``routes``."""
-    there = [route for route in routes if isinstance(route, APIRoute) and route.path_regex.match(path)]
-    return sorted(method for route in there for method in route.methods or ())
+    """Return the methods that the path accepts, or [] if no route matches it."""
+    matching = [route for route in routes if isinstance(route, APIRoute) and route.path_regex.match(path)]
+    return sorted(method for route in matching for method in route.methods or ())

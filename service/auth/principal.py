@@ -1,4 +1,4 @@
-"""Who asks: known from the token before the request reaches a route."""
+"""The caller of a request. `service.api.middleware` authenticates it before the request reaches a route."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -10,7 +10,7 @@ from trainyard.contract.scopes import Scope
 
 @dataclass(frozen=True)
 class Principal:
-    """Somebody who was let in. ``name`` stands in events; ``token`` is the id of a named token, which has quotas."""
+    """An authenticated caller. ``name`` appears in events; ``token`` is the id of a named token, which has quotas."""
 
     name: str
     scope: Scope
@@ -18,23 +18,22 @@ class Principal:
 
 
 LOCAL = Principal("local", Scope.ADMIN)
-"""Whoever asks a service that wants no token: it listens on this machine alone."""
+"""Every caller of a service without static tokens, which listens on this machine only."""
 
 ADMIN = Principal("admin", Scope.ADMIN)
-"""Who has a token of the settings or of the token file."""
+"""A caller with a static token, of the settings or of the token file."""
 
 ANONYMOUS = Principal("nobody", Scope.READ)
-"""At addresses that ask for no token of a user's."""
+"""The caller of an address that needs no user token."""
 
 RESERVED = frozenset({LOCAL.name, ADMIN.name, ANONYMOUS.name, "agent", "scheduler", "service", "user", "worker"})
-"""Names that mean something else in events."""
+"""Names with another meaning in events, which no token may have."""
 
 
 async def principal_of(request: Request) -> Principal:
-    """Who asks, as the gate found out."""
+    """Return the caller of the request."""
     caller: Principal = request.scope["caller"]
     return caller
 
 
 PrincipalDep = Annotated[Principal, Depends(principal_of)]
-"""A route's knowledge of who asks."""

@@ -1,6 +1,6 @@
-"""How many jobs and devices a named token may have queued or running at once.
+"""Quotas: how many jobs and devices a named token may have queued or running at once.
 
-A job counts for who queued it last: who submitted or forked it, or who resumed it.
+A job counts for the token that queued it last, by submitting, forking or resuming it.
 """
 
 from typing import NamedTuple
@@ -13,69 +13,70 @@ from trainyard.service.auth.principal import Principal
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import QuotaExceeded
 
-SHOWN = 5
+MAX_LISTED_JOBS = 5
 
 
 class Usage(NamedTuple):
-    """What is queued or runs."""
+    """Queued and running jobs and their devices."""
 
     jobs: int = 0
     devices: int = 0
 
 
-def usage(session: Session, *which: ColumnElement[bool]) -> dict[str, Usage]:
-    """Usage by the name of the token."""
-    query = select(JobRow.queued_by, func.count(), func.coalesce(func.sum(JobRow.ranks), 0)).where(_active(), *which)
-    found = session.execute(query.group_by(JobRow.queued_by)).all()
-    return {str(name): Usage(jobs, int(devices)) for name, jobs, devices in found}
+def usage(session: Session, *conditions: ColumnElement[bool]) -> dict[str, Usage]:
+    """Return the usage of each token, by its name. ``conditions`` restrict the jobs that count."""
+    columns = JobRow.queued_by, func.count(), func.coalesce(func.sum(JobRow.ranks), 0)
+    rows = session.execute(select(*columns).where(_is_active(), *conditions).group_by(JobRow.queued_by)).all()
+    return {str(name): Usage(jobs, int(devices)) for name, jobs, devices in rows}
 
 
-def check_quota(session: Session, by: Principal, ranks: int, but: str | None = None) -> None:
-    """Raise QuotaExceeded where one more job of so many ranks is too much. ``but``: that very job, queued again.
+def check_quota(session: Session, caller: Principal, ranks: int, requeued_job: str | None = None) -> None:
+    """Raise QuotaExceeded if the caller may not queue one more job with so many ranks.
 
-    Holds the token until the transaction ends: two submissions at once cannot both take the last place. A job's lock
-    is taken before a token's, never after.
+    ``requeued_job``: id of the job if it exists already; it does not count twice.
     """
-    if by.token is None:
+    if caller.token is None:
         return
-    token = session.scalar(select(TokenRow).where(TokenRow.id == by.token).with_for_update())
+    # The row stays locked until the transaction ends, so that two concurrent submissions cannot both take the last
+    # place. Lock order: a job before a token, never the other way round.
+    token = session.scalar(select(TokenRow).where(TokenRow.id == caller.token).with_for_update())
     if token is None or (token.max_jobs is None and token.max_devices is None):
         return
-    mine = (JobRow.queued_by == by.name, JobRow.id != (but or ""))
-    have = usage(session, *mine).get(by.name, Usage())
-    trouble = [
-        f"{_of(limit, what)}, has {_of(used, what)} queued or running, and this one needs {more}"
-        for what, limit, used, more in (
-            ("job", token.max_jobs, have.jobs, 1),
-            ("device", token.max_devices, have.devices, ranks),
+    conditions = (JobRow.queued_by == caller.name, JobRow.id != (requeued_job or ""))
+    used = usage(session, *conditions).get(caller.name, Usage())
+    violations = [
+        f"{_count(limit, what)}, has {_count(current, what)} queued or running, and this one needs {needed}"
+        for what, limit, current, needed in (
+            ("job", token.max_jobs, used.jobs, 1),
+            ("device", token.max_devices, used.devices, ranks),
         )
-        if limit is not None and used + more > limit
+        if limit is not None and current + needed > limit
     ]
-    if trouble:
-        raise _exceeded(session, token, have, trouble, mine)
+    if violations:
+        raise _quota_error(session, token, used, violations, conditions)
 
 
-def _exceeded(
-    session: Session, token: TokenRow, have: Usage, trouble: list[str], mine: tuple[ColumnElement[bool], ...]
+def _quota_error(
+    session: Session, token: TokenRow, used: Usage, violations: list[str], conditions: tuple[ColumnElement[bool], ...]
 ) -> QuotaExceeded:
-    query = select(JobRow.id).where(_active(), *mine).order_by(JobRow.number).limit(SHOWN)
-    ids = list(session.scalars(query))
-    of_them = f" ({', '.join(ids)}{', ...' if have.jobs > SHOWN else ''})" if ids else ""
-    what_to_do = f"Wait for one{of_them} to end, pause or cancel one, or ask an admin to raise the quota."
-    if not ids:
-        what_to_do = "Ask for fewer devices, or ask an admin to raise the quota."
+    query = select(JobRow.id).where(_is_active(), *conditions).order_by(JobRow.number).limit(MAX_LISTED_JOBS)
+    ids = ", ".join(session.scalars(query))
+    more = ", ..." if used.jobs > MAX_LISTED_JOBS else ""
+    advice = "Ask for fewer devices, or ask an admin to raise the quota."
+    if ids:
+        advice = f"Wait for one ({ids}{more}) to end, pause or cancel one, or ask an admin to raise the quota."
     quota = {
-        "jobs": {"limit": token.max_jobs, "used": have.jobs},
-        "devices": {"limit": token.max_devices, "used": have.devices},
+        "jobs": {"limit": token.max_jobs, "used": used.jobs},
+        "devices": {"limit": token.max_devices, "used": used.devices},
     }
-    return QuotaExceeded(f"The token {token.name} may have {'; and '.join(trouble)}. {what_to_do}", quota=quota)
+    return QuotaExceeded(f"The token {token.name} may have {'; and '.join(violations)}. {advice}", quota=quota)
 
 
-def _of(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _active() -> ColumnElement[bool]:
-    """Waits for devices, has them, or will start again by itself."""
-    due = and_(JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
-    return or_(JobRow.status.in_([JobStatus.QUEUED, *sorted(LIVE)]), due)
+def _is_active() -> ColumnElement[bool]:
+    # Also a job that will restart by itself.
+    restarts = and_(JobRow.status == JobStatus.INTERRUPTED, JobRow.restart_at.is_not(None))
+    return or_(JobRow.status.in_([JobStatus.QUEUED, *sorted(LIVE)]), restarts)

@@ -1,4 +1,4 @@
-"""Named tokens in the database: made, replaced, revoked. Their secrets are shown once and kept nowhere."""
+"""Named tokens in the database. Only the hash of a token is stored."""
 
 from datetime import datetime, timedelta
 
@@ -18,7 +18,7 @@ ID_LETTERS = 12
 
 
 def find_api_key(session: Session, token_id: str) -> ApiKey | None:
-    """What is known of the token with this id."""
+    """Return the token with this id, or None."""
     row = session.get(TokenRow, token_id)
     if row is None:
         return None
@@ -35,25 +35,25 @@ def find_api_key(session: Session, token_id: str) -> ApiKey | None:
     )
 
 
-def note_use(session: Session, token_id: str, now: datetime) -> None:
-    """Write when it was used."""
+def record_use(session: Session, token_id: str, now: datetime) -> None:
+    """Set the time of the token's last use."""
     session.execute(update(TokenRow).where(TokenRow.id == token_id).values(last_used_at=now))
 
 
-def create(session: Session, asked: TokenRequest, by: str, now: datetime) -> tuple[TokenRow, str]:
-    """A new token and its secret. Raises TokenNameTaken: a name is given once, so that events stay true."""
+def create(session: Session, request: TokenRequest, created_by: str, now: datetime) -> tuple[TokenRow, str]:
+    """Create a token; return its row and the secret. Raises TokenNameTaken: names are never used again."""
     token_id = new_id("tok", ID_LETTERS)
     token = api_keys.generate(token_id)
     row = TokenRow(
         id=token_id,
-        name=asked.name,
-        scope=asked.scope,
+        name=request.name,
+        scope=request.scope,
         sha256=token_hash(token),
-        max_jobs=asked.max_jobs,
-        max_devices=asked.max_devices,
-        created_by=by,
+        max_jobs=request.max_jobs,
+        max_devices=request.max_devices,
+        created_by=created_by,
         created_at=now,
-        expires_at=_after(now, asked.expires_in),
+        expires_at=_after(now, request.expires_in),
     )
     try:
         with session.begin_nested():
@@ -65,7 +65,10 @@ def create(session: Session, asked: TokenRequest, by: str, now: datetime) -> tup
 
 
 def rotate(session: Session, name: str, overlap: int, expires_in: int | None, now: datetime) -> tuple[TokenRow, str]:
-    """Another secret for the token; the one it had stays good for ``overlap`` seconds. Raises TokenNotFound."""
+    """Give the token a new secret; the previous one stays valid for ``overlap`` seconds.
+
+    Raises TokenNotFound or TokenRevoked.
+    """
     row = lock(session, name)
     if row.revoked_at is not None:
         raise TokenRevoked()
@@ -79,14 +82,14 @@ def rotate(session: Session, name: str, overlap: int, expires_in: int | None, no
 
 
 def revoke(session: Session, name: str, now: datetime) -> TokenRow:
-    """Nobody comes in by it any more. The record stays: the name stands in events. Raises TokenNotFound."""
+    """Revoke the token. Its row is kept, because events refer to the name. Raises TokenNotFound."""
     row = lock(session, name)
     row.revoked_at = row.revoked_at or now
     return row
 
 
 def lock(session: Session, name: str) -> TokenRow:
-    """The token, for changing it. Raises TokenNotFound."""
+    """Return the token's row, locked until the transaction ends. Raises TokenNotFound."""
     row = session.scalar(select(TokenRow).where(TokenRow.name == name).with_for_update())
     if row is None:
         raise TokenNotFound()

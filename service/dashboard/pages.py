@@ -5,12 +5,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trainyard.service.dashboard.assets import Asset, Assets
-from trainyard.service.dashboard.negotiation import (
-    accepts_gzip,
-    is_file,
-    is_page,
-    is_page_or_api,
-)
+from trainyard.service.dashboard.negotiation import accepts_gzip, is_file, is_page, is_page_or_api
 
 CONTENT_SECURITY_POLICY = "; ".join(
     (

@@ -1,4 +1,4 @@
-"""``python -m trainyard.service.db.cli``: what is done to a database from outside the service: upgrade, copy, back up."""
+"""``python -m trainyard.service.db.cli``: upgrade, copy or back up the database without the service."""
 
 import argparse
 import os
@@ -11,12 +11,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from trainyard.contract.rundir import fsync_directory
-from trainyard.service.db.copy import (
-    CopyRefused,
-    TableCopy,
-    copy,
-    printable_url,
-)
+from trainyard.service.db.copy import CopyRefused, TableCopy, copy, printable_url
 from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
 from trainyard.service.settings import InvalidSettings, Settings
 
@@ -24,52 +19,44 @@ DATABASE = "trainyard.db"
 
 
 class BackupError(Exception):
-    """The backup cannot be made; the message says why and what to do."""
+    """The backup cannot be made; the message has the reason and what to do."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do one thing, say what was done; the answer is an exit code."""
-    given = _parser().parse_args(arguments)
+    """Run a command and return its exit code."""
+    options = _parser().parse_args(arguments)
     try:
-        given.run(given)
+        options.run(options)
+        return 0
     except DBAPIError as error:
-        return _refuse(given, error_text(error))
+        reason = error_text(error)
     except OSError as error:
-        return _refuse(given, f"{error.filename}: {error.strerror}")
+        reason = f"{error.filename}: {error.strerror}"
     except (CopyRefused, BackupError, UnknownSchemaVersion, ArgumentError, InvalidSettings) as error:
-        return _refuse(given, str(error))
-    return 0
-
-
-def _refuse(given: argparse.Namespace, why: str) -> int:
-    print(f"{given.what}: {why}", file=sys.stderr)
+        reason = str(error)
+    print(f"{options.command}: {reason}", file=sys.stderr)
     return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m trainyard.service.db.cli", description="The service's database")
-    verbs = parser.add_subparsers(dest="what", required=True)
-    _add(verbs, "upgrade", _upgrade, "bring the tables up to date")
-    backup_parser = _add(verbs, "backup", _backup, "write a copy of the SQLite database while the service runs")
-    backup_parser.add_argument("file", type=Path)
-    copying = verbs.add_parser("copy", help="move everything into another, empty database")
-    copying.set_defaults(run=_copy)
+    commands = parser.add_subparsers(dest="command", required=True)
+    upgrade = commands.add_parser("upgrade", help="bring the tables up to date")
+    upgrade.set_defaults(run=_upgrade)
+    backup_ = commands.add_parser("backup", help="write a copy of the SQLite database while the service runs")
+    backup_.set_defaults(run=_backup)
+    for command in (upgrade, backup_):
+        command.add_argument("--database-url", help="default: TRAINYARD_DATABASE_URL, or SQLite in the home")
+    backup_.add_argument("file", type=Path)
+    copy_ = commands.add_parser("copy", help="copy everything into another, empty database")
+    copy_.set_defaults(run=_copy)
     for name in ("source", "target"):
-        copying.add_argument(name, help="URL of a database, a SQLite file, or a home")
+        copy_.add_argument(name, help="URL of a database, a SQLite file, or a home")
     return parser
 
 
-def _add(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, run: object, explained: str
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=explained)
-    parser.add_argument("--database-url", help="default: TRAINYARD_DATABASE_URL, or SQLite in the home")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _upgrade(given: argparse.Namespace) -> None:
-    settings = _settings(given)
+def _upgrade(options: argparse.Namespace) -> None:
+    settings = _settings(options)
     settings.home.mkdir(parents=True, exist_ok=True)
     database = Database(settings.database_url)
     try:
@@ -79,57 +66,57 @@ def _upgrade(given: argparse.Namespace) -> None:
     print("the database is up to date", file=sys.stderr)
 
 
-def _backup(given: argparse.Namespace) -> None:
-    url = make_url(_settings(given).database_url)
+def _backup(options: argparse.Namespace) -> None:
+    url = make_url(_settings(options).database_url)
     if url.get_backend_name() != "sqlite":
         raise BackupError("Postgres has its own tool: pg_dump --format=custom --file=FILE DATABASE")
-    backup(Path(url.database or ""), given.file)
-    print(f"{given.file}: {given.file.stat().st_size:,} bytes, checked", file=sys.stderr)
+    backup(Path(url.database or ""), options.file)
+    print(f"{options.file}: {options.file.stat().st_size:,} bytes, checked", file=sys.stderr)
 
 
-def _copy(given: argparse.Namespace) -> None:
-    source, target = database_url(given.source), database_url(given.target)
+def _copy(options: argparse.Namespace) -> None:
+    source, target = database_url(options.source), database_url(options.target)
     print(f"copying {printable_url(source)} to {printable_url(target)}", file=sys.stderr)
-    found = copy(source, target, _tell)
-    print(f"{sum(table.rows for table in found):,} rows are in both, each table with the same digest", file=sys.stderr)
+    tables = copy(source, target, _print_table)
+    print(f"{sum(table.rows for table in tables):,} rows are in both, each table with the same digest", file=sys.stderr)
 
 
-def _tell(copied: TableCopy) -> None:
-    print(f"{copied.table:<20} {copied.rows:>12,} rows   sha256 {copied.digest}", flush=True)
+def _print_table(table: TableCopy) -> None:
+    print(f"{table.table:<20} {table.rows:>12,} rows   sha256 {table.digest}", flush=True)
 
 
-def _settings(given: argparse.Namespace) -> Settings:
-    return Settings.read(os.environ, host="127.0.0.1", database_url=given.database_url)
+def _settings(options: argparse.Namespace) -> Settings:
+    return Settings.read(os.environ, host="127.0.0.1", database_url=options.database_url)
 
 
-def database_url(given: str) -> str:
-    """A URL as it is; a folder's or a file's path as that of SQLite there."""
-    if "://" in given:
-        return given
-    path = Path(given).resolve()
+def database_url(text: str) -> str:
+    """Return a URL as it is, and the path of a home or SQLite file as a URL."""
+    if "://" in text:
+        return text
+    path = Path(text).resolve()
     return f"sqlite:///{path / DATABASE if path.is_dir() else path}"
 
 
-def backup(database: Path, into: Path) -> None:
-    """Write a whole, checked copy of a SQLite database that may be in use. Raises BackupRefused."""
+def backup(database: Path, target: Path) -> None:
+    """Write a complete, checked copy of a SQLite database that may be in use. Raises BackupError."""
     if not database.is_file():
         raise BackupError(f"there is no database at {database}")
-    if into.exists():
-        raise BackupError(f"{into} is there already; name a new file")
-    unfinished = into.with_name(f".{into.name}.unfinished")
+    if target.exists():
+        raise BackupError(f"{target} exists already; name a new file")
+    unfinished = target.with_name(f".{target.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     try:
         with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as connection:
-            # One read transaction: writers go on meanwhile, and what they write is not in it.
+            # VACUUM INTO reads one snapshot; concurrent writers are not blocked.
             connection.execute("VACUUM INTO ?", (str(unfinished),))
         with closing(sqlite3.connect(unfinished)) as connection:
-            verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
-        if verdict != "ok":
-            raise BackupError(f"{database} is damaged: {verdict}")
+            result = connection.execute("PRAGMA integrity_check").fetchone()[0]
+        if result != "ok":
+            raise BackupError(f"{database} is damaged: {result}")
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
-        unfinished.rename(into)
-        fsync_directory(into.parent)
+        unfinished.rename(target)
+        fsync_directory(target.parent)
     except (sqlite3.Error, OSError) as error:
         raise BackupError(f"{database}: {error}") from error
     finally:

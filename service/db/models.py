@@ -1,4 +1,4 @@
-"""The tables. Migrations build the same; a test compares the two."""
+"""The database tables as SQLAlchemy models. A test compares them with the result of the migrations."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -21,25 +21,24 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 BigInt = BigInteger().with_variant(Integer, "sqlite")
-"""64 bits; SQLite counts rows by itself only where the column is spelt INTEGER."""
+"""64 bits. On SQLite the type must be INTEGER: only such a primary key is numbered automatically."""
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """An instant: aware, in UTC, on both databases."""
+    """A timezone-aware time in UTC, on both databases."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
-        """To UTC; a naive time has no place here."""
         if value is not None and value.tzinfo is None:
-            raise ValueError("a time without its zone")
+            raise ValueError("a time without time zone")
         return value.astimezone(UTC) if value is not None else None
 
     def process_result_value(self, value: datetime | None, _dialect: Dialect) -> datetime | None:
-        """SQLite gives back what was UTC without saying so."""
         if value is None:
             return None
+        # SQLite drops the time zone, which was UTC.
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
@@ -71,10 +70,11 @@ def _job_id() -> Mapped[str]:
 class JobRow(Base):
     """One job. ``version`` counts changes of status; ``number`` orders jobs by age.
 
-    ``resume_step``: the checkpoint the next attempt is to begin at, until one has. ``sealed_step``: what lies before it
-    of the curve is summed up in stretches. ``preempted_by``: the job for which this one is pausing.
-    ``lineage``: what a fork remembers of its ancestors, see `service.metrics.lineage`.
-    ``submitted_by`` made it; ``queued_by`` queued it last, and has it counted against a quota.
+    ``facts``: the plan. ``asked_at``: when a stop was requested. ``heard_at``: the last report of an agent.
+    ``resume_step``: the checkpoint that the next attempt is to start from; null once it has started.
+    ``sealed_step``: the curve up to this step is in rollups. ``preempted_by``: the job for which this one is paused.
+    ``lineage``: the ancestors of a fork, see `service.metrics.lineage`. ``submitted_by`` created the job; ``queued_by``
+    queued it last, and the job counts against its quota.
     """
 
     __tablename__ = "jobs"
@@ -124,7 +124,7 @@ class JobRow(Base):
 
 
 class LabelRow(Base):
-    """The labels again, one a row, to find jobs by."""
+    """One label of a job, also in ``JobRow.labels``; for finding jobs by label."""
 
     __tablename__ = "job_labels"
     __table_args__ = (Index("ix_job_labels_key_value", "key", "value"),)
@@ -135,7 +135,7 @@ class LabelRow(Base):
 
 
 class IdempotencyRow(Base):
-    """A submission that may be sent again."""
+    """The idempotency key of a submission."""
 
     __tablename__ = "idempotency_keys"
 
@@ -146,9 +146,9 @@ class IdempotencyRow(Base):
 
 
 class TokenRow(Base):
-    """A named token. ``sha256`` is that of the whole token, which is kept nowhere. A name is never given twice.
+    """A named token. ``sha256`` is the hash of the whole token, which is not stored. Names are never used again.
 
-    ``previous_sha256`` is good until ``previous_until``, beside the one that replaced it.
+    ``previous_sha256``: hash of the token before the last rotation, which is valid until ``previous_until``.
     """
 
     __tablename__ = "tokens"
@@ -170,9 +170,10 @@ class TokenRow(Base):
 
 
 class AttemptRow(Base):
-    """One launch. ``launched_at`` is null until the launcher has said that it started.
+    """One attempt. ``launched_at`` is null until the launcher has confirmed the start.
 
-    ``placement``: where a cluster has put it, see `service.launch.base.Placement`; null on this host.
+    ``acked_seq``: the last outbox line that is stored. ``heard_at``: the last report of its agent.
+    ``placement``: its nodes and devices on a cluster, see `service.launch.base.Placement`; null on this host.
     """
 
     __tablename__ = "attempts"
@@ -202,7 +203,7 @@ class AttemptRow(Base):
 
 
 class DeviceLeaseRow(Base):
-    """A device in the hands of one attempt; no row: nobody has it."""
+    """A device leased to an attempt. A free device has no row."""
 
     __tablename__ = "leases"
 
@@ -212,9 +213,9 @@ class DeviceLeaseRow(Base):
 
 
 class SchedulerLeaseRow(Base):
-    """The one row that says which service schedules. ``holder`` null: nobody does.
+    """The leader lease, a single row: ``holder`` is the service that schedules, or null.
 
-    ``offer``: what it leases out, for services that answer elsewhere; see `service.scheduler.published_inventory`.
+    ``offer``: the devices of the leader, for services on other hosts; see `service.scheduler.published_inventory`.
     """
 
     __tablename__ = "leader"
@@ -227,7 +228,7 @@ class SchedulerLeaseRow(Base):
 
 
 class MetricRow(Base):
-    """One point. ``stitched`` is false where a later attempt, or a rollback, went over this step again."""
+    """One point of a curve. ``stitched`` is false if a later attempt or a rollback has repeated this step."""
 
     __tablename__ = "metrics"
     __table_args__ = (
@@ -258,9 +259,9 @@ class MetricRow(Base):
 
 
 class MetricRollupRow(Base):
-    """A stretch of a long curve, summed up: see `service.metrics.rollups`. ``bucket``: its steps divided by ``width``.
+    """Aggregated points of a long curve, see `service.metrics.rollups`. ``bucket`` is ``step // width``.
 
-    ``total_H`` and ``weight_H`` are the sums of the running mean with half-life H, carried to ``finite_step``.
+    ``total_H`` and ``weight_H`` are the sums of the exponential moving average with half-life H, at ``finite_step``.
     """
 
     __tablename__ = "metric_stretches"
@@ -289,7 +290,7 @@ class MetricRollupRow(Base):
 
 
 class EventRow(Base):
-    """What happened to a job, and who asked for it."""
+    """One event of a job. ``actor`` caused it."""
 
     __tablename__ = "events"
     __table_args__ = (Index("ix_events_job_id", "job_id", "number"),)
@@ -306,10 +307,10 @@ class EventRow(Base):
 
 
 class CheckpointRow(Base):
-    """A published checkpoint or weights file that is still there."""
+    """A published checkpoint or weights file that was not deleted."""
 
     __tablename__ = "checkpoints"
-    # No unique index on the path: it may be longer than an index entry. Writers hold the job and replace by path.
+    # No unique index on the path: it may be longer than an index entry. Writers lock the job and replace by path.
     __table_args__ = (Index("ix_checkpoints_job_id_step", "job_id", "step"),)
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -326,7 +327,7 @@ class CheckpointRow(Base):
 
 
 class SampleRow(Base):
-    """A text the model wrote."""
+    """A text that the model generated."""
 
     __tablename__ = "samples"
     __table_args__ = (Index("ix_samples_job_id", "job_id", "number"),)
@@ -342,10 +343,10 @@ class SampleRow(Base):
 
 
 class WebhookRow(Base):
-    """Somebody who wants to hear. ``secret`` signs, and so does ``old_secret`` until ``old_secret_until``.
+    """A webhook. ``secret`` signs deliveries, and until ``old_secret_until`` so does ``old_secret``.
 
-    ``rules_since``: rules do not look at what a job had said before. ``failures``: tries in a row that failed.
-    ``retry_at``: nothing is sent before, however many deliveries wait.
+    ``rules_since``: rules ignore earlier points and events. ``failures``: consecutive failed attempts.
+    ``retry_at``: nothing is sent before this time.
     """
 
     __tablename__ = "webhooks"
@@ -374,10 +375,10 @@ class WebhookRow(Base):
 
 
 class DeliveryRow(Base):
-    """What a webhook is to hear: ``body`` to the byte. Those of one ``lane`` are sent one after the other.
+    """One delivery to a webhook. ``body`` is sent byte for byte. Deliveries with the same ``lane`` are sent in order.
 
-    ``claimed_by``: the sender that is at it. No foreign key: a webhook that is deleted meanwhile must not make a job's
-    change of status fail.
+    ``claimed_by``: the sender that is delivering it. There is no foreign key: if the webhook is deleted concurrently, a
+    job's change of status must not fail.
     """
 
     __tablename__ = "webhook_deliveries"
@@ -405,7 +406,7 @@ class DeliveryRow(Base):
 
 
 class RuleStateRow(Base):
-    """What a webhook's rule remembers of a job: how far it has read, and whether it has told what it saw."""
+    """The state of a webhook's rule for one job: the last line it has read, and what it has already reported."""
 
     __tablename__ = "webhook_watches"
 

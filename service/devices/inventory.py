@@ -1,4 +1,4 @@
-"""What this host can run on: CUDA devices as NVML sees them, and CPU slots."""
+"""The devices of this host: GPUs from NVML, and CPU slots."""
 
 import os
 import threading
@@ -12,15 +12,15 @@ import pynvml
 
 from trainyard.contract.processes import MARKER, variable_of
 
-FRESH_SECONDS = 1.0
+CACHE_SECONDS = 1.0
 CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device that a rank can have.
+    """A device that a rank can use.
 
-    ``processes`` are those on it, whosever they are; ``strangers`` those among them that belong to no attempt.
+    ``processes``: ids of all processes on it. ``strangers``: those that belong to no attempt.
     """
 
     id: str
@@ -34,19 +34,19 @@ class Device:
 
 
 class Inventory(Protocol):
-    """Where the scheduler learns of devices."""
+    """A source of devices."""
 
     def devices(self) -> Sequence[Device]:
-        """Every device of this host, in a steady order."""
+        """Return every device of this host, always in the same order."""
 
 
 def cpu_slots(slots: int, model: str | None = None) -> tuple[Device, ...]:
-    """``cpu:0`` and on."""
+    """Return the devices ``cpu:0`` to ``cpu:{slots - 1}``."""
     return tuple(Device(f"cpu:{i}", "cpu", model) for i in range(slots))
 
 
 def cpu_model(cpuinfo: Path = CPUINFO) -> str | None:
-    """What the kernel calls this host's processor; None where it does not say."""
+    """Return the name of this host's processor, or None if the kernel does not report it."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -55,40 +55,40 @@ def cpu_model(cpuinfo: Path = CPUINFO) -> str | None:
 
 
 class HostInventory:
-    """The devices of this host. NVML is asked at most once a second; a host without NVML has no CUDA devices."""
+    """The devices of this host. NVML is queried at most once a second; without NVML there are no CUDA devices."""
 
     def __init__(self, slots: int, visible: str | None = None) -> None:
         self._cpu = cpu_slots(slots, cpu_model())
         self._visible = visible
-        self._nvml = _nvml_starts()
+        self._nvml = _init_nvml()
         self._lock = threading.Lock()
-        self._cached: tuple[Device, ...] = ()
-        self._asked_at = float("-inf")
+        self._cuda: tuple[Device, ...] = ()
+        self._queried_at = float("-inf")
 
     def devices(self) -> Sequence[Device]:
-        """CUDA devices first."""
+        """Return the CUDA devices, then the CPU slots."""
         if not self._nvml:
             return self._cpu
         with self._lock:
-            if time.monotonic() - self._asked_at > FRESH_SECONDS:
-                self._cached = tuple(_cuda_devices(self._visible))
-                self._asked_at = time.monotonic()
-            return (*self._cached, *self._cpu)
+            if time.monotonic() - self._queried_at > CACHE_SECONDS:
+                self._cuda = tuple(_cuda_devices(self._visible))
+                self._queried_at = time.monotonic()
+            return (*self._cuda, *self._cpu)
 
 
-def kind_for(asked: str, devices: Sequence[Device]) -> str:
-    """What ``resources.device`` means here: ``cpu``, ``cuda``, or one device such as ``cuda:1``."""
-    if asked != "auto":
-        return asked
+def kind_for(device: str, devices: Sequence[Device]) -> str:
+    """Resolve ``resources.device`` of a spec: ``cpu``, ``cuda``, or one device such as ``cuda:1``."""
+    if device != "auto":
+        return device
     return "cuda" if count_by_kind(devices, "cuda") else "cpu"
 
 
 def count_by_kind(devices: Sequence[Device], kind: str) -> int:
-    """How many devices of a kind, or of a name, there are."""
+    """Return the number of devices of a kind, or with an id."""
     return sum(kind in (device.kind, device.id) for device in devices)
 
 
-def _nvml_starts() -> bool:
+def _init_nvml() -> bool:
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -114,25 +114,20 @@ def _cuda_device(index: int) -> Device:
         memory_used_bytes=int(memory.used),
         temperature_celsius=_temperature(handle),
         processes=running,
-        strangers=tuple(pid for pid in running if not _is_ours(pid)),
+        # An attempt's process has the marker in its environment, which is unreadable for other users' processes.
+        strangers=tuple(pid for pid in running if variable_of(pid, MARKER) is None),
     )
 
 
 def _temperature(handle: Any) -> int | None:
-    """Of the chip, in degrees Celsius; None where the driver does not tell."""
     try:
         return int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
     except pynvml.NVMLError:
         return None
 
 
-def _is_ours(pid: int) -> bool:
-    """Whether the process carries an attempt's mark; False if it is another user's, another container's, or gone."""
-    return variable_of(pid, MARKER) is not None
-
-
 def visible_devices() -> str | None:
-    """The service's own CUDA_VISIBLE_DEVICES where it lists numbers; None: all."""
+    """Return the service's own CUDA_VISIBLE_DEVICES if it lists indices, or None: all devices."""
     text = os.environ.get("CUDA_VISIBLE_DEVICES")
     if text is None or any(not part.strip().isdecimal() for part in text.split(",") if part):
         return None

@@ -1,4 +1,4 @@
-"""How much memory and disk there is on this host."""
+"""Memory and disk space of this host."""
 
 import shutil
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def host_memory(meminfo: Path = MEMINFO, cgroup: Path = CGROUP_LIMIT) -> int | None:
-    """Bytes that processes here may have: the machine's, or its container's where that is less."""
-    found = [size for size in (_total(meminfo), _whole(cgroup)) if size is not None]
-    return min(found, default=None)
+    """Return the memory of this host in bytes, or the limit of its container if that is less; None if unknown."""
+    sizes = [size for size in (_memory_total(meminfo), _cgroup_limit(cgroup)) if size is not None]
+    return min(sizes, default=None)
 
 
-def limit_for(kind: str, devices: Sequence[Device]) -> int | None:
-    """Bytes that a run on this kind of device may have: all ranks of it on a CPU, each on a GPU. None: not known."""
+def memory_limit(kind: str, devices: Sequence[Device]) -> int | None:
+    """Return the memory available to a run in bytes: for all its ranks on a CPU, for each on a GPU. None if unknown."""
     if kind == "cpu":
         return host_memory()
     return min(
@@ -26,10 +26,10 @@ def limit_for(kind: str, devices: Sequence[Device]) -> int | None:
 
 
 def disk_free(path: Path) -> int | None:
-    """Bytes free where ``path`` is, or would be made."""
-    for place in (path, *path.parents):
+    """Return the free bytes of the file system of ``path``, which need not exist; None if unknown."""
+    for existing in (path, *path.parents):
         try:
-            return shutil.disk_usage(place).free
+            return shutil.disk_usage(existing).free
         except FileNotFoundError:
             continue
         except OSError:
@@ -37,7 +37,7 @@ def disk_free(path: Path) -> int | None:
     return None
 
 
-def _total(meminfo: Path) -> int | None:
+def _memory_total(meminfo: Path) -> int | None:
     try:
         line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemTotal:"))
         return int(line.split()[1]) * 1024
@@ -45,7 +45,7 @@ def _total(meminfo: Path) -> int | None:
         return None
 
 
-def _whole(file: Path) -> int | None:
+def _cgroup_limit(file: Path) -> int | None:
     try:
         return int(file.read_text())
     except (OSError, ValueError):

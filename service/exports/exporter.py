@@ -1,8 +1,8 @@
-"""Exports on disk: made beside under another name, published by one rename, and found again by their names.
+"""Exports on disk: built under a temporary name, published by a rename, and listed by their names.
 
-exports/step-00001000-hf/        what was exported
-exports/.step-00001000-hf.json   of which weights: a run that went back may have others at the same step
-exports/.lock                    held while one of the job is made
+exports/step-00001000-hf/        the export
+exports/.step-00001000-hf.json   hash of the exported weights: a rewound run may have others at the same step
+exports/.lock                    locked while an export of the job is in progress
 """
 
 import re
@@ -12,114 +12,108 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trainyard.contract.locks import FileLock, LockBusy
-from trainyard.contract.rundir import (
-    MODEL_FILE,
-    ArtifactDir,
-    fsync_directory,
-    read_json,
-    write_json,
-)
+from trainyard.contract.rundir import MODEL_FILE, ArtifactDir, fsync_directory, read_json, write_json
 from trainyard.service.errors import CheckpointNotFound, ExportInProgress, StorageError
-from trainyard.service.exports.subprocess import require_exporter, run
+from trainyard.service.exports.subprocess import require_exporter, run_exporter
 from trainyard.service.storage.checkpoint_files import read_manifest
 from trainyard.service.storage.share import link_checkpoint
 
-NAME_FILE = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
+EXPORT_NAME = re.compile(r"step-([0-9]{8,})-(hf|minimind)")
 
 
 class ExportRequest(NamedTuple):
-    """What is to be exported. ``tokenizer``: a directory, or "byte"."""
+    """A checkpoint to export, and how. ``tokenizer``: a directory, or "byte". ``stem``: of MiniMind's file name."""
 
-    products: ArtifactDir
+    artifacts: ArtifactDir
     checkpoint: Path
     step: int
-    form: str
+    format: str
     tokenizer: str
     stem: str
 
 
-def existing(wanted: ExportRequest) -> bool:
-    """Whether these very weights were exported before."""
-    manifest = read_manifest(wanted.checkpoint)
+def is_exported(request: ExportRequest) -> bool:
+    """Return whether exactly these weights were exported before."""
+    manifest = read_manifest(request.checkpoint)
     if manifest is None or MODEL_FILE not in manifest:
         raise CheckpointNotFound()
-    return _directory(wanted).is_dir() and _exported(wanted) == manifest[MODEL_FILE].sha256
+    return _directory(request).is_dir() and _exported_sha256(request) == manifest[MODEL_FILE].sha256
 
 
-def run_export(wanted: ExportRequest) -> None:
-    """Export. Raises StepUnavailable, DiskTrouble, ExportUnavailable, -UnderWay, -Failed, -TimedOut."""
+def run_export(request: ExportRequest) -> None:
+    """Export the checkpoint, unless it is exported already.
+
+    Raises StepUnavailable, StorageError, ExportUnavailable, ExportInProgress, ExportFailed or ExportTimedOut.
+    """
     require_exporter()
     try:
-        _make_alone(wanted)
+        request.artifacts.exports.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(request.artifacts.exports / ".lock").take()
+        except LockBusy:
+            raise ExportInProgress() from None
+        with lock:
+            if not is_exported(request):
+                _export(request, lock)
     except OSError as error:
-        raise StorageError.of(error) from error
+        raise StorageError.from_os_error(error) from error
 
 
-def _make_alone(wanted: ExportRequest) -> None:
-    wanted.products.exports.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(wanted.products.exports / ".lock").take()
-    except LockBusy:
-        raise ExportInProgress() from None
-    with lock:
-        if not existing(wanted):
-            _make(wanted, lock)
-
-
-def _make(wanted: ExportRequest, lock: FileLock) -> None:
-    final = _directory(wanted)
+def _export(request: ExportRequest, lock: FileLock) -> None:
+    final = _directory(request)
     source, building = (final.with_name(f".{kind}-{final.name}") for kind in ("source", "building"))
-    # The last is where the exporter itself builds.
-    leftovers = (source, building, building.with_name(f".{building.name}.exporting"))
+    # The last is the exporter's own temporary directory.
+    temporary = (source, building, building.with_name(f".{building.name}.exporting"))
     try:
-        for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
-        # Linked: retention may take the checkpoint's own names away meanwhile.
-        link_checkpoint(wanted.checkpoint, source)
-        named = ["--tokenizer", wanted.tokenizer, "--stem", wanted.stem]
-        run([str(source), "--format", wanted.form, "--out", str(building), *named], lock)
-        _publish(wanted, source, building, final)
+        for directory in temporary:
+            shutil.rmtree(directory, ignore_errors=True)
+        # Retention may remove the checkpoint during the export; the links keep its files.
+        link_checkpoint(request.checkpoint, source)
+        names = ["--tokenizer", request.tokenizer, "--stem", request.stem]
+        run_exporter([str(source), "--format", request.format, "--out", str(building), *names], lock)
+        _publish(request, source, building, final)
     finally:
-        for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for directory in temporary:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
-def _publish(wanted: ExportRequest, source: Path, building: Path, final: Path) -> None:
-    _note(wanted).unlink(missing_ok=True)
+def _publish(request: ExportRequest, source: Path, building: Path, final: Path) -> None:
+    # The hash is removed first and written last: an interrupted publication is not taken for an export.
+    _hash_file(request).unlink(missing_ok=True)
     shutil.rmtree(final, ignore_errors=True)
     building.rename(final)
     fsync_directory(final.parent)
     manifest = read_manifest(source) or {}
-    write_json(_note(wanted), {"sha256": manifest[MODEL_FILE].sha256})
+    write_json(_hash_file(request), {"sha256": manifest[MODEL_FILE].sha256})
 
 
-def _directory(wanted: ExportRequest) -> Path:
-    return wanted.products.export(wanted.step, wanted.form)
+def _directory(request: ExportRequest) -> Path:
+    return request.artifacts.export(request.step, request.format)
 
 
-def _note(wanted: ExportRequest) -> Path:
-    return _directory(wanted).with_name(f".{_directory(wanted).name}.json")
+def _hash_file(request: ExportRequest) -> Path:
+    return _directory(request).with_name(f".{_directory(request).name}.json")
 
 
-def _exported(wanted: ExportRequest) -> str | None:
+def _exported_sha256(request: ExportRequest) -> str | None:
     try:
-        said = read_json(_note(wanted))
+        content = read_json(_hash_file(request))
     except ValueError:
         return None
-    return said.get("sha256") if isinstance(said, dict) else None
+    return content.get("sha256") if isinstance(content, dict) else None
 
 
-def listed(products: ArtifactDir) -> Iterator[dict[str, Any]]:
-    """Every export, newest step first: ``step, format, path, files``."""
-    found = products.exports.iterdir() if products.exports.is_dir() else ()
-    for path in sorted(found, reverse=True):
-        match = NAME_FILE.fullmatch(path.name)
+def list_exports(artifacts: ArtifactDir) -> Iterator[dict[str, Any]]:
+    """Yield a description of each export, newest step first."""
+    paths = artifacts.exports.iterdir() if artifacts.exports.is_dir() else ()
+    for path in sorted(paths, reverse=True):
+        match = EXPORT_NAME.fullmatch(path.name)
         if match and path.is_dir() and not path.is_symlink():
-            yield to_export_response(products, int(match.group(1)), match.group(2))
+            yield describe_export(artifacts, int(match.group(1)), match.group(2))
 
 
-def to_export_response(products: ArtifactDir, step: int, form: str) -> dict[str, Any]:
-    """One export that is there."""
-    path = products.export(step, form)
+def describe_export(artifacts: ArtifactDir, step: int, form: str) -> dict[str, Any]:
+    """Return ``step, format, path, files, bytes`` of an existing export."""
+    path = artifacts.export(step, form)
     files = [{"name": file.name, "bytes": file.lstat().st_size} for file in sorted(path.iterdir())]
     return {"step": step, "format": form, "path": str(path), "files": files, "bytes": sum(f["bytes"] for f in files)}

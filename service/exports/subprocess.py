@@ -1,4 +1,4 @@
-"""Runs the worker's exporter as a child process: the service itself has no torch, and a child can be ended."""
+"""Runs the worker's exporter as a child process: the service does not import torch, and a child can be killed."""
 
 import importlib.util
 import os
@@ -11,24 +11,21 @@ from trainyard.service.errors import ExportFailed, ExportTimedOut, ExportUnavail
 from trainyard.service.launch.environment import IMPORT_ROOT, inherited
 
 WORKER_EXPORT = (sys.executable, "-P", "-m", "trainyard.worker.checkpoint.export")
-"""All that the service knows of the exporter. -P: a folder named worker/ where the service was started is not ours."""
+"""-P: without it a folder `trainyard/` in the working directory would be imported instead."""
 
-SECONDS = 900.0
+TIMEOUT_SECONDS = 900.0
 ERROR_PREFIX = "trainyard export: "
 MAX_REASON = 1000
 
 
 def require_exporter() -> None:
-    """Raise ExportUnavailable on a host that cannot export."""
+    """Raise ExportUnavailable if torch or safetensors is not installed."""
     if importlib.util.find_spec("torch") is None or importlib.util.find_spec("safetensors") is None:
         raise ExportUnavailable()
 
 
-def run(arguments: list[str], lock: FileLock, seconds: float | None = None) -> None:
-    """Export, within ``seconds``. The child holds ``lock`` too: it stays taken while a child lives that we left behind.
-
-    Raises ExportFailed with the exporter's reason, and ExportTimedOut.
-    """
+def run_exporter(arguments: list[str], lock: FileLock, seconds: float | None = None) -> None:
+    """Run the exporter for at most ``seconds``. Raises ExportFailed with the exporter's reason, or ExportTimedOut."""
     child = subprocess.Popen(
         [*WORKER_EXPORT, *arguments],
         stdin=subprocess.DEVNULL,
@@ -36,35 +33,31 @@ def run(arguments: list[str], lock: FileLock, seconds: float | None = None) -> N
         stderr=subprocess.PIPE,
         env=_environment(),
         start_new_session=True,
+        # The child inherits the lock: if the service is killed, it stays locked until the child has ended.
         pass_fds=[lock.descriptor],
     )
     try:
-        _, said = child.communicate(timeout=seconds or SECONDS)
+        _, stderr = child.communicate(timeout=seconds or TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         raise ExportTimedOut() from None
     finally:
-        _end(child)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
     if child.returncode != 0:
-        raise ExportFailed(_reason(said.decode(errors="replace"), child.returncode))
+        raise ExportFailed(_reason(stderr.decode(errors="replace"), child.returncode))
 
 
 def _environment() -> dict[str, str]:
-    # No device: an export is a copy, and devices are leased.
+    # No CUDA device: an export runs on the CPU, and devices are leased to attempts.
     return {**inherited(dict(os.environ)), "PYTHONPATH": IMPORT_ROOT, "CUDA_VISIBLE_DEVICES": ""}
 
 
-def _end(child: "subprocess.Popen[bytes]") -> None:
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-
-
-def _reason(said: str, status: int) -> str:
-    """The exporter's own word where it has one, else how it ended."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    told = next((line.removeprefix(ERROR_PREFIX) for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
-    if told is not None:
-        return f"{told[:1].upper()}{told[1:MAX_REASON]}."
-    last = lines[-1][:MAX_REASON] if lines else "it said nothing"
+def _reason(stderr: str, status: int) -> str:
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    reason = next((line.removeprefix(ERROR_PREFIX) for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
+    if reason is not None:
+        return f"{reason[:1].upper()}{reason[1:MAX_REASON]}."
+    last = lines[-1][:MAX_REASON] if lines else "no output"
     ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
     return f"The exporter {ended}: {last}"

@@ -1,4 +1,4 @@
-"""Removes a checkpoint that nobody needs: never the last valid one, and never one that an attempt may be reading."""
+"""Delete a checkpoint on request: never the last valid one, and never one that an attempt may be reading."""
 
 import logging
 import shutil
@@ -17,71 +17,64 @@ from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.storage.checkpoint_files import checkpoint_directory, is_valid
 
-"""What a name begins with that the worker takes for a leftover, and collects."""
-
 log = logging.getLogger("trainyard")
 
 
 def unpublish(session: Session, runs: Path, job_id: str, step: int, by: Principal, now: datetime) -> Path:
-    """Take the full checkpoint of ``step`` out of the list and away from its name; the caller deletes what is returned.
+    """Remove the full checkpoint of ``step`` from the list, and return its renamed directory for the caller to delete.
 
-    The rename is done here, under the job's lock: decision and deed are one, or two removals at once would each take
-    the other's checkpoint for the one that stays.
+    Raises CheckpointNotFound, LastCheckpoint or CheckpointInUse.
     """
     job = repository.lock(session, job_id)
     rows = session.scalars(
         select(CheckpointRow).where(CheckpointRow.job_id == job.id, CheckpointRow.kind == "full")
     ).all()
-    products = RunDir(runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
-    places = {
-        row.step: place for row in rows if (place := checkpoint_directory(products, row.step, row.path)) is not None
+    artifacts = RunDir(runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
+    paths = {
+        row.step: path for row in rows if (path := checkpoint_directory(artifacts, row.step, row.path)) is not None
     }
-    if step not in places or not places[step].is_dir():
+    if step not in paths or not paths[step].is_dir():
         raise CheckpointNotFound()
-    others = [other for other, place in places.items() if other != step and is_valid(place)]
-    if not others and is_valid(places[step]):
+    others = [other for other, path in paths.items() if other != step and is_valid(path)]
+    if not others and is_valid(paths[step]):
         raise LastCheckpoint()
     _require_unused(session, job, step, max(others, default=-1))
-    same = (CheckpointRow.job_id == job.id, CheckpointRow.path == str(places[step]))
+    same = (CheckpointRow.job_id == job.id, CheckpointRow.path == str(paths[step]))
     session.execute(delete(CheckpointRow).where(*same))
-    repository.record_event(
-        session, job, EventDraft("checkpoint_removed", _message(step), by.name, data={"step": step}), now
-    )
+    message = f"removed the checkpoint of step {step:,}: asked to"
+    repository.record_event(session, job, EventDraft("checkpoint_removed", message, by.name, data={"step": step}), now)
     session.flush()
-    return _renamed(places[step])
-
-
-def _message(step: int) -> str:
-    return f"removed the checkpoint of step {step:,}: asked to"
+    # Under the job's lock: otherwise two removals at once would each count on the other's checkpoint to stay.
+    return _rename_away(paths[step])
 
 
 def _require_unused(session: Session, job: JobRow, step: int, newest_other: int) -> None:
-    """A run that lives may go back to its newest checkpoint, and one that begins reads one of them."""
+    # A live run may roll back to its newest checkpoint, and one that starts reads one of them.
     status = JobStatus(job.status)
     if status not in LIVE and status is not JobStatus.QUEUED:
         return
     if job.resume_step == step:
-        raise CheckpointInUse("The job was asked to go on from this checkpoint.")
-    current = (AttemptRow.job_id == job.id, AttemptRow.number == job.attempt)
-    begun = session.scalar(select(AttemptRow.start_step).where(*current))
+        raise CheckpointInUse("The job was asked to resume from this checkpoint.")
     if step > newest_other:
         raise CheckpointInUse("It is the newest one, and the run may go back to it: pause the job first.")
-    if status is not JobStatus.QUEUED and begun is None:
+    current = (AttemptRow.job_id == job.id, AttemptRow.number == job.attempt)
+    start_step = session.scalar(select(AttemptRow.start_step).where(*current))
+    if status is not JobStatus.QUEUED and start_step is None:
         raise CheckpointInUse("The attempt may be reading it: wait until it has started.")
 
 
-def _renamed(path: Path) -> Path:
-    leaving = path.with_name(f"{REMOVING_PREFIX}{path.name}")
-    shutil.rmtree(leaving, ignore_errors=True)
+def _rename_away(path: Path) -> Path:
+    removing = path.with_name(f"{REMOVING_PREFIX}{path.name}")
+    shutil.rmtree(removing, ignore_errors=True)
     try:
-        path.rename(leaving)
+        path.rename(removing)
     except OSError as error:
         raise CheckpointInUse(f"It cannot be removed: {error.strerror}.") from error
-    return leaving
+    return removing
 
 
-def delete_files(leaving: Path) -> None:
-    """Delete what was unpublished. What stays is collected when the job's next attempt begins."""
-    shutil.rmtree(leaving, ignore_errors=True)
-    if leaving.exists():
-        log.warning("could not delete a removed checkpoint: %s", leaving)
+def delete_files(removing: Path) -> None:
+    """Delete an unpublished checkpoint. The job's next attempt deletes what remains, by its REMOVING_PREFIX."""
+    shutil.rmtree(removing, ignore_errors=True)
+    if removing.exists():
+        log.warning("could not delete a removed checkpoint: %s", removing)

@@ -1,8 +1,8 @@
-"""Removes a job's files: its run directory, and what it kept in a ``save_dir`` of its own.
+"""Delete a job's files: its run directory, and its directory below a ``save_dir`` outside it.
 
-What is to go is written down in ``trash/<job>.json`` before the record goes, so that a service that is killed in
-between leaves nothing behind: at its next start, `sweep` removes the files of every note whose job is not there any
-more. A fork's files are noted the same way until its record is there.
+The paths are written to ``trash/<job>.json`` before the record is deleted. If the service is killed in between, `sweep`
+deletes the files of every such note whose job no longer exists at the next start. A fork's files are noted in the same
+way until its record exists.
 """
 
 import contextlib
@@ -23,16 +23,16 @@ from trainyard.service.errors import Conflict
 from trainyard.service.ids import JOB_ID
 from trainyard.service.settings import Settings
 
-WAIT_SECONDS = 10.0
-"""For another request that removes the same job's files."""
+LOCK_SECONDS = 10.0
+"""How long to wait for another request that deletes the same job's files."""
 
-LARGEST_NOTE = 64 << 10
+MAX_NOTE_BYTES = 64 << 10
 
 log = logging.getLogger("trainyard")
 
 
 class PendingDeletion:
-    """Directories that go with a job's record. Held by one process at a time: others, `sweep` too, leave them alone."""
+    """The note of directories to delete with a job's record. It is locked: one process at a time works on it."""
 
     def __init__(self, settings: Settings, note: Path, seconds: float = 0.0) -> None:
         self._settings = settings
@@ -41,47 +41,46 @@ class PendingDeletion:
 
     @property
     def job_id(self) -> str:
-        """Whose they are."""
+        """The job whose files they are."""
         return self._note.stem
 
     def write(self, paths: Sequence[Path]) -> None:
-        """Note them, before anything is done."""
+        """Note the paths durably, before anything is deleted."""
         os.ftruncate(self._lock.descriptor, 0)
         os.pwrite(self._lock.descriptor, json.dumps([str(path) for path in paths]).encode(), 0)
         os.fsync(self._lock.descriptor)
 
     def paths(self) -> list[Path]:
-        """What was noted; [] where the note was never finished, and so nothing was done."""
+        """Return the noted paths; [] if the note is incomplete, so that nothing was deleted yet."""
         try:
-            noted = json.loads(os.pread(self._lock.descriptor, LARGEST_NOTE, 0))
-            return [Path(path) for path in noted]
+            return [Path(path) for path in json.loads(os.pread(self._lock.descriptor, MAX_NOTE_BYTES, 0))]
         except (ValueError, TypeError):
             return []
 
     def delete_files(self) -> None:
-        """Remove them, and the note with the last of them."""
+        """Delete the files; delete the note once all are gone."""
         for path in self.paths():
-            if path.name == self.job_id and _ours(path, self._settings):
-                shutil.rmtree(path, onerror=_complain)
+            if path.name == self.job_id and _may_delete(path, self._settings):
+                shutil.rmtree(path, onerror=_log_error)
         if not any(path.exists() for path in self.paths()):
-            self.forget()
+            self.cancel()
 
-    def forget(self) -> None:
-        """They stay."""
+    def cancel(self) -> None:
+        """Delete the note; files that still exist stay."""
         self._note.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """What was neither carried out nor forgotten is decided at the next start."""
+        """Release the lock. If the note still exists, `sweep` decides at the next start."""
         self._lock.release()
 
 
 @contextlib.contextmanager
 def mark_for_deletion(settings: Settings, job_id: str, save_dir: str | None) -> Iterator[PendingDeletion]:
-    """The files of a job whose record goes now, or is not there yet. Raises Conflict."""
+    """Note the files of a job whose record is deleted now, or does not exist yet. Raises Conflict."""
     settings.trash.mkdir(parents=True, exist_ok=True)
     run = RunDir(settings.runs / job_id)
     try:
-        note = PendingDeletion(settings, settings.trash / f"{job_id}.json", WAIT_SECONDS)
+        note = PendingDeletion(settings, settings.trash / f"{job_id}.json", LOCK_SECONDS)
     except LockBusy:
         raise Conflict() from None
     try:
@@ -92,39 +91,39 @@ def mark_for_deletion(settings: Settings, job_id: str, save_dir: str | None) -> 
 
 
 def sweep(settings: Settings, database: Database) -> int:
-    """Carry out what an earlier service noted and did not get to; returns how many notes there were."""
-    found = sorted(settings.trash.glob("*.json")) if settings.trash.is_dir() else []
-    for path in found:
+    """Finish the deletions that an earlier service process noted; return the number of notes found."""
+    notes = sorted(settings.trash.glob("*.json")) if settings.trash.is_dir() else []
+    for path in notes:
         if not JOB_ID.fullmatch(path.stem):
             continue
         try:
             note = PendingDeletion(settings, path)
         except (LockBusy, OSError):
-            continue  # somebody is at it
+            continue  # another process works on it
         try:
-            _settle(note, database)
+            _finish(note, database)
         finally:
             note.close()
-    return len(found)
+    return len(notes)
 
 
-def _settle(note: PendingDeletion, database: Database) -> None:
+def _finish(note: PendingDeletion, database: Database) -> None:
     with database.read() as session:
-        kept = session.scalar(select(JobRow.id).where(JobRow.id == note.job_id)) is not None
-    if kept or not note.paths():
-        note.forget()
+        job_exists = session.scalar(select(JobRow.id).where(JobRow.id == note.job_id)) is not None
+    if job_exists or not note.paths():
+        note.cancel()
         return
     log.info("removing files that were left behind", extra={"job_id": note.job_id})
     note.delete_files()
 
 
-def _ours(path: Path, settings: Settings) -> bool:
-    """Looked at once more: a directory may have become a link since the job was submitted."""
+def _may_delete(path: Path, settings: Settings) -> bool:
+    # Checked again here: a directory may have become a symbolic link since the job was submitted.
     real = path.resolve()
     return real.name == path.name and any(real.is_relative_to(r) for r in (*settings.save_roots, settings.home))
 
 
-def _complain(_function: object, path: str, error: object) -> None:
+def _log_error(_function: object, path: str, error: object) -> None:
     reason = error[1] if isinstance(error, tuple) else error
     if not isinstance(reason, FileNotFoundError):
         log.warning("could not remove a file of a deleted job: %s: %s", path, type(reason).__name__)

@@ -1,7 +1,7 @@
-"""The deliveries of an event to webhooks, written in the event's own transaction: what is committed is sent.
+"""Deliveries of events to webhooks, written in the event's own transaction, so that every committed event is sent.
 
-A cursor over the events would lose some on Postgres: a transaction that commits late has a lower number than one that
-was read already.
+A cursor over the events table would lose some on Postgres: a transaction that commits late may have a lower number than
+one that was read before.
 """
 
 import json
@@ -14,14 +14,9 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.messages import FailureCard
 from trainyard.contract.status import Desired, JobStatus
-from trainyard.service.db.models import (
-    DeliveryRow,
-    EventRow,
-    JobRow,
-    WebhookRow,
-)
+from trainyard.service.db.models import DeliveryRow, EventRow, JobRow, WebhookRow
 from trainyard.service.jobs.failures import failure_card
-from trainyard.service.jobs.presenters import to_event_response
+from trainyard.service.jobs.presenters import columns, to_event_response
 from trainyard.service.jobs.queries import newest_step
 from trainyard.service.schemas import Event, Progress, ResponseModel
 
@@ -31,7 +26,7 @@ TYPES = {"created": "job.created", "checkpoint": "job.checkpoint", "warning": "j
 
 
 class JobPayload(ResponseModel):
-    """A job in a payload: as it was when the event happened, with the API's field names."""
+    """A job as it was after the event, with the API's field names."""
 
     object: Literal["job"] = "job"
     id: str
@@ -52,7 +47,7 @@ class JobPayload(ResponseModel):
 
 
 class EventPayload(ResponseModel):
-    """What happened, and to which job; ``webhook_id`` alone in a test."""
+    """The event and its job; a test has ``webhook_id`` only."""
 
     webhook_id: str
     event: Event | None = None
@@ -60,7 +55,7 @@ class EventPayload(ResponseModel):
 
 
 class Payload(ResponseModel):
-    """The body of a delivery. ``id`` is also in the header ``webhook-id``, and the same in every try."""
+    """The body of a delivery. ``id`` is also sent as the header ``webhook-id``, and is the same in every retry."""
 
     type: str
     id: str
@@ -69,37 +64,34 @@ class Payload(ResponseModel):
 
 
 def enqueue(session: Session, job: JobRow, event: EventRow) -> None:
-    """Queue the event for each webhook that wants it. ``event`` has its number, ``job`` is as it left it."""
-    kind = _type_of(event)
+    """Queue the event for each matching webhook. ``event`` has its number; ``job`` is as it was after the event."""
+    kind = f"job.{event.data['to']}" if event.kind == "status" else TYPES.get(event.kind)
     if kind is None:
         return
-    about = or_(WebhookRow.job_id.is_(None), WebhookRow.job_id == job.id)
+    any_or_this_job = or_(WebhookRow.job_id.is_(None), WebhookRow.job_id == job.id)
     columns = select(WebhookRow.id, WebhookRow.events, WebhookRow.labels)
-    query = columns.where(WebhookRow.enabled.is_(True), about).order_by(WebhookRow.number)
+    query = columns.where(WebhookRow.enabled.is_(True), any_or_this_job).order_by(WebhookRow.number)
     for webhook_id, events, labels in session.connection().execute(query).all():
         if (kind in events or ALL in events) and matches(labels, job.labels):
             enqueue_one(session, webhook_id, kind, job, event)
 
 
-def _type_of(event: EventRow) -> str | None:
-    return f"job.{event.data['to']}" if event.kind == "status" else TYPES.get(event.kind)
-
-
-def matches(wanted: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
-    """True if a job has all the wanted labels."""
-    return all(labels.get(key) == value for key, value in wanted.items())
+def matches(required: Mapping[str, Any], labels: Mapping[str, Any]) -> bool:
+    """Return True if a job with ``labels`` has all the required ones."""
+    return all(labels.get(key) == value for key, value in required.items())
 
 
 def enqueue_one(session: Session, webhook_id: str, kind: str, job: JobRow, event: EventRow) -> None:
-    """Queue one event for one webhook. The body is made now: the job may change later."""
-    news = EventPayload(webhook_id=webhook_id, event=to_event_response(event), job=_job(session, job))
-    payload = Payload(type=kind, id=f"evt_{event.number}", timestamp=event.at, data=news)
+    """Queue one event for one webhook."""
+    # The body is rendered now, because the job may change before it is sent.
+    data = EventPayload(webhook_id=webhook_id, event=to_event_response(event), job=_job_payload(session, job))
+    payload = Payload(type=kind, id=f"evt_{event.number}", timestamp=event.at, data=data)
     session.add(delivery_row(webhook_id, payload, job.id, job.id, event.at))
 
 
 def delivery_row(webhook_id: str, payload: Payload, job_id: str | None, lane: str, at: datetime) -> DeliveryRow:
-    """A pending delivery of ``payload``."""
-    # ASCII alone: no receiver stumbles over an encoding, and no database over a character.
+    """Return a pending delivery of ``payload``. ``lane``: deliveries of one lane are sent in order, one at a time."""
+    # ASCII only: safe for every receiver's decoder and every database's encoding.
     body = json.dumps(payload.model_dump(mode="json"), separators=(",", ":"), allow_nan=False)
     return DeliveryRow(
         webhook_id=webhook_id,
@@ -115,21 +107,10 @@ def delivery_row(webhook_id: str, payload: Payload, job_id: str | None, lane: st
     )
 
 
-def _job(session: Session, job: JobRow) -> JobPayload:
+def _job_payload(session: Session, job: JobRow) -> JobPayload:
     return JobPayload(
-        id=job.id,
-        name=job.name,
-        labels=job.labels,
-        status=job.status,
-        desired=job.desired,
-        reason=job.reason,
-        message=job.message,
+        **columns(job, JobPayload, "error", "progress", "attempt"),
         error=failure_card(job, newest_step(session, job.id)) if job.error else None,
         progress=Progress.model_validate(job.progress),
         attempt=job.attempt or None,
-        restart_at=job.restart_at,
-        created_at=job.created_at,
-        queued_at=job.queued_at,
-        started_at=job.started_at,
-        finished_at=job.finished_at,
     )

@@ -1,6 +1,6 @@
-"""The failure card: what happened, its evidence and hint as reported, and what to do now, the likeliest first. Pure.
+"""The failure card: what happened, evidence and hint as reported, and the next actions, most likely first. Pure.
 
-The same object in the API, in the terminal and in a webhook. Each action is a call of the API and a command.
+The API, the terminal and webhooks show the same object. Each action is both an API request and a command.
 """
 
 import json
@@ -15,31 +15,31 @@ from trainyard.contract.spec import JobSpec, TrainingSpec
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.db.models import JobRow
 from trainyard.service.jobs.lifecycle import resume_blocker
-from trainyard.service.jobs.queries import standing
+from trainyard.service.jobs.queries import job_state
 
 Changes = Mapping[str, Mapping[str, Any]]
-"""Group -> leaf -> what it is to be."""
+"""Group -> leaf -> new value."""
 
-ONCE = {
+RETRY_CONDITIONS = {
     Reason.OUT_OF_MEMORY: "on a device with more memory",
     Reason.HOST_OUT_OF_MEMORY: "once the host has more memory",
     Reason.DISK_FULL: "once there is room on the disk",
-    Reason.DATA_INVALID: "once the data is mended",
+    Reason.DATA_INVALID: "once the data is repaired",
     Reason.CHECKPOINT_INVALID: "from another checkpoint, with --step",
     Reason.LAUNCH_FAILED: "once it can be launched",
     Reason.DIVERGED: "as it was: it may diverge again",
 }
-"""Reason -> on what condition the same run may go better."""
+"""Reason -> the condition under which the same run may succeed."""
 
-OF_THE_AGENT = frozenset({Reason.LAUNCH_FAILED, Reason.AGENT_LOST, Reason.HOST_RESTARTED, Reason.NODE_LOST})
-"""Of these ends the ranks know nothing."""
+AGENT_FAILURES = frozenset({Reason.LAUNCH_FAILED, Reason.AGENT_LOST, Reason.HOST_RESTARTED, Reason.NODE_LOST})
+"""Failures of which the ranks' own logs show nothing."""
 
-LAST_LINES = 50
+TAIL_LINES = 50
 
 
 @dataclass(frozen=True)
 class FailureContext:
-    """A job that failed. ``step``: of its newest checkpoint; ``inherited``: a fork that has none of its own yet."""
+    """What the next actions depend on. ``step``: of the newest checkpoint; ``inherited``: the job is a fork."""
 
     job_id: str
     attempt: int
@@ -53,16 +53,13 @@ class FailureContext:
 
 
 def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
-    """Return the card of a job that failed or was interrupted; None if nothing went wrong.
-
-    ``step``: of its newest checkpoint.
-    """
+    """Return the job's failure card, or None if nothing failed. ``step``: of its newest checkpoint."""
     if not job.error:
         return None
     card = FailureCard.model_validate(job.error)
     if JobStatus(job.status) not in (JobStatus.FAILED, JobStatus.INTERRUPTED):
         return card
-    trouble = FailureContext(
+    context = FailureContext(
         job_id=job.id,
         attempt=job.attempt,
         code=card.code,
@@ -70,25 +67,24 @@ def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
         spec=job.spec,
         step=step,
         inherited=job.parent_step is not None,
-        resumable=resume_blocker(standing(job)) is None,
+        resumable=resume_blocker(job_state(job)) is None,
         restarts_itself=job.restart_at is not None,
     )
-    return card.model_copy(update={"next": next_actions(trouble)})
+    return card.model_copy(update={"next": next_actions(context)})
 
 
 def next_actions(job: FailureContext) -> list[NextAction]:
-    """Return what to do now, the likeliest first."""
-    return [*_with_changes(job), *_resumed(job), _log(job)]
+    """Return what to do now, most likely first."""
+    return [*_changed_run(job), *_resume(job), _read_log(job)]
 
 
-def _with_changes(job: FailureContext) -> Iterator[NextAction]:
-    """Another run of it, with settings that are likely to hold."""
-    changes = _changes(job)
+def _changed_run(job: FailureContext) -> Iterator[NextAction]:
+    changes = _suggested_changes(job)
     if changes is None:
         return
-    words = " and ".join(f"{leaf} {_written(value)}" for leaves in changes.values() for leaf, value in leaves.items())
+    words = " and ".join(f"{leaf} {_format(value)}" for leaves in changes.values() for leaf, value in leaves.items())
     if job.step is not None:
-        options = [f"--set {group}.{leaf}={_written(value)}" for group, leaf, value in _flat(changes)]
+        options = [f"--set {group}.{leaf}={_format(value)}" for group, leaf, value in _leaves(changes)]
         yield NextAction(
             action="fork",
             words=f"Fork from step {job.step:,} with {words}",
@@ -98,11 +94,11 @@ def _with_changes(job: FailureContext) -> Iterator[NextAction]:
             body={"step": job.step, "overrides": changes},
         )
     elif not job.inherited:
-        yield _again(job, changes, f"with {words}" if words else "with other settings")
+        yield _submit_again(job, changes, f"with {words}" if words else "with other settings")
 
 
-def _changes(job: FailureContext) -> Changes | None:
-    """None where other settings are no help."""
+def _suggested_changes(job: FailureContext) -> Changes | None:
+    """Return settings that are likely to work, or None if other settings do not help."""
     training = TrainingSpec.model_validate_json(json.dumps(job.spec["training"]))
     smaller = training.smaller_batch()
     match job.code:
@@ -116,14 +112,13 @@ def _changes(job: FailureContext) -> Changes | None:
             return None
 
 
-def _again(job: FailureContext, changes: Changes, how: str) -> NextAction:
-    """A new job of the same spec, by what differs from the defaults."""
-    body = _differing(job.spec, changes)
-    top = [f"--set {name}={shlex.quote(_written(body[name]))}" for name in body if name not in GROUPS]
-    options = [f"--set {group}.{leaf}={shlex.quote(_written(value))}" for group, leaf, value in _flat(body)]
+def _submit_again(job: FailureContext, changes: Changes, how: str) -> NextAction:
+    body = _non_default(job.spec, changes)
+    top = [f"--set {name}={shlex.quote(_format(body[name]))}" for name in body if name not in GROUPS]
+    options = [f"--set {group}.{leaf}={shlex.quote(_format(value))}" for group, leaf, value in _leaves(body)]
     return NextAction(
         action="submit",
-        words=f"Submit it anew, {how}",
+        words=f"Submit it again, {how}",
         command=" ".join(["trainyard submit", *top, *options]),
         method="POST",
         path="/jobs",
@@ -131,42 +126,42 @@ def _again(job: FailureContext, changes: Changes, how: str) -> NextAction:
     )
 
 
-def _differing(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
-    """The spec with changes, less what is as by default."""
+def _non_default(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """Return the changed spec without the values that are defaults."""
     data_path = spec["data"]["data_path"]
-    plain = JobSpec.model_validate({"data": {"data_path": data_path}}).model_dump(mode="json")
+    defaults = JobSpec.model_validate({"data": {"data_path": data_path}}).model_dump(mode="json")
     body: dict[str, Any] = {}
     for name, value in spec.items():
         if name in GROUPS:
             leaves = {**value, **changes.get(name, {})}
-            known = plain[name]
+            known = defaults[name]
             value = {leaf: leaves[leaf] for leaf in leaves if leaf not in known or leaves[leaf] != known[leaf]}
             if name == "data":
                 value = {"data_path": data_path, **value}
-        if value not in ({}, plain.get(name)):
+        if value not in ({}, defaults.get(name)):
             body[name] = value
     return body
 
 
-def _flat(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+def _leaves(body: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     return ((group, leaf, value) for group in body if group in GROUPS for leaf, value in body[group].items())
 
 
-def _written(value: Any) -> str:
+def _format(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _resumed(job: FailureContext) -> Iterator[NextAction]:
+def _resume(job: FailureContext) -> Iterator[NextAction]:
     if not job.resumable or job.code == Reason.SPEC_INVALID:
         return
-    where = f"Resume from step {job.step:,}" if job.step is not None else "Resume from the beginning"
+    words = f"Resume from step {job.step:,}" if job.step is not None else "Resume from the beginning"
     if job.step is None and job.inherited:
-        where = "Resume from its parent's checkpoint"
-    once = ONCE.get(Reason(job.code)) if job.code in list(Reason) else None
-    how = "now, without waiting for its restart" if job.restarts_itself else once
+        words = "Resume from its parent's checkpoint"
+    condition = RETRY_CONDITIONS.get(Reason(job.code)) if job.code in list(Reason) else None
+    how = "now, without waiting for its restart" if job.restarts_itself else condition
     yield NextAction(
         action="resume",
-        words=f"{where}, {how}" if how else where,
+        words=f"{words}, {how}" if how else words,
         command=f"trainyard resume {job.job_id}",
         method="POST",
         path=f"/jobs/{job.job_id}/resume",
@@ -174,11 +169,10 @@ def _resumed(job: FailureContext) -> Iterator[NextAction]:
     )
 
 
-def _log(job: FailureContext) -> NextAction:
-    """Where to read on."""
+def _read_log(job: FailureContext) -> NextAction:
     path = f"/jobs/{job.job_id}/logs?attempt={job.attempt}"
     command = f"trainyard logs {job.job_id} --attempt {job.attempt}"
-    if job.rank is None and job.code in OF_THE_AGENT:
+    if job.rank is None and job.code in AGENT_FAILURES:
         words, rank = "Read what its agent printed", "agent"
     else:
         rank = str(job.rank or 0)
@@ -186,8 +180,8 @@ def _log(job: FailureContext) -> NextAction:
     return NextAction(
         action="logs",
         words=words,
-        command=f"{command} --rank {rank} --tail {LAST_LINES}",
+        command=f"{command} --rank {rank} --tail {TAIL_LINES}",
         method="GET",
-        path=f"{path}&rank={rank}&tail={LAST_LINES}",
+        path=f"{path}&rank={rank}&tail={TAIL_LINES}",
         body=None,
     )

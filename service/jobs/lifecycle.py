@@ -1,18 +1,10 @@
-"""What may be done with a job, and what an attempt's end makes of it. Pure."""
+"""The rules of a job's lifecycle: which user action is allowed when, and what follows after an attempt. Pure."""
 
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 from trainyard.contract.messages import ErrorCard, ExitReport
-from trainyard.contract.status import (
-    LIVE,
-    RESTARTABLE,
-    TERMINAL,
-    UNCOUNTED_REASONS,
-    Desired,
-    JobStatus,
-    Reason,
-)
+from trainyard.contract.status import LIVE, RESTARTABLE, TERMINAL, UNCOUNTED_REASONS, Desired, JobStatus, Reason
 from trainyard.service.jobs.restart_policy import RestartHistory, fault
 from trainyard.service.timing import Timing
 
@@ -20,16 +12,17 @@ Action = Literal["pause", "resume", "save", "fork", "cancel", "kill", "delete"]
 ACTIONS: tuple[Action, ...] = ("pause", "resume", "save", "fork", "cancel", "kill", "delete")
 
 MAX_FRUITLESS_ATTEMPTS = 2
-"""After so many attempts in a row that failed and made no step, a further one would not either."""
+"""After this many failed attempts in a row without a step, another one would not make any either."""
 
-FINISHED_BLOCKER = "finished: give more epochs or max_steps to go on"
+FINISHED_BLOCKER = "finished: give more epochs or max_steps to continue"
+NOT_SAVED = "no checkpoint was written at this stop"
 
 
 @dataclass(frozen=True)
 class JobState:
-    """All that the rules look at. ``restart_due``: an interrupted job that will start again by itself.
+    """All that `decide` depends on. ``restart_due``: an interrupted job that will restart automatically.
 
-    ``preempted``: it is pausing for a job of higher priority, and will be queued again by itself.
+    ``preempted``: it is pausing for a job of higher priority, and will be queued again automatically.
     """
 
     status: JobStatus
@@ -42,7 +35,7 @@ class JobState:
 
 @dataclass(frozen=True)
 class Transition:
-    """The action fits. ``to`` None: the status stays and only the wish changes."""
+    """The action is allowed. ``to`` None: the status stays and only ``desired`` changes."""
 
     to: JobStatus | None
     desired: Desired
@@ -50,12 +43,12 @@ class Transition:
 
 @dataclass(frozen=True)
 class InProgress:
-    """The action was asked for before and goes its way."""
+    """The action was requested before and has not finished."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """The action does not fit, because of ``why``."""
+    """The action is not allowed, for ``reason``."""
 
     reason: str
 
@@ -64,7 +57,7 @@ Decision = Transition | InProgress | Rejected
 
 
 def decide(action: Action, job: JobState) -> Decision:
-    """What ``action`` does to a job that stands like this."""
+    """Return what ``action`` does to a job in this state."""
     match action:
         case "pause":
             return _pause(job)
@@ -72,33 +65,33 @@ def decide(action: Action, job: JobState) -> Decision:
             return _resume(job)
         case "save":
             running = job.status is JobStatus.RUNNING
-            return Transition(None, job.desired) if running else Rejected(_is(job.status))
+            return Transition(None, job.desired) if running else Rejected(_status_phrase(job.status))
         case "fork":
-            return (
-                Transition(None, job.desired) if job.has_checkpoint else Rejected("there is no checkpoint to begin at")
-            )
+            return Transition(None, job.desired) if job.has_checkpoint else Rejected("there is no checkpoint to fork")
         case "cancel":
             return _stop(job, Desired.CANCEL)
         case "kill":
             return _stop(job, Desired.KILL)
         case "delete":
             ended = job.status in TERMINAL
-            return Transition(None, job.desired) if ended else Rejected(f"{_is(job.status)}: cancel it first")
+            return (
+                Transition(None, job.desired) if ended else Rejected(f"{_status_phrase(job.status)}: cancel it first")
+            )
         case _:
             assert_never(action)
 
 
 def allowed_actions(job: JobState) -> list[str]:
-    """The verbs that fit."""
+    """Return the actions that are not rejected."""
     return [action for action in ACTIONS if not isinstance(decide(action, job), Rejected)]
 
 
 def resume_blocker(job: JobState) -> str | None:
-    """Why the job cannot be resumed as it is, or None where it can."""
+    """Return why the job cannot be resumed as it is, or None if it can."""
     decision = decide("resume", job)
     if isinstance(decision, Transition):
         return None
-    return decision.reason if isinstance(decision, Rejected) else _is(job.status)
+    return decision.reason if isinstance(decision, Rejected) else _status_phrase(job.status)
 
 
 def _pause(job: JobState) -> Decision:
@@ -114,7 +107,7 @@ def _pause(job: JobState) -> Decision:
         case JobStatus.INTERRUPTED if job.restart_due:
             return Transition(None, Desired.PAUSE)
         case _:
-            return Rejected(_is(job.status))
+            return Rejected(_status_phrase(job.status))
 
 
 def _resume(job: JobState) -> Decision:
@@ -128,32 +121,34 @@ def _resume(job: JobState) -> Decision:
         case JobStatus.PAUSING if job.preempted:
             return InProgress()
         case JobStatus.PAUSING | JobStatus.CANCELLING:
-            return Rejected(f"{_is(job.status)}: wait until it has stopped")
+            return Rejected(f"{_status_phrase(job.status)}: wait until it has stopped")
         case _:
-            return Rejected(_is(job.status))
+            return Rejected(_status_phrase(job.status))
 
 
-def _stop(job: JobState, wish: Desired) -> Decision:
+def _stop(job: JobState, desired: Desired) -> Decision:
     match job.status:
         case JobStatus.QUEUED | JobStatus.PAUSED | JobStatus.INTERRUPTED:
-            return Transition(JobStatus.CANCELLED, wish)
+            return Transition(JobStatus.CANCELLED, desired)
         case JobStatus.STARTING | JobStatus.RUNNING | JobStatus.PAUSING:
-            return Transition(JobStatus.CANCELLING, wish)
+            return Transition(JobStatus.CANCELLING, desired)
+        case JobStatus.CANCELLING if desired is Desired.KILL and job.desired is not Desired.KILL:
+            return Transition(None, desired)  # a cancel that saves becomes a kill
         case JobStatus.CANCELLING:
-            return Transition(None, wish) if wish is Desired.KILL and job.desired is not Desired.KILL else InProgress()
+            return InProgress()
         case _:
-            return Rejected(_is(job.status))
+            return Rejected(_status_phrase(job.status))
 
 
-def _is(status: JobStatus) -> str:
+def _status_phrase(status: JobStatus) -> str:
     return f"the job is {status}"
 
 
 @dataclass(frozen=True)
 class ExitDecision:
-    """What an attempt's end makes of its job. ``restart_seconds`` None: nothing happens without the user.
+    """The job's next state after an attempt. ``restart_seconds`` None: no automatic restart.
 
-    ``queued_again``: it has made room for another job, and takes its place in the queue again at once.
+    ``requeue``: the job was preempted, and is queued again at once in its old place.
     """
 
     status: JobStatus
@@ -162,49 +157,49 @@ class ExitDecision:
     error: ErrorCard | None = None
     restart_seconds: float | None = None
     restarts: int = 0
-    queued_again: bool = False
+    requeue: bool = False
 
 
 def after_exit(
     status: JobStatus,
     report: ExitReport,
-    past: RestartHistory,
+    history: RestartHistory,
     max_restarts: int,
     preempted_by: str | None = None,
     timing: Timing = Timing(),
 ) -> ExitDecision:
-    """Where a job goes from ``status`` when its attempt has ended as ``report`` says.
+    """Return the job's next state after an attempt ended as ``report`` says.
 
     Args:
-        status: one of the live ones; it says what the user wanted.
-        report: how the attempt ended. Anything but ``completed`` is never success.
-        past: what this attempt and those before it have come to, since the user last started the job.
-        max_restarts: how many restarts that count there may be.
-        preempted_by: the job for which this one is pausing; None: for its user.
-        timing: how long to wait before a restart.
+        status: one of LIVE. Pausing and cancelling mean that the user or the scheduler requested the stop.
+        report: how the attempt ended. Only ``completed`` is success.
+        history: this attempt and those before it, since the user last started the job.
+        max_restarts: the number of restarts that count.
+        preempted_by: the job for which this one is pausing, or None if the user paused it.
+        timing: delays before a restart.
     """
     assert status in LIVE, status
     if report.outcome == "completed":
-        return ExitDecision(JobStatus.SUCCEEDED, None, report.message, restarts=past.restarts)
+        return ExitDecision(JobStatus.SUCCEEDED, None, report.message, restarts=history.restarts)
     if status is JobStatus.CANCELLING:
-        saved = "" if report.outcome == "stopped" else "; nothing was saved by this stop"
-        return ExitDecision(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=past.restarts)
+        saved = "" if report.outcome == "stopped" else f"; {NOT_SAVED}"
+        return ExitDecision(JobStatus.CANCELLED, Reason.USER, f"{report.message}{saved}", restarts=history.restarts)
     if status is JobStatus.PAUSING and preempted_by is not None:
-        return _after_making_room(report, past, max_restarts, preempted_by, timing)
+        return _after_preemption(report, history, max_restarts, preempted_by, timing)
     if status is JobStatus.PAUSING:
-        return _after_pausing(report, past.restarts)
-    return _after_crash(report, fault(report.outcome, report.reason), past, max_restarts, timing)
+        return _after_pausing(report, history.restarts)
+    return _after_crash(report, fault(report.outcome, report.reason), history, max_restarts, timing)
 
 
-def _after_making_room(
-    report: ExitReport, past: RestartHistory, max_restarts: int, preempted_by: str, timing: Timing
+def _after_preemption(
+    report: ExitReport, history: RestartHistory, max_restarts: int, preempted_by: str, timing: Timing
 ) -> ExitDecision:
     if report.outcome == "stopped":
-        message = f"{report.message}, to make room for {preempted_by}; it goes on by itself"
-        return ExitDecision(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=past.restarts, queued_again=True)
-    # Ended after the grace: we asked for the stop, so it is no fault of the job's.
+        message = f"{report.message}, to make room for {preempted_by}; it resumes automatically"
+        return ExitDecision(JobStatus.PAUSED, Reason.PREEMPTED, message, restarts=history.restarts, requeue=True)
+    # Killed after the grace period: the scheduler requested the stop, so the job is not to blame.
     why = Reason.PREEMPTED if report.outcome == "killed" else fault(report.outcome, report.reason)
-    return _after_crash(report, why, past, max_restarts, timing)
+    return _after_crash(report, why, history, max_restarts, timing)
 
 
 def _after_pausing(report: ExitReport, restarts: int) -> ExitDecision:
@@ -212,51 +207,53 @@ def _after_pausing(report: ExitReport, restarts: int) -> ExitDecision:
         return ExitDecision(JobStatus.PAUSED, Reason.USER, report.message, restarts=restarts)
     reason = report.reason or Reason.UNKNOWN
     if report.outcome == "failed" and reason not in RESTARTABLE:
-        return ExitDecision(JobStatus.FAILED, reason, report.message, _card(report), restarts=restarts)
-    message = f"{report.message}; it was pausing, and nothing was saved by this stop"
-    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _card(report), restarts=restarts)
+        return ExitDecision(JobStatus.FAILED, reason, report.message, _error_card(report), restarts=restarts)
+    message = f"{report.message}; it was pausing, and {NOT_SAVED}"
+    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _error_card(report), restarts=restarts)
 
 
 def _after_crash(
-    report: ExitReport, reason: Reason, past: RestartHistory, max_restarts: int, timing: Timing
+    report: ExitReport, reason: Reason, history: RestartHistory, max_restarts: int, timing: Timing
 ) -> ExitDecision:
     if reason not in RESTARTABLE:
-        return ExitDecision(JobStatus.FAILED, reason, report.message, _card(report), restarts=past.restarts)
+        return ExitDecision(JobStatus.FAILED, reason, report.message, _error_card(report), restarts=history.restarts)
     counted = reason not in UNCOUNTED_REASONS
-    given_up = _given_up(past, max_restarts) if counted else None
+    given_up = _give_up_message(history, max_restarts) if counted else None
     if given_up is not None:
         why = Reason.MAX_RESTARTS if max_restarts else reason
-        return ExitDecision(JobStatus.FAILED, why, f"{report.message}{given_up}", _card(report), restarts=past.restarts)
-    # A time limit that was met with new steps is how a long run goes on, and nothing to wait after.
-    seconds = 0.0 if reason is Reason.TIME_LIMIT and not past.setbacks else _wait(past, counted, timing)
-    number = past.restarts + counted
+        return ExitDecision(
+            JobStatus.FAILED, why, f"{report.message}{given_up}", _error_card(report), restarts=history.restarts
+        )
+    # A long run reaches its time limit again and again: after new steps there is no reason to wait.
+    seconds = 0.0 if reason is Reason.TIME_LIMIT and not history.setbacks else _restart_delay(history, counted, timing)
+    number = history.restarts + counted
     which = f", {number} of {max_restarts}" if counted else ""
     message = f"{report.message}; restarting in {seconds:g} s{which}"
-    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _card(report), seconds, number)
+    return ExitDecision(JobStatus.INTERRUPTED, reason, message, _error_card(report), seconds, number)
 
 
-def _given_up(past: RestartHistory, max_restarts: int) -> str | None:
-    """What is to be said of a job that is not started again, or None where it is."""
-    if past.restarts >= max_restarts:
+def _give_up_message(history: RestartHistory, max_restarts: int) -> str | None:
+    """Return the message's end for a job that is not restarted, or None if it is."""
+    if history.restarts >= max_restarts:
         return f"; all {max_restarts} restarts are used up" if max_restarts else ""
-    if past.fruitless >= MAX_FRUITLESS_ATTEMPTS:
+    if history.fruitless >= MAX_FRUITLESS_ATTEMPTS:
         return (
-            f"; {past.fruitless} attempts in a row made no step, so it is given up "
-            f"after {past.restarts} of {max_restarts} restarts"
+            f"; {history.fruitless} attempts in a row made no step, so it is given up "
+            f"after {history.restarts} of {max_restarts} restarts"
         )
     return None
 
 
-def _wait(past: RestartHistory, counted: bool, timing: Timing) -> float:
-    """Seconds until the next attempt; longer each time, also where nobody is to blame."""
+def _restart_delay(history: RestartHistory, counted: bool, timing: Timing) -> float:
+    # Longer each time, also after ends that do not count against max_restarts.
     if counted:
-        table, before = timing.backoff_seconds, past.restarts
+        table, before = timing.backoff_seconds, history.restarts
     else:
-        table, before = timing.setback_seconds, max(0, past.setbacks - 1)
+        table, before = timing.setback_seconds, max(0, history.setbacks - 1)
     return table[min(before, len(table) - 1)]
 
 
-def _card(report: ExitReport) -> ErrorCard | None:
+def _error_card(report: ExitReport) -> ErrorCard | None:
     if report.error is not None or report.outcome == "stopped":
         return report.error
     return ErrorCard(code=report.reason or Reason.UNKNOWN, message=report.message)

@@ -1,4 +1,4 @@
-"""Rows as the shapes of the API."""
+"""Convert database rows to the API's response models."""
 
 import functools
 import os
@@ -9,28 +9,11 @@ from typing import Any
 
 from sqlalchemy import Row
 
-from trainyard.contract.status import (
-    Desired,
-    JobStatus,
-    Phase,
-    Reason,
-)
-from trainyard.service.db.models import (
-    AttemptRow,
-    CheckpointRow,
-    EventRow,
-    JobRow,
-    SampleRow,
-)
+from trainyard.contract.status import Desired, JobStatus, Phase, Reason
+from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
 from trainyard.service.jobs import queries
 from trainyard.service.jobs.failures import failure_card
-from trainyard.service.jobs.lifecycle import (
-    ACTIONS,
-    JobState,
-    Rejected,
-    decide,
-    resume_blocker,
-)
+from trainyard.service.jobs.lifecycle import ACTIONS, JobState, Rejected, decide, resume_blocker
 from trainyard.service.jobs.queries import JobRows
 from trainyard.service.jobs.summary import SummaryInput, summary
 from trainyard.service.schemas import (
@@ -45,26 +28,30 @@ from trainyard.service.schemas import (
     Plan,
     Progress,
     Queue,
+    ResponseModel,
     Sample,
 )
 
-NEXT_ROUND = "the scheduler's next look"
+NEXT_ROUND = "the next scheduling round"
 
 
-def to_job_responses(found: JobRows, waiting: Mapping[str, str]) -> list[Job]:
-    """The jobs as the API shows them. Looks at the disk: a checkpoint is shown only while it is there."""
+def to_job_responses(rows: JobRows, waiting: Mapping[str, str]) -> list[Job]:
+    """Return the jobs as the API shows them. ``waiting``: job id -> what a queued job waits for.
+
+    Reads the disk, because a checkpoint is shown only while it exists.
+    """
     now = datetime.now(UTC)
-    return [_show(job, found, waiting, now) for job in found.jobs]
+    return [_to_job_response(job, rows, waiting, now) for job in rows.jobs]
 
 
-def _show(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime) -> Job:
-    standing = queries.standing(job)
-    blocker = resume_blocker(standing)
-    newest = next((row for row in found.checkpoints.get(job.id, ()) if exists_on_disk(row)), None)
+def _to_job_response(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now: datetime) -> Job:
+    state = queries.job_state(job)
+    blocker = resume_blocker(state)
+    newest = next((row for row in rows.checkpoints.get(job.id, ()) if exists_on_disk(row)), None)
     queue = None
     if job.status == JobStatus.QUEUED:
-        queue = Queue(position=found.positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
-    placement = found.placements.get(job.id)
+        queue = Queue(position=rows.positions.get(job.id, 1), waiting_for=waiting.get(job.id, NEXT_ROUND))
+    placement = rows.placements.get(job.id)
     if job.status == JobStatus.STARTING and placement is not None and placement["waiting_for"] is not None:
         queue = Queue(position=None, waiting_for=placement["waiting_for"])
     checkpoint = to_checkpoint_response(newest) if newest is not None else None
@@ -73,8 +60,8 @@ def _show(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime
         id=job.id,
         name=job.name,
         labels=job.labels,
-        status=standing.status,
-        desired=standing.desired,
+        status=state.status,
+        desired=state.desired,
         phase=job.phase,
         reason=job.reason,
         message=job.message,
@@ -90,8 +77,8 @@ def _show(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime
         placement=Placement.model_validate(placement) if placement is not None else None,
         parent=_parent(job),
         submitted_by=job.submitted_by,
-        allowed_actions=_actions(replace(standing, has_checkpoint=newest is not None)),
-        summary=summary(_facts(job, progress, checkpoint, queue), now),
+        allowed_actions=_actions(replace(state, has_checkpoint=newest is not None)),
+        summary=summary(_summary_input(job, progress, checkpoint, queue), now),
         alerts=[Alert.model_validate(alert) for alert in job.alerts],
         restart_at=job.restart_at,
         created_at=job.created_at,
@@ -102,7 +89,6 @@ def _show(job: JobRow, found: JobRows, waiting: Mapping[str, str], now: datetime
 
 
 def _plan(facts: Mapping[str, Any]) -> Plan:
-    """The plan as far as it is known, and the work that the job's own steps come to."""
     plan = Plan.model_validate(facts)
     if plan.flops is not None or None in (plan.flops_per_token, plan.tokens_per_step, plan.steps):
         return plan
@@ -117,17 +103,17 @@ def _parent(job: JobRow) -> Parent | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _actions(standing: JobState) -> list[AllowedAction]:
-    """Shared by all jobs that stand like this: nobody changes it."""
-    shown = []
+def _actions(state: JobState) -> list[AllowedAction]:
+    # The cached list is shared by all jobs in this state: do not modify it.
+    actions = []
     for action in ACTIONS:
-        decision = decide(action, standing)
+        decision = decide(action, state)
         why_not = decision.reason if isinstance(decision, Rejected) else None
-        shown.append(AllowedAction(action=action, allowed=why_not is None, why_not=why_not))
-    return shown
+        actions.append(AllowedAction(action=action, allowed=why_not is None, why_not=why_not))
+    return actions
 
 
-def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue: Queue | None) -> SummaryInput:
+def _summary_input(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue: Queue | None) -> SummaryInput:
     return SummaryInput(
         status=JobStatus(job.status),
         desired=Desired(job.desired),
@@ -146,53 +132,30 @@ def _facts(job: JobRow, progress: Progress, checkpoint: Checkpoint | None, queue
 
 
 def exists_on_disk(row: CheckpointRow | Row[Any]) -> bool:
-    """Whether the checkpoint is still on disk."""
+    """Return True if the checkpoint is still on disk."""
     return os.path.exists(row.path)
 
 
 def to_checkpoint_response(row: CheckpointRow | Row[Any]) -> Checkpoint:
-    """A checkpoint row as the API shows it."""
-    return Checkpoint(
-        id=str(row.number),
-        job_id=row.job_id,
-        attempt=row.attempt,
-        step=row.step,
-        path=row.path,
-        bytes=row.bytes,
-        sha256=row.sha256,
-        kind=row.kind,
-        loss=row.loss,
-        created_at=row.created_at,
-    )
+    """Return a checkpoint row as the API shows it."""
+    return Checkpoint(id=str(row.number), **columns(row, Checkpoint, "id"))
 
 
 def to_event_response(row: EventRow | Row[Any]) -> Event:
-    """An event row as the API shows it."""
-    return Event(
-        id=str(row.number),
-        job_id=row.job_id,
-        attempt=row.attempt,
-        kind=row.kind,
-        actor=row.actor,
-        message=row.message,
-        data=row.data,
-        at=row.at,
-    )
+    """Return an event row as the API shows it."""
+    return Event(id=str(row.number), **columns(row, Event, "id"))
 
 
 def to_attempt_response(row: AttemptRow) -> Attempt:
-    """An attempt row as the API shows it; its token's hash stays here."""
+    """Return an attempt row as the API shows it, without its token's hash."""
     return Attempt.model_validate({**vars(row), "ranks": row.ranks or []})
 
 
 def to_sample_response(row: SampleRow | Row[Any]) -> Sample:
-    """A sample row as the API shows it."""
-    return Sample(
-        id=str(row.number),
-        job_id=row.job_id,
-        attempt=row.attempt,
-        step=row.step,
-        prompt=row.prompt,
-        text=row.text,
-        at=row.at,
-    )
+    """Return a sample row as the API shows it."""
+    return Sample(id=str(row.number), **columns(row, Sample, "id"))
+
+
+def columns(row: object, model: type[ResponseModel], *computed: str) -> dict[str, Any]:
+    """Return the model's fields that are columns of the row: all but ``computed``."""
+    return {name: getattr(row, name) for name in model.model_fields if name not in ("object", *computed)}

@@ -1,9 +1,9 @@
-"""Jobs in the database: found, locked, changed. Every change of status is one guarded update plus its event row."""
+"""Read, lock and change jobs in the database. Every change of status is one guarded update plus its event row."""
 
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -15,27 +15,22 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Desired, JobStatus, can_transition
 from trainyard.service.auth import quotas
 from trainyard.service.auth.principal import Principal
-from trainyard.service.db.models import (
-    EventRow,
-    IdempotencyRow,
-    JobRow,
-    LabelRow,
-)
+from trainyard.service.db.models import EventRow, IdempotencyRow, JobRow, LabelRow
 from trainyard.service.errors import Conflict, JobNotFound, KeyReused
 from trainyard.service.ids import JOB_ID, new_id
 from trainyard.service.jobs import event_outbox
 
-LAST_ALERTS = 20
+MAX_ALERTS = 20
 
 log = logging.getLogger("trainyard")
 
 
 class ImpossibleTransition(RuntimeError):
-    """Code asked for a change of status that the table does not have."""
+    """A change of status that `can_transition` does not allow: a bug in the caller."""
 
 
 def find(session: Session, job_id: str) -> JobRow:
-    """The job. Raises JobNotFound, also for what cannot be an id."""
+    """Return the job. Raises JobNotFound, also for text that is no job id."""
     job = session.scalar(select(JobRow).where(JobRow.id == job_id)) if JOB_ID.fullmatch(job_id) else None
     if job is None:
         raise JobNotFound()
@@ -43,7 +38,7 @@ def find(session: Session, job_id: str) -> JobRow:
 
 
 def lock(session: Session, job_id: str) -> JobRow:
-    """The job, for changing it: nobody else changes it or its attempts before this transaction ends."""
+    """Return the job, locked with its attempts until this transaction ends. Raises JobNotFound."""
     if not JOB_ID.fullmatch(job_id):
         raise JobNotFound()
     job = session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update())
@@ -54,7 +49,7 @@ def lock(session: Session, job_id: str) -> JobRow:
 
 @dataclass(frozen=True)
 class EventDraft:
-    """An event: who did what, in one sentence. ``actor`` is a caller's name, service, scheduler or agent."""
+    """An event to record; ``message`` is one sentence. ``actor``: a caller's name, service, scheduler or agent."""
 
     kind: str
     message: str
@@ -64,34 +59,34 @@ class EventDraft:
     data: dict[str, Any] | None = None
 
 
-def record_event(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
-    """Write an event row, and queue it for the webhooks that want it."""
-    event = _write_down(session, job, note, now)
+def record_event(session: Session, job: JobRow, draft: EventDraft, now: datetime) -> EventRow:
+    """Write an event row, and queue its deliveries to webhooks."""
+    event = _insert_event(session, job, draft, now)
     event_outbox.enqueue(session, job, event)
     return event
 
 
-def _write_down(session: Session, job: JobRow, note: EventDraft, now: datetime) -> EventRow:
+def _insert_event(session: Session, job: JobRow, draft: EventDraft, now: datetime) -> EventRow:
     event = {
         "job_id": job.id,
-        "attempt": note.attempt if note.attempt is not None else (job.attempt or None),
-        "seq": note.seq,
-        "kind": note.kind,
-        "actor": note.actor,
-        "message": note.message,
-        "data": note.data or {},
+        "attempt": draft.attempt if draft.attempt is not None else (job.attempt or None),
+        "seq": draft.seq,
+        "kind": draft.kind,
+        "actor": draft.actor,
+        "message": draft.message,
+        "data": draft.data or {},
         "at": now,
     }
     number = session.connection().execute(insert(EventRow).returning(EventRow.number), event).scalar_one()
     return EventRow(number=number, **event)
 
 
-def transition(session: Session, job: JobRow, to: JobStatus, note: EventDraft, now: datetime, **changes: Any) -> None:
-    """Change the status, and ``changes`` with it, if nobody was faster; and write the event.
+def transition(session: Session, job: JobRow, to: JobStatus, draft: EventDraft, now: datetime, **changes: Any) -> None:
+    """Change the status and the columns in ``changes``, and record the event.
 
     Raises:
-        ImpossibleTransition: the table has no such change.
-        Conflict: the job was changed by somebody else since it was read.
+        ImpossibleTransition: if `can_transition` does not allow it.
+        Conflict: if another transaction changed the job since it was read.
     """
     before = JobStatus(job.status)
     if not can_transition(before, to):
@@ -99,15 +94,16 @@ def transition(session: Session, job: JobRow, to: JobStatus, note: EventDraft, n
     session.flush()
     guard = (JobRow.id == job.id, JobRow.status == before, JobRow.version == job.version)
     values = {"status": to, "version": job.version + 1, **changes}
-    done = session.execute(update(JobRow).where(*guard).values(values).execution_options(synchronize_session=False))
-    if getattr(done, "rowcount", 0) != 1:
+    result = session.execute(update(JobRow).where(*guard).values(values).execution_options(synchronize_session=False))
+    if getattr(result, "rowcount", 0) != 1:
         raise Conflict()
-    data = {"from": before, "to": to, "reason": changes.get("reason"), **(note.data or {})}
-    event = _write_down(session, job, EventDraft("status", note.message, note.actor, note.attempt, note.seq, data), now)
+    data = {"from": before, "to": to, "reason": changes.get("reason"), **(draft.data or {})}
+    event = _insert_event(session, job, replace(draft, kind="status", data=data), now)
     session.flush()
     session.refresh(job)
+    # After the refresh: the payload shows the job as the event left it.
     event_outbox.enqueue(session, job, event)
-    log.info("%s -> %s", before, to, extra={"job_id": job.id, "attempt": job.attempt, "actor": note.actor})
+    log.info("%s -> %s", before, to, extra={"job_id": job.id, "attempt": job.attempt, "actor": draft.actor})
 
 
 SUBMITTED = EventDraft("", "submitted")
@@ -121,9 +117,9 @@ def create(
     by: Principal,
     now: datetime,
     job_id: str | None = None,
-    note: EventDraft = SUBMITTED,
+    draft: EventDraft = SUBMITTED,
 ) -> JobRow:
-    """A new queued job. ``note``: where it comes from. Raises QuotaExceeded."""
+    """Create a queued job. ``draft``: how it came to be, for its first event. Raises QuotaExceeded."""
     ranks = spec.resources.ranks
     quotas.check_quota(session, by, ranks)
     job = JobRow(
@@ -147,13 +143,13 @@ def create(
     session.add(job)
     session.flush()
     _add_labels(session, job, dict(spec.labels))
-    data = {"to": JobStatus.QUEUED, **(note.data or {})}
-    record_event(session, job, EventDraft("created", note.message, by.name, data=data), now)
+    data = {"to": JobStatus.QUEUED, **(draft.data or {})}
+    record_event(session, job, EventDraft("created", draft.message, by.name, data=data), now)
     return job
 
 
 def put_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
-    """Make ``labels`` the job's labels."""
+    """Replace the job's labels."""
     session.connection().execute(delete(LabelRow).where(LabelRow.job_id == job.id))
     _add_labels(session, job, labels)
     job.labels = labels
@@ -165,40 +161,39 @@ def _add_labels(session: Session, job: JobRow, labels: dict[str, str]) -> None:
         session.connection().execute(insert(LabelRow), rows)
 
 
-def alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
-    """Show something on the job itself; the newest of each code is kept."""
-    shown = new_alert(code, message, now, step)
+def add_alert(job: JobRow, code: str, message: str, now: datetime, step: int | None = None) -> None:
+    """Add an alert to the job; it replaces one of the same code."""
     others = [other for other in job.alerts if other.get("code") != code]
-    job.alerts = [*others, shown][-LAST_ALERTS:]
+    job.alerts = [*others, new_alert(code, message, now, step)][-MAX_ALERTS:]
 
 
 def new_alert(code: str, message: str, now: datetime, step: int | None = None) -> dict[str, Any]:
-    """An alert as it is stored."""
+    """Return an alert as it is stored."""
     return {"code": code, "message": message, "step": step, "at": now.isoformat().replace("+00:00", "Z")}
 
 
 def body_digest(raw: object) -> str:
-    """sha256 of a JSON value, whatever its spacing and order of keys."""
+    """Return the sha256 of a JSON value, independent of spacing and of the order of keys."""
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
 def find_by_idempotency_key(session: Session, key: str, digest: str, oldest: datetime) -> JobRow | None:
-    """The job made under this key since ``oldest``. Raises KeyReused where it was made from another body."""
-    known = session.get(IdempotencyRow, key)
-    if known is None or known.created_at < oldest:
+    """Return the job made under this key since ``oldest``, or None. Raises KeyReused if its body was another one."""
+    row = session.get(IdempotencyRow, key)
+    if row is None or row.created_at < oldest:
         return None
-    if known.body_sha256 != digest:
+    if row.body_sha256 != digest:
         raise KeyReused()
-    return find(session, known.job_id)
+    return find(session, row.job_id)
 
 
-def forget_keys(session: Session, oldest: datetime) -> None:
-    """Drop the keys of submissions that are older than that; their jobs stay."""
+def delete_old_keys(session: Session, oldest: datetime) -> None:
+    """Delete the idempotency keys made before ``oldest``; their jobs stay."""
     session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < oldest))
 
 
-def remember_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:
-    """Bind the key to the job; False where another request was faster."""
+def save_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:
+    """Store the key with its job; return False if another request has stored it first."""
     try:
         with session.begin_nested():
             session.add(IdempotencyRow(key=key, body_sha256=digest, job_id=job.id, created_at=now))

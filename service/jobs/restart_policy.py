@@ -1,4 +1,4 @@
-"""What a job's attempts have come to since the user last started it: whether it gets anywhere at all. Pure."""
+"""The attempts since the user last started a job: do they make progress, and whose fault was it if not? Pure."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from trainyard.contract.status import UNCOUNTED_REASONS, Reason
 
 BY_USER = ("submit", "resume")
-"""Triggers of an attempt that somebody asked for: with it everything is counted anew."""
+"""Triggers of attempts that a user requested. They reset all counts."""
 
 
 @dataclass(frozen=True)
 class EndedAttempt:
-    """One attempt that ended. ``moved``: it made a step beyond the checkpoint it began from."""
+    """One attempt that ended. ``made_progress``: it made a step after the one it started from."""
 
     trigger: str
     reason: Reason
@@ -20,10 +20,10 @@ class EndedAttempt:
 
 @dataclass(frozen=True)
 class RestartHistory:
-    """``restarts`` are those that count against ``max_restarts``.
+    """``restarts``: those that count against ``max_restarts``.
 
-    Of the newest attempts in a row that made no step, ``fruitless`` ended by their own fault and ``setbacks`` by
-    nobody's. Both include the attempt that has just ended.
+    Of the newest attempts in a row that made no step, ``fruitless`` failed by themselves and ``setbacks`` for a reason
+    outside the job. Both include the attempt that has just ended.
     """
 
     restarts: int = 0
@@ -32,14 +32,14 @@ class RestartHistory:
 
 
 def made_a_step(start_step: int | None, end_step: int | None) -> bool:
-    """Whether an attempt came further than it began. One that never said where it began was at 0."""
+    """Return True if an attempt made a step. One that never reported its start step started at 0."""
     return (end_step or 0) > (start_step or 0)
 
 
 def fault(outcome: str, reason: Reason | None) -> Reason:
-    """Why an attempt ended that nobody here had asked to end."""
+    """Return the reason of an end that the service did not request."""
     if reason is Reason.TIME_LIMIT:
-        return reason  # saved in time or not
+        return reason  # whether it saved in time or not
     match outcome:
         case "stopped":
             return Reason.TERMINATED  # a host that shuts down, or a person with a shell
@@ -50,7 +50,7 @@ def fault(outcome: str, reason: Reason | None) -> Reason:
 
 
 def restart_history(restarts: int, newest_first: Iterable[EndedAttempt]) -> RestartHistory:
-    """Count back to the newest attempt that made a step, or that the user had asked for."""
+    """Count back to the newest attempt that made a step or that the user requested."""
     fruitless = setbacks = 0
     for attempt in newest_first:
         if attempt.made_progress:

@@ -1,4 +1,4 @@
-"""The last look at a spec before it becomes a job: what only this host can know, all mistakes at once."""
+"""Validate a spec against this host before it becomes a job, with all mistakes at once; and its initial plan."""
 
 import math
 import os
@@ -11,23 +11,41 @@ from typing import Any
 from trainyard.contract.allowed_paths import outside_reason
 from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.tokenizer_info import (
-    BYTE,
-    TokenizerInvalid,
-    tokenizer_file,
-    vocabulary_size,
-)
+from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
 from trainyard.model import costs
-from trainyard.model.costs import memory_bytes
 from trainyard.service.devices.inventory import Device, count_by_kind, kind_for
-from trainyard.service.devices.memory import limit_for
+from trainyard.service.devices.memory import memory_limit
 from trainyard.service.errors import SpecInvalid, with_problems
 from trainyard.service.launch.slurm.launcher import SLURM, device_on_nodes
 from trainyard.service.settings import Settings
 
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_VOCABULARY = 2**24
+
+DIRECTORY_FIELDS = ("tokenizer_path", "from_weight")
+"""Fields that may name a directory whose files are read."""
+
+UNLESS_SET = {
+    "TRAINYARD_DATA_ROOTS": "unless it is set: where the service was started, its home and the temporary directory",
+    "TRAINYARD_SAVE_ROOTS": "unless it is set: the service's home alone",
+}
+
+WEIGHT_ENDINGS = (".pth", ".safetensors")
+
+Finding = tuple[Problem, tuple[str, ...]]
+"""A mistake, with the pointers of every field that is involved in it."""
+
+
+@dataclass(frozen=True)
+class HostLimits:
+    """What a spec is validated against."""
+
+    settings: Settings
+    devices: Sequence[Device]
+
 
 def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
-    """The plan's fields that do not need the corpus. ``device`` is what the spec's device means on this host."""
+    """Return the plan's fields that do not need the corpus. ``device``: the device kind that `kind_of` returns."""
     model, training = spec.model, spec.training
     assert model.vocab_size is not None
     memory = costs.memory_bytes(
@@ -56,36 +74,8 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
     }
 
 
-LARGEST_TOKENIZER_BYTES = 256 << 20
-
-LARGEST_VOCABULARY = 2**24
-
-FOLDERS = ("tokenizer_path", "from_weight")
-
-"""What may be a folder of files to be read."""
-
-UNLESS_SET = {
-    "TRAINYARD_DATA_ROOTS": "unless it is set: where the service was started, its home and the temporary directory",
-    "TRAINYARD_SAVE_ROOTS": "unless it is set: the service's home alone",
-}
-
-WEIGHT_ENDINGS = (".pth", ".safetensors")
-
-Found = tuple[Problem, tuple[str, ...]]
-
-"""A mistake, with the pointers of every field that takes part in it."""
-
-
-@dataclass(frozen=True)
-class HostLimits:
-    """What a spec is held against."""
-
-    settings: Settings
-    devices: Sequence[Device]
-
-
 def kind_of(spec: JobSpec, host: HostLimits) -> str:
-    """What ``resources.device`` comes to where the job will run: ``cpu``, ``cuda``, or one such as ``cuda:1``."""
+    """Return what ``resources.device`` means where the job will run: ``cpu``, ``cuda``, or e.g. ``cuda:1``."""
     setup = host.settings.slurm
     if spec.resources.launcher == SLURM and setup is not None:
         return device_on_nodes(spec, setup)
@@ -93,20 +83,19 @@ def kind_of(spec: JobSpec, host: HostLimits) -> str:
 
 
 def validate_spec(raw: object, host: HostLimits) -> JobSpec:
-    """The resolved spec: absolute paths, the vocabulary's size. Raises SpecInvalid with every mistake."""
+    """Return the spec with absolute paths and the vocabulary's size. Raises SpecInvalid with every mistake."""
     parsed = parse_spec(raw)
     if not isinstance(raw, dict):
         raise with_problems(SpecInvalid, parsed.problems)
-    check = _SpecValidator(parsed, host)
-    problems = [*parsed.problems, *check.problems()]
+    validator = _SpecValidator(parsed, host)
+    problems = [*parsed.problems, *validator.problems()]
     if problems:
         raise with_problems(SpecInvalid, problems)
-    return check.resolved()
+    return validator.resolved()
 
 
 class _SpecValidator:
-    """One spec held against the host. What was resolved on the way is kept for `resolved`."""
-
+    # `problems` fills in paths and vocabulary, and `resolved` uses them.
     def __init__(self, parsed: ParsedSpec, host: HostLimits) -> None:
         self.parsed = parsed
         self.spec = parsed.spec
@@ -115,7 +104,7 @@ class _SpecValidator:
         self.vocabulary: int | None = None
 
     def problems(self) -> list[Problem]:
-        found = [
+        findings = [
             *self._data(),
             *self._tokenizer(),
             *self._weights(),
@@ -124,41 +113,42 @@ class _SpecValidator:
             *self._devices(),
             *self._memory(),
         ]
-        return [problem for problem, involved in found if self.parsed.trusts(*involved, *map(_group, involved))]
+        return [problem for problem, involved in findings if self.parsed.trusts(*involved, *map(_group, involved))]
 
     def resolved(self) -> JobSpec:
-        """The spec with what was found out."""
         spec = self.spec
         assert self.vocabulary is not None
         return spec.model_copy(
             update={
                 "model": spec.model.with_vocab_size(self.vocabulary),
-                "data": spec.data.model_copy(update=self._real("data_path", "eval_data_path", "tokenizer_path")),
-                "training": spec.training.model_copy(update=self._real("from_weight")),
-                "checkpoint": spec.checkpoint.model_copy(update=self._real("save_dir")),
+                "data": spec.data.model_copy(
+                    update=self._resolved_paths("data_path", "eval_data_path", "tokenizer_path")
+                ),
+                "training": spec.training.model_copy(update=self._resolved_paths("from_weight")),
+                "checkpoint": spec.checkpoint.model_copy(update=self._resolved_paths("save_dir")),
                 "resources": spec.resources.model_copy(update={"launcher": SLURM})
-                if self.elsewhere
+                if self.runs_on_slurm
                 else spec.resources,
             }
         )
 
-    def _real(self, *leaves: str) -> dict[str, str]:
+    def _resolved_paths(self, *leaves: str) -> dict[str, str]:
         return {leaf: self.paths[leaf] for leaf in leaves if leaf in self.paths}
 
-    def _data(self) -> Iterator[Found]:
+    def _data(self) -> Iterator[Finding]:
         for leaf, given in (("data_path", self.spec.data.data_path), ("eval_data_path", self.spec.data.eval_data_path)):
             if given is not None:
-                trouble = self._below_roots(leaf, given) or _why_no_corpus(Path(self.paths[leaf]))
-                yield from _at(f"/data/{leaf}", trouble)
+                error = self._resolve_data_path(leaf, given) or _corpus_error(Path(self.paths[leaf]))
+                yield from _at(f"/data/{leaf}", error)
 
-    def _tokenizer(self) -> Iterator[Found]:
+    def _tokenizer(self) -> Iterator[Finding]:
         given = self.spec.data.tokenizer_path
-        trouble = None
+        error = None
         if given != BYTE:
-            trouble = self._below_roots("tokenizer_path", given)
-        if trouble is None:
-            trouble = self._read_vocabulary(self.paths.get("tokenizer_path", BYTE))
-        yield from _at("/data/tokenizer_path", trouble)
+            error = self._resolve_data_path("tokenizer_path", given)
+        if error is None:
+            error = self._read_vocabulary(self.paths.get("tokenizer_path", BYTE))
+        yield from _at("/data/tokenizer_path", error)
         size = self.spec.model.vocab_size
         if self.vocabulary is not None and size is not None and size < self.vocabulary:
             message = f"must be at least the tokenizer's size, {self.vocabulary}, or left out"
@@ -166,40 +156,39 @@ class _SpecValidator:
 
     def _read_vocabulary(self, path: str) -> str | None:
         try:
-            if path != BYTE and tokenizer_file(path).stat().st_size > LARGEST_TOKENIZER_BYTES:
-                return "holds a tokenizer.json that is far too large"
+            if path != BYTE and tokenizer_file(path).stat().st_size > MAX_TOKENIZER_BYTES:
+                return "has a tokenizer.json that is too large"
             size = vocabulary_size(path)
         except (TokenizerInvalid, OSError, ArithmeticError):
             return (
                 'must be a directory with a readable tokenizer.json, or "byte"; `trainyard tokenizer train` makes one'
             )
-        if not 0 < size <= LARGEST_VOCABULARY:
-            return f"must have at most {LARGEST_VOCABULARY} tokens"
+        if not 0 < size <= MAX_VOCABULARY:
+            return f"must have at most {MAX_VOCABULARY} tokens"
         self.vocabulary = size
         return None
 
-    def _weights(self) -> Iterator[Found]:
+    def _weights(self) -> Iterator[Finding]:
         given = self.spec.training.from_weight
         if given is None or not ("/" in given or given.endswith(WEIGHT_ENDINGS)):
             return  # nothing, or MiniMind's bare name, which the worker looks up in save_dir
-        trouble = self._below_roots("from_weight", given)
-        if trouble is None and not _holds_weights(Path(self.paths["from_weight"])):
-            trouble = "must be a file of weights, or a Hugging Face directory with a model.safetensors"
-        yield from _at("/training/from_weight", trouble)
+        error = self._resolve_data_path("from_weight", given)
+        if error is None and not _has_weights(Path(self.paths["from_weight"])):
+            error = "must be a file of weights, or a Hugging Face directory with a model.safetensors"
+        yield from _at("/training/from_weight", error)
 
-    def _save_dir(self) -> Iterator[Found]:
+    def _save_dir(self) -> Iterator[Finding]:
         given = self.spec.checkpoint.save_dir
         if given is None:
             return
         settings = self.host.settings
-        trouble = self._resolve("save_dir", given, (*settings.save_roots, settings.home), "TRAINYARD_SAVE_ROOTS")
-        yield from _at("/checkpoint/save_dir", trouble or _why_not_writable(Path(self.paths["save_dir"])))
+        error = self._resolve("save_dir", given, (*settings.save_roots, settings.home), "TRAINYARD_SAVE_ROOTS")
+        yield from _at("/checkpoint/save_dir", error or _write_error(Path(self.paths["save_dir"])))
 
-    def _launcher(self) -> Iterator[Found]:
-        """Which launcher it will be, and whether it can do what is asked."""
+    def _launcher(self) -> Iterator[Finding]:
         resources, settings = self.spec.resources, self.host.settings
-        if self.elsewhere:
-            yield from self._on_slurm()
+        if self.runs_on_slurm:
+            yield from self._slurm_options()
         elif resources.launcher is None and resources.max_nodes > 1:
             message = 'must be 1 on this host; "launcher": "slurm" runs on several nodes'
             yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
@@ -207,11 +196,10 @@ class _SpecValidator:
             yield from _at("/resources/launcher", 'must be "local": this service is not set up for Slurm')
 
     @property
-    def elsewhere(self) -> bool:
-        """Whether it does not run on this host's devices."""
+    def runs_on_slurm(self) -> bool:
         return (self.spec.resources.launcher or self.host.settings.launcher) == SLURM
 
-    def _on_slurm(self) -> Iterator[Found]:
+    def _slurm_options(self) -> Iterator[Finding]:
         resources, setup = self.spec.resources, self.host.settings.slurm
         if ":" in resources.device:
             yield from _at("/resources/device", 'must name no device: Slurm chooses; "cuda" is any')
@@ -223,29 +211,29 @@ class _SpecValidator:
                     f"/resources/slurm/extra/{place}", f"is not allowed; TRAINYARD_SLURM_ALLOW has: {allowed}"
                 )
 
-    def _devices(self) -> Iterator[Found]:
-        if self.elsewhere:
+    def _devices(self) -> Iterator[Finding]:
+        if self.runs_on_slurm:
             return
-        asked, ranks = self.spec.resources.device, self.spec.resources.nproc_per_node
-        kind = kind_for(asked, self.host.devices)
-        have = count_by_kind(self.host.devices, kind)
-        if kind.startswith("cuda") and have == 0:
-            there = "there is none" if kind == "cuda" else "there is no such device"
-            yield from _at("/resources/device", f'asks for CUDA, and {there} on this host; "auto" takes what there is')
-        elif ranks > have:
-            what = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, "device of that name")
-            message = f"must be at most {have}: this host has {have} {what}"
+        device, ranks = self.spec.resources.device, self.spec.resources.nproc_per_node
+        kind = kind_for(device, self.host.devices)
+        available = count_by_kind(self.host.devices, kind)
+        if kind.startswith("cuda") and available == 0:
+            missing = "there is none" if kind == "cuda" else "there is no such device"
+            yield from _at("/resources/device", f'asks for CUDA, and {missing} on this host; "auto" takes any')
+        elif ranks > available:
+            unit = {"cpu": "CPU slots", "cuda": "GPUs"}.get(kind, "device of that name")
+            message = f"must be at most {available}: this host has {available} {unit}"
             yield Problem("/resources/nproc_per_node", message), ("/resources/nproc_per_node", "/resources/device")
 
-    def _memory(self) -> Iterator[Found]:
-        """Only what no other batch would change; all else is an estimate, and for the plan to warn of."""
+    def _memory(self) -> Iterator[Finding]:
+        # Only the part that no other batch size would change; the rest is an estimate, of which the plan warns.
         resources, kind = self.spec.resources, kind_for(self.spec.resources.device, self.host.devices)
-        limit = limit_for(kind, self.host.devices)
+        limit = memory_limit(kind, self.host.devices)
         size = max(self.spec.model.vocab_size or 0, self.vocabulary or 0)
-        if self.elsewhere or limit is None or not size:
+        if self.runs_on_slurm or limit is None or not size:
             return
         model, optimizer = replace(self.spec.model, vocab_size=size), self.spec.training.optimizer
-        least = memory_bytes(model, batch_size=1, seq_len=1, dtype="float32", optimizer=optimizer)
+        least = costs.memory_bytes(model, batch_size=1, seq_len=1, dtype="float32", optimizer=optimizer)
         alone = least.weights + least.gradients + least.optimizer
         needed = alone * (resources.nproc_per_node if kind == "cpu" else 1)
         if needed > limit:
@@ -256,55 +244,51 @@ class _SpecValidator:
             )
             yield Problem("/model", message), ("/model", "/resources/nproc_per_node", "/resources/device")
 
-    def _below_roots(self, leaf: str, given: str) -> str | None:
+    def _resolve_data_path(self, leaf: str, given: str) -> str | None:
         settings = self.host.settings
         return self._resolve(leaf, given, (*settings.data_roots, settings.home), "TRAINYARD_DATA_ROOTS")
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
-        """Put the real path into ``paths``; else say why not."""
-        trouble = outside_reason(given, roots, content=leaf in FOLDERS)
-        if trouble is not None:
-            return f"{trouble} the directories that {setting} allows; {UNLESS_SET[setting]}"
+        """Put the real path into ``paths`` and return None, or return why the path is not allowed."""
+        error = outside_reason(given, roots, content=leaf in DIRECTORY_FIELDS)
+        if error is not None:
+            return f"{error} the directories that {setting} allows; {UNLESS_SET[setting]}"
         self.paths[leaf] = str(Path(given).resolve())
         return None
 
 
 def _group(pointer: str) -> str:
-    """``/data`` of ``/data/data_path``: a group that is wrong as a whole was reported as a whole."""
+    # ``/data`` of ``/data/data_path``: a group that is wrong as a whole was reported as a whole.
     return pointer.rpartition("/")[0]
 
 
-def _at(pointer: str, trouble: str | None) -> Iterator[Found]:
-    if trouble is not None:
-        yield Problem(pointer, trouble), (pointer,)
+def _at(pointer: str, error: str | None) -> Iterator[Finding]:
+    if error is not None:
+        yield Problem(pointer, error), (pointer,)
 
 
-def _why_no_corpus(path: Path) -> str | None:
-    """A first cheap look that opens nothing: a FIFO would hang, and a device would never end."""
+def _corpus_error(path: Path) -> str | None:
+    # Does not open the file: a FIFO would hang, and a device would never end.
     try:
-        found = path.stat()
+        info = path.stat()
     except (OSError, ValueError):
         return "does not exist or cannot be reached"
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(info.st_mode):
         return "must be a regular file"
     if not os.access(path, os.R_OK):
         return "cannot be read by the service"
-    return "is empty" if found.st_size == 0 else None
+    return "is empty" if info.st_size == 0 else None
 
 
-def _holds_weights(path: Path) -> bool:
-    """A file, or a directory as Hugging Face writes it: in one piece or with an index."""
-    return any(map(_is_file, (path, path / "model.safetensors", path / "model.safetensors.index.json")))
-
-
-def _is_file(path: Path) -> bool:
+def _has_weights(path: Path) -> bool:
+    # A file, or a Hugging Face directory with one file or with an index of several.
     try:
-        return path.is_file()
+        return any(p.is_file() for p in (path, path / "model.safetensors", path / "model.safetensors.index.json"))
     except OSError:
         return False
 
 
-def _why_not_writable(path: Path) -> str | None:
+def _write_error(path: Path) -> str | None:
     try:
         nearest = next(p for p in (path, *path.parents) if p.exists())
     except OSError:

@@ -1,21 +1,16 @@
-"""The one plain sentence on a job. Pure."""
+"""The summary of a job: one or two plain sentences for people. Pure."""
 
 from dataclasses import dataclass
 from datetime import datetime
 from typing import assert_never
 
 from trainyard.contract.messages import HEARTBEAT_SECONDS
-from trainyard.contract.status import (
-    Desired,
-    JobStatus,
-    Phase,
-    Reason,
-)
+from trainyard.contract.status import Desired, JobStatus, Phase, Reason
 from trainyard.service.schemas import Checkpoint, Progress, Queue
 
 SILENT_SECONDS = 10.0
 
-BUSY_WITH = {
+PHASE_TEXT = {
     Phase.LOADING: "Loading",
     Phase.PREPARING_DATA: "Preparing the data",
     Phase.COMPILING: "Compiling the model",
@@ -27,7 +22,7 @@ BUSY_WITH = {
 
 @dataclass(frozen=True)
 class SummaryInput:
-    """What the sentence is made of."""
+    """All that `summary` depends on."""
 
     status: JobStatus
     desired: Desired
@@ -45,11 +40,11 @@ class SummaryInput:
 
 
 def summary(job: SummaryInput, now: datetime) -> str:
-    """One or two plain sentences; the most telling first."""
+    """Return one or two plain sentences, the most important first."""
     match job.status:
         case JobStatus.QUEUED:
             assert job.queue is not None
-            return f"{_made_room(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
+            return f"{_preempted(job)}Waiting for {job.queue.waiting_for}. Position {job.queue.position}."
         case JobStatus.STARTING:
             waiting = f", waiting for {job.queue.waiting_for}" if job.queue is not None else ""
             return f"Starting attempt {job.attempt}{waiting}."
@@ -59,9 +54,8 @@ def summary(job: SummaryInput, now: datetime) -> str:
             why = " to make room for a job of higher priority" if job.reason is Reason.PREEMPTED else ""
             return f"Saving and pausing{_at_step(job)}{why}."
         case JobStatus.CANCELLING:
-            return (
-                f"{'Ending without a save' if job.desired is Desired.KILL else 'Saving and stopping'}{_at_step(job)}."
-            )
+            doing = "Ending without a save" if job.desired is Desired.KILL else "Saving and stopping"
+            return f"{doing}{_at_step(job)}."
         case JobStatus.PAUSED:
             return f"Paused{_at_step(job)}; {_resume_point(job)}."
         case JobStatus.CANCELLED:
@@ -74,10 +68,10 @@ def summary(job: SummaryInput, now: datetime) -> str:
             assert_never(job.status)
 
 
-def _made_room(job: SummaryInput) -> str:
+def _preempted(job: SummaryInput) -> str:
     if job.reason is not Reason.PREEMPTED:
         return ""
-    return f"Paused{_at_step(job)} to make room for a job of higher priority; goes on by itself. "
+    return f"Paused{_at_step(job)} to make room for a job of higher priority; resumes automatically. "
 
 
 def _running(job: SummaryInput, now: datetime) -> str:
@@ -102,7 +96,7 @@ def _running(job: SummaryInput, now: datetime) -> str:
 
 
 def _phase(job: SummaryInput) -> str:
-    doing = BUSY_WITH.get(job.phase or Phase.LOADING, "Loading")
+    doing = PHASE_TEXT.get(job.phase or Phase.LOADING, "Loading")
     done, total = job.phase_detail.get("done"), job.phase_detail.get("total")
     if isinstance(done, int) and isinstance(total, int) and total > 0:
         doing += f" ({100 * done / total:.0f} %)"
@@ -118,7 +112,9 @@ def _silence(job: SummaryInput, now: datetime) -> str | None:
         return None
     last = f", last at step {job.progress.step:,}" if job.progress.step else ""
     expected = f"expected every {HEARTBEAT_SECONDS:g} s"
-    return f"No report for {duration(silent)}, {expected}{last}. Not treated as failed: its processes are looked at."
+    return (
+        f"No report for {duration(silent)}, {expected}{last}. Not treated as failed: its processes are being checked."
+    )
 
 
 def _trouble(job: SummaryInput) -> str:
@@ -137,14 +133,14 @@ def _loss(job: SummaryInput) -> str:
 
 def _resume_point(job: SummaryInput) -> str:
     if job.checkpoint is None and job.parent_step is not None:
-        return f"resuming goes on from step {job.parent_step:,} of its parent"
+        return f"resuming continues from step {job.parent_step:,} of its parent"
     if job.checkpoint is None:
-        return "no checkpoint, so resuming starts anew"
-    return f"resuming goes on from step {job.checkpoint.step:,}"
+        return "no checkpoint, so resuming starts from scratch"
+    return f"resuming continues from step {job.checkpoint.step:,}"
 
 
 def duration(seconds: float) -> str:
-    """For people: ``45 s``, ``3 min``, ``2 h 10 min``, ``3 d 4 h``."""
+    """Return seconds as people write them: ``45 s``, ``3 min``, ``2 h 10 min``, ``3 d 4 h``."""
     whole = max(0, round(seconds))
     if whole < 90:
         return f"{whole} s"

@@ -108,7 +108,7 @@ class LocalLauncher:
 
     def find_alive(self, names: Sequence[AttemptRef]) -> set[AttemptRef]:
         """Return the attempts whose agent is alive and has not written its report."""
-        agents = live_markers(besides=AGENT_TOKEN_VARIABLE)
+        agents = live_markers(with_variable=AGENT_TOKEN_VARIABLE)
         return {name for name in names if str(name) in agents and not self._files.attempt(name).exit.exists()}
 
     def _ranks_hold_lock(self, name: AttemptRef) -> bool:

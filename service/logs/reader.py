@@ -1,4 +1,4 @@
-"""Pieces of log files: bounded in memory however long the file is."""
+"""Read parts of log files, with bounded memory however long a file is."""
 
 import os
 from pathlib import Path
@@ -14,12 +14,12 @@ MAX_CHARACTER_BYTES = 4
 
 
 def log_file(attempt: AttemptDir, rank: int | None) -> Path:
-    """A rank's log; None: the agent's."""
+    """Return the path of a rank's log; None: the agent's."""
     return attempt.agent_log if rank is None else attempt.rank_log(rank)
 
 
 def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
-    """At most ``limit`` bytes from ``offset``, and where to go on. A character is never cut in two."""
+    """Return the text of at most ``limit`` bytes from ``offset``, and the next offset. Never splits a character."""
     with open_log(path) as file:
         file.seek(offset)
         data = file.read(limit)
@@ -28,8 +28,11 @@ def read_from(path: Path, offset: int, limit: int) -> tuple[str, int]:
     return whole.decode(errors="replace"), offset + len(whole)
 
 
-def read_whole(path: Path, offset: int, limit: int, last: bool) -> tuple[str, int]:
-    """As `read_from`, of a log that is being written: a character whose rest is still to come waits for it."""
+def read_growing(path: Path, offset: int, limit: int, last: bool) -> tuple[str, int]:
+    """Like `read_from`, but of a log that is being written: an incomplete character waits for its rest.
+
+    ``last``: nothing more will be written.
+    """
     with open_log(path) as file:
         file.seek(offset)
         data = file.read(limit)
@@ -40,14 +43,14 @@ def read_whole(path: Path, offset: int, limit: int, last: bool) -> tuple[str, in
 
 
 def start_of_tail(path: Path, lines: int, limit: int) -> int:
-    """Where the last ``lines`` lines begin, or as many of them as ``limit`` bytes hold."""
+    """Return the offset of the last ``lines`` lines, or of as many as fit into ``limit`` bytes."""
     with open_log(path) as file:
         end = file.seek(0, os.SEEK_END)
         return _start_of_tail(file, end, lines, max(0, end - limit))
 
 
 def read_tail(path: Path, lines: int, limit: int) -> tuple[str, int]:
-    """The last ``lines`` lines, at most ``limit`` bytes of them, and where to go on."""
+    """Return the last ``lines`` lines, at most ``limit`` bytes of them, and the next offset."""
     with open_log(path) as file:
         end = file.seek(0, os.SEEK_END)
         start = _start_of_tail(file, end, lines, max(0, end - limit))
@@ -57,8 +60,7 @@ def read_tail(path: Path, lines: int, limit: int) -> tuple[str, int]:
 
 
 def _start_of_tail(file: BinaryIO, end: int, lines: int, lowest: int) -> int:
-    """Walk back block by block until enough newlines are behind."""
-    position, wanted = end, lines
+    position = end
     while position > lowest:
         size = min(BLOCK, position - lowest)
         position -= size
@@ -66,22 +68,22 @@ def _start_of_tail(file: BinaryIO, end: int, lines: int, lowest: int) -> int:
         block = file.read(size)
         # The newline that ends the last line does not begin another one.
         search_end = size - 1 if position + size == end else size
-        while (found := block.rfind(NEWLINE, 0, search_end)) >= 0:
-            wanted -= 1
-            if wanted == 0:
-                return position + found + 1
-            search_end = found
+        while (newline := block.rfind(NEWLINE, 0, search_end)) >= 0:
+            lines -= 1
+            if lines == 0:
+                return position + newline + 1
+            search_end = newline
     return lowest if lowest == 0 else _next_line(file, lowest, end)
 
 
 def _next_line(file: BinaryIO, position: int, end: int) -> int:
     file.seek(position)
-    found = file.read(min(BLOCK, end - position)).find(NEWLINE)
-    return position + found + 1 if 0 <= found < end - position - 1 else position
+    newline = file.read(min(BLOCK, end - position)).find(NEWLINE)
+    return position + newline + 1 if 0 <= newline < end - position - 1 else position
 
 
 def open_log(path: Path) -> BinaryIO:
-    """A log for reading. Raises LogNotFound."""
+    """Open a log for reading. Raises LogNotFound."""
     try:
         return path.open("rb")
     except (OSError, ValueError):
@@ -89,21 +91,20 @@ def open_log(path: Path) -> BinaryIO:
 
 
 def _begins_character(data: bytes) -> bool:
-    """Whether all of it is the beginning of one character."""
-    return len(data) > 0 and data[0] >= 0xC0 and _bytes_of(data[0]) > len(data)
+    # True if all of `data` is the start of one UTF-8 character.
+    return len(data) > 0 and data[0] >= 0xC0 and _character_bytes(data[0]) > len(data)
 
 
-def _bytes_of(first: int) -> int:
-    """How many bytes a character has that begins so."""
+def _character_bytes(first: int) -> int:
     return 2 if first < 0xE0 else 3 if first < 0xF0 else 4
 
 
 def _whole_characters(data: bytes) -> bytes:
-    """Without the first bytes of a character whose rest is not here."""
+    # Without an incomplete UTF-8 character at the end.
     for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]
         if byte >= 0xC0:
-            return data[:-back] if _bytes_of(byte) > back and back < len(data) else data
+            return data[:-back] if _character_bytes(byte) > back and back < len(data) else data
         if byte < 0x80:
             return data
     return data

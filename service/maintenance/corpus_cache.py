@@ -68,7 +68,7 @@ class CorpusCachePruner:
 
     def prune(self) -> list[CacheEntry]:
         """Remove what exceeds the limits, and return it."""
-        self.cache.collect()
+        self.cache.delete_leftovers()
         to_delete = corpora_to_delete(self.cache.entries(), self.limits, self.clock())
         deleted = [entry for entry in to_delete if self.cache.remove(entry)]
         for entry in deleted:

@@ -19,7 +19,7 @@ from trainyard.contract.status import TERMINAL
 from trainyard.service.db.models import EventRow, JobRow, MetricRollupRow, MetricRow
 from trainyard.service.errors import JobNotFound
 from trainyard.service.jobs import repository
-from trainyard.service.metrics.downsampling import width
+from trainyard.service.metrics.downsampling import bucket_width
 from trainyard.service.settings import Settings
 
 ROWS = 2000  # rows that one step reads
@@ -170,7 +170,7 @@ class Retention:
         assert job.finished_at is not None
         if job.facts.get(THINNED) == job.finished_at.isoformat():
             return False
-        bucket_steps = width(job.sealed_step, KEPT_BUCKETS)
+        bucket_steps = bucket_width(job.sealed_step, KEPT_BUCKETS)
         points, is_last = self._read_points(session, job, bucket_steps)
         self._delete_points(session, job, expired(points, bucket_steps))
         if is_last:

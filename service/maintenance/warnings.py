@@ -46,7 +46,7 @@ def raise_alerts(session: Session, job_id: str, disk: Disk | None, now: datetime
         repository.record_event(session, job, EventDraft("disk", "the disk has room again"), now)
         return
     message = to_alert(disk)
-    repository.alert(job, CODE, message, now)
+    repository.add_alert(job, CODE, message, now)
     data = {"code": CODE, "free_bytes": disk.usage.free, "limit_bytes": disk.limit}
     repository.record_event(session, job, EventDraft("warning", message, data=data), now)
 

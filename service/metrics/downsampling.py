@@ -1,7 +1,8 @@
-"""A long curve as few rows, and stretches of it as sums: two stretches in a row add up to one. Pure.
+"""Downsample a long curve into buckets. Sums over adjacent ranges of steps can be added up. Pure.
 
-The running mean is kept as sums that decay: over a stretch that ends at its last finite step s, the total is the sum of
-``loss * 0.5 ** ((s - step) / H)`` and the weight that of the factors alone. Both can be carried on to a later s.
+The exponential moving average (EMA) with half-life H is stored as two sums over the finite points of a range. If s is
+the last finite step, ``total`` is the sum of ``loss * 0.5 ** ((s - step) / H)``, ``weight`` the sum of the factors.
+Both are moved to a later s by one multiplication with ``decay``.
 """
 
 import math
@@ -11,7 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 HALF_LIVES = (10, 50, 200, 1000)
-"""Those that are kept: what the dashboard offers. Any other is made of the points."""
+"""Half-lives that are stored: those the dashboard offers. Any other is computed from the points."""
 
 BUCKET_FIELDS = (
     "first_step", "step", "attempt", "count", "loss", "loss_mean", "loss_min", "loss_max", "loss_ema",
@@ -20,7 +21,7 @@ BUCKET_FIELDS = (
 
 
 class Aggregate(NamedTuple):
-    """A stretch, or a point, with the sums of one half-life. ``finite_step``: None where no loss in it is finite."""
+    """The sums over a range of steps for one half-life. ``finite_step``: the last finite one, None if there is none."""
 
     first_step: int
     step: int
@@ -37,39 +38,40 @@ class Aggregate(NamedTuple):
 
 
 def aggregate_of(step: int, loss: float | None, attempt: int) -> Aggregate:
-    """One point."""
+    """Return the aggregate of one point."""
     if loss is None or not math.isfinite(loss):
         return Aggregate(step, step, attempt, 1, 1, loss, 0.0, None, None, None, 0.0, 0.0)
     return Aggregate(step, step, attempt, 1, 0, loss, loss, loss, loss, step, loss, 1.0)
 
 
-def width(last_step: int, max_points: int, first_step: int = 0) -> int:
-    """The smallest power of two that makes at most ``max_points`` rows of ``first_step`` to ``last_step``."""
-    wide = 1
-    while last_step // wide - first_step // wide + 1 > max_points:
-        wide *= 2
-    return wide
+def bucket_width(last_step: int, max_points: int, first_step: int = 0) -> int:
+    """Return the smallest power of two that needs at most ``max_points`` buckets for the steps given."""
+    width = 1
+    while last_step // width - first_step // width + 1 > max_points:
+        width *= 2
+    return width
 
 
-def rows(parts: Iterable[Aggregate], wide: int, half_life: float) -> Iterator[dict[str, Any]]:
-    """Yield a row for each ``wide`` steps, at absolute multiples: the rows of a growing curve never move.
+def to_buckets(aggregates: Iterable[Aggregate], width: int, half_life: float) -> Iterator[dict[str, Any]]:
+    """Yield a bucket for each ``width`` steps that have points. ``aggregates`` are in step order.
 
-    ``parts`` come in order of their steps, and the running mean goes on over all of them.
+    Buckets start at multiples of ``width``, so those of a growing curve never move. The EMA runs over all aggregates.
     """
     total = weight = 0.0
-    at = 0
-    for _, group in groupby(parts, key=lambda part: part.step // wide):
-        stretch = list(group)
-        first, last = stretch[0], stretch[-1]
+    ema_step = 0
+    for _, group in groupby(aggregates, key=lambda part: part.step // width):
+        parts = list(group)
+        first, last = parts[0], parts[-1]
         count = nonfinite = 0
         finite: list[Aggregate] = []
-        for part in stretch:
+        for part in parts:
             count += part.points
             nonfinite += part.nonfinite
             if part.finite_step is not None:
                 finite.append(part)
-                kept = decay(part.finite_step - at, half_life)  # of nothing, before the first
-                total, weight, at = kept * total + part.total, kept * weight + part.weight, part.finite_step
+                factor = decay(part.finite_step - ema_step, half_life)
+                total, weight = factor * total + part.total, factor * weight + part.weight
+                ema_step = part.finite_step
         yield {
             "first_step": first.first_step,
             "step": last.step,
@@ -86,13 +88,13 @@ def rows(parts: Iterable[Aggregate], wide: int, half_life: float) -> Iterator[di
 
 
 def decay(distance: int, half_life: float) -> float:
-    """What is left of a weight after ``distance`` steps."""
+    """Return the factor by which a weight decays over ``distance`` steps."""
     return float(0.5 ** (distance / half_life)) if half_life > 0 else 0.0
 
 
 @dataclass
-class Summary:
-    """A stretch as it is stored, with the sums of every half-life that is kept."""
+class RollupBucket:
+    """The sums over a range of steps as stored: an `Aggregate` for every half-life of HALF_LIVES."""
 
     first_step: int
     step: int
@@ -108,48 +110,39 @@ class Summary:
     weights: list[float]
 
     @classmethod
-    def of(cls, step: int, loss: float | None, attempt: int) -> "Summary":
-        """One point."""
+    def of(cls, step: int, loss: float | None, attempt: int) -> "RollupBucket":
+        """Return the bucket of one point."""
         part = aggregate_of(step, loss, attempt)
-        kinds = len(HALF_LIVES)
-        return cls(*part[:10], [part.total] * kinds, [part.weight] * kinds)
+        count = len(HALF_LIVES)
+        return cls(*part[:10], [part.total] * count, [part.weight] * count)
 
-    def add(self, later: "Summary") -> None:
-        """Take in the stretch that follows."""
+    def add(self, later: "RollupBucket") -> None:
+        """Add the bucket that follows."""
         self.step, self.attempt, self.loss = later.step, later.attempt, later.loss
         self.count += later.count
         self.nonfinite += later.nonfinite
         self.loss_sum += later.loss_sum
         if later.finite_step is None:
             return
-        if self.finite_step is None:
-            self.totals, self.weights = list(later.totals), list(later.weights)
-            self.loss_min, self.loss_max = later.loss_min, later.loss_max
-        else:
-            self._carry(later)
-        self.finite_step = later.finite_step
-
-    def _carry(self, later: "Summary") -> None:
-        assert self.finite_step is not None
-        assert later.finite_step is not None
-        assert self.loss_min is not None
-        assert self.loss_max is not None
         assert later.loss_min is not None
         assert later.loss_max is not None
-        distance = later.finite_step - self.finite_step
+        # If no point was finite so far, totals and weights are 0, and the factor does not matter.
+        distance = later.finite_step - (self.finite_step or 0)
         for index, half_life in enumerate(HALF_LIVES):
-            kept = decay(distance, half_life)
-            self.totals[index] = kept * self.totals[index] + later.totals[index]
-            self.weights[index] = kept * self.weights[index] + later.weights[index]
-        self.loss_min, self.loss_max = min(self.loss_min, later.loss_min), max(self.loss_max, later.loss_max)
+            factor = decay(distance, half_life)
+            self.totals[index] = factor * self.totals[index] + later.totals[index]
+            self.weights[index] = factor * self.weights[index] + later.weights[index]
+        self.loss_min = later.loss_min if self.loss_min is None else min(self.loss_min, later.loss_min)
+        self.loss_max = later.loss_max if self.loss_max is None else max(self.loss_max, later.loss_max)
+        self.finite_step = later.finite_step
 
 
-def aggregate(stretches: Iterable[Summary], wide: int) -> list[Summary]:
-    """Stretches in order, put together into those of width ``wide``."""
-    found: list[Summary] = []
-    for stretch in stretches:
-        if found and found[-1].step // wide == stretch.step // wide:
-            found[-1].add(stretch)
+def aggregate(buckets: Iterable[RollupBucket], width: int) -> list[RollupBucket]:
+    """Merge buckets, which are in step order, into buckets of ``width`` steps. Modifies the buckets given."""
+    merged: list[RollupBucket] = []
+    for bucket in buckets:
+        if merged and merged[-1].step // width == bucket.step // width:
+            merged[-1].add(bucket)
         else:
-            found.append(stretch)
-    return found
+            merged.append(bucket)
+    return merged

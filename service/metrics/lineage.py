@@ -1,6 +1,6 @@
-"""A fork's lineage: which points of its ancestors' curves lead to it, and its curve with those before it.
+"""A fork's lineage: the segments of its ancestors' curves that lead to it, and its curve joined with them.
 
-What leads to a fork is recorded when it is made, because the parent may go back later.
+The segments are stored when the fork is made, because the parent may roll back later.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import AttemptRow, JobRow, MetricRow
 from trainyard.service.metrics import rollups, store
-from trainyard.service.metrics.downsampling import Aggregate, aggregate_of, rows
+from trainyard.service.metrics.downsampling import Aggregate, aggregate_of, to_buckets
 
 
 class LineageSegment(NamedTuple):
@@ -26,14 +26,14 @@ class LineageSegment(NamedTuple):
 
 
 def segments(job: JobRow) -> list[LineageSegment]:
-    """Return the ancestors' pieces that come before the job's own, oldest first."""
-    return [LineageSegment(**piece) for piece in (job.lineage or {}).get("curve", ())]
+    """Return the ancestors' segments before the job's own curve, oldest first."""
+    return [LineageSegment(**segment) for segment in (job.lineage or {}).get("curve", ())]
 
 
 def record(session: Session, parent: JobRow, step: int, attempt: int, data: str) -> dict[str, Any]:
     """Return the lineage to store with a fork of ``parent`` at the checkpoint that ``attempt`` saved at ``step``."""
     curve = [*segments(parent), *own_segments(session, parent, step, attempt)]
-    return {"data": data, "curve": [piece._asdict() for piece in curve]}
+    return {"data": data, "curve": [segment._asdict() for segment in curve]}
 
 
 def own_segments(session: Session, job: JobRow, step: int, attempt: int | None = None) -> list[LineageSegment]:
@@ -44,43 +44,43 @@ def own_segments(session: Session, job: JobRow, step: int, attempt: int | None =
     if attempt is not None:
         query = query.where(AttemptRow.number <= attempt)
     started = [(row.number, int(row.start_step)) for row in session.execute(query.order_by(AttemptRow.number))]
-    found = []
-    for place, (number, start) in enumerate(started):
-        until = min([step, *(later for _, later in started[place + 1 :])])
+    own = []
+    for index, (number, start) in enumerate(started):
+        until = min([step, *(later for _, later in started[index + 1 :])])
         if until > start:
-            found.append(LineageSegment(job.id, number, start, until))
-    return found
+            own.append(LineageSegment(job.id, number, start, until))
+    return own
 
 
 def by_job(curve: Iterable[LineageSegment]) -> list[tuple[str, list[LineageSegment]]]:
-    """Group the pieces by ancestor, oldest first."""
-    return [(job_id, list(found)) for job_id, found in groupby(curve, key=lambda piece: piece.job_id)]
+    """Group the segments by ancestor, oldest first."""
+    return [(job_id, list(group)) for job_id, group in groupby(curve, key=lambda segment: segment.job_id)]
 
 
 def lineage_rows(
     session: Session, job: JobRow, after_step: int, limit: int, fields: Sequence[str], until_step: int | None = None
 ) -> list[dict[str, Any]]:
-    """At most ``limit`` points after ``after_step``, up to ``until_step``, oldest first, with their ``job_id``."""
+    """Return at most ``limit`` points after ``after_step``, up to ``until_step``, oldest first, with ``job_id``."""
     found: list[dict[str, Any]] = []
     for whole in segments(job):
-        piece = whole if until_step is None else whole._replace(until=min(whole.until, until_step))
-        if len(found) < limit and piece.until > after_step:
-            more = _of_piece(session, piece, max(after_step, piece.after), limit - len(found), fields)
-            found += [{"job_id": piece.job_id, **row} for row in more]
+        segment = whole if until_step is None else whole._replace(until=min(whole.until, until_step))
+        if len(found) < limit and segment.until > after_step:
+            more = _segment_rows(session, segment, max(after_step, segment.after), limit - len(found), fields)
+            found += [{"job_id": segment.job_id, **row} for row in more]
     if len(found) < limit:
         own = store.rows(session, job.id, None, after_step, limit - len(found), fields, until_step)
         found += [{"job_id": job.id, **row} for row in own]
     return found
 
 
-def _of_piece(
-    session: Session, piece: LineageSegment, after: int, limit: int, fields: Sequence[str]
+def _segment_rows(
+    session: Session, segment: LineageSegment, after: int, limit: int, fields: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Each step once, as it was last done: an attempt that rolled back did some twice."""
+    # Each step once, from its last run: an attempt that rolled back has run some steps twice.
     columns = [getattr(MetricRow, name) for name in fields]
     found: list[dict[str, Any]] = []
     while len(found) < limit:
-        page = session.execute(_points(piece, after, columns).limit(limit)).all()
+        page = session.execute(_select_points(segment, after, columns).limit(limit)).all()
         for row in page:
             if row.step > after:
                 found.append(dict(zip(fields, row, strict=True)))
@@ -90,53 +90,52 @@ def _of_piece(
     return found[:limit]
 
 
-def _points(piece: LineageSegment, after: int, columns: Sequence[Any]) -> Select[Any]:
-    of_attempt = (MetricRow.job_id == piece.job_id, MetricRow.attempt == piece.attempt)
-    query = select(*columns).where(*of_attempt, MetricRow.step > after, MetricRow.step <= piece.until)
+def _select_points(segment: LineageSegment, after: int, columns: Sequence[Any]) -> Select[Any]:
+    of_attempt = (MetricRow.job_id == segment.job_id, MetricRow.attempt == segment.attempt)
+    query = select(*columns).where(*of_attempt, MetricRow.step > after, MetricRow.step <= segment.until)
     return query.order_by(MetricRow.step, MetricRow.seq.desc())
 
 
 def lineage_buckets(session: Session, job: JobRow, view: rollups.RollupView) -> list[dict[str, Any]]:
-    """Return the rows of the view, with a running mean over everything before it."""
+    """Return the buckets of the view; the EMA includes everything before them."""
     ancestors = by_job(segments(job))
-    parts = chain.from_iterable(_ancestor(session, found, view) for _, found in ancestors)
-    own = rollups.parts(session, job, view)
+    before = chain.from_iterable(_ancestor_aggregates(session, found, view) for _, found in ancestors)
+    own = rollups.aggregates(session, job, view)
     bounds = [(found[-1].until, job_id) for job_id, found in ancestors]
 
-    def whose(step: int) -> str:
+    def job_at(step: int) -> str:
         return next((job_id for until, job_id in bounds if step <= until), job.id)
 
-    made = rows(chain(parts, own), view.wide, view.half_life)
-    return [{"job_id": whose(row["step"]), **row} for row in made if row["step"] >= view.begin]
+    buckets = to_buckets(chain(before, own), view.width, view.half_life)
+    return [{"job_id": job_at(row["step"]), **row} for row in buckets if row["step"] >= view.begin]
 
 
-def _ancestor(session: Session, found: list[LineageSegment], view: rollups.RollupView) -> Iterator[Aggregate]:
-    """From the sums, if the ancestor's curve still is what led to the fork; else from its points."""
-    whole = found[-1].until
-    until = whole if view.until_step is None else min(whole, view.until_step)
+def _ancestor_aggregates(
+    session: Session, found: list[LineageSegment], view: rollups.RollupView
+) -> Iterator[Aggregate]:
+    # From the rollups if the ancestor's curve is still the one that led to the fork, else from its points.
+    end = found[-1].until
+    until = end if view.until_step is None else min(end, view.until_step)
     part = replace(view, until_step=until)
-    job = session.get(JobRow, _number(session, found[0].job_id))
-    if job is not None and rollups.is_kept(part) and own_segments(session, job, whole) == found:
-        yield from rollups.parts(session, job, part)
+    job = session.scalar(select(JobRow).where(JobRow.id == found[0].job_id))
+    if job is not None and rollups.can_use_rollups(part) and own_segments(session, job, end) == found:
+        yield from rollups.aggregates(session, job, part)
         return
-    for piece in found:
-        last = piece.after
+    for segment in found:
+        last = segment.after
         columns = (MetricRow.step, MetricRow.loss, MetricRow.attempt)
-        for row in session.execute(_points(piece, piece.after, columns).execution_options(yield_per=5000)):
+        for row in session.execute(_select_points(segment, segment.after, columns).execution_options(yield_per=5000)):
             if last < row.step <= until:
                 last = row.step
                 yield aggregate_of(*row)
 
 
-def _number(session: Session, job_id: str) -> int:
-    return session.scalar(select(JobRow.number).where(JobRow.id == job_id)) or 0
-
-
 def show_lineage(session: Session, job: JobRow) -> list[dict[str, Any]]:
-    """Return whose curve it is up to which step, oldest first; ``deleted`` jobs have no points left."""
+    """Return each job of the joined curve with its last step, oldest first; ``deleted`` jobs have no points left."""
     ancestors = by_job(segments(job))
-    there = set(session.scalars(select(JobRow.id).where(JobRow.id.in_([job_id for job_id, _ in ancestors]))))
-    known = [
-        {"job_id": job_id, "until_step": found[-1].until, "deleted": job_id not in there} for job_id, found in ancestors
+    existing = set(session.scalars(select(JobRow.id).where(JobRow.id.in_([job_id for job_id, _ in ancestors]))))
+    before = [
+        {"job_id": job_id, "until_step": found[-1].until, "deleted": job_id not in existing}
+        for job_id, found in ancestors
     ]
-    return [*known, {"job_id": job.id, "until_step": None, "deleted": False}]
+    return [*before, {"job_id": job.id, "until_step": None, "deleted": False}]

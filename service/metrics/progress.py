@@ -1,4 +1,4 @@
-"""Where a job is, from its newest lines. Pure: the stored progress in, the next one out."""
+"""A job's progress. Pure: each function takes the stored progress and returns the next one."""
 
 from datetime import datetime
 from typing import Any
@@ -9,7 +9,7 @@ FIELDS = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_s
 
 
 def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
-    """An attempt begins; what it will repeat no longer counts."""
+    """Return the progress after an attempt started; steps that it will repeat no longer count."""
     return {
         **progress,
         **percent_done(event.start_step, event.steps),
@@ -19,14 +19,14 @@ def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
 
 
 def after_metric(progress: dict[str, Any], event: Metric, facts: dict[str, Any]) -> dict[str, Any]:
-    """A point of the curve came. ``facts`` are those of the attempt's `Started` line."""
+    """Return the progress after a metric. ``facts``: the job's plan, with the fields of its `Started` event."""
     steps = facts.get("steps")
-    shown = {name: getattr(event, name) for name in FIELDS}
+    fields = {name: getattr(event, name) for name in FIELDS}
     seconds = event.step_seconds or _step_seconds(event, facts)
     eta = seconds * max(0, steps - event.step) if seconds and steps else None
     return {
         **progress,
-        **shown,
+        **fields,
         **percent_done(event.step, steps),
         "eta_seconds": eta,
         "updated_at": _time(event.at),
@@ -35,7 +35,7 @@ def after_metric(progress: dict[str, Any], event: Metric, facts: dict[str, Any])
 
 
 def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -> dict[str, Any]:
-    """A sign of life between two points."""
+    """Return the progress after a heartbeat between two metrics."""
     if step is None or step <= (progress.get("step") or 0) or step > 2**53:
         return progress
     steps, seconds = progress.get("steps"), progress.get("step_seconds")
@@ -44,13 +44,13 @@ def after_heartbeat(progress: dict[str, Any], step: int | None, now: datetime) -
 
 
 def after_end(progress: dict[str, Any], step: int) -> dict[str, Any]:
-    """An attempt ended at ``step``, whose point may never have come."""
+    """Return the progress after an attempt ended at ``step``, which may have no metric."""
     reached = max(step, progress.get("step") or 0)
     return {**progress, **percent_done(reached, progress.get("steps")), "eta_seconds": None}
 
 
 def percent_done(step: int, steps: int | None) -> dict[str, Any]:
-    """Where a job is that has done ``step`` of ``steps``."""
+    """Return the fields ``step``, ``steps`` and ``percent``."""
     percent = min(100.0, 100.0 * step / steps) if steps else None
     return {"step": step, "steps": steps, "percent": percent}
 

@@ -1,129 +1,123 @@
-"""Long curves are summed up as they grow, so that a million points are read in a moment.
+"""Roll up long curves as they grow, so that reading a curve of a million points stays fast.
 
-What lies before a job's ``sealed_step`` is summed up in stretches of each width of LEVELS, aligned at multiples of the
-width. Stretches never change; where the curve itself does, they are removed and made again.
+The points before a job's ``sealed_step`` are rolled up into buckets of each width in LEVELS, aligned at multiples of
+the width. A bucket is never updated: if the curve itself changes, it is deleted and made again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, insert, select
+from sqlalchemy import Result, delete, insert, select
 from sqlalchemy.orm import Session
 
 from trainyard.service.db.models import JobRow, MetricRollupRow, MetricRow
 from trainyard.service.metrics import store
-from trainyard.service.metrics.downsampling import (
-    HALF_LIVES,
-    Aggregate,
-    Summary,
-    aggregate,
-)
+from trainyard.service.metrics.downsampling import HALF_LIVES, Aggregate, RollupBucket, aggregate
 
 LEVELS = (64, 1024, 16_384, 262_144, 4_194_304)
 FINEST = LEVELS[0]
 ROLLUP_EVERY = 1024
-"""Steps that may be unsealed before they are looked at: a batch with one point then costs nothing."""
+"""Steps that may be left to roll up: most reports then need no query."""
 
 MAX_POINTS = 20_000
-"""Points that one look sums up: the transaction stays short."""
+"""Points that one query reads, to bound memory."""
 
-PLAIN = (
+COLUMNS = (
     "first_step", "step", "attempt", "count", "nonfinite", "loss", "loss_sum", "loss_min", "loss_max", "finite_step",
 )  # fmt: skip
 
 
 def roll_up(session: Session, job: JobRow, newest_step: int) -> None:
-    """Sum up what has become complete below ``newest_step``, the newest of the curve."""
+    """Roll up the buckets that are complete, and advance ``sealed_step``. ``newest_step``: the last of the curve."""
     while newest_step + 1 - job.sealed_step >= ROLLUP_EVERY:
         query = select(MetricRow.step, MetricRow.loss, MetricRow.attempt).where(
             MetricRow.job_id == job.id, MetricRow.stitched.is_(True), MetricRow.step >= job.sealed_step
         )
-        found = session.execute(query.order_by(MetricRow.step, MetricRow.seq).limit(MAX_POINTS)).all()
-        reached = newest_step + 1 if len(found) < MAX_POINTS else found[-1].step
-        end = reached // FINEST * FINEST
+        points = session.execute(query.order_by(MetricRow.step, MetricRow.seq).limit(MAX_POINTS)).all()
+        complete = newest_step + 1 if len(points) < MAX_POINTS else points[-1].step
+        end = complete // FINEST * FINEST
         if end <= job.sealed_step:
             return
-        points = (Summary.of(*row) for row in found if row.step < end)
-        _store(session, job, FINEST, aggregate(points, FINEST))
-        for below, level in pairwise(LEVELS):
-            begun, done = job.sealed_step // level * level, end // level * level
-            _store(session, job, level, aggregate(_stretches(session, job.id, below, begun, done), level))
+        _store(session, job, FINEST, aggregate((RollupBucket.of(*row) for row in points if row.step < end), FINEST))
+        for finer, level in pairwise(LEVELS):
+            level_begin, level_end = job.sealed_step // level * level, end // level * level
+            _store(session, job, level, aggregate(_read_buckets(session, job.id, finer, level_begin, level_end), level))
         job.sealed_step = end
 
 
 def invalidate(session: Session, job: JobRow, step: int) -> None:
-    """The curve changes from ``step`` on."""
+    """Delete the buckets that include ``step`` or later ones, because the curve changes there."""
     if step >= job.sealed_step:
         return
     job.sealed_step = step // FINEST * FINEST
-    behind = (MetricRollupRow.bucket + 1) * MetricRollupRow.width > job.sealed_step
-    session.execute(delete(MetricRollupRow).where(MetricRollupRow.job_id == job.id, behind))
+    outdated = (MetricRollupRow.bucket + 1) * MetricRollupRow.width > job.sealed_step
+    session.execute(delete(MetricRollupRow).where(MetricRollupRow.job_id == job.id, outdated))
 
 
 @dataclass(frozen=True)
 class RollupView:
-    """Rows ``wide`` steps wide, from ``begin``, a multiple of that, up to ``until_step``; None: to the end."""
+    """Buckets of ``width`` steps from ``begin``, a multiple of it, to ``until_step`` inclusive; None: to the end."""
 
-    wide: int
+    width: int
     half_life: float
     begin: int = 0
     until_step: int | None = None
 
 
-def is_kept(view: RollupView) -> bool:
-    """Whether such rows can be made of what is summed up: wide ones, or narrow ones far behind the beginning."""
-    return max(view.wide, view.begin) >= FINEST and view.half_life in HALF_LIVES
+def can_use_rollups(view: RollupView) -> bool:
+    """Return True if the rollups help: for wide buckets, or for the EMA before narrow ones that begin late."""
+    return max(view.width, view.begin) >= FINEST and view.half_life in HALF_LIVES
 
 
-def parts(session: Session, job: JobRow, view: RollupView) -> Iterator[Aggregate]:
-    """The curve up to the view's end: what lies before it in the widest stretches, then in none wider than its rows."""
+def aggregates(session: Session, job: JobRow, view: RollupView) -> Iterator[Aggregate]:
+    """Yield the curve from step 0 to the view's end, as few aggregates as possible.
+
+    Before the view begins only the EMA counts, so the widest rollups do; from there none is wider than ``view.width``.
+    """
     begin = 0
-    if is_kept(view):
+    if can_use_rollups(view):
         sealed = job.sealed_step if view.until_step is None else min(job.sealed_step, view.until_step + 1)
-        for wanted, target in ((LEVELS[-1], min(view.begin, sealed)), (view.wide, sealed)):
-            for level in reversed([level for level in LEVELS if level <= wanted]):
+        for max_width, target in ((LEVELS[-1], min(view.begin, sealed)), (view.width, sealed)):
+            for level in reversed([level for level in LEVELS if level <= max_width]):
                 end = target // level * level
                 if end > begin:
-                    yield from _parts(session, job.id, level, begin, end, view.half_life)
+                    rows = _read_rows(session, job.id, level, begin, end, (view.half_life,))
+                    yield from map(Aggregate._make, rows)
                     begin = end
     yield from store.points(session, job.id, None, view.until_step, begin)
 
 
-def _parts(session: Session, job_id: str, level: int, begin: int, end: int, half_life: float) -> Iterator[Aggregate]:
-    names = (*PLAIN, f"total_{int(half_life)}", f"weight_{int(half_life)}")
-    query = select(*(getattr(MetricRollupRow, name) for name in names)).where(*_where(job_id, level, begin, end))
-    for row in session.execute(query.order_by(MetricRollupRow.bucket)):
-        yield Aggregate(*row)
-
-
-def _stretches(session: Session, job_id: str, level: int, begin: int, end: int) -> Iterator[Summary]:
-    names = (*PLAIN, *(f"total_{kept}" for kept in HALF_LIVES), *(f"weight_{kept}" for kept in HALF_LIVES))
-    query = select(*(getattr(MetricRollupRow, name) for name in names)).where(*_where(job_id, level, begin, end))
-    sums = len(PLAIN) + len(HALF_LIVES)
-    for row in session.execute(query.order_by(MetricRollupRow.bucket)).all():
+def _read_buckets(session: Session, job_id: str, level: int, begin: int, end: int) -> Iterator[RollupBucket]:
+    sums = len(COLUMNS) + len(HALF_LIVES)
+    for row in _read_rows(session, job_id, level, begin, end, HALF_LIVES).all():
         values: list[Any] = list(row)
-        yield Summary(*values[: len(PLAIN)], values[len(PLAIN) : sums], values[sums:])  # type: ignore[call-arg] # counted
+        yield RollupBucket(*values[: len(COLUMNS)], values[len(COLUMNS) : sums], values[sums:])  # type: ignore[call-arg] # *values: mypy cannot count
 
 
-def _where(job_id: str, level: int, begin: int, end: int) -> tuple[ColumnElement[bool], ...]:
-    buckets = (MetricRollupRow.bucket >= begin // level, MetricRollupRow.bucket < end // level)
-    return (MetricRollupRow.job_id == job_id, MetricRollupRow.width == level, *buckets)
+def _read_rows(
+    session: Session, job_id: str, level: int, begin: int, end: int, half_lives: Sequence[float]
+) -> Result[Any]:
+    """Return COLUMNS, the totals and the weights of the level's buckets, in step order."""
+    row = MetricRollupRow
+    names = (*COLUMNS, *(f"total_{int(h)}" for h in half_lives), *(f"weight_{int(h)}" for h in half_lives))
+    buckets = (row.job_id == job_id, row.width == level, row.bucket >= begin // level, row.bucket < end // level)
+    return session.execute(select(*(getattr(row, name) for name in names)).where(*buckets).order_by(row.bucket))
 
 
-def _store(session: Session, job: JobRow, level: int, stretches: list[Summary]) -> None:
-    if not stretches:
+def _store(session: Session, job: JobRow, level: int, buckets: list[RollupBucket]) -> None:
+    if not buckets:
         return
     rows = [
         {
             "job_id": job.id,
             "width": level,
-            "bucket": stretch.step // level,
-            **{name: getattr(stretch, name) for name in PLAIN},
-            **{f"total_{kept}": total for kept, total in zip(HALF_LIVES, stretch.totals, strict=True)},
-            **{f"weight_{kept}": weight for kept, weight in zip(HALF_LIVES, stretch.weights, strict=True)},
+            "bucket": bucket.step // level,
+            **{name: getattr(bucket, name) for name in COLUMNS},
+            **{f"total_{h}": total for h, total in zip(HALF_LIVES, bucket.totals, strict=True)},
+            **{f"weight_{h}": weight for h, weight in zip(HALF_LIVES, bucket.weights, strict=True)},
         }
-        for stretch in stretches
+        for bucket in buckets
     ]
     session.execute(insert(MetricRollupRow), rows)

@@ -1,4 +1,4 @@
-"""The curve: stitched over attempts, by attempt, or in buckets."""
+"""Read the metrics of a job: stitched over its attempts, or of one attempt."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
@@ -9,31 +9,19 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
+from trainyard.contract.events import Metric
 from trainyard.service.db.models import MetricRow
 from trainyard.service.metrics.downsampling import Aggregate, aggregate_of
 
 FIELDS = (
     "step",
     "attempt",
-    "epoch",
-    "loss",
-    "aux_loss",
-    "learning_rate",
-    "grad_norm",
-    "tokens",
-    "tokens_per_second",
-    "mfu",
-    "step_seconds",
-    "data_seconds",
-    "memory_bytes",
-    "eval_loss",
-    "expert_load",
-    "nonfinite",
+    *(name for name in Metric.model_fields if name not in ("kind", "seq", "at", "step")),
     "at",
 )
 ALWAYS = ("step", "attempt")
 MAX_NONFINITE_STEPS = 1000
-"""Steps that one query names."""
+"""Steps in one query's IN list."""
 
 
 def rows(
@@ -45,9 +33,9 @@ def rows(
     fields: Sequence[str],
     until_step: int | None = None,
 ) -> list[dict[str, Any]]:
-    """At most ``limit`` points behind ``after_step``, up to ``until_step``, oldest first, with the columns ``fields``.
+    """Return at most ``limit`` points after ``after_step``, up to ``until_step``, oldest first, with ``fields``.
 
-    Without ``attempt`` each step stands once: what a later attempt went over again is left out.
+    ``attempt`` None: the stitched curve, in which each step is the newest attempt's.
     """
     columns = [getattr(MetricRow, name) for name in fields]
     query = select(*columns).where(*_curve(job_id, attempt), MetricRow.step > after_step)
@@ -57,47 +45,47 @@ def rows(
     return [dict(zip(fields, row, strict=True)) for row in found]
 
 
-def newest_place(session: Session, job_id: str) -> tuple[int, int]:
-    """(attempt, seq) of the newest point; (0, 0) where there is none."""
+def newest_cursor(session: Session, job_id: str) -> tuple[int, int]:
+    """Return (attempt, seq) of the newest point, or (0, 0) if there is none."""
     order = (MetricRow.attempt.desc(), MetricRow.seq.desc())
     query = select(MetricRow.attempt, MetricRow.seq).where(MetricRow.job_id == job_id).order_by(*order).limit(1)
-    found = session.execute(query).first()
-    return (found.attempt, found.seq) if found is not None else (0, 0)
+    row = session.execute(query).first()
+    return (row.attempt, row.seq) if row is not None else (0, 0)
 
 
 def rows_after(
     session: Session,
     job_id: str,
-    place: tuple[int, int],
+    cursor: tuple[int, int],
     limit: int,
     past: tuple[int, int] = (0, 0),
     after_step: int = 0,
 ) -> list[dict[str, Any]]:
-    """Points of the stitched curve in the order in which they were said, behind (attempt, seq); times as text.
+    """Return points of the stitched curve after ``cursor``, an (attempt, seq), in that order, with times as text.
 
-    Those up to ``past`` count only behind ``after_step``.
+    Of the points up to the cursor ``past``, only those after ``after_step`` are returned.
     """
-    said = tuple_(MetricRow.attempt, MetricRow.seq)
+    reported = tuple_(MetricRow.attempt, MetricRow.seq)
     names = ("seq", *FIELDS)
     query = select(*(getattr(MetricRow, name) for name in names)).where(
         MetricRow.job_id == job_id,
         MetricRow.stitched.is_(True),
-        said > tuple_(*place),
-        or_(MetricRow.step > after_step, said > tuple_(*past)),
+        reported > tuple_(*cursor),
+        or_(MetricRow.step > after_step, reported > tuple_(*past)),
     )
     found = session.execute(query.order_by(MetricRow.attempt, MetricRow.seq).limit(limit)).all()
-    return [shown(dict(zip(names, row, strict=True))) for row in found]
+    return [with_time_as_text(dict(zip(names, row, strict=True))) for row in found]
 
 
-def shown(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with its time as the API writes it."""
+def with_time_as_text(row: dict[str, Any]) -> dict[str, Any]:
+    """Format the row's time as the API does, in place, and return the row."""
     if isinstance(row.get("at"), datetime):
         row["at"] = row["at"].isoformat().replace("+00:00", "Z")
     return row
 
 
 def last_step(session: Session, job_id: str, attempt: int | None) -> int:
-    """The newest step of the curve, 0 where there is none."""
+    """Return the last step of the curve, or 0 if it is empty."""
     return session.scalar(select(func.max(MetricRow.step)).where(*_curve(job_id, attempt))) or 0
 
 
@@ -111,16 +99,16 @@ def points(
     if until_step is not None:
         query = query.where(MetricRow.step <= until_step)
     in_order = query.order_by(MetricRow.step, MetricRow.seq)
-    # Not by the session itself, which looks at each of what may be millions of rows once more.
+    # By the connection: the session would process each of millions of rows once more.
     for row in session.connection().execute(in_order, execution_options={"yield_per": 5000}):
         yield aggregate_of(*row)
 
 
 def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], fields: Sequence[str]) -> None:
-    """Put ``fields`` of its last point into each bucket, where the bucket has no such field of its own.
+    """Add ``fields`` of its last point to each bucket, except those that the bucket has already.
 
-    Attempt by attempt and put in order here: for an order SQLite leaves the index of job, attempt and step, and reads
-    the whole curve.
+    The queries are per attempt and are sorted here: with ORDER BY, SQLite does not use the index on (job, attempt,
+    step) and reads the whole curve.
     """
     extra = [name for name in fields if name not in ("step", "attempt", "loss")]
     columns = [getattr(MetricRow, name) for name in ("seq", "step", *extra)]
@@ -134,17 +122,16 @@ def add_last(session: Session, job_id: str, buckets: list[dict[str, Any]], field
                 named[step].update(zip(extra, values, strict=True))
 
 
-def _batched(steps: Iterable[int], most: int) -> Iterator[list[int]]:
-    """The steps in lists of at most ``most``."""
+def _batched(steps: Iterable[int], size: int) -> Iterator[list[int]]:
     rest = iter(steps)
-    while some := list(islice(rest, most)):
-        yield some
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 def add_evaluations(
     session: Session, job_id: str, attempt: int | None, buckets: list[dict[str, Any]], every: int
 ) -> None:
-    """Put the last evaluation in each bucket into it where its last point has none; one came each ``every`` steps."""
+    """Add its last evaluation to each bucket whose last point has none. Evaluations come each ``every`` steps."""
     due = {
         row["step"] // every * every: row
         for row in buckets

@@ -1,7 +1,7 @@
-"""The service's log: a line for each thing that happens, as text or JSON, with what it is about in fields of its own.
+"""The log of the service, as text or JSON lines with fields, without secrets.
 
-``log.info("launching", extra={"job_id": ..., "attempt": ...})`` gives a line its fields; `about` gives them to all
-lines that are written meanwhile. Secrets are blacked out in whatever is written, by whomever.
+``log.info("launching", extra={"job_id": ..., "attempt": ...})`` adds fields to one line; `log_context` adds them to all
+lines of a block. Secrets are removed from every line, also from those of libraries.
 """
 
 import contextlib
@@ -19,42 +19,42 @@ Level = Literal["debug", "error", "info", "warning"]
 
 REDACTED = "***"
 MIN_SECRET_LENGTH = 6
-"""What is shorter stands in every other line by chance."""
+"""A shorter secret would match ordinary text."""
 
 CREDENTIALS = re.compile(r"(?i)(\bbearer\s+|://[^\s/:@]*:|\bwhsec_)[^\s@\"',]+")
-"""What follows the word Bearer, the password of a URL, and the secret of a webhook."""
+"""What follows the word Bearer, the password in a URL, and the secret of a webhook."""
 
 NOISY_LOGGERS = ("alembic", "httpx2", "httpcore2")
-"""Libraries that say at each step what they do; clients of others even whole addresses."""
+"""Libraries that log every step, HTTP clients even with the full URL. Limited to warnings."""
 
-OURS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
 """Attributes that every record has: not what a line is about."""
 
-BARE = re.compile(r"[\w.:/{}+*-]+")
+UNQUOTED = re.compile(r"[\w.:/{}+*-]+")
 
-_about: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
+_context: ContextVar[dict[str, Any] | None] = ContextVar("about", default=None)
 
 
 @contextlib.contextmanager
 def log_context(**fields: Any) -> Iterator[dict[str, Any]]:
-    """Every line until the end of the block has ``fields``, also those of threads that work for it."""
-    found = {**(_about.get() or {}), **fields}
-    token = _about.set(found)
+    """Add ``fields`` to every line logged in the block, also in threads that run with a copy of its context."""
+    context = {**(_context.get() or {}), **fields}
+    token = _context.set(context)
     try:
-        yield found
+        yield context
     finally:
-        _about.reset(token)
+        _context.reset(token)
 
 
 def bind(**fields: Any) -> None:
-    """Add to what the block around us is about; known from then on, also outside of this thread."""
-    found = _about.get()
-    if found is not None:
-        found.update(fields)
+    """Add ``fields`` to the enclosing `log_context` block. Takes effect in all its threads."""
+    context = _context.get()
+    if context is not None:
+        context.update(fields)
 
 
 def configure_logging(format_: str, level: str, secrets: Iterable[str] = (), stream: TextIO | None = None) -> None:
-    """Everything that is logged in this process, by libraries too, goes to ``stream`` (stderr) in one format."""
+    """Write all log lines of the process, also of libraries, to ``stream`` (default: stderr) in one format."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(formatter(format_, secrets))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
@@ -64,69 +64,68 @@ def configure_logging(format_: str, level: str, secrets: Iterable[str] = (), str
 
 
 def formatter(format_: str, secrets: Iterable[str] = ()) -> logging.Formatter:
-    """Return the formatter of a Format, which hides ``secrets``."""
+    """Return the formatter of a format. It replaces ``secrets`` by asterisks."""
     return (JsonFormatter if format_ == "json" else TextFormatter)(RedactingFilter(secrets))
 
 
 class RedactingFilter:
-    """Blacks out the secrets that are known, and what looks like one."""
+    """Replaces known secrets, and text that looks like a credential."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         known = sorted({secret for secret in secrets if len(secret) >= MIN_SECRET_LENGTH}, key=len, reverse=True)
         self._known = re.compile("|".join(map(re.escape, known))) if known else None
 
     def __call__(self, text: str) -> str:
-        """``text`` without them."""
         if self._known is not None:
             text = self._known.sub(REDACTED, text)
         return CREDENTIALS.sub(rf"\g<1>{REDACTED}", text)
 
 
 class _LineFormatter(logging.Formatter):
-    def __init__(self, censor: RedactingFilter) -> None:
+    def __init__(self, redact: RedactingFilter) -> None:
         super().__init__()
-        self._censor = censor
+        self._redact = redact
 
     def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
-        own = {key: value for key, value in vars(record).items() if key not in OURS and value is not None}
-        return {key: self._clean(value) for key, value in {**(_about.get() or {}), **own}.items()}
+        own = {
+            key: value for key, value in vars(record).items() if key not in STANDARD_ATTRIBUTES and value is not None
+        }
+        return {key: self._clean(value) for key, value in {**(_context.get() or {}), **own}.items()}
 
     def _clean(self, value: Any) -> Any:
-        return value if isinstance(value, bool | int | float) else self._censor(str(value))
+        return value if isinstance(value, bool | int | float) else self._redact(str(value))
 
     def _message(self, record: logging.LogRecord) -> str:
-        return self._censor(record.getMessage())
+        return self._redact(record.getMessage())
 
-    def _trouble(self, record: logging.LogRecord) -> str:
-        return self._censor(self.formatException(record.exc_info)) if record.exc_info else ""
+    def _traceback(self, record: logging.LogRecord) -> str:
+        return self._redact(self.formatException(record.exc_info)) if record.exc_info else ""
 
 
 class JsonFormatter(_LineFormatter):
-    """One object a line: ``at, level, logger, message``, what it is about, and ``traceback`` where there is one."""
+    """One JSON object per line: ``at, level, logger, message``, the fields, and ``traceback`` if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As JSON."""
         head = {"at": _at(record), "level": record.levelname.lower(), "logger": record.name}
-        trouble = self._trouble(record)
-        found = {**head, "message": self._message(record), **self._fields(record)}
-        return json.dumps({**found, "traceback": trouble} if trouble else found)
+        fields = {**head, "message": self._message(record), **self._fields(record)}
+        traceback = self._traceback(record)
+        return json.dumps({**fields, "traceback": traceback} if traceback else fields)
 
 
 class TextFormatter(_LineFormatter):
-    """For people: time, level, logger, message, then ``key=value``. A line stays one, but for tracebacks."""
+    """Time, level, logger, message, then ``key=value``. Line breaks are removed, but not from tracebacks."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As text."""
-        fields = [f"{key}={_bare(value)}" for key, value in self._fields(record).items()]
-        said = " ".join(self._message(record).splitlines())
-        line = " ".join([_at(record), record.levelname, record.name, said, *fields])
-        trouble = self._trouble(record)
-        return f"{line}\n{trouble}" if trouble else line
+        fields = [f"{key}={_quote(value)}" for key, value in self._fields(record).items()]
+        message = " ".join(self._message(record).splitlines())
+        line = " ".join([_at(record), record.levelname, record.name, message, *fields])
+        traceback = self._traceback(record)
+        return f"{line}\n{traceback}" if traceback else line
 
 
-def _bare(value: Any) -> str:
+def _quote(value: Any) -> str:
     text = str(value)
-    return text if BARE.fullmatch(text) else json.dumps(text)
+    return text if UNQUOTED.fullmatch(text) else json.dumps(text)
 
 
 def _at(record: logging.LogRecord) -> str:

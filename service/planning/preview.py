@@ -7,7 +7,7 @@ from typing import Any
 
 from trainyard.contract.spec import JobSpec
 from trainyard.service.devices.inventory import Device, count_by_kind
-from trainyard.service.devices.memory import disk_free, limit_for
+from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.planning.corpus_sample import other_format, sample_lines
@@ -112,7 +112,7 @@ def _host_capacity(
     return HostCapacity(
         kind=kind,
         memory_needed=sum(facts["memory_bytes"].values()),
-        memory_limit=None if on_cluster else limit_for(kind, devices),
+        memory_limit=None if on_cluster else memory_limit(kind, devices),
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
         snapshot=facts["snapshot_bytes"],

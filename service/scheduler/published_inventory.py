@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import SchedulerLeaseRow
-from trainyard.service.devices.inventory import FRESH_SECONDS, Device, Inventory
+from trainyard.service.devices.inventory import CACHE_SECONDS, Device, Inventory
 from trainyard.service.leadership import ROW
 
 # Shortest time between two writes if only memory use or temperature have changed, which they always do.
@@ -91,7 +91,7 @@ class PublishedInventory:
     def devices(self) -> Sequence[Device]:
         """Return every device that may be leased."""
         with self._lock:
-            if self._monotonic() - self._read_at > FRESH_SECONDS:
+            if self._monotonic() - self._read_at > CACHE_SECONDS:
                 with self._database.read() as session:
                     self._read = InventorySnapshot.of(session.get(SchedulerLeaseRow, ROW))
                 self._read_at = self._monotonic()

@@ -101,7 +101,7 @@ class SchedulerMemory:
 
 def is_due(restart_at: datetime, now: datetime, timing: Timing = Timing()) -> bool:
     """Whether the back-off is over. A time further away than any back-off means that the clock was set back."""
-    return restart_at <= now or restart_at - now > timedelta(seconds=timing.longest_restart_wait)
+    return restart_at <= now or restart_at - now > timedelta(seconds=timing.max_restart_wait)
 
 
 def load_snapshot(

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: those that its manifest names, opened so that nothing else can be meant."""
+"""Safe access to the files of a checkpoint: only files that its manifest lists, and never through a symbolic link."""
 
 import os
 import re
@@ -10,23 +10,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trainyard.contract.failpoints import failpoint
-from trainyard.contract.rundir import (
-    MANIFEST_FILE,
-    ArtifactDir,
-    FileDigest,
-    parse_manifest,
-)
+from trainyard.contract.rundir import MANIFEST_FILE, ArtifactDir, FileDigest, parse_manifest
 from trainyard.service.errors import FileNotInCheckpoint, RangeUnsatisfiable
 
 MAX_MANIFEST = 16 << 20
-FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
+OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 ONE_RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @dataclass(frozen=True)
 class ByteRange:
-    """Bytes ``first`` to ``last`` of a file of ``size``, both included. ``partial``: not all of it was asked for."""
+    """Bytes ``first`` to ``last``, both included, of a file of ``size`` bytes. ``partial``: a Range was requested."""
 
     first: int
     last: int
@@ -35,107 +30,108 @@ class ByteRange:
 
     @property
     def length(self) -> int:
-        """How many bytes that is."""
         return self.last - self.first + 1
 
 
-def checkpoint_directory(products: ArtifactDir, step: int, path: str) -> Path | None:
-    """Where a checkpoint's files are, if ``path``, which an attempt has reported, is where they must be; else None."""
-    return next((place for place in (products.checkpoint(step), products.milestone(step)) if str(place) == path), None)
+def checkpoint_directory(artifacts: ArtifactDir, step: int, path: str) -> Path | None:
+    """Return ``path`` if it is a directory where checkpoints of the step belong, else None. An attempt reported it."""
+    valid = artifacts.checkpoint(step), artifacts.milestone(step)
+    return next((directory for directory in valid if str(directory) == path), None)
 
 
 @failpoint("share.manifest")
 def read_manifest(directory: Path) -> dict[str, FileDigest] | None:
-    """What the manifest says; None where there is none that can be read."""
+    """Return the files that the manifest lists, or None if it is missing or invalid."""
     try:
-        with lock(directory) as within:
-            return _manifest_in(within)
+        with _open_directory(directory) as descriptor:
+            return _read_manifest_in(descriptor)
     except OSError:
         return None
 
 
 @failpoint("share.read_manifest", "download.read_manifest")
-def _manifest_in(within: int) -> dict[str, FileDigest] | None:
+def _read_manifest_in(descriptor: int) -> dict[str, FileDigest] | None:
     try:
-        with _opened_in(within, MANIFEST_FILE) as file:
-            found = parse_manifest(file.read(MAX_MANIFEST))
+        with _open_in(descriptor, MANIFEST_FILE) as file:
+            manifest = parse_manifest(file.read(MAX_MANIFEST))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return {name: said for name, said in found.items() if NAME.fullmatch(name)}
+    return {name: digest for name, digest in manifest.items() if FILE_NAME.fullmatch(name)}
 
 
 @failpoint("share.validate")
 def is_valid(directory: Path) -> bool:
-    """Whether every file that the manifest names is there with its size. The bytes are not read."""
+    """Return whether every file of the manifest exists with its size. The contents are not read."""
     manifest = read_manifest(directory)
     if not manifest:
         return False
     try:
-        return all((directory / name).lstat().st_size == said.bytes for name, said in manifest.items())
+        return all((directory / name).lstat().st_size == digest.bytes for name, digest in manifest.items())
     except OSError:
         return False
 
 
 @failpoint("download.open_listed")
 def open_listed(directory: Path, name: str) -> tuple[BinaryIO, str | None]:
-    """The file, and its sha256 by the manifest; None for the manifest itself. Raises FileNotInCheckpoint.
+    """Open a file that the manifest lists, or the manifest itself. Raises FileNotInCheckpoint.
 
-    A file that retention removes meanwhile can be read to its end: it is open. And both are of one directory, though
-    another may stand under its name by now, of a run that went back.
+    Return the file and its sha256 of the manifest, which is None for the manifest.
     """
+    # Manifest and file are read through one directory descriptor: if a run is rewound, another checkpoint may get the
+    # same path. The open file can be read to its end even if retention removes it.
     try:
-        with lock(directory) as within:
-            manifest = _manifest_in(within)
+        with _open_directory(directory) as descriptor:
+            manifest = _read_manifest_in(descriptor)
             if manifest is None or (name != MANIFEST_FILE and name not in manifest):
                 raise FileNotInCheckpoint()
-            return _opened_in(within, name), manifest[name].sha256 if name != MANIFEST_FILE else None
+            return _open_in(descriptor, name), manifest[name].sha256 if name != MANIFEST_FILE else None
     except OSError:
         raise FileNotInCheckpoint() from None
 
 
 @failpoint("share.open_file")
-def opened(directory: Path, name: str) -> BinaryIO:
-    """A regular file that lies in ``directory`` itself: neither may be a link by now. Raises OSError."""
-    with lock(directory) as within:
-        return _opened_in(within, name)
+def open_file(directory: Path, name: str) -> BinaryIO:
+    """Open a regular file directly in ``directory``; neither may be a symbolic link. Raises OSError."""
+    with _open_directory(directory) as descriptor:
+        return _open_in(descriptor, name)
 
 
 @contextmanager
-def lock(directory: Path) -> Iterator[int]:
-    """A descriptor of the directory that stands under this name now, whatever stands there later. Raises OSError."""
-    within = os.open(directory, FLAGS | os.O_DIRECTORY)
+def _open_directory(directory: Path) -> Iterator[int]:
+    # The descriptor stays the same directory, even if another one gets its name.
+    descriptor = os.open(directory, OPEN_FLAGS | os.O_DIRECTORY)
     try:
-        yield within
+        yield descriptor
     finally:
-        os.close(within)
+        os.close(descriptor)
 
 
 @failpoint("share.open", "download.open")
-def _opened_in(within: int, name: str) -> BinaryIO:
-    descriptor = os.open(name, FLAGS | os.O_NONBLOCK, dir_fd=within)
+def _open_in(directory: int, name: str) -> BinaryIO:
+    # NONBLOCK: opening a FIFO would otherwise wait for a writer.
+    descriptor = os.open(name, OPEN_FLAGS | os.O_NONBLOCK, dir_fd=directory)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileNotFoundError(name)
     return os.fdopen(descriptor, "rb")
 
 
-def parse_range(asked: str | None, size: int) -> ByteRange:
-    """Return the bytes that a Range header asks for: all, if it is not valid or asks for several ranges.
+def parse_range(header: str | None, size: int) -> ByteRange:
+    """Return the range of a Range header, or the whole file if it is missing, invalid or has several ranges.
 
-    Raises:
-        RangeUnsatisfiable: It begins after the end of the file.
+    Raises RangeUnsatisfiable if it begins after the end of the file.
     """
     whole = ByteRange(0, size - 1, size, partial=False)
-    match = ONE_RANGE.fullmatch((asked or "").replace(" ", ""))
+    match = ONE_RANGE.fullmatch((header or "").replace(" ", ""))
     if match is None or match.groups() == ("", ""):
         return whole
     first, last = match.groups()
     if not first:
-        begin, end = max(0, size - int(last)), size - 1
+        start, end = max(0, size - int(last)), size - 1
     else:
-        begin, end = int(first), min(int(last), size - 1) if last else size - 1
-        if last and int(last) < begin:
+        start, end = int(first), min(int(last), size - 1) if last else size - 1
+        if last and int(last) < start:
             return whole
-    if begin >= size or end < begin:
+    if start >= size or end < start:
         raise RangeUnsatisfiable(headers={"Content-Range": f"bytes */{size}"})
-    return ByteRange(begin, end, size, partial=True)
+    return ByteRange(start, end, size, partial=True)

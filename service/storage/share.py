@@ -1,7 +1,7 @@
-"""A fork's share of its parent's checkpoint: linked, so that neither retention nor a deletion takes it away.
+"""Hard links to the files of a checkpoint, so that neither retention nor the deletion of its job removes them.
 
-A checkpoint's files never change once it is published. Whoever removes the parent's names meanwhile takes either none
-of the files from us, or one that was not linked yet, and then there is no fork.
+A published checkpoint never changes. If its files are removed while they are linked, either all links exist already, or
+linking fails and the caller gives up.
 """
 
 import os
@@ -11,16 +11,16 @@ from pathlib import Path
 from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.rundir import MANIFEST_FILE, fsync_directory
 from trainyard.service.errors import StepUnavailable
-from trainyard.service.storage.checkpoint_files import is_valid, opened, read_manifest
+from trainyard.service.storage.checkpoint_files import is_valid, open_file, read_manifest
 
-DAMAGED = "The checkpoint of this step is damaged, or was just removed."
+DAMAGED = "The checkpoint of this step is damaged or was just removed."
 
 
 @failpoint("share.checkpoint")
 def link_checkpoint(source: Path, target: Path) -> None:
-    """Make ``target`` hold the files of the checkpoint ``source``; copies where it is on another file system.
+    """Create the directory ``target`` with links to the files of ``source``, or copies on another file system.
 
-    Raises StepUnavailable; what was made by then is the caller's to remove.
+    Raises StepUnavailable; the caller then removes the partial directory.
     """
     manifest = read_manifest(source)
     if not manifest:
@@ -28,7 +28,7 @@ def link_checkpoint(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     try:
         for name in (*manifest, MANIFEST_FILE):
-            _share_file(source, target, name)
+            _link_file(source, target, name)
             hit("share.file_linked")
     except OSError as error:
         raise StepUnavailable(f"{DAMAGED} {error.strerror}.") from error
@@ -38,8 +38,8 @@ def link_checkpoint(source: Path, target: Path) -> None:
 
 
 @failpoint("share.file")
-def _share_file(source: Path, target: Path, name: str) -> None:
-    with opened(source, name) as file:
+def _link_file(source: Path, target: Path, name: str) -> None:
+    with open_file(source, name) as file:
         try:
             os.link(source / name, target / name, follow_symlinks=False)
         except FileNotFoundError:

@@ -1,78 +1,81 @@
-"""What one reader of a stream gets, piece by piece. An empty piece says that nothing came for a while."""
+"""The chunks that one reader of a stream gets. An empty chunk means that nothing came for a while."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 
 from trainyard.contract.rundir import RunDir
 from trainyard.service.errors import LogNotFound
-from trainyard.service.logs.reader import log_file, read_whole, start_of_tail
+from trainyard.service.logs.reader import log_file, read_growing, start_of_tail
 from trainyard.service.streams.broadcaster import Channel, MetricBroadcaster, SseFrame
 from trainyard.service.streams.sse import Cursor, event
 
 POLL_SECONDS = 0.5
 FRAMES_PER_CHUNK = 64
 LOG_CHUNK = 64 << 10
-BEGINNING: Cursor = (0, 0)
+START: Cursor = (0, 0)
 
 
 async def metrics(
-    pulse: MetricBroadcaster, channel: Channel, since: Cursor | None, after_step: int
+    broadcaster: MetricBroadcaster, channel: Channel, since: Cursor | None, after_step: int
 ) -> AsyncGenerator[bytes, None]:
-    """Every point behind ``since``, then each as it comes, then the end where the job has one.
+    """Yield every point after ``since``, then each new one, then an ``end`` event once the job is over.
 
-    Where another attempt goes on, an event says from which step: what was sent of earlier ones behind it is void.
-    ``after_step`` leaves out points of the past.
+    Before the first point of another attempt, an ``attempt`` event has its start step: earlier attempts' points after
+    that step are void. Of the points that exist now, only those after ``after_step`` are sent.
     """
     past = channel.position
-    place = since or BEGINNING
-    attempt = place[0]
-    while not pulse.stopping:
-        if place >= channel.position:
-            if channel.news.ended:
-                yield _end(channel)
+    cursor = since or START
+    attempt = cursor[0]
+    while not broadcaster.stopping:
+        if cursor >= channel.position:
+            if channel.latest.ended:
+                yield _end_event(channel)
                 return
             await channel.wait(POLL_SECONDS)
             yield b""
             continue
         reached = channel.position
-        frames = await _following(pulse, channel, place, past, after_step)
-        # None: all that was said behind us up to there does not count any more.
-        place = frames[-1].place if frames else reached
+        frames = await _frames_after(broadcaster, channel, cursor, past, after_step)
+        # No frames: the points in between have been superseded.
+        cursor = frames[-1].cursor if frames else reached
         for start in range(0, len(frames), FRAMES_PER_CHUNK):
-            piece = frames[start : start + FRAMES_PER_CHUNK]
-            yield b"".join(_announced(channel, piece, attempt))
-            attempt = piece[-1].place[0]
+            chunk = frames[start : start + FRAMES_PER_CHUNK]
+            yield b"".join(_with_attempt_events(channel, chunk, attempt))
+            attempt = chunk[-1].cursor[0]
 
 
-async def _following(
-    pulse: MetricBroadcaster, channel: Channel, place: Cursor, past: Cursor, after_step: int
+async def _frames_after(
+    broadcaster: MetricBroadcaster, channel: Channel, cursor: Cursor, past: Cursor, after_step: int
 ) -> Sequence[SseFrame]:
-    """What comes behind ``place``: from the shared tail where that reaches back so far."""
-    if place < channel.floor:
-        return await pulse.frames_after(channel.job_id, place, past, after_step)
-    behind = (frame for frame in channel.tail if frame.place > place)
-    return [frame for frame in behind if frame.step > after_step or frame.place > past]
+    # From the shared tail if it reaches back far enough.
+    if cursor < channel.floor:
+        return await broadcaster.frames_after(channel.job_id, cursor, past, after_step)
+    following = (frame for frame in channel.tail if frame.cursor > cursor)
+    return [frame for frame in following if frame.step > after_step or frame.cursor > past]
 
 
-def _announced(channel: Channel, frames: Sequence[SseFrame], attempt: int) -> list[bytes]:
-    pieces = []
+def _with_attempt_events(channel: Channel, frames: Sequence[SseFrame], attempt: int) -> list[bytes]:
+    events = []
     for frame in frames:
-        number = frame.place[0]
+        number = frame.cursor[0]
         if attempt not in (0, number):
-            start = channel.news.starts.get(number, 0)
-            pieces.append(event("attempt", {"attempt": number, "start_step": start}))
+            start = channel.latest.starts.get(number, 0)
+            events.append(event("attempt", {"attempt": number, "start_step": start}))
         attempt = number
-        pieces.append(frame.data)
-    return pieces
+        events.append(frame.data)
+    return events
 
 
-def _end(channel: Channel) -> bytes:
-    return event("end", {"status": channel.news.status})
+def _end_event(channel: Channel) -> bytes:
+    return event("end", {"status": channel.latest.status})
 
 
 @dataclass(frozen=True)
 class LogCursor:
-    """Where in which log. ``fixed``: only this attempt, else a new one's log follows. ``rank`` None: the agent's."""
+    """A position in a log. ``rank`` None: the agent's log. ``offset`` None: its last ``tail`` lines.
+
+    ``fixed``: only this attempt; otherwise the logs of later attempts follow.
+    """
 
     attempt: int
     rank: int | None
@@ -82,40 +85,40 @@ class LogCursor:
 
 
 async def logs(
-    pulse: MetricBroadcaster, channel: Channel, run: RunDir, place: LogCursor
+    broadcaster: MetricBroadcaster, channel: Channel, run: RunDir, cursor: LogCursor
 ) -> AsyncGenerator[bytes, None]:
-    """The log from ``place`` on, as it is written, then the end where nothing more can come."""
-    while not pulse.stopping:
-        # Before the file: what was written before the end is read after it.
-        newest, ended = channel.news.attempt, channel.news.ended
-        begin, text, following = await _log_piece(pulse, run, place, last=ended)
-        place = replace(place, offset=following)
+    """Yield the log from ``cursor`` on as it is written, then an ``end`` event once nothing more can come."""
+    while not broadcaster.stopping:
+        # Read the state before the file, so that everything written before the end is sent.
+        newest, ended = channel.latest.attempt, channel.latest.ended
+        begin, text, next_offset = await _read_log(broadcaster, run, cursor, last=ended)
+        cursor = replace(cursor, offset=next_offset)
         if text:
-            said = {"attempt": place.attempt, "offset": begin, "data": text, "next_offset": following}
-            yield event("log", said, (place.attempt, following or 0))
-        elif not place.fixed and newest > place.attempt:
-            place = replace(place, attempt=newest, offset=0)
-        elif ended or newest > place.attempt:
-            yield _end(channel)
+            data = {"attempt": cursor.attempt, "offset": begin, "data": text, "next_offset": next_offset}
+            yield event("log", data, (cursor.attempt, next_offset or 0))
+        elif not cursor.fixed and newest > cursor.attempt:
+            cursor = replace(cursor, attempt=newest, offset=0)
+        elif ended or newest > cursor.attempt:
+            yield _end_event(channel)
             return
         else:
             await channel.wait(POLL_SECONDS)
             yield b""
 
 
-async def _log_piece(
-    pulse: MetricBroadcaster, run: RunDir, place: LogCursor, last: bool
+async def _read_log(
+    broadcaster: MetricBroadcaster, run: RunDir, cursor: LogCursor, last: bool
 ) -> tuple[int | None, str, int | None]:
-    """(where it begins, the text, where to go on); no text where there is none, or no file yet."""
-    if place.attempt < 1:
-        return place.offset, "", place.offset
-    file = log_file(run.attempt(place.attempt), place.rank)
+    """Return (offset of the text, the text, next offset); the text is empty if there is none yet."""
+    if cursor.attempt < 1:
+        return cursor.offset, "", cursor.offset
+    file = log_file(run.attempt(cursor.attempt), cursor.rank)
 
     def read() -> tuple[int | None, str, int | None]:
         try:
-            begin = place.offset if place.offset is not None else start_of_tail(file, place.tail, LOG_CHUNK)
-            return begin, *read_whole(file, begin, LOG_CHUNK, last)
+            begin = cursor.offset if cursor.offset is not None else start_of_tail(file, cursor.tail, LOG_CHUNK)
+            return begin, *read_growing(file, begin, LOG_CHUNK, last)
         except LogNotFound:
-            return place.offset, "", place.offset
+            return cursor.offset, "", cursor.offset
 
-    return await pulse.run(read)
+    return await broadcaster.run(read)

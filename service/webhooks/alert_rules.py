@@ -1,6 +1,6 @@
-"""When a curve is worth a word: rules over points, each with what it remembers of a job. Pure.
+"""Alert rules over a job's metrics, each with its state per job. Pure.
 
-A rule speaks once when its condition comes true, and again only after the condition was false in between.
+A rule fires once when its condition becomes true, and again only after the condition was false in between.
 """
 
 from collections.abc import Sequence
@@ -10,36 +10,36 @@ from typing import Annotated, Literal, assert_never
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SMOOTHED_OVER = 8
-"""The half-life of a plateau's mean loss is its steps divided by this."""
+HALF_LIVES_PER_PLATEAU = 8
+"""The half-life of a plateau's mean loss is the rule's steps divided by this."""
 
 
 class Rule(BaseModel):
-    """What all rules have in common: frozen, and nothing that nobody asked for."""
+    """Base of all rules: frozen and strict, without unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @property
     def key(self) -> str:
-        """The rule as text: another threshold is another rule."""
+        """The rule as text, its key in the database: another threshold is another rule."""
         return self.model_dump_json()
 
 
 class NonFinite(Rule):
-    """A loss that is not finite."""
+    """Fires at a loss that is not finite."""
 
     kind: Literal["nonfinite"]
 
 
 class NoProgress(Rule):
-    """A running job without a new point for so many minutes."""
+    """Fires if a running job reports no new point for ``minutes``."""
 
     kind: Literal["no_progress"]
     minutes: float = Field(gt=0, le=10_080)
 
 
 class Plateau(Rule):
-    """A mean loss that has not fallen by ``min_delta`` below its best for so many steps."""
+    """Fires if the mean loss has not fallen by ``min_delta`` below its best for ``steps`` steps."""
 
     kind: Literal["plateau"]
     steps: int = Field(ge=1, le=1_000_000_000)
@@ -47,7 +47,7 @@ class Plateau(Rule):
 
 
 class EvalLossBelow(Rule):
-    """A held-out loss under a value."""
+    """Fires at a held-out loss below ``value``."""
 
     kind: Literal["eval_loss_below"]
     value: float = Field(ge=-1_000_000, le=1_000_000)
@@ -58,7 +58,7 @@ AnyRule = Annotated[NonFinite | NoProgress | Plateau | EvalLossBelow, Field(disc
 
 @dataclass(frozen=True)
 class Point:
-    """A point of the curve, as far as rules look at it."""
+    """A point of the curve with the fields that rules read."""
 
     step: int
     loss: float | None
@@ -68,9 +68,9 @@ class Point:
 
 @dataclass(frozen=True)
 class RuleState:
-    """What a rule remembers. ``inside``: its condition holds, and was told.
+    """A rule's state for one job, stored as JSON. ``inside``: its condition holds, and it has fired.
 
-    ``total`` and ``weight`` are those of the mean loss at ``step``; ``best`` is its lowest, at ``best_step``.
+    ``total / weight`` is the mean loss at ``step``; ``best`` is its lowest value, at ``best_step``.
     """
 
     inside: bool = False
@@ -83,80 +83,81 @@ class RuleState:
 
 @dataclass(frozen=True)
 class Firing:
-    """What a rule has to say, in one sentence; ``data`` for programs."""
+    """One alert: a sentence for people, and ``data`` for programs."""
 
     message: str
     step: int
     data: dict[str, float | int | None] = field(default_factory=dict)
 
 
-def advance(rule: AnyRule, seen: RuleState, points: Sequence[Point]) -> tuple[RuleState, list[Firing]]:
-    """Go over new points, in the order in which they were said."""
+def advance(rule: AnyRule, state: RuleState, points: Sequence[Point]) -> tuple[RuleState, list[Firing]]:
+    """Apply the rule to new points, in the order in which they were reported."""
     firings: list[Firing] = []
     for point in points:
-        seen, firing = _at(rule, seen, point)
+        state, firing = _apply(rule, state, point)
         firings += [firing] if firing is not None else []
-    return seen, firings
+    return state, firings
 
 
 def no_progress(
-    rule: NoProgress, seen: RuleState, step: int, since: datetime, now: datetime
+    rule: NoProgress, state: RuleState, step: int, since: datetime, now: datetime
 ) -> tuple[RuleState, Firing | None]:
-    """Look at the clock: the last progress of a running job was at ``since``, at ``step``."""
+    """Apply the rule to a running job whose last progress was at the time ``since``, at ``step``."""
     minutes = (now - since).total_seconds() / 60
     if minutes < rule.minutes:
-        return replace(seen, inside=False), None
-    if seen.inside:
-        return seen, None
+        return replace(state, inside=False), None
+    if state.inside:
+        return state, None
     firing = Firing(f"no progress for {minutes:.3g} min: the last step is {step:,}", step, {"minutes": minutes})
-    return replace(seen, inside=True), firing
+    return replace(state, inside=True), firing
 
 
-def _at(rule: AnyRule, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
+def _apply(rule: AnyRule, state: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
     match rule:
         case NonFinite():
-            told = Firing(f"the loss is not finite at step {point.step:,}", point.step)
-            return _crossed(seen, point.nonfinite, told)
+            firing = Firing(f"the loss is not finite at step {point.step:,}", point.step)
+            return _on_change(state, point.nonfinite, firing)
         case EvalLossBelow():
-            return _eval_loss(rule, seen, point)
+            return _eval_loss(rule, state, point)
         case Plateau():
-            return _plateau(rule, seen, point)
+            return _plateau(rule, state, point)
         case NoProgress():
-            return replace(seen, inside=False), None
+            return replace(state, inside=False), None
         case _:
             assert_never(rule)
 
 
-def _crossed(seen: RuleState, holds: bool, told: Firing) -> tuple[RuleState, Firing | None]:
-    return replace(seen, inside=holds), told if holds and not seen.inside else None
+def _on_change(state: RuleState, holds: bool, firing: Firing) -> tuple[RuleState, Firing | None]:
+    return replace(state, inside=holds), firing if holds and not state.inside else None
 
 
-def _eval_loss(rule: EvalLossBelow, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
+def _eval_loss(rule: EvalLossBelow, state: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
     if point.eval_loss is None:
-        return seen, None
-    message = f"the held-out loss is {point.eval_loss:.6g} at step {point.step:,}, under {rule.value:g}"
-    told = Firing(message, point.step, {"eval_loss": point.eval_loss, "value": rule.value})
-    return _crossed(seen, point.eval_loss < rule.value, told)
+        return state, None
+    message = f"the held-out loss is {point.eval_loss:.6g} at step {point.step:,}, below {rule.value:g}"
+    firing = Firing(message, point.step, {"eval_loss": point.eval_loss, "value": rule.value})
+    return _on_change(state, point.eval_loss < rule.value, firing)
 
 
-def _plateau(rule: Plateau, seen: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
+def _plateau(rule: Plateau, state: RuleState, point: Point) -> tuple[RuleState, Firing | None]:
     if point.loss is None or point.nonfinite:
-        return seen, None
-    if point.step <= seen.step:
-        # The job went back and does these steps again: what is repeated is no stand-still.
-        seen = RuleState(inside=seen.inside)
-    seen = _smoothed(rule, seen, point.step, point.loss)
-    mean = seen.total / seen.weight
-    if seen.best is None or mean < seen.best - rule.min_delta:
-        inside = seen.inside and seen.best is None
-        return replace(seen, best=mean, best_step=point.step, inside=inside), None
-    stood = point.step - seen.best_step
-    message = f"the loss has stood still for {stood:,} steps: {mean:.6g} at step {point.step:,}, {seen.best:.6g} before"
-    told = Firing(message, point.step, {"loss_mean": mean, "best": seen.best, "best_step": seen.best_step})
-    holds = stood >= rule.steps
-    return replace(seen, inside=seen.inside or holds), told if holds and not seen.inside else None
+        return state, None
+    if point.step <= state.step:
+        # The job rolled back: repeated steps are no plateau, so start again.
+        state = RuleState(inside=state.inside)
+    state = _update_mean(rule, state, point.step, point.loss)
+    mean = state.total / state.weight
+    if state.best is None or mean < state.best - rule.min_delta:
+        inside = state.inside and state.best is None
+        return replace(state, best=mean, best_step=point.step, inside=inside), None
+    flat_steps = point.step - state.best_step
+    values = f"{mean:.6g} at step {point.step:,}, {state.best:.6g} before"
+    message = f"the loss has not improved for {flat_steps:,} steps: {values}"
+    firing = Firing(message, point.step, {"loss_mean": mean, "best": state.best, "best_step": state.best_step})
+    holds = flat_steps >= rule.steps
+    return replace(state, inside=state.inside or holds), firing if holds and not state.inside else None
 
 
-def _smoothed(rule: Plateau, seen: RuleState, step: int, loss: float) -> RuleState:
-    kept = 0.5 ** (max(1, step - seen.step) * SMOOTHED_OVER / rule.steps)
-    return replace(seen, step=step, total=kept * seen.total + loss, weight=kept * seen.weight + 1.0)
+def _update_mean(rule: Plateau, state: RuleState, step: int, loss: float) -> RuleState:
+    decay = 0.5 ** (max(1, step - state.step) * HALF_LIVES_PER_PLATEAU / rule.steps)
+    return replace(state, step=step, total=decay * state.total + loss, weight=decay * state.weight + 1.0)

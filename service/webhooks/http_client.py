@@ -1,8 +1,8 @@
-"""One HTTP POST to a receiver that is not trusted.
+"""Send one HTTP POST to an untrusted receiver.
 
 The connection goes to the address that passed the check; the name is used only in TLS and in the Host header. Connect,
-TLS, request and answer share one deadline, and an answer is read up to a limit. Redirects are not followed, and no
-proxy, cookie or netrc of the environment is used: httpcore knows none of them.
+TLS, request and response share one deadline, and the response is read up to a limit. Redirects are not followed.
+httpcore uses no proxy, cookie or netrc of the environment.
 """
 
 import contextlib
@@ -15,24 +15,16 @@ from urllib.parse import SplitResult
 
 import httpcore2
 
-from trainyard.service.ssrf import (
-    AddressNotAllowed,
-    Network,
-    Resolver,
-    parse_url,
-    port_of,
-    resolve,
-    resolve_allowed,
-)
+from trainyard.service.ssrf import AddressNotAllowed, Network, Resolver, parse_url, port_of, resolve, resolve_allowed
 
 SEND_SECONDS = 10.0
-"""From the connect to the end of the answer. The system resolves the name before that, within its own limits."""
+"""From the connect to the end of the response. The system resolves the name before that, within its own limits."""
 
-SNIPPET_BYTES = 500
-READ_BYTES = 4096
+MAX_SNIPPET_BYTES = 500
+MAX_RECV_BYTES = 4096
 MAX_HEAD_BYTES = 16 << 10
-MAX_READ_BYTES = 64 << 10
-"""Bytes read of an answer, its head and all that is not shown included."""
+MAX_RESPONSE_BYTES = 64 << 10
+"""Bytes read of a response, including its headers and the part that is not stored."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +38,17 @@ class DeliveryResult:
     retry_after: float | None = None
 
     @property
-    def took(self) -> bool:
+    def accepted(self) -> bool:
         """True if the receiver accepted it. A redirect is a rejection: it may lead anywhere."""
         return self.status is not None and 200 <= self.status < 300
 
 
 class DeliveryFailed(Exception):
-    """The receiver did not answer; the message says why."""
+    """The receiver sent no valid response; the message says why."""
 
 
 class WebhookClient:
-    """Sends webhooks. Tests replace the system's ``resolver`` and TLS ``context``."""
+    """Sends webhooks. Tests replace ``resolver`` and the TLS ``context``."""
 
     def __init__(
         self,
@@ -71,21 +63,21 @@ class WebhookClient:
         self.seconds = seconds
 
     def post(self, url: str, headers: Mapping[str, str], body: bytes) -> DeliveryResult:
-        """Send ``body`` and return the result. Failures of the receiver and of the network are results too."""
-        begun = time.monotonic()
+        """Send ``body`` and return the result. Does not raise if the receiver or the network fails."""
+        begin = time.monotonic()
         try:
             status, fields, text = self._exchange(url, headers, body)
         except (AddressNotAllowed, DeliveryFailed) as error:
-            return DeliveryResult(None, str(error), time.monotonic() - begun)
+            return DeliveryResult(None, str(error), time.monotonic() - begin)
         except TimeoutError:
-            return DeliveryResult(None, f"no answer within {self.seconds:g} s", time.monotonic() - begun)
+            return DeliveryResult(None, f"no answer within {self.seconds:g} s", time.monotonic() - begin)
         except (OSError, UnicodeError, httpcore2.ProtocolError) as error:
-            return DeliveryResult(None, _cause(error), time.monotonic() - begun)
+            return DeliveryResult(None, _cause(error), time.monotonic() - begin)
         error_text = "redirects are not followed" if 300 <= status < 400 else None
-        return DeliveryResult(status, error_text, time.monotonic() - begun, _printable(text), _seconds(fields))
+        return DeliveryResult(status, error_text, time.monotonic() - begin, _printable(text), _seconds(fields))
 
     def _exchange(self, url: str, headers: Mapping[str, str], body: bytes) -> tuple[int, dict[bytes, bytes], bytes]:
-        """Return (status, headers, first bytes of the body). The status counts even if the body breaks off."""
+        """Return (status, headers, first bytes of the body). The status counts even if the body is cut off."""
         parts = parse_url(url)
         if parts is None:
             raise AddressNotAllowed("it is no URL to send to")
@@ -103,10 +95,10 @@ class WebhookClient:
                 with contextlib.suppress(OSError, httpcore2.ProtocolError, DeliveryFailed):
                     for data in response.iter_stream():
                         text += data
-                        if len(text) >= SNIPPET_BYTES:
+                        if len(text) >= MAX_SNIPPET_BYTES:
                             break
                 received = {name.lower(): value for name, value in response.headers}
-                return response.status, received, text[:SNIPPET_BYTES]
+                return response.status, received, text[:MAX_SNIPPET_BYTES]
 
 
 class _Connection(httpcore2.HTTP11Connection):
@@ -120,43 +112,43 @@ class _Stream(httpcore2.NetworkStream):
         self._deadline = deadline
         self._unsent = b""
         self._received = 0
-        self._socket = self._connected(addresses, port)
+        self._socket = self._connect(addresses, port)
 
     def secure(self, context: ssl.SSLContext, name: str) -> None:
         """Start TLS. The certificate must be valid for ``name``, whichever address it led to."""
-        self._socket.settimeout(self._left())
+        self._socket.settimeout(self._seconds_left())
         self._socket = context.wrap_socket(self._socket, server_hostname=name)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ARG002 - the deadline counts
         if self._unsent:
-            self._socket.settimeout(self._left())
+            self._socket.settimeout(self._seconds_left())
             self._socket.sendall(self._unsent)
             self._unsent = b""
-        self._socket.settimeout(self._left())
-        data = self._socket.recv(min(max_bytes, READ_BYTES))
+        self._socket.settimeout(self._seconds_left())
+        data = self._socket.recv(min(max_bytes, MAX_RECV_BYTES))
         self._received += len(data)
-        if self._received > MAX_READ_BYTES:
-            raise DeliveryFailed("it says too much before its answer")
+        if self._received > MAX_RESPONSE_BYTES:
+            raise DeliveryFailed("it sends too much before its response")
         return data
 
     def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ARG002 - the deadline counts
-        # Both parts go out at once, at the first read: a receiver that closes after one resets the connection.
+        # Headers and body are sent together, at the first read: a receiver that closes after the headers would reset
+        # the connection, and its response would be lost.
         self._unsent += buffer
 
     def close(self) -> None:
         self._socket.close()
 
-    def _connected(self, addresses: Sequence[str], port: int) -> socket.socket:
-        """A connection to the first address that accepts."""
+    def _connect(self, addresses: Sequence[str], port: int) -> socket.socket:
         failure: OSError = TimeoutError()
         for address in addresses:
             try:
-                return socket.create_connection((address, port), timeout=self._left())
+                return socket.create_connection((address, port), timeout=self._seconds_left())
             except OSError as error:
                 failure = error
         raise failure
 
-    def _left(self) -> float:
+    def _seconds_left(self) -> float:
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -175,7 +167,7 @@ def _fields(parts: SplitResult, headers: Mapping[str, str], body: bytes) -> dict
 
 
 def _cause(error: Exception) -> str:
-    """What a user may read of a failure: the system's own words."""
+    # For users: the system's own message, without internals.
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message}"
     if isinstance(error, socket.gaierror | UnicodeError):  # UnicodeError: a part of the name is empty or too long
@@ -186,12 +178,12 @@ def _cause(error: Exception) -> str:
 
 
 def _printable(text: bytes) -> str:
-    """The text, with a space for each character that cannot be stored and printed everywhere."""
+    # A space for each character that cannot be stored or printed everywhere.
     decoded = text.decode("utf-8", "replace")
     return "".join(letter if letter.isprintable() else " " for letter in decoded)
 
 
 def _seconds(fields: Mapping[bytes, bytes]) -> float | None:
-    """Retry-After, if it is a number of seconds."""
+    # Retry-After, if it is a number of seconds rather than a date.
     value = fields.get(b"retry-after")
     return float(value) if value is not None and value.isdigit() and len(value) < 8 else None

@@ -1,4 +1,4 @@
-"""What a client says of a webhook, read strictly: every mistake at once, with its pointer, and no value echoed."""
+"""The request bodies for webhooks, parsed strictly: every mistake at once, with its pointer, without echoing values."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ TEST = "webhook.test"
 
 def _no_nul(value: str) -> str:
     if "\0" in value:
-        raise ValueError("must not hold a NUL character")
+        raise ValueError("must not contain a NUL character")
     return value
 
 
@@ -32,14 +32,14 @@ def _known_event(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_no_nul)]
-Url = Annotated[str, Field(max_length=2000, description="http or https; an address that is not public is refused")]
+Url = Annotated[str, Field(max_length=2000, description="http or https; an address that is not public is rejected")]
 EventName = Annotated[str, Field(max_length=40), AfterValidator(_known_event)]
 LabelKey = Annotated[Text, Field(min_length=1, max_length=100)]
 LabelValue = Annotated[Text, Field(max_length=300)]
 
 
 class WebhookSettings(StrictBody):
-    """What a webhook sends: ``events`` of jobs with all these ``labels``; and ``rules``."""
+    """What a webhook sends: ``events`` of jobs with all of ``labels``, and alerts of ``rules``."""
 
     description: Annotated[Text, Field(max_length=300)] = ""
     events: list[EventName] = Field(max_length=len(EVENTS) + 1, default=list(STATUS_EVENTS))
@@ -51,41 +51,41 @@ class WebhookSettings(StrictBody):
     @classmethod
     def _only_text(cls, value: Any) -> Any:
         if not _is_text(value):
-            raise ValueError("holds a lone surrogate, which is no text")
+            raise ValueError("must not contain a lone surrogate")
         return value
 
 
 class WebhookCreate(WebhookSettings):
-    """Where to send, and what: ``events`` of jobs with all these ``labels``, of one job or of all; and ``rules``."""
+    """A new webhook: where to send, and what. ``job_id``: of this job only."""
 
     url: Url
     job_id: Annotated[Text, Field(max_length=40)] | None = None
 
 
 class PatchWebhookBody(WebhookSettings, OptionalBody):
-    """What is to change of a webhook: the fields that are given. Which job it is about cannot change."""
+    """Changes to a webhook: only the given fields. Its ``job_id`` cannot change."""
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
 
     url: Url = ""
 
 
-def require_allowed(asked: WebhookCreate, networks: Sequence[Network]) -> None:
-    """Raise RequestInvalid if the URL's address must not be sent to."""
-    why = validation_error(asked.url, networks)
-    if why is not None:
-        raise with_problems(RequestInvalid, [Problem("/url", why)])
+def require_allowed(webhook: WebhookCreate, networks: Sequence[Network]) -> None:
+    """Raise RequestInvalid if nothing may be sent to the URL's address."""
+    error = validation_error(webhook.url, networks)
+    if error is not None:
+        raise with_problems(RequestInvalid, [Problem("/url", error)])
 
 
 def apply_changes(before: Mapping[str, Any], changes: PatchWebhookBody, networks: Sequence[Network]) -> WebhookCreate:
-    """Return the webhook with the changes in their places. Raises RequestInvalid."""
-    asked = WebhookCreate.model_validate({**before, **changes.given()})
-    require_allowed(asked, networks)
-    return asked
+    """Return the webhook with the changes applied. Raises RequestInvalid."""
+    webhook = WebhookCreate.model_validate({**before, **changes.given()})
+    require_allowed(webhook, networks)
+    return webhook
 
 
 def _is_text(body: Any) -> bool:
-    """Whether it can be written as UTF-8; pydantic would put other characters in the place of those that cannot."""
+    # True if it can be encoded as UTF-8. pydantic would silently replace characters that cannot.
     try:
         json.dumps(body, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:

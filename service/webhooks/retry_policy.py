@@ -1,4 +1,4 @@
-"""When a delivery is tried again, when it is given up, and when a receiver is left alone. Pure."""
+"""When to retry a delivery, when to give it up, and when to disable a webhook. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,77 +6,77 @@ from datetime import datetime, timedelta
 
 from trainyard.service.webhooks.http_client import DeliveryResult
 
-FIRST_SECONDS = 5.0
+MIN_SECONDS = 5.0
 MAX_SECONDS = 3600.0
-GIVE_UP = timedelta(hours=24)
-"""A delivery is tried for so long after its event."""
+GIVE_UP_AFTER = timedelta(hours=24)
+"""A delivery is retried for this long after its event."""
 
-DISABLE = timedelta(days=3)
-"""A receiver that took nothing for so long hears nothing more until somebody looks."""
+DISABLE_AFTER = timedelta(days=3)
+"""A webhook whose receiver accepted nothing for this long is disabled until a user enables it."""
 
-PATIENCE = 3
-"""After so many failed tries in a row a receiver is taken to be away: one try at a time, with pauses for all of it."""
+MAX_FAILURES = 3
+"""After this many failures in a row a receiver counts as down: one delivery at a time, and a pause for all of them."""
 
 MAX_CONCURRENT = 4
-"""Deliveries that one receiver is sent at once, of different jobs."""
+"""Deliveries to one webhook at the same time, each of another lane."""
 
 GONE = 410
-"""A receiver's way to say: never again."""
+"""The HTTP status by which a receiver unsubscribes."""
 
 
 @dataclass(frozen=True)
 class RetryDecision:
-    """What follows from a try. ``retry_at`` None: the delivery is over. ``disable``: why the webhook is to be off."""
+    """What follows from a failure. ``retry_at`` None: give up. ``disable``: why to disable the webhook."""
 
     retry_at: datetime | None
     disable: str | None = None
 
 
 def backoff(failures: int, chance: float) -> float:
-    """Seconds after the ``failures``-th failed try in a row; ``chance`` in [0, 1) takes off up to half of it."""
-    # Bounded before it is raised: 2 to the power of what a receiver is away for is no float any more.
-    whole = min(FIRST_SECONDS * 2.0 ** min(failures - 1, 30), MAX_SECONDS)
-    return whole * (1.0 - 0.5 * chance)
+    """Return the seconds to wait after the ``failures``-th failure in a row. ``chance`` in [0, 1) is the jitter."""
+    # The exponent is bounded, because 2.0 ** 1024 overflows.
+    seconds = min(MIN_SECONDS * 2.0 ** min(failures - 1, 30), MAX_SECONDS)
+    return seconds * (1.0 - 0.5 * chance)
 
 
 def after_failure(
-    answer: DeliveryResult, attempts: int, created_at: datetime, failing_since: datetime, now: datetime, chance: float
+    result: DeliveryResult, attempts: int, created_at: datetime, failing_since: datetime, now: datetime, chance: float
 ) -> RetryDecision:
-    """What to do after a try that failed; ``attempts`` counts it."""
-    if answer.status == GONE:
+    """Decide what follows from a failed attempt; ``attempts`` includes it."""
+    if result.status == GONE:
         return RetryDecision(None, "the receiver answered 410 Gone")
     disable = None
-    if now - failing_since >= DISABLE:
-        disable = f"the receiver has taken nothing for {DISABLE.days} days"
-    if disable is not None or now - created_at >= GIVE_UP:
+    if now - failing_since >= DISABLE_AFTER:
+        disable = f"the receiver has accepted nothing for {DISABLE_AFTER.days} days"
+    if disable is not None or now - created_at >= GIVE_UP_AFTER:
         return RetryDecision(None, disable)
     seconds = backoff(attempts, chance)
-    if answer.retry_after is not None:
-        seconds = max(seconds, min(answer.retry_after, MAX_SECONDS))
+    if result.retry_after is not None:
+        seconds = max(seconds, min(result.retry_after, MAX_SECONDS))
     return RetryDecision(now + timedelta(seconds=seconds))
 
 
 @dataclass(frozen=True)
-class Head:
-    """The first open delivery of a lane. ``failures``: its receiver's tries in a row that failed."""
+class NextDelivery:
+    """The first pending delivery of a lane. ``failures``: its webhook's failures in a row."""
 
     number: int
     webhook_id: str
     failures: int
 
 
-def pick(heads: Sequence[Head], busy: Mapping[int, str], free: int) -> list[Head]:
-    """Which to send now. ``busy``: delivery -> webhook of those on their way; ``free``: how many more may be."""
-    picked: list[Head] = []
+def pick(queue: Sequence[NextDelivery], busy: Mapping[int, str], free: int) -> list[NextDelivery]:
+    """Return the deliveries to send now. ``busy``: delivery -> webhook of those being sent; ``free``: how many more."""
+    picked: list[NextDelivery] = []
     load: dict[str, int] = {}
     for webhook_id in busy.values():
         load[webhook_id] = load.get(webhook_id, 0) + 1
-    for head in heads:
-        most = MAX_CONCURRENT if head.failures < PATIENCE else 1
-        if head.number in busy or load.get(head.webhook_id, 0) >= most:
+    for delivery in queue:
+        limit = MAX_CONCURRENT if delivery.failures < MAX_FAILURES else 1
+        if delivery.number in busy or load.get(delivery.webhook_id, 0) >= limit:
             continue
         if len(picked) == free:
             break
-        load[head.webhook_id] = load.get(head.webhook_id, 0) + 1
-        picked.append(head)
+        load[delivery.webhook_id] = load.get(delivery.webhook_id, 0) + 1
+        picked.append(delivery)
     return picked

@@ -1,6 +1,6 @@
-"""Holds the rules of webhooks against the curves of jobs.
+"""Evaluate the alert rules of webhooks against the metrics of jobs.
 
-What a rule says is an event of the job and a delivery, in the transaction that remembers that it was said.
+An alert is an event of the job and a delivery, written in the transaction that stores the rule's new state.
 """
 
 import time
@@ -15,37 +15,24 @@ from sqlalchemy.orm import Session
 
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import (
-    AttemptRow,
-    JobRow,
-    RuleStateRow,
-    WebhookRow,
-)
+from trainyard.service.db.models import AttemptRow, JobRow, RuleStateRow, WebhookRow
 from trainyard.service.errors import JobNotFound
 from trainyard.service.jobs import event_outbox, repository
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.leadership import LeaderLease, fenced
-from trainyard.service.metrics.store import newest_place, rows_after
-from trainyard.service.webhooks.alert_rules import (
-    AnyRule,
-    Firing,
-    NoProgress,
-    Point,
-    RuleState,
-    advance,
-    no_progress,
-)
+from trainyard.service.metrics.store import newest_cursor, rows_after
+from trainyard.service.webhooks.alert_rules import AnyRule, Firing, NoProgress, Point, RuleState, advance, no_progress
 
 POLL_SECONDS = 5.0
-POINTS = 2000
-KEEP_SECONDS = 60.0
-"""What a rule has read is written down that often; the rest is read again by whoever leads next."""
+MAX_POINTS = 2000
+SAVE_SECONDS = 60.0
+"""How often the cursors are stored at least; the next leader reads the points since then again."""
 
 RECENT = timedelta(minutes=15)
-"""Jobs whose attempt ended so short ago are looked at although they do not run: they may have come and gone."""
+"""Jobs whose attempt ended this recently are evaluated too: they may have run between two polls."""
 
-ASLEEP_SECONDS = 60.0
-"""Who did not look for so long knows nothing of what agents tried to say meanwhile."""
+MAX_GAP_SECONDS = 60.0
+"""After a longer gap between polls, the time of the gap does not count as silence of the agents."""
 
 RULES: TypeAdapter[AnyRule] = TypeAdapter(AnyRule)
 Cursor = tuple[int, int]
@@ -54,37 +41,37 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class RuleCursor:
-    """One rule of one webhook on one job: how far it has read, and what it remembers."""
+    """One rule of one webhook on one job: its position in the metrics, and its state."""
 
     webhook_id: str
     rule: AnyRule
-    place: Cursor
-    seen: RuleState
+    position: Cursor
+    state: RuleState
     final: bool
-    known: bool
+    is_stored: bool
 
     def key(self, job_id: str) -> Key:
-        """Its row's key."""
+        """Return the primary key of its row."""
         return self.webhook_id, job_id, self.rule.key
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A watch after a look, and what it has to say."""
+    """A cursor before and after a poll, with the alerts that it fired."""
 
     before: RuleCursor
     after: RuleCursor
     firings: Sequence[Firing]
 
     @property
-    def matters(self) -> bool:
-        """Whether it has to be written down at once: what was told must not be told again."""
-        changed = (self.before.seen.inside, self.before.final) != (self.after.seen.inside, self.after.final)
-        return bool(self.firings) or changed or not self.before.known
+    def must_be_saved(self) -> bool:
+        """True if it must be stored at once, so that no alert fires twice."""
+        changed = (self.before.state.inside, self.before.final) != (self.after.state.inside, self.after.final)
+        return bool(self.firings) or changed or not self.before.is_stored
 
 
 class RuleEngine:
-    """Looks every few seconds, in the sender's thread."""
+    """Evaluates all rules every POLL_SECONDS, in the sender's thread."""
 
     def __init__(
         self,
@@ -97,64 +84,65 @@ class RuleEngine:
         self._lease = lease
         self._clock = clock
         self._monotonic = monotonic
-        self._looked_at = float("-inf")
-        self._awake_since = clock()
+        self._polled_at = float("-inf")
+        self._polling_since = clock()
         self._read: dict[Key, tuple[Cursor, RuleState]] = {}
-        self._kept_at: dict[str, float] = {}
+        self._saved_at: dict[str, float] = {}
 
     def poll(self) -> None:
-        """Look at every job that a rule is about, where it is time to."""
+        """Evaluate the rules of every job, if POLL_SECONDS have passed."""
         now = self._monotonic()
-        if now - self._looked_at < POLL_SECONDS:
+        if now - self._polled_at < POLL_SECONDS:
             return
-        if now - self._looked_at > ASLEEP_SECONDS:
-            self._awake_since = self._clock()
-            self._read.clear()  # another server may have led meanwhile
-        self._looked_at = now
+        if now - self._polled_at > MAX_GAP_SECONDS:
+            self._polling_since = self._clock()
+            self._read.clear()  # another server may have been the leader in between
+        self._polled_at = now
         with self._database.read() as session:
             jobs = _jobs(session, self._clock()) if (webhooks := _with_rules(session)) else []
         for job_id in jobs:
-            self._look_at(webhooks, job_id)
+            self._evaluate_job(webhooks, job_id)
 
-    def _look_at(self, webhooks: Sequence[WebhookRow], job_id: str) -> None:
+    def _evaluate_job(self, webhooks: Sequence[WebhookRow], job_id: str) -> None:
         with self._database.read() as session:
             job = session.scalar(select(JobRow).where(JobRow.id == job_id))
             if job is None:
                 return
-            watches = [self._newest(job_id, watch) for watch in _watches(session, webhooks, job)]
-            looked = self._held_against(session, job, [watch for watch in watches if not watch.final])
-        self._read |= {one.after.key(job_id): (one.after.place, one.after.seen) for one in looked}
-        late = self._monotonic() - self._kept_at.get(job_id, float("-inf")) > KEEP_SECONDS
-        if any(one.matters for one in looked) or (late and any(one.before != one.after for one in looked)):
-            self._keep(job_id, looked)
+            cursors = [self._advanced(job_id, cursor) for cursor in _cursors(session, webhooks, job)]
+            evaluations = self._evaluate_cursors(session, job, [cursor for cursor in cursors if not cursor.final])
+        self._read |= {one.after.key(job_id): (one.after.position, one.after.state) for one in evaluations}
+        late = self._monotonic() - self._saved_at.get(job_id, float("-inf")) > SAVE_SECONDS
+        changed = late and any(one.before != one.after for one in evaluations)
+        if changed or any(one.must_be_saved for one in evaluations):
+            self._save(job_id, evaluations)
 
-    def _newest(self, job_id: str, watch: RuleCursor) -> RuleCursor:
-        """What was read since it was last written down."""
-        place, seen = self._read.get(watch.key(job_id), (watch.place, watch.seen))
-        return replace(watch, place=place, seen=seen) if place > watch.place else watch
+    def _advanced(self, job_id: str, cursor: RuleCursor) -> RuleCursor:
+        # The position and state in memory may be newer than the stored ones.
+        position, state = self._read.get(cursor.key(job_id), (cursor.position, cursor.state))
+        return replace(cursor, position=position, state=state) if position > cursor.position else cursor
 
-    def _held_against(self, session: Session, job: JobRow, watches: Sequence[RuleCursor]) -> list[Evaluation]:
-        if not watches:
+    def _evaluate_cursors(self, session: Session, job: JobRow, cursors: Sequence[RuleCursor]) -> list[Evaluation]:
+        if not cursors:
             return []
-        rows = rows_after(session, job.id, min(watch.place for watch in watches), POINTS)
-        live = session.scalar(_live(job.id).limit(1))
-        since = max(_progress_at(job, live), self._awake_since)
-        return [
-            _looked(watch, rows, job, live is None and len(rows) < POINTS, since, self._clock()) for watch in watches
-        ]
+        rows = rows_after(session, job.id, min(cursor.position for cursor in cursors), MAX_POINTS)
+        live_attempt = select(AttemptRow).where(AttemptRow.job_id == job.id, AttemptRow.ended_at.is_(None))
+        live = session.scalar(live_attempt.limit(1))
+        since = max(_progress_at(job, live), self._polling_since)
+        over = live is None and len(rows) < MAX_POINTS
+        return [_evaluate(cursor, rows, job, over, since, self._clock()) for cursor in cursors]
 
-    def _keep(self, job_id: str, looked: Sequence[Evaluation]) -> None:
+    def _save(self, job_id: str, evaluations: Sequence[Evaluation]) -> None:
         try:
             with fenced(self._database, self._lease) as session:
                 job = repository.lock(session, job_id)
-                for one in looked:
+                for one in evaluations:
                     _write(session, job, one, self._clock())
         except JobNotFound:
             return
-        self._kept_at[job_id] = self._monotonic()
-        if all(one.after.final for one in looked):
-            self._kept_at.pop(job_id)
-            for one in looked:
+        self._saved_at[job_id] = self._monotonic()
+        if all(one.after.final for one in evaluations):
+            self._saved_at.pop(job_id)
+            for one in evaluations:
                 self._read.pop(one.after.key(job_id), None)
 
 
@@ -164,77 +152,70 @@ def _with_rules(session: Session) -> list[WebhookRow]:
 
 
 def _jobs(session: Session, now: datetime) -> Sequence[str]:
-    """Jobs with a live attempt, with one that ended just now, and those that a rule has not read to the end."""
+    # Jobs with a live attempt, with one that ended recently, and those whose metrics a rule has not read to the end.
     recent = or_(AttemptRow.ended_at.is_(None), AttemptRow.ended_at > now - RECENT)
     unread = select(RuleStateRow.job_id).where(RuleStateRow.final.is_(False))
     return session.scalars(select(AttemptRow.job_id).where(recent).union(unread)).all()
 
 
-def _live(job_id: str) -> Any:
-    return select(AttemptRow).where(AttemptRow.job_id == job_id, AttemptRow.ended_at.is_(None))
-
-
-def _watches(session: Session, webhooks: Sequence[WebhookRow], job: JobRow) -> list[RuleCursor]:
+def _cursors(session: Session, webhooks: Sequence[WebhookRow], job: JobRow) -> list[RuleCursor]:
     known = {
         (row.webhook_id, row.rule): row
         for row in session.scalars(select(RuleStateRow).where(RuleStateRow.job_id == job.id))
     }
-    found = []
+    cursors = []
     for webhook in webhooks:
         if webhook.job_id in (None, job.id) and event_outbox.matches(webhook.labels, job.labels):
             rules = [RULES.validate_python(rule) for rule in webhook.rules]
-            found += [_watch(session, webhook, rule, job, known) for rule in rules]
-    return found
+            cursors += [_cursor(session, webhook, rule, job, known) for rule in rules]
+    return cursors
 
 
-def _watch(
+def _cursor(
     session: Session, webhook: WebhookRow, rule: AnyRule, job: JobRow, known: Mapping[tuple[str, str], RuleStateRow]
 ) -> RuleCursor:
     row = known.get((webhook.id, rule.key))
     if row is None:
-        # A rule has nothing to say of what was there before it.
-        place = (0, 0) if job.created_at >= webhook.rules_since else newest_place(session, job.id)
-        return RuleCursor(webhook.id, rule, place, RuleState(), final=False, known=False)
-    # A job that was over and goes on has another attempt.
+        # A new rule does not fire for points that are older than itself.
+        position = (0, 0) if job.created_at >= webhook.rules_since else newest_cursor(session, job.id)
+        return RuleCursor(webhook.id, rule, position, RuleState(), final=False, is_stored=False)
+    # A resumed job has a newer attempt: its metrics are not read to the end any more.
     final = row.final and row.attempt >= job.attempt
-    return RuleCursor(webhook.id, rule, (row.attempt, row.seq), RuleState(**row.seen), final, known=True)
+    return RuleCursor(webhook.id, rule, (row.attempt, row.seq), RuleState(**row.seen), final, is_stored=True)
 
 
 def _progress_at(job: JobRow, live: AttemptRow | None) -> datetime:
     at = job.progress.get("updated_at")
-    said = datetime.fromisoformat(at) if at else datetime.min.replace(tzinfo=UTC)
-    begun = (live.started_at or live.created_at) if live is not None else said
-    return max(said, begun)
+    reported = datetime.fromisoformat(at) if at else datetime.min.replace(tzinfo=UTC)
+    started = (live.started_at or live.created_at) if live is not None else reported
+    return max(reported, started)
 
 
-def _looked(
-    watch: RuleCursor, rows: Sequence[Mapping[str, Any]], job: JobRow, over: bool, since: datetime, now: datetime
+def _evaluate(
+    cursor: RuleCursor, rows: Sequence[Mapping[str, Any]], job: JobRow, over: bool, since: datetime, now: datetime
 ) -> Evaluation:
-    new = [row for row in rows if (row["attempt"], row["seq"]) > watch.place]
-    seen, firings = advance(watch.rule, watch.seen, [_point(row) for row in new])
-    if isinstance(watch.rule, NoProgress) and (job.status, job.desired) == (JobStatus.RUNNING, Desired.RUN):
-        seen, silent = no_progress(watch.rule, seen, job.progress.get("step") or 0, since, now)
-        firings += [silent] if silent is not None else []
-    place = (new[-1]["attempt"], new[-1]["seq"]) if new else watch.place
+    new = [row for row in rows if (row["attempt"], row["seq"]) > cursor.position]
+    points = [Point(row["step"], row["loss"], row["eval_loss"], bool(row["nonfinite"])) for row in new]
+    state, firings = advance(cursor.rule, cursor.state, points)
+    if isinstance(cursor.rule, NoProgress) and (job.status, job.desired) == (JobStatus.RUNNING, Desired.RUN):
+        state, firing = no_progress(cursor.rule, state, job.progress.get("step") or 0, since, now)
+        firings += [firing] if firing is not None else []
+    position = (new[-1]["attempt"], new[-1]["seq"]) if new else cursor.position
     if over:
-        place = max(place, (job.attempt, 0))
-    return Evaluation(watch, replace(watch, place=place, seen=seen, final=over, known=True), firings)
+        position = max(position, (job.attempt, 0))
+    return Evaluation(cursor, replace(cursor, position=position, state=state, final=over, is_stored=True), firings)
 
 
-def _point(row: Mapping[str, Any]) -> Point:
-    return Point(row["step"], row["loss"], row["eval_loss"], bool(row["nonfinite"]))
-
-
-def _write(session: Session, job: JobRow, looked: Evaluation, now: datetime) -> None:
-    after = looked.after
+def _write(session: Session, job: JobRow, evaluation: Evaluation, now: datetime) -> None:
+    after = evaluation.after
     row = session.get(RuleStateRow, after.key(job.id))
     if row is None:
         if session.scalar(select(WebhookRow.id).where(WebhookRow.id == after.webhook_id)) is None:
             return
         row = RuleStateRow(webhook_id=after.webhook_id, job_id=job.id, rule=after.rule.key)
         session.add(row)
-    (row.attempt, row.seq), row.seen, row.final = after.place, asdict(after.seen), after.final
-    for firing in looked.firings:
+    (row.attempt, row.seq), row.seen, row.final = after.position, asdict(after.state), after.final
+    for firing in evaluation.firings:
         rule = after.rule.model_dump(mode="json")
         data = {"webhook_id": after.webhook_id, "rule": rule, "step": firing.step, **firing.data}
         event = repository.record_event(session, job, EventDraft("rule", firing.message, data=data), now)

@@ -1,7 +1,7 @@
-"""Sends the deliveries: a thread of its own beside the scheduler, on the server that leads.
+"""Send the deliveries, in a thread of the server that is the leader.
 
-A delivery is claimed before it is sent and its result is written after, each in a transaction that fails if another
-server leads by now. What was claimed and never finished is sent again: at least once, under the same event id.
+A delivery is claimed before it is sent, and its result is stored after, each in a transaction that fails if another
+server has become the leader. A claimed delivery without a result is sent again: at least once, with the same event id.
 """
 
 import logging
@@ -27,18 +27,13 @@ from trainyard.service.leadership import LeaderLease, LeadershipLost, fenced
 from trainyard.service.webhooks import delivery_queue, signing, store
 from trainyard.service.webhooks.http_client import DeliveryResult, WebhookClient
 from trainyard.service.webhooks.requests import TEST
-from trainyard.service.webhooks.retry_policy import (
-    PATIENCE,
-    after_failure,
-    backoff,
-    pick,
-)
+from trainyard.service.webhooks.retry_policy import MAX_FAILURES, after_failure, backoff, pick
 from trainyard.service.webhooks.rule_engine import RuleEngine
 
 ROUND_SECONDS = 1.0
-AT_ONCE = 16
+MAX_SENDING = 16
 GRACE_SECONDS = 5.0
-"""Another sender's claims count as dropped this long after its deadline."""
+"""Another sender's claims expire this long after the deadline of its requests."""
 
 MAX_TRIES = 20
 SWEEP_SECONDS = 3600.0
@@ -49,38 +44,38 @@ log = logging.getLogger("trainyard")
 
 @dataclass(frozen=True)
 class ClaimedDelivery:
-    """A delivery to send, read in the transaction that claimed it. ``good``: the secrets that sign."""
+    """A delivery to send, read in the transaction that claimed it. ``secrets``: those that sign."""
 
     number: int
     webhook_id: str
     event_id: str
     url: str
-    good: tuple[str, ...]
+    secrets: tuple[str, ...]
     body: bytes
 
 
 class Sender:
-    """Runs rounds in a thread of its own; each delivery has one too, at most AT_ONCE. Tests call `round` themselves."""
+    """Runs rounds in a thread; each delivery has a thread of its own, at most MAX_SENDING. Tests call `round`."""
 
     def __init__(
         self,
         database: Database,
-        courier: WebhookClient,
+        client: WebhookClient,
         lease: LeaderLease | None = None,
         clock: Callable[[], datetime] = utc_now,
         monotonic: Callable[[], float] = time.monotonic,
-        wanted: bool = True,
+        enabled: bool = True,
     ) -> None:
         self._database = database
-        self._courier = courier
+        self._client = client
         self._lease = lease
         self._clock = clock
         self._monotonic = monotonic
-        self._wanted = wanted
-        self._watcher = RuleEngine(database, lease, clock, monotonic)
+        self._enabled = enabled
+        self._rule_engine = RuleEngine(database, lease, clock, monotonic)
         self._name = secrets.token_hex(8)
         self._busy: dict[int, str] = {}
-        self._quiet = threading.Condition()
+        self._changed = threading.Condition()
         self._epoch: int | None = None
         self._led_since = monotonic()
         self._swept_at = float("-inf")
@@ -89,12 +84,12 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, if this server sends at all."""
-        if self._wanted:
+        """Start the thread, unless sending is disabled on this server."""
+        if self._enabled:
             self._thread.start()
 
     def stop(self) -> None:
-        """Stop. Deliveries under way get STOP_SECONDS to end; the next leader sends again those that did not."""
+        """Stop. Deliveries being sent have STOP_SECONDS to finish; the next leader sends the others again."""
         self._stopping.set()
         self._wake.set()
         if self._thread.is_alive():
@@ -102,31 +97,31 @@ class Sender:
         self.deliver_until_idle(STOP_SECONDS)
 
     def wake(self) -> None:
-        """Start a round at once: something is to be sent."""
+        """Start a round now, because there is something to send."""
         self._wake.set()
 
     def deliver_until_idle(self, seconds: float) -> bool:
-        """Wait until no delivery is under way; return False if that takes longer."""
-        with self._quiet:
-            return self._quiet.wait_for(lambda: not self._busy, seconds)
+        """Wait until no delivery is being sent; return False if that takes longer than ``seconds``."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._busy, seconds)
 
     def round(self) -> int:
-        """Check the rules, then start to send what is due; return how many."""
-        if not self._leads():
+        """Evaluate the rules, start to send the deliveries that are due, and return how many."""
+        if not self._is_leader():
             return 0
-        self._watcher.poll()
+        self._rule_engine.poll()
         self._sweep()
         with self._database.read() as session:
-            heads = delivery_queue.next_deliveries(session, self._clock(), self._name, self._others_are_late())
-        with self._quiet:
-            chosen = pick(heads, self._busy, AT_ONCE - len(self._busy))
-            self._busy |= {head.number: head.webhook_id for head in chosen}
-        for head in chosen:
-            threading.Thread(target=self._deliver, args=(head.number,), name="webhook", daemon=True).start()
-        return len(chosen)
+            queue = delivery_queue.next_deliveries(session, self._clock(), self._name, self._other_claims_expired())
+        with self._changed:
+            picked = pick(queue, self._busy, MAX_SENDING - len(self._busy))
+            self._busy |= {delivery.number: delivery.webhook_id for delivery in picked}
+        for delivery in picked:
+            threading.Thread(target=self._deliver, args=(delivery.number,), name="webhook", daemon=True).start()
+        return len(picked)
 
-    def _leads(self) -> bool:
-        """True if this server may send. A new leader waits for what the one before may still be sending."""
+    def _is_leader(self) -> bool:
+        # A new leader remembers since when: its predecessor may still be sending.
         if self._lease is None:
             return True
         leads = self._lease.fresh()
@@ -134,8 +129,8 @@ class Sender:
             self._epoch, self._led_since = self._lease.epoch, self._monotonic()
         return leads
 
-    def _others_are_late(self) -> bool:
-        return self._monotonic() - self._led_since > self._courier.seconds + GRACE_SECONDS
+    def _other_claims_expired(self) -> bool:
+        return self._monotonic() - self._led_since > self._client.seconds + GRACE_SECONDS
 
     def _sweep(self) -> None:
         if self._monotonic() - self._swept_at > SWEEP_SECONDS:
@@ -156,68 +151,68 @@ class Sender:
 
     def _deliver(self, number: int) -> None:
         try:
-            parcel = self._claim(number)
+            claimed = self._claim(number)
             hit("webhooks.claimed")
-            # If the process slept here, another server has this delivery by now: the lease is checked last.
-            if parcel is not None and self._leads():
-                self._record(parcel, self._send(parcel))
+            # If the process slept here, another server may have claimed the delivery: check the lease last.
+            if claimed is not None and self._is_leader():
+                self._record(claimed, self._send(claimed))
         except LeadershipLost:
             log.warning("another service sends the webhooks now", extra={"delivery_id": number})
         except Exception:
-            log.exception("a delivery could not be dealt with", extra={"delivery_id": number})
+            log.exception("a delivery failed unexpectedly", extra={"delivery_id": number})
         finally:
-            with self._quiet:
+            with self._changed:
                 del self._busy[number]
-                self._quiet.notify_all()
+                self._changed.notify_all()
             self._wake.set()
 
     def _claim(self, number: int) -> ClaimedDelivery | None:
         with fenced(self._database, self._lease) as session:
-            webhook, delivery = _locked(session, number)
+            webhook, delivery = _lock(session, number)
             if webhook is None or delivery is None or delivery.state != PENDING:
                 return None
             delivery.claimed_by = self._name
             delivery.attempts += 1
-            good = tuple(store.secrets_of(webhook, self._clock()))
-            return ClaimedDelivery(number, webhook.id, delivery.event_id, webhook.url, good, delivery.body.encode())
+            keys = tuple(store.secrets_of(webhook, self._clock()))
+            return ClaimedDelivery(number, webhook.id, delivery.event_id, webhook.url, keys, delivery.body.encode())
 
-    def _send(self, parcel: ClaimedDelivery) -> DeliveryResult:
-        signed = signing.headers(parcel.good, parcel.event_id, int(self._clock().timestamp()), parcel.body)
-        answer = self._courier.post(parcel.url, signed, parcel.body)
-        said = answer.status if answer.status is not None else answer.error
-        fields = {"webhook_id": parcel.webhook_id, "event_id": parcel.event_id, "seconds": round(answer.seconds, 3)}
-        log.info("webhook sent: %s", said, extra=fields)
-        return answer
+    def _send(self, claimed: ClaimedDelivery) -> DeliveryResult:
+        signed = signing.headers(claimed.secrets, claimed.event_id, int(self._clock().timestamp()), claimed.body)
+        result = self._client.post(claimed.url, signed, claimed.body)
+        outcome = result.status if result.status is not None else result.error
+        fields = {"webhook_id": claimed.webhook_id, "event_id": claimed.event_id, "seconds": round(result.seconds, 3)}
+        log.info("webhook sent: %s", outcome, extra=fields)
+        return result
 
-    def _record(self, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
-        """Write the result. If the database is away, wait for it as long as no other server may send."""
+    def _record(self, claimed: ClaimedDelivery, result: DeliveryResult) -> None:
+        # While the database is unavailable, retry as long as this server is the leader.
         while True:
             try:
                 with fenced(self._database, self._lease) as session:
-                    self._write_down(session, parcel, answer)
+                    self._apply_result(session, claimed, result)
                 return
             except (OperationalError, InterfaceError, DatabaseUnavailable, OutcomeUnknown):
-                if not self._leads() or self._stopping.wait(ROUND_SECONDS):
+                if not self._is_leader() or self._stopping.wait(ROUND_SECONDS):
                     raise
 
-    def _write_down(self, session: Session, parcel: ClaimedDelivery, answer: DeliveryResult) -> None:
-        webhook, delivery = _locked(session, parcel.number)
+    def _apply_result(self, session: Session, claimed: ClaimedDelivery, result: DeliveryResult) -> None:
+        webhook, delivery = _lock(session, claimed.number)
         if webhook is None or delivery is None or delivery.claimed_by != self._name:
             return
         now = self._clock()
         delivery.claimed_by = None
-        delivery.tries = [*delivery.tries, _attempt(answer, parcel, now)][-MAX_TRIES:]
-        if answer.took:
+        delivery.tries = [*delivery.tries, _attempt_entry(result, claimed, now)][-MAX_TRIES:]
+        if result.accepted:
             _end(delivery, DELIVERED, now)
             webhook.failures, webhook.failing_since, webhook.retry_at, webhook.succeeded_at = 0, None, None, now
         elif delivery.kind == TEST:
             _end(delivery, FAILED, now)
         else:
-            _failed(webhook, delivery, answer, now)
+            _record_failure(webhook, delivery, result, now)
 
 
-def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryRow | None]:
-    """Lock the webhook first, in the order of a redelivery."""
+def _lock(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryRow | None]:
+    # The webhook first, in the same order as `store.redeliver`, so that they cannot deadlock.
     delivery = session.get(DeliveryRow, number)
     if delivery is None:
         return None, None
@@ -226,35 +221,35 @@ def _locked(session: Session, number: int) -> tuple[WebhookRow | None, DeliveryR
     return webhook, delivery
 
 
-def _failed(webhook: WebhookRow, delivery: DeliveryRow, answer: DeliveryResult, now: datetime) -> None:
+def _record_failure(webhook: WebhookRow, delivery: DeliveryRow, result: DeliveryResult, now: datetime) -> None:
     webhook.failures += 1
     webhook.failing_since = webhook.failing_since or now
-    chance = random.random()  # noqa: S311 - spreads tries out, and guards nothing
-    verdict = after_failure(answer, delivery.attempts, delivery.created_at, webhook.failing_since, now, chance)
-    if verdict.retry_at is None:
+    chance = random.random()  # noqa: S311 - jitter, not security
+    decision = after_failure(result, delivery.attempts, delivery.created_at, webhook.failing_since, now, chance)
+    if decision.retry_at is None:
         _end(delivery, FAILED, now)
     else:
-        delivery.next_at = verdict.retry_at
-    if webhook.failures >= PATIENCE:
+        delivery.next_at = decision.retry_at
+    if webhook.failures >= MAX_FAILURES:
         webhook.retry_at = now + timedelta(seconds=backoff(webhook.failures, chance))
-    if verdict.disable is not None:
-        webhook.enabled, webhook.disabled_reason = False, verdict.disable
-        log.warning("a webhook is switched off: %s", verdict.disable, extra={"webhook_id": webhook.id})
+    if decision.disable is not None:
+        webhook.enabled, webhook.disabled_reason = False, decision.disable
+        log.warning("a webhook was disabled: %s", decision.disable, extra={"webhook_id": webhook.id})
 
 
 def _end(delivery: DeliveryRow, state: str, now: datetime) -> None:
     delivery.state, delivery.ended_at, delivery.next_at = state, now, None
 
 
-def _attempt(answer: DeliveryResult, parcel: ClaimedDelivery, now: datetime) -> dict[str, Any]:
-    snippet = answer.snippet
-    for secret in parcel.good:
-        # A receiver may echo its secret; we must not show it.
+def _attempt_entry(result: DeliveryResult, claimed: ClaimedDelivery, now: datetime) -> dict[str, Any]:
+    snippet = result.snippet
+    for secret in claimed.secrets:
+        # A receiver may echo its secret, which must not be shown.
         snippet = snippet.replace(secret, "***") if snippet is not None else None
     return {
         "at": now.isoformat().replace("+00:00", "Z"),
-        "status": answer.status,
-        "seconds": round(answer.seconds, 6),
-        "error": answer.error,
+        "status": result.status,
+        "seconds": round(result.seconds, 6),
+        "error": result.error,
         "response": snippet,
     }

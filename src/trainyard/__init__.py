@@ -1,6 +1,6 @@
-"""Trainyard's Python API: `Client`, `JobSpec`, the client's errors and the version.
+"""The Python API of Trainyard: `Client`, `JobSpec`, the client's errors and `__version__`.
 
-Each name is loaded at its first use: the agent of a run imports `trainyard` too and stays free of pydantic and httpx2.
+Each name is imported at its first use, because the agent of a run also imports `trainyard` and must not load httpx2.
 """
 
 from importlib import import_module

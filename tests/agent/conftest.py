@@ -13,12 +13,7 @@ from tests.faults import fake_ranks
 from tests.unique_ids import unique_job_id
 from trainyard.contract.processes import find_by_marker
 from trainyard.contract.rundir import AttemptDir, RunDir, write_json
-from trainyard.contract.spec import (
-    DataSpec,
-    JobSpec,
-    ResourcesSpec,
-    Timeouts,
-)
+from trainyard.contract.spec import DataSpec, JobSpec, ResourcesSpec, Timeouts
 from trainyard.service.launch.base import AttemptRef, Launch
 from trainyard.service.launch.local import LocalLauncher
 

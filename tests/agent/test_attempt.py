@@ -44,7 +44,7 @@ def torchrun() -> ProcessIdentity:
     return plain[0]
 
 
-def test_a_good_run_ships_every_line_once_and_says_completed(
+def test_a_good_run_uploads_every_line_once_and_is_completed(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     assert launcher.find(NAME).state is AttemptState.ABSENT
@@ -62,11 +62,11 @@ def test_a_good_run_ships_every_line_once_and_says_completed(
     assert not is_held(RunDir(attempt.path.parent).alive_lock)
 
 
-def test_the_step_to_begin_at_and_the_wish_to_save_are_left_where_the_ranks_look(
+def test_the_resume_step_and_the_save_request_are_written_for_the_ranks(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     launcher.save(NAME)
-    assert not attempt.path.exists(), "a wish that nobody is there to hear is not kept"
+    assert not attempt.path.exists(), "a save request without an attempt is not kept"
     launcher.start(replace(launch(steps="30"), resume_step=1200))
     assert attempt.read_resume_from() == 1200
     launcher.save(NAME)
@@ -74,7 +74,7 @@ def test_the_step_to_begin_at_and_the_wish_to_save_are_left_where_the_ranks_look
     assert ended(launcher).outcome == "completed"
 
 
-def test_changed_settings_are_left_where_the_ranks_look_and_only_those(
+def test_only_changed_settings_are_written_for_the_ranks(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     spec = launch().spec
@@ -95,7 +95,7 @@ def test_changed_settings_are_left_where_the_ranks_look_and_only_those(
     assert ended(launcher).outcome == "killed"
 
 
-def test_the_token_never_reaches_the_ranks_and_stands_in_no_file(
+def test_the_token_is_neither_in_the_ranks_environment_nor_in_a_file(
     launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir
 ) -> None:
     wanted = launch(steps="50")
@@ -111,9 +111,7 @@ def test_the_token_never_reaches_the_ranks_and_stands_in_no_file(
 
 
 @pytest.mark.parametrize("desired", [Desired.PAUSE, Desired.CANCEL])
-def test_a_wish_to_stop_is_heard_and_the_ranks_save(
-    launcher: LocalLauncher, service: FakeIngest, desired: Desired
-) -> None:
+def test_on_a_stop_request_the_ranks_save(launcher: LocalLauncher, service: FakeIngest, desired: Desired) -> None:
     launcher.start(launch(steps="1000"))
     until(lambda: len(service.lines) > 5)
     service.desired = desired
@@ -140,7 +138,7 @@ def test_kill_ends_all_at_once_and_is_no_success(launcher: LocalLauncher, servic
     assert (report.outcome, report.reason) == ("killed", Reason.USER)
 
 
-def test_ranks_that_ignore_the_wish_are_ended_after_the_grace(launcher: LocalLauncher, service: FakeIngest) -> None:
+def test_ranks_that_ignore_a_stop_request_are_killed(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(Timeouts(stop=0.3, term=0.3), steps="100000", deaf="1"))
     until(lambda: len(service.lines) > 5)
     service.desired = Desired.PAUSE

@@ -8,22 +8,11 @@ from typing import Any
 
 import pytest
 
-from trainyard.contract.messages import (
-    ErrorCard,
-    ExitReport,
-    Outcome,
-    RankExit,
-)
+from trainyard.contract.messages import ErrorCard, ExitReport, Outcome, RankExit
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Reason
 from trainyard.worker.agent.escalation import StopCause
-from trainyard.worker.agent.exit_report import (
-    Evidence,
-    RankError,
-    apply_time_limit,
-    collect_evidence,
-    diagnose,
-)
+from trainyard.worker.agent.exit_report import Evidence, RankError, apply_time_limit, collect_evidence, diagnose
 from trainyard.worker.agent.follower import NodeExit
 from trainyard.worker.agent.oom import OomReport
 
@@ -41,19 +30,19 @@ def error(rank: int, at: float, message: str) -> RankError:
     return RankError(rank, at, message, f"Traceback of rank {rank}")
 
 
-ECHO = error(0, 1.0, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1")
+PEER_ERROR = error(0, 1.0, "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1")
 
 
-def test_rank_0_s_word_counts_whatever_torchrun_says() -> None:
+def test_the_outcome_of_rank_0_comes_first() -> None:
     for status in (0, 1, -6):
         report = judge(outcome=Outcome(outcome="completed", step=9), torchrun_status=status)
         assert (report.outcome, report.step, report.reason) == ("completed", 9, None)
 
 
-def test_exit_code_0_without_a_word_is_not_success() -> None:
+def test_exit_code_0_without_an_outcome_is_not_success() -> None:
     report = judge(torchrun_status=0)
     assert (report.outcome, report.reason) == ("crashed", Reason.UNKNOWN)
-    assert "without a word" in report.message
+    assert "without an outcome" in report.message
 
 
 def test_a_failure_with_a_card_is_passed_on() -> None:
@@ -63,15 +52,15 @@ def test_a_failure_with_a_card_is_passed_on() -> None:
     assert (report.outcome, report.reason, report.error) == ("failed", Reason.DATA_INVALID, card)
 
 
-def test_the_earliest_real_error_is_the_cause_not_the_echo() -> None:
-    report = judge(errors=(ECHO, error(1, 2.0, "ZeroDivisionError: division by zero")))
+def test_the_earliest_primary_error_is_the_cause() -> None:
+    report = judge(errors=(PEER_ERROR, error(1, 2.0, "ZeroDivisionError: division by zero")))
     assert report.error is not None
     assert (report.error.rank, report.error.traceback) == (1, "Traceback of rank 1")
     assert report.message == "rank 1 failed at step 7: ZeroDivisionError: division by zero"
 
 
-def test_a_killed_rank_beats_the_echoes_of_its_peers() -> None:
-    report = judge(errors=(ECHO,), ranks=(RankExit(rank=1, signal="SIGKILL"),), tails={1: "last line"})
+def test_a_killed_rank_comes_before_the_errors_of_its_peers() -> None:
+    report = judge(errors=(PEER_ERROR,), ranks=(RankExit(rank=1, signal="SIGKILL"),), tails={1: "last line"})
     assert "rank 1 was killed by SIGKILL" in report.message
     assert report.error is not None
     assert (report.error.rank, report.error.traceback) == (1, "last line")
@@ -127,7 +116,7 @@ def test_host_memory_is_blamed_only_when_the_kernel_says_so() -> None:
     report = judge(ranks=killed, memory=OomReport(1, 5 * 10**9, 6 * 10**9), tails={1: "its last line"})
     assert (report.outcome, report.reason) == ("failed", Reason.HOST_OUT_OF_MEMORY)
     assert report.message == (
-        "the kernel killed rank 1 for want of memory at step 7; "
+        "the kernel killed rank 1 for lack of memory at step 7; "
         "the run's processes had 5.0 GB at most of 6.0 GB allowed"
     )
     assert report.error is not None
@@ -139,7 +128,7 @@ def test_torchrun_may_be_the_one_that_the_kernel_chose() -> None:
     assert judge(torchrun_status=-9).reason is Reason.WORKER_CRASHED
     report = judge(torchrun_status=-9, memory=OomReport(2))
     assert report.reason is Reason.HOST_OUT_OF_MEMORY
-    assert report.message == "the kernel killed torchrun for want of memory at step 7; its peak is not known"
+    assert report.message == "the kernel killed torchrun for lack of memory at step 7; its peak is not known"
     segfault = judge(torchrun_status=-11, memory=OomReport(1))
     assert segfault.reason is Reason.WORKER_CRASHED, "another process's misfortune explains no segfault"
 
@@ -160,21 +149,21 @@ def test_out_of_gpu_memory_on_any_rank_gets_the_knob() -> None:
     ],
 )
 def test_what_the_agent_ended_itself_is_no_crash_of_the_ranks(cause: StopCause, outcome: str, reason: Reason) -> None:
-    report = judge(cause, torchrun_status=-9, errors=(ECHO,))
+    report = judge(cause, torchrun_status=-9, errors=(PEER_ERROR,))
     assert (report.outcome, report.reason) == (outcome, reason)
 
 
 def test_a_peer_that_torchrun_takes_for_the_first_does_not_hide_the_killed_rank() -> None:
-    """The peer wrote its echo a second before torchrun saw that rank 1 was gone, and was then sent SIGTERM itself."""
+    """The peer failed a second before torchrun noticed that rank 1 was gone, and then got SIGTERM itself."""
     ranks = (RankExit(rank=0, signal="SIGTERM"), RankExit(rank=1, signal="SIGKILL"))
-    report = judge(errors=(ECHO,), ranks=ranks)
+    report = judge(errors=(PEER_ERROR,), ranks=ranks)
     assert report.message == "rank 1 was killed by SIGKILL at step 7; the other ranks were ended"
 
 
-def test_a_rank_killed_after_its_own_echo_is_not_the_cause() -> None:
+def test_a_rank_killed_after_its_own_error_is_not_the_cause() -> None:
     """torchrun ends with SIGKILL what does not heed its SIGTERM."""
     ranks = (RankExit(rank=0, signal="SIGKILL"), RankExit(rank=1, signal="SIGSEGV"))
-    report = judge(errors=(ECHO,), ranks=ranks)
+    report = judge(errors=(PEER_ERROR,), ranks=ranks)
     assert report.message.startswith("rank 1 was killed by SIGSEGV")
 
 
@@ -183,7 +172,7 @@ def test_a_rank_that_saved_before_it_was_killed_has_saved() -> None:
     assert (report.outcome, report.step) == ("stopped", 8)
 
 
-def test_gathering_reads_torchrun_s_own_files(tmp_path: Path) -> None:
+def test_evidence_is_read_from_torchrun_s_files(tmp_path: Path) -> None:
     attempt = AttemptDir(tmp_path)
     for rank, at, text in ((0, 20, "RuntimeError: Connection closed by peer"), (1, 10, "ValueError: bad")):
         file = attempt.torchrun_logs / "none_ab" / "attempt_0" / str(rank) / "error.json"
@@ -209,19 +198,19 @@ def test_an_empty_directory_is_evidence_of_nothing(tmp_path: Path) -> None:
     assert (evidence.errors, evidence.ranks, evidence.step, evidence.tails) == ((), (), 0, {})
 
 
-def test_a_node_that_nobody_has_heard_of_again_was_lost() -> None:
+def test_a_node_without_an_exit_record_was_lost() -> None:
     report = judge(lost_nodes=(1,))
     assert (report.outcome, report.reason, report.message) == (
         *("crashed", Reason.NODE_LOST),
         "node 2 of 2 was lost at step 7",
     )
-    assert judge(lost_nodes=(1,), errors=(ECHO,)).reason is Reason.NODE_LOST
+    assert judge(lost_nodes=(1,), errors=(PEER_ERROR,)).reason is Reason.NODE_LOST
     report = judge(lost_nodes=(2,), nodes=(NodeExit(1, "n2", 1),), errors=(error(1, 2.0, "ValueError: bad"),))
     assert report.message == "rank 1 failed at step 7: ValueError: bad", "what is known to have failed first"
 
 
-@pytest.mark.parametrize("cause", [None, StopCause.DESERTED])
-def test_a_lost_node_is_told_however_ours_ended(cause: StopCause | None) -> None:
+@pytest.mark.parametrize("cause", [None, StopCause.PEER_LOST])
+def test_a_lost_node_is_reported_however_ours_ended(cause: StopCause | None) -> None:
     assert judge(cause, lost_nodes=(1, 2)).message == "node 2, node 3 of 3 was lost at step 7"
 
 
@@ -235,11 +224,15 @@ def test_a_lost_node_is_told_however_ours_ended(cause: StopCause | None) -> None
         ),
         ({"nodes": (NodeExit(1, "n2", None, "no room"),)}, Reason.NODE_LOST, "on n2: no room, at step 7"),
         ({}, Reason.NODE_LOST, "the cluster lost sight of the first node's agent, at step 7"),
-        ({"nodes": (NodeExit(1, "n2", 1),), "errors": (ECHO, error(3, 2.0, "ValueError: x"))}, None, "rank 3 failed"),
+        (
+            {"nodes": (NodeExit(1, "n2", 1),), "errors": (PEER_ERROR, error(3, 2.0, "ValueError: x"))},
+            None,
+            "rank 3 failed",
+        ),
     ],
 )
-def test_ranks_that_were_deserted_are_not_blamed(found: dict[str, Any], reason: Reason | None, message: str) -> None:
-    report = judge(StopCause.DESERTED, **found)
+def test_ranks_that_lost_their_peers_are_not_blamed(found: dict[str, Any], reason: Reason | None, message: str) -> None:
+    report = judge(StopCause.PEER_LOST, **found)
     assert report.outcome == "crashed"
     assert report.message.startswith(message)
     assert reason in (None, report.reason)
@@ -278,7 +271,7 @@ def test_a_card_has_the_last_lines_of_its_rank() -> None:
 
 
 def test_what_failed_before_a_cluster_ended_the_rest_is_the_cause() -> None:
-    report = judge(torchrun_status=-15, errors=(ECHO, error(1, 2.0, "ValueError: bad")))
+    report = judge(torchrun_status=-15, errors=(PEER_ERROR, error(1, 2.0, "ValueError: bad")))
     assert report.message == "rank 1 failed at step 7: ValueError: bad"
-    assert judge(torchrun_status=-15, errors=(ECHO,)).message.startswith("torchrun was killed by SIGTERM")
+    assert judge(torchrun_status=-15, errors=(PEER_ERROR,)).message.startswith("torchrun was killed by SIGTERM")
     assert judge(torchrun_status=-9, errors=(error(1, 2.0, "ValueError: x"),)).message.startswith("torchrun was killed")

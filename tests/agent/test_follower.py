@@ -14,20 +14,14 @@ import pytest
 from tests.agent.conftest import DRIVER, until
 from trainyard.contract.locks import FileLock
 from trainyard.contract.processes import MARKER, find_by_marker
-from trainyard.contract.rundir import (
-    UNSEEN,
-    AttemptDir,
-    RunDir,
-    read_json,
-    write_json,
-)
+from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir, read_json, write_json
 from trainyard.worker.agent import follower
 from trainyard.worker.agent.rendezvous import NodeInfo
 
 MARK = "job_follow/1"
 RESOURCES = '{"resources": {"nproc_per_node": 1}}'
 PARENT = "import subprocess, sys; print(subprocess.Popen(sys.argv[1:]).pid, flush=True); sys.stdin.read()"
-"""As the cluster's own process above the agent: whoever kills it leaves the agent an orphan."""
+"""Stands in for the cluster's process above the agent: killing it orphans the agent."""
 
 
 @pytest.fixture
@@ -70,7 +64,7 @@ def start(attempt: AttemptDir, started: list["subprocess.Popen[str]"]) -> "subpr
     return parent
 
 
-def word(attempt: AttemptDir) -> dict[str, Any]:
+def exit_record(attempt: AttemptDir) -> dict[str, Any]:
     until(attempt.node(1).exists)
     found: dict[str, Any] = read_json(attempt.node(1)) or {}
     return found
@@ -87,7 +81,7 @@ def test_a_node_runs_its_ranks_until_the_first_one_s_are_over(
     meet(attempt)
     until(lambda: len(find_by_marker(MARK)) >= 3)  # what started the agent, the agent, its torchrun
     attempt.over.touch()
-    assert word(attempt) == {"name": "second", "status": 0, "message": None}
+    assert exit_record(attempt) == {"name": "second", "status": 0, "message": None}
     until(lambda: len(find_by_marker(MARK)) == 1)
 
 
@@ -98,7 +92,7 @@ def test_a_cluster_that_loses_sight_of_the_agent_leaves_no_ranks(
     meet(attempt)
     until(lambda: len(find_by_marker(MARK)) >= 3)
     parent.kill()
-    assert word(attempt)["message"] == "the cluster lost sight of this node's agent"
+    assert exit_record(attempt)["message"] == "the cluster lost sight of this node's agent"
     until(lambda: find_by_marker(MARK) == [])
 
 
@@ -106,10 +100,10 @@ def test_sigterm_is_left_to_the_first_node(attempt: AttemptDir, started: list["s
     start(attempt, started)
     meet(attempt)
     until(lambda: len(find_by_marker(MARK)) >= 3)
-    agents = [process for process in find_by_marker(MARK) if "driver.py" in " ".join(words(process.pid))]
+    agents = [process for process in find_by_marker(MARK) if "fake_agent.py" in " ".join(words(process.pid))]
     agents[-1].send(signal.SIGTERM)
     attempt.over.touch()
-    assert word(attempt)["status"] == 0
+    assert exit_record(attempt)["status"] == 0
 
 
 def words(pid: int) -> list[str]:
@@ -125,7 +119,7 @@ def test_a_node_that_comes_late_starts_nothing(
     (attempt.path.parent / "current").write_text(current)
     meet(attempt)
     start(attempt, started)
-    assert word(attempt) == {"name": "second", "status": None, "message": said}
+    assert exit_record(attempt) == {"name": "second", "status": None, "message": said}
 
 
 def test_a_node_that_finds_the_attempt_over_starts_nothing(
@@ -133,7 +127,7 @@ def test_a_node_that_finds_the_attempt_over_starts_nothing(
 ) -> None:
     attempt.exit.touch()
     start(attempt, started)
-    assert "had ended before" in word(attempt)["message"]
+    assert "had ended before" in exit_record(attempt)["message"]
 
 
 def test_a_node_starts_nothing_beside_ranks_of_before(
@@ -149,7 +143,7 @@ def test_a_node_starts_nothing_beside_ranks_of_before(
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
-    assert "held by another process" in word(attempt)["message"]
+    assert "held by another process" in exit_record(attempt)["message"]
     assert "nothing was started" in capsys.readouterr().err
 
 
@@ -175,7 +169,12 @@ def test_a_node_that_does_not_see_the_home_says_so_where_the_cluster_keeps_it(
     attempt: AttemptDir, started: list["subprocess.Popen[str]"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt.spec.unlink()
-    code = "import sys; from trainyard.worker.agent import __main__ as agent; agent.HOME_SECONDS = 0.1; sys.exit(agent.main())"
+    code = """if True:
+        import sys
+        from trainyard.worker.agent import __main__ as agent
+        agent.HOME_SECONDS = 0.1
+        sys.exit(agent.main())
+    """
     command = [sys.executable, "-c", code, str(attempt.path.parent), "--attempt=1"]
     environment = {**os.environ, "TRAINYARD_NODE": "1", "TRAINYARD_NODES": "2", "SLURMD_NODENAME": "second"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Was it the kernel, for want of memory? From forged /proc and cgroup files of both versions, and a real cgroup."""
+"""Out-of-memory kills: from forged /proc and cgroup files of both versions, and from a real cgroup."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Which node an agent is on, and where the ranks of all nodes meet."""
+"""Node info, and the rendezvous endpoint of the ranks of all nodes."""
 
 import os
 import socket
@@ -8,13 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.contract.rundir import (
-    AttemptDir,
-    RunDir,
-    read_json,
-    write_json,
-)
-from trainyard.worker.agent import rendezvous as places
+from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
+from trainyard.worker.agent import rendezvous
 from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.rendezvous import (
     PORTS,
@@ -44,26 +39,26 @@ def test_a_cluster_says_which_node_it_is() -> None:
     found = NodeInfo.of({"TRAINYARD_NODE": "1", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": "10.0.0.1"})
     assert found == NodeInfo(1, 2, "10.0.0.1", clustered=True)
     assert not found.is_leader
-    assert NodeInfo.of({"TRAINYARD_NODE": "0", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": ""}).first is None
+    assert NodeInfo.of({"TRAINYARD_NODE": "0", "TRAINYARD_NODES": "2", "TRAINYARD_FIRST_NODE": ""}).leader_host is None
     with pytest.raises(ValueError, match="invalid literal"):
         NodeInfo.of({"TRAINYARD_NODE": "", "TRAINYARD_NODES": "2"})
 
 
-def test_on_one_node_nobody_has_to_be_met(attempt: AttemptDir) -> None:
+def test_one_node_needs_no_endpoint(attempt: AttemptDir) -> None:
     assert publish_endpoint(attempt, NodeInfo(0, 1, "10.0.0.1", clustered=True)) is None
     assert not attempt.rendezvous.exists()
 
 
-def test_the_first_node_chooses_a_port_and_says_so(attempt: AttemptDir) -> None:
-    meeting = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1", clustered=True))
-    assert meeting is not None
-    assert (meeting.host, meeting.port in PORTS) == ("10.0.0.1", True)
-    assert read_json(attempt.rendezvous) == {"host": "10.0.0.1", "port": meeting.port}
-    assert [attempt.node(node).exists() for node in range(3)] == [False, True, False], "a place for the other's word"
-    others = PeerNodes(attempt, NodeInfo(0, 2))
-    others.poll(0.0)
-    assert others.missing() == [1], "which is none yet"
-    assert wait_for_endpoint(attempt, NodeInfo(1, 2), 0.0) == meeting
+def test_the_first_node_publishes_its_endpoint(attempt: AttemptDir) -> None:
+    endpoint = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1", clustered=True))
+    assert endpoint is not None
+    assert (endpoint.host, endpoint.port in PORTS) == ("10.0.0.1", True)
+    assert read_json(attempt.rendezvous) == {"host": "10.0.0.1", "port": endpoint.port}
+    assert [attempt.node(node).exists() for node in range(3)] == [False, True, False], "an empty exit record"
+    peers = PeerNodes(attempt, NodeInfo(0, 2))
+    peers.poll(0.0)
+    assert peers.missing() == [1], "which is none yet"
+    assert wait_for_endpoint(attempt, NodeInfo(1, 2), 0.0) == endpoint
 
 
 def test_no_port_is_one_that_the_kernel_gives_away_itself() -> None:
@@ -75,23 +70,23 @@ def test_a_port_that_is_taken_is_passed_over(attempt: AttemptDir, monkeypatch: p
     with socket.create_server(("", 0)) as taken, socket.create_server(("", 0)) as free:
         ports = [taken.getsockname()[1], free.getsockname()[1]]
         free.close()
-        monkeypatch.setattr(places.random, "sample", lambda *_: ports)  # type: ignore[attr-defined]
-        meeting = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1"))
-        assert meeting is not None
-        assert meeting.port == ports[1]
-        monkeypatch.setattr(places.random, "sample", lambda *_: ports[:1])  # type: ignore[attr-defined]
+        monkeypatch.setattr(rendezvous.random, "sample", lambda *_: ports)  # type: ignore[attr-defined]
+        endpoint = publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1"))
+        assert endpoint is not None
+        assert endpoint.port == ports[1]
+        monkeypatch.setattr(rendezvous.random, "sample", lambda *_: ports[:1])  # type: ignore[attr-defined]
         with pytest.raises(OSError, match="free"):
             publish_endpoint(attempt, NodeInfo(0, 2, "10.0.0.1"))
 
 
 @pytest.mark.parametrize("own", ["127.0.0.1", "127.0.1.1", "::1", None])
-def test_an_address_that_is_good_on_one_node_only_is_not_told_to_others(
+def test_an_address_that_is_good_on_one_node_only_is_not_told_to_peers(
     attempt: AttemptDir, monkeypatch: pytest.MonkeyPatch, own: str | None
 ) -> None:
-    monkeypatch.setattr(places, "address_towards", lambda _: "10.9.9.9")
-    meeting = publish_endpoint(attempt, NodeInfo(0, 2, own))
-    assert meeting is not None
-    assert meeting.host == "10.9.9.9"
+    monkeypatch.setattr(rendezvous, "address_towards", lambda _: "10.9.9.9")
+    endpoint = publish_endpoint(attempt, NodeInfo(0, 2, own))
+    assert endpoint is not None
+    assert endpoint.host == "10.9.9.9"
     assert wait_for_endpoint(attempt, NodeInfo(1, 2, "10.0.0.1"), 0.0).host == "10.0.0.1", (
         "by which the first one is reached"
     )
@@ -102,10 +97,10 @@ def test_without_a_way_out_all_nodes_are_on_this_host(attempt: AttemptDir, monke
     def unreachable(_host: str) -> str:
         raise OSError("Network is unreachable")
 
-    monkeypatch.setattr(places, "address_towards", unreachable)
-    meeting = publish_endpoint(attempt, NodeInfo(0, 2, "127.0.0.1"))
-    assert meeting is not None
-    assert meeting.host == "127.0.0.1"
+    monkeypatch.setattr(rendezvous, "address_towards", unreachable)
+    endpoint = publish_endpoint(attempt, NodeInfo(0, 2, "127.0.0.1"))
+    assert endpoint is not None
+    assert endpoint.host == "127.0.0.1"
 
 
 def test_loopback_is_told_from_what_is_not() -> None:
@@ -115,14 +110,14 @@ def test_loopback_is_told_from_what_is_not() -> None:
     ]
 
 
-def test_a_meeting_is_waited_for(attempt: AttemptDir) -> None:
+def test_the_endpoint_is_waited_for(attempt: AttemptDir) -> None:
     said = threading.Timer(0.15, write_json, (attempt.rendezvous, {"host": "n1", "port": 5}))
     said.start()
     assert wait_for_endpoint(attempt, NodeInfo(1, 2), 10.0) == RendezvousEndpoint("n1", 5)
     said.join()
 
 
-def test_who_comes_late_or_waits_in_vain_meets_nobody(attempt: AttemptDir) -> None:
+def test_a_node_that_is_late_or_waits_too_long_gets_no_endpoint(attempt: AttemptDir) -> None:
     with pytest.raises(RendezvousTimeout, match="within 0 s"):
         wait_for_endpoint(attempt, NodeInfo(1, 2), 0.0)
     attempt.exit.touch()
@@ -139,10 +134,11 @@ def test_a_node_without_the_home_is_noticed(attempt: AttemptDir, tmp_path: Path)
     assert time.monotonic() - began < 5
 
 
-def test_torchrun_is_told_where_to_meet_and_by_which_address(attempt: AttemptDir) -> None:
-    place, meeting = NodeInfo(1, 3, "127.0.0.1", clustered=True), RendezvousEndpoint("127.0.0.1", 29999)
-    command = torchrun_command(RunDir(attempt.path.parent), attempt, {"nproc_per_node": 4}, place, meeting)
+def test_torchrun_gets_the_endpoint_and_the_local_address(attempt: AttemptDir) -> None:
+    node, endpoint = NodeInfo(1, 3, "127.0.0.1", clustered=True), RendezvousEndpoint("127.0.0.1", 29999)
+    command = torchrun_command(RunDir(attempt.path.parent), attempt, {"nproc_per_node": 4}, node, endpoint)
     assert {
+        "trainyard.worker",
         "--nnodes=3",
         "--nproc-per-node=4",
         "--rdzv-backend=c10d",
@@ -156,9 +152,9 @@ def test_torchrun_is_told_where_to_meet_and_by_which_address(attempt: AttemptDir
 
 
 def test_gloo_takes_the_interface_on_the_way_to_the_first_node() -> None:
-    meeting = RendezvousEndpoint("127.0.0.1", 1)
-    assert rank_environment({}, meeting)["GLOO_SOCKET_IFNAME"] == "lo"
-    assert rank_environment({"GLOO_SOCKET_IFNAME": "ib0"}, meeting)["GLOO_SOCKET_IFNAME"] == "ib0"
+    endpoint = RendezvousEndpoint("127.0.0.1", 1)
+    assert rank_environment({}, endpoint)["GLOO_SOCKET_IFNAME"] == "lo"
+    assert rank_environment({"GLOO_SOCKET_IFNAME": "ib0"}, endpoint)["GLOO_SOCKET_IFNAME"] == "ib0"
     assert "GLOO_SOCKET_IFNAME" not in rank_environment({})
 
 
@@ -170,6 +166,6 @@ def test_interfaces_are_found_by_their_addresses() -> None:
 
 def test_a_node_has_the_name_that_its_cluster_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "node7")
-    assert places.node_name() == "node7"
+    assert rendezvous.node_name() == "node7"
     monkeypatch.delenv("SLURMD_NODENAME")
-    assert places.node_name() == os.uname().nodename
+    assert rendezvous.node_name() == os.uname().nodename

@@ -12,7 +12,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.page_checks import check_both_themes
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
-from tests.service.test_access import bearer, created
+from tests.service.test_auth import bearer, created
 
 OPERATOR = "the-operator's-own"
 

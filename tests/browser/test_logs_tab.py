@@ -11,7 +11,7 @@ from playwright.sync_api import Page, expect
 from tests.browser.page_checks import check_both_themes
 from tests.service.harness import ServiceHarness
 from tests.service.live_server import served
-from tests.service.test_job_logs import log
+from tests.service.test_log_reader import log
 
 MANY = 1_000_000
 

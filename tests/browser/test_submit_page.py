@@ -32,7 +32,7 @@ def spec_json(page: Page) -> dict[str, Any]:
 def test_the_form_sends_only_changed_settings(service: str, rig: ServiceHarness, page: Page) -> None:
     page.goto(f"{service}/submit")
     expect(field(page, "learning_rate")).to_have_value("5e-4")
-    expect(page.get_by_text("micro-batches in a step")).to_be_visible()
+    expect(page.get_by_text("micro-batches per step")).to_be_visible()
     field(page, "data_path required").fill(str(rig.corpus))
     field(page, "name").fill("from-the-page")
     field(page, "learning_rate").fill("-1e-3")

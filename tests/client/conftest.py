@@ -28,7 +28,7 @@ def service() -> FakeService:
 
 @pytest.fixture
 def trainyard(service: FakeService) -> Client:
-    return Client(URL, patience=QUICK, transport=service.transport)
+    return Client(URL, retries=QUICK, transport=service.transport)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def run(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def unused_port() -> int:
-    """A port of this machine where nobody listens."""
+    """A port of this machine on which no process listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

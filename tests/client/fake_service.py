@@ -19,7 +19,7 @@ Fault = Callable[[httpx2.Request], httpx2.Response | None]
 
 
 class Stream(io.StringIO):
-    """A stream that says of itself whether it is a terminal."""
+    """A text stream whose isatty() is given."""
 
     def __init__(self, text: str = "", *, terminal: bool = False) -> None:
         super().__init__(text)

@@ -137,7 +137,7 @@ def test_find_takes_ids_and_unique_names() -> None:
         (413, ApiError),
     ],
 )
-def test_a_refusal_carries_the_problem(service: FakeService, trainyard: Client, status: int, kind: type) -> None:
+def test_api_errors_carry_the_problem(service: FakeService, trainyard: Client, status: int, kind: type) -> None:
     errors = [{"pointer": "/training/learning_rate", "message": "must be greater than 0"}]
     service.faults = [lambda _: problem(status, "some_code", "Some detail.", errors=errors)]
     with pytest.raises(ApiError) as caught:
@@ -150,7 +150,9 @@ def test_a_refusal_carries_the_problem(service: FakeService, trainyard: Client, 
 
 
 @pytest.mark.parametrize("body", ["", "<html>", "[1]", '{"errors": 5}', '{"errors": [3, {}]}'])
-def test_a_refusal_without_a_problem_is_still_one(service: FakeService, trainyard: Client, body: str) -> None:
+def test_an_error_response_without_a_problem_is_an_api_error(
+    service: FakeService, trainyard: Client, body: str
+) -> None:
     service.faults = [lambda _: httpx2.Response(418, content=body)]
     with pytest.raises(ApiError, match="HTTP 418"):
         trainyard.job("job_7f3kq9")
@@ -165,8 +167,8 @@ def test_an_answer_that_is_no_json_is_no_trainyard(service: FakeService, trainya
 # Retries
 
 
-def test_pauses_double_up_to_the_longest_and_stay_within_the_patience() -> None:
-    assert list(RetryPolicy(seconds=5, first=0.5, max_pause=2).pauses()) == [0.5, 1.0, 2.0]
+def test_pauses_double_up_to_the_maximum_within_the_limit() -> None:
+    assert list(RetryPolicy(seconds=5, first_pause=0.5, max_pause=2).pauses()) == [0.5, 1.0, 2.0]
     assert list(RetryPolicy(seconds=0).pauses()) == []
     assert sum(RetryPolicy().pauses()) <= RetryPolicy().seconds
 
@@ -223,7 +225,7 @@ def test_patience_ends(service: FakeService, trainyard: Client) -> None:
 
 
 def test_a_real_refused_connection(unused_port: int) -> None:
-    with Client(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
+    with Client(f"http://127.0.0.1:{unused_port}", retries=QUICK) as trainyard, pytest.raises(ServiceUnreachable):
         trainyard.health()
 
 
@@ -232,7 +234,7 @@ def test_a_proxy_in_the_environment_is_not_asked_for_this_machine(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://proxy.invalid:3128")
     monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
-    with Client(f"http://127.0.0.1:{unused_port}", patience=QUICK) as trainyard:
+    with Client(f"http://127.0.0.1:{unused_port}", retries=QUICK) as trainyard:
         with pytest.raises(ServiceUnreachable, match="refused"):
             trainyard.health()
 
@@ -251,7 +253,7 @@ def walk(service: FakeService, *statuses: str, **changes: Any) -> None:
     service.faults = [further] * len(statuses)
 
 
-def test_wait_ends_at_rest(service: FakeService, trainyard: Client) -> None:
+def test_wait_ends_when_the_job_is_idle(service: FakeService, trainyard: Client) -> None:
     walk(service, "queued", "running", "succeeded")
     assert trainyard.wait("job_7f3kq9", interval=0.001)["status"] == "succeeded"
 
@@ -262,7 +264,7 @@ def test_wait_until_a_status_or_a_condition(service: FakeService, trainyard: Cli
     assert trainyard.wait("job_7f3kq9", lambda seen: seen["status"] == "succeeded", interval=0.001)
 
 
-def test_wait_says_when_it_cannot_come_true(service: FakeService, trainyard: Client) -> None:
+def test_wait_fails_if_the_status_cannot_be_reached(service: FakeService, trainyard: Client) -> None:
     walk(service, "running", "failed", message="out of memory", reason="out_of_memory")
     with pytest.raises(UnexpectedStatus, match=r"failed \(out_of_memory\): out of memory"):
         trainyard.wait("job_7f3kq9", {"succeeded"}, interval=0.001)
@@ -286,7 +288,7 @@ def test_wait_outlives_a_service_that_is_away(service: FakeService, trainyard: C
     assert trainyard.wait("job_7f3kq9", interval=0.001)["status"] == "succeeded"
 
 
-def test_an_interrupted_job_is_at_rest_only_without_a_restart_to_come(service: FakeService, trainyard: Client) -> None:
+def test_an_interrupted_job_is_idle_only_without_a_pending_restart(service: FakeService, trainyard: Client) -> None:
     walk(service, "interrupted", restart_at="2026-01-31T16:31:10Z")
     with pytest.raises(WaitTimedOut):
         trainyard.wait("job_7f3kq9", timeout=0.01, interval=0.002)

@@ -33,7 +33,7 @@ def test_every_file_is_fetched_and_checked(trainyard: Client, stored: FakeServic
     assert len(stored.requests) == asked + 1, "what is there already is not fetched again"
 
 
-def test_a_broken_download_goes_on_where_it_was(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.part").write_bytes(MODEL[:1000])
     trainyard.download(JOB, 12000, tmp_path)
     asked = next(request for request in stored.requests if request.url.path.endswith("model.safetensors"))
@@ -59,7 +59,7 @@ def test_a_manifest_cannot_write_elsewhere(trainyard: Client, stored: FakeServic
     assert list(tmp_path.iterdir()) == [tmp_path / "in"]
 
 
-def test_refusals_and_losses(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
+def test_rejections_and_lost_responses(trainyard: Client, stored: FakeService, tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         trainyard.download(JOB, 7, tmp_path)
     stored.faults = [lost]

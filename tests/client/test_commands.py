@@ -88,7 +88,7 @@ def test_wrong_usage_is_2(run: Run, line: list[str]) -> None:
         (["list", "--token", "--json"], "trainyard list: error: Option '--token' requires an argument."),
     ],
 )
-def test_a_typo_is_told_what_was_meant(run: Run, line: list[str], said: str) -> None:
+def test_a_typo_gets_a_suggestion(run: Run, line: list[str], said: str) -> None:
     code, _, err = run(*line)
     assert code == 2
     assert said in err
@@ -98,14 +98,14 @@ def test_a_name_that_no_job_has_leads_to_the_list(run: Run) -> None:
     code, out, err = run("watch", "nosuch")
     assert (code, out) == (1, "")
     assert err == (
-        "trainyard: no job has the id or name 'nosuch' [job_not_found]\n  `trainyard list` shows those that there are\n"
+        "trainyard: no job has the id or name 'nosuch' [job_not_found]\n  run `trainyard list` to see all jobs\n"
     )
 
 
-def test_without_a_token_it_is_said_how_one_is_given(run: Run, service: FakeService) -> None:
+def test_without_a_token_the_error_names_the_option(run: Run, service: FakeService) -> None:
     service.faults = [lambda _: problem(401, "unauthorized", "A valid token is needed.")]
     code, _, err = run("list")
-    assert (code, "--token or TRAINYARD_TOKEN gives it" in err) == (4, True)
+    assert (code, "give it with --token or TRAINYARD_TOKEN" in err) == (4, True)
 
 
 @pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:99999", "http://[::1"])
@@ -122,14 +122,14 @@ def test_a_name_that_is_shared_is_wrong_usage(run: Run, service: FakeService) ->
     assert "job_2" in err
 
 
-def test_a_refusal_is_1_and_says_everything(run: Run, service: FakeService) -> None:
+def test_a_rejection_is_exit_1_and_prints_all_problems(run: Run, service: FakeService) -> None:
     service.faults = [
         lambda _: None,
-        lambda _: problem(409, "invalid_state", "The job is failed; what fits: resume, delete."),
+        lambda _: problem(409, "invalid_state", "The job is failed. Allowed actions: resume, delete."),
     ]
     code, out, err = run("pause", "pre-12")
     assert (code, out) == (1, "")
-    assert "trainyard: The job is failed; what fits: resume, delete. [invalid_state]" in err
+    assert "trainyard: The job is failed. Allowed actions: resume, delete. [invalid_state]" in err
 
 
 def test_an_error_of_the_service_names_the_request(run: Run, service: FakeService) -> None:
@@ -151,7 +151,7 @@ def test_list(run: Run, service: FakeService) -> None:
     assert "\x1b" not in out
 
 
-def test_list_says_that_there_is_more(run: Run, service: FakeService) -> None:
+def test_list_reports_that_there_are_more(run: Run, service: FakeService) -> None:
     for number in range(5):
         service.jobs[f"job_{number}"] = job(id=f"job_{number}")
     _, out, err = run("list", "--limit", "3")
@@ -160,7 +160,7 @@ def test_list_says_that_there_is_more(run: Run, service: FakeService) -> None:
     assert json.loads(run("list", "--limit", "3", "--json")[1])["has_more"] is True
 
 
-def test_an_empty_list_says_what_to_type(run: Run, service: FakeService) -> None:
+def test_an_empty_list_suggests_a_command(run: Run, service: FakeService) -> None:
     service.jobs.clear()
     assert run("list")[1] == ""
     assert "trainyard submit" in run("list")[2]
@@ -245,7 +245,7 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
     assert run("samples", "pre-12")[1] == "step 60  'Return'\n  the\n  value\n"
     devices = run("devices")[1].splitlines()
     assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
-    assert devices[2].endswith("80.0 GB  nobody, but used by process 7")
+    assert devices[2].endswith("80.0 GB  no job, but used by process 7")
 
 
 def test_version_names_both(run: Run) -> None:
@@ -285,7 +285,7 @@ def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> N
     [
         (
             ["serve", "--host", "::1", "--port", "81", "--home", "/h", "--database-url", "sqlite://"],
-            "service",
+            "trainyard.service",
             [],
             {
                 "TRAINYARD_HOST": "::1",

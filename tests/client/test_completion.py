@@ -51,7 +51,7 @@ def url(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.server_close()
 
 
-def test_commands_and_their_second_words() -> None:
+def test_commands_and_subcommands() -> None:
     commands = set(candidates([], ""))
     assert {"list", "show", "db", "completion", "submit"} <= commands
     assert "__complete" not in commands
@@ -101,7 +101,8 @@ def test_it_needs_nothing_heavy() -> None:
 def test_the_whole_client_needs_no_torch() -> None:
     code = (
         "import importlib, pkgutil, sys, trainyard.client\n"
-        "for found in pkgutil.walk_packages(trainyard.client.__path__, 'trainyard.client.'): importlib.import_module(found.name)\n"
+        "for module in pkgutil.walk_packages(trainyard.client.__path__, 'trainyard.client.'):\n"
+        "    importlib.import_module(module.name)\n"
         "print(*sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

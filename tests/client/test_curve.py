@@ -23,7 +23,7 @@ def test_ema_of_a_constant_is_the_constant() -> None:
     assert ema.value == pytest.approx(2.5, rel=1e-12)
 
 
-def test_what_is_not_finite_leaves_no_trace_in_the_mean() -> None:
+def test_non_finite_losses_do_not_change_the_average() -> None:
     curve = Curve()
     curve.extend([metric(1, 4.0), metric(2, None), metric(3, 4.0)])
     assert curve.ema == pytest.approx(4.0)
@@ -34,7 +34,7 @@ def test_what_is_not_finite_leaves_no_trace_in_the_mean() -> None:
 def test_the_newest_evaluation_stays() -> None:
     curve = Curve()
     curve.extend([metric(1, eval_loss=3.5), metric(2)])
-    assert curve.evaluated == (1, 3.5)
+    assert curve.last_eval == (1, 3.5)
 
 
 def test_rewind_forgets_what_a_new_attempt_does_again() -> None:

@@ -5,12 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.client.demo.corpus import (
-    MIN_CHARACTERS,
-    docstrings,
-    standard_library,
-    write_corpus,
-)
+from trainyard.client.demo.corpus import MIN_CHARACTERS, docstrings, standard_library, write_corpus
 
 
 def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
@@ -28,7 +23,7 @@ def test_the_standard_library_is_a_corpus(tmp_path: Path) -> None:
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """A library of a few files: one broken, one of somebody else, one with each kind of docstring."""
+    """A library of a few files: one broken, one of another package, one with each kind of docstring."""
     sources = {
         "b.py": '"""The second module, with a docstring that is long enough."""\n',
         "a.py": '''

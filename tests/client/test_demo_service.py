@@ -17,7 +17,7 @@ def test_the_user_s_own_settings_stay_outside(tmp_path: Path) -> None:
     }
 
 
-def test_a_service_that_ends_at_once_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_ends_at_once_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "trainyard.client.demo.service.environment", lambda *_: {"PATH": "/bin", "PYTHONPATH": "/nowhere"}
     )

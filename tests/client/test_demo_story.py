@@ -25,7 +25,7 @@ from trainyard.client.demo.story import (
     SAVE_INTERVAL,
     STEPS,
     UNTRAINED_LOSS,
-    LossLines,
+    LossPrinter,
     Machine,
     Story,
     curl,
@@ -51,7 +51,7 @@ JOB = "job_demo"
 
 
 class PlayedService(FakeService):
-    """Goes 30 steps further at each look, and does what the story asks of it, as a real one would."""
+    """Goes 30 steps further at each poll, and does what the story requests, as a real one would."""
 
     def __init__(self, home: Path, last_loss: float = 4.9) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ class PlayedService(FakeService):
         )
 
 
-class StoodInFor:
-    """The demo's service process, without the process."""
+class FakeDemoService:
+    """Replaces the demo's service process."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.url = home, URL
 
-    def __enter__(self) -> "StoodInFor":
+    def __enter__(self) -> "FakeDemoService":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,7 +130,7 @@ class StoodInFor:
     def tail(self, _lines: int) -> list[str]:
         return ["the service's last words"]
 
-    def release(self) -> int:
+    def detach(self) -> int:
         return 4711
 
 
@@ -155,10 +155,10 @@ def perform(
         return 1, 12345
 
     def connected(*_: Any, **__: Any) -> Client:
-        return Client(URL, "", patience=QUICK, transport=played.transport)
+        return Client(URL, "", retries=QUICK, transport=played.transport)
 
-    monkeypatch.setattr(story, "DemoService", StoodInFor)
-    monkeypatch.setattr(story, "Trainyard", connected)
+    monkeypatch.setattr(story, "DemoService", FakeDemoService)
+    monkeypatch.setattr(story, "Client", connected)
     monkeypatch.setattr(story, "write_corpus", write_corpus)
     monkeypatch.setattr(story, "kill_one", kill_one)
     monkeypatch.setattr(Story, "_tokenizer", lambda _: None)
@@ -186,13 +186,13 @@ def test_the_whole_story_fits_on_a_screen(perform: Callable[..., tuple[int, str,
     assert f"saved at step {played.rows['checkpoints'][-1]['step']}, verified" in out
     assert "$ kill -9 12345   (rank 1" in out
     assert "before the accident" in out
-    assert "loss 4.900, 56 % of where it began" in out
-    assert "from 'Return the' it wrote: list of files." in out
+    assert "loss 4.900, 56 % of the first loss" in out
+    assert "prompt 'Return the': list of files." in out
     paused_at = played.rows["checkpoints"][-1]["step"]
     assert PAUSE_AFTER <= paused_at < PAUSE_AFTER + 60
 
 
-def test_keep_says_how_to_reach_the_service(perform: Callable[..., tuple[int, str, str]]) -> None:
+def test_keep_prints_how_to_reach_the_service(perform: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = perform(keep=True)
     assert code == 0
     assert "process 4711" in out
@@ -242,10 +242,10 @@ def test_a_failed_run_is_explained(
 def test_a_service_that_does_not_start_is_explained(
     perform: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def start(_: StoodInFor) -> str:
+    def start(_: FakeDemoService) -> str:
         raise ServiceFailed("the service ended with exit code 1")
 
-    monkeypatch.setattr(StoodInFor, "start", start)
+    monkeypatch.setattr(FakeDemoService, "start", start)
     code, _, err = perform()
     assert code == 1
     assert "the demo failed: the service ended with exit code 1" in err
@@ -281,7 +281,7 @@ def test_each_demo_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_tokenizer_that_fails_is_explained(tmp_path: Path) -> None:
-    service: Any = StoodInFor(tmp_path)
+    service: Any = FakeDemoService(tmp_path)
     with pytest.raises(story.DemoFailed, match="training the tokenizer ended with 1"):
         Story(tmp_path, service, console())._tokenizer()
 
@@ -354,9 +354,9 @@ def test_a_loss_line() -> None:
     assert "loss -   ----" in loss_line(metric(50, None), 8.76)
 
 
-def test_each_line_is_said_once(service: FakeService, trainyard: Client) -> None:
+def test_each_line_is_printed_once(service: FakeService, trainyard: Client) -> None:
     said: list[str] = []
-    lines = LossLines(trainyard, FAKE_JOB, 8.76, said.append)
+    lines = LossPrinter(trainyard, FAKE_JOB, 8.76, said.append)
     service.curve = [metric(step) for step in range(10, EVERY + 11, 10)]
     for _ in range(2):
         lines.until(lambda _: True, 1)
@@ -366,7 +366,7 @@ def test_each_line_is_said_once(service: FakeService, trainyard: Client) -> None
 
 
 def test_waiting_is_bounded_and_ends_with_a_failure(service: FakeService, trainyard: Client) -> None:
-    lines = LossLines(trainyard, FAKE_JOB, 8.76, print)
+    lines = LossPrinter(trainyard, FAKE_JOB, 8.76, print)
     with pytest.raises(WaitTimedOut):
         lines.until(lambda _: False, 0.0)
     service.jobs[FAKE_JOB] = job("failed")
@@ -449,7 +449,7 @@ def test_ranks_are_found_by_their_marker(attempt: str) -> None:
     assert ranks_of(attempt, 2) == {}
 
 
-def test_the_highest_rank_is_killed_and_nobody_else(attempt: str) -> None:
+def test_only_the_highest_rank_is_killed(attempt: str) -> None:
     rank, pid = kill_one(attempt, 1)
     assert rank == 1
     ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
@@ -458,6 +458,6 @@ def test_the_highest_rank_is_killed_and_nobody_else(attempt: str) -> None:
     assert 0 in ranks_of(attempt, 1)
 
 
-def test_no_rank_to_kill_is_said() -> None:
+def test_no_rank_to_kill_is_an_error() -> None:
     with pytest.raises(LookupError, match="no rank of job_none, attempt 1"):
         kill_one("job_none", 1, seconds=0.05)

@@ -1,4 +1,4 @@
-"""`trainyard fork` and `trainyard export`, and the methods behind them."""
+"""`trainyard fork` and `trainyard export`, and the methods that they call."""
 
 import json
 from pathlib import Path

@@ -3,27 +3,10 @@ from typing import Any
 import pytest
 
 from tests.client.fake_service import NOW, job
-from trainyard.client.cli.hints import (
-    EVIDENCE_LINES,
-    ending,
-    error_card,
-    what_next,
-)
+from trainyard.client.cli.hints import MAX_LOG_LINES, end_report, error_card, next_commands
 from trainyard.client.cli.watch.job_page import alert_text, job_page
-from trainyard.client.errors import (
-    AmbiguousName,
-    ServiceUnreachable,
-    TrainyardError,
-    WaitTimedOut,
-    api_error,
-)
-from trainyard.client.exit_codes import (
-    Exit,
-    exit_of_error,
-    exit_of_job,
-    is_idle,
-    restart_pending,
-)
+from trainyard.client.errors import AmbiguousName, ServiceUnreachable, TrainyardError, WaitTimedOut, api_error
+from trainyard.client.exit_codes import Exit, exit_of_error, exit_of_job, is_idle, restart_pending
 from trainyard.contract.status import IDLE, JobStatus
 
 
@@ -63,7 +46,7 @@ def test_the_page_of_a_queued_job() -> None:
     assert not any(line.startswith(("  progress", "  numbers", "  checkpoint", "  attempt")) for line in lines)
 
 
-def test_the_corpus_stands_on_the_page() -> None:
+def test_the_page_has_the_corpus() -> None:
     assert "  corpus     /data/a.jsonl" in page(spec={"data": {"data_path": "/data/a.jsonl"}})
 
 
@@ -86,7 +69,7 @@ def test_no_error_no_card() -> None:
 
 
 def test_the_card_has_what_the_evidence_and_the_hint() -> None:
-    lines = [f"line {number}" for number in range(EVIDENCE_LINES + 5)]
+    lines = [f"line {number}" for number in range(MAX_LOG_LINES + 5)]
     card = {
         "code": "hung",
         "message": "no step for 60 s",
@@ -102,14 +85,14 @@ def test_the_card_has_what_the_evidence_and_the_hint() -> None:
     assert error_card(job(error=newer))[1:] == ["  | printed last", "peak memory of a rank: 61.0 GB", "hint: look"]
 
 
-def test_what_helps_a_failed_job_is_typed_as_the_service_says_it() -> None:
+def test_next_actions_of_a_failed_job_are_those_of_the_service() -> None:
     helps = [
         {"words": "Fork from step 400 with learning_rate 0.001", "command": "trainyard fork job_1 --step 400"},
         {"words": "Resume from step 400", "command": "trainyard resume job_1"},
     ]
     failed = job("failed", error={"code": "diverged", "message": "why", "next": helps})
     typed = ["next:", *(f"  {line}" for one in helps for line in (f"# {one['words']}", one["command"]))]
-    assert ending(failed, "a")[-5:] == typed
+    assert end_report(failed, "a")[-5:] == typed
     page = job_page(failed, NOW)
     assert page[page.index("next:") :][:5] == typed
 
@@ -119,39 +102,39 @@ def test_what_helps_a_failed_job_is_typed_as_the_service_says_it() -> None:
 
 @pytest.mark.parametrize("status", list(JobStatus))
 def test_there_is_always_something_to_type(status: JobStatus) -> None:
-    commands = what_next(job(status, resumable=True), "my run; rm -rf /")
+    commands = next_commands(job(status, resumable=True), "my run; rm -rf /")
     assert commands
     for command in commands:
         assert command.startswith("trainyard ")
         assert "'my run; rm -rf /'" in command
 
 
-def test_resume_is_offered_only_where_it_works() -> None:
-    assert "trainyard resume a" in what_next(job("failed", resumable=True), "a")
-    assert "trainyard resume a" not in what_next(job("failed", resumable=False), "a")
+def test_resume_is_suggested_only_if_it_is_possible() -> None:
+    assert "trainyard resume a" in next_commands(job("failed", resumable=True), "a")
+    assert "trainyard resume a" not in next_commands(job("failed", resumable=False), "a")
 
 
-def test_the_last_words() -> None:
-    assert ending(job("failed", message="why", resume_blocker="its checkpoints are gone"), "a") == [
+def test_the_end_report() -> None:
+    assert end_report(job("failed", message="why", resume_blocker="its checkpoints are gone"), "a") == [
         "failed: why",
         "cannot be resumed: its checkpoints are gone",
         "next:",
         "  trainyard logs a --tail 50",
     ]
-    assert ending(job("succeeded", message=None, summary="Finished."), "a")[0] == "succeeded: Finished."
-    assert not any("resumed" in line for line in ending(job("succeeded", resume_blocker="finished"), "a"))
+    assert end_report(job("succeeded", message=None, summary="Finished."), "a")[0] == "succeeded: Finished."
+    assert not any("resumed" in line for line in end_report(job("succeeded", resume_blocker="finished"), "a"))
 
 
 # Exit codes
 
 
 @pytest.mark.parametrize("status", list(JobStatus))
-def test_a_job_has_an_exit_code_exactly_when_it_is_at_rest(status: JobStatus) -> None:
+def test_a_job_has_an_exit_code_exactly_when_it_is_idle(status: JobStatus) -> None:
     assert is_idle(job(status)) == (status in IDLE)
     assert (exit_of_job(job(status)) is not None) == (status in IDLE)
 
 
-def test_only_a_restart_to_come_keeps_an_interrupted_job_going() -> None:
+def test_only_a_pending_restart_keeps_an_interrupted_job_going() -> None:
     due = job("interrupted", restart_at="2026-01-31T16:31:10Z")
     assert restart_pending(due)
     assert not is_idle(due)
@@ -164,12 +147,12 @@ def test_only_a_restart_to_come_keeps_an_interrupted_job_going() -> None:
         (ServiceUnreachable("u", "c"), Exit.NO_SERVICE),
         (api_error(401, {}), Exit.NOT_AUTHORISED),
         (api_error(403, {}), Exit.NOT_AUTHORISED),
-        (api_error(404, {}), Exit.REFUSED),
-        (api_error(422, {}), Exit.REFUSED),
-        (api_error(500, {}), Exit.REFUSED),
+        (api_error(404, {}), Exit.REJECTED),
+        (api_error(422, {}), Exit.REJECTED),
+        (api_error(500, {}), Exit.REJECTED),
         (AmbiguousName("n"), Exit.USAGE),
         (WaitTimedOut(1.0, None), Exit.TIMED_OUT),
-        (TrainyardError("t"), Exit.REFUSED),
+        (TrainyardError("t"), Exit.REJECTED),
     ],
 )
 def test_each_error_has_its_code(error: TrainyardError, code: Exit) -> None:

@@ -20,7 +20,7 @@ def options(**changes: Any) -> SimpleNamespace:
 
 
 def follow(service: FakeService, script: Callable[[float], None], **changes: Any) -> tuple[int, str, str]:
-    trainyard = Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport)
+    trainyard = Client(URL, retries=RetryPolicy(seconds=0), transport=service.transport)
     args, to = options(**changes), console()
     reader = LogReader(trainyard, trainyard.job(JOB), args)
     code = follow_log(reader, args, to, Hurried(after_sleep=script))

@@ -20,29 +20,29 @@ def test_the_page(run: Run, service: FakeService) -> None:
     assert code == 0
     parts = "weights 100.0 MB, gradients 100.0 MB, optimizer 200.0 MB"
     assert out.splitlines() == [
-        "not as by default:",
+        "Changed from defaults:",
         '  data.data_path                  "/d"',
         "  training.batch_size             64",
-        "what it would be:",
-        "  model    25.8 M parameters; an untrained one has a loss of 8.764",
-        "  corpus   about 1.31 M tokens, 4,000 rows, 3 bad lines",
+        "Plan:",
+        "  model    25.8 M parameters; an untrained model has a loss of about 8.764",
+        "  corpus   about 1.31 M tokens, 4,000 sequences, 3 bad lines",
         "  run      1,200 steps of 32.8 k tokens: 39.3 M tokens, 6.1e+15 FLOPs",
-        f"  memory   400.0 MB a rank ({parts}); fits in the 80.0 GB of the device",
-        "  disk     309.0 MB a checkpoint, 40.0 GB free, room for 129",
+        f"  memory   400.0 MB per rank ({parts}); fits in the 80.0 GB of the device",
+        "  disk     309.0 MB per checkpoint, 40.0 GB free, room for 129",
         "  time     about 2 h 10 min, by 118,240 tokens/s in job_0 on H100",
-        "  queue    position 1, waiting for nothing: it would start at once",
+        "  queue    position 1, would start immediately",
         "  warning  there is no GPU on this host: this run will use the CPU",
     ]
     assert [request.url.path for request in service.requests] == ["/jobs/plan"]
     assert body_of(service.requests[0]) == {"data": {"data_path": "/d"}, "training": {"batch_size": 64}}
 
 
-def test_what_is_not_known_is_said_or_left_out() -> None:
+def test_unknown_values_are_named_or_left_out() -> None:
     lines = plan_page({"parameters": 1000, "active_parameters": 500, "world_size": 2, "steps": None})
     text = "\n".join(lines)
-    assert "500 of them for a token" in text
-    assert "steps are not known before the corpus is read" in text
-    assert "not known: no run of this shape" in text
+    assert "500 active per token" in text
+    assert "the number of steps is unknown until the corpus is read" in text
+    assert "unknown: no similar run" in text
     assert "  corpus" not in text
     assert "queue" not in text
     assert "  run      7 steps" in plan_page({"steps": 7})
@@ -89,7 +89,7 @@ def test_the_client_s_method(trainyard: Client, service: FakeService) -> None:
         ("cpu", 2, 849, "DOES NOT FIT in the 849 B of this host"),
     ],
 )
-def test_whether_it_fits_is_said(device: str, ranks: int, limit: int, said: str) -> None:
+def test_whether_it_fits_in_memory(device: str, ranks: int, limit: int, said: str) -> None:
     memory = {"weights": 100, "gradients": 100, "optimizer": 200}
     facts = {"device": device, "world_size": ranks, "memory_bytes": memory, "snapshot_bytes": 50}
     assert said in "\n".join(plan_page({**facts, "memory_limit_bytes": limit}))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from trainyard.client.api import Client
-from trainyard.client.demo.service import DemoService, _answers, environment
+from trainyard.client.demo.service import DemoService, _is_ready, environment
 from trainyard.client.exit_codes import is_idle
 from trainyard.contract.rundir import read_json
 
@@ -50,7 +50,7 @@ def live(tmp_path: Path) -> Iterator[Restartable]:
         service.home.mkdir()
         service.start()
         yield service
-        if not _answers(service.url):
+        if not _is_ready(service.url):
             return
         with Client(service.url, "") as trainyard:
             for job in trainyard.jobs():
@@ -113,7 +113,7 @@ def test_a_run_is_watched_through_the_death_of_its_service(live: Restartable, mo
     assert run(live, "show", "live").returncode == 1
 
 
-def test_a_run_that_ends_well_and_one_that_is_refused(live: Restartable) -> None:
+def test_a_run_that_succeeds_and_one_that_is_rejected(live: Restartable) -> None:
     done = run(live, "submit", "-y", "--data_path", "corpus.jsonl", "--max_steps", "40", "--watch", *TINY.split())
     assert done.returncode == 0, done.stderr
     assert "status=succeeded" in done.stdout.splitlines()[-1]

@@ -128,7 +128,7 @@ def test_a_wrong_flag_names_the_one_that_was_meant(flag: str, meant: str | None)
     assert meant is None or f"did you mean {meant}" in str(caught.value)
 
 
-def test_other_words_lead_to_leaves() -> None:
+def test_flag_aliases_are_leaves() -> None:
     flags = {option.name for option in spec_options()}
     assert set(FLAG_ALIASES.values()) <= flags
     assert not FLAG_ALIASES.keys() & flags

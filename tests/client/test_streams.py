@@ -1,4 +1,4 @@
-"""Streams on the client's side: parsing, taking up again, falling back, and what watch and logs make of them."""
+"""Streams in the client: parsing, reconnecting, polling as a fallback, and their use by watch and logs."""
 
 import json
 import threading
@@ -18,12 +18,7 @@ from trainyard.client.cli.commands.logs import LogReader
 from trainyard.client.cli.watch.watcher import Watcher
 from trainyard.client.connection import RetryPolicy
 from trainyard.client.errors import NotFound, ServiceUnreachable
-from trainyard.client.sse import (
-    EventStream,
-    StreamEvent,
-    StreamUnsupported,
-    parse,
-)
+from trainyard.client.sse import EventStream, StreamEvent, StreamUnsupported, parse_events
 
 JOB = "job_7f3kq9"
 DEADLINE = 10.0
@@ -50,7 +45,7 @@ def streaming(*pieces: str) -> httpx2.Response:
 
 
 def connected(service: FakeService) -> Client:
-    return Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport)
+    return Client(URL, retries=RetryPolicy(seconds=0), transport=service.transport)
 
 
 # Parsing
@@ -59,7 +54,10 @@ def connected(service: FakeService) -> Client:
 def test_lines_become_events() -> None:
     shown = 'retry: 2000\n: hello\n\nid: 1-2\nevent: metric\ndata: {"a": 1}\n\n: still here\n\n'
     text = shown + "event: end\ndata:{}\n\nevent: cut"
-    assert list(parse(text.split("\n"))) == [StreamEvent("metric", {"a": 1}, "1-2"), StreamEvent("end", {}, None)]
+    assert list(parse_events(text.split("\n"))) == [
+        StreamEvent("metric", {"a": 1}, "1-2"),
+        StreamEvent("end", {}, None),
+    ]
 
 
 # One connection
@@ -77,7 +75,7 @@ def test_a_stream_is_opened_read_and_ends(service: FakeService) -> None:
     assert dict(service.requests[-1].url.params) == {"rank": "1", "offset": "5"}
 
 
-def test_what_is_no_stream_is_said(service: FakeService) -> None:
+def test_a_response_that_is_no_stream_is_an_error(service: FakeService) -> None:
     with pytest.raises(StreamUnsupported):
         list(connected(service).metric_stream(JOB))
     service.faults = [lambda _: problem(404, "job_not_found", "No job has this id.")]
@@ -85,7 +83,7 @@ def test_what_is_no_stream_is_said(service: FakeService) -> None:
         list(connected(service).metric_stream(JOB))
 
 
-def test_a_broken_stream_is_a_service_that_is_away(service: FakeService) -> None:
+def test_a_broken_stream_is_service_unreachable(service: FakeService) -> None:
     def broken(request: httpx2.Request) -> httpx2.Response:
         raise httpx2.ReadError("reset", request=request)
 
@@ -97,10 +95,10 @@ def test_a_broken_stream_is_a_service_that_is_away(service: FakeService) -> None
         list(connected(service).metric_stream(JOB))
 
 
-# The feed
+# The stream
 
 
-def test_a_feed_goes_on_behind_the_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_reconnects_after_the_last_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "RETRY_SECONDS", 0.001)
     asked: list[str | None] = []
 
@@ -115,19 +113,17 @@ def test_a_feed_goes_on_behind_the_last_event(monkeypatch: pytest.MonkeyPatch) -
         yield StreamEvent("metric", 2, "1-2")
         yield StreamEvent("end")
 
-    feed = EventStream(open_stream).start()
-    feed._thread.join(DEADLINE)
-    assert not feed._thread.is_alive()
+    stream = EventStream(open_stream).start()
+    stream._thread.join(DEADLINE)
+    assert not stream._thread.is_alive()
     assert asked == [None, "1-1", "1-1"]
-    assert [event.data for event in feed.take() if event.kind == "metric"] == [1, 2]
-    assert not feed.healthy
-    assert feed.take() == []
+    assert [event.data for event in stream.drain() if event.kind == "metric"] == [1, 2]
+    assert not stream.healthy
+    assert stream.drain() == []
 
 
 @pytest.mark.parametrize("error", [StreamUnsupported("no"), NotFound(404, {}), ServiceUnreachable(URL, "x")])
-def test_where_there_is_no_stream_the_feed_ends_or_tries_again(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_stream_the_thread_ends_or_retries(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "RETRY_SECONDS", 0.001)
     tries: list[int] = []
 
@@ -136,18 +132,18 @@ def test_where_there_is_no_stream_the_feed_ends_or_tries_again(
         raise error
         yield
 
-    feed = EventStream(open_stream).start()
+    stream = EventStream(open_stream).start()
     if isinstance(error, ServiceUnreachable):
         until(lambda: len(tries) > 3)
-        assert feed._thread.is_alive()
-        feed.close()
-    feed._thread.join(DEADLINE)
-    assert not feed._thread.is_alive()
-    assert not feed.healthy
+        assert stream._thread.is_alive()
+        stream.close()
+    stream._thread.join(DEADLINE)
+    assert not stream._thread.is_alive()
+    assert not stream.healthy
 
 
-def test_a_feed_that_nobody_reads_holds_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "MAX_WAITING", 5)
+def test_a_stream_without_a_reader_holds_a_bounded_number_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "MAX_QUEUED", 5)
     sent: list[int] = []
 
     def endless(_: str | None) -> Iterator[StreamEvent]:
@@ -155,20 +151,20 @@ def test_a_feed_that_nobody_reads_holds_little(monkeypatch: pytest.MonkeyPatch) 
             sent.append(1)
             yield StreamEvent("metric", len(sent), f"1-{len(sent)}")
 
-    feed = EventStream(endless, _events=Queue(5)).start()
+    stream = EventStream(endless, _events=Queue(5)).start()
     until(lambda: len(sent) == 6)
-    feed.wait(1.0)
-    assert len(feed.take()) >= 5
-    feed.close()
-    feed._thread.join(DEADLINE)
-    assert not feed._thread.is_alive()
+    stream.wait(1.0)
+    assert len(stream.drain()) >= 5
+    stream.close()
+    stream._thread.join(DEADLINE)
+    assert not stream._thread.is_alive()
 
 
 # Watch and logs over a stream
 
 
 class Scripted:
-    """Stands in for the stream: what a test says comes, when it says so."""
+    """A stream whose events a test adds one by one."""
 
     def __init__(self) -> None:
         self.pieces: list[StreamEvent] = []
@@ -190,20 +186,20 @@ def script() -> Iterator[Scripted]:
     made.ended = True
 
 
-def test_watch_takes_points_from_the_stream(
+def test_watch_reads_points_from_the_stream(
     service: FakeService, script: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainyard = connected(service)
     monkeypatch.setattr(trainyard, "metric_stream", script)
     service.curve = [metric(100, attempt=2)]
     watcher = Watcher(trainyard, JOB, "pre-12", streams=True)
-    assert [point["step"] for point in watcher.poll(NOW).fresh] == [100]
-    feed = watcher._feed
-    assert feed is not None
-    until(lambda: feed.healthy)
+    assert [point["step"] for point in watcher.poll(NOW).new_points] == [100]
+    stream = watcher._stream
+    assert stream is not None
+    until(lambda: stream.healthy)
     script.pieces += [StreamEvent("metric", metric(step, attempt=2), f"2-{step}") for step in (100, 200)]
     fresh: list[Any] = []
-    until(lambda: bool(gathered(fresh, watcher.poll(NOW).fresh)))
+    until(lambda: bool(gathered(fresh, watcher.poll(NOW).new_points)))
     assert [point["step"] for point in fresh] == [200], "100 was known already"
     asked = [request.url.path for request in service.requests if "metrics" in request.url.path]
     assert asked == [f"/jobs/{JOB}/metrics"], "asked for once, at the start"
@@ -213,34 +209,34 @@ def test_watch_takes_points_from_the_stream(
         StreamEvent("metric", metric(200), "3-2"),
     ]
     fresh.clear()
-    until(lambda: bool(gathered(fresh, watcher.poll(NOW).fresh)))
+    until(lambda: bool(gathered(fresh, watcher.poll(NOW).new_points)))
     assert [point["step"] for point in fresh] == [200]
-    assert watcher.scene.curve.losses == [3.0, 3.0]
+    assert watcher.state.curve.losses == [3.0, 3.0]
     service.jobs[JOB] = job("succeeded", attempt=3)
     service.curve = [metric(300, attempt=3)]
-    assert [point["step"] for point in watcher.poll(NOW).fresh] == [300], "the last points are asked for"
+    assert [point["step"] for point in watcher.poll(NOW).new_points] == [300], "the last points are asked for"
     watcher.close()
 
 
-def test_watch_asks_while_the_stream_does_not_stand(service: FakeService) -> None:
+def test_watch_polls_while_the_stream_is_not_connected(service: FakeService) -> None:
     watcher = Watcher(connected(service), JOB, "pre-12", streams=True)
     for step in (100, 200, 300):
         service.curve.append(metric(step))
-        assert [point["step"] for point in watcher.poll(NOW).fresh] == [step]
+        assert [point["step"] for point in watcher.poll(NOW).new_points] == [step]
     watcher.close()
 
 
-def test_logs_take_text_from_the_stream(
+def test_logs_read_text_from_the_stream(
     service: FakeService, script: Scripted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainyard = connected(service)
     monkeypatch.setattr(trainyard, "log_stream", script)
     service.log = "one\n"
     reader = LogReader(trainyard, trainyard.job(JOB), options(), streams=True)
-    assert list(reader.pieces()) == ["one\n"]
-    feed = reader._feed
-    assert feed is not None
-    until(lambda: feed.healthy)
+    assert list(reader.read_new()) == ["one\n"]
+    stream = reader._stream
+    assert stream is not None
+    until(lambda: stream.healthy)
 
     def said(attempt: int, offset: int, text: str) -> StreamEvent:
         end = offset + len(text)
@@ -250,12 +246,12 @@ def test_logs_take_text_from_the_stream(
 
     script.pieces += [said(2, 0, "one\n"), said(2, 4, "two\n"), said(3, 0, "new\n")]
     found: list[str] = []
-    until(lambda: "new\n" in gathered(found, reader.pieces()))
+    until(lambda: "new\n" in gathered(found, reader.read_new()))
     assert found == ["two\n", "new\n"]
     reader.refresh()
     assert reader._attempt == 3
     script.pieces += [said(3, 2, "w\nmore\n")]
-    until(lambda: not list(reader.pieces()) and not reader._streams)
+    until(lambda: not list(reader.read_new()) and not reader._streams)
     service.log = "new\nmore\n"
-    assert list(reader.pieces()) == ["more\n"], "an overlap is not printed twice"
+    assert list(reader.read_new()) == ["more\n"], "an overlap is not printed twice"
     reader.close()

@@ -54,7 +54,7 @@ def test_off_a_terminal_a_service_without_plans_is_sent_the_spec(run: Run, servi
     assert run("submit", "--data_path", "/d")[0] == 0
 
 
-def test_a_spec_file_with_flags_behind_it(run: Run, service: FakeService, tmp_path: Path) -> None:
+def test_a_spec_file_with_flags(run: Run, service: FakeService, tmp_path: Path) -> None:
     file = tmp_path / "spec.json"
     file.write_text(json.dumps({"data": {"data_path": "/d"}, "training": {"epochs": 1}, "labels": {"a": "1"}}))
     code, _, _ = run("submit", str(file), "--epochs", "2", "--labels", "b=2", "--set", "checkpoint.keep_last=5")
@@ -111,10 +111,10 @@ def test_a_service_without_plans_gets_the_settings_shown(run: Run, service: Fake
     code, _, err = run("submit", "--data_path", "/d", "--epochs", "2", typed="y\n", terminal=True)
     assert code == 0
     assert "training.epochs" in err
-    assert "what it would be" not in err
+    assert "Plan:" not in err
 
 
-def test_what_only_the_service_finds_wrong_is_not_asked_about(run: Run, service: FakeService) -> None:
+def test_a_spec_that_the_service_rejects_is_not_asked_about(run: Run, service: FakeService) -> None:
     errors = [{"pointer": "/data/data_path", "message": "does not exist"}]
     service.faults = [lambda _: problem(422, "invalid_spec", "1 mistake found", errors=errors)]
     code, _, err = run("submit", "--data_path", "/d", terminal=True)
@@ -123,7 +123,7 @@ def test_what_only_the_service_finds_wrong_is_not_asked_about(run: Run, service:
     assert "Submit?" not in err
 
 
-def test_on_a_terminal_a_wrong_spec_is_not_worth_a_question(run: Run, service: FakeService) -> None:
+def test_on_a_terminal_a_wrong_spec_is_not_asked_about(run: Run, service: FakeService) -> None:
     code, _, err = run("submit", "--batch_size", "0", terminal=True)
     assert code == 1
     assert service.requests == []
@@ -140,7 +140,7 @@ def test_minimind_s_whole_command_line_may_be_pasted(run: Run, service: FakeServ
     assert sent(service) == {"data": {"data_path": "/d/a.jsonl"}, "training": {"batch_size": 64}, **ranks}
 
 
-def test_a_path_that_is_wrong_is_shown_as_it_was_looked_for(
+def test_a_wrong_path_is_shown_in_full(
     run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -189,7 +189,7 @@ def test_wrong_usage(
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"a"', "[" * 100_000])
-def test_a_file_that_holds_no_spec(run: Run, tmp_path: Path, text: str) -> None:
+def test_a_file_without_a_spec(run: Run, tmp_path: Path, text: str) -> None:
     file = tmp_path / "spec.json"
     file.write_text(text)
     code, _, err = run("submit", str(file))
@@ -212,5 +212,5 @@ def test_help_shows_the_spec_s_groups(run: Run, capsys: pytest.CaptureFixture[st
     code, _, _ = run("submit", "--help")
     shown = capsys.readouterr().out
     assert code == 0
-    for part in ("--data_path", "--use_moe", "micro-batches in a step", "resources:", "--num_train_epochs"):
+    for part in ("--data_path", "--use_moe", "micro-batches per step", "resources:", "--num_train_epochs"):
         assert part in shown

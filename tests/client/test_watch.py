@@ -17,27 +17,11 @@ import httpx2
 import pytest
 
 from tests.client.conftest import Run
-from tests.client.fake_service import (
-    NOW,
-    URL,
-    FakeService,
-    Stream,
-    console,
-    job,
-    metric,
-    problem,
-    refused,
-    written,
-)
+from tests.client.fake_service import NOW, URL, FakeService, Stream, console, job, metric, problem, refused, written
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.watch.state import WatchState
-from trainyard.client.cli.watch.views import (
-    JsonView,
-    LinesView,
-    LiveView,
-    log_line,
-)
+from trainyard.client.cli.watch.views import JsonView, LinesView, LiveView, log_line
 from trainyard.client.cli.watch.watcher import Clock, Watcher, follow
 from trainyard.client.connection import RetryPolicy
 
@@ -69,7 +53,7 @@ def arguments(**changes: Any) -> SimpleNamespace:
 
 
 def watcher(service: FakeService) -> Watcher:
-    return Watcher(Client(URL, patience=RetryPolicy(seconds=0), transport=service.transport), JOB, "pre-12")
+    return Watcher(Client(URL, retries=RetryPolicy(seconds=0), transport=service.transport), JOB, "pre-12")
 
 
 def play(
@@ -107,7 +91,7 @@ def test_the_end_decides_the_exit_code(service: FakeService, status: str, code: 
     assert said in err
 
 
-def test_a_restart_to_come_is_waited_for(service: FakeService) -> None:
+def test_a_pending_restart_is_waited_for(service: FakeService) -> None:
     def script(passed: float) -> None:
         service.jobs[JOB] = job("interrupted", restart_at="2026-01-31T16:31:10Z") if passed < 3 else job("succeeded")
 
@@ -159,7 +143,7 @@ def test_it_outlives_the_service(service: FakeService) -> None:
     assert len(lines) == 5  # running, lost, two more while it is lost, succeeded
 
 
-def test_an_answer_of_503_is_a_service_that_is_away(service: FakeService) -> None:
+def test_503_is_a_lost_service(service: FakeService) -> None:
     def script(passed: float) -> None:
         service.faults = [lambda _: problem(503, "database_unavailable", "The database is away.")]
         if passed > 3:
@@ -189,7 +173,7 @@ def test_off_a_terminal_a_service_that_stays_away_is_given_up(service: FakeServi
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 4), (404, 1)])
-def test_a_refusal_ends_it(run: Run, service: FakeService, status: int, code: int) -> None:
+def test_a_rejection_ends_it(run: Run, service: FakeService, status: int, code: int) -> None:
     service.faults = [lambda _: None, lambda _: problem(status, "no", "No.")]
     assert run("watch", JOB)[0] == code
 
@@ -201,22 +185,22 @@ def test_no_service_at_the_start_is_exit_3(run: Run, service: FakeService) -> No
     assert "trainyard serve" in err
 
 
-def test_an_unknown_job_is_refused(run: Run) -> None:
+def test_an_unknown_job_is_an_error(run: Run) -> None:
     code, _, err = run("watch", "nobody")
     assert code == 1
     assert "'nobody'" in err
 
 
-# What is asked of the service
+# Requests to the service
 
 
-def test_points_are_asked_for_once(service: FakeService) -> None:
+def test_points_are_fetched_once(service: FakeService) -> None:
     service.curve = [metric(step) for step in (11000, 11100)]
     look = watcher(service)
-    assert [point["step"] for point in look.poll(NOW).fresh] == [11000, 11100]
+    assert [point["step"] for point in look.poll(NOW).new_points] == [11000, 11100]
     service.curve.append(metric(11200))
-    assert [point["step"] for point in look.poll(NOW).fresh] == [11200]
-    assert look.poll(NOW).fresh == []
+    assert [point["step"] for point in look.poll(NOW).new_points] == [11200]
+    assert look.poll(NOW).new_points == []
 
 
 def test_a_long_curve_is_not_fetched_from_its_beginning(service: FakeService) -> None:
@@ -231,11 +215,11 @@ def test_a_new_attempt_brings_its_own_points(service: FakeService) -> None:
     look.poll(NOW)
     service.jobs[JOB] = job(attempt=3)
     service.curve = [metric(11900, attempt=2), metric(12100, 4.0, attempt=3)]
-    assert [point["attempt"] for point in look.poll(NOW).fresh] == [3]
-    assert look.scene.curve.losses == [3.0, 4.0]
+    assert [point["attempt"] for point in look.poll(NOW).new_points] == [3]
+    assert look.state.curve.losses == [3.0, 4.0]
 
 
-# The three faces
+# The three outputs
 
 
 def test_lines_come_every_ten_seconds_or_with_a_change() -> None:
@@ -295,7 +279,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> Console:
     return Console(Stream(terminal=True), Stream(), Stream())
 
 
-def test_the_picture_is_redrawn_in_place_and_its_last_frame_stays(service: FakeService, screen: Console) -> None:
+def test_the_display_is_redrawn_in_place_and_its_last_state_stays(service: FakeService, screen: Console) -> None:
     code, out, _ = play(service, ending_at(service, 3, status="succeeded", message="done"), screen)
     assert code == 0
     assert "\x1b[?1049h" not in out  # no alternate screen
@@ -305,7 +289,7 @@ def test_the_picture_is_redrawn_in_place_and_its_last_frame_stays(service: FakeS
     assert "= SUCCEEDED" in shown
 
 
-def test_ctrl_c_leaves_the_picture_and_the_cursor(service: FakeService, screen: Console) -> None:
+def test_ctrl_c_leaves_the_display_and_the_cursor(service: FakeService, screen: Console) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
@@ -331,7 +315,7 @@ def test_no_color_is_honoured(screen: Console, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
-    assert not Console(Stream(terminal=True), Stream(), Stream()).draws
+    assert not Console(Stream(terminal=True), Stream(), Stream()).can_redraw
 
 
 # The real process, a real socket, a real Ctrl-C
@@ -339,7 +323,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def served(service: FakeService) -> Iterator[str]:
-    """The fake behind a real port."""
+    """The fake service on a real port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""What leaves the corpus cache and what cannot: by names and locks alone."""
+"""Which entries of the corpus cache can be removed: tested with names and locks only."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ LONG_AGO = 1_000_000.0
 
 
 def nothing() -> None:
-    """Nobody is waited for."""
+    """Do nothing while waiting."""
 
 
 def filled(path: Path, *keys: str, size: int = 10) -> CorpusCache:
@@ -28,7 +28,7 @@ def filled(path: Path, *keys: str, size: int = 10) -> CorpusCache:
     return cache
 
 
-def test_what_is_kept_is_told_with_its_last_use(tmp_path: Path) -> None:
+def test_entries_have_the_time_of_their_last_use(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:2])
     building_of(cache.directory(KEYS[2])).mkdir()
     (building_of(cache.directory(KEYS[2])) / "tokens.bin").write_bytes(b"yyy")
@@ -44,7 +44,7 @@ def test_what_is_kept_is_told_with_its_last_use(tmp_path: Path) -> None:
     assert CorpusCache(tmp_path / "none").entries() == []
 
 
-def test_what_nobody_uses_can_go(tmp_path: Path) -> None:
+def test_unused_entries_can_be_removed(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS)
     building_of(cache.directory(KEYS[1])).mkdir()
     assert [cache.remove(each) for each in cache.entries()] == [True] * 4
@@ -61,19 +61,19 @@ def hold_lock(cache: CorpusCache) -> FileLock:
 
 
 @pytest.mark.parametrize("hold", [hold_used, hold_lock])
-def test_what_is_open_or_built_stays(hold: Callable[[CorpusCache], FileLock], tmp_path: Path) -> None:
+def test_entries_in_use_stay(hold: Callable[[CorpusCache], FileLock], tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:1])
     before = cache.entries()[0]
     building_of(before.path).mkdir()
     with hold(cache):
         assert [each.in_use for each in cache.entries()] == [True, True]
-        # As it was looked at before somebody came.
+        # As it was read before the lock was taken.
         assert not cache.remove(before)
         assert not cache.remove(cache.entries()[1])
     assert before.path.is_dir()
 
 
-def test_what_was_used_since_it_was_looked_at_stays(tmp_path: Path) -> None:
+def test_an_entry_that_was_used_since_it_was_read_stays(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:1])
     (seen,) = cache.entries()
     cache.use(KEYS[0], nothing).release()
@@ -82,7 +82,7 @@ def test_what_was_used_since_it_was_looked_at_stays(tmp_path: Path) -> None:
     assert not cache.remove(seen), "it has gone"
 
 
-def test_a_corpus_of_before_uses_were_noted_is_as_old_as_its_files(tmp_path: Path) -> None:
+def test_a_corpus_without_a_use_file_is_as_old_as_its_files(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:1])
     cache.used(KEYS[0]).unlink()
     for path in (cache.directory(KEYS[0]) / "tokens.bin", cache.directory(KEYS[0])):
@@ -92,14 +92,14 @@ def test_a_corpus_of_before_uses_were_noted_is_as_old_as_its_files(tmp_path: Pat
     assert cache.remove(seen)
 
 
-def test_what_a_killed_remover_left_is_collected(tmp_path: Path) -> None:
+def test_what_a_killed_remover_left_is_deleted(tmp_path: Path) -> None:
     cache = filled(tmp_path, *KEYS[:1])
     (tmp_path / f".{KEYS[1]}.removing-12-34").mkdir()
-    cache.collect()
+    cache.delete_leftovers()
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [KEYS[0]]
 
 
-def test_old_digests_are_forgotten_but_not_while_somebody_reads(tmp_path: Path) -> None:
+def test_old_digests_are_deleted_unless_they_are_locked(tmp_path: Path) -> None:
     cache = CorpusCache(tmp_path)
     for name, age in (("content-00aa", 0), ("content-01bb", 0), ("content-02cc", 100)):
         (tmp_path / f"{name}.json").write_text("{}")

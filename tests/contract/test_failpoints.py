@@ -2,14 +2,7 @@
 
 import pytest
 
-from trainyard.contract.failpoints import (
-    arm,
-    armed,
-    disarm,
-    failpoint,
-    hit,
-    marked_code,
-)
+from trainyard.contract.failpoints import arm, armed, disarm, failpoint, hit, marked_code
 
 
 @failpoint("test_area.first")

@@ -29,7 +29,7 @@ def test_garbage_keeps_its_place(tmp_path: Path) -> None:
     assert [line.get("kind") for line in lines] == [None, *["unreadable"] * 4, None]
 
 
-def test_reading_in_pieces_gives_what_was_written(tmp_path: Path) -> None:
+def test_reading_in_chunks_gives_all_lines(tmp_path: Path) -> None:
     seed = 7
     print("seed", seed)
     chance = random.Random(seed)

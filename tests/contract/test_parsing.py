@@ -9,13 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainyard.contract.parsing import (
-    ALIASES,
-    FLAGS,
-    GROUP_OF_LEAF,
-    GROUPS,
-    parse_spec,
-)
+from trainyard.contract.parsing import ALIASES, FLAGS, GROUP_OF_LEAF, GROUPS, parse_spec
 from trainyard.contract.spec import JobSpec
 
 MINIMAL: dict[str, Any] = {"data": {"data_path": "/data/pretrain.jsonl"}}
@@ -65,7 +59,7 @@ def test_an_alias_is_taken_and_its_own_name_is_reported() -> None:
     assert pointers({**MINIMAL, "training": {"num_train_epochs": 0}}) == ["/training/num_train_epochs"]
 
 
-def test_the_same_setting_under_two_names_is_refused() -> None:
+def test_the_same_setting_under_two_names_is_rejected() -> None:
     raw = {**MINIMAL, "training": {"epochs": 1, "num_train_epochs": 1}}
     assert pointers(raw) == ["/training/num_train_epochs"]
 
@@ -148,7 +142,7 @@ def test_leaf_names_are_unique_so_flat_flags_have_one_place() -> None:
     assert all(leaf in GROUPS[group] for group, leaf in ALIASES.values())
 
 
-def test_a_router_that_would_never_learn_is_refused() -> None:
+def test_a_router_without_gradient_is_rejected() -> None:
     raw = {**MINIMAL, "model": {"use_moe": True, "num_experts_per_tok": 1}}
     assert pointers(raw) == ["/model/norm_topk_prob"]
     raw["model"]["norm_topk_prob"] = False

@@ -12,14 +12,7 @@ import pytest
 
 from tests.unique_ids import unique_job_id
 from trainyard.contract.locks import FileLock, LockBusy, is_held
-from trainyard.contract.processes import (
-    MARKER,
-    ProcessIdentity,
-    descendants,
-    find_by_marker,
-    live_markers,
-    wait_gone,
-)
+from trainyard.contract.processes import MARKER, ProcessIdentity, descendants, find_by_marker, live_markers, wait_gone
 from trainyard.contract.rundir import RunDir
 from trainyard.service.launch.base import AttemptRef
 from trainyard.service.launch.local import AGENT_TOKEN_VARIABLE, LocalLauncher
@@ -75,7 +68,7 @@ def test_identity_survives_json() -> None:
     assert ProcessIdentity.from_json(identity.to_json()) == identity
 
 
-def test_an_exclusive_lock_says_that_nobody_shares(tmp_path: Path) -> None:
+def test_an_exclusive_lock_proves_that_no_process_shares_it(tmp_path: Path) -> None:
     file = tmp_path / "alive.lock"
     assert not is_held(file)
     with FileLock(file).take(shared=True), FileLock(file).take(shared=True):
@@ -105,7 +98,7 @@ def test_one_look_for_all_attempts_sees_those_that_live() -> None:
         # The kernel shows what a process was given once it has become another program.
         while not all(find_by_marker(mark) for mark in (f"{A}/1", f"{B}/2", f"{C}/3")):
             assert all(process.poll() is None for process in processes)
-        assert live_markers(besides="SPEAKS") & {f"{A}/1", f"{B}/2", f"{C}/3", f"{D}/4"} == {f"{A}/1", f"{C}/3"}
+        assert live_markers(with_variable="SPEAKS") & {f"{A}/1", f"{B}/2", f"{C}/3", f"{D}/4"} == {f"{A}/1", f"{C}/3"}
     finally:
         gone.wait()
         for process in processes:

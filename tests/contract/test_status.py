@@ -28,12 +28,12 @@ def test_nothing_runs_without_having_started() -> None:
     assert [status for status in JobStatus if can_transition(status, JobStatus.STARTING)] == [JobStatus.QUEUED]
 
 
-def test_live_and_at_rest_do_not_meet() -> None:
+def test_live_and_idle_are_disjoint() -> None:
     assert not LIVE & IDLE
     assert LIVE | IDLE | {JobStatus.QUEUED} == set(JobStatus)
 
 
-def test_cancelling_never_becomes_anything_that_goes_on() -> None:
+def test_cancelling_leads_only_to_final_statuses() -> None:
     assert TRANSITIONS[JobStatus.CANCELLING] <= TERMINAL
 
 

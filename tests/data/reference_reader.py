@@ -98,7 +98,7 @@ def parsed(text: str) -> Any:
     """The value of a JSON text, without recursion. Raises NoJson."""
     value, rest = _Parser(text).whole()
     if text[rest:].strip(SPACES):
-        raise NoJson("more behind it")
+        raise NoJson("more after it")
     return value
 
 
@@ -128,7 +128,7 @@ class _Parser:
                     stack.append((container, self.key() if isinstance(container, dict) else None))
                     break
                 if self.text[self.at - 1] != ("}" if isinstance(container, dict) else "]"):
-                    raise NoJson("neither goes on nor ends")
+                    raise NoJson("neither continues nor ends")
                 value = container
             else:
                 return value, self.at
@@ -158,7 +158,7 @@ class _Parser:
         return found
 
     def value(self) -> tuple[Any, bool]:
-        """(what stands here, whether it is a container of which only the beginning is passed)."""
+        """Return (value, whether it is a container of which only the start was read)."""
         letter = self.take()
         if letter in "{[":
             return ({} if letter == "{" else []), True

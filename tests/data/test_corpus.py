@@ -18,12 +18,7 @@ from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock
 from trainyard.worker.data import corpus as corpus_module
-from trainyard.worker.data.corpus import (
-    Corpus,
-    content_digest,
-    main,
-    open_corpus,
-)
+from trainyard.worker.data.corpus import Corpus, content_digest, main, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.packing import PackedDataset
 from trainyard.worker.data.tokenizers import ByteTokenizer, load_tokenizer
@@ -134,7 +129,7 @@ def test_digest_is_remembered_only_while_nothing_changed(tmp_path: Path, monkeyp
     assert content_digest(file, tmp_path, lambda done, total: None) == fresh
     assert len(list(tmp_path.glob("content-*.json"))) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(corpus_module, "_digest", None)  # it is not read again
+        patch.setattr(corpus_module, "_hash_file", None)  # it is not read again
         assert content_digest(file, tmp_path, lambda done, total: None) == fresh
     times = file.stat()
     file.write_text("b")
@@ -187,7 +182,8 @@ def test_an_empty_corpus_is_refused(content: str, message: str, tmp_path: Path) 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path; from trainyard.worker.data.corpus import open_corpus;"
-        "from trainyard.worker.data.tokenizers import ByteTokenizer; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "from trainyard.worker.data.tokenizers import ByteTokenizer;"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]));"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
@@ -286,7 +282,7 @@ def test_corpora_are_opened_whole_while_they_are_removed_all_the_time(tmp_path: 
             assert texts_of(corpus) == list(docstrings()[:5])
             PackedDataset.open(corpus, max_seq_len=32, packing="document").batch([0])
             del corpus
-            ended.wait(0.005)  # nobody has it open for a moment
+            ended.wait(0.005)  # no process has it open for a moment
     finally:
         ended.set()
         remover.join()
@@ -359,6 +355,7 @@ def test_command_speaks_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (found["usable"], "holds no text" in found["why_not"]) == (False, True)
     assert (found["lines"], found["bad_lines"], found["documents"], found["tokens"]) == (1, 1, 0, 0)
     assert found["named"] == [{"line": 1, "why": "not JSON at character 1"}]
+    assert "examples" not in found
 
 
 def test_command_refuses_what_a_job_would_refuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A tokenization that is killed, stopped or unplugged goes on where it was, and ends with the same bytes."""
+"""A tokenization that is killed or stopped is resumed, and ends with the same bytes."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ import pytest
 
 from tests.data.texts import docstrings
 from trainyard.worker.data import corpus as corpus_module
-from trainyard.worker.data import file as source
+from trainyard.worker.data import file as file_module
 from trainyard.worker.data import parquet, readers, shards
 from trainyard.worker.data.corpus import CorpusMeta, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid, text_of
@@ -23,7 +23,7 @@ from trainyard.worker.data.tokenizers import ByteTokenizer
 BUILD = """
 import sys
 from pathlib import Path
-from trainyard.worker import corpus, shards
+from trainyard.worker.data import corpus, shards
 from trainyard.worker.data.tokenizers import ByteTokenizer
 corpus.BATCH_CHARACTERS, shards.JOURNAL_SECONDS = 3000, 0.0
 corpus.open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), max_bad_lines=1.0,
@@ -31,8 +31,8 @@ corpus.open_corpus(Path(sys.argv[1]), ByteTokenizer(), cache=Path(sys.argv[2]), 
 """
 
 
-class Enough(Exception):
-    """Somebody wants the build to end."""
+class Stopped(Exception):
+    """Raised to stop the build."""
 
 
 def messy() -> bytes:
@@ -70,21 +70,21 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def build(file: Path, cache: Path, *, stop_after: int | None = None) -> list[int]:
-    """The progress that was told; stopped by the caller after so many calls of progress with something done."""
-    told: list[int] = []
+    """Build; return the bytes done of each progress call. ``stop_after``: raise in that call."""
+    progressed: list[int] = []
 
     def progress(done: int, total: int) -> None:
         assert total == file.stat().st_size
         if done:
-            told.append(done)
-        if stop_after is not None and len(told) >= stop_after:
-            raise Enough
+            progressed.append(done)
+        if stop_after is not None and len(progressed) >= stop_after:
+            raise Stopped
 
     try:
         open_corpus(file, ByteTokenizer(), cache=cache, max_bad_lines=1.0, progress=progress)
-    except Enough:
+    except Stopped:
         assert not list(cache.glob("[!.]*/meta.json"))
-    return told
+    return progressed
 
 
 @pytest.mark.parametrize("form", ["jsonl", "gz", "txt", "parquet"])
@@ -98,12 +98,12 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(form: str, tmp_path: Path,
         build(file, cache, stop_after=stop_after)
         left = build(file, cache)
         assert contents(cache) == expected
-        # What was told once is not done again: the batch whose call raised was stored.
+        # What was reported is not done again: the batch whose call raised was stored.
         assert len(left) == batches - stop_after
 
 
-def test_progress_goes_on_where_it_was(tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "BUFFER_BYTES", 512)
+def test_progress_continues_after_a_stop(tmp_path: Path, small_batches: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_module, "BUFFER_BYTES", 512)
     file = write_form("jsonl", tmp_path)
     before = build(file, tmp_path / "cache", stop_after=9)
     after = build(file, tmp_path / "cache")
@@ -218,6 +218,14 @@ def test_what_was_left_is_not_trusted_where_it_does_not_fit(damage: str, tmp_pat
     (left / ".meta.json.abc123").write_text("of a kill just before the end")
     assert len(build(file, tmp_path / "cache")) == batches
     assert contents(tmp_path / "cache") == contents(tmp_path / "whole")
+
+
+def test_the_journal_has_the_keys_of_earlier_releases(tmp_path: Path, small_batches: None) -> None:
+    build(write_form("jsonl", tmp_path), tmp_path / "cache", stop_after=9)
+    (left,) = (tmp_path / "cache").glob(".*.building")
+    journal = json.loads((left / shards.JOURNAL).read_bytes())
+    assert set(journal) == {"tokens", "tally"}
+    assert set(journal["tally"]) == {"lines", "blank_lines", "bad_lines", "documents", "named"}
 
 
 def test_more_than_the_journal_says_is_cut_off(tmp_path: Path, small_batches: None) -> None:

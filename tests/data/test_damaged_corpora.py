@@ -29,7 +29,7 @@ PIECES = [
 
 
 def corpus(chooser: random.Random) -> bytes:
-    """A few sound documents, some of them with other fields, escaped or not, with either end of lines."""
+    """A few valid documents, some of them with other fields, escaped or not, with either end of lines."""
     texts = chooser.sample(docstrings(), chooser.randint(1, 12))
     out = []
     for text in texts:

@@ -11,13 +11,7 @@ from hypothesis import strategies as st
 from tests.unprivileged import drop_root, public_tmp_dir
 from trainyard.contract.file_identity import Compression, compression_of
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.jsonl import (
-    BadLineError,
-    BadLineGrouper,
-    DataInvalid,
-    ParseStats,
-    text_of,
-)
+from trainyard.worker.data.jsonl import BadLineError, BadLineGrouper, DataInvalid, ParseStats, text_of
 from trainyard.worker.data.readers import open_reader
 
 BAD = [
@@ -95,11 +89,11 @@ def test_lines_are_counted_and_named(tmp_path: Path) -> None:
         b'{"text": 6}\n'
         b'{"text": "seven, without a newline"}'
     )
-    documents, tally = read(file)
+    documents, stats = read(file)
     assert documents == [(1, "one"), (5, "five \u2028 still five"), (7, "seven, without a newline")]
-    assert (tally.lines, tally.blank_lines, tally.bad_lines, tally.documents) == (7, 2, 2, 3)
-    assert tally.examples == [(4, "not JSON at character 1"), (6, "'text' is not a string but a number")]
-    assert tally.describe_bad() == (
+    assert (stats.lines, stats.blank_lines, stats.bad_lines, stats.documents) == (7, 2, 2, 3)
+    assert stats.examples == [(4, "not JSON at character 1"), (6, "'text' is not a string but a number")]
+    assert stats.describe_bad() == (
         "2 bad lines: line 4: not JSON at character 1; line 6: 'text' is not a string but a number"
     )
 
@@ -107,38 +101,38 @@ def test_lines_are_counted_and_named(tmp_path: Path) -> None:
 def test_the_first_twenty_are_named_and_all_are_counted(tmp_path: Path) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_bytes(b"x\n" * 1000)
-    _, tally = read(file)
-    assert tally.bad_lines == 1000
-    assert [line for line, _ in tally.examples] == list(range(1, 21))
-    assert tally.describe_bad().endswith("; and 980 more")
+    _, stats = read(file)
+    assert stats.bad_lines == 1000
+    assert [line for line, _ in stats.examples] == list(range(1, 21))
+    assert stats.describe_bad().endswith("; and 980 more")
 
 
 def test_lines_that_are_bad_for_one_reason_are_named_together() -> None:
-    tally, said = ParseStats(), list[str]()
+    stats, said = ParseStats(), list[str]()
     runs = BadLineGrouper(said.append)
     for line, why in ((1, "a"), (2, "a"), (3, "b"), (5, "b"), (6, "b"), (7, "b")):
-        tally.add_bad(line, why)
+        stats.add_bad(line, why)
         runs.add(line, why)
     assert said == ["lines 1 to 2: a", "line 3: b"]
     runs.end()
     runs.end()
     assert said == ["lines 1 to 2: a", "line 3: b", "lines 5 to 7: b"]
-    assert tally.describe_bad() == "6 bad lines: lines 1 to 2: a; line 3: b; lines 5 to 7: b"
+    assert stats.describe_bad() == "6 bad lines: lines 1 to 2: a; line 3: b; lines 5 to 7: b"
 
 
 def test_an_object_without_the_text_says_which_texts_it_has(tmp_path: Path) -> None:
     file = tmp_path / "other.jsonl"
     file.write_text('{"content": "a", "id": 3, "' + "x" * 50 + '": "b", "title": "c"}\n{"id": 3}\n')
-    _, tally = read(file)
+    _, stats = read(file)
     said = "no 'text' in the object"
-    assert tally.examples == [(1, f"{said}, which has 'content', 'title'"), (2, said)]
-    assert tally.empty_reason("text").endswith("What to do: text_field says under which key the texts are")
+    assert stats.examples == [(1, f"{said}, which has 'content', 'title'"), (2, said)]
+    assert stats.empty_reason("text").endswith("What to do: text_field says under which key the texts are")
 
 
 def test_one_bad_line_is_singular() -> None:
-    tally = ParseStats()
-    tally.add_bad(3, "not JSON")
-    assert tally.describe_bad() == "1 bad line: line 3: not JSON"
+    stats = ParseStats()
+    stats.add_bad(3, "not JSON")
+    assert stats.describe_bad() == "1 bad line: line 3: not JSON"
 
 
 @pytest.mark.parametrize("length", [99, 100, 101, 250, 1000])
@@ -148,12 +142,12 @@ def test_a_line_that_is_too_long_is_one_bad_line(length: int, tmp_path: Path, mo
     line = b'{"text": "' + b"a" * (length - 12) + b'"}'
     assert len(line) == length
     file.write_bytes(b'{"text": "before"}\n' + line + b'\n{"text": "after"}\n')
-    documents, tally = read(file)
+    documents, stats = read(file)
     fits = length < 100
     assert [text[:1] for _, text in documents] == (["b", "a", "a"] if fits else ["b", "a"])
     assert documents[-1] == (3, "after")
-    assert tally.bad_lines == (0 if fits else 1)
-    assert tally.examples == ([] if fits else [(2, "longer than 0 MiB")])
+    assert stats.bad_lines == (0 if fits else 1)
+    assert stats.examples == ([] if fits else [(2, "longer than 0 MiB")])
 
 
 def test_a_long_first_line_behind_a_byte_order_mark_is_one_bad_line(
@@ -162,9 +156,9 @@ def test_a_long_first_line_behind_a_byte_order_mark_is_one_bad_line(
     monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     file = tmp_path / "long.jsonl"
     file.write_bytes(b"\xef\xbb\xbf" + b"a" * 150 + b'\n{"text": "after"}\n')
-    documents, tally = read(file)
+    documents, stats = read(file)
     assert documents == [(2, "after")]
-    assert tally.examples == [(1, "longer than 0 MiB")]
+    assert stats.examples == [(1, "longer than 0 MiB")]
 
 
 def refused(path: Path) -> str:
@@ -234,11 +228,11 @@ def test_any_text_comes_back(texts: list[str], newline: str, escaped: bool) -> N
     raw = "".join(json.dumps({"text": text}, ensure_ascii=escaped) + newline for text in texts).encode()
     file.write_bytes(raw)
     try:
-        documents, tally = read(file)
+        documents, stats = read(file)
     finally:
         file.unlink()
     assert [text for _, text in documents] == texts
-    assert tally.bad_lines == 0
+    assert stats.bad_lines == 0
 
 
 @settings(deadline=None)
@@ -257,9 +251,9 @@ def test_any_bytes_are_counted(pieces: list[bytes]) -> None:
         if looks_wide:
             assert "UTF-16 or binary" in refused(file)
             return
-        documents, tally = read(file)
+        documents, stats = read(file)
     finally:
         file.unlink()
-    assert tally.lines == len(expected)
-    assert tally.blank_lines + tally.bad_lines + tally.documents == len(expected)
-    assert len(documents) == tally.documents
+    assert stats.lines == len(expected)
+    assert stats.blank_lines + stats.bad_lines + stats.documents == len(expected)
+    assert len(documents) == stats.documents

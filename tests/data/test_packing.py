@@ -1,4 +1,4 @@
-"""Rows: every prediction exactly once, pieces whole and apart, and the held-out documents."""
+"""Packing: every prediction exactly once, segments whole and apart, and the held-out documents."""
 
 import tempfile
 from collections import Counter
@@ -15,17 +15,10 @@ from hypothesis import strategies as st
 from tests.data.texts import write_jsonl
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
-from trainyard.worker.data import packing as rows_module
+from trainyard.worker.data import packing as packing_module
 from trainyard.worker.data.corpus import Corpus, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.packing import (
-    Batch,
-    PackedDataset,
-    Packing,
-    SplitSpec,
-    best_fit,
-    segments_of,
-)
+from trainyard.worker.data.packing import Batch, PackedDataset, Packing, SplitSpec, best_fit, segments_of
 from trainyard.worker.data.tokenizers import ByteTokenizer
 from trainyard.worker.splitmix import splitmix64
 
@@ -45,7 +38,7 @@ def corpus_of(lengths: list[int], folder: Path) -> Corpus:
 
 
 def numbered(corpus: Corpus) -> Corpus:
-    """The same documents, with each token's place in the corpus as its id: so that it can be told where it went."""
+    """The same documents, with each token's position in the corpus as its id, to see where it goes."""
     corpus.tokens = np.arange(corpus.meta.tokens, dtype=np.uint32)
     return corpus
 
@@ -66,25 +59,25 @@ def all_predictions(corpus: Corpus) -> Counter[tuple[int, int]]:
 def test_every_prediction_is_made_exactly_once(packing: Packing, lengths: list[int], max_seq_len: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = numbered(corpus_of(lengths, Path(folder)))
-        table = PackedDataset.open(corpus, max_seq_len=max_seq_len, packing=packing)
-        batch = table.batch(np.arange(len(table)))
+        dataset = PackedDataset.open(corpus, max_seq_len=max_seq_len, packing=packing)
+        batch = dataset.batch(np.arange(len(dataset)))
         assert predictions(batch) == all_predictions(corpus)
-        assert (batch.labels != -100).sum(1).tolist() == table.targets.tolist()
-        assert table.tokens == sum(lengths) - len(lengths)
+        assert (batch.labels != -100).sum(1).tolist() == dataset.targets.tolist()
+        assert dataset.tokens == sum(lengths) - len(lengths)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_every_prediction_of_real_text_is_made_exactly_once(packing: Packing, corpus: Corpus) -> None:
-    table = PackedDataset.open(numbered(corpus), max_seq_len=100, packing=packing)
+    dataset = PackedDataset.open(numbered(corpus), max_seq_len=100, packing=packing)
     found: Counter[tuple[int, int]] = Counter()
-    for start in range(0, len(table), 64):
-        found += predictions(table.batch(np.arange(start, min(start + 64, len(table)))))
+    for start in range(0, len(dataset), 64):
+        found += predictions(dataset.batch(np.arange(start, min(start + 64, len(dataset)))))
     assert found == all_predictions(corpus)
 
 
 def test_packing_none_by_hand(tmp_path: Path) -> None:
-    table = PackedDataset.open(numbered(corpus_of([4, 9, 5], tmp_path)), max_seq_len=5, packing="none")
-    batch = table.batch(range(len(table)))
+    dataset = PackedDataset.open(numbered(corpus_of([4, 9, 5], tmp_path)), max_seq_len=5, packing="none")
+    batch = dataset.batch(range(len(dataset)))
     assert batch.position_ids is None
     assert batch.segment_ids is None
     assert batch.input_ids.tolist() == [
@@ -103,8 +96,8 @@ def test_packing_none_by_hand(tmp_path: Path) -> None:
 
 def test_packing_document_by_hand(tmp_path: Path) -> None:
     # Longest first, each into the fullest row with room: 5 + 3, then 4 + 4.
-    table = PackedDataset.open(numbered(corpus_of([4, 3, 5, 4], tmp_path)), max_seq_len=8, packing="document")
-    batch = table.batch([1, 0])
+    dataset = PackedDataset.open(numbered(corpus_of([4, 3, 5, 4], tmp_path)), max_seq_len=8, packing="document")
+    batch = dataset.batch([1, 0])
     assert batch.position_ids is not None
     assert batch.segment_ids is not None
     assert batch.input_ids.tolist() == [[0, 1, 2, 3, 12, 13, 14, 15], [4, 5, 6, 7, 8, 9, 10, 11]]
@@ -115,12 +108,12 @@ def test_packing_document_by_hand(tmp_path: Path) -> None:
     assert batch.offsets.tolist() == [0, 4, 8, 11, 16, 16, 16]
 
 
-def test_offsets_count_padding_as_a_piece_and_keep_their_size(tmp_path: Path) -> None:
-    table = PackedDataset.open(numbered(corpus_of([3, 3, 4, 6], tmp_path)), max_seq_len=9, packing="document")
-    assert len(table) == 2
+def test_offsets_count_padding_as_a_segment_and_keep_their_size(tmp_path: Path) -> None:
+    dataset = PackedDataset.open(numbered(corpus_of([3, 3, 4, 6], tmp_path)), max_seq_len=9, packing="document")
+    assert len(dataset) == 2
     offsets = {}
     for rows in ([0, 1], [1, 0], [1], []):
-        batch = table.batch(rows)
+        batch = dataset.batch(rows)
         assert batch.offsets is not None
         assert batch.segment_ids is not None
         flat = batch.segment_ids.flatten()
@@ -134,15 +127,15 @@ def test_offsets_count_padding_as_a_piece_and_keep_their_size(tmp_path: Path) ->
 
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_only_the_end_of_a_document_is_an_end(packing: Packing, corpus: Corpus) -> None:
-    table = PackedDataset.open(corpus, max_seq_len=50, packing=packing)
-    ends = sum(int((table.batch([row]).labels == 2).sum()) for row in range(len(table)))
+    dataset = PackedDataset.open(corpus, max_seq_len=50, packing=packing)
+    ends = sum(int((dataset.batch([row]).labels == 2).sum()) for row in range(len(dataset)))
     assert ends == corpus.meta.documents
 
 
 def test_rows_are_well_filled(corpus: Corpus) -> None:
-    table = PackedDataset.open(corpus, max_seq_len=340, packing="document")
-    assert table.tokens / (len(table) * 340) > 0.97
-    assert len(table) < 0.75 * len(PackedDataset.open(corpus, max_seq_len=340, packing="none"))
+    dataset = PackedDataset.open(corpus, max_seq_len=340, packing="document")
+    assert dataset.tokens / (len(dataset) * 340) > 0.97
+    assert len(dataset) < 0.75 * len(PackedDataset.open(corpus, max_seq_len=340, packing="none"))
 
 
 def test_no_row_at_all_is_one_row_of_padding(corpus: Corpus) -> None:
@@ -186,7 +179,7 @@ def test_best_fit_takes_the_fullest_row_with_room() -> None:
 
 @settings(deadline=None)
 @given(st.integers(2, 500), st.integers(2, 100))
-def test_pieces_overlap_by_one(length: int, max_seq_len: int) -> None:
+def test_segments_overlap_by_one(length: int, max_seq_len: int) -> None:
     starts, lengths = segments_of(np.array([7, 7 + length]), np.array([True]), max_seq_len)
     assert starts[0] == 7
     assert int(starts[-1] + lengths[-1]) == 7 + length
@@ -197,19 +190,19 @@ def test_pieces_overlap_by_one(length: int, max_seq_len: int) -> None:
 
 def test_blocks_bound_memory_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = numbered(corpus_of([5, 30, 3, 3, 12, 7, 9, 41, 4], tmp_path))
-    monkeypatch.setattr(rows_module, "BLOCK_TOKENS", 16)
-    blocks = list(rows_module._blocks(corpus.offsets))
+    monkeypatch.setattr(packing_module, "BLOCK_TOKENS", 16)
+    blocks = list(packing_module._blocks(corpus.offsets))
     assert [first for first, _ in blocks] == [0, *[last for _, last in blocks[:-1]]]
     assert blocks[-1][1] == 9
     assert len(blocks) > 3
-    table = PackedDataset.open(corpus, max_seq_len=20, packing="document")
-    assert predictions(table.batch(range(len(table)))) == all_predictions(corpus)
+    dataset = PackedDataset.open(corpus, max_seq_len=20, packing="document")
+    assert predictions(dataset.batch(range(len(dataset)))) == all_predictions(corpus)
 
 
 def test_tables_are_kept_beside_the_shards(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     first = PackedDataset.open(corpus, max_seq_len=64, packing="document")
     with monkeypatch.context() as patch:
-        patch.setattr(rows_module, "_write", None)
+        patch.setattr(packing_module, "_write", None)
         again = PackedDataset.open(corpus, max_seq_len=64, packing="document")
     assert torch.equal(first.batch([5]).input_ids, again.batch([5]).input_ids)
     assert PackedDataset.open(corpus, max_seq_len=65, packing="document").max_seq_len == 65
@@ -224,7 +217,7 @@ def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus:
         PackedDataset.open(corpus, max_seq_len=200, packing="document", split=SplitSpec(part, fraction))
         for part in ("train", "eval")
     )
-    parts = [predictions(table.batch(range(len(table)))) for table in (train, held)]
+    parts = [predictions(dataset.batch(range(len(dataset)))) for dataset in (train, held)]
     assert parts[0] + parts[1] == all_predictions(corpus)
     assert not parts[0] & parts[1]
     starts = set(corpus.offsets[:-1].tolist())
@@ -235,7 +228,7 @@ def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus:
 
 
 def test_a_larger_fraction_holds_out_the_same_and_more(corpus: Corpus) -> None:
-    held = [rows_module.Holdout.of(corpus, SplitSpec("eval", f)).taken(0, corpus.meta.documents) for f in (0.05, 0.2)]
+    held = [packing_module.Holdout.of(corpus, SplitSpec("eval", f)).mask(0, corpus.meta.documents) for f in (0.05, 0.2)]
     assert (held[1] | ~held[0]).all()
     assert held[1].sum() > held[0].sum()
 
@@ -261,7 +254,7 @@ def test_splitmix64_gives_its_published_numbers() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"use_moe": True, "moe_intermediate_size": 48}], ids=["dense", "moe"])
 def test_loss_and_gradients_do_not_depend_on_packing(changes: dict[str, Any], corpus: Corpus) -> None:
-    """The same documents, one a row and packed: equal to 1e-5, with the real table and the real decoder."""
+    """The same documents, one a row and packed: equal to 1e-5, with the real dataset and the real decoder."""
     model = Decoder(
         ModelConfig(
             vocab_size=259, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **changes
@@ -270,14 +263,14 @@ def test_loss_and_gradients_do_not_depend_on_packing(changes: dict[str, Any], co
     )
     results = []
     for packing in PACKINGS:
-        table = PackedDataset.open(corpus, max_seq_len=64, packing=packing, split=SplitSpec("eval", 0.01))
+        dataset = PackedDataset.open(corpus, max_seq_len=64, packing=packing, split=SplitSpec("eval", 0.01))
         model.zero_grad()
         loss, aux = 0.0, 0.0
-        for start in range(0, len(table), 16):
-            batch = table.batch(range(start, min(start + 16, len(table))))
+        for start in range(0, len(dataset), 16):
+            batch = dataset.batch(range(start, min(start + 16, len(dataset))))
             out = model(**batch._asdict())
-            ((out.loss_sum + 0.01 * out.aux_sum) / table.tokens).backward()
-            loss, aux = loss + out.loss_sum.item() / table.tokens, aux + out.aux_sum.item() / table.tokens
+            ((out.loss_sum + 0.01 * out.aux_sum) / dataset.tokens).backward()
+            loss, aux = loss + out.loss_sum.item() / dataset.tokens, aux + out.aux_sum.item() / dataset.tokens
         results.append(
             (loss, aux, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         )

@@ -11,12 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainyard.worker.data.loader import (
-    MicroBatchLoader,
-    Normalization,
-    rank_slice,
-    split_microbatches,
-)
+from trainyard.worker.data.loader import MicroBatchLoader, Normalization, rank_slice, split_microbatches
 from trainyard.worker.data.packing import PackedDataset
 from trainyard.worker.data.sampler import FeistelPermutation, StepSampler
 from trainyard.worker.distributed import DistributedContext

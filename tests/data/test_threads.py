@@ -19,8 +19,8 @@ from trainyard.worker.data.tokenizers import ByteTokenizer, Ids, limit_threads
 
 COUNTING = """
 import os, sys
-from trainyard.worker.data.tokenizers import limit_threads, load
-tokenizer = load(sys.argv[1])
+from trainyard.worker.data.tokenizers import limit_threads, load_tokenizer
+tokenizer = load_tokenizer(sys.argv[1])
 before = len(os.listdir("/proc/self/task"))
 limit_threads({count})
 tokenizer.encode_batch(["some text"] * 50)
@@ -51,12 +51,12 @@ def test_batches_change_nothing(
     characters: int, docstring_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", characters)
-    told: list[tuple[int, int]] = []
-    corpus = open_corpus(docstring_file, ByteTokenizer(), cache=tmp_path, progress=lambda *at: told.append(at))
+    progress: list[tuple[int, int]] = []
+    corpus = open_corpus(docstring_file, ByteTokenizer(), cache=tmp_path, progress=lambda *at: progress.append(at))
     ids = [np.concatenate(([1], own, [2])) for own in ByteTokenizer().encode_batch(docstrings())]
     assert corpus.tokens.tolist() == np.concatenate(ids).tolist()
-    assert told[-1] == (docstring_file.stat().st_size,) * 2
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert progress[-1] == (docstring_file.stat().st_size,) * 2
+    assert [done for done, _ in progress] == sorted(done for done, _ in progress)
 
 
 class Broken(ByteTokenizer):
@@ -74,7 +74,7 @@ def pool_threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name]
 
 
-def test_what_goes_wrong_beside_is_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_background_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 1)
     file = write_jsonl(tmp_path / "c.jsonl", ["a", "b", "bad", "c", "d"])
     before = pool_threads()
@@ -84,7 +84,7 @@ def test_what_goes_wrong_beside_is_raised_here(tmp_path: Path, monkeypatch: pyte
     assert not list((tmp_path / "cache").glob("*/meta.json"))
 
 
-def test_a_wish_to_stop_ends_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_that_raises_stops_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 1)
     file = write_jsonl(tmp_path / "c.jsonl", map(str, range(100)))
     before, calls = pool_threads(), 0

@@ -15,13 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
-from trainyard.worker.data.tokenizers import (
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    main,
-    train_tokenizer,
-)
+from trainyard.worker.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, main, train_tokenizer
 
 NASTY = (
     "<|im_end|>",
@@ -232,7 +226,7 @@ def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     assert "tokens from 1 documents" in printed.out
     assert "1 bad line: line 2: not JSON" in printed.err
-    assert "300 were asked for" in printed.err
+    assert "300 were requested" in printed.err
     assert load_tokenizer(str(out)).vocab_size < 300
 
 

@@ -1,7 +1,7 @@
 """A supervisor on a disk that fails three times: ``python -m tests.faults.failing_disk ATTEMPT read_step|stop``.
 
-It is a process of its own because the agent's `Children` ends and reaps everything below its process: in pytest's
-process that would be what other tests have started. The last line that it prints is a JSON report.
+It is a process of its own because the agent's `ProcessTree` kills and reaps everything below its process: in
+pytest's process that would be what other tests have started. The last line that it prints is a JSON report.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ def main(path: str, fails: str) -> None:
         "calls": len(calls),
         "printed": printed.getvalue(),
         "status": status,
-        "asked_at": supervisor.stop_requested_at,
+        "stop_requested_at": supervisor.stop_requested_at,
         "ended": supervisor.processes.kill(),
     }
     print(json.dumps(report), flush=True)
 
 
 def fail_three_times(name: str) -> list[str]:
-    """Have a method or property of `AttemptDir` raise at its first three uses; returns the list of its uses."""
-    found = vars(AttemptDir)[name]
-    intact: Any = found.fget if isinstance(found, property) else found
+    """Make a method or property of `AttemptDir` raise on its first three uses; return the list of its uses."""
+    member = vars(AttemptDir)[name]
+    intact: Any = member.fget if isinstance(member, property) else member
     calls: list[str] = []
 
     def broken(attempt: AttemptDir) -> Any:
@@ -56,7 +56,7 @@ def fail_three_times(name: str) -> list[str]:
             raise OSError(28, "No space left on device")
         return intact(attempt)
 
-    setattr(AttemptDir, name, property(broken) if isinstance(found, property) else broken)
+    setattr(AttemptDir, name, property(broken) if isinstance(member, property) else broken)
     return calls
 
 

@@ -1,4 +1,4 @@
-"""The real agent, with `ranks` in torchrun's place."""
+"""The real agent, with `fake_ranks` in place of torchrun."""
 
 import sys
 from pathlib import Path
@@ -14,17 +14,17 @@ import os, sys, time
 while not os.path.exists(sys.argv[1]):
     time.sleep(0.02)
 """
-"""All ranks are on the first node; the others have a process that ends when they do."""
+"""All ranks are on the first node; each other node has a process that ends when they do."""
 
 
 def fake_command(
     run: RunDir,
     attempt: AttemptDir,
     resources: dict[str, Any],
-    place: NodeInfo = SINGLE_NODE,
-    meeting: RendezvousEndpoint | None = None,
+    node: NodeInfo = SINGLE_NODE,
+    endpoint: RendezvousEndpoint | None = None,
 ) -> list[str]:
-    if not place.is_leader:
+    if not node.is_leader:
         return [sys.executable, "-S", "-c", ELSEWHERE, str(attempt.over)]
     return [sys.executable, "-S", str(Path(__file__).with_name("fake_ranks.py")), str(run.path), str(attempt.number)]
 

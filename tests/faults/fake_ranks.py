@@ -1,8 +1,8 @@
 """Stands in for torchrun and its ranks: standard library only, a few milliseconds a step, with real checkpoints.
 
 The "weights" are a chain of hashes over the steps, so a step left out, or done twice, changes the last ones. What is
-to happen stands in the spec's labels: {"steps": "40", "pace": "0.02", "save": "5", "fault": "signal_9_at_5"}. A fault
-strikes in the first attempt, or with {"always": "1"} in each. {"deaf": "1"}: no wish to stop is heard, nor SIGTERM.
+to happen is in the spec's labels: {"steps": "40", "pace": "0.02", "save": "5", "fault": "signal_9_at_5"}. A fault
+strikes in the first attempt, or with {"always": "1"} in each. {"deaf": "1"}: stop requests and SIGTERM are ignored.
 """
 
 import hashlib
@@ -18,12 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.locks import FileLock
-from trainyard.contract.rundir import (
-    ArtifactDir,
-    AttemptDir,
-    RunDir,
-    write_json,
-)
+from trainyard.contract.rundir import ArtifactDir, AttemptDir, RunDir, write_json
 
 MODEL, MANIFEST = "model.safetensors", "manifest.json"
 RANK_EXIT_SECONDS = 20.0
@@ -46,7 +41,7 @@ def loss_of(weights: str) -> float:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Why the checkpoint must not be believed, or None."""
+    """Return why the checkpoint is not valid, or None."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
         content = (checkpoint / MODEL).read_bytes()
@@ -57,7 +52,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def torchrun(run: RunDir, attempt: AttemptDir) -> int:
-    """Every rank in a session of its own; exit 1 as soon as one fails, and never with a rank left behind."""
+    """Start every rank in its own session; return 1 as soon as one fails, with no rank left."""
     labels = json.loads(attempt.spec.read_bytes())["labels"]
     ranks = [
         subprocess.Popen(
@@ -80,7 +75,7 @@ def torchrun(run: RunDir, attempt: AttemptDir) -> int:
 
 
 class Rank:
-    """One rank; rank 0 speaks and saves for all."""
+    """One rank; rank 0 emits events and saves for all."""
 
     def __init__(self, run: RunDir, attempt: AttemptDir, rank: int) -> None:
         self.run, self.attempt, self.rank = run, attempt, rank
@@ -97,14 +92,14 @@ class Rank:
     def train(self) -> int:
         self.fault(0)
         start, weights = self.newest()
-        self.say("started", **STARTED, start_step=start, steps=self.steps)
-        self.say("phase", phase="training")
+        self.emit("started", **STARTED, start_step=start, steps=self.steps)
+        self.emit("phase", phase="training")
         for step in range(start + 1, self.steps + 1):
             time.sleep(self.pace)
             self.fault(step)
             weights = next_weights(weights, step)
             self.beat(step)
-            self.say("metric", step=step, epoch=0.0, loss=loss_of(weights), learning_rate=1e-3, tokens=step)
+            self.emit("metric", step=step, epoch=0.0, loss=loss_of(weights), learning_rate=1e-3, tokens=step)
             stopping = self.attempt.stop.exists() and not self.deaf
             if step % self.save_interval == 0 or step == self.steps or stopping:
                 self.save(step, weights)
@@ -112,7 +107,7 @@ class Rank:
                 return self.end("stopped", step)
         return self.end("completed", self.steps)
 
-    def say(self, kind: str, **fields: Any) -> None:
+    def emit(self, kind: str, **fields: Any) -> None:
         if self.rank == 0:
             self.seq += 1
             line = {"kind": kind, "seq": self.seq, "at": datetime.now(UTC).isoformat(), **fields}
@@ -145,12 +140,12 @@ class Rank:
         sha256 = hashlib.sha256(weights.encode()).hexdigest()
         write_json(partial / MANIFEST, {"files": {MODEL: {"bytes": len(weights), "sha256": sha256}}})
         partial.rename(path)
-        self.say("checkpoint", step=step, path=str(path), bytes=len(weights), sha256=sha256)
+        self.emit("checkpoint", step=step, path=str(path), bytes=len(weights), sha256=sha256)
 
     def end(self, outcome: str, step: int) -> int:
         if self.rank == 0:
             write_json(self.attempt.outcome, {"outcome": outcome, "step": step})
-        self.say("finished", outcome=outcome, step=step)
+        self.emit("finished", outcome=outcome, step=step)
         return 0
 
     def fault(self, step: int) -> None:
@@ -205,7 +200,7 @@ def main() -> int:
         return torchrun(run, attempt)
     log = os.open(attempt.rank_log(int(sys.argv[3])), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 2)
-    # As the worker: first the lock, then the question whether this attempt is still wanted.
+    # As in the worker: first the lock, then the check whether this attempt is still the current one.
     lock = FileLock(run.alive_lock).take(shared=True, seconds=10)
     if run.current.read_text().strip() != str(attempt.number):
         return 3

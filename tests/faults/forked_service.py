@@ -29,7 +29,7 @@ AREAS = {
     "slurm": ("launch.scheduler", "launch.slurm"),
     "launch": ("launch.scheduler", "launch.local"),
 }
-"""The failpoints at which a service may be told to die, at the n-th line that it runs there."""
+"""The failpoints at which a service can die, at the n-th line that it runs there."""
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def _arm(wanted: dict[str, Any]) -> None:
 
 
 def _let_the_clock_be_set(file: Path) -> None:
-    """The service's wall clock is off by as many seconds as stand in ``file``, from one look to the next."""
+    """Make the service's wall clock wrong by the seconds in ``file``, which is read each time."""
     right = utc_now
 
     def wrong() -> datetime:
@@ -118,13 +118,13 @@ def _let_the_clock_be_set(file: Path) -> None:
 
 
 def _die(where: str) -> None:
-    """As SIGKILL would."""
+    """Exit at once, like SIGKILL."""
     print(f"died at {where}", file=sys.stderr, flush=True)
     os._exit(DIED_AT_FAILPOINT)
 
 
 def _stop(where: str) -> None:
-    """All threads, until somebody sends SIGCONT."""
+    """Stop all threads until SIGCONT."""
     print(f"stopped at {where}", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -1,6 +1,6 @@
-"""An agent that reports once that it runs, and then sleeps. A hundred of them fit on a small host.
+"""An agent that sends one heartbeat and then sleeps. A hundred of them fit on a small host.
 
-It carries the attempt's mark and token, so it is what the launcher takes for an agent. Standard library only.
+It has the attempt's marker and token, so the launcher takes it for an agent. Standard library only.
 """
 
 import http.client
@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 def main() -> None:
     attempt = Path(sys.argv[1]) / f"attempt-{int(sys.argv[2].partition('=')[2]):04d}"
     (attempt / "started.json").write_text("{}")
-    while not said(os.environ["TRAINYARD_REPORT_URL"]):
+    while not sent_heartbeat(os.environ["TRAINYARD_REPORT_URL"]):
         time.sleep(0.2)
     time.sleep(600)
 
 
-def said(url: str) -> bool:
+def sent_heartbeat(url: str) -> bool:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=10)
     headers = {
         "Content-Type": "application/json",

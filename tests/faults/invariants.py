@@ -1,6 +1,6 @@
 """I1 to I9, checked on a real home: its database, the process table, the run directories. Usable after every fault.
 
-I1  at most one live attempt of a job at any instant        I6  every listed checkpoint is there and sound
+I1  at most one live attempt of a job at any instant        I6  every listed checkpoint is there and valid
 I2  nothing lives once its job is terminal, plus the grace  I7  final weights are the untouched run's
 I3  a device is leased to one live attempt, or free         I8  no 5xx for any client
 I4  steps 1..N without a gap, a step twice has one value    I9  an unknown outcome is never success
@@ -18,21 +18,9 @@ from sqlalchemy.orm import Session
 from tests.faults import fake_ranks
 from tests.faults.service_home import Home, Member, until
 from trainyard.contract.messages import ExitReport, Outcome, read_message
-from trainyard.contract.status import (
-    LIVE,
-    TERMINAL,
-    JobStatus,
-    can_transition,
-)
+from trainyard.contract.status import LIVE, TERMINAL, JobStatus, can_transition
 from trainyard.service.db.engine import Database
-from trainyard.service.db.models import (
-    AttemptRow,
-    CheckpointRow,
-    DeviceLeaseRow,
-    EventRow,
-    JobRow,
-    MetricRow,
-)
+from trainyard.service.db.models import AttemptRow, CheckpointRow, DeviceLeaseRow, EventRow, JobRow, MetricRow
 from trainyard.service.launch.base import LOCAL
 
 GRACE_SECONDS = 5.0
@@ -42,7 +30,7 @@ Damage = Callable[[Path], str | None]
 
 
 class Sampler:
-    """Looks at the process table all the time: what was true only for an instant is found as well (I1)."""
+    """Samples the process table all the time, to find what was true only for an instant (I1)."""
 
     def __init__(self, home: Home) -> None:
         self.home = home
@@ -166,10 +154,10 @@ def check_success(home: Home, job: JobRow) -> None:
     if job.status != JobStatus.SUCCEEDED:
         return
     attempt = home.run(job.id).attempt(job.attempt)
-    said = read_message(Outcome, attempt.outcome)
+    outcome = read_message(Outcome, attempt.outcome)
     report = read_message(ExitReport, attempt.exit)
-    assert said is not None, "I9"
-    assert said.outcome == "completed", "I9"
+    assert outcome is not None, "I9"
+    assert outcome.outcome == "completed", "I9"
     assert report is None or report.outcome == "completed", "I9"
 
 

@@ -35,7 +35,7 @@ class Killer:
     submit: Callable[[], str]
     seed: int
     at_once: int
-    longest_wait: float
+    max_wait: float
     damage: Damage
     done: Counter[str] = field(default_factory=Counter)
     jobs: list[str] = field(default_factory=list)
@@ -52,19 +52,19 @@ class Killer:
         self.home.start()
         while sum(self.done.values()) < kills and time.monotonic() < deadline:
             self.keep_busy()
-            time.sleep(self.dice.uniform(0, self.longest_wait))
+            time.sleep(self.dice.uniform(0, self.max_wait))
             self.kill_something()
             if sum(self.done.values()) % CHECK_EVERY == 0:
                 assert sampler.found == []
         self.finish(sampler)
 
     def keep_busy(self) -> None:
-        self.running = [job for job in self.running if self.goes_on(job)]
+        self.running = [job for job in self.running if self.keeps_running(job)]
         fresh = [self.submit() for _ in range(self.at_once - len(self.running))]
         self.running += fresh
         self.jobs += fresh
 
-    def goes_on(self, job_id: str) -> bool:
+    def keeps_running(self, job_id: str) -> bool:
         """False where the job has succeeded. One that was killed twice before it made a step is resumed by its user."""
         job = self.home.job(job_id)
         if job["status"] == "failed" and "made no step" in job["message"]:
@@ -103,17 +103,17 @@ class Killer:
     def finish(self, sampler: Sampler) -> None:
         """Nobody is killed any more: every job comes to its end, and every invariant holds."""
         for job in self.jobs:
-            self.goes_on(job)
+            self.keeps_running(job)
             self.home.wait(job, "succeeded", seconds=180)
         invariants.check(self.home, sampler, self.damage)
 
-    def tell(self, account: SoakReport, sampler: Sampler) -> None:
+    def report(self, account: SoakReport, sampler: Sampler) -> None:
         """What was injected, how often, and what held."""
         account.faults.update({f"killed: {what}": count for what, count in self.done.items()})
         account.figure("slowest start of a server, s", self.slowest_start)
         attempts = sum(self.home.job(job)["attempt"] for job in self.jobs)
         account.invariants += [
             f"{len(self.jobs)} jobs, {attempts} attempts, all succeeded; {self.resumed} user resumes",
-            f"I1: {sampler.samples} looks at the process table, never two attempts of a job",
-            "I2 to I9: no orphan, no metric point missing, every checkpoint sound, weights as of the untouched run",
+            f"I1: {sampler.samples} samples of the process table, never two attempts of a job",
+            "I2 to I9: no orphan, no metric point missing, every checkpoint valid, weights as of the untouched run",
         ]

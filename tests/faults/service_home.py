@@ -41,7 +41,7 @@ class Nursery:
         )
 
     def service(self, **wanted: Any) -> ProcessIdentity | None:
-        """A new service, or None where it is gone already."""
+        """Fork a service; None if it is gone already."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(json.dumps(wanted).encode() + b"\n")
@@ -57,7 +57,7 @@ class Nursery:
 
 
 class Home:
-    """Starts, kills and asks the service of one home. ``wanted`` is what `program` is told each time."""
+    """Starts, kills and queries the service of one home. ``wanted`` goes to `forked_service` each time."""
 
     def __init__(self, nursery: Nursery, path: Path, slots: int = 2, **wanted: Any) -> None:
         self.nursery, self.path = nursery, path
@@ -111,13 +111,13 @@ class Home:
         return str(read_json(self.path / "service.json")["url"])  # type: ignore[index]
 
     def get(self, path: str) -> httpx2.Response:
-        return self.noted(self.client.get(self.url + path))
+        return self.record(self.client.get(self.url + path))
 
     def post(self, path: str, body: object = None) -> httpx2.Response:
-        return self.noted(self.client.post(self.url + path, json=body))
+        return self.record(self.client.post(self.url + path, json=body))
 
-    def noted(self, answer: httpx2.Response) -> httpx2.Response:
-        """Keep what must not have been answered (I8); /ready says 503 for as long as it is not."""
+    def record(self, answer: httpx2.Response) -> httpx2.Response:
+        """Record server errors (I8); /ready answers 503 until the service is ready."""
         if answer.status_code >= 500 and not answer.url.path.endswith("/ready"):
             self.server_errors.append(f"{answer.request.method} {answer.url.path}: {answer.status_code} {answer.text}")
         return answer
@@ -169,7 +169,7 @@ class Home:
         return [member.process for member in self.processes(job_id) if member.role == role]
 
     def end_all(self) -> None:
-        """Leave nothing behind, whatever the test did."""
+        """End every process of this home."""
         self.client.close()
         self.signal(signal.SIGCONT)
         self.kill()

@@ -1,4 +1,4 @@
-"""An agent that comes too late, or on a host in trouble."""
+"""An agent that starts too late, or on a host with a failing disk."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from trainyard.contract.spec import DataSpec, JobSpec, Timeouts
 from trainyard.contract.status import Reason
 from trainyard.service.launch.base import AttemptRef, AttemptState, Launch
 from trainyard.service.launch.local import LocalLauncher
-from trainyard.worker.agent.__main__ import EXIT_REFUSED
+from trainyard.worker.agent.__main__ import EXIT_NOT_STARTED
 from trainyard.worker.agent.processes import ProcessTree
 
 JOB = unique_job_id("job_late")
@@ -37,7 +37,7 @@ def launch(number: int = 1, **labels: str) -> Launch:
 
 
 def agent(home: Path, number: int = 1) -> int:
-    """The exit code of the agent of an attempt whose launch was held up until now."""
+    """Run an attempt's agent, as after a delayed launch; return its exit code."""
     attempt = RunDir(home / "runs" / JOB).attempt(number)
     attempt.path.mkdir(parents=True, exist_ok=True)
     attempt.spec.write_text(launch(number, steps="3", ranks="1").spec.model_dump_json())
@@ -50,7 +50,7 @@ def test_an_attempt_that_was_given_up_is_not_started_by_a_late_agent(tmp_path: P
     assert local.find(launch().name).state is AttemptState.ABSENT
     local.kill(launch().name)
     assert local.find(launch().name).state is AttemptState.ABSENT
-    assert agent(tmp_path) == EXIT_REFUSED
+    assert agent(tmp_path) == EXIT_NOT_STARTED
     attempt = RunDir(tmp_path / "runs" / JOB).attempt(1)
     report = read_message(ExitReport, attempt.exit)
     assert report is not None
@@ -70,7 +70,7 @@ def test_nor_by_a_late_launcher(tmp_path: Path) -> None:
 def test_an_agent_whose_attempt_has_a_successor_starts_nothing(tmp_path: Path) -> None:
     """The successor has ended meanwhile, so that no lock is held any more: the numbers still say who is late."""
     assert agent(tmp_path, 2) == 0
-    assert agent(tmp_path, 1) == EXIT_REFUSED
+    assert agent(tmp_path, 1) == EXIT_NOT_STARTED
     first = RunDir(tmp_path / "runs" / JOB).attempt(1)
     assert not first.outbox.exists()
     assert agent(tmp_path, 3) == 0
@@ -82,7 +82,7 @@ def test_an_agent_without_a_readable_spec_says_so_and_counts_as_a_failed_launch(
     run.attempt(1).spec.write_text("{")
     environment = {**os.environ, MARKER: f"{JOB}/1"}
     done = subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment, capture_output=True, text=True)
-    assert done.returncode == EXIT_REFUSED
+    assert done.returncode == EXIT_NOT_STARTED
     found = launcher(tmp_path).find(launch().name)
     assert found.report is not None
     assert found.report.reason is Reason.LAUNCH_FAILED
@@ -95,7 +95,7 @@ def test_ranks_whose_agent_cannot_watch_them_are_ended(tmp_path: Path) -> None:
     run.attempt(1).path.mkdir(parents=True)
     run.attempt(1).spec.write_text('{"resources": {"nproc_per_node": 1}, "labels": {"steps": "100000"}}')
     environment = {**os.environ, MARKER: f"{JOB}/1"}
-    assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EXIT_REFUSED
+    assert subprocess.run([*FAKE_AGENT, str(run.path), "--attempt=1"], env=environment).returncode == EXIT_NOT_STARTED
     until(lambda: find_by_marker(f"{JOB}/1") == [], 5)
     found = launcher(tmp_path).find(launch().name)
     assert found.report is not None
@@ -116,7 +116,7 @@ def test_an_agent_that_died_before_it_began_is_a_failed_launch(tmp_path: Path) -
 
 
 def supervise(tmp_path: Path, fails: str) -> dict[str, Any]:
-    """What `failing_disk` reports of a supervisor whose disk fails three times."""
+    """Return the report of `failing_disk`, a supervisor whose disk fails three times."""
     attempt = RunDir(tmp_path).attempt(1)
     attempt.path.mkdir()
     attempt.spec.write_text(launch(steps="3").spec.model_dump_json())
@@ -132,30 +132,30 @@ def test_a_disk_in_trouble_does_not_end_a_good_run(tmp_path: Path) -> None:
     report = supervise(tmp_path, "read_step")
     assert report["running"] == [True] * 4
     assert report["calls"] == 4
-    assert report["printed"].count("No space left on device; training goes on") == 1
+    assert report["printed"].count("No space left on device; training continues") == 1
     assert report["status"] is None
     assert report["ended"] is True
 
 
-def test_a_wish_to_stop_that_cannot_be_written_is_a_sigterm(tmp_path: Path) -> None:
+def test_a_stop_request_that_cannot_be_written_is_a_sigterm(tmp_path: Path) -> None:
     report = supervise(tmp_path, "stop")
     assert report["running"] == [True]
     assert report["status"] == -15
-    assert report["asked_at"] == 0.0
+    assert report["stop_requested_at"] == 0.0
     assert Timeouts().stop == 120.0
 
 
 def test_only_what_is_below_the_ancestor_is_ended(sleep: "subprocess.Popen[bytes]") -> None:
-    """The caller's other children live on, and their exit codes are still there for whoever waits for them."""
+    """The caller's other children stay alive, and their exit codes can still be waited for."""
     shell = ["/bin/sh", "-c", "sleep 100 & sleep 100 & echo started; wait"]
     with subprocess.Popen(shell, stdout=subprocess.PIPE) as ancestor, subprocess.Popen(["/bin/true"]) as torchrun:
         assert ancestor.stdout is not None
         ancestor.stdout.readline()
-        children = ProcessTree(torchrun, ancestor=ancestor.pid)
-        assert len(children.alive()) == 2
-        assert children.kill()
-        assert children.alive() == []
-        assert children.orphans == {}
+        processes = ProcessTree(torchrun, ancestor=ancestor.pid)
+        assert len(processes.alive()) == 2
+        assert processes.kill()
+        assert processes.alive() == []
+        assert processes.orphans == {}
         assert ancestor.wait(10) == 0
     assert sleep.poll() is None
     sleep.terminate()

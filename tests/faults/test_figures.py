@@ -77,7 +77,7 @@ def test_a_dead_rank(run: Run, account: SoakReport) -> None:
         noticed, again, loading = death(run, account, number)
         assert noticed < NOTICED_SECONDS * slowness()
         assert again - loading < TRAINING_SECONDS
-        # A resume begins the count of restarts anew: each death meets the first back-off, of 5 s.
+        # A resume resets the count of restarts: each death meets the first back-off, of 5 s.
         run.home.post(f"/jobs/{run.job_id}/pause")
         run.home.wait(run.job_id, "paused")
         run.home.post(f"/jobs/{run.job_id}/resume")

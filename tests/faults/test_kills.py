@@ -1,6 +1,6 @@
 """Random kills of everything: thousands with fake ranks, hundreds with real gloo ranks.
 
-In `make test` a few of the former; what becomes of real ranks that are killed stands in tests/story there.
+`make test` runs a few of the former; tests/story kills real ranks.
 
 TRAINYARD_SOAK_KILLS and _SECONDS choose number and longest time of the long forms.
 """
@@ -35,7 +35,7 @@ def fake_kills(make_home: MakeHome, account: SoakReport, seed: int, kills: int, 
         killer.run(kills, seconds, sampler)
         for job in killer.jobs:
             check_weights(home, job, FAKE_STEPS)
-        killer.tell(account, sampler)
+        killer.report(account, sampler)
 
 
 def test_a_few_kills_of_fake_ranks(make_home: MakeHome, account: SoakReport) -> None:
@@ -93,7 +93,7 @@ def gloo_kills(make_home: MakeHome, account: SoakReport, seed: int, kills: int, 
         for job in killer.jobs:
             assert final_weights(home, job) == final_weights(home, untouched), "I7"
             assert losses(home, job) == losses(home, untouched), "I4"
-        killer.tell(account, sampler)
+        killer.report(account, sampler)
 
 
 def losses(home: Home, job_id: str) -> list[float]:

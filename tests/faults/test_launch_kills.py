@@ -12,7 +12,7 @@ from tests.faults.service_home import Home, until
 from tests.soak_report import SoakReport
 
 STEPS = 12
-MOST_LINES = 200
+MAX_LINES = 200
 SHORT = (24, 40, 52)
 
 
@@ -56,7 +56,7 @@ def test_a_server_that_dies_at_each_line_of_a_launch(make_home: MakeHome, accoun
     home, lines = make_home(), 0
     while life(home, lines + 1):
         lines += 1
-        assert lines < MOST_LINES
+        assert lines < MAX_LINES
         account.faults["server killed at a line of a launch"] += 1
     account.invariants.append(f"each of the {lines} lines: requeued or adopted, launched once, nothing lost")
     assert lines > max(SHORT)

@@ -24,18 +24,13 @@ from trainyard.contract.rundir import read_json
 from trainyard.service import leadership as leasing
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import SchedulerLeaseRow
-from trainyard.service.leadership import (
-    LEASE_SECONDS,
-    RENEW_SECONDS,
-    LeaderLease,
-    LeadershipLost,
-)
+from trainyard.service.leadership import LEASE_SECONDS, RENEW_SECONDS, LeaderLease, LeadershipLost
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 
 
 class Clock:
-    """Monotonic, and goes only when told."""
+    """A monotonic clock that is advanced by hand."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,7 +48,7 @@ class Group:
         self.leases = [LeaderLease(self.database, clock) for clock in self.clocks]
 
     def pass_time(self, seconds: float, *stopped: int) -> None:
-        """Half a second at a time; those that are ``stopped`` do nothing, and their clocks go on as a host's does."""
+        """Half a second at a time; those that are ``stopped`` do nothing, but their clocks continue."""
         for _ in range(int(seconds / 0.5)):
             for number, (clock, lease) in enumerate(zip(self.clocks, self.leases, strict=True)):
                 clock.now += 0.5

@@ -1,5 +1,5 @@
-"""Postgres goes away and comes back, again and again, while jobs are submitted and run: nothing is lost, and whoever
-asks meanwhile hears 503 with `Retry-After`, never another 5xx.
+"""Postgres goes away and comes back, again and again, while jobs are submitted and run: nothing is lost, and requests
+meanwhile get 503 with `Retry-After`, never another 5xx.
 
 TRAINYARD_SOAK_JOBS chooses the number of jobs of the long form.
 """
@@ -73,17 +73,17 @@ class Users:
         self.refused: Counter[int] = Counter()
         self.wrong: list[str] = []
         self.submitting = [threading.Thread(target=self._submit) for _ in range(SUBMITTERS)]
-        self.looking = threading.Thread(target=self._look)
+        self.reading = threading.Thread(target=self._read)
         self.ending = threading.Event()
 
     def __enter__(self) -> "Users":
-        for thread in (*self.submitting, self.looking):
+        for thread in (*self.submitting, self.reading):
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.ending.set()
-        for thread in (*self.submitting, self.looking):
+        for thread in (*self.submitting, self.reading):
             thread.join(60)
 
     def _submit(self) -> None:
@@ -103,7 +103,7 @@ class Users:
             time.sleep(float(answer.headers.get("retry-after", 1)) / 4)
         return None
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         with httpx2.Client(base_url=self.home.url, timeout=60) as client:
             while not self.ending.is_set():
                 known = list(self.jobs.values())

@@ -154,7 +154,7 @@ def test_sigterm_under_load_finishes_requests_and_touches_no_worker(home: Home) 
             try:
                 answers.append(home.get(f"/jobs/{job_id}").status_code)
             except httpx2.ConnectError:
-                return  # it is down: nobody was promised anything
+                return  # it is down: no request was accepted
             except httpx2.TransportError as error:
                 answers.append(type(error).__name__)
 

@@ -1,7 +1,7 @@
-"""Retention at work while somebody takes a checkpoint up: what is had is whole, and of one moment, or clearly refused.
+"""Retention while a checkpoint is read: the reader gets a complete checkpoint of one moment, or a clear error.
 
-At each line of those who load, the checkpoint is removed, or removed and another one saved in its place, as a run does
-that went back. Whoever loads may be another job (`from_resume`), a fork or an export, or a download.
+At each line of the reading code the checkpoint is removed, or removed and another one saved in its place, as after a
+rewind. The reader is another job (`from_resume`), a fork or an export, or a download.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from trainyard.worker.checkpoint import resume, retention
 from trainyard.worker.checkpoint.files import RunState
 
 IDENTITY = RunIdentity(model={}, tokenizer="t", corpus="c", seed=1, max_seq_len=8, packing="none")
-MOST_LINES = 400
+MAX_LINES = 400
 SHORT = 25
 """Of so many lines one, where not all are tried."""
 
@@ -50,12 +50,12 @@ def all_go(products: ArtifactDir) -> None:
         retention.remove(path)
 
 
-def another_stands_there(products: ArtifactDir) -> None:
+def another_in_its_place(products: ArtifactDir) -> None:
     newest_goes(products)
     save(products, 20, 3.0)
 
 
-FATES = {"the newest goes": newest_goes, "all go": all_go, "another stands there": another_stands_there}
+FATES = {"the newest goes": newest_goes, "all go": all_go, "another in its place": another_in_its_place}
 
 
 def job(path: Path) -> ArtifactDir:
@@ -68,7 +68,7 @@ def job(path: Path) -> ArtifactDir:
 
 def at_each_line(area: str, every: int, path: Path, fate: Fate, load: Callable[[ArtifactDir, Path], None]) -> int:
     """``load(job, place of its own)`` again and again, ``fate`` at one line after the other; how many there are."""
-    for line in range(1, MOST_LINES, every):
+    for line in range(1, MAX_LINES, every):
         products, reached = job(path / f"job-{line}" / "theirs"), list[str]()
 
         def strike(where: str, products: ArtifactDir = products, reached: list[str] = reached) -> None:
@@ -114,7 +114,7 @@ def goes_on_from(products: ArtifactDir, mine: Path) -> None:
     if begin is None:
         assert {step: loaded(path) for step, path in products.published()} in ({}, {10: 1.0, 20: 3.0})
         return
-    first, second = loaded(begin.place), loaded(begin.place)
+    first, second = loaded(begin.checkpoint), loaded(begin.checkpoint)
     assert first == second
     assert first in (1.0, 2.0, 3.0)
 
@@ -150,7 +150,7 @@ LOADS = {
 @pytest.mark.parametrize("who", LOADS)
 def test_what_is_taken_up_is_whole_whenever_retention_strikes(who: str, tmp_path: Path) -> None:
     area, load, least = LOADS[who]
-    assert at_each_line(area, SHORT, tmp_path, another_stands_there, load) > least
+    assert at_each_line(area, SHORT, tmp_path, another_in_its_place, load) > least
 
 
 @pytest.mark.soak

@@ -24,11 +24,11 @@ from trainyard.service.db.engine import Database
 
 __all__ = ["any_url", "migrated_postgres", "migrated_sqlite", "postgres_url", "sqlite_url"]
 
-ROLE = "somebody_with_a_password"
+ROLE = "role_with_a_password"
 
 
 def planted(name: str) -> str:
-    """A secret that stands nowhere by chance."""
+    """Return a secret that occurs nowhere by chance."""
     return f"canary-{name}-{secrets.token_hex(12)}"
 
 
@@ -91,7 +91,7 @@ def canary(make_home: MakeHome, any_url: str, tmp_path: Path) -> Iterator[Plante
 
 @contextlib.contextmanager
 def _role(url: str, password: str) -> Iterator[None]:
-    """On Postgres, somebody with a password."""
+    """On Postgres, create a role with a password."""
     if url.startswith("sqlite"):
         yield
         return

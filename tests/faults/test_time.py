@@ -71,13 +71,13 @@ def test_running_attempts_are_found_again(make_home: MakeHome, account: SoakRepo
     home.kill()
     began = time.monotonic()
     home.start()
-    # Attempts are looked at before anything is launched: once this one is, all the others were found.
+    # Attempts are inspected before anything is launched: once this one is, all the others were found.
     late = home.submit(ranks="1")
     until(lambda: home.job(late)["status"] != "queued", 60)
     took = time.monotonic() - began
     account.faults["running attempt found again after a kill of the server"] += count
     account.figure(f"{count} attempts found again, s", took)
-    account.invariants.append("none was restarted, every agent is the one of before")
+    account.invariants.append("none was restarted, every agent is the same process")
     now = {member.job: member.process for member in home.processes() if member.job != late}
     assert now == agents
     assert {home.job(job_id)["attempt"] for job_id in jobs} == {1}
@@ -92,7 +92,7 @@ def slowness() -> float:
 def race(home: Home, seed: int) -> str:
     """One job's finish against one cancel; returns what became of it.
 
-    The wish needs some ten milliseconds to the ranks, so it is sent up to as much before their end, and 5 ms behind it.
+    The request takes some ten milliseconds to the ranks: it is sent up to that long before their end, or 5 ms after it.
     """
     dice = random.Random(seed)
     job_id = home.submit(steps="10", pace="0.01", ranks="1")
@@ -100,8 +100,8 @@ def race(home: Home, seed: int) -> str:
     time.sleep(dice.uniform(0, 0.015))
     answered = home.post(f"/jobs/{job_id}/cancel").status_code
     job = home.wait(job_id, "cancelled", "succeeded")
-    said = (read_json(home.run(job_id).attempt(1).outcome) or {}).get("outcome")
-    assert (job["status"] == "succeeded") == (said == "completed"), (job, said)
+    outcome = (read_json(home.run(job_id).attempt(1).outcome) or {}).get("outcome")
+    assert (job["status"] == "succeeded") == (outcome == "completed"), (job, outcome)
     assert answered == 202 or (answered == 409 and job["status"] == "succeeded"), (answered, job["status"])
     return f"{job['status']}, cancel answered {answered}"
 
@@ -116,5 +116,5 @@ def test_a_thousand_finishes_against_cancel(make_home: MakeHome, account: SoakRe
     with ThreadPoolExecutor(4) as pool:
         ends = Counter(pool.map(lambda seed: race(home, seed), seeds))
     account.faults.update({f"finish against cancel: {end}": count for end, count in ends.items()})
-    account.invariants.append("one truth: succeeded exactly where rank 0 had said completed")
+    account.invariants.append("one truth: succeeded exactly if rank 0 had reported completed")
     assert len(ends) > 1, "always the same one was first"

@@ -15,7 +15,7 @@ EVENTS = ("created", "status", "checkpoint", "warning")
 
 
 def firsts(got: Sequence[Got], job_id: str) -> list[str]:
-    """Ids of what was told of a job, each where it came first."""
+    """Return the ids of a job's deliveries, in the order of their first arrival."""
     about = [one for one in got if one.payload["data"]["job"]["id"] == job_id]
     return list(dict.fromkeys(one.id for one in about))
 
@@ -47,7 +47,7 @@ def test_a_server_killed_while_it_sends(account: SoakReport, make_home: MakeHome
         for job_id in jobs:
             home.wait(job_id, "succeeded")
         for job_id in jobs:
-            require_told(home, receiver, job_id)
+            require_delivered(home, receiver, job_id)
         got = list(receiver.got)
     assert all(verified(secret, one) for one in got)
     assert len({(one.id, one.body) for one in got}) == len({one.id for one in got}), "again, but never otherwise"
@@ -56,9 +56,9 @@ def test_a_server_killed_while_it_sends(account: SoakReport, make_home: MakeHome
     account.invariants.append("each event of each job arrived, in the job's order, and again only to the byte")
 
 
-def require_told(home: Home, receiver: Receiver, job_id: str) -> None:
+def require_delivered(home: Home, receiver: Receiver, job_id: str) -> None:
     wanted = happened(home, job_id)
-    until(lambda: len(firsts(receiver.got, job_id)) >= len(wanted), 240, "all of it was told")
+    until(lambda: len(firsts(receiver.got, job_id)) >= len(wanted), 240, "all events were delivered")
     assert firsts(receiver.got, job_id) == wanted
 
 

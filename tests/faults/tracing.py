@@ -1,4 +1,4 @@
-"""Something happens before the n-th line that is run in marked functions."""
+"""A trace function that acts before the n-th line that is run in marked functions."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def at_line(codes: set[CodeType], number: int, fate: Callable[[str], None]) -> Callable[[FrameType, str, Any], Any]:
-    """A trace function that calls ``fate`` before the ``number``-th line that is run in ``codes``."""
+    """Return a trace function that calls ``fate`` before the ``number``-th line that is run in ``codes``."""
     left = number
 
     def local(frame: FrameType, event: str, _argument: Any) -> Any:

@@ -15,18 +15,8 @@ from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.model.decoder import Decoder
 from trainyard.worker.checkpoint import retention
-from trainyard.worker.checkpoint.export import (
-    ExportError,
-    byte_library,
-    find_export_source,
-    main,
-)
-from trainyard.worker.checkpoint.huggingface import (
-    UnsupportedByHF,
-    config_json,
-    config_problems,
-    split_experts,
-)
+from trainyard.worker.checkpoint.export import ExportError, byte_level_tokenizer, find_export_source, main
+from trainyard.worker.checkpoint.huggingface import UnsupportedByHF, config_json, config_problems, split_experts
 from trainyard.worker.checkpoint.weights import load_weights
 from trainyard.worker.data.tokenizers import load_tokenizer
 from trainyard.worker.errors import TrainingError
@@ -220,7 +210,7 @@ def test_the_newest_sound_checkpoint_is_taken_and_none_is_touched(make: Make, tm
         find_export_source(weights.parent)
     milestone = retention.keep_weights(run.artifacts(None), 3, run.artifacts(None).checkpoint(3)).path
     assert find_export_source(milestone).path == milestone
-    with pytest.raises(ExportError, match="holds no sound one"):
+    with pytest.raises(ExportError, match="holds no valid one"):
         find_export_source(tmp_path / "nowhere")
 
 
@@ -249,7 +239,7 @@ def test_another_tokenizer_is_refused(
 
 
 def test_byte_is_written_as_the_library_has_it() -> None:
-    library, own = byte_library(), load_tokenizer("byte")
+    library, own = byte_level_tokenizer(), load_tokenizer("byte")
     assert library.get_vocab_size() == own.vocab_size
     text = "".join(map(chr, range(1, 0x250))) + "\u4e2d\U0001f600 two  spaces\n"
     (ids,) = own.encode_batch([text])

@@ -1,4 +1,4 @@
-"""What the project offers: its routes and its commands, asked of the code itself."""
+"""The routes and the commands of the project, read from the code."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The compose file and the Dockerfile say what the documentation says of them. No engine is needed."""
+"""The compose file and the Dockerfile match the documentation. No container engine is needed."""
 
 import os
 import shutil

@@ -28,7 +28,7 @@ def test_every_field_of_the_spec_stands_in_the_reference() -> None:
 
 
 def test_the_reference_is_what_the_spec_says() -> None:
-    assert text("spec.md") == render(), "run: python -m contract.reference > docs/reference/spec.md"
+    assert text("spec.md") == render(), "run: python -m trainyard.contract.spec_reference > docs/reference/spec.md"
 
 
 def test_every_route_stands_in_the_reference_and_the_other_way_round(tmp_path: Path) -> None:

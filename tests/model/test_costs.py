@@ -12,13 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.model.shapes import random_ids, small_config, small_decoder
 from trainyard.model.config import ModelConfig
-from trainyard.model.costs import (
-    active_parameters,
-    checkpoint_bytes,
-    flops_per_token,
-    memory_bytes,
-    parameters,
-)
+from trainyard.model.costs import active_parameters, checkpoint_bytes, flops_per_token, memory_bytes, parameters
 from trainyard.model.decoder import Decoder
 from trainyard.model.grouped_gemm import ALIGNMENT
 

@@ -10,13 +10,7 @@ from torch.nn import functional as F
 
 from tests.model.shapes import number, random_ids, small_config, small_decoder, train_on
 from trainyard.model.config import ModelConfig
-from trainyard.model.decoder import (
-    Decoder,
-    KVCache,
-    SamplingParams,
-    additive,
-    block_diagonal,
-)
+from trainyard.model.decoder import Decoder, KVCache, SamplingParams, additive, block_diagonal
 
 MOE = {"use_moe": True, "moe_intermediate_size": 24}
 BOTH = pytest.mark.parametrize("changes", [{}, MOE], ids=["dense", "moe"])

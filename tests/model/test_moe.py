@@ -1,4 +1,4 @@
-"""Experts against a plain loop over tokens, and the balance they are asked to keep."""
+"""Experts against a plain loop over tokens, and the load-balancing loss."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates, who gets them, and what they are worth beside AdamW's on real text."""
+"""Muon: orthogonal updates, which parameters get them, and a comparison with AdamW on real text."""
 
 import pytest
 import torch
@@ -7,12 +7,7 @@ from torch import nn
 from tests.data.texts import docstrings
 from tests.model.shapes import small_decoder
 from trainyard.model.decoder import Decoder
-from trainyard.model.muon import (
-    UPDATE_RMS,
-    Muon,
-    matrix_parameters,
-    newton_schulz,
-)
+from trainyard.model.muon import UPDATE_RMS, Muon, matrix_parameters, newton_schulz
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (16, 48), (48, 16), (8, 1)])

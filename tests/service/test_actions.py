@@ -1,4 +1,4 @@
-"""Actions that do not fit, actions at once, changes of a job."""
+"""User actions: rejected ones, concurrent ones, and changes of a job."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ def test_a_refusal_says_the_status_and_what_fits(any_rig: ServiceHarness) -> Non
     assert refused["code"] == "invalid_state"
     assert refused["job_status"] == "running"
     assert refused["allowed_actions"] == ["pause", "save", "cancel", "kill"]
-    assert refused["detail"] == "The job is running; what fits: pause, save, cancel, kill."
+    assert refused["detail"] == "The job is running. Allowed actions: pause, save, cancel, kill."
     any_rig.exit(attempt, "completed", step=10)
     for verb in ("pause", "cancel", "kill", "resume"):
         assert any_rig.post_action(job_id, verb, status=409)["allowed_actions"] == ["delete"]
@@ -32,7 +32,7 @@ def test_allowed_actions_say_why_not(rig: ServiceHarness) -> None:
         "pause": None,
         "resume": "the job is queued",
         "save": "the job is queued",
-        "fork": "there is no checkpoint to begin at",
+        "fork": "there is no checkpoint to fork",
         "cancel": None,
         "kill": None,
         "delete": "the job is queued: cancel it first",
@@ -273,7 +273,7 @@ def test_settings_of_a_live_run_go_to_its_agent_with_every_answer(any_rig: Servi
     attempt.say("settings", step=7, message="log_interval is 2 and was 5", **after)
     assert any_rig.ship(attempt)["settings"] == after
     told = {event["kind"]: event for event in any_rig.data(job_id, "events")}
-    assert told["changed"]["message"] == "changed keep_last, log_interval; the run hears of it with its next report"
+    assert told["changed"]["message"] == "changed keep_last, log_interval; the run receives it with its next report"
     assert told["settings"]["message"] == "from step 8 on: log_interval is 2 and was 5"
     assert told["settings"]["data"] == {"step": 7, **after}
     # The next attempt begins with them.

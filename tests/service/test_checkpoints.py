@@ -1,4 +1,4 @@
-"""Files of checkpoints: only those of the manifest, in pieces; and removals that never take the last one."""
+"""Files of checkpoints: only those of the manifest, also in ranges. The last valid checkpoint is never deleted."""
 
 import hashlib
 import json

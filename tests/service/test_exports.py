@@ -1,4 +1,4 @@
-"""Exports: one directory whole or not at all, made by a child that can be ended."""
+"""Exports: each directory is complete or absent, and the exporter runs in a child process that can be killed."""
 
 import importlib.util
 import subprocess
@@ -87,7 +87,7 @@ def test_files_are_fetched_whole_and_in_pieces_and_no_others(rig: ServiceHarness
 
 @pytest.mark.parametrize(
     ("state", "said"),
-    [("refuse", "The model has no class there."), ("crash", "The exporter was ended by signal 9: it said nothing")],
+    [("refuse", "The model has no class there."), ("crash", "The exporter was ended by signal 9: no output")],
 )
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(any_rig: ServiceHarness, state: str, said: str) -> None:
     job_id, _ = saved(any_rig, 10)
@@ -105,7 +105,7 @@ def broken(directory: Path, state: str) -> None:
 
 
 def test_one_that_takes_too_long_is_ended(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "SECONDS", 0.3)
+    monkeypatch.setattr(child, "TIMEOUT_SECONDS", 0.3)
     job_id, _ = saved(rig, 10)
     broken(rig.home / "runs" / job_id / "checkpoints" / "step-00000010", "slow")
     assert export(rig, job_id, 10)[1]["code"] == "export_timeout"

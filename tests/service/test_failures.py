@@ -1,4 +1,4 @@
-"""The failure card: what to do about it is a call that the service takes, and a command that the client knows."""
+"""The failure card: each next action is a request that the API accepts and a command that exists."""
 
 import shlex
 from typing import Any
@@ -61,7 +61,7 @@ def test_without_a_checkpoint_the_same_spec_is_submitted_with_changes(rig: Servi
     groups: dict[str, Any] = {"name": "it's mine", "labels": {"team": "a b"}, "model": {"hidden_size": 64}}
     job = failed(rig, Reason.OUT_OF_MEMORY, **groups)
     again = named(job)["submit"]
-    assert again["words"] == "Submit it anew, with batch_size 16 and accumulation_steps 16"
+    assert again["words"] == "Submit it again, with batch_size 16 and accumulation_steps 16"
     made = rig.client.post(again["path"], json=again["body"]).json()["spec"]
     changed = {**job["spec"]["training"], "batch_size": 16, "accumulation_steps": 16}
     assert made == {**job["spec"], "training": changed}

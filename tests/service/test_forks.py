@@ -1,4 +1,4 @@
-"""Forks: what they may change, what they share with their parent, and whose curve is whose."""
+"""Forks: what they may change, what they share with the parent, and their lineage."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def test_a_fork_is_a_job_with_a_parent_and_its_files(any_rig: ServiceHarness) ->
 def test_fork_is_among_the_actions_once_there_is_a_checkpoint(rig: ServiceHarness) -> None:
     job_id, attempt = rig.running()
     said = {a["action"]: a["why_not"] for a in rig.job(job_id)["allowed_actions"]}
-    assert said["fork"] == "there is no checkpoint to begin at"
+    assert said["fork"] == "there is no checkpoint to fork"
     assert fork(rig, job_id, status=409)["code"] == "step_unavailable"
     write_checkpoint(rig.checkpoint(job_id, attempt, 4))
     rig.ship(attempt)
@@ -140,7 +140,7 @@ def test_the_plan_of_a_fork_counts_what_is_left(rig: ServiceHarness) -> None:
     made = fork(rig, job_id, {"step": 400, "overrides": {"training": training}})
     assert made["progress"]["percent"] == 40.0
     cancelled = rig.post_action(made["id"], "cancel")
-    assert cancelled["summary"] == "Cancelled at step 400; resuming goes on from step 400 of its parent."
+    assert cancelled["summary"] == "Cancelled at step 400; resuming continues from step 400 of its parent."
 
 
 def test_a_restart_may_change_the_data_and_counts_its_own_steps(rig: ServiceHarness) -> None:

@@ -1,4 +1,4 @@
-"""A client that openapi-python-client writes from our document works against the service."""
+"""A client generated from the OpenAPI document by openapi-python-client works against the service."""
 
 import importlib
 import json

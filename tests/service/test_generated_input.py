@@ -1,4 +1,4 @@
-"""Generated input against the API, and the curve against a slow reader of the same lines."""
+"""Generated input for the API, and curves compared with a slow reader of the same lines."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.service.harness import ServiceHarness
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.service.ingest.parsing import MAX_INTEGER, read
+from trainyard.service.ingest.parsing import MAX_INTEGER, parse_event
 from trainyard.service.schemas import Job
 
 LENIENT = settings(
@@ -107,7 +107,7 @@ def test_lines_with_anything_in_any_field(rig: ServiceHarness, second: dict[str,
 @given(line=st.dictionaries(st.sampled_from(["kind", "step", "text", "at", "data"]), JSON, max_size=5))
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_reading_a_line_never_fails(line: dict[str, Any]) -> None:
-    event = read({**line, "seq": 7})
+    event = parse_event({**line, "seq": 7})
     assert event.seq == 7
     for value in event.model_dump().values():
         assert not isinstance(value, int) or abs(value) <= MAX_INTEGER

@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete and true, and the faults an API is sent in practice are refused as mistakes."""
+"""The OpenAPI document is complete and correct, and malformed requests are rejected as such."""
 
 import json
 import re

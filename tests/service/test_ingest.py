@@ -1,4 +1,4 @@
-"""What agents send: each line once, in order, and nothing that a line holds stops the next one."""
+"""Ingest: each reported line once and in order; an invalid line does not block the next one."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from tests.service.harness import ServiceHarness, in_threads
 from trainyard.contract.status import JobStatus, Reason
-from trainyard.service.ingest.parsing import contiguous, read
+from trainyard.service.ingest.parsing import contiguous, parse_event
 
 
 def test_duplicates_gaps_and_disorder(any_rig: ServiceHarness) -> None:
@@ -280,5 +280,5 @@ def test_contiguous_is_pure() -> None:
 
 
 def test_a_naive_time_is_utc() -> None:
-    event = read({"kind": "sample", "seq": 1, "step": 1, "prompt": "", "text": "", "at": "2026-01-01T00:00:00"})
+    event = parse_event({"kind": "sample", "seq": 1, "step": 1, "prompt": "", "text": "", "at": "2026-01-01T00:00:00"})
     assert event.at.isoformat() == "2026-01-01T00:00:00+00:00"

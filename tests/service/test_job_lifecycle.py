@@ -1,4 +1,4 @@
-"""A job's life as a user sees it, on both databases."""
+"""The lifecycle of a job as a user sees it, on both databases."""
 
 import itertools
 
@@ -56,7 +56,7 @@ def test_pause_and_resume(any_rig: ServiceHarness) -> None:
 
     paused = rig.job(job_id)
     assert (paused["status"], paused["reason"], paused["resumable"]) == ("paused", "user", True)
-    assert paused["summary"] == "Paused at step 5; resuming goes on from step 5."
+    assert paused["summary"] == "Paused at step 5; resuming continues from step 5."
 
     assert rig.post_action(job_id, "resume")["status"] == "queued"
     assert rig.post_action(job_id, "resume")["status"] == "queued"
@@ -78,10 +78,10 @@ def test_resume_without_a_checkpoint_starts_anew_and_says_so(any_rig: ServiceHar
     job_id, attempt = rig.running()
     rig.post_action(job_id, "pause")
     rig.exit(attempt, "stopped", Reason.USER, step=0)
-    assert rig.job(job_id)["summary"] == "Paused; no checkpoint, so resuming starts anew."
+    assert rig.job(job_id)["summary"] == "Paused; no checkpoint, so resuming starts from scratch."
     rig.post_action(job_id, "resume")
     asked = [e for e in rig.data(job_id, "events") if e["actor"] == "local"][-1]
-    assert "there is no checkpoint: it starts anew" in asked["message"]
+    assert "there is no checkpoint: it starts from scratch" in asked["message"]
 
 
 def test_cancel_saves_and_frees_the_device(any_rig: ServiceHarness) -> None:
@@ -114,7 +114,7 @@ def test_kill_of_a_cancelling_job_hurries_it(any_rig: ServiceHarness) -> None:
     rig.exit(attempt, "killed", Reason.USER, step=3)
     job = rig.job(job_id)
     assert (job["status"], job["reason"]) == ("cancelled", "user")
-    assert job["message"] == "killed at step 3; nothing was saved by this stop"
+    assert job["message"] == "killed at step 3; no checkpoint was written at this stop"
 
 
 @pytest.mark.parametrize("verb", ["cancel", "kill"])
@@ -205,7 +205,7 @@ def test_a_success_goes_on_only_with_more_to_do(any_rig: ServiceHarness) -> None
     job_id, attempt = rig.running()
     rig.exit(attempt, "completed", step=10)
     job = rig.job(job_id)
-    assert (job["resumable"], job["resume_blocker"]) == (False, "finished: give more epochs or max_steps to go on")
+    assert (job["resumable"], job["resume_blocker"]) == (False, "finished: give more epochs or max_steps to continue")
     rig.post_action(job_id, "resume", status=409)
     assert rig.post_action(job_id, "resume", {"epochs": 1}, status=422)["errors"][0]["pointer"] == "/epochs"
     assert rig.post_action(job_id, "resume", {"max_steps": 10}, status=422)["errors"][0]["pointer"] == "/max_steps"

@@ -1,4 +1,4 @@
-"""What the service takes, how long it waits for it, and what it counts of its own work."""
+"""Limits on requests, their timeouts, and the metrics of the process."""
 
 import contextlib
 import http.client
@@ -49,7 +49,7 @@ HEAD = b"POST /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/jso
 
 
 def test_a_body_that_drips_is_given_up(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(middleware, "MAX_BODY_SECONDS", 0.3)
     with served(rig) as address:
         begin = time.monotonic()
         answer = raw(address, HEAD + b"Content-Length: 1000\r\n\r\n", *[b"x"] * 8, pause=0.05)
@@ -61,7 +61,7 @@ def test_a_body_that_drips_is_given_up(rig: ServiceHarness, monkeypatch: pytest.
 
 
 def test_a_head_that_drips_is_cut_off(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.3)
     with served(rig) as address:
         begin = time.monotonic()
         assert raw(address) == b"", "one that says nothing"
@@ -78,7 +78,7 @@ def test_a_body_that_was_refused_cannot_drip_on(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, length: bytes
 ) -> None:
     """Anybody can be refused: who goes on sending after the answer must not keep the connection."""
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.3)
     drop = b"1\r\nx\r\n" if b"chunked" in length else b"x"
     with served(rig) as address:
         begin = time.monotonic()
@@ -95,7 +95,7 @@ def test_a_body_that_was_refused_cannot_drip_on(
 def test_a_chunked_body_over_the_limit_is_cut_off_on_the_wire(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.3)
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     with served(rig) as address:
         answer = raw(address, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 17, pause=0.01)
@@ -118,8 +118,8 @@ def test_a_body_may_be_so_deep_and_no_deeper(rig: ServiceHarness) -> None:
 
 
 def test_a_stream_is_not_under_the_deadline_of_requests(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
-    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(server, "MAX_REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(middleware, "MAX_BODY_SECONDS", 0.2)
     from tests.service.live_server import Reader
 
     job_id, attempt = rig.running()
@@ -164,7 +164,7 @@ def test_a_key_is_forgotten_after_its_days(any_rig: ServiceHarness) -> None:
     assert again[1] != first[1]
     assert submit("a", "two") == (200, again[1])
     with any_rig.database.write() as session:
-        repository.forget_keys(session, utc_now() + timedelta(seconds=5))
+        repository.delete_old_keys(session, utc_now() + timedelta(seconds=5))
     assert submit("a", "three")[0] == 201
     assert len(any_rig.get("/jobs")["data"]) == 3
 
@@ -227,7 +227,7 @@ def test_a_histogram_counts_up() -> None:
         telemetry.requests.labels("GET", "/jobs", "200").observe(value)
     (found,) = [metric for metric in telemetry.collect() if metric.name == "trainyard_request_seconds"]
     assert (found.documentation, found.type) == (
-        "Time to answer a request; streams and downloads are left out.",
+        "Duration of requests, without streams and downloads.",
         "histogram",
     )
     labels = {"method": "GET", "route": "/jobs", "status": "200"}

@@ -1,4 +1,4 @@
-"""Lines of a log by their numbers and a search through all of it, held against a plain reading of the file."""
+"""Log lines by number and the search, compared with a plain reading of the file."""
 
 import random
 import time
@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.service.harness import ServiceHarness
-from tests.service.test_job_logs import log
+from tests.service.test_log_reader import log
 from trainyard.service.logs import line_index
-from trainyard.service.logs.line_index import ELLIPSIS, MAX_LINE, LineIndexCache
+from trainyard.service.logs.line_index import ELLIPSIS, MAX_LINE_BYTES, LineIndexCache
 from trainyard.service.logs.reader import BLOCK
 
 SEED = 7
@@ -71,7 +71,7 @@ def test_long_lines_are_cut_and_skipped(tmp_path: Path) -> None:
     path.write_bytes(b"first\n" + b"x" * (3 << 20) + b"needle\n" + b"\xf0\x9f\x98\x80" * 2000 + b"\nlast needle\n")
     read, index = known.read(path, 1, 10)
     assert index.total == 4
-    assert [len(line) for line in read] == [5, MAX_LINE + 1, MAX_LINE // 4 + 1, 11]
+    assert [len(line) for line in read] == [5, MAX_LINE_BYTES + 1, MAX_LINE_BYTES // 4 + 1, 11]
     assert read[1].endswith(ELLIPSIS)
     assert found_all(known, path, "NEEDLE", 10) == [(4, "last needle")]
     assert [line for line, _ in found_all(known, path, "x", 10)] == [2]

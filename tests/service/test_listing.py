@@ -1,4 +1,4 @@
-"""Lists: filters, order, pages."""
+"""Job lists: filters, order, pages."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The log: a line a request, ids where they belong, and no secrets, whoever writes them."""
+"""The log: one line per request, ids in their fields, and no secrets."""
 
 import io
 import json

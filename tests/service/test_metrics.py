@@ -1,4 +1,4 @@
-"""The curve: stitched, by attempt, page by page, in buckets."""
+"""The curve: stitched, by attempt, by pages, and in buckets."""
 
 import csv
 import io
@@ -14,8 +14,8 @@ from trainyard.contract.status import Reason
 from trainyard.service.metrics.downsampling import (
     Aggregate,
     aggregate_of,
-    rows,
-    width,
+    bucket_width,
+    to_buckets,
 )
 
 
@@ -193,20 +193,20 @@ def points(*losses: float | None) -> list[Aggregate]:
     ("last", "most", "wide"), [(0, 1, 1), (1, 1, 2), (7, 8, 1), (8, 8, 2), (1_000_000, 1000, 1024)]
 )
 def test_width(last: int, most: int, wide: int) -> None:
-    assert width(last, most) == wide
+    assert bucket_width(last, most) == wide
     assert last // wide + 1 <= most
 
 
 def test_a_growing_curve_never_moves() -> None:
     dice = random.Random(11)
     losses = [dice.random() for _ in range(200)]
-    before, after = list(rows(points(*losses[:150]), 16, 50)), list(rows(points(*losses), 16, 50))
+    before, after = list(to_buckets(points(*losses[:150]), 16, 50)), list(to_buckets(points(*losses), 16, 50))
     assert after[: len(before) - 1] == before[:-1]
 
 
 def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
     losses = [3.0, 2.0, None, 9.0, math.inf, 1.0]
-    [row] = rows(points(*losses), 8, 50)
+    [row] = to_buckets(points(*losses), 8, 50)
     half = 0.5 ** (1 / 50)
     total = weight = 0.0
     before = 1
@@ -216,11 +216,11 @@ def test_the_mean_is_the_formula_and_no_spike_is_lost() -> None:
             total, weight, before = decay * total + loss, decay * weight + 1, step
     assert row["loss_ema"] == pytest.approx(total / weight)
     assert (row["loss_max"], row["loss_min"], row["nonfinite_count"]) == (9.0, 1.0, 2)
-    assert list(rows([], 8, 50)) == []
+    assert list(to_buckets([], 8, 50)) == []
 
 
 def test_with_no_half_life_the_mean_is_the_point_itself() -> None:
-    assert [row["loss_ema"] for row in rows(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]
+    assert [row["loss_ema"] for row in to_buckets(points(3.0, 1.0, 2.0), 1, 0)] == [3.0, 1.0, 2.0]
 
 
 def test_no_evaluation_is_lost_between_the_last_points_of_buckets(any_rig: ServiceHarness) -> None:

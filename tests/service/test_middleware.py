@@ -1,4 +1,4 @@
-"""Errors, the gate, and a long list of nasty inputs: never a 5xx, never an echo."""
+"""Errors, authentication and malformed requests: never a 5xx, and never an echo of the input."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The database goes away at the worst moment, or somebody else holds it: 503 with Retry-After, and nothing is lost."""
+"""The database goes away or is blocked at the worst moment: 503 with Retry-After, and nothing is lost."""
 
 import functools
 import shutil

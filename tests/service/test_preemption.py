@@ -233,11 +233,11 @@ def test_pause_requeue_resume(rig: ServiceHarness) -> None:
     rig.exit(attempt, "stopped", Reason.USER, step=4, message="saved and stopped at step 4")
     job = rig.job(low)
     assert (job["status"], job["desired"], job["reason"]) == ("queued", "run", "preempted")
-    assert job["message"] == f"saved and stopped at step 4, to make room for {front}; it goes on by itself"
+    assert job["message"] == f"saved and stopped at step 4, to make room for {front}; it resumes automatically"
     rig.reconcile()
     assert rig.status(front) is JobStatus.STARTING
     assert rig.job(low)["summary"] == (
-        "Paused at step 4 to make room for a job of higher priority; goes on by itself. "
+        "Paused at step 4 to make room for a job of higher priority; resumes automatically. "
         "Waiting for 2 CPU slots; 1 of 2 free. Position 1."
     )
     rig.exit(rig.launcher.of(front), "completed", step=10)

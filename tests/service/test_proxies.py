@@ -1,4 +1,4 @@
-"""What a proxy says of a request is believed of those that are listed, and of nobody else."""
+"""X-Forwarded headers count if a trusted proxy sent them, and never otherwise."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from tests.service.harness import ServiceHarness
 from trainyard.service import __main__ as entry
 from trainyard.service.api.dependencies import AppState
 from trainyard.service.app import create_app
-from trainyard.service.proxies import TrustedProxies, address_in
+from trainyard.service.proxies import TrustedProxies, parse_address
 from trainyard.service.settings import InvalidSettings, Settings
 
 SAID = {"X-Forwarded-For": "198.51.100.7", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "yard.example"}
@@ -25,7 +25,7 @@ def client(
 ) -> TestClient:
     """A client of the rig's service as somebody at ``peer`` reaches it."""
     settings = rig.settings.model_copy(
-        update={"proxies": TrustedProxies.of(proxies.split(",")), "allowed_hosts": hosts}
+        update={"proxies": TrustedProxies.parse(proxies.split(",")), "allowed_hosts": hosts}
     )
     services = AppState(
         settings, rig.database, FixedInventory(tuple(rig.devices)), rig.scheduler, rig.pulse, rig.sender
@@ -89,13 +89,13 @@ def test_others_are_not_believed(rig: ServiceHarness) -> None:
 
 
 def test_addresses() -> None:
-    assert [str(address_in(text)) for text in ("1.2.3.4", " ::1 ", "[::1]", "::ffff:1.2.3.4")] == [
+    assert [str(parse_address(text)) for text in ("1.2.3.4", " ::1 ", "[::1]", "::ffff:1.2.3.4")] == [
         "1.2.3.4",
         "::1",
         "::1",
         "1.2.3.4",
     ]
-    assert [address_in(text) for text in ("", "localhost", "1.2.3", "1.2.3.4.5", "[", "::g")] == [None] * 6
+    assert [parse_address(text) for text in ("", "localhost", "1.2.3", "1.2.3.4.5", "[", "::g")] == [None] * 6
 
 
 # What may be listened on, and by whom
@@ -147,8 +147,8 @@ def test_a_name_that_means_another_address_is_found_out(tmp_path: Path, monkeypa
     real = socket.socket.bind
     monkeypatch.setattr(socket.socket, "bind", lambda self, _: real(self, ("0.0.0.0", 0)))
     with pytest.raises(InvalidSettings, match="others can reach"):
-        entry._bound(settings)
-    with entry._bound(settings.model_copy(update={"token": "long enough"})) as listener:
+        entry._bind(settings)
+    with entry._bind(settings.model_copy(update={"token": "long enough"})) as listener:
         assert listener.getsockname()[0] == "0.0.0.0"
 
 

@@ -1,4 +1,4 @@
-"""Quotas of named tokens: counted in the transaction that queues the job, so that two at once never share a place."""
+"""Quotas of named tokens: checked in the transaction that queues the job, so that two requests never share a place."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
-from tests.service.test_access import bearer, created, listed
+from tests.service.test_auth import bearer, created, listed
 from tests.service.test_checkpoints import saved
 from trainyard.contract.status import Reason
 from trainyard.service.devices.inventory import cpu_slots

@@ -1,4 +1,4 @@
-"""/ready, /status and /metrics: what is wrong is said by its name, while the rest is still told."""
+"""/ready, /status and /metrics: each failure is reported by component, while the rest still works."""
 
 import shutil
 import subprocess
@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
-from trainyard.service.api.readiness import ROUND_SECONDS, TAKEOVER_SECONDS, check_components
+from trainyard.service.api.readiness import MAX_ROUND_SECONDS, MAX_TAKEOVER_SECONDS, check_components
 from trainyard.service.db.engine import newest_revision
 from trainyard.service.db.models import SchedulerLeaseRow
 from trainyard.service.leadership import LeaderMonitor
@@ -54,7 +54,7 @@ def test_no_scheduler(rig: ServiceHarness) -> None:
 
 
 def test_a_scheduler_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(live.scheduler), "seconds_since_round", property(lambda _: ROUND_SECONDS + 1))
+    monkeypatch.setattr(type(live.scheduler), "seconds_since_round", property(lambda _: MAX_ROUND_SECONDS + 1))
     assert told(live, 503)["scheduler"] == (False, "has not finished a round for 61 s")
 
 
@@ -68,7 +68,7 @@ def test_the_database_is_away(live: ServiceHarness, monkeypatch: pytest.MonkeyPa
     assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
     assert told(live, 503) == {
         "database": (False, "does not answer: OperationalError"),
-        "scheduler": (False, "cannot be known while the database is away"),
+        "scheduler": (False, "unknown while the database is unavailable"),
         "disk": (True, "has room"),
     }
     assert "secret" not in answer.text
@@ -132,8 +132,8 @@ def test_a_replica_hears_whether_somebody_schedules(any_rig: ServiceHarness, mon
     with any_rig.database.write() as session:
         session.add(SchedulerLeaseRow(id=1, epoch=1, beat=1, holder="{}"))
     assert replica(any_rig, monkeypatch, lambda _: 1.0)["scheduler"] == (True, "runs in another service")
-    found = replica(any_rig, monkeypatch, lambda _: TAKEOVER_SECONDS + 1)["scheduler"]
-    assert found == (False, "no service that schedules was heard for 16 s")
+    found = replica(any_rig, monkeypatch, lambda _: MAX_TAKEOVER_SECONDS + 1)["scheduler"]
+    assert found == (False, "no service has renewed the scheduler lease for 16 s")
 
 
 def test_the_leader_is_watched_by_its_counting() -> None:
@@ -183,7 +183,7 @@ def test_a_low_disk_is_told_and_a_full_one_takes_no_work(
 
 
 def test_a_disk_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(live.app.state.services.disks), "stale", property(lambda _: True))
+    monkeypatch.setattr(type(live.app.state.app_state.disks), "stale", property(lambda _: True))
     assert told(live, 503)["disk"] == (False, "a disk does not answer")
 
 

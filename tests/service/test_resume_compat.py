@@ -1,4 +1,4 @@
-"""A run goes on with what its checkpoint was saved with, or the answer names what is another one now."""
+"""A run resumes only with what its checkpoint was saved with; the error names each difference."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from tests.service.test_checkpoints import write_checkpoint
 from trainyard.contract.file_identity import BLOCK_BYTES, BLOCKS, FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.tokenizer_info import fingerprint_of
-from trainyard.service.jobs.resume_compat import identity_in
+from trainyard.service.jobs.resume_compat import read_identity
 
 
 def identity(rig: ServiceHarness, job_id: str) -> RunIdentity:
@@ -95,9 +95,10 @@ def test_a_corpus_of_another_size_is_named_and_the_job_stays_as_it_is(any_rig: S
 def test_as_many_other_bytes_are_another_corpus_and_none_is_a_difference_too(rig: ServiceHarness) -> None:
     job_id = paused_at(rig, 400)
     rig.corpus.write_text('{"text": "two"}\n')
-    assert refused(rig, job_id) == ["data_path: 16 bytes when step 400 was saved, as many now, and not the same ones"]
+    before = "data_path: 16 bytes when step 400 was saved"
+    assert refused(rig, job_id) == [f"{before}, the same number now, but not the same bytes"]
     rig.corpus.unlink()
-    assert refused(rig, job_id) == ["data_path: 16 bytes when step 400 was saved, and it cannot be read now"]
+    assert refused(rig, job_id) == [f"{before}, and it cannot be read now"]
     os.mkfifo(rig.corpus)
     assert "cannot be read now" in refused(rig, job_id)[0]
 
@@ -153,7 +154,7 @@ def test_what_cannot_be_read_is_for_the_worker_to_judge_and_an_older_one_is_look
     file.unlink()
     if state is not None:
         file.write_bytes(state)
-    assert identity_in(file.parent) is None
+    assert read_identity(file.parent) is None
     with rig.corpus.open("a") as corpus:
         corpus.write("x")
     assert refused(rig, job_id) == ["data_path: 16 bytes when step 200 was saved, 17 now"]

@@ -296,7 +296,7 @@ def test_only_the_service_that_schedules_removes(rig: ServiceHarness, monkeypatc
 
     job_id = long_run(rig, 100)
     rig.clock.forward(91 * DAY)
-    services = rig.app.state.services
+    services = rig.app.state.app_state
     upkeep = MaintenanceLoop(
         rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.telemetry.rows_removed
     )

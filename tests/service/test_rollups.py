@@ -1,4 +1,4 @@
-"""Long curves by their sums against a slow reader of every point, whatever happens to the curve meanwhile."""
+"""Rollups compared with a slow computation from every point, also while the curve changes."""
 
 import math
 import random
@@ -18,7 +18,7 @@ from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import downsampling, rollups, store
 from trainyard.service.metrics.downsampling import (
     Aggregate,
-    Summary,
+    RollupBucket,
     aggregate,
     aggregate_of,
 )
@@ -72,14 +72,14 @@ def test_sums_of_stretches_are_what_the_points_give(seed: int) -> None:
     dice = random.Random(seed)
     points = random_points(dice, 700, dice.choice((1, 3, 100)))
     for half_life in (10, 50, 200, 1000):
-        fine = aggregate((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
+        fine = aggregate((RollupBucket.of(p.step, p.loss, p.attempt) for p in points), 64)
         index = downsampling.HALF_LIVES.index(half_life)
         for wide in (64, 1024):
-            stretches = aggregate([Summary(**vars(s)) for s in fine], wide)
+            stretches = aggregate([RollupBucket(**vars(s)) for s in fine], wide)
             parts = [downsampling.Aggregate._make([*list(vars(s).values())[:10], s.totals[index], s.weights[index]])
                      for s in stretches]  # fmt: skip
-            same(list(downsampling.rows(parts, wide, half_life)), list(buckets(points, wide, half_life)))
-        same(list(downsampling.rows(points, 64, half_life)), list(buckets(points, 64, half_life)))
+            same(list(downsampling.to_buckets(parts, wide, half_life)), list(buckets(points, wide, half_life)))
+        same(list(downsampling.to_buckets(points, 64, half_life)), list(buckets(points, 64, half_life)))
 
 
 def test_what_is_not_finite_leaves_no_mark() -> None:
@@ -89,12 +89,12 @@ def test_what_is_not_finite_leaves_no_mark() -> None:
         aggregate_of(3, 2.0, 1),
         aggregate_of(200, None, 2),
     ]
-    stretches = aggregate((Summary.of(p.step, p.loss, p.attempt) for p in points), 64)
+    stretches = aggregate((RollupBucket.of(p.step, p.loss, p.attempt) for p in points), 64)
     assert [(s.count, s.nonfinite, s.finite_step, s.loss_min) for s in stretches] == [
         (3, 2, 3, 2.0),
         (1, 1, None, None),
     ]
-    assert list(downsampling.rows([], 64, 50)) == []
+    assert list(downsampling.to_buckets([], 64, 50)) == []
 
 
 def seal_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +180,10 @@ def test_a_deleted_job_takes_its_sums_along(any_rig: ServiceHarness, monkeypatch
 
 
 def test_which_questions_the_sums_answer() -> None:
-    assert rollups.is_kept(rollups.RollupView(64, 50))
-    assert not rollups.is_kept(rollups.RollupView(32, 50))
-    assert not rollups.is_kept(rollups.RollupView(64, 0))
-    assert not rollups.is_kept(rollups.RollupView(64, 49.5))
+    assert rollups.can_use_rollups(rollups.RollupView(64, 50))
+    assert not rollups.can_use_rollups(rollups.RollupView(32, 50))
+    assert not rollups.can_use_rollups(rollups.RollupView(64, 0))
+    assert not rollups.can_use_rollups(rollups.RollupView(64, 49.5))
 
 
 def long_curve(rig: ServiceHarness, points: int) -> str:

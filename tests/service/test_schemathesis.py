@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes of the OpenAPI document: no answer of 5xx, none that the document does not know."""
+"""Requests generated from the OpenAPI document by schemathesis: no 5xx, and no response that is not documented."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""`python -m trainyard.service` as a process: it binds before it says so, ends on SIGTERM, and is alone on its home."""
+"""`python -m trainyard.service` as a process: binding, shutdown on SIGTERM, and one service per home."""
 
 import http.client
 import json

@@ -96,7 +96,7 @@ def test_every_mistake_has_its_line() -> None:
     assert database.startswith("TRAINYARD_DATABASE_URL or --database-url must be sqlite:////FOLDER/FILE")
     assert rest == [
         "TRAINYARD_CPU_SLOTS must be a whole number",
-        "TRAINYARD_PORT or --port must be 0 to 65535; 0 takes a free one",
+        "TRAINYARD_PORT or --port must be 0 to 65535; 0 picks a free one",
         "TRAINYARD_PREEMPTION must be off or on",
         "TRAINYARD_LOG_LEVEL must be debug or error or info or warning",
         "TRAINYARD_SLURM_QOS is not what sbatch takes",

@@ -1,4 +1,4 @@
-"""The streams over real sockets: replay, order, ends, readers that do not read, and what it costs."""
+"""The streams over real sockets: replay, order, ends, stalled readers, and the cost."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import Reason
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import MetricRow
-from trainyard.service.logs.reader import read_whole
+from trainyard.service.logs.reader import read_growing
 from trainyard.service.metrics import store
 from trainyard.service.streams import broadcaster, sse, subscribers
 from trainyard.service.streams.sse import event, parse_last_event_id
@@ -27,8 +27,8 @@ Open = Callable[..., Reader]
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.01)
+    monkeypatch.setattr(broadcaster, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(broadcaster, "MIN_POLL_SECONDS", 0.01)
     monkeypatch.setattr(subscribers, "POLL_SECONDS", 0.02)
 
 
@@ -169,7 +169,7 @@ def test_too_many_readers_are_told_so(rig: ServiceHarness, open_sqlite: Open, mo
 def test_a_comment_comes_while_nothing_does(
     rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "COMMENT_SECONDS", 0.1)
+    monkeypatch.setattr(sse, "KEEPALIVE_SECONDS", 0.1)
     blocks = open_sqlite(f"/jobs/{rig.submit()}/metrics/stream").blocks()
     assert next(blocks) == ["retry: 2000", ": trainyard"]
     assert next(blocks) == [": still here"]
@@ -239,7 +239,7 @@ def test_the_database_away_is_waited_for(
     job_id, attempt = rig.running()
     reader = open_sqlite(f"/jobs/{job_id}/metrics/stream")
     attempt.metric(1)
-    look, failures = rig.pulse._look, [0]
+    look, failures = rig.pulse._poll, [0]
 
     def away(known: Any) -> Any:
         failures[0] += 1
@@ -247,7 +247,7 @@ def test_the_database_away_is_waited_for(
             raise OSError("gone")
         return look(known)
 
-    monkeypatch.setattr(rig.pulse, "_look", away)
+    monkeypatch.setattr(rig.pulse, "_poll", away)
     rig.ship(attempt)
     assert reader.take(1)[0]["data"]["step"] == 1
     assert failures[0] >= 4
@@ -309,13 +309,13 @@ def test_a_log_that_is_not_there_yet(rig: ServiceHarness, open_sqlite: Open) -> 
 def test_a_character_whose_rest_is_still_to_come(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes("aß".encode()[:-1])
-    assert read_whole(path, 0, 100, last=False) == ("a", 1)
-    assert read_whole(path, 1, 100, last=False) == ("", 1)
-    assert read_whole(path, 1, 100, last=True) == ("\N{REPLACEMENT CHARACTER}", 2)
+    assert read_growing(path, 0, 100, last=False) == ("a", 1)
+    assert read_growing(path, 1, 100, last=False) == ("", 1)
+    assert read_growing(path, 1, 100, last=True) == ("\N{REPLACEMENT CHARACTER}", 2)
     path.write_bytes("aß".encode())
-    assert read_whole(path, 1, 100, last=False) == ("ß", 3)
+    assert read_growing(path, 1, 100, last=False) == ("ß", 3)
     path.write_bytes(b"\xf0\xffab")
-    assert read_whole(path, 0, 100, last=False)[1] == 4
+    assert read_growing(path, 0, 100, last=False)[1] == 4
 
 
 # Parts
@@ -344,8 +344,8 @@ def test_no_thread_waits_for_a_reader(make_rig: MakeHarness, sqlite_url: str) ->
 def test_what_this_process_stores_itself_waits_for_no_beat(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(broadcaster, "BEAT_SECONDS", 600.0)
-    monkeypatch.setattr(broadcaster, "MIN_SECONDS", 0.0)
+    monkeypatch.setattr(broadcaster, "POLL_SECONDS", 600.0)
+    monkeypatch.setattr(broadcaster, "MIN_POLL_SECONDS", 0.0)
     job_id, attempt = rig.running()
     with served(rig) as address:
         reader = Reader(address, f"/jobs/{job_id}/metrics/stream")

@@ -1,4 +1,4 @@
-"""The one sentence about a job."""
+"""The summary of a job."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -53,7 +53,7 @@ def test_sentences() -> None:
     assert sentence(phase=Phase.COMPILING) == "Compiling the model."
     assert sentence(heard_at=NOW - timedelta(seconds=45)) == (
         "No report for 45 s, expected every 0.5 s, last at step 12,400. "
-        "Not treated as failed: its processes are looked at."
+        "Not treated as failed: its processes are being checked."
     )
     queue = Queue(position=3, waiting_for="2 GPUs; 1 of 4 free")
     assert sentence(status=JobStatus.QUEUED, queue=queue) == "Waiting for 2 GPUs; 1 of 4 free. Position 3."
@@ -61,7 +61,7 @@ def test_sentences() -> None:
     assert sentence(status=JobStatus.PAUSING) == "Saving and pausing at step 12,400."
     assert sentence(status=JobStatus.CANCELLING) == "Saving and stopping at step 12,400."
     assert sentence(status=JobStatus.CANCELLING, desired=Desired.KILL) == "Ending without a save at step 12,400."
-    assert sentence(status=JobStatus.PAUSED) == "Paused at step 12,400; resuming goes on from step 12,000."
+    assert sentence(status=JobStatus.PAUSED) == "Paused at step 12,400; resuming continues from step 12,000."
     assert sentence(status=JobStatus.SUCCEEDED) == "Finished at step 12,400, loss 2.913."
     failed = {"status": JobStatus.FAILED, "message": "out of GPU memory on rank 2", "hint": "Lower batch_size."}
     assert sentence(**failed) == "Out of GPU memory on rank 2. Lower batch_size."

@@ -10,7 +10,7 @@ from tests.service.conftest import Command
 from tests.service.harness import ServiceHarness
 from tests.service.receiver import Receiver, receiving, status, verified
 from tests.service.test_webhooks import send
-from trainyard.client.cli.commands.webhooks import rule_in
+from trainyard.client.cli.commands.webhooks import parse_rule
 from trainyard.client.exit_codes import UsageError
 
 
@@ -39,7 +39,7 @@ def test_a_life(command: Command, rig: ServiceHarness, receiver: Receiver) -> No
     code, out, _ = command("webhook", "list")
     assert webhook_id in out
     assert "all jobs" in out
-    assert "good" in out
+    assert " ok" in out
     assert secret not in out
     code, out, _ = command("webhook", "deliveries", webhook_id)
     assert "delivered" in out
@@ -50,8 +50,8 @@ def test_a_life(command: Command, rig: ServiceHarness, receiver: Receiver) -> No
     assert receiver.got[0].id == receiver.got[1].id
     code, out, _ = command("webhook", "rotate", webhook_id)
     assert out.strip() not in ("", secret)
-    assert command("webhook", "disable", webhook_id)[2] == f"{webhook_id} is off\n"
-    assert command("webhook", "enable", webhook_id)[2] == f"{webhook_id} is good\n"
+    assert command("webhook", "disable", webhook_id)[2] == f"{webhook_id} is disabled\n"
+    assert command("webhook", "enable", webhook_id)[2] == f"{webhook_id} is ok\n"
     code, out, _ = command("webhook", "show", webhook_id)
     assert receiver.url in out
     assert "job.created" in out
@@ -92,7 +92,7 @@ def test_the_test_verb_says_what_came_of_it(
 @pytest.mark.parametrize("text", ["", "nonfinite=1", "plateau", "plateau=x", "other=3", "no_progress="])
 def test_what_is_no_rule(text: str) -> None:
     with pytest.raises(UsageError, match="--rule takes nonfinite, no_progress=MINUTES"):
-        rule_in(text)
+        parse_rule(text)
 
 
 def test_wrong_usage_and_what_the_service_refuses(command: Command) -> None:

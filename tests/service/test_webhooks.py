@@ -1,4 +1,4 @@
-"""Webhooks by the API: registered, changed, tested, and what arrives at a real server."""
+"""Webhooks by the API: created, changed, tested, and received by a real server."""
 
 from typing import Any
 

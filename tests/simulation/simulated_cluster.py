@@ -306,7 +306,7 @@ class SimulatedCluster:
         job.completed = job.completed or report.outcome == "completed"
         self.transition(job, ending.status)
         self.counts[f"ended {ending.status}: {ending.reason}"] += 1
-        if ending.queued_again:
+        if ending.requeue:
             job.desired, job.trigger = Desired.RUN, "preemption"
             self.transition(job, JobStatus.QUEUED)
         self.check_restart(job, ending)

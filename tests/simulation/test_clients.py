@@ -194,7 +194,7 @@ class Clients(RuleBasedStateMachine):
 
     def job_state(self, job_id: str) -> JobState:
         with self.rig.database.read() as session:
-            return queries.standing(repository.find(session, job_id))
+            return queries.job_state(repository.find(session, job_id))
 
     def changes(self, job_id: str) -> list[dict[str, Any]]:
         log = select(EventRow.data).where(EventRow.job_id == job_id, EventRow.kind == "status")

@@ -20,7 +20,7 @@ RELEASE_0_1 = "3dc47211ad9d41b04c08c5fedc7407a10f598d4f"
 ROOT = Path(__file__).parents[2]
 STEPS = 120
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.events import (
-    EVENT,
-    CheckpointSaved,
-    Event,
-    Metric,
-    WarningEvent,
-)
+from trainyard.contract.events import EVENT, CheckpointSaved, Event, Metric, WarningEvent
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import AttemptDir, RunDir
 
@@ -31,25 +25,7 @@ SERVER.set_forkserver_preload(["trainyard.worker.main", "torch._dynamo", "tests.
 Patch = Callable[[], None]
 """Changes a rank's process before it runs, e.g. to make a save fail."""
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "dogs",
-    "ran",
-    "over",
-    "green",
-    "hills",
-    "and",
-    "rivers",
-    "to",
-    "the",
-    "sea",
-]
+WORDS = "the cat sat on a mat while dogs ran over green hills and rivers to the sea".split()  # noqa: SIM905
 
 
 def corpus(path: Path, documents: int = 60, seed: int = 5) -> Path:
@@ -118,11 +94,11 @@ class Ranks:
 
 
 def wait_for_step(attempt: AttemptDir, step: int, alive: Callable[[], bool]) -> None:
-    """Return once ``step`` is done; fail where nobody is alive to do it."""
+    """Return once ``step`` is done; fail if no rank is alive to do it."""
     deadline = time.monotonic() + DEADLINE
     while (attempt.read_step() or 0) < step:
         assert time.monotonic() < deadline, f"step {step} never came"
-        assert alive(), f"nobody is left to do step {step}"
+        assert alive(), f"no rank is left to do step {step}"
         time.sleep(0.002)
 
 
@@ -222,7 +198,7 @@ def curve(run: RunDir) -> dict[int, tuple[float | None, float | None, int, float
     return points
 
 
-def products(run: RunDir) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of everything a run leaves for others: tensors and weights."""
+def outputs(run: RunDir) -> Iterator[tuple[str, bytes]]:
+    """Yield names and contents of all that a run writes for others: tensors and weights."""
     for file in sorted([*run.path.glob("checkpoints/step-*/*.safetensors"), *run.path.glob("out/*.pth")]):
         yield str(file.relative_to(run.path)), file.read_bytes()

@@ -103,7 +103,7 @@ def test_a_link_that_was_changed_is_refused_by_name(ground: Ground, field: str, 
     first = "data.data_path" if where != "the path itself" and field != "checkpoint.save_dir" else field
     with pytest.raises(TrainingError, match=f"{first} lies outside the directories") as refused:
         check_allowed_paths(spec, ground.run, ground.environment)
-    assert "Nothing was read of it" in str(refused.value.hint)
+    assert "Nothing was read from it" in str(refused.value.hint)
     assert refused.value.reason == "spec_invalid"
 
 
@@ -173,7 +173,7 @@ def test_a_rank_that_finds_a_changed_link_touches_nothing(ground: Ground, field:
     assert (outcome.outcome, outcome.reason, outcome.step) == ("failed", "spec_invalid", 0)
     assert outcome.message == f"{field} lies outside the directories this service may use"
     assert outcome.error is not None
-    assert "Nothing was read of it" in str(outcome.error.hint)
+    assert "Nothing was read from it" in str(outcome.error.hint)
     assert not heard.exists(), heard.read_text()
     assert ground.found_outside() == before
 

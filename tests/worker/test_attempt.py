@@ -7,16 +7,16 @@ from trainyard.contract.status import Reason
 from trainyard.worker.attempt import Heartbeat, write_outcome_once
 
 
-def test_the_sign_of_life_is_the_last_step(tmp_path: Path) -> None:
+def test_the_heartbeat_is_the_last_step(tmp_path: Path) -> None:
     path = tmp_path / "progress"
-    life = Heartbeat(path)
+    heartbeat = Heartbeat(path)
     for step in (99999, 7):
-        life.beat(step)
-        assert int(path.read_text()) == life.step == step
+        heartbeat.beat(step)
+        assert int(path.read_text()) == heartbeat.step == step
     Heartbeat(None).beat(3)
 
 
-def test_the_first_outcome_stands(tmp_path: Path) -> None:
+def test_the_first_outcome_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "outcome.json"
     failed = Outcome(outcome="failed", step=3, reason=Reason.OUT_OF_MEMORY)
     assert write_outcome_once(path, failed) == failed

@@ -13,7 +13,7 @@ from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, rows
 from trainyard.model.config import ModelConfig
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.errors import cannot_compile
+from trainyard.worker.errors import compile_error
 from trainyard.worker.training.state import initial_model
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
@@ -73,11 +73,11 @@ def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
 def test_what_the_compiler_raises_is_told_from_other_errors() -> None:
     from torch._inductor.exc import InvalidCxxCompiler, TritonMissing
 
-    missing = cannot_compile(InvalidCxxCompiler())
+    missing = compile_error(InvalidCxxCompiler())
     assert missing is not None
     assert "C++ compiler is missing" in str(missing.hint)
-    other = cannot_compile(TritonMissing(None))
+    other = compile_error(TritonMissing(None))
     assert other is not None
     assert str(other.hint).startswith("Set training.use_compile to false")
-    assert cannot_compile(RuntimeError("shapes differ")) is None
-    assert cannot_compile(MemoryError()) is None
+    assert compile_error(RuntimeError("shapes differ")) is None
+    assert compile_error(MemoryError()) is None

@@ -7,13 +7,13 @@ import pytest
 from trainyard.worker.training.control import StopSignal
 
 
-def test_a_wish_to_stop(tmp_path: Path) -> None:
+def test_a_stop_by_file_and_by_signal(tmp_path: Path) -> None:
     import signal
 
-    wish = StopSignal(tmp_path / "stop")
-    assert not wish.requested()
+    stop = StopSignal(tmp_path / "stop")
+    assert not stop.requested()
     (tmp_path / "stop").touch()
-    assert wish.requested()
+    assert stop.requested()
     by_signal = StopSignal(None)
     by_signal.on_signal(signal.SIGINT, None)
     assert by_signal.requested()

@@ -1,4 +1,4 @@
-"""Disks that are really full, read-only, closed or limited: a failed save is told, and nothing before it is lost."""
+"""Disks that are really full, read-only, closed or limited: a failed save is reported, nothing before it is lost."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ import pytest
 
 from tests.unprivileged import NOBODY, public_tmp_dir
 from tests.worker import rank_runner
-from tests.worker.test_saving import Bench, train_on
+from tests.worker.test_saver import Bench, train_on
 from trainyard.contract.events import CheckpointSaved, WarningEvent
 from trainyard.worker.checkpoint import files, saver
 
@@ -21,7 +21,7 @@ CLONE_NEWNS = 0x20000
 
 
 def mounts() -> bool:
-    """Whether a process of ours may mount something that nobody else sees."""
+    """Whether a process of ours may mount something that no other process sees."""
     command = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"]
     return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
 
@@ -65,30 +65,30 @@ def own_disk(path: Path) -> Path:
 def begun(path: Path) -> Bench:
     """Step 1 is saved and training goes on."""
     bench = Bench(path, keep_last=5)
-    train_on(bench.trainee)
+    train_on(bench.train_state)
     bench.save(1)
     return bench
 
 
 def require_told_and_kept(bench: Bench, step: int, why: str) -> None:
-    """The save of ``step`` failed: it is told once, the first is whole, nothing half is left, and training goes on."""
+    """The save of ``step`` failed: one warning, the first save is whole, nothing torn is left, training continues."""
     bench.save(step)
     (warning,) = bench.of(WarningEvent)
     assert (warning.code, warning.step) == ("save_failed", step)
     assert why in warning.message
-    assert warning.message.endswith("; training goes on")
+    assert warning.message.endswith("; training continues")
     assert [event.step for event in bench.of(CheckpointSaved)] == [1]
-    assert files.verify(bench.products.checkpoint(1)) is None
-    assert [path.name for path in bench.products.checkpoints.iterdir()] == ["step-00000001"]
-    train_on(bench.trainee)
+    assert files.verify(bench.artifacts.checkpoint(1)) is None
+    assert [path.name for path in bench.artifacts.checkpoints.iterdir()] == ["step-00000001"]
+    train_on(bench.train_state)
 
 
 def require_the_next_works(bench: Bench, step: int) -> None:
-    bench.save(step, must=True)
+    bench.save(step, required=True)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, step]
     assert len(bench.of(WarningEvent)) == 1
     for saved in (1, step):
-        assert files.verify(bench.products.checkpoint(saved)) is None
+        assert files.verify(bench.artifacts.checkpoint(saved)) is None
 
 
 def full(path: Path) -> None:
@@ -114,7 +114,7 @@ def read_only(path: Path) -> None:
 
 def limited(path: Path) -> None:
     bench = begun(path / "disk")
-    size = (bench.products.checkpoint(1) / "optimizer.safetensors").stat().st_size
+    size = (bench.artifacts.checkpoint(1) / "optimizer.safetensors").stat().st_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, resource.RLIM_INFINITY))
     require_told_and_kept(bench, 2, "File too large")
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -135,7 +135,7 @@ def gone(path: Path) -> None:
     shutil.rmtree(path / "disk")
     bench.save(2)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
-    assert files.verify(bench.products.checkpoint(2)) is None
+    assert files.verify(bench.artifacts.checkpoint(2)) is None
 
 
 @needs_mounts

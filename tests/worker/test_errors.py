@@ -5,18 +5,20 @@ import pickle
 import torch
 
 from trainyard.contract.spec import TrainingSpec
-from trainyard.worker.errors import out_of_memory, save_error
+from trainyard.worker.errors import out_of_memory_error, save_error
 
 
 def test_failures_carry_advice_with_numbers() -> None:
     training = TrainingSpec(batch_size=32, accumulation_steps=2)
-    memory = out_of_memory(torch.OutOfMemoryError("2 GiB"), rank=1, step=4, training=training, peak_bytes=7 * 10**9)
+    memory = out_of_memory_error(
+        torch.OutOfMemoryError("2 GiB"), rank=1, step=4, training=training, peak_bytes=7 * 10**9
+    )
     assert memory is not None
     assert (memory.rank, memory.outcome(4).error.peak_memory_bytes) == (1, 7 * 10**9)  # type: ignore[union-attr]
     assert "batch_size to 16 and training.accumulation_steps to 4" in str(memory)
     one_row = TrainingSpec(batch_size=1)
-    assert out_of_memory(RuntimeError("shapes differ"), rank=0, step=0, training=one_row) is None
-    single = out_of_memory(MemoryError(), rank=0, step=0, training=one_row)
+    assert out_of_memory_error(RuntimeError("shapes differ"), rank=0, step=0, training=one_row) is None
+    single = out_of_memory_error(MemoryError(), rank=0, step=0, training=one_row)
     assert "max_seq_len" in str(single)
     full = save_error(OSError(28, "No space left on device", "/d/x"), "the checkpoint of step 3")
     assert str(full).splitlines()[0] == "the checkpoint of step 3 could not be written: No space left on device (/d/x)"

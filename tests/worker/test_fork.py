@@ -1,4 +1,4 @@
-"""A fork goes on from its parent's checkpoint: as the same run, or with data and schedule that begin anew."""
+"""A fork continues from its parent's checkpoint: as the same run, or with data and schedule restarted."""
 
 import json
 import os
@@ -11,12 +11,7 @@ from unittest import mock
 import pytest
 
 from tests.worker import rank_runner
-from trainyard.contract.events import (
-    CheckpointSaved,
-    Metric,
-    ResumeVerified,
-    Started,
-)
+from trainyard.contract.events import CheckpointSaved, Metric, ResumeVerified, Started
 from trainyard.contract.messages import Fork
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir, write_json
@@ -69,15 +64,15 @@ def lines(run: RunDir, attempt: int = 1) -> dict[int, tuple[Any, ...]]:
 def test_kept_and_unchanged_it_is_the_parents_run_to_the_last_bit(parent: RunDir, tmp_path: Path) -> None:
     run = forked(parent, tmp_path / "run", "keep")
     assert rank_runner.run_to_end(run).step == 16
-    theirs, ours = dict(rank_runner.products(parent)), dict(rank_runner.products(run))
+    theirs, ours = dict(rank_runner.outputs(parent)), dict(rank_runner.outputs(run))
     assert ours.keys() == theirs.keys() - {"checkpoints/step-00000000/model.safetensors"}
     assert all(theirs[name] == data for name, data in ours.items())
     # The sums since the parent's last line go along: the first line of the fork is the parent's.
     assert lines(run) == {step: line for step, line in lines(parent).items() if step > STEP}
-    told = rank_runner.events(run)
-    assert [e.start_step for e in told if isinstance(e, Started)] == [STEP]
-    assert [e.difference for e in told if isinstance(e, ResumeVerified)] == [0.0]
-    assert [e.step for e in told if isinstance(e, CheckpointSaved)] == [STEP, 16]
+    emitted = rank_runner.events(run)
+    assert [e.start_step for e in emitted if isinstance(e, Started)] == [STEP]
+    assert [e.difference for e in emitted if isinstance(e, ResumeVerified)] == [0.0]
+    assert [e.step for e in emitted if isinstance(e, CheckpointSaved)] == [STEP, 16]
     assert not run.artifacts(None).origin.exists()
     source = parent.artifacts(None).checkpoint(STEP)
     own = run.artifacts(None).checkpoint(STEP)
@@ -90,13 +85,13 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     changes: dict[str, Any] = {"training": {"max_steps": 12, "batch_size": 5, "accumulation_steps": 1, "seed": 7}}
     untouched = forked(parent, tmp_path / "untouched", "restart", **changes)
     assert rank_runner.run_to_end(untouched).step == STEP + 12
-    told = rank_runner.events(untouched)
-    begun = next(event for event in told if isinstance(event, Started))
+    emitted = rank_runner.events(untouched)
+    begun = next(event for event in emitted if isinstance(event, Started))
     assert (begun.start_step, begun.base_step, begun.steps, begun.global_batch) == (STEP, STEP, STEP + 12, 5)
-    rates = {e.step: e.learning_rate for e in told if isinstance(e, Metric)}
+    rates = {e.step: e.learning_rate for e in emitted if isinstance(e, Metric)}
     assert sorted(rates) == [9, 12, 15, 18, 20]
     assert rates == {step: lr_at(step - STEP, 12, 5e-3) for step in rates}
-    epochs = [e.epoch for e in told if isinstance(e, Metric)]
+    epochs = [e.epoch for e in emitted if isinstance(e, Metric)]
     assert epochs == sorted(epochs)
     assert epochs[0] == pytest.approx(5 / begun.samples)
     # The state is that of the fork in every later checkpoint, so an interruption changes nothing.
@@ -106,8 +101,8 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     assert rank_runner.run_to_end(broken, 1, partial(stop_after, broken, 1, STEP + 3)).step == STEP + 3
     assert rank_runner.run_to_end(broken).step == STEP + 12
     final = f"step-{STEP + 12:08d}/"
-    last = {name: data for name, data in rank_runner.products(untouched) if final in name}
-    assert last == {name: data for name, data in rank_runner.products(broken) if final in name}
+    last = {name: data for name, data in rank_runner.outputs(untouched) if final in name}
+    assert last == {name: data for name, data in rank_runner.outputs(broken) if final in name}
     assert len(last) == 2
 
 
@@ -129,11 +124,11 @@ def begin(run: RunDir, said: list[Any], identity: RunIdentity | None = None, **t
 
     described = json.loads(run.spec.read_text())
     spec = JobSpec.model_validate_json(json.dumps({**described, "training": {**described["training"], **training}}))
-    products = run.artifacts(None)
-    place = products.origin if products.origin.is_dir() else products.checkpoint(STEP)
+    artifacts = run.artifacts(None)
+    place = artifacts.origin if artifacts.origin.is_dir() else artifacts.checkpoint(STEP)
     identity = identity or files.read_state(place).identity
-    found = find_resume_point(spec, run, products, identity, lambda _: 16, said.append)
-    return found.path if found is not None else None
+    found = find_resume_point(spec, run, artifacts, identity, lambda _: 16, said.append)
+    return found.source if found is not None else None
 
 
 @pytest.mark.slow
@@ -172,7 +167,7 @@ def test_a_fork_never_begins_at_step_0(parent: RunDir, tmp_path: Path) -> None:
 def test_what_cannot_be_another_run_is_refused_by_name(parent: RunDir, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    kept, anew = forked(parent, tmp_path / "kept", "keep"), forked(parent, tmp_path / "anew", "restart")
+    kept, restarted = forked(parent, tmp_path / "kept", "keep"), forked(parent, tmp_path / "restarted", "restart")
     theirs = files.read_state(kept.artifacts(None).origin).identity
     other = replace(theirs, corpus="c" * 64, max_seq_len=16)
     with pytest.raises(TrainingError, match=r"the corpus is another one.*max_seq_len is 16 and was 32"):
@@ -181,14 +176,14 @@ def test_what_cannot_be_another_run_is_refused_by_name(parent: RunDir, tmp_path:
         begin(kept, [], optimizer="muon")
     for wrong in (replace(other, tokenizer="t" * 64), replace(other, model={**theirs.model, "num_hidden_layers": 3})):
         with pytest.raises(TrainingError, match=r"the tokenizer is another one|num_hidden_layers is 3 and was 2"):
-            begin(anew, [], wrong)
-    assert begin(anew, [], replace(other, model={**theirs.model, "dropout": 0.5}))
-    state = files.read_state(anew.artifacts(None).checkpoint(STEP))
+            begin(restarted, [], wrong)
+    assert begin(restarted, [], replace(other, model={**theirs.model, "dropout": 0.5}))
+    state = files.read_state(restarted.artifacts(None).checkpoint(STEP))
     assert (state.step, state.data_offset, state.base_step, state.probe) == (STEP, -STEP, STEP, {})
     assert state.identity.corpus == "c" * 64
     assert state.identity.model["dropout"] == 0.5
 
 
 def test_the_schedule_is_counted_behind_its_base() -> None:
-    rate = LRSchedule(1.0, 0.1, 10, warmup=2, base=100)
+    rate = LRSchedule(1.0, 0.1, 10, warmup=2, base_step=100)
     assert [rate.at(step) for step in (101, 102, 110)] == pytest.approx([0.5, 1.0, 0.1])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.worker import rank_runner
-from tests.worker.test_saving import kill_in_save
+from tests.worker.test_saver import kill_in_save
 from trainyard.contract.events import ResumeVerified, Started
 from trainyard.contract.failpoints import arm
 from trainyard.contract.rundir import RunDir
@@ -102,8 +102,8 @@ def started(run: RunDir, attempt: int) -> Started:
 def require_the_same(broken: RunDir, untouched: RunDir, kills: int) -> str:
     """Same final files, same points at every step, and each resume proven; returns the weights' sha256."""
     last = f"{STEPS:08d}"
-    expected = {name: data for name, data in rank_runner.products(untouched) if last in name or name.startswith("out/")}
-    found = {name: data for name, data in rank_runner.products(broken) if last in name or name.startswith("out/")}
+    expected = {name: data for name, data in rank_runner.outputs(untouched) if last in name or name.startswith("out/")}
+    found = {name: data for name, data in rank_runner.outputs(broken) if last in name or name.startswith("out/")}
     assert len(expected) == 3
     assert found == expected
     assert rank_runner.curve(broken) == rank_runner.curve(untouched)

@@ -1,4 +1,4 @@
-"""Settings that change while the run goes on change what is told and kept, and nothing of what is trained."""
+"""Settings that change during a run change what is logged and kept, and nothing of what is trained."""
 
 import json
 from functools import partial
@@ -12,31 +12,26 @@ from tests.worker.test_resume_start import spec
 from trainyard.contract.events import SettingsChanged
 from trainyard.contract.messages import RunSettings
 from trainyard.contract.rundir import RunDir, write_json
-from trainyard.worker.training.control import (
-    ControlFlags,
-    LiveSettings,
-    settings_changed_event,
-    with_settings,
-)
+from trainyard.worker.training.control import ControlFlags, LiveSettings, settings_changed_event, with_settings
 
 FIRST = RunSettings(log_interval=5, save_interval=8, keep_last=3)
 SECOND = RunSettings(log_interval=2, save_interval=3, keep_last=2)
 
 
 def test_the_wish_is_taken_once_and_a_torn_or_equal_one_never(tmp_path: Path) -> None:
-    wish = LiveSettings(tmp_path / "settings.json", FIRST)
-    assert wish.poll() is None
-    write_json(wish.file, FIRST.model_dump())
-    assert wish.poll() is None
-    write_json(wish.file, SECOND.model_dump())
-    assert wish.poll() == SECOND
-    assert wish.poll() is None
-    wish.file.write_text("{")
-    assert wish.poll() is None
-    write_json(wish.file, {**FIRST.model_dump(), "log_interval": 0})
-    assert wish.poll() is None
-    write_json(wish.file, FIRST.model_dump())
-    assert wish.poll() == FIRST
+    settings = LiveSettings(tmp_path / "settings.json", FIRST)
+    assert settings.poll() is None
+    write_json(settings.file, FIRST.model_dump())
+    assert settings.poll() is None
+    write_json(settings.file, SECOND.model_dump())
+    assert settings.poll() == SECOND
+    assert settings.poll() is None
+    settings.file.write_text("{")
+    assert settings.poll() is None
+    write_json(settings.file, {**FIRST.model_dump(), "log_interval": 0})
+    assert settings.poll() is None
+    write_json(settings.file, FIRST.model_dump())
+    assert settings.poll() == FIRST
 
 
 def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
@@ -48,13 +43,13 @@ def test_settings_into_a_spec_and_out_of_it_and_what_is_said() -> None:
 
 
 def test_ranks_agree_on_numbers() -> None:
-    for wishes in (
+    for flags in (
         ControlFlags(),
         ControlFlags(stop=True),
         ControlFlags(save=True, settings=SECOND),
         ControlFlags(spike=True),
     ):
-        assert ControlFlags.from_ints(wishes.to_ints()) == wishes
+        assert ControlFlags.from_ints(flags.to_ints()) == flags
     largest = RunSettings(log_interval=2**53 - 1, save_interval=1, keep_last=1)
     assert ControlFlags.from_ints(ControlFlags(settings=largest).to_ints()).settings == largest
 
@@ -65,12 +60,12 @@ def wish_after(run: RunDir, step: int) -> None:
 
     beat = Heartbeat.beat
 
-    def wished(self: Heartbeat, done: int) -> None:
+    def request_at(self: Heartbeat, done: int) -> None:
         beat(self, done)
         if done == step and self._descriptor is not None:
             write_json(run.attempt(1).settings, SECOND.model_dump())
 
-    mock.patch.object(Heartbeat, "beat", wished).start()
+    mock.patch.object(Heartbeat, "beat", request_at).start()
 
 
 @pytest.mark.slow
@@ -91,8 +86,8 @@ def test_the_weights_are_those_of_the_untouched_run(world: int, tmp_path: Path) 
     assert rank_runner.saves(touched) == saves
     kept = sorted(path.name for path in touched.artifacts(None).checkpoints.iterdir())
     assert kept == ["step-00000015", "step-00000016"]
-    final = {name: data for name, data in rank_runner.products(untouched) if "16" in name or name.startswith("out/")}
-    assert final == {name: data for name, data in rank_runner.products(touched) if name in final}
+    final = {name: data for name, data in rank_runner.outputs(untouched) if "16" in name or name.startswith("out/")}
+    assert final == {name: data for name, data in rank_runner.outputs(touched) if name in final}
     assert len(final) == 3
     tokens = {step: line.tokens for step, line in rank_runner.metrics(touched).items()}
     assert tokens[16] == rank_runner.metrics(untouched)[16].tokens
@@ -114,8 +109,8 @@ def test_interrupted_after_a_change_it_goes_on_with_it_and_no_point_is_wrong(tmp
     weights = {step: parts[step].tokens - parts[before].tokens for before, step in ((5, 6), (6, 8), (8, 10))}
     mean = sum(weights[step] * float(parts[step].loss or 0) for step in weights) / sum(weights.values())
     assert mean == pytest.approx(theirs[10].loss, rel=1e-6)
-    final = {name: data for name, data in rank_runner.products(untouched) if "00012" in name}
-    assert final == {name: data for name, data in rank_runner.products(run) if name in final}
+    final = {name: data for name, data in rank_runner.outputs(untouched) if "00012" in name}
+    assert final == {name: data for name, data in rank_runner.outputs(run) if name in final}
 
 
 def both(run: RunDir) -> None:

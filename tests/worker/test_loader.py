@@ -12,6 +12,6 @@ def test_shares_cover_a_step_and_factors_undo_the_mean_over_ranks() -> None:
     assert {len(share) for share in shares} == {2, 3}
     assert [part.tolist() for part in split_microbatches(rows[:5], 2)] == [[0, 1], [2, 3], [4]]
     assert [part.tolist() for part in split_microbatches(rows[:0], 2)] == [[]]
-    assert LossScale(world=2, tokens=100, micros=None).of(7) == 2 / 100
-    assert LossScale(world=2, tokens=None, micros=4).of(50) == 2 / (4 * 50)
-    assert LossScale(world=2, tokens=None, micros=4).of(0) == 2 / 4
+    assert LossScale(world=2, tokens=100, micro_batches=None).factor(7) == 2 / 100
+    assert LossScale(world=2, tokens=None, micro_batches=4).factor(50) == 2 / (4 * 50)
+    assert LossScale(world=2, tokens=None, micro_batches=4).factor(0) == 2 / 4

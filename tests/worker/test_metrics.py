@@ -7,12 +7,7 @@ import torch
 
 from trainyard.contract.events import Metric
 from trainyard.worker.distributed import DistributedContext
-from trainyard.worker.training.metrics import (
-    MetricsProcessor,
-    MetricsWindow,
-    peak_flops,
-    restore_window,
-)
+from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, peak_flops, restore_window
 from trainyard.worker.training.step import StepMetrics
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
@@ -38,35 +33,35 @@ def result(loss: float, tokens: int, norm: float = 1.0) -> StepMetrics:
     return StepMetrics(grad_norm=norm, loss_sum=loss, aux_sum=2.0, tokens=tokens, applied=True)
 
 
-def line(meters: MetricsProcessor, norm: float = 1.0) -> Metric:
-    return meters.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=norm, eval_loss=None)
+def line(metrics: MetricsProcessor, norm: float = 1.0) -> Metric:
+    return metrics.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=norm, eval_loss=None)
 
 
 def test_the_loss_of_a_line_is_the_mean_over_tokens_since_the_last_one() -> None:
-    meters = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=True)
+    metrics = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=True)
     for loss, tokens in ((30.0, 10), (20.0, 20)):
-        meters.begin_step()
-        meters.record(result(loss, tokens))
-        meters.end_step(tokens, 0.25)
-    first = line(meters)
+        metrics.begin_step()
+        metrics.record(result(loss, tokens))
+        metrics.end_step(tokens, 0.25)
+    first = line(metrics)
     assert first.loss == pytest.approx(50 / 30)
     assert first.aux_loss == pytest.approx(4 / 30)
     assert first.data_seconds == pytest.approx(0.25)
-    assert meters.last_loss == first.loss
-    meters.begin_step()
-    meters.record(result(7.0, 7))
-    meters.end_step(7, 0.0)
-    assert line(meters).loss == 1.0
+    assert metrics.last_loss == first.loss
+    metrics.begin_step()
+    metrics.record(result(7.0, 7))
+    metrics.end_step(7, 0.0)
+    assert line(metrics).loss == 1.0
 
 
 def test_what_is_not_finite_is_counted_and_not_added() -> None:
-    meters = MetricsProcessor(ALONE, MetricsWindow(loss_sum=10.0, tokens=5.0), 6.0, has_aux=False)
-    meters.begin_step()
-    meters.record(result(math.nan, 5))
-    meters.end_step(5, 0.0)
-    first = line(meters, norm=math.inf)
+    metrics = MetricsProcessor(ALONE, MetricsWindow(loss_sum=10.0, tokens=5.0), 6.0, has_aux=False)
+    metrics.begin_step()
+    metrics.record(result(math.nan, 5))
+    metrics.end_step(5, 0.0)
+    first = line(metrics, norm=math.inf)
     assert (first.loss, first.grad_norm, first.nonfinite, first.aux_loss) == (2.0, None, True, None)
-    assert not line(meters).nonfinite
+    assert not line(metrics).nonfinite
 
 
 def test_sums_come_back_to_the_ranks_they_were_of() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.worker import rank_runner
-from tests.worker.test_step import SHAPE, cut, rows, run, trainee
+from tests.worker.test_step import SHAPE, cut, rows, run, train_state
 from trainyard.contract.events import Metric, WarningEvent
 from trainyard.model.config import ModelConfig
 from trainyard.model.moe import MoE
@@ -22,8 +22,8 @@ from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.events.trackers import scalars
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, restore_window
 from trainyard.worker.training.monitors import (
+    MAX_SPIKE_ROWS,
     NO_SPIKE,
-    ROWS,
     LearningMonitor,
     LossSpikeDetector,
     Spike,
@@ -64,7 +64,7 @@ def test_a_spike_is_found_in_noise_and_told_once(noise: str) -> None:
         jumped = 4.0 if 700 <= step < 703 else 0.0
         spikes.observe(step, falling(step) + NOISE[noise](dice) + jumped, (step, step + 1))
         if spikes.pending is not None:
-            found.append(Spike.of(spikes.row()))
+            found.append(Spike.from_row(spikes.take_row()))
     assert [spike.step for spike in found] == [700]
     assert found[0].rows == (700, 701)
     assert found[0].loss == pytest.approx(found[0].typical + 4, abs=1.5)
@@ -74,7 +74,7 @@ def test_the_beginning_is_not_judged_and_what_stays_up_becomes_usual() -> None:
     spikes, found = LossSpikeDetector(), []
     for step in range(1, 500):
         spikes.observe(step, 9.0 if step == 20 or step >= 200 else 2.0, ())
-        found += [Spike.of(spikes.row()).step] if spikes.pending is not None else []
+        found += [Spike.from_row(spikes.take_row()).step] if spikes.pending is not None else []
     assert found == [200]
     spikes.observe(500, math.nan, ())
     spikes.observe(501, math.inf, ())
@@ -82,26 +82,26 @@ def test_the_beginning_is_not_judged_and_what_stays_up_becomes_usual() -> None:
 
 
 def test_all_ranks_spikes_are_one_warning() -> None:
-    assert spike_warning([NO_SPIKE.row(), NO_SPIKE.row()]) is None
+    assert spike_warning([NO_SPIKE.to_row(), NO_SPIKE.to_row()]) is None
     few, many = Spike(41, 5.0, 2.0, (7, 9)), Spike(41, 9.5, 2.0, tuple(range(100, 120)))
-    assert Spike.of(few.row()) == few
-    assert len(few.row()) == len(many.row()) == len(NO_SPIKE.row())
-    warning = spike_warning([few.row(), NO_SPIKE.row(), many.row()])
+    assert Spike.from_row(few.to_row()) == few
+    assert len(few.to_row()) == len(many.to_row()) == len(NO_SPIKE.to_row())
+    warning = spike_warning([few.to_row(), NO_SPIKE.to_row(), many.to_row()])
     assert warning is not None
     assert (warning.code, warning.step) == ("loss_spike", 41)
     assert "jumped to 9.500 at step 41, where 2.000 is usual; its worst micro-batch of rank 2 has rows 100, 101" in (
         warning.message
     )
-    assert warning.data == {"loss": 9.5, "usual": 2.0, "rows": list(range(100, 100 + ROWS)), "rank": 2}
-    alone = spike_warning([few.row()])
+    assert warning.data == {"loss": 9.5, "usual": 2.0, "rows": list(range(100, 100 + MAX_SPIKE_ROWS)), "rank": 2}
+    alone = spike_warning([few.to_row()])
     assert alone is not None
     assert "micro-batch has rows 7, 9." in alone.message
 
 
 def test_a_spike_is_handed_over_once() -> None:
     spikes = LossSpikeDetector(pending=Spike(3, 2.0, 1.0, (1,)))
-    assert Spike.of(spikes.row()).step == 3
-    assert Spike.of(spikes.row()) == NO_SPIKE
+    assert Spike.from_row(spikes.take_row()).step == 3
+    assert Spike.from_row(spikes.take_row()) == NO_SPIKE
 
 
 def codes(watch: LearningMonitor, losses: Any, norm: float = 1.0) -> list[tuple[str, int]]:
@@ -149,11 +149,11 @@ WITH_EXPERTS = ModelConfig(**{**vars(SHAPE), "use_moe": True, "moe_intermediate_
 
 
 def test_the_load_is_what_the_router_chose() -> None:
-    student, batch = trainee(WITH_EXPERTS), rows(6, seed=1)
+    student, batch = train_state(WITH_EXPERTS), rows(6, seed=1)
     chosen: list[torch.Tensor] = []
     handles = [
         layer.register_forward_pre_hook(
-            lambda module, inputs: chosen.append(module._scores(inputs[0].flatten(0, 1)).topk(2, dim=-1).indices)
+            lambda module, inputs: chosen.append(module._router_scores(inputs[0].flatten(0, 1)).topk(2, dim=-1).indices)
         )
         for layer in student.model.modules()
         if isinstance(layer, MoE)
@@ -164,39 +164,39 @@ def test_the_load_is_what_the_router_chose() -> None:
     expected = torch.bincount(torch.cat(chosen).flatten(), minlength=4).tolist()
     assert list(result.experts) == expected
     assert sum(expected) == 6 * 12 * 2 * 2, "rows x positions x experts of a token x layers"
-    assert run(trainee(), [cut(batch, 2)])[0].experts == ()
+    assert run(train_state(), [cut(batch, 2)])[0].experts == ()
 
 
 def test_the_worst_micro_batch_is_the_one_with_the_highest_mean_loss() -> None:
-    student, batch = trainee(), rows(6, seed=1)
+    student, batch = train_state(), rows(6, seed=1)
     micros = [type(micro)(micro.batch, micro.factor, (10 * i,), micro.tokens) for i, micro in enumerate(cut(batch, 2))]
     with torch.no_grad():
         means = [float(student.model(m.batch.input_ids, labels=m.batch.labels).loss_sum) / m.tokens for m in micros]
     (result,) = run(student, [micros])
-    assert result.max_loss == (10 * means.index(max(means)),)
+    assert result.max_loss_rows == (10 * means.index(max(means)),)
     assert result.loss == pytest.approx(
         sum(m * x.tokens for m, x in zip(means, micros, strict=True)) / batch.tokens, 1e-5
     )
     assert math.isnan(StepMetrics(1.0, 0.0, 0.0, 0, True).loss)
 
 
-def line_of(meters: MetricsProcessor) -> Metric:
-    return meters.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=1.0, eval_loss=None)
+def line_of(metrics: MetricsProcessor) -> Metric:
+    return metrics.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=1.0, eval_loss=None)
 
 
 def test_shares_are_of_all_steps_since_the_last_line_and_survive_a_resume() -> None:
-    meters = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=True, experts=4)
+    metrics = MetricsProcessor(ALONE, MetricsWindow(), 6.0, has_aux=True, experts=4)
     step = StepMetrics(1.0, 20.0, 2.0, 10, True, experts=(30.0, 10.0, 0.0, 0.0))
     for _ in range(2):
-        meters.begin_step()
-        meters.record(step)
-        meters.end_step(10, 0.0)
-    stored = json.loads(json.dumps([meters.interval.row()]))
-    line = line_of(meters)
+        metrics.begin_step()
+        metrics.record(step)
+        metrics.end_step(10, 0.0)
+    stored = json.loads(json.dumps([metrics.window.to_row()]))
+    line = line_of(metrics)
     assert line.expert_load == [0.75, 0.25, 0.0, 0.0]
     assert scalars(line)["expert_load_most"] == 0.75
     assert scalars(line)["expert_load_least"] == 0.0
-    assert line_of(meters).expert_load is None
+    assert line_of(metrics).expert_load is None
     again = MetricsProcessor(ALONE, restore_window(stored, ALONE), 6.0, has_aux=True, experts=4)
     assert line_of(again).expert_load == [0.75, 0.25, 0.0, 0.0]
     # Another number of ranks: rank 0 takes the sums of all, and the others' rows are as long.
@@ -205,16 +205,16 @@ def test_shares_are_of_all_steps_since_the_last_line_and_survive_a_resume() -> N
     second = MetricsProcessor(
         DistributedContext(1, 2, 1, 2, ALONE.device), MetricsWindow(), 6.0, has_aux=True, experts=4
     )
-    assert len(second.interval.row()) == len(both.row())
+    assert len(second.window.to_row()) == len(both.to_row())
 
 
 def test_a_checkpoint_from_before_there_were_loads_is_taken() -> None:
     old = restore_window([[1.0, 2.0, 3.0, 0.0]], ALONE)
-    meters = MetricsProcessor(ALONE, old, 6.0, has_aux=True, experts=2)
-    meters.begin_step()
-    meters.record(StepMetrics(1.0, 20.0, 2.0, 10, True, experts=(1.0, 3.0)))
-    meters.end_step(10, 0.0)
-    assert line_of(meters).expert_load == [0.25, 0.75]
+    metrics = MetricsProcessor(ALONE, old, 6.0, has_aux=True, experts=2)
+    metrics.begin_step()
+    metrics.record(StepMetrics(1.0, 20.0, 2.0, 10, True, experts=(1.0, 3.0)))
+    metrics.end_step(10, 0.0)
+    assert line_of(metrics).expert_load == [0.25, 0.75]
 
 
 @pytest.mark.slow

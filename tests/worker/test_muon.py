@@ -15,7 +15,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
-from trainyard.worker.training import state as trainee
+from trainyard.worker.training import state as train_state
 
 TRAINING = {"optimizer": "muon", "batch_size": 4, "accumulation_steps": 1, "learning_rate": 5e-3}
 
@@ -47,10 +47,10 @@ def test_a_resumed_run_is_the_untouched_one(tmp_path: Path) -> None:
     described = JobSpec.model_validate_json((parted.attempt(2).spec).read_text())
 
     ranks = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
-    model = trainee.initial_model(described.model.with_vocab_size(259), 1, ranks.device)
+    model = train_state.initial_model(described.model.with_vocab_size(259), 1, ranks.device)
     training = described.training.model_copy(update={"optimizer": "adamw"})
     with pytest.raises(TrainingError, match="was trained with muon"):
-        trainee.build_train_state(model, training, 0.0, ranks).load(files[1])
+        train_state.build_train_state(model, training, 0.0, ranks).load(files[1])
 
 
 @pytest.mark.slow
@@ -60,20 +60,20 @@ def test_the_bench_holds_both_side_by_side(monkeypatch: pytest.MonkeyPatch) -> N
     sizes = {"STEPS": 6, "ROWS": 2, "LENGTH": 32, "WINDOW": 2, "SHAPE": shape, "DOCUMENTS": 40}
     for name, value in {**sizes, "RATES": {"adamw": (1e-5,), "muon": (1e-2,)}}.items():
         monkeypatch.setattr(optimizers, name, value)
-    adamw, muon = optimizers.measured()
+    adamw, muon = optimizers.train_all()
     assert [len(each.losses) for each in (adamw, muon)] == [6, 6]
     assert adamw.losses[0] == muon.losses[0], "the same weights and rows"
     assert muon.held_out < adamw.held_out < 6
     lines = optimizers.table([adamw, muon])
     assert lines[2].startswith("| adamw | 1e-05 | 5.")
     assert "Muon comes to 5." in lines[-1]
-    drawn = ElementTree.fromstring(optimizers.drawn([adamw, muon]))
+    drawn = ElementTree.fromstring(optimizers.draw([adamw, muon]))
     assert len([part for part in drawn if part.tag.endswith("polyline")]) == 2
 
 
 def test_a_learner_reaches_a_loss_with_the_mean_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizers, "WINDOW", 2)
     made = optimizers.Learner("muon", 1.0, None, None, [4.0, 2.0, 0.0, 0.0], [1.0, 3.0, 2.0, 2.0])  # type: ignore[arg-type]
-    assert made.smooth == [4.0, 3.0, 1.0, 0.0]
+    assert made.smoothed == [4.0, 3.0, 1.0, 0.0]
     assert made.clock == [2.0, 4.0, 6.0, 8.0]
     assert [made.reaches(loss) for loss in (9.0, 3.0, 2.0, 1.0, -1.0)] == [2, 2, 3, 3, None]

@@ -24,30 +24,30 @@ def test_fail_fails_at_once() -> None:
 
 
 def test_skip_gives_up_after_so_many_in_a_row() -> None:
-    trouble, verdicts = NonFiniteCounters(), []
+    counters, decisions = NonFiniteCounters(), []
     for _ in range(MAX_CONSECUTIVE_SKIPS + 1):
-        verdict, trouble = decide_step(False, "skip", trouble, None)
-        verdicts.append(verdict)
-    assert verdicts == [StepDecision.SKIP] * MAX_CONSECUTIVE_SKIPS + [StepDecision.FAIL]
+        decision, counters = decide_step(False, "skip", counters, None)
+        decisions.append(decision)
+    assert decisions == [StepDecision.SKIP] * MAX_CONSECUTIVE_SKIPS + [StepDecision.FAIL]
 
 
 def test_skip_gives_up_after_so_many_in_all() -> None:
-    trouble, skipped = NonFiniteCounters(), 0
+    counters, skipped = NonFiniteCounters(), 0
     while True:
-        verdict, trouble = decide_step(False, "skip", trouble, None)
-        if verdict is StepDecision.FAIL:
+        decision, counters = decide_step(False, "skip", counters, None)
+        if decision is StepDecision.FAIL:
             break
         skipped += 1
-        _, trouble = decide_step(True, "skip", trouble, None)
+        _, counters = decide_step(True, "skip", counters, None)
     assert skipped == MAX_SKIPS
 
 
 def test_rollback_gives_up_after_three() -> None:
-    trouble, verdicts = NonFiniteCounters(), []
+    counters, decisions = NonFiniteCounters(), []
     for _ in range(MAX_ROLLBACKS + 1):
-        verdict, trouble = decide_step(False, "rollback", trouble, None)
-        verdicts.append(verdict)
-    assert verdicts == [StepDecision.ROLL_BACK] * 3 + [StepDecision.FAIL]
+        decision, counters = decide_step(False, "rollback", counters, None)
+        decisions.append(decision)
+    assert decisions == [StepDecision.ROLL_BACK] * 3 + [StepDecision.FAIL]
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip", "rollback"])

@@ -1,4 +1,4 @@
-"""The brake on the device decides as the gate on the host, and a step waits for nothing."""
+"""The guard on the device decides as the host does, and a step does not wait for the device."""
 
 import random
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tests.worker.test_step import CPU, SHAPE, cut, rows, trainee, unseeded
+from tests.worker.test_step import CPU, SHAPE, cut, rows, train_state, unseeded
 from trainyard.worker.training.nonfinite import (
     DeviceNonFiniteGuard,
     NonFiniteCounters,
@@ -28,34 +28,34 @@ def test_it_holds_what_the_gate_does_not_apply_and_all_behind_an_end(policy: Pol
     print("seed", seed)
     drawn, ends = random.Random(seed), []
     for _ in range(20):
-        brake, trouble, ended = DeviceNonFiniteGuard(policy, is_latching=True, device=CPU), NonFiniteCounters(), False
+        guard, counters, ended = DeviceNonFiniteGuard(policy, is_latching=True, device=CPU), NonFiniteCounters(), False
         bad_share = drawn.choice([0.01, 0.5, 0.95])
         for _ in range(200):
             finite = drawn.random() > bad_share
             norm = torch.tensor(1.0 if finite else drawn.choice([float("nan"), float("inf")]))
-            held = bool(brake.found_inf(norm))
+            held = bool(guard.found_inf(norm))
             if ended:
                 assert held
                 continue
-            verdict, trouble = decide_step(finite, policy, trouble, None)
-            assert held == (verdict is not StepDecision.APPLIED)
-            ended = verdict in (StepDecision.FAIL, StepDecision.ROLL_BACK)
+            decision, counters = decide_step(finite, policy, counters, None)
+            assert held == (decision is not StepDecision.APPLIED)
+            ended = decision in (StepDecision.FAIL, StepDecision.ROLL_BACK)
         ends.append(ended)
     assert any(ends)
 
 
 def test_released_it_goes_on_from_the_trouble_there_was() -> None:
-    brake = DeviceNonFiniteGuard("skip", is_latching=True, device=CPU)
-    brake.reset(NonFiniteCounters(in_a_row=10, skipped=10))
-    assert bool(brake.found_inf(torch.tensor(float("nan"))))
-    assert bool(brake.found_inf(torch.tensor(1.0))), "eleven in a row are an end"
-    brake.reset(NonFiniteCounters())
-    assert not bool(brake.found_inf(torch.tensor(1.0)))
+    guard = DeviceNonFiniteGuard("skip", is_latching=True, device=CPU)
+    guard.reset(NonFiniteCounters(in_a_row=10, skipped=10))
+    assert bool(guard.found_inf(torch.tensor(float("nan"))))
+    assert bool(guard.found_inf(torch.tensor(1.0))), "eleven in a row are an end"
+    guard.reset(NonFiniteCounters())
+    assert not bool(guard.found_inf(torch.tensor(1.0)))
 
 
 def test_beside_a_loss_scale_it_holds_bad_steps_alone() -> None:
-    brake = DeviceNonFiniteGuard("fail", is_latching=False, device=CPU)
-    assert [bool(brake.found_inf(torch.tensor(norm))) for norm in (1.0, float("inf"), 1.0)] == [False, True, False]
+    guard = DeviceNonFiniteGuard("fail", is_latching=False, device=CPU)
+    assert [bool(guard.found_inf(torch.tensor(norm))) for norm in (1.0, float("inf"), 1.0)] == [False, True, False]
 
 
 class NoWaiting(TorchFunctionMode):
@@ -70,25 +70,25 @@ class NoWaiting(TorchFunctionMode):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("use_moe", [False, True])
 def test_a_step_waits_for_nothing(use_moe: bool, optimizer: str) -> None:
-    student = trainee(replace(SHAPE, use_moe=use_moe), dtype="bfloat16", optimizer=optimizer)
+    student = train_state(replace(SHAPE, use_moe=use_moe), dtype="bfloat16", optimizer=optimizer)
     micros = cut(rows(4, seed=5), 2)
     with NoWaiting():
-        unread = [student.train_step.run(micros, 1e-3, unseeded) for _ in range(2)]
+        pending = [student.train_step.run(micros, 1e-3, unseeded) for _ in range(2)]
     with pytest.raises(AssertionError, match="tolist waits"), NoWaiting():
-        unread[0].read()
-    assert all(step.read().applied for step in unread)
+        pending[0].read()
+    assert all(step.read().applied for step in pending)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_behind_a_bad_step_the_weights_stay_until_it_was_read(optimizer: str) -> None:
-    student, batch = trainee(optimizer=optimizer), rows(4, seed=5)
+    student, batch = train_state(optimizer=optimizer), rows(4, seed=5)
     student.train_step.run(cut(batch, 4), 1e-2, unseeded)
     student.optimizer.step()
     before = [parameter.detach().clone() for parameter in student.model.parameters()]
     state = [value.clone() for each in student.optimizer.state.values() for value in each.values()]
     bad = [replace(micro, factor=float("nan")) for micro in cut(batch, 4)]
-    unread = [student.train_step.run(micros, 1e-2, unseeded) for micros in (bad, cut(batch, 4))]
-    assert [(step.read().applied, step.read().finite) for step in unread] == [(False, False), (False, True)]
+    pending = [student.train_step.run(micros, 1e-2, unseeded) for micros in (bad, cut(batch, 4))]
+    assert [(step.read().applied, step.read().finite) for step in pending] == [(False, False), (False, True)]
     assert all(map(torch.equal, student.model.parameters(), before))
     after = [value for each in student.optimizer.state.values() for value in each.values()]
     assert all(map(torch.equal, after, state))

@@ -36,7 +36,7 @@ def feed(path: Path, packing: Packing, accumulation: int) -> MicroBatchLoader:
     return MicroBatchLoader(table, StepSampler(table.targets, ROWS * accumulation, 1), ALONE, ROWS, "global_tokens")
 
 
-def trainee(model: ModelConfig, **training: Any) -> TrainState:
+def train_state(model: ModelConfig, **training: Any) -> TrainState:
     spec = JobSpec.model_validate({"data": {"data_path": "x"}, "training": training}).training
     return build_train_state(initial_model(model, 1, ALONE.device), spec, 0.01 if model.use_moe else 0.0, ALONE)
 
@@ -96,7 +96,7 @@ def test_activations_of_a_real_step(shape: dict[str, Any], packing: Packing, dty
     found = {}
     for accumulation in (1, 3):
         rows = feed(tmp_path, packing, accumulation)
-        found[accumulation] = most_kept(trainee(model, dtype=dtype), rows)
+        found[accumulation] = most_kept(train_state(model, dtype=dtype), rows)
     assert found[1] == pytest.approx(planned.activations + copies, rel=0.1)
     # One micro-batch is let go before the next one: accumulation costs no activations.
     assert found[3] == pytest.approx(found[1], rel=0.1)
@@ -106,7 +106,7 @@ def test_activations_of_a_real_step(shape: dict[str, Any], packing: Packing, dty
 @pytest.mark.parametrize("shape", [DENSE, EXPERTS])
 def test_weights_gradients_and_optimizer_by_tensors(shape: dict[str, Any], optimizer: Any, tmp_path: Path) -> None:
     model = ModelConfig(**shape).with_vocab_size(259)
-    student = trainee(model, dtype="float32", optimizer=optimizer)
+    student = train_state(model, dtype="float32", optimizer=optimizer)
     gradients: list[int] = []
     student.optimizer.register_step_pre_hook(
         lambda *_: gradients.append(sum(p.grad.nbytes for p in student.model.parameters() if p.grad is not None))
@@ -144,14 +144,14 @@ def test_weight_decay_on_matrices_spares_the_norms() -> None:
     model = ModelConfig(**DENSE).with_vocab_size(259)
     for optimizer in ("adamw", "muon"):
         for where, norms in (("matrices", {0.0}), ("all", {0.5})):
-            made = trainee(model, weight_decay=0.5, weight_decay_on=where, optimizer=optimizer).optimizer
+            made = train_state(model, weight_decay=0.5, weight_decay_on=where, optimizer=optimizer).optimizer
             decays = {p.ndim: group["weight_decay"] for group in made.param_groups for p in group["params"]}
             assert (decays[2], {decays[1]}) == (0.5, norms)
             assert sum(len(group["params"]) for group in made.param_groups) == 24
 
 
 def test_a_norm_without_a_gradient_stays_as_it_is() -> None:
-    student = trainee(ModelConfig(**DENSE).with_vocab_size(259), weight_decay=0.5, weight_decay_on="matrices")
+    student = train_state(ModelConfig(**DENSE).with_vocab_size(259), weight_decay=0.5, weight_decay_on="matrices")
     norm, matrix = student.model.model.norm.weight, student.model.lm_head.weight
     before = norm.detach().clone(), matrix.detach().clone()
     for parameter in student.model.parameters():

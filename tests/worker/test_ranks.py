@@ -81,7 +81,7 @@ EXPERTS_AGREE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-2}
 def moved_there_and_back(
     text: Path, tmp_path: Path, steps: int, worlds: list[int], **groups: dict[str, Any]
 ) -> dict[str, float]:
-    """A run that changes its number of ranks every few steps beside one that nobody moved.
+    """A run that changes its number of ranks every few steps beside one whose ranks stay.
 
     Returns the largest differences of their losses, and of their gradients' norms relative to them.
     """
@@ -263,7 +263,7 @@ def poison_rank(rank: int, at: int) -> None:
     def poison(loop: Any, progress: Any) -> None:
         if loop.ranks.rank == rank and progress.step + 1 == at:
             with torch.no_grad():
-                loop.trainee.model.model.norm.weight[0] = math.nan
+                loop.train_state.model.model.norm.weight[0] = math.nan
 
     arm("train.step", poison)
 

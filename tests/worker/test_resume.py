@@ -1,4 +1,4 @@
-"""An interrupted run and one that nobody touched leave the same bytes and the same curve."""
+"""An interrupted run and an uninterrupted one leave the same bytes and the same curve."""
 
 import json
 import random
@@ -59,12 +59,12 @@ def test_stopped_and_killed_at_random_steps_it_is_the_same_run(name: str, text: 
     assert -signal.SIGKILL in killed.wait()
     assert not broken.attempt(2).outcome.exists()
     assert rank_runner.run_to_end(broken, world).step == steps
-    assert dict(rank_runner.products(broken))[f"checkpoints/step-{steps:08d}/model.safetensors"]
+    assert dict(rank_runner.outputs(broken))[f"checkpoints/step-{steps:08d}/model.safetensors"]
     last = {
-        key: value for key, value in rank_runner.products(untouched) if f"{steps:08d}" in key or key.startswith("out/")
+        key: value for key, value in rank_runner.outputs(untouched) if f"{steps:08d}" in key or key.startswith("out/")
     }
     assert len(last) == 3
-    for key, value in rank_runner.products(broken):
+    for key, value in rank_runner.outputs(broken):
         assert value == last.get(key, value), key
     assert rank_runner.curve(broken) == rank_runner.curve(untouched)
 
@@ -80,8 +80,8 @@ def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path, model: d
     assert rank_runner.run_to_end(broken, 1, partial(stop_after, broken, 1, 8)).step == 8
     rank_runner.run_to_end(broken)
     assert rank_runner.curve(broken) == rank_runner.curve(untouched)
-    last = {key: value for key, value in rank_runner.products(broken) if "08" not in key}
-    assert last == dict(rank_runner.products(untouched))
+    last = {key: value for key, value in rank_runner.outputs(broken) if "08" not in key}
+    assert last == dict(rank_runner.outputs(untouched))
     phases = [event.phase for event in rank_runner.events(untouched) if isinstance(event, PhaseChanged)]
     assert phases[3:5] == ["compiling", "training"]
 
@@ -119,7 +119,7 @@ def kill_after(step: int) -> None:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text: Path, tmp_path: Path) -> None:
     run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text))
     assert rank_runner.run_to_end(run).step == 24
-    before = dict(rank_runner.products(run))
+    before = dict(rank_runner.outputs(run))
     file = run.artifacts(None).checkpoint(24) / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -132,7 +132,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text: Path, tm
     started = next(e for e in found if isinstance(e, Started))
     assert started.start_step == 16
     assert str(started.resumed_from).endswith("step-00000016")
-    assert dict(rank_runner.products(run)) == before
+    assert dict(rank_runner.outputs(run)) == before
 
 
 def test_when_every_checkpoint_is_damaged_nothing_is_thrown_away_without_a_word(text: Path, tmp_path: Path) -> None:

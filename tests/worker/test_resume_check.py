@@ -29,7 +29,7 @@ def material(path: Path, **groups: dict[str, Any]) -> TrainingData:
     return prepare_data(described, RunDir(path), ALONE, lambda _: None, lambda: False)
 
 
-def trainee(of: TrainingData, seed: int = 1) -> TrainState:
+def train_state(of: TrainingData, seed: int = 1) -> TrainState:
     return build_train_state(initial_model(of.spec.model, seed, ALONE.device), of.spec.training, 0.0, ALONE)
 
 
@@ -37,28 +37,28 @@ def test_the_rows_depend_on_corpus_and_seed_alone(tmp_path: Path) -> None:
     rows = []
     for training in ({}, {"batch_size": 1, "accumulation_steps": 1}, {"max_steps": 3}, {"seed": 43}):
         of = material(tmp_path, training=training)
-        rows.append(ResumeCheck.of(of.train_set, of.spec.training, ALONE.device).rows.tolist())
+        rows.append(ResumeCheck.from_dataset(of.train_set, of.spec.training, ALONE.device).rows.tolist())
     assert len(set(rows[0])) == len(rows[0]) == 4
     assert rows[0] == rows[1] == rows[2] != rows[3]
 
 
 def test_it_stays_small_whatever_the_rows(tmp_path: Path) -> None:
     wide = material(tmp_path, data={"max_seq_len": 600})
-    probe = ResumeCheck.of(wide.train_set, wide.spec.training, ALONE.device)
-    assert probe.batch().input_ids.shape == probe.batch().labels.shape == (min(4, len(wide.train_set)), 32)
+    check = ResumeCheck.from_dataset(wide.train_set, wide.spec.training, ALONE.device)
+    assert check.batch().input_ids.shape == check.batch().labels.shape == (min(4, len(wide.train_set)), 32)
     few = rank_runner.corpus(tmp_path / "few.jsonl", documents=1)
     tiny = material(tmp_path, data={"data_path": str(few)})
-    assert len(ResumeCheck.of(tiny.train_set, tiny.spec.training, ALONE.device).rows) == len(tiny.train_set)
+    assert len(ResumeCheck.from_dataset(tiny.train_set, tiny.spec.training, ALONE.device).rows) == len(tiny.train_set)
 
 
 def test_the_score_is_the_mean_loss_of_those_rows_without_dropout(tmp_path: Path) -> None:
     of = material(tmp_path, model={"dropout": 0.5}, training={"dtype": "float32"})
-    probe, student = ResumeCheck.of(of.train_set, of.spec.training, ALONE.device), trainee(of)
+    check, student = ResumeCheck.from_dataset(of.train_set, of.spec.training, ALONE.device), train_state(of)
     student.model.train()
-    scored = probe.score(student)
+    scored = check.score(student)
     assert student.model.training
-    assert scored == probe.score(student)
-    batch = probe.batch()
+    assert scored == check.score(student)
+    batch = check.batch()
     student.model.eval()
     with torch.no_grad():
         logits = student.model(
@@ -66,10 +66,10 @@ def test_the_score_is_the_mean_loss_of_those_rows_without_dropout(tmp_path: Path
         ).logits
     expected = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100).item()
     assert scored == {"loss": pytest.approx(expected, abs=1e-5), "dtype": "float32"}
-    assert probe.score(trainee(of, seed=2)) != scored
+    assert check.score(train_state(of, seed=2)) != scored
     with torch.no_grad():
         student.model.model.norm.weight[0] = float("nan")
-    assert probe.score(student) == {}
+    assert check.score(student) == {}
 
 
 def test_what_is_said_of_it() -> None:

@@ -11,12 +11,7 @@ import pytest
 import torch
 
 from tests.worker import rank_runner
-from trainyard.contract.events import (
-    CheckpointSaved,
-    Event,
-    PhaseChanged,
-    WarningEvent,
-)
+from trainyard.contract.events import CheckpointSaved, Event, PhaseChanged, WarningEvent
 from trainyard.contract.locks import FileLock
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir
@@ -160,9 +155,9 @@ def test_preparation_is_told_and_can_be_stopped(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("trainyard.worker.data.prepare.PROGRESS_SECONDS", 0.0)
     said: list[Event] = []
     material(tmp_path, said)
-    told = [event for event in said if isinstance(event, PhaseChanged)]
-    assert told
-    assert all(event.total and event.done is not None and event.done <= event.total for event in told)
+    phases = [event for event in said if isinstance(event, PhaseChanged)]
+    assert phases
+    assert all(event.total and event.done is not None and event.done <= event.total for event in phases)
     rank_runner.corpus(tmp_path / "other.jsonl", seed=8)
     described = JobSpec.model_validate_json(json.dumps(rank_runner.spec(tmp_path / "other.jsonl")))
     with pytest.raises(StopRequested):
@@ -191,10 +186,10 @@ def test_the_feed_gives_each_row_of_an_epoch_once_on_any_number_of_ranks(tmp_pat
     assert (dummy.batch.labels == -100).all()
 
 
-def publish(products: ArtifactDir, step: int, identity: RunIdentity = IDENTITY) -> Path:
+def publish(artifacts: ArtifactDir, step: int, identity: RunIdentity = IDENTITY) -> Path:
     model = torch.nn.Linear(2, 2)
     state = RunState(step=step, tokens=0, rows_per_step=4, world_size=1, identity=identity)
-    return files.write_checkpoint(products, state, model.state_dict(), {"step.weight": torch.zeros(())}).path
+    return files.write_checkpoint(artifacts, state, model.state_dict(), {"step.weight": torch.zeros(())}).path
 
 
 class Yard:
@@ -205,12 +200,12 @@ class Yard:
         self.run = RunDir(path / "mine")
         self.run.path.mkdir(exist_ok=True)
         self.spec = spec(checkpoint={"from_resume": True, "save_dir": str(path) if save_dir else None})
-        self.products = self.run.artifacts(self.spec.checkpoint.save_dir)
+        self.artifacts = self.run.artifacts(self.spec.checkpoint.save_dir)
         self.said: list[Event] = []
 
     def begin(self, *, steps: int = 100) -> Path | None:
-        found = find_resume_point(self.spec, self.run, self.products, IDENTITY, lambda _: steps, self.said.append)
-        return found.path if found is not None else None
+        found = find_resume_point(self.spec, self.run, self.artifacts, IDENTITY, lambda _: steps, self.said.append)
+        return found.source if found is not None else None
 
     def warnings(self) -> list[str]:
         return [event.message for event in self.said if isinstance(event, WarningEvent)]
@@ -218,7 +213,7 @@ class Yard:
 
 def test_its_own_checkpoint_comes_before_any_other_job_s(tmp_path: Path) -> None:
     yard = Yard(tmp_path)
-    own = publish(yard.products, 3)
+    own = publish(yard.artifacts, 3)
     publish(ArtifactDir(tmp_path / "other"), 50)
     assert yard.begin() == own
     assert yard.warnings() == []
@@ -230,8 +225,8 @@ def test_the_last_written_fitting_checkpoint_of_an_earlier_job_is_taken(save_dir
     older, newer = publish(ArtifactDir(tmp_path / "b"), 50), publish(ArtifactDir(tmp_path / "a"), 20)
     os.utime(older, (1000, 1000))
     assert yard.begin() == newer
-    own = yard.products.checkpoint(20)
-    assert yard.products.published() == [(20, own)]
+    own = yard.artifacts.checkpoint(20)
+    assert yard.artifacts.published() == [(20, own)]
     assert [(event.step, event.path) for event in yard.said if isinstance(event, CheckpointSaved)] == [(20, str(own))]
     # It is this job's own first one from here on: an attempt that dies before its first save begins there again.
     os.utime(older, (2**32, 2**32))

@@ -20,68 +20,68 @@ from trainyard.worker.errors import TrainingError
 
 
 def test_newer_ones_are_set_aside_and_the_named_one_is_the_newest_from_then_on(tmp_path: Path) -> None:
-    products, said = ArtifactDir(tmp_path), list[Event]()
+    artifacts, said = ArtifactDir(tmp_path), list[Event]()
     for step in (2, 4, 6, 8):
-        publish(products, step)
-    assert rewind_to(products, 4, IDENTITY, said.append) == products.checkpoint(4)
-    assert [step for step, _ in products.published()] == [4, 2]
-    aside = sorted(path.name for path in products.checkpoints.iterdir() if path.name.startswith("."))
+        publish(artifacts, step)
+    assert rewind_to(artifacts, 4, IDENTITY, said.append) == artifacts.checkpoint(4)
+    assert [step for step, _ in artifacts.published()] == [4, 2]
+    aside = sorted(path.name for path in artifacts.checkpoints.iterdir() if path.name.startswith("."))
     assert aside == [".superseded-step-00000006", ".superseded-step-00000008"]
     removed = [(e.step, e.path, e.why) for e in said if isinstance(e, CheckpointRemoved)]
-    assert removed == [(step, str(products.checkpoint(step)), "superseded") for step in (8, 6)]
+    assert removed == [(step, str(artifacts.checkpoint(step)), "superseded") for step in (8, 6)]
     # Asked again by an attempt that begins after one that got no further: there is nothing left to do.
-    assert rewind_to(products, 4, IDENTITY, said.append) == products.checkpoint(4)
+    assert rewind_to(artifacts, 4, IDENTITY, said.append) == artifacts.checkpoint(4)
     assert len(said) == 2
-    assert files.newest_valid(products, []) == products.checkpoint(4)
+    assert files.newest_valid(artifacts, []) == artifacts.checkpoint(4)
     # What is set aside is kept, also when it happens twice to one step.
-    publish(products, 6)
-    rewind_to(products, 4, IDENTITY, said.append)
-    assert (products.checkpoints / ".superseded-step-00000006-1" / "model.safetensors").exists()
+    publish(artifacts, 6)
+    rewind_to(artifacts, 4, IDENTITY, said.append)
+    assert (artifacts.checkpoints / ".superseded-step-00000006-1" / "model.safetensors").exists()
 
 
 def test_superseded_ones_go_once_the_run_has_come_as_far(tmp_path: Path) -> None:
-    products = ArtifactDir(tmp_path)
+    artifacts = ArtifactDir(tmp_path)
     for step in (2, 4, 6, 8):
-        publish(products, step)
-    rewind_to(products, 2, IDENTITY, lambda _: None)
+        publish(artifacts, step)
+    rewind_to(artifacts, 2, IDENTITY, lambda _: None)
 
     def aside() -> list[str]:
-        return sorted(path.name for path in products.checkpoints.iterdir() if path.name.startswith("."))
+        return sorted(path.name for path in artifacts.checkpoints.iterdir() if path.name.startswith("."))
 
-    publish(products, 4)
-    retention.delete_old_checkpoints(products, 5, None)
+    publish(artifacts, 4)
+    retention.delete_old_checkpoints(artifacts, 5, None)
     assert aside() == [".superseded-step-00000006", ".superseded-step-00000008"]
-    publish(products, 6)
-    rewind_to(products, 4, IDENTITY, lambda _: None)
+    publish(artifacts, 6)
+    rewind_to(artifacts, 4, IDENTITY, lambda _: None)
     assert aside() == [".superseded-step-00000006", ".superseded-step-00000006-1", ".superseded-step-00000008"]
-    publish(products, 7)
-    retention.delete_old_checkpoints(products, 5, None)
+    publish(artifacts, 7)
+    retention.delete_old_checkpoints(artifacts, 5, None)
     assert aside() == [".superseded-step-00000008"]
-    (products.checkpoints / ".superseded-notes").mkdir()
-    publish(products, 9)
+    (artifacts.checkpoints / ".superseded-notes").mkdir()
+    publish(artifacts, 9)
     # A late one that is alone and damaged is nothing to rely on.
-    os.truncate(products.checkpoint(9) / "model.safetensors", 3)
-    retention.delete_old_checkpoints(products, 5, None)
+    os.truncate(artifacts.checkpoint(9) / "model.safetensors", 3)
+    retention.delete_old_checkpoints(artifacts, 5, None)
     assert aside() == [".superseded-notes", ".superseded-step-00000008"]
-    publish(products, 10)
-    retention.delete_old_checkpoints(products, 5, None)
+    publish(artifacts, 10)
+    retention.delete_old_checkpoints(artifacts, 5, None)
     assert aside() == [".superseded-notes"]
-    assert [step for step, _ in products.published()] == [10, 9, 7, 4, 2]
+    assert [step for step, _ in artifacts.published()] == [10, 9, 7, 4, 2]
 
 
 def test_where_it_cannot_go_back_nothing_is_touched(tmp_path: Path) -> None:
-    products, said = ArtifactDir(tmp_path), list[Event]()
+    artifacts, said = ArtifactDir(tmp_path), list[Event]()
     for step in (2, 4, 6):
-        publish(products, step)
-    with pytest.raises(TrainingError, match=r"step 3, which was asked for, cannot be used: there is none") as failed:
-        rewind_to(products, 3, IDENTITY, said.append)
+        publish(artifacts, step)
+    with pytest.raises(TrainingError, match=r"step 3, which was requested, cannot be used: there is none") as failed:
+        rewind_to(artifacts, 3, IDENTITY, said.append)
     assert "newest first: 6, 4, 2." in str(failed.value.hint)
-    os.truncate(products.checkpoint(2) / "model.safetensors", 3)
+    os.truncate(artifacts.checkpoint(2) / "model.safetensors", 3)
     with pytest.raises(TrainingError, match=r"cannot be used: model.safetensors size"):
-        rewind_to(products, 2, IDENTITY, said.append)
+        rewind_to(artifacts, 2, IDENTITY, said.append)
     with pytest.raises(TrainingError, match="of another run: seed is 2 and was 1"):
-        rewind_to(products, 4, dataclasses.replace(IDENTITY, seed=2), said.append)
-    assert [step for step, _ in products.published()] == [6, 4, 2]
+        rewind_to(artifacts, 4, dataclasses.replace(IDENTITY, seed=2), said.append)
+    assert [step for step, _ in artifacts.published()] == [6, 4, 2]
     assert said == []
 
 
@@ -95,12 +95,12 @@ def test_the_wish_is_left_in_the_attempt_by_hand_as_by_the_service(tmp_path: Pat
     assert later.directory.read_resume_from() is None
     for lock in later.locks:
         lock.release()
-    products = ArtifactDir(tmp_path)
+    artifacts = ArtifactDir(tmp_path)
     for step in (40, 50):
-        publish(products, step)
-    begin = find_resume_point(spec(), run, products, IDENTITY, lambda _: 100, lambda _: None, 40)
+        publish(artifacts, step)
+    begin = find_resume_point(spec(), run, artifacts, IDENTITY, lambda _: 100, lambda _: None, 40)
     assert begin is not None
-    assert begin.path == begin.place == products.checkpoint(40)
+    assert begin.source == begin.checkpoint == artifacts.checkpoint(40)
 
 
 @pytest.mark.slow
@@ -110,11 +110,11 @@ def test_a_run_that_went_back_is_the_run_that_never_left(world: int, tmp_path: P
     described = rank_runner.spec(text, training={"max_steps": 12}, checkpoint={"save_interval": 4})
     run = rank_runner.new_run(tmp_path / "run", described)
     assert rank_runner.run_to_end(run, world).step == 12
-    before = dict(rank_runner.products(run))
+    before = dict(rank_runner.outputs(run))
     assert rank_runner.run_to_end(run, world, from_step=4).step == 12
     started = next(event for event in rank_runner.events(run, 2) if isinstance(event, Started))
     assert started.start_step == 4
-    assert dict(rank_runner.products(run)) == before
+    assert dict(rank_runner.outputs(run)) == before
     assert sorted(rank_runner.curve(run)) == [5, 10, 12], "steps done twice have equal points"
     assert rank_runner.saves(run, 2) == [8, 12]
     assert rank_runner.run_to_end(run, world).step == 12

@@ -265,7 +265,7 @@ def test_when_steps_are_read_does_not_show_in_what_becomes_of_them(text: Path, t
     for name, poisoned in (("at_once", poison), ("unread", poison_unread)):
         described = rank_runner.spec(text, training={"on_nonfinite": "rollback"}, reporting={"log_interval": 7})
         run = rank_runner.new_run(tmp_path / name, described)
-        # Both bad steps lie between a line and a save; what is taken behind them must not be applied.
+        # Both bad steps lie between a line and a save; steps that were dispatched after them must not be applied.
         assert rank_runner.run_to_end(run, patch=partial(poisoned, 3, 19)).outcome == "completed"
         files = run.artifacts(None).checkpoint(24)
         rolled = [e.step for e in rank_runner.events(run) if isinstance(e, WarningEvent) and e.code == "rolled_back"]
@@ -311,10 +311,10 @@ def test_an_unforeseen_exception_is_a_crash_and_no_outcome(text: Path, tmp_path:
 
 
 def bug() -> None:
-    """Something nobody thought of."""
+    """An unforeseen error."""
     from trainyard.worker.training import step
 
-    mock.patch.object(step, "forward", side_effect=ZeroDivisionError("nobody thought of it")).start()
+    mock.patch.object(step, "forward", side_effect=ZeroDivisionError("unforeseen")).start()
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def stop_while_preparing(run: RunDir) -> None:
         run.attempt(1).stop.touch()
         return load(path)
 
-    mock.patch.object(prepare, "load", stopping).start()
+    mock.patch.object(prepare, "load_tokenizer", stopping).start()
 
 
 def test_wrong_usage_names_every_mistake(tmp_path: Path) -> None:

@@ -3,12 +3,7 @@ import math
 import pytest
 
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.training.schedule import (
-    LRSchedule,
-    StepIntervals,
-    lr_at,
-    total_steps,
-)
+from trainyard.worker.training.schedule import LRSchedule, StepIntervals, lr_at, total_steps
 
 
 def spec(**groups: object) -> JobSpec:
@@ -26,7 +21,7 @@ def test_without_warm_up_the_rate_is_minimind_s() -> None:
 
 def test_the_ends_of_the_cosine() -> None:
     assert lr_at(0, 100, 1.0) == pytest.approx(1.0, abs=1e-15)
-    assert lr_at(50, 100, 1.0, floor=0.2) == pytest.approx(0.6, abs=1e-15)
+    assert lr_at(50, 100, 1.0, min_ratio=0.2) == pytest.approx(0.6, abs=1e-15)
     assert lr_at(100, 100, 1.0) == pytest.approx(0.1, abs=1e-15)
 
 
@@ -38,8 +33,8 @@ def test_warm_up_is_linear_and_meets_the_peak() -> None:
 
 
 def test_linear_and_constant() -> None:
-    assert lr_at(25, 100, 1.0, floor=0.0, kind="linear") == pytest.approx(0.75)
-    assert lr_at(100, 100, 1.0, floor=0.1, kind="linear") == pytest.approx(0.1)
+    assert lr_at(25, 100, 1.0, min_ratio=0.0, kind="linear") == pytest.approx(0.75)
+    assert lr_at(100, 100, 1.0, min_ratio=0.1, kind="linear") == pytest.approx(0.1)
     assert lr_at(99, 100, 3.0, kind="constant") == 3.0
     with pytest.raises(ValueError, match="sawtooth"):
         lr_at(1, 2, 1.0, kind="sawtooth")
@@ -47,7 +42,7 @@ def test_linear_and_constant() -> None:
 
 def test_the_spec_s_schedule() -> None:
     training = spec(training={"learning_rate": 0.01, "warmup_steps": 4, "min_lr_ratio": 0.5}).training
-    rate = LRSchedule.of(training, 20)
+    rate = LRSchedule.from_spec(training, 20)
     assert rate.at(2) == pytest.approx(0.005)
     assert rate.at(20) == pytest.approx(0.005)
     assert rate.at(12) == lr_at(12, 20, 0.01, 0.5, 4)
@@ -66,9 +61,11 @@ def test_calendar_logs_at_the_interval_at_evaluations_and_at_the_end() -> None:
 
 
 def test_calendar_evaluates_at_saves_unless_told_otherwise() -> None:
-    by_save = StepIntervals.of(spec(checkpoint={"save_interval": 5}), 11, evaluates=True)
+    by_save = StepIntervals.from_spec(spec(checkpoint={"save_interval": 5}), 11, evaluates=True)
     assert [step for step in range(1, 12) if by_save.is_eval_step(step)] == [5, 10, 11]
-    own = StepIntervals.of(spec(checkpoint={"save_interval": 5}, reporting={"eval_interval": 4}), 11, evaluates=True)
+    own = StepIntervals.from_spec(
+        spec(checkpoint={"save_interval": 5}, reporting={"eval_interval": 4}), 11, evaluates=True
+    )
     assert [step for step in range(1, 12) if own.is_eval_step(step)] == [4, 8, 11]
-    never = StepIntervals.of(spec(), 11, evaluates=False)
+    never = StepIntervals.from_spec(spec(), 11, evaluates=False)
     assert not any(never.is_eval_step(step) for step in range(1, 12))

@@ -28,13 +28,13 @@ def spec(**groups: Any) -> JobSpec:
         ("cuda", "float16", "cuda", False, []),
     ],
 )
-def test_cautions_about_the_device(wanted: str, dtype: str, device: str, native: bool, codes: list[str]) -> None:
+def test_warnings_about_the_device(wanted: str, dtype: str, device: str, native: bool, codes: list[str]) -> None:
     asked = spec(training={"dtype": dtype}, resources={"device": wanted})
-    assert [caution.code for caution in device_warnings(asked, device, native)] == codes
+    assert [warning.code for warning in device_warnings(asked, device, native)] == codes
     assert supports_bfloat16(torch.device("cpu"))
 
 
-def test_the_started_line_says_where_it_goes_on_from() -> None:
+def test_the_started_line_names_the_checkpoint_it_resumes_from() -> None:
     numbers = dict.fromkeys(
         ("parameters", "active_parameters", "vocab_size", "samples", "documents", "tokens", "bad_lines"), 10
     )

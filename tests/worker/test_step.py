@@ -52,7 +52,7 @@ def rows(count: int, seed: int, length: int = 12) -> Rows:
     return Rows(ids[:, :-1], labels, torch.arange(length).expand(count, length))
 
 
-def trainee(shape: ModelConfig = SHAPE, **training: object) -> TrainState:
+def train_state(shape: ModelConfig = SHAPE, **training: object) -> TrainState:
     spec = TrainingSpec.model_validate({"dtype": "float32", **training})
     return build_train_state(initial_model(shape, spec.seed, CPU), spec, shape.router_aux_loss_coef, ALONE)
 
@@ -71,7 +71,7 @@ def run(student: TrainState, batches: list[list[MicroBatch]], rate: float = 1e-2
 
 
 def test_a_step_is_the_textbook_s() -> None:
-    batch, ours, plain = rows(6, seed=1), trainee(grad_clip=0.5), initial_model(SHAPE, 42, CPU)
+    batch, ours, plain = rows(6, seed=1), train_state(grad_clip=0.5), initial_model(SHAPE, 42, CPU)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     for _ in range(3):
         logits = plain(batch.input_ids, logits=True).logits
@@ -93,7 +93,7 @@ def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
     shape = ModelConfig(
         **{**vars(SHAPE), "use_moe": use_moe, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.05}
     )
-    whole, halves, singles = (trainee(shape) for _ in range(3))
+    whole, halves, singles = (train_state(shape) for _ in range(3))
     data = [rows(8, seed) for seed in range(4)]
     # A small rate: AdamW turns the rounding noise of a gradient near zero into a whole step of the rate.
     expected = run(whole, [cut(batch, 8) for batch in data], rate=1e-5)
@@ -108,7 +108,7 @@ def test_how_a_step_is_cut_does_not_matter(use_moe: bool) -> None:
 
 def test_clipping_limits_and_zero_only_measures() -> None:
     batch = rows(4, seed=3)
-    free, clipped = trainee(grad_clip=0.0), trainee(grad_clip=1e-3)
+    free, clipped = train_state(grad_clip=0.0), train_state(grad_clip=1e-3)
     norms = [student.train_step.run(cut(batch, 4), 0.0, unseeded).read().grad_norm for student in (free, clipped)]
     assert norms[0] == norms[1] > 1e-3
     unclipped = free.optimizer.state[free.model.lm_head.weight]["exp_avg"]
@@ -129,7 +129,7 @@ def poisoned(batch: Rows, model: Decoder) -> Callable[[], None]:
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
-    batch, student = rows(4, seed=5), trainee()
+    batch, student = rows(4, seed=5), train_state()
     student.train_step.run(cut(batch, 4), 1e-2, unseeded)
     undo = poisoned(batch, student.model)
     before = {name: value.clone() for name, value in student.model.state_dict().items()}
@@ -149,7 +149,7 @@ def test_a_step_that_is_not_finite_changes_nothing() -> None:
 
 
 def test_fp16_skips_overflows_by_itself_and_learns_a_scale() -> None:
-    batch, student = rows(4, seed=6), trainee(dtype="float16")
+    batch, student = rows(4, seed=6), train_state(dtype="float16")
     student.scaler.load_state_dict({**student.scaler.state_dict(), "scale": 2.0**40})
     before = student.model.lm_head.weight.clone()
     first = student.train_step.run(cut(batch, 4), 1e-2, unseeded).read()
@@ -165,7 +165,7 @@ def test_fp16_skips_overflows_by_itself_and_learns_a_scale() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_weights_and_moments_stay_float32(dtype: str) -> None:
-    student = trainee(dtype=dtype)
+    student = train_state(dtype=dtype)
     student.train_step.run(cut(rows(2, seed=7), 2), 1e-3, unseeded)
     assert {p.dtype for p in student.model.parameters()} == {torch.float32}
     assert {m["exp_avg"].dtype for m in student.optimizer.state.values()} == {torch.float32}
@@ -173,7 +173,7 @@ def test_weights_and_moments_stay_float32(dtype: str) -> None:
 
 def test_a_batch_without_labels_gives_zero_gradients_for_every_parameter() -> None:
     shape = replace(SHAPE, use_moe=True)
-    student, batch = trainee(shape), rows(1, seed=8)
+    student, batch = train_state(shape), rows(1, seed=8)
     student.train_step.warm_up(
         MicroBatch(Rows(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids), 1.0)
     )

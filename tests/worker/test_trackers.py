@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases are told, read back by the first one's own reader and from the other's file."""
+"""What TensorBoard and Weights & Biases get, read back by TensorBoard's own reader and from the file of the other."""
 
 import importlib.util
 import json
@@ -34,19 +34,19 @@ def metric(step: int, loss: float = 2.0, **more: Any) -> Metric:
 class FakeWriter:
     """Stands in for TensorBoard's."""
 
-    told: list[tuple[Any, ...]] = []  # noqa: RUF012 - shared on purpose
+    logged: list[tuple[Any, ...]] = []  # noqa: RUF012 - shared on purpose
     fails = False
 
     def __init__(self, directory: str, purge_step: int) -> None:
-        self.told.append(("behind", purge_step - 1))
+        self.logged.append(("after", purge_step - 1))
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
         if self.fails:
             raise OSError("no space")
-        self.told.append((tag, value, step))
+        self.logged.append((tag, value, step))
 
     def flush(self) -> None:
-        self.told.append(("flushed",))
+        self.logged.append(("flushed",))
 
     def close(self) -> None:
         """Nothing is left."""
@@ -84,8 +84,8 @@ def test_trackers_are_told_what_is_known(tmp_path: Path, monkeypatch: pytest.Mon
     trackers = Trackers(wanted(), tmp_path / "job_1", said.append)
     trackers.start_at(2)
     trackers.log(metric(3))
-    assert FakeWriter.told == [
-        ("behind", 2),
+    assert FakeWriter.logged == [
+        ("after", 2),
         ("loss", 2.0, 3),
         ("learning_rate", 0.1, 3),
         ("tokens", 4.0, 3),
@@ -134,7 +134,7 @@ def killed_and_resumed(path: Path, tracker: dict[str, Any], environment: dict[st
     assert rank_runner.start(run, 1, partial(kill_after, 13), environment=environment).wait() == [-signal.SIGKILL]
     assert rank_runner.run_to_end(run, environment=environment).step == 24
     assert rank_runner.warned(run, 1) == rank_runner.warned(run, 2) == {}
-    assert min(rank_runner.metrics(run, 2)) <= 9 < max(rank_runner.metrics(run, 1)), "some steps were told twice"
+    assert min(rank_runner.metrics(run, 2)) <= 9 < max(rank_runner.metrics(run, 1)), "some steps were logged twice"
     return run
 
 

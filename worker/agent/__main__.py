@@ -1,9 +1,9 @@
-"""`python -m trainyard.worker.agent RUN_DIR --attempt N`: the small, torch-free parent of one attempt's processes on one node.
+"""`python -m trainyard.worker.agent RUN_DIR --attempt N`: the torch-free parent of an attempt's processes on one node.
 
-On several nodes there is one on each, see `worker.agent.rendezvous`; what is written here is of the first.
+A run on several nodes has one agent on each, see `worker.agent.rendezvous`; this file is the first node's.
 
-It outlives the service that started it. It never ends a run because it cannot reach somebody: it stops one only when
-the service says so, when it is told by a signal, or when the ranks are beyond doubt dead or stuck.
+An agent outlives the service that started it, and never ends a run because the service cannot be reached. It stops a
+run only at the service's request, on a signal, or if the ranks are certainly dead or hung.
 """
 
 import argparse
@@ -18,12 +18,7 @@ from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir
 from trainyard.worker.agent.follower import run_follower
 from trainyard.worker.agent.processes import ProcessTree, become_subreaper
-from trainyard.worker.agent.rendezvous import (
-    NodeInfo,
-    can_reach,
-    node_name,
-    publish_endpoint,
-)
+from trainyard.worker.agent.rendezvous import NodeInfo, can_reach, node_name, publish_endpoint
 from trainyard.worker.agent.torchrun import launch_torchrun, write_started
 from trainyard.worker.output import redirect_output
 
@@ -32,51 +27,51 @@ LAUNCH_LOCK_SECONDS = 10.0
 HOME_SECONDS = 10.0
 ORPHAN_SECONDS = 10.0
 
-EXIT_REFUSED = 75
-"""sysexits.h EX_TEMPFAIL: nothing was started, because something else of this job still lives."""
+EXIT_NOT_STARTED = 75
+"""sysexits.h EX_TEMPFAIL: nothing was started, because a process of this job is still alive, or for another reason."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one attempt to its end and report it; the exit code says whether anything was started."""
+    """Run one attempt to its end and report it. Return 0, or EXIT_NOT_STARTED if nothing was started."""
     run, attempt = _parse(arguments)
-    place = NodeInfo.of(os.environ)
+    node = NodeInfo.of(os.environ)
     become_subreaper()
-    if place.clustered and not can_reach(attempt, HOME_SECONDS):
+    if node.clustered and not can_reach(attempt, HOME_SECONDS):
         print(f"{UNSEEN}: {attempt.path} is not there on {node_name()}", file=sys.stderr, flush=True)
-        return EXIT_REFUSED
+        return EXIT_NOT_STARTED
     attempt.logs.mkdir(parents=True, exist_ok=True)
-    if place.clustered:
+    if node.clustered:
         # The cluster's own log would mix the lines of several nodes.
-        redirect_output(attempt.node_log(place.node))
-    if not place.is_leader:
-        return run_follower(run, attempt, place)
-    if place.clustered and attempt.started.exists():
-        # A cluster may start again what it had started. What was reported of it then stays true.
+        redirect_output(attempt.node_log(node.node))
+    if not node.is_leader:
+        return run_follower(run, attempt, node)
+    if node.clustered and attempt.started.exists():
+        # A cluster may requeue and start an attempt a second time. The report of the first time stays valid.
         print("agent: nothing was started: this attempt was started before", file=sys.stderr, flush=True)
-        return EXIT_REFUSED
+        return EXIT_NOT_STARTED
     try:
         launch_lock = FileLock(run.launch_lock).take(seconds=LAUNCH_LOCK_SECONDS)
         alive_lock = FileLock(run.alive_lock).take(seconds=ORPHAN_SECONDS)
         _require_current(run, attempt)
-        children = _start(run, attempt, alive_lock, place)
-    except (LockBusy, AttemptSuperseded, OSError, ValueError, KeyError) as why:
-        return _report_refusal(attempt, why)
-    # Imported only now: torchrun needs seconds to start, and pydantic's import hides behind them.
+        processes = _start(run, attempt, alive_lock, node)
+    except (LockBusy, AttemptSuperseded, OSError, ValueError, KeyError) as error:
+        return _report_launch_failure(attempt, error)
+    # Imported only now: torchrun needs seconds to start, and the import of pydantic overlaps with them.
     from trainyard.worker.agent.supervisor import Supervisor
 
     try:
-        supervisor = Supervisor.of(attempt, children, place)
+        supervisor = Supervisor.of(attempt, processes, node)
     except Exception as error:
-        # Whatever it is: ranks that nobody watches must not go on.
-        children.kill()
-        return _report_refusal(attempt, error)
-    for signum in (signal.SIGTERM, signal.SIGINT, *((signal.SIGURG,) if place.clustered else ())):
+        # Ranks without a supervisor must not continue.
+        processes.kill()
+        return _report_launch_failure(attempt, error)
+    for signum in (signal.SIGTERM, signal.SIGINT, *((signal.SIGURG,) if node.clustered else ())):
         signal.signal(signum, supervisor.on_signal)
     while supervisor.is_running(time.monotonic()):
         time.sleep(TICK_SECONDS)
     alive_lock.release()
     supervisor.write_report()
-    # Free before the report is delivered: the next attempt must not wait for a service that is away.
+    # Released before the report is delivered: the next attempt must not wait for a service that is down.
     launch_lock.release()
     supervisor.deliver()
     return 0
@@ -92,13 +87,13 @@ def _parse(arguments: list[str] | None) -> tuple[RunDir, AttemptDir]:
 
 
 class AttemptSuperseded(Exception):
-    """The attempt was given up, or another one followed it, before this agent came to start it."""
+    """The attempt was given up, or a later one was started, before this agent started it."""
 
 
 def _require_current(run: RunDir, attempt: AttemptDir) -> None:
-    """Raise NotWanted where this agent comes too late: its service was stopped between the decision and the launch.
+    """Raise AttemptSuperseded if this agent is too late: its service was stopped between decision and launch.
 
-    Asked while the launch lock is held, so that nobody else starts an attempt of this job meanwhile.
+    The caller holds the launch lock, so no other agent starts an attempt of this job meanwhile.
     """
     if attempt.closed.exists():
         raise AttemptSuperseded("the attempt was given up before its agent started")
@@ -110,29 +105,27 @@ def _require_current(run: RunDir, attempt: AttemptDir) -> None:
         raise AttemptSuperseded(f"attempt {current} was started before attempt {attempt.number} was")
 
 
-def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock, place: NodeInfo) -> ProcessTree:
-    """Everything that must be true before the first rank exists.
-
-    ``current`` is written while the alive lock is ours alone, so a rank of an earlier attempt that was still on its way
-    either holds the lock, and we did not get here, or will read that it is not wanted any more and end.
-    """
+def _start(run: RunDir, attempt: AttemptDir, alive_lock: FileLock, node: NodeInfo) -> ProcessTree:
+    # ``current`` is written while we hold the alive lock exclusively. A rank of an earlier attempt that is still
+    # starting either holds that lock, and we do not get here, or it reads ``current`` and exits.
     run.current.write_text(str(attempt.number))
     alive_lock.take(shared=True)
     write_started(attempt)
-    torchrun = launch_torchrun(run, attempt, alive_lock, place, publish_endpoint(attempt, place))
+    torchrun = launch_torchrun(run, attempt, alive_lock, node, publish_endpoint(attempt, node))
     return ProcessTree(torchrun, ancestor=os.getpid())
 
 
-def _report_refusal(attempt: AttemptDir, why: Exception) -> int:
+def _report_launch_failure(attempt: AttemptDir, error: Exception) -> int:
     from trainyard.worker.agent.exit_report import launch_failed_report
 
-    message = str(why) if isinstance(why, LockBusy | AttemptSuperseded) else f"{type(why).__name__}: {why}"
+    expected = isinstance(error, LockBusy | AttemptSuperseded)
+    message = str(error) if expected else f"{type(error).__name__}: {error}"
     print(f"agent: nothing was started: {message}", file=sys.stderr, flush=True)
-    if not isinstance(why, LockBusy | AttemptSuperseded):
-        traceback.print_exception(why)
+    if not expected:
+        traceback.print_exception(error)
     if not attempt.exit.exists():
         launch_failed_report(attempt, message)
-    return EXIT_REFUSED
+    return EXIT_NOT_STARTED
 
 
 if __name__ == "__main__":

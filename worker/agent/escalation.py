@@ -1,4 +1,4 @@
-"""What the agent does next: a pure function of what it sees."""
+"""The agent's next action: a pure function of its observation."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -9,25 +9,25 @@ from trainyard.contract.status import Desired
 
 
 class EscalationStep(StrEnum):
-    """One step of the escalation. KILL also clears away what is left once torchrun has ended."""
+    """One step of the escalation. KILL also removes what is left once torchrun has ended."""
 
     WAIT = "wait"
-    ASK = "ask"
+    REQUEST_STOP = "request_stop"
     TERMINATE = "terminate"
     KILL = "kill"
 
 
 class StopCause(StrEnum):
-    """Why the agent ended the ranks. None of these: they ended by themselves."""
+    """Why the agent ended the ranks; None in its place means that they ended by themselves."""
 
     KILLED = "killed"
-    """The user asked for an end without a save."""
+    """The user requested a kill, without a save."""
     OVERDUE = "overdue"
-    """They were asked to save and stop, and did not within the grace."""
+    """A stop was requested, and the ranks did not save and exit within the grace period."""
     HUNG = "hung"
-    """They made no progress."""
-    DESERTED = "deserted"
-    """The ranks of another node had ended, and these did not."""
+    """The ranks made no progress."""
+    PEER_LOST = "peer_lost"
+    """The ranks of another node ended, and these did not."""
 
 
 @dataclass(frozen=True)
@@ -38,39 +38,38 @@ class Observation:
     desired: Desired
     received_signal: bool
     stop_requested_at: float | None
-    termed_at: float | None
+    terminated_at: float | None
     is_hung: bool
     peer_lost: bool = False
 
 
-def next_step(seen: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
-    """The next action, and why, where it is the agent that ends the ranks."""
-    if seen.torchrun_ended:
-        # Where they were to be ended, an end without a word of rank 0 is our doing and no crash of theirs.
-        asked_for = StopCause.KILLED if seen.desired is Desired.KILL else None
-        return EscalationStep.KILL, asked_for if seen.termed_at is None else StopCause.OVERDUE
-    if seen.peer_lost:
-        return EscalationStep.KILL, StopCause.DESERTED
-    match seen.desired:
+def next_step(observed: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
+    """Return the next action, and the cause if it ends the ranks."""
+    if observed.torchrun_ended:
+        # After our SIGTERM or a kill request, an exit without an outcome of rank 0 is our doing and not a crash.
+        cause = StopCause.KILLED if observed.desired is Desired.KILL else None
+        return EscalationStep.KILL, cause if observed.terminated_at is None else StopCause.OVERDUE
+    if observed.peer_lost:
+        return EscalationStep.KILL, StopCause.PEER_LOST
+    match observed.desired:
         case Desired.KILL:
             return EscalationStep.KILL, StopCause.KILLED
         case Desired.PAUSE | Desired.CANCEL:
-            return _escalate(seen, timeouts, now)
+            return _escalate(observed, timeouts, now)
         case Desired.RUN:
-            if seen.received_signal or seen.stop_requested_at is not None:
-                # A stop once asked for goes its way: ranks that are saving must not be told to go on.
-                return _escalate(seen, timeouts, now)
-            return (EscalationStep.KILL, StopCause.HUNG) if seen.is_hung else (EscalationStep.WAIT, None)
+            if observed.received_signal or observed.stop_requested_at is not None:
+                # A stop is never withdrawn: the ranks may be in the middle of their last save.
+                return _escalate(observed, timeouts, now)
+            return (EscalationStep.KILL, StopCause.HUNG) if observed.is_hung else (EscalationStep.WAIT, None)
         case _:
-            assert_never(seen.desired)
+            assert_never(observed.desired)
 
 
-def _escalate(seen: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
-    if seen.stop_requested_at is None:
-        return EscalationStep.ASK, None
-    if seen.termed_at is None:
-        return (
-            EscalationStep.TERMINATE if now - seen.stop_requested_at >= timeouts.stop else EscalationStep.WAIT
-        ), None
-    overdue = now - seen.termed_at >= timeouts.term
+def _escalate(observed: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
+    if observed.stop_requested_at is None:
+        return EscalationStep.REQUEST_STOP, None
+    if observed.terminated_at is None:
+        overdue = now - observed.stop_requested_at >= timeouts.stop
+        return EscalationStep.TERMINATE if overdue else EscalationStep.WAIT, None
+    overdue = now - observed.terminated_at >= timeouts.term
     return (EscalationStep.KILL, StopCause.OVERDUE) if overdue else (EscalationStep.WAIT, None)

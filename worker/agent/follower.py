@@ -1,7 +1,7 @@
-"""The agent on any node but the first: it starts its share of the ranks, watches them, and ends with the first node's.
+"""The agent of every node but the first: it starts its ranks, watches them, and ends with the first node's agent.
 
-It takes no part in any decision: a wish to stop reaches the ranks by the run directory or by SIGTERM, and ranks agree.
-What it must see to is that nothing of the attempt is left on its node.
+It decides nothing: a stop request reaches the ranks through the run directory or SIGTERM, and the ranks agree on it.
+Its duty is that no process of the attempt is left on its node. `PeerNodes` is the first node's view of the followers.
 """
 
 import os
@@ -12,35 +12,26 @@ from dataclasses import dataclass
 from types import FrameType
 
 from trainyard.contract.locks import FileLock, LockBusy
-from trainyard.contract.rundir import (
-    AttemptDir,
-    RunDir,
-    read_json,
-    write_json,
-)
+from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
 from trainyard.worker.agent.processes import ProcessTree
-from trainyard.worker.agent.rendezvous import (
-    NodeInfo,
-    RendezvousTimeout,
-    node_name,
-    wait_for_endpoint,
-)
+from trainyard.worker.agent.rendezvous import NodeInfo, RendezvousTimeout, node_name, wait_for_endpoint
 from trainyard.worker.agent.torchrun import launch_torchrun
 
 PEER_EXIT_GRACE_SECONDS = 10.0
-
-"""Ranks whose peers are gone end by themselves within moments; so long they get."""
+"""Grace period for ranks to exit after the ranks of another node have ended."""
 
 EXIT_RECORD_SECONDS = PEER_EXIT_GRACE_SECONDS + 15.0
-
-"""A node whose agent has not said how its ranks ended so long after ours did is lost."""
+"""A node without an exit record this long after our ranks ended is lost."""
 
 POLL_SECONDS = 0.5
+TICK_SECONDS = 0.1
+LEADER_SECONDS = 120.0
+LOCK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class NodeExit:
-    """How torchrun ended on one of the other nodes; ``status`` None: it was never started."""
+    """How torchrun ended on a follower's node; ``status`` is None if it was never started."""
 
     node: int
     name: str
@@ -49,102 +40,93 @@ class NodeExit:
 
 
 class PeerNodes:
-    """Looks for the words that the other nodes' agents leave. Times are of the monotonic clock, in seconds."""
+    """Reads the exit records of the followers. Times are of the monotonic clock, in seconds."""
 
-    def __init__(self, attempt: AttemptDir, place: NodeInfo) -> None:
-        self.ended: dict[int, NodeExit] = {}
+    def __init__(self, attempt: AttemptDir, node: NodeInfo) -> None:
+        self.exits: dict[int, NodeExit] = {}
         self._attempt = attempt
-        self._all = range(1, place.nodes)
-        self._looked_at = float("-inf")
-        self._first_at: float | None = None
+        self._followers = range(1, node.nodes)
+        self._polled_at = float("-inf")
+        self._first_exit_at: float | None = None
 
     def poll(self, now: float) -> None:
-        """Read what is new."""
-        if now - self._looked_at < POLL_SECONDS or not self.missing():
+        """Read new exit records, at most every POLL_SECONDS."""
+        if now - self._polled_at < POLL_SECONDS or not self.missing():
             return
-        self._looked_at = now
+        self._polled_at = now
         for node in self.missing():
-            said = _exit_record(self._attempt, node)
-            if said is not None:
-                self.ended[node] = said
-                self._first_at = self._first_at or now
+            node_exit = _read_exit_record(self._attempt, node)
+            if node_exit is not None:
+                self.exits[node] = node_exit
+                self._first_exit_at = self._first_exit_at or now
 
     def lost(self, now: float) -> bool:
-        """Whether ranks elsewhere ended so long ago that ours can only wait for nothing."""
-        return self._first_at is not None and now - self._first_at > PEER_EXIT_GRACE_SECONDS
+        """Return whether the ranks of another node ended so long ago that ours must be hung."""
+        return self._first_exit_at is not None and now - self._first_exit_at > PEER_EXIT_GRACE_SECONDS
 
     def missing(self) -> list[int]:
-        """Nodes whose agents have said nothing."""
-        return [node for node in self._all if node not in self.ended]
+        return [node for node in self._followers if node not in self.exits]
 
     def wait_for_exits(self) -> None:
-        """Return once all have said how they ended, or those that did not are taken for lost."""
+        """Wait until all nodes have an exit record, for at most EXIT_RECORD_SECONDS."""
         deadline = time.monotonic() + EXIT_RECORD_SECONDS
         while self.missing() and time.monotonic() < deadline:
-            self._looked_at = float("-inf")
+            self._polled_at = float("-inf")
             self.poll(time.monotonic())
             time.sleep(0.05)
 
 
-def _exit_record(attempt: AttemptDir, node: int) -> NodeExit | None:
-    """What the node's agent has left; None where that is nothing, or nothing that can be read."""
+def _read_exit_record(attempt: AttemptDir, node: int) -> NodeExit | None:
     try:
-        said = read_json(attempt.node(node))
+        record = read_json(attempt.node(node))
     except (OSError, ValueError):
         return None
-    if not isinstance(said, dict):
+    if not isinstance(record, dict):
         return None
-    status, message = said.get("status"), said.get("message")
+    status, message = record.get("status"), record.get("message")
     return NodeExit(
         node,
-        str(said.get("name", node)),
+        str(record.get("name", node)),
         status if isinstance(status, int) else None,
         str(message) if message is not None else None,
     )
 
 
-TICK_SECONDS = 0.1
+def run_follower(run: RunDir, attempt: AttemptDir, node: NodeInfo) -> int:
+    """Run this node's ranks to their end, and write the exit record.
 
-LEADER_SECONDS = 120.0
-
-LOCK_SECONDS = 10.0
-
-
-def run_follower(run: RunDir, attempt: AttemptDir, place: NodeInfo) -> int:
-    """Run this node's ranks to their end, and leave word of it.
-
-    The exit code is 0 once the word is left, however they ended: at any other the cluster would end the first node's
-    agent at once, before it has told why.
+    Return 0 however the ranks ended: on any other exit code the cluster would end the first node's agent at once,
+    before it has reported.
     """
     parent = os.getppid()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, _defer_to_leader)
+        signal.signal(signum, _leave_to_leader)
     try:
-        children = _start(run, attempt, place)
-    except (RendezvousTimeout, LockBusy, OSError, ValueError, KeyError, TypeError) as why:
-        print(f"agent: nothing was started: {why}", file=sys.stderr, flush=True)
-        _write_exit_record(attempt, place, None, str(why))
+        processes = _start(run, attempt, node)
+    except (RendezvousTimeout, LockBusy, OSError, ValueError, KeyError, TypeError) as error:
+        print(f"agent: nothing was started: {error}", file=sys.stderr, flush=True)
+        _write_exit_record(attempt, node, None, str(error))
         return 0
-    message = _watch(children, attempt, parent)
-    children.kill()
-    _write_exit_record(attempt, place, children.torchrun.returncode, message)
+    message = _watch(processes, attempt, parent)
+    processes.kill()
+    _write_exit_record(attempt, node, processes.torchrun.returncode, message)
     return 0
 
 
-def _start(run: RunDir, attempt: AttemptDir, place: NodeInfo) -> ProcessTree:
-    meeting = wait_for_endpoint(attempt, place, LEADER_SECONDS)
-    # The first node's agent said where to meet once the attempt was the current one, so what is read now is true.
+def _start(run: RunDir, attempt: AttemptDir, node: NodeInfo) -> ProcessTree:
+    endpoint = wait_for_endpoint(attempt, node, LEADER_SECONDS)
+    # Read after the endpoint: the first node's agent publishes it only once this attempt is the current one.
     current = run.current.read_text().strip()
     if current != str(attempt.number):
         raise RendezvousTimeout(f"attempt {current} has followed this one")
     with FileLock(run.alive_lock).take(shared=True, seconds=LOCK_SECONDS) as alive:
-        return ProcessTree(launch_torchrun(run, attempt, alive, place, meeting), ancestor=os.getpid())
+        return ProcessTree(launch_torchrun(run, attempt, alive, node, endpoint), ancestor=os.getpid())
 
 
-def _watch(children: ProcessTree, attempt: AttemptDir, parent: int) -> str | None:
-    """Return once torchrun has ended, or must be: with what is to be said of it then."""
+def _watch(processes: ProcessTree, attempt: AttemptDir, parent: int) -> str | None:
+    """Wait until torchrun has ended, and return None; or until it must be killed, and return the reason."""
     over_at: float | None = None
-    while children.torchrun_status() is None:
+    while processes.torchrun_status() is None:
         if os.getppid() != parent:
             return "the cluster lost sight of this node's agent"
         if over_at is None and attempt.over.exists():
@@ -155,9 +137,9 @@ def _watch(children: ProcessTree, attempt: AttemptDir, parent: int) -> str | Non
     return None
 
 
-def _write_exit_record(attempt: AttemptDir, place: NodeInfo, status: int | None, message: str | None) -> None:
-    write_json(attempt.node(place.node), {"name": node_name(), "status": status, "message": message})
+def _write_exit_record(attempt: AttemptDir, node: NodeInfo, status: int | None, message: str | None) -> None:
+    write_json(attempt.node(node.node), {"name": node_name(), "status": status, "message": message})
 
 
-def _defer_to_leader(_signum: int, _frame: FrameType | None) -> None:
-    """SIGTERM comes to all nodes; the first one's agent asks the ranks to save, and they agree among themselves."""
+def _leave_to_leader(_signum: int, _frame: FrameType | None) -> None:
+    """Ignore SIGTERM: all nodes get it, and the first node's agent makes the ranks save."""

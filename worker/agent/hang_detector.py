@@ -1,4 +1,4 @@
-"""Is the run getting on? Judged by its steps, never by whether somebody could be reached."""
+"""Detects hangs by a lack of progress of the ranks, never by whether the service can be reached."""
 
 import statistics
 from collections import deque
@@ -9,10 +9,10 @@ from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Phase
 
 SUSPENDED_SECONDS = 5.0
-"""Two looks further apart than this: it was the agent that slept, so the pause is not held against the ranks."""
+"""If two polls are further apart, the agent itself was suspended: the gap does not count as a lack of progress."""
 
 UNKNOWN_STEP_TIME_SECONDS = 3600.0
-"""Until two steps have been seen nobody knows how long one takes."""
+"""Minimum budget until two steps were measured."""
 
 
 class HangDetector:
@@ -24,40 +24,39 @@ class HangDetector:
         self._attempt = attempt
         self._events = events
         self._timeouts = timeouts
-        self._paces: deque[float] = deque(maxlen=64)
-        self._moved_at: float | None = None
-        self._looked_at: float | None = None
+        self._step_seconds: deque[float] = deque(maxlen=64)
+        self._progress_at: float | None = None
+        self._polled_at: float | None = None
 
     def poll(self, now: float) -> None:
-        """Read step file and outbox once."""
-        if self._moved_at is None or self._looked_at is None:
-            self._moved_at = now
-        elif now - self._looked_at > SUSPENDED_SECONDS:
-            self._moved_at += now - self._looked_at
-        self._looked_at = now
-        self._follow_step(now)
+        if self._progress_at is None or self._polled_at is None:
+            self._progress_at = now
+        elif now - self._polled_at > SUSPENDED_SECONDS:
+            self._progress_at += now - self._polled_at
+        self._polled_at = now
+        self._poll_step(now)
         for event in self._events.read(1000):
-            self._moved_at = now
+            self._progress_at = now
             if event.get("kind") == "phase" and event.get("phase") in set(Phase):
                 self.phase = Phase(event["phase"])
 
-    def _follow_step(self, now: float) -> None:
+    def _poll_step(self, now: float) -> None:
         step = self._attempt.read_step()
         if step is None or step == self.step:
             return
-        assert self._moved_at is not None
+        assert self._progress_at is not None
         if self.step is not None and step > self.step:
-            self._paces.append((now - self._moved_at) / (step - self.step))
-        self.step, self._moved_at = step, now
+            self._step_seconds.append((now - self._progress_at) / (step - self.step))
+        self.step, self._progress_at = step, now
 
     def is_hung(self, now: float) -> bool:
-        """Whether nothing has moved for longer than this phase may take."""
-        return self._moved_at is not None and now - self._moved_at > self.budget()
+        """Return whether there was no progress for longer than the budget."""
+        return self._progress_at is not None and now - self._progress_at > self.budget()
 
     def budget(self) -> float:
-        """Seconds without progress that are still taken for work."""
+        """Return the seconds without progress that the current phase may take."""
         if self.phase is not Phase.TRAINING:
             return self._timeouts.preparing
-        if len(self._paces) < 2:
+        if len(self._step_seconds) < 2:
             return max(self._timeouts.progress, UNKNOWN_STEP_TIME_SECONDS)
-        return max(self._timeouts.progress, 10 * statistics.median(self._paces))
+        return max(self._timeouts.progress, 10 * statistics.median(self._step_seconds))

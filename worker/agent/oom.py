@@ -1,7 +1,7 @@
-"""Did the kernel kill for want of memory? Asked of the cgroup, so that another tenant's kill is not taken for ours.
+"""Detects kills by the kernel's out-of-memory killer from the cgroup's counters. Standard library only.
 
-Other attempts of the same service share the cgroup. So a kill counts only where it came just before the end, and what
-nobody counts is not guessed at. Standard library only.
+The cgroup keeps out the kills of other tenants, but attempts of the same service share it. So a kill counts only if it
+happened just before the end. Without a counter no kill is assumed.
 """
 
 import os
@@ -15,14 +15,14 @@ PROC = Path("/proc")
 POLL_SECONDS = 1.0
 
 OOM_WINDOW_SECONDS = 10.0
-"""torchrun, and then the agent, notice within moments that a rank is gone; a host out of memory is a slow one."""
+"""Kills count if they are at most this old at the end. A host without memory is slow to report a killed rank."""
 
 
 @dataclass(frozen=True)
 class OomReport:
-    """``kills`` of the kernel just before the end; ``peak``: bytes the attempt's processes had at most, all together.
+    """``kills``: out-of-memory kills just before the end; ``peak``: peak bytes of all the attempt's processes together.
 
-    ``limit``: bytes the cgroup may have; None where it has no limit of its own.
+    ``limit``: the cgroup's limit in bytes, or None.
     """
 
     kills: int = 0
@@ -38,13 +38,13 @@ class OomReport:
 
 @dataclass(frozen=True)
 class Cgroup:
-    """A memory cgroup: the file with its ``oom_kill`` count, and the one with its limit."""
+    """The files of a memory cgroup: ``events`` has its ``oom_kill`` count, ``limit`` its limit."""
 
     events: Path
     limit: Path
 
     def kills(self) -> int | None:
-        """Out-of-memory kills in this cgroup since it was made; None where nobody counts them."""
+        """Return the out-of-memory kills since the cgroup was created; None if they are not counted."""
         try:
             counts = dict(line.split() for line in self.events.read_text().splitlines())
             return int(counts["oom_kill"])
@@ -52,7 +52,7 @@ class Cgroup:
             return None
 
     def limit_bytes(self) -> int | None:
-        """The limit, or None: version 2 says "max" then, version 1 the largest number of pages."""
+        """Return the limit, or None. Without one, version 2 has "max" and version 1 the largest number of pages."""
         try:
             limit = int(self.limit.read_text())
         except (OSError, ValueError):
@@ -61,8 +61,8 @@ class Cgroup:
 
 
 def own_cgroup(proc: Path = PROC) -> Cgroup | None:
-    """The memory cgroup that this process and its children live in, version 2 or 1, where it counts kills."""
-    return next((found for found in _cgroups(proc) if found.kills() is not None), None)
+    """Return the memory cgroup (version 2 or 1) of this process and its children, or None if none counts kills."""
+    return next((cgroup for cgroup in _cgroups(proc) if cgroup.kills() is not None), None)
 
 
 def _cgroups(proc: Path) -> Iterator[Cgroup]:
@@ -80,59 +80,61 @@ def _cgroups(proc: Path) -> Iterator[Cgroup]:
                 yield Cgroup(folder / "memory.oom_control", folder / "memory.limit_in_bytes")
 
 
-def _folders(mounts: Iterable[list[str]], path: str, wanted: Callable[[str, list[str]], bool]) -> Iterator[Path]:
-    """proc(5): ``36 35 98:0 /root /mount/point options [optional ...] - type source super,options``."""
+def _folders(mounts: Iterable[list[str]], path: str, matches: Callable[[str, list[str]], bool]) -> Iterator[Path]:
+    """Yield the cgroup's folder in each matching mount.
+
+    proc(5): ``36 35 98:0 /root /mount/point options [optional ...] - type source super,options``.
+    """
     for fields in mounts:
         dash = fields.index("-")
-        if wanted(fields[dash + 1], fields[dash + 3].split(",")):
-            point = Path(fields[4])
-            own = point / path.lstrip("/")
-            # In a container the path may be the host's, while what is mounted is the container's own folder.
-            yield own if own.is_dir() else point
+        if matches(fields[dash + 1], fields[dash + 3].split(",")):
+            mount_point = Path(fields[4])
+            folder = mount_point / path.lstrip("/")
+            # In a container the path may be the host's, while the container's own folder is mounted.
+            yield folder if folder.is_dir() else mount_point
 
 
 class OomMonitor:
-    """Looks about once a second, so that a kill has a time and the peak is known when the processes are gone."""
+    """Polls once a second, to know the time of each kill, and the peak before the processes are gone."""
 
-    def __init__(self, cgroup: Cgroup | None, resident: Callable[[], int]) -> None:
+    def __init__(self, cgroup: Cgroup | None, resident_bytes: Callable[[], int]) -> None:
         self._cgroup = cgroup
-        self._resident = resident
-        self._kills = self._count()
-        self._recent: list[tuple[float, int]] = []
-        self._looked_at = float("-inf")
+        self._resident_bytes = resident_bytes
+        self._kills = self._count_kills()
+        self._new_kills: list[tuple[float, int]] = []
+        self._polled_at = float("-inf")
         self._peak = 0
 
     def poll(self, now: float) -> None:
-        """``now`` is of the monotonic clock, in seconds."""
-        if now - self._looked_at < POLL_SECONDS:
+        """Read the counters; ``now`` is of the monotonic clock, in seconds."""
+        if now - self._polled_at < POLL_SECONDS:
             return
-        self._looked_at = now
-        self._peak = max(self._peak, self._resident())
-        self._note_kills(now)
+        self._polled_at = now
+        self._peak = max(self._peak, self._resident_bytes())
+        self._record_kills(now)
 
     def report(self, now: float) -> OomReport:
-        """What is known at the end of the attempt."""
-        self._note_kills(now)
-        kills = sum(count for at, count in self._recent if now - at <= OOM_WINDOW_SECONDS)
+        self._record_kills(now)
+        kills = sum(count for at, count in self._new_kills if now - at <= OOM_WINDOW_SECONDS)
         limit = self._cgroup.limit_bytes() if self._cgroup is not None else None
         return OomReport(kills, self._peak or None, limit)
 
-    def _note_kills(self, now: float) -> None:
-        count = self._count()
+    def _record_kills(self, now: float) -> None:
+        count = self._count_kills()
         if count > self._kills:
-            self._recent.append((now, count - self._kills))
+            self._new_kills.append((now, count - self._kills))
         self._kills = count
 
-    def _count(self) -> int:
+    def _count_kills(self) -> int:
         return (self._cgroup.kills() or 0) if self._cgroup is not None else 0
 
 
 def resident_bytes_of_descendants(ancestor: int, proc: Path = PROC) -> int:
-    """Bytes that the living processes below ``ancestor`` have had at most, each, together."""
-    return sum(_high_water(proc / str(process.pid) / "status") for process in descendants(ancestor))
+    """Return the sum of the peak resident bytes of the living processes below ``ancestor``."""
+    return sum(_peak_resident_bytes(proc / str(process.pid) / "status") for process in descendants(ancestor))
 
 
-def _high_water(status: Path) -> int:
+def _peak_resident_bytes(status: Path) -> int:
     try:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
@@ -140,8 +142,8 @@ def _high_water(status: Path) -> int:
         return 0
 
 
-def of_this_agent() -> OomMonitor:
-    """Watches this process's cgroup and the processes below it."""
+def monitor_own_processes() -> OomMonitor:
+    """Return a monitor of this process's cgroup and of the processes below it."""
     return OomMonitor(own_cgroup(), lambda: resident_bytes_of_descendants(os.getpid()))
 
 

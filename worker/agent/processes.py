@@ -1,25 +1,20 @@
-"""torchrun and everything below it: how it is waited for and how it is ended. Standard library only."""
+"""The process tree of an attempt on one node: how it is waited for and ended. Standard library only."""
 
 import ctypes
 import os
 import signal
 import subprocess
 
-from trainyard.contract.processes import (
-    ProcessIdentity,
-    descendants,
-    signal_all,
-    wait_gone,
-)
+from trainyard.contract.processes import ProcessIdentity, descendants, signal_all, wait_gone
 
 PR_SET_CHILD_SUBREAPER = 36
-END_SECONDS = 10.0
+KILL_SECONDS = 10.0
 
 
 def become_subreaper() -> None:
-    """Make every orphan below this process its own child, so that none is lost when torchrun is killed.
+    """Make orphans below this process its children, so that none is lost when torchrun is killed. Raises OSError.
 
-    torchrun starts each rank in a session of its own: neither its death nor a signal to its process group reaches them.
+    torchrun starts each rank in its own session: neither its death nor a signal to its process group reaches the ranks.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
@@ -28,10 +23,10 @@ def become_subreaper() -> None:
 
 
 class ProcessTree:
-    """One attempt's processes on this node, torchrun first: every process below ``ancestor``, and no other.
+    """The processes of one attempt on this node: all processes below ``ancestor``.
 
-    ``ancestor`` is the pid of the agent, which is a subreaper. It is passed in because `end` kills all that it finds:
-    a caller with children of its own, such as a test, must give another one.
+    ``ancestor`` is the pid of the agent, which is a subreaper. `kill` kills every process below it: a caller with other
+    children, such as a test, must pass another pid.
     """
 
     def __init__(self, torchrun: "subprocess.Popen[bytes]", ancestor: int) -> None:
@@ -40,35 +35,34 @@ class ProcessTree:
         self.orphans: dict[int, int] = {}
 
     def torchrun_status(self) -> int | None:
-        """torchrun's exit code, negative for a signal, or None while it lives. Orphans are reaped on the way."""
+        """Return torchrun's exit code, negative for a signal, or None while it runs. Reaps orphans."""
         status = self.torchrun.poll()
         if status is not None:
             self._reap_orphans()
         return status
 
     def alive(self) -> list[ProcessIdentity]:
-        """Every living process of the attempt on this node."""
         return descendants(self.ancestor)
 
     def terminate(self) -> None:
-        """SIGTERM to all: a rank saves and ends at its next step."""
+        """Send SIGTERM to all processes: a rank saves and exits after its current step."""
         signal_all(self.alive(), signal.SIGTERM)
 
     def kill(self) -> bool:
-        """SIGKILL to all until none is left; True when none is. A stopped process is continued first."""
+        """Send SIGKILL until no process is left; return whether none is. A stopped process is continued first."""
         for _ in range(3):
-            found = self.alive()
-            signal_all(found, signal.SIGCONT, signal.SIGKILL)
+            processes = self.alive()
+            signal_all(processes, signal.SIGCONT, signal.SIGKILL)
             self.torchrun_status()
-            if not wait_gone(found, END_SECONDS) and not self.alive():
+            if not wait_gone(processes, KILL_SECONDS) and not self.alive():
                 self.torchrun.wait()
                 self._reap_orphans()
                 return True
         return False
 
     def _reap_orphans(self) -> None:
-        # Waiting for "any child" takes the status away from whoever waits for that child: so only if all children of
-        # this process are the attempt's, and only after torchrun itself is reaped, for Popen waits for that one.
+        # waitpid(-1) takes the exit status of any child, also from code that waits for that child. So only if all
+        # children of this process belong to the attempt, and only after Popen has reaped torchrun itself.
         if self.ancestor != os.getpid():
             return
         while True:

@@ -1,7 +1,7 @@
-"""Which of an attempt's nodes this is, and where the ranks of all of them meet. Standard library only.
+"""Node rank and torchrun rendezvous of an attempt on several nodes. Standard library only.
 
-A cluster starts one agent on each node. The first node's agent leads: it holds the locks, reports, and decides. The
-others start their share of the ranks and end with it: see `worker.agent.follower`.
+A cluster starts one agent on each node. The first node's agent is the leader: it holds the locks, reports, and decides.
+The others start their ranks and end with the leader: see `worker.agent.follower`.
 """
 
 import fcntl
@@ -20,34 +20,34 @@ from trainyard.contract.rundir import AttemptDir, read_json, write_json
 POLL_SECONDS = 0.1
 
 PORTS = range(20000, 32768)
-"""Below those that the kernel gives away itself: an outgoing connection takes none of these in the seconds until
-torchrun binds the one that was chosen, and two jobs on a node seldom choose the same."""
+"""Below the kernel's ephemeral range: no outgoing connection takes the chosen port before torchrun binds it. The range
+is large, so that two jobs on a node seldom choose the same port."""
 
-OUTSIDE = "192.0.2.1"
-"""An address kept for examples: the way there is the way out of this host."""
+EXTERNAL_ADDRESS = "192.0.2.1"
+"""An address reserved for documentation: its route is the default route of this host."""
 
 SIOCGIFADDR = 0x8915
 
 
 class RendezvousTimeout(Exception):
-    """The first node's agent did not say where to meet."""
+    """There is no rendezvous for this node: none was published in time, or the attempt is over."""
 
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """Node ``node`` of ``nodes``, counted from 0. ``first``: the first node's address, as the others reach it.
+    """Node ``node`` of ``nodes``, from 0. ``leader_host``: the first node's address, as the other nodes reach it.
 
-    ``clustered``: a cluster started the agent, and ends what runs on the node once it loses sight of it.
+    ``clustered``: a cluster started the agent, and ends the node's processes once it no longer tracks the agent.
     """
 
     node: int = 0
     nodes: int = 1
-    first: str | None = None
+    leader_host: str | None = None
     clustered: bool = False
 
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Self:
-        """As the cluster's launcher said; without a word the only node of all. Raises ValueError."""
+        """Read the launcher's variables; without them this is the only node. Raises ValueError."""
         if "TRAINYARD_NODES" not in environment:
             return cls()
         node, nodes = int(environment["TRAINYARD_NODE"]), int(environment["TRAINYARD_NODES"])
@@ -55,7 +55,7 @@ class NodeInfo:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this node's agent speaks for the attempt."""
+        """Whether this is the first node, whose agent reports for the attempt."""
         return self.node == 0
 
 
@@ -64,51 +64,51 @@ SINGLE_NODE = NodeInfo()
 
 @dataclass(frozen=True)
 class RendezvousEndpoint:
-    """Where torchrun's rendezvous is: the first node hosts it."""
+    """The address of torchrun's rendezvous, which the first node hosts."""
 
     host: str
     port: int
 
-    def torchrun_options(self, place: NodeInfo, attempt: str) -> list[str]:
-        """torchrun's. Names of nodes need not resolve: who hosts is said, and each node gives its address."""
+    def torchrun_options(self, node: NodeInfo, attempt: str) -> list[str]:
+        """Return torchrun's options. Host names need not resolve: the host and the local address are explicit."""
         return [
-            f"--nnodes={place.nodes}",
+            f"--nnodes={node.nodes}",
             "--rdzv-backend=c10d",
             f"--rdzv-endpoint={self.host}:{self.port}",
             f"--rdzv-id={attempt}",
-            f"--rdzv-conf=is_host={int(place.is_leader)}",
+            f"--rdzv-conf=is_host={int(node.is_leader)}",
             f"--local-addr={address_towards(self.host)}",
         ]
 
 
-def publish_endpoint(attempt: AttemptDir, place: NodeInfo) -> RendezvousEndpoint | None:
-    """The first node's agent chooses a port and says so; None where there is nobody to meet."""
-    if place.nodes == 1:
+def publish_endpoint(attempt: AttemptDir, node: NodeInfo) -> RendezvousEndpoint | None:
+    """Choose a port on the first node and publish it to the others; return None if there is one node only."""
+    if node.nodes == 1:
         return None
-    meeting = RendezvousEndpoint(_own_address(place), _free_port())
-    for node in range(1, place.nodes):
-        # The others' words, empty: that a name is there is asked of a network file system anew each time it is read;
-        # that it was not is remembered for a minute, and a node that did say how its ranks ended would be lost.
-        attempt.node(node).touch()
-    write_json(attempt.rendezvous, asdict(meeting))
-    return meeting
+    endpoint = RendezvousEndpoint(_own_address(node), _free_port())
+    for follower in range(1, node.nodes):
+        # Create the empty exit records: a network file system caches for a minute that a file does not exist, and a
+        # node whose record is seen too late would be reported lost. The content of an existing file is always fresh.
+        attempt.node(follower).touch()
+    write_json(attempt.rendezvous, asdict(endpoint))
+    return endpoint
 
 
-def _own_address(place: NodeInfo) -> str:
-    """The address at which other nodes reach this one: what the cluster gives the node itself may be good on it alone.
+def _own_address(node: NodeInfo) -> str:
+    """Return the address at which other nodes reach this one.
 
-    Many distributions have the node's own name lead to 127.0.1.1, and so a cluster's program that asks there.
+    The cluster's address may be valid on this node alone: many distributions resolve the own host name to 127.0.1.1.
     """
-    if place.first is not None and not is_loopback(place.first):
-        return place.first
+    if node.leader_host is not None and not is_loopback(node.leader_host):
+        return node.leader_host
     try:
-        return address_towards(OUTSIDE)
-    except OSError:  # no way out: then all nodes are on this host
-        return place.first or socket.gethostname()
+        return address_towards(EXTERNAL_ADDRESS)
+    except OSError:  # no route: then all nodes are on this host
+        return node.leader_host or socket.gethostname()
 
 
 def _free_port() -> int:
-    """Free now, and bound by torchrun in a moment; who was faster meanwhile costs one attempt, nothing else."""
+    # If another process takes the port before torchrun binds it, the attempt fails and the next one chooses again.
     for port in random.sample(PORTS, 100):
         try:
             socket.create_server(("", port)).close()
@@ -118,23 +118,26 @@ def _free_port() -> int:
     raise OSError("none of a hundred ports is free for the rendezvous")
 
 
-def wait_for_endpoint(attempt: AttemptDir, place: NodeInfo, seconds: float) -> RendezvousEndpoint:
-    """Where the first node's agent said to meet, by the address that leads there from here. Raises NoMeeting."""
+def wait_for_endpoint(attempt: AttemptDir, node: NodeInfo, seconds: float) -> RendezvousEndpoint:
+    """Wait for the published endpoint; return it with the address that reaches it from here.
+
+    Raises RendezvousTimeout after ``seconds``, or if the attempt has ended.
+    """
     deadline = time.monotonic() + seconds
     while attempt.rendezvous.name not in _names(attempt):
         if attempt.exit.name in _names(attempt):
             raise RendezvousTimeout("the attempt had ended before this node joined")
         if time.monotonic() > deadline:
-            raise RendezvousTimeout(f"the first node's agent did not say where to meet within {seconds:g} s")
+            raise RendezvousTimeout(f"the first node's agent published no rendezvous within {seconds:g} s")
         time.sleep(POLL_SECONDS)
-    said = read_json(attempt.rendezvous)
-    assert said is not None
-    heard_from = place.first if place.first is not None and not is_loopback(place.first) else None
-    return RendezvousEndpoint(heard_from or str(said["host"]), int(said["port"]))
+    published = read_json(attempt.rendezvous)
+    assert published is not None
+    known = node.leader_host if node.leader_host is not None and not is_loopback(node.leader_host) else None
+    return RendezvousEndpoint(known or str(published["host"]), int(published["port"]))
 
 
 def can_reach(attempt: AttemptDir, seconds: float) -> bool:
-    """Whether this node has the attempt's directory, as the service has left it."""
+    """Return whether this node sees the attempt's directory with its spec, waiting at most ``seconds``."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -148,25 +151,25 @@ def can_reach(attempt: AttemptDir, seconds: float) -> bool:
 
 
 def _names(attempt: AttemptDir) -> list[str]:
-    # Listed, not looked up: a network file system remembers for a minute that a name was not there.
+    # Listed, not looked up: a network file system caches for a minute that a name does not exist.
     return os.listdir(attempt.path)
 
 
 def address_towards(host: str) -> str:
-    """The address that this node has on the way to ``host``. Nothing is sent. Raises OSError."""
+    """Return this node's address on the route to ``host``. Sends nothing. Raises OSError."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind, protocol) as way:
-        way.connect(address)
-        return str(way.getsockname()[0])
+    with socket.socket(family, kind, protocol) as connection:
+        connection.connect(address)
+        return str(connection.getsockname()[0])
 
 
 def node_name() -> str:
-    """What the cluster calls this node."""
+    """Return the cluster's name of this node, or its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether ``host`` is an address that leads to this host from everywhere. A name is none."""
+    """Return whether ``host`` is a loopback address. A host name is not one."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -174,12 +177,12 @@ def is_loopback(host: str) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface that has this IPv4 address, or None."""
+    """Return the network interface that has this IPv4 address, or None."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-            except OSError:  # it has none
+            except OSError:  # the interface has no IPv4 address
                 continue
             if socket.inet_ntoa(answer[20:24]) == address:
                 return name

@@ -1,4 +1,4 @@
-"""One attempt under supervision: look, decide, act. The decision is `worker.agent.escalation.decide`."""
+"""Supervises one attempt: observe, decide, act. The decision is `worker.agent.escalation.next_step`."""
 
 import os
 import signal
@@ -14,26 +14,21 @@ from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.rundir import AttemptDir, write_json
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Desired
-from trainyard.worker.agent.escalation import (
-    EscalationStep,
-    Observation,
-    StopCause,
-    next_step,
-)
+from trainyard.worker.agent.escalation import EscalationStep, Observation, StopCause, next_step
 from trainyard.worker.agent.exit_report import apply_time_limit, collect_evidence, diagnose
 from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.hang_detector import HangDetector
-from trainyard.worker.agent.oom import OomMonitor, of_this_agent
+from trainyard.worker.agent.oom import OomMonitor, monitor_own_processes
 from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.rendezvous import SINGLE_NODE, NodeInfo
 from trainyard.worker.agent.uploader import EventUploader
 
-STACKS_SECONDS = 1.0
+STACK_DUMP_SECONDS = 1.0
 
 
 @dataclass
 class Supervisor:
-    """What is known of the attempt, and the one loop step that acts on it."""
+    """The state of one supervised attempt, and the loop's step."""
 
     attempt: AttemptDir
     processes: ProcessTree
@@ -47,127 +42,119 @@ class Supervisor:
     parent: int = field(default_factory=os.getppid)
     received_signal: threading.Event = field(default_factory=threading.Event)
     stop_requested_at: float | None = None
-    termed_at: float | None = None
+    terminated_at: float | None = None
     cause: StopCause | None = None
     report: ExitReport | None = None
-    supervisor_error: str | None = None
+    last_error: str | None = None
 
     @classmethod
-    def of(cls, attempt: AttemptDir, children: ProcessTree, place: NodeInfo = SINGLE_NODE) -> Self:
-        """Start shipping and watching ``attempt``, whose torchrun has just been started."""
+    def of(cls, attempt: AttemptDir, processes: ProcessTree, node: NodeInfo = SINGLE_NODE) -> Self:
+        """Start to upload and watch ``attempt``, whose torchrun has just been started."""
         spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
-        shipper = EventUploader.from_environment(attempt)
-        shipper.start()
-        watch = HangDetector(attempt, OutboxReader(attempt.outbox), spec.resources.timeouts)
-        others = PeerNodes(attempt, place)
-        settings = RunSettings.of(spec.model_dump())
-        return cls(attempt, children, spec, shipper, watch, of_this_agent(), settings, place, others)
+        uploader = EventUploader.from_environment(attempt)
+        uploader.start()
+        hang_detector = HangDetector(attempt, OutboxReader(attempt.outbox), spec.resources.timeouts)
+        settings, peers = RunSettings.of(spec.model_dump()), PeerNodes(attempt, node)
+        return cls(attempt, processes, spec, uploader, hang_detector, monitor_own_processes(), settings, node, peers)
 
     def on_signal(self, _signum: int, _frame: FrameType | None) -> None:
-        """SIGTERM to the agent is a wish to save and stop: it comes from a host that shuts down, or from a person.
+        """Request a stop with a save: SIGTERM comes from a host that shuts down, or from a person.
 
-        So is SIGURG on a cluster, by which the service has it look for what was left in the attempt's directory.
+        On a cluster the service sends SIGURG after it has written a file into the attempt's directory.
         """
         self.received_signal.set()
 
     def is_running(self, now: float) -> bool:
-        """`step`, on a host in trouble too: a disk that is full or away for a while must not cost a good run."""
+        """Run `step`, and survive OSError: a full or unavailable disk must not end a run."""
         try:
             running = self.step(now)
-        except OSError as trouble:
-            if self.supervisor_error != str(trouble):
-                print(f"agent: {trouble}; training goes on", flush=True)
-            self.supervisor_error = str(trouble)
+        except OSError as error:
+            if self.last_error != str(error):
+                print(f"agent: {error}; training continues", flush=True)
+            self.last_error = str(error)
             return True
-        self.supervisor_error = None
+        self.last_error = None
         return running
 
     def step(self, now: float) -> bool:
-        """Look once and act once; False as soon as nothing of the attempt lives."""
-        seen = self._poll(now)
-        action, cause = next_step(seen, self.spec.resources.timeouts, now)
+        """Observe and act once; return False once no process of the attempt is left."""
+        observed = self._observe(now)
+        action, cause = next_step(observed, self.spec.resources.timeouts, now)
         self.cause = self.cause or cause
         match action:
             case EscalationStep.WAIT:
                 self._write_settings()
-            case EscalationStep.ASK:
+            case EscalationStep.REQUEST_STOP:
                 self.stop_requested_at = now
                 self._request_stop()
             case EscalationStep.TERMINATE:
                 self.processes.terminate()
-                self.termed_at = now
+                self.terminated_at = now
             case EscalationStep.KILL:
-                self._keep_stacks(cause)
+                if cause is StopCause.HUNG:
+                    self._dump_stacks()
                 return not self.processes.kill()
         return True
 
     def _write_settings(self) -> None:
-        """Leave what the user has changed where rank 0 looks for it. Raises OSError, and is tried again then."""
+        """Write changed settings to the file that rank 0 polls. After an OSError the next step tries again."""
         settings = self.uploader.settings
         if settings is not None and settings != self.settings:
             write_json(self.attempt.settings, settings.model_dump())
             self.settings = settings
 
     def _request_stop(self) -> None:
+        # The service's launcher also touches this file itself: that is faster than the agent's next report.
         try:
             self.attempt.stop.touch()
         except OSError:
-            self.processes.terminate()  # no room even for an empty file: SIGTERM is the same wish
+            self.processes.terminate()  # a full disk rejects even an empty file; SIGTERM requests the same
 
-    def _poll(self, now: float) -> Observation:
+    def _observe(self, now: float) -> Observation:
         self.hang_detector.poll(now)
         self.oom_monitor.poll(now)
         self.peers.poll(now)
+        clustered = self.node.clustered
         return Observation(
             torchrun_ended=self.processes.torchrun_status() is not None,
-            desired=Desired.KILL if self._grace_is_over() else self.uploader.desired,
-            received_signal=self.received_signal.is_set() or self._limit_near() or self._stop_left(),
+            # ``closed``: the service makes the cluster end the attempt. The cluster begins with a stop signal.
+            desired=Desired.KILL if clustered and self.attempt.closed.exists() else self.uploader.desired,
+            # ``stop`` may have been written before this agent could receive the signal for it.
+            received_signal=self.received_signal.is_set()
+            or self._near_time_limit()
+            or (clustered and self.attempt.stop.exists()),
             stop_requested_at=self.stop_requested_at,
-            termed_at=self.termed_at,
+            terminated_at=self.terminated_at,
             is_hung=self.hang_detector.is_hung(now),
-            peer_lost=self.peers.lost(now) or self._is_orphaned(),
+            # An agent whose parent has changed is no longer tracked by the cluster.
+            peer_lost=self.peers.lost(now) or (clustered and os.getppid() != self.parent),
         )
 
-    def _limit_near(self) -> bool:
-        """Whether the cluster will end the attempt soon."""
+    def _near_time_limit(self) -> bool:
         return self.node.clustered and self.attempt.time_limit.exists()
 
-    def _stop_left(self) -> bool:
-        """Whether a stop was asked for where this agent may not have been there to hear the signal."""
-        return self.node.clustered and self.attempt.stop.exists()
-
-    def _grace_is_over(self) -> bool:
-        """Whether the service has the cluster end the attempt: to the ranks that begins as a wish to stop does."""
-        return self.node.clustered and self.attempt.closed.exists()
-
-    def _is_orphaned(self) -> bool:
-        """Whether what the cluster had put above this agent is gone: to the cluster nothing runs here any more."""
-        return self.node.clustered and os.getppid() != self.parent
-
-    def _keep_stacks(self, cause: StopCause | None) -> None:
-        """Where it hangs is in the ranks' logs before anything is killed: the ranks print their stacks on SIGUSR2."""
-        if cause is not StopCause.HUNG:
-            return
+    def _dump_stacks(self) -> None:
+        """Make the ranks print their stacks into their logs, which they do on SIGUSR2."""
         for process in self.processes.alive():
             if process.pid != self.processes.torchrun.pid:
                 process.send(signal.SIGUSR2)
-        time.sleep(STACKS_SECONDS)
+        time.sleep(STACK_DUMP_SECONDS)
 
     def write_report(self) -> None:
-        """Publish exit.json: from here on the attempt's end is on disk, whatever happens to agent and service."""
-        shortage = self.oom_monitor.report(time.monotonic())
+        """Publish exit.json: after it the attempt's end is on disk, whatever happens to agent and service."""
+        oom_report = self.oom_monitor.report(time.monotonic())
         if self.node.nodes > 1:
             self.attempt.over.touch()
             self.peers.wait_for_exits()
-        evidence = collect_evidence(self.attempt, self.processes.torchrun.returncode, shortage, self.peers)
+        evidence = collect_evidence(self.attempt, self.processes.torchrun.returncode, oom_report, self.peers)
         self.report = diagnose(
             evidence, self.cause, last_seq=OutboxReader(self.attempt.outbox).skip_to_end(), now=datetime.now(UTC)
         )
-        if self._limit_near() and self.uploader.desired is Desired.RUN:
+        if self._near_time_limit() and self.uploader.desired is Desired.RUN:
             self.report = apply_time_limit(self.report)
         write_json(self.attempt.exit, self.report.model_dump(mode="json"))
 
     def deliver(self) -> None:
-        """Ship what is left and the report, within a bounded time: the service also finds both on disk."""
+        """Upload the rest and the report within a bounded time; the service also finds both on disk."""
         assert self.report is not None
         self.uploader.finish(self.report)

@@ -1,4 +1,4 @@
-"""Carries the outbox to the service, and the user's wish back. A thread of its own: a slow service delays nothing."""
+"""Uploads the outbox to the service and receives the desired state, in a thread: a slow service delays nothing."""
 
 import http.client
 import json
@@ -23,16 +23,16 @@ REQUEST_SECONDS = 10.0
 FIRST_RETRY_SECONDS = 0.25
 MAX_RETRY_SECONDS = 5.0
 DELIVERY_SECONDS = 60.0
-"""How long a finished agent goes on trying; after that the service reads the same facts from the run directory."""
+"""How long a finished agent retries; after that the service reads the same data from the run directory."""
 
 
 class Unreachable(Exception):
-    """The service did not answer, or answered something else than an acknowledgement."""
+    """The service did not answer, or its answer is not an acknowledgement."""
 
 
 @dataclass(frozen=True)
 class ReportEndpoint:
-    """Where reports go: the attempt's path, its token, and the file in which a restarted service leaves its new URL."""
+    """The service's URL, the attempt's id and token, and the file to which a restarted service writes its new URL."""
 
     url: str
     attempt_id: str
@@ -40,51 +40,54 @@ class ReportEndpoint:
     service_file: Path | None
 
     def current_url(self) -> str:
-        """The URL of the service that runs now, or the one we were started with."""
+        """Return the URL of the running service, or the one the agent was started with."""
         try:
             record = read_json(self.service_file) if self.service_file is not None else None
         except (OSError, ValueError):
             record = None
         return str(record["url"]) if isinstance(record, dict) and "url" in record else self.url
 
-    def post(self, what: str, body: bytes) -> dict[str, Any]:
-        """One bounded request. Raises Unreachable."""
+    def post(self, resource: str, body: bytes) -> dict[str, Any]:
+        """Send one request with a timeout; return the answer. Raises Unreachable."""
         url = urllib.parse.urlsplit(self.current_url())
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         connection = kind(url.hostname or "127.0.0.1", url.port, timeout=REQUEST_SECONDS)
         headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         try:
-            path = f"{url.path.rstrip('/')}/internal/attempts/{self.attempt_id}/{what}"
+            path = f"{url.path.rstrip('/')}/internal/attempts/{self.attempt_id}/{resource}"
             connection.request("POST", path, body, headers)
-            answer = connection.getresponse()
-            content = answer.read(1 << 20)
-            if answer.status != http.client.OK:
-                raise Unreachable(f"{what}: the service answered {answer.status} {content[:200]!r}")
+            response = connection.getresponse()
+            content = response.read(1 << 20)
+            if response.status != http.client.OK:
+                raise Unreachable(f"{resource}: the service answered {response.status} {content[:200]!r}")
             return dict(json.loads(content))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Unreachable(f"{what}: {type(error).__name__}: {error}") from error
+            raise Unreachable(f"{resource}: {type(error).__name__}: {error}") from error
         finally:
             connection.close()
 
 
 class EventUploader:
-    """Ships one attempt's lines in order until `finish`; ``desired``, ``settings``: what the service last said."""
+    """Uploads one attempt's lines in order until `finish`. ``desired`` and ``settings`` are the service's last answer.
 
-    def __init__(self, attempt: AttemptDir, address: ReportEndpoint | None) -> None:
+    Without an endpoint it uploads nothing.
+    """
+
+    def __init__(self, attempt: AttemptDir, endpoint: ReportEndpoint | None) -> None:
         self.desired = Desired.RUN
         self.settings: RunSettings | None = None
         self.acked = 0
         self._attempt = attempt
-        self._address = address
+        self._endpoint = endpoint
         self._outbox = OutboxReader(attempt.outbox)
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="shipper", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="uploader", daemon=True)
         self._retry_seconds = 0.0
         self._next_heartbeat = 0.0
 
     @classmethod
     def from_environment(cls, attempt: AttemptDir) -> Self:
-        """As the launcher set it up; without a URL nothing is shipped and the run goes its way."""
+        """Read the launcher's variables; without a URL nothing is uploaded."""
         url = os.environ.get("TRAINYARD_REPORT_URL")
         if not url:
             return cls(attempt, None)
@@ -93,13 +96,12 @@ class EventUploader:
         return cls(attempt, ReportEndpoint(url, identity, token, Path(file) if file else None))
 
     def start(self) -> None:
-        """Begin to ship."""
-        if self._address is not None:
+        if self._endpoint is not None:
             self._thread.start()
 
     def finish(self, report: ExitReport) -> None:
-        """Ship the rest and the report, trying for at most DELIVERY_SECONDS."""
-        if self._address is None:
+        """Upload the rest and the report, retrying for at most DELIVERY_SECONDS."""
+        if self._endpoint is None:
             return
         self._stopping.set()
         self._thread.join(REQUEST_SECONDS * 2)
@@ -116,12 +118,13 @@ class EventUploader:
             self._stopping.wait(self._retry_seconds or POLL_SECONDS)
 
     def _with_backoff(self, work: Callable[[], object]) -> bool:
-        """Do some of the work; on failure wait longer each time, with jitter, so that agents come one by one."""
+        """Call ``work``; if the service is unreachable, double ``_retry_seconds`` and return False."""
         try:
             work()
-        except Unreachable as trouble:
+        except Unreachable as error:
             if not self._retry_seconds:
-                print(f"agent: {trouble}; training goes on, the report is kept", flush=True)
+                print(f"agent: {error}; training continues, the report is kept", flush=True)
+            # With jitter, so that the agents of many runs do not retry at the same moment.
             grown = min(MAX_RETRY_SECONDS, max(FIRST_RETRY_SECONDS, self._retry_seconds * 2))
             self._retry_seconds = grown * random.uniform(0.75, 1.0)  # noqa: S311 - jitter, not a secret
             return False
@@ -139,7 +142,7 @@ class EventUploader:
         return True
 
     def _upload(self) -> bool:
-        """Ship the next lines; False where there is none. What is not acknowledged is read again."""
+        """Upload the next lines; return False if there are none. Lines that were not acknowledged are sent again."""
         self._outbox.seek_after(self.acked)
         lines = self._outbox.read(BATCH_LINES)
         if not lines:
@@ -150,14 +153,14 @@ class EventUploader:
             raise Unreachable(f"events: line {before + 1} was not acknowledged")
         return True
 
-    def _post(self, what: str, body: bytes) -> bool:
-        assert self._address is not None
-        answer = self._address.post(what, body)
+    def _post(self, resource: str, body: bytes) -> bool:
+        assert self._endpoint is not None
+        answer = self._endpoint.post(resource, body)
         try:
             self.acked, self.desired = int(answer["acked"]), Desired(answer["desired"])
-            said = answer.get("settings")
-            self.settings = RunSettings.model_validate(said) if said is not None else self.settings
+            settings = answer.get("settings")
+            self.settings = RunSettings.model_validate(settings) if settings is not None else self.settings
         except (KeyError, ValueError) as error:
-            raise Unreachable(f"{what}: the answer is no acknowledgement: {error}") from error
+            raise Unreachable(f"{resource}: the answer is no acknowledgement: {error}") from error
         self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
         return True

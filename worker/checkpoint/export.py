@@ -1,4 +1,4 @@
-"""From a checkpoint to what others load: a Hugging Face directory, or MiniMind's .pth.
+"""Export of a checkpoint for other programs: a Hugging Face directory, or MiniMind's .pth file.
 
 ``python -m trainyard.worker.checkpoint.export CHECKPOINT_OR_RUN_DIR --format hf|minimind --out DIR``
 """
@@ -7,14 +7,13 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer as Library
+from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from trainyard.contract.rundir import (
@@ -29,36 +28,26 @@ from trainyard.contract.rundir import (
     write_json,
 )
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.tokenizer_info import (
-    BYTE,
-    SPECIAL_TOKENS,
-    TokenizerInvalid,
-    tokenizer_file,
-)
+from trainyard.contract.tokenizer_info import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
 from trainyard.model.config import ModelConfig
 from trainyard.worker.checkpoint.files import RunState, read_manifest, read_state
-from trainyard.worker.checkpoint.huggingface import (
-    CONFIG,
-    WEIGHTS,
-    UnsupportedByHF,
-    config_json,
-)
+from trainyard.worker.checkpoint.huggingface import CONFIG, WEIGHTS, UnsupportedByHF, config_json
 from trainyard.worker.checkpoint.safetensors_writer import sha256_of
 from trainyard.worker.checkpoint.weights import write_weights
 from trainyard.worker.data.tokenizers import Tokenizer, load_tokenizer
 
-NEEDED = (MODEL_FILE, STATE_FILE)
+NEEDED_FILES = (MODEL_FILE, STATE_FILE)
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""Taken over where they lie beside tokenizer.json."""
+"""Copied too, if they are in the directory of tokenizer.json."""
 
 
 class ExportError(ValueError):
-    """The export was refused; the message says what to do."""
+    """The export is not possible. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class ExportSource:
-    """A sound checkpoint, and what its run directory says of it, where it lies in one."""
+    """A valid checkpoint, and the spec of its run if it is in a run directory."""
 
     path: Path
     state: RunState
@@ -66,34 +55,34 @@ class ExportSource:
 
     @property
     def model(self) -> ModelConfig:
-        """The shape it was trained in."""
         return ModelConfig(**self.state.identity.model)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The weights, float32; tied ones stand under their first name."""
+        """Return the weights, float32, tied ones under their first name."""
         return load_file(self.path / MODEL_FILE)
 
 
 def find_export_source(path: Path) -> ExportSource:
-    """The checkpoint ``path``, or the newest sound one of the run directory ``path``. Raises NotExported."""
+    """Return the checkpoint ``path``, or the newest valid one of the run directory ``path``. Raises ExportError."""
     if (path / MANIFEST_FILE).is_file():
         damage = _damage(path)
         if damage is not None:
             raise ExportError(f"{path} is damaged: {damage}; export an older checkpoint")
-        return _source(path, _spec_of(RunDir(path.parent.parent)))
-    spec = _spec_of(RunDir(path))
-    for products in _products(path, spec):
-        for _, candidate in sorted([*products.published(), *products.milestones()], reverse=True):
+        return _source(path, _read_spec(RunDir(path.parent.parent)))
+    run = RunDir(path)
+    spec = _read_spec(run)
+    for artifacts in (run.artifacts(spec.checkpoint.save_dir if spec is not None else None), ArtifactDir(path)):
+        for _, candidate in sorted([*artifacts.published(), *artifacts.milestones()], reverse=True):
             if _damage(candidate) is None:
                 return _source(candidate, spec)
-    raise ExportError(f"{path} is no checkpoint and holds no sound one: give a run directory or checkpoints/step-...")
+    raise ExportError(f"{path} is no checkpoint and holds no valid one: give a run directory or checkpoints/step-...")
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with the files we need; None where they are sound. A milestone has no others."""
+    """Return what is wrong with the needed files, or None. A milestone has only these."""
     try:
-        manifest = read_manifest(path, NEEDED)
-        damaged = [name for name in NEEDED if sha256_of(path / name) != manifest[name].sha256]
+        manifest = read_manifest(path, NEEDED_FILES)
+        damaged = [name for name in NEEDED_FILES if sha256_of(path / name) != manifest[name].sha256]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{damaged[0]} sha256" if damaged else None
@@ -106,13 +95,8 @@ def _source(path: Path, spec: JobSpec | None) -> ExportSource:
         raise ExportError(f"{path} cannot be read: {error}") from error
 
 
-def _products(run: Path, spec: JobSpec | None) -> Iterator[ArtifactDir]:
-    yield RunDir(run).artifacts(spec.checkpoint.save_dir if spec is not None else None)
-    yield ArtifactDir(run)
-
-
-def _spec_of(run: RunDir) -> JobSpec | None:
-    """What the newest attempt ran, or None where ``run`` is no run directory."""
+def _read_spec(run: RunDir) -> JobSpec | None:
+    """Return the spec of the newest attempt, or None if ``run`` is no run directory."""
     attempts: list[AttemptDir] = list(run.attempts())
     for file in [*(attempt.spec for attempt in reversed(attempts)), run.spec]:
         try:
@@ -120,15 +104,15 @@ def _spec_of(run: RunDir) -> JobSpec | None:
             if raw is not None:
                 return JobSpec.model_validate_json(json.dumps(raw))
         except (OSError, ValueError):
-            continue  # of another version, or one that is being written: an older one has the same tokenizer
+            continue  # of another version, or being written: an older one names the same tokenizer
     return None
 
 
 def tokenizer_of(source: ExportSource, given: str | None) -> tuple[str, Tokenizer]:
-    """The tokenizer the run was trained with, and its path. Raises NotExported where it is another one now."""
+    """Return the tokenizer of the run, and its path. Raises ExportError if it is not the one of the training."""
     path = given or (source.spec.data.tokenizer_path if source.spec is not None else None)
     if path is None:
-        raise ExportError(f"{source.path} lies in no run directory: name its tokenizer with --tokenizer DIR, or byte")
+        raise ExportError(f"{source.path} is in no run directory: name its tokenizer with --tokenizer DIR, or byte")
     tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != source.state.identity.tokenizer:
         raise ExportError(
@@ -138,7 +122,7 @@ def tokenizer_of(source: ExportSource, given: str | None) -> tuple[str, Tokenize
 
 
 def export_minimind(source: ExportSource, out: Path, stem: str | None = None) -> Path:
-    """Write ``out/pretrain_512.pth``: half precision, MiniMind's keys. Returns its path. ``stem``: for ``pretrain``."""
+    """Write e.g. ``out/pretrain_512.pth``, in half precision, and return its path. ``stem`` replaces ``pretrain``."""
     model = source.model
     stem = stem or (source.spec.checkpoint.save_weight if source.spec is not None else "pretrain")
     file = out / f"{stem}_{model.hidden_size}{'_moe' if model.use_moe else ''}.pth"
@@ -150,59 +134,53 @@ def export_minimind(source: ExportSource, out: Path, stem: str | None = None) ->
 
 
 def export_huggingface(source: ExportSource, out: Path, tokenizer_path: str, tokenizer: Tokenizer) -> Path:
-    """Write a directory that transformers loads, whole or not at all. ``out`` must not exist or be empty.
+    """Write a directory that transformers loads, atomically. ``out`` must not exist or be empty. Return ``out``.
 
-    Raises NotExported, and `NotExpressible` for a model that transformers has no class for.
+    Raises ExportError, and UnsupportedByHF for a model that transformers has no class for.
     """
-    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    described = config_json(source.model, **ids)
+    config = config_json(source.model, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} exists and is not an empty directory: choose another --out")
     building = out.with_name(f".{out.name}.exporting")
     shutil.rmtree(building, ignore_errors=True)
     with atomic_directory(out, building):
-        write_json(building / CONFIG, described)
-        write_json(building / "generation_config.json", _generation(tokenizer))
-        # Without this mark transformers refuses the file.
+        write_json(building / CONFIG, config)
+        write_json(building / "generation_config.json", {**ids, "do_sample": False})
+        # transformers rejects a file without this metadata.
         save_file(source.tensors(), building / WEIGHTS, metadata={"format": "pt"})
         _write_tokenizer(building, tokenizer_path, tokenizer)
     return out
 
 
-def _generation(tokenizer: Tokenizer) -> dict[str, Any]:
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return {**ids, "do_sample": False}
-
-
 def _write_tokenizer(out: Path, tokenizer_path: str, tokenizer: Tokenizer) -> None:
     if tokenizer_path == BYTE:
-        (out / "tokenizer.json").write_text(byte_library().to_str(pretty=True) + "\n")
+        (out / "tokenizer.json").write_text(byte_level_tokenizer().to_str(pretty=True) + "\n")
     else:
         file = tokenizer_file(tokenizer_path)
         for source in (file, *(file.with_name(name) for name in TOKENIZER_FILES)):
             if source.is_file():
                 shutil.copyfile(source, out / source.name)
-    library = Library.from_file(str(out / "tokenizer.json"))
+    written = HFTokenizer.from_file(str(out / "tokenizer.json"))
     config = read_json(out / "tokenizer_config.json") or {"clean_up_tokenization_spaces": False}
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
-    # What we found by well-known names, transformers has to be told; what the file says already stays.
-    named = {key: library.id_to_token(number) for key, number in ends.items() if config.get(key) is None}
-    write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config, **named})
+    # We find these tokens by their usual names; transformers needs them in the config. Its own entries stay.
+    added = {key: written.id_to_token(number) for key, number in ends.items() if config.get(key) is None}
+    write_json(out / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config, **added})
 
 
-def byte_library() -> Library:
-    """The tokenizer "byte" in the library's form: every byte is a token, and nothing is ever merged."""
-    alphabet = _byte_characters()
-    vocabulary = {name: number for number, name in enumerate((*SPECIAL_TOKENS, *alphabet))}
-    library = Library(models.BPE(vocab=vocabulary, merges=[]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
-    library.add_special_tokens(list(SPECIAL_TOKENS))
-    return library
+def byte_level_tokenizer() -> HFTokenizer:
+    """Return the tokenizer "byte" for the ``tokenizers`` library: every byte is a token, without merges."""
+    vocabulary = {name: number for number, name in enumerate((*SPECIAL_TOKENS, *_byte_characters()))}
+    tokenizer = HFTokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
 
 
 def _byte_characters() -> list[str]:
-    """The character that stands for byte 0, 1, ... in byte-level vocabularies: itself, or one from U+0100 on.
+    """Return the characters for the bytes 0, 1, ... in byte-level vocabularies: themselves, or from U+0100 on.
 
     Source: GPT-2's byte encoder, which the ``tokenizers`` library has too.
     """
@@ -212,11 +190,11 @@ def _byte_characters() -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0 where it is done, 1 where it was refused, 2 on wrong usage."""
+    """Run the command. Return 0 if it is done, 1 on an error; wrong usage exits with 2."""
     parser = argparse.ArgumentParser(
         prog="python -m trainyard.worker.checkpoint.export", description=__doc__.split("\n")[0]
     )
-    parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_RUN_DIR", help="of a run: its newest sound one")
+    parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_RUN_DIR", help="of a run: its newest valid one")
     parser.add_argument("--format", choices=("hf", "minimind"), default="hf", help="default: hf")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--tokenizer", metavar="DIR", help='or "byte"; not needed inside a run directory')
@@ -224,17 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         source = find_export_source(options.source.resolve())
-        print(f"{_export(source, options)}: step {source.state.step:,} of {source.path}")
+        if options.format == "minimind":
+            out = export_minimind(source, options.out, options.stem)
+        else:
+            out = export_huggingface(source, options.out, *tokenizer_of(source, options.tokenizer))
+        print(f"{out}: step {source.state.step:,} of {source.path}")
     except (ExportError, UnsupportedByHF, TokenizerInvalid, OSError) as error:
         print(f"trainyard export: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _export(source: ExportSource, options: argparse.Namespace) -> Path:
-    if options.format == "minimind":
-        return export_minimind(source, options.out, options.stem)
-    return export_huggingface(source, options.out, *tokenizer_of(source, options.tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Checkpoints: written beside, published by one rename, verified before they are believed.
+"""The files of a checkpoint: written in a hidden directory, published by one rename, verified before use.
 
     checkpoints/step-00001000/  model.safetensors  optimizer.safetensors  state.json  manifest.json
-    checkpoints/step-...-weights/  a milestone of which only the weights are left, see `worker.checkpoint.retention`
-    checkpoints/.saving-...     one that is being written; collected at the next start
-    checkpoints/.invalid-...    one that was found damaged, set aside for whoever wants to look
-    checkpoints/.superseded-... one from behind the step that the user went back to; until the run has come as far
+    checkpoints/step-...-weights/  a milestone: only its weights are kept, see `worker.checkpoint.retention`
+    checkpoints/.saving-...     being written; leftovers are deleted at the next start
+    checkpoints/.invalid-...    damaged, quarantined for inspection
+    checkpoints/.superseded-... newer than the step that the user went back to; kept until the run has come as far again
 
 ``manifest.json`` is {"files": {name: {"bytes": n, "sha256": hex}}}; it is written last.
 """
@@ -20,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from trainyard.contract.events import CheckpointSaved
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import (
@@ -43,11 +44,11 @@ OptimizerKind = Literal["adamw", "muon"]
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything a resume needs beside the tensors. One JSON object, state.json.
+    """Everything a resume needs besides the tensors. Stored as the JSON object state.json, so field names are fixed.
 
-    ``data_offset``, ``base_step``: see `worker.training.state.Progress`. ``interval``: each rank's sums since the last
-    metric line. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: what a few rows score with these
-    weights, see `worker.training.resume_check`; {} where that is not known.
+    ``data_offset``, ``base_step``: see `worker.training.state.TrainProgress`. ``interval``: the metrics window of each
+    rank. ``trouble``: the `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the
+    score of `worker.training.resume_check`, {} if there is none.
     """
 
     step: int
@@ -67,7 +68,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
-        """The inverse of `asdict`. Raises KeyError or TypeError."""
+        """Return the state that `asdict` gave. Raises KeyError or TypeError."""
         return cls(**{**value, "identity": RunIdentity(**value["identity"])})
 
 
@@ -80,25 +81,29 @@ class CheckpointInfo:
     bytes: int
     sha256: str
 
+    def saved_event(self, **details: Any) -> CheckpointSaved:
+        """Return the event about this checkpoint. ``details``: its other fields, e.g. ``loss``."""
+        return CheckpointSaved(step=self.step, path=str(self.path), bytes=self.bytes, sha256=self.sha256, **details)
+
 
 def write_checkpoint(
-    products: ArtifactDir, state: RunState, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
+    artifacts: ArtifactDir, state: RunState, model: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]
 ) -> CheckpointInfo:
-    """Write a checkpoint and publish it. Raises OSError, and then leaves nothing behind."""
-    final = products.checkpoint(state.step)
+    """Write a checkpoint and publish it. Raises OSError; nothing is left on disk then."""
+    final = artifacts.checkpoint(state.step)
     with atomic_directory(final, saving_directory(final)) as unfinished:
-        files = {
+        written = {
             MODEL_FILE: write_tensors(unfinished / MODEL_FILE, model),
             OPTIMIZER_FILE: write_tensors(unfinished / OPTIMIZER_FILE, optimizer),
             STATE_FILE: write_state(unfinished, state),
         }
-        manifest = write_manifest(unfinished, files)
-    size = manifest.bytes + sum(file.bytes for file in files.values())
-    return CheckpointInfo(state.step, final, size, files[MODEL_FILE].sha256)
+        manifest = write_manifest(unfinished, written)
+    size = manifest.bytes + sum(file.bytes for file in written.values())
+    return CheckpointInfo(state.step, final, size, written[MODEL_FILE].sha256)
 
 
 def saving_directory(final: Path) -> Path:
-    """Where this process writes a checkpoint that becomes ``final``."""
+    """Return where this process writes a checkpoint before it becomes ``final``."""
     return final.with_name(f"{SAVING_PREFIX}{final.name}-{os.getpid()}")
 
 
@@ -115,41 +120,41 @@ def write_manifest(directory: Path, files: Mapping[str, FileDigest]) -> FileDige
 
 @failpoint("resume.manifest")
 def read_manifest(path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> dict[str, FileDigest]:
-    """What the manifest says of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged one."""
-    found = parse_manifest((path / MANIFEST_FILE).read_bytes())
-    if not set(needed) <= set(found):
+    """Return size and sha256 of each file. Raises OSError, ValueError, KeyError or TypeError on a damaged manifest."""
+    manifest = parse_manifest((path / MANIFEST_FILE).read_bytes())
+    if not set(needed) <= set(manifest):
         raise ValueError("names too few files")
-    return found
+    return manifest
 
 
 @failpoint("resume.verify")
 def verify(path: Path, *, thorough: bool = True) -> str | None:
-    """What is wrong with a checkpoint, e.g. ``model.safetensors sha256``; None where it is sound.
+    """Return what is wrong with a checkpoint, e.g. ``model.safetensors sha256``, or None if it is valid.
 
-    ``thorough`` reads every byte; otherwise only the manifest and the sizes are looked at.
+    ``thorough`` reads every byte; otherwise only the manifest and the file sizes are checked.
     """
     try:
         manifest = read_manifest(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST_FILE} {_kind(error)}"
-    for name, said in manifest.items():
+        return f"{MANIFEST_FILE} {_read_problem(error)}"
+    for name, expected in manifest.items():
         try:
-            if (path / name).stat().st_size != said.bytes:
+            if (path / name).stat().st_size != expected.bytes:
                 return f"{name} size"
-            if thorough and sha256_of(path / name) != said.sha256:
+            if thorough and sha256_of(path / name) != expected.sha256:
                 return f"{name} sha256"
         except OSError as error:
-            return f"{name} {_kind(error)}"
+            return f"{name} {_read_problem(error)}"
     return None
 
 
-def _kind(error: Exception) -> str:
+def _read_problem(error: Exception) -> str:
     return "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({type(error).__name__})"
 
 
 @failpoint("resume.state")
 def read_state(path: Path) -> RunState:
-    """The state of a verified checkpoint. Raises ValueError where it was written by a newer version."""
+    """Return the state of a verified checkpoint. Raises ValueError if a newer version wrote it."""
     value = json.loads((path / STATE_FILE).read_bytes())
     if value.get("version") != 1:
         raise ValueError(f"{path / STATE_FILE} has version {value.get('version')}; this program reads 1")
@@ -157,7 +162,7 @@ def read_state(path: Path) -> RunState:
 
 
 def checkpoint_info(step: int, path: Path, needed: Iterable[str] = CHECKPOINT_FILES) -> CheckpointInfo:
-    """What was published as ``path``. Raises as `manifest_of`."""
+    """Describe the published checkpoint ``path``. Raises as `read_manifest` does."""
     manifest = read_manifest(path, needed)
     size = (path / MANIFEST_FILE).stat().st_size
     return CheckpointInfo(step, path, size + sum(file.bytes for file in manifest.values()), manifest[MODEL_FILE].sha256)
@@ -165,47 +170,46 @@ def checkpoint_info(step: int, path: Path, needed: Iterable[str] = CHECKPOINT_FI
 
 @dataclass(frozen=True)
 class Damage:
-    """A published checkpoint that is not what its manifest says, and where it was put."""
+    """A published checkpoint that differs from its manifest. ``path``: where it was before it was quarantined."""
 
     step: int
     path: Path
-    what: str
+    problem: str
 
     def __str__(self) -> str:
-        return f"checkpoint {self.step} invalid: {self.what}"
+        return f"checkpoint {self.step} invalid: {self.problem}"
 
 
-def newest_valid(products: ArtifactDir, damaged: list[Damage]) -> Path | None:
-    """The newest checkpoint that is sound, byte for byte.
+def newest_valid(artifacts: ArtifactDir, damaged: list[Damage]) -> Path | None:
+    """Return the newest checkpoint whose every byte is valid, or None.
 
-    Damaged ones are set aside under another name, so that nothing lists them, and appended to ``damaged``.
+    Damaged ones are quarantined, so that nothing lists them, and appended to ``damaged``.
     """
-    for step, path in products.published():
-        what = verify(path)
-        if what is None:
+    for step, path in artifacts.published():
+        problem = verify(path)
+        if problem is None:
             return path
-        damaged.append(Damage(step, path, what))
+        damaged.append(Damage(step, path, problem))
         quarantine(path)
     return None
 
 
-def quarantine(path: Path, why: str = INVALID_PREFIX) -> Path:
-    """Rename a checkpoint to ``.invalid-step-...``, or as ``why`` says, numbered where there is one already."""
-    for attempt in range(1000):
-        aside = path.with_name(f"{why}{path.name}" + (f"-{attempt}" if attempt else ""))
-        if not aside.exists():
-            path.rename(aside)
-            return aside
-    raise FileExistsError(f"{path.parent} holds a thousand copies of {why}{path.name}")
+def quarantine(path: Path, prefix: str = INVALID_PREFIX) -> Path:
+    """Rename a checkpoint to ``<prefix>step-...``, numbered if that exists already. Return the new path."""
+    for number in range(1000):
+        target = path.with_name(f"{prefix}{path.name}" + (f"-{number}" if number else ""))
+        if not target.exists():
+            path.rename(target)
+            return target
+    raise FileExistsError(f"{path.parent} holds a thousand copies of {prefix}{path.name}")
 
 
 @failpoint("resume.load")
 def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
-    """Put a verified checkpoint into ``model`` and ``optimizer``, in place."""
+    """Load a verified checkpoint into ``model`` and ``optimizer``, in place."""
     state = read_state(path)
     tensors = load_file(path / MODEL_FILE)
-    own = model.state_dict()
-    for names in shared_names(own):
+    for names in shared_names(model.state_dict()):
         tensors.update(dict.fromkeys(names, tensors[names[0]]))
     model.load_state_dict(tensors, strict=True)
     _load_optimizer(load_file(path / OPTIMIZER_FILE), model, optimizer)
@@ -213,7 +217,7 @@ def load_checkpoint(path: Path, model: torch.nn.Module, optimizer: torch.optim.O
 
 
 def optimizer_kind(path: Path) -> OptimizerKind | None:
-    """Return the optimizer whose state is in the checkpoint ``path``; None if it has no state yet."""
+    """Return which optimizer wrote the checkpoint ``path``, or None if it holds no optimizer state."""
     with safe_open(path / OPTIMIZER_FILE, framework="pt") as file:
         names = list(file.keys())
     if not names:
@@ -222,12 +226,12 @@ def optimizer_kind(path: Path) -> OptimizerKind | None:
 
 
 def unique_tensors(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict with each tensor once: tied weights stand under their first name."""
+    """Return a state dict with each tensor once: tied weights under their first name."""
     return {names[0]: state[names[0]] for names in shared_names(state)}
 
 
 def shared_names(state: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
-    """Groups of names that stand for the same memory, each in the state dict's order."""
+    """Yield the names of each tensor, in the order of the state dict. Tied weights share memory and thus a group."""
     groups: dict[tuple[int, tuple[int, ...]], list[str]] = {}
     for name, tensor in state.items():
         groups.setdefault((tensor.data_ptr(), tuple(tensor.shape)), []).append(name)
@@ -235,7 +239,7 @@ def shared_names(state: Mapping[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """AdamW's state as ``exp_avg.<parameter>``, ``exp_avg_sq.<parameter>`` and ``step.<parameter>``."""
+    """Return the optimizer's state by name, e.g. ``exp_avg.<parameter>`` and ``step.<parameter>`` of AdamW."""
     return {
         f"{key}.{name}": value
         for name, parameter in model.named_parameters()
@@ -246,16 +250,15 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
 def _load_optimizer(
     tensors: Mapping[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> None:
-    named: dict[str, dict[str, torch.Tensor]] = {}
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition(".")
-        named.setdefault(name, {})[key] = tensor
-    order = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    # Copied: on a CPU the library's tensors are the file itself, mapped, and the moments would change with it until
-    # they are written to.
+        by_parameter.setdefault(name, {})[key] = tensor
+    index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    # Cloned: on a CPU the library's tensors are memory-mapped views of the file, and would change if the file does.
     state = {
-        order[id(parameter)]: {key: tensor.clone() for key, tensor in named[name].items()}
+        index[id(parameter)]: {key: tensor.clone() for key, tensor in by_parameter[name].items()}
         for name, parameter in model.named_parameters()
-        if name in named
+        if name in by_parameter
     }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

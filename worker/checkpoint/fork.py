@@ -1,14 +1,13 @@
-"""How a fork begins: its parent's checkpoint, which the service has left in ``origin/``, becomes the fork's own.
+"""Start of a fork: the parent's checkpoint, which the service has put into ``origin/``, becomes the fork's own.
 
-The files are linked under the fork's own name before ``origin/`` goes, so that a crash at any point loses nothing.
+Its files are linked into the fork's checkpoint before ``origin/`` is removed, so that a crash never loses anything.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from trainyard.contract.events import CheckpointSaved, Event, WarningEvent
+from trainyard.contract.events import Event, WarningEvent
 from trainyard.contract.messages import Fork, read_message
 from trainyard.contract.run_identity import CHANGEABLE_FIELDS, RunIdentity
 from trainyard.contract.rundir import (
@@ -23,7 +22,7 @@ from trainyard.contract.rundir import (
 )
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.worker.checkpoint import files as checkpoint
+from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState
 from trainyard.worker.checkpoint.retention import MILESTONE_FILES, link_or_copy, remove
 from trainyard.worker.checkpoint.safetensors_writer import sha256_of, write_tensors
@@ -31,7 +30,7 @@ from trainyard.worker.errors import TrainingError
 
 
 def read_fork(run: RunDir) -> Fork | None:
-    """What the job is a fork of; None where it is none. Raises Failure where that cannot be read."""
+    """Return what the job is a fork of, or None if it is no fork. Raises TrainingError if fork.json is unreadable."""
     if not run.fork.exists():
         return None
     fork = read_message(Fork, run.fork)
@@ -41,91 +40,79 @@ def read_fork(run: RunDir) -> Fork | None:
 
 
 def import_parent(
-    fork: Fork, products: ArtifactDir, identity: RunIdentity, spec: JobSpec, world: int, say: Callable[[Event], None]
+    fork: Fork, artifacts: ArtifactDir, identity: RunIdentity, spec: JobSpec, world: int, emit: Callable[[Event], None]
 ) -> None:
-    """Make the parent's checkpoint the first one of this job, and tell of it. Raises Failure where it is not sound."""
-    origin = products.origin
-    files = _require_valid(origin, fork)
-    state = checkpoint.read_state(origin)
-    if fork.data == "restart":
-        state = _restart_data(state, identity, spec, world)
-    _require_compatible(origin, state, identity)
-    fresh = OPTIMIZER_FILE not in files or checkpoint.optimizer_kind(origin) not in (None, spec.training.optimizer)
-    if fresh and fork.data == "keep":
+    """Make the parent's checkpoint the first one of this job. Raises TrainingError if it is damaged or does not fit."""
+    origin = artifacts.origin
+    manifest = _verified_manifest(origin, fork)
+    parent_state = files.read_state(origin)
+    state = _restart_data(parent_state, identity, spec, world) if fork.data == "restart" else parent_state
+    # The tokenizer must be the parent's even with new data: other tokens would mean something else to the weights.
+    differences = identity.differences(replace(state.identity, tokenizer=parent_state.identity.tokenizer))
+    if differences:
+        message = f"the fork cannot continue from its parent: {'; '.join(differences)}"
+        hint = 'Undo the change; data "restart" allows another corpus.'
+        raise TrainingError(Reason.CHECKPOINT_INVALID, message, hint)
+    new_optimizer = OPTIMIZER_FILE not in manifest or (
+        files.optimizer_kind(origin) not in (None, spec.training.optimizer)
+    )
+    if new_optimizer and fork.data == "keep":
         raise fork_error(fork, f"its optimizer is not {spec.training.optimizer}")
-    if checkpoint.verify(products.checkpoint(fork.step)) is not None:
-        _publish(products, origin, files, state, fresh)
-    saved = checkpoint.checkpoint_info(fork.step, products.checkpoint(fork.step))
-    said = {"step": saved.step, "path": str(saved.path), "bytes": saved.bytes, "sha256": saved.sha256}
-    say(CheckpointSaved(**said, loss=state.loss))
-    if fresh:
-        message = f"the fork has the parent's weights of step {fork.step} alone: its optimizer begins anew"
-        say(WarningEvent(code="optimizer_anew", message=message, step=fork.step))
+    if files.verify(artifacts.checkpoint(fork.step)) is not None:
+        _publish(artifacts, origin, manifest, state, new_optimizer)
+    emit(files.checkpoint_info(fork.step, artifacts.checkpoint(fork.step)).saved_event(loss=state.loss))
+    if new_optimizer:
+        message = f"the fork has the parent's weights of step {fork.step} alone: its optimizer starts from scratch"
+        emit(WarningEvent(code="optimizer_anew", message=message, step=fork.step))
     remove(origin)
 
 
-def _require_valid(origin: Path, fork: Fork) -> Mapping[str, FileDigest]:
-    """What the manifest says, once every byte is as it says."""
+def _verified_manifest(origin: Path, fork: Fork) -> Mapping[str, FileDigest]:
+    """Return the manifest after every byte is verified. Raises TrainingError."""
     needed = MILESTONE_FILES if fork.data == "restart" else CHECKPOINT_FILES
     try:
-        files = checkpoint.read_manifest(origin, needed)
-        damaged = [name for name, said in files.items() if sha256_of(origin / name) != said.sha256]
+        manifest = files.read_manifest(origin, needed)
+        damaged = [name for name, expected in manifest.items() if sha256_of(origin / name) != expected.sha256]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise fork_error(fork, f"{type(error).__name__}: {error}") from error
     if damaged:
         raise fork_error(fork, f"{damaged[0]} sha256")
-    return files
+    return manifest
 
 
 def fork_error(fork: Fork, why: str) -> TrainingError:
-    """The end of a fork that has nothing to begin with: step 0 would be another run."""
+    """Return the error of a fork whose parent checkpoint is unusable. To start at step 0 would be another run."""
     message = f"the checkpoint of step {fork.step} of {fork.job_id}, where this fork begins, cannot be used: {why}"
     return TrainingError(Reason.CHECKPOINT_INVALID, message, "Fork the parent again, perhaps at another step.")
 
 
 def _restart_data(state: RunState, identity: RunIdentity, spec: JobSpec, world: int) -> RunState:
-    """The state at the beginning of new data: step and tokens stay, the order of rows begins with the next step.
-
-    The probe stays where its rows are the same ones.
-    """
-    same_rows = replace(identity, model=state.identity.model) == state.identity
+    """Return the state at the start of new data: step and tokens continue, the data order starts with the next step."""
+    changed = {name: identity.model[name] for name in CHANGEABLE_FIELDS if name in identity.model}
+    # The saved score holds only if the same model scores the same rows.
+    is_comparable = identity == state.identity
     return replace(
         state,
-        identity=replace(identity, model=_model(identity, state.identity)),
+        identity=replace(identity, model={**state.identity.model, **changed}),
         rows_per_step=spec.training.batch_size * spec.training.accumulation_steps * world,
         data_offset=-state.step,
         base_step=state.step,
         interval=[],
         trouble={},
-        probe=state.probe if same_rows and identity.model == state.identity.model else {},
+        probe=state.probe if is_comparable else {},
     )
 
 
-def _model(mine: RunIdentity, theirs: RunIdentity) -> dict[str, Any]:
-    return {**theirs.model, **{name: mine.model[name] for name in CHANGEABLE_FIELDS if name in mine.model}}
-
-
-def _require_compatible(origin: Path, state: RunState, identity: RunIdentity) -> None:
-    stated = checkpoint.read_state(origin).identity
-    # The tokens of another tokenizer would mean something else to the same weights.
-    differences = identity.differences(replace(state.identity, tokenizer=stated.tokenizer))
-    if differences:
-        message = f"the fork cannot go on from its parent: {'; '.join(differences)}"
-        raise TrainingError(
-            Reason.CHECKPOINT_INVALID, message, 'Undo the change; data "restart" allows another corpus.'
-        )
-
-
 def _publish(
-    products: ArtifactDir, origin: Path, files: Mapping[str, FileDigest], state: RunState, fresh: bool
+    artifacts: ArtifactDir, origin: Path, manifest: Mapping[str, FileDigest], state: RunState, new_optimizer: bool
 ) -> None:
-    final = products.checkpoint(state.step)
-    with atomic_directory(final, checkpoint.saving_directory(final)) as unfinished:
+    final = artifacts.checkpoint(state.step)
+    with atomic_directory(final, files.saving_directory(final)) as unfinished:
         link_or_copy(origin / MODEL_FILE, unfinished / MODEL_FILE)
-        if fresh:
+        if new_optimizer:
             optimizer = write_tensors(unfinished / OPTIMIZER_FILE, {})
         else:
             link_or_copy(origin / OPTIMIZER_FILE, unfinished / OPTIMIZER_FILE)
-            optimizer = files[OPTIMIZER_FILE]
-        written = {MODEL_FILE: files[MODEL_FILE], OPTIMIZER_FILE: optimizer}
-        checkpoint.write_manifest(unfinished, {**written, STATE_FILE: checkpoint.write_state(unfinished, state)})
+            optimizer = manifest[OPTIMIZER_FILE]
+        written = {MODEL_FILE: manifest[MODEL_FILE], OPTIMIZER_FILE: optimizer}
+        files.write_manifest(unfinished, {**written, STATE_FILE: files.write_state(unfinished, state)})

@@ -1,7 +1,7 @@
-"""A Hugging Face directory of this model: what its config.json says, and the names of its tensors.
+"""Hugging Face directories of this model: their config.json, and the files and names of their tensors.
 
-The decoder is Qwen3, or Qwen3-MoE with experts; the keys of its state dict are theirs already. Files hold one matrix
-for each expert, as transformers publishes them; what holds all experts of a layer in one tensor is read too.
+The decoder is Qwen3, or Qwen3-MoE with experts, and its state dict has their keys already. Files are written with one
+matrix per expert, as transformers publishes them; files with all experts of a layer in one tensor can be read too.
 """
 
 import json
@@ -26,19 +26,15 @@ SHAPE_FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-"""Fields of `ModelConfig` that config.json has under the same name, whatever the architecture."""
+"""Fields of `ModelConfig` that config.json has under the same name, dense or MoE."""
 
-DENSE = ("intermediate_size",)
-EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
+DENSE_FIELDS = ("intermediate_size",)
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
 
-REQUIRED_ABSENT = {
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": False,
-}
-"""What an entry that is not there means to transformers, where no shape of a tensor would tell the difference."""
+DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "norm_topk_prob": False}
+"""Defaults of transformers for entries whose value no tensor shape shows."""
 
-PLAIN = {
+REQUIRED_VALUES = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "use_sliding_window": (False,),
@@ -46,31 +42,31 @@ PLAIN = {
     "mlp_only_layers": ([], None),
     "rope_scaling": (None,),
 }
-"""Entries that this decoder has no setting for, and what each must be where it is there."""
+"""Entries that this decoder has no setting for: the values that it supports, if the entry exists."""
 
 
 class UnsupportedByHF(ValueError):
-    """The model has no counterpart in transformers; the message says why."""
+    """The model has no class in transformers. The message says why."""
 
 
 def config_json(model: ModelConfig, *, bos_id: int, eos_id: int, pad_id: int) -> dict[str, Any]:
-    """What config.json holds. Raises NotExpressible without norms on queries and keys, which Qwen3 always has."""
+    """Return the content of config.json. Raises UnsupportedByHF without qk_norm, which Qwen3 always has."""
     if not model.qk_norm:
         raise UnsupportedByHF("qk_norm is off, and Qwen3 always has it: only the minimind format can hold this model")
-    kind, moe = ("Qwen3Moe", EXPERTS) if model.use_moe else ("Qwen3", ())
-    described = {name: getattr(model, name) for name in (*SHAPE_FIELDS, *DENSE, *moe)}
+    kind, moe = ("Qwen3Moe", MOE_FIELDS) if model.use_moe else ("Qwen3", ())
+    fields = {name: getattr(model, name) for name in (*SHAPE_FIELDS, *DENSE_FIELDS, *moe)}
     if model.use_moe:
-        described |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
-        described["router_aux_loss_coef"] = model.router_aux_loss_coef
+        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
+        fields["router_aux_loss_coef"] = model.router_aux_loss_coef
     return {
         "architectures": [f"{kind}ForCausalLM"],
         "model_type": "qwen3_moe" if model.use_moe else "qwen3",
-        **described,
+        **fields,
         "hidden_act": "silu",
         "attention_bias": False,
         "attention_dropout": model.dropout,
         "max_position_embeddings": model.max_position_embeddings,
-        # Older releases read the first, newer ones the second.
+        # Older releases of transformers read the first entry, newer ones the second.
         "rope_theta": model.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "use_sliding_window": False,
@@ -82,31 +78,31 @@ def config_json(model: ModelConfig, *, bos_id: int, eos_id: int, pad_id: int) ->
     }
 
 
-def config_problems(described: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
-    """Every entry of a config.json that makes another function of the same tensors than ``model`` is.
+def config_problems(config: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
+    """Yield each entry of a config.json with which the same tensors would compute something else than ``model`` does.
 
-    Sizes are compared too, though the tensors' shapes would tell: this says which setting to change.
+    Sizes are compared too. The tensor shapes would show them, but this says which setting to change.
     """
     kind = "qwen3_moe" if model.use_moe else "qwen3"
-    if described.get("model_type") != kind:
-        yield f"model_type is {described.get('model_type')!r} and must be {kind!r}"
+    if config.get("model_type") != kind:
+        yield f"model_type is {config.get('model_type')!r} and must be {kind!r}"
     if not model.qk_norm:
         yield "qk_norm is off in the model group, and Qwen3 has it"
-    # Newer releases give the number of experts another name.
-    entries = {**described, "num_experts": described.get("num_experts", described.get("num_local_experts"))}
-    for name in (*SHAPE_FIELDS, *(EXPERTS if model.use_moe else DENSE)):
-        theirs, mine = entries.get(name, REQUIRED_ABSENT.get(name)), getattr(model, name)
-        if theirs is not None and theirs != mine:
-            yield f"{name} is {theirs} and the model group has {mine}"
-    yield from _rope_problems(described, model)
-    for name, allowed in PLAIN.items():
-        if name in described and described[name] not in allowed:
-            yield f"{name} is {described[name]!r}, which this decoder does not have"
+    # Newer releases call the number of experts num_local_experts.
+    entries = {**config, "num_experts": config.get("num_experts", config.get("num_local_experts"))}
+    for name in (*SHAPE_FIELDS, *(MOE_FIELDS if model.use_moe else DENSE_FIELDS)):
+        value, own = entries.get(name, DEFAULTS.get(name)), getattr(model, name)
+        if value is not None and value != own:
+            yield f"{name} is {value} and the model group has {own}"
+    yield from _rope_problems(config, model)
+    for name, allowed in REQUIRED_VALUES.items():
+        if name in config and config[name] not in allowed:
+            yield f"{name} is {config[name]!r}, which this decoder does not have"
 
 
-def _rope_problems(described: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
-    rope = described.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", described.get("rope_theta", 10_000.0))
+def _rope_problems(config: Mapping[str, Any], model: ModelConfig) -> Iterator[str]:
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     if theta != model.rope_theta:
         yield f"rope_theta is {theta} and the model group has {model.rope_theta}"
     if rope.get("rope_type", "default") != "default":
@@ -114,47 +110,48 @@ def _rope_problems(described: Mapping[str, Any], model: ModelConfig) -> Iterator
 
 
 def is_hf_directory(path: Path) -> bool:
-    """Whether ``path`` holds weights as Hugging Face names them; a checkpoint of a run does as well."""
+    """Return whether ``path`` holds weights under Hugging Face's file names. A checkpoint of a run does too."""
     return (path / WEIGHTS).is_file() or (path / INDEX).is_file()
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files of its tensors. Raises OSError or ValueError where the index cannot be followed."""
+    """Return the files with the tensors of a directory. Raises OSError or ValueError if its index is invalid."""
     if not (directory / INDEX).is_file():
         return [directory / WEIGHTS]
-    named = json.loads((directory / INDEX).read_bytes())
-    names = set(named["weight_map"].values()) if isinstance(named, dict) and "weight_map" in named else set()
+    index = json.loads((directory / INDEX).read_bytes())
+    names = set(index["weight_map"].values()) if isinstance(index, dict) and "weight_map" in index else set()
+    # A name with a folder in it could lead out of the directory.
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(f"{INDEX} names no files of this directory")
     return [directory / name for name in sorted(names)]
 
 
 def read_config(directory: Path) -> dict[str, Any] | None:
-    """Its config.json, or None where it has none. Raises OSError or ValueError."""
+    """Return config.json, or None if there is none. Raises OSError or ValueError."""
     try:
-        described = json.loads((directory / CONFIG).read_bytes())
+        config = json.loads((directory / CONFIG).read_bytes())
     except FileNotFoundError:
         return None
-    if not isinstance(described, dict):
+    if not isinstance(config, dict):
         raise ValueError(f"{CONFIG} holds no JSON object")
-    return described
+    return config
 
 
 def split_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors with one matrix for each expert.
+    """Return the same tensors with one matrix per expert.
 
-    ``gate_up_proj`` [E, 2 I, C] holds gate above up, ``down_proj`` is [E, C, I].
+    Shapes of fused tensors: ``gate_up_proj`` [E, 2 I, C] with gate above up, ``down_proj`` [E, C, I].
     """
-    found: dict[str, torch.Tensor] = {}
+    split: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        experts = name.removesuffix(FUSED_GATE_UP).removesuffix(FUSED_DOWN)
-        if experts == name or tensor.ndim != 3:
-            found[name] = tensor
+        layer = name.removesuffix(FUSED_GATE_UP).removesuffix(FUSED_DOWN)
+        if layer == name or tensor.ndim != 3:
+            split[name] = tensor
             continue
         for number, matrix in enumerate(tensor):
-            key = f"{experts}mlp.experts.{number}"
+            key = f"{layer}mlp.experts.{number}"
             if name.endswith(FUSED_DOWN):
-                found[f"{key}.down_proj.weight"] = matrix
+                split[f"{key}.down_proj.weight"] = matrix
             else:
-                found[f"{key}.gate_proj.weight"], found[f"{key}.up_proj.weight"] = matrix.chunk(2)
-    return found
+                split[f"{key}.gate_proj.weight"], split[f"{key}.up_proj.weight"] = matrix.chunk(2)
+    return split

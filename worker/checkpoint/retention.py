@@ -1,4 +1,4 @@
-"""Which checkpoints are kept. The decision is pure; removal takes the name away first, then the files."""
+"""Retention: which checkpoints are kept (a pure decision), and how the others are removed or reduced to weights."""
 
 import contextlib
 import os
@@ -29,99 +29,97 @@ from trainyard.worker.checkpoint.files import (
 )
 
 SUPERSEDED_DIR = re.compile(re.escape(SUPERSEDED_PREFIX) + r"step-(\d{8,})(?:-weights)?(?:-\d+)?")
-
-"""A checkpoint that was set aside because the run went back behind it."""
+"""A checkpoint that was set aside because the run went back to an earlier step."""
 
 MIN_KEPT = 2
+"""Valid checkpoints that are kept whatever ``keep_last`` is: one may turn out to be damaged."""
 
-"""Sound checkpoints that are kept whatever ``keep_last`` says: one may turn out damaged."""
+MILESTONE_FILES = (MODEL_FILE, STATE_FILE)
 
 
 def checkpoints_to_delete(
-    sound_steps: Iterable[int], keep_last: int, keep_every: int | None
+    valid_steps: Iterable[int], keep_last: int, keep_every: int | None
 ) -> tuple[list[int], list[int]]:
-    """(steps that go, steps of which the weights stay): older than the newest ``keep_last``, newest first.
+    """Return (steps to delete, steps to reduce to their weights): all but the newest ``keep_last``, newest first.
 
-    The weights of multiples of ``keep_every`` stay.
+    The weights of multiples of ``keep_every`` are kept.
     """
-    newest_first = sorted(sound_steps, reverse=True)
+    newest_first = sorted(valid_steps, reverse=True)
     old = newest_first[max(keep_last, MIN_KEPT) :]
-    kept = [step for step in old if keep_every and step % keep_every == 0]
-    return [step for step in old if step not in kept], kept
+    milestones = [step for step in old if keep_every and step % keep_every == 0]
+    return [step for step in old if step not in milestones], milestones
 
 
 class Pruned(NamedTuple):
-    """A full checkpoint that is gone, and what is left of it."""
+    """A full checkpoint that was removed, and the milestone that is left of it, if any."""
 
     step: int
     path: Path
     weights: CheckpointInfo | None = None
 
 
-def delete_old_checkpoints(products: ArtifactDir, keep_last: int, keep_every: int | None) -> list[Pruned]:
-    """Remove what is surplus. One that looks damaged never counts as one that is kept.
+def delete_old_checkpoints(artifacts: ArtifactDir, keep_last: int, keep_every: int | None) -> list[Pruned]:
+    """Remove the checkpoints that are no longer kept, and return them.
 
-    Where a milestone's weights cannot be put aside, its whole checkpoint stays until the next time.
+    One that looks damaged never counts as kept. If the weights of a milestone cannot be published, its full checkpoint
+    stays until the next time.
     """
-    published = dict(products.published())
-    sound = [step for step, path in published.items() if verify(path, thorough=False) is None]
-    going, staying = checkpoints_to_delete(sound, keep_last, keep_every)
-    leaving = [Pruned(step, published[step]) for step in going]
-    for step in staying:
+    published = dict(artifacts.published())
+    valid = [step for step, path in published.items() if verify(path, thorough=False) is None]
+    to_delete, milestones = checkpoints_to_delete(valid, keep_last, keep_every)
+    pruned = [Pruned(step, published[step]) for step in to_delete]
+    for step in milestones:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            leaving.append(Pruned(step, published[step], keep_weights(products, step, published[step])))
-    _forget_superseded(products, sound)
-    return [pruned for pruned in leaving if remove(pruned.path)]
+            pruned.append(Pruned(step, published[step], keep_weights(artifacts, step, published[step])))
+    _delete_superseded(artifacts, valid)
+    return [each for each in pruned if remove(each.path)]
 
 
-def _forget_superseded(products: ArtifactDir, sound: list[int]) -> None:
-    """Delete what the user went back behind, once the run has come as far again and has ``LEAST`` sound ones."""
-    if len(sound) < MIN_KEPT:
+def _delete_superseded(artifacts: ArtifactDir, valid_steps: list[int]) -> None:
+    """Delete superseded checkpoints once the run has reached their step again and has MIN_KEPT valid ones."""
+    if len(valid_steps) < MIN_KEPT:
         return
-    for path in _entries(products.checkpoints):
+    for path in _entries(artifacts.checkpoints):
         match = SUPERSEDED_DIR.fullmatch(path.name)
-        if match is not None and int(match.group(1)) <= max(sound):
+        if match is not None and int(match.group(1)) <= max(valid_steps):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def remove(path: Path) -> bool:
-    """Unpublish a checkpoint by one rename, then delete its files; False where it could not be unpublished."""
-    leaving = path.with_name(f"{REMOVING_PREFIX}{path.name}")
-    shutil.rmtree(leaving, ignore_errors=True)
+    """Unpublish a checkpoint by one rename, then delete its files. Return False if it could not be unpublished."""
+    unpublished = path.with_name(f"{REMOVING_PREFIX}{path.name}")
+    shutil.rmtree(unpublished, ignore_errors=True)
     try:
-        path.rename(leaving)
+        path.rename(unpublished)
     except OSError:
         return False
-    shutil.rmtree(leaving, ignore_errors=True)
+    shutil.rmtree(unpublished, ignore_errors=True)
     return True
 
 
-def delete_leftovers(products: ArtifactDir) -> int:
-    """Delete what earlier attempts were writing or removing when they were killed. Nothing of ours may be live then."""
-    found = [p for p in _entries(products.checkpoints) if p.name.startswith((SAVING_PREFIX, REMOVING_PREFIX))]
-    for directory in found:
+def delete_leftovers(artifacts: ArtifactDir) -> int:
+    """Delete what killed attempts were writing or removing, and return how many. No save of this job may be running."""
+    directories = [p for p in _entries(artifacts.checkpoints) if p.name.startswith((SAVING_PREFIX, REMOVING_PREFIX))]
+    for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)
-    torn = [p for p in _entries(products.out) if p.name.startswith(".") and p.is_file()]
-    for file in torn:
+    files = [p for p in _entries(artifacts.out) if p.name.startswith(".") and p.is_file()]
+    for file in files:
         file.unlink(missing_ok=True)
-    return len(found) + len(torn)
+    return len(directories) + len(files)
 
 
 def _entries(directory: Path) -> list[Path]:
     return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
-MILESTONE_FILES = (MODEL_FILE, STATE_FILE)
+def keep_weights(artifacts: ArtifactDir, step: int, full: Path) -> CheckpointInfo:
+    """Publish the weights of the checkpoint ``full`` as a milestone. Raises OSError, ValueError, KeyError or TypeError.
 
-
-def keep_weights(products: ArtifactDir, step: int, full: Path) -> CheckpointInfo:
-    """Publish the weights of the full checkpoint ``full`` as a milestone. Raises OSError, ValueError or KeyError.
-
-    The files are linked, not copied, where the file system can: nothing is written but the manifest.
+    The files are linked if the file system can; then only the manifest is written.
     """
     manifest = {name: file for name, file in read_manifest(full).items() if name in MILESTONE_FILES}
-    final = products.milestone(step)
-    if _manifest(final) != manifest:
+    final = artifacts.milestone(step)
+    if _milestone_manifest(final) != manifest:
         shutil.rmtree(final, ignore_errors=True)
         with atomic_directory(final, saving_directory(final)) as unfinished:
             for name in manifest:
@@ -130,7 +128,7 @@ def keep_weights(products: ArtifactDir, step: int, full: Path) -> CheckpointInfo
     return checkpoint_info(step, final, MILESTONE_FILES)
 
 
-def _manifest(milestone: Path) -> dict[str, FileDigest] | None:
+def _milestone_manifest(milestone: Path) -> dict[str, FileDigest] | None:
     try:
         return read_manifest(milestone, MILESTONE_FILES)
     except (OSError, ValueError, KeyError, TypeError):
@@ -141,7 +139,7 @@ def _manifest(milestone: Path) -> dict[str, FileDigest] | None:
 def link_or_copy(source: Path, target: Path) -> None:
     """Link ``source`` as ``target``, or copy it if the file system has no links. Raises OSError.
 
-    `service.storage.share` has a stricter one: the service does not follow a symbolic link that a run may have left.
+    `service.storage.share` has a stricter one: the service must not follow a symbolic link that a run may have left.
     """
     try:
         os.link(source, target)

@@ -1,4 +1,4 @@
-"""Writes safetensors files in one pass: tensor by tensor, hashed on the way, never a second copy in memory.
+"""Writer of safetensors files: one pass, tensor by tensor, hashed on the way, without a second copy in memory.
 
 The format: 8 bytes little-endian length, a JSON header {name: {dtype, shape, data_offsets}}, then the data.
 Source: https://github.com/huggingface/safetensors#format. Files are read back with the safetensors library.
@@ -26,7 +26,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 
-BLOCK = 1 << 24
+BLOCK_BYTES = 1 << 24
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileDigest:
@@ -39,19 +39,15 @@ def write_blocks(path: Path, blocks: Iterator[bytes | memoryview]) -> FileDigest
     digest, size = hashlib.sha256(), 0
     with path.open("xb", buffering=0) as file:
         for block in blocks:
-            for start in range(0, len(block), BLOCK):
-                part = block[start : start + BLOCK]
+            for start in range(0, len(block), BLOCK_BYTES):
+                part = block[start : start + BLOCK_BYTES]
                 digest.update(part)
-                size += _write_all(file.fileno(), part)
+                size += len(part)
+                rest = memoryview(part)
+                while rest:  # os.write may write less than it is given
+                    rest = rest[os.write(file.fileno(), rest) :]
         os.fsync(file.fileno())
     return FileDigest(size, digest.hexdigest())
-
-
-def _write_all(descriptor: int, part: bytes | memoryview) -> int:
-    view = memoryview(part)
-    while view:
-        view = view[os.write(descriptor, view) :]
-    return len(part)
 
 
 def _blocks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
@@ -64,13 +60,13 @@ def _blocks(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
-        # numpy has no bfloat16, so the bytes are taken as such; one tensor at a time comes down from the device.
+        # As bytes, because numpy has no bfloat16. One tensor at a time is copied from the device.
         flat = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
         yield flat.numpy().data
 
 
 @failpoint("resume.digest")
 def sha256_of(path: Path) -> str:
-    """The file's sha256, read in blocks. Raises OSError."""
+    """Return the sha256 of a file as hex, read in blocks. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

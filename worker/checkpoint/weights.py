@@ -1,4 +1,4 @@
-"""Weights-only files under MiniMind's names: written for inference, read to start from (``from_weight``)."""
+"""Weights-only files: written under MiniMind's names for inference, and loaded as initial weights (``from_weight``)."""
 
 import io
 import pickle
@@ -26,86 +26,86 @@ from trainyard.worker.paths import weight_paths
 MAX_LISTED = 12
 
 
-def weights_file(products: ArtifactDir, spec: JobSpec) -> Path:
-    """``out/pretrain_512.pth``."""
-    return products.weights(spec.checkpoint.save_weight, spec.model.hidden_size, spec.model.use_moe)
+def weights_file(artifacts: ArtifactDir, spec: JobSpec) -> Path:
+    """Return the path of the weights, e.g. ``out/pretrain_512.pth``."""
+    return artifacts.weights(spec.checkpoint.save_weight, spec.model.hidden_size, spec.model.use_moe)
 
 
 def write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
-    """Publish a state dict in half precision under ``path``; equal weights give equal bytes. Raises OSError."""
+    """Write a state dict in half precision to ``path``, atomically. Equal weights give equal bytes. Raises OSError."""
     half: dict[str, torch.Tensor] = {}
     for names in shared_names(state):
-        # Tied names go on sharing memory, so the file holds each matrix once, as torch.save does for the model itself.
-        half.update(dict.fromkeys(names, _halved(state[names[0]])))
+        # Tied names must share memory: then the file holds each matrix once, as if the model itself were saved.
+        half.update(dict.fromkeys(names, _to_half(state[names[0]])))
     buffer = io.BytesIO()
     torch.save({name: half[name] for name in state}, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, buffer.getvalue())
 
 
-def _halved(tensor: torch.Tensor) -> torch.Tensor:
-    """In numpy and not in torch: this runs beside training, and torch would take all cores away from it."""
-    with np.errstate(over="ignore"):  # as torch: what is too large becomes infinite
+def _to_half(tensor: torch.Tensor) -> torch.Tensor:
+    # With numpy: this runs in the background of training, and torch would take all cores away from it.
+    with np.errstate(over="ignore"):  # as in torch, what is too large becomes infinite
         return torch.from_numpy(tensor.detach().cpu().numpy().astype(np.float16))
 
 
-def load_weights(model: torch.nn.Module, spec: JobSpec, products: ArtifactDir) -> Path:
-    """Load ``training.from_weight`` into ``model``, strictly. Raises Failure that lists every mismatch."""
-    path = find_weights(spec, products)
-    tensors = _read(path)
+def load_weights(model: torch.nn.Module, spec: JobSpec, artifacts: ArtifactDir) -> Path:
+    """Load ``training.from_weight`` into ``model``, strictly. Raises TrainingError that lists the mismatches."""
+    path = find_weights(spec, artifacts)
+    tensors = _read_tensors(path)
     problems = [*_config_problems(path, spec), *mismatches(model.state_dict(), tensors)]
     if problems:
-        shown = "; ".join(problems[:MAX_LISTED]) + (
+        listed = "; ".join(problems[:MAX_LISTED]) + (
             f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         )
         hint = "Set the model group to the shape these weights have, or take other weights."
-        raise TrainingError(Reason.CHECKPOINT_INVALID, f"from_weight: {path} does not fit the model: {shown}", hint)
+        raise TrainingError(Reason.CHECKPOINT_INVALID, f"from_weight: {path} does not fit the model: {listed}", hint)
     for names in shared_names(model.state_dict()):
-        given = next(tensors[name] for name in names if name in tensors)
-        tensors.update(dict.fromkeys(names, given))
+        tensor = next(tensors[name] for name in names if name in tensors)
+        tensors.update(dict.fromkeys(names, tensor))
     model.load_state_dict(tensors, strict=True)
     return path
 
 
-def find_weights(spec: JobSpec, products: ArtifactDir) -> Path:
-    """What ``from_weight`` means: a file or a Hugging Face directory, or MiniMind's name where weights are saved."""
-    candidates = weight_paths(spec, products)
-    found = next((path for path in candidates if path.is_file() or is_hf_directory(path)), None)
-    if found is None:
-        looked = ", ".join(map(str, candidates))
-        hint = "Give a .pth or .safetensors file, a Hugging Face directory, or a name as in save_weight."
-        raise TrainingError(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {looked}", hint)
-    return found
+def find_weights(spec: JobSpec, artifacts: ArtifactDir) -> Path:
+    """Return the file or Hugging Face directory that ``from_weight`` names. Raises TrainingError if there is none."""
+    candidates = weight_paths(spec, artifacts)
+    for path in candidates:
+        if path.is_file() or is_hf_directory(path):
+            return path
+    tried = ", ".join(map(str, candidates))
+    hint = "Give a .pth or .safetensors file, a Hugging Face directory, or a name as in save_weight."
+    raise TrainingError(Reason.SPEC_INVALID, f"from_weight: no such weights; looked for {tried}", hint)
 
 
 def mismatches(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> list[str]:
-    """Every reason why ``given`` is not a state dict for ``own``; either name of a tied pair will do."""
-    found = []
+    """Return every reason why ``given`` is no state dict for ``own``. Of tied weights one name is enough."""
+    problems = []
     for names in shared_names(own):
         present = [name for name in names if name in given]
         if not present:
-            found.append(f"{names[0]} is missing")
-        found += [
+            problems.append(f"{names[0]} is missing")
+        problems += [
             f"{name} is {list(given[name].shape)} and must be {list(own[name].shape)}"
             for name in present
             if given[name].shape != own[name].shape
         ]
         if any(not torch.equal(given[name], given[present[0]]) for name in present[1:]):
-            found.append(f"{' and '.join(present)} differ and must be one")
-    return found + [f"{name} is not part of the model" for name in given if name not in own]
+            problems.append(f"{' and '.join(present)} differ and must be one")
+    return problems + [f"{name} is not part of the model" for name in given if name not in own]
 
 
 def _config_problems(path: Path, spec: JobSpec) -> list[str]:
-    """What a directory's config.json says that no tensor would show, such as rope_theta."""
+    # A directory's config.json has settings that no tensor shape shows, such as rope_theta.
     try:
-        described = read_config(path) if path.is_dir() else None
+        config = read_config(path) if path.is_dir() else None
     except (OSError, ValueError, RecursionError) as error:
-        raise _refused(path, f"{type(error).__name__}: {str(error)[:200]}") from error
-    return [] if described is None else list(config_problems(described, spec.model))
+        raise _unreadable_error(path, f"{type(error).__name__}: {str(error)[:200]}") from error
+    return [] if config is None else list(config_problems(config, spec.model))
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file or a directory that may come from anybody: no pickled code is ever run."""
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file or directory. It may come from anywhere: no pickled code is ever run."""
     try:
         files = weight_files(path) if path.is_dir() else [path]
         content: Any = {}
@@ -113,15 +113,15 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             part = _content(file)
             content = part if len(files) == 1 else {**content, **part}
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise _refused(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+        raise _unreadable_error(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise _refused(path, "it is not a plain state dict of tensors")
+        raise _unreadable_error(path, "it is not a plain state dict of tensors")
     return split_experts({str(name): value for name, value in content.items()})
 
 
 def _content(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        # Its errors are a class of its own, of the library's compiled part.
+        # The errors of its compiled part have a class of their own.
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -132,6 +132,6 @@ def _content(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _refused(path: Path, why: str) -> TrainingError:
+def _unreadable_error(path: Path, why: str) -> TrainingError:
     hint = "Nothing in the file was executed. Give a file of plain weights, as torch.save(state_dict) writes it."
     return TrainingError(Reason.CHECKPOINT_INVALID, f"from_weight: {path} cannot be read as weights: {why}", hint)

@@ -1,10 +1,9 @@
-"""From a corpus file to token shards on disk, once, and the command that checks a corpus.
+"""Tokenize a corpus file into token shards in the cache, and the command that checks a corpus.
 
-A corpus is kept below the cache directory under a key of its content, the tokenizer, the text field and the format:
-``tokens.bin`` (every document as beginning, text, end; uint16 or uint32), ``offsets.bin`` (int64, where each document
-begins, and the end), ``meta.json``. It is built in a directory of its own under a lock and published by rename, so
-ranks and jobs that want the same one build it once, and a build that was killed leaves nothing that could be taken for
-a corpus. The next build of the same goes on where it ended.
+A tokenized corpus is a directory in the cache, named by a hash of its content, tokenizer, text field and format:
+``tokens.bin`` (each document as BOS, text, EOS; uint16 or uint32), ``offsets.bin`` (int64, the start of each document,
+and the total), ``meta.json``. It is built in a temporary directory under a lock and published by rename: ranks and jobs
+that need the same corpus build it once, and a killed build is never mistaken for a corpus. The next build resumes it.
 """
 
 import argparse
@@ -44,22 +43,22 @@ from trainyard.worker.data.shards import ShardWriter, build_directory, memmap_ar
 from trainyard.worker.data.tokenizers import Ids, Tokenizer, load_tokenizer
 
 FORMAT = 1
-"""Part of the key: a change of what is stored makes new shards and never misreads old ones."""
+"""Part of the cache key: increment it when the files change, so that old shards are never misread."""
 
 BATCH_CHARACTERS = 1 << 20
-"""Text handed to the tokenizer at once."""
+"""Size of an encode batch, in characters."""
 
 RECENT_CHANGE_SECONDS = 2.0
-"""A file that changed less than so long ago may change again without a trace in its times."""
+"""The digest of a file changed within this time is not cached: another write may leave the same mtime."""
 
 ProgressCallback = Callable[[int, int], None]
-"""Called with (bytes done, bytes in total): after each batch of documents, and with 0 done while the file is hashed or
-another process builds the same corpus. It may raise, which ends the work."""
+"""Called with (bytes done, total bytes) after each batch, and with 0 bytes done while the file is hashed or another
+process builds the same corpus. It may raise to stop the build."""
 
 
 @dataclass(frozen=True)
 class CorpusMeta:
-    """What the shards hold. ``tokens`` counts beginnings and ends too; ``named`` are the first bad lines and why."""
+    """Contents of meta.json. ``tokens`` includes BOS and EOS; ``named`` holds (line, reason) of the first bad lines."""
 
     content: str
     bytes: int
@@ -76,21 +75,19 @@ class CorpusMeta:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """From meta.json."""
         raw: dict[str, Any] = json.loads(path.read_bytes())
-        named = tuple((int(line), str(why)) for line, why in raw.pop("named"))
+        named = tuple((int(line), str(reason)) for line, reason in raw.pop("named"))
         return cls(named=named, **raw)
 
     @property
-    def tally(self) -> ParseStats:
-        """The counts of lines."""
+    def stats(self) -> ParseStats:
         return ParseStats(self.lines, self.blank_lines, self.bad_lines, self.documents, list(self.named))
 
 
 class Corpus:
-    """Token shards, memory-mapped: document i is ``tokens[offsets[i] : offsets[i + 1]]``.
+    """Memory-mapped token shards: document i is ``tokens[offsets[i] : offsets[i + 1]]``.
 
-    ``use`` keeps it in the cache for as long as this object lives.
+    ``use`` is a shared lock: the corpus is not evicted from the cache while this object lives.
     """
 
     def __init__(self, directory: Path, use: FileLock) -> None:
@@ -103,7 +100,7 @@ class Corpus:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held while something is added beside the shards."""
+        """Hold the build lock, to add files to the directory."""
         with build_lock(self.directory.with_suffix(".lock"), lambda: None):
             yield
 
@@ -117,12 +114,12 @@ def open_corpus(
     max_bad_lines: float = 0.01,
     progress: ProgressCallback | None = None,
 ) -> Corpus:
-    """The token shards of ``path``, built first where the ``cache`` does not have them yet.
+    """Return the token shards of ``path``, built first if they are not in ``cache``.
 
     Raises:
-        DataInvalid: ``path`` is no readable corpus, changed while it was read, holds no document, or more than a
-            share of ``max_bad_lines`` of its lines is unreadable.
-        OSError: the cache cannot be written, for instance for want of space.
+        DataInvalid: ``path`` is not a readable corpus, changed while it was read, holds no document, or has a larger
+            share of bad lines than ``max_bad_lines``.
+        OSError: the cache cannot be written, for example because the disk is full.
     """
     cache.mkdir(parents=True, exist_ok=True)
     progress = progress or _no_progress
@@ -140,61 +137,61 @@ def open_corpus(
     except BaseException:
         use.release()
         raise
-    require_usable(path, corpus.meta.tally, text_field, max_bad_lines)
+    require_usable(path, corpus.meta.stats, text_field, max_bad_lines)
     return corpus
 
 
 def _key(content: str, tokenizer: str, text_field: str, *, plain: bool) -> str:
-    """Name of the shards. Plain text has no fields, and the same bytes as JSONL are other documents."""
+    # Plain text has no fields, and the same bytes read as JSONL are different documents.
     parts = [FORMAT, content, tokenizer, *(["", "plain text"] if plain else [text_field])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def require_usable(path: Path, tally: ParseStats, text_field: str, max_bad_lines: float) -> None:
-    """Raise DataInvalid where there is nothing to train on, or too many bad lines."""
-    if tally.documents == 0:
-        raise DataInvalid(f"{path} {tally.empty_reason(text_field)}")
-    share = tally.bad_lines / (tally.bad_lines + tally.documents)
+def require_usable(path: Path, stats: ParseStats, text_field: str, max_bad_lines: float) -> None:
+    """Raise DataInvalid if there is nothing to train on, or if there are too many bad lines."""
+    if stats.documents == 0:
+        raise DataInvalid(f"{path} {stats.empty_reason(text_field)}")
+    share = stats.bad_lines / (stats.bad_lines + stats.documents)
     if share > max_bad_lines:
         raise DataInvalid(
-            f"{path} has {tally.describe_bad()}. That is {share:.2%} of its lines, and max_bad_lines allows "
+            f"{path} has {stats.describe_bad()}. That is {share:.2%} of its lines, and max_bad_lines allows "
             f"{max_bad_lines:.2%}: mend the lines, or raise max_bad_lines"
         )
 
 
 def content_digest(path: Path, cache: Path, progress: ProgressCallback) -> str:
-    """sha256 of the file. Remembered below ``cache`` for as long as the file's inode, size and times are the same."""
+    """Return the file's sha256, cached in ``cache`` by the file's inode, size and times."""
     with open_regular(path) as file:
         before = os.fstat(file.fileno())
         identity = [before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns]
         name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
         waiting = partial(progress, 0, before.st_size)
-        # One lock for every 256th file, so that their number stays bounded.
+        # One of 256 locks, so that their number is bounded.
         with build_lock(cache / f"content-{name[:2]}.lock", waiting):
             known = read_json(cache / f"content-{name}.json")
             if known is not None:
                 return str(known["sha256"])
-            digest = _digest(file, waiting)
+            digest = _hash_file(file, waiting)
             after = os.fstat(file.fileno())
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 require_unchanged(path)
-            # A write within the clock's grain of the last one does not show in the times: a fresh file is forgotten.
+            # A write within the file system's clock resolution leaves the same times: do not cache a fresh file.
             if time.time() - before.st_ctime > RECENT_CHANGE_SECONDS:
                 write_json(cache / f"content-{name}.json", {"sha256": digest, "path": str(path)})
     return digest
 
 
-def _digest(file: io.BufferedReader, waiting: Callable[[], None]) -> str:
-    found = hashlib.sha256()
+def _hash_file(file: io.BufferedReader, waiting: Callable[[], None]) -> str:
+    sha256 = hashlib.sha256()
     while block := file.read(1 << 22):
-        found.update(block)
+        sha256.update(block)
         waiting()
-    return found.hexdigest()
+    return sha256.hexdigest()
 
 
 @contextmanager
 def build_lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock on ``path``; ``waiting`` is called each second until then, and may raise."""
+    """Hold the lock file ``path``. While it waits, ``waiting`` is called once a second and may raise."""
     with FileLock(path) as lock:
         while True:
             try:
@@ -206,19 +203,19 @@ def build_lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 
 def _no_progress(done: int, total: int) -> None:
-    """Report nothing."""
+    pass
 
 
 def _build(
     path: Path, tokenizer: Tokenizer, text_field: str, content: str, directory: Path, progress: ProgressCallback
 ) -> None:
-    """Write the shards into a directory of their own and publish it as ``directory``. Called under its lock."""
-    with build_directory(directory, goes_on=True) as building:
+    """Build the shards and publish them as ``directory``, whose lock the caller holds."""
+    with build_directory(directory, resumable=True) as building:
         token_bytes = 2 if tokenizer.vocab_size <= 1 << 16 else 4
         with open_reader(path) as reader, ShardWriter(building, tokenizer, token_bytes) as shards:
-            if shards.begun is not None:
-                reader.skip(shards.begun.tally, lambda: progress(reader.bytes_read, reader.size))
-            tally = tokenize_file(reader, tokenizer, text_field, shards, progress)
+            if shards.resumed_from is not None:
+                reader.skip(shards.resumed_from.stats, lambda: progress(reader.bytes_read, reader.size))
+            stats = tokenize_file(reader, tokenizer, text_field, shards, progress)
             if reader.digest != content:
                 require_unchanged(path)
         meta = CorpusMeta(
@@ -228,21 +225,21 @@ def _build(
             text_field=text_field,
             vocab_size=tokenizer.vocab_size,
             token_bytes=token_bytes,
-            documents=tally.documents,
+            documents=stats.documents,
             tokens=shards.tokens,
-            lines=tally.lines,
-            blank_lines=tally.blank_lines,
-            bad_lines=tally.bad_lines,
-            named=tuple(tally.examples),
+            lines=stats.lines,
+            blank_lines=stats.blank_lines,
+            bad_lines=stats.bad_lines,
+            named=tuple(stats.examples),
         )
         write_json(building / "meta.json", asdict(meta))
 
 
 class TokenSink(Protocol):
-    """Takes the token ids of documents, in order."""
+    """Receives the token ids of documents, in order."""
 
-    def add(self, documents: Sequence[Ids], tally: ParseStats) -> None:
-        """Take some more; ``tally`` counts what the corpus holds up to the last of them."""
+    def add(self, documents: Sequence[Ids], stats: ParseStats) -> None:
+        """Add documents; ``stats`` counts the corpus up to the last of them."""
 
 
 def tokenize_file(
@@ -251,51 +248,51 @@ def tokenize_file(
     text_field: str,
     sink: TokenSink,
     progress: ProgressCallback,
-    without: ParseStats | None = None,
+    empty: ParseStats | None = None,
 ) -> ParseStats:
-    """Read the rest of ``reader`` into ``sink``; what all of it holds.
+    """Tokenize the rest of ``reader`` into ``sink``; return the counts of the whole file.
 
-    A text without a token is a bad line too: ``without`` counts these.
+    A text that gives no token is a bad line too. ``empty`` counts these.
     """
-    without = without or ParseStats()
-    with closing(_encoded(encode_batches(reader, text_field), tokenizer)) as encoded_batches:
+    empty = empty or ParseStats()
+    with closing(_encode_ahead(encode_batches(reader, text_field), tokenizer)) as encoded_batches:
         for batch, encoded in encoded_batches:
             for document, ids in zip(batch.documents, encoded, strict=True):
                 if not len(ids):
-                    without.add_bad(document.line, "the tokenizer makes no token of its text")
-            sink.add([ids for ids in encoded if len(ids)], batch.tally.minus(without))
+                    empty.add_bad(document.line, "the tokenizer makes no token of its text")
+            sink.add([ids for ids in encoded if len(ids)], batch.stats.minus(empty))
             progress(reader.bytes_read, reader.size)
-    return reader.stats.minus(without)
+    return reader.stats.minus(empty)
 
 
 @dataclass(frozen=True)
 class EncodeBatch:
-    """Documents that are encoded at once, and what was read up to the last of them."""
+    """Documents that are encoded together, and the counts of the file up to the last of them."""
 
     documents: list[Document]
-    tally: ParseStats
+    stats: ParseStats
 
 
-def _encoded(
-    batched: Iterator[EncodeBatch], tokenizer: Tokenizer
+def _encode_ahead(
+    batches: Iterator[EncodeBatch], tokenizer: Tokenizer
 ) -> Generator[tuple[EncodeBatch, list[Ids]], None, None]:
-    """Each batch with its ids, in order. While the library's threads work on one, the last is stored and the next read.
+    """Yield each batch with its ids, in order. While one is encoded, the one before is stored and the next is read.
 
-    At most two batches wait, so memory stays bounded.
+    At most two batches are in memory.
     """
     with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting: tuple[EncodeBatch, Future[list[Ids]]] | None = None
-        for batch in batched:
-            following = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch.documents])
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+        pending: tuple[EncodeBatch, Future[list[Ids]]] | None = None
+        for batch in batches:
+            submitted = batch, pool.submit(tokenizer.encode_batch, [document.text for document in batch.documents])
+            if pending is not None:
+                yield pending[0], pending[1].result()
+            pending = submitted
+        if pending is not None:
+            yield pending[0], pending[1].result()
 
 
 def encode_batches(reader: Reader, text_field: str) -> Iterator[EncodeBatch]:
-    """Groups of documents whose texts are about ``BATCH_CHARACTERS`` long together."""
+    """Yield batches of documents of about ``BATCH_CHARACTERS`` characters."""
     batch: list[Document] = []
     characters = 0
     for document in reader.documents(text_field):
@@ -309,23 +306,23 @@ def encode_batches(reader: Reader, text_field: str) -> Iterator[EncodeBatch]:
 
 
 class TokenCounter:
-    """A sink that keeps nothing but the number of tokens."""
+    """A sink that only counts tokens."""
 
     def __init__(self) -> None:
         self.tokens = 0
 
-    def add(self, documents: Sequence[Ids], tally: ParseStats) -> None:
-        """Count documents, each with its beginning and end."""
-        del tally
+    def add(self, documents: Sequence[Ids], stats: ParseStats) -> None:
+        """Count the documents' tokens, BOS and EOS included."""
+        del stats
         self.tokens += sum(len(ids) + 2 for ids in documents)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m trainyard.worker.data.corpus check FILE``; 1 where a job would refuse the file, 2 on wrong usage."""
+    """Run ``python -m trainyard.worker.data.corpus check FILE``. Exit code 1: a job would reject the file; 2: usage."""
     parser = argparse.ArgumentParser(prog="trainyard corpus", description="Corpora for pretraining.")
     command = parser.add_subparsers(dest="command", required=True, metavar="check")
     checking = command.add_parser("check", help="read a corpus as a job would, and name its bad lines")
-    checking.add_argument("file", type=Path, metavar="FILE", help="JSONL, .txt, packed or parquet")
+    checking.add_argument("file", type=Path, metavar="FILE", help="JSONL, .txt, compressed or parquet")
     checking.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
     checking.add_argument("--tokenizer", "--tokenizer_path", default="byte", metavar="DIR", help='or "byte"')
     checking.add_argument("--max-bad-lines", "--max_bad_lines", type=_fraction, default=0.01, metavar="SHARE")
@@ -333,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.json:
-            return log_progress(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
+            return check_corpus_json(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
         check_corpus(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
     except (DataInvalid, TokenizerInvalid, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
@@ -341,19 +338,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def log_progress(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> int:
-    """Print what `check` finds as one JSON document, and return its exit code."""
-    tokenizer, count = load_tokenizer(tokenizer_path), TokenCounter()
+def check_corpus_json(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> int:
+    """Print the result of the check as one JSON document; return the exit code."""
+    tokenizer, counter = load_tokenizer(tokenizer_path), TokenCounter()
     with open_reader(file) as reader:
-        tally = tokenize_file(reader, tokenizer, text_field, count, _no_progress)
+        stats = tokenize_file(reader, tokenizer, text_field, counter, _no_progress)
     why_not = None
     try:
-        require_usable(file, tally, text_field, max_bad_lines)
+        require_usable(file, stats, text_field, max_bad_lines)
     except DataInvalid as error:
         why_not = str(error)
-    named = [{"line": line, "why": why} for line, why in tally.examples]
-    found = {"path": str(file), "usable": why_not is None, "why_not": why_not, "tokens": count.tokens}
-    print(json.dumps({**found, **asdict(tally), "named": named}))
+    result = {"path": str(file), "usable": why_not is None, "why_not": why_not, "tokens": counter.tokens}
+    counts = asdict(stats)
+    named = [{"line": line, "why": reason} for line, reason in counts.pop("examples")]
+    print(json.dumps({**result, **counts, "named": named}))
     return 0 if why_not is None else 1
 
 
@@ -368,17 +366,18 @@ def _fraction(text: str) -> float:
 
 
 def check_corpus(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> None:
-    """Print what a job would find in ``file``. Raises what `open_corpus` would raise. Stores nothing."""
-    tokenizer, count, bad = load_tokenizer(tokenizer_path), TokenCounter(), BadLineGrouper(print)
+    """Print every bad line and the counts of ``file``; store nothing. Raises what `open_corpus` raises."""
+    tokenizer, counter, grouper = load_tokenizer(tokenizer_path), TokenCounter(), BadLineGrouper(print)
     with open_reader(file) as reader:
-        reader.stats = VerboseParseStats(runs=bad)
-        tally = tokenize_file(reader, tokenizer, text_field, count, _no_progress, VerboseParseStats(runs=bad))
-    bad.end()
-    print(f"{file}: {tally.documents:,} documents, {count.tokens:,} tokens, {tally.lines:,} lines")
-    for number, what in ((tally.blank_lines, "blank"), (tally.bad_lines, "bad")):
-        if number:
-            print(f"{number:,} {what} line{'s' if number != 1 else ''}")
-    require_usable(file, tally, text_field, max_bad_lines)
+        reader.stats = VerboseParseStats(grouper=grouper)
+        empty = VerboseParseStats(grouper=grouper)
+        stats = tokenize_file(reader, tokenizer, text_field, counter, _no_progress, empty)
+    grouper.end()
+    print(f"{file}: {stats.documents:,} documents, {counter.tokens:,} tokens, {stats.lines:,} lines")
+    for count, kind in ((stats.blank_lines, "blank"), (stats.bad_lines, "bad")):
+        if count:
+            print(f"{count:,} {kind} line{'s' if count != 1 else ''}")
+    require_usable(file, stats, text_field, max_bad_lines)
 
 
 if __name__ == "__main__":

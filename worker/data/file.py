@@ -1,6 +1,6 @@
-"""A corpus file as bytes: opened without waiting, counted and hashed as it lies on disk, and decompressed on the way.
+"""A corpus file as a byte stream: hashed as it is on disk, and decompressed while it is read.
 
-What a file is, its first bytes say and not its name: gzip, zstandard and parquet have theirs, all else is UTF-8 text.
+The first bytes decide the format, not the file name: gzip, zstandard, parquet, or else UTF-8 text.
 """
 
 import gzip
@@ -16,33 +16,32 @@ from pathlib import Path
 from typing import Any, Self
 
 from trainyard.contract.file_identity import Compression, compression_of
-from trainyard.worker.data.jsonl import DataInvalid, require_unchanged
+from trainyard.worker.data.jsonl import DataInvalid, ParseStats, require_unchanged
 
 BUFFER_BYTES = 1 << 20
 
 ZSTD_CHUNK_BYTES = 1 << 10
-"""Compressed bytes handed over at once. A block of 128 KiB may be 4 bytes long, so at most 32 MiB come out of them."""
+"""Compressed bytes per decompress call. Four bytes may hold a block of 128 KiB, so a call returns at most 32 MiB."""
 
 
 class CorpusFile:
-    """An open corpus file, read once and at most to the size it had when it was opened.
+    """An open corpus file, read once, up to the size it had when it was opened.
 
-    ``stream`` gives its decompressed bytes; of a parquet file the bytes themselves. ``done`` of ``size`` bytes of the
-    file are read; ``digest`` is the sha256 of those. Raises DataInvalid at once for anything that is not a readable
-    regular file of UTF-8 text, and where a package is missing that it takes.
+    ``stream`` yields the decompressed bytes, or the raw bytes of a parquet file. ``size`` is the size on disk.
+    Raises DataInvalid if ``path`` is not a readable regular file of UTF-8 text, or if it needs a missing package.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.raw = open_regular(path)
-        self._before = os.fstat(self.raw.fileno())
-        self.size = self._before.st_size
-        self._counted = _HashingReader(self.raw, self.size)
+        self._stat = os.fstat(self.raw.fileno())
+        self.size = self._stat.st_size
+        self._hashing_reader = _HashingReader(self.raw, self.size)
         try:
-            self.packing = compression_of(self.raw.peek(4))
-            self.stream = self._unpacked()
-            with self.open():
-                if self.packing is not Compression.PARQUET:
+            self.compression = compression_of(self.raw.peek(4))
+            self.stream = self._open_stream()
+            with self.translate_errors():
+                if self.compression is not Compression.PARQUET:
                     require_utf8(path, self.head())
         except BaseException:
             self.raw.close()
@@ -50,42 +49,42 @@ class CorpusFile:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file that are read."""
-        return self._counted.done
+        """Bytes of the file read so far, before decompression."""
+        return self._hashing_reader.bytes_read
 
     @property
     def digest(self) -> str:
-        """sha256 of the bytes read so far."""
-        return self._counted.found.hexdigest()
+        """sha256 of the bytes read so far, before decompression."""
+        return self._hashing_reader.sha256.hexdigest()
 
     def head(self) -> bytes:
-        """The first bytes of the stream, before anything of it is read."""
+        """Return the first bytes of the stream; call it before anything is read."""
         return self.stream.peek(4096)[:4096]
 
-    def _unpacked(self) -> io.BufferedReader:
-        file: io.BufferedReader = io.BufferedReader(self._counted, BUFFER_BYTES)
-        if self.packing is Compression.GZIP:
-            unpacked: Any = gzip.GzipFile(fileobj=file, mode="rb")
-        elif self.packing is Compression.ZSTD:
-            unpacked = _ZstdReader(file, import_optional("zstandard", self.path))
+    def _open_stream(self) -> io.BufferedReader:
+        file: io.BufferedReader = io.BufferedReader(self._hashing_reader, BUFFER_BYTES)
+        if self.compression is Compression.GZIP:
+            decompressor: Any = gzip.GzipFile(fileobj=file, mode="rb")
+        elif self.compression is Compression.ZSTD:
+            decompressor = _ZstdReader(file, import_optional("zstandard", self.path))
         else:
             return file
-        return io.BufferedReader(unpacked, BUFFER_BYTES)
+        return io.BufferedReader(decompressor, BUFFER_BYTES)
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Around reads of ``stream``: DataInvalid where it is damaged, or rather where the file changes."""
+    def translate_errors(self) -> Iterator[None]:
+        """Raise DataInvalid for decompression errors in the block; if the file has changed, report that instead."""
         try:
             yield
         except (EOFError, zlib.error, gzip.BadGzipFile, CorruptZstd) as error:
             self._require_same_file()
             raise DataInvalid(
-                f"{self.path} is damaged {self.packing} data near byte {self.bytes_read:,}: {error}. Make it anew"
+                f"{self.path} is damaged {self.compression} data near byte {self.bytes_read:,}: {error}. Make it again"
             ) from None
 
     def finish(self) -> None:
-        """Count and hash what is left of the file. Raises DataInvalid where it changed while it was read."""
-        while self._counted.read(BUFFER_BYTES):
+        """Read and hash the rest of the file. Raises DataInvalid if the file changed while it was read."""
+        while self._hashing_reader.read(BUFFER_BYTES):
             pass
         self._require_same_file()
         if self.bytes_read != self.size:
@@ -93,7 +92,7 @@ class CorpusFile:
 
     def _require_same_file(self) -> None:
         after = os.fstat(self.raw.fileno())
-        if (after.st_size, after.st_mtime_ns) != (self._before.st_size, self._before.st_mtime_ns):
+        if (after.st_size, after.st_mtime_ns) != (self._stat.st_size, self._stat.st_mtime_ns):
             require_unchanged(self.path)
 
     def __enter__(self) -> Self:
@@ -103,26 +102,46 @@ class CorpusFile:
         self.raw.close()
 
 
+class SourceReader:
+    """The part of a `worker.data.readers.Reader` that does not depend on the file's format."""
+
+    def __init__(self, source: CorpusFile) -> None:
+        self.source = source
+        self.stats = ParseStats()
+
+    @property
+    def size(self) -> int:
+        return self.source.size
+
+    @property
+    def digest(self) -> str:
+        return self.source.digest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.source.__exit__()
+
+
 class _HashingReader(io.RawIOBase):
-    """The first ``size`` bytes of a file, counted and hashed as they go by."""
+    """The first ``size`` bytes of a file, counted and hashed while they are read."""
 
     def __init__(self, file: io.BufferedReader, size: int) -> None:
         super().__init__()
-        self.done = 0
-        self.found = hashlib.sha256()
+        self.bytes_read = 0
+        self.sha256 = hashlib.sha256()
         self._file = file
         self._size = size
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` as far as there is something."""
-        view = memoryview(buffer)[: self._size - self.done]
+        view = memoryview(buffer)[: self._size - self.bytes_read]
         count = self._file.readinto(view)
-        self.found.update(view[:count])
-        self.done += count
+        self.sha256.update(view[:count])
+        self.bytes_read += count
         return count
 
 
@@ -131,47 +150,45 @@ class CorruptZstd(ValueError):
 
 
 class _ZstdReader(io.RawIOBase):
-    """Frames of zstandard, one after the other. The library's own reader takes a file that is cut off for complete."""
+    """Consecutive zstandard frames. The library's own reader does not report a truncated file."""
 
     def __init__(self, file: io.BufferedReader, library: Any) -> None:
         super().__init__()
         self._file = file
         self._library = library
         self._frame: Any = None
-        self._packed = b""
-        self._ready = memoryview(b"")
+        self._compressed = b""
+        self._decompressed = memoryview(b"")
 
     def readable(self) -> bool:
-        """Yes."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill ``buffer`` as far as something is ready; 0 at the end."""
-        while not self._ready:
-            packed = self._packed or self._file.read(ZSTD_CHUNK_BYTES)
-            if not packed:
+        while not self._decompressed:
+            compressed = self._compressed or self._file.read(ZSTD_CHUNK_BYTES)
+            if not compressed:
                 if self._frame is not None:
                     raise CorruptZstd("it ends in the middle of a frame")
                 return 0
-            self._decompress(packed)
-        count = min(len(buffer), len(self._ready))
-        memoryview(buffer)[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
+            self._decompress(compressed)
+        count = min(len(buffer), len(self._decompressed))
+        memoryview(buffer)[:count] = self._decompressed[:count]
+        self._decompressed = self._decompressed[count:]
         return count
 
-    def _decompress(self, packed: bytes) -> None:
+    def _decompress(self, compressed: bytes) -> None:
         self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
         try:
-            self._ready = memoryview(self._frame.decompress(packed))
+            self._decompressed = memoryview(self._frame.decompress(compressed))
         except self._library.ZstdError as error:
             raise CorruptZstd(str(error)) from None
-        self._packed = b""
+        self._compressed = b""
         if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, None
+            self._compressed, self._frame = self._frame.unused_data, None
 
 
 def import_optional(package: str, path: Path, module: str | None = None) -> Any:
-    """A package that only some corpora need. Raises DataInvalid that says how to get it."""
+    """Import a package that only some corpora need. Raises DataInvalid with the install command if it is missing."""
     try:
         return importlib.import_module(module or package)
     except ImportError:
@@ -179,9 +196,9 @@ def import_optional(package: str, path: Path, module: str | None = None) -> Any:
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file to read. Raises DataInvalid for anything else, without waiting on it."""
+    """Open a regular file for reading. Raises DataInvalid for anything else, and never blocks."""
     try:
-        # O_NONBLOCK: the open of a FIFO nobody writes to would otherwise never return.
+        # O_NONBLOCK: opening a FIFO without a writer would otherwise block forever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise DataInvalid(f"{path} cannot be read: {error.strerror or error}") from error
@@ -200,8 +217,8 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def require_utf8(path: Path, head: bytes) -> None:
-    """Raise DataInvalid where the first bytes of a text show that it is none, or another encoding."""
-    marked = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    # JSON never holds a raw NUL, and in UTF-16 about every second byte of it is one.
-    if marked or head.count(0) > len(head) // 4:
+    """Raise DataInvalid if the first bytes show that the file is binary or UTF-16."""
+    has_utf16_bom = head.startswith((b"\xff\xfe", b"\xfe\xff"))
+    # JSON never holds a raw NUL; in UTF-16 about every second byte of it is one.
+    if has_utf16_bom or head.count(0) > len(head) // 4:
         raise DataInvalid(f"{path} is UTF-16 or binary: save it as UTF-8, one JSON object a line")

@@ -1,4 +1,4 @@
-"""Lines of a corpus: which are documents, which are not and why."""
+"""Parse JSONL lines into documents, and count and describe the bad lines."""
 
 import json
 from collections.abc import Callable
@@ -9,26 +9,25 @@ from typing import Any, NoReturn
 from trainyard.contract.file_identity import MAX_NAME_LENGTH, MAX_NAMES
 
 MAX_LINE_BYTES = 8 << 20
-"""A longer line is a bad line: one document is held in memory together with its tokens."""
+"""A longer line is a bad line: a document is in memory together with its tokens."""
 
 MAX_BAD_LINE_EXAMPLES = 20
-"""How many bad lines are named; all are counted."""
+"""How many bad lines are listed; all are counted."""
 
-
-TEXT_FIELD_HINTS = ", which has "
+OTHER_FIELDS = ", which has "
 
 
 class DataInvalid(ValueError):
-    """The corpus cannot be trained on; the message says which file and lines, why, and what to do."""
+    """The corpus cannot be trained on; the message names the file and lines, the reason, and what to do."""
 
 
 class BadLineError(ValueError):
-    """One line is no document; the message says why."""
+    """A line is not a document; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """The text of one line, which counts from 1."""
+    """The text of a document, and its line number from 1."""
 
     line: int
     text: str
@@ -36,7 +35,7 @@ class Document:
 
 @dataclass
 class ParseStats:
-    """What was found so far. ``named`` holds (line number, why) of the first bad lines."""
+    """Counts of the lines read so far. ``examples`` holds (line number, reason) of the first bad lines."""
 
     lines: int = 0
     blank_lines: int = 0
@@ -44,95 +43,92 @@ class ParseStats:
     documents: int = 0
     examples: list[tuple[int, str]] = field(default_factory=list)
 
-    def add_bad(self, line: int, why: str) -> None:
-        """Count a bad line, and name it if few were."""
+    def add_bad(self, line: int, reason: str) -> None:
+        """Count a bad line, and keep it as an example if few were."""
         self.bad_lines += 1
-        self.examples = sorted([*self.examples, (line, why)])[:MAX_BAD_LINE_EXAMPLES]
+        self.examples = sorted([*self.examples, (line, reason)])[:MAX_BAD_LINE_EXAMPLES]
 
-    def minus(self, found: "ParseStats") -> "ParseStats":
-        """The counts where the documents that ``found`` calls bad are none."""
+    def minus(self, bad: "ParseStats") -> "ParseStats":
+        """Return the counts with the bad lines of ``bad`` moved from the documents to the bad lines."""
         return ParseStats(
             lines=self.lines,
             blank_lines=self.blank_lines,
-            bad_lines=self.bad_lines + found.bad_lines,
-            documents=self.documents - found.bad_lines,
-            examples=sorted([*self.examples, *found.examples])[:MAX_BAD_LINE_EXAMPLES],
+            bad_lines=self.bad_lines + bad.bad_lines,
+            documents=self.documents - bad.bad_lines,
+            examples=sorted([*self.examples, *bad.examples])[:MAX_BAD_LINE_EXAMPLES],
         )
 
     def describe_bad(self) -> str:
-        """``5 bad lines: line 3: not JSON; lines 7 to 10: not UTF-8``."""
-        said: list[str] = []
-        runs = BadLineGrouper(said.append)
-        for line, why in self.examples:
-            runs.add(line, why)
-        runs.end()
-        listed = "; ".join(said)
+        """Return text such as ``5 bad lines: line 3: not JSON; lines 7 to 10: not UTF-8``."""
+        groups: list[str] = []
+        grouper = BadLineGrouper(groups.append)
+        for line, reason in self.examples:
+            grouper.add(line, reason)
+        grouper.end()
         more = self.bad_lines - len(self.examples)
         noun = "bad line" if self.bad_lines == 1 else "bad lines"
-        return f"{self.bad_lines:,} {noun}: {listed}" + (f"; and {more:,} more" if more else "")
+        return f"{self.bad_lines:,} {noun}: {'; '.join(groups)}" + (f"; and {more:,} more" if more else "")
 
     def empty_reason(self, text_field: str) -> str:
-        """Why there is nothing to train on, and what to do."""
+        """Return why there is nothing to train on, and what to do."""
         needed = f'it needs one JSON object a line, such as {{"{text_field}": "..."}}'
         if not self.bad_lines:
             return f"holds no document: {needed}, or any text where its name ends in .txt"
-        elsewhere = any(TEXT_FIELD_HINTS in why for _, why in self.examples)
-        advice = "text_field says under which key the texts are" if elsewhere else needed
+        other_field = any(OTHER_FIELDS in reason for _, reason in self.examples)
+        advice = "text_field says under which key the texts are" if other_field else needed
         return f"holds no text under {text_field!r}: {self.describe_bad()}. What to do: {advice}"
 
 
 class BadLineGrouper:
-    """Says bad lines as they are found, those that follow each other and are bad for one reason together."""
+    """Emits one message for consecutive lines that are bad for the same reason."""
 
-    def __init__(self, say: Callable[[str], object]) -> None:
-        self._say = say
+    def __init__(self, emit: Callable[[str], object]) -> None:
+        self._emit = emit
         self._first = self._last = 0
-        self._why = ""
+        self._reason = ""
 
-    def add(self, line: int, why: str) -> None:
-        """One more."""
-        if (line, why) != (self._last + 1, self._why):
+    def add(self, line: int, reason: str) -> None:
+        if (line, reason) != (self._last + 1, self._reason):
             self.end()
-            self._first, self._why = line, why
+            self._first, self._reason = line, reason
         self._last = line
 
     def end(self) -> None:
-        """No more."""
+        """Emit the last group."""
         if self._first:
-            which = f"line {self._first}" if self._first == self._last else f"lines {self._first} to {self._last}"
-            self._say(f"{which}: {self._why}")
+            lines = f"line {self._first}" if self._first == self._last else f"lines {self._first} to {self._last}"
+            self._emit(f"{lines}: {self._reason}")
         self._first = self._last = 0
 
 
 @dataclass
 class VerboseParseStats(ParseStats):
-    """A tally that says every bad line, however many there are."""
+    """Counts that also report every bad line, without a limit."""
 
-    runs: BadLineGrouper = field(default_factory=lambda: BadLineGrouper(print), compare=False)
+    grouper: BadLineGrouper = field(default_factory=lambda: BadLineGrouper(print), compare=False)
 
-    def add_bad(self, line: int, why: str) -> None:
-        """Count it, and say it."""
-        super().add_bad(line, why)
-        self.runs.add(line, why)
+    def add_bad(self, line: int, reason: str) -> None:
+        super().add_bad(line, reason)
+        self.grouper.add(line, reason)
 
 
 def require_unchanged(path: Path) -> NoReturn:
-    """Raise the DataInvalid of a file that is still being written."""
+    """Raise DataInvalid for a file that changed while it was read."""
     raise DataInvalid(f"{path} changed while it was read: wait until it is complete, then start again")
 
 
 def text_of(raw: bytes | None, text_field: str) -> str:
-    """The text of one raw line. Raises BadLine with the reason."""
+    """Return the text of one raw line, which is None if the line is too long. Raises BadLineError with the reason."""
     if raw is None:
         raise BadLineError(f"longer than {MAX_LINE_BYTES >> 20} MiB")
-    value = _parsed(raw)
+    value = _parse(raw)
     if not isinstance(value, dict):
-        raise BadLineError(f"not a JSON object but {_kind(value)}")
+        raise BadLineError(f"not a JSON object but {_type_name(value)}")
     if text_field not in value:
-        raise BadLineError(f"no {text_field!r} in the object{_instead(value)}")
+        raise BadLineError(f"no {text_field!r} in the object{_other_text_fields(value)}")
     text = value[text_field]
     if not isinstance(text, str):
-        raise BadLineError(f"{text_field!r} is not a string but {_kind(text)}")
+        raise BadLineError(f"{text_field!r} is not a string but {_type_name(text)}")
     if not text:
         raise BadLineError(f"{text_field!r} is empty")
     try:
@@ -142,9 +138,9 @@ def text_of(raw: bytes | None, text_field: str) -> str:
     return text
 
 
-def _parsed(raw: bytes) -> Any:
+def _parse(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode(), parse_constant=_no_constant)
+        return json.loads(raw.decode(), parse_constant=_reject_constant)
     except UnicodeDecodeError as error:
         raise BadLineError(f"not UTF-8 at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
@@ -154,21 +150,20 @@ def _parsed(raw: bytes) -> Any:
     except BadLineError:
         raise
     except ValueError:
-        # Python reads no integer of more than 4,300 digits.
+        # Python rejects integers of more than 4,300 digits.
         raise BadLineError("holds a number with too many digits") from None
 
 
-def _instead(value: dict[str, Any]) -> str:
-    """The names under which the object has texts, of which one may be the one that was meant."""
+def _other_text_fields(value: dict[str, Any]) -> str:
     names = [repr(name) for name, text in value.items() if isinstance(text, str) and name.isprintable()]
     short = [name for name in names if len(name) <= MAX_NAME_LENGTH][:MAX_NAMES]
-    return f"{TEXT_FIELD_HINTS}{', '.join(short)}" if short else ""
+    return f"{OTHER_FIELDS}{', '.join(short)}" if short else ""
 
 
-def _no_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise BadLineError(f"not JSON: holds {name}")
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "a number")

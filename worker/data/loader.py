@@ -1,4 +1,4 @@
-"""The micro-batches of one rank, step by step, and how much each counts in the step's loss."""
+"""The micro-batches of one rank for each step, and the factor of each in the step's loss."""
 
 import time
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Normalization = Literal["global_tokens", "micro_batch_mean"]
 
 @dataclass
 class MicroBatchLoader:
-    """Feeds one rank. ``waited`` is the time the current step has spent here, in seconds."""
+    """Makes the micro-batches of one rank. ``data_seconds``: time that the current step has waited for data."""
 
     dataset: PackedDataset
     sampler: StepSampler
@@ -25,78 +25,78 @@ class MicroBatchLoader:
     batch_size: int
     normalization: Normalization
     data_seconds: float = 0.0
-    _known: dict[int, Integers] = field(default_factory=dict)
+    _rows_by_step: dict[int, Integers] = field(default_factory=dict)
 
     def microbatches(self, step: int) -> Iterator[MicroBatch]:
-        """The micro-batches of this rank in data step ``step``: at least one, which may predict nothing."""
+        """Yield this rank's micro-batches of data step ``step``: at least one, which may predict nothing."""
         self.data_seconds, began = 0.0, time.perf_counter()
         rows = self.rows_of(step)
-        factors = self._factors(rows)
+        loss_scale = self._loss_scale(rows)
         for part in split_microbatches(rank_slice(rows, self.ranks.rank, self.ranks.world), self.batch_size):
             tokens = int(self.dataset.targets[part].sum())
             batch = to_device(self.dataset.batch(part), self.ranks.device)
-            micro = MicroBatch(batch, factors.of(tokens), tuple(part.tolist()), tokens)
+            micro_batch = MicroBatch(batch, loss_scale.factor(tokens), tuple(part.tolist()), tokens)
             self.data_seconds += time.perf_counter() - began
-            yield micro
+            yield micro_batch
             began = time.perf_counter()
-        # Whoever takes these looks one ahead, so a GPU is still busy with the micro-batch before the last one.
+        # The caller reads one micro-batch ahead, so the GPU is still busy with the second to last one here.
         self.rows_of(step + 1)
         self.data_seconds += time.perf_counter() - began
 
     def rows_of(self, step: int) -> Integers:
-        """The rows of a data step, of all ranks together. The last few are remembered: they are asked for again."""
-        if step not in self._known:
-            self._known = {known: rows for known, rows in self._known.items() if known == step - 1}
-            self._known[step] = self.sampler.rows_of(step)
-        return self._known[step]
+        """Return the rows of a data step, over all ranks. The rows of the last two steps are cached."""
+        if step not in self._rows_by_step:
+            self._rows_by_step = {known: rows for known, rows in self._rows_by_step.items() if known == step - 1}
+            self._rows_by_step[step] = self.sampler.rows_of(step)
+        return self._rows_by_step[step]
 
     def tokens(self, step: int) -> int:
-        """Predictions of the whole step, over all ranks."""
+        """Return how many tokens the whole step predicts, over all ranks."""
         return int(self.dataset.targets[self.rows_of(step)].sum())
 
     def dummy(self, count: int = 1) -> MicroBatch:
-        """A batch of ``count`` rows that predicts nothing: what every rank warms up on."""
+        """Return a micro-batch of ``count`` rows that predicts nothing, for the warm-up."""
         batch = self.dataset.batch(self.sampler.rows_of(1)[:1].repeat(count))
         return MicroBatch(to_device(batch._replace(labels=torch.full_like(batch.labels, -100)), self.ranks.device), 1.0)
 
-    def _factors(self, rows: Integers) -> "LossScale":
+    def _loss_scale(self, rows: Integers) -> "LossScale":
         world = self.ranks.world
         if self.normalization == "global_tokens":
-            return LossScale(world, tokens=int(self.dataset.targets[rows].sum()), micros=None)
-        shares = [len(rank_slice(rows, rank, world)) for rank in range(world)]
-        return LossScale(world, tokens=None, micros=sum(-(-share // self.batch_size) for share in shares))
+            return LossScale(world, tokens=int(self.dataset.targets[rows].sum()), micro_batches=None)
+        counts = [len(rank_slice(rows, rank, world)) for rank in range(world)]
+        return LossScale(world, tokens=None, micro_batches=sum(-(-count // self.batch_size) for count in counts))
 
 
 @dataclass(frozen=True)
 class LossScale:
-    """What a micro-batch's summed loss is multiplied with. DDP takes the mean over ``world`` ranks, so that is undone.
+    """The factor of a micro-batch's summed loss. It includes ``world``, because DDP averages gradients over the ranks.
 
-    ``tokens`` given: the step's loss is the mean over all its tokens. ``micros`` given: MiniMind's, the mean over all
-    the step's micro-batches of their means, whichever ranks have them.
+    With ``tokens`` the step's loss is the mean over all its tokens. With ``micro_batches`` it is MiniMind's: the mean
+    over the step's micro-batches, of all ranks, of their means.
     """
 
     world: int
     tokens: int | None
-    micros: int | None
+    micro_batches: int | None
 
-    def of(self, micro_tokens: int) -> float:
-        """The factor of a micro-batch that predicts so many tokens."""
-        if self.micros is None:
+    def factor(self, micro_batch_tokens: int) -> float:
+        """Return the factor of a micro-batch that predicts this many tokens."""
+        if self.micro_batches is None:
             return self.world / max(1, self.tokens or 1)
-        return self.world / (self.micros * max(1, micro_tokens))
+        return self.world / (self.micro_batches * max(1, micro_batch_tokens))
 
 
 def rank_slice(rows: Integers, rank: int, world: int) -> Integers:
-    """A rank's rows of a step: contiguous, as even as can be, perhaps none."""
+    """Return a rank's rows of a step: contiguous, evenly split, possibly none."""
     return rows[rank * len(rows) // world : (rank + 1) * len(rows) // world]
 
 
-def split_microbatches(share: Integers, size: int) -> Iterator[Integers]:
-    """Parts of at most ``size`` rows; one empty part where there is nothing, so that a rank takes part in any case."""
-    for start in range(0, max(1, len(share)), size):
-        yield share[start : start + size]
+def split_microbatches(rows: Integers, size: int) -> Iterator[Integers]:
+    """Yield parts of at most ``size`` rows; one empty part if there are none: the rank must join the collectives."""
+    for start in range(0, max(1, len(rows)), size):
+        yield rows[start : start + size]
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch where it is computed; to a GPU it is copied while the GPU still works on the one before."""
+    """Move the batch to ``device``; to a GPU from pinned memory, so that the copy overlaps the computation."""
     return batch.pin_memory().to(device) if device.type == "cuda" else batch

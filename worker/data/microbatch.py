@@ -1,4 +1,4 @@
-"""The micro-batch: what one rank runs through the model at once."""
+"""The micro-batch: the rows that one rank runs through the model at once."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,11 +15,11 @@ class ModelInputs(Protocol):
 
     @property
     def position_ids(self) -> torch.Tensor | None:
-        """[B, S] positions, from 0 in each piece; None: each row is one piece."""
+        """[B, S] positions, from 0 in each segment; None if each row is one segment."""
 
     @property
     def segment_ids(self) -> torch.Tensor | None:
-        """[B, S] number of the piece; tokens see only their own. None: each row is one piece."""
+        """[B, S] segment numbers; attention stays within a segment. None if each row is one segment."""
 
     @property
     def offsets(self) -> torch.Tensor | None:
@@ -32,7 +32,7 @@ class ModelInputs(Protocol):
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A micro-batch and the factor that turns its summed loss into its part of the step's loss."""
+    """Model inputs, and the factor that turns their summed loss into their part of the step's loss."""
 
     batch: ModelInputs
     factor: float

@@ -1,8 +1,8 @@
-"""The rows a corpus is trained in: which pieces of which documents stand in each, and batches of them.
+"""Split documents into segments, pack the segments into rows of ``max_seq_len`` tokens, and make batches of rows.
 
-A document of more than ``max_seq_len`` tokens is cut into pieces that overlap by one token, so that every next token is
-predicted exactly once and none but the last piece ends with the end token. With packing "none" a row is one piece;
-with "document" whole pieces are packed into rows, where they do not see each other.
+A document of more than ``max_seq_len`` tokens is split into segments that overlap by one token: every next token is
+predicted exactly once, and only the last segment ends with EOS. With packing "none" a row is one segment; with
+"document" a row is packed with whole segments, and attention stays within a segment.
 
 Legend: ``B`` rows of a batch, ``S`` = max_seq_len.
 """
@@ -28,12 +28,12 @@ Packing = Literal["document", "none"]
 FORMAT = 1
 IGNORE_INDEX = -100
 BLOCK_TOKENS = 1 << 22
-"""Documents are packed in blocks of about so many tokens: memory stays bounded, and rows full."""
+"""Documents are packed in blocks of about this size: it bounds memory, and is large enough that rows are full."""
 
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """Which documents: all, or those that are ("eval") or are not ("train") held out at ``fraction``."""
+    """Selects documents: all, or those that are ("eval") or are not ("train") held out at ``fraction``."""
 
     part: Literal["all", "train", "eval"] = "all"
     fraction: float = 0.0
@@ -43,14 +43,13 @@ class SplitSpec:
 
 
 class Batch(NamedTuple):
-    """Rows as tensors of int64, [B, S] each.
+    """Rows as int64 tensors, [B, S] each.
 
-    ``labels[b, t]`` is the token that follows ``input_ids[b, t]`` in its piece, -100 where there is none.
-    ``segment_ids`` is
-    0 for padding and counts the pieces of a row from 1; ``position_ids`` begin at 0 in each piece. Both are None
-    where every row is one piece: the decoder needs neither there, and is faster without. ``offsets`` [P + 1] int32 says
-    where each piece begins among all B * S tokens, padding counted as one more piece of its row, and is filled up with
-    B * S to a size that depends on B alone; None with the others.
+    ``labels[b, t]`` is the token after ``input_ids[b, t]`` in its segment, or -100 if there is none. ``segment_ids``
+    is 0 for padding and numbers the segments of a row from 1; ``position_ids`` starts at 0 in each segment. Both are
+    None if every row is one segment: the decoder does not need them then, and is faster without. ``offsets`` [P + 1]
+    int32 is the start of each segment among all B * S tokens. The padding of a row counts as one more segment. It is
+    padded with B * S to a size that depends on B alone, and is None if the other two are.
     """
 
     input_ids: Tensor
@@ -60,40 +59,39 @@ class Batch(NamedTuple):
     offsets: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on ``device``; from pinned memory the copy does not wait."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy the batch to ``device``; from pinned memory the copy is asynchronous."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory that a GPU copies from by itself."""
-        return self._each(lambda tensor: tensor.pin_memory())
+        return self._map(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
 class PackedDataset:
-    """The rows of a corpus, memory-mapped. ``targets`` [rows]: how many tokens each row predicts."""
+    """The memory-mapped rows of a corpus. ``targets`` [rows]: how many tokens each row predicts."""
 
     def __init__(self, corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing) -> None:
         self.max_seq_len = max_seq_len
         self.packing = packing
-        # Kept whole: while somebody has it, the cache does not let it go.
+        # The reference to the corpus keeps its lock: it is not evicted from the cache while the rows are in use.
         self._corpus = corpus
         self._tokens = corpus.tokens
-        pieces, rows = (directory / "starts.bin").stat().st_size // 8, (directory / "targets.bin").stat().st_size // 4
-        self._starts = memmap_array(directory / "starts.bin", np.int64, pieces)
-        self._lengths = memmap_array(directory / "lengths.bin", np.int32, pieces)
-        self._firsts = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
+        segments, rows = (directory / "starts.bin").stat().st_size // 8, (directory / "targets.bin").stat().st_size // 4
+        self._starts = memmap_array(directory / "starts.bin", np.int64, segments)
+        self._lengths = memmap_array(directory / "lengths.bin", np.int32, segments)
+        self._first_segments = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
         self.targets: npt.NDArray[np.int32] = memmap_array(directory / "targets.bin", np.int32, rows)
-        self._most_pieces = int(np.diff(self._firsts).max(initial=0))
+        self._max_segments = int(np.diff(self._first_segments).max(initial=0))
 
     @classmethod
     def open(
         cls, corpus: Corpus, *, max_seq_len: int, packing: Packing, split: SplitSpec | None = None
     ) -> "PackedDataset":
-        """The table of ``corpus`` for these settings, built first where it is not beside the shards yet.
+        """Open the rows of ``corpus`` for these settings, built first if they are not in its directory.
 
-        Raises DataInvalid where the split leaves no document.
+        Raises DataInvalid if the split leaves no document.
         """
         split = split or SplitSpec()
         directory = corpus.directory / f"rows-{FORMAT}-{max_seq_len}-{packing}-{split}"
@@ -109,47 +107,48 @@ class PackedDataset:
 
     @property
     def tokens(self) -> int:
-        """Predictions in one pass over all rows."""
+        """Number of predictions in one pass over all rows."""
         return int(self.targets.sum(dtype=np.int64))
 
     def batch(self, rows: Sequence[int] | Integers) -> Batch:
-        """The rows of these indices, in this order. None at all gives one row of padding that predicts nothing.
+        """Return the rows of these indices, in this order.
 
-        The last is for a rank that has no row of a short group, and still has to take part in the gradient's sum.
+        No indices give one row of padding that predicts nothing: a rank without a row in a short micro-batch must
+        still join the gradient all-reduce.
         """
         rows = np.asarray(rows, dtype=np.int64)
         shape = (max(1, len(rows)), self.max_seq_len)
-        row, start, length = self._pieces(rows)
-        begins = _segment_starts(row, length)
+        row, first_token, length = self._segments(rows)
+        start = row * self.max_seq_len + _starts_in_row(row, length)
         position = _positions(length)
-        source = np.repeat(start, length) + position
-        place = np.repeat(row * self.max_seq_len + begins, length) + position
-        # The last token of a piece predicts nothing; what follows it is another document's, or past the end.
+        source = np.repeat(first_token, length) + position
+        target = np.repeat(start, length) + position
+        # The last token of a segment predicts nothing: the next one belongs to another document, or is past the end.
         last = position == np.repeat(length - 1, length)
-        following = np.where(last, IGNORE_INDEX, self._tokens[np.where(last, source, source + 1)].astype(np.int64))
-        segments = None if self.packing == "none" else np.repeat(_ordinal(row), length) + 1
+        labels = np.where(last, IGNORE_INDEX, self._tokens[np.where(last, source, source + 1)].astype(np.int64))
+        segments = None if self.packing == "none" else np.repeat(_numbers_in_row(row), length) + 1
         return Batch(
-            _hash_documents(shape, 0, place, self._tokens[source].astype(np.int64)),
-            None if segments is None else _hash_documents(shape, 0, place, position),
-            None if segments is None else _hash_documents(shape, 0, place, segments),
-            _hash_documents(shape, IGNORE_INDEX, place, following),
-            None if segments is None else self._offsets(shape[0], row * self.max_seq_len + begins, length),
+            _scatter(shape, 0, target, self._tokens[source].astype(np.int64)),
+            None if segments is None else _scatter(shape, 0, target, position),
+            None if segments is None else _scatter(shape, 0, target, segments),
+            _scatter(shape, IGNORE_INDEX, target, labels),
+            None if segments is None else self._offsets(shape[0], start, length),
         )
 
-    def _offsets(self, rows: int, begins: Integers, length: Integers) -> Tensor:
-        """Where the pieces, and the padding behind them, begin among the tokens of so many rows."""
+    def _offsets(self, rows: int, start: Integers, length: Integers) -> Tensor:
+        """Return the starts of all segments, and of the padding after them, among the tokens of ``rows`` rows."""
         edges = np.arange(rows + 1) * self.max_seq_len
-        places = np.unique(np.concatenate((begins, begins + length, edges)))
-        out = np.full(rows * (self._most_pieces + 1) + 1, edges[-1], dtype=np.int32)
-        out[: len(places)] = places
+        starts = np.unique(np.concatenate((start, start + length, edges)))
+        out = np.full(rows * (self._max_segments + 1) + 1, edges[-1], dtype=np.int32)
+        out[: len(starts)] = starts
         return torch.from_numpy(out)
 
-    def _pieces(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
-        """(place of its row in ``rows``, first token, length) of each piece of these rows."""
-        first = self._firsts[rows]
-        counts = self._firsts[rows + 1] - first
-        pieces = np.repeat(first, counts) + _positions(counts)
-        return np.repeat(np.arange(len(rows)), counts), self._starts[pieces], self._lengths[pieces].astype(np.int64)
+    def _segments(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
+        """Return (index of its row in ``rows``, first token, length) of each segment of these rows."""
+        first = self._first_segments[rows]
+        counts = self._first_segments[rows + 1] - first
+        segments = np.repeat(first, counts) + _positions(counts)
+        return np.repeat(np.arange(len(rows)), counts), self._starts[segments], self._lengths[segments].astype(np.int64)
 
 
 def _positions(counts: Integers) -> Integers:
@@ -158,38 +157,40 @@ def _positions(counts: Integers) -> Integers:
     return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
-def _segment_starts(row: Integers, length: Integers) -> Integers:
-    """Where in its row each piece begins, for pieces in the order of ``row``."""
+def _starts_in_row(row: Integers, length: Integers) -> Integers:
+    """Return the start of each segment within its row; the segments are sorted by ``row``."""
     before = np.cumsum(length) - length
     first = np.searchsorted(row, row)
     return before - before[first] if len(row) else before
 
 
-def _ordinal(row: Integers) -> Integers:
-    """The number of each piece within its row, from 0."""
+def _numbers_in_row(row: Integers) -> Integers:
     return np.arange(len(row)) - np.searchsorted(row, row)
 
 
-def _hash_documents(shape: tuple[int, int], fill: int, place: Integers, values: Integers) -> Tensor:
+def _scatter(shape: tuple[int, int], fill: int, target: Integers, values: Integers) -> Tensor:
     out = np.full(shape, fill, dtype=np.int64)
-    out.reshape(-1)[place] = values
+    out.reshape(-1)[target] = values
     return torch.from_numpy(out)
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """Which documents a split takes: a function of a document's number alone, the same for every job."""
+    """The documents of a split. A function of the document's number alone, so it is the same for every job."""
 
     split: SplitSpec
-    always: int = -1
-    never: int = -1
+    always_held_out: int = -1
+    never_held_out: int = -1
 
     KEY = 0x5EED_0E7A1
     CHUNK = 1 << 20
 
     @classmethod
     def of(cls, corpus: Corpus, split: SplitSpec) -> "Holdout":
-        """At least one document is held out and at least one is not, however small the fraction or the corpus."""
+        """Return the holdout of ``split``. At least one document is held out and at least one is not.
+
+        Raises DataInvalid if the corpus has fewer than two documents.
+        """
         documents = corpus.meta.documents
         if split.part == "all":
             return cls(split)
@@ -197,88 +198,82 @@ class Holdout:
             raise DataInvalid("eval_fraction needs a corpus of at least two documents, and this one has one")
         lowest, highest = (2**64, 0), (-1, 0)
         for start in range(0, documents, cls.CHUNK):
-            marks = cls.marks(start, min(start + cls.CHUNK, documents))
-            lowest = min(lowest, (int(marks.min()), start + int(marks.argmin())))
-            highest = max(highest, (int(marks.max()), start + int(marks.argmax())))
-        return cls(split, always=lowest[1], never=highest[1])
+            hashes = cls._hashes(start, min(start + cls.CHUNK, documents))
+            lowest = min(lowest, (int(hashes.min()), start + int(hashes.argmin())))
+            highest = max(highest, (int(hashes.max()), start + int(hashes.argmax())))
+        return cls(split, always_held_out=lowest[1], never_held_out=highest[1])
 
     @classmethod
-    def marks(cls, start: int, end: int) -> npt.NDArray[np.uint64]:
-        """A number for each document from ``start`` to ``end``, uniform below 2 ** 64."""
+    def _hashes(cls, start: int, end: int) -> npt.NDArray[np.uint64]:
         return splitmix64(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, cls.KEY)
 
-    def taken(self, start: int, end: int) -> npt.NDArray[np.bool_]:
-        """For each document from ``start`` to ``end``: whether the split has it."""
+    def mask(self, start: int, end: int) -> npt.NDArray[np.bool_]:
+        """Return for each document from ``start`` to ``end`` whether the split has it."""
         numbers = np.arange(start, end)
         if self.split.part == "all":
             return np.ones(end - start, dtype=np.bool_)
-        held: npt.NDArray[np.bool_] = self.marks(start, end) < np.uint64(
-            min(2**64 - 1, int(self.split.fraction * 2**64))
-        )
-        held = (held | (numbers == self.always)) & (numbers != self.never)
-        return held if self.split.part == "eval" else ~held
+        threshold = np.uint64(min(2**64 - 1, int(self.split.fraction * 2**64)))
+        held_out: npt.NDArray[np.bool_] = self._hashes(start, end) < threshold
+        held_out = (held_out | (numbers == self.always_held_out)) & (numbers != self.never_held_out)
+        return held_out if self.split.part == "eval" else ~held_out
 
 
-def _write(corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing, held: Holdout) -> None:
-    """Write the table's files, block by block."""
-    columns = ArrayFiles(directory, ("starts.bin", "lengths.bin", "firsts.bin", "targets.bin"))
-    nothing = np.zeros(0, dtype=np.int64)
-    columns.append(nothing, nothing, np.zeros(1, dtype=np.int64), nothing)
-    pieces = 0
+def _write(corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing, holdout: Holdout) -> None:
+    files = ArrayFiles(directory, ("starts.bin", "lengths.bin", "firsts.bin", "targets.bin"))
+    empty = np.zeros(0, dtype=np.int64)
+    files.append(empty, empty, np.zeros(1, dtype=np.int64), empty)
+    written = 0
     for first, last in _blocks(corpus.offsets):
-        starts, lengths = segments_of(corpus.offsets[first : last + 1], held.taken(first, last), max_seq_len)
+        starts, lengths = segments_of(corpus.offsets[first : last + 1], holdout.mask(first, last), max_seq_len)
         row = np.arange(len(lengths)) if packing == "none" else best_fit(lengths, max_seq_len)
-        pieces = _append(columns, pieces, starts, lengths, row)
-    columns.close()
+        written = _append(files, written, starts, lengths, row)
+    files.close()
 
 
 def _blocks(offsets: Integers) -> Iterator[tuple[int, int]]:
-    """Ranges of documents of about ``BLOCK_TOKENS`` tokens."""
+    """Yield (first, last) ranges of documents of about ``BLOCK_TOKENS`` tokens."""
     edges = np.searchsorted(offsets, np.arange(0, int(offsets[-1]) + BLOCK_TOKENS, BLOCK_TOKENS))
     edges = np.unique(np.minimum(edges, len(offsets) - 1))
     yield from zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
 
 
-def segments_of(offsets: Integers, taken: npt.NDArray[np.bool_], max_seq_len: int) -> tuple[Integers, Integers]:
-    """(first token, length) of each piece of the ``taken`` documents, which lie between consecutive ``offsets``."""
-    begins, sizes = offsets[:-1][taken], np.diff(offsets)[taken]
+def segments_of(offsets: Integers, selected: npt.NDArray[np.bool_], max_seq_len: int) -> tuple[Integers, Integers]:
+    """Return (first token, length) of each segment of the ``selected`` documents; ``offsets`` are their bounds."""
+    starts, sizes = offsets[:-1][selected], np.diff(offsets)[selected]
     stride = max_seq_len - 1
     counts = -(-(sizes - 1) // stride)
-    ahead = _positions(counts) * stride
-    return np.repeat(begins, counts) + ahead, np.minimum(max_seq_len, np.repeat(sizes, counts) - ahead)
+    shift = _positions(counts) * stride
+    return np.repeat(starts, counts) + shift, np.minimum(max_seq_len, np.repeat(sizes, counts) - shift)
 
 
 def best_fit(lengths: Integers, capacity: int) -> Integers:
-    """The row of each piece: the longest first, each into the fullest row that still has room.
-
-    Rows are found by the room they have left, through an integer whose bit r says that some row has room r.
-    """
+    """Return the row of each segment by best-fit decreasing: longest first, each into the fullest row with room."""
     row = np.zeros(len(lengths), dtype=np.int64)
     sizes, rows = lengths.tolist(), 0
-    with_room: dict[int, list[int]] = {}
-    rooms = 0
-    for piece in np.argsort(-lengths, kind="stable").tolist():
-        size = sizes[piece]
+    rows_by_room: dict[int, list[int]] = {}
+    rooms = 0  # bit r is set if a row has room r: the smallest sufficient room is found in one shift
+    for segment in np.argsort(-lengths, kind="stable").tolist():
+        size = sizes[segment]
         fitting = rooms >> size
         if fitting:
             room = size + (fitting & -fitting).bit_length() - 1
-            chosen = with_room[room].pop()
-            rooms ^= 0 if with_room[room] else 1 << room
+            chosen = rows_by_room[room].pop()
+            rooms ^= 0 if rows_by_room[room] else 1 << room
         else:
             room, chosen, rows = capacity, rows, rows + 1
-        row[piece] = chosen
+        row[segment] = chosen
         if room > size:
-            with_room.setdefault(room - size, []).append(chosen)
+            rows_by_room.setdefault(room - size, []).append(chosen)
             rooms |= 1 << (room - size)
     return row
 
 
-def _append(columns: ArrayFiles, pieces: int, starts: Integers, lengths: Integers, row: Integers) -> int:
-    """Write a block's pieces in the order of their rows; the number of pieces so far."""
+def _append(files: ArrayFiles, written: int, starts: Integers, lengths: Integers, row: Integers) -> int:
+    """Append a block's segments in the order of their rows; return the number of segments ``written`` so far."""
     if not len(row):
-        return pieces
+        return written
     order = np.argsort(row, kind="stable")
-    ends = pieces + np.cumsum(np.bincount(row))
+    ends = written + np.cumsum(np.bincount(row))
     targets = np.bincount(row, weights=lengths - 1)
-    columns.append(starts[order], lengths[order].astype(np.int32), ends, targets.astype(np.int32))
+    files.append(starts[order], lengths[order].astype(np.int32), ends, targets.astype(np.int32))
     return int(ends[-1])

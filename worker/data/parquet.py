@@ -1,34 +1,27 @@
-"""The documents of a parquet file: one a row. Needs pyarrow, which is imported only where there is such a file.
+"""Read the documents of a parquet file, one per row. Needs pyarrow, imported only for such a file.
 
-The column is read as a dictionary: a file may say one text a million times in a few bytes, and it is held once.
+The column is read as a dictionary: a few bytes may repeat one text a million times, and memory holds it once.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any
 
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import CorpusFile, import_optional
-from trainyard.worker.data.jsonl import (
-    BadLineError,
-    DataInvalid,
-    Document,
-    ParseStats,
-)
+from trainyard.worker.data.file import CorpusFile, SourceReader, import_optional
+from trainyard.worker.data.jsonl import BadLineError, DataInvalid, Document, ParseStats
 
 BATCH_ROWS = 256
-"""Rows that are decoded at once."""
 
 MAX_GROUP_BYTES = 2 << 30
-"""Of the column in one row group, decompressed: a part of the file that is decoded as one."""
+"""Decompressed bytes of the column in one row group, which is decoded as a whole."""
 
 
-class ParquetReader:
-    """See `worker.data.readers.Reader`; a line is a row."""
+class ParquetReader(SourceReader):
+    """A `worker.data.readers.Reader` whose lines are rows."""
 
     def __init__(self, source: CorpusFile) -> None:
-        self.stats = ParseStats()
-        self._source = source
+        super().__init__(source)
         self._rows_done, self._rows = 0, 1
         try:
             self._arrow = import_optional("pyarrow", source.path)
@@ -39,28 +32,16 @@ class ParquetReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file, by the share of rows that are read."""
+        """An estimate: the file's size times the share of rows read."""
         return self.size * self._rows_done // max(1, self._rows)
 
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self._source.size
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the file, once it is read."""
-        return self._source.digest
-
-    def skip(self, past: ParseStats, seen: Callable[[], None]) -> None:
-        """See `worker.data.readers.Reader`. Row groups that are past are not read."""
-        del seen
-        self.stats = replace(past)
+    def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
+        del on_progress  # quick: whole row groups are skipped without being read
+        self.stats = replace(stats)
 
     def documents(self, text_field: str) -> Iterator[Document]:
-        """See `worker.data.readers.Reader`."""
-        past = self.stats.lines
-        for number, value in enumerate(self._values(text_field, past), start=past + 1):
+        skipped = self.stats.lines
+        for number, value in enumerate(self._values(text_field, skipped), start=skipped + 1):
             self.stats.lines = number
             try:
                 text = _text_of(value, text_field)
@@ -69,41 +50,37 @@ class ParquetReader:
                 continue
             self.stats.documents += 1
             yield Document(number, text)
-        # Parquet is read from its end and in pieces, so the file is hashed by itself.
-        self._source.raw.seek(0)
-        self._source.finish()
+        # Parquet is not read in order, so the file is hashed in a second pass.
+        self.source.raw.seek(0)
+        self.source.finish()
 
-    def _values(self, text_field: str, past: int) -> Iterator[bytes | None]:
-        """What stands in each row behind the first ``past``."""
-        path = self._source.path
+    def _values(self, text_field: str, skipped: int) -> Iterator[bytes | None]:
+        """Yield the value of each row after the first ``skipped``."""
+        path = self.source.path
         try:
-            # By the descriptor that was checked: the name may stand for another file by now.
-            described = self._parquet.ParquetFile(self._source.raw)
-            self._rows = described.metadata.num_rows
-            self._require_column(described, text_field)
-            file = self._parquet.ParquetFile(
-                self._source.raw, metadata=described.metadata, read_dictionary=[text_field]
-            )
-            groups = self._groups_after(described.metadata, past)
+            # Opened by the descriptor that was checked: the path may be another file by now.
+            header = self._parquet.ParquetFile(self.source.raw)
+            self._rows = header.metadata.num_rows
+            self._require_column(header, text_field)
+            file = self._parquet.ParquetFile(self.source.raw, metadata=header.metadata, read_dictionary=[text_field])
+            groups = self._groups_after(header.metadata, skipped)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[text_field]):
-                yield from self._of_batch(batch.column(0).slice(min(len(batch), max(0, past - self._rows_done))))
+                yield from self._decode(batch.column(0).slice(min(len(batch), max(0, skipped - self._rows_done))))
                 self._rows_done += len(batch)
         except (self._arrow.ArrowException, OSError) as error:
             raise DataInvalid(f"{path} cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
 
-    def _groups_after(self, metadata: Any, past: int) -> list[int]:
-        """The row groups that hold a row behind the first ``past``; the rows before them are done."""
-        first = 0
-        while first < metadata.num_row_groups:
+    def _groups_after(self, metadata: Any, skipped: int) -> list[int]:
+        """Return the row groups that hold a row after the first ``skipped``; count the rows before them as done."""
+        for first in range(metadata.num_row_groups):
             rows = metadata.row_group(first).num_rows
-            if self._rows_done + rows > past:
-                break
+            if self._rows_done + rows > skipped:
+                return list(range(first, metadata.num_row_groups))
             self._rows_done += rows
-            first += 1
-        return list(range(first, metadata.num_row_groups))
+        return []
 
     def _require_column(self, file: Any, text_field: str) -> None:
-        schema, path = file.schema_arrow, self._source.path
+        schema, path = file.schema_arrow, self.source.path
         if schema.names.count(text_field) != 1:
             listed = ", ".join(schema.names[:20])
             raise DataInvalid(f"{path} has no single column {text_field!r} but {listed}: set text_field to one of them")
@@ -120,18 +97,12 @@ class ParquetReader:
                     f"{MAX_GROUP_BYTES >> 20} are read at most: write it with smaller row groups"
                 )
 
-    def _of_batch(self, column: Any) -> Iterator[bytes | None]:
-        """The UTF-8 of each row, or None where it has none."""
+    def _decode(self, column: Any) -> Iterator[bytes | None]:
+        """Yield the UTF-8 bytes of each row, or None for null."""
         binary = self._arrow.large_binary()
         for index in column.indices.to_pylist():
-            # One at a time: what comes out of a dictionary may be far larger than the dictionary.
+            # One at a time: the decoded rows may be far larger than the dictionary.
             yield None if index is None else column.dictionary[index].cast(binary).as_py()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._source.__exit__()
 
 
 def _text_of(value: bytes | None, text_field: str) -> str:

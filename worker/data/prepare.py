@@ -1,4 +1,4 @@
-"""What is trained on: tokenizer, token shards, rows. Rank 0 builds what is missing while the others wait."""
+"""Prepare the training data: tokenizer, token shards, packed rows. Rank 0 builds what is missing; other ranks wait."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
 from trainyard.worker.paths import check_allowed_paths
 
-CACHE = "TRAINYARD_CORPUS_CACHE"
+CORPUS_CACHE_VARIABLE = "TRAINYARD_CORPUS_CACHE"
 PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """``spec`` has its vocabulary filled in; ``evaluation`` is None where nothing is held out."""
+    """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None."""
 
     spec: JobSpec
     tokenizer: Tokenizer
@@ -41,7 +41,7 @@ class TrainingData:
 
     @cached_property
     def identity(self) -> RunIdentity:
-        """What makes another run of a checkpoint."""
+        """The data and model identity, which a checkpoint must match to be resumed."""
         data, meta = self.spec.data, self.corpus.meta
         content = json.dumps([meta.content, meta.text_field, data.eval_fraction])
         return RunIdentity(
@@ -56,44 +56,47 @@ class TrainingData:
         )
 
     def _corpus_file(self) -> dict[str, Any]:
-        """The sketch of the file as it is now; {} where that cannot be the one that was read any more."""
+        """Return the fingerprint of the file as it is now, or {} if it is not the file that was read."""
         try:
-            found = FileFingerprint.of(Path(self.spec.data.data_path))
+            fingerprint = FileFingerprint.of(Path(self.spec.data.data_path))
         except OSError:
             return {}
-        return asdict(found) if found.bytes == self.corpus.meta.bytes else {}
+        return asdict(fingerprint) if fingerprint.bytes == self.corpus.meta.bytes else {}
 
 
 def prepare_data(
-    spec: JobSpec, run: RunDir, ranks: DistributedContext, say: Callable[[Event], None], stop_asked: Callable[[], bool]
+    spec: JobSpec,
+    run: RunDir,
+    ranks: DistributedContext,
+    emit: Callable[[Event], None],
+    stop_requested: Callable[[], bool],
 ) -> TrainingData:
-    """Open everything, built first where it is not in the cache. Raises Failure, or StopAsked, on every rank."""
-    ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, _ProgressReporter(say, stop_asked)).train_set.tokens)
-    # Everything is there now, and a rank that stopped here would stop alone.
-    material = _open_or_fail(spec, run, _ProgressReporter(say, lambda: False))
-    _report_bad_lines(material, say)
-    return material
+    """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank."""
+    progress = _ProgressReporter(emit, stop_requested)
+    ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress).train_set.tokens)
+    # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
+    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False))
+    _report_bad_lines(data, emit)
+    return data
 
 
 class _ProgressReporter:
-    """Tells how far the tokenization is, and ends it when the run is to stop."""
-
-    def __init__(self, say: Callable[[Event], None], stop_asked: Callable[[], bool]) -> None:
-        self._say = say
-        self._stop_asked = stop_asked
-        self._told_at = time.monotonic()
+    def __init__(self, emit: Callable[[Event], None], stop_requested: Callable[[], bool]) -> None:
+        self._emit = emit
+        self._stop_requested = stop_requested
+        self._emitted_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        if self._stop_asked():
+        if self._stop_requested():
             raise StopRequested
-        if time.monotonic() - self._told_at >= PROGRESS_SECONDS:
-            self._told_at = time.monotonic()
-            self._say(PhaseChanged(phase=Phase.PREPARING_DATA, done=done, total=total))
+        if time.monotonic() - self._emitted_at >= PROGRESS_SECONDS:
+            self._emitted_at = time.monotonic()
+            self._emit(PhaseChanged(phase=Phase.PREPARING_DATA, done=done, total=total))
 
 
-def _open_or_fail(spec: JobSpec, run: RunDir, teller: _ProgressReporter) -> TrainingData:
+def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
     try:
-        return _open(spec, run, teller)
+        return _open(spec, run, progress)
     except DataInvalid as error:
         raise TrainingError(
             Reason.DATA_INVALID, str(error), "`trainyard corpus check FILE` lists every bad line."
@@ -104,15 +107,15 @@ def _open_or_fail(spec: JobSpec, run: RunDir, teller: _ProgressReporter) -> Trai
         raise save_error(error, "the corpus's token shards") from error
 
 
-def _open(spec: JobSpec, run: RunDir, teller: _ProgressReporter) -> TrainingData:
+def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
     data = spec.data
     limit_threads(data.num_workers)
     tokenizer = load_tokenizer(data.tokenizer_path)
     spec = _with_vocabulary(spec, tokenizer)
-    cache = Path(os.environ.get(CACHE) or run.corpus_cache)
+    cache = Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
 
-    def shards(path: str) -> Corpus:
-        # Of the second corpus too: the first one may have taken hours.
+    def open_shards(path: str) -> Corpus:
+        # Checked again for the second corpus: the first one may have taken hours.
         check_allowed_paths(spec, run)
         return open_corpus(
             Path(path),
@@ -120,20 +123,20 @@ def _open(spec: JobSpec, run: RunDir, teller: _ProgressReporter) -> TrainingData
             cache=cache,
             text_field=data.text_field,
             max_bad_lines=data.max_bad_lines,
-            progress=teller,
+            progress=progress,
         )
 
-    def rows(of: Corpus, split: SplitSpec) -> PackedDataset:
-        return PackedDataset.open(of, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
+    def open_rows(corpus: Corpus, split: SplitSpec) -> PackedDataset:
+        return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
 
-    corpus = shards(data.data_path)
+    corpus = open_shards(data.data_path)
     if data.eval_data_path is not None:
-        held_out = rows(shards(data.eval_data_path), SplitSpec())
-        return TrainingData(spec, tokenizer, corpus, rows(corpus, SplitSpec()), held_out)
+        eval_set = open_rows(open_shards(data.eval_data_path), SplitSpec())
+        return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), eval_set)
     if data.eval_fraction > 0:
-        train, held_out = (rows(corpus, SplitSpec(part, data.eval_fraction)) for part in ("train", "eval"))
-        return TrainingData(spec, tokenizer, corpus, train, held_out)
-    return TrainingData(spec, tokenizer, corpus, rows(corpus, SplitSpec()), None)
+        train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction)) for part in ("train", "eval"))
+        return TrainingData(spec, tokenizer, corpus, train_set, eval_set)
+    return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), None)
 
 
 def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
@@ -145,9 +148,9 @@ def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
     return spec.model_copy(update={"model": model})
 
 
-def _report_bad_lines(material: TrainingData, say: Callable[[Event], None]) -> None:
-    meta = material.corpus.meta
+def _report_bad_lines(data: TrainingData, emit: Callable[[Event], None]) -> None:
+    meta = data.corpus.meta
     if meta.bad_lines:
-        data = {"bad_lines": meta.bad_lines, "named": [list(pair) for pair in meta.named]}
-        message = f"{material.spec.data.data_path} has {meta.tally.describe_bad()}; they are left out"
-        say(WarningEvent(code="bad_lines", message=message, data=data))
+        details = {"bad_lines": meta.bad_lines, "named": [list(pair) for pair in meta.named]}
+        message = f"{data.spec.data.data_path} has {meta.stats.describe_bad()}; they are left out"
+        emit(WarningEvent(code="bad_lines", message=message, data=details))

@@ -1,6 +1,6 @@
-"""The documents of a corpus file, whatever its form: JSONL, plain text, either of them packed, or parquet.
+"""Read the documents of a corpus file: JSONL, plain text, either of them compressed, or parquet.
 
-Constant memory: one line or one document at a time.
+Memory is constant: one line or one document at a time.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,38 +9,26 @@ from itertools import islice
 from pathlib import Path
 from typing import Protocol, Self
 
-from trainyard.contract.file_identity import (
-    BLANK,
-    BOM,
-    Compression,
-    is_plain_text,
-)
+from trainyard.contract.file_identity import BLANK, BOM, Compression, is_plain_text
 from trainyard.worker.data import jsonl
-from trainyard.worker.data.file import CorpusFile
-from trainyard.worker.data.jsonl import (
-    BadLineError,
-    Document,
-    ParseStats,
-    text_of,
-)
+from trainyard.worker.data.file import CorpusFile, SourceReader
+from trainyard.worker.data.jsonl import BadLineError, Document, ParseStats, text_of
 from trainyard.worker.data.parquet import ParquetReader
 
-SKIPPED_LINES = 1 << 16
-"""Lines that are passed over between two signs of life."""
+SKIPPED_LINES_PER_PROGRESS = 1 << 16
 
 
 class Reader(Protocol):
     """An open corpus file that is read once.
 
-    ``tally`` and ``digest`` (sha256 of the file as it is) are complete once `documents` has been read to its end;
-    ``done`` of ``size`` bytes of the file are read.
+    ``stats`` and ``digest`` are complete once `documents` has been read to its end.
     """
 
     stats: ParseStats
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read."""
+        """Bytes of the file read so far."""
 
     @property
     def size(self) -> int:
@@ -48,13 +36,13 @@ class Reader(Protocol):
 
     @property
     def digest(self) -> str:
-        """sha256 of the bytes read so far."""
+        """sha256 of the file's bytes read so far, before decompression."""
 
-    def skip(self, past: ParseStats, seen: Callable[[], None]) -> None:
-        """Go on behind what ``past`` counts, which becomes ``tally``. ``seen`` is called now and then."""
+    def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
+        """Continue after the lines that ``stats`` counts, and from its counts. Calls ``on_progress`` now and then."""
 
     def documents(self, text_field: str) -> Iterator[Document]:
-        """Each document in order; all else is counted in ``tally``. DataInvalid where the file changes."""
+        """Yield each document in order and count the lines in ``stats``. Raises DataInvalid if the file changes."""
 
     def __enter__(self) -> Self: ...
 
@@ -62,53 +50,40 @@ class Reader(Protocol):
 
 
 def open_reader(path: Path) -> Reader:
-    """Open a corpus. Raises DataInvalid for what is no regular file, no UTF-8, damaged, or takes a missing package."""
+    """Open a corpus. Raises DataInvalid if it is not a regular UTF-8 file, is damaged, or needs a missing package."""
     source = CorpusFile(path)
-    if source.packing is Compression.PARQUET:
+    if source.compression is Compression.PARQUET:
         return ParquetReader(source)
     return TextReader(source) if is_plain_text(path.name, source.head()) else LineReader(source)
 
 
 def detect_plain_text(path: Path) -> bool:
-    """Whether documents are separated by blank lines: the same bytes under another name are another corpus."""
+    """Return whether blank lines separate the documents. It depends on the file's name too, not only on its bytes."""
     if not is_plain_text(path.name, b""):
         return False
     with CorpusFile(path) as source:
-        return source.packing is not Compression.PARQUET and is_plain_text(path.name, source.head())
+        return source.compression is not Compression.PARQUET and is_plain_text(path.name, source.head())
 
 
-class LineReader:
-    """JSONL: one document a line. See `Reader`."""
+class LineReader(SourceReader):
+    """A `Reader` of JSONL: one document per line."""
 
     def __init__(self, source: CorpusFile) -> None:
-        self.source = source
-        self.stats = ParseStats()
+        super().__init__(source)
         self._lines = self._raw_lines()
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of the file read."""
         return self.source.bytes_read
 
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return self.source.size
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the bytes read so far."""
-        return self.source.digest
-
-    def skip(self, past: ParseStats, seen: Callable[[], None]) -> None:
-        """See `Reader`. Lines are found again, and hashed with the rest; nothing is parsed."""
-        for number, _ in enumerate(islice(self._lines, past.lines), start=1):
-            if number % SKIPPED_LINES == 0:
-                seen()
-        self.stats = replace(past)
+    def skip(self, stats: ParseStats, on_progress: Callable[[], None]) -> None:
+        # The lines are read and hashed again, but not parsed.
+        for number, _ in enumerate(islice(self._lines, stats.lines), start=1):
+            if number % SKIPPED_LINES_PER_PROGRESS == 0:
+                on_progress()
+        self.stats = replace(stats)
 
     def documents(self, text_field: str) -> Iterator[Document]:
-        """See `Reader`."""
         for number, raw in enumerate(self._lines, start=self.stats.lines + 1):
             self.stats.lines = number
             if raw is not None and not raw.strip(BLANK):
@@ -124,46 +99,33 @@ class LineReader:
         self.source.finish()
 
     def _raw_lines(self) -> Iterator[bytes | None]:
-        """Lines without a byte order mark; None for one that is too long."""
-        limit, mark = jsonl.MAX_LINE_BYTES, BOM
-        while block := self._line(limit):
-            whole = len(block) < limit or block.endswith(b"\n")
-            if mark:
-                block, mark = block.removeprefix(mark), b""
-            if whole:
+        """Yield each line, the first one without a byte order mark; None for a line that is too long."""
+        limit, bom = jsonl.MAX_LINE_BYTES, BOM
+        while block := self._read_line(limit):
+            complete = len(block) < limit or block.endswith(b"\n")
+            if bom:
+                block, bom = block.removeprefix(bom), b""
+            if complete:
                 yield block
-            else:
-                self._skip_line(limit)
-                yield None
+                continue
+            while (block := self._read_line(limit)) and not block.endswith(b"\n"):
+                pass
+            yield None
 
-    def _skip_line(self, limit: int) -> None:
-        while (block := self._line(limit)) and not block.endswith(b"\n"):
-            pass
-
-    def _line(self, limit: int) -> bytes:
+    def _read_line(self, limit: int) -> bytes:
         try:
             return self.source.stream.readline(limit)
         except Exception:
-            # Only now, as a context manager around each line would take as long as the line.
-            with self.source.open():
+            # Entered only on an error: a context manager around each line would double its cost.
+            with self.source.translate_errors():
                 raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.source.__exit__()
 
 
 class TextReader(LineReader):
-    """Plain text: documents are separated by blank lines. A document is known by its first line. See `Reader`.
-
-    Lines of a document are joined as they are, but for carriage returns before a newline.
-    """
+    """A `Reader` of plain text: blank lines separate the documents. `Document.line` is a document's first line."""
 
     def documents(self, text_field: str) -> Iterator[Document]:
-        """See `Reader`. A document has no fields, so ``text_field`` says nothing."""
-        del text_field
+        del text_field  # plain text has no fields
         for first, raw in self._paragraphs():
             try:
                 text = plain_text_of(raw)
@@ -175,31 +137,31 @@ class TextReader(LineReader):
         self.source.finish()
 
     def _paragraphs(self) -> Iterator[tuple[int, bytes | None]]:
-        """(number of its first line, its bytes) of each document; None for one that is too long."""
-        held: list[bytes] = []
+        """Yield (number of the first line, bytes) of each document; None for one that is too long."""
+        lines: list[bytes] = []
         first, size = 0, 0
         for number, raw in enumerate(self._lines, start=self.stats.lines + 1):
             self.stats.lines = number
             if raw is not None and not raw.strip(BLANK):
                 self.stats.blank_lines += 1
                 if first:
-                    yield first, _joined(held, size)
-                held, first, size = [], 0, 0
+                    yield first, _join(lines, size)
+                lines, first, size = [], 0, 0
                 continue
             first = first or number
             size += jsonl.MAX_LINE_BYTES if raw is None else len(raw)
             if size < jsonl.MAX_LINE_BYTES:
-                held.append(raw or b"")
+                lines.append(raw or b"")
         if first:
-            yield first, _joined(held, size)
+            yield first, _join(lines, size)
 
 
-def _joined(held: list[bytes], size: int) -> bytes | None:
-    return None if size >= jsonl.MAX_LINE_BYTES else b"".join(held)
+def _join(lines: list[bytes], size: int) -> bytes | None:
+    return None if size >= jsonl.MAX_LINE_BYTES else b"".join(lines)
 
 
 def plain_text_of(raw: bytes | None) -> str:
-    """The text of one document. Raises BadLine with the reason."""
+    """Return the text of one plain-text document, without CRLF line ends. Raises BadLineError with the reason."""
     if raw is None:
         raise BadLineError(f"longer than {jsonl.MAX_LINE_BYTES >> 20} MiB: separate documents by blank lines")
     try:

@@ -1,7 +1,7 @@
-"""Which rows an optimizer step takes: a pure function of seed and step, so a resume needs no loader's state.
+"""The rows of each optimizer step: a pure function of seed and step, so a resume needs no loader state.
 
-The rows of an epoch are permuted by a keyed pseudo-random permutation that is computed where it is needed: nothing is
-stored, and any step costs the same.
+A keyed pseudo-random permutation shuffles the rows of an epoch. It is computed on demand: nothing is stored, and every
+step costs the same.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ ROUNDS = 8
 
 @dataclass(frozen=True)
 class FeistelPermutation:
-    """A pseudo-random order of 0 .. ``size`` - 1, one for each ``seed`` and ``epoch``.
+    """A pseudo-random permutation of 0 .. ``size`` - 1, one for each ``seed`` and ``epoch``.
 
-    A Feistel network permutes the smallest power of two that holds ``size``; a value that falls outside is sent through
-    again until it falls inside, which keeps it a permutation (cycle walking: Black and Rogaway, 2002).
+    A Feistel network permutes the smallest power of two that holds ``size``. A value outside ``size`` is permuted again
+    until it is inside, which keeps it a permutation (cycle walking: Black and Rogaway, 2002).
     """
 
     size: int
@@ -28,38 +28,36 @@ class FeistelPermutation:
     epoch: int
 
     def __call__(self, positions: npt.ArrayLike) -> Integers:
-        """What stands at each of these positions."""
-        values = np.asarray(positions, dtype=np.uint64)
         bits = max(2, (self.size - 1).bit_length())
-        keys = self._keys()
-        values = _feistel(values, bits, keys)
+        keys = self._round_keys()
+        values = _feistel(np.asarray(positions, dtype=np.uint64), bits, keys)
         while (outside := values >= self.size).any():
             values[outside] = _feistel(values[outside], bits, keys)
         return values.astype(np.int64)
 
-    def _keys(self) -> list[int]:
+    def _round_keys(self) -> list[int]:
         base = splitmix64(splitmix64(np.array([self.seed], dtype=np.uint64), 0), self.epoch)
         keys: list[int] = splitmix64(np.arange(1, ROUNDS + 1, dtype=np.uint64) * GAMMA, int(base[0])).tolist()
         return keys
 
 
 def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: list[int]) -> npt.NDArray[np.uint64]:
-    """A permutation of the numbers of so many bits. The halves differ by one bit where ``bits`` is odd."""
+    """Permute the integers of ``bits`` bits. If ``bits`` is odd, the left half has one bit more."""
     low, high = bits // 2, bits - bits // 2
     shift, masks = np.uint64(low), (np.uint64((1 << high) - 1), np.uint64((1 << low) - 1))
     left, right = values >> shift, values & masks[1]
     for number, key in enumerate(keys):
-        # The halves change places, and so their widths; the number of rounds is even, so they end where they began.
+        # Each round swaps the halves and their widths. ROUNDS is even, so in the end the left half is the wide one.
         left, right = right, left ^ (splitmix64(right, key) & masks[number % 2])
     return (left << shift) | right
 
 
 @dataclass(frozen=True)
 class StepSampler:
-    """The rows of every optimizer step. Steps count from 1 over the whole job.
+    """Selects the rows of each optimizer step. Steps count from 1 over the whole job.
 
-    ``targets`` [rows]: how many tokens each row predicts. ``global_batch``: rows of a step over all ranks; the last
-    step of an epoch may have fewer.
+    ``target_count`` [rows]: how many tokens each row predicts. ``global_batch``: rows of a step over all ranks; the
+    last step of an epoch may have fewer.
     """
 
     target_count: npt.NDArray[np.int32]
@@ -68,21 +66,20 @@ class StepSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the rows."""
         return -(-len(self.target_count) // self.global_batch)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch, from 0, that ``step`` belongs to."""
+        """Return the epoch of ``step``, from 0."""
         return (step - 1) // self.steps_per_epoch
 
     def epochs_done(self, step: int) -> float:
-        """Passes over the rows that are complete after ``step``, with the fraction of the one under way."""
+        """Return the number of epochs after ``step``, with the fraction of the current one."""
         if step < 1:
             return 0.0
         return self.epoch_of(step) + self._range(step)[1] / len(self.target_count)
 
     def rows_of(self, step: int) -> Integers:
-        """The rows of ``step``, of all ranks together."""
+        """Return the rows of ``step``, over all ranks."""
         first, last = self._range(step)
         return FeistelPermutation(len(self.target_count), self.seed, self.epoch_of(step))(np.arange(first, last))
 

@@ -1,7 +1,7 @@
-"""Files of bare numbers: written side by side, published by one rename, mapped into memory.
+"""Array files without headers: written in parallel, published by one rename, memory-mapped.
 
-Token shards keep a journal while they are built: how far the corpus is read and what is stored of it. A build that was
-killed goes on behind its last entry, and ends with the same bytes as one that was not.
+A build of token shards keeps a journal: how far the corpus is read, and how many tokens are stored. The next build
+resumes a killed one at its last journal entry, and produces the same bytes as an uninterrupted build.
 """
 
 import os
@@ -23,90 +23,95 @@ from trainyard.worker.data.tokenizers import Ids, Tokenizer
 
 JOURNAL = "journal.json"
 JOURNAL_SECONDS = 5.0
-"""Between entries of the journal: at most so much work is done twice. Each waits for the disk."""
+"""Interval of journal entries: at most this much work is repeated. Each entry waits for an fsync."""
 
 TOKENS, OFFSETS = "tokens.bin", "offsets.bin"
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """An entry of the journal: so many ``tokens`` are stored, of the documents that ``tally`` counts."""
+    """A journal entry: ``tokens`` are stored, of the documents that ``stats`` counts."""
 
     tokens: int
-    tally: ParseStats
+    stats: ParseStats
 
     @classmethod
     def read(cls, directory: Path, token_bytes: int) -> Self | None:
-        """The last entry; None where there is none, or where the files hold less than it says."""
+        """Return the last entry; None if there is none, or if the files are shorter than it says."""
         try:
             raw = read_json(directory / JOURNAL)
             if raw is None:
                 return None
-            named = [(int(line), str(why)) for line, why in raw["tally"].pop("named")]
-            found = cls(int(raw["tokens"]), ParseStats(**raw["tally"], examples=named))
-            held = [(directory / name).stat().st_size for name in (TOKENS, OFFSETS)]
+            examples = [(int(line), str(reason)) for line, reason in raw["tally"].pop("named")]
+            entry = cls(int(raw["tokens"]), ParseStats(**raw["tally"], examples=examples))
+            sizes = [(directory / name).stat().st_size for name in (TOKENS, OFFSETS)]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        enough = all(has >= needs for has, needs in zip(held, found.sizes(token_bytes), strict=True))
-        return found if enough else None
+        complete = all(size >= needed for size, needed in zip(sizes, entry.sizes(token_bytes), strict=True))
+        return entry if complete else None
+
+    def write(self, directory: Path) -> None:
+        """Write the entry, with the keys that every release has used."""
+        counts = asdict(self.stats)
+        counts["named"] = counts.pop("examples")
+        write_json(directory / JOURNAL, {"tokens": self.tokens, "tally": counts})
 
     def sizes(self, token_bytes: int) -> tuple[int, int]:
-        """Bytes of both files."""
-        return self.tokens * token_bytes, (self.tally.documents + 1) * 8
+        return self.tokens * token_bytes, (self.stats.documents + 1) * 8
 
 
 class ShardWriter:
-    """The token and offset files while they are written. `worker.data.corpus.scan`'s sink.
+    """Writes the token and offset files; the sink of `worker.data.corpus.tokenize_file`.
 
-    ``begun``: what an earlier build of ``directory`` has stored and this one goes on behind.
+    ``resumed_from``: the journal entry of an earlier build of ``directory`` that this one continues, or None.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, token_bytes: int) -> None:
-        self.begun = JournalEntry.read(directory, token_bytes)
-        self.tokens = self.begun.tokens if self.begun else 0
+        self.resumed_from = JournalEntry.read(directory, token_bytes)
+        self.tokens = self.resumed_from.tokens if self.resumed_from else 0
         self._directory = directory
         self._dtype = np.uint16 if token_bytes == 2 else np.uint32
-        self._begin = np.array([tokenizer.bos_id], dtype=self._dtype)
-        self._end = np.array([tokenizer.eos_id], dtype=self._dtype)
-        self._tally = self.begun.tally if self.begun else ParseStats()
-        self._noted_at = time.monotonic()
-        sizes = self.begun.sizes(token_bytes) if self.begun else None
-        self._columns = ArrayFiles(directory, (TOKENS, OFFSETS), sizes)
-        if self.begun is None:
-            self._columns.append(np.zeros(0, dtype=self._dtype), np.zeros(1, dtype=np.int64))
+        self._bos = np.array([tokenizer.bos_id], dtype=self._dtype)
+        self._eos = np.array([tokenizer.eos_id], dtype=self._dtype)
+        self._stats = self.resumed_from.stats if self.resumed_from else ParseStats()
+        self._journaled_at = time.monotonic()
+        sizes = self.resumed_from.sizes(token_bytes) if self.resumed_from else None
+        self._files = ArrayFiles(directory, (TOKENS, OFFSETS), sizes)
+        if self.resumed_from is None:
+            self._files.append(np.zeros(0, dtype=self._dtype), np.zeros(1, dtype=np.int64))
 
-    def add(self, documents: Sequence[Ids], tally: ParseStats) -> None:
-        """Append documents, each between beginning and end; with them the corpus is read as far as ``tally`` says."""
+    def add(self, documents: Sequence[Ids], stats: ParseStats) -> None:
+        """Append documents, each between BOS and EOS; ``stats`` counts the corpus up to the last of them."""
         if documents:
-            parts = [part for ids in documents for part in (self._begin, ids.astype(self._dtype), self._end)]
+            parts = [part for ids in documents for part in (self._bos, ids.astype(self._dtype), self._eos)]
             ends = self.tokens + np.cumsum([len(ids) + 2 for ids in documents], dtype=np.int64)
-            self._columns.append(np.concatenate(parts), ends)
+            self._files.append(np.concatenate(parts), ends)
             self.tokens = int(ends[-1])
-        self._tally = tally
-        if time.monotonic() - self._noted_at >= JOURNAL_SECONDS:
-            self._note()
+        self._stats = stats
+        if time.monotonic() - self._journaled_at >= JOURNAL_SECONDS:
+            self._write_journal()
 
-    def _note(self) -> None:
-        # First the numbers, then that they are there: the other way round a power cut could leave holes.
-        self._columns.flush()
-        write_json(self._directory / JOURNAL, asdict(JournalEntry(self.tokens, self._tally)))
-        self._noted_at = time.monotonic()
+    def _write_journal(self) -> None:
+        # Data first, then the entry: in the other order a power cut could leave an entry without its data.
+        self._files.flush()
+        JournalEntry(self.tokens, self._stats).write(self._directory)
+        self._journaled_at = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is not None and not issubclass(kind, UNUSABLE):
-                # Asked to stop: the next attempt begins exactly here, or else at the entry before.
+            if kind is not None and not issubclass(kind, DISCARD_ERRORS):
+                # A stop request: the next attempt resumes exactly here, or at the entry before if this write fails.
                 with suppress(OSError):
-                    self._note()
+                    self._write_journal()
         finally:
-            self._columns.close()
+            self._files.close()
 
 
 class ArrayFiles:
-    """Files of bare numbers that are written side by side; given ``sizes``, on behind so many bytes of each."""
+    """Array files without headers that grow together; with ``sizes``, each is continued after that many bytes."""
 
     def __init__(self, directory: Path, names: Sequence[str], sizes: Sequence[int] | None = None) -> None:
         self._files = [(directory / name).open("wb" if sizes is None else "r+b") for name in names]
@@ -115,57 +120,56 @@ class ArrayFiles:
             file.seek(size)
 
     def append(self, *columns: npt.NDArray[Any]) -> None:
-        """Add numbers to each file, in the order of the names."""
+        """Append one array to each file, in the order of the names."""
         for file, column in zip(self._files, columns, strict=True):
             file.write(np.ascontiguousarray(column).data)
 
     def flush(self) -> None:
-        """All of it is on the disk, safe from a power cut."""
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Close the files, safe from a power cut: a rename must not outlive what it publishes."""
+        """Fsync and close the files: after a power cut, a published directory must not have empty files."""
         for file in self._files:
             with file:
                 file.flush()
                 os.fsync(file.fileno())
 
 
-UNUSABLE = (DataInvalid, OSError)
-"""After these what was built is worth nothing, or the disk has no room for it."""
+DISCARD_ERRORS = (DataInvalid, OSError)
+"""After these errors an unfinished build is removed: its corpus is invalid, or the disk may be full."""
 
 
 @contextmanager
-def build_directory(directory: Path, *, goes_on: bool = False) -> Iterator[Path]:
-    """A directory to build in, which becomes ``directory`` when the block ends well. The caller holds a lock on it.
+def build_directory(directory: Path, *, resumable: bool = False) -> Iterator[Path]:
+    """Yield a temporary directory that is renamed to ``directory`` if the block succeeds. The caller holds its lock.
 
-    ``goes_on``: what a build left that was killed or stopped is kept for the next one.
+    ``resumable``: keep the unfinished files of a killed or stopped build for the next one.
     """
     building = building_of(directory)
-    # What stands there is of a build that was killed: the lock is ours, so nobody is writing to it.
-    if not goes_on:
+    if not resumable:
+        # Left by a killed build: we hold the lock, so no process is writing to it.
         shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True, exist_ok=True)
     try:
         yield building
-        # The journal, and what was being written when a build was killed: files are written under a name with a dot.
+        # The journal, and the temporary files (their names start with a dot) of a write that was killed.
         for entry in {*building.glob(JOURNAL), *building.glob(".*")}:
             entry.unlink()
         publish_directory(building, directory)
-    except UNUSABLE:
+    except DISCARD_ERRORS:
         shutil.rmtree(building, ignore_errors=True)
         raise
     finally:
-        if not goes_on:
+        if not resumable:
             shutil.rmtree(building, ignore_errors=True)
 
 
 def memmap_array(path: Path, dtype: type[np.generic], count: int) -> npt.NDArray[Any]:
-    """``count`` numbers of a file without a header, memory-mapped. Raises OSError where the file has another size."""
+    """Memory-map a file of ``count`` numbers without a header. Raises OSError if the file has another size."""
     expected = count * np.dtype(dtype).itemsize
     if path.stat().st_size != expected:
         raise OSError(f"{path} has {path.stat().st_size} bytes, not {expected}: remove {path.parent} to build it again")
-    # An empty file cannot be mapped.
+    # mmap rejects an empty file.
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype=dtype)

@@ -1,7 +1,7 @@
-"""Text to token ids and back, and the command that trains a tokenizer.
+"""Tokenizers: text to token ids and back, and the command that trains a tokenizer.
 
-Corpus text is encoded as text: a ``<|im_end|>`` written in a document becomes the tokens of those ten characters, never
-the control token. Beginning and end are added by the corpus builder, by id.
+Corpus text is encoded as plain text: ``<|im_end|>`` in a document becomes the tokens of its ten characters, never the
+control token. The corpus builder adds BOS and EOS by id.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,16 +29,16 @@ from trainyard.contract.tokenizer_info import (
     tokenizer_file,
 )
 from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.readers import Reader, open_reader
+from trainyard.worker.data.readers import open_reader
 
 Ids = npt.NDArray[np.uint32]
 
 PAD, BOS, EOS = range(3)
-"""Ids of our own special tokens."""
+"""Ids of the special tokens of the byte tokenizer, and of the tokenizers trained here."""
 
 
 class Tokenizer(Protocol):
-    """What the corpus builder and the sampler need. ``vocab_size`` is the highest id + 1."""
+    """Encodes and decodes text. ``vocab_size`` is the highest id + 1."""
 
     vocab_size: int
     pad_id: int
@@ -48,88 +48,84 @@ class Tokenizer(Protocol):
     """Equal for two tokenizers only if they give equal ids for every text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of each text, as text: no special token is ever among them."""
+        """Return the ids of each text, without any special token."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; control tokens and ids that do not exist are left out, broken UTF-8 becomes U+FFFD."""
+        """Return the text without control tokens and unknown ids; invalid UTF-8 becomes U+FFFD."""
 
 
 def load_tokenizer(tokenizer_path: str) -> Tokenizer:
-    """The tokenizer "byte", or that of a Hugging Face directory. Raises TokenizerInvalid."""
+    """Load the tokenizer "byte", or that of a Hugging Face directory. Raises TokenizerInvalid."""
     return ByteTokenizer() if tokenizer_path == BYTE else FileTokenizer(tokenizer_file(tokenizer_path))
 
 
 def limit_threads(count: int | None) -> None:
-    """Let all tokenizers run on ``count`` threads, 0 being one; None: one a core.
+    """Run all tokenizers on ``count`` threads (0 means one), or on one per core if None.
 
-    To be called before the first text is encoded: the library reads it when it starts its threads, once a process.
-    What the environment says already is kept.
+    Call it before the first text is encoded: the library reads ``RAYON_NUM_THREADS`` when it starts its threads, once
+    per process. A value that is already in the environment is kept.
     """
     if count is not None:
         os.environ.setdefault("RAYON_NUM_THREADS", str(max(1, count)))
 
 
 class ByteTokenizer:
-    """Built in: byte b of the UTF-8 text is token 3 + b."""
+    """The built-in tokenizer: byte b of the UTF-8 text is token 3 + b."""
 
     vocab_size = BYTE_VOCABULARY
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     fingerprint = BYTE_FINGERPRINT
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """See `Tokenizer`."""
         shift = np.uint32(len(SPECIAL_TOKENS))
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) + shift for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer`."""
         shift = len(SPECIAL_TOKENS)
         return bytes(i - shift for i in ids if shift <= i < self.vocab_size).decode(errors="replace")
 
 
 class FileTokenizer:
-    """A ``tokenizer.json`` of the ``tokenizers`` library, with its control tokens made unreachable from text."""
+    """A ``tokenizer.json`` of the ``tokenizers`` library, changed so that text never encodes to a control token."""
 
     def __init__(self, file: Path) -> None:
-        found = TokenizerInfo.read(file)
+        info = TokenizerInfo.read(file)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_without_special_tokens(found.described)))
-        # The library raises plain Exception for whatever it does not like.
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_hide_control_tokens(info.described)))
+        # The library raises plain Exception for any invalid file.
         except Exception as error:
             raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
-        # A tokenizer made for training sentence pairs may cut or pad what it encodes.
+        # A tokenizer for sentence pairs may truncate or pad what it encodes.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size, self.fingerprint = found.size, found.fingerprint
-        self.bos_id, self.eos_id, self.pad_id = found.bos_id, found.eos_id, found.pad_id
-        self._control = frozenset(found.added[name] for name in _unreachable(found.described))
-        self._control |= {self.bos_id, self.eos_id, self.pad_id}
+        self.vocab_size, self.fingerprint = info.size, info.fingerprint
+        self.bos_id, self.eos_id, self.pad_id = info.bos_id, info.eos_id, info.pad_id
+        self._control_ids = frozenset(info.added[name] for name in _control_tokens(info.described))
+        self._control_ids |= {self.bos_id, self.eos_id, self.pad_id}
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        """See `Tokenizer`. Runs on as many threads as ``RAYON_NUM_THREADS`` says."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(one.ids, dtype=np.uint32) for one in encoded]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """See `Tokenizer`."""
-        known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._control]
+        known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._control_ids]
         text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
 
 
-def _unreachable(described: dict[str, Any]) -> list[str]:
-    """Added tokens that text must not turn into: all but runs of white space, which some tokenizers add to be short."""
+def _control_tokens(described: dict[str, Any]) -> list[str]:
+    """Return the added tokens, without runs of white space: some tokenizers add these as ordinary tokens."""
     return [token["content"] for token in described.get("added_tokens") or () if token["content"].strip()]
 
 
-def _without_special_tokens(described: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer without a way from text to a control token, and with the same ids.
+def _hide_control_tokens(described: dict[str, Any]) -> dict[str, Any]:
+    """Return the same tokenizer, with the same ids, but with control tokens that no text matches.
 
-    Control tokens are renamed to what no text holds: among the added tokens, which are matched before anything else,
-    and in the vocabulary, where a Unigram or word model would find them. Leaving them out would give others their ids.
+    They are renamed both among the added tokens, which match before anything else, and in the vocabulary, where a
+    Unigram or word-level model would find them. Removing them would change the ids of other tokens.
     """
     model = dict(described["model"])
-    renamed = {name: f"\0{hashlib.sha256(name.encode()).hexdigest()}" for name in _unreachable(described)}
+    renamed = {name: f"\0{hashlib.sha256(name.encode()).hexdigest()}" for name in _control_tokens(described)}
     if isinstance(model["vocab"], list):
         model["vocab"] = [[renamed.get(token, token), score] for token, score in model["vocab"]]
     else:
@@ -144,10 +140,10 @@ def _without_special_tokens(described: dict[str, Any]) -> dict[str, Any]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> int:
-    """Learn a byte-level BPE from ``texts`` and write a directory that Hugging Face's transformers loads too.
+    """Train a byte-level BPE on ``texts`` and write it to ``out``, a directory that Hugging Face transformers can load.
 
-    The special tokens get the ids 0, 1, 2 and the 256 bytes come next, so every text can be encoded. The same texts
-    give the same files. Returns the size of the vocabulary, which is smaller than asked for where the texts are few.
+    The special tokens have the ids 0, 1, 2 and the 256 bytes come next, so every text can be encoded. The same texts
+    give the same files. Returns the vocabulary size, which is less than ``vocab_size`` if there is too little text.
     """
     return _save(_train_bpe(texts, vocab_size), out)
 
@@ -190,11 +186,11 @@ def _config_for_transformers() -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``python -m trainyard.worker.data.tokenizers train FILE --vocab-size 6400 --out DIR``; 1 on failure, 2 on wrong usage."""
+    """Run ``python -m trainyard.worker.data.tokenizers train FILE --out DIR``. Exit code 1: failure; 2: usage."""
     parser = argparse.ArgumentParser(prog="trainyard tokenizer", description="Tokenizers for pretraining.")
     command = parser.add_subparsers(dest="command", required=True, metavar="train")
     training = command.add_parser("train", help="learn a byte-level BPE from a corpus")
-    training.add_argument("file", type=Path, metavar="FILE", help="JSONL, .txt, packed or parquet")
+    training.add_argument("file", type=Path, metavar="FILE", help="JSONL, .txt, compressed or parquet")
     training.add_argument("--vocab-size", "--vocab_size", type=_vocabulary_size, default=6400, metavar="N")
     training.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to write")
     training.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
@@ -214,22 +210,17 @@ def _vocabulary_size(text: str) -> int:
 
 def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) -> int:
     with open_reader(file) as reader:
-        tokenizer = _train_bpe(_texts(reader, text_field), vocab_size)
-    report = reader.stats
-    if report.documents == 0:
-        raise DataInvalid(f"{file} {report.empty_reason(text_field)}")
+        tokenizer = _train_bpe((document.text for document in reader.documents(text_field)), vocab_size)
+    stats = reader.stats
+    if stats.documents == 0:
+        raise DataInvalid(f"{file} {stats.empty_reason(text_field)}")
     size = _save(tokenizer, out)
-    print(f"{out}: {size:,} tokens from {report.documents:,} documents")
-    if report.bad_lines:
-        print(report.describe_bad(), file=sys.stderr)
+    print(f"{out}: {size:,} tokens from {stats.documents:,} documents")
+    if stats.bad_lines:
+        print(stats.describe_bad(), file=sys.stderr)
     if size < vocab_size:
-        print(f"{vocab_size:,} were asked for: the text has no more pairs to merge", file=sys.stderr)
+        print(f"{vocab_size:,} were requested: the text has no more pairs to merge", file=sys.stderr)
     return 0
-
-
-def _texts(reader: Reader, text_field: str) -> Iterator[str]:
-    for document in reader.documents(text_field):
-        yield document.text
 
 
 if __name__ == "__main__":

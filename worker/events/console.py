@@ -1,4 +1,4 @@
-"""What a person reads in the terminal, or in rank 0's log: one short line for each event that matters."""
+"""Events as short lines of text, for the terminal and rank 0's log."""
 
 from trainyard.contract.events import (
     CheckpointSaved,
@@ -13,19 +13,19 @@ from trainyard.contract.events import (
 
 
 class ConsoleLogger:
-    """Prints events of rank 0. ``steps`` is known once the attempt has started."""
+    """Prints the events of rank 0."""
 
     def __init__(self) -> None:
         self._steps = 0
 
     def log_event(self, event: Event) -> None:
-        """Print the event where it has something to say to a person."""
+        """Print the event's line, if it has one."""
         text = self.text(event)
         if text is not None:
             print(text, flush=True)
 
     def text(self, event: Event) -> str | None:
-        """The line, or None."""
+        """Return the event's line, or None if it is not printed."""
         match event:
             case Started():
                 self._steps = event.steps
@@ -47,30 +47,30 @@ class ConsoleLogger:
 
 
 def _started(event: Started) -> str:
-    from_where = f", from {event.resumed_from}" if event.resumed_from else ""
+    resumed = f", from {event.resumed_from}" if event.resumed_from else ""
     return (
         f"{event.parameters / 1e6:.2f} M parameters on {event.world_size} x {event.device} ({event.device_name}), "
         f"{event.dtype}; {event.samples:,} rows, {event.tokens:,} tokens; "
-        f"steps {event.start_step + 1} to {event.steps}{from_where}"
+        f"steps {event.start_step + 1} to {event.steps}{resumed}"
     )
 
 
 def _metric(event: Metric, steps: int) -> str:
-    parts = [f"step {event.step}/{steps}", f"loss {_number(event.loss, '.4f')}", f"lr {event.learning_rate:.2e}"]
+    parts = [f"step {event.step}/{steps}", f"loss {_format(event.loss, '.4f')}", f"lr {event.learning_rate:.2e}"]
     if event.eval_loss is not None:
         parts.append(f"eval {event.eval_loss:.4f}")
-    parts.append(f"{_number(event.tokens_per_second, ',.0f')} tok/s")
+    parts.append(f"{_format(event.tokens_per_second, ',.0f')} tok/s")
     if event.step_seconds is not None:
         parts.append(f"ETA {duration((steps - event.step) * event.step_seconds)}")
     return "  ".join(parts)
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else format(value, form)
+def _format(value: float | None, spec: str) -> str:
+    return "not finite" if value is None else format(value, spec)
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``2 h 10 min``, ``3 d 4 h``."""
+    """Return text such as ``45 s``, ``12 min``, ``2 h 10 min``, ``3 d 4 h``."""
     whole = round(seconds)
     if whole < 100:
         return f"{whole} s"

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, where they are asked for and installed. What they lack or do never ends a run."""
+"""TensorBoard and Weights & Biases. A tracker that is missing or fails is a warning and never ends a run."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,22 +25,22 @@ LOGGED_FIELDS = (
 
 
 class Tracker(Protocol):
-    """Somebody else who is told of metrics."""
+    """An external tool that receives the metrics."""
 
     name: str
 
     def start_at(self, step: int) -> None:
-        """What is told from now on lies behind ``step``: later points were of steps that are done once more."""
+        """Expect steps after ``step`` from now on. Steps after it that were logged before will be logged again."""
 
     def log(self, metric: Metric) -> None:
-        """Tell one metric line."""
+        """Log one metric event."""
 
     def close(self) -> None:
-        """Tell what is left."""
+        """Flush what is left."""
 
 
 class TensorBoard:
-    """Event files in ``tensorboard/`` of the run directory, one for each attempt and each way back."""
+    """Event files in ``tensorboard/`` of the run directory, one for each attempt and each rewind."""
 
     name = "tensorboard"
 
@@ -51,24 +51,23 @@ class TensorBoard:
         self._writer: Any = None
 
     def start_at(self, step: int) -> None:
-        """A file that makes readers drop what earlier ones have behind ``step``."""
+        # A new file whose purge_step makes readers drop the later steps of earlier files.
         self.close()
         self._writer = self._open(purge_step=step + 1)
 
     def log(self, metric: Metric) -> None:
-        """One scalar for each known number, on disk at once: no resume tells what was lost with a process."""
         for tag, value in scalars(metric).items():
             self._writer.add_scalar(tag, value, metric.step)
+        # At once: a resume does not log again what a killed process had in its buffer.
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
         if self._writer is not None:
             self._writer.close()
 
 
 class Wandb:
-    """A run of ``wandb_project`` that later attempts of the same job go on with."""
+    """A run in ``wandb_project``, which later attempts of the same job continue."""
 
     name = "wandb"
 
@@ -85,66 +84,60 @@ class Wandb:
         )
 
     def start_at(self, step: int) -> None:
-        """Nothing: steps that are told again are passed over there."""
+        pass  # wandb ignores steps that were logged before
 
     def log(self, metric: Metric) -> None:
-        """One row, at the optimizer step."""
         self._run.log(scalars(metric), step=metric.step)
 
     def close(self) -> None:
-        """Upload what is left."""
         self._run.finish()
 
 
 def scalars(metric: Metric) -> dict[str, float]:
-    """The known numbers of a metric line."""
-    found = {name: getattr(metric, name) for name in LOGGED_FIELDS}
+    """Return the numbers of a metric event that are not None."""
+    values = {name: getattr(metric, name) for name in LOGGED_FIELDS}
     if metric.expert_load:
-        found |= {"expert_load_least": min(metric.expert_load), "expert_load_most": max(metric.expert_load)}
-    return {name: float(value) for name, value in found.items() if value is not None}
+        values |= {"expert_load_least": min(metric.expert_load), "expert_load_most": max(metric.expert_load)}
+    return {name: float(value) for name, value in values.items() if value is not None}
 
 
 class Trackers:
-    """All that were asked for and could be had. One that fails is dropped with a warning."""
+    """The trackers that the spec requests, none if ``spec`` is None. One that fails is dropped with a warning."""
 
-    def __init__(self, spec: JobSpec | None, run_path: Path, say: Callable[[Event], None]) -> None:
-        """None for ``spec``: this rank tells nobody."""
-        self._say = say
+    def __init__(self, spec: JobSpec | None, run_path: Path, emit: Callable[[Event], None]) -> None:
+        self._emit = emit
         self._active: list[Tracker] = []
         if spec is not None and spec.reporting.tensorboard:
-            self._try("tensorboard", lambda: TensorBoard(run_path / "tensorboard"))
+            self._add("tensorboard", lambda: TensorBoard(run_path / "tensorboard"))
         if spec is not None and spec.reporting.use_wandb:
-            self._try("wandb", lambda: Wandb(spec, run_path.name, run_path))
+            self._add("wandb", lambda: Wandb(spec, run_path.name, run_path))
 
-    def _try(self, name: str, make: Any) -> None:
+    def _add(self, name: str, make: Callable[[], Tracker]) -> None:
         try:
             self._active.append(make())
         except ImportError:
-            message = f"{name} is not installed: training goes on without it; `pip install {name}` brings it"
-            self._say(WarningEvent(code=f"{name}_missing", message=message))
+            message = f"{name} is not installed: training continues without it; `pip install {name}` installs it"
+            self._emit(WarningEvent(code=f"{name}_missing", message=message))
         except Exception as error:
             self._warn(name, error)
 
     def _warn(self, name: str, error: Exception) -> None:
-        message = f"{name} failed and is not told any more: {type(error).__name__}: {str(error)[:300]}"
-        self._say(WarningEvent(code=f"{name}_failed", message=message))
+        message = f"{name} failed and gets no more metrics: {type(error).__name__}: {str(error)[:300]}"
+        self._emit(WarningEvent(code=f"{name}_failed", message=message))
 
     def start_at(self, step: int) -> None:
-        """Say to everybody that the next point lies behind ``step``."""
-        self._each("begin", step)
+        self._for_each(lambda tracker: tracker.start_at(step))
 
     def log(self, metric: Metric) -> None:
-        """Tell everybody."""
-        self._each("log", metric)
+        self._for_each(lambda tracker: tracker.log(metric))
 
     def close(self) -> None:
-        """Let everybody tell what is left."""
-        self._each("close")
+        self._for_each(lambda tracker: tracker.close())
 
-    def _each(self, what: str, *arguments: Metric | int) -> None:
+    def _for_each(self, action: Callable[[Tracker], None]) -> None:
         for tracker in list(self._active):
             try:
-                getattr(tracker, what)(*arguments)
+                action(tracker)
             except Exception as error:
                 self._active.remove(tracker)
                 self._warn(tracker.name, error)

@@ -1,6 +1,6 @@
-"""Appends events to ``events.jsonl``: one line an event, one write a line, strict JSON.
+"""Append events to ``events.jsonl``: one event per line, one write per line, strict JSON.
 
-The training process never waits for anybody here. What a full disk refuses is kept in memory and written later.
+Training never waits for another process here. Lines that a full disk rejects are buffered and written later.
 """
 
 import os
@@ -12,35 +12,35 @@ from typing import Self
 from trainyard.contract.events import Event
 
 MAX_BUFFERED_LINES = 100_000
-"""Lines kept while the disk takes none; beyond that the oldest are lost, and the run goes on."""
+"""Lines buffered while the disk is full. Beyond it the oldest are lost, and training continues."""
 
 
 class EventWriter:
-    """The outbox of one attempt, written by rank 0 alone, from any of its threads. Other ranks have a `Silent` one."""
+    """Writes the outbox of one attempt. Only rank 0 has one, and any of its threads may use it."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        self._unwritten: deque[bytes] = deque(maxlen=MAX_BUFFERED_LINES)
+        self._buffer: deque[bytes] = deque(maxlen=MAX_BUFFERED_LINES)
         self._lock = threading.Lock()
-        self.seq = _recover(self._descriptor)
+        self.seq = _truncate_torn_line(self._descriptor)
 
     def emit(self, event: Event) -> None:
-        """Append ``event`` under the next ``seq``. Never raises for want of space."""
+        """Append ``event`` with the next ``seq``. Never raises if the disk is full."""
         with self._lock:
             self.seq += 1
             line = event.model_copy(update={"seq": self.seq}).model_dump_json(exclude_none=False)
-            self._unwritten.append(line.encode() + b"\n")
+            self._buffer.append(line.encode() + b"\n")
             self._drain()
 
     def close(self) -> None:
-        """Write what is left, as far as the disk allows."""
+        """Write the buffered lines, if the disk allows it, and close the file."""
         with self._lock:
             self._drain()
             os.close(self._descriptor)
 
     def _drain(self) -> None:
-        while self._unwritten and _append(self._descriptor, self._unwritten[0]):
-            self._unwritten.popleft()
+        while self._buffer and _append(self._descriptor, self._buffer[0]):
+            self._buffer.popleft()
 
     def __enter__(self) -> Self:
         return self
@@ -50,40 +50,40 @@ class EventWriter:
 
 
 class NullEventWriter:
-    """What ranks other than 0 say: nothing."""
+    """The writer of all ranks but 0: it discards events."""
 
     seq = 0
 
     def emit(self, event: Event) -> None:
-        """Do nothing."""
+        pass
 
     def close(self) -> None:
-        """Do nothing."""
+        pass
 
 
 AnyEventWriter = EventWriter | NullEventWriter
 
 
 def _append(descriptor: int, line: bytes) -> bool:
-    """Append a whole line or nothing of it; False where the disk refused."""
+    """Append the whole line or nothing; return False if the disk rejected it."""
     before = os.fstat(descriptor).st_size
     try:
         if os.write(descriptor, line) == len(line):
             return True
     except OSError:
         pass
-    # Half a line has no newline yet, so no reader took it for one.
+    # Half a line has no newline yet, so no reader has used it.
     os.ftruncate(descriptor, before)
     return False
 
 
-def _recover(descriptor: int) -> int:
-    """The number of complete lines; a torn last one is cut off."""
-    lines, whole, offset = 0, 0, 0
+def _truncate_torn_line(descriptor: int) -> int:
+    """Remove an incomplete last line; return the number of lines."""
+    lines, end, offset = 0, 0, 0
     while block := os.pread(descriptor, 1 << 20, offset):
         lines += block.count(b"\n")
         last = block.rfind(b"\n")
-        whole = offset + last + 1 if last >= 0 else whole
+        end = offset + last + 1 if last >= 0 else end
         offset += len(block)
-    os.ftruncate(descriptor, whole)
+    os.ftruncate(descriptor, end)
     return lines

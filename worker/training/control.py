@@ -1,13 +1,13 @@
-"""What a user may change while the run goes on: how often it tells and saves, and how much it keeps.
+"""Control of a running attempt: stop requests, settings that can be changed live, and the flags all ranks share.
 
-The agent leaves the wish in the attempt's settings.json. Rank 0 looks at each step, and all ranks take it over at the
-same one, with the agreement that is exchanged anyway. None of it changes what is trained.
+The agent writes requests as files into the attempt's directory. Rank 0 checks for them at each step, and `ControlSync`
+makes all ranks act at the same step. Live settings (how often to log and save, how much to keep) never change what is
+trained.
 """
 
 import faulthandler
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Self
@@ -22,7 +22,7 @@ from trainyard.worker.distributed import DistributedContext
 
 
 class StopSignal:
-    """Whether this process was asked to stop. Looking costs one stat; only rank 0 looks at the file."""
+    """A stop request by file or by signal. ``file`` is for rank 0 only; checking it costs one stat."""
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
@@ -30,29 +30,25 @@ class StopSignal:
 
     @classmethod
     def install_handlers(cls, file: Path | None) -> Self:
-        """Also listen to SIGTERM and Ctrl-C, and print all stacks on SIGUSR2: that is how a hang is looked into."""
-        wish = cls(file)
-        signal.signal(signal.SIGTERM, wish.on_signal)
-        signal.signal(signal.SIGINT, wish.on_signal)
+        """Also stop on SIGTERM and Ctrl-C. Print all stacks on SIGUSR2, to diagnose a hang."""
+        stop = cls(file)
+        signal.signal(signal.SIGTERM, stop.on_signal)
+        signal.signal(signal.SIGINT, stop.on_signal)
         faulthandler.register(signal.SIGUSR2, all_threads=True)
-        return wish
+        return stop
 
     def on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Only remember: the step under way is finished first. A second Ctrl-C does not wait for it."""
+        """Remember the request; the current step is finished first. A second Ctrl-C does not wait for it."""
         if self._signalled and signum == signal.SIGINT:
             signal.default_int_handler(signum, frame)
         self._signalled = True
 
     def requested(self) -> bool:
-        """Whether to stop."""
         return self._signalled or (self._file is not None and self._file.exists())
 
 
-Stamp = tuple[int, int]
-
-
 def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
-    """The spec with other ones."""
+    """Return ``spec`` with ``settings``."""
     return spec.model_copy(
         update={
             "reporting": spec.reporting.model_copy(update={"log_interval": settings.log_interval}),
@@ -65,43 +61,41 @@ def with_settings(spec: JobSpec, settings: RunSettings) -> JobSpec:
 
 @dataclass
 class LiveSettings:
-    """Looks for the wish: one stat a step. ``now``: the settings that hold, or were passed on to all ranks."""
+    """The settings file, polled with one stat a step. ``current``: the settings that were last passed to all ranks."""
 
     file: Path
     current: RunSettings
-    _seen: Stamp | None = field(default=None)
+    _version: tuple[int, int] | None = None
 
     def poll(self) -> RunSettings | None:
-        """Other settings than those that hold, once."""
+        """Return new settings, once; None if nothing has changed."""
         try:
-            found = self.file.stat()
+            stat = self.file.stat()
         except OSError:
             return None
-        stamp = (found.st_mtime_ns, found.st_ino)
-        if stamp == self._seen:
+        version = (stat.st_mtime_ns, stat.st_ino)
+        if version == self._version:
             return None
-        self._seen = stamp
-        wished = read_message(RunSettings, self.file)
-        if wished is None or wished == self.current:
+        self._version = version
+        requested = read_message(RunSettings, self.file)
+        if requested is None or requested == self.current:
             return None
-        self.current = wished
-        return wished
+        self.current = requested
+        return requested
 
 
 def settings_changed_event(step: int, before: RunSettings, after: RunSettings) -> SettingsChanged:
-    """What is to be said of it."""
-    return SettingsChanged(step=step, message=", ".join(_changes(before, after)), **after.model_dump())
-
-
-def _changes(before: RunSettings, after: RunSettings) -> Iterator[str]:
-    for name, value in after.model_dump().items():
-        if value != getattr(before, name):
-            yield f"{name} is {value:,} and was {getattr(before, name):,}"
+    changes = [
+        f"{name} is {value:,} and was {getattr(before, name):,}"
+        for name, value in after.model_dump().items()
+        if value != getattr(before, name)
+    ]
+    return SettingsChanged(step=step, message=", ".join(changes), **after.model_dump())
 
 
 @dataclass(frozen=True)
 class ControlFlags:
-    """What any rank wished, known to all."""
+    """Requests that any rank has seen. All ranks act on them at the same step."""
 
     stop: bool = False
     save: bool = False
@@ -109,42 +103,45 @@ class ControlFlags:
     settings: RunSettings | None = None
 
     def to_ints(self) -> list[int]:
-        """For a sum by maximum: one rank alone has other settings, and nobody's are 0."""
-        nobody = dict.fromkeys(RunSettings.model_fields, 0)
-        settings = self.settings.model_dump() if self.settings is not None else nobody
+        """Return the flags for an all-reduce by maximum. Only rank 0 ever has settings; all others send zeros."""
+        none = dict.fromkeys(RunSettings.model_fields, 0)
+        settings = self.settings.model_dump() if self.settings is not None else none
         return [self.stop, self.save, self.spike, *settings.values()]
 
     @classmethod
     def from_ints(cls, numbers: list[int]) -> Self:
-        """The inverse."""
-        stop, save, spike, *settings = numbers
-        found = dict(zip(RunSettings.model_fields, settings, strict=True))
-        return cls(bool(stop), bool(save), bool(spike), RunSettings(**found) if any(settings) else None)
+        """Return the flags that `to_ints` gave."""
+        stop, save, spike, *values = numbers
+        settings = RunSettings(**dict(zip(RunSettings.model_fields, values, strict=True))) if any(values) else None
+        return cls(bool(stop), bool(save), bool(spike), settings)
 
 
 class ControlSync:
-    """Makes one rank's wish everybody's, at no cost: it is summed in the background and read a step later."""
+    """Shares the flags of each rank with all ranks, by an all-reduce in the background that is read a step later."""
 
     def __init__(self, ranks: DistributedContext) -> None:
         self._ranks = ranks
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
-    def exchange(self, mine: ControlFlags) -> ControlFlags:
-        """Give this step's wishes and take those that were given a step ago. Each rank calls it once a step."""
+    def exchange(self, own: ControlFlags) -> ControlFlags:
+        """Send this step's flags and return those of all ranks of the step before. Every rank calls it once a step.
+
+        A rank alone gets its own flags back at once.
+        """
         if self._ranks.control is None:
-            return mine
-        agreed = self.finish()
-        wishes = torch.tensor(mine.to_ints(), dtype=torch.int64)
-        work = dist.all_reduce(wishes, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
+            return own
+        previous = self.finish()
+        flags = torch.tensor(own.to_ints(), dtype=torch.int64)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self._ranks.control, async_op=True)
         assert work is not None
-        self._pending = (work, wishes)
-        return agreed
+        self._pending = (work, flags)
+        return previous
 
     def finish(self) -> ControlFlags:
-        """Take what is still under way, so that nothing is when the ranks part."""
+        """Wait for the pending all-reduce, if any, and return its flags. Call it before the process group ends."""
         if self._pending is None:
             return ControlFlags()
-        work, wishes = self._pending
+        work, flags = self._pending
         work.wait()
         self._pending = None
-        return ControlFlags.from_ints(wishes.tolist())
+        return ControlFlags.from_ints(flags.tolist())

@@ -1,4 +1,4 @@
-"""The loss on held-out rows: a sum over all ranks, each of which runs its share."""
+"""The loss on the evaluation split, summed over all ranks, and text samples of what the model generates."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -17,48 +17,45 @@ from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.state import TrainState
 from trainyard.worker.training.step import Precision
 
+MAX_NEW_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The held-out rows and how many are run at once."""
+    """The evaluation split and the number of rows in a batch."""
 
     dataset: PackedDataset
     ranks: DistributedContext
     batch_size: int
 
-    def loss(self, trainee: TrainState) -> float | None:
-        """Mean cross-entropy over every held-out token, without dropout; None where it is not finite.
+    def loss(self, state: TrainState) -> float | None:
+        """Return the mean cross-entropy over all tokens of the split, without dropout, or None if it is not finite.
 
         All ranks call it together and get the same number.
         """
-        loss_sum, tokens = trainee.loss_sum(self._batches())
-        sums = [sum(column) for column in zip(*self.ranks.gather([loss_sum, float(tokens)]), strict=True)]
-        loss = sums[0] / max(1.0, sums[1])
+        loss_sum, tokens = state.loss_sum(self._batches())
+        loss_sum, tokens_of_all = (
+            sum(column) for column in zip(*self.ranks.gather([loss_sum, float(tokens)]), strict=True)
+        )
+        loss = loss_sum / max(1.0, tokens_of_all)
         return loss if math.isfinite(loss) else None
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield the share of this rank. All ranks split alike, so sums do not depend on which rank runs which rows."""
         share = rank_slice(np.arange(len(self.dataset)), self.ranks.rank, self.ranks.world)
         for index, part in enumerate(split_microbatches(share, self.batch_size)):
             hit("evaluation.batch", index)
             yield to_device(self.dataset.batch(part), self.ranks.device)
 
 
-MAX_NEW_TOKENS = 64
-
-
 def generate_samples(
-    model: Decoder, codec: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
+    model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
 ) -> Iterator[Sample]:
-    """The likeliest continuation of each prompt, at most NEW_TOKENS long and within ``limit`` positions."""
+    """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
     for prompt in prompts:
-        ids = [codec.bos_id, *map(int, codec.encode_batch([prompt])[0])][: max(1, limit - MAX_NEW_TOKENS)]
+        ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])][: max(1, limit - MAX_NEW_TOKENS)]
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
         with precision.autocast():
-            output = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=codec.eos_id)
-        text = codec.decode([token for token in output[0, len(ids) :].tolist() if token != codec.eos_id])
-        yield Sample(step=step, prompt=prompt, text=_printable(text))
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="replace").decode()
+            output = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=tokenizer.eos_id)
+        text = tokenizer.decode([token for token in output[0, len(ids) :].tolist() if token != tokenizer.eos_id])
+        # A lone surrogate cannot be written as JSON.
+        yield Sample(step=step, prompt=prompt, text=text.encode(errors="replace").decode())

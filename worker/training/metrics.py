@@ -1,4 +1,4 @@
-"""What is measured between two metric lines: sums on each rank, gathered only when a line is due."""
+"""Metrics between two metric lines: sums on each rank, gathered only when a line is due."""
 
 import math
 import resource
@@ -12,7 +12,7 @@ from trainyard.contract.events import Metric
 from trainyard.worker.distributed import DistributedContext, FloatRow
 from trainyard.worker.training.step import StepMetrics
 
-PEAKS: tuple[tuple[str, float], ...] = (
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("GB200", 2.5e15),
     ("B200", 2.25e15),
     ("GH200", 989e12),
@@ -36,20 +36,20 @@ PEAKS: tuple[tuple[str, float], ...] = (
     ("RTX 3090", 71e12),
     ("RTX A6000", 154.8e12),
 )
-"""Part of a card's name -> dense bf16 FLOP/s with float32 sums. Source: NVIDIA's data sheets. First match counts."""
+"""Part of a GPU's name -> dense bf16 FLOP/s with float32 sums. Source: NVIDIA's data sheets. The first match counts."""
 
 
 def peak_flops(device_name: str) -> float | None:
-    """bf16 FLOP/s of one card, or None where it is not known: then no MFU is told rather than a wrong one."""
+    """Return the bf16 FLOP/s of one GPU, or None if it is unknown: no MFU is better than a wrong one."""
     name = device_name.upper()
-    return next((peak for part, peak in PEAKS if part in name), None)
+    return next((peak for part, peak in PEAK_FLOPS if part in name), None)
 
 
 @dataclass(frozen=True)
 class MetricsWindow:
-    """One rank's sums since the last metric line. It is part of every checkpoint: a resumed curve has equal points.
+    """One rank's sums since the last metric line. Part of every checkpoint, so that a resumed curve has equal points.
 
-    ``experts``: tokens that each expert was given, over all layers; () for a dense model.
+    ``nonfinite``: steps with a non-finite loss. ``experts``: tokens per expert over all layers, () for a dense model.
     """
 
     loss_sum: float = 0.0
@@ -59,17 +59,17 @@ class MetricsWindow:
     experts: tuple[float, ...] = ()
 
     @classmethod
-    def of(cls, row: FloatRow) -> Self:
-        """The inverse of `row`."""
+    def from_row(cls, row: FloatRow) -> Self:
+        """Return the window that `to_row` gave."""
         loss_sum, aux_sum, tokens, nonfinite = row[:4]
         return cls(loss_sum, aux_sum, tokens, nonfinite, tuple(row[4:]))
 
-    def from_row(self, experts: int) -> Self:
-        """With room for so many experts: all ranks' rows must be of one length, also that of one without a step."""
+    def with_experts(self, experts: int) -> Self:
+        """Return the window with room for so many experts: `gather` needs equal lengths, also before the first step."""
         return self if self.experts else replace(self, experts=(0.0,) * experts)
 
     def add(self, result: StepMetrics) -> Self:
-        """The sums with one more step; what is not finite is counted, not added."""
+        """Return the window with one more step. A non-finite loss is counted, not added."""
         if not (math.isfinite(result.loss_sum) and math.isfinite(result.aux_sum)):
             return replace(self, nonfinite=self.nonfinite + 1)
         return replace(
@@ -77,95 +77,71 @@ class MetricsWindow:
             loss_sum=self.loss_sum + result.loss_sum,
             aux_sum=self.aux_sum + result.aux_sum,
             tokens=self.tokens + result.tokens,
-            experts=_sum_experts(self.experts, result.experts),
+            experts=tuple(a + b for a, b in zip(self.experts, result.experts, strict=True)),
         )
 
-    def row(self) -> FloatRow:
-        """As numbers, to be gathered or stored."""
+    def to_row(self) -> FloatRow:
+        """Return the window as numbers, to be gathered or stored."""
         return [self.loss_sum, self.aux_sum, self.tokens, self.nonfinite, *self.experts]
 
 
-def _sum_experts(before: tuple[float, ...], new: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(a + b for a, b in zip(before, new, strict=True))
-
-
 def restore_window(rows: list[FloatRow], ranks: DistributedContext) -> MetricsWindow:
-    """What this rank goes on from: its own sums, or, with another number of ranks, rank 0 takes them all."""
+    """Return this rank's saved window. If the number of ranks has changed, rank 0 takes the sum of all."""
     if len(rows) == ranks.world:
-        return MetricsWindow.of(rows[ranks.rank])
+        return MetricsWindow.from_row(rows[ranks.rank])
     if ranks.is_main_process and rows:
-        return MetricsWindow.of([sum(column) for column in zip(*rows, strict=True)])
+        return MetricsWindow.from_row([sum(column) for column in zip(*rows, strict=True)])
     return MetricsWindow()
 
 
-@dataclass(frozen=True)
-class StepTiming:
-    """Where the time of this attempt's steps since the last line went; seconds."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-
-    def add(self, seconds: float, data_seconds: float) -> Self:
-        """With one more step."""
-        return replace(
-            self,
-            steps=self.steps + 1,
-            seconds=self.seconds + seconds,
-            data_seconds=self.data_seconds + data_seconds,
-        )
-
-
 class MetricsProcessor:
-    """The sums of this rank, and how a metric line is made of everybody's."""
+    """Sums up this rank's steps, and makes metric lines from the sums of all ranks."""
 
     def __init__(
-        self,
-        ranks: DistributedContext,
-        interval: MetricsWindow,
-        flops_per_token: float,
-        has_aux: bool,
-        experts: int = 0,
+        self, ranks: DistributedContext, window: MetricsWindow, flops_per_token: float, has_aux: bool, experts: int = 0
     ) -> None:
-        self.interval = interval.from_row(experts)
-        self.pace = StepTiming()
+        self.window = window
         self.last_loss: float | None = None
         self._ranks = ranks
         self._flops_per_token = flops_per_token
         self._has_aux = has_aux
         self._experts = experts
-        self._peak = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" else None
-        self._pace_tokens = 0
-        self._began = time.perf_counter()
+        self._peak_flops = peak_flops(device_name(ranks.device)) if ranks.device.type == "cuda" else None
+        self._step_start = time.perf_counter()
+        self.rewind(window)
 
     def begin_step(self) -> None:
-        """Start the clock of a step. What happens between steps (saving, evaluating) is nobody's step time."""
-        self._began = time.perf_counter()
+        """Start the clock of a step. Time between steps (saving, evaluating) does not count as step time."""
+        self._step_start = time.perf_counter()
 
     def record(self, result: StepMetrics) -> None:
-        """Add what a step measured to the sums."""
-        self.interval = self.interval.add(result)
+        """Add a step to the window."""
+        self.window = self.window.add(result)
 
     def end_step(self, step_tokens: int, data_seconds: float) -> None:
-        """Stop the clock of a step; ``step_tokens`` are those of all ranks."""
-        self.pace = self.pace.add(time.perf_counter() - self._began, data_seconds)
-        self._pace_tokens += step_tokens
+        """Stop the clock of a step. ``step_tokens``: of all ranks."""
+        self._steps += 1
+        self._seconds += time.perf_counter() - self._step_start
+        self._data_seconds += data_seconds
+        self._timed_tokens += step_tokens
 
-    def rewind(self, interval: MetricsWindow) -> None:
-        """Go on from a checkpoint's sums."""
-        self.interval, self.pace, self._pace_tokens = interval.from_row(self._experts), StepTiming(), 0
+    def rewind(self, window: MetricsWindow) -> None:
+        """Continue from the window of a checkpoint, with timing reset."""
+        self.window = window.with_experts(self._experts)
+        # Of this attempt's steps since the last metric line.
+        self._steps, self._seconds, self._data_seconds, self._timed_tokens = 0, 0.0, 0.0, 0
 
     def metric_event(
         self, *, step: int, epoch: float, learning_rate: float, tokens: int, grad_norm: float, eval_loss: float | None
     ) -> Metric:
-        """The metric line of everything since the last one: the one collective there is. All ranks call it together."""
-        own = [self.pace.data_seconds, float(memory_bytes(self._ranks.device)), *self.interval.row()]
+        """Return the metric line of the steps since the last one, and reset the window. All ranks call it together."""
+        own = [self._data_seconds, float(memory_bytes(self._ranks.device)), *self.window.to_row()]
         rows = self._ranks.gather(own)
         data_seconds, memory = (max(row[i] for row in rows) for i in range(2))
         loss_sum, aux_sum, counted, nonfinite, *experts = (sum(column) for column in list(zip(*rows, strict=True))[2:])
         loss = loss_sum / counted if counted else None
-        steps, seconds = self.pace.steps, self.pace.seconds
-        speed = self._pace_tokens / seconds if seconds else None
+        steps, seconds = self._steps, self._seconds
+        tokens_per_second = self._timed_tokens / seconds if seconds else None
         self.last_loss = loss
         self.rewind(MetricsWindow())
         return Metric(
@@ -176,8 +152,8 @@ class MetricsProcessor:
             learning_rate=learning_rate,
             grad_norm=grad_norm if math.isfinite(grad_norm) else None,
             tokens=tokens,
-            tokens_per_second=speed,
-            mfu=self._mfu(speed),
+            tokens_per_second=tokens_per_second,
+            mfu=self._mfu(tokens_per_second),
             step_seconds=seconds / steps if steps else None,
             data_seconds=data_seconds / steps if steps else None,
             memory_bytes=int(memory),
@@ -187,19 +163,15 @@ class MetricsProcessor:
         )
 
     def _mfu(self, tokens_per_second: float | None) -> float | None:
-        if tokens_per_second is None or self._peak is None:
+        if tokens_per_second is None or self._peak_flops is None:
             return None
-        return tokens_per_second * self._flops_per_token / (self._peak * self._ranks.world)
+        return tokens_per_second * self._flops_per_token / (self._peak_flops * self._ranks.world)
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's."""
+    """Return the name of the GPU, or of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return _processor_name()
-
-
-def _processor_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
@@ -208,7 +180,7 @@ def _processor_name() -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most memory this rank has used so far: of the card where there is one, else resident memory."""
+    """Return the peak memory of this rank: allocated on the GPU if there is one, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

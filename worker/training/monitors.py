@@ -1,4 +1,4 @@
-"""Is the run learning at all? Where the curve is not what it should be, says once what was seen and what to try."""
+"""Monitors of a run's loss and gradients: warnings about loss spikes and about a run that does not learn."""
 
 import math
 import statistics
@@ -11,31 +11,28 @@ from trainyard.contract.events import WarningEvent
 from trainyard.worker.distributed import FloatRow
 
 WINDOW, MIN_STEPS = 64, 32
-
 MIN_DEVIATIONS, MIN_RELATIVE_RISE = 10.0, 0.2
-
 QUIET_STEPS = 100
-
-ROWS = 8
+MAX_SPIKE_ROWS = 8
 
 
 @dataclass(frozen=True)
 class Spike:
-    """A step whose loss is far from what is usual on its rank; ``rows`` are those of its worst micro-batch."""
+    """A step whose loss is far above the usual on its rank. ``rows``: of its micro-batch with the highest loss."""
 
     step: int
     loss: float
     typical: float
     rows: tuple[int, ...]
 
-    def row(self) -> FloatRow:
-        """As numbers of a fixed count, to be gathered."""
-        rows = [float(row) for row in self.rows[:ROWS]]
-        return [float(self.step), self.loss, self.typical, *rows, *[-1.0] * (ROWS - len(rows))]
+    def to_row(self) -> FloatRow:
+        """Return the spike as a fixed count of numbers, to be gathered."""
+        rows = [float(row) for row in self.rows[:MAX_SPIKE_ROWS]]
+        return [float(self.step), self.loss, self.typical, *rows, *[-1.0] * (MAX_SPIKE_ROWS - len(rows))]
 
     @classmethod
-    def of(cls, row: FloatRow) -> Self:
-        """The inverse of `row`."""
+    def from_row(cls, row: FloatRow) -> Self:
+        """Return the spike that `to_row` gave, at most 8 of its rows."""
         return cls(int(row[0]), row[1], row[2], tuple(int(number) for number in row[3:] if number >= 0))
 
 
@@ -44,14 +41,14 @@ NO_SPIKE = Spike(0, 0.0, 0.0, ())
 
 @dataclass
 class LossSpikeDetector:
-    """Watches the steps of one rank.
+    """Finds loss spikes among the steps of one rank.
 
-    A step's loss is a spike where it is above the median of the last 64 by more than 10 spreads, more than a fifth of
-    that median, and more than twice as far as any of the 64 was. The spread is 1.4826 times the median distance from
-    the median, which for ordinary noise is its standard deviation.
+    A loss is a spike if it is above the median of the last 64 by more than 10 spreads, by more than a fifth of that
+    median, and more than twice as far as any of the 64 was. The spread is 1.4826 times the median absolute deviation,
+    which is the standard deviation for normally distributed noise.
 
-    Fewer than 32 steps are no ground to judge on, so the beginning of every attempt is not watched. After a spike
-    nothing is told for 100 steps: a loss that stays up has become usual by then.
+    The first 32 steps of an attempt are too few to judge. After a spike the detector is quiet for 100 steps: a loss
+    that stays high has become the usual by then.
     """
 
     pending: Spike | None = None
@@ -59,30 +56,30 @@ class LossSpikeDetector:
     _quiet_until: int = 0
 
     def observe(self, step: int, loss: float, rows: tuple[int, ...]) -> None:
-        """Judge a step; a spike stays ``pending`` until it is told. What is not finite is somebody else's business."""
+        """Check a step. A spike stays ``pending`` until `take_row`. `nonfinite` handles non-finite losses."""
         if not math.isfinite(loss):
             return
         if len(self._recent) >= MIN_STEPS and step >= self._quiet_until:
-            usual = statistics.median(self._recent)
-            spread = 1.4826 * statistics.median(abs(other - usual) for other in self._recent)
-            furthest = max(self._recent) - usual
-            if loss - usual > max(MIN_DEVIATIONS * spread, MIN_RELATIVE_RISE * usual, 2 * furthest):
-                self.pending = Spike(step, loss, usual, rows)
+            median = statistics.median(self._recent)
+            spread = 1.4826 * statistics.median(abs(other - median) for other in self._recent)
+            furthest = max(self._recent) - median
+            if loss - median > max(MIN_DEVIATIONS * spread, MIN_RELATIVE_RISE * median, 2 * furthest):
+                self.pending = Spike(step, loss, median, rows)
                 self._quiet_until = step + QUIET_STEPS
         self._recent.append(loss)
 
-    def row(self) -> FloatRow:
-        """What this rank has to tell, perhaps nothing; it is told by that."""
-        mine, self.pending = self.pending or NO_SPIKE, None
-        return mine.row()
+    def take_row(self) -> FloatRow:
+        """Return the pending spike as a row for `gather` (zeros if there is none) and clear it."""
+        spike, self.pending = self.pending or NO_SPIKE, None
+        return spike.to_row()
 
 
 def spike_warning(rows: list[FloatRow]) -> WarningEvent | None:
-    """The warning about all ranks' spikes: the highest one is named. None where nobody had any."""
-    spikes = [(spike, rank) for rank, row in enumerate(rows) if (spike := Spike.of(row)).step]
+    """Return a warning about the highest spike of all ranks, or None if no rank had one."""
+    spikes = [(spike, rank) for rank, row in enumerate(rows) if (spike := Spike.from_row(row)).step]
     if not spikes:
         return None
-    spike, rank = max(spikes, key=lambda found: found[0].loss - found[0].typical)
+    spike, rank = max(spikes, key=lambda pair: pair[0].loss - pair[0].typical)
     where = f" of rank {rank}" if len(rows) > 1 else ""
     message = (
         f"the loss jumped to {spike.loss:.3f} at step {spike.step:,}, where {spike.typical:.3f} is usual; its worst "
@@ -93,24 +90,21 @@ def spike_warning(rows: list[FloatRow]) -> WarningEvent | None:
     return WarningEvent(code="loss_spike", message=message, step=spike.step, data=data)
 
 
-ABOVE_GUESSING = 0.05
+UNTRAINED_EXCESS = 0.05
+"""Nats by which untrained weights are worse than a uniform guess, see `Decoder.initialise`."""
 
-"""Nats by which untrained weights are worse than guessing, see `Decoder.initialise`."""
-
-FIRST_TOLERANCE = 0.5
-
+FIRST_LOSS_TOLERANCE = 0.5
 FLAT_STEPS, FLAT_NATS = 300, 0.2
-
 VANISHING_NORM, EXPLODING_NORM, CONSECUTIVE_STEPS = 1e-6, 1e3, 20
 
 
 @dataclass
 class LearningMonitor:
-    """Watches one attempt on rank 0.
+    """Warns, each code once in an attempt, if a run does not learn. Only the events of rank 0 count.
 
-    ``vocab_size``: None where the weights were trained before, which makes any first loss a good one. ``warmup_steps``
-    are not held against the curve. Rules: the loss of step 1 is within 0.5 of ln V + 0.05; 300 steps behind the warm-up
-    it is at least 0.2 below that of step 1; and no 20 steps in a row have a gradient norm below 1e-6 or above 1000.
+    Rules: the loss of step 1 is within 0.5 of ln V + 0.05; 300 steps after the warm-up it is at least 0.2 below that of
+    step 1; no 20 steps in a row have a gradient norm below 1e-6 or above 1000. ``vocab_size``: None if the weights were
+    trained before; then any first loss is valid.
     """
 
     vocab_size: int | None
@@ -121,10 +115,17 @@ class LearningMonitor:
     _reported: set[str] = field(default_factory=set)
 
     def observe(self, step: int, loss: float, grad_norm: float) -> Iterator[WarningEvent]:
-        """What a step gives reason to say; ``loss`` is this rank's mean in it."""
+        """Yield the warnings that a step gives reason for. ``loss``: this rank's mean."""
         if step == 1 and self.vocab_size is not None and math.isfinite(loss):
             self.first_loss = loss
-            yield from self._first(loss, math.log(self.vocab_size) + ABOVE_GUESSING)
+            expected = math.log(self.vocab_size) + UNTRAINED_EXCESS
+            if abs(loss - expected) > FIRST_LOSS_TOLERANCE:
+                message = (
+                    f"the loss of step 1 is {loss:.3f}, and untrained weights with a vocabulary of {self.vocab_size} "
+                    f"should give {expected:.2f}. Check that the tokenizer is the one you mean, and what it makes of "
+                    "a text"
+                )
+                yield from self._once("first_loss_off", 1, message)
         if not math.isfinite(grad_norm):
             return
         self._small = self._small + 1 if grad_norm < VANISHING_NORM else 0
@@ -132,18 +133,20 @@ class LearningMonitor:
         if self._small == CONSECUTIVE_STEPS:
             message = (
                 f"the gradient has all but vanished: its norm is {grad_norm:.1e}, and was below {VANISHING_NORM:g} for "
-                f"{CONSECUTIVE_STEPS} steps. Look whether the texts are all the same or empty, and raise training.learning_rate"
+                f"{CONSECUTIVE_STEPS} steps. Check whether the texts are all the same or empty, and raise "
+                "training.learning_rate"
             )
             yield from self._once("gradients_vanish", step, message)
         if self._large == CONSECUTIVE_STEPS:
             message = (
-                f"the gradient blows up: its norm is {grad_norm:.3g}, and was above {EXPLODING_NORM:g} for {CONSECUTIVE_STEPS} steps. "
-                "Lower training.learning_rate, set training.warmup_steps, and keep training.grad_clip at 1"
+                f"the gradient blows up: its norm is {grad_norm:.3g}, and was above {EXPLODING_NORM:g} for "
+                f"{CONSECUTIVE_STEPS} steps. Lower training.learning_rate, set training.warmup_steps, and keep "
+                "training.grad_clip at 1"
             )
             yield from self._once("gradients_blow_up", step, message)
 
     def observe_metrics(self, step: int, loss: float | None) -> Iterator[WarningEvent]:
-        """What a metric line gives reason to say."""
+        """Yield the warnings that a metric line gives reason for."""
         first, due = self.first_loss, self.warmup_steps + FLAT_STEPS
         if loss is None or first is None or step < due:
             return
@@ -155,15 +158,6 @@ class LearningMonitor:
                 "that the texts are not random"
             )
             yield from self._once("curve_flat", step, message)
-
-    def _first(self, loss: float, expected: float) -> Iterator[WarningEvent]:
-        if abs(loss - expected) <= FIRST_TOLERANCE:
-            return
-        message = (
-            f"the loss of step 1 is {loss:.3f}, and untrained weights with a vocabulary of {self.vocab_size} should "
-            f"give {expected:.2f}. Look whether the tokenizer is the one you mean, and at what it makes of a text"
-        )
-        yield from self._once("first_loss_off", 1, message)
 
     def _once(self, code: str, step: int, message: str) -> Iterator[WarningEvent]:
         if code not in self._reported:

@@ -1,4 +1,8 @@
-"""What a step with a non-finite gradient does to the run: a pure function of the policy and of what was before."""
+"""What happens to a step with a non-finite gradient: `decide_step` on the host, `DeviceNonFiniteGuard` on the device.
+
+Both apply the same policy, so that they stop at the same step. On CUDA the host reads results some steps later; the
+guard keeps bad updates out of the weights until then.
+"""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -10,22 +14,19 @@ from torch import Tensor
 Policy = Literal["fail", "skip", "rollback"]
 
 MAX_CONSECUTIVE_SKIPS = 10
-
 MAX_SKIPS = 100
-
 MAX_ROLLBACKS = 3
 
-ORDINARY_SCALE = 1.0
-
-"""Above this loss scale an fp16 overflow of the gradient is the scaler finding its level; at or below it, it is bad."""
+MIN_OVERFLOW_SCALE = 1.0
+"""Above this fp16 loss scale, an overflow of the gradient is the scaler finding its level. At or below, it is bad."""
 
 
 class StepDecision(StrEnum):
-    """What becomes of a step."""
+    """What happens to a step."""
 
     APPLIED = "applied"
     OVERFLOWED = "overflowed"
-    """The fp16 scaler tried too high a scale: no update, and nothing to speak of."""
+    """The fp16 loss scale was too high: no update and no warning."""
     SKIP = "skip"
     ROLL_BACK = "roll_back"
     FAIL = "fail"
@@ -33,7 +34,7 @@ class StepDecision(StrEnum):
 
 @dataclass(frozen=True)
 class NonFiniteCounters:
-    """Non-finite steps so far; part of every checkpoint, so that a resume does not forget them."""
+    """Non-finite steps so far. They are part of every checkpoint, so that a resume keeps counting."""
 
     in_a_row: int = 0
     skipped: int = 0
@@ -41,39 +42,39 @@ class NonFiniteCounters:
 
 
 def decide_step(
-    finite: bool, policy: Policy, before: NonFiniteCounters, loss_scale: float | None, *, losses_finite: bool = True
+    finite: bool, policy: Policy, counters: NonFiniteCounters, loss_scale: float | None, *, losses_finite: bool = True
 ) -> tuple[StepDecision, NonFiniteCounters]:
-    """The verdict on a step, and the count from now on. ``loss_scale`` is the fp16 scaler's during the step.
+    """Return the decision on a step, and the new counters.
 
-    ``finite``: the gradient. A loss is not scaled before the backward pass, so one that is not finite is no overflow
-    that a lower scale would mend.
+    ``finite``: whether the gradient is. ``loss_scale``: the fp16 scaler's during the step, None without one.
     """
     if finite:
-        return StepDecision.APPLIED, replace(before, in_a_row=0)
-    if losses_finite and loss_scale is not None and loss_scale > ORDINARY_SCALE:
-        return StepDecision.OVERFLOWED, before
+        return StepDecision.APPLIED, replace(counters, in_a_row=0)
+    # A loss is computed before it is scaled, so a lower scale does not help against a non-finite one.
+    if losses_finite and loss_scale is not None and loss_scale > MIN_OVERFLOW_SCALE:
+        return StepDecision.OVERFLOWED, counters
     match policy:
         case "fail":
-            return StepDecision.FAIL, before
+            return StepDecision.FAIL, counters
         case "skip":
-            after = replace(before, in_a_row=before.in_a_row + 1, skipped=before.skipped + 1)
+            after = replace(counters, in_a_row=counters.in_a_row + 1, skipped=counters.skipped + 1)
             exhausted = after.in_a_row > MAX_CONSECUTIVE_SKIPS or after.skipped > MAX_SKIPS
             return (StepDecision.FAIL if exhausted else StepDecision.SKIP), after
         case "rollback":
-            after = replace(before, rollbacks=before.rollbacks + 1)
+            after = replace(counters, rollbacks=counters.rollbacks + 1)
             return (StepDecision.FAIL if after.rollbacks > MAX_ROLLBACKS else StepDecision.ROLL_BACK), after
         case _:
             assert_never(policy)
 
 
 def nonfinite_message(step: int, rows: tuple[int, ...], bad_losses: tuple[int, ...]) -> str:
-    """Names the step and the rows of the corpus, those with a non-finite loss where that is known."""
+    """Return a sentence with the step and its rows, or only those with a non-finite loss if there are any."""
     if bad_losses:
-        return f"the loss is not finite at step {step}, in {_named(bad_losses)}"
-    return f"the gradient is not finite at step {step}, over {_named(rows)}; every loss was finite"
+        return f"the loss is not finite at step {step}, in {_row_list(bad_losses)}"
+    return f"the gradient is not finite at step {step}, over {_row_list(rows)}; every loss was finite"
 
 
-def _named(rows: tuple[int, ...]) -> str:
+def _row_list(rows: tuple[int, ...]) -> str:
     shown = ", ".join(map(str, rows[:8]))
     more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
     return f"row{'s' if len(rows) > 1 else ''} {shown}{more}"
@@ -81,10 +82,10 @@ def _named(rows: tuple[int, ...]) -> str:
 
 @dataclass
 class DeviceNonFiniteGuard:
-    """Counts on the device as `gate.judge` does on the host, so that both stop at the same step.
+    """Counts on the device as `decide_step` does on the host, without a device sync.
 
-    ``holding`` false: it holds bad steps alone. So it must be with a loss scale, whose overflows are no trouble, and
-    whose steps are read one by one.
+    ``is_latching``: after a step that ends the run or rolls it back, all later updates are skipped too. With an fp16
+    scaler it must be False: overflows are harmless there, and each step is read at once.
     """
 
     policy: Policy
@@ -94,18 +95,18 @@ class DeviceNonFiniteGuard:
     def __post_init__(self) -> None:
         self.reset(NonFiniteCounters())
 
-    def reset(self, before: NonFiniteCounters) -> None:
-        """Apply steps again, after so much trouble."""
-        self._in_a_row = torch.tensor(before.in_a_row, device=self.device)
-        self._skipped = torch.tensor(before.skipped, device=self.device)
-        self._held = torch.zeros((), dtype=torch.bool, device=self.device)
+    def reset(self, counters: NonFiniteCounters) -> None:
+        """Set the counters and re-enable updates."""
+        self._in_a_row = torch.tensor(counters.in_a_row, device=self.device)
+        self._skipped = torch.tensor(counters.skipped, device=self.device)
+        self._latched = torch.zeros((), dtype=torch.bool, device=self.device)
 
     def found_inf(self, norm: Tensor) -> Tensor:
-        """1.0 where the step with this gradient norm must not be applied, else 0.0: float32 scalar on the device."""
+        """Return 1.0 if a step with this gradient norm must not be applied, else 0.0; float32 scalar on the device."""
         bad = ~norm.isfinite()
         if self.is_latching:
             self._in_a_row = torch.where(bad, self._in_a_row + 1, 0)
             self._skipped = self._skipped + bad
             exhausted = (self._in_a_row > MAX_CONSECUTIVE_SKIPS) | (self._skipped > MAX_SKIPS)
-            self._held = self._held | ((bad & exhausted) if self.policy == "skip" else bad)
-        return (bad | self._held).float()
+            self._latched = self._latched | ((bad & exhausted) if self.policy == "skip" else bad)
+        return (bad | self._latched).float()

@@ -1,4 +1,4 @@
-"""What is known of an attempt before its first step: its `started` event, and cautions about the device."""
+"""Events before the first step: the `started` event, and warnings about the device."""
 
 from collections.abc import Iterator
 
@@ -16,15 +16,14 @@ from trainyard.worker.training.state import TrainProgress
 
 
 def started_event(
-    material: TrainingData,
+    data: TrainingData,
     ranks: DistributedContext,
-    order: StepSampler,
+    sampler: StepSampler,
     progress: TrainProgress,
     steps: int,
-    begin: ResumePoint | None,
+    resume_from: ResumePoint | None,
 ) -> Started:
-    """What this attempt runs, on what, over which data, and from where."""
-    spec, meta = material.spec, material.corpus.meta
+    spec, meta = data.spec, data.corpus.meta
     assert spec.model.vocab_size is not None
     return Started(
         start_step=progress.step,
@@ -38,20 +37,20 @@ def started_event(
         parameters=parameters(spec.model),
         active_parameters=active_parameters(spec.model),
         vocab_size=spec.model.vocab_size,
-        samples=len(material.train_set),
+        samples=len(data.train_set),
         documents=meta.documents,
         tokens=meta.tokens,
         bad_lines=meta.bad_lines,
-        global_batch=order.global_batch,
-        tokens_per_step=material.train_set.tokens / order.steps_per_epoch,
-        steps_per_epoch=order.steps_per_epoch,
+        global_batch=sampler.global_batch,
+        tokens_per_step=data.train_set.tokens / sampler.steps_per_epoch,
+        steps_per_epoch=sampler.steps_per_epoch,
         flops_per_token=flops_per_token(spec.model, spec.data.max_seq_len),
-        resumed_from=str(begin.path) if begin is not None else None,
+        resumed_from=str(resume_from.source) if resume_from is not None else None,
     )
 
 
 def device_warnings(spec: JobSpec, device: str, has_bfloat16: bool) -> Iterator[WarningEvent]:
-    """What the user should hear of the ``device`` type that the run was given."""
+    """Yield warnings if the ``device`` type ("cuda" or "cpu") may not be what the user wants."""
     if spec.resources.device == "auto" and device == "cpu":
         message = 'there is no CUDA device here, so this runs on the CPU; set resources.device to "cpu" if you mean it'
         yield WarningEvent(code="cpu_fallback", message=message)
@@ -63,5 +62,5 @@ def device_warnings(spec: JobSpec, device: str, has_bfloat16: bool) -> Iterator[
 
 
 def supports_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 is computed as such there. A CPU may be slow at it, and has nothing better to offer."""
+    """Return whether the device computes bfloat16 natively. True for a CPU: it has nothing faster to offer."""
     return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 8

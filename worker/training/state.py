@@ -1,4 +1,4 @@
-"""What is trained: the model, its optimizer and scaler, and the few numbers that say how far it is."""
+"""The state of training: model, optimizer and scaler in `TrainState`, and how far the run is in `TrainProgress`."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -29,30 +29,30 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far the run is. ``data_offset``: steps of data that rollbacks left out, less than 0 where data began anew.
+    """How far the run is.
 
-    ``base_step``: the step behind which schedule and length of the run are counted, 0 but for some forks.
+    ``data_offset``: step + data_offset is the step of the data order; rollbacks skip data and add to it, a fork that
+    restarts its data makes it negative. ``base_step``: schedule and length of the run count from here; not 0 only for
+    forks.
     """
 
     step: int = 0
     tokens: int = 0
     data_offset: int = 0
     base_step: int = 0
-    trouble: NonFiniteCounters = field(default_factory=NonFiniteCounters)
+    nonfinite: NonFiniteCounters = field(default_factory=NonFiniteCounters)
 
-    def after(self, step_tokens: int, trouble: NonFiniteCounters) -> Self:
-        """One step further."""
-        return replace(self, step=self.step + 1, tokens=self.tokens + step_tokens, trouble=trouble)
+    def next_step(self, step_tokens: int) -> Self:
+        return replace(self, step=self.step + 1, tokens=self.tokens + step_tokens)
 
     @classmethod
-    def of(cls, state: RunState) -> Self:
-        """Where a checkpoint was."""
+    def from_state(cls, state: RunState) -> Self:
         return cls(state.step, state.tokens, state.data_offset, state.base_step, NonFiniteCounters(**state.trouble))
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """The model, always float32, with optimizer and scaler, and the stepper that trains them."""
+    """The model (its weights are always float32), optimizer and scaler, and the step that trains them."""
 
     model: Decoder
     optimizer: torch.optim.Optimizer
@@ -61,11 +61,10 @@ class TrainState:
 
     @property
     def precision(self) -> Precision:
-        """How forward passes compute."""
         return self.train_step.precision
 
     def defers_metrics(self) -> bool:
-        """Whether steps are better read together, later: where reading waits for the device, and the brake holds."""
+        """Return True if metric reads may be deferred: on CUDA, if the device guard latches after a bad step."""
         return self.train_step.guard.is_latching and self.train_step.guard.device.type == "cuda"
 
     @torch.no_grad()
@@ -86,10 +85,10 @@ class TrainState:
         return float(total), labels
 
     def loss_scale(self) -> float | None:
-        """The fp16 scaler's factor, or None without one."""
+        """Return the fp16 loss scale, or None without a scaler."""
         return self.scaler.get_scale() if self.scaler.is_enabled() else None
 
-    def state(
+    def run_state(
         self,
         progress: TrainProgress,
         identity: RunIdentity,
@@ -98,7 +97,7 @@ class TrainState:
         interval: list[FloatRow],
         loss: float | None,
     ) -> RunState:
-        """All that a checkpoint holds beside the tensors."""
+        """Return all that a checkpoint holds besides the tensors. ``interval``: the metrics window of each rank."""
         return RunState(
             step=progress.step,
             tokens=progress.tokens,
@@ -109,12 +108,12 @@ class TrainState:
             base_step=progress.base_step,
             loss=loss,
             interval=interval,
-            trouble=dataclasses.asdict(progress.trouble),
+            trouble=dataclasses.asdict(progress.nonfinite),
             scaler=self.scaler.state_dict(),
         )
 
     def load(self, path: Path) -> RunState:
-        """Go back, or on, to a verified checkpoint."""
+        """Load a verified checkpoint in place. Raises TrainingError if another optimizer wrote it."""
         _require_same_optimizer(path, self.optimizer)
         state = files.load_checkpoint(path, self.model, self.optimizer)
         if state.scaler and self.scaler.is_enabled():
@@ -123,18 +122,18 @@ class TrainState:
 
 
 def initial_model(config: ModelConfig, seed: int, device: torch.device) -> Decoder:
-    """Random weights that depend on the seed alone: drawn on the CPU, whatever the device."""
+    # Drawn on the CPU, so that the weights depend on the seed alone and not on the device.
     return Decoder(config, torch.Generator().manual_seed(seed)).to(device)
 
 
 def build_train_state(
     model: Decoder, training: TrainingSpec, aux_coefficient: float, ranks: DistributedContext
 ) -> TrainState:
-    """Optimizer, scaler and stepper around ``model``."""
+    """Build optimizer, scaler and train step for ``model``."""
     dtype = DTYPES[training.dtype]
-    optimizer = _optimizer(model, training)
+    optimizer = _build_optimizer(model, training)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype is torch.float16)
-    stepper = TrainStep(
+    train_step = TrainStep(
         module=_wrap_model(model, training.use_compile, ranks),
         model=model,
         optimizer=optimizer,
@@ -144,23 +143,22 @@ def build_train_state(
         grad_clip=training.grad_clip,
         guard=DeviceNonFiniteGuard(training.on_nonfinite, is_latching=not scaler.is_enabled(), device=ranks.device),
     )
-    return TrainState(model, optimizer, scaler, stepper)
+    return TrainState(model, optimizer, scaler, train_step)
 
 
-def _optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
+def _build_optimizer(model: Decoder, training: TrainingSpec) -> torch.optim.Optimizer:
     lr, betas, weight_decay = training.learning_rate, training.betas, training.weight_decay
     if training.optimizer == "muon":
         matrices = matrix_parameters(model)
-        chosen = {id(matrix) for matrix in matrices}
-        others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+        matrix_ids = {id(matrix) for matrix in matrices}
+        others = [parameter for parameter in model.parameters() if id(parameter) not in matrix_ids]
         return Muon(matrices, _parameter_groups(others, training), lr=lr, betas=betas, weight_decay=weight_decay)
-    # Fused on a CPU as well: several times faster, and elementwise, so its result has no order to depend on.
+    # Fused on a CPU too: several times faster, and elementwise, so that its result does not depend on any order.
     groups = _parameter_groups(list(model.parameters()), training)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def _parameter_groups(parameters: list[nn.Parameter], training: TrainingSpec) -> list[dict[str, Any]]:
-    """The parameters in groups by whether they decay."""
     if training.weight_decay_on == "all":
         return [{"params": parameters}]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
@@ -169,22 +167,22 @@ def _parameter_groups(parameters: list[nn.Parameter], training: TrainingSpec) ->
 
 
 def _require_same_optimizer(path: Path, optimizer: torch.optim.Optimizer) -> None:
-    theirs = files.optimizer_kind(path)
+    saved = files.optimizer_kind(path)
     own = "muon" if isinstance(optimizer, Muon) else "adamw"
-    if theirs not in (None, own):
-        hint = f'Set training.optimizer to "{theirs}", or start a new run with from_weight.'
-        raise TrainingError(Reason.CHECKPOINT_INVALID, f"{path} was trained with {theirs}", hint)
+    if saved not in (None, own):
+        hint = f'Set training.optimizer to "{saved}", or start a new run with from_weight.'
+        raise TrainingError(Reason.CHECKPOINT_INVALID, f"{path} was trained with {saved}", hint)
 
 
 def _wrap_model(model: nn.Module, compiled: bool, ranks: DistributedContext) -> nn.Module:
-    # One graph for each shape: with dynamic shapes, which graph runs would depend on the shapes seen before, and a
-    # resumed run has seen other ones.
+    # One graph for each shape. With dynamic shapes the graph would depend on the shapes seen before, and a resumed run
+    # has seen others.
     inner: Any = torch.compile(model, dynamic=False) if compiled else model
     if ranks.world == 1:
         module: nn.Module = inner
         return module
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    # static_graph would save a little, and fails together with no_sync. Buffers are constants, so none is sent.
+    # static_graph would save a little, but fails together with no_sync. Buffers are constants and need no broadcast.
     return nn.parallel.DistributedDataParallel(
         inner, device_ids=devices, forward_sync_buffers=False, gradient_as_bucket_view=True
     )

@@ -8,34 +8,31 @@ from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.formatting import count, one_line, size
-from trainyard.client.cli.hints import what_next
+from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
 from trainyard.client.types import Job
 
 
 def pause(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard pause`."""
     with connect(args) as trainyard:
         return _report(trainyard.pause(_id(trainyard, args)), args, console)
 
 
 def save(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard save`."""
     with connect(args) as trainyard:
         return _report(trainyard.save(_id(trainyard, args)), args, console)
 
 
 def resume(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard resume`."""
     changes = _changes(args)
     with connect(args) as trainyard:
         return _report(trainyard.resume(_id(trainyard, args), **changes), args, console)
 
 
 def _changes(args: SimpleNamespace) -> dict[str, Any]:
-    plain = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
-    changes: dict[str, Any] = {name: value for name, value in plain.items() if value is not None}
+    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
+    changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
         if len(place) != 2 or place[0] != "resources":
@@ -45,14 +42,13 @@ def _changes(args: SimpleNamespace) -> dict[str, Any]:
 
 
 def fork(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard fork`."""
     overrides: dict[str, Any] = {} if args.name is None else {"name": args.name}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
         if len(place) > 2:
             raise UsageError(f"--set takes GROUP.FIELD=JSON, not {assignment!r}")
-        into = overrides.setdefault(place[0], {}) if len(place) == 2 else overrides
-        into[place[-1]] = value
+        group = overrides.setdefault(place[0], {}) if len(place) == 2 else overrides
+        group[place[-1]] = value
     data = "restart" if args.restart_data else "keep"
     with connect(args) as trainyard:
         job = trainyard.fork(_id(trainyard, args), args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
@@ -63,46 +59,45 @@ def fork(args: SimpleNamespace, console: Console) -> int:
 
 
 def export(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard export`: of the newest checkpoint where no step is named."""
+    """Export the checkpoint of ``--step``, or the newest."""
     with connect(args) as trainyard:
         job_id = _id(trainyard, args)
         step = args.step if args.step is not None else _newest(trainyard, job_id)
-        made = trainyard.export(job_id, step, format=args.format)
+        export = trainyard.export(job_id, step, format=args.format)
     if args.json:
-        console.json(made)
+        console.json(export)
         return Exit.SUCCEEDED
-    console.data(str(made["path"]))
-    console.error(f"step {made['step']:,} as {made['format']}: {len(made['files'])} files, {size(made['bytes'])}")
+    console.data(str(export["path"]))
+    files = f"{len(export['files'])} files, {size(export['bytes'])}"
+    console.error(f"step {export['step']:,} as {export['format']}: {files}")
     return Exit.SUCCEEDED
 
 
 def _newest(trainyard: Client, job_id: str) -> int:
-    found = trainyard.checkpoints(job_id)
-    if not found:
+    checkpoints = trainyard.checkpoints(job_id)
+    if not checkpoints:
         raise UsageError("the job has no checkpoint to export yet")
-    return int(found[0]["step"])
+    return int(checkpoints[0]["step"])
 
 
 def cancel(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard cancel`."""
     with connect(args) as trainyard:
         return _report(trainyard.cancel(_id(trainyard, args)), args, console)
 
 
 def kill(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard kill`."""
     with connect(args) as trainyard:
         return _report(trainyard.kill(_id(trainyard, args)), args, console)
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard delete`. Asks on a terminal: the checkpoints go with it."""
+    """Delete a job. On a terminal ask first, because its checkpoints are deleted too."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         question = f"Delete {one_line(job['name'], 60)} ({job['id']}) with its checkpoints, logs and metrics?"
         if console.interactive and not args.yes and not console.confirm(question):
             console.error("nothing was deleted")
-            return Exit.REFUSED
+            return Exit.REJECTED
         trainyard.delete(job["id"])
     if args.json:
         console.json({"id": job["id"], "deleted": True})
@@ -120,5 +115,5 @@ def _report(job: Job, args: SimpleNamespace, console: Console) -> int:
         console.json(job)
         return Exit.SUCCEEDED
     console.data(f"{job['id']} {job['status']}")
-    console.error(f"next:  {what_next(job, args.job)[0]}")
+    console.error(f"next:  {next_commands(job, args.job)[0]}")
     return Exit.SUCCEEDED

@@ -1,4 +1,4 @@
-"""`trainyard logs`: what a rank printed, once or as it comes."""
+"""`trainyard logs`: the output of a rank, once or continuously."""
 
 import shlex
 from collections.abc import Iterator
@@ -7,35 +7,35 @@ from types import SimpleNamespace
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.hints import ending
-from trainyard.client.cli.watch.watcher import INTERVAL, Clock, retry_policy
+from trainyard.client.cli.hints import end_report
+from trainyard.client.cli.watch.watcher import INTERVAL, Clock, max_lost_seconds
 from trainyard.client.errors import NotFound, ServiceUnreachable
 from trainyard.client.exit_codes import Exit, exit_of_job, is_idle
 from trainyard.client.sse import EventStream, StreamEvent
-from trainyard.client.types import Job
+from trainyard.client.types import Job, LogChunk
 
 
 def logs(args: SimpleNamespace, console: Console) -> int:
-    """Print a log. With ``--follow`` the end of the run decides the exit code."""
+    """Print a log. With ``--follow`` the exit code is that of the job's final status."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         if args.follow:
             return follow_log(LogReader(trainyard, job, args, streams=True), args, console, Clock())
-        for text in LogReader(trainyard, job, args).pieces():
+        for text in LogReader(trainyard, job, args).read_new():
             _print(text, args, console)
     return Exit.SUCCEEDED
 
 
 def follow_log(reader: "LogReader", args: SimpleNamespace, console: Console, clock: Clock) -> int:
-    """Print what comes until the job is at rest and its log is read to the end."""
+    """Print new text until the job is idle and its log has been read to the end."""
     deadline = None if args.timeout is None else clock.monotonic() + args.timeout
-    patience, answered = retry_policy(console), clock.monotonic()
+    max_lost, answered_at = max_lost_seconds(console), clock.monotonic()
     try:
         while True:
-            job, complete = _turn(reader, args, console)
+            job, complete = _poll(reader, args, console)
             code = exit_of_job(job)
             if code is not None and complete:
-                for line in ending(job, args.job):
+                for line in end_report(job, args.job):
                     console.error(line)
                 return code
             if deadline is not None and clock.monotonic() >= deadline:
@@ -43,8 +43,8 @@ def follow_log(reader: "LogReader", args: SimpleNamespace, console: Console, clo
                 again = f"Re-attach: trainyard logs --follow {shlex.quote(args.job)}"
                 console.error(f"{args.timeout:g} s passed. {how} {again}")
                 return Exit.TIMED_OUT
-            answered = clock.monotonic() if complete else answered
-            if patience is not None and clock.monotonic() - answered >= patience:
+            answered_at = clock.monotonic() if complete else answered_at
+            if max_lost is not None and clock.monotonic() - answered_at >= max_lost:
                 console.error(f"The service is lost. Re-attach: trainyard logs --follow {shlex.quote(args.job)}")
                 return Exit.NO_SERVICE
             reader.pause(INTERVAL, clock)
@@ -55,11 +55,11 @@ def follow_log(reader: "LogReader", args: SimpleNamespace, console: Console, clo
         reader.close()
 
 
-def _turn(reader: "LogReader", args: SimpleNamespace, console: Console) -> tuple[Job, bool]:
-    """One look at the job, then at its log: whatever was printed before its end is read after it."""
+def _poll(reader: "LogReader", args: SimpleNamespace, console: Console) -> tuple[Job, bool]:
     try:
+        # The job first, then its log: so all that was printed before the job's end is read.
         reader.refresh()
-        for text in reader.pieces():
+        for text in reader.read_new():
             _print(text, args, console)
     except ServiceUnreachable as error:
         console.error(f"reconnecting: {error.cause}")
@@ -75,16 +75,17 @@ def _print(text: str, args: SimpleNamespace, console: Console) -> None:
 
 
 class LogReader:
-    """Where in which log we are. A new attempt is a new log, read from its beginning.
+    """Reads a log from a position that it keeps. A new attempt has a new log, which is read from its start.
 
-    With ``streams`` the text comes by a stream; while it does not stand it is asked for. Offsets make both fit.
+    With ``streams`` the text comes from a stream, and from requests while the stream is not connected. The offsets
+    show where the text of one continues that of the other.
     """
 
     def __init__(self, trainyard: Client, job: Job, args: SimpleNamespace, streams: bool = False) -> None:
         self.job = job
         self._trainyard = trainyard
         self._streams = streams
-        self._feed: EventStream | None = None
+        self._stream: EventStream | None = None
         self._rank: int | str | None = args.rank
         self._fixed: int | None = args.attempt
         self._attempt: int | None = args.attempt or job.get("attempt")
@@ -92,19 +93,19 @@ class LogReader:
         self._offset: int | None = None if args.tail else 0
 
     def close(self) -> None:
-        """Nothing more is wanted."""
-        if self._feed is not None:
-            self._feed.close()
+        """Stop the stream."""
+        if self._stream is not None:
+            self._stream.close()
 
     def pause(self, seconds: float, clock: Clock) -> None:
-        """Wait, but not for longer than until something comes."""
-        if self._feed is not None and self._feed.healthy:
-            self._feed.wait(seconds)
+        """Wait until the stream has new text, at most ``seconds``."""
+        if self._stream is not None and self._stream.healthy:
+            self._stream.wait(seconds)
         else:
             clock.sleep(seconds)
 
     def refresh(self) -> None:
-        """Look at the job, and go to its new attempt's log where there is one and the stream does not lead there."""
+        """Read the job. Switch to the log of a new attempt, unless the stream does."""
         self.job = self._trainyard.job(self.job["id"])
         newest = self.job.get("attempt")
         if self._fixed is None and newest != self._attempt and not self._streamed:
@@ -112,51 +113,51 @@ class LogReader:
 
     @property
     def _streamed(self) -> bool:
-        return self._feed is not None and self._feed.healthy and not is_idle(self.job)
+        return self._stream is not None and self._stream.healthy and not is_idle(self.job)
 
-    def pieces(self) -> Iterator[str]:
-        """What stands behind the place we are at, up to the end as it is now."""
+    def read_new(self) -> Iterator[str]:
+        """Yield the text from the current position to the present end of the log."""
         if self._streamed:
-            yield from self._taken()
+            yield from self._read_stream()
             return
-        yield from self._asked()
-        if self._streams and self._feed is None and self._offset is not None and self._attempt:
-            self._feed = EventStream(self._open).start()
+        yield from self._read_requests()
+        if self._streams and self._stream is None and self._offset is not None and self._attempt:
+            self._stream = EventStream(self._open).start()
 
-    def _open(self, _behind: str | None) -> Iterator[StreamEvent]:
-        """From where we are now, which may be behind the last event: text was asked for meanwhile."""
-        place = f"{self._attempt}-{self._offset}"
-        return self._trainyard.log_stream(self.job["id"], attempt=self._fixed, rank=self._rank, last_event_id=place)
+    def _open(self, _last_event_id: str | None) -> Iterator[StreamEvent]:
+        # From the current position, which is after the last event if requests have read more since.
+        position = f"{self._attempt}-{self._offset}"
+        return self._trainyard.log_stream(self.job["id"], attempt=self._fixed, rank=self._rank, last_event_id=position)
 
-    def _taken(self) -> Iterator[str]:
-        assert self._feed is not None
-        for event in self._feed.take():
+    def _read_stream(self) -> Iterator[str]:
+        assert self._stream is not None
+        for event in self._stream.drain():
             if event.kind != "log":
                 continue
-            said = event.data
-            follows = said["attempt"] > (self._attempt or 0) or said["offset"] == self._offset
-            if said["attempt"] == self._attempt and said["next_offset"] <= (self._offset or 0):
+            chunk = event.data
+            follows = chunk["attempt"] > (self._attempt or 0) or chunk["offset"] == self._offset
+            if chunk["attempt"] == self._attempt and chunk["next_offset"] <= (self._offset or 0):
                 continue
             if not follows:
-                # It overlaps with what was asked for: ask for the rest as well.
+                # It overlaps with text that was already read by requests. Read the rest by requests too.
                 self._streams = False
                 self.close()
                 return
-            self._attempt, self._offset = said["attempt"], said["next_offset"]
-            yield said["data"]
+            self._attempt, self._offset = chunk["attempt"], chunk["next_offset"]
+            yield chunk["data"]
 
-    def _asked(self) -> Iterator[str]:
+    def _read_requests(self) -> Iterator[str]:
         while True:
             try:
-                chunk = self._read()
+                chunk = self._read_chunk()
             except NotFound:
                 return  # no process has printed anything yet
             if not chunk["data"]:
                 return
             yield chunk["data"]
 
-    def _read(self) -> dict[str, str]:
-        wanted = {"tail": self._tail} if self._offset is None else {"offset": self._offset}
-        chunk = self._trainyard.logs(self.job["id"], attempt=self._attempt, rank=self._rank, **wanted)
+    def _read_chunk(self) -> LogChunk:
+        start = {"tail": self._tail} if self._offset is None else {"offset": self._offset}
+        chunk = self._trainyard.logs(self.job["id"], attempt=self._attempt, rank=self._rank, **start)
         self._offset = chunk["next_offset"]
-        return {"data": chunk["data"]}
+        return chunk

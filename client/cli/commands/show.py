@@ -1,11 +1,11 @@
-"""The subcommands that read: list, show, metrics, events, checkpoints, attempts, samples, devices, version."""
+"""The subcommands that read: list, show, metrics, events, attempts, samples, devices, version."""
 
 import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
-from itertools import chain, islice
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,19 +32,18 @@ Row = Sequence[str]
 
 
 def connect(args: SimpleNamespace) -> Client:
-    """The service that the options name."""
+    """Return a client for ``--url`` and ``--token``."""
     return Client(args.url, args.token)
 
 
 def list_jobs(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard list`."""
     now = datetime.now(UTC)
     with connect(args) as trainyard:
         filters = {"status": args.status, "labels": args.label, "name": args.name}
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
     shown = jobs[: args.limit]
     if args.json:
-        console.json({"object": "list", "data": shown, "has_more": len(jobs) > len(shown)})
+        console.json_list(shown, has_more=len(jobs) > len(shown))
         return Exit.SUCCEEDED
     if not shown:
         console.error("no jobs; launch one:  trainyard submit --data_path corpus.jsonl")
@@ -66,7 +65,6 @@ def _job_row(job: Any, now: datetime) -> Row:
 
 
 def show(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard show`."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
     if args.json:
@@ -77,12 +75,12 @@ def show(args: SimpleNamespace, console: Console) -> int:
 
 
 def metrics(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard metrics`. The points are printed as they come, so that a long curve takes no memory."""
+    """Print the points while they are fetched, so that a long curve takes no memory."""
     with connect(args) as trainyard:
         job_id = trainyard.find(args.job)["id"]
         points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
         if args.json:
-            console.json({"object": "list", "data": list(points), "has_more": False})
+            console.json_list(list(points))
         elif args.csv:
             _print_csv(points, console)
         else:
@@ -121,8 +119,7 @@ def _print_points(points: Iterable[Any], console: Console) -> None:
 
 
 def events(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard events`."""
-    return rows(args, console, Client.events, ("AT", "KIND", "WHAT"), _event_row)
+    return print_list(args, console, Client.events, ("AT", "KIND", "WHAT"), _event_row)
 
 
 def _event_row(event: Any) -> Row:
@@ -131,85 +128,77 @@ def _event_row(event: Any) -> Row:
 
 
 def attempts(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard attempts`."""
-    return rows(
-        args,
-        console,
-        Client.attempts,
-        ("ATTEMPT", "WHY", "FROM STEP", "TO STEP", "BEGAN", "ENDED", "HOW"),
-        _attempt_row,
-    )
+    header = ("ATTEMPT", "TRIGGER", "FROM STEP", "TO STEP", "CREATED", "ENDED", "OUTCOME")
+    return print_list(args, console, Client.attempts, header, _attempt_row)
 
 
-def _attempt_row(found: Any) -> Row:
-    how = ": ".join(str(found[key]) for key in ("outcome", "message") if found.get(key))
-    steps = (count(found.get("start_step")), count(found.get("end_step")))
-    times = (str(found.get("created_at") or UNKNOWN), str(found.get("ended_at") or UNKNOWN))
-    return (str(found["number"]), str(found.get("trigger")), *steps, *times, one_line(how, 160))
+def _attempt_row(attempt: Any) -> Row:
+    outcome = ": ".join(str(attempt[key]) for key in ("outcome", "message") if attempt.get(key))
+    steps = (count(attempt.get("start_step")), count(attempt.get("end_step")))
+    times = (str(attempt.get("created_at") or UNKNOWN), str(attempt.get("ended_at") or UNKNOWN))
+    return (str(attempt["number"]), str(attempt.get("trigger")), *steps, *times, one_line(outcome, 160))
 
 
 def samples(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard samples`."""
     with connect(args) as trainyard:
-        found = trainyard.samples(trainyard.find(args.job)["id"])
+        items = trainyard.samples(trainyard.find(args.job)["id"])
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
-    for sample in [] if args.json else found:
+        console.json_list(items)
+        return Exit.SUCCEEDED
+    for sample in items:
         console.data(f"step {count(sample['step'])}  {sample['prompt']!r}")
         console.data("  " + str(sample["text"]).replace("\n", "\n  "))
     return Exit.SUCCEEDED
 
 
 def devices(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard devices`."""
     with connect(args) as trainyard:
-        found = trainyard.devices()
-    return _print_rows(args, console, found, ("DEVICE", "WHAT", "MEMORY", "LEASED TO"), _device_row)
+        items = trainyard.devices()
+    return _print_rows(args, console, items, ("DEVICE", "MODEL", "MEMORY", "LEASED TO"), _device_row)
 
 
-def _device_row(found: Any) -> Row:
-    name = one_line(str(found.get("model") or found.get("kind")), CELL)
-    strangers = ", ".join(map(str, found.get("processes") or []))
-    lease = str(found.get("job_id") or ("free" if not strangers else f"nobody, but used by process {strangers}"))
-    return (str(found["id"]), name, size(found.get("memory_bytes")), lease)
+def _device_row(device: Any) -> Row:
+    name = one_line(str(device.get("model") or device.get("kind")), CELL)
+    foreign = ", ".join(map(str, device.get("processes") or []))
+    lease = str(device.get("job_id") or ("free" if not foreign else f"no job, but used by process {foreign}"))
+    return (str(device["id"]), name, size(device.get("memory_bytes")), lease)
 
 
 def version(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard version`: its own is always known, the service's where one answers."""
     own = installed_version("trainyard")
     with connect(args) as trainyard:
         try:
-            there: Any = trainyard.version()
+            service: Any = trainyard.version()
         except ServiceUnreachable as error:
-            there = None
+            service = None
             console.error(str(error))
     if args.json:
-        console.json({"client": own, "service": there})
+        console.json({"client": own, "service": service})
         return Exit.SUCCEEDED
     console.data(f"client {own}")
-    if there:
-        console.data(f"service {there.get('version')} at {trainyard.url}")
+    if service:
+        console.data(f"service {service.get('version')} at {trainyard.url}")
     return Exit.SUCCEEDED
 
 
-def rows(
+def print_list(
     args: SimpleNamespace,
     console: Console,
     read: Callable[[Client, str], Iterable[Any]],
     header: Row,
     row: Callable[[Any], Row],
 ) -> int:
-    """Print what ``read`` finds of the job that the options name."""
+    """Print the objects of a job that ``read`` returns, as a table or as JSON."""
     with connect(args) as trainyard:
-        found = list(islice(read(trainyard, trainyard.find(args.job)["id"]), None))
-    return _print_rows(args, console, found, header, row)
+        items = list(read(trainyard, trainyard.find(args.job)["id"]))
+    return _print_rows(args, console, items, header, row)
 
 
 def _print_rows(
-    args: SimpleNamespace, console: Console, found: list[Any], header: Row, row: Callable[[Any], Row]
+    args: SimpleNamespace, console: Console, items: list[Any], header: Row, row: Callable[[Any], Row]
 ) -> int:
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
+        console.json_list(items)
     else:
-        console.lines(table(header, [row(one) for one in found]))
+        console.lines(table(header, [row(item) for item in items]))
     return Exit.SUCCEEDED

@@ -1,10 +1,10 @@
-"""`trainyard submit`: a spec file, MiniMind's flags, or both."""
+"""`trainyard submit`: submit a job from a spec file, MiniMind's flags, or both."""
 
 import shlex
 from types import SimpleNamespace
 
 from trainyard.client.api import Client
-from trainyard.client.cli.commands.plan import shown_before, warned_before
+from trainyard.client.cli.commands.plan import plan_preview, plan_warnings
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import SUBMIT
 from trainyard.client.cli.submission import Submission
@@ -15,49 +15,47 @@ from trainyard.contract.parsing import parse_spec
 
 
 def submit(args: SimpleNamespace, console: Console) -> int:
-    """Launch a run."""
-    asked = Submission.read(SUBMIT, args, console)
+    submission = Submission.read(SUBMIT, args, console)
     if args.timeout is not None and not args.watch:
-        raise UsageError("--timeout says how long to follow: give --watch as well")
+        raise UsageError("--timeout needs --watch: it limits how long to follow")
     with Client(args.url, args.token) as trainyard:
         try:
-            if not args.yes and not _wanted(asked, trainyard, console):
-                return Exit.REFUSED
-            job = trainyard.submit(asked.spec)
+            if not args.yes and not _confirmed(submission, trainyard, console):
+                return Exit.REJECTED
+            job = trainyard.submit(submission.spec)
         except InvalidSpec as error:
-            asked.error_text(error, console)
-            return Exit.REFUSED
-        return _launched(job, args, console)
+            submission.print_rejection(error, console)
+            return Exit.REJECTED
+        return _report(job, args, console)
 
 
-def _wanted(asked: Submission, trainyard: Client, console: Console) -> bool:
-    """A person is shown the plan and asked; nobody is there to ask where the plan has warnings."""
-    if console.interactive and asked.args.spec != "-":
-        return _agreed(asked, trainyard, console)
-    warned = warned_before(trainyard, asked.spec)
-    if warned:
+def _confirmed(submission: Submission, trainyard: Client, console: Console) -> bool:
+    if console.interactive and submission.args.spec != "-":
+        return _ask(submission, trainyard, console)
+    # No user can be asked, so warnings stop the submission.
+    warnings = plan_warnings(trainyard, submission.spec)
+    if warnings:
         console.error("trainyard: not submitted, because the plan has warnings:")
-        for line in warned:
+        for line in warnings:
             console.error(line)
         console.error("-y submits in spite of them; `trainyard plan` shows the whole plan")
-    return not warned
+    return not warnings
 
 
-def _agreed(asked: Submission, trainyard: Client, console: Console) -> bool:
-    """Show what would be submitted and ask. A spec that is wrong is not worth a question."""
-    parsed = parse_spec(asked.spec)
+def _ask(submission: Submission, trainyard: Client, console: Console) -> bool:
+    parsed = parse_spec(submission.spec)
     if parsed.problems:
-        console.error("trainyard: the spec is wrong; nothing was sent")
-        asked.list_problems([(problem.pointer, problem.message) for problem in parsed.problems], console)
+        console.error("trainyard: the spec is invalid; nothing was submitted")
+        submission.print_problems([(problem.pointer, problem.message) for problem in parsed.problems], console)
         return False
-    for line in shown_before(trainyard, asked.spec):
+    for line in plan_preview(trainyard, submission.spec):
         console.error(line)
     return console.confirm("Submit?")
 
 
-def _launched(job: Job, args: SimpleNamespace, console: Console) -> int:
+def _report(job: Job, args: SimpleNamespace, console: Console) -> int:
     if args.watch:
-        # Imported here: a submit that does not watch draws nothing.
+        # Imported here, because a submit without --watch needs none of it.
         from trainyard.client.cli.watch.watcher import follow_job
 
         return follow_job(job["id"], args, console, handle=job["id"])

@@ -1,4 +1,4 @@
-"""`trainyard webhook create|list|show|deliveries|test|redeliver|rotate|enable|disable|delete`: who is told of jobs."""
+"""`trainyard webhook create|list|show|deliveries|test|redeliver|rotate|enable|disable|delete`."""
 
 import json
 import time
@@ -10,22 +10,16 @@ from typing import Any
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.formatting import (
-    UNKNOWN,
-    ago,
-    count,
-    one_line,
-    table,
-)
+from trainyard.client.cli.formatting import UNKNOWN, ago, count, one_line, table
 from trainyard.client.exit_codes import Exit, UsageError
 from trainyard.client.types import Delivery, Webhook
 
-LOOK_SECONDS = 0.2
+POLL_SECONDS = 0.2
 RULES = {"no_progress": ("minutes", float), "plateau": ("steps", int), "eval_loss_below": ("value", float)}
 
 
-def rule_in(text: str) -> dict[str, Any]:
-    """``nonfinite``, ``no_progress=30``, ``plateau=2000``, ``eval_loss_below=2.5`` as the API has it."""
+def parse_rule(text: str) -> dict[str, Any]:
+    """Return ``nonfinite``, ``no_progress=30``, ``plateau=2000`` or ``eval_loss_below=2.5`` as an object of the API."""
     kind, equals, value = text.partition("=")
     if kind == "nonfinite" and not equals:
         return {"kind": kind}
@@ -38,8 +32,7 @@ def rule_in(text: str) -> dict[str, Any]:
 
 
 def create(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook create`: the secret alone on stdout, so that it can be piped into a file."""
-    fields: dict[str, Any] = {"rules": [rule_in(text) for text in args.rule], "labels": _labels(args.label)}
+    fields: dict[str, Any] = {"rules": [parse_rule(text) for text in args.rule], "labels": _labels(args.label)}
     if args.event:
         fields["events"] = list(args.event)
     if args.description:
@@ -47,8 +40,8 @@ def create(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         if args.job:
             fields["job_id"] = trainyard.find(args.job)["id"]
-        made = trainyard.webhooks.create(args.to, **fields)
-    return _print_secret(made, args, console)
+        webhook = trainyard.webhooks.create(args.to, **fields)
+    return _print_secret(webhook, args, console)
 
 
 def _labels(given: Iterable[str]) -> dict[str, str]:
@@ -59,146 +52,138 @@ def _labels(given: Iterable[str]) -> dict[str, str]:
 
 
 def list_webhooks(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook list`."""
     with connect(args) as trainyard:
-        found = list(trainyard.webhooks.list())
+        webhooks = list(trainyard.webhooks.list())
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
-    elif not found:
-        console.error("no webhooks; make one:  trainyard webhook create https://example.com/hook")
+        console.json_list(webhooks)
+    elif not webhooks:
+        console.error("no webhooks; create one:  trainyard webhook create https://example.com/hook")
     else:
-        rows = [(one["id"], one_line(one["url"], 60), _about(one), standing(one)) for one in found]
-        console.lines(table(("ID", "URL", "ABOUT", "STANDING"), rows))
+        rows = [(hook["id"], one_line(hook["url"], 60), _jobs(hook), status(hook)) for hook in webhooks]
+        console.lines(table(("ID", "URL", "JOBS", "STATUS"), rows))
     return Exit.SUCCEEDED
 
 
 def show(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook show`."""
     with connect(args) as trainyard:
-        found = trainyard.webhooks.get(args.webhook)
+        webhook = trainyard.webhooks.get(args.webhook)
     if args.json:
-        console.json(found)
+        console.json(webhook)
         return Exit.SUCCEEDED
     now = datetime.now(UTC)
     lines = {
-        "webhook": f"{found['id']}  {standing(found)}",
-        "url": found["url"],
-        "description": found["description"],
-        "about": _about(found),
-        "events": ", ".join(found["events"]),
-        "rules": ", ".join(json.dumps(rule) for rule in found["rules"]),
-        "taken": ago(found["succeeded_at"], now) if found["succeeded_at"] else "never yet",
+        "webhook": f"{webhook['id']}  {status(webhook)}",
+        "url": webhook["url"],
+        "description": webhook["description"],
+        "jobs": _jobs(webhook),
+        "events": ", ".join(webhook["events"]),
+        "rules": ", ".join(json.dumps(rule) for rule in webhook["rules"]),
+        "delivered": ago(webhook["succeeded_at"], now) if webhook["succeeded_at"] else "never",
     }
     console.lines(f"{name:<12} {one_line(text, 400)}" for name, text in lines.items() if text)
     return Exit.SUCCEEDED
 
 
-def standing(webhook: Webhook) -> str:
-    """How it is, in a few words."""
+def status(webhook: Webhook) -> str:
+    """Return whether the webhook is disabled, failing or ok."""
     if not webhook["enabled"]:
-        why = webhook["disabled_reason"]
-        return f"off: {why}" if why else "off"
+        reason = webhook["disabled_reason"]
+        return f"disabled: {reason}" if reason else "disabled"
     if webhook["failing_since"]:
         return f"failing since {webhook['failing_since']}, {count(webhook['failures'])} tries"
-    return "good"
+    return "ok"
 
 
-def _about(webhook: Webhook) -> str:
+def _jobs(webhook: Webhook) -> str:
     labels = [f"{key}={value}" for key, value in webhook["labels"].items()]
     return " ".join([webhook["job_id"] or "all jobs", *labels])
 
 
 def deliveries(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook deliveries`."""
     with connect(args) as trainyard:
-        found = list(trainyard.webhooks.deliveries(args.webhook, state=args.state, limit=args.limit))
+        rows = list(trainyard.webhooks.deliveries(args.webhook, state=args.state, limit=args.limit))
     if args.json:
-        console.json({"object": "list", "data": found, "has_more": False})
+        console.json_list(rows)
     else:
         header = ("ID", "TYPE", "JOB", "STATE", "TRIES", "LAST", "CREATED")
         now = datetime.now(UTC)
-        console.lines(table(header, [_row(one, now) for one in found], right=frozenset({4})))
+        console.lines(table(header, [_row(one, now) for one in rows], right=frozenset({4})))
     return Exit.SUCCEEDED
 
 
-def _row(found: Delivery, now: datetime) -> tuple[str, ...]:
-    tries = count(found["attempts"])
-    times = (outcome(found), ago(found["created_at"], now))
-    return (found["id"], found["type"], found["job_id"] or UNKNOWN, found["state"], tries, *times)
+def _row(delivery: Delivery, now: datetime) -> tuple[str, ...]:
+    tries = count(delivery["attempts"])
+    last = (last_try(delivery), ago(delivery["created_at"], now))
+    return (delivery["id"], delivery["type"], delivery["job_id"] or UNKNOWN, delivery["state"], tries, *last)
 
 
-def outcome(delivery: Delivery) -> str:
-    """What came of the last try: "204 in 31 ms"."""
+def last_try(delivery: Delivery) -> str:
+    """Return the result of the last try, e.g. "204 in 31 ms"."""
     if not delivery["tries"]:
         return UNKNOWN
     last = delivery["tries"][-1]
-    said = " ".join(str(part) for part in (last["status"], last["error"]) if part is not None)
-    return one_line(f"{said} in {1000 * last['seconds']:,.0f} ms", 100)
+    result = " ".join(str(part) for part in (last["status"], last["error"]) if part is not None)
+    return one_line(f"{result} in {1000 * last['seconds']:,.0f} ms", 100)
 
 
 def test(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook test`: waits for what comes of it; 1 where the receiver did not take it."""
+    """Send a test event and wait for its result. The exit code is 1 if it was not delivered."""
     with connect(args) as trainyard:
-        found = _settled(trainyard, trainyard.webhooks.test(args.webhook), args.timeout)
+        delivery = _wait(trainyard, trainyard.webhooks.test(args.webhook), args.timeout)
     if args.json:
-        console.json(found)
-    elif found["state"] == "pending":
-        console.error("nothing was sent yet: is a server with a scheduler running?")
+        console.json(delivery)
+    elif delivery["state"] == "pending":
+        console.error("not sent yet: is a service with a scheduler running?")
     else:
-        console.data(f"{found['state']}: {outcome(found)}")
-    return Exit.SUCCEEDED if found["state"] == "delivered" else Exit.REFUSED
+        console.data(f"{delivery['state']}: {last_try(delivery)}")
+    return Exit.SUCCEEDED if delivery["state"] == "delivered" else Exit.REJECTED
 
 
-def _settled(trainyard: Client, delivery: Delivery, seconds: float) -> Delivery:
+def _wait(trainyard: Client, delivery: Delivery, seconds: float) -> Delivery:
     deadline = time.monotonic() + seconds
     while delivery["state"] == "pending" and time.monotonic() < deadline:
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
         delivery = trainyard.webhooks.delivery(delivery["webhook_id"], delivery["id"])
     return delivery
 
 
 def redeliver(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook redeliver`."""
     with connect(args) as trainyard:
-        found = trainyard.webhooks.redeliver(args.webhook, args.delivery)
+        delivery = trainyard.webhooks.redeliver(args.webhook, args.delivery)
     if args.json:
-        console.json(found)
+        console.json(delivery)
     else:
-        console.error(f"{found['event_id']} is sent again as delivery {found['id']}")
+        console.error(f"{delivery['event_id']} will be sent again as delivery {delivery['id']}")
     return Exit.SUCCEEDED
 
 
 def rotate(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook rotate`."""
     with connect(args) as trainyard:
-        made = trainyard.webhooks.rotate(args.webhook)
-    return _print_secret(made, args, console)
+        webhook = trainyard.webhooks.rotate(args.webhook)
+    return _print_secret(webhook, args, console)
 
 
 def enable(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook enable`."""
     return _switch(args, console, enabled=True)
 
 
 def disable(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook disable`."""
     return _switch(args, console, enabled=False)
 
 
 def _switch(args: SimpleNamespace, console: Console, *, enabled: bool) -> int:
     with connect(args) as trainyard:
-        found = trainyard.webhooks.change(args.webhook, enabled=enabled)
+        webhook = trainyard.webhooks.change(args.webhook, enabled=enabled)
     if args.json:
-        console.json(found)
+        console.json(webhook)
     else:
-        console.error(f"{found['id']} is {standing(found)}")
+        console.error(f"{webhook['id']} is {status(webhook)}")
     return Exit.SUCCEEDED
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard webhook delete`."""
     if not args.yes and console.interactive and not console.confirm(f"delete {args.webhook}, with its log?"):
-        return Exit.REFUSED
+        return Exit.REJECTED
     with connect(args) as trainyard:
         trainyard.webhooks.delete(args.webhook)
     if args.json:
@@ -208,13 +193,14 @@ def delete(args: SimpleNamespace, console: Console) -> int:
     return Exit.SUCCEEDED
 
 
-def _print_secret(made: Webhook, args: SimpleNamespace, console: Console) -> int:
+def _print_secret(webhook: Webhook, args: SimpleNamespace, console: Console) -> int:
     if args.json:
-        console.json(made)
+        console.json(webhook)
         return Exit.SUCCEEDED
-    console.data(made["secret"])
-    console.error(f"{made['id']} signs with it. Keep it now: it is not shown again")
-    if made["old_secret_until"]:
-        console.error(f"the one before signs as well until {made['old_secret_until']}")
-    console.error(f"try it:  trainyard webhook test {made['id']}")
+    # The secret alone goes to stdout, so that it can be piped into a file.
+    console.data(webhook["secret"])
+    console.error(f"{webhook['id']} signs with this secret. Store it now: it is not shown again")
+    if webhook["old_secret_until"]:
+        console.error(f"the previous secret signs as well until {webhook['old_secret_until']}")
+    console.error(f"try it:  trainyard webhook test {webhook['id']}")
     return Exit.SUCCEEDED

@@ -1,4 +1,4 @@
-"""What `watch` knows of a run's checkpoints: how many are kept, and whether the newest is what was told of it."""
+"""The checkpoints that `watch` shows: how many there are, and whether the newest matches its record."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from trainyard.client.errors import ApiError
 from trainyard.contract.rundir import MODEL_FILE
 
 POLL_EVERY = 10
-"""Looks at the job between two at its checkpoints: old ones are removed a moment after a new one came."""
+"""Polls of the job for one of its checkpoints: old ones are deleted a moment after a new one was written."""
 
 
 @dataclass(frozen=True)
 class KeptCheckpoints:
-    """``count`` checkpoints with ``bytes`` of files. ``verified``: the manifest of ``step`` agrees with the record."""
+    """``count`` checkpoints of ``bytes`` together. ``verified``: the manifest of ``step`` matches its record."""
 
     step: int
     count: int
@@ -23,39 +23,40 @@ class KeptCheckpoints:
 
 
 class CheckpointPoller:
-    """Looks at the checkpoints when there is a new one, and now and then."""
+    """Reads the list of checkpoints if there is a new one, and at every `POLL_EVERY`-th poll."""
 
     def __init__(self, trainyard: Client, job_id: str) -> None:
         self._trainyard = trainyard
         self._job_id = job_id
-        self._looks = 0
-        self._asked: int | None = None
+        self._polls = 0
+        self._step: int | None = None
         self.kept: KeptCheckpoints | None = None
 
     def poll(self, newest: Mapping[str, Any] | None) -> KeptCheckpoints | None:
-        """What is kept, as far as the service says so; ``newest`` is the job's own word of its newest checkpoint."""
-        self._looks += 1
-        if newest and (self._asked != newest["step"] or self._looks % POLL_EVERY == 0):
-            self._asked = newest["step"]
+        """Return the checkpoints, or None if they are unknown. ``newest``: the checkpoint in the job's record."""
+        self._polls += 1
+        if newest and (self._step != newest["step"] or self._polls % POLL_EVERY == 0):
+            self._step = newest["step"]
             try:
-                self.kept = self._ask(newest)
+                self.kept = self._fetch(newest)
             except ApiError:
-                self.kept = None  # Removed a moment ago, or a service that has no such answers.
+                self.kept = None  # deleted a moment ago, or an older service without these routes
         return self.kept
 
-    def _ask(self, newest: Mapping[str, Any]) -> KeptCheckpoints | None:
-        found = self._trainyard.checkpoints(self._job_id)
-        if not found:
+    def _fetch(self, newest: Mapping[str, Any]) -> KeptCheckpoints | None:
+        checkpoints = self._trainyard.checkpoints(self._job_id)
+        if not checkpoints:
             return None
         step = newest["step"]
         known = self.kept is not None and self.kept.step == step and self.kept.verified
-        verified = known or agrees(self._trainyard.manifest(self._job_id, step), newest)
-        return KeptCheckpoints(step, len(found), sum(one.get("bytes") or 0 for one in found), verified)
+        verified = known or manifest_matches(self._trainyard.manifest(self._job_id, step), newest)
+        size = sum(checkpoint.get("bytes") or 0 for checkpoint in checkpoints)
+        return KeptCheckpoints(step, len(checkpoints), size, verified)
 
 
-def agrees(manifest: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
-    """Whether a manifest names the weights with the sha256 that was told of them, and no more bytes in all."""
+def manifest_matches(manifest: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Return whether a manifest has the sha256 of the weights in ``record``, and at most as many bytes."""
     files = manifest.get("files") or {}
     total = sum(file["bytes"] for file in files.values())
-    same_weights = files.get(MODEL_FILE, {}).get("sha256") == told.get("sha256")
-    return bool(files) and same_weights and total <= (told.get("bytes") or 0)
+    same_weights = files.get(MODEL_FILE, {}).get("sha256") == record.get("sha256")
+    return bool(files) and same_weights and total <= (record.get("bytes") or 0)

@@ -1,4 +1,4 @@
-"""The loss curve as `watch` keeps it: the newest points, and their exponential mean."""
+"""The loss curve that `watch` shows: the newest points, and their exponential moving average."""
 
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -6,11 +6,11 @@ from typing import Any
 
 MAX_POINTS = 2000
 HALF_LIFE = 50.0
-"""Steps after which a point counts half in the mean; the same as the service's."""
+"""Steps after which a point has half its weight. The dashboard uses the same."""
 
 
 class Ema:
-    """Exponential mean by distance in steps, so that it does not depend on the log interval."""
+    """Exponential moving average whose weights depend on the distance in steps, not on the log interval."""
 
     def __init__(self, half_life: float = HALF_LIFE) -> None:
         self._half_life = half_life
@@ -19,26 +19,26 @@ class Ema:
         self._weight = 0.0
 
     def add(self, step: int, value: float) -> None:
-        """Take a finite value in; steps never fall."""
-        apart = 0 if self._step is None else step - self._step
-        decay = 0.5 ** (apart / self._half_life)
+        """Add a finite value. Steps must not decrease."""
+        distance = 0 if self._step is None else step - self._step
+        decay = 0.5 ** (distance / self._half_life)
         self._weighted = decay * self._weighted + value
         self._weight = decay * self._weight + 1.0
         self._step = step
 
     @property
     def value(self) -> float | None:
-        """The mean, or None before the first value."""
+        """The average, or None before the first value."""
         return self._weighted / self._weight if self._weight else None
 
 
 class Curve:
-    """Points in the order of their steps. A new attempt may go back: then later points make way for its own."""
+    """Points in the order of their steps. `rewind` removes those that a new attempt will report again."""
 
     def __init__(self) -> None:
         self.points: deque[tuple[int, float]] = deque(maxlen=MAX_POINTS)
         self.last: Mapping[str, Any] | None = None
-        self.evaluated: tuple[int, float] | None = None
+        self.last_eval: tuple[int, float] | None = None
         self._ema = Ema()
 
     @property
@@ -48,26 +48,26 @@ class Curve:
 
     @property
     def ema(self) -> float | None:
-        """Exponential mean of the loss."""
+        """The average loss, or None before the first point."""
         return self._ema.value
 
     @property
     def losses(self) -> list[float]:
-        """The finite losses that are kept, oldest first."""
+        """The finite losses of the newest points, oldest first."""
         return [loss for _, loss in self.points]
 
     def extend(self, metrics: Iterable[Mapping[str, Any]]) -> None:
-        """Take new points in."""
+        """Add new points."""
         for metric in metrics:
             self.last = metric
             if metric.get("eval_loss") is not None:
-                self.evaluated = (metric["step"], metric["eval_loss"])
+                self.last_eval = (metric["step"], metric["eval_loss"])
             if metric.get("loss") is not None:
                 self.points.append((metric["step"], metric["loss"]))
                 self._ema.add(metric["step"], metric["loss"])
 
     def rewind(self, step: int) -> None:
-        """Forget what stands behind ``step``: a new attempt began there."""
+        """Remove the points after ``step``, at which a new attempt has started."""
         kept = [(at, loss) for at, loss in self.points if at <= step]
         self.points = deque(kept, maxlen=MAX_POINTS)
         self._ema = Ema()

@@ -1,38 +1,25 @@
-"""The page of one job, as plain lines: the sentence first, then the facts, the alerts, the error, the verbs. Pure."""
+"""The page of `trainyard show`: summary, facts, alerts, error and allowed actions of a job, as lines of text."""
 
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from trainyard.client.cli.formatting import (
-    ago,
-    compact_number,
-    count,
-    duration,
-    fixed,
-    scientific,
-    size,
-    status_word,
-)
+from trainyard.client.cli.formatting import ago, compact_number, count, duration, fixed, scientific, size, status_word
 from trainyard.client.cli.hints import error_card, next_actions
 
 
 def job_page(job: Mapping[str, Any], now: datetime) -> list[str]:
-    """Lines of `trainyard show`."""
+    """Return the lines of the page."""
     phase = f" ({job['phase']})" if job.get("phase") else ""
     lines = [f"{job['name']}   {job['id']}   {status_word(job['status'])}{phase}"]
-    lines += _sentences(job)
-    helps = [f"  {line}" for line in next_actions(job)]
-    for block in (_facts(job, now), _alerts(job), error_card(job), ["next:", *helps] if helps else [], _actions(job)):
+    summary, message = str(job.get("summary") or ""), str(job.get("message") or "")
+    is_repeated = message.rstrip(".").lower() in summary.lower()
+    lines += [text for text in (summary, "" if is_repeated else message) if text]
+    commands = [f"  {line}" for line in next_actions(job)]
+    suggestions = ["next:", *commands] if commands else []
+    for block in (_facts(job, now), _alerts(job), error_card(job), suggestions, _actions(job)):
         lines += ["", *block] if block else []
     return lines
-
-
-def _sentences(job: Mapping[str, Any]) -> list[str]:
-    """The summary, and the message where it says more."""
-    summary, message = str(job.get("summary") or ""), str(job.get("message") or "")
-    repeated = message.rstrip(".").lower() in summary.lower()
-    return [text for text in (summary, "" if repeated else message) if text]
 
 
 def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
@@ -42,8 +29,8 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
         ("checkpoint", _checkpoint(job.get("checkpoint"), now)),
         ("queue", _queue(job.get("queue"))),
         ("attempt", _text(job.get("attempt"))),
-        ("reason", _text(job.get("reason"))),
-        ("by", _text(job.get("submitted_by"))),
+        ("reason", f"{job['status']} by user" if job.get("reason") == "user" else _text(job.get("reason"))),
+        ("submitted", f"by {job['submitted_by']}" if job.get("submitted_by") else ""),
         ("labels", " ".join(f"{key}={value}" for key, value in sorted((job.get("labels") or {}).items()))),
         ("corpus", _text(((job.get("spec") or {}).get("data") or {}).get("data_path"))),
         ("times", _times(job, now)),
@@ -105,7 +92,7 @@ def _alerts(job: Mapping[str, Any]) -> list[str]:
 
 
 def alert_text(alert: object) -> str:
-    """An alert is an object with a message, or just a text."""
+    """Return the message of an alert, which is an object with a ``message`` or a text."""
     return str(alert.get("message", alert)) if isinstance(alert, Mapping) else str(alert)
 
 

@@ -1,4 +1,4 @@
-"""The picture that `watch` draws: at most 14 lines of styled pieces. Pure; nothing here knows of a terminal."""
+"""The display of `watch` on a terminal: at most 14 lines of styled text."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
@@ -21,10 +21,10 @@ from trainyard.client.cli.formatting import (
 from trainyard.client.cli.watch.job_page import alert_text
 from trainyard.client.cli.watch.state import WatchState
 
-Piece: TypeAlias = tuple[str, str]
+Span: TypeAlias = tuple[str, str]
 """(text, style)."""
 
-Line: TypeAlias = Sequence[Piece]
+Line: TypeAlias = Sequence[Span]
 
 MAX_LINES = 14
 MAX_ALERTS = 3
@@ -40,146 +40,144 @@ STYLES = {
 }
 
 
-def render(scene: WatchState, now: datetime, width: int = 100) -> list[Line]:
-    """The whole picture, at most `MOST_LINES` lines, none longer than ``width``."""
-    lines: list[Line] = [_title(scene, width), _state(scene, now), *_sentence(scene)]
-    if scene.progress.get("step") or scene.curve.last:
-        lines += [_loss(scene), _speed(scene), _optimizer(scene)]
-    if scene.job.get("checkpoint"):
-        lines.append(_checkpoint(scene, now))
-    lines += [[("  alert     ", "yellow"), (alert_text(alert), "")] for alert in _alerts(scene)]
-    lines.append(_footer(scene, now))
-    return [_cut(line, width) for line in lines[:MAX_LINES]]
+def render(state: WatchState, now: datetime, width: int = 100) -> list[Line]:
+    """Return at most `MAX_LINES` lines, none longer than ``width``."""
+    lines: list[Line] = [_title(state, width), _status(state, now), *_message(state)]
+    if state.progress.get("step") or state.curve.last:
+        lines += [_loss(state), _speed(state), _optimizer(state)]
+    if state.job.get("checkpoint"):
+        lines.append(_checkpoint(state, now))
+    alerts = (state.job.get("alerts") or [])[:MAX_ALERTS]
+    lines += [[("  alert     ", "yellow"), (alert_text(alert), "")] for alert in alerts]
+    lines.append(_footer(state, now))
+    return [_truncate(line, width) for line in lines[:MAX_LINES]]
 
 
 def plain(lines: Sequence[Line]) -> list[str]:
-    """The same without styles."""
+    """Return the text of the lines, without styles."""
     return ["".join(text for text, _ in line).rstrip() for line in lines]
 
 
-def _alerts(scene: WatchState) -> list[Any]:
-    return list(scene.job.get("alerts") or [])[:MAX_ALERTS]
-
-
-def _title(scene: WatchState, width: int) -> Line:
-    job = scene.job
+def _title(state: WatchState, width: int) -> Line:
+    job = state.job
     attempt = f"   attempt {job['attempt']}" if job.get("attempt") else ""
-    left = f"{one_line(str(job.get('name', scene.handle)), 40)}{attempt}   {job.get('id', '')}"
+    left = f"{one_line(str(job.get('name', state.handle)), 40)}{attempt}   {job.get('id', '')}"
     hint = "Ctrl-C detaches; the job keeps running"
     gap = width - len(left) - len(hint)
     return [(left, "bold"), (" " * gap + hint, "dim")] if gap >= 3 else [(left, "bold")]
 
 
-def _state(scene: WatchState, now: datetime) -> Line:
-    status, progress = str(scene.job.get("status", "connecting")), scene.progress
-    pieces: list[Piece] = [(status_word(status), STYLES.get(status, "bold"))]
-    phase = scene.job.get("phase")
+def _status(state: WatchState, now: datetime) -> Line:
+    status, progress = str(state.job.get("status", "connecting")), state.progress
+    spans: list[Span] = [(status_word(status), STYLES.get(status, "bold"))]
+    phase = state.job.get("phase")
     if phase and phase != "training":
-        pieces.append((f" ({phase})", ""))
+        spans.append((f" ({phase})", ""))
     steps, percent = progress.get("steps"), progress.get("percent")
     if not progress.get("step") and steps is None:
-        return pieces
-    pieces.append((f"   step {count(progress['step'])} / {count(steps)}", ""))
+        return spans
+    spans.append((f"   step {count(progress['step'])} / {count(steps)}", ""))
     if percent is not None:
-        pieces += [(f"   {fixed(percent, 1)} %   ", ""), (bar(percent / 100, BAR), "cyan")]
-    return [*pieces, (_eta(scene, now), "")]
+        spans += [(f"   {fixed(percent, 1)} %   ", ""), (bar(percent / 100, BAR), "cyan")]
+    return [*spans, (_eta(state, now), "")]
 
 
-def _eta(scene: WatchState, now: datetime) -> str:
-    eta = scene.progress.get("eta_seconds")
-    if not eta or scene.job.get("status") != "running":
+def _eta(state: WatchState, now: datetime) -> str:
+    eta = state.progress.get("eta_seconds")
+    if not eta or state.job.get("status") != "running":
         return ""
     return f"   ETA {duration(eta)} ({(now + timedelta(seconds=eta)).astimezone():%H:%M})"
 
 
-def _sentence(scene: WatchState) -> list[Line]:
-    """What the numbers do not say: why the job waits, restarts, or ended."""
-    job = scene.job
-    begun = job.get("phase") == "training" or (job.get("phase") is None and scene.progress.get("steps") is not None)
-    training = job.get("status") == "running" and begun
-    text = job.get("message") or (None if training else job.get("summary"))
+def _message(state: WatchState) -> list[Line]:
+    job = state.job
+    has_steps = job.get("phase") == "training" or (job.get("phase") is None and state.progress.get("steps") is not None)
+    # While it trains, the numbers say all that the summary says.
+    is_training = job.get("status") == "running" and has_steps
+    text = job.get("message") or (None if is_training else job.get("summary"))
     return [[(f"  {one_line(str(text), 300)}", "")]] if text else []
 
 
-def _loss(scene: WatchState) -> Line:
-    curve = scene.curve
-    pieces: list[Piece] = [(f"  loss      {fixed(curve.ema)} ema   {fixed(scene.newest('loss'))} last   ", "")]
-    pieces.append((sparkline(curve.losses, SPARK), "magenta"))
-    if curve.evaluated:
-        step, loss = curve.evaluated
-        pieces.append((f"   eval {fixed(loss)} at {count(step)}", ""))
-    return pieces
+def _loss(state: WatchState) -> Line:
+    curve = state.curve
+    spans: list[Span] = [(f"  loss      {fixed(curve.ema)} ema   {fixed(state.newest('loss'))} last   ", "")]
+    spans.append((sparkline(curve.losses, SPARK), "magenta"))
+    if curve.last_eval:
+        step, loss = curve.last_eval
+        spans.append((f"   eval {fixed(loss)} at {count(step)}", ""))
+    return spans
 
 
-def _speed(scene: WatchState) -> Line:
-    mfu = scene.newest("mfu")
+def _speed(state: WatchState) -> Line:
+    mfu = state.newest("mfu")
     parts = [
-        f"{count(scene.newest('tokens_per_second'))} tok/s",
-        f"{fixed(scene.newest('step_seconds'))} s/step",
+        f"{count(state.newest('tokens_per_second'))} tok/s",
+        f"{fixed(state.newest('step_seconds'))} s/step",
         *([] if mfu is None else [f"MFU {100 * mfu:.0f} %"]),
-        f"tokens {compact_number(scene.newest('tokens'))}{_of_all_tokens(scene)}",
+        f"tokens {compact_number(state.newest('tokens'))}{_total_tokens(state)}",
     ]
     return [("  speed     " + "   ".join(parts), "")]
 
 
-def _of_all_tokens(scene: WatchState) -> str:
-    per_step, steps = (scene.job.get("plan") or {}).get("tokens_per_step"), scene.progress.get("steps")
+def _total_tokens(state: WatchState) -> str:
+    per_step, steps = (state.job.get("plan") or {}).get("tokens_per_step"), state.progress.get("steps")
     return f" of {compact_number(per_step * steps)}" if per_step and steps else ""
 
 
-def _optimizer(scene: WatchState) -> Line:
-    rate, norm = scientific(scene.newest("learning_rate")), fixed(scene.newest("grad_norm"), 2)
+def _optimizer(state: WatchState) -> Line:
+    rate, norm = scientific(state.newest("learning_rate")), fixed(state.newest("grad_norm"), 2)
     return [(f"  optim     lr {rate}   grad norm {norm}", "")]
 
 
-def _checkpoint(scene: WatchState, now: datetime) -> Line:
-    saved, kept = scene.job["checkpoint"], scene.kept
+def _checkpoint(state: WatchState, now: datetime) -> Line:
+    saved, kept = state.job["checkpoint"], state.checkpoints
     verified = ", verified" if kept and kept.verified and kept.step == saved.get("step") else ""
-    there = f"; {kept.count} kept, {size(kept.bytes)}" if kept else f"; {size(saved.get('bytes'))}"
+    sizes = f"; {kept.count} kept, {size(kept.bytes)}" if kept else f"; {size(saved.get('bytes'))}"
     when = f"{count(saved.get('step'))} saved {ago(saved.get('created_at'), now)}"
-    return [(f"  ckpt      {when}{verified}{_next_save(scene, now)}{there}", "")]
+    return [(f"  ckpt      {when}{verified}{_next_save(state, now)}{sizes}", "")]
 
 
-def _next_save(scene: WatchState, now: datetime) -> str:
-    due = [seconds for seconds in (_by_steps(scene), _by_minutes(scene, now)) if seconds is not None]
-    return f"; next in {duration(min(due))}" if due and scene.job.get("status") == "running" else ""
+def _next_save(state: WatchState, now: datetime) -> str:
+    due = [seconds for seconds in (_by_steps(state), _by_minutes(state, now)) if seconds is not None]
+    return f"; next in {duration(min(due))}" if due and state.job.get("status") == "running" else ""
 
 
-def _keeping(scene: WatchState) -> Mapping[str, Any]:
-    return (scene.job.get("spec") or {}).get("checkpoint") or {}
+def _checkpoint_spec(state: WatchState) -> Mapping[str, Any]:
+    return (state.job.get("spec") or {}).get("checkpoint") or {}
 
 
-def _by_steps(scene: WatchState) -> float | None:
-    interval = _keeping(scene).get("save_interval")
-    step, steps, seconds = scene.progress.get("step"), scene.progress.get("steps"), scene.newest("step_seconds")
+def _by_steps(state: WatchState) -> float | None:
+    interval = _checkpoint_spec(state).get("save_interval")
+    step, steps, seconds = state.progress.get("step"), state.progress.get("steps"), state.newest("step_seconds")
     if not interval or step is None or not seconds:
         return None
-    following = interval * (step // interval + 1)
-    return float((min(following, steps or following) - step) * seconds)
+    next_step = interval * (step // interval + 1)
+    return float((min(next_step, steps or next_step) - step) * seconds)
 
 
-def _by_minutes(scene: WatchState, now: datetime) -> float | None:
-    minutes, saved = _keeping(scene).get("save_minutes"), local_time(scene.job["checkpoint"].get("created_at"))
+def _by_minutes(state: WatchState, now: datetime) -> float | None:
+    minutes = _checkpoint_spec(state).get("save_minutes")
+    saved = local_time(state.job["checkpoint"].get("created_at"))
     return max(0.0, 60 * minutes - (now - saved).total_seconds()) if minutes and saved else None
 
 
-def _footer(scene: WatchState, now: datetime) -> Line:
-    where = f"{scene.url}/jobs/{scene.job['id']}" if scene.job.get("id") else scene.url
-    if scene.lost is not None:
-        since = duration((now - scene.seen_at).total_seconds()) if scene.seen_at else "now"
-        return [(f"reconnecting, no answer for {since}", "bold yellow"), (f"   {where}", "")]
-    updated = local_time(scene.progress.get("updated_at")) or scene.seen_at
+def _footer(state: WatchState, now: datetime) -> Line:
+    url = f"{state.url}/jobs/{state.job['id']}" if state.job.get("id") else state.url
+    if state.connection_error is not None:
+        since = duration((now - state.answered_at).total_seconds()) if state.answered_at else "now"
+        return [(f"reconnecting, no answer for {since}", "bold yellow"), (f"   {url}", "")]
+    updated = local_time(state.progress.get("updated_at")) or state.answered_at
     age = f", updated {duration((now - updated).total_seconds())} ago" if updated else ""
-    return [(f"live{age}   {where}", "dim")]
+    return [(f"live{age}   {url}", "dim")]
 
 
-def _cut(line: Line, width: int) -> Line:
-    """The line without what does not fit: a line that wraps would break the redrawing in place."""
-    kept: list[Piece] = []
+def _truncate(line: Line, width: int) -> Line:
+    # A line that wraps would break the redrawing in place.
+    spans: list[Span] = []
     left = width
     for text, style in line:
-        kept.append((one_line(text, left), style))
+        spans.append((one_line(text, left), style))
         left -= len(text)
         if left <= 0:
             break
-    return kept
+    return spans

@@ -1,4 +1,4 @@
-"""What `watch` knows at one moment: the job, its curve, and whether the service still answers."""
+"""The state of `watch`: the job, its curve and checkpoints, and whether the service responds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,39 +11,41 @@ from trainyard.client.cli.watch.curve import Curve
 
 @dataclass
 class WatchState:
-    """One look at a run. ``fresh`` are the points that came with the newest look.
+    """What is known of a run after the newest poll.
 
     Attributes:
-        handle: how the user names the job.
-        url: where the service is.
-        job: as last seen; {} before the first look.
-        seen_at: when the service last answered.
-        lost: why it does not answer now, or None.
-        kept: the checkpoints there are, None where that is not known.
+        handle: the id or name that the user typed.
+        url: URL of the service.
+        job: the newest record of the job; {} before the first response.
+        curve: the points so far.
+        new_points: the points that the newest poll has added.
+        answered_at: time of the newest response.
+        connection_error: why the service does not respond now, or None if it does.
+        checkpoints: the checkpoints of the job, or None if they are unknown.
     """
 
     handle: str
     url: str
     job: Mapping[str, Any] = field(default_factory=dict)
     curve: Curve = field(default_factory=Curve)
-    fresh: list[Any] = field(default_factory=list)
-    seen_at: datetime | None = None
-    lost: str | None = None
-    kept: KeptCheckpoints | None = None
+    new_points: list[Any] = field(default_factory=list)
+    answered_at: datetime | None = None
+    connection_error: str | None = None
+    checkpoints: KeptCheckpoints | None = None
 
     @property
     def progress(self) -> Mapping[str, Any]:
-        """The job's progress, {} before there is some."""
+        """The job's progress, or {} if there is none yet."""
         return self.job.get("progress") or {}
 
     @property
-    def state(self) -> tuple[Any, ...]:
-        """What makes a change worth a line of its own: status, phase, message, attempt, checkpoint, connection."""
+    def change_key(self) -> tuple[Any, ...]:
+        """Status, phase, message, attempt, checkpoint and connection: a view prints a line when one of them changes."""
         job, saved = self.job, self.job.get("checkpoint") or {}
-        told = (job.get("status"), job.get("phase"), job.get("message"), job.get("attempt"), saved.get("step"))
-        return (*told, self.lost is None)
+        values = (job.get("status"), job.get("phase"), job.get("message"), job.get("attempt"), saved.get("step"))
+        return (*values, self.connection_error is None)
 
     def newest(self, name: str) -> Any:
-        """A number from the newest point, or from the progress where the points have none."""
-        found = (self.curve.last or {}).get(name)
-        return self.progress.get(name) if found is None else found
+        """Return a value of the newest point, or of the progress if the point has none."""
+        value = (self.curve.last or {}).get(name)
+        return self.progress.get(name) if value is None else value

@@ -1,4 +1,4 @@
-"""The three faces of `watch`: a picture redrawn in place, lines for a log, NDJSON for a program."""
+"""The three outputs of `watch`: lines redrawn in place, log lines, and NDJSON."""
 
 from datetime import datetime
 from typing import Any, Protocol
@@ -13,64 +13,61 @@ LINE_SECONDS = 10.0
 
 
 class View(Protocol):
-    """Shows what is known of a run."""
+    """Output of `watch`."""
 
-    def show(self, scene: WatchState, now: datetime) -> None:
-        """Called after every look, about once a second."""
+    def show(self, state: WatchState, now: datetime) -> None:
+        """Write the state. Called after every poll, about once a second."""
 
     def close(self) -> None:
-        """Leave the screen in order."""
+        """Restore the terminal."""
 
 
 class LiveView:
-    """At most 14 lines, redrawn in place; the last one stays."""
+    """At most 14 lines, redrawn in place. The last state stays on the screen."""
 
     def __init__(self, console: Console) -> None:
         from rich.console import Console as Screen
         from rich.live import Live
 
-        self._screen = Screen(file=console.out, no_color=not console.colours, highlight=False, markup=False)
+        self._screen = Screen(file=console.out, no_color=not console.uses_colour, highlight=False, markup=False)
         self._live = Live(console=self._screen, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)
         self._live.start()
 
-    def show(self, scene: WatchState, now: datetime) -> None:
-        """Draw the picture over the one before."""
-        self._live.update(_rendered(render(scene, now, self._screen.width)), refresh=True)
+    def show(self, state: WatchState, now: datetime) -> None:
+        self._live.update(_to_text(render(state, now, self._screen.width)), refresh=True)
 
     def close(self) -> None:
-        """Leave the last picture and give the cursor back."""
         self._live.stop()
 
 
-def _rendered(lines: list[Line]) -> Any:
+def _to_text(lines: list[Line]) -> Any:
     from rich.text import Text
 
-    pieces = [piece for line in lines for piece in (*line, ("\n", ""))]
-    return Text.assemble(*pieces[:-1], no_wrap=True, overflow="crop")
+    spans = [span for line in lines for span in (*line, ("\n", ""))]
+    return Text.assemble(*spans[:-1], no_wrap=True, overflow="crop")
 
 
 class LinesView:
-    """One ``key=value`` line each 10 s, and at once when something changes. UTC, no ANSI."""
+    """One ``key=value`` line every 10 s, and at once after a change. Times are in UTC; no ANSI codes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._state: tuple[Any, ...] | None = None
-        self._said_at: datetime | None = None
+        self._printed: tuple[Any, ...] | None = None
+        self._printed_at: datetime | None = None
 
-    def show(self, scene: WatchState, now: datetime) -> None:
-        """Print a line where one is due."""
-        due = self._said_at is None or (now - self._said_at).total_seconds() >= LINE_SECONDS
-        if due or scene.state != self._state:
-            self._state, self._said_at = scene.state, now
-            self._console.data(log_line(scene, now))
+    def show(self, state: WatchState, now: datetime) -> None:
+        is_due = self._printed_at is None or (now - self._printed_at).total_seconds() >= LINE_SECONDS
+        if is_due or state.change_key != self._printed:
+            self._printed, self._printed_at = state.change_key, now
+            self._console.data(log_line(state, now))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
-def log_line(scene: WatchState, now: datetime) -> str:
-    """``at=2026-01-31T16:31:05Z job=job_7f3kq9 status=running step=12400 ...``; unknown values are left out."""
-    job, progress, saved = scene.job, scene.progress, scene.job.get("checkpoint") or {}
+def log_line(state: WatchState, now: datetime) -> str:
+    """Return ``at=2026-01-31T16:31:05Z job=job_7f3kq9 status=running step=12400 ...``, without unknown values."""
+    job, progress, saved = state.job, state.progress, state.job.get("checkpoint") or {}
     pairs = {
         "at": utc(now),
         "job": job.get("id"),
@@ -80,16 +77,16 @@ def log_line(scene: WatchState, now: datetime) -> str:
         "step": progress.get("step"),
         "steps": progress.get("steps"),
         "percent": _short(progress.get("percent"), 1),
-        "loss": _short(scene.newest("loss"), 4),
-        "ema": _short(scene.curve.ema, 4),
-        "lr": None if scene.newest("learning_rate") is None else f"{scene.newest('learning_rate'):.6g}",
-        "grad_norm": _short(scene.newest("grad_norm"), 4),
-        "tokens_per_second": _short(scene.newest("tokens_per_second"), 0),
+        "loss": _short(state.newest("loss"), 4),
+        "ema": _short(state.curve.ema, 4),
+        "lr": None if state.newest("learning_rate") is None else f"{state.newest('learning_rate'):.6g}",
+        "grad_norm": _short(state.newest("grad_norm"), 4),
+        "tokens_per_second": _short(state.newest("tokens_per_second"), 0),
         "eta_seconds": _short(progress.get("eta_seconds"), 0),
         "checkpoint": saved.get("step"),
         "alerts": "; ".join(map(alert_text, job.get("alerts") or [])) or None,
         "message": job.get("message"),
-        "connection": None if scene.lost is None else "lost",
+        "connection": None if state.connection_error is None else "lost",
     }
     return " ".join(f"{key}={_quoted(value)}" for key, value in pairs.items() if value is not None)
 
@@ -108,26 +105,26 @@ class JsonView:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._state: tuple[Any, ...] | None = None
-        self._lost: str | None = None
+        self._printed: tuple[Any, ...] | None = None
+        self._is_lost = False
 
-    def show(self, scene: WatchState, now: datetime) -> None:
-        """Print what is new, the points before the change that they led to."""
-        for metric in scene.fresh:
+    def show(self, state: WatchState, now: datetime) -> None:
+        # Points first: a change of status comes after them.
+        for metric in state.new_points:
             self._console.json({"event": "metric", "metric": metric})
-        if (scene.lost is None) != (self._lost is None):
-            self._console.json({"event": "connection", "lost": scene.lost, "at": utc(now)})
-            self._lost = scene.lost
-        if scene.state[:-1] != self._state:
-            self._state = scene.state[:-1]
-            self._console.json({"event": "job", "job": scene.job})
+        if (state.connection_error is not None) != self._is_lost:
+            self._console.json({"event": "connection", "lost": state.connection_error, "at": utc(now)})
+            self._is_lost = not self._is_lost
+        if state.change_key[:-1] != self._printed:
+            self._printed = state.change_key[:-1]
+            self._console.json({"event": "job", "job": state.job})
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing."""
 
 
 def view_for(console: Console, as_json: bool) -> View:
-    """The face that fits where stdout goes."""
+    """Return the view for the kind of stdout."""
     if as_json:
         return JsonView(console)
-    return LiveView(console) if console.draws else LinesView(console)
+    return LiveView(console) if console.can_redraw else LinesView(console)

@@ -1,4 +1,4 @@
-"""`trainyard watch`: look at a run about once a second until it is at rest, whatever happens to the service."""
+"""`trainyard watch`: poll a run about once a second until it is idle, even if the service restarts meanwhile."""
 
 import shlex
 import time
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
-from trainyard.client.cli.hints import ending
+from trainyard.client.cli.hints import end_report
 from trainyard.client.cli.watch.checkpoints import CheckpointPoller
 from trainyard.client.cli.watch.state import WatchState
 from trainyard.client.cli.watch.views import View, view_for
@@ -20,47 +20,46 @@ from trainyard.client.sse import EventStream, StreamEvent
 from trainyard.client.types import Job
 
 INTERVAL = 1.0
-BACKLOG = 2000
-"""Log intervals of the curve that are fetched at the start; a sparkline needs no more."""
+MAX_BACKLOG = 2000
+"""Log intervals of the curve that are fetched at the start. The sparkline needs no more."""
 
-LOST_SECONDS = 900.0
-"""A service that did not answer for so long will not be back soon: off a terminal nobody is there to see it."""
+MAX_LOST_SECONDS = 900.0
+"""Without a terminal, the command ends if the service has not responded for so long."""
 
-IMPATIENT = RetryPolicy(seconds=0.0)
-"""The loop itself is the patience, and the picture goes on while the service is away."""
+NO_RETRIES = RetryPolicy(seconds=0.0)
+"""The loop itself retries, and updates the display meanwhile."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Time, so that tests need none."""
+    """Clock and sleep, which tests replace."""
 
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
     def now(self) -> datetime:
-        """The time of day."""
+        """Return the current time in UTC."""
         return datetime.now(UTC)
 
 
 def watch(args: SimpleNamespace, console: Console) -> int:
-    """`trainyard watch`."""
     with Client(args.url, args.token) as trainyard:
         job_id = trainyard.find(args.job)["id"]
     return follow_job(job_id, args, console, handle=args.job)
 
 
 def follow_job(job_id: str, args: SimpleNamespace, console: Console, handle: str) -> int:
-    """Follow over a connection that does not wait for itself."""
-    with Client(args.url, args.token, timeout=5.0, patience=IMPATIENT) as trainyard:
+    """Follow a job with a client of its own, and return the exit code."""
+    with Client(args.url, args.token, timeout=5.0, retries=NO_RETRIES) as trainyard:
         return follow(Watcher(trainyard, job_id, handle, streams=True), args, console, Clock())
 
 
 def follow(watcher: "Watcher", args: SimpleNamespace, console: Console, clock: Clock) -> int:
-    """Show the run until its end; the exit code says how it ended."""
-    handle = watcher.scene.handle
+    """Show the run until it is idle, and return the exit code for its status."""
+    handle = watcher.state.handle
     view = view_for(console, args.json)
     try:
-        scene, code = poll_until_idle(watcher, view, clock, args.timeout, retry_policy(console))
+        state, code = poll_until_idle(watcher, view, clock, args.timeout, max_lost_seconds(console))
     except KeyboardInterrupt:
         view.close()
         console.error(f"Detached. Job continues. Re-attach: trainyard watch {shlex.quote(handle)}")
@@ -69,122 +68,122 @@ def follow(watcher: "Watcher", args: SimpleNamespace, console: Console, clock: C
         view.close()
         watcher.close()
     if code == Exit.TIMED_OUT:
-        how = "Job continues." if scene.lost is None else f"The service is lost: {scene.lost}."
+        how = "Job continues." if state.connection_error is None else f"The service is lost: {state.connection_error}."
         console.error(f"{args.timeout:g} s passed. {how} Re-attach: trainyard watch {shlex.quote(handle)}")
     elif code == Exit.NO_SERVICE:
-        console.error(f"The service is lost: {scene.lost}. Re-attach: trainyard watch {shlex.quote(handle)}")
+        console.error(
+            f"The service is lost: {state.connection_error}. Re-attach: trainyard watch {shlex.quote(handle)}"
+        )
     else:
-        for line in ending(scene.job, handle):
+        for line in end_report(state.job, handle):
             console.error(line)
     return code
 
 
-def retry_policy(console: Console) -> float | None:
-    """How long a service that is lost is waited for: on a terminal as long as somebody looks at it."""
-    return None if console.draws else LOST_SECONDS
+def max_lost_seconds(console: Console) -> float | None:
+    """Return how long to wait for a service that does not respond; None on a terminal, where the user decides."""
+    return None if console.can_redraw else MAX_LOST_SECONDS
 
 
 def poll_until_idle(
-    watcher: "Watcher", view: View, clock: Clock, timeout: float | None, patience: float | None
+    watcher: "Watcher", view: View, clock: Clock, timeout: float | None, max_lost: float | None
 ) -> tuple[WatchState, Exit]:
-    """The loop: look, show, decide, sleep. ``timeout`` seconds bound it, and ``patience`` without an answer."""
-    answered = clock.monotonic()
+    """Poll, show and sleep until the job is idle, for at most ``timeout`` s, or ``max_lost`` s without a response."""
+    answered_at = clock.monotonic()
     deadline = None if timeout is None else clock.monotonic() + timeout
     while True:
-        scene = watcher.poll(clock.now())
-        view.show(scene, clock.now())
-        code = exit_of_job(scene.job) if scene.job and scene.lost is None else None
+        state = watcher.poll(clock.now())
+        view.show(state, clock.now())
+        code = exit_of_job(state.job) if state.job and state.connection_error is None else None
         if code is not None:
-            return scene, code
+            return state, code
         if deadline is not None and clock.monotonic() >= deadline:
-            return scene, Exit.TIMED_OUT
-        answered = answered if scene.lost is not None else clock.monotonic()
-        if patience is not None and clock.monotonic() - answered >= patience:
-            return scene, Exit.NO_SERVICE
+            return state, Exit.TIMED_OUT
+        answered_at = answered_at if state.connection_error is not None else clock.monotonic()
+        if max_lost is not None and clock.monotonic() - answered_at >= max_lost:
+            return state, Exit.NO_SERVICE
         clock.sleep(INTERVAL if deadline is None else min(INTERVAL, max(0.0, deadline - clock.monotonic())))
 
 
 class Watcher:
-    """Asks the service and keeps the scene. An answer that does not come leaves the scene as it was.
+    """Polls the service and keeps the state. If there is no response, the state stays as it was.
 
-    With ``streams`` the points come by a stream; while it does not stand they are asked for.
+    With ``streams`` the points come from a stream, and from requests while the stream is not connected.
     """
 
     def __init__(self, trainyard: Client, job_id: str, handle: str, streams: bool = False) -> None:
         self._trainyard = trainyard
         self._job_id = job_id
         self._streams = streams
-        self._feed: EventStream | None = None
+        self._stream: EventStream | None = None
         self._attempt: int | None = None
-        self._saves = CheckpointPoller(trainyard, job_id)
-        self.scene = WatchState(handle=handle, url=trainyard.url)
+        self._checkpoints = CheckpointPoller(trainyard, job_id)
+        self.state = WatchState(handle=handle, url=trainyard.url)
 
     def close(self) -> None:
-        """Nothing more is wanted."""
-        if self._feed is not None:
-            self._feed.close()
+        """Stop the stream."""
+        if self._stream is not None:
+            self._stream.close()
 
     def poll(self, now: datetime) -> WatchState:
-        """One look. Raises Refused where the service says no: the job is gone, or the token is."""
-        scene = self.scene
-        scene.fresh = []
+        """Update the state and return it. Raises ApiError if the job or the token is not valid any more."""
+        state = self.state
+        state.new_points = []
         try:
             self._update(self._trainyard.job(self._job_id))
-            scene.seen_at, scene.lost = now, None
+            state.answered_at, state.connection_error = now, None
         except ServiceUnreachable as error:
-            scene.lost = error.cause
+            state.connection_error = error.cause
         except ApiError as error:
             if error.status < 500:
                 raise
-            scene.lost = error.detail
-        return scene
+            state.connection_error = error.detail
+        return state
 
     def _update(self, job: Job) -> None:
-        scene = self.scene
-        first = not scene.job
-        scene.kept = self._saves.poll(job.get("checkpoint"))
-        # What a job at rest said last may still be under way in the stream.
-        if self._feed is None or not self._feed.healthy or is_idle(job):
-            self._ask(job, first)
+        state = self.state
+        first = not state.job
+        state.checkpoints = self._checkpoints.poll(job.get("checkpoint"))
+        # The last points of an idle job may not have arrived in the stream yet, so fetch them.
+        if self._stream is None or not self._stream.healthy or is_idle(job):
+            self._fetch(job, first)
         else:
-            self._take(self._feed)
-        scene.job = job
+            self._apply_events(self._stream)
+        state.job = job
         if first and self._streams:
-            step = scene.curve.step
-            self._feed = EventStream(lambda behind: self._stream(step, behind)).start()
+            step = state.curve.step
+            self._stream = EventStream(lambda last_id: self._open_stream(step, last_id)).start()
 
-    def _stream(self, after_step: int, behind: str | None) -> Iterator[StreamEvent]:
-        return self._trainyard.metric_stream(self._job_id, after_step=after_step, last_event_id=behind)
+    def _open_stream(self, after_step: int, last_id: str | None) -> Iterator[StreamEvent]:
+        return self._trainyard.metric_stream(self._job_id, after_step=after_step, last_event_id=last_id)
 
-    def _ask(self, job: Job, first: bool) -> None:
-        scene = self.scene
+    def _fetch(self, job: Job, first: bool) -> None:
+        state = self.state
         if first:
-            start = _start_of_backlog(job)
+            start = _backlog_start(job)
+        elif job.get("attempt") != self._attempt:
+            # A new attempt starts from the newest checkpoint: it reports the later points again.
+            saved = job.get("checkpoint")
+            start = min(state.curve.step, saved["step"] if saved else 0)
+            state.curve.rewind(start)
         else:
-            start = self._after_restart(job) if job.get("attempt") != self._attempt else scene.curve.step
+            start = state.curve.step
         self._attempt = job.get("attempt")
-        scene.fresh = list(self._trainyard.metrics(self._job_id, after_step=start))
-        scene.curve.extend(scene.fresh)
+        state.new_points = list(self._trainyard.metrics(self._job_id, after_step=start))
+        state.curve.extend(state.new_points)
 
-    def _take(self, feed: EventStream) -> None:
-        for event in feed.take():
+    def _apply_events(self, stream: EventStream) -> None:
+        for event in stream.drain():
             if event.kind == "attempt":
                 self._attempt = event.data["attempt"]
-                self.scene.curve.rewind(event.data["start_step"])
-            elif event.kind == "metric" and event.data["step"] > self.scene.curve.step:
-                # Not beyond it: it was asked for already, while the stream did not stand.
-                self.scene.fresh.append(event.data)
-                self.scene.curve.extend([event.data])
-
-    def _after_restart(self, job: Job) -> int:
-        """A new attempt goes on from the newest checkpoint: points behind it will come again."""
-        saved = job.get("checkpoint")
-        start = min(self.scene.curve.step, saved["step"] if saved else 0)
-        self.scene.curve.rewind(start)
-        return start
+                self.state.curve.rewind(event.data["start_step"])
+            elif event.kind == "metric" and event.data["step"] > self.state.curve.step:
+                # Earlier points were already fetched while the stream was not connected.
+                self.state.new_points.append(event.data)
+                self.state.curve.extend([event.data])
 
 
-def _start_of_backlog(job: Job) -> int:
+def _backlog_start(job: Job) -> int:
     step = (job.get("progress") or {}).get("step") or 0
     interval = ((job.get("spec") or {}).get("reporting") or {}).get("log_interval") or 1
-    return max(0, step - BACKLOG * interval)
+    return max(0, step - MAX_BACKLOG * interval)

@@ -1,4 +1,4 @@
-"""GET /devices."""
+"""The route that lists the devices."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,17 +15,17 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/devices", dependencies=[READ])
-def devices(services: StateDep) -> Page[DeviceResponse]:
-    """Every device of this host, who leases it, and processes on it that belong to no attempt.
+def devices(state: StateDep) -> Page[DeviceResponse]:
+    """List the devices of this host, with the attempt that leases each, and processes that belong to no attempt.
 
-    Behind them those that a cluster has given to attempts that live: its other devices are its own business.
+    They are followed by the devices that a cluster has allocated to live attempts.
     """
-    there = services.inventory.devices()
-    with services.database.read() as session:
+    host_devices = state.inventory.devices()
+    with state.database.read() as session:
         leases = {lease.device: lease for lease in session.scalars(select(DeviceLeaseRow))}
-        placed = (AttemptRow.ended_at.is_(None), AttemptRow.placement.is_not(None))
-        elsewhere = session.scalars(select(AttemptRow).where(*placed).order_by(AttemptRow.created_at)).all()
-    shown = [
+        live = (AttemptRow.ended_at.is_(None), AttemptRow.placement.is_not(None))
+        on_clusters = session.scalars(select(AttemptRow).where(*live).order_by(AttemptRow.created_at)).all()
+    responses = [
         DeviceResponse(
             id=device.id,
             kind=device.kind,
@@ -37,12 +37,12 @@ def devices(services: StateDep) -> Page[DeviceResponse]:
             attempt_id=leases[device.id].attempt_id if device.id in leases else None,
             processes=list(device.strangers),
         )
-        for device in there
+        for device in host_devices
     ]
-    return Page(data=[*shown, *_on_clusters(elsewhere)], has_more=False)
+    return Page(data=[*responses, *_cluster_devices(on_clusters)], has_more=False)
 
 
-def _on_clusters(attempts: Sequence[AttemptRow]) -> Iterator[DeviceResponse]:
+def _cluster_devices(attempts: Sequence[AttemptRow]) -> Iterator[DeviceResponse]:
     for attempt in attempts:
         for device in (attempt.placement or {}).get("devices", ()):
             kind = device.rpartition("/")[2].partition(":")[0]

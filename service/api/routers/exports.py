@@ -1,30 +1,23 @@
-"""Exports of checkpoints: made, listed, fetched."""
+"""Routes that export a checkpoint, list the exports, and download their files."""
 
-import os
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Response
 
-from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
-from trainyard.service.api.routers.checkpoints import (
-    BYTES,
-    Name,
-    Step,
-    directory_of,
-)
+from trainyard.service.api.routers.checkpoints import BYTES, Name, Step, artifact_dir, find_directory
+from trainyard.service.api.routers.jobs import find_job
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import OptionalBody
 from trainyard.service.clock import utc_now
-from trainyard.service.db.models import JobRow
 from trainyard.service.errors import FileNotInExport
 from trainyard.service.exports import exporter
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.schemas import Export, Page
-from trainyard.service.storage.checkpoint_files import NAME, opened, parse_range
+from trainyard.service.storage.checkpoint_files import FILE_NAME, open_file
 from trainyard.service.storage.range_response import FileRangeResponse
 
 Format = Literal["hf", "minimind"]
@@ -33,51 +26,45 @@ router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], route_class=Servi
 
 
 class ExportBody(OptionalBody):
-    """What to write the checkpoint as."""
+    """The format to export to."""
 
     format: Format = "hf"
 
 
 @router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT], response_model=Export)
 def export(
-    services: StateDep,
-    caller: PrincipalDep,
-    job_id: str,
-    step: Step,
-    asked: ExportBody = Body(default_factory=ExportBody),
+    state: StateDep, caller: PrincipalDep, job_id: str, step: Step, body: ExportBody = Body(default_factory=ExportBody)
 ) -> Response:
-    """Write the checkpoint as a Hugging Face directory (`hf`), or as MiniMind's `.pth`, beside the run.
+    """Export the checkpoint to a Hugging Face directory (`hf`) or to MiniMind's `.pth`, in the run's directory.
 
-    Answers once it is written: 201, or 200 where the same weights were exported before. One at a time for each job.
+    Responds after the export: 201, or 200 if the same weights were exported before. A job has one export at a time.
     """
-    with services.database.read() as session:
-        job = repository.find(session, job_id)
-    tokenizer, weight = job.spec["data"]["tokenizer_path"], job.spec["checkpoint"]["save_weight"]
-    place = directory_of(services, job_id, step)
-    wanted = exporter.ExportRequest(_products(services, job), place, step, asked.format, tokenizer, weight)
-    there = exporter.existing(wanted)
-    if not there:
-        exporter.run_export(wanted)
-        _tell(services, job_id, wanted, caller)
-    return json_response(
-        _shown(job_id, exporter.to_export_response(wanted.products, step, asked.format)), 200 if there else 201
-    )
+    job = find_job(state, job_id)
+    tokenizer, stem = job.spec["data"]["tokenizer_path"], job.spec["checkpoint"]["save_weight"]
+    checkpoint = find_directory(state, job_id, step)
+    request = exporter.ExportRequest(artifact_dir(state, job), checkpoint, step, body.format, tokenizer, stem)
+    exists = exporter.is_exported(request)
+    if not exists:
+        exporter.run_export(request)
+        _record_event(state, job_id, request, caller)
+    exported = exporter.describe_export(request.artifacts, step, body.format)
+    return json_response(_to_response(job_id, exported), 200 if exists else 201)
 
 
-def _tell(services: AppState, job_id: str, wanted: exporter.ExportRequest, by: Principal) -> None:
-    path = str(wanted.products.export(wanted.step, wanted.form))
-    data = {"step": wanted.step, "format": wanted.form, "path": path}
-    with services.database.write() as session:
+def _record_event(state: AppState, job_id: str, request: exporter.ExportRequest, caller: Principal) -> None:
+    path = str(request.artifacts.export(request.step, request.format))
+    data = {"step": request.step, "format": request.format, "path": path}
+    with state.database.write() as session:
         job = repository.lock(session, job_id)
-        message = f"exported the checkpoint of step {wanted.step:,} as {wanted.form}"
-        repository.record_event(session, job, EventDraft("exported", message, by.name, data=data), utc_now())
+        message = f"exported the checkpoint of step {request.step:,} as {request.format}"
+        repository.record_event(session, job, EventDraft("exported", message, caller.name, data=data), utc_now())
 
 
 @router.get("/exports", dependencies=[READ])
-def exports(services: StateDep, job_id: str) -> Page[Export]:
-    """What was exported and is there, newest step first."""
-    found = exporter.listed(_products(services, _job(services, job_id)))
-    return Page(data=[_shown(job_id, one) for one in found], has_more=False)
+def exports(state: StateDep, job_id: str) -> Page[Export]:
+    """List the exports, newest step first."""
+    found = exporter.list_exports(artifact_dir(state, find_job(state, job_id)))
+    return Page(data=[_to_response(job_id, one) for one in found], has_more=False)
 
 
 @router.get(
@@ -87,36 +74,23 @@ def exports(services: StateDep, job_id: str) -> Page[Export]:
     responses={200: BYTES, 206: BYTES},
 )
 def download_export(
-    services: StateDep,
+    state: StateDep,
     job_id: str,
     step: Step,
     form: Format,
     name: Name,
     range_: Annotated[str | None, Header(alias="Range", max_length=200)] = None,
 ) -> Response:
-    """A file of an export. `Range` takes a piece of it."""
-    directory = _products(services, _job(services, job_id)).export(step, form)
+    """Download a file of an export. `Range` requests a part of it."""
+    directory = artifact_dir(state, find_job(state, job_id)).export(step, form)
     try:
-        if not NAME.fullmatch(name):
+        if not FILE_NAME.fullmatch(name):
             raise FileNotFoundError(name)
-        file = opened(directory, name)
+        file = open_file(directory, name)
     except OSError:
         raise FileNotInExport() from None
-    try:
-        return FileRangeResponse(file, parse_range(range_, os.fstat(file.fileno()).st_size), name, None)
-    except BaseException:
-        file.close()
-        raise
+    return FileRangeResponse(file, range_, name)
 
 
-def _job(services: AppState, job_id: str) -> JobRow:
-    with services.database.read() as session:
-        return repository.find(session, job_id)
-
-
-def _products(services: AppState, job: JobRow) -> ArtifactDir:
-    return RunDir(services.settings.runs / job.id).artifacts(job.spec["checkpoint"]["save_dir"])
-
-
-def _shown(job_id: str, found: dict[str, Any]) -> Export:
-    return Export.model_validate({"id": f"{found['step']}-{found['format']}", "job_id": job_id, **found})
+def _to_response(job_id: str, export: dict[str, Any]) -> Export:
+    return Export.model_validate({"id": f"{export['step']}-{export['format']}", "job_id": job_id, **export})

@@ -1,4 +1,4 @@
-"""What agents call: their outbox lines, their signs of life, their last word. Each with its attempt's own token."""
+"""Routes for agents: outbox lines, heartbeats and exit reports. Each attempt has its own token."""
 
 import asyncio
 from collections.abc import Callable
@@ -9,14 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from trainyard.contract.messages import (
-    Ack,
-    EventBatch,
-    ExitReport,
-    Heartbeat,
-    Message,
-    RunSettings,
-)
+from trainyard.contract.messages import Ack, EventBatch, ExitReport, Heartbeat, Message, RunSettings
 from trainyard.contract.parsing import Problem, plain, pointer_to
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.middleware import bearer
@@ -33,7 +26,7 @@ from trainyard.service.metrics.progress import after_heartbeat
 from trainyard.service.observability.logging import bind
 
 CONTACT_INTERVAL = timedelta(seconds=2)
-"""Signs of life that come closer together are answered and not written: each write is a commit to the disk."""
+"""Heartbeats at shorter intervals are acknowledged but not stored: each write is a commit to the disk."""
 
 MAX_PROBLEMS = 20
 
@@ -44,40 +37,39 @@ router = APIRouter(
 )
 
 
-async def _reporting(services: StateDep, request: Request, attempt_id: str) -> AttemptRow:
-    """Return the attempt if the request has its token; runs before the body is read. Raises Unauthorized."""
+async def _authenticated_attempt(state: StateDep, request: Request, attempt_id: str) -> AttemptRow:
     token = bearer(request.headers.get("authorization"))
-    return await asyncio.to_thread(_authenticated, services, attempt_id, token)
+    return await asyncio.to_thread(_authenticate, state, attempt_id, token)
 
 
-def _authenticated(services: AppState, attempt_id: str, token: str) -> AttemptRow:
-    with services.database.read() as session:
+def _authenticate(state: AppState, attempt_id: str, token: str) -> AttemptRow:
+    with state.database.read() as session:
         attempt = ingest.authenticate(session, attempt_id, token)
     bind(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
     return attempt
 
 
-Reporting = Annotated[AttemptRow, Depends(_reporting)]
-"""The attempt that reports. Stands in front of the body."""
+AuthenticatedAttempt = Annotated[AttemptRow, Depends(_authenticated_attempt)]
+"""The attempt that reports. Must precede the body parameter, so that the token is checked before the body is read."""
 
 
 @router.post("/events")
-def events(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
-    """Store lines. ``acked`` is the last one that is stored for good."""
+def events(state: StateDep, reporter: AuthenticatedAttempt, body: JsonBody) -> Ack:
+    """Store outbox lines. ``acked`` is the number of the last line that is committed."""
     batch = _message(EventBatch, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         ingest.record_contact(session, job, attempt, utc_now())
         ingest.ingest(session, job, attempt, batch.events)
 
-    acked = _report(services, reporting, work)
-    services.broadcaster.nudge(reporting.job_id)
-    services.telemetry.lag.observe(_age(batch.events[-1].get("at")))
+    acked = _report(state, reporter, work)
+    state.broadcaster.notify(reporter.job_id)
+    state.metrics.lag.observe(_age(batch.events[-1].get("at")))
     return acked
 
 
 def _age(at: object) -> float:
-    """Seconds since a line was written, as far as it says so."""
+    """Return the seconds since a line was written, or 0 if it has no valid time."""
     try:
         written = datetime.fromisoformat(at) if isinstance(at, str) else utc_now()
         return max(0.0, (utc_now() - written).total_seconds())
@@ -86,53 +78,53 @@ def _age(at: object) -> float:
 
 
 @router.post("/heartbeat")
-def heartbeat(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
-    """Note a sign of life."""
+def heartbeat(state: StateDep, reporter: AuthenticatedAttempt, body: JsonBody) -> Ack:
+    """Record a heartbeat."""
     beat = _message(Heartbeat, body)
     now = utc_now()
-    if reporting.heard_at is not None and now - reporting.heard_at < CONTACT_INTERVAL:
-        with services.database.read() as session:
-            return _ack(repository.find(session, reporting.job_id), reporting)
+    if reporter.heard_at is not None and now - reporter.heard_at < CONTACT_INTERVAL:
+        with state.database.read() as session:
+            return _ack(repository.find(session, reporter.job_id), reporter)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         ingest.record_contact(session, job, attempt, now)
         if attempt.number == job.attempt:
             job.progress = after_heartbeat(job.progress, beat.step, now)
 
-    return _report(services, reporting, work)
+    return _report(state, reporter, work)
 
 
 @router.post("/exit")
-def exit_report(services: StateDep, reporting: Reporting, body: JsonBody) -> Ack:
-    """The attempt has ended and nothing of it lives. Where lines are missing, the scheduler fetches them first."""
+def exit_report(state: StateDep, reporter: AuthenticatedAttempt, body: JsonBody) -> Ack:
+    """Close the attempt: it has ended and none of its processes is left."""
     report = _message(ExitReport, body)
 
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
+        # If lines are missing, the scheduler reads them from the run directory first and closes the attempt itself.
         if attempt.acked_seq >= report.last_seq:
-            exits.close_attempt(session, job, attempt, report, utc_now(), services.scheduler.timing)
+            exits.close_attempt(session, job, attempt, report, utc_now(), state.scheduler.timing)
 
-    acked = _report(services, reporting, work)
-    services.broadcaster.nudge(reporting.job_id)
-    services.scheduler.wake()
+    acked = _report(state, reporter, work)
+    state.broadcaster.notify(reporter.job_id)
+    state.scheduler.wake()
     return acked
 
 
 def _message(kind: type[M], body: object) -> M:
-    """Return the body as a message. Raises RequestInvalid with the first mistakes."""
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        found = error.errors(include_input=False, include_url=False, include_context=False)[:MAX_PROBLEMS]
-        raise with_problems(RequestInvalid, [Problem(pointer_to(*e["loc"]), plain(e["msg"])) for e in found]) from None
+        details = error.errors(include_input=False, include_url=False, include_context=False)[:MAX_PROBLEMS]
+        problems = [Problem(pointer_to(*detail["loc"]), plain(detail["msg"])) for detail in details]
+        raise with_problems(RequestInvalid, problems) from None
 
 
 Work = Callable[[Session, JobRow, AttemptRow], None]
 
 
-def _report(services: AppState, reporting: AttemptRow, work: Work) -> Ack:
-    """Do ``work`` on the attempt and its job in one transaction."""
-    with services.database.write() as session:
-        job, attempt = ingest.lock(session, reporting.id, reporting.job_id)
+def _report(state: AppState, reporter: AttemptRow, work: Work) -> Ack:
+    with state.database.write() as session:
+        job, attempt = ingest.lock(session, reporter.id, reporter.job_id)
         work(session, job, attempt)
         session.flush()
         return _ack(job, attempt)

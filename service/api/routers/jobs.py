@@ -1,4 +1,4 @@
-"""The routes of a job's life. Each reads or changes in one transaction and answers after its commit."""
+"""Routes that submit, list, change, stop, resume and delete jobs. Each responds after its commit."""
 
 import os
 import re
@@ -27,16 +27,7 @@ from trainyard.service.errors import (
     StepUnavailable,
     with_problems,
 )
-from trainyard.service.jobs import (
-    actions,
-    deletion,
-    listing,
-    presenters,
-    queries,
-    repository,
-    resume_compat,
-)
-from trainyard.service.jobs import actions as changes
+from trainyard.service.jobs import actions, deletion, listing, presenters, queries, repository, resume_compat
 from trainyard.service.jobs.actions import PatchJobBody, ResumeBody
 from trainyard.service.jobs.lifecycle import Action
 from trainyard.service.jobs.queries import JobRows
@@ -48,7 +39,7 @@ from trainyard.service.schemas import Job, Page
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
-Text = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
+OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
 Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
 
@@ -58,7 +49,7 @@ SPEC_BODY: dict[str, Any] = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
     }
 }
-"""What the OpenAPI document says of a body that is a job spec, which the endpoint parses itself."""
+"""A job spec as body in the OpenAPI document. The endpoint parses it itself."""
 
 _LOCATION = {"Location": {"description": "Address of the job.", "schema": {"type": "string"}}}
 SUBMITTED: dict[int | str, dict[str, Any]] = {
@@ -70,244 +61,229 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
 @router.post(
-    "/jobs",
-    status_code=201,
-    dependencies=[SUBMIT],
-    response_model=Job,
-    responses=SUBMITTED,
-    openapi_extra=SPEC_BODY,
+    "/jobs", status_code=201, dependencies=[SUBMIT], response_model=Job, responses=SUBMITTED, openapi_extra=SPEC_BODY
 )
 def submit(
-    services: StateDep,
-    caller: PrincipalDep,
-    body: JsonBody,
-    idempotency_key: Annotated[str | None, Header()] = None,
+    state: StateDep, caller: PrincipalDep, body: JsonBody, idempotency_key: Annotated[str | None, Header()] = None
 ) -> Response:
-    """Launch a run. The same `Idempotency-Key` with the same body answers 200 and the job that is there."""
+    """Submit a job. The same `Idempotency-Key` with the same body returns 200 and the existing job."""
     digest = repository.body_digest(body)
-    made = find_replay(services, idempotency_key, digest)
-    if made is None:
-        made = _create(services, caller, validate_spec(body, services.host), idempotency_key, digest)
-        services.scheduler.wake()
-    bind(job_id=made.job_id)
-    return created_response(services, made)
+    submission = find_replay(state, idempotency_key, digest)
+    if submission is None:
+        submission = _create(state, caller, validate_spec(body, state.host_limits), idempotency_key, digest)
+        state.scheduler.wake()
+    bind(job_id=submission.job_id)
+    return created_response(state, submission)
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A submission's job, and whether this request made it; ``found``: what is shown of it, as it was committed."""
+    """The job of a submission, and whether this request created it. ``rows``: the job as committed, if known."""
 
     job_id: str
     created_now: bool
-    found: JobRows | None = None
+    rows: JobRows | None = None
 
 
-def created_response(services: AppState, made: Submission) -> Response:
-    """The answer to who submitted it: 201, or 200 where it was there before."""
-    job = _shown(services, made.found) if made.found is not None else show(services, made.job_id)
-    return json_response(job, 201 if made.created_now else 200, {"Location": f"/jobs/{made.job_id}"})
+def created_response(state: AppState, submission: Submission) -> Response:
+    """Return the response to a submission: 201, or 200 if the job existed before."""
+    rows = submission.rows
+    job = _to_response(state, rows) if rows is not None else load_response(state, submission.job_id)
+    location = {"Location": f"/jobs/{submission.job_id}"}
+    return json_response(job, 201 if submission.created_now else 200, location)
 
 
-def find_replay(services: AppState, key: str | None, digest: str) -> Submission | None:
-    """The job that was made under this key. Raises RequestInvalid for what is no key, KeyReused for another body."""
+def find_replay(state: AppState, key: str | None, digest: str) -> Submission | None:
+    """Return the job submitted before with this key, or None.
+
+    Raises RequestInvalid if the key is malformed, KeyReused if the body was another one.
+    """
     if key is None:
         return None
     if not KEY.fullmatch(key):
         message = "must be 1 to 255 printable ASCII characters"
         raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
-    with services.database.read() as session:
-        job = repository.find_by_idempotency_key(session, key, digest, oldest_key(services))
+    with state.database.read() as session:
+        job = repository.find_by_idempotency_key(session, key, digest, replay_cutoff(state))
         return Submission(job.id, False) if job is not None else None
 
 
-def oldest_key(services: AppState) -> datetime:
-    """What was made before is not replayed any more."""
-    return utc_now() - timedelta(days=services.settings.idempotency_days)
+def replay_cutoff(state: AppState) -> datetime:
+    """Return the time before which idempotency keys are forgotten."""
+    return utc_now() - timedelta(days=state.settings.idempotency_days)
 
 
-def _create(services: AppState, by: Principal, spec: JobSpec, key: str | None, digest: str) -> Submission:
-    kind = kind_of(spec, services.host)
-    facts = initial_plan(spec, kind)
+def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, digest: str) -> Submission:
+    kind = kind_of(spec, state.host_limits)
     now = utc_now()
     falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
     alerts = [repository.new_alert("cpu_fallback", NO_GPU, now)] if falls_back else []
     try:
-        with services.database.write() as session:
-            job = repository.create(session, spec, facts, alerts, by, now)
+        with state.database.write() as session:
+            job = repository.create(session, spec, initial_plan(spec, kind), alerts, caller, now)
             if key is not None:
-                repository.forget_keys(session, oldest_key(services))
-            if key is not None and not repository.remember_key(session, key, digest, job, now):
+                repository.delete_old_keys(session, replay_cutoff(state))
+            if key is not None and not repository.save_key(session, key, digest, job, now):
                 raise KeyReused()
-            found = as_changed(session, job.id)
+            rows = _load_changed(session, job.id)
     except (KeyReused, QuotaExceeded):
-        # Another request with this key was faster by a moment; its job is the one.
-        made = find_replay(services, key, digest)
-        if made is None:
+        # A concurrent request with the same key may have been first: return its job.
+        earlier = find_replay(state, key, digest)
+        if earlier is None:
             raise
-        return made
-    return Submission(job.id, True, found)
+        return earlier
+    return Submission(job.id, True, rows)
 
 
-def as_changed(session: Session, job_id: str) -> JobRows:
-    """What is to be shown of a job once this transaction is committed."""
+def _load_changed(session: Session, job_id: str) -> JobRows:
+    # In the same transaction: the response shows the job as it is committed, with no second read afterwards.
     session.flush()
     return queries.job_rows(session.connection(), job_id)
 
 
-def show(services: AppState, job_id: str) -> Job:
-    """The job as it is now."""
-    with services.database.connection() as connection:
-        found = queries.job_rows(connection, job_id)
-    return _shown(services, found)
+def load_response(state: AppState, job_id: str) -> Job:
+    """Return the current state of the job."""
+    with state.database.connection() as connection:
+        rows = queries.job_rows(connection, job_id)
+    return _to_response(state, rows)
 
 
-def _shown(services: AppState, found: JobRows) -> Job:
-    return presenters.to_job_responses(found, services.scheduler.waiting)[0]
+def _to_response(state: AppState, rows: JobRows) -> Job:
+    return presenters.to_job_responses(rows, state.scheduler.waiting)[0]
 
 
 @router.get("/jobs", dependencies=[READ])
 def list_jobs(
-    services: StateDep,
+    state: StateDep,
     status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
     label: Labels = [],  # noqa: B006
-    name: Text = None,
+    name: OptionalText = None,
     order: Literal["newest", "oldest"] = "newest",
     limit: Limit = 20,
-    after: Text = None,
-    parent: Text = None,
-    search: Text = None,
+    after: OptionalText = None,
+    parent: OptionalText = None,
+    search: OptionalText = None,
 ) -> Page[Job]:
-    """Jobs; `label=key=value` may stand several times and all must hold. `parent`: the forks of this job.
+    """List jobs. `label=key=value` may be repeated; all must match. `parent`: the forks of this job.
 
-    `search`: a part of the name, in capitals or not, or the beginning of the id.
+    `search`: a part of the name, ignoring case, or the beginning of the id.
     """
     labels = listing.label_pairs(label)
-    wanted = listing.JobFilter(tuple(status), labels, name, order == "newest", limit, after, parent, search)
-    with services.database.connection() as connection:
-        jobs, has_more = listing.jobs(connection, wanted)
-        found = queries.load_related(connection, jobs)
-    return Page(data=presenters.to_job_responses(found, services.scheduler.waiting), has_more=has_more)
+    filter_ = listing.JobFilter(tuple(status), labels, name, order == "newest", limit, after, parent, search)
+    with state.database.connection() as connection:
+        jobs, has_more = listing.jobs(connection, filter_)
+        rows = queries.load_related(connection, jobs)
+    return Page(data=presenters.to_job_responses(rows, state.scheduler.waiting), has_more=has_more)
 
 
 @router.get("/jobs/{job_id}", dependencies=[READ])
-def get_job(services: StateDep, job_id: str) -> Job:
-    """One job."""
-    return show(services, job_id)
+def get_job(state: StateDep, job_id: str) -> Job:
+    """Return one job."""
+    return load_response(state, job_id)
 
 
 @router.patch("/jobs/{job_id}", dependencies=[SUBMIT])
 def patch_job(
-    services: StateDep,
-    caller: PrincipalDep,
-    job_id: str,
-    body: PatchJobBody = Body(default_factory=PatchJobBody),
+    state: StateDep, caller: PrincipalDep, job_id: str, body: PatchJobBody = Body(default_factory=PatchJobBody)
 ) -> Job:
-    """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`; a live run takes them over."""
-    asked = body.given()
-    with services.database.connection() as connection:
+    """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`, also of a live run."""
+    changes = body.given()
+    with state.database.connection() as connection:
         before = queries.spec_of(connection, job_id)
-    spec = changes.changed_spec(before, asked, changes.PATCH_FIELDS, services.host)
-    with services.database.write() as session:
-        actions.patch(session, job_id, before, asked, spec, caller, utc_now())
-        found = as_changed(session, job_id)
-    if "priority" in asked:
-        services.scheduler.wake()
-    return _shown(services, found)
+    spec = actions.changed_spec(before, changes, actions.PATCH_FIELDS, state.host_limits)
+    with state.database.write() as session:
+        actions.patch(session, job_id, before, changes, spec, caller, utc_now())
+        rows = _load_changed(session, job_id)
+    if "priority" in changes:
+        state.scheduler.wake()
+    return _to_response(state, rows)
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def pause(services: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def pause(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save and stop; the job can be resumed."""
-    return _stop(services, caller, job_id, "pause")
+    return _stop(state, caller, job_id, "pause")
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def cancel(services: StateDep, caller: PrincipalDep, job_id: str) -> Job:
-    """Save and stop for good."""
-    return _stop(services, caller, job_id, "cancel")
+def cancel(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+    """Save and stop; the job is over."""
+    return _stop(state, caller, job_id, "cancel")
 
 
 @router.post("/jobs/{job_id}/kill", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def kill(services: StateDep, caller: PrincipalDep, job_id: str) -> Job:
-    """Stop now; nothing is saved."""
-    return _stop(services, caller, job_id, "kill")
+def kill(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+    """Stop now, without saving."""
+    return _stop(state, caller, job_id, "kill")
 
 
-def _stop(services: AppState, by: Principal, job_id: str, action: Action) -> Job:
-    with services.database.write() as session:
-        actions.stop(session, job_id, action, by, utc_now())
-        found = as_changed(session, job_id)
-    services.scheduler.wake()
-    return _shown(services, found)
+def _stop(state: AppState, caller: Principal, job_id: str, action: Action) -> Job:
+    with state.database.write() as session:
+        actions.stop(session, job_id, action, caller, utc_now())
+        rows = _load_changed(session, job_id)
+    state.scheduler.wake()
+    return _to_response(state, rows)
 
 
 @router.post("/jobs/{job_id}/save", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def save(services: StateDep, caller: PrincipalDep, job_id: str) -> Job:
-    """Write a checkpoint at the next step, and go on."""
-    with services.database.write() as session:
+def save(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+    """Save a checkpoint at the next step, and continue."""
+    with state.database.write() as session:
         attempt = actions.save(session, job_id, caller, utc_now())
-        found = as_changed(session, job_id)
-    services.scheduler.save_now(attempt)
-    return _shown(services, found)
+        rows = _load_changed(session, job_id)
+    state.scheduler.save_now(attempt)
+    return _to_response(state, rows)
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
 def resume(
-    services: StateDep,
-    caller: PrincipalDep,
-    job_id: str,
-    body: ResumeBody = Body(default_factory=ResumeBody),
+    state: StateDep, caller: PrincipalDep, job_id: str, body: ResumeBody = Body(default_factory=ResumeBody)
 ) -> Job:
-    """Go on from the newest valid checkpoint, or anew where there is none; or back at the checkpoint of `step`.
+    """Resume from the newest valid checkpoint, or from scratch if there is none, or from the checkpoint of `step`.
 
-    Newer checkpoints than `step` are set aside on disk when the attempt begins, and no longer listed. 409 `run_differs`
-    where the corpus, the vocabulary or the shape is not the one that the checkpoint was saved with.
+    Checkpoints newer than `step` are set aside on disk when the attempt starts, and are no longer listed. 409
+    `run_differs` if the corpus, the vocabulary or the shape differs from the one that the checkpoint was saved with.
     """
-    asked, step = body.given(), body.step
-    with services.database.read() as session:
-        under_way = actions.resume_in_progress(session, job_id, bool(asked))
-    if not under_way:
-        job = _job_row_of(services, job_id)
-        _require_there(services, job_id, step)
-        _require_same(services, job, step)
-        spec = changes.resumed_spec(job.spec, actions.own_steps(job), asked, services.host)
-        with services.database.write() as session:
+    changes, step = body.given(), body.step
+    with state.database.read() as session:
+        in_progress = actions.resume_in_progress(session, job_id, bool(changes))
+    if not in_progress:
+        job = find_job(state, job_id)
+        # These checks read files, so they run outside of the transaction that changes the job.
+        if step is not None:
+            _check_exists(state, job_id, step)
+        with state.database.read() as session:
+            candidates = resume_compat.resume_candidates(session, state.settings, job, step)
+        resume_compat.check_compatible(candidates, job.spec, state.settings)
+        spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits)
+        with state.database.write() as session:
             actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
-        services.scheduler.wake()
-    return show(services, job_id)
+        state.scheduler.wake()
+    return load_response(state, job_id)
 
 
-def _require_there(services: AppState, job_id: str, step: int | None) -> None:
-    """Raise StepUnavailable where the checkpoint of ``step`` is not on disk any more."""
-    if step is None:
-        return
-    with services.database.read() as session:
+def _check_exists(state: AppState, job_id: str, step: int) -> None:
+    with state.database.read() as session:
         path = actions.checkpoint_path(session, job_id, step)
     if path is None or not os.path.exists(path):
         raise StepUnavailable()
 
 
-def _require_same(services: AppState, job: JobRow, step: int | None) -> None:
-    """Raise RunDiffers where its checkpoint was saved with another corpus, vocabulary or shape."""
-    with services.database.read() as session:
-        candidates = resume_compat.resume_candidates(session, services.settings, job, step)
-    resume_compat.check_compatible(candidates, job.spec, services.settings)
-
-
-def _job_row_of(services: AppState, job_id: str) -> JobRow:
-    with services.database.read() as session:
+def find_job(state: AppState, job_id: str) -> JobRow:
+    """Return the row of the job. Raises JobNotFound."""
+    with state.database.read() as session:
         return repository.find(session, job_id)
 
 
 @router.delete("/jobs/{job_id}", status_code=204, dependencies=[SUBMIT])
-def delete(services: StateDep, job_id: str) -> None:
-    """Remove the record and the files of a job that has ended."""
-    job = _job_row_of(services, job_id)
-    with deletion.mark_for_deletion(services.settings, job.id, job.spec["checkpoint"]["save_dir"]) as doomed:
+def delete(state: StateDep, job_id: str) -> None:
+    """Delete the record and the files of a job that has ended."""
+    job = find_job(state, job_id)
+    with deletion.mark_for_deletion(state.settings, job.id, job.spec["checkpoint"]["save_dir"]) as pending_deletion:
         try:
-            with services.database.write() as session:
+            with state.database.write() as session:
                 actions.remove(session, job_id)
         except ServiceError:
-            doomed.forget()
+            pending_deletion.cancel()
             raise
-        doomed.delete_files()
+        pending_deletion.delete_files()

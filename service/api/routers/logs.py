@@ -1,4 +1,4 @@
-"""The routes of logs: pieces by bytes, lines by their numbers, and a search through all of one."""
+"""Routes that read a log by bytes or by line numbers, and search in it."""
 
 import re
 from pathlib import Path
@@ -10,16 +10,11 @@ from trainyard.contract.parsing import Problem
 from trainyard.contract.rundir import RunDir
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.api.routers.jobs import find_job
 from trainyard.service.auth.permissions import READ
 from trainyard.service.errors import LogNotFound, RequestInvalid, with_problems
-from trainyard.service.jobs import repository
 from trainyard.service.logs import reader
-from trainyard.service.schemas import (
-    LogChunk,
-    LogLines,
-    LogMatch,
-    LogMatches,
-)
+from trainyard.service.schemas import LogChunk, LogLines, LogMatch, LogMatches
 
 AGENT = "agent"
 RANK = re.compile(r"[0-9]{1,6}")
@@ -35,7 +30,7 @@ router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["products"], dependencies
 
 @router.get("")
 def log(
-    services: StateDep,
+    state: StateDep,
     job_id: str,
     attempt: Attempt = None,
     rank: Rank = "0",
@@ -43,12 +38,12 @@ def log(
     offset: Annotated[int | None, Query(ge=0, le=MAX_BYTES)] = None,
     limit: Annotated[int, Query(ge=4, le=reader.MAX_CHUNK)] = 64 << 10,
 ) -> LogChunk:
-    """A piece of a rank's log, or of the agent's with `rank=agent`: the last `tail` lines, or what follows `offset`.
+    """Return a part of a rank's log, or with `rank=agent` of the agent's: the last `tail` lines, or from `offset` on.
 
-    `limit` is in bytes. Reading on from `next_offset` misses nothing and repeats nothing.
+    `limit` is in bytes. To continue, pass `next_offset` as `offset`: nothing is skipped or repeated.
     """
     validate_rank(rank, tail, offset)
-    file = _file(services, job_id, attempt, rank)
+    file = _file(state, job_id, attempt, rank)
     data, next_offset = (
         reader.read_from(file, offset, limit) if offset is not None else reader.read_tail(file, tail or 200, limit)
     )
@@ -57,22 +52,25 @@ def log(
 
 @router.get("/lines")
 def log_lines(
-    services: StateDep,
+    state: StateDep,
     job_id: str,
     attempt: Attempt = None,
     rank: Rank = "0",
     first: Annotated[int, Query(ge=1, le=MAX_BYTES)] = 1,
     count: Annotated[int, Query(ge=0, le=2000)] = 500,
 ) -> LogLines:
-    """Lines `first` and following, counted from 1, and how many there are; a line over 4,096 bytes is cut."""
+    """Return `count` lines from line `first` on (counted from 1), and the number of lines.
+
+    A line over 4,096 bytes is truncated.
+    """
     validate_rank(rank)
-    found, index = services.lines.read(_file(services, job_id, attempt, rank), first, count)
-    return LogLines(first_line=first, lines=found, total_lines=index.total, bytes=index.size)
+    lines, index = state.line_indexes.read(_file(state, job_id, attempt, rank), first, count)
+    return LogLines(first_line=first, lines=lines, total_lines=index.total, bytes=index.size)
 
 
 @router.get("/search")
 def log_search(
-    services: StateDep,
+    state: StateDep,
     job_id: str,
     q: Annotated[str, Query(min_length=1, max_length=200, pattern=NO_LINE_END)],
     attempt: Attempt = None,
@@ -80,30 +78,29 @@ def log_search(
     after_line: Place = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
 ) -> LogMatches:
-    """The lines that have `q`, ASCII letters in either case. While `has_more`, go on with `after_line=searched_lines`.
+    """Return the lines that contain `q`, ignoring the case of ASCII letters.
 
-    One request looks through 256 MiB at most, and through the first MiB of a line.
+    If `has_more`, continue with `after_line=searched_lines`. A request searches at most 256 MiB, and the first MiB of
+    each line.
     """
     validate_rank(rank)
-    found, searched, ended = services.lines.search(_file(services, job_id, attempt, rank), q, after_line, limit)
+    found, searched, complete = state.line_indexes.search(_file(state, job_id, attempt, rank), q, after_line, limit)
     matches = [LogMatch(line=one.line, offset=one.offset, text=one.text) for one in found]
-    return LogMatches(data=matches, has_more=not ended, searched_lines=searched)
+    return LogMatches(data=matches, has_more=not complete, searched_lines=searched)
 
 
 def validate_rank(rank: str, tail: int | None = None, offset: int | None = None) -> None:
-    """Raise RequestInvalid for a rank that cannot be, and for two places at once."""
+    """Raise RequestInvalid if ``rank`` is malformed, or both ``tail`` and ``offset`` are given."""
     if rank != AGENT and not RANK.fullmatch(rank):
         raise with_problems(RequestInvalid, [Problem("/query/rank", 'must be a rank\'s number, or "agent"')])
     if tail is not None and offset is not None:
         raise with_problems(RequestInvalid, [Problem("/query/offset", "cannot be given with tail")])
 
 
-def _file(services: AppState, job_id: str, attempt: int | None, rank: str) -> Path:
-    """The log of ``rank`` in an attempt, the newest where none is named. Raises LogNotFound."""
-    with services.database.read() as session:
-        job = repository.find(session, job_id)
+def _file(state: AppState, job_id: str, attempt: int | None, rank: str) -> Path:
+    job = find_job(state, job_id)
     number = attempt or job.attempt
     if not 1 <= number <= job.attempt:
         raise LogNotFound()
-    directory = RunDir(services.settings.runs / job.id).attempt(number)
+    directory = RunDir(state.settings.runs / job.id).attempt(number)
     return reader.log_file(directory, None if rank == AGENT else int(rank))

@@ -1,4 +1,4 @@
-"""GET /jobs/{id}/metrics, as JSON, CSV or one object a line."""
+"""The route that returns a job's metrics, as JSON, CSV or JSON lines."""
 
 import csv
 import io
@@ -21,8 +21,8 @@ from trainyard.service.db.models import JobRow
 from trainyard.service.errors import RequestInvalid, with_problems
 from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import rollups, store
-from trainyard.service.metrics.downsampling import BUCKET_FIELDS, width
-from trainyard.service.metrics.downsampling import rows as bucket_rows
+from trainyard.service.metrics.downsampling import BUCKET_FIELDS, bucket_width
+from trainyard.service.metrics.downsampling import to_buckets as bucket_rows
 from trainyard.service.metrics.lineage import lineage_buckets, lineage_rows, show_lineage
 from trainyard.service.schemas import MetricPage
 
@@ -42,7 +42,7 @@ router = APIRouter(tags=["metrics"], route_class=ServiceRoute)
 @router.get("/jobs/{job_id}/metrics", dependencies=[READ], response_model=MetricPage, responses={200: ROWS})
 def metrics(
     request: Request,
-    services: StateDep,
+    state: StateDep,
     job_id: str,
     after_step: Step = 0,
     limit: Count = DEFAULT_LIMIT,
@@ -53,26 +53,26 @@ def metrics(
     ema_half_life: Annotated[float, Query(ge=0, le=1e9, allow_inf_nan=False)] = 50.0,
     lineage: bool = False,
 ) -> Response:
-    """The curve, oldest step first. Without `attempt` it is stitched: each step stands once.
+    """Return the curve, oldest step first. Without `attempt`, the attempts are stitched: each step occurs once.
 
-    With `max_points` the rows are buckets over the whole curve, and `resolution` is the steps in each. With `lineage` a
-    fork's curve begins with those of its ancestors; `lineage` in the list and `job_id` in each row say whose it is.
+    With `max_points` the rows are buckets of the whole curve, with `resolution` steps each. With `lineage` a fork's
+    curve starts with those of its ancestors, and `lineage` and the `job_id` of a row tell which job it belongs to.
     """
-    asked = MetricsQuery(
-        _fields(fields), fields is not None, after_step, until_step, limit, attempt, lineage, ema_half_life
+    query = MetricsQuery(
+        _parse_fields(fields), fields is not None, after_step, until_step, limit, attempt, lineage, ema_half_life
     )
     if lineage and attempt is not None:
         raise with_problems(RequestInvalid, [Problem("/query/lineage", "cannot be given with attempt")])
-    with services.database.read() as session:
+    with state.database.read() as session:
         job = jobs.find(session, job_id)
-        rest: dict[str, Any] = {"lineage": show_lineage(session, job)} if lineage else {}
-        found = _points(session, job, asked) if max_points is None else _buckets(session, job, asked, max_points)
-    return _response(request, replace(found, rest={**found.rest, **rest}))
+        extra: dict[str, Any] = {"lineage": show_lineage(session, job)} if lineage else {}
+        result = _points(session, job, query) if max_points is None else _buckets(session, job, query, max_points)
+    return _response(request, replace(result, envelope={**result.envelope, **extra}))
 
 
 @dataclass(frozen=True)
 class MetricsQuery:
-    """What a reader of the curve wants. ``some``: the fields were named one by one."""
+    """The parameters of a request. ``selected``: the client has named the fields."""
 
     fields: Sequence[str]
     selected: bool
@@ -85,113 +85,102 @@ class MetricsQuery:
 
     @property
     def columns(self) -> Sequence[str]:
-        """What is read of a point: a number that was not finite is told from one that was not measured."""
+        """The columns to read. A value that was not finite is NULL; `nonfinite` distinguishes it from a missing one."""
         return list(dict.fromkeys([*self.fields, NONFINITE]))
 
 
 @dataclass(frozen=True)
 class MetricsResult:
-    """Rows, the names that each has, also where there are none, and what stands beside them in the list."""
+    """Rows, the column names (known even if there are no rows), and the other fields of the response."""
 
     rows: list[dict[str, Any]]
     names: Sequence[str]
-    rest: dict[str, Any]
+    envelope: dict[str, Any]
 
 
-def _points(session: Session, job: JobRow, asked: MetricsQuery) -> MetricsResult:
-    """A page of the points themselves."""
-    most = asked.limit + 1
-    if asked.lineage:
-        rows = lineage_rows(session, job, asked.after_step, most, asked.columns, asked.until_step)
+def _points(session: Session, job: JobRow, query: MetricsQuery) -> MetricsResult:
+    # One row more than the page has shows whether there is a next page.
+    limit = query.limit + 1
+    if query.lineage:
+        rows = lineage_rows(session, job, query.after_step, limit, query.columns, query.until_step)
     else:
-        rows = store.rows(session, job.id, asked.attempt, asked.after_step, most, asked.columns, asked.until_step)
-    names = ["job_id", *asked.fields] if asked.lineage else asked.fields
-    return MetricsResult(rows[: asked.limit], names, {"has_more": len(rows) > asked.limit})
+        rows = store.rows(session, job.id, query.attempt, query.after_step, limit, query.columns, query.until_step)
+    names = ["job_id", *query.fields] if query.lineage else query.fields
+    return MetricsResult(rows[: query.limit], names, {"has_more": len(rows) > query.limit})
 
 
-def _buckets(session: Session, job: JobRow, asked: MetricsQuery, max_points: int) -> MetricsResult:
-    """The curve, or the part of it that is looked at, as rows of one width."""
-    last, until = store.last_step(session, job.id, asked.attempt), asked.until_step
-    if asked.lineage:
+def _buckets(session: Session, job: JobRow, query: MetricsQuery, max_points: int) -> MetricsResult:
+    last, until = store.last_step(session, job.id, query.attempt), query.until_step
+    if query.lineage:
         last = max(last, job.parent_step or 0)
-    wide = width(min(last, until) if until is not None else last, max_points, asked.after_step + 1)
-    view = rollups.RollupView(wide, asked.half_life, (asked.after_step + 1) // wide * wide, until)
-    rows = lineage_buckets(session, job, view) if asked.lineage else _own(session, job, asked.attempt, view)
-    if asked.selected:
-        _add_fields(session, job, asked, rows)
-    return MetricsResult(rows, _bucket_names(asked), {"has_more": False, "resolution": wide})
+    steps = bucket_width(min(last, until) if until is not None else last, max_points, query.after_step + 1)
+    view = rollups.RollupView(steps, query.half_life, (query.after_step + 1) // steps * steps, until)
+    rows = lineage_buckets(session, job, view) if query.lineage else _own_buckets(session, job, query.attempt, view)
+    if query.selected:
+        _add_fields(session, job, query, rows)
+    names = [*(["job_id"] if query.lineage else []), *BUCKET_FIELDS, *(query.fields if query.selected else ())]
+    return MetricsResult(rows, list(dict.fromkeys(names)), {"has_more": False, "resolution": steps})
 
 
-def _own(session: Session, job: JobRow, attempt: int | None, view: rollups.RollupView) -> list[dict[str, Any]]:
-    """The view of the job's curve, or of one attempt's."""
+def _own_buckets(session: Session, job: JobRow, attempt: int | None, view: rollups.RollupView) -> list[dict[str, Any]]:
     if attempt is None:
-        parts = rollups.parts(session, job, view)
+        parts = rollups.aggregates(session, job, view)
     else:
         parts = store.points(session, job.id, attempt, view.until_step)
-    return [row for row in bucket_rows(parts, view.wide, view.half_life) if row["step"] >= view.begin]
+    return [row for row in bucket_rows(parts, view.width, view.half_life) if row["step"] >= view.begin]
 
 
-def _add_fields(session: Session, job: JobRow, asked: MetricsQuery, rows: list[dict[str, Any]]) -> None:
-    """The fields that were named, of a line's rows each from the job that it belongs to."""
-    if asked.lineage:
+def _add_fields(session: Session, job: JobRow, query: MetricsQuery, rows: list[dict[str, Any]]) -> None:
+    if query.lineage:
         for job_id, own in groupby(rows, itemgetter("job_id")):
-            store.add_last(session, job_id, list(own), asked.columns)
+            store.add_last(session, job_id, list(own), query.columns)
         return
-    store.add_last(session, job.id, rows, asked.columns)
-    if "eval_loss" in asked.fields:
-        store.add_evaluations(session, job.id, asked.attempt, rows, _evaluated_every(job.spec))
+    store.add_last(session, job.id, rows, query.columns)
+    if "eval_loss" in query.fields:
+        eval_interval = int(job.spec["reporting"]["eval_interval"] or job.spec["checkpoint"]["save_interval"])
+        store.add_evaluations(session, job.id, query.attempt, rows, eval_interval)
 
 
-def _bucket_names(asked: MetricsQuery) -> Sequence[str]:
-    first, extra = ["job_id"] if asked.lineage else [], asked.fields if asked.selected else ()
-    return list(dict.fromkeys([*first, *BUCKET_FIELDS, *extra]))
-
-
-def _evaluated_every(spec: dict[str, Any]) -> int:
-    """Steps from one evaluation to the next, as the worker's calendar has it."""
-    return int(spec["reporting"]["eval_interval"] or spec["checkpoint"]["save_interval"])
-
-
-def _fields(given: str | None) -> Sequence[str]:
-    if given is None:
+def _parse_fields(text: str | None) -> Sequence[str]:
+    if text is None:
         return store.FIELDS
-    asked = [name.strip() for name in given.split(",") if name.strip()]
-    if any(name not in store.FIELDS for name in asked):
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if any(name not in store.FIELDS for name in names):
         message = f"must be names among {', '.join(store.FIELDS)}, separated by commas"
         raise with_problems(RequestInvalid, [Problem("/query/fields", message)])
-    return list(dict.fromkeys([*store.ALWAYS, *asked]))
+    return list(dict.fromkeys([*store.ALWAYS, *names]))
 
 
-def _response(request: Request, found: MetricsResult) -> Response:
-    rows = [store.shown(_projected(row, found.names)) for row in found.rows]
+def _response(request: Request, result: MetricsResult) -> Response:
+    rows = [store.with_time_as_text(_project(row, result.names)) for row in result.rows]
     accept = request.headers.get("accept", "")
     if "text/csv" in accept:
-        return Response(_csv(rows, found.names), media_type="text/csv", headers=_next(request, found))
+        return Response(_csv(rows, result.names), media_type="text/csv", headers=_next_link(request, result))
     if "application/x-ndjson" in accept:
         lines = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-        return Response(lines, media_type="application/x-ndjson", headers=_next(request, found))
-    return JSONResponse({"object": "list", "data": rows, **found.rest})
+        return Response(lines, media_type="application/x-ndjson", headers=_next_link(request, result))
+    return JSONResponse({"object": "list", "data": rows, **result.envelope})
 
 
-def _projected(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The row; that a number in it was not finite is told also where that was not asked for."""
+def _project(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    # A true `nonfinite` stays, even if the client did not request it: it explains a null.
     if NONFINITE not in names and not row[NONFINITE]:
         del row[NONFINITE]
     return row
 
 
-def _next(request: Request, found: MetricsResult) -> dict[str, str]:
-    """Where the next page is, for rows that have no list around them to say that there is one."""
-    if not found.rest["has_more"]:
+def _next_link(request: Request, result: MetricsResult) -> dict[str, str]:
+    # CSV and JSON lines have no `has_more`, so the next page is in a Link header.
+    if not result.envelope["has_more"]:
         return {}
-    following = request.url.include_query_params(after_step=found.rows[-1]["step"])
+    following = request.url.include_query_params(after_step=result.rows[-1]["step"])
     return {"Link": f'<{following.path}?{following.query}>; rel="next"'}
 
 
 def _csv(rows: list[dict[str, Any]], names: Sequence[str]) -> str:
     text = io.StringIO()
-    told = [NONFINITE] if NONFINITE not in names and any(NONFINITE in row for row in rows) else []
-    writer = csv.DictWriter(text, fieldnames=[*names, *told])
+    extra = [NONFINITE] if NONFINITE not in names and any(NONFINITE in row for row in rows) else []
+    writer = csv.DictWriter(text, fieldnames=[*names, *extra])
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

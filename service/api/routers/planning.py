@@ -1,4 +1,4 @@
-"""POST /jobs/plan: what a run would be. Nothing is stored."""
+"""The route that previews a run without storing anything."""
 
 from collections.abc import Sequence
 
@@ -25,29 +25,29 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
 @router.post("/jobs/plan", dependencies=[SUBMIT], openapi_extra=SPEC_BODY)
-def plan(services: StateDep, body: JsonBody) -> PlanPreview:
-    """What the run of this spec would be: size, memory, disk, time, and what to know before. Nothing is stored.
+def plan(state: StateDep, body: JsonBody) -> PlanPreview:
+    """Preview the run of this spec: size, memory, disk space, time and warnings. Nothing is stored.
 
-    What depends on the corpus is estimated from at most 4 MiB of it; a job's own plan is exact once it has started.
+    Values that depend on the corpus are estimated from at most 4 MiB of it. A job's plan is exact once it has started.
     """
-    return planned(services, validate_spec(body, services.host))
+    return make_preview(state, validate_spec(body, state.host_limits))
 
 
-def planned(services: AppState, spec: JobSpec) -> PlanPreview:
-    """The plan of a spec that was accepted."""
-    # A cluster's devices are not this host's: nothing is known of them before Slurm has chosen some.
-    devices = services.inventory.devices() if spec.resources.launcher != SLURM else ()
-    kind = kind_of(spec, services.host)
-    looked = sample_corpus(spec)
-    with services.database.read() as session:
-        past = find_throughput(session, spec, kind)
-        line = _line(session, spec, kind, devices)
-    return preview(spec, kind, looked, devices, past, line, services.settings.home)
+def make_preview(state: AppState, spec: JobSpec) -> PlanPreview:
+    """Return the preview of a valid spec."""
+    # The devices of a cluster are unknown until Slurm has allocated some.
+    devices = state.inventory.devices() if spec.resources.launcher != SLURM else ()
+    kind = kind_of(spec, state.host_limits)
+    sample = sample_corpus(spec)
+    with state.database.read() as session:
+        throughput = find_throughput(session, spec, kind)
+        position = _queue_position(session, spec, kind, devices)
+    return preview(spec, kind, sample, devices, throughput, position, state.settings.home)
 
 
-def _line(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> QueuePosition:
-    before = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
-    ahead = session.scalar(select(func.count()).select_from(JobRow).where(*before)) or 0
+def _queue_position(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> QueuePosition:
+    is_ahead = (JobRow.status == JobStatus.QUEUED, JobRow.priority >= spec.resources.priority)
+    ahead = session.scalar(select(func.count()).select_from(JobRow).where(*is_ahead)) or 0
     leased = set(session.scalars(select(DeviceLeaseRow.device)))
     free = [d for d in devices if kind in (d.kind, d.id) and d.id not in leased and not d.processes]
     return QueuePosition(ahead, len(free))

@@ -1,7 +1,6 @@
-"""Whether the service lives, and can work."""
+"""Routes about the service itself: health, readiness, status and version."""
 
 import platform
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import APIRouter
@@ -12,14 +11,7 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth.permissions import OPEN, READ
 from trainyard.service.errors import DatabaseUnavailable, NotReady
 from trainyard.service.maintenance.disk_monitor import Disk, DiskState
-from trainyard.service.schemas import (
-    DiskUsage,
-    Health,
-    Readiness,
-    ReadyPart,
-    ServiceStatus,
-    Version,
-)
+from trainyard.service.schemas import DiskUsage, Health, Readiness, ServiceStatus, Version
 
 API_VERSION = 1
 
@@ -28,33 +20,33 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 @router.get("/health", dependencies=[OPEN])
 async def health() -> Health:
-    """The process answers."""
+    """Return ok if the process responds."""
     return Health()
 
 
 @router.get("/ready", dependencies=[OPEN])
-def ready(services: StateDep) -> Readiness:
-    """Whether it can take work: its database, its tables, the scheduler and the disks. 503 says what is wrong."""
-    found = list(readiness.check_components(services))
-    broken = [part for part in found if not part.ok]
-    if broken:
-        detail = "; ".join(f"{part.name}: {part.detail}" for part in broken)
-        kind = DatabaseUnavailable if broken[0].name == "database" else NotReady
-        raise kind(f"Not ready. {detail}.", {"Retry-After": "1"}, parts=[asdict(part) for part in found])
-    return Readiness(parts=[ReadyPart.model_validate(part) for part in found])
+def ready(state: StateDep) -> Readiness:
+    """Check the database, its tables, the scheduler and the disks. A 503 names the component that is not ready."""
+    components = list(readiness.check_components(state))
+    failed = [component for component in components if not component.ok]
+    if failed:
+        detail = "; ".join(f"{component.name}: {component.detail}" for component in failed)
+        kind = DatabaseUnavailable if failed[0].name == "database" else NotReady
+        raise kind(f"Not ready. {detail}.", parts=[component.model_dump() for component in components])
+    return Readiness(parts=components)
 
 
 @router.get("/status", dependencies=[READ])
-def status(services: StateDep) -> ServiceStatus:
-    """How the service itself is: what /ready looks at, and its disks."""
-    parts = [ReadyPart.model_validate(part) for part in readiness.check_components(services)]
-    disks = [_shown(disk) for disk in services.disks.readings()]
+def status(state: StateDep) -> ServiceStatus:
+    """Return the components that /ready checks, and the disks."""
+    parts = list(readiness.check_components(state))
+    disks = [_to_response(disk) for disk in state.disks.readings()]
     return ServiceStatus(
-        ready=all(part.ok for part in parts), parts=parts, disks=disks, schedules=services.scheduler.leads
+        ready=all(part.ok for part in parts), parts=parts, disks=disks, schedules=state.scheduler.leads
     )
 
 
-def _shown(disk: Disk) -> DiskUsage:
+def _to_response(disk: Disk) -> DiskUsage:
     known = disk.state is not DiskState.UNREADABLE
     return DiskUsage(
         id=disk.name,
@@ -67,19 +59,19 @@ def _shown(disk: Disk) -> DiskUsage:
 
 
 @router.get("/version", dependencies=[READ])
-def show_version(services: StateDep) -> Version:
-    """What is running here."""
+def show_version(state: StateDep) -> Version:
+    """Return the version of the service, of the API and of Python."""
     return Version(
         name="trainyard",
         version=package_version(),
         api=API_VERSION,
         python=platform.python_version(),
-        database=services.database.engine.dialect.name,
+        database=state.database.engine.dialect.name,
     )
 
 
 def package_version() -> str:
-    """The installed package's version."""
+    """Return the version of the installed package."""
     try:
         return version("trainyard")
     except PackageNotFoundError:

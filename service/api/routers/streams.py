@@ -1,4 +1,4 @@
-"""GET /jobs/{id}/metrics/stream and /logs/stream: server-sent events that a reader can take up again."""
+"""Routes that stream metrics and logs as server-sent events. A client can reconnect without losing any."""
 
 from typing import Annotated, Any
 
@@ -18,32 +18,35 @@ from trainyard.service.streams.sse import Cursor, SseResponse, parse_last_event_
 MAX_OFFSET = 2**53 - 1
 DEFAULT_TAIL = 200
 LastEventId = Annotated[str | None, Header(max_length=100)]
-DESCRIBED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+EVENT_STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
 
 router = APIRouter(prefix="/jobs/{job_id}", tags=["streams"], dependencies=[READ], route_class=ServiceRoute)
 
 
-@router.get("/metrics/stream", response_class=Response, responses=DESCRIBED)
+@router.get("/metrics/stream", response_class=Response, responses=EVENT_STREAM)
 async def metric_stream(
-    services: StateDep,
+    state: StateDep,
     job_id: str,
     last_event_id: LastEventId = None,
     after_step: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
 ) -> SseResponse:
-    """`metric` events: the curve so far behind `after_step`, or behind `Last-Event-ID`, then each point as it comes.
+    """Stream `metric` events: the points after `after_step` or `Last-Event-ID` so far, then each new point.
 
-    `attempt` says that another attempt goes on from `start_step`: points behind that are void. `end` comes when the job
-    has succeeded, failed or was cancelled. A comment comes every 15 s. Who does not read is dropped.
+    An `attempt` event means that another attempt continues from `start_step`: discard the points after it. `end` comes
+    when the job has succeeded, failed or was cancelled. A comment is sent every 15 s. A client that does not read is
+    disconnected.
     """
-    since = _cursor(last_event_id)
-    channel = await services.broadcaster.open(job_id)
-    pieces = subscribers.metrics(services.broadcaster, channel, since, after_step)
-    return SseResponse(pieces, lambda: services.broadcaster.close(channel))
+    since = _parse_cursor(last_event_id)
+    channel = await state.broadcaster.open(job_id)
+    frames = subscribers.metrics(state.broadcaster, channel, since, after_step)
+    return SseResponse(frames, lambda: state.broadcaster.close(channel))
 
 
-@router.get("/logs/stream", response_class=Response, responses=DESCRIBED)
+@router.get("/logs/stream", response_class=Response, responses=EVENT_STREAM)
 async def log_stream(
-    services: StateDep,
+    state: StateDep,
     job_id: str,
     last_event_id: LastEventId = None,
     attempt: Annotated[int | None, Query(ge=1, le=MAX_OFFSET)] = None,
@@ -51,29 +54,29 @@ async def log_stream(
     tail: Annotated[int | None, Query(ge=1, le=100_000)] = None,
     offset: Annotated[int | None, Query(ge=0, le=MAX_OFFSET)] = None,
 ) -> SseResponse:
-    """`log` events `{attempt, offset, data, next_offset}`: from `offset` or the last `tail` lines, and what comes.
+    """Stream `log` events `{attempt, offset, data, next_offset}`: from `offset` or the last `tail` lines on.
 
-    Without `attempt` a new attempt's log follows the one before. `end` comes when nothing more can.
+    Without `attempt`, the log of a new attempt follows the previous one. `end` comes when no more data can follow.
     """
     validate_rank(rank, tail, offset)
-    since = _cursor(last_event_id)
-    channel = await services.broadcaster.open(job_id)
-    place = subscribers.LogCursor(
-        attempt=since[0] if since else attempt or channel.news.attempt,
+    since = _parse_cursor(last_event_id)
+    channel = await state.broadcaster.open(job_id)
+    cursor = subscribers.LogCursor(
+        attempt=since[0] if since else attempt or channel.latest.attempt,
         rank=None if rank == AGENT else int(rank),
         offset=since[1] if since else offset,
         tail=tail or DEFAULT_TAIL,
         fixed=attempt is not None,
     )
-    run = RunDir(services.settings.runs / channel.job_id)
-    pieces = subscribers.logs(services.broadcaster, channel, run, place)
-    return SseResponse(pieces, lambda: services.broadcaster.close(channel))
+    run = RunDir(state.settings.runs / channel.job_id)
+    frames = subscribers.logs(state.broadcaster, channel, run, cursor)
+    return SseResponse(frames, lambda: state.broadcaster.close(channel))
 
 
-def _cursor(last_event_id: str | None) -> Cursor | None:
+def _parse_cursor(last_event_id: str | None) -> Cursor | None:
     if not last_event_id:
         return None
-    place = parse_last_event_id(last_event_id)
-    if place is None:
+    cursor = parse_last_event_id(last_event_id)
+    if cursor is None:
         raise with_problems(RequestInvalid, [Problem("/header/Last-Event-ID", "must be the id of an event")])
-    return place
+    return cursor

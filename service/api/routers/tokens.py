@@ -1,4 +1,4 @@
-"""The routes of named tokens, for admins."""
+"""Routes that list, create, change, rotate and revoke named tokens. Admins only."""
 
 import logging
 from typing import Annotated
@@ -16,14 +16,7 @@ from trainyard.service.auth.quotas import Usage
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import TokenNameTaken
-from trainyard.service.schemas import (
-    NewToken,
-    Page,
-    QuotaRequest,
-    RotationRequest,
-    Token,
-    TokenRequest,
-)
+from trainyard.service.schemas import NewToken, Page, QuotaRequest, RotationRequest, Token, TokenRequest
 
 Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
 
@@ -33,66 +26,64 @@ router = APIRouter(prefix="/tokens", tags=["access"], dependencies=[ADMIN], rout
 
 
 @router.get("")
-def list_tokens(services: StateDep) -> Page[Token]:
-    """All named tokens, oldest first, those that were revoked among them; never their secrets."""
-    with services.database.read() as session:
+def list_tokens(state: StateDep) -> Page[Token]:
+    """List all named tokens, oldest first, including revoked ones. Secrets are never shown."""
+    with state.database.read() as session:
         rows = session.scalars(select(TokenRow).order_by(TokenRow.created_at, TokenRow.id)).all()
-        used = quotas.usage(session)
-    return Page(data=[_shown(row, used.get(row.name, Usage())) for row in rows], has_more=False)
+        usage = quotas.usage(session)
+    return Page(data=[_to_response(row, usage.get(row.name, Usage())) for row in rows], has_more=False)
 
 
 @router.post("", status_code=201)
-def create_token(services: StateDep, caller: PrincipalDep, asked: TokenRequest) -> NewToken:
-    """Make a token. The answer has its secret, which is shown this once."""
-    if asked.name.lower() in RESERVED:
+def create_token(state: StateDep, caller: PrincipalDep, body: TokenRequest) -> NewToken:
+    """Create a token. Only this response has its secret."""
+    if body.name.lower() in RESERVED:
         raise TokenNameTaken()
-    with services.database.write() as session:
-        row, token = store.create(session, asked, caller.name, utc_now())
-    return _secret(services, row, token, "created")
+    with state.database.write() as session:
+        row, token = store.create(session, body, caller.name, utc_now())
+    return _to_secret_response(state, row, token, "created")
 
 
 @router.patch("/{name}")
-def change_token(services: StateDep, name: Name, asked: QuotaRequest) -> Token:
-    """Change quotas: `max_jobs`, `max_devices`. What is queued or runs already stays."""
-    with services.database.write() as session:
+def change_token(state: StateDep, name: Name, body: QuotaRequest) -> Token:
+    """Change the quotas `max_jobs` and `max_devices`. Queued and running jobs are not affected."""
+    with state.database.write() as session:
         row = store.lock(session, name)
-        for field in asked.model_fields_set:
-            setattr(row, field, getattr(asked, field))
-    log.info("a token got other quotas", extra={"token_name": row.name})
-    return _shown(row, _usage(services, row))
+        for field in body.model_fields_set:
+            setattr(row, field, getattr(body, field))
+    log.info("the quotas of a token were changed", extra={"token_name": row.name})
+    return _to_response(row, _usage(state, row))
 
 
 @router.post("/{name}/rotate")
 def rotate_token(
-    services: StateDep,
-    name: Name,
-    asked: RotationRequest = Body(default_factory=RotationRequest),
+    state: StateDep, name: Name, body: RotationRequest = Body(default_factory=RotationRequest)
 ) -> NewToken:
-    """Another secret for the token; the one it had stays good for `overlap` seconds, 0 where that is left out."""
-    with services.database.write() as session:
-        row, token = store.rotate(session, name, asked.overlap, asked.expires_in, utc_now())
-    return _secret(services, row, token, "rotated")
+    """Create a new secret for the token. The previous one stays valid for `overlap` seconds (default 0)."""
+    with state.database.write() as session:
+        row, token = store.rotate(session, name, body.overlap, body.expires_in, utc_now())
+    return _to_secret_response(state, row, token, "rotated")
 
 
 @router.delete("/{name}", status_code=204)
-def revoke_token(services: StateDep, name: Name) -> None:
-    """Let nobody in by it any more, from now on. Its jobs go on; its name stays taken."""
-    with services.database.write() as session:
+def revoke_token(state: StateDep, name: Name) -> None:
+    """Revoke the token, effective now. Its jobs continue; its name cannot be used again."""
+    with state.database.write() as session:
         row = store.revoke(session, name, utc_now())
-    services.authenticator.forget()
+    state.authenticator.clear_cache()
     log.info("a token was revoked", extra={"token_name": row.name})
 
 
-def _secret(services: AppState, row: TokenRow, token: str, what: str) -> NewToken:
-    services.authenticator.forget()
+def _to_secret_response(state: AppState, row: TokenRow, token: str, what: str) -> NewToken:
+    state.authenticator.clear_cache()
     log.info("a token was %s", what, extra={"token_name": row.name})
-    return NewToken(**_shown(row, _usage(services, row)).model_dump(), token=token)
+    return NewToken(**_to_response(row, _usage(state, row)).model_dump(), token=token)
 
 
-def _usage(services: AppState, row: TokenRow) -> Usage:
-    with services.database.read() as session:
+def _usage(state: AppState, row: TokenRow) -> Usage:
+    with state.database.read() as session:
         return quotas.usage(session, JobRow.queued_by == row.name).get(row.name, Usage())
 
 
-def _shown(row: TokenRow, used: Usage) -> Token:
-    return Token.model_validate({**vars(row), **used._asdict()})
+def _to_response(row: TokenRow, usage: Usage) -> Token:
+    return Token.model_validate({**vars(row), **usage._asdict()})

@@ -6,11 +6,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from trainyard.contract.spec import SlurmSpec
-from trainyard.service.settings_base import EnvironmentSettings, InvalidSettings, Seconds, parts
+from trainyard.service.settings_base import EnvironmentSettings, InvalidSettings, Seconds, split_commas
 
 # Options of sbatch that a spec may set by default. None of them runs anything.
 ALLOWED = tuple(
-    parts("""
+    split_commas("""
     cpus-per-gpu, cpus-per-task, exclude, exclusive, gpu-freq, hint, licenses, mem, mem-per-cpu, mem-per-gpu, nice,
     nodelist, reservation, switches, tmp
     """)
@@ -18,7 +18,7 @@ ALLOWED = tuple(
 
 # Options that the launcher relies on, or that would make the job another user's. A spec may never set them.
 RESERVED = frozenset(
-    parts("""
+    split_commas("""
     array, batch, begin, chdir, cluster-constraint, clusters, comment, dependency, error, export, export-file,
     get-user-env, gid, help, hold, input, job-name, kill-on-invalid-dep, no-kill, no-requeue, nodes, ntasks,
     ntasks-per-node, open-mode, output, parsable, propagate, quiet, requeue, signal, test-only, uid, usage, version,
@@ -59,9 +59,9 @@ class SlurmSetup(EnvironmentSettings):
     """
 
     defaults: Annotated[SlurmSpec, BeforeValidator(_defaults)] = Field(default_factory=SlurmSpec)
-    allowed: Annotated[tuple[str, ...], BeforeValidator(lambda text: [n for n in parts(text) if n not in RESERVED])] = (
-        Field(ALLOWED, alias="TRAINYARD_SLURM_ALLOW")
-    )
+    allowed: Annotated[
+        tuple[str, ...], BeforeValidator(lambda text: [n for n in split_commas(text) if n not in RESERVED])
+    ] = Field(ALLOWED, alias="TRAINYARD_SLURM_ALLOW")
     device: Literal["cuda", "cpu"] = Field("cuda", alias="TRAINYARD_SLURM_DEVICE")
     reports: Literal["http", "directory"] = Field("http", alias="TRAINYARD_SLURM_REPORTS")
     url: str | None = Field(None, alias="TRAINYARD_SLURM_URL")

@@ -17,13 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.worker import rank_runner
-from trainyard.contract.events import (
-    CheckpointRemoved,
-    CheckpointSaved,
-    Event,
-    PhaseChanged,
-    WarningEvent,
-)
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, WarningEvent
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
@@ -34,12 +28,7 @@ from trainyard.worker.checkpoint.staging import StagingBuffers
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow
-from trainyard.worker.training.state import (
-    TrainProgress,
-    TrainState,
-    build_train_state,
-    initial_model,
-)
+from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 
 ALONE = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
 SHAPE = ModelConfig(
@@ -59,57 +48,59 @@ def spec(**checkpointing: Any) -> JobSpec:
 
 
 class Bench:
-    """A saver with everything it needs, and what it said."""
+    """A checkpointer with everything it needs, and the events it emitted."""
 
     def __init__(self, path: Path, **checkpointing: Any) -> None:
         self.said: list[Event] = []
-        self.products = ArtifactDir(path)
-        self.meters = MetricsProcessor(ALONE, MetricsWindow(loss_sum=3.0, tokens=2.0), 6.0, has_aux=False)
-        self.trainee: TrainState = build_train_state(initial_model(SHAPE, 1, ALONE.device), spec().training, 0.0, ALONE)
-        self.saver = Checkpointer(spec(**checkpointing), self.products, IDENTITY, 8, ALONE, self.said.append)
+        self.artifacts = ArtifactDir(path)
+        self.metrics = MetricsProcessor(ALONE, MetricsWindow(loss_sum=3.0, tokens=2.0), 6.0, has_aux=False)
+        self.train_state: TrainState = build_train_state(
+            initial_model(SHAPE, 1, ALONE.device), spec().training, 0.0, ALONE
+        )
+        self.saver = Checkpointer(spec(**checkpointing), self.artifacts, IDENTITY, 8, ALONE, self.said.append)
 
-    def begin(self, step: int, *, must: bool = False) -> None:
-        self.saver.save(self.trainee, TrainProgress(step=step, tokens=step), self.meters, must=must)
+    def begin(self, step: int, *, required: bool = False) -> None:
+        self.saver.save(self.train_state, TrainProgress(step=step, tokens=step), self.metrics, required=required)
 
-    def save(self, step: int, *, must: bool = False) -> None:
-        self.begin(step, must=must)
+    def save(self, step: int, *, required: bool = False) -> None:
+        self.begin(step, required=required)
         self.saver.wait()
 
     def of(self, kind: type[Any]) -> list[Any]:
         return [event for event in self.said if isinstance(event, kind)]
 
 
-def test_a_save_publishes_tells_and_prunes(tmp_path: Path) -> None:
+def test_a_save_publishes_reports_and_prunes(tmp_path: Path) -> None:
     bench = Bench(tmp_path, keep_last=2)
     for step in (1, 2, 3):
         bench.save(step)
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2, 3]
     assert [(event.step, event.why) for event in bench.of(CheckpointRemoved)] == [(1, "retention")]
     saved = bench.of(CheckpointSaved)[-1]
-    assert saved.path == str(bench.products.checkpoint(3))
+    assert saved.path == str(bench.artifacts.checkpoint(3))
     assert (saved.sha256, saved.bytes) == (
-        files.checkpoint_info(3, bench.products.checkpoint(3)).sha256,
-        sum(file.stat().st_size for file in bench.products.checkpoint(3).iterdir()),
+        files.checkpoint_info(3, bench.artifacts.checkpoint(3)).sha256,
+        sum(file.stat().st_size for file in bench.artifacts.checkpoint(3).iterdir()),
     )
-    state = files.read_state(bench.products.checkpoint(3))
+    state = files.read_state(bench.artifacts.checkpoint(3))
     assert (state.step, state.tokens, state.rows_per_step) == (3, 3, 8)
     assert state.interval == [[3.0, 0.0, 2.0, 0.0]]
-    assert (bench.products.out / "pretrain_16.pth").is_file()
+    assert (bench.artifacts.out / "pretrain_16.pth").is_file()
     assert bench.saver.saved_at > 0
 
 
 def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     bench.save(5)
-    file = bench.products.checkpoint(5) / "model.safetensors"
+    file = bench.artifacts.checkpoint(5) / "model.safetensors"
     written = file.stat().st_mtime_ns
     bench.save(5)
     assert file.stat().st_mtime_ns == written
     os.truncate(file, 20)
     bench.save(5)
-    assert files.verify(bench.products.checkpoint(5)) is None
+    assert files.verify(bench.artifacts.checkpoint(5)) is None
     assert [event.message for event in bench.of(WarningEvent)] == ["checkpoint 5 invalid: model.safetensors size"]
-    assert (bench.products.checkpoints / ".invalid-step-00000005").is_dir()
+    assert (bench.artifacts.checkpoints / ".invalid-step-00000005").is_dir()
 
 
 class Held:
@@ -134,35 +125,35 @@ class Held:
         self._patch.stop()
 
 
-def train_on(trainee: TrainState) -> None:
+def train_on(train_state: TrainState) -> None:
     """One update, of any kind, in place."""
-    for parameter in trainee.model.parameters():
+    for parameter in train_state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
-    trainee.optimizer.step()
+    train_state.optimizer.step()
 
 
 def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    train_on(bench.trainee)
-    weights = {name: value.clone() for name, value in bench.trainee.model.state_dict().items()}
+    train_on(bench.train_state)
+    weights = {name: value.clone() for name, value in bench.train_state.model.state_dict().items()}
     moments = {
         name: value.clone()
-        for name, value in files.optimizer_tensors(bench.trainee.model, bench.trainee.optimizer).items()
+        for name, value in files.optimizer_tensors(bench.train_state.model, bench.train_state.optimizer).items()
     }
     with Held() as held:
         bench.begin(5)
         assert held.begun.wait(30)
-        assert bench.products.published() == []
+        assert bench.artifacts.published() == []
         for _ in range(3):
-            train_on(bench.trainee)
+            train_on(bench.train_state)
         held.go.set()
         bench.saver.wait()
-    path = bench.products.checkpoint(5)
+    path = bench.artifacts.checkpoint(5)
     saved, saved_moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
     assert all(torch.equal(value, weights[name]) for name, value in saved.items())
     assert set(saved_moments) == set(moments)
     assert all(torch.equal(value, moments[name]) for name, value in saved_moments.items())
-    half = torch.load(bench.products.out / "pretrain_16.pth", weights_only=True)
+    half = torch.load(bench.artifacts.out / "pretrain_16.pth", weights_only=True)
     assert list(half) == list(weights)
     assert all(torch.equal(value, weights[name].half()) for name, value in half.items())
 
@@ -174,7 +165,7 @@ def test_the_next_save_waits_for_the_one_before_and_says_so(tmp_path: Path) -> N
         assert held.begun.wait(30)
         later = threading.Timer(0.05, held.go.set)
         later.start()
-        bench.begin(2, must=True)
+        bench.begin(2, required=True)
         later.join()
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
     phases = [event.phase for event in bench.of(PhaseChanged)]
@@ -191,12 +182,12 @@ def test_leaving_lets_a_save_come_to_its_end(tmp_path: Path) -> None:
         later.start()
         bench.saver.close()
         later.join()
-    assert files.verify(bench.products.checkpoint(3)) is None
+    assert files.verify(bench.artifacts.checkpoint(3)) is None
 
 
 def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    with mock.patch.object(files, "write_checkpoint", side_effect=ZeroDivisionError("nobody thought of it")):
+    with mock.patch.object(files, "write_checkpoint", side_effect=ZeroDivisionError("unforeseen")):
         bench.begin(3)
         bench.saver.close()
         with pytest.raises(ZeroDivisionError):
@@ -205,11 +196,11 @@ def test_a_bug_in_the_writing_thread_is_not_swallowed(tmp_path: Path) -> None:
     assert [event.step for event in bench.of(CheckpointSaved)] == [4]
 
 
-def test_without_room_for_a_copy_training_waits_and_the_user_is_told(tmp_path: Path) -> None:
+def test_without_room_for_a_copy_training_waits_and_the_user_is_warned(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with mock.patch.object(StagingBuffers, "stage", side_effect=RuntimeError("can't allocate memory")):
         bench.begin(3)
-        assert files.verify(bench.products.checkpoint(3)) is None
+        assert files.verify(bench.artifacts.checkpoint(3)) is None
     (warning,) = bench.of(WarningEvent)
     assert (warning.code, warning.step) == ("save_blocks", 3)
     bench.save(4)
@@ -235,40 +226,40 @@ def test_what_was_allocated_of_a_copy_without_room_is_given_back(
     gc.collect()
     assert [event.step for event in bench.of(WarningEvent)] == [3, 4]
     assert [ref() for ref in allocated] == [None] * 6
-    assert len(bench.trainee.optimizer._optimizer_step_pre_hooks) == 0
+    assert len(bench.train_state.optimizer._optimizer_step_pre_hooks) == 0
 
 
-def test_a_snapshot_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
+def test_staging_uses_its_memory_again_and_keeps_what_is_tied(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    snapshot = StagingBuffers(bench.trainee.model, bench.trainee.optimizer)
-    first = snapshot.stage()
-    snapshot.fill()
+    staging = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
+    first = staging.stage()
+    staging.fill()
     assert first.optimizer == {}
-    assert list(first.model) == list(bench.trainee.model.state_dict())
+    assert list(first.model) == list(bench.train_state.model.state_dict())
     assert first.model["lm_head.weight"] is first.model["model.embed_tokens.weight"]
-    train_on(bench.trainee)
-    second = snapshot.stage()
-    snapshot.fill()
+    train_on(bench.train_state)
+    second = staging.stage()
+    staging.fill()
     assert {value.data_ptr() for value in second.model.values()} == {v.data_ptr() for v in first.model.values()}
-    assert set(files.unique_tensors(second.model)) == set(dict(bench.trainee.model.named_parameters()))
-    assert len(second.optimizer) == 3 * len(list(bench.trainee.model.parameters()))
+    assert set(files.unique_tensors(second.model)) == set(dict(bench.train_state.model.named_parameters()))
+    assert len(second.optimizer) == 3 * len(list(bench.train_state.model.parameters()))
 
 
 def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    snapshot = StagingBuffers(bench.trainee.model, bench.trainee.optimizer)
-    expected = {name: value.clone() for name, value in bench.trainee.model.state_dict().items()}
-    copies = snapshot.stage()
-    later = threading.Timer(0.05, snapshot.fill)
+    staging = StagingBuffers(bench.train_state.model, bench.train_state.optimizer)
+    expected = {name: value.clone() for name, value in bench.train_state.model.state_dict().items()}
+    copies = staging.stage()
+    later = threading.Timer(0.05, staging.fill)
     later.start()
-    train_on(bench.trainee)
+    train_on(bench.train_state)
     later.join()
-    assert snapshot.held > 0.01
+    assert staging.blocked_seconds > 0.01
     assert all(torch.equal(value, expected[name]) for name, value in copies.model.items())
-    assert not torch.equal(bench.trainee.model.lm_head.weight, expected["lm_head.weight"])
-    held = snapshot.held
-    train_on(bench.trainee)
-    assert snapshot.held == held
+    assert not torch.equal(bench.train_state.model.lm_head.weight, expected["lm_head.weight"])
+    held = staging.blocked_seconds
+    train_on(bench.train_state)
+    assert staging.blocked_seconds == held
 
 
 @pytest.mark.gpu
@@ -276,14 +267,14 @@ def test_an_update_that_comes_too_soon_waits_for_the_copy(tmp_path: Path) -> Non
 def test_on_a_gpu_the_copy_is_of_the_step_too() -> None:
     device = torch.device("cuda")
     ranks = DistributedContext(0, 1, 0, 1, device)
-    trainee = build_train_state(initial_model(SHAPE, 1, device), spec().training, 0.0, ranks)
-    snapshot = StagingBuffers(trainee.model, trainee.optimizer)
+    train_state = build_train_state(initial_model(SHAPE, 1, device), spec().training, 0.0, ranks)
+    staging = StagingBuffers(train_state.model, train_state.optimizer)
     for _ in range(20):
-        train_on(trainee)
-        expected = {name: value.cpu() for name, value in trainee.model.state_dict().items()}
-        copies = snapshot.stage()
-        train_on(trainee)
-        snapshot.fill()
+        train_on(train_state)
+        expected = {name: value.cpu() for name, value in train_state.model.state_dict().items()}
+        copies = staging.stage()
+        train_on(train_state)
+        staging.fill()
         assert all(value.is_pinned() and torch.equal(value, expected[name]) for name, value in copies.model.items())
 
 
@@ -307,14 +298,14 @@ def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_p
         bench.save(4)
     assert len(bench.of(CheckpointSaved)) == 2 - failures
     messages = [event.message for event in bench.of(WarningEvent)]
-    assert messages == ([f"checkpoint 4 was not saved: {said}; training goes on"] if failures == 2 else [])
+    assert messages == ([f"checkpoint 4 was not saved: {said}; training continues"] if failures == 2 else [])
 
 
 def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     out = mock.patch.object(files, "write_checkpoint", side_effect=MemoryError)
     with out, mock.patch.object(saver, "RETRY_SECONDS", 0.0), pytest.raises(TrainingError) as failed:
-        bench.save(4, must=True)
+        bench.save(4, required=True)
     assert failed.value.reason == "host_out_of_memory"
 
 
@@ -324,7 +315,7 @@ def test_a_save_that_must_not_fail_is_a_failure_with_advice(tmp_path: Path) -> N
     bench.save(4)
     assert "checkpoint 4 was not saved" in bench.of(WarningEvent)[0].message
     with pytest.raises(TrainingError, match="the checkpoint of step 4 could not be written") as failed:
-        bench.save(4, must=True)
+        bench.save(4, required=True)
     assert failed.value.reason == "disk_full"
 
 
@@ -348,10 +339,10 @@ def kill_in_save(step: int, at_write: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(descriptor, data)
 
-    def watched(products: Any, state: Any, *rest: Any) -> Any:
+    def watched(artifacts: Any, state: Any, *rest: Any) -> Any:
         if state.step == step:
             mock.patch.object(os, "write", fatal).start()
-        return publish(products, state, *rest)
+        return publish(artifacts, state, *rest)
 
     mock.patch.object(files, "write_checkpoint", watched).start()
 
@@ -364,7 +355,7 @@ def test_killed_at_any_byte_of_a_save_it_goes_on_from_the_one_before(tmp_path: P
     described = rank_runner.spec(text, training={"max_steps": 6}, checkpoint={"save_interval": 2})
     untouched = rank_runner.new_run(tmp_path / "untouched", described)
     rank_runner.run_to_end(untouched)
-    expected = dict(rank_runner.products(untouched))
+    expected = dict(rank_runner.outputs(untouched))
     # About 26 tensors in the model, three times as many in the optimizer, then state and manifest.
     for number, at_write in enumerate(sorted(chooser.sample(range(90), 3))):
         print(f"seed {seed}: killed at write {at_write}")
@@ -380,4 +371,4 @@ def test_killed_at_any_byte_of_a_save_it_goes_on_from_the_one_before(tmp_path: P
             "step-00000004",
             "step-00000006",
         ]
-        assert dict(rank_runner.products(run)) == expected
+        assert dict(rank_runner.outputs(run)) == expected

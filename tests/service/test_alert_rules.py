@@ -1,4 +1,4 @@
-"""Rules over curves: they speak once for each crossing. Pure."""
+"""Alert rules over metrics fire once for each crossing. Pure."""
 
 import math
 import random

@@ -1,27 +1,21 @@
-"""The end of a log of 20 GB, most of which is a hole: how long it takes to read, and what memory."""
+"""The tail of a log of 20 GB, most of it a hole: time and memory of the request."""
 
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from benchmarks.load import live
-from benchmarks.load.figures import Figure, quantile
-from benchmarks.load.wire import Wire
+from benchmarks.load.tables import Figure, quantile
+from benchmarks.load.wire_bytes import Wire
 from benchmarks.running import served
 from trainyard.contract.rundir import RunDir
 
 BYTES = 20 << 30
-ASKED = 40
+REQUESTS = 40
 
 
 def measure() -> Iterator[Figure]:
-    """A tail of 100 lines."""
-    with tempfile.TemporaryDirectory() as folder:
-        home, corpus = Path(folder) / "home", Path(folder) / "corpus.jsonl"
-        corpus.write_text('{"text": "one"}\n')
-        with live.database(home) as made:
-            job_id = live.running(made, corpus, 1)[0].job_id
+    with live.home_with_jobs(1) as (home, [agent]):
+        job_id = agent.job_id
         log = RunDir(home / "runs" / job_id).attempt(1).rank_log(0)
         log.parent.mkdir(parents=True)
         with log.open("wb") as file:
@@ -29,15 +23,15 @@ def measure() -> Iterator[Figure]:
             file.seek(BYTES)
             file.write(b"".join(b"step %d: loss 2.0\n" % step for step in range(100_000)))
         took = []
-        with served(home, Path(folder), arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
+        with served(home, home.parent, arguments=["--no-scheduler"]) as service, Wire(service.url) as wire:
             path = f"/jobs/{job_id}/logs?tail=100"
             assert "step 99999" in wire.json("GET", path)["data"]
             before = service.memory_bytes
-            for _ in range(ASKED):
+            for _ in range(REQUESTS):
                 begin = time.perf_counter()
                 assert wire.json("GET", path)["data"].count("\n") == 100
                 took.append(1000 * (time.perf_counter() - begin))
             grown = service.memory_bytes - before
     yield Figure("the tail of a 20 GB log: median", quantile(took, 0.5), "ms", 50)
-    yield Figure(f"the tail of a 20 GB log: worst of {ASKED}", max(took), "ms")
+    yield Figure(f"the tail of a 20 GB log: worst of {REQUESTS}", max(took), "ms")
     yield Figure("memory that they add", grown / (1 << 20), "MiB", 8)

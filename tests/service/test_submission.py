@@ -1,4 +1,4 @@
-"""POST /jobs: every mistake at once, each launched once, nothing echoed."""
+"""POST /jobs: every mistake at once, each job launched once, no value echoed."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What the load bench prints: a figure beside its goal, and what it was measured on."""
+"""The output of the load benchmark: figures with their goals, and the machine they were measured on."""
 
 import os
 import platform
@@ -10,38 +10,36 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement. ``most``: the goal is to stay below ``goal``, else to reach it; None: told for what it is."""
+    """One measurement. ``is_limit``: the value must be below ``goal``, else reach it; None: there is no goal."""
 
     what: str
     value: float
     unit: str
     goal: float | None = None
-    most: bool = True
+    is_limit: bool = True
 
     @property
     def met(self) -> bool:
-        """Whether the goal is reached."""
         if self.goal is None:
             return True
-        return self.value < self.goal if self.most else self.value >= self.goal
+        return self.value < self.goal if self.is_limit else self.value >= self.goal
 
     def line(self) -> str:
-        """As it is printed."""
-        shown = f"{self.what:<58} {self.value:>10,.1f} {self.unit}"
+        text = f"{self.what:<58} {self.value:>10,.1f} {self.unit}"
         if self.goal is None:
-            return shown
-        bound = "under" if self.most else "at least"
-        return f"{shown}   ({bound} {self.goal:,g}{'' if self.met else '; MISSED'})"
+            return text
+        bound = "under" if self.is_limit else "at least"
+        return f"{text}   ({bound} {self.goal:,g}{'' if self.met else '; MISSED'})"
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of them lie."""
+    """Return the value below which ``share`` of the values are."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
 def machine() -> str:
-    """Cores, model, load and date: without them no figure says anything."""
+    """Return cores, CPU model, load and date: no figure means anything without them."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]

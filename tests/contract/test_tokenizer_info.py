@@ -21,12 +21,12 @@ def test_the_highest_id_counts(tmp_path: Path, vocab: object) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": {"vocab": 3}}', '{"model": {"vocab": {}}}', "[" * 5000])
-def test_anything_else_is_refused_with_the_file_s_name(tmp_path: Path, text: str) -> None:
+def test_anything_else_is_rejected_with_the_name_of_the_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(TokenizerInvalid, match=r"tokenizer\.json"):
         vocabulary_size(str(tmp_path))
 
 
-def test_a_directory_without_one_says_how_to_make_one(tmp_path: Path) -> None:
+def test_a_directory_without_tokenizer_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(TokenizerInvalid, match="trainyard tokenizer train"):
         vocabulary_size(str(tmp_path))

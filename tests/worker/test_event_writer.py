@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.contract.events import (
-    EVENT,
-    Metric,
-    PhaseChanged,
-    WarningEvent,
-)
+from trainyard.contract.events import EVENT, Metric, PhaseChanged, WarningEvent
 from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.status import Phase
 from trainyard.worker.events.writer import EventWriter, NullEventWriter

@@ -1,4 +1,4 @@
-"""Named tokens: what each may do, how they come and go, and who stands in the events."""
+"""Named tokens: their scopes, their life from creation to revocation, and the actor in events."""
 
 import asyncio
 import contextlib
@@ -132,7 +132,7 @@ def test_an_app_with_a_route_without_a_scope_cannot_be_built(
     module.router.get("/forgotten")(forgotten)
     monkeypatch.setattr("trainyard.service.app.ROUTERS", (*ROUTERS, module))
     with pytest.raises(RuntimeError, match="must declare one scope"):
-        create_app(rig.app.state.services)
+        create_app(rig.app.state.app_state)
 
 
 def test_a_route_with_two_scopes_cannot_be_added() -> None:

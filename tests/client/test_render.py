@@ -11,11 +11,11 @@ from trainyard.contract.status import JobStatus
 
 
 def scene(**changes: Any) -> WatchState:
-    made = WatchState(handle="pre-12", url=URL, job=job(**changes), seen_at=NOW)
+    made = WatchState(handle="pre-12", url=URL, job=job(**changes), answered_at=NOW)
     made.curve.extend(metric(step, 8.0 - step / 2000, attempt=2) for step in range(100, 12401, 100))
     made.curve.extend([metric(12400, 2.887, attempt=2, eval_loss=None)])
-    made.curve.evaluated = (12000, 3.021)
-    made.kept = KeptCheckpoints(12000, 3, 2_300_000_000, verified=True)
+    made.curve.last_eval = (12000, 3.021)
+    made.checkpoints = KeptCheckpoints(12000, 3, 2_300_000_000, verified=True)
     return made
 
 
@@ -23,7 +23,7 @@ def drawn(of: WatchState, width: int = 110) -> list[str]:
     return plain(render(of, NOW, width))
 
 
-def test_the_picture_of_a_running_job() -> None:
+def test_the_display_of_a_running_job() -> None:
     eta = (NOW + timedelta(seconds=7800)).astimezone().strftime("%H:%M")
     lines = drawn(scene())
     ema = lines[2].split()[1]
@@ -39,21 +39,21 @@ def test_the_picture_of_a_running_job() -> None:
     ]
 
 
-def test_before_the_first_look_there_is_a_picture_too() -> None:
-    empty = WatchState(handle="pre-12", url=URL, lost="connection refused")
+def test_there_is_a_display_before_the_first_poll() -> None:
+    empty = WatchState(handle="pre-12", url=URL, connection_error="connection refused")
     assert drawn(empty)[0].startswith("pre-12")
     assert drawn(empty)[-1] == f"reconnecting, no answer for now   {URL}"
 
 
-def test_a_lost_service_keeps_the_numbers_and_says_since_when() -> None:
+def test_a_lost_service_keeps_the_numbers_and_shows_the_time() -> None:
     lost = scene()
-    lost.lost, lost.seen_at = "connection refused", NOW - timedelta(seconds=12)
+    lost.connection_error, lost.answered_at = "connection refused", NOW - timedelta(seconds=12)
     lines = drawn(lost)
     assert lines[-1] == "reconnecting, no answer for 12 s   http://127.0.0.1:8000/jobs/job_7f3kq9"
     assert lines[:-1] == drawn(scene())[:-1]
 
 
-def test_a_waiting_job_says_what_for() -> None:
+def test_a_queued_job_shows_what_it_waits_for() -> None:
     waiting = WatchState(
         "p", URL, job("queued", progress={"step": None}, checkpoint=None, summary="Waiting for 2 GPUs.")
     )
@@ -95,14 +95,14 @@ def test_unknown_numbers_are_dashes() -> None:
     assert "MFU" not in text
 
 
-def test_a_checkpoint_is_said_to_be_verified_only_where_it_was() -> None:
+def test_only_a_verified_checkpoint_is_shown_as_verified() -> None:
     for kept in (
         None,
         KeptCheckpoints(12000, 1, 766_000_000, verified=False),
         KeptCheckpoints(11000, 1, 766_000_000, verified=True),
     ):
         unsure = scene()
-        unsure.kept = kept
+        unsure.checkpoints = kept
         assert "verified" not in "\n".join(drawn(unsure))
         assert "766.0 MB" in "\n".join(drawn(unsure))
 

@@ -1,4 +1,4 @@
-"""Tokens of the settings and of a file that changes while the service runs."""
+"""Static tokens: those of the settings, and of a file that changes while the service runs."""
 
 import os
 from pathlib import Path
@@ -39,10 +39,10 @@ def test_an_empty_file_lets_nobody_in_and_a_missing_one_changes_nothing(tmp_path
     assert good(tokens, "one")
     assert not good(tokens, "two")
     file.write_text("# none any more\n")
-    assert tokens.needed
+    assert tokens.is_required
     assert not good(tokens, "one")
     assert not good(tokens, "")
-    assert not TokenFile(None, None).needed
+    assert not TokenFile(None, None).is_required
 
 
 def test_the_setting(tmp_path: Path) -> None:

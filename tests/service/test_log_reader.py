@@ -1,4 +1,4 @@
-"""Logs: the tail, going on from there, and files of any size."""
+"""Logs: the tail, reading on from an offset, and files of any size."""
 
 import random
 import tracemalloc

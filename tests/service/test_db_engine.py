@@ -1,4 +1,4 @@
-"""The database: migrations build what the tables say, writers queue up, readers see one moment."""
+"""The database: migrations match the models, writers queue up, and readers see one snapshot."""
 
 import subprocess
 import sys
@@ -208,7 +208,7 @@ def test_a_device_cannot_have_two_leases(any_rig: ServiceHarness) -> None:
 def test_times_have_a_zone(any_rig: ServiceHarness) -> None:
     from datetime import datetime
 
-    with pytest.raises(Exception, match="without its zone"), any_rig.database.write() as session:
+    with pytest.raises(Exception, match="without time zone"), any_rig.database.write() as session:
         session.add(EventRow(job_id="x", kind="k", actor="a", message="m", data={}, at=datetime(2026, 1, 1)))
     job = any_rig.job(any_rig.submit())
     assert job["created_at"].endswith("Z")

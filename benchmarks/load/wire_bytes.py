@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a bare socket, kept open: a client that costs next to nothing of the cores it measures on."""
+"""HTTP/1.1 on a bare socket, kept open: a client that takes almost no processor time from the service it measures."""
 
 import json
 import socket
@@ -7,7 +7,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 IDLE_SECONDS = 10.0
-"""A connection that nobody used for longer may be hung up by the service at the very moment it is used."""
+"""An idle connection is replaced after this time: the service might close it at the moment it is used."""
 
 
 class Wire:
@@ -29,21 +29,21 @@ class Wire:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def ask(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
-        """(status, body). Raises OSError where the connection breaks; the next request makes another."""
+    def request(self, method: str, path: str, body: object = None) -> tuple[int, bytes]:
+        """Send a request; return (status, body). Raises OSError if the connection breaks."""
         try:
-            return self._ask(method, path, b"" if body is None else json.dumps(body).encode())
+            return self._send(method, path, b"" if body is None else json.dumps(body).encode())
         except OSError:
             self.close()
             raise
 
     def json(self, method: str, path: str, body: object = None) -> Any:
-        """The answer's JSON. Raises AssertionError where the service says no."""
-        status, data = self.ask(method, path, body)
+        """Send a request; return the answer's JSON. Raises AssertionError on an error status."""
+        status, data = self.request(method, path, body)
         assert status < 300, (status, data[:500])
         return json.loads(data)
 
-    def _ask(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+    def _send(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
         if time.monotonic() - self._used_at > IDLE_SECONDS:
             self.close()
         self._used_at = time.monotonic()
@@ -53,28 +53,27 @@ class Wire:
             self._rest = b""
         lines = f"{method} {path} HTTP/1.1\r\n{self._head}\r\nContent-Length: {len(body)}\r\n\r\n"
         self._socket.sendall(lines.encode() + body)
-        head = self._until(b"\r\n\r\n").decode("latin-1").lower()
+        head = self._read_until(b"\r\n\r\n").decode("latin-1").lower()
         length = int(head.partition("content-length: ")[2].partition("\r\n")[0] or 0)
         while len(self._rest) < length:
-            self._more()
+            self._receive()
         data, self._rest = self._rest[:length], self._rest[length:]
         return int(head.split(" ", 2)[1]), data
 
-    def _until(self, mark: bytes) -> bytes:
+    def _read_until(self, mark: bytes) -> bytes:
         while mark not in self._rest:
-            self._more()
-        found, _, self._rest = self._rest.partition(mark)
-        return found + b"\r\n"
+            self._receive()
+        head, _, self._rest = self._rest.partition(mark)
+        return head + b"\r\n"
 
-    def _more(self) -> None:
+    def _receive(self) -> None:
         assert self._socket is not None
         data = self._socket.recv(1 << 16)
         if not data:
-            raise ConnectionResetError("the service hung up")
+            raise ConnectionResetError("the service closed the connection")
         self._rest += data
 
     def close(self) -> None:
-        """Hang up."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

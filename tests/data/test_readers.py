@@ -1,4 +1,4 @@
-"""Corpora of every form: packed, plain text, parquet. What they hold, and what is said of damaged ones."""
+"""Readers of every format: compressed, plain text, parquet; and the errors of damaged files."""
 
 import gzip
 import hashlib
@@ -15,7 +15,7 @@ import pytest
 
 from tests.data.texts import docstrings
 from trainyard.contract.file_identity import Compression, compression_of
-from trainyard.worker.data import jsonl as lines
+from trainyard.worker.data import jsonl
 from trainyard.worker.data.corpus import main, open_corpus
 from trainyard.worker.data.file import import_optional
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
@@ -55,9 +55,9 @@ def test_packed_lines_are_the_lines(kind: str, tmp_path: Path) -> None:
     for name in (f"c.jsonl.{kind}", "named_wrongly.jsonl"):
         file = tmp_path / name
         file.write_bytes(PACK[kind](RAW))
-        documents, tally = read(file)
+        documents, stats = read(file)
         assert documents == FOUND
-        assert (tally.lines, tally.blank_lines, tally.examples) == (5, 1, [(2, "not JSON at character 1")])
+        assert (stats.lines, stats.blank_lines, stats.examples) == (5, 1, [(2, "not JSON at character 1")])
 
 
 @packed
@@ -88,19 +88,19 @@ def test_damage_is_named(kind: str, damage: str, tmp_path: Path) -> None:
 
 @packed
 def test_a_bomb_is_one_long_line(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 20)
     bomb = PACK[kind](b'{"text": "before"}\n' + b"a" * (100 << 20) + b'\n{"text": "after"}\n')
     assert len(bomb) < 1 << 20
     file = tmp_path / "bomb.jsonl"
     file.write_bytes(bomb)
     tracemalloc.start()
     try:
-        documents, tally = read(file)
+        documents, stats = read(file)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert documents == [(1, "before"), (3, "after")]
-    assert tally.examples == [(2, "longer than 1 MiB")]
+    assert stats.examples == [(2, "longer than 1 MiB")]
     assert peak < 80 << 20
 
 
@@ -146,10 +146,10 @@ PROSE = b"\xef\xbb\xbf\n\nFirst line.\nSecond line.\r\n \t\r\n\n  Indented, with
 def test_documents_of_plain_text_are_separated_by_blank_lines(tmp_path: Path) -> None:
     for name, content in (("c.txt", PROSE), ("c.TXT.gz", gzip.compress(PROSE))):
         (tmp_path / name).write_bytes(content)
-        documents, tally = read(tmp_path / name)
+        documents, stats = read(tmp_path / name)
         assert documents == [(3, "First line.\nSecond line."), (7, "  Indented, without an end"), (11, "last")]
-        assert (tally.lines, tally.blank_lines, tally.documents) == (11, 6, 3)
-        assert tally.examples == [(9, "not UTF-8 at byte 1")]
+        assert (stats.lines, stats.blank_lines, stats.documents) == (11, 6, 3)
+        assert stats.examples == [(9, "not UTF-8 at byte 1")]
 
 
 def test_plain_text_is_known_by_name_and_first_character(tmp_path: Path) -> None:
@@ -171,22 +171,22 @@ def test_plain_text_is_known_by_name_and_first_character(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("length", [60, 98, 99, 100, 101, 250])
 def test_a_long_document_of_plain_text_is_bad(length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 100)
     for line in (50, 1000):  # of several lines, of one
         document = "".join("\n" if n % line == line - 1 else "x" for n in range(length - 1)) + "\n"
         (tmp_path / "c.txt").write_text(f"before\n\n{document}\nafter")
-        documents, tally = read(tmp_path / "c.txt")
+        documents, stats = read(tmp_path / "c.txt")
         fits = length < 100
         assert [text for _, text in documents] == ["before", *([document[:-1]] if fits else []), "after"]
         named = [(3, "longer than 0 MiB: separate documents by blank lines")]
-        assert tally.examples == ([] if fits else named)
+        assert stats.examples == ([] if fits else named)
 
 
 def test_shards_of_every_form_hold_the_same(tmp_path: Path) -> None:
     texts = [text for text in docstrings() if "\n\n" not in text and text.strip() == text][:200]
-    jsonl = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    (tmp_path / "c.jsonl").write_bytes(jsonl)
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(jsonl))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    (tmp_path / "c.jsonl").write_bytes(lines)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines))
     (tmp_path / "c.txt").write_text("\n\n".join(texts))
     corpora = [open_corpus(file, ByteTokenizer(), cache=tmp_path / "cache") for file in sorted(tmp_path.glob("c.*"))]
     assert len({corpus.directory for corpus in corpora}) == 3
@@ -221,10 +221,10 @@ def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
 def test_rows_of_parquet_are_documents(tmp_path: Path) -> None:
     texts = ["one", "", None, "two \u2028 \U0001f600", "one"]
     file = write_parquet(tmp_path / "c", {"id": [1, 2, 3, 4, 5], "text": texts}, row_group_size=2)
-    documents, tally = read(file)
+    documents, stats = read(file)
     assert documents == [(1, "one"), (4, "two \u2028 \U0001f600"), (5, "one")]
-    assert tally.examples == [(2, "'text' is empty"), (3, "'text' is not a string but null")]
-    assert tally.lines == 5
+    assert stats.examples == [(2, "'text' is empty"), (3, "'text' is not a string but null")]
+    assert stats.lines == 5
     assert "column 'id' holds int64 and must hold strings" in refused(file, "id")
     assert "no single column 'content' but id, text" in refused(file, "content")
 
@@ -240,14 +240,14 @@ def test_parquet_of_other_types(tmp_path: Path) -> None:
     write_parquet(tmp_path / "coded", {"text": coded})
     assert read(tmp_path / "coded")[0] == [(1, "a"), (2, "b"), (3, "a")]
     write_parquet(tmp_path / "broken", {"text": broken})
-    documents, tally = read(tmp_path / "broken")
-    assert (documents, tally.examples) == ([(1, "good")], [(2, "not UTF-8 at byte 1")])
+    documents, stats = read(tmp_path / "broken")
+    assert (documents, stats.examples) == ([(1, "good")], [(2, "not UTF-8 at byte 1")])
 
 
 def test_parquet_in_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gibibyte of text in a few hundred bytes of dictionary."""
     arrow = pytest.importorskip("pyarrow")
-    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 18)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1 << 18)
     texts = ["a" * ((1 << 18) - 1), "b" * (1 << 18)]
     coded = arrow.DictionaryArray.from_arrays(arrow.array([0, 1] * 2000, arrow.int32()), texts)
     file = write_parquet(tmp_path / "c", {"text": coded})

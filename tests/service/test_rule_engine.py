@@ -1,4 +1,4 @@
-"""Rules against the curves of jobs in the database: told once, also over restarts, and by no one who was asleep."""
+"""Alert rules on jobs' metrics in the database: each alert once, also after restarts and changes of the leader."""
 
 import re
 import time
@@ -15,10 +15,10 @@ from tests.service.test_webhooks import deliveries, register, send
 from trainyard.contract.status import Reason
 from trainyard.service.webhooks.http_client import WebhookClient
 from trainyard.service.webhooks.rule_engine import (
-    ASLEEP_SECONDS,
-    KEEP_SECONDS,
+    MAX_GAP_SECONDS,
     POLL_SECONDS,
     RECENT,
+    SAVE_SECONDS,
     RuleEngine,
 )
 from trainyard.service.webhooks.sender import Sender
@@ -53,8 +53,8 @@ class Watched:
 
     def again(self) -> None:
         """As after a restart: what was in memory is gone."""
-        courier = WebhookClient(self.rig.settings.webhook_networks)
-        self.sender = Sender(self.rig.database, courier, clock=self.rig.clock, monotonic=self.ticks)
+        client = WebhookClient(self.rig.settings.webhook_networks)
+        self.sender = Sender(self.rig.database, client, clock=self.rig.clock, monotonic=self.ticks)
 
     def look(self, seconds: float = POLL_SECONDS + 1) -> None:
         """Time passes, and it looks and sends."""
@@ -111,7 +111,7 @@ def test_a_restart_neither_repeats_nor_misses(watched: Watched, receiver: Receiv
     points(rig, attempt, 1, 3.0, nan, 3.0)
     watched.look()
     points(rig, attempt, 4, 3.0, 3.0, eval_loss=2.4)
-    watched.look(KEEP_SECONDS + POLL_SECONDS if kept else POLL_SECONDS + 1)
+    watched.look(SAVE_SECONDS + POLL_SECONDS if kept else POLL_SECONDS + 1)
     watched.again()
     points(rig, attempt, 6, 3.0, eval_loss=2.3)
     watched.look()
@@ -198,7 +198,7 @@ def test_a_server_that_slept_an_hour_blames_nobody(watched: Watched, receiver: R
     watched.look()
     watched.look(3600)
     assert told(receiver) == []
-    assert ASLEEP_SECONDS < 600
+    assert MAX_GAP_SECONDS < 600
     for _ in range(13):
         watched.look(50)
     assert told(receiver) == [("rule.no_progress", 1)]
@@ -238,8 +238,8 @@ def test_looking_costs_nothing_where_there_are_no_rules(
 ) -> None:
     register(any_rig, "https://example.com")
     any_rig.running()
-    monkeypatch.setattr(RuleEngine, "_look_at", None)
-    any_rig.sender._watcher.poll()
+    monkeypatch.setattr(RuleEngine, "_evaluate_job", None)
+    any_rig.sender._rule_engine.poll()
 
 
 def test_the_snippet_of_the_guide_verifies_what_is_sent(rig: ServiceHarness, receiver: Receiver) -> None:

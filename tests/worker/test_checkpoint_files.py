@@ -12,13 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainyard.contract.run_identity import RunIdentity
-from trainyard.contract.rundir import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    ArtifactDir,
-    FileDigest,
-)
+from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, ArtifactDir, FileDigest
 from trainyard.worker.checkpoint import files, retention, safetensors_writer
 from trainyard.worker.checkpoint.files import Damage, RunState
 
@@ -60,10 +54,10 @@ def state(step: int) -> RunState:
     return RunState(step=step, tokens=step * 100, rows_per_step=8, world_size=1, identity=IDENTITY)
 
 
-def publish(products: ArtifactDir, step: int, seed: int = 0) -> files.CheckpointInfo:
+def publish(artifacts: ArtifactDir, step: int, seed: int = 0) -> files.CheckpointInfo:
     model, optimizer = trained(seed)
     tensors, moments = files.unique_tensors(model.state_dict()), files.optimizer_tensors(model, optimizer)
-    return files.write_checkpoint(products, state(step), tensors, moments)
+    return files.write_checkpoint(artifacts, state(step), tensors, moments)
 
 
 def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_path: Path) -> None:
@@ -89,10 +83,10 @@ def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_and_goes_on_the_same(tmp_path: Path) -> None:
-    products = ArtifactDir(tmp_path)
+    artifacts = ArtifactDir(tmp_path)
     model, optimizer = trained(seed=3)
     moments = files.optimizer_tensors(model, optimizer)
-    saved = files.write_checkpoint(products, state(3), files.unique_tensors(model.state_dict()), moments)
+    saved = files.write_checkpoint(artifacts, state(3), files.unique_tensors(model.state_dict()), moments)
     other, other_optimizer = trained(seed=4)
     restored = files.load_checkpoint(saved.path, other, other_optimizer)
     assert restored == state(3)
@@ -160,8 +154,8 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 
 
 def test_other_damage_is_named(tmp_path: Path) -> None:
-    products = ArtifactDir(tmp_path)
-    cut, missing, no_manifest, torn = (publish(products, step) for step in (1, 2, 3, 4))
+    artifacts = ArtifactDir(tmp_path)
+    cut, missing, no_manifest, torn = (publish(artifacts, step) for step in (1, 2, 3, 4))
     os.truncate(cut.path / MODEL_FILE, 10)
     (missing.path / OPTIMIZER_FILE).unlink()
     (no_manifest.path / "manifest.json").unlink()
@@ -173,24 +167,24 @@ def test_other_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_the_newest_sound_one_is_found_and_damaged_ones_are_set_aside(tmp_path: Path) -> None:
-    products = ArtifactDir(tmp_path)
+    artifacts = ArtifactDir(tmp_path)
     for number in (380, 400):
-        publish(products, number)
-    with (products.checkpoint(400) / MODEL_FILE).open("r+b") as file:
+        publish(artifacts, number)
+    with (artifacts.checkpoint(400) / MODEL_FILE).open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"\xff")
     damaged: list[Damage] = []
-    assert files.newest_valid(products, damaged) == products.checkpoint(380)
+    assert files.newest_valid(artifacts, damaged) == artifacts.checkpoint(380)
     assert [str(damage) for damage in damaged] == ["checkpoint 400 invalid: model.safetensors sha256"]
-    assert [number for number, _ in products.published()] == [380]
-    assert (products.checkpoints / ".invalid-step-00000400" / MODEL_FILE).exists()
-    publish(products, 400)
-    assert files.quarantine(products.checkpoint(400)).name == ".invalid-step-00000400-1"
+    assert [number for number, _ in artifacts.published()] == [380]
+    assert (artifacts.checkpoints / ".invalid-step-00000400" / MODEL_FILE).exists()
+    publish(artifacts, 400)
+    assert files.quarantine(artifacts.checkpoint(400)).name == ".invalid-step-00000400-1"
 
 
 def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    products, real_write, room = ArtifactDir(tmp_path), os.write, 600
-    publish(products, 1)
+    artifacts, real_write, room = ArtifactDir(tmp_path), os.write, 600
+    publish(artifacts, 1)
 
     def write(descriptor: int, data: memoryview) -> int:
         nonlocal room
@@ -202,9 +196,9 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(os, "write", write)
     with pytest.raises(OSError, match="No space left"):
-        publish(products, 2)
-    assert sorted(path.name for path in products.checkpoints.iterdir()) == ["step-00000001"]
-    assert files.verify(products.checkpoint(1)) is None
+        publish(artifacts, 2)
+    assert sorted(path.name for path in artifacts.checkpoints.iterdir()) == ["step-00000001"]
+    assert files.verify(artifacts.checkpoint(1)) is None
 
 
 def test_state_survives_json_exactly(tmp_path: Path) -> None:
@@ -252,27 +246,27 @@ def test_surplus(steps: list[int], keep_last: int, keep_every: int | None, gone:
 
 
 def test_pruning_never_counts_a_damaged_one_as_kept(tmp_path: Path) -> None:
-    products = ArtifactDir(tmp_path)
+    artifacts = ArtifactDir(tmp_path)
     for number in (1, 2, 3, 4):
-        publish(products, number)
-    os.truncate(products.checkpoint(4) / MODEL_FILE, 10)
-    removed = retention.delete_old_checkpoints(products, keep_last=1, keep_every=None)
+        publish(artifacts, number)
+    os.truncate(artifacts.checkpoint(4) / MODEL_FILE, 10)
+    removed = retention.delete_old_checkpoints(artifacts, keep_last=1, keep_every=None)
     assert [(pruned.step, pruned.weights) for pruned in removed] == [(1, None)]
-    assert [number for number, _ in products.published()] == [4, 3, 2]
+    assert [number for number, _ in artifacts.published()] == [4, 3, 2]
 
 
 def test_leftovers_are_collected_and_nothing_else(tmp_path: Path) -> None:
-    products = ArtifactDir(tmp_path)
-    publish(products, 1)
-    publish(products, 2)
-    files.quarantine(products.checkpoint(2))
+    artifacts = ArtifactDir(tmp_path)
+    publish(artifacts, 1)
+    publish(artifacts, 2)
+    files.quarantine(artifacts.checkpoint(2))
     for name in (".saving-step-00000003-99", ".removing-step-00000001"):
-        (products.checkpoints / name).mkdir()
-        (products.checkpoints / name / MODEL_FILE).write_bytes(b"torn")
-    products.out.mkdir()
-    (products.out / ".pretrain_8.pth.abc").write_bytes(b"torn")
-    (products.out / "pretrain_8.pth").write_bytes(b"whole")
-    assert retention.delete_leftovers(products) == 3
-    left = sorted(path.name for path in products.checkpoints.iterdir())
+        (artifacts.checkpoints / name).mkdir()
+        (artifacts.checkpoints / name / MODEL_FILE).write_bytes(b"torn")
+    artifacts.out.mkdir()
+    (artifacts.out / ".pretrain_8.pth.abc").write_bytes(b"torn")
+    (artifacts.out / "pretrain_8.pth").write_bytes(b"whole")
+    assert retention.delete_leftovers(artifacts) == 3
+    left = sorted(path.name for path in artifacts.checkpoints.iterdir())
     assert left == [".invalid-step-00000002", "step-00000001"]
-    assert [path.name for path in products.out.iterdir()] == ["pretrain_8.pth"]
+    assert [path.name for path in artifacts.out.iterdir()] == ["pretrain_8.pth"]

@@ -1,4 +1,4 @@
-"""Where webhooks may lead, and what a receiver can do to the one that sends."""
+"""Where webhooks may be sent, and what a hostile receiver can do to the sender."""
 
 import ipaddress
 import shutil
@@ -25,8 +25,8 @@ from trainyard.service.ssrf import (
     validation_error,
 )
 from trainyard.service.webhooks.http_client import (
-    MAX_READ_BYTES,
-    SNIPPET_BYTES,
+    MAX_RESPONSE_BYTES,
+    MAX_SNIPPET_BYTES,
     DeliveryResult,
     WebhookClient,
 )
@@ -126,8 +126,8 @@ def test_the_setting() -> None:
             Settings.read({"TRAINYARD_WEBHOOK_NETWORKS": wrong})
 
 
-def post(courier: WebhookClient, url: str) -> DeliveryResult:
-    return courier.post(url, {"webhook-id": "evt_1"}, b"{}")
+def post(client: WebhookClient, url: str) -> DeliveryResult:
+    return client.post(url, {"webhook-id": "evt_1"}, b"{}")
 
 
 def test_a_name_that_is_bound_anew_gains_nothing() -> None:
@@ -138,13 +138,13 @@ def test_a_name_that_is_bound_anew_gains_nothing() -> None:
         looked_up.append(host)
         return ["127.0.0.2"] if len(looked_up) == 1 else ["127.0.0.1"]
 
-    courier = WebhookClient([ipaddress.ip_network("127.0.0.2/32")], rebinding)
+    client = WebhookClient([ipaddress.ip_network("127.0.0.2/32")], rebinding)
     with receiving("127.0.0.2") as meant, _same_port("127.0.0.1", meant.port) as inside:
         url = f"http://evil.example:{meant.port}/hook"
-        assert post(courier, url).status == 204
+        assert post(client, url).status == 204
         assert looked_up == ["evil.example"], "once for a try: what was looked at is what was connected to"
         assert meant.got[0].headers["host"] == f"evil.example:{meant.port}"
-        refused = post(courier, url)
+        refused = post(client, url)
         assert refused.status is None
         assert "not public" in str(refused.error)
         assert inside() == 0
@@ -152,9 +152,9 @@ def test_a_name_that_is_bound_anew_gains_nothing() -> None:
 
 
 def test_a_name_with_one_bad_address_among_good_ones_is_refused() -> None:
-    courier = WebhookClient([ipaddress.ip_network("127.0.0.2/32")], lambda host, port: ["127.0.0.2", "::1"])
+    client = WebhookClient([ipaddress.ip_network("127.0.0.2/32")], lambda host, port: ["127.0.0.2", "::1"])
     with receiving("127.0.0.2") as meant:
-        assert post(courier, f"http://two.example:{meant.port}/").status is None
+        assert post(client, f"http://two.example:{meant.port}/").status is None
         assert meant.got == []
 
 
@@ -181,8 +181,8 @@ class _same_port:  # noqa: N801 - reads like the function it stands for
 
 def test_the_next_address_is_tried_where_one_does_not_answer() -> None:
     with receiving("127.0.0.3") as there:
-        courier = WebhookClient(LOOPBACK, lambda host, port: ["127.0.0.2", "127.0.0.3"])
-        assert post(courier, f"http://two.example:{there.port}/").took
+        client = WebhookClient(LOOPBACK, lambda host, port: ["127.0.0.2", "127.0.0.3"])
+        assert post(client, f"http://two.example:{there.port}/").accepted
 
 
 def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: ServiceHarness) -> None:
@@ -198,7 +198,7 @@ def test_a_redirect_is_a_no_and_nobody_goes_there(any_rig: ServiceHarness) -> No
 
 
 def test_a_refused_address_says_so_in_the_log(any_rig: ServiceHarness) -> None:
-    any_rig.sender._courier = WebhookClient([], lambda host, port: ["169.254.169.254"])
+    any_rig.sender._client = WebhookClient([], lambda host, port: ["169.254.169.254"])
     webhook = register(any_rig, "https://metadata.example/", events=["job.created"])
     any_rig.submit()
     send(any_rig)
@@ -282,7 +282,7 @@ def _dripping_body(connection: socket.socket) -> None:
         (_drip, "no answer within 0.5 s"),
         (lambda connection: time.sleep(2), "no answer within 0.5 s"),
         (_endless_head, "it does not speak HTTP"),
-        (_endless_patience, "it says too much before its answer"),
+        (_endless_patience, "it sends too much before its response"),
         (lambda connection: connection.sendall(b"SSH-2.0-OpenSSH\r\n"), "it does not speak HTTP"),
         (lambda connection: connection.sendall(b"\0" * 100_000), "it does not speak HTTP"),
         (lambda connection: connection.sendall(b"HTTP/1.1 2"), "it does not speak HTTP"),
@@ -302,10 +302,10 @@ def test_a_receiver_that_misbehaves_costs_a_bounded_time(
 def test_of_a_long_answer_the_begin_is_read(raw: Callable[[Script], str], script: Script) -> None:
     """The status has been said: what comes behind it changes nothing."""
     answer = post(WebhookClient(LOOPBACK, seconds=0.5), raw(script))
-    assert answer.took
+    assert answer.accepted
     assert answer.snippet is not None
     assert set(answer.snippet) == {"z"}
-    assert len(answer.snippet) <= SNIPPET_BYTES < MAX_READ_BYTES
+    assert len(answer.snippet) <= MAX_SNIPPET_BYTES < MAX_RESPONSE_BYTES
 
 
 def test_nobody_there_and_no_such_name() -> None:
@@ -325,7 +325,7 @@ def test_nobody_there_and_no_such_name() -> None:
 def test_the_target_and_the_headers_are_sent_as_the_url_has_them() -> None:
     with receiving() as receiver:
         asked = f"http://127.0.0.1:{receiver.port}/a;b/c;d%20e?x=1;y=2&z"
-        assert post(WebhookClient(LOOPBACK), asked).took
+        assert post(WebhookClient(LOOPBACK), asked).accepted
         assert receiver.got[0].path == "/a;b/c;d%20e?x=1;y=2&z"
         assert receiver.got[0].headers["connection"] == "close"
         assert receiver.got[0].headers["content-length"] == "2"
@@ -348,7 +348,7 @@ def test_tls_is_for_the_name_and_the_connection_for_the_checked_address(tmp_path
     with receiving(context=theirs) as receiver:
         found = lambda host, port: ["127.0.0.1"]  # noqa: E731
         good = post(WebhookClient(LOOPBACK, found, ours), f"https://hooks.example:{receiver.port}/hook")
-        assert good.took, good.error
+        assert good.accepted, good.error
         assert names == ["hooks.example"]
         assert receiver.got[0].headers["host"] == f"hooks.example:{receiver.port}"
         other = post(WebhookClient(LOOPBACK, found, ours), f"https://other.example:{receiver.port}/hook")

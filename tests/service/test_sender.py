@@ -1,4 +1,4 @@
-"""Sending: what fails is tried again, what is slow holds nobody up, and only the server that leads sends."""
+"""The sender retries failures, is not held up by a slow receiver, and sends only on the leader."""
 
 import threading
 import time
@@ -18,18 +18,18 @@ from trainyard.service.db.models import DeliveryRow
 from trainyard.service.leadership import LEASE_SECONDS, LeaderLease
 from trainyard.service.webhooks.http_client import SEND_SECONDS, DeliveryResult, WebhookClient
 from trainyard.service.webhooks.retry_policy import (
-    DISABLE,
-    FIRST_SECONDS,
-    GIVE_UP,
+    DISABLE_AFTER,
+    GIVE_UP_AFTER,
     MAX_CONCURRENT,
     MAX_SECONDS,
-    Head,
+    MIN_SECONDS,
+    NextDelivery,
     RetryDecision,
     after_failure,
     backoff,
     pick,
 )
-from trainyard.service.webhooks.sender import AT_ONCE, GRACE_SECONDS, Sender
+from trainyard.service.webhooks.sender import GRACE_SECONDS, MAX_SENDING, Sender
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -46,7 +46,7 @@ def no(status_code: int | None = 500, retry_after: float | None = None) -> Deliv
 
 def test_pauses_grow_to_a_limit_and_are_spread_out() -> None:
     whole = [backoff(n, 0.0) for n in range(1, 14)]
-    assert whole[:4] == [FIRST_SECONDS * 2**n for n in range(4)]
+    assert whole[:4] == [MIN_SECONDS * 2**n for n in range(4)]
     assert whole[-1] == MAX_SECONDS
     assert backoff(10_000, 0.0) == MAX_SECONDS
     assert backoff(3, 0.999) == pytest.approx(whole[2] / 2, rel=0.01)
@@ -58,19 +58,19 @@ def test_what_follows_from_a_failure() -> None:
     ) -> RetryDecision:
         return after_failure(answer, 1, NOW - age, NOW - failing, NOW, 0.0)
 
-    assert verdict(no()) == RetryDecision(NOW + timedelta(seconds=FIRST_SECONDS))
+    assert verdict(no()) == RetryDecision(NOW + timedelta(seconds=MIN_SECONDS))
     assert verdict(no(429, retry_after=90)) == RetryDecision(NOW + timedelta(seconds=90))
     assert verdict(no(429, retry_after=10**6)) == RetryDecision(NOW + timedelta(seconds=MAX_SECONDS))
-    assert verdict(no(), age=GIVE_UP) == RetryDecision(None)
+    assert verdict(no(), age=GIVE_UP_AFTER) == RetryDecision(None)
     assert verdict(no(410)).disable is not None
-    assert verdict(no(), failing=DISABLE).disable is not None
-    assert verdict(no(None), failing=DISABLE / 2).disable is None
+    assert verdict(no(), failing=DISABLE_AFTER).disable is not None
+    assert verdict(no(None), failing=DISABLE_AFTER / 2).disable is None
 
 
 def test_a_receiver_gets_a_few_at_once_and_one_that_is_away_one() -> None:
-    heads = [Head(number, "a", 0) for number in range(10)] + [Head(20 + n, "b", 9) for n in range(3)]
-    assert [h.number for h in pick(heads, {}, AT_ONCE)] == [0, 1, 2, 3, 20]
-    assert [h.number for h in pick(heads, {0: "a", 1: "a", 2: "a", 20: "b"}, AT_ONCE)] == [3]
+    heads = [NextDelivery(number, "a", 0) for number in range(10)] + [NextDelivery(20 + n, "b", 9) for n in range(3)]
+    assert [h.number for h in pick(heads, {}, MAX_SENDING)] == [0, 1, 2, 3, 20]
+    assert [h.number for h in pick(heads, {0: "a", 1: "a", 2: "a", 20: "b"}, MAX_SENDING)] == [3]
     assert [h.number for h in pick(heads, {}, 2)] == [0, 1]
     assert pick(heads, {}, 0) == []
     assert MAX_CONCURRENT == 4
@@ -84,10 +84,10 @@ def test_what_fails_is_tried_again_later_under_the_same_id(any_rig: ServiceHarne
     assert len(receiver.got) == 1
     [waits] = deliveries(any_rig, webhook)
     assert (waits["state"], waits["attempts"], waits["tries"][0]["response"]) == ("pending", 1, "broken")
-    any_rig.clock.forward(FIRST_SECONDS / 2 - 1)
+    any_rig.clock.forward(MIN_SECONDS / 2 - 1)
     send(any_rig)
     assert len(receiver.got) == 1, "not before its time"
-    any_rig.clock.forward(FIRST_SECONDS)
+    any_rig.clock.forward(MIN_SECONDS)
     receiver.answer = status(204)
     send(any_rig)
     first, second = receiver.got
@@ -241,8 +241,8 @@ def test_of_several_servers_the_leader_sends_and_each_thing_once(any_rig: Servic
     """Three senders at once on one database; each in turn is the leader."""
     ticks = Ticks()
     leases = [LeaderLease(any_rig.database, ticks) for _ in range(3)]
-    courier = WebhookClient(any_rig.settings.webhook_networks)
-    senders = [Sender(any_rig.database, courier, lease, any_rig.clock, ticks) for lease in leases]
+    client = WebhookClient(any_rig.settings.webhook_networks)
+    senders = [Sender(any_rig.database, client, lease, any_rig.clock, ticks) for lease in leases]
     register(any_rig, receiver.url, events=["job.created"])
     for leader in (0, 1, 2):
         assert leases[leader].renew()

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.load.crowd URL JOB CORPUS SECONDS``: 64 clients that send 100 requests a second between them.
+"""``python -m benchmarks.load.clients URL JOB CORPUS SECONDS``: 64 clients that together send 100 requests a second.
 
-Requests are sent by the clock, whether the ones before were answered or not, and their time counts from when they were
-due: a service that stands still is not spared the requests it would have had. Prints the times as JSON.
+Requests are sent by the clock, whether earlier ones were answered or not, and their time counts from when they were
+due, so that a stalled service is not spared any request. Prints the times as JSON.
 """
 
 import json
@@ -11,16 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 
-from benchmarks.load.wire import Wire
+from benchmarks.load.wire_bytes import Wire
 
 CLIENTS = 64
 PER_SECOND = 100
 WRITES = 0.1
-"""One request in ten changes something."""
+"""Share of the requests that change something."""
 
 
 def main() -> None:
-    """Send, and tell."""
     url, job_id, corpus, seconds = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
     took: dict[str, list[float]] = {"read": [], "write": []}
     begin = time.monotonic() + 0.2
@@ -40,7 +39,7 @@ Request = tuple[str, str, str, object]
 
 
 def requests(job_id: str, corpus: str, seed: int) -> Callable[[], Request]:
-    """What a client asks next: what dashboards, `watch` and scripts ask for."""
+    """Return a function that draws the next request: what dashboards, `watch` and scripts send."""
     dice = random.Random(seed)
     spec = {"data": {"data_path": corpus}, "resources": {"device": "cpu"}}
     reads = (f"/jobs/{job_id}", "/jobs?limit=20", f"/jobs/{job_id}/metrics?max_points=500",
@@ -50,22 +49,21 @@ def requests(job_id: str, corpus: str, seed: int) -> Callable[[], Request]:
         ("write", "PATCH", f"/jobs/{job_id}", {"labels": {"looked": "at"}}),
     )
 
-    def following() -> Request:
+    def draw() -> Request:
         if dice.random() < WRITES:
             return dice.choice(writes)
         return "read", "GET", dice.choice(reads), None
 
-    return following
+    return draw
 
 
 def client(
-    url: str, following: Callable[[], Request], number: int, total: int, begin: float, took: dict[str, list[float]]
+    url: str, draw: Callable[[], Request], number: int, total: int, begin: float, took: dict[str, list[float]]
 ) -> None:
-    """Every 64th request."""
     with Wire(url) as wire:
-        for place in range(number, total, CLIENTS):
-            kind, method, path, body = following()
-            due = begin + place / PER_SECOND
+        for index in range(number, total, CLIENTS):
+            kind, method, path, body = draw()
+            due = begin + index / PER_SECOND
             time.sleep(max(0.0, due - time.monotonic()))
             wire.json(method, path, body)
             took[kind].append(time.monotonic() - due)

@@ -1,4 +1,4 @@
-"""The rules, over every status there is."""
+"""The lifecycle rules, for every status. Pure."""
 
 import itertools
 from datetime import UTC, datetime
@@ -97,7 +97,7 @@ def test_every_ending_is_reachable_by_the_table(status: JobStatus, outcome: Any)
         assert (ending.status is JobStatus.SUCCEEDED) == (outcome == "completed")
         assert (ending.restart_seconds is not None) <= (ending.status is JobStatus.INTERRUPTED)
         assert ending.status in TERMINAL | {JobStatus.PAUSED, JobStatus.INTERRUPTED}
-        assert ending.queued_again <= (ending.status is JobStatus.PAUSED and by is not None)
+        assert ending.requeue <= (ending.status is JobStatus.PAUSED and by is not None)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_setbacks_wait_longer_each_time_and_never_end_a_job(reason: Reason) -> N
     first = 0.0 if reason is Reason.TIME_LIMIT else 5.0
     assert [ending.restart_seconds for ending in endings] == [first, 5.0, 20.0, 60.0, 180.0, 600.0, 600.0, 600.0]
     assert {ending.status for ending in endings} == {JobStatus.INTERRUPTED}
-    assert max(ending.restart_seconds or 0 for ending in endings) <= Timing().longest_restart_wait
+    assert max(ending.restart_seconds or 0 for ending in endings) <= Timing().max_restart_wait
 
 
 @pytest.mark.parametrize("outcome", ["stopped", "killed", "crashed"])
@@ -262,10 +262,10 @@ def test_the_end_of_an_attempt_that_made_room(
     outcome: str, reason: Reason | None, status: JobStatus, becomes: Reason | None, again: bool, restarts: int
 ) -> None:
     ending = after_exit(JobStatus.PAUSING, report(outcome, reason), RestartHistory(), 3, "job_front")
-    assert (ending.status, ending.reason, ending.queued_again, ending.restarts) == (status, becomes, again, restarts)
+    assert (ending.status, ending.reason, ending.requeue, ending.restarts) == (status, becomes, again, restarts)
     assert (ending.restart_seconds is not None) == (status is JobStatus.INTERRUPTED)
     if again:
-        assert ending.message == "it ended, to make room for job_front; it goes on by itself"
+        assert ending.message == "it ended, to make room for job_front; it resumes automatically"
 
 
 def test_a_user_may_still_have_their_way_with_a_job_that_makes_room() -> None:

@@ -1,0 +1,115 @@
+"""The wheel: what is in it, and that it works beside MiniMind's own packages in one environment."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("client", "contract", "migrations", "model", "service", "worker")
+
+
+def run(*arguments: str, cwd: Path, path: str = "") -> str:
+    """Run Python and return its output."""
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def run_installed(installed: Path, *arguments: str, cwd: Path) -> str:
+    """Run Python with the wheel and its dependencies. -S hides the checkout, which is installed in development mode."""
+    dependencies = [folder for folder in sys.path if folder.endswith("-packages")]
+    return run("-S", *arguments, cwd=cwd, path=os.pathsep.join([str(installed), *dependencies]))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built without a network, from a copy: setuptools writes into the source folder."""
+    pytest.importorskip("setuptools", reason="setuptools is not installed")
+    pytest.importorskip("pip", reason="pip is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in (*PACKAGES, "src"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, source / file)
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    run("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(source), cwd=folder)
+    [built] = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed wheel."""
+    target = tmp_path_factory.mktemp("installed")
+    options = ("--quiet", "--no-deps", "--no-index", "--no-compile", "--disable-pip-version-check")
+    run("-m", "pip", "install", *options, "--target", str(target), str(wheel), cwd=target)
+    return target
+
+
+@pytest.fixture
+def minimind(tmp_path: Path) -> Path:
+    """A folder with MiniMind's layout. Its trainers are run from `trainer/` and import `model` from the parent."""
+    files = {
+        "model/__init__.py": "",
+        "model/model_minimind.py": "class MiniMindForCausalLM: ...\n",
+        "trainer/__init__.py": "",
+        "trainer/trainer_utils.py": "from model.model_minimind import MiniMindForCausalLM as Model\n",
+        "trainer/train_pretrain.py": (
+            "import os, sys\n"
+            "sys.path.append(os.path.abspath(os.path.join(os.path.dirname(__file__), '..')))\n"
+            "from trainer.trainer_utils import Model\n"
+            "import trainyard, trainyard.worker.agent.__main__, trainyard.model.decoder\n"
+            "print(Model.__module__, sys.modules['model'].__file__, trainyard.__file__)\n"
+        ),
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_the_wheel_has_the_packages_below_one_name(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    top = {name.partition("/")[0] for name in names}
+    assert top == {"trainyard", next(name for name in top if name.endswith(".dist-info"))}
+    assert {f"trainyard/{package}/__init__.py" for package in PACKAGES} < names
+    assert {"trainyard/__init__.py", "trainyard/py.typed", "trainyard/migrations/script.py.mako"} < names
+    assert any(name.startswith("trainyard/service/dashboard/static/") for name in names)
+
+
+def test_the_wheel_has_no_tests_and_no_test_doubles(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sources = {name: archive.read(name).decode() for name in archive.namelist() if name.endswith(".py")}
+    assert [name for name in sources if "test" in name.lower() or "fake" in name.lower()] == []
+    doubles = re.compile(r"^class (Fake|Fixed|Stub)|^(from|import) (tests|pytest)\b", re.MULTILINE)
+    assert [name for name, text in sources.items() if doubles.search(text)] == []
+
+
+def test_minimind_s_model_and_trainyard_s_are_imported_side_by_side(installed: Path, minimind: Path) -> None:
+    shown = run_installed(installed, "train_pretrain.py", cwd=minimind / "trainer")
+    module, model, trainyard = shown.split()
+    assert module == "model.model_minimind"
+    assert Path(model).is_relative_to(minimind)
+    assert Path(trainyard).is_relative_to(installed)
+
+
+@pytest.mark.parametrize("module", ["trainyard.worker", "trainyard.service", "trainyard.worker.agent"])
+def test_programs_start_from_minimind_s_folder(installed: Path, minimind: Path, module: str) -> None:
+    shown = run_installed(installed, "-m", module, "--help", cwd=minimind)
+    assert "usage:" in shown.lower()
+
+
+def test_the_command_is_installed(installed: Path, minimind: Path) -> None:
+    shown = run_installed(installed, str(installed / "bin" / "trainyard"), "--help", cwd=minimind)
+    assert "submit" in shown
