@@ -83,7 +83,7 @@ def test_a_generated_client_runs_a_job(generated: str, rig: ServiceHarness) -> N
             bad = call("jobs.resume", job.id, body=models.ResumeBody.from_dict({"max_steps": -1}))
             assert bad.code in ("invalid_spec", "invalid_state")
             assert call("service.show_version").name == "trainyard"
-            assert len(call("trainyard.service.devices").data) == 2
+            assert len(call("service.devices").data) == 2
     shutil.rmtree(Path(part("client").__file__ or "").parent)
     for name in [name for name in sys.modules if name.startswith(generated)]:
         del sys.modules[name]

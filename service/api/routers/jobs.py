@@ -207,7 +207,7 @@ def pause(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
 def cancel(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
-    """Save and stop; the job is over."""
+    """Save and stop; the job becomes cancelled."""
     return _stop(state, caller, job_id, "cancel")
 
 
