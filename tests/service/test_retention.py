@@ -298,7 +298,7 @@ def test_only_the_service_that_schedules_removes(rig: ServiceHarness, monkeypatc
     rig.clock.forward(91 * DAY)
     services = rig.app.state.app_state
     upkeep = MaintenanceLoop(
-        rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.telemetry.rows_removed
+        rig.scheduler, services.disks, rig.clock, policy=Policy(metrics=90), count=services.metrics.rows_removed
     )
     monkeypatch.setattr(rig.scheduler, "_enabled", False)
     upkeep.round()
