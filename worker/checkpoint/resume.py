@@ -103,7 +103,8 @@ def newest_own_checkpoint(artifacts: ArtifactDir, emit: Callable[[Event], None])
     report_damage(emit, damaged)
     if newest is None and damaged:
         message = f"no checkpoint of this run is valid: {'; '.join(map(str, damaged))}"
-        hint = f"They are set aside in {artifacts.checkpoints}. Resume again to begin at step 0, or bring back a copy."
+        where = f"They are set aside in {artifacts.checkpoints}."
+        hint = f"{where} Resume once more to begin at step 0, or bring back a copy."
         raise TrainingError(Reason.CHECKPOINT_INVALID, message, hint)
     return newest
 
