@@ -88,7 +88,7 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
     """Times everything in the worker that reports: events, metrics, heartbeat, stop signal, trackers."""
 
     def __init__(self, clock: Stopwatch) -> None:
-        from trainyard.worker.attempt import Heartbeat
+        from trainyard.worker.attempt import StepHeartbeat
         from trainyard.worker.events.trackers import Trackers
         from trainyard.worker.events.writer import EventWriter
         from trainyard.worker.training.control import StopSignal
@@ -100,7 +100,7 @@ class instrumented:  # noqa: N801 - used as a verb: `with instrumented(clock)`
             (MetricsProcessor, "metric_event"),
             (MetricsProcessor, "record"),
             (MetricsProcessor, "end_step"),
-            (Heartbeat, "beat"),
+            (StepHeartbeat, "beat"),
             (StopSignal, "requested"),
             (Trackers, "log"),
         ]

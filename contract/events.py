@@ -63,7 +63,7 @@ class PhaseChanged(EventBase):
     total: int | None = None
 
 
-class Metric(EventBase):
+class MetricEvent(EventBase):
     """One point of the curve, at an optimizer step.
 
     ``loss``: mean over all tokens of all ranks since the previous point, in nats. ``tokens``: trained tokens of the
@@ -112,7 +112,7 @@ class CheckpointRemoved(EventBase):
     why: str = "retention"
 
 
-class Sample(EventBase):
+class SampleEvent(EventBase):
     """A text that the model generated."""
 
     kind: Literal["sample"] = "sample"
@@ -169,10 +169,10 @@ class Finished(EventBase):
 Event: TypeAlias = (
     Started
     | PhaseChanged
-    | Metric
+    | MetricEvent
     | CheckpointSaved
     | CheckpointRemoved
-    | Sample
+    | SampleEvent
     | WarningEvent
     | ResumeVerified
     | SettingsChanged

@@ -63,14 +63,7 @@ class Reason(StrEnum):
 
 
 UNCOUNTED_REASONS = frozenset(
-    {
-        Reason.HOST_RESTARTED,
-        Reason.AGENT_LOST,
-        Reason.TERMINATED,
-        Reason.PREEMPTED,
-        Reason.TIME_LIMIT,
-        Reason.NODE_LOST,
-    }
+    {Reason.HOST_RESTARTED, Reason.AGENT_LOST, Reason.TERMINATED, Reason.PREEMPTED, Reason.TIME_LIMIT, Reason.NODE_LOST}
 )
 """Reasons with an external cause. Restarts after them do not count towards ``max_restarts``."""
 

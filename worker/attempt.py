@@ -23,7 +23,7 @@ STEP_DIGITS = 20
 """Fixed, so that a shorter number leaves no digits of a longer one."""
 
 
-class InvalidSpec(Exception):
+class UnusableSpec(Exception):
     """The spec cannot be run. The message lists every mistake in it."""
 
 
@@ -42,19 +42,19 @@ def read_spec(run: RunDir, number: int | None) -> JobSpec:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise InvalidSpec(f"{file} cannot be read: {error.strerror}") from error
+        raise UnusableSpec(f"{file} cannot be read: {error.strerror}") from error
     if number is not None:
         try:
             return JobSpec.model_validate_json(content)
         except ValidationError as error:
-            raise InvalidSpec(f"{file}: {error}") from error
+            raise UnusableSpec(f"{file}: {error}") from error
     try:
         parsed = parse_spec(json.loads(content))
     except (ValueError, RecursionError) as error:
-        raise InvalidSpec(f"{file} is not JSON: {error}") from error
+        raise UnusableSpec(f"{file} is not JSON: {error}") from error
     if parsed.problems:
         lines = [f"  {problem.pointer or '/'}  {problem.message}" for problem in parsed.problems]
-        raise InvalidSpec("\n".join([f"{file} has {len(lines)} mistakes:", *lines]))
+        raise UnusableSpec("\n".join([f"{file} has {len(lines)} mistakes:", *lines]))
     return parsed.spec
 
 
@@ -99,7 +99,7 @@ def _create_attempt(run: RunDir, spec: JobSpec, from_step: int | None, locks: li
     return number
 
 
-class Heartbeat:
+class StepHeartbeat:
     """The last step of this rank. Rank 0 also writes it to the attempt's progress file, for the hang detector."""
 
     def __init__(self, path: Path | None) -> None:

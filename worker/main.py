@@ -8,7 +8,7 @@ from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
-from trainyard.worker.attempt import AttemptContext, Heartbeat, InvalidSpec, acquire, read_spec, write_outcome_once
+from trainyard.worker.attempt import AttemptContext, StepHeartbeat, UnusableSpec, acquire, read_spec, write_outcome_once
 from trainyard.worker.distributed import DistributedContext, init_distributed, shutdown_distributed
 from trainyard.worker.errors import StopRequested, TrainingError, compile_error, out_of_memory_error
 from trainyard.worker.events.console import ConsoleLogger
@@ -28,7 +28,7 @@ def run_rank(run: RunDir, number: int | None, from_step: int | None = None) -> N
     """
     try:
         spec = read_spec(run, number)
-    except InvalidSpec as error:
+    except UnusableSpec as error:
         if os.environ.get("RANK", "0") == "0":
             print(error, file=sys.stderr, flush=True)
         sys.exit(USAGE)
@@ -58,7 +58,7 @@ def _run(spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext) -> O
             outbox.emit(event)
             console.log_event(event)
 
-    heartbeat = Heartbeat(directory.progress if ranks.is_main_process else None)
+    heartbeat = StepHeartbeat(directory.progress if ranks.is_main_process else None)
     outcome = _run_training(spec, attempt, ranks, heartbeat, emit)
     if ranks.is_main_process or outcome.outcome == "failed":
         outcome = write_outcome_once(directory.outcome, outcome)
@@ -68,7 +68,7 @@ def _run(spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext) -> O
 
 
 def _run_training(
-    spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext, heartbeat: Heartbeat, emit: EventSink
+    spec: JobSpec, attempt: AttemptContext, ranks: DistributedContext, heartbeat: StepHeartbeat, emit: EventSink
 ) -> Outcome:
     """Train and return the outcome. An unforeseen exception is raised: it is a bug, and needs its traceback."""
     stop = StopSignal.install_handlers(attempt.directory.stop if ranks.is_main_process else None)

@@ -13,7 +13,7 @@ from trainyard.contract.failpoints import hit
 from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
-from trainyard.worker.attempt import AttemptContext, Heartbeat
+from trainyard.worker.attempt import AttemptContext, StepHeartbeat
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
@@ -52,7 +52,7 @@ def train(
     spec: JobSpec,
     attempt: AttemptContext,
     ranks: DistributedContext,
-    heartbeat: Heartbeat,
+    heartbeat: StepHeartbeat,
     stop: StopSignal,
     trackers: Trackers,
     emit: EventSink,
@@ -192,7 +192,7 @@ class Trainer:
     save_request: Path
     settings: LiveSettings
     trackers: Trackers
-    heartbeat: Heartbeat
+    heartbeat: StepHeartbeat
     emit: EventSink
     monitor: LearningMonitor
     spike_detector: LossSpikeDetector = field(default_factory=LossSpikeDetector)

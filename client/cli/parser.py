@@ -83,7 +83,7 @@ class SpecCommand(Command):
                 formatter.write_dl(records)
 
 
-class Group(click.Group):
+class CommandGroup(click.Group):
     """Commands in the order in which they were given, not of the alphabet."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
@@ -126,8 +126,8 @@ def _of_job(name: str, run: str, explained: str, *params: click.Parameter, **set
     return _remote(name, run, explained, JOB, *params, **settings)
 
 
-def _group(name: str, explained: str, *commands: click.Command) -> Group:
-    return Group(name, help=explained, short_help=explained, commands=commands)
+def _group(name: str, explained: str, *commands: click.Command) -> CommandGroup:
+    return CommandGroup(name, help=explained, short_help=explained, commands=commands)
 
 
 def _spec_command(name: str, explained: str, *params: click.Parameter) -> SpecCommand:
@@ -310,7 +310,7 @@ COMMANDS = (
 )
 # fmt: on
 
-trainyard = Group(
+trainyard = CommandGroup(
     "trainyard",
     help="Launch, watch, interrupt and resume pretraining runs.",
     epilog="Exit codes: 0 succeeded, 1 the service rejected the request, 2 wrong usage, 3 no service at the URL, "

@@ -16,18 +16,18 @@ from trainyard.service.errors import QuotaExceeded
 MAX_LISTED_JOBS = 5
 
 
-class Usage(NamedTuple):
+class QuotaUsage(NamedTuple):
     """Queued and running jobs and their devices."""
 
     jobs: int = 0
     devices: int = 0
 
 
-def usage(session: Session, *conditions: ColumnElement[bool]) -> dict[str, Usage]:
+def usage(session: Session, *conditions: ColumnElement[bool]) -> dict[str, QuotaUsage]:
     """Return the usage of each token, by its name. ``conditions`` restrict the jobs that count."""
     columns = JobRow.queued_by, func.count(), func.coalesce(func.sum(JobRow.ranks), 0)
     rows = session.execute(select(*columns).where(_is_active(), *conditions).group_by(JobRow.queued_by)).all()
-    return {str(name): Usage(jobs, int(devices)) for name, jobs, devices in rows}
+    return {str(name): QuotaUsage(jobs, int(devices)) for name, jobs, devices in rows}
 
 
 def check_quota(session: Session, caller: Principal, ranks: int, requeued_job: str | None = None) -> None:
@@ -43,7 +43,7 @@ def check_quota(session: Session, caller: Principal, ranks: int, requeued_job: s
     if token is None or (token.max_jobs is None and token.max_devices is None):
         return
     conditions = (JobRow.queued_by == caller.name, JobRow.id != (requeued_job or ""))
-    used = usage(session, *conditions).get(caller.name, Usage())
+    used = usage(session, *conditions).get(caller.name, QuotaUsage())
     violations = [
         f"{_count(limit, what)}, has {_count(current, what)} queued or running, and this one needs {needed}"
         for what, limit, current, needed in (
@@ -57,7 +57,11 @@ def check_quota(session: Session, caller: Principal, ranks: int, requeued_job: s
 
 
 def _quota_error(
-    session: Session, token: TokenRow, used: Usage, violations: list[str], conditions: tuple[ColumnElement[bool], ...]
+    session: Session,
+    token: TokenRow,
+    used: QuotaUsage,
+    violations: list[str],
+    conditions: tuple[ColumnElement[bool], ...],
 ) -> QuotaExceeded:
     query = select(JobRow.id).where(_is_active(), *conditions).order_by(JobRow.number).limit(MAX_LISTED_JOBS)
     ids = ", ".join(session.scalars(query))

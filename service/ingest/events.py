@@ -15,10 +15,10 @@ from trainyard.contract.events import (
     CheckpointSaved,
     Event,
     Finished,
-    Metric,
+    MetricEvent,
     PhaseChanged,
     ResumeVerified,
-    Sample,
+    SampleEvent,
     SettingsChanged,
     Started,
     WarningEvent,
@@ -144,7 +144,7 @@ class _EventBatch:
 
     def add(self, event: Event) -> None:
         match event:
-            case Metric():
+            case MetricEvent():
                 self._metric(event)
             case Started():
                 self._started(event)
@@ -154,7 +154,7 @@ class _EventBatch:
                 self._saved(event)
             case CheckpointRemoved():
                 self._removed(event)
-            case Sample():
+            case SampleEvent():
                 self._sample(event)
             case WarningEvent():
                 self._warned(event)
@@ -170,7 +170,7 @@ class _EventBatch:
             self.session.connection().execute(INSERT_METRICS, self.metrics)
             self.metrics = []
 
-    def _metric(self, event: Metric) -> None:
+    def _metric(self, event: MetricEvent) -> None:
         if event.step <= self.last_step:
             # The attempt rolled back and repeats these steps. Flushed first: the update must see all earlier points.
             self.flush_metrics()
@@ -245,7 +245,7 @@ class _EventBatch:
         verb = "set aside" if event.why in QUARANTINED else "removed"
         self._record_event("checkpoint_removed", f"{verb} the checkpoint of step {event.step:,}: {event.why}", event)
 
-    def _sample(self, event: Sample) -> None:
+    def _sample(self, event: SampleEvent) -> None:
         text = {"step": event.step, "prompt": event.prompt, "text": event.text, "at": event.at, "seq": event.seq}
         self.session.add(SampleRow(job_id=self.job.id, attempt=self.attempt.number, **text))
 

@@ -55,7 +55,7 @@ class AttemptState(StrEnum):
 
 
 @dataclass(frozen=True)
-class Placement:
+class AttemptPlacement:
     """Where a cluster runs an attempt, as the cluster reports it.
 
     ``engine_id`` is the cluster's job number. ``waiting_for`` is None once it runs. ``devices`` are such as
@@ -85,7 +85,7 @@ class AttemptStatus:
 
     state: AttemptState
     report: ExitReport | None = None
-    placement: Placement | None = None
+    placement: AttemptPlacement | None = None
     silence: str | None = None
 
 

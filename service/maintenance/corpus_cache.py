@@ -27,14 +27,14 @@ log = logging.getLogger("trainyard")
 
 
 @dataclass(frozen=True)
-class Limits:
+class CacheLimits:
     """Corpora unused for ``days`` are removed, then the least recently used, down to ``size`` bytes. 0: no limit."""
 
     days: int
     size: int
 
 
-def corpora_to_delete(kept: Sequence[CacheEntry], limits: Limits, now: float) -> list[CacheEntry]:
+def corpora_to_delete(kept: Sequence[CacheEntry], limits: CacheLimits, now: float) -> list[CacheEntry]:
     """Return the entries to remove, the least recently used first. ``now`` is in seconds since 1970."""
     free = sorted((entry for entry in kept if not entry.in_use), key=lambda entry: entry.used_at)
     old = [entry for entry in free if limits.days and now - entry.used_at > limits.days * DAY]
@@ -51,14 +51,14 @@ class CorpusCachePruner:
     """Keeps the cache of this host within ``limits``."""
 
     cache: CorpusCache
-    limits: Limits
+    limits: CacheLimits
     clock: Callable[[], float] = time.time
     monotonic: Callable[[], float] = time.monotonic
     _due_at: float = field(default=0.0)
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
-        return cls(CorpusCache(settings.corpus_cache), Limits(settings.corpus_days, settings.corpus_bytes))
+        return cls(CorpusCache(settings.corpus_cache), CacheLimits(settings.corpus_days, settings.corpus_bytes))
 
     def prune_when_due(self) -> None:
         """Prune, at most once an hour."""
@@ -123,7 +123,7 @@ def _whole_number(text: str) -> int:
 def _prune(pruner: CorpusCachePruner, options: argparse.Namespace) -> list[CacheEntry]:
     days = options.days if options.days is not None else pruner.limits.days
     size = options.bytes if options.bytes is not None else pruner.limits.size
-    pruner.limits = Limits(days, size)
+    pruner.limits = CacheLimits(days, size)
     return pruner.prune()
 
 

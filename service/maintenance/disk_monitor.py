@@ -29,7 +29,7 @@ class DiskState(StrEnum):
 
 
 @dataclass(frozen=True)
-class Usage:
+class DiskReading:
     """A file system's usage in bytes and inodes. ``files`` is 0 if it does not count inodes."""
 
     total: int
@@ -41,7 +41,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DiskLimits:
     """A disk with less free than this is low. 0 switches a limit off. With both, the smaller one counts."""
 
     size: int
@@ -59,7 +59,7 @@ class Disk:
 
     paths: tuple[Path, ...]
     holds: tuple[str, ...]
-    usage: Usage
+    usage: DiskReading
     limit: int
     state: DiskState
 
@@ -69,7 +69,7 @@ class Disk:
         return "+".join(self.holds)
 
 
-def disk_state(usage: Usage, limits: Limits, before: DiskState | None) -> DiskState:
+def disk_state(usage: DiskReading, limits: DiskLimits, before: DiskState | None) -> DiskState:
     """Return the state of a disk whose last state was ``before``."""
     if usage.read_only or usage.free < FULL_BYTES or (usage.files and not usage.files_free):
         return DiskState.FULL
@@ -78,10 +78,10 @@ def disk_state(usage: Usage, limits: Limits, before: DiskState | None) -> DiskSt
     return DiskState.LOW if usage.free < limits.of(usage.total) * factor or few_inodes else DiskState.OK
 
 
-def usage_of(path: Path) -> Usage:
+def usage_of(path: Path) -> DiskReading:
     """Return the usage of the file system that ``path`` is on. Raises OSError."""
     stat = os.statvfs(path)
-    return Usage(
+    return DiskReading(
         total=stat.f_blocks * stat.f_frsize,
         free=stat.f_bavail * stat.f_frsize,
         files=stat.f_files,
@@ -97,8 +97,8 @@ class DiskMonitor:
     def __init__(
         self,
         roots: Mapping[str, Sequence[Path]],
-        limits: Limits,
-        read_usage: Callable[[Path], Usage] = usage_of,
+        limits: DiskLimits,
+        read_usage: Callable[[Path], DiskReading] = usage_of,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._roots = [(name, path) for name, paths in roots.items() for path in paths]
@@ -112,7 +112,7 @@ class DiskMonitor:
     @classmethod
     def of(cls, settings: Settings) -> "DiskMonitor":
         roots = {"home": [settings.home], "save_root": settings.save_roots, "corpus_cache": [settings.corpus_cache]}
-        return cls(roots, Limits(settings.disk_bytes, settings.disk_percent))
+        return cls(roots, DiskLimits(settings.disk_bytes, settings.disk_percent))
 
     def poll(self) -> tuple[Disk, ...]:
         """Query every file system now."""
@@ -122,7 +122,7 @@ class DiskMonitor:
             self._latest, self._polled_at = tuple(self._group_by_device(usages, before)), self._monotonic()
             return self._latest
 
-    def _usage(self, path: Path) -> Usage | None:
+    def _usage(self, path: Path) -> DiskReading | None:
         # A folder that does not exist yet will be created on its parent's file system. None: it does not answer.
         for place in (path, *path.parents):
             try:
@@ -134,18 +134,18 @@ class DiskMonitor:
         return None
 
     def _group_by_device(
-        self, usages: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]
+        self, usages: Sequence[tuple[str, Path, DiskReading | None]], before: Mapping[int, DiskState]
     ) -> "list[Disk]":
-        groups: dict[object, list[tuple[str, Path, Usage | None]]] = {}
+        groups: dict[object, list[tuple[str, Path, DiskReading | None]]] = {}
         for name, path, usage in usages:
             groups.setdefault(usage.device if usage is not None else path, []).append((name, path, usage))
         return [self._to_disk(mounts, before) for mounts in groups.values()]
 
-    def _to_disk(self, mounts: Sequence[tuple[str, Path, Usage | None]], before: Mapping[int, DiskState]) -> Disk:
+    def _to_disk(self, mounts: Sequence[tuple[str, Path, DiskReading | None]], before: Mapping[int, DiskState]) -> Disk:
         usage = mounts[0][2]
         paths, holds = tuple(path for _, path, _ in mounts), tuple(dict.fromkeys(name for name, _, _ in mounts))
         if usage is None:
-            return Disk(paths, holds, Usage(0, 0), 0, DiskState.UNREADABLE)
+            return Disk(paths, holds, DiskReading(0, 0), 0, DiskState.UNREADABLE)
         state = disk_state(usage, self._limits, before.get(usage.device))
         return Disk(paths, holds, usage, self._limits.of(usage.total), state)
 

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any
 
-from trainyard.contract.events import Metric, Started
+from trainyard.contract.events import MetricEvent, Started
 
 FIELDS = ("epoch", "tokens", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "nonfinite")
 
@@ -18,7 +18,7 @@ def after_start(progress: dict[str, Any], event: Started) -> dict[str, Any]:
     }
 
 
-def after_metric(progress: dict[str, Any], event: Metric, facts: dict[str, Any]) -> dict[str, Any]:
+def after_metric(progress: dict[str, Any], event: MetricEvent, facts: dict[str, Any]) -> dict[str, Any]:
     """Return the progress after a metric. ``facts``: the job's plan, with the fields of its `Started` event."""
     steps = facts.get("steps")
     fields = {name: getattr(event, name) for name in FIELDS}
@@ -55,7 +55,7 @@ def percent_done(step: int, steps: int | None) -> dict[str, Any]:
     return {"step": step, "steps": steps, "percent": percent}
 
 
-def _step_seconds(event: Metric, facts: dict[str, Any]) -> float | None:
+def _step_seconds(event: MetricEvent, facts: dict[str, Any]) -> float | None:
     per_step = facts.get("tokens_per_step")
     if not per_step or not event.tokens_per_second:
         return None

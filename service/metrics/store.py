@@ -9,14 +9,14 @@ from typing import Any
 from sqlalchemy import ColumnElement, func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from trainyard.contract.events import Metric
+from trainyard.contract.events import MetricEvent
 from trainyard.service.db.models import MetricRow
 from trainyard.service.metrics.downsampling import Aggregate, aggregate_of
 
 FIELDS = (
     "step",
     "attempt",
-    *(name for name in Metric.model_fields if name not in ("kind", "seq", "at", "step")),
+    *(name for name in MetricEvent.model_fields if name not in ("kind", "seq", "at", "step")),
     "at",
 )
 ALWAYS = ("step", "attempt")

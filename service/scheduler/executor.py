@@ -25,6 +25,7 @@ from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.launch.base import (
     LOCAL,
+    AttemptPlacement,
     AttemptRef,
     AttemptState,
     AttemptStatus,
@@ -32,7 +33,6 @@ from trainyard.service.launch.base import (
     Launcher,
     LauncherUnavailable,
     LaunchRefused,
-    Placement,
 )
 from trainyard.service.leadership import LeaderLease, fenced
 from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Restart, Start
@@ -198,7 +198,7 @@ class PlanExecutor:
 
     def _wait_for_answer(self, live: LiveAttempt, silence: str | None) -> None:
         # Until its nodes are known, the job shows that its cluster does not answer.
-        before = live.placement or Placement("", "unknown").to_json()
+        before = live.placement or AttemptPlacement("", "unknown").to_json()
         if live.placed or silence is None or before["waiting_for"] == silence:
             return
         with self.write() as session:

@@ -86,19 +86,19 @@ def subject(action: Action) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SchedulingPlan:
     """Actions in the order of execution, and what each job that stays queued waits for."""
 
     actions: tuple[Action, ...] = ()
     waiting: Mapping[str, str] = field(default_factory=dict)
 
 
-def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> Plan:
+def plan(snapshot: Snapshot, now: datetime, timing: Timing = Timing()) -> SchedulingPlan:
     """Attend to live attempts first, then restart and start jobs."""
     live_actions = [action for attempt in snapshot.live if (action := _plan_live(attempt, now, timing)) is not None]
     restarts = [Restart(job_id) for job_id in snapshot.restarts_due]
     placed, waiting = _place(snapshot, now)
-    return Plan((*live_actions, *restarts, *placed), waiting)
+    return SchedulingPlan((*live_actions, *restarts, *placed), waiting)
 
 
 def _plan_live(attempt: LiveAttempt, now: datetime, timing: Timing) -> Action | None:

@@ -9,7 +9,7 @@ import pytest
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, job, metric, problem, refused
 from trainyard.client.cli.main import main
-from trainyard.client.cli.parser import Command, Group, trainyard
+from trainyard.client.cli.parser import Command, CommandGroup, trainyard
 
 READING = ("list", "show", "metrics", "events", "checkpoints", "attempts", "samples", "devices", "version")
 OF_JOB = ("show", "metrics", "events", "checkpoints", "attempts", "samples", "logs")
@@ -31,8 +31,13 @@ def test_the_commands_are_those_of_the_contract() -> None:
 
 def test_every_command_names_a_function_that_exists() -> None:
     found = list(trainyard.commands.values())
-    for command in [*found, *(each for group in found if isinstance(group, Group) for each in group.commands.values())]:
-        assert isinstance(command, Group) or (isinstance(command, Command) and callable(command.runner())), command.name
+    for command in [
+        *found,
+        *(each for group in found if isinstance(group, CommandGroup) for each in group.commands.values()),
+    ]:
+        assert isinstance(command, CommandGroup) or (isinstance(command, Command) and callable(command.runner())), (
+            command.name
+        )
 
 
 def test_building_the_parser_imports_nothing_heavy() -> None:

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.events import EVENT, Metric
+from trainyard.contract.events import EVENT, MetricEvent
 from trainyard.contract.outbox import OutboxReader
 
 
@@ -62,8 +62,10 @@ def test_rewinding_reads_again_what_was_not_stored(tmp_path: Path) -> None:
 
 
 def test_a_metric_that_was_not_finite_is_null_in_strict_json() -> None:
-    line = Metric(step=1, epoch=0.1, loss=float("nan"), learning_rate=1e-3, tokens=5, nonfinite=True).model_dump_json()
+    line = MetricEvent(
+        step=1, epoch=0.1, loss=float("nan"), learning_rate=1e-3, tokens=5, nonfinite=True
+    ).model_dump_json()
     assert json.loads(line, parse_constant=lambda _: 1 / 0)["loss"] is None
     read = EVENT.validate_json(line)
-    assert isinstance(read, Metric)
+    assert isinstance(read, MetricEvent)
     assert read.nonfinite

@@ -8,13 +8,13 @@ from typing import Any, Literal
 from trainyard.contract.messages import ErrorCard, ExitReport, RunSettings
 from trainyard.contract.status import Reason
 from trainyard.service.launch.base import (
+    AttemptPlacement,
     AttemptRef,
     AttemptState,
     AttemptStatus,
     Launch,
     LauncherUnavailable,
     LaunchRefused,
-    Placement,
 )
 
 
@@ -39,7 +39,7 @@ class FakeAttempt:
     stop_asked: int = 0
     save_asked: int = 0
     ended_by_launcher: int = 0
-    placement: Placement | None = None
+    placement: AttemptPlacement | None = None
     silence: str | None = None
 
     def say(self, kind: str, **fields: Any) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from tests.fakes.launcher import FakeAttempt
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.status import JobStatus
-from trainyard.service.launch.base import AttemptState, Placement
+from trainyard.service.launch.base import AttemptPlacement, AttemptState
 
 SILENCE = "Slurm does not answer: squeue takes long"
-WAITING = Placement("7", "pending", "Slurm: Resources")
-PLACED = Placement("7", "running", nodes=("node1",), devices=("node1/cuda:0",))
+WAITING = AttemptPlacement("7", "pending", "Slurm: Resources")
+PLACED = AttemptPlacement("7", "running", nodes=("node1",), devices=("node1/cuda:0",))
 
 
 @pytest.fixture

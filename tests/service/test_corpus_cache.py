@@ -11,8 +11,8 @@ from tests.contract.test_cache import KEYS, LONG_AGO, filled, nothing
 from trainyard.contract.cache import CacheEntry, CorpusCache
 from trainyard.service.maintenance.corpus_cache import (
     DAY,
+    CacheLimits,
     CorpusCachePruner,
-    Limits,
     corpora_to_delete,
     main,
 )
@@ -30,25 +30,25 @@ def kept(*entries: tuple[float, int, bool]) -> list[CacheEntry]:
 @pytest.mark.parametrize(
     ("entries", "limits", "gone"),
     [
-        ([], Limits(1, 1), ""),
-        ([(31, 5, False), (29, 5, False)], Limits(30, 0), "0"),
-        ([(31, 5, True), (40, 5, False)], Limits(30, 0), "1"),
-        ([(31, 5, False)], Limits(0, 0), ""),
-        ([(3, 5, False), (9, 5, False), (1, 5, False)], Limits(30, 10), "1"),
-        ([(3, 5, False), (9, 5, False), (1, 5, False)], Limits(30, 9), "10"),
-        ([(3, 5, False), (9, 5, True), (1, 5, False)], Limits(30, 9), "02"),
-        ([(3, 5, False), (40, 5, False), (1, 5, False)], Limits(30, 10), "1"),
-        ([(3, 50, True), (2, 5, False)], Limits(0, 10), "1"),
-        ([(3, 5, False)], Limits(0, 5), ""),
+        ([], CacheLimits(1, 1), ""),
+        ([(31, 5, False), (29, 5, False)], CacheLimits(30, 0), "0"),
+        ([(31, 5, True), (40, 5, False)], CacheLimits(30, 0), "1"),
+        ([(31, 5, False)], CacheLimits(0, 0), ""),
+        ([(3, 5, False), (9, 5, False), (1, 5, False)], CacheLimits(30, 10), "1"),
+        ([(3, 5, False), (9, 5, False), (1, 5, False)], CacheLimits(30, 9), "10"),
+        ([(3, 5, False), (9, 5, True), (1, 5, False)], CacheLimits(30, 9), "02"),
+        ([(3, 5, False), (40, 5, False), (1, 5, False)], CacheLimits(30, 10), "1"),
+        ([(3, 50, True), (2, 5, False)], CacheLimits(0, 10), "1"),
+        ([(3, 5, False)], CacheLimits(0, 5), ""),
     ],
 )
-def test_corpora_to_delete(entries: list[tuple[float, int, bool]], limits: Limits, gone: str) -> None:
+def test_corpora_to_delete(entries: list[tuple[float, int, bool]], limits: CacheLimits, gone: str) -> None:
     assert "".join(each.key for each in corpora_to_delete(kept(*entries), limits, NOW)) == gone
 
 
 def test_the_cache_is_pruned_once_an_hour(tmp_path: Path) -> None:
     cache, ticks = filled(tmp_path, *KEYS), [0.0]
-    shelf = CorpusCachePruner(cache, Limits(30, 0), clock=lambda: NOW, monotonic=lambda: ticks[0])
+    shelf = CorpusCachePruner(cache, CacheLimits(30, 0), clock=lambda: NOW, monotonic=lambda: ticks[0])
     with cache.use(KEYS[1], nothing):
         os.utime(cache.used(KEYS[1]), (LONG_AGO, LONG_AGO))
         shelf.prune_when_due()
@@ -101,4 +101,4 @@ def test_the_settings_are_the_limits(tmp_path: Path) -> None:
 
     environment: dict[str, Any] = {"TRAINYARD_HOME": str(tmp_path), "TRAINYARD_CORPUS_BYTES": "7"}
     shelf = CorpusCachePruner.of(Settings.read(environment))
-    assert (shelf.limits, shelf.cache) == (Limits(30, 7), CorpusCache(tmp_path / "cache" / "corpus"))
+    assert (shelf.limits, shelf.cache) == (CacheLimits(30, 7), CorpusCache(tmp_path / "cache" / "corpus"))

@@ -10,10 +10,10 @@ from tests.service.harness import ServiceHarness
 from trainyard.service.maintenance import disk_monitor
 from trainyard.service.maintenance.disk_monitor import (
     Disk,
+    DiskLimits,
     DiskMonitor,
+    DiskReading,
     DiskState,
-    Limits,
-    Usage,
     disk_state,
 )
 from trainyard.service.maintenance.loop import MaintenanceLoop
@@ -31,18 +31,18 @@ class Disks:
         self.more: dict[str, Any] = {}
         self.asked: list[Path] = []
 
-    def __call__(self, path: Path) -> Usage:
+    def __call__(self, path: Path) -> DiskReading:
         self.asked.append(path)
         if path.name.startswith("new"):
             raise FileNotFoundError(path)
         if path.name not in self.free:
             raise OSError(5, "Input/output error")
         device = sorted(self.free).index(path.name)
-        return Usage(100 * GIB, self.free[path.name], device=device, **self.more)
+        return DiskReading(100 * GIB, self.free[path.name], device=device, **self.more)
 
 
 def watch(found: Disks, **roots: list[Path]) -> DiskMonitor:
-    return DiskMonitor(roots or {"home": [Path("/home")]}, Limits(5 * GIB, 10), found)
+    return DiskMonitor(roots or {"home": [Path("/home")]}, DiskLimits(5 * GIB, 10), found)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def watch(found: Disks, **roots: list[Path]) -> DiskMonitor:
     ],
 )
 def test_the_smaller_of_both_limits_counts(size: int, percent: int, total: int, limit: int) -> None:
-    assert Limits(size, percent).of(total) == limit
+    assert DiskLimits(size, percent).of(total) == limit
 
 
 @pytest.mark.parametrize(
@@ -76,18 +76,20 @@ def test_the_smaller_of_both_limits_counts(size: int, percent: int, total: int, 
 def test_a_disk_at_its_limit_does_not_alert_again_and_again(
     free: float, before: DiskState | None, state: DiskState
 ) -> None:
-    assert disk_state(Usage(100 * GIB, int(free * GIB)), Limits(5 * GIB, 10), before) is state
+    assert disk_state(DiskReading(100 * GIB, int(free * GIB)), DiskLimits(5 * GIB, 10), before) is state
 
 
 def test_other_ways_to_be_full() -> None:
-    limits = Limits(5 * GIB, 10)
-    assert disk_state(Usage(100 * GIB, 50 * GIB, read_only=True), limits, None) is DiskState.FULL
-    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=0), limits, None) is DiskState.FULL
-    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=50), limits, None) is DiskState.LOW
-    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, DiskState.LOW) is DiskState.LOW
-    assert disk_state(Usage(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, None) is DiskState.OK
-    assert disk_state(Usage(100 * GIB, 50 * GIB, files=0), limits, None) is DiskState.OK
-    assert disk_state(Usage(100 * GIB, 1 * GIB), Limits(0, 0), None) is DiskState.OK, "the watch is off"
+    limits = DiskLimits(5 * GIB, 10)
+    assert disk_state(DiskReading(100 * GIB, 50 * GIB, read_only=True), limits, None) is DiskState.FULL
+    assert disk_state(DiskReading(100 * GIB, 50 * GIB, files=1000, files_free=0), limits, None) is DiskState.FULL
+    assert disk_state(DiskReading(100 * GIB, 50 * GIB, files=1000, files_free=50), limits, None) is DiskState.LOW
+    assert (
+        disk_state(DiskReading(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, DiskState.LOW) is DiskState.LOW
+    )
+    assert disk_state(DiskReading(100 * GIB, 50 * GIB, files=1000, files_free=105), limits, None) is DiskState.OK
+    assert disk_state(DiskReading(100 * GIB, 50 * GIB, files=0), limits, None) is DiskState.OK
+    assert disk_state(DiskReading(100 * GIB, 1 * GIB), DiskLimits(0, 0), None) is DiskState.OK, "the watch is off"
 
 
 def test_folders_of_one_file_system_are_one_disk() -> None:
@@ -118,7 +120,7 @@ def test_a_real_file_system(tmp_path: Path) -> None:
 
 def test_a_disk_that_hangs_blocks_no_caller() -> None:
     now = [0.0]
-    made = DiskMonitor({"home": [Path("/home")]}, Limits(0, 0), Disks(home=0.5), lambda: now[0])
+    made = DiskMonitor({"home": [Path("/home")]}, DiskLimits(0, 0), Disks(home=0.5), lambda: now[0])
     assert made.readings() is made.readings(), "looked at once"
     now[0] = 59.0
     assert not made.stale
@@ -177,10 +179,10 @@ def test_only_those_who_save_there_hear_of_a_save_root(rig: ServiceHarness, tmp_
     MaintenanceLoop(rig.scheduler, disk, rig.clock).round()
     assert low(rig, here) == low(rig, there) == []
 
-    def ask(path: Path) -> Usage:
+    def ask(path: Path) -> DiskReading:
         return found(Path("/saves") if path.is_relative_to(other) else Path("/home"))
 
-    disk = DiskMonitor({"home": [rig.home], "save_root": [other]}, Limits(5 * GIB, 10), ask)
+    disk = DiskMonitor({"home": [rig.home], "save_root": [other]}, DiskLimits(5 * GIB, 10), ask)
     MaintenanceLoop(rig.scheduler, disk, rig.clock).round()
     assert low(rig, here) == []
     assert len(low(rig, there)) == 1
@@ -236,7 +238,7 @@ def test_what_is_said_names_no_path() -> None:
     assert to_alert(disk) == "the disk of home can only be read"
     found.more = {"files": 1000, "files_free": 3}
     assert to_alert(watch(found).poll()[0]) == "the disk of home is about to run out of inodes: 3 are left"
-    tiny = Disk((), ("home",), Usage(4 << 20, 3 << 20, files=9000, files_free=8000), 1 << 19, DiskState.FULL)
+    tiny = Disk((), ("home",), DiskReading(4 << 20, 3 << 20, files=9000, files_free=8000), 1 << 19, DiskState.FULL)
     said = "the disk of home is nearly full: 3.0 MiB of 4.0 MiB free (warning threshold: 64.0 MiB)"
     assert to_alert(tiny) == said
     assert to_alert(watch(Disks()).poll()[0]) == "the disk of home does not answer"

@@ -17,7 +17,7 @@ from trainyard.service.api.readiness import MAX_ROUND_SECONDS, MAX_TAKEOVER_SECO
 from trainyard.service.db.engine import newest_revision
 from trainyard.service.db.models import SchedulerLeaseRow
 from trainyard.service.leadership import LeaderMonitor
-from trainyard.service.maintenance.disk_monitor import Disk, DiskState, Usage
+from trainyard.service.maintenance.disk_monitor import Disk, DiskReading, DiskState
 
 GIB = 1 << 30
 PROMTOOL = shutil.which("promtool")
@@ -154,7 +154,7 @@ def test_the_leader_is_watched_by_its_counting() -> None:
 
 
 def disk(state: DiskState, free: int = 1 * GIB) -> Disk:
-    return Disk((Path("/somewhere/secret"),), ("home",), Usage(100 * GIB, free), 5 * GIB, state)
+    return Disk((Path("/somewhere/secret"),), ("home",), DiskReading(100 * GIB, free), 5 * GIB, state)
 
 
 def see(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, *disks: Disk) -> None:

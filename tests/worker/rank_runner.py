@@ -14,7 +14,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.events import EVENT, CheckpointSaved, Event, Metric, WarningEvent
+from trainyard.contract.events import EVENT, CheckpointSaved, Event, MetricEvent, WarningEvent
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import AttemptDir, RunDir
 
@@ -173,9 +173,9 @@ def events(run: RunDir, attempt: int = 1) -> list[Event]:
     return found
 
 
-def metrics(run: RunDir, attempt: int = 1) -> dict[int, Metric]:
+def metrics(run: RunDir, attempt: int = 1) -> dict[int, MetricEvent]:
     """Metric lines by step."""
-    return {event.step: event for event in events(run, attempt) if isinstance(event, Metric)}
+    return {event.step: event for event in events(run, attempt) if isinstance(event, MetricEvent)}
 
 
 def warned(run: RunDir, attempt: int = 1) -> dict[str, WarningEvent]:

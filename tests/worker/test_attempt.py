@@ -4,16 +4,16 @@ from pathlib import Path
 
 from trainyard.contract.messages import Outcome
 from trainyard.contract.status import Reason
-from trainyard.worker.attempt import Heartbeat, write_outcome_once
+from trainyard.worker.attempt import StepHeartbeat, write_outcome_once
 
 
 def test_the_heartbeat_is_the_last_step(tmp_path: Path) -> None:
     path = tmp_path / "progress"
-    heartbeat = Heartbeat(path)
+    heartbeat = StepHeartbeat(path)
     for step in (99999, 7):
         heartbeat.beat(step)
         assert int(path.read_text()) == heartbeat.step == step
-    Heartbeat(None).beat(3)
+    StepHeartbeat(None).beat(3)
 
 
 def test_the_first_outcome_is_kept(tmp_path: Path) -> None:

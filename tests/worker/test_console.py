@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainyard.contract.events import Metric, Sample, WarningEvent
+from trainyard.contract.events import MetricEvent, SampleEvent, WarningEvent
 from trainyard.worker.events.console import ConsoleLogger, duration
 
 
@@ -16,7 +16,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_console_lines() -> None:
     console = ConsoleLogger()
-    metric = Metric(step=5, epoch=0, loss=None, learning_rate=1e-3, tokens=1, eval_loss=2.5)
+    metric = MetricEvent(step=5, epoch=0, loss=None, learning_rate=1e-3, tokens=1, eval_loss=2.5)
     assert console.text(metric) == "step 5/0  loss not finite  lr 1.00e-03  eval 2.5000  not finite tok/s"
-    assert console.text(Sample(step=1, prompt="a", text="b\n")) == "sample at step 1: 'ab\\n'"
+    assert console.text(SampleEvent(step=1, prompt="a", text="b\n")) == "sample at step 1: 'ab\\n'"
     assert console.text(WarningEvent(code="x", message="look")) == "warning: look"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainyard.contract.events import EVENT, Metric, PhaseChanged, WarningEvent
+from trainyard.contract.events import EVENT, MetricEvent, PhaseChanged, WarningEvent
 from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.status import Phase
 from trainyard.worker.events.writer import EventWriter, NullEventWriter
@@ -20,17 +20,19 @@ def test_lines_are_numbered_and_readable_by_the_contract(tmp_path: Path) -> None
     path = tmp_path / "events.jsonl"
     with EventWriter(path) as outbox:
         outbox.emit(PhaseChanged(phase=Phase.TRAINING))
-        outbox.emit(Metric(step=3, epoch=0.5, loss=2.0, learning_rate=1e-3, tokens=10))
+        outbox.emit(MetricEvent(step=3, epoch=0.5, loss=2.0, learning_rate=1e-3, tokens=10))
     events = [EVENT.validate_json(line) for line in path.read_text().splitlines()]
     assert [event.seq for event in events] == [1, 2]
-    assert isinstance(events[1], Metric)
+    assert isinstance(events[1], MetricEvent)
     assert events[1].loss == 2.0
 
 
 def test_a_number_that_is_not_finite_is_null(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     with EventWriter(path) as outbox:
-        outbox.emit(Metric(step=1, epoch=0, loss=float("nan"), grad_norm=float("inf"), learning_rate=1.0, tokens=1))
+        outbox.emit(
+            MetricEvent(step=1, epoch=0, loss=float("nan"), grad_norm=float("inf"), learning_rate=1.0, tokens=1)
+        )
     assert "NaN" not in path.read_text()
     assert "Infinity" not in path.read_text()
     assert lines(path)[0]["loss"] is None

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from tests.worker import rank_runner
-from trainyard.contract.events import CheckpointSaved, Metric, ResumeVerified, Started
+from trainyard.contract.events import CheckpointSaved, MetricEvent, ResumeVerified, Started
 from trainyard.contract.messages import Fork
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir, write_json
@@ -88,10 +88,10 @@ def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: 
     emitted = rank_runner.events(untouched)
     begun = next(event for event in emitted if isinstance(event, Started))
     assert (begun.start_step, begun.base_step, begun.steps, begun.global_batch) == (STEP, STEP, STEP + 12, 5)
-    rates = {e.step: e.learning_rate for e in emitted if isinstance(e, Metric)}
+    rates = {e.step: e.learning_rate for e in emitted if isinstance(e, MetricEvent)}
     assert sorted(rates) == [9, 12, 15, 18, 20]
     assert rates == {step: lr_at(step - STEP, 12, 5e-3) for step in rates}
-    epochs = [e.epoch for e in emitted if isinstance(e, Metric)]
+    epochs = [e.epoch for e in emitted if isinstance(e, MetricEvent)]
     assert epochs == sorted(epochs)
     assert epochs[0] == pytest.approx(5 / begun.samples)
     # The state is that of the fork in every later checkpoint, so an interruption changes nothing.

@@ -56,16 +56,16 @@ def test_ranks_agree_on_numbers() -> None:
 
 def wish_after(run: RunDir, step: int) -> None:
     """Leave other settings right after ``step``."""
-    from trainyard.worker.attempt import Heartbeat
+    from trainyard.worker.attempt import StepHeartbeat
 
-    beat = Heartbeat.beat
+    beat = StepHeartbeat.beat
 
-    def request_at(self: Heartbeat, done: int) -> None:
+    def request_at(self: StepHeartbeat, done: int) -> None:
         beat(self, done)
         if done == step and self._descriptor is not None:
             write_json(run.attempt(1).settings, SECOND.model_dump())
 
-    mock.patch.object(Heartbeat, "beat", request_at).start()
+    mock.patch.object(StepHeartbeat, "beat", request_at).start()
 
 
 @pytest.mark.slow

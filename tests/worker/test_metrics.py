@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from trainyard.contract.events import Metric
+from trainyard.contract.events import MetricEvent
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, peak_flops, restore_window
 from trainyard.worker.training.step import StepMetrics
@@ -33,7 +33,7 @@ def result(loss: float, tokens: int, norm: float = 1.0) -> StepMetrics:
     return StepMetrics(grad_norm=norm, loss_sum=loss, aux_sum=2.0, tokens=tokens, applied=True)
 
 
-def line(metrics: MetricsProcessor, norm: float = 1.0) -> Metric:
+def line(metrics: MetricsProcessor, norm: float = 1.0) -> MetricEvent:
     return metrics.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=norm, eval_loss=None)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, cut, rows, run, train_state
-from trainyard.contract.events import Metric, WarningEvent
+from trainyard.contract.events import MetricEvent, WarningEvent
 from trainyard.model.config import ModelConfig
 from trainyard.model.moe import MoE
 from trainyard.worker.distributed import DistributedContext
@@ -180,7 +180,7 @@ def test_the_worst_micro_batch_is_the_one_with_the_highest_mean_loss() -> None:
     assert math.isnan(StepMetrics(1.0, 0.0, 0.0, 0, True).loss)
 
 
-def line_of(metrics: MetricsProcessor) -> Metric:
+def line_of(metrics: MetricsProcessor) -> MetricEvent:
     return metrics.metric_event(step=2, epoch=0.5, learning_rate=1e-3, tokens=30, grad_norm=1.0, eval_loss=None)
 
 

@@ -88,32 +88,32 @@ def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path, model: d
 
 def stop_after(run: RunDir, attempt: int, step: int) -> None:
     """Touch the stop file right after ``step``."""
-    from trainyard.worker.attempt import Heartbeat
+    from trainyard.worker.attempt import StepHeartbeat
 
-    beat = Heartbeat.beat
+    beat = StepHeartbeat.beat
 
-    def noticed(self: Heartbeat, done: int) -> None:
+    def noticed(self: StepHeartbeat, done: int) -> None:
         beat(self, done)
         if done == step:
             run.attempt(attempt).stop.touch()
 
-    mock.patch.object(Heartbeat, "beat", noticed).start()
+    mock.patch.object(StepHeartbeat, "beat", noticed).start()
 
 
 def kill_after(step: int) -> None:
     """SIGKILL to this very rank right after ``step``; the others see a broken connection."""
     import os
 
-    from trainyard.worker.attempt import Heartbeat
+    from trainyard.worker.attempt import StepHeartbeat
 
-    beat = Heartbeat.beat
+    beat = StepHeartbeat.beat
 
-    def fatal(self: Heartbeat, done: int) -> None:
+    def fatal(self: StepHeartbeat, done: int) -> None:
         beat(self, done)
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    mock.patch.object(Heartbeat, "beat", fatal).start()
+    mock.patch.object(StepHeartbeat, "beat", fatal).start()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(text: Path, tmp_path: Path) -> None:

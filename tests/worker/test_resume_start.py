@@ -16,7 +16,7 @@ from trainyard.contract.locks import FileLock
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.attempt import InvalidSpec, acquire, read_spec
+from trainyard.worker.attempt import UnusableSpec, acquire, read_spec
 from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState
 from trainyard.worker.checkpoint.resume import find_resume_point
@@ -74,18 +74,18 @@ def test_under_an_agent_the_number_must_be_the_current_one(tmp_path: Path) -> No
 
 def test_specs_by_hand_take_minimind_s_habits_and_name_every_mistake(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
-    with pytest.raises(InvalidSpec, match=r"spec\.json cannot be read"):
+    with pytest.raises(UnusableSpec, match=r"spec\.json cannot be read"):
         read_spec(run, None)
     run.spec.write_text('{"data": {"data_path": "/x"}, "training": {"use_compile": 0, "num_train_epochs": 2}}')
     assert read_spec(run, None).training.epochs == 2
     run.spec.write_text('{"data": {"data_path": 3}, "trainign": {}, "training": {"epochs": 0}}')
-    with pytest.raises(InvalidSpec) as unusable:
+    with pytest.raises(UnusableSpec) as unusable:
         read_spec(run, None)
     lines = str(unusable.value).splitlines()
     assert lines[0] == f"{run.spec} has 3 mistakes:"
     assert {line.split()[0] for line in lines[1:]} == {"/data/data_path", "/trainign", "/training/epochs"}
     run.spec.write_text("{")
-    with pytest.raises(InvalidSpec, match="is not JSON"):
+    with pytest.raises(UnusableSpec, match="is not JSON"):
         read_spec(run, None)
 
 
@@ -95,7 +95,7 @@ def test_the_resolved_spec_is_read_as_it_stands(tmp_path: Path) -> None:
     run.attempt(1).spec.write_text(spec(training={"epochs": 4}).model_dump_json())
     assert read_spec(run, 1) == spec(training={"epochs": 4})
     run.attempt(1).spec.write_text('{"data": {}}')
-    with pytest.raises(InvalidSpec, match="data_path"):
+    with pytest.raises(UnusableSpec, match="data_path"):
         read_spec(run, 1)
 
 

@@ -126,16 +126,16 @@ def test_a_run_that_went_back_is_the_run_that_never_left(world: int, tmp_path: P
 
 def ask_to_save(run: RunDir, *steps: int) -> None:
     """Touch the file right after these steps."""
-    from trainyard.worker.attempt import Heartbeat
+    from trainyard.worker.attempt import StepHeartbeat
 
-    beat = Heartbeat.beat
+    beat = StepHeartbeat.beat
 
-    def noticed(self: Heartbeat, done: int) -> None:
+    def noticed(self: StepHeartbeat, done: int) -> None:
         beat(self, done)
         if done in steps and os.environ["RANK"] == "0":
             run.attempt(1).save.touch()
 
-    mock.patch.object(Heartbeat, "beat", noticed).start()
+    mock.patch.object(StepHeartbeat, "beat", noticed).start()
 
 
 @pytest.mark.slow

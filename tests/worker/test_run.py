@@ -18,9 +18,9 @@ from trainyard.contract.events import (
     CheckpointRemoved,
     CheckpointSaved,
     Finished,
-    Metric,
+    MetricEvent,
     PhaseChanged,
-    Sample,
+    SampleEvent,
     Started,
     WarningEvent,
 )
@@ -122,7 +122,7 @@ def test_events_come_in_order(finished: RunDir) -> None:
 
 
 def test_samples_are_written_at_saves(finished: RunDir) -> None:
-    samples = [event for event in rank_runner.events(finished) if isinstance(event, Sample)]
+    samples = [event for event in rank_runner.events(finished) if isinstance(event, SampleEvent)]
     assert [(sample.step, sample.prompt) for sample in samples[:3]] == [(5, "the cat"), (5, ""), (10, "the cat")]
     assert all(len(sample.text.encode()) <= 200 for sample in samples)
     assert any(sample.text for sample in samples)
@@ -254,7 +254,7 @@ def test_rollback_goes_back_and_around_the_bad_data(text: Path, tmp_path: Path) 
     rolled = [(event.step, event.data["to_step"]) for event in warnings if event.code == "rolled_back"]
     # Steps 3 and 8 fail: after the first one, step n takes the data of step n + 3.
     assert rolled == [(3, 0), (8, 0)]
-    steps = [e.step for e in rank_runner.events(run) if isinstance(e, Metric)]
+    steps = [e.step for e in rank_runner.events(run) if isinstance(e, MetricEvent)]
     assert steps == [1, 2, 1, 2, 3, 4, 5, 6, 7, *range(1, 25)]
     state = json.loads((run.artifacts(None).checkpoint(24) / "state.json").read_bytes())
     assert (state["data_offset"], state["trouble"]["rollbacks"]) == (11, 2)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.worker import rank_runner
 from tests.worker.test_resume import kill_after
-from trainyard.contract.events import Event, Metric, WarningEvent
+from trainyard.contract.events import Event, MetricEvent, WarningEvent
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.events.trackers import TensorBoard, Trackers
@@ -27,8 +27,8 @@ WITH = {
 }
 
 
-def metric(step: int, loss: float = 2.0, **more: Any) -> Metric:
-    return Metric(step=step, epoch=0.5, loss=loss, learning_rate=0.1, tokens=4, **more)
+def metric(step: int, loss: float = 2.0, **more: Any) -> MetricEvent:
+    return MetricEvent(step=step, epoch=0.5, loss=loss, learning_rate=0.1, tokens=4, **more)
 
 
 class FakeWriter:

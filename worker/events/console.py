@@ -3,9 +3,9 @@
 from trainyard.contract.events import (
     CheckpointSaved,
     Event,
-    Metric,
+    MetricEvent,
     PhaseChanged,
-    Sample,
+    SampleEvent,
     SettingsChanged,
     Started,
     WarningEvent,
@@ -30,11 +30,11 @@ class ConsoleLogger:
             case Started():
                 self._steps = event.steps
                 return _started(event)
-            case Metric():
+            case MetricEvent():
                 return _metric(event, self._steps)
             case CheckpointSaved():
                 return f"saved {event.path} ({event.bytes / 1e6:.1f} MB)"
-            case Sample():
+            case SampleEvent():
                 return f"sample at step {event.step}: {event.prompt + event.text!r}"
             case WarningEvent():
                 return f"warning: {event.message}"
@@ -55,7 +55,7 @@ def _started(event: Started) -> str:
     )
 
 
-def _metric(event: Metric, steps: int) -> str:
+def _metric(event: MetricEvent, steps: int) -> str:
     parts = [f"step {event.step}/{steps}", f"loss {_format(event.loss, '.4f')}", f"lr {event.learning_rate:.2e}"]
     if event.eval_loss is not None:
         parts.append(f"eval {event.eval_loss:.4f}")

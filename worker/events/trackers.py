@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from trainyard.contract.events import Event, Metric, WarningEvent
+from trainyard.contract.events import Event, MetricEvent, WarningEvent
 from trainyard.contract.spec import JobSpec
 
 LOGGED_FIELDS = (
@@ -32,7 +32,7 @@ class Tracker(Protocol):
     def start_at(self, step: int) -> None:
         """Expect steps after ``step`` from now on. Steps after it that were logged before will be logged again."""
 
-    def log(self, metric: Metric) -> None:
+    def log(self, metric: MetricEvent) -> None:
         """Log one metric event."""
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class TensorBoard:
         self.close()
         self._writer = self._open(purge_step=step + 1)
 
-    def log(self, metric: Metric) -> None:
+    def log(self, metric: MetricEvent) -> None:
         for tag, value in scalars(metric).items():
             self._writer.add_scalar(tag, value, metric.step)
         # At once: a resume does not log again what a killed process had in its buffer.
@@ -86,14 +86,14 @@ class Wandb:
     def start_at(self, step: int) -> None:
         pass  # wandb ignores steps that were logged before
 
-    def log(self, metric: Metric) -> None:
+    def log(self, metric: MetricEvent) -> None:
         self._run.log(scalars(metric), step=metric.step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-def scalars(metric: Metric) -> dict[str, float]:
+def scalars(metric: MetricEvent) -> dict[str, float]:
     """Return the numbers of a metric event that are not None."""
     values = {name: getattr(metric, name) for name in LOGGED_FIELDS}
     if metric.expert_load:
@@ -128,7 +128,7 @@ class Trackers:
     def start_at(self, step: int) -> None:
         self._for_each(lambda tracker: tracker.start_at(step))
 
-    def log(self, metric: Metric) -> None:
+    def log(self, metric: MetricEvent) -> None:
         self._for_each(lambda tracker: tracker.log(metric))
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trainyard.contract.events import Sample
+from trainyard.contract.events import SampleEvent
 from trainyard.contract.failpoints import hit
 from trainyard.model.decoder import Decoder
 from trainyard.worker.data.loader import rank_slice, split_microbatches, to_device
@@ -49,7 +49,7 @@ class Evaluator:
 
 def generate_samples(
     model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], step: int, precision: Precision, limit: int
-) -> Iterator[Sample]:
+) -> Iterator[SampleEvent]:
     """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
     for prompt in prompts:
         ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])][: max(1, limit - MAX_NEW_TOKENS)]
@@ -58,4 +58,4 @@ def generate_samples(
             output = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=tokenizer.eos_id)
         text = tokenizer.decode([token for token in output[0, len(ids) :].tolist() if token != tokenizer.eos_id])
         # A lone surrogate cannot be written as JSON.
-        yield Sample(step=step, prompt=prompt, text=text.encode(errors="replace").decode())
+        yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode())

@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from trainyard.contract.events import Metric
+from trainyard.contract.events import MetricEvent
 from trainyard.worker.distributed import DistributedContext, FloatRow
 from trainyard.worker.training.step import StepMetrics
 
@@ -133,7 +133,7 @@ class MetricsProcessor:
 
     def metric_event(
         self, *, step: int, epoch: float, learning_rate: float, tokens: int, grad_norm: float, eval_loss: float | None
-    ) -> Metric:
+    ) -> MetricEvent:
         """Return the metric line of the steps since the last one, and reset the window. All ranks call it together."""
         own = [self._data_seconds, float(memory_bytes(self._ranks.device)), *self.window.to_row()]
         rows = self._ranks.gather(own)
@@ -144,7 +144,7 @@ class MetricsProcessor:
         tokens_per_second = self._timed_tokens / seconds if seconds else None
         self.last_loss = loss
         self.rewind(MetricsWindow())
-        return Metric(
+        return MetricEvent(
             step=step,
             epoch=epoch,
             loss=loss,

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Response
 
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
-from trainyard.service.api.routers.jobs import Submission, created_response, find_replay, replay_cutoff
+from trainyard.service.api.routers.jobs import CreatedJob, created_response, find_replay, replay_cutoff
 from trainyard.service.api.routers.planning import make_preview
 from trainyard.service.auth.permissions import SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
@@ -74,7 +74,7 @@ def plan_fork(state: StateDep, job_id: str, body: JsonBody) -> PlanPreview:
 
 def _create(
     state: AppState, caller: Principal, job_id: str, request: ForkRequest, key: str | None, digest: str
-) -> Submission:
+) -> CreatedJob:
     settings, host = state.settings, state.host_limits
     with state.database.read() as session:
         parent = service.find_parent(session, settings.runs, job_id, request)
@@ -100,4 +100,4 @@ def _create(
                 return earlier
             raise StorageError.from_os_error(error) if isinstance(error, OSError) else error from error
         pending_deletion.cancel()
-    return Submission(fork_id, created_now=True)
+    return CreatedJob(fork_id, created_now=True)

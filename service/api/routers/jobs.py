@@ -77,7 +77,7 @@ def submit(
 
 
 @dataclass(frozen=True)
-class Submission:
+class CreatedJob:
     """The job of a submission, and whether this request created it. ``rows``: the job as committed, if known."""
 
     job_id: str
@@ -85,7 +85,7 @@ class Submission:
     rows: JobRows | None = None
 
 
-def created_response(state: AppState, submission: Submission) -> Response:
+def created_response(state: AppState, submission: CreatedJob) -> Response:
     """Return the response to a submission: 201, or 200 if the job existed before."""
     rows = submission.rows
     job = _to_response(state, rows) if rows is not None else load_response(state, submission.job_id)
@@ -93,7 +93,7 @@ def created_response(state: AppState, submission: Submission) -> Response:
     return json_response(job, 201 if submission.created_now else 200, location)
 
 
-def find_replay(state: AppState, key: str | None, digest: str) -> Submission | None:
+def find_replay(state: AppState, key: str | None, digest: str) -> CreatedJob | None:
     """Return the job submitted before with this key, or None.
 
     Raises RequestInvalid if the key is malformed, KeyReused if the body was another one.
@@ -105,7 +105,7 @@ def find_replay(state: AppState, key: str | None, digest: str) -> Submission | N
         raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
     with state.database.read() as session:
         job = repository.find_by_idempotency_key(session, key, digest, replay_cutoff(state))
-        return Submission(job.id, False) if job is not None else None
+        return CreatedJob(job.id, False) if job is not None else None
 
 
 def replay_cutoff(state: AppState) -> datetime:
@@ -113,7 +113,7 @@ def replay_cutoff(state: AppState) -> datetime:
     return utc_now() - timedelta(days=state.settings.idempotency_days)
 
 
-def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, digest: str) -> Submission:
+def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, digest: str) -> CreatedJob:
     kind = kind_of(spec, state.host_limits)
     now = utc_now()
     falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
@@ -132,7 +132,7 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
         if earlier is None:
             raise
         return earlier
-    return Submission(job.id, True, rows)
+    return CreatedJob(job.id, True, rows)
 
 
 def _load_changed(session: Session, job_id: str) -> JobRows:

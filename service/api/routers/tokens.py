@@ -12,7 +12,7 @@ from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.auth import quotas, store
 from trainyard.service.auth.permissions import ADMIN
 from trainyard.service.auth.principal import RESERVED, PrincipalDep
-from trainyard.service.auth.quotas import Usage
+from trainyard.service.auth.quotas import QuotaUsage
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import TokenNameTaken
@@ -31,7 +31,7 @@ def list_tokens(state: StateDep) -> Page[Token]:
     with state.database.read() as session:
         rows = session.scalars(select(TokenRow).order_by(TokenRow.created_at, TokenRow.id)).all()
         usage = quotas.usage(session)
-    return Page(data=[_to_response(row, usage.get(row.name, Usage())) for row in rows], has_more=False)
+    return Page(data=[_to_response(row, usage.get(row.name, QuotaUsage())) for row in rows], has_more=False)
 
 
 @router.post("", status_code=201)
@@ -80,10 +80,10 @@ def _to_secret_response(state: AppState, row: TokenRow, token: str, what: str) -
     return NewToken(**_to_response(row, _usage(state, row)).model_dump(), token=token)
 
 
-def _usage(state: AppState, row: TokenRow) -> Usage:
+def _usage(state: AppState, row: TokenRow) -> QuotaUsage:
     with state.database.read() as session:
-        return quotas.usage(session, JobRow.queued_by == row.name).get(row.name, Usage())
+        return quotas.usage(session, JobRow.queued_by == row.name).get(row.name, QuotaUsage())
 
 
-def _to_response(row: TokenRow, usage: Usage) -> Token:
+def _to_response(row: TokenRow, usage: QuotaUsage) -> Token:
     return Token.model_validate({**vars(row), **usage._asdict()})

@@ -21,13 +21,13 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.service.launch import post_mortem
 from trainyard.service.launch.base import (
+    AttemptPlacement,
     AttemptRef,
     AttemptState,
     AttemptStatus,
     Launch,
     LauncherUnavailable,
     LaunchRefused,
-    Placement,
 )
 from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
 from trainyard.service.launch.files import AttemptFiles
@@ -172,7 +172,7 @@ class SlurmLauncher:
         since = max(self._changed_at, self._monotonic() - self._queue.fresh_seconds)
         return [job for job in self._queue.jobs(since) if job.name == job_name(name.job_id)]
 
-    def _placement(self, job: SlurmJob, attempt: AttemptDir) -> Placement | None:
+    def _placement(self, job: SlurmJob, attempt: AttemptDir) -> AttemptPlacement | None:
         if job.completing:  # Slurm now lists only the nodes that have not finished yet
             return None
         return job.placement(_ranks_per_node(attempt), tailed=self._setup.reports == "directory")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from trainyard.service.launch.base import Placement
+from trainyard.service.launch.base import AttemptPlacement
 
 PENDING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT"})
 ENDED = frozenset(
@@ -53,11 +53,11 @@ class SlurmJob:
         """Whether nothing of it is alive, according to Slurm."""
         return self.state in ENDED and not self.completing
 
-    def placement(self, ranks: int, tailed: bool = False) -> Placement:
+    def placement(self, ranks: int, tailed: bool = False) -> AttemptPlacement:
         """Return the placement as the API shows it, for ``ranks`` on each node."""
         no_reason = BOOTING if self.state == CONFIGURING else NO_REASON
         waiting = f"Slurm: {self.reason or no_reason}" if self.pending else None
-        return Placement(self.id, self.state.lower(), waiting, self.nodes, tuple(self._devices(ranks)), tailed)
+        return AttemptPlacement(self.id, self.state.lower(), waiting, self.nodes, tuple(self._devices(ranks)), tailed)
 
     def _devices(self, ranks: int) -> Iterator[str]:
         for index, node in enumerate(self.nodes):
