@@ -263,7 +263,7 @@ def poison_rank(rank: int, at: int) -> None:
     def poison(loop: Any, progress: Any) -> None:
         if loop.ranks.rank == rank and progress.step + 1 == at:
             with torch.no_grad():
-                loop.train_state.model.model.norm.weight[0] = math.nan
+                loop.state.model.model.norm.weight[0] = math.nan
 
     arm("train.step", poison)
 
