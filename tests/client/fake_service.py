@@ -130,7 +130,7 @@ def plan(**changes: Any) -> dict[str, Any]:
         "expected_first_loss": 8.764,
         "estimated": True,
         "warnings": [],
-        "queue": {"position": 1, "waiting_for": "nothing: it would start at once"},
+        "queue": {"position": 1, "waiting_for": "nothing: it would start immediately"},
     }
     return made | changes
 
