@@ -57,9 +57,9 @@ def train(
     trackers: Trackers,
     emit: EventSink,
 ) -> Outcome:
-    """Run the attempt until the last step or a requested stop. All ranks run this alike; events of rank 0 count.
+    """Run the attempt until the last step or a requested stop. Every rank runs this; only rank 0's events are written.
 
-    Raises TrainingError for every failure that is foreseen, and StopRequested if there is nothing to save yet.
+    Raises TrainingError for every expected failure, and StopRequested if there is nothing to save yet.
     """
     # The device this runs on, and the paths it may use.
     require_device(ranks, spec)
@@ -77,7 +77,8 @@ def train(
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
     emit(PhaseChanged(phase=Phase.LOADING))
 
-    # The model, and where it starts: at this job's newest valid checkpoint, an earlier job's, from_weight, or step 0.
+    # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
+    # random weights.
     def run_length(rows_per_step: int) -> int:
         return total_steps(spec.training, -(-len(data.train_set) // rows_per_step))
 
@@ -154,8 +155,8 @@ def _restore(
 ) -> tuple[TrainProgress, MetricsWindow, int, dict[str, Any]]:
     """Load the checkpoint, if any. Return progress, this rank's metrics window, rows per step and the saved score."""
     if resume_from is None:
-        # Started by hand, torchrun decides on the number of ranks, not the spec. With a range of nodes it is the spec:
-        # the size of a step must not depend on how many nodes were free at the start.
+        # The first attempt fixes the size of a step, by the number of ranks that torchrun has started. With a range of
+        # nodes the spec's largest number of ranks counts: the size must not depend on how many nodes were free.
         world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
         return TrainProgress(), MetricsWindow(), spec.training.batch_size * spec.training.accumulation_steps * world, {}
     saved = state.load(resume_from.checkpoint)
@@ -164,7 +165,10 @@ def _restore(
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that was dispatched and whose result is not read yet. ``scale``: the fp16 loss scale during it."""
+    """A step that was dispatched and whose result is not read yet.
+
+    ``data_step``: its step in the data order, see `TrainProgress`. ``scale``: the fp16 loss scale during the step.
+    """
 
     step: int
     data_step: int
@@ -176,8 +180,8 @@ class PendingStep:
 class Trainer:
     """The steps of one attempt.
 
-    On CUDA, results are read in batches (at log and save steps) to avoid a device sync per step. That is safe because
-    the device guard has skipped the bad updates, and the same ones on all ranks.
+    On CUDA, results are read in batches (at log and save steps) to avoid a device sync per step. That is safe: on the
+    device, the guard skips bad updates at once, and the same ones on all ranks.
     """
 
     spec: JobSpec
@@ -200,7 +204,7 @@ class Trainer:
     last_metrics: StepMetrics | None = None
 
     def warm_up(self) -> None:
-        """Run one pass without labels if there is something to compile or if DDP has buckets to settle."""
+        """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
         training = self.spec.training
         if training.use_compile:
             self.emit(PhaseChanged(phase=Phase.COMPILING))
@@ -213,7 +217,7 @@ class Trainer:
         control = ControlSync(self.ranks)
         self.state.train_step.guard.reset(progress.nonfinite)
         if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
-            # A bad step before the first regular save needs a checkpoint to go back to as well.
+            # A bad step before the first regular save also needs a checkpoint to roll back to.
             self.checkpointer.save(self.state, progress, self.metrics, required=True)
         if progress.step >= steps:
             # All steps are done, but the attempt that did them may have died before its final weights were written.
@@ -223,7 +227,7 @@ class Trainer:
             if progress.step <= previous_step:
                 continue  # rolled back
             self.heartbeat.beat(progress.step)
-            # One all-reduce carries what any rank has to announce. With several ranks it arrives a step later.
+            # One all-reduce shares the flags of all ranks. With several ranks, they are those of the previous step.
             flags = control.exchange(
                 ControlFlags(
                     stop=stop.requested(),
@@ -250,12 +254,12 @@ class Trainer:
 
     def _emit_spike_warning(self) -> None:
         warning = spike_warning(self.ranks.gather(self.spike_detector.take_row()))
-        # None if the last step's gather has taken the spike already: the flag of this step was on its way by then.
+        # None if the previous step has taken the spike: a flag arrives a step later, so it was sent twice.
         if warning is not None:
             self.emit(warning)
 
     def _apply_settings(self, settings: RunSettings, step: int, steps: int) -> None:
-        """Log and save by new settings from now on. All ranks do it at the same step."""
+        """Use new settings for logging and saving from now on. All ranks do it at the same step."""
         self.emit(settings_changed_event(step, RunSettings.of(self.spec.model_dump()), settings))
         self.spec = self.checkpointer.spec = with_settings(self.spec, settings)
         self.intervals = StepIntervals.from_spec(self.spec, steps, evaluates=self.data.eval_set is not None)
@@ -268,16 +272,16 @@ class Trainer:
         return requested or self.checkpointer.is_due_by_time(time.monotonic())
 
     def train_step(self, progress: TrainProgress) -> TrainProgress:
-        """Run one optimizer step. If results are due, read them; after a rollback the progress is further back."""
+        """Run one optimizer step, and read results if due. After a rollback the progress is an earlier step's."""
         hit("train.step", self, progress)
         step = progress.step + 1
         data_step = step + progress.data_offset
         scale = self.state.loss_scale()
         self.metrics.begin_step()
-        metrics = self.state.train_step.run(
+        pending_metrics = self.state.train_step.run(
             self.loader.microbatches(data_step), self.lr_schedule.at(step), self._dropout_seeder(step)
         )
-        self.pending.append(PendingStep(step, data_step, scale, metrics))
+        self.pending.append(PendingStep(step, data_step, scale, pending_metrics))
         tokens, data_seconds = self.loader.tokens(data_step), self.loader.data_seconds
         progress, log_due = progress.next_step(tokens), self.intervals.is_log_step(step)
         if (
@@ -296,50 +300,53 @@ class Trainer:
     def _collect_pending(self, progress: TrainProgress) -> TrainProgress:
         """Read the results of all pending steps. All ranks call it together.
 
-        Raises TrainingError if the run must end. After a rollback the returned progress is further back.
+        Raises TrainingError if the run must end. After a rollback the progress is an earlier step's.
         """
         pending, self.pending = self.pending, []
         if not pending:
             return progress
-        for step, metrics in zip(pending, read_metrics([step.metrics for step in pending]), strict=True):
-            decision, counters, reason = self._decide(step, metrics, progress.nonfinite)
+        all_metrics = read_metrics([pending_step.metrics for pending_step in pending])
+        for pending_step, metrics in zip(pending, all_metrics, strict=True):
+            decision, counters, reason = self._decide(pending_step, metrics, progress.nonfinite)
             progress = replace(progress, nonfinite=counters)
             if decision is StepDecision.ROLL_BACK:
-                return self._roll_back(replace(progress, step=step.step - 1), reason)
-            self._record(step.step, metrics)
+                return self._roll_back(replace(progress, step=pending_step.step - 1), reason)
+            self._record(pending_step.step, metrics)
         return progress
 
     def _decide(
-        self, pending: PendingStep, metrics: StepMetrics, counters: NonFiniteCounters
+        self, pending_step: PendingStep, metrics: StepMetrics, counters: NonFiniteCounters
     ) -> tuple[StepDecision, NonFiniteCounters, str]:
         """Return the decision on a step, the new counters and the reason. Raises TrainingError if the run must end."""
         bad_rows = () if metrics.finite else self._gather_nonfinite_rows(metrics)
         policy = self.spec.training.on_nonfinite
-        decision, counters = decide_step(metrics.finite, policy, counters, pending.scale, losses_finite=not bad_rows)
+        decision, counters = decide_step(
+            metrics.finite, policy, counters, pending_step.scale, losses_finite=not bad_rows
+        )
         if decision in (StepDecision.APPLIED, StepDecision.OVERFLOWED):
             return decision, counters, ""
-        rows = tuple(self.loader.rows_of(pending.data_step).tolist())
-        reason = nonfinite_message(pending.step, rows, bad_rows)
+        rows = tuple(self.loader.rows_of(pending_step.data_step).tolist())
+        reason = nonfinite_message(pending_step.step, rows, bad_rows)
         if decision is StepDecision.FAIL:
             # The guard has skipped every step after this one, but the heartbeat has counted them.
-            self.heartbeat.beat(pending.step - 1)
+            self.heartbeat.beat(pending_step.step - 1)
             raise _diverged_error(reason, counters)
         if decision is StepDecision.SKIP:
             message = f"{reason}; the update was left out"
-            self.emit(WarningEvent(code="step_skipped", message=message, step=pending.step))
+            self.emit(WarningEvent(code="step_skipped", message=message, step=pending_step.step))
         return decision, counters, reason
 
     def _gather_nonfinite_rows(self, metrics: StepMetrics) -> tuple[int, ...]:
-        """Return rows whose loss was not finite, of all ranks, at most 8 of each.
+        """Return the rows of all ranks whose loss was not finite, at most 8 per rank.
 
-        Every rank comes here: the gradient is summed over ranks, so all of them see the same NaN.
+        Every rank calls this: the gradient is summed over ranks, so all of them see the same NaN.
         """
         own = [float(row) for row in metrics.nonfinite_rows[:8]]
         gathered = self.ranks.gather((own + [-1.0] * 8)[:8])
         return tuple(int(row) for rank_rows in gathered for row in rank_rows if row >= 0)
 
     def _record(self, step: int, metrics: StepMetrics) -> None:
-        """Count a step in the next metric line, and show it to the monitors."""
+        """Add a step to the next metric line, and let the monitors check it."""
         self.last_metrics = metrics
         self.metrics.record(metrics)
         self.spike_detector.observe(step, metrics.loss, metrics.max_loss_rows)
@@ -367,7 +374,7 @@ class Trainer:
         self.emit(WarningEvent(code="rolled_back", message=message, step=bad_step, data={"to_step": saved.step}))
         self.trackers.start_at(saved.step)
         self.heartbeat.beat(saved.step)
-        # The counters stay: those of the checkpoint would let a run roll back for ever.
+        # Keep the current counters: with the checkpoint's, a run could roll back for ever.
         offset = progress.data_offset + bad_step - saved.step
         return replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
 

@@ -48,6 +48,8 @@ TOKEN_RECHECK_SECONDS = 15.0
 
 STREAM = "/stream"
 UNTIMED = (STREAM, "/files/{name}")
+"""Ends of routes whose duration is not measured: it depends on the client."""
+
 METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PATCH", "DELETE", "PUT"})
 
 log = logging.getLogger("trainyard")
@@ -71,18 +73,19 @@ class RequestMiddleware:
         request_id = _request_id(headers)
         scope["request_id"] = request_id
         response = _ResponseSender(send, request_id)
-        started = time.monotonic()
+        started_at = time.monotonic()
         with log_context(request_id=request_id):
             try:
                 self._validate(scope, headers)
                 scope["caller"] = await self._authenticate(scope, headers)
                 response.reauthenticate = lambda: self._authenticate(scope, headers)
                 self._check_content_length(scope, headers)
-                await RequestBodyLimitMiddleware(self._app, _limit(scope))(scope, _with_deadline(receive), response)
+                limited_app = RequestBodyLimitMiddleware(self._app, _max_body_bytes(scope))
+                await limited_app(scope, _with_deadline(receive), response)
             except Exception as error:
                 await self._send_error(error, scope, receive, response)
             finally:
-                self._log_and_measure(scope, response.status, time.monotonic() - started)
+                self._log_and_measure(scope, response.status, time.monotonic() - started_at)
 
     def _log_and_measure(self, scope: Scope, status: int, seconds: float) -> None:
         # By route, not by URL: a URL may contain a secret, and the number of series must stay small.
@@ -114,7 +117,7 @@ class RequestMiddleware:
 
     def _check_content_length(self, scope: Scope, headers: Headers) -> None:
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length[:20]) > _limit(scope):
+        if not length.isdecimal() or int(length[:20]) > _max_body_bytes(scope):
             raise BodyTooLarge()
 
     async def _send_error(
@@ -134,7 +137,7 @@ class RequestMiddleware:
 
 
 def _is_open(scope: Scope, headers: Headers) -> bool:
-    """Return whether no user token is needed: health, agents (they have their own), the page that asks for a token."""
+    """Return whether no user token is needed: for health checks, agents (they have their own) and the dashboard."""
     method, path = scope["method"], scope["path"]
     if path in OPEN_PATHS or path.startswith(INTERNAL):
         return True
@@ -179,7 +182,7 @@ class _ResponseSender:
 
 
 def _with_deadline(receive: Receive) -> Receive:
-    """Raise HTTPException (408) if the body is not complete in time, however slowly it arrives."""
+    """Return ``receive`` with a time limit for the whole body, after which it raises HTTPException (408)."""
     deadline: float | None = asyncio.get_running_loop().time() + MAX_BODY_SECONDS
 
     async def receive_in_time() -> Message:
@@ -188,7 +191,7 @@ def _with_deadline(receive: Receive) -> Receive:
             async with asyncio.timeout_at(deadline):
                 message = await receive()
         except TimeoutError:
-            # Not a ServiceError: if FastAPI reads the body, it turns everything but an HTTPException into a 400.
+            # Not a ServiceError: FastAPI turns all errors but HTTPException, raised while it reads a body, into a 400.
             raise HTTPException(HTTPStatus.REQUEST_TIMEOUT) from None
         if not message.get("more_body", False):
             deadline = None
@@ -198,7 +201,7 @@ def _with_deadline(receive: Receive) -> Receive:
 
 
 class HeadMiddleware:
-    """Handles HEAD as GET; the server drops the body. HEAD of a stream gets 405: the response would never end."""
+    """Handles HEAD as GET; the server drops the body. HEAD of a stream gets 405, because it would never end."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -231,7 +234,7 @@ def _job_id(scope: Scope) -> str | None:
     return job_id if JOB_ID.fullmatch(job_id) else None
 
 
-def _limit(scope: Scope) -> int:
+def _max_body_bytes(scope: Scope) -> int:
     return MAX_REPORT_BYTES if scope["path"].startswith(INTERNAL) else MAX_BODY_BYTES
 
 

@@ -48,7 +48,7 @@ def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
     """Return the attempt that the token belongs to. Raises Unauthorized if there is none."""
     valid = attempt_id.isascii() and attempt_id.isprintable()
     attempt = session.scalar(ATTEMPT_BY_ID, {"attempt_id": attempt_id}) if valid else None
-    # Compared in any case: the time taken must not show which attempts exist.
+    # Always compare, also if there is no such attempt: the time taken must not show which attempts exist.
     expected = attempt.token_sha256 if attempt is not None else NO_HASH
     if not hmac.compare_digest(token_hash(token), expected) or attempt is None:
         raise Unauthorized("The token does not belong to this attempt.")
@@ -107,8 +107,8 @@ def _store(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[
         for event in events:
             batch.add(event)
         batch.flush_metrics()
-        if batch.newest_step is not None:
-            rollups.roll_up(session, job, batch.newest_step)
+        if batch.roll_up_to is not None:
+            rollups.roll_up(session, job, batch.roll_up_to)
 
 
 def _store_one_by_one(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[Event]) -> None:
@@ -129,16 +129,16 @@ class _EventBatch:
     job: JobRow
     attempt: AttemptRow
     metrics: list[dict[str, Any]] = field(default_factory=list)
-    newest_step: int | None = None
+    roll_up_to: int | None = None
 
     def __post_init__(self) -> None:
         self.current = self.attempt.number == self.job.attempt
-        self.superseded_after = None if self.current else self._start_of_later()
+        self.superseded_after = None if self.current else self._start_step_of_later_attempt()
         own = {"job_id": self.job.id, "attempt": self.attempt.number}
         self.last_step = self.session.connection().scalar(MAX_STEP_OF_ATTEMPT, own) or 0
 
-    def _start_of_later(self) -> int | None:
-        # A late report of a replaced attempt: its points after the start of a later attempt do not count.
+    def _start_step_of_later_attempt(self) -> int | None:
+        # For a late report of a replaced attempt: its points after that step are not part of the job's curve.
         later = (AttemptRow.job_id == self.job.id, AttemptRow.number > self.attempt.number)
         return self.session.scalar(select(func.min(AttemptRow.start_step)).where(*later))
 
@@ -172,17 +172,18 @@ class _EventBatch:
 
     def _metric(self, event: MetricEvent) -> None:
         if event.step <= self.last_step:
-            # The attempt rolled back and repeats these steps. Flushed first: the update must see all earlier points.
+            # The attempt rolled back and repeats these steps. Flush first: the update must see all earlier points.
             self.flush_metrics()
             self._supersede(MetricRow.attempt == self.attempt.number, event.step - 1)
         self.last_step = event.step
+        # Only stitched points are part of the job's curve: one for each step, of the last attempt that made the step.
         stitched = self.superseded_after is None or event.step <= self.superseded_after
         row = {"job_id": self.job.id, "attempt": self.attempt.number, "stitched": stitched}
         self.metrics.append(row | event.model_dump(exclude={"kind"}))
         if stitched:
             rollups.invalidate(self.session, self.job, event.step)
         if self.current:
-            self.newest_step = event.step
+            self.roll_up_to = event.step
             self.job.progress = after_metric(self.job.progress, event, self.job.facts)
 
     def _supersede(self, attempts: ColumnElement[bool], after_step: int) -> None:
@@ -195,12 +196,12 @@ class _EventBatch:
         self._supersede(MetricRow.attempt < self.attempt.number, event.start_step)
         if self.current:
             self.job.resume_step = None
-            plan = event.model_dump(mode="json", exclude={"kind", "seq", "at", "start_step", "resumed_from"})
-            self.job.facts = {**self.job.facts, **plan}
+            facts = event.model_dump(mode="json", exclude={"kind", "seq", "at", "start_step", "resumed_from"})
+            self.job.facts = {**self.job.facts, **facts}
             self.job.progress = after_start(self.job.progress, event)
         origin = f"continues from step {event.start_step:,}" if event.start_step else "starts from step 0"
-        on = f"{event.world_size} rank{'s' if event.world_size != 1 else ''} on {event.device_name}"
-        self._record_event("started", f"attempt {self.attempt.number} {origin}: {on}", event)
+        ranks = f"{event.world_size} rank{'s' if event.world_size != 1 else ''} on {event.device_name}"
+        self._record_event("started", f"attempt {self.attempt.number} {origin}: {ranks}", event)
 
     def _phase(self, event: PhaseChanged) -> None:
         if self.current:
@@ -210,7 +211,7 @@ class _EventBatch:
     def _saved(self, event: CheckpointSaved) -> None:
         same = (CheckpointRow.job_id == self.job.id, CheckpointRow.path == event.path)
         self.session.execute(delete(CheckpointRow).where(*same))
-        if event.checkpoint_kind == "weights" and self._weights_only(event):
+        if event.checkpoint_kind == "weights" and self._keep_weights_only(event):
             return
         self.session.add(
             CheckpointRow(
@@ -228,7 +229,7 @@ class _EventBatch:
         )
         self._record_event("checkpoint", f"saved {event.checkpoint_kind} checkpoint at step {event.step:,}", event)
 
-    def _weights_only(self, event: CheckpointSaved) -> bool:
+    def _keep_weights_only(self, event: CheckpointSaved) -> bool:
         # Update the full checkpoint's row in place: the list stays in step order.
         full = (CheckpointRow.job_id == self.job.id, CheckpointRow.step == event.step, CheckpointRow.kind == "full")
         row = self.session.scalar(select(CheckpointRow).where(*full).limit(1))

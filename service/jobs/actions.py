@@ -58,7 +58,7 @@ def stop(session: Session, job_id: str, action: Action, by: Principal, now: date
 def _set_desired(
     session: Session, job: JobRow, action: Action, decision: Transition, by: Principal, now: datetime
 ) -> JobRow:
-    # The status stays: a cancel becomes a kill, or a pending restart is cancelled.
+    # The status does not change: a cancel becomes a kill, or the automatic restart is called off.
     job.desired = decision.desired
     if job.status == JobStatus.INTERRUPTED:
         job.restart_at = None
@@ -74,7 +74,7 @@ def _set_desired(
 
 
 def save(session: Session, job_id: str, by: Principal, now: datetime) -> AttemptRef:
-    """Record the request for a checkpoint; return the attempt to notify after the commit. Raises InvalidState."""
+    """Record that a save was requested. Return the attempt, to be notified after the commit. Raises InvalidState."""
     job = repository.lock(session, job_id)
     _require_allowed(job, "save")
     repository.record_event(session, job, EventDraft("save", "asked to save", by.name), now)
@@ -83,7 +83,10 @@ def save(session: Session, job_id: str, by: Principal, now: datetime) -> Attempt
 
 
 def resume_in_progress(session: Session, job_id: str, changed: bool) -> bool:
-    """Return True if the job is being resumed already, without changes. Raises InvalidState."""
+    """Return whether the same resume is in progress already. ``changed``: the request has changes.
+
+    Raises InvalidState if the job cannot be resumed like that.
+    """
     job = repository.find(session, job_id)
     decision = decide("resume", job_state(job))
     if isinstance(decision, InProgress) and not changed:
@@ -220,7 +223,7 @@ def own_steps(job: JobRow) -> int | None:
 
 def _lock_unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobRow:
     job = repository.lock(session, job_id)
-    if job.spec != spec:  # changed since the new spec was validated, which happens outside the transaction
+    if job.spec != spec:  # another request has changed it since it was read, before this transaction
         raise Conflict()
     return job
 
@@ -252,7 +255,7 @@ PATCH_FIELDS: dict[str, tuple[str, ...]] = {
     "priority": ("resources", "priority"),
     **RUN_SETTINGS,
 }
-"""Name in the body -> path in the spec."""
+"""Name in the body -> path in the spec, or () if it is not a field of the spec."""
 
 
 def _spec_field(group: type[BaseModel], leaf: str) -> Any:
@@ -326,8 +329,8 @@ def changed_spec(
     for name, value in changes.items():
         path = fields[name]
         if len(path) == 1:
-            update = path[0] == "resources" and isinstance(value, dict)
-            merged[path[0]] = {**merged[path[0]], **value} if update else value
+            is_partial = path[0] == "resources" and isinstance(value, dict)
+            merged[path[0]] = {**merged[path[0]], **value} if is_partial else value
         elif path:
             merged[path[0]][path[1]] = value
     try:

@@ -104,7 +104,7 @@ class PlanExecutor:
     def _start(self, action: Start) -> bool:
         launch = self._claim(action)
         if launch is None or not self._still_leads():
-            # If the process was suspended here, the new leader finds that the attempt was never launched.
+            # If another service leads now, it finds that the attempt was never launched, and queues the job again.
             return False
         self._memory.inspected_at[launch.attempt_id] = self._clock()
         where = ",".join(launch.devices) or launch.name.launcher
@@ -153,18 +153,18 @@ class PlanExecutor:
         return True
 
     def probe_agents(self, names: Sequence[AttemptRef]) -> None:
-        """Find the live agents among ``names`` by one scan of the host, before each attempt is inspected."""
+        """Scan the host once for the live agents of ``names``. Those that are found need no inspection of their own."""
         self._alive = self._launcher.find_alive(names) if len(names) > 1 else set()
 
     def _inspect(self, live: LiveAttempt) -> bool:
         self._memory.inspected_at[live.id] = self._clock()
-        # The scan proves only that an agent is alive. Before anything is ended, find() inspects the attempt itself.
+        # An agent that the scan did not find may be alive: find() inspects the attempt before anything is ended.
         status = AttemptStatus(AttemptState.ALIVE) if live.name in self._alive else self._launcher.find(live.name)
         if not self._still_leads():
             return False
         match status.state:
             case AttemptState.UNKNOWN:
-                self._wait_for_answer(live, status.silence)
+                self._record_silence(live, status.silence)
                 return False
             case AttemptState.ALIVE:
                 self._adopt(live, status)
@@ -196,8 +196,8 @@ class PlanExecutor:
                 )
                 repository.record_event(session, job, event, self._clock())
 
-    def _wait_for_answer(self, live: LiveAttempt, silence: str | None) -> None:
-        # Until its nodes are known, the job shows that its cluster does not answer.
+    def _record_silence(self, live: LiveAttempt, silence: str | None) -> None:
+        # Until the nodes of an attempt are known, its placement shows that the cluster does not answer.
         before = live.placement or AttemptPlacement("", "unknown").to_json()
         if live.placed or silence is None or before["waiting_for"] == silence:
             return
@@ -206,8 +206,8 @@ class PlanExecutor:
             attempt.placement = {**before, "waiting_for": silence}
 
     def _tail(self, live: LiveAttempt) -> None:
-        # The agent cannot reach the service, so its outbox is read from the run directory. It sends no heartbeats;
-        # that the cluster runs the job counts as one.
+        # The agent cannot reach the service, so its outbox is read from the run directory. It cannot send heartbeats
+        # either: an answer of the cluster that the job runs counts as one.
         self._ingest_remaining(live)
         with self.write() as session:
             job, attempt = events.lock(session, live.id, live.name.job_id)
@@ -240,8 +240,8 @@ class PlanExecutor:
             return attempt.acked_seq if attempt is not None else 0
 
     def _handle_absent(self, live: LiveAttempt) -> bool:
-        # A launch of this attempt may still be on its way (a slow process, a former leader). kill() closes the attempt
-        # first, so that an agent that starts late exits.
+        # A slow process or a former leader may still launch this attempt. kill() closes the attempt first, so that an
+        # agent that starts late exits at once.
         self._launcher.kill(live.name)
         status = self._launcher.find(live.name)
         if status.state is not AttemptState.ABSENT:
@@ -299,9 +299,9 @@ class PlanExecutor:
             repository.transition(
                 session, job, JobStatus.PAUSING, event, self._clock(), **changes, reason=Reason.PREEMPTED
             )
-            reason = f"{job.id} (priority {job.priority}) makes room for this job"
+            message = f"{job.id} (priority {job.priority}) makes room for this job"
             repository.record_event(
-                session, waiting, EventDraft("preempts", reason, "scheduler", data={"job_id": job.id}), self._clock()
+                session, waiting, EventDraft("preempts", message, "scheduler", data={"job_id": job.id}), self._clock()
             )
         return True
 
@@ -312,9 +312,9 @@ class PlanExecutor:
                 inventory.write(session)
 
 
-def _may_preempt(job: JobRow, attempt: int, waiting: JobRow) -> bool:
-    runs = (job.status, job.desired, job.attempt) == (JobStatus.RUNNING, Desired.RUN, attempt)
-    return runs and waiting.status == JobStatus.QUEUED and waiting.priority > job.priority
+def _may_preempt(job: JobRow, number: int, waiting: JobRow) -> bool:
+    is_running = (job.status, job.desired, job.attempt) == (JobStatus.RUNNING, Desired.RUN, number)
+    return is_running and waiting.status == JobStatus.QUEUED and waiting.priority > job.priority
 
 
 @failpoint("launch.scheduler.insert")

@@ -28,10 +28,10 @@ def main(path: str, fails: str) -> None:
     with contextlib.redirect_stdout(printed):
         if fails == "stop":
             supervisor.uploader.desired = Desired.PAUSE
-            running = [supervisor.is_running(0.0)]
+            running = [supervisor.try_step(0.0)]
             status: int | None = torchrun.wait(5)
         else:
-            running = [supervisor.is_running(now) for now in (0.0, 0.1, 0.2, 0.3)]
+            running = [supervisor.try_step(now) for now in (0.0, 0.1, 0.2, 0.3)]
             status = torchrun.poll()
     report = {
         "running": running,

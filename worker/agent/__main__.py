@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _report_launch_failure(attempt, error)
     for signum in (signal.SIGTERM, signal.SIGINT, *((signal.SIGURG,) if node.clustered else ())):
         signal.signal(signum, supervisor.on_signal)
-    while supervisor.is_running(time.monotonic()):
+    while supervisor.try_step(time.monotonic()):
         time.sleep(TICK_SECONDS)
     alive_lock.release()
     supervisor.write_report()

@@ -1,4 +1,4 @@
-"""Supervises one attempt: observe, decide, act. The decision is `worker.agent.escalation.next_step`."""
+"""Supervises one attempt: observe, decide, act. `worker.agent.escalation.next_step` decides."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ STACK_DUMP_SECONDS = 1.0
 
 @dataclass
 class Supervisor:
-    """The state of one supervised attempt, and the loop's step."""
+    """The state of one supervised attempt, and one round of the loop (`step`)."""
 
     attempt: AttemptDir
     processes: ProcessTree
@@ -49,7 +49,7 @@ class Supervisor:
 
     @classmethod
     def of(cls, attempt: AttemptDir, processes: ProcessTree, node: NodeInfo = SINGLE_NODE) -> Self:
-        """Start to upload and watch ``attempt``, whose torchrun has just been started."""
+        """Start to watch ``attempt``, whose torchrun has just been started, and to upload its events."""
         spec = JobSpec.model_validate_json(attempt.spec.read_bytes())
         uploader = EventUploader.from_environment(attempt)
         uploader.start()
@@ -64,8 +64,8 @@ class Supervisor:
         """
         self.received_signal.set()
 
-    def is_running(self, now: float) -> bool:
-        """Run `step`, and survive OSError: a full or unavailable disk must not end a run."""
+    def try_step(self, now: float) -> bool:
+        """Run `step`; return True after an OSError: a full or unavailable disk must not end a run."""
         try:
             running = self.step(now)
         except OSError as error:
@@ -77,7 +77,7 @@ class Supervisor:
         return running
 
     def step(self, now: float) -> bool:
-        """Observe and act once; return False once no process of the attempt is left."""
+        """Observe and act once. Return False once no process of the attempt is left."""
         observed = self._observe(now)
         action, cause = next_step(observed, self.spec.resources.timeouts, now)
         self.cause = self.cause or cause
@@ -117,9 +117,9 @@ class Supervisor:
         clustered = self.node.clustered
         return Observation(
             torchrun_ended=self.processes.torchrun_status() is not None,
-            # ``closed``: the service makes the cluster end the attempt. The cluster begins with a stop signal.
+            # On a cluster, ``closed`` requests a kill. The cluster's first signal alone would look like a stop request.
             desired=Desired.KILL if clustered and self.attempt.closed.exists() else self.uploader.desired,
-            # ``stop`` may have been written before this agent could receive the signal for it.
+            # Also read the file ``stop``: its signal may have come before this agent could receive one.
             received_signal=self.received_signal.is_set()
             or self._near_time_limit()
             or (clustered and self.attempt.stop.exists()),
@@ -141,7 +141,7 @@ class Supervisor:
         time.sleep(STACK_DUMP_SECONDS)
 
     def write_report(self) -> None:
-        """Publish exit.json: after it the attempt's end is on disk, whatever happens to agent and service."""
+        """Write exit.json. From then on the attempt's end is on disk, whatever happens to agent and service."""
         oom_report = self.oom_monitor.report(time.monotonic())
         if self.node.nodes > 1:
             self.attempt.over.touch()
@@ -155,6 +155,6 @@ class Supervisor:
         write_json(self.attempt.exit, self.report.model_dump(mode="json"))
 
     def deliver(self) -> None:
-        """Upload the rest and the report within a bounded time; the service also finds both on disk."""
+        """Upload the last events and the report within a bounded time. Else the service reads both from disk."""
         assert self.report is not None
         self.uploader.finish(self.report)

@@ -1,7 +1,7 @@
 """Asynchronous saves: rank 0 copies the step, and a background thread writes the copy while training continues.
 
-At most one save runs at a time, and the next one waits for it. So which steps are saved depends on the spec and never
-on the speed of the disk. Pause, cancel and the end of the run wait for their own save too.
+At most one save runs at a time, and the next one waits for it. So the spec decides which steps are saved, never the
+speed of the disk. Pause, cancel and the end of the run also wait for their own save.
 """
 
 import threading
@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # training is a layer above checkpoint, and passes these in
 
 
 class BackgroundTask:
-    """One call at a time in a background thread, its error kept for `wait`. For use by the training thread only."""
+    """Runs one call at a time in a background thread. `wait` raises its error. Only the training thread uses this."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -41,21 +41,21 @@ class BackgroundTask:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, work: Callable[[], None]) -> None:
-        """Start ``work`` and return at once. `wait` or `join` must have been called for the work before."""
+        """Start ``work`` and return at once. Call `wait` or `join` first if work was started before."""
         assert self._thread is None, f"{self._name} is busy"
         # A daemon, so that an interpreter that exits on an error does not hang here. An orderly exit joins it first.
         self._thread = threading.Thread(target=self._run, args=(work,), name=self._name, daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait for the work, and raise what it raised."""
+        """Wait for the work, and raise its error, if any."""
         self.join()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def join(self) -> None:
-        """Wait for the work and keep its error, if any."""
+        """Wait for the work, but keep its error for `wait`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -67,7 +67,7 @@ class BackgroundTask:
             self._error = error
 
 
-MAX_ATTEMPTS = 2
+MAX_TRIES = 2
 RETRY_SECONDS = 1.0
 """Delay before a failed save is retried: a full disk or a network mount may recover."""
 
@@ -97,9 +97,9 @@ class Checkpointer:
     ) -> None:
         """Save the step that was just done. All ranks call it together.
 
-        Return at once, while the copy is made. If the save is ``required`` because the run ends with it, return after
-        it is published. A save that fails twice is a warning and the run continues; if it is required, every rank
-        raises TrainingError.
+        If the save is ``required`` (the run ends with it, or may roll back to it), return after it is published. Else
+        return before the copy is complete. If the save fails twice, emit a warning and continue; if it is required,
+        every rank raises TrainingError.
         """
         self.wait()
         state = train_state.run_state(
@@ -121,7 +121,7 @@ class Checkpointer:
         self.ranks.broadcast_from_rank0(self._wait_for_writer)
 
     def close(self) -> None:
-        """Let the current save finish when this rank exits, whatever the reason."""
+        """Wait for the current save, if any, and ignore its error. For an exit, whatever its reason."""
         self._writer.join()
 
     def _wait_for_writer(self) -> None:
@@ -156,7 +156,7 @@ class Checkpointer:
         self._writer.join()
 
     def _save(self, tensors: StateDicts, state: RunState, required: bool) -> None:
-        for retries_left in reversed(range(MAX_ATTEMPTS)):
+        for retries_left in reversed(range(MAX_TRIES)):
             try:
                 self._write(tensors, state)
                 self._prune()
@@ -179,7 +179,7 @@ class Checkpointer:
         self.emit(saved.saved_event(loss=state.loss, seconds=time.monotonic() - start))
 
     def _already_published(self, step: int) -> CheckpointInfo | None:
-        """Return the checkpoint of this step if one is published already: a stop may come right after a save."""
+        """Return this step's checkpoint if it was published before, such as by a regular save just before a stop."""
         path = self.artifacts.checkpoint(step)
         if not path.exists():
             return None
@@ -202,7 +202,7 @@ class Checkpointer:
 
 
 def report_damage(emit: Callable[[Event], None], damaged: list[files.Damage]) -> None:
-    """Emit a warning and the removal of each damaged checkpoint, so that it is listed no more."""
+    """Emit a warning and the removal of each damaged checkpoint, so that it is no longer listed."""
     for damage in damaged:
         path = str(damage.path)
         emit(WarningEvent(code="checkpoint_invalid", message=str(damage), step=damage.step, data={"path": path}))

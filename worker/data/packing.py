@@ -28,12 +28,12 @@ Packing = Literal["document", "none"]
 FORMAT = 1
 IGNORE_INDEX = -100
 BLOCK_TOKENS = 1 << 22
-"""Documents are packed in blocks of about this size: it bounds memory, and is large enough that rows are full."""
+"""Documents are packed in blocks of about this size: small enough for memory, large enough to fill the rows."""
 
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """Selects documents: all, or those that are ("eval") or are not ("train") held out at ``fraction``."""
+    """Which documents to use: all, the held-out ones ("eval") or the others ("train"). ``fraction`` is held out."""
 
     part: Literal["all", "train", "eval"] = "all"
     fraction: float = 0.0
@@ -48,8 +48,9 @@ class Batch(NamedTuple):
     ``labels[b, t]`` is the token after ``input_ids[b, t]`` in its segment, or -100 if there is none. ``segment_ids``
     is 0 for padding and numbers the segments of a row from 1; ``position_ids`` starts at 0 in each segment. Both are
     None if every row is one segment: the decoder does not need them then, and is faster without. ``offsets`` [P + 1]
-    int32 is the start of each segment among all B * S tokens. The padding of a row counts as one more segment. It is
-    padded with B * S to a size that depends on B alone, and is None if the other two are.
+    int32 is the start of each segment among all B * S tokens; the padding of a row counts as one more segment. P is
+    the maximum for B rows, so that the shape depends on B alone; the rest of ``offsets`` is filled with B * S. None if
+    ``segment_ids`` is None.
     """
 
     input_ids: Tensor
@@ -89,9 +90,9 @@ class PackedDataset:
     def open(
         cls, corpus: Corpus, *, max_seq_len: int, packing: Packing, split: SplitSpec | None = None
     ) -> "PackedDataset":
-        """Open the rows of ``corpus`` for these settings, built first if they are not in its directory.
+        """Open the rows of ``corpus`` for these settings. Build them first if its directory does not have them.
 
-        Raises DataInvalid if the split leaves no document.
+        Raises DataInvalid if a corpus of fewer than two documents is to be split.
         """
         split = split or SplitSpec()
         directory = corpus.directory / f"rows-{FORMAT}-{max_seq_len}-{packing}-{split}"
@@ -113,25 +114,27 @@ class PackedDataset:
     def batch(self, rows: Sequence[int] | Integers) -> Batch:
         """Return the rows of these indices, in this order.
 
-        No indices give one row of padding that predicts nothing: a rank without a row in a short micro-batch must
-        still join the gradient all-reduce.
+        Without indices, return one row of padding that predicts nothing: a rank that has no row in a short micro-batch
+        must still join the gradient all-reduce.
         """
         rows = np.asarray(rows, dtype=np.int64)
         shape = (max(1, len(rows)), self.max_seq_len)
+        # One value per segment:
         row, first_token, length = self._segments(rows)
         start = row * self.max_seq_len + _starts_in_row(row, length)
+        # One value per token; ``source`` is an index into the corpus, ``destination`` one into the batch:
         position = _positions(length)
         source = np.repeat(first_token, length) + position
-        target = np.repeat(start, length) + position
+        destination = np.repeat(start, length) + position
         # The last token of a segment predicts nothing: the next one belongs to another document, or is past the end.
         last = position == np.repeat(length - 1, length)
         labels = np.where(last, IGNORE_INDEX, self._tokens[np.where(last, source, source + 1)].astype(np.int64))
         segments = None if self.packing == "none" else np.repeat(_numbers_in_row(row), length) + 1
         return Batch(
-            _scatter(shape, 0, target, self._tokens[source].astype(np.int64)),
-            None if segments is None else _scatter(shape, 0, target, position),
-            None if segments is None else _scatter(shape, 0, target, segments),
-            _scatter(shape, IGNORE_INDEX, target, labels),
+            _scatter(shape, 0, destination, self._tokens[source].astype(np.int64)),
+            None if segments is None else _scatter(shape, 0, destination, position),
+            None if segments is None else _scatter(shape, 0, destination, segments),
+            _scatter(shape, IGNORE_INDEX, destination, labels),
             None if segments is None else self._offsets(shape[0], start, length),
         )
 
@@ -152,7 +155,7 @@ class PackedDataset:
 
 
 def _positions(counts: Integers) -> Integers:
-    """[2, 3] -> [0, 1, 0, 1, 2]."""
+    """Count from 0 in each group: [2, 3] -> [0, 1, 0, 1, 2]."""
     total = int(counts.sum())
     return np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
 
@@ -168,9 +171,9 @@ def _numbers_in_row(row: Integers) -> Integers:
     return np.arange(len(row)) - np.searchsorted(row, row)
 
 
-def _scatter(shape: tuple[int, int], fill: int, target: Integers, values: Integers) -> Tensor:
+def _scatter(shape: tuple[int, int], fill: int, destination: Integers, values: Integers) -> Tensor:
     out = np.full(shape, fill, dtype=np.int64)
-    out.reshape(-1)[target] = values
+    out.reshape(-1)[destination] = values
     return torch.from_numpy(out)
 
 
@@ -208,7 +211,7 @@ class Holdout:
         return splitmix64(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, cls.KEY)
 
     def mask(self, start: int, end: int) -> npt.NDArray[np.bool_]:
-        """Return for each document from ``start`` to ``end`` whether the split has it."""
+        """Return whether the split has each of the documents ``start`` to ``end - 1``."""
         numbers = np.arange(start, end)
         if self.split.part == "all":
             return np.ones(end - start, dtype=np.bool_)
@@ -251,20 +254,20 @@ def best_fit(lengths: Integers, capacity: int) -> Integers:
     row = np.zeros(len(lengths), dtype=np.int64)
     sizes, rows = lengths.tolist(), 0
     rows_by_room: dict[int, list[int]] = {}
-    rooms = 0  # bit r is set if a row has room r: the smallest sufficient room is found in one shift
+    room_bits = 0  # bit r is set if a row has room for r tokens, so that the smallest sufficient room is the lowest bit
     for segment in np.argsort(-lengths, kind="stable").tolist():
         size = sizes[segment]
-        fitting = rooms >> size
+        fitting = room_bits >> size
         if fitting:
             room = size + (fitting & -fitting).bit_length() - 1
             chosen = rows_by_room[room].pop()
-            rooms ^= 0 if rows_by_room[room] else 1 << room
+            room_bits ^= 0 if rows_by_room[room] else 1 << room
         else:
             room, chosen, rows = capacity, rows, rows + 1
         row[segment] = chosen
         if room > size:
             rows_by_room.setdefault(room - size, []).append(chosen)
-            rooms |= 1 << (room - size)
+            room_bits |= 1 << (room - size)
     return row
 
 

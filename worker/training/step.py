@@ -19,7 +19,7 @@ from trainyard.worker.training.nonfinite import DeviceNonFiniteGuard
 
 @dataclass(frozen=True)
 class Precision:
-    """The data type of the forward pass. The weights are float32 in any case."""
+    """The data type of the forward pass. The weights are always float32."""
 
     device_type: str
     dtype: torch.dtype
@@ -117,7 +117,7 @@ class TrainStep:
     def run(
         self, micro_batches: Iterable[MicroBatch], learning_rate: float, seed_micro_batch: Callable[[int], None]
     ) -> PendingMetrics:
-        """Run one step. The weights change only if the whole gradient is finite and the guard is not latched.
+        """Run one step. The weights change only if the whole gradient is finite and the guard allows updates.
 
         ``seed_micro_batch(i)`` is called before micro-batch i. Nothing here waits for the device.
         """
@@ -138,10 +138,10 @@ class TrainStep:
         return PendingMetrics(torch.cat([scalars, *experts]), [(micro.rows, micro.tokens) for micro in done])
 
     def warm_up(self, micro_batch: MicroBatch) -> None:
-        """Run a micro-batch without labels, so that the compiler compiles and DDP settles its buckets."""
-        # DDP reorders its buckets after the first backward pass, and sums over three or more ranks depend on that order
-        # in their last bits. Every attempt settles them on the same batch before its first step, so that a resumed run
-        # is bit-identical to an uninterrupted one.
+        """Run a micro-batch without labels, to compile the model and to fix the order of DDP's buckets."""
+        # DDP reorders its buckets after the first backward pass, and the last bits of sums over three or more ranks
+        # depend on that order. So every attempt makes its first pass with the same batch: a resumed run is then
+        # bit-identical to an uninterrupted one.
         self._accumulate([micro_batch], lambda _: None)
         self.optimizer.zero_grad(set_to_none=not self.is_ddp)
 
@@ -152,7 +152,7 @@ class TrainStep:
     def _accumulate(
         self, micro_batches: Iterable[MicroBatch], seed_micro_batch: Callable[[int], None]
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[MicroBatch]]:
-        """Run forward and backward of all micro-batches. Ranks exchange gradients in the last one only.
+        """Run forward and backward of all micro-batches. Ranks exchange gradients only in the last one.
 
         Return loss sum and auxiliary loss sum of each, tokens per expert of each (MoE only), and the micro-batches.
         """
@@ -199,7 +199,7 @@ def forward(module: nn.Module, batch: ModelInputs) -> Any:
 
 
 def _with_last(micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch, bool]]:
-    """Yield each micro-batch and whether it is the last. Loads one ahead."""
+    """Yield each micro-batch and whether it is the last one, which is known after loading one ahead."""
     iterator = iter(micro_batches)
     current = next(iterator)
     for following in iterator:
@@ -209,7 +209,7 @@ def _with_last(micro_batches: Iterable[MicroBatch]) -> Iterator[tuple[MicroBatch
 
 
 def seed_dropout(seed: int, step: int, rank: int, micro: int) -> None:
-    """Seed torch's generators as a pure function of seed, step, rank and micro-batch: no generator must be saved."""
+    """Seed torch's generators from these numbers alone, so that a checkpoint needs no generator state."""
     state = np.array([seed % 2**64], dtype=np.uint64)
     for part in (step, rank, micro):
         state = splitmix64(state ^ np.uint64(part), int(GAMMA))

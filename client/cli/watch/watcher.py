@@ -21,18 +21,18 @@ from trainyard.client.types import Job
 
 INTERVAL = 1.0
 MAX_BACKLOG = 2000
-"""Log intervals of the curve that are fetched at the start. The sparkline needs no more."""
+"""Maximum number of points that are fetched at the start, one per log interval. The sparkline needs no more."""
 
 MAX_LOST_SECONDS = 900.0
-"""Without a terminal, the command ends if the service has not responded for so long."""
+"""Without a terminal, the command ends after the service has not responded for this long."""
 
 NO_RETRIES = RetryPolicy(seconds=0.0)
-"""The loop itself retries, and updates the display meanwhile."""
+"""`poll_until_idle` itself polls again, and updates the display in between."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Clock and sleep, which tests replace."""
+    """The time and how to sleep; tests replace both."""
 
     monotonic: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
@@ -49,7 +49,7 @@ def watch(args: SimpleNamespace, console: Console) -> int:
 
 
 def follow_job(job_id: str, args: SimpleNamespace, console: Console, handle: str) -> int:
-    """Follow a job with a client of its own, and return the exit code."""
+    """Follow a job with a new client, and return the exit code. ``handle``: the name or id that the user gave."""
     with Client(args.url, args.token, timeout=5.0, retries=NO_RETRIES) as trainyard:
         return follow(Watcher(trainyard, job_id, handle, streams=True), args, console, Clock())
 
@@ -99,7 +99,8 @@ def poll_until_idle(
             return state, code
         if deadline is not None and clock.monotonic() >= deadline:
             return state, Exit.TIMED_OUT
-        answered_at = answered_at if state.connection_error is not None else clock.monotonic()
+        if state.connection_error is None:
+            answered_at = clock.monotonic()
         if max_lost is not None and clock.monotonic() - answered_at >= max_lost:
             return state, Exit.NO_SERVICE
         clock.sleep(INTERVAL if deadline is None else min(INTERVAL, max(0.0, deadline - clock.monotonic())))
@@ -108,7 +109,7 @@ def poll_until_idle(
 class Watcher:
     """Polls the service and keeps the state. If there is no response, the state stays as it was.
 
-    With ``streams`` the points come from a stream, and from requests while the stream is not connected.
+    With ``streams``, points are read from a stream, and by requests while the stream is not connected.
     """
 
     def __init__(self, trainyard: Client, job_id: str, handle: str, streams: bool = False) -> None:
@@ -162,7 +163,7 @@ class Watcher:
         if first:
             start = _backlog_start(job)
         elif job.get("attempt") != self._attempt:
-            # A new attempt starts from the newest checkpoint: it reports the later points again.
+            # A new attempt starts from the newest checkpoint, and reports the points after it again.
             saved = job.get("checkpoint")
             start = min(state.curve.step, saved["step"] if saved else 0)
             state.curve.rewind(start)
@@ -178,7 +179,7 @@ class Watcher:
                 self._attempt = event.data["attempt"]
                 self.state.curve.rewind(event.data["start_step"])
             elif event.kind == "metric" and event.data["step"] > self.state.curve.step:
-                # Earlier points were already fetched while the stream was not connected.
+                # Points up to this step were fetched by requests, while the stream was not connected.
                 self.state.new_points.append(event.data)
                 self.state.curve.extend([event.data])
 
