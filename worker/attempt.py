@@ -37,7 +37,7 @@ class AttemptContext:
 
 
 def read_spec(run: RunDir, number: int | None) -> JobSpec:
-    """Return the resolved spec of attempt ``number``, or RUN_DIR/spec.json if it is None. Raises InvalidSpec."""
+    """Return the resolved spec of attempt ``number``, or RUN_DIR/spec.json if it is None. Raises UnusableSpec."""
     file = run.spec if number is None else run.attempt(number).spec
     try:
         content = file.read_bytes()
