@@ -17,7 +17,7 @@ from tests.browser.test_submit_page import field, field_error
 from tests.service.harness import ServiceHarness
 from tests.service.test_checkpoints import MODEL
 from tests.service.test_exports import exporter
-from trainyard.service.exports.subprocess import WORKER_EXPORT
+from trainyard.service.exports import subprocess as export_process
 
 __all__ = ["exporter"]
 
@@ -104,7 +104,7 @@ def test_kill_asks_for_confirmation_and_save_does_not(service: str, rig: Service
 
 
 def test_checkpoints_tab_downloads_exports_and_forks(service: str, rig: ServiceHarness, page: Page) -> None:
-    assert WORKER_EXPORT[1] == "-S"
+    assert export_process.WORKER_EXPORT[1] == "-S"
     job_id = job_named(rig, "fast")["id"]
     page.goto(f"{service}/jobs/{job_id}?tab=checkpoints")
     row = page.get_by_role("row", name=re.compile("^40 "))

@@ -163,7 +163,7 @@ def away_and_back(
 
 def finished(home: Home, jobs: int) -> bool:
     text = home.client.get(home.url + "/metrics").text
-    return f'trainyard_jobs{{status="succeeded"}} {jobs}\n' in text
+    return f'trainyard_jobs{{status="succeeded"}} {jobs}.0\n' in text
 
 
 def check(home: Home, users: Users) -> None:

@@ -122,7 +122,7 @@ def replica(
     rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, silence: Callable[[Any], float]
 ) -> dict[str, tuple[bool, str]]:
     monkeypatch.setattr(rig.scheduler, "_enabled", False)
-    services = rig.app.state.services
+    services = rig.app.state.app_state
     monkeypatch.setattr(services.leader, "seconds_since_renewal", silence)
     return {part.name: (part.ok, part.detail) for part in check_components(services)}
 
@@ -158,7 +158,7 @@ def disk(state: DiskState, free: int = 1 * GIB) -> Disk:
 
 
 def see(rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, *disks: Disk) -> None:
-    watch = rig.app.state.services.disks
+    watch = rig.app.state.app_state.disks
     watch.poll()
     monkeypatch.setattr(watch, "_latest", disks)
 
