@@ -13,7 +13,7 @@ help:
 	@echo "make demo    a real run on this machine: launch, watch, pause, resume, finish"
 	@echo "make test    set up, then run the tests          make check   format, lint, types, import contracts"
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
-	@echo "make test-long    worth running on every change, but not within ten minutes: from release 0.1 to this one"
+	@echo "make test-long    worth running on every change, but not within ten minutes: two releases, a browser with real runs"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
 	@echo "make slurm-test    all that needs a Slurm cluster, on two nodes that it starts here (root; Slurm and munge installed)"
 
@@ -42,7 +42,7 @@ test: setup
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder -m "not soak and not long" $(PYTEST_ARGS)
 
 test-long: setup
-	$(BIN)/python -m pytest -m long $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "long and not soak" $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/trainyard demo

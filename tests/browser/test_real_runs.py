@@ -17,7 +17,7 @@ from benchmarks.corpus import write_docstrings
 from tests.browser.test_charts import drag, figure, zoomed
 from tests.story.service_process import RANKS, Served, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 NAME = "<script>document.title = 'taken'</script>"
 STEPS = 20_000
