@@ -38,6 +38,7 @@ def fake_kills(make_home: MakeHome, account: SoakReport, seed: int, kills: int, 
         killer.report(account, sampler)
 
 
+@pytest.mark.long
 def test_a_few_kills_of_fake_ranks(make_home: MakeHome, account: SoakReport) -> None:
     fake_kills(make_home, account, seed=7, kills=6, seconds=60)
 

@@ -174,6 +174,7 @@ def check(home: Home, users: Users) -> None:
         assert [row["step"] for row in home.metrics(job_id)] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.long
 def test_postgres_goes_away_a_few_times(postgres: Postgres, make_home: MakeHome, account: SoakReport) -> None:
     away_and_back(postgres, make_home, account, seed=3, jobs=5, pace=0.1, least=2)
 
