@@ -70,7 +70,7 @@ def our_rows(root: Path) -> list[dict[str, Any]]:
     tokenizer = tokenizers.load_tokenizer(str(root / "tokenizer"))
     corpus = open_corpus(root / "corpus.jsonl", tokenizer, cache=root / "cache", text_field="text", max_bad_lines=0.01)
     dataset = PackedDataset.open(corpus, max_seq_len=LENGTH, packing="document")
-    sampler = StepSampler(dataset.targets, BATCH, TrainingSpec().seed)
+    sampler = StepSampler(len(dataset), BATCH, TrainingSpec().seed)
     batch = dataset.batch(np.concatenate([sampler.rows_of(step) for step in range(1, STEPS + 1)]))
     return [{"input_ids": ids, "labels": ids} for ids in batch.input_ids]
 

@@ -78,7 +78,7 @@ def train_all() -> list[Learner]:
         ranks = DistributedContext(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         data = prepare_docstrings(Path(folder), ranks)
         learners = [learner(data, name, rate, ranks) for name, rates in RATES.items() for rate in rates]
-        sampler = StepSampler(data.train_set.targets, ROWS, 1)
+        sampler = StepSampler(len(data.train_set), ROWS, 1)
         loaders = [MicroBatchLoader(data.train_set, sampler, ranks, ROWS, "global_tokens") for _ in learners]
         for step in range(1, STEPS + 1):
             for each, loader in zip(learners, loaders, strict=True):

@@ -43,7 +43,7 @@ class Bench:
         spec = JobSpec.model_validate({"data": data, "model": SHAPE, "training": {"batch_size": ROWS}})
         training_data = prepare_data(spec, RunDir(folder), self.ranks, self.require_no_warning, lambda: False)
         self.spec, self.artifacts = training_data.spec, ArtifactDir(folder)
-        sampler = StepSampler(training_data.train_set.targets, ROWS, 1)
+        sampler = StepSampler(len(training_data.train_set), ROWS, 1)
         self.loader = MicroBatchLoader(training_data.train_set, sampler, self.ranks, ROWS, "global_tokens")
         self.state: TrainState = build_train_state(initial_model(SHAPE, 1, device), self.spec.training, 0.0, self.ranks)
         self.metrics = MetricsProcessor(self.ranks, MetricsWindow(), 1.0, has_aux=False)

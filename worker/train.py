@@ -98,7 +98,7 @@ def train(
     progress, window, rows_per_step, saved_score = _restore(resume_from, state, spec, ranks)
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
-    sampler = StepSampler(data.train_set.targets, rows_per_step, spec.training.seed)
+    sampler = data.sampler(rows_per_step, spec.training.seed)
     steps = progress.base_step + run_length(rows_per_step)
     resume_check = ResumeCheck.from_dataset(data.train_set, spec.training, ranks.device)
     started = started_event(data, ranks, sampler, progress, steps, resume_from)

@@ -62,7 +62,7 @@ def test_every_prediction_is_made_exactly_once(packing: Packing, lengths: list[i
         dataset = PackedDataset.open(corpus, max_seq_len=max_seq_len, packing=packing)
         batch = dataset.batch(np.arange(len(dataset)))
         assert predictions(batch) == all_predictions(corpus)
-        assert (batch.labels != -100).sum(1).tolist() == dataset.targets.tolist()
+        assert (batch.labels != -100).sum(1).tolist() == dataset.targets_of(range(len(dataset))).tolist()
         assert dataset.tokens == sum(lengths) - len(lengths)
 
 

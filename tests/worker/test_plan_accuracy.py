@@ -33,7 +33,7 @@ def feed(path: Path, packing: Packing, accumulation: int) -> MicroBatchLoader:
     table = PackedDataset.open(
         open_corpus(file, ByteTokenizer(), cache=path / "cache"), max_seq_len=LENGTH, packing=packing
     )
-    return MicroBatchLoader(table, StepSampler(table.targets, ROWS * accumulation, 1), ALONE, ROWS, "global_tokens")
+    return MicroBatchLoader(table, StepSampler(len(table), ROWS * accumulation, 1), ALONE, ROWS, "global_tokens")
 
 
 def train_state(model: ModelConfig, **training: Any) -> TrainState:

@@ -160,7 +160,7 @@ def minimind(run: RunDir, spec: JobSpec) -> list[float]:
     """Mean of each micro-batch, divided by the number of micro-batches, backward, clip, AdamW with torch's defaults."""
     alone = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
     material = prepare_data(spec, run, alone, lambda _: None, StopSignal(None).requested)
-    order = StepSampler(material.train_set.targets, 12, 42)
+    order = StepSampler(len(material.train_set), 12, 42)
     model = initial_model(material.spec.model, 42, torch.device("cpu"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     curve = []

@@ -33,7 +33,7 @@ class MicroBatchLoader:
         rows = self.rows_of(step)
         loss_scale = self._loss_scale(rows)
         for part in split_microbatches(rank_slice(rows, self.ranks.rank, self.ranks.world), self.batch_size):
-            tokens = int(self.dataset.targets[part].sum())
+            tokens = int(self.dataset.targets_of(part).sum())
             batch = to_device(self.dataset.batch(part), self.ranks.device)
             micro_batch = MicroBatch(batch, loss_scale.factor(tokens), tuple(part.tolist()), tokens)
             self.data_seconds += time.perf_counter() - began
@@ -52,7 +52,7 @@ class MicroBatchLoader:
 
     def tokens(self, step: int) -> int:
         """Return how many tokens the whole step predicts, over all ranks."""
-        return int(self.dataset.targets[self.rows_of(step)].sum())
+        return int(self.dataset.targets_of(self.rows_of(step)).sum())
 
     def dummy(self, count: int = 1) -> MicroBatch:
         """Return a micro-batch of ``count`` rows that predicts nothing, for the warm-up."""
@@ -62,7 +62,7 @@ class MicroBatchLoader:
     def _loss_scale(self, rows: Integers) -> "LossScale":
         world = self.ranks.world
         if self.normalization == "global_tokens":
-            return LossScale(world, tokens=int(self.dataset.targets[rows].sum()), micro_batches=None)
+            return LossScale(world, tokens=int(self.dataset.targets_of(rows).sum()), micro_batches=None)
         counts = [len(rank_slice(rows, rank, world)) for rank in range(world)]
         return LossScale(world, tokens=None, micro_batches=sum(-(-count // self.batch_size) for count in counts))
 

@@ -70,21 +70,36 @@ class Batch(NamedTuple):
         return Batch(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
-class PackedDataset:
-    """The memory-mapped rows of a corpus. ``targets`` [rows]: how many tokens each row predicts."""
+class _RowFiles:
+    """The memory-mapped rows of one corpus: row r has the segments ``firsts[r]`` to ``firsts[r + 1] - 1``."""
 
-    def __init__(self, corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing) -> None:
+    def __init__(self, corpus: Corpus, directory: Path) -> None:
+        # The reference to the corpus keeps its lock: it is not evicted from the cache while the rows are in use.
+        self.corpus = corpus
+        segments, rows = (directory / "starts.bin").stat().st_size // 8, (directory / "targets.bin").stat().st_size // 4
+        self.starts = memmap_array(directory / "starts.bin", np.int64, segments)
+        self.lengths = memmap_array(directory / "lengths.bin", np.int32, segments)
+        self.firsts = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
+        self.targets: npt.NDArray[np.int32] = memmap_array(directory / "targets.bin", np.int32, rows)
+        self.max_segments = int(np.diff(self.firsts).max(initial=0))
+
+    def segments(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
+        """Return (index of its row in ``rows``, first token, length) of each segment of these rows."""
+        first = self.firsts[rows]
+        counts = self.firsts[rows + 1] - first
+        segments = np.repeat(first, counts) + _positions(counts)
+        return np.repeat(np.arange(len(rows)), counts), self.starts[segments], self.lengths[segments].astype(np.int64)
+
+
+class PackedDataset:
+    """The rows of one corpus, or of several, numbered one corpus after the other."""
+
+    def __init__(self, parts: Sequence[_RowFiles], max_seq_len: int, packing: Packing) -> None:
         self.max_seq_len = max_seq_len
         self.packing = packing
-        # The reference to the corpus keeps its lock: it is not evicted from the cache while the rows are in use.
-        self._corpus = corpus
-        self._tokens = corpus.tokens
-        segments, rows = (directory / "starts.bin").stat().st_size // 8, (directory / "targets.bin").stat().st_size // 4
-        self._starts = memmap_array(directory / "starts.bin", np.int64, segments)
-        self._lengths = memmap_array(directory / "lengths.bin", np.int32, segments)
-        self._first_segments = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
-        self.targets: npt.NDArray[np.int32] = memmap_array(directory / "targets.bin", np.int32, rows)
-        self._max_segments = int(np.diff(self._first_segments).max(initial=0))
+        self._parts = tuple(parts)
+        self._bounds = np.cumsum([0, *(len(part.targets) for part in parts)])
+        self._max_segments = max(part.max_segments for part in parts)
 
     @classmethod
     def open(
@@ -101,15 +116,29 @@ class PackedDataset:
                 if not directory.exists():
                     with build_directory(directory) as building:
                         _write(corpus, building, max_seq_len, packing, Holdout.of(corpus, split))
-        return cls(corpus, directory, max_seq_len, packing)
+        return cls([_RowFiles(corpus, directory)], max_seq_len, packing)
+
+    @classmethod
+    def concat(cls, datasets: "Sequence[PackedDataset]") -> "PackedDataset":
+        """Return the rows of all ``datasets``, which have the same length and packing, one after the other."""
+        parts = [part for dataset in datasets for part in dataset._parts]
+        return cls(parts, datasets[0].max_seq_len, datasets[0].packing)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return int(self._bounds[-1])
 
     @property
     def tokens(self) -> int:
         """Number of predictions in one pass over all rows."""
-        return int(self.targets.sum(dtype=np.int64))
+        return sum(int(part.targets.sum(dtype=np.int64)) for part in self._parts)
+
+    def targets_of(self, rows: Sequence[int] | Integers) -> Integers:
+        """Return how many tokens each of these rows predicts."""
+        rows = np.asarray(rows, dtype=np.int64)
+        targets = np.zeros(len(rows), dtype=np.int64)
+        for number, mask, local in self._by_part(rows):
+            targets[mask] = self._parts[number].targets[local]
+        return targets
 
     def batch(self, rows: Sequence[int] | Integers) -> Batch:
         """Return the rows of these indices, in this order.
@@ -120,7 +149,7 @@ class PackedDataset:
         rows = np.asarray(rows, dtype=np.int64)
         shape = (max(1, len(rows)), self.max_seq_len)
         # One value per segment:
-        row, first_token, length = self._segments(rows)
+        row, part, first_token, length = self._segments(rows)
         start = row * self.max_seq_len + _starts_in_row(row, length)
         # One value per token; ``source`` is an index into the corpus, ``destination`` one into the batch:
         position = _positions(length)
@@ -128,10 +157,11 @@ class PackedDataset:
         destination = np.repeat(start, length) + position
         # The last token of a segment predicts nothing: the next one belongs to another document, or is past the end.
         last = position == np.repeat(length - 1, length)
-        labels = np.where(last, IGNORE_INDEX, self._tokens[np.where(last, source, source + 1)].astype(np.int64))
+        token_part = np.repeat(part, length)
+        labels = np.where(last, IGNORE_INDEX, self._tokens(token_part, np.where(last, source, source + 1)))
         segments = None if self.packing == "none" else np.repeat(_numbers_in_row(row), length) + 1
         return Batch(
-            _scatter(shape, 0, destination, self._tokens[source].astype(np.int64)),
+            _scatter(shape, 0, destination, self._tokens(token_part, source)),
             None if segments is None else _scatter(shape, 0, destination, position),
             None if segments is None else _scatter(shape, 0, destination, segments),
             _scatter(shape, IGNORE_INDEX, destination, labels),
@@ -146,12 +176,33 @@ class PackedDataset:
         out[: len(starts)] = starts
         return torch.from_numpy(out)
 
-    def _segments(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
-        """Return (index of its row in ``rows``, first token, length) of each segment of these rows."""
-        first = self._first_segments[rows]
-        counts = self._first_segments[rows + 1] - first
-        segments = np.repeat(first, counts) + _positions(counts)
-        return np.repeat(np.arange(len(rows)), counts), self._starts[segments], self._lengths[segments].astype(np.int64)
+    def _by_part(self, rows: Integers) -> Iterator[tuple[int, Integers, Integers]]:
+        """Yield (number of a part, indices into ``rows`` of its rows, their numbers in the part) of each part that has some."""
+        number = np.searchsorted(self._bounds, rows, side="right") - 1
+        for index in np.unique(number).tolist():
+            mask = np.flatnonzero(number == index)
+            yield index, mask, rows[mask] - self._bounds[index]
+
+    def _segments(self, rows: Integers) -> tuple[Integers, Integers, Integers, Integers]:
+        """Return (index of its row in ``rows``, part, first token, length) of each segment, sorted by row."""
+        columns = [np.zeros((4, 0), dtype=np.int64)]
+        for number, mask, local in self._by_part(rows):
+            row, first, length = self._parts[number].segments(local)
+            columns.append(np.stack((mask[row], np.full(len(row), number), first, length)))
+        joined = np.concatenate(columns, axis=1)
+        row, part, first, length = joined[:, np.argsort(joined[0], kind="stable")]
+        return row, part, first, length
+
+    def _tokens(self, part: Integers, source: Integers) -> Integers:
+        """Return the tokens at the positions ``source`` of the corpora of the parts ``part``, one per element."""
+        if len(self._parts) == 1:
+            tokens: Integers = self._parts[0].corpus.tokens[source].astype(np.int64)
+            return tokens
+        tokens = np.empty(len(source), dtype=np.int64)
+        for index in np.unique(part).tolist():
+            mask = part == index
+            tokens[mask] = self._parts[index].corpus.tokens[source[mask]]
+        return tokens
 
 
 def _positions(counts: Integers) -> Integers:

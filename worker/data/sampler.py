@@ -56,17 +56,17 @@ def _feistel(values: npt.NDArray[np.uint64], bits: int, keys: list[int]) -> npt.
 class StepSampler:
     """Selects the rows of each optimizer step. Steps count from 1 over the whole job.
 
-    ``target_count`` [rows]: how many tokens each row predicts. ``global_batch``: rows of a step over all ranks; the
-    last step of an epoch may have fewer.
+    ``rows``: those of the corpus. ``global_batch``: rows of a step over all ranks; the last step of an epoch may have
+    fewer.
     """
 
-    target_count: npt.NDArray[np.int32]
+    rows: int
     global_batch: int
     seed: int
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.target_count) // self.global_batch)
+        return -(-self.rows // self.global_batch)
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch of ``step``, from 0."""
@@ -76,13 +76,13 @@ class StepSampler:
         """Return the number of epochs after ``step``, with the fraction of the current one."""
         if step < 1:
             return 0.0
-        return self.epoch_of(step) + self._range(step)[1] / len(self.target_count)
+        return self.epoch_of(step) + self._range(step)[1] / self.rows
 
     def rows_of(self, step: int) -> Integers:
         """Return the rows of ``step``, over all ranks."""
         first, last = self._range(step)
-        return FeistelPermutation(len(self.target_count), self.seed, self.epoch_of(step))(np.arange(first, last))
+        return FeistelPermutation(self.rows, self.seed, self.epoch_of(step))(np.arange(first, last))
 
     def _range(self, step: int) -> tuple[int, int]:
         first = (step - 1) % self.steps_per_epoch * self.global_batch
-        return first, min(first + self.global_batch, len(self.target_count))
+        return first, min(first + self.global_batch, self.rows)
