@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from trainyard.contract.spec import JobSpec
+from trainyard.contract.tokenizer_info import special_tokens_warning
 from trainyard.service.planning.estimate import RunSize
 
 GB = 1e9
@@ -88,6 +89,10 @@ def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:
             f"{100 * share:.1f} % of the lines cannot be read and max_bad_lines allows "
             f"{100 * spec.data.max_bad_lines:.1f} %: the run will be refused"
         )
+    if spec.data.special_tokens == "text":
+        warning = special_tokens_warning(size.special_texts, size.documents, size.special_tokens)
+        if warning is not None:
+            yield warning
     if size.samples < spec.rows_per_step:
         yield f"one step takes {spec.rows_per_step:,} rows and the corpus has about {size.samples:,}"
 
