@@ -64,10 +64,14 @@ class SpecCommand(Command):
         """Parse MiniMind's command line as well: with ``torchrun`` in front, and several values after one flag."""
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
-        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag, without_program
+        from trainyard.client.cli.minimind import PastedLine
+        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag
 
+        line = PastedLine.parse(args)
         try:
-            return super().parse_args(ctx, repeat_flags(without_program(args)))
+            rest = super().parse_args(ctx, repeat_flags(line.words))
+            ctx.params["pasted"] = line
+            return rest
         except click.NoSuchOption as error:
             # click names the option with underscores; the message names it as it was typed.
             names = [word.partition("=")[0] for word in args]

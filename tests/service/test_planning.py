@@ -210,8 +210,15 @@ HERE = HostCapacity("cpu", 1 << 30, 8 << 30, 1 << 20, 1 << 40)
 
 
 def sentences(size: RunSize | None = SIZE, here: HostCapacity = HERE, **groups: Any) -> list[str]:
-    spec = {"data": {"data_path": "x"}, "resources": {"device": "cpu"}, **groups}
+    spec = {"data": {"data_path": "x", "tokenizer_path": "byte"}, "resources": {"device": "cpu"}, **groups}
     return warnings(JobSpec.model_validate(spec), size, here)
+
+
+def test_bytes_are_warned_of_unless_they_were_named(rig: ServiceHarness) -> None:
+    assert any("tokenizer_path was not given" in text for text in plan(rig)["warnings"])
+    data = {**rig.spec()["data"], "tokenizer_path": "byte"}
+    named = plan(rig, data=data)["warnings"]
+    assert not any("tokenizer_path" in text for text in named)
 
 
 def test_nothing_to_say() -> None:
