@@ -98,6 +98,8 @@ class Plan(TypedDict, total=False):
     tokens: int | None
     samples: int | None
     bad_lines: int | None
+    special_tokens: int | None
+    special_texts: int | None
     steps: int | None
     base_step: int
     tokens_per_step: float | None

@@ -28,6 +28,7 @@ class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
     ``base_step``: steps before the run's own schedule, see `contract.messages.Fork`; ``steps`` includes them.
+    ``special_tokens``: occurrences in the corpus's texts, in ``special_texts`` of them; None if they were not counted.
     """
 
     kind: Literal["started"] = "started"
@@ -45,6 +46,8 @@ class Started(EventBase):
     documents: int
     tokens: int
     bad_lines: int
+    special_tokens: int | None = None
+    special_texts: int | None = None
     global_batch: int
     tokens_per_step: float
     steps_per_epoch: int

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from trainyard.contract.tokenizer_info import SpecialTokens
 from trainyard.model.config import ModelConfig
 
 
@@ -63,6 +64,11 @@ class DataSpec(Group):
     )
     tokenizer_path: PathText = Field(
         "byte", description='directory with a tokenizer.json, or "byte" for bytes as tokens'
+    )
+    special_tokens: SpecialTokens = Field(
+        "text",
+        description="special tokens written in a text, such as <|im_end|>. text: spelled as ordinary text; "
+        "tokens: their ids, as in MiniMind, whose corpora need it",
     )
     text_field: Name = Field("text", description="JSON key of the text, or its Parquet column")
     max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="sequence length in tokens")

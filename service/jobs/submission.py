@@ -90,8 +90,23 @@ def validate_spec(raw: object, host: HostLimits) -> JobSpec:
     validator = _SpecValidator(parsed, host)
     problems = [*parsed.problems, *validator.problems()]
     if problems:
-        raise with_problems(SpecInvalid, problems)
+        error = with_problems(SpecInvalid, problems)
+        outside = any(setting in problem.message for problem in problems for setting in UNLESS_SET)
+        if outside and host.settings.serves_local_user:
+            error.extra["roots"] = _roots_for_user(host.settings)
+        raise error
     return validator.resolved()
+
+
+def _roots_for_user(settings: Settings) -> dict[str, Any]:
+    """Return the folders that jobs may use, and the command that starts this service, for the user who started it."""
+    return {
+        "settings": {
+            "TRAINYARD_DATA_ROOTS": [str(root) for root in settings.data_roots],
+            "TRAINYARD_SAVE_ROOTS": [str(root) for root in settings.save_roots],
+        },
+        "command": ["trainyard", "serve", "--home", str(settings.home), "--port", str(settings.port)],
+    }
 
 
 class _SpecValidator:

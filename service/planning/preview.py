@@ -1,11 +1,13 @@
 """The plan preview: computed from the spec, a sample of the corpus, this host's devices and earlier runs."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainyard.contract.spec import JobSpec
+from trainyard.contract.tokenizer_info import TokenizerInvalid, special_names, special_pattern
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
@@ -39,9 +41,27 @@ def sample_corpus(spec: JobSpec) -> CorpusSample:
     sampled = sample_lines(Path(spec.data.data_path), spec.data.text_field)
     if sampled is None:
         return CorpusSample(None)
-    tokens = token_counter(spec.data.tokenizer_path, sampled.texts)
-    size = estimate_size(spec, [tokens(text) for text in sampled.texts], sampled.bad_lines, sampled.scale)
+    special = _special_pattern(spec.data.tokenizer_path)
+    marks = [len(special.findall(text)) if special is not None else 0 for text in sampled.texts]
+    as_tokens = spec.data.special_tokens == "tokens" and special is not None
+    texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
+    tokens = token_counter(spec.data.tokenizer_path, texts)
+    lengths = [tokens(text) + (found if as_tokens else 0) for text, found in zip(texts, marks, strict=True)]
+    size = estimate_size(spec, lengths, sampled.bad_lines, sampled.scale)
+    if size is not None:
+        size = replace(
+            size,
+            special_tokens=round(sampled.scale * sum(marks)),
+            special_texts=round(sampled.scale * sum(map(bool, marks))),
+        )
     return CorpusSample(size, sampled.names)
+
+
+def _special_pattern(tokenizer_path: str) -> re.Pattern[str] | None:
+    try:
+        return special_pattern(special_names(tokenizer_path))
+    except (TokenizerInvalid, OSError):
+        return None
 
 
 def preview(
@@ -96,6 +116,8 @@ def _sizes(size: RunSize | None, facts: dict[str, Any], throughput: Throughput |
         "samples": size.samples,
         "documents": size.documents,
         "bad_lines": size.bad_lines,
+        "special_tokens": size.special_tokens,
+        "special_texts": size.special_texts,
         "steps": size.steps,
         "steps_per_epoch": size.steps_per_epoch,
         "tokens_per_step": size.tokens_per_step,

@@ -109,7 +109,21 @@ def test_devices_that_are_not_there(rig: ServiceHarness, make_rig: MakeHarness, 
     assert list(mistakes(two, two.spec(resources={"device": "cuda:2"}))) == ["/resources/device"]
     named = two.spec(resources={"device": "cuda:1", "nproc_per_node": 2})
     assert list(mistakes(two, named)) == ["/resources/nproc_per_node"]
+    # MiniMind's default, written out: with several ranks each one has its own device.
+    every = two.job(two.submit(resources={"device": "cuda:0", "nproc_per_node": 2}))
+    assert every["spec"]["resources"]["device"] == "cuda"
     two.close()
+
+
+def test_the_local_user_gets_the_folders_and_the_command_of_the_service(
+    rig: ServiceHarness, make_rig: MakeHarness, sqlite_url: str
+) -> None:
+    spec = rig.spec(checkpoint={"save_dir": "/elsewhere/out"})
+    roots = rig.client.post("/jobs", json=spec).json()["roots"]
+    assert roots["settings"]["TRAINYARD_SAVE_ROOTS"] == [str(root) for root in rig.settings.save_roots]
+    assert roots["command"][:3] == ["trainyard", "serve", "--home"]
+    wrong = rig.client.post("/jobs", json=rig.spec(training={"epochs": 0})).json()
+    assert "roots" not in wrong
 
 
 def test_more_memory_than_there_is(rig: ServiceHarness, make_rig: MakeHarness, sqlite_url: str) -> None:

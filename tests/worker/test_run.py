@@ -419,3 +419,22 @@ def test_from_resume_goes_on_from_an_earlier_job(text: Path, tmp_path: Path) -> 
     message = rank_runner.warned(third)["nothing_to_resume"].message
     assert "seed is 1 and was 42" in message
     assert next(event for event in rank_runner.events(third) if isinstance(event, Started)).start_step == 0
+
+
+def test_a_corpus_of_marks_is_counted_and_warned_of_once(tmp_path: Path) -> None:
+    text = tmp_path / "c.jsonl"
+    lines = [{"text": "the cat <|im_end|>"}] * 20 + [{"text": "the dog"}] * 20
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {}
+    for mode in ("text", "tokens"):
+        described = rank_runner.spec(text, data={"special_tokens": mode}, training={"max_steps": 1})
+        run = rank_runner.new_run(tmp_path / mode, described)
+        assert rank_runner.run_to_end(run).outcome == "completed"
+        events = rank_runner.events(run)
+        (started,) = [event for event in events if isinstance(event, Started)]
+        assert (started.special_tokens, started.special_texts) == (20, 20)
+        found[mode] = [e.message for e in events if isinstance(e, WarningEvent) and e.code == "special_tokens"]
+    assert len(found["text"]) == 1
+    assert "50.0 % of the texts" in found["text"][0]
+    assert 'set data.special_tokens to "tokens"' in found["text"][0]
+    assert found["tokens"] == []

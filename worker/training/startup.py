@@ -41,6 +41,8 @@ def started_event(
         documents=meta.documents,
         tokens=meta.tokens,
         bad_lines=meta.bad_lines,
+        special_tokens=meta.special_tokens,
+        special_texts=meta.special_texts,
         global_batch=sampler.global_batch,
         tokens_per_step=data.train_set.tokens / sampler.steps_per_epoch,
         steps_per_epoch=sampler.steps_per_epoch,

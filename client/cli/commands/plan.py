@@ -92,7 +92,11 @@ def _corpus(plan: Mapping[str, Any]) -> str:
     about = "about " if plan.get("estimated") else ""
     bad = plan.get("bad_lines")
     unreadable = f", {count(bad)} bad lines" if bad else ""
-    return f"{about}{compact_number(plan['tokens'])} tokens, {count(plan.get('samples'))} sequences{unreadable}"
+    marks = plan.get("special_tokens")
+    special = f", {count(marks)} special tokens in {count(plan.get('special_texts'))} texts" if marks else ""
+    return (
+        f"{about}{compact_number(plan['tokens'])} tokens, {count(plan.get('samples'))} sequences{special}{unreadable}"
+    )
 
 
 def _run(plan: Mapping[str, Any]) -> str:
