@@ -42,7 +42,9 @@ def feed(
     normalization: Normalization = "global_tokens",
 ) -> MicroBatchLoader:
     ranks = DistributedContext(rank, world, rank, world, torch.device("cpu"))
-    return MicroBatchLoader(cast(PackedDataset, Table(np.arange(1, plan.rows + 1, dtype=np.int32))), plan, ranks, batch_size, normalization)
+    return MicroBatchLoader(
+        cast(PackedDataset, Table(np.arange(1, plan.rows + 1, dtype=np.int32))), plan, ranks, batch_size, normalization
+    )
 
 
 def test_permutation_is_bijective_for_every_size() -> None:

@@ -85,6 +85,29 @@ class CorpusMeta:
         named = tuple((int(line), str(reason)) for line, reason in raw.pop("named"))
         return cls(named=named, **raw)
 
+    @classmethod
+    def of(
+        cls, stats: ParseStats, *, content: str, size: int, tokens: int, tokenizer: Tokenizer, text_field: str
+    ) -> Self:
+        """Return the metadata of a corpus of ``size`` bytes with these counts."""
+        return cls(
+            content=content,
+            bytes=size,
+            tokenizer=tokenizer.fingerprint,
+            text_field=text_field,
+            vocab_size=tokenizer.vocab_size,
+            token_bytes=token_bytes(tokenizer),
+            documents=stats.documents,
+            tokens=tokens,
+            lines=stats.lines,
+            blank_lines=stats.blank_lines,
+            bad_lines=stats.bad_lines,
+            named=tuple(stats.examples),
+            special_tokens=stats.special_tokens,
+            special_texts=stats.special_texts,
+            added_tokens=stats.added_tokens,
+        )
+
     @property
     def stats(self) -> ParseStats:
         return ParseStats(
@@ -99,16 +122,23 @@ class CorpusMeta:
         )
 
 
+def token_bytes(tokenizer: Tokenizer) -> int:
+    """Return the size of a stored token id."""
+    return 2 if tokenizer.vocab_size <= 1 << 16 else 4
+
+
 class Corpus:
     """Memory-mapped token shards: document i is ``tokens[offsets[i] : offsets[i + 1]]``.
 
-    ``use`` is a shared lock: the corpus is not evicted from the cache while this object lives.
+    ``use`` is a shared lock: the corpus is not evicted from the cache while this object lives. ``stats``: the counts of
+    its lines.
     """
 
     def __init__(self, directory: Path, use: FileLock) -> None:
         weakref.finalize(self, use.release)
         self.directory = directory
         self.meta = CorpusMeta.read(directory / "meta.json")
+        self.stats = self.meta.stats
         dtype = np.uint16 if self.meta.token_bytes == 2 else np.uint32
         self.tokens: npt.NDArray[Any] = memmap_array(directory / "tokens.bin", dtype, self.meta.tokens)
         self.offsets: npt.NDArray[np.int64] = memmap_array(directory / "offsets.bin", np.int64, self.meta.documents + 1)
@@ -139,24 +169,33 @@ def open_corpus(
     cache.mkdir(parents=True, exist_ok=True)
     progress = progress or _no_progress
     content = content_digest(path, cache, progress)
-    key = _key(content, tokenizer, text_field, plain=detect_plain_text(path))
-    waiting = partial(progress, 0, path.stat().st_size)
+    key = cache_key(content, tokenizer, text_field, plain=detect_plain_text(path))
+    corpus = open_built(
+        cache,
+        key,
+        partial(progress, 0, path.stat().st_size),
+        lambda directory: _build(path, tokenizer, text_field, content, directory, progress),
+    )
+    require_usable(path, corpus.stats, text_field, max_bad_lines)
+    return corpus
+
+
+def open_built(cache: Path, key: str, waiting: Callable[[], None], build: Callable[[Path], None]) -> Corpus:
+    """Open a corpus of the cache. If it is not there, ``build`` makes its directory, under the corpus's lock."""
     use = CorpusCache(cache).use(key, waiting)
     try:
         directory = cache / key
         if not (directory / "meta.json").exists():
             with build_lock(directory.with_suffix(".lock"), waiting):
                 if not (directory / "meta.json").exists():
-                    _build(path, tokenizer, text_field, content, directory, progress)
-        corpus = Corpus(directory, use)
+                    build(directory)
+        return Corpus(directory, use)
     except BaseException:
         use.release()
         raise
-    require_usable(path, corpus.meta.stats, text_field, max_bad_lines)
-    return corpus
 
 
-def _key(content: str, tokenizer: Tokenizer, text_field: str, *, plain: bool) -> str:
+def cache_key(content: str, tokenizer: Tokenizer, text_field: str, *, plain: bool) -> str:
     # Plain text has no fields, and the same bytes read as JSONL are different documents.
     parts = [FORMAT, content, tokenizer.fingerprint, *(["", "plain text"] if plain else [text_field])]
     if tokenizer.matching:
@@ -165,7 +204,7 @@ def _key(content: str, tokenizer: Tokenizer, text_field: str, *, plain: bool) ->
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def require_usable(path: Path, stats: ParseStats, text_field: str, max_bad_lines: float) -> None:
+def require_usable(path: Path | str, stats: ParseStats, text_field: str, max_bad_lines: float) -> None:
     """Raise DataInvalid if there is nothing to train on, or if there are too many bad lines."""
     if stats.documents == 0:
         raise DataInvalid(f"{path} {stats.empty_reason(text_field)}")
@@ -229,29 +268,19 @@ def _build(
 ) -> None:
     """Build the shards and publish them as ``directory``, whose lock the caller holds."""
     with build_directory(directory, resumable=True) as building:
-        token_bytes = 2 if tokenizer.vocab_size <= 1 << 16 else 4
-        with open_reader(path) as reader, ShardWriter(building, tokenizer, token_bytes) as shards:
+        with open_reader(path) as reader, ShardWriter(building, tokenizer, token_bytes(tokenizer)) as shards:
             if shards.resumed_from is not None:
                 reader.skip(shards.resumed_from.stats, lambda: progress(reader.bytes_read, reader.size))
             stats = tokenize_file(reader, tokenizer, text_field, shards, progress)
             if reader.digest != content:
                 require_unchanged(path)
-        meta = CorpusMeta(
+        meta = CorpusMeta.of(
+            stats,
             content=content,
-            bytes=reader.size,
-            tokenizer=tokenizer.fingerprint,
-            text_field=text_field,
-            vocab_size=tokenizer.vocab_size,
-            token_bytes=token_bytes,
-            documents=stats.documents,
+            size=reader.size,
             tokens=shards.tokens,
-            lines=stats.lines,
-            blank_lines=stats.blank_lines,
-            bad_lines=stats.bad_lines,
-            named=tuple(stats.examples),
-            special_tokens=stats.special_tokens,
-            special_texts=stats.special_texts,
-            added_tokens=stats.added_tokens,
+            tokenizer=tokenizer,
+            text_field=text_field,
         )
         write_json(building / "meta.json", asdict(meta))
 

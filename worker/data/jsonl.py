@@ -71,6 +71,17 @@ class ParseStats:
             added_tokens=self.added_tokens + found.added_tokens,
         )
 
+    def add(self, other: "ParseStats") -> None:
+        """Add the counts of another file."""
+        self.lines += other.lines
+        self.blank_lines += other.blank_lines
+        self.bad_lines += other.bad_lines
+        self.documents += other.documents
+        self.special_tokens += other.special_tokens
+        self.special_texts += other.special_texts
+        self.added_tokens += other.added_tokens
+        self.examples = [*self.examples, *other.examples][:MAX_BAD_LINE_EXAMPLES]
+
     def describe_bad(self) -> str:
         """Return text such as ``5 bad lines: line 3: not JSON; lines 7 to 10: not UTF-8``."""
         groups: list[str] = []

@@ -79,7 +79,9 @@ class MixturePattern:
 
     def __init__(self, pattern: npt.NDArray[np.uint8], sources: int) -> None:
         self._pattern = pattern
-        counts = [np.bincount(pattern[start : start + BLOCK], minlength=sources) for start in range(0, len(pattern), BLOCK)]
+        counts = [
+            np.bincount(pattern[start : start + BLOCK], minlength=sources) for start in range(0, len(pattern), BLOCK)
+        ]
         self._before = np.concatenate((np.zeros((1, sources), np.int64), np.cumsum(counts, axis=0)))
 
     def locate(self, first: int, last: int) -> tuple[Integers, Integers]:

@@ -1,0 +1,171 @@
+"""The files that a ``data_path`` names: one file, a directory, a glob, or a list of these. Standard library only."""
+
+import glob
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainyard.contract.file_identity import FileFingerprint
+
+KNOWN_FORMS = (".jsonl", ".ndjson", ".txt", ".parquet")
+PACKED_FORMS = (".gz", ".zst")
+MAX_FILES = 1_000_000
+MAX_NAMED_CHANGES = 5
+
+FORMS_TEXT = (
+    f"{', '.join(KNOWN_FORMS[:-1])} or {KNOWN_FORMS[-1]}, or one of the first three with {' or '.join(PACKED_FORMS)}"
+)
+
+
+class CorpusFilesInvalid(ValueError):
+    """The path names no usable file; the message says why and what to do."""
+
+
+@dataclass(frozen=True, order=True)
+class NamedFile:
+    """A file of a corpus. ``name``: its path below the directory that was given, or its file name."""
+
+    name: str
+    path: Path
+
+
+def is_single_file(data_path: str | Sequence[str]) -> bool:
+    """Return whether the path is one text that is neither a directory nor a glob: the only form of release 0.1."""
+    return isinstance(data_path, str) and not os.path.isdir(data_path) and not _is_glob(data_path)
+
+
+def expand(data_path: str | Sequence[str]) -> list[NamedFile]:
+    """Return the files of a ``data_path`` in their order: that of a list, and within a directory or glob by path.
+
+    Below a directory, every file of a known form counts. Hidden files and directories, and links to directories, are
+    skipped. A file that two entries name counts once. Raises CorpusFilesInvalid.
+    """
+    entries = [data_path] if isinstance(data_path, str) else list(data_path)
+    files: dict[Path, NamedFile] = {}
+    for entry in entries:
+        for file in _expand_entry(entry):
+            files.setdefault(file.path, file)
+        if len(files) > MAX_FILES:
+            raise CorpusFilesInvalid(f"{_quoted(entry)} has more than {MAX_FILES:,} files: join them into fewer")
+    return list(files.values())
+
+
+def _expand_entry(entry: str) -> list[NamedFile]:
+    if os.path.isdir(entry):
+        files = [NamedFile(_name(path, entry), Path(path)) for path in _walk(entry)]
+        if not files:
+            raise CorpusFilesInvalid(
+                f"{_quoted(entry)} is a directory without a corpus file: it needs files that end in {FORMS_TEXT}"
+            )
+    elif _is_glob(entry):
+        paths = (path for path in glob.iglob(entry.replace("[", "[[]"), recursive=True) if os.path.isfile(path))
+        base = _base(entry)
+        files = [NamedFile(_name(path, base), Path(path)) for path in paths]
+        if not files:
+            raise CorpusFilesInvalid(f"no file matches {_quoted(entry)}")
+    else:
+        return [NamedFile(_checked(os.path.basename(entry), entry), Path(entry))]
+    return sorted(files, key=lambda file: file.name.split("/"))
+
+
+def _is_glob(entry: str) -> bool:
+    return any(mark in entry for mark in "*?") and not os.path.lexists(entry)
+
+
+def _base(pattern: str) -> str:
+    """Return the directory above the first part of ``pattern`` that has a mark."""
+    parts = Path(pattern).parts
+    first = next(index for index, part in enumerate(parts) if any(mark in part for mark in "*?"))
+    return str(Path(*parts[:first])) if first else "."
+
+
+def _walk(directory: str) -> Iterator[str]:
+    pending = [directory]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    elif has_known_form(entry.name) and not (entry.is_symlink() and entry.is_dir()):
+                        yield entry.path
+        except OSError as error:
+            raise CorpusFilesInvalid(f"{_quoted(error.filename)} cannot be read: {error.strerror}") from error
+
+
+def has_known_form(name: str) -> bool:
+    """Return whether a file in a directory counts as a corpus file, by its name."""
+    stem = name.lower()
+    for packed in PACKED_FORMS:
+        stem = stem.removesuffix(packed)
+    return stem.endswith(KNOWN_FORMS)
+
+
+def _name(path: str, base: str) -> str:
+    return _checked(os.path.relpath(path, base), path)
+
+
+def _checked(name: str, path: str) -> str:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise CorpusFilesInvalid(f"{_quoted(path)}: its name is not UTF-8: rename it") from None
+    return name
+
+
+def _quoted(path: str | bytes | None) -> str:
+    text = os.fsdecode(path or "")
+    return text if text.isprintable() else ascii(text)
+
+
+def shown(path: Path) -> str:
+    """Return the path for a message: as it is, or with escapes if it has characters such as a line end."""
+    return _quoted(str(path))
+
+
+def files_fingerprint(files: Sequence[NamedFile]) -> dict[str, Any]:
+    """Return {"bytes", "sha256", "files": [[name, bytes, digest], ...]} of files, at a bounded cost for each. Raises OSError.
+
+    The digest covers some blocks of the file: different digests prove a difference, equal ones do not prove equality.
+    """
+    entries = []
+    for file in files:
+        fingerprint = FileFingerprint.of(file.path)
+        entries.append([file.name, fingerprint.bytes, fingerprint.sha256[:16]])
+    digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+    return {"bytes": sum(size for _, size, _ in entries), "sha256": digest, "files": entries}
+
+
+def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[Any]]) -> list[str]:
+    """Return texts such as ``b.jsonl was added``, from the ``files`` of two fingerprints; [] if they are equal."""
+    before, after = ({str(name): tuple(rest) for name, *rest in files} for files in (saved, current))
+    removed, added = [name for name in before if name not in after], [name for name in after if name not in before]
+    texts = []
+    for name in list(removed):
+        renamed = next((new for new in added if after[new] == before[name]), None)
+        if renamed is not None:
+            removed.remove(name)
+            added.remove(renamed)
+            texts.append(f"{_quoted(name)} was renamed to {_quoted(renamed)}")
+    texts += [f"{_quoted(name)} was removed" for name in removed]
+    texts += [f"{_quoted(name)} was added" for name in added]
+    texts += [f"{_quoted(name)} was changed" for name in before if name in after and before[name] != after[name]]
+    if not texts and list(before) != list(after):
+        texts.append("the files are in another order")
+    more = len(texts) - MAX_NAMED_CHANGES
+    return [*texts[:MAX_NAMED_CHANGES], f"and {more:,} more changes"] if more > 0 else texts
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether the path is a regular file that exists, after links."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
