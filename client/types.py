@@ -90,6 +90,17 @@ class Queue(TypedDict, total=False):
     waiting_for: str | None
 
 
+class PlanSource(TypedDict):
+    """A source of a planned run's corpus. ``passes``: how often the run reads it."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    share: float | None
+    passes: float | None
+
+
 class Plan(TypedDict, total=False):
     """Size and cost of a run. ``estimated``: the numbers that depend on the corpus come from a sample of it."""
 
@@ -115,6 +126,7 @@ class Plan(TypedDict, total=False):
     expected_first_loss: float | None
     estimated: bool
     warnings: list[str]
+    sources: list[PlanSource]
     queue: Queue
 
 

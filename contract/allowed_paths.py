@@ -22,6 +22,21 @@ def outside_reason(path: str | Path, roots: Iterable[Path], content: bool = True
     return "holds a link that leads outside" if outside else None
 
 
+def outside_files(files: Iterable[Path], roots: Iterable[Path]) -> Path | None:
+    """Return the first of ``files`` that, with links resolved, is not below one of ``roots``, or None.
+
+    Links are looked for in the files themselves; of their directories each is resolved once.
+    """
+    allowed = tuple(roots)
+    directories: dict[Path, bool] = {}
+    for file in files:
+        if file.parent not in directories:
+            directories[file.parent] = _below(file.parent.resolve(), allowed)
+        if not directories[file.parent] or (file.is_symlink() and not _below(file.resolve(), allowed)):
+            return file
+    return None
+
+
 def _below(real: Path, roots: tuple[Path, ...]) -> bool:
     return any(real.is_relative_to(root) for root in roots)
 

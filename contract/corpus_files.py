@@ -4,7 +4,6 @@ import glob
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,16 @@ FORMS_TEXT = (
 )
 
 
+BLOCKS_PER_FILE = 4
+"""Blocks of each file that `files_fingerprint` reads."""
+
+
 class CorpusFilesInvalid(ValueError):
-    """The path names no usable file; the message says why and what to do."""
+    """The path names no usable file. ``reason`` says why and what to do; the message also has the path."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(f"{_quoted(path)} {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True, order=True)
@@ -36,7 +43,7 @@ class NamedFile:
 
 def is_single_file(data_path: str | Sequence[str]) -> bool:
     """Return whether the path is one text that is neither a directory nor a glob: the only form of release 0.1."""
-    return isinstance(data_path, str) and not os.path.isdir(data_path) and not _is_glob(data_path)
+    return isinstance(data_path, str) and not os.path.isdir(data_path) and not is_glob(data_path)
 
 
 def expand(data_path: str | Sequence[str]) -> list[NamedFile]:
@@ -51,7 +58,7 @@ def expand(data_path: str | Sequence[str]) -> list[NamedFile]:
         for file in _expand_entry(entry):
             files.setdefault(file.path, file)
         if len(files) > MAX_FILES:
-            raise CorpusFilesInvalid(f"{_quoted(entry)} has more than {MAX_FILES:,} files: join them into fewer")
+            raise CorpusFilesInvalid(entry, f"has more than {MAX_FILES:,} files: join them into fewer")
     return list(files.values())
 
 
@@ -60,24 +67,25 @@ def _expand_entry(entry: str) -> list[NamedFile]:
         files = [NamedFile(_name(path, entry), Path(path)) for path in _walk(entry)]
         if not files:
             raise CorpusFilesInvalid(
-                f"{_quoted(entry)} is a directory without a corpus file: it needs files that end in {FORMS_TEXT}"
+                entry, f"is a directory without a corpus file: it needs files that end in {FORMS_TEXT}"
             )
-    elif _is_glob(entry):
+    elif is_glob(entry):
         paths = (path for path in glob.iglob(entry.replace("[", "[[]"), recursive=True) if os.path.isfile(path))
-        base = _base(entry)
+        base = glob_base(entry)
         files = [NamedFile(_name(path, base), Path(path)) for path in paths]
         if not files:
-            raise CorpusFilesInvalid(f"no file matches {_quoted(entry)}")
+            raise CorpusFilesInvalid(entry, "matches no file")
     else:
         return [NamedFile(_checked(os.path.basename(entry), entry), Path(entry))]
     return sorted(files, key=lambda file: file.name.split("/"))
 
 
-def _is_glob(entry: str) -> bool:
+def is_glob(entry: str) -> bool:
+    """Return whether the path has marks of a glob, and is no path that exists."""
     return any(mark in entry for mark in "*?") and not os.path.lexists(entry)
 
 
-def _base(pattern: str) -> str:
+def glob_base(pattern: str) -> str:
     """Return the directory above the first part of ``pattern`` that has a mark."""
     parts = Path(pattern).parts
     first = next(index for index, part in enumerate(parts) if any(mark in part for mark in "*?"))
@@ -97,7 +105,7 @@ def _walk(directory: str) -> Iterator[str]:
                     elif has_known_form(entry.name) and not (entry.is_symlink() and entry.is_dir()):
                         yield entry.path
         except OSError as error:
-            raise CorpusFilesInvalid(f"{_quoted(error.filename)} cannot be read: {error.strerror}") from error
+            raise CorpusFilesInvalid(str(error.filename), f"cannot be read: {error.strerror}") from error
 
 
 def has_known_form(name: str) -> bool:
@@ -116,7 +124,7 @@ def _checked(name: str, path: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise CorpusFilesInvalid(f"{_quoted(path)}: its name is not UTF-8: rename it") from None
+        raise CorpusFilesInvalid(path, "has a name that is not UTF-8: rename it") from None
     return name
 
 
@@ -130,17 +138,18 @@ def shown(path: Path) -> str:
     return _quoted(str(path))
 
 
-def files_fingerprint(files: Sequence[NamedFile]) -> dict[str, Any]:
-    """Return {"bytes", "sha256", "files": [[name, bytes, digest], ...]} of files, at a bounded cost for each. Raises OSError.
+def file_sketch(path: Path) -> str:
+    """Return a digest of some blocks of a file, at a bounded cost. Raises OSError.
 
-    The digest covers some blocks of the file: different digests prove a difference, equal ones do not prove equality.
+    Files with different sketches differ. Files of the same size with the same one may differ too.
     """
-    entries = []
-    for file in files:
-        fingerprint = FileFingerprint.of(file.path)
-        entries.append([file.name, fingerprint.bytes, fingerprint.sha256[:16]])
-    digest = hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-    return {"bytes": sum(size for _, size, _ in entries), "sha256": digest, "files": entries}
+    return FileFingerprint.of(path, BLOCKS_PER_FILE).sha256[:16]
+
+
+def files_fingerprint(names: Sequence[str], sizes: Sequence[int], sketches: Sequence[str]) -> dict[str, Any]:
+    """Return the ``corpus_file`` of a run identity: {"bytes", "sha256", "files": [[name, bytes, sketch], ...]}."""
+    entries = [list(entry) for entry in zip(names, sizes, sketches, strict=True)]
+    return {"bytes": sum(sizes), "sha256": hashlib.sha256(json.dumps(entries).encode()).hexdigest(), "files": entries}
 
 
 def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[Any]]) -> list[str]:
@@ -161,11 +170,3 @@ def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[
         texts.append("the files are in another order")
     more = len(texts) - MAX_NAMED_CHANGES
     return [*texts[:MAX_NAMED_CHANGES], f"and {more:,} more changes"] if more > 0 else texts
-
-
-def is_regular(path: Path) -> bool:
-    """Return whether the path is a regular file that exists, after links."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except OSError:
-        return False

@@ -138,7 +138,12 @@ class _Canonical:
             loc = (loc[0], self.original.get((str(loc[0]), str(loc[1])), loc[1]), *loc[2:])
         if kind in ("extra_forbidden", "unexpected_keyword_argument"):
             message = _unknown_field(loc)
-        return Problem(pointer_to(*(part for part in loc if part != "[key]")), plain(message))
+        return Problem(pointer_to(*(part for part in loc if not _is_branch(part))), plain(message))
+
+
+def _is_branch(part: int | str) -> bool:
+    # pydantic's marks for the key of a mapping, and for the branches of a union such as `contract.spec.DataPath`.
+    return part in ("[key]", "[path]", "[paths]")
 
 
 def _own_name(group: str, key: str) -> str:
@@ -222,9 +227,8 @@ def _remove(canonical: dict[str, Any], loc: tuple[int | str, ...]) -> None:
         canonical.pop(group, None)
     else:
         container.pop(leaf, None)
-    if group == "data" and leaf in (None, "data_path"):
-        data = canonical.setdefault("data", {})
-        data["data_path"] = PLACEHOLDER
+    if group == "data" and leaf in (None, "data_path", "sources"):
+        canonical.setdefault("data", {}).setdefault("data_path", PLACEHOLDER)
 
 
 def _spec_of(canonical: dict[str, Any]) -> JobSpec:
@@ -244,6 +248,7 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     if spec.data.max_seq_len > limit:
         message = f"must be at most model.max_position_embeddings ({limit})"
         yield Problem("/data/max_seq_len", message), ("/data/max_seq_len", "/model/max_position_embeddings")
+    yield from _source_conflicts(spec)
     if spec.data.eval_data_path is not None and spec.data.eval_fraction > 0:
         message = "cannot be combined with eval_data_path: give one of them"
         yield Problem("/data/eval_fraction", message), ("/data/eval_fraction", "/data/eval_data_path")
@@ -257,6 +262,29 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     if resources.max_nodes > 1 and resources.launcher == "local":
         message = "must be 1: the local launcher runs on one node"
         yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
+
+
+def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    data, both = spec.data, ("/data/data_path", "/data/sources")
+    if data.data_path is None and data.sources is None:
+        yield Problem("/data/data_path", "is required, or sources instead"), both
+        return
+    if data.sources is None:
+        return
+    if data.data_path is not None:
+        yield Problem("/data/sources", "cannot be combined with data_path: give one of them"), both
+    seen: set[str] = set()
+    for index, source in enumerate(data.sources):
+        if source.name in seen:
+            yield Problem(f"/data/sources/{index}/name", "is the name of an earlier source"), ("/data/sources",)
+        seen.add(source.name)
+    unweighted = [index for index, source in enumerate(data.sources) if source.weight is None]
+    if 0 < len(unweighted) < len(data.sources):
+        message = "is required, because other sources have a weight"
+        yield from ((Problem(f"/data/sources/{index}/weight", message), ("/data/sources",)) for index in unweighted)
+    if data.is_mixture and spec.training.max_steps is None:
+        message = "is required: a weighted mixture has no end of its own"
+        yield Problem("/training/max_steps", message), ("/training/max_steps", "/data/sources")
 
 
 def pointer_to(*parts: int | str) -> str:

@@ -7,6 +7,8 @@ the corpus, so that most resumes that must fail are rejected when they are reque
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from trainyard.contract.corpus_files import describe_changes
+
 CHANGEABLE_FIELDS = ("dropout", "router_aux_loss_coef", "rope_theta", "max_position_embeddings")
 """Fields of a model that may change in a fork that restarts the data: the weights still fit."""
 
@@ -16,8 +18,9 @@ class RunIdentity:
     """What must be the same in a resumed run.
 
     ``tokenizer``, ``corpus``: fingerprints, which decide. ``corpus_file``: `contract.file_identity.FileFingerprint` of
-    the corpus, or {} if unknown. ``vocabulary``: size of the tokenizer, or None if unknown. The last two are for quick
-    checks by the service and are not compared here.
+    a corpus of one file, `contract.corpus_files.files_fingerprint` of any other, or {} if unknown. ``vocabulary``: size
+    of the tokenizer, or None if unknown. The last two are for quick checks by the service. Here ``corpus_file`` only
+    names the files that differ.
     """
 
     model: dict[str, Any]
@@ -37,9 +40,15 @@ class RunIdentity:
             if name == "model":
                 keys = sorted(set(value) | set(saved[name]))
                 texts += [_difference(f"model.{key}", value.get(key), saved[name].get(key)) for key in keys]
+            elif name == "corpus" and value != saved[name]:
+                texts += self._file_changes(other) or [_difference(name, value, saved[name])]
             elif name not in ("corpus_file", "vocabulary"):
                 texts.append(_difference(name, value, saved[name]))
         return [text for text in texts if text]
+
+    def _file_changes(self, other: Self) -> list[str]:
+        before, now = (identity.corpus_file.get("files") for identity in (other, self))
+        return describe_changes(before, now) if before and now else []
 
 
 def _difference(name: str, value: Any, saved: Any) -> str:

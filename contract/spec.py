@@ -4,9 +4,9 @@
 which also knows the aliases and reports every mistake at once.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from trainyard.contract.tokenizer_info import SpecialTokens
 from trainyard.model.config import ModelConfig
@@ -55,12 +55,42 @@ class Group(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _path_or_paths(value: Any) -> str:
+    return "[paths]" if isinstance(value, list) else "[path]"
+
+
+DataPath = Annotated[
+    Annotated[PathText, Tag("[path]")]
+    | Annotated[Annotated[list[PathText], Field(min_length=1, max_length=10_000)], Tag("[paths]")],
+    Discriminator(_path_or_paths),
+]
+"""A file, a directory, a glob, or a list of these. See `contract.corpus_files`."""
+
+SourceName = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
+
+
+class SourceSpec(Group):
+    """One source of a corpus that is made of several."""
+
+    name: SourceName = Field(description="name in metrics and in the plan; unique")
+    path: DataPath = Field(description="as data_path")
+    weight: Annotated[float, Field(gt=0, le=1e9)] | None = Field(
+        None, description="share of the tokens, relative to the other weights; null: each document once per epoch"
+    )
+    text_field: Name | None = Field(None, description="null: data.text_field")
+
+
 class DataSpec(Group):
     """Corpus and tokenizer."""
 
-    data_path: PathText = Field(
-        description="corpus file: JSONL with one document per line, or plain text, both optionally gzip- or "
-        "zstd-compressed; or Parquet"
+    data_path: DataPath | None = Field(
+        None,
+        description="corpus: a file, a directory, a glob with `*`, `?` or `**`, or a list of these; files are JSONL "
+        "with one document per line, or plain text, both optionally gzip- or zstd-compressed; or Parquet; required "
+        "unless sources is given",
+    )
+    sources: Annotated[list[SourceSpec], Field(min_length=1, max_length=256)] | None = Field(
+        None, description="several sources instead of data_path, mixed by weight"
     )
     tokenizer_path: PathText = Field(
         "byte", description='directory with a tokenizer.json, or "byte" for bytes as tokens'
@@ -80,15 +110,38 @@ class DataSpec(Group):
     max_bad_lines: Annotated[float, Field(ge=0, le=1)] = Field(
         0.01, description="maximum fraction of invalid documents; above it the run fails"
     )
-    eval_data_path: PathText | None = Field(
-        None, description="file with held-out data, in the same formats as data_path"
-    )
+    eval_data_path: DataPath | None = Field(None, description="held-out data, in the same forms as data_path")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="fraction of the documents that is held out if eval_data_path is null"
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
         None, description="tokenization threads; 0: one thread; null: one per core"
     )
+
+    @property
+    def training_sources(self) -> list[SourceSpec]:
+        """The sources to train on. A ``data_path`` is one source, called ``data``."""
+        if self.sources is not None:
+            return self.sources
+        assert self.data_path is not None, "parsing requires one of the two"
+        return [SourceSpec(name="data", path=self.data_path)]
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the sources have weights. A weighted mixture has no end of its own."""
+        return any(source.weight is not None for source in self.training_sources)
+
+    @property
+    def corpus_name(self) -> str:
+        """The corpus in a message: its path, or the names of its sources."""
+        if self.sources is not None:
+            return f"sources {', '.join(source.name for source in self.sources)}"
+        return ", ".join(paths_in(self.data_path))
+
+
+def paths_in(data_path: str | list[str] | None) -> list[str]:
+    """Return the entries of a ``data_path``."""
+    return [] if data_path is None else [data_path] if isinstance(data_path, str) else data_path
 
 
 class TrainingSpec(Group):
@@ -260,7 +313,7 @@ class ResourcesSpec(Group):
 
 
 class JobSpec(Group):
-    """One pretraining run. Every field except ``data.data_path`` has a default."""
+    """One pretraining run. Every field has a default, except that ``data`` needs ``data_path`` or ``sources``."""
 
     name: Name = "pretrain"
     labels: Annotated[dict[Name, LabelValue], Field(max_length=64)] = Field(default_factory=dict)

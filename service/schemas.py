@@ -103,6 +103,17 @@ class Queue(ResponseModel):
     waiting_for: str
 
 
+class PlanSource(ResponseModel):
+    """A source of the corpus. ``share`` of the tokens that the run reads; ``passes`` over the source; null: unknown."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    share: float | None
+    passes: float | None
+
+
 class PlanPreview(Plan):
     """The plan of a run that is not submitted, and its position in the queue.
 
@@ -111,6 +122,7 @@ class PlanPreview(Plan):
 
     object: Literal["plan"] = "plan"
     start_step: int = 0
+    sources: list[PlanSource] = []
     queue: Queue
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainyard.contract.allowed_paths import outside_reason
+from trainyard.contract.corpus_files import expand
 from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
@@ -47,9 +48,10 @@ def _require_inside(paths: Iterator[FieldPath], roots: list[Path], setting: str)
 
 def _paths_read(spec: JobSpec) -> Iterator[FieldPath]:
     data, from_weight = spec.data, spec.training.from_weight
-    yield "data.data_path", data.data_path
+    for source in data.training_sources:
+        yield from (("data.data_path", file.path) for file in expand(source.path))
     if data.eval_data_path is not None:
-        yield "data.eval_data_path", data.eval_data_path
+        yield from (("data.eval_data_path", file.path) for file in expand(data.eval_data_path))
     if data.tokenizer_path != BYTE:
         yield "data.tokenizer_path", data.tokenizer_path
     if from_weight is not None and "/" in from_weight:

@@ -19,7 +19,6 @@ from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
 from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.prepare import TrainingData, prepare_data
-from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext, require_device
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.events.trackers import Trackers

@@ -25,6 +25,9 @@ ABSENT = frozenset({"none", "null", "None"})
 SEVERAL = frozenset({"betas", "sample_prompts", "labels"})
 """Flags that take one value or more."""
 
+REPEATABLE = frozenset({"data_path", "eval_data_path"})
+"""Flags that may be given several times, with one value each."""
+
 OPTION = re.compile(r"--?[A-Za-z]|--$")
 FLAG_ALIASES = {
     "accumulation": "accumulation_steps",
@@ -70,6 +73,8 @@ def read_leaf(name: str, text: str) -> Any:
         return None
     if "boolean" in kinds:
         return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower(), text)
+    if "array" in kinds and text.startswith("["):
+        return _json(text)
     if "string" in kinds:
         return text
     if ("object" in kinds and text.startswith("{")) or not kinds & {"integer", "number"}:
@@ -111,7 +116,8 @@ def _option(name: str, section: str, description: str, flag: bool) -> Option:
     if flag:
         return Option(f"--{name}", section=section, help=description, metavar="[0|1]", is_flag=False, flag_value="true")
     metavar = "X ..." if name in SEVERAL else "X"
-    return Option(f"--{name}", section=section, help=description, metavar=metavar, multiple=name in SEVERAL)
+    several = name in SEVERAL or name in REPEATABLE
+    return Option(f"--{name}", section=section, help=description, metavar=metavar, multiple=several)
 
 
 def given_leaves(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -181,6 +187,8 @@ def _typed(name: str, value: Any) -> Any:
         return read_leaf(name, value) if isinstance(value, str) else value
     if len(value) == 1 and isinstance(_json(value[0]), list):
         return _json(value[0])
+    if len(value) == 1 and name in REPEATABLE:
+        return read_leaf(name, value[0])
     return [_number(text, whole=False) for text in value] if name == "betas" else value
 
 
@@ -221,10 +229,22 @@ def with_absolute_paths(spec: dict[str, Any], directory: Path) -> dict[str, Any]
     """Make relative paths start at ``directory``. The built-in tokenizer and MiniMind's weight names are no paths."""
     for group, leaf in PATHS:
         container = spec.get(group)
-        value = container.get(leaf) if isinstance(container, dict) else None
-        if isinstance(container, dict) and isinstance(value, str) and _is_path(leaf, value, directory):
-            container[leaf] = str(directory / Path(value).expanduser())
+        if isinstance(container, dict) and leaf in container:
+            container[leaf] = _absolute(leaf, container[leaf], directory)
+    data = spec.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    for source in sources if isinstance(sources, list) else ():
+        if isinstance(source, dict) and "path" in source:
+            source["path"] = _absolute("data_path", source["path"], directory)
     return spec
+
+
+def _absolute(leaf: str, value: Any, directory: Path) -> Any:
+    if isinstance(value, list):
+        return [_absolute(leaf, item, directory) for item in value]
+    if not isinstance(value, str) or not _is_path(leaf, value, directory):
+        return value
+    return str(directory / Path(value).expanduser())
 
 
 def _is_path(leaf: str, value: str, directory: Path) -> bool:
@@ -244,13 +264,15 @@ def differences(spec: JobSpec, given: Mapping[str, Any]) -> list[tuple[str, str]
 
     A size that follows from others is included only if ``given``, the spec that will be sent, names it.
     """
-    defaults = JobSpec.model_validate({"data": {"data_path": spec.data.data_path}}).model_dump(mode="json")
+    defaults = JobSpec.model_validate({"data": {"data_path": "/"}}).model_dump(mode="json")
     del defaults["data"]["data_path"]
     model = given.get("model")
     quiet = {("model", leaf) for leaf in DERIVED if not (isinstance(model, Mapping) and leaf in model)}
     shown = [(path, value) for path, value in _leaves(spec.model_dump(mode="json")) if path not in quiet]
     return [
-        (".".join(path), json.dumps(value, ensure_ascii=False)) for path, value in shown if value != _at(defaults, path)
+        (".".join(path), json.dumps(value, ensure_ascii=False))
+        for path, value in shown
+        if value != _at(defaults, path) and (path != ("data", "data_path") or value is not None)
     ]
 
 

@@ -16,7 +16,7 @@ FIELDS = ("step", "overrides", "data")
 MAX_NAME = 200
 
 KEPT_FIELDS: dict[str, tuple[str, ...]] = {
-    "data": ("data_path", "text_field", "max_seq_len", "packing", "eval_fraction"),
+    "data": ("data_path", "sources", "text_field", "max_seq_len", "packing", "eval_fraction"),
     "training": ("seed", "optimizer"),
 }
 """Fields that must not change with ``data: keep``: they determine the samples of a step and the optimizer's state."""

@@ -128,8 +128,8 @@ def _submit_again(job: FailureContext, changes: Changes, how: str) -> NextAction
 
 def _non_default(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
     """Return the changed spec without the values that are defaults."""
-    data_path = spec["data"]["data_path"]
-    defaults = JobSpec.model_validate({"data": {"data_path": data_path}}).model_dump(mode="json")
+    corpus = {leaf: spec["data"][leaf] for leaf in ("data_path", "sources") if spec["data"].get(leaf) is not None}
+    defaults = JobSpec.model_validate({"data": corpus}).model_dump(mode="json")
     body: dict[str, Any] = {}
     for name, value in spec.items():
         if name in GROUPS:
@@ -137,7 +137,7 @@ def _non_default(spec: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
             known = defaults[name]
             value = {leaf: leaves[leaf] for leaf in leaves if leaf not in known or leaves[leaf] != known[leaf]}
             if name == "data":
-                value = {"data_path": data_path, **value}
+                value = {**corpus, **value}
         if value not in ({}, defaults.get(name)):
             body[name] = value
     return body

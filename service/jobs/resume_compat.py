@@ -13,10 +13,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from trainyard.contract.allowed_paths import outside_reason
+from trainyard.contract.allowed_paths import outside_files, outside_reason
+from trainyard.contract.corpus_files import CorpusFilesInvalid, describe_changes, expand, file_sketch, shown
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import CHANGEABLE_FIELDS, RunIdentity
 from trainyard.contract.rundir import STATE_FILE, RunDir
+from trainyard.contract.spec import DataSpec
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, fingerprint_of, tokenizer_file
 from trainyard.service.db.models import CheckpointRow, JobRow
 from trainyard.service.errors import CheckpointMismatch
@@ -114,8 +116,12 @@ def _tokenizer_differences(
 def _corpus_differences(
     candidate: ResumeCandidate, saved: RunIdentity, spec: Mapping[str, Any], settings: Settings
 ) -> Iterator[str]:
-    path, was = str(spec["data"]["data_path"]), saved.corpus_file
-    if _is_outside(path, settings) or not isinstance(was.get("bytes"), int):
+    was = saved.corpus_file
+    if isinstance(was.get("files"), list):
+        yield from _file_differences(candidate, was["files"], spec, settings)
+        return
+    path = spec["data"]["data_path"]
+    if not isinstance(path, str) or _is_outside(path, settings) or not isinstance(was.get("bytes"), int):
         return
     before = f"data_path: {was['bytes']:,} bytes when step {candidate.step:,} was saved"
     try:
@@ -127,6 +133,29 @@ def _corpus_differences(
         yield f"{before}, {now.bytes:,} now"
     elif asdict(now) != was:
         yield f"{before}, the same number now, but not the same bytes"
+
+
+def _file_differences(
+    candidate: ResumeCandidate, files: list[Any], spec: Mapping[str, Any], settings: Settings
+) -> Iterator[str]:
+    when = f"since step {candidate.step:,} was saved"
+    entries = []
+    try:
+        for source in DataSpec.model_validate_json(json.dumps(spec["data"])).training_sources:
+            named = expand(source.path)
+            if outside_files([file.path for file in named], (*settings.data_roots, settings.home)) is not None:
+                return  # `validate_spec` rejects it
+            entries += [
+                [f"{source.name}/{file.name}", file.path.stat().st_size, file_sketch(file.path)] for file in named
+            ]
+    except CorpusFilesInvalid as error:
+        yield f"the corpus {error.reason}, {when}"
+        return
+    except OSError as error:
+        yield f"{shown(Path(error.filename or '?'))} cannot be read now"
+        return
+    for change in describe_changes(files, entries):
+        yield f"{change} {when}"
 
 
 def _shape_differences(candidate: ResumeCandidate, saved: RunIdentity, spec: Mapping[str, Any]) -> list[str]:

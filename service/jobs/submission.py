@@ -3,12 +3,13 @@
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.allowed_paths import outside_reason
+from trainyard.contract.allowed_paths import outside_files, outside_reason
+from trainyard.contract.corpus_files import CorpusFilesInvalid, expand, glob_base, is_glob, shown
 from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
@@ -116,6 +117,7 @@ class _SpecValidator:
         self.spec = parsed.spec
         self.host = host
         self.paths: dict[str, str] = {}
+        self.data: dict[str, Any] = {}
         self.vocabulary: int | None = None
 
     def problems(self) -> list[Problem]:
@@ -136,9 +138,7 @@ class _SpecValidator:
         return spec.model_copy(
             update={
                 "model": spec.model.with_vocab_size(self.vocabulary),
-                "data": spec.data.model_copy(
-                    update=self._resolved_paths("data_path", "eval_data_path", "tokenizer_path")
-                ),
+                "data": spec.data.model_copy(update=self.data | self._resolved_paths("tokenizer_path")),
                 "training": spec.training.model_copy(update=self._resolved_paths("from_weight")),
                 "checkpoint": spec.checkpoint.model_copy(update=self._resolved_paths("save_dir")),
                 "resources": spec.resources.model_copy(update={"launcher": SLURM})
@@ -151,10 +151,57 @@ class _SpecValidator:
         return {leaf: self.paths[leaf] for leaf in leaves if leaf in self.paths}
 
     def _data(self) -> Iterator[Finding]:
-        for leaf, given in (("data_path", self.spec.data.data_path), ("eval_data_path", self.spec.data.eval_data_path)):
+        data = self.spec.data
+        for leaf, given in (("data_path", data.data_path), ("eval_data_path", data.eval_data_path)):
             if given is not None:
-                error = self._resolve_data_path(leaf, given) or _corpus_error(Path(self.paths[leaf]))
-                yield from _at(f"/data/{leaf}", error)
+                self.data[leaf] = yield from self._corpus(f"/data/{leaf}", given)
+        if data.sources is not None:
+            sources = []
+            for index, source in enumerate(data.sources):
+                path = yield from self._corpus(f"/data/sources/{index}/path", source.path)
+                sources.append(source.model_copy(update={"path": path}))
+            self.data["sources"] = sources
+
+    def _corpus(self, pointer: str, given: str | list[str]) -> Generator[Finding, None, str | list[str]]:
+        """Yield what is wrong with a corpus's path, and return it with its links resolved."""
+        if isinstance(given, str):
+            path, error = self._corpus_entry(given)
+            yield from _at(pointer, error)
+            return path
+        paths = []
+        for index, entry in enumerate(given):
+            path, error = self._corpus_entry(entry)
+            yield from _at(f"{pointer}/{index}", error)
+            paths.append(path)
+        return paths
+
+    def _corpus_entry(self, given: str) -> tuple[str, str | None]:
+        """Return (the path with its links resolved, what is wrong with it or None)."""
+        pattern = is_glob(given)
+        base = glob_base(given) if pattern else given
+        error = self._resolve_data_path("data_path", base)
+        if error is not None:
+            return given, error
+        path = self.paths["data_path"]
+        if pattern:
+            path = os.path.join(path, os.path.relpath(given, base))
+        elif not os.path.isdir(path):
+            return path, _corpus_error(Path(path))
+        try:
+            return path, self._files_error([file.path for file in expand(path)])
+        except CorpusFilesInvalid as invalid:
+            return path, invalid.reason
+
+    def _files_error(self, files: Sequence[Path]) -> str | None:
+        settings = self.host.settings
+        outside = outside_files(files, (*settings.data_roots, settings.home))
+        if outside is not None:
+            return f"holds {shown(outside)}, which leads outside the directories that TRAINYARD_DATA_ROOTS allows"
+        for file in files:
+            error = _corpus_error(file, may_be_empty=True)
+            if error is not None:
+                return f"holds {shown(file)}, which {error}"
+        return None
 
     def _tokenizer(self) -> Iterator[Finding]:
         given = self.spec.data.tokenizer_path
@@ -282,7 +329,7 @@ def _at(pointer: str, error: str | None) -> Iterator[Finding]:
         yield Problem(pointer, error), (pointer,)
 
 
-def _corpus_error(path: Path) -> str | None:
+def _corpus_error(path: Path, *, may_be_empty: bool = False) -> str | None:
     # Does not open the file: a FIFO would hang, and a device would never end.
     try:
         info = path.stat()
@@ -292,7 +339,7 @@ def _corpus_error(path: Path) -> str | None:
         return "must be a regular file"
     if not os.access(path, os.R_OK):
         return "cannot be read by the service"
-    return "is empty" if info.st_size == 0 else None
+    return "is empty" if info.st_size == 0 and not may_be_empty else None
 
 
 def _has_weights(path: Path) -> bool:

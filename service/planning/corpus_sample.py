@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +17,9 @@ from trainyard.contract.file_identity import (
     compression_of,
     is_plain_text,
 )
+
+MAX_SAMPLED_FILES = 64
+"""Files of a corpus that are read; each gets an equal part of ``SAMPLE_BYTES``."""
 
 HEAD_BYTES = 4096
 SAMPLE_BYTES = 4 << 20
@@ -65,8 +68,33 @@ class SampledLines:
             self.texts.append(text)
 
 
-def sample_lines(path: Path, text_field: str) -> SampledLines | None:
-    """Read a short file completely, of a long one blocks in equal distances.
+def sample_files(paths: Sequence[Path], text_field: str) -> SampledLines | None:
+    """Sample some of the files, in equal distances, and count for all of them by their sizes.
+
+    Return None if `sample_lines` returns None for one of them.
+    """
+    if len(paths) == 1:
+        return sample_lines(paths[0], text_field)
+    try:
+        sizes = [path.stat().st_size for path in paths]
+    except OSError:
+        return None
+    step = max(1, len(paths) / MAX_SAMPLED_FILES)
+    chosen = [paths[int(number * step)] for number in range(min(len(paths), MAX_SAMPLED_FILES))]
+    total = SampledLines(sum(sizes))
+    for path in chosen:
+        sample = sample_lines(path, text_field, SAMPLE_BYTES // len(chosen))
+        if sample is None:
+            return None
+        total.sampled_bytes += sample.sampled_bytes
+        total.texts += sample.texts
+        total.bad_lines += sample.bad_lines
+        total.names = total.names or sample.names
+    return total
+
+
+def sample_lines(path: Path, text_field: str, limit: int = SAMPLE_BYTES) -> SampledLines | None:
+    """Read a file of up to ``limit`` bytes completely, of a longer one blocks in equal distances.
 
     Return None if it cannot be read, or is not plain JSONL: a part of a compressed file says nothing about the rest.
     """
@@ -80,7 +108,7 @@ def sample_lines(path: Path, text_field: str) -> SampledLines | None:
                 return None
             file.seek(0)
             sample = SampledLines(os.fstat(descriptor).st_size)
-            for raw in _lines(file, sample.size):
+            for raw in _lines(file, sample.size, limit):
                 sample.add(raw, text_field)
             return sample
     except (OSError, ValueError):
@@ -100,11 +128,11 @@ def other_format(path: Path) -> str | None:
     return "plain text" if head and is_plain_text(path.name, head) else None
 
 
-def _lines(file: BinaryIO, size: int) -> Iterator[bytes]:
-    if size <= SAMPLE_BYTES:
-        yield from _whole_lines(file.read(SAMPLE_BYTES), from_start=True, to_end=True)
+def _lines(file: BinaryIO, size: int, limit: int) -> Iterator[bytes]:
+    if size <= limit:
+        yield from _whole_lines(file.read(limit), from_start=True, to_end=True)
         return
-    block = SAMPLE_BYTES // BLOCKS
+    block = limit // BLOCKS
     for number in range(BLOCKS):
         start = number * (size - block) // (BLOCKS - 1)
         file.seek(start)

@@ -1,7 +1,7 @@
 """Estimate of a run's size from a sample of its corpus. Pure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trainyard.contract.spec import JobSpec
@@ -35,6 +35,58 @@ class RunSize:
         return self.steps * self.tokens_per_step
 
 
+@dataclass(frozen=True)
+class PlannedSource:
+    """A source in the plan. ``share`` of the tokens that the run reads; ``passes`` over the source. None: unknown."""
+
+    name: str
+    files: int
+    documents: int | None
+    tokens: int | None
+    share: float | None
+    passes: float | None
+
+
+def join_sizes(spec: JobSpec, sizes: Sequence[RunSize | None]) -> RunSize | None:
+    """Return the size of a run over all sources, or None if that of a source is unknown."""
+    known = [size for size in sizes if size is not None]
+    if len(known) < len(sizes) or len(known) == 1:
+        return known[0] if len(sizes) == len(known) == 1 else None
+    samples = sum(size.samples for size in known)
+    steps_per_epoch = math.ceil(samples / spec.rows_per_step)
+    return RunSize(
+        documents=sum(size.documents for size in known),
+        tokens=sum(size.tokens for size in known),
+        bad_lines=sum(size.bad_lines for size in known),
+        samples=samples,
+        targets=sum(size.targets for size in known),
+        steps_per_epoch=steps_per_epoch,
+        steps=_steps(spec, steps_per_epoch),
+        special_tokens=sum(size.special_tokens for size in known),
+        special_texts=sum(size.special_texts for size in known),
+    )
+
+
+def plan_sources(
+    spec: JobSpec, files: Sequence[int], sizes: Sequence[RunSize | None], total: RunSize | None
+) -> Iterator[PlannedSource]:
+    """Yield each source of the plan. ``files``: the number of files of each; ``total``: the size of the whole run."""
+    sources = spec.data.training_sources
+    weights = sum(source.weight or 0.0 for source in sources)
+    for source, count, size in zip(sources, files, sizes, strict=True):
+        share = passes = None
+        if size is not None and total is not None:
+            share = source.weight / weights if source.weight is not None else size.targets / total.targets
+            passes = share * total.trained_tokens / size.targets
+        documents, tokens = (None, None) if size is None else (size.documents, size.tokens)
+        yield PlannedSource(source.name, count, documents, tokens, share, passes)
+
+
+def _steps(spec: JobSpec, steps_per_epoch: int) -> int:
+    training = spec.training
+    return training.max_steps if training.max_steps is not None else training.epochs * steps_per_epoch
+
+
 def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale: float) -> RunSize | None:
     """Return the run's size, or None if the sample has no document.
 
@@ -50,7 +102,6 @@ def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale
         return None
     samples = max(1, round(rows))
     steps_per_epoch = math.ceil(samples / spec.rows_per_step)
-    training = spec.training
     return RunSize(
         documents=round(scale * len(lengths)),
         tokens=round(scale * sum(lengths)),
@@ -58,7 +109,7 @@ def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale
         samples=samples,
         targets=round(scale * train_fraction * sum(length - 1 for length in lengths)),
         steps_per_epoch=steps_per_epoch,
-        steps=training.max_steps if training.max_steps is not None else training.epochs * steps_per_epoch,
+        steps=_steps(spec, steps_per_epoch),
     )
 
 

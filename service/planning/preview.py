@@ -6,17 +6,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.corpus_files import CorpusFilesInvalid, expand
+from trainyard.contract.spec import JobSpec, SourceSpec
 from trainyard.contract.tokenizer_info import TokenizerInvalid, special_names, special_pattern
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
-from trainyard.service.planning.corpus_sample import other_format, sample_lines
-from trainyard.service.planning.estimate import RunSize, estimate_size
+from trainyard.service.planning.corpus_sample import other_format, sample_files
+from trainyard.service.planning.estimate import PlannedSource, RunSize, estimate_size, join_sizes, plan_sources
 from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
-from trainyard.service.planning.warnings import HostCapacity, warnings
+from trainyard.service.planning.warnings import HostCapacity, source_warnings, warnings
 from trainyard.service.schemas import PlanPreview, Queue
 
 
@@ -30,15 +31,36 @@ class QueuePosition:
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`."""
+    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`.
+
+    ``other_format``: the format of a source that is not JSONL.
+    """
 
     size: RunSize | None
     names: tuple[str, ...] = ()
+    other_format: str | None = None
+    sources: tuple[PlannedSource, ...] = ()
 
 
 def sample_corpus(spec: JobSpec) -> CorpusSample:
     """Read a bounded sample of the corpus and estimate the run's size."""
-    sampled = sample_lines(Path(spec.data.data_path), spec.data.text_field)
+    try:
+        files = [[file.path for file in expand(source.path)] for source in spec.data.training_sources]
+    except CorpusFilesInvalid:
+        return CorpusSample(None)
+    samples = [
+        _sample_source(spec, source, paths) for source, paths in zip(spec.data.training_sources, files, strict=True)
+    ]
+    sizes = [sample.size for sample in samples]
+    names = next((sample.names for sample in samples if sample.names), ())
+    packed = next((found for paths in files for path in paths[:1] if (found := other_format(path))), None)
+    size = join_sizes(spec, sizes)
+    planned = plan_sources(spec, [len(paths) for paths in files], sizes, size)
+    return CorpusSample(size, names, packed, tuple(planned))
+
+
+def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path]) -> CorpusSample:
+    sampled = sample_files(paths, source.text_field or spec.data.text_field)
     if sampled is None:
         return CorpusSample(None)
     special = _special_pattern(spec.data.tokenizer_path)
@@ -78,7 +100,9 @@ def preview(
     ``kind`` is what the spec's device means where the job will run; ``devices`` are those of this host.
     """
     facts = initial_plan(spec, kind)
-    host = replace(_host_capacity(spec, facts, kind, devices, home), names=sample.names)
+    host = replace(
+        _host_capacity(spec, facts, kind, devices, home), names=sample.names, other_format=sample.other_format
+    )
     size = sample.size
     return PlanPreview.model_validate(
         {
@@ -88,7 +112,8 @@ def preview(
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
             "queue": Queue(position=queue.ahead + 1, waiting_for=_waiting_for(spec, kind, queue, devices)),
-            "warnings": warnings(spec, size, host),
+            "sources": list(sample.sources),
+            "warnings": [*warnings(spec, size, host), *source_warnings(sample.sources)],
         }
     )
 
@@ -138,7 +163,6 @@ def _host_capacity(
         checkpoint_bytes=facts["checkpoint_bytes"],
         disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
         snapshot=facts["snapshot_bytes"],
-        other_format=other_format(Path(spec.data.data_path)),
     )
 
 

@@ -1,14 +1,15 @@
 """Warnings about a planned run, one sentence each. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import BYTE, BYTE_VOCABULARY, special_tokens_warning
-from trainyard.service.planning.estimate import RunSize
+from trainyard.service.planning.estimate import PlannedSource, RunSize
 
 GB = 1e9
 FEW_TOKENS = 8192  # with fewer tokens per micro-batch, a GPU waits for kernel launches more than it computes
+MAX_PASSES = 4  # beyond it, repeated data teaches little (Muennighoff et al., 2023)
 MIN_KEPT = 2  # checkpoints that are kept even if ``keep_last`` is smaller
 
 
@@ -38,6 +39,15 @@ def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[st
     if size is None:
         return [*sentences, _no_document(spec.data.text_field, host.names)]
     return [*sentences, *_corpus(spec, size), *_intervals(spec, size)]
+
+
+def source_warnings(sources: Sequence[PlannedSource]) -> list[str]:
+    """Return a warning for each source that is read too often."""
+    return [
+        f"source {source.name} is read {source.passes:.1f} times: more than {MAX_PASSES} passes teach little"
+        for source in sources
+        if source.passes is not None and source.passes > MAX_PASSES
+    ]
 
 
 def _no_document(text_field: str, names: tuple[str, ...]) -> str:

@@ -60,7 +60,7 @@ def test_weights_are_shares_of_tokens_not_of_rows() -> None:
 
 
 def reference_rows(parts: list[int], sizes: tuple[int, ...], seed: int, count: int) -> list[int]:
-    """The first ``count`` rows by the definition, one at a time: earliest deadline first, then the next row of a pass."""
+    """The first ``count`` rows by the definition, one at a time: earliest deadline first, then the row of its pass."""
     sources, total = len(parts), sum(parts)
     bound = Fraction(1, max(2, 2 * sources - 2))
     taken, rows = [0] * sources, []

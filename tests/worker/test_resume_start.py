@@ -112,10 +112,10 @@ def test_material_is_built_once_and_knows_what_it_is(tmp_path: Path, monkeypatch
     first = material(tmp_path, [])
     assert first.spec.model.vocab_size == 259
     assert first.eval_set is None
-    assert first.corpus.directory.parent == tmp_path / "cache"
-    built = first.corpus.directory.stat().st_mtime_ns
+    assert first.sources[0].corpus.directory.parent == tmp_path / "cache"
+    built = first.sources[0].corpus.directory.stat().st_mtime_ns
     second = material(tmp_path, [])
-    assert second.corpus.directory.stat().st_mtime_ns == built
+    assert second.sources[0].corpus.directory.stat().st_mtime_ns == built
     assert second.identity == first.identity
     for change in ({"training": {"seed": 1}}, {"data": {"max_seq_len": 16}}, {"data": {"eval_fraction": 0.3}}):
         assert len(material(tmp_path, [], **change).identity.differences(first.identity)) == 1

@@ -131,7 +131,7 @@ class Corpus:
     """Memory-mapped token shards: document i is ``tokens[offsets[i] : offsets[i + 1]]``.
 
     ``use`` is a shared lock: the corpus is not evicted from the cache while this object lives. ``stats``: the counts of
-    its lines.
+    its lines. ``sketches``: of its files, if it was made of several; see `contract.corpus_files.file_sketch`.
     """
 
     def __init__(self, directory: Path, use: FileLock) -> None:
@@ -139,6 +139,7 @@ class Corpus:
         self.directory = directory
         self.meta = CorpusMeta.read(directory / "meta.json")
         self.stats = self.meta.stats
+        self.sketches: list[str] = []
         dtype = np.uint16 if self.meta.token_bytes == 2 else np.uint32
         self.tokens: npt.NDArray[Any] = memmap_array(directory / "tokens.bin", dtype, self.meta.tokens)
         self.offsets: npt.NDArray[np.int64] = memmap_array(directory / "offsets.bin", np.int64, self.meta.documents + 1)
@@ -167,7 +168,7 @@ def open_corpus(
         OSError: the cache cannot be written, for example because the disk is full.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    progress = progress or _no_progress
+    progress = progress or no_progress
     content = content_digest(path, cache, progress)
     key = cache_key(content, tokenizer, text_field, plain=detect_plain_text(path))
     corpus = open_built(
@@ -259,7 +260,7 @@ def build_lock(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
         yield
 
 
-def _no_progress(done: int, total: int) -> None:
+def no_progress(done: int, total: int) -> None:
     pass
 
 
@@ -410,7 +411,7 @@ def check_corpus_json(file: Path, tokenizer: Tokenizer, text_field: str, max_bad
     """Print the result of the check as one JSON document; return the exit code."""
     counter = TokenCounter()
     with open_reader(file) as reader:
-        stats = tokenize_file(reader, tokenizer, text_field, counter, _no_progress)
+        stats = tokenize_file(reader, tokenizer, text_field, counter, no_progress)
     why_not = None
     try:
         require_usable(file, stats, text_field, max_bad_lines)
@@ -447,7 +448,7 @@ def check_corpus(file: Path, tokenizer: Tokenizer, text_field: str, max_bad_line
     with open_reader(file) as reader:
         reader.stats = VerboseParseStats(grouper=grouper)
         found = VerboseParseStats(grouper=grouper)
-        stats = tokenize_file(reader, tokenizer, text_field, counter, _no_progress, found)
+        stats = tokenize_file(reader, tokenizer, text_field, counter, no_progress, found)
     grouper.end()
     print(f"{file}: {stats.documents:,} documents, {counter.tokens:,} tokens, {stats.lines:,} lines")
     for count, kind in ((stats.blank_lines, "blank"), (stats.bad_lines, "bad")):

@@ -1,9 +1,9 @@
 """Tokenize the files of a corpus into one corpus of the cache: in parallel, and each file once.
 
-The corpus is that of `worker.data.corpus` with one file more, ``files.json``: the counts of each file, in order. The files
-are cut into parts of about ``PART_BYTES``. Processes tokenize the parts; this one appends them in order. A file that a
-corpus of the cache already has is copied from there. A killed build continues after the last appended file, and the part
-that was being made after its last journal entry. No file stays open, however many there are.
+The corpus has the files of `worker.data.corpus` and ``files.json``: the counts of each file, in order. The files are
+cut into parts of about ``PART_BYTES``. Processes tokenize the parts; this one appends them in order. A file that a
+corpus of the cache already has is copied from there. A killed build continues after the last appended file, and a part
+that was being made continues after its last journal entry. No file stays open, however many there are.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trainyard.contract.cache import CorpusCache
-from trainyard.contract.corpus_files import NamedFile, shown
+from trainyard.contract.corpus_files import NamedFile, file_sketch, shown
 from trainyard.contract.failpoints import failpoint
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.worker.data.corpus import (
@@ -36,6 +37,7 @@ from trainyard.worker.data.corpus import (
     ProgressCallback,
     cache_key,
     content_digest,
+    no_progress,
     open_built,
     open_corpus,
     require_usable,
@@ -67,10 +69,14 @@ FILES, PART = "files.json", "part.json"
 
 @dataclass(frozen=True)
 class FileKey:
-    """What decides the tokens of a file: the sha256 of its bytes, and whether blank lines separate its documents."""
+    """What decides the tokens of a file: the sha256 of its bytes, and whether blank lines separate its documents.
+
+    ``sketch``: see `contract.corpus_files.file_sketch`.
+    """
 
     content: str
     plain: bool
+    sketch: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class FileSetOptions:
     max_bad_lines: float = 0.01
     special_tokens: str = "text"
     processes: int | None = None
-    progress: ProgressCallback = field(default=lambda done, total: None)
+    progress: ProgressCallback = no_progress
 
 
 def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
@@ -136,6 +142,7 @@ def open_files(files: Sequence[NamedFile], options: FileSetOptions) -> Corpus:
         lambda directory: _Build(files, keys, content, directory, options).run(),
     )
     corpus.stats = _named_stats(files, corpus)
+    corpus.sketches = [key.sketch for key in keys]
     require_usable(_label(files), corpus.stats, options.text_field, options.max_bad_lines)
     return corpus
 
@@ -173,17 +180,17 @@ def _identify(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileK
     stored = options.cache / f"content-{name}.json"
     known = read_json(stored)
     if known is not None and len(known.get("files", ())) == len(files):
-        return [FileKey(str(content), bool(plain)) for content, plain in known["files"]]
+        return [FileKey(str(content), bool(plain), str(sketch)) for content, plain, sketch in known["files"]]
     total = sum(identity[2] for identity in identities)
     stopped = threading.Event()
 
-    def require_running(done: int, size: int) -> None:
+    def require_running(*_: int) -> None:
         if stopped.is_set():
             raise InterruptedError
 
     def identify(file: NamedFile) -> FileKey:
         content = content_digest(file.path, options.cache, require_running)
-        return FileKey(content, detect_plain_text(file.path))
+        return FileKey(content, detect_plain_text(file.path), file_sketch(file.path))
 
     with ThreadPoolExecutor(min(8, _cores())) as pool:
         futures = [pool.submit(identify, file) for file in files]
@@ -195,7 +202,9 @@ def _identify(files: Sequence[NamedFile], options: FileSetOptions) -> list[FileK
             raise
     # A file that was changed a moment ago may be changed again within the same clock tick.
     if all(time.time() - identity[4] / 1e9 > RECENT_CHANGE_SECONDS for identity in identities):
-        write_json(stored, {"files": [[key.content, key.plain] for key in keys], "path": str(files[0].path)})
+        write_json(
+            stored, {"files": [[key.content, key.plain, key.sketch] for key in keys], "path": str(files[0].path)}
+        )
     return keys
 
 
@@ -266,7 +275,7 @@ class _Build:
                 arrays.append(np.zeros(0, self._dtype), np.zeros(1, np.int64))
             parts = self._parts(len(self._counts), stack)
             try:
-                for part, counts in self._tokenized(parts, building, stack):
+                for part, counts in self._tokenized(parts, building):
                     self._append(arrays, part, counts, building)
             except BaseException:
                 with suppress(OSError):
@@ -294,9 +303,7 @@ class _Build:
                 parts.append(_Part(index, (file,), (key,), size, source, first))
         return parts
 
-    def _tokenized(
-        self, parts: Sequence[_Part], building: Path, stack: ExitStack
-    ) -> Iterator[tuple[_Part, list[FileCounts]]]:
+    def _tokenized(self, parts: Sequence[_Part], building: Path) -> Iterator[tuple[_Part, list[FileCounts]]]:
         """Yield each part in order, once its directory is complete."""
         fresh = [part for part in parts if part.source is None]
         processes = min(len(fresh), self._options.processes or _cores())
@@ -310,20 +317,16 @@ class _Build:
                 if part.source is not None:
                     yield part, self._cached_counts(part)
                 else:
-                    report = lambda: self._options.progress(self._done_bytes + workers.bytes_done, self._total_bytes)  # noqa: E731
-                    counts = _wait(jobs[part.start], report)
+                    counts = _wait(jobs[part.start], lambda: self._report(workers.bytes_done))
                     workers.bytes_done -= part.bytes
                     yield part, counts
 
     def _tokenize_here(self, part: _Part, building: Path) -> list[FileCounts]:
-        options = self._options
+        options, directory = self._options, part.directory(building)
+        return tokenize_part(directory, part.files, part.keys, options.tokenizer, options.text_field, self._report)
 
-        def progress(done: int) -> None:
-            options.progress(self._done_bytes + done, self._total_bytes)
-
-        return tokenize_part(
-            part.directory(building), part.files, part.keys, options.tokenizer, options.text_field, progress
-        )
+    def _report(self, done: int) -> None:
+        self._options.progress(self._done_bytes + done, self._total_bytes)
 
     def _cached_counts(self, part: _Part) -> list[FileCounts]:
         assert part.source is not None
@@ -340,7 +343,7 @@ class _Build:
         self._done_bytes += part.bytes
         if part.source is None:
             self._finished.append(source)
-        self._options.progress(self._done_bytes, self._total_bytes)
+        self._report(0)
         if time.monotonic() - self._journaled_at >= JOURNAL_SECONDS:
             self._write_journal(arrays, building)
 
@@ -415,7 +418,7 @@ def _append_documents(
     dtype: type[np.generic],
     base: int,
 ) -> None:
-    """Append the documents of ``counts``, which follow those of ``skipped`` in ``source``, to ``arrays`` at ``base``."""
+    """Append the documents of ``counts``, which follow ``skipped`` in ``source``, to ``arrays`` of ``base`` tokens."""
     first_document, first_token = sum(e.stats.documents for e in skipped), sum(e.tokens for e in skipped)
     documents, tokens = sum(e.stats.documents for e in counts), sum(e.tokens for e in counts)
     stored_tokens = (source / TOKENS).stat().st_size // np.dtype(dtype).itemsize
@@ -495,12 +498,15 @@ def tokenize_part(
     with ShardWriter(directory, tokenizer, token_bytes(tokenizer)) as shards:
         done = 0
         for file, key in zip(files, keys, strict=True):
-            counts.append(
-                _tokenize(file, key, shards, tokenizer, text_field, lambda size, done=done: progress(done + size))
-            )
+            report = partial(_report_after, progress, done)
+            counts.append(_tokenize(file, key, shards, tokenizer, text_field, report))
             done += counts[-1].bytes
     write_json(directory / PART, {"files": [asdict(entry) for entry in counts]})
     return counts
+
+
+def _report_after(progress: Callable[[int], None], before: int, size: int) -> None:
+    progress(before + size)
 
 
 def _tokenize(
@@ -516,7 +522,7 @@ def _tokenize(
         if shards.resumed_from is not None:
             before = 0
             reader.skip(shards.resumed_from.stats, lambda: progress(reader.bytes_read))
-        stats = tokenize_file(reader, tokenizer, text_field, shards, lambda done, total: progress(done))
+        stats = tokenize_file(reader, tokenizer, text_field, shards, lambda done, _: progress(done))
         if reader.digest != key.content:
             require_unchanged(file.path)
         return FileCounts(key.content, key.plain, reader.size, shards.tokens - before, stats)
@@ -551,7 +557,8 @@ class _TokenizerProcesses:
             self._free.put(process)
 
     def _ask(self, process: subprocess.Popen[str], part: _Part, building: Path) -> list[FileCounts]:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         options = self._options
         request = {
             "directory": str(part.directory(building)),
@@ -591,7 +598,7 @@ class _TokenizerProcesses:
 
 
 def main() -> int:
-    """Tokenize the parts that lines of stdin name, one after the other; write progress and results to stdout as JSON."""
+    """Tokenize the part that each line of stdin names; write progress and results to stdout, one JSON object a line."""
     from trainyard.worker.data.tokenizers import load_tokenizer
 
     tokenizer: Tokenizer | None = None

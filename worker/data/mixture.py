@@ -4,15 +4,20 @@ Each position of the sequence of rows belongs to one source. The pattern of sour
 and repeats, so any position costs the same.
 """
 
+import hashlib
 import heapq
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from trainyard.contract.rundir import write_atomically
+from trainyard.worker.data.corpus import Corpus
 from trainyard.worker.data.packing import Integers
 from trainyard.worker.data.sampler import FeistelPermutation, StepSampler
+from trainyard.worker.data.shards import memmap_array
 from trainyard.worker.splitmix import GAMMA, splitmix64
 
 PERIOD = 1 << 20
@@ -46,9 +51,9 @@ def row_parts(weights: Sequence[float], tokens_per_row: Sequence[float], period:
 def source_pattern(parts: Sequence[int]) -> npt.NDArray[np.uint8]:
     """Return the source of each position of one period. Any prefix of n rows has n * share rows of each source, +- 1.
 
-    Source: R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980). With k sources the difference
-    is at most 1 - 1 / (2k - 2). At each position, take the source whose next row is due first, among those whose next
-    row is not too early.
+    Source: R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980). With k sources the
+    difference is at most 1 - 1 / (2k - 2). At each position, take the source whose next row is due first, among those
+    whose next row is not too early.
     """
     period, width = sum(parts), max(2, 2 * len(parts) - 2)
 
@@ -74,8 +79,19 @@ def source_pattern(parts: Sequence[int]) -> npt.NDArray[np.uint8]:
     return np.frombuffer(pattern, dtype=np.uint8)
 
 
+def load_pattern(parts: Sequence[int], corpus: Corpus) -> npt.NDArray[np.uint8]:
+    """Return `source_pattern`. It takes a second, so it is stored in the directory of ``corpus`` the first time."""
+    name = hashlib.sha256(json.dumps(list(parts)).encode()).hexdigest()[:32]
+    stored = corpus.directory / f"mixture-{name}.bin"
+    if not stored.exists():
+        with corpus.lock():
+            if not stored.exists():
+                write_atomically(stored, source_pattern(parts).tobytes())
+    return memmap_array(stored, np.uint8, sum(parts))
+
+
 class MixturePattern:
-    """The repeated `source_pattern` of a mixture. Finds the source of any position, and how many rows the source had before it, in constant time."""
+    """The repeated `source_pattern` of a mixture. Finds the source of any position in constant time."""
 
     def __init__(self, pattern: npt.NDArray[np.uint8], sources: int) -> None:
         self._pattern = pattern
@@ -107,8 +123,8 @@ class MixturePattern:
 class MixtureSampler(StepSampler):
     """Selects the rows of each optimizer step of a weighted mixture. Every step has ``global_batch`` rows.
 
-    ``sizes``: the rows of each source; rows are numbered one source after the other. A source that is used up starts its
-    next pass in a new permutation. One epoch is as many rows as all sources have together.
+    ``sizes``: the rows of each source; rows are numbered one source after the other. A source that is used up starts
+    its next pass in a new permutation. One epoch is as many rows as all sources have together.
     """
 
     sizes: tuple[int, ...]

@@ -70,7 +70,7 @@ class Batch(NamedTuple):
         return Batch(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
 
-class _RowFiles:
+class RowFiles:
     """The memory-mapped rows of one corpus: row r has the segments ``firsts[r]`` to ``firsts[r + 1] - 1``."""
 
     def __init__(self, corpus: Corpus, directory: Path) -> None:
@@ -92,12 +92,12 @@ class _RowFiles:
 
 
 class PackedDataset:
-    """The rows of one corpus, or of several, numbered one corpus after the other."""
+    """The rows of one corpus, or of several, numbered one corpus after the other: ``parts``, one of each corpus."""
 
-    def __init__(self, parts: Sequence[_RowFiles], max_seq_len: int, packing: Packing) -> None:
+    def __init__(self, parts: Sequence[RowFiles], max_seq_len: int, packing: Packing) -> None:
         self.max_seq_len = max_seq_len
         self.packing = packing
-        self._parts = tuple(parts)
+        self.parts = tuple(parts)
         self._bounds = np.cumsum([0, *(len(part.targets) for part in parts)])
         self._max_segments = max(part.max_segments for part in parts)
 
@@ -116,12 +116,12 @@ class PackedDataset:
                 if not directory.exists():
                     with build_directory(directory) as building:
                         _write(corpus, building, max_seq_len, packing, Holdout.of(corpus, split))
-        return cls([_RowFiles(corpus, directory)], max_seq_len, packing)
+        return cls([RowFiles(corpus, directory)], max_seq_len, packing)
 
     @classmethod
     def concat(cls, datasets: "Sequence[PackedDataset]") -> "PackedDataset":
         """Return the rows of all ``datasets``, which have the same length and packing, one after the other."""
-        parts = [part for dataset in datasets for part in dataset._parts]
+        parts = [part for dataset in datasets for part in dataset.parts]
         return cls(parts, datasets[0].max_seq_len, datasets[0].packing)
 
     def __len__(self) -> int:
@@ -130,14 +130,14 @@ class PackedDataset:
     @property
     def tokens(self) -> int:
         """Number of predictions in one pass over all rows."""
-        return sum(int(part.targets.sum(dtype=np.int64)) for part in self._parts)
+        return sum(int(part.targets.sum(dtype=np.int64)) for part in self.parts)
 
     def targets_of(self, rows: Sequence[int] | Integers) -> Integers:
         """Return how many tokens each of these rows predicts."""
         rows = np.asarray(rows, dtype=np.int64)
         targets = np.zeros(len(rows), dtype=np.int64)
         for number, mask, local in self._by_part(rows):
-            targets[mask] = self._parts[number].targets[local]
+            targets[mask] = self.parts[number].targets[local]
         return targets
 
     def batch(self, rows: Sequence[int] | Integers) -> Batch:
@@ -177,7 +177,7 @@ class PackedDataset:
         return torch.from_numpy(out)
 
     def _by_part(self, rows: Integers) -> Iterator[tuple[int, Integers, Integers]]:
-        """Yield (number of a part, indices into ``rows`` of its rows, their numbers in the part) of each part that has some."""
+        """Yield (number of a part, indices into ``rows`` of its rows, their numbers in the part), part by part."""
         number = np.searchsorted(self._bounds, rows, side="right") - 1
         for index in np.unique(number).tolist():
             mask = np.flatnonzero(number == index)
@@ -187,7 +187,7 @@ class PackedDataset:
         """Return (index of its row in ``rows``, part, first token, length) of each segment, sorted by row."""
         columns = [np.zeros((4, 0), dtype=np.int64)]
         for number, mask, local in self._by_part(rows):
-            row, first, length = self._parts[number].segments(local)
+            row, first, length = self.parts[number].segments(local)
             columns.append(np.stack((mask[row], np.full(len(row), number), first, length)))
         joined = np.concatenate(columns, axis=1)
         row, part, first, length = joined[:, np.argsort(joined[0], kind="stable")]
@@ -195,13 +195,13 @@ class PackedDataset:
 
     def _tokens(self, part: Integers, source: Integers) -> Integers:
         """Return the tokens at the positions ``source`` of the corpora of the parts ``part``, one per element."""
-        if len(self._parts) == 1:
-            tokens: Integers = self._parts[0].corpus.tokens[source].astype(np.int64)
+        if len(self.parts) == 1:
+            tokens: Integers = self.parts[0].corpus.tokens[source].astype(np.int64)
             return tokens
         tokens = np.empty(len(source), dtype=np.int64)
         for index in np.unique(part).tolist():
             mask = part == index
-            tokens[mask] = self._parts[index].corpus.tokens[source[mask]]
+            tokens[mask] = self.parts[index].corpus.tokens[source[mask]]
         return tokens
 
 

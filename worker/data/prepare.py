@@ -10,6 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainyard.contract.corpus_files import (
+    CorpusFilesInvalid,
+    NamedFile,
+    expand,
+    file_sketch,
+    files_fingerprint,
+    is_single_file,
+)
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
@@ -17,9 +25,12 @@ from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
-from trainyard.worker.data.corpus import Corpus, open_corpus, read_as_text_warning
-from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.corpus import Corpus, read_as_text_warning
+from trainyard.worker.data.fileset import FileSetOptions, open_files
+from trainyard.worker.data.jsonl import DataInvalid, ParseStats
+from trainyard.worker.data.mixture import MixturePattern, MixtureSampler, load_pattern, row_parts
 from trainyard.worker.data.packing import PackedDataset, SplitSpec
+from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
@@ -30,28 +41,78 @@ PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
+class TrainingSource:
+    """One source of the corpus: its files, their tokens, and the rows of the training split."""
+
+    name: str
+    files: list[NamedFile]
+    corpus: Corpus
+    rows: PackedDataset
+    weight: float | None
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean number of predictions of a row."""
+        return self.rows.tokens / len(self.rows)
+
+
+@dataclass(frozen=True)
 class TrainingData:
-    """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None."""
+    """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None.
+
+    ``train_set`` has the rows of all sources, one source after the other.
+    """
 
     spec: JobSpec
     tokenizer: Tokenizer
-    corpus: Corpus
+    sources: tuple[TrainingSource, ...]
     train_set: PackedDataset
     eval_set: PackedDataset | None
+
+    @property
+    def documents(self) -> int:
+        return sum(source.corpus.meta.documents for source in self.sources)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the corpus, with BOS and EOS of each document."""
+        return sum(source.corpus.meta.tokens for source in self.sources)
+
+    @cached_property
+    def stats(self) -> ParseStats:
+        """The counts of the lines of all sources."""
+        total = ParseStats()
+        for source in self.sources:
+            total.add(source.corpus.stats)
+        return total
+
+    def sampler(self, global_batch: int, seed: int) -> StepSampler:
+        """Return the order of the rows. All ranks may call it at once."""
+        if not self.spec.data.is_mixture:
+            return StepSampler(len(self.train_set), global_batch, seed)
+        sizes = tuple(len(source.rows) for source in self.sources)
+        pattern = MixturePattern(load_pattern(self._row_parts, self.sources[0].corpus), len(sizes))
+        return MixtureSampler(len(self.train_set), global_batch, seed, sizes, pattern)
+
+    def tokens_per_step(self, sampler: StepSampler) -> float:
+        """Return the mean number of predictions of a step."""
+        if not self.spec.data.is_mixture:
+            return self.train_set.tokens / sampler.steps_per_epoch
+        per_row = sum(part * source.tokens_per_row for part, source in zip(self._row_parts, self.sources, strict=True))
+        return sampler.global_batch * per_row / sum(self._row_parts)
+
+    @cached_property
+    def _row_parts(self) -> list[int]:
+        return row_parts([source.weight or 0.0 for source in self.sources], [s.tokens_per_row for s in self.sources])
 
     @cached_property
     def identity(self) -> RunIdentity:
         """The data and model identity, which a checkpoint must match to be resumed."""
-        data, meta = self.spec.data, self.corpus.meta
-        parts: list[Any] = [meta.content, meta.text_field, data.eval_fraction]
-        if data.special_tokens == "tokens" or meta.added_tokens:
-            # Other ids than release 0.1 made of the same text. Without these, its runs can be resumed.
-            parts.append({"special_tokens": self.tokenizer.matching})
-        content = json.dumps(parts)
+        data = self.spec.data
         return RunIdentity(
             model=asdict(self.spec.model),
             tokenizer=self.tokenizer.fingerprint,
-            corpus=hashlib.sha256(content.encode()).hexdigest(),
+            corpus=hashlib.sha256(json.dumps(self._content()).encode()).hexdigest(),
             seed=self.spec.training.seed,
             max_seq_len=data.max_seq_len,
             packing=data.packing,
@@ -59,13 +120,45 @@ class TrainingData:
             vocabulary=self.tokenizer.vocab_size,
         )
 
+    @property
+    def _is_one_file(self) -> bool:
+        # As in release 0.1, whose checkpoints must go on. A directory of one file is not: it may gain another.
+        return self.spec.data.sources is None and is_single_file(paths_of(self.spec))
+
+    def _content(self) -> list[Any]:
+        data = self.spec.data
+        if self._is_one_file:
+            meta = self.sources[0].corpus.meta
+            return [meta.content, meta.text_field, data.eval_fraction]
+        sources = [
+            [source.name, source.weight, source.corpus.meta.content, source.corpus.meta.text_field]
+            + [file.name for file in source.files]
+            for source in self.sources
+        ]
+        return [sources, data.eval_fraction]
+
     def _corpus_file(self) -> dict[str, Any]:
-        """Return the fingerprint of the file as it is now, or {} if it is not the file that was read."""
+        """Return the fingerprint of the corpus as it is now, or {} if it is not what was read."""
         try:
-            fingerprint = FileFingerprint.of(Path(self.spec.data.data_path))
+            if self._is_one_file:
+                fingerprint = FileFingerprint.of(Path(str(paths_of(self.spec))))
+                return asdict(fingerprint) if fingerprint.bytes == self.sources[0].corpus.meta.bytes else {}
+            named = [(source, file) for source in self.sources for file in source.files]
+            names = [f"{source.name}/{file.name}" for source, file in named]
+            sizes = [file.path.stat().st_size for _, file in named]
+            return files_fingerprint(names, sizes, [s for source in self.sources for s in _sketches(source)])
         except OSError:
             return {}
-        return asdict(fingerprint) if fingerprint.bytes == self.corpus.meta.bytes else {}
+
+
+def _sketches(source: TrainingSource) -> list[str]:
+    return source.corpus.sketches or [file_sketch(file.path) for file in source.files]
+
+
+def paths_of(spec: JobSpec) -> str | list[str]:
+    """Return ``data_path``, of a spec without ``sources``."""
+    assert spec.data.data_path is not None
+    return spec.data.data_path
 
 
 def prepare_data(
@@ -101,7 +194,7 @@ class _ProgressReporter:
 def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
     try:
         return _open(spec, run, progress)
-    except DataInvalid as error:
+    except (DataInvalid, CorpusFilesInvalid) as error:
         raise TrainingError(
             Reason.DATA_INVALID, str(error), "`trainyard corpus check FILE` lists every bad line."
         ) from error
@@ -118,29 +211,39 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingDa
     spec = _with_vocabulary(spec, tokenizer)
     cache = Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
 
-    def open_shards(path: str) -> Corpus:
-        # Checked again for the second corpus: the first one may have taken hours.
+    def open_shards(files: list[NamedFile], text_field: str | None) -> Corpus:
+        # Checked again for each source: the one before may have taken hours.
         check_allowed_paths(spec, run)
-        return open_corpus(
-            Path(path),
+        options = FileSetOptions(
             tokenizer,
-            cache=cache,
-            text_field=data.text_field,
+            data.tokenizer_path,
+            cache,
+            text_field=text_field or data.text_field,
             max_bad_lines=data.max_bad_lines,
+            special_tokens=data.special_tokens,
+            processes=None if data.num_workers is None else max(1, data.num_workers),
             progress=progress,
         )
+        return open_files(files, options)
 
     def open_rows(corpus: Corpus, split: SplitSpec) -> PackedDataset:
         return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
 
-    corpus = open_shards(data.data_path)
+    splits = data.eval_fraction > 0
+    sources, held_out = [], []
+    for source in data.training_sources:
+        files = expand(source.path)
+        corpus = open_shards(files, source.text_field)
+        rows = open_rows(corpus, SplitSpec("train", data.eval_fraction) if splits else SplitSpec())
+        sources.append(TrainingSource(source.name, files, corpus, rows, source.weight))
+        if splits:
+            held_out.append(open_rows(corpus, SplitSpec("eval", data.eval_fraction)))
     if data.eval_data_path is not None:
-        eval_set = open_rows(open_shards(data.eval_data_path), SplitSpec())
-        return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), eval_set)
-    if data.eval_fraction > 0:
-        train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction)) for part in ("train", "eval"))
-        return TrainingData(spec, tokenizer, corpus, train_set, eval_set)
-    return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), None)
+        held_out = [open_rows(open_shards(expand(data.eval_data_path), None), SplitSpec())]
+    train_set = PackedDataset.concat([source.rows for source in sources])
+    return TrainingData(
+        spec, tokenizer, tuple(sources), train_set, PackedDataset.concat(held_out) if held_out else None
+    )
 
 
 def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
@@ -153,11 +256,11 @@ def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
 
 
 def _report_corpus(data: TrainingData, emit: Callable[[Event], None]) -> None:
-    meta = data.corpus.meta
-    if meta.bad_lines:
-        details = {"bad_lines": meta.bad_lines, "named": [list(pair) for pair in meta.named]}
-        message = f"{data.spec.data.data_path} has {meta.stats.describe_bad()}; they are left out"
+    stats, name = data.stats, data.spec.data.corpus_name
+    if stats.bad_lines:
+        details = {"bad_lines": stats.bad_lines, "named": [list(pair) for pair in stats.examples]}
+        message = f"{name} has {stats.describe_bad()}; they are left out"
         emit(WarningEvent(code="bad_lines", message=message, data=details))
-    if warning := read_as_text_warning(data.tokenizer, meta.stats):
-        details = {"special_tokens": meta.special_tokens, "special_texts": meta.special_texts}
-        emit(WarningEvent(code="special_tokens", message=f"{data.spec.data.data_path}: {warning}", data=details))
+    if warning := read_as_text_warning(data.tokenizer, stats):
+        details = {"special_tokens": stats.special_tokens, "special_texts": stats.special_texts}
+        emit(WarningEvent(code="special_tokens", message=f"{name}: {warning}", data=details))

@@ -23,7 +23,7 @@ def started_event(
     steps: int,
     resume_from: ResumePoint | None,
 ) -> Started:
-    spec, meta = data.spec, data.corpus.meta
+    spec = data.spec
     assert spec.model.vocab_size is not None
     return Started(
         start_step=progress.step,
@@ -38,13 +38,13 @@ def started_event(
         active_parameters=active_parameters(spec.model),
         vocab_size=spec.model.vocab_size,
         samples=len(data.train_set),
-        documents=meta.documents,
-        tokens=meta.tokens,
-        bad_lines=meta.bad_lines,
-        special_tokens=meta.special_tokens,
-        special_texts=meta.special_texts,
+        documents=data.documents,
+        tokens=data.tokens,
+        bad_lines=data.stats.bad_lines,
+        special_tokens=data.stats.special_tokens,
+        special_texts=data.stats.special_texts,
         global_batch=sampler.global_batch,
-        tokens_per_step=data.train_set.tokens / sampler.steps_per_epoch,
+        tokens_per_step=data.tokens_per_step(sampler),
         steps_per_epoch=sampler.steps_per_epoch,
         flops_per_token=flops_per_token(spec.model, spec.data.max_seq_len),
         resumed_from=str(resume_from.source) if resume_from is not None else None,
