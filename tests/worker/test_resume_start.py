@@ -94,7 +94,7 @@ def test_the_resolved_spec_is_read_as_it_stands(tmp_path: Path) -> None:
     run.attempt(1).path.mkdir()
     run.attempt(1).spec.write_text(spec(training={"epochs": 4}).model_dump_json())
     assert read_spec(run, 1) == spec(training={"epochs": 4})
-    run.attempt(1).spec.write_text('{"data": {}}')
+    run.attempt(1).spec.write_text('{"data": {"data_path": 1}}')
     with pytest.raises(UnusableSpec, match="data_path"):
         read_spec(run, 1)
 
