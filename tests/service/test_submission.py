@@ -205,7 +205,25 @@ def test_weights_to_start_from(rig: ServiceHarness) -> None:
     rig.job(rig.submit(training={"from_weight": str(directory)}))
     job = rig.job(rig.submit(training={"from_weight": str(weights)}))
     assert job["spec"]["training"]["from_weight"] == str(weights)
-    assert rig.job(rig.submit(training={"from_weight": "pretrain"}))["spec"]["training"]["from_weight"] == "pretrain"
+
+
+def test_a_name_of_weights_is_checked_at_submit(rig: ServiceHarness) -> None:
+    save_dir = rig.home / "saves"
+    named: dict[str, Any] = {"training": {"from_weight": "pretrain"}, "checkpoint": {"save_dir": str(save_dir)}}
+    assert "/training/from_weight" in mistakes(rig, rig.spec(**named))
+    assert "/training/from_weight" in mistakes(rig, rig.spec(training={"from_weight": "pretrain"}))
+    # What an earlier job wrote is found, for the model's own size alone.
+    (save_dir / "job_1" / "out").mkdir(parents=True)
+    (save_dir / "job_1" / "out" / "pretrain_512.pth").touch()
+    job_id = rig.submit(**named)
+    assert rig.job(job_id)["spec"]["training"]["from_weight"] == "pretrain"
+    assert (
+        "_640_moe.pth"
+        in mistakes(rig, rig.spec(**named, model={"hidden_size": 640, "use_moe": True}))["/training/from_weight"]
+    )
+    # A job that was submitted can still be changed when the weights are gone.
+    (save_dir / "job_1" / "out" / "pretrain_512.pth").unlink()
+    assert rig.client.patch(f"/jobs/{job_id}", json={"priority": 3}).status_code == 200
 
 
 def tokenizer(directory: Path, text: str) -> str:

@@ -70,7 +70,9 @@ def submit(
     digest = repository.body_digest(body)
     submission = find_replay(state, idempotency_key, digest)
     if submission is None:
-        submission = _create(state, caller, validate_spec(body, state.host_limits), idempotency_key, digest)
+        submission = _create(
+            state, caller, validate_spec(body, state.host_limits, is_new=True), idempotency_key, digest
+        )
         state.scheduler.wake()
     bind(job_id=submission.job_id)
     return created_response(state, submission)
