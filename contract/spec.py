@@ -144,6 +144,12 @@ class TrainingSpec(Group):
         return self.batch_size // factor, self.accumulation_steps * factor
 
 
+def epochs_ignored(training: TrainingSpec) -> str:
+    """Return the warning about ``epochs`` beside ``max_steps``."""
+    epochs, steps = training.epochs, training.max_steps
+    return f"epochs {epochs:,} is ignored, because max_steps is set: the run ends after {steps:,} steps"
+
+
 class CheckpointSpec(Group):
     """Checkpoints and saved weights."""
 
@@ -276,3 +282,12 @@ class JobSpec(Group):
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all ranks: the global batch."""
         return self.training.batch_size * self.training.accumulation_steps * self.resources.ranks
+
+
+def gives_both_lengths(spec: JobSpec) -> bool:
+    """Return whether a client gave ``epochs`` beside ``max_steps``, as far as the spec still shows it."""
+    training = spec.training
+    # A stored spec names every field: there, one epoch is the default.
+    complete = training.model_fields_set == set(TrainingSpec.model_fields)
+    given = training.epochs != 1 or ("epochs" in training.model_fields_set and not complete)
+    return training.max_steps is not None and given

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.allowed_paths import outside_reason
+from trainyard.contract.file_identity import fingerprint_inputs
 from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
 from trainyard.contract.rundir import find_named_weights, weights_name
 from trainyard.contract.spec import JobSpec
@@ -73,6 +74,17 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
         # An untrained model gives every token the same probability.
         "expected_first_loss": math.log(model.vocab_size),
     }
+
+
+def read_inputs(spec: JobSpec) -> dict[str, dict[str, Any]]:
+    """Return fingerprints of the files that the run will read, so that a change before it starts is noticed."""
+    data = spec.data
+    try:
+        tokenizer = tokenizer_file(data.tokenizer_path) if data.tokenizer_path != BYTE else None
+    except (TokenizerInvalid, OSError):
+        tokenizer = None  # it has just disappeared: the attempt says so
+    found = fingerprint_inputs(data.data_path, data.eval_data_path, tokenizer)
+    return {name: asdict(fingerprint) for name, fingerprint in found.items()}
 
 
 def kind_of(spec: JobSpec, host: HostLimits) -> str:

@@ -1,13 +1,12 @@
 """The plan preview: computed from the spec, a sample of the corpus, this host's devices and earlier runs."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.tokenizer_info import TokenizerInvalid, special_names, special_pattern
+from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
@@ -30,18 +29,23 @@ class QueuePosition:
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`."""
+    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`.
+
+    ``tokens``: those of the tokenizer.
+    """
 
     size: RunSize | None
     names: tuple[str, ...] = ()
+    tokens: TokenNames | None = None
 
 
 def sample_corpus(spec: JobSpec) -> CorpusSample:
     """Read a bounded sample of the corpus and estimate the run's size."""
     sampled = sample_lines(Path(spec.data.data_path), spec.data.text_field)
     if sampled is None:
-        return CorpusSample(None)
-    special = _special_pattern(spec.data.tokenizer_path)
+        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path))
+    tokens_of = _token_names(spec.data.tokenizer_path)
+    special = special_pattern(tokens_of.special) if tokens_of is not None else None
     marks = [len(special.findall(text)) if special is not None else 0 for text in sampled.texts]
     as_tokens = spec.data.special_tokens == "tokens" and special is not None
     texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
@@ -54,12 +58,12 @@ def sample_corpus(spec: JobSpec) -> CorpusSample:
             special_tokens=round(sampled.scale * sum(marks)),
             special_texts=round(sampled.scale * sum(map(bool, marks))),
         )
-    return CorpusSample(size, sampled.names)
+    return CorpusSample(size, sampled.names, tokens_of)
 
 
-def _special_pattern(tokenizer_path: str) -> re.Pattern[str] | None:
+def _token_names(tokenizer_path: str) -> TokenNames | None:
     try:
-        return special_pattern(special_names(tokenizer_path))
+        return TokenNames.read(tokenizer_path)
     except (TokenizerInvalid, OSError):
         return None
 
@@ -84,6 +88,8 @@ def preview(
         {
             **facts,
             **_sizes(size, facts, throughput),
+            "bos_token": sample.tokens.bos if sample.tokens is not None else None,
+            "eos_token": sample.tokens.eos if sample.tokens is not None else None,
             "memory_limit_bytes": host.memory_limit,
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),

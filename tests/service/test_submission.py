@@ -1,5 +1,6 @@
 """POST /jobs: every mistake at once, each job launched once, no value echoed."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -319,3 +320,32 @@ def test_a_key_is_free_again_once_its_job_is_deleted(any_rig: ServiceHarness) ->
     any_rig.client.delete(f"/jobs/{first}")
     second = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
     assert (second.status_code, second.json()["id"] != first) == (201, True)
+
+
+def test_epochs_beside_max_steps_is_in_plan_job_and_event(rig: ServiceHarness) -> None:
+    for training in ({"epochs": 3, "max_steps": 94}, {"epochs": 1, "max_steps": 94}):
+        spec = rig.spec(training=training, resources={"device": "cpu"})
+        warnings = rig.client.post("/jobs/plan", json=spec).json()["warnings"]
+        job_id = rig.submit(training=training, resources={"device": "cpu"})
+        (alert,) = rig.job(job_id)["alerts"]
+        expected = f"epochs {training['epochs']} is ignored, because max_steps is set: the run ends after 94 steps"
+        assert alert["message"] == expected
+        assert expected in warnings
+        events = rig.client.get(f"/jobs/{job_id}/events").json()["data"]
+        assert [event["message"] for event in events if event["kind"] == "warning"] == [expected]
+    for alone in ({"epochs": 3}, {"max_steps": 94}):
+        assert rig.job(rig.submit(training=alone, resources={"device": "cpu"}))["alerts"] == []
+
+
+def test_the_tokens_around_documents_are_in_the_plan(rig: ServiceHarness) -> None:
+    spec = rig.spec()
+    assert rig.client.post("/jobs/plan", json=spec).json()["bos_token"] == "<|im_start|>"
+    folder = rig.home / "gpt2"
+    folder.mkdir()
+    vocabulary = {
+        "model": {"vocab": {"a": 0}},
+        "added_tokens": [{"id": 1, "content": "<|endoftext|>", "special": True}],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    plan = rig.client.post("/jobs/plan", json=rig.spec(data={**spec["data"], "tokenizer_path": str(folder)})).json()
+    assert (plan["bos_token"], plan["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")

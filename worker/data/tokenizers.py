@@ -48,6 +48,9 @@ class Tokenizer(Protocol):
     pad_id: int
     bos_id: int
     eos_id: int
+    bos: str
+    eos: str
+    """The tokens before and after each document, as texts."""
     fingerprint: str
     """Equal for two tokenizers with the same ``matching`` only if they give equal ids for every text."""
     matching: str
@@ -87,6 +90,7 @@ class ByteTokenizer:
 
     vocab_size = BYTE_VOCABULARY
     pad_id, bos_id, eos_id = PAD, BOS, EOS
+    bos, eos = SPECIAL_TOKENS[1:]
     fingerprint = BYTE_FINGERPRINT
     special_pattern = special_pattern(SPECIAL_TOKENS)
     ordinary_ids: frozenset[int] = frozenset()
@@ -132,6 +136,7 @@ class FileTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size, self.fingerprint = info.size, info.fingerprint
+        self.bos, self.eos = info.bos, info.eos
         self.bos_id, self.eos_id, self.pad_id = info.bos_id, info.eos_id, info.pad_id
         self.ordinary_ids = frozenset(info.added[name] for name in info.ordinary)
         self.matching = "tokens" if special_tokens == "tokens" else "added" if self.ordinary_ids else ""
