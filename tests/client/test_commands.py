@@ -265,6 +265,15 @@ def test_actions_say_the_state_and_what_is_next(run: Run, service: FakeService, 
     assert service.requests[-1].url.path == f"/jobs/job_7f3kq9/{verb}"
 
 
+def test_resume_with_more_steps_prints_the_rates(run: Run, service: FakeService) -> None:
+    service.jobs["job_7f3kq9"] |= {"learning_rate_before": 2e-4, "learning_rate_after": 1.03e-3}
+    code, _, err = run("resume", "pre-12", "--max_steps", "500", "--schedule", "extend")
+    assert code == 0
+    assert body_of(service.requests[-1]) == {"max_steps": 500, "schedule": "extend"}
+    assert "learning rate: 0.0002 at the checkpoint, 0.00103 at the next step" in err
+    assert "--schedule continue" in err
+
+
 def test_resume_with_changes(run: Run, service: FakeService) -> None:
     run("resume", "pre-12", "--max_steps", "500", "--set", "resources.nproc_per_node=2", "--set", "device=cpu")
     assert body_of(service.requests[-1]) == {"max_steps": 500, "resources": {"nproc_per_node": 2, "device": "cpu"}}
