@@ -28,6 +28,7 @@ class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
     ``base_step``: steps before the run's own schedule, see `contract.messages.Fork`; ``steps`` includes them.
+    ``duplicates``: documents with the text of an earlier one, counted if ``eval_fraction`` is used; else null.
     """
 
     kind: Literal["started"] = "started"
@@ -50,6 +51,7 @@ class Started(EventBase):
     steps_per_epoch: int
     flops_per_token: float
     base_step: Step = 0
+    duplicates: int | None = None
     resumed_from: str | None = None
 
 
@@ -113,12 +115,13 @@ class CheckpointRemoved(EventBase):
 
 
 class SampleEvent(EventBase):
-    """A text that the model generated."""
+    """A text that the model generated. ``note``: what was cut because it did not fit, or null."""
 
     kind: Literal["sample"] = "sample"
     step: Step
     prompt: str
     text: str
+    note: str | None = None
 
 
 class WarningEvent(EventBase):

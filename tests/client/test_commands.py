@@ -229,7 +229,10 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
             {"number": 1, "trigger": "submit", "start_step": 0, "end_step": 60, "created_at": "t0", "ended_at": "t1",
              "outcome": "stopped", "message": "saved"},
         ],
-        "samples": [{"step": 60, "prompt": "Return", "text": "the\nvalue"}],
+        "samples": [
+            {"step": 60, "prompt": "Return", "text": "the\nvalue", "note": None},
+            {"step": 60, "prompt": "So", "text": "it", "note": "at most 20 new tokens"},
+        ],
         "devices": [
             {"id": "cpu:0", "kind": "cpu", "model": None, "memory_bytes": None, "job_id": None, "processes": []},
             {"id": "cuda:0", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [7]},
@@ -247,7 +250,9 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "stopped:",
         "saved",
     ]
-    assert run("samples", "pre-12")[1] == "step 60  'Return'\n  the\n  value\n"
+    assert run("samples", "pre-12")[1] == (
+        "step 60  'Return'\n  the\n  value\nstep 60  'So'  (at most 20 new tokens)\n  it\n"
+    )
     devices = run("devices")[1].splitlines()
     assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
     assert devices[2].endswith("80.0 GB  no job, but used by process 7")
