@@ -10,6 +10,7 @@ import torch
 
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.failpoints import hit
+from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
@@ -37,7 +38,7 @@ from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, r
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
-from trainyard.worker.training.schedule import LRSchedule, StepIntervals, total_steps
+from trainyard.worker.training.schedule import StepIntervals, total_steps
 from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
@@ -204,6 +205,7 @@ class Trainer:
     spike_detector: LossSpikeDetector = field(default_factory=LossSpikeDetector)
     pending: list[PendingStep] = field(default_factory=list)
     last_metrics: StepMetrics | None = None
+    save_is_owed: bool = False
 
     def warm_up(self) -> None:
         """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
@@ -244,6 +246,7 @@ class Trainer:
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
                 if (progress := self._collect_pending(progress)).step <= previous_step:
+                    self.save_is_owed = flags.save  # the request file is gone: save after the next step
                     continue
                 self._save(progress, required=is_last or flags.stop)
             if flags.spike:
@@ -271,6 +274,7 @@ class Trainer:
         requested = self.save_request.exists()
         if requested:
             self.save_request.unlink(missing_ok=True)
+        requested, self.save_is_owed = requested or self.save_is_owed, False
         return requested or self.checkpointer.is_due_by_time(time.monotonic())
 
     def train_step(self, progress: TrainProgress) -> TrainProgress:

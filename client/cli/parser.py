@@ -250,6 +250,8 @@ COMMANDS = (
     _of_job("resume", "cli.commands.actions:resume", "continue from the newest valid checkpoint",
         Option("--epochs", type=int, help="raise the number of epochs"),
         Option("--max_steps", type=int, help="raise the number of steps"),
+        Option("--schedule", type=click.Choice(["extend", "continue"]),
+            help="learning rate of a longer run: that of its whole new length, or on from the present rate"),
         _step("go back to the checkpoint of this step; newer ones are set aside"),
         _several("--set", "resources.FIELD=JSON", "change resources"), context_settings=BOTH_SPELLINGS),
     _of_job("save", "cli.commands.actions:save", "write a checkpoint at the next step, and continue"),

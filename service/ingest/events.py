@@ -260,8 +260,8 @@ class _EventBatch:
         self._record_event("checkpoint_removed", f"{verb} the checkpoint of step {event.step:,}: {event.why}", event)
 
     def _sample(self, event: SampleEvent) -> None:
-        text = {"step": event.step, "prompt": event.prompt, "text": event.text, "at": event.at, "seq": event.seq}
-        self.session.add(SampleRow(job_id=self.job.id, attempt=self.attempt.number, **text))
+        own = {"job_id": self.job.id, "attempt": self.attempt.number}
+        self.session.add(SampleRow(**own, **event.model_dump(exclude={"kind"})))
 
     def _warned(self, event: WarningEvent) -> None:
         repository.add_alert(self.job, event.code, event.message, event.at, event.step)

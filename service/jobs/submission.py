@@ -67,6 +67,7 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
         "device": device,
         "dtype": training.dtype,
         "vocab_size": model.vocab_size,
+        # As if each row were one document. The plan of a preview or of a started job has the corpus's own number.
         "flops_per_token": costs.flops_per_token(model, spec.data.max_seq_len),
         "memory_bytes": asdict(memory),
         "checkpoint_bytes": saved,

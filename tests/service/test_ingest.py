@@ -69,7 +69,7 @@ def test_a_line_that_cannot_be_read_is_kept_as_a_warning(any_rig: ServiceHarness
 def test_texts_that_no_database_takes_are_mended(any_rig: ServiceHarness, text: str) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
-    attempt.say("sample", step=1, prompt=text, text=text)
+    attempt.say("sample", step=1, prompt=text, text=text, note="at most 9 new tokens")
     attempt.say("warning", code="c", message=text, data={text: [text]})
     attempt.say("checkpoint", step=1, path=f"/{text}", bytes=1, sha256="a")
     attempt.say("phase", phase="saving", message=text)
@@ -77,6 +77,7 @@ def test_texts_that_no_database_takes_are_mended(any_rig: ServiceHarness, text: 
     sample = rig.data(job_id, "samples")[0]
     assert len(sample["text"]) == min(len(text), 100_000)
     assert "\0" not in sample["text"]
+    assert sample["note"] == "at most 9 new tokens"
     rig.job(job_id)
 
 

@@ -35,7 +35,7 @@ from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.jobs.submission import initial_plan, kind_of, read_inputs, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.observability.logging import bind
-from trainyard.service.schemas import Job, Page
+from trainyard.service.schemas import Job, Page, ResumedJob
 
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -248,15 +248,19 @@ def save(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
 @router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
 def resume(
     state: StateDep, caller: PrincipalDep, job_id: str, body: ResumeBody = Body(default_factory=ResumeBody)
-) -> Job:
+) -> ResumedJob:
     """Resume from the newest valid checkpoint, or from scratch if there is none, or from the checkpoint of `step`.
 
     Checkpoints newer than `step` are set aside on disk when the attempt starts, and are no longer listed. 409
     `run_differs` if the corpus, the vocabulary or the shape differs from the one that the checkpoint was saved with.
+
+    If the run gets longer, `schedule` decides on its learning rate: `extend` follows the schedule of the longer run,
+    `continue` decays on from the present rate. `learning_rate_before` and `learning_rate_after` are the rates of the
+    checkpoint's step and of the next one.
     """
     changes, step = body.given(), body.step
     with state.database.read() as session:
-        in_progress = actions.resume_in_progress(session, job_id, bool(changes))
+        in_progress = actions.resume_in_progress(session, job_id, changes.keys() != {"schedule"} and bool(changes))
     if not in_progress:
         job = find_job(state, job_id)
         # These checks read files, so they run outside of the transaction that changes the job.
@@ -266,10 +270,14 @@ def resume(
             candidates = resume_compat.resume_candidates(session, state.settings, job, step)
         resume_compat.check_compatible(candidates, job.spec, state.settings)
         spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits)
+        at_step = step if step is not None else next((candidate.step for candidate in candidates), None)
+        spec, rates = actions.with_schedule(job, spec, at_step, body.schedule)
         with state.database.write() as session:
-            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
+            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now(), rates)
         state.scheduler.wake()
-    return load_response(state, job_id)
+    resumed = load_response(state, job_id)
+    names = ("learning_rate_before", "learning_rate_after")
+    return ResumedJob(**dict(resumed), **{name: getattr(resumed.plan, name) for name in names})
 
 
 def _check_exists(state: AppState, job_id: str, step: int) -> None:
