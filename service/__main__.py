@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
+from trainyard.service import descriptors
 from trainyard.service.app import build_state, create_app
 from trainyard.service.db.engine import UnknownSchemaVersion, error_text
 from trainyard.service.launch.base import LOCAL, Launcher
@@ -21,11 +22,16 @@ from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.router import LauncherRouter
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
-from trainyard.service.server import MAX_HEAD_BYTES, GracefulServer, TimeoutH11Protocol
+from trainyard.service.server import (
+    ACCEPTS_PER_ROUND,
+    LISTEN_BACKLOG,
+    MAX_HEAD_BYTES,
+    GracefulServer,
+    TimeoutH11Protocol,
+)
 from trainyard.service.settings import InvalidSettings, Settings
 from trainyard.service.timing import Timing
 
-BACKLOG = 512
 PREDECESSOR_SECONDS = 20.0
 SHUTDOWN_SECONDS = 10
 UNACKED_TIMEOUT_MILLISECONDS = 60_000
@@ -101,6 +107,7 @@ def _read_settings(arguments: list[str] | None) -> tuple[Settings, bool]:
 
 
 def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
+    descriptors.raise_limit()
     with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
         state = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
@@ -120,6 +127,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
             http=TimeoutH11Protocol,
+            backlog=ACCEPTS_PER_ROUND,
             # uvicorn would trust every peer on loopback; `service.proxies` trusts only the configured proxies.
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
@@ -155,7 +163,7 @@ def _bind(settings: Settings) -> socket.socket:
     except InvalidSettings:
         listener.close()
         raise
-    listener.listen(BACKLOG)
+    listener.listen(LISTEN_BACKLOG)
     return listener
 
 
