@@ -19,8 +19,8 @@ from trainyard.worker.agent.exit_report import apply_time_limit, collect_evidenc
 from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.hang_detector import HangDetector
 from trainyard.worker.agent.oom import OomMonitor, monitor_own_processes
-from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.rendezvous import SINGLE_NODE, NodeInfo
+from trainyard.worker.agent.torchrun import ProcessTree
 from trainyard.worker.agent.uploader import EventUploader
 
 STACK_DUMP_SECONDS = 1.0
