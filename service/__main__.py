@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
-from trainyard.service import descriptors
+from trainyard.service import descriptors, home
 from trainyard.service.app import build_state, create_app
 from trainyard.service.db.engine import UnknownSchemaVersion, error_text
 from trainyard.service.launch.base import LOCAL, Launcher, LauncherRouter
@@ -51,9 +51,10 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
     """
     try:
         settings, schedules = _read_settings(arguments)
-        settings.home.mkdir(parents=True, exist_ok=True)
+        home.create_directory(settings.home, settings.home_mode)
         with _lock_home(settings) if schedules else contextlib.nullcontext():
             configure_logging(settings.log_format, settings.log_level, settings.secrets())
+            _protect_home(settings)
             return _serve(settings, schedules, agent, timing)
     except InvalidSettings as error:
         return _fail(str(error), code=2)
@@ -63,6 +64,13 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
         return _fail(error_text(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}; --home or TRAINYARD_HOME says where the service may write")
+
+
+def _protect_home(settings: Settings) -> None:
+    home.share_new_files(settings.home_mode)
+    home.restrict(settings.home, settings.home_mode, settings.database_file)
+    # A cache that is shared with other services keeps its mode.
+    home.create_directory(settings.corpus_cache, settings.home_mode)
 
 
 def _fail(message: str, code: int = 1) -> int:
