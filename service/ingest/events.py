@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, u
 from sqlalchemy.exc import InterfaceError, OperationalError, StatementError
 from sqlalchemy.orm import Session
 
+from trainyard.contract.attempt_proof import RequestProof
 from trainyard.contract.events import (
     CheckpointRemoved,
     CheckpointSaved,
@@ -45,12 +46,16 @@ QUARANTINED = ("invalid", "superseded")
 """Reasons of a removal that renames the files instead of deleting them."""
 
 
-def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
-    """Return the attempt that the token belongs to. Raises Unauthorized if there is none."""
+def authenticate(session: Session, attempt_id: str, credentials: RequestProof | str) -> AttemptRow:
+    """Return the attempt that the credentials belong to: a proof, or the token itself, which agents of 0.1 send.
+
+    Raises Unauthorized if there is none.
+    """
     valid = attempt_id.isascii() and attempt_id.isprintable()
     attempt = session.scalar(ATTEMPT_BY_ID, {"attempt_id": attempt_id}) if valid else None
     # Always compare, also if there is no such attempt: the time taken must not show which attempts exist.
     expected = attempt.token_sha256 if attempt is not None else NO_HASH
+    token = credentials.token(expected) if isinstance(credentials, RequestProof) else credentials
     if not hmac.compare_digest(token_hash(token), expected) or attempt is None:
         raise Unauthorized("The token does not belong to this attempt.")
     return attempt

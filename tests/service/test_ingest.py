@@ -4,9 +4,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import httpx2
 import pytest
 
 from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.attempt_proof import ANSWER_HEADER, RequestProof, key_of
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.ingest.parsing import contiguous, parse_event
@@ -91,6 +93,39 @@ def test_numbers_that_are_not_finite(any_rig: ServiceHarness) -> None:
     found = rig.data(job_id, "metrics")
     assert [(m["loss"], m["nonfinite"]) for m in found] == [(None, True)] * 3
     assert rig.job(job_id)["progress"]["nonfinite"] is True
+
+
+def test_an_agent_and_the_service_prove_themselves_without_the_token(any_rig: ServiceHarness) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running()
+    attempt_id, token = attempt.launch.attempt_id, attempt.launch.token
+    attempt.metric(1)
+    body = json.dumps({"events": attempt.lines}).encode()
+    proof = RequestProof.of(token, f"{attempt_id}/events", body)
+
+    def post(resource: str, content: bytes, authorization: str) -> httpx2.Response:
+        headers = {"Authorization": authorization, "Content-Type": "application/json"}
+        return rig.client.post(f"/internal/attempts/{attempt_id}/{resource}", content=content, headers=headers)
+
+    other_body = body.replace(b'"step": 1', b'"step": 9')
+    assert other_body != body
+    for rejected in (
+        post("events", other_body, proof.header),
+        post("exit", body, proof.header),
+        post("events", body, RequestProof.of("a guess", f"{attempt_id}/events", body).header),
+        post("events", body, proof.header[:-2]),
+    ):
+        assert (rejected.status_code, rejected.json()["code"]) == (401, "unauthorized")
+        assert ANSWER_HEADER not in rejected.headers
+    assert rig.data(job_id, "metrics") == []
+    answer = post("events", body, proof.header)
+    assert answer.status_code == 200, answer.text
+    assert proof.is_answered_by(key_of(token), answer.headers[ANSWER_HEADER], answer.content)
+    assert [point["step"] for point in rig.data(job_id, "metrics")] == [1]
+    # Agents of 0.1 send the token itself, and expect no proof.
+    of_old = rig.report(attempt, "heartbeat", {"step": 1})
+    assert of_old.status_code == 200
+    assert ANSWER_HEADER not in of_old.headers
 
 
 def test_a_token_reports_only_its_own_attempt(any_rig: ServiceHarness) -> None:
