@@ -19,6 +19,7 @@ from trainyard.service.api.routers import (
     artifacts,
     checkpoints,
     devices,
+    documentation,
     exports,
     forks,
     ingest,
@@ -73,6 +74,7 @@ ROUTERS = (
     webhooks,
     status,
     prometheus,
+    documentation,
 )
 ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
@@ -133,7 +135,8 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         version=status.package_version(),
         description=DESCRIPTION,
         lifespan=lifespan,
-        redoc_url=None,
+        # FastAPI's own routes would need neither scope nor known query parameters, and its page loads from a CDN.
+        openapi_url=None,
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.app_state = state

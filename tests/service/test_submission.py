@@ -140,10 +140,8 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     os.mkfifo(fifo)
     empty.touch()
     link.symlink_to("/etc/passwd")
-    outside = (
-        "lies outside the directories that TRAINYARD_DATA_ROOTS allows; unless it is set: where the service was "
-        "started, its home and the temporary directory"
-    )
+    roots = " or ".join(map(str, dict.fromkeys([*rig.settings.data_roots, rig.home])))
+    outside = f"lies outside the directories that TRAINYARD_DATA_ROOTS allows: {roots}"
     for path, message in {
         str(fifo): "must be a regular file",
         str(rig.home): "must be a regular file",
@@ -158,6 +156,54 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
         assert mistakes(rig, rig.spec() | {"data": {"data_path": str(rig.corpus), "eval_data_path": path}}) == {
             "/data/eval_data_path": message
         }
+
+
+RELATIVE_PATHS = {
+    "/data/data_path": "corpus.jsonl",
+    "/data/eval_data_path": "./corpus.jsonl",
+    "/data/tokenizer_path": "../model",
+    "/training/from_weight": "out/pretrain_512.pth",
+    "/checkpoint/save_dir": "~/out",
+}
+
+
+def with_relative(rig: ServiceHarness, pointer: str) -> dict[str, Any]:
+    _, group, leaf = pointer.split("/")
+    spec = rig.spec()
+    spec.setdefault(group, {})[leaf] = RELATIVE_PATHS[pointer]
+    return spec
+
+
+@pytest.mark.parametrize("pointer", RELATIVE_PATHS)
+def test_a_relative_path_is_refused_although_it_exists_in_the_working_directory(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, pointer: str
+) -> None:
+    monkeypatch.chdir(rig.home)
+    setting = "TRAINYARD_SAVE_ROOTS" if pointer.endswith("save_dir") else "TRAINYARD_DATA_ROOTS"
+    [(where, message)] = mistakes(rig, with_relative(rig, pointer)).items()
+    assert where == pointer
+    assert message.startswith("must be absolute, below ")
+    assert str(rig.home) in message
+    assert message.endswith(f"({setting})")
+    assert rig.get("/jobs")["data"] == []
+
+
+def test_a_token_that_is_no_admin_does_not_learn_the_allowed_directories(
+    make_rig: MakeHarness, sqlite_url: str
+) -> None:
+    rig = make_rig(sqlite_url, token="sesame")
+    rig.client.headers["Authorization"] = "Bearer sesame"
+    token = rig.client.post("/tokens", json={"name": "ci", "scope": "submit"}).json()["token"]
+    parent = rig.submit()
+    rig.client.headers["Authorization"] = f"Bearer {token}"
+    assert mistakes(rig, with_relative(rig, "/data/data_path")) == {"/data/data_path": "must be absolute"}
+    for path in ("/jobs", "/jobs/plan"):
+        answer = rig.client.post(path, json={"data": {"data_path": "/etc/passwd"}})
+        assert "lies outside the directories that TRAINYARD_DATA_ROOTS allows; unless it is set" in answer.text
+        assert str(rig.home) not in answer.text
+    answer = rig.client.post(f"/jobs/{parent}/fork/plan", json={"overrides": {"data": {"eval_data_path": "x"}}})
+    assert str(rig.home) not in answer.text
+    rig.close()
 
 
 def test_paths_are_stored_resolved(rig: ServiceHarness) -> None:

@@ -59,23 +59,23 @@ def fork(
 
 
 @router.post("/jobs/{job_id}/fork/plan", dependencies=[SUBMIT], openapi_extra=BODY)
-def plan_fork(state: StateDep, job_id: str, body: JsonBody) -> PlanPreview:
+def plan_fork(state: StateDep, caller: PrincipalDep, job_id: str, body: JsonBody) -> PlanPreview:
     """Preview the fork of the same body, as `/jobs/plan` does for a new job. Nothing is stored.
 
     `steps` counts the whole curve; time and FLOPs are those of the steps after `start_step`.
     """
-    request, host = parse_fork_request(body), state.host_limits
+    request, host = parse_fork_request(body), state.host_limits(caller)
     with state.database.read() as session:
         parent = service.find_parent(session, state.settings.runs, job_id, request)
     spec = forked_spec(request, parent.origin, host)
     plan = service.fork_plan(spec, request, parent, kind_of(spec, host))
-    return preview_from_step(make_preview(state, spec), parent.step, plan["base_step"], plan["steps"])
+    return preview_from_step(make_preview(state, spec, host), parent.step, plan["base_step"], plan["steps"])
 
 
 def _create(
     state: AppState, caller: Principal, job_id: str, request: ForkRequest, key: str | None, digest: str
 ) -> CreatedJob:
-    settings, host = state.settings, state.host_limits
+    settings, host = state.settings, state.host_limits(caller)
     with state.database.read() as session:
         parent = service.find_parent(session, settings.runs, job_id, request)
     candidate = ResumeCandidate(parent.step, parent.checkpoint, restarts_data=request.data == "restart")

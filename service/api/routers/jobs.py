@@ -34,7 +34,7 @@ from trainyard.service.jobs.queries import JobRows
 from trainyard.service.jobs.submission import initial_plan, kind_of, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.observability.logging import bind
-from trainyard.service.schemas import Job, Page
+from trainyard.service.schemas import Job, JobSummary, Page
 
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -42,6 +42,7 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
 Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
+OptionalLimit = Annotated[int | None, Query(ge=1, le=100)]
 
 SPEC_BODY: dict[str, Any] = {
     "requestBody": {
@@ -70,7 +71,7 @@ def submit(
     digest = repository.body_digest(body)
     submission = find_replay(state, idempotency_key, digest)
     if submission is None:
-        submission = _create(state, caller, validate_spec(body, state.host_limits), idempotency_key, digest)
+        submission = _create(state, caller, validate_spec(body, state.host_limits(caller)), idempotency_key, digest)
         state.scheduler.wake()
     bind(job_id=submission.job_id)
     return created_response(state, submission)
@@ -114,7 +115,7 @@ def replay_cutoff(state: AppState) -> datetime:
 
 
 def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, digest: str) -> CreatedJob:
-    kind = kind_of(spec, state.host_limits)
+    kind = kind_of(spec, state.host_limits(caller))
     now = utc_now()
     falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
     alerts = [repository.new_alert("cpu_fallback", NO_GPU, now)] if falls_back else []
@@ -163,16 +164,20 @@ def list_jobs(
     after: OptionalText = None,
     parent: OptionalText = None,
     search: OptionalText = None,
-) -> Page[Job]:
+    fields: Literal["all", "summary"] = "all",
+) -> Page[Job] | Page[JobSummary]:
     """List jobs. `label=key=value` may be repeated; all must match. `parent`: the forks of this job.
 
-    `search`: a part of the name, ignoring case, or the beginning of the id.
+    `search`: a part of the name, ignoring case, or the beginning of the id. `fields=summary` leaves out `spec`, `plan`
+    and `allowed_actions`.
     """
     labels = listing.label_pairs(label)
     filter_ = listing.JobFilter(tuple(status), labels, name, order == "newest", limit, after, parent, search)
     with state.database.connection() as connection:
         jobs, has_more = listing.jobs(connection, filter_)
         rows = queries.load_related(connection, jobs)
+    if fields == "summary":
+        return Page(data=presenters.to_job_summaries(rows, state.scheduler.waiting), has_more=has_more)
     return Page(data=presenters.to_job_responses(rows, state.scheduler.waiting), has_more=has_more)
 
 
@@ -190,7 +195,7 @@ def patch_job(
     changes = body.given()
     with state.database.connection() as connection:
         before = queries.spec_of(connection, job_id)
-    spec = actions.changed_spec(before, changes, actions.PATCH_FIELDS, state.host_limits)
+    spec = actions.changed_spec(before, changes, actions.PATCH_FIELDS, state.host_limits(caller))
     with state.database.write() as session:
         actions.patch(session, job_id, before, changes, spec, caller, utc_now())
         rows = _load_changed(session, job_id)
@@ -255,7 +260,7 @@ def resume(
         with state.database.read() as session:
             candidates = resume_compat.resume_candidates(session, state.settings, job, step)
         resume_compat.check_compatible(candidates, job.spec, state.settings)
-        spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits)
+        spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits(caller))
         with state.database.write() as session:
             actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
         state.scheduler.wake()
