@@ -13,11 +13,11 @@ from trainyard.service.db.models import AttemptRow, DeviceLeaseRow
 from trainyard.service.jobs.listing import page_of_all
 from trainyard.service.schemas import DeviceResponse, Page
 
-router = APIRouter(tags=["service"], route_class=ServiceRoute)
+router = APIRouter(tags=["devices"], route_class=ServiceRoute)
 
 
 @router.get("/devices", dependencies=[READ])
-def devices(state: StateDep, limit: OptionalLimit = None, after: OptionalText = None) -> Page[DeviceResponse]:
+def list_devices(state: StateDep, limit: OptionalLimit = None, after: OptionalText = None) -> Page[DeviceResponse]:
     """List the devices of this host, with the attempt that leases each, and processes that belong to no attempt.
 
     They are followed by the devices that a cluster has allocated to live attempts.

@@ -23,7 +23,7 @@ from trainyard.service.storage.range_response import FileRangeResponse
 
 Format = Literal["hf", "minimind"]
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], route_class=ServiceRoute)
+router = APIRouter(prefix="/jobs/{job_id}", tags=["exports"], route_class=ServiceRoute)
 
 
 class ExportBody(OptionalBody):
@@ -33,7 +33,7 @@ class ExportBody(OptionalBody):
 
 
 @router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT], response_model=Export)
-def export(
+def export_checkpoint(
     state: StateDep, caller: PrincipalDep, job_id: str, step: Step, body: ExportBody = Body(default_factory=ExportBody)
 ) -> Response:
     """Export the checkpoint to a Hugging Face directory (`hf`) or to MiniMind's `.pth`, in the run's directory.
@@ -62,7 +62,7 @@ def _record_event(state: AppState, job_id: str, request: exporter.ExportRequest,
 
 
 @router.get("/exports", dependencies=[READ])
-def exports(state: StateDep, job_id: str, limit: OptionalLimit = None, after: OptionalText = None) -> Page[Export]:
+def list_exports(state: StateDep, job_id: str, limit: OptionalLimit = None, after: OptionalText = None) -> Page[Export]:
     """List the exports, newest step first."""
     found = exporter.list_exports(artifact_dir(state, find_job(state, job_id)))
     data, has_more = page_of_all([_to_response(job_id, one) for one in found], limit, after)
@@ -75,7 +75,7 @@ def exports(state: StateDep, job_id: str, limit: OptionalLimit = None, after: Op
     response_class=Response,
     responses={200: BYTES, 206: BYTES},
 )
-def download_export(
+def download_export_file(
     state: StateDep,
     job_id: str,
     step: Step,

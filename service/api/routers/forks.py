@@ -24,9 +24,13 @@ from trainyard.service.planning.preview import preview_from_step
 from trainyard.service.schemas import Job, PlanPreview
 
 _FIELDS = {
-    "step": {"type": "integer", "minimum": 0},
-    "overrides": {"type": "object"},
-    "data": {"enum": ["keep", "restart"], "default": "keep"},
+    "step": {"type": "integer", "minimum": 0, "description": "Step of the checkpoint; without it: the newest one."},
+    "overrides": {"type": "object", "description": "A part of a job spec. It replaces fields of the parent's spec."},
+    "data": {
+        "enum": ["keep", "restart"],
+        "default": "keep",
+        "description": "keep: the samples and the schedule continue. restart: both start from the beginning.",
+    },
 }
 _SCHEMA = {"type": "object", "additionalProperties": False, "properties": _FIELDS}
 BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": _SCHEMA}}}}
@@ -36,7 +40,7 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
 @router.post("/jobs/{job_id}/fork", status_code=201, dependencies=[SUBMIT], response_model=Job, openapi_extra=BODY)
-def fork(
+def fork_job(
     state: StateDep,
     caller: PrincipalDep,
     job_id: str,

@@ -64,7 +64,7 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 @router.post(
     "/jobs", status_code=201, dependencies=[SUBMIT], response_model=Job, responses=SUBMITTED, openapi_extra=SPEC_BODY
 )
-def submit(
+def submit_job(
     state: StateDep, caller: PrincipalDep, body: JsonBody, idempotency_key: Annotated[str | None, Header()] = None
 ) -> Response:
     """Submit a job. The same `Idempotency-Key` with the same body returns 200 and the existing job."""
@@ -188,7 +188,7 @@ def get_job(state: StateDep, job_id: str) -> Job:
 
 
 @router.patch("/jobs/{job_id}", dependencies=[SUBMIT])
-def patch_job(
+def update_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: PatchJobBody = Body(default_factory=PatchJobBody)
 ) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`, also of a live run."""
@@ -205,19 +205,19 @@ def patch_job(
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def pause(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def pause_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save and stop; the job can be resumed."""
     return _stop(state, caller, job_id, "pause")
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def cancel(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def cancel_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save and stop; the job becomes cancelled."""
     return _stop(state, caller, job_id, "cancel")
 
 
 @router.post("/jobs/{job_id}/kill", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def kill(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def kill_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Stop now, without saving."""
     return _stop(state, caller, job_id, "kill")
 
@@ -231,7 +231,7 @@ def _stop(state: AppState, caller: Principal, job_id: str, action: Action) -> Jo
 
 
 @router.post("/jobs/{job_id}/save", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def save(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def save_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save a checkpoint at the next step, and continue."""
     with state.database.write() as session:
         attempt = actions.save(session, job_id, caller, utc_now())
@@ -241,7 +241,7 @@ def save(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
-def resume(
+def resume_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: ResumeBody = Body(default_factory=ResumeBody)
 ) -> Job:
     """Resume from the newest valid checkpoint, or from scratch if there is none, or from the checkpoint of `step`.
@@ -281,7 +281,7 @@ def find_job(state: AppState, job_id: str) -> JobRow:
 
 
 @router.delete("/jobs/{job_id}", status_code=204, dependencies=[SUBMIT])
-def delete(state: StateDep, job_id: str) -> None:
+def delete_job(state: StateDep, job_id: str) -> None:
     """Delete the record and the files of a job that has ended."""
     job = find_job(state, job_id)
     with deletion.mark_for_deletion(state.settings, job.id, job.spec["checkpoint"]["save_dir"]) as pending_deletion:

@@ -26,7 +26,7 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
 @router.post("/jobs/plan", dependencies=[SUBMIT], openapi_extra=SPEC_BODY)
-def plan(state: StateDep, caller: PrincipalDep, body: JsonBody) -> PlanPreview:
+def plan_job(state: StateDep, caller: PrincipalDep, body: JsonBody) -> PlanPreview:
     """Preview the run of this spec: size, memory, disk space, time and warnings. Nothing is stored.
 
     Values that depend on the corpus are estimated from at most 4 MiB of it. A job's plan is exact once it has started.

@@ -24,7 +24,7 @@ Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
 
 log = logging.getLogger("trainyard")
 
-router = APIRouter(prefix="/tokens", tags=["access"], dependencies=[ADMIN], route_class=ServiceRoute)
+router = APIRouter(prefix="/tokens", tags=["tokens"], dependencies=[ADMIN], route_class=ServiceRoute)
 
 
 @router.get("")
@@ -48,7 +48,7 @@ def create_token(state: StateDep, caller: PrincipalDep, body: TokenRequest) -> N
 
 
 @router.patch("/{name}")
-def change_token(state: StateDep, name: Name, body: QuotaRequest) -> Token:
+def update_token(state: StateDep, name: Name, body: QuotaRequest) -> Token:
     """Change the quotas `max_jobs` and `max_devices`. Queued and running jobs are not affected."""
     with state.database.write() as session:
         row = api_keys.lock(session, name)
