@@ -54,7 +54,7 @@ def fork_job(
     deleted later.
     """
     digest = repository.body_digest({"fork": job_id, "body": body})
-    submission = find_replay(state, idempotency_key, digest)
+    submission = find_replay(state, caller, idempotency_key, digest)
     if submission is None:
         submission = _create(state, caller, job_id, parse_fork_request(body), idempotency_key, digest)
         state.scheduler.wake()
@@ -94,12 +94,12 @@ def _create(
                 job = service.insert(session, fork_id, spec, request, parent, host, caller, utc_now())
                 if key is not None:
                     repository.delete_old_keys(session, replay_cutoff(state))
-                if key is not None and not repository.save_key(session, key, digest, job, utc_now()):
+                if key is not None and not repository.save_key(session, key, caller, digest, job, utc_now()):
                     # A concurrent request with the same key was first; its job is returned below.
                     raise KeyReused()
         except (ServiceError, OSError) as error:
             pending_deletion.delete_files()
-            earlier = find_replay(state, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None
+            earlier = find_replay(state, caller, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None
             if earlier is not None:
                 return earlier
             raise StorageError.from_os_error(error) if isinstance(error, OSError) else error from error

@@ -69,7 +69,7 @@ def submit_job(
 ) -> Response:
     """Submit a job. The same `Idempotency-Key` with the same body returns 200 and the existing job."""
     digest = repository.body_digest(body)
-    submission = find_replay(state, idempotency_key, digest)
+    submission = find_replay(state, caller, idempotency_key, digest)
     if submission is None:
         submission = _create(state, caller, validate_spec(body, state.host_limits(caller)), idempotency_key, digest)
         state.scheduler.wake()
@@ -94,8 +94,8 @@ def created_response(state: AppState, submission: CreatedJob) -> Response:
     return json_response(job, 201 if submission.created_now else 200, location)
 
 
-def find_replay(state: AppState, key: str | None, digest: str) -> CreatedJob | None:
-    """Return the job submitted before with this key, or None.
+def find_replay(state: AppState, caller: Principal, key: str | None, digest: str) -> CreatedJob | None:
+    """Return the job that the caller submitted before with this key, or None.
 
     Raises RequestInvalid if the key is malformed, KeyReused if the body was another one.
     """
@@ -105,7 +105,7 @@ def find_replay(state: AppState, key: str | None, digest: str) -> CreatedJob | N
         message = "must be 1 to 255 printable ASCII characters"
         raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
     with state.database.read() as session:
-        job = repository.find_by_idempotency_key(session, key, digest, replay_cutoff(state))
+        job = repository.find_by_idempotency_key(session, key, caller, digest, replay_cutoff(state))
         return CreatedJob(job.id, False) if job is not None else None
 
 
@@ -124,12 +124,12 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
             job = repository.create(session, spec, initial_plan(spec, kind), alerts, caller, now)
             if key is not None:
                 repository.delete_old_keys(session, replay_cutoff(state))
-            if key is not None and not repository.save_key(session, key, digest, job, now):
+            if key is not None and not repository.save_key(session, key, caller, digest, job, now):
                 raise KeyReused()
             rows = _load_changed(session, job.id)
     except (KeyReused, QuotaExceeded):
         # A concurrent request with the same key may have been first: return its job.
-        earlier = find_replay(state, key, digest)
+        earlier = find_replay(state, caller, key, digest)
         if earlier is None:
             raise
         return earlier
