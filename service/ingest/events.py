@@ -177,13 +177,16 @@ class _EventBatch:
             self.metrics = []
 
     def _metric(self, event: MetricEvent) -> None:
+        stitched = self.superseded_after is None or event.step <= self.superseded_after
         if event.step <= self.last_step:
             # The attempt rolled back and repeats these steps. Flush first: the update must see all earlier points.
             self.flush_metrics()
             self._supersede(MetricRow.attempt == self.attempt.number, event.step - 1)
+        elif event.step == self.attempt.start_step and stitched:
+            # The attempt before this one has given up the evaluation of the step; this line has it.
+            self._supersede(MetricRow.attempt < self.attempt.number, event.step - 1)
         self.last_step = event.step
         # Only stitched points are part of the job's curve: one for each step, of the last attempt that made the step.
-        stitched = self.superseded_after is None or event.step <= self.superseded_after
         row = {"job_id": self.job.id, "attempt": self.attempt.number, "stitched": stitched}
         self.metrics.append(row | event.model_dump(exclude={"kind"}))
         if stitched:

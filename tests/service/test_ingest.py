@@ -301,6 +301,20 @@ def test_phases_are_told(rig: ServiceHarness) -> None:
     assert job["summary"] == "Corpus.jsonl, line 7: not JSON."
 
 
+def test_an_evaluation_done_by_the_next_attempt_takes_the_place_of_its_step(any_rig: ServiceHarness) -> None:
+    job_id, first = any_rig.running()
+    for step in (2, 4):
+        first.metric(step)
+    any_rig.exit(first, "crashed", Reason.WORKER_CRASHED, step=4)
+    any_rig.post_action(job_id, "resume")
+    second = any_rig.next_attempt(job_id, 2, start_step=4)
+    second.metric(4, eval_loss=2.5)
+    second.metric(6)
+    any_rig.ship(second)
+    points = [(point["step"], point["attempt"], point["eval_loss"]) for point in any_rig.data(job_id, "metrics")]
+    assert points == [(2, 1, None), (4, 2, 2.5), (6, 2, None)]
+
+
 def test_agents_of_one_job_at_once(any_rig: ServiceHarness) -> None:
     """The same lines from many threads: each is stored once."""
     job_id, attempt = any_rig.running()
