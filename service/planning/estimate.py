@@ -9,7 +9,10 @@ from trainyard.contract.spec import JobSpec
 
 @dataclass(frozen=True)
 class RunSize:
-    """Size of a run. ``targets``: predictions in one pass over the sequences."""
+    """Size of a run. ``targets``: predictions in one pass over the sequences.
+
+    ``special_tokens``: occurrences of special tokens in the texts, in ``special_texts`` of them.
+    """
 
     documents: int
     tokens: int
@@ -18,6 +21,8 @@ class RunSize:
     targets: int
     steps_per_epoch: int
     steps: int
+    special_tokens: int = 0
+    special_texts: int = 0
 
     @property
     def tokens_per_step(self) -> float:

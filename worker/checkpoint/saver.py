@@ -22,7 +22,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Phase
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
-from trainyard.worker.checkpoint.weights import weights_file, write_weights
+from trainyard.worker.checkpoint.weights import publish_weights
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import describe_error, save_error
 
@@ -274,7 +274,7 @@ class Checkpointer:
         saved = self._already_published(state.step) or files.write_checkpoint(
             self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer
         )
-        write_weights(weights_file(self.artifacts, self.spec), tensors.model)
+        publish_weights(self.artifacts, self.spec, tensors.model)
         self.emit(saved.saved_event(loss=state.loss, seconds=time.monotonic() - start))
 
     def _already_published(self, step: int) -> CheckpointInfo | None:
