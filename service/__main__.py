@@ -109,7 +109,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
 
         # Agents of runs that outlived the previous service find this one by the file.
         state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
-        app = create_app(state, ready=lambda: print(f"Trainyard is ready at {url}", flush=True))
+        app = create_app(state, ready=lambda: _print_ready(url))
         config = uvicorn.Config(
             app,
             access_log=False,
@@ -127,6 +127,12 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
         server = GracefulServer(config, state.broadcaster.stop)
         server.run(sockets=[listener])
         return 0 if server.started else 1
+
+
+def _print_ready(url: str) -> None:
+    # A full disk or a reader that has exited must not end the service.
+    with contextlib.suppress(OSError):
+        print(f"Trainyard is ready at {url}", flush=True)
 
 
 def _launcher(settings: Settings, agent: tuple[str, ...]) -> Launcher:

@@ -63,7 +63,8 @@ def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console
 
 def _read(source: str, console: Console) -> dict[str, Any]:
     try:
-        text = console.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        # Editors on Windows write a byte order mark.
+        text = console.read_stdin() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
         spec = json.loads(text)
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}") from error

@@ -27,7 +27,7 @@ from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.launch.base import AttemptRef
 
-REQUESTED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
+REQUESTED = {"pause": "pause", "cancel": "save and end the job", "kill": "stop now, without a save"}
 
 IDLE_MESSAGE = {
     JobStatus.PAUSED: "paused while it was waiting",

@@ -294,3 +294,15 @@ def test_an_interrupted_job_is_idle_only_without_a_pending_restart(service: Fake
         trainyard.wait("job_7f3kq9", timeout=0.01, interval=0.002)
     walk(service, "interrupted")
     assert trainyard.wait("job_7f3kq9", interval=0.001)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "\udcff"])
+def test_a_value_that_json_cannot_express_is_named(trainyard: Client, service: FakeService, value: object) -> None:
+    body = {"data": {"data_path": "/d"}, "training": {"betas": [0.9, value]}}
+    for call in (trainyard.submit, trainyard.plan):
+        with pytest.raises(InvalidSpec) as caught:
+            call(body)
+        assert [problem.pointer for problem in caught.value.errors] == ["/training/betas/1"]
+    with pytest.raises(InvalidSpec):
+        trainyard.update("job_7f3kq9", labels={"a": value})
+    assert service.requests == []

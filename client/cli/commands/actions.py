@@ -86,16 +86,23 @@ def cancel(args: SimpleNamespace, console: Console) -> int:
 
 
 def kill(args: SimpleNamespace, console: Console) -> int:
+    """Kill a job, after a question: what it computed since its last checkpoint is lost."""
     with connect(args) as trainyard:
-        return _report(trainyard.kill(_id(trainyard, args)), args, console)
+        job = trainyard.find(args.job)
+        step = (job.get("checkpoint") or {}).get("step")
+        lost = "everything it has computed" if step is None else f"what it has computed after step {count(step)}"
+        if not console.require_consent(f"Kill {_named(job)} and lose {lost}?", args.yes):
+            console.error("nothing was killed")
+            return Exit.REJECTED
+        return _report(trainyard.kill(job["id"]), args, console)
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
-    """Delete a job. On a terminal ask first, because its checkpoints are deleted too."""
+    """Delete a job, after a question: its checkpoints are deleted too."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
-        question = f"Delete {one_line(job['name'], 60)} ({job['id']}) with its checkpoints, logs and metrics?"
-        if console.interactive and not args.yes and not console.confirm(question):
+        question = f"Delete {_named(job)} with its checkpoints, logs and metrics?"
+        if not console.require_consent(question, args.yes):
             console.error("nothing was deleted")
             return Exit.REJECTED
         trainyard.delete(job["id"])
@@ -104,6 +111,10 @@ def delete(args: SimpleNamespace, console: Console) -> int:
     else:
         console.error(f"deleted {job['id']}")
     return Exit.SUCCEEDED
+
+
+def _named(job: Job) -> str:
+    return f"{one_line(job['name'], 60)} ({job['id']})"
 
 
 def _id(trainyard: Client, args: SimpleNamespace) -> str:
