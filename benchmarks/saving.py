@@ -16,8 +16,7 @@ from trainyard.contract.rundir import ArtifactDir, RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.worker.checkpoint import files
-from trainyard.worker.checkpoint.saver import Checkpointer
-from trainyard.worker.checkpoint.staging import StagingBuffers, StateDicts
+from trainyard.worker.checkpoint.saver import Checkpointer, StagingBuffers, StateDicts
 from trainyard.worker.checkpoint.weights import write_weights
 from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.prepare import prepare_data

@@ -15,10 +15,9 @@ from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
 from trainyard.service.app import build_state, create_app
 from trainyard.service.db.engine import UnknownSchemaVersion, error_text
-from trainyard.service.launch.base import LOCAL, Launcher
+from trainyard.service.launch.base import LOCAL, Launcher, LauncherRouter
 from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
-from trainyard.service.launch.router import LauncherRouter
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
 from trainyard.service.server import MAX_HEAD_BYTES, GracefulServer, TimeoutH11Protocol

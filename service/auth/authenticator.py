@@ -8,7 +8,7 @@ from datetime import timedelta
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 
-from trainyard.service.auth import api_keys, store
+from trainyard.service.auth import api_keys
 from trainyard.service.auth.api_keys import ApiKey
 from trainyard.service.auth.principal import ADMIN, LOCAL, Principal
 from trainyard.service.clock import utc_now
@@ -67,7 +67,7 @@ class Authenticator:
     def _load(self, token_id: str) -> ApiKey | None:
         now, changes = time.monotonic(), self._changes
         with self._database.read() as session:
-            key = store.find_api_key(session, token_id)
+            key = api_keys.find_api_key(session, token_id)
         # Not cached if a token was changed meanwhile: this may be the state before the change.
         if key is not None and changes == self._changes:
             self._cache[token_id] = key, now
@@ -80,4 +80,4 @@ class Authenticator:
             self._cache[key.id] = replace(cached[0], last_used_at=now), cached[1]
         # The request continues even if the time of use cannot be written.
         with contextlib.suppress(SQLAlchemyError), self._database.write() as session:
-            store.record_use(session, key.id, now)
+            api_keys.record_use(session, key.id, now)

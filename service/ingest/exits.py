@@ -9,7 +9,7 @@ from trainyard.contract.messages import ExitReport
 from trainyard.contract.status import LIVE, TERMINAL, Desired, JobStatus, Reason, can_transition
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow, MetricRow
 from trainyard.service.ingest.parsing import plain_report
-from trainyard.service.jobs import repository, restart_policy
+from trainyard.service.jobs import lifecycle, repository
 from trainyard.service.jobs.lifecycle import ExitDecision, after_exit
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.metrics.progress import after_end
@@ -19,7 +19,7 @@ NOT_LAUNCHED = "not_launched"
 """Outcome of an attempt that the service recorded but did not launch, because it ended in between."""
 
 MAX_ATTEMPTS_READ = 10
-"""Enough for every rule of `restart_policy`."""
+"""Enough for every rule of `lifecycle.restart_history`."""
 
 
 def close_attempt(
@@ -58,18 +58,16 @@ def _with_peak_memory(session: Session, attempt: AttemptRow, report: ExitReport)
     return report.model_copy(update={"error": card})
 
 
-def _restart_history(session: Session, job: JobRow, attempt: AttemptRow) -> restart_policy.RestartHistory:
+def _restart_history(session: Session, job: JobRow, attempt: AttemptRow) -> lifecycle.RestartHistory:
     earlier = (AttemptRow.job_id == job.id, AttemptRow.number < attempt.number, AttemptRow.outcome != NOT_LAUNCHED)
     newest_first = select(AttemptRow).where(*earlier).order_by(AttemptRow.number.desc()).limit(MAX_ATTEMPTS_READ)
-    return restart_policy.restart_history(
-        job.restarts, map(_to_ended_attempt, (attempt, *session.scalars(newest_first)))
-    )
+    return lifecycle.restart_history(job.restarts, map(_to_ended_attempt, (attempt, *session.scalars(newest_first))))
 
 
-def _to_ended_attempt(row: AttemptRow) -> restart_policy.EndedAttempt:
+def _to_ended_attempt(row: AttemptRow) -> lifecycle.EndedAttempt:
     reason = Reason(row.reason) if row.reason else None
-    why = restart_policy.fault(row.outcome or "", reason)
-    return restart_policy.EndedAttempt(row.trigger, why, restart_policy.made_a_step(row.start_step, row.end_step))
+    why = lifecycle.fault(row.outcome or "", reason)
+    return lifecycle.EndedAttempt(row.trigger, why, lifecycle.made_a_step(row.start_step, row.end_step))
 
 
 def never_launched(session: Session, job: JobRow, attempt: AttemptRow, now: datetime) -> None:

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow, JobRow
 from trainyard.service.devices.inventory import Device
-from trainyard.service.jobs.restart_policy import made_a_step
+from trainyard.service.jobs.lifecycle import made_a_step
 from trainyard.service.launch.base import LOCAL, AttemptRef
 from trainyard.service.timing import Timing
 

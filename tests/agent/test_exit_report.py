@@ -11,8 +11,14 @@ import pytest
 from trainyard.contract.messages import ErrorCard, ExitReport, Outcome, RankExit
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Reason
-from trainyard.worker.agent.escalation import StopCause
-from trainyard.worker.agent.exit_report import Evidence, RankError, apply_time_limit, collect_evidence, diagnose
+from trainyard.worker.agent.exit_report import (
+    Evidence,
+    RankError,
+    StopCause,
+    apply_time_limit,
+    collect_evidence,
+    diagnose,
+)
 from trainyard.worker.agent.follower import NodeExit
 from trainyard.worker.agent.oom import OomReport
 

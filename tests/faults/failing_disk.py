@@ -15,8 +15,8 @@ from typing import Any
 
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Desired
-from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.supervisor import Supervisor
+from trainyard.worker.agent.torchrun import ProcessTree
 
 
 def main(path: str, fails: str) -> None:

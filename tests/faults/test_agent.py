@@ -22,7 +22,7 @@ from trainyard.contract.status import Reason
 from trainyard.service.launch.base import AttemptRef, AttemptState, Launch
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.worker.agent.__main__ import EXIT_NOT_STARTED
-from trainyard.worker.agent.processes import ProcessTree
+from trainyard.worker.agent.torchrun import ProcessTree
 
 JOB = unique_job_id("job_late")
 

@@ -21,21 +21,19 @@ from trainyard.contract.status import (
 from trainyard.service.jobs.lifecycle import (
     ACTIONS,
     Action,
+    EndedAttempt,
     InProgress,
     JobState,
     Rejected,
+    RestartHistory,
     Transition,
     after_exit,
     allowed_actions,
     decide,
-    resume_blocker,
-)
-from trainyard.service.jobs.restart_policy import (
-    EndedAttempt,
-    RestartHistory,
     fault,
     made_a_step,
     restart_history,
+    resume_blocker,
 )
 from trainyard.service.timing import Timing
 

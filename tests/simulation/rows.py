@@ -5,7 +5,7 @@ from datetime import datetime
 
 from trainyard.contract.messages import ExitReport
 from trainyard.contract.status import Desired, JobStatus, Reason
-from trainyard.service.jobs import restart_policy
+from trainyard.service.jobs import lifecycle
 from trainyard.service.jobs.lifecycle import JobState
 
 
@@ -44,9 +44,9 @@ class Attempt:
     reason: Reason | None = None
     made_progress: bool = False
 
-    def as_ended(self) -> restart_policy.EndedAttempt:
-        made_progress = restart_policy.made_a_step(self.start_step, self.step)
-        return restart_policy.EndedAttempt(self.trigger, restart_policy.fault(self.outcome, self.reason), made_progress)
+    def as_ended(self) -> lifecycle.EndedAttempt:
+        made_progress = lifecycle.made_a_step(self.start_step, self.step)
+        return lifecycle.EndedAttempt(self.trigger, lifecycle.fault(self.outcome, self.reason), made_progress)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from tests.simulation.rows import Attempt, Job, Process
 from trainyard.contract.messages import ErrorCard, ExitReport
 from trainyard.contract.status import LIVE, TERMINAL, UNCOUNTED_REASONS, Desired, JobStatus, Reason, can_transition
 from trainyard.service.devices.inventory import Device
-from trainyard.service.jobs import lifecycle, restart_policy
+from trainyard.service.jobs import lifecycle
 from trainyard.service.jobs.lifecycle import InProgress, Rejected, Transition
 from trainyard.service.launch.base import AttemptRef
 from trainyard.service.scheduler.plan import Action, Inspect, Kill, NotifyStop, Preempt, Restart, Start, plan
@@ -295,7 +295,7 @@ class SimulatedCluster:
         if attempt is not job.latest or job.status not in LIVE:
             return
         ended = (each.as_ended() for each in reversed(job.attempts) if each.outcome)
-        past = restart_policy.restart_history(job.restarts, ended)
+        past = lifecycle.restart_history(job.restarts, ended)
         ending = lifecycle.after_exit(job.status, report, past, MAX_RESTARTS, job.preempted_by, self.timing)
         if not can_transition(job.status, ending.status):
             self.transition(job, JobStatus.RUNNING)
@@ -319,10 +319,10 @@ class SimulatedCluster:
         first = max((n for n, a in enumerate(attempts) if a.trigger in ("submit", "resume")), default=0)
         idle = list(takewhile(lambda a: not a.made_progress, reversed(attempts[first:])))
         if ending.reason in UNCOUNTED_REASONS:
-            setbacks = sum(restart_policy.fault(a.outcome, a.reason) in UNCOUNTED_REASONS for a in idle)
+            setbacks = sum(lifecycle.fault(a.outcome, a.reason) in UNCOUNTED_REASONS for a in idle)
             assert ending.restart_seconds >= (0, 5, 20, 60, 180, 600)[min(setbacks, 5)], f"{job.id} restarts too soon"
         else:
-            faults = [a for a in idle if restart_policy.fault(a.outcome, a.reason) not in UNCOUNTED_REASONS]
+            faults = [a for a in idle if lifecycle.fault(a.outcome, a.reason) not in UNCOUNTED_REASONS]
             assert len(faults) < 2, f"{job.id} gets nowhere and is started again"
 
     def release(self, job: Job, attempt: Attempt) -> None:
@@ -363,7 +363,7 @@ class SimulatedCluster:
             inspected_at=inspected,
             notified=notified,
             running=job.status is JobStatus.RUNNING,
-            made_progress=restart_policy.made_a_step(attempt.start_step, attempt.step),
+            made_progress=lifecycle.made_a_step(attempt.start_step, attempt.step),
             preemptible=job.preemptible,
             priority=job.priority,
             devices=attempt.devices,

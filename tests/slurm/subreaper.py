@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 
 from trainyard.contract.processes import descendants, signal_all, wait_gone
-from trainyard.worker.agent.processes import become_subreaper
+from trainyard.worker.agent.torchrun import become_subreaper
 
 
 def main() -> None:

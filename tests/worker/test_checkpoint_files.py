@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, ArtifactDir, FileDigest
-from trainyard.worker.checkpoint import files, retention, safetensors_writer
+from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import Damage, RunState
 
 IDENTITY = RunIdentity(
@@ -69,7 +69,7 @@ def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_
         "scalar": torch.tensor(3.5),
         "n": torch.arange(6),
     }
-    written = safetensors_writer.write_tensors(tmp_path / "ours", tensors)
+    written = files.write_tensors(tmp_path / "ours", tensors)
     read = load_file(tmp_path / "ours")
     assert set(read) == set(tensors)
     for name, tensor in tensors.items():
@@ -78,7 +78,7 @@ def test_tensor_files_are_read_by_the_safetensors_library_and_equal_its_own(tmp_
     content = (tmp_path / "ours").read_bytes()
     assert written == FileDigest(len(content), hashlib.sha256(content).hexdigest())
     save_file({"a": tensors["a"].contiguous()}, tmp_path / "theirs")
-    safetensors_writer.write_tensors(tmp_path / "single", {"a": tensors["a"]})
+    files.write_tensors(tmp_path / "single", {"a": tensors["a"]})
     assert (tmp_path / "single").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 

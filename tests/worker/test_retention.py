@@ -16,8 +16,8 @@ from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event
 from trainyard.contract.rundir import MODEL_FILE, OPTIMIZER_FILE, ArtifactDir
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint import retention as milestones
+from trainyard.worker.checkpoint.files import sha256_of
 from trainyard.worker.checkpoint.resume import rewind_to
-from trainyard.worker.checkpoint.safetensors_writer import sha256_of
 
 
 def test_the_weights_stay_and_nothing_resumes_from_them(tmp_path: Path) -> None:

@@ -160,9 +160,8 @@ def test_the_loss_of_an_untrained_model_is_that_of_guessing(text: Path, tmp_path
 def fail_save(run: RunDir, fail_at: int, code: int) -> None:
     """Make each save of one step fail half way."""
     from trainyard.worker.checkpoint import files as checkpoint
-    from trainyard.worker.checkpoint import safetensors_writer
 
-    write = safetensors_writer.write_tensors
+    write = checkpoint.write_tensors
 
     def full(path: Path, tensors: Any) -> FileDigest:
         written = write(path, tensors)

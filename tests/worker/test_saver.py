@@ -23,8 +23,7 @@ from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
 from trainyard.worker.checkpoint import files, saver
-from trainyard.worker.checkpoint.saver import Checkpointer
-from trainyard.worker.checkpoint.staging import StagingBuffers
+from trainyard.worker.checkpoint.saver import Checkpointer, StagingBuffers
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow

@@ -17,9 +17,8 @@ from pathlib import Path
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import UNSEEN, AttemptDir, RunDir
 from trainyard.worker.agent.follower import run_follower
-from trainyard.worker.agent.processes import ProcessTree, become_subreaper
 from trainyard.worker.agent.rendezvous import NodeInfo, can_reach, node_name, publish_endpoint
-from trainyard.worker.agent.torchrun import launch_torchrun, write_started
+from trainyard.worker.agent.torchrun import ProcessTree, become_subreaper, launch_torchrun, write_started
 from trainyard.worker.output import redirect_output
 
 TICK_SECONDS = 0.05

@@ -5,13 +5,13 @@ import re
 import signal
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Literal, assert_never
 
 from trainyard.contract.messages import ErrorCard, ExitReport, Outcome, RankExit, read_message
 from trainyard.contract.rundir import RANK_FILE, AttemptDir, write_json
 from trainyard.contract.status import Reason
-from trainyard.worker.agent.escalation import StopCause
 from trainyard.worker.agent.follower import NodeExit, PeerNodes
 from trainyard.worker.agent.oom import OomReport
 
@@ -22,6 +22,19 @@ TAIL_BYTES = 16384
 SUMMARY = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*\n\s*exitcode\s*:\s*(-?\d+)")
 
 ROOT_CAUSE = "Root Cause (first observed failure)"
+
+
+class StopCause(StrEnum):
+    """Why the agent ended the ranks; None in its place means that they ended by themselves."""
+
+    KILLED = "killed"
+    """The user requested a kill, without a save."""
+    OVERDUE = "overdue"
+    """A stop was requested, and the ranks did not save and exit within the grace period."""
+    HUNG = "hung"
+    """The ranks made no progress."""
+    PEER_LOST = "peer_lost"
+    """The ranks of another node ended, and these did not."""
 
 
 @dataclass(frozen=True)

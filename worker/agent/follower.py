@@ -13,9 +13,8 @@ from types import FrameType
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
-from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.rendezvous import NodeInfo, RendezvousTimeout, node_name, wait_for_endpoint
-from trainyard.worker.agent.torchrun import launch_torchrun
+from trainyard.worker.agent.torchrun import ProcessTree, launch_torchrun
 
 PEER_EXIT_GRACE_SECONDS = 10.0
 """Grace period for ranks to exit after the ranks of another node have ended."""

@@ -1,4 +1,4 @@
-"""Supervises one attempt: observe, decide, act. `worker.agent.escalation.next_step` decides."""
+"""Supervises one attempt: observe, decide, act. `next_step` decides, a pure function of the observation."""
 
 import os
 import signal
@@ -6,22 +6,77 @@ import threading
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from enum import StrEnum
 from types import FrameType
-from typing import Self
+from typing import Self, assert_never
 
 from trainyard.contract.messages import ExitReport, RunSettings
 from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.rundir import AttemptDir, write_json
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, Timeouts
 from trainyard.contract.status import Desired
-from trainyard.worker.agent.escalation import EscalationStep, Observation, StopCause, next_step
-from trainyard.worker.agent.exit_report import apply_time_limit, collect_evidence, diagnose
+from trainyard.worker.agent.exit_report import StopCause, apply_time_limit, collect_evidence, diagnose
 from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.hang_detector import HangDetector
 from trainyard.worker.agent.oom import OomMonitor, monitor_own_processes
-from trainyard.worker.agent.processes import ProcessTree
 from trainyard.worker.agent.rendezvous import SINGLE_NODE, NodeInfo
+from trainyard.worker.agent.torchrun import ProcessTree
 from trainyard.worker.agent.uploader import EventUploader
+
+
+class EscalationStep(StrEnum):
+    """One step of the escalation. KILL also removes what is left once torchrun has ended."""
+
+    WAIT = "wait"
+    REQUEST_STOP = "request_stop"
+    TERMINATE = "terminate"
+    KILL = "kill"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the agent knows at one moment; times are of the monotonic clock, in seconds."""
+
+    torchrun_ended: bool
+    desired: Desired
+    received_signal: bool
+    stop_requested_at: float | None
+    terminated_at: float | None
+    is_hung: bool
+    peer_lost: bool = False
+
+
+def next_step(observed: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
+    """Return the next action, and the cause if it ends the ranks."""
+    if observed.torchrun_ended:
+        # After our SIGTERM or a kill request, an exit without an outcome of rank 0 is our doing and not a crash.
+        cause = StopCause.KILLED if observed.desired is Desired.KILL else None
+        return EscalationStep.KILL, cause if observed.terminated_at is None else StopCause.OVERDUE
+    if observed.peer_lost:
+        return EscalationStep.KILL, StopCause.PEER_LOST
+    match observed.desired:
+        case Desired.KILL:
+            return EscalationStep.KILL, StopCause.KILLED
+        case Desired.PAUSE | Desired.CANCEL:
+            return _escalate(observed, timeouts, now)
+        case Desired.RUN:
+            if observed.received_signal or observed.stop_requested_at is not None:
+                # A stop is never withdrawn: the ranks may be in the middle of their last save.
+                return _escalate(observed, timeouts, now)
+            return (EscalationStep.KILL, StopCause.HUNG) if observed.is_hung else (EscalationStep.WAIT, None)
+        case _:
+            assert_never(observed.desired)
+
+
+def _escalate(observed: Observation, timeouts: Timeouts, now: float) -> tuple[EscalationStep, StopCause | None]:
+    if observed.stop_requested_at is None:
+        return EscalationStep.REQUEST_STOP, None
+    if observed.terminated_at is None:
+        overdue = now - observed.stop_requested_at >= timeouts.stop
+        return EscalationStep.TERMINATE if overdue else EscalationStep.WAIT, None
+    overdue = now - observed.terminated_at >= timeouts.term
+    return (EscalationStep.KILL, StopCause.OVERDUE) if overdue else (EscalationStep.WAIT, None)
+
 
 STACK_DUMP_SECONDS = 1.0
 

@@ -31,9 +31,8 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
 from trainyard.model.config import ModelConfig
-from trainyard.worker.checkpoint.files import RunState, read_manifest, read_state
+from trainyard.worker.checkpoint.files import RunState, read_manifest, read_state, sha256_of
 from trainyard.worker.checkpoint.huggingface import CONFIG, WEIGHTS, UnsupportedByHF, config_json
-from trainyard.worker.checkpoint.safetensors_writer import sha256_of
 from trainyard.worker.checkpoint.weights import write_weights
 from trainyard.worker.data.tokenizers import Tokenizer, load_tokenizer
 

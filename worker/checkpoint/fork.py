@@ -23,9 +23,8 @@ from trainyard.contract.rundir import (
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.checkpoint import files
-from trainyard.worker.checkpoint.files import RunState
+from trainyard.worker.checkpoint.files import RunState, sha256_of, write_tensors
 from trainyard.worker.checkpoint.retention import MILESTONE_FILES, link_or_copy, remove
-from trainyard.worker.checkpoint.safetensors_writer import sha256_of, write_tensors
 from trainyard.worker.errors import TrainingError
 
 

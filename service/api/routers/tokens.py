@@ -9,7 +9,7 @@ from sqlalchemy import select
 
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
-from trainyard.service.auth import quotas, store
+from trainyard.service.auth import api_keys, quotas
 from trainyard.service.auth.permissions import ADMIN
 from trainyard.service.auth.principal import RESERVED, PrincipalDep
 from trainyard.service.auth.quotas import QuotaUsage
@@ -40,7 +40,7 @@ def create_token(state: StateDep, caller: PrincipalDep, body: TokenRequest) -> N
     if body.name.lower() in RESERVED:
         raise TokenNameTaken()
     with state.database.write() as session:
-        row, token = store.create(session, body, caller.name, utc_now())
+        row, token = api_keys.create(session, body, caller.name, utc_now())
     return _to_secret_response(state, row, token, "created")
 
 
@@ -48,7 +48,7 @@ def create_token(state: StateDep, caller: PrincipalDep, body: TokenRequest) -> N
 def change_token(state: StateDep, name: Name, body: QuotaRequest) -> Token:
     """Change the quotas `max_jobs` and `max_devices`. Queued and running jobs are not affected."""
     with state.database.write() as session:
-        row = store.lock(session, name)
+        row = api_keys.lock(session, name)
         for field in body.model_fields_set:
             setattr(row, field, getattr(body, field))
     log.info("the quotas of a token were changed", extra={"token_name": row.name})
@@ -61,7 +61,7 @@ def rotate_token(
 ) -> NewToken:
     """Create a new secret for the token. The previous one stays valid for `overlap` seconds (default 0)."""
     with state.database.write() as session:
-        row, token = store.rotate(session, name, body.overlap, body.expires_in, utc_now())
+        row, token = api_keys.rotate(session, name, body.overlap, body.expires_in, utc_now())
     return _to_secret_response(state, row, token, "rotated")
 
 
@@ -69,7 +69,7 @@ def rotate_token(
 def revoke_token(state: StateDep, name: Name) -> None:
     """Revoke the token, effective now. Its jobs continue; its name cannot be used again."""
     with state.database.write() as session:
-        row = store.revoke(session, name, utc_now())
+        row = api_keys.revoke(session, name, utc_now())
     state.authenticator.clear_cache()
     log.info("a token was revoked", extra={"token_name": row.name})
 

@@ -6,8 +6,9 @@ import pytest
 
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired
-from trainyard.worker.agent.escalation import EscalationStep as Step
-from trainyard.worker.agent.escalation import Observation, StopCause, next_step
+from trainyard.worker.agent.exit_report import StopCause
+from trainyard.worker.agent.supervisor import EscalationStep as Step
+from trainyard.worker.agent.supervisor import Observation, next_step
 
 TIMEOUTS = Timeouts(stop=100.0, term=10.0)
 IDLE = Observation(
