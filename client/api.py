@@ -136,7 +136,8 @@ class Client:
     def resume(self, job_id: str, **changes: Any) -> Job:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources``.
+        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources`` and ``save_dir``: the checkpoints
+        and weights are moved there.
         """
         return self._act(job_id, "resume", changes or None)
 

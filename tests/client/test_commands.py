@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,6 +272,14 @@ def test_actions_say_the_state_and_what_is_next(run: Run, service: FakeService, 
 def test_resume_with_changes(run: Run, service: FakeService) -> None:
     run("resume", "pre-12", "--max_steps", "500", "--set", "resources.nproc_per_node=2", "--set", "device=cpu")
     assert body_of(service.requests[-1]) == {"max_steps": 500, "resources": {"nproc_per_node": 2, "device": "cpu"}}
+    for words in (
+        ["--save_dir", "d"],
+        ["--save-dir", "d"],
+        ["--set", "checkpoint.save_dir=d"],
+        ["--set", "save_dir=d"],
+    ):
+        run("resume", "pre-12", *words)
+        assert body_of(service.requests[-1]) == {"save_dir": str(Path.cwd() / "d")}
     code, _, err = run("resume", "pre-12", "--set", "training.batch_size=2")
     assert code == 2
     assert "only resources" in err

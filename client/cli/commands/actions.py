@@ -31,13 +31,21 @@ def resume(args: SimpleNamespace, console: Console) -> int:
 
 
 def _changes(args: SimpleNamespace) -> dict[str, Any]:
-    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
+    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step, "save_dir": args.save_dir}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
-        if len(place) != 2 or place[0] != "resources":
-            raise UsageError(f"only resources can be changed on resume: --set resources.FIELD=JSON, not {assignment!r}")
-        changes.setdefault("resources", {})[place[1]] = value
+        if place == ("checkpoint", "save_dir"):
+            changes["save_dir"] = value
+        elif len(place) == 2 and place[0] == "resources":
+            changes.setdefault("resources", {})[place[1]] = value
+        else:
+            raise UsageError(
+                "only resources and checkpoint.save_dir can be changed on resume: --set resources.FIELD=JSON, "
+                f"not {assignment!r}"
+            )
+    if isinstance(changes.get("save_dir"), str):
+        changes["save_dir"] = str(Path.cwd() / Path(changes["save_dir"]).expanduser())
     return changes
 
 
