@@ -129,7 +129,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
 
         # Agents of runs that outlived the previous service find this one by the file.
         state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
-        app = create_app(state, ready=lambda: print(f"Trainyard is ready at {url}", flush=True))
+        app = create_app(state, ready=lambda: _print_ready(url))
         config = uvicorn.Config(
             app,
             access_log=False,
@@ -165,6 +165,12 @@ def _save_runs(scheduler: Scheduler, local: LocalLauncher) -> None:
 
 def _local_launcher(settings: Settings, agent: tuple[str, ...]) -> LocalLauncher:
     return LocalLauncher(settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots, agent)
+
+
+def _print_ready(url: str) -> None:
+    # A full disk or a reader that has exited must not end the service.
+    with contextlib.suppress(OSError):
+        print(f"Trainyard is ready at {url}", flush=True)
 
 
 def _launcher(settings: Settings, local: LocalLauncher, agent: tuple[str, ...]) -> Launcher:

@@ -17,6 +17,7 @@ from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
 from trainyard.worker.attempt import AttemptContext, StepHeartbeat, was_evaluated
+from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
@@ -87,6 +88,7 @@ def train(
         return total_steps(spec.training, -(-len(data.train_set) // rows_per_step))
 
     from_step = attempt.directory.read_resume_from()
+    ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world)
     )
@@ -512,7 +514,8 @@ def _diverged_error(reason: str, counters: NonFiniteCounters) -> TrainingError:
         else ""
     )
     hint = (
-        "Resume continues from the last valid checkpoint. Lower training.learning_rate, set training.grad_clip or "
-        'training.warmup_steps, look at those rows, or set training.on_nonfinite to "skip" or "rollback".'
+        "Resume continues from the last valid checkpoint. A fork of it may have a lower training.learning_rate, "
+        'another training.grad_clip or training.warmup_steps, or training.on_nonfinite "skip" or "rollback". '
+        "Look at those rows."
     )
     return TrainingError(Reason.DIVERGED, f"{reason}{counts}; the update was not applied", hint)
