@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trainyard.contract.file_identity import FileFingerprint
+from trainyard.contract.spec import DataSpec
 
 KNOWN_FORMS = (".jsonl", ".ndjson", ".txt", ".parquet")
 PACKED_FORMS = (".gz", ".zst")
@@ -170,3 +172,28 @@ def describe_changes(saved: Sequence[Sequence[Any]], current: Sequence[Sequence[
         texts.append("the files are in another order")
     more = len(texts) - MAX_NAMED_CHANGES
     return [*texts[:MAX_NAMED_CHANGES], f"and {more:,} more changes"] if more > 0 else texts
+
+
+def fingerprint_inputs(data: DataSpec, tokenizer: Path | None) -> dict[str, FileFingerprint]:
+    """Return the fingerprints of what a run reads, by the name of its field, without what cannot be read.
+
+    Each source has one fingerprint for all its files. ``tokenizer``: its file, or None if it is built in.
+    """
+    paths: dict[str, str | list[str] | None] = {"data_path": data.data_path, "eval_data_path": data.eval_data_path}
+    paths |= {f"sources/{source.name}": source.path for source in data.sources or ()}
+    paths["tokenizer_path"] = None if tokenizer is None else str(tokenizer)
+    found = {}
+    for name, path in paths.items():
+        if path is not None:
+            with suppress(OSError, ValueError):
+                found[name] = _fingerprint(path)
+    return found
+
+
+def _fingerprint(path: str | list[str]) -> FileFingerprint:
+    if is_single_file(path):
+        return FileFingerprint.of(Path(str(path)))
+    files = expand(path)
+    sizes = [file.path.stat().st_size for file in files]
+    joined = files_fingerprint([file.name for file in files], sizes, [file_sketch(file.path) for file in files])
+    return FileFingerprint(joined["bytes"], joined["sha256"])

@@ -3,11 +3,11 @@
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 PLAIN_TEXT = ".txt"
 BOM = b"\xef\xbb\xbf"
@@ -81,3 +81,14 @@ def _block_starts(size: int, blocks: int) -> Iterator[int]:
         yield from range(0, size, BLOCK_BYTES)
     else:
         yield from (last * number // (blocks - 1) for number in range(blocks))
+
+
+def input_changes(before: Mapping[str, Any], after: Mapping[str, FileFingerprint]) -> list[str]:
+    """Return how files differ from those of ``before``, which was stored as JSON. A file in only one is left out."""
+    changes = []
+    for name in sorted(before.keys() & after.keys()):
+        now, size = after[name], before[name]["bytes"]
+        if asdict(now) != before[name]:
+            same = "another content of the same size"
+            changes.append(f"{name} ({same if now.bytes == size else f'{size:,} bytes then, {now.bytes:,} now'})")
+    return changes

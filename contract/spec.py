@@ -157,6 +157,11 @@ class TrainingSpec(Group):
         0.1, description="final learning rate / peak learning rate"
     )
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
+    continued_at: Annotated[list[tuple[Positive, Positive]], Field(max_length=100)] = Field(
+        default_factory=list,
+        description='set by resume with schedule "continue": [step, steps of the run until then]; after each such step '
+        "the rate decays from the one it had there",
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the layers, AdamW for embeddings, head, router and norms"
     )
@@ -195,6 +200,12 @@ class TrainingSpec(Group):
             return None
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
         return self.batch_size // factor, self.accumulation_steps * factor
+
+
+def epochs_ignored(training: TrainingSpec) -> str:
+    """Return the warning about ``epochs`` beside ``max_steps``."""
+    epochs, steps = training.epochs, training.max_steps
+    return f"epochs {epochs:,} is ignored, because max_steps is set: the run ends after {steps:,} steps"
 
 
 class CheckpointSpec(Group):
@@ -329,3 +340,12 @@ class JobSpec(Group):
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all ranks: the global batch."""
         return self.training.batch_size * self.training.accumulation_steps * self.resources.ranks
+
+
+def gives_both_lengths(spec: JobSpec) -> bool:
+    """Return whether a client gave ``epochs`` beside ``max_steps``, as far as the spec still shows it."""
+    training = spec.training
+    # A stored spec names every field: there, one epoch is the default.
+    complete = training.model_fields_set == set(TrainingSpec.model_fields)
+    given = training.epochs != 1 or ("epochs" in training.model_fields_set and not complete)
+    return training.max_steps is not None and given

@@ -68,12 +68,15 @@ def tokenizer_file(tokenizer_path: str) -> Path:
 class TokenizerInfo:
     """The content of a tokenizer.json and of the tokenizer_config.json in the same directory.
 
-    ``size``: highest id + 1. ``fingerprint``: equal for two tokenizers only if they give equal ids for every text.
+    ``size``: highest id + 1. ``bos``, ``eos``: the tokens before and after each document. ``fingerprint``: equal for
+    two tokenizers only if they give equal ids for every text.
     ``added``: ids of the added tokens. ``special``: those of them that are special: control tokens, which a text holds
     only as marks. ``described``: the JSON of tokenizer.json.
     """
 
     size: int
+    bos: str
+    eos: str
     bos_id: int
     eos_id: int
     pad_id: int
@@ -106,7 +109,8 @@ class TokenizerInfo:
         special = tuple(
             name for name, number in added.items() if name.strip() and (name in marked or number in (bos, eos, pad))
         )
-        return cls(size, bos, eos, pad, fingerprint, added, special, described)
+        texts = {number: name for name, number in names.items()}
+        return cls(size, texts[bos], texts[eos], bos, eos, pad, fingerprint, added, special, described)
 
 
 def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
@@ -117,9 +121,21 @@ def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
     return info.size, info.fingerprint
 
 
-def special_names(tokenizer_path: str) -> tuple[str, ...]:
-    """Return the special tokens of a tokenizer or of the built-in one. Raises TokenizerInvalid."""
-    return SPECIAL_TOKENS if tokenizer_path == BYTE else TokenizerInfo.read(tokenizer_file(tokenizer_path)).special
+@dataclass(frozen=True)
+class TokenNames:
+    """Texts of the special tokens, and of the two between which each document is put."""
+
+    special: tuple[str, ...]
+    bos: str
+    eos: str
+
+    @classmethod
+    def read(cls, tokenizer_path: str) -> Self:
+        """Read those of a tokenizer, or of the built-in one. Raises TokenizerInvalid."""
+        if tokenizer_path == BYTE:
+            return cls(SPECIAL_TOKENS, *SPECIAL_TOKENS[1:])
+        info = TokenizerInfo.read(tokenizer_file(tokenizer_path))
+        return cls(info.special, info.bos, info.eos)
 
 
 def special_pattern(names: Iterable[str]) -> re.Pattern[str] | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.client.cli.spec_flags import PATHS
+from trainyard.contract.rundir import weights_name
+from trainyard.model.config import ModelConfig
 
 SCRIPT = "train_pretrain.py"
 CORPORA = ("pretrain_t2t_mini.jsonl", "pretrain_hq.jsonl")
@@ -80,12 +82,27 @@ def take_defaults(spec: dict[str, Any], line: PastedLine, given: Mapping[str, An
         if folder is not None:
             data["tokenizer_path"] = str(folder)
             notes.append(f"--tokenizer_path {folder}")
+    notes += _take_weights(spec, _roots(script, directory))
     if "special_tokens" not in data:
         data["special_tokens"] = "tokens"
         notes.append(
             "--special_tokens tokens, because MiniMind reads <|im_start|> and <|im_end|> in its texts as tokens"
         )
     return notes
+
+
+def _take_weights(spec: dict[str, Any], roots: Sequence[Path]) -> Iterator[str]:
+    """Turn ``--from_weight pretrain`` without ``--save_dir`` into the file in ``../out``, MiniMind's default."""
+    groups = {name: value if isinstance(value := spec.get(name), dict) else {} for name in ("training", "model")}
+    name = groups["training"].get("from_weight")
+    if not isinstance(name, str) or "/" in name or "save_dir" in (spec.get("checkpoint") or {}):
+        return
+    model = groups["model"]
+    file = weights_name(name, model.get("hidden_size", ModelConfig.hidden_size), bool(model.get("use_moe")))
+    path = next((root / "out" / file for root in roots if (root / "out" / file).is_file()), None)
+    if path is not None:
+        spec["training"]["from_weight"] = str(path)
+        yield f"--from_weight {path}"
 
 
 def _roots(script: Path, directory: Path) -> list[Path]:

@@ -1,6 +1,5 @@
 """The plan preview: computed from the spec, a sample of the corpus, this host's devices and earlier runs."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +7,8 @@ from typing import Any
 
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand
 from trainyard.contract.spec import JobSpec, SourceSpec
-from trainyard.contract.tokenizer_info import TokenizerInvalid, special_names, special_pattern
+from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
+from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
@@ -33,13 +33,14 @@ class QueuePosition:
 class CorpusSample:
     """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`.
 
-    ``other_format``: the format of a source that is not JSONL.
+    ``other_format``: the format of a source that is not JSONL. ``tokens``: those of the tokenizer.
     """
 
     size: RunSize | None
     names: tuple[str, ...] = ()
     other_format: str | None = None
     sources: tuple[PlannedSource, ...] = ()
+    tokens: TokenNames | None = None
 
 
 def sample_corpus(spec: JobSpec) -> CorpusSample:
@@ -47,7 +48,7 @@ def sample_corpus(spec: JobSpec) -> CorpusSample:
     try:
         files = [[file.path for file in expand(source.path)] for source in spec.data.training_sources]
     except CorpusFilesInvalid:
-        return CorpusSample(None)
+        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path))
     samples = [
         _sample_source(spec, source, paths) for source, paths in zip(spec.data.training_sources, files, strict=True)
     ]
@@ -56,14 +57,15 @@ def sample_corpus(spec: JobSpec) -> CorpusSample:
     packed = next((found for paths in files for path in paths[:1] if (found := other_format(path))), None)
     size = join_sizes(spec, sizes)
     planned = plan_sources(spec, [len(paths) for paths in files], sizes, size)
-    return CorpusSample(size, names, packed, tuple(planned))
+    return CorpusSample(size, names, packed, tuple(planned), _token_names(spec.data.tokenizer_path))
 
 
 def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path]) -> CorpusSample:
     sampled = sample_files(paths, source.text_field or spec.data.text_field)
     if sampled is None:
         return CorpusSample(None)
-    special = _special_pattern(spec.data.tokenizer_path)
+    tokens_of = _token_names(spec.data.tokenizer_path)
+    special = special_pattern(tokens_of.special) if tokens_of is not None else None
     marks = [len(special.findall(text)) if special is not None else 0 for text in sampled.texts]
     as_tokens = spec.data.special_tokens == "tokens" and special is not None
     texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
@@ -79,9 +81,9 @@ def _sample_source(spec: JobSpec, source: SourceSpec, paths: Sequence[Path]) -> 
     return CorpusSample(size, sampled.names)
 
 
-def _special_pattern(tokenizer_path: str) -> re.Pattern[str] | None:
+def _token_names(tokenizer_path: str) -> TokenNames | None:
     try:
-        return special_pattern(special_names(tokenizer_path))
+        return TokenNames.read(tokenizer_path)
     except (TokenizerInvalid, OSError):
         return None
 
@@ -107,7 +109,9 @@ def preview(
     return PlanPreview.model_validate(
         {
             **facts,
-            **_sizes(size, facts, throughput),
+            "bos_token": sample.tokens.bos if sample.tokens is not None else None,
+            "eos_token": sample.tokens.eos if sample.tokens is not None else None,
+            **_sizes(spec, size, throughput),
             "memory_limit_bytes": host.memory_limit,
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
@@ -132,9 +136,10 @@ def preview_from_step(plan: PlanPreview, start: int, base: int, steps: int | Non
     return plan.model_copy(update={**start_fields, **remaining, "steps": total_steps})
 
 
-def _sizes(size: RunSize | None, facts: dict[str, Any], throughput: Throughput | None) -> dict[str, Any]:
+def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | None) -> dict[str, Any]:
     if size is None:
         return {"estimated": True}
+    flops_per_token = costs.flops_per_token(spec.model, size.attention_length)
     return {
         "estimated": True,
         "tokens": size.tokens,
@@ -146,7 +151,8 @@ def _sizes(size: RunSize | None, facts: dict[str, Any], throughput: Throughput |
         "steps": size.steps,
         "steps_per_epoch": size.steps_per_epoch,
         "tokens_per_step": size.tokens_per_step,
-        "flops": facts["flops_per_token"] * size.trained_tokens,
+        "flops_per_token": flops_per_token,
+        "flops": flops_per_token * size.trained_tokens,
         "eta_seconds": size.trained_tokens / throughput.tokens_per_second if throughput else None,
         "eta_basis": str(throughput) if throughput else None,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.tokenizer_info import BYTE, BYTE_VOCABULARY, special_tokens_warning
 from trainyard.service.planning.estimate import PlannedSource, RunSize
 
@@ -33,7 +33,7 @@ class HostCapacity:
 
 def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[str]:
     """Return the warnings, the most serious first."""
-    sentences = [*_memory(spec, host), *_disk(spec, host), *_device(spec, host), *_unnamed(spec)]
+    sentences = [*_memory(spec, host), *_disk(spec, host), *_device(spec, host), *_unnamed(spec), *_epochs(spec)]
     if size is None and host.other_format is not None:
         return [*sentences, f"the corpus is {host.other_format}: tokens, steps and time are known once it is tokenized"]
     if size is None:
@@ -97,6 +97,11 @@ def _unnamed(spec: JobSpec) -> Iterator[str]:
             f"tokenizer_path was not given: the built-in byte tokenizer has {BYTE_VOCABULARY} entries, and no other "
             'program loads its weights. Name a tokenizer such as MiniMind\'s model folder, or "byte" if you mean it'
         )
+
+
+def _epochs(spec: JobSpec) -> Iterator[str]:
+    if gives_both_lengths(spec):
+        yield epochs_ignored(spec.training)
 
 
 def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:
