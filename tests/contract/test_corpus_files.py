@@ -1,0 +1,95 @@
+"""Which files a data_path names, in which order, and how a change of them is described."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from trainyard.contract.corpus_files import CorpusFilesInvalid, describe_changes, expand, is_single_file, shown
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"text": "a"}\n')
+
+
+def names(data_path: str | list[str]) -> list[str]:
+    return [file.name for file in expand(data_path)]
+
+
+def test_a_directory_gives_its_files_of_known_forms_by_path(tmp_path: Path) -> None:
+    make(
+        tmp_path,
+        "b.jsonl",
+        "a/z.JSONL.gz",
+        "a/y.txt.zst",
+        "a-b.parquet",
+        "c.ndjson",
+        "notes.md",
+        "x.json",
+        "a/.h.jsonl",
+    )
+    make(tmp_path, ".git/d.jsonl")
+    assert names(str(tmp_path)) == ["a/y.txt.zst", "a/z.JSONL.gz", "a-b.parquet", "b.jsonl", "c.ndjson"]
+
+
+def test_links_to_files_count_and_links_to_directories_do_not(tmp_path: Path) -> None:
+    make(tmp_path, "in/a.jsonl", "elsewhere/b.jsonl")
+    (tmp_path / "in" / "link.jsonl").symlink_to(tmp_path / "elsewhere" / "b.jsonl")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "in")
+    assert names(str(tmp_path / "in")) == ["a.jsonl", "link.jsonl"]
+
+
+def test_a_glob_takes_files_of_any_name_and_brackets_are_no_marks(tmp_path: Path) -> None:
+    make(tmp_path, "p1.data", "p2.data", "sub/p3.data", "[x].data")
+    assert names(f"{tmp_path}/p?.data") == ["p1.data", "p2.data"]
+    assert names(f"{tmp_path}/**/*.data") == ["[x].data", "p1.data", "p2.data", "sub/p3.data"]
+    assert names(f"{tmp_path}/[x].*") == ["[x].data"]
+
+
+def test_a_file_whose_name_has_a_star_is_that_file(tmp_path: Path) -> None:
+    make(tmp_path, "a*.jsonl", "ab.jsonl")
+    assert names(f"{tmp_path}/a*.jsonl") == ["a*.jsonl"]
+    assert is_single_file(f"{tmp_path}/a*.jsonl")
+    assert not is_single_file(f"{tmp_path}/b*.jsonl")
+
+
+def test_a_list_keeps_its_order_and_a_file_counts_once(tmp_path: Path) -> None:
+    make(tmp_path, "a.jsonl", "b/c.jsonl")
+    assert names([f"{tmp_path}/b", f"{tmp_path}/a.jsonl", f"{tmp_path}/b/*"]) == ["c.jsonl", "a.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["line\nend.jsonl", "naïve 文.jsonl", " .jsonl"])
+def test_any_printable_or_unprintable_name_that_is_utf8_works(name: str, tmp_path: Path) -> None:
+    make(tmp_path, name)
+    (file,) = expand(str(tmp_path))
+    assert file.path.read_text()
+    assert "\n" not in shown(file.path)
+
+
+def test_a_name_that_is_not_utf8_is_an_error(tmp_path: Path) -> None:
+    with open(os.path.join(os.fsencode(tmp_path), b"\xff.jsonl"), "w") as file:
+        file.write("x")
+    with pytest.raises(CorpusFilesInvalid, match="not UTF-8: rename it"):
+        expand(str(tmp_path))
+
+
+def test_nothing_to_read_is_an_error_that_says_what_is_needed(tmp_path: Path) -> None:
+    make(tmp_path, "readme.md")
+    with pytest.raises(CorpusFilesInvalid, match=r"no corpus file below it.*\.parquet"):
+        expand(str(tmp_path))
+    with pytest.raises(CorpusFilesInvalid, match="matches no file"):
+        expand(f"{tmp_path}/*.jsonl")
+
+
+def test_changes_name_the_files() -> None:
+    before = [["a", 1, "x"], ["b", 2, "y"], ["c", 3, "z"]]
+    assert describe_changes(before, before) == []
+    assert describe_changes(before, [["a", 1, "x"], ["c", 3, "z"]]) == ["b was removed"]
+    assert describe_changes(before, [*before, ["d", 4, "w"]]) == ["d was added"]
+    assert describe_changes(before, [["a", 1, "x"], ["q", 2, "y"], ["c", 3, "z"]]) == ["b was renamed to q"]
+    assert describe_changes(before, [["a", 1, "x"], ["b", 2, "other"], ["c", 3, "z"]]) == ["b was changed"]
+    assert describe_changes(before, [before[1], before[0], before[2]]) == ["the files are in another order"]
+    assert describe_changes([], [[str(n), n, "s" * (n + 1)] for n in range(9)])[-1] == "and 4 more changes"

@@ -1,0 +1,176 @@
+"""Many files in one corpus: the same tokens as one by one, each file tokenized once, killed at any time."""
+
+import gzip
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.texts import docstrings, write_jsonl
+from trainyard.contract.corpus_files import expand
+from trainyard.worker.data import fileset
+from trainyard.worker.data.corpus import Corpus, open_corpus
+from trainyard.worker.data.fileset import FileSetOptions, file_counts, open_files
+from trainyard.worker.data.jsonl import DataInvalid
+from trainyard.worker.data.tokenizers import ByteTokenizer
+from trainyard.worker.errors import StopRequested
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """23 files of five forms, one of them empty."""
+    texts = docstrings(12)
+    data = tmp_path / "data"
+    (data / "sub").mkdir(parents=True)
+    for number in range(20):
+        write_jsonl(data / ("sub" if number % 2 else ".") / f"{number:03}.jsonl", texts[number::20])
+    (data / "plain.txt").write_text("one\n\ntwo\n\n文\n")
+    (data / "packed.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "packed"}).encode()))
+    (data / "empty.jsonl").write_text("")
+    return data
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fileset, "PART_BYTES", 20_000)
+
+
+def built(folder: Path, cache: Path, **options: object) -> Corpus:
+    return open_files(expand(str(folder)), FileSetOptions(ByteTokenizer(), "byte", cache, **options))  # type: ignore[arg-type]
+
+
+def one_by_one(folder: Path, cache: Path) -> Iterator[np.ndarray]:
+    for file in expand(str(folder)):
+        if file.path.stat().st_size:
+            yield np.array(open_corpus(file.path, ByteTokenizer(), cache=cache).tokens)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_the_tokens_are_those_of_the_files_in_order(processes: int, folder: Path, tmp_path: Path) -> None:
+    corpus = built(folder, tmp_path / "cache", processes=processes)
+    expected = list(one_by_one(folder, tmp_path / "other"))
+    assert np.array_equal(corpus.tokens, np.concatenate(expected))
+    counts = file_counts(corpus) or []
+    assert [entry.tokens for entry in counts if entry.tokens] == [len(tokens) for tokens in expected]
+    assert sum(entry.bytes for entry in counts) == corpus.meta.bytes
+    assert int(corpus.offsets[-1]) == corpus.meta.tokens
+    assert not [path for path in corpus.directory.iterdir() if path.name.startswith(".") or path.name == "journal.json"]
+
+
+def test_a_corpus_that_gained_a_file_tokenizes_one_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built(folder, tmp_path / "cache")
+    tokenized: list[str] = []
+    original = fileset.tokenize_part
+
+    def record(directory: Path, files: object, *rest: object) -> object:
+        tokenized.extend(file.name for file in files)  # type: ignore[attr-defined]
+        return original(directory, files, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fileset, "tokenize_part", record)
+    write_jsonl(folder / "sub" / "0045.jsonl", ["one more"])
+    (folder / "002.jsonl").rename(folder / "zz.jsonl")
+    corpus = built(folder, tmp_path / "cache")
+    assert tokenized == ["sub/0045.jsonl"]
+    assert np.array_equal(corpus.tokens, np.concatenate(list(one_by_one(folder, tmp_path / "other"))))
+
+
+def test_a_file_of_a_corpus_of_its_own_is_copied(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in one_by_one(folder, tmp_path / "cache"):
+        pass
+    (folder / "empty.jsonl").unlink()
+    monkeypatch.setattr(fileset, "tokenize_part", None)
+    corpus = built(folder, tmp_path / "cache")
+    assert np.array_equal(corpus.tokens, np.concatenate(list(one_by_one(folder, tmp_path / "other"))))
+
+
+def test_an_unchanged_corpus_is_opened_without_reading_a_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fileset, "RECENT_CHANGE_SECONDS", -1.0)
+    first = built(folder, tmp_path / "cache")
+    monkeypatch.setattr(fileset, "content_digest", None)
+    assert built(folder, tmp_path / "cache").directory == first.directory
+
+
+def test_a_bad_document_is_named_by_file_and_line(folder: Path, tmp_path: Path) -> None:
+    (folder / "sub" / "bad.jsonl").write_text('{"text": "fine"}\nnot json\n')
+    corpus = built(folder, tmp_path / "cache", max_bad_lines=0.5)
+    assert corpus.stats.bad_lines == 1
+    (example,) = corpus.stats.examples
+    assert example[0] == 2
+    assert example[1].endswith("(in sub/bad.jsonl)")
+    with pytest.raises(DataInvalid, match=r"line 2: .*sub/bad\.jsonl"):
+        built(folder, tmp_path / "cache", max_bad_lines=0.0)
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8bnot gzip", b"\xff\xfeh\x00i\x00"])
+def test_a_damaged_file_is_named(content: bytes, folder: Path, tmp_path: Path) -> None:
+    (folder / "sub" / "005b.jsonl").write_bytes(content)
+    for processes in (1, 2):
+        with pytest.raises(DataInvalid, match=r"005b\.jsonl"):
+            built(folder, tmp_path / "cache", processes=processes)
+
+
+def test_a_stop_leaves_what_is_done_for_the_next_build(folder: Path, tmp_path: Path) -> None:
+    reports = 0
+
+    def stop_in_the_middle(done: int, total: int) -> None:
+        nonlocal reports
+        reports += done > total // 2
+        if reports:
+            raise StopRequested
+
+    with pytest.raises(StopRequested):
+        built(folder, tmp_path / "cache", processes=1, progress=stop_in_the_middle)
+    (building,) = (tmp_path / "cache").glob(".*.building")
+    done = json.loads((building / "journal.json").read_bytes())["files"]
+    assert len(done) > 5
+    corpus = built(folder, tmp_path / "cache", processes=1)
+    assert np.array_equal(corpus.tokens, np.concatenate(list(one_by_one(folder, tmp_path / "other"))))
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from trainyard.contract.corpus_files import expand
+from trainyard.worker.data import fileset, shards
+from trainyard.worker.data.tokenizers import ByteTokenizer
+fileset.PART_BYTES, fileset.JOURNAL_SECONDS, shards.JOURNAL_SECONDS = 20_000, 0.0, 0.0
+options = fileset.FileSetOptions(ByteTokenizer(), "byte", Path(sys.argv[2]), processes=2)
+print("ready", flush=True)
+fileset.open_files(expand(sys.argv[1]), options)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_time_it_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    rng = random.Random(seed)
+    cache, command = tmp_path / "cache", [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / "cache")]
+    kills = 0
+    while True:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.0, 0.3 + 0.1 * kills))
+            if process.poll() is not None:
+                break
+            os.killpg(process.pid, signal.SIGKILL)
+        kills += 1
+    assert process.returncode == 0
+    killed, untouched = built(folder, cache), built(folder, tmp_path / "untouched")
+    for name in ("tokens.bin", "offsets.bin", "files.json", "meta.json"):
+        assert (killed.directory / name).read_bytes() == (untouched.directory / name).read_bytes()
+    shutil.rmtree(cache)
