@@ -98,6 +98,7 @@ class Plan(TypedDict, total=False):
     tokens: int | None
     samples: int | None
     bad_lines: int | None
+    duplicates: int | None
     steps: int | None
     base_step: int
     tokens_per_step: float | None

@@ -51,6 +51,7 @@ class Plan(ResponseModel):
     samples: int | None = None
     documents: int | None = None
     bad_lines: int | None = None
+    duplicates: int | None = None
     steps: int | None = None
     base_step: int = 0
     steps_per_epoch: int | None = None
@@ -269,7 +270,7 @@ class Export(ResponseModel):
 
 
 class Sample(ResponseModel):
-    """A text that the model generated at a step."""
+    """A text that the model generated at a step. ``note``: what was cut because it did not fit, or null."""
 
     object: Literal["sample"] = "sample"
     id: str
@@ -278,6 +279,7 @@ class Sample(ResponseModel):
     step: int
     prompt: str
     text: str
+    note: str | None
     at: datetime
 
 

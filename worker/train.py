@@ -15,7 +15,7 @@ from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
 from trainyard.worker.attempt import AttemptContext, StepHeartbeat
-from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint
+from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
 from trainyard.worker.data.loader import MicroBatchLoader
@@ -73,9 +73,11 @@ def train(
 
     # The data: token shards and packed rows, built once by rank 0. From here on the vocabulary size is known.
     emit(PhaseChanged(phase=Phase.PREPARING_DATA))
-    data = prepare_data(spec, attempt.run, ranks, emit, stop.requested)
-    spec = data.spec
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
+    data = prepare_data(
+        spec, attempt.run, ranks, emit, stop.requested, lambda: saved_corpora(spec, attempt.run, artifacts)
+    )
+    spec = data.spec
     emit(PhaseChanged(phase=Phase.LOADING))
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
@@ -400,7 +402,7 @@ class Trainer:
         )
         self.emit(metric)
         self.trackers.log(metric)
-        for warning in self.monitor.observe_metrics(step, metric.loss):
+        for warning in self.monitor.observe_metrics(metric):
             self.emit(warning)
 
     def _save(self, progress: TrainProgress, *, required: bool) -> None:

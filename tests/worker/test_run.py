@@ -77,6 +77,8 @@ def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
         "documents are shorter than rows"
     )
     assert started.resumed_from is None
+    lines = text.read_text().splitlines()
+    assert started.duplicates == len(lines) - len(set(lines))
 
 
 def test_by_hand_the_resolved_spec_is_kept(finished: RunDir) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.corpus import Corpus, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.packing import PackedDataset, SplitSpec
+from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
@@ -38,16 +38,16 @@ class TrainingData:
     corpus: Corpus
     train_set: PackedDataset
     eval_set: PackedDataset | None
+    split_by: SplitBy = "text"
 
     @cached_property
     def identity(self) -> RunIdentity:
         """The data and model identity, which a checkpoint must match to be resumed."""
-        data, meta = self.spec.data, self.corpus.meta
-        content = json.dumps([meta.content, meta.text_field, data.eval_fraction])
+        data = self.spec.data
         return RunIdentity(
             model=asdict(self.spec.model),
             tokenizer=self.tokenizer.fingerprint,
-            corpus=hashlib.sha256(content.encode()).hexdigest(),
+            corpus=_corpus_fingerprint(self.corpus, data.eval_fraction, self.split_by),
             seed=self.spec.training.seed,
             max_seq_len=data.max_seq_len,
             packing=data.packing,
@@ -64,18 +64,36 @@ class TrainingData:
         return asdict(fingerprint) if fingerprint.bytes == self.corpus.meta.bytes else {}
 
 
+def _corpus_fingerprint(corpus: Corpus, eval_fraction: float, split_by: SplitBy) -> str:
+    content = [corpus.meta.content, corpus.meta.text_field, eval_fraction]
+    if eval_fraction > 0 and split_by != "number":
+        content.append(split_by)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def prepare_data(
     spec: JobSpec,
     run: RunDir,
     ranks: DistributedContext,
     emit: Callable[[Event], None],
     stop_requested: Callable[[], bool],
+    saved_corpora: Callable[[], Iterable[str]] = tuple,
 ) -> TrainingData:
-    """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank."""
+    """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank.
+
+    ``saved_corpora``: corpus fingerprints of the checkpoints that the run may start from, the first choice first. Their
+    evaluation split stays as it is, also if release 0.1 has made it.
+    """
+
+    def choose_split(corpus: Corpus) -> SplitBy:
+        splits: tuple[SplitBy, ...] = ("number", "text")
+        known = {_corpus_fingerprint(corpus, spec.data.eval_fraction, by): by for by in splits}
+        return next((known[saved] for saved in saved_corpora() if saved in known), "text")
+
     progress = _ProgressReporter(emit, stop_requested)
-    ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress).train_set.tokens)
+    split_by = ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress, choose_split).split_by)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
-    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False))
+    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda _: split_by)
     _report_bad_lines(data, emit)
     return data
 
@@ -94,9 +112,11 @@ class _ProgressReporter:
             self._emit(PhaseChanged(phase=Phase.PREPARING_DATA, done=done, total=total))
 
 
-def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+def _open_or_fail(
+    spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: Callable[[Corpus], SplitBy]
+) -> TrainingData:
     try:
-        return _open(spec, run, progress)
+        return _open(spec, run, progress, choose_split)
     except DataInvalid as error:
         raise TrainingError(
             Reason.DATA_INVALID, str(error), "`trainyard corpus check FILE` lists every bad line."
@@ -107,7 +127,9 @@ def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> Tr
         raise save_error(error, "the corpus's token shards") from error
 
 
-def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+def _open(
+    spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: Callable[[Corpus], SplitBy]
+) -> TrainingData:
     data = spec.data
     limit_threads(data.num_workers)
     tokenizer = load_tokenizer(data.tokenizer_path)
@@ -134,8 +156,9 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingDa
         eval_set = open_rows(open_shards(data.eval_data_path), SplitSpec())
         return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), eval_set)
     if data.eval_fraction > 0:
-        train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction)) for part in ("train", "eval"))
-        return TrainingData(spec, tokenizer, corpus, train_set, eval_set)
+        by = choose_split(corpus)
+        train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction, by)) for part in ("train", "eval"))
+        return TrainingData(spec, tokenizer, corpus, train_set, eval_set, by)
     return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), None)
 
 
