@@ -99,6 +99,10 @@ class Plan(TypedDict, total=False):
     samples: int | None
     bad_lines: int | None
     duplicates: int | None
+    special_tokens: int | None
+    special_texts: int | None
+    bos_token: str | None
+    eos_token: str | None
     steps: int | None
     base_step: int
     tokens_per_step: float | None

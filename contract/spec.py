@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from trainyard.contract.tokenizer_info import SpecialTokens
 from trainyard.model.config import ModelConfig
 
 
@@ -63,6 +64,11 @@ class DataSpec(Group):
     )
     tokenizer_path: PathText = Field(
         "byte", description='directory with a tokenizer.json, or "byte" for bytes as tokens'
+    )
+    special_tokens: SpecialTokens = Field(
+        "text",
+        description="special tokens written in a text, such as <|im_end|>. text: spelled as ordinary text; "
+        "tokens: their ids, as in MiniMind, whose corpora need it",
     )
     text_field: Name = Field("text", description="JSON key of the text, or its Parquet column")
     max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="sequence length in tokens")
@@ -143,6 +149,12 @@ class TrainingSpec(Group):
             return None
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
         return self.batch_size // factor, self.accumulation_steps * factor
+
+
+def epochs_ignored(training: TrainingSpec) -> str:
+    """Return the warning about ``epochs`` beside ``max_steps``."""
+    epochs, steps = training.epochs, training.max_steps
+    return f"epochs {epochs:,} is ignored, because max_steps is set: the run ends after {steps:,} steps"
 
 
 class CheckpointSpec(Group):
@@ -277,3 +289,12 @@ class JobSpec(Group):
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all ranks: the global batch."""
         return self.training.batch_size * self.training.accumulation_steps * self.resources.ranks
+
+
+def gives_both_lengths(spec: JobSpec) -> bool:
+    """Return whether a client gave ``epochs`` beside ``max_steps``, as far as the spec still shows it."""
+    training = spec.training
+    # A stored spec names every field: there, one epoch is the default.
+    complete = training.model_fields_set == set(TrainingSpec.model_fields)
+    given = training.epochs != 1 or ("epochs" in training.model_fields_set and not complete)
+    return training.max_steps is not None and given

@@ -52,6 +52,10 @@ class Plan(ResponseModel):
     documents: int | None = None
     bad_lines: int | None = None
     duplicates: int | None = None
+    special_tokens: int | None = None
+    special_texts: int | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
     steps: int | None = None
     base_step: int = 0
     steps_per_epoch: int | None = None

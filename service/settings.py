@@ -131,6 +131,11 @@ class Settings(EnvironmentSettings):
     metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
     events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")
 
+    @property
+    def serves_local_user(self) -> bool:
+        """Whether it is reached only from this host and without a token, so that every caller is the local user."""
+        return is_loopback(self.host) and self.token is None and self.token_file is None
+
     @classmethod
     def read(
         cls,

@@ -39,7 +39,7 @@ from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetecto
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
 from trainyard.worker.training.schedule import StepIntervals, total_steps
-from trainyard.worker.training.startup import device_warnings, started_event, supports_bfloat16
+from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
 
@@ -133,6 +133,8 @@ def train(
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
     )
     emit(started)
+    for warning in schedule_warnings(spec.training, steps - progress.base_step):
+        emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
     if resume_from is not None and ranks.is_main_process:

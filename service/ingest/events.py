@@ -23,6 +23,7 @@ from trainyard.contract.events import (
     Started,
     WarningEvent,
 )
+from trainyard.contract.file_identity import input_changes
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.auth.api_keys import NO_HASH
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
@@ -195,6 +196,8 @@ class _EventBatch:
         self.attempt.start_step = event.start_step
         self._supersede(MetricRow.attempt < self.attempt.number, event.start_step)
         if self.current:
+            if event.start_step == 0:
+                self._compare_inputs(event)
             self.job.resume_step = None
             facts = event.model_dump(mode="json", exclude={"kind", "seq", "at", "start_step", "resumed_from"})
             self.job.facts = {**self.job.facts, **facts}
@@ -202,6 +205,16 @@ class _EventBatch:
         origin = f"continues from step {event.start_step:,}" if event.start_step else "starts from step 0"
         ranks = f"{event.world_size} rank{'s' if event.world_size != 1 else ''} on {event.device_name}"
         self._record_event("started", f"attempt {self.attempt.number} {origin}: {ranks}", event)
+
+    def _compare_inputs(self, event: Started) -> None:
+        # A later attempt continues from a checkpoint, which the worker compares with the whole corpus.
+        changes = input_changes(self.job.facts.get("inputs") or {}, event.inputs)
+        if changes:
+            message = (
+                f"changed since the job was submitted: {', '.join(changes)}; the run uses the files as they are now"
+            )
+            repository.add_alert(self.job, "inputs_changed", message, event.at)
+            self._record_event("warning", message, event)
 
     def _phase(self, event: PhaseChanged) -> None:
         if self.current:

@@ -11,6 +11,7 @@ from trainyard.contract.spec import JobSpec
 class RunSize:
     """Size of a run. ``targets``: predictions in one pass over the sequences.
 
+    ``special_tokens``: occurrences of special tokens in the texts, in ``special_texts`` of them.
     ``attention_length``: see `model.costs.flops_per_token`.
     """
 
@@ -22,6 +23,8 @@ class RunSize:
     steps_per_epoch: int
     steps: int
     attention_length: float
+    special_tokens: int = 0
+    special_texts: int = 0
 
     @property
     def tokens_per_step(self) -> float:

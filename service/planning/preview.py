@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.spec import JobSpec
+from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
 from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
@@ -29,20 +30,43 @@ class QueuePosition:
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`."""
+    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`.
+
+    ``tokens``: those of the tokenizer.
+    """
 
     size: RunSize | None
     names: tuple[str, ...] = ()
+    tokens: TokenNames | None = None
 
 
 def sample_corpus(spec: JobSpec) -> CorpusSample:
     """Read a bounded sample of the corpus and estimate the run's size."""
     sampled = sample_lines(Path(spec.data.data_path), spec.data.text_field)
     if sampled is None:
-        return CorpusSample(None)
-    tokens = token_counter(spec.data.tokenizer_path, sampled.texts)
-    size = estimate_size(spec, [tokens(text) for text in sampled.texts], sampled.bad_lines, sampled.scale)
-    return CorpusSample(size, sampled.names)
+        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path))
+    tokens_of = _token_names(spec.data.tokenizer_path)
+    special = special_pattern(tokens_of.special) if tokens_of is not None else None
+    marks = [len(special.findall(text)) if special is not None else 0 for text in sampled.texts]
+    as_tokens = spec.data.special_tokens == "tokens" and special is not None
+    texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
+    tokens = token_counter(spec.data.tokenizer_path, texts)
+    lengths = [tokens(text) + (found if as_tokens else 0) for text, found in zip(texts, marks, strict=True)]
+    size = estimate_size(spec, lengths, sampled.bad_lines, sampled.scale)
+    if size is not None:
+        size = replace(
+            size,
+            special_tokens=round(sampled.scale * sum(marks)),
+            special_texts=round(sampled.scale * sum(map(bool, marks))),
+        )
+    return CorpusSample(size, sampled.names, tokens_of)
+
+
+def _token_names(tokenizer_path: str) -> TokenNames | None:
+    try:
+        return TokenNames.read(tokenizer_path)
+    except (TokenizerInvalid, OSError):
+        return None
 
 
 def preview(
@@ -64,6 +88,8 @@ def preview(
     return PlanPreview.model_validate(
         {
             **facts,
+            "bos_token": sample.tokens.bos if sample.tokens is not None else None,
+            "eos_token": sample.tokens.eos if sample.tokens is not None else None,
             **_sizes(spec, size, throughput),
             "memory_limit_bytes": host.memory_limit,
             "disk_free_bytes": host.disk_free,
@@ -98,6 +124,8 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | None) -
         "samples": size.samples,
         "documents": size.documents,
         "bad_lines": size.bad_lines,
+        "special_tokens": size.special_tokens,
+        "special_texts": size.special_texts,
         "steps": size.steps,
         "steps_per_epoch": size.steps_per_epoch,
         "tokens_per_step": size.tokens_per_step,

@@ -1,11 +1,13 @@
 """Ingest: each reported line once and in order; an invalid line does not block the next one."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.ingest.parsing import contiguous, parse_event
 
@@ -283,3 +285,22 @@ def test_contiguous_is_pure() -> None:
 def test_a_naive_time_is_utc() -> None:
     event = parse_event({"kind": "sample", "seq": 1, "step": 1, "prompt": "", "text": "", "at": "2026-01-01T00:00:00"})
     assert event.at.isoformat() == "2026-01-01T00:00:00+00:00"
+
+
+def test_a_file_that_changed_while_the_job_was_queued_is_in_job_and_event(rig: ServiceHarness) -> None:
+    job_id, attempt = rig.running()
+    was = FileFingerprint.of(rig.corpus)
+    (started,) = attempt.lines
+    unchanged = {"data_path": asdict(was), "eval_data_path": {"bytes": 1, "sha256": "b"}}
+    attempt.lines = [{**started, "seq": 2, "inputs": unchanged}]
+    rig.ship(attempt)
+    before = {alert["code"] for alert in rig.job(job_id)["alerts"]}
+    assert "inputs_changed" not in before
+    attempt.lines = [{**started, "seq": 3, "inputs": {"data_path": {"bytes": was.bytes + 5, "sha256": "c"}}}]
+    rig.ship(attempt)
+    message = next(alert["message"] for alert in rig.job(job_id)["alerts"] if alert["code"] == "inputs_changed")
+    assert f"data_path ({was.bytes:,} bytes then, {was.bytes + 5:,} now)" in message
+    assert message in [event["message"] for event in rig.data(job_id, "events") if event["kind"] == "warning"]
+    # A line that is no fingerprint is kept as a warning, and the lines after it are stored.
+    attempt.lines = [{**started, "seq": 4, "inputs": {"data_path": {"bytes": "x"}}}]
+    assert rig.ship(attempt)["acked"] == 4

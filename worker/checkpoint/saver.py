@@ -22,7 +22,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Phase
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
-from trainyard.worker.checkpoint.weights import weights_file, write_weights
+from trainyard.worker.checkpoint.weights import publish_weights
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import describe_error, save_error
 
@@ -256,11 +256,9 @@ class Checkpointer:
 
     def _save(self, tensors: StateDicts, state: RunState, required: bool) -> None:
         # Each part on its own: a checkpoint that is published is reported, whatever happens to the rest.
-        weights = weights_file(self.artifacts, self.spec)
         if self._try(lambda: self._write(tensors, state), f"the checkpoint of step {state.step}", state.step, required):
-            self._try(
-                lambda: write_weights(weights, tensors.model), f"the weights file {weights}", state.step, required
-            )
+            what = f"the weights file in {self.artifacts.out}"
+            self._try(lambda: publish_weights(self.artifacts, self.spec, tensors.model), what, state.step, required)
             self._prune(state.step)
 
     def _try(self, write: Callable[[], None], what: str, step: int, required: bool) -> bool:

@@ -14,16 +14,18 @@ from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import DataSpec, JobSpec
 from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
-from trainyard.worker.data.corpus import Corpus, open_corpus
+from trainyard.worker.data.corpus import Corpus, open_corpus, read_as_text_warning
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
 from trainyard.worker.paths import check_allowed_paths
+
+SplitChooser = Callable[[Corpus, Tokenizer], SplitBy]
 
 CORPUS_CACHE_VARIABLE = "TRAINYARD_CORPUS_CACHE"
 PROGRESS_SECONDS = 1.0
@@ -47,7 +49,7 @@ class TrainingData:
         return RunIdentity(
             model=asdict(self.spec.model),
             tokenizer=self.tokenizer.fingerprint,
-            corpus=_corpus_fingerprint(self.corpus, data.eval_fraction, self.split_by),
+            corpus=_corpus_fingerprint(data, self.corpus, self.tokenizer, self.split_by),
             seed=self.spec.training.seed,
             max_seq_len=data.max_seq_len,
             packing=data.packing,
@@ -64,11 +66,15 @@ class TrainingData:
         return asdict(fingerprint) if fingerprint.bytes == self.corpus.meta.bytes else {}
 
 
-def _corpus_fingerprint(corpus: Corpus, eval_fraction: float, split_by: SplitBy) -> str:
-    content = [corpus.meta.content, corpus.meta.text_field, eval_fraction]
-    if eval_fraction > 0 and split_by != "number":
-        content.append(split_by)
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _corpus_fingerprint(data: DataSpec, corpus: Corpus, tokenizer: Tokenizer, split_by: SplitBy) -> str:
+    # What has the default of release 0.1 is left out, so that its runs can be resumed.
+    meta = corpus.meta
+    parts: list[Any] = [meta.content, meta.text_field, data.eval_fraction]
+    if data.special_tokens == "tokens" or meta.added_tokens:
+        parts.append({"special_tokens": tokenizer.matching})
+    if data.eval_fraction > 0 and split_by != "number":
+        parts.append({"split_by": split_by})
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def prepare_data(
@@ -85,16 +91,16 @@ def prepare_data(
     evaluation split stays as it is, also if release 0.1 has made it.
     """
 
-    def choose_split(corpus: Corpus) -> SplitBy:
+    def choose_split(corpus: Corpus, tokenizer: Tokenizer) -> SplitBy:
         splits: tuple[SplitBy, ...] = ("number", "text")
-        known = {_corpus_fingerprint(corpus, spec.data.eval_fraction, by): by for by in splits}
+        known = {_corpus_fingerprint(spec.data, corpus, tokenizer, by): by for by in splits}
         return next((known[saved] for saved in saved_corpora() if saved in known), "text")
 
     progress = _ProgressReporter(emit, stop_requested)
     split_by = ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress, choose_split).split_by)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
-    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda _: split_by)
-    _report_bad_lines(data, emit)
+    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda *_: split_by)
+    _report_corpus(data, emit)
     return data
 
 
@@ -112,9 +118,7 @@ class _ProgressReporter:
             self._emit(PhaseChanged(phase=Phase.PREPARING_DATA, done=done, total=total))
 
 
-def _open_or_fail(
-    spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: Callable[[Corpus], SplitBy]
-) -> TrainingData:
+def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
     try:
         return _open(spec, run, progress, choose_split)
     except DataInvalid as error:
@@ -127,12 +131,10 @@ def _open_or_fail(
         raise save_error(error, "the corpus's token shards") from error
 
 
-def _open(
-    spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: Callable[[Corpus], SplitBy]
-) -> TrainingData:
+def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
     data = spec.data
     limit_threads(data.num_workers)
-    tokenizer = load_tokenizer(data.tokenizer_path)
+    tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens)
     spec = _with_vocabulary(spec, tokenizer)
     cache = Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
 
@@ -156,7 +158,7 @@ def _open(
         eval_set = open_rows(open_shards(data.eval_data_path), SplitSpec())
         return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), eval_set)
     if data.eval_fraction > 0:
-        by = choose_split(corpus)
+        by = choose_split(corpus, tokenizer)
         train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction, by)) for part in ("train", "eval"))
         return TrainingData(spec, tokenizer, corpus, train_set, eval_set, by)
     return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), None)
@@ -171,9 +173,12 @@ def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
     return spec.model_copy(update={"model": model})
 
 
-def _report_bad_lines(data: TrainingData, emit: Callable[[Event], None]) -> None:
+def _report_corpus(data: TrainingData, emit: Callable[[Event], None]) -> None:
     meta = data.corpus.meta
     if meta.bad_lines:
         details = {"bad_lines": meta.bad_lines, "named": [list(pair) for pair in meta.named]}
         message = f"{data.spec.data.data_path} has {meta.stats.describe_bad()}; they are left out"
         emit(WarningEvent(code="bad_lines", message=message, data=details))
+    if warning := read_as_text_warning(data.tokenizer, meta.stats):
+        details = {"special_tokens": meta.special_tokens, "special_texts": meta.special_texts}
+        emit(WarningEvent(code="special_tokens", message=f"{data.spec.data.data_path}: {warning}", data=details))

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body, Header, Query, Response
 from sqlalchemy.orm import Session
 
 from trainyard.contract.parsing import Problem
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.status import JobStatus
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
@@ -31,7 +31,8 @@ from trainyard.service.jobs import actions, deletion, listing, presenters, queri
 from trainyard.service.jobs.actions import PatchJobBody, ResumeBody
 from trainyard.service.jobs.lifecycle import Action
 from trainyard.service.jobs.queries import JobRows
-from trainyard.service.jobs.submission import initial_plan, kind_of, validate_spec
+from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.jobs.submission import initial_plan, kind_of, read_inputs, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.observability.logging import bind
 from trainyard.service.schemas import Job, Page, ResumedJob
@@ -70,7 +71,9 @@ def submit(
     digest = repository.body_digest(body)
     submission = find_replay(state, idempotency_key, digest)
     if submission is None:
-        submission = _create(state, caller, validate_spec(body, state.host_limits), idempotency_key, digest)
+        submission = _create(
+            state, caller, validate_spec(body, state.host_limits, is_new=True), idempotency_key, digest
+        )
         state.scheduler.wake()
     bind(job_id=submission.job_id)
     return created_response(state, submission)
@@ -118,9 +121,16 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
     now = utc_now()
     falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
     alerts = [repository.new_alert("cpu_fallback", NO_GPU, now)] if falls_back else []
+    ignored = epochs_ignored(spec.training) if gives_both_lengths(spec) else None
+    if ignored is not None:
+        alerts.append(repository.new_alert("epochs_ignored", ignored, now))
+    facts = {**initial_plan(spec, kind), "inputs": read_inputs(spec)}
     try:
         with state.database.write() as session:
-            job = repository.create(session, spec, initial_plan(spec, kind), alerts, caller, now)
+            job = repository.create(session, spec, facts, alerts, caller, now)
+            if ignored is not None:
+                draft = EventDraft("warning", ignored, caller.name, data={"code": "epochs_ignored"})
+                repository.record_event(session, job, draft, now)
             if key is not None:
                 repository.delete_old_keys(session, replay_cutoff(state))
             if key is not None and not repository.save_key(session, key, digest, job, now):

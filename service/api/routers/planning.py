@@ -30,7 +30,7 @@ def plan(state: StateDep, body: JsonBody) -> PlanPreview:
 
     Values that depend on the corpus are estimated from at most 4 MiB of it. A job's plan is exact once it has started.
     """
-    return make_preview(state, validate_spec(body, state.host_limits))
+    return make_preview(state, validate_spec(body, state.host_limits, is_new=True))
 
 
 def make_preview(state: AppState, spec: JobSpec) -> PlanPreview:
