@@ -173,8 +173,8 @@ class Checkpoint(ResponseModel):
     created_at: datetime
 
 
-class Job(ResponseModel):
-    """One pretraining run."""
+class JobSummary(ResponseModel):
+    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
 
     object: Literal["job"] = "job"
     id: str
@@ -186,8 +186,6 @@ class Job(ResponseModel):
     reason: str | None
     message: str | None
     error: FailureCard | None
-    spec: dict[str, Any]
-    plan: Plan
     progress: Progress
     attempt: int | None
     resumable: bool
@@ -197,7 +195,6 @@ class Job(ResponseModel):
     placement: Placement | None
     parent: Parent | None
     submitted_by: str | None
-    allowed_actions: list[AllowedAction]
     summary: str
     alerts: list[Alert]
     restart_at: datetime | None
@@ -205,6 +202,14 @@ class Job(ResponseModel):
     queued_at: datetime | None
     started_at: datetime | None
     finished_at: datetime | None
+
+
+class Job(JobSummary):
+    """One pretraining run."""
+
+    spec: dict[str, Any]
+    plan: Plan
+    allowed_actions: list[AllowedAction]
 
 
 class ResumedJob(Job):

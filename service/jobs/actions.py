@@ -29,7 +29,7 @@ from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.launch.base import AttemptRef
 
-REQUESTED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
+REQUESTED = {"pause": "pause", "cancel": "save and end the job", "kill": "stop now, without a save"}
 
 IDLE_MESSAGE = {
     JobStatus.PAUSED: "paused while it was waiting",
@@ -176,6 +176,7 @@ def resume(
         if spec.model_dump(mode="json") == before and step is None:
             return job
         raise invalid_state(job, "it is being resumed already, without these changes")
+    _require_movable(job, spec)
     if step is not None and checkpoint_path(session, job.id, step) is None:
         raise StepUnavailable()
     newest = newest_step(session, job.id)
@@ -294,6 +295,16 @@ def _lock_unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobR
     return job
 
 
+def _require_movable(job: JobRow, spec: JobSpec) -> None:
+    """Raise SpecInvalid if ``save_dir`` changes before a fork's first attempt, which takes over the parent's files."""
+    is_changed = spec.checkpoint.save_dir != job.spec["checkpoint"]["save_dir"]
+    if is_changed and job.attempt == 0 and job.parent_step is not None:
+        message = (
+            "cannot change before the fork was launched once: resume it as it is, or fork again with this save_dir"
+        )
+        raise with_problems(SpecInvalid, [Problem("/save_dir", message)])
+
+
 def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
     leaf = "max_steps" if spec.training.max_steps is not None else "epochs"
     old, new = job.spec["training"][leaf], getattr(spec.training, leaf)
@@ -311,6 +322,7 @@ MAX_STEP = 2**53 - 1
 RESUME_FIELDS: dict[str, tuple[str, ...]] = {
     "epochs": ("training", "epochs"),
     "max_steps": ("training", "max_steps"),
+    "save_dir": ("checkpoint", "save_dir"),
     "resources": ("resources",),
     "step": (),
     "schedule": (),
@@ -352,12 +364,17 @@ class PatchJobBody(OptionalBody):
 
 
 class ResumeBody(OptionalBody):
-    """Changes to a run that is resumed; ``step``: the checkpoint to resume from, the newest if None."""
+    """Changes to a run that is resumed.
+
+    ``step``: the checkpoint to resume from, the newest if None. ``save_dir``: the next attempt moves the checkpoints
+    and weights there.
+    """
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
 
     epochs: Any = _spec_field(TrainingSpec, "epochs")
     max_steps: Any = _spec_field(TrainingSpec, "max_steps")
+    save_dir: Any = _spec_field(CheckpointSpec, "save_dir")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
     step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
     schedule: Schedule = Field(

@@ -368,7 +368,23 @@ def test_data_that_cannot_be_used(content: str | None, reason: str, says: str, t
     failed = rank_runner.run_to_end(run)
     assert (failed.outcome, failed.reason, failed.step) == ("failed", reason, 0)
     assert says in str(failed.message)
-    assert "Traceback" not in rank_runner.start(run).logs()
+    printed = (run.path / "printed-1-0").read_text()
+    assert f"failed at step 0: {failed.message}" in printed
+    assert "Traceback" not in printed
+
+
+def test_by_hand_a_changed_learning_rate_is_not_taken_silently(text: Path, tmp_path: Path) -> None:
+    described = rank_runner.spec(text, training={"max_steps": 2, "learning_rate": 1e-3})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    rank_runner.run_to_end(run)
+    assert "spec_changed" not in rank_runner.warned(run)
+    described["training"]["learning_rate"] = 2e-3
+    run.spec.write_text(json.dumps(described))
+    rank_runner.run_to_end(run)
+    assert "training.learning_rate is 0.002 and was 0.001" in rank_runner.warned(run, 2)["spec_changed"].message
+    printed = (run.path / "printed-2-0").read_text()
+    assert "training.learning_rate is 0.002 and was 0.001" in printed
+    assert "completed: all 2 steps done" in printed
 
 
 def test_a_stop_before_the_first_step_has_nothing_to_save(text: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainyard.contract.events import CheckpointRemoved, Event, WarningEvent
-from trainyard.contract.failpoints import failpoint
+from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import (
     CHECKPOINT_FILES,
@@ -53,6 +53,7 @@ def find_resume_point(
     without a checkpoint of its own starts with its parent's, on ``world`` ranks. Raises TrainingError if the job's own
     checkpoints cannot be used: to start at step 0 silently would throw work away.
     """
+    hit("resume.find")
     delete_leftovers(artifacts)
     fork = read_fork(run)
     if fork is not None and artifacts.origin.is_dir():
@@ -73,7 +74,9 @@ def find_resume_point(
 
 def saved_corpora(spec: JobSpec, run: RunDir, artifacts: ArtifactDir) -> Iterator[str]:
     """Yield the corpus fingerprint of each checkpoint that the run may start from, the first choice first."""
-    paths = [*(path for _, path in artifacts.published()), artifacts.origin]
+    paths: list[Path] = []
+    for own in (artifacts, *map(run.artifacts, run.save_dirs())):  # an earlier save_dir is moved later
+        paths += [*(path for _, path in own.published()), own.origin]
     if spec.checkpoint.from_resume:
         paths += _newest_first(_earlier_jobs(spec, run), artifacts)
     for path in paths:

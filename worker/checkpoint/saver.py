@@ -15,11 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainyard.contract.events import CheckpointRemoved, Event, PhaseChanged, WarningEvent
+from trainyard.contract.events import CheckpointRemoved, Event, WarningEvent
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import STATE_FILE, ArtifactDir
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.status import Phase
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
 from trainyard.worker.checkpoint.weights import publish_weights
@@ -135,10 +134,6 @@ class BackgroundTask:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    @property
-    def is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def start(self, work: Callable[[], None]) -> None:
         """Start ``work`` and return at once. Call `wait` or `join` first if work was started before."""
         assert self._thread is None, f"{self._name} is busy"
@@ -194,7 +189,7 @@ class Checkpointer:
     def save(
         self, train_state: "TrainState", progress: "TrainProgress", metrics: "MetricsProcessor", *, required: bool
     ) -> None:
-        """Save the step that was just done. All ranks call it together.
+        """Save the step that was just done. All ranks call it together, in phase `saving`.
 
         If the save is ``required`` (the run ends with it, or may roll back to it), return after it is published. Else
         return before the copy is complete. If the save fails twice, emit a warning and continue; if it is required,
@@ -211,24 +206,19 @@ class Checkpointer:
         self.saved_at = time.monotonic()
         if self.ranks.is_main_process:
             score = self.resume_check.score(train_state) if self.resume_check is not None else {}
-            self._start(train_state, replace(state, probe=score), required)
+            line = metrics.unevaluated
+            unevaluated = line.model_dump(mode="json", exclude={"kind", "seq"}) if line is not None else None
+            self._start(train_state, replace(state, probe=score, unevaluated=unevaluated), required)
         if required:
             self.wait()
 
     def wait(self) -> None:
         """Wait for the current save, if any. All ranks call it together. Raises TrainingError if it was required."""
-        self.ranks.broadcast_from_rank0(self._wait_for_writer)
+        self.ranks.broadcast_from_rank0(self._writer.wait)
 
     def close(self) -> None:
         """Wait for the current save, if any, and ignore its error. For an exit, whatever its reason."""
         self._writer.join()
-
-    def _wait_for_writer(self) -> None:
-        if self._writer.is_running:
-            self.emit(PhaseChanged(phase=Phase.SAVING))
-            self._writer.wait()
-            self.emit(PhaseChanged(phase=Phase.TRAINING))
-        self._writer.wait()
 
     def _start(self, train_state: "TrainState", state: RunState, required: bool) -> None:
         staging = self._staging = self._staging or StagingBuffers(train_state.model, train_state.optimizer)

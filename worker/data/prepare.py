@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
+from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
@@ -132,6 +133,7 @@ def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choos
 
 
 def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
+    hit("prepare.open")
     data = spec.data
     limit_threads(data.num_workers)
     tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens)

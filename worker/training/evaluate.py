@@ -1,7 +1,7 @@
 """The loss on the evaluation split, summed over all ranks, and text samples of what the model generates."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from trainyard.worker.data.loader import rank_slice, split_microbatches, to_devi
 from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.tokenizers import Tokenizer
 from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import StopRequested
 from trainyard.worker.training.state import TrainState
 from trainyard.worker.training.step import Precision
 
@@ -23,16 +24,18 @@ MIN_NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The evaluation split and the number of rows in a batch."""
+    """The evaluation split, the number of rows in a batch, and whether this rank has seen a stop request."""
 
     dataset: PackedDataset
     ranks: DistributedContext
     batch_size: int
+    stop_requested: Callable[[], bool] = lambda: False
 
     def loss(self, state: TrainState) -> float | None:
         """Return the mean cross-entropy over all tokens of the split, without dropout, or None if it is not finite.
 
-        All ranks call it together and get the same number.
+        All ranks call it together and get the same number. A stop request that any rank sees before a batch raises
+        StopRequested on all of them.
         """
         loss_sum, tokens = state.loss_sum(self._batches())
         loss_sum, tokens_of_all = (
@@ -43,9 +46,15 @@ class Evaluator:
 
     def _batches(self) -> Iterator[Batch]:
         share = rank_slice(np.arange(len(self.dataset)), self.ranks.rank, self.ranks.world)
-        for index, part in enumerate(split_microbatches(share, self.batch_size)):
+        parts = list(split_microbatches(share, self.batch_size))
+        # A rank may have one batch less than another, and all of them must ask each other equally often.
+        largest_share = -(-len(self.dataset) // self.ranks.world)
+        for index in range(max(1, -(-largest_share // self.batch_size))):
             hit("evaluation.batch", index)
-            yield to_device(self.dataset.batch(part), self.ranks.device)
+            if any(requested for (requested,) in self.ranks.gather([float(self.stop_requested())])):
+                raise StopRequested
+            if index < len(parts):
+                yield to_device(self.dataset.batch(parts[index]), self.ranks.device)
 
 
 def generate_samples(
@@ -53,6 +62,7 @@ def generate_samples(
 ) -> Iterator[SampleEvent]:
     """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
     for prompt in prompts:
+        hit("samples.prompt", prompt)
         all_ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])]
         ids, new_tokens, note = fit_prompt(all_ids, limit)
         inputs = torch.tensor([ids], device=next(model.parameters()).device)

@@ -42,13 +42,22 @@ def _report_rates(job: ResumedJob, console: Console) -> None:
 
 
 def _changes(args: SimpleNamespace) -> dict[str, Any]:
-    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step, "schedule": args.schedule}
+    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
+    options |= {"save_dir": args.save_dir, "schedule": args.schedule}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
-        if len(place) != 2 or place[0] != "resources":
-            raise UsageError(f"only resources can be changed on resume: --set resources.FIELD=JSON, not {assignment!r}")
-        changes.setdefault("resources", {})[place[1]] = value
+        if place == ("checkpoint", "save_dir"):
+            changes["save_dir"] = value
+        elif len(place) == 2 and place[0] == "resources":
+            changes.setdefault("resources", {})[place[1]] = value
+        else:
+            raise UsageError(
+                "only resources and checkpoint.save_dir can be changed on resume: --set resources.FIELD=JSON, "
+                f"not {assignment!r}"
+            )
+    if isinstance(changes.get("save_dir"), str):
+        changes["save_dir"] = str(Path.cwd() / Path(changes["save_dir"]).expanduser())
     return changes
 
 
@@ -97,16 +106,23 @@ def cancel(args: SimpleNamespace, console: Console) -> int:
 
 
 def kill(args: SimpleNamespace, console: Console) -> int:
+    """Kill a job, after a question: what it computed since its last checkpoint is lost."""
     with connect(args) as trainyard:
-        return _report(trainyard.kill(_id(trainyard, args)), args, console)
+        job = trainyard.find(args.job)
+        step = (job.get("checkpoint") or {}).get("step")
+        lost = "everything it has computed" if step is None else f"what it has computed after step {count(step)}"
+        if not console.require_consent(f"Kill {_named(job)} and lose {lost}?", args.yes):
+            console.error("nothing was killed")
+            return Exit.REJECTED
+        return _report(trainyard.kill(job["id"]), args, console)
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
-    """Delete a job. On a terminal ask first, because its checkpoints are deleted too."""
+    """Delete a job, after a question: its checkpoints are deleted too."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
-        question = f"Delete {one_line(job['name'], 60)} ({job['id']}) with its checkpoints, logs and metrics?"
-        if console.interactive and not args.yes and not console.confirm(question):
+        question = f"Delete {_named(job)} with its checkpoints, logs and metrics?"
+        if not console.require_consent(question, args.yes):
             console.error("nothing was deleted")
             return Exit.REJECTED
         trainyard.delete(job["id"])
@@ -115,6 +131,10 @@ def delete(args: SimpleNamespace, console: Console) -> int:
     else:
         console.error(f"deleted {job['id']}")
     return Exit.SUCCEEDED
+
+
+def _named(job: Job) -> str:
+    return f"{one_line(job['name'], 60)} ({job['id']})"
 
 
 def _id(trainyard: Client, args: SimpleNamespace) -> str:
