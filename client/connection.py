@@ -1,5 +1,6 @@
 """HTTP requests to the service: retries, streams, and responses as values or exceptions."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from trainyard.client.errors import InvalidUrl, ServiceUnreachable, api_error
+from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
 from trainyard.client.local_peer import distrust
 from trainyard.client.sse import OPENED, StreamEvent, StreamUnsupported, parse_events
 
@@ -86,8 +87,10 @@ class Connection:
         Raises:
             ServiceUnreachable: no response within the time for retries.
             ApiError: the service rejected the request.
+            InvalidSpec: the body has a value that JSON cannot express, such as NaN. Nothing was sent.
         """
         query = {name: value for name, value in (params or {}).items() if value is not None}
+        _require_expressible(body, query)
         content: dict[str, Any] = {} if body is None else {"json": body}
         if timeout is not None:
             content["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
@@ -186,6 +189,33 @@ class Connection:
         except ValueError:
             cause = f"what answers there is no Trainyard service ({response.status_code}, not JSON)"
             raise ServiceUnreachable(self.url, cause) from None
+
+
+def _require_expressible(body: Any, query: Mapping[str, Any]) -> None:
+    problems = [*_inexpressible(body), *_inexpressible(query, "/query")]
+    if problems:
+        errors = [{"pointer": pointer, "message": message} for pointer, message in problems]
+        detail = "The request was not sent, because it has values that JSON cannot express."
+        raise InvalidSpec(422, {"code": "not_json", "detail": detail, "errors": errors})
+
+
+def _inexpressible(value: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (pointer, message) of each value in ``value`` that JSON cannot express."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield pointer, f"must be a finite number, not {value}"
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            yield pointer, "must be text: it has bytes that are not UTF-8"
+    elif isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from _inexpressible(name, pointer)
+            escaped = str(name).replace("~", "~0").replace("/", "~1")
+            yield from _inexpressible(below, f"{pointer}/{escaped}")
+    elif isinstance(value, list | tuple):
+        for index, below in enumerate(value):
+            yield from _inexpressible(below, f"{pointer}/{index}")
 
 
 def normalize_url(url: str) -> str:

@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -21,6 +23,7 @@ from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
+from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.server import (
     ACCEPTS_PER_ROUND,
     LISTEN_BACKLOG,
@@ -30,6 +33,8 @@ from trainyard.service.server import (
 )
 from trainyard.service.settings import InvalidSettings, Settings
 from trainyard.service.timing import Timing
+
+log = logging.getLogger("trainyard")
 
 PREDECESSOR_SECONDS = 20.0
 SHUTDOWN_SECONDS = 10
@@ -117,13 +122,14 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
     descriptors.raise_limit()
     with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        state = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
+        local = _local_launcher(settings, agent)
+        state = build_state(settings, _launcher(settings, local, agent), schedules=schedules, timing=timing)
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")
 
         # Agents of runs that outlived the previous service find this one by the file.
         state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
-        app = create_app(state, ready=lambda: print(f"Trainyard is ready at {url}", flush=True))
+        app = create_app(state, ready=lambda: _print_ready(url))
         config = uvicorn.Config(
             app,
             access_log=False,
@@ -139,16 +145,38 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
-        server = GracefulServer(config, state.broadcaster.stop)
+        before_exit = None
+        if schedules and settings.on_stop == "save":
+            before_exit = partial(_save_runs, state.scheduler, local)
+        server = GracefulServer(config, state.broadcaster.stop, before_exit)
         server.run(sockets=[listener])
+        if server.started:
+            log.info("stopped")
         return 0 if server.started else 1
 
 
-def _launcher(settings: Settings, agent: tuple[str, ...]) -> Launcher:
-    roots = (settings.data_roots, settings.save_roots)
-    local = LocalLauncher(settings.home, settings.corpus_cache, *roots, agent)
+def _save_runs(scheduler: Scheduler, local: LocalLauncher) -> None:
+    """Make all runs of this host save and end. They resume when a service starts on this home."""
+    log.info("stopping: runs save first; a second signal ends the service at once")
+    scheduler.stop_launching()
+    for name in local.save_and_stop_all():
+        log.warning("did not stop in time", extra=name.fields)
+
+
+def _local_launcher(settings: Settings, agent: tuple[str, ...]) -> LocalLauncher:
+    return LocalLauncher(settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots, agent)
+
+
+def _print_ready(url: str) -> None:
+    # A full disk or a reader that has exited must not end the service.
+    with contextlib.suppress(OSError):
+        print(f"Trainyard is ready at {url}", flush=True)
+
+
+def _launcher(settings: Settings, local: LocalLauncher, agent: tuple[str, ...]) -> Launcher:
     if settings.slurm is None:
         return local
+    roots = (settings.data_roots, settings.save_roots)
     slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, agent)
     return LauncherRouter({LOCAL: local, SLURM: slurm})
 

@@ -13,12 +13,13 @@ from starlette.exceptions import HTTPException
 
 from trainyard.service.api.dependencies import AppState
 from trainyard.service.api.middleware import HeadMiddleware, RequestMiddleware
-from trainyard.service.api.openapi import openapi
+from trainyard.service.api.openapi import openapi, operation_id
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import (
     artifacts,
     checkpoints,
     devices,
+    documentation,
     exports,
     forks,
     ingest,
@@ -74,6 +75,7 @@ ROUTERS = (
     webhooks,
     status,
     prometheus,
+    documentation,
 )
 ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
@@ -134,8 +136,9 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         version=status.package_version(),
         description=DESCRIPTION,
         lifespan=lifespan,
-        redoc_url=None,
-        generate_unique_id_function=lambda route: route.name,
+        # FastAPI's own routes would need neither scope nor known query parameters, and its page loads from a CDN.
+        openapi_url=None,
+        generate_unique_id_function=operation_id,
     )
     app.state.app_state = state
     app.router.route_class = ServiceRoute

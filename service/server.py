@@ -1,8 +1,10 @@
 """uvicorn with request timeouts, a limit of connections, and a shutdown that closes streams first."""
 
 import asyncio
+import logging
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -13,6 +15,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trainyard.service import descriptors
+
+log = logging.getLogger("trainyard")
 
 MAX_REQUEST_SECONDS = 15.0
 """Time for the head of a request, and for the rest of a body that was rejected before it was read.
@@ -100,11 +104,19 @@ class TimeoutH11Protocol(H11Protocol):
 
 
 class GracefulServer(uvicorn.Server):
-    """Calls ``on_exit`` at the first signal, so that open streams end and do not delay the shutdown."""
+    """Ends after the first signal.
 
-    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], Any]) -> None:
+    ``before_exit`` runs first, in a thread, while requests are answered as usual; a second signal ends the server
+    without waiting for it. ``on_exit`` is called at the end, so that open streams close and do not delay the shutdown.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, on_exit: Callable[[], Any], before_exit: Callable[[], Any] | None = None
+    ) -> None:
         super().__init__(config)
         self._on_exit = on_exit
+        self._before_exit = before_exit
+        self._signal: signal.Signals | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(_log_loop_error)
@@ -115,9 +127,31 @@ class GracefulServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, _frame: FrameType | None) -> None:
         # Unlike uvicorn's own method this does not record the signal: uvicorn would raise it again after a clean
-        # shutdown, and the exit status would be that of a killed process.
+        # shutdown, and the exit status would be that of a killed process. Nothing is logged and no thread is started
+        # here: the signal may have come in the middle of either.
+        is_first, self._signal = self._signal is None, signal.Signals(sig)
+        if is_first and self.started and self._before_exit is not None:
+            return
         self._on_exit()
         self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._signal is not None and self._before_exit is not None:
+            work, self._before_exit = self._before_exit, None
+            threading.Thread(target=self._work_and_exit, args=(work,), name="before-exit", daemon=True).start()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("stopping", extra={"signal": self._signal.name if self._signal is not None else None})
+        await super().shutdown(sockets)
+
+    def _work_and_exit(self, work: Callable[[], Any]) -> None:
+        try:
+            work()
+        except Exception:
+            log.exception("the work before the end failed")
+        self._on_exit()
         self.should_exit = True
 
 

@@ -5,12 +5,13 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from trainyard.contract.processes import in_container
 from trainyard.service.home import DEFAULT_MODE
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.launch.slurm.config import SlurmSetup
@@ -86,7 +87,8 @@ class Settings(EnvironmentSettings):
     Jobs may read files below ``data_roots`` and write below ``save_roots``; the home belongs to both. ``cpu_slots`` is
     the number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
     ``idempotency_days``: how long an Idempotency-Key is remembered. ``preemption``: jobs of lower priority are paused
-    for a waiting job of higher priority. ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see
+    for a waiting job of higher priority. ``on_stop``: whether the runs of this host save and end before the service, or
+    are left running. ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see
     `service.maintenance.corpus_cache`. ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is
     None if Slurm is not used. ``launcher``: launcher of jobs whose spec names none.
     """
@@ -129,6 +131,9 @@ class Settings(EnvironmentSettings):
         tuple[str, ...], BeforeValidator(lambda text: [*LOOPBACK_NAMES, *split_commas(text.lower())])
     ] = Field(default_factory=_default_hosts, alias="TRAINYARD_ALLOWED_HOSTS")
     idempotency_days: WholeNumber = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
+    on_stop: Literal["leave", "save"] = Field(
+        default_factory=lambda: "save" if in_container() else "leave", alias="TRAINYARD_ON_STOP"
+    )
     preemption: Switch = Field(False, alias="TRAINYARD_PREEMPTION")
     log_format: Format = Field("text", alias="TRAINYARD_LOG_FORMAT")
     log_level: Level = Field("info", alias="TRAINYARD_LOG_LEVEL")
@@ -144,6 +149,11 @@ class Settings(EnvironmentSettings):
     thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
     metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
     events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")
+
+    @property
+    def serves_local_user(self) -> bool:
+        """Whether it is reached only from this host and without a token, so that every caller is the local user."""
+        return is_loopback(self.host) and self.token is None and self.token_file is None
 
     @classmethod
     def read(

@@ -11,6 +11,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from trainyard.contract.rundir import fsync_directory
+from trainyard.contract.stdio import run_command
 from trainyard.service.db.copy import CopyRefused, TableCopy, copy, printable_url
 from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
 from trainyard.service.home import create_database, create_directory
@@ -127,4 +128,4 @@ def backup(database: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard db", main))

@@ -201,6 +201,18 @@ def test_stopped_ranks_are_found_by_their_lack_of_progress(launcher: LocalLaunch
     assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
 
 
+@pytest.mark.parametrize("labels", [{}, {"talks": "1"}], ids=["stacks", "outcome"])
+def test_a_hung_attempt_stays_hung_whatever_a_rank_says_after(
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir, labels: dict[str, str]
+) -> None:
+    """The signal for the stacks reaches the ranks alone: a compiler that it ended would look like a broken compiler."""
+    launcher.start(launch(Timeouts(progress=1.0), 1, steps="1000", pace="0.05", fault="compiler_at_100", **labels))
+    report = ended(launcher, 60.0)
+    assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
+    assert attempt.outcome.exists() == bool(labels)
+    assert ("the stacks" in attempt.rank_log(0).read_text()) != bool(labels)
+
+
 def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: LocalLauncher, service: FakeIngest) -> None:
     launcher.start(launch(steps="60"))
     until(lambda: len(service.lines) > 5)

@@ -133,7 +133,8 @@ def exit_report(state: StateDep, reporter: AuthenticatedAttempt, body: JsonBody)
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         # If lines are missing, the scheduler reads them from the run directory first and closes the attempt itself.
         if attempt.acked_seq >= report.last_seq:
-            exits.close_attempt(session, job, attempt, report, utc_now(), state.scheduler.timing)
+            stops = not state.scheduler.launches
+            exits.close_attempt(session, job, attempt, report, utc_now(), state.scheduler.timing, service_stops=stops)
 
     acked = _report(state, reporter, work)
     state.broadcaster.notify(reporter.job_id)
