@@ -18,6 +18,9 @@ MARKER = "TRAINYARD_ATTEMPT_MARK"
 
 PROC = Path("/proc")
 
+HOST_PID_NAMESPACE = "pid:[4026531836]"
+"""The first pid namespace of a kernel has this number on every host."""
+
 
 @dataclass(frozen=True)
 class ProcessIdentity:
@@ -106,6 +109,14 @@ def pid_namespace() -> str:
     return os.readlink(PROC / "self/ns/pid")
 
 
+def in_container() -> bool:
+    """Return whether the end of the program that started this one ends every process: in a container, not on a host.
+
+    A container with a pid namespace of the host is not recognised. One that systemd has booted is like a host.
+    """
+    return pid_namespace() != HOST_PID_NAMESPACE and not Path("/run/systemd/system").exists()
+
+
 def all_pids() -> Iterator[int]:
     """Yield all visible pids, including zombies."""
     for entry in os.scandir(PROC):
@@ -115,7 +126,12 @@ def all_pids() -> Iterator[int]:
 
 def find_by_marker(mark: str) -> list[ProcessIdentity]:
     """Return all processes, except this one, whose environment has this attempt's marker."""
-    pids = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, MARKER) == mark]
+    return find_by_variable(MARKER, mark)
+
+
+def find_by_variable(name: str, value: str) -> list[ProcessIdentity]:
+    """Return all processes, except this one, that were started with this environment variable."""
+    pids = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, name) == value]
     return [identity for pid in pids if (identity := ProcessIdentity.of(pid))]
 
 

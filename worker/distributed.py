@@ -142,7 +142,7 @@ def require_device(ranks: DistributedContext, spec: JobSpec) -> None:
         f"resources.device is {requested} and rank {ranks.rank} of {ranks.world} has no GPU: "
         f"{torch.cuda.device_count()} can be seen"
     )
-    hint = 'Lower resources.nproc_per_node, or set resources.device to "cpu".'
+    hint = 'Resume with fewer resources.nproc_per_node, or with resources.device "cpu".'
     raise TrainingError(Reason.SPEC_INVALID, message, hint, ranks.rank)
 
 

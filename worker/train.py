@@ -12,10 +12,12 @@ import torch
 
 from trainyard.contract.events import Event, MetricEvent, WarningEvent
 from trainyard.contract.failpoints import hit
+from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
 from trainyard.worker.attempt import AttemptContext, StepHeartbeat, was_evaluated
+from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
@@ -40,8 +42,8 @@ from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, r
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
-from trainyard.worker.training.schedule import LRSchedule, StepIntervals, total_steps
-from trainyard.worker.training.startup import device_warnings, started_event, supports_bfloat16
+from trainyard.worker.training.schedule import StepIntervals, total_steps
+from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
 
@@ -86,6 +88,7 @@ def train(
         return total_steps(spec.training, -(-len(data.train_set) // rows_per_step))
 
     from_step = attempt.directory.read_resume_from()
+    ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world)
     )
@@ -144,6 +147,8 @@ def train(
     )
     trainer.metrics.unevaluated = unevaluated if data.eval_set is not None else None
     emit(started)
+    for warning in schedule_warnings(spec.training, steps - progress.base_step):
+        emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
     if resume_from is not None and ranks.is_main_process:
@@ -228,6 +233,7 @@ class Trainer:
     spike_detector: LossSpikeDetector = field(default_factory=LossSpikeDetector)
     pending: list[PendingStep] = field(default_factory=list)
     last_metrics: StepMetrics | None = None
+    save_is_owed: bool = False
 
     def warm_up(self) -> None:
         """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
@@ -260,6 +266,7 @@ class Trainer:
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
                 if (progress := self._collect_pending(progress)).step <= previous_step:
+                    self.save_is_owed = flags.save  # the request file is gone: save after the next step
                     continue
                 self._save(progress, required=is_last or flags.stop)
             if flags.spike:
@@ -308,6 +315,7 @@ class Trainer:
         requested = self.save_request.exists()
         if requested:
             self.save_request.unlink(missing_ok=True)
+        requested, self.save_is_owed = requested or self.save_is_owed, False
         return requested or self.checkpointer.is_due_by_time(time.monotonic())
 
     def train_step(self, progress: TrainProgress) -> TrainProgress:
@@ -506,7 +514,8 @@ def _diverged_error(reason: str, counters: NonFiniteCounters) -> TrainingError:
         else ""
     )
     hint = (
-        "Resume continues from the last valid checkpoint. Lower training.learning_rate, set training.grad_clip or "
-        'training.warmup_steps, look at those rows, or set training.on_nonfinite to "skip" or "rollback".'
+        "Resume continues from the last valid checkpoint. A fork of it may have a lower training.learning_rate, "
+        'another training.grad_clip or training.warmup_steps, or training.on_nonfinite "skip" or "rollback". '
+        "Look at those rows."
     )
     return TrainingError(Reason.DIVERGED, f"{reason}{counts}; the update was not applied", hint)

@@ -19,7 +19,7 @@ from trainyard.worker.training.nonfinite import NonFiniteCounters
 STORED = {
     AttemptPlacement: "engine_id state waiting_for nodes devices tailed",
     CorpusMeta: "content bytes tokenizer text_field vocab_size token_bytes documents tokens lines blank_lines bad_lines"
-    " named",
+    " named special_tokens special_texts added_tokens",
     Device: "id kind model memory_bytes memory_used_bytes processes strangers temperature_celsius",
     FileDigest: "bytes sha256",
     FileFingerprint: "bytes sha256",
@@ -36,5 +36,5 @@ STORED = {
 
 
 @pytest.mark.parametrize("kind", STORED, ids=lambda kind: kind.__name__)
-def test_stored_names_are_those_of_release_0_1(kind: type) -> None:
+def test_stored_names_are_those_of_release_0_1_and_what_was_added(kind: type) -> None:
     assert list(kind.__annotations__) == STORED[kind].split()

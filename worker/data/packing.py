@@ -111,6 +111,12 @@ class PackedDataset:
         """Number of predictions in one pass over all rows."""
         return int(self.targets.sum(dtype=np.int64))
 
+    @property
+    def attention_length(self) -> float:
+        """Sum of the squared segment lengths, for each prediction: see `model.costs.flops_per_token`."""
+        blocks = (self._lengths[at : at + BLOCK_TOKENS] for at in range(0, len(self._lengths), BLOCK_TOKENS))
+        return sum(int(np.square(block, dtype=np.int64).sum()) for block in blocks) / max(1, self.tokens)
+
     def batch(self, rows: Sequence[int] | Integers, min_rows: int = 1) -> Batch:
         """Return the rows of these indices, in this order, and after them padding that predicts nothing.
 

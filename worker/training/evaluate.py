@@ -19,6 +19,7 @@ from trainyard.worker.training.state import TrainState
 from trainyard.worker.training.step import Precision
 
 MAX_NEW_TOKENS = 64
+MIN_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,25 @@ def generate_samples(
     """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
     for prompt in prompts:
         hit("samples.prompt", prompt)
-        ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])][: max(1, limit - MAX_NEW_TOKENS)]
+        all_ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])]
+        ids, new_tokens, note = fit_prompt(all_ids, limit)
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
         with precision.autocast():
-            output = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=tokenizer.eos_id)
+            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_id)
         text = tokenizer.decode([token for token in output[0, len(ids) :].tolist() if token != tokenizer.eos_id])
         # A lone surrogate cannot be written as JSON.
-        yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode())
+        yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode(), note=note)
+
+
+def fit_prompt(ids: list[int], limit: int) -> tuple[list[int], int, str | None]:
+    """Return the ids that fit with their continuation into ``limit`` positions, its length, and a note about the rest.
+
+    A long prompt gets fewer new tokens, but MIN_NEW_TOKENS of them if possible. What then does not fit is left out
+    after the first id (BOS): the end of the prompt decides how it continues.
+    """
+    new_tokens = min(MAX_NEW_TOKENS, max(limit - len(ids), min(MIN_NEW_TOKENS, limit // 2)))
+    cut = max(0, len(ids) - (limit - new_tokens))
+    notes = [f"the first {cut:,} of {len(ids) - 1:,} tokens of the prompt are left out"] if cut else []
+    notes += [f"at most {new_tokens} new tokens"] if new_tokens < MAX_NEW_TOKENS else []
+    note = f"{', '.join(notes)}: the model has {limit:,} positions" if notes else None
+    return [ids[0], *ids[1 + cut :]], new_tokens, note
