@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, rows
 from trainyard.contract.events import PhaseChanged
+from trainyard.contract.failpoints import arm
+from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import Phase
 from trainyard.model.config import ModelConfig
 from trainyard.worker.distributed import DistributedContext
@@ -70,6 +73,20 @@ def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
     assert failed.error is not None
     assert "A C++ compiler is missing: install one" in str(failed.error.hint)
     assert "training.use_compile to false" in str(failed.error.hint)
+
+
+def stop_the_compiler(run: RunDir) -> None:
+    """As if SIGTERM, which requests the stop, had also ended the compiler."""
+    no_compiler()
+    arm("resume.find", run.attempt(1).stop.touch)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_the_stop_request_ended_is_no_broken_compiler(tmp_path: Path) -> None:
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"use_compile": True, "max_steps": 2}))
+    stopped = rank_runner.run_to_end(run, patch=partial(stop_the_compiler, run))
+    assert (stopped.outcome, stopped.reason, stopped.message) == ("stopped", "user", "stopped while compiling")
 
 
 @pytest.mark.slow
