@@ -240,9 +240,10 @@ class Trainer:
     def warm_up(self) -> None:
         """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
         compiles = self.spec.training.use_compile
+        if compiles:
+            self.phases.enter(Phase.COMPILING)
         if compiles or self.ranks.world > 1:
-            with self.phases.during(Phase.COMPILING) if compiles else contextlib.nullcontext():
-                self.state.train_step.warm_up(self.loader.dummy())
+            self.state.train_step.warm_up(self.loader.dummy())
         self.state.model.train()
 
     def run(self, progress: TrainProgress, steps: int) -> tuple[TrainProgress, bool]:
