@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
         settings, schedules = _read_settings(arguments)
         settings.home.mkdir(parents=True, exist_ok=True)
         with _lock_home(settings) if schedules else contextlib.nullcontext():
-            configure_logging(settings.log_format, settings.log_level, settings.secrets())
+            secrets = [*settings.secrets(), os.environ.get("PGPASSWORD", "")]
+            configure_logging(settings.log_format, settings.log_level, secrets)
             return _serve(settings, schedules, agent, timing)
     except InvalidSettings as error:
         return _fail(str(error), code=2)

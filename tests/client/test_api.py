@@ -300,14 +300,14 @@ def test_wait_lets_a_slow_run_take_its_time(
 
     def go_on(_: httpx2.Request) -> None:
         number = next(polls)
-        changes: dict[str, Any] = {
+        changed: dict[str, dict[str, Any]] = {
             "step": {"progress": {"step": number}},
             "phase": {"phase": ("training", "saving")[number % 2]},
             "attempt": {"attempt": number},
             "status": {},
-        }[what]
+        }
         status = ("running", "starting")[number % 2 and what == "status"]
-        service.jobs["job_7f3kq9"] = job("succeeded" if number == 1999 else status, **changes)
+        service.jobs["job_7f3kq9"] = job("succeeded" if number == 1999 else status, **changed[what])
 
     service.faults = [go_on] * 2000
     assert trainyard.wait("job_7f3kq9", interval=1.0, stall_timeout=20.0)["status"] == "succeeded"
