@@ -21,7 +21,7 @@ from trainyard.client.download import download_checkpoint
 from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
 from trainyard.client.exit_codes import is_idle
 from trainyard.client.sse import StreamEvent
-from trainyard.client.types import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
+from trainyard.client.types import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, ResumedJob, Token, Version
 from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -133,12 +133,14 @@ class Client:
         """Request a checkpoint at the next step. The run continues."""
         return self._act(job_id, "save")
 
-    def resume(self, job_id: str, **changes: Any) -> Job:
+    def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources``.
+        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources`` and ``save_dir``: the checkpoints
+        and weights are moved there. ``schedule``, the rate of a longer run, is "extend" (as if it had been this long
+        from the start) or "continue" (on from the present rate).
         """
-        return self._act(job_id, "resume", changes or None)
+        return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 
     def fork(
         self,

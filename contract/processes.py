@@ -56,6 +56,15 @@ class ProcessIdentity:
         """Return whether this process still runs."""
         return ProcessIdentity.of(self.pid) == self
 
+    def catches(self, signum: signal.Signals) -> bool:
+        """Return whether this process has a handler for the signal."""
+        try:
+            status = (PROC / str(self.pid) / "status").read_text()
+        except OSError:
+            return False
+        caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+        return self.alive() and bool(int(caught, 16) >> (signum - 1) & 1)
+
     def send(self, signum: signal.Signals) -> bool:
         """Send a signal. Return False if the process has ended; another one with its pid never gets the signal."""
         try:
@@ -159,18 +168,28 @@ def _value(environment: list[bytes], name: str) -> str | None:
 
 def descendants(ancestor: int) -> list[ProcessIdentity]:
     """Return all running processes below ``ancestor``. If it is a subreaper, no descendant can escape."""
-    children: dict[int, list[int]] = {}
-    for pid in all_pids():
-        stat = _stat(pid)
-        if stat is not None:
-            children.setdefault(stat.parent, []).append(pid)
+    by_parent = _pids_by_parent()
     found: list[int] = []
     frontier = [ancestor]
     while frontier:
-        below = children.get(frontier.pop(), [])
+        below = by_parent.get(frontier.pop(), [])
         found.extend(below)
         frontier.extend(below)
     return [identity for pid in found if (identity := ProcessIdentity.of(pid))]
+
+
+def children(parent: int) -> list[ProcessIdentity]:
+    """Return the running processes that ``parent`` itself has started."""
+    return [identity for pid in _pids_by_parent().get(parent, []) if (identity := ProcessIdentity.of(pid))]
+
+
+def _pids_by_parent() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for pid in all_pids():
+        stat = _stat(pid)
+        if stat is not None:
+            found.setdefault(stat.parent, []).append(pid)
+    return found
 
 
 def signal_all(processes: Iterable[ProcessIdentity], *signums: signal.Signals) -> None:

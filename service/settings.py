@@ -12,6 +12,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from trainyard.contract.processes import in_container
+from trainyard.service.home import DEFAULT_MODE
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.observability.logging import Format, Level
@@ -71,6 +72,14 @@ def _validate_launcher(name: str, info: ValidationInfo) -> str:
     return name
 
 
+def _parse_mode(value: str | int) -> int:
+    mode = int(value, 8) if isinstance(value, str) else value
+    # The owner may do everything, and others may at most read. A home that others write to is not safe.
+    if mode & 0o700 != 0o700 or mode & ~0o2755:
+        raise ValueError(value)
+    return mode
+
+
 Folder = Annotated[Path, AfterValidator(Path.resolve)]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(lambda text: [part for part in text.split(":") if part])]
 Switch = Annotated[
@@ -97,6 +106,11 @@ class Settings(EnvironmentSettings):
         description="or --database-url must be sqlite:////FOLDER/FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME; "
         "without it, a SQLite file in the home is used",
         repr=False,
+    )
+    home_mode: Annotated[int, BeforeValidator(_parse_mode)] = Field(
+        DEFAULT_MODE,
+        alias="TRAINYARD_HOME_MODE",
+        description="must be an octal mode: 0700, or 0750 if the home's group may read it; no one else may write",
     )
     data_roots: Annotated[Folders, AfterValidator(lambda roots, info: roots or _default_roots(info.data))] = Field(
         default_factory=_default_roots, alias="TRAINYARD_DATA_ROOTS"
@@ -184,6 +198,12 @@ class Settings(EnvironmentSettings):
                 "refusing to listen on an address that others can reach without a token: "
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
             )
+
+    @property
+    def database_file(self) -> Path | None:
+        """The file of a SQLite database; None for another one."""
+        url = make_url(self.database_url)
+        return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
     def secrets(self) -> list[str]:
         """Return the strings that the log must not contain: the current tokens and the database password."""

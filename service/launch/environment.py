@@ -20,33 +20,26 @@ WORKER_AGENT = (sys.executable, "-P", "-m", "trainyard.worker.agent")
 SERVICE_FILE_VARIABLE = "TRAINYARD_SERVICE_FILE"
 
 INHERITED = (
-    "PATH",
-    "HOME",
-    "USER",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "LD_PRELOAD",
-    "VIRTUAL_ENV",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "XDG_CACHE_HOME"),
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV"),
+    # The compiler of `use_compile`.
+    *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CPATH", "LIBRARY_PATH"),
+    *("RAYON_NUM_THREADS", "TRAINYARD_THREADS"),
+    # Trackers connect to servers outside.
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
 )
-# Variables that a worker inherits. All others, such as the service's secrets, do not reach it.
+"""Names of the variables that a worker inherits. All others, such as the service's secrets, do not reach it.
+
+The list is documented in docs/reference/settings.md; a test compares both.
+"""
+
 INHERITED_PREFIXES = (
-    "CUDA_",
-    "NVIDIA_",
-    "NCCL_",
-    "GLOO_",
-    "TORCH_",
-    "PYTORCH_",
-    "OMP_",
-    "GOMP_",
-    "MKL_",
-    "KMP_",
-    "WANDB_",
-    "HF_",
+    "LC_",
+    *("CUDA_", "CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "FI_"),
+    *("TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TRITON_"),
+    *("OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "MALLOC_"),
+    *("WANDB_", "SWANLAB_", "TRACKIO_", "HF_", "TOKENIZERS_"),
 )
 
 

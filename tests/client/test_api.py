@@ -300,14 +300,14 @@ def test_wait_lets_a_slow_run_take_its_time(
 
     def go_on(_: httpx2.Request) -> None:
         number = next(polls)
-        changed: dict[str, dict[str, Any]] = {
+        changes: dict[str, dict[str, Any]] = {
             "step": {"progress": {"step": number}},
             "phase": {"phase": ("training", "saving")[number % 2]},
             "attempt": {"attempt": number},
             "status": {},
         }
         status = ("running", "starting")[number % 2 and what == "status"]
-        service.jobs["job_7f3kq9"] = job("succeeded" if number == 1999 else status, **changed[what])
+        service.jobs["job_7f3kq9"] = job("succeeded" if number == 1999 else status, **changes[what])
 
     service.faults = [go_on] * 2000
     assert trainyard.wait("job_7f3kq9", interval=1.0, stall_timeout=20.0)["status"] == "succeeded"
@@ -344,3 +344,15 @@ def test_an_interrupted_job_is_idle_only_without_a_pending_restart(service: Fake
         trainyard.wait("job_7f3kq9", timeout=0.01, interval=0.002)
     walk(service, "interrupted")
     assert trainyard.wait("job_7f3kq9", interval=0.001)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "\udcff"])
+def test_a_value_that_json_cannot_express_is_named(trainyard: Client, service: FakeService, value: object) -> None:
+    body = {"data": {"data_path": "/d"}, "training": {"betas": [0.9, value]}}
+    for call in (trainyard.submit, trainyard.plan):
+        with pytest.raises(InvalidSpec) as caught:
+            call(body)
+        assert [problem.pointer for problem in caught.value.errors] == ["/training/betas/1"]
+    with pytest.raises(InvalidSpec):
+        trainyard.update("job_7f3kq9", labels={"a": value})
+    assert service.requests == []

@@ -13,6 +13,8 @@ from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
+from trainyard.model.config import ModelConfig
+from trainyard.model.costs import flops_per_token
 from trainyard.service.devices.inventory import Device
 from trainyard.service.devices.memory import disk_free, host_memory
 from trainyard.service.planning import corpus_sample as glances
@@ -164,6 +166,7 @@ def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any
     assert size is not None
     assert (size.tokens, size.documents) == (corpus.meta.tokens, corpus.meta.documents)
     assert size.targets == rows.tokens
+    assert size.attention_length == pytest.approx(rows.attention_length)
     assert size.samples == pytest.approx(len(rows), rel=0.05)
     assert packing == "document" or size.samples == len(rows)
 
@@ -205,7 +208,16 @@ def test_steps_follow_epochs_or_max_steps() -> None:
 # Warnings
 
 
-SIZE = RunSize(documents=100, tokens=10_000, bad_lines=0, samples=1000, targets=9000, steps_per_epoch=10, steps=2000)
+SIZE = RunSize(
+    documents=100,
+    tokens=10_000,
+    bad_lines=0,
+    samples=1000,
+    targets=9000,
+    steps_per_epoch=10,
+    steps=2000,
+    attention_length=100.0,
+)
 HERE = HostCapacity("cpu", 1 << 30, 8 << 30, 1 << 20, 1 << 40)
 
 
@@ -308,6 +320,8 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
         assert found[name] > 0, name
     assert found["active_parameters"] == found["parameters"]
     assert found["steps"] == found["steps_per_epoch"] == math.ceil(found["samples"] / 8)
+    whole_rows = flops_per_token(ModelConfig(vocab_size=259), 340)
+    assert found["flops_per_token"] < whole_rows, "the documents are shorter than the sequences they are packed into"
     assert found["flops"] == pytest.approx(found["flops_per_token"] * found["tokens_per_step"] * found["steps"])
     assert found["expected_first_loss"] == pytest.approx(math.log(259))
     assert (found["eta_seconds"], found["eta_basis"], found["world_size"]) == (None, None, 1)
