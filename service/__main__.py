@@ -50,7 +50,7 @@ class AlreadyRunning(Exception):
 
 
 def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGENT, timing: Timing = Timing()) -> int:
-    """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue without the service.
+    """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue, or save first: see `Settings.on_stop`.
 
     ``agent``: the command that starts an attempt's agent. It and ``timing`` are for tests.
     """
@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
         settings, schedules = _read_settings(arguments)
         home.create_directory(settings.home, settings.home_mode)
         with _lock_home(settings) if schedules else contextlib.nullcontext():
-            configure_logging(settings.log_format, settings.log_level, settings.secrets())
+            secrets = [*settings.secrets(), os.environ.get("PGPASSWORD", "")]
+            configure_logging(settings.log_format, settings.log_level, secrets)
             _protect_home(settings)
             return _serve(settings, schedules, agent, timing)
     except InvalidSettings as error:

@@ -17,7 +17,13 @@ from trainyard.service.launch.base import LOCAL
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.observability.logging import Format, Level
 from trainyard.service.proxies import TrustedProxies
-from trainyard.service.settings_base import EnvironmentSettings, InvalidSettings, WholeNumber, split_commas
+from trainyard.service.settings_base import (
+    EnvironmentSettings,
+    InvalidSettings,
+    WholeNumber,
+    parse_database_url,
+    split_commas,
+)
 from trainyard.service.ssrf import Network
 from trainyard.service.static_tokens import parse_tokens
 
@@ -39,7 +45,7 @@ def _default_roots(fields: dict[str, Any]) -> tuple[Path, ...]:
 
 def _validate_database_url(url: str) -> str:
     try:
-        supported = make_url(url).drivername in DATABASES
+        supported = parse_database_url(url).drivername in DATABASES
     except ArgumentError:
         supported = False
     if not supported:
@@ -202,8 +208,8 @@ class Settings(EnvironmentSettings):
     def secrets(self) -> list[str]:
         """Return the strings that the log must not contain: the current tokens and the database password."""
         listed = parse_tokens(self.token_file) if self.token_file is not None else []
-        password = make_url(self.database_url).password
-        return [secret for secret in (self.token, *listed, password) if secret]
+        url = make_url(self.database_url)
+        return [str(secret) for secret in (self.token, *listed, url.password, url.query.get("password")) if secret]
 
     @property
     def runs(self) -> Path:

@@ -49,6 +49,17 @@ MAX_BODY_SECONDS = 30.0
 TOKEN_RECHECK_SECONDS = 15.0
 """Interval at which the token of an open stream is checked again."""
 
+PERIODIC_ROUTES = frozenset(
+    {
+        "/health",
+        "/ready",
+        "/metrics",
+        "/internal/attempts/{attempt_id}/events",
+        "/internal/attempts/{attempt_id}/heartbeat",
+    }
+)
+"""Routes that programs call every few seconds. If they succeed, they are logged only at level debug."""
+
 STREAM = "/stream"
 UNTIMED = (STREAM, "/files/{name}")
 """Ends of routes whose duration is not measured: it depends on the client."""
@@ -98,7 +109,10 @@ class RequestMiddleware:
         route = getattr(scope.get("route"), "path", "none")
         client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
-        log.info("request", extra={"job_id": _job_id(scope), "client": client, **fields})
+        # Two of three lines were those of agents and health checks.
+        is_routine = route in PERIODIC_ROUTES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
+        level = logging.DEBUG if is_routine else logging.INFO
+        log.log(level, "request", extra={"job_id": _job_id(scope), "client": client, **fields})
         if not route.endswith(UNTIMED):
             self._metrics.requests.labels(method, route, str(status)).observe(seconds)
 

@@ -69,13 +69,24 @@ def test_numbers_that_are_none(text: str) -> None:
         ({"port": -1}, "--port must be 0 to 65535"),
         ({"database_url": "nothing"}, "TRAINYARD_DATABASE_URL"),
         ({"database_url": "mysql://root:secret@host/name"}, "TRAINYARD_DATABASE_URL"),
-        ({"database_url": "postgresql://u:secret@host:port/name"}, "TRAINYARD_DATABASE_URL"),
+        ({"database_url": "postgresql://u:secret@host:port/name"}, 'TRAINYARD_DATABASE_URL .* write "@" as %40'),
+        ({"database_url": "postgresql://u:a@secret@host/name"}, "TRAINYARD_DATABASE_URL .* set PGPASSWORD"),
+        ({"database_url": "postgresql://u:a@secret/b@host/name"}, "TRAINYARD_DATABASE_URL .* set PGPASSWORD"),
+        ({"database_url": "postgresql://u:a/b@secret@host/name"}, "TRAINYARD_DATABASE_URL .* set PGPASSWORD"),
     ],
 )
 def test_what_cannot_be_worked_with(given: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidSettings, match=named) as refused:
         Settings.read({}, **given)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u:a%40b%2Fc@host/name", "postgresql://u:a/b@host/name", "postgresql:///name?host=/tmp&user=a@b"],
+)
+def test_urls_of_databases_that_can_be_read(url: str) -> None:
+    assert Settings.read({}, database_url=url).database_url == url
 
 
 def test_every_mistake_has_its_line() -> None:
