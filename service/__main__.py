@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
     """
     try:
         settings, schedules = _read_settings(arguments)
+        settings.require_own_database()
         settings.home.mkdir(parents=True, exist_ok=True)
         with _lock_home(settings) if schedules else contextlib.nullcontext():
             configure_logging(settings.log_format, settings.log_level, settings.secrets())

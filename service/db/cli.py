@@ -14,9 +14,7 @@ from trainyard.contract.rundir import fsync_directory
 from trainyard.contract.stdio import run_command
 from trainyard.service.db.copy import CopyRefused, TableCopy, copy, printable_url
 from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
-from trainyard.service.settings import InvalidSettings, Settings
-
-DATABASE = "trainyard.db"
+from trainyard.service.settings import DATABASE_FILE, InvalidSettings, Settings, sqlite_url
 
 
 class BackupError(Exception):
@@ -95,7 +93,7 @@ def database_url(text: str) -> str:
     if "://" in text:
         return text
     path = Path(text).resolve()
-    return f"sqlite:///{path / DATABASE if path.is_dir() else path}"
+    return sqlite_url(path / DATABASE_FILE if path.is_dir() else path)
 
 
 def backup(database: Path, target: Path) -> None:
