@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
+from trainyard.client.local_peer import distrust
 from trainyard.client.sse import OPENED, StreamEvent, StreamUnsupported, parse_events
 
 CONNECT_SECONDS = 10.0
@@ -59,6 +60,9 @@ class Connection:
         self._http = httpx2.Client(
             base_url=self.url, headers=headers, timeout=timeout, transport=transport, trust_env=remote
         )
+        if token and self.url.startswith("http:"):
+            # With https the certificate says whose program answers.
+            self._http.event_hooks = {"request": [self._check_new_connections]}
 
     def close(self) -> None:
         """Close the open connections."""
@@ -136,6 +140,19 @@ class Connection:
                 yield response
         except httpx2.TransportError as error:
             raise ServiceUnreachable(self.url, _cause(error)) from error
+
+    def _check_new_connections(self, request: httpx2.Request) -> None:
+        request.extensions["trace"] = self._on_transport_event
+
+    def _on_transport_event(self, name: str, details: Mapping[str, Any]) -> None:
+        # The connection is there, and nothing was sent yet.
+        if name != "connection.connect_tcp.complete":
+            return
+        stream = details["return_value"]
+        why = distrust(stream.get_extra_info("socket"))
+        if why is not None:
+            stream.close()
+            raise ServiceUnreachable(self.url, why)
 
     def _send(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
         pauses = self._retries.pauses()

@@ -99,6 +99,7 @@ class _Canonical:
                 canonical[group] = self._group(group, value)
             elif self._is_readable(value, group):
                 canonical[group] = value
+        _release_device(canonical.get("resources"))
         return canonical
 
     def _group(self, group: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,6 +155,14 @@ def _convert(name: str, value: Any) -> Any:
     return value
 
 
+def _release_device(resources: Any) -> None:
+    # MiniMind's default, written out. With several ranks each one takes its own device there, as here.
+    if not isinstance(resources, dict) or resources.get("device") != "cuda:0":
+        return
+    if type(ranks := resources.get("nproc_per_node")) is int and ranks > 1:
+        resources["device"] = "cuda"
+
+
 def _unreadable(value: Any, depth: int = 0) -> str | None:
     """Return why ``value`` cannot be part of any spec, or None."""
     if isinstance(value, str):
@@ -195,12 +204,13 @@ def _unknown_field(loc: tuple[int | str, ...]) -> str:
     group = GROUP_OF_LEAF.get(name) or ALIASES.get(name, (None,))[0]
     if group is not None and group != loc[0]:
         return f'is not a field here: it belongs in "{group}"'
-    near = _nearest(name, GROUPS.get(str(loc[0]), ()) if len(loc) > 1 else tuple(JobSpec.model_fields))
+    near = nearest(name, GROUPS.get(str(loc[0]), ()) if len(loc) > 1 else tuple(JobSpec.model_fields))
     return "is not a field of the job spec" + (f"; did you mean {near}?" if near else "")
 
 
-def _nearest(name: str, candidates: tuple[str, ...]) -> str | None:
-    # Imported here, because only a wrong spec needs it.
+def nearest(name: str, candidates: tuple[str, ...]) -> str | None:
+    """Return the candidate that is most like ``name``, or None if none is."""
+    # Imported here, because only a mistake needs it.
     from difflib import get_close_matches
 
     return next(iter(get_close_matches(name[:100], candidates, n=1, cutoff=0.6)), None)

@@ -64,10 +64,14 @@ class SpecCommand(Command):
         """Parse MiniMind's command line as well: with ``torchrun`` in front, and several values after one flag."""
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
-        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag, without_program
+        from trainyard.client.cli.minimind import PastedLine
+        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag
 
+        line = PastedLine.parse(args)
         try:
-            return super().parse_args(ctx, repeat_flags(without_program(args)))
+            rest = super().parse_args(ctx, repeat_flags(line.words))
+            ctx.params["pasted"] = line
+            return rest
         except click.NoSuchOption as error:
             # click names the option with underscores; the message names it as it was typed.
             names = [word.partition("=")[0] for word in args]
@@ -246,6 +250,8 @@ COMMANDS = (
     _of_job("resume", "cli.commands.actions:resume", "continue from the newest valid checkpoint",
         Option("--epochs", type=int, help="raise the number of epochs"),
         Option("--max_steps", type=int, help="raise the number of steps"),
+        Option("--schedule", type=click.Choice(["extend", "continue"]),
+            help="learning rate of a longer run: that of its whole new length, or on from the present rate"),
         Option("--save_dir", type=FILE, metavar="DIR", help="move the checkpoints and weights there, and save there"),
         _step("go back to the checkpoint of this step; newer ones are set aside"),
         _several("--set", "resources.FIELD=JSON", "change resources, or checkpoint.save_dir"),
@@ -267,7 +273,10 @@ COMMANDS = (
             Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
     _group("corpus", "check a corpus; list or remove the tokenized ones",
         Command("check", "cli.commands.local:check_corpus", "count the texts, and name every line that cannot be read",
-            CORPUS, TEXT_FIELD, JSON),
+            CORPUS, TEXT_FIELD,
+            Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)"),
+            Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]), default="text",
+                help="as in the job spec (text)"), JSON),
         Command("list", "cli.commands.local:list_corpora", "list this host's cache of tokenized corpora", JSON, HOME),
         Command("prune", "cli.commands.local:prune_corpora", "remove tokenized corpora that no run has open", HOME,
             Option("--days", metavar="N", help="first those unused for N days; 0: none by age (TRAINYARD_CORPUS_DAYS)"),

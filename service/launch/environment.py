@@ -18,6 +18,8 @@ IMPORT_ROOT = str(Path(trainyard.__file__).resolve().parents[1])
 # directory must not be imported.
 WORKER_AGENT = (sys.executable, "-P", "-m", "trainyard.worker.agent")
 
+SERVICE_FILE_VARIABLE = "TRAINYARD_SERVICE_FILE"
+
 INHERITED = (
     *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "XDG_CACHE_HOME"),
     *("LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV"),
@@ -53,9 +55,14 @@ class WorkerEnvironment:
         self._roots = {"TRAINYARD_DATA_ROOTS": (*data_roots, home), "TRAINYARD_SAVE_ROOTS": (*save_roots, home)}
         self._corpus_cache = corpus_cache
 
+    @property
+    def service_file(self) -> Path:
+        """The file with the URL of the running service."""
+        return self._home / "service.json"
+
     def of(self, launch: Launch) -> dict[str, str]:
         """Return all variables of ``launch``'s agent except those that select its devices."""
-        service = read_json(self._home / "service.json") or {}
+        service = read_json(self.service_file) or {}
         return {
             **inherited(dict(os.environ)),
             # Makes `trainyard` importable in a checkout that is not installed.
@@ -65,7 +72,7 @@ class WorkerEnvironment:
             # The worker checks each path again: a link may have changed since the spec was accepted.
             **{name: format_roots(roots) for name, roots in self._roots.items()},
             "TRAINYARD_REPORT_URL": str(service.get("url", "")),
-            "TRAINYARD_SERVICE_FILE": str(self._home / "service.json"),
+            SERVICE_FILE_VARIABLE: str(self.service_file),
             "TRAINYARD_ATTEMPT_ID": launch.attempt_id,
             "TRAINYARD_ATTEMPT_TOKEN": launch.token,
         }

@@ -233,7 +233,10 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
             {"number": 1, "trigger": "submit", "start_step": 0, "end_step": 60, "created_at": "t0", "ended_at": "t1",
              "outcome": "stopped", "message": "saved"},
         ],
-        "samples": [{"step": 60, "prompt": "Return", "text": "the\nvalue"}],
+        "samples": [
+            {"step": 60, "prompt": "Return", "text": "the\nvalue", "note": None},
+            {"step": 60, "prompt": "So", "text": "it", "note": "at most 20 new tokens"},
+        ],
         "devices": [
             {"id": "cpu:0", "kind": "cpu", "model": None, "memory_bytes": None, "job_id": None, "processes": []},
             {"id": "cuda:0", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [7]},
@@ -251,7 +254,9 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "stopped:",
         "saved",
     ]
-    assert run("samples", "pre-12")[1] == "step 60  'Return'\n  the\n  value\n"
+    assert run("samples", "pre-12")[1] == (
+        "step 60  'Return'\n  the\n  value\nstep 60  'So'  (at most 20 new tokens)\n  it\n"
+    )
     devices = run("devices")[1].splitlines()
     assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
     assert devices[2].endswith("80.0 GB  no job, but used by process 7")
@@ -267,6 +272,15 @@ def test_actions_say_the_state_and_what_is_next(run: Run, service: FakeService, 
     assert (code, out) == (0, "job_7f3kq9 running\n")
     assert err.startswith("next:  trainyard watch pre-12")
     assert service.requests[-1].url.path == f"/jobs/job_7f3kq9/{verb}"
+
+
+def test_resume_with_more_steps_prints_the_rates(run: Run, service: FakeService) -> None:
+    service.jobs["job_7f3kq9"] |= {"learning_rate_before": 2e-4, "learning_rate_after": 1.03e-3}
+    code, _, err = run("resume", "pre-12", "--max_steps", "500", "--schedule", "extend")
+    assert code == 0
+    assert body_of(service.requests[-1]) == {"max_steps": 500, "schedule": "extend"}
+    assert "learning rate: 0.0002 at the checkpoint, 0.00103 at the next step" in err
+    assert "--schedule continue" in err
 
 
 def test_resume_with_changes(run: Run, service: FakeService) -> None:

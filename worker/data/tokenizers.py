@@ -1,7 +1,8 @@
 """Tokenizers: text to token ids and back, and the command that trains a tokenizer.
 
-Corpus text is encoded as plain text: ``<|im_end|>`` in a document becomes the tokens of its ten characters, never the
-control token. The corpus builder adds BOS and EOS by id.
+With ``data.special_tokens: "text"``, corpus text is encoded as plain text: ``<|im_end|>`` in a document becomes the
+tokens of its ten characters, never the control token. With ``"tokens"`` it becomes the control token, as in MiniMind.
+Added tokens that are not special (``<think>``) are words, and always match. The corpus builder adds BOS and EOS by id.
 """
 
 import argparse
@@ -29,8 +30,10 @@ from trainyard.contract.tokenizer_info import (
     BYTE_FINGERPRINT,
     BYTE_VOCABULARY,
     SPECIAL_TOKENS,
+    SpecialTokens,
     TokenizerInfo,
     TokenizerInvalid,
+    special_pattern,
     tokenizer_file,
 )
 from trainyard.worker.data.jsonl import DataInvalid, Document
@@ -55,8 +58,18 @@ class Tokenizer(Protocol):
     pad_id: int
     bos_id: int
     eos_id: int
+    bos: str
+    eos: str
+    """The tokens before and after each document, as texts."""
     fingerprint: str
-    """Equal for two tokenizers only if they give equal ids for every text."""
+    """Equal for two tokenizers with the same ``matching`` only if they give equal ids for every text."""
+    matching: str
+    """Which added tokens a text matches. "": none but runs of white space, as in release 0.1; "added": those that are
+    not special; "tokens": all. Part of a corpus's key, in which "" is left out, so that old keys stay valid."""
+    special_pattern: re.Pattern[str] | None
+    """Finds the special tokens in a text; None if there are none."""
+    ordinary_ids: frozenset[int]
+    """Ids of the added tokens that are not special and are matched in text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         """Return the ids of each text, without any special token."""
@@ -65,9 +78,11 @@ class Tokenizer(Protocol):
         """Return the text without control tokens and unknown ids; invalid UTF-8 becomes U+FFFD."""
 
 
-def load_tokenizer(tokenizer_path: str) -> Tokenizer:
+def load_tokenizer(tokenizer_path: str, special_tokens: SpecialTokens = "text") -> Tokenizer:
     """Load the tokenizer "byte", or that of a Hugging Face directory. Raises TokenizerInvalid."""
-    return ByteTokenizer() if tokenizer_path == BYTE else FileTokenizer(tokenizer_file(tokenizer_path))
+    if tokenizer_path == BYTE:
+        return ByteTokenizer(special_tokens)
+    return FileTokenizer(tokenizer_file(tokenizer_path), special_tokens)
 
 
 def limit_threads(count: int | None) -> None:
@@ -85,11 +100,28 @@ class ByteTokenizer:
 
     vocab_size = BYTE_VOCABULARY
     pad_id, bos_id, eos_id = PAD, BOS, EOS
+    bos, eos = SPECIAL_TOKENS[1:]
     fingerprint = BYTE_FINGERPRINT
+    special_pattern = special_pattern(SPECIAL_TOKENS)
+    ordinary_ids: frozenset[int] = frozenset()
+
+    def __init__(self, special_tokens: SpecialTokens = "text") -> None:
+        self.matching = "tokens" if special_tokens == "tokens" else ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        shift = np.uint32(len(SPECIAL_TOKENS))
-        return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) + shift for text in texts]
+        if self.matching:
+            return [self._encode_marked(text) for text in texts]
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) + np.uint32(len(SPECIAL_TOKENS))
+
+    def _encode_marked(self, text: str) -> Ids:
+        assert self.special_pattern is not None
+        marks = [np.array([SPECIAL_TOKENS.index(mark)], np.uint32) for mark in self.special_pattern.findall(text)]
+        parts = [self._encode(part) for part in self.special_pattern.split(text)]
+        between = [*marks, np.zeros(0, np.uint32)]
+        return np.concatenate([ids for pair in zip(parts, between, strict=True) for ids in pair])
 
     def decode(self, ids: Iterable[int]) -> str:
         shift = len(SPECIAL_TOKENS)
@@ -97,12 +129,16 @@ class ByteTokenizer:
 
 
 class FileTokenizer:
-    """A ``tokenizer.json`` of the ``tokenizers`` library, changed so that text never encodes to a control token."""
+    """A ``tokenizer.json`` of the ``tokenizers`` library.
 
-    def __init__(self, file: Path) -> None:
+    With ``special_tokens`` "text", no text encodes to a special token.
+    """
+
+    def __init__(self, file: Path, special_tokens: SpecialTokens = "text") -> None:
         info = TokenizerInfo.read(file)
+        described = info.described if special_tokens == "tokens" else _hide_special_tokens(info)
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_hide_control_tokens(info.described)))
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**described, "post_processor": None}))
         # The library raises plain Exception for any invalid file.
         except Exception as error:
             raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
@@ -110,44 +146,54 @@ class FileTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size, self.fingerprint = info.size, info.fingerprint
+        self.bos, self.eos = info.bos, info.eos
         self.bos_id, self.eos_id, self.pad_id = info.bos_id, info.eos_id, info.pad_id
-        self._control_ids = frozenset(info.added[name] for name in _control_tokens(info.described))
-        self._control_ids |= {self.bos_id, self.eos_id, self.pad_id}
+        self.ordinary_ids = frozenset(info.added[name] for name in info.ordinary)
+        self.matching = "tokens" if special_tokens == "tokens" else "added" if self.ordinary_ids else ""
+        self.special_pattern = special_pattern(info.special)
+        self._special_ids = frozenset(info.added[name] for name in info.special)
+        self._special_ids |= {self.bos_id, self.eos_id, self.pad_id}
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._control_ids]
+        known = [i for i in ids if 0 <= i < self.vocab_size and i not in self._special_ids]
         text: str = self._tokenizer.decode(known, skip_special_tokens=False)
         return text
 
 
-def _control_tokens(described: dict[str, Any]) -> list[str]:
-    """Return the added tokens, without runs of white space: some tokenizers add these as ordinary tokens."""
-    return [token["content"] for token in described.get("added_tokens") or () if token["content"].strip()]
-
-
-def _hide_control_tokens(described: dict[str, Any]) -> dict[str, Any]:
-    """Return the same tokenizer, with the same ids, but with control tokens that no text matches.
+def _hide_special_tokens(info: TokenizerInfo) -> dict[str, Any]:
+    """Return the same tokenizer, with the same ids, but with special tokens that no text matches.
 
     They are renamed both among the added tokens, which match before anything else, and in the vocabulary, where a
-    Unigram or word-level model would find them. Removing them would change the ids of other tokens.
+    Unigram or word-level model would find them. Removing them would change the ids of other tokens. Merges that make
+    them are removed: the text is spelled with the parts.
     """
+    described = info.described
     model = dict(described["model"])
-    renamed = {name: f"\0{hashlib.sha256(name.encode()).hexdigest()}" for name in _control_tokens(described)}
+    renamed = {name: f"\0{hashlib.sha256(name.encode()).hexdigest()}" for name in info.special}
     if isinstance(model["vocab"], list):
         model["vocab"] = [[renamed.get(token, token), score] for token, score in model["vocab"]]
     else:
         model["vocab"] = {renamed.get(token, token): number for token, number in model["vocab"].items()}
     if model.get("unk_token") is not None:
         model["unk_token"] = renamed.get(model["unk_token"], model["unk_token"])
+    if model.get("merges"):
+        prefix = model.get("continuing_subword_prefix") or ""
+        model["merges"] = [merge for merge in model["merges"] if not _names_of_merge(merge, prefix) & renamed.keys()]
     added = [
         {**token, "content": renamed.get(token["content"], token["content"])}
         for token in described.get("added_tokens") or ()
     ]
-    return {**described, "model": model, "added_tokens": added, "post_processor": None}
+    return {**described, "model": model, "added_tokens": added}
+
+
+def _names_of_merge(merge: str | list[str], prefix: str) -> set[str]:
+    """Return both parts of a merge and their result. Old files write a merge as one text, newer ones as a list."""
+    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+    return {left, right, left + right.removeprefix(prefix)}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> int:

@@ -11,7 +11,7 @@ from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
-from trainyard.client.types import Job
+from trainyard.client.types import Job, ResumedJob
 
 
 def pause(args: SimpleNamespace, console: Console) -> int:
@@ -27,11 +27,23 @@ def save(args: SimpleNamespace, console: Console) -> int:
 def resume(args: SimpleNamespace, console: Console) -> int:
     changes = _changes(args)
     with connect(args) as trainyard:
-        return _report(trainyard.resume(_id(trainyard, args), **changes), args, console)
+        job = trainyard.resume(_id(trainyard, args), **changes)
+    if not args.json and {"epochs", "max_steps"} & changes.keys():
+        _report_rates(job, console)
+    return _report(job, args, console)
+
+
+def _report_rates(job: ResumedJob, console: Console) -> None:
+    before, after = job.get("learning_rate_before"), job.get("learning_rate_after")
+    if before is None or after is None:
+        return
+    hint = " (of the longer run; --schedule continue goes on from the present one)" if after > 1.01 * before else ""
+    console.error(f"learning rate: {before:.3g} at the checkpoint, {after:.3g} at the next step{hint}")
 
 
 def _changes(args: SimpleNamespace) -> dict[str, Any]:
-    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step, "save_dir": args.save_dir}
+    options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
+    options |= {"save_dir": args.save_dir, "schedule": args.schedule}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)

@@ -157,7 +157,8 @@ def samples(args: SimpleNamespace, console: Console) -> int:
         console.json_list(items)
         return Exit.SUCCEEDED
     for sample in items:
-        console.data(f"step {count(sample['step'])}  {sample['prompt']!r}")
+        note = f"  ({sample['note']})" if sample.get("note") else ""
+        console.data(f"step {count(sample['step'])}  {sample['prompt']!r}{note}")
         console.data("  " + str(sample["text"]).replace("\n", "\n  "))
     return Exit.SUCCEEDED
 
