@@ -409,13 +409,13 @@ def test_a_value_that_json_cannot_express_is_named(
         (
             ["corpus", "check", "f", "--json"],
             "trainyard.worker.data.corpus",
-            ["check", "f", "--text-field", "text", "--json"],
+            ["check", "f", "--text-field", "text", "--special-tokens", "text", "--json"],
             {},
         ),
         (
             ["corpus", "check", "f", "--text-field", "b"],
             "trainyard.worker.data.corpus",
-            ["check", "f", "--text-field", "b"],
+            ["check", "f", "--text-field", "b", "--special-tokens", "text"],
             {},
         ),
     ],
