@@ -143,6 +143,7 @@ class Job(TypedDict, total=False):
     resumable: bool
     resume_blocker: str | None
     checkpoint: Checkpoint | None
+    weights_path: NotRequired[str | None]
     queue: Queue | None
     parent: dict[str, Any] | None
     submitted_by: str | None

@@ -56,6 +56,7 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
     """
     try:
         settings, schedules = _read_settings(arguments)
+        settings.require_own_database()
         home.create_directory(settings.home, settings.home_mode)
         with _lock_home(settings) if schedules else contextlib.nullcontext():
             secrets = [*settings.secrets(), os.environ.get("PGPASSWORD", "")]

@@ -205,11 +205,12 @@ class JobSummary(ResponseModel):
 
 
 class Job(JobSummary):
-    """One pretraining run."""
+    """One pretraining run. ``weights_path``: the weights alone, in MiniMind's format, if they are written."""
 
     spec: dict[str, Any]
     plan: Plan
     allowed_actions: list[AllowedAction]
+    weights_path: str | None = None
 
 
 class ResumedJob(Job):

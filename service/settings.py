@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from trainyard.contract.allowed_paths import parse_roots
 from trainyard.contract.processes import in_container
 from trainyard.service.home import DEFAULT_MODE
 from trainyard.service.launch.base import LOCAL
@@ -30,7 +31,13 @@ from trainyard.service.static_tokens import parse_tokens
 __all__ = ["InvalidSettings", "Settings", "is_loopback"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+DATABASE_FILE = "trainyard.db"
 DATABASES = ("sqlite", "postgresql", "postgres", "postgresql+psycopg")
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the URL of a SQLite file. Its path may have characters with a meaning in URLs, such as ``?``."""
+    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
 
 
 def _default_hosts(fields: dict[str, Any]) -> tuple[str, ...]:
@@ -81,7 +88,7 @@ def _parse_mode(value: str | int) -> int:
 
 
 Folder = Annotated[Path, AfterValidator(Path.resolve)]
-Folders = Annotated[tuple[Folder, ...], BeforeValidator(lambda text: [part for part in text.split(":") if part])]
+Folders = Annotated[tuple[Folder, ...], BeforeValidator(parse_roots)]
 Switch = Annotated[
     bool, BeforeValidator(lambda text: {"off": False, "on": True}.get(text)), Field(description="must be off or on")
 ]
@@ -101,7 +108,7 @@ class Settings(EnvironmentSettings):
 
     home: Folder = Field(default_factory=lambda: Path("trainyard-home").resolve(), alias="TRAINYARD_HOME")
     database_url: Annotated[str, AfterValidator(_validate_database_url)] = Field(
-        default_factory=lambda fields: f"sqlite:///{fields['home']}/trainyard.db",
+        default_factory=lambda fields: sqlite_url(fields["home"] / DATABASE_FILE),
         alias="TRAINYARD_DATABASE_URL",
         description="or --database-url must be sqlite:////FOLDER/FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME; "
         "without it, a SQLite file in the home is used",
@@ -197,6 +204,17 @@ class Settings(EnvironmentSettings):
             raise InvalidSettings(
                 "refusing to listen on an address that others can reach without a token: "
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
+            )
+
+    def require_own_database(self) -> None:
+        """Raise InvalidSettings if release 0.1 put the database elsewhere, because of a ``?`` in the home's path."""
+        if self.database_url != sqlite_url(self.home / DATABASE_FILE) or (self.home / DATABASE_FILE).exists():
+            return
+        before = Path(make_url(f"sqlite:///{self.home}/{DATABASE_FILE}").database or "")
+        if before != self.home / DATABASE_FILE and before.is_file():
+            raise InvalidSettings(
+                f"release 0.1 kept the database of this home in {before}: stop every service that uses it, and move it "
+                f"to {self.home / DATABASE_FILE}, or name it with --database-url"
             )
 
     @property

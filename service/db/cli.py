@@ -15,10 +15,8 @@ from trainyard.contract.stdio import run_command
 from trainyard.service.db.copy import CopyRefused, TableCopy, copy, printable_url
 from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
 from trainyard.service.home import create_database, create_directory
-from trainyard.service.settings import InvalidSettings, Settings
+from trainyard.service.settings import DATABASE_FILE, InvalidSettings, Settings, sqlite_url
 from trainyard.service.settings_base import parse_database_url
-
-DATABASE = "trainyard.db"
 
 
 class BackupError(Exception):
@@ -101,7 +99,7 @@ def database_url(text: str) -> str:
             raise InvalidSettings(f"the URL of a database {error}") from None
         return text
     path = Path(text).resolve()
-    return f"sqlite:///{path / DATABASE if path.is_dir() else path}"
+    return sqlite_url(path / DATABASE_FILE if path.is_dir() else path)
 
 
 def backup(database: Path, target: Path) -> None:

@@ -157,3 +157,12 @@ def test_what_is_not_there_or_not_understood(rig: ServiceHarness) -> None:
     assert export(rig, "job_none", 10)[1]["code"] == "job_not_found"
     assert export(rig, job_id, 10, {"format": "gguf"})[1]["errors"][0]["pointer"] == "/format"
     assert export(rig, job_id, 10, {"form": "hf"})[1]["errors"][0]["pointer"] == "/form"
+
+
+def test_the_weights_of_a_job_are_named_once_they_are_written(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 10)
+    assert rig.job(job_id)["weights_path"] is None
+    file = rig.home / "runs" / job_id / "out" / "pretrain_512.pth"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    assert rig.job(job_id)["weights_path"] == str(file)

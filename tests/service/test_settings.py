@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.engine import make_url
 
+from trainyard.contract.allowed_paths import format_roots, parse_roots
+from trainyard.service.db.cli import database_url
+from trainyard.service.db.engine import Database
 from trainyard.service.settings import InvalidSettings, Settings, is_loopback
 
 
@@ -140,3 +144,42 @@ def test_names_it_is_known_by() -> None:
     assert Settings.read({"TRAINYARD_TOKEN": "x"}, host="0.0.0.0").allowed_hosts == ("*",)
     named = Settings.read({"TRAINYARD_ALLOWED_HOSTS": "Train.Example, b"})
     assert named.allowed_hosts[-2:] == ("train.example", "b")
+
+
+@pytest.mark.parametrize("name", ["x?a", "x#a", "x%41", "x a&b=c", "x;a:b", "家", "x?mode=ro"])
+def test_the_database_of_a_home_is_in_that_home(name: str, tmp_path: Path) -> None:
+    home = tmp_path / name
+    settings = Settings.read({}, home=home)
+    settings.require_own_database()
+    database = Database(settings.database_url)
+    database.upgrade()
+    database.close()
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {name}
+    assert (home / "trainyard.db").is_file()
+    assert database_url(str(home)) == database_url(str(home / "trainyard.db")) == settings.database_url
+
+
+def test_two_homes_that_differ_after_a_question_mark_have_two_databases(tmp_path: Path) -> None:
+    urls = {Settings.read({}, home=tmp_path / name).database_url for name in ("x?a", "x?b")}
+    assert {make_url(url).database for url in urls} == {f"{tmp_path}/x?{name}/trainyard.db" for name in "ab"}
+
+
+def test_a_database_that_0_1_put_elsewhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    settings = Settings.read({}, home=tmp_path / "x?a")
+    with pytest.raises(InvalidSettings, match=f"kept the database of this home in {tmp_path}/x: stop every service"):
+        settings.require_own_database()
+    (tmp_path / "x?a").mkdir()
+    (tmp_path / "x").rename(tmp_path / "x?a" / "trainyard.db")
+    settings.require_own_database()
+    Settings.read({}, home=tmp_path / "y?a", database_url="sqlite://").require_own_database()
+
+
+@pytest.mark.parametrize("text", ['["/a:b", "/c"]', "/a:b", "[a]:/b", "", '["/a", 3]', "[1]"])
+def test_roots_are_a_json_list_or_between_colons(text: str, tmp_path: Path) -> None:
+    expected = {'["/a:b", "/c"]': ["/a:b", "/c"], "/a:b": ["/a", f"{Path.cwd()}/b"], "[1]": [f"{Path.cwd()}/[1]"]}
+    settings = Settings.read({"TRAINYARD_SAVE_ROOTS": text}, home=tmp_path)
+    if text in expected:
+        assert [str(root) for root in settings.save_roots] == expected[text]
+    roots = [Path("/a:b"), Path("/[c"), Path('/d"'), Path("/\udcff")]
+    assert parse_roots(format_roots(roots)) == [str(root) for root in roots]
