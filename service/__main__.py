@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -20,6 +21,7 @@ from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
+from trainyard.service.planning.matrix_speed import MatrixSpeed
 from trainyard.service.server import MAX_HEAD_BYTES, GracefulServer, TimeoutH11Protocol
 from trainyard.service.settings import InvalidSettings, Settings
 from trainyard.service.timing import Timing
@@ -103,6 +105,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
     with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
         state = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
+        state = replace(state, matrix_speed=MatrixSpeed(settings.home))
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")
 
