@@ -32,6 +32,7 @@ class Started(EventBase):
     ``special_tokens``: occurrences in the corpus's texts, in ``special_texts`` of them; None if they were not counted.
     ``bos_token``, ``eos_token``: the tokens before and after each document. ``inputs``: the files that were read, see
     `contract.file_identity.fingerprint_inputs`.
+    ``duplicates``: documents with the text of an earlier one, counted if ``eval_fraction`` is used; else null.
     """
 
     kind: Literal["started"] = "started"
@@ -59,6 +60,7 @@ class Started(EventBase):
     steps_per_epoch: int
     flops_per_token: float
     base_step: Step = 0
+    duplicates: int | None = None
     resumed_from: str | None = None
 
 
@@ -122,12 +124,13 @@ class CheckpointRemoved(EventBase):
 
 
 class SampleEvent(EventBase):
-    """A text that the model generated."""
+    """A text that the model generated. ``note``: what was cut because it did not fit, or null."""
 
     kind: Literal["sample"] = "sample"
     step: Step
     prompt: str
     text: str
+    note: str | None = None
 
 
 class WarningEvent(EventBase):

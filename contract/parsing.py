@@ -204,12 +204,13 @@ def _unknown_field(loc: tuple[int | str, ...]) -> str:
     group = GROUP_OF_LEAF.get(name) or ALIASES.get(name, (None,))[0]
     if group is not None and group != loc[0]:
         return f'is not a field here: it belongs in "{group}"'
-    near = _nearest(name, GROUPS.get(str(loc[0]), ()) if len(loc) > 1 else tuple(JobSpec.model_fields))
+    near = nearest(name, GROUPS.get(str(loc[0]), ()) if len(loc) > 1 else tuple(JobSpec.model_fields))
     return "is not a field of the job spec" + (f"; did you mean {near}?" if near else "")
 
 
-def _nearest(name: str, candidates: tuple[str, ...]) -> str | None:
-    # Imported here, because only a wrong spec needs it.
+def nearest(name: str, candidates: tuple[str, ...]) -> str | None:
+    """Return the candidate that is most like ``name``, or None if none is."""
+    # Imported here, because only a mistake needs it.
     from difflib import get_close_matches
 
     return next(iter(get_close_matches(name[:100], candidates, n=1, cutoff=0.6)), None)

@@ -3,6 +3,7 @@
 Standard library only: the agent imports it before anything else.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -221,6 +222,14 @@ class RunDir:
             return
         found = [AttemptDir(p) for p in self.path.iterdir() if ATTEMPT_DIRECTORY.fullmatch(p.name)]
         yield from sorted(found, key=lambda attempt: attempt.number)
+
+    def save_dirs(self) -> list[str | None]:
+        """Return each ``save_dir`` that an attempt had; a resume may change it."""
+        found: dict[str | None, None] = {}
+        for attempt in self.attempts():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found[json.loads(attempt.spec.read_bytes())["checkpoint"]["save_dir"]] = None
+        return list(found)
 
     def artifacts(self, save_dir: str | None, job_name: str | None = None) -> "ArtifactDir":
         """Return where checkpoints and weights go: here, or ``save_dir/<job>/``, one directory a job."""

@@ -104,6 +104,11 @@ class TrainingSpec(Group):
         0.1, description="final learning rate / peak learning rate"
     )
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
+    continued_at: Annotated[list[tuple[Positive, Positive]], Field(max_length=100)] = Field(
+        default_factory=list,
+        description='set by resume with schedule "continue": [step, steps of the run until then]; after each such step '
+        "the rate decays from the one it had there",
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the layers, AdamW for embeddings, head, router and norms"
     )

@@ -13,12 +13,13 @@ from starlette.exceptions import HTTPException
 
 from trainyard.service.api.dependencies import AppState
 from trainyard.service.api.middleware import HeadMiddleware, RequestMiddleware
-from trainyard.service.api.openapi import openapi
+from trainyard.service.api.openapi import openapi, operation_id
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers import (
     artifacts,
     checkpoints,
     devices,
+    documentation,
     exports,
     forks,
     ingest,
@@ -39,6 +40,7 @@ from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
 from trainyard.service.errors import ServiceError, from_exception, problem_response
+from trainyard.service.home import create_directory
 from trainyard.service.jobs import deletion
 from trainyard.service.launch.base import Launcher
 from trainyard.service.leadership import LeaderLease
@@ -73,6 +75,7 @@ ROUTERS = (
     webhooks,
     status,
     prometheus,
+    documentation,
 )
 ROUTES = [route for module in ROUTERS for route in module.router.routes]
 
@@ -88,7 +91,7 @@ def build_state(
 
     Creates only the home directory. With ``schedules`` False the service only serves the API.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
+    create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
     host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
     lease = LeaderLease(database, timing=timing)
@@ -133,8 +136,9 @@ def create_app(state: AppState, ready: Callable[[], None] | None = None, schedul
         version=status.package_version(),
         description=DESCRIPTION,
         lifespan=lifespan,
-        redoc_url=None,
-        generate_unique_id_function=lambda route: route.name,
+        # FastAPI's own routes would need neither scope nor known query parameters, and its page loads from a CDN.
+        openapi_url=None,
+        generate_unique_id_function=operation_id,
     )
     app.state.app_state = state
     app.router.route_class = ServiceRoute

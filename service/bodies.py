@@ -1,14 +1,14 @@
 """JSON request bodies, read strictly. One response lists every mistake with its pointer, and never the value."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from trainyard.contract.parsing import Problem, plain, pointer_to, printable
+from trainyard.contract.parsing import Problem, nearest, plain, pointer_to, printable
 from trainyard.service.errors import InvalidJson, RequestInvalid, ServiceError, WrongMediaType, with_problems
 
 MAX_DEPTH = 64
@@ -106,6 +106,23 @@ class StrictRequest(Request):
 def unknown_field(fields: tuple[str, ...]) -> str:
     """Return the message for a name that is not in ``fields``."""
     return f"is not a field; those here are {', '.join(fields)}" if fields else "is not a field; there are none here"
+
+
+UNKNOWN_PARAMETER = "unknown_parameter"
+
+
+def unknown_parameters(names: Iterable[str], known: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the errors of unknown query parameters, as FastAPI's RequestValidationError holds them."""
+    listed = f"those here are {', '.join(known)}" if known else "there are none here"
+    hints = {name: nearest(name, tuple(known)) for name in names}
+    return [
+        {
+            "type": UNKNOWN_PARAMETER,
+            "loc": ("query", name),
+            "msg": f"is not a parameter; did you mean {near}?" if near is not None else f"is not a parameter; {listed}",
+        }
+        for name, near in hints.items()
+    ]
 
 
 def invalid_request(request: Request, error: RequestValidationError) -> ServiceError:

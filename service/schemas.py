@@ -42,7 +42,7 @@ class Plan(ResponseModel):
     ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
     ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
     ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
-    speed.
+    speed. ``learning_rate_before``: at the checkpoint of the last resume, ``learning_rate_after``: at the next step.
     """
 
     parameters: int | None = None
@@ -76,6 +76,8 @@ class Plan(ResponseModel):
     eta_basis: str | None = None
     memory_limit_bytes: int | None = None
     expected_first_loss: float | None = None
+    learning_rate_before: float | None = None
+    learning_rate_after: float | None = None
     warnings: list[str] = []
     estimated: bool = False
 
@@ -170,8 +172,8 @@ class Checkpoint(ResponseModel):
     created_at: datetime
 
 
-class Job(ResponseModel):
-    """One pretraining run."""
+class JobSummary(ResponseModel):
+    """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
 
     object: Literal["job"] = "job"
     id: str
@@ -183,8 +185,6 @@ class Job(ResponseModel):
     reason: str | None
     message: str | None
     error: FailureCard | None
-    spec: dict[str, Any]
-    plan: Plan
     progress: Progress
     attempt: int | None
     resumable: bool
@@ -194,7 +194,6 @@ class Job(ResponseModel):
     placement: Placement | None
     parent: Parent | None
     submitted_by: str | None
-    allowed_actions: list[AllowedAction]
     summary: str
     alerts: list[Alert]
     restart_at: datetime | None
@@ -202,6 +201,21 @@ class Job(ResponseModel):
     queued_at: datetime | None
     started_at: datetime | None
     finished_at: datetime | None
+
+
+class Job(JobSummary):
+    """One pretraining run."""
+
+    spec: dict[str, Any]
+    plan: Plan
+    allowed_actions: list[AllowedAction]
+
+
+class ResumedJob(Job):
+    """A job that was resumed, with the rates of the checkpoint's step and of the next one; null if it has none."""
+
+    learning_rate_before: float | None
+    learning_rate_after: float | None
 
 
 class Event(ResponseModel):

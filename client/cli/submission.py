@@ -99,7 +99,7 @@ def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console
 def _read(source: str, console: Console) -> dict[str, Any]:
     try:
         # From bytes, json detects a byte order mark and UTF-16, as Windows programs write them.
-        content = console.stdin.read().removeprefix("\ufeff") if source == "-" else Path(source).read_bytes()
+        content = console.read_stdin().removeprefix("\ufeff") if source == "-" else Path(source).read_bytes()
         spec = json.loads(content)
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}") from error

@@ -6,7 +6,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from trainyard.contract.scopes import Scope
 from trainyard.service.auth.authenticator import Authenticator
+from trainyard.service.auth.principal import Principal
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import Inventory
 from trainyard.service.jobs.submission import HostLimits
@@ -47,10 +49,9 @@ class AppState:
     def authenticator(self) -> Authenticator:
         return Authenticator(self.settings, self.database)
 
-    @property
-    def host_limits(self) -> HostLimits:
-        """The limits that a spec is validated against, with the devices of now."""
-        return HostLimits(self.settings, self.inventory.devices())
+    def host_limits(self, caller: Principal) -> HostLimits:
+        """Return the limits that the caller's spec is validated against, with the devices of now."""
+        return HostLimits(self.settings, self.inventory.devices(), names_roots=caller.scope.covers(Scope.ADMIN))
 
 
 # A coroutine, because FastAPI runs a plain function in a thread: too expensive for reading one attribute.

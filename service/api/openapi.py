@@ -1,15 +1,17 @@
-"""The OpenAPI document: FastAPI's own, plus the job spec, error responses, security and hints for forms."""
+"""The OpenAPI document: FastAPI's own, plus the job spec, descriptions, examples, errors, security and form hints."""
 
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 
 from trainyard.contract.parsing import ALIASES
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.spec_reference import NOTES, TITLES
 from trainyard.contract.units import UNITS
+from trainyard.service.api.descriptions import EXAMPLES, FIELDS, PARAMETERS, TAGS
 from trainyard.service.errors import PROBLEM
 from trainyard.service.schemas import ProblemDetails
 
@@ -23,7 +25,10 @@ ALWAYS = (401, 403, 408, 413, 414, 422, 431, 503)
 def openapi(app: FastAPI) -> dict[str, Any]:
     """Return the document. It is built once and cached in the app."""
     if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        tags = [{"name": name, "description": described} for name, described in TAGS.items()]
+        document = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes, tags=tags
+        )
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
         for model in (JobSpec, ProblemDetails):
             schema = model.model_json_schema(ref_template=REF)
@@ -34,8 +39,10 @@ def openapi(app: FastAPI) -> dict[str, Any]:
         schemas["Job"]["properties"]["spec"] = {"$ref": REF.format(model=JobSpec.__name__)}
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{}, {"token": []}]
+        _describe_fields(schemas)
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
+                _describe_operation(operation)
                 responses = operation["responses"]
                 responses.update({str(status): _problem(status) for status in _error_statuses(method, path)})
                 responses["default"] = _problem(None)
@@ -45,6 +52,31 @@ def openapi(app: FastAPI) -> dict[str, Any]:
     return app.openapi_schema
 
 
+def operation_id(route: APIRoute) -> str:
+    """Return the id of a route's operation: the function's name in camel case, such as ``submitJob``."""
+    first, *others = route.name.split("_")
+    return first + "".join(word.capitalize() for word in others)
+
+
+def _describe_fields(schemas: dict[str, Any]) -> None:
+    for model, schema in schemas.items():
+        name = model.partition("_")[0]
+        for field, described in schema.get("properties", {}).items():
+            text = FIELDS.get(f"{name}.{field}", FIELDS.get(field))
+            if text is not None:
+                described.setdefault("description", text)
+
+
+def _describe_operation(operation: dict[str, Any]) -> None:
+    name = operation["operationId"]
+    for parameter in operation.get("parameters", ()):
+        text = PARAMETERS.get(f"{name}.{parameter['name']}", PARAMETERS.get(parameter["name"]))
+        if text is not None:
+            parameter.setdefault("description", text)
+    if name in EXAMPLES:
+        operation["requestBody"]["content"]["application/json"]["example"] = EXAMPLES[name]
+
+
 def _add_form_hints(schemas: dict[str, Any]) -> None:
     """Add to the spec's schemas what a form shows: the description, unit and aliases of each field."""
     spec = schemas[JobSpec.__name__]
@@ -52,6 +84,8 @@ def _add_form_hints(schemas: dict[str, Any]) -> None:
     groups["timeouts"] = _resolve(schemas, groups["resources"]["properties"]["timeouts"])
     for name, group in (("", spec), *groups.items()):
         group["description"] = TITLES[name][1] if name in TITLES else group.get("description", "")
+        if name in spec["properties"]:
+            spec["properties"][name].setdefault("description", group["description"])
         for leaf, field in group["properties"].items():
             _annotate_leaf(leaf, field)
 

@@ -7,12 +7,14 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request
+from fastapi.dependencies.utils import request_params_to_args
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from trainyard.service.auth.permissions import scope_of
-from trainyard.service.bodies import StrictRequest
+from trainyard.service.bodies import StrictRequest, unknown_parameters
 
 
 def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -22,7 +24,7 @@ def json_response(model: BaseModel, status: int = 200, headers: Mapping[str, str
 
 
 class ServiceRoute(APIRoute):
-    """A route that must declare its scope, reads JSON bodies strictly, and runs `def` endpoints in its own way.
+    """A route that must declare its scope, reads query and JSON body strictly, and runs `def` endpoints in its own way.
 
     FastAPI would run such an endpoint in anyio's threads, validate the returned model again in a second one, and
     serialize it in the event loop that all requests share. Here one thread of the loop's default executor does all of
@@ -39,12 +41,17 @@ class ServiceRoute(APIRoute):
         scope_of(self)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-        if self.body_field is None:
-            return handle
+        handle, has_body = super().get_route_handler(), self.body_field is not None
+        parameters = self.dependant.query_params
+        known = frozenset(parameter.alias for parameter in parameters)
 
         async def handle_strictly(request: Request) -> Response:
-            return await handle(StrictRequest(request.scope, request.receive))
+            # FastAPI ignores unknown parameters: `?statu=queued` would list every job.
+            if request.scope["query_string"] and not known.issuperset(request.query_params):
+                _, errors = request_params_to_args(parameters, request.query_params)
+                unknown = [name for name in request.query_params if name not in known]
+                raise RequestValidationError([*unknown_parameters(unknown, sorted(known)), *errors])
+            return await handle(StrictRequest(request.scope, request.receive) if has_body else request)
 
         return handle_strictly
 

@@ -1,8 +1,9 @@
 """The dashboard's static files: each has a URL that changes with the content, and is sent plain or gzipped.
 
 Scripts are native ES modules. All files of the dashboard are in one folder of the URL, named by the hash of all of
-them, so relative imports work unchanged and an upgrade never mixes old and new modules. The chart library has its own
-hash: it is large, and stays in the browser's cache when the rest changes.
+them, so relative imports work unchanged and an upgrade never mixes old and new modules. The chart library and Swagger
+UI come from Python packages and have their own hashes: they are large, and stay in the browser's cache when the rest
+changes.
 """
 
 import functools
@@ -12,7 +13,7 @@ import importlib.util
 import logging
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,17 +44,39 @@ class Asset:
 
 
 @dataclass(frozen=True)
+class Library:
+    """A file of a Python package. ``use``: what does not work without it."""
+
+    package: str
+    path: str
+    use: str
+
+
+LIBRARIES = {
+    "charts": Library("plotly", "package_data/plotly.min.js", "the charts"),
+    "swagger_script": Library("fastapi_swagger", "resources/swagger-ui-bundle.js", "the page /docs"),
+    "swagger_style": Library("fastapi_swagger", "resources/swagger-ui.css", "the page /docs"),
+}
+"""Placeholder in index.html -> the file whose URL replaces it."""
+
+
+@dataclass(frozen=True)
 class _Built:
-    """Everything but the gzipped chart library."""
+    """Everything but the gzipped libraries. ``libraries``: URL path -> the file and its placeholder."""
 
     files: Mapping[str, Asset]
     index: Asset
-    library_path: str
-    library_hash: str
+    libraries: Mapping[str, tuple[str, Path]]
 
 
 class LibraryMissing(RuntimeError):
-    """The chart library's script is not in the plotly package: install the pinned version of plotly."""
+    """A library of the dashboard is not installed."""
+
+    def __init__(self, library: Library) -> None:
+        super().__init__(
+            f"{library.use} will not work: the Python package {library.package} has no file {library.path}; "
+            "install the version of it that constraints.txt names"
+        )
 
 
 class Assets:
@@ -61,36 +84,38 @@ class Assets:
 
     def __init__(self, cache: Path, folder: Path = STATIC) -> None:
         self._cache = cache
-        self._library = _find_library()
         self._lock = threading.Lock()
-        self._library_asset: Asset | None = None
-        built = _build(folder, self._library, _fingerprint(folder, self._library))
-        self._library_hash = built.library_hash
-        self.library_path = built.library_path
+        self._loaded: dict[str, Asset] = {}
+        found = _find_libraries()
+        built = _build(folder, found, _fingerprint(folder, dict(found).values()))
+        self._libraries = built.libraries
         self._files = built.files
         self.index = built.index
         self.index_etag = f'"{_hash(built.index.plain)}"'
 
     def find(self, path: str) -> Asset | None:
         """Return the file with this URL path, or None if there is none."""
-        if path == self.library_path and self._library is not None:
-            return self._load_library(self._library)
-        return self._files.get(path)
+        return self._load_library(path) if path in self._libraries else self._files.get(path)
 
     def paths(self) -> list[str]:
         """Return the URL path of every file."""
-        return [*self._files, self.library_path]
+        return [*self._files, *self._libraries]
 
-    def _load_library(self, library: Path) -> Asset:
+    def library_path(self, name: str) -> str:
+        """Return the URL path of a library by its name in LIBRARIES. Raises KeyError if it is not installed."""
+        return {found: path for path, (found, _) in self._libraries.items()}[name]
+
+    def _load_library(self, path: str) -> Asset:
         with self._lock:
-            if self._library_asset is None:
-                plain = library.read_bytes()
-                self._library_asset = Asset(MEDIA_TYPES[".js"], plain, self._gzip_library(plain))
-            return self._library_asset
+            if path not in self._loaded:
+                file = self._libraries[path][1]
+                plain = file.read_bytes()
+                gzipped = self._gzip_library(self._cache / f"{path.removeprefix(URL_PREFIX)}.gz", plain)
+                self._loaded[path] = Asset(MEDIA_TYPES[file.suffix], plain, gzipped)
+            return self._loaded[path]
 
-    def _gzip_library(self, plain: bytes) -> bytes:
+    def _gzip_library(self, cached: Path, plain: bytes) -> bytes:
         # To compress 4.5 MB takes a second, so the result is cached on disk.
-        cached = self._cache / f"plotly-{self._library_hash}.js.gz"
         try:
             gzipped = cached.read_bytes()
             if gzip.decompress(gzipped) == plain:
@@ -103,47 +128,50 @@ class Assets:
         return gzipped
 
 
-def library_file() -> Path:
-    """Return the chart library's script in the plotly package, without importing it. Raises LibraryMissing."""
-    found = importlib.util.find_spec("plotly")
+def library_file(library: Library) -> Path:
+    """Return the library's file, without importing its package. Raises LibraryMissing."""
+    found = importlib.util.find_spec(library.package)
     for folder in (found.submodule_search_locations or ()) if found is not None else ():
-        file = Path(folder) / "package_data" / "plotly.min.js"
+        file = Path(folder) / library.path
         if file.is_file():
             return file
-    raise LibraryMissing(LibraryMissing.__doc__)
+    raise LibraryMissing(library)
 
 
-def _find_library() -> Path | None:
-    try:
-        return library_file()
-    except LibraryMissing as missing:
-        # The pages work without charts, and the API without the pages.
-        log.warning("%s", missing)
-        return None
+def _find_libraries() -> tuple[tuple[str, Path], ...]:
+    found = []
+    for name, library in LIBRARIES.items():
+        try:
+            found.append((name, library_file(library)))
+        except LibraryMissing as missing:
+            # The pages work without them, and the API without the pages.
+            log.warning("%s", missing)
+    return tuple(found)
 
 
-def _fingerprint(folder: Path, library: Path | None) -> tuple[tuple[str, int, int], ...]:
-    stats = ((file, file.stat()) for file in (*_static_files(folder), *((library,) if library is not None else ())))
+def _fingerprint(folder: Path, libraries: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    stats = ((file, file.stat()) for file in (*_static_files(folder), *libraries))
     return tuple(sorted((str(file), stat.st_mtime_ns, stat.st_size) for file, stat in stats))
 
 
 @functools.lru_cache(maxsize=8)
-def _build(folder: Path, library: Path | None, _: tuple[tuple[str, int, int], ...]) -> _Built:
+def _build(folder: Path, found: tuple[tuple[str, Path], ...], _: tuple[tuple[str, int, int], ...]) -> _Built:
     # Cached until a file changes: tests create many services in one process.
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in _static_files(folder)}
     template = files.pop(INDEX_HTML).decode()
     names = sorted(files)
     base = f"{URL_PREFIX}{_hash(*(part for name in names for part in (name.encode(), files[name])))}/"
-    library_hash = _hash(library.read_bytes() if library is not None else b"")
-    library_path = f"{URL_PREFIX}plotly-{library_hash}.js"
+    libraries = {
+        f"{URL_PREFIX}{file.stem}-{_hash(file.read_bytes())}{file.suffix}": (name, file) for name, file in found
+    }
     # Without them the browser finds each module only after the one that imports it: one round trip per level.
     preloads = "\n".join(f'<link rel="modulepreload" href="{base}{name}">' for name in names if name.endswith(".js"))
-    page = template.replace("{{modulepreload}}", preloads).replace("{{base}}", base).replace("{{charts}}", library_path)
+    page = template.replace("{{modulepreload}}", preloads).replace("{{base}}", base)
+    urls = {name: path for path, (name, _) in libraries.items()}
+    for name in LIBRARIES:
+        page = page.replace("{{" + name + "}}", urls.get(name, ""))
     return _Built(
-        {base + name: _asset(name, data) for name, data in files.items()},
-        _asset(INDEX_HTML, page.encode()),
-        library_path,
-        library_hash,
+        {base + name: _asset(name, data) for name, data in files.items()}, _asset(INDEX_HTML, page.encode()), libraries
     )
 
 

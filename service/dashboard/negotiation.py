@@ -5,7 +5,7 @@ import re
 PAGE_OR_API = re.compile(r"/jobs(/[^/]+)?")
 """Paths that the pages share with the API; the Accept header decides."""
 
-PAGES = frozenset({"/", "/compare", "/system", "/submit"})
+PAGES = frozenset({"/", "/compare", "/system", "/submit", "/docs"})
 URL_PREFIX = "/ui/"
 READ_METHODS = frozenset({"GET", "HEAD"})
 Q_VALUE = re.compile(r"q=(0(\.\d{0,3})?|1(\.0{0,3})?)")

@@ -12,14 +12,14 @@ CONTENT_SECURITY_POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self'",
+        "img-src 'self' data:",
         "connect-src 'self'",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
     )
 )
-"""No inline script or style, nothing from another origin, no framing."""
+"""No inline script or style, nothing from another origin, no framing. Swagger UI's style needs `data:`."""
 
 IMMUTABLE = "public, max-age=31536000, immutable"
 """The content at a URL with a hash never changes."""

@@ -135,7 +135,7 @@ class LabelRow(Base):
 
 
 class IdempotencyRow(Base):
-    """The idempotency key of a submission."""
+    """The idempotency key of a submission. ``owner``: the name of the caller; others may use the same key."""
 
     __tablename__ = "idempotency_keys"
 
@@ -143,6 +143,7 @@ class IdempotencyRow(Base):
     body_sha256: Mapped[str] = mapped_column(String(64))
     job_id: Mapped[str] = mapped_column(String(40), ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[datetime] = mapped_column(index=True)
+    owner: Mapped[str] = mapped_column(String(64), primary_key=True)
 
 
 class TokenRow(Base):
@@ -340,6 +341,7 @@ class SampleRow(Base):
     prompt: Mapped[str]
     text: Mapped[str]
     at: Mapped[datetime]
+    note: Mapped[str | None]
 
 
 class WebhookRow(Base):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Connection, Row, Select, or_, select
 
@@ -71,6 +71,23 @@ def _number(connection: Connection, job_id: str) -> int:
     if number is None:
         raise with_problems(RequestInvalid, [Problem("/query/after", "must be the id of an existing job")])
     return number
+
+
+class _Listed(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=_Listed)
+
+
+def page_of_all(items: Sequence[Item], limit: int | None, after: str | None) -> tuple[Sequence[Item], bool]:
+    """Return the items after the one with the id ``after``, at most ``limit``, and whether more follow."""
+    ids = [item.id for item in items]
+    if after is not None and after not in ids:
+        raise with_problems(RequestInvalid, [Problem("/query/after", "must be an id from this list")])
+    following = items[ids.index(after) + 1 :] if after is not None else items
+    return following[:limit], limit is not None and len(following) > limit
 
 
 def page_of(

@@ -23,6 +23,7 @@ from trainyard.service.schemas import (
     Checkpoint,
     Event,
     Job,
+    JobSummary,
     Parent,
     Placement,
     Plan,
@@ -40,11 +41,22 @@ def to_job_responses(rows: JobRows, waiting: Mapping[str, str]) -> list[Job]:
 
     Reads the disk, because a checkpoint is shown only while it exists.
     """
+    return [_complete(row, job) for row, job in zip(rows.jobs, to_job_summaries(rows, waiting), strict=True)]
+
+
+def to_job_summaries(rows: JobRows, waiting: Mapping[str, str]) -> list[JobSummary]:
+    """Return the jobs as `to_job_responses` does, without spec, plan and allowed actions."""
     now = datetime.now(UTC)
-    return [_to_job_response(job, rows, waiting, now) for job in rows.jobs]
+    return [_to_job_summary(row, rows, waiting, now) for row in rows.jobs]
 
 
-def _to_job_response(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now: datetime) -> Job:
+def _complete(row: JobRow, job: JobSummary) -> Job:
+    state = replace(queries.job_state(row), has_checkpoint=job.checkpoint is not None)
+    # The summary is validated already, and a second validation would take as long as the first.
+    return Job.model_construct(**vars(job), spec=row.spec, plan=_plan(row.facts), allowed_actions=_actions(state))
+
+
+def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now: datetime) -> JobSummary:
     state = queries.job_state(job)
     blocker = resume_blocker(state)
     newest = next((row for row in rows.checkpoints.get(job.id, ()) if exists_on_disk(row)), None)
@@ -56,7 +68,7 @@ def _to_job_response(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now
         queue = Queue(position=None, waiting_for=placement["waiting_for"])
     checkpoint = to_checkpoint_response(newest) if newest is not None else None
     progress = Progress.model_validate(job.progress)
-    return Job(
+    return JobSummary(
         id=job.id,
         name=job.name,
         labels=job.labels,
@@ -66,8 +78,6 @@ def _to_job_response(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now
         reason=job.reason,
         message=job.message,
         error=failure_card(job, newest.step if newest is not None else None),
-        spec=job.spec,
-        plan=_plan(job.facts),
         progress=progress,
         attempt=job.attempt or None,
         resumable=blocker is None,
@@ -77,7 +87,6 @@ def _to_job_response(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now
         placement=Placement.model_validate(placement) if placement is not None else None,
         parent=_parent(job),
         submitted_by=job.submitted_by,
-        allowed_actions=_actions(replace(state, has_checkpoint=newest is not None)),
         summary=summary(_summary_input(job, progress, checkpoint, queue), now),
         alerts=[Alert.model_validate(alert) for alert in job.alerts],
         restart_at=job.restart_at,

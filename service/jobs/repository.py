@@ -177,9 +177,11 @@ def body_digest(raw: object) -> str:
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
 
-def find_by_idempotency_key(session: Session, key: str, digest: str, oldest: datetime) -> JobRow | None:
-    """Return the job made under this key since ``oldest``, or None. Raises KeyReused if its body was another one."""
-    row = session.get(IdempotencyRow, key)
+def find_by_idempotency_key(
+    session: Session, key: str, owner: Principal, digest: str, oldest: datetime
+) -> JobRow | None:
+    """Return the owner's job made under this key since ``oldest``, or None. Raises KeyReused if the body differs."""
+    row = session.get(IdempotencyRow, (key, owner.name))
     if row is None or row.created_at < oldest:
         return None
     if row.body_sha256 != digest:
@@ -192,11 +194,12 @@ def delete_old_keys(session: Session, oldest: datetime) -> None:
     session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < oldest))
 
 
-def save_key(session: Session, key: str, digest: str, job: JobRow, now: datetime) -> bool:
-    """Store the key with its job; return False if another request has stored it first."""
+def save_key(session: Session, key: str, owner: Principal, digest: str, job: JobRow, now: datetime) -> bool:
+    """Store the owner's key with its job; return False if another request of the owner has stored it first."""
+    row = IdempotencyRow(key=key, owner=owner.name, body_sha256=digest, job_id=job.id, created_at=now)
     try:
         with session.begin_nested():
-            session.add(IdempotencyRow(key=key, body_sha256=digest, job_id=job.id, created_at=now))
+            session.add(row)
     except IntegrityError:
         return False
     return True

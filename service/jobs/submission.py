@@ -40,10 +40,11 @@ Finding = tuple[Problem, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class HostLimits:
-    """What a spec is validated against."""
+    """What a spec is validated against. ``names_roots``: messages may name the allowed directories to the caller."""
 
     settings: Settings
     devices: Sequence[Device]
+    names_roots: bool = False
 
 
 def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
         "device": device,
         "dtype": training.dtype,
         "vocab_size": model.vocab_size,
+        # As if each row were one document. The plan of a preview or of a started job has the corpus's own number.
         "flops_per_token": costs.flops_per_token(model, spec.data.max_seq_len),
         "memory_bytes": asdict(memory),
         "checkpoint_bytes": saved,
@@ -108,7 +110,7 @@ def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> Job
     if problems:
         error = with_problems(SpecInvalid, problems)
         outside = any(setting in problem.message for problem in problems for setting in UNLESS_SET)
-        if outside and host.settings.serves_local_user:
+        if outside and host.names_roots and host.settings.serves_local_user:
             error.extra["roots"] = _roots_for_user(host.settings)
         raise error
     return validator.resolved()
@@ -302,11 +304,19 @@ class _SpecValidator:
 
     def _resolve(self, leaf: str, given: str, roots: Sequence[Path], setting: str) -> str | None:
         """Put the real path into ``paths`` and return None, or return why the path is not allowed."""
+        if not given.startswith("/"):
+            # The service's own working directory means nothing to a client.
+            return f"must be absolute{'' if not self.host.names_roots else f', below {_any_of(roots)} ({setting})'}"
         error = outside_reason(given, roots, content=leaf in DIRECTORY_FIELDS)
         if error is not None:
-            return f"{error} the directories that {setting} allows; {UNLESS_SET[setting]}"
+            which = f": {_any_of(roots)}" if self.host.names_roots else f"; {UNLESS_SET[setting]}"
+            return f"{error} the directories that {setting} allows{which}"
         self.paths[leaf] = str(Path(given).resolve())
         return None
+
+
+def _any_of(roots: Sequence[Path]) -> str:
+    return " or ".join(dict.fromkeys(map(str, roots)))
 
 
 def _group(pointer: str) -> str:

@@ -39,8 +39,10 @@ class MatrixSpeed:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _failed: set[str] = field(default_factory=set)
 
-    def estimate(self, spec: JobSpec, kind: str) -> MatrixEstimate | None:
+    def estimate(self, spec: JobSpec, kind: str, attention_length: float) -> MatrixEstimate | None:
         """Return the expected throughput on devices of a kind, or None if their speed cannot be measured.
+
+        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`.
 
         The first call for a kind takes some seconds. Do not call it in a transaction.
         """
@@ -49,7 +51,7 @@ class MatrixSpeed:
             return None
         # A product on the CPU uses all cores, which the ranks share.
         devices = 1 if kind == "cpu" else spec.resources.ranks
-        per_token = flops_per_token(spec.model, spec.data.max_seq_len)
+        per_token = flops_per_token(spec.model, attention_length)
         return MatrixEstimate(EFFICIENCY * flops * devices / per_token, flops)
 
     def _flops(self, kind: str, dtype: str) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
+from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
@@ -88,9 +89,9 @@ def preview(
     return PlanPreview.model_validate(
         {
             **facts,
-            **_sizes(size, facts, throughput),
             "bos_token": sample.tokens.bos if sample.tokens is not None else None,
             "eos_token": sample.tokens.eos if sample.tokens is not None else None,
+            **_sizes(spec, size, throughput),
             "memory_limit_bytes": host.memory_limit,
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
@@ -114,11 +115,10 @@ def preview_from_step(plan: PlanPreview, start: int, base: int, steps: int | Non
     return plan.model_copy(update={**start_fields, **remaining, "steps": total_steps})
 
 
-def _sizes(
-    size: RunSize | None, facts: dict[str, Any], throughput: Throughput | MatrixEstimate | None
-) -> dict[str, Any]:
+def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixEstimate | None) -> dict[str, Any]:
     if size is None:
         return {"estimated": True}
+    flops_per_token = costs.flops_per_token(spec.model, size.attention_length)
     return {
         "estimated": True,
         "tokens": size.tokens,
@@ -130,7 +130,8 @@ def _sizes(
         "steps": size.steps,
         "steps_per_epoch": size.steps_per_epoch,
         "tokens_per_step": size.tokens_per_step,
-        "flops": facts["flops_per_token"] * size.trained_tokens,
+        "flops_per_token": flops_per_token,
+        "flops": flops_per_token * size.trained_tokens,
         "eta_seconds": size.trained_tokens / throughput.tokens_per_second if throughput else None,
         "eta_basis": str(throughput) if throughput else None,
     }

@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, job, problem
+from trainyard.client.cli.console import Console
 
 
 def sent(service: FakeService) -> Any:
@@ -71,6 +73,36 @@ def test_a_spec_from_stdin_is_not_asked_about(run: Run, service: FakeService) ->
     code, _, _ = run("submit", "-", typed='{"data": {"data_path": "/d"}}', terminal=True)
     assert code == 0
     assert sent(service) == {"data": {"data_path": "/d"}}
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("command", ["submit", "plan"])
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["--learning_rate", "nan"], "--learning_rate (/training/learning_rate)"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs (/training/epochs)"),
+        (["--betas", "0.9", "nan"], "--betas (/training/betas/1)"),
+        (["--set", "training.grad_clip=-Infinity"], "/training/grad_clip"),
+        (["--name", "\udcff"], "/name"),
+        (["--tokenizer_path", "\udcff"], "--tokenizer_path (/data/tokenizer_path)"),
+    ],
+)
+def test_a_value_that_json_cannot_express_is_named(
+    run: Run, service: FakeService, command: str, words: list[str], place: str, terminal: bool
+) -> None:
+    code, out, err = run(command, "--data_path", "/d", *words, typed="y\n", terminal=terminal)
+    assert (code, out, service.requests) == (1, "", [])
+    assert f"  {place}: " in err
+
+
+def test_a_spec_with_a_byte_order_mark(run: Run, service: FakeService, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"name": "队", "data": {"data_path": "/d"}}', encoding="utf-8-sig")
+    assert run("submit", str(file))[0] == 0
+    assert sent(service) == {"name": "队", "data": {"data_path": "/d"}}
+    stdin = io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="latin-1")
+    assert json.loads(Console(stdin=stdin).read_stdin())["name"] == "队"
 
 
 def test_relative_paths_are_made_absolute(

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -17,7 +19,16 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
 from trainyard.worker.checkpoint.export import byte_level_tokenizer
-from trainyard.worker.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, main, train_tokenizer
+from trainyard.worker.data import tokenizers as module
+from trainyard.worker.data.tokenizers import (
+    MAX_WORD,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    main,
+    split_long_words,
+    train_tokenizer,
+)
 
 NASTY = (
     "<|im_end|>",
@@ -297,6 +308,31 @@ def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 bad line: line 2: not JSON" in printed.err
     assert "300 were requested" in printed.err
     assert load_tokenizer(str(out)).vocab_size < 300
+
+
+def test_an_unbroken_word_is_trained_on_in_parts() -> None:
+    random = Random(1)
+    word = "".join(random.choices("abcdefghij", k=100_000))
+    parts = list(split_long_words(f"a {word} b"))
+    assert "".join(parts) == f"a {word} b"
+    assert max(len(run) for part in parts for run in part.split()) <= MAX_WORD
+    assert list(split_long_words("a b\n")) == ["a b\n"], "an ordinary text stays whole, so its tokenizer is that of 0.1"
+    gap = list(split_long_words(" " * 2500))
+    assert [len(part) for part in gap] == [1000, 1000, 500]
+
+
+def test_command_prints_its_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"text": "some text of some words"}\n' * 3)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.0)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(["train", str(corpus), "--vocab-size", "300", "--out", str(tmp_path / "t")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("read 1 documents")
+    assert "read 3 documents, 100 % of the file" in lines
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 @pytest.mark.parametrize(

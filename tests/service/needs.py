@@ -14,6 +14,7 @@ NEEDS: dict[tuple[str, str], str] = {
     ("GET", "/version"): READ,
     ("GET", "/status"): READ,
     ("GET", "/metrics"): READ,
+    ("GET", "/openapi.json"): READ,
     ("GET", "/devices"): READ,
     ("GET", "/jobs"): READ,
     ("POST", "/jobs"): SUBMIT,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
-from trainyard.service.dashboard.assets import STATIC, Assets, library_file
+from trainyard.service.dashboard.assets import LIBRARIES, STATIC, Assets, Library, library_file
 from trainyard.service.dashboard.negotiation import accepts_gzip, is_page, prefers_html
 
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
@@ -75,7 +75,7 @@ def test_the_page_has_no_inline_script_or_style(rig: ServiceHarness) -> None:
 
 def test_the_page_has_the_style_elements_of_the_chart_library(rig: ServiceHarness) -> None:
     """The library creates a style element only if none has its id; the policy would block a new one."""
-    library = library_file().read_text()
+    library = library_file(LIBRARIES["charts"]).read_text()
     made = set(re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', library)) | {"plotly.js-style-global"}
     there = set(re.findall(r' id="([^"]+)"', rig.client.get("/").text))
     assert len(made) > 1
@@ -108,21 +108,23 @@ def test_a_url_changes_with_the_content(tmp_path: Path) -> None:
     second = Assets(tmp_path / "cache", folder)
     assert first.paths() == same.paths()
     assert first.paths()[0] != second.paths()[0]
-    assert first.library_path == second.library_path
+    for name in LIBRARIES:
+        assert first.library_path(name) == second.library_path(name)
     assert first.index_etag != second.index_etag
 
 
 def test_a_broken_gzip_cache_of_the_library_is_written_again(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     made = Assets(cache)
-    assert made.find(made.library_path) is not None
+    path = made.library_path("charts")
+    assert made.find(path) is not None
     [kept] = cache.iterdir()
     whole = kept.read_bytes()
     for broken in (b"", whole[:1000], b"nonsense"):
         kept.write_bytes(broken)
-        found = Assets(cache).find(made.library_path)
+        found = Assets(cache).find(path)
         assert found is not None
-        assert gzip.decompress(found.gzipped) == library_file().read_bytes()
+        assert gzip.decompress(found.gzipped) == library_file(LIBRARIES["charts"]).read_bytes()
         assert kept.read_bytes() == whole
 
 
@@ -193,6 +195,33 @@ def test_the_page_is_served_without_a_token(make_rig: MakeHarness, sqlite_url: s
     assert rig.client.get("/jobs").status_code == 401
     assert rig.client.get("/jobs/job_x/metrics", headers={"Accept": BROWSER}).status_code == 401
     rig.close()
+
+
+def test_the_page_of_the_api_loads_nothing_from_elsewhere(make_rig: MakeHarness, sqlite_url: str) -> None:
+    """In 0.1 its script and style came from a CDN: without internet the page was blank."""
+    rig = make_rig(sqlite_url, token="sesame")
+    answer = rig.client.get("/docs", headers={"Accept": BROWSER})
+    assert answer.status_code == 200
+    assert "content-security-policy" in answer.headers
+    assert "://" not in answer.text
+    for name in ("swagger-script", "swagger-style"):
+        [path] = re.findall(rf'<meta name="{name}" content="([^"]+)">', answer.text)
+        loaded = rig.client.get(path)
+        assert loaded.status_code == 200
+        assert "immutable" in loaded.headers["cache-control"]
+        assert b"swagger-ui" in loaded.content
+    assert rig.client.get("/openapi.json").status_code == 401, "the document needs a token"
+    rig.close()
+
+
+def test_a_missing_library_is_named_and_the_rest_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(LIBRARIES, "swagger_script", Library("no_such_package", "a.js", "the page /docs"))
+    made = Assets(tmp_path / "cache")
+    assert "the page /docs will not work: the Python package no_such_package has no file a.js" in caplog.text
+    assert b'<meta name="swagger-script" content="">' in made.index.plain
+    assert made.find(made.library_path("charts")) is not None
 
 
 def test_accept_encoding_weights() -> None:

@@ -59,10 +59,10 @@ def test_a_generated_client_runs_a_job(generated: str, rig: ServiceHarness) -> N
         client = part("client").Client(base_url=f"http://{host}:{port}", raise_on_unexpected_status=True)
         with client:
             spec = models.JobSpec(data=models.DataSpec(data_path=str(rig.corpus)), name="generated")
-            job = call("jobs.submit", body=spec, idempotency_key="one")
+            job = call("jobs.submit_job", body=spec, idempotency_key="one")
             assert (job.status.value, job.name, job.spec.data.data_path) == ("queued", "generated", str(rig.corpus))
-            assert call("jobs.submit", body=spec, idempotency_key="one").id == job.id
-            assert call("jobs.plan", body=spec).parameters > 0
+            assert call("jobs.submit_job", body=spec, idempotency_key="one").id == job.id
+            assert call("jobs.plan_job", body=spec).parameters > 0
             rig.reconcile()
             attempt = rig.launcher.of(job.id)
             attempt.started(steps=10)
@@ -70,20 +70,20 @@ def test_a_generated_client_runs_a_job(generated: str, rig: ServiceHarness) -> N
                 attempt.metric(step, loss=3.0)
             rig.ship(attempt)
             assert [found.id for found in call("jobs.list_jobs").data] == [job.id]
-            points = call("metrics.metrics", job.id)
+            points = call("metrics.list_metrics", job.id)
             assert [point.step for point in points.data] == [1, 2, 3, 4]
-            assert call("metrics.metrics", job.id, max_points=2).resolution == 4
-            changed = call("jobs.patch_job", job.id, body=models.PatchJobBody.from_dict({"labels": {"a": "b"}}))
+            assert call("metrics.list_metrics", job.id, max_points=2).resolution == 4
+            changed = call("jobs.update_job", job.id, body=models.PatchJobBody.from_dict({"labels": {"a": "b"}}))
             assert changed.labels.to_dict() == {"a": "b"}
-            assert call("jobs.pause", job.id).desired.value == "pause"
-            events = call("products.events", job.id).data
+            assert call("jobs.pause_job", job.id).desired.value == "pause"
+            events = call("events.list_events", job.id).data
             assert "local" in {event.actor for event in events}
             problem = call("jobs.get_job", "job_nobody")
             assert (type(problem).__name__, problem.code, problem.status) == ("ProblemDetails", "job_not_found", 404)
-            bad = call("jobs.resume", job.id, body=models.ResumeBody.from_dict({"max_steps": -1}))
+            bad = call("jobs.resume_job", job.id, body=models.ResumeBody.from_dict({"max_steps": -1}))
             assert bad.code in ("invalid_spec", "invalid_state")
-            assert call("service.show_version").name == "trainyard"
-            assert len(call("service.devices").data) == 2
+            assert call("service.get_version").name == "trainyard"
+            assert len(call("devices.list_devices").data) == 2
     shutil.rmtree(Path(part("client").__file__ or "").parent)
     for name in [name for name in sys.modules if name.startswith(generated)]:
         del sys.modules[name]

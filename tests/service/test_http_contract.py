@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.service.harness import ServiceHarness
+from tests.service.needs import NEEDS
 from trainyard.contract.parsing import ALIASES
 from trainyard.contract.units import UNITS
 from trainyard.service.metrics import store
@@ -111,6 +112,66 @@ def problem(answer: Any, *statuses: int) -> ProblemDetails:
     assert found.status == answer.status_code
     assert found.request_id == answer.headers["x-request-id"]
     return found
+
+
+@pytest.mark.parametrize(
+    ("query", "messages"),
+    [
+        ("statu=queued", {"/query/statu": "is not a parameter; did you mean status?"}),
+        ("LIMIT=1&limt=1", {"/query/LIMIT": None, "/query/limt": "is not a parameter; did you mean limit?"}),
+        ("_=1&limit=0", {"/query/_": None, "/query/limit": "should be greater than or equal to 1"}),
+        ("status[]=queued", {"/query/status[]": "is not a parameter; did you mean status?"}),
+    ],
+)
+def test_an_unknown_query_parameter_is_named(rig: ServiceHarness, query: str, messages: dict[str, str | None]) -> None:
+    found = problem(rig.client.get(f"/jobs?{query}"), 422)
+    assert {error.pointer for error in found.errors} == set(messages)
+    for error in found.errors:
+        wanted = messages[error.pointer]
+        listed = "those here are after, fields, label, limit, name, order, parent, search, status"
+        assert error.message == wanted or (wanted is None and listed in error.message)
+
+
+def test_no_call_ignores_a_query_parameter(rig: ServiceHarness) -> None:
+    for method, path in NEEDS:
+        answer = rig.client.request(method, re.sub(r"\{\w+\}", "1", path) + "?verbose=1", json=rig.spec())
+        assert "/query/verbose" in {error.pointer for error in problem(answer, 422).errors}, (method, path)
+    assert rig.get("/jobs")["data"] == []
+
+
+def test_every_list_takes_the_parameters_that_clients_page_with(rig: ServiceHarness) -> None:
+    """The Python client of 0.1 sends `limit` to all of them."""
+    job_id = rig.submit()
+    lists = [path for (method, path) in NEEDS if method == "GET" and is_list(rig, path)]
+    assert len(lists) > 8
+    for path in lists:
+        address = re.sub(r"\{job_id\}", job_id, path)
+        assert rig.client.get(f"{address}?limit=100").status_code == 200, path
+    first, second = rig.get("/devices")["data"]
+    page = rig.get("/devices", limit=1)
+    assert (page["data"], page["has_more"]) == ([first], True)
+    page = rig.get("/devices", limit=1, after=first["id"])
+    assert (page["data"], page["has_more"]) == ([second], False)
+    problem(rig.client.get("/devices?after=cuda:7"), 422)
+
+
+def is_list(rig: ServiceHarness, path: str) -> bool:
+    """Return whether the call answers with a page of things that have an id, outside of a webhook."""
+    found = rig.app.openapi()["paths"].get(path, {}).get("get", {}).get("responses", {}).get("200", {})
+    schema = json.dumps(found.get("content", {}).get("application/json", {}))
+    return "Page_" in schema and "{webhook_id}" not in path
+
+
+def test_a_summary_of_a_job_has_no_spec(rig: ServiceHarness) -> None:
+    job_id, _ = rig.running(name="one")
+    [full] = rig.get("/jobs")["data"]
+    [light] = rig.get("/jobs", fields="summary")["data"]
+    assert set(full) - set(light) == {"spec", "plan", "allowed_actions"}
+    assert {name: full[name] for name in light if name != "summary"} == {
+        name: light[name] for name in light if name != "summary"
+    }
+    assert full == {**rig.job(job_id), "summary": full["summary"]}
+    problem(rig.client.get("/jobs?fields=loss"), 422)
 
 
 JSON = {"Content-Type": "application/json"}

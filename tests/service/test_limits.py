@@ -156,7 +156,7 @@ def test_a_key_is_forgotten_after_its_days(any_rig: ServiceHarness) -> None:
     assert submit("a", "one") == (200, first[1])
     assert submit("a", "two")[0] == 422
     with any_rig.database.write() as session:
-        known = session.get(IdempotencyRow, "a")
+        known = session.get(IdempotencyRow, ("a", "local"))
         assert known is not None
         known.created_at = utc_now() - timedelta(days=8)
     again = submit("a", "two")

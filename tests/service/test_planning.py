@@ -13,8 +13,10 @@ from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
+from trainyard.model.config import ModelConfig
 from trainyard.model.costs import flops_per_token
 from trainyard.service.api.routers.planning import make_preview
+from trainyard.service.auth.principal import LOCAL
 from trainyard.service.devices.inventory import Device
 from trainyard.service.devices.memory import disk_free, host_memory
 from trainyard.service.jobs.submission import validate_spec
@@ -168,6 +170,7 @@ def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any
     assert size is not None
     assert (size.tokens, size.documents) == (corpus.meta.tokens, corpus.meta.documents)
     assert size.targets == rows.tokens
+    assert size.attention_length == pytest.approx(rows.attention_length)
     assert size.samples == pytest.approx(len(rows), rel=0.05)
     assert packing == "document" or size.samples == len(rows)
 
@@ -209,7 +212,16 @@ def test_steps_follow_epochs_or_max_steps() -> None:
 # Warnings
 
 
-SIZE = RunSize(documents=100, tokens=10_000, bad_lines=0, samples=1000, targets=9000, steps_per_epoch=10, steps=2000)
+SIZE = RunSize(
+    documents=100,
+    tokens=10_000,
+    bad_lines=0,
+    samples=1000,
+    targets=9000,
+    steps_per_epoch=10,
+    steps=2000,
+    attention_length=100.0,
+)
 HERE = HostCapacity("cpu", 1 << 30, 8 << 30, 1 << 20, 1 << 40)
 
 
@@ -317,6 +329,8 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
         assert found[name] > 0, name
     assert found["active_parameters"] == found["parameters"]
     assert found["steps"] == found["steps_per_epoch"] == math.ceil(found["samples"] / 8)
+    whole_rows = flops_per_token(ModelConfig(vocab_size=259), 340)
+    assert found["flops_per_token"] < whole_rows, "the documents are shorter than the sequences they are packed into"
     assert found["flops"] == pytest.approx(found["flops_per_token"] * found["tokens_per_step"] * found["steps"])
     assert found["expected_first_loss"] == pytest.approx(math.log(259))
     assert (found["eta_seconds"], found["eta_basis"], found["world_size"]) == (None, None, 1)
@@ -369,21 +383,19 @@ def test_a_gpu_and_its_memory(make_rig: MakeHarness, sqlite_url: str) -> None:
 def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: ServiceHarness, tmp_path: Path) -> None:
     spec = JobSpec.model_validate_json('{"data": {"data_path": "x"}, "model": {"vocab_size": 259}}')
     speed = MatrixSpeed(tmp_path)
-    estimate = speed.estimate(spec, "cpu")
+    estimate = speed.estimate(spec, "cpu", 340)
     assert estimate is not None
     assert estimate.flops > 1e6
-    assert estimate.tokens_per_second == pytest.approx(
-        EFFICIENCY * estimate.flops / flops_per_token(spec.model, spec.data.max_seq_len)
-    )
+    assert estimate.tokens_per_second == pytest.approx(EFFICIENCY * estimate.flops / flops_per_token(spec.model, 340))
     assert "matrix product of one second" in str(estimate)
     # It is measured once: another service on the home reads the result.
     file = tmp_path / "cache" / "matrix-speed.json"
     file.write_text(json.dumps({"cpu bfloat16": 1e9, "cuda bfloat16": "x"}))
-    again = MatrixSpeed(tmp_path).estimate(spec, "cpu")
+    again = MatrixSpeed(tmp_path).estimate(spec, "cpu", 340)
     assert again is not None
     assert again.flops == 1e9
     # A device that cannot be measured has no estimate, and is not tried again.
-    assert [speed.estimate(spec, "nothing") for _ in range(2)] == [None, None]
+    assert [speed.estimate(spec, "nothing", 340) for _ in range(2)] == [None, None]
     assert plan(rig)["eta_seconds"] is None
 
 
@@ -391,10 +403,11 @@ def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarn
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps({"cpu bfloat16": 1e12}))
     state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path))
-    spec = validate_spec(rig.spec(), state.host_limits)
-    found = make_preview(state, spec)
+    host = state.host_limits(LOCAL)
+    spec = validate_spec(rig.spec(), host)
+    found = make_preview(state, spec, host)
     assert found.flops is not None
     assert found.eta_seconds == pytest.approx(found.flops / (EFFICIENCY * 1e12))
     busy = rig.spec(resources={"nproc_per_node": 2})
     rig.running(resources=busy["resources"])
-    assert make_preview(state, spec).eta_seconds is None
+    assert make_preview(state, spec, host).eta_seconds is None

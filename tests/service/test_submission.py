@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import alembic.command
 import pytest
+from sqlalchemy import text
 
 from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_plan import gpus
+from trainyard.service.db.engine import alembic_config
 
 JOB = """object id name labels status desired phase reason message error spec plan progress attempt resumable
     resume_blocker checkpoint queue parent allowed_actions summary alerts created_at queued_at started_at finished_at"""
@@ -155,10 +158,8 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
     os.mkfifo(fifo)
     empty.touch()
     link.symlink_to("/etc/passwd")
-    outside = (
-        "lies outside the directories that TRAINYARD_DATA_ROOTS allows; unless it is set: where the service was "
-        "started, its home and the temporary directory"
-    )
+    roots = " or ".join(map(str, dict.fromkeys([*rig.settings.data_roots, rig.home])))
+    outside = f"lies outside the directories that TRAINYARD_DATA_ROOTS allows: {roots}"
     for path, message in {
         str(fifo): "must be a regular file",
         str(rig.home): "must be a regular file",
@@ -173,6 +174,54 @@ def test_corpora_that_are_none(rig: ServiceHarness) -> None:
         assert mistakes(rig, rig.spec() | {"data": {"data_path": str(rig.corpus), "eval_data_path": path}}) == {
             "/data/eval_data_path": message
         }
+
+
+RELATIVE_PATHS = {
+    "/data/data_path": "corpus.jsonl",
+    "/data/eval_data_path": "./corpus.jsonl",
+    "/data/tokenizer_path": "../model",
+    "/training/from_weight": "out/pretrain_512.pth",
+    "/checkpoint/save_dir": "~/out",
+}
+
+
+def with_relative(rig: ServiceHarness, pointer: str) -> dict[str, Any]:
+    _, group, leaf = pointer.split("/")
+    spec = rig.spec()
+    spec.setdefault(group, {})[leaf] = RELATIVE_PATHS[pointer]
+    return spec
+
+
+@pytest.mark.parametrize("pointer", RELATIVE_PATHS)
+def test_a_relative_path_is_refused_although_it_exists_in_the_working_directory(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, pointer: str
+) -> None:
+    monkeypatch.chdir(rig.home)
+    setting = "TRAINYARD_SAVE_ROOTS" if pointer.endswith("save_dir") else "TRAINYARD_DATA_ROOTS"
+    [(where, message)] = mistakes(rig, with_relative(rig, pointer)).items()
+    assert where == pointer
+    assert message.startswith("must be absolute, below ")
+    assert str(rig.home) in message
+    assert message.endswith(f"({setting})")
+    assert rig.get("/jobs")["data"] == []
+
+
+def test_a_token_that_is_no_admin_does_not_learn_the_allowed_directories(
+    make_rig: MakeHarness, sqlite_url: str
+) -> None:
+    rig = make_rig(sqlite_url, token="sesame")
+    rig.client.headers["Authorization"] = "Bearer sesame"
+    token = rig.client.post("/tokens", json={"name": "ci", "scope": "submit"}).json()["token"]
+    parent = rig.submit()
+    rig.client.headers["Authorization"] = f"Bearer {token}"
+    assert mistakes(rig, with_relative(rig, "/data/data_path")) == {"/data/data_path": "must be absolute"}
+    for path in ("/jobs", "/jobs/plan"):
+        answer = rig.client.post(path, json={"data": {"data_path": "/etc/passwd"}})
+        assert "lies outside the directories that TRAINYARD_DATA_ROOTS allows; unless it is set" in answer.text
+        assert str(rig.home) not in answer.text
+    answer = rig.client.post(f"/jobs/{parent}/fork/plan", json={"overrides": {"data": {"eval_data_path": "x"}}})
+    assert str(rig.home) not in answer.text
+    rig.close()
 
 
 def test_paths_are_stored_resolved(rig: ServiceHarness) -> None:
@@ -304,6 +353,69 @@ def test_one_key_from_many_threads_is_one_job(any_rig: ServiceHarness) -> None:
     assert sorted(code for code, _ in answers) == [200] * 11 + [201]
     assert len({job_id for _, job_id in answers}) == 1
     assert len(any_rig.get("/jobs")["data"]) == 1
+
+
+@pytest.fixture
+def shared(make_rig: MakeHarness, any_url: str) -> ServiceHarness:
+    """A service that wants a token; its client has the operator's."""
+    rig = make_rig(any_url, token="sesame")
+    rig.client.headers["Authorization"] = "Bearer sesame"
+    return rig
+
+
+def submit_as(rig: ServiceHarness, token: str, path: str = "/jobs", **body: Any) -> tuple[int, str]:
+    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": "nightly"}
+    answer = rig.client.post(path, json=body or rig.spec(), headers=headers)
+    return answer.status_code, answer.json().get("id") or answer.json()["code"]
+
+
+def two_tokens(rig: ServiceHarness) -> tuple[str, str]:
+    made = [rig.client.post("/tokens", json={"name": name, "scope": "submit"}) for name in ("alice", "bob")]
+    return made[0].json()["token"], made[1].json()["token"]
+
+
+def test_a_key_belongs_to_a_token(shared: ServiceHarness) -> None:
+    """In 0.1 bob got alice's job, and his own was never launched."""
+    alice, bob = two_tokens(shared)
+    first = submit_as(shared, alice)
+    second = submit_as(shared, bob)
+    assert (first[0], second[0]) == (201, 201)
+    assert first[1] != second[1]
+    assert submit_as(shared, alice) == (200, first[1])
+    assert submit_as(shared, bob) == (200, second[1])
+    assert submit_as(shared, bob, name="other", data={"data_path": str(shared.corpus)}) == (
+        422,
+        "idempotency_key_reused",
+    )
+    assert [job["submitted_by"] for job in shared.get("/jobs", order="oldest")["data"]] == ["alice", "bob"]
+    attempt = finished(shared, first[1])
+    forks = [submit_as(shared, token, f"/jobs/{first[1]}/fork", step=attempt)[0] for token in (alice, bob)]
+    assert forks == [422, 422], "the key of a submission is not that of a fork"
+
+
+def finished(rig: ServiceHarness, job_id: str) -> int:
+    """Let the job end with a checkpoint, and return its step."""
+    rig.reconcile()
+    attempt = rig.launcher.of(job_id)
+    attempt.started(steps=4)
+    rig.checkpoint(job_id, attempt, 4)
+    rig.exit(attempt, "completed", step=4)
+    return 4
+
+
+def test_keys_of_0_1_stay_valid_for_their_caller(shared: ServiceHarness) -> None:
+    alice, bob = two_tokens(shared)
+    first = submit_as(shared, alice)
+    with shared.database.engine.execution_options(writes=True).begin() as connection:
+        alembic.command.downgrade(alembic_config(connection), "0009")
+    shared.database.upgrade()
+    assert submit_as(shared, alice) == (200, first[1])
+    assert submit_as(shared, bob)[0] == 201
+    with shared.database.engine.execution_options(writes=True).begin() as connection:
+        alembic.command.downgrade(alembic_config(connection), "0009")
+        kept = connection.execute(text("SELECT key, job_id FROM idempotency_keys")).all()
+    shared.database.upgrade()
+    assert kept == [("nightly", first[1])], "0.1 has one key for all: the first to use it keeps it"
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "x" * 256, "\x7f"])

@@ -30,6 +30,7 @@ from trainyard.contract.rundir import (
     write_json,
 )
 from trainyard.contract.spec import JobSpec
+from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
 from trainyard.model.config import ModelConfig
 from trainyard.worker.checkpoint.files import RunState, read_manifest, read_state, sha256_of
@@ -218,4 +219,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard export", main))

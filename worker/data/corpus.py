@@ -28,6 +28,7 @@ import numpy.typing as npt
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
+from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import TokenizerInvalid, special_tokens_warning
 from trainyard.worker.data.file import open_regular
 from trainyard.worker.data.jsonl import (
@@ -432,4 +433,4 @@ def check_corpus(file: Path, tokenizer: Tokenizer, text_field: str, max_bad_line
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard corpus", main))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
+from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
@@ -112,6 +113,7 @@ def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> Tr
 
 
 def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+    hit("prepare.open")
     data = spec.data
     limit_threads(data.num_workers)
     tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens)

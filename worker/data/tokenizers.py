@@ -10,8 +10,11 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +24,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from trainyard.contract.rundir import write_atomically
+from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import (
     BYTE,
     BYTE_FINGERPRINT,
@@ -32,13 +36,19 @@ from trainyard.contract.tokenizer_info import (
     special_pattern,
     tokenizer_file,
 )
-from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.readers import open_reader
+from trainyard.worker.data.jsonl import DataInvalid, Document
+from trainyard.worker.data.readers import Reader, open_reader
 
 Ids = npt.NDArray[np.uint32]
 
 PAD, BOS, EOS = range(3)
 """Ids of the special tokens of the byte tokenizer, and of the tokenizers trained here."""
+
+
+MAX_WORD = 1000
+LONG_WORD = re.compile(rf"\S{{{MAX_WORD}}}|\s{{{MAX_WORD}}}")
+
+PROGRESS_SECONDS = 5.0
 
 
 class Tokenizer(Protocol):
@@ -195,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> int:
     return _save(_train_bpe(texts, vocab_size), out)
 
 
-def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+def _train_bpe(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> tokenizers.Tokenizer:
     if vocab_size < BYTE_VOCABULARY:
         raise ValueError(f"a vocabulary needs at least {BYTE_VOCABULARY} tokens: 3 special ones and 256 bytes")
     tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -205,10 +215,23 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
         vocab_size=vocab_size,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((part for text in texts for part in split_long_words(text)), trainer)
     return tokenizer
+
+
+def split_long_words(text: str) -> Iterator[str]:
+    """Yield ``text`` in parts without a word, or a gap, of more than ``MAX_WORD`` characters.
+
+    The time of the training grows with the square of the length of a word.
+    """
+    start = 0
+    for match in LONG_WORD.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    if start < len(text) or not text:
+        yield text[start:]
 
 
 def _save(tokenizer: tokenizers.Tokenizer, out: Path) -> int:
@@ -256,8 +279,9 @@ def _vocabulary_size(text: str) -> int:
 
 
 def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) -> int:
-    with open_reader(file) as reader:
-        tokenizer = _train_bpe((document.text for document in reader.documents(text_field)), vocab_size)
+    with open_reader(file) as reader, ended_by_ctrl_c():
+        texts = (document.text for document in _with_progress(reader, text_field))
+        tokenizer = _train_bpe(texts, vocab_size, show_progress=sys.stderr.isatty())
     stats = reader.stats
     if stats.documents == 0:
         raise DataInvalid(f"{file} {stats.empty_reason(text_field)}")
@@ -270,5 +294,32 @@ def _train_from_file(file: Path, text_field: str, vocab_size: int, out: Path) ->
     return 0
 
 
+@contextmanager
+def ended_by_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C end the process at once: the library computes for minutes and Python handles signals only after it."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _with_progress(reader: Reader, text_field: str) -> Iterator[Document]:
+    """Yield the documents, and print how much is read on stderr every few seconds."""
+    due = time.monotonic() + PROGRESS_SECONDS
+    for document in reader.documents(text_field):
+        yield document
+        if time.monotonic() >= due:
+            due = time.monotonic() + PROGRESS_SECONDS
+            _print_progress(reader)
+    _print_progress(reader)
+    print("counted the words; merging to the requested size", file=sys.stderr, flush=True)
+
+
+def _print_progress(reader: Reader) -> None:
+    share = f", {100 * reader.bytes_read / reader.size:.0f} % of the file" if reader.size else ""
+    print(f"read {reader.stats.documents:,} documents{share}", file=sys.stderr, flush=True)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard tokenizer", main))

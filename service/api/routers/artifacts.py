@@ -14,38 +14,42 @@ from trainyard.service.jobs import presenters, repository
 from trainyard.service.jobs.listing import page_of
 from trainyard.service.schemas import Attempt, Checkpoint, Event, Page, Sample
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
+router = APIRouter(prefix="/jobs/{job_id}", dependencies=[READ], route_class=ServiceRoute)
 
 
-@router.get("/checkpoints")
-def checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Checkpoint]:
+@router.get("/checkpoints", tags=["checkpoints"])
+def list_checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Checkpoint]:
     """List the published checkpoints that exist on disk, newest first."""
-    with state.database.connection() as connection:
-        rows, more = page_of(connection, CheckpointRow, job_id, limit, after, newest_first=True)
-    # A checkpoint may have been removed by hand. The disk is read outside of the transaction: it may be slow.
-    return Page(
-        data=[presenters.to_checkpoint_response(row) for row in rows if presenters.exists_on_disk(row)], has_more=more
-    )
+    found: list[Checkpoint] = []
+    more = True
+    while more and len(found) < limit:
+        with state.database.connection() as connection:
+            rows, more = page_of(connection, CheckpointRow, job_id, limit, after, newest_first=True)
+        # A checkpoint may have been removed by hand. The disk is read outside of the transaction: it may be slow.
+        # An empty page would have no cursor, so read on until a checkpoint is found.
+        found += [presenters.to_checkpoint_response(row) for row in rows if presenters.exists_on_disk(row)]
+        after = str(rows[-1].number) if rows else after
+    return Page(data=found[:limit], has_more=more or len(found) > limit)
 
 
-@router.get("/events")
-def events(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Event]:
+@router.get("/events", tags=["events"])
+def list_events(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Event]:
     """List the events, oldest first: changes of status, warnings, saves and restarts, each with its actor."""
     with state.database.connection() as connection:
         rows, more = page_of(connection, EventRow, job_id, limit, after)
     return Page(data=[presenters.to_event_response(row) for row in rows], has_more=more)
 
 
-@router.get("/samples")
-def samples(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Sample]:
+@router.get("/samples", tags=["samples"])
+def list_samples(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Sample]:
     """List the texts that the model generated, oldest first."""
     with state.database.connection() as connection:
         rows, more = page_of(connection, SampleRow, job_id, limit, after)
     return Page(data=[presenters.to_sample_response(row) for row in rows], has_more=more)
 
 
-@router.get("/attempts")
-def attempts(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Attempt]:
+@router.get("/attempts", tags=["attempts"])
+def list_attempts(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Attempt]:
     """List the attempts, oldest first: why each was launched, its start step, and how it ended."""
     with state.database.read() as session:
         job = repository.find(session, job_id)

@@ -25,11 +25,11 @@ Step = Annotated[int, InPath(ge=0, le=MAX_STEP)]
 Name = Annotated[str, InPath(max_length=200)]
 BYTES: dict[str, Any] = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 
-router = APIRouter(prefix="/jobs/{job_id}/checkpoints/{step}", tags=["products"], route_class=ServiceRoute)
+router = APIRouter(prefix="/jobs/{job_id}/checkpoints/{step}", tags=["checkpoints"], route_class=ServiceRoute)
 
 
 @router.get("/files/{name}", dependencies=[READ], response_class=Response, responses={200: BYTES, 206: BYTES})
-def download(
+def download_checkpoint_file(
     state: StateDep,
     job_id: str,
     step: Step,
@@ -65,7 +65,7 @@ def artifact_dir(state: AppState, job: JobRow) -> ArtifactDir:
 
 
 @router.delete("", status_code=204, dependencies=[SUBMIT])
-def remove(state: StateDep, caller: PrincipalDep, job_id: str, step: Step) -> None:
+def delete_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str, step: Step) -> None:
     """Delete a full checkpoint and its files. The last valid one, and one that a live run may need, is not deleted."""
     with state.database.write() as session:
         unpublished = checkpoint_deletion.unpublish(session, state.settings.runs, job_id, step, caller, utc_now())

@@ -7,15 +7,17 @@ from sqlalchemy import select
 
 from trainyard.service.api.dependencies import StateDep
 from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText
 from trainyard.service.auth.permissions import READ
 from trainyard.service.db.models import AttemptRow, DeviceLeaseRow
+from trainyard.service.jobs.listing import page_of_all
 from trainyard.service.schemas import DeviceResponse, Page
 
-router = APIRouter(tags=["service"], route_class=ServiceRoute)
+router = APIRouter(tags=["devices"], route_class=ServiceRoute)
 
 
 @router.get("/devices", dependencies=[READ])
-def devices(state: StateDep) -> Page[DeviceResponse]:
+def list_devices(state: StateDep, limit: OptionalLimit = None, after: OptionalText = None) -> Page[DeviceResponse]:
     """List the devices of this host, with the attempt that leases each, and processes that belong to no attempt.
 
     They are followed by the devices that a cluster has allocated to live attempts.
@@ -39,7 +41,8 @@ def devices(state: StateDep) -> Page[DeviceResponse]:
         )
         for device in host_devices
     ]
-    return Page(data=[*responses, *_cluster_devices(on_clusters)], has_more=False)
+    data, has_more = page_of_all([*responses, *_cluster_devices(on_clusters)], limit, after)
+    return Page(data=list(data), has_more=has_more)
 
 
 def _cluster_devices(attempts: Sequence[AttemptRow]) -> Iterator[DeviceResponse]:

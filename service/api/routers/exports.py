@@ -7,7 +7,7 @@ from fastapi import APIRouter, Body, Header, Response
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
 from trainyard.service.api.routers.checkpoints import BYTES, Name, Step, artifact_dir, find_directory
-from trainyard.service.api.routers.jobs import find_job
+from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText, find_job
 from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import OptionalBody
@@ -15,6 +15,7 @@ from trainyard.service.clock import utc_now
 from trainyard.service.errors import FileNotInExport
 from trainyard.service.exports import exporter
 from trainyard.service.jobs import repository
+from trainyard.service.jobs.listing import page_of_all
 from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.schemas import Export, Page
 from trainyard.service.storage.checkpoint_files import FILE_NAME, open_file
@@ -22,7 +23,7 @@ from trainyard.service.storage.range_response import FileRangeResponse
 
 Format = Literal["hf", "minimind"]
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["products"], route_class=ServiceRoute)
+router = APIRouter(prefix="/jobs/{job_id}", tags=["exports"], route_class=ServiceRoute)
 
 
 class ExportBody(OptionalBody):
@@ -32,7 +33,7 @@ class ExportBody(OptionalBody):
 
 
 @router.post("/checkpoints/{step}/export", status_code=201, dependencies=[SUBMIT], response_model=Export)
-def export(
+def export_checkpoint(
     state: StateDep, caller: PrincipalDep, job_id: str, step: Step, body: ExportBody = Body(default_factory=ExportBody)
 ) -> Response:
     """Export the checkpoint to a Hugging Face directory (`hf`) or to MiniMind's `.pth`, in the run's directory.
@@ -61,10 +62,11 @@ def _record_event(state: AppState, job_id: str, request: exporter.ExportRequest,
 
 
 @router.get("/exports", dependencies=[READ])
-def exports(state: StateDep, job_id: str) -> Page[Export]:
+def list_exports(state: StateDep, job_id: str, limit: OptionalLimit = None, after: OptionalText = None) -> Page[Export]:
     """List the exports, newest step first."""
     found = exporter.list_exports(artifact_dir(state, find_job(state, job_id)))
-    return Page(data=[_to_response(job_id, one) for one in found], has_more=False)
+    data, has_more = page_of_all([_to_response(job_id, one) for one in found], limit, after)
+    return Page(data=list(data), has_more=has_more)
 
 
 @router.get(
@@ -73,7 +75,7 @@ def exports(state: StateDep, job_id: str) -> Page[Export]:
     response_class=Response,
     responses={200: BYTES, 206: BYTES},
 )
-def download_export(
+def download_export_file(
     state: StateDep,
     job_id: str,
     step: Step,

@@ -24,9 +24,13 @@ from trainyard.service.planning.preview import preview_from_step
 from trainyard.service.schemas import Job, PlanPreview
 
 _FIELDS = {
-    "step": {"type": "integer", "minimum": 0},
-    "overrides": {"type": "object"},
-    "data": {"enum": ["keep", "restart"], "default": "keep"},
+    "step": {"type": "integer", "minimum": 0, "description": "Step of the checkpoint; without it: the newest one."},
+    "overrides": {"type": "object", "description": "A part of a job spec. It replaces fields of the parent's spec."},
+    "data": {
+        "enum": ["keep", "restart"],
+        "default": "keep",
+        "description": "keep: the samples and the schedule continue. restart: both start from the beginning.",
+    },
 }
 _SCHEMA = {"type": "object", "additionalProperties": False, "properties": _FIELDS}
 BODY = {"requestBody": {"required": False, "content": {"application/json": {"schema": _SCHEMA}}}}
@@ -36,7 +40,7 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
 @router.post("/jobs/{job_id}/fork", status_code=201, dependencies=[SUBMIT], response_model=Job, openapi_extra=BODY)
-def fork(
+def fork_job(
     state: StateDep,
     caller: PrincipalDep,
     job_id: str,
@@ -50,7 +54,7 @@ def fork(
     deleted later.
     """
     digest = repository.body_digest({"fork": job_id, "body": body})
-    submission = find_replay(state, idempotency_key, digest)
+    submission = find_replay(state, caller, idempotency_key, digest)
     if submission is None:
         submission = _create(state, caller, job_id, parse_fork_request(body), idempotency_key, digest)
         state.scheduler.wake()
@@ -59,23 +63,23 @@ def fork(
 
 
 @router.post("/jobs/{job_id}/fork/plan", dependencies=[SUBMIT], openapi_extra=BODY)
-def plan_fork(state: StateDep, job_id: str, body: JsonBody) -> PlanPreview:
+def plan_fork(state: StateDep, caller: PrincipalDep, job_id: str, body: JsonBody) -> PlanPreview:
     """Preview the fork of the same body, as `/jobs/plan` does for a new job. Nothing is stored.
 
     `steps` counts the whole curve; time and FLOPs are those of the steps after `start_step`.
     """
-    request, host = parse_fork_request(body), state.host_limits
+    request, host = parse_fork_request(body), state.host_limits(caller)
     with state.database.read() as session:
         parent = service.find_parent(session, state.settings.runs, job_id, request)
     spec = forked_spec(request, parent.origin, host)
     plan = service.fork_plan(spec, request, parent, kind_of(spec, host))
-    return preview_from_step(make_preview(state, spec), parent.step, plan["base_step"], plan["steps"])
+    return preview_from_step(make_preview(state, spec, host), parent.step, plan["base_step"], plan["steps"])
 
 
 def _create(
     state: AppState, caller: Principal, job_id: str, request: ForkRequest, key: str | None, digest: str
 ) -> CreatedJob:
-    settings, host = state.settings, state.host_limits
+    settings, host = state.settings, state.host_limits(caller)
     with state.database.read() as session:
         parent = service.find_parent(session, settings.runs, job_id, request)
     candidate = ResumeCandidate(parent.step, parent.checkpoint, restarts_data=request.data == "restart")
@@ -90,12 +94,12 @@ def _create(
                 job = service.insert(session, fork_id, spec, request, parent, host, caller, utc_now())
                 if key is not None:
                     repository.delete_old_keys(session, replay_cutoff(state))
-                if key is not None and not repository.save_key(session, key, digest, job, utc_now()):
+                if key is not None and not repository.save_key(session, key, caller, digest, job, utc_now()):
                     # A concurrent request with the same key was first; its job is returned below.
                     raise KeyReused()
         except (ServiceError, OSError) as error:
             pending_deletion.delete_files()
-            earlier = find_replay(state, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None
+            earlier = find_replay(state, caller, key, digest) if isinstance(error, KeyReused | QuotaExceeded) else None
             if earlier is not None:
                 return earlier
             raise StorageError.from_os_error(error) if isinstance(error, OSError) else error from error

@@ -35,7 +35,7 @@ from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.jobs.submission import initial_plan, kind_of, read_inputs, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.observability.logging import bind
-from trainyard.service.schemas import Job, Page
+from trainyard.service.schemas import Job, JobSummary, Page, ResumedJob
 
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -43,6 +43,7 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 OptionalText = Annotated[str | None, Query(max_length=300, pattern=r"^[^\x00]*$")]
 Labels = Annotated[list[Annotated[str, Query(max_length=500)]], Query()]
 Limit = Annotated[int, Query(ge=1, le=100)]
+OptionalLimit = Annotated[int | None, Query(ge=1, le=100)]
 
 SPEC_BODY: dict[str, Any] = {
     "requestBody": {
@@ -64,15 +65,15 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 @router.post(
     "/jobs", status_code=201, dependencies=[SUBMIT], response_model=Job, responses=SUBMITTED, openapi_extra=SPEC_BODY
 )
-def submit(
+def submit_job(
     state: StateDep, caller: PrincipalDep, body: JsonBody, idempotency_key: Annotated[str | None, Header()] = None
 ) -> Response:
     """Submit a job. The same `Idempotency-Key` with the same body returns 200 and the existing job."""
     digest = repository.body_digest(body)
-    submission = find_replay(state, idempotency_key, digest)
+    submission = find_replay(state, caller, idempotency_key, digest)
     if submission is None:
         submission = _create(
-            state, caller, validate_spec(body, state.host_limits, is_new=True), idempotency_key, digest
+            state, caller, validate_spec(body, state.host_limits(caller), is_new=True), idempotency_key, digest
         )
         state.scheduler.wake()
     bind(job_id=submission.job_id)
@@ -96,8 +97,8 @@ def created_response(state: AppState, submission: CreatedJob) -> Response:
     return json_response(job, 201 if submission.created_now else 200, location)
 
 
-def find_replay(state: AppState, key: str | None, digest: str) -> CreatedJob | None:
-    """Return the job submitted before with this key, or None.
+def find_replay(state: AppState, caller: Principal, key: str | None, digest: str) -> CreatedJob | None:
+    """Return the job that the caller submitted before with this key, or None.
 
     Raises RequestInvalid if the key is malformed, KeyReused if the body was another one.
     """
@@ -107,7 +108,7 @@ def find_replay(state: AppState, key: str | None, digest: str) -> CreatedJob | N
         message = "must be 1 to 255 printable ASCII characters"
         raise with_problems(RequestInvalid, [Problem("/header/Idempotency-Key", message)])
     with state.database.read() as session:
-        job = repository.find_by_idempotency_key(session, key, digest, replay_cutoff(state))
+        job = repository.find_by_idempotency_key(session, key, caller, digest, replay_cutoff(state))
         return CreatedJob(job.id, False) if job is not None else None
 
 
@@ -117,7 +118,7 @@ def replay_cutoff(state: AppState) -> datetime:
 
 
 def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, digest: str) -> CreatedJob:
-    kind = kind_of(spec, state.host_limits)
+    kind = kind_of(spec, state.host_limits(caller))
     now = utc_now()
     falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
     alerts = [repository.new_alert("cpu_fallback", NO_GPU, now)] if falls_back else []
@@ -133,12 +134,12 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
                 repository.record_event(session, job, draft, now)
             if key is not None:
                 repository.delete_old_keys(session, replay_cutoff(state))
-            if key is not None and not repository.save_key(session, key, digest, job, now):
+            if key is not None and not repository.save_key(session, key, caller, digest, job, now):
                 raise KeyReused()
             rows = _load_changed(session, job.id)
     except (KeyReused, QuotaExceeded):
         # A concurrent request with the same key may have been first: return its job.
-        earlier = find_replay(state, key, digest)
+        earlier = find_replay(state, caller, key, digest)
         if earlier is None:
             raise
         return earlier
@@ -173,16 +174,20 @@ def list_jobs(
     after: OptionalText = None,
     parent: OptionalText = None,
     search: OptionalText = None,
-) -> Page[Job]:
+    fields: Literal["all", "summary"] = "all",
+) -> Page[Job] | Page[JobSummary]:
     """List jobs. `label=key=value` may be repeated; all must match. `parent`: the forks of this job.
 
-    `search`: a part of the name, ignoring case, or the beginning of the id.
+    `search`: a part of the name, ignoring case, or the beginning of the id. `fields=summary` leaves out `spec`, `plan`
+    and `allowed_actions`.
     """
     labels = listing.label_pairs(label)
     filter_ = listing.JobFilter(tuple(status), labels, name, order == "newest", limit, after, parent, search)
     with state.database.connection() as connection:
         jobs, has_more = listing.jobs(connection, filter_)
         rows = queries.load_related(connection, jobs)
+    if fields == "summary":
+        return Page(data=presenters.to_job_summaries(rows, state.scheduler.waiting), has_more=has_more)
     return Page(data=presenters.to_job_responses(rows, state.scheduler.waiting), has_more=has_more)
 
 
@@ -193,14 +198,14 @@ def get_job(state: StateDep, job_id: str) -> Job:
 
 
 @router.patch("/jobs/{job_id}", dependencies=[SUBMIT])
-def patch_job(
+def update_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: PatchJobBody = Body(default_factory=PatchJobBody)
 ) -> Job:
     """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`, also of a live run."""
     changes = body.given()
     with state.database.connection() as connection:
         before = queries.spec_of(connection, job_id)
-    spec = actions.changed_spec(before, changes, actions.PATCH_FIELDS, state.host_limits)
+    spec = actions.changed_spec(before, changes, actions.PATCH_FIELDS, state.host_limits(caller))
     with state.database.write() as session:
         actions.patch(session, job_id, before, changes, spec, caller, utc_now())
         rows = _load_changed(session, job_id)
@@ -210,19 +215,19 @@ def patch_job(
 
 
 @router.post("/jobs/{job_id}/pause", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def pause(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def pause_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save and stop; the job can be resumed."""
     return _stop(state, caller, job_id, "pause")
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def cancel(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def cancel_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save and stop; the job becomes cancelled."""
     return _stop(state, caller, job_id, "cancel")
 
 
 @router.post("/jobs/{job_id}/kill", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def kill(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def kill_job(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Stop now, without saving."""
     return _stop(state, caller, job_id, "kill")
 
@@ -236,7 +241,7 @@ def _stop(state: AppState, caller: Principal, job_id: str, action: Action) -> Jo
 
 
 @router.post("/jobs/{job_id}/save", status_code=202, dependencies=[SUBMIT, NO_FIELDS])
-def save(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
+def save_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
     """Save a checkpoint at the next step, and continue."""
     with state.database.write() as session:
         attempt = actions.save(session, job_id, caller, utc_now())
@@ -246,17 +251,21 @@ def save(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
 
 
 @router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
-def resume(
+def resume_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: ResumeBody = Body(default_factory=ResumeBody)
-) -> Job:
+) -> ResumedJob:
     """Resume from the newest valid checkpoint, or from scratch if there is none, or from the checkpoint of `step`.
 
     Checkpoints newer than `step` are set aside on disk when the attempt starts, and are no longer listed. 409
     `run_differs` if the corpus, the vocabulary or the shape differs from the one that the checkpoint was saved with.
+
+    If the run gets longer, `schedule` decides on its learning rate: `extend` follows the schedule of the longer run,
+    `continue` decays on from the present rate. `learning_rate_before` and `learning_rate_after` are the rates of the
+    checkpoint's step and of the next one.
     """
     changes, step = body.given(), body.step
     with state.database.read() as session:
-        in_progress = actions.resume_in_progress(session, job_id, bool(changes))
+        in_progress = actions.resume_in_progress(session, job_id, changes.keys() != {"schedule"} and bool(changes))
     if not in_progress:
         job = find_job(state, job_id)
         # These checks read files, so they run outside of the transaction that changes the job.
@@ -265,11 +274,15 @@ def resume(
         with state.database.read() as session:
             candidates = resume_compat.resume_candidates(session, state.settings, job, step)
         resume_compat.check_compatible(candidates, job.spec, state.settings)
-        spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits)
+        spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits(caller))
+        at_step = step if step is not None else next((candidate.step for candidate in candidates), None)
+        spec, rates = actions.with_schedule(job, spec, at_step, body.schedule)
         with state.database.write() as session:
-            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
+            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now(), rates)
         state.scheduler.wake()
-    return load_response(state, job_id)
+    resumed = load_response(state, job_id)
+    names = ("learning_rate_before", "learning_rate_after")
+    return ResumedJob(**dict(resumed), **{name: getattr(resumed.plan, name) for name in names})
 
 
 def _check_exists(state: AppState, job_id: str, step: int) -> None:
@@ -286,7 +299,7 @@ def find_job(state: AppState, job_id: str) -> JobRow:
 
 
 @router.delete("/jobs/{job_id}", status_code=204, dependencies=[SUBMIT])
-def delete(state: StateDep, job_id: str) -> None:
+def delete_job(state: StateDep, job_id: str) -> None:
     """Delete the record and the files of a job that has ended."""
     job = find_job(state, job_id)
     with deletion.mark_for_deletion(state.settings, job.id, job.spec["checkpoint"]["save_dir"]) as pending_deletion:

@@ -25,11 +25,11 @@ Attempt = Annotated[int | None, Query(ge=1, le=MAX_BYTES)]
 Rank = Annotated[str, Query(max_length=20)]
 Place = Annotated[int, Query(ge=0, le=MAX_BYTES)]
 
-router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["products"], dependencies=[READ], route_class=ServiceRoute)
+router = APIRouter(prefix="/jobs/{job_id}/logs", tags=["logs"], dependencies=[READ], route_class=ServiceRoute)
 
 
 @router.get("")
-def log(
+def read_log(
     state: StateDep,
     job_id: str,
     attempt: Attempt = None,
@@ -51,7 +51,7 @@ def log(
 
 
 @router.get("/lines")
-def log_lines(
+def read_log_lines(
     state: StateDep,
     job_id: str,
     attempt: Attempt = None,
@@ -69,7 +69,7 @@ def log_lines(
 
 
 @router.get("/search")
-def log_search(
+def search_log(
     state: StateDep,
     job_id: str,
     q: Annotated[str, Query(min_length=1, max_length=200, pattern=NO_LINE_END)],

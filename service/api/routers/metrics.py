@@ -40,7 +40,7 @@ router = APIRouter(tags=["metrics"], route_class=ServiceRoute)
 
 
 @router.get("/jobs/{job_id}/metrics", dependencies=[READ], response_model=MetricPage, responses={200: ROWS})
-def metrics(
+def list_metrics(
     request: Request,
     state: StateDep,
     job_id: str,

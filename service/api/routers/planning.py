@@ -12,10 +12,11 @@ from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
 from trainyard.service.api.routers.jobs import SPEC_BODY
 from trainyard.service.auth.permissions import SUBMIT
+from trainyard.service.auth.principal import PrincipalDep
 from trainyard.service.bodies import JsonBody
 from trainyard.service.db.models import DeviceLeaseRow, JobRow
 from trainyard.service.devices.inventory import Device
-from trainyard.service.jobs.submission import kind_of, validate_spec
+from trainyard.service.jobs.submission import HostLimits, kind_of, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.preview import QueuePosition, preview, sample_corpus
@@ -26,19 +27,20 @@ router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
 
 
 @router.post("/jobs/plan", dependencies=[SUBMIT], openapi_extra=SPEC_BODY)
-def plan(state: StateDep, body: JsonBody) -> PlanPreview:
+def plan_job(state: StateDep, caller: PrincipalDep, body: JsonBody) -> PlanPreview:
     """Preview the run of this spec: size, memory, disk space, time and warnings. Nothing is stored.
 
     Values that depend on the corpus are estimated from at most 4 MiB of it. A job's plan is exact once it has started.
     """
-    return make_preview(state, validate_spec(body, state.host_limits, is_new=True))
+    host = state.host_limits(caller)
+    return make_preview(state, validate_spec(body, host, is_new=True), host)
 
 
-def make_preview(state: AppState, spec: JobSpec) -> PlanPreview:
+def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPreview:
     """Return the preview of a valid spec."""
     # The devices of a cluster are unknown until Slurm has allocated some.
     devices = state.inventory.devices() if spec.resources.launcher != SLURM else ()
-    kind = kind_of(spec, state.host_limits)
+    kind = kind_of(spec, host)
     sample = sample_corpus(spec)
     with state.database.read() as session:
         throughput = find_throughput(session, spec, kind)
@@ -46,7 +48,7 @@ def make_preview(state: AppState, spec: JobSpec) -> PlanPreview:
     speed: Throughput | MatrixEstimate | None = throughput
     # Only on a free device: a measurement must not slow a run down.
     if speed is None and sample.size is not None and state.matrix_speed is not None and position.free:
-        speed = state.matrix_speed.estimate(spec, kind)
+        speed = state.matrix_speed.estimate(spec, kind, sample.size.attention_length)
     return preview(spec, kind, sample, devices, speed, position, state.settings.home)
 
 

@@ -32,7 +32,7 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/metrics", dependencies=[READ], response_class=Response, responses={200: TEXT_CONTENT})
-def prometheus(state: StateDep) -> Response:
+def get_prometheus_metrics(state: StateDep) -> Response:
     """Return Prometheus metrics of jobs, queue, devices, attempts, reports, requests and streams."""
     return Response(generate_latest(StateCollector(state)), media_type=TEXT)
 

@@ -19,13 +19,13 @@ router = APIRouter(tags=["service"], route_class=ServiceRoute)
 
 
 @router.get("/health", dependencies=[OPEN])
-async def health() -> Health:
+async def get_health() -> Health:
     """Return ok if the process responds."""
     return Health()
 
 
 @router.get("/ready", dependencies=[OPEN])
-def ready(state: StateDep) -> Readiness:
+def get_readiness(state: StateDep) -> Readiness:
     """Check the database, its tables, the scheduler and the disks. A 503 names the component that is not ready."""
     components = list(readiness.check_components(state))
     failed = [component for component in components if not component.ok]
@@ -37,7 +37,7 @@ def ready(state: StateDep) -> Readiness:
 
 
 @router.get("/status", dependencies=[READ])
-def status(state: StateDep) -> ServiceStatus:
+def get_status(state: StateDep) -> ServiceStatus:
     """Return the components that /ready checks, and the disks."""
     parts = list(readiness.check_components(state))
     disks = [_to_response(disk) for disk in state.disks.readings()]
@@ -59,7 +59,7 @@ def _to_response(disk: Disk) -> DiskUsage:
 
 
 @router.get("/version", dependencies=[READ])
-def show_version(state: StateDep) -> Version:
+def get_version(state: StateDep) -> Version:
     """Return the version of the service, of the API and of Python."""
     return Version(
         name="trainyard",

@@ -22,11 +22,11 @@ EVENT_STREAM: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
 }
 
-router = APIRouter(prefix="/jobs/{job_id}", tags=["streams"], dependencies=[READ], route_class=ServiceRoute)
+router = APIRouter(prefix="/jobs/{job_id}", dependencies=[READ], route_class=ServiceRoute)
 
 
-@router.get("/metrics/stream", response_class=Response, responses=EVENT_STREAM)
-async def metric_stream(
+@router.get("/metrics/stream", tags=["metrics"], response_class=Response, responses=EVENT_STREAM)
+async def stream_metrics(
     state: StateDep,
     job_id: str,
     last_event_id: LastEventId = None,
@@ -44,8 +44,8 @@ async def metric_stream(
     return SseResponse(frames, lambda: state.broadcaster.close(channel))
 
 
-@router.get("/logs/stream", response_class=Response, responses=EVENT_STREAM)
-async def log_stream(
+@router.get("/logs/stream", tags=["logs"], response_class=Response, responses=EVENT_STREAM)
+async def stream_log(
     state: StateDep,
     job_id: str,
     last_event_id: LastEventId = None,

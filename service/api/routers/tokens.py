@@ -9,6 +9,7 @@ from sqlalchemy import select
 
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute
+from trainyard.service.api.routers.jobs import OptionalLimit, OptionalText
 from trainyard.service.auth import api_keys, quotas
 from trainyard.service.auth.permissions import ADMIN
 from trainyard.service.auth.principal import RESERVED, PrincipalDep
@@ -16,22 +17,24 @@ from trainyard.service.auth.quotas import QuotaUsage
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import JobRow, TokenRow
 from trainyard.service.errors import TokenNameTaken
+from trainyard.service.jobs.listing import page_of_all
 from trainyard.service.schemas import NewToken, Page, QuotaRequest, RotationRequest, Token, TokenRequest
 
 Name = Annotated[str, InPath(max_length=64, pattern=r"^[^\x00]*$")]
 
 log = logging.getLogger("trainyard")
 
-router = APIRouter(prefix="/tokens", tags=["access"], dependencies=[ADMIN], route_class=ServiceRoute)
+router = APIRouter(prefix="/tokens", tags=["tokens"], dependencies=[ADMIN], route_class=ServiceRoute)
 
 
 @router.get("")
-def list_tokens(state: StateDep) -> Page[Token]:
+def list_tokens(state: StateDep, limit: OptionalLimit = None, after: OptionalText = None) -> Page[Token]:
     """List all named tokens, oldest first, including revoked ones. Secrets are never shown."""
     with state.database.read() as session:
         rows = session.scalars(select(TokenRow).order_by(TokenRow.created_at, TokenRow.id)).all()
         usage = quotas.usage(session)
-    return Page(data=[_to_response(row, usage.get(row.name, QuotaUsage())) for row in rows], has_more=False)
+    data, has_more = page_of_all(rows, limit, after)
+    return Page(data=[_to_response(row, usage.get(row.name, QuotaUsage())) for row in data], has_more=has_more)
 
 
 @router.post("", status_code=201)
@@ -45,7 +48,7 @@ def create_token(state: StateDep, caller: PrincipalDep, body: TokenRequest) -> N
 
 
 @router.patch("/{name}")
-def change_token(state: StateDep, name: Name, body: QuotaRequest) -> Token:
+def update_token(state: StateDep, name: Name, body: QuotaRequest) -> Token:
     """Change the quotas `max_jobs` and `max_devices`. Queued and running jobs are not affected."""
     with state.database.write() as session:
         row = api_keys.lock(session, name)

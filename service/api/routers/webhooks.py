@@ -50,7 +50,7 @@ def get_webhook(state: StateDep, webhook_id: str) -> Webhook:
 
 
 @router.patch("/{webhook_id}")
-def patch_webhook(
+def update_webhook(
     state: StateDep, webhook_id: str, changes: PatchWebhookBody = Body(default_factory=PatchWebhookBody)
 ) -> Webhook:
     """Change `url`, `description`, `events`, `labels`, `rules`, `enabled`. Enabling clears the failure count."""
@@ -110,7 +110,7 @@ def get_delivery(state: StateDep, webhook_id: str, delivery_id: Number) -> Deliv
 
 
 @router.post("/{webhook_id}/deliveries/{delivery_id}/redeliver", status_code=202, dependencies=[NO_FIELDS])
-def redeliver(state: StateDep, webhook_id: str, delivery_id: Number) -> Delivery:
+def redeliver_event(state: StateDep, webhook_id: str, delivery_id: Number) -> Delivery:
     """Send the event again, with the same event id. A pending delivery is sent now."""
     with state.database.write() as session:
         row = store.redeliver(session, webhook_id, delivery_id, utc_now())

@@ -2,6 +2,7 @@
 import { connection, token } from "./api.js";
 import { h } from "./dom.js";
 import { comparePage } from "./pages/compare.js";
+import { docsPage } from "./pages/docs.js";
 import { jobPage } from "./pages/job.js";
 import { jobsPage } from "./pages/jobs.js";
 import { submitPage } from "./pages/submit.js";
@@ -40,4 +41,5 @@ addRoute("/jobs/:id", jobPage);
 addRoute("/compare", comparePage);
 addRoute("/system", systemPage);
 addRoute("/submit", submitPage);
+addRoute("/docs", docsPage);
 startRouter();
