@@ -183,7 +183,9 @@ class CheckpointSpec(Group):
 class ReportingSpec(Group):
     """Logging, evaluation and samples."""
 
-    log_interval: Positive = Field(100, description="steps between points of the curve")
+    log_interval: Positive | None = Field(
+        None, description="steps between points of the curve; null: about 100 points a run, and at least one a minute"
+    )
     eval_interval: Positive | None = Field(None, description="steps between evaluations; null: at each save")
     sample_prompts: Annotated[list[Prompt], Field(max_length=32)] = Field(
         default_factory=list, description="prompts that the model continues at each save"

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
+from trainyard.service.planning.matrix_speed import MatrixSpeed
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.server import (
     ACCEPTS_PER_ROUND,
@@ -126,6 +128,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
         url = _url(settings.host, listener.getsockname()[1])
         local = _local_launcher(settings, agent)
         state = build_state(settings, _launcher(settings, local, agent), schedules=schedules, timing=timing)
+        state = replace(state, matrix_speed=MatrixSpeed(settings.home))
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")
 

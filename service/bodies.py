@@ -54,7 +54,7 @@ async def read_json(request: Request) -> Any:
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise WrongMediaType()
     try:
-        return _check_depth(json.loads(body.decode(), object_pairs_hook=_reject_duplicate_keys))
+        return _check_depth(json.loads(body.decode("utf-8-sig"), object_pairs_hook=_reject_duplicate_keys))
     except RecursionError:
         raise InvalidJson(TOO_DEEP) from None
     except UnicodeDecodeError:

@@ -186,6 +186,8 @@ class Watcher:
 
 
 def _backlog_start(job: Job) -> int:
-    step = (job.get("progress") or {}).get("step") or 0
-    interval = ((job.get("spec") or {}).get("reporting") or {}).get("log_interval") or 1
+    progress = job.get("progress") or {}
+    step, steps = progress.get("step") or 0, progress.get("steps") or 0
+    # Without an interval, a run has about a hundred points.
+    interval = ((job.get("spec") or {}).get("reporting") or {}).get("log_interval") or max(1, steps // 100)
     return max(0, step - MAX_BACKLOG * interval)
