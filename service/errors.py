@@ -3,6 +3,7 @@
 Responses are RFC 9457 ``application/problem+json``. They never echo anything that the client sent.
 """
 
+import errno
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -163,6 +164,23 @@ class StorageError(ServiceError):
         return cls(f"{(cls.__doc__ or '').strip()} Reason: {error.strerror or type(error).__name__}.")
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether the error, or the one of the database driver in it, says that a disk or quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in NO_SPACE
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    full_sqlite = getattr(cause, "sqlite_errorname", None) == "SQLITE_FULL"
+    return full_sqlite or getattr(cause, "sqlstate", None) == POSTGRES_DISK_FULL
+
+
+POSTGRES_DISK_FULL = "53100"
+
+DISK_FULL = "The disk is full on the service's host: nothing was changed. Free some space, then try again."
+
+
 class ExportInProgress(ServiceError):
     """An export of this job is in progress. Retry when it is done."""
 
@@ -241,6 +259,12 @@ class HeadersTooLarge(ServiceError):
     """The headers are larger than this service accepts."""
 
     status, code = 431, "headers_too_large"
+
+
+class EncodedBody(ServiceError):
+    """The body must be sent without Content-Encoding, as plain JSON: compressed bodies are not accepted."""
+
+    status, code = 415, "unsupported_content_encoding"
 
 
 class WrongMediaType(ServiceError):
@@ -326,6 +350,8 @@ def from_exception(error: Exception) -> ServiceError:
             return error
         case HTTPException():
             return _from_http(error)
+        case _ if is_disk_full(error):
+            return StorageError(DISK_FULL)
         case OperationalError() | InterfaceError() | PoolTimeout():
             return DatabaseUnavailable()
         case DBAPIError() if error.connection_invalidated:

@@ -40,6 +40,9 @@ MAX_BODY_BYTES = 1 << 20
 MAX_REPORT_BYTES = 64 << 20
 MAX_URL_BYTES = 8 << 10
 MAX_HEADER_BYTES = 32 << 10
+CLIENT_LEFT = 499
+"""Status of a request in log and metrics if its client disconnected in the middle of the body, as nginx has it."""
+
 MAX_BODY_SECONDS = 30.0
 """Time for the whole body, however slowly it arrives."""
 
@@ -81,9 +84,11 @@ class RequestMiddleware:
                 response.reauthenticate = lambda: self._authenticate(scope, headers)
                 self._check_content_length(scope, headers)
                 limited_app = RequestBodyLimitMiddleware(self._app, _max_body_bytes(scope))
-                await limited_app(scope, _with_deadline(receive), response)
+                await limited_app(scope, _with_deadline(receive, response), response)
             except Exception as error:
-                await self._send_error(error, scope, receive, response)
+                # A client that left in the middle of its body is no error of the service, and gets no response.
+                if not response.client_left:
+                    await self._send_error(error, scope, receive, response)
             finally:
                 self._log_and_measure(scope, response.status, time.monotonic() - started_at)
 
@@ -103,7 +108,9 @@ class RequestMiddleware:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise HeadersTooLarge()
         host = headers.get("host", "")
-        if not _host_allowed(host, self._settings.allowed_hosts):
+        # HTTP/1.0 has no Host. Browsers, for whose sake the name is checked, always send one.
+        is_nameless = "host" not in headers and scope["http_version"] == "1.0"
+        if not is_nameless and not _host_allowed(host, self._settings.allowed_hosts):
             raise HostNotAllowed()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
             raise CrossOrigin()
@@ -152,10 +159,18 @@ class _ResponseSender:
         self._request_id = request_id
         self.started = False
         self.status = 0
+        self.client_left = False
         self.reauthenticate: Callable[[], Awaitable[object]] | None = None
         self._token_checked_at: float | None = None
 
+    def on_client_left(self) -> None:
+        """Note that the client disconnected before its body was complete. Nothing is sent any more."""
+        self.client_left = True
+        self.status = CLIENT_LEFT
+
     async def __call__(self, message: Message) -> None:
+        if self.client_left:
+            return
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
@@ -181,8 +196,11 @@ class _ResponseSender:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _with_deadline(receive: Receive) -> Receive:
-    """Return ``receive`` with a time limit for the whole body, after which it raises HTTPException (408)."""
+def _with_deadline(receive: Receive, response: _ResponseSender) -> Receive:
+    """Return ``receive`` with a time limit for the whole body, after which it raises HTTPException (408).
+
+    If the client disconnects before its body is complete, ``response`` is informed.
+    """
     deadline: float | None = asyncio.get_running_loop().time() + MAX_BODY_SECONDS
 
     async def receive_in_time() -> Message:
@@ -193,6 +211,8 @@ def _with_deadline(receive: Receive) -> Receive:
         except TimeoutError:
             # Not a ServiceError: FastAPI turns all errors but HTTPException, raised while it reads a body, into a 400.
             raise HTTPException(HTTPStatus.REQUEST_TIMEOUT) from None
+        if message["type"] == "http.disconnect" and deadline is not None:
+            response.on_client_left()
         if not message.get("more_body", False):
             deadline = None
         return message

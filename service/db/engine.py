@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from trainyard import migrations
 from trainyard.contract.locks import FileLock
-from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown
+from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown, is_disk_full
 
 if TYPE_CHECKING:
     # Imported only to migrate: importing Alembic takes a fifth of the startup time.
@@ -138,6 +138,10 @@ class Database:
             try:
                 transaction.commit()
             except (OperationalError, InterfaceError) as error:
+                # Without this SQLite would keep the transaction open in the pooled connection.
+                session.invalidate()
+                if is_disk_full(error):
+                    raise  # Nothing was stored.
                 raise OutcomeUnknown() from error
 
     def require_same_file(self) -> None:
