@@ -1,28 +1,48 @@
 # Two images from one file:
-#   docker build --target control -t trainyard-control .     the API, the scheduler and the command, without torch
-#   docker build --target worker  -t trainyard .             the same with torch: what a GPU node runs
-FROM python:3.11-slim AS control
-ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1
+#   docker build --target control -t trainyard-control .                    the API, the scheduler and the command, without torch
+#   docker build --target worker --build-arg TORCH=cpu -t trainyard .       the same with torch: what trains. TORCH: cpu or cuda
+#
+# Dependencies are layers of their own, below the code: a change of the code downloads nothing.
+FROM python:3.11-slim AS base
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 UV_SYSTEM_PYTHON=1
 WORKDIR /opt/trainyard
-RUN useradd --uid 10001 --create-home --home-dir /var/lib/trainyard trainyard
-COPY pyproject.toml constraints.txt README.md ./
-COPY src src
-COPY contract contract
-COPY model model
-COPY worker worker
-COPY service service
-COPY client client
-COPY migrations migrations
-RUN pip install -c constraints.txt -e .
-USER trainyard
-ENV TRAINYARD_HOME=/var/lib/trainyard/home TRAINYARD_HOST=0.0.0.0 TRAINYARD_PORT=8000
+# A volume takes the owner of the folder over which it is mounted. Without the folder it would belong to root.
+RUN useradd --uid 10001 --create-home --home-dir /var/lib/trainyard trainyard \
+    && install -d -o trainyard -g trainyard /var/lib/trainyard/home /var/lib/trainyard/user
+COPY pyproject.toml constraints.txt ./
+RUN pip install -c constraints.txt uv setuptools && uv pip install -c constraints.txt -r pyproject.toml
+ENV HOME=/var/lib/trainyard/user TRAINYARD_HOME=/var/lib/trainyard/home TRAINYARD_HOST=0.0.0.0 TRAINYARD_PORT=8000
+# The end of the service ends the container, and with it every run.
+ENV TRAINYARD_ON_STOP=save
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=2)"]
 # Binding to all addresses is refused at start-up unless TRAINYARD_TOKEN is set.
 CMD ["python", "-m", "trainyard.service"]
 
-FROM control AS worker
-USER root
-RUN pip install -c constraints.txt -e '.[worker,corpora]'
+FROM base AS worker-base
+# training.use_compile needs a C++ compiler.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+ARG TORCH=cuda
+RUN case "$TORCH" in cpu) index="--torch-backend cpu" ;; cuda) index="" ;; *) echo "TORCH=$TORCH: give cpu or cuda" >&2; exit 1 ;; esac \
+    && uv pip install -c constraints.txt -r pyproject.toml --extra worker --extra corpora $index
+
+FROM scratch AS code
+COPY pyproject.toml README.md LICENSE /
+COPY src /src
+COPY contract /contract
+COPY model /model
+COPY worker /worker
+COPY service /service
+COPY client /client
+COPY migrations /migrations
+
+FROM base AS control
+COPY --from=code / ./
+RUN pip install --no-deps --no-build-isolation -e .
+USER trainyard
+
+FROM worker-base AS worker
+COPY --from=code / ./
+RUN pip install --no-deps --no-build-isolation -e .
 USER trainyard

@@ -5,7 +5,20 @@ PYTHON ?= python3
 WORKERS ?= 3
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+# Which build of torch: cpu or cuda. The first setup chooses by nvidia-smi; later ones keep what is installed.
+INSTALLED := $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*)))
+ifndef TORCH
+TORCH     := $(or $(INSTALLED),$(shell nvidia-smi -L 2>/dev/null | grep -q ^GPU && echo cuda || echo cpu))
+endif
+STAMP     := $(VENV)/.installed-$(TORCH)
+VERSION   := $(shell sed -n 's/^torch==//p' constraints.txt)
+SIZE_cpu  := about 0.2 GB
+SIZE_cuda := about 2.7 GB in 29 packages, CUDA 13.0; needs an NVIDIA driver of version 580 or newer
+ifndef SIZE_$(TORCH)
+$(error TORCH=$(TORCH) is unknown: give TORCH=cpu or TORCH=cuda)
+endif
 
 .PHONY: help setup check format test test-long demo dev bench soak slurm-test clean
 
@@ -15,18 +28,36 @@ help:
 	@echo "make dev     the service on 127.0.0.1:8000       make bench   ratios, measured side by side"
 	@echo "make test-long    worth running on every change, but not within ten minutes: two releases, a browser with real runs"
 	@echo "make soak    the long fault suites               make setup   .venv with everything"
+	@echo "              make setup TORCH=cpu|cuda chooses the build of torch; without it, nvidia-smi decides"
 	@echo "make slurm-test    all that needs a Slurm cluster, on two nodes that it starts here (root; Slurm and munge installed)"
 
 setup: $(STAMP)
 
-# constraints.txt pins what was tested; pip chooses the CPU or the CUDA build of torch by where it runs.
+# constraints.txt pins what was tested. pip alone would take the CUDA build everywhere. Only the project of torch itself
+# publishes CPU builds for Linux. uv knows that index; it is not needed if pip is configured to find such a build.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (a minute, once)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,corpora,dev]' 2>&1 \
-		| grep -v '^WARNING: Location' || true
+	@echo "installing into $(VENV), once: torch $(VERSION) for $(TORCH), $(SIZE_$(TORCH)), and about 0.3 GB of other packages"
+	@nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | sed 's/^/found: /' || true
+	$(INSTALL_$(TORCH))
+	$(PIP) install -c constraints.txt -e '.[worker,corpora,dev]'
 	@$(BIN)/python -c 'import torch, fastapi, tokenizers, pytest'
+	@rm -f $(VENV)/.installed*
 	@touch $@
+
+define INSTALL_cpu
+@if $(PIP) install --dry-run --quiet --no-deps 'torch==$(VERSION)+cpu' >/dev/null 2>&1; then \
+	$(PIP) install -c constraints.txt 'torch==$(VERSION)+cpu'; \
+else \
+	$(PIP) install -c constraints.txt uv \
+	&& $(BIN)/python -m uv pip install --python $(BIN)/python -c constraints.txt --torch-backend cpu 'torch==$(VERSION)'; \
+fi
+endef
+
+# Three "=": also if pip is configured to find a CPU build, which counts as a newer version.
+define INSTALL_cuda
+$(PIP) install -c constraints.txt 'torch===$(VERSION)'
+endef
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -51,8 +82,7 @@ dev: setup
 	$(BIN)/trainyard serve
 
 bench: setup
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,corpora,dev,bench]' 2>&1 \
-		| grep -v '^WARNING: Location' || true
+	$(PIP) install --quiet -c constraints.txt -e '.[worker,corpora,dev,bench]'
 	$(BIN)/python -m benchmarks
 
 soak: setup

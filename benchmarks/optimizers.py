@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.corpus import write_docstrings
 from benchmarks.drawing import Line, chart
+from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec, TrainingSpec
 from trainyard.model.config import ModelConfig
@@ -24,7 +25,6 @@ from trainyard.worker.data.prepare import TrainingData, prepare_data
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.training.evaluate import Evaluator
-from trainyard.worker.training.schedule import LRSchedule
 from trainyard.worker.training.state import TrainState, build_train_state, initial_model
 
 STEPS, ROWS, LENGTH, DOCUMENTS = 200, 8, 256, 100_000

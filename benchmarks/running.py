@@ -83,6 +83,11 @@ def _address(log: Path, begin: int) -> str | None:
 
 def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
     """Run the worker on ``spec`` below ``root``; return its metric events. All runs share the tokenized corpus."""
+    return [event for event in worker_events(root, name, spec) if event["kind"] == "metric"]
+
+
+def worker_events(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return all events of such a run."""
     run = RunDir(root / name)
     run.path.mkdir()
     run.spec.write_text(json.dumps(spec))
@@ -90,8 +95,7 @@ def worker_points(root: Path, name: str, spec: dict[str, Any]) -> list[dict[str,
     subprocess.run(
         [sys.executable, "-m", "trainyard.worker", str(run.path)], check=True, capture_output=True, env=environment
     )
-    lines = [json.loads(line) for line in run.attempt(1).outbox.read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "metric"]
+    return [json.loads(line) for line in run.attempt(1).outbox.read_text().splitlines()]
 
 
 def torchrun(run_dir: Path, ranks: int) -> "subprocess.Popen[bytes]":

@@ -128,11 +128,3 @@ def matmul_peak() -> float:
         A @ B
         best = min(best, time.perf_counter() - began)
     return 2 * 2720 * 1664 * 2048 / best
-
-
-def flops_per_token() -> float:
-    """Return FLOPs per token, forward and backward, of the measured shape, as the worker counts them."""
-    from trainyard.model.config import ModelConfig
-    from trainyard.model.costs import flops_per_token as count
-
-    return float(count(ModelConfig(vocab_size=VOCABULARY), LENGTH))

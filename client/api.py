@@ -21,7 +21,7 @@ from trainyard.client.download import download_checkpoint
 from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
 from trainyard.client.exit_codes import is_idle
 from trainyard.client.sse import StreamEvent
-from trainyard.client.types import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, Token, Version
+from trainyard.client.types import Checkpoint, Export, Job, LogChunk, Metric, NewToken, Plan, ResumedJob, Token, Version
 from trainyard.client.webhooks import Webhooks
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -133,12 +133,14 @@ class Client:
         """Request a checkpoint at the next step. The run continues."""
         return self._act(job_id, "save")
 
-    def resume(self, job_id: str, **changes: Any) -> Job:
+    def resume(self, job_id: str, **changes: Any) -> ResumedJob:
         """Continue from the newest valid checkpoint, or from that of ``step``.
 
-        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources``.
+        ``changes`` may raise ``epochs`` or ``max_steps``, and change ``resources`` and ``save_dir``: the checkpoints
+        and weights are moved there. ``schedule``, the rate of a longer run, is "extend" (as if it had been this long
+        from the start) or "continue" (on from the present rate).
         """
-        return self._act(job_id, "resume", changes or None)
+        return cast(ResumedJob, self._act(job_id, "resume", changes or None))
 
     def fork(
         self,
@@ -179,25 +181,33 @@ class Client:
         until: Collection[str] | Callable[[Job], bool] | None = None,
         timeout: float | None = None,
         interval: float = 0.5,
+        stall_timeout: float | None = None,
     ) -> Job:
         """Poll until the job has one of the statuses ``until``, or until ``until(job)``; by default until it is idle.
 
-        Waits for the service too if it stops responding after the first response.
+        Waits for the service too if it stops responding after the first response. ``stall_timeout`` is the limit for
+        the time without progress: without a new step, phase, attempt or status. Unlike ``timeout`` it does not depend
+        on the speed of the machine. A job that waits for devices makes no progress.
 
         Raises:
-            WaitTimedOut: ``timeout`` seconds passed.
+            WaitTimedOut: ``timeout`` seconds passed, or ``stall_timeout`` seconds without progress.
             UnexpectedStatus: the job became idle in another status.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
+        progress, progress_at = None, time.monotonic()
         job: Job | None = None
         while True:
             job = self._poll(job_id, job)
+            if progress != (progress := _progress_of(job)):
+                progress_at = time.monotonic()
             if _reached(job, until):
                 return job
             if not callable(until) and is_idle(job):
                 raise UnexpectedStatus(job)
             if deadline is not None and time.monotonic() + interval > deadline:
                 raise WaitTimedOut(timeout or 0.0, job)
+            if stall_timeout is not None and time.monotonic() + interval > progress_at + stall_timeout:
+                raise WaitTimedOut(stall_timeout, job, stalled=True)
             time.sleep(interval)
 
     # Metrics, logs, checkpoints and events of a job
@@ -391,3 +401,9 @@ def _reached(job: Job, until: Collection[str] | Callable[[Job], bool] | None) ->
     if until is None:
         return is_idle(job)
     return until(job) if callable(until) else job["status"] in until
+
+
+def _progress_of(job: Job) -> tuple[object, ...]:
+    """Return what changes whenever the job makes progress."""
+    step = (job.get("progress") or {}).get("step")
+    return job["status"], job.get("attempt"), job.get("phase"), job.get("phase_detail"), step

@@ -1,5 +1,6 @@
 """HTTP requests to the service: retries, streams, and responses as values or exceptions."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +10,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from trainyard.client.errors import InvalidUrl, ServiceUnreachable, api_error
+from trainyard.client.errors import InvalidSpec, InvalidUrl, ServiceUnreachable, api_error
+from trainyard.client.local_peer import distrust
 from trainyard.client.sse import OPENED, StreamEvent, StreamUnsupported, parse_events
 
 CONNECT_SECONDS = 10.0
@@ -58,6 +60,9 @@ class Connection:
         self._http = httpx2.Client(
             base_url=self.url, headers=headers, timeout=timeout, transport=transport, trust_env=remote
         )
+        if token and self.url.startswith("http:"):
+            # With https the certificate says whose program answers.
+            self._http.event_hooks = {"request": [self._check_new_connections]}
 
     def close(self) -> None:
         """Close the open connections."""
@@ -82,8 +87,10 @@ class Connection:
         Raises:
             ServiceUnreachable: no response within the time for retries.
             ApiError: the service rejected the request.
+            InvalidSpec: the body has a value that JSON cannot express, such as NaN. Nothing was sent.
         """
         query = {name: value for name, value in (params or {}).items() if value is not None}
+        _require_expressible(body, query)
         content: dict[str, Any] = {} if body is None else {"json": body}
         if timeout is not None:
             content["timeout"] = httpx2.Timeout(CONNECT_SECONDS, read=timeout)
@@ -134,6 +141,19 @@ class Connection:
         except httpx2.TransportError as error:
             raise ServiceUnreachable(self.url, _cause(error)) from error
 
+    def _check_new_connections(self, request: httpx2.Request) -> None:
+        request.extensions["trace"] = self._on_transport_event
+
+    def _on_transport_event(self, name: str, details: Mapping[str, Any]) -> None:
+        # The connection is there, and nothing was sent yet.
+        if name != "connection.connect_tcp.complete":
+            return
+        stream = details["return_value"]
+        why = distrust(stream.get_extra_info("socket"))
+        if why is not None:
+            stream.close()
+            raise ServiceUnreachable(self.url, why)
+
     def _send(self, request: httpx2.Request, repeatable: bool) -> httpx2.Response:
         pauses = self._retries.pauses()
         while True:
@@ -169,6 +189,33 @@ class Connection:
         except ValueError:
             cause = f"what answers there is no Trainyard service ({response.status_code}, not JSON)"
             raise ServiceUnreachable(self.url, cause) from None
+
+
+def _require_expressible(body: Any, query: Mapping[str, Any]) -> None:
+    problems = [*_inexpressible(body), *_inexpressible(query, "/query")]
+    if problems:
+        errors = [{"pointer": pointer, "message": message} for pointer, message in problems]
+        detail = "The request was not sent, because it has values that JSON cannot express."
+        raise InvalidSpec(422, {"code": "not_json", "detail": detail, "errors": errors})
+
+
+def _inexpressible(value: Any, pointer: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (pointer, message) of each value in ``value`` that JSON cannot express."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield pointer, f"must be a finite number, not {value}"
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            yield pointer, "must be text: it has bytes that are not UTF-8"
+    elif isinstance(value, Mapping):
+        for name, below in value.items():
+            yield from _inexpressible(name, pointer)
+            escaped = str(name).replace("~", "~0").replace("/", "~1")
+            yield from _inexpressible(below, f"{pointer}/{escaped}")
+    elif isinstance(value, list | tuple):
+        for index, below in enumerate(value):
+            yield from _inexpressible(below, f"{pointer}/{index}")
 
 
 def normalize_url(url: str) -> str:

@@ -26,11 +26,14 @@ class InvalidUrl(TrainyardError):
 
 
 class WaitTimedOut(TrainyardError):
-    """The job did not reach the state in time. ``job``: its last known state, or None."""
+    """The job did not reach the state in time, or made no progress. ``job``: its last known state, or None."""
 
-    def __init__(self, seconds: float, job: Mapping[str, Any] | None) -> None:
+    def __init__(self, seconds: float, job: Mapping[str, Any] | None, stalled: bool = False) -> None:
         status = job["status"] if job else "never seen"
-        super().__init__(f"{seconds:g} s passed and the job is {status}")
+        if stalled and job:
+            step, phase = (job.get("progress") or {}).get("step"), job.get("phase")
+            status += f", phase {phase}" * bool(phase) + f", at step {step or 0:,}"
+        super().__init__(f"{seconds:g} s passed {'without progress, ' * stalled}and the job is {status}")
         self.job = job
 
 

@@ -98,6 +98,10 @@ class Plan(TypedDict, total=False):
     tokens: int | None
     samples: int | None
     bad_lines: int | None
+    special_tokens: int | None
+    special_texts: int | None
+    bos_token: str | None
+    eos_token: str | None
     steps: int | None
     base_step: int
     tokens_per_step: float | None
@@ -111,6 +115,8 @@ class Plan(TypedDict, total=False):
     eta_seconds: float | None
     eta_basis: str | None
     expected_first_loss: float | None
+    learning_rate_before: float | None
+    learning_rate_after: float | None
     estimated: bool
     warnings: list[str]
     queue: Queue
@@ -147,6 +153,13 @@ class Job(TypedDict, total=False):
     queued_at: str | None
     started_at: str | None
     finished_at: str | None
+
+
+class ResumedJob(Job, total=False):
+    """A job that was resumed: the learning rate of the checkpoint's step, and of the next one."""
+
+    learning_rate_before: float | None
+    learning_rate_after: float | None
 
 
 class Token(TypedDict, total=False):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.status import Phase, Reason
 
 Step = Annotated[int, Field(ge=0)]
@@ -28,6 +29,10 @@ class Started(EventBase):
     """The attempt is ready to train: its devices, its corpus, and the step that it starts from.
 
     ``base_step``: steps before the run's own schedule, see `contract.messages.Fork`; ``steps`` includes them.
+    ``special_tokens``: occurrences in the corpus's texts, in ``special_texts`` of them; None if they were not counted.
+    ``bos_token``, ``eos_token``: the tokens before and after each document. ``inputs``: the files that were read, see
+    `contract.file_identity.fingerprint_inputs`.
+    ``duplicates``: documents with the text of an earlier one, counted if ``eval_fraction`` is used; else null.
     """
 
     kind: Literal["started"] = "started"
@@ -45,11 +50,17 @@ class Started(EventBase):
     documents: int
     tokens: int
     bad_lines: int
+    special_tokens: int | None = None
+    special_texts: int | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    inputs: dict[str, FileFingerprint] = Field(default_factory=dict)
     global_batch: int
     tokens_per_step: float
     steps_per_epoch: int
     flops_per_token: float
     base_step: Step = 0
+    duplicates: int | None = None
     resumed_from: str | None = None
 
 
@@ -113,12 +124,13 @@ class CheckpointRemoved(EventBase):
 
 
 class SampleEvent(EventBase):
-    """A text that the model generated."""
+    """A text that the model generated. ``note``: what was cut because it did not fit, or null."""
 
     kind: Literal["sample"] = "sample"
     step: Step
     prompt: str
     text: str
+    note: str | None = None
 
 
 class WarningEvent(EventBase):

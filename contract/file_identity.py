@@ -3,11 +3,12 @@
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 PLAIN_TEXT = ".txt"
 BOM = b"\xef\xbb\xbf"
@@ -81,3 +82,30 @@ def _block_starts(size: int) -> Iterator[int]:
         yield from range(0, size, BLOCK_BYTES)
     else:
         yield from (last * number // (BLOCKS - 1) for number in range(BLOCKS))
+
+
+def fingerprint_inputs(
+    data_path: str, eval_data_path: str | None, tokenizer: Path | None
+) -> dict[str, FileFingerprint]:
+    """Return the fingerprints of the files that a run reads, by the name of their field, without those it cannot read.
+
+    ``tokenizer``: the file of the tokenizer, or None if it is built in.
+    """
+    files = {"data_path": data_path, "eval_data_path": eval_data_path, "tokenizer_path": tokenizer}
+    found = {}
+    for name, file in files.items():
+        if file is not None:
+            with suppress(OSError, ValueError):
+                found[name] = FileFingerprint.of(Path(file))
+    return found
+
+
+def input_changes(before: Mapping[str, Any], after: Mapping[str, FileFingerprint]) -> list[str]:
+    """Return how files differ from those of ``before``, which was stored as JSON. A file in only one is left out."""
+    changes = []
+    for name in sorted(before.keys() & after.keys()):
+        now, size = after[name], before[name]["bytes"]
+        if asdict(now) != before[name]:
+            same = "another content of the same size"
+            changes.append(f"{name} ({same if now.bytes == size else f'{size:,} bytes then, {now.bytes:,} now'})")
+    return changes

@@ -17,6 +17,7 @@ class OutboxReader:
         self.path = path
         self.seq = 0
         self._offset = 0
+        self._stored = (0, 0)
 
     def read(self, limit: int) -> list[dict[str, Any]]:
         """Return the next complete lines, at most ``limit``.
@@ -33,13 +34,16 @@ class OutboxReader:
     def seek_after(self, seq: int) -> None:
         """Make the next `read` start after line ``seq``, the last one that is known to be stored."""
         if seq < self.seq:
-            self.seq, self._offset = 0, 0
+            # Lines were read and not stored. Start at the last line that was: the file may be long, and while the
+            # service is away this is done at each retry.
+            self.seq, self._offset = self._stored if self._stored[0] <= seq else (0, 0)
         while self.seq < seq:
             skipped = self._complete_lines(seq - self.seq)
             if not skipped:
                 return
             self.seq += len(skipped)
             self._offset += sum(map(len, skipped))
+        self._stored = (self.seq, self._offset)
 
     def skip_to_end(self) -> int:
         """Skip all complete lines and return their number."""

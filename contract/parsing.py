@@ -99,6 +99,7 @@ class _Canonical:
                 canonical[group] = self._group(group, value)
             elif self._is_readable(value, group):
                 canonical[group] = value
+        _release_device(canonical.get("resources"))
         return canonical
 
     def _group(self, group: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,6 +153,14 @@ def _convert(name: str, value: Any) -> Any:
     if name == "from_weight" and value == "none":
         return None
     return value
+
+
+def _release_device(resources: Any) -> None:
+    # MiniMind's default, written out. With several ranks each one takes its own device there, as here.
+    if not isinstance(resources, dict) or resources.get("device") != "cuda:0":
+        return
+    if type(ranks := resources.get("nproc_per_node")) is int and ranks > 1:
+        resources["device"] = "cuda"
 
 
 def _unreadable(value: Any, depth: int = 0) -> str | None:

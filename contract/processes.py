@@ -18,6 +18,9 @@ MARKER = "TRAINYARD_ATTEMPT_MARK"
 
 PROC = Path("/proc")
 
+HOST_PID_NAMESPACE = "pid:[4026531836]"
+"""The first pid namespace of a kernel has this number on every host."""
+
 
 @dataclass(frozen=True)
 class ProcessIdentity:
@@ -52,6 +55,15 @@ class ProcessIdentity:
     def alive(self) -> bool:
         """Return whether this process still runs."""
         return ProcessIdentity.of(self.pid) == self
+
+    def catches(self, signum: signal.Signals) -> bool:
+        """Return whether this process has a handler for the signal."""
+        try:
+            status = (PROC / str(self.pid) / "status").read_text()
+        except OSError:
+            return False
+        caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
+        return self.alive() and bool(int(caught, 16) >> (signum - 1) & 1)
 
     def send(self, signum: signal.Signals) -> bool:
         """Send a signal. Return False if the process has ended; another one with its pid never gets the signal."""
@@ -97,6 +109,14 @@ def pid_namespace() -> str:
     return os.readlink(PROC / "self/ns/pid")
 
 
+def in_container() -> bool:
+    """Return whether the end of the program that started this one ends every process: in a container, not on a host.
+
+    A container with a pid namespace of the host is not recognised. One that systemd has booted is like a host.
+    """
+    return pid_namespace() != HOST_PID_NAMESPACE and not Path("/run/systemd/system").exists()
+
+
 def all_pids() -> Iterator[int]:
     """Yield all visible pids, including zombies."""
     for entry in os.scandir(PROC):
@@ -106,7 +126,12 @@ def all_pids() -> Iterator[int]:
 
 def find_by_marker(mark: str) -> list[ProcessIdentity]:
     """Return all processes, except this one, whose environment has this attempt's marker."""
-    pids = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, MARKER) == mark]
+    return find_by_variable(MARKER, mark)
+
+
+def find_by_variable(name: str, value: str) -> list[ProcessIdentity]:
+    """Return all processes, except this one, that were started with this environment variable."""
+    pids = [pid for pid in all_pids() if pid != os.getpid() and variable_of(pid, name) == value]
     return [identity for pid in pids if (identity := ProcessIdentity.of(pid))]
 
 
@@ -143,18 +168,28 @@ def _value(environment: list[bytes], name: str) -> str | None:
 
 def descendants(ancestor: int) -> list[ProcessIdentity]:
     """Return all running processes below ``ancestor``. If it is a subreaper, no descendant can escape."""
-    children: dict[int, list[int]] = {}
-    for pid in all_pids():
-        stat = _stat(pid)
-        if stat is not None:
-            children.setdefault(stat.parent, []).append(pid)
+    by_parent = _pids_by_parent()
     found: list[int] = []
     frontier = [ancestor]
     while frontier:
-        below = children.get(frontier.pop(), [])
+        below = by_parent.get(frontier.pop(), [])
         found.extend(below)
         frontier.extend(below)
     return [identity for pid in found if (identity := ProcessIdentity.of(pid))]
+
+
+def children(parent: int) -> list[ProcessIdentity]:
+    """Return the running processes that ``parent`` itself has started."""
+    return [identity for pid in _pids_by_parent().get(parent, []) if (identity := ProcessIdentity.of(pid))]
+
+
+def _pids_by_parent() -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for pid in all_pids():
+        stat = _stat(pid)
+        if stat is not None:
+            found.setdefault(stat.parent, []).append(pid)
+    return found
 
 
 def signal_all(processes: Iterable[ProcessIdentity], *signums: signal.Signals) -> None:

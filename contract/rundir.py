@@ -3,13 +3,14 @@
 Standard library only: the agent imports it before anything else.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -222,6 +223,14 @@ class RunDir:
         found = [AttemptDir(p) for p in self.path.iterdir() if ATTEMPT_DIRECTORY.fullmatch(p.name)]
         yield from sorted(found, key=lambda attempt: attempt.number)
 
+    def save_dirs(self) -> list[str | None]:
+        """Return each ``save_dir`` that an attempt had; a resume may change it."""
+        found: dict[str | None, None] = {}
+        for attempt in self.attempts():
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found[json.loads(attempt.spec.read_bytes())["checkpoint"]["save_dir"]] = None
+        return list(found)
+
     def artifacts(self, save_dir: str | None, job_name: str | None = None) -> "ArtifactDir":
         """Return where checkpoints and weights go: here, or ``save_dir/<job>/``, one directory a job."""
         if save_dir is None:
@@ -269,7 +278,7 @@ class ArtifactDir:
 
     def weights(self, save_weight: str, hidden_size: int, use_moe: bool) -> Path:
         """Return the path with MiniMind's file name: ``pretrain_512.pth``, or ``pretrain_512_moe.pth``."""
-        return self.out / f"{save_weight}_{hidden_size}{'_moe' if use_moe else ''}.pth"
+        return self.out / weights_name(save_weight, hidden_size, use_moe)
 
     @failpoint("resume.list")
     def published(self) -> list[tuple[int, Path]]:
@@ -288,6 +297,28 @@ class ArtifactDir:
             return []  # not created yet, or just deleted with its job
         found = [(pattern.fullmatch(p.name), p) for p in entries if p.is_dir()]
         return sorted(((int(m.group(1)), p) for m, p in found if m), reverse=True)
+
+
+def weights_name(stem: str, hidden_size: int, use_moe: bool) -> str:
+    """Return MiniMind's name of a weights file: ``pretrain_512.pth``, or ``pretrain_512_moe.pth``."""
+    return f"{stem}_{hidden_size}{'_moe' if use_moe else ''}.pth"
+
+
+def find_named_weights(folder: Path, name: str, own: str | None = None) -> list[Path]:
+    """Return the weights files called ``name`` in ``folder`` and in what its jobs wrote, the newest first.
+
+    ``own``: name of the directory of a job that is left out.
+    """
+    try:
+        jobs = [entry for entry in sorted(folder.iterdir()) if entry.name != own and entry.is_dir()]
+    except OSError:
+        return []
+    found: list[tuple[float, Path]] = []
+    for path in (folder / name, *(ArtifactDir(job).out / name for job in jobs)):
+        with suppress(OSError, ValueError):
+            if path.is_file():
+                found.append((path.stat().st_mtime, path))
+    return [path for _, path in sorted(found, key=lambda pair: -pair[0])]
 
 
 @dataclass(frozen=True)

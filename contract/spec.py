@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from trainyard.contract.tokenizer_info import SpecialTokens
 from trainyard.model.config import ModelConfig
 
 
@@ -64,6 +65,11 @@ class DataSpec(Group):
     tokenizer_path: PathText = Field(
         "byte", description='directory with a tokenizer.json, or "byte" for bytes as tokens'
     )
+    special_tokens: SpecialTokens = Field(
+        "text",
+        description="special tokens written in a text, such as <|im_end|>. text: spelled as ordinary text; "
+        "tokens: their ids, as in MiniMind, whose corpora need it",
+    )
     text_field: Name = Field("text", description="JSON key of the text, or its Parquet column")
     max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="sequence length in tokens")
     packing: Literal["document", "none"] = Field(
@@ -98,6 +104,11 @@ class TrainingSpec(Group):
         0.1, description="final learning rate / peak learning rate"
     )
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
+    continued_at: Annotated[list[tuple[Positive, Positive]], Field(max_length=100)] = Field(
+        default_factory=list,
+        description='set by resume with schedule "continue": [step, steps of the run until then]; after each such step '
+        "the rate decays from the one it had there",
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the layers, AdamW for embeddings, head, router and norms"
     )
@@ -136,6 +147,12 @@ class TrainingSpec(Group):
             return None
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
         return self.batch_size // factor, self.accumulation_steps * factor
+
+
+def epochs_ignored(training: TrainingSpec) -> str:
+    """Return the warning about ``epochs`` beside ``max_steps``."""
+    epochs, steps = training.epochs, training.max_steps
+    return f"epochs {epochs:,} is ignored, because max_steps is set: the run ends after {steps:,} steps"
 
 
 class CheckpointSpec(Group):
@@ -270,3 +287,12 @@ class JobSpec(Group):
     def rows_per_step(self) -> int:
         """Rows of one optimizer step over all ranks: the global batch."""
         return self.training.batch_size * self.training.accumulation_steps * self.resources.ranks
+
+
+def gives_both_lengths(spec: JobSpec) -> bool:
+    """Return whether a client gave ``epochs`` beside ``max_steps``, as far as the spec still shows it."""
+    training = spec.training
+    # A stored spec names every field: there, one epoch is the default.
+    complete = training.model_fields_set == set(TrainingSpec.model_fields)
+    given = training.epochs != 1 or ("epochs" in training.model_fields_set and not complete)
+    return training.max_steps is not None and given

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 BYTE = "byte"
 """The built-in tokenizer: the three special tokens, then one token for each byte of UTF-8."""
@@ -19,6 +21,13 @@ BOS_NAMES = (SPECIAL_TOKENS[1], "<s>", "<bos>", "<|begin_of_text|>", "<|startoft
 EOS_NAMES = (SPECIAL_TOKENS[2], "</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 """Tried in this order if tokenizer_config.json names none."""
+
+
+SpecialTokens = Literal["text", "tokens"]
+"""``data.special_tokens``: what a special token that is written in a text becomes."""
+
+MAX_SPECIAL_TEXTS = 0.01
+"""A larger share of texts with special tokens is reported: they are probably marks, and not words."""
 
 
 class TokenizerInvalid(ValueError):
@@ -59,17 +68,27 @@ def tokenizer_file(tokenizer_path: str) -> Path:
 class TokenizerInfo:
     """The content of a tokenizer.json and of the tokenizer_config.json in the same directory.
 
-    ``size``: highest id + 1. ``fingerprint``: equal for two tokenizers only if they give equal ids for every text.
-    ``added``: ids of the added tokens. ``described``: the JSON of tokenizer.json.
+    ``size``: highest id + 1. ``bos``, ``eos``: the tokens before and after each document. ``fingerprint``: equal for
+    two tokenizers only if they give equal ids for every text.
+    ``added``: ids of the added tokens. ``special``: those of them that are special: control tokens, which a text holds
+    only as marks. ``described``: the JSON of tokenizer.json.
     """
 
     size: int
+    bos: str
+    eos: str
     bos_id: int
     eos_id: int
     pad_id: int
     fingerprint: str
     added: dict[str, int]
+    special: tuple[str, ...]
     described: dict[str, Any]
+
+    @property
+    def ordinary(self) -> tuple[str, ...]:
+        """Added tokens that are words and not control tokens, such as ``<think>``, without runs of white space."""
+        return tuple(name for name in self.added if name.strip() and name not in self.special)
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -78,13 +97,20 @@ class TokenizerInfo:
             raw = file.read_bytes()
             described = json.loads(raw)
             added = {str(token["content"]): int(token["id"]) for token in described.get("added_tokens") or ()}
+            marked = {str(token["content"]) for token in described.get("added_tokens") or () if token.get("special")}
             names = _names(described, added)
             size = max(names.values()) + 1
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TokenizerInvalid(f"{file} is not a tokenizer.json: {error}") from error
         bos, eos, pad = _control_ids(file, names)
         fingerprint = hashlib.sha256(raw + f"{bos} {eos} {pad}".encode()).hexdigest()
-        return cls(size, bos, eos, pad, fingerprint, added, described)
+        # transformers treats the tokens that tokenizer_config.json names as special, whatever tokenizer.json says. Runs
+        # of white space are words: some tokenizers mark them as special by mistake.
+        special = tuple(
+            name for name, number in added.items() if name.strip() and (name in marked or number in (bos, eos, pad))
+        )
+        texts = {number: name for name, number in names.items()}
+        return cls(size, texts[bos], texts[eos], bos, eos, pad, fingerprint, added, special, described)
 
 
 def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
@@ -93,6 +119,42 @@ def fingerprint_of(tokenizer_path: str) -> tuple[int, str]:
         return BYTE_VOCABULARY, BYTE_FINGERPRINT
     info = TokenizerInfo.read(tokenizer_file(tokenizer_path))
     return info.size, info.fingerprint
+
+
+@dataclass(frozen=True)
+class TokenNames:
+    """Texts of the special tokens, and of the two between which each document is put."""
+
+    special: tuple[str, ...]
+    bos: str
+    eos: str
+
+    @classmethod
+    def read(cls, tokenizer_path: str) -> Self:
+        """Read those of a tokenizer, or of the built-in one. Raises TokenizerInvalid."""
+        if tokenizer_path == BYTE:
+            return cls(SPECIAL_TOKENS, *SPECIAL_TOKENS[1:])
+        info = TokenizerInfo.read(tokenizer_file(tokenizer_path))
+        return cls(info.special, info.bos, info.eos)
+
+
+def special_pattern(names: Iterable[str]) -> re.Pattern[str] | None:
+    """Return a pattern that finds the special tokens in a text, the longest first; None if there are no names."""
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+
+def special_tokens_warning(texts: int, documents: int, tokens: int) -> str | None:
+    """Return a warning if too many texts hold special tokens that are read as ordinary text, else None.
+
+    ``texts`` of ``documents`` hold ``tokens`` special tokens.
+    """
+    if not documents or texts / documents <= MAX_SPECIAL_TEXTS:
+        return None
+    return (
+        f"{100 * texts / documents:.1f} % of the texts hold special tokens ({tokens:,} in all), and each is read as "
+        f'several ordinary tokens: set data.special_tokens to "tokens" if they are marks, as in MiniMind\'s corpora'
+    )
 
 
 def _names(described: dict[str, Any], added: dict[str, int]) -> dict[str, int]:

@@ -42,18 +42,21 @@ def active_parameters(config: ModelConfig) -> int:
     return parameters(config) - _layers(config, config.num_experts) + _layers(config, config.num_experts_per_tok)
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Return the training FLOPs of one token in a row of ``seq_len`` tokens, forward and backward.
+def flops_per_token(config: ModelConfig, attention_length: float) -> float:
+    """Return the training FLOPs of one token, forward and backward.
 
     Six for each weight that is multiplied (two forward, four backward): all active matrices and the output matrix, but
-    not the embedding table, which is only indexed. Attention adds ``6 * L * heads * head_dim * seq_len``, for the half
-    of the scores that a causal mask leaves. The usual estimate counts all of them.
+    not the embedding table, which is only indexed. Attention adds ``6 * L * heads * head_dim * attention_length``, for
+    the half of the scores that a causal mask leaves. The usual estimate counts all of them.
+
+    ``attention_length``: the sum of the squared lengths of all segments, divided by the number of tokens. If each row
+    is one segment, that is the length of a row. Packed tokens attend to their own document only.
 
     Source: Narayanan et al. 2021 (arXiv 2104.04473), appendix, without the masked half.
     """
     assert config.head_dim is not None
     matrices = _matrices(config, config.num_experts_per_tok) + _vocabulary(config) * config.hidden_size
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * attention_length
     return 6.0 * matrices + 6.0 * attention
 
 

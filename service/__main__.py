@@ -3,9 +3,11 @@
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -13,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
+from trainyard.service import descriptors, home
 from trainyard.service.app import build_state, create_app
 from trainyard.service.db.engine import UnknownSchemaVersion, error_text
 from trainyard.service.launch.base import LOCAL, Launcher, LauncherRouter
@@ -20,11 +23,19 @@ from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
-from trainyard.service.server import MAX_HEAD_BYTES, GracefulServer, TimeoutH11Protocol
+from trainyard.service.scheduler.loop import Scheduler
+from trainyard.service.server import (
+    ACCEPTS_PER_ROUND,
+    LISTEN_BACKLOG,
+    MAX_HEAD_BYTES,
+    GracefulServer,
+    TimeoutH11Protocol,
+)
 from trainyard.service.settings import InvalidSettings, Settings
 from trainyard.service.timing import Timing
 
-BACKLOG = 512
+log = logging.getLogger("trainyard")
+
 PREDECESSOR_SECONDS = 20.0
 SHUTDOWN_SECONDS = 10
 UNACKED_TIMEOUT_MILLISECONDS = 60_000
@@ -45,9 +56,10 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
     """
     try:
         settings, schedules = _read_settings(arguments)
-        settings.home.mkdir(parents=True, exist_ok=True)
+        home.create_directory(settings.home, settings.home_mode)
         with _lock_home(settings) if schedules else contextlib.nullcontext():
             configure_logging(settings.log_format, settings.log_level, settings.secrets())
+            _protect_home(settings)
             return _serve(settings, schedules, agent, timing)
     except InvalidSettings as error:
         return _fail(str(error), code=2)
@@ -57,6 +69,13 @@ def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGE
         return _fail(error_text(error))
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}; --home or TRAINYARD_HOME says where the service may write")
+
+
+def _protect_home(settings: Settings) -> None:
+    home.share_new_files(settings.home_mode)
+    home.restrict(settings.home, settings.home_mode, settings.database_file)
+    # A cache that is shared with other services keeps its mode.
+    home.create_directory(settings.corpus_cache, settings.home_mode)
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -100,15 +119,17 @@ def _read_settings(arguments: list[str] | None) -> tuple[Settings, bool]:
 
 
 def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: Timing) -> int:
+    descriptors.raise_limit()
     with _bind(settings) as listener:
         url = _url(settings.host, listener.getsockname()[1])
-        state = build_state(settings, _launcher(settings, agent), schedules=schedules, timing=timing)
+        local = _local_launcher(settings, agent)
+        state = build_state(settings, _launcher(settings, local, agent), schedules=schedules, timing=timing)
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")
 
         # Agents of runs that outlived the previous service find this one by the file.
         state.scheduler.on_lead = lambda: write_json(settings.service_file, {"url": url})
-        app = create_app(state, ready=lambda: print(f"Trainyard is ready at {url}", flush=True))
+        app = create_app(state, ready=lambda: _print_ready(url))
         config = uvicorn.Config(
             app,
             access_log=False,
@@ -119,20 +140,43 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
             timeout_keep_alive=30,
             http=TimeoutH11Protocol,
+            backlog=ACCEPTS_PER_ROUND,
             # uvicorn would trust every peer on loopback; `service.proxies` trusts only the configured proxies.
             proxy_headers=False,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
         )
-        server = GracefulServer(config, state.broadcaster.stop)
+        before_exit = None
+        if schedules and settings.on_stop == "save":
+            before_exit = partial(_save_runs, state.scheduler, local)
+        server = GracefulServer(config, state.broadcaster.stop, before_exit)
         server.run(sockets=[listener])
+        if server.started:
+            log.info("stopped")
         return 0 if server.started else 1
 
 
-def _launcher(settings: Settings, agent: tuple[str, ...]) -> Launcher:
-    roots = (settings.data_roots, settings.save_roots)
-    local = LocalLauncher(settings.home, settings.corpus_cache, *roots, agent)
+def _save_runs(scheduler: Scheduler, local: LocalLauncher) -> None:
+    """Make all runs of this host save and end. They resume when a service starts on this home."""
+    log.info("stopping: runs save first; a second signal ends the service at once")
+    scheduler.stop_launching()
+    for name in local.save_and_stop_all():
+        log.warning("did not stop in time", extra=name.fields)
+
+
+def _local_launcher(settings: Settings, agent: tuple[str, ...]) -> LocalLauncher:
+    return LocalLauncher(settings.home, settings.corpus_cache, settings.data_roots, settings.save_roots, agent)
+
+
+def _print_ready(url: str) -> None:
+    # A full disk or a reader that has exited must not end the service.
+    with contextlib.suppress(OSError):
+        print(f"Trainyard is ready at {url}", flush=True)
+
+
+def _launcher(settings: Settings, local: LocalLauncher, agent: tuple[str, ...]) -> Launcher:
     if settings.slurm is None:
         return local
+    roots = (settings.data_roots, settings.save_roots)
     slurm = SlurmLauncher(settings.home, settings.corpus_cache, settings.slurm, *roots, agent)
     return LauncherRouter({LOCAL: local, SLURM: slurm})
 
@@ -154,7 +198,7 @@ def _bind(settings: Settings) -> socket.socket:
     except InvalidSettings:
         listener.close()
         raise
-    listener.listen(BACKLOG)
+    listener.listen(LISTEN_BACKLOG)
     return listener
 
 

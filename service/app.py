@@ -40,6 +40,7 @@ from trainyard.service.dashboard.pages import DashboardMiddleware
 from trainyard.service.db.engine import Database
 from trainyard.service.devices.inventory import HostInventory, Inventory, visible_devices
 from trainyard.service.errors import ServiceError, from_exception, problem_response
+from trainyard.service.home import create_directory
 from trainyard.service.jobs import deletion
 from trainyard.service.launch.base import Launcher
 from trainyard.service.leadership import LeaderLease
@@ -90,7 +91,7 @@ def build_state(
 
     Creates only the home directory. With ``schedules`` False the service only serves the API.
     """
-    settings.home.mkdir(parents=True, exist_ok=True)
+    create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
     host_inventory = inventory or HostInventory(settings.cpu_slots, visible_devices())
     lease = LeaderLease(database, timing=timing)

@@ -14,6 +14,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from trainyard.contract.parsing import Problem
+from trainyard.service.descriptors import is_exhausted
 
 PROBLEM = "application/problem+json"
 
@@ -230,6 +231,12 @@ class TooManyStreams(ServiceError):
     status, code = 429, "too_many_streams"
 
 
+class Overloaded(ServiceError):
+    """Too many requests are being served, or the service has no free file descriptor. Try again soon."""
+
+    status, code = 503, "overloaded"
+
+
 class InvalidJson(ServiceError):
     """The body is not JSON."""
 
@@ -356,6 +363,8 @@ def from_exception(error: Exception) -> ServiceError:
             return DatabaseUnavailable()
         case DBAPIError() if error.connection_invalidated:
             return DatabaseUnavailable()
+        case OSError() if is_exhausted(error):
+            return Overloaded(headers={"Retry-After": "5"})
         case _:
             return Internal()
 

@@ -42,7 +42,7 @@ class Plan(ResponseModel):
     ``base_step``: steps of a fork's ancestors before its own schedule; ``steps`` includes them.
     ``snapshot_bytes``: host memory of rank 0 for the copy of the state that a save is written from.
     ``estimated``: fields that depend on the corpus are estimated from a sample of it. ``eta_basis``: the source of the
-    speed.
+    speed. ``learning_rate_before``: at the checkpoint of the last resume, ``learning_rate_after``: at the next step.
     """
 
     parameters: int | None = None
@@ -51,6 +51,10 @@ class Plan(ResponseModel):
     samples: int | None = None
     documents: int | None = None
     bad_lines: int | None = None
+    special_tokens: int | None = None
+    special_texts: int | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
     steps: int | None = None
     base_step: int = 0
     steps_per_epoch: int | None = None
@@ -72,6 +76,8 @@ class Plan(ResponseModel):
     eta_basis: str | None = None
     memory_limit_bytes: int | None = None
     expected_first_loss: float | None = None
+    learning_rate_before: float | None = None
+    learning_rate_after: float | None = None
     warnings: list[str] = []
     estimated: bool = False
 
@@ -203,6 +209,13 @@ class Job(JobSummary):
     spec: dict[str, Any]
     plan: Plan
     allowed_actions: list[AllowedAction]
+
+
+class ResumedJob(Job):
+    """A job that was resumed, with the rates of the checkpoint's step and of the next one; null if it has none."""
+
+    learning_rate_before: float | None
+    learning_rate_after: float | None
 
 
 class Event(ResponseModel):

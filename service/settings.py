@@ -5,12 +5,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from trainyard.contract.processes import in_container
+from trainyard.service.home import DEFAULT_MODE
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.observability.logging import Format, Level
@@ -64,6 +66,14 @@ def _validate_launcher(name: str, info: ValidationInfo) -> str:
     return name
 
 
+def _parse_mode(value: str | int) -> int:
+    mode = int(value, 8) if isinstance(value, str) else value
+    # The owner may do everything, and others may at most read. A home that others write to is not safe.
+    if mode & 0o700 != 0o700 or mode & ~0o2755:
+        raise ValueError(value)
+    return mode
+
+
 Folder = Annotated[Path, AfterValidator(Path.resolve)]
 Folders = Annotated[tuple[Folder, ...], BeforeValidator(lambda text: [part for part in text.split(":") if part])]
 Switch = Annotated[
@@ -77,7 +87,8 @@ class Settings(EnvironmentSettings):
     Jobs may read files below ``data_roots`` and write below ``save_roots``; the home belongs to both. ``cpu_slots`` is
     the number of CPU ranks that may run at once. ``allowed_hosts`` holds Host names without port; "*" allows any.
     ``idempotency_days``: how long an Idempotency-Key is remembered. ``preemption``: jobs of lower priority are paused
-    for a waiting job of higher priority. ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see
+    for a waiting job of higher priority. ``on_stop``: whether the runs of this host save and end before the service, or
+    are left running. ``corpus_days``, ``corpus_bytes``: limits of the corpus cache, see
     `service.maintenance.corpus_cache`. ``webhook_networks``: private networks that webhooks may reach. ``slurm`` is
     None if Slurm is not used. ``launcher``: launcher of jobs whose spec names none.
     """
@@ -89,6 +100,11 @@ class Settings(EnvironmentSettings):
         description="or --database-url must be sqlite:////FOLDER/FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME; "
         "without it, a SQLite file in the home is used",
         repr=False,
+    )
+    home_mode: Annotated[int, BeforeValidator(_parse_mode)] = Field(
+        DEFAULT_MODE,
+        alias="TRAINYARD_HOME_MODE",
+        description="must be an octal mode: 0700, or 0750 if the home's group may read it; no one else may write",
     )
     data_roots: Annotated[Folders, AfterValidator(lambda roots, info: roots or _default_roots(info.data))] = Field(
         default_factory=_default_roots, alias="TRAINYARD_DATA_ROOTS"
@@ -115,6 +131,9 @@ class Settings(EnvironmentSettings):
         tuple[str, ...], BeforeValidator(lambda text: [*LOOPBACK_NAMES, *split_commas(text.lower())])
     ] = Field(default_factory=_default_hosts, alias="TRAINYARD_ALLOWED_HOSTS")
     idempotency_days: WholeNumber = Field(7, alias="TRAINYARD_IDEMPOTENCY_DAYS")
+    on_stop: Literal["leave", "save"] = Field(
+        default_factory=lambda: "save" if in_container() else "leave", alias="TRAINYARD_ON_STOP"
+    )
     preemption: Switch = Field(False, alias="TRAINYARD_PREEMPTION")
     log_format: Format = Field("text", alias="TRAINYARD_LOG_FORMAT")
     log_level: Level = Field("info", alias="TRAINYARD_LOG_LEVEL")
@@ -130,6 +149,11 @@ class Settings(EnvironmentSettings):
     thin_metrics_days: WholeNumber = Field(0, alias="TRAINYARD_THIN_METRICS_DAYS")
     metrics_days: WholeNumber = Field(0, alias="TRAINYARD_METRICS_DAYS")
     events_days: WholeNumber = Field(0, alias="TRAINYARD_EVENTS_DAYS")
+
+    @property
+    def serves_local_user(self) -> bool:
+        """Whether it is reached only from this host and without a token, so that every caller is the local user."""
+        return is_loopback(self.host) and self.token is None and self.token_file is None
 
     @classmethod
     def read(
@@ -168,6 +192,12 @@ class Settings(EnvironmentSettings):
                 "refusing to listen on an address that others can reach without a token: "
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
             )
+
+    @property
+    def database_file(self) -> Path | None:
+        """The file of a SQLite database; None for another one."""
+        url = make_url(self.database_url)
+        return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None
 
     def secrets(self) -> list[str]:
         """Return the strings that the log must not contain: the current tokens and the database password."""

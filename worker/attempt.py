@@ -6,6 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -97,6 +98,42 @@ def _create_attempt(run: RunDir, spec: JobSpec, from_step: int | None, locks: li
     write_atomically(directory.spec, spec.model_dump_json(indent=1).encode() + b"\n")
     run.current.write_text(str(number))
     return number
+
+
+def was_evaluated(run: RunDir, step: int) -> bool:
+    """Return whether an attempt of this run has emitted the metric line of ``step`` with its evaluation."""
+    for attempt in run.attempts():
+        with contextlib.suppress(OSError), attempt.outbox.open("rb") as lines:
+            for line in lines:
+                if f'"step":{step},'.encode() not in line or b'"kind":"metric"' not in line:
+                    continue
+                with contextlib.suppress(ValueError):
+                    if json.loads(line).get("eval_loss") is not None:
+                        return True
+    return False
+
+
+def spec_changes(attempt: AttemptContext, spec: JobSpec) -> list[str]:
+    """Return how ``spec`` differs from that of the attempt before this one, such as "training.epochs is 3 and was 2".
+
+    [] if this is the first attempt, or if the older spec cannot be read.
+    """
+    older = [other for other in attempt.run.attempts() if other.number < attempt.directory.number]
+    try:
+        before = read_spec(attempt.run, max(other.number for other in older)) if older else spec
+    except UnusableSpec:
+        return []
+    old, new = (_flatten(each.model_dump(mode="json")) for each in (before, spec))
+    return [
+        f"{name} is {new.get(name)} and was {old.get(name)}" for name in new | old if new.get(name) != old.get(name)
+    ]
+
+
+def _flatten(group: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in group.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
 
 
 class StepHeartbeat:

@@ -6,7 +6,8 @@ prepares data or saves.
 """
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -74,11 +75,11 @@ class DistributedContext:
 def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str] | None = None) -> DistributedContext:
     """Join the process group that torchrun's environment describes. Without torchrun this is the only rank.
 
-    ``device``: resources.device of the spec.
+    ``device``: resources.device of the spec. Raises TrainingError if the environment makes no sense, or if the other
+    ranks do not come.
     """
     env = dict(os.environ) if environment is None else environment
-    rank, world = int(env.get("RANK", "0")), int(env.get("WORLD_SIZE", "1"))
-    local_rank, local_world = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+    rank, world, local_rank, local_world = _read_ranks(env)
     torch.set_num_threads(threads_per_rank(env, local_world, len(os.sched_getaffinity(0))))
     own = select_device(device, local_rank)
     is_cuda = own.type == "cuda"
@@ -86,13 +87,39 @@ def init_distributed(timeouts: Timeouts, device: str, environment: dict[str, str
         torch.cuda.set_device(own)
     if world == 1:
         return DistributedContext(rank, world, local_rank, local_world, own)
-    dist.init_process_group(
-        "nccl" if is_cuda else "gloo",
-        timeout=timedelta(seconds=timeouts.collective),
-        device_id=own if is_cuda else None,
-    )
+    if "TORCHELASTIC_RUN_ID" not in env:
+        where = f"{env.get('MASTER_ADDR')}:{env.get('MASTER_PORT')}"
+        message = f"rank {rank} of {world} waits for the other ranks at {where}, for at most {timeouts.collective:g} s"
+        print(f"{message}; {BY_HAND}", file=sys.stderr, flush=True)
+    try:
+        dist.init_process_group(
+            "nccl" if is_cuda else "gloo",
+            timeout=timedelta(seconds=timeouts.collective),
+            device_id=own if is_cuda else None,
+        )
+    except (ValueError, dist.DistError) as error:
+        message = f"rank {rank} of {world} did not meet the other ranks: {str(error).splitlines()[0]}"
+        raise TrainingError(Reason.LAUNCH_FAILED, message, BY_HAND, rank) from error
     control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeouts.preparing))
     return DistributedContext(rank, world, local_rank, local_world, own, control)
+
+
+BY_HAND = (
+    "the environment has RANK and WORLD_SIZE. Start all ranks with torchrun, or unset both to train with one process."
+)
+
+
+def _read_ranks(env: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """Return rank, world, local rank and local world. Raises TrainingError if they make no sense."""
+    names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    given = ", ".join(f"{name}={env[name]}" for name in names if name in env)
+    try:
+        rank, world, local_rank, local_world = (int(env.get(name, default)) for name, default in names.items())
+    except ValueError as error:
+        raise TrainingError(Reason.LAUNCH_FAILED, f"these are no numbers of ranks: {given}", BY_HAND) from error
+    if not (0 <= rank < world and 0 <= local_rank < local_world):
+        raise TrainingError(Reason.LAUNCH_FAILED, f"a rank must be less than the number of ranks: {given}", BY_HAND)
+    return rank, world, local_rank, local_world
 
 
 def select_device(requested: str, local_rank: int) -> torch.device:
@@ -115,7 +142,7 @@ def require_device(ranks: DistributedContext, spec: JobSpec) -> None:
         f"resources.device is {requested} and rank {ranks.rank} of {ranks.world} has no GPU: "
         f"{torch.cuda.device_count()} can be seen"
     )
-    hint = 'Lower resources.nproc_per_node, or set resources.device to "cpu".'
+    hint = 'Resume with fewer resources.nproc_per_node, or with resources.device "cpu".'
     raise TrainingError(Reason.SPEC_INVALID, message, hint, ranks.rank)
 
 

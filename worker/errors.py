@@ -95,14 +95,17 @@ def compile_error(error: BaseException) -> TrainingError | None:
     # torch often raises another class, and names that of the cause only in its text.
     missing = any(name in f"{type(error).__name__} {text}" for name in ("InvalidCxxCompiler", "C++ compiler"))
     need = "A C++ compiler is missing: install one (Debian: apt-get install g++), or name it in CXX. Or set"
-    hint = f"{need if missing else 'Set'} training.use_compile to false: the run is slower and otherwise the same."
+    then = (
+        "training.use_compile to false, in a fork if there is a checkpoint: the run is slower and otherwise the same."
+    )
+    hint = f"{need if missing else 'Set'} {then}"
     return TrainingError(Reason.SPEC_INVALID, message, hint)
 
 
 def _memory_hint(training: TrainingSpec) -> str:
     smaller = training.smaller_batch()
     if smaller is None:
-        return "One row needs too much already: lower data.max_seq_len or the model's size, or use more memory."
+        return "One row needs too much: submit it with a lower data.max_seq_len or a smaller model, or use more memory."
     rows, micro_batches = smaller
     return (
         f"Set training.batch_size to {rows} and training.accumulation_steps to {micro_batches}: "

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainyard.contract.allowed_paths import outside_reason
-from trainyard.contract.rundir import ArtifactDir, RunDir
+from trainyard.contract.rundir import ArtifactDir, RunDir, find_named_weights, weights_name
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.contract.tokenizer_info import BYTE
@@ -73,10 +73,14 @@ def _paths_written(spec: JobSpec, run: RunDir) -> Iterator[FieldPath]:
 
 
 def weight_paths(spec: JobSpec, artifacts: ArtifactDir) -> list[Path]:
-    """Return the paths that ``from_weight`` may refer to. The first that exists is loaded."""
+    """Return the paths that ``from_weight`` may refer to. The first that exists is loaded.
+
+    A name refers to the newest file in ``save_dir`` (in the folder of all runs, if it is null) or below its jobs.
+    """
     from_weight = str(spec.training.from_weight)
-    name = f"{from_weight}_{spec.model.hidden_size}{'_moe' if spec.model.use_moe else ''}.pth"
-    folders = [artifacts.out, artifacts.path]
-    if spec.checkpoint.save_dir is not None:
-        folders.insert(0, Path(spec.checkpoint.save_dir))
-    return [Path(from_weight), *(folder / name for folder in folders)]
+    if "/" in from_weight:
+        return [Path(from_weight)]
+    name = weights_name(from_weight, spec.model.hidden_size, spec.model.use_moe)
+    folder = Path(spec.checkpoint.save_dir) if spec.checkpoint.save_dir is not None else artifacts.path.parent
+    found = find_named_weights(folder, name, artifacts.path.name)
+    return [Path(from_weight), *found, folder / name, artifacts.out / name, artifacts.path / name]

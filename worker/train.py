@@ -1,19 +1,23 @@
 """One attempt of a run, from its data to its last checkpoint. Read it from top to bottom."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainyard.contract.events import Event, PhaseChanged, WarningEvent
+from trainyard.contract.events import Event, MetricEvent, WarningEvent
 from trainyard.contract.failpoints import hit
+from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import Outcome, RunSettings
 from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
-from trainyard.worker.attempt import AttemptContext, StepHeartbeat
+from trainyard.worker.attempt import AttemptContext, StepHeartbeat, was_evaluated
+from trainyard.worker.checkpoint.relocate import move_artifacts
 from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
@@ -21,7 +25,8 @@ from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.prepare import TrainingData, prepare_data
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.distributed import DistributedContext, require_device
-from trainyard.worker.errors import TrainingError
+from trainyard.worker.errors import StopRequested, TrainingError
+from trainyard.worker.events.phases import PhaseReporter
 from trainyard.worker.events.trackers import Trackers
 from trainyard.worker.paths import check_allowed_paths
 from trainyard.worker.training.control import (
@@ -37,8 +42,8 @@ from trainyard.worker.training.metrics import MetricsProcessor, MetricsWindow, r
 from trainyard.worker.training.monitors import LearningMonitor, LossSpikeDetector, spike_warning
 from trainyard.worker.training.nonfinite import NonFiniteCounters, StepDecision, decide_step, nonfinite_message
 from trainyard.worker.training.resume_check import ResumeCheck, compare_scores
-from trainyard.worker.training.schedule import LRSchedule, StepIntervals, total_steps
-from trainyard.worker.training.startup import device_warnings, started_event, supports_bfloat16
+from trainyard.worker.training.schedule import StepIntervals, total_steps
+from trainyard.worker.training.startup import device_warnings, schedule_warnings, started_event, supports_bfloat16
 from trainyard.worker.training.state import TrainProgress, TrainState, build_train_state, initial_model
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
 
@@ -55,6 +60,7 @@ def train(
     heartbeat: StepHeartbeat,
     stop: StopSignal,
     trackers: Trackers,
+    phases: PhaseReporter,
     emit: EventSink,
 ) -> Outcome:
     """Run the attempt until the last step or a requested stop. Every rank runs this; only rank 0's events are written.
@@ -64,18 +70,17 @@ def train(
     # The device this runs on, and the paths it may use.
     require_device(ranks, spec)
     check_allowed_paths(spec, attempt.run)
-    emit(PhaseChanged(phase=Phase.LOADING))
+    phases.enter(Phase.LOADING)
     for warning in device_warnings(spec, ranks.device.type, supports_bfloat16(ranks.device)):
         emit(warning)
     if spec.training.deterministic:
         torch.use_deterministic_algorithms(True)
 
     # The data: token shards and packed rows, built once by rank 0. From here on the vocabulary size is known.
-    emit(PhaseChanged(phase=Phase.PREPARING_DATA))
-    data = prepare_data(spec, attempt.run, ranks, emit, stop.requested)
+    with phases.during(Phase.PREPARING_DATA):
+        data = prepare_data(spec, attempt.run, ranks, emit, stop.requested)
     spec = data.spec
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
-    emit(PhaseChanged(phase=Phase.LOADING))
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
     # random weights.
@@ -83,6 +88,7 @@ def train(
         return total_steps(spec.training, -(-len(data.train_set) // rows_per_step))
 
     from_step = attempt.directory.read_resume_from()
+    ranks.broadcast_from_rank0(lambda: move_artifacts(spec, attempt.run, artifacts, emit))
     resume_from = ranks.broadcast_from_rank0(
         lambda: find_resume_point(spec, attempt.run, artifacts, data.identity, run_length, emit, from_step, ranks.world)
     )
@@ -95,7 +101,9 @@ def train(
     state = build_train_state(
         model, spec.training, spec.model.router_aux_loss_coef if spec.model.use_moe else 0.0, ranks
     )
-    progress, window, rows_per_step, saved_score = _restore(resume_from, state, spec, ranks)
+    progress, window, rows_per_step, saved_score, unevaluated = _restore(resume_from, state, spec, ranks)
+    if unevaluated is not None and ranks.broadcast_from_rank0(lambda: was_evaluated(attempt.run, progress.step)):
+        unevaluated = None
 
     # Which rows a step takes is a function of seed and step. How many it takes was fixed by the first attempt.
     sampler = StepSampler(data.train_set.targets, rows_per_step, spec.training.seed)
@@ -108,7 +116,13 @@ def train(
         state=state,
         ranks=ranks,
         loader=MicroBatchLoader(
-            data.train_set, sampler, ranks, spec.training.batch_size, spec.training.loss_normalization
+            data.train_set,
+            sampler,
+            ranks,
+            spec.training.batch_size,
+            spec.training.loss_normalization,
+            # The model is compiled for each shape that it sees, so it must see one only.
+            min_rows=spec.training.batch_size if spec.training.use_compile else 1,
         ),
         lr_schedule=LRSchedule.from_spec(spec.training, steps, progress.base_step),
         intervals=StepIntervals.from_spec(spec, steps, evaluates=data.eval_set is not None),
@@ -126,10 +140,15 @@ def train(
         settings=LiveSettings(attempt.directory.settings, RunSettings.of(spec.model_dump())),
         trackers=trackers,
         heartbeat=heartbeat,
+        stop=stop,
+        phases=phases,
         emit=emit,
         monitor=LearningMonitor(spec.model.vocab_size if untrained else None, spec.training.warmup_steps),
     )
+    trainer.metrics.unevaluated = unevaluated if data.eval_set is not None else None
     emit(started)
+    for warning in schedule_warnings(spec.training, steps - progress.base_step):
+        emit(warning)
     trackers.start_at(progress.step)
     heartbeat.beat(progress.step)
     if resume_from is not None and ranks.is_main_process:
@@ -137,12 +156,15 @@ def train(
             emit(event)
 
     # The steps. The last checkpoint and the final weights are of the last step that was run.
-    trainer.warm_up()
-    emit(PhaseChanged(phase=Phase.TRAINING))
-    try:
-        progress, stopped = trainer.run(progress, steps, stop)
-    finally:
-        trainer.checkpointer.close()
+    with phases.report_compilation() if spec.training.use_compile else contextlib.nullcontext():
+        trainer.warm_up()
+        phases.enter(Phase.TRAINING)
+        try:
+            progress, stopped = trainer.run(progress, steps)
+        finally:
+            phases.enter(Phase.SAVING)
+            hit("train.close")
+            trainer.checkpointer.close()
     if stopped:
         return Outcome(
             outcome="stopped", step=progress.step, reason=Reason.USER, message=f"saved at step {progress.step}"
@@ -152,15 +174,22 @@ def train(
 
 def _restore(
     resume_from: ResumePoint | None, state: TrainState, spec: JobSpec, ranks: DistributedContext
-) -> tuple[TrainProgress, MetricsWindow, int, dict[str, Any]]:
-    """Load the checkpoint, if any. Return progress, this rank's metrics window, rows per step and the saved score."""
+) -> tuple[TrainProgress, MetricsWindow, int, dict[str, Any], MetricEvent | None]:
+    """Load the checkpoint, if any.
+
+    Return progress, this rank's metrics window, rows per step, the saved score, and the metric line whose evaluation
+    was not done when the checkpoint was saved.
+    """
     if resume_from is None:
         # The first attempt fixes the size of a step, by the number of ranks that torchrun has started. With a range of
         # nodes the spec's largest number of ranks counts: the size must not depend on how many nodes were free.
         world = spec.resources.ranks if isinstance(spec.resources.nnodes, NodeRange) else ranks.world
-        return TrainProgress(), MetricsWindow(), spec.training.batch_size * spec.training.accumulation_steps * world, {}
+        rows_per_step = spec.training.batch_size * spec.training.accumulation_steps * world
+        return TrainProgress(), MetricsWindow(), rows_per_step, {}, None
     saved = state.load(resume_from.checkpoint)
-    return TrainProgress.from_state(saved), restore_window(saved.interval, ranks), saved.rows_per_step, saved.probe
+    unevaluated = MetricEvent.model_validate(saved.unevaluated) if saved.unevaluated is not None else None
+    window = restore_window(saved.interval, ranks)
+    return TrainProgress.from_state(saved), window, saved.rows_per_step, saved.probe, unevaluated
 
 
 @dataclass(frozen=True)
@@ -197,60 +226,77 @@ class Trainer:
     settings: LiveSettings
     trackers: Trackers
     heartbeat: StepHeartbeat
+    stop: StopSignal
+    phases: PhaseReporter
     emit: EventSink
     monitor: LearningMonitor
     spike_detector: LossSpikeDetector = field(default_factory=LossSpikeDetector)
     pending: list[PendingStep] = field(default_factory=list)
     last_metrics: StepMetrics | None = None
+    save_is_owed: bool = False
 
     def warm_up(self) -> None:
         """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
-        training = self.spec.training
-        if training.use_compile:
-            self.emit(PhaseChanged(phase=Phase.COMPILING))
-        if training.use_compile or self.ranks.world > 1:
-            self.state.train_step.warm_up(self.loader.dummy(training.batch_size if training.use_compile else 1))
+        compiles = self.spec.training.use_compile
+        if compiles or self.ranks.world > 1:
+            with self.phases.during(Phase.COMPILING) if compiles else contextlib.nullcontext():
+                self.state.train_step.warm_up(self.loader.dummy())
         self.state.model.train()
 
-    def run(self, progress: TrainProgress, steps: int, stop: StopSignal) -> tuple[TrainProgress, bool]:
-        """Run all steps after ``progress``. Return the progress, and whether a stop request ended the run early."""
+    def run(self, progress: TrainProgress, steps: int) -> tuple[TrainProgress, bool]:
+        """Run all steps after ``progress``. Return the progress, and whether a stop request ended the run early.
+
+        A step that is to be saved and evaluated is saved first: an evaluation may be long, and a stop request or a
+        crash ends it. The next attempt then does it.
+        """
         control = ControlSync(self.ranks)
         self.state.train_step.guard.reset(progress.nonfinite)
-        if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
-            # A bad step before the first regular save also needs a checkpoint to roll back to.
-            self.checkpointer.save(self.state, progress, self.metrics, required=True)
-        if progress.step >= steps:
-            # All steps are done, but the attempt that did them may have died before its final weights were written.
-            self._save(progress, required=True)
-        while progress.step < steps:
+        self._save_at_start(progress, steps)
+        stopped = not self._evaluate(progress)
+        while not stopped and progress.step < steps:
             previous_step, progress = progress.step, self.train_step(progress)
             if progress.step <= previous_step:
                 continue  # rolled back
             self.heartbeat.beat(progress.step)
             # One all-reduce shares the flags of all ranks. With several ranks, they are those of the previous step.
-            flags = control.exchange(
-                ControlFlags(
-                    stop=stop.requested(),
-                    save=self.ranks.is_main_process and self._should_save_now(),
-                    spike=self.spike_detector.pending is not None,
-                    settings=self.settings.poll() if self.ranks.is_main_process else None,
-                )
-            )
+            flags = control.exchange(self._own_flags())
             if flags.settings is not None:
                 self._apply_settings(flags.settings, progress.step, steps)
             is_last = progress.step == steps
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
                 if (progress := self._collect_pending(progress)).step <= previous_step:
+                    self.save_is_owed = flags.save  # the request file is gone: save after the next step
                     continue
                 self._save(progress, required=is_last or flags.stop)
             if flags.spike:
                 self._emit_spike_warning()
-            if flags.stop and not is_last:
-                control.finish()
-                return progress, True
+            if flags.stop:
+                self._give_up_evaluation()
+                stopped = not is_last or self.metrics.unevaluated is not None
+            else:
+                stopped = not self._evaluate(progress)
+            if stopped:
+                break
         control.finish()
-        return progress, False
+        return progress, stopped
+
+    def _save_at_start(self, progress: TrainProgress, steps: int) -> None:
+        if progress.step == 0 and self.spec.training.on_nonfinite == "rollback":
+            # A bad step before the first regular save also needs a checkpoint to roll back to.
+            with self.phases.during(Phase.SAVING):
+                self.checkpointer.save(self.state, progress, self.metrics, required=True)
+        if progress.step >= steps:
+            # All steps are done, but the attempt that did them may have died before its final weights were written.
+            self._save(progress, required=True)
+
+    def _own_flags(self) -> ControlFlags:
+        return ControlFlags(
+            stop=self.stop.requested(),
+            save=self.ranks.is_main_process and self._should_save_now(),
+            spike=self.spike_detector.pending is not None,
+            settings=self.settings.poll() if self.ranks.is_main_process else None,
+        )
 
     def _emit_spike_warning(self) -> None:
         warning = spike_warning(self.ranks.gather(self.spike_detector.take_row()))
@@ -269,6 +315,7 @@ class Trainer:
         requested = self.save_request.exists()
         if requested:
             self.save_request.unlink(missing_ok=True)
+        requested, self.save_is_owed = requested or self.save_is_owed, False
         return requested or self.checkpointer.is_due_by_time(time.monotonic())
 
     def train_step(self, progress: TrainProgress) -> TrainProgress:
@@ -360,11 +407,14 @@ class Trainer:
 
     def _roll_back(self, progress: TrainProgress, reason: str) -> TrainProgress:
         """Reload the newest valid checkpoint. The data from there to the bad step is skipped from now on."""
-        self.checkpointer.wait()
-        path = self.ranks.broadcast_from_rank0(lambda: newest_own_checkpoint(self.checkpointer.artifacts, self.emit))
-        if path is None:
-            raise _diverged_error(f"{reason}, and there is no checkpoint to go back to", progress.nonfinite)
-        saved = self.state.load(path)
+        with self.phases.during(Phase.LOADING):
+            hit("train.roll_back")
+            self.checkpointer.wait()
+            artifacts = self.checkpointer.artifacts
+            path = self.ranks.broadcast_from_rank0(lambda: newest_own_checkpoint(artifacts, self.emit))
+            if path is None:
+                raise _diverged_error(f"{reason}, and there is no checkpoint to go back to", progress.nonfinite)
+            saved = self.state.load(path)
         self.state.train_step.guard.reset(progress.nonfinite)
         self.metrics.rewind(restore_window(saved.interval, self.ranks))
         bad_step = progress.step + 1
@@ -379,35 +429,82 @@ class Trainer:
         return replace(TrainProgress.from_state(saved), data_offset=offset, nonfinite=progress.nonfinite)
 
     def _log_metrics(self, progress: TrainProgress) -> None:
-        """Emit the metric line that is due, with the evaluation loss if that is due too."""
+        """Emit the metric line that is due. If an evaluation is due too, hold the line until `_evaluate`."""
         assert self.last_metrics is not None
-        step, eval_set, eval_loss = progress.step, self.data.eval_set, None
-        if eval_set is not None and self.intervals.is_eval_step(step):
-            self.emit(PhaseChanged(phase=Phase.EVALUATING))
-            eval_loss = Evaluator(eval_set, self.ranks, self.spec.training.batch_size).loss(self.state)
-            self.emit(PhaseChanged(phase=Phase.TRAINING))
+        step = progress.step
         metric = self.metrics.metric_event(
             step=step,
             epoch=self.loader.sampler.epochs_done(step + progress.data_offset),
             learning_rate=self.lr_schedule.at(step),
             tokens=progress.tokens,
             grad_norm=self.last_metrics.grad_norm,
-            eval_loss=eval_loss,
+            eval_loss=None,
         )
+        if self.intervals.is_eval_step(step):
+            self.metrics.unevaluated = metric
+        else:
+            self._emit_metric(metric)
+
+    def _emit_metric(self, metric: MetricEvent) -> None:
         self.emit(metric)
         self.trackers.log(metric)
-        for warning in self.monitor.observe_metrics(step, metric.loss):
+        for warning in self.monitor.observe_metrics(metric.step, metric.loss):
             self.emit(warning)
+
+    def _evaluate(self, progress: TrainProgress) -> bool:
+        """Do the evaluation that is due, if any, and emit its metric line. All ranks call it together.
+
+        Return False if a stop was requested meanwhile: then the evaluation is given up, and the step is saved.
+        """
+        metric, eval_set = self.metrics.unevaluated, self.data.eval_set
+        if metric is None or eval_set is None:
+            return True
+        with self.phases.during(Phase.EVALUATING):
+            evaluator = Evaluator(eval_set, self.ranks, self.spec.training.batch_size, self.stop.requested)
+            try:
+                eval_loss = evaluator.loss(self.state)
+            except StopRequested:
+                self._give_up_evaluation()
+                self._save_once(progress)
+                return False
+        self.metrics.unevaluated = None
+        self._emit_metric(metric.model_copy(update={"eval_loss": eval_loss, "at": datetime.now(UTC)}))
+        return True
+
+    def _give_up_evaluation(self) -> None:
+        """Emit the metric line that waits for its evaluation, if any. The next attempt emits the complete one.
+
+        It is not passed to the trackers: they ignore another line of a step that they have.
+        """
+        if self.metrics.unevaluated is not None:
+            self.emit(self.metrics.unevaluated)
+
+    def _save_once(self, progress: TrainProgress) -> None:
+        """Save the step unless it is saved already."""
+        artifacts = self.checkpointer.artifacts
+        with self.phases.during(Phase.SAVING):
+            self.checkpointer.wait()
+            if not self.ranks.broadcast_from_rank0(lambda: artifacts.checkpoint(progress.step).exists()):
+                self.checkpointer.save(self.state, progress, self.metrics, required=True)
 
     def _save(self, progress: TrainProgress, *, required: bool) -> None:
         """Start saving checkpoint and weights, and emit samples of what the model generates now."""
-        self.checkpointer.save(self.state, progress, self.metrics, required=required)
+        with self.phases.during(Phase.SAVING):
+            hit("train.save")
+            self.checkpointer.save(self.state, progress, self.metrics, required=required)
         if self.ranks.is_main_process and self.intervals.is_save_step(progress.step):
-            prompts, limit = self.spec.reporting.sample_prompts, self.spec.model.max_position_embeddings
-            model, tokenizer = self.state.model, self.data.tokenizer
-            for sample in generate_samples(model, tokenizer, prompts, progress.step, self.state.precision, limit):
-                self.emit(sample)
+            self._emit_samples(progress.step)
         self.ranks.barrier()
+
+    def _emit_samples(self, step: int) -> None:
+        """Emit samples of what the model generates now. After a stop request the other prompts are left out."""
+        prompts, limit = self.spec.reporting.sample_prompts, self.spec.model.max_position_embeddings
+        model, tokenizer = self.state.model, self.data.tokenizer
+        with self.phases.during(Phase.EVALUATING) if prompts else contextlib.nullcontext():
+            for sample in generate_samples(model, tokenizer, prompts, step, self.state.precision, limit):
+                self.emit(sample)
+                if self.stop.requested():
+                    break
 
 
 def _diverged_error(reason: str, counters: NonFiniteCounters) -> TrainingError:
@@ -417,7 +514,8 @@ def _diverged_error(reason: str, counters: NonFiniteCounters) -> TrainingError:
         else ""
     )
     hint = (
-        "Resume continues from the last valid checkpoint. Lower training.learning_rate, set training.grad_clip or "
-        'training.warmup_steps, look at those rows, or set training.on_nonfinite to "skip" or "rollback".'
+        "Resume continues from the last valid checkpoint. A fork of it may have a lower training.learning_rate, "
+        'another training.grad_clip or training.warmup_steps, or training.on_nonfinite "skip" or "rollback". '
+        "Look at those rows."
     )
     return TrainingError(Reason.DIVERGED, f"{reason}{counts}; the update was not applied", hint)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from trainyard.client.cli.formatting import safe
+from trainyard.client.exit_codes import UsageError
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Console:
         print(safe(text), end="", file=self.out, flush=True)
 
     def json(self, value: Any) -> None:
-        """Write a JSON document on one line."""
-        print(json.dumps(value, ensure_ascii=False, allow_nan=False), file=self.out, flush=True)
+        """Write a JSON document on one line, with escapes if stdout is not UTF-8."""
+        escapes = not is_utf8(self.out)
+        print(json.dumps(value, ensure_ascii=escapes, allow_nan=False), file=self.out, flush=True)
 
     def json_list(self, items: list[Any], has_more: bool = False) -> None:
         """Write a list as the API returns it."""
@@ -58,8 +60,34 @@ class Console:
         """Write a message to stderr."""
         print(safe(text), file=self.err, flush=True)
 
+    def read_stdin(self) -> str:
+        """Return all of stdin as UTF-8, without a byte order mark, whatever the locale is. Raises UnicodeError."""
+        binary = getattr(self.stdin, "buffer", None)
+        return self.stdin.read() if binary is None else str(binary.read(), "utf-8-sig")
+
     def confirm(self, question: str) -> bool:
         """Ask yes or no. Enter means yes, the end of the input means no."""
-        print(f"{question} [Y/n] ", end="", file=self.err, flush=True)
-        answer = self.stdin.readline()
-        return bool(answer) and answer.strip().lower() in ("", "y", "yes")
+        return self._answer(f"{safe(question)} [Y/n] ") in ("", "y", "yes")
+
+    def require_consent(self, question: str, yes: bool) -> bool:
+        """Ask before something is lost; Enter means no. ``yes``: the option -y was given.
+
+        Raises UsageError if no user can be asked and -y was not given.
+        """
+        if yes:
+            return True
+        if not self.interactive:
+            raise UsageError(
+                f"not done, because it cannot be undone and no user can be asked: {question} -y confirms it"
+            )
+        return self._answer(f"{safe(question)} [y/N] ") in ("y", "yes")
+
+    def _answer(self, prompt: str) -> str | None:
+        print(prompt, end="", file=self.err, flush=True)
+        line = self.stdin.readline()
+        return line.strip().lower() if line else None
+
+
+def is_utf8(stream: TextIO) -> bool:
+    """Return whether ``stream`` can hold every character."""
+    return (stream.encoding or "utf-8").lower().replace("-", "").startswith("utf")

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from trainyard.client.local_peer import distrust
+
 SERVICE_SECONDS = 0.1
 NEWEST = 50
 SAFE_WORD = re.compile(r"[\w.:@+-]+")
@@ -20,6 +22,10 @@ def jobs() -> Iterator[str]:
     token = os.environ.get("TRAINYARD_TOKEN")
     try:
         connection = kind(parts.hostname or "", parts.port, timeout=SERVICE_SECONDS)
+        connection.connect()
+        if token and parts.scheme != "https" and distrust(connection.sock) is not None:
+            connection.close()
+            return
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         connection.request("GET", f"{parts.path.rstrip('/')}/jobs?limit={NEWEST}", headers=headers)
         newest = json.loads(connection.getresponse().read())["data"]

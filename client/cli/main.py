@@ -11,13 +11,16 @@ from trainyard.client.cli.console import Console
 from trainyard.client.cli.parser import COMPLETE_VARIABLE, trainyard
 from trainyard.client.errors import ApiError, TrainyardError
 from trainyard.client.exit_codes import Exit, UsageError, exit_of_error
+from trainyard.contract.stdio import run_command
 
 UNAUTHORIZED = 401
 COMPLETE = "__complete"
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code. Without arguments: that of the process, on its standard streams."""
+    if arguments is None and console is None:
+        return run_command("trainyard", lambda: main(sys.argv[1:], Console()))
     console = console or Console()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -34,10 +37,6 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
         explain(error, console)
         return exit_of_error(error)
     except KeyboardInterrupt:
-        return Exit.DETACHED
-    except BrokenPipeError:
-        # The reader of our output has exited. Without this, the interpreter fails when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return Exit.DETACHED
 
 

@@ -64,10 +64,14 @@ class SpecCommand(Command):
         """Parse MiniMind's command line as well: with ``torchrun`` in front, and several values after one flag."""
         if ctx.resilient_parsing:
             return super().parse_args(ctx, args)
-        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag, without_program
+        from trainyard.client.cli.minimind import PastedLine
+        from trainyard.client.cli.spec_flags import repeat_flags, unknown_flag
 
+        line = PastedLine.parse(args)
         try:
-            return super().parse_args(ctx, repeat_flags(without_program(args)))
+            rest = super().parse_args(ctx, repeat_flags(line.words))
+            ctx.params["pasted"] = line
+            return rest
         except click.NoSuchOption as error:
             # click names the option with underscores; the message names it as it was typed.
             names = [word.partition("=")[0] for word in args]
@@ -185,7 +189,7 @@ JOB = _argument("job", "JOB", "id of the job, or a name that only one job has", 
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
 TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
 JSON = _flag("--json", help="print JSON")
-YES = _flag("-y", "--yes", help="do not ask")
+YES = _flag("-y", "--yes", help="do not ask; needed off a terminal")
 SERVICE = (
     Option("--url", help="of the service (TRAINYARD_URL, else http://127.0.0.1:8000)"),
     Option("--token", help="bearer token (TRAINYARD_TOKEN)"),
@@ -238,7 +242,7 @@ COMMANDS = (
         Option("--download", type=int, metavar="STEP", help="download the files of this checkpoint"),
         Option("--out", type=FILE, metavar="DIR", help="with --download: folder for them (./JOB-step-STEP)"),
         Option("--delete", type=int, metavar="STEP", help="remove this checkpoint; never the last valid one"),
-        _flag("-y", "--yes", help="with --delete: do not ask")),
+        _flag("-y", "--yes", help="with --delete: do not ask; needed off a terminal")),
     _of_job("attempts", "cli.commands.show:attempts", "list the launches of the job and how they ended"),
     _of_job("samples", "cli.commands.show:samples", "print texts that the model wrote"),
     _remote("devices", "cli.commands.show:devices", "list the devices and the jobs that hold them"),
@@ -246,8 +250,12 @@ COMMANDS = (
     _of_job("resume", "cli.commands.actions:resume", "continue from the newest valid checkpoint",
         Option("--epochs", type=int, help="raise the number of epochs"),
         Option("--max_steps", type=int, help="raise the number of steps"),
+        Option("--schedule", type=click.Choice(["extend", "continue"]),
+            help="learning rate of a longer run: that of its whole new length, or on from the present rate"),
+        Option("--save_dir", type=FILE, metavar="DIR", help="move the checkpoints and weights there, and save there"),
         _step("go back to the checkpoint of this step; newer ones are set aside"),
-        _several("--set", "resources.FIELD=JSON", "change resources"), context_settings=BOTH_SPELLINGS),
+        _several("--set", "resources.FIELD=JSON", "change resources, or checkpoint.save_dir"),
+        context_settings=BOTH_SPELLINGS),
     _of_job("save", "cli.commands.actions:save", "write a checkpoint at the next step, and continue"),
     _of_job("fork", "cli.commands.actions:fork", "start a new job from a checkpoint of this one",
         _step("the checkpoint to start from (the newest full one)"),
@@ -256,8 +264,8 @@ COMMANDS = (
     _of_job("export", "cli.commands.actions:export", "write a checkpoint in the format of another program",
         _step("which checkpoint (the newest)"),
         Option("--format", type=click.Choice(["hf", "minimind"]), default="hf", help="Hugging Face (hf) or MiniMind")),
-    _of_job("cancel", "cli.commands.actions:cancel", "save and stop for good"),
-    _of_job("kill", "cli.commands.actions:kill", "stop now, without saving"),
+    _of_job("cancel", "cli.commands.actions:cancel", "save and end the job; can be resumed"),
+    _of_job("kill", "cli.commands.actions:kill", "stop now, without saving", YES),
     _of_job("delete", "cli.commands.actions:delete", "remove a job that has ended, with its files", YES),
     _group("tokenizer", "train a tokenizer",
         Command("train", "cli.commands.local:train_tokenizer", "train a byte-level BPE on a corpus", CORPUS,
@@ -265,11 +273,15 @@ COMMANDS = (
             Option("--out", required=True, type=FILE, metavar="DIR", help="folder for tokenizer.json"), TEXT_FIELD)),
     _group("corpus", "check a corpus; list or remove the tokenized ones",
         Command("check", "cli.commands.local:check_corpus", "count the texts, and name every line that cannot be read",
-            CORPUS, TEXT_FIELD, JSON),
+            CORPUS, TEXT_FIELD,
+            Option("--tokenizer_path", "--tokenizer-path", metavar="DIR", help="tokenizer of the job (byte)"),
+            Option("--special_tokens", "--special-tokens", type=click.Choice(["text", "tokens"]), default="text",
+                help="as in the job spec (text)"), JSON),
         Command("list", "cli.commands.local:list_corpora", "list this host's cache of tokenized corpora", JSON, HOME),
-        Command("prune", "cli.commands.local:prune_corpora", "remove tokenized corpora that no job uses", HOME,
-            Option("--days", help="those unused for longer; 0: of any age (TRAINYARD_CORPUS_DAYS)"),
-            Option("--bytes", help="the least used until the cache is no larger (TRAINYARD_CORPUS_BYTES)"))),
+        Command("prune", "cli.commands.local:prune_corpora", "remove tokenized corpora that no run has open", HOME,
+            Option("--days", metavar="N", help="first those unused for N days; 0: none by age (TRAINYARD_CORPUS_DAYS)"),
+            Option("--bytes", metavar="N", help="then the least recently used, until the cache has at most N bytes; "
+                "0: any size (TRAINYARD_CORPUS_BYTES)"))),
     _group("db", "the service's database",
         Command("upgrade", "cli.commands.local:upgrade_database", "bring the tables to this version", *STORE),
         Command("copy", "cli.commands.local:copy_database", "copy everything into another, empty database",
@@ -285,7 +297,7 @@ COMMANDS = (
         _token("rotate", "replace the secret of a token; the new one is printed once",
             Option("--overlap", default="0", metavar="TIME", help="how long the old secret stays valid: 1h, 2d (0)"),
             EXPIRES_IN),
-        _token("revoke", "make a token invalid for good")),
+        _token("revoke", "make a token invalid for good", YES)),
     _group("webhook", "URLs that are called when jobs change, and what was delivered",
         _remote("create", "cli.commands.webhooks:create", "send events to a URL; prints the secret, once",
             _argument("to", "URL", "http or https"),
@@ -310,8 +322,22 @@ COMMANDS = (
 )
 # fmt: on
 
+
+def _print_version(ctx: click.Context, _param: click.Parameter, given: bool) -> None:
+    if given and not ctx.resilient_parsing:
+        from importlib.metadata import version
+
+        ctx.obj.data(f"trainyard {version('trainyard')}")
+        ctx.exit()
+
+
+VERSION = Option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="print the version"
+)
+
 trainyard = CommandGroup(
     "trainyard",
+    params=[VERSION],
     help="Launch, watch, interrupt and resume pretraining runs.",
     epilog="Exit codes: 0 succeeded, 1 the service rejected the request, 2 wrong usage, 3 no service at the URL, "
     "4 not authorised, 10 the run failed, 11 cancelled, 12 paused or interrupted, 124 --timeout passed, 130 detached. "

@@ -45,8 +45,6 @@ FLAG_ALIASES = {
 }
 """The names of other trainers -> ours, for error messages."""
 
-PROGRAMS = frozenset({"torchrun", "python", "python3"})
-
 
 @cache
 def leaf_schemas() -> dict[str, Mapping[str, Any]]:
@@ -137,12 +135,6 @@ def repeat_flags(words: Iterable[str]) -> list[str]:
             repeated.append(flag)
         repeated.append(word)
     return repeated
-
-
-def without_program(words: Sequence[str]) -> list[str]:
-    """Return a pasted command line of MiniMind without ``torchrun`` and the name of its script."""
-    pasted = words[0] in PROGRAMS if words else False
-    return [word for word in words[pasted:] if not word.endswith("train_pretrain.py")]
 
 
 def unknown_flag(name: str, known: Iterable[str]) -> UsageError:

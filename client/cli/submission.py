@@ -1,6 +1,7 @@
 """The spec in a command line of `submit` or `plan`: from a spec file, MiniMind's flags, or both."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,14 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 from trainyard.client.cli.console import Console
+from trainyard.client.cli.minimind import PastedLine, take_defaults
 from trainyard.client.cli.spec_flags import PATHS, given_leaves, parse_labels, spec_of
 from trainyard.client.errors import InvalidSpec
 from trainyard.client.exit_codes import UsageError
 from trainyard.contract.parsing import ALIASES
+
+FOLDERS = ("save_dir", "tokenizer_path")
+"""Leaves that name a folder, also if it does not exist yet."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,32 @@ class Submission:
         """Print all problems that the service found, each with the flag that caused it."""
         console.error(f"trainyard: {error.detail}")
         self.print_problems([(problem.pointer, problem.message) for problem in error.errors], console)
+        command = self._allowing_command(error)
+        if command is not None:
+            console.error(f"  to allow it, start the service as:  {command}")
+
+    def _allowing_command(self, error: InvalidSpec) -> str | None:
+        """Return the command that starts the service with the folders that the spec needs, or None.
+
+        The service names its folders only to the local user, who may start it with others.
+        """
+        roots = error.problem.get("roots")
+        if not isinstance(roots, dict):
+            return None
+        needed: dict[str, list[str]] = {setting: list(folders) for setting, folders in roots["settings"].items()}
+        for problem in error.errors:
+            setting = next((setting for setting in needed if setting in problem.message), None)
+            group, _, leaf = problem.pointer[1:].partition("/")
+            value = (self.spec.get(group) or {}).get(leaf)
+            if setting is not None and isinstance(value, str):
+                folder = Path(value).resolve()
+                needed[setting].append(str(folder if leaf in FOLDERS or folder.is_dir() else folder.parent))
+        assignments = [
+            f"{setting}={shlex.quote(':'.join(dict.fromkeys(folders)))}"
+            for setting, folders in needed.items()
+            if folders and folders != roots["settings"][setting]
+        ]
+        return " ".join([*assignments, shlex.join(roots["command"])])
 
     def print_problems(self, problems: Sequence[tuple[str, str]], console: Console) -> None:
         """Print one line for each (pointer, message)."""
@@ -48,11 +79,15 @@ class Submission:
 
 def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console: Console) -> dict[str, Any]:
     base = _read(args.spec, console) if args.spec else {}
-    if not base and not given and not args.set:
+    line: PastedLine = args.pasted
+    if not base and not given and not args.set and line.script is None:
         raise UsageError(
             f"give a SPEC.json, or at least --data_path FILE; `trainyard {command} --help` lists all flags"
         )
     spec = spec_of(base, given, args.set, Path.cwd())
+    if line.script is not None or not args.spec:
+        for note in take_defaults(spec, line, given, Path.cwd()):
+            console.error(f"MiniMind: {note}")
     if args.name is not None:
         spec["name"] = args.name
     if args.labels:
@@ -63,8 +98,9 @@ def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console
 
 def _read(source: str, console: Console) -> dict[str, Any]:
     try:
-        text = console.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-        spec = json.loads(text)
+        # From bytes, json detects a byte order mark and UTF-16, as Windows programs write them.
+        content = console.read_stdin().removeprefix("\ufeff") if source == "-" else Path(source).read_bytes()
+        spec = json.loads(content)
     except OSError as error:
         raise UsageError(f"cannot read {source}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

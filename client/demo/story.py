@@ -25,7 +25,7 @@ from trainyard.client.cli.hints import error_card
 from trainyard.client.demo.corpus import write_corpus
 from trainyard.client.demo.service import DemoService, ServiceFailed
 from trainyard.client.download import sha256
-from trainyard.client.errors import TrainyardError, WaitTimedOut
+from trainyard.client.errors import TrainyardError
 from trainyard.client.exit_codes import Exit, is_idle
 from trainyard.client.types import Job
 from trainyard.contract.processes import ProcessIdentity, find_by_marker
@@ -53,13 +53,15 @@ EVERY = 50
 
 BAR = 24
 INTERVAL = 0.3
+EVENTS = 8
+"""Events of the job that are printed after a failure."""
 
 BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """Flags in /proc/cpuinfo, on x86 and on Arm."""
 
 LABEL = 11
-MAX_SECONDS = 300.0
-"""Time limit for each wait of the demo."""
+STALL_SECONDS = 300.0
+"""The demo fails if the run makes no progress for so long. A slow machine is no failure."""
 
 
 class DemoFailed(Exception):
@@ -167,21 +169,18 @@ class LossPrinter:
         self._print_line = print_
         self._last_step = 0
 
-    def until(self, condition: Callable[[Job], bool], seconds: float) -> Job:
+    def until(self, condition: Callable[[Job], bool], stall_seconds: float = STALL_SECONDS) -> Job:
         """Wait until ``condition(job)`` or the job has failed, and return the job.
 
         Raises:
-            WaitTimedOut: it took longer than ``seconds``.
+            WaitTimedOut: the job made no progress for ``stall_seconds``.
         """
-        deadline = time.monotonic() + seconds
-        while True:
-            job = self._trainyard.job(self._job_id)
+
+        def reached(job: Job) -> bool:
             self._print(self._trainyard.metrics(self._job_id, after_step=self._last_step))
-            if condition(job) or job["status"] == "failed":
-                return job
-            if time.monotonic() > deadline:
-                raise WaitTimedOut(seconds, job)
-            time.sleep(INTERVAL)
+            return condition(job) or job["status"] == "failed"
+
+        return self._trainyard.wait(self._job_id, reached, stall_timeout=stall_seconds, interval=INTERVAL)
 
     def _print(self, points: Iterable[Any]) -> None:
         for point in points:
@@ -312,10 +311,10 @@ class Story:
         self._more(f"{STEPS} steps; an untrained model has a loss of about {first} (= ln {VOCABULARY})")
 
     def _pause(self, lines: LossPrinter) -> None:
-        self._expect(lines.until(past(PAUSE_AFTER), MAX_SECONDS), "running")
+        self._expect(lines.until(past(PAUSE_AFTER)), "running")
         self._say("pause", "$ " + curl("POST", self._url(self._id, "pause")))
         self._api.pause(self._id)
-        job = self._expect(lines.until(is_idle, MAX_SECONDS), "paused")
+        job = self._expect(lines.until(is_idle), "paused")
         saved = job["checkpoint"] or {}
         damaged = damaged_files(Path(saved["path"])) if saved else ["no checkpoint"]
         if damaged:
@@ -327,19 +326,19 @@ class Story:
         self._job = self._api.resume(self._id)
 
     def _kill(self, lines: LossPrinter) -> None:
-        job = self._expect(lines.until(past(KILL_AFTER), MAX_SECONDS), "running")
+        job = self._expect(lines.until(past(KILL_AFTER)), "running")
         attempt = job.get("attempt") or 0
         rank, pid = kill_one(self._id, attempt)
         began = time.monotonic()
         self._say("accident", f"$ kill -9 {pid}   (rank {rank}, in the middle of a step)")
-        job = self._expect(lines.until(running_again(attempt), MAX_SECONDS), "running")
+        job = self._expect(lines.until(running_again(attempt)), "running")
         seconds = duration(time.monotonic() - began)
         self._more(f"trains again after {seconds}, as attempt {job.get('attempt')}, without any command")
         self._compare(attempt, lines)
 
     def _compare(self, attempt: int, lines: LossPrinter) -> None:
         before = list(self._api.metrics(self._id, attempt=attempt))
-        job = lines.until(done_again(self._api, before[-1]["step"]), MAX_SECONDS)
+        job = lines.until(done_again(self._api, before[-1]["step"]))
         twice = done_twice(before, list(self._api.metrics(self._id, attempt=job.get("attempt"))))
         if not twice:
             raise DemoFailed("no step was done twice around the accident, so nothing can be compared")
@@ -348,7 +347,7 @@ class Story:
         self._require_same(twice)
 
     def _finish(self, lines: LossPrinter) -> None:
-        self._job = self._expect(lines.until(is_idle, MAX_SECONDS), "succeeded")
+        self._job = self._expect(lines.until(is_idle), "succeeded")
         self._require_learned((self._job.get("progress") or {}).get("loss"))
 
     def _require_same(self, twice: list[tuple[int, float, float]]) -> None:
@@ -405,18 +404,38 @@ class Story:
         self._more("trainyard submit --data_path corpus.jsonl --batch_size 16 --watch")
 
     def explain(self, error: Exception) -> None:
-        """Print what failed, with the job's error, its log and the service's log."""
+        """Print what failed, with the job's error, its events, its logs and the service's log."""
         self._console.error(f"\nthe demo failed: {error}")
-        for read in (self._job_error, lambda: self._service.tail(10)):
-            for line in _or_error(read):
+        evidence: dict[str, Callable[[], list[str]]] = {
+            "job": self._job_error,
+            "events": self._job_events,
+            "log of rank 0": self._job_log,
+            "log of the agent and torchrun": lambda: self._job_log("agent"),
+            "log of the service": lambda: self._service.tail(10),
+        }
+        for name, read in evidence.items():
+            for line in [f"{name}:", *(f"  {line}" for line in _or_error(read))]:
                 self._console.error(f"  {line}")
         self._console.error(f"all files are in {self.home}")
 
     def _job_error(self) -> list[str]:
         if self._trainyard is None or self._job is None:
-            return []
+            return ["none was submitted"]
         job = self._trainyard.job(self._id)
-        return error_card(job) + self._trainyard.logs(self._id, tail=20)["data"].splitlines()
+        step = (job.get("progress") or {}).get("step") or 0
+        state = f"{job['status']}, attempt {job.get('attempt')}, phase {job.get('phase')}, step {step} of {STEPS}"
+        return [state, *error_card(job)]
+
+    def _job_events(self) -> list[str]:
+        if self._trainyard is None or self._job is None:
+            return []
+        events = list(self._trainyard.events(self._id))[-EVENTS:]
+        return [f"{event['at']} {event['kind']}: {event['message']}" for event in events]
+
+    def _job_log(self, rank: str | None = None) -> list[str]:
+        if self._trainyard is None or self._job is None:
+            return []
+        return self._trainyard.logs(self._id, rank=rank, tail=20)["data"].splitlines()
 
     def clean_up(self) -> None:
         """Stop the run if it still trains, and close the connection."""
@@ -429,7 +448,7 @@ class Story:
     def _end_job(self) -> list[str]:
         if not is_idle(self._api.job(self._id)):
             self._api.kill(self._id)
-            self._api.wait(self._id, timeout=30.0)
+            self._api.wait(self._id, stall_timeout=60.0)
         return []
 
 

@@ -1,11 +1,12 @@
 """Middleware around every request: request id, authentication, size limits, errors, log line and metrics."""
 
 import asyncio
+import contextlib
 import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
@@ -14,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trainyard.service import descriptors
 from trainyard.service.auth.authenticator import Authenticator
 from trainyard.service.auth.principal import ANONYMOUS, Principal
 from trainyard.service.dashboard.negotiation import is_file, is_page
@@ -22,6 +24,7 @@ from trainyard.service.errors import (
     CrossOrigin,
     HeadersTooLarge,
     HostNotAllowed,
+    Overloaded,
     Unauthorized,
     UrlTooLong,
     from_exception,
@@ -66,6 +69,7 @@ class RequestMiddleware:
         self._settings = settings
         self._metrics = metrics
         self._authenticator = authenticator
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,7 +88,8 @@ class RequestMiddleware:
                 response.reauthenticate = lambda: self._authenticate(scope, headers)
                 self._check_content_length(scope, headers)
                 limited_app = RequestBodyLimitMiddleware(self._app, _max_body_bytes(scope))
-                await limited_app(scope, _with_deadline(receive, response), response)
+                with self._request_slot(scope):
+                    await limited_app(scope, _with_deadline(receive, response), response)
             except Exception as error:
                 # A client that left in the middle of its body is no error of the service, and gets no response.
                 if not response.client_left:
@@ -127,13 +132,31 @@ class RequestMiddleware:
         if not length.isdecimal() or int(length[:20]) > _max_body_bytes(scope):
             raise BodyTooLarge()
 
+    @contextlib.contextmanager
+    def _request_slot(self, scope: Scope) -> Iterator[None]:
+        """Count the request while it runs. Raises Overloaded if too many run. Streams have a limit of their own."""
+        path = scope["path"]
+        if path in OPEN_PATHS or path.startswith(INTERNAL) or path.endswith(STREAM):
+            yield
+            return
+        if self._running >= descriptors.max_requests():
+            descriptors.warn("requests are rejected")
+            raise Overloaded(headers={"Retry-After": "5"})
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
+
     async def _send_error(
         self, exception: Exception, scope: Scope, receive: Receive, response: "_ResponseSender"
     ) -> None:
         error = from_exception(exception)
-        if error.status == 500:
+        if descriptors.is_exhausted(exception):
+            descriptors.warn("requests fail")
+        elif error.status == 500:
             log.error("a request failed", exc_info=exception)
-        elif error.status > 500:
+        elif error.status > 500 and not isinstance(error, Overloaded):
             log.warning("a request was rejected: %s", exception, extra={"code": error.code})
         if response.started and isinstance(exception, Unauthorized):
             await response.end_stream()

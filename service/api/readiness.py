@@ -71,6 +71,8 @@ def _migrations(revision: str | None) -> ReadyPart:
 def _scheduler(scheduler: Scheduler, monitor: LeaderMonitor, database: DatabaseState | ReadyPart) -> ReadyPart:
     if not scheduler.alive:
         return ReadyPart(name="scheduler", ok=False, detail="does not run")
+    if not scheduler.launches:
+        return ReadyPart(name="scheduler", ok=False, detail="the service is stopping: its runs save first")
     if scheduler.leads and scheduler.seconds_since_round > MAX_ROUND_SECONDS:
         return ReadyPart(
             name="scheduler", ok=False, detail=f"has not finished a round for {scheduler.seconds_since_round:.0f} s"

@@ -11,8 +11,10 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from trainyard.contract.rundir import fsync_directory
+from trainyard.contract.stdio import run_command
 from trainyard.service.db.copy import CopyRefused, TableCopy, copy, printable_url
 from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
+from trainyard.service.home import create_database, create_directory
 from trainyard.service.settings import InvalidSettings, Settings
 
 DATABASE = "trainyard.db"
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _upgrade(options: argparse.Namespace) -> None:
     settings = _settings(options)
-    settings.home.mkdir(parents=True, exist_ok=True)
+    create_directory(settings.home, settings.home_mode)
     database = Database(settings.database_url)
     try:
         database.upgrade(settings.home / "migrate.lock")
@@ -106,6 +108,8 @@ def backup(database: Path, target: Path) -> None:
     unfinished = target.with_name(f".{target.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     try:
+        # Only the service's user may read a copy of the secrets.
+        create_database(unfinished)
         with closing(sqlite3.connect(database, timeout=30, isolation_level=None)) as connection:
             # VACUUM INTO reads one snapshot; concurrent writers are not blocked.
             connection.execute("VACUUM INTO ?", (str(unfinished),))
@@ -124,4 +128,4 @@ def backup(database: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard db", main))

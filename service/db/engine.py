@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from trainyard import migrations
 from trainyard.contract.locks import FileLock
 from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown, is_disk_full
+from trainyard.service.home import create_database
 
 if TYPE_CHECKING:
     # Imported only to migrate: importing Alembic takes a fifth of the startup time.
@@ -231,8 +232,8 @@ def make_engine(url: URL, exclusive: bool = False) -> Engine:
         )
         event.listen(engine, "checkout", _require_connected)
         return engine
-    if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    if url.database and url.database != ":memory:" and not url.database.startswith("file:"):
+        create_database(Path(url.database))
     engine = create_engine(
         url,
         pool_size=16,

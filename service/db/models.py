@@ -341,6 +341,7 @@ class SampleRow(Base):
     prompt: Mapped[str]
     text: Mapped[str]
     at: Mapped[datetime]
+    note: Mapped[str | None]
 
 
 class WebhookRow(Base):

@@ -21,6 +21,7 @@ KEPT_FIELDS: dict[str, tuple[str, ...]] = {
 }
 """Fields that must not change with ``data: keep``: they determine the samples of a step and the optimizer's state."""
 
+LENGTH_FIELDS = ("epochs", "max_steps")
 BATCH_FIELDS = ("batch_size", "accumulation_steps")
 
 
@@ -118,6 +119,11 @@ def _merge(request: ForkRequest, origin: ForkOrigin) -> dict[str, Any]:
         merged[name] = (
             {**old, **value} if name in GROUPS and isinstance(value, dict) and isinstance(old, dict) else value
         )
+    training, old_training = merged["training"], origin.spec["training"]
+    if isinstance(training, dict) and (
+        request.data == "restart" or any(training.get(leaf) != old_training[leaf] for leaf in LENGTH_FIELDS)
+    ):
+        training["continued_at"] = []  # the schedule is that of the new length
     return merged
 
 

@@ -10,6 +10,7 @@ from sqlalchemy import ColumnElement, bindparam, delete, func, insert, select, u
 from sqlalchemy.exc import InterfaceError, OperationalError, StatementError
 from sqlalchemy.orm import Session
 
+from trainyard.contract.attempt_proof import RequestProof
 from trainyard.contract.events import (
     CheckpointRemoved,
     CheckpointSaved,
@@ -23,6 +24,7 @@ from trainyard.contract.events import (
     Started,
     WarningEvent,
 )
+from trainyard.contract.file_identity import input_changes
 from trainyard.contract.status import Desired, JobStatus
 from trainyard.service.auth.api_keys import NO_HASH
 from trainyard.service.db.models import AttemptRow, CheckpointRow, JobRow, MetricRow, SampleRow
@@ -44,12 +46,16 @@ QUARANTINED = ("invalid", "superseded")
 """Reasons of a removal that renames the files instead of deleting them."""
 
 
-def authenticate(session: Session, attempt_id: str, token: str) -> AttemptRow:
-    """Return the attempt that the token belongs to. Raises Unauthorized if there is none."""
+def authenticate(session: Session, attempt_id: str, credentials: RequestProof | str) -> AttemptRow:
+    """Return the attempt that the credentials belong to: a proof, or the token itself, which agents of 0.1 send.
+
+    Raises Unauthorized if there is none.
+    """
     valid = attempt_id.isascii() and attempt_id.isprintable()
     attempt = session.scalar(ATTEMPT_BY_ID, {"attempt_id": attempt_id}) if valid else None
     # Always compare, also if there is no such attempt: the time taken must not show which attempts exist.
     expected = attempt.token_sha256 if attempt is not None else NO_HASH
+    token = credentials.token(expected) if isinstance(credentials, RequestProof) else credentials
     if not hmac.compare_digest(token_hash(token), expected) or attempt is None:
         raise Unauthorized("The token does not belong to this attempt.")
     return attempt
@@ -171,13 +177,16 @@ class _EventBatch:
             self.metrics = []
 
     def _metric(self, event: MetricEvent) -> None:
+        stitched = self.superseded_after is None or event.step <= self.superseded_after
         if event.step <= self.last_step:
             # The attempt rolled back and repeats these steps. Flush first: the update must see all earlier points.
             self.flush_metrics()
             self._supersede(MetricRow.attempt == self.attempt.number, event.step - 1)
+        elif event.step == self.attempt.start_step and stitched:
+            # The attempt before this one has given up the evaluation of the step; this line has it.
+            self._supersede(MetricRow.attempt < self.attempt.number, event.step - 1)
         self.last_step = event.step
         # Only stitched points are part of the job's curve: one for each step, of the last attempt that made the step.
-        stitched = self.superseded_after is None or event.step <= self.superseded_after
         row = {"job_id": self.job.id, "attempt": self.attempt.number, "stitched": stitched}
         self.metrics.append(row | event.model_dump(exclude={"kind"}))
         if stitched:
@@ -195,6 +204,8 @@ class _EventBatch:
         self.attempt.start_step = event.start_step
         self._supersede(MetricRow.attempt < self.attempt.number, event.start_step)
         if self.current:
+            if event.start_step == 0:
+                self._compare_inputs(event)
             self.job.resume_step = None
             facts = event.model_dump(mode="json", exclude={"kind", "seq", "at", "start_step", "resumed_from"})
             self.job.facts = {**self.job.facts, **facts}
@@ -202,6 +213,16 @@ class _EventBatch:
         origin = f"continues from step {event.start_step:,}" if event.start_step else "starts from step 0"
         ranks = f"{event.world_size} rank{'s' if event.world_size != 1 else ''} on {event.device_name}"
         self._record_event("started", f"attempt {self.attempt.number} {origin}: {ranks}", event)
+
+    def _compare_inputs(self, event: Started) -> None:
+        # A later attempt continues from a checkpoint, which the worker compares with the whole corpus.
+        changes = input_changes(self.job.facts.get("inputs") or {}, event.inputs)
+        if changes:
+            message = (
+                f"changed since the job was submitted: {', '.join(changes)}; the run uses the files as they are now"
+            )
+            repository.add_alert(self.job, "inputs_changed", message, event.at)
+            self._record_event("warning", message, event)
 
     def _phase(self, event: PhaseChanged) -> None:
         if self.current:
@@ -247,8 +268,8 @@ class _EventBatch:
         self._record_event("checkpoint_removed", f"{verb} the checkpoint of step {event.step:,}: {event.why}", event)
 
     def _sample(self, event: SampleEvent) -> None:
-        text = {"step": event.step, "prompt": event.prompt, "text": event.text, "at": event.at, "seq": event.seq}
-        self.session.add(SampleRow(job_id=self.job.id, attempt=self.attempt.number, **text))
+        own = {"job_id": self.job.id, "attempt": self.attempt.number}
+        self.session.add(SampleRow(**own, **event.model_dump(exclude={"kind"})))
 
     def _warned(self, event: WarningEvent) -> None:
         repository.add_alert(self.job, event.code, event.message, event.at, event.step)

@@ -12,6 +12,7 @@ from trainyard.service.ingest.parsing import plain_report
 from trainyard.service.jobs import lifecycle, repository
 from trainyard.service.jobs.lifecycle import ExitDecision, after_exit
 from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.launch.base import LOCAL
 from trainyard.service.metrics.progress import after_end
 from trainyard.service.timing import Timing
 
@@ -23,9 +24,18 @@ MAX_ATTEMPTS_READ = 10
 
 
 def close_attempt(
-    session: Session, job: JobRow, attempt: AttemptRow, report: ExitReport, now: datetime, timing: Timing
+    session: Session,
+    job: JobRow,
+    attempt: AttemptRow,
+    report: ExitReport,
+    now: datetime,
+    timing: Timing,
+    service_stops: bool = False,
 ) -> None:
-    """Close an attempt whose processes are gone: free its devices and move the job to its next status. Idempotent."""
+    """Close an attempt whose processes are gone: free its devices and move the job to its next status. Idempotent.
+
+    ``service_stops``: attempts of this host end because the service does, see `lifecycle.after_exit`.
+    """
     if attempt.ended_at is not None:
         return
     report = _with_peak_memory(session, attempt, plain_report(report))
@@ -42,7 +52,10 @@ def close_attempt(
     if attempt.number == job.attempt and JobStatus(job.status) in LIVE:
         max_restarts = int(job.spec["resources"]["max_restarts"])
         history = _restart_history(session, job, attempt)
-        decision = after_exit(JobStatus(job.status), report, history, max_restarts, job.preempted_by, timing)
+        service_stops = service_stops and attempt.launcher == LOCAL
+        decision = after_exit(
+            JobStatus(job.status), report, history, max_restarts, job.preempted_by, timing, service_stops
+        )
         if decision.requeue:
             attempt.reason = decision.reason
         _transition_job(session, job, attempt, decision, report, now)
@@ -127,6 +140,9 @@ def _transition_job(
         session, job, decision.status, EventDraft("status", decision.message, "agent", attempt.number), now, **changes
     )
     if decision.requeue:
-        draft = EventDraft("status", "queued again: it resumes when devices are free", "scheduler", attempt.number)
-        again = {"desired": Desired.RUN, "trigger": "preemption", "reason": decision.reason}
+        trigger, when = ("restart", "a service starts")
+        if decision.reason is Reason.PREEMPTED:
+            trigger, when = ("preemption", "devices are free")
+        draft = EventDraft("status", f"queued again: it resumes when {when}", "scheduler", attempt.number)
+        again = {"desired": Desired.RUN, "trigger": trigger, "reason": decision.reason}
         repository.transition(session, job, JobStatus.QUEUED, draft, now, **again)

@@ -1,14 +1,16 @@
 """User actions on jobs. `lifecycle.decide` decides; these functions act, each inside the caller's transaction."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SkipValidation
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session, object_session
 
+from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import RUN_SETTINGS
 from trainyard.contract.parsing import Problem, pointer_to
 from trainyard.contract.spec import CheckpointSpec, JobSpec, ReportingSpec, ResourcesSpec, TrainingSpec
@@ -27,7 +29,7 @@ from trainyard.service.jobs.repository import EventDraft
 from trainyard.service.jobs.submission import HostLimits, validate_spec
 from trainyard.service.launch.base import AttemptRef
 
-REQUESTED = {"pause": "pause", "cancel": "save and stop for good", "kill": "stop now, without a save"}
+REQUESTED = {"pause": "pause", "cancel": "save and end the job", "kill": "stop now, without a save"}
 
 IDLE_MESSAGE = {
     JobStatus.PAUSED: "paused while it was waiting",
@@ -98,10 +100,71 @@ def resume_in_progress(session: Session, job_id: str, changed: bool) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class RateChange:
+    """What a resume does to the learning rate.
+
+    ``steps``: last step of the resumed run. ``before``: rate of the step of the checkpoint, ``after``: rate of the next
+    step. None if unknown, or if there is no checkpoint. ``is_longer``: the resume adds steps.
+    """
+
+    steps: int | None
+    before: float | None
+    after: float | None
+    is_longer: bool = False
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the plan, the event and the answer."""
+        return {"learning_rate_before": self.before, "learning_rate_after": self.after}
+
+    def __str__(self) -> str:
+        if not self.is_longer or self.before is None or self.after is None:
+            return ""
+        return f"; the learning rate is {self.before:.3g} before and {self.after:.3g} after"
+
+
+Schedule = Literal["extend", "continue"]
+
+
+def with_schedule(job: JobRow, spec: JobSpec, step: int | None, schedule: Schedule) -> tuple[JobSpec, RateChange]:
+    """Return ``spec``, the job's with the changes of a resume at ``step``, with its schedule, and the learning rates.
+
+    If the run is longer than before, "extend" follows the schedule of a run that had this length from the start, and
+    "continue" decays on from the rate at ``step``. ``step`` is None if there is no checkpoint.
+    """
+    base, per_epoch = int(job.facts.get("base_step") or 0), job.facts.get("steps_per_epoch")
+    old = JobSpec.model_validate_json(json.dumps(job.spec))
+    ends = [_last_step(each.training, base, per_epoch) for each in (old, spec)]
+    if ends[0] is None or ends[1] is None:
+        return spec, RateChange(job.facts.get("steps"), None, None)
+    before, is_longer = LRSchedule.from_spec(old.training, ends[0], base), ends[1] > ends[0]
+    if is_longer:
+        continued = before.continuations(step) if schedule == "continue" and step is not None else []
+        training = spec.training.model_copy(update={"continued_at": continued})
+        spec = spec.model_copy(update={"training": training})
+    if not step or step <= base:
+        return spec, RateChange(ends[1], None, None)
+    after = LRSchedule.from_spec(spec.training, ends[1], base)
+    return spec, RateChange(ends[1], before.at(step), after.at(min(step + 1, ends[1])), is_longer)
+
+
+def _last_step(training: TrainingSpec, base: int, steps_per_epoch: int | None) -> int | None:
+    own = training.max_steps or (steps_per_epoch and steps_per_epoch * training.epochs)
+    return base + own if own else None
+
+
 def resume(
-    session: Session, job_id: str, before: dict[str, Any], spec: JobSpec, step: int | None, by: Principal, now: datetime
+    session: Session,
+    job_id: str,
+    before: dict[str, Any],
+    spec: JobSpec,
+    step: int | None,
+    by: Principal,
+    now: datetime,
+    rates: RateChange | None = None,
 ) -> JobRow:
-    """Queue the job again with ``spec``, which is ``before`` with the user's changes.
+    """Queue the job again with ``spec``, which is ``before`` with the user's changes. ``rates``: `resumed_rates`.
 
     Raises Conflict, InvalidState, SpecInvalid, StepUnavailable or QuotaExceeded.
     """
@@ -113,6 +176,7 @@ def resume(
         if spec.model_dump(mode="json") == before and step is None:
             return job
         raise invalid_state(job, "it is being resumed already, without these changes")
+    _require_movable(job, spec)
     if step is not None and checkpoint_path(session, job.id, step) is None:
         raise StepUnavailable()
     newest = newest_step(session, job.id)
@@ -124,7 +188,10 @@ def resume(
     after = spec.model_dump(mode="json")
     job.spec, job.device, job.priority = after, spec.resources.device, spec.resources.priority
     job.ranks, job.queued_by = ranks, by.name
-    draft = EventDraft("resume", f"asked to resume; {origin}", by.name, data={"changes": differences(before, after)})
+    rates = rates or RateChange(job.facts.get("steps"), None, None)
+    job.facts = {**job.facts, "steps": rates.steps, **rates.fields}
+    data = {"changes": differences(before, after), **rates.fields}
+    draft = EventDraft("resume", f"asked to resume; {origin}{rates}", by.name, data=data)
     changes = {
         "desired": Desired.RUN,
         "trigger": "resume",
@@ -228,6 +295,16 @@ def _lock_unchanged(session: Session, job_id: str, spec: dict[str, Any]) -> JobR
     return job
 
 
+def _require_movable(job: JobRow, spec: JobSpec) -> None:
+    """Raise SpecInvalid if ``save_dir`` changes before a fork's first attempt, which takes over the parent's files."""
+    is_changed = spec.checkpoint.save_dir != job.spec["checkpoint"]["save_dir"]
+    if is_changed and job.attempt == 0 and job.parent_step is not None:
+        message = (
+            "cannot change before the fork was launched once: resume it as it is, or fork again with this save_dir"
+        )
+        raise with_problems(SpecInvalid, [Problem("/save_dir", message)])
+
+
 def _require_more_steps(job: JobRow, spec: JobSpec) -> None:
     leaf = "max_steps" if spec.training.max_steps is not None else "epochs"
     old, new = job.spec["training"][leaf], getattr(spec.training, leaf)
@@ -245,8 +322,10 @@ MAX_STEP = 2**53 - 1
 RESUME_FIELDS: dict[str, tuple[str, ...]] = {
     "epochs": ("training", "epochs"),
     "max_steps": ("training", "max_steps"),
+    "save_dir": ("checkpoint", "save_dir"),
     "resources": ("resources",),
     "step": (),
+    "schedule": (),
 }
 
 PATCH_FIELDS: dict[str, tuple[str, ...]] = {
@@ -285,14 +364,24 @@ class PatchJobBody(OptionalBody):
 
 
 class ResumeBody(OptionalBody):
-    """Changes to a run that is resumed; ``step``: the checkpoint to resume from, the newest if None."""
+    """Changes to a run that is resumed.
+
+    ``step``: the checkpoint to resume from, the newest if None. ``save_dir``: the next attempt moves the checkpoints
+    and weights there.
+    """
 
     model_config = ConfigDict(json_schema_extra=without_defaults)
 
     epochs: Any = _spec_field(TrainingSpec, "epochs")
     max_steps: Any = _spec_field(TrainingSpec, "max_steps")
+    save_dir: Any = _spec_field(CheckpointSpec, "save_dir")
     resources: SkipValidation[ResourcesSpec] = Field(default_factory=ResourcesSpec)
     step: Annotated[int, Field(ge=0, le=MAX_STEP)] | None = None
+    schedule: Schedule = Field(
+        default="extend",
+        description="learning rate of a longer run; extend: as if it had this length from the start; "
+        "continue: it decays on from the present rate",
+    )
 
 
 def resumed_spec(spec: dict[str, Any], steps: int | None, changes: Mapping[str, Any], host: HostLimits) -> JobSpec:

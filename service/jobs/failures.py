@@ -23,13 +23,20 @@ Changes = Mapping[str, Mapping[str, Any]]
 RETRY_CONDITIONS = {
     Reason.OUT_OF_MEMORY: "on a device with more memory",
     Reason.HOST_OUT_OF_MEMORY: "once the host has more memory",
-    Reason.DISK_FULL: "once there is room on the disk",
+    Reason.DISK_FULL: "once there is room on the disk, or with --save_dir on another one",
     Reason.DATA_INVALID: "once the data is repaired",
-    Reason.CHECKPOINT_INVALID: "from another checkpoint, with --step",
+    Reason.CHECKPOINT_INVALID: "once the cause is removed",
+    Reason.SPEC_INVALID: "once the cause is removed",
     Reason.LAUNCH_FAILED: "once it can be launched",
     Reason.DIVERGED: "as it was: it may diverge again",
 }
 """Reason -> the condition under which the same run may succeed."""
+
+SAME_DATA = "once the data is again what it was"
+"""The condition if there is a checkpoint: a run resumes only with the corpus that it was saved with."""
+
+COMPILE_FAILURE = "training.use_compile:"
+"""Start of the message of a model that cannot be compiled."""
 
 AGENT_FAILURES = frozenset({Reason.LAUNCH_FAILED, Reason.AGENT_LOST, Reason.HOST_RESTARTED, Reason.NODE_LOST})
 """Failures of which the ranks' own logs show nothing."""
@@ -50,6 +57,7 @@ class FailureContext:
     inherited: bool
     resumable: bool
     restarts_itself: bool
+    message: str = ""
 
 
 def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
@@ -69,6 +77,7 @@ def failure_card(job: JobRow, step: int | None) -> FailureCard | None:
         inherited=job.parent_step is not None,
         resumable=resume_blocker(job_state(job)) is None,
         restarts_itself=job.restart_at is not None,
+        message=card.message,
     )
     return card.model_copy(update={"next": next_actions(context)})
 
@@ -106,7 +115,9 @@ def _suggested_changes(job: FailureContext) -> Changes | None:
             return {"training": {"batch_size": smaller[0], "accumulation_steps": smaller[1]}}
         case Reason.DIVERGED:
             return {"training": {"learning_rate": training.learning_rate / 2}}
-        case Reason.SPEC_INVALID if job.step is None:
+        case Reason.SPEC_INVALID if job.message.startswith(COMPILE_FAILURE):
+            return {"training": {"use_compile": False}}
+        case Reason.SPEC_INVALID | Reason.CHECKPOINT_INVALID if job.step is None:
             return {}
         case _:
             return None
@@ -152,12 +163,14 @@ def _format(value: Any) -> str:
 
 
 def _resume(job: FailureContext) -> Iterator[NextAction]:
-    if not job.resumable or job.code == Reason.SPEC_INVALID:
+    if not job.resumable or (job.code == Reason.SPEC_INVALID and job.step is None):
         return
     words = f"Resume from step {job.step:,}" if job.step is not None else "Resume from the beginning"
     if job.step is None and job.inherited:
         words = "Resume from its parent's checkpoint"
     condition = RETRY_CONDITIONS.get(Reason(job.code)) if job.code in list(Reason) else None
+    if job.code == Reason.DATA_INVALID and job.step is not None:
+        condition = SAME_DATA
     how = "now, without waiting for its restart" if job.restarts_itself else condition
     yield NextAction(
         action="resume",

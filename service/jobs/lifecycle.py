@@ -211,7 +211,7 @@ def _status_phrase(status: JobStatus) -> str:
 class ExitDecision:
     """The job's next state after an attempt. ``restart_seconds`` None: no automatic restart.
 
-    ``requeue``: the job was preempted, and is queued again at once in its old place.
+    ``requeue``: the job was preempted, or the service stops: it is queued again at once in its old place.
     """
 
     status: JobStatus
@@ -230,6 +230,7 @@ def after_exit(
     max_restarts: int,
     preempted_by: str | None = None,
     timing: Timing = Timing(),
+    service_stops: bool = False,
 ) -> ExitDecision:
     """Return the job's next state after an attempt ended as ``report`` says.
 
@@ -240,6 +241,7 @@ def after_exit(
         max_restarts: the number of restarts that count.
         preempted_by: the job for which this one is pausing, or None if the user paused it.
         timing: delays before a restart.
+        service_stops: the service has asked every attempt of its host to save and end, because it ends itself.
     """
     assert status in LIVE, status
     if report.outcome == "completed":
@@ -251,6 +253,11 @@ def after_exit(
         return _after_preemption(report, history, max_restarts, preempted_by, timing)
     if status is JobStatus.PAUSING:
         return _after_pausing(report, history.restarts)
+    if service_stops and report.outcome in ("stopped", "killed"):
+        # In its old place in the queue: another job must not get its devices first when the service starts again.
+        saved = "" if report.outcome == "stopped" else f"; {NOT_SAVED}"
+        message = f"{report.message}, because the service stops{saved}; it resumes when the service starts"
+        return ExitDecision(JobStatus.INTERRUPTED, Reason.TERMINATED, message, restarts=history.restarts, requeue=True)
     return _after_crash(report, fault(report.outcome, report.reason), history, max_restarts, timing)
 
 

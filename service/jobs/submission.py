@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.allowed_paths import outside_reason
+from trainyard.contract.file_identity import fingerprint_inputs
 from trainyard.contract.parsing import ParsedSpec, Problem, parse_spec
+from trainyard.contract.rundir import find_named_weights, weights_name
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.tokenizer_info import BYTE, TokenizerInvalid, tokenizer_file, vocabulary_size
 from trainyard.model import costs
@@ -66,6 +68,7 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
         "device": device,
         "dtype": training.dtype,
         "vocab_size": model.vocab_size,
+        # As if each row were one document. The plan of a preview or of a started job has the corpus's own number.
         "flops_per_token": costs.flops_per_token(model, spec.data.max_seq_len),
         "memory_bytes": asdict(memory),
         "checkpoint_bytes": saved,
@@ -73,6 +76,17 @@ def initial_plan(spec: JobSpec, device: str) -> dict[str, Any]:
         # An untrained model gives every token the same probability.
         "expected_first_loss": math.log(model.vocab_size),
     }
+
+
+def read_inputs(spec: JobSpec) -> dict[str, dict[str, Any]]:
+    """Return fingerprints of the files that the run will read, so that a change before it starts is noticed."""
+    data = spec.data
+    try:
+        tokenizer = tokenizer_file(data.tokenizer_path) if data.tokenizer_path != BYTE else None
+    except (TokenizerInvalid, OSError):
+        tokenizer = None  # it has just disappeared: the attempt says so
+    found = fingerprint_inputs(data.data_path, data.eval_data_path, tokenizer)
+    return {name: asdict(fingerprint) for name, fingerprint in found.items()}
 
 
 def kind_of(spec: JobSpec, host: HostLimits) -> str:
@@ -83,21 +97,40 @@ def kind_of(spec: JobSpec, host: HostLimits) -> str:
     return kind_for(spec.resources.device, host.devices)
 
 
-def validate_spec(raw: object, host: HostLimits) -> JobSpec:
-    """Return the spec with absolute paths and the vocabulary's size. Raises SpecInvalid with every mistake."""
+def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> JobSpec:
+    """Return the spec with absolute paths and the vocabulary's size. Raises SpecInvalid with every mistake.
+
+    ``is_new``: it is the spec of a new run, which must find what it starts from.
+    """
     parsed = parse_spec(raw)
     if not isinstance(raw, dict):
         raise with_problems(SpecInvalid, parsed.problems)
-    validator = _SpecValidator(parsed, host)
+    validator = _SpecValidator(parsed, host, is_new)
     problems = [*parsed.problems, *validator.problems()]
     if problems:
-        raise with_problems(SpecInvalid, problems)
+        error = with_problems(SpecInvalid, problems)
+        outside = any(setting in problem.message for problem in problems for setting in UNLESS_SET)
+        if outside and host.settings.serves_local_user:
+            error.extra["roots"] = _roots_for_user(host.settings)
+        raise error
     return validator.resolved()
+
+
+def _roots_for_user(settings: Settings) -> dict[str, Any]:
+    """Return the folders that jobs may use, and the command that starts this service, for the user who started it."""
+    return {
+        "settings": {
+            "TRAINYARD_DATA_ROOTS": [str(root) for root in settings.data_roots],
+            "TRAINYARD_SAVE_ROOTS": [str(root) for root in settings.save_roots],
+        },
+        "command": ["trainyard", "serve", "--home", str(settings.home), "--port", str(settings.port)],
+    }
 
 
 class _SpecValidator:
     # `problems` fills in paths and vocabulary, and `resolved` uses them.
-    def __init__(self, parsed: ParsedSpec, host: HostLimits) -> None:
+    def __init__(self, parsed: ParsedSpec, host: HostLimits, is_new: bool) -> None:
+        self.is_new = is_new
         self.parsed = parsed
         self.spec = parsed.spec
         self.host = host
@@ -171,19 +204,39 @@ class _SpecValidator:
 
     def _weights(self) -> Iterator[Finding]:
         given = self.spec.training.from_weight
-        if given is None or not ("/" in given or given.endswith(WEIGHT_ENDINGS)):
-            return  # nothing, or MiniMind's bare name, which the worker looks up in save_dir
+        if given is None:
+            return
+        if not ("/" in given or given.endswith(WEIGHT_ENDINGS)):
+            if self.is_new:
+                yield from self._named_weights(given)
+            return
         error = self._resolve_data_path("from_weight", given)
         if error is None and not _has_weights(Path(self.paths["from_weight"])):
             error = "must be a file of weights, or a Hugging Face directory with a model.safetensors"
         yield from _at("/training/from_weight", error)
 
+    def _named_weights(self, stem: str) -> Iterator[Finding]:
+        # MiniMind's bare name. Only the names of files are read, and only below the folder that is checked itself.
+        model, save_dir = self.spec.model, self.spec.checkpoint.save_dir
+        folder = Path(save_dir) if save_dir is not None else self.host.settings.runs
+        if save_dir is not None and outside_reason(save_dir, self._save_roots(), content=False) is not None:
+            return  # reported for save_dir
+        name = weights_name(stem, model.hidden_size, model.use_moe)
+        if not find_named_weights(folder, name):
+            where = "save_dir" if save_dir is not None else "the runs of this service, and save_dir is not given"
+            moe = "_moe" if model.use_moe else ""
+            message = f"names no weights: there is no file of that name with _{model.hidden_size}{moe}.pth"
+            pointers = ("/training/from_weight", "/checkpoint/save_dir", "/model/hidden_size", "/model/use_moe")
+            yield Problem("/training/from_weight", f"{message} in {where}, nor below its jobs"), pointers
+
+    def _save_roots(self) -> tuple[Path, ...]:
+        return (*self.host.settings.save_roots, self.host.settings.home)
+
     def _save_dir(self) -> Iterator[Finding]:
         given = self.spec.checkpoint.save_dir
         if given is None:
             return
-        settings = self.host.settings
-        error = self._resolve("save_dir", given, (*settings.save_roots, settings.home), "TRAINYARD_SAVE_ROOTS")
+        error = self._resolve("save_dir", given, self._save_roots(), "TRAINYARD_SAVE_ROOTS")
         yield from _at("/checkpoint/save_dir", error or _write_error(Path(self.paths["save_dir"])))
 
     def _launcher(self) -> Iterator[Finding]:

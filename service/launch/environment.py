@@ -17,34 +17,29 @@ IMPORT_ROOT = str(Path(trainyard.__file__).resolve().parents[1])
 # directory must not be imported.
 WORKER_AGENT = (sys.executable, "-P", "-m", "trainyard.worker.agent")
 
+SERVICE_FILE_VARIABLE = "TRAINYARD_SERVICE_FILE"
+
 INHERITED = (
-    "PATH",
-    "HOME",
-    "USER",
-    "LANG",
-    "LC_ALL",
-    "TZ",
-    "TMPDIR",
-    "LD_LIBRARY_PATH",
-    "LD_PRELOAD",
-    "VIRTUAL_ENV",
-    "SSL_CERT_FILE",
-    "SSL_CERT_DIR",
+    *("PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR", "XDG_CACHE_HOME"),
+    *("LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV"),
+    # The compiler of `use_compile`.
+    *("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "CPATH", "LIBRARY_PATH"),
+    *("RAYON_NUM_THREADS", "TRAINYARD_THREADS"),
+    # Trackers connect to servers outside.
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
 )
-# Variables that a worker inherits. All others, such as the service's secrets, do not reach it.
+"""Names of the variables that a worker inherits. All others, such as the service's secrets, do not reach it.
+
+The list is documented in docs/reference/settings.md; a test compares both.
+"""
+
 INHERITED_PREFIXES = (
-    "CUDA_",
-    "NVIDIA_",
-    "NCCL_",
-    "GLOO_",
-    "TORCH_",
-    "PYTORCH_",
-    "OMP_",
-    "GOMP_",
-    "MKL_",
-    "KMP_",
-    "WANDB_",
-    "HF_",
+    "LC_",
+    *("CUDA_", "CUBLAS_", "CUBLASLT_", "CUDNN_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "FI_"),
+    *("TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TORCHDYNAMO_", "TRITON_"),
+    *("OMP_", "GOMP_", "MKL_", "KMP_", "OPENBLAS_", "MALLOC_"),
+    *("WANDB_", "SWANLAB_", "TRACKIO_", "HF_", "TOKENIZERS_"),
 )
 
 
@@ -59,9 +54,14 @@ class WorkerEnvironment:
         self._roots = {"TRAINYARD_DATA_ROOTS": (*data_roots, home), "TRAINYARD_SAVE_ROOTS": (*save_roots, home)}
         self._corpus_cache = corpus_cache
 
+    @property
+    def service_file(self) -> Path:
+        """The file with the URL of the running service."""
+        return self._home / "service.json"
+
     def of(self, launch: Launch) -> dict[str, str]:
         """Return all variables of ``launch``'s agent except those that select its devices."""
-        service = read_json(self._home / "service.json") or {}
+        service = read_json(self.service_file) or {}
         return {
             **inherited(dict(os.environ)),
             # Makes `trainyard` importable in a checkout that is not installed.
@@ -71,7 +71,7 @@ class WorkerEnvironment:
             # The worker checks each path again: a link may have changed since the spec was accepted.
             **{name: ":".join(map(str, roots)) for name, roots in self._roots.items()},
             "TRAINYARD_REPORT_URL": str(service.get("url", "")),
-            "TRAINYARD_SERVICE_FILE": str(self._home / "service.json"),
+            SERVICE_FILE_VARIABLE: str(self.service_file),
             "TRAINYARD_ATTEMPT_ID": launch.attempt_id,
             "TRAINYARD_ATTEMPT_TOKEN": launch.token,
         }

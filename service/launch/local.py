@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,23 +15,28 @@ from trainyard.contract.failpoints import failpoint
 from trainyard.contract.locks import is_held
 from trainyard.contract.messages import ExitReport, RunSettings, read_message
 from trainyard.contract.processes import (
+    MARKER,
     ProcessIdentity,
     boot_id,
     find_by_marker,
+    find_by_variable,
     live_markers,
     pid_namespace,
     signal_all,
     wait_gone,
 )
 from trainyard.contract.rundir import AttemptDir
+from trainyard.contract.spec import JobSpec, Timeouts
 from trainyard.contract.status import Reason
 from trainyard.service.launch import post_mortem
 from trainyard.service.launch.base import AttemptRef, AttemptState, AttemptStatus, Launch, LaunchRefused
-from trainyard.service.launch.environment import WORKER_AGENT, WorkerEnvironment
+from trainyard.service.launch.environment import SERVICE_FILE_VARIABLE, WORKER_AGENT, WorkerEnvironment
 from trainyard.service.launch.files import AttemptFiles
 
 KILL_SIGNALS = (signal.SIGCONT, signal.SIGKILL)
 KILL_SECONDS = 5.0
+STOP_POLL_SECONDS = 0.1
+REPORT_SECONDS = 30.0  # for the report of an attempt after its last process has ended
 # Only the agent has the token to report with. It removes it from the environment of its children.
 AGENT_TOKEN_VARIABLE = "TRAINYARD_ATTEMPT_TOKEN"  # noqa: S105 - the variable that holds it
 
@@ -122,6 +128,40 @@ class LocalLauncher:
 
     def stop(self, name: AttemptRef) -> None:
         self._files.request_stop(name)
+
+    def save_and_stop_all(self) -> list[AttemptRef]:
+        """Make every attempt of this home on this host save and end, and wait for it. Return those that did not end.
+
+        Their agents get SIGTERM, as when the host shuts down, and enforce the timeouts of the spec. So the jobs are
+        interrupted and restarted automatically, also if this service ends before it has heard of their ends.
+        """
+        asked: dict[AttemptRef, float] = {}
+        while agents := self._agents():
+            now = time.monotonic()
+            for name, process in agents.items():
+                if name not in asked:
+                    log.info("asked to save and stop", extra=name.fields)
+                    asked[name] = now + self._seconds_to_stop(name)
+                    process.send(signal.SIGTERM)
+            if all(asked[name] < now for name in agents):
+                return list(agents)
+            time.sleep(STOP_POLL_SECONDS)
+        return []
+
+    def _agents(self) -> dict[AttemptRef, ProcessIdentity]:
+        found = {}
+        for process in find_by_variable(SERVICE_FILE_VARIABLE, str(self._environment.service_file)):
+            job_id, _, number = (process.variable(MARKER) or "").partition("/")
+            if _is_agent(process) and number.isdecimal():
+                found[AttemptRef(job_id, int(number))] = process
+        return found
+
+    def _seconds_to_stop(self, name: AttemptRef) -> float:
+        try:
+            timeouts = JobSpec.model_validate_json(self._files.attempt(name).spec.read_bytes()).resources.timeouts
+        except (OSError, ValueError):
+            timeouts = Timeouts()
+        return timeouts.stop + timeouts.term + REPORT_SECONDS
 
     def save(self, name: AttemptRef) -> None:
         self._files.request_save(name)

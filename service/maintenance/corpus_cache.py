@@ -17,6 +17,7 @@ from typing import Any, Self
 
 from trainyard.contract.cache import CacheEntry, CorpusCache
 from trainyard.contract.rundir import read_json
+from trainyard.contract.stdio import run_command
 from trainyard.contract.units import human_bytes
 from trainyard.service.settings import InvalidSettings, Settings
 
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listing = verbs.add_parser("list", help="list the cache, the least recently used first")
     listing.add_argument("--json", action="store_true", help="one JSON document")
     pruning = verbs.add_parser("prune", help="remove unused corpora now")
-    pruning.add_argument("--days", type=_whole_number, help="unused for longer; 0: any age (TRAINYARD_CORPUS_DAYS)")
+    pruning.add_argument("--days", type=_whole_number, help="unused for longer; 0: none by age (TRAINYARD_CORPUS_DAYS)")
     pruning.add_argument("--bytes", type=_whole_number, help="until the cache is no larger; 0: any size")
     options = parser.parse_args(arguments)
     try:
@@ -144,4 +145,4 @@ def _paths(cache: CorpusCache, kept: Sequence[CacheEntry]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard corpus", main))

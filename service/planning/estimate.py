@@ -9,7 +9,11 @@ from trainyard.contract.spec import JobSpec
 
 @dataclass(frozen=True)
 class RunSize:
-    """Size of a run. ``targets``: predictions in one pass over the sequences."""
+    """Size of a run. ``targets``: predictions in one pass over the sequences.
+
+    ``special_tokens``: occurrences of special tokens in the texts, in ``special_texts`` of them.
+    ``attention_length``: see `model.costs.flops_per_token`.
+    """
 
     documents: int
     tokens: int
@@ -18,6 +22,9 @@ class RunSize:
     targets: int
     steps_per_epoch: int
     steps: int
+    attention_length: float
+    special_tokens: int = 0
+    special_texts: int = 0
 
     @property
     def tokens_per_step(self) -> float:
@@ -46,15 +53,23 @@ def estimate_size(spec: JobSpec, lengths: Sequence[float], bad_lines: int, scale
     samples = max(1, round(rows))
     steps_per_epoch = math.ceil(samples / spec.rows_per_step)
     training = spec.training
+    targets = sum(length - 1 for length in lengths)
     return RunSize(
         documents=round(scale * len(lengths)),
         tokens=round(scale * sum(lengths)),
         bad_lines=round(scale * bad_lines),
         samples=samples,
-        targets=round(scale * train_fraction * sum(length - 1 for length in lengths)),
+        targets=round(scale * train_fraction * targets),
         steps_per_epoch=steps_per_epoch,
         steps=training.max_steps if training.max_steps is not None else training.epochs * steps_per_epoch,
+        attention_length=sum(_squares(length, spec.data.max_seq_len) for length in lengths) / targets,
     )
+
+
+def _squares(length: float, max_seq_len: int) -> float:
+    """Return the sum of the squared lengths of a document's segments."""
+    full = math.ceil((length - 1) / (max_seq_len - 1)) - 1
+    return full * max_seq_len**2 + (length - full * (max_seq_len - 1)) ** 2
 
 
 def _rows(lengths: Sequence[float], max_seq_len: int, packed: bool) -> float:

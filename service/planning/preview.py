@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.spec import JobSpec
+from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
+from trainyard.model import costs
 from trainyard.service.devices.inventory import Device, count_by_kind
 from trainyard.service.devices.memory import disk_free, memory_limit
 from trainyard.service.jobs.submission import initial_plan
@@ -28,20 +30,43 @@ class QueuePosition:
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`."""
+    """Result of a bounded read. ``size`` is None without a document. ``names``: see `SampledLines`.
+
+    ``tokens``: those of the tokenizer.
+    """
 
     size: RunSize | None
     names: tuple[str, ...] = ()
+    tokens: TokenNames | None = None
 
 
 def sample_corpus(spec: JobSpec) -> CorpusSample:
     """Read a bounded sample of the corpus and estimate the run's size."""
     sampled = sample_lines(Path(spec.data.data_path), spec.data.text_field)
     if sampled is None:
-        return CorpusSample(None)
-    tokens = token_counter(spec.data.tokenizer_path, sampled.texts)
-    size = estimate_size(spec, [tokens(text) for text in sampled.texts], sampled.bad_lines, sampled.scale)
-    return CorpusSample(size, sampled.names)
+        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path))
+    tokens_of = _token_names(spec.data.tokenizer_path)
+    special = special_pattern(tokens_of.special) if tokens_of is not None else None
+    marks = [len(special.findall(text)) if special is not None else 0 for text in sampled.texts]
+    as_tokens = spec.data.special_tokens == "tokens" and special is not None
+    texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
+    tokens = token_counter(spec.data.tokenizer_path, texts)
+    lengths = [tokens(text) + (found if as_tokens else 0) for text, found in zip(texts, marks, strict=True)]
+    size = estimate_size(spec, lengths, sampled.bad_lines, sampled.scale)
+    if size is not None:
+        size = replace(
+            size,
+            special_tokens=round(sampled.scale * sum(marks)),
+            special_texts=round(sampled.scale * sum(map(bool, marks))),
+        )
+    return CorpusSample(size, sampled.names, tokens_of)
+
+
+def _token_names(tokenizer_path: str) -> TokenNames | None:
+    try:
+        return TokenNames.read(tokenizer_path)
+    except (TokenizerInvalid, OSError):
+        return None
 
 
 def preview(
@@ -63,7 +88,9 @@ def preview(
     return PlanPreview.model_validate(
         {
             **facts,
-            **_sizes(size, facts, throughput),
+            "bos_token": sample.tokens.bos if sample.tokens is not None else None,
+            "eos_token": sample.tokens.eos if sample.tokens is not None else None,
+            **_sizes(spec, size, throughput),
             "memory_limit_bytes": host.memory_limit,
             "disk_free_bytes": host.disk_free,
             "device_name": next((d.model for d in devices if kind in (d.kind, d.id)), None),
@@ -87,19 +114,23 @@ def preview_from_step(plan: PlanPreview, start: int, base: int, steps: int | Non
     return plan.model_copy(update={**start_fields, **remaining, "steps": total_steps})
 
 
-def _sizes(size: RunSize | None, facts: dict[str, Any], throughput: Throughput | None) -> dict[str, Any]:
+def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | None) -> dict[str, Any]:
     if size is None:
         return {"estimated": True}
+    flops_per_token = costs.flops_per_token(spec.model, size.attention_length)
     return {
         "estimated": True,
         "tokens": size.tokens,
         "samples": size.samples,
         "documents": size.documents,
         "bad_lines": size.bad_lines,
+        "special_tokens": size.special_tokens,
+        "special_texts": size.special_texts,
         "steps": size.steps,
         "steps_per_epoch": size.steps_per_epoch,
         "tokens_per_step": size.tokens_per_step,
-        "flops": facts["flops_per_token"] * size.trained_tokens,
+        "flops_per_token": flops_per_token,
+        "flops": flops_per_token * size.trained_tokens,
         "eta_seconds": size.trained_tokens / throughput.tokens_per_second if throughput else None,
         "eta_basis": str(throughput) if throughput else None,
     }

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
+from trainyard.contract.tokenizer_info import BYTE, BYTE_VOCABULARY, special_tokens_warning
 from trainyard.service.planning.estimate import RunSize
 
 GB = 1e9
@@ -31,7 +32,7 @@ class HostCapacity:
 
 def warnings(spec: JobSpec, size: RunSize | None, host: HostCapacity) -> list[str]:
     """Return the warnings, the most serious first."""
-    sentences = [*_memory(spec, host), *_disk(spec, host), *_device(spec, host)]
+    sentences = [*_memory(spec, host), *_disk(spec, host), *_device(spec, host), *_unnamed(spec), *_epochs(spec)]
     if size is None and host.other_format is not None:
         return [*sentences, f"the corpus is {host.other_format}: tokens, steps and time are known once it is tokenized"]
     if size is None:
@@ -80,6 +81,19 @@ def _device(spec: JobSpec, host: HostCapacity) -> Iterator[str]:
         yield f"batch_size {spec.training.batch_size} gives a GPU {batch_tokens:,} tokens at once: it could take more"
 
 
+def _unnamed(spec: JobSpec) -> Iterator[str]:
+    if spec.data.tokenizer_path == BYTE and "tokenizer_path" not in spec.data.model_fields_set:
+        yield (
+            f"tokenizer_path was not given: the built-in byte tokenizer has {BYTE_VOCABULARY} entries, and no other "
+            'program loads its weights. Name a tokenizer such as MiniMind\'s model folder, or "byte" if you mean it'
+        )
+
+
+def _epochs(spec: JobSpec) -> Iterator[str]:
+    if gives_both_lengths(spec):
+        yield epochs_ignored(spec.training)
+
+
 def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:
     lines = size.bad_lines + size.documents
     share = size.bad_lines / lines
@@ -88,6 +102,10 @@ def _corpus(spec: JobSpec, size: RunSize) -> Iterator[str]:
             f"{100 * share:.1f} % of the lines cannot be read and max_bad_lines allows "
             f"{100 * spec.data.max_bad_lines:.1f} %: the run will be refused"
         )
+    if spec.data.special_tokens == "text":
+        warning = special_tokens_warning(size.special_texts, size.documents, size.special_tokens)
+        if warning is not None:
+            yield warning
     if size.samples < spec.rows_per_step:
         yield f"one step takes {spec.rows_per_step:,} rows and the corpus has about {size.samples:,}"
 

@@ -67,6 +67,7 @@ class PlanExecutor:
         self._clock = clock
         self._lease = lease
         self._alive: set[AttemptRef] = set()
+        self.service_stops = False
 
     def write(self) -> contextlib.AbstractContextManager[Session]:
         """Open a transaction; raise LeadershipLost if another service leads."""
@@ -267,7 +268,9 @@ class PlanExecutor:
     def _close(self, attempt_id: str, name: AttemptRef, report: ExitReport) -> None:
         with self.write() as session:
             job, attempt = events.lock(session, attempt_id, name.job_id)
-            exits.close_attempt(session, job, attempt, report, self._clock(), self._timing)
+            exits.close_attempt(
+                session, job, attempt, report, self._clock(), self._timing, service_stops=self.service_stops
+            )
 
     def _notify_stop(self, live: LiveAttempt) -> bool:
         # The second of two ways: see NotifyStop.

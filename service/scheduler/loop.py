@@ -18,7 +18,7 @@ from trainyard.service.launch.base import AttemptRef, Launcher
 from trainyard.service.leadership import LeaderLease, LeadershipLost
 from trainyard.service.observability.logging import log_context
 from trainyard.service.scheduler.executor import PlanExecutor
-from trainyard.service.scheduler.plan import Action, Inspect, plan, subject
+from trainyard.service.scheduler.plan import Action, Inspect, Preempt, Restart, Start, plan, subject
 from trainyard.service.scheduler.published_inventory import InventorySnapshot, PublishTracker
 from trainyard.service.scheduler.queue_preview import QueuePreview
 from trainyard.service.scheduler.snapshot import SchedulerMemory, Snapshot, load_snapshot
@@ -77,6 +77,8 @@ class Scheduler:
         self._preview = QueuePreview(database, clock)
         self._wake = threading.Event()
         self._stopping = threading.Event()
+        self._launching = threading.Lock()
+        self._launches = True
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._waiting: Mapping[str, str] = {}
         self.on_lead: Callable[[], None] = lambda: None
@@ -93,6 +95,17 @@ class Scheduler:
         if self._thread.is_alive():
             self._thread.join(30)
             self._release_lease()
+
+    def stop_launching(self) -> None:
+        """Start no further attempt. When this returns, none is being started."""
+        with self._launching:
+            self._launches = False
+            self._executor.service_stops = True
+
+    @property
+    def launches(self) -> bool:
+        """Whether it may start attempts. Not while the service waits for its runs to save and end."""
+        return self._launches
 
     def wake(self) -> None:
         """Request a round now, or as soon as PAUSE_SECONDS since the last one are over."""
@@ -173,6 +186,12 @@ class Scheduler:
             log.exception("the lease could not be released; it expires on its own")
 
     def _execute(self, action: Action) -> bool:
+        if not isinstance(action, Start | Restart | Preempt):
+            return self._try(action)
+        with self._launching:
+            return self._launches and self._try(action)
+
+    def _try(self, action: Action) -> bool:
         with log_context(action=type(action).__name__.lower(), **subject(action)):
             try:
                 return self._executor.execute(action)

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from trainyard.contract.status import TERMINAL, JobStatus
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import AttemptRow, JobRow
+from trainyard.service.descriptors import max_streams
 from trainyard.service.errors import NotReady, TooManyStreams
 from trainyard.service.jobs import repository as jobs
 from trainyard.service.metrics import store
@@ -34,7 +35,6 @@ MAX_TAIL = 256
 MAX_FRAMES = 500
 """Events that one poll reads of one job."""
 
-MAX_READERS = 1000
 THREADS = 4
 
 T = TypeVar("T")
@@ -114,6 +114,7 @@ class MetricBroadcaster:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._channels: dict[str, Channel] = {}
+        self._opening = 0
         # A pool of its own: streams must not use up the threads that serve requests.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="streams")
         self._task: asyncio.Task[None] | None = None
@@ -134,11 +135,15 @@ class MetricBroadcaster:
         """Add a reader to the job's channel and return it. Raises JobNotFound, TooManyStreams or NotReady."""
         if self.stopping:
             raise NotReady("The service is ending.")
-        if self.readers >= MAX_READERS:
+        if self.readers + self._opening >= max_streams():
             raise TooManyStreams(headers={"Retry-After": "10"})
         channel = self._channels.get(job_id)
         if channel is None:
-            result, position = await self.run(lambda: self._first_poll(job_id))
+            self._opening += 1
+            try:
+                result, position = await self.run(lambda: self._first_poll(job_id))
+            finally:
+                self._opening -= 1
             # Another reader may have opened the channel during the await.
             channel = self._channels.setdefault(job_id, Channel(job_id, result, position, position))
         channel.readers += 1

@@ -1,6 +1,5 @@
 """A launcher whose agent is real and whose ranks are fake, and a service that listens to it."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.agent.fake_ingest import FakeIngest
+from tests.agent.fake_ingest import TOKEN, FakeIngest
 from tests.faults import fake_ranks
 from tests.unique_ids import unique_job_id
 from trainyard.contract.processes import find_by_marker
@@ -54,4 +53,4 @@ def attempt(tmp_path: Path) -> AttemptDir:
 def launch(timeouts: Timeouts | None = None, number: int = 1, **labels: str) -> Launch:
     resources = ResourcesSpec(nproc_per_node=2, timeouts=timeouts or Timeouts())
     spec = JobSpec(labels=labels, data=DataSpec(data_path="/nowhere"), resources=resources)
-    return Launch(AttemptRef(JOB, number), "att_1", spec, ("cpu:0", "cpu:1"), f"secret-of-{os.getpid()}")
+    return Launch(AttemptRef(JOB, number), "att_1", spec, ("cpu:0", "cpu:1"), TOKEN)

@@ -1,11 +1,15 @@
 """A service that only listens to agents: it can be taken away and brought back."""
 
 import json
+import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from trainyard.contract.attempt_proof import ANSWER_HEADER, RequestProof, key_of
 from trainyard.contract.status import Desired
+
+TOKEN = f"secret-of-{os.getpid()}"
 
 
 class FakeIngest:
@@ -16,20 +20,30 @@ class FakeIngest:
         self.reports: list[dict[str, Any]] = []
         self.desired = Desired.RUN
         self.settings: Any = None
-        self.tokens: set[str] = set()
+        self.authorizations: list[str] = []
+        # The attempt's token, by which this service proves itself. None: a stranger on the service's port.
+        self.token: str | None = TOKEN
         self.down = False
         self.duplicates = 0
         service = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                body = json.loads(content)
                 if service.down:
                     self.send_error(503)
                     return
-                service.tokens.add(self.headers["Authorization"])
+                service.authorizations.append(self.headers["Authorization"])
+                proof = RequestProof.parse("/".join(self.path.split("/")[-2:]), self.headers["Authorization"])
+                assert proof is not None
+                assert proof.covers(content)
                 answer = json.dumps(service.take(self.path.rsplit("/", 1)[1], body)).encode()
                 self.send_response(200)
+                if service.token is not None:
+                    key = key_of(service.token)
+                    assert proof.token(key) == service.token
+                    self.send_header(ANSWER_HEADER, proof.answer(key, answer))
                 self.send_header("Content-Length", str(len(answer)))
                 self.end_headers()
                 self.wfile.write(answer)

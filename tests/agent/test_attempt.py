@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.agent.conftest import DRIVER, NAME, launch, until
-from tests.agent.fake_ingest import FakeIngest
+from tests.agent.fake_ingest import TOKEN, FakeIngest
 from trainyard.contract.locks import is_held
 from trainyard.contract.messages import ExitReport, read_message
 from trainyard.contract.processes import ProcessIdentity, find_by_marker
-from trainyard.contract.rundir import AttemptDir, RunDir, read_json
+from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
 from trainyard.contract.spec import Timeouts
 from trainyard.contract.status import Desired, Reason
 from trainyard.service.launch.base import AttemptState
@@ -57,7 +57,7 @@ def test_a_good_run_uploads_every_line_once_and_is_completed(
     assert sorted(service.lines) == list(range(1, report.last_seq + 1))
     assert service.duplicates == 0
     assert [line["step"] for line in service.lines.values() if line["kind"] == "metric"] == list(range(1, 31))
-    assert len(service.tokens) == 1
+    assert not [text for text in service.authorizations if TOKEN in text or "Bearer" in text], "it is never sent"
     assert not is_held(RunDir(attempt.path.parent).launch_lock)
     assert not is_held(RunDir(attempt.path.parent).alive_lock)
 
@@ -108,6 +108,27 @@ def test_the_token_is_neither_in_the_ranks_environment_nor_in_a_file(
     for file in attempt.path.rglob("*"):
         if file.is_file():
             assert wanted.token.encode() not in file.read_bytes(), file
+
+
+def test_a_stranger_on_the_port_of_a_dead_service_is_not_obeyed_and_learns_no_token(
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir, tmp_path: Path
+) -> None:
+    service.token = None
+    service.desired = Desired.KILL
+    launcher.start(launch(steps="60"))
+    until(lambda: "is not from the service of this run" in attempt.agent_log.read_text())
+    report = ended(launcher)
+    assert (report.outcome, report.step) == ("completed", 60)
+    assert service.authorizations
+    assert not [text for text in service.authorizations if TOKEN in text or TOKEN.encode().hex() in text]
+    # The real service is back: it gets every line.
+    second = FakeIngest()
+    try:
+        write_json(tmp_path / "service.json", {"url": second.url})
+        until(lambda: second.reports)
+        assert sorted(second.lines) == list(range(1, report.last_seq + 1))
+    finally:
+        second.close()
 
 
 @pytest.mark.parametrize("desired", [Desired.PAUSE, Desired.CANCEL])
@@ -178,6 +199,18 @@ def test_stopped_ranks_are_found_by_their_lack_of_progress(launcher: LocalLaunch
     launcher.start(launch(Timeouts(progress=1.0), steps="1000", fault="signal_19_at_100"))
     report = ended(launcher)
     assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
+
+
+@pytest.mark.parametrize("labels", [{}, {"talks": "1"}], ids=["stacks", "outcome"])
+def test_a_hung_attempt_stays_hung_whatever_a_rank_says_after(
+    launcher: LocalLauncher, service: FakeIngest, attempt: AttemptDir, labels: dict[str, str]
+) -> None:
+    """The signal for the stacks reaches the ranks alone: a compiler that it ended would look like a broken compiler."""
+    launcher.start(launch(Timeouts(progress=1.0), 1, steps="1000", pace="0.05", fault="compiler_at_100", **labels))
+    report = ended(launcher, 60.0)
+    assert (report.outcome, report.reason, report.step) == ("crashed", Reason.HUNG, 99)
+    assert attempt.outcome.exists() == bool(labels)
+    assert ("the stacks" in attempt.rank_log(0).read_text()) != bool(labels)
 
 
 def test_a_service_that_is_away_harms_nothing_and_misses_nothing(launcher: LocalLauncher, service: FakeIngest) -> None:

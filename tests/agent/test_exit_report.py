@@ -51,6 +51,30 @@ def test_exit_code_0_without_an_outcome_is_not_success() -> None:
     assert "without an outcome" in report.message
 
 
+TORCHRUN_LOG = """\
+frame #28: <unknown function> + 0x8d (0x7f in /usr/lib/x86_64-linux-gnu/libc.so.6)
+
+Traceback (most recent call last):
+  File "run.py", line 1019, in run
+torch.distributed.DistNetworkError: The client socket has timed out after 300000ms while trying to connect to (a, 4).
+"""
+
+
+def test_if_the_ranks_leave_no_word_torchrun_has_the_last_one() -> None:
+    words = "torchrun's log ends with: torch.distributed.DistNetworkError: The client socket has timed out after"
+    report = judge(agent_tail=TORCHRUN_LOG)
+    assert report.message.startswith(
+        f"the ranks ended at step 7 without an outcome or an error; torchrun's exit code was 1; {words}"
+    )
+    hung = judge(StopCause.HUNG, agent_tail=TORCHRUN_LOG)
+    assert hung.reason is Reason.HUNG
+    assert words in hung.message
+    plain = judge(agent_tail="a\nb\n\nc\nd\n")
+    assert plain.message.endswith("torchrun's log ends with: b | c | d")
+    assert "torchrun's log" not in judge().message
+    assert "torchrun's log" not in judge(StopCause.HUNG, agent_tail=TORCHRUN_LOG, tails={0: "a stack"}).message
+
+
 def test_a_failure_with_a_card_is_passed_on() -> None:
     card = ErrorCard(code="data_invalid", message="line 7 is not JSON", hint="fix it")
     said = Outcome(outcome="failed", step=0, reason=Reason.DATA_INVALID, message="line 7 is not JSON", error=card)

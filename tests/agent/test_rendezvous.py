@@ -1,14 +1,20 @@
 """Node info, and the rendezvous endpoint of the ranks of all nodes."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.worker import rank_runner
+from trainyard.contract.messages import ExitReport, read_message
 from trainyard.contract.rundir import AttemptDir, RunDir, read_json, write_json
+from trainyard.contract.spec import JobSpec
 from trainyard.worker.agent import rendezvous
 from trainyard.worker.agent.follower import PeerNodes
 from trainyard.worker.agent.rendezvous import (
@@ -148,14 +154,52 @@ def test_torchrun_gets_the_endpoint_and_the_local_address(attempt: AttemptDir) -
         "--local-addr=127.0.0.1",
         f"--log-dir={attempt.torchrun_logs}/node-1",
     } < set(command)
-    assert "--standalone" in torchrun_command(RunDir(attempt.path.parent), attempt, {"nproc_per_node": 4})
+
+
+def test_a_single_node_never_needs_its_own_name(attempt: AttemptDir) -> None:
+    command = torchrun_command(RunDir(attempt.path.parent), attempt, {"nproc_per_node": 4})
+    assert {"--nnodes=1", "--rdzv-endpoint=127.0.0.1:0", "--rdzv-conf=is_host=1", "--local-addr=127.0.0.1"} < set(
+        command
+    )
+    assert "--standalone" not in command, "which makes the ranks meet at the host's full name"
+
+
+NAMELESS = """
+hostname laptop.office.invalid
+mount --bind hosts /etc/hosts
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_ranks_meet_on_a_host_whose_name_resolves_to_nothing(tmp_path: Path) -> None:
+    """The real agent with two real ranks."""
+    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs unshare, and the right to use it")
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    described = rank_runner.spec(text, training={"max_steps": 2}, resources={"nproc_per_node": 2})
+    attempt = RunDir(tmp_path / "run").attempt(1)
+    attempt.path.mkdir(parents=True)
+    attempt.spec.write_text(JobSpec.model_validate_json(json.dumps(described)).model_dump_json())
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
+    agent = [sys.executable, "-m", "trainyard.worker.agent", str(attempt.path.parent), "--attempt=1"]
+    subprocess.run(
+        ["unshare", "--uts", "--mount", "/bin/sh", "-ec", NAMELESS, "sh", *agent],
+        cwd=tmp_path,
+        timeout=rank_runner.DEADLINE,
+        check=True,
+    )
+    report = read_message(ExitReport, attempt.exit)
+    assert report is not None
+    assert (report.outcome, report.step) == ("completed", 2), report.message
 
 
 def test_gloo_takes_the_interface_on_the_way_to_the_first_node() -> None:
     endpoint = RendezvousEndpoint("127.0.0.1", 1)
     assert rank_environment({}, endpoint)["GLOO_SOCKET_IFNAME"] == "lo"
     assert rank_environment({"GLOO_SOCKET_IFNAME": "ib0"}, endpoint)["GLOO_SOCKET_IFNAME"] == "ib0"
-    assert "GLOO_SOCKET_IFNAME" not in rank_environment({})
+    assert rank_environment({})["GLOO_SOCKET_IFNAME"] == "lo", "on a single node"
 
 
 def test_interfaces_are_found_by_their_addresses() -> None:

@@ -276,6 +276,56 @@ def test_wait_ends_in_time(service: FakeService, trainyard: Client) -> None:
     assert caught.value.job is not None
 
 
+class FakeTime:
+    """A clock that only `sleep` moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("what", ["step", "phase", "attempt", "status"])
+def test_wait_lets_a_slow_run_take_its_time(
+    service: FakeService, trainyard: Client, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Each poll finds a little progress, for a hundred times the limit."""
+    clock = FakeTime()
+    monkeypatch.setattr("trainyard.client.api.time", clock)
+    polls = iter(range(2000))
+
+    def go_on(_: httpx2.Request) -> None:
+        number = next(polls)
+        changes: dict[str, dict[str, Any]] = {
+            "step": {"progress": {"step": number}},
+            "phase": {"phase": ("training", "saving")[number % 2]},
+            "attempt": {"attempt": number},
+            "status": {},
+        }
+        status = ("running", "starting")[number % 2 and what == "status"]
+        service.jobs["job_7f3kq9"] = job("succeeded" if number == 1999 else status, **changes[what])
+
+    service.faults = [go_on] * 2000
+    assert trainyard.wait("job_7f3kq9", interval=1.0, stall_timeout=20.0)["status"] == "succeeded"
+    assert clock.now == 1999
+
+
+def test_wait_ends_if_there_is_no_progress(
+    service: FakeService, trainyard: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeTime()
+    monkeypatch.setattr("trainyard.client.api.time", clock)
+    service.jobs["job_7f3kq9"] = job("running", phase="training", progress={"step": 1430})
+    message = "20 s passed without progress, and the job is running, phase training, at step 1,430"
+    with pytest.raises(WaitTimedOut, match=message):
+        trainyard.wait("job_7f3kq9", lambda _: False, interval=1.0, stall_timeout=20.0)
+    assert clock.now == 20
+
+
 def test_wait_outlives_a_service_that_is_away(service: FakeService, trainyard: Client) -> None:
     looks = len(list(QUICK.pauses())) + 1
     service.faults = [lambda _: None, *([refused] * looks)]
@@ -294,3 +344,15 @@ def test_an_interrupted_job_is_idle_only_without_a_pending_restart(service: Fake
         trainyard.wait("job_7f3kq9", timeout=0.01, interval=0.002)
     walk(service, "interrupted")
     assert trainyard.wait("job_7f3kq9", interval=0.001)["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "\udcff"])
+def test_a_value_that_json_cannot_express_is_named(trainyard: Client, service: FakeService, value: object) -> None:
+    body = {"data": {"data_path": "/d"}, "training": {"betas": [0.9, value]}}
+    for call in (trainyard.submit, trainyard.plan):
+        with pytest.raises(InvalidSpec) as caught:
+            call(body)
+        assert [problem.pointer for problem in caught.value.errors] == ["/training/betas/1"]
+    with pytest.raises(InvalidSpec):
+        trainyard.update("job_7f3kq9", labels={"a": value})
+    assert service.requests == []

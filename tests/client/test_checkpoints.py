@@ -86,10 +86,10 @@ def test_the_command_asks_before_it_deletes(
 
 
 def test_the_command_deletes_unasked_off_a_terminal(run: Run, stored: FakeService) -> None:
-    code, out, _ = run("checkpoints", "pre-12", "--delete", "12000", "--json")
+    code, out, _ = run("checkpoints", "pre-12", "--delete", "12000", "--json", "-y")
     assert (code, json.loads(out)) == (0, {"job_id": JOB, "step": 12000, "deleted": True})
     stored.faults = [lambda _: None, lambda _: problem(409, "last_checkpoint", "It is the last valid checkpoint.")]
-    code, _, err = run("checkpoints", "pre-12", "--delete", "11000")
+    code, _, err = run("checkpoints", "pre-12", "--delete", "11000", "-y")
     assert code == 1
     assert "last valid" in err
     assert run("checkpoints", "pre-12", "--delete", "1", "--download", "2")[0] == 2

@@ -1,7 +1,9 @@
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,6 +164,8 @@ def test_list_reports_that_there_are_more(run: Run, service: FakeService) -> Non
     _, out, err = run("list", "--limit", "3")
     assert len(out.splitlines()) == 4
     assert "trainyard list --limit 30" in err
+    assert "left out: the jobs created before" in err
+    assert "trainyard list --label 'a=b c' --limit 30" in run("list", "--limit", "3", "--label", "a=b c")[2]
     assert json.loads(run("list", "--limit", "3", "--json")[1])["has_more"] is True
 
 
@@ -229,7 +233,10 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
             {"number": 1, "trigger": "submit", "start_step": 0, "end_step": 60, "created_at": "t0", "ended_at": "t1",
              "outcome": "stopped", "message": "saved"},
         ],
-        "samples": [{"step": 60, "prompt": "Return", "text": "the\nvalue"}],
+        "samples": [
+            {"step": 60, "prompt": "Return", "text": "the\nvalue", "note": None},
+            {"step": 60, "prompt": "So", "text": "it", "note": "at most 20 new tokens"},
+        ],
         "devices": [
             {"id": "cpu:0", "kind": "cpu", "model": None, "memory_bytes": None, "job_id": None, "processes": []},
             {"id": "cuda:0", "kind": "cuda", "model": "H100", "memory_bytes": 8e10, "job_id": None, "processes": [7]},
@@ -247,7 +254,9 @@ def test_the_other_tables(run: Run, service: FakeService) -> None:
         "stopped:",
         "saved",
     ]
-    assert run("samples", "pre-12")[1] == "step 60  'Return'\n  the\n  value\n"
+    assert run("samples", "pre-12")[1] == (
+        "step 60  'Return'\n  the\n  value\nstep 60  'So'  (at most 20 new tokens)\n  it\n"
+    )
     devices = run("devices")[1].splitlines()
     assert devices[1].split() == ["cpu:0", "cpu", "-", "free"]
     assert devices[2].endswith("80.0 GB  no job, but used by process 7")
@@ -259,30 +268,108 @@ def test_version_names_both(run: Run) -> None:
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "save", "cancel", "kill"])
 def test_actions_say_the_state_and_what_is_next(run: Run, service: FakeService, verb: str) -> None:
-    code, out, err = run(verb, "pre-12")
+    code, out, err = run(verb, "pre-12", *(["-y"] if verb == "kill" else []))
     assert (code, out) == (0, "job_7f3kq9 running\n")
     assert err.startswith("next:  trainyard watch pre-12")
     assert service.requests[-1].url.path == f"/jobs/job_7f3kq9/{verb}"
 
 
+def test_resume_with_more_steps_prints_the_rates(run: Run, service: FakeService) -> None:
+    service.jobs["job_7f3kq9"] |= {"learning_rate_before": 2e-4, "learning_rate_after": 1.03e-3}
+    code, _, err = run("resume", "pre-12", "--max_steps", "500", "--schedule", "extend")
+    assert code == 0
+    assert body_of(service.requests[-1]) == {"max_steps": 500, "schedule": "extend"}
+    assert "learning rate: 0.0002 at the checkpoint, 0.00103 at the next step" in err
+    assert "--schedule continue" in err
+
+
 def test_resume_with_changes(run: Run, service: FakeService) -> None:
     run("resume", "pre-12", "--max_steps", "500", "--set", "resources.nproc_per_node=2", "--set", "device=cpu")
     assert body_of(service.requests[-1]) == {"max_steps": 500, "resources": {"nproc_per_node": 2, "device": "cpu"}}
+    for words in (
+        ["--save_dir", "d"],
+        ["--save-dir", "d"],
+        ["--set", "checkpoint.save_dir=d"],
+        ["--set", "save_dir=d"],
+    ):
+        run("resume", "pre-12", *words)
+        assert body_of(service.requests[-1]) == {"save_dir": str(Path.cwd() / "d")}
     code, _, err = run("resume", "pre-12", "--set", "training.batch_size=2")
     assert code == 2
     assert "only resources" in err
 
 
-@pytest.mark.parametrize(("typed", "left", "code"), [("y\n", 0, 0), ("n\n", 1, 1)])
-def test_delete_asks_on_a_terminal(run: Run, service: FakeService, typed: str, left: int, code: int) -> None:
-    found, _, err = run("delete", "pre-12", typed=typed, terminal=True)
-    assert (found, len(service.jobs)) == (code, left)
-    assert "with its checkpoints" in err
+DESTRUCTIVE = (
+    ["delete", "pre-12"], ["kill", "pre-12"], ["checkpoints", "pre-12", "--delete", "1"], ["webhook", "delete", "wh_1"],
+    ["token", "revoke", "ci"],
+)  # fmt: skip
 
 
-def test_delete_does_not_ask_off_a_terminal(run: Run, service: FakeService) -> None:
-    assert run("delete", "pre-12", "--json")[:2] == (0, '{"id": "job_7f3kq9", "deleted": true}\n')
+def writes(service: FakeService) -> list[str]:
+    return [request.method for request in service.requests if request.method != "GET"]
+
+
+@pytest.mark.parametrize("line", DESTRUCTIVE)
+def test_what_cannot_be_undone_is_asked_and_enter_means_no(run: Run, service: FakeService, line: list[str]) -> None:
+    service.files = {1: {}}
+    for typed in ("\n", "n\n", "", "yess\n"):
+        code, _, err = run(*line, typed=typed, terminal=True)
+        assert (code, "[y/N]" in err, writes(service)) == (1, True, []), typed
+        assert "nothing was" in err
+    # The fake has no webhooks and tokens: that the request is sent is enough.
+    run(*line, typed="y\n", terminal=True)
+    assert len(writes(service)) == 1
+
+
+@pytest.mark.parametrize("line", DESTRUCTIVE)
+def test_off_a_terminal_it_needs_y(run: Run, service: FakeService, line: list[str]) -> None:
+    service.files = {1: {}}
+    code, out, err = run(*line, "--json", typed="y\n")
+    assert (code, out, writes(service)) == (2, "", [])
+    assert "-y confirms it" in err
+    run(*line, "-y")
+    assert len(writes(service)) == 1
+
+
+def test_delete_with_y(run: Run, service: FakeService) -> None:
+    assert run("delete", "pre-12", "--json", "-y")[:2] == (0, '{"id": "job_7f3kq9", "deleted": true}\n')
     assert service.jobs == {}
+
+
+def test_kill_names_what_is_lost(run: Run, service: FakeService) -> None:
+    assert "lose what it has computed after step 12,000? " in run("kill", "pre-12", terminal=True)[2]
+    service.jobs["job_7f3kq9"]["checkpoint"] = None
+    assert "lose everything it has computed? " in run("kill", "pre-12", terminal=True)[2]
+
+
+def test_the_option_version_needs_no_service(run: Run, service: FakeService) -> None:
+    service.faults = [refused] * 9
+    assert run("--version") == (0, f"trainyard {importlib.metadata.version('trainyard')}\n", "")
+    assert service.requests == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["list", "--name", "\udcff"], "/query/name: must be text"),
+        (["list", "--label", "a=\udcff"], "/query/label/0: must be text"),
+        (
+            ["resume", "pre-12", "--set", "resources.max_restarts=NaN"],
+            "/resources/max_restarts: must be a finite number",
+        ),
+        (["fork", "pre-12", "--set", "training.learning_rate=Infinity"], "/overrides/training/learning_rate: must be"),
+        (["fork", "pre-12", "--name", "\udcff"], "/overrides/name: must be text"),
+        (["webhook", "create", "http://x.y", "--rule", "no_progress=nan"], "/rules/0/minutes: must be a finite number"),
+        (["webhook", "create", "http://x.y", "--label", "\udcff=1"], "/labels: must be text"),
+        (["token", "create", "\udcff"], "/name: must be text"),
+    ],
+)
+def test_a_value_that_json_cannot_express_is_named(
+    run: Run, service: FakeService, line: list[str], message: str
+) -> None:
+    code, out, err = run(*line)
+    assert (code, out, writes(service)) == (1, "", [])
+    assert message in err
 
 
 @pytest.mark.parametrize(

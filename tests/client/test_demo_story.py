@@ -223,6 +223,7 @@ def test_a_failed_run_is_explained(
 ) -> None:
     card = {"code": "data_invalid", "message": "line 7 is no JSON", "hint": "remove it", "rank": 0, "traceback": None}
     played.log = "what rank 0 said\n"
+    played.rows["events"] = [{"at": "2026-01-31T16:31:10Z", "kind": "saved", "message": "step 100"}]
     now = played.now
     monkeypatch.setattr(
         played, "now", lambda: {**now(), "status": "failed", "error": card, "message": "line 7 is no JSON"}
@@ -237,6 +238,33 @@ def test_a_failed_run_is_explained(
     ):
         assert part in err
     assert "the service's last words" in err
+    assert "failed, attempt 1, phase" in err
+    assert "2026-01-31T16:31:10Z saved: step 100" in err
+
+
+def test_a_slow_machine_does_not_fail_the_demo(
+    perform: Callable[..., tuple[int, str, str]], played: PlayedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every poll takes a minute, and finds three points more."""
+    clock = SimpleNamespace(now=0.0)
+
+    def sleep(_: float) -> None:
+        clock.now += 60.0
+
+    monkeypatch.setattr("trainyard.client.api.time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
+    code, _, err = perform()
+    assert (code, err) == (0, "")
+    assert clock.now > 2 * story.STALL_SECONDS
+
+
+def test_a_run_that_stands_still_fails_the_demo(
+    perform: Callable[..., tuple[int, str, str]], played: PlayedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(played, "proceed", lambda: None)
+    monkeypatch.setattr(LossPrinter.until, "__defaults__", (0.0,))
+    code, _, err = perform()
+    assert code == 1
+    assert "without progress, and the job is running" in err
 
 
 def test_a_service_that_does_not_start_is_explained(
@@ -359,9 +387,9 @@ def test_each_line_is_printed_once(service: FakeService, trainyard: Client) -> N
     lines = LossPrinter(trainyard, FAKE_JOB, 8.76, said.append)
     service.curve = [metric(step) for step in range(10, EVERY + 11, 10)]
     for _ in range(2):
-        lines.until(lambda _: True, 1)
+        lines.until(lambda _: True)
     service.curve += [metric(step, attempt=2) for step in range(EVERY, 2 * EVERY + 1, 10)]
-    lines.until(lambda _: True, 1)
+    lines.until(lambda _: True)
     assert [line.split()[1] for line in said] == ["10", str(EVERY), str(2 * EVERY)]
 
 

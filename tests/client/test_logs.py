@@ -39,9 +39,36 @@ def test_tail_rank_and_attempt_are_asked_of_the_service(run: Run, service: FakeS
     assert dict(asked.url.params) == {"attempt": "1", "rank": "3", "tail": "1"}
 
 
+def no_log(_: object) -> Any:
+    return problem(404, "log_not_found", "The attempt has no such log yet.")
+
+
 def test_no_log_yet_is_no_error(run: Run, service: FakeService) -> None:
-    service.faults = [lambda _: None, lambda _: problem(404, "log_not_found", "The attempt has no such log yet.")]
-    assert run("logs", "pre-12") == (0, "", "")
+    service.faults = [lambda _: None, no_log]
+    assert run("logs", "pre-12") == (0, "", "rank 0 of attempt 2 has printed nothing yet\n")
+
+
+@pytest.mark.parametrize("follow", [[], ["--follow"]])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--rank", "7"], "there is no rank 7 of attempt 2 of job_7f3kq9: it has ranks 0 to 3"),
+        (["--attempt", "9"], "there is no attempt 9 of job_7f3kq9: its newest is attempt 2"),
+    ],
+)
+def test_a_log_that_will_never_exist_is_an_error(
+    run: Run, service: FakeService, line: list[str], message: str, follow: list[str]
+) -> None:
+    service.jobs[JOB] = job(spec={"resources": {"nproc_per_node": 2, "nnodes": 2}})
+    service.faults = [lambda _: None, *([lambda _: None] if follow else []), no_log]
+    assert run("logs", "pre-12", *line, *follow) == (2, "", f"trainyard: {message}\n")
+
+
+def test_an_ended_attempt_without_the_log(run: Run, service: FakeService) -> None:
+    service.jobs[JOB] = job("succeeded")
+    service.faults = [lambda _: None, no_log]
+    code, out, err = run("logs", "pre-12", "--attempt", "1", "--rank", "3")
+    assert (code, out, err) == (2, "", "trainyard: there is no log of rank 3 of attempt 1 of job_7f3kq9\n")
 
 
 def test_follow_prints_what_comes_until_the_end(service: FakeService) -> None:

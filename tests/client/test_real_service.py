@@ -109,7 +109,7 @@ def test_a_run_is_watched_through_the_death_of_its_service(live: Restartable, mo
     assert (paused["status"], paused["checkpoint"]["step"]) == ("paused", paused["progress"]["step"])
     assert run(live, "cancel", "live").returncode == 0
     assert run(live, "watch", "live").returncode == 11
-    assert run(live, "delete", "live").returncode == 0
+    assert run(live, "delete", "live", "-y").returncode == 0
     assert run(live, "show", "live").returncode == 1
 
 

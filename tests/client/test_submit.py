@@ -1,3 +1,4 @@
+import io
 import json
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 
 from tests.client.conftest import Run
 from tests.client.fake_service import FakeService, body_of, job, problem
+from trainyard.client.cli.console import Console
 
 
 def sent(service: FakeService) -> Any:
@@ -73,6 +75,36 @@ def test_a_spec_from_stdin_is_not_asked_about(run: Run, service: FakeService) ->
     assert sent(service) == {"data": {"data_path": "/d"}}
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("command", ["submit", "plan"])
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["--learning_rate", "nan"], "--learning_rate (/training/learning_rate)"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs (/training/epochs)"),
+        (["--betas", "0.9", "nan"], "--betas (/training/betas/1)"),
+        (["--set", "training.grad_clip=-Infinity"], "/training/grad_clip"),
+        (["--name", "\udcff"], "/name"),
+        (["--tokenizer_path", "\udcff"], "--tokenizer_path (/data/tokenizer_path)"),
+    ],
+)
+def test_a_value_that_json_cannot_express_is_named(
+    run: Run, service: FakeService, command: str, words: list[str], place: str, terminal: bool
+) -> None:
+    code, out, err = run(command, "--data_path", "/d", *words, typed="y\n", terminal=terminal)
+    assert (code, out, service.requests) == (1, "", [])
+    assert f"  {place}: " in err
+
+
+def test_a_spec_with_a_byte_order_mark(run: Run, service: FakeService, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"name": "队", "data": {"data_path": "/d"}}', encoding="utf-8-sig")
+    assert run("submit", str(file))[0] == 0
+    assert sent(service) == {"name": "队", "data": {"data_path": "/d"}}
+    stdin = io.TextIOWrapper(io.BytesIO(file.read_bytes()), encoding="latin-1")
+    assert json.loads(Console(stdin=stdin).read_stdin())["name"] == "队"
+
+
 def test_relative_paths_are_made_absolute(
     run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +169,94 @@ def test_on_a_terminal_a_wrong_spec_is_not_asked_about(run: Run, service: FakeSe
 def test_minimind_s_whole_command_line_may_be_pasted(run: Run, service: FakeService, program: list[str]) -> None:
     assert run("submit", *program, "--data_path", "/d/a.jsonl", "--batch_size", "64", "-y")[0] == 0
     ranks = {"resources": {"nproc_per_node": 4}} if "4" in program else {}
-    assert sent(service) == {"data": {"data_path": "/d/a.jsonl"}, "training": {"batch_size": 64}, **ranks}
+    data = {"data_path": "/d/a.jsonl", "special_tokens": "tokens"}
+    assert sent(service) == {"data": data, "training": {"batch_size": 64}, **ranks}
+
+
+def minimind_folder(root: Path) -> Path:
+    """The folders of MiniMind's repository that its trainer reads."""
+    for name in ("trainer", "dataset", "model"):
+        (root / name).mkdir(parents=True)
+    (root / "trainer" / "train_pretrain.py").write_text("")
+    (root / "dataset" / "pretrain_hq.jsonl").write_text('{"text": "a"}\n')
+    (root / "model" / "tokenizer.json").write_text("{}")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("folder", "line"),
+    [
+        ("trainer", "torchrun --nproc_per_node 2 train_pretrain.py --batch_size 8"),
+        ("trainer", "python train_pretrain.py --batch_size 8"),
+        ("trainer", "--batch_size 8"),
+        (".", "torchrun --standalone --master_port 29501 --nproc_per_node=2 trainer/train_pretrain.py --batch_size 8"),
+        (".", "trainer/train_pretrain.py --batch_size 8 --data_path ../dataset/pretrain_hq.jsonl"),
+    ],
+)
+def test_minimind_s_lines_take_its_corpus_and_tokenizer(
+    run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, line: str
+) -> None:
+    root = minimind_folder(tmp_path / "minimind")
+    monkeypatch.chdir(root / folder)
+    code, _, err = run("submit", *line.split(), "-y")
+    assert code == 0, err
+    corpus, model = root / "dataset" / "pretrain_hq.jsonl", root / "model"
+    assert sent(service)["data"] == {
+        "data_path": str(corpus), "tokenizer_path": str(model), "special_tokens": "tokens"}  # fmt: skip
+    assert f"MiniMind: --data_path {corpus}" in err
+    assert f"MiniMind: --tokenizer_path {model}" in err
+    assert "MiniMind: --special_tokens tokens" in err
+    assert "byte" not in err
+
+
+def test_what_a_line_names_is_kept_and_other_folders_are_not_searched(
+    run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = minimind_folder(tmp_path / "minimind")
+    monkeypatch.chdir(root / "trainer")
+    assert run("submit", "--data_path", "/d", "--tokenizer", "byte", "-y")[0] == 2  # --tokenizer_path
+    flags = ["--data_path", "/d", "--tokenizer_path", "byte", "--special_tokens", "text"]
+    code, _, err = run("submit", "train_pretrain.py", *flags, "-y")
+    assert code == 0
+    assert "MiniMind:" not in err
+    assert sent(service)["data"] == {"data_path": "/d", "tokenizer_path": "byte", "special_tokens": "text"}
+    service.requests.clear()
+    monkeypatch.chdir(root / "dataset")
+    code, _, err = run("submit", "--data_path", "/d", "-y")
+    assert sent(service)["data"] == {"data_path": "/d"}
+    assert 'the built-in "byte" tokenizer is used' in err
+
+
+def test_folders_outside_the_roots_get_the_command_that_allows_them(
+    run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    errors = [
+        {"pointer": "/data/data_path", "message": "lies outside the directories that TRAINYARD_DATA_ROOTS allows"},
+        {"pointer": "/checkpoint/save_dir", "message": "lies outside the directories that TRAINYARD_SAVE_ROOTS allows"},
+    ]
+    roots = {
+        "settings": {"TRAINYARD_DATA_ROOTS": ["/srv"], "TRAINYARD_SAVE_ROOTS": []},
+        "command": ["trainyard", "serve", "--home", "/a home", "--port", "8000"],
+    }
+    service.faults = [lambda _: problem(422, "invalid_spec", "2 mistakes found", errors=errors, roots=roots)]
+    code, _, err = run("submit", "--data_path", "data/c.jsonl", "--save_dir", "../out", "-y")
+    assert code == 1
+    expected = f"TRAINYARD_DATA_ROOTS=/srv:{tmp_path}/data TRAINYARD_SAVE_ROOTS={tmp_path.parent}/out"
+    assert f"to allow it, start the service as:  {expected} trainyard serve --home '/a home' --port 8000\n" in err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_spec_file_of_a_windows_program_is_read(
+    run: Run, service: FakeService, tmp_path: Path, encoding: str
+) -> None:
+    file = tmp_path / "run.json"
+    file.write_text('{"name": "\u4e2d", "data": {"data_path": "/d"}}', encoding=encoding)
+    assert run("submit", str(file), "-y")[0] == 0
+    assert sent(service)["name"] == "\u4e2d"
+    service.requests.clear()
+    assert run("submit", "-", "-y", typed='\ufeff{"data": {"data_path": "/d"}}')[0] == 0
+    assert sent(service) == {"data": {"data_path": "/d"}}
 
 
 def test_a_wrong_path_is_shown_in_full(

@@ -21,7 +21,7 @@ from tests.client.fake_service import NOW, URL, FakeService, Stream, console, jo
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
 from trainyard.client.cli.watch.state import WatchState
-from trainyard.client.cli.watch.views import JsonView, LinesView, LiveView, log_line
+from trainyard.client.cli.watch.views import JsonView, LinesView, LiveView, log_line, long_texts
 from trainyard.client.cli.watch.watcher import Clock, Watcher, follow
 from trainyard.client.connection import RetryPolicy
 
@@ -238,10 +238,22 @@ def test_lines_come_every_ten_seconds_or_with_a_change() -> None:
     ]
 
 
+def test_an_alert_is_on_one_line_and_not_on_each() -> None:
+    to = console()
+    view, scene = LinesView(to), WatchState("pre-12", URL, job(alerts=[{"message": "x" * 110}], message="why"))
+    for second in range(45):
+        if second == 25:
+            scene.job = job(alerts=[{"message": "x" * 110}, {"message": "flat"}], message="why")
+        view.show(scene, NOW + timedelta(seconds=second))
+    found = [[word for word in line.split() if "=" in word] for line in written(to)[0].splitlines()]
+    texts = [[word for word in words if word.startswith(("alerts=", "message="))] for words in found]
+    assert texts == [["alerts=" + "x" * 110, "message=why"], [], [], ["alerts=flat"], []]
+
+
 def test_a_line_is_key_value() -> None:
     scene = WatchState("pre-12", URL, job(message='it said "no"', alerts=["flat"]))
     scene.curve.extend([metric(12400, 2.887)])
-    assert log_line(scene, NOW) == (
+    assert log_line(scene, NOW, long_texts(scene)) == (
         "at=2026-01-31T16:31:05Z job=job_7f3kq9 status=running phase=training attempt=2 step=12400 steps=40000 "
         "percent=31.0 loss=2.8870 ema=2.8870 lr=0.000261 grad_norm=0.4800 tokens_per_second=118240 "
         'eta_seconds=7800 checkpoint=12000 alerts=flat message="it said \\"no\\""'

@@ -1,9 +1,12 @@
 """Each complete line once, in order, whatever the writer was doing when it died."""
 
+import io
 import json
 import random
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from trainyard.contract.events import EVENT, MetricEvent
 from trainyard.contract.outbox import OutboxReader
@@ -45,6 +48,30 @@ def test_reading_in_chunks_gives_all_lines(tmp_path: Path) -> None:
         seen += reader.read(chance.randrange(1, 20))
     assert [line["n"] for line in seen] == list(range(1, 400))
     assert [line["seq"] for line in seen] == list(range(1, 400))
+
+
+def test_a_retry_does_not_read_from_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "events.jsonl"
+    file.write_bytes(b"".join(b'{"n": %d, "x": "%s"}\n' % (n, b"y" * 1000) for n in range(1, 5001)))
+    reader = OutboxReader(file)
+    reader.seek_after(4000)
+    reads: list[int] = []
+    seek = io.BufferedReader.seek
+
+    class Watched(io.BufferedReader):
+        def seek(self, offset: int, whence: int = 0, /) -> int:
+            reads.append(offset)
+            return seek(self, offset, whence)
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Watched(io.FileIO(path)))
+    for _ in range(3):  # nothing is acknowledged
+        assert [line["n"] for line in reader.read(500)] == list(range(4001, 4501))
+        reader.seek_after(4000)
+    assert min(reads) > 4_000_000
+    reader.seek_after(4300)
+    assert reader.read(1)[0]["n"] == 4301
+    reader.seek_after(10)  # a service that has lost lines
+    assert reader.read(1)[0]["n"] == 11
 
 
 def test_rewinding_reads_again_what_was_not_stored(tmp_path: Path) -> None:

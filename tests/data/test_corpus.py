@@ -1,5 +1,6 @@
 """Token shards: what they hold, when they are built, and what happens when a build is cut short."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -377,3 +378,66 @@ def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureF
 def test_check_needs_no_torch() -> None:
     code = "import sys, trainyard.worker.data.corpus; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def marked(path: Path) -> Path:
+    """Three of a hundred texts hold special tokens: four of them."""
+    texts = ["plain"] * 97 + ["<|im_start|>a<|im_end|>", "b<|im_end|>", "<|endoftext|>c"]
+    return write_jsonl(path, texts)
+
+
+def test_special_tokens_are_counted_and_their_reading_is_part_of_the_key(tmp_path: Path, trained: Path) -> None:
+    file, cache = marked(tmp_path / "c.jsonl"), tmp_path / "cache"
+    as_text = open_corpus(file, load_tokenizer(str(trained)), cache=cache)
+    as_tokens = open_corpus(file, load_tokenizer(str(trained), "tokens"), cache=cache)
+    for corpus in (as_text, as_tokens):
+        assert (corpus.meta.special_tokens, corpus.meta.special_texts, corpus.meta.documents) == (4, 3, 100)
+    # BOS and EOS of 100 documents, and what the texts hold.
+    assert [int((c.tokens == 2).sum()) for c in (as_text, as_tokens)] == [100, 102]
+    content, fingerprint = hashlib.sha256(file.read_bytes()).hexdigest(), load_tokenizer(str(trained)).fingerprint
+    # The key of release 0.1: its corpora stay valid.
+    old = hashlib.sha256(json.dumps([1, content, fingerprint, "text"]).encode()).hexdigest()[:32]
+    assert as_text.directory.name == old != as_tokens.directory.name
+
+
+def test_a_corpus_of_release_0_1_opens_without_counts(tmp_path: Path) -> None:
+    file, cache = marked(tmp_path / "c.jsonl"), tmp_path / "cache"
+    meta = open_corpus(file, load_tokenizer("byte"), cache=cache).directory / "meta.json"
+    raw = json.loads(meta.read_bytes())
+    for name in ("special_tokens", "special_texts", "added_tokens"):
+        del raw[name]
+    meta.write_text(json.dumps(raw))
+    again = open_corpus(file, load_tokenizer("byte"), cache=cache).meta
+    assert (again.special_tokens, again.documents) == (None, 100)
+
+
+def test_counts_survive_an_interrupted_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = marked(tmp_path / "c.jsonl")
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 8)
+
+    class Stopped(Exception):
+        pass
+
+    def stop_at_last_line(done: int, total: int) -> None:
+        if done == total:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        open_corpus(file, load_tokenizer("byte"), cache=tmp_path / "cache", progress=stop_at_last_line)
+    meta = open_corpus(file, load_tokenizer("byte"), cache=tmp_path / "cache").meta
+    assert (meta.special_tokens, meta.special_texts) == (4, 3)
+
+
+def test_check_counts_special_tokens_and_names_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = marked(tmp_path / "c.jsonl")
+    assert main(["check", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 special tokens in 3 texts\n" in printed
+    assert "warning: 3.0 % of the texts hold special tokens (4 in all)" in printed
+    assert 'set data.special_tokens to "tokens"' in printed
+    assert main(["check", str(file), "--special-tokens", "tokens", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["special_tokens"], found["special_texts"], found["warning"]) == (4, 3, None)
+    write_jsonl(file, ["plain"] * 99 + ["<|im_end|>"])
+    assert main(["check", str(file)]) == 0
+    assert "warning" not in capsys.readouterr().out

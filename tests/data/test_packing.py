@@ -108,6 +108,20 @@ def test_packing_document_by_hand(tmp_path: Path) -> None:
     assert batch.offsets.tolist() == [0, 4, 8, 11, 16, 16, 16]
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_attention_counts_the_squared_lengths_of_segments(packing: Packing, corpus: Corpus) -> None:
+    dataset = PackedDataset.open(corpus, max_seq_len=60, packing=packing)
+    squares = 0
+    for row in range(len(dataset)):
+        batch = dataset.batch([row])
+        if batch.segment_ids is None:
+            squares += (int(dataset.targets[row]) + 1) ** 2
+        else:
+            squares += sum(n**2 for segment, n in Counter(batch.segment_ids[0].tolist()).items() if segment)
+    assert dataset.attention_length == pytest.approx(squares / dataset.tokens)
+    assert dataset.attention_length < 61
+
+
 def test_offsets_count_padding_as_a_segment_and_keep_their_size(tmp_path: Path) -> None:
     dataset = PackedDataset.open(numbered(corpus_of([3, 3, 4, 6], tmp_path)), max_seq_len=9, packing="document")
     assert len(dataset) == 2

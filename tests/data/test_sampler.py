@@ -27,7 +27,7 @@ class Table:
 
     targets: npt.NDArray[np.int32]
 
-    def batch(self, part: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def batch(self, part: npt.NDArray[np.int64], min_rows: int) -> npt.NDArray[np.int64]:
         return part
 
 

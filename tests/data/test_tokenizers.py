@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,7 +18,17 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from tests.data.texts import docstrings, write_jsonl
 from trainyard.contract.tokenizer_info import SPECIAL_TOKENS, TokenizerInvalid, vocabulary_size
-from trainyard.worker.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, main, train_tokenizer
+from trainyard.worker.checkpoint.export import byte_level_tokenizer
+from trainyard.worker.data import tokenizers as module
+from trainyard.worker.data.tokenizers import (
+    MAX_WORD,
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    main,
+    split_long_words,
+    train_tokenizer,
+)
 
 NASTY = (
     "<|im_end|>",
@@ -174,14 +187,81 @@ def test_one_end_token_serves_for_both_as_in_gpt2(tmp_path: Path) -> None:
     assert loaded.vocab_size == 257
 
 
-def test_white_space_runs_stay_added_tokens_and_others_do_not(tmp_path: Path) -> None:
+def test_added_tokens_that_are_not_special_always_match(tmp_path: Path) -> None:
     tokenizer = bpe("<|endoftext|>")
     tokenizer.add_tokens(["    ", "<think>"])
-    loaded = saved(tokenizer, tmp_path)
-    (ids,) = loaded.encode_batch(["a    <think>"])
-    assert 257 in ids.tolist()
-    assert 258 not in ids.tolist()
-    assert loaded.decode(ids.tolist()) == "a    <think>"
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    text = "a    <think>b</think><|endoftext|>"
+    for mode, special in (("text", False), ("tokens", True)):
+        loaded = load_tokenizer(str(tmp_path), mode)  # type: ignore[arg-type]
+        (ids,) = loaded.encode_batch([text])
+        assert ids.tolist().count(257) == ids.tolist().count(258) == 1
+        assert (256 in ids.tolist()) is special
+        # What is decoded is the text, without the special tokens.
+        assert loaded.decode(ids.tolist()) == (text.removesuffix("<|endoftext|>") if special else text)
+
+
+MARKED = (
+    "<|im_start|>a text<|im_end|> <|im_start|>another one<|im_end|>",
+    "<|im_start|><|im_start|><|endoftext|>",
+    " <|im_end|>\n<|im_end|> <think>\n\n</think> gradient gradients ungradient <|im_end",
+    "<|im_start|>\u4e2d\u6587 \U0001f600<|im_end|>",
+    "plain text, no mark",
+    "",
+)
+
+
+def minimind_like(out: Path) -> Path:
+    """A tokenizer as MiniMind's: three special tokens, words that were added, one of which merges also make."""
+    train_tokenizer([*docstrings(10), "gradient\ngradients\n" * 500], 600, out)
+    tokenizer = tokenizers.Tokenizer.from_file(str(out / "tokenizer.json"))
+    assert tokenizer.token_to_id("gradient") is not None
+    tokenizer.add_tokens(["<think>", "</think>", "gradient"])
+    (out / "tokenizer.json").write_text(tokenizer.to_str())
+    return out
+
+
+def test_ids_are_those_of_the_library_and_of_minimind(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = minimind_like(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    minimind = transformers.AutoTokenizer.from_pretrained(folder)
+    chooser = random.Random(7)
+    words = [*MARKED, *docstrings(10)[:40], "<|im_start|>", "<|im_end|>", "<|endoftext|>", " ", "\n"]
+    texts = [*MARKED, *("".join(chooser.choices(words, k=6)) for _ in range(200))]
+    ids = [found.tolist() for found in load_tokenizer(str(folder), "tokens").encode_batch(texts)]
+    assert ids == [library.encode(text, add_special_tokens=False).ids for text in texts]
+    # MiniMind's PretrainDataset: the ids of the text, between BOS and EOS.
+    assert ids == [minimind(text, add_special_tokens=False).input_ids for text in texts]
+    assert {1, 2} < set(ids[0])
+
+
+def test_a_tokenizer_whose_merges_make_an_added_word_loads(tmp_path: Path) -> None:
+    loaded = load_tokenizer(str(minimind_like(tmp_path)))
+    assert round_trip(loaded, list(MARKED)) == list(MARKED)
+    assert loaded.matching == "added"
+    for ids in loaded.encode_batch(MARKED):
+        assert not {0, 1, 2} & set(ids.tolist())
+
+
+def test_a_special_token_that_merges_make_stays_out_of_reach(tmp_path: Path) -> None:
+    train_tokenizer([*docstrings(10), "gradient\ngradients\n" * 500], 600, tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["gradient"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    number = tokenizer.token_to_id("gradient")
+    texts = ["gradient", "gradients ungradient", "a gradient"]
+    hidden = load_tokenizer(str(tmp_path))
+    assert number not in {i for ids in hidden.encode_batch(texts) for i in ids.tolist()}
+    assert round_trip(hidden, texts) == texts
+    as_token = load_tokenizer(str(tmp_path), "tokens")
+    assert [ids.tolist() for ids in as_token.encode_batch(texts)] == [tokenizer.encode(text).ids for text in texts]
+
+
+@pytest.mark.parametrize("text", MARKED)
+def test_the_byte_tokenizer_reads_special_tokens_as_its_export_does(text: str) -> None:
+    (ids,) = load_tokenizer("byte", "tokens").encode_batch([text])
+    assert ids.tolist() == byte_level_tokenizer().encode(text, add_special_tokens=False).ids
 
 
 def test_what_is_added_around_texts_and_cut_or_padded_is_not(tmp_path: Path) -> None:
@@ -228,6 +308,31 @@ def test_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "1 bad line: line 2: not JSON" in printed.err
     assert "300 were requested" in printed.err
     assert load_tokenizer(str(out)).vocab_size < 300
+
+
+def test_an_unbroken_word_is_trained_on_in_parts() -> None:
+    random = Random(1)
+    word = "".join(random.choices("abcdefghij", k=100_000))
+    parts = list(split_long_words(f"a {word} b"))
+    assert "".join(parts) == f"a {word} b"
+    assert max(len(run) for part in parts for run in part.split()) <= MAX_WORD
+    assert list(split_long_words("a b\n")) == ["a b\n"], "an ordinary text stays whole, so its tokenizer is that of 0.1"
+    gap = list(split_long_words(" " * 2500))
+    assert [len(part) for part in gap] == [1000, 1000, 500]
+
+
+def test_command_prints_its_progress(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text('{"text": "some text of some words"}\n' * 3)
+    monkeypatch.setattr(module, "PROGRESS_SECONDS", 0.0)
+    handler = signal.getsignal(signal.SIGINT)
+    assert main(["train", str(corpus), "--vocab-size", "300", "--out", str(tmp_path / "t")]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("read 1 documents")
+    assert "read 3 documents, 100 % of the file" in lines
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 @pytest.mark.parametrize(

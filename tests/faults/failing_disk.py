@@ -16,10 +16,11 @@ from typing import Any
 from trainyard.contract.rundir import AttemptDir
 from trainyard.contract.status import Desired
 from trainyard.worker.agent.supervisor import Supervisor
-from trainyard.worker.agent.torchrun import ProcessTree
+from trainyard.worker.agent.torchrun import ProcessTree, become_subreaper
 
 
 def main(path: str, fails: str) -> None:
+    become_subreaper()
     attempt = AttemptDir(Path(path))
     torchrun = subprocess.Popen(["/bin/sleep", "100"])
     supervisor = Supervisor.of(attempt, ProcessTree(torchrun, ancestor=os.getpid()))

@@ -164,8 +164,26 @@ class Rank:
             case ["loader"]:
                 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(120)"
                 subprocess.Popen([sys.executable, "-S", "-c", deaf], start_new_session=True)
+            case ["compiler"]:
+                self.compile()
             case ["file", *_]:
                 wait_for_file(self.run.path / "go")
+
+    def compile(self) -> None:
+        """Wait for a compiler that a signal ends, as torch does. The label ``talks``: SIGUSR2 ends this rank too."""
+        compiler = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(120)"])
+
+        def fail(*_: object) -> None:
+            error = {"outcome": "failed", "reason": "spec_invalid", "step": 0, "message": "cannot be compiled here"}
+            write_json(self.attempt.outcome, error)
+            os._exit(1)
+
+        def print_stacks(*_: object) -> None:
+            print("the stacks", file=sys.stderr, flush=True)
+
+        signal.signal(signal.SIGUSR2, fail if "talks" in self.labels else print_stacks)
+        compiler.wait()
+        fail()
 
 
 def wait_for_file(path: Path) -> None:

@@ -162,6 +162,13 @@ def test_only_what_is_below_the_ancestor_is_ended(sleep: "subprocess.Popen[bytes
     assert sleep.wait(10) == -signal.SIGTERM
 
 
+def test_a_process_that_is_no_subreaper_cannot_end_all_below_it(sleep: "subprocess.Popen[bytes]") -> None:
+    """Such as this one: below it is what other tests have started."""
+    with pytest.raises(ValueError, match="call become_subreaper first"):
+        ProcessTree(sleep, ancestor=os.getpid())
+    assert sleep.poll() is None
+
+
 @pytest.fixture
 def sleep() -> Iterator["subprocess.Popen[bytes]"]:
     with subprocess.Popen(["/bin/sleep", "100"]) as process:

@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in (*PACKAGES, "src"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
-    for file in ("pyproject.toml", "README.md"):
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     run("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(source), cwd=folder)
@@ -86,6 +86,16 @@ def test_the_wheel_has_the_packages_below_one_name(wheel: Path) -> None:
     assert {f"trainyard/{package}/__init__.py" for package in PACKAGES} < names
     assert {"trainyard/__init__.py", "trainyard/py.typed", "trainyard/migrations/script.py.mako"} < names
     assert any(name.startswith("trainyard/service/dashboard/static/") for name in names)
+
+
+def test_the_wheel_has_the_license_that_it_names(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        text = archive.read(metadata).decode()
+        license_text = archive.read(metadata.replace("METADATA", "licenses/LICENSE")).decode()
+    assert "License-Expression: Apache-2.0" in text
+    assert "Apache License" in license_text
+    assert "[Apache License 2.0](LICENSE)" in (ROOT / "README.md").read_text()
 
 
 def test_the_wheel_has_no_tests_and_no_test_doubles(wheel: Path) -> None:

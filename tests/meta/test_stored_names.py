@@ -19,7 +19,7 @@ from trainyard.worker.training.nonfinite import NonFiniteCounters
 STORED = {
     AttemptPlacement: "engine_id state waiting_for nodes devices tailed",
     CorpusMeta: "content bytes tokenizer text_field vocab_size token_bytes documents tokens lines blank_lines bad_lines"
-    " named",
+    " named special_tokens special_texts added_tokens",
     Device: "id kind model memory_bytes memory_used_bytes processes strangers temperature_celsius",
     FileDigest: "bytes sha256",
     FileFingerprint: "bytes sha256",
@@ -31,10 +31,10 @@ STORED = {
     RuleState: "inside step total weight best best_step",
     RunIdentity: "model tokenizer corpus seed max_seq_len packing corpus_file vocabulary",
     RunState: "step tokens rows_per_step world_size identity data_offset base_step loss interval trouble scaler probe"
-    " torch_version version",
+    " unevaluated torch_version version",
 }
 
 
 @pytest.mark.parametrize("kind", STORED, ids=lambda kind: kind.__name__)
-def test_stored_names_are_those_of_release_0_1(kind: type) -> None:
+def test_stored_names_are_those_of_release_0_1_and_what_was_added(kind: type) -> None:
     assert list(kind.__annotations__) == STORED[kind].split()

@@ -57,6 +57,22 @@ def test_bfloat16_product_keeps_a_float32_loss() -> None:
     assert number((grad - expected).norm() / expected.norm()) < 0.01
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [(torch.bfloat16, 1 / 10_713), (torch.bfloat16, 1 / 3), (torch.float16, 2**16 / 10_713), (torch.float16, 70_000.0)],
+)
+def test_the_factor_of_the_loss_is_not_rounded(dtype: torch.dtype, factor: float) -> None:
+    grads = []
+    for scale in (1.0, factor):
+        hidden, weight, labels = inputs(300)
+        with torch.autocast("cpu", dtype):
+            total = cross_entropy_sum(hidden, weight * 2**-6, labels)
+        grads.append(torch.autograd.grad(scale * total, (hidden, weight)))
+    for plain, scaled in zip(*grads, strict=True):
+        found = number((plain * scaled).sum() / (plain * plain).sum())  # least squares: single roundings average out
+        assert found == pytest.approx(factor, rel=1e-4), "it reaches the head and the body alike"
+
+
 def test_without_grad_nothing_is_kept() -> None:
     hidden, weight, labels = inputs(20)
     with torch.no_grad():

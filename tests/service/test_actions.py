@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.lr_schedule import LRSchedule, lr_at
 from trainyard.contract.status import JobStatus, Reason
 
 
@@ -49,7 +50,7 @@ def test_no_such_job(rig: ServiceHarness, verb: str) -> None:
 def test_bodies_are_read_strictly(rig: ServiceHarness, verb: str) -> None:
     job_id, _ = rig.running()
     refused = rig.post_action(job_id, verb, {"gently": True}, status=422)
-    there = "those here are epochs, max_steps, resources, step" if verb == "resume" else "there are none here"
+    there = "those here are epochs, max_steps, resources, step, schedule" if verb == "resume" else "there are none here"
     assert refused["errors"] == [{"pointer": "/gently", "message": f"is not a field; {there}"}]
     assert rig.status(job_id) is JobStatus.RUNNING
     rig.post_action(job_id, verb, [1], status=422)
@@ -94,6 +95,7 @@ def test_resume_changes_what_it_may(any_rig: ServiceHarness) -> None:
         ({"resources": 5}, ["/resources"]),
         ({"resources": {"nproc_per_node": 9}}, ["/resources/nproc_per_node"]),
         ({"resources": {"nprocs": 1}}, ["/resources/nprocs"]),
+        ({"schedule": "jump"}, ["/schedule"]),
         ({"step": "x"}, ["/step"]),
         ({"step": True}, ["/step"]),
         ({"step": -1}, ["/step"]),
@@ -108,6 +110,55 @@ def test_resume_refuses_what_it_may_not(rig: ServiceHarness, body: dict[str, Any
     refused = rig.post_action(job_id, "resume", body, status=422)
     assert [e["pointer"] for e in refused["errors"]] == pointers
     assert rig.status(job_id) is JobStatus.PAUSED
+
+
+LONGER = [({"max_steps": 40}, 40), ({"epochs": 3}, 30)]
+
+
+@pytest.mark.parametrize(("more", "steps"), LONGER)
+def test_a_longer_run_says_its_rate_before_and_after(any_rig: ServiceHarness, more: dict[str, int], steps: int) -> None:
+    job_id = paused(any_rig, training={"learning_rate": 0.01})
+    job = any_rig.post_action(job_id, "resume", more)
+    expected = [pytest.approx(lr_at(5, 10, 0.01)), pytest.approx(lr_at(6, steps, 0.01))]
+    event = any_rig.data(job_id, "events")[-1]
+    for answer in (job, job["plan"], event["data"]):
+        assert [answer["learning_rate_before"], answer["learning_rate_after"]] == expected
+    assert event["message"].endswith(
+        f"; the learning rate is {lr_at(5, 10, 0.01):.3g} before and {lr_at(6, steps, 0.01):.3g} after"
+    )
+    assert job["plan"]["steps"] == steps
+    assert job["spec"]["training"]["continued_at"] == []
+
+
+@pytest.mark.parametrize(("more", "steps"), LONGER)
+def test_a_longer_run_may_decay_on_from_its_present_rate(
+    any_rig: ServiceHarness, more: dict[str, int], steps: int
+) -> None:
+    job_id = paused(any_rig, training={"learning_rate": 0.01})
+    job = any_rig.post_action(job_id, "resume", {**more, "schedule": "continue"})
+    schedule = LRSchedule(0.01, 0.1, steps, continued_at=((5, 10),))
+    assert job["learning_rate_before"] == pytest.approx(lr_at(5, 10, 0.01))
+    assert job["learning_rate_after"] == pytest.approx(schedule.at(6))
+    assert 0.98 * job["learning_rate_before"] < job["learning_rate_after"] < job["learning_rate_before"]
+    attempt = any_rig.next_attempt(job_id, 2, start_step=5, steps=steps)
+    assert attempt.launch.spec.training.continued_at == [(5, 10)]
+    for step in (6, 15):
+        attempt.metric(step)
+    any_rig.checkpoint(job_id, attempt, 15)
+    any_rig.post_action(job_id, "pause")
+    any_rig.exit(attempt, "stopped", Reason.USER, step=15)
+    again = any_rig.post_action(job_id, "resume")
+    assert again["spec"]["training"]["continued_at"] == [[5, 10]], "a resume without more steps keeps the schedule"
+    assert again["learning_rate_after"] == pytest.approx(schedule.at(16))
+    assert "learning rate" not in any_rig.data(job_id, "events")[-1]["message"]
+
+
+def test_without_a_checkpoint_there_is_no_rate_before(rig: ServiceHarness) -> None:
+    job_id, attempt = rig.running()
+    rig.exit(attempt, "failed", Reason.DATA_INVALID)
+    job = rig.post_action(job_id, "resume", {"epochs": 2, "schedule": "continue"})
+    assert (job["learning_rate_before"], job["learning_rate_after"]) == (None, None)
+    assert job["spec"]["training"]["continued_at"] == []
 
 
 def saved_at(rig: ServiceHarness, *steps: int) -> str:

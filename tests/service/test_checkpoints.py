@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
@@ -258,3 +259,17 @@ def test_what_cannot_be_renamed_stays(rig: ServiceHarness, monkeypatch: pytest.M
     answer = rig.client.delete(f"/jobs/{job_id}/checkpoints/10")
     assert (answer.status_code, answer.json()["detail"]) == (409, "It cannot be removed: Permission denied.")
     assert len(rig.data(job_id, "checkpoints")) == 2
+
+
+def test_a_page_is_not_empty_while_more_follow(any_rig: ServiceHarness) -> None:
+    job_id, attempt = any_rig.running()
+    paths = {step: any_rig.checkpoint(job_id, attempt, step) for step in range(1, 8)}
+    any_rig.ship(attempt)
+    for step in (7, 6, 5, 3, 1):  # by hand
+        shutil.rmtree(paths[step])
+    first = any_rig.get(f"/jobs/{job_id}/checkpoints", limit=1)
+    assert ([row["step"] for row in first["data"]], first["has_more"]) == ([4], True)
+    second = any_rig.get(f"/jobs/{job_id}/checkpoints", limit=2, after=first["data"][0]["id"])
+    assert ([row["step"] for row in second["data"]], second["has_more"]) == ([2], False)
+    shutil.rmtree(paths[2])
+    assert any_rig.get(f"/jobs/{job_id}/checkpoints", limit=1, after=first["data"][0]["id"])["data"] == []

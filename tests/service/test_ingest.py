@@ -1,11 +1,15 @@
 """Ingest: each reported line once and in order; an invalid line does not block the next one."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
+import httpx2
 import pytest
 
 from tests.service.harness import ServiceHarness, in_threads
+from trainyard.contract.attempt_proof import ANSWER_HEADER, RequestProof, key_of
+from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.status import JobStatus, Reason
 from trainyard.service.ingest.parsing import contiguous, parse_event
 
@@ -67,7 +71,7 @@ def test_a_line_that_cannot_be_read_is_kept_as_a_warning(any_rig: ServiceHarness
 def test_texts_that_no_database_takes_are_mended(any_rig: ServiceHarness, text: str) -> None:
     rig = any_rig
     job_id, attempt = rig.running()
-    attempt.say("sample", step=1, prompt=text, text=text)
+    attempt.say("sample", step=1, prompt=text, text=text, note="at most 9 new tokens")
     attempt.say("warning", code="c", message=text, data={text: [text]})
     attempt.say("checkpoint", step=1, path=f"/{text}", bytes=1, sha256="a")
     attempt.say("phase", phase="saving", message=text)
@@ -75,6 +79,7 @@ def test_texts_that_no_database_takes_are_mended(any_rig: ServiceHarness, text: 
     sample = rig.data(job_id, "samples")[0]
     assert len(sample["text"]) == min(len(text), 100_000)
     assert "\0" not in sample["text"]
+    assert sample["note"] == "at most 9 new tokens"
     rig.job(job_id)
 
 
@@ -88,6 +93,39 @@ def test_numbers_that_are_not_finite(any_rig: ServiceHarness) -> None:
     found = rig.data(job_id, "metrics")
     assert [(m["loss"], m["nonfinite"]) for m in found] == [(None, True)] * 3
     assert rig.job(job_id)["progress"]["nonfinite"] is True
+
+
+def test_an_agent_and_the_service_prove_themselves_without_the_token(any_rig: ServiceHarness) -> None:
+    rig = any_rig
+    job_id, attempt = rig.running()
+    attempt_id, token = attempt.launch.attempt_id, attempt.launch.token
+    attempt.metric(1)
+    body = json.dumps({"events": attempt.lines}).encode()
+    proof = RequestProof.of(token, f"{attempt_id}/events", body)
+
+    def post(resource: str, content: bytes, authorization: str) -> httpx2.Response:
+        headers = {"Authorization": authorization, "Content-Type": "application/json"}
+        return rig.client.post(f"/internal/attempts/{attempt_id}/{resource}", content=content, headers=headers)
+
+    other_body = body.replace(b'"step": 1', b'"step": 9')
+    assert other_body != body
+    for rejected in (
+        post("events", other_body, proof.header),
+        post("exit", body, proof.header),
+        post("events", body, RequestProof.of("a guess", f"{attempt_id}/events", body).header),
+        post("events", body, proof.header[:-2]),
+    ):
+        assert (rejected.status_code, rejected.json()["code"]) == (401, "unauthorized")
+        assert ANSWER_HEADER not in rejected.headers
+    assert rig.data(job_id, "metrics") == []
+    answer = post("events", body, proof.header)
+    assert answer.status_code == 200, answer.text
+    assert proof.is_answered_by(key_of(token), answer.headers[ANSWER_HEADER], answer.content)
+    assert [point["step"] for point in rig.data(job_id, "metrics")] == [1]
+    # Agents of 0.1 send the token itself, and expect no proof.
+    of_old = rig.report(attempt, "heartbeat", {"step": 1})
+    assert of_old.status_code == 200
+    assert ANSWER_HEADER not in of_old.headers
 
 
 def test_a_token_reports_only_its_own_attempt(any_rig: ServiceHarness) -> None:
@@ -263,6 +301,20 @@ def test_phases_are_told(rig: ServiceHarness) -> None:
     assert job["summary"] == "Corpus.jsonl, line 7: not JSON."
 
 
+def test_an_evaluation_done_by_the_next_attempt_takes_the_place_of_its_step(any_rig: ServiceHarness) -> None:
+    job_id, first = any_rig.running()
+    for step in (2, 4):
+        first.metric(step)
+    any_rig.exit(first, "crashed", Reason.WORKER_CRASHED, step=4)
+    any_rig.post_action(job_id, "resume")
+    second = any_rig.next_attempt(job_id, 2, start_step=4)
+    second.metric(4, eval_loss=2.5)
+    second.metric(6)
+    any_rig.ship(second)
+    points = [(point["step"], point["attempt"], point["eval_loss"]) for point in any_rig.data(job_id, "metrics")]
+    assert points == [(2, 1, None), (4, 2, 2.5), (6, 2, None)]
+
+
 def test_agents_of_one_job_at_once(any_rig: ServiceHarness) -> None:
     """The same lines from many threads: each is stored once."""
     job_id, attempt = any_rig.running()
@@ -282,3 +334,22 @@ def test_contiguous_is_pure() -> None:
 def test_a_naive_time_is_utc() -> None:
     event = parse_event({"kind": "sample", "seq": 1, "step": 1, "prompt": "", "text": "", "at": "2026-01-01T00:00:00"})
     assert event.at.isoformat() == "2026-01-01T00:00:00+00:00"
+
+
+def test_a_file_that_changed_while_the_job_was_queued_is_in_job_and_event(rig: ServiceHarness) -> None:
+    job_id, attempt = rig.running()
+    was = FileFingerprint.of(rig.corpus)
+    (started,) = attempt.lines
+    unchanged = {"data_path": asdict(was), "eval_data_path": {"bytes": 1, "sha256": "b"}}
+    attempt.lines = [{**started, "seq": 2, "inputs": unchanged}]
+    rig.ship(attempt)
+    before = {alert["code"] for alert in rig.job(job_id)["alerts"]}
+    assert "inputs_changed" not in before
+    attempt.lines = [{**started, "seq": 3, "inputs": {"data_path": {"bytes": was.bytes + 5, "sha256": "c"}}}]
+    rig.ship(attempt)
+    message = next(alert["message"] for alert in rig.job(job_id)["alerts"] if alert["code"] == "inputs_changed")
+    assert f"data_path ({was.bytes:,} bytes then, {was.bytes + 5:,} now)" in message
+    assert message in [event["message"] for event in rig.data(job_id, "events") if event["kind"] == "warning"]
+    # A line that is no fingerprint is kept as a warning, and the lines after it are stored.
+    attempt.lines = [{**started, "seq": 4, "inputs": {"data_path": {"bytes": "x"}}}]
+    assert rig.ship(attempt)["acked"] == 4

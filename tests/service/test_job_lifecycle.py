@@ -1,10 +1,12 @@
 """The lifecycle of a job as a user sees it, on both databases."""
 
 import itertools
+import json
 
 import pytest
 
 from tests.service.harness import ServiceHarness, path_of
+from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import JobStatus, Reason, can_transition
 
 
@@ -232,6 +234,35 @@ def test_delete_removes_record_and_files(any_rig: ServiceHarness) -> None:
         assert rig.get(f"/jobs/{job_id}{what}", expect=404)["code"] == "job_not_found"
     assert rig.client.delete(f"/jobs/{job_id}").status_code == 404
     assert rig.report(attempt, "heartbeat", {}).status_code == 401
+
+
+def test_resume_may_change_save_dir_and_delete_removes_both(rig: ServiceHarness) -> None:
+    old, new = rig.home / "kept", rig.home / "larger"
+    new.mkdir()
+    job_id, attempt = rig.running(checkpoint={"save_dir": str(old)})
+    rig.exit(attempt, "failed", Reason.DISK_FULL, step=3)
+    changed = rig.post_action(job_id, "resume", {"save_dir": str(new)})
+    assert changed["spec"]["checkpoint"]["save_dir"] == str(new)
+    changes = [(event["data"] or {}).get("changes") for event in rig.data(job_id, "events")]
+    assert ["/checkpoint/save_dir"] in changes
+    rig.post_action(job_id, "cancel")
+    # The files are moved by the next attempt, which never came.
+    directory = RunDir(rig.home / "runs" / job_id).attempt(1)
+    directory.path.mkdir(parents=True)
+    directory.spec.write_text(json.dumps({"checkpoint": {"save_dir": str(old)}}))
+    for folder in (old, new):
+        (folder / job_id / "checkpoints").mkdir(parents=True)
+    assert rig.client.delete(f"/jobs/{job_id}").status_code == 204
+    assert [list(folder.iterdir()) for folder in (old, new)] == [[], []]
+
+
+@pytest.mark.parametrize("save_dir", ["/outside", "relative", 3, "/etc/passwd/x"])
+def test_resume_refuses_a_save_dir_as_submit_does(rig: ServiceHarness, save_dir: object) -> None:
+    job_id, attempt = rig.running()
+    rig.exit(attempt, "failed", Reason.DISK_FULL, step=3)
+    refused = rig.client.post(f"/jobs/{job_id}/resume", json={"save_dir": save_dir})
+    assert (refused.status_code, refused.json()["errors"][0]["pointer"]) == (422, "/save_dir"), refused.text
+    assert rig.job(job_id)["status"] == "failed"
 
 
 def test_delete_removes_what_was_kept_in_save_dir_and_nothing_else(rig: ServiceHarness) -> None:

@@ -266,6 +266,32 @@ def test_the_end_of_an_attempt_that_made_room(
         assert ending.message == "it ended, to make room for job_front; it resumes automatically"
 
 
+@pytest.mark.parametrize("status", [JobStatus.STARTING, JobStatus.RUNNING])
+@pytest.mark.parametrize(
+    ("outcome", "reason", "becomes", "why", "again"),
+    [
+        ("stopped", None, JobStatus.INTERRUPTED, Reason.TERMINATED, True),
+        ("killed", Reason.HUNG, JobStatus.INTERRUPTED, Reason.TERMINATED, True),
+        ("completed", None, JobStatus.SUCCEEDED, None, False),
+        ("crashed", Reason.WORKER_CRASHED, JobStatus.INTERRUPTED, Reason.WORKER_CRASHED, False),
+        ("failed", Reason.DIVERGED, JobStatus.FAILED, Reason.DIVERGED, False),
+    ],
+)
+def test_the_end_of_an_attempt_whose_service_stops(
+    status: JobStatus, outcome: str, reason: Reason | None, becomes: JobStatus, why: Reason | None, again: bool
+) -> None:
+    ending = after_exit(status, report(outcome, reason), RestartHistory(), 3, service_stops=True)
+    assert (ending.status, ending.reason, ending.requeue) == (becomes, why, again)
+    if again:
+        assert ending.restarts == 0
+        assert ending.message.endswith("; it resumes when the service starts")
+
+
+def test_a_pause_stays_a_pause_while_the_service_stops() -> None:
+    ending = after_exit(JobStatus.PAUSING, report("stopped", None), RestartHistory(), 3, service_stops=True)
+    assert (ending.status, ending.requeue) == (JobStatus.PAUSED, False)
+
+
 def test_a_user_may_still_have_their_way_with_a_job_that_makes_room() -> None:
     pausing = JobState(JobStatus.PAUSING, Desired.PAUSE, attempts=1, preempted=True)
     assert decide("pause", pausing) == Transition(None, Desired.PAUSE)

@@ -13,6 +13,8 @@ from tests.service.conftest import MakeHarness
 from tests.service.harness import ServiceHarness
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
+from trainyard.model.config import ModelConfig
+from trainyard.model.costs import flops_per_token
 from trainyard.service.devices.inventory import Device
 from trainyard.service.devices.memory import disk_free, host_memory
 from trainyard.service.planning import corpus_sample as glances
@@ -125,6 +127,26 @@ def test_a_vocabulary_is_used_by_its_longest_matches(tmp_path: Path) -> None:
 # The size, against the worker's own
 
 
+def test_special_tokens_are_counted_and_their_remedy_is_in_the_warning(rig: ServiceHarness, tmp_path: Path) -> None:
+    from trainyard.worker.data.corpus import open_corpus
+    from trainyard.worker.data.tokenizers import load_tokenizer
+
+    path = Path(rig.spec()["data"]["data_path"]).parent / "marked.jsonl"
+    texts = ["plain"] * 20 + ["<|im_start|>a<|im_end|> <|im_start|>b<|im_end|>"] * 20
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    as_text = plan(rig, data={"data_path": str(path)})
+    assert (as_text["special_tokens"], as_text["special_texts"]) == (80, 20)
+    (warning,) = [text for text in as_text["warnings"] if "special tokens" in text]
+    assert warning.startswith("50.0 % of the texts hold special tokens (80 in all)")
+    assert 'set data.special_tokens to "tokens"' in warning
+    as_tokens = plan(rig, data={"data_path": str(path), "special_tokens": "tokens"})
+    assert not [text for text in as_tokens["warnings"] if "special tokens" in text]
+    # The byte tokenizer's counts are exact.
+    modes: tuple[Any, ...] = ("text", "tokens")
+    counts = [open_corpus(path, load_tokenizer("byte", mode), cache=tmp_path / "cache").meta.tokens for mode in modes]
+    assert [as_text["tokens"], as_tokens["tokens"]] == counts
+
+
 @pytest.mark.parametrize("packing", ["document", "none"])
 @pytest.mark.parametrize("seq_len", [64, 340])
 def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any, seq_len: int) -> None:
@@ -144,6 +166,7 @@ def test_the_estimate_is_near_what_the_worker_finds(tmp_path: Path, packing: Any
     assert size is not None
     assert (size.tokens, size.documents) == (corpus.meta.tokens, corpus.meta.documents)
     assert size.targets == rows.tokens
+    assert size.attention_length == pytest.approx(rows.attention_length)
     assert size.samples == pytest.approx(len(rows), rel=0.05)
     assert packing == "document" or size.samples == len(rows)
 
@@ -185,13 +208,29 @@ def test_steps_follow_epochs_or_max_steps() -> None:
 # Warnings
 
 
-SIZE = RunSize(documents=100, tokens=10_000, bad_lines=0, samples=1000, targets=9000, steps_per_epoch=10, steps=2000)
+SIZE = RunSize(
+    documents=100,
+    tokens=10_000,
+    bad_lines=0,
+    samples=1000,
+    targets=9000,
+    steps_per_epoch=10,
+    steps=2000,
+    attention_length=100.0,
+)
 HERE = HostCapacity("cpu", 1 << 30, 8 << 30, 1 << 20, 1 << 40)
 
 
 def sentences(size: RunSize | None = SIZE, here: HostCapacity = HERE, **groups: Any) -> list[str]:
-    spec = {"data": {"data_path": "x"}, "resources": {"device": "cpu"}, **groups}
+    spec = {"data": {"data_path": "x", "tokenizer_path": "byte"}, "resources": {"device": "cpu"}, **groups}
     return warnings(JobSpec.model_validate(spec), size, here)
+
+
+def test_bytes_are_warned_of_unless_they_were_named(rig: ServiceHarness) -> None:
+    assert any("tokenizer_path was not given" in text for text in plan(rig)["warnings"])
+    data = {**rig.spec()["data"], "tokenizer_path": "byte"}
+    named = plan(rig, data=data)["warnings"]
+    assert not any("tokenizer_path" in text for text in named)
 
 
 def test_nothing_to_say() -> None:
@@ -281,6 +320,8 @@ def test_a_plan_is_complete_and_stores_nothing(any_rig: ServiceHarness) -> None:
         assert found[name] > 0, name
     assert found["active_parameters"] == found["parameters"]
     assert found["steps"] == found["steps_per_epoch"] == math.ceil(found["samples"] / 8)
+    whole_rows = flops_per_token(ModelConfig(vocab_size=259), 340)
+    assert found["flops_per_token"] < whole_rows, "the documents are shorter than the sequences they are packed into"
     assert found["flops"] == pytest.approx(found["flops_per_token"] * found["tokens_per_step"] * found["steps"])
     assert found["expected_first_loss"] == pytest.approx(math.log(259))
     assert (found["eta_seconds"], found["eta_basis"], found["world_size"]) == (None, None, 1)

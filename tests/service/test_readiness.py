@@ -53,6 +53,25 @@ def test_no_scheduler(rig: ServiceHarness) -> None:
     assert told(rig, 503)["database"] == (True, "answers")
 
 
+def test_a_service_that_waits_for_its_runs_takes_no_more_work(live: ServiceHarness) -> None:
+    """They save and end, and keep their place: it starts nothing, and its successor continues with the same job."""
+    running, attempt = live.running()
+    live.scheduler.stop_launching()
+    assert told(live, 503)["scheduler"] == (False, "the service is stopping: its runs save first")
+    waiting = live.submit()
+    live.exit(attempt, "stopped", step=7)
+    live.reconcile()
+    assert [live.status(job) for job in (running, waiting)] == ["queued", "queued"]
+    job = live.job(running)
+    assert (job["reason"], job["progress"]["step"]) == ("terminated", 7)
+    assert job["message"] == "stopped at step 7, because the service stops; it resumes when the service starts"
+    after = live.restart()
+    after.reconcile()
+    assert after.status(running) == "starting"
+    assert after.data(running, "attempts")[-1]["trigger"] == "restart"
+    after.close()
+
+
 def test_a_scheduler_that_hangs(live: ServiceHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(live.scheduler), "seconds_since_round", property(lambda _: MAX_ROUND_SECONDS + 1))
     assert told(live, 503)["scheduler"] == (False, "has not finished a round for 61 s")

@@ -86,6 +86,9 @@ def test_a_life(start: Callable[..., Process]) -> None:
     assert httpx2.get(f"{url}/jobs").json() == {"object": "list", "data": [], "has_more": False}
     assert "server" not in httpx2.get(f"{url}/jobs").headers
     assert service.end() == 0, "a clean end"
+    *_, stopping, stopped = service.said().splitlines()
+    assert stopping.endswith("stopping signal=SIGTERM")
+    assert stopped.endswith(" stopped")
 
 
 def test_it_ends_cleanly_with_streams_open(start: Callable[..., Process]) -> None:
@@ -99,6 +102,13 @@ def test_it_ends_cleanly_with_streams_open(start: Callable[..., Process]) -> Non
         assert "event: end" not in "".join(stream.iter_text()), "cut, so that its reader comes again"
     assert service.process.wait(DEADLINE) == 0
     assert "Traceback" not in service.said()
+
+
+def test_a_stop_in_a_container_without_runs_is_as_quick_and_as_clean(start: Callable[..., Process]) -> None:
+    service = start(TRAINYARD_ON_STOP="save")
+    service.url()
+    assert service.end() == 0
+    assert service.said().splitlines()[-1].endswith(" stopped")
 
 
 def test_a_successor_waits_for_its_predecessor(start: Callable[..., Process]) -> None:

@@ -83,6 +83,7 @@ def test_every_mistake_has_its_line() -> None:
         "TRAINYARD_CPU_SLOTS": "few",
         "TRAINYARD_DATABASE_URL": "mysql://root:secret@host/name",
         "TRAINYARD_LOG_LEVEL": "loud",
+        "TRAINYARD_ON_STOP": "pause",
         "TRAINYARD_PREEMPTION": "yes",
         "TRAINYARD_LAUNCHER": "slurm",
         "TRAINYARD_SLURM": "on",
@@ -97,6 +98,7 @@ def test_every_mistake_has_its_line() -> None:
     assert rest == [
         "TRAINYARD_CPU_SLOTS must be a whole number",
         "TRAINYARD_PORT or --port must be 0 to 65535; 0 picks a free one",
+        "TRAINYARD_ON_STOP must be leave or save",
         "TRAINYARD_PREEMPTION must be off or on",
         "TRAINYARD_LOG_LEVEL must be debug or error or info or warning",
         "TRAINYARD_SLURM_QOS is not what sbatch takes",
@@ -111,6 +113,15 @@ def test_only_the_environment_that_is_given_is_read(monkeypatch: pytest.MonkeyPa
     assert Settings.read({}).port == 8000
     lower_case = {"port": "9", "trainyard_port": "9", "slurm": "on", "token": "x"}
     assert Settings.read(lower_case) == Settings.read({})
+
+
+@pytest.mark.parametrize(("container", "default"), [(False, "leave"), (True, "save")])
+def test_runs_are_saved_at_the_end_of_a_container(
+    monkeypatch: pytest.MonkeyPatch, container: bool, default: str
+) -> None:
+    monkeypatch.setattr("trainyard.service.settings.in_container", lambda: container)
+    assert Settings.read({}).on_stop == default
+    assert {Settings.read({"TRAINYARD_ON_STOP": word}).on_stop for word in ("leave", "save")} == {"leave", "save"}
 
 
 def test_names_it_is_known_by() -> None:

@@ -15,6 +15,7 @@ from tests.service.harness import ServiceHarness
 from tests.service.live_server import DEADLINE, Reader, served
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import Reason
+from trainyard.service import descriptors
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import MetricRow
 from trainyard.service.logs.reader import read_growing
@@ -159,7 +160,7 @@ def test_bad_questions(rig: ServiceHarness, open_sqlite: Open, path: str, header
 
 
 def test_too_many_readers_are_told_so(rig: ServiceHarness, open_sqlite: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broadcaster, "MAX_READERS", 2)
+    monkeypatch.setattr(descriptors, "MAX_STREAMS", 2)
     path = f"/jobs/{rig.submit()}/metrics/stream"
     readers_ = [open_sqlite(path) for _ in range(3)]
     assert [reader.status for reader in readers_] == [200, 200, 429]

@@ -1,5 +1,6 @@
 """POST /jobs: every mistake at once, each job launched once, no value echoed."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -112,7 +113,21 @@ def test_devices_that_are_not_there(rig: ServiceHarness, make_rig: MakeHarness, 
     assert list(mistakes(two, two.spec(resources={"device": "cuda:2"}))) == ["/resources/device"]
     named = two.spec(resources={"device": "cuda:1", "nproc_per_node": 2})
     assert list(mistakes(two, named)) == ["/resources/nproc_per_node"]
+    # MiniMind's default, written out: with several ranks each one has its own device.
+    every = two.job(two.submit(resources={"device": "cuda:0", "nproc_per_node": 2}))
+    assert every["spec"]["resources"]["device"] == "cuda"
     two.close()
+
+
+def test_the_local_user_gets_the_folders_and_the_command_of_the_service(
+    rig: ServiceHarness, make_rig: MakeHarness, sqlite_url: str
+) -> None:
+    spec = rig.spec(checkpoint={"save_dir": "/elsewhere/out"})
+    roots = rig.client.post("/jobs", json=spec).json()["roots"]
+    assert roots["settings"]["TRAINYARD_SAVE_ROOTS"] == [str(root) for root in rig.settings.save_roots]
+    assert roots["command"][:3] == ["trainyard", "serve", "--home"]
+    wrong = rig.client.post("/jobs", json=rig.spec(training={"epochs": 0})).json()
+    assert "roots" not in wrong
 
 
 def test_more_memory_than_there_is(rig: ServiceHarness, make_rig: MakeHarness, sqlite_url: str) -> None:
@@ -240,7 +255,25 @@ def test_weights_to_start_from(rig: ServiceHarness) -> None:
     rig.job(rig.submit(training={"from_weight": str(directory)}))
     job = rig.job(rig.submit(training={"from_weight": str(weights)}))
     assert job["spec"]["training"]["from_weight"] == str(weights)
-    assert rig.job(rig.submit(training={"from_weight": "pretrain"}))["spec"]["training"]["from_weight"] == "pretrain"
+
+
+def test_a_name_of_weights_is_checked_at_submit(rig: ServiceHarness) -> None:
+    save_dir = rig.home / "saves"
+    named: dict[str, Any] = {"training": {"from_weight": "pretrain"}, "checkpoint": {"save_dir": str(save_dir)}}
+    assert "/training/from_weight" in mistakes(rig, rig.spec(**named))
+    assert "/training/from_weight" in mistakes(rig, rig.spec(training={"from_weight": "pretrain"}))
+    # What an earlier job wrote is found, for the model's own size alone.
+    (save_dir / "job_1" / "out").mkdir(parents=True)
+    (save_dir / "job_1" / "out" / "pretrain_512.pth").touch()
+    job_id = rig.submit(**named)
+    assert rig.job(job_id)["spec"]["training"]["from_weight"] == "pretrain"
+    assert (
+        "_640_moe.pth"
+        in mistakes(rig, rig.spec(**named, model={"hidden_size": 640, "use_moe": True}))["/training/from_weight"]
+    )
+    # A job that was submitted can still be changed when the weights are gone.
+    (save_dir / "job_1" / "out" / "pretrain_512.pth").unlink()
+    assert rig.client.patch(f"/jobs/{job_id}", json={"priority": 3}).status_code == 200
 
 
 def tokenizer(directory: Path, text: str) -> str:
@@ -399,3 +432,32 @@ def test_a_key_is_free_again_once_its_job_is_deleted(any_rig: ServiceHarness) ->
     any_rig.client.delete(f"/jobs/{first}")
     second = any_rig.client.post("/jobs", json=any_rig.spec(), headers=headers)
     assert (second.status_code, second.json()["id"] != first) == (201, True)
+
+
+def test_epochs_beside_max_steps_is_in_plan_job_and_event(rig: ServiceHarness) -> None:
+    for training in ({"epochs": 3, "max_steps": 94}, {"epochs": 1, "max_steps": 94}):
+        spec = rig.spec(training=training, resources={"device": "cpu"})
+        warnings = rig.client.post("/jobs/plan", json=spec).json()["warnings"]
+        job_id = rig.submit(training=training, resources={"device": "cpu"})
+        (alert,) = rig.job(job_id)["alerts"]
+        expected = f"epochs {training['epochs']} is ignored, because max_steps is set: the run ends after 94 steps"
+        assert alert["message"] == expected
+        assert expected in warnings
+        events = rig.client.get(f"/jobs/{job_id}/events").json()["data"]
+        assert [event["message"] for event in events if event["kind"] == "warning"] == [expected]
+    for alone in ({"epochs": 3}, {"max_steps": 94}):
+        assert rig.job(rig.submit(training=alone, resources={"device": "cpu"}))["alerts"] == []
+
+
+def test_the_tokens_around_documents_are_in_the_plan(rig: ServiceHarness) -> None:
+    spec = rig.spec()
+    assert rig.client.post("/jobs/plan", json=spec).json()["bos_token"] == "<|im_start|>"
+    folder = rig.home / "gpt2"
+    folder.mkdir()
+    vocabulary = {
+        "model": {"vocab": {"a": 0}},
+        "added_tokens": [{"id": 1, "content": "<|endoftext|>", "special": True}],
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
+    plan = rig.client.post("/jobs/plan", json=rig.spec(data={**spec["data"], "tokenizer_path": str(folder)})).json()
+    assert (plan["bos_token"], plan["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")

@@ -34,7 +34,7 @@ def test_a_token_s_life(command: Command, rig: ServiceHarness) -> None:
     code, listed, _ = command("token", "list")
     assert listed.splitlines()[1].split()[:2] == ["ci", "submit"]
     assert token not in listed
-    assert command("token", "revoke", "ci")[0] == 0
+    assert command("token", "revoke", "ci", "-y")[0] == 0
     assert command("list", "--token", token)[0] == 4
     assert "revoked" in command("token", "list")[1]
     assert command("token", "rotate", "ci")[0] == 1
@@ -47,7 +47,7 @@ def test_as_json_and_who_submitted(command: Command, rig: ServiceHarness) -> Non
     assert (made["scope"], made["expires_at"]) == ("read", None)
     assert json.loads(command("token", "rotate", "ci", "--json")[1])["token"] != made["token"]
     assert json.loads(command("token", "limit", "ci", "--json")[1])["max_jobs"] is None
-    assert json.loads(command("token", "revoke", "ci", "--json")[1]) == {"name": "ci", "revoked": True}
+    assert json.loads(command("token", "revoke", "ci", "-y", "--json")[1]) == {"name": "ci", "revoked": True}
     job_id = rig.submit()
     assert re.search(r"submitted +by local", command("show", job_id)[1])
 
@@ -56,7 +56,7 @@ def test_wrong_usage(command: Command) -> None:
     assert command("token", "create", "a b")[0] == 1
     assert command("token", "create", "ci", "--scope", "root")[0] == 2
     assert command("token", "create", "ci", "--expires-in", "soon")[0] == 2
-    assert command("token", "revoke", "nobody-knows")[0] == 1
+    assert command("token", "revoke", "nobody-knows", "-y")[0] == 1
     assert [tokens.parse_duration(text) for text in ("90", "90s", "5min", "12h", "2D")] == [90, 90, 300, 43200, 172800]
     with pytest.raises(UsageError, match="12h"):
         tokens.parse_duration("-5")

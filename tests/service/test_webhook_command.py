@@ -55,7 +55,7 @@ def test_a_life(command: Command, rig: ServiceHarness, receiver: Receiver) -> No
     code, out, _ = command("webhook", "show", webhook_id)
     assert receiver.url in out
     assert "job.created" in out
-    assert command("webhook", "delete", webhook_id)[0] == 0
+    assert command("webhook", "delete", webhook_id, "-y")[0] == 0
     assert "no webhooks" in command("webhook", "list")[2]
     assert command("webhook", "show", webhook_id)[0] == 1
 

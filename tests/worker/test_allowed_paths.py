@@ -191,3 +191,15 @@ def test_what_listens_hears_a_run_without_limits(ground: Ground) -> None:
     said = heard.read_text()
     assert "corpus.jsonl" in said
     assert "os.mkdir" in said
+
+
+def test_adding_the_directory_is_enough(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "c.jsonl").write_text("")
+    run = RunDir(tmp_path / "home" / "runs" / "job_a")
+    spec = JobSpec.model_validate({"data": {"data_path": str(elsewhere / "c.jsonl")}})
+    with pytest.raises(TrainingError) as refused:
+        check_allowed_paths(spec, run, {"TRAINYARD_DATA_ROOTS": str(tmp_path / "data")})
+    assert "add its directory to TRAINYARD_DATA_ROOTS" in str(refused.value.hint)
+    check_allowed_paths(spec, run, {"TRAINYARD_DATA_ROOTS": f"{tmp_path / 'data'}:{elsewhere}"})

@@ -11,6 +11,8 @@ import torch
 
 from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, rows
+from trainyard.contract.events import PhaseChanged
+from trainyard.contract.status import Phase
 from trainyard.model.config import ModelConfig
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import compile_error
@@ -68,6 +70,29 @@ def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
     assert failed.error is not None
     assert "A C++ compiler is missing: install one" in str(failed.error.hint)
     assert "training.use_compile to false" in str(failed.error.hint)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_run_compiles_before_its_first_step_and_never_after(tmp_path: Path) -> None:
+    """The last step of an epoch has 3 of 8 rows: in release 0.1 it was compiled in phase `training`."""
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl", documents=83)
+    curves = []
+    for compiled in (False, True):
+        training = {"batch_size": 8, "accumulation_steps": 1, "epochs": 2, "max_steps": None, "dtype": "float32"}
+        described = rank_runner.spec(
+            text,
+            data={"packing": "none"},
+            training={**training, "use_compile": compiled},
+            checkpoint={"save_interval": 100},
+            reporting={"log_interval": 1},
+        )
+        run = rank_runner.new_run(tmp_path / f"compiled-{compiled}", described)
+        assert rank_runner.run_to_end(run).step == 22
+        phases = [event.phase for event in rank_runner.events(run) if isinstance(event, PhaseChanged)]
+        assert phases.count(Phase.COMPILING) == compiled
+        curves.append([line.loss for line in rank_runner.metrics(run).values()])
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
 def test_what_the_compiler_raises_is_told_from_other_errors() -> None:

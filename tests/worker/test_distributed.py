@@ -1,11 +1,12 @@
 """Threads, the only rank of a process without torchrun, and devices that are not there."""
 
+import socket
 from typing import Any
 
 import pytest
 import torch
 
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, Timeouts
 from trainyard.worker.distributed import (
     DistributedContext,
     init_distributed,
@@ -64,3 +65,38 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_is_not() -> None:
     require_device(ALONE, spec())
     with pytest.raises(TrainingError, match="rank 0 of 1 has no GPU"):
         require_device(ALONE, spec(resources={"device": "cuda"}))
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({"RANK": "1"}, "must be less than the number of ranks: RANK=1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "must be less than the number of ranks: RANK=2, WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "two"}, "no numbers of ranks: WORLD_SIZE=two"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "must be less than"),
+        ({"LOCAL_RANK": "1"}, "must be less than"),
+    ],
+)
+def test_ranks_that_make_no_sense_are_refused(environment: dict[str, str], problem: str) -> None:
+    with pytest.raises(TrainingError, match=problem) as refused:
+        init_distributed(Timeouts(), "cpu", environment)
+    assert "unset both to train with one process" in str(refused.value)
+
+
+def test_ranks_that_do_not_come_are_waited_for_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """RANK and WORLD_SIZE are left over in the shell, and no torchrun is there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    left_over = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(TrainingError, match="rank 0 of 2 did not meet the other ranks"):
+        init_distributed(Timeouts(collective=1.0), "cpu")
+    assert f"rank 0 of 2 waits for the other ranks at 127.0.0.1:{port}, for at most 1 s" in capfd.readouterr().err
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(TrainingError, match="MASTER_ADDR"):
+        init_distributed(Timeouts(collective=1.0), "cpu")

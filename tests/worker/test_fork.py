@@ -12,13 +12,13 @@ import pytest
 
 from tests.worker import rank_runner
 from trainyard.contract.events import CheckpointSaved, MetricEvent, ResumeVerified, Started
+from trainyard.contract.lr_schedule import LRSchedule, lr_at
 from trainyard.contract.messages import Fork
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir, RunDir, write_json
 from trainyard.worker.checkpoint import files, fork
 from trainyard.worker.checkpoint.retention import keep_weights
 from trainyard.worker.errors import TrainingError
-from trainyard.worker.training.schedule import LRSchedule, lr_at
 
 STEP = 8
 

@@ -65,7 +65,7 @@ def in_save(at: int, depth: int) -> None:
 
 def in_evaluation(at: int, depth: int) -> None:
     """Between two of its batches."""
-    reached: list[int] = []
+    reached = [0]  # an attempt may begin with an evaluation
 
     def die_at(index: int) -> None:
         if reached[-1] >= at and index >= depth % 2:

@@ -1,8 +1,43 @@
 """A rank's rows, its micro-batches, and the factor of each."""
 
+import json
+from pathlib import Path
+
+import pytest
 import torch
 
-from trainyard.worker.data.loader import LossScale, rank_slice, split_microbatches
+from tests.worker import rank_runner
+from trainyard.contract.rundir import RunDir
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.data.loader import LossScale, MicroBatchLoader, rank_slice, split_microbatches
+from trainyard.worker.data.prepare import prepare_data
+from trainyard.worker.data.sampler import StepSampler
+from trainyard.worker.distributed import DistributedContext
+
+
+@pytest.mark.parametrize("packing", ["none", "document"])
+@pytest.mark.parametrize("world", [1, 3])
+def test_padded_micro_batches_have_one_shape_and_the_same_targets(packing: str, world: int, tmp_path: Path) -> None:
+    """83 rows in steps of 8: the last step of an epoch has 3, and a rank may have none."""
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl", documents=83)
+    spec = JobSpec.model_validate_json(json.dumps(rank_runner.spec(text, data={"packing": packing})))
+    alone = DistributedContext(0, 1, 0, 1, torch.device("cpu"))
+    rows = prepare_data(spec, RunDir(tmp_path), alone, lambda _: None, lambda: False).train_set
+    sampler = StepSampler(rows.targets, 8 * world, 42)
+    shapes = set()
+    for rank in range(world):
+        ranks = DistributedContext(rank, world, rank, world, torch.device("cpu"))
+        plain = MicroBatchLoader(rows, sampler, ranks, 8, "global_tokens")
+        padded = MicroBatchLoader(rows, sampler, ranks, 8, "global_tokens", min_rows=8)
+        for step in range(1, sampler.steps_per_epoch + 2):
+            for short, full in zip(plain.microbatches(step), padded.microbatches(step), strict=True):
+                shapes.add(tuple(None if part is None else tuple(part.shape) for part in full.batch))
+                assert (full.factor, full.rows, full.tokens) == (short.factor, short.rows, short.tokens)
+                count = len(short.rows)
+                assert torch.equal(full.batch.labels[:count], short.batch.labels[:count])
+                assert (full.batch.labels[count:] == -100).all()
+        shapes.add(tuple(None if part is None else tuple(part.shape) for part in padded.dummy().batch))
+    assert len(shapes) == 1
 
 
 def test_shares_cover_a_step_and_factors_undo_the_mean_over_ranks() -> None:

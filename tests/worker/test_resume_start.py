@@ -181,7 +181,7 @@ def test_the_feed_gives_each_row_of_an_epoch_once_on_any_number_of_ranks(tmp_pat
             assert all(micro.factor == world / tokens for micro in micros)
             seen += [row for micro in micros for row in micro.rows]
         assert sorted(seen) == list(range(len(rows)))
-    dummy = MicroBatchLoader(rows, order, ALONE, 2, "global_tokens").dummy(2)
+    dummy = MicroBatchLoader(rows, order, ALONE, 2, "global_tokens", min_rows=2).dummy()
     assert dummy.batch.input_ids.shape == (2, 32)
     assert (dummy.batch.labels == -100).all()
 

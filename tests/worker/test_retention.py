@@ -118,3 +118,7 @@ def test_going_back_sets_newer_milestones_aside_too(kind: str, tmp_path: Path) -
     assert artifacts.milestones() == []
     removed: list[Any] = [json.loads(event.model_dump_json()) for event in said]
     assert {(e["step"], e["checkpoint_kind"]) for e in removed} == {(20, "full"), (10, kind)}
+
+
+def test_step_0_is_no_milestone() -> None:
+    assert retention.checkpoints_to_delete(range(0, 60, 10), keep_last=2, keep_every=20) == ([30, 10, 0], [20])

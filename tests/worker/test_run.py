@@ -24,11 +24,17 @@ from trainyard.contract.events import (
     Started,
     WarningEvent,
 )
+from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
 from trainyard.contract.spec import JobSpec
+from trainyard.model.costs import flops_per_token
 
 pytestmark = pytest.mark.slow
+
+
+def spec_of(run: RunDir) -> JobSpec:
+    return JobSpec.model_validate_json(run.attempt(1).spec.read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +74,16 @@ def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
     assert started.tokens == sum(len(json.loads(line)["text"]) + 2 for line in text.read_text().splitlines())
     assert started.steps_per_epoch == math.ceil(started.samples / 8)
     assert started.flops_per_token > 6 * (started.parameters - 259 * 32)
+    assert started.flops_per_token < flops_per_token(spec_of(finished).model.with_vocab_size(259), 32), (
+        "documents are shorter than rows"
+    )
     assert started.resumed_from is None
+    assert (started.bos_token, started.eos_token) == ("<|im_start|>", "<|im_end|>")
+    assert started.inputs == {"data_path": FileFingerprint.of(text)}
 
 
 def test_by_hand_the_resolved_spec_is_kept(finished: RunDir) -> None:
-    kept = JobSpec.model_validate_json(finished.attempt(1).spec.read_bytes())
+    kept = spec_of(finished)
     assert kept.checkpoint.keep_every == 10
     assert kept.model.intermediate_size == 128
     assert finished.current.read_text() == "1"
@@ -259,6 +270,29 @@ def test_rollback_goes_back_and_around_the_bad_data(text: Path, tmp_path: Path) 
     assert (state["data_offset"], state["trouble"]["rollbacks"]) == (11, 2)
 
 
+def request_a_save(file: Path, at: int) -> None:
+    """Request a save while step ``at`` runs, whose gradient is not finite."""
+    from trainyard.worker.training.step import TrainStep
+
+    poison_unread(at)
+    run, steps = TrainStep.run, iter(range(1, 1000))
+
+    def requesting(self: TrainStep, *arguments: Any) -> Any:
+        if next(steps) == at:
+            file.touch()
+        return run(self, *arguments)
+
+    mock.patch.object(TrainStep, "run", requesting).start()
+
+
+def test_a_save_request_outlives_a_rollback(text: Path, tmp_path: Path) -> None:
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"on_nonfinite": "rollback"}))
+    patch = partial(request_a_save, run.attempt(1).save, 11)
+    assert rank_runner.run_to_end(run, patch=patch).outcome == "completed"
+    assert "rolled_back" in rank_runner.warned(run)
+    assert rank_runner.saves(run) == [0, 8, 9, 16, 24], "requested at step 11, which was rolled back to step 8"
+
+
 def test_when_steps_are_read_does_not_show_in_what_becomes_of_them(text: Path, tmp_path: Path) -> None:
     ends = []
     for name, poisoned in (("at_once", poison), ("unread", poison_unread)):
@@ -332,7 +366,23 @@ def test_data_that_cannot_be_used(content: str | None, reason: str, says: str, t
     failed = rank_runner.run_to_end(run)
     assert (failed.outcome, failed.reason, failed.step) == ("failed", reason, 0)
     assert says in str(failed.message)
-    assert "Traceback" not in rank_runner.start(run).logs()
+    printed = (run.path / "printed-1-0").read_text()
+    assert f"failed at step 0: {failed.message}" in printed
+    assert "Traceback" not in printed
+
+
+def test_by_hand_a_changed_learning_rate_is_not_taken_silently(text: Path, tmp_path: Path) -> None:
+    described = rank_runner.spec(text, training={"max_steps": 2, "learning_rate": 1e-3})
+    run = rank_runner.new_run(tmp_path / "run", described)
+    rank_runner.run_to_end(run)
+    assert "spec_changed" not in rank_runner.warned(run)
+    described["training"]["learning_rate"] = 2e-3
+    run.spec.write_text(json.dumps(described))
+    rank_runner.run_to_end(run)
+    assert "training.learning_rate is 0.002 and was 0.001" in rank_runner.warned(run, 2)["spec_changed"].message
+    printed = (run.path / "printed-2-0").read_text()
+    assert "training.learning_rate is 0.002 and was 0.001" in printed
+    assert "completed: all 2 steps done" in printed
 
 
 def test_a_stop_before_the_first_step_has_nothing_to_save(text: Path, tmp_path: Path) -> None:
@@ -348,9 +398,9 @@ def stop_while_preparing(run: RunDir) -> None:
 
     load = tokenizers.load_tokenizer
 
-    def stopping(path: str) -> Any:
+    def stopping(*arguments: Any) -> Any:
         run.attempt(1).stop.touch()
-        return load(path)
+        return load(*arguments)
 
     mock.patch.object(prepare, "load_tokenizer", stopping).start()
 
@@ -419,3 +469,31 @@ def test_from_resume_goes_on_from_an_earlier_job(text: Path, tmp_path: Path) -> 
     message = rank_runner.warned(third)["nothing_to_resume"].message
     assert "seed is 1 and was 42" in message
     assert next(event for event in rank_runner.events(third) if isinstance(event, Started)).start_step == 0
+
+
+def test_a_corpus_of_marks_is_counted_and_warned_of_once(tmp_path: Path) -> None:
+    text = tmp_path / "c.jsonl"
+    lines = [{"text": "the cat <|im_end|>"}] * 20 + [{"text": "the dog"}] * 20
+    text.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {}
+    for mode in ("text", "tokens"):
+        described = rank_runner.spec(text, data={"special_tokens": mode}, training={"max_steps": 1})
+        run = rank_runner.new_run(tmp_path / mode, described)
+        assert rank_runner.run_to_end(run).outcome == "completed"
+        events = rank_runner.events(run)
+        (started,) = [event for event in events if isinstance(event, Started)]
+        assert (started.special_tokens, started.special_texts) == (20, 20)
+        found[mode] = [e.message for e in events if isinstance(e, WarningEvent) and e.code == "special_tokens"]
+    assert len(found["text"]) == 1
+    assert "50.0 % of the texts" in found["text"][0]
+    assert 'set data.special_tokens to "tokens"' in found["text"][0]
+    assert found["tokens"] == []
+
+
+def test_a_warm_up_beyond_a_run_of_epochs_is_warned_of(text: Path, tmp_path: Path) -> None:
+    training = {"epochs": 1, "max_steps": None, "warmup_steps": 5000}
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training=training))
+    assert rank_runner.run_to_end(run).outcome == "completed"
+    found = [event for event in rank_runner.events(run) if isinstance(event, WarningEvent)]
+    (warning,) = [event for event in found if event.code == "warmup_beyond_run"]
+    assert "warmup_steps 5,000 is not shorter than the run" in warning.message

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.worker import rank_runner
-from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, PhaseChanged, WarningEvent
+from trainyard.contract.events import CheckpointRemoved, CheckpointSaved, Event, WarningEvent
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.spec import JobSpec
 from trainyard.model.config import ModelConfig
-from trainyard.worker.checkpoint import files, saver
+from trainyard.worker.checkpoint import files, retention, saver
 from trainyard.worker.checkpoint.saver import Checkpointer, StagingBuffers
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import TrainingError
@@ -157,7 +157,7 @@ def test_what_is_saved_is_the_step_however_far_training_is_by_then(tmp_path: Pat
     assert all(torch.equal(value, weights[name].half()) for name, value in half.items())
 
 
-def test_the_next_save_waits_for_the_one_before_and_says_so(tmp_path: Path) -> None:
+def test_the_next_save_waits_for_the_one_before(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     with Held() as held:
         bench.begin(1)
@@ -167,10 +167,6 @@ def test_the_next_save_waits_for_the_one_before_and_says_so(tmp_path: Path) -> N
         bench.begin(2, required=True)
         later.join()
     assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2]
-    phases = [event.phase for event in bench.of(PhaseChanged)]
-    assert phases[:2] == ["saving", "training"]
-    kinds = [event.kind for event in bench.said]
-    assert kinds.index("phase") < kinds.index("checkpoint")
 
 
 def test_leaving_lets_a_save_come_to_its_end(tmp_path: Path) -> None:
@@ -297,7 +293,51 @@ def test_a_save_is_tried_twice(error: Exception, said: str, failures: int, tmp_p
         bench.save(4)
     assert len(bench.of(CheckpointSaved)) == 2 - failures
     messages = [event.message for event in bench.of(WarningEvent)]
-    assert messages == ([f"checkpoint 4 was not saved: {said}; training continues"] if failures == 2 else [])
+    assert messages == (
+        [f"the checkpoint of step 4 was not saved: {said}; training continues"] if failures == 2 else []
+    )
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_a_published_checkpoint_is_saved_though_old_ones_cannot_be_deleted(required: bool, tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    broken = PermissionError(13, "Permission denied", "/d")
+    with mock.patch.object(retention, "delete_old_checkpoints", side_effect=broken):
+        bench.save(4, required=required)
+    assert [event.step for event in bench.of(CheckpointSaved)] == [4]
+    (warning,) = bench.of(WarningEvent)
+    assert (warning.code, warning.step) == ("prune_failed", 4)
+    assert "Permission denied (/d)" in warning.message
+
+
+def test_a_published_checkpoint_is_saved_though_the_weights_file_is_not(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, keep_last=2)
+    with mock.patch.object(saver, "RETRY_SECONDS", 0.0):
+        bench.artifacts.path.joinpath("out").write_text("a file where a directory belongs")
+        for step in (1, 2, 3):
+            bench.save(step)
+        assert [event.step for event in bench.of(CheckpointSaved)] == [1, 2, 3]
+        assert [event.step for event in bench.of(CheckpointRemoved)] == [1], "old ones are deleted all the same"
+        assert {event.code for event in bench.of(WarningEvent)} == {"save_failed"}
+        assert "the weights file" in bench.of(WarningEvent)[0].message
+        with pytest.raises(TrainingError, match="the weights file "):
+            bench.save(4, required=True)
+    assert bench.of(CheckpointSaved)[-1].step == 4
+
+
+@pytest.mark.parametrize("rotten", [b"\0", b"[", b"7"])
+def test_a_rotten_old_state_does_not_end_the_run(rotten: bytes, tmp_path: Path) -> None:
+    bench = Bench(tmp_path, keep_last=2, keep_every=1)
+    bench.metrics.last_loss = 1.5
+    bench.save(1)
+    state = bench.artifacts.checkpoint(1) / "state.json"
+    state.write_bytes((rotten * state.stat().st_size)[: state.stat().st_size])
+    for step in (2, 3, 4):
+        bench.save(step)
+    thinned = [(event.step, event.loss) for event in bench.of(CheckpointSaved) if event.checkpoint_kind == "weights"]
+    assert thinned == [(1, None), (2, 1.5)]
+    assert [(event.step, event.code) for event in bench.of(WarningEvent)] == [(1, "checkpoint_invalid")]
+    assert [event.step for event in bench.of(CheckpointRemoved)] == [1, 2]
 
 
 def test_a_last_save_without_memory_is_a_failure_of_the_host(tmp_path: Path) -> None:
@@ -312,7 +352,7 @@ def test_a_save_that_must_not_fail_is_a_failure_with_advice(tmp_path: Path) -> N
     bench = Bench(tmp_path)
     (tmp_path / "checkpoints").write_text("a file where a directory belongs")
     bench.save(4)
-    assert "checkpoint 4 was not saved" in bench.of(WarningEvent)[0].message
+    assert "the checkpoint of step 4 was not saved" in bench.of(WarningEvent)[0].message
     with pytest.raises(TrainingError, match="the checkpoint of step 4 could not be written") as failed:
         bench.save(4, required=True)
     assert failed.value.reason == "disk_full"

@@ -1,9 +1,12 @@
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
+from trainyard.contract.lr_schedule import LRSchedule, lr_at
 from trainyard.contract.spec import JobSpec
-from trainyard.worker.training.schedule import LRSchedule, StepIntervals, lr_at, total_steps
+from trainyard.worker.training.schedule import StepIntervals, total_steps
 
 
 def spec(**groups: object) -> JobSpec:
@@ -46,6 +49,41 @@ def test_the_spec_s_schedule() -> None:
     assert rate.at(2) == pytest.approx(0.005)
     assert rate.at(20) == pytest.approx(0.005)
     assert rate.at(12) == lr_at(12, 20, 0.01, 0.5, 4)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("base", [0, 100])
+def test_a_continued_schedule_never_jumps_and_keeps_what_was_trained(kind: str, base: int) -> None:
+    first = LRSchedule(1.0, 0.1, 20, warmup=4, kind=kind, base_step=base)
+    second = replace(first, steps=50, continued_at=tuple(first.continuations(base + 8)))
+    third = replace(second, steps=80, continued_at=tuple(second.continuations(base + 30)))
+    assert third.continued_at == ((base + 8, base + 20), (base + 30, base + 50))
+    rates = [third.at(base + step) for step in range(81)]
+    assert rates[:9] == [first.at(base + step) for step in range(9)]
+    assert rates[9:31] == [second.at(base + step) for step in range(9, 31)]
+    assert max(abs(a - b) for a, b in pairwise(rates[4:])) < 0.06, "no jump"
+    assert all(a >= b for a, b in pairwise(rates[4:])), "no rise"
+    assert rates[80] == pytest.approx(0.1 if kind != "constant" else 1.0)
+
+
+def test_a_schedule_continued_at_its_end_stays_at_the_lowest_rate() -> None:
+    ended = LRSchedule(1.0, 0.0, 20)
+    longer = replace(ended, steps=40, continued_at=tuple(ended.continuations(20)))
+    assert [longer.at(step) for step in (20, 21, 40)] == pytest.approx([0.0, 0.0, 0.0], abs=1e-15)
+
+
+def test_a_run_that_goes_back_before_a_continuation_forgets_it() -> None:
+    once = LRSchedule(1.0, 0.1, 60, continued_at=((30, 40),))
+    assert once.continuations(10) == [(10, 40)], "step 10 was trained as part of 40 steps"
+    assert once.continuations(50) == [(30, 40), (50, 60)]
+    assert replace(once, warmup=20).continuations(10) == [], "the warm-up does not depend on the length"
+
+
+def test_the_spec_s_continuations_are_used() -> None:
+    training = JobSpec.model_validate_json(
+        '{"data": {"data_path": "/x"}, "training": {"continued_at": [[8, 20]], "learning_rate": 1.0}}'
+    ).training
+    assert LRSchedule.from_spec(training, 50).at(9) == LRSchedule(1.0, 0.1, 50, continued_at=((8, 20),)).at(9)
 
 
 def test_total_steps_are_epochs_unless_max_steps_is_given() -> None:

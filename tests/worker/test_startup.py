@@ -9,7 +9,7 @@ import torch
 from trainyard.contract.events import Started
 from trainyard.contract.spec import JobSpec
 from trainyard.worker.events.console import ConsoleLogger
-from trainyard.worker.training.startup import device_warnings, supports_bfloat16
+from trainyard.worker.training.startup import device_warnings, schedule_warnings, supports_bfloat16
 
 
 def spec(**groups: Any) -> JobSpec:
@@ -32,6 +32,24 @@ def test_warnings_about_the_device(wanted: str, dtype: str, device: str, native:
     asked = spec(training={"dtype": dtype}, resources={"device": wanted})
     assert [warning.code for warning in device_warnings(asked, device, native)] == codes
     assert supports_bfloat16(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("training", "steps", "codes"),
+    [
+        ({"warmup_steps": 5000, "epochs": 2}, 94, ["warmup_beyond_run"]),
+        ({"warmup_steps": 94}, 94, ["warmup_beyond_run"]),
+        ({"warmup_steps": 93}, 94, []),
+        ({"epochs": 3, "max_steps": 94}, 94, ["epochs_ignored"]),
+        ({"epochs": 3}, 94, []),
+    ],
+)
+def test_warnings_about_a_schedule_that_the_run_cannot_follow(
+    training: dict[str, Any], steps: int, codes: list[str]
+) -> None:
+    found = list(schedule_warnings(spec(training=training).training, steps))
+    assert [warning.code for warning in found] == codes
+    assert all("94 steps" in warning.message for warning in found)
 
 
 def test_the_started_line_names_the_checkpoint_it_resumes_from() -> None:

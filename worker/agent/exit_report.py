@@ -21,6 +21,11 @@ TAIL_BYTES = 16384
 # torchrun's summary of failed ranks, in its log. Nothing else names a rank that was killed by a signal.
 SUMMARY = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*\n\s*exitcode\s*:\s*(-?\d+)")
 
+EXCEPTION = re.compile(r"^(?:\S+: )?[\w.]+(?:Error|Exception)\b")
+"""The first line of an exception's text, such as `torch.distributed.DistNetworkError: ...`."""
+
+MESSAGE_LINES, MESSAGE_CHARACTERS = 3, 600
+
 ROOT_CAUSE = "Root Cause (first observed failure)"
 
 
@@ -270,6 +275,8 @@ def _from_agent(evidence: Evidence, cause: StopCause | None) -> _ExitSummary | N
         case StopCause.HUNG:
             message = f"made no progress after step {evidence.step}"
             hint = "The stacks of all ranks are at the end of their logs."
+            if not any(evidence.tails.values()):
+                return _crash(Reason.HUNG, f"{message}{_torchrun_words(evidence)}", evidence)
             card = ErrorCard(code=Reason.HUNG, message=message, hint=hint, traceback=evidence.tails.get(0))
             return _ExitSummary("crashed", Reason.HUNG, message, card)
         case _:
@@ -326,7 +333,19 @@ def _from_crash(evidence: Evidence) -> _ExitSummary:
         return _crash(Reason.WORKER_CRASHED, message, evidence, rank.rank)
     code = f"torchrun's exit code was {evidence.torchrun_status}"
     message = f"the ranks ended at step {evidence.step} without an outcome or an error; {code}"
+    message += _torchrun_words(evidence)
     return _crash(Reason.UNKNOWN, message, evidence)
+
+
+def _torchrun_words(evidence: Evidence) -> str:
+    """Return the last lines of torchrun's log as the end of a message, from its last exception on if it has one.
+
+    "" if the log is empty. For ranks that left no error: then torchrun's log may be the only trace of the cause.
+    """
+    lines = [line.strip() for line in evidence.agent_tail.splitlines() if line.strip()]
+    exceptions = [number for number, line in enumerate(lines) if EXCEPTION.match(line)]
+    chosen = lines[exceptions[-1] :][:MESSAGE_LINES] if exceptions else lines[-MESSAGE_LINES:]
+    return f"; torchrun's log ends with: {' | '.join(chosen)[:MESSAGE_CHARACTERS]}" if chosen else ""
 
 
 def _killed_first(evidence: Evidence) -> RankExit | None:

@@ -81,6 +81,10 @@ class RendezvousEndpoint:
         ]
 
 
+LOOPBACK = RendezvousEndpoint("127.0.0.1", 0)
+"""The rendezvous of a single node: its own name need not resolve. torchrun takes a free port for 0."""
+
+
 def publish_endpoint(attempt: AttemptDir, node: NodeInfo) -> RendezvousEndpoint | None:
     """Choose a port on the first node and publish it to the others; return None if there is one node only."""
     if node.nodes == 1:

@@ -1,10 +1,9 @@
 """Supervises one attempt: observe, decide, act. `next_step` decides, a pure function of the observation."""
 
 import os
-import signal
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import FrameType
@@ -99,6 +98,7 @@ class Supervisor:
     stop_requested_at: float | None = None
     terminated_at: float | None = None
     cause: StopCause | None = None
+    outcome_is_late: bool = False
     report: ExitReport | None = None
     last_error: str | None = None
 
@@ -147,6 +147,8 @@ class Supervisor:
                 self.terminated_at = now
             case EscalationStep.KILL:
                 if cause is StopCause.HUNG:
+                    # What a rank reports from here on may be the effect of our signals, and not the cause.
+                    self.outcome_is_late = self.outcome_is_late or not self.attempt.outcome.exists()
                     self._dump_stacks()
                 return not self.processes.kill()
         return True
@@ -189,10 +191,7 @@ class Supervisor:
         return self.node.clustered and self.attempt.time_limit.exists()
 
     def _dump_stacks(self) -> None:
-        """Make the ranks print their stacks into their logs, which they do on SIGUSR2."""
-        for process in self.processes.alive():
-            if process.pid != self.processes.torchrun.pid:
-                process.send(signal.SIGUSR2)
+        self.processes.dump_stacks()
         time.sleep(STACK_DUMP_SECONDS)
 
     def write_report(self) -> None:
@@ -202,6 +201,8 @@ class Supervisor:
             self.attempt.over.touch()
             self.peers.wait_for_exits()
         evidence = collect_evidence(self.attempt, self.processes.torchrun.returncode, oom_report, self.peers)
+        if self.outcome_is_late:
+            evidence = replace(evidence, outcome=None)
         self.report = diagnose(
             evidence, self.cause, last_seq=OutboxReader(self.attempt.outbox).skip_to_end(), now=datetime.now(UTC)
         )

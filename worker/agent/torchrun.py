@@ -13,9 +13,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 from trainyard.contract.locks import FileLock
-from trainyard.contract.processes import ProcessIdentity, descendants, signal_all, wait_gone
+from trainyard.contract.processes import ProcessIdentity, children, descendants, signal_all, wait_gone
 from trainyard.contract.rundir import AttemptDir, RunDir, write_json
-from trainyard.worker.agent.rendezvous import SINGLE_NODE, NodeInfo, RendezvousEndpoint, address_towards, interface_of
+from trainyard.worker.agent.rendezvous import (
+    LOOPBACK,
+    SINGLE_NODE,
+    NodeInfo,
+    RendezvousEndpoint,
+    address_towards,
+    interface_of,
+)
 
 SECRETS = ("TRAINYARD_ATTEMPT_TOKEN", "TRAINYARD_REPORT_URL", "TRAINYARD_SERVICE_FILE", "TRAINYARD_ATTEMPT_ID")
 """Variables that the agent needs to report, and that the ranks must not have."""
@@ -34,9 +41,9 @@ def torchrun_command(
     endpoint: RendezvousEndpoint | None = None,
 ) -> list[str]:
     """Return the command line of one attempt on one node; ``endpoint`` is None on a single node."""
-    rendezvous = (
-        ["--standalone"] if endpoint is None else endpoint.torchrun_options(node, f"{run.path.name}-{attempt.number}")
-    )
+    # Not --standalone: then the ranks meet at the host's full name, which may resolve to nothing, such as on a laptop
+    # that is off its VPN, or in a container with a name of its own.
+    rendezvous = (endpoint or LOOPBACK).torchrun_options(node, f"{run.path.name}-{attempt.number}")
     logs = attempt.torchrun_logs if node.is_leader else attempt.torchrun_logs / f"node-{node.node}"
     return [
         sys.executable,
@@ -85,11 +92,11 @@ def set_pdeathsig() -> None:
 def rank_environment(environment: dict[str, str], endpoint: RendezvousEndpoint | None = None) -> dict[str, str]:
     """Return the ranks' environment: the agent's without its secrets.
 
-    On several nodes it makes Gloo use the interface on the route to the first node. By default Gloo uses the address
-    of the node's own name, which may not resolve, or be reachable on the node alone.
+    It makes Gloo use the interface on the route to the first node, on a single node the loopback interface. By default
+    Gloo uses the address of the node's own name, which may not resolve, or be reachable on the node alone.
     """
     inherited = {name: value for name, value in environment.items() if name not in SECRETS}
-    interface = interface_of(address_towards(endpoint.host)) if endpoint is not None else None
+    interface = interface_of(address_towards((endpoint or LOOPBACK).host))
     gloo = {"GLOO_SOCKET_IFNAME": interface} if interface is not None else {}
     return {**gloo, **inherited, RANK_LOGS: "1", "PYTHONUNBUFFERED": "1"}
 
@@ -102,7 +109,7 @@ def write_started(attempt: AttemptDir) -> None:
     write_json(attempt.started, record)
 
 
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 36, 37
 KILL_SECONDS = 10.0
 
 
@@ -117,14 +124,24 @@ def become_subreaper() -> None:
         raise OSError(code, os.strerror(code), "prctl(PR_SET_CHILD_SUBREAPER)")
 
 
+def is_subreaper() -> bool:
+    """Return whether this process has called `become_subreaper`. A child does not inherit it."""
+    flag = ctypes.c_int()
+    ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(flag), 0, 0, 0)
+    return bool(flag.value)
+
+
 class ProcessTree:
     """The processes of one attempt on this node: all processes below ``ancestor``.
 
-    ``ancestor`` is the pid of the agent, which is a subreaper. `kill` kills every process below it: a caller with other
-    children, such as a test, must pass another pid.
+    ``ancestor`` is the pid of the agent, which is a subreaper. `kill` kills every process below it, so a process may
+    only pass itself after `become_subreaper`: a process with other children, such as a test, never calls that. Raises
+    ValueError otherwise.
     """
 
     def __init__(self, torchrun: "subprocess.Popen[bytes]", ancestor: int) -> None:
+        if ancestor == os.getpid() and not is_subreaper():
+            raise ValueError("only a subreaper may end all processes below it: call become_subreaper first")
         self.torchrun = torchrun
         self.ancestor = ancestor
         self.orphans: dict[int, int] = {}
@@ -139,9 +156,21 @@ class ProcessTree:
     def alive(self) -> list[ProcessIdentity]:
         return descendants(self.ancestor)
 
+    def ranks(self) -> list[ProcessIdentity]:
+        """Return the running ranks: torchrun's own children, without the processes that a rank has started."""
+        return children(self.torchrun.pid)
+
     def terminate(self) -> None:
-        """Send SIGTERM to all processes: a rank saves and exits after its current step."""
-        signal_all(self.alive(), signal.SIGTERM)
+        """Send SIGTERM to torchrun and the ranks: a rank saves and exits after its current step.
+
+        Not to the processes that a rank has started: it must not lose, for example, the compiler that it waits for.
+        """
+        torchrun = ProcessIdentity.of(self.torchrun.pid)
+        signal_all([*([torchrun] if torchrun is not None else []), *self.ranks()], signal.SIGTERM)
+
+    def dump_stacks(self) -> None:
+        """Make the ranks print their stacks into their logs. A rank that does not catch SIGUSR2 yet is left out."""
+        signal_all([rank for rank in self.ranks() if rank.catches(signal.SIGUSR2)], signal.SIGUSR2)
 
     def kill(self) -> bool:
         """Send SIGKILL until no process is left; return whether none is. A stopped process is continued first."""

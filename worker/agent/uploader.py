@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from trainyard.contract.attempt_proof import ANSWER_HEADER, RequestProof, key_of
 from trainyard.contract.messages import HEARTBEAT_SECONDS, ExitReport, RunSettings
 from trainyard.contract.outbox import OutboxReader
 from trainyard.contract.rundir import AttemptDir, read_json
@@ -48,11 +49,12 @@ class ReportEndpoint:
         return str(record["url"]) if isinstance(record, dict) and "url" in record else self.url
 
     def post(self, resource: str, body: bytes) -> dict[str, Any]:
-        """Send one request with a timeout; return the answer. Raises Unreachable."""
+        """Send one request with a timeout; return the answer. Raises Unreachable, also if another program answers."""
         url = urllib.parse.urlsplit(self.current_url())
         kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
         connection = kind(url.hostname or "127.0.0.1", url.port, timeout=REQUEST_SECONDS)
-        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        proof = RequestProof.of(self.token, f"{self.attempt_id}/{resource}", body)
+        headers = {"Authorization": proof.header, "Content-Type": "application/json"}
         try:
             path = f"{url.path.rstrip('/')}/internal/attempts/{self.attempt_id}/{resource}"
             connection.request("POST", path, body, headers)
@@ -60,6 +62,9 @@ class ReportEndpoint:
             content = response.read(1 << 20)
             if response.status != http.client.OK:
                 raise Unreachable(f"{resource}: the service answered {response.status} {content[:200]!r}")
+            if not proof.is_answered_by(key_of(self.token), response.getheader(ANSWER_HEADER), content):
+                # Another program may listen on the port of a service that has ended.
+                raise Unreachable(f"{resource}: the answer from {url.netloc} is not from the service of this run")
             return dict(json.loads(content))
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise Unreachable(f"{resource}: {type(error).__name__}: {error}") from error

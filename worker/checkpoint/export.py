@@ -25,14 +25,16 @@ from trainyard.contract.rundir import (
     RunDir,
     atomic_directory,
     read_json,
+    weights_name,
     write_json,
 )
 from trainyard.contract.spec import JobSpec
+from trainyard.contract.stdio import run_command
 from trainyard.contract.tokenizer_info import BYTE, SPECIAL_TOKENS, TokenizerInvalid, tokenizer_file
 from trainyard.model.config import ModelConfig
 from trainyard.worker.checkpoint.files import RunState, read_manifest, read_state, sha256_of
 from trainyard.worker.checkpoint.huggingface import CONFIG, WEIGHTS, UnsupportedByHF, config_json
-from trainyard.worker.checkpoint.weights import write_weights
+from trainyard.worker.checkpoint.weights import write_moe_config, write_weights
 from trainyard.worker.data.tokenizers import Tokenizer, load_tokenizer
 
 NEEDED_FILES = (MODEL_FILE, STATE_FILE)
@@ -124,11 +126,13 @@ def export_minimind(source: ExportSource, out: Path, stem: str | None = None) ->
     """Write e.g. ``out/pretrain_512.pth``, in half precision, and return its path. ``stem`` replaces ``pretrain``."""
     model = source.model
     stem = stem or (source.spec.checkpoint.save_weight if source.spec is not None else "pretrain")
-    file = out / f"{stem}_{model.hidden_size}{'_moe' if model.use_moe else ''}.pth"
+    file = out / weights_name(stem, model.hidden_size, model.use_moe)
     tensors = source.tensors()
     if model.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     write_weights(file, tensors)
+    if model.use_moe:
+        write_moe_config(out, model)
     return file
 
 
@@ -213,4 +217,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard export", main))

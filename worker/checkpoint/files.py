@@ -52,7 +52,8 @@ class RunState:
 
     ``data_offset``, ``base_step``: see `worker.training.state.TrainProgress`. ``interval``: the metrics window of each
     rank. ``trouble``: the `NonFiniteCounters`. ``scaler``: the fp16 scaler's state, {} without one. ``probe``: the
-    score of `worker.training.resume_check`, {} if there is none.
+    score of `worker.training.resume_check`, {} if there is none. ``unevaluated``: the metric line of the step if its
+    evaluation was still to be done; None also in checkpoints of 0.1.
     """
 
     step: int
@@ -67,6 +68,7 @@ class RunState:
     trouble: dict[str, int] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     probe: dict[str, Any] = field(default_factory=dict)
+    unevaluated: dict[str, Any] | None = None
     torch_version: str = torch.__version__
     version: int = 1
 

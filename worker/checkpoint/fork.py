@@ -44,7 +44,8 @@ def import_parent(
     """Make the parent's checkpoint the first one of this job. Raises TrainingError if it is damaged or does not fit."""
     origin = artifacts.origin
     manifest = _verified_manifest(origin, fork)
-    parent_state = files.read_state(origin)
+    # The metric line of that step belongs to the parent.
+    parent_state = replace(files.read_state(origin), unevaluated=None)
     state = _restart_data(parent_state, identity, spec, world) if fork.data == "restart" else parent_state
     # The tokenizer must be the parent's even with new data: other tokens would mean something else to the weights.
     differences = identity.differences(replace(state.identity, tokenizer=parent_state.identity.tokenizer))

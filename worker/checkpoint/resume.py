@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainyard.contract.events import CheckpointRemoved, Event, WarningEvent
-from trainyard.contract.failpoints import failpoint
+from trainyard.contract.failpoints import failpoint, hit
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import (
     CHECKPOINT_FILES,
@@ -52,6 +52,7 @@ def find_resume_point(
     without a checkpoint of its own starts with its parent's, on ``world`` ranks. Raises TrainingError if the job's own
     checkpoints cannot be used: to start at step 0 silently would throw work away.
     """
+    hit("resume.find")
     delete_leftovers(artifacts)
     fork = read_fork(run)
     if fork is not None and artifacts.origin.is_dir():

@@ -42,11 +42,11 @@ def checkpoints_to_delete(
 ) -> tuple[list[int], list[int]]:
     """Return (steps to delete, steps to reduce to their weights): all but the newest ``keep_last``, newest first.
 
-    The weights of multiples of ``keep_every`` are kept.
+    The weights of multiples of ``keep_every`` are kept. Step 0 is none: it holds untrained weights.
     """
     newest_first = sorted(valid_steps, reverse=True)
     old = newest_first[max(keep_last, MIN_KEPT) :]
-    milestones = [step for step in old if keep_every and step % keep_every == 0]
+    milestones = [step for step in old if step and keep_every and step % keep_every == 0]
     return [step for step in old if step not in milestones], milestones
 
 

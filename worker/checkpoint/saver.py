@@ -15,14 +15,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainyard.contract.events import CheckpointRemoved, Event, PhaseChanged, WarningEvent
+from trainyard.contract.events import CheckpointRemoved, Event, WarningEvent
 from trainyard.contract.run_identity import RunIdentity
-from trainyard.contract.rundir import ArtifactDir
+from trainyard.contract.rundir import STATE_FILE, ArtifactDir
 from trainyard.contract.spec import JobSpec
-from trainyard.contract.status import Phase
 from trainyard.worker.checkpoint import files, retention
 from trainyard.worker.checkpoint.files import CheckpointInfo, RunState, optimizer_tensors, shared_names
-from trainyard.worker.checkpoint.weights import weights_file, write_weights
+from trainyard.worker.checkpoint.weights import publish_weights
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import describe_error, save_error
 
@@ -135,10 +134,6 @@ class BackgroundTask:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    @property
-    def is_running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
     def start(self, work: Callable[[], None]) -> None:
         """Start ``work`` and return at once. Call `wait` or `join` first if work was started before."""
         assert self._thread is None, f"{self._name} is busy"
@@ -194,7 +189,7 @@ class Checkpointer:
     def save(
         self, train_state: "TrainState", progress: "TrainProgress", metrics: "MetricsProcessor", *, required: bool
     ) -> None:
-        """Save the step that was just done. All ranks call it together.
+        """Save the step that was just done. All ranks call it together, in phase `saving`.
 
         If the save is ``required`` (the run ends with it, or may roll back to it), return after it is published. Else
         return before the copy is complete. If the save fails twice, emit a warning and continue; if it is required,
@@ -211,24 +206,19 @@ class Checkpointer:
         self.saved_at = time.monotonic()
         if self.ranks.is_main_process:
             score = self.resume_check.score(train_state) if self.resume_check is not None else {}
-            self._start(train_state, replace(state, probe=score), required)
+            line = metrics.unevaluated
+            unevaluated = line.model_dump(mode="json", exclude={"kind", "seq"}) if line is not None else None
+            self._start(train_state, replace(state, probe=score, unevaluated=unevaluated), required)
         if required:
             self.wait()
 
     def wait(self) -> None:
         """Wait for the current save, if any. All ranks call it together. Raises TrainingError if it was required."""
-        self.ranks.broadcast_from_rank0(self._wait_for_writer)
+        self.ranks.broadcast_from_rank0(self._writer.wait)
 
     def close(self) -> None:
         """Wait for the current save, if any, and ignore its error. For an exit, whatever its reason."""
         self._writer.join()
-
-    def _wait_for_writer(self) -> None:
-        if self._writer.is_running:
-            self.emit(PhaseChanged(phase=Phase.SAVING))
-            self._writer.wait()
-            self.emit(PhaseChanged(phase=Phase.TRAINING))
-        self._writer.wait()
 
     def _start(self, train_state: "TrainState", state: RunState, required: bool) -> None:
         staging = self._staging = self._staging or StagingBuffers(train_state.model, train_state.optimizer)
@@ -255,26 +245,33 @@ class Checkpointer:
         self._writer.join()
 
     def _save(self, tensors: StateDicts, state: RunState, required: bool) -> None:
+        # Each part on its own: a checkpoint that is published is reported, whatever happens to the rest.
+        if self._try(lambda: self._write(tensors, state), f"the checkpoint of step {state.step}", state.step, required):
+            what = f"the weights file in {self.artifacts.out}"
+            self._try(lambda: publish_weights(self.artifacts, self.spec, tensors.model), what, state.step, required)
+            self._prune(state.step)
+
+    def _try(self, write: Callable[[], None], what: str, step: int, required: bool) -> bool:
+        """Write something, twice if needed. Return whether it was written. Raises TrainingError if it is required."""
         for retries_left in reversed(range(MAX_TRIES)):
             try:
-                self._write(tensors, state)
-                self._prune()
-                return
+                write()
+                return True
             except (OSError, MemoryError) as error:
                 if retries_left:
                     time.sleep(RETRY_SECONDS)
                 elif required:
-                    raise save_error(error, f"the checkpoint of step {state.step}") from error
+                    raise save_error(error, what) from error
                 else:
-                    message = f"checkpoint {state.step} was not saved: {describe_error(error)}; training continues"
-                    self.emit(WarningEvent(code="save_failed", message=message, step=state.step))
+                    message = f"{what} was not saved: {describe_error(error)}; training continues"
+                    self.emit(WarningEvent(code="save_failed", message=message, step=step))
+        return False
 
     def _write(self, tensors: StateDicts, state: RunState) -> None:
         start = time.monotonic()
         saved = self._already_published(state.step) or files.write_checkpoint(
             self.artifacts, state, files.unique_tensors(tensors.model), tensors.optimizer
         )
-        write_weights(weights_file(self.artifacts, self.spec), tensors.model)
         self.emit(saved.saved_event(loss=state.loss, seconds=time.monotonic() - start))
 
     def _already_published(self, step: int) -> CheckpointInfo | None:
@@ -289,15 +286,33 @@ class Checkpointer:
         files.quarantine(path)
         return None
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
+        """Delete old checkpoints. Whatever is wrong with them is a warning: the run itself is healthy."""
         policy = self.spec.checkpoint
-        for pruned in retention.delete_old_checkpoints(self.artifacts, policy.keep_last, policy.keep_every):
+        try:
+            deleted = retention.delete_old_checkpoints(self.artifacts, policy.keep_last, policy.keep_every)
+        except OSError as error:
+            message = f"old checkpoints were not deleted: {describe_error(error)}; it is tried again at the next save"
+            self.emit(WarningEvent(code="prune_failed", message=message, step=step))
+            return
+        for pruned in deleted:
             why = "retention"
             if pruned.weights is not None:
                 why = "only its weights are kept"
-                loss = files.read_state(pruned.weights.path).loss
+                loss = self._loss_of(pruned.weights)
                 self.emit(pruned.weights.saved_event(loss=loss, checkpoint_kind="weights"))
             self.emit(CheckpointRemoved(step=pruned.step, path=str(pruned.path), why=why))
+
+    def _loss_of(self, milestone: CheckpointInfo) -> float | None:
+        try:
+            return files.read_state(milestone.path).loss
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            message = (
+                f"{milestone.path / STATE_FILE} is damaged ({type(error).__name__}): the weights of step "
+                f"{milestone.step} can be loaded and exported, but not forked"
+            )
+            self.emit(WarningEvent(code="checkpoint_invalid", message=message, step=milestone.step))
+            return None
 
 
 def report_damage(emit: Callable[[Event], None], damaged: list[files.Damage]) -> None:

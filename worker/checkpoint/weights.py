@@ -3,17 +3,21 @@
 import io
 import pickle
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from trainyard.contract.rundir import ArtifactDir, write_atomically
+from trainyard.contract.rundir import ArtifactDir, read_json, write_atomically, write_json
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
+from trainyard.model.config import ModelConfig
 from trainyard.worker.checkpoint.files import shared_names
 from trainyard.worker.checkpoint.huggingface import (
+    CONFIG,
+    MOE_FIELDS,
     config_problems,
     is_hf_directory,
     read_config,
@@ -29,6 +33,32 @@ MAX_LISTED = 12
 def weights_file(artifacts: ArtifactDir, spec: JobSpec) -> Path:
     """Return the path of the weights, e.g. ``out/pretrain_512.pth``."""
     return artifacts.weights(spec.checkpoint.save_weight, spec.model.hidden_size, spec.model.use_moe)
+
+
+def publish_weights(artifacts: ArtifactDir, spec: JobSpec, state: Mapping[str, torch.Tensor]) -> None:
+    """Write the weights, and make ``save_dir/pretrain_512.pth`` a link to them, as MiniMind's scripts expect."""
+    file = weights_file(artifacts, spec)
+    write_weights(file, state)
+    if spec.model.use_moe:
+        write_moe_config(file.parent, spec.model)
+    if spec.checkpoint.save_dir is not None:
+        _link_newest(Path(spec.checkpoint.save_dir) / file.name, file)
+
+
+def write_moe_config(folder: Path, model: ModelConfig) -> None:
+    """Write what no tensor of a .pth shows: how many experts a token takes, and how they are weighted."""
+    write_json(folder / CONFIG, {"use_moe": True, **{name: getattr(model, name) for name in MOE_FIELDS}})
+
+
+def _link_newest(link: Path, target: Path) -> None:
+    # A file that MiniMind wrote is kept. A file system without links is no reason to end a run.
+    if link.exists() and not link.is_symlink():
+        return
+    new = link.with_name(f".{link.name}.{target.parent.parent.name}")
+    with suppress(OSError):
+        new.unlink(missing_ok=True)
+        new.symlink_to(target.relative_to(link.parent))
+        new.replace(link)
 
 
 def write_weights(path: Path, state: Mapping[str, torch.Tensor]) -> None:
@@ -98,10 +128,25 @@ def mismatches(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor
 def _config_problems(path: Path, spec: JobSpec) -> list[str]:
     # A directory's config.json has settings that no tensor shape shows, such as rope_theta.
     try:
-        config = read_config(path) if path.is_dir() else None
+        if not path.is_dir():
+            return _moe_problems(path, spec.model)
+        config = read_config(path)
+        return [] if config is None else list(config_problems(config, spec.model))
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable_error(path, f"{type(error).__name__}: {str(error)[:200]}") from error
-    return [] if config is None else list(config_problems(config, spec.model))
+
+
+def _moe_problems(path: Path, model: ModelConfig) -> list[str]:
+    """Return how the config.json beside a .pth with experts differs. Without one, MiniMind's settings are unknown."""
+    file = path.resolve().with_name(CONFIG)
+    config = read_json(file) if model.use_moe and path.suffix != ".safetensors" else None
+    if not isinstance(config, dict):
+        return []
+    return [
+        f"{name} is {config[name]} in {file} and {getattr(model, name)} in the model group"
+        for name in ("num_experts_per_tok", "norm_topk_prob")
+        if name in config and config[name] != getattr(model, name)
+    ]
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -117,6 +162,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise _unreadable_error(path, "it is no pickle, or one that holds other things than tensors") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
         raise _unreadable_error(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if path.suffix == ".pth" and isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
+        content = content["model"]  # a *_resume.pth of MiniMind: the optimizer and counters beside it are not used
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise _unreadable_error(path, "it is not a plain state dict of tensors")
     return split_experts({str(name): value for name, value in content.items()})

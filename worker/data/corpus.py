@@ -28,7 +28,8 @@ import numpy.typing as npt
 from trainyard.contract.cache import CorpusCache
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.rundir import read_json, write_json
-from trainyard.contract.tokenizer_info import TokenizerInvalid
+from trainyard.contract.stdio import run_command
+from trainyard.contract.tokenizer_info import TokenizerInvalid, special_tokens_warning
 from trainyard.worker.data.file import open_regular
 from trainyard.worker.data.jsonl import (
     BadLineGrouper,
@@ -58,7 +59,10 @@ process builds the same corpus. It may raise to stop the build."""
 
 @dataclass(frozen=True)
 class CorpusMeta:
-    """Contents of meta.json. ``tokens`` includes BOS and EOS; ``named`` holds (line, reason) of the first bad lines."""
+    """Contents of meta.json. ``tokens`` includes BOS and EOS; ``named`` holds (line, reason) of the first bad lines.
+
+    ``special_tokens``, ``special_texts``, ``added_tokens``: see `ParseStats`; None in a corpus made by release 0.1.
+    """
 
     content: str
     bytes: int
@@ -72,6 +76,9 @@ class CorpusMeta:
     blank_lines: int
     bad_lines: int
     named: tuple[tuple[int, str], ...]
+    special_tokens: int | None = None
+    special_texts: int | None = None
+    added_tokens: int = 0
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -81,7 +88,16 @@ class CorpusMeta:
 
     @property
     def stats(self) -> ParseStats:
-        return ParseStats(self.lines, self.blank_lines, self.bad_lines, self.documents, list(self.named))
+        return ParseStats(
+            lines=self.lines,
+            blank_lines=self.blank_lines,
+            bad_lines=self.bad_lines,
+            documents=self.documents,
+            examples=list(self.named),
+            special_tokens=self.special_tokens or 0,
+            special_texts=self.special_texts or 0,
+            added_tokens=self.added_tokens,
+        )
 
 
 class Corpus:
@@ -124,7 +140,7 @@ def open_corpus(
     cache.mkdir(parents=True, exist_ok=True)
     progress = progress or _no_progress
     content = content_digest(path, cache, progress)
-    key = _key(content, tokenizer.fingerprint, text_field, plain=detect_plain_text(path))
+    key = _key(content, tokenizer, text_field, plain=detect_plain_text(path))
     waiting = partial(progress, 0, path.stat().st_size)
     use = CorpusCache(cache).use(key, waiting)
     try:
@@ -141,9 +157,12 @@ def open_corpus(
     return corpus
 
 
-def _key(content: str, tokenizer: str, text_field: str, *, plain: bool) -> str:
+def _key(content: str, tokenizer: Tokenizer, text_field: str, *, plain: bool) -> str:
     # Plain text has no fields, and the same bytes read as JSONL are different documents.
-    parts = [FORMAT, content, tokenizer, *(["", "plain text"] if plain else [text_field])]
+    parts = [FORMAT, content, tokenizer.fingerprint, *(["", "plain text"] if plain else [text_field])]
+    if tokenizer.matching:
+        # No other key has an object in it, so that no text_field can make the same one.
+        parts.append({"special_tokens": tokenizer.matching})
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -231,6 +250,9 @@ def _build(
             blank_lines=stats.blank_lines,
             bad_lines=stats.bad_lines,
             named=tuple(stats.examples),
+            special_tokens=stats.special_tokens,
+            special_texts=stats.special_texts,
+            added_tokens=stats.added_tokens,
         )
         write_json(building / "meta.json", asdict(meta))
 
@@ -248,21 +270,35 @@ def tokenize_file(
     text_field: str,
     sink: TokenSink,
     progress: ProgressCallback,
-    empty: ParseStats | None = None,
+    found: ParseStats | None = None,
 ) -> ParseStats:
     """Tokenize the rest of ``reader`` into ``sink``; return the counts of the whole file.
 
-    A text that gives no token is a bad line too. ``empty`` counts these.
+    A text that gives no token is a bad line too. ``found`` counts these, and the special tokens.
     """
-    empty = empty or ParseStats()
+    found = found or ParseStats()
     with closing(_encode_ahead(encode_batches(reader, text_field), tokenizer)) as encoded_batches:
         for batch, encoded in encoded_batches:
             for document, ids in zip(batch.documents, encoded, strict=True):
                 if not len(ids):
-                    empty.add_bad(document.line, "the tokenizer makes no token of its text")
-            sink.add([ids for ids in encoded if len(ids)], batch.stats.minus(empty))
+                    found.add_bad(document.line, "the tokenizer makes no token of its text")
+            _count_added_tokens(batch.documents, encoded, tokenizer, found)
+            sink.add([ids for ids in encoded if len(ids)], batch.stats.with_encoding(found))
             progress(reader.bytes_read, reader.size)
-    return reader.stats.minus(empty)
+    return reader.stats.with_encoding(found)
+
+
+def _count_added_tokens(
+    documents: Sequence[Document], encoded: Sequence[Ids], tokenizer: Tokenizer, found: ParseStats
+) -> None:
+    if tokenizer.special_pattern is not None:
+        for document in documents:
+            if marks := len(tokenizer.special_pattern.findall(document.text)):
+                found.special_tokens += marks
+                found.special_texts += 1
+    if tokenizer.ordinary_ids:
+        ordinary = np.array(sorted(tokenizer.ordinary_ids), np.uint32)
+        found.added_tokens += sum(int(np.isin(ids, ordinary).sum()) for ids in encoded)
 
 
 @dataclass(frozen=True)
@@ -326,21 +362,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     checking.add_argument("--text-field", "--text_field", default="text", metavar="KEY", help="key of the text")
     checking.add_argument("--tokenizer", "--tokenizer_path", default="byte", metavar="DIR", help='or "byte"')
     checking.add_argument("--max-bad-lines", "--max_bad_lines", type=_fraction, default=0.01, metavar="SHARE")
+    checking.add_argument(
+        "--special-tokens", "--special_tokens", choices=["text", "tokens"], default="text", help="as in the job spec"
+    )
     checking.add_argument("--json", action="store_true", help="one JSON document")
     options = parser.parse_args(arguments)
     try:
+        tokenizer = load_tokenizer(options.tokenizer, options.special_tokens)
         if options.json:
-            return check_corpus_json(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
-        check_corpus(options.file, options.tokenizer, options.text_field, options.max_bad_lines)
+            return check_corpus_json(options.file, tokenizer, options.text_field, options.max_bad_lines)
+        check_corpus(options.file, tokenizer, options.text_field, options.max_bad_lines)
     except (DataInvalid, TokenizerInvalid, OSError) as error:
         print(f"trainyard corpus: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def check_corpus_json(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> int:
+def check_corpus_json(file: Path, tokenizer: Tokenizer, text_field: str, max_bad_lines: float) -> int:
     """Print the result of the check as one JSON document; return the exit code."""
-    tokenizer, counter = load_tokenizer(tokenizer_path), TokenCounter()
+    counter = TokenCounter()
     with open_reader(file) as reader:
         stats = tokenize_file(reader, tokenizer, text_field, counter, _no_progress)
     why_not = None
@@ -349,6 +389,7 @@ def check_corpus_json(file: Path, tokenizer_path: str, text_field: str, max_bad_
     except DataInvalid as error:
         why_not = str(error)
     result = {"path": str(file), "usable": why_not is None, "why_not": why_not, "tokens": counter.tokens}
+    result["warning"] = read_as_text_warning(tokenizer, stats)
     counts = asdict(stats)
     named = [{"line": line, "why": reason} for line, reason in counts.pop("examples")]
     print(json.dumps({**result, **counts, "named": named}))
@@ -365,20 +406,31 @@ def _fraction(text: str) -> float:
     return share
 
 
-def check_corpus(file: Path, tokenizer_path: str, text_field: str, max_bad_lines: float) -> None:
+def read_as_text_warning(tokenizer: Tokenizer, stats: ParseStats) -> str | None:
+    """Return a warning if many texts hold special tokens that the tokenizer reads as text, else None."""
+    if tokenizer.matching == "tokens":
+        return None
+    return special_tokens_warning(stats.special_texts, stats.documents, stats.special_tokens)
+
+
+def check_corpus(file: Path, tokenizer: Tokenizer, text_field: str, max_bad_lines: float) -> None:
     """Print every bad line and the counts of ``file``; store nothing. Raises what `open_corpus` raises."""
-    tokenizer, counter, grouper = load_tokenizer(tokenizer_path), TokenCounter(), BadLineGrouper(print)
+    counter, grouper = TokenCounter(), BadLineGrouper(print)
     with open_reader(file) as reader:
         reader.stats = VerboseParseStats(grouper=grouper)
-        empty = VerboseParseStats(grouper=grouper)
-        stats = tokenize_file(reader, tokenizer, text_field, counter, _no_progress, empty)
+        found = VerboseParseStats(grouper=grouper)
+        stats = tokenize_file(reader, tokenizer, text_field, counter, _no_progress, found)
     grouper.end()
     print(f"{file}: {stats.documents:,} documents, {counter.tokens:,} tokens, {stats.lines:,} lines")
     for count, kind in ((stats.blank_lines, "blank"), (stats.bad_lines, "bad")):
         if count:
             print(f"{count:,} {kind} line{'s' if count != 1 else ''}")
+    if stats.special_tokens:
+        print(f"{stats.special_tokens:,} special tokens in {stats.special_texts:,} texts")
+    if warning := read_as_text_warning(tokenizer, stats):
+        print(f"warning: {warning}")
     require_usable(file, stats, text_field, max_bad_lines)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("trainyard corpus", main))

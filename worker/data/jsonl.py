@@ -35,27 +35,40 @@ class Document:
 
 @dataclass
 class ParseStats:
-    """Counts of the lines read so far. ``examples`` holds (line number, reason) of the first bad lines."""
+    """Counts of the lines read so far. ``examples`` holds (line number, reason) of the first bad lines.
+
+    ``special_tokens``: occurrences in the texts, in ``special_texts`` of them. ``added_tokens``: matched added tokens
+    that are not special.
+    """
 
     lines: int = 0
     blank_lines: int = 0
     bad_lines: int = 0
     documents: int = 0
     examples: list[tuple[int, str]] = field(default_factory=list)
+    special_tokens: int = 0
+    special_texts: int = 0
+    added_tokens: int = 0
 
     def add_bad(self, line: int, reason: str) -> None:
         """Count a bad line, and keep it as an example if few were."""
         self.bad_lines += 1
         self.examples = sorted([*self.examples, (line, reason)])[:MAX_BAD_LINE_EXAMPLES]
 
-    def minus(self, bad: "ParseStats") -> "ParseStats":
-        """Return the counts with the bad lines of ``bad`` moved from the documents to the bad lines."""
+    def with_encoding(self, found: "ParseStats") -> "ParseStats":
+        """Return the counts with what was found when the texts were encoded.
+
+        The bad lines of ``found`` are moved from the documents to the bad lines, and its tokens are added.
+        """
         return ParseStats(
             lines=self.lines,
             blank_lines=self.blank_lines,
-            bad_lines=self.bad_lines + bad.bad_lines,
-            documents=self.documents - bad.bad_lines,
-            examples=sorted([*self.examples, *bad.examples])[:MAX_BAD_LINE_EXAMPLES],
+            bad_lines=self.bad_lines + found.bad_lines,
+            documents=self.documents - found.bad_lines,
+            examples=sorted([*self.examples, *found.examples])[:MAX_BAD_LINE_EXAMPLES],
+            special_tokens=self.special_tokens + found.special_tokens,
+            special_texts=self.special_texts + found.special_texts,
+            added_tokens=self.added_tokens + found.added_tokens,
         )
 
     def describe_bad(self) -> str:

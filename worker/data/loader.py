@@ -17,13 +17,18 @@ Normalization = Literal["global_tokens", "micro_batch_mean"]
 
 @dataclass
 class MicroBatchLoader:
-    """Makes the micro-batches of one rank. ``data_seconds``: time that the current step has waited for data."""
+    """Makes the micro-batches of one rank.
+
+    ``min_rows``: shorter micro-batches are padded to so many rows. A compiled model needs this: it is compiled for each
+    shape. ``data_seconds``: time that the current step has waited for data.
+    """
 
     dataset: PackedDataset
     sampler: StepSampler
     ranks: DistributedContext
     batch_size: int
     normalization: Normalization
+    min_rows: int = 1
     data_seconds: float = 0.0
     _rows_by_step: dict[int, Integers] = field(default_factory=dict)
 
@@ -34,7 +39,7 @@ class MicroBatchLoader:
         loss_scale = self._loss_scale(rows)
         for part in split_microbatches(rank_slice(rows, self.ranks.rank, self.ranks.world), self.batch_size):
             tokens = int(self.dataset.targets[part].sum())
-            batch = to_device(self.dataset.batch(part), self.ranks.device)
+            batch = to_device(self.dataset.batch(part, self.min_rows), self.ranks.device)
             micro_batch = MicroBatch(batch, loss_scale.factor(tokens), tuple(part.tolist()), tokens)
             self.data_seconds += time.perf_counter() - began
             yield micro_batch
@@ -54,9 +59,9 @@ class MicroBatchLoader:
         """Return how many tokens the whole step predicts, over all ranks."""
         return int(self.dataset.targets[self.rows_of(step)].sum())
 
-    def dummy(self, count: int = 1) -> MicroBatch:
-        """Return a micro-batch of ``count`` rows that predicts nothing, for the warm-up."""
-        batch = self.dataset.batch(self.sampler.rows_of(1)[:1].repeat(count))
+    def dummy(self) -> MicroBatch:
+        """Return a micro-batch of ``min_rows`` rows that predicts nothing, for the warm-up."""
+        batch = self.dataset.batch(self.sampler.rows_of(1)[:1].repeat(self.min_rows))
         return MicroBatch(to_device(batch._replace(labels=torch.full_like(batch.labels, -100)), self.ranks.device), 1.0)
 
     def _loss_scale(self, rows: Integers) -> "LossScale":

@@ -111,14 +111,20 @@ class PackedDataset:
         """Number of predictions in one pass over all rows."""
         return int(self.targets.sum(dtype=np.int64))
 
-    def batch(self, rows: Sequence[int] | Integers) -> Batch:
-        """Return the rows of these indices, in this order.
+    @property
+    def attention_length(self) -> float:
+        """Sum of the squared segment lengths, for each prediction: see `model.costs.flops_per_token`."""
+        blocks = (self._lengths[at : at + BLOCK_TOKENS] for at in range(0, len(self._lengths), BLOCK_TOKENS))
+        return sum(int(np.square(block, dtype=np.int64).sum()) for block in blocks) / max(1, self.tokens)
 
-        Without indices, return one row of padding that predicts nothing: a rank that has no row in a short micro-batch
-        must still join the gradient all-reduce.
+    def batch(self, rows: Sequence[int] | Integers, min_rows: int = 1) -> Batch:
+        """Return the rows of these indices, in this order, and after them padding that predicts nothing.
+
+        There are at least ``min_rows`` rows, and at least one: a rank that has no row in a short micro-batch must still
+        join the gradient all-reduce.
         """
         rows = np.asarray(rows, dtype=np.int64)
-        shape = (max(1, len(rows)), self.max_seq_len)
+        shape = (max(min_rows, len(rows)), self.max_seq_len)
         # One value per segment:
         row, first_token, length = self._segments(rows)
         start = row * self.max_seq_len + _starts_in_row(row, length)

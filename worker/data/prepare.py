@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
+from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
-from trainyard.worker.data.corpus import Corpus, open_corpus
+from trainyard.worker.data.corpus import Corpus, open_corpus, read_as_text_warning
 from trainyard.worker.data.jsonl import DataInvalid
 from trainyard.worker.data.packing import PackedDataset, SplitSpec
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
@@ -43,7 +44,11 @@ class TrainingData:
     def identity(self) -> RunIdentity:
         """The data and model identity, which a checkpoint must match to be resumed."""
         data, meta = self.spec.data, self.corpus.meta
-        content = json.dumps([meta.content, meta.text_field, data.eval_fraction])
+        parts: list[Any] = [meta.content, meta.text_field, data.eval_fraction]
+        if data.special_tokens == "tokens" or meta.added_tokens:
+            # Other ids than release 0.1 made of the same text. Without these, its runs can be resumed.
+            parts.append({"special_tokens": self.tokenizer.matching})
+        content = json.dumps(parts)
         return RunIdentity(
             model=asdict(self.spec.model),
             tokenizer=self.tokenizer.fingerprint,
@@ -76,7 +81,7 @@ def prepare_data(
     ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress).train_set.tokens)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
     data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False))
-    _report_bad_lines(data, emit)
+    _report_corpus(data, emit)
     return data
 
 
@@ -108,9 +113,10 @@ def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> Tr
 
 
 def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+    hit("prepare.open")
     data = spec.data
     limit_threads(data.num_workers)
-    tokenizer = load_tokenizer(data.tokenizer_path)
+    tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens)
     spec = _with_vocabulary(spec, tokenizer)
     cache = Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
 
@@ -148,9 +154,12 @@ def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
     return spec.model_copy(update={"model": model})
 
 
-def _report_bad_lines(data: TrainingData, emit: Callable[[Event], None]) -> None:
+def _report_corpus(data: TrainingData, emit: Callable[[Event], None]) -> None:
     meta = data.corpus.meta
     if meta.bad_lines:
         details = {"bad_lines": meta.bad_lines, "named": [list(pair) for pair in meta.named]}
         message = f"{data.spec.data.data_path} has {meta.stats.describe_bad()}; they are left out"
         emit(WarningEvent(code="bad_lines", message=message, data=details))
+    if warning := read_as_text_warning(data.tokenizer, meta.stats):
+        details = {"special_tokens": meta.special_tokens, "special_texts": meta.special_texts}
+        emit(WarningEvent(code="special_tokens", message=f"{data.spec.data.data_path}: {warning}", data=details))

@@ -3,6 +3,7 @@
 from trainyard.contract.events import (
     CheckpointSaved,
     Event,
+    Finished,
     MetricEvent,
     PhaseChanged,
     SampleEvent,
@@ -40,6 +41,9 @@ class ConsoleLogger:
                 return f"warning: {event.message}"
             case SettingsChanged():
                 return f"from step {event.step + 1} on: {event.message}"
+            # A failure is printed on stderr, with its hint, by the process that ends with it.
+            case Finished(outcome="completed" | "stopped"):
+                return f"{event.outcome}: {event.message}"
             case PhaseChanged(message=str(message)):
                 return message
             case _:

@@ -1,7 +1,7 @@
 """The loss on the evaluation split, summed over all ranks, and text samples of what the model generates."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,24 +14,28 @@ from trainyard.worker.data.loader import rank_slice, split_microbatches, to_devi
 from trainyard.worker.data.packing import Batch, PackedDataset
 from trainyard.worker.data.tokenizers import Tokenizer
 from trainyard.worker.distributed import DistributedContext
+from trainyard.worker.errors import StopRequested
 from trainyard.worker.training.state import TrainState
 from trainyard.worker.training.step import Precision
 
 MAX_NEW_TOKENS = 64
+MIN_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The evaluation split and the number of rows in a batch."""
+    """The evaluation split, the number of rows in a batch, and whether this rank has seen a stop request."""
 
     dataset: PackedDataset
     ranks: DistributedContext
     batch_size: int
+    stop_requested: Callable[[], bool] = lambda: False
 
     def loss(self, state: TrainState) -> float | None:
         """Return the mean cross-entropy over all tokens of the split, without dropout, or None if it is not finite.
 
-        All ranks call it together and get the same number.
+        All ranks call it together and get the same number. A stop request that any rank sees before a batch raises
+        StopRequested on all of them.
         """
         loss_sum, tokens = state.loss_sum(self._batches())
         loss_sum, tokens_of_all = (
@@ -42,9 +46,15 @@ class Evaluator:
 
     def _batches(self) -> Iterator[Batch]:
         share = rank_slice(np.arange(len(self.dataset)), self.ranks.rank, self.ranks.world)
-        for index, part in enumerate(split_microbatches(share, self.batch_size)):
+        parts = list(split_microbatches(share, self.batch_size))
+        # A rank may have one batch less than another, and all of them must ask each other equally often.
+        largest_share = -(-len(self.dataset) // self.ranks.world)
+        for index in range(max(1, -(-largest_share // self.batch_size))):
             hit("evaluation.batch", index)
-            yield to_device(self.dataset.batch(part), self.ranks.device)
+            if any(requested for (requested,) in self.ranks.gather([float(self.stop_requested())])):
+                raise StopRequested
+            if index < len(parts):
+                yield to_device(self.dataset.batch(parts[index]), self.ranks.device)
 
 
 def generate_samples(
@@ -52,10 +62,26 @@ def generate_samples(
 ) -> Iterator[SampleEvent]:
     """Yield the greedy continuation of each prompt, at most MAX_NEW_TOKENS long and within ``limit`` positions."""
     for prompt in prompts:
-        ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])][: max(1, limit - MAX_NEW_TOKENS)]
+        hit("samples.prompt", prompt)
+        all_ids = [tokenizer.bos_id, *map(int, tokenizer.encode_batch([prompt])[0])]
+        ids, new_tokens, note = fit_prompt(all_ids, limit)
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
         with precision.autocast():
-            output = model.generate(inputs, max_new_tokens=MAX_NEW_TOKENS, eos_token_id=tokenizer.eos_id)
+            output = model.generate(inputs, max_new_tokens=new_tokens, eos_token_id=tokenizer.eos_id)
         text = tokenizer.decode([token for token in output[0, len(ids) :].tolist() if token != tokenizer.eos_id])
         # A lone surrogate cannot be written as JSON.
-        yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode())
+        yield SampleEvent(step=step, prompt=prompt, text=text.encode(errors="replace").decode(), note=note)
+
+
+def fit_prompt(ids: list[int], limit: int) -> tuple[list[int], int, str | None]:
+    """Return the ids that fit with their continuation into ``limit`` positions, its length, and a note about the rest.
+
+    A long prompt gets fewer new tokens, but MIN_NEW_TOKENS of them if possible. What then does not fit is left out
+    after the first id (BOS): the end of the prompt decides how it continues.
+    """
+    new_tokens = min(MAX_NEW_TOKENS, max(limit - len(ids), min(MIN_NEW_TOKENS, limit // 2)))
+    cut = max(0, len(ids) - (limit - new_tokens))
+    notes = [f"the first {cut:,} of {len(ids) - 1:,} tokens of the prompt are left out"] if cut else []
+    notes += [f"at most {new_tokens} new tokens"] if new_tokens < MAX_NEW_TOKENS else []
+    note = f"{', '.join(notes)}: the model has {limit:,} positions" if notes else None
+    return [ids[0], *ids[1 + cut :]], new_tokens, note

@@ -95,13 +95,17 @@ def restore_window(rows: list[FloatRow], ranks: DistributedContext) -> MetricsWi
 
 
 class MetricsProcessor:
-    """Sums up this rank's steps, and makes metric lines from the sums of all ranks."""
+    """Sums up this rank's steps, and makes metric lines from the sums of all ranks.
+
+    ``unevaluated``: the line of the current step, if its evaluation is still to be done.
+    """
 
     def __init__(
         self, ranks: DistributedContext, window: MetricsWindow, flops_per_token: float, has_aux: bool, experts: int = 0
     ) -> None:
         self.window = window
         self.last_loss: float | None = None
+        self.unevaluated: MetricEvent | None = None
         self._ranks = ranks
         self._flops_per_token = flops_per_token
         self._has_aux = has_aux

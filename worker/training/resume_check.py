@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from trainyard.contract.events import Event, ResumeVerified, WarningEvent
+from trainyard.contract.failpoints import hit
 from trainyard.contract.spec import TrainingSpec
 from trainyard.worker.data.loader import to_device
 from trainyard.worker.data.packing import Batch, Integers, PackedDataset
@@ -37,6 +38,7 @@ class ResumeCheck:
 
     def score(self, state: TrainState) -> dict[str, Any]:
         """Return {"loss": mean cross-entropy without dropout, "dtype": ...}, or {} if the loss is not finite."""
+        hit("resume_check.score")
         loss_sum, tokens = state.loss_sum([to_device(self.batch(), self.device)])
         loss = loss_sum / max(1, tokens)
         return {"loss": loss, "dtype": self.dtype} if math.isfinite(loss) else {}

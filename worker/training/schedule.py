@@ -1,57 +1,13 @@
-"""Pure functions of the step: its learning rate, and whether a metric line, an evaluation or a checkpoint is due.
+"""Pure functions of the step: whether a metric line, an evaluation or a checkpoint is due.
 
 Steps count from 1. Everything depends on the step and the spec alone, never on the attempt, so that a resumed run does
 the same things at the same steps as an uninterrupted one.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
 from trainyard.contract.spec import JobSpec, TrainingSpec
-
-
-@dataclass(frozen=True)
-class LRSchedule:
-    """The learning rate by step: linear warm-up, then a decay from ``peak_lr`` to ``peak_lr * min_lr_ratio``.
-
-    ``steps`` and ``warmup`` are counted from ``base_step``.
-    """
-
-    peak_lr: float
-    min_lr_ratio: float
-    steps: int
-    warmup: int = 0
-    kind: str = "cosine"
-    base_step: int = 0
-
-    @classmethod
-    def from_spec(cls, training: TrainingSpec, steps: int, base_step: int = 0) -> Self:
-        """Return the schedule of a run from ``base_step`` to step ``steps``."""
-        kind, length = str(training.lr_scheduler), steps - base_step
-        return cls(training.learning_rate, training.min_lr_ratio, length, training.warmup_steps, kind, base_step)
-
-    def at(self, step: int) -> float:
-        return lr_at(step - self.base_step, self.steps, self.peak_lr, self.min_lr_ratio, self.warmup, self.kind)
-
-
-def lr_at(step: int, steps: int, peak: float, min_ratio: float = 0.1, warmup: int = 0, kind: str = "cosine") -> float:
-    """Return MiniMind's learning rate: ``peak * (r + (1-r)/2 * (1 + cos(pi * step / steps)))``, r = ``min_ratio``.
-
-    It has no warm-up. After ours, of w steps, the decay runs over the steps that are left: (step - w) / (steps - w).
-    """
-    if step < warmup:
-        return peak * step / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    match kind:
-        case "cosine":
-            return peak * (min_ratio + (1 - min_ratio) / 2 * (1 + math.cos(math.pi * done)))
-        case "linear":
-            return peak * (min_ratio + (1 - min_ratio) * (1 - done))
-        case "constant":
-            return peak
-        case _:
-            raise ValueError(f"no lr_scheduler is called {kind}")
 
 
 @dataclass(frozen=True)

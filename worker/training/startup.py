@@ -1,11 +1,14 @@
 """Events before the first step: the `started` event, and warnings about the device."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
 from trainyard.contract.events import Started, WarningEvent
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.file_identity import fingerprint_inputs
+from trainyard.contract.spec import JobSpec, TrainingSpec, epochs_ignored
+from trainyard.contract.tokenizer_info import BYTE, tokenizer_file
 from trainyard.model.costs import active_parameters, flops_per_token, parameters
 from trainyard.worker.checkpoint.resume import ResumePoint
 from trainyard.worker.data.prepare import TrainingData
@@ -41,12 +44,34 @@ def started_event(
         documents=meta.documents,
         tokens=meta.tokens,
         bad_lines=meta.bad_lines,
+        special_tokens=meta.special_tokens,
+        special_texts=meta.special_texts,
+        bos_token=data.tokenizer.bos,
+        eos_token=data.tokenizer.eos,
+        inputs=fingerprint_inputs(spec.data.data_path, spec.data.eval_data_path, _tokenizer_file(spec)),
         global_batch=sampler.global_batch,
         tokens_per_step=data.train_set.tokens / sampler.steps_per_epoch,
         steps_per_epoch=sampler.steps_per_epoch,
-        flops_per_token=flops_per_token(spec.model, spec.data.max_seq_len),
+        flops_per_token=flops_per_token(spec.model, data.train_set.attention_length),
         resumed_from=str(resume_from.source) if resume_from is not None else None,
     )
+
+
+def _tokenizer_file(spec: JobSpec) -> Path | None:
+    path = spec.data.tokenizer_path
+    return tokenizer_file(path) if path != BYTE else None
+
+
+def schedule_warnings(training: TrainingSpec, steps: int) -> Iterator[WarningEvent]:
+    """Yield warnings about settings that a run of ``steps`` steps cannot follow as they are written."""
+    if training.warmup_steps >= steps:
+        message = (
+            f"warmup_steps {training.warmup_steps:,} is not shorter than the run ({steps:,} steps): "
+            "the full learning rate is never reached; lower warmup_steps, or train longer"
+        )
+        yield WarningEvent(code="warmup_beyond_run", message=message)
+    if training.max_steps is not None and training.epochs != 1:
+        yield WarningEvent(code="epochs_ignored", message=epochs_ignored(training))
 
 
 def device_warnings(spec: JobSpec, device: str, has_bfloat16: bool) -> Iterator[WarningEvent]:

@@ -11,7 +11,7 @@ from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
 from trainyard.client.exit_codes import Exit, UsageError
-from trainyard.client.types import Job
+from trainyard.client.types import Job, ResumedJob
 
 
 def pause(args: SimpleNamespace, console: Console) -> int:
@@ -27,17 +27,37 @@ def save(args: SimpleNamespace, console: Console) -> int:
 def resume(args: SimpleNamespace, console: Console) -> int:
     changes = _changes(args)
     with connect(args) as trainyard:
-        return _report(trainyard.resume(_id(trainyard, args), **changes), args, console)
+        job = trainyard.resume(_id(trainyard, args), **changes)
+    if not args.json and {"epochs", "max_steps"} & changes.keys():
+        _report_rates(job, console)
+    return _report(job, args, console)
+
+
+def _report_rates(job: ResumedJob, console: Console) -> None:
+    before, after = job.get("learning_rate_before"), job.get("learning_rate_after")
+    if before is None or after is None:
+        return
+    hint = " (of the longer run; --schedule continue goes on from the present one)" if after > 1.01 * before else ""
+    console.error(f"learning rate: {before:.3g} at the checkpoint, {after:.3g} at the next step{hint}")
 
 
 def _changes(args: SimpleNamespace) -> dict[str, Any]:
     options = {"epochs": args.epochs, "max_steps": args.max_steps, "step": args.step}
+    options |= {"save_dir": args.save_dir, "schedule": args.schedule}
     changes: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     for assignment in args.set:
         place, value = parse_assignment(assignment)
-        if len(place) != 2 or place[0] != "resources":
-            raise UsageError(f"only resources can be changed on resume: --set resources.FIELD=JSON, not {assignment!r}")
-        changes.setdefault("resources", {})[place[1]] = value
+        if place == ("checkpoint", "save_dir"):
+            changes["save_dir"] = value
+        elif len(place) == 2 and place[0] == "resources":
+            changes.setdefault("resources", {})[place[1]] = value
+        else:
+            raise UsageError(
+                "only resources and checkpoint.save_dir can be changed on resume: --set resources.FIELD=JSON, "
+                f"not {assignment!r}"
+            )
+    if isinstance(changes.get("save_dir"), str):
+        changes["save_dir"] = str(Path.cwd() / Path(changes["save_dir"]).expanduser())
     return changes
 
 
@@ -86,16 +106,23 @@ def cancel(args: SimpleNamespace, console: Console) -> int:
 
 
 def kill(args: SimpleNamespace, console: Console) -> int:
+    """Kill a job, after a question: what it computed since its last checkpoint is lost."""
     with connect(args) as trainyard:
-        return _report(trainyard.kill(_id(trainyard, args)), args, console)
+        job = trainyard.find(args.job)
+        step = (job.get("checkpoint") or {}).get("step")
+        lost = "everything it has computed" if step is None else f"what it has computed after step {count(step)}"
+        if not console.require_consent(f"Kill {_named(job)} and lose {lost}?", args.yes):
+            console.error("nothing was killed")
+            return Exit.REJECTED
+        return _report(trainyard.kill(job["id"]), args, console)
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
-    """Delete a job. On a terminal ask first, because its checkpoints are deleted too."""
+    """Delete a job, after a question: its checkpoints are deleted too."""
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
-        question = f"Delete {one_line(job['name'], 60)} ({job['id']}) with its checkpoints, logs and metrics?"
-        if console.interactive and not args.yes and not console.confirm(question):
+        question = f"Delete {_named(job)} with its checkpoints, logs and metrics?"
+        if not console.require_consent(question, args.yes):
             console.error("nothing was deleted")
             return Exit.REJECTED
         trainyard.delete(job["id"])
@@ -104,6 +131,10 @@ def delete(args: SimpleNamespace, console: Console) -> int:
     else:
         console.error(f"deleted {job['id']}")
     return Exit.SUCCEEDED
+
+
+def _named(job: Job) -> str:
+    return f"{one_line(job['name'], 60)} ({job['id']})"
 
 
 def _id(trainyard: Client, args: SimpleNamespace) -> str:

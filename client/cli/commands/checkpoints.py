@@ -47,7 +47,7 @@ def _delete(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
         job = trainyard.find(args.job)
         question = f"Delete the checkpoint of step {count(args.delete)} of {one_line(job['name'], 60)} ({job['id']})?"
-        if console.interactive and not args.yes and not console.confirm(question):
+        if not console.require_consent(question, args.yes):
             console.error("nothing was deleted")
             return Exit.REJECTED
         trainyard.delete_checkpoint(job["id"], args.delete)

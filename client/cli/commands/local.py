@@ -31,7 +31,9 @@ def train_tokenizer(args: SimpleNamespace, _console: Console) -> int:
 
 
 def check_corpus(args: SimpleNamespace, _console: Console) -> int:
-    options = ["--text-field", args.text_field, *_json(args)]
+    options = ["--text-field", args.text_field, "--special-tokens", args.special_tokens, *_json(args)]
+    if args.tokenizer_path is not None:
+        options += ["--tokenizer", args.tokenizer_path]
     return exec_module("trainyard.worker.data.corpus", ["check", args.file, *options], {})
 
 

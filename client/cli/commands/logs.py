@@ -10,7 +10,7 @@ from trainyard.client.cli.console import Console
 from trainyard.client.cli.hints import end_report
 from trainyard.client.cli.watch.watcher import INTERVAL, Clock, max_lost_seconds
 from trainyard.client.errors import NotFound, ServiceUnreachable
-from trainyard.client.exit_codes import Exit, exit_of_job, is_idle
+from trainyard.client.exit_codes import Exit, UsageError, exit_of_job, is_idle
 from trainyard.client.sse import EventStream, StreamEvent
 from trainyard.client.types import Job, LogChunk
 
@@ -21,8 +21,11 @@ def logs(args: SimpleNamespace, console: Console) -> int:
         job = trainyard.find(args.job)
         if args.follow:
             return follow_log(LogReader(trainyard, job, args, streams=True), args, console, Clock())
-        for text in LogReader(trainyard, job, args).read_new():
+        reader = LogReader(trainyard, job, args)
+        for text in reader.read_new():
             _print(text, args, console)
+        if reader.is_missing:
+            console.error(f"{reader.name} has printed nothing yet")
     return Exit.SUCCEEDED
 
 
@@ -91,6 +94,13 @@ class LogReader:
         self._attempt: int | None = args.attempt or job.get("attempt")
         self._tail: int | None = args.tail
         self._offset: int | None = None if args.tail else 0
+        self.is_missing = False
+
+    @property
+    def name(self) -> str:
+        """Which log this is, for messages."""
+        which = "the agent" if self._rank == "agent" else f"rank {self._rank or 0}"
+        return f"{which} of attempt {self._attempt}" if self._attempt else which
 
     def close(self) -> None:
         """Stop the stream."""
@@ -150,11 +160,30 @@ class LogReader:
         while True:
             try:
                 chunk = self._read_chunk()
-            except NotFound:
-                return  # no process has printed anything yet
+            except NotFound as error:
+                self._require_possible(error)
+                self.is_missing = True  # no process has printed anything yet
+                return
+            self.is_missing = False
             if not chunk["data"]:
                 return
             yield chunk["data"]
+
+    def _require_possible(self, error: NotFound) -> None:
+        """Raise UsageError if the log will never exist, and ``error`` if the job itself is gone."""
+        if error.code == "job_not_found":
+            raise error
+        newest = self.job.get("attempt") or 0
+        if self._fixed is not None and self._fixed > newest:
+            attempts = f"its newest is attempt {newest}" if newest else "it has not been launched yet"
+            raise UsageError(f"there is no attempt {self._fixed} of {self.job['id']}: {attempts}")
+        resources = (self.job.get("spec") or {}).get("resources") or {}
+        ranks = (resources.get("nproc_per_node") or 1) * (resources.get("nnodes") or 1)
+        if isinstance(self._rank, int) and self._rank >= ranks and self._attempt == newest:
+            ids = "rank 0" if ranks == 1 else f"ranks 0 to {ranks - 1}"
+            raise UsageError(f"there is no {self.name} of {self.job['id']}: it has {ids}")
+        if is_idle(self.job):
+            raise UsageError(f"there is no log of {self.name} of {self.job['id']}")
 
     def _read_chunk(self) -> LogChunk:
         start = {"tail": self._tail} if self._offset is None else {"offset": self._offset}

@@ -66,6 +66,7 @@ def plan_page(plan: Mapping[str, Any]) -> list[str]:
     facts = {
         "model": _model(plan),
         "corpus": _corpus(plan),
+        "document": _separators(plan),
         "run": _run(plan),
         "memory": _memory(plan),
         "disk": _disk(plan),
@@ -92,7 +93,18 @@ def _corpus(plan: Mapping[str, Any]) -> str:
     about = "about " if plan.get("estimated") else ""
     bad = plan.get("bad_lines")
     unreadable = f", {count(bad)} bad lines" if bad else ""
-    return f"{about}{compact_number(plan['tokens'])} tokens, {count(plan.get('samples'))} sequences{unreadable}"
+    marks = plan.get("special_tokens")
+    special = f", {count(marks)} special tokens in {count(plan.get('special_texts'))} texts" if marks else ""
+    return (
+        f"{about}{compact_number(plan['tokens'])} tokens, {count(plan.get('samples'))} sequences{special}{unreadable}"
+    )
+
+
+def _separators(plan: Mapping[str, Any]) -> str:
+    bos, eos = plan.get("bos_token"), plan.get("eos_token")
+    if not bos or not eos:
+        return ""
+    return f"begins with {bos} and ends with {eos}" if bos != eos else f"begins and ends with {bos}"
 
 
 def _run(plan: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version as installed_version
@@ -51,8 +52,18 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
     header = ("ID", "NAME", "STATUS", "STEP", "LOSS", "ETA", "CREATED")
     console.lines(table(header, [_job_row(job, now) for job in shown], right=frozenset({3, 4})))
     if len(jobs) > len(shown):
-        console.error(f"more: trainyard list --limit {10 * args.limit}")
+        console.error(_left_out(args, shown[-1]))
     return Exit.SUCCEEDED
+
+
+def _left_out(args: SimpleNamespace, oldest: Any) -> str:
+    """Return the line that names the jobs that are not in the list, and the command that lists them as well."""
+    filters = {"--status": [args.status], "--label": args.label, "--name": [args.name]}
+    given = [f" {flag} {shlex.quote(value)}" for flag, values in filters.items() for value in values if value]
+    return (
+        f"left out: the jobs created before {oldest['id']} ({oldest.get('created_at')}). "
+        f"List more:  trainyard list{''.join(given)} --limit {10 * args.limit}"
+    )
 
 
 def _job_row(job: Any, now: datetime) -> Row:
@@ -146,7 +157,8 @@ def samples(args: SimpleNamespace, console: Console) -> int:
         console.json_list(items)
         return Exit.SUCCEEDED
     for sample in items:
-        console.data(f"step {count(sample['step'])}  {sample['prompt']!r}")
+        note = f"  ({sample['note']})" if sample.get("note") else ""
+        console.data(f"step {count(sample['step'])}  {sample['prompt']!r}{note}")
         console.data("  " + str(sample["text"]).replace("\n", "\n  "))
     return Exit.SUCCEEDED
 

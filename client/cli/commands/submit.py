@@ -20,13 +20,22 @@ def submit(args: SimpleNamespace, console: Console) -> int:
         raise UsageError("--timeout needs --watch: it limits how long to follow")
     with Client(args.url, args.token) as trainyard:
         try:
-            if not args.yes and not _confirmed(submission, trainyard, console):
+            if args.yes:
+                _warn_of_bytes(submission, console)
+            elif not _confirmed(submission, trainyard, console):
                 return Exit.REJECTED
             job = trainyard.submit(submission.spec)
         except InvalidSpec as error:
             submission.print_rejection(error, console)
             return Exit.REJECTED
         return _report(job, args, console)
+
+
+def _warn_of_bytes(submission: Submission, console: Console) -> None:
+    # The plan warns of it, and -y skips the plan. A run whose weights no other program loads must not be a surprise.
+    data = submission.spec.get("data")
+    if isinstance(data, dict) and "tokenizer_path" not in data:
+        console.error('warning: no --tokenizer_path: the built-in "byte" tokenizer is used, which MiniMind cannot load')
 
 
 def _confirmed(submission: Submission, trainyard: Client, console: Console) -> bool:

@@ -47,6 +47,9 @@ def limit(args: SimpleNamespace, console: Console) -> int:
 
 
 def revoke(args: SimpleNamespace, console: Console) -> int:
+    if not console.require_consent(f"Revoke the token {args.name} for good?", args.yes):
+        console.error("nothing was revoked")
+        return Exit.REJECTED
     with connect(args) as trainyard:
         trainyard.revoke_token(args.name)
     if args.json:

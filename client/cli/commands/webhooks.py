@@ -182,7 +182,8 @@ def _switch(args: SimpleNamespace, console: Console, *, enabled: bool) -> int:
 
 
 def delete(args: SimpleNamespace, console: Console) -> int:
-    if not args.yes and console.interactive and not console.confirm(f"delete {args.webhook}, with its log?"):
+    if not console.require_consent(f"Delete {args.webhook} with its log?", args.yes):
+        console.error("nothing was deleted")
         return Exit.REJECTED
     with connect(args) as trainyard:
         trainyard.webhooks.delete(args.webhook)

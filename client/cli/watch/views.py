@@ -1,10 +1,11 @@
 """The three outputs of `watch`: lines redrawn in place, log lines, and NDJSON."""
 
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
 
-from trainyard.client.cli.console import Console
-from trainyard.client.cli.formatting import one_line, utc
+from trainyard.client.cli.console import Console, is_utf8
+from trainyard.client.cli.formatting import BLOCKS, one_line, utc
 from trainyard.client.cli.watch.job_page import alert_text
 from trainyard.client.cli.watch.render import Line, render
 from trainyard.client.cli.watch.state import WatchState
@@ -29,18 +30,22 @@ class LiveView:
         from rich.console import Console as Screen
         from rich.live import Live
 
+        # A sparkline's blocks are missing from the encodings other than UTF-8.
+        self._blocks = {} if is_utf8(console.out) else str.maketrans(BLOCKS, "_.-:=+*#")
         self._screen = Screen(file=console.out, no_color=not console.uses_colour, highlight=False, markup=False)
         self._live = Live(console=self._screen, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)
         self._live.start()
 
     def show(self, state: WatchState, now: datetime) -> None:
-        self._live.update(_to_text(render(state, now, self._screen.width)), refresh=True)
+        lines = render(state, now, self._screen.width)
+        drawn = [[(text.translate(self._blocks), style) for text, style in line] for line in lines]
+        self._live.update(_to_text(drawn), refresh=True)
 
     def close(self) -> None:
         self._live.stop()
 
 
-def _to_text(lines: list[Line]) -> Any:
+def _to_text(lines: Sequence[Line]) -> Any:
     from rich.text import Text
 
     spans = [span for line in lines for span in (*line, ("\n", ""))]
@@ -54,19 +59,36 @@ class LinesView:
         self._console = console
         self._printed: tuple[Any, ...] | None = None
         self._printed_at: datetime | None = None
+        self._texts: dict[str, tuple[str, ...]] = {}
 
     def show(self, state: WatchState, now: datetime) -> None:
         is_due = self._printed_at is None or (now - self._printed_at).total_seconds() >= LINE_SECONDS
         if is_due or state.change_key != self._printed:
             self._printed, self._printed_at = state.change_key, now
-            self._console.data(log_line(state, now))
+            self._console.data(self._line(state, now))
+
+    def _line(self, state: WatchState, now: datetime) -> str:
+        # Long texts are printed once, and not on every line.
+        before, self._texts = self._texts, long_texts(state)
+        new = {key: [text for text in texts if text not in before.get(key, ())] for key, texts in self._texts.items()}
+        return log_line(state, now, new)
 
     def close(self) -> None:
         """Do nothing."""
 
 
-def log_line(state: WatchState, now: datetime) -> str:
-    """Return ``at=2026-01-31T16:31:05Z job=job_7f3kq9 status=running step=12400 ...``, without unknown values."""
+def long_texts(state: WatchState) -> dict[str, tuple[str, ...]]:
+    """Return the job's alerts and message."""
+    message = state.job.get("message")
+    alerts = tuple(map(alert_text, state.job.get("alerts") or []))
+    return {"alerts": alerts, "message": () if message is None else (message,)}
+
+
+def log_line(state: WatchState, now: datetime, texts: Mapping[str, Sequence[str]]) -> str:
+    """Return ``at=2026-01-31T16:31:05Z job=job_7f3kq9 status=running step=12400 ...``, without unknown values.
+
+    ``texts``: those of `long_texts` that are to be in the line.
+    """
     job, progress, saved = state.job, state.progress, state.job.get("checkpoint") or {}
     pairs = {
         "at": utc(now),
@@ -84,8 +106,7 @@ def log_line(state: WatchState, now: datetime) -> str:
         "tokens_per_second": _short(state.newest("tokens_per_second"), 0),
         "eta_seconds": _short(progress.get("eta_seconds"), 0),
         "checkpoint": saved.get("step"),
-        "alerts": "; ".join(map(alert_text, job.get("alerts") or [])) or None,
-        "message": job.get("message"),
+        **{key: "; ".join(chosen) or None for key, chosen in texts.items()},
         "connection": None if state.connection_error is None else "lost",
     }
     return " ".join(f"{key}={_quoted(value)}" for key, value in pairs.items() if value is not None)

@@ -20,12 +20,16 @@ router = APIRouter(prefix="/jobs/{job_id}", dependencies=[READ], route_class=Ser
 @router.get("/checkpoints", tags=["checkpoints"])
 def list_checkpoints(state: StateDep, job_id: str, limit: Limit = 100, after: OptionalText = None) -> Page[Checkpoint]:
     """List the published checkpoints that exist on disk, newest first."""
-    with state.database.connection() as connection:
-        rows, more = page_of(connection, CheckpointRow, job_id, limit, after, newest_first=True)
-    # A checkpoint may have been removed by hand. The disk is read outside of the transaction: it may be slow.
-    return Page(
-        data=[presenters.to_checkpoint_response(row) for row in rows if presenters.exists_on_disk(row)], has_more=more
-    )
+    found: list[Checkpoint] = []
+    more = True
+    while more and len(found) < limit:
+        with state.database.connection() as connection:
+            rows, more = page_of(connection, CheckpointRow, job_id, limit, after, newest_first=True)
+        # A checkpoint may have been removed by hand. The disk is read outside of the transaction: it may be slow.
+        # An empty page would have no cursor, so read on until a checkpoint is found.
+        found += [presenters.to_checkpoint_response(row) for row in rows if presenters.exists_on_disk(row)]
+        after = str(rows[-1].number) if rows else after
+    return Page(data=found[:limit], has_more=more or len(found) > limit)
 
 
 @router.get("/events", tags=["events"])

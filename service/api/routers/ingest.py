@@ -1,14 +1,18 @@
-"""Routes for agents: outbox lines, heartbeats and exit reports. Each attempt has its own token."""
+"""Routes for agents: outbox lines, heartbeats and exit reports. Each attempt has its own token.
+
+An agent proves that it has the token, and gets a proof that the answer is its service's, see `contract.attempt_proof`.
+"""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Request, Response
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from trainyard.contract.attempt_proof import ANSWER_HEADER, RequestProof
 from trainyard.contract.messages import Ack, EventBatch, ExitReport, Heartbeat, Message, RunSettings
 from trainyard.contract.parsing import Problem, plain, pointer_to
 from trainyard.service.api.dependencies import AppState, StateDep
@@ -18,7 +22,7 @@ from trainyard.service.auth.permissions import ATTEMPT
 from trainyard.service.bodies import JsonBody
 from trainyard.service.clock import utc_now
 from trainyard.service.db.models import AttemptRow, JobRow
-from trainyard.service.errors import RequestInvalid, with_problems
+from trainyard.service.errors import RequestInvalid, Unauthorized, with_problems
 from trainyard.service.ingest import events as ingest
 from trainyard.service.ingest import exits
 from trainyard.service.jobs import repository
@@ -32,19 +36,46 @@ MAX_PROBLEMS = 20
 
 M = TypeVar("M", bound=Message)
 
+PROOF = "trainyard.proof"
+"""Key in the ASGI scope: the request's proof and the attempt's key."""
+
+
+class ProvenRoute(ServiceRoute):
+    """A route whose answers prove that they are this service's."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_and_prove(request: Request) -> Response:
+            response = await handle(request)
+            if PROOF in request.scope:
+                proof, key = request.scope[PROOF]
+                response.headers[ANSWER_HEADER] = proof.answer(key, bytes(response.body))
+            return response
+
+        return handle_and_prove
+
+
 router = APIRouter(
-    prefix="/internal/attempts/{attempt_id}", include_in_schema=False, dependencies=[ATTEMPT], route_class=ServiceRoute
+    prefix="/internal/attempts/{attempt_id}", include_in_schema=False, dependencies=[ATTEMPT], route_class=ProvenRoute
 )
 
 
 async def _authenticated_attempt(state: StateDep, request: Request, attempt_id: str) -> AttemptRow:
-    token = bearer(request.headers.get("authorization"))
-    return await asyncio.to_thread(_authenticate, state, attempt_id, token)
+    header = request.headers.get("authorization", "")
+    resource = request.url.path.rsplit("/", 1)[1]
+    proof = RequestProof.parse(f"{attempt_id}/{resource}", header)
+    attempt = await asyncio.to_thread(_authenticate, state, attempt_id, proof or bearer(header))
+    if proof is not None:
+        if not proof.covers(await request.body()):
+            raise Unauthorized("The body is not the one that the agent has sent.")
+        request.scope[PROOF] = proof, attempt.token_sha256
+    return attempt
 
 
-def _authenticate(state: AppState, attempt_id: str, token: str) -> AttemptRow:
+def _authenticate(state: AppState, attempt_id: str, credentials: RequestProof | str) -> AttemptRow:
     with state.database.read() as session:
-        attempt = ingest.authenticate(session, attempt_id, token)
+        attempt = ingest.authenticate(session, attempt_id, credentials)
     bind(actor="agent", job_id=attempt.job_id, attempt=attempt.number)
     return attempt
 
@@ -102,7 +133,8 @@ def exit_report(state: StateDep, reporter: AuthenticatedAttempt, body: JsonBody)
     def work(session: Session, job: JobRow, attempt: AttemptRow) -> None:
         # If lines are missing, the scheduler reads them from the run directory first and closes the attempt itself.
         if attempt.acked_seq >= report.last_seq:
-            exits.close_attempt(session, job, attempt, report, utc_now(), state.scheduler.timing)
+            stops = not state.scheduler.launches
+            exits.close_attempt(session, job, attempt, report, utc_now(), state.scheduler.timing, service_stops=stops)
 
     acked = _report(state, reporter, work)
     state.broadcaster.notify(reporter.job_id)

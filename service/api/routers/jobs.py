@@ -10,7 +10,7 @@ from fastapi import APIRouter, Body, Header, Query, Response
 from sqlalchemy.orm import Session
 
 from trainyard.contract.parsing import Problem
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, epochs_ignored, gives_both_lengths
 from trainyard.contract.status import JobStatus
 from trainyard.service.api.dependencies import AppState, StateDep
 from trainyard.service.api.responses import ServiceRoute, json_response
@@ -31,10 +31,11 @@ from trainyard.service.jobs import actions, deletion, listing, presenters, queri
 from trainyard.service.jobs.actions import PatchJobBody, ResumeBody
 from trainyard.service.jobs.lifecycle import Action
 from trainyard.service.jobs.queries import JobRows
-from trainyard.service.jobs.submission import initial_plan, kind_of, validate_spec
+from trainyard.service.jobs.repository import EventDraft
+from trainyard.service.jobs.submission import initial_plan, kind_of, read_inputs, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.observability.logging import bind
-from trainyard.service.schemas import Job, JobSummary, Page
+from trainyard.service.schemas import Job, JobSummary, Page, ResumedJob
 
 NO_GPU = "there is no GPU on this host: this run will use the CPU"
 KEY = re.compile(r"[\x21-\x7e]{1,255}")
@@ -71,7 +72,9 @@ def submit_job(
     digest = repository.body_digest(body)
     submission = find_replay(state, caller, idempotency_key, digest)
     if submission is None:
-        submission = _create(state, caller, validate_spec(body, state.host_limits(caller)), idempotency_key, digest)
+        submission = _create(
+            state, caller, validate_spec(body, state.host_limits(caller), is_new=True), idempotency_key, digest
+        )
         state.scheduler.wake()
     bind(job_id=submission.job_id)
     return created_response(state, submission)
@@ -119,9 +122,16 @@ def _create(state: AppState, caller: Principal, spec: JobSpec, key: str | None, 
     now = utc_now()
     falls_back = kind == "cpu" and spec.resources.device == "auto" and spec.resources.launcher != SLURM
     alerts = [repository.new_alert("cpu_fallback", NO_GPU, now)] if falls_back else []
+    ignored = epochs_ignored(spec.training) if gives_both_lengths(spec) else None
+    if ignored is not None:
+        alerts.append(repository.new_alert("epochs_ignored", ignored, now))
+    facts = {**initial_plan(spec, kind), "inputs": read_inputs(spec)}
     try:
         with state.database.write() as session:
-            job = repository.create(session, spec, initial_plan(spec, kind), alerts, caller, now)
+            job = repository.create(session, spec, facts, alerts, caller, now)
+            if ignored is not None:
+                draft = EventDraft("warning", ignored, caller.name, data={"code": "epochs_ignored"})
+                repository.record_event(session, job, draft, now)
             if key is not None:
                 repository.delete_old_keys(session, replay_cutoff(state))
             if key is not None and not repository.save_key(session, key, caller, digest, job, now):
@@ -243,15 +253,19 @@ def save_checkpoint(state: StateDep, caller: PrincipalDep, job_id: str) -> Job:
 @router.post("/jobs/{job_id}/resume", status_code=202, dependencies=[SUBMIT])
 def resume_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: ResumeBody = Body(default_factory=ResumeBody)
-) -> Job:
+) -> ResumedJob:
     """Resume from the newest valid checkpoint, or from scratch if there is none, or from the checkpoint of `step`.
 
     Checkpoints newer than `step` are set aside on disk when the attempt starts, and are no longer listed. 409
     `run_differs` if the corpus, the vocabulary or the shape differs from the one that the checkpoint was saved with.
+
+    If the run gets longer, `schedule` decides on its learning rate: `extend` follows the schedule of the longer run,
+    `continue` decays on from the present rate. `learning_rate_before` and `learning_rate_after` are the rates of the
+    checkpoint's step and of the next one.
     """
     changes, step = body.given(), body.step
     with state.database.read() as session:
-        in_progress = actions.resume_in_progress(session, job_id, bool(changes))
+        in_progress = actions.resume_in_progress(session, job_id, changes.keys() != {"schedule"} and bool(changes))
     if not in_progress:
         job = find_job(state, job_id)
         # These checks read files, so they run outside of the transaction that changes the job.
@@ -261,10 +275,14 @@ def resume_job(
             candidates = resume_compat.resume_candidates(session, state.settings, job, step)
         resume_compat.check_compatible(candidates, job.spec, state.settings)
         spec = actions.resumed_spec(job.spec, actions.own_steps(job), changes, state.host_limits(caller))
+        at_step = step if step is not None else next((candidate.step for candidate in candidates), None)
+        spec, rates = actions.with_schedule(job, spec, at_step, body.schedule)
         with state.database.write() as session:
-            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now())
+            actions.resume(session, job_id, job.spec, spec, step, caller, utc_now(), rates)
         state.scheduler.wake()
-    return load_response(state, job_id)
+    resumed = load_response(state, job_id)
+    names = ("learning_rate_before", "learning_rate_after")
+    return ResumedJob(**dict(resumed), **{name: getattr(resumed.plan, name) for name in names})
 
 
 def _check_exists(state: AppState, job_id: str, step: int) -> None:

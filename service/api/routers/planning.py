@@ -32,7 +32,7 @@ def plan_job(state: StateDep, caller: PrincipalDep, body: JsonBody) -> PlanPrevi
     Values that depend on the corpus are estimated from at most 4 MiB of it. A job's plan is exact once it has started.
     """
     host = state.host_limits(caller)
-    return make_preview(state, validate_spec(body, host), host)
+    return make_preview(state, validate_spec(body, host, is_new=True), host)
 
 
 def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPreview:

@@ -25,11 +25,11 @@ export async function openResumeDialog(address, job, done) {
 async function resumeFields(address, job) {
   const [body, all, checkpoints] = await Promise.all([requestProperties("post", "/jobs/{job_id}/resume"), fetchSchemas(), get(`${address}/checkpoints?limit=100`)]);
   const steps = checkpoints.data.filter((one) => one.kind === "full").map((one) => one.step);
-  const made = (described, path) => new Field(describeField(described, path, all), path[0] === "step" ? null : getAt(job.spec, specPath(path)), "now", () => {});
+  const made = (described, path) => new Field(describeField(described, path, all), path[0] === "step" ? null : path[0] === "schedule" ? "extend" : getAt(job.spec, specPath(path)), "now", () => {});
   const step = { anyOf: [{ enum: steps }, { type: "null" }], description: "the checkpoint to resume from; newer ones are set aside", "x-none": "newest" };
   const resources = RESOURCES.filter((name) => name in all.ResourcesSpec.properties);
   return [
-    ...["max_steps", "epochs"].map((name) => made(body[name], [name])), made(step, ["step"]),
+    ...["max_steps", "epochs"].map((name) => made(body[name], [name])), made(step, ["step"]), made(body.schedule, ["schedule"]),
     ...resources.map((name) => made(all.ResourcesSpec.properties[name], ["resources", name]))];
 }
 

@@ -70,7 +70,7 @@ export class SamplesTab {
 
 function fillCell(cell, step, sample) {
   if (step === null) return;
-  setText(cell, sample?.text ?? "–");
+  setText(cell, sample?.note ? `${sample.text}\n[${sample.note}]` : (sample?.text ?? "–"));
   setAttr(cell, "title", sample ? dateTime(sample.at) : null);
 }
 

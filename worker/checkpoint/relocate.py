@@ -1,0 +1,101 @@
+"""Move a job's checkpoints and weights if its ``save_dir`` has changed since an earlier attempt."""
+
+import contextlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from trainyard.contract.events import CheckpointRemoved, Event
+from trainyard.contract.failpoints import hit
+from trainyard.contract.rundir import REMOVING_PREFIX, SAVING_PREFIX, ArtifactDir, RunDir, atomic_directory
+from trainyard.contract.spec import JobSpec
+from trainyard.worker.checkpoint.files import CheckpointInfo, checkpoint_info, saving_directory
+from trainyard.worker.checkpoint.retention import MILESTONE_FILES, link_or_copy, remove
+from trainyard.worker.errors import save_error
+from trainyard.worker.paths import check_allowed_paths
+
+
+def move_artifacts(spec: JobSpec, run: RunDir, artifacts: ArtifactDir, emit: Callable[[Event], None]) -> None:
+    """Move what earlier attempts wrote below another ``save_dir`` to ``artifacts``. For rank 0 only.
+
+    Files are linked if both are on one file system, else copied. Each checkpoint is published at its new place before
+    it is removed from the old one, so an interrupted move loses nothing and is continued by the next attempt.
+    Raises TrainingError.
+    """
+    for save_dir in run.save_dirs():
+        old = run.artifacts(save_dir)
+        if old.path.resolve() == artifacts.path.resolve() or not old.path.is_dir():
+            continue
+        checkpoint = spec.checkpoint.model_copy(update={"save_dir": save_dir})
+        check_allowed_paths(spec.model_copy(update={"checkpoint": checkpoint}), run)
+        try:
+            _move(old, artifacts, emit)
+        except OSError as error:
+            raise save_error(error, f"the checkpoints of {old.path}, which are moved to the new save_dir,") from error
+
+
+def _move(old: ArtifactDir, new: ArtifactDir, emit: Callable[[Event], None]) -> None:
+    new.checkpoints.mkdir(parents=True, exist_ok=True)
+    for step, path in old.published():
+        _move_checkpoint(step, path, new.checkpoint(step), emit)
+    for step, path in old.milestones():
+        _move_checkpoint(step, path, new.milestone(step), emit)
+    for folder in (old.checkpoints, old.out, old.exports, old.origin):
+        target = new.path / folder.name
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        if folder == old.origin:
+            _move_entry(folder, target)
+            continue
+        target.mkdir(exist_ok=True)
+        for entry in sorted(folder.iterdir()):
+            if not entry.name.startswith((SAVING_PREFIX, REMOVING_PREFIX)):
+                _move_entry(entry, target / entry.name)
+        shutil.rmtree(folder, ignore_errors=True)
+    # The run directory itself has other files and stays.
+    with contextlib.suppress(OSError):
+        old.path.rmdir()
+
+
+def _move_checkpoint(step: int, path: Path, final: Path, emit: Callable[[Event], None]) -> None:
+    _copy(path, final)
+    hit("relocate.copied")
+    # A damaged one is moved as well; the resume finds the damage.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        emit(_info(step, final).saved_event())
+    remove(path)
+    kind = "weights" if final.name.endswith("-weights") else "full"
+    emit(CheckpointRemoved(step=step, path=str(path), checkpoint_kind=kind, why=f"moved to {final}"))
+
+
+def _info(step: int, path: Path) -> CheckpointInfo:
+    return (
+        checkpoint_info(step, path, MILESTONE_FILES) if path.name.endswith("-weights") else checkpoint_info(step, path)
+    )
+
+
+def _move_entry(path: Path, target: Path) -> None:
+    if path.is_symlink():
+        return
+    _copy(path, target)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Link or copy a file, or the regular files of a directory, unless ``target`` exists. Raises OSError."""
+    if target.exists():
+        return
+    unfinished = saving_directory(target)
+    if not path.is_dir():
+        unfinished.unlink(missing_ok=True)
+        link_or_copy(path, unfinished)
+        unfinished.rename(target)
+        return
+    shutil.rmtree(unfinished, ignore_errors=True)
+    with atomic_directory(target, unfinished):
+        for file in path.iterdir():
+            if file.is_file() and not file.is_symlink():
+                link_or_copy(file, unfinished / file.name)
