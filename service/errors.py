@@ -317,6 +317,12 @@ class TokenRevoked(ServiceError):
     status, code = 409, "token_revoked"
 
 
+class PathPrefix(ServiceError):
+    """The pages do not work below a path prefix, only the API does. Give the service a host name of its own."""
+
+    status, code = 501, "path_prefix"
+
+
 class HostNotAllowed(ServiceError):
     """The service is not known under the name in the Host header. TRAINYARD_ALLOWED_HOSTS lists its names."""
 

@@ -25,6 +25,7 @@ from trainyard.service.errors import (
     HeadersTooLarge,
     HostNotAllowed,
     Overloaded,
+    PathPrefix,
     Unauthorized,
     UrlTooLong,
     from_exception,
@@ -79,7 +80,7 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["request_id"] = request_id
-        response = _ResponseSender(send, request_id)
+        response = _ResponseSender(send, request_id, scope.get("forwarded_prefix", ""))
         started_at = time.monotonic()
         with log_context(request_id=request_id):
             try:
@@ -117,6 +118,8 @@ class RequestMiddleware:
         is_nameless = "host" not in headers and scope["http_version"] == "1.0"
         if not is_nameless and not _host_allowed(host, self._settings.allowed_hosts):
             raise HostNotAllowed()
+        if scope.get("forwarded_prefix") and is_page(scope["method"], scope["path"], headers.get("accept", "")):
+            raise PathPrefix()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
             raise CrossOrigin()
 
@@ -177,8 +180,9 @@ def _is_open(scope: Scope, headers: Headers) -> bool:
 class _ResponseSender:
     """The ASGI ``send`` of a request. Adds the headers that every response has, and checks a stream's token again."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, prefix: str) -> None:
         self._send = send
+        self._prefix = prefix
         self._request_id = request_id
         self.started = False
         self.status = 0
@@ -201,6 +205,8 @@ class _ResponseSender:
             headers["x-request-id"] = self._request_id
             headers["x-content-type-options"] = "nosniff"
             headers.setdefault("cache-control", "no-store")
+            if self._prefix:
+                _add_prefix(headers, self._prefix)
             if headers.get("content-type", "").startswith("text/event-stream"):
                 self._token_checked_at = time.monotonic()
         elif self._token_checked_at is not None:
@@ -217,6 +223,14 @@ class _ResponseSender:
     async def end_stream(self) -> None:
         """End the response without the stream's `end` event: the client connects again and gets a 401."""
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _add_prefix(headers: MutableHeaders, prefix: str) -> None:
+    """Add the path prefix of the proxy to the addresses in the headers."""
+    for name, start in (("location", "/"), ("link", "</")):
+        value = headers.get(name, "")
+        if value.startswith(start):
+            headers[name] = value.replace("/", f"{prefix}/", 1)
 
 
 def _with_deadline(receive: Receive, response: _ResponseSender) -> Receive:
