@@ -24,11 +24,12 @@ def test_modules_of_our_old_names_on_the_python_path_change_nothing(tmp_path: Pa
     for name in ("contract", "client", "service", "worker", "model", "migrations"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('a stranger was imported')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRAINYARD_HOME": str(tmp_path / "home")}
-    for line in (
+    lines: tuple[list[str | Path], ...] = (
         [TRAINYARD, "db", "upgrade"],
         [TRAINYARD, "--help"],
         *([sys.executable, "-m", f"trainyard.{name}", "--help"] for name in ("service", "worker", "worker.agent")),
-    ):
+    )
+    for line in lines:
         done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
         assert "stranger" not in done.stderr, line
         assert done.returncode in (0, 2), (line, done.stderr)
