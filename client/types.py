@@ -98,6 +98,7 @@ class Plan(TypedDict, total=False):
     tokens: int | None
     samples: int | None
     bad_lines: int | None
+    duplicates: int | None
     special_tokens: int | None
     special_texts: int | None
     bos_token: str | None

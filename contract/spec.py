@@ -84,7 +84,9 @@ class DataSpec(Group):
         None, description="file with held-out data, in the same formats as data_path"
     )
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="fraction of the documents that is held out if eval_data_path is null"
+        0.0,
+        description="fraction of the documents that is held out if eval_data_path is null; "
+        "documents with the same text are held out together",
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
         None, description="tokenization threads; 0: one thread; null: one per core"

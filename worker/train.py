@@ -18,7 +18,7 @@ from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
 from trainyard.worker.attempt import AttemptContext, StepHeartbeat, was_evaluated
 from trainyard.worker.checkpoint.relocate import move_artifacts
-from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint
+from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
 from trainyard.worker.data.loader import MicroBatchLoader
@@ -77,10 +77,12 @@ def train(
         torch.use_deterministic_algorithms(True)
 
     # The data: token shards and packed rows, built once by rank 0. From here on the vocabulary size is known.
-    with phases.during(Phase.PREPARING_DATA):
-        data = prepare_data(spec, attempt.run, ranks, emit, stop.requested)
-    spec = data.spec
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
+    with phases.during(Phase.PREPARING_DATA):
+        data = prepare_data(
+            spec, attempt.run, ranks, emit, stop.requested, lambda: saved_corpora(spec, attempt.run, artifacts)
+        )
+    spec = data.spec
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
     # random weights.
@@ -238,9 +240,10 @@ class Trainer:
     def warm_up(self) -> None:
         """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
         compiles = self.spec.training.use_compile
+        if compiles:
+            self.phases.enter(Phase.COMPILING)
         if compiles or self.ranks.world > 1:
-            with self.phases.during(Phase.COMPILING) if compiles else contextlib.nullcontext():
-                self.state.train_step.warm_up(self.loader.dummy())
+            self.state.train_step.warm_up(self.loader.dummy())
         self.state.model.train()
 
     def run(self, progress: TrainProgress, steps: int) -> tuple[TrainProgress, bool]:
@@ -448,7 +451,7 @@ class Trainer:
     def _emit_metric(self, metric: MetricEvent) -> None:
         self.emit(metric)
         self.trackers.log(metric)
-        for warning in self.monitor.observe_metrics(metric.step, metric.loss):
+        for warning in self.monitor.observe_metrics(metric):
             self.emit(warning)
 
     def _evaluate(self, progress: TrainProgress) -> bool:

@@ -78,6 +78,8 @@ def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
         "documents are shorter than rows"
     )
     assert started.resumed_from is None
+    lines = text.read_text().splitlines()
+    assert started.duplicates == len(lines) - len(set(lines))
     assert (started.bos_token, started.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert started.inputs == {"data_path": FileFingerprint.of(text)}
 

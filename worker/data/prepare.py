@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,16 +15,18 @@ from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import DataSpec, JobSpec
 from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.corpus import Corpus, open_corpus, read_as_text_warning
 from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.packing import PackedDataset, SplitSpec
+from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
 from trainyard.worker.paths import check_allowed_paths
+
+SplitChooser = Callable[[Corpus, Tokenizer], SplitBy]
 
 CORPUS_CACHE_VARIABLE = "TRAINYARD_CORPUS_CACHE"
 PROGRESS_SECONDS = 1.0
@@ -39,20 +41,16 @@ class TrainingData:
     corpus: Corpus
     train_set: PackedDataset
     eval_set: PackedDataset | None
+    split_by: SplitBy = "text"
 
     @cached_property
     def identity(self) -> RunIdentity:
         """The data and model identity, which a checkpoint must match to be resumed."""
-        data, meta = self.spec.data, self.corpus.meta
-        parts: list[Any] = [meta.content, meta.text_field, data.eval_fraction]
-        if data.special_tokens == "tokens" or meta.added_tokens:
-            # Other ids than release 0.1 made of the same text. Without these, its runs can be resumed.
-            parts.append({"special_tokens": self.tokenizer.matching})
-        content = json.dumps(parts)
+        data = self.spec.data
         return RunIdentity(
             model=asdict(self.spec.model),
             tokenizer=self.tokenizer.fingerprint,
-            corpus=hashlib.sha256(content.encode()).hexdigest(),
+            corpus=_corpus_fingerprint(data, self.corpus, self.tokenizer, self.split_by),
             seed=self.spec.training.seed,
             max_seq_len=data.max_seq_len,
             packing=data.packing,
@@ -69,18 +67,40 @@ class TrainingData:
         return asdict(fingerprint) if fingerprint.bytes == self.corpus.meta.bytes else {}
 
 
+def _corpus_fingerprint(data: DataSpec, corpus: Corpus, tokenizer: Tokenizer, split_by: SplitBy) -> str:
+    # What has the default of release 0.1 is left out, so that its runs can be resumed.
+    meta = corpus.meta
+    parts: list[Any] = [meta.content, meta.text_field, data.eval_fraction]
+    if data.special_tokens == "tokens" or meta.added_tokens:
+        parts.append({"special_tokens": tokenizer.matching})
+    if data.eval_fraction > 0 and split_by != "number":
+        parts.append({"split_by": split_by})
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def prepare_data(
     spec: JobSpec,
     run: RunDir,
     ranks: DistributedContext,
     emit: Callable[[Event], None],
     stop_requested: Callable[[], bool],
+    saved_corpora: Callable[[], Iterable[str]] = tuple,
 ) -> TrainingData:
-    """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank."""
+    """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank.
+
+    ``saved_corpora``: corpus fingerprints of the checkpoints that the run may start from, the first choice first. Their
+    evaluation split stays as it is, also if release 0.1 has made it.
+    """
+
+    def choose_split(corpus: Corpus, tokenizer: Tokenizer) -> SplitBy:
+        splits: tuple[SplitBy, ...] = ("number", "text")
+        known = {_corpus_fingerprint(spec.data, corpus, tokenizer, by): by for by in splits}
+        return next((known[saved] for saved in saved_corpora() if saved in known), "text")
+
     progress = _ProgressReporter(emit, stop_requested)
-    ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress).train_set.tokens)
+    split_by = ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress, choose_split).split_by)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
-    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False))
+    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda *_: split_by)
     _report_corpus(data, emit)
     return data
 
@@ -99,9 +119,9 @@ class _ProgressReporter:
             self._emit(PhaseChanged(phase=Phase.PREPARING_DATA, done=done, total=total))
 
 
-def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
     try:
-        return _open(spec, run, progress)
+        return _open(spec, run, progress, choose_split)
     except DataInvalid as error:
         raise TrainingError(
             Reason.DATA_INVALID, str(error), "`trainyard corpus check FILE` lists every bad line."
@@ -112,7 +132,7 @@ def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> Tr
         raise save_error(error, "the corpus's token shards") from error
 
 
-def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
     hit("prepare.open")
     data = spec.data
     limit_threads(data.num_workers)
@@ -140,8 +160,9 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingDa
         eval_set = open_rows(open_shards(data.eval_data_path), SplitSpec())
         return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), eval_set)
     if data.eval_fraction > 0:
-        train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction)) for part in ("train", "eval"))
-        return TrainingData(spec, tokenizer, corpus, train_set, eval_set)
+        by = choose_split(corpus, tokenizer)
+        train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction, by)) for part in ("train", "eval"))
+        return TrainingData(spec, tokenizer, corpus, train_set, eval_set, by)
     return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), None)
 
 
