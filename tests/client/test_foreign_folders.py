@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def test_modules_of_our_old_names_on_the_python_path_change_nothing(tmp_path: Pa
     for name in ("contract", "client", "service", "worker", "model", "migrations"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('a stranger was imported')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRAINYARD_HOME": str(tmp_path / "home")}
-    lines: tuple[list[str | Path], ...] = (
+    lines: tuple[Sequence[str | Path], ...] = (
         [TRAINYARD, "db", "upgrade"],
         [TRAINYARD, "--help"],
         *([sys.executable, "-m", f"trainyard.{name}", "--help"] for name in ("service", "worker", "worker.agent")),
