@@ -176,6 +176,8 @@ class FakeService:
             return self._submit(request) if request.method == "POST" else self._list(request)
         if parts[0] == "jobs":
             return self._job(request, *parts[1:])
+        if parts[0] in ("health", "ready"):
+            return httpx2.Response(200, json={"status": "ok", "parts": []})
         if parts[0] == "version":
             return httpx2.Response(200, json={"name": "trainyard", "version": "9.9"})
         return listed(self.rows.get(parts[0], []))
