@@ -17,7 +17,7 @@ from urllib.parse import quote
 import httpx2
 
 from trainyard.client.connection import Connection, RetryPolicy, normalize_url
-from trainyard.client.download import download_checkpoint
+from trainyard.client.download import download_checkpoint, download_export
 from trainyard.client.errors import AmbiguousName, NotFound, ServiceUnreachable, UnexpectedStatus, WaitTimedOut
 from trainyard.client.exit_codes import is_idle
 from trainyard.client.sse import StreamEvent
@@ -117,8 +117,7 @@ class Client:
         if not matches:
             raise NotFound(404, {"code": "job_not_found", "detail": f"no job has the id or name {id_or_name!r}"})
         if len(matches) > 1:
-            ids = ", ".join(f"{job['id']} ({job['status']})" for job in matches[:5])
-            raise AmbiguousName(f"{len(matches)} jobs are named {id_or_name!r}; give the id of one: {ids}")
+            raise AmbiguousName(id_or_name, matches)
         return matches[0]
 
     def update(self, job_id: str, **changes: Any) -> Job:
@@ -274,6 +273,14 @@ class Client:
         """
         path = _path(job_id, "checkpoints", str(step), "export")
         return cast(Export, self._connection.call("POST", path, body={"format": format}, timeout=timeout))
+
+    def download_export(self, export: Export, into: str | os.PathLike[str]) -> list[str]:
+        """Download the files of an export, as `export` returns it, into the folder ``into``; return their names.
+
+        Raises `ChecksumMismatch` if a file does not have the size that the service lists.
+        """
+        path = _path(export["job_id"], "exports", str(export["step"]), export["format"], "files")
+        return download_export(self._connection, path, export["files"], Path(into))
 
     def exports(self, job_id: str) -> list[Export]:
         """Return the exports, newest step first."""

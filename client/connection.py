@@ -185,10 +185,28 @@ class Connection:
         if response.status_code == 204 or not response.content:
             return None
         try:
-            return response.json()
+            body = response.json()
         except ValueError:
-            cause = f"what answers there is no Trainyard service ({response.status_code}, not JSON)"
-            raise ServiceUnreachable(self.url, cause) from None
+            raise self._foreign(response, "not JSON") from None
+        path = response.request.url.path
+        needed = FIELD_OF.get(path.rpartition("/")[2], "object")
+        if not isinstance(body, dict) or needed not in body:
+            raise self._foreign(response, f"JSON without `{needed}`")
+        return body
+
+    def _foreign(self, response: httpx2.Response, what: str) -> ServiceUnreachable:
+        cause = f"what answers there is no Trainyard service ({response.status_code}, {what})"
+        return ServiceUnreachable(self.url, cause)
+
+
+FIELD_OF = {
+    "health": "status",
+    "ready": "status",
+    "version": "version",
+    "logs": "next_offset",
+    "manifest.json": "files",
+}
+"""Last part of an address -> a field that every response there has. All others have `object`."""
 
 
 def _require_expressible(body: Any, query: Mapping[str, Any]) -> None:

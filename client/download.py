@@ -1,8 +1,10 @@
-"""Download of the files of a checkpoint: verified, and resumed after an interruption."""
+"""Download of the files of a checkpoint or an export: verified, and resumed after an interruption."""
 
 import hashlib
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from trainyard.client.connection import Connection
 from trainyard.client.errors import ChecksumMismatch
@@ -27,6 +29,26 @@ def download_checkpoint(connection: Connection, url: str, into: Path) -> list[st
             _download_file(connection, f"{url}/{name}", into / name, entry.sha256)
     (into / MANIFEST_FILE).write_bytes(manifest)
     return [*listed, MANIFEST_FILE]
+
+
+def download_export(connection: Connection, url: str, files: Iterable[Mapping[str, Any]], into: Path) -> list[str]:
+    """Download the ``files`` of an export below ``url`` into a folder; return their names. Raises ChecksumMismatch."""
+    into.mkdir(parents=True, exist_ok=True)
+    names = []
+    for file in files:
+        name = str(file["name"])
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ChecksumMismatch(f"the export names an invalid file: {name!r}")
+        part = into / f"{name}{PARTIAL_SUFFIX}"
+        with connection.download(f"{url}/{name}", {}) as response, part.open("wb") as target:
+            for chunk in response.iter_bytes():
+                target.write(chunk)
+        if part.stat().st_size != file["bytes"]:
+            part.unlink()
+            raise ChecksumMismatch(f"{name} does not have the size of the export: download it again")
+        os.replace(part, into / name)
+        names.append(name)
+    return names
 
 
 def _download_file(connection: Connection, url: str, path: Path, digest: str) -> None:

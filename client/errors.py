@@ -1,6 +1,6 @@
 """The exceptions of the client. Standard library only."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,12 @@ class ChecksumMismatch(TrainyardError):
 
 
 class AmbiguousName(TrainyardError):
-    """Several jobs have the name. The message lists their ids."""
+    """Several jobs have the name. The message lists their ids; ``jobs`` are they, newest first."""
+
+    def __init__(self, name: str, jobs: Sequence[Mapping[str, Any]]) -> None:
+        ids = ", ".join(f"{job['id']} ({job['status']})" for job in jobs[:5])
+        super().__init__(f"{len(jobs)} jobs are named {name!r}; give the id of one: {ids}")
+        self.jobs = jobs
 
 
 @dataclass(frozen=True)

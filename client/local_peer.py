@@ -8,7 +8,6 @@ only and quick, because completion uses it.
 import contextlib
 import ipaddress
 import os
-import pwd
 import socket
 import struct
 from collections.abc import Iterator
@@ -63,6 +62,8 @@ def _trusted(uid: int) -> bool:
 
 
 def _name(uid: int) -> str:
+    import pwd  # Not at the top: Windows, where there are no tables to read, has no such module.
+
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -109,6 +109,7 @@ class Plan(TypedDict, total=False):
     tokens: int | None
     samples: int | None
     bad_lines: int | None
+    duplicates: int | None
     special_tokens: int | None
     special_texts: int | None
     bos_token: str | None
@@ -154,6 +155,7 @@ class Job(TypedDict, total=False):
     resumable: bool
     resume_blocker: str | None
     checkpoint: Checkpoint | None
+    weights_path: NotRequired[str | None]
     queue: Queue | None
     parent: dict[str, Any] | None
     submitted_by: str | None

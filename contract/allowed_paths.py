@@ -1,8 +1,25 @@
 """Which paths of users a run may open. Checked at submit, and again by the worker: a link may have changed."""
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def format_roots(roots: Iterable[Path]) -> str:
+    """Return directories as the value of an environment variable: a JSON list, because a path may have a colon."""
+    return json.dumps([str(root) for root in roots])
+
+
+def parse_roots(text: str) -> list[str]:
+    """Return the directories of a JSON list, or those between colons, as people and release 0.1 write them."""
+    try:
+        listed = json.loads(text)
+    except ValueError:
+        listed = None
+    if isinstance(listed, list) and all(isinstance(root, str) for root in listed):
+        return [root for root in listed if root]
+    return [root for root in text.split(":") if root]
 
 
 def outside_reason(path: str | Path, roots: Iterable[Path], content: bool = True) -> str | None:

@@ -162,7 +162,7 @@ class SettingsChanged(EventBase):
 
     kind: Literal["settings"] = "settings"
     step: Step
-    log_interval: int
+    log_interval: int | None
     save_interval: int
     keep_last: int
     message: str

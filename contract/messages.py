@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -141,7 +141,7 @@ RUN_SETTINGS = {
 class RunSettings(Message):
     """The settings that may be changed during a run. After a change they are in settings.json of the attempt."""
 
-    log_interval: int = Field(ge=1, le=2**53 - 1)
+    log_interval: Annotated[int, Field(ge=1, le=2**53 - 1)] | None
     save_interval: int = Field(ge=1, le=2**53 - 1)
     keep_last: int = Field(ge=1, le=100_000)
 

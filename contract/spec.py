@@ -112,7 +112,9 @@ class DataSpec(Group):
     )
     eval_data_path: DataPath | None = Field(None, description="held-out data, in the same forms as data_path")
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="fraction of the documents that is held out if eval_data_path is null"
+        0.0,
+        description="fraction of the documents that is held out if eval_data_path is null; "
+        "documents with the same text are held out together",
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
         None, description="tokenization threads; 0: one thread; null: one per core"
@@ -234,7 +236,9 @@ class CheckpointSpec(Group):
 class ReportingSpec(Group):
     """Logging, evaluation and samples."""
 
-    log_interval: Positive = Field(100, description="steps between points of the curve")
+    log_interval: Positive | None = Field(
+        None, description="steps between points of the curve; null: about 100 points a run, and at least one a minute"
+    )
     eval_interval: Positive | None = Field(None, description="steps between evaluations; null: at each save")
     sample_prompts: Annotated[list[Prompt], Field(max_length=32)] = Field(
         default_factory=list, description="prompts that the model continues at each save"

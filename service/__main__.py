@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from trainyard.service.launch.environment import WORKER_AGENT
 from trainyard.service.launch.local import LocalLauncher
 from trainyard.service.launch.slurm.launcher import SLURM, SlurmLauncher
 from trainyard.service.observability.logging import configure_logging
+from trainyard.service.planning.matrix_speed import MatrixSpeed
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.server import (
     ACCEPTS_PER_ROUND,
@@ -50,15 +52,17 @@ class AlreadyRunning(Exception):
 
 
 def main(arguments: list[str] | None = None, agent: tuple[str, ...] = WORKER_AGENT, timing: Timing = Timing()) -> int:
-    """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue without the service.
+    """Serve until SIGTERM or SIGINT, and return an exit code. Runs continue, or save first: see `Settings.on_stop`.
 
     ``agent``: the command that starts an attempt's agent. It and ``timing`` are for tests.
     """
     try:
         settings, schedules = _read_settings(arguments)
+        settings.require_own_database()
         home.create_directory(settings.home, settings.home_mode)
         with _lock_home(settings) if schedules else contextlib.nullcontext():
-            configure_logging(settings.log_format, settings.log_level, settings.secrets())
+            secrets = [*settings.secrets(), os.environ.get("PGPASSWORD", "")]
+            configure_logging(settings.log_format, settings.log_level, secrets)
             _protect_home(settings)
             return _serve(settings, schedules, agent, timing)
     except InvalidSettings as error:
@@ -124,6 +128,7 @@ def _serve(settings: Settings, schedules: bool, agent: tuple[str, ...], timing: 
         url = _url(settings.host, listener.getsockname()[1])
         local = _local_launcher(settings, agent)
         state = build_state(settings, _launcher(settings, local, agent), schedules=schedules, timing=timing)
+        state = replace(state, matrix_speed=MatrixSpeed(settings.home))
         # The application upgrades too, but an error here becomes one line on stderr and not a traceback.
         state.database.upgrade(settings.home / "migrate.lock")
 

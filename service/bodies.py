@@ -9,10 +9,19 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from trainyard.contract.parsing import Problem, nearest, plain, pointer_to, printable
-from trainyard.service.errors import InvalidJson, RequestInvalid, ServiceError, WrongMediaType, with_problems
+from trainyard.service.errors import (
+    EncodedBody,
+    InvalidJson,
+    RequestInvalid,
+    ServiceError,
+    WrongMediaType,
+    with_problems,
+)
 
 MAX_DEPTH = 64
 """Levels of arrays and objects in a body."""
+
+GZIP_MAGIC = b"\x1f\x8b"
 
 TOO_DEEP = f"The body is nested more than {MAX_DEPTH} levels deep."
 
@@ -45,16 +54,18 @@ def without_defaults(schema: dict[str, Any]) -> None:
 async def read_json(request: Request) -> Any:
     """Return the body as a JSON value, or None if it is empty. NaN is let through: its field rejects it with a pointer.
 
-    Raises WrongMediaType or InvalidJson.
+    Raises EncodedBody, WrongMediaType or InvalidJson.
     """
     body = await request.body()
+    if request.headers.get("content-encoding", "identity").strip().lower() != "identity" or body.startswith(GZIP_MAGIC):
+        raise EncodedBody()
     if not body.strip():
         return None
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise WrongMediaType()
     try:
-        return _check_depth(json.loads(body.decode(), object_pairs_hook=_reject_duplicate_keys))
+        return _check_depth(json.loads(body.decode("utf-8-sig"), object_pairs_hook=_reject_duplicate_keys))
     except RecursionError:
         raise InvalidJson(TOO_DEEP) from None
     except UnicodeDecodeError:

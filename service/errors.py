@@ -3,6 +3,7 @@
 Responses are RFC 9457 ``application/problem+json``. They never echo anything that the client sent.
 """
 
+import errno
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -164,6 +165,23 @@ class StorageError(ServiceError):
         return cls(f"{(cls.__doc__ or '').strip()} Reason: {error.strerror or type(error).__name__}.")
 
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Return whether the error, or the one of the database driver in it, says that a disk or quota is full."""
+    if isinstance(error, OSError):
+        return error.errno in NO_SPACE
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    full_sqlite = getattr(cause, "sqlite_errorname", None) == "SQLITE_FULL"
+    return full_sqlite or getattr(cause, "sqlstate", None) == POSTGRES_DISK_FULL
+
+
+POSTGRES_DISK_FULL = "53100"
+
+DISK_FULL = "The disk is full on the service's host: nothing was changed. Free some space, then try again."
+
+
 class ExportInProgress(ServiceError):
     """An export of this job is in progress. Retry when it is done."""
 
@@ -250,6 +268,12 @@ class HeadersTooLarge(ServiceError):
     status, code = 431, "headers_too_large"
 
 
+class EncodedBody(ServiceError):
+    """The body must be sent without Content-Encoding, as plain JSON: compressed bodies are not accepted."""
+
+    status, code = 415, "unsupported_content_encoding"
+
+
 class WrongMediaType(ServiceError):
     """The body must be sent as Content-Type: application/json."""
 
@@ -293,6 +317,12 @@ class TokenRevoked(ServiceError):
     status, code = 409, "token_revoked"
 
 
+class PathPrefix(ServiceError):
+    """The pages do not work below a path prefix, only the API does. Give the service a host name of its own."""
+
+    status, code = 501, "path_prefix"
+
+
 class HostNotAllowed(ServiceError):
     """The service is not known under the name in the Host header. TRAINYARD_ALLOWED_HOSTS lists its names."""
 
@@ -333,6 +363,8 @@ def from_exception(error: Exception) -> ServiceError:
             return error
         case HTTPException():
             return _from_http(error)
+        case _ if is_disk_full(error):
+            return StorageError(DISK_FULL)
         case OperationalError() | InterfaceError() | PoolTimeout():
             return DatabaseUnavailable()
         case DBAPIError() if error.connection_invalidated:

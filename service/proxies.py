@@ -1,9 +1,10 @@
-"""X-Forwarded-For, -Proto and -Host: used if a trusted proxy sent them, ignored otherwise.
+"""X-Forwarded-For, -Proto, -Host and -Prefix: used if a trusted proxy sent them, ignored otherwise.
 
 The last value of a header is the one that the nearest proxy has set; any client can send the values before it.
 Why not uvicorn's ProxyHeadersMiddleware: docs/decisions/0014.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
@@ -13,7 +14,8 @@ from starlette.types import Scope
 
 Address = IPv4Address | IPv6Address
 
-FOR, PROTO, HOST = "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host"
+FOR, PROTO, HOST, PREFIX = "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix"
+VALID_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]{1,100}){1,8}/?")
 SCHEMES = ("http", "https")
 
 
@@ -29,7 +31,10 @@ class TrustedProxies:
         return cls(tuple(ip_network(text.strip()) for text in texts if text.strip()))
 
     def rewrite_scope(self, scope: Scope) -> Scope:
-        """Return the request as the first proxy received it: the client's address, the scheme and the Host."""
+        """Return the request as the first proxy received it: the client's address, the scheme and the Host.
+
+        ``forwarded_prefix`` in it is the path prefix that the proxy has removed, or "".
+        """
         peer = parse_address((scope.get("client") or ("",))[0])
         if peer is None or not self._trust(peer):
             return scope
@@ -41,6 +46,7 @@ class TrustedProxies:
             "client": (str(client), 0),
             "scheme": scheme if scheme in SCHEMES else scope.get("scheme", "http"),
             "headers": _headers(scope, headers),
+            "forwarded_prefix": _prefix(headers),
         }
 
     def _client(self, peer: Address, chain: list[str]) -> Address:
@@ -73,6 +79,11 @@ def parse_address(text: str) -> Address | None:
 
 def _values(headers: Headers, name: str) -> list[str]:
     return [part.strip() for value in headers.getlist(name) for part in value.split(",") if part.strip()]
+
+
+def _prefix(headers: Headers) -> str:
+    prefix = (_values(headers, PREFIX) or [""])[-1]
+    return prefix.rstrip("/") if VALID_PREFIX.fullmatch(prefix) else ""
 
 
 def _headers(scope: Scope, headers: Headers) -> list[tuple[bytes, bytes]]:

@@ -51,6 +51,7 @@ class Plan(ResponseModel):
     samples: int | None = None
     documents: int | None = None
     bad_lines: int | None = None
+    duplicates: int | None = None
     special_tokens: int | None = None
     special_texts: int | None = None
     bos_token: str | None = None
@@ -216,11 +217,12 @@ class JobSummary(ResponseModel):
 
 
 class Job(JobSummary):
-    """One pretraining run."""
+    """One pretraining run. ``weights_path``: the weights alone, in MiniMind's format, if they are written."""
 
     spec: dict[str, Any]
     plan: Plan
     allowed_actions: list[AllowedAction]
+    weights_path: str | None = None
 
 
 class ResumedJob(Job):
@@ -290,7 +292,7 @@ class Export(ResponseModel):
 
 
 class Sample(ResponseModel):
-    """A text that the model generated at a step."""
+    """A text that the model generated at a step. ``note``: what was cut because it did not fit, or null."""
 
     object: Literal["sample"] = "sample"
     id: str
@@ -299,6 +301,7 @@ class Sample(ResponseModel):
     step: int
     prompt: str
     text: str
+    note: str | None
     at: datetime
 
 

@@ -8,23 +8,36 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from trainyard.contract.allowed_paths import parse_roots
 from trainyard.contract.processes import in_container
 from trainyard.service.home import DEFAULT_MODE
 from trainyard.service.launch.base import LOCAL
 from trainyard.service.launch.slurm.config import SlurmSetup
 from trainyard.service.observability.logging import Format, Level
 from trainyard.service.proxies import TrustedProxies
-from trainyard.service.settings_base import EnvironmentSettings, InvalidSettings, WholeNumber, split_commas
+from trainyard.service.settings_base import (
+    EnvironmentSettings,
+    InvalidSettings,
+    WholeNumber,
+    parse_database_url,
+    split_commas,
+)
 from trainyard.service.ssrf import Network
 from trainyard.service.static_tokens import parse_tokens
 
 __all__ = ["InvalidSettings", "Settings", "is_loopback"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+DATABASE_FILE = "trainyard.db"
 DATABASES = ("sqlite", "postgresql", "postgres", "postgresql+psycopg")
+
+
+def sqlite_url(file: Path) -> str:
+    """Return the URL of a SQLite file. Its path may have characters with a meaning in URLs, such as ``?``."""
+    return URL.create("sqlite", database=str(file)).render_as_string(hide_password=False)
 
 
 def _default_hosts(fields: dict[str, Any]) -> tuple[str, ...]:
@@ -39,7 +52,7 @@ def _default_roots(fields: dict[str, Any]) -> tuple[Path, ...]:
 
 def _validate_database_url(url: str) -> str:
     try:
-        supported = make_url(url).drivername in DATABASES
+        supported = parse_database_url(url).drivername in DATABASES
     except ArgumentError:
         supported = False
     if not supported:
@@ -75,7 +88,7 @@ def _parse_mode(value: str | int) -> int:
 
 
 Folder = Annotated[Path, AfterValidator(Path.resolve)]
-Folders = Annotated[tuple[Folder, ...], BeforeValidator(lambda text: [part for part in text.split(":") if part])]
+Folders = Annotated[tuple[Folder, ...], BeforeValidator(parse_roots)]
 Switch = Annotated[
     bool, BeforeValidator(lambda text: {"off": False, "on": True}.get(text)), Field(description="must be off or on")
 ]
@@ -95,7 +108,7 @@ class Settings(EnvironmentSettings):
 
     home: Folder = Field(default_factory=lambda: Path("trainyard-home").resolve(), alias="TRAINYARD_HOME")
     database_url: Annotated[str, AfterValidator(_validate_database_url)] = Field(
-        default_factory=lambda fields: f"sqlite:///{fields['home']}/trainyard.db",
+        default_factory=lambda fields: sqlite_url(fields["home"] / DATABASE_FILE),
         alias="TRAINYARD_DATABASE_URL",
         description="or --database-url must be sqlite:////FOLDER/FILE or postgresql+psycopg://USER:PASSWORD@HOST/NAME; "
         "without it, a SQLite file in the home is used",
@@ -193,6 +206,17 @@ class Settings(EnvironmentSettings):
                 "set TRAINYARD_TOKEN or TRAINYARD_TOKEN_FILE, or listen on 127.0.0.1"
             )
 
+    def require_own_database(self) -> None:
+        """Raise InvalidSettings if release 0.1 put the database elsewhere, because of a ``?`` in the home's path."""
+        if self.database_url != sqlite_url(self.home / DATABASE_FILE) or (self.home / DATABASE_FILE).exists():
+            return
+        before = Path(make_url(f"sqlite:///{self.home}/{DATABASE_FILE}").database or "")
+        if before != self.home / DATABASE_FILE and before.is_file():
+            raise InvalidSettings(
+                f"release 0.1 kept the database of this home in {before}: stop every service that uses it, and move it "
+                f"to {self.home / DATABASE_FILE}, or name it with --database-url"
+            )
+
     @property
     def database_file(self) -> Path | None:
         """The file of a SQLite database; None for another one."""
@@ -202,8 +226,8 @@ class Settings(EnvironmentSettings):
     def secrets(self) -> list[str]:
         """Return the strings that the log must not contain: the current tokens and the database password."""
         listed = parse_tokens(self.token_file) if self.token_file is not None else []
-        password = make_url(self.database_url).password
-        return [secret for secret in (self.token, *listed, password) if secret]
+        url = make_url(self.database_url)
+        return [str(secret) for secret in (self.token, *listed, url.password, url.query.get("password")) if secret]
 
     @property
     def runs(self) -> Path:

@@ -5,6 +5,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from sqlalchemy.engine import URL, make_url
+
+ESCAPE = (
+    'has a user, password or host that cannot be read: write "@" as %40, ":" as %3A, "/" as %2F and "%" as %25, '
+    "or leave the password out of the URL and set PGPASSWORD"
+)
 
 
 class InvalidSettings(ValueError):
@@ -49,6 +55,18 @@ def _error_lines(error: ValidationError, descriptions: Mapping[str, str | None])
             case _:
                 lines.append(f"{name} {descriptions[name]}")
     return lines
+
+
+def parse_database_url(text: str) -> URL:
+    """Parse the URL of a database. Raises InvalidSettings, without any part of the URL, or ArgumentError."""
+    try:
+        url = make_url(text)
+    except ValueError:
+        raise InvalidSettings(ESCAPE) from None
+    # The first "@" ends the password: the rest of it would be taken for the host, and printed as such.
+    if url.drivername != "sqlite" and any("@" in part for part in (url.host or "", url.database or "")):
+        raise InvalidSettings(ESCAPE)
+    return url
 
 
 def split_commas(text: str) -> list[str]:

@@ -54,5 +54,5 @@ class TokenFile:
 
 def parse_tokens(file: Path) -> list[str]:
     """Return the tokens, one per line, without empty lines and # comments. Raises OSError or UnicodeDecodeError."""
-    lines = [line.strip() for line in file.read_text("utf-8").splitlines()]
+    lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
     return [line for line in lines if line and not line.startswith("#")]

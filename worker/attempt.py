@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from pydantic import ValidationError
 from trainyard.contract.locks import FileLock, LockBusy
 from trainyard.contract.messages import Outcome
 from trainyard.contract.parsing import parse_spec
-from trainyard.contract.rundir import AttemptDir, RunDir, fsync_directory, write_atomically
+from trainyard.contract.rundir import AttemptDir, RunDir, fsync_directory, temporary_file, write_atomically
 from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.worker.distributed import DistributedContext
@@ -156,9 +155,9 @@ def write_outcome_once(path: Path, outcome: Outcome) -> Outcome:
     """Write ``outcome`` atomically, unless there is one already. Return the one that is on disk."""
     # The first one is the cause: a rank that is out of memory writes it while rank 0 still waits for its gradient, and
     # rank 0's broken connection must not replace it.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = temporary_file(path)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(outcome.model_dump_json(indent=1).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

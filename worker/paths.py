@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainyard.contract.allowed_paths import outside_reason
+from trainyard.contract.allowed_paths import outside_reason, parse_roots
 from trainyard.contract.corpus_files import expand
 from trainyard.contract.rundir import ArtifactDir, RunDir, find_named_weights, weights_name
 from trainyard.contract.spec import JobSpec
@@ -27,7 +27,7 @@ def check_allowed_paths(spec: JobSpec, run: RunDir, environment: dict[str, str] 
     env = dict(os.environ) if environment is None else environment
     home = run.path.resolve().parent.parent
     data, save = (
-        [Path(root).resolve() for root in env.get(name, "").split(":") if root] for name in (DATA_ROOTS, SAVE_ROOTS)
+        [Path(root).resolve() for root in parse_roots(env.get(name, ""))] for name in (DATA_ROOTS, SAVE_ROOTS)
     )
     if data:
         _require_inside(_paths_read(spec), [*data, home], DATA_ROOTS)

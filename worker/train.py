@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +18,11 @@ from trainyard.contract.spec import JobSpec, NodeRange
 from trainyard.contract.status import Phase, Reason
 from trainyard.worker.attempt import AttemptContext, StepHeartbeat, was_evaluated
 from trainyard.worker.checkpoint.relocate import move_artifacts
-from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint
+from trainyard.worker.checkpoint.resume import ResumePoint, find_resume_point, newest_own_checkpoint, saved_corpora
 from trainyard.worker.checkpoint.saver import Checkpointer
 from trainyard.worker.checkpoint.weights import load_weights
 from trainyard.worker.data.loader import MicroBatchLoader
+from trainyard.worker.data.microbatch import MicroBatch
 from trainyard.worker.data.prepare import TrainingData, prepare_data
 from trainyard.worker.distributed import DistributedContext, require_device
 from trainyard.worker.errors import StopRequested, TrainingError
@@ -47,6 +48,9 @@ from trainyard.worker.training.state import TrainProgress, TrainState, build_tra
 from trainyard.worker.training.step import PendingMetrics, StepMetrics, read_metrics, seed_dropout
 
 EventSink = Callable[[Event], None]
+
+FIRST_STEPS = 3
+"""Steps of an attempt in which it is reported how many micro-batches are done."""
 
 MAX_PENDING_STEPS = 100
 """Maximum number of steps whose results are read from the device together."""
@@ -76,10 +80,12 @@ def train(
         torch.use_deterministic_algorithms(True)
 
     # The data: token shards and packed rows, built once by rank 0. From here on the vocabulary size is known.
-    with phases.during(Phase.PREPARING_DATA):
-        data = prepare_data(spec, attempt.run, ranks, emit, stop.requested)
-    spec = data.spec
     artifacts = attempt.run.artifacts(spec.checkpoint.save_dir)
+    with phases.during(Phase.PREPARING_DATA):
+        data = prepare_data(
+            spec, attempt.run, ranks, emit, stop.requested, lambda: saved_corpora(spec, attempt.run, artifacts)
+        )
+    spec = data.spec
 
     # The model, and what it starts from: a checkpoint (of this job, its parent or an earlier job), ``from_weight``, or
     # random weights.
@@ -232,14 +238,23 @@ class Trainer:
     spike_detector: LossSpikeDetector = field(default_factory=LossSpikeDetector)
     pending: list[PendingStep] = field(default_factory=list)
     last_metrics: StepMetrics | None = None
+    max_log_seconds: float = 60.0
+    """Without a ``log_interval``, a metric line is written at least this often."""
+    microbatch_seconds: float = 2.0
+    """At most this often it is reported how many micro-batches are done."""
+    _logged_at: float = field(default_factory=time.monotonic)
+    _logs_next_step: bool = False
+    _slow_steps: int = FIRST_STEPS
+    """Steps of this attempt that still report their micro-batches."""
     save_is_owed: bool = False
 
     def warm_up(self) -> None:
         """Run one pass without labels, if needed to compile the model or to fix the order of DDP's buckets."""
         compiles = self.spec.training.use_compile
+        if compiles:
+            self.phases.enter(Phase.COMPILING)
         if compiles or self.ranks.world > 1:
-            with self.phases.during(Phase.COMPILING) if compiles else contextlib.nullcontext():
-                self.state.train_step.warm_up(self.loader.dummy())
+            self.state.train_step.warm_up(self.loader.dummy())
         self.state.model.train()
 
     def run(self, progress: TrainProgress, steps: int) -> tuple[TrainProgress, bool]:
@@ -261,6 +276,7 @@ class Trainer:
             flags = control.exchange(self._own_flags())
             if flags.settings is not None:
                 self._apply_settings(flags.settings, progress.step, steps)
+            self._logs_next_step = flags.log
             is_last = progress.step == steps
             if self.intervals.is_save_step(progress.step) or flags.save or flags.stop:
                 # A checkpoint must not hold a step whose result was never checked.
@@ -294,8 +310,31 @@ class Trainer:
             stop=self.stop.requested(),
             save=self.ranks.is_main_process and self._should_save_now(),
             spike=self.spike_detector.pending is not None,
+            log=self.ranks.is_main_process and self._is_log_overdue(),
             settings=self.settings.poll() if self.ranks.is_main_process else None,
         )
+
+    def _is_log_overdue(self) -> bool:
+        if self.spec.reporting.log_interval is not None or time.monotonic() - self._logged_at < self.max_log_seconds:
+            return False
+        # Only once: with several ranks the flag comes back a step later.
+        self._logged_at = time.monotonic()
+        return True
+
+    def _microbatches(self, step: int, data_step: int) -> Iterator[MicroBatch]:
+        """Yield the step's micro-batches. In the first steps, report how many are done: one step may take minutes."""
+        if self._slow_steps == 0 or not self.ranks.is_main_process:
+            yield from self.loader.microbatches(data_step)
+            return
+        self._slow_steps -= 1
+        total, emitted_at, was_slow = self.spec.training.accumulation_steps, time.monotonic(), False
+        for done, micro_batch in enumerate(self.loader.microbatches(data_step)):
+            if time.monotonic() - emitted_at >= self.microbatch_seconds:
+                emitted_at, was_slow = time.monotonic(), True
+                self.phases.report(f"step {step:,}: micro-batch {done} of {total} done", done, total)
+            yield micro_batch
+        if was_slow:
+            self.phases.report()
 
     def _emit_spike_warning(self) -> None:
         warning = spike_warning(self.ranks.gather(self.spike_detector.take_row()))
@@ -325,11 +364,12 @@ class Trainer:
         scale = self.state.loss_scale()
         self.metrics.begin_step()
         pending_metrics = self.state.train_step.run(
-            self.loader.microbatches(data_step), self.lr_schedule.at(step), self._dropout_seeder(step)
+            self._microbatches(step, data_step), self.lr_schedule.at(step), self._dropout_seeder(step)
         )
         self.pending.append(PendingStep(step, data_step, scale, pending_metrics))
         tokens, data_seconds = self.loader.tokens(data_step), self.loader.data_seconds
-        progress, log_due = progress.next_step(tokens), self.intervals.is_log_step(step)
+        progress = progress.next_step(tokens)
+        log_due = self.intervals.is_log_step(step) or self._logs_next_step
         if (
             log_due
             or self.intervals.is_save_step(step)
@@ -439,6 +479,7 @@ class Trainer:
             grad_norm=self.last_metrics.grad_norm,
             eval_loss=None,
         )
+        self._logged_at = time.monotonic()
         if self.intervals.is_eval_step(step):
             self.metrics.unevaluated = metric
         else:
@@ -447,7 +488,7 @@ class Trainer:
     def _emit_metric(self, metric: MetricEvent) -> None:
         self.emit(metric)
         self.trackers.log(metric)
-        for warning in self.monitor.observe_metrics(metric.step, metric.loss):
+        for warning in self.monitor.observe_metrics(metric):
             self.emit(warning)
 
     def _evaluate(self, progress: TrainProgress) -> bool:

@@ -185,7 +185,7 @@ BOTH_SPELLINGS = {"token_normalize_func": _underscores}
 """Makes ``--batch-size`` the same as ``--batch_size``."""
 
 # fmt: off
-JOB = _argument("job", "JOB", "id of the job, or a name that only one job has", shell_complete=_jobs)
+JOB = _argument("job", "JOB", "id or name of the job; of several with the name, the newest", shell_complete=_jobs)
 CORPUS = _argument("file", "FILE", "corpus: JSONL, text, gzip, zstandard or parquet", type=FILE)
 TEXT_FIELD = Option("--text-field", default="text", help="key of the text (text)")
 JSON = _flag("--json", help="print JSON")
@@ -262,7 +262,8 @@ COMMANDS = (
         _several("--set", "GROUP.FIELD=JSON", "change a field of the spec"), Option("--name", help="of the new job"),
         _flag("--restart-data", help="start data and schedule from the beginning (else they continue)")),
     _of_job("export", "cli.commands.actions:export", "write a checkpoint in the format of another program",
-        _step("which checkpoint (the newest)"),
+        _step("which checkpoint (the newest); JOB@STEP means the same"),
+        Option("--out", type=FILE, metavar="DIR", help="download the files into this folder"),
         Option("--format", type=click.Choice(["hf", "minimind"]), default="hf", help="Hugging Face (hf) or MiniMind")),
     _of_job("cancel", "cli.commands.actions:cancel", "save and end the job; can be resumed"),
     _of_job("kill", "cli.commands.actions:kill", "stop now, without saving", YES),

@@ -16,6 +16,7 @@ from trainyard.service.leadership import LeaderMonitor
 from trainyard.service.logs.line_index import LineIndexCache
 from trainyard.service.maintenance.disk_monitor import DiskMonitor
 from trainyard.service.observability.prometheus import ServiceMetrics
+from trainyard.service.planning.matrix_speed import MatrixSpeed
 from trainyard.service.scheduler.loop import Scheduler
 from trainyard.service.settings import Settings
 from trainyard.service.streams.broadcaster import MetricBroadcaster
@@ -34,6 +35,7 @@ class AppState:
     sender: Sender
     metrics: ServiceMetrics = field(default_factory=ServiceMetrics)
     line_indexes: LineIndexCache = field(default_factory=LineIndexCache)
+    matrix_speed: MatrixSpeed | None = None
 
     @cached_property
     def disks(self) -> DiskMonitor:

@@ -111,7 +111,7 @@ FIELDS = {
     "memory_bytes": "Memory in bytes.",
     "webhook_id": "Id of the webhook.",
     # Jobs
-    **{f"{model}.name": "Display name; need not be unique." for model in ("Job", "JobSummary")},
+    **{f"{model}.name": "Display name; need not be unique." for model in ("Job", "JobSummary", "ResumedJob")},
     "status": "Status.",
     "desired": "What was requested: to run, or how to stop.",
     "phase": "What the run is doing now.",
@@ -132,7 +132,7 @@ FIELDS = {
     "allowed_actions": "The actions, and whether each is allowed now.",
     **{
         f"{model}.attempt": "Number of the newest attempt, counted from 1; null before the first."
-        for model in ("Job", "JobSummary")
+        for model in ("Job", "JobSummary", "ResumedJob")
     },
     "timeouts": "Timeouts, in seconds.",
     "slurm": "Options for Slurm. null: the setting of the service.",
@@ -158,6 +158,10 @@ FIELDS = {
     "samples": "Number of sequences of the corpus.",
     "documents": "Number of documents of the corpus.",
     "bad_lines": "Number of invalid documents of the corpus.",
+    "special_tokens": "Number of special tokens that are written in the texts of the corpus.",
+    "special_texts": "Number of documents whose text has special tokens.",
+    "bos_token": "Token before each document.",
+    "eos_token": "Token after each document.",
     "steps": "Number of optimizer steps of the run; null if unknown.",
     "base_step": "Number of steps of a fork's ancestors before its own schedule; `steps` includes them.",
     "steps_per_epoch": "Number of steps of one pass over the corpus.",
@@ -183,6 +187,12 @@ FIELDS = {
     "eta_basis": "The run that the expected time is taken from.",
     "memory_limit_bytes": "Memory of the device, or of the host for CPU ranks, in bytes.",
     "expected_first_loss": "Loss of an untrained model, in nats per token.",
+    "special_tokens": "Number of special tokens that are written inside of texts.",
+    "special_texts": "Number of texts that have special tokens inside.",
+    "bos_token": "Token before each document, or null.",
+    "eos_token": "Token after each document, or null.",
+    "learning_rate_before": "Learning rate of the last step before the resume, a ratio of update to gradient.",
+    "learning_rate_after": "Learning rate of the first step after the resume, a ratio of update to gradient.",
     "estimated": "Whether what depends on the corpus is estimated from a sample of it.",
     "start_step": "Step that it starts from.",
     "percent": "Part of the run that is done, in percent, 0 to 100.",

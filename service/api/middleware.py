@@ -25,6 +25,7 @@ from trainyard.service.errors import (
     HeadersTooLarge,
     HostNotAllowed,
     Overloaded,
+    PathPrefix,
     Unauthorized,
     UrlTooLong,
     from_exception,
@@ -43,11 +44,25 @@ MAX_BODY_BYTES = 1 << 20
 MAX_REPORT_BYTES = 64 << 20
 MAX_URL_BYTES = 8 << 10
 MAX_HEADER_BYTES = 32 << 10
+CLIENT_LEFT = 499
+"""Status of a request in log and metrics if its client disconnected in the middle of the body, as nginx has it."""
+
 MAX_BODY_SECONDS = 30.0
 """Time for the whole body, however slowly it arrives."""
 
 TOKEN_RECHECK_SECONDS = 15.0
 """Interval at which the token of an open stream is checked again."""
+
+PERIODIC_ROUTES = frozenset(
+    {
+        "/health",
+        "/ready",
+        "/metrics",
+        "/internal/attempts/{attempt_id}/events",
+        "/internal/attempts/{attempt_id}/heartbeat",
+    }
+)
+"""Routes that programs call every few seconds. If they succeed, they are logged only at level debug."""
 
 STREAM = "/stream"
 UNTIMED = (STREAM, "/files/{name}")
@@ -76,7 +91,7 @@ class RequestMiddleware:
         headers = Headers(scope=scope)
         request_id = _request_id(headers)
         scope["request_id"] = request_id
-        response = _ResponseSender(send, request_id)
+        response = _ResponseSender(send, request_id, scope.get("forwarded_prefix", ""))
         started_at = time.monotonic()
         with log_context(request_id=request_id):
             try:
@@ -86,9 +101,11 @@ class RequestMiddleware:
                 self._check_content_length(scope, headers)
                 limited_app = RequestBodyLimitMiddleware(self._app, _max_body_bytes(scope))
                 with self._request_slot(scope):
-                    await limited_app(scope, _with_deadline(receive), response)
+                    await limited_app(scope, _with_deadline(receive, response), response)
             except Exception as error:
-                await self._send_error(error, scope, receive, response)
+                # A client that left in the middle of its body is no error of the service, and gets no response.
+                if not response.client_left:
+                    await self._send_error(error, scope, receive, response)
             finally:
                 self._log_and_measure(scope, response.status, time.monotonic() - started_at)
 
@@ -98,7 +115,10 @@ class RequestMiddleware:
         route = getattr(scope.get("route"), "path", "none")
         client = (scope.get("client") or (None,))[0]
         fields = {"method": method, "route": route, "status": status or None, "seconds": round(seconds, 6)}
-        log.info("request", extra={"job_id": _job_id(scope), "client": client, **fields})
+        # Two of three lines were those of agents and health checks.
+        is_routine = route in PERIODIC_ROUTES and HTTPStatus.OK <= status < HTTPStatus.BAD_REQUEST
+        level = logging.DEBUG if is_routine else logging.INFO
+        log.log(level, "request", extra={"job_id": _job_id(scope), "client": client, **fields})
         if not route.endswith(UNTIMED):
             self._metrics.requests.labels(method, route, str(status)).observe(seconds)
 
@@ -108,8 +128,12 @@ class RequestMiddleware:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise HeadersTooLarge()
         host = headers.get("host", "")
-        if not _host_allowed(host, self._settings.allowed_hosts):
+        # HTTP/1.0 has no Host. Browsers, for whose sake the name is checked, always send one.
+        is_nameless = "host" not in headers and scope["http_version"] == "1.0"
+        if not is_nameless and not _host_allowed(host, self._settings.allowed_hosts):
             raise HostNotAllowed()
+        if scope.get("forwarded_prefix") and is_page(scope["method"], scope["path"], headers.get("accept", "")):
+            raise PathPrefix()
         if scope["method"] not in SAFE_METHODS and not _same_origin(headers.get("origin"), host):
             raise CrossOrigin()
 
@@ -170,15 +194,24 @@ def _is_open(scope: Scope, headers: Headers) -> bool:
 class _ResponseSender:
     """The ASGI ``send`` of a request. Adds the headers that every response has, and checks a stream's token again."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, prefix: str) -> None:
         self._send = send
+        self._prefix = prefix
         self._request_id = request_id
         self.started = False
         self.status = 0
+        self.client_left = False
         self.reauthenticate: Callable[[], Awaitable[object]] | None = None
         self._token_checked_at: float | None = None
 
+    def on_client_left(self) -> None:
+        """Note that the client disconnected before its body was complete. Nothing is sent any more."""
+        self.client_left = True
+        self.status = CLIENT_LEFT
+
     async def __call__(self, message: Message) -> None:
+        if self.client_left:
+            return
         if message["type"] == "http.response.start":
             self.started = True
             self.status = message["status"]
@@ -186,6 +219,8 @@ class _ResponseSender:
             headers["x-request-id"] = self._request_id
             headers["x-content-type-options"] = "nosniff"
             headers.setdefault("cache-control", "no-store")
+            if self._prefix:
+                _add_prefix(headers, self._prefix)
             if headers.get("content-type", "").startswith("text/event-stream"):
                 self._token_checked_at = time.monotonic()
         elif self._token_checked_at is not None:
@@ -204,8 +239,19 @@ class _ResponseSender:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def _with_deadline(receive: Receive) -> Receive:
-    """Return ``receive`` with a time limit for the whole body, after which it raises HTTPException (408)."""
+def _add_prefix(headers: MutableHeaders, prefix: str) -> None:
+    """Add the path prefix of the proxy to the addresses in the headers."""
+    for name, start in (("location", "/"), ("link", "</")):
+        value = headers.get(name, "")
+        if value.startswith(start):
+            headers[name] = value.replace("/", f"{prefix}/", 1)
+
+
+def _with_deadline(receive: Receive, response: _ResponseSender) -> Receive:
+    """Return ``receive`` with a time limit for the whole body, after which it raises HTTPException (408).
+
+    If the client disconnects before its body is complete, ``response`` is informed.
+    """
     deadline: float | None = asyncio.get_running_loop().time() + MAX_BODY_SECONDS
 
     async def receive_in_time() -> Message:
@@ -216,6 +262,8 @@ def _with_deadline(receive: Receive) -> Receive:
         except TimeoutError:
             # Not a ServiceError: FastAPI turns all errors but HTTPException, raised while it reads a body, into a 400.
             raise HTTPException(HTTPStatus.REQUEST_TIMEOUT) from None
+        if message["type"] == "http.disconnect" and deadline is not None:
+            response.on_client_left()
         if not message.get("more_body", False):
             deadline = None
         return message

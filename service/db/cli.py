@@ -15,9 +15,8 @@ from trainyard.contract.stdio import run_command
 from trainyard.service.db.copy import CopyRefused, TableCopy, copy, printable_url
 from trainyard.service.db.engine import Database, UnknownSchemaVersion, error_text
 from trainyard.service.home import create_database, create_directory
-from trainyard.service.settings import InvalidSettings, Settings
-
-DATABASE = "trainyard.db"
+from trainyard.service.settings import DATABASE_FILE, InvalidSettings, Settings, sqlite_url
+from trainyard.service.settings_base import parse_database_url
 
 
 class BackupError(Exception):
@@ -92,11 +91,15 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def database_url(text: str) -> str:
-    """Return a URL as it is, and the path of a home or SQLite file as a URL."""
+    """Return a URL as it is, and the path of a home or SQLite file as a URL. Raises InvalidSettings."""
     if "://" in text:
+        try:
+            parse_database_url(text)
+        except InvalidSettings as error:
+            raise InvalidSettings(f"the URL of a database {error}") from None
         return text
     path = Path(text).resolve()
-    return f"sqlite:///{path / DATABASE if path.is_dir() else path}"
+    return sqlite_url(path / DATABASE_FILE if path.is_dir() else path)
 
 
 def backup(database: Path, target: Path) -> None:

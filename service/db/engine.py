@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 
 from trainyard import migrations
 from trainyard.contract.locks import FileLock
-from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown
+from trainyard.service.errors import DatabaseUnavailable, OutcomeUnknown, is_disk_full
 from trainyard.service.home import create_database
 
 if TYPE_CHECKING:
@@ -139,6 +139,10 @@ class Database:
             try:
                 transaction.commit()
             except (OperationalError, InterfaceError) as error:
+                # Without this SQLite would keep the transaction open in the pooled connection.
+                session.invalidate()
+                if is_disk_full(error):
+                    raise  # Nothing was stored.
                 raise OutcomeUnknown() from error
 
     def require_same_file(self) -> None:

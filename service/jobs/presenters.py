@@ -5,10 +5,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Row
 
+from trainyard.contract.rundir import ArtifactDir
 from trainyard.contract.status import Desired, JobStatus, Phase, Reason
 from trainyard.service.db.models import AttemptRow, CheckpointRow, EventRow, JobRow, SampleRow
 from trainyard.service.jobs import queries
@@ -53,7 +55,23 @@ def to_job_summaries(rows: JobRows, waiting: Mapping[str, str]) -> list[JobSumma
 def _complete(row: JobRow, job: JobSummary) -> Job:
     state = replace(queries.job_state(row), has_checkpoint=job.checkpoint is not None)
     # The summary is validated already, and a second validation would take as long as the first.
-    return Job.model_construct(**vars(job), spec=row.spec, plan=_plan(row.facts), allowed_actions=_actions(state))
+    return Job.model_construct(
+        **vars(job),
+        spec=row.spec,
+        plan=_plan(row.facts),
+        allowed_actions=_actions(state),
+        weights_path=_weights_path(row, job.checkpoint),
+    )
+
+
+def _weights_path(row: JobRow, checkpoint: Checkpoint | None) -> str | None:
+    if checkpoint is None:
+        return None
+    # From the checkpoint's path: after a resume with another save_dir, the files are moved only at the start.
+    artifacts = ArtifactDir(Path(checkpoint.path).parent.parent)
+    model = row.spec["model"]
+    file = artifacts.weights(row.spec["checkpoint"]["save_weight"], model["hidden_size"], model["use_moe"])
+    return str(file) if file.is_file() else None
 
 
 def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now: datetime) -> JobSummary:

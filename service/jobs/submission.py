@@ -110,7 +110,7 @@ def validate_spec(raw: object, host: HostLimits, *, is_new: bool = False) -> Job
     if problems:
         error = with_problems(SpecInvalid, problems)
         outside = any(setting in problem.message for problem in problems for setting in UNLESS_SET)
-        if outside and host.settings.serves_local_user:
+        if outside and host.names_roots and host.settings.serves_local_user:
             error.extra["roots"] = _roots_for_user(host.settings)
         raise error
     return validator.resolved()

@@ -81,6 +81,8 @@ def _running(job: SummaryInput, now: datetime) -> str:
     parts = [f"Step {progress.step:,}"]
     if progress.steps:
         parts = [f"Step {progress.step:,} of {progress.steps:,} ({progress.percent or 0:.0f} %)"]
+    if job.phase is Phase.TRAINING and (message := job.phase_detail.get("message")):
+        parts.append(str(message))  # of a slow first step: how many micro-batches are done
     if progress.eta_seconds is not None:
         parts.append(f"ETA {duration(progress.eta_seconds)}")
     if progress.tokens_per_second:

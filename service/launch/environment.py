@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import trainyard
+from trainyard.contract.allowed_paths import format_roots
 from trainyard.contract.processes import MARKER
 from trainyard.contract.rundir import read_json
 from trainyard.service.launch.base import Launch
@@ -69,7 +70,7 @@ class WorkerEnvironment:
             MARKER: str(launch.name),
             "TRAINYARD_CORPUS_CACHE": str(self._corpus_cache),
             # The worker checks each path again: a link may have changed since the spec was accepted.
-            **{name: ":".join(map(str, roots)) for name, roots in self._roots.items()},
+            **{name: format_roots(roots) for name, roots in self._roots.items()},
             "TRAINYARD_REPORT_URL": str(service.get("url", "")),
             SERVICE_FILE_VARIABLE: str(self.service_file),
             "TRAINYARD_ATTEMPT_ID": launch.attempt_id,

@@ -11,6 +11,8 @@ BLOCK = 64 << 10
 MAX_CHUNK = 1 << 20
 NEWLINE = b"\n"
 MAX_CHARACTER_BYTES = 4
+SHORT_LINE = 1024
+"""If the limit of a tail cuts a line, the rest of it is left out if it is shorter than this."""
 
 
 def log_file(attempt: AttemptDir, rank: int | None) -> Path:
@@ -50,7 +52,10 @@ def start_of_tail(path: Path, lines: int, limit: int) -> int:
 
 
 def read_tail(path: Path, lines: int, limit: int) -> tuple[str, int]:
-    """Return the last ``lines`` lines, at most ``limit`` bytes of them, and the next offset."""
+    """Return the last ``lines`` lines, at most ``limit`` bytes of them, and the next offset.
+
+    If the limit cuts a long line, the end of that line comes first.
+    """
     with open_log(path) as file:
         end = file.seek(0, os.SEEK_END)
         start = _start_of_tail(file, end, lines, max(0, end - limit))
@@ -73,13 +78,17 @@ def _start_of_tail(file: BinaryIO, end: int, lines: int, lowest: int) -> int:
             if lines == 0:
                 return position + newline + 1
             search_end = newline
-    return lowest if lowest == 0 else _next_line(file, lowest, end)
+    return lowest if lowest == 0 else _start_of_cut(file, lowest, end)
 
 
-def _next_line(file: BinaryIO, position: int, end: int) -> int:
+def _start_of_cut(file: BinaryIO, position: int, end: int) -> int:
+    # The next line, or the first whole character here if the line goes on for long: it may be all that there is to see.
     file.seek(position)
-    newline = file.read(min(BLOCK, end - position)).find(NEWLINE)
-    return position + newline + 1 if 0 <= newline < end - position - 1 else position
+    block = file.read(min(SHORT_LINE, end - position))
+    newline = block.find(NEWLINE)
+    if 0 <= newline < end - position - 1:
+        return position + newline + 1
+    return position + next((i for i, byte in enumerate(block[:MAX_CHARACTER_BYTES]) if byte & 0xC0 != 0x80), 0)
 
 
 def open_log(path: Path) -> BinaryIO:

@@ -21,7 +21,7 @@ REDACTED = "***"
 MIN_SECRET_LENGTH = 6
 """A shorter secret would match ordinary text."""
 
-CREDENTIALS = re.compile(r"(?i)(\bbearer\s+|://[^\s/:@]*:|\bwhsec_)[^\s@\"',]+")
+CREDENTIALS = re.compile(r"(?i)(?:(\bbearer\s+|\bwhsec_)[^\s@\"',]+|(://[^\s/:@]*:)[^\s\"',]+(?=@))")
 """What follows the word Bearer, the password in a URL, and the secret of a webhook."""
 
 NOISY_LOGGERS = ("alembic", "httpx2", "httpcore2")
@@ -78,7 +78,7 @@ class RedactingFilter:
     def __call__(self, text: str) -> str:
         if self._known is not None:
             text = self._known.sub(REDACTED, text)
-        return CREDENTIALS.sub(rf"\g<1>{REDACTED}", text)
+        return CREDENTIALS.sub(lambda found: f"{found[1] or found[2]}{REDACTED}", text)
 
 
 class _LineFormatter(logging.Formatter):

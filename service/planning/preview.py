@@ -15,6 +15,7 @@ from trainyard.service.jobs.submission import initial_plan
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.planning.corpus_sample import other_format, sample_files
 from trainyard.service.planning.estimate import PlannedSource, RunSize, estimate_size, join_sizes, plan_sources
+from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
 from trainyard.service.planning.warnings import HostCapacity, source_warnings, warnings
@@ -93,7 +94,7 @@ def preview(
     kind: str,
     sample: CorpusSample,
     devices: Sequence[Device],
-    throughput: Throughput | None,
+    throughput: Throughput | MatrixEstimate | None,
     queue: QueuePosition,
     home: Path,
 ) -> PlanPreview:
@@ -136,7 +137,7 @@ def preview_from_step(plan: PlanPreview, start: int, base: int, steps: int | Non
     return plan.model_copy(update={**start_fields, **remaining, "steps": total_steps})
 
 
-def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | None) -> dict[str, Any]:
+def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixEstimate | None) -> dict[str, Any]:
     if size is None:
         return {"estimated": True}
     flops_per_token = costs.flops_per_token(spec.model, size.attention_length)

@@ -129,8 +129,9 @@ def _intervals(spec: JobSpec, size: RunSize) -> Iterator[str]:
             f"save_interval {spec.checkpoint.save_interval:,} is longer than the run ({steps:,} steps): "
             "the only checkpoint is that of the end"
         )
-    if spec.reporting.log_interval > steps:
-        yield f"log_interval {spec.reporting.log_interval:,} is longer than the run ({steps:,} steps)"
+    log_interval = spec.reporting.log_interval
+    if log_interval is not None and log_interval > steps:
+        yield f"log_interval {log_interval:,} is longer than the run ({steps:,} steps)"
 
 
 def _gb(value: int) -> str:

@@ -1,6 +1,7 @@
 """When to retry a delivery, when to give it up, and when to disable a webhook. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -19,6 +20,17 @@ MAX_FAILURES = 3
 
 MAX_CONCURRENT = 4
 """Deliveries to one webhook at the same time, each of another lane."""
+
+MAX_SENDING = 128
+"""Deliveries that are sent at the same time: the first one to each receiver."""
+
+MAX_SHARED = 16
+"""Further deliveries to a receiver start only while fewer than this are being sent."""
+
+MAX_SLOW = 64
+"""Deliveries to slow receivers at the same time. The other places are free for quick ones."""
+
+SLOW_SECONDS = 1.0
 
 GONE = 410
 """The HTTP status by which a receiver unsubscribes."""
@@ -65,18 +77,28 @@ class NextDelivery:
     failures: int
 
 
-def pick(queue: Sequence[NextDelivery], busy: Mapping[int, str], free: int) -> list[NextDelivery]:
-    """Return the deliveries to send now. ``busy``: delivery -> webhook of those being sent; ``free``: how many more."""
+def pick(queue: Sequence[NextDelivery], busy: Mapping[int, str], slow: Collection[str] = ()) -> list[NextDelivery]:
+    """Return the deliveries to send now, so that no receiver waits for another one.
+
+    The first delivery to each receiver comes before the second one to any. ``busy``: delivery -> webhook of those being
+    sent. ``slow``: webhooks whose last delivery took longer than SLOW_SECONDS.
+    """
     picked: list[NextDelivery] = []
-    load: dict[str, int] = {}
-    for webhook_id in busy.values():
-        load[webhook_id] = load.get(webhook_id, 0) + 1
-    for delivery in queue:
-        limit = MAX_CONCURRENT if delivery.failures < MAX_FAILURES else 1
-        if delivery.number in busy or load.get(delivery.webhook_id, 0) >= limit:
-            continue
-        if len(picked) == free:
-            break
-        load[delivery.webhook_id] = load.get(delivery.webhook_id, 0) + 1
-        picked.append(delivery)
+    load = Counter(busy.values())
+    slow_sending = sum(webhook_id in slow for webhook_id in busy.values())
+    waiting = [delivery for delivery in queue if delivery.number not in busy]
+    for share in range(1, MAX_CONCURRENT + 1):
+        left = []
+        for delivery in waiting:
+            webhook_id = delivery.webhook_id
+            most = MAX_SENDING if share == 1 else MAX_SHARED
+            limit = share if delivery.failures < MAX_FAILURES else 1
+            too_slow = webhook_id in slow and slow_sending >= MAX_SLOW
+            if load[webhook_id] >= limit or too_slow or len(busy) + len(picked) >= most:
+                left.append(delivery)
+                continue
+            load[webhook_id] += 1
+            slow_sending += webhook_id in slow
+            picked.append(delivery)
+        waiting = left
     return picked

@@ -27,11 +27,10 @@ from trainyard.service.leadership import LeaderLease, LeadershipLost, fenced
 from trainyard.service.webhooks import delivery_queue, signing, store
 from trainyard.service.webhooks.http_client import DeliveryResult, WebhookClient
 from trainyard.service.webhooks.requests import TEST
-from trainyard.service.webhooks.retry_policy import MAX_FAILURES, after_failure, backoff, pick
+from trainyard.service.webhooks.retry_policy import MAX_FAILURES, SLOW_SECONDS, after_failure, backoff, pick
 from trainyard.service.webhooks.rule_engine import RuleEngine
 
 ROUND_SECONDS = 1.0
-MAX_SENDING = 16
 GRACE_SECONDS = 5.0
 """Another sender's claims expire this long after the deadline of its requests."""
 
@@ -55,7 +54,7 @@ class ClaimedDelivery:
 
 
 class Sender:
-    """Runs rounds in a thread; each delivery has a thread of its own, at most MAX_SENDING. Tests call `round`."""
+    """Runs rounds in a thread; each delivery has a thread of its own. Tests call `round`."""
 
     def __init__(
         self,
@@ -75,6 +74,7 @@ class Sender:
         self._rule_engine = RuleEngine(database, lease, clock, monotonic)
         self._name = secrets.token_hex(8)
         self._busy: dict[int, str] = {}
+        self._slow: set[str] = set()
         self._changed = threading.Condition()
         self._epoch: int | None = None
         self._led_since = monotonic()
@@ -114,7 +114,7 @@ class Sender:
         with self._database.read() as session:
             queue = delivery_queue.next_deliveries(session, self._clock(), self._name, self._other_claims_expired())
         with self._changed:
-            picked = pick(queue, self._busy, MAX_SENDING - len(self._busy))
+            picked = pick(queue, self._busy, self._slow)
             self._busy |= {delivery.number: delivery.webhook_id for delivery in picked}
         for delivery in picked:
             threading.Thread(target=self._deliver, args=(delivery.number,), name="webhook", daemon=True).start()
@@ -179,6 +179,9 @@ class Sender:
     def _send(self, claimed: ClaimedDelivery) -> DeliveryResult:
         signed = signing.headers(claimed.secrets, claimed.event_id, int(self._clock().timestamp()), claimed.body)
         result = self._client.post(claimed.url, signed, claimed.body)
+        with self._changed:
+            change = self._slow.add if result.seconds > SLOW_SECONDS else self._slow.discard
+            change(claimed.webhook_id)
         outcome = result.status if result.status is not None else result.error
         fields = {"webhook_id": claimed.webhook_id, "event_id": claimed.event_id, "seconds": round(result.seconds, 3)}
         log.info("webhook sent: %s", outcome, extra=fields)

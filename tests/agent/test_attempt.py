@@ -316,6 +316,6 @@ def test_the_worker_learns_where_it_may_read_and_write(tmp_path: Path, service: 
     local.start(launch(steps="1000"))
     until(lambda: processes("RANK"))
     rank = processes("RANK")[0]
-    assert rank.variable("TRAINYARD_DATA_ROOTS") == f"/data:/more:{tmp_path}"
-    assert rank.variable("TRAINYARD_SAVE_ROOTS") == str(tmp_path)
+    assert json.loads(str(rank.variable("TRAINYARD_DATA_ROOTS"))) == ["/data", "/more", str(tmp_path)]
+    assert json.loads(str(rank.variable("TRAINYARD_SAVE_ROOTS"))) == [str(tmp_path)]
     local.kill(NAME)

@@ -176,6 +176,8 @@ class FakeService:
             return self._submit(request) if request.method == "POST" else self._list(request)
         if parts[0] == "jobs":
             return self._job(request, *parts[1:])
+        if parts[0] in ("health", "ready"):
+            return httpx2.Response(200, json={"status": "ok", "parts": []})
         if parts[0] == "version":
             return httpx2.Response(200, json={"name": "trainyard", "version": "9.9"})
         return listed(self.rows.get(parts[0], []))
@@ -200,6 +202,8 @@ class FakeService:
             return problem(404, "job_not_found", "No job has this id.")
         if below[-1:] == ("export",):
             return httpx2.Response(201, json=self._export(job_id, int(below[1]), body_of(request)["format"]))
+        if below[:1] == ("exports",) and len(below) == 5:
+            return httpx2.Response(200, content=b"x" * 300)
         if below == ("fork",):
             asked = body_of(request)
             parent = {"job_id": job_id, "step": asked["step"] or 400, "data": asked["data"]}

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from typing import Any
 
 import httpx2
@@ -147,6 +148,21 @@ def test_api_errors_carry_the_problem(service: FakeService, trainyard: Client, s
     assert caught.value.request_id == "req-1"
     assert caught.value.errors == (FieldProblem("/training/learning_rate", "must be greater than 0"),)
     assert str(caught.value) == "Some detail. [some_code]"
+
+
+@pytest.mark.parametrize("body", ["{}", "[]", "null", "5", '"x"', '{"status": "ok"}', '{"data": [{"id": 1}]}'])
+def test_json_of_another_service_is_named_and_no_traceback(body: str) -> None:
+    answers = httpx2.MockTransport(
+        lambda _: httpx2.Response(200, content=body, headers={"Content-Type": "application/json"})
+    )
+    stranger = Client("http://127.0.0.1:8000", transport=answers)
+    calls: list[Callable[[], object]] = [
+        lambda: list(stranger.jobs()), lambda: stranger.job("job_x"), lambda: stranger.submit(SPEC),
+        lambda: stranger.logs("job_x"), stranger.version, lambda: stranger.checkpoints("job_x"),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ServiceUnreachable, match="no Trainyard service"):
+            call()
 
 
 @pytest.mark.parametrize("body", ["", "<html>", "[1]", '{"errors": 5}', '{"errors": [3, {}]}'])

@@ -121,14 +121,6 @@ def test_an_address_that_is_none_is_wrong_usage(url: str, capsys: pytest.Capture
     assert "must be like http://127.0.0.1:8000" in capsys.readouterr().err
 
 
-def test_a_name_that_is_shared_is_wrong_usage(run: Run, service: FakeService) -> None:
-    service.jobs["job_2"] = job(id="job_2")
-    code, _, err = run("show", "pre-12")
-    assert code == 2
-    assert "job_7f3kq9" in err
-    assert "job_2" in err
-
-
 def test_a_rejection_is_exit_1_and_prints_all_problems(run: Run, service: FakeService) -> None:
     service.faults = [
         lambda _: None,
@@ -417,13 +409,13 @@ def test_a_value_that_json_cannot_express_is_named(
         (
             ["corpus", "check", "f", "--json"],
             "trainyard.worker.data.corpus",
-            ["check", "f", "--text-field", "text", "--json"],
+            ["check", "f", "--text-field", "text", "--special-tokens", "text", "--json"],
             {},
         ),
         (
             ["corpus", "check", "f", "--text-field", "b"],
             "trainyard.worker.data.corpus",
-            ["check", "f", "--text-field", "b"],
+            ["check", "f", "--text-field", "b", "--special-tokens", "text"],
             {},
         ),
     ],
@@ -450,3 +442,20 @@ def test_local_commands_become_their_program(
     assert arguments_ == [sys.executable, "-P", "-m", module, *passed]
     given = {name: value for name, value in environment.items() if name.startswith("TRAINYARD_")}
     assert given == settings
+
+
+def test_of_several_jobs_with_a_name_the_newest_is_meant(run: Run, service: FakeService) -> None:
+    service.jobs = {name: job("succeeded", id=name) for name in ("job_new", "job_old")}
+    code, out, err = run("show", "pre-12", "--json")
+    assert (code, json.loads(out)["id"]) == (0, "job_new")
+    assert err == "pre-12 is the newest of 2 jobs with this name, job_new; older: job_old (succeeded)\n"
+    assert run("resume", "pre-12")[1].startswith("job_new ")
+    for line in (
+        ["delete", "pre-12", "-y"],
+        ["kill", "pre-12", "-y"],
+        ["checkpoints", "pre-12", "--delete", "1", "-y"],
+    ):
+        code, _, err = run(*line)
+        assert code == 2, "what destroys does not guess"
+        assert "2 jobs are named 'pre-12'; give the id of one: job_new" in err
+    assert set(service.jobs) == {"job_new", "job_old"}

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from tests.client.conftest import Run
-from tests.client.fake_service import FakeService, body_of, lost
+from tests.client.fake_service import FakeService, body_of, job, lost
 from trainyard.client.api import Client
 
 
@@ -58,3 +59,41 @@ def test_export_prints_the_path(run: Run, form: str) -> None:
     assert "1 files, 300 B" in err
     code, out, _ = run("export", "pre-12", "--step", "400", "--format", form, "--json")
     assert json.loads(out)["format"] == form
+
+
+def test_export_downloads_with_out(run: Run, service: FakeService, tmp_path: Path) -> None:
+    code, out, _ = run("export", "pre-12@400", "--out", str(tmp_path / "d"))
+    assert (code, out) == (0, f"{tmp_path / 'd'}\n")
+    assert [(path.name, path.stat().st_size) for path in (tmp_path / "d").iterdir()] == [("config.json", 300)]
+    assert service.requests[-1].url.path == "/jobs/job_7f3kq9/exports/400/hf/files/config.json"
+    assert json.loads(run("export", "pre-12@400", "--out", str(tmp_path / "e"), "--json")[1])["out"] == str(
+        tmp_path / "e"
+    )
+
+
+def test_a_cut_or_strange_file_of_an_export_is_no_download(
+    run: Run, service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("config.json", 301), ("../x", 300), (".x", 300), ("", 300)):
+        made = {"job_id": "job_7f3kq9", "step": 4, "format": "hf", "path": "/p", "bytes": 1}
+        made["files"] = [{"name": name, "bytes": size}]
+        answer = httpx2.Response(201, json=made)
+        service.faults = [lambda _: None, lambda _, answer=answer: answer]  # type: ignore[misc]
+        code, _, err = run("export", "pre-12", "--step", "4", "--out", str(tmp_path / "d"))
+        assert code == 1, err
+        assert list(tmp_path.rglob("*")) == [tmp_path / "d"]
+
+
+def test_job_at_step(run: Run, service: FakeService) -> None:
+    service.rows["checkpoints"] = [{"id": "1", "step": 900}]
+    for words, step in (
+        (["pre-12@400"], 400),
+        (["pre-12@latest"], 900),
+        (["pre-12"], 900),
+        (["pre-12", "--step", "4"], 4),
+    ):
+        assert run("export", *words)[0] == 0
+        assert service.requests[-1].url.path == f"/jobs/job_7f3kq9/checkpoints/{step}/export"
+    assert run("export", "pre-12@400", "--step", "4")[0] == 2
+    service.jobs = {"job_b": job(id="job_b", name="a@b")}
+    assert run("export", "a@b")[0] == 0, "a name may have an @"

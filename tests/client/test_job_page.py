@@ -150,7 +150,7 @@ def test_only_a_pending_restart_keeps_an_interrupted_job_going() -> None:
         (api_error(404, {}), Exit.REJECTED),
         (api_error(422, {}), Exit.REJECTED),
         (api_error(500, {}), Exit.REJECTED),
-        (AmbiguousName("n"), Exit.USAGE),
+        (AmbiguousName("n", []), Exit.USAGE),
         (WaitTimedOut(1.0, None), Exit.TIMED_OUT),
         (TrainyardError("t"), Exit.REJECTED),
     ],
@@ -161,3 +161,9 @@ def test_each_error_has_its_code(error: TrainyardError, code: Exit) -> None:
 
 def test_the_codes_are_those_of_the_contract() -> None:
     assert [int(code) for code in Exit] == [0, 1, 2, 3, 4, 10, 11, 12, 124, 130]
+
+
+def test_a_finished_job_names_its_weights() -> None:
+    weights = "/runs/job_7f3kq9/out/pretrain_512.pth"
+    assert f"  weights    {weights}" in page(status="succeeded", weights_path=weights)
+    assert not any(line.startswith("  weights") for line in page())

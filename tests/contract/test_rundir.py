@@ -108,3 +108,16 @@ def test_a_manifest_is_parsed_as_it_was_written() -> None:
     for other in (b"", b"[]", b"{}", b'{"files": []}', b'{"files": {"a": 1}}', b'{"files": {"a": {"bytes": 1}}}'):
         with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
             parse_manifest(other)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_what_is_written_follows_the_umask(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "a", b"1")
+        write_atomically(tmp_path / "a", b"2")
+        write_json(tmp_path / "b", {})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"a": mode, "b": mode}
+    assert (tmp_path / "a").read_bytes() == b"2"

@@ -1,5 +1,6 @@
 """Packing: every prediction exactly once, segments whole and apart, and the held-out documents."""
 
+import random
 import tempfile
 from collections import Counter
 from itertools import pairwise
@@ -18,10 +19,11 @@ from trainyard.model.decoder import Decoder
 from trainyard.worker.data import packing as packing_module
 from trainyard.worker.data.corpus import Corpus, open_corpus
 from trainyard.worker.data.jsonl import DataInvalid
-from trainyard.worker.data.packing import Batch, PackedDataset, Packing, SplitSpec, best_fit, segments_of
+from trainyard.worker.data.packing import Batch, PackedDataset, Packing, SplitBy, SplitSpec, best_fit, segments_of
 from trainyard.worker.data.tokenizers import ByteTokenizer
-from trainyard.worker.splitmix import splitmix64
+from trainyard.worker.splitmix import GAMMA, splitmix64
 
+SPLITS: tuple[SplitBy, ...] = ("number", "text")
 PACKINGS: tuple[Packing, ...] = ("none", "document")
 
 
@@ -224,11 +226,12 @@ def test_tables_are_kept_beside_the_shards(corpus: Corpus, monkeypatch: pytest.M
     assert names == ["rows-1-64-document-all", "rows-1-65-document-all"]
 
 
+@pytest.mark.parametrize("by", SPLITS)
 @pytest.mark.parametrize("fraction", [0.001, 0.1, 0.5, 0.999])
-def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus: Corpus) -> None:
+def test_held_out_documents_are_apart_and_about_as_many(fraction: float, by: SplitBy, corpus: Corpus) -> None:
     corpus = numbered(corpus)
     train, held = (
-        PackedDataset.open(corpus, max_seq_len=200, packing="document", split=SplitSpec(part, fraction))
+        PackedDataset.open(corpus, max_seq_len=200, packing="document", split=SplitSpec(part, fraction, by))
         for part in ("train", "eval")
     )
     parts = [predictions(dataset.batch(range(len(dataset)))) for dataset in (train, held)]
@@ -241,10 +244,63 @@ def test_held_out_documents_are_apart_and_about_as_many(fraction: float, corpus:
     assert abs(count - expected) < 4 * np.sqrt(expected) + 2
 
 
-def test_a_larger_fraction_holds_out_the_same_and_more(corpus: Corpus) -> None:
-    held = [packing_module.Holdout.of(corpus, SplitSpec("eval", f)).mask(0, corpus.meta.documents) for f in (0.05, 0.2)]
+@pytest.mark.parametrize("by", SPLITS)
+def test_a_larger_fraction_holds_out_the_same_and_more(by: SplitBy, corpus: Corpus) -> None:
+    hashes = packing_module.text_hashes(corpus.tokens, corpus.offsets)
+    documents, chosen = corpus.meta.documents, None if by == "number" else hashes
+    held = [
+        packing_module.Holdout.of(SplitSpec("eval", fraction), documents, chosen).mask(0, documents)
+        for fraction in (0.05, 0.2)
+    ]
     assert (held[1] | ~held[0]).all()
     assert held[1].sum() > held[0].sum()
+
+
+def texts_of(dataset: PackedDataset) -> Counter[tuple[int, ...]]:
+    """The documents of a dataset with one document a row."""
+    return Counter(tuple(dataset.batch([row]).input_ids[0].tolist()) for row in range(len(dataset)))
+
+
+def split_texts(texts: list[str], folder: Path, by: SplitBy) -> list[PackedDataset]:
+    folder.mkdir()
+    corpus = open_corpus(write_jsonl(folder / "c.jsonl", texts), ByteTokenizer(), cache=folder / "cache")
+    return [
+        PackedDataset.open(corpus, max_seq_len=16, packing="none", split=SplitSpec(part, 0.3, by))
+        for part in ("train", "eval")
+    ]
+
+
+def test_documents_with_the_same_text_are_on_the_same_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_module, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(packing_module.Holdout, "CHUNK", 4)  # several chunks, and several ranges of hashes
+    seed = 11
+    print("seed", seed)
+    chance = random.Random(seed)
+    texts = [f"text {chance.randrange(120)}" for _ in range(400)]
+    train, held = split_texts(texts, tmp_path / "text", "text")
+    assert not texts_of(train).keys() & texts_of(held).keys()
+    assert sum((texts_of(train) + texts_of(held)).values()) == 400
+    assert 0.2 < len(held) / 400 < 0.4
+    assert train.duplicates == held.duplicates == 400 - len(set(texts))
+    assert not list(train.parts[0].corpus.directory.glob("rows-*/hashes.bin"))
+    old_train, old_held = split_texts(texts, tmp_path / "number", "number")
+    assert texts_of(old_train).keys() & texts_of(old_held).keys(), "0.1 trained on what it evaluated"
+    assert old_train.duplicates is None
+
+
+def test_the_split_of_release_0_1_is_still_there(corpus: Corpus) -> None:
+    documents = corpus.meta.documents
+    old = packing_module.Holdout.of(SplitSpec("eval", 0.1, "number"), documents).mask(0, documents)
+    mixed = splitmix64(np.arange(1, documents + 1, dtype=np.uint64) * GAMMA, 0x5EED_0E7A1)
+    assert (old == (mixed < np.uint64(int(0.1 * 2**64)))).all()
+    assert str(SplitSpec("eval", 0.1, "number")) == "eval-0.1"
+
+
+def test_a_corpus_of_one_text_cannot_be_split(tmp_path: Path) -> None:
+    with pytest.raises(DataInvalid, match="two different documents"):
+        split_texts(["the same"] * 9, tmp_path / "same", "text")
+    train, held = split_texts(["the same"] * 9 + ["another"], tmp_path / "two", "text")
+    assert sorted((len(train), len(held))) == [1, 9]
 
 
 def test_two_documents_can_be_split_and_one_cannot(tmp_path: Path) -> None:

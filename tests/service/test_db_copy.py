@@ -292,6 +292,13 @@ def test_the_command_copies_homes(rig: ServiceHarness, tmp_path: Path, capsys: p
     assert "not empty" in capsys.readouterr().err
 
 
+def test_a_password_that_must_be_escaped_is_named_and_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["copy", "here.db", "postgresql+psycopg://me:a@secret/b@db/trainyard"]) == 1
+    said = capsys.readouterr()
+    assert 'write "@" as %40' in said.err
+    assert "secret" not in said.err + said.out
+
+
 def test_passwords_are_not_shown() -> None:
     assert "secret" not in printable_url("postgresql+psycopg://me:secret@db/trainyard")
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from tests.service.harness import ServiceHarness
+from tests.service.harness import ServiceHarness, in_threads
 from tests.service.test_checkpoints import saved, write_checkpoint
 from trainyard.contract.locks import FileLock
 from trainyard.service.exports import subprocess as child
@@ -99,6 +99,37 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(any_rig: ServiceHar
     assert any_rig.data(job_id, "exports") == []
 
 
+WAITS_FOR_DELETION = """
+import os, sys, time
+while os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+open(sys.argv[1] + "/model.safetensors")
+"""
+
+
+def test_an_export_whose_job_is_deleted_meanwhile_shows_no_path(
+    any_rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child, "WORKER_EXPORT", (sys.executable, "-S", "-c", WAITS_FOR_DELETION))
+    job_id, attempt = saved(any_rig, 10)
+    any_rig.exit(attempt, "completed", step=10)
+    source = any_rig.home / "runs" / job_id / "exports" / ".source-step-00000010-hf"
+
+    def act(index: int) -> tuple[int, str]:
+        if index == 0:
+            status, problem = export(any_rig, job_id, 10)
+            return status, f"{problem['code']}: {problem['detail']}"
+        deadline = time.monotonic() + 20
+        while not source.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return any_rig.client.delete(f"/jobs/{job_id}").status_code, ""
+
+    exported, deleted = in_threads(2, act)
+    assert deleted == (204, "")
+    assert exported == (404, "job_not_found: No job has this id.")
+
+
 def broken(directory: Path, state: str) -> None:
     with mock.patch.dict("tests.service.test_checkpoints.OTHERS", {"state.json": state.encode()}):
         write_checkpoint(directory)
@@ -157,3 +188,12 @@ def test_what_is_not_there_or_not_understood(rig: ServiceHarness) -> None:
     assert export(rig, "job_none", 10)[1]["code"] == "job_not_found"
     assert export(rig, job_id, 10, {"format": "gguf"})[1]["errors"][0]["pointer"] == "/format"
     assert export(rig, job_id, 10, {"form": "hf"})[1]["errors"][0]["pointer"] == "/form"
+
+
+def test_the_weights_of_a_job_are_named_once_they_are_written(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 10)
+    assert rig.job(job_id)["weights_path"] is None
+    file = rig.home / "runs" / job_id / "out" / "pretrain_512.pth"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    assert rig.job(job_id)["weights_path"] == str(file)

@@ -1,6 +1,7 @@
 """Limits on requests, their timeouts, and the metrics of the process."""
 
 import contextlib
+import gzip
 import http.client
 import json
 import re
@@ -141,6 +142,47 @@ def test_addresses_and_headers_over_the_limit(rig: ServiceHarness) -> None:
     with served(rig) as address:
         huge = raw(address, b"GET /jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"y" * (80 << 10) + b"\r\n\r\n")
         assert huge.split()[1] in (b"400", b"431")
+
+
+# Clients that leave, and old ones
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_service(
+    rig: ServiceHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id = rig.submit()
+    with served(rig) as address:
+        for path in ("/jobs", f"/jobs/{job_id}/resume", "/webhooks"):
+            with socket.create_connection(address, timeout=DEADLINE) as connection:
+                head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        deadline = time.monotonic() + DEADLINE
+        while rig.client.get("/metrics").text.count('_count{method="POST",route="') < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    statuses = re.findall(r'_count\{method="POST",route="[^"]+",status="(\d+)"\}', rig.client.get("/metrics").text)
+    assert sorted(statuses) == ["201", "499", "499", "499"]
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+def test_http_1_0_without_host(rig: ServiceHarness) -> None:
+    """Health checks of load balancers send it. A browser always sends Host, for which it is checked."""
+    with served(rig) as address:
+        assert raw(address, b"GET /health HTTP/1.0\r\n\r\n").split()[1] == b"200"
+        assert raw(address, b"GET /jobs HTTP/1.0\r\n\r\n").split()[1] == b"200"
+        assert raw(address, b"GET /health HTTP/1.0\r\nHost: evil.example\r\n\r\n").split()[1] == b"403"
+        assert raw(address, b"GET /health HTTP/1.0\r\nHost:\r\n\r\n").split()[1] == b"403"
+        assert raw(address, b"GET /health HTTP/1.1\r\n\r\n").split()[1] == b"400"
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", None])
+def test_a_compressed_body_is_named_as_such(rig: ServiceHarness, encoding: str | None) -> None:
+    headers = {"Content-Type": "application/json", **({"Content-Encoding": encoding} if encoding else {})}
+    for path in ("/jobs", "/jobs/plan", "/webhooks"):
+        answer = rig.client.post(path, content=gzip.compress(json.dumps(rig.spec()).encode()), headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (415, "unsupported_content_encoding"), path
+    answer = rig.client.post("/jobs", json=rig.spec(), headers={"Content-Encoding": "identity"})
+    assert answer.status_code == 201
 
 
 # Idempotency keys

@@ -108,11 +108,23 @@ def test_tail_is_the_last_lines(tmp_path: Path, lines: int) -> None:
 def test_a_long_line_is_cut_at_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"x" * 1_000_000 + b"\nshort\n")
-    assert read_tail(path, 2, 4096)[0] == "short\n"
+    assert read_tail(path, 2, 4096)[0] == "x" * 4089 + "\nshort\n"
+    path.write_bytes(b"x" * 500 + b"\n" + b"y" * 3900 + b"\n")
+    assert read_tail(path, 2, 4096)[0] == "y" * 3900 + "\n", "what is left of a short line is left out"
     path.write_bytes(b"x" * 1_000_000)
     assert len(read_tail(path, 2, 4096)[0]) == 4096
     path.write_bytes(b"")
     assert read_tail(path, 2, 4096) == ("", 0)
+
+
+def test_a_tail_shows_the_end_of_a_line_of_two_megabytes(rig: ServiceHarness) -> None:
+    """In 0.1 only what came after the line was returned: of a traceback in one line, nothing."""
+    job_id, _ = rig.running()
+    log(rig, job_id, "\u00e9" * 1_000_000 + "the cause\nthe last line\n")
+    data = rig.get(f"/jobs/{job_id}/logs", tail=200)["data"]
+    assert data.endswith("the cause\nthe last line\n")
+    assert len(data.encode()) in (65535, 65536)
+    assert "\ufffd" not in data
 
 
 def test_a_huge_log_costs_little_memory(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The database goes away or is blocked at the worst moment: 503 with Retry-After, and nothing is lost."""
 
+import errno
 import functools
 import shutil
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -13,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import psycopg
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
 
 from tests.service.commit_fault_proxy import CommitFaultProxy, When, commit_fault_proxy
 from tests.service.conftest import MakeHarness
@@ -24,6 +28,7 @@ from tests.soak_report import SoakReport
 from trainyard.service.db import engine
 from trainyard.service.db.engine import Database
 from trainyard.service.db.models import JobRow
+from trainyard.service.errors import from_exception
 
 ENDS: list[When] = ["before", "after"]
 
@@ -41,6 +46,46 @@ def require_503(answer: Any) -> None:
     assert answer.status_code == 503, answer.text
     assert int(answer.headers["retry-after"]) > 0
     assert answer.json()["code"] in ("database_unavailable", "outcome_unknown")
+
+
+# A full disk
+
+
+def full_disk(*_: object) -> None:
+    error = sqlite3.OperationalError("database or disk is full")
+    error.sqlite_errorname = "SQLITE_FULL"
+    raise error
+
+
+@pytest.mark.parametrize("when", ["do_execute", "do_commit"])
+def test_a_full_disk_is_507_and_nothing_is_changed(
+    rig: ServiceHarness, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """In 0.1 it was 503 `outcome_unknown`, and clients tried again and again."""
+    rig.submit()
+    with monkeypatch.context() as patched:
+        patched.setattr(rig.database.engine.dialect, when, full_disk)
+        answer = rig.client.post("/jobs", json=rig.spec())
+    assert (answer.status_code, answer.json()["code"]) == (507, "disk_trouble"), answer.text
+    assert "Free some space" in answer.json()["detail"]
+    assert jobs_in(rig.database) == 1
+    assert submit(rig, "again").status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/home/secret"), 507),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 507),
+        (OSError(errno.EIO, "Input/output error"), 500),
+        (OperationalError("INSERT", {}, psycopg.errors.DiskFull("could not extend file")), 507),
+        (OperationalError("INSERT", {}, psycopg.errors.AdminShutdown("shutting down")), 503),
+    ],
+)
+def test_which_errors_are_a_full_disk(error: Exception, status: int) -> None:
+    found = from_exception(error)
+    assert found.status == status
+    assert "secret" not in found.detail
 
 
 # One key, many threads

@@ -15,11 +15,15 @@ from trainyard.contract.spec import JobSpec
 from trainyard.contract.status import Reason
 from trainyard.model.config import ModelConfig
 from trainyard.model.costs import flops_per_token
+from trainyard.service.api.routers.planning import make_preview
+from trainyard.service.auth.principal import LOCAL
 from trainyard.service.devices.inventory import Device
 from trainyard.service.devices.memory import disk_free, host_memory
+from trainyard.service.jobs.submission import validate_spec
 from trainyard.service.planning import corpus_sample as glances
 from trainyard.service.planning.corpus_sample import SampledLines, other_format, sample_lines
 from trainyard.service.planning.estimate import RunSize, estimate_size
+from trainyard.service.planning.matrix_speed import EFFICIENCY, MatrixSpeed
 from trainyard.service.planning.token_count import longest_matches, token_counter
 from trainyard.service.planning.warnings import HostCapacity, warnings
 
@@ -250,7 +254,12 @@ def test_nothing_to_say() -> None:
         (replace(SIZE, samples=10), HERE, {}, "one step takes 256 rows and the corpus has about 10"),
         (replace(SIZE, steps=50), HERE, {"training": {"warmup_steps": 50}}, "warmup_steps 50 is not shorter"),
         (replace(SIZE, steps=999), HERE, {}, "save_interval 1,000 is longer than the run (999 steps)"),
-        (replace(SIZE, steps=99), HERE, {}, "log_interval 100 is longer than the run (99 steps)"),
+        (
+            replace(SIZE, steps=99),
+            HERE,
+            {"reporting": {"log_interval": 100}},
+            "log_interval 100 is longer than the run (99 steps)",
+        ),
         (None, HERE, {}, "no document was found in the sampled part of the corpus: it needs one JSON object a line"),
         (None, replace(HERE, names=("content", "id")), {}, "lines have texts under 'content', 'id': set text_field"),
         (
@@ -369,3 +378,36 @@ def test_a_gpu_and_its_memory(make_rig: MakeHarness, sqlite_url: str) -> None:
     assert (found["device"], found["device_name"], found["memory_limit_bytes"]) == ("cuda", "H100", 1 << 30)
     assert any("the device has 1.1 GB" in text for text in found["warnings"])
     rig.close()
+
+
+def test_without_an_earlier_run_the_time_comes_from_a_matrix_product(rig: ServiceHarness, tmp_path: Path) -> None:
+    spec = JobSpec.model_validate_json('{"data": {"data_path": "x"}, "model": {"vocab_size": 259}}')
+    speed = MatrixSpeed(tmp_path)
+    estimate = speed.estimate(spec, "cpu", 340)
+    assert estimate is not None
+    assert estimate.flops > 1e6
+    assert estimate.tokens_per_second == pytest.approx(EFFICIENCY * estimate.flops / flops_per_token(spec.model, 340))
+    assert "matrix product of one second" in str(estimate)
+    # It is measured once: another service on the home reads the result.
+    file = tmp_path / "cache" / "matrix-speed.json"
+    file.write_text(json.dumps({"cpu bfloat16": 1e9, "cuda bfloat16": "x"}))
+    again = MatrixSpeed(tmp_path).estimate(spec, "cpu", 340)
+    assert again is not None
+    assert again.flops == 1e9
+    # A device that cannot be measured has no estimate, and is not tried again.
+    assert [speed.estimate(spec, "nothing", 340) for _ in range(2)] == [None, None]
+    assert plan(rig)["eta_seconds"] is None
+
+
+def test_the_plan_uses_the_matrix_product_only_on_a_free_device(rig: ServiceHarness, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "matrix-speed.json").write_text(json.dumps({"cpu bfloat16": 1e12}))
+    state = replace(rig.app.state.app_state, matrix_speed=MatrixSpeed(tmp_path))
+    host = state.host_limits(LOCAL)
+    spec = validate_spec(rig.spec(), host)
+    found = make_preview(state, spec, host)
+    assert found.flops is not None
+    assert found.eta_seconds == pytest.approx(found.flops / (EFFICIENCY * 1e12))
+    busy = rig.spec(resources={"nproc_per_node": 2})
+    rig.running(resources=busy["resources"])
+    assert make_preview(state, spec, host).eta_seconds is None

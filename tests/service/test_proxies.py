@@ -80,6 +80,35 @@ def test_the_scheme_and_the_host_are_those_that_were_asked_for(rig: ServiceHarne
     )
 
 
+def test_below_a_path_prefix_the_api_works_and_the_pages_are_refused_in_words(rig: ServiceHarness) -> None:
+    """In 0.1 the dashboard was a blank page there: its files have absolute addresses."""
+    seen = client(rig, "10.0.0.5")
+    prefixed = {"X-Forwarded-Prefix": "/trains/"}
+    created = seen.post("/jobs", json=rig.spec(), headers=prefixed)
+    assert created.headers["location"] == f"/trains/jobs/{created.json()['id']}"
+    for path in ("/", "/docs", "/jobs"):
+        answer = seen.get(path, headers={**prefixed, "Accept": "text/html"})
+        assert (answer.status_code, answer.json()["code"]) == (501, "path_prefix")
+        assert "Give the service a host name of its own" in answer.json()["detail"]
+    assert seen.get("/jobs", headers=prefixed).status_code == 200
+    for harmless in ("/", "", "//evil.example", "javascript:", "/a b"):
+        answer = seen.post("/jobs", json=rig.spec(), headers={"X-Forwarded-Prefix": harmless})
+        assert answer.headers["location"] == f"/jobs/{answer.json()['id']}"
+        assert seen.get("/", headers={"X-Forwarded-Prefix": harmless}).status_code == 200
+    stranger = client(rig, "10.0.0.6")
+    assert stranger.get("/", headers=prefixed).status_code == 200
+
+
+def test_a_link_to_the_next_page_has_the_prefix(rig: ServiceHarness) -> None:
+    job_id, attempt = rig.running()
+    for step in (1, 2):
+        attempt.metric(step)
+    rig.ship(attempt)
+    headers = {"X-Forwarded-Prefix": "/trains", "Accept": "text/csv"}
+    answer = client(rig, "10.0.0.5").get(f"/jobs/{job_id}/metrics?limit=1", headers=headers)
+    assert answer.headers["link"] == f'</trains/jobs/{job_id}/metrics?limit=1&after_step=1>; rel="next"'
+
+
 def test_others_are_not_believed(rig: ServiceHarness) -> None:
     direct = client(rig, "10.0.0.6")
     assert direct.get("/jobs/", headers=SAID).headers["location"] == "http://127.0.0.1:8000/jobs"

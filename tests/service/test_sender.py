@@ -1,5 +1,6 @@
 """The sender retries failures, is not held up by a slow receiver, and sends only on the leader."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from trainyard.service.webhooks.retry_policy import (
     GIVE_UP_AFTER,
     MAX_CONCURRENT,
     MAX_SECONDS,
+    MAX_SENDING,
+    MAX_SHARED,
+    MAX_SLOW,
     MIN_SECONDS,
     NextDelivery,
     RetryDecision,
@@ -29,7 +33,7 @@ from trainyard.service.webhooks.retry_policy import (
     backoff,
     pick,
 )
-from trainyard.service.webhooks.sender import GRACE_SECONDS, MAX_SENDING, Sender
+from trainyard.service.webhooks.sender import GRACE_SECONDS, Sender
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -69,11 +73,28 @@ def test_what_follows_from_a_failure() -> None:
 
 def test_a_receiver_gets_a_few_at_once_and_one_that_is_away_one() -> None:
     heads = [NextDelivery(number, "a", 0) for number in range(10)] + [NextDelivery(20 + n, "b", 9) for n in range(3)]
-    assert [h.number for h in pick(heads, {}, MAX_SENDING)] == [0, 1, 2, 3, 20]
-    assert [h.number for h in pick(heads, {0: "a", 1: "a", 2: "a", 20: "b"}, MAX_SENDING)] == [3]
-    assert [h.number for h in pick(heads, {}, 2)] == [0, 1]
-    assert pick(heads, {}, 0) == []
+    assert [h.number for h in pick(heads, {})] == [0, 20, 1, 2, 3]
+    assert [h.number for h in pick(heads, {0: "a", 1: "a", 2: "a", 20: "b"})] == [3]
     assert MAX_CONCURRENT == 4
+
+
+def test_every_receiver_gets_its_first_delivery_before_another_gets_its_second() -> None:
+    busy = {number: "abcd"[number // 4] for number in range(16)}
+    assert len(busy) == MAX_SHARED
+    heads = [NextDelivery(100 + n, name, 0) for n, name in enumerate("abcde" * 4)]
+    assert [h.webhook_id for h in pick(heads, busy)] == ["e"]
+    many = {1000 + n: f"first-{n}" for n in range(MAX_SENDING - 1)}
+    assert [h.webhook_id for h in pick([*heads, NextDelivery(999, "f", 0)], many)] == ["a"]
+    assert pick(heads, {**many, 5000: "x"}) == []
+
+
+def test_slow_receivers_leave_places_for_quick_ones() -> None:
+    slow = {f"slow-{n}" for n in range(1000)}
+    heads = [NextDelivery(n, name, 0) for n, name in enumerate([*sorted(slow), "quick"])]
+    sent = pick(heads, {}, slow)
+    assert sent[-1].webhook_id == "quick"
+    assert len(sent) == MAX_SLOW + 1 < MAX_SENDING
+    assert pick(heads, {h.number: h.webhook_id for h in sent}, slow) == []
 
 
 def test_what_fails_is_tried_again_later_under_the_same_id(any_rig: ServiceHarness, receiver: Receiver) -> None:
@@ -190,6 +211,31 @@ def test_a_receiver_that_does_not_answer_holds_up_nobody(any_rig: ServiceHarness
             time.sleep(0.01)
         assert len(slow.got) == MAX_CONCURRENT
         slow.hold.set()
+        assert any_rig.sender.deliver_until_idle(DEADLINE)
+
+
+def test_four_slow_receivers_do_not_delay_a_quick_one(any_rig: ServiceHarness, receiver: Receiver) -> None:
+    """In 0.1 they took all places, and the quick one got nothing until they had answered."""
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(receiving()) for _ in range(4)]
+        for one in slow:
+            one.hold.clear()
+            register(any_rig, one.url, events=["*"])
+        jobs = [any_rig.submit() for _ in range(4)]
+        any_rig.sender.round()
+        for one in slow:
+            one.wait(MAX_CONCURRENT)
+        register(any_rig, receiver.url, events=["*"])
+        for job_id in jobs:
+            any_rig.post_action(job_id, "cancel")
+        deadline = time.monotonic() + DEADLINE
+        while len(receiver.got) < len(jobs):
+            assert time.monotonic() < deadline
+            any_rig.sender.round()
+            time.sleep(0.01)
+        assert [len(one.got) for one in slow] == [MAX_CONCURRENT] * 4
+        for one in slow:
+            one.hold.set()
         assert any_rig.sender.deliver_until_idle(DEADLINE)
 
 

@@ -4,7 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.engine import make_url
 
+from trainyard.contract.allowed_paths import format_roots, parse_roots
+from trainyard.service.db.cli import database_url
+from trainyard.service.db.engine import Database
 from trainyard.service.settings import InvalidSettings, Settings, is_loopback
 
 
@@ -69,13 +73,24 @@ def test_numbers_that_are_none(text: str) -> None:
         ({"port": -1}, "--port must be 0 to 65535"),
         ({"database_url": "nothing"}, "TRAINYARD_DATABASE_URL"),
         ({"database_url": "mysql://root:secret@host/name"}, "TRAINYARD_DATABASE_URL"),
-        ({"database_url": "postgresql://u:secret@host:port/name"}, "TRAINYARD_DATABASE_URL"),
+        ({"database_url": "postgresql://u:secret@host:port/name"}, 'TRAINYARD_DATABASE_URL .* write "@" as %40'),
+        ({"database_url": "postgresql://u:a@secret@host/name"}, "TRAINYARD_DATABASE_URL .* set PGPASSWORD"),
+        ({"database_url": "postgresql://u:a@secret/b@host/name"}, "TRAINYARD_DATABASE_URL .* set PGPASSWORD"),
+        ({"database_url": "postgresql://u:a/b@secret@host/name"}, "TRAINYARD_DATABASE_URL .* set PGPASSWORD"),
     ],
 )
 def test_what_cannot_be_worked_with(given: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidSettings, match=named) as refused:
         Settings.read({}, **given)
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql://u:a%40b%2Fc@host/name", "postgresql://u:a/b@host/name", "postgresql:///name?host=/tmp&user=a@b"],
+)
+def test_urls_of_databases_that_can_be_read(url: str) -> None:
+    assert Settings.read({}, database_url=url).database_url == url
 
 
 def test_every_mistake_has_its_line() -> None:
@@ -129,3 +144,42 @@ def test_names_it_is_known_by() -> None:
     assert Settings.read({"TRAINYARD_TOKEN": "x"}, host="0.0.0.0").allowed_hosts == ("*",)
     named = Settings.read({"TRAINYARD_ALLOWED_HOSTS": "Train.Example, b"})
     assert named.allowed_hosts[-2:] == ("train.example", "b")
+
+
+@pytest.mark.parametrize("name", ["x?a", "x#a", "x%41", "x a&b=c", "x;a:b", "家", "x?mode=ro"])
+def test_the_database_of_a_home_is_in_that_home(name: str, tmp_path: Path) -> None:
+    home = tmp_path / name
+    settings = Settings.read({}, home=home)
+    settings.require_own_database()
+    database = Database(settings.database_url)
+    database.upgrade()
+    database.close()
+    assert {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*")} == {name}
+    assert (home / "trainyard.db").is_file()
+    assert database_url(str(home)) == database_url(str(home / "trainyard.db")) == settings.database_url
+
+
+def test_two_homes_that_differ_after_a_question_mark_have_two_databases(tmp_path: Path) -> None:
+    urls = {Settings.read({}, home=tmp_path / name).database_url for name in ("x?a", "x?b")}
+    assert {make_url(url).database for url in urls} == {f"{tmp_path}/x?{name}/trainyard.db" for name in "ab"}
+
+
+def test_a_database_that_0_1_put_elsewhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    settings = Settings.read({}, home=tmp_path / "x?a")
+    with pytest.raises(InvalidSettings, match=f"kept the database of this home in {tmp_path}/x: stop every service"):
+        settings.require_own_database()
+    (tmp_path / "x?a").mkdir()
+    (tmp_path / "x").rename(tmp_path / "x?a" / "trainyard.db")
+    settings.require_own_database()
+    Settings.read({}, home=tmp_path / "y?a", database_url="sqlite://").require_own_database()
+
+
+@pytest.mark.parametrize("text", ['["/a:b", "/c"]', "/a:b", "[a]:/b", "", '["/a", 3]', "[1]"])
+def test_roots_are_a_json_list_or_between_colons(text: str, tmp_path: Path) -> None:
+    expected = {'["/a:b", "/c"]': ["/a:b", "/c"], "/a:b": ["/a", f"{Path.cwd()}/b"], "[1]": [f"{Path.cwd()}/[1]"]}
+    settings = Settings.read({"TRAINYARD_SAVE_ROOTS": text}, home=tmp_path)
+    if text in expected:
+        assert [str(root) for root in settings.save_roots] == expected[text]
+    roots = [Path("/a:b"), Path("/[c"), Path('/d"'), Path("/\udcff")]
+    assert parse_roots(format_roots(roots)) == [str(root) for root in roots]

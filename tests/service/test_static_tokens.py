@@ -59,3 +59,9 @@ def test_the_setting(tmp_path: Path) -> None:
     settings = Settings.read({"TRAINYARD_TOKEN_FILE": str(file)}, host="10.0.0.5")
     assert settings.token_file == file
     assert "secret" not in repr(settings)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_token(tmp_path: Path) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("first\nsecond\n", encoding="utf-8-sig")
+    assert [good(TokenFile(None, file), token) for token in ("first", "second")] == [True, True]

@@ -461,3 +461,17 @@ def test_the_tokens_around_documents_are_in_the_plan(rig: ServiceHarness) -> Non
     (folder / "tokenizer.json").write_text(json.dumps(vocabulary))
     plan = rig.client.post("/jobs/plan", json=rig.spec(data={**spec["data"], "tokenizer_path": str(folder)})).json()
     assert (plan["bos_token"], plan["eos_token"]) == ("<|endoftext|>", "<|endoftext|>")
+
+
+def test_a_spec_and_a_tokenizer_with_a_byte_order_mark(rig: ServiceHarness) -> None:
+    folder = rig.home / "marked"
+    folder.mkdir()
+    described = {"model": {"vocab": {"a": 0, "<s>": 1}}, "added_tokens": [{"id": 1, "content": "<s>"}]}
+    for name, content in (("tokenizer.json", described), ("tokenizer_config.json", {"bos_token": "<s>"})):
+        (folder / name).write_text(json.dumps(content), encoding="utf-8-sig")
+    spec = rig.spec()
+    spec["data"]["tokenizer_path"] = str(folder)
+    body = json.dumps(spec).encode("utf-8-sig")
+    answer = rig.client.post("/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["spec"]["model"]["vocab_size"] == 2

@@ -50,6 +50,11 @@ def test_sentences() -> None:
     )
     assert sentence(progress=Progress(step=3, nonfinite=True), checkpoint=None) == "Step 3, loss not finite."
     assert sentence(phase=None, progress=Progress()) == "Loading."
+    slow = {"message": "step 1: micro-batch 3 of 8 done", "done": 3, "total": 8}
+    first = Progress(step=0, steps=8, percent=0)
+    assert sentence(phase_detail=slow, progress=first, checkpoint=None) == (
+        "Step 0 of 8 (0 %), step 1: micro-batch 3 of 8 done."
+    )
     assert sentence(phase=Phase.COMPILING) == "Compiling the model."
     assert sentence(heard_at=NOW - timedelta(seconds=45)) == (
         "No report for 45 s, expected every 0.5 s, last at step 12,400. "

@@ -19,6 +19,8 @@ from trainyard.contract.spec import JobSpec
 from trainyard.service.devices.inventory import cpu_slots
 from trainyard.service.errors import SpecInvalid
 from trainyard.service.jobs.submission import HostLimits, validate_spec
+from trainyard.service.launch.base import AttemptRef, Launch
+from trainyard.service.launch.environment import WorkerEnvironment
 from trainyard.service.settings import Settings
 from trainyard.worker.errors import TrainingError
 from trainyard.worker.paths import check_allowed_paths
@@ -203,3 +205,18 @@ def test_adding_the_directory_is_enough(tmp_path: Path) -> None:
         check_allowed_paths(spec, run, {"TRAINYARD_DATA_ROOTS": str(tmp_path / "data")})
     assert "add its directory to TRAINYARD_DATA_ROOTS" in str(refused.value.hint)
     check_allowed_paths(spec, run, {"TRAINYARD_DATA_ROOTS": f"{tmp_path / 'data'}:{elsewhere}"})
+
+
+def test_a_folder_with_a_colon_is_read_and_written(tmp_path: Path) -> None:
+    data = tmp_path / "a:b"
+    data.mkdir()
+    (data / "c.jsonl").write_text("")
+    run = RunDir(tmp_path / "home" / "runs" / "job_a")
+    groups = {"data": {"data_path": str(data / "c.jsonl")}, "checkpoint": {"save_dir": str(data / "out")}}
+    spec = JobSpec.model_validate(groups)
+    launch = Launch(AttemptRef("job_a", 1), "att_a", spec, (), "token")
+    environment = WorkerEnvironment(tmp_path / "home", tmp_path, [data], [data]).of(launch)
+    check_allowed_paths(spec, run, environment)
+    with pytest.raises(TrainingError, match="lies outside"):
+        # As release 0.1 handed it over.
+        check_allowed_paths(spec, run, {"TRAINYARD_DATA_ROOTS": f"{data}:{tmp_path / 'home'}"})

@@ -3,6 +3,7 @@
 import os
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from tests.worker import rank_runner
 from tests.worker.test_step import SHAPE, rows
 from trainyard.contract.events import PhaseChanged
+from trainyard.contract.failpoints import arm
+from trainyard.contract.rundir import RunDir
 from trainyard.contract.status import Phase
 from trainyard.model.config import ModelConfig
 from trainyard.worker.distributed import DistributedContext
@@ -72,23 +75,38 @@ def test_without_a_compiler_it_says_so_and_what_to_do(tmp_path: Path) -> None:
     assert "training.use_compile to false" in str(failed.error.hint)
 
 
+def stop_the_compiler(run: RunDir) -> None:
+    """As if SIGTERM, which requests the stop, had also ended the compiler."""
+    no_compiler()
+    arm("resume.find", run.attempt(1).stop.touch)
+
+
+@pytest.mark.slow
+def test_a_compiler_that_the_stop_request_ended_is_no_broken_compiler(tmp_path: Path) -> None:
+    text = rank_runner.corpus(tmp_path / "corpus.jsonl")
+    run = rank_runner.new_run(tmp_path / "run", rank_runner.spec(text, training={"use_compile": True, "max_steps": 2}))
+    stopped = rank_runner.run_to_end(run, patch=partial(stop_the_compiler, run))
+    assert (stopped.outcome, stopped.reason, stopped.message) == ("stopped", "user", "stopped while compiling")
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_run_compiles_before_its_first_step_and_never_after(tmp_path: Path) -> None:
-    """The last step of an epoch has 3 of 8 rows: in release 0.1 it was compiled in phase `training`."""
+    """The last step of an epoch has 5 of 8 rows: in release 0.1 it was compiled in phase `training`."""
     text = rank_runner.corpus(tmp_path / "corpus.jsonl", documents=83)
     curves = []
     for compiled in (False, True):
         training = {"batch_size": 8, "accumulation_steps": 1, "epochs": 2, "max_steps": None, "dtype": "float32"}
         described = rank_runner.spec(
             text,
+            model={"num_hidden_layers": 1},
             data={"packing": "none"},
             training={**training, "use_compile": compiled},
             checkpoint={"save_interval": 100},
             reporting={"log_interval": 1},
         )
         run = rank_runner.new_run(tmp_path / f"compiled-{compiled}", described)
-        assert rank_runner.run_to_end(run).step == 22
+        assert rank_runner.run_to_end(run).outcome == "completed"
         phases = [event.phase for event in rank_runner.events(run) if isinstance(event, PhaseChanged)]
         assert phases.count(Phase.COMPILING) == compiled
         curves.append([line.loss for line in rank_runner.metrics(run).values()])

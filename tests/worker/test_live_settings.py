@@ -48,6 +48,8 @@ def test_ranks_agree_on_numbers() -> None:
         ControlFlags(stop=True),
         ControlFlags(save=True, settings=SECOND),
         ControlFlags(spike=True),
+        ControlFlags(log=True),
+        ControlFlags(settings=SECOND.model_copy(update={"log_interval": None})),
     ):
         assert ControlFlags.from_ints(flags.to_ints()) == flags
     largest = RunSettings(log_interval=2**53 - 1, save_interval=1, keep_last=1)

@@ -1,4 +1,4 @@
-"""Runs on directories and weighted mixtures: the same samples on any ranks, exact resume, and the files that changed."""
+"""Runs on directories and weighted mixtures: the same samples on any ranks, exact resume, and what has changed."""
 
 import random
 import shutil

@@ -104,10 +104,50 @@ def test_a_spike_is_handed_over_once() -> None:
     assert Spike.from_row(spikes.take_row()) == NO_SPIKE
 
 
+def line(step: int, loss: float, load: list[float] | None = None) -> MetricEvent:
+    return MetricEvent(step=step, epoch=0.0, loss=loss, learning_rate=1e-3, tokens=step, expert_load=load)
+
+
+def starved(watch: LearningMonitor, loads: dict[int, list[float]], start: int = 1) -> list[WarningEvent]:
+    """The warnings of a run whose points have these loads."""
+    said: list[WarningEvent] = []
+    for step in range(start, max(loads) + 1):
+        said += watch.observe(step, 2.0, 1.0)
+        said += watch.observe_metrics(line(step, 2.0, loads[step])) if step in loads else ()
+    return said
+
+
+EVEN, STARVED = [0.26, 0.24, 0.25, 0.25], [0.41, 0.0, 0.35, 0.24]
+
+
+def test_an_expert_without_tokens_is_an_alert_and_one_only() -> None:
+    (warning,) = starved(LearningMonitor(None), dict.fromkeys(range(10, 1000, 10), STARVED))
+    assert (warning.code, warning.step) == ("experts_starve", 50)
+    assert "since step 0: 1 (0.0%) of 4 experts, where 25% each would be even" in warning.message
+    assert "router_aux_loss_coef" in warning.message
+    assert warning.data == {"experts": [1], "expert_load": STARVED}
+    (long_window,) = starved(LearningMonitor(None), {100: STARVED})
+    assert long_window.step == 100
+
+
+def test_an_expert_that_gets_tokens_now_and_then_is_left_in_peace() -> None:
+    loads = {step: STARVED if step % 50 else EVEN for step in range(10, 1000, 10)}
+    assert starved(LearningMonitor(None), loads) == []
+    assert starved(LearningMonitor(None), {step: [0.1, 0.3, 0.3, 0.3] for step in range(10, 500, 10)}) == []
+    other = [0.0, 0.41, 0.35, 0.24]  # each starves for 40 steps
+    assert starved(LearningMonitor(None), {s: other if s % 80 < 40 else STARVED for s in range(10, 500, 10)}) == []
+
+
+def test_experts_are_judged_after_the_warm_up_and_from_the_first_step_of_the_attempt() -> None:
+    loads = dict.fromkeys(range(10, 1000, 10), STARVED)
+    assert [w.step for w in starved(LearningMonitor(None, warmup_steps=100), loads)] == [150]
+    assert [w.step for w in starved(LearningMonitor(None), loads, start=206)] == [260]
+
+
 def codes(watch: LearningMonitor, losses: Any, norm: float = 1.0) -> list[tuple[str, int]]:
     said: list[WarningEvent] = []
     for step, loss in losses:
-        said += [*watch.observe(step, loss, norm), *(watch.observe_metrics(step, loss) if step % 10 == 0 else ())]
+        said += [*watch.observe(step, loss, norm), *(watch.observe_metrics(line(step, loss)) if step % 10 == 0 else ())]
     return [(warning.code, warning.step or 0) for warning in said]
 
 

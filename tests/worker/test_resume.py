@@ -72,7 +72,7 @@ def test_stopped_and_killed_at_random_steps_it_is_the_same_run(name: str, text: 
 @pytest.mark.soak
 @pytest.mark.parametrize("model", [{}, MOE], ids=["dense", "moe"])
 def test_a_compiled_run_is_the_same_run_too(text: Path, tmp_path: Path, model: dict[str, Any]) -> None:
-    """Over the end of an epoch, whose last micro-batch has a shape of its own."""
+    """Over the end of an epoch, whose last micro-batch is short."""
     training = {"use_compile": True, "max_steps": 12, "batch_size": 5, "accumulation_steps": 1}
     described = rank_runner.spec(text, training=training, checkpoint={"save_interval": 100}, model=model)
     untouched, broken = (rank_runner.new_run(tmp_path / kind, described) for kind in ("untouched", "broken"))

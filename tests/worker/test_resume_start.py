@@ -1,9 +1,11 @@
 """Where an attempt begins: locks, specs, material, and which checkpoint it goes on from."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from trainyard.contract.spec import JobSpec
 from trainyard.worker.attempt import UnusableSpec, acquire, read_spec
 from trainyard.worker.checkpoint import files
 from trainyard.worker.checkpoint.files import RunState
-from trainyard.worker.checkpoint.resume import find_resume_point
+from trainyard.worker.checkpoint.resume import find_resume_point, saved_corpora
 from trainyard.worker.data.loader import MicroBatchLoader
 from trainyard.worker.data.prepare import TrainingData, prepare_data
 from trainyard.worker.data.sampler import StepSampler
@@ -99,12 +101,12 @@ def test_the_resolved_spec_is_read_as_it_stands(tmp_path: Path) -> None:
         read_spec(run, 1)
 
 
-def material(path: Path, said: list[Event], **groups: dict[str, Any]) -> TrainingData:
+def material(path: Path, said: list[Event], saved: Sequence[str] = (), **groups: dict[str, Any]) -> TrainingData:
     text = path / "corpus.jsonl"
     if not text.exists():
         rank_runner.corpus(text)
     described = JobSpec.model_validate_json(json.dumps(rank_runner.spec(text, **groups)))
-    return prepare_data(described, RunDir(path), ALONE, said.append, lambda: False)
+    return prepare_data(described, RunDir(path), ALONE, said.append, lambda: False, lambda: saved)
 
 
 def test_material_is_built_once_and_knows_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +132,41 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     given = material(tmp_path, [], data={"eval_data_path": str(apart)})
     assert given.eval_set is not None
     assert given.train_set.tokens == whole.train_set.tokens
+
+
+def targets(data: TrainingData) -> list[int]:
+    return data.train_set.targets_of(range(len(data.train_set))).tolist()
+
+
+def test_a_run_that_release_0_1_began_keeps_its_split(tmp_path: Path) -> None:
+    groups = {"eval_fraction": 0.25}
+    new = material(tmp_path, [], data=groups)
+    assert new.split_by == "text"
+    content = json.dumps([new.sources[0].corpus.meta.content, "text", 0.25])
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()  # of release 0.1
+    assert new.identity.corpus != fingerprint
+    old = material(tmp_path, [], ["of another corpus", fingerprint, new.identity.corpus], data=groups)
+    assert (old.split_by, old.identity.corpus) == ("number", fingerprint)
+    assert targets(old) != targets(new)
+    again = material(tmp_path, [], [new.identity.corpus, fingerprint], data=groups)
+    assert (again.split_by, again.identity) == ("text", new.identity)
+
+
+def test_without_a_split_the_identity_is_that_of_release_0_1(tmp_path: Path) -> None:
+    data = material(tmp_path, [])
+    content = json.dumps([data.sources[0].corpus.meta.content, "text", 0.0])
+    assert data.identity.corpus == hashlib.sha256(content.encode()).hexdigest()
+
+
+def test_the_corpora_of_the_checkpoints_a_run_may_start_from(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "own")
+    artifacts = run.artifacts(None)
+    for step in (2, 4):
+        publish(artifacts, step, dataclasses.replace(IDENTITY, corpus=f"own {step}"))
+    publish(ArtifactDir(tmp_path / "earlier"), 9, dataclasses.replace(IDENTITY, corpus="earlier"))
+    (artifacts.checkpoint(4) / "state.json").write_bytes(b"[" * 100_000)
+    assert list(saved_corpora(spec(), run, artifacts)) == ["own 2"]
+    assert list(saved_corpora(spec(checkpoint={"from_resume": True}), run, artifacts)) == ["own 2", "earlier"]
 
 
 def test_bad_lines_within_the_limit_are_told_with_their_numbers(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from trainyard.contract.events import (
     Started,
     WarningEvent,
 )
+from trainyard.contract.failpoints import arm
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.messages import Outcome
 from trainyard.contract.rundir import OPTIMIZER_FILE, FileDigest, RunDir
@@ -78,6 +79,8 @@ def test_the_attempt_tells_what_it_is(finished: RunDir, text: Path) -> None:
         "documents are shorter than rows"
     )
     assert started.resumed_from is None
+    lines = text.read_text().splitlines()
+    assert started.duplicates == len(lines) - len(set(lines))
     assert (started.bos_token, started.eos_token) == ("<|im_start|>", "<|im_end|>")
     assert started.inputs == {"data_path": FileFingerprint.of(text)}
 
@@ -497,3 +500,32 @@ def test_a_warm_up_beyond_a_run_of_epochs_is_warned_of(text: Path, tmp_path: Pat
     found = [event for event in rank_runner.events(run) if isinstance(event, WarningEvent)]
     (warning,) = [event for event in found if event.code == "warmup_beyond_run"]
     assert "warmup_steps 5,000 is not shorter than the run" in warning.message
+
+
+def log_at_every_chance() -> None:
+    """As if a minute had passed at every step, and two seconds after every micro-batch."""
+
+    def hurry(trainer: Any, _progress: Any) -> None:
+        trainer.max_log_seconds = trainer.microbatch_seconds = 0.0
+
+    arm("train.step", hurry)
+
+
+def test_a_curve_without_an_interval_has_points_and_a_slow_first_step_shows_progress(
+    text: Path, tmp_path: Path
+) -> None:
+    described = rank_runner.spec(text, reporting={"log_interval": None}, training={"max_steps": 250})
+    described["training"] |= {"batch_size": 1, "accumulation_steps": 3}
+    run = rank_runner.new_run(tmp_path / "plain", described)
+    assert rank_runner.run_to_end(run).outcome == "completed"
+    steps = list(rank_runner.metrics(run))
+    assert steps == list(range(2, 251, 2))
+    # With more points the weights are the same: when a line is written changes nothing of what is trained.
+    chatty = rank_runner.new_run(tmp_path / "chatty", described)
+    assert rank_runner.run_to_end(chatty, patch=log_at_every_chance).outcome == "completed"
+    assert list(rank_runner.metrics(chatty)) == list(range(2, 251))
+    weights = [torch.load(r.artifacts(None).out / "pretrain_32.pth", weights_only=True) for r in (run, chatty)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    phases = [event for event in rank_runner.events(chatty) if isinstance(event, PhaseChanged) and event.total == 3]
+    assert {event.message for event in phases} >= {"step 1: micro-batch 1 of 3 done", "step 3: micro-batch 2 of 3 done"}
+    assert all(event.phase == "training" for event in phases)

@@ -102,6 +102,25 @@ def test_the_same_step_is_not_written_twice_unless_it_is_damaged(tmp_path: Path)
     assert (bench.artifacts.checkpoints / ".invalid-step-00000005").is_dir()
 
 
+def test_a_home_that_is_moved_is_not_created_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 0.1 checkpoints went on at the old place, in a directory that the service does not know."""
+    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.0)
+    run = tmp_path / "home" / "runs" / "job_a"
+    bench = Bench(run)
+    bench.save(1)
+    (tmp_path / "home").rename(tmp_path / "moved")
+    bench.save(2)
+    assert not (tmp_path / "home").exists()
+    [warning] = bench.of(WarningEvent)
+    assert warning.code == "save_failed"
+    assert "the directory of the run is gone; if it was moved" in warning.message
+    with pytest.raises(TrainingError, match="the directory of the run is gone"):
+        bench.save(3, required=True)
+    (tmp_path / "moved").rename(tmp_path / "home")
+    bench.save(4)
+    assert [event.step for event in bench.of(CheckpointSaved)] == [1, 4]
+
+
 class Held:
     """Lets saves be published only when the test says so."""
 

@@ -107,3 +107,13 @@ def test_calendar_evaluates_at_saves_unless_told_otherwise() -> None:
     assert [step for step in range(1, 12) if own.is_eval_step(step)] == [4, 8, 11]
     never = StepIntervals.from_spec(spec(), 11, evaluates=False)
     assert not any(never.is_eval_step(step) for step in range(1, 12))
+
+
+@pytest.mark.parametrize(("steps", "interval"), [(1, 1), (7, 1), (250, 2), (94_000, 940)])
+def test_without_a_log_interval_a_curve_has_about_a_hundred_points(steps: int, interval: int) -> None:
+    spec = JobSpec.model_validate({"data": {"data_path": "/x"}})
+    assert spec.reporting.log_interval is None
+    intervals = StepIntervals.from_spec(spec, steps, evaluates=False)
+    assert intervals.log_interval == interval
+    points = sum(intervals.is_log_step(step) for step in range(1, steps + 1))
+    assert min(steps, 100) <= points <= 126

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
+from trainyard.contract.file_identity import BOM
 from trainyard.contract.rundir import (
     MANIFEST_FILE,
     MODEL_FILE,
@@ -163,7 +164,8 @@ def _write_tokenizer(out: Path, tokenizer_path: str, tokenizer: Tokenizer) -> No
         file = tokenizer_file(tokenizer_path)
         for source in (file, *(file.with_name(name) for name in TOKENIZER_FILES)):
             if source.is_file():
-                shutil.copyfile(source, out / source.name)
+                # The tokenizers library rejects a byte order mark.
+                (out / source.name).write_bytes(source.read_bytes().removeprefix(BOM))
     written = HFTokenizer.from_file(str(out / "tokenizer.json"))
     config = read_json(out / "tokenizer_config.json") or {"clean_up_tokenization_spaces": False}
     ends = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}

@@ -1,5 +1,6 @@
 """Where an attempt starts: a requested checkpoint, the newest of its job, a parent's or earlier job's, or step 0."""
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,6 +72,22 @@ def find_resume_point(
     return _resume_earlier_job(spec, run, artifacts, identity, run_length, emit)
 
 
+def saved_corpora(spec: JobSpec, run: RunDir, artifacts: ArtifactDir) -> Iterator[str]:
+    """Yield the corpus fingerprint of each checkpoint that the run may start from, the first choice first."""
+    paths: list[Path] = []
+    for own in (artifacts, *map(run.artifacts, run.save_dirs())):  # an earlier save_dir is moved later
+        paths += [*(path for _, path in own.published()), own.origin]
+    if spec.checkpoint.from_resume:
+        paths += _newest_first(_earlier_jobs(spec, run), artifacts)
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            yield files.read_state(path).identity.corpus
+
+
+def _earlier_jobs(spec: JobSpec, run: RunDir) -> Path:
+    return Path(spec.checkpoint.save_dir) if spec.checkpoint.save_dir else run.path.parent
+
+
 def rewind_to(artifacts: ArtifactDir, step: int, identity: RunIdentity, emit: Callable[[Event], None]) -> Path:
     """Set all checkpoints after ``step`` aside, so that the one of ``step`` is the newest, and return it.
 
@@ -131,7 +148,7 @@ def _resume_earlier_job(
     run_length: Callable[[int], int],
     emit: Callable[[Event], None],
 ) -> ResumePoint | None:
-    folder = Path(spec.checkpoint.save_dir) if spec.checkpoint.save_dir else run.path.parent
+    folder = _earlier_jobs(spec, run)
     rejected: list[str] = []
     for path in _newest_first(folder, artifacts):
         problem = _incompatibility(path, identity, run_length)

@@ -4,6 +4,8 @@ At most one save runs at a time, and the next one waits for it. So the spec deci
 speed of the disk. Pause, cancel and the end of the run also wait for their own save.
 """
 
+import contextlib
+import errno
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -165,6 +167,8 @@ MAX_TRIES = 2
 RETRY_SECONDS = 1.0
 """Delay before a failed save is retried: a full disk or a network mount may recover."""
 
+GONE = "the directory of the run is gone; if it was moved, stop the run, and move it back or resume it in the new home"
+
 
 @dataclass
 class Checkpointer:
@@ -180,6 +184,14 @@ class Checkpointer:
     resume_check: "ResumeCheck | None" = None
     _writer: BackgroundTask = field(default_factory=lambda: BackgroundTask("save"))
     _staging: StagingBuffers | None = None
+    _had_directory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ranks.is_main_process:
+            # If it cannot be created now, the first save reports it.
+            with contextlib.suppress(OSError):
+                self.artifacts.path.mkdir(parents=True, exist_ok=True)
+            self._had_directory = self.artifacts.path.is_dir()
 
     def is_due_by_time(self, now: float) -> bool:
         """Return whether ``save_minutes`` have passed since the last save or the start."""
@@ -255,6 +267,7 @@ class Checkpointer:
         """Write something, twice if needed. Return whether it was written. Raises TrainingError if it is required."""
         for retries_left in reversed(range(MAX_TRIES)):
             try:
+                self._require_directory()
                 write()
                 return True
             except (OSError, MemoryError) as error:
@@ -266,6 +279,11 @@ class Checkpointer:
                     message = f"{what} was not saved: {describe_error(error)}; training continues"
                     self.emit(WarningEvent(code="save_failed", message=message, step=step))
         return False
+
+    def _require_directory(self) -> None:
+        # Else a run whose home was moved would create it again in the old place, where nothing finds its checkpoints.
+        if self._had_directory and not self.artifacts.path.is_dir():
+            raise FileNotFoundError(errno.ENOENT, GONE, str(self.artifacts.path))
 
     def _write(self, tensors: StateDicts, state: RunState) -> None:
         start = time.monotonic()

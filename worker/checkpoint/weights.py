@@ -157,7 +157,10 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         for file in files:
             part = _content(file)
             content = part if len(files) == 1 else {**content, **part}
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to load it with weights_only=False, which would run its code.
+        raise _unreadable_error(path, "it is no pickle, or one that holds other things than tensors") from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, TypeError) as error:
         raise _unreadable_error(path, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if path.suffix == ".pth" and isinstance(content, Mapping) and isinstance(content.get("model"), Mapping):
         content = content["model"]  # a *_resume.pth of MiniMind: the optimizer and counters beside it are not used

@@ -10,7 +10,7 @@ Legend: ``B`` rows of a batch, ``S`` = max_seq_len.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,22 +24,31 @@ from trainyard.worker.splitmix import GAMMA, splitmix64
 
 Integers = npt.NDArray[np.int64]
 Packing = Literal["document", "none"]
+SplitBy = Literal["number", "text"]
 
 FORMAT = 1
 IGNORE_INDEX = -100
+DUPLICATES_FILE = "duplicates"
 BLOCK_TOKENS = 1 << 22
 """Documents are packed in blocks of about this size: small enough for memory, large enough to fill the rows."""
 
 
 @dataclass(frozen=True)
 class SplitSpec:
-    """Which documents to use: all, the held-out ones ("eval") or the others ("train"). ``fraction`` is held out."""
+    """Which documents to use: all, the held-out ones ("eval") or the others ("train"). ``fraction`` is held out.
+
+    ``by``: what decides on a document. By its "text", documents with the same text are on the same side. By its
+    "number" in the corpus they may be on both: runs that release 0.1 has begun stay so.
+    """
 
     part: Literal["all", "train", "eval"] = "all"
     fraction: float = 0.0
+    by: SplitBy = "text"
 
     def __str__(self) -> str:
-        return self.part if self.part == "all" else f"{self.part}-{self.fraction!r}"
+        if self.part == "all":
+            return self.part
+        return f"{self.part}-{self.fraction!r}" + ("" if self.by == "number" else f"-{self.by}")
 
 
 class Batch(NamedTuple):
@@ -82,6 +91,8 @@ class RowFiles:
         self.firsts = memmap_array(directory / "firsts.bin", np.int64, rows + 1)
         self.targets: npt.NDArray[np.int32] = memmap_array(directory / "targets.bin", np.int32, rows)
         self.max_segments = int(np.diff(self.firsts).max(initial=0))
+        duplicates = directory / DUPLICATES_FILE
+        self.duplicates = int(duplicates.read_text()) if duplicates.exists() else None
 
     def segments(self, rows: Integers) -> tuple[Integers, Integers, Integers]:
         """Return (index of its row in ``rows``, first token, length) of each segment of these rows."""
@@ -92,7 +103,11 @@ class RowFiles:
 
 
 class PackedDataset:
-    """The rows of one corpus, or of several, numbered one corpus after the other: ``parts``, one of each corpus."""
+    """The rows of one corpus, or of several, numbered one corpus after the other: ``parts``, one of each corpus.
+
+    ``duplicates``: documents of a corpus whose text is that of an earlier one in it, or None if no corpus was split by
+    text.
+    """
 
     def __init__(self, parts: Sequence[RowFiles], max_seq_len: int, packing: Packing) -> None:
         self.max_seq_len = max_seq_len
@@ -100,6 +115,8 @@ class PackedDataset:
         self.parts = tuple(parts)
         self._bounds = np.cumsum([0, *(len(part.targets) for part in parts)])
         self._max_segments = max(part.max_segments for part in parts)
+        counted = [part.duplicates for part in parts if part.duplicates is not None]
+        self.duplicates = sum(counted) if counted else None
 
     @classmethod
     def open(
@@ -107,7 +124,7 @@ class PackedDataset:
     ) -> "PackedDataset":
         """Open the rows of ``corpus`` for these settings. Build them first if its directory does not have them.
 
-        Raises DataInvalid if a corpus of fewer than two documents is to be split.
+        Raises DataInvalid if a corpus of fewer than two different documents is to be split.
         """
         split = split or SplitSpec()
         directory = corpus.directory / f"rows-{FORMAT}-{max_seq_len}-{packing}-{split}"
@@ -115,7 +132,7 @@ class PackedDataset:
             with corpus.lock():
                 if not directory.exists():
                     with build_directory(directory) as building:
-                        _write(corpus, building, max_seq_len, packing, Holdout.of(corpus, split))
+                        _write(corpus, building, max_seq_len, packing, _holdout(corpus, building, split))
         return cls([RowFiles(corpus, directory)], max_seq_len, packing)
 
     @classmethod
@@ -238,48 +255,92 @@ def _scatter(shape: tuple[int, int], fill: int, destination: Integers, values: I
     return torch.from_numpy(out)
 
 
+Hashes = npt.NDArray[np.uint64]
+
+
 @dataclass(frozen=True)
 class Holdout:
-    """The documents of a split. A function of the document's number alone, so it is the same for every job."""
+    """The documents of a split. A function of ``hashes`` [documents], so it is the same for every job.
+
+    Documents with the hash ``always_held_out`` are held out, those with ``never_held_out`` are not.
+    """
 
     split: SplitSpec
-    always_held_out: int = -1
-    never_held_out: int = -1
+    hashes: Hashes | None = None
+    always_held_out: int = 0
+    never_held_out: int = 0
 
     KEY = 0x5EED_0E7A1
     CHUNK = 1 << 20
 
     @classmethod
-    def of(cls, corpus: Corpus, split: SplitSpec) -> "Holdout":
-        """Return the holdout of ``split``. At least one document is held out and at least one is not.
+    def of(cls, split: SplitSpec, documents: int, hashes: Hashes | None = None) -> "Holdout":
+        """Return the holdout of ``split``: of numbered documents, or by their text's ``hashes``.
 
-        Raises DataInvalid if the corpus has fewer than two documents.
+        At least one document is held out and at least one is not. Raises DataInvalid if that is impossible.
         """
-        documents = corpus.meta.documents
         if split.part == "all":
             return cls(split)
         if documents < 2:
             raise DataInvalid("eval_fraction needs a corpus of at least two documents, and this one has one")
-        lowest, highest = (2**64, 0), (-1, 0)
+        lowest, highest = 2**64, -1
         for start in range(0, documents, cls.CHUNK):
-            hashes = cls._hashes(start, min(start + cls.CHUNK, documents))
-            lowest = min(lowest, (int(hashes.min()), start + int(hashes.argmin())))
-            highest = max(highest, (int(hashes.max()), start + int(hashes.argmax())))
-        return cls(split, always_held_out=lowest[1], never_held_out=highest[1])
+            chunk = cls(split, hashes).hashes_of(start, min(start + cls.CHUNK, documents))
+            lowest, highest = min(lowest, int(chunk.min())), max(highest, int(chunk.max()))
+        if lowest == highest:
+            raise DataInvalid("eval_fraction needs two different documents, and all of this corpus have the same text")
+        return cls(split, hashes, always_held_out=lowest, never_held_out=highest)
 
-    @classmethod
-    def _hashes(cls, start: int, end: int) -> npt.NDArray[np.uint64]:
-        return splitmix64(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, cls.KEY)
+    def hashes_of(self, start: int, end: int) -> Hashes:
+        if self.hashes is not None:
+            return self.hashes[start:end]
+        return splitmix64(np.arange(start + 1, end + 1, dtype=np.uint64) * GAMMA, self.KEY)
 
     def mask(self, start: int, end: int) -> npt.NDArray[np.bool_]:
         """Return whether the split has each of the documents ``start`` to ``end - 1``."""
-        numbers = np.arange(start, end)
         if self.split.part == "all":
             return np.ones(end - start, dtype=np.bool_)
         threshold = np.uint64(min(2**64 - 1, int(self.split.fraction * 2**64)))
-        held_out: npt.NDArray[np.bool_] = self._hashes(start, end) < threshold
-        held_out = (held_out | (numbers == self.always_held_out)) & (numbers != self.never_held_out)
+        hashes = self.hashes_of(start, end)
+        held_out: npt.NDArray[np.bool_] = hashes < threshold
+        held_out = (held_out | (hashes == np.uint64(self.always_held_out))) & (hashes != np.uint64(self.never_held_out))
         return held_out if self.split.part == "eval" else ~held_out
+
+
+def _holdout(corpus: Corpus, building: Path, split: SplitSpec) -> Holdout:
+    """Return the holdout of ``split``. If it is by text, write the number of duplicates into ``building``."""
+    documents = corpus.meta.documents
+    if split.part == "all" or split.by == "number" or documents < 2:
+        return Holdout.of(split, documents)
+    # In a file and not in memory: a corpus may have a billion documents.
+    file = ArrayFiles(building, ("hashes.bin",))
+    for first, last in _blocks(corpus.offsets):
+        file.append(text_hashes(corpus.tokens, corpus.offsets[first : last + 1]))
+    file.close()
+    hashes: Hashes = memmap_array(building / "hashes.bin", np.uint64, documents)
+    (building / "hashes.bin").unlink()
+    (building / DUPLICATES_FILE).write_text(str(documents - _count_distinct(hashes)))
+    return Holdout.of(split, documents, hashes)
+
+
+def text_hashes(tokens: npt.NDArray[Any], offsets: Integers) -> Hashes:
+    """Return a hash of the tokens of each document: the sum of hashes of (position, token)."""
+    first, last = int(offsets[0]), int(offsets[-1])
+    position = _positions(np.diff(offsets)).astype(np.uint64)
+    mixed = splitmix64((position << np.uint64(32)) | tokens[first:last].astype(np.uint64), Holdout.KEY)
+    return splitmix64(np.add.reduceat(mixed, offsets[:-1] - first), Holdout.KEY)
+
+
+def _count_distinct(hashes: Hashes) -> int:
+    """Count different hashes, in ranges of hashes that fit into memory."""
+    ranges = -(-len(hashes) // (16 * Holdout.CHUNK))
+    edges = [number * 2**64 // ranges for number in range(ranges)]
+    count = 0
+    for low, high in zip(edges, [*edges[1:], 2**64], strict=True):
+        chunks = (hashes[start : start + Holdout.CHUNK] for start in range(0, len(hashes), Holdout.CHUNK))
+        selected = [chunk[(chunk >= np.uint64(low)) & (chunk <= np.uint64(high - 1))] for chunk in chunks]
+        count += len(np.unique(np.concatenate(selected)))
+    return count
 
 
 def _write(corpus: Corpus, directory: Path, max_seq_len: int, packing: Packing, holdout: Holdout) -> None:

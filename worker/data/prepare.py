@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,12 +30,14 @@ from trainyard.worker.data.corpus import Corpus, read_as_text_warning
 from trainyard.worker.data.fileset import FileSetOptions, open_files
 from trainyard.worker.data.jsonl import DataInvalid, ParseStats
 from trainyard.worker.data.mixture import MixturePattern, MixtureSampler, load_pattern, row_parts
-from trainyard.worker.data.packing import PackedDataset, SplitSpec
+from trainyard.worker.data.packing import PackedDataset, SplitBy, SplitSpec
 from trainyard.worker.data.sampler import StepSampler
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
 from trainyard.worker.paths import check_allowed_paths
+
+SplitChooser = Callable[[Corpus, Tokenizer], SplitBy]
 
 CORPUS_CACHE_VARIABLE = "TRAINYARD_CORPUS_CACHE"
 PROGRESS_SECONDS = 1.0
@@ -69,6 +71,7 @@ class TrainingData:
     sources: tuple[TrainingSource, ...]
     train_set: PackedDataset
     eval_set: PackedDataset | None
+    split_by: SplitBy = "text"
 
     @property
     def documents(self) -> int:
@@ -113,7 +116,7 @@ class TrainingData:
         return RunIdentity(
             model=asdict(self.spec.model),
             tokenizer=self.tokenizer.fingerprint,
-            corpus=hashlib.sha256(json.dumps(self._content()).encode()).hexdigest(),
+            corpus=_sources_fingerprint(self),
             seed=self.spec.training.seed,
             max_seq_len=data.max_seq_len,
             packing=data.packing,
@@ -122,26 +125,15 @@ class TrainingData:
         )
 
     @property
-    def _is_one_file(self) -> bool:
+    def is_one_file(self) -> bool:
+        """Whether the corpus was given as one file."""
         # As in release 0.1, whose checkpoints must go on. A directory of one file is not: it may gain another.
         return self.spec.data.sources is None and is_single_file(paths_of(self.spec))
-
-    def _content(self) -> list[Any]:
-        data = self.spec.data
-        if self._is_one_file:
-            meta = self.sources[0].corpus.meta
-            return [meta.content, meta.text_field, data.eval_fraction]
-        sources = [
-            [source.name, source.weight, source.corpus.meta.content, source.corpus.meta.text_field]
-            + [file.name for file in source.files]
-            for source in self.sources
-        ]
-        return [sources, data.eval_fraction]
 
     def _corpus_file(self) -> dict[str, Any]:
         """Return the fingerprint of the corpus as it is now, or {} if it is not what was read."""
         try:
-            if self._is_one_file:
+            if self.is_one_file:
                 fingerprint = FileFingerprint.of(Path(str(paths_of(self.spec))))
                 return asdict(fingerprint) if fingerprint.bytes == self.sources[0].corpus.meta.bytes else {}
             named = [(source, file) for source in self.sources for file in source.files]
@@ -162,18 +154,57 @@ def paths_of(spec: JobSpec) -> str | list[str]:
     return spec.data.data_path
 
 
+def _sources_fingerprint(data: TrainingData) -> str:
+    corpora = [source.corpus for source in data.sources]
+    if data.is_one_file:
+        return _file_fingerprint(data.spec.data, corpora[0], data.tokenizer, data.split_by)
+    content = [
+        [source.name, source.weight, corpus.meta.content, corpus.meta.text_field, *(file.name for file in source.files)]
+        for source, corpus in zip(data.sources, corpora, strict=True)
+    ]
+    return _fingerprint(content, data.spec.data, corpora, data.tokenizer, data.split_by)
+
+
+def _file_fingerprint(data: DataSpec, corpus: Corpus, tokenizer: Tokenizer, split_by: SplitBy) -> str:
+    content = [corpus.meta.content, corpus.meta.text_field]
+    return _fingerprint(content, data, [corpus], tokenizer, split_by)
+
+
+def _fingerprint(
+    content: list[Any], data: DataSpec, corpora: Sequence[Corpus], tokenizer: Tokenizer, split_by: SplitBy
+) -> str:
+    # What has the default of release 0.1 is left out, so that its runs can be resumed.
+    parts = [*content, data.eval_fraction]
+    if data.special_tokens == "tokens" or any(corpus.meta.added_tokens for corpus in corpora):
+        parts.append({"special_tokens": tokenizer.matching})
+    if data.eval_fraction > 0 and split_by != "number":
+        parts.append({"split_by": split_by})
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def prepare_data(
     spec: JobSpec,
     run: RunDir,
     ranks: DistributedContext,
     emit: Callable[[Event], None],
     stop_requested: Callable[[], bool],
+    saved_corpora: Callable[[], Iterable[str]] = tuple,
 ) -> TrainingData:
-    """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank."""
+    """Open the data, built first if it is not in the cache. Raises TrainingError or StopRequested on every rank.
+
+    ``saved_corpora``: corpus fingerprints of the checkpoints that the run may start from, the first choice first. Their
+    evaluation split stays as it is, also if release 0.1 has made it.
+    """
+
+    def choose_split(corpus: Corpus, tokenizer: Tokenizer) -> SplitBy:
+        splits: tuple[SplitBy, ...] = ("number", "text")
+        known = {_file_fingerprint(spec.data, corpus, tokenizer, by): by for by in splits}
+        return next((known[saved] for saved in saved_corpora() if saved in known), "text")
+
     progress = _ProgressReporter(emit, stop_requested)
-    ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress).train_set.tokens)
+    split_by = ranks.broadcast_from_rank0(lambda: _open_or_fail(spec, run, progress, choose_split).split_by)
     # Everything is built now. A rank that stopped here would stop alone, so stop requests are ignored.
-    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False))
+    data = _open_or_fail(spec, run, _ProgressReporter(emit, lambda: False), lambda *_: split_by)
     _report_corpus(data, emit)
     return data
 
@@ -192,9 +223,9 @@ class _ProgressReporter:
             self._emit(PhaseChanged(phase=Phase.PREPARING_DATA, done=done, total=total))
 
 
-def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
     try:
-        return _open(spec, run, progress)
+        return _open(spec, run, progress, choose_split)
     except (DataInvalid, CorpusFilesInvalid) as error:
         raise TrainingError(
             Reason.DATA_INVALID, str(error), "`trainyard corpus check FILE` lists every bad line."
@@ -205,7 +236,7 @@ def _open_or_fail(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> Tr
         raise save_error(error, "the corpus's token shards") from error
 
 
-def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingData:
+def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter, choose_split: SplitChooser) -> TrainingData:
     hit("prepare.open")
     data = spec.data
     limit_threads(data.num_workers)
@@ -231,20 +262,22 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingDa
     def open_rows(corpus: Corpus, split: SplitSpec) -> PackedDataset:
         return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
 
-    splits = data.eval_fraction > 0
+    splits, by = data.eval_fraction > 0, SplitSpec().by
     sources, held_out = [], []
     for source in data.training_sources:
         files = expand(source.path)
         corpus = open_shards(files, source.text_field)
-        rows = open_rows(corpus, SplitSpec("train", data.eval_fraction) if splits else SplitSpec())
+        if splits and data.sources is None and is_single_file(source.path):
+            by = choose_split(corpus, tokenizer)
+        rows = open_rows(corpus, SplitSpec("train", data.eval_fraction, by) if splits else SplitSpec())
         sources.append(TrainingSource(source.name, files, corpus, rows, source.weight))
         if splits:
-            held_out.append(open_rows(corpus, SplitSpec("eval", data.eval_fraction)))
+            held_out.append(open_rows(corpus, SplitSpec("eval", data.eval_fraction, by)))
     if data.eval_data_path is not None:
         held_out = [open_rows(open_shards(expand(data.eval_data_path), None), SplitSpec())]
     train_set = PackedDataset.concat([source.rows for source in sources])
     return TrainingData(
-        spec, tokenizer, tuple(sources), train_set, PackedDataset.concat(held_out) if held_out else None
+        spec, tokenizer, tuple(sources), train_set, PackedDataset.concat(held_out) if held_out else None, by
     )
 
 

@@ -23,6 +23,10 @@ class PhaseReporter:
             self.current = phase
             self._emit(PhaseChanged(phase=phase))
 
+    def report(self, message: str | None = None, done: int | None = None, total: int | None = None) -> None:
+        """Emit how far the current phase is; without arguments, that there is nothing more to say of it."""
+        self._emit(PhaseChanged(phase=self.current or Phase.TRAINING, message=message, done=done, total=total))
+
     @contextlib.contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
         """Enter ``phase``, and return to the current one after the block. After an exception the phase stays."""

@@ -86,11 +86,15 @@ class LiveSettings:
 
 def settings_changed_event(step: int, before: RunSettings, after: RunSettings) -> SettingsChanged:
     changes = [
-        f"{name} is {value:,} and was {getattr(before, name):,}"
+        f"{name} is {_setting_text(value)} and was {_setting_text(getattr(before, name))}"
         for name, value in after.model_dump().items()
         if value != getattr(before, name)
     ]
     return SettingsChanged(step=step, message=", ".join(changes), **after.model_dump())
+
+
+def _setting_text(value: int | None) -> str:
+    return "automatic" if value is None else f"{value:,}"
 
 
 @dataclass(frozen=True)
@@ -100,20 +104,25 @@ class ControlFlags:
     stop: bool = False
     save: bool = False
     spike: bool = False
+    log: bool = False
     settings: RunSettings | None = None
 
     def to_ints(self) -> list[int]:
-        """Return the flags for an all-reduce by maximum. Only rank 0 ever has settings; all others send zeros."""
+        """Return the flags for an all-reduce by maximum. Only rank 0 ever has settings; all others send zeros.
+
+        A setting that is None is sent as 0.
+        """
         none = dict.fromkeys(RunSettings.model_fields, 0)
         settings = self.settings.model_dump() if self.settings is not None else none
-        return [self.stop, self.save, self.spike, *settings.values()]
+        return [self.stop, self.save, self.spike, self.log, *(value or 0 for value in settings.values())]
 
     @classmethod
     def from_ints(cls, numbers: list[int]) -> Self:
         """Return the flags that `to_ints` gave."""
-        stop, save, spike, *values = numbers
-        settings = RunSettings(**dict(zip(RunSettings.model_fields, values, strict=True))) if any(values) else None
-        return cls(bool(stop), bool(save), bool(spike), settings)
+        stop, save, spike, log, *values = numbers
+        named = {name: value or None for name, value in zip(RunSettings.model_fields, values, strict=True)}
+        settings = RunSettings.model_validate(named) if any(values) else None
+        return cls(bool(stop), bool(save), bool(spike), bool(log), settings)
 
 
 class ControlSync:

@@ -5,9 +5,9 @@ import statistics
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
-from trainyard.contract.events import WarningEvent
+from trainyard.contract.events import MetricEvent, WarningEvent
 from trainyard.worker.distributed import FloatRow
 
 WINDOW, MIN_STEPS = 64, 32
@@ -96,6 +96,7 @@ UNTRAINED_EXCESS = 0.05
 FIRST_LOSS_TOLERANCE = 0.5
 FLAT_STEPS, FLAT_NATS = 300, 0.2
 VANISHING_NORM, EXPLODING_NORM, CONSECUTIVE_STEPS = 1e-6, 1e3, 20
+STARVING_STEPS, STARVING_SHARE = 50, 0.1
 
 
 @dataclass
@@ -103,8 +104,9 @@ class LearningMonitor:
     """Warns, each code once in an attempt, if a run does not learn. Only the events of rank 0 count.
 
     Rules: the loss of step 1 is within 0.5 of ln V + 0.05; 300 steps after the warm-up it is at least 0.2 below that of
-    step 1; no 20 steps in a row have a gradient norm below 1e-6 or above 1000. ``vocab_size``: None if the weights were
-    trained before; then any first loss is valid.
+    step 1; no 20 steps in a row have a gradient norm below 1e-6 or above 1000; each expert gets a tenth of an even
+    share in some metric line of any 50 steps after the warm-up. ``vocab_size``: None if the weights were trained
+    before; then any first loss is valid.
     """
 
     vocab_size: int | None
@@ -112,10 +114,13 @@ class LearningMonitor:
     first_loss: float | None = None
     _small: int = 0
     _large: int = 0
+    _last_line: int | None = None
+    _starving_since: dict[int, int] = field(default_factory=dict)
     _reported: set[str] = field(default_factory=set)
 
     def observe(self, step: int, loss: float, grad_norm: float) -> Iterator[WarningEvent]:
         """Yield the warnings that a step gives reason for. ``loss``: this rank's mean."""
+        self._last_line = step - 1 if self._last_line is None else self._last_line
         if step == 1 and self.vocab_size is not None and math.isfinite(loss):
             self.first_loss = loss
             expected = math.log(self.vocab_size) + UNTRAINED_EXCESS
@@ -145,8 +150,30 @@ class LearningMonitor:
             )
             yield from self._once("gradients_blow_up", step, message)
 
-    def observe_metrics(self, step: int, loss: float | None) -> Iterator[WarningEvent]:
+    def observe_metrics(self, metric: MetricEvent) -> Iterator[WarningEvent]:
         """Yield the warnings that a metric line gives reason for."""
+        yield from self._observe_experts(metric.step, metric.expert_load or [])
+        yield from self._observe_curve(metric.step, metric.loss)
+
+    def _observe_experts(self, step: int, load: list[float]) -> Iterator[WarningEvent]:
+        began, self._last_line = self._last_line, step
+        if began is None or began < self.warmup_steps or step <= began:  # after a rollback, count again
+            self._starving_since = {}
+            return
+        starving = [expert for expert, share in enumerate(load) if share < STARVING_SHARE / len(load)]
+        self._starving_since = {expert: self._starving_since.get(expert, began) for expert in starving}
+        long = [expert for expert, since in self._starving_since.items() if step - since >= STARVING_STEPS]
+        if long:
+            since = max(self._starving_since[expert] for expert in long)
+            shares = ", ".join(f"{expert} ({load[expert]:.1%})" for expert in long)
+            message = (
+                f"experts get almost no tokens since step {since:,}: {shares} of {len(load)} experts, where "
+                f"{1 / len(load):.0%} each would be even. They learn nothing, and the others do their work: raise "
+                "model.router_aux_loss_coef, or take fewer experts"
+            )
+            yield from self._once("experts_starve", step, message, {"experts": long, "expert_load": load})
+
+    def _observe_curve(self, step: int, loss: float | None) -> Iterator[WarningEvent]:
         first, due = self.first_loss, self.warmup_steps + FLAT_STEPS
         if loss is None or first is None or step < due:
             return
@@ -159,7 +186,7 @@ class LearningMonitor:
             )
             yield from self._once("curve_flat", step, message)
 
-    def _once(self, code: str, step: int, message: str) -> Iterator[WarningEvent]:
+    def _once(self, code: str, step: int, message: str, data: dict[str, Any] | None = None) -> Iterator[WarningEvent]:
         if code not in self._reported:
             self._reported.add(code)
-            yield WarningEvent(code=code, message=message, step=step)
+            yield WarningEvent(code=code, message=message, step=step, data=data or {})

@@ -9,6 +9,9 @@ from typing import Self
 
 from trainyard.contract.spec import JobSpec, TrainingSpec
 
+POINTS = 100
+"""About as many points has a curve whose ``log_interval`` is null."""
+
 
 @dataclass(frozen=True)
 class StepIntervals:
@@ -23,7 +26,8 @@ class StepIntervals:
     def from_spec(cls, spec: JobSpec, steps: int, *, evaluates: bool) -> Self:
         """Return the intervals of a run of ``steps`` steps. By default it evaluates as often as it saves."""
         eval_interval = spec.reporting.eval_interval or spec.checkpoint.save_interval
-        return cls(steps, spec.reporting.log_interval, spec.checkpoint.save_interval, eval_interval if evaluates else 0)
+        log_interval = spec.reporting.log_interval or max(1, steps // POINTS)
+        return cls(steps, log_interval, spec.checkpoint.save_interval, eval_interval if evaluates else 0)
 
     def is_log_step(self, step: int) -> bool:
         """Return whether a metric line is due: at each log_interval, with each evaluation and at the end."""

@@ -53,6 +53,7 @@ def started_event(
         tokens_per_step=data.tokens_per_step(sampler),
         steps_per_epoch=sampler.steps_per_epoch,
         flops_per_token=flops_per_token(spec.model, data.train_set.attention_length),
+        duplicates=data.train_set.duplicates,
         resumed_from=str(resume_from.source) if resume_from is not None else None,
     )
 

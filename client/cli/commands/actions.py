@@ -7,6 +7,7 @@ from typing import Any
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
+from trainyard.client.cli.find import find_job
 from trainyard.client.cli.formatting import count, one_line, size
 from trainyard.client.cli.hints import next_commands
 from trainyard.client.cli.spec_flags import parse_assignment, with_absolute_paths
@@ -16,18 +17,18 @@ from trainyard.client.types import Job, ResumedJob
 
 def pause(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        return _report(trainyard.pause(_id(trainyard, args)), args, console)
+        return _report(trainyard.pause(_id(trainyard, args, console)), args, console)
 
 
 def save(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        return _report(trainyard.save(_id(trainyard, args)), args, console)
+        return _report(trainyard.save(_id(trainyard, args, console)), args, console)
 
 
 def resume(args: SimpleNamespace, console: Console) -> int:
     changes = _changes(args)
     with connect(args) as trainyard:
-        job = trainyard.resume(_id(trainyard, args), **changes)
+        job = trainyard.resume(_id(trainyard, args, console), **changes)
     if not args.json and {"epochs", "max_steps"} & changes.keys():
         _report_rates(job, console)
     return _report(job, args, console)
@@ -71,7 +72,9 @@ def fork(args: SimpleNamespace, console: Console) -> int:
         group[place[-1]] = value
     data = "restart" if args.restart_data else "keep"
     with connect(args) as trainyard:
-        job = trainyard.fork(_id(trainyard, args), args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
+        job = trainyard.fork(
+            _id(trainyard, args, console), args.step, with_absolute_paths(overrides, Path.cwd()), data=data
+        )
     if not args.json:
         parent = job["parent"] or {}
         console.error(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
@@ -79,18 +82,31 @@ def fork(args: SimpleNamespace, console: Console) -> int:
 
 
 def export(args: SimpleNamespace, console: Console) -> int:
-    """Export the checkpoint of ``--step``, or the newest."""
+    """Export the checkpoint of ``JOB@STEP`` or ``--step``, or the newest; with ``--out`` download it."""
     with connect(args) as trainyard:
-        job_id = _id(trainyard, args)
-        step = args.step if args.step is not None else _newest(trainyard, job_id)
+        job_id, step = _job_at_step(trainyard, args, console)
         export = trainyard.export(job_id, step, format=args.format)
+        if args.out is not None:
+            trainyard.download_export(export, args.out)
     if args.json:
-        console.json(export)
+        console.json({**export, "out": args.out} if args.out is not None else export)
         return Exit.SUCCEEDED
-    console.data(str(export["path"]))
+    console.data(str(export["path"] if args.out is None else args.out))
     files = f"{len(export['files'])} files, {size(export['bytes'])}"
     console.error(f"step {export['step']:,} as {export['format']}: {files}")
     return Exit.SUCCEEDED
+
+
+def _job_at_step(trainyard: Client, args: SimpleNamespace, console: Console) -> tuple[str, int]:
+    """Return the job and the step that ``JOB@STEP`` and ``--step`` name. Raises UsageError."""
+    name, at, text = args.job.rpartition("@")
+    if not at or not (text == "latest" or text.isdecimal()):
+        job_id = find_job(trainyard, args.job, console)["id"]
+        return job_id, args.step if args.step is not None else _newest(trainyard, job_id)
+    if args.step is not None:
+        raise UsageError(f"give either {args.job} or --step")
+    job_id = find_job(trainyard, name, console)["id"]
+    return job_id, _newest(trainyard, job_id) if text == "latest" else int(text)
 
 
 def _newest(trainyard: Client, job_id: str) -> int:
@@ -102,7 +118,7 @@ def _newest(trainyard: Client, job_id: str) -> int:
 
 def cancel(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        return _report(trainyard.cancel(_id(trainyard, args)), args, console)
+        return _report(trainyard.cancel(_id(trainyard, args, console)), args, console)
 
 
 def kill(args: SimpleNamespace, console: Console) -> int:
@@ -137,8 +153,8 @@ def _named(job: Job) -> str:
     return f"{one_line(job['name'], 60)} ({job['id']})"
 
 
-def _id(trainyard: Client, args: SimpleNamespace) -> str:
-    return trainyard.find(args.job)["id"]
+def _id(trainyard: Client, args: SimpleNamespace, console: Console) -> str:
+    return find_job(trainyard, args.job, console)["id"]
 
 
 def _report(job: Job, args: SimpleNamespace, console: Console) -> int:

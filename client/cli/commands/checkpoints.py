@@ -7,6 +7,7 @@ from typing import Any
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import Row, connect, print_list
 from trainyard.client.cli.console import Console
+from trainyard.client.cli.find import find_job
 from trainyard.client.cli.formatting import UNKNOWN, count, fixed, one_line, size
 from trainyard.client.exit_codes import Exit, UsageError
 
@@ -32,7 +33,7 @@ def _row(checkpoint: Any) -> Row:
 
 def _download(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        job_id = trainyard.find(args.job)["id"]
+        job_id = find_job(trainyard, args.job, console)["id"]
         into = Path(args.out or f"{job_id}-step-{args.download}")
         names = trainyard.download(job_id, args.download, into)
     if args.json:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from trainyard.client.api import Client
 from trainyard.client.cli.commands.show import connect
 from trainyard.client.cli.console import Console
+from trainyard.client.cli.find import find_job
 from trainyard.client.cli.hints import end_report
 from trainyard.client.cli.watch.watcher import INTERVAL, Clock, max_lost_seconds
 from trainyard.client.errors import NotFound, ServiceUnreachable
@@ -18,7 +19,7 @@ from trainyard.client.types import Job, LogChunk
 def logs(args: SimpleNamespace, console: Console) -> int:
     """Print a log. With ``--follow`` the exit code is that of the job's final status."""
     with connect(args) as trainyard:
-        job = trainyard.find(args.job)
+        job = find_job(trainyard, args.job, console)
         if args.follow:
             return follow_log(LogReader(trainyard, job, args, streams=True), args, console, Clock())
         reader = LogReader(trainyard, job, args)

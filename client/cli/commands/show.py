@@ -12,6 +12,7 @@ from typing import Any
 
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
+from trainyard.client.cli.find import find_job
 from trainyard.client.cli.formatting import (
     UNKNOWN,
     ago,
@@ -77,7 +78,7 @@ def _job_row(job: Any, now: datetime) -> Row:
 
 def show(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        job = trainyard.find(args.job)
+        job = find_job(trainyard, args.job, console)
     if args.json:
         console.json(job)
     else:
@@ -88,7 +89,7 @@ def show(args: SimpleNamespace, console: Console) -> int:
 def metrics(args: SimpleNamespace, console: Console) -> int:
     """Print the points while they are fetched, so that a long curve takes no memory."""
     with connect(args) as trainyard:
-        job_id = trainyard.find(args.job)["id"]
+        job_id = find_job(trainyard, args.job, console)["id"]
         points = trainyard.metrics(job_id, after_step=args.after_step, attempt=args.attempt, lineage=args.lineage)
         if args.json:
             console.json_list(list(points))
@@ -152,7 +153,7 @@ def _attempt_row(attempt: Any) -> Row:
 
 def samples(args: SimpleNamespace, console: Console) -> int:
     with connect(args) as trainyard:
-        items = trainyard.samples(trainyard.find(args.job)["id"])
+        items = trainyard.samples(find_job(trainyard, args.job, console)["id"])
     if args.json:
         console.json_list(items)
         return Exit.SUCCEEDED
@@ -202,7 +203,7 @@ def print_list(
 ) -> int:
     """Print the objects of a job that ``read`` returns, as a table or as JSON."""
     with connect(args) as trainyard:
-        items = list(read(trainyard, trainyard.find(args.job)["id"]))
+        items = list(read(trainyard, find_job(trainyard, args.job, console)["id"]))
     return _print_rows(args, console, items, header, row)
 
 

@@ -27,6 +27,7 @@ def _facts(job: Mapping[str, Any], now: datetime) -> list[str]:
         ("progress", _progress(job.get("progress") or {})),
         ("numbers", _numbers(job.get("progress") or {})),
         ("checkpoint", _checkpoint(job.get("checkpoint"), now)),
+        ("weights", _text(job.get("weights_path"))),
         ("queue", _queue(job.get("queue"))),
         ("attempt", _text(job.get("attempt"))),
         ("reason", f"{job['status']} by user" if job.get("reason") == "user" else _text(job.get("reason"))),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from trainyard.client.api import Client
 from trainyard.client.cli.console import Console
+from trainyard.client.cli.find import find_job
 from trainyard.client.cli.hints import end_report
 from trainyard.client.cli.watch.checkpoints import CheckpointPoller
 from trainyard.client.cli.watch.state import WatchState
@@ -44,7 +45,7 @@ class Clock:
 
 def watch(args: SimpleNamespace, console: Console) -> int:
     with Client(args.url, args.token) as trainyard:
-        job_id = trainyard.find(args.job)["id"]
+        job_id = find_job(trainyard, args.job, console)["id"]
     return follow_job(job_id, args, console, handle=args.job)
 
 
@@ -185,6 +186,8 @@ class Watcher:
 
 
 def _backlog_start(job: Job) -> int:
-    step = (job.get("progress") or {}).get("step") or 0
-    interval = ((job.get("spec") or {}).get("reporting") or {}).get("log_interval") or 1
+    progress = job.get("progress") or {}
+    step, steps = progress.get("step") or 0, progress.get("steps") or 0
+    # Without an interval, a run has about a hundred points.
+    interval = ((job.get("spec") or {}).get("reporting") or {}).get("log_interval") or max(1, steps // 100)
     return max(0, step - MAX_BACKLOG * interval)

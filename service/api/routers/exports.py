@@ -12,7 +12,7 @@ from trainyard.service.auth.permissions import READ, SUBMIT
 from trainyard.service.auth.principal import Principal, PrincipalDep
 from trainyard.service.bodies import OptionalBody
 from trainyard.service.clock import utc_now
-from trainyard.service.errors import FileNotInExport
+from trainyard.service.errors import FileNotInExport, ServiceError
 from trainyard.service.exports import exporter
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.listing import page_of_all
@@ -45,10 +45,15 @@ def export_checkpoint(
     checkpoint = find_directory(state, job_id, step)
     request = exporter.ExportRequest(artifact_dir(state, job), checkpoint, step, body.format, tokenizer, stem)
     exists = exporter.is_exported(request)
-    if not exists:
-        exporter.run_export(request)
-        _record_event(state, job_id, request, caller)
-    exported = exporter.describe_export(request.artifacts, step, body.format)
+    try:
+        if not exists:
+            exporter.run_export(request)
+            _record_event(state, job_id, request, caller)
+        exported = exporter.describe_export(request.artifacts, step, body.format)
+    except (ServiceError, OSError):
+        # If the job was deleted meanwhile, its files are missing: the 404 says so, and the error would show a path.
+        find_job(state, job_id)
+        raise
     return json_response(_to_response(job_id, exported), 200 if exists else 201)
 
 

@@ -18,8 +18,9 @@ from trainyard.service.db.models import DeviceLeaseRow, JobRow
 from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.submission import HostLimits, kind_of, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
+from trainyard.service.planning.matrix_speed import MatrixEstimate
 from trainyard.service.planning.preview import QueuePosition, preview, sample_corpus
-from trainyard.service.planning.throughput import find_throughput
+from trainyard.service.planning.throughput import Throughput, find_throughput
 from trainyard.service.schemas import PlanPreview
 
 router = APIRouter(tags=["jobs"], route_class=ServiceRoute)
@@ -44,7 +45,11 @@ def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPrevie
     with state.database.read() as session:
         throughput = find_throughput(session, spec, kind)
         position = _queue_position(session, spec, kind, devices)
-    return preview(spec, kind, sample, devices, throughput, position, state.settings.home)
+    speed: Throughput | MatrixEstimate | None = throughput
+    # Only on a free device: a measurement must not slow a run down.
+    if speed is None and sample.size is not None and state.matrix_speed is not None and position.free:
+        speed = state.matrix_speed.estimate(spec, kind, sample.size.attention_length)
+    return preview(spec, kind, sample, devices, speed, position, state.settings.home)
 
 
 def _queue_position(session: Session, spec: JobSpec, kind: str, devices: Sequence[Device]) -> QueuePosition:

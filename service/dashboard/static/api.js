@@ -63,7 +63,7 @@ export async function sendJson(method, path, body, more = {}) {
 export function withQuery(path, given) {
   const parts = new URLSearchParams();
   for (const [name, value] of Object.entries(given)) {
-    for (const one of [value].flat()) if (one !== null && one !== undefined && one !== "") parts.append(name, one);
+    for (const item of [value].flat()) if (item !== null && item !== undefined && item !== "") parts.append(name, item);
   }
   return parts.size ? `${path}?${parts}` : path;
 }

@@ -23,8 +23,8 @@ function showLogin() {
     openPage();
   };
   const error = token.get() ? h("p", { class: "error", id: "token-error" }, "That token was not accepted.") : null;
-  const words = h("p", { class: "muted" }, "The service requires a token. It is kept in this tab only.");
-  const form = h("form", { id: "login", class: "login", onsubmit: enter }, h("h1", {}, "Token"), words,
+  const note = h("p", { class: "muted" }, "The service requires a token. It is kept in this tab only.");
+  const form = h("form", { id: "login", class: "login", onsubmit: enter }, h("h1", {}, "Token"), note,
     h("label", { for: "token" }, "Token"), field, error, h("button", { class: "primary" }, "Enter"));
   token.set(null);
   main.replaceChildren(form);

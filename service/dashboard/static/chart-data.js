@@ -14,7 +14,7 @@ export function xValues(rows, axis, attempts) {
   if (axis === "tokens") return rows.map((row) => row.tokens ?? null);
   if (axis === "clock") return rows.map((row) => (row.at ? localTimestamp(row.at) : null));
   if (axis === "step") return rows.map((row) => row.step);
-  const spans = attempts.map((one) => [Date.parse(one.started_at ?? one.created_at), Date.parse(one.ended_at ?? new Date())]);
+  const spans = attempts.map((attempt) => [Date.parse(attempt.started_at ?? attempt.created_at), Date.parse(attempt.ended_at ?? new Date())]);
   return rows.map((row) => (row.at ? activeHours(Date.parse(row.at), spans) : null));
 }
 
@@ -48,7 +48,7 @@ function activeHours(at, spans) {
 /** Returns the indexes of rows that follow a pause, where the line is interrupted. Only wall-clock time shows pauses. */
 export function rowsAfterPause(rows, axis, attempts) {
   if (axis !== "clock") return new Set();
-  const begun = new Map(attempts.map((one) => [one.number, Date.parse(one.started_at ?? one.created_at)]));
+  const begun = new Map(attempts.map((attempt) => [attempt.number, Date.parse(attempt.started_at ?? attempt.created_at)]));
   return new Set(rows.flatMap((row, i) => {
     const before = rows[i - 1];
     const changed = before && row.attempt !== before.attempt;
@@ -58,7 +58,7 @@ export function rowsAfterPause(rows, axis, attempts) {
 
 /** Returns plotly's range options: nearly constant values are drawn as a flat line instead of magnified noise. {} for other values. */
 export function yRangeOptions(traces) {
-  const values = traces.flatMap((one) => one.y.filter(Number.isFinite));
+  const values = traces.flatMap((trace) => trace.y.filter(Number.isFinite));
   const [low, high] = [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), -Infinity)];
   const size = Math.max(Math.abs(low), Math.abs(high));
   if (!values.length || high - low > FLAT_FRACTION * size) return {};
@@ -69,7 +69,7 @@ export function yRangeOptions(traces) {
 
 /** Tick distance of a log axis: every decade, or 1, 2 and 5 of each, so that numbers do not overlap. */
 export function logTicks(traces) {
-  const values = traces.flatMap((one) => one.y.filter((value) => Number.isFinite(value) && value > 0));
+  const values = traces.flatMap((trace) => trace.y.filter((value) => Number.isFinite(value) && value > 0));
   const decades = Math.log10(values.reduce((a, b) => Math.max(a, b), 0) / values.reduce((a, b) => Math.min(a, b), Infinity));
   return decades > 3 ? { dtick: 1 } : decades > 0.5 ? { dtick: "D2" } : {};
 }
@@ -77,16 +77,16 @@ export function logTicks(traces) {
 /** Returns x and y of a line, with nulls at the gaps. */
 export function lineWithGaps(xs, ys, breaks) {
   if (!breaks.size) return { x: xs, y: ys };
-  const found = { x: [], y: [] };
+  const points = { x: [], y: [] };
   xs.forEach((x, i) => {
     if (breaks.has(i)) {
-      found.x.push(x);
-      found.y.push(null);
+      points.x.push(x);
+      points.y.push(null);
     }
-    found.x.push(x);
-    found.y.push(ys[i]);
+    points.x.push(x);
+    points.y.push(ys[i]);
   });
-  return found;
+  return points;
 }
 
 const isPresent = (value) => value !== null && value !== undefined;
@@ -113,10 +113,10 @@ export function chartLabel(name, rows, value, format) {
 
 /** Step ranges of earlier attempts that a later attempt trained again: [attempt, after step, until step]. */
 export function supersededRanges(attempts) {
-  return attempts.flatMap((one, i) => {
+  return attempts.flatMap((attempt, i) => {
     const later = attempts.slice(i + 1).map((next) => next.start_step).filter((step) => step !== null);
     const from = Math.min(...later);
-    return one.end_step !== null && from < one.end_step ? [[one.number, from, one.end_step]] : [];
+    return attempt.end_step !== null && from < attempt.end_step ? [[attempt.number, from, attempt.end_step]] : [];
   });
 }
 

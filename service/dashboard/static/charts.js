@@ -1,10 +1,60 @@
 // Draws charts with plotly. `Plotly.react` is used for every update, because it keeps the zoom. The library is loaded with the first chart.
-import { countNotShown, logTicks, toNumber, yRangeOptions } from "./chart-data.js";
+import { AXES, HALF_LIVES, countNotShown, logTicks, toNumber, yRangeOptions } from "./chart-data.js";
 import { h, markPaint, setAttr, setText, setVisible, updateList } from "./dom.js";
 import { compactNumber, count } from "./format.js";
-import { endLabels } from "./line-labels.js";
 import { getParam, setParam } from "./router.js";
 import { isDark, themeChange } from "./theme.js";
+
+// Labels at the ends of up to five lines, in place of a legend. Pure.
+
+const MAX_LABELS = 5;
+const LABEL_LIFT = 9; // px above the end of a line that ends among others
+const MIN_DISTANCE = 13; // px between two labels
+const LETTER_WIDTH = 6.2; // px, approximate
+const LEFT_MARGIN = 52; // px
+const EDGE_FRACTION = 0.02; // of the width: a line that ends this near to the right edge has its label in the margin
+
+/** Returns `{room, annotations}`: the right margin in px, and plotly's annotations. `zoom`: [from, to] on the x axis or null; `width` in px. */
+function endLabels(traces, { isLog, height, width, ink, ground, zoom }) {
+  const shown = ({ x, y }, i) => Number.isFinite(y[i]) && (!isLog || y[i] > 0) && x[i] !== null && (!zoom || (toNumber(x[i]) >= toNumber(zoom[0]) && toNumber(x[i]) <= toNumber(zoom[1])));
+  const ends = traces.filter((trace) => trace.end).flatMap((trace) => {
+    const i = trace.y.findLastIndex((_, at) => shown(trace, at));
+    return i < 0 ? [] : [{ name: truncate(trace.end), x: trace.x[i], y: trace.y[i], continues: i < trace.y.findLastIndex(Number.isFinite) }];
+  });
+  if (ends.length < 2 || ends.length > MAX_LABELS) return { room: 12, annotations: [] };
+  const value = (y) => (isLog ? Math.log10(y) : y);
+  const points = traces.flatMap((trace) => trace.y.flatMap((y, i) => (shown(trace, i) ? [[toNumber(trace.x[i]), value(y)]] : [])));
+  const [left, right] = zoom ? zoom.map(toNumber) : extent(points.map(([x]) => x));
+  const [low, high] = extent(points.map(([, y]) => y));
+  const isAtEdge = (end) => end.continues || toNumber(end.x) >= right - EDGE_FRACTION * (right - left);
+  const room = 12 + Math.min(120, Math.max(0, ...ends.filter(isAtEdge).map((end) => end.name.length)) * LETTER_WIDTH);
+  const wide = (width - LEFT_MARGIN - room) / (right - left || 1);
+  const tall = (height - 32) / (high - low || 1);
+  const placed = avoidOverlaps(ends.map((end) => ({ ...end, atEdge: isAtEdge(end), from: isAtEdge(end) ? width : (toNumber(end.x) - left) * wide, up: (value(end.y) - low) * tall + (isAtEdge(end) ? 0 : LABEL_LIFT), at: (value(end.y) - low) * tall })));
+  const annotations = placed.map(({ name, x, y, atEdge, shift }) => ({
+    ...(atEdge ? { xref: "paper", x: 1 } : { xref: "x", x, bgcolor: ground, borderpad: 0 }), xanchor: "left", xshift: 3, yref: "y", y: value(y), yshift: shift,
+    showarrow: false, text: escapeHtml(name), font: { size: 11, color: ink } }));
+  return { room, annotations };
+}
+
+const extent = (values) => values.reduce(([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
+
+/** Moves labels up until none overlaps another. */
+function avoidOverlaps(ends) {
+  const placed = [];
+  for (const end of [...ends].sort((a, b) => a.up - b.up)) {
+    let { up } = end;
+    const neighbors = placed.filter((other) => end.from < other.from + other.name.length * LETTER_WIDTH && other.from < end.from + end.name.length * LETTER_WIDTH);
+    for (const other of neighbors.sort((a, b) => a.up - b.up)) if (up < other.up + MIN_DISTANCE && up > other.up - MIN_DISTANCE) up = other.up + MIN_DISTANCE;
+    placed.push({ ...end, up, shift: up - end.at });
+  }
+  return placed;
+}
+
+const truncate = (name) => (name.length > 18 ? `${name.slice(0, 17)}…` : name);
+
+/** Plotly interprets some HTML tags in texts, and job names are user input. */
+const escapeHtml = (name) => name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 
 const CONFIG = { displayModeBar: false, responsive: true, doubleClick: false, showTips: false };
 const PIXELS_PER_TICK = 70; // px that one number below the x axis needs
@@ -21,8 +71,8 @@ export function loadLibrary() {
 }
 
 /** Only charts in or near the viewport are drawn. */
-const visibility = new IntersectionObserver((found) => {
-  for (const { target, isIntersecting, boundingClientRect } of found) {
+const visibility = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting, boundingClientRect } of entries) {
     target.chart.width = boundingClientRect.width;
     target.chart.onVisibility(isIntersecting);
   }
@@ -69,7 +119,7 @@ export class Chart {
   async draw() {
     if (!this.content) return;
     const { traces, label } = this.content;
-    const isEmpty = !traces.some((one) => one.y.some(Number.isFinite));
+    const isEmpty = !traces.some((trace) => trace.y.some(Number.isFinite));
     setAttr(this.node, "aria-label", label);
     this.updateReadout(this.at ?? null);
     setText(this.note, this.noteText(isEmpty));
@@ -86,7 +136,7 @@ export class Chart {
     if (this.isClosed) return;
     setText(this.note, this.noteText(false));
     const ends = endLabels(traces, { isLog: this.log, height: this.height, width: this.width, ink: themeColors()[0], ground: themeColors()[2], zoom: this.group.zoom });
-    const drawn = traces.filter((one) => one.x.length).map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: traceMode(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(onlyPositive) : trace.y }));
+    const drawn = traces.filter((trace) => trace.x.length).map(({ counted: _, main: __, end: ___, ...trace }) => ({ type: "scatter", mode: traceMode(trace), hoverinfo: "none", ...trace, y: this.log ? trace.y.map(onlyPositive) : trace.y }));
     await Plotly.react(this.plot, drawn, this.layout(ends), this.started ? undefined : CONFIG);
     if (!this.started) this.addListeners();
     await this.applyZoom();
@@ -95,8 +145,8 @@ export class Chart {
 
   noteText(isEmpty) {
     const { traces, note = "" } = this.content;
-    const values = (one) => (one.counted === true ? one.y : one.counted);
-    const notShown = this.log ? traces.filter((one) => one.counted).reduce((sum, one) => sum + countNotShown(values(one)), 0) : 0;
+    const values = (trace) => (trace.counted === true ? trace.y : trace.counted);
+    const notShown = this.log ? traces.filter((trace) => trace.counted).reduce((sum, trace) => sum + countNotShown(values(trace)), 0) : 0;
     const none = this.content.values?.length ? "Not reported by this run" : "No data yet";
     const empty = isEmpty ? none : "";
     return [empty || note, notShown ? `${notShown} not shown on a log axis` : ""].filter(Boolean).join(" · ");
@@ -131,7 +181,7 @@ export class Chart {
 
   /** Returns the x value of the main line that is nearest to x. */
   nearestX(x) {
-    const main = this.content.traces.find((one) => one.main);
+    const main = this.content.traces.find((trace) => trace.main);
     const at = main ? nearestIndex(main, x) : -1;
     return at < 0 ? x : main.x[at];
   }
@@ -145,10 +195,10 @@ export class Chart {
 
   updateReadout(x) {
     if (!this.content) return;
-    const lines = x === null ? [] : this.content.traces.filter((one) => one.main || one.end);
-    const values = lines.map((one) => [one.y[nearestIndex(one, x)], one.end]).filter(([y]) => Number.isFinite(y));
-    const words = values.map(([y, name]) => (name && lines.length > 1 ? `${name} ${this.format(y)}` : this.format(y))).join("   ");
-    setText(this.now, words ? `${words} at ${this.group.formatX(x)}` : (this.content.now ?? ""));
+    const lines = x === null ? [] : this.content.traces.filter((trace) => trace.main || trace.end);
+    const values = lines.map((line) => [line.y[nearestIndex(line, x)], line.end]).filter(([y]) => Number.isFinite(y));
+    const text = values.map(([y, name]) => (name && lines.length > 1 ? `${name} ${this.format(y)}` : this.format(y))).join("   ");
+    setText(this.now, text ? `${text} at ${this.group.formatX(x)}` : (this.content.now ?? ""));
   }
 
   updateCrosshair() {
@@ -296,10 +346,38 @@ function nearestIndex({ x: xs, y: ys }, x) {
   const wanted = toNumber(x);
   let best = -1;
   let smallest = Infinity;
-  xs.forEach((one, i) => {
-    if (one === null || !Number.isFinite(ys[i])) return;
-    const apart = Math.abs(toNumber(one) - wanted);
+  xs.forEach((x, i) => {
+    if (x === null || !Number.isFinite(ys[i])) return;
+    const apart = Math.abs(toNumber(x) - wanted);
     if (apart < smallest) [best, smallest] = [i, apart];
   });
   return best;
+}
+
+// The selects above the charts: x axis and smoothing. Both are kept in the URL.
+
+const DEFAULT_HALF_LIFE = 50;
+
+/** Returns the axis and half-life of the URL, or the defaults. */
+export function chartSettings(defaultAxis) {
+  const half = Number(getParam("smooth") ?? DEFAULT_HALF_LIFE);
+  return { axis: getParam("x") in AXES ? getParam("x") : defaultAxis, half: HALF_LIVES.includes(half) ? half : DEFAULT_HALF_LIFE };
+}
+
+/** Creates both selects; `onAxis` and `onHalf` are called with a new choice. `defaultAxis` is the default axis, which the URL leaves out. */
+export function chartControls({ axis, half }, defaultAxis, onAxis, onHalf, ...more) {
+  const along = h("select", { id: "axis" }, Object.entries(AXES).map(([key, name]) => h("option", { value: key }, name)));
+  const smooth = h("select", { id: "smooth" }, HALF_LIVES.map((steps) => h("option", { value: steps }, steps ? `half-life ${steps} steps` : "none")));
+  along.value = axis;
+  smooth.value = half;
+  along.addEventListener("change", () => {
+    setParam("x", along.value === defaultAxis ? null : along.value);
+    onAxis(along.value);
+  });
+  smooth.addEventListener("change", () => {
+    setParam("smooth", Number(smooth.value) === DEFAULT_HALF_LIFE ? null : smooth.value);
+    onHalf(Number(smooth.value));
+  });
+  const pair = (id, label, choice) => h("span", { class: "choice" }, h("label", { for: id }, label), choice);
+  return h("div", { class: "bar" }, pair("axis", "X axis", along), pair("smooth", "Smoothing", smooth), ...more);
 }

@@ -69,16 +69,16 @@ export function createTable(columns, caption) {
 }
 
 /** Shows a message for a few seconds, also to screen readers. */
-export function announce(words) {
+export function announce(message) {
   const toast = document.getElementById("toast");
-  toast.textContent = words;
+  toast.textContent = message;
   clearTimeout(toast.timer);
   toast.timer = setTimeout(() => (toast.textContent = ""), 6000);
 }
 
-export async function copyText(words, what) {
+export async function copyText(text, what) {
   try {
-    await navigator.clipboard.writeText(words);
+    await navigator.clipboard.writeText(text);
     announce(`${what} copied`);
   } catch {
     announce("The browser blocked copying. Select the text instead.");

@@ -36,13 +36,13 @@ export function openPage() {
   const main = document.getElementById("main");
   const place = h("div", { class: "page" });
   main.replaceChildren(place);
-  const found = findRoute(location.pathname);
+  const match = findRoute(location.pathname);
   for (const link of document.querySelectorAll("#nav a")) {
     if (link.pathname === location.pathname) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = found ? `${found.made.title} · Trainyard` : "Not found · Trainyard";
-  if (found) closePage = found.made.open(place, found.params) ?? (() => {});
+  document.title = match ? `${match.made.title} · Trainyard` : "Not found · Trainyard";
+  if (match) closePage = match.made.open(place, match.params) ?? (() => {});
   else place.append(h("h1", {}, "Not found"), h("p", {}, h("a", { href: "/" }, "To the jobs")));
 }
 

@@ -1,7 +1,6 @@
 // Flattens job specs, and compares them with each other and with the defaults. Pure.
 
-import { fieldGroups } from "./form/schema.js";
-import { formatValue, getAt, isEqual, setAt } from "./form/values.js";
+import { fieldGroups, formatValue, getAt, isEqual, setAt } from "./form/schema.js";
 
 /** {a: {b: 1}} -> [["a.b", 1]]; lists are kept whole. */
 export function flatten(spec, before = "") {
@@ -14,9 +13,9 @@ export function flatten(spec, before = "") {
 /** Returns [[setting, [text for each spec]]] for the settings that differ; "–" if a spec does not have it. */
 export function differingSettings(specs) {
   const known = specs.map((spec) => new Map(flatten(spec)));
-  const names = [...new Set(known.flatMap((one) => [...one.keys()]))];
+  const names = [...new Set(known.flatMap((settings) => [...settings.keys()]))];
   const shown = (value) => (value === undefined ? "–" : formatValue(value));
-  return names.map((name) => [name, known.map((one) => shown(one.get(name)))]).filter(([, values]) => new Set(values).size > 1);
+  return names.map((name) => [name, known.map((settings) => shown(settings.get(name)))]).filter(([, values]) => new Set(values).size > 1);
 }
 
 /** Returns a spec of all defaults, without required settings. */

@@ -52,15 +52,15 @@ async function readEvents(life, path, take) {
 
 /** Parses one block of lines to `{id, kind, data}`; null for a comment. */
 export function parseEvent(block) {
-  const found = { id: null, kind: "message", data: "" };
+  const event = { id: null, kind: "message", data: "" };
   let any = false;
   for (const line of block.split("\n")) {
     const at = line.indexOf(": ");
     if (at < 1) continue;
     const [name, value] = [line.slice(0, at), line.slice(at + 2)];
-    if (name === "id") found.id = value;
-    if (name === "event") found.kind = value;
-    if (name === "data") [found.data, any] = [found.data + value, true];
+    if (name === "id") event.id = value;
+    if (name === "event") event.kind = value;
+    if (name === "data") [event.data, any] = [event.data + value, true];
   }
-  return any ? { ...found, data: JSON.parse(found.data) } : null;
+  return any ? { ...event, data: JSON.parse(event.data) } : null;
 }

@@ -16,7 +16,7 @@ export class PlanView {
     setVisible(this.none, !plan);
     setVisible(this.facts, plan);
     this.stale(false);
-    updateList(this.warnings, plan?.warnings ?? [], (words) => words, () => h("li"), (part, words) => setText(part, words));
+    updateList(this.warnings, plan?.warnings ?? [], (warning) => warning, () => h("li"), (part, warning) => setText(part, warning));
     if (!plan) return;
     updateList(this.facts, planFacts(plan), ([name]) => name, ([name]) => h("div", {}, h("dt", {}, name), h("dd")), (part, [, value, more]) => {
       setText(part.lastChild, value);

@@ -1,5 +1,65 @@
-// Form fields from the job spec's JSON schema in the API's OpenAPI document.
+// Form fields from the job spec's JSON schema in the API's OpenAPI document, and values in specs.
 import { get } from "../api.js";
+
+// Reads, sets and compares values in specs. Pure.
+
+/** Returns the value at `path`, or undefined. The last name may also be one of `aliases`. */
+export function getAt(spec, path, aliases = []) {
+  const place = path.slice(0, -1).reduce((inside, name) => (isObject(inside) ? inside[name] : undefined), spec);
+  if (!isObject(place)) return undefined;
+  const name = [path.at(-1), ...aliases].find((candidate) => Object.hasOwn(place, candidate));
+  return name === undefined ? undefined : place[name];
+}
+
+/** Sets `value` at `path` and creates missing objects. */
+export function setAt(spec, path, value) {
+  const place = path.slice(0, -1).reduce((inside, name) => (isObject(inside[name]) ? inside[name] : (inside[name] = {})), spec);
+  place[path.at(-1)] = value;
+  return spec;
+}
+
+/** Returns a copy of `spec` without the settings of `fields` and without empty groups: what the form does not know. */
+export function withoutFields(spec, fields) {
+  const left = structuredClone(spec);
+  for (const { path, aliases } of fields) {
+    const place = path.slice(0, -1).reduce((inside, name) => (isObject(inside) ? inside[name] : undefined), left);
+    if (isObject(place)) for (const name of [path.at(-1), ...aliases]) delete place[name];
+  }
+  return withoutEmptyGroups(left, new Set(fields.map(({ path }) => path[0])));
+}
+
+function withoutEmptyGroups(spec, groups) {
+  const bare = (value) => isObject(value) && Object.values(value).every(bare);
+  return Object.fromEntries(Object.entries(spec).filter(([name, value]) => !(groups.has(name) && bare(value))));
+}
+
+/** Deep-merges `over` into `under`. */
+export function mergeSpecs(under, over) {
+  if (!isObject(under) || !isObject(over)) return over;
+  const both = { ...under };
+  for (const [name, value] of Object.entries(over)) both[name] = isObject(value) && isObject(both[name]) ? mergeSpecs(both[name], value) : value;
+  return both;
+}
+
+/** Deep equality; the order of members does not matter. */
+export function isEqual(left, right) {
+  if (Array.isArray(left) && Array.isArray(right)) return left.length === right.length && left.every((value, i) => isEqual(value, right[i]));
+  if (!isObject(left) || !isObject(right)) return left === right;
+  const names = Object.keys(left);
+  return names.length === Object.keys(right).length && names.every((name) => Object.hasOwn(right, name) && isEqual(left[name], right[name]));
+}
+
+export const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
+
+/** Writes a value for people: 5e-4, true, a text without quotes. */
+export function formatValue(value) {
+  if (value === undefined || value === null) return "none";
+  if (typeof value === "string") return value;
+  if (typeof value !== "number") return JSON.stringify(value);
+  return value !== 0 && (Math.abs(value) < 1e-2 || Math.abs(value) >= 1e7) ? value.toExponential().replace("+", "") : String(value);
+}
+
+// Form fields from the job spec's JSON schema in the API's OpenAPI document.
 
 let openApiDocument = null;
 
@@ -23,26 +83,26 @@ export async function requestProperties(method, path) {
 
 /** Returns `[{name, help, fields}]`. The group "" has the top-level settings; nested groups are groups of their own. */
 export function fieldGroups(schemas) {
-  const found = [];
-  collectGroups(schemas.JobSpec, [], schemas, found);
-  return found.filter((group) => group.fields.length);
+  const groups = [];
+  collectGroups(schemas.JobSpec, [], schemas, groups);
+  return groups.filter((group) => group.fields.length);
 }
 
-function collectGroups(schema, path, schemas, found) {
+function collectGroups(schema, path, schemas, groups) {
   const group = { name: path.join("."), help: (schema.description ?? "").replaceAll("`", ""), fields: [] };
-  found.push(group);
+  groups.push(group);
   for (const [name, described] of Object.entries(schema.properties)) {
     const place = [...path, name];
     const inner = resolveRef(described, schemas);
-    if (inner.properties) collectGroups(inner, place, schemas, found);
+    if (inner.properties) collectGroups(inner, place, schemas, groups);
     else if (!("const" in inner)) group.fields.push(describeField(described, place, schemas, (schema.required ?? []).includes(name)));
   }
 }
 
 /** Describes one setting, of the job spec or of another request body. */
 export function describeField(described, path, schemas, required = false) {
-  const branches = described.anyOf?.map((one) => resolveRef(one, schemas)) ?? [resolveRef(described, schemas)];
-  const real = branches.filter((one) => one.type !== "null");
+  const branches = described.anyOf?.map((branch) => resolveRef(branch, schemas)) ?? [resolveRef(described, schemas)];
+  const real = branches.filter((branch) => branch.type !== "null");
   const form = real.length === 1 ? real[0] : {};
   const kind = inputKind(form);
   const nullable = real.length < branches.length || [form.type].flat().includes("null");
@@ -56,7 +116,7 @@ export function describeField(described, path, schemas, required = false) {
 
 function inputKind(form) {
   if (form.enum || "const" in form) return "choice";
-  const type = [form.type].flat().find((one) => one !== "null");
+  const type = [form.type].flat().find((name) => name !== "null");
   if (type === "boolean") return "switch";
   if (type === "integer" || type === "number") return type;
   if (type === "string") return "text";

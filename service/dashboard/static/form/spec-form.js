@@ -1,9 +1,22 @@
+// A job spec as a form and as JSON, both kept in sync, and drafts of specs in session storage.
+import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { getParam, setParam } from "../router.js";
+import { Field, INVALID } from "./field.js";
+import { fieldGroups, getAt, isObject, setAt, withoutFields } from "./schema.js";
+
+// Drafts of specs in session storage, one per kind of form, until they are launched.
+
+const KEY_PREFIX = "trainyard-draft";
+
+/** Key of the draft of a new job, of a job `like` another one, or of a `fork`. */
+export const draftKey = ({ like = null, fork = null } = {}) => (fork ? `${KEY_PREFIX}-fork-${fork}` : like ? `${KEY_PREFIX}-like-${like}` : KEY_PREFIX);
+
+/** Stores a draft for the submit page. */
+export function saveDraft(source, value) {
+  sessionStorage.setItem(draftKey(source), JSON.stringify(value, null, 2));
+}
+
 // A job spec as a form: groups of fields with a search. Its value holds only what was changed.
-import { h, setText, setVisible } from "../dom.js";
-import { Field } from "./field.js";
-import { INVALID } from "./inputs.js";
-import { fieldGroups } from "./schema.js";
-import { getAt, isObject, setAt, withoutFields } from "./values.js";
 
 const OPEN_GROUPS = new Set(["", "data", "training"]);
 
@@ -97,8 +110,8 @@ class FieldGroup {
   }
 
   /** Shows only fields that match; returns whether any does. */
-  filter(words) {
-    const fits = (field) => [field.name, field.words, ...field.aliases, this.name].some((one) => one.toLowerCase().includes(words));
+  filter(query) {
+    const fits = (field) => [field.name, field.helpText, ...field.aliases, this.name].some((text) => text.toLowerCase().includes(query));
     let any = false;
     for (const field of this.fields) {
       const fitting = fits(field);
@@ -106,13 +119,137 @@ class FieldGroup {
       any ||= fitting;
     }
     setVisible(this.node, any);
-    if (words && any) {
+    if (query && any) {
       this.wasOpen ??= this.node.open;
       this.node.open = true;
-    } else if (!words && this.wasOpen !== undefined) {
+    } else if (!query && this.wasOpen !== undefined) {
       this.node.open = this.wasOpen;
       this.wasOpen = undefined;
     }
     return any;
+  }
+}
+
+// Edits a spec as a form or as JSON; both are kept in sync.
+
+const VIEWS = { form: "Form", json: "JSON" };
+
+export class SpecEditor {
+  /** `label`: that of the JSON field; `onChange`: called after every change. */
+  constructor(form, label, onChange) {
+    this.form = form;
+    this.onChange = onChange;
+    this.json = h("textarea", { id: "spec", rows: "26", spellcheck: "false", class: "mono", "aria-describedby": "json-error", oninput: () => this.onInput() });
+    this.jsonError = h("p", { class: "error", id: "json-error", role: "alert", hidden: true });
+    this.errors = h("ul", { class: "errors", hidden: true });
+    const inside = h("div", { class: "json" }, h("label", { for: "spec" }, label), this.json, this.jsonError);
+    this.panels = { form: tabPanel("form", form.node), json: tabPanel("json", inside) };
+    this.tabs = Object.entries(VIEWS).map(([view, name]) => this.tab(view, name));
+    this.node = h("div", { class: "editor" }, h("div", { role: "tablist", class: "tabs", "aria-label": "Form or JSON" }, this.tabs), this.errors, Object.values(this.panels));
+    this.selectView(getParam("view") === "json" ? "json" : "form");
+  }
+
+  tab(view, name) {
+    const button = h("button", { type: "button", role: "tab", id: `tab-${view}`, "aria-controls": `panel-${view}`, onclick: () => this.selectView(view) }, name);
+    button.addEventListener("keydown", (event) => {
+      if (event.key !== "ArrowLeft" && event.key !== "ArrowRight") return;
+      this.selectView(view === "form" ? "json" : "form");
+      this.tabs.find((tab) => tab.tabIndex === 0).focus();
+    });
+    return button;
+  }
+
+  selectView(view) {
+    this.view = view;
+    setParam("view", view === "form" ? null : view);
+    for (const tab of this.tabs) {
+      const chosen = tab.id === `tab-${view}`;
+      setAttr(tab, "aria-selected", String(chosen));
+      setAttr(tab, "tabindex", chosen ? "0" : "-1");
+    }
+    for (const [name, panel] of Object.entries(this.panels)) setVisible(panel, name === view);
+  }
+
+  /** Updates the form from the JSON if it is valid. */
+  onInput() {
+    const parsed = parseSpec(this.json.value);
+    this.setError("");
+    if (parsed.spec) this.form.setSpec(parsed.spec);
+    this.onChange();
+  }
+
+  /** Updates the JSON from the form. */
+  updateJson() {
+    this.setError("");
+    this.json.value = JSON.stringify(this.form.value, null, 2);
+  }
+
+  get draft() {
+    return this.json.value;
+  }
+
+  set draft(written) {
+    this.json.value = written;
+    const parsed = parseSpec(written);
+    if (parsed.spec) this.form.setSpec(parsed.spec);
+  }
+
+  /** Returns the spec, or null after showing an error if it is not complete. */
+  read() {
+    const { spec, error } = parseSpec(this.json.value);
+    if (error) this.setError(error);
+    if (error) this.selectView("json");
+    const [first] = error ? [] : this.form.invalidFields;
+    first?.setError("must not be empty");
+    first?.focus();
+    return error || first ? null : spec;
+  }
+
+  setError(message) {
+    setVisible(this.jsonError, message);
+    setText(this.jsonError, message);
+    setAttr(this.json, "aria-invalid", message ? "true" : null);
+  }
+
+  /** Shows errors at their fields and as a list; the first one gets the focus. */
+  showErrors(errors, message = "") {
+    const withoutField = this.form.showErrors(errors);
+    const shown = this.view === "json" ? errors : withoutField;
+    setVisible(this.errors, shown.length || (message && !errors.length));
+    const items = shown.length ? shown : message && !errors.length ? [{ pointer: "", message }] : [];
+    updateList(this.errors, items, (problem) => `${problem.pointer} ${problem.message}`, errorItem, (part, problem) => {
+      setVisible(part.firstChild, problem.pointer);
+      setText(part.firstChild, problem.pointer);
+      part.firstChild.onclick = () => this.selectInJson(problem.pointer);
+      setText(part.lastChild, ` ${problem.message}`);
+    });
+    if (this.view === "form") this.form.fields.find((field) => field.hasError)?.focus();
+    setAttr(this.json, "aria-invalid", errors.length ? "true" : null);
+  }
+
+  /** Selects the key that a JSON pointer names in the JSON text. */
+  selectInJson(pointer) {
+    this.selectView("json");
+    let place = 0;
+    for (const name of pointer.split("/").slice(1)) {
+      const start = this.json.value.indexOf(JSON.stringify(name), place);
+      if (start < 0) break;
+      place = start + 1;
+      this.json.setSelectionRange(start, start + name.length + 2);
+    }
+    this.json.focus();
+  }
+}
+
+const tabPanel = (name, inside) => h("div", { role: "tabpanel", id: `panel-${name}`, "aria-labelledby": `tab-${name}` }, inside);
+const errorItem = () => h("li", {}, h("button", { type: "button", class: "quiet mono" }), h("span"));
+
+/** Returns `{spec}` or `{error}`. */
+function parseSpec(written) {
+  try {
+    const spec = JSON.parse(written);
+    return spec !== null && typeof spec === "object" && !Array.isArray(spec) ? { spec } : { error: "A spec is a JSON object: { … }" };
+  } catch (error) {
+    return { error: `This is not JSON: ${error.message}` };
   }
 }

@@ -1,8 +1,11 @@
-// Action buttons of a job, with the reason if an action is not allowed. Kill, cancel and delete ask for confirmation.
-import { ApiError, sendJson } from "../api.js";
+// Action buttons of a job, with the reason if an action is not allowed, and the dialog to resume with changes.
+import { ApiError, get, sendJson } from "../api.js";
 import { announce, h, setAttr, setText, setVisible } from "../dom.js";
+import { Field, SettingsForm } from "../form/field.js";
+import { describeField, fetchSchemas, getAt, requestProperties } from "../form/schema.js";
 import { navigate } from "../router.js";
-import { openResumeDialog } from "./resume-dialog.js";
+
+// Action buttons of a job, with the reason if an action is not allowed. Kill, cancel and delete ask for confirmation.
 
 const CONFIRM_QUESTIONS = {
   kill: "Kill this job now? It saves nothing: progress since its newest checkpoint is lost.",
@@ -60,14 +63,14 @@ export class Actions {
     }
   }
 
-  showError(words) {
-    setVisible(this.error, words);
-    setText(this.error, words);
+  showError(message) {
+    setVisible(this.error, message);
+    setText(this.error, message);
   }
 }
 
 /** Asks for confirmation in a dialog; the button that changes nothing has the focus. */
-export function confirmAction(question, verb) {
+function confirmAction(question, verb) {
   return new Promise((done) => {
     const no = h("button", { type: "button", onclick: () => box.close() }, "Back");
     const yes = h("button", { type: "button", class: "danger", onclick: () => box.close("yes") }, verb);
@@ -78,3 +81,34 @@ export function confirmAction(question, verb) {
     no.focus();
   });
 }
+
+// Dialog to resume a job with changes: more epochs or steps, another checkpoint, other resources.
+
+const RESOURCES = ["nproc_per_node", "device", "max_restarts"];
+
+/** Opens the dialog; `done(job)` is called after the job was resumed. */
+async function openResumeDialog(address, job, done) {
+  const fields = await resumeFields(address, job);
+  const explanation = job.status === "succeeded" ? "All steps are done. Set more steps or epochs to continue." : "Settings that you do not change stay as they are.";
+  const sheet = new SettingsForm(fields, "Resume", {
+    send: (changes) => sendJson("POST", `${address}/resume`, changes), done: (answer) => (box.close(), done(answer)), leave: () => box.close() });
+  const box = h("dialog", { class: "wider", "aria-labelledby": "resume-title" }, h("h2", { id: "resume-title" }, `Resume ${job.name}`), h("p", { class: "muted" }, explanation), sheet.node);
+  const before = document.activeElement;
+  box.addEventListener("close", () => (box.remove(), before?.focus()));
+  document.body.append(box);
+  box.showModal();
+  fields[0].focus();
+}
+
+async function resumeFields(address, job) {
+  const [body, all, checkpoints] = await Promise.all([requestProperties("post", "/jobs/{job_id}/resume"), fetchSchemas(), get(`${address}/checkpoints?limit=100`)]);
+  const steps = checkpoints.data.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
+  const made = (described, path) => new Field(describeField(described, path, all), path[0] === "step" ? null : path[0] === "schedule" ? "extend" : getAt(job.spec, specPath(path)), "now", () => {});
+  const step = { anyOf: [{ enum: steps }, { type: "null" }], description: "the checkpoint to resume from; newer ones are set aside", "x-none": "newest" };
+  const resources = RESOURCES.filter((name) => name in all.ResourcesSpec.properties);
+  return [
+    ...["max_steps", "epochs"].map((name) => made(body[name], [name])), made(step, ["step"]), made(body.schedule, ["schedule"]),
+    ...resources.map((name) => made(all.ResourcesSpec.properties[name], ["resources", name]))];
+}
+
+const specPath = (path) => (path.length > 1 ? path : ["training", path[0]]);

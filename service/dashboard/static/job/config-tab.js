@@ -49,9 +49,9 @@ export class ConfigTab {
   }
 
   async againstJob(id) {
-    const found = await get(`/jobs/${encodeURIComponent(id)}`);
-    if (document.activeElement !== this.otherJob) this.otherJob.value = jobTitle(found);
-    this.draw([found.name], differingSettings([this.job.spec, found.spec]), `All settings are the same as in ${found.name}.`);
+    const other = await get(`/jobs/${encodeURIComponent(id)}`);
+    if (document.activeElement !== this.otherJob) this.otherJob.value = jobTitle(other);
+    this.draw([other.name], differingSettings([this.job.spec, other.spec]), `All settings are the same as in ${other.name}.`);
   }
 
   draw(others, rows, none) {
@@ -72,10 +72,10 @@ export class ConfigTab {
     } else this.loadSuggestions(this.otherJob.value.trim());
   }
 
-  async loadSuggestions(words) {
-    const { data } = await get(withQuery("/jobs", { search: words, limit: 30 })).catch(() => ({ data: [] }));
-    const others = data.filter((one) => this.address !== `/jobs/${encodeURIComponent(one.id)}`);
-    this.suggestions.replaceChildren(...others.map((one) => h("option", { value: jobTitle(one) })));
+  async loadSuggestions(text) {
+    const { data } = await get(withQuery("/jobs", { search: text, limit: 30 })).catch(() => ({ data: [] }));
+    const others = data.filter((job) => this.address !== `/jobs/${encodeURIComponent(job.id)}`);
+    this.suggestions.replaceChildren(...others.map((job) => h("option", { value: jobTitle(job) })));
   }
 
   async copyAs(name, make) {

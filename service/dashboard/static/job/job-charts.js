@@ -1,14 +1,159 @@
-// Charts of the job page: fetches metrics in buckets at most every 2 s, and finer ones for the zoomed range.
+// The charts of a job: the loss chart above the tabs, and those of the metrics tab.
 import { get, withQuery } from "../api.js";
-import { chartControls, chartSettings } from "../chart-controls.js";
-import { DARK_COLORS, LIGHT_COLORS, rowsAfterPause, stepRange, supersededRanges, xValues } from "../chart-data.js";
-import { Chart, ChartGroup, loadLibrary } from "../charts.js";
+import { DARK_COLORS, LIGHT_COLORS, chartLabel, lineWithGaps, pointSizeText, rowsAfterPause, stepRange, supersededRanges, xValues } from "../chart-data.js";
+import { Chart, ChartGroup, chartControls, chartSettings, loadLibrary } from "../charts.js";
 import { h } from "../dom.js";
-import { loss } from "../format.js";
+import { bytes, compactNumber, fewDigits, loss, percent } from "../format.js";
 import { throttle } from "../polling.js";
 import { isDark } from "../theme.js";
-import { eventLines, lossContent } from "./loss-chart.js";
-import { SMALL_CHARTS, chartContent } from "./metric-charts.js";
+
+// Definitions of all charts of a job except the main loss chart: lines, number format, initial y axis. Pure.
+
+const fieldLine = (name, label) => ({ name, label, of: (row) => row[name] ?? null, fields: [name] });
+const SI = "~s";
+const PERCENT = ".3~p";
+const shareText = (value) => percent(value === null || value === undefined ? null : value * 100);
+
+/** The small charts below the loss. */
+export const SMALL_CHARTS = [
+  { name: "Learning rate", lines: [fieldLine("learning_rate", "rate")], format: fewDigits },
+  { name: "Gradient norm", lines: [fieldLine("grad_norm", "norm")], format: fewDigits, log: true },
+  { name: "Tokens/s", lines: [fieldLine("tokens_per_second", "tokens/s")], format: compactNumber, ticks: SI },
+  { name: "Step time (s)", lines: [fieldLine("step_seconds", "step"), fieldLine("data_seconds", "data")], format: fewDigits, log: true },
+];
+
+/** The charts of the metrics tab. */
+export const ALL_CHARTS = [
+  { name: "Train loss", lines: [{ name: "loss_ema", label: "smoothed", of: (row) => row.loss_ema, fields: [] }, { name: "loss", label: "last", of: (row) => row.loss, fields: [], faint: true }], format: loss },
+  { name: "Evaluation loss", lines: [fieldLine("eval_loss", "evaluation")], format: loss, sparse: true },
+  ...SMALL_CHARTS,
+  { name: "Model FLOPs utilization", lines: [fieldLine("mfu", "MFU")], format: shareText, ticks: PERCENT },
+  { name: "Peak memory", lines: [fieldLine("memory_bytes", "bytes")], format: bytes, ticks: SI },
+  { name: "Perplexity", lines: [{ name: "perplexity", label: "exp(loss)", of: (row) => (row.loss_ema === null ? null : Math.exp(row.loss_ema)), fields: [] }], format: fewDigits, log: true },
+  { name: "Loss range within a point", lines: [{ name: "spread", label: "spread", of: (row) => (row.loss_max === null ? null : row.loss_max - row.loss_min), fields: [] }], format: fewDigits },
+  { name: "Data wait as share of step time", lines: [{ name: "waiting", label: "share", of: (row) => (row.step_seconds && row.data_seconds !== null ? row.data_seconds / row.step_seconds : null), fields: ["step_seconds", "data_seconds"] }], format: shareText, ticks: PERCENT },
+  { name: "Tokens", lines: [fieldLine("tokens", "tokens")], format: compactNumber, ticks: SI },
+  { name: "Epoch", lines: [fieldLine("epoch", "epoch")], format: fewDigits },
+  { name: "Auxiliary loss", lines: [fieldLine("aux_loss", "auxiliary")], format: fewDigits },
+  { name: "Expert load, highest and lowest", lines: [expertLine("highest", Math.max), expertLine("lowest", Math.min)], format: shareText, ticks: PERCENT },
+];
+
+function expertLine(label, pick) {
+  return { name: label, label, of: (row) => (row.expert_load?.length ? pick(...row.expert_load) : null), fields: ["expert_load"] };
+}
+
+/** Returns what `Chart.show` takes. */
+export function chartContent(chart, { rows, xs, breaks, colors, shapes }) {
+  const traces = chart.lines.map((part, i) => lineTrace(part, i, chart, { rows, xs, breaks, colors }));
+  const values = rows.map((row) => [row.step.toLocaleString("en-US"), ...chart.lines.map((part) => chart.format(part.of(row)))]);
+  const [first] = chart.lines;
+  return { traces, values, shapes, columns: ["step", ...chart.lines.map((part) => part.label)], label: chartLabel(chart.name, rows, first.of, chart.format),
+    now: chart.format(rows.findLast((row) => first.of(row) !== null)?.[first.name] ?? first.of(rows.at(-1) ?? {}) ?? null) };
+}
+
+function lineTrace(part, i, { sparse, lines }, { rows, xs, breaks, colors }) {
+  const ys = rows.map(part.of);
+  const style = { line: { width: part.faint ? 1 : 1.5, color: part.faint ? `${colors[0]}73` : colors[i], dash: i && !part.faint ? "dot" : "solid" } };
+  const more = { uid: part.name, main: i === 0, end: lines.length > 1 ? part.label : null };
+  if (!sparse) return { ...lineWithGaps(xs, ys, breaks), ...style, ...more, counted: ys };
+  // Most rows have no value: connect those that have one.
+  const there = rows.flatMap((_, k) => (ys[k] === null ? [] : [k]));
+  return { x: there.map((k) => xs[k]), y: there.map((k) => ys[k]), mode: "lines+markers", marker: { size: 5 }, ...style, ...more, counted: there.map((k) => ys[k]) };
+}
+
+// Content of the loss chart: min-max band, smoothed and last loss, and events of the run as marks. Pure.
+
+const GREY = "#7b8794";
+const isMeasured = (value) => value !== null && value !== undefined;
+
+/** Returns what `Chart.show` takes. `view`: `{rows, xs, breaks, colours, axis}`; `data`: the fetched rows and events; `oldRows`: superseded rows by attempt. */
+export function lossContent(view, data, oldRows) {
+  const { rows, xs, breaks, colors: [main, accent] } = view;
+  const ys = (name) => rows.map((row) => row[name]);
+  const traces = [
+    ...lossBand(view, main),
+    { uid: "last", ...lineWithGaps(xs, ys("loss"), breaks), line: { width: 1, color: `${main}59` } },
+    { uid: "ema", ...lineWithGaps(xs, ys("loss_ema"), breaks), line: { width: 2, color: main }, main: true, counted: ys("loss_ema") },
+    evaluationMarkers(view, accent), nonFiniteMarkers(view, accent), ...supersededLines(view, data, oldRows),
+  ];
+  const values = rows.map((row) => [row.step.toLocaleString("en-US"), loss(row.loss_ema), loss(row.loss), loss(row.loss_min), loss(row.loss_max)]);
+  return { traces, values, columns: ["step", "smoothed", "last", "min", "max"], shapes: eventLines(view, data),
+    label: chartLabel("Train loss", rows, (row) => row.loss_ema, loss), now: currentLoss(rows), note: legendText(view, data, oldRows) };
+}
+
+/** The newest smoothed and last value. */
+function currentLoss(rows) {
+  const [smoothed, last] = ["loss_ema", "loss"].map((name) => rows.findLast((row) => isMeasured(row[name]))?.[name]);
+  return isMeasured(smoothed) ? `${loss(smoothed)} smoothed, ${loss(last)} last` : loss(smoothed);
+}
+
+/** Band from min to max without points that have no finite loss: plotly fills a polygon with gaps wrongly. */
+function lossBand({ rows, xs, breaks }, color) {
+  const there = rows.flatMap((row, i) => (row.loss_min === null ? [] : [i]));
+  const holes = new Set(there.flatMap((i, k) => ([...breaks].some((gap) => gap <= i && gap > (there[k - 1] ?? -1)) ? [k] : [])));
+  const edge = (name) => lineWithGaps(there.map((i) => xs[i]), there.map((i) => rows[i][name]), holes);
+  const plain = { line: { width: 0 }, hoverinfo: "skip" };
+  return [{ uid: "low", ...edge("loss_min"), ...plain }, { uid: "high", ...edge("loss_max"), ...plain, fill: "tonexty", fillcolor: `${color}26` }];
+}
+
+const markerTrace = (uid, points, more) => ({ uid, x: points.map(([x]) => x), y: points.map(([, y]) => y), mode: "markers", ...more });
+
+function evaluationMarkers({ rows, xs }, color) {
+  const points = rows.flatMap((row, i) => (isMeasured(row.eval_loss) ? [[xs[i], row.eval_loss]] : []));
+  return markerTrace("eval", points, { marker: { size: 7, symbol: "diamond", color } });
+}
+
+/** Crosses at the height of the smoothed loss, with the number of non-finite steps. */
+function nonFiniteMarkers({ rows, xs, colors }, color) {
+  let height = rows.find((row) => row.loss_ema !== null)?.loss_ema ?? 0;
+  const points = rows.flatMap((row, i) => {
+    height = row.loss_ema ?? height;
+    return row.nonfinite_count ? [[xs[i], height, row.nonfinite_count]] : [];
+  });
+  const text = points.map(([, , times]) => (times > 1 ? `${times}×` : ""));
+  return { ...markerTrace("bad", points, { marker: { size: 9, symbol: "x-thin", line: { width: 2, color } } }), mode: "markers+text", text, textposition: "top center", textfont: { size: 10, color: colors[1] } };
+}
+
+/** Steps of an earlier attempt that a later one trained again: thin, grey, dotted. */
+function supersededLines({ axis, rows }, { attempts }, oldRows) {
+  const inside = (row) => !rows.length || (row.step >= rows[0].first_step && row.first_step <= rows.at(-1).step);
+  return [...oldRows].map(([number, all]) => [number, all.filter(inside)]).map(([number, rows]) => ({
+    uid: `old-${number}`, x: xValues(rows, axis, attempts), y: rows.map((row) => row.loss), line: { width: 1, color: GREY, dash: "dot" } }));
+}
+
+/** Vertical lines: restarts dashed, alerts dotted, checkpoints short at the bottom. */
+export function eventLines({ rows, xs, axis, colors }, { attempts, checkpoints, alerts }) {
+  if (!rows.length) return [];
+  const at = (step) => {
+    if (step < rows[0].first_step - 1 || step > rows.at(-1).step) return null;
+    return axis === "step" ? step : (xs[rows.findIndex((row) => row.step >= step)] ?? null);
+  };
+  const rule = (step, color, dash, height = 1) => ({
+    type: "line", xref: "x", yref: "paper", x0: at(step), x1: at(step), y0: 0, y1: height, layer: "below", line: { width: 1, color, dash } });
+  const shapes = [
+    ...checkpoints.map((checkpoint) => rule(checkpoint.step, GREY, "solid", 0.06)),
+    ...attempts.slice(1).filter((attempt) => attempt.start_step !== null).map((attempt) => rule(attempt.start_step, GREY, "dash")),
+    ...alerts.filter((alert) => isMeasured(alert.step)).map((alert) => rule(alert.step, colors[1], "dot")),
+  ];
+  return shapes.filter((shape) => shape.x0 !== null);
+}
+
+/** The note below the chart: steps per point, and a legend of the marks in use. */
+function legendText({ rows }, { resolution, attempts, checkpoints, alerts }, oldRows) {
+  const bad = rows.reduce((sum, row) => sum + row.nonfinite_count, 0);
+  const there = [
+    [true, "band min to max"],
+    [bad, `✕ ${bad.toLocaleString("en-US")} not finite`],
+    [rows.some((row) => isMeasured(row.eval_loss)), "◆ evaluation"],
+    [attempts.length > 1, "┆ new attempt"],
+    [oldRows.size, "··· superseded steps"],
+    [alerts.some((alert) => isMeasured(alert.step)), "⁞ alert"],
+    [checkpoints.length, "╷ checkpoint"],
+  ];
+  return rows.length ? [pointSizeText(resolution, rows), ...there.filter(([is]) => is).map(([, text]) => text)].join(" · ") : "";
+}
+
+// Charts of the job page: fetches metrics in buckets at most every 2 s, and finer ones for the zoomed range.
 
 const MAX_POINTS = 1000;
 const BASE_FIELDS = ["learning_rate", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "data_seconds", "eval_loss", "at"];
@@ -22,7 +167,7 @@ export class JobCharts {
     this.group.onTheme = () => this.data && this.draw();
     this.lossChart = new Chart("Train loss", { height: 300, format: loss });
     this.loss = this.group.add(this.lossChart);
-    this.smallCharts = SMALL_CHARTS.map((one) => new Chart(one.name, { ...one, height: 150 }));
+    this.smallCharts = SMALL_CHARTS.map((chart) => new Chart(chart.name, { ...chart, height: 150 }));
     this.small = h("div", { class: "small" }, this.smallCharts.map((chart) => this.group.add(chart)));
     this.bar = this.controls();
     this.superseded = new Map();
@@ -102,8 +247,8 @@ export class JobCharts {
     for (const [number, from, to] of supersededRanges(attempts)) {
       if (this.superseded.has(number)) continue;
       this.superseded.set(number, []);
-      const found = await get(withQuery(`${this.address}/metrics`, { attempt: number, after_step: from, until_step: to, max_points: 500, fields: "tokens,at" }));
-      this.superseded.set(number, found.data);
+      const page = await get(withQuery(`${this.address}/metrics`, { attempt: number, after_step: from, until_step: to, max_points: 500, fields: "tokens,at" }));
+      this.superseded.set(number, page.data);
     }
   }
 

@@ -1,9 +1,153 @@
 // Log of a rank: loads pages of lines around the scroll position, follows the end, and searches the whole file.
 import { ApiError, get, withQuery } from "../api.js";
-import { h, setText, setVisible, updateList } from "../dom.js";
+import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { bytes, count } from "../format.js";
 import { getParam, setParam } from "../router.js";
-import { VirtualList } from "./virtual-list.js";
+
+// List of any number of text lines that renders only the visible ones. The scroll position is stable while lines are added.
+
+const LINE_HEIGHT = 18; // px; the same as in job.css
+const MAX_HEIGHT = 12_000_000; // px; browsers limit the height of an element
+const OVERSCAN = 30;
+
+class VirtualList {
+  /** `onEnd(isAtEnd)`: called after the user scrolled; `onPick(number)`: called when a line number is pressed; `isFollowing()`: whether to stay at the end. */
+  constructor(name, { onEnd = () => {}, onPick = null, isFollowing = () => false } = {}) {
+    this.onPick = onPick;
+    this.rows = h("div", { class: "rows" });
+    this.space = h("div", { class: "space" }, this.rows);
+    this.node = h("div", { class: "log", tabindex: "0", role: "region", "aria-label": name }, this.space);
+    this.source = { total: 0, at: () => null, want: () => {} };
+    this.widest = 0;
+    this.node.addEventListener("scroll", () => {
+      if (this.node.scrollTop !== this.ownScrollTop) onEnd(this.isAtEnd());
+      this.ownScrollTop = null;
+      this.draw();
+    });
+    this.resizeObserver = new ResizeObserver(() => (isFollowing() ? this.scrollToEnd() : this.draw()));
+    this.resizeObserver.observe(this.node);
+  }
+
+  /** Shows lines of `source`: `total`, `largest` number, `at(i)` returns `{number, text}` or null if not loaded, `want(from, to)` requests lines. */
+  show(source) {
+    this.source = source;
+    this.widest = 0;
+    this.rows.style.minWidth = "100%";
+    this.refresh();
+  }
+
+  /** Call after the number of lines changed. */
+  refresh() {
+    const before = this.scale;
+    const top = this.firstVisible();
+    // Rescale rarely: each change moves the visible lines slightly.
+    const height = this.source.total * LINE_HEIGHT;
+    if (!before || height * before > MAX_HEIGHT * 1.1 || this.source.total < this.lastTotal) this.scale = Math.min(1, MAX_HEIGHT / Math.max(1, height));
+    this.lastTotal = this.source.total;
+    this.space.style.height = `${Math.ceil(this.source.total * LINE_HEIGHT * this.scale)}px`;
+    if (before && before !== this.scale) this.scrollTo(top * LINE_HEIGHT * this.scale);
+    this.draw();
+  }
+
+  firstVisible() {
+    return this.node.scrollTop / (LINE_HEIGHT * (this.scale ?? 1));
+  }
+
+  isAtEnd() {
+    return this.node.scrollTop + this.node.clientHeight >= this.node.scrollHeight - LINE_HEIGHT;
+  }
+
+  scrollToEnd() {
+    if (!this.isSelected()) this.scrollTo(this.node.scrollHeight - this.node.clientHeight);
+  }
+
+  /** Scrolls so that the line with index `i` is in the upper third. */
+  scrollToLine(i) {
+    this.scrollTo(Math.max(0, (i - 6) * LINE_HEIGHT * this.scale));
+  }
+
+  scrollTo(place) {
+    const wanted = Math.max(0, Math.round(place));
+    if (Math.abs(this.node.scrollTop - wanted) > 1) this.node.scrollTop = wanted;
+    this.ownScrollTop = this.node.scrollTop;
+    this.draw();
+  }
+
+  /** Whether the user has selected text in the list: then it must not scroll. */
+  isSelected() {
+    const chosen = getSelection();
+    return !chosen.isCollapsed && this.node.contains(chosen.anchorNode);
+  }
+
+  draw() {
+    if (this.frame) return;
+    this.frame = requestAnimationFrame(() => {
+      this.frame = null;
+      this.drawNow();
+    });
+  }
+
+  drawNow() {
+    const { source, node } = this;
+    const top = this.firstVisible();
+    const seen = Math.ceil(node.clientHeight / LINE_HEIGHT) + 1;
+    const from = Math.max(0, Math.floor(top) - OVERSCAN);
+    const to = Math.min(source.total, Math.floor(top) + seen + OVERSCAN);
+    source.want(from, to);
+    const wanted = [];
+    for (let i = from; i < to; i++) wanted.push([i, source.at(i)]);
+    this.rows.style.top = `${node.scrollTop - (top - from) * LINE_HEIGHT}px`;
+    this.rows.style.setProperty("--digits", `${String(source.largest ?? source.total).length}ch`);
+    updateList(this.rows, wanted, ([i]) => i, () => this.row(), (part, [i, line]) => this.fill(part, i, line));
+    this.widest = Math.max(this.widest, this.rows.scrollWidth);
+    this.rows.style.minWidth = `max(100%, ${this.widest}px)`;
+  }
+
+  row() {
+    const number = this.onPick ? h("button", { type: "button", class: "line-number", onclick: () => this.onPick(part.number) }) : h("span", { class: "line-number" });
+    const part = h("div", { class: "line" }, number, h("span", { class: "line-text" }));
+    return part;
+  }
+
+  fill(part, i, line) {
+    part.number = line?.number ?? null;
+    setText(part.firstChild, line ? String(line.number) : "");
+    if (this.onPick) setAttr(part.firstChild, "aria-label", line ? `Show line ${line.number} in context` : null);
+    setAttr(part, "class", line && line.number === this.highlighted ? "line highlighted" : "line");
+    highlight(part.lastChild, line ? line.text : "…", this.needle);
+  }
+
+  close() {
+    this.resizeObserver.disconnect();
+    cancelAnimationFrame(this.frame);
+  }
+}
+
+/** Writes the text with all matches of `needle` highlighted, if anything changed. */
+function highlight(node, value, needle) {
+  const mark = `${needle ?? ""}\n${value}`;
+  if (node.shownMark === mark) return;
+  node.shownMark = mark;
+  if (!needle) {
+    setText(node, value);
+    return;
+  }
+  node.replaceChildren(...splitMatches(value, needle));
+}
+
+function splitMatches(value, needle) {
+  const [folded, wanted] = [asciiLower(value), asciiLower(needle)];
+  const parts = [];
+  let at = 0;
+  for (let hit = folded.indexOf(wanted); hit >= 0; hit = folded.indexOf(wanted, at)) {
+    parts.push(value.slice(at, hit), h("mark", {}, value.slice(hit, hit + needle.length)));
+    at = hit + needle.length;
+  }
+  return [...parts, value.slice(at)];
+}
+
+/** The service also folds ASCII letters only, so that offsets are equal. */
+const asciiLower = (value) => value.replace(/[A-Z]+/g, (letters) => letters.toLowerCase());
 
 const PAGE_LINES = 250;
 const MAX_PAGES = 80;
@@ -68,11 +212,11 @@ export class LogsTab {
     const numbers = Array.from({ length: job.attempt ?? 0 }, (_, i) => String(job.attempt - i));
     const logNames = [...Array.from({ length: rankCount(job) }, (_, i) => String(i)), "agent"];
     const fill = (node, values, wanted) => {
-      updateList(node, values, ([value]) => value, ([value, words]) => h("option", { value }, words));
+      updateList(node, values, ([value]) => value, ([value, label]) => h("option", { value }, label));
       node.value = values.some(([value]) => value === wanted) ? wanted : values[0][0];
     };
-    fill(this.attempt, [["", "newest"], ...numbers.map((one) => [one, one])], this.attempt.value || (getParam("attempt") ?? ""));
-    fill(this.rank, logNames.map((one) => [one, one]), this.rank.value || (getParam("rank") ?? "0"));
+    fill(this.attempt, [["", "newest"], ...numbers.map((choice) => [choice, choice])], this.attempt.value || (getParam("attempt") ?? ""));
+    fill(this.rank, logNames.map((choice) => [choice, choice]), this.rank.value || (getParam("rank") ?? "0"));
   }
 
   /** Applies the search or line number of the URL after the log is loaded. */
@@ -91,8 +235,8 @@ export class LogsTab {
     this.isPolling = true;
     const { number } = this;
     try {
-      const found = await get(withQuery(`${this.address}/lines`, { ...this.logQuery(), count: 0 }));
-      if (number === this.number) this.setSize(found);
+      const size = await get(withQuery(`${this.address}/lines`, { ...this.logQuery(), count: 0 }));
+      if (number === this.number) this.setSize(size);
     } catch (error) {
       if (!(error instanceof ApiError)) return;
       this.setNote(error.code === "log_not_found" ? "Nothing has been printed yet." : error.message);
@@ -184,10 +328,10 @@ export class LogsTab {
     this.isSearchDone = false;
     try {
       while (!this.isSearchDone && matches.length < MAX_MATCHES) {
-        const found = await get(withQuery(`${this.address}/search`, { ...this.logQuery(), q: searchedFor, after_line: this.searched, limit: 1000 }), { signal: this.abort.signal });
+        const page = await get(withQuery(`${this.address}/search`, { ...this.logQuery(), q: searchedFor, after_line: this.searched, limit: 1000 }), { signal: this.abort.signal });
         if (searchNumber !== this.searchNumber) return;
-        matches.push(...found.data.map((one) => ({ number: one.line, text: plainLine(one.text) })));
-        Object.assign(this, { searched: found.searched_lines, isSearchDone: !found.has_more });
+        matches.push(...page.data.map((match) => ({ number: match.line, text: plainLine(match.text) })));
+        Object.assign(this, { searched: page.searched_lines, isSearchDone: !page.has_more });
         this.matchList.refresh();
         this.setNote(this.searchNote());
       }
@@ -199,8 +343,8 @@ export class LogsTab {
   searchNote() {
     const matchCount = this.matches.length;
     if (matchCount >= MAX_MATCHES) return `The first ${count(matchCount)} matching lines`;
-    const words = `${count(matchCount)} matching ${matchCount === 1 ? "line" : "lines"} in ${count(this.searched)}`;
-    return this.isSearchDone ? words : `${words}, still searching`;
+    const text = `${count(matchCount)} matching ${matchCount === 1 ? "line" : "lines"} in ${count(this.searched)}`;
+    return this.isSearchDone ? text : `${text}, still searching`;
   }
 
   /** Shows a line in context; its number is kept in the URL. */
@@ -217,8 +361,8 @@ export class LogsTab {
     this.view.node.focus({ preventScroll: true });
   }
 
-  setNote(words) {
-    setText(this.note, words);
+  setNote(text) {
+    setText(this.note, text);
   }
 
   close() {

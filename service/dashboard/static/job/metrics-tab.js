@@ -2,7 +2,7 @@
 import { Chart } from "../charts.js";
 import { h, setText, setVisible, updateList } from "../dom.js";
 import { getParam, setParam } from "../router.js";
-import { ALL_CHARTS, chartContent } from "./metric-charts.js";
+import { ALL_CHARTS, chartContent } from "./job-charts.js";
 
 const INITIAL_CHARTS = 8;
 const HEIGHT = 200;
@@ -20,7 +20,7 @@ export class MetricsTab {
       setParam("chart", this.search.value.trim());
       this.updateCharts();
     });
-    this.fields = [...new Set(ALL_CHARTS.flatMap((one) => one.lines.flatMap((part) => part.fields)))];
+    this.fields = [...new Set(ALL_CHARTS.flatMap((chart) => chart.lines.flatMap((part) => part.fields)))];
     this.jobCharts.setTab({ fields: this.fields, draw: (view) => this.draw(view) });
     this.updateCharts();
   }
@@ -30,30 +30,30 @@ export class MetricsTab {
 
   draw(view) {
     this.view = view;
-    for (const [one, chart] of this.charts) chart.show(chartContent(one, view));
+    for (const [described, chart] of this.charts) chart.show(chartContent(described, view));
   }
 
   updateCharts() {
     const words = this.search.value.trim().toLowerCase().split(/\s+/).filter(Boolean);
-    const fits = ALL_CHARTS.filter((one) => words.every((word) => searchText(one).includes(word)));
+    const fits = ALL_CHARTS.filter((described) => words.every((word) => searchText(described).includes(word)));
     const shown = words.length || this.all ? fits : fits.slice(0, INITIAL_CHARTS);
-    for (const [one, chart] of this.charts) {
-      if (shown.includes(one)) continue;
+    for (const [described, chart] of this.charts) {
+      if (shown.includes(described)) continue;
       this.jobCharts.group.remove(chart);
-      this.charts.delete(one);
+      this.charts.delete(described);
     }
-    updateList(this.grid, shown, (one) => one.name, (one) => this.createChart(one));
+    updateList(this.grid, shown, (described) => described.name, (described) => this.createChart(described));
     setText(this.matchCount, words.length ? `${fits.length} of ${ALL_CHARTS.length} charts` : "");
     setVisible(this.more, shown.length < fits.length);
     setText(this.more, `Show all ${ALL_CHARTS.length} charts`);
   }
 
-  createChart(one) {
-    const chart = new Chart(one.name, { ...one, height: HEIGHT });
-    this.charts.set(one, chart);
+  createChart(described) {
+    const chart = new Chart(described.name, { ...described, height: HEIGHT });
+    this.charts.set(described, chart);
     const node = this.jobCharts.group.add(chart);
     if (this.view) {
-      chart.show(chartContent(one, this.view));
+      chart.show(chartContent(described, this.view));
       chart.draw().catch((error) => console.warn(error));
     }
     return node;
@@ -66,4 +66,4 @@ export class MetricsTab {
 }
 
 /** The text that the search looks in: chart name, line names and fields. */
-const searchText = (one) => [one.name, ...one.lines.flatMap((part) => [part.words, part.name, ...part.fields])].join(" ").toLowerCase();
+const searchText = (chart) => [chart.name, ...chart.lines.flatMap((part) => [part.label, part.name, ...part.fields])].join(" ").toLowerCase();

@@ -1,20 +1,243 @@
 // The tabs of a job. A tab is created when it is opened, and updated with every poll of the job.
-import { h } from "../dom.js";
-import { count, dateTime, timeOrDateTime } from "../format.js";
-import { CheckpointsTab } from "./checkpoints-tab.js";
+import { ApiError, get, request, sendJson, token } from "../api.js";
+import { announce, copyText, createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { NONE, ago, bytes, count, dateTime, loss, timeOrDateTime } from "../format.js";
+import { navigate } from "../router.js";
 import { ConfigTab } from "./config-tab.js";
-import { ListTab, cell, changeMark } from "./list-tab.js";
 import { LogsTab } from "./logs-tab.js";
 import { MetricsTab } from "./metrics-tab.js";
-import { SamplesTab } from "./samples-tab.js";
+
+// Base class of tabs that show one of a job's lists as a table.
+
+const WITHOUT_LABEL = new Set(["Actions", "Message", "Outcome"]); // Clear without a label, and as wide as the window.
+
+/** Fetches the list again when `mark(job)` changes. */
+class ListTab {
+  constructor(place, address, { path, columns, caption, none, key = (item) => item.id, row, mark }) {
+    Object.assign(this, { address, path, key, row, mark });
+    this.table = createTable(columns, caption);
+    this.names = columns.map(([name]) => name);
+    this.table.node.classList.add("stack");
+    this.none = h("p", { class: "muted", hidden: true }, none);
+    this.error = h("p", { class: "error", role: "alert" });
+    place.append(this.error, this.none, this.table.node);
+  }
+
+  async update(job) {
+    const mark = this.mark(job);
+    if (mark === this.shownMark) return;
+    this.shownMark = mark;
+    try {
+      const items = await this.fetchAll();
+      setVisible(this.none, !items.length);
+      setVisible(this.table.node, items.length);
+      updateList(this.table.body, items, this.key, (item) => this.addLabels(this.row(item, this)));
+    } catch {
+      this.shownMark = null;
+    }
+  }
+
+  /** In a narrow window a row is a block, so each cell has a label. */
+  addLabels(row) {
+    [...row.children].forEach((part, i) => !WITHOUT_LABEL.has(this.names[i]) && (part.dataset.name = this.names[i].toLowerCase()));
+    return row;
+  }
+
+  async fetchAll() {
+    const items = [];
+    for (let more = true, after = ""; more && items.length < 1000; after = `&after=${items.at(-1)?.id}`) {
+      const page = await get(`${this.address}${this.path}?limit=100${after}`);
+      items.push(...page.data);
+      more = page.has_more;
+    }
+    return this.newestFirst ? items.reverse() : items;
+  }
+}
+
+/** Creates a cell; a narrow window hides it if it has no value. */
+function cell(value, kind = "", title = null) {
+  const text = value ?? NONE;
+  return h("td", { class: text === NONE ? `${kind} empty-cell` : kind, title }, text);
+}
+
+const changeMark = (job) => `${job.status} ${job.attempt} ${job.checkpoint?.step} ${job.alerts.length}`;
+
+/** Runs the action of a button and shows an error above the table. */
+async function runAction(listing, work) {
+  setText(listing.error, "");
+  try {
+    await work();
+  } catch (error) {
+    setText(listing.error, error instanceof ApiError ? [error.message, ...error.errors.map((problem) => `${problem.pointer}: ${problem.message}`)].join(" ") : error.message);
+  }
+}
+
+// Checkpoints of a job with download, export and fork, and the list of exports.
+
+const FORMATS = { hf: "Hugging Face", minimind: "MiniMind" };
+const COLUMNS = [["Step", "num"], ["Kind"], ["Loss", "num"], ["Size", "num"], ["Saved"], ["sha256"], ["Actions"]];
+const EXPORT_COLUMNS = [["Step", "num"], ["Format"], ["Size", "num"], ["Path"], ["Files"]];
+
+class CheckpointsTab extends ListTab {
+  constructor(place, address) {
+    super(place, address, { path: "/checkpoints", caption: "Checkpoints, newest first", none: "No checkpoint yet.", mark: changeMark, columns: COLUMNS, row: checkpointRow });
+    this.exported = createTable(EXPORT_COLUMNS, "Exports");
+    this.exported.node.classList.add("stack");
+    this.exports = h("section", { hidden: true }, h("h2", {}, "Exports"), this.exported.node);
+    place.append(this.exports);
+  }
+
+  async update(job) {
+    const mark = this.mark(job);
+    await Promise.all([super.update(job), mark === this.exportsMark ? null : this.updateExports(mark)]);
+  }
+
+  async updateExports(mark = this.exportsMark) {
+    this.exportsMark = mark;
+    try {
+      const { data } = await get(`${this.address}/exports`);
+      setVisible(this.exports, data.length);
+      updateList(this.exported.body, data, (exported) => exported.id, (exported) => exportRow(exported, this));
+    } catch {
+      this.exportsMark = null;
+    }
+  }
+}
+
+function checkpointRow(checkpoint, listing) {
+  const at = `${listing.address}/checkpoints/${checkpoint.step}`;
+  const doing = [
+    busyButton(listing, "Download", () => download(at, "model.safetensors")),
+    ...Object.entries(FORMATS).map(([format, label]) => busyButton(listing, `Export ${label}`, () => exportCheckpoint(listing, at, format))),
+    busyButton(listing, "Fork from here", () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${checkpoint.step}`)),
+  ];
+  return h("tr", {}, cell(count(checkpoint.step), "num"), cell(checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
+    cell(ago(checkpoint.created_at), "", dateTime(checkpoint.created_at)), h("td", {}, h("code", { title: checkpoint.sha256 }, checkpoint.sha256.slice(0, 12))),
+    h("td", { class: "row-actions" }, checkpoint.kind === "full" ? doing : doing.slice(0, 1)));
+}
+
+/** Creates a button that is disabled while its action runs. */
+function busyButton(listing, name, work) {
+  const press = async () => {
+    if (button.hasAttribute("aria-disabled")) return;
+    setAttr(button, "aria-disabled", "true");
+    setText(button, `${name} …`);
+    await runAction(listing, work);
+    setAttr(button, "aria-disabled", null);
+    setText(button, name);
+  };
+  const button = h("button", { type: "button", onclick: press }, name);
+  return button;
+}
+
+async function exportCheckpoint(listing, at, format) {
+  const { path } = await sendJson("POST", `${at}/export`, { format });
+  announce(`Exported to ${path}`);
+  await listing.updateExports();
+}
+
+function exportRow(exported, listing) {
+  const files = exported.files.map((file) =>
+    busyButton(listing, file.name, () => download(`${listing.address}/exports/${exported.step}/${exported.format}`, file.name)));
+  const path = h("td", { class: "whole" }, h("code", {}, exported.path), " ", h("button", { type: "button", class: "quiet", "aria-label": `Copy the path of ${exported.id}`, onclick: () => copyText(exported.path, "Path") }, "copy"));
+  return h("tr", {}, cell(count(exported.step), "num"), cell(FORMATS[exported.format] ?? exported.format), cell(bytes(exported.bytes), "num"), path, h("td", { class: "row-actions" }, files));
+}
+
+/** Without a token the browser streams to disk. A token must be sent in a header, so the file is loaded into memory first. */
+async function download(place, name) {
+  const path = `${place}/files/${encodeURIComponent(name)}`;
+  if (!token.get()) return h("a", { href: path, download: name }).click();
+  const blob = await (await request(path, { headers: { Accept: "*/*" } })).blob();
+  const link = h("a", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+// Generated samples as a table: one row per prompt, one column per step, newest first.
+
+const INITIAL_STEPS = 6;
+const MAX_SAMPLES = 5000;
+
+class SamplesTab {
+  constructor(place, address) {
+    this.address = address;
+    this.samples = [];
+    this.none = h("p", { class: "muted", hidden: true }, "No samples yet. Set prompts in reporting.sample_prompts.");
+    this.note = h("span", { class: "muted", role: "status" });
+    this.allButton = h("button", { type: "button", "aria-pressed": "false", hidden: true, onclick: () => this.toggleAll() });
+    this.bar = h("div", { class: "bar" }, this.note, this.allButton);
+    this.head = h("tr");
+    this.body = h("tbody");
+    const table = h("table", {}, h("caption", { class: "visually-hidden" }, "Samples by prompt and step, newest first"), h("thead", {}, this.head), this.body);
+    this.box = h("div", { class: "scroll samples", tabindex: "0", role: "region", "aria-label": "Samples" }, table);
+    place.append(this.none, this.bar, this.box);
+  }
+
+  async update(job) {
+    const mark = `${changeMark(job)} ${job.progress.step}`;
+    if (mark === this.mark) return;
+    this.mark = mark;
+    try {
+      await this.fetchNew();
+      this.draw();
+    } catch (error) {
+      this.mark = null;
+      if (error instanceof TypeError) throw error;
+    }
+  }
+
+  /** Fetches samples after the last one known; a sample never changes. */
+  async fetchNew() {
+    for (let more = true; more && this.samples.length < MAX_SAMPLES; ) {
+      const after = this.samples.length ? `&after=${this.samples.at(-1).id}` : "";
+      const page = await get(`${this.address}/samples?limit=100${after}`);
+      this.samples.push(...page.data);
+      more = page.has_more;
+    }
+  }
+
+  toggleAll() {
+    setAttr(this.allButton, "aria-pressed", String(this.allButton.getAttribute("aria-pressed") !== "true"));
+    this.draw();
+  }
+
+  draw() {
+    const steps = [...new Set(this.samples.map((sample) => sample.step))].sort((a, b) => b - a);
+    const whole = this.allButton.getAttribute("aria-pressed") === "true";
+    const shown = whole ? steps : pickEvenly(steps, INITIAL_STEPS);
+    setVisible(this.none, !steps.length);
+    setVisible(this.box, steps.length);
+    setVisible(this.allButton, steps.length > INITIAL_STEPS);
+    setText(this.allButton, `All ${count(steps.length)} steps`);
+    setText(this.note, steps.length > shown.length ? `${shown.length} of ${count(steps.length)} steps, spread over the run` : "");
+    // If a step was trained twice, the later attempt's sample wins.
+    const known = new Map(this.samples.map((sample) => [`${sample.step} ${sample.prompt}`, sample]));
+    const cells = [null, ...shown];
+    updateList(this.head, cells, String, (step) => h("th", { scope: "col" }, step === null ? "Prompt" : `step ${count(step)}`));
+    updateList(this.body, [...new Set(this.samples.map((sample) => sample.prompt))], String, () => h("tr"), (row, prompt) =>
+      updateList(row, cells, String, (step) => (step === null ? h("th", { scope: "row" }, prompt) : h("td", { class: "sample" })), (cell, step) => fillCell(cell, step, known.get(`${step} ${prompt}`))));
+  }
+}
+
+function fillCell(cell, step, sample) {
+  if (step === null) return;
+  setText(cell, sample?.note ? `${sample.text}\n[${sample.note}]` : (sample?.text ?? "–"));
+  setAttr(cell, "title", sample ? dateTime(sample.at) : null);
+}
+
+/** Picks the newest, the oldest and some between; newest first. */
+function pickEvenly(steps, max) {
+  if (steps.length <= max) return steps;
+  return [...new Set(Array.from({ length: max }, (_, i) => steps[Math.round((i * (steps.length - 1)) / (max - 1))]))];
+}
 
 class OverviewTab extends ListTab {
   constructor(place, address) {
     super(place, address, {
-      path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: changeMark, key: (one) => `${one.id} ${one.ended_at} ${one.started_at}`,
+      path: "/attempts", caption: "Attempts", none: "Not launched yet.", mark: changeMark, key: (attempt) => `${attempt.id} ${attempt.ended_at} ${attempt.started_at}`,
       columns: [["Attempt"], ["Trigger"], ["From step", "num"], ["To step", "num"], ["Devices"], ["Started"], ["Ended"], ["Outcome"]],
-      row: (one) => h("tr", {}, cell(String(one.number)), cell(one.trigger), cell(count(one.start_step), "num"), cell(count(one.end_step), "num"), cell(one.devices.join(", ")),
-        cell(timeOrDateTime(one.started_at), "", dateTime(one.started_at)), cell(timeOrDateTime(one.ended_at), "", dateTime(one.ended_at)), cell(one.message ?? one.outcome, "whole")),
+      row: (attempt) => h("tr", {}, cell(String(attempt.number)), cell(attempt.trigger), cell(count(attempt.start_step), "num"), cell(count(attempt.end_step), "num"), cell(attempt.devices.join(", ")),
+        cell(timeOrDateTime(attempt.started_at), "", dateTime(attempt.started_at)), cell(timeOrDateTime(attempt.ended_at), "", dateTime(attempt.ended_at)), cell(attempt.message ?? attempt.outcome, "whole")),
     });
   }
 }
@@ -24,7 +247,7 @@ class EventsTab extends ListTab {
     super(place, address, {
       path: "/events", caption: "Events, newest first", none: "No events yet.", mark: (job) => `${changeMark(job)} ${job.progress.updated_at}`,
       columns: [["When"], ["By"], ["Event"], ["Message"]],
-      row: (one) => h("tr", {}, cell(timeOrDateTime(one.at), "num", dateTime(one.at)), cell(one.actor), cell(one.kind), cell(one.message, "whole")),
+      row: (event) => h("tr", {}, cell(timeOrDateTime(event.at), "num", dateTime(event.at)), cell(event.actor), cell(event.kind), cell(event.message, "whole")),
     });
     this.newestFirst = true;
   }

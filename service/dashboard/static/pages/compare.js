@@ -1,8 +1,7 @@
 // Curves of several jobs in the same charts, and the settings in which they differ. A fork's curve starts on its parent's.
 import { ApiError, get, withQuery } from "../api.js";
-import { chartControls, chartSettings } from "../chart-controls.js";
 import { DARK_COLORS, DASHES, LIGHT_COLORS, chartLabel, lineWithGaps, rowsAfterPause, splitInherited, stepRange, xValues } from "../chart-data.js";
-import { Chart, ChartGroup } from "../charts.js";
+import { Chart, ChartGroup, chartControls, chartSettings } from "../charts.js";
 import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
 import { compactNumber, count, fewDigits, loss } from "../format.js";
 import { poll } from "../polling.js";
@@ -72,7 +71,7 @@ class ComparePage {
   }
 
   choose(id, wanted) {
-    const others = this.chosen().filter((one) => one !== id);
+    const others = this.chosen().filter((other) => other !== id);
     setParam("jobs", (wanted ? [...others, id] : others).join(","));
     this.poller.now();
   }
@@ -92,7 +91,7 @@ class ComparePage {
   /** Fetches a job's curve if it has changed, and the zoomed range. */
   async loadJob(id) {
     const address = `/jobs/${encodeURIComponent(id)}`;
-    const job = this.jobs.find((one) => one.id === id) ?? (await get(address).catch(nullIfNotFound));
+    const job = this.jobs.find((known) => known.id === id) ?? (await get(address).catch(nullIfNotFound));
     if (!job) return;
     const known = this.loaded.get(id);
     const mark = `${job.progress.step} ${job.attempt} ${job.status}`;
@@ -109,13 +108,13 @@ class ComparePage {
   }
 
   /** Fetches finer rows for the zoomed range; the previous rows stay until they arrive. */
-  async fetchZoomed(one) {
+  async fetchZoomed(run) {
     const { zoom, axis } = this.group;
-    const wanted = JSON.stringify([zoom, axis, one.mark]);
-    if (one.zoomedFor === wanted) return;
-    const [from, to] = stepRange(zoom, axis, one.whole, one.attempts);
-    const zoomed = from === null ? null : await this.fetchRows(one.job, [from, to]);
-    Object.assign(one, { zoomed, zoomedFor: wanted });
+    const wanted = JSON.stringify([zoom, axis, run.mark]);
+    if (run.zoomedFor === wanted) return;
+    const [from, to] = stepRange(zoom, axis, run.whole, run.attempts);
+    const zoomed = from === null ? null : await this.fetchRows(run.job, [from, to]);
+    Object.assign(run, { zoomed, zoomedFor: wanted });
   }
 
   drawChoices() {
@@ -136,13 +135,13 @@ class ComparePage {
   }
 
   async draw() {
-    const found = this.chosen().map((id) => this.loaded.get(id)).filter(Boolean);
-    setVisible(this.hint, !found.length);
-    setVisible(this.drawn, found.length);
-    this.drawLegend(found);
-    this.drawSettings(found);
-    if (!found.length) return;
-    this.charts.forEach((chart, i) => chart.show(this.content(CHARTS[i], found)));
+    const runs = this.chosen().map((id) => this.loaded.get(id)).filter(Boolean);
+    setVisible(this.hint, !runs.length);
+    setVisible(this.drawn, runs.length);
+    this.drawLegend(runs);
+    this.drawSettings(runs);
+    if (!runs.length) return;
+    this.charts.forEach((chart, i) => chart.show(this.content(CHARTS[i], runs)));
     await this.group.redraw();
   }
 
@@ -153,51 +152,51 @@ class ComparePage {
     return { color: colors[i % colors.length], dash: DASHES[(i + round) % DASHES.length] };
   }
 
-  content([name, field, { format }], found) {
-    const traces = found.flatMap((one, i) => this.lines(one, i, field, found));
-    const label = `${chartLabel(name, visibleRows(found[0]), (row) => row[field] ?? null, format)}, ${found.length} ${found.length === 1 ? "job" : "jobs"}`;
-    return { traces, values: tableRows(found, field, format), columns: ["step", ...found.map((one) => one.job.name)], label, note: "" };
+  content([name, field, { format }], runs) {
+    const traces = runs.flatMap((run, i) => this.lines(run, i, field, runs));
+    const label = `${chartLabel(name, visibleRows(runs[0]), (row) => row[field] ?? null, format)}, ${runs.length} ${runs.length === 1 ? "job" : "jobs"}`;
+    return { traces, values: tableRows(runs, field, format), columns: ["step", ...runs.map((run) => run.job.name)], label, note: "" };
   }
 
   /** The traces of a job. A fork starts on its parent's line; what it inherited from jobs that are not shown is a thin dotted line. */
-  lines(one, i, field, found) {
-    const { job, attempts } = one;
+  lines(run, i, field, runs) {
+    const { job, attempts } = run;
     const { axis } = this.group;
     const style = this.style(i);
     const drawn = (uid, part, more) => ({ uid, ...lineWithGaps(xValues(part, axis, attempts), part.map((row) => row[field] ?? null), rowsAfterPause(part, axis, attempts)), ...more });
-    const [inherited, whole] = splitInherited(visibleRows(one), job.id);
+    const [inherited, whole] = splitInherited(visibleRows(run), job.id);
     // Attempts of the fork do not cover the time of its ancestors.
     const joins = axis === "step" || axis === "tokens";
     const own = joins ? whole : whole.filter((row) => (row.job_id ?? job.id) === job.id);
     const mine = drawn(job.id, own, { line: { width: 1.8, ...style }, main: i === 0, end: job.name, counted: true });
     if (!joins || !inherited.length) return [mine];
-    const shown = new Set(found.map((one) => one.job.id));
+    const shown = new Set(runs.map((run) => run.job.id));
     const alone = inherited.filter((row) => !shown.has(row.job_id));
     const joinMarker = drawn(`${job.id}-joint`, own.slice(0, 1), { mode: "markers", marker: { size: 7, symbol: "circle-open", color: style.color, line: { width: 2, color: style.color } } });
     const before = drawn(`${job.id}-before`, alone, { line: { width: 1, color: style.color, dash: "dot" } });
     return alone.length ? [before, joinMarker, mine] : [joinMarker, mine];
   }
 
-  drawLegend(found) {
-    updateList(this.legend, found.map((one, i) => [one, i]), ([one]) => one.job.id, () => h("li", {}, h("span", { class: "swatch", "aria-hidden": "true" }), h("a"), h("span", { class: "muted" })), (part, [one, i]) => {
+  drawLegend(runs) {
+    updateList(this.legend, runs.map((run, i) => [run, i]), ([run]) => run.job.id, () => h("li", {}, h("span", { class: "swatch", "aria-hidden": "true" }), h("a"), h("span", { class: "muted" })), (part, [run, i]) => {
       const { color, dash } = this.style(i);
       part.firstChild.style.borderTopColor = color;
       part.firstChild.style.borderTopStyle = dash === "solid" ? "solid" : dash === "dot" ? "dotted" : "dashed";
-      setAttr(part.children[1], "href", `/jobs/${one.job.id}`);
-      setText(part.children[1], one.job.name);
-      const from = one.job.parent?.step ? `, ○ forked at step ${count(one.job.parent.step)}` : "";
-      setText(part.lastChild, `${one.job.status}, step ${count(one.job.progress.step)}, loss ${loss(one.job.progress.loss)}${from}`);
+      setAttr(part.children[1], "href", `/jobs/${run.job.id}`);
+      setText(part.children[1], run.job.name);
+      const from = run.job.parent?.step ? `, ○ forked at step ${count(run.job.parent.step)}` : "";
+      setText(part.lastChild, `${run.job.status}, step ${count(run.job.progress.step)}, loss ${loss(run.job.progress.loss)}${from}`);
     });
   }
 
-  drawSettings(found) {
+  drawSettings(runs) {
     // The names are in the table head.
-    const rows = found.length > 1 ? differingSettings(found.map((one) => one.job.spec)).filter(([name]) => name !== "name") : [];
+    const rows = runs.length > 1 ? differingSettings(runs.map((run) => run.job.spec)).filter(([name]) => name !== "name") : [];
     setVisible(this.settings, rows.length);
-    const mark = JSON.stringify([found.map((one) => one.job.id), rows]);
+    const mark = JSON.stringify([runs.map((run) => run.job.id), rows]);
     if (mark === this.settingsMark) return;
     this.settingsMark = mark;
-    const head = h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), found.map((one) => h("th", { scope: "col" }, one.job.name))));
+    const head = h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "Setting"), runs.map((run) => h("th", { scope: "col" }, run.job.name))));
     const body = h("tbody", {}, rows.map(([name, values]) => h("tr", {}, h("th", { scope: "row", class: "mono" }, name), values.map((value) => h("td", {}, value)))));
     this.table.replaceChildren(this.table.caption, head, body);
   }
@@ -212,10 +211,10 @@ class ComparePage {
 const visibleRows = ({ zoomed, whole }) => zoomed ?? whole;
 
 /** One row per step that any job has, one column per job. */
-function tableRows(found, field, format) {
-  const known = found.map((one) => new Map(visibleRows(one).map((row) => [row.step, row[field] ?? null])));
-  const steps = [...new Set(known.flatMap((one) => [...one.keys()]))].sort((a, b) => a - b);
-  return steps.map((step) => [count(step), ...known.map((one) => format(one.get(step)))]);
+function tableRows(runs, field, format) {
+  const known = runs.map((run) => new Map(visibleRows(run).map((row) => [row.step, row[field] ?? null])));
+  const steps = [...new Set(known.flatMap((values) => [...values.keys()]))].sort((a, b) => a - b);
+  return steps.map((step) => [count(step), ...known.map((values) => format(values.get(step)))]);
 }
 
 /** For `catch`: null if the job was deleted; throws other errors. */

@@ -1,14 +1,10 @@
 // The job page: status, actions, charts, key facts and tabs.
 import { ApiError, get } from "../api.js";
-import { h, markPaint, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { h, markPaint, setAttr, setText, updateList } from "../dom.js";
 import { dateTime } from "../format.js";
 import { Actions } from "../job/actions.js";
-import { Details } from "../job/details.js";
-import { FailureCard } from "../job/failure-card.js";
 import { JobCharts } from "../job/job-charts.js";
-import { JobsAhead } from "../job/jobs-ahead.js";
-import { KeyFacts } from "../job/key-facts.js";
-import { Lineage } from "../job/lineage.js";
+import { Details, FailureCard, JobsAhead, KeyFacts, Lineage } from "../job/summary.js";
 import { TABS } from "../job/tabs.js";
 import { markUpdated, poll } from "../polling.js";
 import { getParam, setParam } from "../router.js";
@@ -101,22 +97,22 @@ class JobPage {
     this.updateStream();
   }
 
-  draw(found) {
-    this.job = found;
-    document.title = `${found.name} · Trainyard`;
-    setText(this.name, found.name);
-    showStatus(this.status, found.status);
+  draw(job) {
+    this.job = job;
+    document.title = `${job.name} · Trainyard`;
+    setText(this.name, job.name);
+    showStatus(this.status, job.status);
     // The failure card shows the hint.
-    setText(this.sentence, found.error?.hint ? found.summary.replace(found.error.hint, "").trim() : found.summary);
-    this.failureCard.update(found);
-    updateList(this.alerts, found.alerts, (one) => `${one.code} ${one.at}`, () => h("li"), (part, one) => {
-      setText(part, one.message);
-      setAttr(part, "title", dateTime(one.at));
+    setText(this.sentence, job.error?.hint ? job.summary.replace(job.error.hint, "").trim() : job.summary);
+    this.failureCard.update(job);
+    updateList(this.alerts, job.alerts, (alert) => `${alert.code} ${alert.at}`, () => h("li"), (part, alert) => {
+      setText(part, alert.message);
+      setAttr(part, "title", dateTime(alert.at));
     });
     markPaint("text");
-    this.actions.update(found);
-    this.details.update(found);
-    this.keyFacts.update(found);
+    this.actions.update(job);
+    this.details.update(job);
+    this.keyFacts.update(job);
     this.openTab();
   }
 

@@ -1,11 +1,132 @@
 // The jobs page: a live table with search and filters, and the queue.
 import { get, token, withQuery } from "../api.js";
-import { copyText, createTable, h, setAttr, setText, setVisible, updateList } from "../dom.js";
-import { count } from "../format.js";
-import { Filters, isFiltered, jobFilter } from "../jobs/filters.js";
-import { COLUMNS, createJobRow, updateJobRow } from "../jobs/job-row.js";
+import { copyText, createTable, h, setAttr, setText, setVisible, svg, updateList } from "../dom.js";
+import { NONE, ago, compactNumber, count, dateTime, duration, loss, percent } from "../format.js";
 import { poll } from "../polling.js";
-import { FINAL_STATUSES } from "../status.js";
+import { getParam, getParams, setParam, setParams } from "../router.js";
+import { FINAL_STATUSES, STATUSES, showStatus, statusBadge } from "../status.js";
+
+// Search and filters of the jobs page: text, status and labels, all kept in the URL.
+
+const DEBOUNCE_MS = 250; // Wait until the user stops typing.
+
+/** Returns the query parameters for `/jobs`. */
+function jobFilter() {
+  const status = getParam("status");
+  return { search: getParam("search"), status: status === "active" ? STATUSES.filter((name) => !FINAL_STATUSES.has(name)) : status, label: getParams("label").filter((name) => name.includes("=")) };
+}
+
+const isFiltered = () => Boolean(getParam("search") || getParam("status") || getParams("label").length);
+
+class Filters {
+  /** `onChange` is called after every change of a filter. */
+  constructor(onChange) {
+    this.onChange = onChange;
+    this.search = h("input", { type: "search", id: "search", placeholder: "Part of a name, or an id", value: getParam("search") ?? "", oninput: () => this.onInput() });
+    const options = [["", "any status"], ["active", "not finished"], ...STATUSES.map((name) => [name, name])];
+    this.status = h("select", { id: "status", onchange: () => (setParam("status", this.status.value), onChange()) }, options.map(([value, label]) => h("option", { value }, label)));
+    this.status.value = getParam("status") ?? "";
+    this.label = h("input", { id: "label", placeholder: "key=value", size: "14", autocomplete: "off", onchange: () => this.add() });
+    this.chosen = h("span", { class: "labels chosen" });
+    this.node = h("form", { class: "bar", role: "search", onsubmit: (event) => (event.preventDefault(), this.add()) }, h("label", { for: "search" }, "Search"), this.search,
+      h("span", { class: "choice" }, h("label", { for: "status" }, "Status"), this.status), h("span", { class: "choice" }, h("label", { for: "label" }, "Label"), this.label), this.chosen);
+    this.draw();
+  }
+
+  onInput() {
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => (setParam("search", this.search.value.trim()), this.onChange()), DEBOUNCE_MS);
+  }
+
+  /** Adds a label filter; a job must match all of them. */
+  add() {
+    const text = this.label.value.trim();
+    const broken = text !== "" && !text.includes("=");
+    setAttr(this.label, "aria-invalid", broken ? "true" : null);
+    if (broken || text === "") return;
+    this.label.value = "";
+    this.set([...new Set([...getParams("label"), text])]);
+  }
+
+  set(labels) {
+    setParams("label", labels);
+    this.draw();
+    this.onChange();
+  }
+
+  draw() {
+    const remove = (label) => (this.set(getParams("label").filter((other) => other !== label)), this.label.focus());
+    updateList(this.chosen, getParams("label"), (label) => label, (label) => h("button", { type: "button", class: "label", "aria-label": `Remove filter ${label}`, onclick: () => remove(label) }, label, " ×"));
+  }
+
+  close() {
+    clearTimeout(this.timer);
+  }
+}
+
+// A job as a table row: created once, then updated in place.
+
+const COLUMNS = [["Job"], ["Status"], ["Progress"], ["Loss", "num"], ["Curve", "num"], ["Tokens/s", "num"], ["ETA", "num"], ["Devices"]];
+
+function createJobRow() {
+  const cells = {
+    name: h("a", { class: "name" }), id: h("code"), made: h("span"), labels: h("span", { class: "labels" }), status: statusBadge(), why: h("span", { class: "status-detail" }),
+    step: h("span"), share: h("span", { class: "muted" }), meter: h("progress", { class: "meter", max: "100" }), loss: h("span"), line: svg("polyline"),
+    rate: h("td", { class: "num", "data-name": "tok/s" }), eta: h("td", { class: "num", "data-name": "ETA" }), devices: h("td", { class: "devices", "data-name": "on" }),
+  };
+  cells.spark = svg("svg", { class: "spark", viewBox: "0 0 84 22", "aria-hidden": "true" }, cells.line);
+  const part = h("tr", {}, h("td", {}, cells.name, h("span", { class: "job-meta" }, cells.id, cells.made, cells.labels)), h("td", {}, cells.status, cells.why),
+    h("td", { class: "progress" }, h("span", { class: "progress-text" }, cells.step, cells.share), cells.meter), h("td", { class: "num", "data-name": "loss" }, cells.loss), h("td", {}, cells.spark), cells.rate, cells.eta, cells.devices);
+  return Object.assign(part, { inside: cells });
+}
+
+/** Updates a row. `devices`: ids that the job holds; `curve`: recent values of its loss. */
+function updateJobRow(part, job, devices, curve) {
+  const { inside: cells } = part;
+  const { progress } = job;
+  setAttr(cells.name, "href", `/jobs/${job.id}`);
+  setText(cells.name, job.name);
+  setText(cells.id, job.id);
+  setText(cells.made, ago(job.created_at));
+  setAttr(cells.made, "title", dateTime(job.created_at));
+  updateList(cells.labels, Object.entries(job.labels), ([key]) => key, () => h("a", { class: "label" }), (tag, [key, value]) => {
+    setText(tag, `${key}=${value}`);
+    setAttr(tag, "href", `/?label=${encodeURIComponent(`${key}=${value}`)}`);
+  });
+  showStatus(cells.status, job.status);
+  setText(cells.why, statusDetail(job));
+  setCell(cells.step, progress.steps ? `${count(progress.step)} / ${count(progress.steps)}` : progress.step ? count(progress.step) : NONE);
+  setText(cells.share, progress.steps ? percent(progress.percent) : "");
+  setVisible(cells.meter, progress.percent !== null);
+  setAttr(cells.meter, "value", progress.percent ?? 0);
+  setAttr(cells.meter, "aria-label", `Progress of ${job.name}`);
+  setCell(cells.loss, progress.nonfinite ? "not finite" : loss(progress.loss));
+  const running = job.status === "running";
+  setCell(cells.rate, running ? compactNumber(progress.tokens_per_second) : NONE);
+  setCell(cells.eta, running ? duration(progress.eta_seconds) : NONE);
+  setCell(cells.devices, devices.join(", ") || NONE);
+  drawSparkline(cells.line, curve);
+}
+
+/** Sets the text of a cell. In a narrow window, CSS hides cells without a value. */
+function setCell(node, text) {
+  setText(node, text);
+  node.closest("td").classList.toggle("empty-cell", text === NONE);
+}
+
+/** Why the job is not simply running: what it waits for, its phase, or why it ended. */
+function statusDetail(job) {
+  if (job.status === "queued") return `position ${count(job.queue.position)}, waits for ${job.queue.waiting_for}`;
+  const spaced = (name) => name?.replaceAll("_", " ");
+  return [job.phase && job.phase !== "training" ? spaced(job.phase) : null, spaced(job.reason)].filter(Boolean).join(", ");
+}
+
+function drawSparkline(line, values) {
+  const low = Math.min(...values);
+  const span = Math.max(...values) - low || 1;
+  const at = (value, i) => `${((i / Math.max(1, values.length - 1)) * 82 + 1).toFixed(1)},${(20 - ((value - low) / span) * 18).toFixed(1)}`;
+  setAttr(line, "points", values.length > 1 ? values.map(at).join(" ") : "");
+}
 
 const PAGE_SIZE = 100;
 const SPARK_POINTS = 64;
@@ -50,8 +171,8 @@ async function loadSparks(state) {
     return job.progress.step > 0 && !same && !(known && !FINAL_STATUSES.has(job.status) && performance.now() - known.at < SPARK_REFRESH_MS);
   });
   await Promise.all(due.slice(0, MAX_SPARKS_PER_POLL).map(async (job) => {
-    const found = await get(`/jobs/${job.id}/metrics?max_points=${SPARK_POINTS}`);
-    const values = found.data.map((one) => one.loss_ema).filter((value) => value !== null);
+    const metrics = await get(`/jobs/${job.id}/metrics?max_points=${SPARK_POINTS}`);
+    const values = metrics.data.map((point) => point.loss_ema).filter((value) => value !== null);
     state.sparks.set(job.id, { at: performance.now(), step: job.progress.step, values });
   }));
 }
@@ -70,21 +191,21 @@ function build(place, state, again) {
 }
 
 function emptyState() {
-  const parts = exampleCommands().map((words) =>
-    h("div", { class: "command" }, h("pre", { tabindex: "0" }, words), h("button", { type: "button", "aria-label": `Copy: ${words}`, onclick: () => copyText(words, "Command") }, "Copy")));
+  const parts = exampleCommands().map((command) =>
+    h("div", { class: "command" }, h("pre", { tabindex: "0" }, command), h("button", { type: "button", "aria-label": `Copy: ${command}`, onclick: () => copyText(command, "Command") }, "Copy")));
   return h("div", { class: "empty" }, h("h2", {}, "No job yet"), h("p", {}, "Start one with any of these commands, or with ", h("a", { href: "/submit" }, "the form"), ":"), parts);
 }
 
 function draw(view, state) {
-  const found = state.jobs;
-  setVisible(view.empty, !found.length && !isFiltered());
-  setVisible(view.nothing, !found.length && isFiltered());
-  setVisible(view.filters.node, found.length || isFiltered());
-  setVisible(view.rows.node, found.length);
+  const jobs = state.jobs;
+  setVisible(view.empty, !jobs.length && !isFiltered());
+  setVisible(view.nothing, !jobs.length && isFiltered());
+  setVisible(view.filters.node, jobs.length || isFiltered());
+  setVisible(view.rows.node, jobs.length);
   setVisible(view.more, state.more);
-  setText(view.count, `${count(found.length)}${state.more ? "+" : ""} ${found.length === 1 ? "job" : "jobs"}`);
+  setText(view.count, `${count(jobs.length)}${state.more ? "+" : ""} ${jobs.length === 1 ? "job" : "jobs"}`);
   const held = (job) => state.devices.filter((device) => device.job_id === job.id).map((device) => device.id);
-  updateList(view.rows.body, found, (job) => job.id, createJobRow, (part, job) => updateJobRow(part, job, held(job), state.sparks.get(job.id)?.values ?? []));
+  updateList(view.rows.body, jobs, (job) => job.id, createJobRow, (part, job) => updateJobRow(part, job, held(job), state.sparks.get(job.id)?.values ?? []));
   setVisible(view.queueBox, state.queued.length);
   updateList(view.queue, state.queued, (job) => job.id, () => h("li", {}, h("a"), h("span", { class: "muted" })), (part, job) => {
     setAttr(part, "value", job.queue.position);

@@ -1,12 +1,9 @@
 // The submit page: a new job from the defaults, like another job, or as a fork. It is planned before it is launched.
 import { ApiError, get, sendJson, withQuery } from "../api.js";
 import { announce, h, setAttr, setText, setVisible } from "../dom.js";
-import { draftKey } from "../form/drafts.js";
 import { PlanView } from "../form/plan-view.js";
-import { fetchSchemas } from "../form/schema.js";
-import { SpecEditor } from "../form/spec-editor.js";
-import { SpecForm } from "../form/spec-form.js";
-import { mergeSpecs } from "../form/values.js";
+import { fetchSchemas, mergeSpecs } from "../form/schema.js";
+import { SpecEditor, SpecForm, draftKey } from "../form/spec-form.js";
 import { count } from "../format.js";
 import { retryUntilReachable } from "../polling.js";
 import { getParam, navigate, setParam } from "../router.js";
@@ -26,35 +23,35 @@ function open(place) {
 /** Fetches the schemas, and the job to fork or to copy. */
 async function load() {
   const id = getParam("fork") ?? getParam("like");
-  const found = { schemas: await fetchSchemas(), job: null, steps: [], fork: getParam("fork") !== null };
-  if (id === null) return found;
+  const source = { schemas: await fetchSchemas(), job: null, steps: [], fork: getParam("fork") !== null };
+  if (id === null) return source;
   try {
-    found.job = await get(`/jobs/${encodeURIComponent(id)}`);
-    if (found.fork) found.steps = await fullCheckpointSteps(id);
+    source.job = await get(`/jobs/${encodeURIComponent(id)}`);
+    if (source.fork) source.steps = await fullCheckpointSteps(id);
   } catch (error) {
     if (!(error instanceof ApiError) || error.status !== 404) throw error;
-    found.missing = id;
+    source.missing = id;
   }
-  return found;
+  return source;
 }
 
 async function fullCheckpointSteps(id) {
   const { data } = await get(withQuery(`/jobs/${encodeURIComponent(id)}/checkpoints`, { limit: 100 }));
-  return data.filter((one) => one.kind === "full").map((one) => one.step);
+  return data.filter((checkpoint) => checkpoint.kind === "full").map((checkpoint) => checkpoint.step);
 }
 
-function buildPage(place, found) {
+function buildPage(place, source) {
   place.replaceChildren();
-  if (found.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no job ${found.missing}. `, h("a", { href: "/submit" }, "Submit a new job")));
-  else if (found.job && found.fork) new ForkForm(place, found);
-  else new SubmitForm(place, found);
+  if (source.missing) place.append(h("h1", {}, "Submit"), h("p", {}, `There is no job ${source.missing}. `, h("a", { href: "/submit" }, "Submit a new job")));
+  else if (source.job && source.fork) new ForkForm(place, source);
+  else new SubmitForm(place, source);
 }
 
 /** Form of a new job. `ForkForm` overrides what differs for a fork. */
 class SubmitForm {
-  constructor(place, found) {
-    Object.assign(this, found);
-    this.form = new SpecForm(found.schemas, this.base(), this.baseName(), () => (this.editor.updateJson(), this.changed()));
+  constructor(place, source) {
+    Object.assign(this, source);
+    this.form = new SpecForm(source.schemas, this.base(), this.baseName(), () => (this.editor.updateJson(), this.changed()));
     this.editor = new SpecEditor(this.form, this.jsonLabel(), () => this.changed());
     this.plan = new PlanView("Plan the job to see its size, memory, time and warnings. Nothing is stored until you submit.");
     this.error = h("p", { class: "error", role: "alert", hidden: true });
@@ -168,7 +165,7 @@ class SubmitForm {
   }
 
   handleError(error) {
-    const errors = error instanceof ApiError ? error.errors.map((one) => this.toFormPointer(one)) : [];
+    const errors = error instanceof ApiError ? error.errors.map((problem) => this.toFormPointer(problem)) : [];
     this.plan.show(null);
     this.showError(errors.length ? `${errors.length === 1 ? "One setting is" : `${errors.length} settings are`} not valid.` : error.message);
     this.editor.showErrors(errors);
@@ -178,9 +175,9 @@ class SubmitForm {
     return error;
   }
 
-  showError(words) {
-    setVisible(this.error, words);
-    setText(this.error, words);
+  showError(message) {
+    setVisible(this.error, message);
+    setText(this.error, message);
   }
 }
 
@@ -222,9 +219,9 @@ class ForkForm extends SubmitForm {
   }
 
   forkControls() {
-    const step = h("select", { id: "fork-step", onchange: () => (setParam("step", step.value), location.reload()) }, this.steps.map((one) => h("option", { value: one }, count(one))));
+    const step = h("select", { id: "fork-step", onchange: () => (setParam("step", step.value), location.reload()) }, this.steps.map((number) => h("option", { value: number }, count(number))));
     step.value = this.step() ?? "";
-    this.dataSelect = h("select", { id: "fork-data", onchange: () => this.changed() }, Object.entries(DATA_CHOICES).map(([value, words]) => h("option", { value }, words)));
+    this.dataSelect = h("select", { id: "fork-data", onchange: () => this.changed() }, Object.entries(DATA_CHOICES).map(([value, label]) => h("option", { value }, label)));
     return h("div", { class: "bar from" }, h("label", { for: "fork-step" }, "From the checkpoint at step"), step, h("label", { for: "fork-data" }, "and"), this.dataSelect);
   }
 

@@ -30,7 +30,7 @@ async function liveJobs() {
 
 function build(place) {
   const view = { health: h("p", { class: "sentence" }), devices: createTable(DEVICES, "Devices"), queue: createTable(QUEUE, "Queue"), disks: createTable(DISKS, "Disks"), version: h("dl", { class: "facts short" }) };
-  for (const one of [view.devices, view.disks]) one.node.classList.add("stack");
+  for (const table of [view.devices, view.disks]) table.node.classList.add("stack");
   view.free = h("span", { class: "muted" });
   view.none = h("p", { class: "muted", hidden: true }, "The queue is empty.");
   view.parts = h("ul", { class: "health-parts" });
@@ -47,10 +47,10 @@ function build(place) {
 function draw(view, { devices, waiting, more, names, version, status }) {
   setText(view.health, status.ready ? "✓ The service is ready." : "✗ The service is not ready.");
   setAttr(view.health, "class", status.ready ? "sentence" : "sentence error");
-  updateList(view.parts, status.parts, (one) => one.name, () => h("li", {}, h("strong"), h("span")), (part, one) => {
-    setAttr(part, "class", one.ok ? null : "error");
-    setText(part.firstChild, `${one.ok ? "✓" : "✗"} ${one.name}`);
-    setText(part.lastChild, ` ${one.detail}`);
+  updateList(view.parts, status.parts, (component) => component.name, () => h("li", {}, h("strong"), h("span")), (part, component) => {
+    setAttr(part, "class", component.ok ? null : "error");
+    setText(part.firstChild, `${component.ok ? "✓" : "✗"} ${component.name}`);
+    setText(part.lastChild, ` ${component.detail}`);
   });
   const free = devices.filter((device) => device.job_id === null && !device.processes.length).length;
   setText(view.free, `${count(free)} of ${count(devices.length)} free`);

@@ -1,0 +1,21 @@
+"""Find the job that a command names."""
+
+from typing import cast
+
+from trainyard.client.api import Client
+from trainyard.client.cli.console import Console
+from trainyard.client.errors import AmbiguousName
+from trainyard.client.types import Job
+
+
+def find_job(trainyard: Client, handle: str, console: Console) -> Job:
+    """Return the job with this id or name: of several with the name the newest, which is said on stderr."""
+    try:
+        return trainyard.find(handle)
+    except AmbiguousName as error:
+        newest, *others = error.jobs
+        older = ", ".join(f"{job['id']} ({job['status']})" for job in others[:5])
+        console.error(
+            f"{handle} is the newest of {len(error.jobs)} jobs with this name, {newest['id']}; older: {older}"
+        )
+        return cast(Job, newest)

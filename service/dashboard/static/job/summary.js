@@ -1,0 +1,268 @@
+// What the page of a job shows above its tabs: labels, key facts, parent and forks, the jobs ahead, and a failure.
+import { ApiError, get, sendJson, withQuery } from "../api.js";
+import { announce, copyText, h, setAttr, setText, setVisible, updateList } from "../dom.js";
+import { Field, SettingsForm } from "../form/field.js";
+import { describeField, formatValue, isEqual, requestProperties } from "../form/schema.js";
+import { saveDraft } from "../form/spec-form.js";
+import { ago, bytes, compactNumber, count, dateTime, duration, fewDigits, loss, percent, timeOrDateTime } from "../format.js";
+import { navigate } from "../router.js";
+
+// Labels and priority of a job, with a form to edit what PATCH accepts.
+
+export class Details {
+  constructor(address, done) {
+    Object.assign(this, { address, done });
+    this.labels = h("span", { class: "labels" });
+    this.priority = h("span", { class: "muted" });
+    this.edit = h("button", { type: "button", class: "quiet", "aria-expanded": "false", onclick: () => (this.form ? this.cancel() : this.startEditing()) }, "✎ Edit");
+    this.place = h("div", { class: "editing" });
+    this.node = h("div", { class: "details" }, h("div", { class: "line" }, this.labels, this.priority, this.edit), this.place);
+  }
+
+  update(job) {
+    this.job = job;
+    setVisible(this.labels, Object.keys(job.labels).length);
+    updateList(this.labels, Object.entries(job.labels), ([key]) => key, () => h("a", { class: "label" }), (tag, [key, value]) => {
+      setText(tag, `${key}=${value}`);
+      setAttr(tag, "href", `/?label=${encodeURIComponent(`${key}=${value}`)}`);
+    });
+    setText(this.priority, `priority ${job.spec.resources.priority}`);
+    for (const field of this.form?.fields ?? []) this.mergeRemoteChange(field, currentValue(job, field.name));
+  }
+
+  /** Another client changed the value: an unedited field takes it, an edited one shows a message. */
+  mergeRemoteChange(field, now) {
+    if (isEqual(field.base, now)) return;
+    const touched = field.changed;
+    field.base = now;
+    if (!touched) return field.show(now);
+    field.refresh();
+    field.setError(`changed to ${formatValue(now)} meanwhile; saving overwrites it`);
+  }
+
+  async startEditing() {
+    const body = await requestProperties("patch", "/jobs/{job_id}");
+    if (this.form) return;
+    const known = Object.entries(body).filter(([name]) => currentValue(this.job, name) !== undefined);
+    const fields = known.map(([name, described]) => new Field(describeField(described, [name], {}), currentValue(this.job, name), "now", () => {}));
+    const saved = (job) => {
+      announce("Changed");
+      this.cancel();
+      this.done(job);
+    };
+    this.form = new SettingsForm(fields, "Save", { send: (changes) => sendJson("PATCH", this.address, changes), done: saved, leave: () => this.cancel() });
+    this.place.replaceChildren(this.form.node);
+    setAttr(this.edit, "aria-expanded", "true");
+    fields[0].focus();
+  }
+
+  cancel() {
+    this.form = null;
+    this.place.replaceChildren();
+    setAttr(this.edit, "aria-expanded", "false");
+    this.edit.focus();
+  }
+}
+
+/** Returns the current value of a PATCH field, which is on the job or in a group of its spec. */
+function currentValue(job, name) {
+  if (name === "name" || name === "labels") return job[name];
+  const group = Object.values(job.spec).find((section) => section !== null && typeof section === "object" && Object.hasOwn(section, name));
+  return group?.[name];
+}
+
+// Table of key facts beside the loss chart.
+
+const NAMES = ["Step", "Loss", "Learning rate", "Gradient norm", "Tokens", "Tokens/s", "MFU", "ETA", "Checkpoint", "Attempt", "Parameters", "Device", "Started"];
+
+export class KeyFacts {
+  constructor() {
+    this.values = new Map(NAMES.map((name) => [name, h("dd")]));
+    this.node = h("dl", { class: "facts" }, NAMES.map((name) => h("div", {}, h("dt", {}, name), this.values.get(name))));
+  }
+
+  put(name, value, title = null) {
+    const node = this.values.get(name);
+    setText(node, value);
+    setAttr(node, "title", title);
+  }
+
+  update(job) {
+    const { progress, plan, checkpoint } = job;
+    this.updatePoint({ ...progress });
+    const running = job.status === "running";
+    this.steps = progress.steps;
+    this.put("Step", this.stepText(progress.step));
+    // `plan.tokens` is one epoch of the corpus, so the total comes from the number of steps.
+    const tokens = plan.tokens_per_step && progress.steps ? plan.tokens_per_step * progress.steps : null;
+    this.put("Tokens", tokens ? `${compactNumber(progress.tokens)} of ${compactNumber(tokens)}` : compactNumber(progress.tokens));
+    this.put("Tokens/s", running ? compactNumber(progress.tokens_per_second) : "–");
+    this.put("MFU", running && progress.mfu !== null ? percent(progress.mfu * 100) : "–");
+    this.put("ETA", running ? duration(progress.eta_seconds) : "–");
+    this.put("Checkpoint", checkpoint ? `${count(checkpoint.step)}, ${ago(checkpoint.created_at)}` : "none yet", checkpoint ? dateTime(checkpoint.created_at) : null);
+    this.put("Attempt", job.attempt ?? "–");
+    this.put("Parameters", compactNumber(plan.parameters));
+    this.put("Device", plan.device ? `${plan.world_size ?? 1} × ${plan.device}` : "–", plan.device_name);
+    this.put("Started", timeOrDateTime(job.started_at), dateTime(job.started_at));
+  }
+
+  /** Shows a point of the metric stream before the next poll. */
+  updatePoint(row) {
+    if (row.step) this.put("Step", this.stepText(row.step));
+    this.put("Loss", row.nonfinite ? "not finite" : loss(row.loss));
+    this.put("Learning rate", fewDigits(row.learning_rate));
+    this.put("Gradient norm", fewDigits(row.grad_norm));
+  }
+
+  stepText(step) {
+    return this.steps ? `${count(step)} of ${count(this.steps)}` : count(step);
+  }
+}
+
+// Parent and forks of a job, with a link that compares them.
+
+const LINEAGE_REFRESH_MS = 10_000;
+const MAX_FORKS = 8;
+
+export class Lineage {
+  constructor(id) {
+    this.id = id;
+    this.parent = h("a");
+    this.from = h("span", {}, "↳ Forked from ", this.parent, (this.step = h("span")));
+    this.forks = h("span", { class: "forks" });
+    this.forkCount = h("span");
+    this.compare = h("a", {}, "Compare");
+    this.node = h("p", { class: "lineage muted", hidden: true }, this.from, h("span", {}, this.forkCount, this.forks), this.compare);
+  }
+
+  async update(job) {
+    const now = performance.now();
+    if (this.askedAt && now - this.askedAt < LINEAGE_REFRESH_MS) return;
+    this.askedAt = now;
+    const children = (await get(withQuery("/jobs", { parent: this.id, limit: 100 }))).data;
+    if (job.parent && !this.name) this.name = await get(`/jobs/${encodeURIComponent(job.parent.job_id)}`).then((other) => other.name, () => null);
+    this.draw(job.parent, children.reverse());
+  }
+
+  draw(parent, children) {
+    setVisible(this.node, parent || children.length);
+    setVisible(this.from, parent);
+    if (parent) {
+      setAttr(this.parent, "href", this.name ? `/jobs/${parent.job_id}` : null);
+      setText(this.parent, this.name ?? `${parent.job_id} (deleted)`);
+      const restarted = parent.data === "restart" ? ", data and schedule restarted" : "";
+      setText(this.step, parent.step === null ? "" : ` at step ${count(parent.step)}${restarted}`);
+    }
+    setVisible(this.forkCount, children.length);
+    setText(this.forkCount, `${parent ? "" : "↳ "}${children.length === 1 ? "1 fork: " : `${children.length} forks: `}`);
+    updateList(this.forks, children.slice(0, MAX_FORKS), (child) => child.id, () => h("span", {}, h("a"), h("span")), (part, child) => {
+      setAttr(part.firstChild, "href", `/jobs/${child.id}`);
+      setText(part.firstChild, child.name);
+      setText(part.lastChild, ` at ${count(child.parent.step)}, ${child.status}`);
+    });
+    const all = [...(parent && this.name ? [parent.job_id] : []), this.id, ...children.map((child) => child.id)].slice(0, 10);
+    setAttr(this.compare, "href", `/compare?jobs=${all.join(",")}`);
+    setVisible(this.compare, all.length > 1);
+  }
+}
+
+// The jobs ahead of a queued job: those that hold devices, with their remaining time, and those earlier in the queue.
+
+const QUEUE_REFRESH_MS = 5000;
+const MAX_NAMED = 2; // of each kind
+
+export class JobsAhead {
+  constructor() {
+    this.names = h("span", { class: "job-names" });
+    this.rest = h("span");
+    this.node = h("p", { class: "jobs-ahead muted", hidden: true }, "Jobs ahead: ", this.names, this.rest);
+  }
+
+  async update(job) {
+    const waits = job.status === "queued";
+    if (!waits) return setVisible(this.node, false);
+    const now = performance.now();
+    if (this.askedAt && now - this.askedAt < QUEUE_REFRESH_MS) return;
+    this.askedAt = now;
+    const [running, queued] = await Promise.all([get(withQuery("/jobs", { status: ["starting", "running"], limit: 100 })), get("/jobs?status=queued&limit=100")]);
+    const left = (other) => other.progress.eta_seconds ?? Infinity;
+    const holding = running.data.sort((a, b) => left(a) - left(b));
+    const earlier = queued.data.filter((other) => other.queue.position < job.queue.position).sort((a, b) => a.queue.position - b.queue.position);
+    this.draw(holding, earlier);
+  }
+
+  draw(holding, earlier) {
+    const shown = [...holding.slice(0, MAX_NAMED), ...earlier.slice(0, MAX_NAMED)];
+    const more = holding.length + earlier.length - shown.length;
+    setVisible(this.node, shown.length);
+    updateList(this.names, shown, (other) => other.id, () => h("span", {}, h("a"), h("span")), (part, { id, name, progress }) => {
+      setAttr(part.firstChild, "href", `/jobs/${id}`);
+      setText(part.firstChild, name);
+      setText(part.lastChild, progress.eta_seconds ? ` (about ${duration(progress.eta_seconds)} left)` : "");
+    });
+    setText(this.rest, more ? `, and ${more} more.` : ".");
+  }
+}
+
+// Card of a failed job: message, hint, log tail, and the next actions as buttons and commands. Rebuilt only if the error changes.
+
+export class FailureCard {
+  /** `done(job)` is called after an action changed the job. */
+  constructor(done) {
+    this.done = done;
+    this.node = h("section", { class: "card", hidden: true, "aria-label": "What went wrong" });
+    this.error = h("p", { class: "error", role: "alert" });
+  }
+
+  update(job) {
+    const { error } = job;
+    setVisible(this.node, error);
+    const mark = JSON.stringify([error, job.summary.includes(error?.message)]);
+    if (!error || this.mark === mark) return;
+    this.mark = mark;
+    const rank = error.rank === null ? "" : ` on rank ${error.rank}`;
+    this.node.replaceChildren(h("h2", {}, `✗ ${error.code.replaceAll("_", " ")}${rank}`), ...this.evidence(job, error), this.nextActions(job, error.next), this.error);
+    setText(this.error, "");
+  }
+
+  evidence(job, error) {
+    // The summary above the card often contains the message already.
+    const isInSummary = job.summary.toLowerCase().includes(error.message.toLowerCase());
+    const tail = error.log_tail.join("\n");
+    const lines = error.log_tail.length === 1 ? "Last line" : `Last ${error.log_tail.length} lines`;
+    const own = error.traceback && error.traceback.trim() !== tail.trim() ? error.traceback : null;
+    return [
+      isInSummary ? "" : h("p", {}, error.message),
+      error.hint ? h("p", { class: "hint" }, error.hint) : "",
+      error.peak_memory_bytes ? h("p", {}, "Peak memory of a rank: ", h("strong", {}, bytes(error.peak_memory_bytes))) : "",
+      tail ? h("details", { open: true }, h("summary", {}, `${lines} of rank ${error.rank ?? 0}`), h("pre", { tabindex: "0", class: "evidence" }, tail)) : "",
+      own ? h("details", {}, h("summary", {}, "Traceback"), h("pre", { tabindex: "0", class: "evidence" }, own)) : "",
+    ];
+  }
+
+  nextActions(job, next) {
+    if (!next.length) return "";
+    return h("div", { class: "next-actions" }, h("h3", {}, "What you can do now"), h("ul", {}, next.map((action) => h("li", {}, this.button(job, action),
+      h("span", { class: "command-line" }, h("code", {}, action.command), h("button", { type: "button", class: "quiet", "aria-label": `Copy: ${action.command}`, onclick: () => copyText(action.command, "Command") }, "Copy"))))));
+  }
+
+  /** A fork or a new job opens in the form, to be reviewed before it is launched. */
+  button(job, { action, words, path, body }) {
+    if (action === "logs") return h("a", { class: "button", href: `/jobs/${job.id}?tab=logs&${path.split("?")[1]}` }, words);
+    const press = {
+      resume: () => this.post(path, body),
+      fork: () => (saveDraft({ fork: job.id }, body.overrides), navigate(`/submit?fork=${job.id}&step=${body.step}`)),
+      submit: () => (saveDraft({ like: job.id }, body), navigate(`/submit?like=${job.id}`)),
+    }[action];
+    return h("button", { type: "button", onclick: press }, words);
+  }
+
+  async post(path, body) {
+    try {
+      this.done(await sendJson("POST", path, body));
+      announce("resume requested");
+    } catch (error) {
+      setText(this.error, error instanceof ApiError ? `resume: ${error.message}` : error.message);
+    }
+  }
+}

@@ -1,0 +1,87 @@
+"""Expected throughput before any run was made: the speed of a matrix product, measured once on this host."""
+
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trainyard.contract.rundir import read_json, write_json
+from trainyard.contract.spec import JobSpec
+from trainyard.model.costs import flops_per_token
+
+MODULE = "trainyard.worker.matrix_speed"
+EFFICIENCY = 0.3
+"""Share of the speed of a matrix product that a run is taken to reach. Small models reach less, large ones more."""
+
+TIMEOUT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class MatrixEstimate:
+    """``flops``: FLOP/s of a matrix product on one device."""
+
+    tokens_per_second: float
+    flops: float
+
+    def __str__(self) -> str:
+        return (
+            f"a matrix product of one second ({self.flops / 1e9:,.0f} GFLOP/s), of which a run is expected to reach "
+            f"{100 * EFFICIENCY:.0f} %; the first run gives a better estimate"
+        )
+
+
+@dataclass
+class MatrixSpeed:
+    """Measures in a process of its own, because the service has no torch. Results are kept in the home."""
+
+    home: Path
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _failed: set[str] = field(default_factory=set)
+
+    def estimate(self, spec: JobSpec, kind: str, attention_length: float) -> MatrixEstimate | None:
+        """Return the expected throughput on devices of a kind, or None if their speed cannot be measured.
+
+        ``attention_length``: tokens that a token attends to, see `model.costs.flops_per_token`.
+
+        The first call for a kind takes some seconds. Do not call it in a transaction.
+        """
+        flops = self._flops(kind, spec.training.dtype)
+        if flops is None:
+            return None
+        # A product on the CPU uses all cores, which the ranks share.
+        devices = 1 if kind == "cpu" else spec.resources.ranks
+        per_token = flops_per_token(spec.model, attention_length)
+        return MatrixEstimate(EFFICIENCY * flops * devices / per_token, flops)
+
+    def _flops(self, kind: str, dtype: str) -> float | None:
+        name, file = f"{kind} {dtype}", self.home / "cache" / "matrix-speed.json"
+        with self._lock:
+            known = self._known(file)
+            if name not in known and name not in self._failed:
+                measured = _measure(kind, dtype)
+                if measured is None:
+                    self._failed.add(name)
+                    return None
+                known[name] = measured
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, known)
+            return known.get(name)
+
+    @staticmethod
+    def _known(file: Path) -> dict[str, float]:
+        try:
+            content = read_json(file)
+        except (OSError, ValueError):
+            return {}
+        entries = content.items() if isinstance(content, dict) else ()
+        return {name: float(flops) for name, flops in entries if isinstance(flops, int | float) and flops > 0}
+
+
+def _measure(kind: str, dtype: str) -> float | None:
+    command = [sys.executable, "-m", MODULE, kind, dtype]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=TIMEOUT_SECONDS, check=True)
+        return float(done.stdout)
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
