@@ -193,6 +193,7 @@ FIELDS = {
     "eos_token": "Token after each document, or null.",
     "learning_rate_before": "Learning rate of the last step before the resume, a ratio of update to gradient.",
     "learning_rate_after": "Learning rate of the first step after the resume, a ratio of update to gradient.",
+    "duplicates": "Number of documents that are copies of another one; null if unknown.",
     "estimated": "Whether what depends on the corpus is estimated from a sample of it.",
     "start_step": "Step that it starts from.",
     "percent": "Part of the run that is done, in percent, 0 to 100.",
@@ -213,6 +214,7 @@ FIELDS = {
     "Checkpoint.kind": "`full`: with the state of the optimizer. `weights`: without.",
     "format": "Format: `hf` is a Hugging Face directory, `minimind` a `.pth`.",
     "files": "Its files.",
+    "note": "What was cut so that the sample fits, or null.",
     "prompt": "Text that the model continued.",
     "ExportedFile.name": "Name of the file.",
     # Logs
