@@ -135,7 +135,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
 
 
 def targets(data: TrainingData) -> list[int]:
-    return data.train_set.targets_of(range(len(data.train_set))).tolist()
+    return [int(count) for count in data.train_set.targets_of(range(len(data.train_set)))]
 
 
 def test_a_run_that_release_0_1_began_keeps_its_split(tmp_path: Path) -> None:

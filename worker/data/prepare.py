@@ -23,7 +23,7 @@ from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
 from trainyard.contract.run_identity import RunIdentity
 from trainyard.contract.rundir import RunDir
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import DataSpec, JobSpec
 from trainyard.contract.status import Phase, Reason
 from trainyard.contract.tokenizer_info import TokenizerInvalid
 from trainyard.worker.data.corpus import Corpus, read_as_text_warning
