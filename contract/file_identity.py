@@ -2,13 +2,14 @@
 
 import hashlib
 import os
-import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
+
+from trainyard.contract.allowed_paths import open_regular_inside
 
 PLAIN_TEXT = ".txt"
 BOM = b"\xef\xbb\xbf"
@@ -60,20 +61,13 @@ class FileFingerprint:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> Self:
-        """Read the fingerprint of a regular file. Raises OSError."""
-        # O_NONBLOCK: without it, opening a FIFO without a writer would never return.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(f"{path} is not a regular file")
-            digest = hashlib.sha256()
-            for start in _block_starts(status.st_size):
-                digest.update(os.pread(descriptor, BLOCK_BYTES, start))
-        finally:
-            os.close(descriptor)
-        return cls(status.st_size, digest.hexdigest())
+    def of(cls, path: Path, roots: Sequence[Path] = ()) -> Self:
+        """Read the fingerprint of a regular file, below one of ``roots`` if any are given. Raises OSError."""
+        with open_regular_inside(path, roots) as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.sha256()
+            for start in _block_starts(size):
+                digest.update(os.pread(file.fileno(), BLOCK_BYTES, start))
+        return cls(size, digest.hexdigest())
 
 
 def _block_starts(size: int) -> Iterator[int]:
@@ -85,18 +79,18 @@ def _block_starts(size: int) -> Iterator[int]:
 
 
 def fingerprint_inputs(
-    data_path: str, eval_data_path: str | None, tokenizer: Path | None
+    data_path: str, eval_data_path: str | None, tokenizer: Path | None, roots: Sequence[Path] = ()
 ) -> dict[str, FileFingerprint]:
     """Return the fingerprints of the files that a run reads, by the name of their field, without those it cannot read.
 
-    ``tokenizer``: the file of the tokenizer, or None if it is built in.
+    ``tokenizer``: the file of the tokenizer, or None if it is built in. ``roots``: where the files must lie, if given.
     """
     files = {"data_path": data_path, "eval_data_path": eval_data_path, "tokenizer_path": tokenizer}
     found = {}
     for name, file in files.items():
         if file is not None:
             with suppress(OSError, ValueError):
-                found[name] = FileFingerprint.of(Path(file))
+                found[name] = FileFingerprint.of(Path(file), roots)
     return found
 
 

@@ -2,12 +2,13 @@
 
 import json
 import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
+from trainyard.contract.allowed_paths import open_regular_inside
 from trainyard.contract.file_identity import (
     BLANK,
     BOM,
@@ -65,21 +66,19 @@ class SampledLines:
             self.texts.append(text)
 
 
-def sample_lines(path: Path, text_field: str) -> SampledLines | None:
+def sample_lines(path: Path, text_field: str, roots: Sequence[Path] = ()) -> SampledLines | None:
     """Read a short file completely, of a long one blocks in equal distances.
 
-    Return None if it cannot be read, or is not plain JSONL: a part of a compressed file says nothing about the rest.
+    ``roots``: the directories below which it must lie, if any. Return None if it cannot be read, or is not plain JSONL:
+    a part of a compressed file says nothing about the rest.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return None
+        with BufferedReader(open_regular_inside(path, roots)) as file:
             head = file.read(HEAD_BYTES)
             if compression_of(head) is not Compression.NONE or is_plain_text(path.name, head):
                 return None
             file.seek(0)
-            sample = SampledLines(os.fstat(descriptor).st_size)
+            sample = SampledLines(os.fstat(file.fileno()).st_size)
             for raw in _lines(file, sample.size):
                 sample.add(raw, text_field)
             return sample
@@ -87,12 +86,11 @@ def sample_lines(path: Path, text_field: str) -> SampledLines | None:
         return None
 
 
-def other_format(path: Path) -> str | None:
+def other_format(path: Path, roots: Sequence[Path] = ()) -> str | None:
     """Return the format of a readable corpus that is not JSONL, else None."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as file:
-            head = file.read(HEAD_BYTES) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
+        with BufferedReader(open_regular_inside(path, roots)) as file:
+            head = file.read(HEAD_BYTES)
     except (OSError, ValueError):
         return None
     if (compression := compression_of(head)) is not Compression.NONE:

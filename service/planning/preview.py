@@ -18,6 +18,7 @@ from trainyard.service.planning.throughput import Throughput
 from trainyard.service.planning.token_count import token_counter
 from trainyard.service.planning.warnings import HostCapacity, warnings
 from trainyard.service.schemas import PlanPreview, Queue
+from trainyard.service.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,17 @@ class CorpusSample:
     tokens: TokenNames | None = None
 
 
-def sample_corpus(spec: JobSpec) -> CorpusSample:
+def sample_corpus(spec: JobSpec, roots: Sequence[Path] = ()) -> CorpusSample:
     """Read a bounded sample of the corpus and estimate the run's size."""
-    sampled = sample_lines(Path(spec.data.data_path), spec.data.text_field)
+    sampled = sample_lines(Path(spec.data.data_path), spec.data.text_field, roots)
     if sampled is None:
-        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path))
-    tokens_of = _token_names(spec.data.tokenizer_path)
+        return CorpusSample(None, tokens=_token_names(spec.data.tokenizer_path, roots))
+    tokens_of = _token_names(spec.data.tokenizer_path, roots)
     special = special_pattern(tokens_of.special) if tokens_of is not None else None
     marks = [len(special.findall(text)) if special is not None else 0 for text in sampled.texts]
     as_tokens = spec.data.special_tokens == "tokens" and special is not None
     texts = [special.sub("", text) for text in sampled.texts] if as_tokens and special is not None else sampled.texts
-    tokens = token_counter(spec.data.tokenizer_path, texts)
+    tokens = token_counter(spec.data.tokenizer_path, texts, roots)
     lengths = [tokens(text) + (found if as_tokens else 0) for text, found in zip(texts, marks, strict=True)]
     size = estimate_size(spec, lengths, sampled.bad_lines, sampled.scale)
     if size is not None:
@@ -62,9 +63,9 @@ def sample_corpus(spec: JobSpec) -> CorpusSample:
     return CorpusSample(size, sampled.names, tokens_of)
 
 
-def _token_names(tokenizer_path: str) -> TokenNames | None:
+def _token_names(tokenizer_path: str, roots: Sequence[Path]) -> TokenNames | None:
     try:
-        return TokenNames.read(tokenizer_path)
+        return TokenNames.read(tokenizer_path, roots)
     except (TokenizerInvalid, OSError):
         return None
 
@@ -76,14 +77,14 @@ def preview(
     devices: Sequence[Device],
     throughput: Throughput | None,
     queue: QueuePosition,
-    home: Path,
+    settings: Settings,
 ) -> PlanPreview:
     """Return the plan as the API shows it.
 
     ``kind`` is what the spec's device means where the job will run; ``devices`` are those of this host.
     """
     facts = initial_plan(spec, kind)
-    host = replace(_host_capacity(spec, facts, kind, devices, home), names=sample.names)
+    host = replace(_host_capacity(spec, facts, kind, devices, settings), names=sample.names)
     size = sample.size
     return PlanPreview.model_validate(
         {
@@ -137,7 +138,7 @@ def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | None) -
 
 
 def _host_capacity(
-    spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], home: Path
+    spec: JobSpec, facts: dict[str, Any], kind: str, devices: Sequence[Device], settings: Settings
 ) -> HostCapacity:
     on_cluster = spec.resources.launcher == SLURM
     return HostCapacity(
@@ -145,9 +146,9 @@ def _host_capacity(
         memory_needed=sum(facts["memory_bytes"].values()),
         memory_limit=None if on_cluster else memory_limit(kind, devices),
         checkpoint_bytes=facts["checkpoint_bytes"],
-        disk_free=disk_free(Path(spec.checkpoint.save_dir or home)),
+        disk_free=disk_free(Path(spec.checkpoint.save_dir or settings.home)),
         snapshot=facts["snapshot_bytes"],
-        other_format=other_format(Path(spec.data.data_path)),
+        other_format=other_format(Path(spec.data.data_path), settings.readable_roots),
     )
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from trainyard.contract.allowed_paths import OutsideRoots
 from trainyard.contract.events import Event, PhaseChanged, WarningEvent
 from trainyard.contract.failpoints import hit
 from trainyard.contract.file_identity import FileFingerprint
@@ -24,7 +25,7 @@ from trainyard.worker.data.packing import PackedDataset, SplitSpec
 from trainyard.worker.data.tokenizers import Tokenizer, limit_threads, load_tokenizer
 from trainyard.worker.distributed import DistributedContext
 from trainyard.worker.errors import StopRequested, TrainingError, save_error
-from trainyard.worker.paths import check_allowed_paths
+from trainyard.worker.paths import DATA_ROOTS, data_roots, outside_error
 
 CORPUS_CACHE_VARIABLE = "TRAINYARD_CORPUS_CACHE"
 PROGRESS_SECONDS = 1.0
@@ -32,13 +33,17 @@ PROGRESS_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None."""
+    """Everything that a run trains on. ``spec`` has its vocabulary size set; ``eval_set`` may be None.
+
+    ``roots``: the directories below which the run may read, see `worker.paths.data_roots`.
+    """
 
     spec: JobSpec
     tokenizer: Tokenizer
     corpus: Corpus
     train_set: PackedDataset
     eval_set: PackedDataset | None
+    roots: tuple[Path, ...] = ()
 
     @cached_property
     def identity(self) -> RunIdentity:
@@ -63,7 +68,7 @@ class TrainingData:
     def _corpus_file(self) -> dict[str, Any]:
         """Return the fingerprint of the file as it is now, or {} if it is not the file that was read."""
         try:
-            fingerprint = FileFingerprint.of(Path(self.spec.data.data_path))
+            fingerprint = FileFingerprint.of(Path(self.spec.data.data_path), self.roots)
         except OSError:
             return {}
         return asdict(fingerprint) if fingerprint.bytes == self.corpus.meta.bytes else {}
@@ -116,33 +121,39 @@ def _open(spec: JobSpec, run: RunDir, progress: _ProgressReporter) -> TrainingDa
     hit("prepare.open")
     data = spec.data
     limit_threads(data.num_workers)
-    tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens)
+    roots = data_roots(run)
+    try:
+        tokenizer = load_tokenizer(data.tokenizer_path, data.special_tokens, roots)
+    except OutsideRoots as error:
+        raise outside_error("data.tokenizer_path", error.reason, DATA_ROOTS) from error
     spec = _with_vocabulary(spec, tokenizer)
     cache = Path(os.environ.get(CORPUS_CACHE_VARIABLE) or run.corpus_cache)
 
-    def open_shards(path: str) -> Corpus:
-        # Checked again for the second corpus: the first one may have taken hours.
-        check_allowed_paths(spec, run)
-        return open_corpus(
-            Path(path),
-            tokenizer,
-            cache=cache,
-            text_field=data.text_field,
-            max_bad_lines=data.max_bad_lines,
-            progress=progress,
-        )
+    def open_shards(field: str, path: str) -> Corpus:
+        try:
+            return open_corpus(
+                Path(path),
+                tokenizer,
+                cache=cache,
+                text_field=data.text_field,
+                max_bad_lines=data.max_bad_lines,
+                progress=progress,
+                roots=roots,
+            )
+        except OutsideRoots as error:
+            raise outside_error(field, error.reason, DATA_ROOTS) from error
 
     def open_rows(corpus: Corpus, split: SplitSpec) -> PackedDataset:
         return PackedDataset.open(corpus, max_seq_len=data.max_seq_len, packing=data.packing, split=split)
 
-    corpus = open_shards(data.data_path)
+    corpus = open_shards("data.data_path", data.data_path)
     if data.eval_data_path is not None:
-        eval_set = open_rows(open_shards(data.eval_data_path), SplitSpec())
-        return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), eval_set)
+        eval_set = open_rows(open_shards("data.eval_data_path", data.eval_data_path), SplitSpec())
+        return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), eval_set, roots)
     if data.eval_fraction > 0:
         train_set, eval_set = (open_rows(corpus, SplitSpec(part, data.eval_fraction)) for part in ("train", "eval"))
-        return TrainingData(spec, tokenizer, corpus, train_set, eval_set)
-    return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), None)
+        return TrainingData(spec, tokenizer, corpus, train_set, eval_set, roots)
+    return TrainingData(spec, tokenizer, corpus, open_rows(corpus, SplitSpec()), None, roots)
 
 
 def _with_vocabulary(spec: JobSpec, tokenizer: Tokenizer) -> JobSpec:
