@@ -327,7 +327,9 @@ def try_mutation(trained: Trained, number: int, index: int) -> bool:
         name = chooser.choice([STATE_FILE, MODEL_FILE, OPTIMIZER_FILE, MANIFEST_FILE])
         tensors = name in (MODEL_FILE, OPTIMIZER_FILE)
         mutate = chooser.choice([mutate_tensors if tensors else mutate_json] * 5 + [mutate_bytes] * 3 + [mutate_kind])
-        if (newer / name).is_file():  # else the first change has made something else of it
+        if (newer / name).is_file() and not (
+            newer / name
+        ).is_symlink():  # else the first change has made something else of it
             # The second change may find nothing that it can read.
             with contextlib.suppress(Exception):
                 mutate(newer, name, chooser)
