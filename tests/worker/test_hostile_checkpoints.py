@@ -313,7 +313,7 @@ def mutate_kind(folder: Path, name: str, chooser: random.Random) -> None:
         elif kind == "folder":
             (folder / name).mkdir()
         elif kind in ("link", "dangling", "device"):
-            targets = {"link": f"../step-00000003/{name}", "dangling": "nowhere", "device": "/dev/zero"}
+            targets = {"link": f"../../linked-{name}", "dangling": "nowhere", "device": "/dev/zero"}
             (folder / name).symlink_to(targets[kind])
         elif kind == "empty":
             (folder / name).touch()
