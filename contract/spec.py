@@ -97,8 +97,8 @@ class DataSpec(Group):
     )
     special_tokens: SpecialTokens = Field(
         "text",
-        description="special tokens written in a text, such as <|im_end|>. text: spelled as ordinary text; "
-        "tokens: their ids, as in MiniMind, whose corpora need it",
+        description="special tokens written in a text, such as <|im_end|>. text: tokenized as ordinary text; "
+        "tokens: read as their ids, as in MiniMind, whose corpora need it",
     )
     text_field: Name = Field("text", description="JSON key of the text, or its Parquet column")
     max_seq_len: Annotated[int, Field(ge=2, le=2**20)] = Field(340, description="sequence length in tokens")
@@ -161,8 +161,8 @@ class TrainingSpec(Group):
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
     continued_at: Annotated[list[tuple[Positive, Positive]], Field(max_length=100)] = Field(
         default_factory=list,
-        description='set by resume with schedule "continue": [step, steps of the run until then]; after each such step '
-        "the rate decays from the one it had there",
+        description='set by resume with schedule "continue": pairs [step, planned steps before the resume]; after each '
+        "of these steps the rate decays from its value there",
     )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: Muon for the matrices of the layers, AdamW for embeddings, head, router and norms"
@@ -197,7 +197,7 @@ class TrainingSpec(Group):
     )
 
     def smaller_batch(self) -> tuple[int, int] | None:
-        """(batch_size, accumulation_steps) with fewer rows at once and as many in a step; None where there is one."""
+        """Return a smaller batch_size, and the accumulation_steps that keep the step's sequences; None if it is 1."""
         if self.batch_size == 1:
             return None
         factor = next(n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0)
@@ -205,7 +205,7 @@ class TrainingSpec(Group):
 
 
 def epochs_ignored(training: TrainingSpec) -> str:
-    """Return the warning about ``epochs`` beside ``max_steps``."""
+    """Return the warning that ``max_steps`` overrides ``epochs``."""
     epochs, steps = training.epochs, training.max_steps
     return f"epochs {epochs:,} is ignored, because max_steps is set: the run ends after {steps:,} steps"
 
