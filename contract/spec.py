@@ -70,7 +70,7 @@ SourceName = Annotated[str, Field(pattern=r"^[a-z0-9_.-]{1,64}$")]
 
 
 class SourceSpec(Group):
-    """One source of a corpus that is made of several."""
+    """One source of a corpus that has several."""
 
     name: SourceName = Field(description="name in metrics and in the plan; unique")
     path: DataPath = Field(description="as data_path")
@@ -130,7 +130,7 @@ class DataSpec(Group):
 
     @property
     def is_mixture(self) -> bool:
-        """Whether the sources have weights. A weighted mixture has no end of its own."""
+        """Whether the sources have weights. A weighted mixture has no epochs."""
         return any(source.weight is not None for source in self.training_sources)
 
     @property
@@ -237,7 +237,8 @@ class ReportingSpec(Group):
     """Logging, evaluation and samples."""
 
     log_interval: Positive | None = Field(
-        None, description="steps between points of the curve; null: about 100 points a run, and at least one a minute"
+        None,
+        description="steps between points of the curve; null: about 100 points per run, and at least one per minute",
     )
     eval_interval: Positive | None = Field(None, description="steps between evaluations; null: at each save")
     sample_prompts: Annotated[list[Prompt], Field(max_length=32)] = Field(
@@ -347,9 +348,9 @@ class JobSpec(Group):
 
 
 def gives_both_lengths(spec: JobSpec) -> bool:
-    """Return whether a client gave ``epochs`` beside ``max_steps``, as far as the spec still shows it."""
+    """Return whether a client gave both ``epochs`` and ``max_steps``, if the spec still shows it."""
     training = spec.training
-    # A stored spec names every field: there, one epoch is the default.
+    # A stored spec has every field: one epoch may be the default.
     complete = training.model_fields_set == set(TrainingSpec.model_fields)
     given = training.epochs != 1 or ("epochs" in training.model_fields_set and not complete)
     return training.max_steps is not None and given

@@ -83,7 +83,7 @@ def read_inputs(spec: JobSpec, roots: Sequence[Path] = ()) -> dict[str, dict[str
     try:
         tokenizer = tokenizer_file(data.tokenizer_path) if data.tokenizer_path != BYTE else None
     except (TokenizerInvalid, OSError):
-        tokenizer = None  # it has just disappeared: the attempt says so
+        tokenizer = None  # it has just disappeared: the attempt reports it
     found = fingerprint_inputs(data, tokenizer, roots)
     return {name: asdict(fingerprint) for name, fingerprint in found.items()}
 
