@@ -35,6 +35,9 @@ def _path(text: str) -> str:
 LONG = 2**53 - 1
 """The largest integer that every JSON reader keeps exactly."""
 
+MAX_SOURCES = 256
+"""`worker.data.mixture` stores the source of a row in one byte."""
+
 Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
 LabelValue = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
@@ -89,7 +92,7 @@ class DataSpec(Group):
         "with one document per line, or plain text, both optionally gzip- or zstd-compressed; or Parquet; required "
         "unless sources is given",
     )
-    sources: Annotated[list[SourceSpec], Field(min_length=1, max_length=256)] | None = Field(
+    sources: Annotated[list[SourceSpec], Field(min_length=1, max_length=MAX_SOURCES)] | None = Field(
         None, description="several sources instead of data_path, mixed by weight"
     )
     tokenizer_path: PathText = Field(
