@@ -12,7 +12,7 @@ from trainyard.model.costs import flops_per_token
 
 MODULE = "trainyard.worker.matrix_speed"
 EFFICIENCY = 0.3
-"""Share of the speed of a matrix product that a run is taken to reach. Small models reach less, large ones more."""
+"""Share of the speed of a matrix product that a run is assumed to reach. Small models reach less, large ones more."""
 
 TIMEOUT_SECONDS = 60.0
 
@@ -33,7 +33,7 @@ class MatrixEstimate:
 
 @dataclass
 class MatrixSpeed:
-    """Measures in a process of its own, because the service has no torch. Results are kept in the home."""
+    """Measures in a separate process, because the service has no torch. Results are kept in the home."""
 
     home: Path
     _lock: threading.Lock = field(default_factory=threading.Lock)
