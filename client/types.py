@@ -135,6 +135,14 @@ class Plan(TypedDict, total=False):
     queue: Queue
 
 
+class Score(TypedDict):
+    """What a job is ranked by; less is better. ``metric``: eval_loss (the best one) or loss (the newest smoothed)."""
+
+    metric: str
+    value: float
+    step: int
+
+
 class Job(TypedDict, total=False):
     """One pretraining run."""
 
@@ -142,6 +150,10 @@ class Job(TypedDict, total=False):
     id: str
     name: str
     labels: dict[str, str]
+    description: str
+    group: str | None
+    discarded: bool
+    score: Score | None
     status: str
     desired: str
     phase: str | None

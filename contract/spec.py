@@ -26,6 +26,13 @@ def _printable(text: str) -> str:
     return _encodable(text)
 
 
+def _text(text: str) -> str:
+    # PostgreSQL cannot store it.
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
+    return _encodable(text)
+
+
 def _path(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not hold a NUL character")
@@ -40,6 +47,7 @@ LabelValue = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
 FileStem = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Prompt = Annotated[str, Field(max_length=4000), AfterValidator(_encodable)]
+Description = Annotated[str, Field(max_length=10_000), AfterValidator(_text)]
 Positive = Annotated[int, Field(ge=1, le=LONG)]
 NonNegative = Annotated[int, Field(ge=0, le=LONG)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -332,6 +340,8 @@ class JobSpec(Group):
 
     name: Name = "pretrain"
     labels: Annotated[dict[Name, LabelValue], Field(max_length=64)] = Field(default_factory=dict)
+    description: Description = ""
+    group: Name | None = None
     version: Literal[1] = 1
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataSpec

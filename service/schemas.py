@@ -185,6 +185,17 @@ class Checkpoint(ResponseModel):
     created_at: datetime
 
 
+class Score(ResponseModel):
+    """What a job is ranked by; less is better. ``metric``: eval_loss, the best one, or loss, the newest smoothed one.
+
+    ``step``: the step that ``value`` is of.
+    """
+
+    metric: Literal["eval_loss", "loss"]
+    value: float
+    step: int
+
+
 class JobSummary(ResponseModel):
     """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
 
@@ -192,6 +203,10 @@ class JobSummary(ResponseModel):
     id: str
     name: str
     labels: dict[str, str]
+    description: str
+    group: str | None
+    discarded: bool
+    score: Score | None
     status: JobStatus
     desired: Desired
     phase: str | None

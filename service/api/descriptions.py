@@ -43,7 +43,10 @@ PARAMETERS = {
     "listJobs.status": "Only jobs with this status. May be repeated.",
     "listJobs.label": "Only jobs with this label, as `key=value`. May be repeated; all must match.",
     "listJobs.name": "Only jobs with exactly this name.",
-    "listJobs.order": "Newest or oldest first, by the time of submission.",
+    "listJobs.order": "`newest` or `oldest` first, by the time of submission; `score` from the best score to the "
+    "worst, `-score` the other way. Jobs without a score are last.",
+    "listJobs.group": "Only jobs of this group.",
+    "listJobs.discarded": "`true`: only discarded jobs. They are not listed otherwise.",
     "listJobs.parent": "Only forks of the job with this id.",
     "listJobs.search": "A part of the name, ignoring case, or the beginning of the id.",
     "listJobs.fields": "`summary` leaves out `spec`, `plan` and `allowed_actions`.",
@@ -112,6 +115,13 @@ FIELDS = {
     "webhook_id": "Id of the webhook.",
     # Jobs
     **{f"{model}.name": "Display name; need not be unique." for model in ("Job", "JobSummary", "ResumedJob")},
+    **{f"{model}.description": "What was tried and why." for model in ("Job", "JobSummary", "ResumedJob")},
+    "group": "Name of the set of jobs that it belongs to, or null.",
+    "discarded": "Whether it is hidden from lists.",
+    "score": "What it is ranked by, or null before the first point.",
+    "metric": "`eval_loss`: the best one. `loss`: the newest smoothed one, if nothing was evaluated.",
+    "Score.value": "The loss, in nats per token; less is better.",
+    "Score.step": "Step that the score is of.",
     "status": "Status.",
     "desired": "What was requested: to run, or how to stop.",
     "phase": "What the run is doing now.",
@@ -134,6 +144,7 @@ FIELDS = {
         f"{model}.attempt": "Number of the newest attempt, counted from 1; null before the first."
         for model in ("Job", "JobSummary", "ResumedJob")
     },
+    "weights_path": "Absolute path of the weights alone, in MiniMind's format; null: not written.",
     "timeouts": "Timeouts, in seconds.",
     "slurm": "Options for Slurm. null: the setting of the service.",
     "Alert.code": "What kind of problem it is, for programs.",
@@ -190,6 +201,10 @@ FIELDS = {
     "learning_rate_before": "Learning rate of the last step before the resume, a ratio of update to gradient.",
     "learning_rate_after": "Learning rate of the first step after the resume, a ratio of update to gradient.",
     "duplicates": "Number of documents that are copies of another one; null if unknown.",
+    "PlanSource.files": "Number of its files.",
+    "PlanPreview.sources": "The sources of the corpus.",
+    "share": "Fraction of the run's tokens that come from it, 0 to 1; null: unknown.",
+    "passes": "Number of passes over it; null: unknown.",
     "estimated": "Whether what depends on the corpus is estimated from a sample of it.",
     "start_step": "Step that it starts from.",
     "percent": "Part of the run that is done, in percent, 0 to 100.",
@@ -361,7 +376,7 @@ FORK_EXAMPLE: dict[str, Any] = {"step": 12000, "overrides": {"training": {"learn
 EXAMPLES: dict[str, Any] = {
     "submitJob": SPEC_EXAMPLE,
     "planJob": SPEC_EXAMPLE,
-    "updateJob": {"labels": {"team": "nlp"}, "priority": 10, "save_interval": 500},
+    "updateJob": {"description": "lower rate", "labels": {"team": "nlp"}, "priority": 10, "save_interval": 500},
     "resumeJob": {"epochs": 2, "resources": {"nproc_per_node": 2}},
     "forkJob": FORK_EXAMPLE,
     "planFork": FORK_EXAMPLE,

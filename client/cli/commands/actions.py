@@ -1,4 +1,4 @@
-"""The subcommands that change a job: pause, resume, save, fork, export, cancel, kill, delete."""
+"""The subcommands that change a job: pause, resume, save, fork, export, describe, discard, cancel, kill, delete."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +114,22 @@ def _newest(trainyard: Client, job_id: str) -> int:
     if not checkpoints:
         raise UsageError("the job has no checkpoint to export yet")
     return int(checkpoints[0]["step"])
+
+
+def describe(args: SimpleNamespace, console: Console) -> int:
+    changes: dict[str, Any] = {"description": args.text}
+    if args.group is not None:
+        changes["group"] = None if args.group == "none" else args.group
+    with connect(args) as trainyard:
+        return _report(trainyard.update(_id(trainyard, args, console), **changes), args, console)
+
+
+def discard(args: SimpleNamespace, console: Console) -> int:
+    with connect(args) as trainyard:
+        job = trainyard.update(_id(trainyard, args, console), discarded=not args.undo)
+    if not args.json and not args.undo:
+        console.error(f"not listed any more; to undo:  trainyard discard {job['id']} --undo")
+    return _report(job, args, console)
 
 
 def cancel(args: SimpleNamespace, console: Console) -> int:
