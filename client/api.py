@@ -176,6 +176,22 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", _path(job_id, "fork"), body=body, headers=headers))
 
+    def decay(
+        self, job_id: str, steps: int, step: int | None = None, *, shape: str = "sqrt", name: str | None = None
+    ) -> Job:
+        """Fork a decay branch: from the checkpoint of ``step``, by default the newest, the rate falls over ``steps``.
+
+        The branch sees the data that the job would see next. ``shape``: "sqrt", "linear" or "cosine".
+        """
+        job = self.job(job_id)
+        if step is None:
+            full = (checkpoint["step"] for checkpoint in self.checkpoints(job_id) if checkpoint["kind"] == "full")
+            step = next(full, 0)  # without a checkpoint the service rejects the fork, with the reason
+        base = (job.get("plan") or {}).get("base_step") or 0
+        training = {"lr_scheduler": "wsd", "decay_steps": steps, "decay_shape": shape, "max_steps": step - base + steps}
+        overrides: dict[str, Any] = {"training": training}
+        return self.fork(job_id, step, overrides if name is None else {**overrides, "name": name})
+
     def cancel(self, job_id: str) -> Job:
         """Request a checkpoint and end the job."""
         return self._act(job_id, "cancel")

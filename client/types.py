@@ -127,6 +127,7 @@ class Plan(TypedDict, total=False):
     eta_seconds: float | None
     eta_basis: str | None
     expected_first_loss: float | None
+    learning_rate: list[tuple[int, float]] | None
     learning_rate_before: float | None
     learning_rate_after: float | None
     estimated: bool

@@ -61,7 +61,8 @@ NOTES = {
     "moe_intermediate_size": "width of one expert; null: intermediate_size",
     "norm_topk_prob": "renormalise the weights of the selected experts; must be false with one expert per token",
     "router_aux_loss_coef": "weight of the load-balancing loss",
-    "lr_scheduler": "schedule after the warm-up; cosine: lr * (r + (1 - r) / 2 * (1 + cos(pi * step / steps))), "
+    "lr_scheduler": "schedule after the warm-up; wsd: stable, then the decay of decay_steps; "
+    "cosine: lr * (r + (1 - r) / 2 * (1 + cos(pi * step / steps))), "
     "r = min_lr_ratio",
     "seed": "seed of weights, data order and dropout",
     "tensorboard": "write TensorBoard files, if tensorboard is installed",

@@ -123,10 +123,12 @@ class PlanPreview(Plan):
     """The plan of a run that is not submitted, and its position in the queue.
 
     ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
+    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown.
     """
 
     object: Literal["plan"] = "plan"
     start_step: int = 0
+    learning_rate: list[tuple[int, float]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
 

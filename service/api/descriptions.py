@@ -198,6 +198,8 @@ FIELDS = {
     "eta_basis": "The run that the expected time is taken from.",
     "memory_limit_bytes": "Memory of the device, or of the host for CPU ranks, in bytes.",
     "expected_first_loss": "Loss of an untrained model, in nats per token.",
+    "PlanPreview.learning_rate": "Curve of the learning rate, as [step, rate], a ratio of update to gradient, of at "
+    "most 200 steps; null: the number of steps is unknown.",
     "learning_rate_before": "Learning rate of the last step before the resume, a ratio of update to gradient.",
     "learning_rate_after": "Learning rate of the first step after the resume, a ratio of update to gradient.",
     "duplicates": "Number of documents that are copies of another one; null if unknown.",

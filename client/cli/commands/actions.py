@@ -71,10 +71,14 @@ def fork(args: SimpleNamespace, console: Console) -> int:
         group = overrides.setdefault(place[0], {}) if len(place) == 2 else overrides
         group[place[-1]] = value
     data = "restart" if args.restart_data else "keep"
+    if args.decay is not None and (args.restart_data or args.set):
+        raise UsageError("--decay continues the data and sets the schedule: give it without --restart-data and --set")
     with connect(args) as trainyard:
-        job = trainyard.fork(
-            _id(trainyard, args, console), args.step, with_absolute_paths(overrides, Path.cwd()), data=data
-        )
+        job_id = _id(trainyard, args, console)
+        if args.decay is not None:
+            job = trainyard.decay(job_id, args.decay, args.step, name=args.name)
+        else:
+            job = trainyard.fork(job_id, args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
     if not args.json:
         parent = job["parent"] or {}
         console.error(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
