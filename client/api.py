@@ -92,9 +92,16 @@ class Client:
         name: str | None = None,
         order: str | None = None,
         limit: int | None = None,
+        group: str | None = None,
+        discarded: bool = False,
     ) -> Iterator[Job]:
-        """Iterate over the jobs that match all filters, at most ``limit``. ``labels`` are texts ``key=value``."""
-        params = {"status": status, "label": list(labels) or None, "name": name, "order": order}
+        """Iterate over the jobs that match all filters, at most ``limit``. ``labels`` are texts ``key=value``.
+
+        ``order``: "newest" (the default), "oldest", "score" (the best first) or "-score". ``discarded``: list only the
+        jobs that were discarded, which are left out otherwise.
+        """
+        params = {"status": status, "label": list(labels) or None, "name": name, "order": order, "group": group}
+        params["discarded"] = "true" if discarded else None
         return cast(Iterator[Job], self._pages("/jobs", params, limit))
 
     def job(self, job_id: str) -> Job:
@@ -113,7 +120,10 @@ class Client:
                 return self.job(id_or_name)
             except NotFound:
                 pass
-        matches = [job for job in self.jobs(name=id_or_name, limit=PAGE) if job["name"] == id_or_name]
+        matches: list[Job] = []
+        for discarded in (False, True):
+            named = self.jobs(name=id_or_name, limit=PAGE, discarded=discarded)
+            matches = matches or [job for job in named if job["name"] == id_or_name]
         if not matches:
             raise NotFound(404, {"code": "job_not_found", "detail": f"no job has the id or name {id_or_name!r}"})
         if len(matches) > 1:
@@ -121,7 +131,11 @@ class Client:
         return matches[0]
 
     def update(self, job_id: str, **changes: Any) -> Job:
-        """Change ``name``, ``labels``, ``priority``, ``log_interval``, ``save_interval`` or ``keep_last``."""
+        """Change fields of a job: ``name``, ``labels``, ``description``, ``group``, ``discarded``, ``priority``, ...
+
+        ``log_interval``, ``save_interval`` and ``keep_last`` reach a live run. ``discarded=True`` hides the job from
+        lists, and False shows it again.
+        """
         return cast(Job, self._connection.call("PATCH", _path(job_id), body=changes))
 
     def pause(self, job_id: str) -> Job:
@@ -161,6 +175,22 @@ class Client:
         body = {"step": step, "overrides": overrides or {}, "data": data}
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return cast(Job, self._connection.call("POST", _path(job_id, "fork"), body=body, headers=headers))
+
+    def decay(
+        self, job_id: str, steps: int, step: int | None = None, *, shape: str = "sqrt", name: str | None = None
+    ) -> Job:
+        """Fork a decay branch: from the checkpoint of ``step``, by default the newest, the rate falls over ``steps``.
+
+        The branch sees the data that the job would see next. ``shape``: "sqrt", "linear" or "cosine".
+        """
+        job = self.job(job_id)
+        if step is None:
+            full = (checkpoint["step"] for checkpoint in self.checkpoints(job_id) if checkpoint["kind"] == "full")
+            step = next(full, 0)  # without a checkpoint the service rejects the fork, with the reason
+        base = (job.get("plan") or {}).get("base_step") or 0
+        training = {"lr_scheduler": "wsd", "decay_steps": steps, "decay_shape": shape, "max_steps": step - base + steps}
+        overrides: dict[str, Any] = {"training": training}
+        return self.fork(job_id, step, overrides if name is None else {**overrides, "name": name})
 
     def cancel(self, job_id: str) -> Job:
         """Request a checkpoint and end the job."""

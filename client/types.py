@@ -127,12 +127,21 @@ class Plan(TypedDict, total=False):
     eta_seconds: float | None
     eta_basis: str | None
     expected_first_loss: float | None
+    learning_rate: list[tuple[int, float]] | None
     learning_rate_before: float | None
     learning_rate_after: float | None
     estimated: bool
     warnings: list[str]
     sources: list[PlanSource]
     queue: Queue
+
+
+class Score(TypedDict):
+    """What a job is ranked by; less is better. ``metric``: eval_loss (the best one) or loss (the newest smoothed)."""
+
+    metric: str
+    value: float
+    step: int
 
 
 class Job(TypedDict, total=False):
@@ -142,6 +151,10 @@ class Job(TypedDict, total=False):
     id: str
     name: str
     labels: dict[str, str]
+    description: str
+    group: str | None
+    discarded: bool
+    score: Score | None
     status: str
     desired: str
     phase: str | None

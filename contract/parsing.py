@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trainyard.contract.spec import JobSpec
+from trainyard.contract.spec import JobSpec, TrainingSpec
 
 ALIASES: dict[str, tuple[str, str]] = {
     "num_train_epochs": ("training", "epochs"),
@@ -257,12 +257,28 @@ def _conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
     if steps is not None and spec.training.warmup_steps >= steps:
         message = f"must be less than max_steps ({steps})"
         yield Problem("/training/warmup_steps", message), ("/training/warmup_steps", "/training/max_steps")
+    yield from _decay_conflicts(spec.training)
     resources = spec.resources
     if resources.min_nodes > resources.max_nodes:
         yield Problem("/resources/nnodes", "must have min at most as large as max"), ("/resources/nnodes",)
     if resources.max_nodes > 1 and resources.launcher == "local":
         message = "must be 1: the local launcher runs on one node"
         yield Problem("/resources/nnodes", message), ("/resources/nnodes", "/resources/launcher")
+
+
+def _decay_conflicts(training: TrainingSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:
+    if training.decay_steps is None:
+        return
+    if training.decay_fraction is not None:
+        message = "cannot be combined with decay_fraction: give one of them"
+        yield Problem("/training/decay_steps", message), ("/training/decay_steps", "/training/decay_fraction")
+    if training.max_steps is None or training.lr_scheduler != "wsd":
+        return
+    after_warmup = training.max_steps - training.warmup_steps
+    if training.decay_steps > after_warmup > 0:
+        involved = tuple(f"/training/{leaf}" for leaf in ("decay_steps", "max_steps", "warmup_steps"))
+        message = f"must be at most max_steps - warmup_steps ({after_warmup})"
+        yield Problem("/training/decay_steps", message), involved
 
 
 def _source_conflicts(spec: JobSpec) -> Iterator[tuple[Problem, tuple[str, ...]]]:

@@ -4,9 +4,9 @@
 which also knows the aliases and reports every mistake at once.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from trainyard.contract.tokenizer_info import SpecialTokens
 from trainyard.model.config import ModelConfig
@@ -23,6 +23,13 @@ def _encodable(text: str) -> str:
 def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("must be one line of printable characters")
+    return _encodable(text)
+
+
+def _text(text: str) -> str:
+    # PostgreSQL cannot store it.
+    if "\0" in text:
+        raise ValueError("must not hold a NUL character")
     return _encodable(text)
 
 
@@ -43,6 +50,7 @@ LabelValue = Annotated[str, Field(max_length=200), AfterValidator(_printable)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
 FileStem = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$")]
 Prompt = Annotated[str, Field(max_length=4000), AfterValidator(_encodable)]
+Description = Annotated[str, Field(max_length=10_000), AfterValidator(_text)]
 Positive = Annotated[int, Field(ge=1, le=LONG)]
 NonNegative = Annotated[int, Field(ge=0, le=LONG)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -157,11 +165,20 @@ class TrainingSpec(Group):
     batch_size: Annotated[int, Field(ge=1, le=65536)] = Field(32, description="sequences per rank per micro-batch")
     accumulation_steps: Annotated[int, Field(ge=1, le=65536)] = Field(8, description="micro-batches per step")
     learning_rate: Annotated[float, Field(gt=0, le=100)] = Field(5e-4, description="peak learning rate")
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="final learning rate / peak learning rate"
     )
     warmup_steps: NonNegative = Field(0, description="steps of linear warm-up")
+    decay_steps: Positive | None = Field(
+        None, description="with lr_scheduler wsd: steps of the decay at the end; null: from decay_fraction"
+    )
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        0.2, description="with lr_scheduler wsd: fraction of the steps that decay; null: from decay_steps, else 0.2"
+    )
+    decay_shape: Literal["linear", "sqrt", "cosine"] = Field(
+        "sqrt", description="with lr_scheduler wsd: shape of the decay to min_lr_ratio; sqrt: 1 - sqrt(progress)"
+    )
     continued_at: Annotated[list[tuple[Positive, Positive]], Field(max_length=100)] = Field(
         default_factory=list,
         description='set by resume with schedule "continue": pairs [step, planned steps before the resume]; after each '
@@ -198,6 +215,14 @@ class TrainingSpec(Group):
         description="initial weights: a .pth or .safetensors file, a Hugging Face directory of the same shape, "
         "or a name such as pretrain in save_dir, as in MiniMind",
     )
+
+    @model_validator(mode="after")
+    def _decay_has_one_length(self) -> Self:
+        # The default fraction must not count as given beside decay_steps. Not mode="before": then strict JSON fields
+        # such as tuples get Python values, which they reject.
+        if self.decay_steps is not None and "decay_fraction" not in self.model_fields_set:
+            object.__setattr__(self, "decay_fraction", None)
+        return self
 
     def smaller_batch(self) -> tuple[int, int] | None:
         """Return a smaller batch_size, and the accumulation_steps that keep the step's sequences; None if it is 1."""
@@ -336,6 +361,8 @@ class JobSpec(Group):
 
     name: Name = "pretrain"
     labels: Annotated[dict[Name, LabelValue], Field(max_length=64)] = Field(default_factory=dict)
+    description: Description = ""
+    group: Name | None = None
     version: Literal[1] = 1
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataSpec

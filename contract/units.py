@@ -24,6 +24,7 @@ UNITS = {
     "batch_size": "sequences",
     "accumulation_steps": "micro-batches",
     "warmup_steps": "steps",
+    "decay_steps": "steps",
     "continued_at": "steps",
     "save_interval": "steps",
     "save_minutes": "min",

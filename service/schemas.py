@@ -123,10 +123,12 @@ class PlanPreview(Plan):
     """The plan of a run that is not submitted, and its position in the queue.
 
     ``start_step``: the step that a fork starts from; its time and FLOPs are those of the remaining steps.
+    ``learning_rate``: (step, rate) of at most 200 steps; null if the number of steps is unknown.
     """
 
     object: Literal["plan"] = "plan"
     start_step: int = 0
+    learning_rate: list[tuple[int, float]] | None = None
     sources: list[PlanSource] = []
     queue: Queue
 
@@ -185,6 +187,17 @@ class Checkpoint(ResponseModel):
     created_at: datetime
 
 
+class Score(ResponseModel):
+    """What a job is ranked by; less is better. ``metric``: eval_loss, the best one, or loss, the newest smoothed one.
+
+    ``step``: the step that ``value`` is of.
+    """
+
+    metric: Literal["eval_loss", "loss"]
+    value: float
+    step: int
+
+
 class JobSummary(ResponseModel):
     """One pretraining run, without its spec, plan and allowed actions: an entry of a light list."""
 
@@ -192,6 +205,10 @@ class JobSummary(ResponseModel):
     id: str
     name: str
     labels: dict[str, str]
+    description: str
+    group: str | None
+    discarded: bool
+    score: Score | None
     status: JobStatus
     desired: Desired
     phase: str | None

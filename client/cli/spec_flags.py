@@ -53,7 +53,7 @@ FLAG_ALIASES = {
 def leaf_schemas() -> dict[str, Mapping[str, Any]]:
     """Return the JSON schema of every leaf, by its own name and by its Hugging Face name."""
     schema = JobSpec.model_json_schema()
-    leaves = {name: schema["properties"][name] for name in ("name", "labels", "version")}
+    leaves = {name: schema["properties"][name] for name in ("name", "labels", "description", "group", "version")}
     for group in GROUPS:
         leaves |= _resolved(schema["properties"][group], schema)["properties"]
     for described in leaves.values():

@@ -88,8 +88,9 @@ def _spec(command: str, args: SimpleNamespace, given: Mapping[str, Any], console
     if line.script is not None or not args.spec:
         for note in take_defaults(spec, line, given, Path.cwd()):
             console.error(f"MiniMind: {note}")
-    if args.name is not None:
-        spec["name"] = args.name
+    for leaf in ("name", "description", "group"):
+        if getattr(args, leaf) is not None:
+            spec[leaf] = getattr(args, leaf)
     if args.labels:
         before = spec.get("labels")
         spec["labels"] = {**(before if isinstance(before, dict) else {}), **parse_labels(args.labels)}

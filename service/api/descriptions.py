@@ -43,7 +43,10 @@ PARAMETERS = {
     "listJobs.status": "Only jobs with this status. May be repeated.",
     "listJobs.label": "Only jobs with this label, as `key=value`. May be repeated; all must match.",
     "listJobs.name": "Only jobs with exactly this name.",
-    "listJobs.order": "Newest or oldest first, by the time of submission.",
+    "listJobs.order": "`newest` or `oldest` first, by the time of submission; `score` from the best score to the "
+    "worst, `-score` the other way. Jobs without a score are last.",
+    "listJobs.group": "Only jobs of this group.",
+    "listJobs.discarded": "`true`: only discarded jobs. They are not listed otherwise.",
     "listJobs.parent": "Only forks of the job with this id.",
     "listJobs.search": "A part of the name, ignoring case, or the beginning of the id.",
     "listJobs.fields": "`summary` leaves out `spec`, `plan` and `allowed_actions`.",
@@ -112,6 +115,13 @@ FIELDS = {
     "webhook_id": "Id of the webhook.",
     # Jobs
     **{f"{model}.name": "Display name; need not be unique." for model in ("Job", "JobSummary", "ResumedJob")},
+    **{f"{model}.description": "What was tried and why." for model in ("Job", "JobSummary", "ResumedJob")},
+    "group": "Name of the set of jobs that it belongs to, or null.",
+    "discarded": "Whether it is hidden from lists.",
+    "score": "What it is ranked by, or null before the first point.",
+    "metric": "`eval_loss`: the best one. `loss`: the newest smoothed one, if nothing was evaluated.",
+    "Score.value": "The loss, in nats per token; less is better.",
+    "Score.step": "Step that the score is of.",
     "status": "Status.",
     "desired": "What was requested: to run, or how to stop.",
     "phase": "What the run is doing now.",
@@ -195,6 +205,8 @@ FIELDS = {
     "PlanSource.share": "Its fraction of the tokens that the run reads, 0 to 1.",
     "PlanSource.passes": "Number of times that the run reads it.",
     "expected_first_loss": "Loss of an untrained model, in nats per token.",
+    "PlanPreview.learning_rate": "Curve of the learning rate, as [step, rate], a ratio of update to gradient, of at "
+    "most 200 steps; null: the number of steps is unknown.",
     "learning_rate_before": "Learning rate of the last step before the resume, a ratio of update to gradient.",
     "learning_rate_after": "Learning rate of the first step after the resume, a ratio of update to gradient.",
     "duplicates": "Number of documents that are copies of another one; null if unknown.",
@@ -369,7 +381,7 @@ FORK_EXAMPLE: dict[str, Any] = {"step": 12000, "overrides": {"training": {"learn
 EXAMPLES: dict[str, Any] = {
     "submitJob": SPEC_EXAMPLE,
     "planJob": SPEC_EXAMPLE,
-    "updateJob": {"labels": {"team": "nlp"}, "priority": 10, "save_interval": 500},
+    "updateJob": {"description": "lower rate", "labels": {"team": "nlp"}, "priority": 10, "save_interval": 500},
     "resumeJob": {"epochs": 2, "resources": {"nproc_per_node": 2}},
     "forkJob": FORK_EXAMPLE,
     "planFork": FORK_EXAMPLE,

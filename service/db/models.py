@@ -17,6 +17,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -74,7 +75,7 @@ class JobRow(Base):
     ``resume_step``: the checkpoint that the next attempt is to start from; null once it has started.
     ``sealed_step``: the curve up to this step is in rollups. ``preempted_by``: the job for which this one is paused.
     ``lineage``: the ancestors of a fork, see `service.metrics.lineage`. ``submitted_by`` created the job; ``queued_by``
-    queued it last, and the job counts against its quota.
+    queued it last, and the job counts against its quota. ``score``: see `service.metrics.score`.
     """
 
     __tablename__ = "jobs"
@@ -82,6 +83,10 @@ class JobRow(Base):
         Index("ix_jobs_status", "status", "priority", "queued_at"),
         Index("ix_jobs_name", "name"),
         Index("ix_jobs_queued_by", "queued_by", "status"),
+        Index("ix_jobs_discarded", "discarded", "number"),
+        Index("ix_jobs_discarded_score", "discarded", "score", "number"),
+        Index("ix_jobs_group_name", "group_name", "discarded", "number"),
+        Index("ix_jobs_group_name_score", "group_name", "discarded", "score", "number"),
     )
 
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
@@ -121,6 +126,12 @@ class JobRow(Base):
     lineage: Mapped[dict[str, Any] | None]
     submitted_by: Mapped[str | None] = mapped_column(String(64))
     queued_by: Mapped[str | None] = mapped_column(String(64))
+    description: Mapped[str] = mapped_column(default="", server_default="")
+    group_name: Mapped[str | None] = mapped_column(String(200))
+    discarded: Mapped[bool] = mapped_column(default=False, server_default=false())
+    score: Mapped[float | None]
+    score_metric: Mapped[str | None] = mapped_column(String(20))
+    score_step: Mapped[int | None]
 
 
 class LabelRow(Base):

@@ -112,6 +112,7 @@ def forked_spec(request: ForkRequest, origin: ForkOrigin, host: HostLimits) -> J
 def _merge(request: ForkRequest, origin: ForkOrigin) -> dict[str, Any]:
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in origin.spec.items()}
     merged["name"] = f"{merged['name']}-fork-{origin.step}"[:MAX_NAME]
+    merged["description"] = ""  # it says why the parent was tried
     merged["training"]["from_weight"] = None
     merged["checkpoint"]["from_resume"] = False
     for name, value in request.overrides.items():
@@ -120,6 +121,12 @@ def _merge(request: ForkRequest, origin: ForkOrigin) -> dict[str, Any]:
             {**old, **value} if name in GROUPS and isinstance(value, dict) and isinstance(old, dict) else value
         )
     training, old_training = merged["training"], origin.spec["training"]
+    given = request.overrides.get("training")
+    if isinstance(training, dict) and isinstance(given, dict):
+        # The parent's length of the decay gives way to the one in the request.
+        for leaf, other in (("decay_steps", "decay_fraction"), ("decay_fraction", "decay_steps")):
+            if given.get(leaf) is not None and other not in given:
+                training[other] = None
     if isinstance(training, dict) and (
         request.data == "restart" or any(training.get(leaf) != old_training[leaf] for leaf in LENGTH_FIELDS)
     ):

@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.messages import Fork
 from trainyard.contract.rundir import RunDir, write_json
 from trainyard.contract.spec import JobSpec
@@ -113,4 +114,18 @@ def fork_plan(spec: JobSpec, request: ForkRequest, parent: ForkParent, kind: str
     per_epoch = None if restart else parent.origin.steps_per_epoch
     own = spec.training.max_steps or (per_epoch and per_epoch * spec.training.epochs)
     batch = spec.rows_per_step if restart else parent.origin.rows_per_step
-    return {**plan, "base_step": base, "steps": base + own if own else None, "global_batch": batch}
+    steps = base + own if own else None
+    rates = {} if restart or steps is None else _rates(spec, parent, base, steps)
+    return {**plan, "base_step": base, "steps": steps, "global_batch": batch, **rates}
+
+
+def _rates(spec: JobSpec, parent: ForkParent, base: int, steps: int) -> dict[str, float]:
+    """Return the learning rates of the parent's checkpoint and of the fork's first step, as a resume does."""
+    before = JobSpec.model_validate_json(json.dumps(parent.job.spec)).training
+    end = parent.job.facts.get("steps")
+    if end is None or parent.step <= base:
+        return {}
+    return {
+        "learning_rate_before": LRSchedule.from_spec(before, end, base).at(parent.step),
+        "learning_rate_after": LRSchedule.from_spec(spec.training, steps, base).at(min(parent.step + 1, steps)),
+    }

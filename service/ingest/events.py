@@ -33,7 +33,7 @@ from trainyard.service.ids import token_hash
 from trainyard.service.ingest.parsing import contiguous, parse_event
 from trainyard.service.jobs import repository
 from trainyard.service.jobs.repository import EventDraft
-from trainyard.service.metrics import rollups
+from trainyard.service.metrics import rollups, score
 from trainyard.service.metrics.progress import after_metric, after_start
 
 # Built once, because every report runs them.
@@ -115,6 +115,8 @@ def _store(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[
         batch.flush_metrics()
         if batch.roll_up_to is not None:
             rollups.roll_up(session, job, batch.roll_up_to)
+        if batch.changes_past:
+            score.compute_again(session, job)
 
 
 def _store_one_by_one(session: Session, job: JobRow, attempt: AttemptRow, events: Sequence[Event]) -> None:
@@ -136,6 +138,7 @@ class _EventBatch:
     attempt: AttemptRow
     metrics: list[dict[str, Any]] = field(default_factory=list)
     roll_up_to: int | None = None
+    changes_past: bool = False
 
     def __post_init__(self) -> None:
         self.current = self.attempt.number == self.job.attempt
@@ -194,9 +197,13 @@ class _EventBatch:
         if self.current:
             self.roll_up_to = event.step
             self.job.progress = after_metric(self.job.progress, event, self.job.facts)
+            score.add_point(self.job, event)
+        elif stitched:
+            self.changes_past = True
 
     def _supersede(self, attempts: ColumnElement[bool], after_step: int) -> None:
         rollups.invalidate(self.session, self.job, after_step + 1)
+        self.changes_past = self.changes_past or self.attempt.number > 1 or self.last_step > after_step
         points = update(MetricRow).where(MetricRow.job_id == self.job.id, attempts, MetricRow.step > after_step)
         self.session.execute(points.values(stitched=False).execution_options(synchronize_session=False))
 

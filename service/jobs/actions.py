@@ -228,6 +228,8 @@ def patch(
     job = _lock_unchanged(session, job_id, before)
     job.spec = spec.model_dump(mode="json")
     job.name, job.priority = spec.name, spec.resources.priority
+    job.description, job.group_name = spec.description, spec.group
+    job.discarded = changes.get("discarded", job.discarded)
     if "labels" in changes:
         repository.put_labels(session, job, dict(spec.labels))
     message = f"changed {', '.join(sorted(changes))}" if changes else "nothing was changed"
@@ -331,6 +333,9 @@ RESUME_FIELDS: dict[str, tuple[str, ...]] = {
 PATCH_FIELDS: dict[str, tuple[str, ...]] = {
     "name": ("name",),
     "labels": ("labels",),
+    "description": ("description",),
+    "group": ("group",),
+    "discarded": (),
     "priority": ("resources", "priority"),
     **RUN_SETTINGS,
 }
@@ -357,6 +362,11 @@ class PatchJobBody(OptionalBody):
 
     name: Any = _spec_field(JobSpec, "name")
     labels: Any = _spec_field(JobSpec, "labels")
+    description: Any = _spec_field(JobSpec, "description")
+    group: Any = _spec_field(JobSpec, "group")
+    discarded: bool = Field(
+        default=False, description="hide the job from lists; the record and the files stay, and false shows it again"
+    )
     priority: Any = _spec_field(ResourcesSpec, "priority")
     log_interval: Any = _spec_field(ReportingSpec, "log_interval")
     save_interval: Any = _spec_field(CheckpointSpec, "save_interval")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from sqlalchemy import Connection, Row, Select, or_, select
+from sqlalchemy import Connection, Row, Select, false, or_, select, true, tuple_
 
 from trainyard.contract.parsing import Problem
 from trainyard.contract.status import JobStatus
@@ -18,7 +18,11 @@ MAX_DIGITS = 18
 
 @dataclass(frozen=True)
 class JobFilter:
-    """Which jobs to list, in which order, starting after which one."""
+    """Which jobs to list, in which order, starting after which one.
+
+    ``by_score``: the order is by score, from the best on, or from the worst on if ``newest_first``; jobs without a
+    score are last.
+    """
 
     status: tuple[JobStatus, ...]
     labels: tuple[tuple[str, str], ...]
@@ -28,6 +32,9 @@ class JobFilter:
     after: str | None
     parent: str | None = None
     search: str | None = None
+    group: str | None = None
+    discarded: bool = False
+    by_score: bool = False
 
 
 def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -39,6 +46,8 @@ def label_pairs(given: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 def jobs(connection: Connection, filters: JobFilter) -> tuple[Sequence[Row[Any]], bool]:
     """Return a page as rows of `JOBS_WITH_PLACEMENT`, and whether more follow. Raises RequestInvalid."""
+    if filters.by_score:
+        return _by_score(connection, filters)
     query = _filtered(filters)
     if filters.after is not None:
         number = _number(connection, filters.after)
@@ -48,8 +57,31 @@ def jobs(connection: Connection, filters: JobFilter) -> tuple[Sequence[Row[Any]]
     return rows[: filters.limit], len(rows) > filters.limit
 
 
+def _by_score(connection: Connection, filters: JobFilter) -> tuple[Sequence[Row[Any]], bool]:
+    # Two ranges of an index: SQLite and PostgreSQL sort null differently, and with NULLS LAST they use no index.
+    scored = _filtered(filters).where(JobRow.score.is_not(None))
+    unscored = _filtered(filters).where(JobRow.score.is_(None)).order_by(JobRow.number.desc())
+    key = tuple_(JobRow.score, JobRow.number)
+    if filters.after is not None:
+        number = _number(connection, filters.after)
+        score = connection.scalar(select(JobRow.score).where(JobRow.number == number))
+        if score is None:
+            unscored, scored = unscored.where(JobRow.number < number), scored.where(false())
+        else:
+            after = tuple_(score, number)
+            scored = scored.where(key < after if filters.newest_first else key > after)
+    order = (JobRow.score, JobRow.number)
+    ordered = scored.order_by(*(column.desc() if filters.newest_first else column.asc() for column in order))
+    rows = list(connection.execute(ordered.limit(filters.limit + 1)))
+    if len(rows) <= filters.limit:
+        rows += connection.execute(unscored.limit(filters.limit + 1 - len(rows)))
+    return rows[: filters.limit], len(rows) > filters.limit
+
+
 def _filtered(filters: JobFilter) -> Select[Any]:
-    query: Select[Any] = JOBS_WITH_PLACEMENT
+    query: Select[Any] = JOBS_WITH_PLACEMENT.where(JobRow.discarded == (true() if filters.discarded else false()))
+    if filters.group is not None:
+        query = query.where(JobRow.group_name == filters.group)
     if filters.status:
         query = query.where(JobRow.status.in_(filters.status))
     if filters.name is not None:

@@ -33,6 +33,7 @@ from trainyard.service.schemas import (
     Queue,
     ResponseModel,
     Sample,
+    Score,
 )
 
 NEXT_ROUND = "the next scheduling round"
@@ -90,6 +91,10 @@ def _to_job_summary(job: JobRow, rows: JobRows, waiting: Mapping[str, str], now:
         id=job.id,
         name=job.name,
         labels=job.labels,
+        description=job.description,
+        group=job.group_name,
+        discarded=job.discarded,
+        score=_score(job),
         status=state.status,
         desired=state.desired,
         phase=job.phase,
@@ -121,6 +126,12 @@ def _plan(facts: Mapping[str, Any]) -> Plan:
         return plan
     tokens = (plan.tokens_per_step or 0) * ((plan.steps or 0) - plan.base_step)
     return plan.model_copy(update={"flops": tokens * (plan.flops_per_token or 0)})
+
+
+def _score(job: JobRow) -> Score | None:
+    if job.score is None:
+        return None
+    return Score.model_validate({"metric": job.score_metric, "value": job.score, "step": job.score_step})
 
 
 def _parent(job: JobRow) -> Parent | None:

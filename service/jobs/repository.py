@@ -126,6 +126,8 @@ def create(
         id=job_id or new_id("job"),
         name=spec.name,
         labels=dict(spec.labels),
+        description=spec.description,
+        group_name=spec.group,
         status=JobStatus.QUEUED,
         desired=Desired.RUN,
         spec=spec.model_dump(mode="json"),

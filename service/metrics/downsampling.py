@@ -52,13 +52,31 @@ def bucket_width(last_step: int, max_points: int, first_step: int = 0) -> int:
     return width
 
 
+@dataclass
+class Ema:
+    """An exponential moving average: its weighted sum and the sum of the weights, at ``step``."""
+
+    half_life: float
+    total: float = 0.0
+    weight: float = 0.0
+    step: int = 0
+
+    def add(self, step: int, total: float, weight: float = 1.0) -> None:
+        """Add a value, or the sums of several values, of ``step``, which comes after the last one."""
+        factor = decay(step - self.step, self.half_life)
+        self.total, self.weight, self.step = factor * self.total + total, factor * self.weight + weight, step
+
+    @property
+    def value(self) -> float:
+        return self.total / self.weight
+
+
 def to_buckets(aggregates: Iterable[Aggregate], width: int, half_life: float) -> Iterator[dict[str, Any]]:
     """Yield a bucket for each ``width`` steps that have points. ``aggregates`` are in step order.
 
     Buckets start at multiples of ``width``, so those of a growing curve never move. The EMA runs over all aggregates.
     """
-    total = weight = 0.0
-    ema_step = 0
+    ema = Ema(half_life)
     for _, group in groupby(aggregates, key=lambda part: part.step // width):
         parts = list(group)
         first, last = parts[0], parts[-1]
@@ -69,9 +87,7 @@ def to_buckets(aggregates: Iterable[Aggregate], width: int, half_life: float) ->
             nonfinite += part.nonfinite
             if part.finite_step is not None:
                 finite.append(part)
-                factor = decay(part.finite_step - ema_step, half_life)
-                total, weight = factor * total + part.total, factor * weight + part.weight
-                ema_step = part.finite_step
+                ema.add(part.finite_step, part.total, part.weight)
         yield {
             "first_step": first.first_step,
             "step": last.step,
@@ -81,7 +97,7 @@ def to_buckets(aggregates: Iterable[Aggregate], width: int, half_life: float) ->
             "loss_mean": math.fsum([part.loss_sum for part in finite]) / (count - nonfinite) if finite else None,
             "loss_min": min([part.loss_min for part in finite if part.loss_min is not None], default=None),
             "loss_max": max([part.loss_max for part in finite if part.loss_max is not None], default=None),
-            "loss_ema": total / weight if finite else None,
+            "loss_ema": ema.value if finite else None,
             "nonfinite_count": nonfinite,
             "nonfinite": last.loss is None,
         }

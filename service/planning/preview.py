@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.contract.corpus_files import CorpusFilesInvalid, expand
+from trainyard.contract.lr_schedule import LRSchedule
 from trainyard.contract.spec import JobSpec, SourceSpec
 from trainyard.contract.tokenizer_info import TokenizerInvalid, TokenNames, special_pattern
 from trainyard.model import costs
@@ -137,6 +138,14 @@ def preview_from_step(plan: PlanPreview, start: int, base: int, steps: int | Non
     share = max(0, total_steps - start) / plan.steps
     remaining = {name: value * share for name in ("flops", "eta_seconds") if (value := getattr(plan, name)) is not None}
     return plan.model_copy(update={**start_fields, **remaining, "steps": total_steps})
+
+
+def with_learning_rate(plan: PlanPreview, spec: JobSpec) -> PlanPreview:
+    """Return the plan with the curve of the learning rate, from the first step that is trained."""
+    if plan.steps is None:
+        return plan
+    schedule = LRSchedule.from_spec(spec.training, plan.steps, plan.base_step)
+    return plan.model_copy(update={"learning_rate": schedule.curve(plan.start_step + 1)})
 
 
 def _sizes(spec: JobSpec, size: RunSize | None, throughput: Throughput | MatrixEstimate | None) -> dict[str, Any]:

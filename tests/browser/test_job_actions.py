@@ -168,3 +168,29 @@ def test_config_tab_compares_with_defaults_and_another_job(service: str, rig: Se
     literal = copied["Python"].partition("spec = ")[2].partition("\n\nwith")[0]
     assert ast.literal_eval(literal) == short
     compile(copied["Python"], "copied", "exec")
+
+
+def test_a_decay_branch_is_one_button_and_the_plan_draws_its_rate(
+    service: str, rig: ServiceHarness, page: Page
+) -> None:
+    [parent] = rig.get("/jobs", name="fast")["data"]
+    page.goto(f"{service}/jobs/{parent['id']}")
+    page.get_by_role("tab", name="Checkpoints").click()
+    row = page.get_by_role("tabpanel").get_by_role("row").filter(has_text="Fork from here").last
+    row.get_by_role("button", name="Decay from here").click()
+    expect(page.get_by_text("type the number of steps beside the button")).to_be_visible()
+    row.get_by_label("Decay over how many steps, from step 20").fill("8")
+    row.get_by_role("button", name="Decay from here").click()
+    expect(page.get_by_role("heading", name="fast-fork-20")).to_be_visible()
+    [made] = rig.get("/jobs", parent=parent["id"])["data"]
+    training = made["spec"]["training"]
+    assert (training["lr_scheduler"], training["decay_steps"], training["max_steps"]) == ("wsd", 8, 28)
+    assert made["parent"] == {"job_id": parent["id"], "step": 20, "data": "keep"}
+
+    page.goto(f"{service}/submit?like={made['id']}")
+    page.get_by_role("button", name="Plan").click()
+    figure = page.locator(".rates")
+    expect(figure).to_contain_text("at most 0.001, 1.00e-4 at step 28")
+    points = (figure.locator("polyline").get_attribute("points") or "").split()
+    assert len(points) == 28
+    check_both_themes(page, "plan-rates")

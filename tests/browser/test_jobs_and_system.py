@@ -115,3 +115,54 @@ def test_system_page_shows_devices_queue_and_disks(tmp_path: Path, sqlite_home: 
 @pytest.fixture
 def sqlite_home(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path}/cards.db"
+
+
+def test_jobs_page_sorts_by_any_column_and_hides_discarded_jobs(rig: ServiceHarness, page: Page) -> None:
+    job_id = ""
+    for number, (name, score) in enumerate((("b", 3.0), ("c", 1.0), ("a", 2.0))):
+        job_id, attempt = rig.running(steps=4, name=name, group="sweep" if number else "other", description="why\nso")
+        attempt.metric(1 + number, loss=9.0 - score, eval_loss=score)
+        rig.ship(attempt)
+        rig.exit(attempt, "completed", step=4)
+    waits = rig.submit(name="waits")
+    with served(rig) as (host, port):
+        page.goto(f"http://{host}:{port}/")
+        expect(rows(page)).to_have_count(4)
+        assert names(page) == ["waits", "a", "c", "b"]
+        head = page.get_by_role("region", name="Jobs").get_by_role("columnheader")
+        expect(head.filter(has_text="Job")).to_have_attribute("aria-sort", "descending")
+
+        def sort_by(column: str, expected: str, order: str) -> None:
+            head.filter(has_text=column).get_by_role("button").click()
+            expect(head.filter(has_text=column)).to_have_attribute("aria-sort", order)
+            expect(rows(page).locator(".name")).to_have_text(expected.split())
+
+        sort_by("Score", "c a b waits", "ascending")
+        sort_by("Score", "b a c waits", "descending")
+        sort_by("Loss", "b a c waits", "ascending")
+        sort_by("Progress", "a c b waits", "ascending")
+        sort_by("Group", "b a c waits", "ascending")
+        sort_by("Group", "a c b waits", "descending")
+        page.reload()
+        sort_by("Score", "c a b waits", "ascending")
+        expect(rows(page).first).to_contain_text("1.000")
+        rows(page).get_by_role("link", name="sweep").first.click()
+        expect(rows(page)).to_have_count(2)
+        rig.client.patch(f"/jobs/{job_id}", json={"discarded": True})
+        expect(rows(page)).to_have_count(1)
+        page.get_by_label("Discarded").check()
+        expect(rows(page).locator(".name")).to_have_text(["a"])
+        page.get_by_label("Discarded").uncheck()
+        page.get_by_role("button", name="Remove filter group sweep").click()
+        expect(rows(page)).to_have_count(3)
+        check_both_themes(page, "jobs-sorted")
+
+        page.goto(f"http://{host}:{port}/jobs/{waits}")
+        page.get_by_role("button", name="Edit").click()
+        page.get_by_label("description", exact=True).fill("one\ntwo")
+        page.get_by_label("group", exact=True).fill("sweep")
+        page.get_by_label("discarded", exact=True).check()
+        page.get_by_role("button", name="Save", exact=True).click()
+        expect(page.get_by_role("button", name="Save", exact=True)).to_have_count(0)
+        job = rig.job(waits)
+        assert (job["description"], job["group"], job["discarded"]) == ("one\ntwo", "sweep", True)

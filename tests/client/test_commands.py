@@ -27,7 +27,10 @@ def subcommands() -> list[str]:
 
 def test_the_commands_are_those_of_the_contract() -> None:
     expected = "demo serve submit plan list show watch metrics logs events checkpoints attempts samples devices "
-    expected += "pause resume save fork export cancel kill delete tokenizer corpus db version completion token webhook"
+    expected += (
+        "pause resume save fork export describe discard cancel kill delete tokenizer corpus db version completion "
+    )
+    expected += "token webhook"
     assert set(subcommands()) == set(expected.split())
 
 
@@ -148,6 +151,39 @@ def test_list(run: Run, service: FakeService) -> None:
     assert "> RUNNING  12,400 / 40,000  2.887  2 h 10 min" in lines[1]
     assert "~ QUEUED" in lines[2]
     assert "\x1b" not in out
+
+
+def test_list_shows_group_and_score_if_a_job_has_them(run: Run, service: FakeService) -> None:
+    for number, kind in enumerate(("eval_loss", "loss")):
+        score = {"metric": kind, "value": 2.5 + number, "step": 3}
+        service.jobs[f"job_{number}"] = job(id=f"job_{number}", group="sweep", score=score, progress=None)
+    out = run("list", "--group", "sweep", "--order", "score", "--discarded")[1]
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert lines["ID"].split() == ["ID", "NAME", "GROUP", "STATUS", "STEP", "LOSS", "SCORE", "ETA", "CREATED"]
+    assert "sweep" in lines["job_0"]
+    assert "2.500 eval" in lines["job_0"]
+    assert "3.500" in lines["job_1"]
+    query = dict(service.requests[-1].url.params)
+    assert {name: query[name] for name in ("group", "order", "discarded")} == {
+        "group": "sweep",
+        "order": "score",
+        "discarded": "true",
+    }
+    assert (
+        "trainyard list --group sweep --order=-score --discarded --limit 10"
+        in (run("list", "--group", "sweep", "--order=-score", "--discarded", "--limit", "1")[2])
+    )
+
+
+def test_describe_and_discard(run: Run, service: FakeService) -> None:
+    assert run("describe", "pre-12", "lower rate", "--group", "sweep")[0] == 0
+    assert json.loads(service.requests[-1].content) == {"description": "lower rate", "group": "sweep"}
+    assert run("describe", "pre-12", "", "--group", "none")[0] == 0
+    assert json.loads(service.requests[-1].content) == {"description": "", "group": None}
+    assert "--undo" in run("discard", "pre-12")[2]
+    assert json.loads(service.requests[-1].content) == {"discarded": True}
+    assert run("discard", "pre-12", "--undo")[0] == 0
+    assert json.loads(service.requests[-1].content) == {"discarded": False}
 
 
 def test_list_reports_that_there_are_more(run: Run, service: FakeService) -> None:

@@ -35,6 +35,25 @@ def test_fork_sends_what_is_to_be_different(run: Run, service: FakeService) -> N
     assert "job_fork" in out + err
 
 
+def test_a_decay_branch_ends_its_steps_after_the_checkpoint(run: Run, trainyard: Client, service: FakeService) -> None:
+    job_id = next(iter(service.jobs))
+    assert run("fork", job_id, "--step", "400", "--decay", "50", "--name", "low")[0] == 0
+    training = {"lr_scheduler": "wsd", "decay_steps": 50, "decay_shape": "sqrt", "max_steps": 450}
+    assert body_of(service.requests[-1]) == {
+        "step": 400,
+        "data": "keep",
+        "overrides": {"name": "low", "training": training},
+    }
+    newest = 600
+    service.rows["checkpoints"] = [{"step": 700, "kind": "weights"}, {"step": newest, "kind": "full"}]
+    service.jobs[job_id]["plan"] = {"base_step": 100}
+    trainyard.decay(job_id, 50, shape="linear")
+    training |= {"decay_shape": "linear", "max_steps": newest - 100 + 50}
+    assert body_of(service.requests[-1]) == {"step": newest, "data": "keep", "overrides": {"training": training}}
+    assert run("fork", job_id, "--decay", "50", "--restart-data")[0] == 2
+    assert run("fork", job_id, "--decay", "50", "--set", "training.seed=1")[0] == 2
+
+
 def test_fork_as_json_and_wrong_usage(run: Run, service: FakeService) -> None:
     code, out, _ = run("fork", "pre-12", "--json")
     assert (code, json.loads(out)["parent"]["data"]) == (0, "keep")

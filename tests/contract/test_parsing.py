@@ -102,6 +102,20 @@ def test_one_bad_value_is_one_problem_at_its_place(group: str, leaf: str, value:
     assert found[0].startswith(f"/{group}/{leaf}")
 
 
+def test_a_decay_has_one_length() -> None:
+    wsd: dict[str, Any] = {"lr_scheduler": "wsd", "max_steps": 100, "warmup_steps": 10}
+    assert parse_spec({**MINIMAL, "training": wsd}).spec.training.decay_fraction == 0.2
+    steps = parse_spec({**MINIMAL, "training": {**wsd, "decay_steps": 90}})
+    assert steps.problems == ()
+    assert steps.spec.training.decay_fraction is None
+    assert parse_spec(json.loads(steps.spec.model_dump_json())).problems == ()
+    both = {**wsd, "decay_steps": 5, "decay_fraction": 0.2}
+    assert pointers({**MINIMAL, "training": both}) == ["/training/decay_steps"]
+    assert pointers({**MINIMAL, "training": {**wsd, "decay_steps": 91}}) == ["/training/decay_steps"]
+    for fraction in (0, 1.1, "NaN"):
+        assert pointers({**MINIMAL, "training": {**wsd, "decay_fraction": fraction}}) == ["/training/decay_fraction"]
+
+
 def from_flat(flat: Mapping[str, Any]) -> dict[str, Any]:
     """MiniMind's flat flags, or Hugging Face's, as groups. A name that is no leaf stays at the top, to be refused."""
     nested: dict[str, Any] = {}

@@ -407,3 +407,34 @@ def test_a_note_that_somebody_holds_or_that_is_torn_or_foreign_harms_nothing(
     assert kept.is_dir()
     assert tmp_path.is_dir()
     assert sorted(path.name for path in rig.settings.trash.iterdir()) == ["job_zzz.json", "notes.json"]
+
+
+def decay_branch(step: int, steps: int) -> dict[str, Any]:
+    training = {"lr_scheduler": "wsd", "decay_steps": steps, "max_steps": step + steps}
+    return {"step": step, "data": "keep", "overrides": {"training": training}}
+
+
+@pytest.mark.parametrize(
+    "parent", [{"lr_scheduler": "constant"}, {"lr_scheduler": "wsd", "decay_fraction": 0.1}], ids=str
+)
+def test_a_decay_branch_joins_the_curve_of_a_stable_run(any_rig: ServiceHarness, parent: dict[str, Any]) -> None:
+    job_id, _ = saved(any_rig, 400, 800, training={"max_steps": 1000, "learning_rate": 0.01, **parent}, description="a")
+    planned = any_rig.client.post(f"/jobs/{job_id}/fork/plan", json=decay_branch(800, 40)).json()
+    curve = planned["learning_rate"]
+    assert [step for step, _ in curve] == list(range(801, 841))
+    expected = [0.01 * (0.1 + 0.9 * (1 - ((step - 800) / 40) ** 0.5)) for step in range(801, 841)]
+    assert [rate for _, rate in curve] == pytest.approx(expected, rel=0, abs=1e-12)
+    made = fork(any_rig, job_id, decay_branch(800, 40))
+    training = made["spec"]["training"]
+    assert (training["decay_steps"], training["decay_fraction"], training["decay_shape"]) == (40, None, "sqrt")
+    assert (made["plan"]["steps"], made["plan"]["learning_rate_before"]) == (840, 0.01)
+    assert made["plan"]["learning_rate_after"] == planned["learning_rate_after"] == curve[0][1]
+    assert made["description"] == ""
+    fraction = {"overrides": {"training": {"lr_scheduler": "wsd", "decay_fraction": 0.5}}}
+    assert fork(any_rig, job_id, fraction)["spec"]["training"]["decay_fraction"] == 0.5
+
+
+def test_a_decay_that_begins_in_the_warm_up_is_rejected(rig: ServiceHarness) -> None:
+    job_id, _ = saved(rig, 5, training={"max_steps": 1000, "warmup_steps": 100})
+    errors = fork(rig, job_id, decay_branch(5, 200), status=422)["errors"]
+    assert [error["pointer"] for error in errors] == ["/overrides/training/decay_steps"]

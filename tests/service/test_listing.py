@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import event, select, text, update
 
 from tests.service.harness import ServiceHarness
 from tests.service.needs import ATTEMPT, NEEDS
@@ -157,3 +157,103 @@ def test_places_in_the_queue_are_the_same_one_by_one_and_in_a_list(any_rig: Serv
     any_rig.post_action(ids[6], "cancel")
     assert any_rig.job(ids[1])["queue"]["position"] == 1
     assert any_rig.job(ids[6])["queue"] is None
+
+
+def test_group_and_discarded_filter_jobs(any_rig: ServiceHarness) -> None:
+    rig = any_rig
+    made = [rig.submit(name=f"n{i}", group="sweep" if i else None, description="why") for i in range(3)]
+    assert [(job["group"], job["description"], job["discarded"]) for job in rig.get("/jobs")["data"]] == [
+        ("sweep", "why", False),
+        ("sweep", "why", False),
+        (None, "why", False),
+    ]
+    assert ids(rig.get("/jobs", group="sweep")) == [made[2], made[1]]
+    assert ids(rig.get("/jobs", group="other")) == []
+    change = {"discarded": True, "description": "x" * 10_000, "group": "done"}
+    changed = rig.client.patch(f"/jobs/{made[1]}", json=change)
+    assert changed.status_code == 200, changed.text
+    assert {name: changed.json()[name] for name in change} == change
+    assert (changed.json()["spec"]["group"], changed.json()["status"]) == ("done", "queued")
+    assert ids(rig.get("/jobs")) == [made[2], made[0]]
+    assert ids(rig.get("/jobs", discarded="true")) == ids(rig.get("/jobs", discarded="true", group="done")) == [made[1]]
+    assert rig.job(made[1])["discarded"]
+    rig.client.patch(f"/jobs/{made[1]}", json={"discarded": False, "group": None})
+    assert ids(rig.get("/jobs")) == list(reversed(made))
+    assert rig.job(made[1])["group"] is None
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer"),
+    [
+        ({"description": "x" * 10_001}, "/description"),
+        ({"description": "a\0b"}, "/description"),
+        ({"group": ""}, "/group"),
+        ({"group": "a\nb"}, "/group"),
+        ({"discarded": 1}, "/discarded"),
+        ({"discarded": None}, "/discarded"),
+    ],
+)
+def test_a_bad_change_of_what_ranks_a_job_is_422(rig: ServiceHarness, change: dict[str, Any], pointer: str) -> None:
+    job_id = rig.submit()
+    answer = rig.client.patch(f"/jobs/{job_id}", json=change)
+    assert (answer.status_code, answer.json()["errors"][0]["pointer"]) == (422, pointer)
+    assert rig.job(job_id)["discarded"] is False
+
+
+def scored(rig: ServiceHarness, scores: list[float | None], **groups: Any) -> list[str]:
+    made = [rig.submit(**groups) for _ in scores]
+    with rig.database.write() as session:
+        for job_id, score in zip(made, scores, strict=True):
+            if score is not None:
+                values = {"score": score, "score_metric": "loss", "score_step": 1}
+                session.execute(update(JobRow).where(JobRow.id == job_id).values(values))
+    return made
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 100])
+def test_jobs_by_score_come_in_pages_with_those_without_one_last(any_rig: ServiceHarness, limit: int) -> None:
+    made = scored(any_rig, [2.0, None, 1.0, 3.0, None, 1.0])
+    for order, expected in (("score", (2, 5, 0, 3, 4, 1)), ("-score", (3, 0, 5, 2, 4, 1))):
+        seen: list[str] = []
+        page: dict[str, Any] = {"has_more": True}
+        while page["has_more"]:
+            after: dict[str, Any] = {"after": seen[-1]} if seen else {}
+            page = any_rig.get("/jobs", order=order, limit=limit, **after)
+            seen += ids(page)
+        assert seen == [made[index] for index in expected]
+
+
+@pytest.mark.parametrize("params", [{}, {"order": "score"}, {"group": "g"}, {"group": "g", "order": "-score"}], ids=str)
+def test_a_list_of_many_jobs_is_read_by_an_index(any_rig: ServiceHarness, params: dict[str, Any]) -> None:
+    """No query of a page reads or sorts all jobs, however many there are."""
+    rig = any_rig
+    scored(rig, [1.0], group="g")
+    columns = [column.name for column in JobRow.__table__.c if column.name not in ("number", "id", "discarded")]
+    doubled = ", ".join(f'"{name}"' for name in columns)
+    for power in range(13):
+        with rig.database.write() as session:
+            session.execute(
+                text(
+                    f"INSERT INTO jobs (id, discarded, {doubled}) "
+                    f"SELECT CAST(number + {2**power} AS VARCHAR(40)), number % 2 = 0, {doubled} FROM jobs"
+                )
+            )
+    with rig.database.write() as session:
+        session.execute(text("ANALYZE"))
+    statements: list[tuple[str, Any]] = []
+    listen = (rig.database.engine, "before_cursor_execute")
+    heard = event.listens_for(*listen)(lambda _c, _k, statement, values, *_: statements.append((statement, values)))
+    try:
+        assert len(rig.get("/jobs", limit=20, **params)["data"]) == 20
+    finally:
+        event.remove(*listen, heard)
+    pages = [(statement, values) for statement, values in statements if "FROM jobs LEFT OUTER JOIN" in statement]
+    assert pages
+    explain = "EXPLAIN QUERY PLAN " if rig.database.engine.dialect.name == "sqlite" else "EXPLAIN "
+    with rig.database.connection() as connection:
+        for statement, values in pages:
+            plan = str(connection.exec_driver_sql(explain + statement, values).all())
+            assert "TEMP B-TREE" not in plan, plan
+            assert "SCAN jobs" not in plan or "USING" in plan, plan
+            assert "Seq Scan on jobs" not in plan, plan
+            assert "Sort Key" not in plan, plan

@@ -81,6 +81,36 @@ def test_kept_and_unchanged_it_is_the_parents_run_to_the_last_bit(parent: RunDir
 
 
 @pytest.mark.slow
+def test_a_decay_branch_is_the_run_that_would_have_decayed_there(text: Path, tmp_path: Path) -> None:
+    """The branch of a stable run has the rates and the weights of one uninterrupted run with that decay."""
+    stable = {"lr_scheduler": "constant", "warmup_steps": 2, "max_steps": 100}
+    branch = {"lr_scheduler": "wsd", "decay_steps": 4, "decay_fraction": None, "max_steps": STEP + 4}
+    reporting = {"log_interval": 1}
+    run = rank_runner.new_run(
+        tmp_path / "stable", rank_runner.spec(text, training={**stable, "max_steps": STEP}, reporting=reporting)
+    )
+    assert rank_runner.run_to_end(run).step == STEP
+    made = forked(run, tmp_path / "branch", "keep", training={**stable, **branch})
+    from tests.worker.test_resume import stop_after
+
+    assert rank_runner.run_to_end(made, 1, partial(stop_after, made, 1, STEP + 2)).step == STEP + 2
+    assert rank_runner.run_to_end(made).step == STEP + 4
+    whole = rank_runner.new_run(
+        tmp_path / "whole", rank_runner.spec(text, training={**stable, **branch}, reporting=reporting)
+    )
+    assert rank_runner.run_to_end(whole).step == STEP + 4
+    rates = {step: m.learning_rate for attempt in (1, 2) for step, m in rank_runner.metrics(made, attempt).items()}
+    assert sorted(rates) == [STEP + 1, STEP + 2, STEP + 3, STEP + 4]
+    for step, rate in rates.items():
+        expected = 5e-3 * (0.1 + 0.9 * (1 - ((step - STEP) / 4) ** 0.5))
+        assert rate == pytest.approx(expected, rel=0, abs=1e-12)
+    final = f"step-{STEP + 4:08d}/"
+    last = {name: data for name, data in rank_runner.outputs(made) if final in name}
+    assert last == {name: data for name, data in rank_runner.outputs(whole) if final in name}
+    assert len(last) == 2
+
+
+@pytest.mark.slow
 def test_restarted_its_data_and_schedule_begin_anew_and_its_steps_go_on(parent: RunDir, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"training": {"max_steps": 12, "batch_size": 5, "accumulation_steps": 1, "seed": 7}}
     untouched = forked(parent, tmp_path / "untouched", "restart", **changes)

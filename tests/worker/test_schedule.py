@@ -1,6 +1,8 @@
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -49,6 +51,61 @@ def test_the_spec_s_schedule() -> None:
     assert rate.at(2) == pytest.approx(0.005)
     assert rate.at(20) == pytest.approx(0.005)
     assert rate.at(12) == lr_at(12, 20, 0.01, 0.5, 4)
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "sqrt": lambda done: 1 - math.sqrt(done),
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [({"decay_steps": 30}, 30), ({"decay_fraction": 0.5}, 60), ({}, 24), ({"decay_steps": 118}, 110)],
+)
+@pytest.mark.parametrize("base", [0, 100])
+def test_wsd_warms_up_is_stable_and_decays(shape: str, given: dict[str, Any], length: int, base: int) -> None:
+    training = {"lr_scheduler": "wsd", "decay_shape": shape, "learning_rate": 0.02, "warmup_steps": 10}
+    schedule = LRSchedule.from_spec(
+        spec(training={**training, "min_lr_ratio": 0.1, **given}).training, base + 120, base
+    )
+    for step in range(1, 121):
+        done = (step - (120 - length)) / length
+        expected = 0.02 * (step / 10 if step < 10 else 1 if done <= 0 else 0.1 + 0.9 * SHAPES[shape](done))
+        assert schedule.at(base + step) == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wsd_continues_stable_or_decays_on_from_its_rate(shape: str) -> None:
+    first = LRSchedule(1.0, 0.1, 100, 10, "wsd", decay_steps=40, decay_shape=shape)
+    assert first.continuations(60) == [], "until the decay the rate does not depend on the length"
+    longer = replace(first, steps=200, continued_at=tuple(first.continuations(80)))
+    assert longer.continued_at == ((80, 100),)
+    assert [longer.at(step) for step in range(81)] == [first.at(step) for step in range(81)]
+    present = 0.1 + 0.9 * SHAPES[shape](0.5)
+    for step in range(80, 201):
+        expected = 0.1 + (present - 0.1) * SHAPES[shape]((step - 80) / 120)
+        assert longer.at(step) == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+@pytest.mark.parametrize("steps", [1, 150, 200, 201, 100_000])
+@pytest.mark.parametrize("first", [1, 60])
+def test_a_curve_has_at_most_200_points_and_those_where_it_bends(kind: str, steps: int, first: int) -> None:
+    warmup = steps // 10
+    schedule = LRSchedule(1.0, 0.1, steps, warmup, kind, decay_steps=max(1, steps // 4))
+    curve = schedule.curve(first)
+    there = max(0, steps - first + 1)
+    assert min(190, there) <= len(curve) <= min(200, there)
+    assert all(rate == schedule.at(step) for step, rate in curve)
+    found = [step for step, _ in curve]
+    assert found == sorted(set(found))
+    if steps >= first:
+        assert (found[0], found[-1]) == (first, steps)
+        bends = {warmup, *([steps - steps // 4] if kind == "wsd" else [])}
+        assert {step for step in bends if first <= step} <= set(found)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])

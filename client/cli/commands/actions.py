@@ -1,4 +1,4 @@
-"""The subcommands that change a job: pause, resume, save, fork, export, cancel, kill, delete."""
+"""The subcommands that change a job: pause, resume, save, fork, export, describe, discard, cancel, kill, delete."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,10 +71,14 @@ def fork(args: SimpleNamespace, console: Console) -> int:
         group = overrides.setdefault(place[0], {}) if len(place) == 2 else overrides
         group[place[-1]] = value
     data = "restart" if args.restart_data else "keep"
+    if args.decay is not None and (args.restart_data or args.set):
+        raise UsageError("--decay continues the data and sets the schedule: give it without --restart-data and --set")
     with connect(args) as trainyard:
-        job = trainyard.fork(
-            _id(trainyard, args, console), args.step, with_absolute_paths(overrides, Path.cwd()), data=data
-        )
+        job_id = _id(trainyard, args, console)
+        if args.decay is not None:
+            job = trainyard.decay(job_id, args.decay, args.step, name=args.name)
+        else:
+            job = trainyard.fork(job_id, args.step, with_absolute_paths(overrides, Path.cwd()), data=data)
     if not args.json:
         parent = job["parent"] or {}
         console.error(f"forked from {parent.get('job_id')} at step {count(parent.get('step'))}")
@@ -114,6 +118,22 @@ def _newest(trainyard: Client, job_id: str) -> int:
     if not checkpoints:
         raise UsageError("the job has no checkpoint to export yet")
     return int(checkpoints[0]["step"])
+
+
+def describe(args: SimpleNamespace, console: Console) -> int:
+    changes: dict[str, Any] = {"description": args.text}
+    if args.group is not None:
+        changes["group"] = None if args.group == "none" else args.group
+    with connect(args) as trainyard:
+        return _report(trainyard.update(_id(trainyard, args, console), **changes), args, console)
+
+
+def discard(args: SimpleNamespace, console: Console) -> int:
+    with connect(args) as trainyard:
+        job = trainyard.update(_id(trainyard, args, console), discarded=not args.undo)
+    if not args.json and not args.undo:
+        console.error(f"not listed any more; to undo:  trainyard discard {job['id']} --undo")
+    return _report(job, args, console)
 
 
 def cancel(args: SimpleNamespace, console: Console) -> int:

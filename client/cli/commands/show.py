@@ -41,7 +41,8 @@ def connect(args: SimpleNamespace) -> Client:
 def list_jobs(args: SimpleNamespace, console: Console) -> int:
     now = datetime.now(UTC)
     with connect(args) as trainyard:
-        filters = {"status": args.status, "labels": args.label, "name": args.name}
+        filters = {"status": args.status, "labels": args.label, "name": args.name, "group": args.group}
+        filters |= {"order": args.order, "discarded": args.discarded}
         jobs = list(trainyard.jobs(**filters, limit=args.limit + 1))
     shown = jobs[: args.limit]
     if args.json:
@@ -50,8 +51,13 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
     if not shown:
         console.error("no jobs; launch one:  trainyard submit --data_path corpus.jsonl")
         return Exit.SUCCEEDED
-    header = ("ID", "NAME", "STATUS", "STEP", "LOSS", "ETA", "CREATED")
-    console.lines(table(header, [_job_row(job, now) for job in shown], right=frozenset({3, 4})))
+    rows: list[tuple[str, ...]] = [("ID", "NAME", "GROUP", "STATUS", "STEP", "LOSS", "SCORE", "ETA", "CREATED")]
+    rows += [_job_row(job, now) for job in shown]
+    # Without a group or a score the list is as narrow as it can be.
+    used = [i for i, title in enumerate(rows[0]) if title not in ("GROUP", "SCORE") or any(row[i] for row in rows[1:])]
+    header, *lines = [[row[i] for i in used] for row in rows]
+    right = frozenset(header.index(title) for title in ("STEP", "LOSS", "SCORE") if title in header)
+    console.lines(table(header, lines, right=right))
     if len(jobs) > len(shown):
         console.error(_left_out(args, shown[-1]))
     return Exit.SUCCEEDED
@@ -59,21 +65,25 @@ def list_jobs(args: SimpleNamespace, console: Console) -> int:
 
 def _left_out(args: SimpleNamespace, oldest: Any) -> str:
     """Return the line that names the jobs that are not in the list, and the command that lists them as well."""
-    filters = {"--status": [args.status], "--label": args.label, "--name": [args.name]}
+    filters = {"--status": [args.status], "--label": args.label, "--name": [args.name], "--group": [args.group]}
     given = [f" {flag} {shlex.quote(value)}" for flag, values in filters.items() for value in values if value]
-    return (
-        f"left out: the jobs created before {oldest['id']} ({oldest.get('created_at')}). "
-        f"List more:  trainyard list{''.join(given)} --limit {10 * args.limit}"
-    )
+    given += [f" --order={args.order}"] if args.order else []
+    given += [" --discarded"] if args.discarded else []
+    which = {None: "before", "newest": "before", "oldest": "after"}.get(args.order)
+    left_out = f"created {which} {oldest['id']} ({oldest.get('created_at')})" if which else f"after {oldest['id']}"
+    return f"left out: the jobs {left_out}. List more:  trainyard list{''.join(given)} --limit {10 * args.limit}"
 
 
-def _job_row(job: Any, now: datetime) -> Row:
+def _job_row(job: Any, now: datetime) -> tuple[str, ...]:
     progress = job.get("progress") or {}
     step = f"{count(progress.get('step'))} / {count(progress.get('steps'))}" if progress.get("step") is not None else ""
     loss = fixed(progress.get("loss")) if progress.get("loss") is not None else ""
     eta = duration(progress["eta_seconds"]) if progress.get("eta_seconds") and job["status"] == "running" else ""
     name = one_line(job["name"], 30)
-    return (job["id"], name, status_word(job["status"]), step, loss, eta, ago(job.get("created_at"), now))
+    group, score = job.get("group") or "", job.get("score")
+    scored = "" if score is None else f"{fixed(score['value'])}{' eval' if score['metric'] == 'eval_loss' else ''}"
+    status, created = status_word(job["status"]), ago(job.get("created_at"), now)
+    return (job["id"], name, one_line(group, 20), status, step, loss, scored, eta, created)
 
 
 def show(args: SimpleNamespace, console: Console) -> int:

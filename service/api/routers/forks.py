@@ -20,7 +20,7 @@ from trainyard.service.jobs import deletion, repository, resume_compat
 from trainyard.service.jobs.resume_compat import ResumeCandidate
 from trainyard.service.jobs.submission import kind_of
 from trainyard.service.observability.logging import bind
-from trainyard.service.planning.preview import preview_from_step
+from trainyard.service.planning.preview import preview_from_step, with_learning_rate
 from trainyard.service.schemas import Job, PlanPreview
 
 _FIELDS = {
@@ -73,7 +73,9 @@ def plan_fork(state: StateDep, caller: PrincipalDep, job_id: str, body: JsonBody
         parent = service.find_parent(session, state.settings.runs, job_id, request)
     spec = forked_spec(request, parent.origin, host)
     plan = service.fork_plan(spec, request, parent, kind_of(spec, host))
-    return preview_from_step(make_preview(state, spec, host), parent.step, plan["base_step"], plan["steps"])
+    preview = preview_from_step(make_preview(state, spec, host), parent.step, plan["base_step"], plan["steps"])
+    rates = {name: plan.get(name) for name in ("learning_rate_before", "learning_rate_after")}
+    return with_learning_rate(preview.model_copy(update=rates), spec)
 
 
 def _create(

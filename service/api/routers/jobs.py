@@ -169,20 +169,35 @@ def list_jobs(
     status: Annotated[list[JobStatus], Query()] = [],  # noqa: B006 - FastAPI copies it
     label: Labels = [],  # noqa: B006
     name: OptionalText = None,
-    order: Literal["newest", "oldest"] = "newest",
+    order: Literal["newest", "oldest", "score", "-score"] = "newest",
     limit: Limit = 20,
     after: OptionalText = None,
     parent: OptionalText = None,
     search: OptionalText = None,
     fields: Literal["all", "summary"] = "all",
+    group: OptionalText = None,
+    discarded: bool = False,
 ) -> Page[Job] | Page[JobSummary]:
     """List jobs. `label=key=value` may be repeated; all must match. `parent`: the forks of this job.
 
     `search`: a part of the name, ignoring case, or the beginning of the id. `fields=summary` leaves out `spec`, `plan`
-    and `allowed_actions`.
+    and `allowed_actions`. `order=score`: from the best score, which is the least, to the worst, and `-score` the other
+    way; jobs without a score are last. `discarded=true`: only discarded jobs, which are not listed otherwise.
     """
     labels = listing.label_pairs(label)
-    filter_ = listing.JobFilter(tuple(status), labels, name, order == "newest", limit, after, parent, search)
+    filter_ = listing.JobFilter(
+        tuple(status),
+        labels,
+        name,
+        newest_first=order in ("newest", "-score"),
+        limit=limit,
+        after=after,
+        parent=parent,
+        search=search,
+        group=group,
+        discarded=discarded,
+        by_score=order in ("score", "-score"),
+    )
     with state.database.connection() as connection:
         jobs, has_more = listing.jobs(connection, filter_)
         rows = queries.load_related(connection, jobs)
@@ -201,7 +216,11 @@ def get_job(state: StateDep, job_id: str) -> Job:
 def update_job(
     state: StateDep, caller: PrincipalDep, job_id: str, body: PatchJobBody = Body(default_factory=PatchJobBody)
 ) -> Job:
-    """Change `name`, `labels`, `priority`, `log_interval`, `save_interval`, `keep_last`, also of a live run."""
+    """Change a job, also while it runs.
+
+    `name`, `labels`, `description`, `group`, `priority`, `log_interval`, `save_interval` and `keep_last` are of the
+    spec. `discarded` hides the job from lists, or shows it again.
+    """
     changes = body.given()
     with state.database.connection() as connection:
         before = queries.spec_of(connection, job_id)

@@ -19,7 +19,7 @@ from trainyard.service.devices.inventory import Device
 from trainyard.service.jobs.submission import HostLimits, kind_of, validate_spec
 from trainyard.service.launch.slurm.launcher import SLURM
 from trainyard.service.planning.matrix_speed import MatrixEstimate
-from trainyard.service.planning.preview import QueuePosition, preview, sample_corpus
+from trainyard.service.planning.preview import QueuePosition, preview, sample_corpus, with_learning_rate
 from trainyard.service.planning.throughput import Throughput, find_throughput
 from trainyard.service.schemas import PlanPreview
 
@@ -33,7 +33,8 @@ def plan_job(state: StateDep, caller: PrincipalDep, body: JsonBody) -> PlanPrevi
     Values that depend on the corpus are estimated from at most 4 MiB of it. A job's plan is exact once it has started.
     """
     host = state.host_limits(caller)
-    return make_preview(state, validate_spec(body, host, is_new=True), host)
+    spec = validate_spec(body, host, is_new=True)
+    return with_learning_rate(make_preview(state, spec, host), spec)
 
 
 def make_preview(state: AppState, spec: JobSpec, host: HostLimits) -> PlanPreview:

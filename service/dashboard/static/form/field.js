@@ -17,8 +17,11 @@ const emptyValue = (field) => (field.nullable ? null : INVALID);
 // The same word as in the help text.
 const nullLabel = (field) => (!field.nullable ? null : field.none ? field.none : field.help.includes("null") ? "null" : "none");
 
+const LONG_TEXT = 10_000;
+
 function textInput(field, id, onChange) {
-  const control = h("input", { id, type: "text", maxlength: field.maxLength, placeholder: nullLabel(field), spellcheck: "false", autocomplete: "off", oninput: onChange });
+  // A long text may have several lines, which an input would remove.
+  const control = field.maxLength >= LONG_TEXT ? h("textarea", { id, rows: "2", maxlength: field.maxLength, oninput: onChange }) : h("input", { id, type: "text", maxlength: field.maxLength, placeholder: nullLabel(field), spellcheck: "false", autocomplete: "off", oninput: onChange });
   return {
     node: control, control,
     get: () => (control.value === "" && field.nullable ? null : control.value),

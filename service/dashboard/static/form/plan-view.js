@@ -1,14 +1,15 @@
 // Shows a plan: size, time and queue position of a run, with warnings.
-import { h, setAttr, setText, setVisible, updateList } from "../dom.js";
-import { NONE, bytes, compactNumber, count, duration, loss } from "../format.js";
+import { h, setAttr, setText, setVisible, svg, updateList } from "../dom.js";
+import { NONE, bytes, compactNumber, count, duration, fewDigits, loss } from "../format.js";
 
 export class PlanView {
   constructor(none) {
     this.none = h("p", { class: "muted" }, none);
     this.warnings = h("ul", { class: "alerts", "aria-label": "Warnings" });
     this.facts = h("dl", { class: "facts", hidden: true });
+    this.curve = new RateCurve();
     this.heading = h("h2", {}, "Plan");
-    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": "Plan" }, this.heading, this.none, this.warnings, this.facts);
+    this.node = h("section", { class: "plan", tabindex: "-1", "aria-label": "Plan" }, this.heading, this.none, this.warnings, this.facts, this.curve.node);
   }
 
   /** Shows a plan, or none if null. */
@@ -16,6 +17,7 @@ export class PlanView {
     setVisible(this.none, !plan);
     setVisible(this.facts, plan);
     this.stale(false);
+    this.curve.show(plan?.learning_rate ?? []);
     updateList(this.warnings, plan?.warnings ?? [], (warning) => warning, () => h("li"), (part, warning) => setText(part, warning));
     if (!plan) return;
     updateList(this.facts, planFacts(plan), ([name]) => name, ([name]) => h("div", {}, h("dt", {}, name), h("dd")), (part, [, value, more]) => {
@@ -27,6 +29,26 @@ export class PlanView {
   /** Marks the plan as older than the last change of the spec. */
   stale(is) {
     setText(this.heading, is && !this.facts.hidden ? "Plan before the last changes" : "Plan");
+  }
+}
+
+/** Draws the learning rate over the steps, from 0 on. */
+class RateCurve {
+  constructor() {
+    this.line = svg("polyline");
+    this.caption = h("figcaption", { class: "muted" });
+    this.node = h("figure", { class: "rates", hidden: true }, svg("svg", { viewBox: "0 0 300 80", preserveAspectRatio: "none", "aria-hidden": "true" }, this.line), this.caption);
+  }
+
+  /** `curve`: [step, rate] pairs. */
+  show(curve) {
+    setVisible(this.node, curve.length > 1);
+    if (curve.length < 2) return;
+    const [first, last] = [curve[0], curve.at(-1)];
+    const peak = curve.reduce((best, point) => (point[1] > best[1] ? point : best));
+    const at = ([step, rate]) => `${(((step - first[0]) / (last[0] - first[0])) * 300).toFixed(1)},${(78 - (rate / peak[1]) * 76).toFixed(1)}`;
+    setAttr(this.line, "points", curve.map(at).join(" "));
+    setText(this.caption, `Learning rate: ${fewDigits(first[1])} at step ${count(first[0])}, at most ${fewDigits(peak[1])}, ${fewDigits(last[1])} at step ${count(last[0])}`);
   }
 }
 

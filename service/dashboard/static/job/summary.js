@@ -66,7 +66,7 @@ export class Details {
 
 /** Returns the current value of a PATCH field, which is on the job or in a group of its spec. */
 function currentValue(job, name) {
-  if (name === "name" || name === "labels") return job[name];
+  if (["name", "labels", "description", "group", "discarded"].includes(name)) return job[name];
   const group = Object.values(job.spec).find((section) => section !== null && typeof section === "object" && Object.hasOwn(section, name));
   return group?.[name];
 }

@@ -110,10 +110,30 @@ function checkpointRow(checkpoint, listing) {
     busyButton(listing, "Download", () => download(at, "model.safetensors")),
     ...Object.entries(FORMATS).map(([format, label]) => busyButton(listing, `Export ${label}`, () => exportCheckpoint(listing, at, format))),
     busyButton(listing, "Fork from here", () => navigate(`/submit?fork=${encodeURIComponent(checkpoint.job_id)}&step=${checkpoint.step}`)),
+    decayControl(listing, checkpoint),
   ];
   return h("tr", {}, cell(count(checkpoint.step), "num"), cell(checkpoint.kind), cell(loss(checkpoint.loss), "num"), cell(bytes(checkpoint.bytes), "num"),
     cell(ago(checkpoint.created_at), "", dateTime(checkpoint.created_at)), h("td", {}, h("code", { title: checkpoint.sha256 }, checkpoint.sha256.slice(0, 12))),
     h("td", { class: "row-actions" }, checkpoint.kind === "full" ? doing : doing.slice(0, 1)));
+}
+
+/** "Decay from here over N steps": a fork whose learning rate falls from this checkpoint on. */
+function decayControl(listing, checkpoint) {
+  const about = `over how many steps, from step ${checkpoint.step}`;
+  const steps = h("input", { type: "number", min: "1", step: "1", class: "decay", placeholder: "steps", "aria-label": `Decay ${about}` });
+  return h("span", { class: "bar" }, busyButton(listing, "Decay from here", () => decay(listing, checkpoint, steps)), steps);
+}
+
+async function decay(listing, checkpoint, input) {
+  const steps = Number(input.value);
+  if (!Number.isInteger(steps) || steps < 1) {
+    input.focus();
+    throw new Error("Decay from here: type the number of steps beside the button.");
+  }
+  const { plan } = await get(listing.address);
+  const training = { lr_scheduler: "wsd", decay_steps: steps, max_steps: checkpoint.step - plan.base_step + steps };
+  const job = await sendJson("POST", `${listing.address}/fork`, { step: checkpoint.step, data: "keep", overrides: { training } });
+  navigate(`/jobs/${job.id}`);
 }
 
 /** Creates a button that is disabled while its action runs. */

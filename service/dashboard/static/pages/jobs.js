@@ -6,17 +6,18 @@ import { poll } from "../polling.js";
 import { getParam, getParams, setParam, setParams } from "../router.js";
 import { FINAL_STATUSES, STATUSES, showStatus, statusBadge } from "../status.js";
 
-// Search and filters of the jobs page: text, status and labels, all kept in the URL.
+// Search and filters of the jobs page: text, status, labels, group and discarded jobs, all kept in the URL.
 
 const DEBOUNCE_MS = 250; // Wait until the user stops typing.
 
 /** Returns the query parameters for `/jobs`. */
 function jobFilter() {
   const status = getParam("status");
-  return { search: getParam("search"), status: status === "active" ? STATUSES.filter((name) => !FINAL_STATUSES.has(name)) : status, label: getParams("label").filter((name) => name.includes("=")) };
+  return { search: getParam("search"), status: status === "active" ? STATUSES.filter((name) => !FINAL_STATUSES.has(name)) : status, label: getParams("label").filter((name) => name.includes("=")),
+    group: getParam("group"), discarded: getParam("discarded") ? "true" : null };
 }
 
-const isFiltered = () => Boolean(getParam("search") || getParam("status") || getParams("label").length);
+const isFiltered = () => Boolean(getParam("search") || getParam("status") || getParam("group") || getParam("discarded") || getParams("label").length);
 
 class Filters {
   /** `onChange` is called after every change of a filter. */
@@ -27,9 +28,12 @@ class Filters {
     this.status = h("select", { id: "status", onchange: () => (setParam("status", this.status.value), onChange()) }, options.map(([value, label]) => h("option", { value }, label)));
     this.status.value = getParam("status") ?? "";
     this.label = h("input", { id: "label", placeholder: "key=value", size: "14", autocomplete: "off", onchange: () => this.add() });
+    this.discarded = h("input", { type: "checkbox", id: "discarded", onchange: () => (setParam("discarded", this.discarded.checked ? "1" : ""), onChange()) });
+    this.discarded.checked = getParam("discarded") !== null;
     this.chosen = h("span", { class: "labels chosen" });
     this.node = h("form", { class: "bar", role: "search", onsubmit: (event) => (event.preventDefault(), this.add()) }, h("label", { for: "search" }, "Search"), this.search,
-      h("span", { class: "choice" }, h("label", { for: "status" }, "Status"), this.status), h("span", { class: "choice" }, h("label", { for: "label" }, "Label"), this.label), this.chosen);
+      h("span", { class: "choice" }, h("label", { for: "status" }, "Status"), this.status), h("span", { class: "choice" }, h("label", { for: "label" }, "Label"), this.label),
+      h("span", { class: "choice" }, this.discarded, h("label", { for: "discarded" }, "Discarded")), this.chosen);
     this.draw();
   }
 
@@ -54,9 +58,15 @@ class Filters {
     this.onChange();
   }
 
+  /** Shows the chosen labels and the chosen group; a press removes one. */
   draw() {
-    const remove = (label) => (this.set(getParams("label").filter((other) => other !== label)), this.label.focus());
-    updateList(this.chosen, getParams("label"), (label) => label, (label) => h("button", { type: "button", class: "label", "aria-label": `Remove filter ${label}`, onclick: () => remove(label) }, label, " ×"));
+    const group = getParam("group");
+    const remove = (label) => {
+      if (label.startsWith("group ")) setParam("group", "");
+      this.set(getParams("label").filter((other) => other !== label));
+      this.label.focus();
+    };
+    updateList(this.chosen, [...(group ? [`group ${group}`] : []), ...getParams("label")], (label) => label, (label) => h("button", { type: "button", class: "label", "aria-label": `Remove filter ${label}`, onclick: () => remove(label) }, label, " ×"));
   }
 
   close() {
@@ -66,17 +76,41 @@ class Filters {
 
 // A job as a table row: created once, then updated in place.
 
-const COLUMNS = [["Job"], ["Status"], ["Progress"], ["Loss", "num"], ["Curve", "num"], ["Tokens/s", "num"], ["ETA", "num"], ["Devices"]];
+const isRunning = (job) => job.status === "running";
+
+/** The columns: [label, class, value to sort by]. A press on the header sorts by it; a second one turns the order round. */
+const COLUMNS = [
+  ["Job", "", (job) => job.created_at], ["Group", "", (job) => job.group], ["Status", "", (job) => job.status], ["Progress", "", (job) => job.progress.percent],
+  ["Loss", "num", (job) => job.progress.loss], ["Score", "num", (job) => job.score?.value ?? null], ["Curve", "num", null], ["Tokens/s", "num", (job) => (isRunning(job) ? job.progress.tokens_per_second : null)],
+  ["ETA", "num", (job) => (isRunning(job) ? job.progress.eta_seconds : null)], ["Devices", "", (job, devices) => devices(job).join(", ") || null],
+];
+/** Orders of the service, which sorts all jobs; by another column the page sorts those that it has loaded. */
+const SERVICE_ORDERS = { Job: "oldest", "-Job": "newest", Score: "score", "-Score": "-score" };
+
+/** Returns [label of the column to sort by, whether in descending order]; by default the newest jobs are first. */
+function sorting() {
+  const text = getParam("sort") ?? "-Job";
+  return text.startsWith("-") ? [text.slice(1), true] : [text, false];
+}
+
+/** Returns the jobs by the chosen column; those without a value are last. */
+function sortJobs(jobs, devices) {
+  const [label, descending] = sorting();
+  const value = COLUMNS.find(([name]) => name === label)?.[2];
+  if (!value || getParam("sort") in SERVICE_ORDERS || getParam("sort") === null) return jobs;
+  const compare = (a, b) => (a === b ? 0 : a === null ? 1 : b === null ? -1 : (a < b ? -1 : 1) * (descending ? -1 : 1));
+  return jobs.map((job) => [value(job, devices) ?? null, job]).sort(([a], [b]) => compare(a, b)).map(([, job]) => job);
+}
 
 function createJobRow() {
   const cells = {
     name: h("a", { class: "name" }), id: h("code"), made: h("span"), labels: h("span", { class: "labels" }), status: statusBadge(), why: h("span", { class: "status-detail" }),
     step: h("span"), share: h("span", { class: "muted" }), meter: h("progress", { class: "meter", max: "100" }), loss: h("span"), line: svg("polyline"),
-    rate: h("td", { class: "num", "data-name": "tok/s" }), eta: h("td", { class: "num", "data-name": "ETA" }), devices: h("td", { class: "devices", "data-name": "on" }),
+    group: h("a"), score: h("span"), rate: h("td", { class: "num", "data-name": "tok/s" }), eta: h("td", { class: "num", "data-name": "ETA" }), devices: h("td", { class: "devices", "data-name": "on" }),
   };
   cells.spark = svg("svg", { class: "spark", viewBox: "0 0 84 22", "aria-hidden": "true" }, cells.line);
-  const part = h("tr", {}, h("td", {}, cells.name, h("span", { class: "job-meta" }, cells.id, cells.made, cells.labels)), h("td", {}, cells.status, cells.why),
-    h("td", { class: "progress" }, h("span", { class: "progress-text" }, cells.step, cells.share), cells.meter), h("td", { class: "num", "data-name": "loss" }, cells.loss), h("td", {}, cells.spark), cells.rate, cells.eta, cells.devices);
+  const part = h("tr", {}, h("td", {}, cells.name, h("span", { class: "job-meta" }, cells.id, cells.made, cells.labels)), h("td", { "data-name": "group" }, cells.group), h("td", {}, cells.status, cells.why),
+    h("td", { class: "progress" }, h("span", { class: "progress-text" }, cells.step, cells.share), cells.meter), h("td", { class: "num", "data-name": "loss" }, cells.loss), h("td", { class: "num", "data-name": "score" }, cells.score), h("td", {}, cells.spark), cells.rate, cells.eta, cells.devices);
   return Object.assign(part, { inside: cells });
 }
 
@@ -101,7 +135,12 @@ function updateJobRow(part, job, devices, curve) {
   setAttr(cells.meter, "value", progress.percent ?? 0);
   setAttr(cells.meter, "aria-label", `Progress of ${job.name}`);
   setCell(cells.loss, progress.nonfinite ? "not finite" : loss(progress.loss));
-  const running = job.status === "running";
+  setCell(cells.score, job.score ? loss(job.score.value) : NONE);
+  setAttr(cells.score, "title", job.score && (job.score.metric === "eval_loss" ? `best held-out loss, at step ${count(job.score.step)}` : `smoothed loss at step ${count(job.score.step)}`));
+  setCell(cells.group, job.group ?? NONE);
+  setAttr(cells.group, "href", job.group === null ? null : `/?group=${encodeURIComponent(job.group)}`);
+  setAttr(cells.name, "title", job.description || null);
+  const running = isRunning(job);
   setCell(cells.rate, running ? compactNumber(progress.tokens_per_second) : NONE);
   setCell(cells.eta, running ? duration(progress.eta_seconds) : NONE);
   setCell(cells.devices, devices.join(", ") || NONE);
@@ -151,7 +190,7 @@ function open(place) {
 }
 
 async function load(state) {
-  const filter = { ...jobFilter(), limit: PAGE_SIZE };
+  const filter = { ...jobFilter(), order: SERVICE_ORDERS[getParam("sort") ?? "-Job"], limit: PAGE_SIZE };
   const pages = [await get(withQuery("/jobs", filter))];
   while (pages.at(-1).has_more && pages.length * PAGE_SIZE < state.limit) {
     pages.push(await get(withQuery("/jobs", { ...filter, after: pages.at(-1).data.at(-1).id })));
@@ -180,6 +219,7 @@ async function loadSparks(state) {
 function build(place, state, again) {
   const view = { filters: new Filters(again), rows: createTable(COLUMNS, "Jobs"), queue: h("ol", { class: "queue" }), count: h("span", { class: "muted", role: "status" }) };
   view.rows.node.classList.add("stack");
+  view.heads = COLUMNS.map(([label, , value], i) => sortButton(view.rows.node.querySelectorAll("th")[i], label, value, () => (draw(view, state), again())));
   view.empty = emptyState();
   view.nothing = h("p", { class: "muted", hidden: true }, "No job matches the search and the filters. ", h("a", { href: "/" }, "Show all"));
   view.more = h("button", { type: "button", hidden: true, onclick: () => ((state.limit += PAGE_SIZE), again()) }, `Show ${PAGE_SIZE} more`);
@@ -188,6 +228,23 @@ function build(place, state, again) {
     view.empty, view.nothing, view.rows.node, view.more, view.queueBox);
   for (const part of [view.empty, view.rows.node]) setVisible(part, false);
   return view;
+}
+
+/** Replaces the label of a header by a button that sorts by its column, and returns a function that shows the order. */
+function sortButton(head, label, value, onChange) {
+  if (!value) return () => {};
+  const press = () => {
+    const [chosen, descending] = sorting();
+    setParam("sort", chosen === label && !descending ? `-${label}` : label);
+    onChange();
+  };
+  const mark = h("span", { "aria-hidden": "true" });
+  head.replaceChildren(h("button", { type: "button", class: "quiet sort", onclick: press }, label, mark));
+  return () => {
+    const [chosen, descending] = sorting();
+    setAttr(head, "aria-sort", chosen !== label ? null : descending ? "descending" : "ascending");
+    setText(mark, chosen !== label ? "" : descending ? " ↓" : " ↑");
+  };
 }
 
 function emptyState() {
@@ -204,8 +261,9 @@ function draw(view, state) {
   setVisible(view.rows.node, jobs.length);
   setVisible(view.more, state.more);
   setText(view.count, `${count(jobs.length)}${state.more ? "+" : ""} ${jobs.length === 1 ? "job" : "jobs"}`);
+  view.heads.forEach((show) => show());
   const held = (job) => state.devices.filter((device) => device.job_id === job.id).map((device) => device.id);
-  updateList(view.rows.body, jobs, (job) => job.id, createJobRow, (part, job) => updateJobRow(part, job, held(job), state.sparks.get(job.id)?.values ?? []));
+  updateList(view.rows.body, sortJobs(jobs, held), (job) => job.id, createJobRow, (part, job) => updateJobRow(part, job, held(job), state.sparks.get(job.id)?.values ?? []));
   setVisible(view.queueBox, state.queued.length);
   updateList(view.queue, state.queued, (job) => job.id, () => h("li", {}, h("a"), h("span", { class: "muted" })), (part, job) => {
     setAttr(part, "value", job.queue.position);
